@@ -1,0 +1,11 @@
+"""Settings that every test shares: eight fake CPU devices, no silent rank promotion."""
+import os
+
+# Read by XLA when the first device is asked for, so before any test imports the library.
+os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") +
+                           " --xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
