@@ -1,0 +1,77 @@
+"""What happens to one image on the host: PIL and a numpy Generator, uint8 in and uint8 out.
+
+The DeiT recipe's order is: random resized crop, flip, RandAugment (`randaugment.py`), all here;
+then normalising, random erasing and mixing per batch on the device (`batch.py`).
+"""
+import math
+
+import numpy as np
+from PIL import Image, ImageOps
+
+BICUBIC = Image.Resampling.BICUBIC
+
+
+def evaluation(image: Image.Image, image_size: tuple[int, int], crop: float,
+               interpolation: str) -> Image.Image:
+  """Resizes to image_size / crop on the shorter side, then cuts image_size out of the centre.
+
+  image_size: (height, width). The longer side is int(short * long / short), and offsets are
+  rounded half to even, as the authors' pipeline does. If image_size is not square, the image is
+  made just large enough to cover both sides.
+  """
+  height, width = image_size
+  need_h, need_w = int(height / crop), int(width / crop)
+  w, h = image.size
+  if h * need_w <= w * need_h:
+    new_h, new_w = need_h, int(need_h * w / h)
+  else:
+    new_h, new_w = int(need_w * h / w), need_w
+  image = image.resize((new_w, new_h), Image.Resampling[interpolation.upper()])
+  left, top = round((new_w - width) / 2), round((new_h - height) / 2)
+  return image.crop((left, top, left + width, top + height))
+
+
+def crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+  """(left, top, right, bottom) of 8-100 % of the area, with aspect 3/4 to 4/3; ten attempts.
+
+  If all attempts stick out, the centre: the whole image, cut to the nearest allowed aspect.
+  """
+  for _ in range(10):
+    area = rng.uniform(0.08, 1) * width * height
+    aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+    w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+    if 0 < w <= width and 0 < h <= height:
+      top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+      return left, top, left + w, top + h
+  w, h = width, height
+  if width / height < 3 / 4:
+    h = round(width / (3 / 4))
+  elif width / height > 4 / 3:
+    w = round(height * (4 / 3))
+  left, top = (width - w) // 2, (height - h) // 2
+  return left, top, left + w, top + h
+
+
+def resized_crop(image: Image.Image, box, image_size: tuple[int, int]) -> Image.Image:
+  """The box, resized to image_size = (height, width); no pixel from outside the box counts."""
+  return image.crop(box).resize(image_size[::-1], BICUBIC)
+
+
+def flip(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+  """Left and right exchanged, with probability 1/2."""
+  return ImageOps.mirror(image) if rng.random() < 0.5 else image
+
+
+def small_affine(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+  """Turns by up to 12 degrees, scales by 0.9 to 1.1, shifts by up to 8 %; black from outside.
+
+  Small enough that a digit stays the digit it was: no flip, and a 6 does not become a 9.
+  """
+  w, h = image.size
+  angle, scale = math.radians(rng.uniform(-12, 12)), rng.uniform(0.9, 1.1)
+  shift_x, shift_y = rng.uniform(-0.08, 0.08, size=2) * (w, h)
+  cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
+  # PIL maps output to input. The centre of the image goes to the centre plus the shift.
+  matrix = (cos, sin, w / 2 - cos * (w / 2 + shift_x) - sin * (h / 2 + shift_y),
+            -sin, cos, h / 2 + sin * (w / 2 + shift_x) - cos * (h / 2 + shift_y))
+  return image.transform((w, h), Image.Transform.AFFINE, matrix, resample=BICUBIC)
