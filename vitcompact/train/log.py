@@ -1,0 +1,85 @@
+"""What a run says: metrics.jsonl, TensorBoard events, and a progress bar or plain lines."""
+import json
+import pathlib
+import sys
+import time
+
+import rich.console
+import rich.progress
+import tensorboardX
+
+# A rate measured over fewer seconds than that says more about the clock than about the run.
+CLOCK = 1e-9
+
+
+class Meter:
+  """Images a second, and the share of the time that was spent waiting for data."""
+
+  def __init__(self):
+    self.reset()
+
+  def reset(self):
+    self.start, self.waited, self.images = time.perf_counter(), 0.0, 0
+
+  def next_batch(self, batches):
+    """next(batches), timed."""
+    begin = time.perf_counter()
+    batch = next(batches)
+    self.waited += time.perf_counter() - begin
+    return batch
+
+  def read(self) -> dict[str, float]:
+    elapsed = max(time.perf_counter() - self.start, CLOCK)
+    return {"images_per_second": self.images / elapsed, "data_wait": self.waited / elapsed}
+
+
+class Log:
+  """Writes scalars at steps. Only the process with `active` writes; the others say nothing.
+
+  A run that was killed and resumed repeats steps in metrics.jsonl; the later line counts.
+  """
+
+  def __init__(self, workdir, total_steps: int, *, active: bool = True):
+    self.active, self.total_steps = active, total_steps
+    self.bar = None
+    if not active:
+      return
+    workdir = pathlib.Path(workdir)
+    self.lines = open(workdir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+    self.events = tensorboardX.SummaryWriter(str(workdir), write_to_disk=True)
+    if sys.stdout.isatty():
+      self.bar = rich.progress.Progress(
+          rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(),
+          rich.progress.MofNCompleteColumn(), rich.progress.TextColumn("{task.fields[rate]}"),
+          rich.progress.TimeRemainingColumn(), console=rich.console.Console())
+      self.task = self.bar.add_task("training", total=total_steps, rate="")
+      self.bar.start()
+
+  def say(self, text: str):
+    """A line for the reader, above the bar where there is one."""
+    if self.active:
+      (self.bar.console.print if self.bar else lambda t: print(t, flush=True))(text)
+
+  def progress(self, step: int, images_per_second: float | None = None):
+    if self.bar:
+      rate = {} if images_per_second is None else {"rate": f"{images_per_second:.0f} img/s"}
+      self.bar.update(self.task, completed=step, **rate)
+
+  def write(self, step: int, values: dict):
+    """One line of metrics.jsonl, numbers to TensorBoard, and a line of text."""
+    if not self.active:
+      return
+    print(json.dumps({"step": step, **values}), file=self.lines, flush=True)
+    for name, value in values.items():
+      if isinstance(value, (int, float)):
+        self.events.add_scalar(name, value, step)
+    shown = " ".join(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
+                     for name, value in values.items())
+    self.say(f"step {step}/{self.total_steps} {shown}")
+
+  def close(self):
+    if self.bar:
+      self.bar.stop()
+    if self.active:
+      self.lines.close()
+      self.events.close()

@@ -1,0 +1,74 @@
+"""What a config must hold. Checked whole before a run touches a device or a file."""
+import difflib
+
+from ml_collections import ConfigDict
+
+POSITIVE = ("total_steps", "batch_size", "accumulate", "eval_batch_size", "checkpoint_every",
+            "keep_last", "log_every")
+KEYS = {
+    "": {*POSITIVE, "seed", "ema_half_life", "eval_params", "model", "plan", "data", "optim",
+         "mesh"},
+    "data": {"name", "augment", "workers", "erase", "smoothing", "mixup", "cutmix", "mix_groups"},
+    "optim": {"learning_rate", "warmup_steps", "warmup_learning_rate", "final_learning_rate",
+              "weight_decay", "b1", "b2", "eps", "clip_norm"},
+    "mesh": {"data", "fsdp"},
+}
+# These change where and how often, not what: a run may be resumed with others.
+FREE = ("mesh.data", "mesh.fsdp", "data.workers", "log_every", "eval_batch_size", "keep_last")
+
+
+def flat(config) -> dict:
+  """{"optim.b1": 0.9, ...}."""
+  out = {}
+  for key, value in config.items():
+    if isinstance(value, (ConfigDict, dict)):
+      out |= {f"{key}.{inner}": leaf for inner, leaf in flat(value).items()}
+    else:
+      out[key] = value
+  return out
+
+
+def check_keys(config):
+  """Refuses unknown keys, with the names that are close, and missing ones."""
+  for section, known in KEYS.items():
+    where = config[section] if section else config
+    prefix = f"config.{section}." if section else "config."
+    for key in set(where) - known:
+      close = difflib.get_close_matches(key, known) or sorted(known)
+      raise ValueError(f"unknown key {prefix}{key}; did you mean {', '.join(close)}?")
+    if missing := sorted(known - set(where)):
+      raise ValueError(f"missing {', '.join(prefix + key for key in missing)}; "
+                       "configs/digits.py shows every key")
+  for key in ("name", "image_size"):
+    if key not in config.model:
+      raise ValueError(f"missing config.model.{key}; configs/digits.py shows every key")
+
+
+def check(config):
+  """Refuses a config that cannot mean what it says."""
+  check_keys(config)
+  for key in POSITIVE:
+    if config[key] < 1:
+      raise ValueError(f"config.{key}={config[key]} must be at least 1")
+  if config.eval_params not in ("raw", "ema"):
+    raise ValueError(f"config.eval_params={config.eval_params!r} is neither 'raw' nor 'ema'")
+  if config.ema_half_life < 0:
+    raise ValueError(f"config.ema_half_life={config.ema_half_life} is a fraction of the run; "
+                     "0 keeps no averages")
+  if config.eval_params == "ema" and not config.ema_half_life:
+    raise ValueError("config.eval_params='ema' needs averages: set config.ema_half_life > 0")
+  if config.batch_size % config.accumulate:
+    raise ValueError(f"config.batch_size={config.batch_size} does not divide into "
+                     f"config.accumulate={config.accumulate} microbatches")
+  mixes = config.data.mixup or config.data.cutmix
+  if mixes and config.data.mix_groups % config.accumulate:
+    raise ValueError(f"config.data.mix_groups={config.data.mix_groups} must be a multiple of "
+                     f"config.accumulate={config.accumulate}: a microbatch mixes within itself")
+
+
+def differences(old: dict, new: dict, free=FREE) -> list[str]:
+  """One line for each key, except the free ones, by which two flat configs differ."""
+  absent = "nothing"
+  return [f"{key} is {old.get(key, absent)!r} there and {new.get(key, absent)!r} here"
+          for key in sorted(old.keys() | new.keys())
+          if key not in free and old.get(key, absent) != new.get(key, absent)]

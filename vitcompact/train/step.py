@@ -1,0 +1,179 @@
+"""One step of training and one of evaluation, as functions of arrays; jitted over a mesh.
+
+All randomness of a step is folded from one key and the step's number, and every accumulated
+statistic is part of TrainState: the state, and the position in the data, are the whole run.
+"""
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from vitcompact.data import batch as device_batch
+from vitcompact.train import losses, sharding
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that a step reads and writes. The averages are {} in a run without EMA."""
+  step: jax.Array
+  params: Any
+  batch_stats: Any
+  opt_state: Any
+  ema_params: Any
+  ema_batch_stats: Any
+  key: jax.Array
+
+
+def variables(params, batch_stats):
+  """What `model.apply` takes; models without batch norm have no such collection."""
+  return {"params": params} | ({"batch_stats": batch_stats} if batch_stats else {})
+
+
+def selected(state: TrainState, eval_params: str):
+  """The variables that `eval_params` ("raw" or "ema") names."""
+  if eval_params == "ema":
+    return variables(state.ema_params, state.ema_batch_stats)
+  return variables(state.params, state.batch_stats)
+
+
+def make_init(model, optimizer, image_shape, *, ema: bool):
+  """A function key -> TrainState; image_shape: (H, W, 3)."""
+  def init(key):
+    init_key, step_key = jax.random.split(key)
+    new = model.init(init_key, jnp.zeros((1, *image_shape)))
+    params, stats = new["params"], new.get("batch_stats", {})
+    # Copies, because the step donates its state and no buffer may be given away twice.
+    averages = jax.tree.map(jnp.copy, (params, stats)) if ema else ({}, {})
+    return TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params), *averages,
+                      step_key)
+  return init
+
+
+def state_shardings(shapes: TrainState, rules, optimizer, mesh) -> TrainState:
+  """Where every leaf of a state lies, from its shapes (`jax.eval_shape` of an init)."""
+  params = sharding.parameters(shapes.params, rules, mesh)
+  whole = sharding.replicated(mesh)
+
+  def everywhere(tree):
+    return jax.tree.map(lambda _: whole, tree)
+
+  return TrainState(
+      step=whole, params=params, batch_stats=everywhere(shapes.batch_stats),
+      opt_state=sharding.moments(optimizer, shapes.opt_state, params, mesh),
+      ema_params=params if shapes.ema_params else {},
+      ema_batch_stats=everywhere(shapes.ema_batch_stats), key=whole)
+
+
+def make_augment(data, mean, std, num_classes: int, accumulate: int):
+  """A function (key, uint8 images, labels) -> (float images, targets) of one microbatch.
+
+  data: the config's section. The order is the published one: each of two mixed images was erased before they were mixed.
+  """
+  def augment(key, images, labels):
+    erase_key, mix_key = jax.random.split(key)
+    images = device_batch.normalise(images, mean, std)
+    images = device_batch.erase(erase_key, images, data.erase)
+    targets = device_batch.one_hot_smooth(labels, num_classes, data.smoothing)
+    return device_batch.mix(mix_key, images, targets, mixup_alpha=data.mixup,
+                            cutmix_alpha=data.cutmix, groups=max(1, data.mix_groups // accumulate))
+  return augment
+
+
+def microbatches(batch, count: int):
+  """(B, ...) -> (count, B / count, ...). Strided, so that each device keeps its own images."""
+  def split(array):
+    return jnp.moveaxis(array.reshape(-1, count, *array.shape[1:]), 1, 0)
+  return jax.tree.map(split, batch)
+
+
+def make_gradients(model, augment, accumulate: int):
+  """A function (state, batch, key) -> (gradients, batch statistics, loss, accuracy).
+
+  Means over `accumulate` microbatches in turn, which batch statistics see one after another.
+  """
+  def loss_and_more(params, batch_stats, batch, key):
+    augment_key, dropout_key = jax.random.split(key)
+    images, targets = augment(augment_key, batch["image"], batch["label"])
+    out, new = model.apply(variables(params, batch_stats), images, train=True,
+                           rngs={"dropout": dropout_key}, mutable=["batch_stats"])
+    heads = out if isinstance(out, tuple) else (out,)  # distilled: both learn from the labels
+    loss = sum(losses.cross_entropy(logits, targets).mean() for logits in heads) / len(heads)
+    guess = jnp.argmax(sum(logits.astype(jnp.float32) for logits in heads), axis=-1)
+    return loss, (new.get("batch_stats", {}), jnp.mean(guess == batch["label"]))
+
+  def gradients(state, batch, key):
+    def one(carry, part):
+      batch_stats, total = carry
+      index, part_batch = part
+      (loss, (batch_stats, accuracy)), grads = jax.value_and_grad(loss_and_more, has_aux=True)(
+          state.params, batch_stats, part_batch, jax.random.fold_in(key, index))
+      return (batch_stats, jax.tree.map(jnp.add, total, (grads, loss, accuracy))), None
+
+    zero = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()), jnp.zeros(()))
+    parts = (jnp.arange(accumulate), microbatches(batch, accumulate))
+    (batch_stats, total), _ = jax.lax.scan(one, (state.batch_stats, zero), parts)
+    grads, loss, accuracy = jax.tree.map(lambda x: x / accumulate, total)
+    return grads, batch_stats, loss, accuracy
+
+  return gradients
+
+
+def make_train_step(model, optimizer, schedule, augment, *, accumulate: int, ema_decay: float):
+  """A function (state, batch) -> (state, metrics). ema_decay 0: no averages are kept."""
+  gradients = make_gradients(model, augment, accumulate)
+
+  def average(old, new):
+    return jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, old, new)
+
+  def train_step(state: TrainState, batch):
+    key = jax.random.fold_in(state.key, state.step)
+    grads, batch_stats, loss, accuracy = gradients(state, batch, key)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    new = state.replace(step=state.step + 1, params=params, batch_stats=batch_stats,
+                        opt_state=opt_state)
+    if ema_decay:
+      new = new.replace(ema_params=average(state.ema_params, params),
+                        ema_batch_stats=average(state.ema_batch_stats, batch_stats))
+    metrics = {"loss": loss, "accuracy": accuracy, "grad_norm": optax.global_norm(grads),
+               "lr": jnp.asarray(schedule(state.step), jnp.float32)}
+    return new, metrics
+
+  return train_step
+
+
+def make_eval_step(model, mean, std):
+  """A function (variables, batch) -> sums over the images that `mask` counts."""
+  def eval_step(model_variables, batch):
+    logits = model.apply(model_variables, device_batch.normalise(batch["image"], mean, std))
+    targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
+    correct = jnp.argmax(logits, axis=-1) == batch["label"]
+    return {"loss": jnp.sum(losses.cross_entropy(logits, targets) * batch["mask"]),
+            "accuracy": jnp.sum(correct * batch["mask"]), "count": jnp.sum(batch["mask"])}
+  return eval_step
+
+
+def jit_init(init, shardings):
+  """Parameters are born where they will live: no device ever holds the whole state."""
+  return jax.jit(init, out_shardings=shardings)
+
+
+def jit_train_step(train_step, shardings, mesh):
+  """The state is donated: use only the one that comes back."""
+  return jax.jit(train_step, in_shardings=(shardings, sharding.batches(mesh)),
+                 out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0)
+
+
+def jit_eval_step(eval_step, mesh):
+  """Variables lie as they come, as parameters and averages do in training."""
+  return jax.jit(eval_step, in_shardings=(None, sharding.batches(mesh)),
+                 out_shardings=sharding.replicated(mesh))
+
+
+@jax.jit
+def all_finite(tree) -> jax.Array:
+  """Whether no leaf holds a NaN or an infinity."""
+  floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
