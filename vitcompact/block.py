@@ -1,0 +1,144 @@
+"""One transformer block, composed as its plan says."""
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+
+from vitcompact import attention
+from vitcompact.ffn.cffn import CompactDense, hidden_rms, warn_above_break_even
+from vitcompact.heads import hmhsa
+from vitcompact.layers import DropPath, LayerNorm, Mlp, dense, gelu, weight_init
+from vitcompact.plan import BlockPlan
+
+
+class Attention(nn.Module):
+  """Multi-head attention of x over `keys` (default: x itself), all heads real or some hallucinated.
+
+  Leaves: query/key/value/out kernels (width, heads, head width) and (heads, head width, width);
+  hallucinate/... where `spec` leaves heads to hallucinate. Queries and keys exist for real heads
+  only.
+  """
+  width: int
+  heads: int
+  spec: hmhsa.HMHSA | None = None
+  qkv_bias: bool = True
+  query_grid: tuple[int, int] | None = None
+  key_grid: tuple[int, int] | None = None
+  prefix: int = 0
+  dtype: str = "float32"
+
+  @property
+  def real_heads(self) -> int:
+    return self.heads if self.spec is None else self.spec.count_real(self.heads)
+
+  @nn.compact
+  def __call__(self, x_bnw, keys_bmw=None):
+    keys_bmw = x_bnw if keys_bmw is None else keys_bmw
+    query = self._project("query", self.real_heads)(x_bnw)
+    key = self._project("key", self.real_heads)(keys_bmw)
+    value = self._project("value", self.heads)(keys_bmw)
+    if self.real_heads == self.heads:
+      out = attention.attend(query, key, value)
+    else:
+      out = self._hallucinate(name="hallucinate")(query, key, value)
+    return nn.DenseGeneral(self.width, axis=(-2, -1), kernel_init=weight_init, dtype=self.dtype,
+                           name="out")(out)
+
+  def _project(self, name: str, heads: int):
+    return nn.DenseGeneral((heads, self.width // self.heads), use_bias=self.qkv_bias,
+                           kernel_init=weight_init, dtype=self.dtype, name=name)
+
+  @nn.nowrap
+  def _hallucinate(self, **kwargs):
+    return hmhsa.Hallucinate(self.spec, self.query_grid, self.key_grid, self.prefix, **kwargs)
+
+  @nn.nowrap
+  def from_dense(self, params):
+    """Parameters of this module from those of a dense attention of the same size."""
+    if self.real_heads == self.heads:
+      return params
+    return {**hmhsa.from_dense(self.spec, params, self.heads), "hallucinate": self._fresh_taps()}
+
+  @nn.nowrap
+  def _fresh_taps(self):
+    """Freshly initialised taps, with which a hallucinated head copies its source."""
+    def tokens(grid):
+      return self.prefix + (grid[0] * grid[1] if grid else 1)
+    width = self.width // self.heads
+    query, key, value = [
+        jax.ShapeDtypeStruct((1, tokens(grid), heads, width), "float32")
+        for grid, heads in ((self.query_grid, self.real_heads), (self.key_grid, self.real_heads),
+                            (self.key_grid, self.heads))]
+    module = self._hallucinate(parent=None)
+    return module.lazy_init(jax.random.key(0), query, key, value)["params"]
+
+
+class Block(nn.Module):
+  """Pre-norm residual block: x + attn(norm1 x), then x + mlp(norm2 x)."""
+  attn: nn.Module
+  mlp: nn.Module
+  drop_path: float = 0.0
+  epsilon: float = 1e-6
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x_bnw, train: bool = False):
+    norm = functools.partial(LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
+    # Two modules, so that the two branches of a block are dropped independently.
+    drop = functools.partial(DropPath, self.drop_path)
+    x_bnw = x_bnw + drop(name="drop1")(self.attn(norm(name="norm1")(x_bnw)), train)
+    return x_bnw + drop(name="drop2")(self.mlp(norm(name="norm2")(x_bnw), train), train)
+
+  @nn.nowrap
+  def from_dense(self, params, stats, moments):
+    """(params, stats) of this block from a dense one's; see `compact`."""
+    mlp, mlp_stats = mlp_from_dense(self.mlp, params["mlp"], moments.get("mlp", {}))
+    return ({**params, "attn": self.attn.from_dense(params["attn"]), "mlp": mlp},
+            {"mlp": mlp_stats} if mlp_stats else stats)
+
+  @nn.nowrap
+  def fold(self, params, stats):
+    """(params, stats) of the deployed block."""
+    mlp, _ = mlp_fold(self.mlp, params["mlp"], stats.get("mlp", {}))
+    return {**params, "mlp": mlp}, {}
+
+
+def make_mlp(plan: BlockPlan, *, width: int, hidden: int, deploy: bool, dtype: str, name: str,
+             act: Callable = gelu) -> Mlp:
+  """The FFN of a block: dense layers, or factorised ones where the plan says so.
+
+  name: of the block, for the warning about ranks that save nothing.
+  """
+  spec = plan.ffn
+  layers = {"fc1": dense(hidden, dtype=dtype), "fc2": dense(width, dtype=dtype)}
+  compacted = {} if spec is None else {"fc2": (hidden, width, hidden_rms(act, width))}
+  if spec is not None and spec.factor == "both":
+    compacted["fc1"] = (width, hidden, 1.0)
+  for layer, (m, features, input_rms) in compacted.items():
+    rank = spec.rank(width)
+    warn_above_break_even(f"{name}/mlp/{layer}", m, features, rank)
+    layers[layer] = CompactDense(
+        features, rank, branches=spec.branches, rep=spec.rep, avg_skip=spec.avg_skip,
+        deploy=deploy, input_rms=input_rms, dtype=dtype, parent=None)
+  return Mlp(act=act, parent=None, **layers)
+
+
+def mlp_from_dense(mlp: Mlp, params, moments):
+  """(params, stats) of `mlp` from the parameters of the dense one; moments: {layer: ...}."""
+  stats = {}
+  for layer in ("fc1", "fc2"):
+    module = getattr(mlp, layer)
+    if isinstance(module, CompactDense):
+      new, stats[layer] = module.from_dense(params[layer], moments.get(layer))
+      params = {**params, layer: new}
+  return params, {layer: leaf for layer, leaf in stats.items() if leaf}
+
+
+def mlp_fold(mlp: Mlp, params, stats):
+  """(params, {}) of the deployed `mlp`."""
+  for layer in ("fc1", "fc2"):
+    module = getattr(mlp, layer)
+    if isinstance(module, CompactDense):
+      params = {**params, layer: module.fold(params[layer], stats.get(layer, {}))[0]}
+  return params, {}

@@ -1,0 +1,261 @@
+"""hMHSA: half of the attention maps are computed, the rest hallucinated from them.
+
+Our reconstruction of hallucinated-MHSA (Xu et al., arXiv 2306.10875), of which only the abstract
+is public. A hallucinated map is its source map filtered by a small separable kernel over (query,
+key), A^ = sum_r U_r A W_r with U, W banded. It is linear in A, so A^ V = sum_r U_r (A (W_r V)): the
+key-side filter moves onto the values, the query-side filter onto the output, and no N x M map is
+formed for a hallucinated head. A real head and its partners share one softmax, as one attention
+with wider values.
+"""
+import dataclasses
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vitcompact import attention
+from vitcompact.trees import Leaf
+
+# A name scope: `count` counts the products of shift-and-add filters inside it.
+SCOPE = "vitcompact.filter"
+
+# Taps start as a delta that weight decay would pull to zero.
+LEAVES = [(r".*/hallucinate/(query_taps|key_taps|query_gain|key_gain|mix|taps)", Leaf())]
+
+
+@dataclasses.dataclass(frozen=True)
+class HMHSA:
+  """Heads axis: compute `real_heads` attention maps, hallucinate the others.
+
+  site: "probs" filters the maps after the softmax (folded onto values and outputs: fast);
+    "logits" mixes and filters the scores before it (maps are formed: a reference, slower).
+  rank: number of separable terms, 1 to `kernel`; `kernel` terms give any kernel x kernel filter.
+  kernel: taps on a side, odd.
+  layout: "map" filters along token order, class token included; "grid" filters over the 2-D grid
+    of patches on each side, with one gain for each prefix token.
+  real_heads: "half" (rounded up) or a number; heads beyond it are hallucinated.
+  """
+  site: str = "probs"
+  rank: int = 1
+  kernel: int = 3
+  layout: str = "map"
+  real_heads: str | int = "half"
+
+  def __post_init__(self):
+    if self.site not in ("probs", "logits"):
+      raise ValueError(f"HMHSA(site={self.site!r}): must be 'probs' or 'logits'")
+    if self.layout not in ("map", "grid"):
+      raise ValueError(f"HMHSA(layout={self.layout!r}): must be 'map' or 'grid'")
+    if not is_count(self.kernel) or self.kernel % 2 == 0:
+      raise ValueError(f"HMHSA(kernel={self.kernel!r}): must be an odd whole number, such as 3")
+    if not is_count(self.rank) or self.rank > self.kernel:
+      raise ValueError(f"HMHSA(rank={self.rank!r}): must be a whole number from 1 to "
+                       f"kernel={self.kernel}, which already gives every filter")
+    if self.real_heads != "half" and not is_count(self.real_heads):
+      raise ValueError(f"HMHSA(real_heads={self.real_heads!r}): must be 'half' or a whole number "
+                       "of at least 1")
+    if self.site == "logits" and (self.layout == "grid" or self.rank > 1):
+      raise ValueError(f"HMHSA(site='logits', layout={self.layout!r}, rank={self.rank}): the "
+                       "logits site has one full filter over the map; use layout='map', rank=1")
+
+  def count_real(self, heads: int) -> int:
+    """Number of computed maps among `heads`."""
+    if self.real_heads == "half":
+      return (heads + 1) // 2
+    if self.real_heads > heads:
+      raise ValueError(f"HMHSA(real_heads={self.real_heads}): the block has only {heads} heads")
+    return self.real_heads
+
+
+def is_count(value) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def shifted_sum(x, taps, axes: tuple[int, ...]):
+  """sum over t of taps[t] * x shifted by t, zeros outside: a depthwise correlation along `axes`.
+
+  Args:
+    x: any array.
+    taps: {offsets: array that broadcasts against x}, one entry for each tap.
+    axes: the axes of x that the offsets (one each) move along.
+  """
+  reach = max(abs(step) for offsets in taps for step in offsets)
+  padded = jnp.pad(x, [(reach, reach) if axis in axes else (0, 0) for axis in range(x.ndim)])
+  total = 0
+  for offsets, tap in taps.items():
+    start, stop = [0] * x.ndim, list(padded.shape)
+    for axis, step in zip(axes, offsets, strict=True):
+      start[axis] = reach + step
+      stop[axis] = start[axis] + x.shape[axis]
+    total = total + jax.lax.slice(padded, start, stop) * tap
+  return total
+
+
+def filter_line(x_bnhrd, taps_hrk):
+  """Correlates tokens with K taps along their order: y[n] = sum_t taps[t] x[n + t - K//2]."""
+  half = taps_hrk.shape[-1] // 2
+  taps = {(t - half,): taps_hrk[None, None, :, :, t, None] for t in range(taps_hrk.shape[-1])}
+  with jax.named_scope(SCOPE):
+    return shifted_sum(x_bnhrd, taps, axes=(1,))
+
+
+def filter_grid(x_bnhrd, taps_hrkk, gain_hrp, grid: tuple[int, int]):
+  """Correlates the tokens of a grid with K x K taps; prefix tokens are scaled by their gain."""
+  prefix = gain_hrp.shape[-1]
+  half = taps_hrkk.shape[-1] // 2
+  steps = range(-half, half + 1)
+  taps = {(s, t): taps_hrkk[None, None, None, :, :, s + half, t + half, None]
+          for s in steps for t in steps}
+  batch, tokens, *rest = x_bnhrd.shape
+  with jax.named_scope(SCOPE):
+    plane = shifted_sum(x_bnhrd[:, prefix:].reshape(batch, *grid, *rest), taps, axes=(1, 2))
+    flat = plane.reshape(batch, tokens - prefix, *plane.shape[3:])
+    if not prefix:
+      return flat
+    gain_1phr1 = gain_hrp.transpose(2, 0, 1)[None, ..., None]
+    return jnp.concatenate([x_bnhrd[:, :prefix] * gain_1phr1, flat], axis=1)
+
+
+def attend_hallucinated(query_bnfd, key_bmfd, value_bmhd, key_filter: Callable,
+                        query_filter: Callable):
+  """Attention in which heads beyond the real ones use filtered maps, without forming these.
+
+  Hallucinated head g has real head g mod f as its source.
+
+  Args:
+    query_bnfd, key_bmfd: (B, N, f, d), (B, M, f, d), the f real heads.
+    value_bmhd: (B, M, h, d), all heads: the real ones, then the hallucinated ones.
+    key_filter: (B, M, g, d) values of the hallucinated heads -> (B, M, g, rank, d).
+    query_filter: (B, N, g, rank, d) -> (B, N, g, d).
+  Returns:
+    (B, N, h, d).
+  """
+  real, heads, width = query_bnfd.shape[2], value_bmhd.shape[2], value_bmhd.shape[3]
+  if heads == real:
+    return attention.attend(query_bnfd, key_bmfd, value_bmhd)
+  spread_bmgrd = key_filter(value_bmhd[:, :, real:])
+  rank = spread_bmgrd.shape[3]
+  partners = -(-(heads - real) // real)
+  full = heads - real - (partners - 1) * real      # so many real heads have all their partners
+  real_out, partner_out = [], [[] for _ in range(partners)]
+  for start, stop, count in ((0, full, partners), (full, real, partners - 1)):
+    if start == stop:
+      continue
+    # Real heads with fewer partners make a second, narrower call: values are never padded.
+    values = [value_bmhd[:, :, start:stop]]
+    for p in range(count):
+      spread = spread_bmgrd[:, :, p * real + start:p * real + stop]
+      values.append(spread.reshape(*spread.shape[:3], rank * width))
+    out = attention.attend(query_bnfd[:, :, start:stop], key_bmfd[:, :, start:stop],
+                           jnp.concatenate(values, axis=-1))
+    real_out.append(out[..., :width])
+    for p in range(count):
+      part = out[..., width * (1 + p * rank):width * (1 + (p + 1) * rank)]
+      partner_out[p].append(part.reshape(*part.shape[:3], rank, width))
+  hallucinated = jnp.concatenate([x for row in partner_out for x in row], axis=2)
+  return jnp.concatenate([*real_out, query_filter(hallucinated)], axis=2)
+
+
+def hallucinate_scores(scores_bfnm, mix_fg, taps_gkk):
+  """Scores of the hallucinated heads: heads mixed, then K x K correlated over the map."""
+  mixed_bgnm = jnp.einsum("bfnm,fg->bgnm", scores_bfnm, mix_fg)
+  half = taps_gkk.shape[-1] // 2
+  steps = range(-half, half + 1)
+  taps = {(s, t): taps_gkk[None, :, s + half, t + half, None, None] for s in steps for t in steps}
+  with jax.named_scope(SCOPE):
+    return shifted_sum(mixed_bgnm, taps, axes=(2, 3))
+
+
+def delta_init(key, shape, dtype=jnp.float32):
+  """A centred delta in each of shape[0] kernels."""
+  del key
+  return jnp.zeros(shape, dtype).at[(slice(None), *(k // 2 for k in shape[1:]))].set(1)
+
+
+def terms_init(spread: float):
+  """Kernels (heads, rank, ...): the first term a centred delta, the others N(0, spread^2)."""
+  def init(key, shape, dtype=jnp.float32):
+    draws = spread * jax.random.normal(key, shape, dtype)
+    return draws.at[:, 0].set(delta_init(key, (shape[0], *shape[2:]), dtype))
+  return init
+
+
+class Hallucinate(nn.Module):
+  """Attention over real and hallucinated heads; owns the taps.
+
+  `query_grid`, `key_grid`: (height, width) of the patches on each side, or None where a side has
+  no grid; `prefix`: tokens before a grid. They matter to layout="grid" only.
+  """
+  spec: HMHSA
+  query_grid: tuple[int, int] | None = None
+  key_grid: tuple[int, int] | None = None
+  prefix: int = 0
+
+  @nn.compact
+  def __call__(self, query_bnfd, key_bmfd, value_bmhd):
+    spec, real = self.spec, query_bnfd.shape[2]
+    hallucinated = value_bmhd.shape[2] - real
+    if spec.site == "logits":
+      return self._attend_mixed(query_bnfd, key_bmfd, value_bmhd, hallucinated)
+    # With u = 0 and v = 0 a further term would never move: its v starts as noise.
+    key_taps, key_gain = self._taps("key", hallucinated, self.key_grid, spread=0.1)
+    query_taps, query_gain = self._taps("query", hallucinated, self.query_grid, spread=0.0)
+    # Cross-correlating the map's key axis is correlating the values with the reversed taps.
+    reversed_taps = jnp.flip(key_taps, range(2, key_taps.ndim))
+
+    def key_filter(value_bmgd):
+      return filter_side(value_bmgd[:, :, :, None], reversed_taps, key_gain, self.key_grid)
+
+    def query_filter(out_bngrd):
+      return filter_side(out_bngrd, query_taps, query_gain, self.query_grid).sum(axis=3)
+
+    return attend_hallucinated(query_bnfd, key_bmfd, value_bmhd, key_filter, query_filter)
+
+  def _taps(self, side: str, hallucinated: int, grid, spread: float):
+    spec = self.spec
+    on_grid = spec.layout == "grid" and grid is not None
+    shape = (hallucinated, spec.rank) + (spec.kernel,) * (2 if on_grid else 1)
+    taps = self.param(f"{side}_taps", terms_init(spread), shape)
+    if not on_grid or not self.prefix:
+      return taps, None
+    return taps, self.param(f"{side}_gain", nn.initializers.ones,
+                            (hallucinated, spec.rank, self.prefix))
+
+  def _attend_mixed(self, query_bnfd, key_bmfd, value_bmhd, hallucinated: int):
+    real = query_bnfd.shape[2]
+
+    def identity_columns(key, shape, dtype=jnp.float32):
+      del key
+      return jnp.eye(real, dtype=dtype)[:, jnp.arange(shape[1]) % real]
+
+    mix = self.param("mix", identity_columns, (real, hallucinated))
+    taps = self.param("taps", delta_init, (hallucinated, self.spec.kernel, self.spec.kernel))
+    scores = attention.scores(query_bnfd, key_bmfd)
+    scores = jnp.concatenate([scores, hallucinate_scores(scores, mix, taps)], axis=1)
+    return attention.weigh(jax.nn.softmax(scores, axis=-1), value_bmhd)
+
+
+def filter_side(x_bnhrd, taps, gain, grid):
+  """`filter_line` or `filter_grid`, as the rank of the taps says."""
+  taps = taps.astype(x_bnhrd.dtype)
+  if taps.ndim == 3:
+    return filter_line(x_bnhrd, taps)
+  if gain is None:
+    gain = jnp.ones((*taps.shape[:2], 0))
+  return filter_grid(x_bnhrd, taps, gain.astype(x_bnhrd.dtype), grid)
+
+
+def from_dense(spec: HMHSA, params, heads: int):
+  """Attention parameters whose hallucinated heads copy the maps of the real ones, by order.
+
+  The first `spec.count_real(heads)` heads keep their queries and keys; every head keeps its values
+  and its rows of the output matrix. The caller adds freshly initialised taps.
+
+  Args:
+    params: {"query", "key", "value", "out": {"kernel", "bias"?}} of a dense attention.
+  """
+  real = spec.count_real(heads)
+  cut = {name: {leaf: array[..., :real, :] for leaf, array in params[name].items()}
+         for name in ("query", "key")}
+  return {**params, **cut}

@@ -1,0 +1,50 @@
+"""Named models: `create_model`, `list_models`."""
+import dataclasses
+import difflib
+import fnmatch
+
+import flax.linen as nn
+
+from vitcompact.models import deit
+from vitcompact.models.variant import Variant
+
+VARIANTS: dict[str, Variant] = {**deit.VARIANTS}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+  """Names of models, by a shell pattern such as "deit_*", in alphabetical order."""
+  return sorted(fnmatch.filter(VARIANTS, pattern))
+
+
+def variant_of(name: str) -> Variant:
+  """The table's row; an unknown name raises ValueError with the closest ones."""
+  if name not in VARIANTS:
+    close = difflib.get_close_matches(name, VARIANTS, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(close)}?" if close else "list_models() lists the known ones"
+    raise ValueError(f"unknown model {name!r}; {hint}")
+  return VARIANTS[name]
+
+
+def create_model(name: str, **fields) -> nn.Module:
+  """A linen Module of the named model, with fields overridden.
+
+  Args:
+    name: as in `list_models()`; timm's name where timm has the model.
+    fields: plan, num_classes (0: features), image_size (int or pair), in_chans, global_pool,
+      drop_path_rate, dtype ("float32", "bfloat16": of the computation; parameters are float32),
+      remat, deploy (the folded form), and sizes (width, depth, heads, mlp_ratio, patch_size, ...).
+  """
+  variant = variant_of(name)
+  known = [field.name for field in dataclasses.fields(variant.kind)
+           if field.name not in ("parent", "name", "variant")]
+  for field in fields:
+    if field not in known:
+      close = difflib.get_close_matches(field, known, n=1)
+      hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}"
+      raise ValueError(f"{name} has no option {field!r}; {hint}")
+  if isinstance(size := fields.get("image_size"), list):
+    fields["image_size"] = tuple(size)
+  model = variant.kind(variant=name, **{**variant.sizes, **fields})
+  model.check()
+  model.parts()   # raises or warns about a plan that does not fit, here rather than at init
+  return model

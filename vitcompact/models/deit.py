@@ -1,0 +1,159 @@
+"""DeiT and the plain ViT: one straight transformer (Touvron et al., arXiv 2012.12877)."""
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from vitcompact import layers
+from vitcompact.block import Attention, Block, make_mlp
+from vitcompact.ffn import cffn
+from vitcompact.heads import hmhsa
+from vitcompact.models.variant import Variant
+from vitcompact.plan import Plan
+from vitcompact.trees import Leaf
+
+EPSILON = 1e-6   # of every LayerNorm
+
+LEAVES = [
+    (r"(cls_token|dist_token|pos_embed)", Leaf((None, None, "embed"))),
+    (r"patch_embed/proj/kernel", Leaf((None, None, None, "embed"), decay=True)),
+    (r"head(_dist)?/kernel", Leaf(("embed", "classes"), decay=True)),
+]
+
+
+class VisionTransformer(nn.Module):
+  """Patches, class token (and distillation token), learned positions, pre-norm blocks, linear head.
+
+  Images (B, H, W, in_chans), normalised float -> logits (B, num_classes) in float32. A distilled
+  model returns (class logits, distillation logits) in training, their mean in inference.
+  num_classes=0 returns the pooled features (B, width). global_pool: "token" (class token), "avg"
+  (mean of the patch tokens, normalised after), "" (no pooling: every token).
+  """
+  variant: str = ""
+  image_size: int | tuple[int, int] = 224
+  patch_size: int = 16
+  in_chans: int = 3
+  num_classes: int = 1000
+  width: int = 384
+  depth: int = 12
+  heads: int = 6
+  mlp_ratio: float = 4.0
+  distilled: bool = False
+  global_pool: str = "token"
+  drop_path_rate: float = 0.1
+  dtype: str = "float32"
+  remat: bool = False
+  plan: Plan = Plan()
+  deploy: bool = False
+
+  @property
+  def grid(self) -> tuple[int, int]:
+    height, width = np.broadcast_to(self.image_size, 2).tolist()
+    return height // self.patch_size, width // self.patch_size
+
+  @property
+  def prefix(self) -> int:
+    return 2 if self.distilled else 1
+
+  @nn.nowrap
+  def check(self):
+    """Raises ValueError, one line, where the fields do not go together."""
+    for side in np.broadcast_to(self.image_size, 2).tolist():
+      if side < self.patch_size or side % self.patch_size:
+        near = max(1, round(side / self.patch_size)) * self.patch_size
+        raise ValueError(f"image_size={self.image_size}: {side} is not a multiple of "
+                         f"patch_size={self.patch_size}; the nearest that is: {near}")
+    if self.width % self.heads:
+      raise ValueError(f"heads={self.heads} does not divide width={self.width}; heads that do: "
+                       f"{[h for h in range(1, 33) if self.width % h == 0]}")
+    if self.global_pool not in ("token", "avg", ""):
+      raise ValueError(f"global_pool={self.global_pool!r}: must be 'token', 'avg' or ''")
+    self.plan.check_depth(self.depth)
+
+  @nn.nowrap
+  def parts(self) -> dict[str, nn.Module]:
+    """{name: block}, the modules that a plan changes or that fold, not bound to a parent."""
+    rates = np.linspace(0, self.drop_path_rate, self.depth).tolist()
+    block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+    parts = {}
+    for i in range(self.depth):
+      plan, name = self.plan.at(i), f"blocks_{i}"
+      attn = Attention(self.width, self.heads, spec=plan.heads, query_grid=self.grid,
+                       key_grid=self.grid, prefix=self.prefix, dtype=self.dtype, parent=None)
+      mlp = make_mlp(plan, width=self.width, hidden=int(self.width * self.mlp_ratio),
+                     deploy=self.deploy, dtype=self.dtype, name=name)
+      parts[name] = block(attn, mlp, drop_path=rates[i], epsilon=EPSILON, dtype=self.dtype,
+                          parent=None)
+    return parts
+
+  @nn.nowrap
+  def leaf_rules(self) -> list[tuple[str, Leaf]]:
+    """[(pattern, Leaf)] for every parameter under any plan; see `trees.first_match`."""
+    return [*LEAVES, *hmhsa.LEAVES, *cffn.LEAVES, *layers.LEAVES]
+
+  def setup(self):
+    self.patch_embed = layers.PatchEmbed(self.width, self.patch_size, dtype=self.dtype)
+    tokens = ["cls_token", "dist_token"][:self.prefix]
+    self.tokens = [self.param(name, layers.weight_init, (1, 1, self.width)) for name in tokens]
+    count = self.prefix + self.grid[0] * self.grid[1]
+    self.pos_embed = self.param("pos_embed", layers.weight_init, (1, count, self.width))
+    for name, part in self.parts().items():
+      setattr(self, name, part)
+    # Mean-pooled features are normalised after pooling, under timm's name for that norm.
+    norm = layers.LayerNorm(epsilon=EPSILON, dtype=self.dtype)
+    if self.global_pool == "avg":
+      self.fc_norm = norm
+    else:
+      self.norm = norm
+    if self.num_classes:
+      self.head = layers.dense(self.num_classes, dtype=self.dtype)
+      if self.distilled:
+        self.head_dist = layers.dense(self.num_classes, dtype=self.dtype)
+
+  def __call__(self, images_bhwc, train: bool = False):
+    expected = (*np.broadcast_to(self.image_size, 2).tolist(), self.in_chans)
+    if images_bhwc.shape[1:] != expected:
+      raise ValueError(f"images of shape {images_bhwc.shape}: this model takes (B, {expected[0]}, "
+                       f"{expected[1]}, {expected[2]}); create it with image_size= and in_chans=")
+    x = self.patch_embed(images_bhwc)
+    x = x.reshape(x.shape[0], -1, self.width)
+    tokens = [jnp.broadcast_to(t.astype(x.dtype), (x.shape[0], 1, self.width)) for t in self.tokens]
+    x = jnp.concatenate([*tokens, x], axis=1) + self.pos_embed.astype(x.dtype)
+    for i in range(self.depth):
+      x = getattr(self, f"blocks_{i}")(x, train)
+    return self._head(x, train)
+
+  def _head(self, x_bnw, train: bool):
+    if self.global_pool == "avg":
+      x = self.fc_norm(x_bnw[:, self.prefix:].mean(axis=1))
+    else:
+      x = self.norm(x_bnw)
+    by_token = self.global_pool == "token"
+    if not self.num_classes:
+      return (x[:, :self.prefix].mean(axis=1) if by_token else x).astype(jnp.float32)
+    if not self.distilled:
+      return self.head(x[:, 0] if by_token else x).astype(jnp.float32)
+    x_class, x_dist = (x[:, 0], x[:, 1]) if by_token else (x, x)
+    logits = self.head(x_class).astype(jnp.float32), self.head_dist(x_dist).astype(jnp.float32)
+    return logits if train else (logits[0] + logits[1]) / 2
+
+
+_WIDTHS = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),
+           "large": (1024, 24, 16)}
+
+
+def _sizes(size: str, **fields):
+  width, depth, heads = _WIDTHS[size]
+  return {"width": width, "depth": depth, "heads": heads, **fields}
+
+
+VARIANTS = {
+    **{f"deit_{size}{'_distilled' * distilled}_patch16_224":
+       Variant(VisionTransformer, _sizes(size, distilled=distilled))
+       for distilled in (False, True) for size in ("tiny", "small", "base")},
+    **{f"deit_base{'_distilled' * distilled}_patch16_384":
+       Variant(VisionTransformer, _sizes("base", distilled=distilled, image_size=384), crop=1.0)
+       for distilled in (False, True)},
+    **{f"vit_{size}_patch16_224":
+       Variant(VisionTransformer, _sizes(size), mean=(0.5,) * 3, std=(0.5,) * 3)
+       for size in ("tiny", "small", "base", "large")},
+}

@@ -1,0 +1,18 @@
+"""What a named model is: its class, its sizes, and how its images are prepared."""
+from typing import Any, NamedTuple
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Variant(NamedTuple):
+  """A row of a table of models.
+
+  kind: the linen Module; sizes: its fields; mean, std: of RGB in [0, 1]; crop: share of the resized
+  image that the evaluation's central crop keeps.
+  """
+  kind: type
+  sizes: dict[str, Any]
+  mean: tuple[float, float, float] = IMAGENET_MEAN
+  std: tuple[float, float, float] = IMAGENET_STD
+  crop: float = 0.9
+  interpolation: str = "bicubic"

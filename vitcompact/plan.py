@@ -1,0 +1,140 @@
+"""Plan: which method each axis of a block uses, for all blocks or block by block."""
+import dataclasses
+import difflib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from flax.core import FrozenDict
+
+from vitcompact.ffn.cffn import CFFN
+from vitcompact.heads.hmhsa import HMHSA
+
+# axis -> {name in JSON: the method's spec}
+METHODS = {"heads": {"hmhsa": HMHSA}, "ffn": {"cffn": CFFN}}
+
+
+class BlockPlan(NamedTuple):
+  """The methods of one block; None is dense."""
+  heads: HMHSA | None = None
+  ffn: CFFN | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A method for each axis; `Plan()` is the dense model.
+
+  heads, ffn: the default of every block; None is dense.
+  blocks: {block: {axis: method or None}}, overrides; an axis that is absent has the default.
+    Blocks are numbered 0..depth-1 over all stages in order.
+
+  >>> Plan(heads=HMHSA(), ffn=CFFN(rank_ratio=0.5), blocks={0: {"heads": None}})
+  """
+  heads: HMHSA | None = None
+  ffn: CFFN | None = None
+  blocks: Mapping[int, Mapping[str, Any]] = FrozenDict()
+
+  def __post_init__(self):
+    _check_axes({"heads": self.heads, "ffn": self.ffn}, "Plan")
+    if not isinstance(self.blocks, Mapping):
+      raise ValueError(f"Plan(blocks={self.blocks!r}): must be a dict such as "
+                       "{7: {'heads': None}}")
+    blocks = {}
+    for block, axes in self.blocks.items():
+      if not isinstance(block, int) or isinstance(block, bool) or block < 0:
+        raise ValueError(f"Plan(blocks={{{block!r}: ...}}): blocks are numbered 0, 1, 2, ...")
+      if not isinstance(axes, Mapping):
+        raise ValueError(f"Plan(blocks={{{block}: {axes!r}}}): must be a dict of axes, such as "
+                         "{'heads': None}")
+      _check_axes(axes, f"Plan, block {block}")
+      blocks[block] = FrozenDict(axes)
+    object.__setattr__(self, "blocks", FrozenDict(sorted(blocks.items())))
+
+  def at(self, block: int) -> BlockPlan:
+    """The methods of one block."""
+    return BlockPlan(**{"heads": self.heads, "ffn": self.ffn, **self.blocks.get(block, {})})
+
+  def check_depth(self, depth: int):
+    """Raises ValueError when an override names a block that a model of this depth lacks."""
+    missing = [block for block in self.blocks if block >= depth]
+    if missing:
+      raise ValueError(f"the plan names block {missing[0]}, but the model has blocks 0 to "
+                       f"{depth - 1}")
+
+  def to_json(self) -> str:
+    blocks = {str(block): {axis: _to_dict(spec) for axis, spec in axes.items()}
+              for block, axes in self.blocks.items()}
+    out = {"heads": _to_dict(self.heads), "ffn": _to_dict(self.ffn), "blocks": blocks}
+    return json.dumps({key: value for key, value in out.items() if value})
+
+  @classmethod
+  def from_json(cls, text: str) -> "Plan":
+    """Inverse of `to_json`: {"heads": {"method": "hmhsa", ...}, "blocks": {"7": {...}}}."""
+    try:
+      tree = json.loads(text)
+    except json.JSONDecodeError as error:
+      raise ValueError(f"a plan must be JSON: {error}; got {text[:60]!r}") from None
+    if not isinstance(tree, dict):
+      raise ValueError(f"a plan must be a JSON object, got {text[:60]!r}")
+    _check_names(tree, {*METHODS, "blocks"}, "plan")
+    blocks = tree.pop("blocks", {})
+    if not isinstance(blocks, dict) or not all(isinstance(axes, dict) for axes in blocks.values()):
+      raise ValueError(f'plan, blocks={blocks!r}: must be an object such as '
+                       '{"7": {"heads": null}}')
+    for block, axes in blocks.items():
+      if not block.isdecimal():
+        raise ValueError(f"plan, blocks: {block!r} is not a block number; blocks are 0, 1, 2, ...")
+      _check_names(axes, METHODS, f"plan, block {block}")
+    return cls(**{axis: _from_dict(axis, spec) for axis, spec in tree.items()},
+               blocks={int(block): {axis: _from_dict(axis, spec) for axis, spec in axes.items()}
+                       for block, axes in blocks.items()})
+
+  @classmethod
+  def parse(cls, text: str) -> "Plan":
+    """A plan from a config's string: "" is dense; a path that ends in .json; or JSON itself."""
+    if not text.strip():
+      return cls()
+    if text.endswith(".json"):
+      path = pathlib.Path(text)
+      if not path.is_file():
+        raise ValueError(f"plan={text!r}: no such file; give a path to a JSON plan, or JSON itself")
+      text = path.read_text()
+    return cls.from_json(text)
+
+
+def _check_axes(axes: Mapping, where: str):
+  _check_names(axes, METHODS, where)
+  for axis, spec in axes.items():
+    if spec is not None and not isinstance(spec, tuple(METHODS[axis].values())):
+      known = ", ".join(kind.__name__ for kind in METHODS[axis].values())
+      raise ValueError(f"{where}: {axis}={spec!r} is not a method of this axis; use {known}(...) "
+                       "or None")
+
+
+def _check_names(got, known, where: str):
+  for name in got:
+    if name not in known:
+      close = difflib.get_close_matches(str(name), known, n=1)
+      hint = f"did you mean {close[0]!r}?" if close else f"use one of {sorted(known)}"
+      raise ValueError(f"{where}: unknown name {name!r}; {hint}")
+
+
+def _to_dict(spec):
+  if spec is None:
+    return None
+  return {"method": type(spec).__name__.lower(), **dataclasses.asdict(spec)}
+
+
+def _from_dict(axis: str, spec):
+  if spec is None:
+    return None
+  methods = METHODS[axis]
+  if not isinstance(spec, dict) or "method" not in spec:
+    raise ValueError(f'plan, {axis}={spec!r}: must be null or an object such as '
+                     f'{{"method": "{next(iter(methods))}"}}')
+  _check_names([spec["method"]], methods, f"plan, {axis}, method")
+  kind = methods[spec["method"]]
+  fields = {key: value for key, value in spec.items() if key != "method"}
+  _check_names(fields, [field.name for field in dataclasses.fields(kind)], f"plan, {axis}")
+  return kind(**fields)
