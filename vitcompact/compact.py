@@ -1,0 +1,80 @@
+"""compact: carry a trained dense model's weights over to a smaller plan."""
+import warnings
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vitcompact.ffn.cffn import CompactDense
+from vitcompact.plan import Plan
+
+
+def compact(model: nn.Module, variables, plan: Plan, images=None):
+  """Returns (small model, its variables): `model` under `plan`, with weights that come closest.
+
+  Hallucinated heads copy the maps of the real ones, by order; factorised layers are truncated
+  singular value decompositions. Layers that the plan leaves alone keep their names and bits.
+
+  Args:
+    model: a dense model (its plan has no method); variables: {"params", "batch_stats"?}.
+    images: (B, H, W, C), normalised: a calibration batch. With it, factorisations minimise the
+      error on the activations it causes, and batch norms start at the statistics they will see.
+  Raises:
+    ValueError: the model is not dense, or is already folded.
+  """
+  if model.plan != Plan() or model.deploy:
+    raise ValueError("compact starts from a dense, unfolded model; this one has "
+                     f"plan={model.plan.to_json()}, deploy={model.deploy}")
+  small = model.clone(plan=plan)
+  small.check()
+  params, stats = dict(variables["params"]), dict(variables.get("batch_stats", {}))
+  new_parts = small.parts()
+  moments = {} if images is None else input_moments(model, variables, images)
+  if images is None and any(has_batch_norm(part) for part in new_parts.values()):
+    warnings.warn("compact without calibration images: inference is right, but batch norms start "
+                  "without statistics, so training differs at first; pass images=", stacklevel=2)
+  for name, part in new_parts.items():
+    params[name], part_stats = part.from_dense(params[name], stats.get(name, {}),
+                                               moments.get(name, {}))
+    stats = {**stats, name: part_stats} if part_stats else stats
+  return small, {"params": params, **({"batch_stats": stats} if stats else {})}
+
+
+def has_batch_norm(part: nn.Module) -> bool:
+  """Whether a block has factorised layers whose branches carry batch norms."""
+  return any(isinstance(layer, CompactDense) and layer.rep == "bn" and not layer.deploy
+             for layer in (part.mlp.fc1, part.mlp.fc2))
+
+
+def input_moments(model: nn.Module, variables, images):
+  """Mean and second moment of the inputs of every FFN layer, over tokens and images.
+
+  Returns:
+    A tree that mirrors the parameters: {"blocks_0": {"mlp": {"fc2": {"mean": (m,), "second":
+    (m, m)}}}}.
+  """
+  def record(variables, images):
+    seen = {}
+
+    def watch(next_fun, args, kwargs, context):
+      module = context.module
+      if context.method_name == "__call__" and module.name in ("fc1", "fc2"):
+        x = args[0].reshape(-1, args[0].shape[-1]).astype(jnp.float32)
+        second = jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST) / x.shape[0]
+        seen[module.path] = {"mean": x.mean(axis=0), "second": second}
+      return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(watch):
+      model.apply(variables, images)
+    return seen
+
+  # A path's tuple is no sortable key of a pytree beside others of another length: join it.
+  flat = jax.jit(lambda v, x: {"/".join(k): m for k, m in record(v, x).items()})(variables, images)
+  tree = {}
+  for path, value in flat.items():
+    node = tree
+    *parents, last = path.split("/")
+    for key in parents:
+      node = node.setdefault(key, {})
+    node[last] = value
+  return tree

@@ -1,0 +1,106 @@
+"""count: parameters, and multiply-accumulates read off the traced inference program."""
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitcompact import attention, trees
+from vitcompact.heads import hmhsa
+
+
+class Macs(NamedTuple):
+  total: int = 0
+  attention: int = 0   # score and value products
+
+  def __add__(self, other):
+    return Macs(self.total + other.total, self.attention + other.attention)
+
+  def times(self, n: int):
+    return Macs(self.total * n, self.attention * n)
+
+
+class Count(NamedTuple):
+  """Of one image. Multiply-accumulates of matrix products and convolutions, and one for each tap of
+  a token filter; `macs` are executed by the traced program, `ideal_macs` are what the method needs
+  (its folded form). `attention_macs` are the score and value products among them."""
+  params: int
+  macs: int
+  ideal_macs: int
+  attention_macs: int
+  ideal_attention_macs: int
+
+
+def count(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> Count:
+  """Counts a model without running it; `image_size` defaults to the model's own."""
+  if image_size is not None and _pair(image_size) != _pair(model.image_size):
+    model = model.clone(image_size=image_size)
+    model.check()
+  params, macs = _trace(model)
+  ideal = macs if model.deploy else _trace(model.clone(deploy=True))[1]
+  return Count(params, macs.total, ideal.total, macs.attention, ideal.attention)
+
+
+def _pair(size) -> tuple[int, int]:
+  return tuple(np.broadcast_to(size, 2).tolist())
+
+
+def _trace(model) -> tuple[int, Macs]:
+  images = jax.ShapeDtypeStruct((1, *_pair(model.image_size), model.in_chans), jnp.float32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  return trees.size(variables["params"]), macs_of(model.apply, variables, images)
+
+
+def macs_of(fn, *args) -> Macs:
+  """Multiply-accumulates of one call; arguments may be ShapeDtypeStructs."""
+  return _walk(jax.make_jaxpr(fn)(*args).jaxpr, scope="")
+
+
+def _walk(jaxpr, scope: str) -> Macs:
+  total = Macs()
+  for eqn in jaxpr.eqns:
+    # The name stack of an equation inside scan or jit is relative to that of its caller.
+    here = f"{scope}/{eqn.source_info.name_stack}"
+    total += _products(eqn, here) + _inner(eqn, here)
+  return total
+
+
+def _products(eqn, scope: str) -> Macs:
+  name = eqn.primitive.name
+  if name == "dot_general":
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    n = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+  elif name == "conv_general_dilated":
+    # A kernel's entries, its output channels aside, are what one output element takes.
+    kernel = eqn.invars[1].aval.shape
+    n = math.prod(kernel) // kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+  elif name == "mul" and hmhsa.SCOPE in scope:
+    n = 1
+  else:
+    return Macs()
+  macs = n * math.prod(eqn.outvars[0].aval.shape)
+  return Macs(macs, macs if attention.SCOPE in scope else 0)
+
+
+def _inner(eqn, scope: str) -> Macs:
+  name = eqn.primitive.name
+  if name == "while":
+    if (macs := _sum(eqn.params["body_jaxpr"], scope)).total:
+      raise ValueError(f"the program has products in a while loop of unknown length ({macs.total} "
+                       "a turn); write it as a scan to count it")
+    return Macs()
+  if name == "cond":
+    return max((_sum(branch, scope) for branch in eqn.params["branches"]), default=Macs())
+  times = 1
+  if name == "scan":
+    times = eqn.params["length"]
+  elif name == "pallas_call":
+    times = math.prod(eqn.params["grid_mapping"].grid)
+  jaxprs = [eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params]
+  return sum((_sum(jaxpr, scope).times(times) for jaxpr in jaxprs[:1]), Macs())
+
+
+def _sum(jaxpr, scope: str) -> Macs:
+  return _walk(getattr(jaxpr, "jaxpr", jaxpr), scope)

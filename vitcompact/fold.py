@@ -1,0 +1,17 @@
+"""fold: the deployed form of a model, with nothing left that only training needs."""
+import flax.linen as nn
+
+
+def fold(model: nn.Module, variables):
+  """Returns (deployed model, its variables): the same function, re-parameterised.
+
+  Branches, their norms and skips become one factor pair. Pure in the variables (it can be traced),
+  idempotent, never timed. Give it the EMA of parameters and of batch statistics where these are
+  what is evaluated.
+  """
+  params, stats = dict(variables["params"]), dict(variables.get("batch_stats", {}))
+  if not model.deploy:
+    for name, part in model.parts().items():
+      params[name], stats[name] = part.fold(params[name], stats.get(name, {}))
+  stats = {name: leaf for name, leaf in stats.items() if leaf}
+  return model.clone(deploy=True), {"params": params, **({"batch_stats": stats} if stats else {})}

@@ -1,0 +1,63 @@
+"""verify: two models compute the same function, shown on images."""
+import dataclasses
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+  """How far two models' outputs are apart.
+
+  max_abs: largest absolute difference of logits; max_rel: that over the largest absolute logit;
+  top1_agreement: share of images with the same first class; images: how many were compared;
+  first_difference: name of the first block whose outputs differ by more than `tolerance` of their
+  largest value, or None.
+  """
+  max_abs: float
+  max_rel: float
+  top1_agreement: float
+  images: int
+  tolerance: float
+  first_difference: str | None
+
+  @property
+  def ok(self) -> bool:
+    """Whether the logits agree to the tolerance (false for NaN)."""
+    return self.max_rel <= self.tolerance
+
+
+def verify(model: nn.Module, variables, deploy: nn.Module, deploy_variables, images, *,
+           tolerance: float = 1e-5) -> Proof:
+  """Compares two models on normalised images (B, H, W, C), block by block and at the logits."""
+  wanted, wanted_blocks = _run(model, variables, images)
+  got, got_blocks = _run(deploy, deploy_variables, images)
+  max_abs, max_rel = _apart(got, wanted)
+  # Not `> tolerance`, which is false for NaN.
+  first = next((name for name in wanted_blocks if name in got_blocks
+                and not _apart(got_blocks[name], wanted_blocks[name])[1] <= tolerance), None)
+  return Proof(max_abs, max_rel, float(np.mean(got.argmax(-1) == wanted.argmax(-1))),
+               len(images), tolerance, first)
+
+
+def _run(model, variables, images):
+  """Logits, and {block: its output}."""
+  names = tuple(model.parts())
+
+  @jax.jit
+  def run(variables, images):
+    logits, state = model.apply(variables, images, mutable=["intermediates"],
+                                capture_intermediates=lambda m, _: m.path[-1:] and
+                                len(m.path) == 1 and m.name in names)
+    blocks = state["intermediates"]
+    return logits, [blocks[name]["__call__"][0] for name in names]
+
+  logits, outputs = run(variables, images)
+  return np.asarray(logits), dict(zip(names, map(np.asarray, outputs), strict=True))
+
+
+def _apart(got, wanted) -> tuple[float, float]:
+  got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
+  max_abs = float(np.max(np.abs(got - wanted)))
+  return max_abs, max_abs / max(float(np.max(np.abs(wanted))), np.finfo(np.float32).tiny)
