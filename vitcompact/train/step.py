@@ -69,12 +69,14 @@ def state_shardings(shapes: TrainState, rules, optimizer, mesh) -> TrainState:
 def make_augment(data, mean, std, num_classes: int, accumulate: int):
   """A function (key, uint8 images, labels) -> (float images, targets) of one microbatch.
 
-  data: the config's section. The order is the published one: each of two mixed images was erased before they were mixed.
+  data: the config's section. The order is the published one: each of two mixed images was erased
+  before they were mixed.
   """
   def augment(key, images, labels):
     erase_key, mix_key = jax.random.split(key)
     images = device_batch.normalise(images, mean, std)
-    images = device_batch.erase(erase_key, images, data.erase)
+    if data.erase:
+      images = device_batch.erase(erase_key, images, data.erase)
     targets = device_batch.one_hot_smooth(labels, num_classes, data.smoothing)
     return device_batch.mix(mix_key, images, targets, mixup_alpha=data.mixup,
                             cutmix_alpha=data.cutmix, groups=max(1, data.mix_groups // accumulate))

@@ -1,0 +1,60 @@
+"""Trains or evaluates what a config describes.
+
+  python main.py --config=configs/digits.py --workdir=runs/digits
+  python main.py --config=configs/digits.py --workdir=runs/digits --mode=eval
+
+The same command again goes on from the newest checkpoint. Any value of the config can be given on
+the command line: --config.total_steps=40 --config.plan=plan.json
+"""
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/")
+WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; made when missing")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "what to do")
+
+# What a user can cause. Others are mistakes of ours, and show where they happened.
+USER_ERRORS = (ValueError, OSError, FloatingPointError, flags.Error)
+
+
+def fail(error: Exception):
+  """One line and exit code 2; with --verbosity=1 the whole traceback."""
+  if logging.get_verbosity() >= logging.DEBUG or "--verbosity=1" in sys.argv:
+    raise error
+  print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+  sys.exit(2)
+
+
+def parse(argv):
+  """absl's own parser, with errors in our form."""
+  try:
+    rest = flags.FLAGS(argv)
+    if len(rest) > 1:
+      raise ValueError(f"unexpected arguments {rest[1:]}; options are --config, --workdir, --mode")
+    for flag in (CONFIG, WORKDIR):
+      if not flag.present:
+        raise ValueError(f"--{flag.name} is missing, as in: python main.py "
+                         "--config=configs/digits.py --workdir=runs/digits")
+    return rest
+  except AttributeError as error:  # ml_collections: an unknown key; its text names a close one
+    fail(ValueError("--config: no key " + str(error).strip("\"'").replace("\\n", ". ")))
+  except USER_ERRORS as error:
+    fail(error)
+
+
+def main(_):
+  from vitcompact.train import loop  # after the flags: an error there needs no JAX
+
+  try:
+    if MODE.value == "eval":
+      loop.evaluate(CONFIG.value, WORKDIR.value)
+    else:
+      loop.train(CONFIG.value, WORKDIR.value)
+  except USER_ERRORS as error:
+    fail(error)
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=parse)
