@@ -70,18 +70,15 @@ def _draw_keep(key, height, width, mixup_alpha, cutmix_alpha, switch_prob):
   Constant for mixup, 0 in the box and 1 around it for cutmix. The mean is the weight of the
   image's own target: cutmix's lam after its box was clipped.
   """
-  switch_key, mixup_key, cutmix_key, y_key, x_key = jax.random.split(key, 5)
-  if not mixup_alpha:
-    switch_prob = 1.0
-  elif not cutmix_alpha:
-    switch_prob = 0.0
-  # An alpha of 0 is never drawn from, but both branches are traced: any positive value will do.
-  lam = jax.random.beta(mixup_key, mixup_alpha or 1.0, mixup_alpha or 1.0)
-  cut_lam = jax.random.beta(cutmix_key, cutmix_alpha or 1.0, cutmix_alpha or 1.0)
-  box = cut_box(cut_lam, jax.random.randint(y_key, (), 0, height),
+  switch_key, lam_key, y_key, x_key = jax.random.split(key, 4)
+  if not mixup_alpha or not cutmix_alpha:
+    switch_prob = float(not mixup_alpha)
+  cuts = jax.random.bernoulli(switch_key, switch_prob)
+  alpha = jnp.where(cuts, cutmix_alpha, mixup_alpha)
+  lam = jax.random.beta(lam_key, alpha, alpha)
+  box = cut_box(lam, jax.random.randint(y_key, (), 0, height),
                 jax.random.randint(x_key, (), 0, width), height, width)
-  outside = 1.0 - box_mask(*box, height, width).astype(jnp.float32)
-  return jnp.where(jax.random.bernoulli(switch_key, switch_prob), outside, lam)
+  return jnp.where(cuts, ~box_mask(*box, height, width), lam)
 
 
 def mix(key, images, targets, *, mixup_alpha: float, cutmix_alpha: float,

@@ -31,6 +31,7 @@ from PIL import Image
 from vitcompact.data import augment as aug
 from vitcompact.data.digits import Digits, split_indices
 from vitcompact.data.folder import Folder, list_classes, list_files
+from vitcompact.data.randaugment import randaugment
 
 SPLITS = ("train", "val", "test")
 KNOWN = ("digits", "folder:PATH")
@@ -99,7 +100,9 @@ def train_transform(example: dict, rng: np.random.Generator, *, augment: str,
     image = aug.flip(aug.resized_crop(image, aug.crop_box(*image.size, rng), image_size), rng)
   elif image.size != image_size[::-1]:
     image = aug.evaluation(image, image_size, 1.0, "bicubic")
-  if augment == "digits":
+  if augment == "randaugment":
+    image = randaugment(image, rng)
+  elif augment == "digits":
     image = aug.small_affine(image, rng)
   return {"image": np.asarray(image), "label": np.int32(example["label"])}
 
