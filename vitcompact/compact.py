@@ -5,7 +5,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitcompact.ffn.cffn import CompactDense
+from vitcompact import trees
 from vitcompact.plan import Plan
 
 
@@ -30,20 +30,16 @@ def compact(model: nn.Module, variables, plan: Plan, images=None):
   params, stats = dict(variables["params"]), dict(variables.get("batch_stats", {}))
   new_parts = small.parts()
   moments = {} if images is None else input_moments(model, variables, images)
-  if images is None and any(has_batch_norm(part) for part in new_parts.values()):
-    warnings.warn("compact without calibration images: inference is right, but batch norms start "
-                  "without statistics, so training differs at first; pass images=", stacklevel=2)
+  old_stats = trees.named_leaves(stats)
   for name, part in new_parts.items():
-    params[name], part_stats = part.from_dense(params[name], stats.get(name, {}),
-                                               moments.get(name, {}))
-    stats = {**stats, name: part_stats} if part_stats else stats
+    params[name], stats[name] = part.from_dense(params[name], stats.get(name, {}),
+                                                moments.get(name, {}))
+  stats = {name: leaf for name, leaf in stats.items() if leaf}
+  if images is None and trees.named_leaves(stats).keys() - old_stats.keys():
+    warnings.warn("compact without calibration images: inference is right, but new batch norms "
+                  "start without statistics, so training differs at first; pass images=",
+                  stacklevel=2)
   return small, {"params": params, **({"batch_stats": stats} if stats else {})}
-
-
-def has_batch_norm(part: nn.Module) -> bool:
-  """Whether a block has factorised layers whose branches carry batch norms."""
-  return any(isinstance(layer, CompactDense) and layer.rep == "bn" and not layer.deploy
-             for layer in (part.mlp.fc1, part.mlp.fc2))
 
 
 def input_moments(model: nn.Module, variables, images):
