@@ -1,0 +1,227 @@
+"""Batches are the same whenever asked again, and an epoch is every image once."""
+import collections
+import json
+
+import ml_collections
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitcompact.data import pipeline
+from vitcompact.data.digits import split_indices
+from vitcompact.data.folder import split_folder
+
+
+def config(**changes):
+  return ml_collections.ConfigDict({"name": "digits", "augment": "none", "workers": 0} | changes)
+
+
+def batches(data, batch_size=100, image_size=8, seed=0, **processes):
+  return pipeline.train_batches(data, image_size=image_size, batch_size=batch_size, seed=seed,
+                                **processes)
+
+
+def take(iterator, n):
+  return [next(iterator) for _ in range(n)]
+
+
+def contents(batches):
+  """Each image as (bytes, label), in order."""
+  return [(image.tobytes(), int(label)) for batch in batches
+          for image, label in zip(batch["image"], batch["label"], strict=True)]
+
+
+def of_split(split):
+  images = pipeline.source("digits", split, image_size=8)
+  return [(images[i]["image"].tobytes(), images[i]["label"]) for i in range(len(images))]
+
+
+def assert_same(got, wanted):
+  for a, b in zip(got, wanted, strict=True):
+    np.testing.assert_array_equal(a["image"], b["image"])
+    np.testing.assert_array_equal(a["label"], b["label"])
+
+
+def test_splits_are_disjoint_cover_the_data_and_have_equal_shares_of_each_class():
+  sizes = {split: pipeline.num_examples("digits", split) for split in pipeline.SPLITS}
+  assert sizes == {"train": 1257, "val": 180, "test": 360}
+  together = np.concatenate([split_indices(split) for split in pipeline.SPLITS])
+  assert sorted(together.tolist()) == list(range(1797))
+  total = np.bincount([label for split in pipeline.SPLITS for _, label in of_split(split)])
+  for split in pipeline.SPLITS:
+    counts = np.bincount([label for _, label in of_split(split)], minlength=10)
+    assert np.abs(counts - total * sizes[split] / 1797).max() < 1.5
+  train = set(of_split("train"))
+  assert not train & set(of_split("val")) and not train & set(of_split("test"))
+
+
+def test_each_epoch_sees_every_training_image_once_in_another_order():
+  stream = contents(take(batches(config()), 26))
+  epochs = stream[:1257], stream[1257:2514]
+  assert collections.Counter(epochs[0]) == collections.Counter(of_split("train"))
+  assert collections.Counter(epochs[1]) == collections.Counter(of_split("train"))
+  assert epochs[0] != epochs[1]
+  assert contents(take(batches(config(), seed=1), 1)) != stream[:100]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resuming_in_mid_epoch_equals_the_uninterrupted_run(workers):
+  """Through JSON, as a checkpoint stores it, and over the end of an epoch."""
+  data = config(augment="digits", workers=workers)
+  straight = batches(data)
+  whole = take(straight, 16)
+  interrupted = batches(data)
+  take(interrupted, 9)
+  state = json.dumps(interrupted.get_state())
+  resumed = batches(data)
+  resumed.set_state(json.loads(state))
+  assert_same(take(resumed, 7), whole[9:])
+  if workers:  # and worker processes change nothing
+    assert_same(take(batches(config(augment="digits")), 16), whole)
+  for iterator in (straight, interrupted, resumed):
+    iterator.close()
+
+
+def test_two_processes_read_the_batches_of_one_augmentation_included():
+  data = config(augment="digits")
+  one = take(batches(data), 14)  # 1,257 is odd: the epoch ends between the two processes
+  two = [take(batches(data, process_index=i, process_count=2), 14) for i in (0, 1)]
+  assert two[0][0]["image"].shape == (50, 8, 8, 3)
+  for whole, first, second in zip(one, *two, strict=True):
+    assert (collections.Counter(contents([whole])) ==
+            collections.Counter(contents([first, second])))
+
+
+def test_augmentation_differs_from_epoch_to_epoch():
+  plain, augmented = ([sorted(contents(take(batches(config(augment=a)), 26))[s])
+                       for s in (slice(1257), slice(1257, 2514))] for a in ("none", "digits"))
+  assert plain[0] == plain[1]
+  assert len(set(augmented[0]) & set(augmented[1])) < 10
+
+
+@pytest.mark.parametrize("process_count", [1, 2])
+def test_evaluation_counts_each_image_once_and_masks_the_padding(process_count):
+  streams = [list(pipeline.eval_batches(
+      config(), "val", image_size=8, batch_size=100, crop=0.875, interpolation="bicubic",
+      process_index=i, process_count=process_count)) for i in range(process_count)]
+  assert [len(s) for s in streams] == [2] * process_count
+  b = 100 // process_count
+  real = []
+  for batch in (batch for stream in streams for batch in stream):
+    assert batch["image"].shape == (b, 8, 8, 3) and batch["mask"].shape == (b,)
+    assert (batch["image"].dtype, batch["label"].dtype, batch["mask"].dtype) == (
+        np.uint8, np.int32, np.float32)
+    kept = batch["mask"] == 1
+    real += contents([{"image": batch["image"][kept], "label": batch["label"][kept]}])
+    assert not batch["image"][~kept].any() and not batch["mask"][~kept].any()
+  assert collections.Counter(real) == collections.Counter(of_split("val"))
+
+
+def test_a_rectangle_is_height_by_width():
+  batch = next(batches(config(), batch_size=2, image_size=(12, 20)))
+  assert batch["image"].shape == (2, 12, 20, 3)
+  assert pipeline.source("digits", "val", image_size=(12, 20))[0]["image"].shape == (12, 20, 3)
+
+
+# Folders.
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """Two classes told apart by colour; 3 and 2 training images, 1 and 1 val, of odd sizes."""
+  root = tmp_path_factory.mktemp("images")
+  rng = np.random.default_rng(0)
+  for split, counts in (("train", {"cat": 3, "dog": 2}), ("val", {"cat": 1, "dog": 1})):
+    for name, count in counts.items():
+      (root / split / name).mkdir(parents=True)
+      for i in range(count):
+        pixels = rng.integers(0, 60, (30 + i, 40, 3), dtype=np.uint8)
+        pixels[..., {"cat": 0, "dog": 1}[name]] += 190
+        Image.fromarray(pixels).save(root / split / name / f"{i}.{'jpg' if i else 'png'}")
+  return root
+
+
+def test_a_folder_is_read_with_its_labels(folder):
+  name = f"folder:{folder}"
+  assert pipeline.num_classes(name) == 2
+  assert pipeline.num_examples(name, "train") == 5 and pipeline.num_examples(name, "val") == 2
+  train = pipeline.source(name, "train", image_size=16)
+  assert train.class_names == ("cat", "dog") and train[1]["image"].shape == (31, 40, 3)
+  for augment in ("none", "flip_crop"):
+    batch = next(batches(config(name=name, augment=augment), batch_size=5, image_size=16))
+    assert batch["image"].shape == (5, 16, 16, 3)
+    assert sorted(batch["label"]) == [0, 0, 0, 1, 1]
+    strongest = batch["image"].mean((1, 2)).argmax(1)
+    np.testing.assert_array_equal(strongest, batch["label"])
+  drawn = take(batches(config(name=name, augment="randaugment"), batch_size=5, image_size=16), 4)
+  assert len(set(contents(drawn))) > 15
+  (batch,) = pipeline.eval_batches(config(name=name), "val", image_size=16, batch_size=4,
+                                   crop=0.9, interpolation="bicubic")
+  assert batch["mask"].tolist() == [1, 1, 0, 0] and batch["label"].tolist() == [0, 1, 0, 0]
+
+
+def test_the_crop_of_evaluation_applies_to_folders_and_not_to_generated_images(folder):
+  def first(name, crop):
+    return next(pipeline.eval_batches(config(name=name), "val", image_size=16, batch_size=1,
+                                      crop=crop, interpolation="bicubic"))["image"]
+  assert not np.array_equal(first(f"folder:{folder}", 0.5), first(f"folder:{folder}", 1.0))
+  np.testing.assert_array_equal(first("digits", 0.5), first("digits", 1.0))
+
+
+def test_the_only_other_split_serves_as_test_and_says_so(folder, caplog):
+  assert split_folder(str(folder), "test") == folder / "val"
+  assert "serves as both val and test" in caplog.text
+  assert pipeline.num_examples(f"folder:{folder}", "test") == 2
+
+
+@pytest.mark.parametrize(("kind", "write"), [
+    ("truncated", lambda whole: whole[:len(whole) // 2]), ("empty", lambda whole: b""),
+    ("text", lambda whole: b"not an image")])
+def test_a_bad_image_stops_the_run_and_is_named(tmp_path, kind, write):
+  good = tmp_path / "train" / "cat" / "0.jpg"
+  good.parent.mkdir(parents=True)
+  (tmp_path / "val").mkdir()
+  rng = np.random.default_rng(0)
+  Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(good)
+  (good.parent / "1.jpg").write_bytes(write(good.read_bytes()))
+  data = config(name=f"folder:{tmp_path}")
+  with pytest.raises(ValueError, match=r"cannot read image 1, .*/train/cat/1\.jpg: .*delete it"):
+    take(batches(data, batch_size=2), 1)
+
+
+# Mistakes in a config.
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"name": "digit"}, r"data\.name='digit' is not one of digits"),
+    ({"name": "folder"}, r"data\.name='folder' needs a path"),
+    ({"name": "folder:/nowhere"}, r"no folder /nowhere/train"),
+    ({"augment": "randaug"}, r"data\.augment='randaug' is not one of randaugment"),
+    ({"augment": "flip_crop"}, r"'flip_crop' would change what digits mean; use one of none"),
+])
+def test_a_mistake_in_the_config_is_named_with_the_way_out(changes, message):
+  with pytest.raises(ValueError, match=message):
+    batches(config(**changes))
+
+
+def test_sizes_that_cannot_be_are_refused():
+  with pytest.raises(ValueError, match="batch_size=2000 is more than the 1257 training images"):
+    batches(config(), batch_size=2000)
+  with pytest.raises(ValueError, match="batch_size=100 must be divisible by process_count=3"):
+    batches(config(), process_count=3)
+  with pytest.raises(ValueError, match="split='valid' is not one of val"):
+    pipeline.source("digits", "valid", image_size=8)
+
+
+def test_folders_without_what_they_need_are_named(tmp_path):
+  (tmp_path / "train").mkdir()
+  name = f"folder:{tmp_path}"
+  with pytest.raises(ValueError, match=r"train holds no class folders"):
+    pipeline.num_classes(name)
+  (tmp_path / "train" / "cat").mkdir()
+  with pytest.raises(ValueError, match=r"train/cat holds no images"):
+    pipeline.num_examples(name, "train")
+  Image.new("RGB", (8, 8)).save(tmp_path / "train" / "cat" / "0.png")
+  with pytest.raises(ValueError, match=r"no folder .*/val, nor .*/test"):
+    pipeline.num_examples(name, "val")
+  (tmp_path / "val" / "fish").mkdir(parents=True)
+  with pytest.raises(ValueError, match=r"val/fish is a class that .*/train does not have"):
+    pipeline.num_examples(name, "val")
