@@ -60,7 +60,9 @@ class HMHSA:
                        "logits site has one full filter over the map; use layout='map', rank=1")
 
   def count_real(self, heads: int) -> int:
-    """Number of computed maps among `heads`."""
+    """Number of computed maps among `heads`; a single head has no other to copy and stays real."""
+    if heads == 1:
+      return 1
     if self.real_heads == "half":
       return (heads + 1) // 2
     if self.real_heads > heads:

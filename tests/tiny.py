@@ -1,0 +1,36 @@
+"""Small models and random trees that many tests share."""
+import jax
+import jax.numpy as jnp
+
+import vitcompact as vc
+
+SIZES = {"width": 24, "depth": 2, "heads": 4, "image_size": 32, "patch_size": 8, "num_classes": 5}
+
+
+def deit(plan=None, name="deit_tiny_patch16_224", **fields):
+  """A DeiT of two narrow blocks: 16 patches, 4 heads of 6."""
+  return vc.create_model(name, plan=plan or vc.Plan(), **{**SIZES, **fields})
+
+
+def images(model, batch=3, seed=0):
+  size = model.image_size if isinstance(model.image_size, tuple) else (model.image_size,) * 2
+  return jax.random.normal(jax.random.key(seed), (batch, *size, model.in_chans))
+
+
+def randomised(tree, seed=1, spread=0.3):
+  """Every leaf redrawn around zero (variances around one): hides no missing term behind a zero."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  keys = jax.random.split(jax.random.key(seed), len(leaves))
+
+  def draw(path, leaf, key):
+    noise = jax.random.normal(key, leaf.shape)
+    return jnp.exp(spread * noise) if "var" in str(path[-1]) else spread * noise
+
+  drawn = [draw(path, leaf, key) for (path, leaf), key in zip(leaves, keys, strict=True)]
+  return jax.tree.unflatten(jax.tree.structure(tree), drawn)
+
+
+def init(model, seed=1, spread=0.3):
+  """Random variables for a model, without running it."""
+  shapes = jax.eval_shape(model.init, jax.random.key(0), images(model))
+  return randomised(shapes, seed, spread)
