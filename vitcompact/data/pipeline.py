@@ -19,16 +19,14 @@ repeated augmentation is missing: each epoch sees each image once.
 """
 import difflib
 import functools
-import os
-from collections.abc import Iterator
 from typing import Protocol
 
 import grain
 import numpy as np
-from absl import flags
 from PIL import Image
 
 from vitcompact.data import augment as aug
+from vitcompact.data.batches import Batches
 from vitcompact.data.digits import Digits, split_indices
 from vitcompact.data.folder import Folder, list_classes, list_files
 from vitcompact.data.randaugment import randaugment
@@ -107,20 +105,6 @@ def train_transform(example: dict, rng: np.random.Generator, *, augment: str,
   return {"image": np.asarray(image), "label": np.int32(example["label"])}
 
 
-def _to_iterator(dataset, workers: int) -> grain.DatasetIterator:
-  """Prepares a few batches ahead, in threads, or in each of `workers` processes.
-
-  Grain's own default is 500 batches ahead: at 1024 images of 224 x 224, 77 GB.
-  """
-  threads = 1 if workers else min(4, os.cpu_count() or 1)
-  dataset = dataset.to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=2 * threads))
-  if workers:
-    if not flags.FLAGS.is_parsed():  # a script or notebook without absl.app: Grain reads flags
-      flags.FLAGS.mark_as_parsed()
-    dataset = dataset.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(workers))
-  return iter(dataset)
-
-
 def _share(batch_size: int, process_count: int) -> int:
   if batch_size % process_count:
     raise ValueError(f"{batch_size=} must be divisible by {process_count=}")
@@ -128,14 +112,14 @@ def _share(batch_size: int, process_count: int) -> int:
 
 
 def train_batches(data, *, image_size, batch_size: int, seed: int, process_index: int = 0,
-                  process_count: int = 1) -> grain.DatasetIterator:
+                  process_count: int = 1) -> Batches:
   """Endless batches {"image": uint8 (b, H, W, 3), "label": int32 (b,)}, b of this process.
 
   The images of an epoch are shuffled anew, epochs follow one another without a gap, and a batch
   is the next `batch_size` of that line: each epoch sees each image exactly once, and a batch may
   straddle two epochs. What position n of the line holds, augmentation included, depends on
   (seed, n) alone, whatever the number of processes, workers or restarts; process i of P takes
-  positions i, i + P, i + 2P, ... `get_state()` and `set_state()` resume exactly.
+  positions i, i + P, i + 2P, ...
   """
   b, size = _share(batch_size, process_count), _pair(image_size)
   kind, _ = _parse(data.name)
@@ -150,7 +134,7 @@ def train_batches(data, *, image_size, batch_size: int, seed: int, process_index
   transform = functools.partial(train_transform, augment=data.augment, image_size=size)
   dataset = grain.MapDataset.source(images).seed(seed).shuffle().random_map(transform).repeat()
   dataset = dataset[process_index::process_count].batch(b, drop_remainder=True)
-  return _to_iterator(dataset, data.workers)
+  return Batches(dataset, data.workers)
 
 
 def _eval_example(index: int, *, images: Source, image_size: tuple[int, int], whole: bool,
@@ -168,7 +152,7 @@ def _eval_example(index: int, *, images: Source, image_size: tuple[int, int], wh
 
 
 def eval_batches(data, split: str, *, image_size, batch_size: int, crop: float, interpolation: str,
-                 process_index: int = 0, process_count: int = 1) -> Iterator[dict]:
+                 process_index: int = 0, process_count: int = 1) -> Batches:
   """One pass in order: {"image": uint8 (b, H, W, 3), "label": int32 (b,), "mask": float32 (b,)}.
 
   The last batch is filled with black images whose mask is 0; every process yields equally many.
@@ -181,4 +165,4 @@ def eval_batches(data, split: str, *, image_size, batch_size: int, crop: float, 
                            whole=_parse(data.name)[0] in ALLOWED, interpolation=interpolation)
   padded = -(-len(images) // batch_size) * batch_size
   dataset = grain.MapDataset.range(padded)[process_index::process_count].map(load)
-  return _to_iterator(dataset.batch(b), data.workers)
+  return Batches(dataset.batch(b), data.workers)
