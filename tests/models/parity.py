@@ -1,0 +1,42 @@
+"""How far our logits are from PyTorch's, on the small models of references/."""
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import drawn
+import jax
+import numpy as np
+
+import vitcompact as vc
+
+
+class Run(NamedTuple):
+  """One image size of one small model: `wanted` logits by PyTorch, for drawn weights."""
+  name: str
+  model: Any
+  state: dict[str, np.ndarray]
+  images: np.ndarray
+  wanted: np.ndarray
+
+
+def runs(family: str) -> list[Run]:
+  """Every case, image size, plain and probed."""
+  out = []
+  path = pathlib.Path(__file__).parent / "references" / f"{family}.json"
+  for case in json.loads(path.read_text()):
+    shapes = {name: tuple(shape) for name, shape in case["shapes"].items()}
+    for run in case["runs"]:
+      size = tuple(run["image_size"])
+      model = vc.create_model(case["model"], image_size=size, **case["fields"])
+      for kind, probe in (("logits", None), ("probed", case["probe"])):
+        out.append(Run(f"{case['model']}-{size[0]}x{size[1]}-{kind}", model,
+                       drawn.weights(shapes, probe), drawn.images(size), np.array(run[kind])))
+  return out
+
+
+def difference(run: Run, model=None) -> float:
+  """Largest absolute difference of logits; `model` may stand in for the run's own."""
+  model = model or run.model
+  variables = vc.from_torch(run.model, run.state)
+  got = jax.jit(model.apply)(variables, run.images)
+  return float(np.max(np.abs(np.asarray(got) - run.wanted)))
