@@ -12,6 +12,7 @@ class Entry(NamedTuple):
     "same"        vectors, tokens, positions: equal shape (or equal up to axes of length 1)
     "linear"      (out, in) <-> (in, out)
     "conv"        (O, I/groups, kh, kw) <-> (kh, kw, I/groups, O)
+    "pointwise"   (out, in, 1, 1) <-> (in, out): a 1x1 convolution that is a Dense here
     "heads"       rows (heads * d, in), fused leaves below one another <-> each (in, heads, d)
     "heads_bias"  (heads * d,), fused likewise <-> each (heads, d)
     "out"         (out, heads * d) <-> (heads, d, out)
