@@ -75,19 +75,25 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-  """Pre-norm residual block: x + attn(norm1 x), then x + mlp(norm2 x)."""
+  """Pre-norm residual block: x + attn(norm1 x), then x + mlp(norm2 x).
+
+  `reduce` makes fewer keys and values of the normed tokens (pyramids); None: attention over all.
+  """
   attn: nn.Module
   mlp: nn.Module
   drop_path: float = 0.0
   epsilon: float = 1e-6
   dtype: str = "float32"
+  reduce: nn.Module | None = None
 
   @nn.compact
   def __call__(self, x_bnw, train: bool = False):
     norm = functools.partial(LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
     # Two modules, so that the two branches of a block are dropped independently.
     drop = functools.partial(DropPath, self.drop_path)
-    x_bnw = x_bnw + drop(name="drop1")(self.attn(norm(name="norm1")(x_bnw)), train)
+    y_bnw = norm(name="norm1")(x_bnw)
+    keys_bmw = None if self.reduce is None else self.reduce(y_bnw)
+    x_bnw = x_bnw + drop(name="drop1")(self.attn(y_bnw, keys_bmw), train)
     return x_bnw + drop(name="drop2")(self.mlp(norm(name="norm2")(x_bnw), train), train)
 
   @nn.nowrap
@@ -105,14 +111,15 @@ class Block(nn.Module):
 
 
 def make_mlp(plan: BlockPlan, *, width: int, hidden: int, deploy: bool, dtype: str, name: str,
-             act: Callable = gelu) -> Mlp:
+             act: Callable = gelu, mixer: nn.Module | None = None, mixer_gain: int = 1) -> Mlp:
   """The FFN of a block: dense layers, or factorised ones where the plan says so.
 
   name: of the block, for the warning about ranks that save nothing.
+  mixer: see `Mlp`; mixer_gain: by how much it multiplies a fresh hidden layer's variance.
   """
   spec = plan.ffn
   layers = {"fc1": dense(hidden, dtype=dtype), "fc2": dense(width, dtype=dtype)}
-  compacted = {} if spec is None else {"fc2": (hidden, width, hidden_rms(act, width))}
+  compacted = {} if spec is None else {"fc2": (hidden, width, hidden_rms(act, mixer_gain * width))}
   if spec is not None and spec.factor == "both":
     compacted["fc1"] = (width, hidden, 1.0)
   for layer, (m, features, input_rms) in compacted.items():
@@ -121,7 +128,7 @@ def make_mlp(plan: BlockPlan, *, width: int, hidden: int, deploy: bool, dtype: s
     layers[layer] = CompactDense(
         features, rank, branches=spec.branches, rep=spec.rep, avg_skip=spec.avg_skip,
         deploy=deploy, input_rms=input_rms, dtype=dtype, parent=None)
-  return Mlp(act=act, parent=None, **layers)
+  return Mlp(act=act, mixer=mixer, parent=None, **layers)
 
 
 def mlp_from_dense(mlp: Mlp, params, moments):

@@ -69,13 +69,17 @@ class PatchEmbed(nn.Module):
 
 
 class Mlp(nn.Module):
-  """fc2(act(fc1 x)): each of the two a dense layer or a factorised one."""
+  """fc2(act(mixer(fc1 x))): each fc a dense layer or a factorised one; no mixer is the identity."""
   fc1: nn.Module
   fc2: nn.Module
   act: Callable = gelu
+  mixer: nn.Module | None = None
 
   def __call__(self, x, train: bool = False):
-    return apply_linear(self.fc2, self.act(apply_linear(self.fc1, x, train)), train)
+    hidden = apply_linear(self.fc1, x, train)
+    if self.mixer is not None:
+      hidden = self.mixer(hidden)
+    return apply_linear(self.fc2, self.act(hidden), train)
 
 
 def apply_linear(linear: nn.Module, x, train: bool):
