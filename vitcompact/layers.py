@@ -13,7 +13,9 @@ weight_init = nn.initializers.normal(0.02)
 
 # The variance as E[(x - E x)^2]: the fast form loses digits when the mean is large.
 LayerNorm = functools.partial(nn.LayerNorm, use_fast_variance=False)
-BatchNorm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5, use_fast_variance=False)
+BATCH_EPSILON = 1e-5
+BatchNorm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=BATCH_EPSILON,
+                              use_fast_variance=False)
 
 LEAVES = [
     (r".*/(query|key|value)/kernel", Leaf(("embed", "heads", None), decay=True)),
@@ -66,6 +68,55 @@ class PatchEmbed(nn.Module):
     size = (self.patch_size, self.patch_size)
     return nn.Conv(self.width, size, strides=size, padding="VALID", kernel_init=init,
                    bias_init=init, dtype=self.dtype, name="proj")(images_bhwc)
+
+
+class ConvNorm(nn.Module):
+  """k x k convolution and batch norm; deployed, one convolution with a bias: see `fold_conv_norm`.
+
+  Padded by k // 2 on every side, as PyTorch does; "SAME" would not be symmetric at stride 2.
+  """
+  features: int
+  kernel_size: int
+  stride: int = 1
+  groups: int = 1
+  kernel_init: Callable = weight_init
+  deploy: bool = False
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x_bhwc, train: bool = False):
+    x_bhwc = nn.Conv(
+        self.features, (self.kernel_size,) * 2, strides=self.stride, padding=self.kernel_size // 2,
+        feature_group_count=self.groups, use_bias=self.deploy, kernel_init=self.kernel_init,
+        dtype=self.dtype, name="conv")(x_bhwc)
+    if self.deploy:
+      return x_bhwc
+    return BatchNorm(dtype=self.dtype, name="norm")(x_bhwc, use_running_average=not train)
+
+
+def batch_affine(params, stats):
+  """scale, shift (C,) of the affine map that a batch norm is in inference."""
+  scale = params["scale"] / jnp.sqrt(stats["var"] + BATCH_EPSILON)
+  return scale, params["bias"] - stats["mean"] * scale
+
+
+def fold_conv_norm(params, stats):
+  """Parameters of the deployed ConvNorm."""
+  scale, shift = batch_affine(params["norm"], stats["norm"])
+  kernel = params["conv"]["kernel"]
+  return {"conv": {"kernel": kernel * scale.reshape((1,) * (kernel.ndim - 1) + (-1,)),
+                   "bias": shift}}
+
+
+def fold_into_linear(params, scale_c, shift_c):
+  """Parameters with which a linear layer gives for x what it gave for x * scale + shift.
+
+  params: kernel (C, ...), bias or none; the result always has a bias.
+  """
+  kernel = params["kernel"]
+  bias = jnp.tensordot(shift_c, kernel, axes=1, precision=jax.lax.Precision.HIGHEST)
+  return {"kernel": kernel * scale_c.reshape((-1,) + (1,) * (kernel.ndim - 1)),
+          "bias": bias + params["bias"] if "bias" in params else bias}
 
 
 class Mlp(nn.Module):
