@@ -42,8 +42,9 @@ def create_model(name: str, **fields) -> nn.Module:
       close = difflib.get_close_matches(field, known, n=1)
       hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}"
       raise ValueError(f"{name} has no option {field!r}; {hint}")
-  if isinstance(size := fields.get("image_size"), list):
-    fields["image_size"] = tuple(size)
+  # Lists, as JSON has them, would make the module unhashable.
+  fields = {key: tuple(value) if isinstance(value, list) else value
+            for key, value in fields.items()}
   model = variant.kind(variant=name, **{**variant.sizes, **fields})
   model.check()
   model.parts()   # raises or warns about a plan that does not fit, here rather than at init
