@@ -45,6 +45,8 @@ def parse(argv):
 
 
 def main(_):
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)  # absl's INFO would tell every step of a save
   from vitcompact.train import loop  # after the flags: an error there needs no JAX
 
   try:

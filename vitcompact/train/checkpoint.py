@@ -62,6 +62,10 @@ def leaf_differences(found: dict, wanted) -> list[str]:
   return lines
 
 
+def accuracy(metrics: dict) -> float:
+  return metrics["val_accuracy"]
+
+
 class Checkpoints:
   """The checkpoints of one run: the last `keep_last`, and the best by accuracy on val."""
 
@@ -69,11 +73,10 @@ class Checkpoints:
     self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
     keep = policies.AnyPreservationPolicy([
         policies.LatestN(keep_last),
-        policies.BestN(get_metric_fn=lambda metrics: metrics["val_accuracy"], n=1,
-                       keep_checkpoints_without_metrics=False)])
-    self.manager = ocp.CheckpointManager(
+        policies.BestN(get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False)])
+    self.manager = ocp.CheckpointManager(  # without a best_fn it writes no metrics
         self.directory, item_names=ITEMS,
-        options=ocp.CheckpointManagerOptions(preservation_policy=keep))
+        options=ocp.CheckpointManagerOptions(preservation_policy=keep, best_fn=accuracy))
 
   def steps(self) -> list[int]:
     """The steps that can be restored. A clean-up that was killed leaves others, without a part."""
@@ -82,7 +85,7 @@ class Checkpoints:
 
   def best(self) -> tuple[int, float] | None:
     """(step, accuracy on val) of the best of the steps that are still there."""
-    found = [(self.manager.metrics(step)["val_accuracy"], step) for step in self.steps()]
+    found = [(accuracy(self.manager.metrics(step)), step) for step in self.steps()]
     return max(found)[::-1] if found else None
 
   def save(self, step: int, state, data, val_accuracy: float):

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 import vitcompact as vc
@@ -59,7 +58,7 @@ def build(config: FrozenConfigDict) -> Run:
   model = vc.create_model(sizes.pop("name"), plan=vc.Plan.parse(config.plan), num_classes=classes,
                           **sizes)
   preprocess, rules = vc.preprocess(model), model.leaf_rules()
-  image_shape = (*np.broadcast_to(model.image_size, 2).tolist(), 3)
+  image_shape = (*preprocess.image_size, 3)
   params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image_shape)))["params"]
   mask = optim.decay_mask(params, rules)
   optimizer = optim.make_optimizer(config.optim, config.total_steps, mask)
@@ -87,7 +86,7 @@ def evaluate_split(run: Run, variables, split: str) -> dict[str, float]:
   """{"val_accuracy", "val_loss"}: means over exactly the images of a split."""
   sums = {"accuracy": 0.0, "loss": 0.0, "count": 0.0}
   for batch in pipeline.eval_batches(
-      run.config.data, split, image_size=run.config.model.image_size,
+      run.config.data, split, image_size=run.preprocess.image_size,
       batch_size=run.config.eval_batch_size, crop=run.preprocess.crop,
       interpolation=run.preprocess.interpolation, **processes()):
     part = jax.device_get(run.eval_step(variables, sharding.put_batch(batch, run.mesh)))
@@ -109,7 +108,7 @@ def check_finite(first_step: int, metrics: list[dict]):
 def summary(metrics: list[dict]) -> dict[str, float]:
   """Means since the last line; of the learning rate the last."""
   means = {name: sum(float(values[name]) for values in metrics) / len(metrics)
-           for name in metrics[0]}
+           for name in ("loss", "accuracy", "grad_norm")}
   return means | {"lr": float(metrics[-1]["lr"])}
 
 
@@ -171,7 +170,7 @@ def train(config, directory, *, until: int | None = None) -> Result:
   workdir.check_claim(directory, config)
   run = build(config)
   data = pipeline.train_batches(
-      config.data, image_size=config.model.image_size, batch_size=config.batch_size,
+      config.data, image_size=run.preprocess.image_size, batch_size=config.batch_size,
       seed=config.seed, **processes())
   workdir.claim(directory, config)
   checkpoints = Checkpoints(directory, keep_last=config.keep_last)

@@ -1,0 +1,56 @@
+"""One tiny run, built (and so compiled) once for all tests of training."""
+import functools
+import pathlib
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from vitcompact.train import loop
+
+ROOT = pathlib.Path(__file__).parents[2]
+PLAN = '{"heads": {"method": "hmhsa"}, "ffn": {"method": "cffn"}}'
+
+
+def tiny_config() -> ConfigDict:
+  """Everything that a state can hold (averages, batch norm, taps), as small as it gets."""
+  return ConfigDict({
+      "seed": 0, "total_steps": 40, "batch_size": 16, "accumulate": 1, "eval_batch_size": 184,
+      "checkpoint_every": 20, "keep_last": 2, "log_every": 10, "ema_half_life": 0.05,
+      "eval_params": "raw", "plan": PLAN,
+      "model": {"name": "deit_tiny_patch16_224", "image_size": 8, "patch_size": 4, "width": 16,
+                "depth": 2, "heads": 2, "drop_path_rate": 0.1, "dtype": "float32", "remat": False},
+      "data": {"name": "digits", "augment": "digits", "workers": 0, "erase": 0.25,
+               "smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "mix_groups": 1},
+      "optim": {"learning_rate": 1e-3, "warmup_steps": 5, "warmup_learning_rate": 1e-6,
+                "final_learning_rate": 1e-5, "weight_decay": 0.05, "b1": 0.9, "b2": 0.999,
+                "eps": 1e-8, "clip_norm": 1.0},
+      "mesh": {"data": -1, "fsdp": 2},
+  })
+
+
+@pytest.fixture
+def config() -> ConfigDict:
+  return tiny_config()
+
+
+@pytest.fixture(scope="session")
+def built() -> loop.Run:
+  """The tiny run on 8 devices; its jitted functions compile once."""
+  return build(loop.resolve(tiny_config()))
+
+
+# Each run of a test builds anew; equal configs may share what XLA compiled.
+build = functools.lru_cache(maxsize=None)(loop.build)
+
+
+@pytest.fixture
+def shared_build(monkeypatch):
+  monkeypatch.setattr(loop, "build", build)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+  """This process as if it had a single device."""
+  first = jax.devices()[:1]
+  monkeypatch.setattr(jax, "devices", lambda: first)

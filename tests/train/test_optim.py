@@ -1,0 +1,93 @@
+"""AdamW, its schedule and its decay mask are DeiT's."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+import vitcompact as vc
+from vitcompact import trees
+from vitcompact.train import optim
+
+SECTION = ConfigDict({
+    "learning_rate": 0.1, "warmup_steps": 0, "warmup_learning_rate": 0.1,
+    "final_learning_rate": 0.1, "weight_decay": 0.05, "b1": 0.9, "b2": 0.999, "eps": 1e-8,
+    "clip_norm": 0.0})
+
+
+@pytest.mark.parametrize("epoch, rate", [
+    (0, 1e-6), (1, 2.008e-4), (4, 8.002e-4), (5, 9.99322e-4), (100, 7.525e-4), (150, 5.05e-4),
+    (299, 1.002714e-5), (300, 1e-5), (310, 1e-5)])
+def test_the_schedule_has_deits_values(epoch, rate):
+  got = optim.warmup_cosine(epoch, peak=1e-3, warmup_steps=5, total_steps=300, start=1e-6,
+                            final=1e-5)
+  assert got == pytest.approx(rate, rel=1e-4)
+
+
+def two_updates(optimizer, params, gradients):
+  state = optimizer.init(params)
+  seen = []
+  for gradient in gradients:
+    updates, state = optimizer.update(gradient, state, params)
+    params = optax.apply_updates(params, updates)
+    seen.append(params)
+  return seen
+
+
+def test_adamw_has_decoupled_decay_and_no_bias_towards_zero():
+  optimizer = optim.make_optimizer(SECTION, 10, {"w": True})
+  seen = two_updates(optimizer, {"w": jnp.ones(())}, [{"w": jnp.array(g)} for g in (0.5, -0.25)])
+  assert [float(p["w"]) for p in seen] == pytest.approx([0.89500004, 0.86389136], rel=2e-6)
+
+
+def test_gradients_are_clipped_by_their_global_norm_before_adam_sees_them():
+  section = SECTION.copy_and_resolve_references()
+  section.clip_norm = 1.0
+  params = {"a": jnp.zeros(()), "b": jnp.zeros(())}
+  optimizer = optim.make_optimizer(section, 10, {"a": True, "b": True})
+  _, state = optimizer.update({"a": jnp.array(3.0), "b": jnp.array(4.0)}, optimizer.init(params),
+                              params)
+  moments = optax.tree_utils.tree_get(state, "mu")
+  assert moments["a"] == pytest.approx(0.1 * 0.6)
+  assert moments["b"] == pytest.approx(0.1 * 0.8)
+
+
+def tiny_model():
+  return vc.create_model("deit_tiny_distilled_patch16_224", image_size=8, patch_size=4, width=8,
+                         depth=1, heads=2, num_classes=3,
+                         plan=vc.Plan(heads=vc.HMHSA(layout="grid"), ffn=vc.CFFN()))
+
+
+def test_exactly_the_kernels_decay():
+  model = tiny_model()
+  params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+  mask = trees.named_leaves(optim.decay_mask(params, model.leaf_rules()))
+  assert {name for name, decays in mask.items() if decays} == {
+      "patch_embed/proj/kernel", "head/kernel", "head_dist/kernel",
+      *(f"blocks_0/attn/{part}/kernel" for part in ("query", "key", "value", "out")),
+      "blocks_0/mlp/fc1/kernel",
+      *(f"blocks_0/mlp/fc2/{factor}/kernel" for factor in ("a0", "a1", "b0", "b1"))}
+  assert {name for name, decays in mask.items() if not decays} >= {
+      "cls_token", "dist_token", "pos_embed", "head/bias", "norm/scale",
+      "blocks_0/attn/query/bias", "blocks_0/attn/hallucinate/query_taps",
+      "blocks_0/attn/hallucinate/key_gain", "blocks_0/mlp/fc2/a0_norm/scale",
+      "blocks_0/mlp/fc2/alpha"}
+
+
+def test_weight_decay_does_not_reach_undecayed_leaves():
+  params = {"kernel": jnp.full(3, 2.0), "taps": jnp.full(3, 2.0)}
+  updated = {}
+  for decay in (0.0, 0.5):
+    section = SECTION.copy_and_resolve_references()
+    section.weight_decay = decay
+    optimizer = optim.make_optimizer(section, 10, {"kernel": True, "taps": False})
+    updated[decay] = two_updates(optimizer, params, [jax.tree.map(jnp.ones_like, params)])[0]
+  np.testing.assert_array_equal(updated[0.0]["taps"], updated[0.5]["taps"])
+  np.testing.assert_allclose(updated[0.0]["kernel"] - updated[0.5]["kernel"], 0.1 * 0.5 * 2.0,
+                             rtol=1e-5)
+
+
+def test_the_ema_decay_fits_the_run():
+  assert optim.ema_decay(0.0461729, 375_300) == pytest.approx(0.99996, abs=1e-8)
+  assert optim.ema_decay(0.05, 400) ** 20 == pytest.approx(0.5)

@@ -1,0 +1,130 @@
+"""Parameters are split over fsdp, batches over all devices, and nothing large is left whole."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import vitcompact as vc
+from vitcompact import trees
+from vitcompact.train import loop, sharding
+from vitcompact.train import step as steps
+
+
+def test_a_mesh_takes_all_devices_and_keeps_axes_automatic():
+  mesh = sharding.make_mesh({"data": -1, "fsdp": 4})
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 4}
+  assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
+
+
+@pytest.mark.parametrize("sizes, words", [
+    ({"data": 3, "fsdp": 1}, "does not multiply out to 8 devices"),
+    ({"data": -1, "fsdp": 3}, "does not multiply out to 8 devices"),
+    ({"data": -1, "fsdp": -1}, "at most one is -1"),
+    ({"data": 0, "fsdp": 1}, "sizes are positive"),
+    ({"data": 8, "tensor": 1}, "unknown axes"),
+])
+def test_a_mesh_that_cannot_be_is_refused(sizes, words):
+  with pytest.raises(ValueError, match=words):
+    sharding.make_mesh(sizes)
+
+
+@pytest.mark.parametrize("shape, axes, expected", [
+    ((96, 384), ("embed", "mlp"), P("fsdp", None)),
+    ((384, 96), ("mlp", "embed"), P(None, "fsdp")),
+    ((128, 48), ("mlp", "rank"), P("fsdp", None)),
+    ((90, 48), ("mlp", "rank"), P(None, "fsdp")),    # mlp does not divide by 4, rank does
+    ((2, 1, 3), (), P(None, None, None)),
+    ((10,), ("classes",), P(None)),
+    ((90,), ("embed",), P(None)),                    # does not divide, and is small
+])
+def test_the_first_meaning_that_divides_is_split(shape, axes, expected):
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+  assert sharding.partition("leaf", shape, trees.Leaf(axes), mesh) == expected
+
+
+@pytest.mark.parametrize("shape, axes", [((90, 1000), ("embed", "classes")), ((128, 128), ())])
+def test_a_large_leaf_that_would_lie_whole_everywhere_is_refused(shape, axes):
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+  with pytest.raises(ValueError, match=r"blocks_0/x \(\d+, \d+\).*choose an fsdp"):
+    sharding.partition("blocks_0/x", shape, trees.Leaf(axes), mesh)
+
+
+def test_a_rule_of_another_rank_is_refused():
+  mesh = sharding.make_mesh({"data": -1})
+  with pytest.raises(ValueError, match="2 dimensions"):
+    sharding.partition("leaf", (3, 4), trees.Leaf(("embed",)), mesh)
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_base_distilled_patch16_224"])
+@pytest.mark.parametrize("plan", [vc.Plan(), vc.Plan(heads=vc.HMHSA(rank=2), ffn=vc.CFFN())],
+                         ids=["dense", "compact"])
+def test_no_large_leaf_of_a_model_lies_whole_on_every_device(name, plan):
+  model = vc.create_model(name, plan=plan)
+  params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+  shardings = trees.named_leaves(sharding.parameters(params, model.leaf_rules(), mesh))
+  for leaf_name, leaf in trees.named_leaves(params).items():
+    local = shardings[leaf_name].shard_shape(leaf.shape)
+    if leaf.size >= sharding.SMALL:
+      assert np.prod(local) == leaf.size // 4, leaf_name
+
+
+def test_a_state_is_born_split_and_its_moments_and_averages_lie_alike(built):
+  state = built.init(jax.random.key(0))
+  local = {name: leaf.addressable_shards[0].data.shape
+           for name, leaf in trees.named_leaves(state).items()}
+  kernel = "blocks_0/mlp/fc1/kernel"
+  moments = {name for name in local if name.startswith("opt_state") and name.endswith(kernel)}
+  assert len(moments) == 2
+  for name in {f"params/{kernel}", f"ema_params/{kernel}", *moments}:
+    assert local[name] == (16 // 2, 64), name
+  assert local["batch_stats/blocks_0/mlp/fc2/a0_norm/mean"] == (8,)
+  assert local["step"] == ()
+
+
+def batch_of(count: int):
+  rng = np.random.default_rng(0)
+  return {"image": rng.integers(0, 256, (count, 8, 8, 3), np.uint8),
+          "label": rng.integers(0, 10, count, np.int32)}
+
+
+def gradients_on(mesh, built):
+  """Gradients, statistics and loss of one fixed step, computed on a mesh."""
+  pre = built.preprocess
+  augment = steps.make_augment(built.config.data, pre.mean, pre.std, 10, accumulate=1)
+  compute = steps.make_gradients(built.model, augment, accumulate=1)
+  shapes, rules = built.shapes, built.model.leaf_rules()
+  params = sharding.parameters(shapes.params, rules, mesh)
+  state = built.init(jax.random.key(1))
+  state = state.replace(params=jax.device_put(jax.device_get(state.params), params),
+                        batch_stats=jax.device_put(jax.device_get(state.batch_stats),
+                                                   sharding.replicated(mesh)))
+  step = jax.jit(lambda p, s, b: compute(state.replace(params=p, batch_stats=s), b,
+                                         jax.random.key(2)))
+  out = step(state.params, state.batch_stats, sharding.put_batch(batch_of(32), mesh))
+  return jax.device_get(out)
+
+
+def test_eight_devices_take_the_same_step_as_one(built):
+  """Batch norm, mixing, erasing and stochastic depth included."""
+  one = gradients_on(sharding.make_mesh({"data": 1}, jax.devices()[:1]), built)
+  eight = gradients_on(sharding.make_mesh({"data": 2, "fsdp": 4}), built)
+  scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(one[0]))
+  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_a_batch_is_split_over_every_device_and_must_divide():
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+  images = sharding.put_batch(batch_of(16), mesh)["image"]
+  assert isinstance(images.sharding, NamedSharding)
+  assert {shard.data.shape for shard in images.addressable_shards} == {(2, 8, 8, 3)}
+  with pytest.raises(ValueError, match=r"a batch of 12 .* cannot be split over 8 devices"):
+    sharding.put_batch(batch_of(12), mesh)
+
+
+def test_the_config_chooses_the_mesh(built):
+  assert dict(built.mesh.shape) == {"data": 4, "fsdp": 2}
+  assert loop.processes() == {"process_index": 0, "process_count": 1}
