@@ -5,10 +5,10 @@ import fnmatch
 
 import flax.linen as nn
 
-from vitcompact.models import deit
+from vitcompact.models import deit, nextvit
 from vitcompact.models.variant import Variant
 
-VARIANTS: dict[str, Variant] = {**deit.VARIANTS}
+VARIANTS: dict[str, Variant] = {**deit.VARIANTS, **nextvit.VARIANTS}
 
 
 def list_models(pattern: str = "*") -> list[str]:

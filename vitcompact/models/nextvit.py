@@ -1,0 +1,301 @@
+"""Next-ViT: convolutional blocks, and a transformer block at the end of each group of them.
+
+Li et al., arXiv 2207.05501. Batch norms and ReLU only, no position embedding and no class token.
+"""
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from vitcompact import layers
+from vitcompact.block import Attention, make_mlp
+from vitcompact.ffn import cffn
+from vitcompact.heads import hmhsa
+from vitcompact.models.nextvit_blocks import ConvBlock, TransformerBlock
+from vitcompact.models.torch_names import Entry
+from vitcompact.models.variant import Variant
+from vitcompact.plan import BlockPlan, Plan
+from vitcompact.trees import Leaf
+
+STEM_STRIDES = (2, 1, 1, 2)
+STAGE_STRIDES = (1, 2, 2, 2)
+POOLS = (64, 16, 4, 1)            # tokens that one key of a stage averages
+CONV_MLP_RATIO, TRANSFORMER_MLP_RATIO = 3, 2
+
+LEAVES = [
+    (r"stem/conv\d/conv/kernel", Leaf((None, None, None, "embed"), decay=True)),
+    (r".*/(patch_embed|projection|group_conv)/conv/kernel",
+     Leaf((None, None, None, "embed"), decay=True)),
+    (r".*/mhca/projection/kernel", Leaf((None, "embed"), decay=True)),
+    (r"head/fc/kernel", Leaf(("embed", "classes"), decay=True)),
+]
+
+
+class Place(NamedTuple):
+  """Where a block stands: its stage, its number there, and what it does to the map."""
+  stage: int
+  number: int
+  transformer: bool
+  in_width: int
+  stride: int
+
+
+class Stem(nn.Module):
+  """Four 3x3 convolutions: (B, H, W, C) -> (B, H/4, W/4, widths[-1]), sizes rounded up."""
+  widths: tuple[int, ...]
+  deploy: bool = False
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x_bhwc, train: bool = False):
+    for i, (width, stride) in enumerate(zip(self.widths, STEM_STRIDES, strict=True)):
+      conv = layers.ConvNorm(width, 3, stride, deploy=self.deploy, dtype=self.dtype,
+                             name=f"conv{i}")
+      x_bhwc = nn.relu(conv(x_bhwc, train))
+    return x_bhwc
+
+  @nn.nowrap
+  def from_dense(self, params, stats, moments):
+    del moments
+    return params, stats
+
+  @nn.nowrap
+  def fold(self, params, stats):
+    return {name: layers.fold_conv_norm(params[name], stats[name]) for name in params}, {}
+
+
+class Head(nn.Module):
+  """Batch norm, mean over the map, linear; without classes, the mean is the result."""
+  num_classes: int
+  deploy: bool = False
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x_bhwc, train: bool = False):
+    # Without a linear layer to take it in, the norm stays when deployed.
+    if not (self.deploy and self.num_classes):
+      x_bhwc = layers.BatchNorm(dtype=self.dtype, name="norm")(
+          x_bhwc, use_running_average=not train)
+    x = x_bhwc.mean(axis=(1, 2))
+    if self.num_classes:
+      x = nn.Dense(self.num_classes, kernel_init=layers.weight_init, dtype=self.dtype,
+                   name="fc")(x)
+    return x.astype(jnp.float32)
+
+  @nn.nowrap
+  def from_dense(self, params, stats, moments):
+    del moments
+    return params, stats
+
+  @nn.nowrap
+  def fold(self, params, stats):
+    """The norm commutes with the mean, so it folds into the linear layer behind it."""
+    if not self.num_classes:
+      return params, stats
+    affine = layers.batch_affine(params["norm"], stats["norm"])
+    return {"fc": layers.fold_into_linear(params["fc"], *affine)}, {}
+
+
+class NextViT(nn.Module):
+  """Stem, four stages of convolutional and transformer blocks, batch norm, mean, linear head.
+
+  Images (B, H, W, in_chans), normalised float -> logits (B, num_classes) in float32; num_classes=0
+  returns the pooled features. Sows "features": the maps (B, h, w, C) of `stage_1` .. `stage_4`.
+
+  widths: per stage, of the convolutional blocks and of the attention; a transformer block adds a
+  third of it in a convolutional branch, so its output is 4/3 as wide. periods: per stage, every
+  how many blocks one is a transformer block; 0 is never.
+  """
+  variant: str = ""
+  image_size: int | tuple[int, int] = 224
+  in_chans: int = 3
+  num_classes: int = 1000
+  stem_widths: tuple[int, ...] = (64, 32, 64, 64)
+  widths: tuple[int, ...] = (96, 192, 384, 768)
+  depths: tuple[int, ...] = (3, 4, 10, 3)
+  periods: tuple[int, ...] = (0, 4, 5, 3)
+  head_dim: int = 32
+  drop_path_rate: float = 0.1
+  dtype: str = "float32"
+  remat: bool = False
+  plan: Plan = Plan()
+  deploy: bool = False
+
+  @property
+  def depth(self) -> int:
+    return sum(self.depths)
+
+  @property
+  def grids(self) -> list[tuple[int, int]]:
+    """(height, width) of the map in each stage: a quarter of the image, then halves, rounded up."""
+    sides = np.broadcast_to(self.image_size, 2)
+    return [tuple((-(-sides // 2 ** (2 + stage))).tolist()) for stage in range(4)]
+
+  @nn.nowrap
+  def places(self) -> list[Place]:
+    """Every block in order."""
+    out, in_width = [], self.stem_widths[-1]
+    for stage, (depth, period) in enumerate(zip(self.depths, self.periods, strict=True)):
+      for i in range(depth):
+        transformer = period > 0 and (i + 1) % period == 0
+        out.append(Place(stage, i, transformer, in_width, STAGE_STRIDES[stage] if i == 0 else 1))
+        in_width = self.widths[stage] * 4 // 3 if transformer else self.widths[stage]
+    return out
+
+  @nn.nowrap
+  def check(self):
+    """Raises ValueError, one line, where the fields do not go together."""
+    for field, wanted in (("stem_widths", 4), ("widths", 4), ("depths", 4), ("periods", 4)):
+      if len(getattr(self, field)) != wanted:
+        raise ValueError(f"{field}={getattr(self, field)}: must have {wanted} entries")
+    places = self.places()
+    for stage in range(4):
+      hybrid = any(place.transformer for place in places if place.stage == stage)
+      divisor = self.head_dim * (3 if hybrid else 1)
+      if self.widths[stage] % divisor:
+        raise ValueError(f"widths={self.widths}: {self.widths[stage]}, of stage {stage + 1}, must "
+                         f"be a multiple of {divisor}, for heads of head_dim={self.head_dim}" +
+                         (" on three quarters of a block's channels" if hybrid else ""))
+      height, width = self.grids[stage]
+      if hybrid and height * width < POOLS[stage]:
+        raise ValueError(f"image_size={self.image_size}: stage {stage + 1} has {height} x {width} "
+                         f"tokens, and a key there averages {POOLS[stage]}; the smallest square "
+                         f"that fits is {self._smallest_side(places)}")
+    self.plan.check_depth(self.depth)
+    attending = [i for i, place in enumerate(places) if place.transformer]
+    for block, axes in self.plan.blocks.items():
+      if axes.get("heads") is not None and block not in attending:
+        raise ValueError(f"the plan gives block {block} a heads method, but it is convolutional; "
+                         f"blocks with attention: {attending}")
+
+  @nn.nowrap
+  def _smallest_side(self, places) -> int:
+    # A stage of w x w tokens begins at images of (w - 1) * stride + 1, as sizes are rounded up.
+    return max((int(np.ceil(POOLS[place.stage] ** 0.5)) - 1) * 2 ** (2 + place.stage) + 1
+               for place in places if place.transformer)
+
+  @nn.nowrap
+  def parts(self) -> dict[str, nn.Module]:
+    """{name: module}: what a plan changes or folding does, here all of it, not bound to a parent.
+    """
+    rates = np.linspace(0, self.drop_path_rate, self.depth).tolist()
+    parts = {"stem": Stem(self.stem_widths, self.deploy, self.dtype, parent=None)}
+    for i, place in enumerate(self.places()):
+      make = self._transformer_block if place.transformer else self._conv_block
+      parts[f"blocks_{i}"] = make(place, self.plan.at(i), rates[i], f"blocks_{i}")
+    parts["head"] = Head(self.num_classes, self.deploy, self.dtype, parent=None)
+    return parts
+
+  def _conv_block(self, place: Place, plan: BlockPlan, rate: float, name: str):
+    width = self.widths[place.stage]
+    if plan.ffn is not None and plan.ffn.apply_to == "attention_blocks":
+      plan = plan._replace(ffn=None)
+    mlp = make_mlp(plan, width=width, hidden=width * CONV_MLP_RATIO, deploy=self.deploy,
+                   dtype=self.dtype, name=name, act=nn.relu)
+    kind = nn.remat(ConvBlock, static_argnums=(2,)) if self.remat else ConvBlock
+    return kind(mlp, width, place.stride, self.head_dim, drop_path=rate, deploy=self.deploy,
+                dtype=self.dtype, parent=None)
+
+  def _transformer_block(self, place: Place, plan: BlockPlan, rate: float, name: str):
+    width, pool, grid = self.widths[place.stage], POOLS[place.stage], self.grids[place.stage]
+    # Pooled keys are runs of tokens, which have no grid.
+    attn = Attention(width, width // self.head_dim, spec=plan.heads, query_grid=grid,
+                     key_grid=grid if pool == 1 else None, dtype=self.dtype, parent=None)
+    out = width + width // 3
+    mlp = make_mlp(plan, width=out, hidden=out * TRANSFORMER_MLP_RATIO, deploy=self.deploy,
+                   dtype=self.dtype, name=name, act=nn.relu)
+    kind = nn.remat(TransformerBlock, static_argnums=(2,)) if self.remat else TransformerBlock
+    return kind(attn, mlp, width, width // 3, place.stride, self.head_dim, pool, drop_path=rate,
+                deploy=self.deploy, dtype=self.dtype, parent=None)
+
+  @nn.nowrap
+  def leaf_rules(self) -> list[tuple[str, Leaf]]:
+    """[(pattern, Leaf)] for every parameter under any plan; see `trees.first_match`."""
+    return [*LEAVES, *hmhsa.LEAVES, *cffn.LEAVES, *layers.LEAVES]
+
+  @nn.nowrap
+  def torch_entries(self) -> list[Entry]:
+    """Every tensor of timm's state dict, for the dense model."""
+    out = []
+    for i in range(4):
+      out += _conv_norm(f"stem.{i}.conv", f"stem.{i}.norm", f"stem/conv{i}")
+    for i, place in enumerate(self.places()):
+      out += self._block_entries(f"stages.{place.stage}.blocks.{place.number}", f"blocks_{i}",
+                                 place)
+    out += _norm("norm", "head/norm")
+    return out + (_linear("head.fc", "head/fc") if self.num_classes else [])
+
+  def _block_entries(self, torch: str, ours: str, place: Place) -> list[Entry]:
+    out = _conv_norm(f"{torch}.mhca.group_conv3x3", f"{torch}.mhca.norm", f"{ours}/mhca/group_conv")
+    out.append(Entry(f"{torch}.mhca.projection.weight",
+                     (f"params/{ours}/mhca/projection/kernel",), "pointwise"))
+    if place.stride == 2 or place.in_width != self.widths[place.stage]:
+      out += _conv_norm(f"{torch}.patch_embed.conv", f"{torch}.patch_embed.norm",
+                        f"{ours}/patch_embed")
+    for fc in ("fc1", "fc2"):
+      out += _linear(f"{torch}.mlp.{fc}", f"{ours}/mlp/{fc}", "pointwise")
+    if not place.transformer:
+      return out + _norm(f"{torch}.norm", f"{ours}/norm")
+    for theirs, name in (("q", "query"), ("k", "key"), ("v", "value")):
+      out += [Entry(f"{torch}.e_mhsa.{theirs}.weight", (f"params/{ours}/attn/{name}/kernel",),
+                    "heads"),
+              Entry(f"{torch}.e_mhsa.{theirs}.bias", (f"params/{ours}/attn/{name}/bias",),
+                    "heads_bias")]
+    out += _linear(f"{torch}.e_mhsa.proj", f"{ours}/attn/out", "out")
+    if POOLS[place.stage] > 1:
+      out += _norm(f"{torch}.e_mhsa.norm", f"{ours}/key_norm")
+    out += _conv_norm(f"{torch}.projection.conv", f"{torch}.projection.norm", f"{ours}/projection")
+    return out + _norm(f"{torch}.norm1", f"{ours}/norm1") + _norm(f"{torch}.norm2", f"{ours}/norm2")
+
+  @nn.nowrap
+  def authors_name(self, name: str) -> str:
+    """timm's name -> the authors', who number blocks over all stages."""
+    first, *rest = name.split(".")
+    if first == "head":
+      return ".".join(["proj_head", "0", *rest[1:]])
+    if first != "stages":
+      return name
+    stage, _, number, *rest = rest
+    block = ".".join(["features", str(sum(self.depths[:int(stage)]) + int(number)), *rest])
+    return block.replace(".mlp.fc", ".mlp.conv")
+
+  def setup(self):
+    for name, part in self.parts().items():
+      setattr(self, name, part)
+
+  def __call__(self, images_bhwc, train: bool = False):
+    expected = (*np.broadcast_to(self.image_size, 2).tolist(), self.in_chans)
+    if images_bhwc.shape[1:] != expected:
+      raise ValueError(f"images of shape {images_bhwc.shape}: this model takes (B, {expected[0]}, "
+                       f"{expected[1]}, {expected[2]}); create it with image_size= and in_chans=")
+    x = self.stem(images_bhwc, train)
+    ends = np.cumsum(self.depths).tolist()
+    for i in range(self.depth):
+      x = getattr(self, f"blocks_{i}")(x, train)
+      if i + 1 in ends:
+        self.sow("features", f"stage_{ends.index(i + 1) + 1}", x)
+    return self.head(x, train)
+
+
+def _conv_norm(conv: str, norm: str, ours: str) -> list[Entry]:
+  return [Entry(f"{conv}.weight", (f"params/{ours}/conv/kernel",), "conv"),
+          *_norm(norm, f"{ours}/norm")]
+
+
+def _norm(torch: str, ours: str) -> list[Entry]:
+  names = {"weight": "params/{}/scale", "bias": "params/{}/bias",
+           "running_mean": "batch_stats/{}/mean", "running_var": "batch_stats/{}/var"}
+  return [Entry(f"{torch}.{theirs}", (leaf.format(ours),)) for theirs, leaf in names.items()]
+
+
+def _linear(torch: str, ours: str, layout: str = "linear") -> list[Entry]:
+  return [Entry(f"{torch}.weight", (f"params/{ours}/kernel",), layout),
+          Entry(f"{torch}.bias", (f"params/{ours}/bias",))]
+
+
+VARIANTS = {
+    f"nextvit_{size}": Variant(NextViT, {"depths": (3, 4, depth, 3), "drop_path_rate": rate},
+                               crop=0.95)
+    for size, depth, rate in (("small", 10, 0.1), ("base", 20, 0.2), ("large", 30, 0.2))
+}
