@@ -1,4 +1,5 @@
 """How far our logits are from PyTorch's, on the small models of references/."""
+import functools
 import json
 import pathlib
 from typing import Any, NamedTuple
@@ -34,9 +35,14 @@ def runs(family: str) -> list[Run]:
   return out
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model, variables, images):
+  return model.apply(variables, images)
+
+
 def difference(run: Run, model=None) -> float:
   """Largest absolute difference of logits; `model` may stand in for the run's own."""
   model = model or run.model
   variables = vc.from_torch(run.model, run.state)
-  got = jax.jit(model.apply)(variables, run.images)
+  got = _logits(model, variables, run.images)
   return float(np.max(np.abs(np.asarray(got) - run.wanted)))

@@ -7,6 +7,8 @@ from vitcompact import layers
 from vitcompact.block import Attention, Block, make_mlp
 from vitcompact.ffn import cffn
 from vitcompact.heads import hmhsa
+from vitcompact.models import torch_names
+from vitcompact.models.torch_names import Entry, Positions
 from vitcompact.models.variant import Variant
 from vitcompact.plan import Plan
 from vitcompact.trees import Leaf
@@ -89,6 +91,27 @@ class VisionTransformer(nn.Module):
   def leaf_rules(self) -> list[tuple[str, Leaf]]:
     """[(pattern, Leaf)] for every parameter under any plan; see `trees.first_match`."""
     return [*LEAVES, *hmhsa.LEAVES, *cffn.LEAVES, *layers.LEAVES]
+
+  @nn.nowrap
+  def torch_entries(self) -> list[Entry]:
+    """timm's state dict, one Entry a tensor; a folded compact model's, with names of our own."""
+    tokens = ["cls_token", "dist_token"][:self.prefix]
+    entries = [Entry(name, (f"params/{name}",)) for name in tokens]
+    entries.append(Entry("pos_embed", ("params/pos_embed",),
+                         positions=Positions(self.grid, self.prefix)))
+    entries += torch_names.conv("patch_embed.proj", "patch_embed/proj")
+    for i, part in enumerate(self.parts().values()):
+      entries += torch_names.block(f"blocks.{i}", f"blocks_{i}", part)
+    norm = "fc_norm" if self.global_pool == "avg" else "norm"
+    entries += torch_names.norm(norm, norm)
+    for name in ["head", "head_dist"][:self.prefix] if self.num_classes else []:
+      entries += torch_names.linear(name, name)
+    return entries
+
+  @nn.nowrap
+  def authors_name(self, name: str) -> str:
+    """The authors and timm use the same names."""
+    return name
 
   def setup(self):
     self.patch_embed = layers.PatchEmbed(self.width, self.patch_size, dtype=self.dtype)

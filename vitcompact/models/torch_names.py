@@ -1,6 +1,21 @@
 """The language in which a model tells the names and layouts of its PyTorch weights."""
 from typing import NamedTuple
 
+import numpy as np
+
+from vitcompact.ffn.cffn import CompactDense
+
+
+class Positions(NamedTuple):
+  """Learned positions (1, prefix + h * w, D), which an image of another size has others of.
+
+  grid: (h, w) of this model; prefix: rows before the grid's; method: "bicubic" or "bilinear", the
+  authors' rule for a grid of another size.
+  """
+  grid: tuple[int, int]
+  prefix: int = 0
+  method: str = "bicubic"
+
 
 class Entry(NamedTuple):
   """One tensor of a PyTorch state dict and the leaves of ours that it holds.
@@ -9,14 +24,138 @@ class Entry(NamedTuple):
   leaves: names in our variables, collection first: "params/blocks_0/attn/query/kernel". More than
     one where PyTorch fuses what we keep apart; then in the order of the fused rows.
   layout: how the arrays correspond:
-    "same"        vectors, tokens, positions: equal shape (or equal up to axes of length 1)
+    "same"        vectors, tokens, positions: equal shape
     "linear"      (out, in) <-> (in, out)
-    "conv"        (O, I/groups, kh, kw) <-> (kh, kw, I/groups, O)
-    "pointwise"   (out, in, 1, 1) <-> (in, out): a 1x1 convolution that is a Dense here
+    "conv"        (O, I/groups, kh, kw) <-> (kh, kw, I/groups, O), or (O, I, 1, 1) <-> (I, O)
     "heads"       rows (heads * d, in), fused leaves below one another <-> each (in, heads, d)
     "heads_bias"  (heads * d,), fused likewise <-> each (heads, d)
     "out"         (out, heads * d) <-> (heads, d, out)
+  positions: what to know to resize it, if it holds positions of a grid.
   """
   torch: str
   leaves: tuple[str, ...]
   layout: str = "same"
+  positions: Positions | None = None
+
+
+def linear(torch: str, ours: str, *, use_bias: bool = True) -> list[Entry]:
+  """Entries of a linear layer; `ours` is the path of its module, without the collection."""
+  return _layer(torch, ours, "linear", use_bias)
+
+
+def conv(torch: str, ours: str, *, use_bias: bool = True) -> list[Entry]:
+  """Entries of a convolution, or of a 1x1 convolution that we keep as a Dense."""
+  return _layer(torch, ours, "conv", use_bias)
+
+
+def _layer(torch, ours, layout, use_bias):
+  bias = [Entry(f"{torch}.bias", (f"params/{ours}/bias",))] if use_bias else []
+  return [Entry(f"{torch}.weight", (f"params/{ours}/kernel",), layout), *bias]
+
+
+def norm(torch: str, ours: str, *, running: bool = False) -> list[Entry]:
+  """Entries of a norm, with running statistics if it is a batch norm."""
+  entries = [Entry(f"{torch}.weight", (f"params/{ours}/scale",)),
+             Entry(f"{torch}.bias", (f"params/{ours}/bias",))]
+  if running:
+    entries += [Entry(f"{torch}.running_{name}", (f"batch_stats/{ours}/{name}",))
+                for name in ("mean", "var")]
+  return entries
+
+
+def heads(torch: str, ours: str, names: tuple[str, ...], *, use_bias: bool = True) -> list[Entry]:
+  """Entries of a projection to heads that fuses modules `names` of `ours`, as qkv does."""
+  kernels = tuple(f"params/{ours}/{name}/kernel" for name in names)
+  biases = tuple(f"params/{ours}/{name}/bias" for name in names)
+  bias = [Entry(f"{torch}.bias", biases, "heads_bias")] if use_bias else []
+  return [Entry(f"{torch}.weight", kernels, "heads"), *bias]
+
+
+def out(torch: str, ours: str) -> list[Entry]:
+  """Entries of the projection of joined heads."""
+  return [Entry(f"{torch}.weight", (f"params/{ours}/kernel",), "out"),
+          Entry(f"{torch}.bias", (f"params/{ours}/bias",))]
+
+
+def block(torch: str, ours: str, module) -> list[Entry]:
+  """Entries of a `block.Block`, timm's names. Those of its compact layers, once folded, are ours:
+
+    attn.qkv               rows of the real heads' queries and keys, then all heads' values
+    attn.hallucinate.NAME  taps and gains, as they are
+    mlp.fc2.a, mlp.fc2.b   the factors, as linear layers; only b has a bias
+  """
+  attn = module.attn
+  entries = norm(f"{torch}.norm1", f"{ours}/norm1")
+  entries += heads(f"{torch}.attn.qkv", f"{ours}/attn", ("query", "key", "value"),
+                   use_bias=attn.qkv_bias)
+  entries += out(f"{torch}.attn.proj", f"{ours}/attn/out")
+  entries += [Entry(f"{torch}.attn.hallucinate.{name}",
+                    (f"params/{ours}/attn/hallucinate/{name}",)) for name in _filters(attn)]
+  entries += norm(f"{torch}.norm2", f"{ours}/norm2")
+  for name in ("fc1", "fc2"):
+    path = f"{torch}.mlp.{name}", f"{ours}/mlp/{name}"
+    layer = getattr(module.mlp, name)
+    if isinstance(layer, CompactDense) and layer.deploy:
+      entries += linear(f"{path[0]}.a", f"{path[1]}/a", use_bias=False)
+      entries += linear(f"{path[0]}.b", f"{path[1]}/b")
+    else:
+      entries += linear(*path)
+  return entries
+
+
+def _filters(attn) -> list[str]:
+  """Names of the leaves of an attention's filters."""
+  if attn.real_heads == attn.heads:
+    return []
+  if attn.spec.site == "logits":
+    return ["mix", "taps"]
+  on_grid = attn.spec.layout == "grid" and attn.prefix > 0
+  gains = [f"{side}_gain" for side, grid in (("key", attn.key_grid), ("query", attn.query_grid))
+           if on_grid and grid]
+  return ["key_taps", "query_taps", *gains]
+
+
+def torch_shape(layout: str, shapes) -> tuple[int, ...]:
+  """Shape of the tensor that holds leaves of these shapes."""
+  first = tuple(shapes[0])
+  if layout == "linear":
+    return first[::-1]
+  if layout == "conv":
+    return (first[-1], first[-2], *(first[:-2] or (1, 1)))
+  if layout == "heads":
+    return (sum(n * d for _, n, d in shapes), first[0])
+  if layout == "heads_bias":
+    return (sum(n * d for n, d in shapes),)
+  if layout == "out":
+    return (first[2], first[0] * first[1])
+  assert layout == "same", layout
+  return first
+
+
+def to_tensor(layout: str, leaves: list[np.ndarray]) -> np.ndarray:
+  """The tensor that holds `leaves`."""
+  first = leaves[0]
+  if layout == "linear":
+    return first.T
+  if layout == "conv":
+    return first.T[:, :, None, None] if first.ndim == 2 else first.transpose(3, 2, 0, 1)
+  if layout == "heads":
+    return np.concatenate([leaf.reshape(len(leaf), -1).T for leaf in leaves])
+  if layout == "heads_bias":
+    return np.concatenate([leaf.reshape(-1) for leaf in leaves])
+  if layout == "out":
+    return first.reshape(-1, first.shape[2]).T
+  return first
+
+
+def to_leaves(layout: str, tensor: np.ndarray, shapes) -> list[np.ndarray]:
+  """Inverse of `to_tensor`: leaves of these shapes from a tensor of `torch_shape`."""
+  if layout in ("linear", "out"):
+    return [tensor.T.reshape(shapes[0])]
+  if layout == "conv":
+    return [tensor.transpose(2, 3, 1, 0).reshape(shapes[0])]
+  if layout in ("heads", "heads_bias"):
+    rows = np.cumsum([np.prod(shape[-2:]) for shape in shapes])[:-1]
+    return [part.T.reshape(shape)
+            for part, shape in zip(np.split(tensor, rows), shapes, strict=True)]
+  return [tensor]

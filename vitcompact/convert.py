@@ -1,0 +1,328 @@
+"""Weights that travel: PyTorch state dicts to our variables and back, and files of our own."""
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from vitcompact import trees
+from vitcompact.models import VARIANTS, create_model
+from vitcompact.models.torch_names import Entry, to_leaves, to_tensor, torch_shape
+from vitcompact.plan import Plan
+
+# In which a training checkpoint keeps its weights, in timm's order of preference.
+CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+WRAPPERS = ("module.", "_orig_mod.")   # prefixes of names: data parallel, compiled
+
+
+class Loaded(NamedTuple):
+  """What `read_state_dict` did: the variables, and PyTorch names by what became of them."""
+  variables: dict[str, Any]
+  dropped: list[str]
+  resized: list[str]
+  reset: list[str]
+
+
+def from_torch(model: nn.Module, state_dict: Mapping[str, Any], *, reset_head: bool = False):
+  """Variables of `model` from a PyTorch state dict.
+
+  Args:
+    model: dense, or a folded compact DeiT.
+    state_dict: {name: array}, under timm's names or the authors'; containers such as {"model": ...}
+      and prefixes such as "module." are taken off. Half precision becomes float32.
+    reset_head: initialise the classifiers anew, whatever the state dict has for them.
+  Returns:
+    {"params", "batch_stats"?}, nested dicts of numpy arrays.
+  Raises:
+    ValueError: names are missing, unexpected or misshapen: all are listed, a line each.
+  """
+  return read_state_dict(model, state_dict, reset_head=reset_head).variables
+
+
+def to_torch(model: nn.Module, variables, *, names: str = "timm") -> dict[str, np.ndarray]:
+  """{name: numpy array}: the PyTorch state dict of a dense model or a folded compact DeiT.
+
+  Inverse of `from_torch`, bit for bit. Compact layers are written under names of our own, which
+  `experiments/torch_deit.py` reads. `num_batches_tracked` is absent; PyTorch fills it in.
+
+  names: "timm" or "authors".
+  """
+  if names not in ("timm", "authors"):
+    raise ValueError(f"names={names!r}: must be 'timm' or 'authors'")
+  shapes = _variable_shapes(model)
+  entries = _entries(model, shapes)
+  if lines := trees.differences(variables, shapes):
+    raise ValueError("\n".join([f"variables do not fit {_describe(model)}:", *lines]))
+  flat = trees.named_leaves(variables)
+  rename = model.authors_name if names == "authors" else str
+  return {rename(entry.torch): np.ascontiguousarray(
+      to_tensor(entry.layout, [np.asarray(flat[leaf]) for leaf in entry.leaves]))
+          for entry in entries}
+
+
+def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False) -> Loaded:
+  """As `from_torch`, and tells what was dropped, resized and initialised anew."""
+  shapes = _variable_shapes(model)
+  entries = _entries(model, shapes)
+  flat_shapes = {name: leaf.shape for name, leaf in trees.named_leaves(shapes).items()}
+  wanted = {entry.torch: torch_shape(entry.layout, [flat_shapes[leaf] for leaf in entry.leaves])
+            for entry in entries}
+  state = _timm_named(model, entries, _bare_named(unwrap(state_dict)))
+  dropped = sorted(name for name in state if name.endswith("num_batches_tracked"))
+  reset = _classifiers(model) if reset_head else []
+  dropped += [name for name in reset if name in state and name not in wanted]
+  arrays = {name: _array(name, value) for name, value in state.items()
+            if name not in {*dropped, *reset}}
+  arrays |= {name: _fresh(wanted[name]) for name in reset if name in wanted}
+  resized = []
+  for entry in entries:
+    if entry.positions and entry.torch in arrays:
+      new = _fit_positions(arrays[entry.torch], entry.positions, wanted[entry.torch])
+      if new is not arrays[entry.torch]:
+        arrays[entry.torch] = new
+        resized.append(entry.torch)
+  _check_fit(model, arrays, wanted)
+  leaves = {}
+  for entry in entries:
+    parts = to_leaves(entry.layout, arrays[entry.torch], [flat_shapes[x] for x in entry.leaves])
+    leaves |= {name: np.ascontiguousarray(part)
+               for name, part in zip(entry.leaves, parts, strict=True)}
+  return Loaded(_nested(leaves), dropped, resized, [name for name in reset if name in wanted])
+
+
+def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+  """The state dict inside a training checkpoint, or the checkpoint itself if it is one."""
+  for name in CONTAINERS:
+    if isinstance(checkpoint.get(name), Mapping):
+      return checkpoint[name]
+  return checkpoint
+
+
+def resize_positions(positions: np.ndarray, prefix: int, grid: tuple[int, int], method: str):
+  """(1, prefix + n^2, D) -> (1, prefix + h * w, D): prefix rows kept, the square grid resized.
+
+  As torch's interpolate with align_corners=False and no antialiasing: "bicubic" (a = -0.75, edges
+  clamped) or "bilinear".
+  """
+  side = round((positions.shape[1] - prefix) ** 0.5)
+  rows, columns = (resize_matrix(side, size, method) for size in grid)
+  plane = positions[0, prefix:].astype(np.float64).reshape(side, side, -1)
+  plane = np.einsum("hi,wj,ijd->hwd", rows, columns, plane, optimize=True)
+  plane = plane.reshape(1, grid[0] * grid[1], -1).astype(positions.dtype)
+  return np.concatenate([positions[:, :prefix], plane], axis=1)
+
+
+def resize_matrix(old: int, new: int, method: str) -> np.ndarray:
+  """(new, old) weights that resample a line of points."""
+  centre = (np.arange(new) + 0.5) * old / new - 0.5
+  reach = {"bicubic": 2, "bilinear": 1}[method]
+  kernel = _cubic if method == "bicubic" else lambda x: np.maximum(0, 1 - np.abs(x))
+  out = np.zeros((new, old))
+  for step in range(1 - reach, reach + 1):
+    point = np.floor(centre).astype(int) + step
+    np.add.at(out, (np.arange(new), np.clip(point, 0, old - 1)), kernel(centre - point))
+  return out
+
+
+def _cubic(x, a=-0.75):
+  x = np.abs(x)
+  near = ((a + 2) * x - (a + 3)) * x * x + 1
+  far = a * (((x - 5) * x + 8) * x - 4)
+  return np.where(x <= 1, near, np.where(x < 2, far, 0))
+
+
+def save(path, model: nn.Module, variables, *, force: bool = False):
+  """Writes a model and its variables as .safetensors: our names, and how to build the model.
+
+  Refuses to overwrite without `force`; a file of that name is whole at every moment.
+  """
+  path = pathlib.Path(path)
+  if path.suffix != ".safetensors":
+    raise ValueError(f"{path}: must end in .safetensors")
+  if path.exists() and not force:
+    raise ValueError(f"{path} exists; give another name, or ask to overwrite it (force)")
+  if lines := trees.differences(variables, _variable_shapes(model)):
+    raise ValueError("\n".join([f"variables do not fit {_describe(model)}:", *lines]))
+  arrays = {name: np.ascontiguousarray(leaf)
+            for name, leaf in trees.named_leaves(variables).items()}
+  partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+  try:
+    safetensors.numpy.save_file(arrays, partial, metadata=metadata(model))
+    os.replace(partial, path)
+  finally:
+    partial.unlink(missing_ok=True)
+
+
+def load(path) -> tuple[nn.Module, dict[str, Any]]:
+  """(model, variables) of a file that `save` wrote; nothing in it is executed."""
+  arrays, about = read_safetensors(path)
+  if not {"model", "fields", "plan"} <= about.keys():
+    raise ValueError(f"{path} is no file of ours: its metadata has {sorted(about)}, not model, "
+                     "fields, plan; PyTorch weights go through experiments.convert")
+  try:
+    fields = {name: tuple(value) if isinstance(value, list) else value
+              for name, value in json.loads(about["fields"]).items()}
+    model = create_model(about["model"], **fields, plan=Plan.from_json(about["plan"]))
+  except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+    raise ValueError(f"{path}: its metadata describes no model: {error}") from None
+  variables = _nested(arrays)
+  if lines := trees.differences(variables, _variable_shapes(model)):
+    raise ValueError("\n".join([f"{path} does not fit {_describe(model)}:", *lines]))
+  return model, variables
+
+
+def read_safetensors(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+  """({name: array}, metadata) of a .safetensors file."""
+  try:
+    with safetensors.safe_open(path, framework="numpy") as file:
+      return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+  except safetensors.SafetensorError as error:
+    raise ValueError(f"{path} is no whole .safetensors file: {error}") from None
+
+
+def metadata(model: nn.Module) -> dict[str, str]:
+  """What `create_model` needs to build it again, as strings: model, fields, plan."""
+  usual = create_model(model.variant)
+  fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)
+            if field.name not in ("parent", "name", "variant", "plan")}
+  changed = {name: value for name, value in fields.items() if value != getattr(usual, name)}
+  return {"model": model.variant, "fields": json.dumps(changed), "plan": model.plan.to_json()}
+
+
+def _variable_shapes(model):
+  height, width = np.broadcast_to(model.image_size, 2).tolist()
+  images = jax.ShapeDtypeStruct((1, height, width, model.in_chans), jnp.float32)
+  return jax.eval_shape(model.init, jax.random.key(0), images)
+
+
+def _entries(model, shapes) -> list[Entry]:
+  """The model's entries, if they hold all of its leaves, each once."""
+  entries = model.torch_entries()
+  held = sorted(leaf for entry in entries for leaf in entry.leaves)
+  if held != sorted(trees.named_leaves(shapes)):
+    raise ValueError(f"{_describe(model)} has no PyTorch form: load the dense model and compact "
+                     "it; fold a compact DeiT to write it")
+  return entries
+
+
+def _describe(model) -> str:
+  return f"{model.variant} (plan={model.plan.to_json()}, deploy={model.deploy})"
+
+
+def _bare_named(state):
+  """Names without the prefixes that wrappers add."""
+  def bare(name):
+    while name.startswith(WRAPPERS):
+      name = name.split(".", 1)[1]
+    return name
+  return {bare(name): value for name, value in state.items()}
+
+
+def _timm_named(model, entries, state):
+  """Under timm's names, if more of the names are the authors'."""
+  names = {model.authors_name(entry.torch): entry.torch for entry in entries}
+  if len(names.keys() & state.keys()) <= len(set(names.values()) & state.keys()):
+    return state
+  return {names.get(name, name): value for name, value in state.items()}
+
+
+def _array(name, value):
+  array = np.asarray(value)
+  if not (np.issubdtype(array.dtype, np.floating) or array.dtype.name == "bfloat16"):
+    raise ValueError(f"{name} is {array.dtype}, not an array of floating point numbers")
+  return array.astype(np.float32, copy=False)
+
+
+def _classifiers(model) -> list[str]:
+  """PyTorch names of the layers that end in classes."""
+  if not model.num_classes:
+    model = model.clone(num_classes=1)
+  params = _variable_shapes(model)["params"]
+  leaves = trees.named_leaves(trees.first_match(model.leaf_rules(), params, may_be_idle=True))
+  owners = {name.rsplit("/", 1)[0] for name, leaf in leaves.items() if "classes" in leaf.axes}
+  return [entry.torch for entry in model.torch_entries()
+          if entry.leaves[0].removeprefix("params/").rsplit("/", 1)[0] in owners]
+
+
+def _fresh(shape):
+  """A new classifier's kernel from N(0, 0.02^2), its bias zero."""
+  if len(shape) == 1:
+    return np.zeros(shape, np.float32)
+  return 0.02 * np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+def _fit_positions(array, positions, wanted):
+  """Resized if it holds a square grid of another size; otherwise left for the check of shapes."""
+  if array.shape == wanted or array.ndim != 3 or array.shape[::2] != wanted[::2]:
+    return array
+  points = array.shape[1] - positions.prefix
+  if points < 1 or round(points ** 0.5) ** 2 != points:
+    return array
+  return resize_positions(array, positions.prefix, positions.grid, positions.method)
+
+
+def _check_fit(model, arrays, wanted):
+  missing = [f"missing {name} {wanted[name]}" for name in wanted if name not in arrays]
+  unexpected = [f"unexpected {name} {array.shape}" for name, array in arrays.items()
+                if name not in wanted]
+  misshapen = [f"{name} is {arrays[name].shape}, not {wanted[name]}" for name in wanted
+               if name in arrays and arrays[name].shape != wanted[name]]
+  if not (missing or unexpected or misshapen):
+    return
+  first = (f"the state dict does not fit {_describe(model)}: {len(missing)} missing, "
+           f"{len(unexpected)} unexpected, {len(misshapen)} misshapen")
+  closest = closest_model({name: array.shape for name, array in arrays.items()})
+  if closest and closest != model.variant:
+    first += f"; the closest model is {closest}"
+  elif any(name in text for name in _classifiers(model) for text in misshapen):
+    first += "; pass reset_head to initialise a classifier of another size anew"
+  raise ValueError("\n".join([first, *missing, *unexpected, *misshapen]))
+
+
+def closest_model(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+  """The named model whose PyTorch tensors agree with the most of these, None where none does."""
+  def overlap(got, wanted):
+    return len(got & wanted) / len(got | wanted)
+
+  by_name = {}
+  for name in VARIANTS:
+    model = create_model(name)
+    entries = model.torch_entries()
+    timm = {entry.torch for entry in entries}
+    authors = {model.authors_name(entry.torch) for entry in entries}
+    by_name[name] = max(overlap(shapes.keys(), timm), overlap(shapes.keys(), authors))
+  best = max(by_name.values())
+  # Sizes of one family share their names: only these are worth tracing.
+  likely = [name for name, score in by_name.items() if score >= 0.9 * best and best > 0]
+  return max(likely, key=lambda name: overlap(set(shapes.items()), _tensors(name)), default=None)
+
+
+def _tensors(variant: str) -> set:
+  """{(name, shape)} of a named model, under both kinds of names."""
+  model = create_model(variant)
+  leaves = trees.named_leaves(_variable_shapes(model))
+  out = set()
+  for entry in model.torch_entries():
+    shape = torch_shape(entry.layout, [leaves[leaf].shape for leaf in entry.leaves])
+    out |= {(entry.torch, shape), (model.authors_name(entry.torch), shape)}
+  return out
+
+
+def _nested(flat):
+  """{"params/a/b": x} -> {"params": {"a": {"b": x}}}."""
+  tree = {}
+  for name, leaf in flat.items():
+    *parents, last = name.split("/")
+    node = tree
+    for key in parents:
+      node = node.setdefault(key, {})
+    node[last] = leaf
+  return tree
