@@ -34,6 +34,7 @@ class Case(NamedTuple):
   build: image size -> torch module.
   adapt: (state dict of the native size, module of another size) -> its state dict.
   probe: {pattern of names: factor}, see `drawn.weights`.
+  plain: likewise for the plain run, where drawn weights make a deep network's activations grow.
   """
   model: str
   fields: dict[str, Any]
@@ -41,6 +42,7 @@ class Case(NamedTuple):
   build: Callable[[tuple[int, int]], torch.nn.Module]
   probe: dict[str, float]
   adapt: Callable = lambda state, module: state
+  plain: dict[str, float] = {}
 
 
 def resized_positions(prefix: int) -> Callable:
@@ -73,7 +75,43 @@ def deit():
     yield Case(name, fields, ((32, 32), (48, 32)), build, probe, resized_positions(1 + distilled))
 
 
-FAMILIES = {"deit": deit}
+def nextvit():
+  """timm's Next-ViT, whose widths are fixed: narrow stages are made of its blocks.
+
+  A transformer block takes 128 channels, the fewest that timm splits into 3/4 and 1/4.
+  """
+  from timm.models import nextvit as theirs
+  conv, transformer = theirs.NextConvBlock, theirs.NextTransformerBlock
+  kinds = [[conv], [conv, transformer], [conv, transformer, conv], [transformer]]
+
+  def build(image_size):
+    del image_size
+    model = theirs.NextViT(in_chans=3, stem_chs=(8, 4, 8), num_classes=CLASSES)
+    stages, width = [], 8
+    for i, stage in enumerate(kinds):
+      widths = [128 if kind is transformer else (96 if i else 16) for kind in stage]
+      stages.append(theirs.NextStage(width, widths, stage, stride=1 + (i > 0), head_dim=16,
+                                     sr_ratio=8 >> i, mix_block_ratio=0.75))
+      width = widths[-1]
+    model.stages = torch.nn.Sequential(*stages)
+    model.norm = torch.nn.BatchNorm2d(width)
+    model.head = theirs.ClassifierHead(width, CLASSES)
+    return model
+
+  fields = {"stem_widths": [8, 4, 8, 8], "widths": [16, 96, 96, 96], "depths": [1, 2, 3, 1],
+            "periods": [0, 2, 2, 1], "head_dim": 16}
+  plain = {r".*\.(mhca\.projection|mlp\.fc2|e_mhsa\.proj)\.(weight|bias)": 0.3}
+  # Variances of 1e-5, as large as epsilon, everywhere; means and activations to match.
+  probe = {r".*running_var": 1e-5, r".*running_mean": 3e-3,
+           r"(stem\.\d|stages\.0\.blocks\.0\.patch_embed)\.conv\.weight": 3e-3,
+           r".*\.(patch_embed|projection)\.norm\.(weight|bias)": 3e-3,
+           r".*\.(mhca\.projection|mlp\.fc2|e_mhsa\.proj)\.(weight|bias)": 1e-3,
+           r"stages\.[12]\.blocks\.\d\.norm1\.(weight|bias)": 3e-3}
+  # At 40 x 56 sides are odd and the pool of 16 tokens leaves a remainder.
+  yield Case("nextvit_small", fields, ((64, 64), (40, 56)), build, probe, plain=plain)
+
+
+FAMILIES = {"deit": deit, "nextvit": nextvit}
 
 
 @torch.no_grad()
@@ -91,10 +129,10 @@ def reference(case: Case):
   """What a file keeps of one case."""
   native = case.build(case.sizes[0]).state_dict()
   shapes = {name: list(tensor.shape) for name, tensor in native.items()}
-  runs = [{"image_size": size, "logits": logits(case, shapes, size, None),
+  runs = [{"image_size": size, "logits": logits(case, shapes, size, case.plain),
            "probed": logits(case, shapes, size, case.probe)} for size in case.sizes]
   return {"model": case.model, "fields": {**case.fields, "num_classes": CLASSES},
-          "shapes": shapes, "probe": case.probe, "runs": runs}
+          "shapes": shapes, "plain": case.plain, "probe": case.probe, "runs": runs}
 
 
 def main(names):

@@ -29,7 +29,7 @@ def runs(family: str) -> list[Run]:
     for run in case["runs"]:
       size = tuple(run["image_size"])
       model = vc.create_model(case["model"], image_size=size, **case["fields"])
-      for kind, probe in (("logits", None), ("probed", case["probe"])):
+      for kind, probe in (("logits", case.get("plain")), ("probed", case["probe"])):
         out.append(Run(f"{case['model']}-{size[0]}x{size[1]}-{kind}", model,
                        drawn.weights(shapes, probe), drawn.images(size), np.array(run[kind])))
   return out
