@@ -75,7 +75,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-  """Pre-norm residual block: x + attn(norm1 x), then x + mlp(norm2 x).
+  """Pre-norm residual block: x + attn(norm1 x) / skip_lam, then x + mlp(norm2 x) / skip_lam.
 
   `reduce` makes fewer keys and values of the normed tokens (pyramids); None: attention over all.
   """
@@ -85,6 +85,7 @@ class Block(nn.Module):
   epsilon: float = 1e-6
   dtype: str = "float32"
   reduce: nn.Module | None = None
+  skip_lam: float = 1.0
 
   @nn.compact
   def __call__(self, x_bnw, train: bool = False):
@@ -93,8 +94,9 @@ class Block(nn.Module):
     drop = functools.partial(DropPath, self.drop_path)
     y_bnw = norm(name="norm1")(x_bnw)
     keys_bmw = None if self.reduce is None else self.reduce(y_bnw)
-    x_bnw = x_bnw + drop(name="drop1")(self.attn(y_bnw, keys_bmw), train)
-    return x_bnw + drop(name="drop2")(self.mlp(norm(name="norm2")(x_bnw), train), train)
+    x_bnw = x_bnw + drop(name="drop1")(self.attn(y_bnw, keys_bmw), train) / self.skip_lam
+    y_bnw = self.mlp(norm(name="norm2")(x_bnw), train)
+    return x_bnw + drop(name="drop2")(y_bnw, train) / self.skip_lam
 
   @nn.nowrap
   def from_dense(self, params, stats, moments):

@@ -1,0 +1,237 @@
+"""LV-ViT: a straight transformer on a convolutional stem, taught token by token.
+
+Jiang et al., arXiv 2104.10858 (token labelling, MixToken).
+"""
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitcompact import layers
+from vitcompact.block import Attention, Block, make_mlp
+from vitcompact.ffn import cffn
+from vitcompact.heads import hmhsa
+from vitcompact.models import torch_names
+from vitcompact.models.torch_names import Entry, Positions
+from vitcompact.models.variant import Variant
+from vitcompact.plan import Plan
+from vitcompact.trees import Leaf
+
+EPSILON = 1e-5   # of every LayerNorm
+STEM_WIDTH = 64
+STEM = {"conv1": (7, 2), "conv2": (3, 1), "conv3": (3, 1)}   # kernel size, stride
+
+LEAVES = [
+    (r"(cls_token|pos_embed)", Leaf((None, None, "embed"))),
+    (r"stem/conv\d/conv/kernel", Leaf((None, None, None, None), decay=True)),
+    (r"stem/proj/kernel", Leaf((None, None, None, "embed"), decay=True)),
+    (r"(aux_)?head/kernel", Leaf(("embed", "classes"), decay=True)),
+]
+
+
+@flax.struct.dataclass
+class TokenLogits:
+  """What LV-ViT returns in training.
+
+  logits (B, K) of the class token, whose target is share * t + (1 - share) * t[::-1]; token_logits
+  (B, N, K), each where its patch was in its own image, so that targets of patches need no mixing;
+  share, (): the part of the grid that stayed with its own image. loss = soft cross entropy of
+  logits + weight * mean over patches of that of token_logits (the authors' weight is 1).
+  """
+  logits: jax.Array
+  token_logits: jax.Array
+  share: jax.Array
+
+
+def draw_box(key, grid: tuple[int, int]):
+  """bool (h, w), true in a box drawn as CutMix draws it: the share lam outside is U(0, 1), the
+  centre uniform; cells beyond the edge are lost, and one where a side is odd."""
+  lam_key, *centre_keys = jax.random.split(key, 3)
+  cut = jnp.sqrt(1 - jax.random.uniform(lam_key))
+  inside = []
+  for centre_key, size in zip(centre_keys, grid, strict=True):
+    centre = jax.random.randint(centre_key, (), 0, size)
+    half = (size * cut).astype(jnp.int32) // 2
+    cell = jnp.arange(size)
+    inside.append((cell >= centre - half) & (cell < centre + half))
+  return inside[0][:, None] & inside[1][None, :]
+
+
+def swap(x_bhwc, box_hw):
+  """The box's cells exchanged with those of the reversed batch; its own inverse."""
+  return jnp.where(box_hw[None, :, :, None], x_bhwc[::-1], x_bhwc)
+
+
+class Stem(nn.Module):
+  """Three convolutions with batch norms at half the resolution, then patches of the result.
+
+  (B, H, W, C) -> (B, H / patch_size, W / patch_size, width).
+  """
+  width: int
+  patch_size: int
+  deploy: bool = False
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x_bhwc, train: bool = False):
+    for name, (size, stride) in STEM.items():
+      init = layers.fan_in_uniform(size ** 2 * x_bhwc.shape[-1])
+      conv = layers.ConvNorm(STEM_WIDTH, size, stride, kernel_init=init, deploy=self.deploy,
+                             dtype=self.dtype, name=name)
+      x_bhwc = nn.relu(conv(x_bhwc, train))
+    patch = (self.patch_size // 2,) * 2
+    init = layers.fan_in_uniform(patch[0] ** 2 * STEM_WIDTH)
+    return nn.Conv(self.width, patch, strides=patch, padding="VALID", kernel_init=init,
+                   bias_init=init, dtype=self.dtype, name="proj")(x_bhwc)
+
+  @nn.nowrap
+  def from_dense(self, params, stats, moments):
+    """(params, stats): a plan changes nothing here."""
+    del moments
+    return params, stats
+
+  @nn.nowrap
+  def fold(self, params, stats):
+    """(params, {}) of the deployed stem: its batch norms inside its convolutions."""
+    if self.deploy:
+      return params, stats
+    folded = {name: layers.fold_conv_norm(params[name], stats[name]) for name in STEM}
+    return {**params, **folded}, {}
+
+
+class LVViT(nn.Module):
+  """Convolutional stem, class token, learned positions, pre-norm blocks, two linear heads.
+
+  Images (B, H, W, in_chans), normalised float -> logits (B, num_classes) in float32: of the class
+  token, plus half the largest over patches of the second head's. In training `TokenLogits`;
+  mix_token: patches are exchanged between the images of a batch, a box drawn from the "dropout"
+  key. num_classes=0 returns the class token's features (B, width).
+  """
+  variant: str = ""
+  image_size: int | tuple[int, int] = 224
+  patch_size: int = 16
+  in_chans: int = 3
+  num_classes: int = 1000
+  width: int = 384
+  depth: int = 16
+  heads: int = 6
+  mlp_ratio: float = 3.0
+  skip_lam: float = 2.0
+  mix_token: bool = True
+  drop_path_rate: float = 0.1
+  dtype: str = "float32"
+  remat: bool = False
+  plan: Plan = Plan()
+  deploy: bool = False
+
+  @property
+  def grid(self) -> tuple[int, int]:
+    height, width = np.broadcast_to(self.image_size, 2).tolist()
+    return height // self.patch_size, width // self.patch_size
+
+  @nn.nowrap
+  def check(self):
+    """Raises ValueError, one line, where the fields do not go together."""
+    if self.patch_size < 2 or self.patch_size % 2:
+      raise ValueError(f"patch_size={self.patch_size}: must be even, the stem halves the image "
+                       "before it cuts patches")
+    for side in np.broadcast_to(self.image_size, 2).tolist():
+      if side < self.patch_size or side % self.patch_size:
+        near = max(1, round(side / self.patch_size)) * self.patch_size
+        raise ValueError(f"image_size={self.image_size}: {side} is not a multiple of "
+                         f"patch_size={self.patch_size}; the nearest that is: {near}")
+    if self.width % self.heads:
+      raise ValueError(f"heads={self.heads} does not divide width={self.width}; heads that do: "
+                       f"{[h for h in range(1, 33) if self.width % h == 0]}")
+    self.plan.check_depth(self.depth)
+
+  @nn.nowrap
+  def parts(self) -> dict[str, nn.Module]:
+    """{name: module}, what a plan changes or what folds, not bound to a parent."""
+    rates = np.linspace(0, self.drop_path_rate, self.depth).tolist()
+    block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+    parts = {"stem": Stem(self.width, self.patch_size, deploy=self.deploy, dtype=self.dtype,
+                          parent=None)}
+    for i in range(self.depth):
+      plan, name = self.plan.at(i), f"blocks_{i}"
+      attn = Attention(self.width, self.heads, spec=plan.heads, qkv_bias=False,
+                       query_grid=self.grid, key_grid=self.grid, prefix=1, dtype=self.dtype,
+                       parent=None)
+      mlp = make_mlp(plan, width=self.width, hidden=int(self.width * self.mlp_ratio),
+                     deploy=self.deploy, dtype=self.dtype, name=name)
+      parts[name] = block(attn, mlp, drop_path=rates[i], epsilon=EPSILON, skip_lam=self.skip_lam,
+                          dtype=self.dtype, parent=None)
+    return parts
+
+  @nn.nowrap
+  def leaf_rules(self) -> list[tuple[str, Leaf]]:
+    """[(pattern, Leaf)] for every parameter under any plan; see `trees.first_match`."""
+    return [*LEAVES, *hmhsa.LEAVES, *cffn.LEAVES, *layers.LEAVES]
+
+  @nn.nowrap
+  def torch_entries(self) -> list[Entry]:
+    """The authors' state dict of the dense model, one Entry a tensor."""
+    entries = [Entry("cls_token", ("params/cls_token",)),
+               Entry("pos_embed", ("params/pos_embed",), positions=Positions(self.grid, 1))]
+    for i, name in enumerate(STEM, start=1):
+      entries += torch_names.conv(f"patch_embed.conv{i}", f"stem/{name}/conv", use_bias=False)
+      entries += torch_names.norm(f"patch_embed.bn{i}", f"stem/{name}/norm", running=True)
+    entries += torch_names.conv("patch_embed.proj", "stem/proj")
+    parts = self.parts()
+    for i in range(self.depth):
+      entries += torch_names.block(f"blocks.{i}", f"blocks_{i}", parts[f"blocks_{i}"])
+    entries += torch_names.norm("norm", "norm")
+    for name in ("head", "aux_head") if self.num_classes else ():
+      entries += torch_names.linear(name, name)
+    return entries
+
+  @nn.nowrap
+  def authors_name(self, name: str) -> str:
+    """timm has no LV-ViT: the names are the authors'."""
+    return name
+
+  def setup(self):
+    self.cls_token = self.param("cls_token", layers.weight_init, (1, 1, self.width))
+    count = 1 + self.grid[0] * self.grid[1]
+    self.pos_embed = self.param("pos_embed", layers.weight_init, (1, count, self.width))
+    for name, part in self.parts().items():
+      setattr(self, name, part)
+    self.norm = layers.LayerNorm(epsilon=EPSILON, dtype=self.dtype)
+    if self.num_classes:
+      self.head = layers.dense(self.num_classes, dtype=self.dtype)
+      self.aux_head = layers.dense(self.num_classes, dtype=self.dtype)
+
+  def __call__(self, images_bhwc, train: bool = False):
+    expected = (*np.broadcast_to(self.image_size, 2).tolist(), self.in_chans)
+    if images_bhwc.shape[1:] != expected:
+      raise ValueError(f"images of shape {images_bhwc.shape}: this model takes (B, {expected[0]}, "
+                       f"{expected[1]}, {expected[2]}); create it with image_size= and in_chans=")
+    x = self.stem(images_bhwc, train)
+    box = jnp.zeros(self.grid, bool)
+    if train and self.mix_token:
+      box = draw_box(self.make_rng("dropout"), self.grid)
+      x = swap(x, box)
+    x = x.reshape(x.shape[0], -1, self.width)
+    token = jnp.broadcast_to(self.cls_token.astype(x.dtype), (x.shape[0], 1, self.width))
+    x = jnp.concatenate([token, x], axis=1) + self.pos_embed.astype(x.dtype)
+    for i in range(self.depth):
+      x = getattr(self, f"blocks_{i}")(x, train)
+      self.sow("features", f"blocks_{i}", x)
+    x = self.norm(x)
+    if not self.num_classes:
+      return x[:, 0].astype(jnp.float32)
+    logits = self.head(x[:, 0]).astype(jnp.float32)
+    token_logits = self.aux_head(x[:, 1:]).astype(jnp.float32)
+    if not train:
+      return logits + 0.5 * token_logits.max(axis=1)
+    grid_logits = token_logits.reshape(-1, *self.grid, self.num_classes)
+    return TokenLogits(logits, swap(grid_logits, box).reshape(token_logits.shape), 1 - box.mean())
+
+
+VARIANTS = {
+    "lvvit_t": Variant(LVViT, {"width": 240, "depth": 12, "heads": 4, "skip_lam": 1.0}),
+    "lvvit_s": Variant(LVViT, {"width": 384, "depth": 16, "heads": 6}),
+    "lvvit_m": Variant(LVViT, {"width": 512, "depth": 20, "heads": 8, "drop_path_rate": 0.2},
+                       crop=1.0),
+}
