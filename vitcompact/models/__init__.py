@@ -5,10 +5,12 @@ import fnmatch
 
 import flax.linen as nn
 
-from vitcompact.models import deit, nextvit
+from vitcompact.models import deit, lvvit, nextvit, pvt, pvt_v2
 from vitcompact.models.variant import Variant
 
-VARIANTS: dict[str, Variant] = {**deit.VARIANTS, **nextvit.VARIANTS}
+FAMILIES = (deit, lvvit, nextvit, pvt, pvt_v2)
+VARIANTS: dict[str, Variant] = {name: row for family in FAMILIES
+                                for name, row in family.VARIANTS.items()}
 
 
 def list_models(pattern: str = "*") -> list[str]:

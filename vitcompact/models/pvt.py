@@ -1,0 +1,178 @@
+"""PVT v1: a pyramid of four stages with attention over reduced keys (Wang et al., 2102.12122)."""
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitcompact import layers
+from vitcompact.block import make_mlp
+from vitcompact.ffn import cffn
+from vitcompact.heads import hmhsa
+from vitcompact.models import pyramid
+from vitcompact.models.torch_names import Entry
+from vitcompact.models.variant import Variant
+from vitcompact.plan import Plan
+from vitcompact.trees import Leaf
+
+# Position embeddings decay, as in the authors' training; the class token does not.
+LEAVES = [
+    (r"cls_token", Leaf((None, None, "embed"))),
+    (r"pos_embed_\d+", Leaf((None, None, "embed"), decay=True)),
+    *pyramid.LEAVES,
+]
+
+
+class PyramidVisionTransformer(nn.Module):
+  """Four stages of patches, positions and blocks; a class token joins in the last.
+
+  Images (B, H, W, in_chans), normalised float -> logits (B, num_classes) in float32;
+  num_classes=0 returns the class token (B, width). `image_size` is the size for which positions are
+  stored; images of another size that fits are taken too, with positions resized (bilinear).
+  Collection "features" holds the maps (B, h, w, C) that leave each stage, as stage_1 ..
+  """
+  variant: str = ""
+  image_size: int | tuple[int, int] = 224
+  patch_size: int = 4
+  in_chans: int = 3
+  num_classes: int = 1000
+  widths: tuple[int, ...] = (64, 128, 320, 512)
+  depths: tuple[int, ...] = (3, 4, 6, 3)
+  heads: tuple[int, ...] = (1, 2, 5, 8)
+  mlp_ratios: tuple[float, ...] = (8, 8, 4, 4)
+  sr_ratios: tuple[int, ...] = (8, 4, 2, 1)
+  drop_path_rate: float = 0.1
+  dtype: str = "float32"
+  remat: bool = False
+  plan: Plan = Plan()
+  deploy: bool = False
+
+  @nn.nowrap
+  def check(self):
+    """Raises ValueError, one line, where the fields do not go together."""
+    pyramid.check_fields(self)
+    if self.sr_ratios[-1] != 1:
+      raise ValueError(f"sr_ratios={self.sr_ratios}: must end in 1, since the class token of the "
+                       "last stage has no place on a grid that could be reduced")
+    self.check_size(self.image_size, f"image_size={self.image_size}")
+
+  @nn.nowrap
+  def check_size(self, image_size, what: str):
+    """Raises ValueError unless every patch and every window of every reduction is filled."""
+    strides = self._strides()
+    unit = math.lcm(*(s * ratio for s, ratio in zip(strides, self.sr_ratios, strict=True)))
+    for side in np.broadcast_to(image_size, 2).tolist():
+      if side < unit or side % unit:
+        raise ValueError(f"{what}: {side} is not a multiple of {unit} (stages of {strides} pixels "
+                         f"a token, keys reduced by {self.sr_ratios}); the nearest that is: "
+                         f"{max(1, round(side / unit)) * unit}")
+
+  @nn.nowrap
+  def _strides(self) -> list[int]:
+    return [self.patch_size * 2 ** s for s in range(len(self.widths))]
+
+  @nn.nowrap
+  def stages(self, image_size) -> list[pyramid.Stage]:
+    height, width = np.broadcast_to(image_size, 2).tolist()
+    return pyramid.stages(self, [(height // s, width // s) for s in self._strides()])
+
+  @nn.nowrap
+  def parts(self, image_size=None) -> dict[str, nn.Module]:
+    """{name: block}, the modules that a plan changes or that fold, not bound to a parent."""
+    stages = self.stages(image_size or self.image_size)
+    rates = np.linspace(0, self.drop_path_rate, sum(self.depths)).tolist()
+    parts = {}
+    for stage in stages:
+      for i in stage.blocks:
+        plan, name = self.plan.at(i), f"blocks_{i}"
+        mlp = make_mlp(plan, width=stage.width, hidden=stage.hidden, deploy=self.deploy,
+                       dtype=self.dtype, name=name)
+        reduce = None if stage.reduction == 1 else pyramid.Reduce(
+            stage.grid, stage.reduction, conv_init=fan_in_init, dtype=self.dtype, parent=None)
+        parts[name] = pyramid.make_block(
+            stage, plan, mlp=mlp, reduce=reduce, drop_path=rates[i],
+            prefix=int(stage is stages[-1]), remat=self.remat, dtype=self.dtype)
+    return parts
+
+  @nn.nowrap
+  def leaf_rules(self) -> list[tuple[str, Leaf]]:
+    """[(pattern, Leaf)] for every parameter under any plan; see `trees.first_match`."""
+    return [*LEAVES, *hmhsa.LEAVES, *cffn.LEAVES, *layers.LEAVES]
+
+  @nn.compact
+  def __call__(self, images_bhwc, train: bool = False):
+    image_size = pyramid.check_images(self, images_bhwc)
+    blocks = self.parts(image_size)
+    stages, native = self.stages(image_size), self.stages(self.image_size)
+    x = images_bhwc
+    for s, stage in enumerate(stages):
+      prefix = int(stage is stages[-1])
+      x = self._embed(x, s, stage, native[s].grid, prefix)
+      for i in stage.blocks:
+        x = blocks[f"blocks_{i}"].clone(parent=self, name=f"blocks_{i}")(x, train)
+      token, x = x[:, :prefix], pyramid.to_map(x[:, prefix:], stage.grid)
+      self.sow("features", f"stage_{s + 1}", x)
+    norm = layers.LayerNorm(epsilon=pyramid.EPSILON, dtype=self.dtype, name="norm")
+    return pyramid.head(self, norm(token[:, 0]))
+
+  def _embed(self, map_bhwc, s: int, stage: pyramid.Stage, stored_grid, prefix: int):
+    """Tokens of stage s: patches, the class token before them if there is a prefix, positions."""
+    stride = 2 if s else self.patch_size
+    x = pyramid.to_tokens(pyramid.PatchEmbed(
+        stage.width, size=stride, stride=stride, padding=0, conv_init=fan_in_init,
+        dtype=self.dtype, name=f"patch_embed_{s + 1}")(map_bhwc))
+    if prefix:
+      token = self.param("cls_token", layers.weight_init, (1, 1, stage.width))
+      token = jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, stage.width))
+      x = jnp.concatenate([token, x], axis=1)
+    shape = (1, prefix + math.prod(stored_grid), stage.width)
+    positions = self.param(f"pos_embed_{s + 1}", layers.weight_init, shape)
+    return x + resize_positions(positions, stored_grid, stage.grid, prefix).astype(x.dtype)
+
+  @nn.nowrap
+  def torch_entries(self) -> list[Entry]:
+    """The tensors of the dense model under the authors' names (timm does not have PVT v1)."""
+    entries = [Entry("cls_token", ("params/cls_token",))]
+    for s, stage in enumerate(self.stages(self.image_size), 1):
+      entries += [Entry(f"pos_embed{s}", (f"params/pos_embed_{s}",)),
+                  *pyramid.conv_norm_entries((f"patch_embed{s}.proj", f"patch_embed{s}.norm"),
+                                             f"patch_embed_{s}")]
+      for i in stage.blocks:
+        entries += pyramid.block_entries(f"block{s}.{i - stage.blocks[0]}", f"blocks_{i}",
+                                         reduced=stage.reduction > 1)
+    entries += pyramid.norm_entries("norm", "norm")
+    return entries + (pyramid.layer_entries("head", "head") if self.num_classes else [])
+
+  @nn.nowrap
+  def authors_name(self, name: str) -> str:
+    """The authors' name of a tensor; `torch_entries` uses these already."""
+    return name
+
+
+def fan_in_init(size: int, chans: int, features: int):
+  """Initialisers of kernel and bias of a convolution: torch's defaults."""
+  del features
+  init = layers.fan_in_uniform(size ** 2 * chans)
+  return init, init
+
+
+def resize_positions(positions_1nw, stored: tuple[int, int], grid: tuple[int, int], prefix: int):
+  """Position embeddings of a grid brought to another one; the prefix rows stay.
+
+  Bilinear between cell centres, without antialiasing, as the authors' model does it. (They skip it
+  whenever the token count is that of the stored first stage, whatever the shape; that is not
+  followed.)
+  """
+  if stored == grid:
+    return positions_1nw
+  plane = pyramid.to_map(positions_1nw[:, prefix:], stored)
+  plane = jax.image.resize(plane, (1, *grid, plane.shape[-1]), "bilinear", antialias=False)
+  return jnp.concatenate([positions_1nw[:, :prefix], pyramid.to_tokens(plane)], axis=1)
+
+
+VARIANTS = {
+    f"pvt_{size}": Variant(PyramidVisionTransformer, {"depths": depths, "drop_path_rate": rate})
+    for size, depths, rate in (("tiny", (2, 2, 2, 2), 0.1), ("small", (3, 4, 6, 3), 0.1),
+                               ("medium", (3, 4, 18, 3), 0.3), ("large", (3, 8, 27, 3), 0.3))
+}

@@ -1,0 +1,218 @@
+"""PVT v2: overlapping patches, depthwise convolutions in the FFN (Wang et al., 2106.13797)."""
+import re
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from vitcompact import layers
+from vitcompact.block import make_mlp
+from vitcompact.ffn import cffn
+from vitcompact.heads import hmhsa
+from vitcompact.models import pyramid
+from vitcompact.models.torch_names import Entry
+from vitcompact.models.variant import Variant
+from vitcompact.plan import Plan
+from vitcompact.trees import Leaf
+
+POOLED = 7   # side of the linear variant's key grid, whatever the image
+
+LEAVES = [
+    (r".*/mlp/mixer/conv/kernel", Leaf((None, None, None, "mlp"), decay=True)),
+    *pyramid.LEAVES,
+]
+
+
+class PyramidVisionTransformerV2(nn.Module):
+  """Four stages of overlapping patches and blocks, each ended by a norm; mean of the last.
+
+  Images (B, H, W, in_chans), normalised float, of any size that fits, not only `image_size` ->
+  logits (B, num_classes) in float32; num_classes=0 returns the mean of the tokens (B, width).
+  linear: keys are pooled to 7 x 7 in every stage, so that attention costs a fixed share per token.
+  Collection "features" holds the normed maps (B, h, w, C) that leave each stage, as stage_1 ..
+  """
+  variant: str = ""
+  image_size: int | tuple[int, int] = 224
+  in_chans: int = 3
+  num_classes: int = 1000
+  widths: tuple[int, ...] = (64, 128, 320, 512)
+  depths: tuple[int, ...] = (3, 4, 6, 3)
+  heads: tuple[int, ...] = (1, 2, 5, 8)
+  mlp_ratios: tuple[float, ...] = (8, 8, 4, 4)
+  sr_ratios: tuple[int, ...] = (8, 4, 2, 1)
+  linear: bool = False
+  drop_path_rate: float = 0.1
+  dtype: str = "float32"
+  remat: bool = False
+  plan: Plan = Plan()
+  deploy: bool = False
+
+  @nn.nowrap
+  def check(self):
+    """Raises ValueError, one line, where the fields do not go together."""
+    pyramid.check_fields(self)
+    self.check_size(self.image_size, f"image_size={self.image_size}")
+
+  @nn.nowrap
+  def check_size(self, image_size, what: str):
+    """Raises ValueError unless every stage's grid holds a window of its reduction."""
+    ratios = [1] * len(self.widths) if self.linear else self.sr_ratios
+    smallest = max(4 * 2 ** s * (ratio - 1) + 1 for s, ratio in enumerate(ratios))
+    for side in np.broadcast_to(image_size, 2).tolist():
+      if side < smallest:
+        raise ValueError(f"{what}: {side} is too small for sr_ratios={self.sr_ratios}, whose "
+                         f"windows need sides of at least {smallest}")
+
+  @nn.nowrap
+  def stages(self, image_size) -> list[pyramid.Stage]:
+    sides = np.broadcast_to(image_size, 2)
+    # Padded convolutions: a started patch counts.
+    grids = [tuple((-(-sides // (4 * 2 ** s))).tolist()) for s in range(len(self.widths))]
+    return pyramid.stages(self, grids)
+
+  @nn.nowrap
+  def parts(self, image_size=None) -> dict[str, nn.Module]:
+    """{name: block}, the modules that a plan changes or that fold, not bound to a parent."""
+    rates = np.linspace(0, self.drop_path_rate, sum(self.depths)).tolist()
+    parts = {}
+    for stage in self.stages(image_size or self.image_size):
+      for i in stage.blocks:
+        plan, name = self.plan.at(i), f"blocks_{i}"
+        mixer = DepthwiseConv(stage.grid, relu=self.linear, dtype=self.dtype, parent=None)
+        mlp = make_mlp(plan, width=stage.width, hidden=stage.hidden, deploy=self.deploy,
+                       dtype=self.dtype, name=name, mixer=mixer, mixer_gain=mixer.gain)
+        parts[name] = pyramid.make_block(stage, plan, mlp=mlp, reduce=self._reduce(stage),
+                                         drop_path=rates[i], remat=self.remat, dtype=self.dtype)
+    return parts
+
+  @nn.nowrap
+  def _reduce(self, stage: pyramid.Stage) -> nn.Module | None:
+    if self.linear:
+      return PoolReduce(stage.grid, dtype=self.dtype, parent=None)
+    if stage.reduction == 1:
+      return None
+    return pyramid.Reduce(stage.grid, stage.reduction, conv_init=fan_out_init, dtype=self.dtype,
+                          parent=None)
+
+  @nn.nowrap
+  def leaf_rules(self) -> list[tuple[str, Leaf]]:
+    """[(pattern, Leaf)] for every parameter under any plan; see `trees.first_match`."""
+    return [*LEAVES, *hmhsa.LEAVES, *cffn.LEAVES, *layers.LEAVES]
+
+  @nn.compact
+  def __call__(self, images_bhwc, train: bool = False):
+    image_size = pyramid.check_images(self, images_bhwc)
+    blocks = self.parts(image_size)
+    x = images_bhwc
+    for s, stage in enumerate(self.stages(image_size), 1):
+      size, stride = (7, 4) if s == 1 else (3, 2)
+      x = pyramid.PatchEmbed(stage.width, size=size, stride=stride, padding=size // 2,
+                             conv_init=fan_out_init, dtype=self.dtype, name=f"patch_embed_{s}")(x)
+      x = pyramid.to_tokens(x)
+      for i in stage.blocks:
+        x = blocks[f"blocks_{i}"].clone(parent=self, name=f"blocks_{i}")(x, train)
+      x = layers.LayerNorm(epsilon=pyramid.EPSILON, dtype=self.dtype, name=f"norm_{s}")(x)
+      x = pyramid.to_map(x, stage.grid)
+      self.sow("features", f"stage_{s}", x)
+    return pyramid.head(self, x.mean(axis=(1, 2)))
+
+  @nn.nowrap
+  def torch_entries(self) -> list[Entry]:
+    """The tensors of the dense model under timm's names."""
+    entries = []
+    for s, stage in enumerate(self.stages(self.image_size)):
+      embed = f"stages.{s}.downsample" if s else "patch_embed"
+      entries += pyramid.conv_norm_entries((f"{embed}.proj", f"{embed}.norm"),
+                                           f"patch_embed_{s + 1}")
+      for i in stage.blocks:
+        torch, ours = f"stages.{s}.blocks.{i - stage.blocks[0]}", f"blocks_{i}"
+        entries += [*pyramid.block_entries(torch, ours, self.linear or stage.reduction > 1),
+                    *pyramid.layer_entries(f"{torch}.mlp.dwconv", f"{ours}/mlp/mixer/conv", "conv")]
+      entries += pyramid.norm_entries(f"stages.{s}.norm", f"norm_{s + 1}")
+    return entries + (pyramid.layer_entries("head", "head") if self.num_classes else [])
+
+  @nn.nowrap
+  def authors_name(self, name: str) -> str:
+    """timm's name of a tensor -> the authors'."""
+    name = re.sub(r"^patch_embed\.", "patch_embed1.", name)
+    for timm, authors in ((r"downsample\.", "patch_embed{}."), (r"blocks\.", "block{}."),
+                          (r"norm\.", "norm{}.")):
+      name = re.sub(rf"^stages\.(\d+)\.{timm}",
+                    lambda found, to=authors: to.format(int(found[1]) + 1), name)
+    return name.replace(".dwconv.", ".dwconv.dwconv.")
+
+
+class DepthwiseConv(nn.Module):
+  """3 x 3 convolution of each channel over the grid: (B, N, C) -> (B, N, C); `relu` before it."""
+  grid: tuple[int, int]
+  relu: bool = False
+  dtype: str = "float32"
+
+  @property
+  def gain(self) -> int:
+    """By how much the variance of centred, independent inputs grows under fresh weights."""
+    return 1 if self.relu else 2
+
+  @nn.compact
+  def __call__(self, tokens_bnc):
+    chans = tokens_bnc.shape[-1]
+    kernel_init, bias_init = fan_out_init(3, 1, 1)
+    map_bhwc = pyramid.to_map(nn.relu(tokens_bnc) if self.relu else tokens_bnc, self.grid)
+    return pyramid.to_tokens(nn.Conv(
+        chans, (3, 3), padding=1, feature_group_count=chans, kernel_init=kernel_init,
+        bias_init=bias_init, dtype=self.dtype, name="conv")(map_bhwc))
+
+
+class PoolReduce(nn.Module):
+  """Keys of the linear variant: averaged to 7 x 7, 1 x 1 convolution, norm, GELU."""
+  grid: tuple[int, int]
+  dtype: str = "float32"
+
+  @property
+  def key_grid(self) -> tuple[int, int]:
+    return POOLED, POOLED
+
+  @nn.compact
+  def __call__(self, tokens_bnc):
+    map_bhwc = adaptive_average(pyramid.to_map(tokens_bnc, self.grid), POOLED)
+    return layers.gelu(pyramid.to_tokens(pyramid.conv_norm(
+        map_bhwc, map_bhwc.shape[-1], 1, stride=1, padding=0, conv_init=fan_out_init,
+        dtype=self.dtype)))
+
+
+def adaptive_average(map_bhwc, side: int):
+  """Means over side x side windows that cover the map: (B, H, W, C) -> (B, side, side, C).
+
+  Window i of an axis of n cells is floor(i n / side) to ceil((i + 1) n / side): windows overlap
+  where `side` does not divide n.
+  """
+  batch, height, width, chans = map_bhwc.shape
+  if height % side == 0 and width % side == 0:
+    return map_bhwc.reshape(batch, side, height // side, side, width // side, chans).mean((2, 4))
+  for axis in (1, 2):
+    n = map_bhwc.shape[axis]
+    windows = [slice(i * n // side, -(-(i + 1) * n // side)) for i in range(side)]
+    map_bhwc = jnp.stack([jnp.take(map_bhwc, np.arange(n)[window], axis).mean(axis)
+                          for window in windows], axis)
+  return map_bhwc
+
+
+def fan_out_init(size: int, chans: int, features: int):
+  """Initialisers of kernel and bias of a convolution: N(0, 2 / fan_out), zeros.
+
+  features: output channels of one group.
+  """
+  del chans
+  return nn.initializers.normal((2 / (size ** 2 * features)) ** 0.5), nn.initializers.zeros
+
+
+_DEPTHS = {"b0": (2, 2, 2, 2), "b1": (2, 2, 2, 2), "b2": (3, 4, 6, 3), "b3": (3, 4, 18, 3),
+           "b4": (3, 8, 27, 3), "b5": (3, 6, 40, 3)}
+_FIELDS = {"b0": {"widths": (32, 64, 160, 256)}, "b5": {"mlp_ratios": (4, 4, 4, 4)}}
+
+VARIANTS = {
+    **{f"pvt_v2_{size}": Variant(PyramidVisionTransformerV2, {
+        "depths": depths, "drop_path_rate": 0.3 if size in ("b3", "b4", "b5") else 0.1,
+        **_FIELDS.get(size, {})}) for size, depths in _DEPTHS.items()},
+    "pvt_v2_b2_li": Variant(PyramidVisionTransformerV2, {"depths": _DEPTHS["b2"], "linear": True}),
+}

@@ -1,0 +1,180 @@
+"""What PVT v1 and v2 share: stages of shrinking grids, attention over spatially reduced keys."""
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from vitcompact.block import Attention, Block
+from vitcompact.layers import LayerNorm, weight_init
+from vitcompact.models.torch_names import Entry
+from vitcompact.plan import BlockPlan
+from vitcompact.trees import Leaf
+
+# Mixed, as the published weights were trained.
+EPSILON = 1e-6        # of the norms in front of attention and FFN, and at the end
+CONV_EPSILON = 1e-5   # of the norms that follow a convolution
+
+LEAVES = [
+    (r"patch_embed_\d+/proj/kernel", Leaf((None, None, None, "embed"), decay=True)),
+    (r".*/reduce/proj/kernel", Leaf((None, None, None, "embed"), decay=True)),
+    (r"head/kernel", Leaf(("embed", "classes"), decay=True)),
+]
+
+# (kernel size, input channels, output channels) -> initialisers of kernel and bias
+ConvInit = Callable[[int, int, int], tuple[Callable, Callable]]
+
+
+class Stage(NamedTuple):
+  """One stage at one image size. `blocks`: its blocks' numbers, counted over all stages."""
+  width: int
+  heads: int
+  hidden: int
+  reduction: int
+  grid: tuple[int, int]
+  blocks: range
+
+
+def stages(model, grids) -> list[Stage]:
+  """The stages of a pyramid from its fields, and the grid (height, width) of each."""
+  ends = np.cumsum(model.depths).tolist()
+  rows = zip(model.widths, model.heads, model.mlp_ratios, model.sr_ratios, grids, model.depths,
+             ends, strict=True)
+  return [Stage(width, heads, int(width * ratio), reduction, grid, range(end - depth, end))
+          for width, heads, ratio, reduction, grid, depth, end in rows]
+
+
+def check_fields(model):
+  """Raises ValueError, one line, where fields that do not depend on the image do not fit."""
+  sizes = {name: getattr(model, name)
+           for name in ("widths", "depths", "heads", "mlp_ratios", "sr_ratios")}
+  if len({len(values) for values in sizes.values()}) > 1:
+    raise ValueError(f"{sizes}: each needs one entry for each stage")
+  for width, heads in zip(model.widths, model.heads, strict=True):
+    if width % heads:
+      raise ValueError(f"heads={model.heads} and widths={model.widths}: {heads} does not divide "
+                       f"{width}; heads that do: {[h for h in range(1, 33) if width % h == 0]}")
+  model.plan.check_depth(sum(model.depths))
+
+
+def check_images(model, images_bhwc) -> tuple[int, int]:
+  """(height, width) of a batch that fits the model; raises ValueError, one line, where not."""
+  if images_bhwc.ndim != 4 or images_bhwc.shape[-1] != model.in_chans:
+    raise ValueError(f"images of shape {images_bhwc.shape}: this model takes (B, height, width, "
+                     f"{model.in_chans}); create it with in_chans=")
+  size = images_bhwc.shape[1:3]
+  model.check_size(size, f"images of shape {images_bhwc.shape}")
+  return size
+
+
+def make_block(stage: Stage, plan: BlockPlan, *, mlp: nn.Module, reduce: nn.Module | None,
+               drop_path: float, prefix: int = 0, remat: bool, dtype: str) -> Block:
+  """A block not bound to a parent; `prefix` tokens stand before the stage's grid."""
+  attn = Attention(stage.width, stage.heads, spec=plan.heads, query_grid=stage.grid,
+                   key_grid=stage.grid if reduce is None else reduce.key_grid, prefix=prefix,
+                   dtype=dtype, parent=None)
+  block = nn.remat(Block, static_argnums=(2,)) if remat else Block
+  return block(attn, mlp, drop_path=drop_path, epsilon=EPSILON, dtype=dtype, reduce=reduce,
+               parent=None)
+
+
+def to_map(tokens_bnc, grid: tuple[int, int]):
+  return tokens_bnc.reshape(tokens_bnc.shape[0], *grid, tokens_bnc.shape[-1])
+
+
+def to_tokens(map_bhwc):
+  return map_bhwc.reshape(map_bhwc.shape[0], -1, map_bhwc.shape[-1])
+
+
+def conv_norm(map_bhwc, width: int, size: int, *, stride: int, padding: int, conv_init: ConvInit,
+              dtype: str):
+  """Convolution `proj`, then `norm`, of the calling module: (B, H, W, C) -> (B, h, w, width).
+
+  Padded by `padding` on every side, as PyTorch does ("SAME" is lopsided at stride 2).
+  """
+  kernel_init, bias_init = conv_init(size, map_bhwc.shape[-1], width)
+  out = nn.Conv(width, (size, size), strides=stride, padding=padding, kernel_init=kernel_init,
+                bias_init=bias_init, dtype=dtype, name="proj")(map_bhwc)
+  return LayerNorm(epsilon=CONV_EPSILON, dtype=dtype, name="norm")(out)
+
+
+class PatchEmbed(nn.Module):
+  """Images or the map of the stage before to the map of a stage, normed."""
+  width: int
+  size: int
+  stride: int
+  padding: int
+  conv_init: ConvInit
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, map_bhwc):
+    return conv_norm(map_bhwc, self.width, self.size, stride=self.stride, padding=self.padding,
+                     conv_init=self.conv_init, dtype=self.dtype)
+
+
+class Reduce(nn.Module):
+  """Keys on a grid coarser by `ratio`, by a strided convolution: (B, N, C) -> (B, N/ratio^2, C).
+
+  Rows and columns that do not fill a window are left out, as in PyTorch.
+  """
+  grid: tuple[int, int]
+  ratio: int
+  conv_init: ConvInit
+  dtype: str = "float32"
+
+  @property
+  def key_grid(self) -> tuple[int, int]:
+    return self.grid[0] // self.ratio, self.grid[1] // self.ratio
+
+  @nn.compact
+  def __call__(self, tokens_bnc):
+    map_bhwc = to_map(tokens_bnc, self.grid)
+    return to_tokens(conv_norm(map_bhwc, map_bhwc.shape[-1], self.ratio, stride=self.ratio,
+                               padding=0, conv_init=self.conv_init, dtype=self.dtype))
+
+
+def head(model: nn.Module, pooled_bc):
+  """Logits, or the pooled features where the model has no classes, in float32."""
+  if model.num_classes:
+    pooled_bc = nn.Dense(model.num_classes, kernel_init=weight_init, dtype=model.dtype,
+                         name="head")(pooled_bc)
+  return pooled_bc.astype(jnp.float32)
+
+
+def layer_entries(torch: str, ours: str, layout: str = "linear") -> list[Entry]:
+  """The weight and bias of a linear layer or a convolution."""
+  return [Entry(f"{torch}.weight", (f"params/{ours}/kernel",), layout),
+          Entry(f"{torch}.bias", (f"params/{ours}/bias",))]
+
+
+def norm_entries(torch: str, ours: str) -> list[Entry]:
+  return [Entry(f"{torch}.weight", (f"params/{ours}/scale",)),
+          Entry(f"{torch}.bias", (f"params/{ours}/bias",))]
+
+
+def conv_norm_entries(torch: tuple[str, str], ours: str) -> list[Entry]:
+  """A `conv_norm`; torch: the names of its convolution and of its norm."""
+  return [*layer_entries(torch[0], f"{ours}/proj", "conv"),
+          *norm_entries(torch[1], f"{ours}/norm")]
+
+
+def block_entries(torch: str, ours: str, reduced: bool) -> list[Entry]:
+  """A block; PVT v1 and v2 name its tensors alike (v2's depthwise convolution aside)."""
+  attn, keys_values = f"params/{ours}/attn", ("key", "value")
+  return [
+      *norm_entries(f"{torch}.norm1", f"{ours}/norm1"),
+      Entry(f"{torch}.attn.q.weight", (f"{attn}/query/kernel",), "heads"),
+      Entry(f"{torch}.attn.q.bias", (f"{attn}/query/bias",), "heads_bias"),
+      Entry(f"{torch}.attn.kv.weight", tuple(f"{attn}/{name}/kernel" for name in keys_values),
+            "heads"),
+      Entry(f"{torch}.attn.kv.bias", tuple(f"{attn}/{name}/bias" for name in keys_values),
+            "heads_bias"),
+      *layer_entries(f"{torch}.attn.proj", f"{ours}/attn/out", "out"),
+      *(conv_norm_entries((f"{torch}.attn.sr", f"{torch}.attn.norm"), f"{ours}/reduce")
+        if reduced else []),
+      *norm_entries(f"{torch}.norm2", f"{ours}/norm2"),
+      *layer_entries(f"{torch}.mlp.fc1", f"{ours}/mlp/fc1"),
+      *layer_entries(f"{torch}.mlp.fc2", f"{ours}/mlp/fc2"),
+  ]
