@@ -9,6 +9,7 @@ names and shapes, and the logits for plain weights and for probed ones.
 A new family: one function that yields Cases, one line in FAMILIES.
 """
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Callable
@@ -42,7 +43,7 @@ class Case(NamedTuple):
   build: Callable[[tuple[int, int]], torch.nn.Module]
   probe: dict[str, float]
   adapt: Callable = lambda state, module: state
-  plain: dict[str, float] = {}
+  plain: dict[str, float] | None = None
 
 
 def resized_positions(prefix: int) -> Callable:
@@ -111,7 +112,30 @@ def nextvit():
   yield Case("nextvit_small", fields, ((64, 64), (40, 56)), build, probe, plain=plain)
 
 
-FAMILIES = {"deit": deit, "nextvit": nextvit}
+def lvvit():
+  """The authors' LV-ViT; TOKEN_LABELING names a checkout of github.com/zihangJiang/TokenLabeling."""
+  sys.path.insert(0, os.environ["TOKEN_LABELING"])
+  from tlt.models.lvvit import LV_ViT
+
+  def build(image_size):
+    return LV_ViT(img_size=image_size, patch_size=8, embed_dim=24, depth=2, num_heads=3,
+                  mlp_ratio=3.0, p_emb="4_2", skip_lam=2.0, return_dense=True, mix_token=True,
+                  num_classes=CLASSES)
+
+  def adapt(state, module):
+    patches = module.patch_embed
+    patches.grid_size = [side // 8 for side in patches.img_size]
+    return resized_positions(1)(state, module)
+
+  probe = {r"(cls_token|pos_embed|patch_embed\.proj\..*)": 3e-3,
+           r"blocks\.\d+\.(attn\.proj|mlp\.fc2)\..*": 3e-3,
+           r"patch_embed\.conv1\.weight|.*\.running_mean": 3e-3, r".*\.running_var": 1e-5,
+           r"patch_embed\.bn[12]\.(weight|bias)": 3e-3}
+  fields = {"patch_size": 8, "width": 24, "depth": 2, "heads": 3}
+  yield Case("lvvit_s", fields, ((32, 32), (48, 32)), build, probe, adapt)
+
+
+FAMILIES = {"deit": deit, "nextvit": nextvit, "lvvit": lvvit}
 
 
 @torch.no_grad()

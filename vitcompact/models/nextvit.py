@@ -12,6 +12,7 @@ from vitcompact import layers
 from vitcompact.block import Attention, make_mlp
 from vitcompact.ffn import cffn
 from vitcompact.heads import hmhsa
+from vitcompact.models import torch_names
 from vitcompact.models.nextvit_blocks import ConvBlock, TransformerBlock
 from vitcompact.models.torch_names import Entry
 from vitcompact.models.variant import Variant
@@ -223,30 +224,30 @@ class NextViT(nn.Module):
     for i, place in enumerate(self.places()):
       out += self._block_entries(f"stages.{place.stage}.blocks.{place.number}", f"blocks_{i}",
                                  place)
-    out += _norm("norm", "head/norm")
-    return out + (_linear("head.fc", "head/fc") if self.num_classes else [])
+    out += torch_names.norm("norm", "head/norm", running=True)
+    return out + (torch_names.linear("head.fc", "head/fc") if self.num_classes else [])
 
   def _block_entries(self, torch: str, ours: str, place: Place) -> list[Entry]:
     out = _conv_norm(f"{torch}.mhca.group_conv3x3", f"{torch}.mhca.norm", f"{ours}/mhca/group_conv")
-    out.append(Entry(f"{torch}.mhca.projection.weight",
-                     (f"params/{ours}/mhca/projection/kernel",), "pointwise"))
+    out += torch_names.conv(f"{torch}.mhca.projection", f"{ours}/mhca/projection", use_bias=False)
     if place.stride == 2 or place.in_width != self.widths[place.stage]:
       out += _conv_norm(f"{torch}.patch_embed.conv", f"{torch}.patch_embed.norm",
                         f"{ours}/patch_embed")
     for fc in ("fc1", "fc2"):
-      out += _linear(f"{torch}.mlp.{fc}", f"{ours}/mlp/{fc}", "pointwise")
-    if not place.transformer:
-      return out + _norm(f"{torch}.norm", f"{ours}/norm")
-    for theirs, name in (("q", "query"), ("k", "key"), ("v", "value")):
-      out += [Entry(f"{torch}.e_mhsa.{theirs}.weight", (f"params/{ours}/attn/{name}/kernel",),
-                    "heads"),
-              Entry(f"{torch}.e_mhsa.{theirs}.bias", (f"params/{ours}/attn/{name}/bias",),
-                    "heads_bias")]
-    out += _linear(f"{torch}.e_mhsa.proj", f"{ours}/attn/out", "out")
-    if POOLS[place.stage] > 1:
-      out += _norm(f"{torch}.e_mhsa.norm", f"{ours}/key_norm")
-    out += _conv_norm(f"{torch}.projection.conv", f"{torch}.projection.norm", f"{ours}/projection")
-    return out + _norm(f"{torch}.norm1", f"{ours}/norm1") + _norm(f"{torch}.norm2", f"{ours}/norm2")
+      out += torch_names.conv(f"{torch}.mlp.{fc}", f"{ours}/mlp/{fc}")
+    norms = {"norm": "norm"}
+    if place.transformer:
+      for theirs, name in (("q", "query"), ("k", "key"), ("v", "value")):
+        out += torch_names.heads(f"{torch}.e_mhsa.{theirs}", f"{ours}/attn", (name,))
+      out += torch_names.out(f"{torch}.e_mhsa.proj", f"{ours}/attn/out")
+      out += _conv_norm(f"{torch}.projection.conv", f"{torch}.projection.norm",
+                        f"{ours}/projection")
+      norms = {"norm1": "norm1", "norm2": "norm2"}
+      if POOLS[place.stage] > 1:
+        norms["e_mhsa.norm"] = "key_norm"
+    for theirs, name in norms.items():
+      out += torch_names.norm(f"{torch}.{theirs}", f"{ours}/{name}", running=True)
+    return out
 
   @nn.nowrap
   def authors_name(self, name: str) -> str:
@@ -273,25 +274,15 @@ class NextViT(nn.Module):
     ends = np.cumsum(self.depths).tolist()
     for i in range(self.depth):
       x = getattr(self, f"blocks_{i}")(x, train)
-      if i + 1 in ends:
+      # Everything is mutable in init, whose variables are no place for features.
+      if i + 1 in ends and not self.is_initializing():
         self.sow("features", f"stage_{ends.index(i + 1) + 1}", x)
     return self.head(x, train)
 
 
 def _conv_norm(conv: str, norm: str, ours: str) -> list[Entry]:
-  return [Entry(f"{conv}.weight", (f"params/{ours}/conv/kernel",), "conv"),
-          *_norm(norm, f"{ours}/norm")]
-
-
-def _norm(torch: str, ours: str) -> list[Entry]:
-  names = {"weight": "params/{}/scale", "bias": "params/{}/bias",
-           "running_mean": "batch_stats/{}/mean", "running_var": "batch_stats/{}/var"}
-  return [Entry(f"{torch}.{theirs}", (leaf.format(ours),)) for theirs, leaf in names.items()]
-
-
-def _linear(torch: str, ours: str, layout: str = "linear") -> list[Entry]:
-  return [Entry(f"{torch}.weight", (f"params/{ours}/kernel",), layout),
-          Entry(f"{torch}.bias", (f"params/{ours}/bias",))]
+  return [*torch_names.conv(conv, f"{ours}/conv", use_bias=False),
+          *torch_names.norm(norm, f"{ours}/norm", running=True)]
 
 
 VARIANTS = {
