@@ -1,4 +1,5 @@
 """One tiny run, built (and so compiled) once for all tests of training."""
+import dataclasses
 import functools
 import pathlib
 
@@ -34,23 +35,36 @@ def config() -> ConfigDict:
   return tiny_config()
 
 
+@functools.cache
+def build(config) -> loop.Run:
+  """loop.build, once for equal configs on equal devices: what it jits, compiles once."""
+  return loop.build(config)
+
+
 @pytest.fixture(scope="session")
 def built() -> loop.Run:
-  """The tiny run on 8 devices; its jitted functions compile once."""
+  """The tiny run on 8 devices: 4 for data, times 2 for parameters."""
   return build(loop.resolve(tiny_config()))
 
 
-# Each run of a test builds anew; equal configs may share what XLA compiled.
-build = functools.lru_cache(maxsize=None)(loop.build)
+@pytest.fixture(scope="session")
+def built_alone() -> loop.Run:
+  """The tiny run on one device."""
+  config = tiny_config()
+  config.mesh.fsdp = 1
+  with pytest.MonkeyPatch.context() as patch:
+    first = jax.devices()[:1]
+    patch.setattr(jax, "devices", lambda: first)
+    return loop.build(loop.resolve(config))
 
 
 @pytest.fixture
-def shared_build(monkeypatch):
-  monkeypatch.setattr(loop, "build", build)
+def shared(monkeypatch, built):
+  """Runs of the tiny config, and of others with the same step, use what `built` compiled."""
+  same = ("total_steps", "optim", "ema_half_life")
 
+  def reuse(config):
+    assert all(config[key] == built.config[key] for key in same)
+    return dataclasses.replace(built, config=config)
 
-@pytest.fixture
-def one_device(monkeypatch):
-  """This process as if it had a single device."""
-  first = jax.devices()[:1]
-  monkeypatch.setattr(jax, "devices", lambda: first)
+  monkeypatch.setattr(loop, "build", reuse)

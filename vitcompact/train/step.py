@@ -139,7 +139,7 @@ def make_train_step(model, optimizer, schedule, augment, *, accumulate: int, ema
     if ema_decay:
       new = new.replace(ema_params=average(state.ema_params, params),
                         ema_batch_stats=average(state.ema_batch_stats, batch_stats))
-    metrics = {"loss": loss, "accuracy": accuracy, "grad_norm": optax.global_norm(grads),
+    metrics = {"loss": loss, "accuracy": accuracy, "grad_norm": optax.tree.norm(grads),
                "lr": jnp.asarray(schedule(state.step), jnp.float32)}
     return new, metrics
 
