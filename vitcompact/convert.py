@@ -208,6 +208,9 @@ def _entries(model, shapes) -> list[Entry]:
   entries = model.torch_entries()
   held = sorted(leaf for entry in entries for leaf in entry.leaves)
   if held != sorted(trees.named_leaves(shapes)):
+    assert model.plan != Plan() or model.deploy, (
+        f"{model.variant}: torch_entries and leaves differ in "
+        f"{sorted(set(held) ^ trees.named_leaves(shapes).keys())}")
     raise ValueError(f"{_describe(model)} has no PyTorch form: load the dense model and compact "
                      "it; fold a compact DeiT to write it")
   return entries

@@ -8,6 +8,7 @@ names and shapes, and the logits for plain weights and for probed ones.
 
 A new family: one function that yields Cases, one line in FAMILIES.
 """
+import functools
 import json
 import os
 import pathlib
@@ -113,7 +114,7 @@ def nextvit():
 
 
 def lvvit():
-  """The authors' LV-ViT; TOKEN_LABELING names a checkout of github.com/zihangJiang/TokenLabeling."""
+  """The authors' LV-ViT: TOKEN_LABELING names a checkout of zihangJiang/TokenLabeling (GitHub)."""
   sys.path.insert(0, os.environ["TOKEN_LABELING"])
   from tlt.models.lvvit import LV_ViT
 
@@ -135,7 +136,47 @@ def lvvit():
   yield Case("lvvit_s", fields, ((32, 32), (48, 32)), build, probe, adapt)
 
 
-FAMILIES = {"deit": deit, "nextvit": nextvit, "lvvit": lvvit}
+# Narrow stages; the third has an odd number of heads.
+PYRAMID = {"widths": [8, 16, 20, 16], "depths": [1, 1, 2, 1], "heads": [1, 2, 5, 4],
+           "mlp_ratios": [2, 2, 2, 2]}
+THEIRS = {"embed_dims": PYRAMID["widths"], "depths": PYRAMID["depths"],
+          "num_heads": PYRAMID["heads"], "mlp_ratios": PYRAMID["mlp_ratios"]}
+PYRAMID_PROBE = {r".*\.(attn\.(proj|sr)|mlp\.fc2)\..*": 3e-3}
+
+
+def pvt():
+  """The authors' PVT v1, which resizes positions itself; PVT names a checkout of github.com/whai362/PVT."""
+  sys.path.insert(0, f"{os.environ['PVT']}/classification")
+  import pvt as theirs
+
+  def build(image_size):
+    del image_size
+    norm = functools.partial(torch.nn.LayerNorm, eps=1e-6)   # as their named models have it
+    return theirs.PyramidVisionTransformer(img_size=64, patch_size=4, qkv_bias=True,
+                                           norm_layer=norm, sr_ratios=[8, 4, 2, 1],
+                                           num_classes=CLASSES, **THEIRS)
+
+  probe = {r"cls_token|pos_embed\d|patch_embed1\.proj\..*|patch_embed\d\.norm\..*": 3e-3,
+           **PYRAMID_PROBE}
+  yield Case("pvt_small", PYRAMID, ((64, 64), (96, 64)), build, probe)
+
+
+def pvt_v2():
+  """timm's PVT v2, with strided and with pooled (linear) keys."""
+  import timm
+  probe = {r"(patch_embed|.*\.downsample)\.(proj|norm)\..*": 3e-3, **PYRAMID_PROBE}
+  for name, native in (("pvt_v2_b2", 64), ("pvt_v2_b2_li", 112)):
+
+    def build(image_size, name=name):
+      del image_size
+      return timm.create_model(name, num_classes=CLASSES, **THEIRS)
+
+    # At 45 x 70 patches are begun and windows left over at the edges.
+    yield Case(name, PYRAMID, ((native, native), (45, 70)), build, probe)
+
+
+FAMILIES = {"deit": deit, "nextvit": nextvit, "lvvit": lvvit, "pvt": pvt,
+            "pvt_v2": pvt_v2}
 
 
 @torch.no_grad()

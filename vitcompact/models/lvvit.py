@@ -217,7 +217,10 @@ class LVViT(nn.Module):
     x = jnp.concatenate([token, x], axis=1) + self.pos_embed.astype(x.dtype)
     for i in range(self.depth):
       x = getattr(self, f"blocks_{i}")(x, train)
-      self.sow("features", f"blocks_{i}", x)
+      # Everything is mutable in init, whose variables are no place for features. The name
+      # blocks_{i} is the module's.
+      if not self.is_initializing():
+        self.sow("features", f"block_{i}", x)
     x = self.norm(x)
     if not self.num_classes:
       return x[:, 0].astype(jnp.float32)
