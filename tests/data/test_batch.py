@@ -123,6 +123,8 @@ def test_erasing_fills_a_quarter_of_images_with_unit_noise():
   values = out[erased]
   assert abs(values.mean()) < 0.01 and abs(values.std() - 1) < 0.01
   rows, columns = erased.any(2).sum(1)[fired], erased.any(1).sum(1)[fired]
+  log_aspect = np.log(rows / columns)  # uniform in +-ln(1 / 0.3) = +-1.204 but for rounding
+  assert abs(log_aspect.mean()) < 0.1 and 1.1 < np.abs(log_aspect).max() < 1.4
   area = erased.sum((1, 2))[fired]
   np.testing.assert_array_equal(area, rows * columns)  # one box
   assert rows.max() < size and columns.max() < size

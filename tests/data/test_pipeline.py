@@ -191,6 +191,8 @@ def test_a_bad_image_stops_the_run_and_is_named(tmp_path, kind, write):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"name": "digit"}, r"data\.name='digit' is not one of digits"),
+    ({"name": "shapes:many"}, r"data\.name='shapes:many' needs a number of scenes"),
+    ({"name": "shapes", "augment": "digits"}, r"would change what shapes mean; use.* none"),
     ({"name": "folder"}, r"data\.name='folder' needs a path"),
     ({"name": "folder:/nowhere"}, r"no folder /nowhere/train"),
     ({"augment": "randaug"}, r"data\.augment='randaug' is not one of randaugment"),

@@ -30,12 +30,13 @@ from vitcompact.data.batches import Batches
 from vitcompact.data.digits import Digits, split_indices
 from vitcompact.data.folder import Folder, list_classes, list_files
 from vitcompact.data.randaugment import randaugment
+from vitcompact.data.shapes import SIZES, Shapes
 
 SPLITS = ("train", "val", "test")
-KNOWN = ("digits", "folder:PATH")
-# Drawn at the size that the model takes, with something at every edge: evaluated whole, and the
-# augmentations that are no harm to the label are few.
-ALLOWED = {"digits": ("none", "digits")}
+KNOWN = ("digits", "shapes", "shapes:COUNT", "folder:PATH")
+# Made at the size that the model takes, with something at every edge: evaluated whole, and only
+# these augmentations leave the label true (a mirrored scene has another, a mirrored 5 has none).
+ALLOWED = {"digits": ("none", "digits"), "shapes": ("none",)}
 
 
 class Source(Protocol):
@@ -55,11 +56,15 @@ def _choose(what: str, value: str, known) -> None:
 
 
 def _parse(name: str) -> tuple[str, str]:
-  """"folder:PATH" -> ("folder", PATH)."""
+  """"folder:PATH" -> ("folder", PATH); "shapes" -> ("shapes", "20000"), how many it draws."""
   kind, _, argument = name.partition(":")
   if kind == "folder" and not argument:
     raise ValueError(f"data.name={name!r} needs a path: 'folder:PATH' with PATH/train/CLASS/*.jpg")
-  if kind != "folder" and kind + (":" + argument if argument else "") not in KNOWN:
+  if kind == "shapes":
+    argument = argument or str(SIZES["train"])
+    if not argument.isdecimal() or int(argument) < 1:
+      raise ValueError(f"data.name={name!r} needs a number of scenes, as in 'shapes:20000'")
+  elif kind != "folder":
     _choose("data.name", name, KNOWN)
   return kind, argument
 
@@ -75,19 +80,27 @@ def source(name: str, split: str, *, image_size: int | tuple[int, int], seed: in
   _choose("split", split, SPLITS)
   if kind == "digits":
     return Digits(split, _pair(image_size))
+  if kind == "shapes":
+    return Shapes(split, _pair(image_size), num_examples(name, split), seed)
   return Folder(argument, split)
 
 
 def num_classes(name: str) -> int:
   kind, argument = _parse(name)
-  return Digits.num_classes if kind == "digits" else len(list_classes(argument))
+  if kind == "folder":
+    return len(list_classes(argument))
+  return {"digits": Digits, "shapes": Shapes}[kind].num_classes
 
 
 def num_examples(name: str, split: str) -> int:
   """How many images a split has, without decoding any."""
   kind, argument = _parse(name)
   _choose("split", split, SPLITS)
-  return len(split_indices(split)) if kind == "digits" else len(list_files(argument, split)[0])
+  if kind == "digits":
+    return len(split_indices(split))
+  if kind == "shapes":
+    return int(argument) if split == "train" else SIZES[split]
+  return len(list_files(argument, split)[0])
 
 
 def train_transform(example: dict, rng: np.random.Generator, *, augment: str,
