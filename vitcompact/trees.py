@@ -84,7 +84,7 @@ def replace(tree, path: str, subtree):
   key, _, rest = path.partition("/")
   new = replace(tree.get(key, {}), rest, subtree) if rest else subtree
   out = {k: v for k, v in tree.items() if k != key}
-  return {**out, key: new} if new else out
+  return out if isinstance(new, dict) and not new else {**out, key: new}
 
 
 def digest(tree) -> str:

@@ -152,7 +152,7 @@ class CompactDense(nn.Module):
     if "alpha" in params:
       m = a.shape[0]
       groups = jnp.repeat(jnp.eye(self.rank, dtype=a.dtype), m // self.rank, axis=0)
-      a = a + groups * (self.rank / m) * params["alpha"]
+      a = a + groups * (self.rank / m) * params["alpha"][None]
     bias = _matmul(a_shift, b) + b_shift + params.get("bias", 0)
     return {"a": {"kernel": a}, "b": {"kernel": b, "bias": bias}}, {}
 
@@ -231,16 +231,16 @@ def truncated_factors(kernel, rank: int, moments=None):
   if moments is None:
     left, singular, right = jnp.linalg.svd(kernel, full_matrices=False)
     root = jnp.sqrt(singular[:rank])
-    return left[:, :rank] * root, root[:, None] * right[:rank]
+    return left[:, :rank] * root[None], root[:, None] * right[:rank]
   second = moments["second"]
   values, vectors = jnp.linalg.eigh(second)
   # Directions that the calibration images hardly use keep a floor, so that C can be inverted.
   values = jnp.maximum(values, 1e-4 * values[-1])
   root = jnp.sqrt(values)
-  whitened = _matmul((vectors * root).T, kernel)
+  whitened = _matmul((vectors * root[None]).T, kernel)
   left, singular, right = jnp.linalg.svd(whitened, full_matrices=False)
   balance = jnp.sqrt(singular[:rank])
-  a = _matmul(vectors / root, left[:, :rank] * balance)
+  a = _matmul(vectors / root[None], left[:, :rank] * balance[None])
   return a, balance[:, None] * right[:rank]
 
 

@@ -172,7 +172,7 @@ def hallucinate_scores(scores_bfnm, mix_fg, taps_gkk):
 def delta_init(key, shape, dtype=jnp.float32):
   """A centred delta in each of shape[0] kernels."""
   del key
-  return jnp.zeros(shape, dtype).at[(slice(None), *(k // 2 for k in shape[1:]))].set(1)
+  return jnp.zeros(shape, dtype).at[:, *(k // 2 for k in shape[1:])].set(1)
 
 
 def terms_init(spread: float):
@@ -200,9 +200,11 @@ class Hallucinate(nn.Module):
     hallucinated = value_bmhd.shape[2] - real
     if spec.site == "logits":
       return self._attend_mixed(query_bnfd, key_bmfd, value_bmhd, hallucinated)
-    # With u = 0 and v = 0 a further term would never move: its v starts as noise.
-    key_taps, key_gain = self._taps("key", hallucinated, self.key_grid, spread=0.1)
-    query_taps, query_gain = self._taps("query", hallucinated, self.query_grid, spread=0.0)
+    # A further term is silent at first by its query side alone (u = 0, gain 0): with both sides at
+    # zero it would never move.
+    key_taps, key_gain = self._taps("key", hallucinated, self.key_grid, spread=0.1, gain=1.0)
+    query_taps, query_gain = self._taps("query", hallucinated, self.query_grid, spread=0.0,
+                                        gain=0.0)
     # Cross-correlating the map's key axis is correlating the values with the reversed taps.
     reversed_taps = jnp.flip(key_taps, range(2, key_taps.ndim))
 
@@ -214,15 +216,20 @@ class Hallucinate(nn.Module):
 
     return attend_hallucinated(query_bnfd, key_bmfd, value_bmhd, key_filter, query_filter)
 
-  def _taps(self, side: str, hallucinated: int, grid, spread: float):
+  def _taps(self, side: str, hallucinated: int, grid, spread: float, gain: float):
+    """Taps, and the gains of prefix tokens or None; `spread`, `gain`: of terms after the first."""
     spec = self.spec
     on_grid = spec.layout == "grid" and grid is not None
     shape = (hallucinated, spec.rank) + (spec.kernel,) * (2 if on_grid else 1)
     taps = self.param(f"{side}_taps", terms_init(spread), shape)
     if not on_grid or not self.prefix:
       return taps, None
-    return taps, self.param(f"{side}_gain", nn.initializers.ones,
-                            (hallucinated, spec.rank, self.prefix))
+
+    def init(key, shape, dtype=jnp.float32):
+      del key
+      return jnp.full(shape, gain, dtype).at[:, 0].set(1)
+
+    return taps, self.param(f"{side}_gain", init, (hallucinated, spec.rank, self.prefix))
 
   def _attend_mixed(self, query_bnfd, key_bmfd, value_bmhd, hallucinated: int):
     real = query_bnfd.shape[2]

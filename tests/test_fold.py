@@ -1,0 +1,79 @@
+"""Folding does not change the function; verify would notice if it did."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vitcompact as vc
+from tests import tiny
+from vitcompact import trees
+
+PLANS = [
+    vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN()),
+    vc.Plan(heads=vc.HMHSA(layout="grid", rank=2), ffn=vc.CFFN(rep="scale", branches=3)),
+    vc.Plan(heads=vc.HMHSA(site="logits"), ffn=vc.CFFN(factor="both", rank_ratio=0.25)),
+    vc.Plan(ffn=vc.CFFN(rep="none", avg_skip=False), blocks={1: {"ffn": None}}),
+    vc.Plan(),
+]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_fold_keeps_the_function_with_every_leaf_and_statistic_random(plan):
+  model = tiny.deit(plan)
+  variables, x = tiny.init(model), tiny.images(model)
+  deploy, folded = vc.fold(model, variables)
+  proof = vc.verify(model, variables, deploy, folded, x)
+  assert proof.max_rel <= 1e-5 and proof.ok and proof.first_difference is None
+  assert proof.top1_agreement == 1 and proof.images == 3
+  asked = jax.eval_shape(deploy.init, jax.random.key(0), x)
+  assert trees.differences(folded, asked) == []
+  again, twice = vc.fold(deploy, folded)
+  assert again == deploy and trees.digest(twice) == trees.digest(folded)
+
+
+def test_fold_is_pure_and_can_be_traced():
+  model = tiny.deit(PLANS[0])
+  variables = tiny.init(model)
+  before = trees.digest(variables)
+  eager = vc.fold(model, variables)[1]
+  traced = jax.jit(lambda v: vc.fold(model, v)[1])(variables)
+  assert trees.digest(variables) == before
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), traced, eager)
+
+
+@pytest.mark.parametrize("leaf", ["fc2/b/bias", "fc2/a/kernel", "fc2/b/kernel"])
+def test_verify_names_the_block_where_a_difference_first_arises(leaf):
+  model = tiny.deit(PLANS[0])
+  variables, x = tiny.init(model), tiny.images(model)
+  deploy, folded = vc.fold(model, variables)
+  path = f"params/blocks_1/mlp/{leaf}"
+  broken = trees.replace(folded, path, trees.get(folded, path).at[..., 0].add(0.01))
+  proof = vc.verify(model, variables, deploy, broken, x)
+  assert proof.first_difference == "blocks_1" and not proof.ok and proof.max_abs > 1e-4
+  broken = trees.replace(folded, path, trees.get(folded, path) * jnp.nan)
+  proof = vc.verify(model, variables, deploy, broken, x)
+  assert proof.first_difference == "blocks_1" and not proof.ok
+
+
+def test_compact_starts_from_a_dense_model_only():
+  model = tiny.deit(PLANS[0])
+  with pytest.raises(ValueError, match="starts from a dense, unfolded model"):
+    vc.compact(model, tiny.init(model), vc.Plan())
+
+
+def test_calibration_images_bring_the_compacted_model_nearer():
+  model = tiny.deit()
+  variables, x = tiny.init(model, spread=0.5), tiny.images(model, batch=16)
+  plan = vc.Plan(ffn=vc.CFFN(rank_ratio=0.4))
+  wanted = jax.jit(model.apply)(variables, x)
+
+  def error(images):
+    small, got = vc.compact(model, variables, plan, images=images)
+    return jnp.linalg.norm(jax.jit(small.apply)(got, x) - wanted), small, got
+
+  with pytest.warns(UserWarning, match="without calibration images"):
+    from_weights, _, _ = error(None)
+  fitted, small, got = error(x)
+  assert fitted < 0.9 * from_weights
+  train, _ = small.clone(drop_path_rate=0.0).apply(got, x, train=True, mutable=["batch_stats"])
+  np.testing.assert_allclose(train, small.apply(got, x), rtol=0.02, atol=0.02)
