@@ -19,8 +19,8 @@ def split_indices(split: str) -> np.ndarray:
 
   Images are put in order by class (keeping scikit-learn's order inside a class). Of each ten
   neighbours, numbers 0 and 5 are test, number 2 is val and the others train, so that the classes
-  have the same shares in all three to within one image. Scikit-learn's order is that of the
-  writers, who thus appear in all three: the test is of new images, not of new hands.
+  have the same shares in all three to within one image. Who wrote which digit is not recorded, so
+  a hand is likely to appear in all three: the test is of new images, not of new writers.
   """
   by_class = np.argsort(_images_and_labels()[1], kind="stable")
   tenth = np.arange(len(by_class)) % 10
