@@ -1,0 +1,120 @@
+"""receipt: one page with every number of a run, and how each was come by."""
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+
+import jax
+
+from vitcompact.bench import Timing
+from vitcompact.count import Count
+from vitcompact.verify import Proof
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One model of a receipt. accuracy: share of test images, None where it was not run."""
+  name: str
+  count: Count
+  accuracy: float | None
+  timing: Timing | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Receipt:
+  """The first row is the dense model, which the others are compared with."""
+  title: str
+  rows: tuple[Row, ...]
+  proof: Proof
+  facts: Mapping[str, object]   # settings of the run: plan, data, seed, digest, ...
+
+  def write(self, directory) -> tuple[pathlib.Path, pathlib.Path]:
+    """Writes receipt.json and receipt.md; each is whole at every moment."""
+    directory = pathlib.Path(directory)
+    paths = directory / "receipt.json", directory / "receipt.md"
+    for path, text in zip(paths, (self.to_json(), self.to_markdown()), strict=True):
+      partial = path.with_name(f"{path.name}.partial")
+      partial.write_text(text, encoding="utf-8")
+      os.replace(partial, path)
+    return paths
+
+  def to_json(self) -> str:
+    rows = [{"name": row.name, **row.count._asdict(), "test_accuracy": row.accuracy,
+             "timing": row.timing and row.timing._asdict()} for row in self.rows]
+    proof = {**dataclasses.asdict(self.proof), "ok": self.proof.ok}
+    return json.dumps({"title": self.title, **self.facts, "models": rows, "fold": proof}, indent=2)
+
+  def to_markdown(self) -> str:
+    lines = [f"# {self.title}", "", *self._table(), "", *self._reading(), "", "| fact | value |",
+             "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in self.facts.items())]
+    return "\n".join(lines) + "\n"
+
+  def _table(self) -> list[str]:
+    lines = ["| model | params | MACs | attention MACs | test accuracy | speed, dense = 1 |",
+             "|---|---|---|---|---|---|"]
+    dense = self.rows[0].count
+    for row in self.rows:
+      accuracy = "not run" if row.accuracy is None else f"{100 * row.accuracy:.2f}%"
+      speed = "not run"
+      if row.timing:
+        speed = f"{row.timing.speedup:.2f} ({row.timing.low:.2f} to {row.timing.high:.2f})"
+      cells = [f"{value:,}{_change(value, base)}" for value, base in zip(
+          (row.count.params, row.count.macs, row.count.attention_macs),
+          (dense.params, dense.macs, dense.attention_macs), strict=True)]
+      lines.append(f"| {' | '.join([row.name, *cells, accuracy, speed])} |")
+    return lines
+
+  def _reading(self) -> list[str]:
+    proof, timing = self.proof, self.rows[-1].timing
+    verdict = "same function" if proof.ok else "NOT the same function"
+    lines = [f"Folding: {verdict}. On {proof.images} images the logits differ by at most "
+             f"{proof.max_abs:.2g} ({proof.max_rel:.2g} of the largest; allowed "
+             f"{proof.tolerance:.0e}), and {100 * proof.top1_agreement:.2f}% of the first classes "
+             "agree."]
+    if proof.first_difference:
+      lines.append(f"A difference first arises in {proof.first_difference}.")
+    if timing:
+      verdict = ": slower than dense at this size" if timing.speedup < 1 else ""
+      lines.append(f"Speed: the deployed model runs at {timing.speedup:.2f} times the dense one's "
+                   f"{timing.clock} speed{verdict}; median of paired rounds, lowest and highest in "
+                   f"brackets, load {timing.load:.1f} at the start.")
+    lines.append("MACs are multiply-accumulates of one image, read off the traced program. hMHSA "
+                 "and cFFN are our reconstruction of arXiv 2306.10875.")
+    return lines
+
+
+def environment() -> dict[str, object]:
+  """Where numbers were made: versions, device, commit."""
+  device = jax.devices()[0]
+  return {"command": " ".join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
+          "commit": _commit(), "python": platform.python_version(),
+          **{name: importlib.metadata.version(name) for name in PACKAGES},
+          "device": f"{jax.device_count()} x {device.platform} ({device.device_kind}, "
+                    f"{platform.machine()})"}
+
+
+def _commit() -> str:
+  """Of the checkout that this file is in; "unknown" outside one, "+" when it has changes."""
+  def git(*words):
+    return subprocess.run(["git", *words], cwd=pathlib.Path(__file__).parent, capture_output=True,
+                          text=True, check=True).stdout.strip()
+  try:
+    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
+  except (OSError, subprocess.CalledProcessError):
+    return "unknown"
+
+
+def _change(value: int, base: int) -> str:
+  return "" if value == base or not base else f" ({100 * (value / base - 1):+.1f}%)"
+
+
+def _cell(value) -> str:
+  text = value if isinstance(value, str) else json.dumps(value)
+  return text.replace("|", "\\|")

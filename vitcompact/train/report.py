@@ -1,0 +1,78 @@
+"""The end of a run: fold, verify, evaluate and time the deployed model, write it and a receipt."""
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+import vitcompact as vc
+from vitcompact import bench, convert, trees
+from vitcompact.data import batch as device_batch
+from vitcompact.data import pipeline
+from vitcompact.receipt import Receipt, Row, environment
+from vitcompact.train import loop, sharding
+from vitcompact.train import step as steps
+
+TIMED_IMAGES = 32
+
+
+def report(result: loop.Result, workdir) -> Receipt:
+  """Writes deploy.safetensors, receipt.json and receipt.md of a finished run into its workdir.
+
+  The deployed model is evaluated on the test images itself: its accuracy is not taken over.
+  """
+  config, model = result.config, result.model
+  run = loop.build(config)
+  variables = jax.device_get(sharding.gather(result.variables, run.mesh))
+  deploy, folded = vc.fold(model, variables)
+  images = _val_images(run)
+  rows = [Row("trained", vc.count(model), result.metrics["test_accuracy"]),
+          Row("deployed", vc.count(deploy), _test_accuracy(run, deploy, folded))]
+  dense = model.clone(plan=vc.Plan())
+  if dense != model:
+    rows.insert(0, Row("dense", vc.count(dense), None))
+  timings = _time(rows, {"dense": (dense, None), "trained": (model, variables),
+                         "deployed": (deploy, folded)}, images)
+  facts = {
+      "model": config.model.name, "plan": config.plan, "data": config.data.name,
+      "steps": config.total_steps, "batch_size": config.batch_size, "seed": config.seed,
+      "eval_params": config.eval_params, "val_accuracy": result.metrics["val_accuracy"],
+      "timed_batch": len(images), "params_digest": result.metrics["params_digest"],
+      "deploy_digest": trees.digest(folded["params"]), **environment()}
+  receipt = Receipt(
+      f"{config.model.name} on {config.data.name}",
+      tuple(dataclasses.replace(row, timing=timings[row.name]) for row in rows),
+      vc.verify(model, variables, deploy, folded, images), facts)
+  if jax.process_index() == 0:
+    directory = pathlib.Path(workdir)
+    convert.save(directory / "deploy.safetensors", deploy, folded, force=True)
+    receipt.write(directory)
+  return receipt
+
+
+def _val_images(run: loop.Run):
+  """The first images of val, normalised, as evaluation sees them."""
+  batch = next(iter(pipeline.eval_batches(
+      run.config.data, "val", image_size=run.preprocess.image_size,
+      batch_size=run.config.eval_batch_size, crop=run.preprocess.crop,
+      interpolation=run.preprocess.interpolation)))
+  real = batch["image"][batch["mask"] > 0][:TIMED_IMAGES]
+  return device_batch.normalise(jnp.asarray(real), run.preprocess.mean, run.preprocess.std)
+
+
+def _test_accuracy(run: loop.Run, model, variables) -> float:
+  eval_step = steps.make_eval_step(model, run.preprocess.mean, run.preprocess.std)
+  run = dataclasses.replace(run, model=model, eval_step=steps.jit_eval_step(eval_step, run.mesh))
+  return loop.evaluate_split(run, variables, "test")["test_accuracy"]
+
+
+def _time(rows, models, images) -> dict[str, bench.Timing]:
+  """Forward passes of the rows' models, in one paired run; an untrained one times as well."""
+  calls = {}
+  for row in rows:
+    model, variables = models[row.name]
+    if variables is None:
+      variables = jax.jit(model.init)(jax.random.key(0), images[:1])
+    variables = jax.device_put(variables)
+    calls[row.name] = lambda apply=jax.jit(model.apply), v=variables: apply(v, images)
+  return bench.paired(calls)
