@@ -145,7 +145,7 @@ PYRAMID_PROBE = {r".*\.(attn\.(proj|sr)|mlp\.fc2)\..*": 3e-3}
 
 
 def pvt():
-  """The authors' PVT v1, which resizes positions itself; PVT names a checkout of github.com/whai362/PVT."""
+  """The authors' PVT v1, which resizes its positions; PVT names a checkout of whai362/PVT."""
   sys.path.insert(0, f"{os.environ['PVT']}/classification")
   import pvt as theirs
 
@@ -156,8 +156,8 @@ def pvt():
                                            norm_layer=norm, sr_ratios=[8, 4, 2, 1],
                                            num_classes=CLASSES, **THEIRS)
 
-  probe = {r"cls_token|pos_embed\d|patch_embed1\.proj\..*|patch_embed\d\.norm\..*": 3e-3,
-           **PYRAMID_PROBE}
+  probe = {r"cls_token|pos_embed\d|patch_embed1\.proj\.weight": 3e-3,
+           r"patch_embed\d\.(proj\.bias|norm\..*)": 3e-3, **PYRAMID_PROBE}
   yield Case("pvt_small", PYRAMID, ((64, 64), (96, 64)), build, probe)
 
 

@@ -10,8 +10,8 @@ from vitcompact import layers
 from vitcompact.block import make_mlp
 from vitcompact.ffn import cffn
 from vitcompact.heads import hmhsa
-from vitcompact.models import pyramid
-from vitcompact.models.torch_names import Entry
+from vitcompact.models import pyramid, torch_names
+from vitcompact.models.torch_names import Entry, Positions
 from vitcompact.models.variant import Variant
 from vitcompact.plan import Plan
 from vitcompact.trees import Leaf
@@ -112,7 +112,9 @@ class PyramidVisionTransformer(nn.Module):
       for i in stage.blocks:
         x = blocks[f"blocks_{i}"].clone(parent=self, name=f"blocks_{i}")(x, train)
       token, x = x[:, :prefix], pyramid.to_map(x[:, prefix:], stage.grid)
-      self.sow("features", f"stage_{s + 1}", x)
+      # Everything is mutable in init, whose variables are no place for features.
+      if not self.is_initializing():
+        self.sow("features", f"stage_{s + 1}", x)
     norm = layers.LayerNorm(epsilon=pyramid.EPSILON, dtype=self.dtype, name="norm")
     return pyramid.head(self, norm(token[:, 0]))
 
@@ -134,15 +136,17 @@ class PyramidVisionTransformer(nn.Module):
   def torch_entries(self) -> list[Entry]:
     """The tensors of the dense model under the authors' names (timm does not have PVT v1)."""
     entries = [Entry("cls_token", ("params/cls_token",))]
-    for s, stage in enumerate(self.stages(self.image_size), 1):
-      entries += [Entry(f"pos_embed{s}", (f"params/pos_embed_{s}",)),
-                  *pyramid.conv_norm_entries((f"patch_embed{s}.proj", f"patch_embed{s}.norm"),
-                                             f"patch_embed_{s}")]
+    stages = self.stages(self.image_size)
+    for s, stage in enumerate(stages, 1):
+      positions = Positions(stage.grid, int(stage is stages[-1]), "bilinear")
+      entries.append(Entry(f"pos_embed{s}", (f"params/pos_embed_{s}",), positions=positions))
+      entries += pyramid.conv_norm_entries(f"patch_embed{s}.proj", f"patch_embed{s}.norm",
+                                           f"patch_embed_{s}")
       for i in stage.blocks:
         entries += pyramid.block_entries(f"block{s}.{i - stage.blocks[0]}", f"blocks_{i}",
                                          reduced=stage.reduction > 1)
-    entries += pyramid.norm_entries("norm", "norm")
-    return entries + (pyramid.layer_entries("head", "head") if self.num_classes else [])
+    entries += torch_names.norm("norm", "norm")
+    return entries + (torch_names.linear("head", "head") if self.num_classes else [])
 
   @nn.nowrap
   def authors_name(self, name: str) -> str:

@@ -9,7 +9,7 @@ from vitcompact import layers
 from vitcompact.block import make_mlp
 from vitcompact.ffn import cffn
 from vitcompact.heads import hmhsa
-from vitcompact.models import pyramid
+from vitcompact.models import pyramid, torch_names
 from vitcompact.models.torch_names import Entry
 from vitcompact.models.variant import Variant
 from vitcompact.plan import Plan
@@ -113,7 +113,9 @@ class PyramidVisionTransformerV2(nn.Module):
         x = blocks[f"blocks_{i}"].clone(parent=self, name=f"blocks_{i}")(x, train)
       x = layers.LayerNorm(epsilon=pyramid.EPSILON, dtype=self.dtype, name=f"norm_{s}")(x)
       x = pyramid.to_map(x, stage.grid)
-      self.sow("features", f"stage_{s}", x)
+      # Everything is mutable in init, whose variables are no place for features.
+      if not self.is_initializing():
+        self.sow("features", f"stage_{s}", x)
     return pyramid.head(self, x.mean(axis=(1, 2)))
 
   @nn.nowrap
@@ -122,14 +124,14 @@ class PyramidVisionTransformerV2(nn.Module):
     entries = []
     for s, stage in enumerate(self.stages(self.image_size)):
       embed = f"stages.{s}.downsample" if s else "patch_embed"
-      entries += pyramid.conv_norm_entries((f"{embed}.proj", f"{embed}.norm"),
+      entries += pyramid.conv_norm_entries(f"{embed}.proj", f"{embed}.norm",
                                            f"patch_embed_{s + 1}")
       for i in stage.blocks:
         torch, ours = f"stages.{s}.blocks.{i - stage.blocks[0]}", f"blocks_{i}"
-        entries += [*pyramid.block_entries(torch, ours, self.linear or stage.reduction > 1),
-                    *pyramid.layer_entries(f"{torch}.mlp.dwconv", f"{ours}/mlp/mixer/conv", "conv")]
-      entries += pyramid.norm_entries(f"stages.{s}.norm", f"norm_{s + 1}")
-    return entries + (pyramid.layer_entries("head", "head") if self.num_classes else [])
+        entries += pyramid.block_entries(torch, ours, self.linear or stage.reduction > 1)
+        entries += torch_names.conv(f"{torch}.mlp.dwconv", f"{ours}/mlp/mixer/conv")
+      entries += torch_names.norm(f"stages.{s}.norm", f"norm_{s + 1}")
+    return entries + (torch_names.linear("head", "head") if self.num_classes else [])
 
   @nn.nowrap
   def authors_name(self, name: str) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 
 from vitcompact.block import Attention, Block
 from vitcompact.layers import LayerNorm, weight_init
+from vitcompact.models import torch_names
 from vitcompact.models.torch_names import Entry
 from vitcompact.plan import BlockPlan
 from vitcompact.trees import Leaf
@@ -143,38 +144,20 @@ def head(model: nn.Module, pooled_bc):
   return pooled_bc.astype(jnp.float32)
 
 
-def layer_entries(torch: str, ours: str, layout: str = "linear") -> list[Entry]:
-  """The weight and bias of a linear layer or a convolution."""
-  return [Entry(f"{torch}.weight", (f"params/{ours}/kernel",), layout),
-          Entry(f"{torch}.bias", (f"params/{ours}/bias",))]
-
-
-def norm_entries(torch: str, ours: str) -> list[Entry]:
-  return [Entry(f"{torch}.weight", (f"params/{ours}/scale",)),
-          Entry(f"{torch}.bias", (f"params/{ours}/bias",))]
-
-
-def conv_norm_entries(torch: tuple[str, str], ours: str) -> list[Entry]:
-  """A `conv_norm`; torch: the names of its convolution and of its norm."""
-  return [*layer_entries(torch[0], f"{ours}/proj", "conv"),
-          *norm_entries(torch[1], f"{ours}/norm")]
+def conv_norm_entries(conv: str, norm: str, ours: str) -> list[Entry]:
+  """The tensors of a `conv_norm` in module `ours`."""
+  return torch_names.conv(conv, f"{ours}/proj") + torch_names.norm(norm, f"{ours}/norm")
 
 
 def block_entries(torch: str, ours: str, reduced: bool) -> list[Entry]:
-  """A block; PVT v1 and v2 name its tensors alike (v2's depthwise convolution aside)."""
-  attn, keys_values = f"params/{ours}/attn", ("key", "value")
-  return [
-      *norm_entries(f"{torch}.norm1", f"{ours}/norm1"),
-      Entry(f"{torch}.attn.q.weight", (f"{attn}/query/kernel",), "heads"),
-      Entry(f"{torch}.attn.q.bias", (f"{attn}/query/bias",), "heads_bias"),
-      Entry(f"{torch}.attn.kv.weight", tuple(f"{attn}/{name}/kernel" for name in keys_values),
-            "heads"),
-      Entry(f"{torch}.attn.kv.bias", tuple(f"{attn}/{name}/bias" for name in keys_values),
-            "heads_bias"),
-      *layer_entries(f"{torch}.attn.proj", f"{ours}/attn/out", "out"),
-      *(conv_norm_entries((f"{torch}.attn.sr", f"{torch}.attn.norm"), f"{ours}/reduce")
-        if reduced else []),
-      *norm_entries(f"{torch}.norm2", f"{ours}/norm2"),
-      *layer_entries(f"{torch}.mlp.fc1", f"{ours}/mlp/fc1"),
-      *layer_entries(f"{torch}.mlp.fc2", f"{ours}/mlp/fc2"),
-  ]
+  """The tensors of a block; PVT v2 has a depthwise convolution besides."""
+  entries = torch_names.norm(f"{torch}.norm1", f"{ours}/norm1")
+  entries += torch_names.heads(f"{torch}.attn.q", f"{ours}/attn", ("query",))
+  entries += torch_names.heads(f"{torch}.attn.kv", f"{ours}/attn", ("key", "value"))
+  entries += torch_names.out(f"{torch}.attn.proj", f"{ours}/attn/out")
+  if reduced:
+    entries += conv_norm_entries(f"{torch}.attn.sr", f"{torch}.attn.norm", f"{ours}/reduce")
+  entries += torch_names.norm(f"{torch}.norm2", f"{ours}/norm2")
+  for name in ("fc1", "fc2"):
+    entries += torch_names.linear(f"{torch}.mlp.{name}", f"{ours}/mlp/{name}")
+  return entries
