@@ -116,6 +116,13 @@ def test_evaluation_counts_each_image_once_and_masks_the_padding(process_count):
   assert collections.Counter(real) == collections.Counter(of_split("val"))
 
 
+def test_an_evaluation_that_is_over_stays_over_and_keeps_no_threads():
+  batches = pipeline.eval_batches(config(), "val", image_size=8, batch_size=100, crop=1.0,
+                                  interpolation="bicubic")
+  assert len(list(batches)) == 2 and batches.ahead is None
+  assert list(batches) == []
+
+
 def test_a_rectangle_is_height_by_width():
   batch = next(batches(config(), batch_size=2, image_size=(12, 20)))
   assert batch["image"].shape == (2, 12, 20, 3)
@@ -208,6 +215,8 @@ def test_sizes_that_cannot_be_are_refused():
     batches(config(), batch_size=2000)
   with pytest.raises(ValueError, match="batch_size=100 must be divisible by process_count=3"):
     batches(config(), process_count=3)
+  with pytest.raises(ValueError, match="seed=-1 must be 0 or more"):
+    batches(config(), seed=-1)
   with pytest.raises(ValueError, match="split='valid' is not one of val"):
     pipeline.source("digits", "valid", image_size=8)
 

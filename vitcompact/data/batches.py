@@ -38,7 +38,11 @@ class Batches(grain.DatasetIterator):
 
   def __next__(self) -> dict:
     self.start_prefetch()
-    batch = next(self.ahead)
+    try:
+      batch = next(self.ahead)
+    except StopIteration:
+      self.close()  # an evaluation is over: its threads and processes go
+      raise
     self.position += 1
     return batch
 

@@ -141,6 +141,8 @@ def train_batches(data, *, image_size, batch_size: int, seed: int, process_index
     raise ValueError(f"data.augment={data.augment!r} would change what {kind} mean; "
                      f"use one of {', '.join(ALLOWED[kind])}")
   images = source(data.name, "train", image_size=size)
+  if seed < 0:
+    raise ValueError(f"{seed=} must be 0 or more")
   if len(images) < batch_size:
     raise ValueError(f"{batch_size=} is more than the {len(images)} training images of "
                      f"{data.name}: use a smaller batch")
