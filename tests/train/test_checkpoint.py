@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vitcompact import trees
+from vitcompact.data.batches import Batches
 from vitcompact.train import checkpoint, sharding
 from vitcompact.train.checkpoint import Checkpoints
 
@@ -36,7 +37,7 @@ def bits(tree):
 
 
 def numbers():
-  return iter(grain.MapDataset.range(100).to_iter_dataset())
+  return Batches(grain.MapDataset.range(100), workers=0)
 
 
 @pytest.fixture

@@ -1,7 +1,10 @@
 """A run goes on exactly where it stopped, keeps what was good, and says what happened."""
 import dataclasses
 import json
+import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -54,6 +57,30 @@ def test_the_same_on_one_device(config, built_alone, tmp_path, monkeypatch):
   straight = loop.train(config, tmp_path / "straight")
   loop.train(config, tmp_path / "twice", until=20)
   assert bits(loop.train(config, tmp_path / "twice").state) == bits(straight.state)
+
+
+def test_a_new_process_of_main_goes_on_to_the_same_bits(config, straight, copy, tmp_path):
+  shutil.rmtree(copy / "checkpoints" / "40")
+  (tmp_path / "tiny.py").write_text(f"""
+from ml_collections import ConfigDict
+def get_config():
+  return ConfigDict({config.to_dict()!r})
+""")
+  command = [sys.executable, "main.py", f"--config={tmp_path / 'tiny.py'}", f"--workdir={copy}"]
+  root = pathlib.Path(loop.__file__).parents[2]
+  done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  assert "resumed at step 20" in done.stdout
+  assert not done.stderr
+  trained = lines(straight[0])[-1]
+  assert {name: lines(copy)[-1][name] for name in trained} == trained
+  saved = [read(directory / "checkpoints" / "40" / "meta" / "metadata")
+           for directory in (copy, straight[0])]
+  assert saved[0]["leaves"] == saved[1]["leaves"]   # checksums of every leaf
+
+
+def read(path):
+  return json.loads(path.read_text())
 
 
 def test_a_finished_run_takes_no_further_step(config, straight, copy):

@@ -6,7 +6,6 @@ carries names, shapes, dtypes and a checksum of each leaf, and restoring compare
 """
 import pathlib
 
-import grain.checkpoint
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
@@ -89,11 +88,15 @@ class Checkpoints:
     return max(found)[::-1] if found else None
 
   def save(self, step: int, state, data, val_accuracy: float):
-    """Returns once the state is copied; what follows in the background ends with `wait`."""
+    """Returns once the state is copied; what follows in the background ends with `wait`.
+
+    data: the iterator, of which the position is saved. It is the same in every process, so that a
+    run may go on with another number of them.
+    """
     metrics = {"val_accuracy": val_accuracy}
     meta = {"leaves": describe(state), **metrics}
     self.manager.save(step, metrics=metrics, args=ocp_args.Composite(
-        state=ocp_args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data),
+        state=ocp_args.StandardSave(state), data=ocp_args.JsonSave(data.get_state()),
         meta=ocp_args.JsonSave(meta)))
 
   def restore(self, step: int, shapes, shardings, data=None):
@@ -105,15 +108,15 @@ class Checkpoints:
                        "trained with, or another --workdir")
     target = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)
-    items = {"state": ocp_args.StandardRestore(target)}
-    if data is not None:
-      items["data"] = grain.checkpoint.CheckpointRestore(data)
-    state = self.manager.restore(step, args=ocp_args.Composite(**items)).state
-    read = describe(state)
+    found = self.manager.restore(step, args=ocp_args.Composite(
+        state=ocp_args.StandardRestore(target), data=ocp_args.JsonRestore()))
+    read = describe(found.state)
     if damaged := [name for name in read if read[name] != meta["leaves"][name]]:
       raise ValueError(f"{where} is damaged: {first(damaged)} changed since it was written; remove "
                        "that directory to go on from the checkpoint before it")
-    return state
+    if data is not None:
+      data.set_state(found.data)
+    return found.state
 
   def wait(self):
     """Until all that was saved is on disk; raises what went wrong in the background."""

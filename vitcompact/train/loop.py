@@ -1,4 +1,5 @@
 """A run: build it, go on from its newest checkpoint, train, evaluate, say how it went."""
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -85,12 +86,14 @@ def processes() -> dict[str, int]:
 def evaluate_split(run: Run, variables, split: str) -> dict[str, float]:
   """{"val_accuracy", "val_loss"}: means over exactly the images of a split."""
   sums = {"accuracy": 0.0, "loss": 0.0, "count": 0.0}
-  for batch in pipeline.eval_batches(
+  batches = pipeline.eval_batches(
       run.config.data, split, image_size=run.preprocess.image_size,
       batch_size=run.config.eval_batch_size, crop=run.preprocess.crop,
-      interpolation=run.preprocess.interpolation, **processes()):
-    part = jax.device_get(run.eval_step(variables, sharding.put_batch(batch, run.mesh)))
-    sums = {name: total + float(part[name]) for name, total in sums.items()}
+      interpolation=run.preprocess.interpolation, **processes())
+  with contextlib.closing(batches):
+    for batch in batches:
+      part = jax.device_get(run.eval_step(variables, sharding.put_batch(batch, run.mesh)))
+      sums = {name: total + float(part[name]) for name, total in sums.items()}
   return {f"{split}_{name}": sums[name] / sums["count"] for name in ("accuracy", "loss")}
 
 
@@ -186,6 +189,7 @@ def train(config, directory, *, until: int | None = None) -> Result:
     checkpoints.wait()
     return finish(run, state, checkpoints, log, "train")
   finally:
+    data.close()
     checkpoints.close()
     log.close()
 

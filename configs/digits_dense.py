@@ -1,0 +1,12 @@
+"""The dense model that configs/digits.py makes compact: the same in all but the plan.
+
+Command:  python main.py --config=configs/digits_dense.py --workdir=runs/digits_dense
+Data:     the 1,797 handwritten digits that scikit-learn ships; no download.
+"""
+from configs import digits
+
+
+def get_config():
+  config = digits.get_config()
+  config.plan = ""
+  return config

@@ -1,0 +1,21 @@
+"""A compact DeiT on drawn scenes whose label relates two distant objects; any size, no download.
+
+Command:  python main.py --config=configs/shapes.py --workdir=runs/shapes
+Larger:   --config.model.image_size=192 gives 577 tokens; objects grow with the image.
+Result:   not run to its end.
+"""
+from configs import digits
+
+
+def get_config():
+  config = digits.get_config()
+  config.total_steps = 3000
+  config.checkpoint_every = 500
+  config.log_every = 50
+  config.eval_batch_size = 200
+  config.model.image_size = 48    # pixels
+  config.model.patch_size = 8     # pixels: 36 tokens and the class token
+  config.data.name = "shapes"
+  config.data.augment = "none"    # a mirrored scene has another label
+  config.optim.warmup_steps = 200
+  return config

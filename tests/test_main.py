@@ -1,0 +1,79 @@
+"""What a user types by mistake gets one line with the value and the way out, and exit code 2."""
+import pathlib
+import sys
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+import main
+from vitcompact.train import loop
+
+DIGITS = "--config=configs/digits.py"
+ROOT = pathlib.Path(main.__file__).parent
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+  """A function that does what `python main.py ARGUMENTS` does, in this process."""
+  monkeypatch.chdir(ROOT)
+
+  def call(*arguments, workdir=tmp_path / "run"):
+    arguments = ["main.py", *arguments, f"--workdir={workdir}"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    main.main(main.parse(arguments))
+
+  with flagsaver.flagsaver():
+    yield call
+    for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+      delattr(flags.FLAGS, name)   # overrides define flags, which a new process would not have
+  flags.FLAGS.unparse_flags()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--config=configs/digits.py", "--config.totl_steps=3"],
+     "'totl_steps'. Did you mean \"total_steps\""),
+    (["--config=configs/digits.py", "--config.total_steps=many"], "invalid literal for int()"),
+    (["--config=configs/digts.py"], "configs/digts.py"),
+    (["--mode=train"], "--config is missing"),
+    ([DIGITS, "--mode=test"], "train|eval"),
+    ([DIGITS, "--workdr=x"], "Did you mean: workdir"),
+    ([DIGITS, "config.total_steps=3"], "unexpected arguments ['config.total_steps=3']"),
+    ([DIGITS, "--config.model.name=deit_tny_patch16_224"], "deit_tiny_patch16_224"),
+    ([DIGITS, "--config.data.name=digit"], "digits"),
+    ([DIGITS, "--config.data.name=folder:/nowhere/at/all"], "/nowhere/at/all"),
+    ([DIGITS, "--config.model.image_size=25"], "image_size=25"),
+    ([DIGITS, "--config.model.heads=5"], "heads=5"),
+    ([DIGITS, "--config.plan=nowhere.json"], "nowhere.json"),
+    ([DIGITS, '--config.plan={"heds": {}}'], "did you mean 'heads'"),
+    ([DIGITS, '--config.plan={"blocks": {"12": {"heads": null}}}'], "block 12"),
+    ([DIGITS, "--config.mesh.data=3"], "does not multiply out"),
+    ([DIGITS, "--config.batch_size=4000"], "batch_size=4000"),
+    ([DIGITS, "--mode=eval"], "holds no checkpoints"),
+])
+def test_a_mistake_gets_one_line_and_leaves_no_directory(run, capsys, tmp_path, arguments, words):
+  with pytest.raises(SystemExit) as stop:
+    run(*arguments)
+  assert stop.value.code == 2
+  lines = capsys.readouterr().err.splitlines()
+  lines = [line for line in lines if line.startswith("error: ")]
+  assert len(lines) == 1
+  assert words in lines[0]
+  assert not list(tmp_path.iterdir())
+
+
+def test_verbosity_shows_where_it_happened(run):
+  with pytest.raises(ValueError, match="must be at least 1"):
+    run(DIGITS, "--config.total_steps=0", "--verbosity=1")
+
+
+def test_the_mode_and_the_overrides_reach_the_library(run, monkeypatch, tmp_path):
+  (tmp_path / "plan.json").write_text('{"ffn": {"method": "cffn"}}')
+  seen = {}
+  for mode in ("train", "evaluate"):
+    monkeypatch.setattr(loop, mode, lambda config, workdir, mode=mode: seen.update(
+        {mode: (config.total_steps, config.plan, workdir)}))
+  for mode in ("train", "eval"):
+    run(DIGITS, f"--mode={mode}", "--config.total_steps=7",
+        f"--config.plan={tmp_path / 'plan.json'}", workdir="w")
+  assert seen == dict.fromkeys(("train", "evaluate"), (7, str(tmp_path / "plan.json"), "w"))
