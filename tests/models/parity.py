@@ -4,11 +4,11 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
-import drawn
 import jax
 import numpy as np
 
 import vitcompact as vc
+from tests.models import drawn
 
 
 class Run(NamedTuple):

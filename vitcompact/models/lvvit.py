@@ -19,7 +19,6 @@ from vitcompact.plan import Plan
 from vitcompact.trees import Leaf
 
 EPSILON = 1e-5   # of every LayerNorm
-STEM_WIDTH = 64
 STEM = {"conv1": (7, 2), "conv2": (3, 1), "conv3": (3, 1)}   # kernel size, stride
 
 LEAVES = [
@@ -70,6 +69,7 @@ class Stem(nn.Module):
   """
   width: int
   patch_size: int
+  hidden: int
   deploy: bool = False
   dtype: str = "float32"
 
@@ -77,11 +77,11 @@ class Stem(nn.Module):
   def __call__(self, x_bhwc, train: bool = False):
     for name, (size, stride) in STEM.items():
       init = layers.fan_in_uniform(size ** 2 * x_bhwc.shape[-1])
-      conv = layers.ConvNorm(STEM_WIDTH, size, stride, kernel_init=init, deploy=self.deploy,
+      conv = layers.ConvNorm(self.hidden, size, stride, kernel_init=init, deploy=self.deploy,
                              dtype=self.dtype, name=name)
       x_bhwc = nn.relu(conv(x_bhwc, train))
     patch = (self.patch_size // 2,) * 2
-    init = layers.fan_in_uniform(patch[0] ** 2 * STEM_WIDTH)
+    init = layers.fan_in_uniform(patch[0] ** 2 * self.hidden)
     return nn.Conv(self.width, patch, strides=patch, padding="VALID", kernel_init=init,
                    bias_init=init, dtype=self.dtype, name="proj")(x_bhwc)
 
@@ -117,6 +117,7 @@ class LVViT(nn.Module):
   depth: int = 16
   heads: int = 6
   mlp_ratio: float = 3.0
+  stem_width: int = 64
   skip_lam: float = 2.0
   mix_token: bool = True
   drop_path_rate: float = 0.1
@@ -151,8 +152,8 @@ class LVViT(nn.Module):
     """{name: module}, what a plan changes or what folds, not bound to a parent."""
     rates = np.linspace(0, self.drop_path_rate, self.depth).tolist()
     block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
-    parts = {"stem": Stem(self.width, self.patch_size, deploy=self.deploy, dtype=self.dtype,
-                          parent=None)}
+    parts = {"stem": Stem(self.width, self.patch_size, self.stem_width, deploy=self.deploy,
+                          dtype=self.dtype, parent=None)}
     for i in range(self.depth):
       plan, name = self.plan.at(i), f"blocks_{i}"
       attn = Attention(self.width, self.heads, spec=plan.heads, qkv_bias=False,
