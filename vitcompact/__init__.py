@@ -10,7 +10,8 @@ _HOMES = {
     "create_model": "models", "list_models": "models", "preprocess": "preprocess",
     "Plan": "plan", "HMHSA": "heads.hmhsa", "CFFN": "ffn.cffn",
     "from_torch": "convert", "to_torch": "convert",
-    "compact": "compact", "fold": "fold", "verify": "verify", "count": "count",
+    "features": "features", "compact": "compact", "fold": "fold", "verify": "verify",
+    "count": "count",
 }
 __all__ = sorted(_HOMES)
 

@@ -1,4 +1,5 @@
 """The attention core: everything that attends goes through `attend`."""
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -31,3 +32,8 @@ def attend(query_bnhd, key_bmhd, value_bmhe):
     (B, N, h, e) in the values' dtype; the softmax runs in float32.
   """
   return weigh(jax.nn.softmax(scores(query_bnhd, key_bmhd), axis=-1), value_bmhe)
+
+
+def wants_maps(module: nn.Module) -> bool:
+  """Whether somebody asked for attention maps: they are formed, and sown as "maps", only then."""
+  return module.is_mutable_collection("maps") and not module.is_initializing()

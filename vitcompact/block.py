@@ -39,6 +39,8 @@ class Attention(nn.Module):
     key = self._project("key", self.real_heads)(keys_bmw)
     value = self._project("value", self.heads)(keys_bmw)
     if self.real_heads == self.heads:
+      if attention.wants_maps(self):
+        self.sow("maps", "maps", jax.nn.softmax(attention.scores(query, key), axis=-1))
       out = attention.attend(query, key, value)
     else:
       out = self._hallucinate(name="hallucinate")(query, key, value)

@@ -214,6 +214,13 @@ class Hallucinate(nn.Module):
     def query_filter(out_bngrd):
       return filter_side(out_bngrd, query_taps, query_gain, self.query_grid).sum(axis=3)
 
+    if attention.wants_maps(self):
+      maps_bfnm = jax.nn.softmax(attention.scores(query_bnfd, key_bmfd), axis=-1)
+      maps_bgnm = maps_bfnm[:, jnp.arange(hallucinated) % real]
+      by_key = filter_side(maps_bgnm.transpose(0, 3, 1, 2)[:, :, :, None], key_taps, key_gain,
+                           self.key_grid)
+      made = query_filter(by_key.transpose(0, 4, 2, 3, 1)).transpose(0, 2, 1, 3)
+      self.sow("maps", "maps", jnp.concatenate([maps_bfnm, made], axis=1))
     return attend_hallucinated(query_bnfd, key_bmfd, value_bmhd, key_filter, query_filter)
 
   def _taps(self, side: str, hallucinated: int, grid, spread: float, gain: float):
@@ -242,7 +249,10 @@ class Hallucinate(nn.Module):
     taps = self.param("taps", delta_init, (hallucinated, self.spec.kernel, self.spec.kernel))
     scores = attention.scores(query_bnfd, key_bmfd)
     scores = jnp.concatenate([scores, hallucinate_scores(scores, mix, taps)], axis=1)
-    return attention.weigh(jax.nn.softmax(scores, axis=-1), value_bmhd)
+    maps = jax.nn.softmax(scores, axis=-1)
+    if attention.wants_maps(self):
+      self.sow("maps", "maps", maps)
+    return attention.weigh(maps, value_bmhd)
 
 
 def filter_side(x_bnhrd, taps, gain, grid):

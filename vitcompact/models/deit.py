@@ -143,6 +143,10 @@ class VisionTransformer(nn.Module):
     x = jnp.concatenate([*tokens, x], axis=1) + self.pos_embed.astype(x.dtype)
     for i in range(self.depth):
       x = getattr(self, f"blocks_{i}")(x, train)
+      # Everything is mutable in init, whose variables are no place for features. The name
+      # blocks_{i} is the module's.
+      if not self.is_initializing():
+        self.sow("features", f"block_{i}", x)
     return self._head(x, train)
 
   def _head(self, x_bnw, train: bool):

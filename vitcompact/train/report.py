@@ -1,5 +1,6 @@
 """The end of a run: fold, verify, evaluate and time the deployed model, write it and a receipt."""
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -73,6 +74,5 @@ def _time(rows, models, images) -> dict[str, bench.Timing]:
     model, variables = models[row.name]
     if variables is None:
       variables = jax.jit(model.init)(jax.random.key(0), images[:1])
-    variables = jax.device_put(variables)
-    calls[row.name] = lambda apply=jax.jit(model.apply), v=variables: apply(v, images)
+    calls[row.name] = functools.partial(jax.jit(model.apply), jax.device_put(variables), images)
   return bench.paired(calls)

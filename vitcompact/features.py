@@ -1,0 +1,25 @@
+"""features: what a model computes on the way to its logits, for dense tasks and for looking."""
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+
+from vitcompact import trees
+
+
+class Features(NamedTuple):
+  """logits (B, num_classes); features: {"stage_1": (B, h, w, C), ...} of hierarchical models (the
+  pyramid), {"block_0": (B, N, width), ...} of straight ones; maps: {"blocks_0": (B, heads, N, M),
+  ...} where a block attends and maps were asked for, hallucinated heads after the real ones."""
+  logits: jax.Array
+  features: dict[str, jax.Array]
+  maps: dict[str, jax.Array]
+
+
+def features(model: nn.Module, variables, images, *, maps: bool = False) -> Features:
+  """Runs inference and keeps what it passes. Attention maps are formed only if asked for."""
+  kept = ["features", "maps"] if maps else ["features"]
+  logits, state = model.apply(variables, images, mutable=kept)
+  return Features(logits, {name: values[0] for name, values in state.get("features", {}).items()},
+                  {name.split("/")[0]: value
+                   for name, value in trees.named_leaves(state.get("maps", {})).items()})
