@@ -6,6 +6,8 @@
 The same command again goes on from the newest checkpoint. Any value of the config can be given on
 the command line: --config.total_steps=40 --config.plan=plan.json
 """
+import ast
+import pathlib
 import sys
 
 from absl import app, flags, logging
@@ -30,6 +32,11 @@ def fail(error: Exception):
 def parse(argv):
   """absl's own parser, with errors in our form."""
   try:
+    for argument in argv:
+      flag, _, value = argument.partition("=")
+      if flag == "--config" and not pathlib.Path(value.partition(":")[0]).is_file():
+        there = sorted(str(path) for path in pathlib.Path("configs").glob("*.py"))
+        raise ValueError(f"{argument}: no such file; there are {', '.join(there)}")
     rest = flags.FLAGS(argv)
     if len(rest) > 1:
       raise ValueError(f"unexpected arguments {rest[1:]}; options are --config, --workdir, --mode")
@@ -38,8 +45,8 @@ def parse(argv):
         raise ValueError(f"--{flag.name} is missing, as in: python main.py "
                          "--config=configs/digits.py --workdir=runs/digits")
     return rest
-  except AttributeError as error:  # ml_collections: an unknown key; its text names a close one
-    fail(ValueError("--config: no key " + str(error).strip("\"'").replace("\\n", ". ")))
+  except AttributeError as error:  # ml_collections: an unknown key; its text names close ones
+    fail(ValueError("--config has no key " + str(ast.literal_eval(str(error)))))
   except USER_ERRORS as error:
     fail(error)
 

@@ -21,20 +21,20 @@ def run(monkeypatch, tmp_path):
   def call(*arguments, workdir=tmp_path / "run"):
     arguments = ["main.py", *arguments, f"--workdir={workdir}"]
     monkeypatch.setattr(sys, "argv", arguments)
+    for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+      delattr(flags.FLAGS, name)   # overrides define flags, which a new process would not have
     main.main(main.parse(arguments))
 
   with flagsaver.flagsaver():
     yield call
-    for name in [name for name in flags.FLAGS if name.startswith("config.")]:
-      delattr(flags.FLAGS, name)   # overrides define flags, which a new process would not have
   flags.FLAGS.unparse_flags()
 
 
 @pytest.mark.parametrize("arguments, words", [
     (["--config=configs/digits.py", "--config.totl_steps=3"],
-     "'totl_steps'. Did you mean \"total_steps\""),
+     "'totl_steps' Did you mean \"total_steps\""),
     (["--config=configs/digits.py", "--config.total_steps=many"], "invalid literal for int()"),
-    (["--config=configs/digts.py"], "configs/digts.py"),
+    (["--config=configs/digts.py"], "configs/digts.py: no such file; there are configs/compact"),
     (["--mode=train"], "--config is missing"),
     ([DIGITS, "--mode=test"], "train|eval"),
     ([DIGITS, "--workdr=x"], "Did you mean: workdir"),
