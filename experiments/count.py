@@ -34,7 +34,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("patterns", nargs="*", default=["*"], help="of names, such as 'deit_*'")
-  parser.add_argument("--plan", default=DEFAULT.to_json(), help="JSON, or a path that ends in .json")
+  parser.add_argument("--plan", default=DEFAULT.to_json(), help="JSON, or a path to it (*.json)")
   parser.add_argument("--image-size", type=int)
   args = parser.parse_args()
   try:
