@@ -1,0 +1,262 @@
+"""Next-ViT: the published counts, timm's logits, every batch norm folded away, errors."""
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vitcompact as vc
+from tests import tiny
+from tests.models import parity
+from vitcompact import layers, trees
+from vitcompact.models import nextvit_blocks
+
+# 12, 6, 3 and 2 cells on a side; 36 and 9 tokens under pools of 16 and 4 leave a remainder.
+SIZES = {"image_size": 48, "num_classes": 5, "stem_widths": (8, 4, 8, 8), "widths": (8, 24, 24, 24),
+         "depths": (1, 2, 3, 1), "periods": (0, 2, 2, 1), "head_dim": 8}
+# A factorised FFN as it is deployed, one branch, in a model whose batch norms are not folded.
+HEADS, FFN = {"heads": vc.HMHSA()}, {"ffn": vc.CFFN(branches=1, rep="none", avg_skip=False)}
+COMPACT = vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())
+# (parameters, parameters deployed, MACs / 1e9) dense, heads, ffn, both: specification.
+ROWS = {
+    "nextvit_small": [(31_763_368, 31_731_720, 5.7944), (30_840_202, None, 5.7064),
+                      (28_446_632, None, 5.2292), (27_523_466, 27_491_818, 5.1412)],
+    "nextvit_base": [(44_818_856, 44_771_592, 8.2738), (43_600_082, None, 8.1462),
+                     (40_060_328, None, 7.4260), (38_841_554, 38_794_290, 7.2985)],
+    "nextvit_large": [(57_874_344, 57_811_464, 10.7532), (56_359_962, None, 10.5861),
+                      (51_674_024, None, 9.6228), (50_159_642, 50_096_762, 9.4557)],
+}
+GMACS_384 = {"nextvit_small": 17.216, "nextvit_base": 24.586, "nextvit_large": 31.957}
+
+
+def small(plan=None, **fields):
+  return vc.create_model("nextvit_small", plan=plan or vc.Plan(), **{**SIZES, **fields})
+
+
+def shapes_of(model):
+  return jax.eval_shape(model.init, jax.random.key(0), tiny.images(model))
+
+
+def norms_of(tree):
+  return [name for name in trees.named_leaves(tree) if "norm" in name]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_parameters_exactly_and_macs_to_a_thousandth(name):
+  for (params, deployed, gmacs), axes in zip(ROWS[name], ({}, HEADS, FFN, {**HEADS, **FFN}),
+                                             strict=True):
+    model = vc.create_model(name, plan=vc.Plan(**axes))
+    assert trees.size(shapes_of(model)["params"]) == params
+    count = vc.count(model.clone(deploy=True))
+    assert abs(count.macs / 1e9 / gmacs - 1) < 1e-3
+    assert deployed in (None, count.params)
+  at_384 = vc.count(vc.create_model(name, deploy=True), image_size=384)
+  assert abs(at_384.macs / 1e9 / GMACS_384[name] - 1) < 1e-3
+
+
+@pytest.mark.parametrize("run", parity.runs("nextvit"), ids=lambda run: run.name)
+def test_logits_equal_those_of_timm(run):
+  assert parity.difference(run) < 1e-4
+
+
+def test_a_wrong_epsilon_shows_in_the_probed_reference(monkeypatch):
+  wrong = functools.partial(layers.BatchNorm, epsilon=1e-6)
+  monkeypatch.setattr(layers, "BatchNorm", wrong)
+  monkeypatch.setattr(nextvit_blocks, "BatchNorm", wrong)
+  probed = next(run for run in parity.runs("nextvit") if run.name.endswith("probed"))
+  assert parity.difference(probed, retrace=True) > 1e-2
+
+
+@pytest.mark.parametrize("names", ["timm", "authors"])
+def test_weights_travel_both_ways_bit_for_bit(names):
+  run = parity.runs("nextvit")[0]
+  variables = vc.from_torch(run.model, run.state)
+  state = vc.to_torch(run.model, variables, names=names)
+  assert len(state) == len([name for name in run.state if "num_batches" not in name])
+  again = vc.from_torch(run.model, state)
+  assert trees.digest(again) == trees.digest(variables)
+  for name, array in vc.to_torch(run.model, again).items():
+    np.testing.assert_array_equal(array, run.state[name])
+
+
+def test_the_authors_number_blocks_over_all_stages():
+  model = vc.create_model("nextvit_small")
+  renamed = {entry.torch: model.authors_name(entry.torch) for entry in model.torch_entries()}
+  assert len(set(renamed.values())) == len(renamed) == 411      # 472 without the 61 counters
+  assert renamed["stages.2.blocks.4.e_mhsa.q.weight"] == "features.11.e_mhsa.q.weight"
+  assert renamed["stages.0.blocks.1.mlp.fc2.bias"] == "features.1.mlp.conv2.bias"
+  assert renamed["head.fc.bias"] == "proj_head.0.bias"
+  assert renamed["stem.3.norm.running_var"] == "stem.3.norm.running_var"
+
+
+@pytest.mark.parametrize("plan", [
+    vc.Plan(), COMPACT,
+    vc.Plan(heads=vc.HMHSA(layout="grid", rank=2), ffn=vc.CFFN(factor="both")),
+    vc.Plan(heads=vc.HMHSA(site="logits"), ffn=vc.CFFN(rep="scale", apply_to="attention_blocks")),
+], ids=["dense", "compact", "grid-both", "logits-attention_blocks"])
+def test_folding_keeps_the_function_and_leaves_no_norm(plan):
+  model = small(plan)
+  variables, images = tiny.init(model), tiny.images(model)
+  deploy, folded = vc.fold(model, variables)
+  assert trees.differences(folded, shapes_of(deploy)) == []
+  assert folded.keys() == {"params"} and norms_of(folded) == []
+  proof = vc.verify(model, variables, deploy, folded, images, tolerance=3e-5)
+  assert proof.ok and proof.first_difference is None, proof
+  again, twice = vc.fold(deploy, folded)
+  assert again == deploy and trees.digest(twice) == trees.digest(folded)
+
+
+def test_without_classes_the_features_are_pooled_and_their_norm_stays():
+  model = small(num_classes=0)
+  variables, images = tiny.init(model), tiny.images(model)
+  deploy, folded = vc.fold(model, variables)
+  assert trees.differences(folded, shapes_of(deploy)) == []
+  assert {name.rsplit("/", 1)[0] for name in norms_of(folded)} == {"params/head/norm",
+                                                                   "batch_stats/head/norm"}
+  assert vc.verify(model, variables, deploy, folded, images, tolerance=3e-5).ok
+  assert jax.eval_shape(model.apply, variables, images).shape == (3, 32)
+
+
+@pytest.mark.filterwarnings("ignore:.*saves nothing")
+def test_compacting_to_full_rank_with_every_head_real_changes_nothing():
+  dense = small()
+  variables, images = tiny.init(dense), tiny.images(dense)
+  plan = vc.Plan(heads=vc.HMHSA(real_heads=3), ffn=vc.CFFN(rank_ratio=1.0, factor="both"))
+  # fc1 is (width, 2 or 3 * width): of full rank at rank `width`. fc2 likewise.
+  full, full_variables = vc.compact(dense, variables, plan, images=images)
+  assert trees.differences(full_variables, shapes_of(full)) == []
+  assert vc.verify(dense, variables, full, full_variables, images, tolerance=1e-3).ok
+
+
+def test_compacting_starts_hallucinated_heads_as_copies_and_keeps_what_no_plan_touches():
+  dense = small()
+  variables, images = tiny.init(dense), tiny.images(dense)
+  compact, got = vc.compact(dense, variables, COMPACT, images=images)
+  assert trees.differences(got, shapes_of(compact)) == []
+  kept = trees.named_leaves(variables)
+  for name, leaf in trees.named_leaves(got).items():
+    if name in kept and kept[name].shape == leaf.shape:
+      np.testing.assert_array_equal(leaf, kept[name], err_msg=name)
+  query = got["params"]["blocks_2"]["attn"]["query"]["kernel"]
+  np.testing.assert_array_equal(query,
+                                variables["params"]["blocks_2"]["attn"]["query"]["kernel"][:, :2])
+
+
+def test_ffns_of_attention_blocks_only():
+  model = small(vc.Plan(ffn=vc.CFFN(apply_to="attention_blocks")))
+  factorised = {name.split("/")[0] for name in trees.named_leaves(shapes_of(model)["params"])
+                if "fc2/a0" in name}
+  assert factorised == {"blocks_2", "blocks_4", "blocks_6"}
+
+
+def test_initialisation_is_the_published_one():
+  model = vc.create_model("nextvit_small", image_size=32, periods=(0, 2, 2, 1), depths=(1, 2, 2, 1))
+  variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  assert variables.keys() == {"params", "batch_stats"}
+  for name, leaf in trees.named_leaves(variables).items():
+    if name.endswith(("scale", "var")):
+      assert (leaf == 1).all(), name
+    elif name.endswith(("bias", "mean")):
+      assert (leaf == 0).all(), name
+    else:
+      assert 0.018 < leaf.std() < 0.022 and abs(leaf.mean()) < 2e-3, name
+
+
+def test_stochastic_depth_grows_linearly_and_is_split_as_the_channels_are():
+  model = vc.create_model("nextvit_base", image_size=32)
+  rates = {}
+
+  def watch(next_fun, args, kwargs, context):
+    if isinstance(context.module, layers.DropPath):
+      block, drop = context.module.path
+      rates.setdefault(block, {})[drop] = context.module.rate
+    return next_fun(*args, **kwargs)
+
+  with nn.intercept_methods(watch):
+    shapes_of(model)
+  linear = np.linspace(0, 0.2, 30)
+  assert len(rates) == 30
+  for i, rate in enumerate(linear):
+    split = (0.75, 0.25, 1) if i in (6, 11, 16, 21, 26, 29) else (1, 1)
+    np.testing.assert_allclose(list(rates[f"blocks_{i}"].values()), np.multiply(split, rate))
+  assert vc.create_model("nextvit_small").drop_path_rate == 0.1
+
+
+def test_training_moves_every_statistic_and_gradients_are_finite_with_remat_or_without():
+  plan = COMPACT
+  model, images = small(plan), tiny.images(small())
+  variables = tiny.init(model)
+  assert trees.differences(shapes_of(small(plan, remat=True)), variables) == []
+
+  def loss(model, params):
+    out, state = model.apply({**variables, "params": params}, images, train=True,
+                             rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
+    return jnp.sum(out ** 2), state["batch_stats"]
+
+  grad = jax.jit(jax.grad(loss, argnums=1, has_aux=True), static_argnums=0)
+  grads, stats = grad(model, variables["params"])
+  for name, leaf in trees.named_leaves(grads).items():
+    assert jnp.isfinite(leaf).all() and jnp.abs(leaf).max() > 0, name
+  before = trees.named_leaves(variables["batch_stats"])
+  for name, leaf in trees.named_leaves(stats).items():
+    assert jnp.isfinite(leaf).all() and (leaf != before[name]).all(), name
+  again, _ = grad(small(plan, remat=True), variables["params"])
+  for got, wanted in zip(jax.tree.leaves(again), jax.tree.leaves(grads), strict=True):
+    np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max())
+
+
+def test_bfloat16_computes_near_float32():
+  model = small(COMPACT)
+  variables, images = tiny.init(model), tiny.images(model)
+  wanted = jax.jit(model.apply)(variables, images)
+  got = jax.jit(model.clone(dtype="bfloat16").apply)(variables, images)
+  assert got.dtype == jnp.float32
+  assert 0 < jnp.abs(got - wanted).max() / jnp.abs(wanted).max() < 0.05
+
+
+def test_features_of_every_stage_on_request():
+  model = small(image_size=(40, 60), in_chans=1)
+  apply = functools.partial(model.apply, mutable=["features"])
+  _, state = jax.eval_shape(apply, shapes_of(model), tiny.images(model))
+  shapes = {name: sown[0].shape for name, sown in state["features"].items()}
+  assert shapes == {"stage_1": (3, 10, 15, 8), "stage_2": (3, 5, 8, 32), "stage_3": (3, 3, 4, 24),
+                    "stage_4": (3, 2, 2, 32)}
+  assert shapes_of(model).keys() == {"params", "batch_stats"}
+
+
+def test_every_leaf_has_one_rule_and_only_kernels_decay():
+  for plan in (vc.Plan(), vc.Plan(heads=vc.HMHSA(layout="grid"), ffn=vc.CFFN(factor="both"))):
+    for deploy in (False, True):
+      model = small(plan, deploy=deploy)
+      params = shapes_of(model)["params"]
+      rules = trees.first_match(model.leaf_rules(), params, may_be_idle=True)
+      flat = jax.tree.leaves(rules, is_leaf=lambda x: isinstance(x, trees.Leaf))
+      for (name, leaf), rule in zip(trees.named_leaves(params).items(), flat, strict=True):
+        assert rule.decay == name.endswith("/kernel"), name
+        assert len(rule.axes) in (0, len(leaf.shape)), name
+
+
+@pytest.mark.parametrize("make,words", [
+    (lambda: vc.create_model("nextvit_small", image_size=24), "stage 2 has 3 x 3 tokens, and a key "
+     "there averages 16; the smallest square that fits is 25"),
+    (lambda: vc.create_model("nextvit_small", widths=(96, 192, 400, 768)),
+     "400, of stage 3, must be a multiple of 96"),
+    (lambda: vc.create_model("nextvit_small", depths=(3, 4, 10)), "must have 4 entries"),
+    (lambda: vc.create_model("nextvit_small", plan=vc.Plan(blocks={5: {"heads": vc.HMHSA()}})),
+     "blocks with attention: [6, 11, 16, 19]"),
+    (lambda: vc.create_model("nextvit_small", plan=vc.Plan(blocks={20: {"ffn": None}})),
+     "blocks 0 to 19"),
+    (lambda: vc.create_model("nextvit_smal"), "did you mean nextvit_small"),
+    (lambda: small().init(jax.random.key(0), jnp.zeros((1, 48, 32, 3))), "(B, 48, 48, 3)"),
+])
+def test_what_does_not_fit_is_refused_in_one_line(make, words):
+  with pytest.raises(ValueError) as error:
+    make()
+  assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_smallest_image_that_fits_works():
+  model = vc.create_model("nextvit_small", image_size=25)
+  assert jax.eval_shape(model.apply, shapes_of(model), tiny.images(model)).shape == (3, 1000)
