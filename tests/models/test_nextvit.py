@@ -250,14 +250,15 @@ def test_bfloat16_computes_near_float32():
   assert 0 < jnp.abs(got - wanted).max() / jnp.abs(wanted).max() < 0.05
 
 
-def test_features_of_every_stage_on_request():
-  model = small(image_size=(40, 60), in_chans=1)
-  apply = functools.partial(model.apply, mutable=["features"])
-  _, state = jax.eval_shape(apply, shapes_of(model), tiny.images(model))
-  shapes = {name: sown[0].shape for name, sown in state["features"].items()}
-  assert shapes == {"stage_1": (3, 10, 15, 8), "stage_2": (3, 5, 8, 32), "stage_3": (3, 3, 4, 24),
-                    "stage_4": (3, 2, 2, 32)}
-  assert shapes_of(model).keys() == {"params", "batch_stats"}
+def test_features_of_every_stage_and_maps_over_pooled_keys_on_request():
+  model = small(COMPACT, image_size=(40, 60), in_chans=1)
+  out = jax.eval_shape(functools.partial(vc.features, model, maps=True), shapes_of(model),
+                       tiny.images(model))
+  assert {name: leaf.shape for name, leaf in out.features.items()} == {
+      "stage_1": (3, 10, 15, 8), "stage_2": (3, 5, 8, 32), "stage_3": (3, 3, 4, 24),
+      "stage_4": (3, 2, 2, 32)}
+  assert {name: leaf.shape for name, leaf in out.maps.items()} == {
+      "blocks_1": (3, 3, 40, 2), "blocks_3": (3, 3, 4, 4)}
 
 
 def test_every_leaf_has_one_rule_and_only_kernels_decay():
