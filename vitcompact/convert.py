@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from vitcompact import trees
 from vitcompact.models import VARIANTS, create_model
-from vitcompact.models.torch_names import Entry, to_leaves, to_tensor, torch_shape
+from vitcompact.models.torch_names import Entry, resize_positions, to_leaves, to_tensor, torch_shape
 from vitcompact.plan import Plan
 
 # In which a training checkpoint keeps its weights, in timm's order of preference.
@@ -104,39 +104,6 @@ def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(checkpoint.get(name), Mapping):
       return checkpoint[name]
   return checkpoint
-
-
-def resize_positions(positions: np.ndarray, prefix: int, grid: tuple[int, int], method: str):
-  """(1, prefix + n^2, D) -> (1, prefix + h * w, D): prefix rows kept, the square grid resized.
-
-  As torch's interpolate with align_corners=False and no antialiasing: "bicubic" (a = -0.75, edges
-  clamped) or "bilinear".
-  """
-  side = round((positions.shape[1] - prefix) ** 0.5)
-  rows, columns = (resize_matrix(side, size, method) for size in grid)
-  plane = positions[0, prefix:].astype(np.float64).reshape(side, side, -1)
-  plane = np.einsum("hi,wj,ijd->hwd", rows, columns, plane, optimize=True)
-  plane = plane.reshape(1, grid[0] * grid[1], -1).astype(positions.dtype)
-  return np.concatenate([positions[:, :prefix], plane], axis=1)
-
-
-def resize_matrix(old: int, new: int, method: str) -> np.ndarray:
-  """(new, old) weights that resample a line of points."""
-  centre = (np.arange(new) + 0.5) * old / new - 0.5
-  reach = {"bicubic": 2, "bilinear": 1}[method]
-  kernel = _cubic if method == "bicubic" else lambda x: np.maximum(0, 1 - np.abs(x))
-  out = np.zeros((new, old))
-  for step in range(1 - reach, reach + 1):
-    point = np.floor(centre).astype(int) + step
-    np.add.at(out, (np.arange(new), np.clip(point, 0, old - 1)), kernel(centre - point))
-  return out
-
-
-def _cubic(x, a=-0.75):
-  x = np.abs(x)
-  near = ((a + 2) * x - (a + 3)) * x * x + 1
-  far = a * (((x - 5) * x + 8) * x - 4)
-  return np.where(x <= 1, near, np.where(x < 2, far, 0))
 
 
 def save(path, model: nn.Module, variables, *, force: bool = False):
