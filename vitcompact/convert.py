@@ -142,20 +142,25 @@ def _cubic(x, a=-0.75):
 def save(path, model: nn.Module, variables, *, force: bool = False):
   """Writes a model and its variables as .safetensors: our names, and how to build the model.
 
-  Refuses to overwrite without `force`; a file of that name is whole at every moment.
+  Raises ValueError for a file that exists, without `force`, and for variables that do not fit.
   """
+  if lines := trees.differences(variables, _variable_shapes(model)):
+    raise ValueError("\n".join([f"variables do not fit {_describe(model)}:", *lines]))
+  write_safetensors(path, trees.named_leaves(variables), metadata(model), force=force)
+
+
+def write_safetensors(path, arrays: Mapping[str, Any], about: dict[str, str], *,
+                      force: bool = False):
+  """Writes {name: array} and string metadata; a file of that name is whole at every moment."""
   path = pathlib.Path(path)
   if path.suffix != ".safetensors":
     raise ValueError(f"{path}: must end in .safetensors")
   if path.exists() and not force:
-    raise ValueError(f"{path} exists; give another name, or ask to overwrite it (force)")
-  if lines := trees.differences(variables, _variable_shapes(model)):
-    raise ValueError("\n".join([f"variables do not fit {_describe(model)}:", *lines]))
-  arrays = {name: np.ascontiguousarray(leaf)
-            for name, leaf in trees.named_leaves(variables).items()}
+    raise ValueError(f"{path} exists; give another name, or ask to overwrite it with force")
+  arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
   partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
   try:
-    safetensors.numpy.save_file(arrays, partial, metadata=metadata(model))
+    safetensors.numpy.save_file(arrays, partial, metadata=about)
     os.replace(partial, path)
   finally:
     partial.unlink(missing_ok=True)
@@ -168,9 +173,8 @@ def load(path) -> tuple[nn.Module, dict[str, Any]]:
     raise ValueError(f"{path} is no file of ours: its metadata has {sorted(about)}, not model, "
                      "fields, plan; PyTorch weights go through experiments.convert")
   try:
-    fields = {name: tuple(value) if isinstance(value, list) else value
-              for name, value in json.loads(about["fields"]).items()}
-    model = create_model(about["model"], **fields, plan=Plan.from_json(about["plan"]))
+    model = create_model(about["model"], **json.loads(about["fields"]),
+                         plan=Plan.from_json(about["plan"]))
   except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
     raise ValueError(f"{path}: its metadata describes no model: {error}") from None
   variables = _nested(arrays)
@@ -190,11 +194,9 @@ def read_safetensors(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 def metadata(model: nn.Module) -> dict[str, str]:
   """What `create_model` needs to build it again, as strings: model, fields, plan."""
-  usual = create_model(model.variant)
   fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)
             if field.name not in ("parent", "name", "variant", "plan")}
-  changed = {name: value for name, value in fields.items() if value != getattr(usual, name)}
-  return {"model": model.variant, "fields": json.dumps(changed), "plan": model.plan.to_json()}
+  return {"model": model.variant, "fields": json.dumps(fields), "plan": model.plan.to_json()}
 
 
 def _variable_shapes(model):

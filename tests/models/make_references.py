@@ -26,6 +26,8 @@ _SCHEMAS.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor
 
 REFERENCES = pathlib.Path(__file__).parent / "references"
 CLASSES = 7
+DEIT_PROBE = {r"(cls_token|dist_token|pos_embed|patch_embed\.proj\..*)": 3e-3,
+              r"blocks\.\d+\.(attn\.proj|mlp\.fc2(\.b)?)\..*": 3e-3}
 
 
 class Case(NamedTuple):
@@ -64,8 +66,6 @@ def resized_positions(prefix: int) -> Callable:
 def deit():
   """timm's DeiT, plain and distilled."""
   import timm
-  probe = {r"(cls_token|dist_token|pos_embed|patch_embed\.proj\..*)": 3e-3,
-           r"blocks\.\d+\.(attn\.proj|mlp\.fc2)\..*": 3e-3}
   for distilled in (False, True):
     name = f"deit_tiny{'_distilled' * distilled}_patch16_224"
 
@@ -74,7 +74,8 @@ def deit():
                                num_heads=3, num_classes=CLASSES)
 
     fields = {"patch_size": 8, "width": 24, "depth": 2, "heads": 3}
-    yield Case(name, fields, ((32, 32), (48, 32)), build, probe, resized_positions(1 + distilled))
+    yield Case(name, fields, ((32, 32), (48, 32)), build, DEIT_PROBE,
+               resized_positions(1 + distilled))
 
 
 def nextvit():
@@ -175,8 +176,32 @@ def pvt_v2():
     yield Case(name, PYRAMID, ((native, native), (45, 70)), build, probe)
 
 
-FAMILIES = {"deit": deit, "nextvit": nextvit, "lvvit": lvvit, "pvt": pvt,
-            "pvt_v2": pvt_v2}
+def compact_deit():
+  """Our own PyTorch form of folded compact DeiTs: each site and layout of hallucinated heads."""
+  sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+  from experiments.torch_deit import CompactDeiT
+  fields = {"patch_size": 8, "width": 24, "depth": 2, "heads": 3, "mlp_ratio": 4.0, "in_chans": 3,
+            "global_pool": "token", "deploy": True}
+  filtered = {"method": "hmhsa", "site": "probs", "rank": 1, "kernel": 3, "layout": "map",
+              "real_heads": "half"}
+  factored = {"method": "cffn", "rank_ratio": 0.5, "factor": "output"}
+  plans = [{"heads": filtered, "ffn": factored, "blocks": {"1": {"heads": None}}},
+           {"heads": {**filtered, "layout": "grid", "rank": 2, "real_heads": 1},
+            "ffn": {**factored, "factor": "both"}},
+           {"heads": {**filtered, "site": "logits", "kernel": 5},
+            "blocks": {"0": {"ffn": factored}}}]
+  for plan, distilled in zip(plans, (True, True, False), strict=True):
+
+    def build(image_size, plan=plan, distilled=distilled):
+      return CompactDeiT({**fields, "image_size": list(image_size), "distilled": distilled,
+                          "num_classes": CLASSES}, plan)
+
+    name = f"deit_tiny{'_distilled' * distilled}_patch16_224"
+    yield Case(name, {**fields, "plan": json.dumps(plan)}, ((32, 48),), build, DEIT_PROBE)
+
+
+FAMILIES = {"deit": deit, "compact_deit": compact_deit, "lvvit": lvvit, "nextvit": nextvit,
+            "pvt": pvt, "pvt_v2": pvt_v2}
 
 
 @torch.no_grad()

@@ -26,9 +26,11 @@ def runs(family: str) -> list[Run]:
   path = pathlib.Path(__file__).parent / "references" / f"{family}.json"
   for case in json.loads(path.read_text()):
     shapes = {name: tuple(shape) for name, shape in case["shapes"].items()}
+    fields = {"plan": "", **case["fields"]}
+    fields["plan"] = vc.Plan.parse(fields["plan"])
     for run in case["runs"]:
       size = tuple(run["image_size"])
-      model = vc.create_model(case["model"], image_size=size, **case["fields"])
+      model = vc.create_model(case["model"], image_size=size, **fields)
       for kind, probe in (("logits", case.get("plain")), ("probed", case["probe"])):
         out.append(Run(f"{case['model']}-{size[0]}x{size[1]}-{kind}", model,
                        drawn.weights(shapes, probe), drawn.images(size), np.array(run[kind])))
