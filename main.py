@@ -29,6 +29,14 @@ def fail(error: Exception):
   sys.exit(2)
 
 
+def unquoted(text: str) -> str:
+  """The text itself where it is a literal of Python (ml_collections quotes its errors twice)."""
+  try:
+    return str(ast.literal_eval(text))
+  except (ValueError, SyntaxError):
+    return text
+
+
 def parse(argv):
   """absl's own parser, with errors in our form."""
   try:
@@ -46,7 +54,7 @@ def parse(argv):
                          "--config=configs/digits.py --workdir=runs/digits")
     return rest
   except AttributeError as error:  # ml_collections: an unknown key; its text names close ones
-    fail(ValueError("--config has no key " + str(ast.literal_eval(str(error)))))
+    fail(ValueError(f"--config has no key {unquoted(str(error))}"))
   except USER_ERRORS as error:
     fail(error)
 

@@ -9,11 +9,11 @@ from ml_collections import ConfigDict
 def get_config():
   config = ConfigDict()
   config.seed = 0
-  config.total_steps = 600
-  config.batch_size = 128         # images of one step, all devices and microbatches together
+  config.total_steps = 1000
+  config.batch_size = 64          # images of one step, all devices and microbatches together
   config.accumulate = 1           # microbatches of a step, one after another
   config.eval_batch_size = 180
-  config.checkpoint_every = 200   # steps; each is evaluated on val
+  config.checkpoint_every = 250   # steps; each is evaluated on val
   config.keep_last = 2            # checkpoints, besides the best on val
   config.log_every = 50           # steps
   config.ema_half_life = 0.0462   # of the run, as DeiT's 0.99996 over 375,300 steps; 0: no averages
@@ -22,12 +22,12 @@ def get_config():
 
   config.model = ConfigDict()
   config.model.name = "deit_tiny_patch16_224"
-  config.model.image_size = 24    # pixels; 8 x 8 originals, enlarged
-  config.model.patch_size = 4     # pixels: 36 tokens and the class token
-  config.model.width = 96
-  config.model.depth = 6
+  config.model.image_size = 16    # pixels; 8 x 8 originals, enlarged
+  config.model.patch_size = 4     # pixels: 16 tokens and the class token
+  config.model.width = 64
+  config.model.depth = 4
   config.model.heads = 4
-  config.model.drop_path_rate = 0.05
+  config.model.drop_path_rate = 0.0
   config.model.dtype = "float32"  # of the computation; parameters are always float32
   config.model.remat = False      # True: less memory, blocks are computed twice
 
@@ -42,8 +42,8 @@ def get_config():
   config.data.mix_groups = 1      # groups of a batch that draw their own mix
 
   config.optim = ConfigDict()
-  config.optim.learning_rate = 2e-3         # the peak
-  config.optim.warmup_steps = 60
+  config.optim.learning_rate = 4e-3         # the peak
+  config.optim.warmup_steps = 100
   config.optim.warmup_learning_rate = 1e-6  # of step 0
   config.optim.final_learning_rate = 1e-5
   config.optim.weight_decay = 0.05

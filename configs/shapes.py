@@ -10,12 +10,16 @@ from configs import digits
 def get_config():
   config = digits.get_config()
   config.total_steps = 3000
+  config.batch_size = 128
   config.checkpoint_every = 500
   config.log_every = 50
   config.eval_batch_size = 200
   config.model.image_size = 48    # pixels
   config.model.patch_size = 8     # pixels: 36 tokens and the class token
+  config.model.width = 96
+  config.model.depth = 6
   config.data.name = "shapes"
   config.data.augment = "none"    # a mirrored scene has another label
+  config.optim.learning_rate = 1e-3         # the peak
   config.optim.warmup_steps = 200
   return config

@@ -75,27 +75,27 @@ def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False) -
   flat_shapes = {name: leaf.shape for name, leaf in trees.named_leaves(shapes).items()}
   wanted = {entry.torch: torch_shape(entry.layout, [flat_shapes[leaf] for leaf in entry.leaves])
             for entry in entries}
-  state = _timm_named(model, entries, _bare_named(unwrap(state_dict)))
-  dropped = sorted(name for name in state if name.endswith("num_batches_tracked"))
-  reset = _classifiers(model) if reset_head else []
-  dropped += [name for name in reset if name in state and name not in wanted]
+  state = _bare_named(unwrap(state_dict))
+  got = {name: np.shape(value) for name, value in state.items()}
+  state = _timm_named(model, entries, state)
+  heads = _classifiers(model, shapes)
+  reset = [name for name in heads if reset_head and name in wanted]
+  dropped = [name for name in state if name.endswith("num_batches_tracked")]
+  dropped += [name for name in heads if reset_head and name in state.keys() - wanted.keys()]
   arrays = {name: _array(name, value) for name, value in state.items()
             if name not in {*dropped, *reset}}
-  arrays |= {name: _fresh(wanted[name]) for name in reset if name in wanted}
-  resized = []
-  for entry in entries:
-    if entry.positions and entry.torch in arrays:
-      new = _fit_positions(arrays[entry.torch], entry.positions, wanted[entry.torch])
-      if new is not arrays[entry.torch]:
-        arrays[entry.torch] = new
-        resized.append(entry.torch)
-  _check_fit(model, arrays, wanted)
+  arrays |= {name: _fresh(wanted[name]) for name in reset}
+  fitted = {entry.torch: _fit_positions(arrays[entry.torch], entry.positions, wanted[entry.torch])
+            for entry in entries if entry.positions and entry.torch in arrays}
+  resized = [name for name, array in fitted.items() if array is not arrays[name]]
+  arrays |= fitted
+  _check_fit(model, arrays, wanted, heads, got)
   leaves = {}
   for entry in entries:
     parts = to_leaves(entry.layout, arrays[entry.torch], [flat_shapes[x] for x in entry.leaves])
     leaves |= {name: np.ascontiguousarray(part)
                for name, part in zip(entry.leaves, parts, strict=True)}
-  return Loaded(_nested(leaves), dropped, resized, [name for name in reset if name in wanted])
+  return Loaded(_nested(leaves), dropped, resized, reset)
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -246,13 +246,14 @@ def _array(name, value):
   return array.astype(np.float32, copy=False)
 
 
-def _classifiers(model) -> list[str]:
-  """PyTorch names of the layers that end in classes."""
+def _classifiers(model, shapes) -> list[str]:
+  """PyTorch names of the layers that end in classes, or would if the model had any."""
   if not model.num_classes:
     model = model.clone(num_classes=1)
-  params = _variable_shapes(model)["params"]
-  leaves = trees.named_leaves(trees.first_match(model.leaf_rules(), params, may_be_idle=True))
-  owners = {name.rsplit("/", 1)[0] for name, leaf in leaves.items() if "classes" in leaf.axes}
+    shapes = _variable_shapes(model)
+  rules = [(pattern, "classes" in leaf.axes) for pattern, leaf in model.leaf_rules()]
+  leaves = trees.named_leaves(trees.first_match(rules, shapes["params"], may_be_idle=True))
+  owners = {name.rsplit("/", 1)[0] for name, by_class in leaves.items() if by_class}
   return [entry.torch for entry in model.torch_entries()
           if entry.leaves[0].removeprefix("params/").rsplit("/", 1)[0] in owners]
 
@@ -274,51 +275,58 @@ def _fit_positions(array, positions, wanted):
   return resize_positions(array, positions.prefix, positions.grid, positions.method)
 
 
-def _check_fit(model, arrays, wanted):
-  missing = [f"missing {name} {wanted[name]}" for name in wanted if name not in arrays]
-  unexpected = [f"unexpected {name} {array.shape}" for name, array in arrays.items()
-                if name not in wanted]
-  misshapen = [f"{name} is {arrays[name].shape}, not {wanted[name]}" for name in wanted
+def _check_fit(model, arrays, wanted, heads, got):
+  """heads: names of classifiers; got: {name: shape} as the state dict has them."""
+  missing = [name for name in wanted if name not in arrays]
+  unexpected = [name for name in arrays if name not in wanted]
+  misshapen = [name for name in wanted
                if name in arrays and arrays[name].shape != wanted[name]]
-  if not (missing or unexpected or misshapen):
+  wrong = {*missing, *unexpected, *misshapen}
+  if not wrong:
     return
   first = (f"the state dict does not fit {_describe(model)}: {len(missing)} missing, "
            f"{len(unexpected)} unexpected, {len(misshapen)} misshapen")
-  closest = closest_model({name: array.shape for name, array in arrays.items()})
-  if closest and closest != model.variant:
+  own = _overlap({name: array.shape for name, array in arrays.items()}.items(), wanted.items())
+  if wrong <= set(heads):
+    first += "; pass reset_head to initialise another classifier"
+  elif closest := closest_model(got, better_than=own):
     first += f"; the closest model is {closest}"
-  elif any(name in text for name in _classifiers(model) for text in misshapen):
-    first += "; pass reset_head to initialise a classifier of another size anew"
-  raise ValueError("\n".join([first, *missing, *unexpected, *misshapen]))
+  raise ValueError("\n".join(
+      [first, *(f"missing {name} {wanted[name]}" for name in missing),
+       *(f"unexpected {name} {arrays[name].shape}" for name in unexpected),
+       *(f"{name} is {arrays[name].shape}, not {wanted[name]}" for name in misshapen)]))
 
 
-def closest_model(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-  """The named model whose PyTorch tensors agree with the most of these, None where none does."""
-  def overlap(got, wanted):
-    return len(got & wanted) / len(got | wanted)
+def closest_model(shapes: Mapping[str, tuple[int, ...]], better_than: float = 0.0) -> str | None:
+  """The named model whose PyTorch tensors {name: shape} agree with the most of these.
 
+  None where no model shares more than `better_than` of all names and shapes.
+  """
   by_name = {}
   for name in VARIANTS:
     model = create_model(name)
-    entries = model.torch_entries()
-    timm = {entry.torch for entry in entries}
-    authors = {model.authors_name(entry.torch) for entry in entries}
-    by_name[name] = max(overlap(shapes.keys(), timm), overlap(shapes.keys(), authors))
-  best = max(by_name.values())
+    timm = [entry.torch for entry in model.torch_entries()]
+    by_name[name] = max(_overlap(shapes, timm), _overlap(shapes, map(model.authors_name, timm)))
   # Sizes of one family share their names: only these are worth tracing.
-  likely = [name for name, score in by_name.items() if score >= 0.9 * best and best > 0]
-  return max(likely, key=lambda name: overlap(set(shapes.items()), _tensors(name)), default=None)
+  best = max(by_name.values())
+  likely = [name for name, score in by_name.items() if 0 < 0.9 * best <= score]
+  scores = {name: max(_overlap(shapes.items(), tensors) for tensors in _tensors(name))
+            for name in likely}
+  return max((name for name in likely if scores[name] > better_than), key=scores.get, default=None)
 
 
-def _tensors(variant: str) -> set:
-  """{(name, shape)} of a named model, under both kinds of names."""
+def _overlap(got, wanted) -> float:
+  got, wanted = set(got), set(wanted)
+  return len(got & wanted) / len(got | wanted)
+
+
+def _tensors(variant: str):
+  """[(name, shape)] of a named model: under timm's names, and under the authors'."""
   model = create_model(variant)
   leaves = trees.named_leaves(_variable_shapes(model))
-  out = set()
-  for entry in model.torch_entries():
-    shape = torch_shape(entry.layout, [leaves[leaf].shape for leaf in entry.leaves])
-    out |= {(entry.torch, shape), (model.authors_name(entry.torch), shape)}
-  return out
+  timm = [(entry.torch, torch_shape(entry.layout, [leaves[leaf].shape for leaf in entry.leaves]))
+          for entry in model.torch_entries()]
+  return timm, [(model.authors_name(name), shape) for name, shape in timm]
 
 
 def _nested(flat):

@@ -158,8 +158,12 @@ def make_eval_step(model, mean, std):
 
 
 def jit_init(init, shardings):
-  """Parameters are born where they will live: no device ever holds the whole state."""
-  return jax.jit(init, out_shardings=shardings)
+  """Parameters are born where they will live: no device ever holds the whole state.
+
+  It runs once, so the compiler need not try hard: that takes longer than it saves.
+  """
+  return jax.jit(init, out_shardings=shardings,
+                 compiler_options={"xla_backend_optimization_level": 0})
 
 
 def jit_train_step(train_step, shardings, mesh):

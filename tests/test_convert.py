@@ -1,0 +1,308 @@
+"""Weights travel: PyTorch's logits, there and back bit for bit, and every mistake named."""
+import argparse
+import contextlib
+import functools
+import json
+import pathlib
+import re
+import struct
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import vitcompact as vc
+from experiments import convert as program
+from tests import tiny
+from tests.models import parity
+from vitcompact import convert, trees
+from vitcompact.models import deit
+
+FAMILIES = ("deit", "compact_deit")   # the others are tested beside their models
+
+
+@functools.cache
+def runs(family):
+  return parity.runs(family)
+
+
+def plain():
+  return runs("deit")[0]
+
+
+def same(got, wanted):
+  return got.keys() == wanted.keys() and all(
+      np.array_equal(got[name], wanted[name]) for name in wanted)
+
+
+def zeros(name):
+  """A state dict of a named model."""
+  model = vc.create_model(name)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), tiny.images(model, batch=1))
+  return vc.to_torch(model, jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes))
+
+
+@pytest.mark.parametrize("family,index", [("deit", i) for i in range(8)] +
+                         [("compact_deit", i) for i in range(6)])
+def test_logits_are_those_of_pytorch(family, index):
+  assert parity.difference(runs(family)[index]) < 1e-4
+
+
+def test_a_wrong_epsilon_would_show(monkeypatch):
+  monkeypatch.setattr(deit, "EPSILON", 1e-5)
+  assert parity.difference(plain(), retrace=True) < 1e-4       # hidden in ordinary activations
+  assert parity.difference(runs("deit")[1], retrace=True) > 1e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_there_and_back_is_the_identity_bit_for_bit(family):
+  for run in runs(family):
+    if run.name.split("-")[1] != "48x32":   # where positions are resized
+      variables = vc.from_torch(run.model, run.state)
+      assert same(vc.to_torch(run.model, variables), run.state)
+      assert same(vc.to_torch(run.model, variables, names="authors"), run.state)
+
+
+def test_a_compacted_model_goes_home_and_returns():
+  model = tiny.deit()
+  plan = vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN(), blocks={1: {"ffn": None}})
+  with pytest.warns(UserWarning, match="without calibration images"):
+    small = vc.compact(model, tiny.init(model), plan)
+  with pytest.raises(ValueError, match="fold a compact DeiT to write it"):
+    vc.to_torch(*small)
+  deploy, folded = vc.fold(*small)
+  state = vc.to_torch(deploy, folded)
+  assert state["blocks.0.attn.qkv.weight"].shape == ((2 + 2 + 4) * 6, 24)
+  assert state["blocks.0.mlp.fc2.a.weight"].shape == (12, 96)
+  assert {name for name in state if name.startswith("blocks.1.mlp")} == {
+      f"blocks.1.mlp.fc{i}.{leaf}" for i in (1, 2) for leaf in ("weight", "bias")}
+  assert trees.digest(vc.from_torch(deploy, state)) == trees.digest(folded)
+
+
+def test_containers_prefixes_and_half_precision_are_understood():
+  run = plain()
+  wanted = trees.digest(vc.from_torch(run.model, run.state))
+  wrapped = {f"module._orig_mod.{name}": array for name, array in run.state.items()}
+  other = {name: array + 1 for name, array in run.state.items()}
+  for checkpoint in (wrapped, {"model": wrapped, "epoch": 3},
+                     {"state_dict": other, "state_dict_ema": wrapped, "model": other}):
+    assert trees.digest(vc.from_torch(run.model, checkpoint)) == wanted
+  half = {name: array.astype(np.float16) for name, array in run.state.items()}
+  got = vc.from_torch(run.model, half)
+  assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {np.dtype("float32")}
+  np.testing.assert_array_equal(got["params"]["norm"]["bias"], np.float32(half["norm.bias"]))
+
+
+def test_what_is_dropped_resized_and_initialised_anew_is_told():
+  run = plain()
+  state = {**run.state, "bn.num_batches_tracked": np.array(7)}
+  loaded = convert.read_state_dict(run.model, state)
+  assert (loaded.dropped, loaded.resized, loaded.reset) == (["bn.num_batches_tracked"], [], [])
+  model = run.model.clone(image_size=48, num_classes=3)
+  loaded = convert.read_state_dict(model, state, reset_head=True)
+  assert loaded.resized == ["pos_embed"] and loaded.reset == ["head.weight", "head.bias"]
+  assert loaded.variables["params"]["head"]["kernel"].shape == (24, 3)
+  assert 0.005 < loaded.variables["params"]["head"]["kernel"].std() < 0.04
+  features = convert.read_state_dict(run.model.clone(num_classes=0), state, reset_head=True)
+  assert {"head.weight", "head.bias"} <= set(features.dropped)
+  assert "head" not in features.variables["params"]
+
+
+def test_positions_are_resized_as_pytorch_resizes_them():
+  # Squares of 0..8 on a 3x3 grid to 4x4: values of torch's interpolate, bicubic.
+  tokens = np.concatenate([[[-5.0]], (np.arange(9.0)[:, None] ** 2)])[None]
+  got = convert.resize_positions(tokens, 1, (4, 4), "bicubic")[0, :, 0]
+  assert got[0] == -5
+  np.testing.assert_allclose(got[1:5], [-0.6869, -0.5641, 0.9118, 2.6771], atol=1e-4)
+  np.testing.assert_allclose(got[-4:], [36.9740, 44.8336, 58.4047, 67.9069], atol=1e-4)
+  np.testing.assert_allclose(convert.resize_matrix(2, 4, "bilinear") @ [0, 1], [0, 0.25, 0.75, 1])
+  for method in ("bicubic", "bilinear"):
+    np.testing.assert_array_equal(convert.resize_matrix(5, 5, method), np.eye(5))
+    np.testing.assert_allclose(convert.resize_matrix(7, 4, method).sum(axis=1), 1)
+
+
+def test_all_that_does_not_fit_is_listed_at_once():
+  run = plain()
+  state = {**run.state, "extra.weight": np.zeros(3), "norm.weight": np.zeros(25)}
+  del state["cls_token"], state["blocks.1.mlp.fc2.bias"]
+  with pytest.raises(ValueError) as error:
+    vc.from_torch(run.model, state)
+  first, *lines = str(error.value).split("\n")
+  assert "2 missing, 1 unexpected, 1 misshapen" in first and "closest" not in first
+  assert sorted(lines) == ["missing blocks.1.mlp.fc2.bias (24,)", "missing cls_token (1, 1, 24)",
+                           "norm.weight is (25,), not (24,)", "unexpected extra.weight (3,)"]
+
+
+def test_another_classifier_is_refused_until_asked_for():
+  run = plain()
+  for classes in (3, 0):
+    with pytest.raises(ValueError, match="pass reset_head"):
+      vc.from_torch(run.model.clone(num_classes=classes), run.state)
+
+
+def test_a_checkpoint_of_another_model_is_recognised():
+  state = zeros("pvt_v2_b0")
+  with pytest.raises(ValueError, match="the closest model is pvt_v2_b0\n"):
+    vc.from_torch(vc.create_model("pvt_v2_b1"), state)
+  theirs = {vc.create_model("pvt_v2_b0").authors_name(name): array for name, array in state.items()}
+  assert theirs.keys() != state.keys()
+  assert convert.closest_model({name: a.shape for name, a in theirs.items()}) == "pvt_v2_b0"
+  assert convert.closest_model({"unheard.of": (3,)}) is None
+
+
+def test_values_that_are_no_weights_are_refused():
+  run = plain()
+  for value in (np.zeros(24, np.int32), "text"):
+    with pytest.raises(ValueError, match=r"norm\.bias is .*not an array of floating point"):
+      vc.from_torch(run.model, {**run.state, "norm.bias": value})
+  with pytest.raises(ValueError, match="'timm' or 'authors'"):
+    vc.to_torch(run.model, {}, names="theirs")
+  with pytest.raises(ValueError, match="missing params/cls_token"):
+    vc.to_torch(run.model, {"params": {}})
+
+
+def test_our_file_brings_back_model_and_variables(tmp_path):
+  plan = vc.Plan(heads=vc.HMHSA(layout="grid"), ffn=vc.CFFN(), blocks={0: {"heads": None}})
+  model = tiny.deit(plan, image_size=(32, 16))
+  variables = tiny.init(model)
+  path = tmp_path / "a.safetensors"
+  convert.save(path, model, variables)
+  again, loaded = convert.load(path)
+  assert again == model and trees.digest(loaded) == trees.digest(variables)
+  assert trees.differences(loaded, variables) == []
+
+
+def test_nothing_is_overwritten_unless_asked_for(tmp_path):
+  model = tiny.deit()
+  path = tmp_path / "a.safetensors"
+  path.write_text("precious")
+  with pytest.raises(ValueError, match="exists; give another name"):
+    convert.save(path, model, tiny.init(model))
+  assert path.read_text() == "precious"
+  convert.save(path, model, tiny.init(model), force=True)
+  convert.load(path)
+  with pytest.raises(ValueError, match=r"must end in \.safetensors"):
+    convert.save(tmp_path / "a.bin", model, tiny.init(model))
+  with pytest.raises(ValueError, match="missing params/cls_token"):
+    convert.save(tmp_path / "b.safetensors", model, {"params": {}})
+  assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path):
+  model = tiny.deit()
+  whole, path = tmp_path / "whole.safetensors", tmp_path / "bad.safetensors"
+  convert.save(whole, model, tiny.init(model))
+  data = whole.read_bytes()
+  header = struct.pack("<Q", 2 ** 62) + data[8:]      # a header longer than the file
+  for broken in (data[:100], data[:-4], b"", b"text", header):
+    path.write_bytes(broken)
+    with pytest.raises(ValueError, match=r"bad\.safetensors is no whole \.safetensors file"):
+      convert.load(path)
+  arrays, about = convert.read_safetensors(whole)
+  for metadata, words in (
+      (None, "is no file of ours"), ({**about, "model": "os.system"}, "unknown model"),
+      ({**about, "fields": "[1]"}, "describes no model"),
+      ({**about, "fields": '{"width": "wide"}'}, "describes no model"),
+      ({**about, "plan": "{]"}, "must be JSON"),
+      ({**about, "fields": json.dumps({**json.loads(about["fields"]), "depth": 1})},
+       "unexpected params/blocks_1")):
+    safetensors.numpy.save_file(arrays, path, metadata=metadata)
+    with pytest.raises(ValueError, match=re.escape(words)):
+      convert.load(path)
+
+
+def run_program(monkeypatch, capsys, *arguments):
+  """Printed lines, or the error's."""
+  monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
+  try:
+    program.main()
+  except SystemExit as stop:
+    return str(stop.code)
+  return capsys.readouterr().out
+
+
+def test_the_program_converts_both_ways(tmp_path, monkeypatch, capsys):
+  torch_file, ours, home = (tmp_path / f"{name}.safetensors" for name in ("t", "ours", "home"))
+  state = zeros("deit_tiny_patch16_224")
+  state["head.bias"] += 1
+  safetensors.numpy.save_file(state, torch_file)
+  convert_it = functools.partial(run_program, monkeypatch, capsys)
+  assert "--model is missing" in convert_it(torch_file, "--out", ours)
+  printed = convert_it(torch_file, "--model", "deit_tiny_patch16_224", "--out", ours)
+  assert "deit_tiny_patch16_224, 5,717,416 parameters" in printed
+  assert "exists; give another name" in convert_it(torch_file, "--model", "deit_tiny_patch16_224",
+                                                   "--out", ours)
+  assert "deit_tiny_patch16_224, 152 tensors" in convert_it(ours, "--to-torch", "--out", home)
+  assert same(convert.read_safetensors(home)[0], state)
+  assert "no such file" in convert_it(tmp_path / "none.pth", "--model", "x", "--out", home)
+
+
+def fake_torch(load):
+  """A stand-in with what the program uses of torch."""
+  allowed = []
+
+  @contextlib.contextmanager
+  def safe_globals(classes):
+    allowed.extend(classes)
+    yield
+  return types.SimpleNamespace(load=load, is_tensor=lambda x: hasattr(x, "is_floating_point"),
+                               serialization=types.SimpleNamespace(safe_globals=safe_globals),
+                               allowed=allowed)
+
+
+class FakeTensor(types.SimpleNamespace):
+
+  def is_floating_point(self):
+    return True
+
+  def float(self):
+    return self
+
+  def numpy(self):
+    return self.array
+
+
+def test_pickled_files_are_read_as_weights_only(tmp_path, monkeypatch):
+  path = tmp_path / "deit.pth"
+  path.write_bytes(b"x")
+  seen = {}
+
+  def load(file, **options):
+    seen.update(options)
+    return {"model": {"a": FakeTensor(array=np.ones(2))}, "epoch": 1}
+
+  torch = fake_torch(load)
+  monkeypatch.setitem(sys.modules, "torch", torch)
+  assert same(program.read_checkpoint(path), {"a": np.ones(2)})
+  assert seen["weights_only"] is True and torch.allowed == [argparse.Namespace]
+
+  def refuse(file, **options):
+    raise RuntimeError("Weights only load failed. Run with weights_only=False\n"
+                       "WeightsUnpickler error: Unsupported global: GLOBAL posix.system was not")
+  monkeypatch.setitem(sys.modules, "torch", fake_torch(refuse))
+  with pytest.raises(ValueError) as error:
+    program.read_checkpoint(path)
+  assert "posix.system" in str(error.value) and "weights_only" not in str(error.value)
+  monkeypatch.setitem(sys.modules, "torch", None)
+  with pytest.raises(ValueError, match="needs torch"):
+    program.read_checkpoint(path)
+
+
+def test_the_library_imports_neither_torch_nor_pickle():
+  for path in pathlib.Path(convert.__file__).parent.rglob("*.py"):
+    assert not re.search(r"^\s*(import|from) (torch|pickle)\b", path.read_text(), re.M), path
+
+
+def test_the_pytorch_form_loads_what_was_written(tmp_path):
+  torch = pytest.importorskip("torch")
+  from experiments import torch_deit
+  run = runs("compact_deit")[0]
+  ours, home = tmp_path / "ours.safetensors", tmp_path / "home.safetensors"
+  convert.save(ours, run.model, vc.from_torch(run.model, run.state))
+  program.to_torch(ours, home)
+  with torch.no_grad():
+    got = torch_deit.load(home)(torch.from_numpy(run.images).permute(0, 3, 1, 2)).numpy()
+  np.testing.assert_allclose(got, run.wanted, atol=1e-5)
