@@ -81,8 +81,8 @@ class Plan:
   def check_grid(self, depth: int, model: str):
     """`check_depth`, for a model whose blocks need the whole grid of tokens."""
     if self.tokens is not None:
-      raise ValueError(f"tokens={self.tokens}: {model or 'the model'} is hierarchical and needs its "
-                       "whole grid; token reducers are for DeiT and LV-ViT")
+      raise ValueError(f"tokens={self.tokens}: {model or 'this model'} is hierarchical and needs "
+                       "its whole grid; token reducers are for DeiT and LV-ViT")
     self.check_depth(depth)
 
   def reduction(self, block: int, depth: int):
