@@ -33,7 +33,7 @@ def test_maps_times_values_are_what_the_model_computes(spec):
   out = jnp.einsum("bnhd,hdw->bnw", out, p["attn"]["out"]["kernel"])
   got = model.apply(variables, x, capture_intermediates=lambda m, _: m.name == "attn",
                     mutable=["intermediates"])[1]["intermediates"]["blocks_1"]["attn"]
-  np.testing.assert_allclose(out + p["attn"]["out"]["bias"][None, None], got["__call__"][0],
+  np.testing.assert_allclose(out + p["attn"]["out"]["bias"][None, None], got["attend"][0],
                              atol=1e-4)
 
 

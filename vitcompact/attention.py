@@ -1,4 +1,7 @@
-"""The attention core: everything that attends goes through `attend`."""
+"""The attention core: everything that attends goes through `Core`."""
+from collections.abc import Callable
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -21,17 +24,38 @@ def weigh(maps_bhnm, value_bmhe):
     return jnp.einsum("bhnm,bmhe->bnhe", maps_bhnm.astype(value_bmhe.dtype), value_bmhe)
 
 
-def attend(query_bnhd, key_bmhd, value_bmhe):
-  """softmax(q k^T / sqrt(d)) v for each head.
+def _same(x):
+  return x
 
-  Args:
-    query_bnhd: (B, N, h, d).
-    key_bmhd: (B, M, h, d).
-    value_bmhe: (B, M, h, e); e may differ from d.
-  Returns:
-    (B, N, h, e) in the values' dtype; the softmax runs in float32.
+
+class Core(NamedTuple):
+  """softmax(q k^T / sqrt(d)) v for each head, as the tokens of a block ask for it.
+
+  size: (B, M) or None: a key counts as so many equal keys (log size is added to its scores).
+  spread: applied to the values before, gather: to the outputs after; the identity, but where tokens
+    are merged between the scores and the values.
   """
-  return weigh(jax.nn.softmax(scores(query_bnhd, key_bmhd), axis=-1), value_bmhe)
+  size: jax.Array | None = None
+  spread: Callable = _same
+  gather: Callable = _same
+
+  def maps(self, query_bnhd, key_bmhd, rescore: Callable = _same):
+    """Attention maps (B, h, N, M), float32; `rescore` changes the scores before the softmax."""
+    scores_bhnm = rescore(scores(query_bnhd, key_bmhd))
+    if self.size is not None:
+      scores_bhnm = scores_bhnm + jnp.log(self.size.astype(jnp.float32))[:, None, None]
+    return jax.nn.softmax(scores_bhnm, axis=-1)
+
+  def __call__(self, query_bnhd, key_bmhd, value_bmhe, rescore: Callable = _same):
+    """(B, N, h, d), (B, M, h, d), (B, M, h, e) -> (B, N, h, e) in the values' dtype.
+
+    e may differ from d. Without a `rescore` nobody sees the maps.
+    """
+    maps_bhnm = self.maps(query_bnhd, key_bmhd, rescore)
+    return self.gather(weigh(maps_bhnm, self.spread(value_bmhe)))
+
+
+DENSE = Core()   # all keys count alike
 
 
 def wants_maps(module: nn.Module) -> bool:

@@ -6,10 +6,12 @@ import flax.linen as nn
 import jax
 
 from vitcompact import attention
+from vitcompact.attention import Core
 from vitcompact.ffn.cffn import CompactDense, hidden_rms, warn_above_break_even
 from vitcompact.heads import hmhsa
 from vitcompact.layers import DropPath, LayerNorm, Mlp, dense, gelu, weight_init
 from vitcompact.plan import BlockPlan
+from vitcompact.tokens.carry import Tokens
 
 
 class Attention(nn.Module):
@@ -32,24 +34,28 @@ class Attention(nn.Module):
   def real_heads(self) -> int:
     return self.heads if self.spec is None else self.spec.count_real(self.heads)
 
-  @nn.compact
+  def setup(self):
+    def project(heads):
+      return nn.DenseGeneral((heads, self.width // self.heads), use_bias=self.qkv_bias,
+                             kernel_init=weight_init, dtype=self.dtype)
+    self.query, self.key = project(self.real_heads), project(self.real_heads)
+    self.value = project(self.heads)
+    if self.real_heads < self.heads:
+      self.hallucinate = self._hallucinate()
+    self.out = nn.DenseGeneral(self.width, axis=(-2, -1), kernel_init=weight_init,
+                               dtype=self.dtype)
+
   def __call__(self, x_bnw, keys_bmw=None):
     keys_bmw = x_bnw if keys_bmw is None else keys_bmw
-    query = self._project("query", self.real_heads)(x_bnw)
-    key = self._project("key", self.real_heads)(keys_bmw)
-    value = self._project("value", self.heads)(keys_bmw)
-    if self.real_heads == self.heads:
-      if attention.wants_maps(self):
-        self.sow("maps", "maps", jax.nn.softmax(attention.scores(query, key), axis=-1))
-      out = attention.attend(query, key, value)
-    else:
-      out = self._hallucinate(name="hallucinate")(query, key, value)
-    return nn.DenseGeneral(self.width, axis=(-2, -1), kernel_init=weight_init, dtype=self.dtype,
-                           name="out")(out)
+    return self.attend(self.query(x_bnw), self.key(keys_bmw), self.value(keys_bmw))
 
-  def _project(self, name: str, heads: int):
-    return nn.DenseGeneral((heads, self.width // self.heads), use_bias=self.qkv_bias,
-                           kernel_init=weight_init, dtype=self.dtype, name=name)
+  def attend(self, query_bnfd, key_bmfd, value_bmhd, core: Core = attention.DENSE):
+    """The output from queries and keys of the real heads, and values of all."""
+    if self.real_heads < self.heads:
+      return self.out(self.hallucinate(query_bnfd, key_bmfd, value_bmhd, core))
+    if attention.wants_maps(self):
+      self.sow("maps", "maps", core.maps(query_bnfd, key_bmfd))
+    return self.out(core(query_bnfd, key_bmfd, value_bmhd))
 
   @nn.nowrap
   def _hallucinate(self, **kwargs):
@@ -80,6 +86,7 @@ class Block(nn.Module):
   """Pre-norm residual block: x + attn(norm1 x) / skip_lam, then x + mlp(norm2 x) / skip_lam.
 
   `reduce` makes fewer keys and values of the normed tokens (pyramids); None: attention over all.
+  `reduce_tokens`: (tokens, query, key, prefix) -> tokens, between the two; None: all go on.
   """
   attn: nn.Module
   mlp: nn.Module
@@ -88,17 +95,23 @@ class Block(nn.Module):
   dtype: str = "float32"
   reduce: nn.Module | None = None
   skip_lam: float = 1.0
+  reduce_tokens: Callable | None = None
 
   @nn.compact
-  def __call__(self, x_bnw, train: bool = False):
+  def __call__(self, tokens: Tokens, train: bool = False) -> Tokens:
     norm = functools.partial(LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
     # Two modules, so that the two branches of a block are dropped independently.
     drop = functools.partial(DropPath, self.drop_path)
-    y_bnw = norm(name="norm1")(x_bnw)
-    keys_bmw = None if self.reduce is None else self.reduce(y_bnw)
-    x_bnw = x_bnw + drop(name="drop1")(self.attn(y_bnw, keys_bmw), train) / self.skip_lam
-    y_bnw = self.mlp(norm(name="norm2")(x_bnw), train)
-    return x_bnw + drop(name="drop2")(y_bnw, train) / self.skip_lam
+    y_bnw = norm(name="norm1")(tokens.x)
+    keys_bmw = y_bnw if self.reduce is None else self.reduce(y_bnw)
+    query, key, value = self.attn.query(y_bnw), self.attn.key(keys_bmw), self.attn.value(keys_bmw)
+    core = Core(size=tokens.size if tokens.proportional else None)
+    y_bnw = self.attn.attend(query, key, value, core)
+    tokens = tokens.replace(x=tokens.x + drop(name="drop1")(y_bnw, train) / self.skip_lam)
+    if self.reduce_tokens is not None:
+      tokens = self.reduce_tokens(tokens, query, key, self.attn.prefix)
+    y_bnw = self.mlp(norm(name="norm2")(tokens.x), train)
+    return tokens.replace(x=tokens.x + drop(name="drop2")(y_bnw, train) / self.skip_lam)
 
   @nn.nowrap
   def from_dense(self, params, stats, moments):

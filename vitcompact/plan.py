@@ -10,9 +10,14 @@ from flax.core import FrozenDict
 
 from vitcompact.ffn.cffn import CFFN
 from vitcompact.heads.hmhsa import HMHSA
+from vitcompact.tokens.evit import EViT
+from vitcompact.tokens.tome import ToMe
 
 # axis -> {name in JSON: the method's spec}
-METHODS = {"heads": {"hmhsa": HMHSA}, "ffn": {"cffn": CFFN}}
+METHODS = {"heads": {"hmhsa": HMHSA}, "tokens": {"evit": EViT, "tome": ToMe},
+           "ffn": {"cffn": CFFN}}
+# A method of the tokens axis acts on the whole sequence of blocks, and names its own.
+BY_BLOCK = ("heads", "ffn")
 
 
 class BlockPlan(NamedTuple):
@@ -26,17 +31,19 @@ class Plan:
   """A method for each axis; `Plan()` is the dense model.
 
   heads, ffn: the default of every block; None is dense.
+  tokens: a reducer, which carries the blocks that it acts in; None keeps every token.
   blocks: {block: {axis: method or None}}, overrides; an axis that is absent has the default.
     Blocks are numbered 0..depth-1 over all stages in order.
 
   >>> Plan(heads=HMHSA(), ffn=CFFN(rank_ratio=0.5), blocks={0: {"heads": None}})
   """
   heads: HMHSA | None = None
+  tokens: EViT | ToMe | None = None
   ffn: CFFN | None = None
   blocks: Mapping[int, Mapping[str, Any]] = FrozenDict()
 
   def __post_init__(self):
-    _check_axes({"heads": self.heads, "ffn": self.ffn}, "Plan")
+    _check_axes({axis: getattr(self, axis) for axis in METHODS}, "Plan")
     if not isinstance(self.blocks, Mapping):
       raise ValueError(f"Plan(blocks={self.blocks!r}): must be a dict such as "
                        "{7: {'heads': None}}")
@@ -47,6 +54,7 @@ class Plan:
       if not isinstance(axes, Mapping):
         raise ValueError(f"Plan(blocks={{{block}: {axes!r}}}): must be a dict of axes, such as "
                          "{'heads': None}")
+      _check_names(axes, BY_BLOCK, f"Plan, block {block}")
       _check_axes(axes, f"Plan, block {block}")
       blocks[block] = FrozenDict(axes)
     object.__setattr__(self, "blocks", FrozenDict(sorted(blocks.items())))
@@ -56,16 +64,35 @@ class Plan:
     return BlockPlan(**{"heads": self.heads, "ffn": self.ffn, **self.blocks.get(block, {})})
 
   def check_depth(self, depth: int):
-    """Raises ValueError when an override names a block that a model of this depth lacks."""
-    missing = [block for block in self.blocks if block >= depth]
+    """Raises ValueError when the plan does not fit a model of this many blocks."""
+    named = [*self.blocks, *getattr(self.tokens, "blocks", ())]
+    missing = [block for block in named if block >= depth]
     if missing:
       raise ValueError(f"the plan names block {missing[0]}, but the model has blocks 0 to "
                        f"{depth - 1}")
+    first = next((i for i in range(depth) if self.reduction(i, depth) is not None), depth)
+    for block in range(first, depth):
+      heads = self.at(block).heads
+      if heads is not None and heads.layout == "grid":
+        raise ValueError(f"HMHSA(layout='grid') in block {block}: from block {first} on, where "
+                         f"{type(self.tokens).__name__} reduces tokens, there is no grid; use "
+                         "layout='map' there")
+
+  def check_grid(self, depth: int, model: str):
+    """`check_depth`, for a model whose blocks need the whole grid of tokens."""
+    if self.tokens is not None:
+      raise ValueError(f"tokens={self.tokens}: {model or 'this model'} is hierarchical and needs "
+                       "its whole grid; token reducers are for DeiT and LV-ViT")
+    self.check_depth(depth)
+
+  def reduction(self, block: int, depth: int):
+    """What the tokens axis does between attention and FFN of a block, or None."""
+    return None if self.tokens is None else self.tokens.after_attention(block, depth)
 
   def to_json(self) -> str:
     blocks = {str(block): {axis: _to_dict(spec) for axis, spec in axes.items()}
               for block, axes in self.blocks.items()}
-    out = {"heads": _to_dict(self.heads), "ffn": _to_dict(self.ffn), "blocks": blocks}
+    out = {**{axis: _to_dict(getattr(self, axis)) for axis in METHODS}, "blocks": blocks}
     return json.dumps({key: value for key, value in out.items() if value})
 
   @classmethod
@@ -85,7 +112,7 @@ class Plan:
     for block, axes in blocks.items():
       if not block.isdecimal():
         raise ValueError(f"plan, blocks: {block!r} is not a block number; blocks are 0, 1, 2, ...")
-      _check_names(axes, METHODS, f"plan, block {block}")
+      _check_names(axes, BY_BLOCK, f"plan, block {block}")
     return cls(**{axis: _from_dict(axis, spec) for axis, spec in tree.items()},
                blocks={int(block): {axis: _from_dict(axis, spec) for axis, spec in axes.items()}
                        for block, axes in blocks.items()})
@@ -137,4 +164,5 @@ def _from_dict(axis: str, spec):
   kind = methods[spec["method"]]
   fields = {key: value for key, value in spec.items() if key != "method"}
   _check_names(fields, [field.name for field in dataclasses.fields(kind)], f"plan, {axis}")
-  return kind(**fields)
+  return kind(**{key: tuple(value) if isinstance(value, list) else value
+                 for key, value in fields.items()})

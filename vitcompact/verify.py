@@ -44,14 +44,15 @@ def verify(model: nn.Module, variables, deploy: nn.Module, deploy_variables, ima
 def _run(model, variables, images):
   """Logits, and {block: its output}."""
   names = tuple(model.parts())
+  paths = {(name,) for name in names}
 
   @jax.jit
   def run(variables, images):
     logits, state = model.apply(variables, images, mutable=["intermediates"],
-                                capture_intermediates=lambda m, _: m.path[-1:] and
-                                len(m.path) == 1 and m.name in names)
-    blocks = state["intermediates"]
-    return logits, [blocks[name]["__call__"][0] for name in names]
+                                capture_intermediates=lambda m, _: m.path in paths)
+    outputs = [state["intermediates"][name]["__call__"][0] for name in names]
+    # Blocks of straight models pass on Tokens.
+    return logits, [getattr(out, "x", out) for out in outputs]
 
   logits, outputs = run(variables, images)
   return np.asarray(logits), dict(zip(names, map(np.asarray, outputs), strict=True))

@@ -133,7 +133,7 @@ def test_fresh_hallucinated_heads_copy_the_maps_of_their_sources(spec):
   module = hmhsa.Hallucinate(spec, GRID, GRID, PREFIX)
   q, k, v = qkv(2, 4)
   out, _ = jax.jit(module.init_with_output)(jax.random.key(0), q, k, v)
-  copied = attention.attend(jnp.tile(q, (1, 1, 2, 1)), jnp.tile(k, (1, 1, 2, 1)), v)
+  copied = attention.DENSE(jnp.tile(q, (1, 1, 2, 1)), jnp.tile(k, (1, 1, 2, 1)), v)
   np.testing.assert_allclose(out, copied, atol=1e-6)
 
 

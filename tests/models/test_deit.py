@@ -164,7 +164,7 @@ def test_average_pooling_leaves_the_class_token_out_and_normalises_after():
   seen = tokens.apply({"params": {**variables["params"], "norm": identity}}, x,
                       mutable="intermediates", capture_intermediates=lambda m, _:
                       m.name == "blocks_1")[1]["intermediates"]["blocks_1"]["__call__"][0]
-  pooled = seen[:, 1:].mean(1)
+  pooled = seen.x[:, 1:].mean(1)
   np.testing.assert_allclose(got, nn.standardize(pooled, axis=-1, epsilon=1e-6), atol=1e-4)
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from vitcompact import attention
+from vitcompact.attention import Core
 from vitcompact.trees import Leaf
 
 # A name scope: `count` counts the products of shift-and-add filters inside it.
@@ -119,13 +120,14 @@ def filter_grid(x_bnhrd, taps_hrkk, gain_hrp, grid: tuple[int, int]):
     return jnp.concatenate([x_bnhrd[:, :prefix] * gain_1phr1, flat], axis=1)
 
 
-def attend_hallucinated(query_bnfd, key_bmfd, value_bmhd, key_filter: Callable,
+def attend_hallucinated(core: Core, query_bnfd, key_bmfd, value_bmhd, key_filter: Callable,
                         query_filter: Callable):
   """Attention in which heads beyond the real ones use filtered maps, without forming these.
 
   Hallucinated head g has real head g mod f as its source.
 
   Args:
+    core: the attention of one call.
     query_bnfd, key_bmfd: (B, N, f, d), (B, M, f, d), the f real heads.
     value_bmhd: (B, M, h, d), all heads: the real ones, then the hallucinated ones.
     key_filter: (B, M, g, d) values of the hallucinated heads -> (B, M, g, rank, d).
@@ -135,7 +137,7 @@ def attend_hallucinated(query_bnfd, key_bmfd, value_bmhd, key_filter: Callable,
   """
   real, heads, width = query_bnfd.shape[2], value_bmhd.shape[2], value_bmhd.shape[3]
   if heads == real:
-    return attention.attend(query_bnfd, key_bmfd, value_bmhd)
+    return core(query_bnfd, key_bmfd, value_bmhd)
   spread_bmgrd = key_filter(value_bmhd[:, :, real:])
   rank = spread_bmgrd.shape[3]
   partners = -(-(heads - real) // real)
@@ -149,8 +151,8 @@ def attend_hallucinated(query_bnfd, key_bmfd, value_bmhd, key_filter: Callable,
     for p in range(count):
       spread = spread_bmgrd[:, :, p * real + start:p * real + stop]
       values.append(spread.reshape(*spread.shape[:3], rank * width))
-    out = attention.attend(query_bnfd[:, :, start:stop], key_bmfd[:, :, start:stop],
-                           jnp.concatenate(values, axis=-1))
+    out = core(query_bnfd[:, :, start:stop], key_bmfd[:, :, start:stop],
+               jnp.concatenate(values, axis=-1))
     real_out.append(out[..., :width])
     for p in range(count):
       part = out[..., width * (1 + p * rank):width * (1 + (p + 1) * rank)]
@@ -195,11 +197,11 @@ class Hallucinate(nn.Module):
   prefix: int = 0
 
   @nn.compact
-  def __call__(self, query_bnfd, key_bmfd, value_bmhd):
+  def __call__(self, query_bnfd, key_bmfd, value_bmhd, core: Core = attention.DENSE):
     spec, real = self.spec, query_bnfd.shape[2]
     hallucinated = value_bmhd.shape[2] - real
     if spec.site == "logits":
-      return self._attend_mixed(query_bnfd, key_bmfd, value_bmhd, hallucinated)
+      return self._attend_mixed(query_bnfd, key_bmfd, value_bmhd, hallucinated, core)
     # A further term is silent at first by its query side alone (u = 0, gain 0): with both sides at
     # zero it would never move.
     key_taps, key_gain = self._taps("key", hallucinated, self.key_grid, spread=0.1, gain=1.0)
@@ -215,13 +217,13 @@ class Hallucinate(nn.Module):
       return filter_side(out_bngrd, query_taps, query_gain, self.query_grid).sum(axis=3)
 
     if attention.wants_maps(self):
-      maps_bfnm = jax.nn.softmax(attention.scores(query_bnfd, key_bmfd), axis=-1)
+      maps_bfnm = core.maps(query_bnfd, key_bmfd)
       maps_bgnm = maps_bfnm[:, jnp.arange(hallucinated) % real]
       by_key = filter_side(maps_bgnm.transpose(0, 3, 1, 2)[:, :, :, None], key_taps, key_gain,
                            self.key_grid)
       made = query_filter(by_key.transpose(0, 4, 2, 3, 1)).transpose(0, 2, 1, 3)
       self.sow("maps", "maps", jnp.concatenate([maps_bfnm, made], axis=1))
-    return attend_hallucinated(query_bnfd, key_bmfd, value_bmhd, key_filter, query_filter)
+    return attend_hallucinated(core, query_bnfd, key_bmfd, value_bmhd, key_filter, query_filter)
 
   def _taps(self, side: str, hallucinated: int, grid, spread: float, gain: float):
     """Taps, and the gains of prefix tokens or None; `spread`, `gain`: of terms after the first."""
@@ -238,7 +240,7 @@ class Hallucinate(nn.Module):
 
     return taps, self.param(f"{side}_gain", init, (hallucinated, spec.rank, self.prefix))
 
-  def _attend_mixed(self, query_bnfd, key_bmfd, value_bmhd, hallucinated: int):
+  def _attend_mixed(self, query_bnfd, key_bmfd, value_bmhd, hallucinated: int, core: Core):
     real = query_bnfd.shape[2]
 
     def identity_columns(key, shape, dtype=jnp.float32):
@@ -247,12 +249,14 @@ class Hallucinate(nn.Module):
 
     mix = self.param("mix", identity_columns, (real, hallucinated))
     taps = self.param("taps", delta_init, (hallucinated, self.spec.kernel, self.spec.kernel))
-    scores = attention.scores(query_bnfd, key_bmfd)
-    scores = jnp.concatenate([scores, hallucinate_scores(scores, mix, taps)], axis=1)
-    maps = jax.nn.softmax(scores, axis=-1)
+
+    def rescore(scores_bfnm):
+      made = hallucinate_scores(scores_bfnm, mix, taps)
+      return jnp.concatenate([scores_bfnm, made], axis=1)
+
     if attention.wants_maps(self):
-      self.sow("maps", "maps", maps)
-    return attention.weigh(maps, value_bmhd)
+      self.sow("maps", "maps", core.maps(query_bnfd, key_bmfd, rescore))
+    return core(query_bnfd, key_bmfd, value_bmhd, rescore)
 
 
 def filter_side(x_bnhrd, taps, gain, grid):

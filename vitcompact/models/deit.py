@@ -11,6 +11,7 @@ from vitcompact.models import torch_names
 from vitcompact.models.torch_names import Entry, Positions
 from vitcompact.models.variant import Variant
 from vitcompact.plan import Plan
+from vitcompact.tokens.carry import Tokens
 from vitcompact.trees import Leaf
 
 EPSILON = 1e-6   # of every LayerNorm
@@ -84,7 +85,7 @@ class VisionTransformer(nn.Module):
       mlp = make_mlp(plan, width=self.width, hidden=int(self.width * self.mlp_ratio),
                      deploy=self.deploy, dtype=self.dtype, name=name)
       parts[name] = block(attn, mlp, drop_path=rates[i], epsilon=EPSILON, dtype=self.dtype,
-                          parent=None)
+                          reduce_tokens=self.plan.reduction(i, self.depth), parent=None)
     return parts
 
   @nn.nowrap
@@ -141,13 +142,14 @@ class VisionTransformer(nn.Module):
     x = x.reshape(x.shape[0], -1, self.width)
     tokens = [jnp.broadcast_to(t.astype(x.dtype), (x.shape[0], 1, self.width)) for t in self.tokens]
     x = jnp.concatenate([*tokens, x], axis=1) + self.pos_embed.astype(x.dtype)
+    tokens = Tokens(x)
     for i in range(self.depth):
-      x = getattr(self, f"blocks_{i}")(x, train)
+      tokens = getattr(self, f"blocks_{i}")(tokens, train)
       # Everything is mutable in init, whose variables are no place for features. The name
       # blocks_{i} is the module's.
       if not self.is_initializing():
-        self.sow("features", f"block_{i}", x)
-    return self._head(x, train)
+        self.sow("features", f"block_{i}", tokens.x)
+    return self._head(tokens.x, train)
 
   def _head(self, x_bnw, train: bool):
     if self.global_pool == "avg":

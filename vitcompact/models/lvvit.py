@@ -16,6 +16,7 @@ from vitcompact.models import torch_names
 from vitcompact.models.torch_names import Entry, Positions
 from vitcompact.models.variant import Variant
 from vitcompact.plan import Plan
+from vitcompact.tokens.carry import Tokens
 from vitcompact.trees import Leaf
 
 EPSILON = 1e-5   # of every LayerNorm
@@ -162,7 +163,8 @@ class LVViT(nn.Module):
       mlp = make_mlp(plan, width=self.width, hidden=int(self.width * self.mlp_ratio),
                      deploy=self.deploy, dtype=self.dtype, name=name)
       parts[name] = block(attn, mlp, drop_path=rates[i], epsilon=EPSILON, skip_lam=self.skip_lam,
-                          dtype=self.dtype, parent=None)
+                          dtype=self.dtype, reduce_tokens=self.plan.reduction(i, self.depth),
+                          parent=None)
     return parts
 
   @nn.nowrap
@@ -216,17 +218,19 @@ class LVViT(nn.Module):
     x = x.reshape(x.shape[0], -1, self.width)
     token = jnp.broadcast_to(self.cls_token.astype(x.dtype), (x.shape[0], 1, self.width))
     x = jnp.concatenate([token, x], axis=1) + self.pos_embed.astype(x.dtype)
+    tokens = Tokens(x)
     for i in range(self.depth):
-      x = getattr(self, f"blocks_{i}")(x, train)
+      tokens = getattr(self, f"blocks_{i}")(tokens, train)
       # Everything is mutable in init, whose variables are no place for features. The name
       # blocks_{i} is the module's.
       if not self.is_initializing():
-        self.sow("features", f"block_{i}", x)
-    x = self.norm(x)
+        self.sow("features", f"block_{i}", tokens.x)
+    x = self.norm(tokens.x)
     if not self.num_classes:
       return x[:, 0].astype(jnp.float32)
     logits = self.head(x[:, 0]).astype(jnp.float32)
-    token_logits = self.aux_head(x[:, 1:]).astype(jnp.float32)
+    patches = x[:, 1:-1] if tokens.fused else x[:, 1:]
+    token_logits = self.aux_head(patches).astype(jnp.float32)
     if not train:
       return logits + 0.5 * token_logits.max(axis=1)
     grid_logits = token_logits.reshape(-1, *self.grid, self.num_classes)

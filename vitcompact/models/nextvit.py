@@ -163,7 +163,7 @@ class NextViT(nn.Module):
         raise ValueError(f"image_size={self.image_size}: stage {stage + 1} has {height} x {width} "
                          f"tokens, and a key there averages {POOLS[stage]}; the smallest square "
                          f"that fits is {self._smallest_side(places)}")
-    self.plan.check_depth(self.depth)
+    self.plan.check_grid(self.depth, self.variant)
     attending = [i for i, place in enumerate(places) if place.transformer]
     for block, axes in self.plan.blocks.items():
       if axes.get("heads") is not None and block not in attending:

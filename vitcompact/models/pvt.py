@@ -14,6 +14,7 @@ from vitcompact.models import pyramid, torch_names
 from vitcompact.models.torch_names import Entry, Positions
 from vitcompact.models.variant import Variant
 from vitcompact.plan import Plan
+from vitcompact.tokens.carry import Tokens
 from vitcompact.trees import Leaf
 
 # Position embeddings decay, as in the authors' training; the class token does not.
@@ -110,7 +111,7 @@ class PyramidVisionTransformer(nn.Module):
       prefix = int(stage is stages[-1])
       x = self._embed(x, s, stage, native[s].grid, prefix)
       for i in stage.blocks:
-        x = blocks[f"blocks_{i}"].clone(parent=self, name=f"blocks_{i}")(x, train)
+        x = blocks[f"blocks_{i}"].clone(parent=self, name=f"blocks_{i}")(Tokens(x), train).x
       token, x = x[:, :prefix], pyramid.to_map(x[:, prefix:], stage.grid)
       # Everything is mutable in init, whose variables are no place for features.
       if not self.is_initializing():

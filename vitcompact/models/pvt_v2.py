@@ -13,6 +13,7 @@ from vitcompact.models import pyramid, torch_names
 from vitcompact.models.torch_names import Entry
 from vitcompact.models.variant import Variant
 from vitcompact.plan import Plan
+from vitcompact.tokens.carry import Tokens
 from vitcompact.trees import Leaf
 
 POOLED = 7   # side of the linear variant's key grid, whatever the image
@@ -110,7 +111,7 @@ class PyramidVisionTransformerV2(nn.Module):
                              conv_init=fan_out_init, dtype=self.dtype, name=f"patch_embed_{s}")(x)
       x = pyramid.to_tokens(x)
       for i in stage.blocks:
-        x = blocks[f"blocks_{i}"].clone(parent=self, name=f"blocks_{i}")(x, train)
+        x = blocks[f"blocks_{i}"].clone(parent=self, name=f"blocks_{i}")(Tokens(x), train).x
       x = layers.LayerNorm(epsilon=pyramid.EPSILON, dtype=self.dtype, name=f"norm_{s}")(x)
       x = pyramid.to_map(x, stage.grid)
       # Everything is mutable in init, whose variables are no place for features.

@@ -56,7 +56,7 @@ def check_fields(model):
     if width % heads:
       raise ValueError(f"heads={model.heads} and widths={model.widths}: {heads} does not divide "
                        f"{width}; heads that do: {[h for h in range(1, 33) if width % h == 0]}")
-  model.plan.check_depth(sum(model.depths))
+  model.plan.check_grid(sum(model.depths), model.variant)
 
 
 def check_images(model, images_bhwc) -> tuple[int, int]:
