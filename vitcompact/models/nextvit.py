@@ -286,6 +286,6 @@ def _conv_norm(conv: str, norm: str, ours: str) -> list[Entry]:
 
 VARIANTS = {
     f"nextvit_{size}": Variant(NextViT, {"depths": (3, 4, depth, 3), "drop_path_rate": rate},
-                               crop=0.95)
+                               crop=0.95, crop_384=1.0)
     for size, depth, rate in (("small", 10, 0.1), ("base", 20, 0.2), ("large", 30, 0.2))
 }
