@@ -12,7 +12,7 @@ def get_config():
   config.total_steps = 1000
   config.batch_size = 64          # images of one step, all devices and microbatches together
   config.accumulate = 1           # microbatches of a step, one after another
-  config.eval_batch_size = 180
+  config.eval_batch_size = 120
   config.checkpoint_every = 250   # steps; each is evaluated on val
   config.keep_last = 2            # checkpoints, besides the best on val
   config.log_every = 50           # steps

@@ -54,6 +54,9 @@ def resolve(config) -> FrozenConfigDict:
 def build(config: FrozenConfigDict) -> Run:
   """The model, the mesh, and the jitted functions; nothing is computed or written."""
   mesh = sharding.make_mesh(config.mesh)
+  sharding.check_batch("config.batch_size / accumulate", config.batch_size // config.accumulate,
+                       mesh)
+  sharding.check_batch("config.eval_batch_size", config.eval_batch_size, mesh)
   classes = pipeline.num_classes(config.data.name)
   sizes = config.model.to_dict()
   model = vc.create_model(sizes.pop("name"), plan=vc.Plan.parse(config.plan), num_classes=classes,
