@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 def get_config():
   config = ConfigDict()
   config.seed = 0
+  config.init_from = ""           # .safetensors to start from; a dense one is made compact first
   config.total_steps = 1000
   config.batch_size = 64          # images of one step, all devices and microbatches together
   config.accumulate = 1           # microbatches of a step, one after another
