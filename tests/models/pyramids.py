@@ -1,9 +1,5 @@
 """Small pyramids that the tests of PVT v1 and v2 share."""
-import jax
-import numpy as np
-
 import vitcompact as vc
-from tests import tiny
 
 # 16, 8, 4 and 2 cells on a side; keys on 2 x 2 of them; the third stage has an odd number of heads.
 SIZES = {"image_size": 64, "num_classes": 5, "widths": (8, 16, 20, 16), "depths": (1, 1, 2, 1),
@@ -17,18 +13,6 @@ COMPACT = vc.Plan(**HEADS, **FFN)
 
 def pvt(name="pvt_small", plan=None, **fields):
   return vc.create_model(name, plan=plan or vc.Plan(), **{**SIZES, **fields})
-
-
-def init(model, seed=1):
-  """`tiny.init`, drawn by numpy: a pyramid's leaves have too many shapes to compile a draw each."""
-  shapes = jax.eval_shape(model.init, jax.random.key(0), tiny.images(model))
-  rng = np.random.default_rng(seed)
-
-  def draw(path, leaf):
-    noise = 0.3 * rng.standard_normal(leaf.shape, np.float32)
-    return np.exp(noise) if path[-1].key == "var" else noise
-
-  return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def check_counts(name, row):

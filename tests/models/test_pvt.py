@@ -79,7 +79,7 @@ def test_initialisation_is_the_published_one():
 
 def test_without_classes_the_class_token_is_returned_normed():
   model = pyramids.pvt(**{**pyramids.SHORT, "num_classes": 0})
-  variables, x = pyramids.init(model), tiny.images(model)
+  variables, x = tiny.init(model), tiny.images(model)
   assert "head" not in variables["params"]
   variables["params"]["norm"] = {"scale": jnp.ones(20), "bias": jnp.zeros(20)}
   token = jax.jit(model.apply)(variables, x)

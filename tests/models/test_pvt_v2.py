@@ -64,7 +64,7 @@ def test_weights_go_to_pytorch_and_back_bit_for_bit(variant):
 
 def test_images_of_any_size_that_fits_run_without_another_model():
   model = pyramids.pvt("pvt_v2_b2")
-  variables = pyramids.init(model)
+  variables = tiny.init(model)
   for size in ((64, 64), (29, 70), (130, 31)):
     images = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
     assert jax.eval_shape(model.apply, variables, images).shape == (2, 5)

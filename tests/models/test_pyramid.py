@@ -11,7 +11,6 @@ import pytest
 
 import vitcompact as vc
 from tests import tiny
-from tests.models import pyramids
 from tests.models.pyramids import COMPACT, SHORT, pvt
 from vitcompact import trees
 
@@ -22,7 +21,7 @@ FAR = vc.Plan(heads=vc.HMHSA(layout="grid", rank=2), ffn=vc.CFFN(factor="both", 
 @pytest.mark.parametrize("name,plan", [(NAMES[0], COMPACT), (NAMES[1], FAR), (NAMES[2], COMPACT)])
 def test_fold_keeps_the_function_with_every_leaf_and_statistic_random(name, plan):
   model = pvt(name, plan, **SHORT)
-  variables, x = pyramids.init(model), tiny.images(model)
+  variables, x = tiny.init(model), tiny.images(model)
   deploy = model.clone(deploy=True)
   folded = jax.jit(lambda variables: vc.fold(model, variables)[1])(variables)
   proof = vc.verify(model, variables, deploy, folded, x)
@@ -36,7 +35,7 @@ def test_fold_keeps_the_function_with_every_leaf_and_statistic_random(name, plan
 @pytest.mark.filterwarnings("ignore:blocks_:UserWarning")    # full rank saves nothing
 def test_compact_at_full_rank_is_the_dense_model():
   model = pvt("pvt_v2_b2", **SHORT)
-  variables, x = pyramids.init(model), tiny.images(model)
+  variables, x = tiny.init(model), tiny.images(model)
   plan = vc.Plan(ffn=vc.CFFN(rank_ratio=1))
   small, small_variables = vc.compact(model, variables, plan, images=x)
   asked = jax.eval_shape(small.init, jax.random.key(0), x)
@@ -54,7 +53,7 @@ def test_heads_are_hallucinated_over_the_reduced_keys_where_there_is_more_than_o
   assert [attn.query_grid for attn in attns] == [(16, 16), (8, 8), (4, 4), (4, 4), (2, 2)]
   assert all(attn.key_grid == key_grid for attn in attns)
   assert [attn.prefix for attn in attns] == [0, 0, 0, 0, int(name == "pvt_small")]
-  params = pyramids.init(model)["params"]
+  params = tiny.init(model)["params"]
   assert "hallucinate" not in params["blocks_0"]["attn"]     # one head: nothing to copy
   assert all("hallucinate" in params[f"blocks_{i}"]["attn"] for i in range(1, 5))
   assert all("a0" in params[f"blocks_{i}"]["mlp"]["fc2"] for i in range(5))
@@ -62,7 +61,7 @@ def test_heads_are_hallucinated_over_the_reduced_keys_where_there_is_more_than_o
 
 def test_blocks_of_a_plan_are_numbered_over_all_stages():
   model = pvt("pvt_v2_b2", vc.Plan(blocks={3: {"ffn": vc.CFFN()}}))
-  params = pyramids.init(model)["params"]
+  params = tiny.init(model)["params"]
   assert [i for i in range(5) if "a0" in params[f"blocks_{i}"]["mlp"]["fc2"]] == [3]
   assert params["blocks_3"]["attn"]["query"]["kernel"].shape == (20, 5, 4)
   with pytest.raises(ValueError, match="block 5, but the model has blocks 0 to 4"):
@@ -72,7 +71,7 @@ def test_blocks_of_a_plan_are_numbered_over_all_stages():
 @pytest.mark.parametrize("name", NAMES[::2])
 def test_stage_maps_are_handed_out_when_asked_for_and_cost_nothing_otherwise(name):
   model = pvt(name, image_size=(64, 96))
-  variables, x = pyramids.init(model), tiny.images(model)
+  variables, x = tiny.init(model), tiny.images(model)
   assert "features" not in variables
 
   def record(module, _):
@@ -89,7 +88,7 @@ def test_stage_maps_are_handed_out_when_asked_for_and_cost_nothing_otherwise(nam
       "stage_1": (3, 16, 24, 8), "stage_2": (3, 8, 12, 16), "stage_3": (3, 4, 6, 20),
       "stage_4": (3, 2, 3, 16)}
   if name == "pvt_small":
-    last = state["intermediates"]["blocks_1"]["__call__"][0]
+    last = state["intermediates"]["blocks_1"]["__call__"][0].x
     np.testing.assert_array_equal(maps["stage_2"].reshape(last.shape), last)
   else:
     head = variables["params"]["head"]
@@ -112,7 +111,7 @@ def gradient(model, variables, x):
 @pytest.mark.parametrize("name", NAMES[::2])
 def test_training_moves_every_statistic_and_gives_every_leaf_a_gradient(name):
   model = pvt(name, COMPACT, **SHORT)
-  variables, x = pyramids.init(model), tiny.images(model)
+  variables, x = tiny.init(model), tiny.images(model)
   grads, stats = gradient(model, variables, x)
   moved = jax.tree.map(lambda new, old: (new != old).any(), stats, variables["batch_stats"])
   assert all(jax.tree.leaves(moved))
@@ -124,8 +123,8 @@ def test_training_moves_every_statistic_and_gives_every_leaf_a_gradient(name):
 def test_remat_changes_memory_not_results():
   model = pvt("pvt_v2_b2", **SHORT, drop_path_rate=0.5)
   remat = model.clone(remat=True)
-  variables, x = pyramids.init(model), tiny.images(model)
-  assert trees.differences(pyramids.init(remat), variables) == []
+  variables, x = tiny.init(model), tiny.images(model)
+  assert trees.differences(tiny.init(remat), variables) == []
   grads, again = (gradient(m, variables, x)[0] for m in (model, remat))
   for got, wanted in zip(jax.tree.leaves(again), jax.tree.leaves(grads), strict=True):
     np.testing.assert_allclose(got, wanted, atol=1e-3 * np.abs(wanted).max() + 1e-4)
@@ -134,18 +133,18 @@ def test_remat_changes_memory_not_results():
 @pytest.mark.parametrize("name", NAMES[::2])
 def test_bfloat16_computes_near_float32_and_answers_in_float32(name):
   model, low = (pvt(name, COMPACT, **SHORT, dtype=dtype) for dtype in ("float32", "bfloat16"))
-  variables, x = pyramids.init(model), tiny.images(model)
+  variables, x = tiny.init(model), tiny.images(model)
   wanted, got = (jax.jit(m.apply)(variables, x) for m in (model, low))
   assert got.dtype == jnp.float32
   assert 0 < jnp.abs(got - wanted).max() / jnp.abs(wanted).max() < 0.05
-  assert trees.differences(pyramids.init(low), variables) == []
+  assert trees.differences(tiny.init(low), variables) == []
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_leaf_has_one_rule_and_only_matrices_and_positions_decay(name):
   for plan in (vc.Plan(), FAR, vc.Plan(heads=vc.HMHSA(site="logits"), ffn=vc.CFFN())):
     model = pvt(name, plan)
-    params = pyramids.init(model)["params"]
+    params = tiny.init(model)["params"]
     rules = trees.first_match(model.leaf_rules(), params, may_be_idle=True)
     decay = jax.tree.map(lambda rule: rule.decay, rules, is_leaf=lambda x: type(x) is trees.Leaf)
     decayed = {leaf for leaf, yes in trees.named_leaves(decay).items() if yes}
