@@ -1,4 +1,4 @@
-"""A compact DeiT (hMHSA and cFFN) on real images in two or three minutes: the first run of a newcomer.
+"""A compact DeiT (hMHSA and cFFN) on real images in two or three minutes: the first run to try.
 
 Command:  python main.py --config=configs/digits.py --workdir=runs/digits
 Data:     the 1,797 handwritten digits that scikit-learn ships; no download.
