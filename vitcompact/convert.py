@@ -95,7 +95,7 @@ def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False) -
     parts = to_leaves(entry.layout, arrays[entry.torch], [flat_shapes[x] for x in entry.leaves])
     leaves |= {name: np.ascontiguousarray(part)
                for name, part in zip(entry.leaves, parts, strict=True)}
-  return Loaded(_nested(leaves), dropped, resized, reset)
+  return Loaded(trees.nested(leaves), dropped, resized, reset)
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -144,7 +144,7 @@ def load(path) -> tuple[nn.Module, dict[str, Any]]:
                          plan=Plan.from_json(about["plan"]))
   except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
     raise ValueError(f"{path}: its metadata describes no model: {error}") from None
-  variables = _nested(arrays)
+  variables = trees.nested(arrays)
   if lines := trees.differences(variables, _variable_shapes(model)):
     raise ValueError("\n".join([f"{path} does not fit {_describe(model)}:", *lines]))
   return model, variables
@@ -294,15 +294,3 @@ def _tensors(variant: str):
   timm = [(entry.torch, torch_shape(entry.layout, [leaves[leaf].shape for leaf in entry.leaves]))
           for entry in model.torch_entries()]
   return timm, [(model.authors_name(name), shape) for name, shape in timm]
-
-
-def _nested(flat):
-  """{"params/a/b": x} -> {"params": {"a": {"b": x}}}."""
-  tree = {}
-  for name, leaf in flat.items():
-    *parents, last = name.split("/")
-    node = tree
-    for key in parents:
-      node = node.setdefault(key, {})
-    node[last] = leaf
-  return tree

@@ -37,7 +37,7 @@ def test_a_run_starts_from_its_file(dense, config):
   config.init_from = dense[0]
   run = loop.build(loop.resolve(config))
   state = loop.fresh_state(run)
-  got, old = (trees.get(params, "blocks_0/attn/query/kernel")
+  got, old = (params["blocks_0"]["attn"]["query"]["kernel"]
               for params in (state.params, dense[2]["params"]))
   np.testing.assert_array_equal(got, old[:, :1])
 
