@@ -27,7 +27,8 @@ class Macs(NamedTuple):
 class Count(NamedTuple):
   """Of one image. Multiply-accumulates of matrix products and convolutions, and one for each tap of
   a token filter; `macs` are executed by the traced program, `ideal_macs` are what the method needs
-  (its folded form; see `attention.share`). `attention_macs` are the score and value products among them."""
+  (its folded form; see `attention.share`). `attention_macs` are the score and value products among
+  them."""
   params: int
   macs: int
   ideal_macs: int

@@ -146,7 +146,7 @@ class VisionTransformer(nn.Module):
     tokens = Tokens(x)
     for i in range(self.depth):
       tokens = getattr(self, f"blocks_{i}")(tokens, train)
-      carry.record(self, i, tokens)
+      carry.record(self, i, tokens, self.prefix)
     return self._head(tokens, train)
 
   def _head(self, tokens: Tokens, train: bool):

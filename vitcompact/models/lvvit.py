@@ -225,7 +225,7 @@ class LVViT(nn.Module):
     tokens = Tokens(x)
     for i in range(self.depth):
       tokens = getattr(self, f"blocks_{i}")(tokens, train)
-      carry.record(self, i, tokens)
+      carry.record(self, i, tokens, 1)
     x = self.norm(tokens.x)
     carry.record_last(self, x, tokens, 1)
     if not self.num_classes:

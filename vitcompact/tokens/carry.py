@@ -159,8 +159,9 @@ def mean_of_patches(tokens: Tokens, prefix: int):
   return ((x_bpw * weight_bp1).sum(axis=1) / weight_bp1.sum(axis=1)).astype(x_bpw.dtype)
 
 
-def record(model: nn.Module, block: int, tokens: Tokens):
-  """Sows what a block passes on: "features" block_{i}, "tokens" source_{i} (B, S).
+def record(model: nn.Module, block: int, tokens: Tokens, prefix: int):
+  """Sows what a block passes on: "features" block_{i}; "tokens" source_{i} (B, S), and alive_{i}
+  (B, P), which patches of the start are there in their own right.
 
   Everything is mutable in init, whose variables are no place for it. The name blocks_{i} is the
   module's.
@@ -170,6 +171,7 @@ def record(model: nn.Module, block: int, tokens: Tokens):
   model.sow("features", f"block_{block}", tokens.x)
   if model.is_mutable_collection("tokens"):
     model.sow("tokens", f"source_{block}", identity_source(tokens))
+    model.sow("tokens", f"alive_{block}", by_patch(tokens.x[:, prefix:], tokens, prefix)[1])
 
 
 def record_last(model: nn.Module, x_bnw, tokens: Tokens, prefix: int):
