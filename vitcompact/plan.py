@@ -100,7 +100,7 @@ class Plan:
 
   def tokens_left(self, block: int, depth: int, tokens: int, prefix: int) -> int:
     """How many of so many tokens are left when a block begins."""
-    return tokens if self.tokens is None else _tokens_left(self, block, depth, tokens, prefix)
+    return tokens if self.tokens is None else _lengths(self, depth, tokens, prefix)[block]
 
   def to_json(self) -> str:
     blocks = {str(block): {axis: _to_dict(spec) for axis, spec in axes.items()}
@@ -144,12 +144,13 @@ class Plan:
 
 
 @functools.lru_cache
-def _tokens_left(plan: Plan, block: int, depth: int, tokens: int, prefix: int) -> int:
-  """Follows the reductions of the blocks before, shapes only."""
-  state = carry.Tokens(jax.ShapeDtypeStruct((1, tokens, 8), "float32"))
-  for i in range(block):
+def _lengths(plan: Plan, depth: int, tokens: int, prefix: int) -> list[int]:
+  """Tokens before each block and behind the last: the reductions followed, shapes only."""
+  state, lengths = carry.Tokens(jax.ShapeDtypeStruct((1, tokens, 8), "float32")), [tokens]
+  for i in range(depth):
     state = carry.shapes_after(plan.reduction(i, depth), state, prefix)
-  return state.x.shape[1]
+    lengths.append(state.x.shape[1])
+  return lengths
 
 
 def _check_axes(axes: Mapping, where: str):
