@@ -111,10 +111,12 @@ class Block(nn.Module):
     query, key = self.attn.query(y_bnw), self.attn.key(keys_bmw)
     core = tokens.core()
     if fewer.fuse is not None:
-      tokens, core = fewer.fuse(tokens, query, key, prefix)
+      tokens, ahead = fewer.fuse(tokens, query, key, prefix)
       keys_bmw = norm1(tokens.x)
-      if core is None:
+      if ahead is None:
         query, key, core = self.attn.query(keys_bmw), self.attn.key(keys_bmw), tokens.core()
+      else:
+        core = ahead(core)
     y_bnw = self.attn.attend(query, key, self.attn.value(keys_bmw), core)
     tokens = tokens.replace(x=tokens.x + drop(name="drop1")(y_bnw, train) / self.skip_lam)
     if fewer.after_attention is not None:

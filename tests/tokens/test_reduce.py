@@ -114,7 +114,8 @@ def test_mctf_attends_one_step_ahead_as_if_its_maps_were_merged():
 
   @jax.jit
   def run(first):
-    fused, core = spec.fuse(first, query, key, prefix)
+    fused, ahead = spec.fuse(first, query, key, prefix)
+    core = ahead(first.core())
     return fused, core(query, key, value), core.merged(core.maps(query, key))
 
   fused, got, got_maps = run(first)
@@ -184,11 +185,11 @@ def test_precise_attention_over_equal_tokens_is_one_step_ahead():
   @jax.jit
   def run(tokens):
     old = project(tokens.x)
-    fused, core = spec.fuse(tokens, old, old, 1)
+    fused, ahead = spec.fuse(tokens, old, old, 1)
     again, none = dataclasses.replace(spec, one_step_ahead=2).fuse(tokens, old, old, 1)
     assert none is None
     new = project(again.x)
-    return core(old, old, project(fused.x)), again.core()(new, new, new)
+    return ahead(tokens.core())(old, old, project(fused.x)), again.core()(new, new, new)
 
   ahead, precise = run(tokens)
   np.testing.assert_allclose(ahead, precise, atol=1e-5)

@@ -46,8 +46,9 @@ class Reduction(NamedTuple):
 
   predict: makes a module (tokens, prefix, train) -> tokens that runs before the block; its
     parameters are the block's `predict_tokens`.
-  fuse: (tokens, query, key, prefix) -> (tokens, core), before the values: attention with these
-    queries and keys over the new tokens' values; a core of None: with new queries and keys.
+  fuse: (tokens, query, key, prefix) -> (tokens, ahead), before the values. ahead: Core -> Core, the
+    attention with these queries and keys, but over the new tokens' values; None: there is none, the
+    new tokens have queries and keys of their own.
   after_attention: (tokens, query, key, prefix) -> tokens, before the FFN; after_block: behind it.
 
   query, key: (B, N, heads, d) of the real heads; prefix: how many tokens are no patches.

@@ -1,6 +1,7 @@
 """MCTF: fuse tokens by similarity, attention received and size, one attention ahead (Lee et al.,
 CVPR 2024, arXiv 2403.10030). Written from the paper's equations."""
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -86,19 +87,20 @@ class MCTF:
     merge, attention_bn = self._decide(tokens, query_bnhd, key_bnhd, prefix, ideal=0)
     return tokens if merge is None else self._apply(merge, tokens, attention_bn)
 
-  def fuse(self, tokens: Tokens, query_bnhd, key_bnhd, prefix: int) -> tuple[Tokens, Core | None]:
-    """Fused tokens, and the attention of the old ones over them; None: to be computed again."""
+  def fuse(self, tokens: Tokens, query_bnhd, key_bnhd,
+           prefix: int) -> tuple[Tokens, Callable | None]:
+    """Fused tokens, and what makes the attention of the old ones over these; None if precise."""
     precise = self.one_step_ahead == 2
     merge, attention_bn = self._decide(tokens, query_bnhd, key_bnhd, prefix,
                                        ideal=1 if precise else 0)
     if merge is None:
-      return tokens, tokens.core()
+      return tokens, lambda core: core
     fused = self._apply(merge, tokens, attention_bn)
     if precise:
       return fused, None
     size_bn = sizes(tokens)
-    return fused, tokens.core()._replace(spread=lambda value: take(value, merge.moved),
-                                         gather=lambda out: merge.mean(out, size_bn))
+    return fused, lambda core: core._replace(spread=lambda value: take(value, merge.moved),
+                                             gather=lambda out: merge.mean(out, size_bn))
 
   def _decide(self, tokens, query_bnhd, key_bnhd, prefix, ideal) -> tuple[Merge | None, jax.Array]:
     """Which tokens are fused (None: none), and the attention that each receives, (B, N).
