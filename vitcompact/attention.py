@@ -1,5 +1,6 @@
 """The attention core: everything that attends goes through `Core`."""
 from collections.abc import Callable
+from fractions import Fraction
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -8,6 +9,13 @@ import jax.numpy as jnp
 
 # A name scope: `count` finds the score and value products of a traced program by it.
 SCOPE = "vitcompact.attention"
+ALIVE_EPSILON = 1e-6
+
+
+def share(part: float | Fraction):
+  """A name scope: of the products inside, the method needs this part; `count` reads it."""
+  part = Fraction(part).limit_denominator(10 ** 9)
+  return jax.named_scope(f"vitcompact.share({part.numerator}:{part.denominator})")
 
 
 def scores(query_bnhd, key_bmhd):
@@ -24,6 +32,20 @@ def weigh(maps_bhnm, value_bmhe):
     return jnp.einsum("bhnm,bmhe->bnhe", maps_bhnm.astype(value_bmhe.dtype), value_bmhe)
 
 
+def softmax_alive(scores_bhnm, alive_bm):
+  """Softmax over keys of which some (alive = 0) are hidden from all queries but their own.
+
+  a_ij = (e_ij g_ij + eps / M) / (sum_k e_ik g_ik + eps), g_ij = alive_j (1: i = j). DynamicViT,
+  eps included; the gradient reaches alive (B, M). Queries and keys are the same tokens. Float32.
+  """
+  count = scores_bhnm.shape[-1]
+  top_bhn1 = jax.lax.stop_gradient(scores_bhnm.max(axis=-1, keepdims=True))
+  seen_bnm = jnp.where(jnp.eye(count, dtype=bool)[None], 1, alive_bm[:, None, :])
+  exp_bhnm = jnp.exp(scores_bhnm - top_bhn1) * seen_bnm[:, None]
+  total_bhn1 = exp_bhnm.sum(axis=-1, keepdims=True)
+  return (exp_bhnm + ALIVE_EPSILON / count) / (total_bhn1 + ALIVE_EPSILON)
+
+
 def _same(x):
   return x
 
@@ -34,17 +56,31 @@ class Core(NamedTuple):
   size: (B, M) or None: a key counts as so many equal keys (log size is added to its scores).
   spread: applied to the values before, gather: to the outputs after; the identity, but where tokens
     are merged between the scores and the values.
+  alive: (B, M) or None: see `softmax_alive`.
   """
   size: jax.Array | None = None
   spread: Callable = _same
   gather: Callable = _same
+  alive: jax.Array | None = None
 
   def maps(self, query_bnhd, key_bmhd, rescore: Callable = _same):
     """Attention maps (B, h, N, M), float32; `rescore` changes the scores before the softmax."""
     scores_bhnm = rescore(scores(query_bnhd, key_bmhd))
     if self.size is not None:
       scores_bhnm = scores_bhnm + jnp.log(self.size.astype(jnp.float32))[:, None, None]
+    if self.alive is not None:
+      return softmax_alive(scores_bhnm, self.alive)
     return jax.nn.softmax(scores_bhnm, axis=-1)
+
+  def merged(self, maps_bhnm):
+    """The maps as the tokens that values come from and outputs go to see them."""
+    if self.spread is _same:
+      return maps_bhnm
+    rows_bkhm = self.gather(maps_bhnm.swapaxes(1, 2))
+    batch, count = rows_bkhm.shape[:2]
+    holds_bm1k = self.spread(jnp.broadcast_to(jnp.eye(count)[None, :, None],
+                                              (batch, count, 1, count)))
+    return jnp.einsum("bnhm,bmk->bhnk", rows_bkhm, holds_bm1k[:, :, 0])
 
   def __call__(self, query_bnhd, key_bmhd, value_bmhe, rescore: Callable = _same):
     """(B, N, h, d), (B, M, h, d), (B, M, h, e) -> (B, N, h, e) in the values' dtype.
@@ -52,7 +88,10 @@ class Core(NamedTuple):
     e may differ from d. Without a `rescore` nobody sees the maps.
     """
     maps_bhnm = self.maps(query_bnhd, key_bmhd, rescore)
-    return self.gather(weigh(maps_bhnm, self.spread(value_bmhe)))
+    spread_bmhe = self.spread(value_bmhe)
+    # Merged maps would weigh as many values as there are.
+    with share(Fraction(value_bmhe.shape[1], spread_bmhe.shape[1]) ** 2):
+      return self.gather(weigh(maps_bhnm, spread_bmhe))
 
 
 DENSE = Core()   # all keys count alike

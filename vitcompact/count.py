@@ -1,5 +1,7 @@
 """count: parameters, and multiply-accumulates read off the traced inference program."""
 import math
+import re
+from fractions import Fraction
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -18,14 +20,15 @@ class Macs(NamedTuple):
   def __add__(self, other):
     return Macs(self.total + other.total, self.attention + other.attention)
 
-  def times(self, n: int):
+  def times(self, n):
     return Macs(self.total * n, self.attention * n)
 
 
 class Count(NamedTuple):
   """Of one image. Multiply-accumulates of matrix products and convolutions, and one for each tap of
   a token filter; `macs` are executed by the traced program, `ideal_macs` are what the method needs
-  (its folded form). `attention_macs` are the score and value products among them."""
+  (its folded form; see `attention.share`). `attention_macs` are the score and value products among
+  them."""
   params: int
   macs: int
   ideal_macs: int
@@ -38,32 +41,36 @@ def count(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> 
   if image_size is not None and _pair(image_size) != _pair(model.image_size):
     model = model.clone(image_size=image_size)
     model.check()
-  params, macs = _trace(model)
-  ideal = macs if model.deploy else _trace(model.clone(deploy=True))[1]
-  return Count(params, macs.total, ideal.total, macs.attention, ideal.attention)
+  params, jaxpr = _trace(model)
+  macs = _walk(jaxpr)
+  ideal = _walk(jaxpr if model.deploy else _trace(model.clone(deploy=True))[1], ideal=True)
+  return Count(params, macs.total, round(ideal.total), macs.attention, round(ideal.attention))
 
 
 def _pair(size) -> tuple[int, int]:
   return tuple(np.broadcast_to(size, 2).tolist())
 
 
-def _trace(model) -> tuple[int, Macs]:
+def _trace(model):
+  """(number of parameters, jaxpr of inference)."""
   images = jax.ShapeDtypeStruct((1, *_pair(model.image_size), model.in_chans), jnp.float32)
   variables = jax.eval_shape(model.init, jax.random.key(0), images)
-  return trees.size(variables["params"]), macs_of(model.apply, variables, images)
+  return trees.size(variables["params"]), jax.make_jaxpr(model.apply)(variables, images).jaxpr
 
 
 def macs_of(fn, *args) -> Macs:
   """Multiply-accumulates of one call; arguments may be ShapeDtypeStructs."""
-  return _walk(jax.make_jaxpr(fn)(*args).jaxpr, scope="")
+  return _walk(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
-def _walk(jaxpr, scope: str) -> Macs:
+def _walk(jaxpr, scope: str = "", ideal: bool = False) -> Macs:
+  """ideal: counts what the method needs, not what is executed."""
   total = Macs()
   for eqn in jaxpr.eqns:
     # The name stack of an equation inside scan or jit is relative to that of its caller.
     here = f"{scope}/{eqn.source_info.name_stack}"
-    total += _products(eqn, here) + _inner(eqn, here)
+    part = _needed(here) if ideal else 1
+    total += _products(eqn, here).times(part) + _inner(eqn, here, ideal)
   return total
 
 
@@ -84,23 +91,29 @@ def _products(eqn, scope: str) -> Macs:
   return Macs(macs, macs if attention.SCOPE in scope else 0)
 
 
-def _inner(eqn, scope: str) -> Macs:
+def _needed(scope: str):
+  """The part of a product that the method needs, by the scopes it stands in."""
+  return math.prod(Fraction(int(part), int(whole)) for part, whole in
+                   re.findall(r"vitcompact\.share\((\d+):(\d+)\)", scope))
+
+
+def _inner(eqn, scope: str, ideal: bool) -> Macs:
   name = eqn.primitive.name
   if name == "while":
-    if (macs := _sum(eqn.params["body_jaxpr"], scope)).total:
+    if (macs := _sum(eqn.params["body_jaxpr"], scope, ideal)).total:
       raise ValueError(f"the program has products in a while loop of unknown length ({macs.total} "
                        "a turn); write it as a scan to count it")
     return Macs()
   if name == "cond":
-    return max((_sum(branch, scope) for branch in eqn.params["branches"]), default=Macs())
+    return max((_sum(branch, scope, ideal) for branch in eqn.params["branches"]), default=Macs())
   times = 1
   if name == "scan":
     times = eqn.params["length"]
   elif name == "pallas_call":
     times = math.prod(eqn.params["grid_mapping"].grid)
   jaxprs = [eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params]
-  return sum((_sum(jaxpr, scope).times(times) for jaxpr in jaxprs[:1]), Macs())
+  return sum((_sum(jaxpr, scope, ideal).times(times) for jaxpr in jaxprs[:1]), Macs())
 
 
-def _sum(jaxpr, scope: str) -> Macs:
-  return _walk(getattr(jaxpr, "jaxpr", jaxpr), scope)
+def _sum(jaxpr, scope: str, ideal: bool) -> Macs:
+  return _walk(getattr(jaxpr, "jaxpr", jaxpr), scope, ideal)

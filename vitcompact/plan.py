@@ -1,20 +1,26 @@
 """Plan: which method each axis of a block uses, for all blocks or block by block."""
 import dataclasses
 import difflib
+import functools
 import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 from flax.core import FrozenDict
 
 from vitcompact.ffn.cffn import CFFN
 from vitcompact.heads.hmhsa import HMHSA
+from vitcompact.tokens import carry
+from vitcompact.tokens.dynamicvit import DynamicViT
 from vitcompact.tokens.evit import EViT
+from vitcompact.tokens.mctf import MCTF
 from vitcompact.tokens.tome import ToMe
 
 # axis -> {name in JSON: the method's spec}
-METHODS = {"heads": {"hmhsa": HMHSA}, "tokens": {"evit": EViT, "tome": ToMe},
+METHODS = {"heads": {"hmhsa": HMHSA},
+           "tokens": {"evit": EViT, "dynamicvit": DynamicViT, "tome": ToMe, "mctf": MCTF},
            "ffn": {"cffn": CFFN}}
 # A method of the tokens axis acts on the whole sequence of blocks, and names its own.
 BY_BLOCK = ("heads", "ffn")
@@ -38,7 +44,7 @@ class Plan:
   >>> Plan(heads=HMHSA(), ffn=CFFN(rank_ratio=0.5), blocks={0: {"heads": None}})
   """
   heads: HMHSA | None = None
-  tokens: EViT | ToMe | None = None
+  tokens: EViT | DynamicViT | ToMe | MCTF | None = None
   ffn: CFFN | None = None
   blocks: Mapping[int, Mapping[str, Any]] = FrozenDict()
 
@@ -65,18 +71,21 @@ class Plan:
 
   def check_depth(self, depth: int):
     """Raises ValueError when the plan does not fit a model of this many blocks."""
-    named = [*self.blocks, *getattr(self.tokens, "blocks", ())]
+    named = [*self.blocks, *(getattr(self.tokens, "blocks", None) or ())]
     missing = [block for block in named if block >= depth]
     if missing:
       raise ValueError(f"the plan names block {missing[0]}, but the model has blocks 0 to "
                        f"{depth - 1}")
-    first = next((i for i in range(depth) if self.reduction(i, depth) is not None), depth)
+    first = next((i for i in range(depth) if self.reduction(i, depth) != carry.NOTHING), depth)
     for block in range(first, depth):
       heads = self.at(block).heads
       if heads is not None and heads.layout == "grid":
         raise ValueError(f"HMHSA(layout='grid') in block {block}: from block {first} on, where "
                          f"{type(self.tokens).__name__} reduces tokens, there is no grid; use "
                          "layout='map' there")
+      if heads is not None and getattr(self.tokens, "order", "position") == "code":
+        raise ValueError(f"HMHSA in block {block} filters along positions, and {self.tokens} puts "
+                         "tokens in another order; use order='position'")
 
   def check_grid(self, depth: int, model: str):
     """`check_depth`, for a model whose blocks need the whole grid of tokens."""
@@ -85,9 +94,13 @@ class Plan:
                        "its whole grid; token reducers are for DeiT and LV-ViT")
     self.check_depth(depth)
 
-  def reduction(self, block: int, depth: int):
-    """What the tokens axis does between attention and FFN of a block, or None."""
-    return None if self.tokens is None else self.tokens.after_attention(block, depth)
+  def reduction(self, block: int, depth: int) -> carry.Reduction:
+    """What the tokens axis does in a block."""
+    return carry.NOTHING if self.tokens is None else self.tokens.reduction(block, depth)
+
+  def tokens_left(self, block: int, depth: int, tokens: int, prefix: int) -> int:
+    """How many of so many tokens are left when a block begins."""
+    return tokens if self.tokens is None else _lengths(self, depth, tokens, prefix)[block]
 
   def to_json(self) -> str:
     blocks = {str(block): {axis: _to_dict(spec) for axis, spec in axes.items()}
@@ -128,6 +141,16 @@ class Plan:
         raise ValueError(f"plan={text!r}: no such file; give a path to a JSON plan, or JSON itself")
       text = path.read_text()
     return cls.from_json(text)
+
+
+@functools.lru_cache
+def _lengths(plan: Plan, depth: int, tokens: int, prefix: int) -> list[int]:
+  """Tokens before each block and behind the last: the reductions followed, shapes only."""
+  state, lengths = carry.Tokens(jax.ShapeDtypeStruct((1, tokens, 8), "float32")), [tokens]
+  for i in range(depth):
+    state = carry.shapes_after(plan.reduction(i, depth), state, prefix)
+    lengths.append(state.x.shape[1])
+  return lengths
 
 
 def _check_axes(axes: Mapping, where: str):

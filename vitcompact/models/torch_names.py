@@ -83,6 +83,8 @@ def block(torch: str, ours: str, module) -> list[Entry]:
     attn.qkv               rows of the real heads' queries and keys, then all heads' values
     attn.hallucinate.NAME  taps and gains, as they are
     mlp.fc2.a, mlp.fc2.b   the factors, as linear layers; only b has a bias
+
+  DynamicViT's predictors are numbered, as the authors do.
   """
   attn = module.attn
   entries = norm(f"{torch}.norm1", f"{ours}/norm1")
@@ -100,7 +102,19 @@ def block(torch: str, ours: str, module) -> list[Entry]:
       entries += linear(f"{path[0]}.b", f"{path[1]}/b")
     else:
       entries += linear(*path)
+  if module.reduce_tokens.predict is not None:
+    stage = module.reduce_tokens.predict().stage
+    entries += predictor(f"score_predictor.{stage}", f"{ours}/predict_tokens")
   return entries
+
+
+def predictor(torch: str, ours: str) -> list[Entry]:
+  """Entries of a DynamicViT predictor, the authors' names."""
+  return [*norm(f"{torch}.in_conv.0", f"{ours}/norm"),
+          *linear(f"{torch}.in_conv.1", f"{ours}/in_proj"),
+          *linear(f"{torch}.out_conv.0", f"{ours}/out1"),
+          *linear(f"{torch}.out_conv.2", f"{ours}/out2"),
+          *linear(f"{torch}.out_conv.4", f"{ours}/out3")]
 
 
 def _filters(attn) -> list[str]:
