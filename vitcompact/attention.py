@@ -1,5 +1,6 @@
 """The attention core: everything that attends goes through `Core`."""
 from collections.abc import Callable
+from fractions import Fraction
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -8,6 +9,12 @@ import jax.numpy as jnp
 
 # A name scope: `count` finds the score and value products of a traced program by it.
 SCOPE = "vitcompact.attention"
+
+
+def share(part: float | Fraction):
+  """A name scope: of the products inside, the method needs this part; `count` reads it."""
+  part = Fraction(part).limit_denominator(10 ** 9)
+  return jax.named_scope(f"vitcompact.share({part.numerator}:{part.denominator})")
 
 
 def scores(query_bnhd, key_bmhd):
@@ -34,17 +41,36 @@ class Core(NamedTuple):
   size: (B, M) or None: a key counts as so many equal keys (log size is added to its scores).
   spread: applied to the values before, gather: to the outputs after; the identity, but where tokens
     are merged between the scores and the values.
+  mask: (B, h, N, M) or None: where it is false a key gets nothing from a query. `rescore` may make
+    more heads than there are queries; head i then has the mask of head i modulo h.
+  linked: share of the pairs of tokens that the mask leaves.
   """
   size: jax.Array | None = None
   spread: Callable = _same
   gather: Callable = _same
+  mask: jax.Array | None = None
+  linked: Fraction = Fraction(1)
+
+  def of_heads(self, start: int, stop: int) -> "Core":
+    """The attention of some of the heads."""
+    return self if self.mask is None else self._replace(mask=self.mask[:, start:stop])
+
+  def masked_scores(self, query_bnhd, key_bmhd, rescore: Callable = _same):
+    """Scores (B, h, N, M), float32, -inf where there is no link."""
+    # A filter over scores needs them all.
+    with share(self.linked if rescore is _same else 1):
+      scores_bhnm = rescore(scores(query_bnhd, key_bmhd))
+    if self.size is not None:
+      scores_bhnm = scores_bhnm + jnp.log(self.size.astype(jnp.float32))[:, None, None]
+    if self.mask is None:
+      return scores_bhnm
+    heads, masked = scores_bhnm.shape[1], self.mask.shape[1]
+    mask = self.mask if heads == masked else self.mask[:, jnp.arange(heads) % masked]
+    return jnp.where(mask, scores_bhnm, -jnp.inf)
 
   def maps(self, query_bnhd, key_bmhd, rescore: Callable = _same):
     """Attention maps (B, h, N, M), float32; `rescore` changes the scores before the softmax."""
-    scores_bhnm = rescore(scores(query_bnhd, key_bmhd))
-    if self.size is not None:
-      scores_bhnm = scores_bhnm + jnp.log(self.size.astype(jnp.float32))[:, None, None]
-    return jax.nn.softmax(scores_bhnm, axis=-1)
+    return jax.nn.softmax(self.masked_scores(query_bnhd, key_bmhd, rescore), axis=-1)
 
   def __call__(self, query_bnhd, key_bmhd, value_bmhe, rescore: Callable = _same):
     """(B, N, h, d), (B, M, h, d), (B, M, h, e) -> (B, N, h, e) in the values' dtype.
@@ -52,7 +78,10 @@ class Core(NamedTuple):
     e may differ from d. Without a `rescore` nobody sees the maps.
     """
     maps_bhnm = self.maps(query_bnhd, key_bmhd, rescore)
-    return self.gather(weigh(maps_bhnm, self.spread(value_bmhe)))
+    value_bmhe = self.spread(value_bmhe)
+    with share(self.linked):
+      out_bnhe = weigh(maps_bhnm, value_bmhe)
+    return self.gather(out_bnhe)
 
 
 DENSE = Core()   # all keys count alike
@@ -61,3 +90,8 @@ DENSE = Core()   # all keys count alike
 def wants_maps(module: nn.Module) -> bool:
   """Whether somebody asked for attention maps: they are formed, and sown as "maps", only then."""
   return module.is_mutable_collection("maps") and not module.is_initializing()
+
+
+def wants_links(module: nn.Module) -> bool:
+  """Whether somebody asked for what predictors of links are trained with."""
+  return module.is_mutable_collection("links") and not module.is_initializing()

@@ -10,6 +10,7 @@ from vitcompact.attention import Core
 from vitcompact.ffn.cffn import CompactDense, hidden_rms, warn_above_break_even
 from vitcompact.heads import hmhsa
 from vitcompact.layers import DropPath, LayerNorm, Mlp, dense, gelu, weight_init
+from vitcompact.links.sparsifiner import TokenLinks
 from vitcompact.plan import BlockPlan
 from vitcompact.tokens.carry import Tokens
 
@@ -87,6 +88,7 @@ class Block(nn.Module):
 
   `reduce` makes fewer keys and values of the normed tokens (pyramids); None: attention over all.
   `reduce_tokens`: (tokens, query, key, prefix) -> tokens, between the two; None: all go on.
+  `links`: chooses which pairs of tokens are scored; None: all.
   """
   attn: nn.Module
   mlp: nn.Module
@@ -96,6 +98,7 @@ class Block(nn.Module):
   reduce: nn.Module | None = None
   skip_lam: float = 1.0
   reduce_tokens: Callable | None = None
+  links: nn.Module | None = None
 
   @nn.compact
   def __call__(self, tokens: Tokens, train: bool = False) -> Tokens:
@@ -106,6 +109,8 @@ class Block(nn.Module):
     keys_bmw = y_bnw if self.reduce is None else self.reduce(y_bnw)
     query, key, value = self.attn.query(y_bnw), self.attn.key(keys_bmw), self.attn.value(keys_bmw)
     core = Core(size=tokens.size if tokens.proportional else None)
+    if self.links is not None:
+      core = self.links(core, query, key, tokens.source, tokens.fused)
     y_bnw = self.attn.attend(query, key, value, core)
     tokens = tokens.replace(x=tokens.x + drop(name="drop1")(y_bnw, train) / self.skip_lam)
     if self.reduce_tokens is not None:
@@ -117,14 +122,41 @@ class Block(nn.Module):
   def from_dense(self, params, stats, moments):
     """(params, stats) of this block from a dense one's; see `compact`."""
     mlp, mlp_stats = mlp_from_dense(self.mlp, params["mlp"], moments.get("mlp", {}))
-    return ({**params, "attn": self.attn.from_dense(params["attn"]), "mlp": mlp},
-            {"mlp": mlp_stats} if mlp_stats else stats)
+    return ({**params, "attn": self.attn.from_dense(params["attn"]), "mlp": mlp,
+             **fresh_links(self.links, self.attn)}, {"mlp": mlp_stats} if mlp_stats else stats)
 
   @nn.nowrap
   def fold(self, params, stats):
     """(params, stats) of the deployed block."""
     mlp, _ = mlp_fold(self.mlp, params["mlp"], stats.get("mlp", {}))
-    return {**params, "mlp": mlp}, {}
+    return {**fold_links(self.links, params), "mlp": mlp}, {}
+
+
+def make_links(plan: BlockPlan, attn: Attention, *, keys: int, left: int | None = None,
+               deploy: bool) -> nn.Module | None:
+  """The predictor of a block's links, or None where the plan has none or too few keys are left.
+
+  keys: the tokens attended to before any was reduced; left: when the block begins, if fewer.
+  """
+  spec = plan.links
+  if spec is None or (keys if left is None else left) < spec.least_tokens:
+    return None
+  return TokenLinks(spec, keys, attn.prefix, deploy=deploy, parent=None)
+
+
+def fresh_links(links: nn.Module | None, attn: Attention):
+  """{"links": freshly initialised parameters}, or {} where a block has none."""
+  if links is None:
+    return {}
+  shape = (1, links.tokens, attn.real_heads, attn.width // attn.heads)
+  tokens = jax.ShapeDtypeStruct(shape, "float32")
+  return dict(links=links.lazy_init(jax.random.key(0), attention.DENSE, tokens, tokens)["params"])
+
+
+def fold_links(links: nn.Module | None, params):
+  """Parameters of a block with its predictor folded, or gone where it has none."""
+  rest = {name: leaf for name, leaf in params.items() if name != "links"}
+  return rest if links is None else {**rest, "links": links.fold(params["links"])}
 
 
 def make_mlp(plan: BlockPlan, *, width: int, hidden: int, deploy: bool, dtype: str, name: str,

@@ -1,28 +1,33 @@
 """Plan: which method each axis of a block uses, for all blocks or block by block."""
 import dataclasses
 import difflib
+import functools
 import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 from flax.core import FrozenDict
 
 from vitcompact.ffn.cffn import CFFN
 from vitcompact.heads.hmhsa import HMHSA
+from vitcompact.links.sparsifiner import Sparsifiner
+from vitcompact.tokens.carry import Tokens
 from vitcompact.tokens.evit import EViT
 from vitcompact.tokens.tome import ToMe
 
 # axis -> {name in JSON: the method's spec}
-METHODS = {"heads": {"hmhsa": HMHSA}, "tokens": {"evit": EViT, "tome": ToMe},
-           "ffn": {"cffn": CFFN}}
+METHODS = {"heads": {"hmhsa": HMHSA}, "links": {"sparsifiner": Sparsifiner},
+           "tokens": {"evit": EViT, "tome": ToMe}, "ffn": {"cffn": CFFN}}
 # A method of the tokens axis acts on the whole sequence of blocks, and names its own.
-BY_BLOCK = ("heads", "ffn")
+BY_BLOCK = ("heads", "links", "ffn")
 
 
 class BlockPlan(NamedTuple):
   """The methods of one block; None is dense."""
   heads: HMHSA | None = None
+  links: Sparsifiner | None = None
   ffn: CFFN | None = None
 
 
@@ -30,7 +35,7 @@ class BlockPlan(NamedTuple):
 class Plan:
   """A method for each axis; `Plan()` is the dense model.
 
-  heads, ffn: the default of every block; None is dense.
+  heads, links, ffn: the default of every block; None is dense.
   tokens: a reducer, which carries the blocks that it acts in; None keeps every token.
   blocks: {block: {axis: method or None}}, overrides; an axis that is absent has the default.
     Blocks are numbered 0..depth-1 over all stages in order.
@@ -38,6 +43,7 @@ class Plan:
   >>> Plan(heads=HMHSA(), ffn=CFFN(rank_ratio=0.5), blocks={0: {"heads": None}})
   """
   heads: HMHSA | None = None
+  links: Sparsifiner | None = None
   tokens: EViT | ToMe | None = None
   ffn: CFFN | None = None
   blocks: Mapping[int, Mapping[str, Any]] = FrozenDict()
@@ -61,7 +67,8 @@ class Plan:
 
   def at(self, block: int) -> BlockPlan:
     """The methods of one block."""
-    return BlockPlan(**{"heads": self.heads, "ffn": self.ffn, **self.blocks.get(block, {})})
+    default = {axis: getattr(self, axis) for axis in BY_BLOCK}
+    return BlockPlan(**{**default, **self.blocks.get(block, {})})
 
   def check_depth(self, depth: int):
     """Raises ValueError when the plan does not fit a model of this many blocks."""
@@ -84,6 +91,18 @@ class Plan:
       raise ValueError(f"tokens={self.tokens}: {model or 'this model'} is hierarchical and needs "
                        "its whole grid; token reducers are for DeiT and LV-ViT")
     self.check_depth(depth)
+
+  def tokens_left(self, block: int, depth: int, tokens: int, prefix: int) -> int:
+    """How many of so many tokens are left when a block begins."""
+    return tokens if self.tokens is None else _tokens_left(self, block, depth, tokens, prefix)
+
+  def with_links(self, **fields) -> "Plan":
+    """The plan with these fields in each of its Sparsifiners, such as masked=False."""
+    def changed(spec):
+      return None if spec is None else dataclasses.replace(spec, **fields)
+    blocks = {block: {axis: changed(spec) if axis == "links" else spec
+                      for axis, spec in axes.items()} for block, axes in self.blocks.items()}
+    return dataclasses.replace(self, links=changed(self.links), blocks=blocks)
 
   def reduction(self, block: int, depth: int):
     """What the tokens axis does between attention and FFN of a block, or None."""
@@ -128,6 +147,23 @@ class Plan:
         raise ValueError(f"plan={text!r}: no such file; give a path to a JSON plan, or JSON itself")
       text = path.read_text()
     return cls.from_json(text)
+
+
+@functools.lru_cache
+def _tokens_left(plan: Plan, block: int, depth: int, tokens: int, prefix: int) -> int:
+  """Follows the reductions of the blocks before, shapes only."""
+  def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, "float32")
+
+  state = Tokens(shape(1, tokens, 1))
+  for i in range(block):
+    reduce = plan.reduction(i, depth)
+    if reduce is not None:
+      count = state.x.shape[1]
+      heads = shape(1, count, 1, 2)
+      state = jax.eval_shape(lambda s, q, k, reduce=reduce: reduce(s, q, k, prefix), state, heads,
+                             heads)
+  return state.x.shape[1]
 
 
 def _check_axes(axes: Mapping, where: str):
