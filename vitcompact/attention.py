@@ -1,7 +1,7 @@
 """The attention core: everything that attends goes through `Core`."""
 from collections.abc import Callable
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -44,15 +44,19 @@ class Core(NamedTuple):
   mask: (B, h, N, M) or None: where it is false a key gets nothing from a query. `rescore` may make
     more heads than there are queries; head i then has the mask of head i modulo h.
   linked: share of the pairs of tokens that the mask leaves.
+  blocks: a `links.blocks.BlockLinks` or None: which blocks of tokens are linked; it attends.
   """
   size: jax.Array | None = None
   spread: Callable = _same
   gather: Callable = _same
   mask: jax.Array | None = None
   linked: Fraction = Fraction(1)
+  blocks: Any = None
 
   def of_heads(self, start: int, stop: int) -> "Core":
     """The attention of some of the heads."""
+    if self.blocks is not None:
+      return self._replace(blocks=self.blocks.of_heads(start, stop))
     return self if self.mask is None else self._replace(mask=self.mask[:, start:stop])
 
   def masked_scores(self, query_bnhd, key_bmhd, rescore: Callable = _same):
@@ -61,12 +65,16 @@ class Core(NamedTuple):
     with share(self.linked if rescore is _same else 1):
       scores_bhnm = rescore(scores(query_bnhd, key_bmhd))
     if self.size is not None:
-      scores_bhnm = scores_bhnm + jnp.log(self.size.astype(jnp.float32))[:, None, None]
-    if self.mask is None:
+      scores_bhnm = scores_bhnm + self._bias()[:, None, None]
+    mask = self.mask if self.blocks is None else self.blocks.mask()
+    if mask is None:
       return scores_bhnm
-    heads, masked = scores_bhnm.shape[1], self.mask.shape[1]
-    mask = self.mask if heads == masked else self.mask[:, jnp.arange(heads) % masked]
+    heads, masked = scores_bhnm.shape[1], mask.shape[1]
+    mask = mask if heads == masked else mask[:, jnp.arange(heads) % masked]
     return jnp.where(mask, scores_bhnm, -jnp.inf)
+
+  def _bias(self):
+    return None if self.size is None else jnp.log(self.size.astype(jnp.float32))
 
   def maps(self, query_bnhd, key_bmhd, rescore: Callable = _same):
     """Attention maps (B, h, N, M), float32; `rescore` changes the scores before the softmax."""
@@ -77,8 +85,10 @@ class Core(NamedTuple):
 
     e may differ from d. Without a `rescore` nobody sees the maps.
     """
-    maps_bhnm = self.maps(query_bnhd, key_bmhd, rescore)
     value_bmhe = self.spread(value_bmhe)
+    if self.blocks is not None and rescore is _same:
+      return self.gather(self.blocks.attend(query_bnhd, key_bmhd, value_bmhe, self._bias()))
+    maps_bhnm = self.maps(query_bnhd, key_bmhd, rescore)
     with share(self.linked):
       out_bnhe = weigh(maps_bhnm, value_bmhe)
     return self.gather(out_bnhe)

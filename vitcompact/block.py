@@ -1,5 +1,6 @@
 """One transformer block, composed as its plan says."""
 import functools
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ from vitcompact.attention import Core
 from vitcompact.ffn.cffn import CompactDense, hidden_rms, warn_above_break_even
 from vitcompact.heads import hmhsa
 from vitcompact.layers import DropPath, LayerNorm, Mlp, dense, gelu, weight_init
+from vitcompact.links.predict_blocks import BlockPredictor
 from vitcompact.links.sparsifiner import TokenLinks
 from vitcompact.plan import BlockPlan
 from vitcompact.tokens.carry import Tokens
@@ -141,6 +143,9 @@ def make_links(plan: BlockPlan, attn: Attention, *, keys: int, left: int | None 
   spec = plan.links
   if spec is None or (keys if left is None else left) < spec.least_tokens:
     return None
+  if spec.granularity == "block":
+    return BlockPredictor(spec, keys, attn.prefix, attn.query_grid, attn.key_grid, deploy=deploy,
+                          parent=None)
   return TokenLinks(spec, keys, attn.prefix, deploy=deploy, parent=None)
 
 
@@ -148,9 +153,11 @@ def fresh_links(links: nn.Module | None, attn: Attention):
   """{"links": freshly initialised parameters}, or {} where a block has none."""
   if links is None:
     return {}
-  shape = (1, links.tokens, attn.real_heads, attn.width // attn.heads)
-  tokens = jax.ShapeDtypeStruct(shape, "float32")
-  return dict(links=links.lazy_init(jax.random.key(0), attention.DENSE, tokens, tokens)["params"])
+  grid = attn.query_grid
+  counts = attn.prefix + math.prod(grid) if grid else links.tokens, links.tokens
+  query, key = [jax.ShapeDtypeStruct((1, n, attn.real_heads, attn.width // attn.heads), "float32")
+                for n in counts]
+  return {"links": links.lazy_init(jax.random.key(0), attention.DENSE, query, key)["params"]}
 
 
 def fold_links(links: nn.Module | None, params):

@@ -126,7 +126,7 @@ def _inner(eqn, scope: str, densities) -> Macs:
                        "a turn); write it as a scan to count it")
     return Macs()
   if name == "cond":
-    return max((_sum(branch, scope, densities) for branch in eqn.params["branches"]), default=Macs())
+    return max((_sum(jaxpr, scope, densities) for jaxpr in eqn.params["branches"]), default=Macs())
   times = 1
   if name == "scan":
     times = eqn.params["length"]

@@ -77,6 +77,12 @@ class Plan:
     if missing:
       raise ValueError(f"the plan names block {missing[0]}, but the model has blocks 0 to "
                        f"{depth - 1}")
+    for block in range(depth):
+      heads, links, _ = self.at(block)
+      if heads and links and heads.site == "logits" and links.granularity == "block":
+        raise ValueError(f"HMHSA(site='logits') and Sparsifiner(granularity='block') in block "
+                         f"{block}: a filter over scores needs them all; use site='probs', or "
+                         "granularity='token'")
     first = next((i for i in range(depth) if self.reduction(i, depth) is not None), depth)
     for block in range(first, depth):
       heads = self.at(block).heads

@@ -14,7 +14,7 @@ def test_a_predictor_for_another_token_count_is_refused_with_the_way_out():
   small, large = tiny.deit(plan, depth=1), tiny.deit(plan, depth=1, image_size=64)
   variables = tiny.init(small)
   variables["params"]["pos_embed"] = tiny.init(large)["params"]["pos_embed"]
-  with pytest.raises(ValueError, match="for 17 tokens at rank 2.*resize_links.*rank=2"):
+  with pytest.raises(ValueError, match=r"for 17 tokens at rank 2.*resize_links.*rank=2"):
     jax.eval_shape(large.apply, variables, tiny.images(large))
   with pytest.raises(ValueError, match="rank 2 cannot become rank 10"):
     resize_links(variables, small, large)

@@ -31,8 +31,7 @@ BLOCK_MIN_TOKENS = 400
 
 LEAVES = [
     (r".*/links/(down|up)", Leaf((None, None), decay=True)),
-    (r".*/links/(reduce_)?(query|key)/kernel", Leaf((None, None), decay=True)),
-    (r".*/links/(reduce_)?(query|key)/bias", Leaf()),
+    (r".*/links/(query|key|reduce_(query|key)/kernel)", Leaf((None, None), decay=True)),
 ]
 
 
@@ -57,7 +56,7 @@ class Sparsifiner:
 
   Of the token predictor:
   reduce_n: its rank is keys // reduce_n, unless `rank` gives it (which lets weights move to another
-    image size).
+    image size; at block granularity, it is the rank of the scores, None for all channels).
   coefficients: how many of the rank coefficients count: a whole number, the largest so many (the
     released configuration), or a threshold in (0, 1) (the paper's figure).
   basis_threshold: entries of W_up no larger than it in magnitude count as 0.

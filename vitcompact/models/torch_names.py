@@ -83,7 +83,7 @@ def block(torch: str, ours: str, module) -> list[Entry]:
 
     attn.qkv               rows of the real heads' queries and keys, then all heads' values
     attn.hallucinate.NAME  taps and gains, as they are
-    attn.mask_predictor    Sparsifiner's, under its authors' names
+    attn.mask_predictor    Sparsifiner's, under its authors' names; those of blocks are ours
     mlp.fc2.a, mlp.fc2.b   the factors, as linear layers; only b has a bias
   """
   attn = module.attn
@@ -114,6 +114,8 @@ def _predictor(torch: str, ours: str, links) -> list[Entry]:
   if isinstance(links, TokenLinks):
     entries = [Entry(f"{torch}.{theirs}", (f"params/{ours}/{name}",))
                for theirs, name in (("proj_n", "down"), ("proj_back_n", "up"))]
+  else:
+    entries = [Entry(f"{torch}.{name}", (f"params/{ours}/{name}",)) for name in ("query", "key")]
   for theirs, name in (("proj_c_q", "reduce_query"), ("proj_c_k", "reduce_key")):
     if links.spec.variant == "code":
       entries += linear(f"{torch}.{theirs}", f"{ours}/{name}")
