@@ -9,6 +9,8 @@ PLANS = [
     vc.Plan(), vc.Plan(heads=vc.HMHSA()), vc.Plan(ffn=vc.CFFN(rank_ratio=0.25, branches=1)),
     vc.Plan(heads=vc.HMHSA(layout="grid", rank=2, real_heads=3), ffn=vc.CFFN(factor="both"),
             blocks={11: {"heads": None}, 2: {"ffn": vc.CFFN(rep="scale"), "heads": vc.HMHSA()}}),
+    vc.Plan(links=vc.Sparsifiner(keep=0.5, coefficients=0.05),
+            blocks={0: {"links": vc.Sparsifiner(granularity="block")}, 1: {"links": None}}),
 ]
 
 
@@ -19,10 +21,10 @@ def test_json_both_ways(plan):
 
 
 def test_overrides_replace_the_default_axis_by_axis():
-  plan = PLANS[-1]
-  assert plan.at(0) == (plan.heads, plan.ffn)
-  assert plan.at(11) == (None, plan.ffn)
-  assert plan.at(2) == (vc.HMHSA(), vc.CFFN(rep="scale"))
+  plan = PLANS[3]
+  assert plan.at(0) == (plan.heads, None, plan.ffn)
+  assert plan.at(11) == (None, None, plan.ffn)
+  assert plan.at(2) == (vc.HMHSA(), None, vc.CFFN(rep="scale"))
 
 
 def test_json_is_the_readable_form():
@@ -64,3 +66,10 @@ def test_a_wrong_plan_is_refused_in_one_line(make, words):
   with pytest.raises(ValueError) as error:
     make()
   assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_with_links_changes_every_sparsifiner_and_nothing_else():
+  plan = PLANS[-1].with_links(masked=False)
+  assert plan.links == vc.Sparsifiner(keep=0.5, coefficients=0.05, masked=False)
+  assert plan.at(0).links == vc.Sparsifiner(granularity="block", masked=False)
+  assert plan.at(1).links is None and vc.Plan().with_links(masked=False) == vc.Plan()

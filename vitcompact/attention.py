@@ -1,7 +1,7 @@
 """The attention core: everything that attends goes through `Core`."""
 from collections.abc import Callable
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -57,17 +57,45 @@ class Core(NamedTuple):
   spread: applied to the values before, gather: to the outputs after; the identity, but where tokens
     are merged between the scores and the values.
   alive: (B, M) or None: see `softmax_alive`.
+  mask: (B, h, N, M) or None: where it is false a key gets nothing from a query. `rescore` may make
+    more heads than there are queries; head i then has the mask of head i modulo h.
+  linked: share of the pairs of tokens that the mask leaves.
+  blocks: a `links.blocks.BlockLinks` or None: which blocks of tokens are linked; it attends.
   """
   size: jax.Array | None = None
   spread: Callable = _same
   gather: Callable = _same
   alive: jax.Array | None = None
+  mask: jax.Array | None = None
+  linked: Fraction = Fraction(1)
+  blocks: Any = None
+
+  def of_heads(self, start: int, stop: int) -> "Core":
+    """The attention of some of the heads."""
+    if self.blocks is not None:
+      return self._replace(blocks=self.blocks.of_heads(start, stop))
+    return self if self.mask is None else self._replace(mask=self.mask[:, start:stop])
+
+  def masked_scores(self, query_bnhd, key_bmhd, rescore: Callable = _same):
+    """Scores (B, h, N, M), float32, -inf where there is no link."""
+    # A filter over scores needs them all.
+    with share(self.linked if rescore is _same else 1):
+      scores_bhnm = rescore(scores(query_bnhd, key_bmhd))
+    if self.size is not None:
+      scores_bhnm = scores_bhnm + self._bias()[:, None, None]
+    mask = self.mask if self.blocks is None else self.blocks.mask()
+    if mask is None:
+      return scores_bhnm
+    heads, masked = scores_bhnm.shape[1], mask.shape[1]
+    mask = mask if heads == masked else mask[:, jnp.arange(heads) % masked]
+    return jnp.where(mask, scores_bhnm, -jnp.inf)
+
+  def _bias(self):
+    return None if self.size is None else jnp.log(self.size.astype(jnp.float32))
 
   def maps(self, query_bnhd, key_bmhd, rescore: Callable = _same):
     """Attention maps (B, h, N, M), float32; `rescore` changes the scores before the softmax."""
-    scores_bhnm = rescore(scores(query_bnhd, key_bmhd))
-    if self.size is not None:
-      scores_bhnm = scores_bhnm + jnp.log(self.size.astype(jnp.float32))[:, None, None]
+    scores_bhnm = self.masked_scores(query_bnhd, key_bmhd, rescore)
     if self.alive is not None:
       return softmax_alive(scores_bhnm, self.alive)
     return jax.nn.softmax(scores_bhnm, axis=-1)
@@ -87,10 +115,12 @@ class Core(NamedTuple):
 
     e may differ from d. Without a `rescore` nobody sees the maps.
     """
+    count, spread_bmhe = value_bmhe.shape[1], self.spread(value_bmhe)
+    if self.blocks is not None and rescore is _same and self.alive is None:
+      return self.gather(self.blocks.attend(query_bnhd, key_bmhd, spread_bmhe, self._bias()))
     maps_bhnm = self.maps(query_bnhd, key_bmhd, rescore)
-    spread_bmhe = self.spread(value_bmhe)
     # Merged maps would weigh as many values as there are.
-    with share(Fraction(value_bmhe.shape[1], spread_bmhe.shape[1]) ** 2):
+    with share(self.linked * Fraction(count, spread_bmhe.shape[1]) ** 2):
       return self.gather(weigh(maps_bhnm, spread_bmhe))
 
 
@@ -100,3 +130,8 @@ DENSE = Core()   # all keys count alike
 def wants_maps(module: nn.Module) -> bool:
   """Whether somebody asked for attention maps: they are formed, and sown as "maps", only then."""
   return module.is_mutable_collection("maps") and not module.is_initializing()
+
+
+def wants_links(module: nn.Module) -> bool:
+  """Whether somebody asked for what predictors of links are trained with."""
+  return module.is_mutable_collection("links") and not module.is_initializing()

@@ -1,5 +1,6 @@
 """One transformer block, composed as its plan says."""
 import functools
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -10,6 +11,8 @@ from vitcompact.attention import Core
 from vitcompact.ffn.cffn import CompactDense, hidden_rms, warn_above_break_even
 from vitcompact.heads import hmhsa
 from vitcompact.layers import DropPath, LayerNorm, Mlp, dense, gelu, weight_init
+from vitcompact.links.predict_blocks import BlockPredictor
+from vitcompact.links.sparsifiner import TokenLinks
 from vitcompact.plan import BlockPlan
 from vitcompact.tokens import carry
 from vitcompact.tokens.carry import Reduction, Tokens
@@ -88,6 +91,7 @@ class Block(nn.Module):
 
   `reduce` makes fewer keys and values of the normed tokens (pyramids); None: attention over all.
   `reduce_tokens`: where and how tokens become fewer.
+  `links`: chooses which pairs of tokens are scored; None: all.
   """
   attn: nn.Module
   mlp: nn.Module
@@ -97,6 +101,7 @@ class Block(nn.Module):
   reduce: nn.Module | None = None
   skip_lam: float = 1.0
   reduce_tokens: Reduction = carry.NOTHING
+  links: nn.Module | None = None
 
   @nn.compact
   def __call__(self, tokens: Tokens, train: bool = False) -> Tokens:
@@ -109,14 +114,17 @@ class Block(nn.Module):
     y_bnw = norm1(tokens.x)
     keys_bmw = y_bnw if self.reduce is None else self.reduce(y_bnw)
     query, key = self.attn.query(y_bnw), self.attn.key(keys_bmw)
-    core = tokens.core()
-    if fewer.fuse is not None:
-      tokens, ahead = fewer.fuse(tokens, query, key, prefix)
-      keys_bmw = norm1(tokens.x)
+    if fewer.fuse is None:
+      core = self._core(tokens, query, key)
+    else:
+      fused, ahead = fewer.fuse(tokens, query, key, prefix)
+      keys_bmw = norm1(fused.x)
       if ahead is None:
-        query, key, core = self.attn.query(keys_bmw), self.attn.key(keys_bmw), tokens.core()
+        query, key = self.attn.query(keys_bmw), self.attn.key(keys_bmw)
+        core = self._core(fused, query, key)
       else:
-        core = ahead(core)
+        core = ahead(self._core(tokens, query, key))
+      tokens = fused
     y_bnw = self.attn.attend(query, key, self.attn.value(keys_bmw), core)
     tokens = tokens.replace(x=tokens.x + drop(name="drop1")(y_bnw, train) / self.skip_lam)
     if fewer.after_attention is not None:
@@ -127,19 +135,58 @@ class Block(nn.Module):
       tokens = fewer.after_block(tokens, query, key, prefix)
     return tokens
 
+  def _core(self, tokens: Tokens, query, key) -> Core:
+    """The attention over these tokens: sizes, who is alive, and which links there are."""
+    core = tokens.core()
+    if self.links is None:
+      return core
+    return self.links(core, query, key, tokens.source, tokens.fused)
+
   @nn.nowrap
   def from_dense(self, params, stats, moments):
     """(params, stats) of this block from a dense one's; see `compact`."""
     mlp, mlp_stats = mlp_from_dense(self.mlp, params["mlp"], moments.get("mlp", {}))
     return ({**params, "attn": self.attn.from_dense(params["attn"]), "mlp": mlp,
-             **carry.fresh_predictor(self.reduce_tokens, self.attn.width)},
-            {"mlp": mlp_stats} if mlp_stats else stats)
+             **carry.fresh_predictor(self.reduce_tokens, self.attn.width),
+             **fresh_links(self.links, self.attn)}, {"mlp": mlp_stats} if mlp_stats else stats)
 
   @nn.nowrap
   def fold(self, params, stats):
     """(params, stats) of the deployed block."""
     mlp, _ = mlp_fold(self.mlp, params["mlp"], stats.get("mlp", {}))
-    return {**params, "mlp": mlp}, {}
+    return {**fold_links(self.links, params), "mlp": mlp}, {}
+
+
+def make_links(plan: BlockPlan, attn: Attention, *, keys: int, left: int | None = None,
+               deploy: bool) -> nn.Module | None:
+  """The predictor of a block's links, or None where the plan has none or too few keys are left.
+
+  keys: the tokens attended to before any was reduced; left: when the block begins, if fewer.
+  """
+  spec = plan.links
+  if spec is None or (keys if left is None else left) < spec.least_tokens:
+    return None
+  if spec.granularity == "block":
+    return BlockPredictor(spec, keys, attn.prefix, attn.query_grid, attn.key_grid, deploy=deploy,
+                          parent=None)
+  return TokenLinks(spec, keys, attn.prefix, deploy=deploy, parent=None)
+
+
+def fresh_links(links: nn.Module | None, attn: Attention):
+  """{"links": freshly initialised parameters}, or {} where a block has none."""
+  if links is None:
+    return {}
+  grid = attn.query_grid
+  counts = attn.prefix + math.prod(grid) if grid else links.tokens, links.tokens
+  query, key = [jax.ShapeDtypeStruct((1, n, attn.real_heads, attn.width // attn.heads), "float32")
+                for n in counts]
+  return {"links": links.lazy_init(jax.random.key(0), attention.DENSE, query, key)["params"]}
+
+
+def fold_links(links: nn.Module | None, params):
+  """Parameters of a block with its predictor folded, or gone where it has none."""
+  rest = {name: leaf for name, leaf in params.items() if name != "links"}
+  return rest if links is None else {**rest, "links": links.fold(params["links"])}
 
 
 def make_mlp(plan: BlockPlan, *, width: int, hidden: int, deploy: bool, dtype: str, name: str,

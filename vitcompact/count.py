@@ -1,6 +1,7 @@
 """count: parameters, and multiply-accumulates read off the traced inference program."""
 import math
 import re
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from vitcompact import attention, trees
 from vitcompact.heads import hmhsa
+from vitcompact.links import sparsifiner
 
 
 class Macs(NamedTuple):
@@ -27,8 +29,9 @@ class Macs(NamedTuple):
 class Count(NamedTuple):
   """Of one image. Multiply-accumulates of matrix products and convolutions, and one for each tap of
   a token filter; `macs` are executed by the traced program, `ideal_macs` are what the method needs
-  (its folded form; see `attention.share`). `attention_macs` are the score and value products among
-  them."""
+  (its folded form; links only, coefficients and basis entries that are not 0; see
+  `attention.share`). `attention_macs` are the score and value products among them, those of links'
+  predictors included."""
   params: int
   macs: int
   ideal_macs: int
@@ -36,19 +39,33 @@ class Count(NamedTuple):
   ideal_attention_macs: int
 
 
-def count(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> Count:
-  """Counts a model without running it; `image_size` defaults to the model's own."""
+def count(model: nn.Module, image_size: int | tuple[int, int] | None = None,
+          variables=None) -> Count:
+  """Counts a model without running it; `image_size` defaults to the model's own.
+
+  variables: of the model; with them the share of basis entries that are not 0 is that of the
+    weights, else it is 1.
+  """
   if image_size is not None and _pair(image_size) != _pair(model.image_size):
     model = model.clone(image_size=image_size)
     model.check()
+  densities = {} if variables is None else _densities(model, variables["params"])
   params, jaxpr = _trace(model)
   macs = _walk(jaxpr)
-  ideal = _walk(jaxpr if model.deploy else _trace(model.clone(deploy=True))[1], ideal=True)
+  ideal = jaxpr if model.deploy else _trace(model.clone(deploy=True))[1]
+  ideal = _walk(ideal, densities=densities)
   return Count(params, macs.total, round(ideal.total), macs.attention, round(ideal.attention))
 
 
 def _pair(size) -> tuple[int, int]:
   return tuple(np.broadcast_to(size, 2).tolist())
+
+
+def _densities(model, params) -> dict[str, float]:
+  """{block: share of its predictor's basis that is not 0}."""
+  links = {name: getattr(part, "links", None) for name, part in model.parts().items()}
+  return {name: sparsifiner.density(module.spec, params[name]["links"], model.deploy)
+          for name, module in links.items() if isinstance(module, sparsifiner.TokenLinks)}
 
 
 def _trace(model):
@@ -63,14 +80,13 @@ def macs_of(fn, *args) -> Macs:
   return _walk(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
-def _walk(jaxpr, scope: str = "", ideal: bool = False) -> Macs:
-  """ideal: counts what the method needs, not what is executed."""
+def _walk(jaxpr, scope: str = "", densities: Mapping[str, float] | None = None) -> Macs:
+  """densities: None counts what is executed, a mapping what the method needs."""
   total = Macs()
   for eqn in jaxpr.eqns:
     # The name stack of an equation inside scan or jit is relative to that of its caller.
     here = f"{scope}/{eqn.source_info.name_stack}"
-    part = _needed(here) if ideal else 1
-    total += _products(eqn, here).times(part) + _inner(eqn, here, ideal)
+    total += _products(eqn, here).times(_needed(here, densities)) + _inner(eqn, here, densities)
   return total
 
 
@@ -91,29 +107,35 @@ def _products(eqn, scope: str) -> Macs:
   return Macs(macs, macs if attention.SCOPE in scope else 0)
 
 
-def _needed(scope: str):
-  """The part of a product that the method needs, by the scopes it stands in."""
-  return math.prod(Fraction(int(part), int(whole)) for part, whole in
-                   re.findall(r"vitcompact\.share\((\d+):(\d+)\)", scope))
+def _needed(scope: str, densities: Mapping[str, float] | None):
+  """The share of a product that the method needs, by the scopes it stands in."""
+  if densities is None:
+    return 1
+  shares = [Fraction(int(part), int(whole)) for part, whole in
+            re.findall(r"vitcompact\.share\((\d+):(\d+)\)", scope)]
+  block = re.search(r"(\w+)/links", scope)
+  if sparsifiner.BASIS_SCOPE in scope and block:
+    shares.append(densities.get(block[1], 1))
+  return math.prod(shares)
 
 
-def _inner(eqn, scope: str, ideal: bool) -> Macs:
+def _inner(eqn, scope: str, densities) -> Macs:
   name = eqn.primitive.name
   if name == "while":
-    if (macs := _sum(eqn.params["body_jaxpr"], scope, ideal)).total:
+    if (macs := _sum(eqn.params["body_jaxpr"], scope, densities)).total:
       raise ValueError(f"the program has products in a while loop of unknown length ({macs.total} "
                        "a turn); write it as a scan to count it")
     return Macs()
   if name == "cond":
-    return max((_sum(branch, scope, ideal) for branch in eqn.params["branches"]), default=Macs())
+    return max((_sum(jaxpr, scope, densities) for jaxpr in eqn.params["branches"]), default=Macs())
   times = 1
   if name == "scan":
     times = eqn.params["length"]
   elif name == "pallas_call":
     times = math.prod(eqn.params["grid_mapping"].grid)
   jaxprs = [eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params]
-  return sum((_sum(jaxpr, scope, ideal).times(times) for jaxpr in jaxprs[:1]), Macs())
+  return sum((_sum(jaxpr, scope, densities).times(times) for jaxpr in jaxprs[:1]), Macs())
 
 
-def _sum(jaxpr, scope: str, ideal: bool) -> Macs:
-  return _walk(getattr(jaxpr, "jaxpr", jaxpr), scope, ideal)
+def _sum(jaxpr, scope: str, densities) -> Macs:
+  return _walk(getattr(jaxpr, "jaxpr", jaxpr), scope, densities)

@@ -12,6 +12,7 @@ from flax.core import FrozenDict
 
 from vitcompact.ffn.cffn import CFFN
 from vitcompact.heads.hmhsa import HMHSA
+from vitcompact.links.sparsifiner import Sparsifiner
 from vitcompact.tokens import carry
 from vitcompact.tokens.dynamicvit import DynamicViT
 from vitcompact.tokens.evit import EViT
@@ -19,16 +20,17 @@ from vitcompact.tokens.mctf import MCTF
 from vitcompact.tokens.tome import ToMe
 
 # axis -> {name in JSON: the method's spec}
-METHODS = {"heads": {"hmhsa": HMHSA},
+METHODS = {"heads": {"hmhsa": HMHSA}, "links": {"sparsifiner": Sparsifiner},
            "tokens": {"evit": EViT, "dynamicvit": DynamicViT, "tome": ToMe, "mctf": MCTF},
            "ffn": {"cffn": CFFN}}
 # A method of the tokens axis acts on the whole sequence of blocks, and names its own.
-BY_BLOCK = ("heads", "ffn")
+BY_BLOCK = ("heads", "links", "ffn")
 
 
 class BlockPlan(NamedTuple):
   """The methods of one block; None is dense."""
   heads: HMHSA | None = None
+  links: Sparsifiner | None = None
   ffn: CFFN | None = None
 
 
@@ -36,7 +38,7 @@ class BlockPlan(NamedTuple):
 class Plan:
   """A method for each axis; `Plan()` is the dense model.
 
-  heads, ffn: the default of every block; None is dense.
+  heads, links, ffn: the default of every block; None is dense.
   tokens: a reducer, which carries the blocks that it acts in; None keeps every token.
   blocks: {block: {axis: method or None}}, overrides; an axis that is absent has the default.
     Blocks are numbered 0..depth-1 over all stages in order.
@@ -44,6 +46,7 @@ class Plan:
   >>> Plan(heads=HMHSA(), ffn=CFFN(rank_ratio=0.5), blocks={0: {"heads": None}})
   """
   heads: HMHSA | None = None
+  links: Sparsifiner | None = None
   tokens: EViT | DynamicViT | ToMe | MCTF | None = None
   ffn: CFFN | None = None
   blocks: Mapping[int, Mapping[str, Any]] = FrozenDict()
@@ -67,7 +70,8 @@ class Plan:
 
   def at(self, block: int) -> BlockPlan:
     """The methods of one block."""
-    return BlockPlan(**{"heads": self.heads, "ffn": self.ffn, **self.blocks.get(block, {})})
+    default = {axis: getattr(self, axis) for axis in BY_BLOCK}
+    return BlockPlan(**{**default, **self.blocks.get(block, {})})
 
   def check_depth(self, depth: int):
     """Raises ValueError when the plan does not fit a model of this many blocks."""
@@ -76,6 +80,12 @@ class Plan:
     if missing:
       raise ValueError(f"the plan names block {missing[0]}, but the model has blocks 0 to "
                        f"{depth - 1}")
+    for block in range(depth):
+      heads, links, _ = self.at(block)
+      if heads and links and heads.site == "logits" and links.granularity == "block":
+        raise ValueError(f"HMHSA(site='logits') and Sparsifiner(granularity='block') in block "
+                         f"{block}: a filter over scores needs them all; use site='probs', or "
+                         "granularity='token'")
     first = next((i for i in range(depth) if self.reduction(i, depth) != carry.NOTHING), depth)
     for block in range(first, depth):
       heads = self.at(block).heads
@@ -93,6 +103,14 @@ class Plan:
       raise ValueError(f"tokens={self.tokens}: {model or 'this model'} is hierarchical and needs "
                        "its whole grid; token reducers are for DeiT and LV-ViT")
     self.check_depth(depth)
+
+  def with_links(self, **fields) -> "Plan":
+    """The plan with these fields in each of its Sparsifiners, such as masked=False."""
+    def changed(spec):
+      return None if spec is None else dataclasses.replace(spec, **fields)
+    blocks = {block: {axis: changed(spec) if axis == "links" else spec
+                      for axis, spec in axes.items()} for block, axes in self.blocks.items()}
+    return dataclasses.replace(self, links=changed(self.links), blocks=blocks)
 
   def reduction(self, block: int, depth: int) -> carry.Reduction:
     """What the tokens axis does in a block."""

@@ -151,8 +151,8 @@ def attend_hallucinated(core: Core, query_bnfd, key_bmfd, value_bmhd, key_filter
     for p in range(count):
       spread = spread_bmgrd[:, :, p * real + start:p * real + stop]
       values.append(spread.reshape(*spread.shape[:3], rank * width))
-    out = core(query_bnfd[:, :, start:stop], key_bmfd[:, :, start:stop],
-               jnp.concatenate(values, axis=-1))
+    out = core.of_heads(start, stop)(query_bnfd[:, :, start:stop], key_bmfd[:, :, start:stop],
+                                     jnp.concatenate(values, axis=-1))
     real_out.append(out[..., :width])
     for p in range(count):
       part = out[..., width * (1 + p * rank):width * (1 + (p + 1) * rank)]

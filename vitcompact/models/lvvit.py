@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitcompact import layers
-from vitcompact.block import Attention, Block, make_mlp
+from vitcompact.block import Attention, Block, make_links, make_mlp
 from vitcompact.ffn import cffn
 from vitcompact.heads import hmhsa
+from vitcompact.links import sparsifiner
 from vitcompact.models import torch_names
 from vitcompact.models.torch_names import Entry, Positions
 from vitcompact.models.variant import Variant
@@ -159,6 +160,7 @@ class LVViT(nn.Module):
     block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
     parts = {"stem": Stem(self.width, self.patch_size, self.stem_width, deploy=self.deploy,
                           dtype=self.dtype, parent=None)}
+    count = 1 + self.grid[0] * self.grid[1]
     for i in range(self.depth):
       plan, name = self.plan.at(i), f"blocks_{i}"
       attn = Attention(self.width, self.heads, spec=plan.heads, qkv_bias=False,
@@ -166,15 +168,18 @@ class LVViT(nn.Module):
                        parent=None)
       mlp = make_mlp(plan, width=self.width, hidden=int(self.width * self.mlp_ratio),
                      deploy=self.deploy, dtype=self.dtype, name=name)
+      left = self.plan.tokens_left(i, self.depth, count, prefix=1)
+      links = make_links(plan, attn, keys=count, left=left, deploy=self.deploy)
       parts[name] = block(attn, mlp, drop_path=rates[i], epsilon=EPSILON, skip_lam=self.skip_lam,
                           dtype=self.dtype, reduce_tokens=self.plan.reduction(i, self.depth),
-                          parent=None)
+                          links=links, parent=None)
     return parts
 
   @nn.nowrap
   def leaf_rules(self) -> list[tuple[str, Leaf]]:
     """[(pattern, Leaf)] for every parameter under any plan; see `trees.first_match`."""
-    return [*LEAVES, *hmhsa.LEAVES, *dynamicvit.LEAVES, *cffn.LEAVES, *layers.LEAVES]
+    return [*LEAVES, *hmhsa.LEAVES, *sparsifiner.LEAVES, *dynamicvit.LEAVES, *cffn.LEAVES,
+            *layers.LEAVES]
 
   @nn.nowrap
   def torch_entries(self) -> list[Entry]:

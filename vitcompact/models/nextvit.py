@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitcompact import layers
-from vitcompact.block import Attention, make_mlp
+from vitcompact.block import Attention, make_links, make_mlp
 from vitcompact.ffn import cffn
 from vitcompact.heads import hmhsa
+from vitcompact.links import sparsifiner
 from vitcompact.models import torch_names
 from vitcompact.models.nextvit_blocks import ConvBlock, TransformerBlock
 from vitcompact.models.torch_names import Entry
@@ -206,13 +207,14 @@ class NextViT(nn.Module):
     mlp = make_mlp(plan, width=out, hidden=out * TRANSFORMER_MLP_RATIO, deploy=self.deploy,
                    dtype=self.dtype, name=name, act=nn.relu)
     kind = nn.remat(TransformerBlock, static_argnums=(2,)) if self.remat else TransformerBlock
+    links = make_links(plan, attn, keys=max(1, grid[0] * grid[1] // pool), deploy=self.deploy)
     return kind(attn, mlp, width, width // 3, place.stride, self.head_dim, pool, drop_path=rate,
-                deploy=self.deploy, dtype=self.dtype, parent=None)
+                deploy=self.deploy, dtype=self.dtype, links=links, parent=None)
 
   @nn.nowrap
   def leaf_rules(self) -> list[tuple[str, Leaf]]:
     """[(pattern, Leaf)] for every parameter under any plan; see `trees.first_match`."""
-    return [*LEAVES, *hmhsa.LEAVES, *cffn.LEAVES, *layers.LEAVES]
+    return [*LEAVES, *hmhsa.LEAVES, *sparsifiner.LEAVES, *cffn.LEAVES, *layers.LEAVES]
 
   @nn.nowrap
   def torch_entries(self) -> list[Entry]:

@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitcompact.block import mlp_fold, mlp_from_dense
+from vitcompact import attention
+from vitcompact.block import fold_links, fresh_links, mlp_fold, mlp_from_dense
 from vitcompact.layers import (
     BatchNorm,
     ConvNorm,
@@ -101,6 +102,7 @@ class TransformerBlock(nn.Module):
   drop_path: float = 0.0
   deploy: bool = False
   dtype: str = "float32"
+  links: nn.Module | None = None
 
   @nn.compact
   def __call__(self, x_bhwc, train: bool = False):
@@ -119,16 +121,22 @@ class TransformerBlock(nn.Module):
     keys = tokens
     if self.pool > 1:
       keys = norm(self, "key_norm", pool_tokens(tokens, self.pool), train)
-    return self.attn(tokens, keys).reshape(x_bhwc.shape)
+    query, key, value = self.attn.query(tokens), self.attn.key(keys), self.attn.value(keys)
+    core = attention.DENSE
+    if self.links is not None:
+      core = self.links(core, query, key)
+    return self.attn.attend(query, key, value, core).reshape(x_bhwc.shape)
 
   @nn.nowrap
   def from_dense(self, params, stats, moments):
-    params = {**params, "attn": self.attn.from_dense(params["attn"])}
+    params = {**params, "attn": self.attn.from_dense(params["attn"]),
+              **fresh_links(self.links, self.attn)}
     return block_from_dense(self, params, stats, moments)
 
   @nn.nowrap
   def fold(self, params, stats):
     """(params, {}) of the deployed block."""
+    params = fold_links(self.links, params)
     scale, shift = batch_affine(params["norm1"], stats["norm1"])
     attn = {**params["attn"], "query": fold_into_linear(params["attn"]["query"], scale, shift)}
     if "key_norm" in params:

@@ -10,6 +10,7 @@ from vitcompact import layers
 from vitcompact.block import make_mlp
 from vitcompact.ffn import cffn
 from vitcompact.heads import hmhsa
+from vitcompact.links import sparsifiner
 from vitcompact.models import pyramid, torch_names
 from vitcompact.models.torch_names import Entry, Positions
 from vitcompact.models.variant import Variant
@@ -81,25 +82,31 @@ class PyramidVisionTransformer(nn.Module):
   @nn.nowrap
   def parts(self, image_size=None) -> dict[str, nn.Module]:
     """{name: block}, the modules that a plan changes or that fold, not bound to a parent."""
-    stages = self.stages(image_size or self.image_size)
+    stages, native = self.stages(image_size or self.image_size), self.stages(self.image_size)
     rates = np.linspace(0, self.drop_path_rate, sum(self.depths)).tolist()
     parts = {}
-    for stage in stages:
+    for stage, own in zip(stages, native, strict=True):
       for i in stage.blocks:
         plan, name = self.plan.at(i), f"blocks_{i}"
         mlp = make_mlp(plan, width=stage.width, hidden=stage.hidden, deploy=self.deploy,
                        dtype=self.dtype, name=name)
-        reduce = None if stage.reduction == 1 else pyramid.Reduce(
-            stage.grid, stage.reduction, conv_init=fan_in_init, dtype=self.dtype, parent=None)
         parts[name] = pyramid.make_block(
-            stage, plan, mlp=mlp, reduce=reduce, drop_path=rates[i],
-            prefix=int(stage is stages[-1]), remat=self.remat, dtype=self.dtype)
+            stage, own, plan, mlp=mlp, make_reduce=self._reduce, drop_path=rates[i],
+            prefix=int(stage is stages[-1]), remat=self.remat, deploy=self.deploy,
+            dtype=self.dtype)
     return parts
+
+  @nn.nowrap
+  def _reduce(self, stage: pyramid.Stage) -> nn.Module | None:
+    if stage.reduction == 1:
+      return None
+    return pyramid.Reduce(stage.grid, stage.reduction, conv_init=fan_in_init, dtype=self.dtype,
+                          parent=None)
 
   @nn.nowrap
   def leaf_rules(self) -> list[tuple[str, Leaf]]:
     """[(pattern, Leaf)] for every parameter under any plan; see `trees.first_match`."""
-    return [*LEAVES, *hmhsa.LEAVES, *cffn.LEAVES, *layers.LEAVES]
+    return [*LEAVES, *hmhsa.LEAVES, *sparsifiner.LEAVES, *cffn.LEAVES, *layers.LEAVES]
 
   @nn.compact
   def __call__(self, images_bhwc, train: bool = False):

@@ -9,6 +9,7 @@ from vitcompact import layers
 from vitcompact.block import make_mlp
 from vitcompact.ffn import cffn
 from vitcompact.heads import hmhsa
+from vitcompact.links import sparsifiner
 from vitcompact.models import pyramid, torch_names
 from vitcompact.models.torch_names import Entry
 from vitcompact.models.variant import Variant
@@ -76,14 +77,16 @@ class PyramidVisionTransformerV2(nn.Module):
     """{name: block}, the modules that a plan changes or that fold, not bound to a parent."""
     rates = np.linspace(0, self.drop_path_rate, sum(self.depths)).tolist()
     parts = {}
-    for stage in self.stages(image_size or self.image_size):
+    stages, native = self.stages(image_size or self.image_size), self.stages(self.image_size)
+    for stage, own in zip(stages, native, strict=True):
       for i in stage.blocks:
         plan, name = self.plan.at(i), f"blocks_{i}"
         mixer = DepthwiseConv(stage.grid, relu=self.linear, dtype=self.dtype, parent=None)
         mlp = make_mlp(plan, width=stage.width, hidden=stage.hidden, deploy=self.deploy,
                        dtype=self.dtype, name=name, mixer=mixer, mixer_gain=mixer.gain)
-        parts[name] = pyramid.make_block(stage, plan, mlp=mlp, reduce=self._reduce(stage),
-                                         drop_path=rates[i], remat=self.remat, dtype=self.dtype)
+        parts[name] = pyramid.make_block(
+            stage, own, plan, mlp=mlp, make_reduce=self._reduce, drop_path=rates[i],
+            remat=self.remat, deploy=self.deploy, dtype=self.dtype)
     return parts
 
   @nn.nowrap
@@ -98,7 +101,7 @@ class PyramidVisionTransformerV2(nn.Module):
   @nn.nowrap
   def leaf_rules(self) -> list[tuple[str, Leaf]]:
     """[(pattern, Leaf)] for every parameter under any plan; see `trees.first_match`."""
-    return [*LEAVES, *hmhsa.LEAVES, *cffn.LEAVES, *layers.LEAVES]
+    return [*LEAVES, *hmhsa.LEAVES, *sparsifiner.LEAVES, *cffn.LEAVES, *layers.LEAVES]
 
   @nn.compact
   def __call__(self, images_bhwc, train: bool = False):

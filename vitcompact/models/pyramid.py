@@ -1,4 +1,5 @@
 """What PVT v1 and v2 share: stages of shrinking grids, attention over spatially reduced keys."""
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -6,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from vitcompact.block import Attention, Block
+from vitcompact.block import Attention, Block, make_links
 from vitcompact.layers import LayerNorm, weight_init
 from vitcompact.models import torch_names
 from vitcompact.models.torch_names import Entry
@@ -69,15 +70,26 @@ def check_images(model, images_bhwc) -> tuple[int, int]:
   return size
 
 
-def make_block(stage: Stage, plan: BlockPlan, *, mlp: nn.Module, reduce: nn.Module | None,
-               drop_path: float, prefix: int = 0, remat: bool, dtype: str) -> Block:
-  """A block not bound to a parent; `prefix` tokens stand before the stage's grid."""
+def make_block(stage: Stage, native: Stage, plan: BlockPlan, *, mlp: nn.Module,
+               make_reduce: Callable[[Stage], nn.Module | None], drop_path: float, prefix: int = 0,
+               remat: bool, deploy: bool, dtype: str) -> Block:
+  """A block not bound to a parent; `prefix` tokens stand before the stage's grid.
+
+  native: the stage at the model's own image size, by which links are absent or not.
+  """
+  reduce = make_reduce(stage)
+  key_grid = _key_grid(stage, reduce)
   attn = Attention(stage.width, stage.heads, spec=plan.heads, query_grid=stage.grid,
-                   key_grid=stage.grid if reduce is None else reduce.key_grid, prefix=prefix,
-                   dtype=dtype, parent=None)
+                   key_grid=key_grid, prefix=prefix, dtype=dtype, parent=None)
+  links = make_links(plan, attn, keys=prefix + math.prod(key_grid), deploy=deploy,
+                     left=prefix + math.prod(_key_grid(native, make_reduce(native))))
   block = nn.remat(Block, static_argnums=(2,)) if remat else Block
   return block(attn, mlp, drop_path=drop_path, epsilon=EPSILON, dtype=dtype, reduce=reduce,
-               parent=None)
+               links=links, parent=None)
+
+
+def _key_grid(stage: Stage, reduce: nn.Module | None) -> tuple[int, int]:
+  return stage.grid if reduce is None else reduce.key_grid
 
 
 def to_map(tokens_bnc, grid: tuple[int, int]):

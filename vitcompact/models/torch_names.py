@@ -4,6 +4,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vitcompact.ffn.cffn import CompactDense
+from vitcompact.links.sparsifiner import TokenLinks
 
 
 class Positions(NamedTuple):
@@ -82,6 +83,7 @@ def block(torch: str, ours: str, module) -> list[Entry]:
 
     attn.qkv               rows of the real heads' queries and keys, then all heads' values
     attn.hallucinate.NAME  taps and gains, as they are
+    attn.mask_predictor    Sparsifiner's, under its authors' names; those of blocks are ours
     mlp.fc2.a, mlp.fc2.b   the factors, as linear layers; only b has a bias
 
   DynamicViT's predictors are numbered, as the authors do.
@@ -93,6 +95,7 @@ def block(torch: str, ours: str, module) -> list[Entry]:
   entries += out(f"{torch}.attn.proj", f"{ours}/attn/out")
   entries += [Entry(f"{torch}.attn.hallucinate.{name}",
                     (f"params/{ours}/attn/hallucinate/{name}",)) for name in _filters(attn)]
+  entries += links_predictor(f"{torch}.attn.mask_predictor", f"{ours}/links", module.links)
   entries += norm(f"{torch}.norm2", f"{ours}/norm2")
   for name in ("fc1", "fc2"):
     path = f"{torch}.mlp.{name}", f"{ours}/mlp/{name}"
@@ -115,6 +118,22 @@ def predictor(torch: str, ours: str) -> list[Entry]:
           *linear(f"{torch}.out_conv.0", f"{ours}/out1"),
           *linear(f"{torch}.out_conv.2", f"{ours}/out2"),
           *linear(f"{torch}.out_conv.4", f"{ours}/out3")]
+
+
+def links_predictor(torch: str, ours: str, links) -> list[Entry]:
+  """Entries of a predictor of links, or none."""
+  if links is None:
+    return []
+  entries = []
+  if isinstance(links, TokenLinks):
+    entries = [Entry(f"{torch}.{theirs}", (f"params/{ours}/{name}",))
+               for theirs, name in (("proj_n", "down"), ("proj_back_n", "up"))]
+  else:
+    entries = [Entry(f"{torch}.{name}", (f"params/{ours}/{name}",)) for name in ("query", "key")]
+  for theirs, name in (("proj_c_q", "reduce_query"), ("proj_c_k", "reduce_key")):
+    if links.spec.variant == "code":
+      entries += linear(f"{torch}.{theirs}", f"{ours}/{name}")
+  return entries
 
 
 def _filters(attn) -> list[str]:

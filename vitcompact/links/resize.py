@@ -1,0 +1,50 @@
+"""Predictors of links carried to another image size: their weights are tied to positions."""
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vitcompact import trees
+from vitcompact.links.sparsifiner import TokenLinks
+
+
+def resize_links(variables, old: nn.Module, new: nn.Module):
+  """Variables in which the predictors of model `old` fit model `new`; all else as it is.
+
+  Rows of patches are interpolated over the grid, those of prefix tokens stay. W_down sums over
+  tokens, so it is scaled by their number: the coefficients keep their size.
+
+  Raises:
+    ValueError: the ranks differ, and nothing says which columns belong together.
+  """
+  parts = new.parts()
+  for name, part in old.parts().items():
+    links, target = getattr(part, "links", None), getattr(parts[name], "links", None)
+    if not isinstance(links, TokenLinks) or not isinstance(target, TokenLinks):
+      continue
+    rank = links.spec.rank_of(links.tokens)
+    if target.spec.rank_of(target.tokens) != rank:
+      raise ValueError(f"{name}/links: rank {rank} cannot become rank "
+                       f"{target.spec.rank_of(target.tokens)}; give the new model "
+                       f"Sparsifiner(rank={rank})")
+    grids = [_grid(part, links), _grid(parts[name], target)]
+    for leaf in ("down", "up"):
+      path = f"params/{name}/links/{leaf}"
+      rows = resize_rows(trees.get(variables, path), links.prefix, *grids)
+      if leaf == "down":
+        rows = rows * (math.prod(grids[0]) / math.prod(grids[1]))
+      variables = trees.replace(variables, path, rows)
+  return variables
+
+
+def _grid(part, links: TokenLinks) -> tuple[int, ...]:
+  return part.attn.key_grid or (links.tokens - links.prefix,)
+
+
+def resize_rows(rows_mr, prefix: int, grid: tuple[int, ...], new_grid: tuple[int, ...]):
+  """Rows of a grid (or of a line) interpolated linearly; the first `prefix` stay."""
+  rank = rows_mr.shape[1]
+  plane = jax.image.resize(rows_mr[prefix:].reshape(*grid, rank), (*new_grid, rank), "linear",
+                           antialias=False)
+  return jnp.concatenate([rows_mr[:prefix], plane.reshape(-1, rank)])

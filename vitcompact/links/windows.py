@@ -1,0 +1,92 @@
+"""Windows: the tokens of a grid cut into blocks that lie together in the image."""
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+
+class Windows(NamedTuple):
+  """A grid of tokens (rows, columns) in blocks of `sides`; what the last ones lack is padding."""
+  grid: tuple[int, int]
+  sides: tuple[int, int]
+
+  @property
+  def counts(self) -> tuple[int, int]:
+    """Blocks along each side."""
+    return tuple(-(-n // side) for n, side in zip(self.grid, self.sides, strict=True))
+
+  @property
+  def blocks(self) -> int:
+    return math.prod(self.counts)
+
+  @property
+  def area(self) -> int:
+    """Slots of a block."""
+    return math.prod(self.sides)
+
+  def cut(self, x_bnfd):
+    """(B, n, f, d) -> (B, f, blocks, area, d), zeros in the padding."""
+    batch, _, heads, width = x_bnfd.shape
+    grid = x_bnfd.reshape(batch, *self.grid, heads, width)
+    missing = [(0, count * side - n) for n, side, count in
+               zip(self.grid, self.sides, self.counts, strict=True)]
+    if any(after for _, after in missing):
+      grid = jnp.pad(grid, [(0, 0), *missing, (0, 0), (0, 0)])
+    (i, j), (h, w) = self.counts, self.sides
+    split = grid.reshape(batch, i, h, j, w, heads, width).transpose(0, 5, 1, 3, 2, 4, 6)
+    return split.reshape(batch, heads, self.blocks, self.area, width)
+
+  def join(self, x_bfkad):
+    """Inverse of `cut`: (B, f, blocks, area, d) -> (B, n, f, d)."""
+    batch, heads, _, _, width = x_bfkad.shape
+    (i, j), (h, w) = self.counts, self.sides
+    split = x_bfkad.reshape(batch, heads, i, j, h, w, width).transpose(0, 2, 4, 3, 5, 1, 6)
+    grid = split.reshape(batch, i * h, j * w, heads, width)[:, :self.grid[0], :self.grid[1]]
+    return grid.reshape(batch, -1, heads, width)
+
+  def valid(self) -> np.ndarray:
+    """(blocks, area): which slots hold a token."""
+    (i, j), (h, w) = self.counts, self.sides
+    inside = np.zeros((i * h, j * w), bool)
+    inside[:self.grid[0], :self.grid[1]] = True
+    return inside.reshape(i, h, j, w).transpose(0, 2, 1, 3).reshape(self.blocks, self.area)
+
+  def block_of(self) -> np.ndarray:
+    """(n,): the block that each token is in."""
+    rows, columns = np.indices(self.grid).reshape(2, -1)
+    return rows // self.sides[0] * self.counts[1] + columns // self.sides[1]
+
+  def slot_of(self) -> np.ndarray:
+    """(n,): each token's place in the order of blocks."""
+    rows, columns = np.indices(self.grid).reshape(2, -1)
+    inside = rows % self.sides[0] * self.sides[1] + columns % self.sides[1]
+    return self.block_of() * self.area + inside
+
+  def centres(self) -> np.ndarray:
+    """(blocks, 2): centres of the blocks, as shares of the sides of the grid."""
+    return (np.indices(self.counts).reshape(2, -1).T + 0.5) / np.array(self.counts)
+
+
+def on_grid(grid: tuple[int, int], window: int) -> Windows:
+  """Blocks of about window x window tokens."""
+  return Windows(tuple(grid), tuple(_side(n, window) for n in grid))
+
+
+def on_line(tokens: int, area: int) -> Windows:
+  """Blocks of `area` tokens that follow one another; a line goes down the image."""
+  return Windows((tokens, 1), (min(tokens, area), 1))
+
+
+def _side(n: int, window: int) -> int:
+  """The divisor of n nearest to `window`, the larger of two; if none is near, padding is less."""
+  best = min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - window), -d))
+  if abs(best - window) <= window // 4:
+    return best
+  return -(-n // max(1, round(n / window)))
+
+
+def nearest(queries: Windows, keys: Windows) -> np.ndarray:
+  """(blocks of queries,): the block of keys whose centre is nearest, its own on one grid."""
+  apart = np.abs(queries.centres()[:, None] - keys.centres()[None]).sum(axis=-1)
+  return apart.argmin(axis=1)
