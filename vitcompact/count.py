@@ -113,7 +113,8 @@ def _needed(scope: str, densities: Mapping[str, float] | None):
     return 1
   shares = [Fraction(int(part), int(whole)) for part, whole in
             re.findall(r"vitcompact\.share\((\d+):(\d+)\)", scope)]
-  block = re.search(r"(\w+)/links", scope)
+  # The block's module, and its method where that is not __call__.
+  block = re.search(r"(\w+)(?:\.\w+)?/links", scope)
   if sparsifiner.BASIS_SCOPE in scope and block:
     shares.append(densities.get(block[1], 1))
   return math.prod(shares)

@@ -44,10 +44,12 @@ def test_two_heads_learn_alike_and_guess_together():
 
 def test_mixed_tokens_teach_the_class_token_the_mixture_and_each_patch_its_own_image():
   tokens = jnp.stack([STUDENT, 2 * STUDENT, TEACHER], axis=1)
-  out = TokenLogits(STUDENT, tokens, jnp.float32(0.75))
+  alive = jnp.array([[1.0, 1, 0], [1, 1, 1]])
+  out = TokenLogits(STUDENT, tokens, jnp.float32(0.75), alive)
   loss, logits = losses.classification(out, TARGETS, token_weight=0.5)
   mixed = 0.75 * TARGETS + 0.25 * TARGETS[jnp.array([1, 0])]
-  patches = np.mean([losses.cross_entropy(tokens[:, i], TARGETS).mean() for i in range(3)])
+  each = np.stack([losses.cross_entropy(tokens[:, i], TARGETS) for i in range(3)], axis=1)
+  patches = each[np.asarray(alive) > 0].mean()
   expected = losses.cross_entropy(STUDENT, mixed).mean() + 0.5 * patches
   assert loss == pytest.approx(float(expected))
   np.testing.assert_array_equal(logits, STUDENT)

@@ -18,7 +18,7 @@ def resize_links(variables, old: nn.Module, new: nn.Module):
   Raises:
     ValueError: the ranks differ, and nothing says which columns belong together.
   """
-  parts = new.parts()
+  parts, leaves = new.parts(), trees.named_leaves(variables)
   for name, part in old.parts().items():
     links, target = getattr(part, "links", None), getattr(parts[name], "links", None)
     if not isinstance(links, TokenLinks) or not isinstance(target, TokenLinks):
@@ -31,11 +31,11 @@ def resize_links(variables, old: nn.Module, new: nn.Module):
     grids = [_grid(part, links), _grid(parts[name], target)]
     for leaf in ("down", "up"):
       path = f"params/{name}/links/{leaf}"
-      rows = resize_rows(trees.get(variables, path), links.prefix, *grids)
+      rows = resize_rows(leaves[path], links.prefix, *grids)
       if leaf == "down":
         rows = rows * (math.prod(grids[0]) / math.prod(grids[1]))
-      variables = trees.replace(variables, path, rows)
-  return variables
+      leaves[path] = rows
+  return trees.nested(leaves)
 
 
 def _grid(part, links: TokenLinks) -> tuple[int, ...]:

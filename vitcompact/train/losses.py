@@ -20,7 +20,8 @@ def classification(outputs, targets_bk: jax.Array, token_weight: float = 1.0):
   if isinstance(outputs, TokenLogits):
     mixed_bk = outputs.share * targets_bk + (1 - outputs.share) * targets_bk[::-1]
     by_token_bn = cross_entropy(outputs.token_logits, targets_bk[:, None])
-    loss_b = cross_entropy(outputs.logits, mixed_bk) + token_weight * by_token_bn.mean(axis=-1)
+    loss_b = (cross_entropy(outputs.logits, mixed_bk) +
+              token_weight * over_survivors(by_token_bn, outputs.alive))
     return loss_b.mean(), outputs.logits
   heads = outputs if isinstance(outputs, tuple) else (outputs,)
   loss = sum(cross_entropy(logits, targets_bk).mean() for logits in heads) / len(heads)
