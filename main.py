@@ -62,13 +62,14 @@ def parse(argv):
 def main(_):
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # absl's INFO would tell every step of a save
-  from vitcompact.train import loop  # after the flags: an error there needs no JAX
+  from vitcompact.train import loop, report  # after the flags: an error there needs no JAX
 
   try:
     if MODE.value == "eval":
       loop.evaluate(CONFIG.value, WORKDIR.value)
     else:
-      loop.train(CONFIG.value, WORKDIR.value)
+      result = loop.train(CONFIG.value, WORKDIR.value)
+      print(report.report(result, WORKDIR.value).to_markdown())
   except USER_ERRORS as error:
     fail(error)
 

@@ -17,6 +17,7 @@ STEPS_PER_EPOCH = 1251            # 1,281,167 images in batches of 1024
 def get_config():
   config = ConfigDict()
   config.seed = 0
+  config.init_from = ""           # .safetensors to start from; a dense one is made compact first
   config.total_steps = 300 * STEPS_PER_EPOCH
   config.batch_size = 1024        # images of one step, all devices and microbatches together
   config.accumulate = 1           # microbatches of a step, one after another

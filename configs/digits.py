@@ -1,7 +1,9 @@
-"""A compact DeiT (hMHSA and cFFN) on real images in a minute or two: the first run of a newcomer.
+"""A compact DeiT (hMHSA and cFFN) on real images in two or three minutes: the first run to try.
 
 Command:  python main.py --config=configs/digits.py --workdir=runs/digits
 Data:     the 1,797 handwritten digits that scikit-learn ships; no download.
+Cost:     about two and a half minutes of processor time, half a minute of it for compiling.
+Result:   test accuracy 98.6, 99.4 and 98.6 % with --config.seed=0, 1 and 2.
 """
 from ml_collections import ConfigDict
 
@@ -9,10 +11,11 @@ from ml_collections import ConfigDict
 def get_config():
   config = ConfigDict()
   config.seed = 0
+  config.init_from = ""           # .safetensors to start from; a dense one is made compact first
   config.total_steps = 1000
   config.batch_size = 64          # images of one step, all devices and microbatches together
   config.accumulate = 1           # microbatches of a step, one after another
-  config.eval_batch_size = 180
+  config.eval_batch_size = 120
   config.checkpoint_every = 250   # steps; each is evaluated on val
   config.keep_last = 2            # checkpoints, besides the best on val
   config.log_every = 50           # steps

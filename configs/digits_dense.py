@@ -2,6 +2,7 @@
 
 Command:  python main.py --config=configs/digits_dense.py --workdir=runs/digits_dense
 Data:     the 1,797 handwritten digits that scikit-learn ships; no download.
+Result:   not run to its end.
 """
 from configs import digits
 

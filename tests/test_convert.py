@@ -19,7 +19,7 @@ from experiments import convert as program
 from tests import tiny
 from tests.models import parity
 from vitcompact import convert, trees
-from vitcompact.models import deit
+from vitcompact.models import deit, torch_names
 
 FAMILIES = ("deit", "compact_deit")   # the others are tested beside their models
 
@@ -114,14 +114,15 @@ def test_what_is_dropped_resized_and_initialised_anew_is_told():
 def test_positions_are_resized_as_pytorch_resizes_them():
   # Squares of 0..8 on a 3x3 grid to 4x4: values of torch's interpolate, bicubic.
   tokens = np.concatenate([[[-5.0]], (np.arange(9.0)[:, None] ** 2)])[None]
-  got = convert.resize_positions(tokens, 1, (4, 4), "bicubic")[0, :, 0]
+  got = torch_names.resize_positions(tokens, 1, (4, 4), "bicubic")[0, :, 0]
   assert got[0] == -5
   np.testing.assert_allclose(got[1:5], [-0.6869, -0.5641, 0.9118, 2.6771], atol=1e-4)
   np.testing.assert_allclose(got[-4:], [36.9740, 44.8336, 58.4047, 67.9069], atol=1e-4)
-  np.testing.assert_allclose(convert.resize_matrix(2, 4, "bilinear") @ [0, 1], [0, 0.25, 0.75, 1])
+  line = torch_names.resize_matrix(2, 4, "bilinear") @ [0, 1]
+  np.testing.assert_allclose(line, [0, 0.25, 0.75, 1])
   for method in ("bicubic", "bilinear"):
-    np.testing.assert_array_equal(convert.resize_matrix(5, 5, method), np.eye(5))
-    np.testing.assert_allclose(convert.resize_matrix(7, 4, method).sum(axis=1), 1)
+    np.testing.assert_array_equal(torch_names.resize_matrix(5, 5, method), np.eye(5))
+    np.testing.assert_allclose(torch_names.resize_matrix(7, 4, method).sum(axis=1), 1)
 
 
 def test_all_that_does_not_fit_is_listed_at_once():

@@ -46,11 +46,11 @@ def test_verify_names_the_block_where_a_difference_first_arises(leaf):
   model = tiny.deit(PLANS[0])
   variables, x = tiny.init(model), tiny.images(model)
   deploy, folded = vc.fold(model, variables)
-  path = f"params/blocks_1/mlp/{leaf}"
-  broken = trees.replace(folded, path, trees.get(folded, path).at[..., 0].add(0.01))
+  leaves, name = trees.named_leaves(folded), f"params/blocks_1/mlp/{leaf}"
+  broken = trees.nested({**leaves, name: leaves[name].at[..., 0].add(0.01)})
   proof = vc.verify(model, variables, deploy, broken, x)
   assert proof.first_difference == "blocks_1" and not proof.ok and proof.max_abs > 1e-4
-  broken = trees.replace(folded, path, trees.get(folded, path) * jnp.nan)
+  broken = trees.nested({**leaves, name: leaves[name] * jnp.nan})
   proof = vc.verify(model, variables, deploy, broken, x)
   assert proof.first_difference == "blocks_1" and not proof.ok
 

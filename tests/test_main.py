@@ -7,7 +7,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import main
-from vitcompact.train import loop
+from vitcompact.train import loop, report
 
 DIGITS = "--config=configs/digits.py"
 ROOT = pathlib.Path(main.__file__).parent
@@ -49,6 +49,8 @@ def run(monkeypatch, tmp_path):
     ([DIGITS, '--config.plan={"blocks": {"12": {"heads": null}}}'], "block 12"),
     ([DIGITS, "--config.mesh.data=3"], "does not multiply out"),
     ([DIGITS, "--config.batch_size=4000"], "batch_size=4000"),
+    ([DIGITS, "--config.batch_size=60"], "60 cannot be split over 8 devices"),
+    ([DIGITS, "--config.eval_batch_size=60"], "eval_batch_size=60 cannot be split over 8 devices"),
     ([DIGITS, "--mode=eval"], "holds no checkpoints"),
 ])
 def test_a_mistake_gets_one_line_and_leaves_no_directory(run, capsys, tmp_path, arguments, words):
@@ -67,13 +69,25 @@ def test_verbosity_shows_where_it_happened(run):
     run(DIGITS, "--config.total_steps=0", "--verbosity=1")
 
 
-def test_the_mode_and_the_overrides_reach_the_library(run, monkeypatch, tmp_path):
-  (tmp_path / "plan.json").write_text('{"ffn": {"method": "cffn"}}')
-  seen = {}
-  for mode in ("train", "evaluate"):
-    monkeypatch.setattr(loop, mode, lambda config, workdir, mode=mode: seen.update(
-        {mode: (config.total_steps, config.plan, workdir)}))
+def test_the_mode_the_overrides_and_the_result_reach_the_library(run, monkeypatch, tmp_path):
+  """Training ends with a report of what it returned; evaluation does not."""
+  plan = tmp_path / "plan.json"
+  plan.write_text('{"ffn": {"method": "cffn"}}')
+  seen = []
+
+  def record(name):
+    def call(config, workdir):
+      seen.append((name, config.total_steps, config.plan, workdir))
+      return "result"
+    return call
+
+  class Receipt:
+    def to_markdown(self):
+      return "the receipt"
+
+  monkeypatch.setattr(loop, "train", record("train"))
+  monkeypatch.setattr(loop, "evaluate", record("eval"))
+  monkeypatch.setattr(report, "report", lambda *arguments: seen.append(arguments) or Receipt())
   for mode in ("train", "eval"):
-    run(DIGITS, f"--mode={mode}", "--config.total_steps=7",
-        f"--config.plan={tmp_path / 'plan.json'}", workdir="w")
-  assert seen == dict.fromkeys(("train", "evaluate"), (7, str(tmp_path / "plan.json"), "w"))
+    run(DIGITS, f"--mode={mode}", "--config.total_steps=7", f"--config.plan={plan}", workdir="w")
+  assert seen == [("train", 7, str(plan), "w"), ("result", "w"), ("eval", 7, str(plan), "w")]

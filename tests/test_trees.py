@@ -33,13 +33,10 @@ def test_differences_name_every_leaf_that_is_not_as_wanted():
   assert trees.differences(TREE, TREE) == []
 
 
-def test_get_and_replace_leave_the_original_alone():
-  new = trees.replace(TREE, "blocks_0/fc1", {"a": jnp.ones(1)})
-  assert list(trees.named_leaves(new)) == ["blocks_0/fc1/a", "pos_embed"]
-  assert "kernel" in trees.get(TREE, "blocks_0/fc1")
-  assert trees.get(TREE, "blocks_7/fc1") == {}
-  assert list(trees.replace(TREE, "blocks_0", {})) == ["pos_embed"]
-  assert (trees.get(trees.replace(TREE, "pos_embed", jnp.zeros(2)), "pos_embed") == 0).all()
+def test_nested_is_the_inverse_of_named_leaves():
+  assert trees.nested({"a/b/c": 1, "a/d": 2, "e": 3}) == {"a": {"b": {"c": 1}, "d": 2}, "e": 3}
+  again = trees.nested(trees.named_leaves(TREE))
+  assert trees.differences(again, TREE) == [] and trees.digest(again) == trees.digest(TREE)
 
 
 def test_digest_sees_every_bit_name_and_shape_and_not_the_order():

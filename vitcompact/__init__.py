@@ -9,8 +9,8 @@ import types
 _HOMES = {
     "create_model": "models", "list_models": "models", "preprocess": "preprocess",
     "Plan": "plan", "HMHSA": "heads.hmhsa", "CFFN": "ffn.cffn",
-    "Sparsifiner": "links.sparsifiner",
-    "EViT": "tokens.evit", "ToMe": "tokens.tome",
+    "Sparsifiner": "links.sparsifiner", "EViT": "tokens.evit", "ToMe": "tokens.tome",
+    "DynamicViT": "tokens.dynamicvit", "MCTF": "tokens.mctf",
     "from_torch": "convert", "to_torch": "convert",
     "features": "features", "compact": "compact", "fold": "fold", "verify": "verify",
     "count": "count",

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 # A name scope: `count` finds the score and value products of a traced program by it.
 SCOPE = "vitcompact.attention"
+ALIVE_EPSILON = 1e-6
 
 
 def share(part: float | Fraction):
@@ -31,6 +32,20 @@ def weigh(maps_bhnm, value_bmhe):
     return jnp.einsum("bhnm,bmhe->bnhe", maps_bhnm.astype(value_bmhe.dtype), value_bmhe)
 
 
+def softmax_alive(scores_bhnm, alive_bm):
+  """Softmax over keys of which some (alive = 0) are hidden from all queries but their own.
+
+  a_ij = (e_ij g_ij + eps / M) / (sum_k e_ik g_ik + eps), g_ij = alive_j (1: i = j). DynamicViT,
+  eps included; the gradient reaches alive (B, M). Queries and keys are the same tokens. Float32.
+  """
+  count = scores_bhnm.shape[-1]
+  top_bhn1 = jax.lax.stop_gradient(scores_bhnm.max(axis=-1, keepdims=True))
+  seen_bnm = jnp.where(jnp.eye(count, dtype=bool)[None], 1, alive_bm[:, None, :])
+  exp_bhnm = jnp.exp(scores_bhnm - top_bhn1) * seen_bnm[:, None]
+  total_bhn1 = exp_bhnm.sum(axis=-1, keepdims=True)
+  return (exp_bhnm + ALIVE_EPSILON / count) / (total_bhn1 + ALIVE_EPSILON)
+
+
 def _same(x):
   return x
 
@@ -41,6 +56,7 @@ class Core(NamedTuple):
   size: (B, M) or None: a key counts as so many equal keys (log size is added to its scores).
   spread: applied to the values before, gather: to the outputs after; the identity, but where tokens
     are merged between the scores and the values.
+  alive: (B, M) or None: see `softmax_alive`.
   mask: (B, h, N, M) or None: where it is false a key gets nothing from a query. `rescore` may make
     more heads than there are queries; head i then has the mask of head i modulo h.
   linked: share of the pairs of tokens that the mask leaves.
@@ -49,6 +65,7 @@ class Core(NamedTuple):
   size: jax.Array | None = None
   spread: Callable = _same
   gather: Callable = _same
+  alive: jax.Array | None = None
   mask: jax.Array | None = None
   linked: Fraction = Fraction(1)
   blocks: Any = None
@@ -78,20 +95,33 @@ class Core(NamedTuple):
 
   def maps(self, query_bnhd, key_bmhd, rescore: Callable = _same):
     """Attention maps (B, h, N, M), float32; `rescore` changes the scores before the softmax."""
-    return jax.nn.softmax(self.masked_scores(query_bnhd, key_bmhd, rescore), axis=-1)
+    scores_bhnm = self.masked_scores(query_bnhd, key_bmhd, rescore)
+    if self.alive is not None:
+      return softmax_alive(scores_bhnm, self.alive)
+    return jax.nn.softmax(scores_bhnm, axis=-1)
+
+  def merged(self, maps_bhnm):
+    """The maps as the tokens that values come from and outputs go to see them."""
+    if self.spread is _same:
+      return maps_bhnm
+    rows_bkhm = self.gather(maps_bhnm.swapaxes(1, 2))
+    batch, count = rows_bkhm.shape[:2]
+    holds_bm1k = self.spread(jnp.broadcast_to(jnp.eye(count)[None, :, None],
+                                              (batch, count, 1, count)))
+    return jnp.einsum("bnhm,bmk->bhnk", rows_bkhm, holds_bm1k[:, :, 0])
 
   def __call__(self, query_bnhd, key_bmhd, value_bmhe, rescore: Callable = _same):
     """(B, N, h, d), (B, M, h, d), (B, M, h, e) -> (B, N, h, e) in the values' dtype.
 
     e may differ from d. Without a `rescore` nobody sees the maps.
     """
-    value_bmhe = self.spread(value_bmhe)
-    if self.blocks is not None and rescore is _same:
-      return self.gather(self.blocks.attend(query_bnhd, key_bmhd, value_bmhe, self._bias()))
+    count, spread_bmhe = value_bmhe.shape[1], self.spread(value_bmhe)
+    if self.blocks is not None and rescore is _same and self.alive is None:
+      return self.gather(self.blocks.attend(query_bnhd, key_bmhd, spread_bmhe, self._bias()))
     maps_bhnm = self.maps(query_bnhd, key_bmhd, rescore)
-    with share(self.linked):
-      out_bnhe = weigh(maps_bhnm, value_bmhe)
-    return self.gather(out_bnhe)
+    # Merged maps would weigh as many values as there are.
+    with share(self.linked * Fraction(count, spread_bmhe.shape[1]) ** 2):
+      return self.gather(weigh(maps_bhnm, spread_bmhe))
 
 
 DENSE = Core()   # all keys count alike

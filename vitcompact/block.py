@@ -14,7 +14,8 @@ from vitcompact.layers import DropPath, LayerNorm, Mlp, dense, gelu, weight_init
 from vitcompact.links.predict_blocks import BlockPredictor
 from vitcompact.links.sparsifiner import TokenLinks
 from vitcompact.plan import BlockPlan
-from vitcompact.tokens.carry import Tokens
+from vitcompact.tokens import carry
+from vitcompact.tokens.carry import Reduction, Tokens
 
 
 class Attention(nn.Module):
@@ -57,7 +58,7 @@ class Attention(nn.Module):
     if self.real_heads < self.heads:
       return self.out(self.hallucinate(query_bnfd, key_bmfd, value_bmhd, core))
     if attention.wants_maps(self):
-      self.sow("maps", "maps", core.maps(query_bnfd, key_bmfd))
+      self.sow("maps", "maps", core.merged(core.maps(query_bnfd, key_bmfd)))
     return self.out(core(query_bnfd, key_bmfd, value_bmhd))
 
   @nn.nowrap
@@ -89,7 +90,7 @@ class Block(nn.Module):
   """Pre-norm residual block: x + attn(norm1 x) / skip_lam, then x + mlp(norm2 x) / skip_lam.
 
   `reduce` makes fewer keys and values of the normed tokens (pyramids); None: attention over all.
-  `reduce_tokens`: (tokens, query, key, prefix) -> tokens, between the two; None: all go on.
+  `reduce_tokens`: where and how tokens become fewer.
   `links`: chooses which pairs of tokens are scored; None: all.
   """
   attn: nn.Module
@@ -99,7 +100,7 @@ class Block(nn.Module):
   dtype: str = "float32"
   reduce: nn.Module | None = None
   skip_lam: float = 1.0
-  reduce_tokens: Callable | None = None
+  reduce_tokens: Reduction = carry.NOTHING
   links: nn.Module | None = None
 
   @nn.compact
@@ -107,24 +108,46 @@ class Block(nn.Module):
     norm = functools.partial(LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
     # Two modules, so that the two branches of a block are dropped independently.
     drop = functools.partial(DropPath, self.drop_path)
-    y_bnw = norm(name="norm1")(tokens.x)
+    norm1, fewer, prefix = norm(name="norm1"), self.reduce_tokens, self.attn.prefix
+    if fewer.predict is not None:
+      tokens = fewer.predict(dtype=self.dtype, name="predict_tokens")(tokens, prefix, train)
+    y_bnw = norm1(tokens.x)
     keys_bmw = y_bnw if self.reduce is None else self.reduce(y_bnw)
-    query, key, value = self.attn.query(y_bnw), self.attn.key(keys_bmw), self.attn.value(keys_bmw)
-    core = Core(size=tokens.size if tokens.proportional else None)
-    if self.links is not None:
-      core = self.links(core, query, key, tokens.source, tokens.fused)
-    y_bnw = self.attn.attend(query, key, value, core)
+    query, key = self.attn.query(y_bnw), self.attn.key(keys_bmw)
+    if fewer.fuse is None:
+      core = self._core(tokens, query, key)
+    else:
+      fused, ahead = fewer.fuse(tokens, query, key, prefix)
+      keys_bmw = norm1(fused.x)
+      if ahead is None:
+        query, key = self.attn.query(keys_bmw), self.attn.key(keys_bmw)
+        core = self._core(fused, query, key)
+      else:
+        core = ahead(self._core(tokens, query, key))
+      tokens = fused
+    y_bnw = self.attn.attend(query, key, self.attn.value(keys_bmw), core)
     tokens = tokens.replace(x=tokens.x + drop(name="drop1")(y_bnw, train) / self.skip_lam)
-    if self.reduce_tokens is not None:
-      tokens = self.reduce_tokens(tokens, query, key, self.attn.prefix)
+    if fewer.after_attention is not None:
+      tokens = fewer.after_attention(tokens, query, key, prefix)
     y_bnw = self.mlp(norm(name="norm2")(tokens.x), train)
-    return tokens.replace(x=tokens.x + drop(name="drop2")(y_bnw, train) / self.skip_lam)
+    tokens = tokens.replace(x=tokens.x + drop(name="drop2")(y_bnw, train) / self.skip_lam)
+    if fewer.after_block is not None:
+      tokens = fewer.after_block(tokens, query, key, prefix)
+    return tokens
+
+  def _core(self, tokens: Tokens, query, key) -> Core:
+    """The attention over these tokens: sizes, who is alive, and which links there are."""
+    core = tokens.core()
+    if self.links is None:
+      return core
+    return self.links(core, query, key, tokens.source, tokens.fused)
 
   @nn.nowrap
   def from_dense(self, params, stats, moments):
     """(params, stats) of this block from a dense one's; see `compact`."""
     mlp, mlp_stats = mlp_from_dense(self.mlp, params["mlp"], moments.get("mlp", {}))
     return ({**params, "attn": self.attn.from_dense(params["attn"]), "mlp": mlp,
+             **carry.fresh_predictor(self.reduce_tokens, self.attn.width),
              **fresh_links(self.links, self.attn)}, {"mlp": mlp_stats} if mlp_stats else stats)
 
   @nn.nowrap

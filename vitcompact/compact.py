@@ -57,20 +57,11 @@ def input_moments(model: nn.Module, variables, images):
       if context.method_name == "__call__" and module.name in ("fc1", "fc2"):
         x = args[0].reshape(-1, args[0].shape[-1]).astype(jnp.float32)
         second = jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST) / x.shape[0]
-        seen[module.path] = {"mean": x.mean(axis=0), "second": second}
+        seen["/".join(module.path)] = {"mean": x.mean(axis=0), "second": second}
       return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(watch):
       model.apply(variables, images)
     return seen
 
-  # A path's tuple is no sortable key of a pytree beside others of another length: join it.
-  flat = jax.jit(lambda v, x: {"/".join(k): m for k, m in record(v, x).items()})(variables, images)
-  tree = {}
-  for path, value in flat.items():
-    node = tree
-    *parents, last = path.split("/")
-    for key in parents:
-      node = node.setdefault(key, {})
-    node[last] = value
-  return tree
+  return trees.nested(jax.jit(record)(variables, images))

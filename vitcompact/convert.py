@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from vitcompact import trees
 from vitcompact.models import VARIANTS, create_model
-from vitcompact.models.torch_names import Entry, to_leaves, to_tensor, torch_shape
+from vitcompact.models.torch_names import Entry, resize_positions, to_leaves, to_tensor, torch_shape
 from vitcompact.plan import Plan
 
 # In which a training checkpoint keeps its weights, in timm's order of preference.
@@ -95,7 +95,7 @@ def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False) -
     parts = to_leaves(entry.layout, arrays[entry.torch], [flat_shapes[x] for x in entry.leaves])
     leaves |= {name: np.ascontiguousarray(part)
                for name, part in zip(entry.leaves, parts, strict=True)}
-  return Loaded(_nested(leaves), dropped, resized, reset)
+  return Loaded(trees.nested(leaves), dropped, resized, reset)
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -104,39 +104,6 @@ def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(checkpoint.get(name), Mapping):
       return checkpoint[name]
   return checkpoint
-
-
-def resize_positions(positions: np.ndarray, prefix: int, grid: tuple[int, int], method: str):
-  """(1, prefix + n^2, D) -> (1, prefix + h * w, D): prefix rows kept, the square grid resized.
-
-  As torch's interpolate with align_corners=False and no antialiasing: "bicubic" (a = -0.75, edges
-  clamped) or "bilinear".
-  """
-  side = round((positions.shape[1] - prefix) ** 0.5)
-  rows, columns = (resize_matrix(side, size, method) for size in grid)
-  plane = positions[0, prefix:].astype(np.float64).reshape(side, side, -1)
-  plane = np.einsum("hi,wj,ijd->hwd", rows, columns, plane, optimize=True)
-  plane = plane.reshape(1, grid[0] * grid[1], -1).astype(positions.dtype)
-  return np.concatenate([positions[:, :prefix], plane], axis=1)
-
-
-def resize_matrix(old: int, new: int, method: str) -> np.ndarray:
-  """(new, old) weights that resample a line of points."""
-  centre = (np.arange(new) + 0.5) * old / new - 0.5
-  reach = {"bicubic": 2, "bilinear": 1}[method]
-  kernel = _cubic if method == "bicubic" else lambda x: np.maximum(0, 1 - np.abs(x))
-  out = np.zeros((new, old))
-  for step in range(1 - reach, reach + 1):
-    point = np.floor(centre).astype(int) + step
-    np.add.at(out, (np.arange(new), np.clip(point, 0, old - 1)), kernel(centre - point))
-  return out
-
-
-def _cubic(x, a=-0.75):
-  x = np.abs(x)
-  near = ((a + 2) * x - (a + 3)) * x * x + 1
-  far = a * (((x - 5) * x + 8) * x - 4)
-  return np.where(x <= 1, near, np.where(x < 2, far, 0))
 
 
 def save(path, model: nn.Module, variables, *, force: bool = False):
@@ -177,7 +144,7 @@ def load(path) -> tuple[nn.Module, dict[str, Any]]:
                          plan=Plan.from_json(about["plan"]))
   except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
     raise ValueError(f"{path}: its metadata describes no model: {error}") from None
-  variables = _nested(arrays)
+  variables = trees.nested(arrays)
   if lines := trees.differences(variables, _variable_shapes(model)):
     raise ValueError("\n".join([f"{path} does not fit {_describe(model)}:", *lines]))
   return model, variables
@@ -327,15 +294,3 @@ def _tensors(variant: str):
   timm = [(entry.torch, torch_shape(entry.layout, [leaves[leaf].shape for leaf in entry.leaves]))
           for entry in model.torch_entries()]
   return timm, [(model.authors_name(name), shape) for name, shape in timm]
-
-
-def _nested(flat):
-  """{"params/a/b": x} -> {"params": {"a": {"b": x}}}."""
-  tree = {}
-  for name, leaf in flat.items():
-    *parents, last = name.split("/")
-    node = tree
-    for key in parents:
-      node = node.setdefault(key, {})
-    node[last] = leaf
-  return tree

@@ -29,8 +29,9 @@ class Macs(NamedTuple):
 class Count(NamedTuple):
   """Of one image. Multiply-accumulates of matrix products and convolutions, and one for each tap of
   a token filter; `macs` are executed by the traced program, `ideal_macs` are what the method needs
-  (its folded form; links only, coefficients and basis entries that are not 0). `attention_macs` are
-  the score and value products among them, those of links' predictors included."""
+  (its folded form; links only, coefficients and basis entries that are not 0; see
+  `attention.share`). `attention_macs` are the score and value products among them, those of links'
+  predictors included."""
   params: int
   macs: int
   ideal_macs: int

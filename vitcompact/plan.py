@@ -13,13 +13,16 @@ from flax.core import FrozenDict
 from vitcompact.ffn.cffn import CFFN
 from vitcompact.heads.hmhsa import HMHSA
 from vitcompact.links.sparsifiner import Sparsifiner
-from vitcompact.tokens.carry import Tokens
+from vitcompact.tokens import carry
+from vitcompact.tokens.dynamicvit import DynamicViT
 from vitcompact.tokens.evit import EViT
+from vitcompact.tokens.mctf import MCTF
 from vitcompact.tokens.tome import ToMe
 
 # axis -> {name in JSON: the method's spec}
 METHODS = {"heads": {"hmhsa": HMHSA}, "links": {"sparsifiner": Sparsifiner},
-           "tokens": {"evit": EViT, "tome": ToMe}, "ffn": {"cffn": CFFN}}
+           "tokens": {"evit": EViT, "dynamicvit": DynamicViT, "tome": ToMe, "mctf": MCTF},
+           "ffn": {"cffn": CFFN}}
 # A method of the tokens axis acts on the whole sequence of blocks, and names its own.
 BY_BLOCK = ("heads", "links", "ffn")
 
@@ -44,7 +47,7 @@ class Plan:
   """
   heads: HMHSA | None = None
   links: Sparsifiner | None = None
-  tokens: EViT | ToMe | None = None
+  tokens: EViT | DynamicViT | ToMe | MCTF | None = None
   ffn: CFFN | None = None
   blocks: Mapping[int, Mapping[str, Any]] = FrozenDict()
 
@@ -72,7 +75,7 @@ class Plan:
 
   def check_depth(self, depth: int):
     """Raises ValueError when the plan does not fit a model of this many blocks."""
-    named = [*self.blocks, *getattr(self.tokens, "blocks", ())]
+    named = [*self.blocks, *(getattr(self.tokens, "blocks", None) or ())]
     missing = [block for block in named if block >= depth]
     if missing:
       raise ValueError(f"the plan names block {missing[0]}, but the model has blocks 0 to "
@@ -83,13 +86,16 @@ class Plan:
         raise ValueError(f"HMHSA(site='logits') and Sparsifiner(granularity='block') in block "
                          f"{block}: a filter over scores needs them all; use site='probs', or "
                          "granularity='token'")
-    first = next((i for i in range(depth) if self.reduction(i, depth) is not None), depth)
+    first = next((i for i in range(depth) if self.reduction(i, depth) != carry.NOTHING), depth)
     for block in range(first, depth):
       heads = self.at(block).heads
       if heads is not None and heads.layout == "grid":
         raise ValueError(f"HMHSA(layout='grid') in block {block}: from block {first} on, where "
                          f"{type(self.tokens).__name__} reduces tokens, there is no grid; use "
                          "layout='map' there")
+      if heads is not None and getattr(self.tokens, "order", "position") == "code":
+        raise ValueError(f"HMHSA in block {block} filters along positions, and {self.tokens} puts "
+                         "tokens in another order; use order='position'")
 
   def check_grid(self, depth: int, model: str):
     """`check_depth`, for a model whose blocks need the whole grid of tokens."""
@@ -97,10 +103,6 @@ class Plan:
       raise ValueError(f"tokens={self.tokens}: {model or 'this model'} is hierarchical and needs "
                        "its whole grid; token reducers are for DeiT and LV-ViT")
     self.check_depth(depth)
-
-  def tokens_left(self, block: int, depth: int, tokens: int, prefix: int) -> int:
-    """How many of so many tokens are left when a block begins."""
-    return tokens if self.tokens is None else _tokens_left(self, block, depth, tokens, prefix)
 
   def with_links(self, **fields) -> "Plan":
     """The plan with these fields in each of its Sparsifiners, such as masked=False."""
@@ -110,9 +112,13 @@ class Plan:
                       for axis, spec in axes.items()} for block, axes in self.blocks.items()}
     return dataclasses.replace(self, links=changed(self.links), blocks=blocks)
 
-  def reduction(self, block: int, depth: int):
-    """What the tokens axis does between attention and FFN of a block, or None."""
-    return None if self.tokens is None else self.tokens.after_attention(block, depth)
+  def reduction(self, block: int, depth: int) -> carry.Reduction:
+    """What the tokens axis does in a block."""
+    return carry.NOTHING if self.tokens is None else self.tokens.reduction(block, depth)
+
+  def tokens_left(self, block: int, depth: int, tokens: int, prefix: int) -> int:
+    """How many of so many tokens are left when a block begins."""
+    return tokens if self.tokens is None else _lengths(self, depth, tokens, prefix)[block]
 
   def to_json(self) -> str:
     blocks = {str(block): {axis: _to_dict(spec) for axis, spec in axes.items()}
@@ -156,20 +162,13 @@ class Plan:
 
 
 @functools.lru_cache
-def _tokens_left(plan: Plan, block: int, depth: int, tokens: int, prefix: int) -> int:
-  """Follows the reductions of the blocks before, shapes only."""
-  def shape(*sizes):
-    return jax.ShapeDtypeStruct(sizes, "float32")
-
-  state = Tokens(shape(1, tokens, 1))
-  for i in range(block):
-    reduce = plan.reduction(i, depth)
-    if reduce is not None:
-      count = state.x.shape[1]
-      heads = shape(1, count, 1, 2)
-      state = jax.eval_shape(lambda s, q, k, reduce=reduce: reduce(s, q, k, prefix), state, heads,
-                             heads)
-  return state.x.shape[1]
+def _lengths(plan: Plan, depth: int, tokens: int, prefix: int) -> list[int]:
+  """Tokens before each block and behind the last: the reductions followed, shapes only."""
+  state, lengths = carry.Tokens(jax.ShapeDtypeStruct((1, tokens, 8), "float32")), [tokens]
+  for i in range(depth):
+    state = carry.shapes_after(plan.reduction(i, depth), state, prefix)
+    lengths.append(state.x.shape[1])
+  return lengths
 
 
 def _check_axes(axes: Mapping, where: str):

@@ -40,4 +40,5 @@ def preprocess(model: nn.Module) -> Preprocess:
   """The evaluation of the named model (timm's where timm has the model), at `model.image_size`."""
   row = variant_of(model.variant)
   size = tuple(np.broadcast_to(model.image_size, 2).tolist())
-  return Preprocess(row.mean, row.std, row.crop, row.interpolation, size)
+  crop = row.crop_384 if row.crop_384 and min(size) >= 384 else row.crop
+  return Preprocess(row.mean, row.std, crop, row.interpolation, size)

@@ -72,19 +72,16 @@ def size(tree) -> int:
   return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
-def get(tree, path: str):
-  """The subtree at "blocks_3/mlp", or {} where there is none (batch statistics are sparse)."""
-  for key in path.split("/"):
-    tree = tree.get(key, {})
+def nested(leaves: dict[str, Any]) -> dict[str, Any]:
+  """The nested dict of {name: leaf}; inverse of `named_leaves` for trees of dicts."""
+  tree = {}
+  for name, leaf in leaves.items():
+    *parents, last = name.split("/")
+    node = tree
+    for key in parents:
+      node = node.setdefault(key, {})
+    node[last] = leaf
   return tree
-
-
-def replace(tree, path: str, subtree):
-  """A copy of nested dict `tree` with the subtree at `path` replaced; {} removes it."""
-  key, _, rest = path.partition("/")
-  new = replace(tree.get(key, {}), rest, subtree) if rest else subtree
-  out = {k: v for k, v in tree.items() if k != key}
-  return out if isinstance(new, dict) and not new else {**out, key: new}
 
 
 def digest(tree) -> str:

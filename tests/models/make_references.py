@@ -159,7 +159,8 @@ def pvt():
 
   probe = {r"cls_token|pos_embed\d|patch_embed1\.proj\.weight": 3e-3,
            r"patch_embed\d\.(proj\.bias|norm\..*)": 3e-3, **PYRAMID_PROBE}
-  yield Case("pvt_small", PYRAMID, ((64, 64), (96, 64)), build, probe)
+  # 96 x 32 stretches positions one way and shrinks them the other.
+  yield Case("pvt_small", PYRAMID, ((64, 64), (96, 32)), build, probe)
 
 
 def pvt_v2():

@@ -30,7 +30,8 @@ AT_384 = {"lvvit_s": (26_297_744, 21.896), "lvvit_m": (56_025_104, 41.638)}
 
 
 def small(plan=None, **fields):
-  return tiny.deit(plan, name="lvvit_s", **{"heads": 3, "stem_width": 8, **fields})
+  """One block suffices: what depends on depth is checked against the authors' logits."""
+  return tiny.deit(plan, name="lvvit_s", **{"heads": 3, "depth": 1, "stem_width": 8, **fields})
 
 
 @functools.cache
@@ -100,17 +101,17 @@ def test_compact_to_all_heads_and_full_rank_is_the_dense_model():
     assert vc.verify(model, variables, compact, new, x).max_rel < 1e-4
 
 
-def mixed(model, variables, x, key=1):
-  out, _ = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))(
-      variables, x, rngs={"dropout": jax.random.key(key)})
-  return out
+@functools.partial(jax.jit, static_argnums=0)
+def mixed(model, variables, x, key):
+  return model.apply(variables, x, train=True, mutable=["batch_stats"],
+                     rngs={"dropout": jax.random.key(key)})[0]
 
 
 def test_patch_logits_return_to_their_images():
   # Without blocks a patch's logits depend on itself and its position alone.
   model = small(depth=0)
   variables, x = tiny.init(model), tiny.images(model, batch=4)
-  plain = mixed(small(depth=0, mix_token=False), variables, x)
+  plain = mixed(small(depth=0, mix_token=False), variables, x, 0)
   assert plain.share == 1
   shares = []
   for key in range(4):
@@ -124,10 +125,9 @@ def test_patch_logits_return_to_their_images():
 def test_blocks_see_the_mixed_patches():
   model = small(drop_path_rate=0.0)
   variables, x = tiny.init(model), tiny.images(model, batch=4)
-  plain = mixed(small(drop_path_rate=0.0, mix_token=False), variables, x)
-  outs = [mixed(model, variables, x, key) for key in range(4)]
-  mixes = [out for out in outs if out.share < 1]
-  assert mixes and all(np.abs(out.logits - plain.logits).max() > 1e-3 for out in mixes)
+  plain = mixed(small(drop_path_rate=0.0, mix_token=False), variables, x, 0)
+  out = mixed(model, variables, x, 1)
+  assert out.share < 1 and np.abs(out.logits - plain.logits).max() > 1e-3
 
 
 def test_the_share_is_what_the_box_leaves():
@@ -162,7 +162,6 @@ def test_training_moves_statistics_and_gradients_are_finite():
   grads, stats = grad(variables["params"])
   for name, leaf in trees.named_leaves(grads).items():
     assert np.isfinite(leaf).all(), name
-    # Under softmax, shifts of all scores and of keys do nothing: everything else learns.
     assert np.abs(leaf).max() > 0, name
   old = trees.named_leaves(variables["batch_stats"])
   assert all(np.abs(leaf - old[name]).max() > 0 for name, leaf in trees.named_leaves(stats).items())
@@ -217,7 +216,7 @@ def test_options_of_the_output_and_the_input(fields, shape):
 
 
 def test_features_are_returned_when_asked_for():
-  model = small()
+  model = small(depth=2)
   variables, x = tiny.init(model), tiny.images(model)
   _, seen = jax.eval_shape(lambda: model.apply(variables, x, mutable=["features"]))
   shapes = {name: leaf[0].shape for name, leaf in seen["features"].items()}

@@ -16,9 +16,9 @@ PLAN = '{"heads": {"method": "hmhsa"}, "ffn": {"method": "cffn"}}'
 def tiny_config() -> ConfigDict:
   """Everything that a state can hold (averages, batch norm, taps), as small as it gets."""
   return ConfigDict({
-      "seed": 0, "total_steps": 40, "batch_size": 16, "accumulate": 1, "eval_batch_size": 184,
-      "checkpoint_every": 20, "keep_last": 2, "log_every": 10, "ema_half_life": 0.05,
-      "eval_params": "raw", "plan": PLAN,
+      "seed": 0, "init_from": "", "total_steps": 40, "batch_size": 16, "accumulate": 1,
+      "eval_batch_size": 184, "checkpoint_every": 20, "keep_last": 2, "log_every": 10,
+      "ema_half_life": 0.05, "eval_params": "raw", "plan": PLAN,
       "model": {"name": "deit_tiny_patch16_224", "image_size": 8, "patch_size": 4, "width": 16,
                 "depth": 2, "heads": 2, "drop_path_rate": 0.1, "dtype": "float32", "remat": False},
       "data": {"name": "digits", "augment": "digits", "workers": 0, "erase": 0.25,

@@ -1,8 +1,10 @@
 """The losses have the values of hand-made examples."""
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vitcompact.models.lvvit import TokenLogits
 from vitcompact.train import losses
 
 STUDENT = jnp.array([[1.0, 0, -1], [0.5, 2, 0]])
@@ -30,3 +32,71 @@ def test_losses_are_computed_in_float32_from_bfloat16_logits():
   assert loss.dtype == jnp.float32
   z = np.array(logits, np.float64)[0]
   assert loss[0] == pytest.approx(np.log(np.exp(z - z[0]).sum()), rel=1e-6)
+
+
+def test_two_heads_learn_alike_and_guess_together():
+  loss, logits = losses.classification((STUDENT, TEACHER), TARGETS)
+  each = [losses.cross_entropy(head, TARGETS).mean() for head in (STUDENT, TEACHER)]
+  assert loss == pytest.approx(float(sum(each)) / 2)
+  np.testing.assert_allclose(logits, STUDENT + TEACHER)
+  assert losses.classification(STUDENT, TARGETS)[0] == pytest.approx(float(each[0]))
+
+
+def test_mixed_tokens_teach_the_class_token_the_mixture_and_each_patch_its_own_image():
+  tokens = jnp.stack([STUDENT, 2 * STUDENT, TEACHER], axis=1)
+  out = TokenLogits(STUDENT, tokens, jnp.float32(0.75))
+  loss, logits = losses.classification(out, TARGETS, token_weight=0.5)
+  mixed = 0.75 * TARGETS + 0.25 * TARGETS[jnp.array([1, 0])]
+  patches = np.mean([losses.cross_entropy(tokens[:, i], TARGETS).mean() for i in range(3)])
+  expected = losses.cross_entropy(STUDENT, mixed).mean() + 0.5 * patches
+  assert loss == pytest.approx(float(expected))
+  np.testing.assert_array_equal(logits, STUDENT)
+
+
+def test_divergence_is_kl_from_the_teacher():
+  p, q = (np.exp(np.array(z)) / np.exp(np.array(z)).sum(1, keepdims=True) for z in
+          (TEACHER, STUDENT))
+  np.testing.assert_allclose(losses.divergence(STUDENT, TEACHER), (p * np.log(p / q)).sum(1),
+                             rtol=1e-5)
+
+
+def test_kept_ratio_is_the_squared_error_of_each_stage_and_image():
+  alive = [jnp.array([[1.0, 1, 1, 0], [1, 0, 0, 0]]), jnp.array([[1.0, 1, 0, 0], [0, 0, 0, 0]])]
+  wanted = [(0.05 ** 2 + 0.01 ** 2) / 2, (0.45 ** 2 + 0.49 ** 2) / 2]
+  np.testing.assert_allclose(losses.kept_ratio(alive, (0.7, 0.49)), wanted, rtol=1e-5)
+  with pytest.raises(ValueError):
+    losses.kept_ratio(alive, (0.7,))
+
+
+def test_token_losses_are_means_over_the_survivors_of_the_batch():
+  student, teacher = np.random.default_rng(0).normal(size=(2, 2, 4, 3)).astype(np.float32)
+  alive = np.array([[1.0, 1, 1, 0], [0, 0, 1, 0]])
+  held = alive > 0
+  square = losses.token_square(jnp.array(student), jnp.array(teacher), jnp.array(alive))
+  assert square.mean() == pytest.approx(((student - teacher)[held] ** 2).mean(), rel=1e-5)
+  kl = losses.token_divergence(jnp.array(student), jnp.array(teacher), jnp.array(alive))
+  wanted = losses.divergence(jnp.array(student[held]), jnp.array(teacher[held])).mean()
+  assert kl.mean() == pytest.approx(float(wanted), rel=1e-5)
+  assert not losses.token_square(jnp.array(student), jnp.array(teacher), jnp.zeros((2, 4))).any()
+
+
+def test_token_losses_do_not_teach_who_survives():
+  alive = jnp.array([[1.0, 0, 1]])
+  values = jnp.array([[1.0, jnp.inf, 3]])
+  assert losses.over_survivors(values, alive) == 2
+  assert not jax.grad(lambda a: losses.over_survivors(values, a).sum())(alive).any()
+
+
+def test_consistency_counts_images_that_the_student_gets_right():
+  logits = jnp.log(jnp.array([[0.5, 0.5], [0.3, 0.7], [0.39, 0.61]]))
+  student, teacher = jnp.array([[1.0, 2], [3, 4], [5, 6]]), jnp.array([[0.0, 0], [1, 1], [2, 2]])
+  labels = jnp.array([0, 1, 0])      # the third has 0.39 of 0.4
+
+  def loss(student, teacher, labels):
+    return losses.consistency(student, teacher, logits, labels).mean()
+
+  assert loss(student, teacher, labels) == pytest.approx((2.5 + 6.5) / 2)
+  assert loss(student, teacher, jnp.array([1, 1, 1])) == pytest.approx((2.5 + 6.5 + 12.5) / 3)
+  assert losses.consistency(student[1:2], teacher[1:2], logits[1:2], jnp.array([0])) == 0
+  grads = jax.grad(loss, argnums=(0, 1))(student, teacher, labels)
+  assert grads[0][:2].any() and not grads[0][2].any() and not grads[1].any()

@@ -112,8 +112,8 @@ def test_a_batch_is_split_over_every_device_and_must_divide():
   images = sharding.put_batch(batch_of(16), mesh)["image"]
   assert isinstance(images.sharding, NamedSharding)
   assert {shard.data.shape for shard in images.addressable_shards} == {(2, 8, 8, 3)}
-  with pytest.raises(ValueError, match=r"a batch of 12 .* cannot be split over 8 devices"):
-    sharding.put_batch(batch_of(12), mesh)
+  with pytest.raises(ValueError, match=r"batch_size=12 cannot be split over 8 .* such as 16"):
+    sharding.check_batch("batch_size", 12, mesh)
 
 
 def test_the_config_chooses_the_mesh(built):

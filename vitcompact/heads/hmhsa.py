@@ -217,7 +217,7 @@ class Hallucinate(nn.Module):
       return filter_side(out_bngrd, query_taps, query_gain, self.query_grid).sum(axis=3)
 
     if attention.wants_maps(self):
-      maps_bfnm = core.maps(query_bnfd, key_bmfd)
+      maps_bfnm = core.merged(core.maps(query_bnfd, key_bmfd))
       maps_bgnm = maps_bfnm[:, jnp.arange(hallucinated) % real]
       by_key = filter_side(maps_bgnm.transpose(0, 3, 1, 2)[:, :, :, None], key_taps, key_gain,
                            self.key_grid)
@@ -255,7 +255,7 @@ class Hallucinate(nn.Module):
       return jnp.concatenate([scores_bfnm, made], axis=1)
 
     if attention.wants_maps(self):
-      self.sow("maps", "maps", core.maps(query_bnfd, key_bmfd, rescore))
+      self.sow("maps", "maps", core.merged(core.maps(query_bnfd, key_bmfd, rescore)))
     return core(query_bnfd, key_bmfd, value_bmhd, rescore)
 
 

@@ -12,6 +12,7 @@ from vitcompact.models import torch_names
 from vitcompact.models.torch_names import Entry, Positions
 from vitcompact.models.variant import Variant
 from vitcompact.plan import Plan
+from vitcompact.tokens import carry, dynamicvit
 from vitcompact.tokens.carry import Tokens
 from vitcompact.trees import Leaf
 
@@ -95,7 +96,8 @@ class VisionTransformer(nn.Module):
   @nn.nowrap
   def leaf_rules(self) -> list[tuple[str, Leaf]]:
     """[(pattern, Leaf)] for every parameter under any plan; see `trees.first_match`."""
-    return [*LEAVES, *hmhsa.LEAVES, *sparsifiner.LEAVES, *cffn.LEAVES, *layers.LEAVES]
+    return [*LEAVES, *hmhsa.LEAVES, *sparsifiner.LEAVES, *dynamicvit.LEAVES, *cffn.LEAVES,
+            *layers.LEAVES]
 
   @nn.nowrap
   def torch_entries(self) -> list[Entry]:
@@ -149,17 +151,15 @@ class VisionTransformer(nn.Module):
     tokens = Tokens(x)
     for i in range(self.depth):
       tokens = getattr(self, f"blocks_{i}")(tokens, train)
-      # Everything is mutable in init, whose variables are no place for features. The name
-      # blocks_{i} is the module's.
-      if not self.is_initializing():
-        self.sow("features", f"block_{i}", tokens.x)
-    return self._head(tokens.x, train)
+      carry.record(self, i, tokens, self.prefix)
+    return self._head(tokens, train)
 
-  def _head(self, x_bnw, train: bool):
+  def _head(self, tokens: Tokens, train: bool):
     if self.global_pool == "avg":
-      x = self.fc_norm(x_bnw[:, self.prefix:].mean(axis=1))
+      x = self.fc_norm(carry.mean_of_patches(tokens, self.prefix))
     else:
-      x = self.norm(x_bnw)
+      x = self.norm(tokens.x)
+      carry.record_last(self, x, tokens, self.prefix)
     by_token = self.global_pool == "token"
     if not self.num_classes:
       return (x[:, :self.prefix].mean(axis=1) if by_token else x).astype(jnp.float32)

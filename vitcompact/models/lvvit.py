@@ -17,6 +17,7 @@ from vitcompact.models import torch_names
 from vitcompact.models.torch_names import Entry, Positions
 from vitcompact.models.variant import Variant
 from vitcompact.plan import Plan
+from vitcompact.tokens import carry, dynamicvit
 from vitcompact.tokens.carry import Tokens
 from vitcompact.trees import Leaf
 
@@ -37,12 +38,15 @@ class TokenLogits:
 
   logits (B, K) of the class token, whose target is share * t + (1 - share) * t[::-1]; token_logits
   (B, N, K), each where its patch was in its own image, so that targets of patches need no mixing;
-  share, (): the part of the grid that stayed with its own image. loss = soft cross entropy of
-  logits + weight * mean over patches of that of token_logits (the authors' weight is 1).
+  share, (): the part of the grid that stayed with its own image; alive (B, N): 0 for patches that a
+  reducer dropped or fused away, whose token_logits say nothing, else 1 (a merged patch has the
+  logits of the token that it is part of). loss = soft cross entropy of logits + weight * mean over
+  patches alive of that of token_logits (the authors' weight is 1).
   """
   logits: jax.Array
   token_logits: jax.Array
   share: jax.Array
+  alive: jax.Array
 
 
 def draw_box(key, grid: tuple[int, int]):
@@ -174,7 +178,8 @@ class LVViT(nn.Module):
   @nn.nowrap
   def leaf_rules(self) -> list[tuple[str, Leaf]]:
     """[(pattern, Leaf)] for every parameter under any plan; see `trees.first_match`."""
-    return [*LEAVES, *hmhsa.LEAVES, *sparsifiner.LEAVES, *cffn.LEAVES, *layers.LEAVES]
+    return [*LEAVES, *hmhsa.LEAVES, *sparsifiner.LEAVES, *dynamicvit.LEAVES, *cffn.LEAVES,
+            *layers.LEAVES]
 
   @nn.nowrap
   def torch_entries(self) -> list[Entry]:
@@ -225,20 +230,25 @@ class LVViT(nn.Module):
     tokens = Tokens(x)
     for i in range(self.depth):
       tokens = getattr(self, f"blocks_{i}")(tokens, train)
-      # Everything is mutable in init, whose variables are no place for features. The name
-      # blocks_{i} is the module's.
-      if not self.is_initializing():
-        self.sow("features", f"block_{i}", tokens.x)
+      carry.record(self, i, tokens, 1)
     x = self.norm(tokens.x)
+    carry.record_last(self, x, tokens, 1)
     if not self.num_classes:
       return x[:, 0].astype(jnp.float32)
     logits = self.head(x[:, 0]).astype(jnp.float32)
-    patches = x[:, 1:-1] if tokens.fused else x[:, 1:]
-    token_logits = self.aux_head(patches).astype(jnp.float32)
+    token_logits = self.aux_head(x[:, 1:]).astype(jnp.float32)
     if not train:
+      if tokens.remainder is not None:
+        token_logits = jnp.where(tokens.remainder[:, 1:, None], -jnp.inf, token_logits)
       return logits + 0.5 * token_logits.max(axis=1)
-    grid_logits = token_logits.reshape(-1, *self.grid, self.num_classes)
-    return TokenLogits(logits, swap(grid_logits, box).reshape(token_logits.shape), 1 - box.mean())
+    token_logits, alive = carry.by_patch(token_logits, tokens, 1)
+    return TokenLogits(logits, self._unmix(token_logits, box), 1 - box.mean(),
+                       self._unmix(jax.lax.stop_gradient(alive)[..., None], box)[..., 0])
+
+  def _unmix(self, rows_bpk, box_hw):
+    """Rows of patches (B, P, K) put back where the patches were before MixToken."""
+    rows_bhwk = rows_bpk.reshape(-1, *self.grid, rows_bpk.shape[-1])
+    return swap(rows_bhwk, box_hw).reshape(rows_bpk.shape)
 
 
 VARIANTS = {

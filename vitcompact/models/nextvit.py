@@ -148,9 +148,9 @@ class NextViT(nn.Module):
   @nn.nowrap
   def check(self):
     """Raises ValueError, one line, where the fields do not go together."""
-    for field, wanted in (("stem_widths", 4), ("widths", 4), ("depths", 4), ("periods", 4)):
-      if len(getattr(self, field)) != wanted:
-        raise ValueError(f"{field}={getattr(self, field)}: must have {wanted} entries")
+    for field in ("stem_widths", "widths", "depths", "periods"):
+      if len(getattr(self, field)) != 4:
+        raise ValueError(f"{field}={getattr(self, field)}: must have 4 entries")
     places = self.places()
     for stage in range(4):
       hybrid = any(place.transformer for place in places if place.stage == stage)
@@ -160,7 +160,7 @@ class NextViT(nn.Module):
                          f"be a multiple of {divisor}, for heads of head_dim={self.head_dim}" +
                          (" on three quarters of a block's channels" if hybrid else ""))
       height, width = self.grids[stage]
-      if hybrid and height * width < POOLS[stage]:
+      if hybrid and (min(height, width) < 1 or height * width < POOLS[stage]):
         raise ValueError(f"image_size={self.image_size}: stage {stage + 1} has {height} x {width} "
                          f"tokens, and a key there averages {POOLS[stage]}; the smallest square "
                          f"that fits is {self._smallest_side(places)}")
@@ -179,8 +179,7 @@ class NextViT(nn.Module):
 
   @nn.nowrap
   def parts(self) -> dict[str, nn.Module]:
-    """{name: module}: what a plan changes or folding does, here all of it, not bound to a parent.
-    """
+    """{name: module}, everything: a plan or folding changes all of it; not bound to a parent."""
     rates = np.linspace(0, self.drop_path_rate, self.depth).tolist()
     parts = {"stem": Stem(self.stem_widths, self.deploy, self.dtype, parent=None)}
     for i, place in enumerate(self.places()):
@@ -289,6 +288,6 @@ def _conv_norm(conv: str, norm: str, ours: str) -> list[Entry]:
 
 VARIANTS = {
     f"nextvit_{size}": Variant(NextViT, {"depths": (3, 4, depth, 3), "drop_path_rate": rate},
-                               crop=0.95)
+                               crop=0.95, crop_384=1.0)
     for size, depth, rate in (("small", 10, 0.1), ("base", 20, 0.2), ("large", 30, 0.2))
 }

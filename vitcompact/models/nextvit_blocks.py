@@ -173,8 +173,7 @@ def block_from_dense(block: nn.Module, params, stats, moments):
 
 
 def fold_convolutions(params, stats):
-  """The block's convolutions, each with its norm folded in; norms in front of linears are left out.
-  """
+  """The block's convolutions, each with its norm folded in; without the norms before linears."""
   out = {name: fold_conv_norm(params[name], stats[name])
          for name in ("patch_embed", "projection") if name in params}
   mhca = params["mhca"]

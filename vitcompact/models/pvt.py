@@ -184,7 +184,8 @@ def resize_positions(positions_1nw, stored: tuple[int, int], grid: tuple[int, in
 
 
 VARIANTS = {
-    f"pvt_{size}": Variant(PyramidVisionTransformer, {"depths": depths, "drop_path_rate": rate})
+    f"pvt_{size}": Variant(PyramidVisionTransformer, {"depths": depths, "drop_path_rate": rate},
+                           crop=0.875)
     for size, depths, rate in (("tiny", (2, 2, 2, 2), 0.1), ("small", (3, 4, 6, 3), 0.1),
                                ("medium", (3, 4, 18, 3), 0.3), ("large", (3, 8, 27, 3), 0.3))
 }

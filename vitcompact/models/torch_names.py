@@ -85,6 +85,8 @@ def block(torch: str, ours: str, module) -> list[Entry]:
     attn.hallucinate.NAME  taps and gains, as they are
     attn.mask_predictor    Sparsifiner's, under its authors' names; those of blocks are ours
     mlp.fc2.a, mlp.fc2.b   the factors, as linear layers; only b has a bias
+
+  DynamicViT's predictors are numbered, as the authors do.
   """
   attn = module.attn
   entries = norm(f"{torch}.norm1", f"{ours}/norm1")
@@ -93,7 +95,7 @@ def block(torch: str, ours: str, module) -> list[Entry]:
   entries += out(f"{torch}.attn.proj", f"{ours}/attn/out")
   entries += [Entry(f"{torch}.attn.hallucinate.{name}",
                     (f"params/{ours}/attn/hallucinate/{name}",)) for name in _filters(attn)]
-  entries += _predictor(f"{torch}.attn.mask_predictor", f"{ours}/links", module.links)
+  entries += links_predictor(f"{torch}.attn.mask_predictor", f"{ours}/links", module.links)
   entries += norm(f"{torch}.norm2", f"{ours}/norm2")
   for name in ("fc1", "fc2"):
     path = f"{torch}.mlp.{name}", f"{ours}/mlp/{name}"
@@ -103,10 +105,22 @@ def block(torch: str, ours: str, module) -> list[Entry]:
       entries += linear(f"{path[0]}.b", f"{path[1]}/b")
     else:
       entries += linear(*path)
+  if module.reduce_tokens.predict is not None:
+    stage = module.reduce_tokens.predict().stage
+    entries += predictor(f"score_predictor.{stage}", f"{ours}/predict_tokens")
   return entries
 
 
-def _predictor(torch: str, ours: str, links) -> list[Entry]:
+def predictor(torch: str, ours: str) -> list[Entry]:
+  """Entries of a DynamicViT predictor, the authors' names."""
+  return [*norm(f"{torch}.in_conv.0", f"{ours}/norm"),
+          *linear(f"{torch}.in_conv.1", f"{ours}/in_proj"),
+          *linear(f"{torch}.out_conv.0", f"{ours}/out1"),
+          *linear(f"{torch}.out_conv.2", f"{ours}/out2"),
+          *linear(f"{torch}.out_conv.4", f"{ours}/out3")]
+
+
+def links_predictor(torch: str, ours: str, links) -> list[Entry]:
   """Entries of a predictor of links, or none."""
   if links is None:
     return []
@@ -178,3 +192,36 @@ def to_leaves(layout: str, tensor: np.ndarray, shapes) -> list[np.ndarray]:
     return [part.T.reshape(shape)
             for part, shape in zip(np.split(tensor, rows), shapes, strict=True)]
   return [tensor]
+
+
+def resize_positions(positions: np.ndarray, prefix: int, grid: tuple[int, int], method: str):
+  """(1, prefix + n^2, D) -> (1, prefix + h * w, D): prefix rows kept, the square grid resized.
+
+  As torch's interpolate with align_corners=False and no antialiasing: "bicubic" (a = -0.75, edges
+  clamped) or "bilinear".
+  """
+  side = round((positions.shape[1] - prefix) ** 0.5)
+  rows, columns = (resize_matrix(side, size, method) for size in grid)
+  plane = positions[0, prefix:].astype(np.float64).reshape(side, side, -1)
+  plane = np.einsum("hi,wj,ijd->hwd", rows, columns, plane, optimize=True)
+  plane = plane.reshape(1, grid[0] * grid[1], -1).astype(positions.dtype)
+  return np.concatenate([positions[:, :prefix], plane], axis=1)
+
+
+def resize_matrix(old: int, new: int, method: str) -> np.ndarray:
+  """(new, old) weights that resample a line of points."""
+  centre = (np.arange(new) + 0.5) * old / new - 0.5
+  reach = {"bicubic": 2, "bilinear": 1}[method]
+  kernel = _cubic if method == "bicubic" else lambda x: np.maximum(0, 1 - np.abs(x))
+  out = np.zeros((new, old))
+  for step in range(1 - reach, reach + 1):
+    point = np.floor(centre).astype(int) + step
+    np.add.at(out, (np.arange(new), np.clip(point, 0, old - 1)), kernel(centre - point))
+  return out
+
+
+def _cubic(x, a=-0.75):
+  x = np.abs(x)
+  near = ((a + 2) * x - (a + 3)) * x * x + 1
+  far = a * (((x - 5) * x + 8) * x - 4)
+  return np.where(x <= 1, near, np.where(x < 2, far, 0))

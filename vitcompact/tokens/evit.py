@@ -7,7 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from vitcompact import attention
-from vitcompact.tokens.carry import Tokens, follow, identity_source, take
+from vitcompact.tokens import carry
+from vitcompact.tokens.carry import Reduction, Tokens, follow, identity_source, take
+
+# Keep rates that a warm-up goes through, the first (1) and the last included: each is a program of
+# its own to compile.
+WARMUP_RATES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,20 +27,41 @@ class EViT:
   fuse: bool = True
 
   def __post_init__(self):
-    if not 0 < self.keep <= 1:
-      raise ValueError(f"EViT(keep={self.keep!r}): must be in (0, 1]")
-    object.__setattr__(self, "blocks", tuple(sorted(self.blocks)))
+    carry.check_keep("EViT", self.keep)
+    if not isinstance(self.fuse, bool):
+      raise ValueError(f"EViT(fuse={self.fuse!r}): must be True or False")
+    object.__setattr__(self, "blocks", carry.checked_blocks("EViT", self.blocks))
 
-  def after_attention(self, block: int, depth: int):
-    """The reduction of this block, a function (tokens, query, key, prefix) -> tokens, or None."""
+  def at_keep(self, keep: float) -> "EViT":
+    """The same with another keep rate. It has no parameters: weights fit all of them."""
+    return dataclasses.replace(self, keep=keep)
+
+  def at_epoch(self, epoch: float, *, start: float = 10.0, length: float = 100.0) -> "EViT":
+    """What trains at this (fractional) epoch when the keep rate is warmed up.
+
+    The authors' rate is 1 before `start`, a half cosine down to `keep` over `length` epochs, then
+    `keep`. Here it is rounded to the nearest of WARMUP_RATES even steps from 1 to `keep`.
+    """
+    done = min(max((epoch - start) / length, 0.0), 1.0)
+    lost = (1 - math.cos(math.pi * done)) / 2
+    step = round(lost * (WARMUP_RATES - 1))
+    return self.at_keep(self.keep if step == WARMUP_RATES - 1 else
+                        1 - (1 - self.keep) * step / (WARMUP_RATES - 1))
+
+  def reduction(self, block: int, depth: int) -> Reduction:
+    """What happens in this block."""
     del depth
-    return self.reduce if block in self.blocks and self.keep < 1 else None
+    if block not in self.blocks or self.keep == 1:
+      return carry.NOTHING
+    return Reduction(after_attention=self.reduce)
 
   def reduce(self, tokens: Tokens, query_bnhd, key_bnhd, prefix: int) -> Tokens:
     """Tokens after attention, with the queries and keys that it used (real heads)."""
     patches = tokens.x.shape[1] - prefix
-    score_bp = class_scores(query_bnhd, key_bnhd)[:, prefix:]
     count = math.ceil(self.keep * patches - 1e-9)
+    if count == patches:
+      return tokens
+    score_bp = class_scores(query_bnhd, key_bnhd)[:, prefix:]
     kept_bk = jnp.sort(jax.lax.top_k(score_bp, count)[1], axis=1)
     batch = score_bp.shape[0]
     rows = jnp.arange(batch)[:, None]
@@ -44,11 +70,16 @@ class EViT:
     moved_bp = moved_bp.at[rows, kept_bk].set(jnp.arange(prefix, prefix + count)[None])
     first_bp = jnp.broadcast_to(jnp.arange(prefix, dtype=jnp.int32), (batch, prefix))
     x = [tokens.x[:, :prefix], take(tokens.x, kept_bk + prefix)]
+    remainder_bn = None
     if self.fuse:
+      # The remainder of an earlier block competes like a patch, and may be kept beside the new one.
+      old_bn = jnp.zeros(tokens.x.shape[:2], bool) if tokens.remainder is None else tokens.remainder
+      remainder_bn = jnp.concatenate([old_bn[:, :prefix], take(old_bn, kept_bk + prefix),
+                                      jnp.ones((batch, 1), bool)], axis=1)
       weight_bp = jnp.where(moved_bp == prefix + count, score_bp, 0).astype(tokens.x.dtype)
       x.append(jnp.einsum("bp,bpw->bw", weight_bp, tokens.x[:, prefix:])[:, None])
     moved_bn = jnp.concatenate([first_bp, moved_bp], axis=1)
-    return Tokens(jnp.concatenate(x, axis=1), fused=self.fuse,
+    return Tokens(jnp.concatenate(x, axis=1), remainder=remainder_bn,
                   source=follow(identity_source(tokens), moved_bn))
 
 

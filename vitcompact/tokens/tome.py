@@ -6,7 +6,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from vitcompact.tokens.carry import Tokens, follow, identity_source, take
+from vitcompact.tokens import carry
+from vitcompact.tokens.carry import Reduction, Tokens
+from vitcompact.tokens.merge import alternating, best_rows, cosines, merging, without_prefix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,8 @@ class ToMe:
   def __post_init__(self):
     if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 0:
       raise ValueError(f"ToMe(r={self.r!r}): must be a whole number of tokens, 0 or more")
+    if not isinstance(self.prop_attn, bool):
+      raise ValueError(f"ToMe(prop_attn={self.prop_attn!r}): must be True or False")
     for field, allowed in (("schedule", ("constant", "decreasing")),
                            ("order", ("position", "code"))):
       if getattr(self, field) not in allowed:
@@ -38,10 +42,10 @@ class ToMe:
       return self.r
     return int(2 * self.r - 2 * self.r * block / (depth - 1) + 1e-9)
 
-  def after_attention(self, block: int, depth: int):
-    """The reduction of this block, a function (tokens, query, key, prefix) -> tokens, or None."""
+  def reduction(self, block: int, depth: int) -> Reduction:
+    """What happens in this block."""
     r = self.merged_in(block, depth)
-    return functools.partial(self.reduce, r) if r else None
+    return Reduction(after_attention=functools.partial(self.reduce, r)) if r else carry.NOTHING
 
   def reduce(self, r: int, tokens: Tokens, query_bnhd, key_bnhd, prefix: int) -> Tokens:
     """Tokens after attention, with the keys that it used (real heads, averaged)."""
@@ -50,23 +54,12 @@ class ToMe:
     r = min(r, (count - prefix) // 2)
     if not r:
       return tokens
-    from_br, into_br = match(jax.lax.stop_gradient(key_bnhd.mean(axis=2)), r, prefix)
-    rows = jnp.arange(batch)[:, None]
+    pair = match(jax.lax.stop_gradient(key_bnhd.mean(axis=2)), r, prefix)
+    rank_n = alternating(count, prefix) if self.order == "code" else jnp.arange(count)
+    merge = merging([pair], jnp.broadcast_to(rank_n, (batch, count)))
     size_bn = jnp.ones((batch, count)) if tokens.size is None else tokens.size
-    sum_bnw = tokens.x.astype(jnp.float32) * size_bn[..., None]
-    sum_bnw = sum_bnw.at[rows, into_br].add(take(sum_bnw, from_br))
-    size_bn = size_bn.at[rows, into_br].add(take(size_bn, from_br))
-    # Merged tokens go last, the others keep their order; then the last r are cut off.
-    merged_bn = jnp.zeros((batch, count), jnp.int32).at[rows, from_br].set(2)
-    side_n = (jnp.arange(count) % 2 if self.order == "code" else jnp.zeros(count)).astype(jnp.int32)
-    order_bn = jnp.argsort(merged_bn + side_n[None], axis=1, stable=True)
-    place_bn = jnp.zeros((batch, count), jnp.int32).at[rows, order_bn].set(
-        jnp.arange(count, dtype=jnp.int32)[None])
-    moved_bn = place_bn.at[rows, from_br].set(take(place_bn, into_br))
-    kept_bk = order_bn[:, :count - r]
-    size_bk = take(size_bn, kept_bk)
-    x_bkw = (take(sum_bnw, kept_bk) / size_bk[..., None]).astype(tokens.x.dtype)
-    return Tokens(x_bkw, size=size_bk, source=follow(identity_source(tokens), moved_bn),
+    return Tokens(merge.mean(tokens.x, size_bn), size=merge.total(size_bn),
+                  source=carry.follow(carry.identity_source(tokens), merge.moved),
                   proportional=self.prop_attn)
 
 
@@ -76,12 +69,5 @@ def match(metric_bnd, r: int, prefix: int):
   Tokens at even positions each name their most similar one at an odd position; the r most similar
   pairs are taken. The first `prefix` tokens are in no pair.
   """
-  metric_bnd = metric_bnd.astype(jnp.float32)
-  metric_bnd /= jnp.linalg.norm(metric_bnd, axis=-1, keepdims=True)
-  even, odd = metric_bnd[:, ::2], metric_bnd[:, 1::2]
-  similar = jnp.einsum("bmd,bnd->bmn", even, odd)
-  free = jnp.arange(metric_bnd.shape[1]) >= prefix
-  similar = jnp.where((free[::2, None] & free[None, 1::2])[None], similar, -jnp.inf)
-  best, partner = similar.max(axis=-1), similar.argmax(axis=-1)
-  from_br = jax.lax.top_k(best, r)[1]
-  return 2 * from_br, 2 * jnp.take_along_axis(partner, from_br, axis=1) + 1
+  row_br, column_br = best_rows(without_prefix(cosines(metric_bnd), prefix), r)
+  return 2 * row_br, 2 * column_br + 1

@@ -57,13 +57,14 @@ class Log:
 
   def say(self, text: str):
     """A line for the reader, above the bar where there is one."""
-    if self.active:
-      (self.bar.console.print if self.bar else lambda t: print(t, flush=True))(text)
-
-  def progress(self, step: int, images_per_second: float | None = None):
     if self.bar:
-      rate = {} if images_per_second is None else {"rate": f"{images_per_second:.0f} img/s"}
-      self.bar.update(self.task, completed=step, **rate)
+      self.bar.console.print(text, markup=False, highlight=False)
+    elif self.active:
+      print(text, flush=True)
+
+  def progress(self, step: int):
+    if self.bar:
+      self.bar.update(self.task, completed=step)
 
   def write(self, step: int, values: dict):
     """One line of metrics.jsonl, numbers to TensorBoard, and a line of text."""
@@ -73,6 +74,8 @@ class Log:
     for name, value in values.items():
       if isinstance(value, (int, float)):
         self.events.add_scalar(name, value, step)
+    if self.bar and "images_per_second" in values:
+      self.bar.update(self.task, rate=f"{values['images_per_second']:.0f} img/s")
     shown = " ".join(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
                      for name, value in values.items())
     self.say(f"step {step}/{self.total_steps} {shown}")

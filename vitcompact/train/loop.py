@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 import vitcompact as vc
 from vitcompact import trees
 from vitcompact.data import pipeline
-from vitcompact.train import optim, settings, sharding, workdir
+from vitcompact.train import optim, settings, sharding, start, workdir
 from vitcompact.train import step as steps
 from vitcompact.train.checkpoint import Checkpoints
 from vitcompact.train.log import Log, Meter
@@ -54,6 +54,9 @@ def resolve(config) -> FrozenConfigDict:
 def build(config: FrozenConfigDict) -> Run:
   """The model, the mesh, and the jitted functions; nothing is computed or written."""
   mesh = sharding.make_mesh(config.mesh)
+  sharding.check_batch("config.batch_size / accumulate", config.batch_size // config.accumulate,
+                       mesh)
+  sharding.check_batch("config.eval_batch_size", config.eval_batch_size, mesh)
   classes = pipeline.num_classes(config.data.name)
   sizes = config.model.to_dict()
   model = vc.create_model(sizes.pop("name"), plan=vc.Plan.parse(config.plan), num_classes=classes,
@@ -77,6 +80,17 @@ def build(config: FrozenConfigDict) -> Run:
   return Run(config, mesh, model, preprocess, steps.jit_init(init, shardings), shapes, shardings,
              steps.jit_train_step(train_step, shardings, mesh),
              steps.jit_eval_step(eval_step, mesh))
+
+
+def fresh_state(run: Run) -> steps.TrainState:
+  """Drawn from the seed, or from the file that `config.init_from` names."""
+  state = run.init(jax.random.key(run.config.seed))
+  if not run.config.init_from:
+    return state
+  variables = start.load_variables(
+      run.config.init_from, run.model,
+      lambda: start.calibration_images(run.config, run.preprocess))
+  return start.started_from(state, variables, run.shardings)
 
 
 def processes() -> dict[str, int]:
@@ -183,7 +197,7 @@ def train(config, directory, *, until: int | None = None) -> Result:
       state = checkpoints.restore(saved[-1], run.shapes, run.shardings, data)
       log.say(f"resumed at step {saved[-1]} from {checkpoints.directory / str(saved[-1])}")
     else:
-      state = run.init(jax.random.key(config.seed))
+      state = fresh_state(run)
     stop = min(until or config.total_steps, config.total_steps)
     state = fit(run, state, data, stop, checkpoints, log)
     checkpoints.wait()

@@ -2,10 +2,29 @@
 import jax
 import jax.numpy as jnp
 
+from vitcompact.models.lvvit import TokenLogits
+
 
 def cross_entropy(logits_bk: jax.Array, targets_bk: jax.Array) -> jax.Array:
   """-sum_k y_k log softmax(z)_k: (B,). Targets are probabilities, smoothed or mixed or one-hot."""
   return -jnp.sum(targets_bk * jax.nn.log_softmax(logits_bk.astype(jnp.float32)), axis=-1)
+
+
+def classification(outputs, targets_bk: jax.Array, token_weight: float = 1.0):
+  """What a model returns in training against the labels: (mean loss, logits of the class guess).
+
+  Of several linear heads (distilled DeiT without a teacher), each learns from the labels. LV-ViT's
+  class token learns from the mixture that MixToken made of its image, its patches from their own
+  image's label; `token_weight` is 1 in the authors' code.
+  """
+  if isinstance(outputs, TokenLogits):
+    mixed_bk = outputs.share * targets_bk + (1 - outputs.share) * targets_bk[::-1]
+    by_token_bn = cross_entropy(outputs.token_logits, targets_bk[:, None])
+    loss_b = cross_entropy(outputs.logits, mixed_bk) + token_weight * by_token_bn.mean(axis=-1)
+    return loss_b.mean(), outputs.logits
+  heads = outputs if isinstance(outputs, tuple) else (outputs,)
+  loss = sum(cross_entropy(logits, targets_bk).mean() for logits in heads) / len(heads)
+  return loss, sum(logits.astype(jnp.float32) for logits in heads)
 
 
 def hard_distillation(student_bk: jax.Array, teacher_bk: jax.Array) -> jax.Array:
@@ -23,3 +42,59 @@ def soft_distillation(student_bk: jax.Array, teacher_bk: jax.Array, temperature)
   teacher_bk = jax.nn.log_softmax(teacher_bk.astype(jnp.float32) / temperature)
   divergence_bk = jnp.exp(teacher_bk) * (teacher_bk - student_bk)
   return temperature**2 * jnp.mean(divergence_bk, axis=-1)
+
+
+def divergence(student_bk: jax.Array, teacher_bk: jax.Array) -> jax.Array:
+  """KL(teacher || student) of logits (..., K): (...). Its mean is PyTorch's "batchmean"."""
+  student_bk = jax.nn.log_softmax(student_bk.astype(jnp.float32))
+  teacher_bk = jax.nn.log_softmax(teacher_bk.astype(jnp.float32))
+  return jnp.sum(jnp.exp(teacher_bk) * (teacher_bk - student_bk), axis=-1)
+
+
+def kept_ratio(alive, shares) -> jax.Array:
+  """DynamicViT: mean over stages s of (mean_i alive^s_i - shares_s)^2: (B,).
+
+  alive: a list with (B, P) of each stage, 1 where a patch is kept; shares: `DynamicViT.shares()`.
+  """
+  squares = [(jnp.mean(alive_bp, axis=1) - share) ** 2
+             for alive_bp, share in zip(alive, shares, strict=True)]
+  return sum(squares) / len(squares)
+
+
+def token_square(student_bpw: jax.Array, teacher_bpw: jax.Array, alive_bp: jax.Array) -> jax.Array:
+  """Squared error of the features of surviving patches: (B,); see `over_survivors`."""
+  error_bpw = student_bpw.astype(jnp.float32) - teacher_bpw.astype(jnp.float32)
+  return over_survivors(jnp.mean(error_bpw ** 2, axis=-1), alive_bp)
+
+
+def token_divergence(student_bpk: jax.Array, teacher_bpk: jax.Array,
+                     alive_bp: jax.Array) -> jax.Array:
+  """KL(teacher || student) of the logits of surviving patches: (B,); see `over_survivors`."""
+  return over_survivors(divergence(student_bpk, teacher_bpk), alive_bp)
+
+
+def over_survivors(loss_bp: jax.Array, alive_bp: jax.Array) -> jax.Array:
+  """(B,), whose mean is the mean of `loss` over all patches of the batch with alive = 1.
+
+  Who survives is not taught by it: alive gets no gradient. Without survivors it is 0.
+  """
+  alive_bp = jax.lax.stop_gradient(alive_bp)
+  # A loss of 0 times a NaN of somebody dropped would be NaN.
+  total_b = jnp.sum(jnp.where(alive_bp > 0, loss_bp, 0), axis=1)
+  return total_b / jnp.maximum(jnp.mean(jnp.sum(alive_bp, axis=1)), 1 / alive_bp.shape[0])
+
+
+def consistency(student_bw: jax.Array, teacher_bw: jax.Array, student_bk: jax.Array,
+                labels_b: jax.Array, threshold: float = 0.4) -> jax.Array:
+  """MCTF: squared error of normalised class tokens where the student is right already: (B,).
+
+  The mean is that over the images whose true class has more than `threshold` of the student's
+  probability, 0 if none has. The teacher (the same network, less reduced) gets no gradient.
+
+  student_bk: the student's logits; labels_b: int, the true classes.
+  """
+  probability_bk = jax.nn.softmax(student_bk.astype(jnp.float32))
+  passing_b = jnp.take_along_axis(probability_bk, labels_b[:, None], axis=1)[:, 0] > threshold
+  error_bw = student_bw.astype(jnp.float32) - jax.lax.stop_gradient(teacher_bw.astype(jnp.float32))
+  share = jnp.maximum(jnp.mean(passing_b), 1 / passing_b.shape[0])
+  return jnp.where(passing_b, jnp.mean(error_bw ** 2, axis=-1), 0) / share

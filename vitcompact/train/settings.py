@@ -6,8 +6,8 @@ from ml_collections import ConfigDict
 POSITIVE = ("total_steps", "batch_size", "accumulate", "eval_batch_size", "checkpoint_every",
             "keep_last", "log_every")
 KEYS = {
-    "": {*POSITIVE, "seed", "ema_half_life", "eval_params", "model", "plan", "data", "optim",
-         "mesh"},
+    "": {*POSITIVE, "seed", "init_from", "ema_half_life", "eval_params", "model", "plan", "data",
+         "optim", "mesh"},
     "data": {"name", "augment", "workers", "erase", "smoothing", "mixup", "cutmix", "mix_groups"},
     "optim": {"learning_rate", "warmup_steps", "warmup_learning_rate", "final_learning_rate",
               "weight_decay", "b1", "b2", "eps", "clip_norm"},

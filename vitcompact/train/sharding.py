@@ -83,13 +83,15 @@ def moments(optimizer, opt_state, parameter_shardings, mesh: Mesh):
       transform_non_params=lambda _: replicated(mesh))
 
 
+def check_batch(name: str, size: int, mesh: Mesh):
+  """Refuses a batch that the devices cannot share evenly."""
+  if size % mesh.size:
+    raise ValueError(f"{name}={size} cannot be split over {mesh.size} devices; choose a multiple "
+                     f"of {mesh.size}, such as {-(-size // mesh.size) * mesh.size}")
+
+
 def put_batch(batch, mesh: Mesh):
   """A global batch from this process's share of it ({name: numpy array (b, ...)})."""
-  processes = jax.process_count()
-  for name, array in batch.items():
-    if array.shape[0] * processes % mesh.size:
-      raise ValueError(f"a batch of {array.shape[0] * processes} ({name}) cannot be split over "
-                       f"{mesh.size} devices; choose a batch size that is a multiple of it")
   return {name: jax.make_array_from_process_local_data(batches(mesh), np.asarray(array))
           for name, array in batch.items()}
 

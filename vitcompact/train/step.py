@@ -100,10 +100,9 @@ def make_gradients(model, augment, accumulate: int):
     images, targets = augment(augment_key, batch["image"], batch["label"])
     out, new = model.apply(variables(params, batch_stats), images, train=True,
                            rngs={"dropout": dropout_key}, mutable=["batch_stats"])
-    heads = out if isinstance(out, tuple) else (out,)  # distilled: both learn from the labels
-    loss = sum(losses.cross_entropy(logits, targets).mean() for logits in heads) / len(heads)
-    guess = jnp.argmax(sum(logits.astype(jnp.float32) for logits in heads), axis=-1)
-    return loss, (new.get("batch_stats", {}), jnp.mean(guess == batch["label"]))
+    loss, logits = losses.classification(out, targets)
+    accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == batch["label"])
+    return loss, (new.get("batch_stats", {}), accuracy)
 
   def gradients(state, batch, key):
     def one(carry, part):

@@ -1,0 +1,135 @@
+"""Draws which patches of an image survive a token reducer or merge, stage by stage.
+
+  python -m experiments.tokens --checkpoint deploy.safetensors --image cat.jpg --out tokens.png
+  python -m experiments.tokens --checkpoint deit.safetensors --image cat.jpg --out tokens.png \\
+      --plan '{"tokens": {"method": "tome", "r": 13}}'
+
+The checkpoint is one that `vitcompact.convert.save` wrote (training ends with it, and
+experiments.convert makes it). Patches that were dropped, or fused into a remainder, are white;
+patches that became one token have their mean colour and a line around them. --plan shows a
+reducer without parameters (EViT, ToMe, MCTF) on a model that has none. Needs matplotlib.
+"""
+import argparse
+import pathlib
+
+import jax
+import numpy as np
+from PIL import Image
+
+import vitcompact as vc
+from vitcompact import convert
+from vitcompact.tokens.carry import NOTHING
+
+GONE = -1
+LINE = 0.15   # how dark the lines between groups are
+
+
+def stages(model, variables, image) -> list[tuple[str, np.ndarray]]:
+  """[(title, (h, w) int)], behind each block that reduces: the token that holds each patch.
+
+  GONE where a patch was dropped or fused into a remainder. image: (H, W, C), normalised.
+  """
+  blocks = [i for i in range(model.depth) if model.plan.reduction(i, model.depth) != NOTHING]
+  if not blocks:
+    raise ValueError(f"plan={model.plan.to_json()}: no block reduces tokens, nothing to draw; "
+                     "give --plan")
+  _, state = jax.jit(lambda v, x: model.apply(v, x, mutable=["tokens"]))(variables, image[None])
+  sown = state["tokens"]
+  out = []
+  for i in blocks:
+    source = np.asarray(sown[f"source_{i}"][0])[0]
+    alive = np.asarray(sown[f"alive_{i}"][0])[0]
+    holder = np.where(alive, source[-alive.size:], GONE).reshape(model.grid)
+    tokens = len(np.unique(holder[holder != GONE]))
+    out.append((f"block {i}: {tokens} of {alive.size}", holder))
+  return out
+
+
+def painted(image, holder):
+  """The image with each token's patches in their mean colour: (H, W, 3) in [0, 1].
+
+  image: (H, W, 3) in [0, 1]; holder: (h, w) int, as `stages` returns. A token of one patch shows
+  it as it is, more have a line around them; patches that are GONE are white.
+  """
+  height, width = image.shape[0] // holder.shape[0], image.shape[1] // holder.shape[1]
+  whose = np.kron(holder, np.ones((height, width), int))
+  out, merged = image.copy(), np.zeros(whose.shape, bool)
+  out[whose == GONE] = 1
+  for token in np.unique(holder[holder != GONE]):
+    if (holder == token).sum() > 1:
+      merged |= whose == token
+      out[whose == token] = image[whose == token].mean(axis=0)
+  out[1:][(whose[1:] != whose[:-1]) & (merged[1:] | merged[:-1])] = LINE
+  out[:, 1:][(whose[:, 1:] != whose[:, :-1]) & (merged[:, 1:] | merged[:, :-1])] = LINE
+  return out
+
+
+def draw(panels, path):
+  """Writes a row of (title, (H, W, 3)) pictures."""
+  try:
+    import matplotlib
+  except ImportError:
+    raise ValueError("drawing needs matplotlib: pip install -r requirements-dev.txt") from None
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+  columns = min(len(panels), 4)
+  rows = -(-len(panels) // columns)
+  figure, axes = pyplot.subplots(rows, columns, figsize=(3 * columns, 3.3 * rows), squeeze=False)
+  for axis in axes.flat:
+    axis.set_axis_off()
+  for axis, (title, picture) in zip(axes.flat, panels, strict=False):
+    axis.imshow(picture, interpolation="nearest")
+    axis.set_title(title, fontsize=9)
+  figure.tight_layout()
+  figure.savefig(path, dpi=150)
+  pyplot.close(figure)
+
+
+def load(checkpoint, plan=None):
+  """(model, variables) of one of our files; `plan`: another one for the tokens, see above."""
+  model, variables = convert.load(checkpoint)
+  if plan is None:
+    return model, variables
+  tokens = vc.Plan.parse(plan).tokens
+  if isinstance(tokens, vc.DynamicViT) or isinstance(model.plan.tokens, vc.DynamicViT):
+    raise ValueError("--plan: DynamicViT's predictors are trained with the model; draw a "
+                     "checkpoint that has them, without --plan")
+  fields = {axis: getattr(model.plan, axis) for axis in ("heads", "ffn", "blocks")}
+  model = model.clone(plan=vc.Plan(**{**fields, "tokens": tokens}))
+  model.check()
+  return model, variables
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--checkpoint", required=True, help="a .safetensors file of ours")
+  parser.add_argument("--image", required=True)
+  parser.add_argument("--out", required=True, help="a name that ends in .png")
+  parser.add_argument("--plan", help="JSON or a path to it: its tokens replace the model's")
+  parser.add_argument("--force", action="store_true", help="overwrite")
+  args = parser.parse_args()
+  try:
+    print(run(args.checkpoint, args.image, args.out, plan=args.plan, force=args.force))
+  except (ValueError, OSError) as error:
+    raise SystemExit(f"error: {error}") from None
+
+
+def run(checkpoint, image, out, *, plan=None, force=False) -> str:
+  """Writes `out`, returns a line that tells what was drawn."""
+  out = pathlib.Path(out)
+  if out.suffix != ".png":
+    raise ValueError(f"--out={out}: must end in .png")
+  if out.exists() and not force:
+    raise ValueError(f"{out} exists; give another name or --force")
+  model, variables = load(checkpoint, plan)
+  preprocess = vc.preprocess(model)
+  normalised = preprocess(Image.open(image))
+  seen = stages(model, variables, normalised)
+  plain = np.clip(normalised * np.array(preprocess.std) + np.array(preprocess.mean), 0, 1)
+  draw([("image", plain), *((title, painted(plain, holder)) for title, holder in seen)], out)
+  return f"{out}: " + "; ".join(title for title, _ in seen)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,31 @@
+"""The README's table is what its command prints, and its Python runs."""
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from experiments import count
+
+README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_the_table_is_what_its_command_prints():
+  command = re.search(r"`python -m experiments\.count ([^`]*)`", README)[1]
+  printed = count.table(shlex.split(command), count.DEFAULT)
+  assert printed in README
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_python_of_the_first_screen_runs():
+  first = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+  # The same lines at a size that a test can afford.
+  tiny = first.replace('"deit_small_patch16_224"', '"deit_tiny_patch16_224", depth=1, width=48,'
+                       ' image_size=32').replace("224, 224", "32, 32")
+  assert tiny.count("32, 32") == 1
+  scope = {}
+  exec(tiny, scope)
+  proof = scope["vc"].verify(*(scope[name] for name in (
+      "small", "small_variables", "deploy", "deploy_variables", "images")))
+  assert proof.ok
+  assert scope["vc"].count(scope["deploy"]).params < scope["vc"].count(scope["model"]).params

@@ -1,0 +1,59 @@
+"""A run may start from a file: as it is, or made compact for the run's plan."""
+import jax
+import numpy as np
+import pytest
+
+import vitcompact as vc
+from tests import tiny
+from vitcompact import convert, trees
+from vitcompact.train import loop, start
+
+
+@pytest.fixture
+def dense(built, tmp_path):
+  """(path, variables) of a random dense model of the tiny run's size."""
+  model = built.model.clone(plan=vc.Plan())
+  variables = tiny.init(model)
+  convert.save(tmp_path / "dense.safetensors", model, variables)
+  return str(tmp_path / "dense.safetensors"), model, variables
+
+
+def test_a_dense_file_is_made_compact_with_training_images(built, dense):
+  path, model, variables = dense
+  images = start.calibration_images(built.config, built.preprocess)
+  assert images.shape == (128, 8, 8, 3)
+  got = start.load_variables(path, built.model, lambda: images)
+  _, wanted = vc.compact(model, variables, built.model.plan, images=images)
+  assert trees.digest(got) == trees.digest(wanted)
+  state = start.started_from(built.init(jax.random.key(0)), got, built.shardings)
+  for tree in (state.params, state.ema_params):
+    assert trees.digest(tree) == trees.digest(wanted["params"])
+  assert trees.digest(state.ema_batch_stats) == trees.digest(wanted["batch_stats"])
+  placed = jax.tree.map(lambda leaf, sharding: leaf.sharding == sharding, state, built.shardings)
+  assert all(jax.tree.leaves(placed)) and int(state.step) == 0
+
+
+def test_a_run_starts_from_its_file(dense, config):
+  config.init_from = dense[0]
+  run = loop.build(loop.resolve(config))
+  state = loop.fresh_state(run)
+  got, old = (params["blocks_0"]["attn"]["query"]["kernel"]
+              for params in (state.params, dense[2]["params"]))
+  np.testing.assert_array_equal(got, old[:, :1])
+
+
+def test_a_file_of_the_same_plan_is_taken_as_it_is(built, tmp_path):
+  variables = tiny.init(built.model)
+  convert.save(tmp_path / "small.safetensors", built.model, variables)
+  got = start.load_variables(str(tmp_path / "small.safetensors"), built.model, None)
+  assert trees.digest(got) == trees.digest(variables)
+
+
+def test_a_file_that_does_not_fit_is_named_in_one_line(built, tmp_path):
+  other = tiny.deit()
+  convert.save(tmp_path / "other.safetensors", other, tiny.init(other))
+  with pytest.raises(ValueError, match=r"init_from=.*other.safetensors.*key/bias is") as error:
+    start.load_variables(str(tmp_path / "other.safetensors"), built.model, None)
+  assert "\n" not in str(error.value)
+  with pytest.raises((ValueError, OSError), match="nowhere"):
+    start.load_variables("nowhere.safetensors", built.model, None)

@@ -1,0 +1,57 @@
+"""Where a run starts: fresh parameters, or those of a file, made compact where the plan asks."""
+import jax
+import jax.numpy as jnp
+
+import vitcompact as vc
+from vitcompact import convert, trees
+from vitcompact.data import batch as device_batch
+from vitcompact.data import pipeline
+from vitcompact.train.step import TrainState
+
+CALIBRATION_IMAGES = 128
+
+
+def load_variables(path: str, model, calibration):
+  """Variables for `model` from a .safetensors file that `experiments.convert` or a run wrote.
+
+  A dense model's are made compact for the model's plan, fitted on the images that `calibration()`
+  returns (normalised).
+  """
+  found, variables = convert.load(path)
+  variables = jax.tree.map(jnp.asarray, variables)
+  source = model
+  if found.plan == vc.Plan() and not found.deploy:
+    source = model.clone(plan=vc.Plan())
+  if lines := trees.differences(variables, _shapes(source)):
+    more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+    raise ValueError(f"init_from={path!r} holds {found.variant} with plan={found.plan.to_json()}, "
+                     f"which does not fit {model.variant}: {'; '.join(lines[:3])}{more}. "
+                     "experiments.convert resizes positions and replaces a classifier")
+  if source == model:
+    return variables
+  return vc.compact(source, variables, model.plan, images=calibration())[1]
+
+
+def started_from(state: TrainState, variables, shardings: TrainState) -> TrainState:
+  """A fresh state with these variables in place of its own, averages included."""
+  params, stats = variables["params"], variables.get("batch_stats", {})
+  # jnp.copy: the step donates its state, and no buffer may be given away twice.
+  averages = jax.tree.map(jnp.copy, (params, stats)) if state.ema_params else ({}, {})
+  new = state.replace(params=params, batch_stats=stats, ema_params=averages[0],
+                      ema_batch_stats=averages[1])
+  return jax.device_put(new, shardings)
+
+
+def calibration_images(config, preprocess):
+  """Normalised images of the train split, as evaluation sees them: (B, H, W, 3)."""
+  batch = next(iter(pipeline.eval_batches(
+      config.data, "train", image_size=preprocess.image_size, batch_size=CALIBRATION_IMAGES,
+      crop=preprocess.crop, interpolation=preprocess.interpolation)))
+  images = jnp.asarray(batch["image"][batch["mask"] > 0])
+  return device_batch.normalise(images, preprocess.mean, preprocess.std)
+
+
+def _shapes(model):
+  height, width = vc.preprocess(model).image_size
+  images = jax.ShapeDtypeStruct((1, height, width, model.in_chans), jnp.float32)
+  return jax.eval_shape(model.init, jax.random.key(0), images)
