@@ -233,6 +233,28 @@ def test_compact_makes_the_same_fresh_predictors_every_time():
   assert 0.01 < first["params"]["blocks_0"]["links"]["up"].std() < 0.03
 
 
+def test_reconstruction_is_the_sum_of_squares_over_the_number_of_blocks():
+  ones = jnp.ones((2, 3, 4, 5))
+  links = {f"blocks_{i}": {"links": {"score": (ones * scale,), "target": (-ones,)}}
+           for i, scale in enumerate((0.0, 1.0))}
+  np.testing.assert_allclose(distill.attention_reconstruction(links), [(60 + 240) / 2] * 2)
+  with pytest.raises(ValueError, match="no block of this model has a predictor"):
+    distill.attention_reconstruction({})
+
+
+def test_predictors_travel_under_their_authors_names():
+  model = tiny.deit(vc.Plan(links=vc.Sparsifiner(variant="code")), deploy=True)
+  variables = tiny.init(model)
+  state = vc.to_torch(model, variables)
+  name = "blocks.1.attn.mask_predictor"
+  assert {key.removeprefix(name) for key in state if key.startswith(name)} == {
+      ".proj_n", ".proj_back_n", ".proj_c_q.weight", ".proj_c_q.bias", ".proj_c_k.weight",
+      ".proj_c_k.bias"}
+  np.testing.assert_array_equal(state[f"{name}.proj_c_q.weight"].T,
+                                variables["params"]["blocks_1"]["links"]["reduce_query"]["kernel"])
+  assert trees.digest(vc.from_torch(model, state)) == trees.digest(variables)
+
+
 @pytest.mark.parametrize("name", ["lvvit_s", "pvt_tiny", "pvt_v2_b0", "nextvit_small"])
 def test_every_backbone_with_a_softmax_attention_takes_links(name):
   model = vc.create_model(name, plan=vc.Plan(links=vc.Sparsifiner()), image_size=64)

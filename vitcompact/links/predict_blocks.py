@@ -73,7 +73,10 @@ class BlockPredictor(nn.Module):
     start = self._windows(self.key_grid, self.tokens - self.prefix).blocks
     count = min(max(1, round(self.spec.keep * start)), links.keys.blocks)
     chosen = choose(jax.lax.stop_gradient(score_bfqk), nearest(links.queries, links.keys), count)
-    return core._replace(blocks=links._replace(chosen=chosen))
+    links = links._replace(chosen=chosen)
+    if attention.wants_links(self):
+      self.sow("links", "linked", links.linked())
+    return core._replace(blocks=links)
 
   def _score(self, query_bfqad, key_bfkcd, links: BlockLinks):
     width = query_bfqad.shape[-1]

@@ -25,9 +25,9 @@ from vitcompact.trees import Leaf
 # A name scope: products with the basis, of whose entries only the non-zero ones are needed.
 BASIS_SCOPE = "vitcompact.basis"
 
-# Tokens below which dense attention is as fast as gathering blocks: `python -m
-# experiments.links_speed` prints the crossover.
-BLOCK_MIN_TOKENS = 400
+# From here on gathering blocks is more than a tenth faster than dense attention, on a CPU at keep
+# 0.25; it never is slower from about 100 on. `python -m experiments.links_speed` prints the times.
+BLOCK_MIN_TOKENS = 197
 
 LEAVES = [
     (r".*/links/(down|up)", Leaf((None, None), decay=True)),
@@ -49,7 +49,7 @@ class Sparsifiner:
     is not computed.
   masked: whether attention is restricted to the links. False is phase 1 of training: attention is
     dense while predictors learn. Whenever "links" is a mutable collection, each predictor sows
-    there its "score" and the "target" to reconstruct; see `train.distill`.
+    there its "score", the "target" to reconstruct (see `train.distill`) and what is "linked".
   min_tokens: blocks of the network with fewer keys have no predictor and stay dense; None: 0 for
     tokens, the measured crossover for blocks.
   window: block granularity: side of a block, in patches.
@@ -226,7 +226,10 @@ class TokenLinks(nn.Module):
       outside = (place < self.prefix) | (place >= keys - fused)
       score_bfnm = jnp.where(outside, jnp.inf, score_bfnm)
     dense = jnp.ones((batch, heads, self.prefix, keys), bool)
-    mask = jnp.concatenate([dense, largest(score_bfnm, budget)], axis=2)
+    linked_bfnm = largest(score_bfnm, budget)
+    if attention.wants_links(self):
+      self.sow("links", "linked", linked_bfnm)
+    mask = jnp.concatenate([dense, linked_bfnm], axis=2)
     linked = Fraction(self.prefix * keys + queries * budget, (self.prefix + queries) * keys)
     return core._replace(mask=mask, linked=linked)
 

@@ -1,0 +1,58 @@
+"""What experiments.links draws is what the model linked."""
+import numpy as np
+import pytest
+from PIL import Image
+
+import vitcompact as vc
+from experiments import links as drawing
+from tests import tiny
+from vitcompact import convert
+
+PLAN = vc.Plan(links=vc.Sparsifiner(keep=0.5, granularity="block", window=2, min_tokens=0),
+               blocks={0: {"links": vc.Sparsifiner(keep=0.3)}})
+
+
+def test_linked_patches_keep_their_light_and_the_query_has_a_frame():
+  image = np.random.default_rng(0).uniform(0.2, 0.8, (8, 12, 3))      # 2 x 3 patches of 4
+  kept = np.array([[1, 0, 0], [0, 1, 0]], bool)
+  picture = drawing.lit(image, kept, (1, 2))
+  np.testing.assert_array_equal(picture[:4, :4], image[:4, :4])
+  np.testing.assert_allclose(picture[:4, 4:], drawing.DARK * image[:4, 4:])
+  assert (picture[4, 8:] == [1, 0, 0]).all() and (picture[4:, 11] == [1, 0, 0]).all()
+  np.testing.assert_allclose(picture[5:7, 9:11], drawing.DARK * image[5:7, 9:11])
+
+
+def test_links_and_mass_at_both_granularities(tmp_path):
+  model = tiny.deit(PLAN)
+  variables, image = tiny.init(model), tiny.images(model)[0]
+  links = drawing.links_of(model, variables, image)
+  assert (links[0][:, 1:].sum(axis=-1) == 6).all() and links[0][:, 0].all()    # ceil(0.3 * 17)
+  assert (links[1][:, 1:].sum(axis=-1) == 1 + 2 * 4).all()     # class token, 2 blocks of 4
+  mass = drawing.mass_kept(model, variables, image, keeps=(0.5, 1.0))
+  for shares in mass.values():
+    assert 0.3 < shares[0] < 1 and shares[1] == pytest.approx(1, abs=1e-5)
+
+
+def test_files_are_drawn_and_not_overwritten(tmp_path):
+  model = tiny.deit(PLAN)
+  convert.save(tmp_path / "sparse.safetensors", model, tiny.init(model))
+  Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "image.png")
+  args = tmp_path / "sparse.safetensors", tmp_path / "image.png", tmp_path / "out"
+  with pytest.raises(ValueError, match="up to 3,3"):
+    drawing.run(*args, queries=["4,0"])
+  with pytest.raises(ValueError, match="has no links"):
+    drawing.run(*args, blocks=[7])
+  drawing.run(*args, queries=["1,2"])
+  assert {path.name for path in args[2].iterdir()} == {"query_1_2.png", "matrices.png", "mass.png",
+                                                       "mass.csv"}
+  assert len((args[2] / "mass.csv").read_text().splitlines()) == 3
+  with pytest.raises(ValueError, match="--force"):
+    drawing.run(*args, queries=["1,2"])
+
+
+def test_a_model_without_links_is_refused():
+  with pytest.raises(ValueError, match="no block has links"):
+    drawing.linked_blocks(tiny.deit())
+  pyramid = vc.create_model("pvt_tiny", plan=vc.Plan(links=vc.Sparsifiner()), image_size=64)
+  with pytest.raises(ValueError, match="hierarchical"):
+    drawing.linked_blocks(pyramid)
