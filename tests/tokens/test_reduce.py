@@ -95,8 +95,8 @@ def test_tome_merges_the_most_similar(order, prefix):
 @pytest.mark.parametrize("prefix,fields", [
     (1, {}), (2, {"order": "code"}), (1, {"order": "code", "pooling": "size_attention_mean"}),
     (2, {"bidirectional": False, "pooling": "max"}),
-    (1, {"bidirectional": False, "order": "code", "prop_attn": False, "tau_sim": 0.5}),
-    (2, {"pooling": "mean", "tau_info": 2.0, "tau_size": 0.1})])
+    (1, {"bidirectional": False, "order": "code", "prop_attn": False, "tau_size": 0.1}),
+    (2, {"pooling": "mean", "tau_info": 2.0, "tau_sim": 0.5})])
 def test_mctf_fuses_by_its_three_criteria(prefix, fields):
   spec = vc.MCTF(r=5, **fields)
   chain = chained(lambda t, q, k: spec.fuse(t, q, k, prefix)[0])
