@@ -86,6 +86,15 @@ def test_training_masks_by_chance_among_those_alive_and_tells_the_loss():
                                atol=0.07)
 
 
+def test_the_global_half_is_the_mean_of_those_alive():
+  x, alive = drawn(0, 2, 5, 6), jnp.array([[1.0, 0, 1, 1, 0], [0, 0, 0, 0, 0]])
+  out = dynamicvit.with_mean(x, alive)
+  np.testing.assert_array_equal(out[..., :3], x[..., :3])
+  np.testing.assert_allclose(out[0, :, 3:], np.tile(x[0, np.array([0, 2, 3]), 3:].mean(0), (5, 1)),
+                             rtol=1e-5)
+  assert not out[1, :, 3:].any()      # nobody is no reason for a NaN
+
+
 def test_the_gradient_of_a_mask_is_that_of_a_gumbel_softmax():
   key, choice = jax.random.key(0), jax.nn.log_softmax(drawn(1, 2, 5, 2))
 

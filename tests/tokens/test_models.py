@@ -24,7 +24,7 @@ def names(plans):
   return [type(plan.tokens).__name__ + plan.heads.site for plan in plans]
 
 
-@pytest.mark.parametrize("plan,left", zip(PLANS, LEFT, strict=True), ids=names(PLANS))
+@pytest.mark.parametrize("plan,left", list(zip(PLANS, LEFT, strict=True)), ids=names(PLANS))
 def test_folded_with_every_leaf_random_it_is_the_same_function(plan, left):
   model = tiny.deit(plan)
   assert plan.tokens_left(2, 2, 17, 1) == left
@@ -103,6 +103,7 @@ def test_a_block_that_cannot_lose_tokens_leaves_them_as_they_are():
   wanted = jax.jit(dense.apply)(variables, x)
   for tokens in (vc.MCTF(r=4, blocks=(0,)), vc.EViT(keep=0.9, blocks=(0,))):
     model = tiny.deit(vc.Plan(tokens=tokens), depth=1, image_size=24)
+    assert model.plan.tokens_left(1, 1, 10, 1) == 10
     np.testing.assert_array_equal(jax.jit(model.apply)(variables, x), wanted)
 
 

@@ -95,8 +95,8 @@ def test_tome_merges_the_most_similar(order, prefix):
 @pytest.mark.parametrize("prefix,fields", [
     (1, {}), (2, {"order": "code"}), (1, {"order": "code", "pooling": "size_attention_mean"}),
     (2, {"bidirectional": False, "pooling": "max"}),
-    (1, {"bidirectional": False, "order": "code", "prop_attn": False, "tau_sim": 0.5}),
-    (2, {"pooling": "mean", "tau_info": 1.0, "tau_size": 2.0})])
+    (1, {"bidirectional": False, "order": "code", "prop_attn": False, "tau_size": 0.1}),
+    (2, {"pooling": "mean", "tau_info": 2.0, "tau_sim": 0.5})])
 def test_mctf_fuses_by_its_three_criteria(prefix, fields):
   spec = vc.MCTF(r=5, **fields)
   chain = chained(lambda t, q, k: spec.fuse(t, q, k, prefix)[0])
@@ -137,7 +137,7 @@ def test_mctf_attends_one_step_ahead_as_if_its_maps_were_merged():
 
 
 def test_what_keys_receive_is_summed_in_tiles(monkeypatch):
-  monkeypatch.setattr(mctf, "TILE", 6)
+  monkeypatch.setattr(mctf, "TILE", 7)      # 20 queries are three tiles, the last one padded
   query, key = heads(1, COUNT)
   size = jnp.arange(1.0, COUNT + 1)[None].repeat(BATCH, 0)
   wanted = Core(size=size).maps(query, key).mean(axis=(1, 2))
