@@ -40,11 +40,12 @@ def unquoted(text: str) -> str:
 def parse(argv):
   """absl's own parser, with errors in our form."""
   try:
-    for argument in argv:
-      flag, _, value = argument.partition("=")
-      if flag == "--config" and not pathlib.Path(value.partition(":")[0]).is_file():
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+      flag, equals, value = argument.partition("=")
+      path = value if equals else following   # absl also takes "--config FILE"
+      if flag == "--config" and not pathlib.Path(path.partition(":")[0]).is_file():
         there = sorted(str(path) for path in pathlib.Path("configs").glob("*.py"))
-        raise ValueError(f"{argument}: no such file; there are {', '.join(there)}")
+        raise ValueError(f"--config={path}: no such file; there are {', '.join(there)}")
     rest = flags.FLAGS(argv)
     if len(rest) > 1:
       raise ValueError(f"unexpected arguments {rest[1:]}; options are --config, --workdir, --mode")

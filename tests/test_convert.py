@@ -208,11 +208,18 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
       ({**about, "fields": "[1]"}, "describes no model"),
       ({**about, "fields": '{"width": "wide"}'}, "describes no model"),
       ({**about, "plan": "{]"}, "must be JSON"),
+      ({**about, "plan": "[" * 100_000}, "describes no model"),
+      ({**about, "fields": '{"num_classes": -3}'}, "describes no model"),
+      ({**about, "fields": '{"dtype": "float33"}'}, "describes no model"),
       ({**about, "fields": json.dumps({**json.loads(about["fields"]), "depth": 1})},
        "unexpected params/blocks_1")):
     safetensors.numpy.save_file(arrays, path, metadata=metadata)
     with pytest.raises(ValueError, match=re.escape(words)):
       convert.load(path)
+  both = {**arrays, "params/head": np.zeros(3, np.float32)}   # a leaf, and the start of others
+  safetensors.numpy.save_file(both, path, metadata=about)
+  with pytest.raises(ValueError, match=r"unexpected params/head \(3,\)"):
+    convert.load(path)
 
 
 def run_program(monkeypatch, capsys, *arguments):

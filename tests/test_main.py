@@ -44,6 +44,12 @@ def run(monkeypatch, tmp_path):
     ([DIGITS, "--config.data.name=folder:/nowhere/at/all"], "/nowhere/at/all"),
     ([DIGITS, "--config.model.image_size=25"], "image_size=25"),
     ([DIGITS, "--config.model.heads=5"], "heads=5"),
+    ([DIGITS, "--config.model.heads=0"], "heads=0: must be a whole number of at least 1"),
+    ([DIGITS, "--config.model.dtype=float33"], "dtype='float33': must be one of"),
+    ([DIGITS, '--config.plan={"ffn": {"method": "cffn", "rank_ratio": "half"}}'],
+     "CFFN(rank_ratio='half')"),
+    ([DIGITS, "--config.init_from=nowhere.safetensors"], "nowhere.safetensors"),
+    (["--config", "configs/digts.py"], "--config=configs/digts.py: no such file"),
     ([DIGITS, "--config.plan=nowhere.json"], "nowhere.json"),
     ([DIGITS, '--config.plan={"heds": {}}'], "did you mean 'heads'"),
     ([DIGITS, '--config.plan={"blocks": {"12": {"heads": null}}}'], "block 12"),
@@ -91,3 +97,9 @@ def test_the_mode_the_overrides_and_the_result_reach_the_library(run, monkeypatc
   for mode in ("train", "eval"):
     run(DIGITS, f"--mode={mode}", "--config.total_steps=7", f"--config.plan={plan}", workdir="w")
   assert seen == [("train", 7, str(plan), "w"), ("result", "w"), ("eval", 7, str(plan), "w")]
+
+
+def test_a_config_may_follow_its_flag_as_a_word_of_its_own(run, capsys):
+  with pytest.raises(SystemExit):
+    run("--config", "configs/digits.py", "--config.total_steps=0")
+  assert "config.total_steps=0 must be at least 1" in capsys.readouterr().err

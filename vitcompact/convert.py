@@ -142,11 +142,14 @@ def load(path) -> tuple[nn.Module, dict[str, Any]]:
   try:
     model = create_model(about["model"], **json.loads(about["fields"]),
                          plan=Plan.from_json(about["plan"]))
-  except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+    shapes = _variable_shapes(model)
+  # Whatever strangers may write there: RecursionError is JSON's, of lists in lists in lists.
+  except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
     raise ValueError(f"{path}: its metadata describes no model: {error}") from None
-  variables = trees.nested(arrays)
-  if lines := trees.differences(variables, _variable_shapes(model)):
+  # Flat, as `nested` cannot take a name that is both a leaf and the start of another's.
+  if lines := trees.differences(arrays, trees.named_leaves(shapes)):
     raise ValueError("\n".join([f"{path} does not fit {_describe(model)}:", *lines]))
+  variables = trees.nested(arrays)
   return model, variables
 
 

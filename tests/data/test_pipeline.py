@@ -235,3 +235,13 @@ def test_folders_without_what_they_need_are_named(tmp_path):
   (tmp_path / "val" / "fish").mkdir(parents=True)
   with pytest.raises(ValueError, match=r"val/fish is a class that .*/train does not have"):
     pipeline.num_examples(name, "val")
+
+
+def test_a_sample_has_images_of_every_class_as_evaluation_shows_them():
+  """The first 100 training images of digits, which are in order by class, are all zeros."""
+  def sample(split, count):
+    return pipeline.sample(config(), split, count, image_size=8, crop=0.9, interpolation="bicubic")
+
+  label_of = dict(of_split("train"))
+  assert {label_of[image.tobytes()] for image in sample("train", 100)} == set(range(10))
+  assert len(sample("train", 100)) == 100 and len(sample("val", 500)) == 180

@@ -129,8 +129,9 @@ def test_a_rank_that_saves_nothing_is_named():
 
 
 @pytest.mark.parametrize("fields", [{"rank_ratio": 0}, {"rank_ratio": 1.5}, {"branches": 0},
+                                    {"rank_ratio": "half"}, {"branches": True}, {"avg_skip": "no"},
                                     {"rep": "ln"}, {"factor": "input"}, {"apply_to": "some"}])
 def test_a_wrong_option_is_refused_with_its_value(fields):
   (name, value), = fields.items()
-  with pytest.raises(ValueError, match=rf"CFFN\({name}={value!r}\)"):
+  with pytest.raises(ValueError, match=rf"CFFN\({name}={value!r}\): must be"):
     vc.CFFN(**fields)

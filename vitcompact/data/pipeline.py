@@ -181,3 +181,17 @@ def eval_batches(data, split: str, *, image_size, batch_size: int, crop: float, 
   padded = -(-len(images) // batch_size) * batch_size
   dataset = grain.MapDataset.range(padded)[process_index::process_count].map(load)
   return Batches(dataset.batch(b), data.workers)
+
+
+def sample(data, split: str, count: int, *, image_size, crop: float,
+           interpolation: str) -> np.ndarray:
+  """uint8 (n, H, W, 3): `count` images (or all, if there are fewer) as `eval_batches` shows them.
+
+  Evenly spread over the split: the first ones of a split are often all of one class.
+  """
+  size = _pair(image_size)
+  images = source(data.name, split, image_size=size)
+  indices = np.linspace(0, len(images), min(count, len(images)), endpoint=False).astype(int)
+  return np.stack([_eval_example(
+      int(i), images=images, image_size=size, crop=crop, whole=_parse(data.name)[0] in ALLOWED,
+      interpolation=interpolation)["image"] for i in indices])

@@ -51,12 +51,14 @@ class CFFN:
   factor: str = "output"
 
   def __post_init__(self):
-    if not 0 < self.rank_ratio <= 1:
+    if not isinstance(self.rank_ratio, (int, float)) or not 0 < self.rank_ratio <= 1:
       raise ValueError(f"CFFN(rank_ratio={self.rank_ratio!r}): must be in (0, 1]")
-    if not isinstance(self.branches, int) or self.branches < 1:
+    whole = isinstance(self.branches, int) and not isinstance(self.branches, bool)
+    if not whole or self.branches < 1:
       raise ValueError(f"CFFN(branches={self.branches!r}): must be a whole number of at least 1")
-    for field, allowed in (("rep", ("bn", "scale", "none")), ("factor", ("output", "both")),
-                           ("apply_to", ("all", "attention_blocks"))):
+    for field, allowed in (("rep", ("bn", "scale", "none")), ("avg_skip", (True, False)),
+                           ("apply_to", ("all", "attention_blocks")),
+                           ("factor", ("output", "both"))):
       if getattr(self, field) not in allowed:
         raise ValueError(f"CFFN({field}={getattr(self, field)!r}): must be one of {allowed}")
 

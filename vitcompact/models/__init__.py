@@ -7,7 +7,9 @@ import flax.linen as nn
 
 from vitcompact.models import deit, lvvit, nextvit, pvt, pvt_v2
 from vitcompact.models.variant import Variant
+from vitcompact.plan import Plan
 
+DTYPES = ("float32", "bfloat16")
 FAMILIES = (deit, lvvit, nextvit, pvt, pvt_v2)
 VARIANTS: dict[str, Variant] = {name: row for family in FAMILIES
                                 for name, row in family.VARIANTS.items()}
@@ -27,6 +29,36 @@ def variant_of(name: str) -> Variant:
   return VARIANTS[name]
 
 
+def check_value(field: str, kind, value):
+  """Refuses what no field of this type can be; how values go together is for the model's `check`.
+
+  kind: the field's annotation.
+  """
+  def whole(number):
+    return isinstance(number, int) and not isinstance(number, bool) and number >= least
+
+  least = 0 if field in ("num_classes", "periods") else 1
+  if field == "dtype":
+    fits, rule = value in DTYPES, f"one of {DTYPES}"
+  elif field == "drop_path_rate":
+    fits, rule = isinstance(value, (int, float)) and 0 <= value < 1, "at least 0 and below 1"
+  elif kind is Plan:
+    fits, rule = isinstance(value, Plan), "a Plan; Plan.parse reads one"
+  elif kind is int:
+    fits, rule = whole(value), f"a whole number of at least {least}"
+  elif kind == int | tuple[int, int]:
+    pair = isinstance(value, tuple) and len(value) == 2
+    fits = all(map(whole, value)) if pair else whole(value)
+    rule = "a whole number of at least 1, or a pair of them"
+  elif kind == tuple[int, ...]:
+    fits = isinstance(value, tuple) and all(map(whole, value))
+    rule = f"whole numbers of at least {least}, one for each stage"
+  else:
+    return
+  if not fits:
+    raise ValueError(f"{field}={value!r}: must be {rule}")
+
+
 def create_model(name: str, **fields) -> nn.Module:
   """A linen Module of the named model, with fields overridden.
 
@@ -37,8 +69,8 @@ def create_model(name: str, **fields) -> nn.Module:
       remat, deploy (the folded form), and sizes (width, depth, heads, mlp_ratio, patch_size, ...).
   """
   variant = variant_of(name)
-  known = [field.name for field in dataclasses.fields(variant.kind)
-           if field.name not in ("parent", "name", "variant")]
+  known = {field.name: field.type for field in dataclasses.fields(variant.kind)
+           if field.name not in ("parent", "name", "variant")}
   for field in fields:
     if field not in known:
       close = difflib.get_close_matches(field, known, n=1)
@@ -47,6 +79,8 @@ def create_model(name: str, **fields) -> nn.Module:
   # Lists, as JSON has them, would make the module unhashable.
   fields = {key: tuple(value) if isinstance(value, list) else value
             for key, value in fields.items()}
+  for field, value in fields.items():
+    check_value(field, known[field], value)
   model = variant.kind(variant=name, **{**variant.sizes, **fields})
   model.check()
   model.parts()   # raises or warns about a plan that does not fit, here rather than at init

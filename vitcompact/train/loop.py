@@ -189,6 +189,9 @@ def train(config, directory, *, until: int | None = None) -> Result:
   data = pipeline.train_batches(
       config.data, image_size=run.preprocess.image_size, batch_size=config.batch_size,
       seed=config.seed, **processes())
+  # A file to start from that is missing or does not fit is refused before anything is written.
+  new = not (directory / "checkpoints").is_dir()
+  state = fresh_state(run) if new else None
   workdir.claim(directory, config)
   checkpoints = Checkpoints(directory, keep_last=config.keep_last)
   log = Log(directory, config.total_steps, active=jax.process_index() == 0)
@@ -196,7 +199,7 @@ def train(config, directory, *, until: int | None = None) -> Result:
     if saved := checkpoints.steps():
       state = checkpoints.restore(saved[-1], run.shapes, run.shardings, data)
       log.say(f"resumed at step {saved[-1]} from {checkpoints.directory / str(saved[-1])}")
-    else:
+    elif state is None:  # killed before its first checkpoint
       state = fresh_state(run)
     stop = min(until or config.total_steps, config.total_steps)
     state = fit(run, state, data, stop, checkpoints, log)

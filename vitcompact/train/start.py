@@ -44,11 +44,10 @@ def started_from(state: TrainState, variables, shardings: TrainState) -> TrainSt
 
 def calibration_images(config, preprocess):
   """Normalised images of the train split, as evaluation sees them: (B, H, W, 3)."""
-  batch = next(iter(pipeline.eval_batches(
-      config.data, "train", image_size=preprocess.image_size, batch_size=CALIBRATION_IMAGES,
-      crop=preprocess.crop, interpolation=preprocess.interpolation)))
-  images = jnp.asarray(batch["image"][batch["mask"] > 0])
-  return device_batch.normalise(images, preprocess.mean, preprocess.std)
+  images = pipeline.sample(config.data, "train", CALIBRATION_IMAGES,
+                           image_size=preprocess.image_size, crop=preprocess.crop,
+                           interpolation=preprocess.interpolation)
+  return device_batch.normalise(jnp.asarray(images), preprocess.mean, preprocess.std)
 
 
 def _shapes(model):

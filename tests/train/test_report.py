@@ -1,0 +1,34 @@
+"""A finished run's receipt says what its deployed file does."""
+import json
+
+import pytest
+
+import vitcompact as vc
+from tests import tiny
+from vitcompact import convert, trees
+from vitcompact.train import loop, report
+
+
+@pytest.mark.usefixtures("shared")
+def test_the_receipt_and_the_file_are_of_the_folded_model(built, tmp_path):
+  """In bfloat16, whose rounding is no difference of the two functions."""
+  model = built.model.clone(dtype="bfloat16")
+  variables = tiny.init(model)
+  metrics = {"test_accuracy": 0.5, "val_accuracy": 0.25,
+             "params_digest": trees.digest(variables["params"])}
+  report.report(loop.Result(built.config, model, None, variables, metrics), tmp_path)
+  receipt = json.loads((tmp_path / "receipt.json").read_text())
+  assert receipt["fold"]["ok"] and receipt["fold"]["images"] == report.TIMED_IMAGES
+  deploy, folded = vc.fold(model, variables)
+  found, loaded = convert.load(tmp_path / "deploy.safetensors")
+  assert found == deploy
+  assert trees.digest(loaded["params"]) == receipt["deploy_digest"] == trees.digest(
+      folded["params"])
+  rows = receipt["models"]
+  assert [row["name"] for row in rows] == ["dense", "trained", "deployed"]
+  assert rows[2]["params"] == trees.size(folded["params"]) < rows[0]["params"]
+  assert rows[0]["test_accuracy"] is None and rows[1]["test_accuracy"] == 0.5
+  correct = rows[2]["test_accuracy"] * 360
+  assert correct == pytest.approx(round(correct), abs=1e-4) and correct > 0
+  text = (tmp_path / "receipt.md").read_text()
+  assert "same function" in text and "NOT" not in text and f"{rows[2]['params']:,}" in text
