@@ -5,6 +5,7 @@ import shlex
 
 import pytest
 
+import vitcompact as vc
 from experiments import count
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
@@ -17,15 +18,17 @@ def test_the_table_is_what_its_command_prints():
 
 
 @pytest.mark.filterwarnings("error")
-def test_the_python_of_the_first_screen_runs():
-  first = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+def test_the_python_runs():
+  first, plans = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
   # The same lines at a size that a test can afford.
   tiny = first.replace('"deit_small_patch16_224"', '"deit_tiny_patch16_224", depth=1, width=48,'
                        ' image_size=32').replace("224, 224", "32, 32")
   assert tiny.count("32, 32") == 1
   scope = {}
   exec(tiny, scope)
-  proof = scope["vc"].verify(*(scope[name] for name in (
+  exec(plans, scope)
+  vc.create_model("deit_tiny_patch16_224", plan=scope["plan"])
+  proof = vc.verify(*(scope[name] for name in (
       "small", "small_variables", "deploy", "deploy_variables", "images")))
   assert proof.ok
-  assert scope["vc"].count(scope["deploy"]).params < scope["vc"].count(scope["model"]).params
+  assert vc.count(scope["deploy"]).params < vc.count(scope["model"]).params
