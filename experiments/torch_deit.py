@@ -151,6 +151,11 @@ class CompactDeiT(nn.Module):
     super().__init__()
     if fields["global_pool"] != "token":
       raise ValueError(f"global_pool={fields['global_pool']!r}: only 'token' is written here")
+    axes = {axis for some in (plan, *plan.get("blocks", {}).values())
+            for axis, spec in some.items() if spec is not None} - {"heads", "ffn", "blocks"}
+    if axes:
+      raise ValueError(f"the plan has {' and '.join(sorted(axes))}: only heads and ffn are written "
+                       "here, another plan would compute another function")
     size, width, patch = fields["image_size"], fields["width"], fields["patch_size"]
     height_width = size if isinstance(size, list) else [size, size]
     grid = tuple(side // patch for side in height_width)
