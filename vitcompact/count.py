@@ -113,10 +113,9 @@ def _needed(scope: str, densities: Mapping[str, float] | None):
     return 1
   shares = [Fraction(int(part), int(whole)) for part, whole in
             re.findall(r"vitcompact\.share\((\d+):(\d+)\)", scope)]
-  # The block's module, and its method where that is not __call__.
-  block = re.search(r"(\w+)(?:\.\w+)?/links", scope)
-  if sparsifiner.BASIS_SCOPE in scope and block:
-    shares.append(densities.get(block[1], 1))
+  if sparsifiner.BASIS_SCOPE in scope:
+    # Scopes name modules, and their methods behind a dot: blocks_3._core/links.
+    shares += [densities[name] for name in re.split("[/.]", scope) if name in densities][:1]
   return math.prod(shares)
 
 

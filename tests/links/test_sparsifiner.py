@@ -196,6 +196,7 @@ def test_the_masked_real_maps_are_hallucinated(site):
             blocks={0: {"links": None}})])
 def test_fold_keeps_the_function_and_stores_the_basis_as_used(plan):
   model = tiny.deit(plan)
+  # A spread at which the threshold cuts some of the basis off; tokens differ by their positions.
   variables, x = tiny.init(model, spread=0.02), tiny.images(model)
   variables["params"]["pos_embed"] = tiny.init(model)["params"]["pos_embed"]
   deploy, folded = vc.fold(model, variables)

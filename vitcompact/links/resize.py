@@ -5,7 +5,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitcompact import trees
 from vitcompact.links.sparsifiner import TokenLinks
 
 
@@ -18,7 +17,7 @@ def resize_links(variables, old: nn.Module, new: nn.Module):
   Raises:
     ValueError: the ranks differ, and nothing says which columns belong together.
   """
-  parts, leaves = new.parts(), trees.named_leaves(variables)
+  parts, params = new.parts(), dict(variables["params"])
   for name, part in old.parts().items():
     links, target = getattr(part, "links", None), getattr(parts[name], "links", None)
     if not isinstance(links, TokenLinks) or not isinstance(target, TokenLinks):
@@ -29,13 +28,11 @@ def resize_links(variables, old: nn.Module, new: nn.Module):
                        f"{target.spec.rank_of(target.tokens)}; give the new model "
                        f"Sparsifiner(rank={rank})")
     grids = [_grid(part, links), _grid(parts[name], target)]
-    for leaf in ("down", "up"):
-      path = f"params/{name}/links/{leaf}"
-      rows = resize_rows(leaves[path], links.prefix, *grids)
-      if leaf == "down":
-        rows = rows * (math.prod(grids[0]) / math.prod(grids[1]))
-      leaves[path] = rows
-  return trees.nested(leaves)
+    rows = {leaf: resize_rows(params[name]["links"][leaf], links.prefix, *grids)
+            for leaf in ("down", "up")}
+    rows["down"] *= math.prod(grids[0]) / math.prod(grids[1])
+    params[name] = {**params[name], "links": {**params[name]["links"], **rows}}
+  return {**variables, "params": params}
 
 
 def _grid(part, links: TokenLinks) -> tuple[int, ...]:
