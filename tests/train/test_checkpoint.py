@@ -91,6 +91,17 @@ def test_a_flipped_bit_is_refused(store):
     store.restore(3, *shapes_and_places(state))
 
 
+def test_a_file_that_was_cut_off_is_refused(store):
+  state = {"noise": jax.random.bits(jax.random.key(0), (256,)), "zero": jnp.zeros(3)}
+  save(store, 3, state)
+  data = [path for path in (store.directory / "3" / "state").rglob("d/*") if path.is_file()]
+  assert data
+  for path in data:
+    path.write_bytes(path.read_bytes()[:20])
+  with pytest.raises(ValueError, match=r"checkpoints/3 cannot be read.* remove that directory"):
+    store.restore(3, *shapes_and_places(state))
+
+
 def test_a_checksum_is_of_the_bits_and_not_of_where_they_lie():
   x = jax.random.normal(jax.random.key(0), (8, 12))
   mesh = sharding.make_mesh(MESH_SIZES)

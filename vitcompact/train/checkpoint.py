@@ -108,12 +108,18 @@ class Checkpoints:
                        "trained with, or another --workdir")
     target = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)
-    found = self.manager.restore(step, args=ocp_args.Composite(
-        state=ocp_args.StandardRestore(target), data=ocp_args.JsonRestore()))
+    remedy = "remove that directory to go on from the checkpoint before it"
+    try:
+      found = self.manager.restore(step, args=ocp_args.Composite(
+          state=ocp_args.StandardRestore(target), data=ocp_args.JsonRestore()))
+    except Exception as error:  # Orbax passes on whatever its reader raised, a plain Exception too
+      cause = next(iter(str(error.__cause__ or error).splitlines()), "")
+      raise ValueError(f"{where} cannot be read, {type(error).__name__}: {cause[:200]}; "
+                       f"if it is damaged, {remedy}") from error
     read = describe(found.state)
     if damaged := [name for name in read if read[name] != meta["leaves"][name]]:
-      raise ValueError(f"{where} is damaged: {first(damaged)} changed since it was written; remove "
-                       "that directory to go on from the checkpoint before it")
+      raise ValueError(f"{where} is damaged: {first(damaged)} changed since it was written; "
+                       f"{remedy}")
     if data is not None:
       data.set_state(found.data)
     return found.state
