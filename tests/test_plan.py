@@ -57,10 +57,18 @@ def test_parse_takes_nothing_json_or_a_file(tmp_path):
     (lambda: vc.Plan.from_json('{"blocks": {"x": {}}}'), "not a block number"),
     (lambda: vc.Plan.from_json('{"blocks": {"1": 3}}'), "must be an object"),
     (lambda: vc.Plan.from_json("[]"), "must be a JSON object"),
+    (lambda: vc.Plan.from_json("[" * 100_000), "must be JSON"),
+    (lambda: vc.Plan.from_json('{"heads": {"method": ["hmhsa"]}}'), '"method"'),
+    (lambda: vc.Plan.from_json('{"tokens": {"method": "evit", "keep": "x"}}'), "keep='x'"),
+    (lambda: vc.Plan.from_json('{"tokens": {"method": "evit", "blocks": 3}}'), "blocks=3"),
+    (lambda: vc.Plan.from_json('{"links": {"method": "sparsifiner", "keep": "x"}}'), "keep='x'"),
+    (lambda: vc.Plan.from_json('{"blocks": {"1": {"tokens": null}}}'), "unknown name 'tokens'"),
     (lambda: vc.Plan.from_json("heads"), "must be JSON"),
     (lambda: vc.Plan.parse("nowhere/plan.json"), "nowhere/plan.json"),
     (lambda: vc.create_model("deit_tiny_patch16_224", plan=vc.Plan(blocks={12: {"heads": None}})),
      "blocks 0 to 11"),
+    (lambda: vc.create_model("deit_tiny_patch16_224", plan=vc.Plan(heads=vc.HMHSA(real_heads=4))),
+     "has only 3 heads"),
 ])
 def test_a_wrong_plan_is_refused_in_one_line(make, words):
   with pytest.raises(ValueError) as error:

@@ -38,6 +38,12 @@ class Attention(nn.Module):
   def real_heads(self) -> int:
     return self.heads if self.spec is None else self.spec.count_real(self.heads)
 
+  @nn.nowrap
+  def check(self):
+    """Raises ValueError where the spec wants more real heads than there are."""
+    if self.spec is not None:
+      self.spec.count_real(self.heads)
+
   def setup(self):
     def project(heads):
       return nn.DenseGeneral((heads, self.width // self.heads), use_bias=self.qkv_bias,
@@ -135,6 +141,7 @@ class Block(nn.Module):
       tokens = fewer.after_block(tokens, query, key, prefix)
     return tokens
 
+  @nn.nowrap
   def _core(self, tokens: Tokens, query, key) -> Core:
     """The attention over these tokens: sizes, who is alive, and which links there are."""
     core = tokens.core()
@@ -153,7 +160,7 @@ class Block(nn.Module):
   @nn.nowrap
   def fold(self, params, stats):
     """(params, stats) of the deployed block."""
-    mlp, _ = mlp_fold(self.mlp, params["mlp"], stats.get("mlp", {}))
+    mlp = mlp_fold(self.mlp, params["mlp"], stats.get("mlp", {}))
     return {**fold_links(self.links, params), "mlp": mlp}, {}
 
 
@@ -222,9 +229,9 @@ def mlp_from_dense(mlp: Mlp, params, moments):
 
 
 def mlp_fold(mlp: Mlp, params, stats):
-  """(params, {}) of the deployed `mlp`."""
+  """Parameters of the deployed `mlp`, which has no statistics."""
   for layer in ("fc1", "fc2"):
     module = getattr(mlp, layer)
     if isinstance(module, CompactDense):
       params = {**params, layer: module.fold(params[layer], stats.get(layer, {}))[0]}
-  return params, {}
+  return params

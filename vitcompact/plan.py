@@ -131,7 +131,7 @@ class Plan:
     """Inverse of `to_json`: {"heads": {"method": "hmhsa", ...}, "blocks": {"7": {...}}}."""
     try:
       tree = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
       raise ValueError(f"a plan must be JSON: {error}; got {text[:60]!r}") from None
     if not isinstance(tree, dict):
       raise ValueError(f"a plan must be a JSON object, got {text[:60]!r}")
@@ -198,7 +198,7 @@ def _from_dict(axis: str, spec):
   if spec is None:
     return None
   methods = METHODS[axis]
-  if not isinstance(spec, dict) or "method" not in spec:
+  if not isinstance(spec, dict) or not isinstance(spec.get("method"), str):
     raise ValueError(f'plan, {axis}={spec!r}: must be null or an object such as '
                      f'{{"method": "{next(iter(methods))}"}}')
   _check_names([spec["method"]], methods, f"plan, {axis}, method")

@@ -108,7 +108,7 @@ def test_rates_of_stochastic_depth_are_the_authors():
 
 @pytest.mark.parametrize("make,words", [
     (lambda: vc.create_model("pvt_v2_b0", image_size=28), "sides of at least 29"),
-    (lambda: vc.create_model("pvt_v2_b2_li", image_size=(0, 5)), "sides of at least 1"),
+    (lambda: vc.create_model("pvt_v2_b2_li", image_size=(0, 5)), "at least 1, or a pair"),
     (lambda: pyramids.pvt("pvt_v2_b2").init(jax.random.key(0), jnp.zeros((1, 64, 20, 3))),
      "images of shape (1, 64, 20, 3): 20 is too small"),
     (lambda: pyramids.pvt("pvt_v2_b2").init(jax.random.key(0), jnp.zeros((64, 64, 3))),

@@ -37,7 +37,7 @@ def check_value(field: str, kind, value):
   def whole(number):
     return isinstance(number, int) and not isinstance(number, bool) and number >= least
 
-  least = 0 if field in ("num_classes", "periods") else 1
+  least = 0 if field in ("num_classes", "depth", "depths", "periods") else 1
   if field == "dtype":
     fits, rule = value in DTYPES, f"one of {DTYPES}"
   elif field == "drop_path_rate":
@@ -83,5 +83,8 @@ def create_model(name: str, **fields) -> nn.Module:
     check_value(field, known[field], value)
   model = variant.kind(variant=name, **{**variant.sizes, **fields})
   model.check()
-  model.parts()   # raises or warns about a plan that does not fit, here rather than at init
+  # Raises or warns about a plan that does not fit here, rather than at init.
+  for part in model.parts().values():
+    if hasattr(part, "attn"):
+      part.attn.check()
   return model

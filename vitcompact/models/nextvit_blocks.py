@@ -183,7 +183,7 @@ def fold_convolutions(params, stats):
 
 def fold_norm_and_mlp(mlp: nn.Module, affine, params, stats):
   """Parameters of the deployed MLP that has taken in the (scale, shift) in front of it."""
-  folded, _ = mlp_fold(mlp, params["mlp"], stats.get("mlp", {}))
+  folded = mlp_fold(mlp, params["mlp"], stats.get("mlp", {}))
   fc1 = folded["fc1"]
   if "a" not in fc1:
     return {**folded, "fc1": fold_into_linear(fc1, *affine)}
