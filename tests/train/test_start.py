@@ -6,6 +6,7 @@ import pytest
 import vitcompact as vc
 from tests import tiny
 from vitcompact import convert, trees
+from vitcompact.data import pipeline
 from vitcompact.train import loop, start
 
 
@@ -31,6 +32,18 @@ def test_a_dense_file_is_made_compact_with_training_images(built, dense):
   assert trees.digest(state.ema_batch_stats) == trees.digest(wanted["batch_stats"])
   placed = jax.tree.map(lambda leaf, sharding: leaf.sharding == sharding, state, built.shardings)
   assert all(jax.tree.leaves(placed)) and int(state.step) == 0
+
+
+def test_calibration_sees_images_of_every_class(built):
+  """The train split is in the order of classes: its first images show one digit."""
+  pre = built.preprocess
+  images = np.asarray(start.calibration_images(built.config, pre))
+  digits = pipeline.source("digits", "train", image_size=pre.image_size)
+  pixels = np.round((images * pre.std + pre.mean) * 255).astype(np.uint8)
+  shown = {image.tobytes() for image in pixels}
+  labels = {example["label"] for example in (digits[i] for i in range(len(digits)))
+            if example["image"].tobytes() in shown}
+  assert labels == set(range(10))
 
 
 def test_a_run_starts_from_its_file(dense, config):
