@@ -44,7 +44,10 @@ def get_config():
   config.data.smoothing = 0.1
   config.data.mixup = 0.8         # alpha
   config.data.cutmix = 1.0        # alpha
-  config.data.mix_groups = 4      # of 256 images, the authors' batch of one device: a draw each
+  config.data.replicas = 4        # of 256 images, the authors' devices: each draws its own mix
+  config.data.repeats = 3         # showings of an image in a row: an epoch is a third of the images
+  config.data.on_bad = "stop"     # at a record that cannot be used; or "skip" for the next one
+  config.data.max_bad = 0         # so many may be passed over
 
   config.optim = ConfigDict()
   config.optim.learning_rate = 1e-3         # the peak: 5e-4 for each 512 images of a batch

@@ -13,7 +13,8 @@ from vitcompact.data.folder import split_folder
 
 
 def config(**changes):
-  return ml_collections.ConfigDict({"name": "digits", "augment": "none", "workers": 0} | changes)
+  return ml_collections.ConfigDict({"name": "digits", "augment": "none", "workers": 0, "replicas": 1,
+                                   "repeats": 1, "on_bad": "stop", "max_bad": 0} | changes)
 
 
 def batches(data, batch_size=100, image_size=8, seed=0, **processes):

@@ -79,7 +79,7 @@ def make_augment(data, mean, std, num_classes: int, accumulate: int):
       images = device_batch.erase(erase_key, images, data.erase)
     targets = device_batch.one_hot_smooth(labels, num_classes, data.smoothing)
     return device_batch.mix(mix_key, images, targets, mixup_alpha=data.mixup,
-                            cutmix_alpha=data.cutmix, groups=max(1, data.mix_groups // accumulate))
+                            cutmix_alpha=data.cutmix, groups=max(1, data.replicas // accumulate))
   return augment
 
 
