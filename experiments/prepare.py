@@ -96,7 +96,8 @@ def validation_classes(path) -> list[str]:
       synsets = loadmat(io.BytesIO(tar.extractfile(members["meta.mat"]).read()),
                         squeeze_me=True)["synsets"]
     except KeyError as error:
-      raise ValueError(f"{path} holds no {error.args[0]}: is it the kit of tasks 1 and 2?") from None
+      raise ValueError(f"{path} holds no {error.args[0]}: is it the kit of tasks 1 and 2?"
+                       ) from None
   names = {int(number): str(name)
            for number, name in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)}
   return [names[int(number)] for number in numbers]
@@ -175,18 +176,19 @@ def folder_records(images: Folder, indices: range) -> Iterator[bytes]:
     yield records.pack(data, int(images.labels[i]), path, images.label_map(i))
 
 
-def folder_shards(path: str) -> tuple[list[str], list[Shard]]:
-  """(classes, files to write) of class folders."""
-  shards = []
+def folder_shards(path: str) -> tuple[list[str], list[Shard], dict[str, int]]:
+  """(classes, files to write, number of images in each split) of class folders."""
+  shards, counts = [], {}
   for split in records.SPLITS:
     if split != "train" and not (pathlib.Path(path) / split).is_dir():
       continue
     images = Folder(path, split)
+    counts[split] = len(images)
     for i in range(0, len(images), IMAGES_PER_FILE):
       indices = range(i, min(i + IMAGES_PER_FILE, len(images)))
       shards.append(Shard(split, f"{split}-{i // IMAGES_PER_FILE:03d}.arrayrecord",
                           lambda images=images, indices=indices: folder_records(images, indices)))
-  return list(images.class_names), shards
+  return list(images.class_names), shards, counts
 
 
 # Writing.
@@ -239,7 +241,7 @@ def write(out: pathlib.Path, source: str, classes: list[str], shards: list[Shard
   found = {split: sum(line["records"] for line in lines)
            for split, lines in manifest["splits"].items()}
   if counts and found != counts:
-    raise ValueError(f"{out} holds {found} images, not the published {counts}")
+    raise ValueError(f"{out} holds {found} images and should hold {counts}: choose another --out")
   manifest["complete"] = True
   write_whole(out / records.MANIFEST, manifest)
   say(f"{out}: {found}, {len(classes)} classes")
@@ -257,8 +259,8 @@ def prepare_imagenet(tars, out, *, official: bool = True, say=print) -> dict:
 
 def prepare_folder(path, out, *, say=print) -> dict:
   path = os.path.abspath(path)
-  classes, shards = folder_shards(path)
-  return write(pathlib.Path(out), f"folder:{path}", classes, shards, say)
+  classes, shards, counts = folder_shards(path)
+  return write(pathlib.Path(out), f"folder:{path}", classes, shards, say, counts)
 
 
 def verify(out, *, whole_images: bool = False, say=print) -> int:
@@ -291,16 +293,13 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   commands = parser.add_subparsers(dest="command", required=True)
-  for name in ("imagenet", "folder", "verify"):
-    command = commands.add_parser(name)
+  imagenet, folder, check = (commands.add_parser(n) for n in ("imagenet", "folder", "verify"))
+  imagenet.add_argument("--tars", required=True, help="the directory of the official files")
+  imagenet.add_argument("--unofficial", action="store_true", help="compare no sums and counts")
+  folder.add_argument("--path", required=True, help="the directory of train/ and val/ or test/")
+  check.add_argument("--decode", action="store_true", help="decode each image to its end")
+  for command in (imagenet, folder, check):
     command.add_argument("--out", required=True, help="the directory of the ArrayRecord files")
-    if name == "imagenet":
-      command.add_argument("--tars", required=True, help=f"the directory of {TRAIN} and the others")
-      command.add_argument("--unofficial", action="store_true", help="do not compare sums and counts")
-    elif name == "folder":
-      command.add_argument("--path", required=True, help="the directory of train/ and val/ or test/")
-    else:
-      command.add_argument("--decode", action="store_true", help="decode each image to its end")
   args = parser.parse_args()
   try:
     if args.command == "imagenet":
