@@ -35,7 +35,8 @@ class Batches(grain.DatasetIterator):
   def __init__(self, make_batch: Callable[[int], dict], steps: int, workers: int,
                max_bad: int = 0):
     super().__init__()
-    self.dataset, self.workers = grain.MapDataset.range(steps).map(make_batch), workers
+    self.make_batch, self.workers = make_batch, workers
+    self.dataset = grain.MapDataset.range(steps).map(make_batch)
     self.position, self.ahead = 0, None
     self.max_bad, self.bad_records = max_bad, set()
 

@@ -22,6 +22,7 @@ of 32 pixels; "colour_jitter" is flip_crop with jitter; "token_labels" is LV-ViT
 of places (labels.py). "none" resizes and crops as in evaluation, without a margin.
 """
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 from absl import logging
@@ -30,7 +31,7 @@ from vitcompact.data import augment as aug
 from vitcompact.data import labels
 from vitcompact.data.batches import BAD, Batches
 from vitcompact.data.decode import BadRecord, Example
-from vitcompact.data.order import Order
+from vitcompact.data.order import Order, Place
 from vitcompact.data.sources import (
     ALLOWED,
     Source,
@@ -60,12 +61,17 @@ def _rows(batch_size: int, process_index: int, process_count: int) -> range:
   return range(process_index * share, (process_index + 1) * share)
 
 
-def stack(examples: list[dict]) -> dict:
-  """[{name: array}] -> {name: array (B, ...)}; images may still be PIL's."""
-  first = {name: np.asarray(value) for name, value in examples[0].items()}
-  batch = {name: np.empty((len(examples), *a.shape), a.dtype) for name, a in first.items()}
+def stack(examples: Iterable[dict], count: int) -> dict:
+  """`count` times {name: array} -> {name: array (count, ...)}; images may still be PIL's.
+
+  Each is written to its place at once: images that wait for each other cost fresh memory.
+  """
+  batch = {}
   for i, example in enumerate(examples):
     for name, value in example.items():
+      value = np.asarray(value)
+      if name not in batch:
+        batch[name] = np.empty((count, *value.shape), value.dtype)
       batch[name][i] = value
   return batch
 
@@ -100,13 +106,14 @@ class TrainBatch:
   on_bad: str
 
   def __call__(self, step: int) -> dict:
-    examples, bad = [], []
-    for row in self.rows:
-      place = self.order.place(int(step), row)
-      example, passed_over = read(self.images, place.index, self.on_bad)
-      examples.append(self._augmented(example, self.order.generator(place)))
-      bad += passed_over
-    return stack(examples) | {BAD: tuple(bad)}
+    bad = []
+    examples = (self._example(self.order.place(int(step), row), bad) for row in self.rows)
+    return stack(examples, len(self.rows)) | {BAD: tuple(bad)}
+
+  def _example(self, place: Place, bad: list[int]) -> dict:
+    example, passed_over = read(self.images, place.index, self.on_bad)
+    bad += passed_over
+    return self._augmented(example, self.order.generator(place))
 
   def _augmented(self, example: Example, rng: np.random.Generator) -> dict:
     if self.augment == "token_labels":
@@ -170,24 +177,25 @@ class EvalBatch:
   on_bad: str
 
   def __call__(self, step: int) -> dict:
-    examples, bad = [], []
-    for row in self.rows:
-      index = int(step) * self.batch_size + row
-      try:
-        examples.append(self.example(index))
-      except BadRecord as error:
-        if self.on_bad == "stop":
-          raise
-        logging.warning("passed over: %s", error)
-        bad.append(index)
-        examples.append(self.example(len(self.images)))
-    return stack(examples) | {BAD: tuple(bad)}
+    bad = []
+    first = int(step) * self.batch_size
+    examples = (self._example(first + row, bad) for row in self.rows)
+    return stack(examples, len(self.rows)) | {BAD: tuple(bad)}
 
-  def example(self, index: int) -> dict:
-    """Image `index`, or black with mask 0 beyond the last."""
-    if index >= len(self.images):
-      return {"image": np.zeros((*self.image_size, 3), np.uint8), "label": np.int32(0),
-              "mask": np.float32(0)}
+  def _example(self, index: int, bad: list[int]) -> dict:
+    """Image `index`; or black with mask 0 beyond the last, and for a bad record that is skipped."""
+    try:
+      if index < len(self.images):
+        return self._shown(index)
+    except BadRecord as error:
+      if self.on_bad == "stop":
+        raise
+      logging.warning("passed over: %s", error)
+      bad.append(index)
+    return {"image": np.zeros((*self.image_size, 3), np.uint8), "label": np.int32(0),
+            "mask": np.float32(0)}
+
+  def _shown(self, index: int) -> dict:
     image, label, _ = self.images.open(index)
     small = image.size == self.image_size[::-1] and max(image.size) <= SMALL
     if not (self.whole or small):
