@@ -8,7 +8,7 @@ import pytest
 
 import vitcompact as vc
 from vitcompact import trees
-from vitcompact.train import loop, settings
+from vitcompact.train import loop, optim, settings
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -67,7 +67,7 @@ def test_the_configs_give_deits_recipe():
     assert config.total_steps == 375_300
     assert config.optim.warmup_steps == 6_255
     assert config.optim.learning_rate == pytest.approx(5e-4 * config.batch_size / 512)
-    assert loop.optim.ema_decay(config.ema_half_life, config.total_steps) == pytest.approx(
+    assert optim.ema_decay(config.ema_half_life, config.total_steps) == pytest.approx(
         0.99996, abs=1e-6)
     assert config.batch_size // config.data.mix_groups == group
 
