@@ -57,7 +57,7 @@ def get_config():
   config.optim.weight_decay = 0.05
   config.optim.b1, config.optim.b2, config.optim.eps = 0.9, 0.999, 1e-8
   config.optim.clip_norm = 0.0    # global norm of the gradient; 0: no clipping
-  config.optim.rates = ()         # (pattern, factor of the rate, first step), the first that matches
+  config.optim.rates = ()         # (pattern, factor of the rate, first step); first match
 
   config.loss = ConfigDict()      # weights; 0: off
   config.loss.labels = 1.0
