@@ -2,7 +2,8 @@
 
 The keys of a config's `data` section (all must be there; nothing has a hidden default):
 
-  name      "digits", "shapes", "shapes:COUNT" (COUNT training scenes) or "folder:PATH"
+  name      "digits", "digits:FOLD" (0 to 4; "digits" is fold 0), "shapes", "shapes:COUNT" (COUNT
+            training scenes) or "folder:PATH"
   augment   of training images, on the host: "none", "digits", "flip_crop" or "randaugment"
   workers   worker processes that decode and augment; 0: threads of this process
   erase     probability of random erasing                                     (DeiT: 0.25)
@@ -27,13 +28,13 @@ from PIL import Image
 
 from vitcompact.data import augment as aug
 from vitcompact.data.batches import Batches
-from vitcompact.data.digits import Digits, split_indices
+from vitcompact.data.digits import FOLDS, Digits, split_indices
 from vitcompact.data.folder import Folder, list_classes, list_files
 from vitcompact.data.randaugment import randaugment
 from vitcompact.data.shapes import SIZES, Shapes
 
 SPLITS = ("train", "val", "test")
-KNOWN = ("digits", "shapes", "shapes:COUNT", "folder:PATH")
+KNOWN = ("digits", "digits:FOLD", "shapes", "shapes:COUNT", "folder:PATH")
 # Made at the size that the model takes, with something at every edge: evaluated whole, and only
 # these augmentations leave the label true (a mirrored scene has another, a mirrored 5 has none).
 ALLOWED = {"digits": ("none", "digits"), "shapes": ("none",)}
@@ -64,6 +65,10 @@ def _parse(name: str) -> tuple[str, str]:
     argument = argument or str(SIZES["train"])
     if not argument.isdecimal() or int(argument) < 1:
       raise ValueError(f"data.name={name!r} needs a number of scenes, as in 'shapes:20000'")
+  elif kind == "digits":
+    argument = argument or "0"
+    if argument not in map(str, range(FOLDS)):
+      raise ValueError(f"data.name={name!r} needs a fold from 0 to {FOLDS - 1}, as in 'digits:1'")
   elif kind != "folder":
     _choose("data.name", name, KNOWN)
   return kind, argument
@@ -79,7 +84,7 @@ def source(name: str, split: str, *, image_size: int | tuple[int, int], seed: in
   kind, argument = _parse(name)
   _choose("split", split, SPLITS)
   if kind == "digits":
-    return Digits(split, _pair(image_size))
+    return Digits(split, _pair(image_size), int(argument))
   if kind == "shapes":
     return Shapes(split, _pair(image_size), num_examples(name, split), seed)
   return Folder(argument, split)
@@ -97,7 +102,7 @@ def num_examples(name: str, split: str) -> int:
   kind, argument = _parse(name)
   _choose("split", split, SPLITS)
   if kind == "digits":
-    return len(split_indices(split))
+    return len(split_indices(split, int(argument)))
   if kind == "shapes":
     return int(argument) if split == "train" else SIZES[split]
   return len(list_files(argument, split)[0])
