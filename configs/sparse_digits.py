@@ -14,7 +14,7 @@ from configs import digits
 LINKS = '"links": {"method": "sparsifiner", "keep": 0.25, %s}'
 TOKEN = LINKS % '"reduce_n": 8, "coefficients": 4'
 BLOCK = LINKS % '"granularity": "block", "window": 2, "min_tokens": 0'
-EVIT = '"tokens": {"method": "evit", "keep": 0.7, "blocks": [1, 2, 3]}'
+EVIT = '"tokens": {"method": "evit", "keep": 0.7, "blocks": [1, 2]}'
 PLANS = {"dense": "", "tuned": "", "token": f"{{{TOKEN}}}", "block": f"{{{BLOCK}}}",
          "evit": f"{{{EVIT}}}", "sparsif_evit": f"{{{TOKEN}, {EVIT}}}"}
 
@@ -22,14 +22,19 @@ PLANS = {"dense": "", "tuned": "", "token": f"{{{TOKEN}}}", "block": f"{{{BLOCK}
 def get_config(plan="token"):
   config = digits.get_config()
   config.plan = PLANS[plan]
-  config.model.patch_size = 2     # pixels: 64 tokens and the class token
+  config.model.image_size = 12    # pixels
+  config.model.patch_size = 2     # pixels: 36 tokens and the class token
+  config.model.depth = 3
   config.model.heads = 2
+  config.model.position_std = 0.5
   config.log_every = 100
   if plan == "dense":
-    config.total_steps = 600
-    config.checkpoint_every = 600
+    config.total_steps = 500
+    config.checkpoint_every = 500
+    config.optim.warmup_steps = 50
+    config.optim.learning_rate = 2e-3
     return config
-  return fine_tune(config, steps=300)
+  return fine_tune(config, steps=150)
 
 
 def fine_tune(config, steps):

@@ -4,7 +4,6 @@ import functools
 import numpy as np
 from PIL import Image
 
-
 FOLDS = 5
 
 
