@@ -57,6 +57,15 @@ def test_splits_are_disjoint_cover_the_data_and_have_equal_shares_of_each_class(
   assert not train & set(of_split("val")) and not train & set(of_split("test"))
 
 
+def test_each_digit_is_in_the_test_of_one_fold():
+  tests = np.concatenate([split_indices("test", fold) for fold in range(5)])
+  np.testing.assert_array_equal(np.sort(tests), np.arange(1797))
+  for fold in range(5):
+    parts = [split_indices(split, fold) for split in pipeline.SPLITS]
+    assert len(np.unique(np.concatenate(parts))) == 1797
+    assert pipeline.num_examples(f"digits:{fold}", "test") == len(parts[2])
+
+
 def test_each_epoch_sees_every_training_image_once_in_another_order():
   stream = contents(take(batches(config()), 26))
   epochs = stream[:1257], stream[1257:2514]
@@ -209,6 +218,7 @@ def test_the_only_other_split_serves_as_test_and_says_so(folder, caplog):
 # Mistakes in a config.
 
 @pytest.mark.parametrize(("changes", "message"), [
+    ({"name": "digits:5"}, "needs a fold from 0 to 4"),
     ({"name": "digit"}, r"data\.name='digit' is not one of digits"),
     ({"name": "shapes:many"}, r"data\.name='shapes:many' needs a number of scenes"),
     ({"name": "shapes", "augment": "digits"}, r"would change what shapes mean; use.* none"),

@@ -1,6 +1,6 @@
 """From the name of a data set to its images, one at a time.
 
-  digits            1,797 real images that scikit-learn ships
+  digits[:FOLD]     1,797 real images that scikit-learn ships; FOLD is 0 to 4, "digits" is fold 0
   shapes[:COUNT]    drawn scenes, COUNT of them for training
   folder:PATH       PATH/train/CLASS/*.jpg, PATH/val, PATH/test
   arrayrecord:PATH  what `python -m experiments.prepare` wrote
@@ -11,14 +11,14 @@ from typing import Protocol
 
 from vitcompact.data import records, tfds
 from vitcompact.data.decode import Example
-from vitcompact.data.digits import Digits, split_indices
+from vitcompact.data.digits import FOLDS, Digits, split_indices
 from vitcompact.data.folder import Folder, list_classes, list_files
 from vitcompact.data.records import Records
 from vitcompact.data.shapes import SIZES, Shapes
 from vitcompact.data.tfds import TfdsSource
 
 SPLITS = ("train", "val", "test")
-KNOWN = ("digits", "shapes", "shapes:COUNT", "folder:PATH", "arrayrecord:PATH", "tfds:NAME")
+KNOWN = ("digits", "digits:FOLD", "shapes", "shapes:COUNT", "folder:PATH", "arrayrecord:PATH", "tfds:NAME")
 NEEDS = {"folder": "a path: 'folder:PATH' with PATH/train/CLASS/*.jpg",
          "arrayrecord": "a path: 'arrayrecord:PATH', as `python -m experiments.prepare` writes it",
          "tfds": "a name: 'tfds:imagenet2012', 'tfds:cifar10'"}
@@ -54,6 +54,10 @@ def parse(name: str) -> tuple[str, str]:
     argument = argument or str(SIZES["train"])
     if not argument.isdecimal() or int(argument) < 1:
       raise ValueError(f"data.name={name!r} needs a number of scenes, as in 'shapes:20000'")
+  elif kind == "digits":
+    argument = argument or "0"
+    if argument not in map(str, range(FOLDS)):
+      raise ValueError(f"data.name={name!r} needs a fold from 0 to {FOLDS - 1}, as in 'digits:1'")
   elif kind not in NEEDS:
     choose("data.name", name, KNOWN)
   return kind, argument
@@ -66,7 +70,7 @@ def source(name: str, split: str, *, image_size: int | tuple[int, int], seed: in
   choose("split", split, SPLITS)
   size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
   if kind == "digits":
-    return Digits(split, size)
+    return Digits(split, size, int(argument))
   if kind == "shapes":
     return Shapes(split, size, num_examples(name, split), seed)
   return {"folder": Folder, "arrayrecord": Records, "tfds": TfdsSource}[kind](argument, split)
@@ -88,7 +92,7 @@ def num_examples(name: str, split: str) -> int:
   kind, argument = parse(name)
   choose("split", split, SPLITS)
   if kind == "digits":
-    return len(split_indices(split))
+    return len(split_indices(split, int(argument)))
   if kind == "shapes":
     return int(argument) if split == "train" else SIZES[split]
   if kind == "folder":
