@@ -1,6 +1,5 @@
 """Batches prepared ahead of their use, by threads or by processes; the state is the position."""
 import os
-from collections.abc import Callable
 
 import grain
 from absl import flags
@@ -23,7 +22,7 @@ def prepare_ahead(dataset: grain.MapDataset, workers: int) -> grain.DatasetItera
 
 
 class Batches(grain.DatasetIterator):
-  """Batch 0, 1, 2, ... of `make_batch(step)`. `get_state()` and `set_state()` resume exactly.
+  """Batch 0, 1, 2, ... of a dataset. `get_state()` and `set_state()` resume exactly.
 
   Grain's own state with worker processes names each worker. Ours is the number of the next batch,
   {"next_index": n}, so that a run may go on with another number of workers.
@@ -32,11 +31,9 @@ class Batches(grain.DatasetIterator):
   than max_bad of them are a ValueError.
   """
 
-  def __init__(self, make_batch: Callable[[int], dict], steps: int, workers: int,
-               max_bad: int = 0):
+  def __init__(self, dataset: grain.MapDataset, workers: int, max_bad: int = 0):
     super().__init__()
-    self.make_batch, self.workers = make_batch, workers
-    self.dataset = grain.MapDataset.range(steps).map(make_batch)
+    self.dataset, self.workers = dataset, workers
     self.position, self.ahead = 0, None
     self.max_bad, self.bad_records = max_bad, set()
 
@@ -53,7 +50,8 @@ class Batches(grain.DatasetIterator):
       self.close()  # an evaluation is over: its threads and processes go
       raise
     self.position += 1
-    self._count(batch.pop(BAD))
+    if isinstance(batch, dict) and BAD in batch:
+      self._count(batch.pop(BAD))
     return batch
 
   def _count(self, bad) -> None:
