@@ -42,7 +42,10 @@ def get_config():
   config.data.smoothing = 0.1
   config.data.mixup = 0.0         # alpha; 0: off
   config.data.cutmix = 0.0        # alpha; 0: off
-  config.data.mix_groups = 1      # groups of a batch that draw their own mix
+  config.data.replicas = 1        # of the recipe, not of the hardware: each draws its own mix
+  config.data.repeats = 1         # showings of an image in a row
+  config.data.on_bad = "stop"     # at a record that cannot be used; or "skip" for the next one
+  config.data.max_bad = 0         # so many may be passed over
 
   config.optim = ConfigDict()
   config.optim.name = "adamw"     # or "sgd", with Nesterov momentum b1

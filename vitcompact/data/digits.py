@@ -4,6 +4,8 @@ import functools
 import numpy as np
 from PIL import Image
 
+from vitcompact.data.decode import Example, as_arrays
+
 FOLDS = 5
 
 
@@ -46,7 +48,10 @@ class Digits:
   def __len__(self) -> int:
     return len(self.labels)
 
-  def __getitem__(self, index: int) -> dict:
+  def open(self, index: int) -> Example:
     height, width = self.image_size
     gray = Image.fromarray(self.images[index]).resize((width, height), Image.Resampling.BICUBIC)
-    return {"image": np.asarray(gray.convert("RGB")), "label": int(self.labels[index])}
+    return Example(gray.convert("RGB"), int(self.labels[index]))
+
+  def __getitem__(self, index: int) -> dict:
+    return as_arrays(self.open(index))

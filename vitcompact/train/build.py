@@ -77,7 +77,7 @@ def build(config: FrozenConfigDict) -> Run:
     step = steps.make_train_step(
         by_replica(make_program(config, model, teacher, program), groups),
         optimizers.links if program.links else optimizers.main, optimizers.rate, augment,
-        accumulate=config.accumulate, ema_decay=decay)
+        accumulate=config.accumulate, ema_decay=decay, groups=config.data.replicas)
     return steps.jit_train_step(step, shardings, mesh)
 
   eval_step = steps.make_eval_step(model, preprocess.mean, preprocess.std)
