@@ -12,19 +12,22 @@ Data:     scenes whose label relates two distant objects; drawn, no download.
 Result:   python -m experiments.accuracy shapes trains all with three seeds, and prints a table.
 """
 from configs import shapes
-from configs.sparse_digits import PLANS, fine_tune
+from configs.sparse_digits import LINKS, TOKEN, fine_tune
 
 SIZES = {"small": 48, "middle": 96}   # pixels; objects grow with the image
-BLOCK = '{"links": {"method": "sparsifiner", "keep": 0.25, "granularity": "block"}}'
+BLOCK = LINKS % '"granularity": "block"'
+EVIT = '"tokens": {"method": "evit", "keep": 0.7, "blocks": [0]}'
+PLANS = {"small": "", "middle": "", "dense": "", "tuned": "", "token": f"{{{TOKEN}}}",
+         "block": f"{{{BLOCK}}}", "evit": f"{{{EVIT}}}", "sparsif_evit": f"{{{TOKEN}, {EVIT}}}"}
 
 
 def get_config(plan="block"):
   config = shapes.get_config()
-  config.plan = {**PLANS, "small": "", "middle": "", "block": BLOCK}[plan]
+  config.plan = PLANS[plan]
   config.model.image_size = SIZES.get(plan, 192)
   config.model.patch_size = 8     # pixels: 36, 144 and 576 patches
   config.model.width = 64
-  config.model.depth = 3
+  config.model.depth = 2
   config.model.heads = 2
   config.model.position_std = 0.5
   config.data.smoothing = 0.0
@@ -33,8 +36,8 @@ def get_config(plan="block"):
   config.optim.learning_rate = 2e-3
   config.batch_size = {"small": 64, "middle": 64}.get(plan, 16)
   if plan not in ("small", "middle", "dense"):
-    return fine_tune(config, steps=100)
-  config.total_steps = {"small": 2000, "middle": 300, "dense": 200}[plan]
+    return fine_tune(config, steps=60)
+  config.total_steps = {"small": 1500, "middle": 300, "dense": 150}[plan]
   config.checkpoint_every = config.total_steps
   config.optim.warmup_steps = config.total_steps // 10
   return config

@@ -12,7 +12,12 @@ import vitcompact as vc
 from vitcompact.data import pipeline
 from vitcompact.train import optim, programs, settings, sharding, start
 from vitcompact.train import step as steps
-from vitcompact.train.objective import make_objective, make_reconstruction
+from vitcompact.train.objective import (
+    by_replica,
+    looks_across,
+    make_objective,
+    make_reconstruction,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +68,14 @@ def build(config: FrozenConfigDict) -> Run:
   augment = steps.make_augment(config.data, preprocess.mean, preprocess.std, classes,
                                config.accumulate)
 
+  groups = 1
+  if looks_across(model, shapes.batch_stats, config.loss):
+    groups = max(1, config.data.replicas // config.accumulate)
+
   @functools.cache
   def compiled(program: programs.Program):
     step = steps.make_train_step(
-        make_program(config, model, teacher, program),
+        by_replica(make_program(config, model, teacher, program), groups),
         optimizers.links if program.links else optimizers.main, optimizers.rate, augment,
         accumulate=config.accumulate, ema_decay=decay, groups=config.data.replicas)
     return steps.jit_train_step(step, shardings, mesh)

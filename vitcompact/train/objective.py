@@ -56,6 +56,29 @@ def make_objective(model, loss, teacher=None, companion=None):
   return objective
 
 
+def by_replica(objective, groups: int):
+  """The objective of each of `groups` equal runs of a batch, and the means of what comes of them.
+
+  As on so many processes that average their gradients: batch statistics, MixToken's box and means
+  over surviving patches are of a run alone. (There, one process's running statistics are kept.)
+  """
+  if groups == 1:
+    return objective
+
+  def grouped(params, batch_stats, teacher_variables, images, labels, targets, key):
+    runs = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), (images, labels, targets))
+    out = jax.vmap(objective, in_axes=(None, None, None, 0, 0, 0, 0))(
+        params, batch_stats, teacher_variables, *runs, jax.random.split(key, groups))
+    return jax.tree.map(lambda x: jnp.mean(x, axis=0), out)
+
+  return grouped
+
+
+def looks_across(model, batch_stats, loss) -> bool:
+  """Whether what an image teaches depends on the others of its replica."""
+  return bool(batch_stats or getattr(model, "mix_token", False) or loss.patches or loss.consistency)
+
+
 def make_reconstruction(model, weight: float):
   """The same kind of function for predictors of links: `weight` times the squared error of their
   scores against the dense attention of the same weights, summed over the images as published.
