@@ -24,7 +24,9 @@ KEYS = {
     "mesh": {"data", "fsdp"},
 }
 # These change where and how often, not what: a run may be resumed with others.
-FREE = ("mesh.data", "mesh.fsdp", "data.workers", "log_every", "eval_batch_size", "keep_last")
+# on_bad too: a run that stopped at a bad record may go on passing it over.
+FREE = ("mesh.data", "mesh.fsdp", "data.workers", "data.on_bad", "data.max_bad", "log_every",
+        "eval_batch_size", "keep_last")
 
 
 def flat(config) -> dict:
