@@ -16,7 +16,7 @@ from configs.sparse_digits import LINKS, TOKEN, fine_tune
 
 SIZES = {"small": 48, "middle": 96}   # pixels; objects grow with the image
 BLOCK = LINKS % '"granularity": "block"'
-EVIT = '"tokens": {"method": "evit", "keep": 0.7, "blocks": [0]}'
+EVIT = '"tokens": {"method": "evit", "keep": 0.7, "blocks": [0, 1]}'
 PLANS = {"small": "", "middle": "", "dense": "", "tuned": "", "token": f"{{{TOKEN}}}",
          "block": f"{{{BLOCK}}}", "evit": f"{{{EVIT}}}", "sparsif_evit": f"{{{TOKEN}, {EVIT}}}"}
 
@@ -27,7 +27,7 @@ def get_config(plan="block"):
   config.model.image_size = SIZES.get(plan, 192)
   config.model.patch_size = 8     # pixels: 36, 144 and 576 patches
   config.model.width = 64
-  config.model.depth = 2
+  config.model.depth = 3
   config.model.heads = 2
   config.model.position_std = 0.5
   config.data.name = "directions"
@@ -35,10 +35,10 @@ def get_config(plan="block"):
   config.log_every = 50
   config.eval_params = "raw"
   config.optim.learning_rate = 2e-3
-  config.batch_size = {"small": 64, "middle": 64}.get(plan, 16)
+  config.batch_size = {"small": 128, "middle": 64}.get(plan, 16)
   if plan not in ("small", "middle", "dense"):
-    return fine_tune(config, steps=60)
-  config.total_steps = {"small": 600, "middle": 200, "dense": 150}[plan]
+    return fine_tune(config, steps=50)
+  config.total_steps = {"small": 800, "middle": 200, "dense": 150}[plan]
   config.checkpoint_every = config.total_steps
   config.optim.warmup_steps = config.total_steps // 10
   return config

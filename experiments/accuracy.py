@@ -4,7 +4,8 @@
   python -m experiments.accuracy shapes --out results/accuracy_shapes.json --workdir runs/accuracy
 
 For each fold of digits, or seed on shapes (577 tokens), a dense model is trained; then, from it and
-taught by it, every variant for equally many steps, the dense one ("tuned") among them. The table
+taught by it, every variant for equally many steps, the dense one ("tuned") among them. On shapes
+the dense models start from one that has learnt smaller images. The table
 has each one's test accuracy, and its difference to the tuned one of the same fold or seed, with a
 95 % interval (Student's t over the pairs). The test split chooses nothing. Run again, it goes on.
 """
@@ -69,14 +70,15 @@ def pair(kind: str, index: int, workdir: pathlib.Path, variants) -> dict[str, di
   path, found = None, {}
   for name in (*stages, *variants):
     config = configs.get_config(name)
-    config.seed = index
+    first = name in stages[:-1]   # the way to the dense model, which all pairs share
+    config.seed = 0 if first else index
     if kind == "digits":
       config.data.name = f"digits:{index}"
     if path is not None:
       config.init_from = str(resized(path, config.model.image_size))
     if name in variants:
       config.teacher.file = config.init_from
-    made, found[name] = trained(config, workdir / kind / str(index) / name)
+    made, found[name] = trained(config, workdir / kind / ("shared" if first else str(index)) / name)
     path = made if name in stages else path
     print(f"{kind} {index} {name}: {100 * found[name]['accuracy']:.2f} %", flush=True)
   return found
