@@ -3,8 +3,8 @@
 Command:  python main.py --config=configs/sparse_shapes.py:small --workdir=runs/small
 Then:     middle, dense, and of token, block, evit, sparsif_evit and tuned (dense, fine-tuned alike)
           those that are of interest, each from the one before:
-          python -m experiments.convert runs/small/trained.safetensors small96.safetensors \\
-            --image-size 96
+          python -m experiments.convert runs/small/trained.safetensors --image-size 96 \\
+            --out small96.safetensors
           python main.py --config=configs/sparse_shapes.py:middle --workdir=runs/middle \\
             --config.init_from=small96.safetensors
           The last step takes --config.teacher.file as well, the dense model that it starts from.

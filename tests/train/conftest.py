@@ -21,7 +21,7 @@ def tiny_config() -> ConfigDict:
       "ema_half_life": 0.05, "eval_params": "raw", "plan": PLAN,
       "model": {"name": "deit_tiny_patch16_224", "image_size": 8, "patch_size": 4, "width": 16,
                 "depth": 2, "heads": 2, "drop_path_rate": 0.1, "dtype": "float32", "remat": False},
-      "data": {"name": "digits", "augment": "digits", "workers": 0, "erase": 0.25,
+      "data": {"name": "digits", "augment": "digits", "workers": 0, "erase": 0.25, "eval_crop": 0.0,
                "smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "replicas": 1,
                "repeats": 1, "on_bad": "stop", "max_bad": 0},
       "loss": {"labels": 1.0, "patch_labels": 1.0, "hard": 0.0, "soft": 0.0, "temperature": 1.0,

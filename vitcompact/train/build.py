@@ -53,6 +53,8 @@ def build(config: FrozenConfigDict) -> Run:
   model = vc.create_model(sizes.pop("name"), plan=vc.Plan.parse(config.plan), num_classes=classes,
                           **sizes)
   preprocess, rules = vc.preprocess(model), model.leaf_rules()
+  if config.data.eval_crop:
+    preprocess = dataclasses.replace(preprocess, crop=config.data.eval_crop)
   image_shape = (*preprocess.image_size, 3)
   teacher = make_teacher(config, model)
   programs.check(config, model)

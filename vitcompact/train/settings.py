@@ -10,7 +10,8 @@ POSITIVE = ("total_steps", "batch_size", "accumulate", "eval_batch_size", "check
 KEYS = {
     "": {*POSITIVE, "seed", "init_from", "ema_half_life", "eval_params", "model", "plan", "data",
          "optim", "mesh", "loss", "teacher", "reconstruct", "keep_warmup"},
-    "data": {"name", "augment", "workers", "erase", "smoothing", "mixup", "cutmix", "replicas",
+    "data": {"name", "augment", "workers", "erase", "smoothing", "mixup", "cutmix", "eval_crop",
+             "replicas",
              "repeats", "on_bad", "max_bad"},
     "optim": {"name", "schedule", "epoch_steps", "learning_rate", "warmup_steps",
               "warmup_learning_rate", "final_learning_rate", "cooldown_steps", "weight_decay", "b1",
