@@ -1,0 +1,1 @@
+"""Pallas kernels, each beside the reference that it must equal."""
