@@ -1,0 +1,222 @@
+"""Block-sparse attention on TPU: Pallas on Mosaic TPU, forward and backward.
+
+One step of the grid owns a block of queries (for the gradients of keys and values: of keys) and
+walks its list of linked blocks, which is in scalar memory. The other side of a head stays in vector
+memory for all steps of that head: it is read from HBM once, and a block is picked by its number.
+Images are taken in turn, for scalar memory holds the lists of one, not of a batch.
+"""
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from vitcompact.kernels.pairs import by_key
+
+LANES = 128
+# Of a head's keys and values (or queries and their gradients), twice: the next head's are on their
+# way. Leaves room for the rest in the 16 MiB that a kernel may use by default.
+RESIDENT_BYTES = 12 * 2 ** 20
+LOWEST = -1e30  # under every score, and finite: of two infinities the difference is not a number
+
+
+def resident_bytes(tokens: int, d: int, e: int, itemsize: int) -> int:
+  """Vector memory that `tokens` take, in which rows fill whole lanes."""
+  return 2 * tokens * itemsize * sum(LANES * -(-width // LANES) for width in (d, e))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def attend(query_bfqad, key_bfkcd, value_bfkce, bias, chosen_bfqs, interpret=False):
+  """Attention of each block of queries over its chosen blocks of keys.
+
+  Equals `links.blocks.attend_gathered`. The bias gets no gradient.
+
+  Args:
+    query_bfqad, key_bfkcd, value_bfkce: q blocks of `a` scaled queries, k blocks of c keys.
+    bias: (B or 1, 1, k, c) float32 added to the scores, -inf hides a key; or None.
+    chosen_bfqs: int32, s different blocks of keys for each block of queries.
+    interpret: run where there is no TPU.
+  Returns:
+    (B, f, q, a, e) and the log of the sum of exponentials (B, f, q, a), float32.
+  """
+  return _attend_and_residuals(query_bfqad, key_bfkcd, value_bfkce, bias, chosen_bfqs, interpret)[0]
+
+
+def _attend_and_residuals(query, key, value, bias, chosen, interpret):
+  out, log_sum = lax.map(
+      lambda image: _forward(*image, interpret),
+      (query, key, value, _bias(bias, key), chosen.reshape(len(chosen), -1)))
+  return (out, log_sum[..., 0, :]), (query, key, value, bias, chosen, out, log_sum)
+
+
+def _backward(interpret, residuals, gradients):
+  query, key, value, bias, chosen, out, log_sum = residuals
+  d_out, d_log_sum = gradients
+  # d scores = weights (d weights + shift)
+  shift = (d_log_sum - jnp.sum(out * d_out, axis=-1))[..., None, :]
+  rows = (query, d_out.astype(value.dtype), log_sum, shift)
+  columns = (key, value, _bias(bias, key))
+  linked, first = (x.reshape(len(chosen), -1) for x in by_key(chosen, key.shape[2]))
+
+  def image(image):
+    rows, columns, chosen, linked, first = image
+    return (_d_query(*rows, *columns, chosen, interpret),
+            *_d_key_value(*rows, *columns, linked, first, interpret))
+
+  d_query, d_key, d_value = lax.map(
+      image, (rows, columns, chosen.reshape(len(chosen), -1), linked, first))
+  return d_query, d_key, d_value, None, None
+
+
+attend.defvjp(_attend_and_residuals, _backward)
+
+
+def _bias(bias, key_bfkcd):
+  """(B, k, 1, c) float32."""
+  batch, _, keys, area, _ = key_bfkcd.shape
+  if bias is None:
+    return jnp.zeros((batch, keys, 1, area), jnp.float32)
+  bias = jnp.broadcast_to(bias.astype(jnp.float32), (batch, 1, keys, area))
+  return bias.reshape(batch, keys, 1, area)
+
+
+def _product(a, b):
+  return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _transposed(a, b):
+  """a b^T."""
+  return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _diagonal(size: int):
+  return (lax.broadcasted_iota(jnp.int32, (size, size), 0) ==
+          lax.broadcasted_iota(jnp.int32, (size, size), 1))
+
+
+def _as_column(row_1a):
+  """(a, 1), by means that lower on every version."""
+  return jnp.sum(jnp.where(_diagonal(row_1a.shape[1]), row_1a, 0.0), axis=1, keepdims=True)
+
+
+def _as_row(column_a1):
+  return jnp.sum(jnp.where(_diagonal(column_a1.shape[0]), column_a1, 0.0), axis=0, keepdims=True)
+
+
+def _one(array_fq):
+  """A block of a head for each step of the grid."""
+  return pl.BlockSpec((None, None, *array_fq.shape[2:]), lambda head, block, *_: (head, block, 0, 0))
+
+
+def _whole(array_fk):
+  """All blocks of a head."""
+  return pl.BlockSpec((None, *array_fk.shape[1:]), lambda head, block, *_: (head, 0, 0, 0))
+
+
+def _launch(body, grid, lists, in_specs, out_specs, out, interpret):
+  return pl.pallas_call(
+      body, out_shape=out, interpret=interpret,
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+          num_scalar_prefetch=lists, grid=grid, in_specs=in_specs, out_specs=out_specs),
+      compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")))
+
+
+def _forward(query, key, value, bias, chosen, interpret):
+  """(f, q, a, d), (f, k, c, d), (f, k, c, e), (k, 1, c), (f q s) -> (f, q, a, e), (f, q, 1, a)."""
+  heads, queries, area, _ = query.shape
+  count = chosen.size // (heads * queries)
+  out = [jax.ShapeDtypeStruct((heads, queries, area, value.shape[-1]), jnp.float32),
+         jax.ShapeDtypeStruct((heads, queries, 1, area), jnp.float32)]
+
+  def block_sparse_attention(chosen_ref, query_ref, key_ref, value_ref, bias_ref, out_ref,
+                             log_sum_ref):
+    start = (pl.program_id(0) * queries + pl.program_id(1)) * count
+
+    def step(number, carry):
+      summed, top, total = carry
+      block = chosen_ref[start + number]
+      scores = _transposed(query_ref[...], key_ref[block]) + bias_ref[block]
+      higher = jnp.maximum(top, scores.max(axis=1, keepdims=True))
+      weights = jnp.exp(scores - higher)
+      shrink = jnp.exp(top - higher)
+      total = total * shrink + weights.sum(axis=1, keepdims=True)
+      return summed * shrink + _product(weights.astype(value.dtype), value_ref[block]), higher, total
+
+    begin = (jnp.zeros(out_ref.shape, jnp.float32), jnp.full((area, 1), LOWEST, jnp.float32),
+             jnp.zeros((area, 1), jnp.float32))
+    summed, top, total = lax.fori_loop(0, count, step, begin)
+    out_ref[...] = summed / total
+    log_sum_ref[...] = _as_row(top + jnp.log(total))
+
+  specs = [_one(query), _whole(key), _whole(value), _everything(bias)]
+  return _launch(block_sparse_attention, (heads, queries), 1, specs, [_one(x) for x in out], out,
+                 interpret)(chosen, query, key, value, bias)
+
+
+def _everything(array_k):
+  return pl.BlockSpec(array_k.shape, lambda head, block, *_: (0, 0, 0))
+
+
+def _d_query(query, d_out, log_sum, shift, key, value, bias, chosen, interpret):
+  """Gradient of queries (f, q, a, d): a step owns a block of queries, as forward."""
+  heads, queries = query.shape[:2]
+  count = chosen.size // (heads * queries)
+
+  def block_sparse_d_query(chosen_ref, query_ref, d_out_ref, log_sum_ref, shift_ref, key_ref,
+                           value_ref, bias_ref, d_query_ref):
+    start = (pl.program_id(0) * queries + pl.program_id(1)) * count
+    log_sum, shift = _as_column(log_sum_ref[...]), _as_column(shift_ref[...])
+
+    def step(number, summed):
+      block = chosen_ref[start + number]
+      scores = _transposed(query_ref[...], key_ref[block]) + bias_ref[block]
+      d_weights = _transposed(d_out_ref[...], value_ref[block])
+      d_scores = jnp.exp(scores - log_sum) * (d_weights + shift)
+      return summed + _product(d_scores.astype(key.dtype), key_ref[block])
+
+    summed = lax.fori_loop(0, count, step, jnp.zeros(query_ref.shape, jnp.float32))
+    d_query_ref[...] = summed.astype(query.dtype)
+
+  specs = [*(_one(x) for x in (query, d_out, log_sum, shift)), _whole(key), _whole(value),
+           _everything(bias)]
+  out = jax.ShapeDtypeStruct(query.shape, query.dtype)
+  return _launch(block_sparse_d_query, (heads, queries), 1, specs, _one(out), out, interpret)(
+      chosen, query, d_out, log_sum, shift, key, value, bias)
+
+
+def _d_key_value(query, d_out, log_sum, shift, key, value, bias, linked, first, interpret):
+  """Gradients of keys and values: a step owns a block of keys, whose scores are transposed.
+
+  linked (f q s), first (f (k + 1)): see `by_key`.
+  """
+  heads, keys = key.shape[:2]
+  pairs = linked.size // heads
+
+  def block_sparse_d_key_value(linked_ref, first_ref, query_ref, d_out_ref, log_sum_ref, shift_ref,
+                               key_ref, value_ref, bias_ref, d_key_ref, d_value_ref):
+    head = pl.program_id(0)
+    own = head * (keys + 1) + pl.program_id(1)
+    bias = _as_column(bias_ref[...])
+
+    def step(number, carry):
+      d_key, d_value = carry
+      block = linked_ref[head * pairs + number]
+      scores = _transposed(key_ref[...], query_ref[block]) + bias
+      weights = jnp.exp(scores - log_sum_ref[block])
+      d_value = d_value + _product(weights.astype(value.dtype), d_out_ref[block])
+      d_weights = _transposed(value_ref[...], d_out_ref[block])
+      d_scores = weights * (d_weights + shift_ref[block])
+      return d_key + _product(d_scores.astype(key.dtype), query_ref[block]), d_value
+
+    begin = tuple(jnp.zeros(ref.shape, jnp.float32) for ref in (key_ref, value_ref))
+    d_key, d_value = lax.fori_loop(first_ref[own], first_ref[own + 1], step, begin)
+    d_key_ref[...] = d_key.astype(key.dtype)
+    d_value_ref[...] = d_value.astype(value.dtype)
+
+  own_bias = pl.BlockSpec((None, *bias.shape[1:]), lambda head, block, *_: (block, 0, 0))
+  specs = [*(_whole(x) for x in (query, d_out, log_sum, shift)), _one(key), _one(value), own_bias]
+  out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)]
+  return _launch(block_sparse_d_key_value, (heads, keys), 2, specs, [_one(x) for x in out], out,
+                 interpret)(linked, first, query, d_out, log_sum, shift, key, value, bias)
