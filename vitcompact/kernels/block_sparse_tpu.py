@@ -107,7 +107,8 @@ def _as_row(column_a1):
 
 def _one(array_fq):
   """A block of a head for each step of the grid."""
-  return pl.BlockSpec((None, None, *array_fq.shape[2:]), lambda head, block, *_: (head, block, 0, 0))
+  shape = (None, None, *array_fq.shape[2:])
+  return pl.BlockSpec(shape, lambda head, block, *_: (head, block, 0, 0))
 
 
 def _whole(array_fk):
@@ -142,7 +143,8 @@ def _forward(query, key, value, bias, chosen, interpret):
       weights = jnp.exp(scores - higher)
       shrink = jnp.exp(top - higher)
       total = total * shrink + weights.sum(axis=1, keepdims=True)
-      return summed * shrink + _product(weights.astype(value.dtype), value_ref[block]), higher, total
+      added = _product(weights.astype(value.dtype), value_ref[block])
+      return summed * shrink + added, higher, total
 
     begin = (jnp.zeros(out_ref.shape, jnp.float32), jnp.full((area, 1), LOWEST, jnp.float32),
              jnp.zeros((area, 1), jnp.float32))
