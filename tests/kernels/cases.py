@@ -10,16 +10,17 @@ def draw(*shape, seed=0, dtype=jnp.float32):
   return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
 
 
-def case(dtype, area: int, e: int, d: int = 64, biased: bool = True):
+def case(dtype, area: int, e: int, *, d: int = 64, biased: bool = True, batch: int = 2,
+         heads: int = 1):
   """Arguments of block attention: two blocks of queries, two of three keys for each; and gradients
-  of both outputs. The first block of keys is padded, the last one is chosen by nobody in head 0."""
-  batch, heads, queries, keys = 2, 2, 2, 3
+  of both outputs. Half of the first block of keys is hidden, the last is chosen by one list alone."""
+  queries, keys = 2, 3
   query = draw(batch, heads, queries, area, d, dtype=dtype) * jnp.asarray(d ** -0.5, dtype)
   key = draw(batch, heads, keys, area, d, seed=1, dtype=dtype)
   value = draw(batch, heads, keys, area, e, seed=2, dtype=dtype)
   bias = draw(batch, 1, keys, area, seed=3).at[:, :, 0, area // 2:].set(-jnp.inf)
   chosen = jnp.asarray([[[0, 1], [1, 0]], [[2, 0], [1, 2]]], jnp.int32)
-  chosen = jnp.stack([chosen, chosen[:, ::-1]])
+  chosen = chosen.reshape(batch, heads, queries, 2)
   gradients = tuple(draw(batch, heads, queries, area, *width, seed=4) for width in ((e,), ()))
   return (query, key, value), (bias if biased else None, chosen), gradients
 

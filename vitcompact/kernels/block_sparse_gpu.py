@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from vitcompact.kernels.block_sparse import attention
 from vitcompact.kernels.pairs import by_key
 
 AREA = 64       # tokens in a tile: the rows of one matrix instruction of a warpgroup
@@ -25,51 +26,27 @@ LOWEST = -1e30  # under every score, and finite: of two infinities the differenc
 LOG2_E = math.log2(math.e)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def attend(query_bfqad, key_bfkcd, value_bfkce, bias, chosen_bfqs, interpret=None):
-  """Attention of each block of queries over its chosen blocks of keys.
-
-  Equals `links.blocks.attend_gathered`. The bias gets no gradient.
-
-  Args:
-    query_bfqad, key_bfkcd, value_bfkce: bfloat16; a = c = 64, d = 64, e = 64 or 128. Queries are
-      scaled.
-    bias: (B or 1, 1, k, c) float32 added to the scores, -inf hides a key; or None.
-    chosen_bfqs: int32, s different blocks of keys for each block of queries.
-    interpret: parameters of Mosaic GPU's interpreter, which runs where there is no GPU.
-  Returns:
-    (B, f, q, a, e) and the log of the sum of exponentials (B, f, q, a), float32.
-  """
-  return _attend_and_residuals(query_bfqad, key_bfkcd, value_bfkce, bias, chosen_bfqs, interpret)[0]
-
-
-def _attend_and_residuals(query, key, value, bias, chosen, interpret):
+def forward(interpret, query, key, value, bias, chosen):
+  """See `block_sparse.attention`; bfloat16, a = c = 64, d = 64, e = 64 or 128."""
   out, log_sum = _forward(_tiles(query), _tiles(key), _tiles(value), _bias(bias, key),
                           _tiles(_numbered(chosen, key.shape[2])), interpret)
-  out = out.reshape(*query.shape[:4], value.shape[-1])
-  log_sum = log_sum.reshape(query.shape[:4])
-  return (out.astype(jnp.float32), log_sum), (query, key, value, bias, chosen, out, log_sum)
+  return out.reshape(*query.shape[:4], value.shape[-1]), log_sum.reshape(query.shape[:4])
 
 
-def _backward(interpret, residuals, gradients):
-  query, key, value, bias, chosen, out, log_sum = residuals
-  d_out, d_log_sum = gradients
+def backward(interpret, query, key, value, bias, chosen, log_sum, shift, d_out):
   keys, queries = key.shape[2], query.shape[2]
-  # d scores = weights (d weights + shift)
-  shift = d_log_sum - jnp.sum(out.astype(jnp.float32) * d_out, axis=-1)
-  rows = [_tiles(x) for x in (query, d_out.astype(value.dtype), log_sum * LOG2_E, shift)]
+  rows = [_tiles(x) for x in (query, d_out, log_sum * LOG2_E, shift)]
   columns = [_tiles(key), _tiles(value), _bias(bias, key)]
   d_query = _d_query(*rows, *columns, _tiles(_numbered(chosen, keys)), interpret)
   linked, first = by_key(chosen, keys)
-  linked = _numbered(linked, queries).reshape(-1)
-  first = _numbered(first, linked.size // (first.size // (keys + 1)))
+  first = _numbered(first, linked.shape[-1])
   spans = jnp.stack([first[..., :-1], first[..., 1:]], axis=-1).reshape(-1, 2)
+  linked = _numbered(linked, queries).reshape(-1)
   d_key, d_value = _d_key_value(*rows, *columns, linked, spans, interpret)
-  return d_query.reshape(query.shape), d_key.reshape(key.shape), d_value.reshape(value.shape), \
-      None, None
+  return d_query.reshape(query.shape), d_key.reshape(key.shape), d_value.reshape(value.shape)
 
 
-attend.defvjp(_attend_and_residuals, _backward)
+attend = attention(forward, backward)
 
 
 def _tiles(x_bfq):
@@ -84,12 +61,9 @@ def _numbered(index_bf, count: int):
   return index_bf.astype(jnp.int32) + start.reshape(batch, heads, *(1,) * len(rest))
 
 
-def _bias(bias, key_bfkcd):
-  """(tiles, c) float32, to base 2."""
-  shape = key_bfkcd.shape[:4]
-  if bias is None:
-    return _tiles(jnp.zeros(shape, jnp.float32))
-  return _tiles(jnp.broadcast_to(bias.astype(jnp.float32) * LOG2_E, shape))
+def _bias(bias_b1kc, key_bfkcd):
+  """(tiles, c), to base 2."""
+  return _tiles(jnp.broadcast_to(bias_b1kc * LOG2_E, key_bfkcd.shape[:4]))
 
 
 def _product(a, b, interpret, transposed: bool = False):
@@ -117,10 +91,14 @@ def _column(x_a, like_ac):
   return lax.broadcast_in_dim(x_a, like_ac.shape, [0])
 
 
-def _in_turn(count, fetch, ready, step, start):
-  """carry = step(slot, carry) for so many tiles, of which `fetch(number, slot)` brings each."""
+def _in_turn(count, fetch, ready, own, step, start):
+  """carry = step(slot, carry) for so many tiles, of which `fetch(number, slot)` brings each.
+
+  ready: the barriers of the slots; own: of what was requested before, which all steps read.
+  """
   for slot in range(SLOTS):
     pl.when(slot < count)(functools.partial(fetch, slot, slot))
+  plgpu.barrier_wait(own)
 
   def body(number, carry):
     slot = lax.rem(number, jnp.int32(SLOTS))
@@ -133,11 +111,10 @@ def _in_turn(count, fetch, ready, step, start):
   return lax.fori_loop(jnp.int32(0), jnp.int32(count), body, start)
 
 
-def _read(refs, buffers, ready):
-  """Copies to shared memory, and waits for them."""
+def _request(refs, buffers, ready):
+  """Copies to shared memory, which arrive at a barrier."""
   for ref, buffer in zip(refs, buffers, strict=True):
     plgpu.copy_gmem_to_smem(ref, buffer, ready)
-  plgpu.barrier_wait(ready)
 
 
 def _write(buffers, refs):
@@ -168,13 +145,13 @@ def _forward(query, key, value, bias, chosen, interpret):
 
   def block_sparse_attention(query_ref, key_ref, value_ref, bias_ref, chosen_ref, out_ref,
                              log_sum_ref, query_s, key_s, value_s, bias_s, out_s, log_sum_s,
-                             ready_query, ready):
+                             own, ready):
     tile = lax.axis_index("tile")
 
     def fetch(number, slot):
       block = chosen_ref[tile, number]
-      for ref, buffer in ((key_ref, key_s), (value_ref, value_s), (bias_ref, bias_s)):
-        plgpu.copy_gmem_to_smem(ref.at[block], buffer.at[slot], ready.at[slot])
+      _request([ref.at[block] for ref in (key_ref, value_ref, bias_ref)],
+               [buffer.at[slot] for buffer in (key_s, value_s, bias_s)], ready.at[slot])
 
     def step(slot, carry):
       summed, top, total = carry
@@ -187,10 +164,10 @@ def _forward(query, key, value, bias, chosen, interpret):
       added = _product(weights.astype(value.dtype), value_s.at[slot], interpret)
       return summed * _column(shrink, summed) + added, higher, total
 
-    _read([query_ref.at[tile]], [query_s], ready_query)
+    _request([query_ref.at[tile]], [query_s], own)
     start = (jnp.zeros(out_s.shape, jnp.float32), jnp.full(log_sum_s.shape, LOWEST, jnp.float32),
              jnp.zeros(log_sum_s.shape, jnp.float32))
-    summed, top, total = _in_turn(count, fetch, ready, step, start)
+    summed, top, total = _in_turn(count, fetch, ready, own, step, start)
     out_s[...] = (summed / _column(total, summed)).astype(out_s.dtype)
     log_sum_s[...] = top * (1 / LOG2_E) + jnp.log(total)
     _write([out_s, log_sum_s], [out_ref.at[tile], log_sum_ref.at[tile]])
@@ -207,13 +184,13 @@ def _d_query(query, d_out, log_sum, shift, key, value, bias, chosen, interpret):
 
   def block_sparse_d_query(query_ref, d_out_ref, log_sum_ref, shift_ref, key_ref, value_ref,
                            bias_ref, chosen_ref, d_query_ref, query_s, d_out_s, log_sum_s, shift_s,
-                           key_s, value_s, bias_s, ready_query, ready):
+                           key_s, value_s, bias_s, own, ready):
     tile = lax.axis_index("tile")
 
     def fetch(number, slot):
       block = chosen_ref[tile, number]
-      for ref, buffer in ((key_ref, key_s), (value_ref, value_s), (bias_ref, bias_s)):
-        plgpu.copy_gmem_to_smem(ref.at[block], buffer.at[slot], ready.at[slot])
+      _request([ref.at[block] for ref in (key_ref, value_ref, bias_ref)],
+               [buffer.at[slot] for buffer in (key_s, value_s, bias_s)], ready.at[slot])
 
     def step(slot, summed):
       scores = _product(query_s, key_s.at[slot], interpret, transposed=True) * LOG2_E
@@ -223,9 +200,9 @@ def _d_query(query, d_out, log_sum, shift, key, value, bias, chosen, interpret):
       d_scores = weights * (d_weights + _column(shift_s[...], scores))
       return summed + _product(d_scores.astype(key.dtype), key_s.at[slot], interpret)
 
-    _read([ref.at[tile] for ref in (query_ref, d_out_ref, log_sum_ref, shift_ref)],
-          [query_s, d_out_s, log_sum_s, shift_s], ready_query)
-    d_query = _in_turn(count, fetch, ready, step, jnp.zeros(query_s.shape, jnp.float32))
+    _request([ref.at[tile] for ref in (query_ref, d_out_ref, log_sum_ref, shift_ref)],
+          [query_s, d_out_s, log_sum_s, shift_s], own)
+    d_query = _in_turn(count, fetch, ready, own, step, jnp.zeros(query_s.shape, jnp.float32))
     query_s[...] = d_query.astype(query_s.dtype)  # read for the last time
     _write([query_s], [d_query_ref.at[tile]])
 
@@ -245,16 +222,16 @@ def _d_key_value(query, d_out, log_sum, shift, key, value, bias, linked, spans, 
 
   def block_sparse_d_key_value(query_ref, d_out_ref, log_sum_ref, shift_ref, key_ref, value_ref,
                                bias_ref, linked_ref, spans_ref, d_key_ref, d_value_ref, query_s,
-                               d_out_s, log_sum_s, shift_s, key_s, value_s, bias_s, ready_key,
+                               d_out_s, log_sum_s, shift_s, key_s, value_s, bias_s, own,
                                ready):
     tile = lax.axis_index("tile")
     first = spans_ref[tile, 0]
 
     def fetch(number, slot):
       block = linked_ref[first + number]
-      for ref, buffer in ((query_ref, query_s), (d_out_ref, d_out_s), (log_sum_ref, log_sum_s),
-                          (shift_ref, shift_s)):
-        plgpu.copy_gmem_to_smem(ref.at[block], buffer.at[slot], ready.at[slot])
+      _request([ref.at[block] for ref in (query_ref, d_out_ref, log_sum_ref, shift_ref)],
+               [buffer.at[slot] for buffer in (query_s, d_out_s, log_sum_s, shift_s)],
+               ready.at[slot])
 
     def step(slot, carry):
       d_key, d_value = carry
@@ -267,10 +244,11 @@ def _d_key_value(query, d_out, log_sum, shift, key, value, bias, linked, spans, 
       d_key = d_key + _product(d_scores.astype(key.dtype), query_s.at[slot], interpret)
       return d_key, d_value
 
-    _read([ref.at[tile] for ref in (key_ref, value_ref, bias_ref)], [key_s, value_s, bias_s],
-          ready_key)
+    _request([ref.at[tile] for ref in (key_ref, value_ref, bias_ref)], [key_s, value_s, bias_s],
+          own)
     start = [jnp.zeros(buffer.shape, jnp.float32) for buffer in (key_s, value_s)]
-    d_key, d_value = _in_turn(spans_ref[tile, 1] - first, fetch, ready, step, tuple(start))
+    count = spans_ref[tile, 1] - first
+    d_key, d_value = _in_turn(count, fetch, ready, own, step, tuple(start))
     key_s[...] = d_key.astype(key_s.dtype)        # read for the last time
     value_s[...] = d_value.astype(value_s.dtype)
     _write([key_s, value_s], [d_key_ref.at[tile], d_value_ref.at[tile]])

@@ -5,14 +5,13 @@ walks its list of linked blocks, which is in scalar memory. The other side of a 
 memory for all steps of that head: it is read from HBM once, and a block is picked by its number.
 Images are taken in turn, for scalar memory holds the lists of one, not of a batch.
 """
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from vitcompact.kernels.block_sparse import attention
 from vitcompact.kernels.pairs import by_key
 
 LANES = 128
@@ -27,59 +26,31 @@ def resident_bytes(tokens: int, d: int, e: int, itemsize: int) -> int:
   return 2 * tokens * itemsize * sum(LANES * -(-width // LANES) for width in (d, e))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def attend(query_bfqad, key_bfkcd, value_bfkce, bias, chosen_bfqs, interpret=False):
-  """Attention of each block of queries over its chosen blocks of keys.
-
-  Equals `links.blocks.attend_gathered`. The bias gets no gradient.
-
-  Args:
-    query_bfqad, key_bfkcd, value_bfkce: q blocks of `a` scaled queries, k blocks of c keys.
-    bias: (B or 1, 1, k, c) float32 added to the scores, -inf hides a key; or None.
-    chosen_bfqs: int32, s different blocks of keys for each block of queries.
-    interpret: run where there is no TPU.
-  Returns:
-    (B, f, q, a, e) and the log of the sum of exponentials (B, f, q, a), float32.
-  """
-  return _attend_and_residuals(query_bfqad, key_bfkcd, value_bfkce, bias, chosen_bfqs, interpret)[0]
+def forward(interpret, query, key, value, bias, chosen):
+  """See `block_sparse.attention`."""
+  out, log_sum = lax.map(lambda image: _forward(*image, interpret),
+                         (query, key, value, bias.swapaxes(1, 2), _listed(chosen)))
+  return out, log_sum[..., 0, :]
 
 
-def _attend_and_residuals(query, key, value, bias, chosen, interpret):
-  out, log_sum = lax.map(
-      lambda image: _forward(*image, interpret),
-      (query, key, value, _bias(bias, key), chosen.reshape(len(chosen), -1)))
-  return (out, log_sum[..., 0, :]), (query, key, value, bias, chosen, out, log_sum)
-
-
-def _backward(interpret, residuals, gradients):
-  query, key, value, bias, chosen, out, log_sum = residuals
-  d_out, d_log_sum = gradients
-  # d scores = weights (d weights + shift)
-  shift = (d_log_sum - jnp.sum(out * d_out, axis=-1))[..., None, :]
-  rows = (query, d_out.astype(value.dtype), log_sum, shift)
-  columns = (key, value, _bias(bias, key))
-  linked, first = (x.reshape(len(chosen), -1) for x in by_key(chosen, key.shape[2]))
-
-  def image(image):
+def backward(interpret, query, key, value, bias, chosen, log_sum, shift, d_out):
+  def of_image(image):
     rows, columns, chosen, linked, first = image
     return (_d_query(*rows, *columns, chosen, interpret),
             *_d_key_value(*rows, *columns, linked, first, interpret))
 
-  d_query, d_key, d_value = lax.map(
-      image, (rows, columns, chosen.reshape(len(chosen), -1), linked, first))
-  return d_query, d_key, d_value, None, None
+  rows = (query, d_out.astype(value.dtype), log_sum[..., None, :], shift[..., None, :])
+  columns = (key, value, bias.swapaxes(1, 2))
+  lists = [_listed(x) for x in (chosen, *by_key(chosen, key.shape[2]))]
+  return lax.map(of_image, (rows, columns, *lists))
 
 
-attend.defvjp(_attend_and_residuals, _backward)
+attend = attention(forward, backward)
 
 
-def _bias(bias, key_bfkcd):
-  """(B, k, 1, c) float32."""
-  batch, _, keys, area, _ = key_bfkcd.shape
-  if bias is None:
-    return jnp.zeros((batch, keys, 1, area), jnp.float32)
-  bias = jnp.broadcast_to(bias.astype(jnp.float32), (batch, 1, keys, area))
-  return bias.reshape(batch, keys, 1, area)
+def _listed(index_b):
+  """The numbers of an image in one row."""
+  return index_b.reshape(len(index_b), -1)
 
 
 def _product(a, b):
@@ -118,7 +89,7 @@ def _whole(array_fk):
 
 def _launch(body, grid, lists, in_specs, out_specs, out, interpret):
   return pl.pallas_call(
-      body, out_shape=out, interpret=interpret,
+      body, out_shape=out, interpret=bool(interpret),
       grid_spec=pltpu.PrefetchScalarGridSpec(
           num_scalar_prefetch=lists, grid=grid, in_specs=in_specs, out_specs=out_specs),
       compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")))
