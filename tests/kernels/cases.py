@@ -12,8 +12,11 @@ def draw(*shape, seed=0, dtype=jnp.float32):
 
 def case(dtype, area: int, e: int, *, d: int = 64, biased: bool = True, batch: int = 2,
          heads: int = 1):
-  """Arguments of block attention: two blocks of queries, two of three keys for each; and gradients
-  of both outputs. Half of the first block of keys is hidden, the last is chosen by one list alone."""
+  """Arguments of block attention, batch * heads = 2, and gradients of both its outputs.
+
+  Two blocks of queries, each linked to two of three blocks of keys. Half of the first block of keys
+  is hidden; the last is linked to nobody in the first image or head.
+  """
   queries, keys = 2, 3
   query = draw(batch, heads, queries, area, d, dtype=dtype) * jnp.asarray(d ** -0.5, dtype)
   key = draw(batch, heads, keys, area, d, seed=1, dtype=dtype)
