@@ -22,7 +22,7 @@ def case(dtype, area: int, e: int, *, d: int = 64, biased: bool = True, batch: i
   key = draw(batch, heads, keys, area, d, seed=1, dtype=dtype)
   value = draw(batch, heads, keys, area, e, seed=2, dtype=dtype)
   bias = draw(batch, 1, keys, area, seed=3).at[:, :, 0, area // 2:].set(-jnp.inf)
-  chosen = jnp.asarray([[[0, 1], [1, 0]], [[2, 0], [1, 2]]], jnp.int32)
+  chosen = jnp.asarray([[[0, 1], [1, 0]], [[1, 2], [2, 0]]], jnp.int32)
   chosen = chosen.reshape(batch, heads, queries, 2)
   gradients = tuple(draw(batch, heads, queries, area, *width, seed=4) for width in ((e,), ()))
   return (query, key, value), (bias if biased else None, chosen), gradients
