@@ -127,7 +127,9 @@ def test_scenes_are_the_same_at_any_size_and_differ_between_splits_and_seeds():
 
 
 def test_shapes_come_in_batches():
-  data = ml_collections.ConfigDict({"name": "shapes:64", "augment": "none", "workers": 0})
+  data = ml_collections.ConfigDict({
+      "name": "shapes:64", "augment": "none", "workers": 0, "replicas": 1, "repeats": 1,
+      "on_bad": "stop", "max_bad": 0})
   assert pipeline.num_classes("shapes:64") == 8
   assert [pipeline.num_examples("shapes:64", s) for s in pipeline.SPLITS] == [64, 1000, 2000]
   batch = next(pipeline.train_batches(data, image_size=16, batch_size=64, seed=0))
