@@ -5,16 +5,20 @@ A kernel is imported when it is asked for: on most machines none is.
 from collections.abc import Callable
 
 HOPPER = "9.0"
-LIST_BYTES = 2 ** 19  # of a TPU's scalar memory (1 MiB), where the lists of an image stand
+LIST_BYTES = 2 ** 19  # of scalar memory, where the lists of an image stand
 
 
-def refusal(device, query_bfqad, key_bfkcd, value_bfkce, chosen_bfqs) -> str:
-  """Why no kernel computes block-sparse attention of such arrays on a device; empty: one does.
+def refusal(devices, query_bfqad, key_bfkcd, value_bfkce, chosen_bfqs) -> str:
+  """Why no kernel computes block-sparse attention of such arrays; empty: one does.
 
-  The arrays may be `jax.ShapeDtypeStruct`s.
+  devices: that the program may run on, as `jax.devices()`. The arrays may be
+  `jax.ShapeDtypeStruct`s.
   """
+  device = devices[0]
   dtypes = {str(x.dtype) for x in (query_bfqad, key_bfkcd, value_bfkce)}
   if device.platform == "tpu":
+    if len(devices) > 1:
+      return f"the compiler of TPUs cannot split a kernel over {len(devices)} devices"
     return _tpu_refusal(query_bfqad, key_bfkcd, value_bfkce, chosen_bfqs, dtypes)
   capability = getattr(device, "compute_capability", None)
   if device.platform != "gpu" or capability != HOPPER:
@@ -43,11 +47,11 @@ def _tpu_refusal(query, key, value, chosen, dtypes):
   return ""
 
 
-def block_attention(device, query_bfqad, key_bfkcd, value_bfkce, chosen_bfqs) -> Callable | None:
+def block_attention(devices, query_bfqad, key_bfkcd, value_bfkce, chosen_bfqs) -> Callable | None:
   """The kernel that equals `links.blocks.attend_gathered` for such arrays, or None."""
-  if refusal(device, query_bfqad, key_bfkcd, value_bfkce, chosen_bfqs):
+  if refusal(devices, query_bfqad, key_bfkcd, value_bfkce, chosen_bfqs):
     return None
-  if device.platform == "tpu":
+  if devices[0].platform == "tpu":
     from vitcompact.kernels import block_sparse_tpu as kernels
   else:
     from vitcompact.kernels import block_sparse_gpu as kernels

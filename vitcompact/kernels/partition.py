@@ -1,7 +1,7 @@
 """Kernels on many devices: each computes its own images.
 
 The compiler splits a program over devices, but cannot look into a kernel: on GPUs every device
-would compute all images, on TPUs it is an error.
+would compute all images. (On TPUs it is an error, and what is done here is not supported.)
 """
 from collections.abc import Callable
 
