@@ -134,3 +134,12 @@ def test_shapes_come_in_batches():
   assert [pipeline.num_examples("shapes:64", s) for s in pipeline.SPLITS] == [64, 1000, 2000]
   batch = next(pipeline.train_batches(data, image_size=16, batch_size=64, seed=0))
   assert np.bincount(batch["label"]).tolist() == [8] * 8  # one epoch: every scene once
+
+
+def test_directions_are_the_same_scenes_by_direction_alone():
+  scenes, directions = (kind("train", (16, 16), 16, 3) for kind in (shapes.Shapes, shapes.Directions))
+  for i in range(16):
+    np.testing.assert_array_equal(scenes[i]["image"], directions[i]["image"])
+    assert scenes.class_names[scenes[i]["label"]].startswith(
+        directions.class_names[directions[i]["label"]])
+  assert np.bincount([directions[i]["label"] for i in range(16)]).tolist() == [4] * 4

@@ -128,3 +128,19 @@ class Shapes:
 
   def __getitem__(self, index: int) -> dict:
     return as_arrays(self.open(index))
+
+
+class Directions(Shapes):
+  """The same scenes, labelled by where the cross lies alone, whatever the colours: 4 classes.
+
+  A small model learns these in a tenth of the steps that the comparison of colours takes.
+  """
+  class_names = DIRECTIONS
+  num_classes = len(class_names)
+
+  def describe(self, index: int) -> list[Thing]:
+    return scene(index % Shapes.num_classes, self._generator(index))
+
+  def open(self, index: int) -> Example:
+    whole = Shapes(self.split, self.image_size, self.count, self.seed).open(index)
+    return Example(whole.image, whole.label // 2)

@@ -65,8 +65,9 @@ def build(config: FrozenConfigDict) -> Run:
   shapes = jax.eval_shape(init, jax.random.key(0))
   shardings = steps.state_shardings(shapes, rules, optimizers.main, mesh,
                                     teacher.leaf_rules() if teacher else ())
+  check_labels(config, model)
   augment = steps.make_augment(config.data, preprocess.mean, preprocess.std, classes,
-                               config.accumulate)
+                               config.accumulate, getattr(model, "grid", None))
 
   groups = 1
   if looks_across(model, shapes.batch_stats, config.loss):
@@ -84,6 +85,18 @@ def build(config: FrozenConfigDict) -> Run:
   return Run(config, mesh, model, preprocess, steps.jit_init(init, shardings), shapes, shardings,
              lambda step: compiled(programs.program_at(config, model, step)),
              steps.jit_eval_step(eval_step, mesh))
+
+
+def check_labels(config, model):
+  """Refuses labels of places where there is nothing that they could teach."""
+  if config.data.augment != "token_labels":
+    return
+  if not hasattr(model, "mix_token"):
+    raise ValueError(f"config.data.augment='token_labels' teaches patches of LV-ViT, and "
+                     f"{model.variant} has no classifier of patches; use 'randaugment'")
+  if config.data.mixup or config.data.cutmix:
+    raise ValueError("config.data.augment='token_labels' goes with MixToken, not with mixup or "
+                     "cutmix: set config.data.mixup and config.data.cutmix to 0")
 
 
 def make_program(config, model, teacher, program: programs.Program):
