@@ -17,15 +17,15 @@ from configs.sparse_digits import LINKS, TOKEN, fine_tune
 
 BLOCK = LINKS % '"granularity": "block"'
 EVIT = '"tokens": {"method": "evit", "keep": 0.7, "blocks": [0, 1]}'
-PLANS = {"small": "", "dense": "", "tuned": "", "token": f"{{{TOKEN}}}",
+PLANS = {"small": "", "middle": "", "dense": "", "tuned": "", "token": f"{{{TOKEN}}}",
          "block": f"{{{BLOCK}}}", "evit": f"{{{EVIT}}}", "sparsif_evit": f"{{{TOKEN}, {EVIT}}}"}
 
 
 def get_config(plan="block"):
   config = shapes.get_config()
   config.plan = PLANS[plan]
-  config.model.image_size = 48 if plan == "small" else 192   # pixels, over which the objects spread
-  config.model.patch_size = 8     # pixels: 36 and 576 patches
+  config.model.image_size = {"small": 48, "middle": 96}.get(plan, 192)   # pixels
+  config.model.patch_size = 8     # pixels: 36, 144 and 576 patches
   config.model.width = 64
   config.model.depth = 3
   config.model.heads = 2
@@ -34,11 +34,11 @@ def get_config(plan="block"):
   config.data.smoothing = 0.0
   config.log_every = 50
   config.eval_params = "raw"
-  config.optim.learning_rate = 2e-3 if plan == "small" else 5e-4
-  config.batch_size = 128 if plan == "small" else 16
-  if plan not in ("small", "dense"):
+  config.optim.learning_rate = 2e-3 if plan == "small" else 1e-3
+  config.batch_size = {"small": 128, "middle": 64}.get(plan, 16)
+  if plan not in ("small", "middle", "dense"):
     return fine_tune(config, steps=50, learning_rate=5e-4)
-  config.total_steps = 600 if plan == "small" else 150
+  config.total_steps = {"small": 1000, "middle": 250, "dense": 150}[plan]
   config.checkpoint_every = config.total_steps
   config.optim.warmup_steps = config.total_steps // 10
   return config
