@@ -14,6 +14,24 @@ TILE_ENTRIES = 2 ** 20
 TPU_BLOCK = 128     # splash's blocks, and the lanes of a TPU
 
 
+def images(query_bnhd, key_bmhd, value_bmhe, bias_bm=None):
+  """An image in turn, all its scores at once: those of a few hundred tokens stay in a CPU's cache,
+  and an allocation this small is not given back to the system after each layer."""
+  def image(arrays):
+    query_nhd, key_mhd, value_mhe, bias_m = arrays
+    scores_hnm = jnp.einsum("nhd,mhd->hnm", query_nhd, key_mhd, preferred_element_type=jnp.float32)
+    if bias_m is not None:
+      scores_hnm = scores_hnm + bias_m[None, None]
+    exp_hnm = jnp.exp(scores_hnm - jax.lax.stop_gradient(scores_hnm.max(axis=-1, keepdims=True)))
+    out_hne = jnp.einsum("hnm,mhe->hne", exp_hnm.astype(value_mhe.dtype), value_mhe,
+                         preferred_element_type=jnp.float32)
+    out_hne = out_hne / exp_hnm.sum(axis=-1, keepdims=True)
+    return out_hne.astype(value_mhe.dtype).swapaxes(0, 1)
+
+  return jax.lax.map(image, (query_bnhd * query_bnhd.shape[-1] ** -0.5, key_bmhd, value_bmhe,
+                             bias_bm))
+
+
 def tile_rows(queries: int, keys: int) -> tuple[int, int]:
   """(tiles, queries in each): as few even tiles as hold TILE_ENTRIES scores each at the most."""
   tiles = -(-queries // max(64, TILE_ENTRIES // keys))
