@@ -54,9 +54,9 @@ def backend(platform: str, dtype, *, queries: int, keys: int, width: int, plain:
   entries = queries * keys
   if platform == "cpu":
     return "einsum" if entries < FEW_ENTRIES else "images" if entries < MANY_ENTRIES else "tiled"
-  if platform == "gpu" and plain and jnp.dtype(dtype).itemsize == 2:
-    if width <= (256 if hopper else 128):
-      return "cudnn"
+  half = jnp.dtype(dtype).itemsize == 2
+  if platform == "gpu" and plain and half and width <= (256 if hopper else 128):
+    return "cudnn"
   if platform == "tpu" and plain and devices == 1 and keys >= LEAST_SPLASH:
     return "splash"
   return "einsum" if entries <= LARGEST_MAP else "tiled"
