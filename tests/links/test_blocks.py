@@ -11,7 +11,6 @@ from tests import tiny
 from vitcompact import trees
 from vitcompact.attention import Core
 from vitcompact.block import Attention
-from vitcompact.links import blocks as blocks_module
 from vitcompact.links.blocks import BlockLinks
 from vitcompact.links.predict_blocks import BlockPredictor
 from vitcompact.links.windows import Windows, nearest, on_grid, on_line
@@ -95,22 +94,27 @@ def test_gathered_blocks_equal_masked_dense_attention_and_its_gradients(name, si
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), got, wanted)
 
 
-def test_heads_in_turn_equal_heads_side_by_side():
-  windows = Windows((3, 5), (2, 2))
-  blocks = [draw(BATCH, HEADS, 6, 4, width, seed=width) for width in (3, 3, 5)]
-  bias = jnp.where(windows.valid()[None, None], draw(BATCH, 1, 6, 4), -jnp.inf)
-  chosen = choice(windows, windows, 2)
+@pytest.mark.parametrize("name,sized", [("padded", True), ("survivors", True)])
+def test_heads_in_turn_equal_heads_side_by_side(name, sized, monkeypatch):
+  """What a CPU runs against what other devices run."""
+  links = CASES[name]
+  links = links._replace(chosen=choice(links.queries, links.keys, 2))
+  around = links.prefix + links.fused
+  tokens = np.prod(links.keys.grid) + around
+  args = (draw(BATCH, tokens, HEADS, WIDTH), draw(BATCH, tokens, HEADS, WIDTH, seed=2),
+          draw(BATCH, tokens, HEADS, 7, seed=3))
+  bias = draw(BATCH, tokens, seed=4)
 
-  @jax.jit
-  def run(*args):
-    def loss(attend, *args):
-      out, log_sum = attend(*args, bias, chosen)
-      return jnp.sum(jnp.sin(out)) + jnp.sum(log_sum ** 2)
-    return [jax.grad(lambda *args, attend=attend: loss(attend, *args), (0, 1, 2))(*args)
-            for attend in (blocks_module.attend_gathered, blocks_module.attend_in_turn)]
+  def run(platform):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
 
-  side_by_side, in_turn = run(*blocks)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), in_turn, side_by_side)
+    def loss(*args):
+      out = links.attend(*args, bias)
+      return jnp.sum(jnp.sin(out)), out
+
+    return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*args)
+
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), run("gpu"), run("cpu"))
 
 
 @pytest.mark.parametrize("keep,count", [(0.01, 1), (0.4, 2), (0.6, 2), (1.0, 4)])
