@@ -25,8 +25,9 @@ def tiny_config() -> ConfigDict:
                "smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "mix_groups": 1},
       "optim": {"learning_rate": 1e-3, "warmup_steps": 5, "warmup_learning_rate": 1e-6,
                 "final_learning_rate": 1e-5, "weight_decay": 0.05, "b1": 0.9, "b2": 0.999,
-                "eps": 1e-8, "clip_norm": 1.0},
-      "mesh": {"data": -1, "fsdp": 2},
+                "eps": 1e-8, "clip_norm": 1.0,
+                "skip_nonfinite": 0},
+      "mesh": {"data": -1, "fsdp": 2, "tensor": 1},
   })
 
 

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 import vitcompact as vc
 from vitcompact.data import pipeline
-from vitcompact.train import optim, settings, sharding, start
+from vitcompact.train import guard, optim, settings, sharding, start
 from vitcompact.train import step as steps
 
 
@@ -25,6 +25,7 @@ class Run:
   shardings: steps.TrainState
   train_step: Callable
   eval_step: Callable
+  augment: Callable     # (key, uint8 images, labels) -> (float images, targets)
 
 
 def resolve(config) -> FrozenConfigDict:
@@ -35,13 +36,16 @@ def resolve(config) -> FrozenConfigDict:
   return FrozenConfigDict(config)
 
 
-def build(config: FrozenConfigDict) -> Run:
-  """The model, the mesh, and the jitted functions; nothing is computed or written."""
+def build(config: FrozenConfigDict, classes: int | None = None) -> Run:
+  """The model, the mesh, and the jitted functions; nothing is computed or written.
+
+  classes: where the data are not here to count theirs.
+  """
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch("config.batch_size / accumulate", config.batch_size // config.accumulate,
                        mesh)
   sharding.check_batch("config.eval_batch_size", config.eval_batch_size, mesh)
-  classes = pipeline.num_classes(config.data.name)
+  classes = classes or pipeline.num_classes(config.data.name)
   sizes = config.model.to_dict()
   model = vc.create_model(sizes.pop("name"), plan=vc.Plan.parse(config.plan), num_classes=classes,
                           **sizes)
@@ -60,10 +64,12 @@ def build(config: FrozenConfigDict) -> Run:
   train_step = steps.make_train_step(
       model, optimizer, optim.schedule(config.optim, config.total_steps), augment,
       accumulate=config.accumulate, ema_decay=decay)
+  if config.optim.skip_nonfinite:
+    train_step = guard.keep_finite(train_step)
   eval_step = steps.make_eval_step(model, preprocess.mean, preprocess.std)
   return Run(config, mesh, model, preprocess, steps.jit_init(init, shardings), shapes, shardings,
              steps.jit_train_step(train_step, shardings, mesh),
-             steps.jit_eval_step(eval_step, mesh))
+             steps.jit_eval_step(eval_step, mesh), augment)
 
 
 def fresh_state(run: Run) -> steps.TrainState:

@@ -10,11 +10,12 @@ KEYS = {
          "optim", "mesh"},
     "data": {"name", "augment", "workers", "erase", "smoothing", "mixup", "cutmix", "mix_groups"},
     "optim": {"learning_rate", "warmup_steps", "warmup_learning_rate", "final_learning_rate",
-              "weight_decay", "b1", "b2", "eps", "clip_norm"},
-    "mesh": {"data", "fsdp"},
+              "weight_decay", "b1", "b2", "eps", "clip_norm", "skip_nonfinite"},
+    "mesh": {"data", "fsdp", "tensor"},
 }
 # These change where and how often, not what: a run may be resumed with others.
-FREE = ("mesh.data", "mesh.fsdp", "data.workers", "log_every", "eval_batch_size", "keep_last")
+FREE = ("mesh.data", "mesh.fsdp", "mesh.tensor", "data.workers", "log_every", "eval_batch_size",
+        "keep_last", "optim.skip_nonfinite")
 
 
 def flat(config) -> dict:
@@ -60,6 +61,9 @@ def check(config):
   if config.batch_size % config.accumulate:
     raise ValueError(f"config.batch_size={config.batch_size} does not divide into "
                      f"config.accumulate={config.accumulate} microbatches")
+  if config.optim.skip_nonfinite < 0:
+    raise ValueError(f"config.optim.skip_nonfinite={config.optim.skip_nonfinite} is a number of "
+                     "steps; 0 stops at the first NaN")
   mixes = config.data.mixup or config.data.cutmix
   if mixes and config.data.mix_groups % config.accumulate:
     raise ValueError(f"config.data.mix_groups={config.data.mix_groups} must be a multiple of "
