@@ -46,11 +46,10 @@ def fail(error: Exception, code: int = 2):
 
 def leave(code: int):
   """Ends the process; one of several at once: an orderly exit would wait for all the others."""
-  if COORDINATOR.value and "jax" in sys.modules:
-    from vitcompact.train import hosts
-    if hosts.several():
-      sys.stdout.flush()
-      hosts.leave(code)
+  hosts = sys.modules.get("vitcompact.train.hosts")
+  if hosts and hosts.several():
+    sys.stdout.flush()
+    hosts.leave(code)
   sys.exit(code)
 
 

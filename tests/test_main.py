@@ -82,8 +82,8 @@ def test_the_mode_the_overrides_and_the_result_reach_the_library(run, monkeypatc
   seen = []
 
   def record(name):
-    def call(config, workdir):
-      seen.append((name, config.total_steps, config.plan, workdir))
+    def call(config, workdir, restore_from, **more):
+      seen.append((name, config.total_steps, config.plan, workdir, restore_from))
       return "result"
     return call
 
@@ -95,8 +95,10 @@ def test_the_mode_the_overrides_and_the_result_reach_the_library(run, monkeypatc
   monkeypatch.setattr(loop, "evaluate", record("eval"))
   monkeypatch.setattr(report, "report", lambda *arguments: seen.append(arguments) or Receipt())
   for mode in ("train", "eval"):
-    run(DIGITS, f"--mode={mode}", "--config.total_steps=7", f"--config.plan={plan}", workdir="w")
-  assert seen == [("train", 7, str(plan), "w"), ("result", "w"), ("eval", 7, str(plan), "w")]
+    run(DIGITS, f"--mode={mode}", "--config.total_steps=7", f"--config.plan={plan}",
+        "--restore=last_good", workdir="w")
+  assert seen == [("train", 7, str(plan), "w", "last_good"), ("result", "w"),
+                  ("eval", 7, str(plan), "w", "last_good")]
 
 
 def test_a_config_may_follow_its_flag_as_a_word_of_its_own(run, capsys):

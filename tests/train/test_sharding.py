@@ -14,8 +14,8 @@ from vitcompact.train import loop, sharding
 
 def test_a_mesh_takes_all_devices_and_keeps_axes_automatic():
   mesh = sharding.make_mesh({"data": -1, "fsdp": 4})
-  assert dict(mesh.shape) == {"data": 2, "fsdp": 4}
-  assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+  assert mesh.axis_types == (AxisType.Auto,) * 3
 
 
 @pytest.mark.parametrize("sizes, words", [
@@ -23,7 +23,7 @@ def test_a_mesh_takes_all_devices_and_keeps_axes_automatic():
     ({"data": -1, "fsdp": 3}, "does not multiply out to 8 devices"),
     ({"data": -1, "fsdp": -1}, "at most one is -1"),
     ({"data": 0, "fsdp": 1}, "sizes are positive"),
-    ({"data": 8, "tensor": 1}, "unknown axes"),
+    ({"data": 8, "pipe": 1}, "unknown axes"),
 ])
 def test_a_mesh_that_cannot_be_is_refused(sizes, words):
   with pytest.raises(ValueError, match=words):
@@ -117,5 +117,5 @@ def test_a_batch_is_split_over_every_device_and_must_divide():
 
 
 def test_the_config_chooses_the_mesh(built):
-  assert dict(built.mesh.shape) == {"data": 4, "fsdp": 2}
+  assert dict(built.mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
   assert loop.processes() == {"process_index": 0, "process_count": 1}

@@ -6,7 +6,6 @@ import math
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import vitcompact as vc
@@ -101,11 +100,10 @@ def augmented(run, key, batch: dict) -> np.ndarray:
 
   batch: this process's share. Some images of it alone are mixed here, so the pairs are others.
   """
-  images, labels = (jnp.asarray(batch[name][:PICTURES]) for name in ("image", "label"))
-  images = run.augment(key, images, labels)[0]
-  mean, std = (jnp.asarray(values) for values in (run.preprocess.mean, run.preprocess.std))
-  pixels = jnp.clip(255 * (images * std + mean), 0, 255)
-  return montage(np.asarray(pixels).round().astype(np.uint8))
+  images, labels = (batch[name][:PICTURES] for name in ("image", "label"))
+  images = np.asarray(jax.jit(run.augment)(key, images, labels)[0])
+  pixels = 255 * (images * np.asarray(run.preprocess.std) + np.asarray(run.preprocess.mean))
+  return montage(np.clip(pixels, 0, 255).round().astype(np.uint8))
 
 
 def wandb_mirror(project: str, config, directory: pathlib.Path):
