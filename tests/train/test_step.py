@@ -4,12 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from vitcompact.train import optim
+from vitcompact.train import losses, optim, settings
 from vitcompact.train import step as steps
+from vitcompact.train.objective import make_objective
 from vitcompact.train.sharding import make_mesh, put_batch
 
 SGD = optim.optax.sgd(0.1)
+LABELS = ConfigDict({key: 0.0 for key in settings.KEYS["loss"]} | {"labels": 1.0})
 
 
 class Toy(nn.Module):
@@ -44,7 +47,8 @@ def state_of(model, ema=False):
 
 
 def step_of(model, accumulate=1, ema_decay=0.0, augment=plain):
-  return jax.jit(steps.make_train_step(model, SGD, lambda step: 0.1, augment,
+  objective = make_objective(model, LABELS)
+  return jax.jit(steps.make_train_step(objective, SGD, lambda step: 0.1, augment,
                                        accumulate=accumulate, ema_decay=ema_decay))
 
 
@@ -82,8 +86,8 @@ def test_both_heads_of_a_distilled_model_learn_from_the_labels():
   new, metrics = step_of(model)(state, batch)
   logits, _ = model.apply({"params": state.params}, plain(None, **renamed(batch))[0], train=True,
                           mutable=["batch_stats"])
-  losses = [steps.losses.cross_entropy(z, jax.nn.one_hot(batch["label"], 3)).mean() for z in logits]
-  assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+  each = [losses.cross_entropy(z, jax.nn.one_hot(batch["label"], 3)).mean() for z in logits]
+  assert metrics["loss"] == pytest.approx(np.mean(each), rel=1e-5)
   for head in ("head0", "head1"):
     assert np.any(new.params[head]["kernel"] != state.params[head]["kernel"])
 

@@ -96,7 +96,7 @@ def fit(under: Underway, state, stop: int):
     if len(pending) > 1:  # steps are dispatched ahead of the device, but not without end
       jax.block_until_ready(pending[-2])
     under.stopping.saved = False
-    state, metrics = run.train_step(state, batch)
+    state, metrics = run.step_at(step - 1)(state, batch)
     pending.append(metrics)
     meter.images += config.batch_size
     under.log.progress(step)
@@ -155,8 +155,10 @@ def check_finite(under: Underway, first_step: int, metrics: list[dict]):
 def summary(metrics: list[dict], skipped: int) -> dict[str, float]:
   """Means since the last line over steps that were not skipped; of the learning rate the last."""
   counted = [values for values in metrics if not values.get("skipped")]
-  means = {name: sum(float(values[name]) for values in counted) / len(counted)
-           for name in ("loss", "accuracy", "grad_norm") if counted}
+  # Programs of one run differ in what they measure; a line has what its last step measured.
+  means = {name: sum(float(values[name]) for values in counted if name in values) /
+                 sum(name in values for values in counted)
+           for name in metrics[-1] if any(name in values for values in counted)}
   total = {"skipped": skipped} if "skipped" in metrics[-1] else {}
   return means | {"lr": float(metrics[-1]["lr"])} | total
 

@@ -37,7 +37,7 @@ def measure(run) -> dict[str, int]:
   """{what: bytes a device}. "working memory" is XLA's own figure: activations kept for the
   backward pass, gradients, and everything else that lives within a step."""
   batch = batch_shapes(run)
-  compiled = run.train_step.lower(run.shapes, batch).compile()
+  compiled = run.step_at(0).lower(run.shapes, batch).compile()
   parts = {"parameters": "params", "optimiser": "opt_state", "averages": "ema_params"}
   out = {what: local_bytes(getattr(run.shapes, field), getattr(run.shardings, field))
          for what, field in parts.items()}
