@@ -94,12 +94,14 @@ def pretend(devices: int):
 
 
 def train(stopping):
-  from vitcompact.train import loop, report, watch
+  from vitcompact.train import loop, report, watch  # late: a mistake in a flag needs no JAX
 
   watching = watch.Watching(PROFILE.value, WANDB.value, PEAK_TFLOPS.value)
   result = loop.train(CONFIG.value, WORKDIR.value, stopping=stopping, restore_from=RESTORE.value,
                       watching=watching)
-  print(report.report(result, WORKDIR.value).to_markdown())
+  receipt = report.report(result, WORKDIR.value)
+  if loop.processes()["process_index"] == 0:
+    print(receipt.to_markdown())
 
 
 def run(stopping):

@@ -81,7 +81,7 @@ def leaf_differences(found: dict, wanted) -> list[str]:
 
 
 def sealed(values: dict) -> dict:
-  """JSON values with a sha256 of themselves beside them."""
+  """JSON values with a sha256 of themselves beside them. Keys are strings, as JSON reads them."""
   text = json.dumps(values, sort_keys=True).encode()
   return {**values, "sha256": hashlib.sha256(text).hexdigest()}
 
@@ -151,7 +151,8 @@ class Checkpoints:
     if jax.process_index() == 0:
       path = self.directory / "scores.json"
       new = path.with_suffix(".tmp")   # renamed, so that a kill leaves the old or the new scores
-      new.write_text(json.dumps(sealed({"scores": self.scores})))
+      scores = {str(known): value for known, value in self.scores.items()}
+      new.write_text(json.dumps(sealed({"scores": scores})))
       new.replace(path)
       best = self.best()
       for old in steps[:-self.keep_last]:
