@@ -18,6 +18,8 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from vitcompact.train import stop  # needs no JAX: SIGTERM is heard while that is loaded
+
 CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/")
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; made when missing")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan"], "what to do")
@@ -49,7 +51,7 @@ def leave(code: int):
   hosts = sys.modules.get("vitcompact.train.hosts")
   if hosts and hosts.several():
     sys.stdout.flush()
-    hosts.leave(code)
+    stop.leave(code)
   sys.exit(code)
 
 
@@ -127,8 +129,6 @@ def main(_):
     logging.set_verbosity(logging.WARNING)  # absl's INFO would tell every step of a save
   if MODE.value == "plan":
     pretend(DEVICES.value)
-  from vitcompact.train import stop  # needs no JAX: SIGTERM is heard while that is loaded
-
   with stop.on_sigterm() as stopping:
     try:
       run(stopping)

@@ -1,6 +1,5 @@
 """Several processes as one run: how they meet, agree, and notice that one of them is gone."""
 import json
-import os
 
 import jax
 import numpy as np
@@ -81,11 +80,6 @@ def barrier(name: str):
   """Until every process is here."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
-
-
-def leave(code: int):
-  """Ends this process of several, now: an orderly exit would wait for those that cannot come."""
-  os._exit(code)
 
 
 def several() -> bool:
