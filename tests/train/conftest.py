@@ -67,6 +67,15 @@ def built_alone() -> loop.Run:
     return loop.build(loop.resolve(config))
 
 
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory, built):
+  """40 steps without a stop: (workdir, result)."""
+  directory = tmp_path_factory.mktemp("straight")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, "build", lambda config: built)
+    return directory, loop.train(built.config, directory)
+
+
 @pytest.fixture
 def shared(monkeypatch, built):
   """Runs of the tiny config, and of others with the same step, use what `built` compiled."""

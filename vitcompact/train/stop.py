@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import threading
-import time
 
 STOPPED = 75    # exit code: asked to leave, all is saved; the same command goes on (EX_TEMPFAIL)
 POLL = 0.05     # seconds
@@ -59,7 +58,7 @@ def leave(code: int):
 @contextlib.contextmanager
 def on_sigterm():
   """A Stop that SIGTERM triggers, for one process; JAX itself listens in a group of several."""
-  stop = Stop()
+  stop, over = Stop(), threading.Event()
   read, write = os.pipe()
   os.set_blocking(write, False)
 
@@ -69,9 +68,10 @@ def on_sigterm():
     if not got:
       return                      # the pipe was closed: the run is over
     stop.signalled = True
-    while stop.signalled and not stop.saved:   # the loop is on its way to saving
-      time.sleep(POLL)
-    if stop.signalled:
+    while not stop.saved:         # the loop is on its way to saving
+      if over.wait(POLL):
+        return                    # who catches Stopped decides how to leave
+    if not over.is_set():
       print("stopped by SIGTERM; nothing is lost. The same command goes on", file=sys.stderr,
             flush=True)
       leave(STOPPED)
@@ -88,7 +88,7 @@ def on_sigterm():
   finally:
     signal.set_wakeup_fd(old_pipe)
     signal.signal(signal.SIGTERM, old)
-    stop.signalled = False        # who catches Stopped decides how to leave
+    over.set()
     os.close(write)
     thread.join()
     os.close(read)
