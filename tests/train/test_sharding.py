@@ -8,6 +8,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import vitcompact as vc
+from tests.train.conftest import tiny_config
 from vitcompact import trees
 from vitcompact.train import loop, sharding
 
@@ -90,10 +91,20 @@ def batch_of(count: int):
           "label": rng.integers(0, 10, count, np.int32)}
 
 
-def test_eight_devices_take_the_same_step_as_one(built, built_alone):
+@pytest.fixture(scope="module")
+def built_in_tensors():
+  """The tiny run on 2 x 2 x 2 devices."""
+  config = tiny_config()
+  config.mesh.tensor = 2
+  return loop.build(loop.resolve(config))
+
+
+@pytest.mark.parametrize("mesh", ["built", "built_in_tensors"])
+def test_eight_devices_take_the_same_step_as_one(mesh, built_alone, request):
   """Gradients (Adam's first moment is a tenth of them), batch statistics, loss: all within 1e-5,
   with mixing, erasing, stochastic depth and batch norm over the global batch."""
-  start = built.init(jax.random.key(1))
+  built = request.getfixturevalue(mesh)
+  start = built_alone.init(jax.random.key(1))
   start = jax.tree.map(np.array, start.replace(key=jax.random.key_data(start.key)))
   ends = []
   for run in (built, built_alone):
@@ -105,6 +116,18 @@ def test_eight_devices_take_the_same_step_as_one(built, built_alone):
   scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(ends[0][0]))
   for eight, one in zip(*(jax.tree.leaves(end) for end in ends), strict=True):
     np.testing.assert_allclose(eight, one, rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_a_tensor_axis_splits_heads_and_hidden_channels(built_in_tensors):
+  """Devices that share a layer's heads see the same images."""
+  run = built_in_tensors
+  assert dict(run.mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+  specs = {name: place.spec for name, place in trees.named_leaves(run.shardings.params).items()}
+  assert specs["blocks_0/mlp/fc1/kernel"] == P("fsdp", "tensor")
+  assert {"tensor", "fsdp"} <= {axis for name, spec in specs.items() if "attn" in name
+                                for axis in spec}
+  images = sharding.put_batch(batch_of(16), run.mesh)["image"]
+  assert {shard.data.shape for shard in images.addressable_shards} == {(4, 8, 8, 3)}
 
 
 def test_a_batch_is_split_over_every_device_and_must_divide():
