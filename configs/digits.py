@@ -38,11 +38,15 @@ def get_config():
   config.data.name = "digits"
   config.data.augment = "digits"  # small rotation, shift and scale; a mirrored digit is no digit
   config.data.workers = 0         # processes; 0: threads
+  config.data.eval_crop = 0.0   # share of the image that evaluation crops; 0: the model's own
   config.data.erase = 0.0         # probability of random erasing
   config.data.smoothing = 0.1
   config.data.mixup = 0.0         # alpha; 0: off
   config.data.cutmix = 0.0        # alpha; 0: off
-  config.data.mix_groups = 1      # groups of a batch that draw their own mix
+  config.data.replicas = 1        # of the recipe, not of the hardware: each draws its own mix
+  config.data.repeats = 1         # showings of an image in a row
+  config.data.on_bad = "stop"     # at a record that cannot be used; or "skip" for the next one
+  config.data.max_bad = 0         # so many may be passed over
 
   config.optim = ConfigDict()
   config.optim.name = "adamw"     # or "sgd", with Nesterov momentum b1

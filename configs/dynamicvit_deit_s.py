@@ -21,7 +21,8 @@ def get_config(keep="0.7"):
                  f'"keep": {float(keep)}, "blocks": [3, 6, 9]}}}}')
   config.model.drop_path_rate = 0.0
   config.model.dtype = "float32"
-  config.data.mix_groups = 8      # of 128 images
+  config.data.replicas = 8        # of 128 images
+  config.data.repeats = 1
   config.optim.schedule = "after_warmup"
   config.optim.learning_rate = 1e-3         # of the predictors, absolute
   config.optim.warmup_steps = 5 * STEPS_PER_EPOCH

@@ -22,7 +22,7 @@ def get_config(keep="0.7"):
   config.plan = ('{"tokens": {"method": "evit", '
                  f'"keep": {float(keep)}, "blocks": [3, 6, 9]}}}}')
   config.model.drop_path_rate = 0.0         # the authors fine-tune in eval mode
-  config.data.mix_groups = 8      # of 256 images
+  config.data.replicas = 8        # of 256 images
   config.optim.epoch_steps = STEPS_PER_EPOCH
   config.optim.learning_rate = 8e-5         # 2e-5 for each 512 images of a batch
   config.optim.warmup_steps = 0

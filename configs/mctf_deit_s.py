@@ -19,6 +19,7 @@ def get_config():
   config.total_steps = 40 * STEPS_PER_EPOCH
   config.ema_half_life = 0.3463   # of the run: a decay of 0.99996 a step
   config.plan = '{"tokens": {"method": "mctf", "r": 16}}'
+  config.data.replicas = 8        # of 128 images
   config.data.mixup = 0.0
   config.data.cutmix = 0.0
   config.optim.learning_rate = 3e-5         # 1.5e-5 for each 512 images of a batch

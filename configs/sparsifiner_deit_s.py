@@ -24,7 +24,8 @@ def get_config():
   config.plan = '{"links": {"method": "sparsifiner", "keep": 0.25}}'
   config.model.drop_path_rate = 0.0
   config.model.dtype = "float32"
-  config.data.mix_groups = 8      # of 168 images
+  config.data.replicas = 8        # of 168 images
+  config.data.repeats = 1
 
   config.optim.schedule = "after_warmup"
   config.optim.learning_rate = 8e-5         # absolute: no scaling with the batch

@@ -9,7 +9,8 @@ is killed (-9) at a random moment. Then every checkpoint that is visible must re
 was visible before must be there or have given way to newer ones, and the next start must go on from
 the newest. Flips: one random bit of one file of a checkpoint, which must then be refused, or
 restore what was saved. Resume: digits and an image folder, with 0 and 2 worker processes, on 1 and
-on 8 pretended devices, and in 2 processes. All on the processor.
+on 8 pretended devices, and in 2 processes; some are stopped by SIGTERM instead. All on the
+processor.
 """
 import argparse
 import collections
@@ -17,6 +18,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -206,8 +208,20 @@ def last_line(workdir: pathlib.Path) -> dict:
   return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
 
 
-def resumes_exactly(name: str, arguments, directory, processes: int, devices: int) -> bool:
-  """Whether 40 steps are 20, kill -9 to all processes, and the rest, in every bit."""
+def interrupt(running, how: str):
+  """Ends a run: kill -9 to all of its processes, or SIGTERM to the last, which ends all with 75."""
+  if how == "kill -9":
+    return kill(running)
+  running[-1].terminate()
+  outputs = [process.communicate()[0] for process in running]
+  if any(process.returncode != 75 for process in running):
+    raise RuntimeError(f"SIGTERM ended with {[process.returncode for process in running]}: "
+                       f"{outputs[0][-500:]}")
+
+
+def resumes_exactly(name: str, arguments, directory, processes: int, devices: int,
+                    how: str) -> bool:
+  """Whether 40 steps are 20 and a little, an interruption, and the rest, in every bit."""
   arguments = [*TINY, "--config.total_steps=40", "--config.checkpoint_every=20",
                "--config.log_every=1", *arguments]
   ends = []
@@ -217,8 +231,8 @@ def resumes_exactly(name: str, arguments, directory, processes: int, devices: in
     if stops:
       running = group(call, directory, processes, devices)
       read_until(running[0], ["step 21/40"])
-      kill(running)
-      if sorted(path.name for path in (workdir / "checkpoints").glob("?0")) != ["20"]:
+      interrupt(running, how)
+      if (workdir / "checkpoints" / "40").exists():
         raise RuntimeError(f"{name}: killed too late to say anything")
     running = group(call, directory, processes, devices)
     outputs = [process.communicate()[0] for process in running]
@@ -234,14 +248,15 @@ def try_resume(directory: pathlib.Path) -> dict:
   digits = ["--config.data.name=digits"]
   images = [f"--config.data.name=folder:{folder}", "--config.data.augment=randaugment",
             "--config.eval_batch_size=96"]
-  cases = [("digits", digits, 0, 1, 1), ("digits", digits, 2, 1, 8), ("folder", images, 0, 1, 8),
-           ("folder", images, 2, 1, 1), ("digits", digits, 0, 2, 1), ("folder", images, 2, 2, 4)]
+  cases = [("digits", digits, 0, 1, 1, "kill -9"), ("digits", digits, 2, 1, 8, "kill -9"),
+           ("folder", images, 0, 1, 8, "kill -9"), ("folder", images, 2, 1, 1, "SIGTERM"),
+           ("digits", digits, 0, 2, 1, "SIGTERM"), ("folder", images, 2, 2, 4, "kill -9")]
   out = {}
-  for data, arguments, workers, processes, devices in cases:
-    name = f"{data}, {workers} workers, {processes} x {devices} devices"
-    same = resumes_exactly(name.replace(" ", "_").replace(",", ""),
+  for data, arguments, workers, processes, devices, how in cases:
+    name = f"{how}: {data}, {workers} workers, {processes} x {devices} devices"
+    same = resumes_exactly(re.sub(r"\W+", "_", name),
                            [*arguments, f"--config.data.workers={workers}"], directory, processes,
-                           devices)
+                           devices, how)
     out[name] = "the same bits" if same else "OTHER BITS"
     print(f"{name}: {out[name]}", flush=True)
   return out

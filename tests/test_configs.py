@@ -72,7 +72,7 @@ def test_the_configs_give_deits_recipe():
     assert config.optim.learning_rate == pytest.approx(5e-4 * config.batch_size / 512)
     assert optim.ema_decay(config.ema_half_life, config.total_steps) == pytest.approx(
         0.99996, abs=1e-6)
-    assert config.batch_size // config.data.mix_groups == group
+    assert config.batch_size // config.data.replicas == group
 
 
 def test_every_config_shows_every_key():

@@ -10,7 +10,13 @@ from tests import tiny
 from vitcompact import trees
 from vitcompact.models.lvvit import TokenLogits
 from vitcompact.train import losses, settings
-from vitcompact.train.objective import make_objective, make_reconstruction, of_labels, variables
+from vitcompact.train.objective import (
+    by_replica,
+    make_objective,
+    make_reconstruction,
+    of_labels,
+    variables,
+)
 
 STUDENT = jnp.array([[1.0, 0, -1], [0.5, 2, 0]])
 TEACHER = jnp.array([[2.0, 0, 0], [0, 1, 1]])
@@ -60,6 +66,16 @@ def test_mixed_tokens_teach_the_class_token_the_mixture_and_each_patch_its_own_i
   assert parts["labels"] == pytest.approx(float(losses.cross_entropy(STUDENT, mixed).mean()))
   assert parts["patch_labels"] == pytest.approx(each[np.asarray(alive) > 0].mean())
   np.testing.assert_array_equal(logits, STUDENT)
+
+
+def test_patches_have_targets_of_their_own_where_there_are_labels_of_places():
+  tokens = jnp.stack([STUDENT, TEACHER], axis=1)
+  of_patches = jnp.stack([TARGETS, TARGETS[::-1]], axis=1)
+  out = TokenLogits(STUDENT, tokens, jnp.float32(1), jnp.ones((2, 2)))
+  parts, _ = of_labels(out, (TARGETS, of_patches), weights(patch_labels=1.0), distils=False)
+  wanted = [losses.cross_entropy(tokens[:, i], of_patches[:, i]).mean() for i in (0, 1)]
+  assert parts["labels"] == pytest.approx(float(losses.cross_entropy(STUDENT, TARGETS).mean()))
+  assert parts["patch_labels"] == pytest.approx(float(np.mean(wanted)))
 
 
 def test_distillation_teaches_the_second_head_alone():
@@ -154,3 +170,22 @@ def test_reconstruction_moves_predictors_and_nothing_else(granularity):
     np.testing.assert_array_equal(old, new)
   for leaf, grad in trees.named_leaves(grads).items():
     assert np.any(grad) == ("/links/" in leaf), leaf
+
+
+def test_replicas_have_statistics_and_losses_of_their_own():
+  model = deit(vc.Plan(ffn=vc.CFFN()))
+  made, objective = tiny.init(model), make_objective(model, weights(labels=1.0))
+  images = tiny.images(model, batch=4)
+  labels = jnp.array([0, 3, 1, 2])
+
+  def of(objective, part):
+    return objective(made["params"], made["batch_stats"], {}, images[part], labels[part],
+                     jax.nn.one_hot(labels[part], 5), jax.random.key(0))
+
+  whole, (stats, metrics) = of(by_replica(objective, 2), slice(0, 4))
+  halves = [of(objective, part) for part in (slice(0, 2), slice(2, 4))]
+  mean = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
+  for got, wanted in zip(*map(jax.tree.leaves, ((whole, (stats, metrics)), mean)), strict=True):
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+  together, _ = of(objective, slice(0, 4))
+  assert abs(together - whole) > 1e-4

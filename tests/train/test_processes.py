@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.train.runs import lines
-from vitcompact.train import hosts, loop, stop
+from vitcompact.train import hosts, loop
 
 ROOT = pathlib.Path(loop.__file__).parents[2]
 # What main.py does, without the report at the end, which other tests hold.
@@ -71,27 +71,22 @@ def path(config, tmp_path):
   return path
 
 
-def test_two_processes_are_killed_stopped_and_end_with_the_numbers_of_one(
+def test_two_processes_of_which_one_was_killed_end_with_the_numbers_of_one(
     path, tmp_path, cache, straight):
-  """One is killed, and the other ends within seconds, saying so; both start again, one of them is
-  asked to leave, and both do; the third start ends with the losses and scores of one process."""
+  """One is killed, and the other ends soon, saying so; both start again, go on from what they had
+  saved, and end with the losses and scores of one process with as many devices."""
   workdir = tmp_path / "run"
   first, second = group(path, workdir, cache, count=2)
   wait_for(first, "step 10/40 val_accuracy")
   second.kill()
   second.communicate()
-  _, error = first.communicate(timeout=60)
-  # Where it waits in a collective it is told at once, elsewhere JAX ends it for want of a heartbeat.
+  _, error = first.communicate(timeout=120)
+  # In a collective it is told at once; elsewhere JAX ends it for want of a heartbeat.
   assert (first.returncode, SAYS[first.returncode] in error) in (
       (hosts.LOST, True), (-signal.SIGABRT, True)), error
-  first, second = group(path, workdir, cache, count=2)
-  wait_for(first, "resumed at step")
-  second.send_signal(signal.SIGTERM)
-  errors = [process.communicate(timeout=120)[1] for process in (first, second)]
-  assert [process.returncode for process in (first, second)] == [stop.STOPPED] * 2, errors
-  assert all("stopped by SIGTERM at step" in error for error in errors)
   both = group(path, workdir, cache, count=2)
-  errors = [process.communicate(timeout=120)[1] for process in both]
+  wait_for(both[0], "resumed at step")
+  errors = [process.communicate(timeout=300)[1] for process in both]
   assert [process.returncode for process in both] == [0, 0], errors
   one, two = lines(straight[0])[-1], lines(workdir)[-1]
   for name in ("val_loss", "val_accuracy", "test_loss", "test_accuracy"):
@@ -104,7 +99,7 @@ def test_two_processes_are_killed_stopped_and_end_with_the_numbers_of_one(
 def test_processes_that_disagree_say_in_what_and_write_nothing(path, tmp_path, cache):
   both = group(path, tmp_path / "run", cache, count=2, extra=((), ("--config.optim.b1=0.8",)))
   for process in both:
-    error = process.communicate(timeout=120)[1]
+    error = process.communicate(timeout=300)[1]
     assert process.returncode == 2, error
     assert "optim.b1 is 0.9 in process 0 and 0.8 in process 1" in error
   assert not (tmp_path / "run").exists()

@@ -129,6 +129,8 @@ def account(under: Underway, step: int, pending: list, meter: Meter):
   rates = meter.read()
   if under.per_image:
     rates["mfu"] = under.per_image * rates["images_per_second"]
+  if under.run.config.data.on_bad == "skip":   # those that this process met since it started
+    rates["bad_records"] = len(under.data.bad_records)
   under.log.write(step, summary(fetched, under.skipped) | rates)
 
 

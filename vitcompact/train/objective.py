@@ -18,7 +18,8 @@ def make_objective(model, loss, teacher=None, companion=None):
   (batch statistics, {"accuracy", and every part of the loss before its weight})).
 
   loss: the config's section, of weights. A part of weight 0 is not computed.
-    labels: cross entropy with the targets. patch_labels: of LV-ViT's patches.
+    labels: cross entropy with the targets. patch_labels: of LV-ViT's patches, with targets of their
+      own where `targets` is a pair, else with those of their image.
     hard, soft: DeiT's distillation, of the distillation token's logits where there is one; the
       class token's then learn from the labels alone.
     logits: KL(teacher || student). patches: error of surviving patches, normalised features or
@@ -56,6 +57,29 @@ def make_objective(model, loss, teacher=None, companion=None):
   return objective
 
 
+def by_replica(objective, groups: int):
+  """The objective of each of `groups` equal runs of a batch, and the means of what comes of them.
+
+  As on so many processes that average their gradients: batch statistics, MixToken's box and means
+  over surviving patches are of a run alone. (There, one process's running statistics are kept.)
+  """
+  if groups == 1:
+    return objective
+
+  def grouped(params, batch_stats, teacher_variables, images, labels, targets, key):
+    runs = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), (images, labels, targets))
+    out = jax.vmap(objective, in_axes=(None, None, None, 0, 0, 0, 0))(
+        params, batch_stats, teacher_variables, *runs, jax.random.split(key, groups))
+    return jax.tree.map(lambda x: jnp.mean(x, axis=0), out)
+
+  return grouped
+
+
+def looks_across(model, batch_stats, loss) -> bool:
+  """Whether what an image teaches depends on the others of its replica."""
+  return bool(batch_stats or getattr(model, "mix_token", False) or loss.patches or loss.consistency)
+
+
 def make_reconstruction(model, weight: float):
   """The same kind of function for predictors of links: `weight` times the squared error of their
   scores against the dense attention of the same weights, summed over the images as published.
@@ -86,10 +110,11 @@ def _class_token(new):
 def of_labels(out, targets, loss, distils: bool):
   """({part: mean}, logits of the class guess)."""
   if isinstance(out, TokenLogits):
+    targets, patch_targets = targets if isinstance(targets, tuple) else (targets, targets[:, None])
     mixed = out.share * targets + (1 - out.share) * targets[::-1]
     parts = {"labels": losses.cross_entropy(out.logits, mixed).mean()}
     if loss.patch_labels:
-      by_patch = losses.cross_entropy(out.token_logits, targets[:, None])
+      by_patch = losses.cross_entropy(out.token_logits, patch_targets)
       parts["patch_labels"] = losses.over_survivors(by_patch, out.alive).mean()
     return parts, out.logits
   heads = out if isinstance(out, tuple) else (out,)

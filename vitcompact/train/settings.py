@@ -10,7 +10,9 @@ POSITIVE = ("total_steps", "batch_size", "accumulate", "eval_batch_size", "check
 KEYS = {
     "": {*POSITIVE, "seed", "init_from", "ema_half_life", "eval_params", "model", "plan", "data",
          "optim", "mesh", "loss", "teacher", "reconstruct", "keep_warmup"},
-    "data": {"name", "augment", "workers", "erase", "smoothing", "mixup", "cutmix", "mix_groups"},
+    "data": {"name", "augment", "workers", "erase", "smoothing", "mixup", "cutmix", "eval_crop",
+             "replicas",
+             "repeats", "on_bad", "max_bad"},
     "optim": {"name", "schedule", "epoch_steps", "learning_rate", "warmup_steps",
               "warmup_learning_rate", "final_learning_rate", "cooldown_steps", "weight_decay", "b1",
               "b2", "eps", "clip_norm", "skip_nonfinite", "rates"},
@@ -80,8 +82,8 @@ def check(config):
     raise ValueError(f"config.optim.skip_nonfinite={config.optim.skip_nonfinite} is a number of "
                      "steps; 0 stops at the first NaN")
   mixes = config.data.mixup or config.data.cutmix
-  if mixes and config.data.mix_groups % config.accumulate:
-    raise ValueError(f"config.data.mix_groups={config.data.mix_groups} must be a multiple of "
+  if mixes and config.data.replicas % config.accumulate:
+    raise ValueError(f"config.data.replicas={config.data.replicas} must be a multiple of "
                      f"config.accumulate={config.accumulate}: a microbatch mixes within itself")
 
 

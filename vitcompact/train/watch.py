@@ -100,8 +100,8 @@ def augmented(run, key, batch: dict) -> np.ndarray:
 
   batch: this process's share. Some images of it alone are mixed here, so the pairs are others.
   """
-  images, labels = (batch[name][:PICTURES] for name in ("image", "label"))
-  images = np.asarray(jax.jit(run.augment)(key, images, labels)[0])
+  some = {name: array[:PICTURES] for name, array in batch.items()}
+  images = np.asarray(jax.jit(run.augment)(key, some)[0])
   pixels = 255 * (images * np.asarray(run.preprocess.std) + np.asarray(run.preprocess.mean))
   return montage(np.clip(pixels, 0, 255).round().astype(np.uint8))
 
