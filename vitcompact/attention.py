@@ -32,11 +32,17 @@ def using(name: str | None):
   """A context in which attention is computed by this backend; None: by the one that fits best.
 
   It decides while a program is traced. What a backend cannot do is left to "tiled": masks, dropped
-  tokens and filters over scores. Links between blocks are another thing, see `links.blocks`.
+  tokens and filters over scores. Links between blocks have kernels of their own, which run where
+  nothing is asked for, see `links.blocks`.
   """
   if name is not None and name not in BACKENDS:
     raise ValueError(f"attention backend {name!r}: must be one of {', '.join(BACKENDS)}, or None")
   return _asked(name)
+
+
+def asked() -> str | None:
+  """The backend that was asked for, if any."""
+  return _asked.value
 
 
 def backend(platform: str, dtype, *, queries: int, keys: int, width: int, plain: bool = True,

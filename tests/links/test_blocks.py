@@ -8,10 +8,10 @@ import pytest
 
 import vitcompact as vc
 from tests import tiny
-from vitcompact import trees
+from vitcompact import attention, kernels, trees
 from vitcompact.attention import Core
 from vitcompact.block import Attention
-from vitcompact.links.blocks import BlockLinks
+from vitcompact.links.blocks import BlockLinks, attend_gathered
 from vitcompact.links.predict_blocks import BlockPredictor
 from vitcompact.links.windows import Windows, nearest, on_grid, on_line
 from vitcompact.train import losses
@@ -266,3 +266,23 @@ def test_short_sequences_have_no_block_links_and_a_filter_over_scores_is_refused
   assert isinstance(long.parts()["blocks_0"].links, BlockPredictor)
   with pytest.raises(ValueError, match="a filter over scores needs them all; use site='probs'"):
     tiny.deit(vc.Plan(links=SPEC, heads=vc.HMHSA(site="logits")))
+
+
+@pytest.mark.parametrize("asked", [None, "einsum"])
+def test_off_a_cpu_a_kernel_attends_where_there_is_one_and_nothing_else_was_asked_for(
+    asked, monkeypatch):
+  """Given the reference in a kernel's place, the result is the same; counting asks for no kernel."""
+  windows, seen = Windows((4, 4), (2, 2)), []
+
+  def kernel(devices, query, key, value, chosen):
+    seen.append((query.shape, chosen.shape))
+    return attend_gathered
+
+  links = BlockLinks(choice(windows, windows, 2), windows, windows, prefix=1)
+  query, key, value = (draw(BATCH, 17, HEADS, WIDTH, seed=i) for i in range(3))
+  on_cpu = links.attend(query, key, value)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(kernels, "block_attention", kernel)
+  with attention.using(asked):
+    np.testing.assert_allclose(links.attend(query, key, value), on_cpu, rtol=1e-5, atol=1e-6)
+  assert seen == ([] if asked else [((BATCH, HEADS, 4, 4, WIDTH), (BATCH, HEADS, 4, 2))])
