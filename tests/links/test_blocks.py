@@ -271,7 +271,7 @@ def test_short_sequences_have_no_block_links_and_a_filter_over_scores_is_refused
 @pytest.mark.parametrize("asked", [None, "einsum"])
 def test_off_a_cpu_a_kernel_attends_where_there_is_one_and_nothing_else_was_asked_for(
     asked, monkeypatch):
-  """Given the reference in a kernel's place, the result is the same; counting asks for no kernel."""
+  """Given the reference in a kernel's place the result is the same; counting asks for no kernel."""
   windows, seen = Windows((4, 4), (2, 2)), []
 
   def kernel(devices, query, key, value, chosen):
