@@ -12,7 +12,7 @@ from configs import shapes
 from configs.sparse_digits import LINKS, TOKEN, fine_tune
 
 BLOCK = LINKS % '"granularity": "block"'
-EVIT = '"tokens": {"method": "evit", "keep": 0.7, "blocks": [0, 1]}'
+EVIT = '"tokens": {"method": "evit", "keep": 0.7, "blocks": [0]}'
 PLANS = {"dense": "", "tuned": "", "token": f"{{{TOKEN}}}",
          "block": f"{{{BLOCK}}}", "evit": f"{{{EVIT}}}", "sparsif_evit": f"{{{TOKEN}, {EVIT}}}"}
 
@@ -23,7 +23,7 @@ def get_config(plan="block"):
   config.model.image_size = 192   # pixels
   config.model.patch_size = 8     # pixels: 576 patches
   config.model.width = 64
-  config.model.depth = 3
+  config.model.depth = 2
   config.model.heads = 2
   config.model.position_std = 0.5
   config.data.name = "directions"
@@ -34,7 +34,7 @@ def get_config(plan="block"):
   config.batch_size = 16
   if plan != "dense":
     return fine_tune(config, steps=50, learning_rate=5e-4)
-  config.total_steps = 250
+  config.total_steps = 900
   config.checkpoint_every = config.total_steps
-  config.optim.warmup_steps = config.total_steps // 10
+  config.optim.warmup_steps = 50
   return config
