@@ -1,4 +1,7 @@
 """The order of training is that of the published samplers, whatever the hardware."""
+import importlib
+import pathlib
+
 import ml_collections
 import numpy as np
 import pytest
@@ -39,6 +42,20 @@ def test_repeated_augmentation_deals_out_the_published_positions(replicas, each,
     (50_000, 768, 4, 3, 65), (1_281_167, 2048, 8, 1, 625), (1_281_167, 1344, 8, 1, 953)])
 def test_an_epoch_has_the_published_number_of_steps(count, batch_size, replicas, repeats, steps):
   assert Order(count, batch_size, replicas, repeats, seed=0).steps_per_epoch == steps
+
+
+ROOT = pathlib.Path(__file__).parents[2]
+IMAGENET = [path.stem for path in sorted((ROOT / "configs").glob("*.py"))
+            if "STEPS_PER_EPOCH = " in path.read_text()]
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_configs_count_their_epochs_as_the_sampler_does(name):
+  module = importlib.import_module(f"configs.{name}")
+  config = module.get_config()
+  line = Order(1_281_167, config.batch_size, config.data.replicas, config.data.repeats, seed=0)
+  assert line.steps_per_epoch == module.STEPS_PER_EPOCH
+  assert config.batch_size % (2 * config.data.replicas) == 0  # or nothing could be mixed
 
 
 def test_steps_per_epoch_reads_a_config():

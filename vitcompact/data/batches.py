@@ -3,7 +3,6 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Callable
 
 import grain
 from absl import flags
@@ -39,7 +38,7 @@ def end_with(parent: int, *_) -> None:
 
 
 class Batches(grain.DatasetIterator):
-  """Batch 0, 1, 2, ... of `make_batch(step)`. `get_state()` and `set_state()` resume exactly.
+  """Batch 0, 1, 2, ... of a dataset. `get_state()` and `set_state()` resume exactly.
 
   Grain's own state with worker processes names each worker. Ours is the number of the next batch,
   {"next_index": n}, so that a run may go on with another number of workers.
@@ -48,11 +47,9 @@ class Batches(grain.DatasetIterator):
   than max_bad of them are a ValueError.
   """
 
-  def __init__(self, make_batch: Callable[[int], dict], steps: int, workers: int,
-               max_bad: int = 0):
+  def __init__(self, dataset: grain.MapDataset, workers: int, max_bad: int = 0):
     super().__init__()
-    self.make_batch, self.workers = make_batch, workers
-    self.dataset = grain.MapDataset.range(steps).map(make_batch)
+    self.dataset, self.workers = dataset, workers
     self.position, self.ahead = 0, None
     self.max_bad, self.bad_records = max_bad, set()
 
@@ -69,7 +66,8 @@ class Batches(grain.DatasetIterator):
       self.close()  # an evaluation is over: its threads and processes go
       raise
     self.position += 1
-    self._count(batch.pop(BAD))
+    if isinstance(batch, dict) and BAD in batch:
+      self._count(batch.pop(BAD))
     return batch
 
   def _count(self, bad) -> None:

@@ -25,6 +25,7 @@ of places (labels.py). "none" resizes and crops as in evaluation, without a marg
 import dataclasses
 from collections.abc import Iterable
 
+import grain
 import numpy as np
 from absl import logging
 
@@ -162,7 +163,7 @@ def train_batches(data, *, image_size, batch_size: int, seed: int, process_index
     raise ValueError(f"data.augment='token_labels' needs labels of places, and {data.name} has "
                      "none: see vitcompact/data/labels.py, or use 'randaugment'")
   make_batch = TrainBatch(images, order, rows, size, data.augment, data.on_bad)
-  return Batches(make_batch, ENDLESS, data.workers, data.max_bad)
+  return Batches(grain.MapDataset.range(ENDLESS).map(make_batch), data.workers, data.max_bad)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +225,7 @@ def eval_batches(data, split: str, *, image_size, batch_size: int, crop: float, 
                            interpolation=interpolation,
                            rows=_rows(batch_size, process_index, process_count))
   steps = -(-len(make_batch.images) // batch_size)
-  return Batches(make_batch, steps, data.workers, data.max_bad)
+  return Batches(grain.MapDataset.range(steps).map(make_batch), data.workers, data.max_bad)
 
 
 def sample(data, split: str, count: int, *, image_size, crop: float,

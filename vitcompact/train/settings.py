@@ -25,8 +25,9 @@ KEYS = {
     "mesh": {"data", "fsdp", "tensor"},
 }
 # These change where and how often, not what: a run may be resumed with others.
-FREE = ("mesh.data", "mesh.fsdp", "mesh.tensor", "data.workers", "log_every", "eval_batch_size",
-        "keep_last", "optim.skip_nonfinite")
+# on_bad too: a run that stopped at a bad record may go on passing it over.
+FREE = ("mesh.data", "mesh.fsdp", "mesh.tensor", "data.workers", "data.on_bad", "data.max_bad",
+        "log_every", "eval_batch_size", "keep_last", "optim.skip_nonfinite")
 
 
 def flat(config) -> dict:
