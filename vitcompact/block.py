@@ -211,9 +211,12 @@ def make_mlp(plan: BlockPlan, *, width: int, hidden: int, deploy: bool, dtype: s
   for layer, (m, features, input_rms) in compacted.items():
     rank = spec.rank(width)
     warn_above_break_even(f"{name}/mlp/{layer}", m, features, rank)
+    merged = layer in spec.merged
+    if deploy and merged:
+      continue   # as one matrix
     layers[layer] = CompactDense(
         features, rank, branches=spec.branches, rep=spec.rep, avg_skip=spec.avg_skip,
-        deploy=deploy, input_rms=input_rms, dtype=dtype, parent=None)
+        deploy=deploy, merged=merged, input_rms=input_rms, dtype=dtype, parent=None)
   return Mlp(act=act, mixer=mixer, parent=None, **layers)
 
 

@@ -191,7 +191,11 @@ def _check_names(got, known, where: str):
 def _to_dict(spec):
   if spec is None:
     return None
-  return {"method": type(spec).__name__.lower(), **dataclasses.asdict(spec)}
+  # Fields that are empty until something is chosen are left out while they are.
+  empty = {field.name for field in dataclasses.fields(spec) if field.default == ()}
+  return {"method": type(spec).__name__.lower(),
+          **{name: value for name, value in dataclasses.asdict(spec).items()
+             if value != () or name not in empty}}
 
 
 def _from_dict(axis: str, spec):
