@@ -65,8 +65,9 @@ def test_layers_of_one_size_are_measured_once_and_chosen_by_layer(folded, monkey
   layers = tuning.factorised(deploy, deployed, x)
   shapes = {path: layer.shape for path, layer in layers.items()}
   # EViT reduces between the attention and the FFN of block 1: half of 16 patches and one fused.
-  assert shapes == {("blocks_0", "mlp", "fc1"): (3, 17, 24), ("blocks_0", "mlp", "fc2"): (3, 17, 96),
-                    ("blocks_1", "mlp", "fc1"): (3, 10, 24), ("blocks_1", "mlp", "fc2"): (3, 10, 96)}
+  assert shapes == {
+      ("blocks_0", "mlp", "fc1"): (3, 17, 24), ("blocks_0", "mlp", "fc2"): (3, 17, 96),
+      ("blocks_1", "mlp", "fc1"): (3, 10, 24), ("blocks_1", "mlp", "fc2"): (3, 10, 96)}
   asked = []
 
   def answer(layer, rounds):
@@ -90,7 +91,7 @@ def test_the_two_forms_are_really_run():
 
 def test_only_a_folded_model_is_tuned():
   model = tiny.deit(PLAN)
-  with pytest.raises(ValueError, match="not folded; give it what vc.fold returns"):
+  with pytest.raises(ValueError, match="not folded; give it what"):
     vc.tune(model, {}, None)
 
 

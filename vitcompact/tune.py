@@ -75,7 +75,7 @@ def merging_is_faster(layer: Layer, rounds: int) -> bool:
 
 
 def merged(deploy: nn.Module, variables, chosen):
-  """(model, variables) in which the layers at these paths, (block, "mlp", layer), are one matrix."""
+  """(model, variables) in which layers, by their paths (block, "mlp", layer), are one matrix."""
   plan, params = deploy.plan, dict(variables["params"])
   blocks = {block: dict(axes) for block, axes in plan.blocks.items()}
   for name, _, layer in chosen:
