@@ -48,8 +48,11 @@ class Candidate(NamedTuple):
 
 
 def compiled(function: Callable, *args, **facts) -> Candidate:
-  """A function compiled ahead, with what that took."""
-  program = bench.compiled(function, *args)
+  """A function compiled ahead, with what that took; one that does not compile here says why."""
+  try:
+    program = bench.compiled(function, *args)
+  except Exception as error:   # of one candidate: the others are still worth the run
+    return Candidate(None, {"reason": f"{type(error).__name__}: {str(error).splitlines()[:1]}"})
   return Candidate(program.call, {"compile_seconds": program.seconds,
                                   "temporary_bytes": program.temporary, **facts})
 
