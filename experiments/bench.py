@@ -85,6 +85,8 @@ def write(path: pathlib.Path, results: dict):
 def run(names, out: str | None, rounds: int, torch: str | None):
   platform = find_platform()
   cores = pin() if platform == "cpu" else ()
+  # An accelerator's memory is shared with the peers' processes.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   from experiments.benchmarks.measure import Setting
   from experiments.benchmarks.peer import TorchPeer
   setting = Setting(platform, rounds, TorchPeer(torch) if torch else None, cores)
