@@ -128,6 +128,11 @@ def test_tables_say_what_was_not_measured(measured):
   assert torch == "| torch f32 |  | not measured |  |  |"
   heads = next(line for line in text.splitlines() if line.startswith("| heads |"))
   assert heads.endswith("| not measured |") and "1.00x [1.00, 1.00]" in heads
+  (measured / "part").mkdir(exist_ok=True)
+  (measured / "part" / "gemm_gpu.json").write_text((measured / "gemm_cpu.json").read_text())
+  assert tables.markdown(measured / "part").endswith(
+      "On GPU, suites model, layer, train, tokens, startup, data: **not measured**.\n\n"
+      "On CPU and TPU: **not measured**.")
   assert tables.markdown(measured / "nothing") == "On CPU and GPU and TPU: **not measured**."
 
 
