@@ -24,8 +24,7 @@ from vitcompact.receipt import environment
 from vitcompact.train import loop
 
 VARIANTS = ("tuned", "token", "block", "evit", "sparsif_evit")
-DATA = {"digits": (sparse_digits, ("dense",), 5), "shapes": (sparse_shapes, ("small", "middle",
-                                                                             "dense"), 3)}
+DATA = {"digits": (sparse_digits, ("dense",), 5), "shapes": (sparse_shapes, ("small", "dense"), 3)}
 
 # Of the dense model's: what the method needs, what the traced program executes.
 SHARES = ("ideal_attention_macs", "attention_macs", "macs")

@@ -137,7 +137,7 @@ def test_shapes_come_in_batches():
 
 
 def test_directions_are_the_same_scenes_by_direction_alone():
-  scenes, directions = (kind("train", (16, 16), 16, 3)
+  scenes, directions = (kind("train", (48, 48), 16, 3)
                         for kind in (shapes.Shapes, shapes.Directions))
   for i in range(16):
     np.testing.assert_array_equal(scenes[i]["image"], directions[i]["image"])

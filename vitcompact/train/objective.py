@@ -89,7 +89,7 @@ def make_reconstruction(model, weight: float):
   def objective(params, batch_stats, teacher_variables, images, labels, targets, key):
     del teacher_variables, targets, key
     logits, new = model.apply(variables(params, batch_stats), images, mutable=["links"])
-    error = losses.attention_reconstruction(new["links"]).sum()
+    error = losses.attention_reconstruction(new.get("links", {})).sum()
     accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
     return weight * error, (batch_stats, {"accuracy": accuracy})
   return objective
