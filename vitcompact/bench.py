@@ -72,10 +72,13 @@ def rounds_of(functions: Mapping[str, Callable[[], object] | Remote], *, rounds:
             for name, function in functions.items()}
   for name in names:
     timers[name](1)
-  calls = {name: max(1, round(least / max(timers[name](1), 1e-6))) if least else 1
-           for name in names}
-  taken = {name: [] for name in names}
-  for turn in range(rounds):
+  calls, taken = dict.fromkeys(names, 1), {name: [] for name in names}
+  if least:
+    once = {name: timers[name](1) for name in names}
+    calls = {name: max(1, round(least / max(once[name], 1e-6))) for name in names}
+    if set(calls.values()) == {1}:   # then that was the first round
+      taken = {name: [seconds] for name, seconds in once.items()}
+  for turn in range(len(taken[names[0]]), rounds):
     shift = turn % len(names)
     for name in names[shift:] + names[:shift]:
       taken[name].append(timers[name](calls[name]))

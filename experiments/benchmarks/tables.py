@@ -25,11 +25,13 @@ def markdown(folder: pathlib.Path = results.FOLDER) -> str:
   """Everything between the marks: a platform after the other, and which were not measured."""
   parts, missing = [], []
   for platform, title in PLATFORMS.items():
-    tables = [make(found, folder) for suite, make in SUITES.items()
-              if (found := results.load(suite, platform, folder))]
-    parts += tables
-    if not tables:
+    found = {suite: results.load(suite, platform, folder) for suite in SUITES}
+    parts += [SUITES[suite](known, folder) for suite, known in found.items() if known]
+    unknown = [suite for suite, known in found.items() if not known]
+    if len(unknown) == len(SUITES):
       missing.append(title)
+    elif unknown:
+      parts.append(f"On {title}, suites {', '.join(unknown)}: **{NO}**.")
   if missing:
     parts.append(f"On {' and '.join(missing)}: **{NO}**.")
   return "\n\n".join(parts)
@@ -51,8 +53,8 @@ def gemm_table(found: dict, folder: pathlib.Path) -> str:
     rate = NO if row["seconds"] is None else f"{row['flop'] / row['seconds'] / 1e9:.0f} GFLOP/s"
     rates.append(f"{row['name']} {rate}")
   size = " x ".join(map(str, found["rows"][0]["product"]))
-  return (f"The ceiling here, one {size} product: {', '.join(rates)}. No ratio to PyTorch can be "
-          f"much larger than that of the products. {source(found)}")
+  return (f"The ceiling here, one {size} product: {', '.join(rates)}. For as many MACs no ratio "
+          f"to PyTorch can be much larger than that of the products. {source(found)}")
 
 
 def model_table(found: dict, folder: pathlib.Path) -> str:
@@ -78,7 +80,7 @@ def model_table(found: dict, folder: pathlib.Path) -> str:
   text = ("Dense is in images a second; the others say how many times as fast as it they are, in "
           "the same rounds.")
   for batch, rows in by_batch.items():
-    if (turn := rows["dense"]["at_a_time"]) != batch:
+    if (turn := rows["dense"].get("at_a_time", batch)) != batch:
       text += (f" Of batch {batch}, ours are computed {turn} images at a time, but in the row that "
                "says otherwise.")
   return "\n".join([*lines, "", f"{source(found)} {text}"])

@@ -14,8 +14,6 @@ from experiments.plain_deit import PlainDeiT
 BARE = vc.CFFN(branches=1, rep="none", avg_skip=False)
 PLANS = {
     "dense": vc.Plan(),
-    "heads": vc.Plan(heads=vc.HMHSA()),
-    "ffn": vc.Plan(ffn=vc.CFFN()),
     "ffn, one bare branch": vc.Plan(ffn=BARE),
     "heads + ffn": vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN()),
     "heads + ffn, one bare branch": vc.Plan(heads=vc.HMHSA(), ffn=BARE),
