@@ -60,6 +60,7 @@ def get_config():
   config.optim.weight_decay = 0.05
   config.optim.b1, config.optim.b2, config.optim.eps = 0.9, 0.999, 1e-8
   config.optim.clip_norm = 1.0    # global norm of the gradient; 0: no clipping
+  config.optim.skip_nonfinite = 0 # steps that may change nothing for a NaN, before the run stops
   config.optim.rates = ()         # (pattern, factor of the rate, first step); first match
 
   config.loss = ConfigDict()      # weights; 0: off
@@ -94,4 +95,5 @@ def get_config():
   config.mesh = ConfigDict()
   config.mesh.data = -1           # devices; -1: all the rest
   config.mesh.fsdp = 1            # devices that share one copy of the parameters
+  config.mesh.tensor = 1          # devices that share the heads and hidden channels of a layer
   return config

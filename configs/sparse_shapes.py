@@ -1,10 +1,6 @@
 """Fewer links, fewer tokens, or both at 577 tokens, on drawn scenes, from a dense model.
 
-Command:  python main.py --config=configs/sparse_shapes.py:small --workdir=runs/small
-Then:     python -m experiments.convert runs/small/trained.safetensors --image-size 192 \\
-            --out small_192.safetensors
-          python main.py --config=configs/sparse_shapes.py:dense --workdir=runs/dense \\
-            --config.init_from=small_192.safetensors
+Command:  python main.py --config=configs/sparse_shapes.py:dense --workdir=runs/dense
           python main.py --config=configs/sparse_shapes.py:block --workdir=runs/block \\
             --config.init_from=runs/dense/trained.safetensors \\
             --config.teacher.file=runs/dense/trained.safetensors
@@ -17,28 +13,28 @@ from configs.sparse_digits import LINKS, TOKEN, fine_tune
 
 BLOCK = LINKS % '"granularity": "block"'
 EVIT = '"tokens": {"method": "evit", "keep": 0.7, "blocks": [0, 1]}'
-PLANS = {"small": "", "dense": "", "tuned": "", "token": f"{{{TOKEN}}}",
+PLANS = {"dense": "", "tuned": "", "token": f"{{{TOKEN}}}",
          "block": f"{{{BLOCK}}}", "evit": f"{{{EVIT}}}", "sparsif_evit": f"{{{TOKEN}, {EVIT}}}"}
 
 
 def get_config(plan="block"):
   config = shapes.get_config()
   config.plan = PLANS[plan]
-  config.model.image_size = 48 if plan == "small" else 192   # pixels, over which the objects spread
-  config.model.patch_size = 8     # pixels: 36 and 576 patches
+  config.model.image_size = 192   # pixels
+  config.model.patch_size = 8     # pixels: 576 patches
   config.model.width = 64
   config.model.depth = 3
   config.model.heads = 2
-  config.model.positions = "sincos"
+  config.model.position_std = 0.5
   config.data.name = "directions"
   config.data.smoothing = 0.0
   config.log_every = 50
   config.eval_params = "raw"
-  config.optim.learning_rate = 2e-3 if plan == "small" else 5e-4
-  config.batch_size = 128 if plan == "small" else 16
-  if plan not in ("small", "dense"):
+  config.optim.learning_rate = 1e-3
+  config.batch_size = 16
+  if plan != "dense":
     return fine_tune(config, steps=50, learning_rate=5e-4)
-  config.total_steps = 600 if plan == "small" else 150
+  config.total_steps = 250
   config.checkpoint_every = config.total_steps
   config.optim.warmup_steps = config.total_steps // 10
   return config

@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import vitcompact as vc
 from vitcompact import attention, backends
 from vitcompact.attention import Core
 from vitcompact.heads.hmhsa import ScoreFilter
@@ -62,3 +61,83 @@ def test_every_backend_computes_the_same_function_and_gradients(name, small_tile
   for backend in ("images", "tiled"):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6),
                  run(backend), wanted)
+
+
+@pytest.mark.parametrize("platform,dtype,fields,wanted", [
+    ("cpu", "float32", {"queries": 50, "keys": 50}, "einsum"),
+    ("cpu", "float32", {"queries": 197, "keys": 197}, "images"),
+    ("cpu", "bfloat16", {"queries": 577, "keys": 577}, "tiled"),
+    ("cpu", "float32", {"queries": 3136, "keys": 49}, "images"),
+    ("gpu", "bfloat16", {"queries": 197, "keys": 197}, "cudnn"),
+    ("gpu", "float16", {"queries": 197, "keys": 197, "width": 192}, "einsum"),
+    ("gpu", "float16", {"queries": 197, "keys": 197, "width": 192, "hopper": True}, "cudnn"),
+    ("gpu", "float32", {"queries": 197, "keys": 197}, "einsum"),
+    ("gpu", "bfloat16", {"queries": 577, "keys": 577, "plain": False}, "einsum"),
+    ("gpu", "bfloat16", {"queries": 4097, "keys": 4097, "plain": False}, "tiled"),
+    ("tpu", "float32", {"queries": 577, "keys": 577}, "splash"),
+    ("tpu", "float32", {"queries": 577, "keys": 577, "devices": 8}, "einsum"),
+    ("tpu", "bfloat16", {"queries": 197, "keys": 197}, "einsum"),
+    ("tpu", "bfloat16", {"queries": 4097, "keys": 4097, "plain": False}, "tiled")])
+def test_the_backend_by_platform_length_and_dtype(platform, dtype, fields, wanted):
+  assert attention.backend(platform, dtype, **{"width": 64, **fields}) == wanted
+
+
+def test_who_asks_for_a_backend_gets_it_in_a_function_already_compiled():
+  attend = jax.jit(lambda *qkv: Core()(*qkv))
+  text = {}
+  for name in ("einsum", "tiled", "einsum", None):
+    with attention.using(name):
+      text[name] = attend.trace(*arrays()).jaxpr.pretty_print()
+  assert "custom_vjp" in text["tiled"] and "custom_vjp" not in text["einsum"]
+  assert text[None] == text["einsum"]
+  with pytest.raises(ValueError, match="'flash': must be one of einsum, images"):
+    attention.using("flash")
+  with attention.using("tokamax"), pytest.raises(ValueError, match="not installed"):
+    Core()(*arrays())
+
+
+@pytest.mark.parametrize("gradients,most", [(False, 3), (True, 6)])
+def test_memory_is_a_few_times_what_goes_in_and_out(gradients, most):
+  """Temporary memory of the compiled core at 4097 tokens, for which one head's map has 67 MB."""
+  x = jax.ShapeDtypeStruct((1, 4097, 6, 64), jnp.float32)
+
+  def run(*qkv):
+    return Core()(*qkv)
+
+  fn = run if not gradients else jax.grad(lambda *qkv: jnp.sum(run(*qkv) ** 2), (0, 1, 2))
+  memory = jax.jit(fn).lower(x, x, x).compile().memory_analysis()
+  assert memory.temp_size_in_bytes <= most * (
+      memory.argument_size_in_bytes + memory.output_size_in_bytes)
+
+
+def test_a_bias_is_two_channels_of_the_keys_exact_in_float32_and_near_in_bfloat16():
+  query, key, _ = arrays()
+  bias = jnp.log(SIZE)
+  wanted = attention.scores(query, key) + bias[:, None, None]
+  scale = WIDTH ** -0.5
+  for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 1e-4)):
+    wide = backends.with_bias_channels(query.astype(dtype), key.astype(dtype), bias)
+    got = jnp.einsum("bnhd,bmhd->bhnm", *wide, preferred_element_type=jnp.float32) * scale
+    plain = jnp.einsum("bnhd,bmhd->bhnm", query.astype(dtype), key.astype(dtype),
+                       preferred_element_type=jnp.float32) * scale
+    np.testing.assert_allclose(got - plain, wanted - attention.scores(query, key), atol=tolerance)
+
+
+@pytest.mark.parametrize("platform,name", [("tpu", "splash"), ("cuda", "tiled"), ("tpu", "tiled")])
+def test_a_layer_and_its_gradients_are_lowered_for_an_absent_device(platform, name):
+  def loss(size, *qkv):
+    return jnp.sum(Core(size)(*qkv).astype(jnp.float32))
+
+  shapes = [jax.ShapeDtypeStruct((2, 577, heads, width), jnp.bfloat16)
+            for heads, width in ((2, 64), (2, 64), (2, 128))]
+  with attention.using(name):
+    exported = jax.export.export(jax.jit(jax.grad(loss, (1, 2, 3))), platforms=[platform])(
+        jax.ShapeDtypeStruct((2, 577), jnp.float32), *shapes)
+  assert ("tpu_custom_call" in exported.mlir_module()) == (name == "splash")
+
+
+def test_splash_equals_the_reference_where_it_is_interpreted():
+  query, key, value = arrays()
+  got = backends.splash(query, key, value, jnp.log(SIZE), interpret=True)
+  with attention.using("einsum"):
+    np.testing.assert_allclose(got, Core(SIZE)(query, key, value), rtol=1e-5, atol=1e-5)

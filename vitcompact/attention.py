@@ -32,11 +32,17 @@ def using(name: str | None):
   """A context in which attention is computed by this backend; None: by the one that fits best.
 
   It decides while a program is traced. What a backend cannot do is left to "tiled": masks, dropped
-  tokens and filters over scores. Links between blocks are another thing, see `links.blocks`.
+  tokens and filters over scores. Links between blocks have kernels of their own, which run where
+  nothing is asked for, see `links.blocks`.
   """
   if name is not None and name not in BACKENDS:
     raise ValueError(f"attention backend {name!r}: must be one of {', '.join(BACKENDS)}, or None")
   return _asked(name)
+
+
+def asked() -> str | None:
+  """The backend that was asked for, if any."""
+  return _asked.value
 
 
 def backend(platform: str, dtype, *, queries: int, keys: int, width: int, plain: bool = True,
@@ -54,9 +60,9 @@ def backend(platform: str, dtype, *, queries: int, keys: int, width: int, plain:
   entries = queries * keys
   if platform == "cpu":
     return "einsum" if entries < FEW_ENTRIES else "images" if entries < MANY_ENTRIES else "tiled"
-  if platform == "gpu" and plain and jnp.dtype(dtype).itemsize == 2:
-    if width <= (256 if hopper else 128):
-      return "cudnn"
+  half = jnp.dtype(dtype).itemsize == 2
+  if platform == "gpu" and plain and half and width <= (256 if hopper else 128):
+    return "cudnn"
   if platform == "tpu" and plain and devices == 1 and keys >= LEAST_SPLASH:
     return "splash"
   return "einsum" if entries <= LARGEST_MAP else "tiled"
@@ -198,7 +204,7 @@ class Core(NamedTuple):
         width=backends.channels(query_bnhd.shape[-1], value_bmhe.shape[-1], biased), plain=plain,
         hopper=platform == "gpu" and _is_hopper(), devices=jax.device_count())
     in_turn = platform == "cpu"
-    if plain and name not in ("einsum", "images"):
+    if plain and name != "einsum":
       fused = functools.partial(backends.tiled, in_turn=in_turn)
       with jax.named_scope(SCOPE):
         return {**vars(backends), "tiled": fused}[name](query_bnhd, key_bmhd, value_bmhe,
@@ -218,11 +224,12 @@ class Core(NamedTuple):
     scores_bhnm = self.masked_scores(query_bnhd, key_bmhd, rescore, edges)
     top_bhn1 = jax.lax.stop_gradient(scores_bhnm.max(axis=-1, keepdims=True))
     exp_bhnm = jnp.exp(scores_bhnm - top_bhn1)
-    total_bnh1 = exp_bhnm.sum(axis=-1).swapaxes(1, 2)[..., None]
-    # Divided after the product: so many quotients fewer.
-    with share(needed):
-      out_bnhe = weigh(exp_bhnm, value_bmhe)
-    return (out_bnhe / total_bnh1).astype(value_bmhe.dtype)
+    # Divided after the product, of which there is less, and in its order: both are faster.
+    total_bhn1 = exp_bhnm.sum(axis=-1, keepdims=True)
+    with share(needed), jax.named_scope(SCOPE):
+      out_bhne = jnp.einsum("bhnm,bmhe->bhne", exp_bhnm.astype(value_bmhe.dtype), value_bmhe,
+                            preferred_element_type=jnp.float32)
+    return (out_bhne / total_bhn1).astype(value_bmhe.dtype).swapaxes(1, 2)
 
   def _images_in_turn(self, attend, query_bnhd, key_bmhd, value_bmhe):
     def image(arrays):

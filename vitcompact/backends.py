@@ -14,6 +14,24 @@ TILE_ENTRIES = 2 ** 20
 TPU_BLOCK = 128     # splash's blocks, and the lanes of a TPU
 
 
+def images(query_bnhd, key_bmhd, value_bmhe, bias_bm=None):
+  """An image in turn, all its scores at once: those of a few hundred tokens stay in a CPU's cache,
+  and an allocation this small is not given back to the system after each layer."""
+  def image(arrays):
+    query_nhd, key_mhd, value_mhe, bias_m = arrays
+    scores_hnm = jnp.einsum("nhd,mhd->hnm", query_nhd, key_mhd, preferred_element_type=jnp.float32)
+    if bias_m is not None:
+      scores_hnm = scores_hnm + bias_m[None, None]
+    exp_hnm = jnp.exp(scores_hnm - jax.lax.stop_gradient(scores_hnm.max(axis=-1, keepdims=True)))
+    out_hne = jnp.einsum("hnm,mhe->hne", exp_hnm.astype(value_mhe.dtype), value_mhe,
+                         preferred_element_type=jnp.float32)
+    out_hne = out_hne / exp_hnm.sum(axis=-1, keepdims=True)
+    return out_hne.astype(value_mhe.dtype).swapaxes(0, 1)
+
+  return jax.lax.map(image, (query_bnhd * query_bnhd.shape[-1] ** -0.5, key_bmhd, value_bmhe,
+                             bias_bm))
+
+
 def tile_rows(queries: int, keys: int) -> tuple[int, int]:
   """(tiles, queries in each): as few even tiles as hold TILE_ENTRIES scores each at the most."""
   tiles = -(-queries // max(64, TILE_ENTRIES // keys))
@@ -42,7 +60,7 @@ def _by_head(x_bnhd):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _tiled(in_turn, query_gnd, key_gmd, value_gme, bias_gm):
   def head(query_nd, *keys):
-    return _over_tiles(lambda tile: _attend(tile, *keys)[0], keys[0].shape[0], query_nd)
+    return _over_tiles(lambda tile: attend_rows(tile, *keys)[0], keys[0].shape[0], query_nd)
 
   return _each(head, in_turn)(query_gnd, key_gmd, value_gme, bias_gm)
 
@@ -79,8 +97,8 @@ def _scores(query_nd, key_md, bias_m):
   return scores_nm if bias_m is None else scores_nm + bias_m[None]
 
 
-def _attend(query_nd, key_md, value_me, bias_m):
-  """(attention (N, e), log of the sum of exponentials (N, 1) in float32)."""
+def attend_rows(query_nd, key_md, value_me, bias_m):
+  """(attention (N, e), log of the sum of exponentials (N, 1) in float32); queries are scaled."""
   scores_nm = _scores(query_nd, key_md, bias_m)
   top_n1 = scores_nm.max(axis=-1, keepdims=True)
   # Divided after the product: so many quotients fewer.
@@ -93,7 +111,7 @@ def _attend(query_nd, key_md, value_me, bias_m):
 
 def _tiled_forward(in_turn, query_gnd, key_gmd, value_gme, bias_gm):
   def head(query_nd, *keys):
-    return _over_tiles(lambda tile: _attend(tile, *keys), keys[0].shape[0], query_nd)
+    return _over_tiles(lambda tile: attend_rows(tile, *keys), keys[0].shape[0], query_nd)
 
   out_gne, log_sum_gn1 = _each(head, in_turn)(query_gnd, key_gmd, value_gme, bias_gm)
   return out_gne, (query_gnd, key_gmd, value_gme, bias_gm, out_gne, log_sum_gn1)
@@ -103,32 +121,36 @@ def _tiled_backward(in_turn, residuals, d_out_gne):
   return _each(_head_backward, in_turn)(*residuals, d_out_gne)
 
 
+def gradients_of_rows(key_md, value_me, bias_m, query_nd, log_sum_n1, shift_n1, d_out_ne):
+  """Gradients of query, key, value and the bias (M,), from a sum of out d_out over channels."""
+  weights_nm = jnp.exp(_scores(query_nd, key_md, bias_m) - log_sum_n1)
+  d_weights_nm = jnp.matmul(d_out_ne, value_me.T, preferred_element_type=jnp.float32)
+  d_scores_nm = weights_nm * (d_weights_nm - shift_n1)
+  return (jnp.matmul(d_scores_nm, key_md).astype(query_nd.dtype),
+          jnp.matmul(d_scores_nm.T, query_nd, preferred_element_type=jnp.float32),
+          jnp.matmul(weights_nm.T, d_out_ne, preferred_element_type=jnp.float32),
+          d_scores_nm.sum(axis=0))
+
+
 def _head_backward(query_nd, key_md, value_me, bias_m, out_ne, log_sum_n1, d_out_ne):
   """Gradients of query, key, value and bias; those of the keys are summed tile by tile."""
-  keys = key_md.shape[0]
-  # d scores = weights (d weights - sum of out d_out)
+  count, keys = query_nd.shape[0], (key_md, value_me, bias_m)
   shift_n1 = jnp.sum(out_ne.astype(jnp.float32) * d_out_ne, axis=-1, keepdims=True)
-  tiles = [_tiles(x, keys) for x in (query_nd, log_sum_n1, shift_n1, d_out_ne)]
 
   def step(sums, tile):
-    query_nd, log_sum_n1, shift_n1, d_out_ne = tile
-    weights_nm = jnp.exp(_scores(query_nd, key_md, bias_m) - log_sum_n1)
-    d_weights_nm = jnp.matmul(d_out_ne, value_me.T, preferred_element_type=jnp.float32)
-    d_scores_nm = weights_nm * (d_weights_nm - shift_n1)
-    new = (jnp.matmul(d_scores_nm.T, query_nd, preferred_element_type=jnp.float32),
-           jnp.matmul(weights_nm.T, d_out_ne, preferred_element_type=jnp.float32),
-           None if bias_m is None else d_scores_nm.sum(axis=0))
-    return jax.tree.map(jnp.add, sums, new), (d_scores_nm @ key_md).astype(query_nd.dtype)
+    d_query_nd, *new = gradients_of_rows(*keys, *tile)
+    return [None if total is None else total + d
+            for total, d in zip(sums, new, strict=True)], d_query_nd
 
-  zeros = [None if x is None else jnp.zeros(x.shape, jnp.float32)
-           for x in (key_md, value_me, bias_m)]
-  if tiles[0].shape[0] == 1:
-    sums, d_query_tnd = step(tuple(zeros), [x[0] for x in tiles])
+  sums = [None if x is None else jnp.zeros(x.shape, jnp.float32) for x in keys]
+  arrays = (query_nd, log_sum_n1, shift_n1, d_out_ne)
+  if tile_rows(count, len(key_md))[0] == 1:
+    sums, d_query_nd = step(sums, arrays)
   else:
-    sums, d_query_tnd = jax.lax.scan(step, tuple(zeros), tiles)
-  d_query_nd = d_query_tnd.reshape(-1, query_nd.shape[-1])[:query_nd.shape[0]]
-  return d_query_nd, *(None if x is None else x.astype(like.dtype) for x, like in
-                       zip(sums, (key_md, value_me, bias_m), strict=True))
+    sums, d_query_tnd = jax.lax.scan(step, sums, [_tiles(x, len(key_md)) for x in arrays])
+    d_query_nd = _joined(d_query_tnd, count)
+  return d_query_nd, *(None if x is None else total.astype(x.dtype)
+                       for x, total in zip(keys, sums, strict=True))
 
 
 _tiled.defvjp(_tiled_forward, _tiled_backward)

@@ -38,18 +38,6 @@ def fan_in_uniform(fan_in: int):
       key, shape, dtype, minval=-bound, maxval=bound)
 
 
-def sincos(grid: tuple[int, int], width: int) -> jax.Array:
-  """Waves along both sides of a grid (h, w): float32 (h w, width), width a multiple of 4.
-
-  Sines and cosines of the column, then of the row, a quarter of the width each, with wavelengths
-  from 2 pi to nearly 20,000 pi cells (Chen et al., MoCo v3, arXiv 2104.02057).
-  """
-  rows, columns = jnp.indices(grid, jnp.float32).reshape(2, -1)
-  frequency = 10_000.0 ** -(jnp.arange(width // 4) / (width // 4))
-  angles = [place[:, None] * frequency[None, :] for place in (columns, rows)]
-  return jnp.concatenate([wave(angle) for angle in angles for wave in (jnp.sin, jnp.cos)], axis=1)
-
-
 def dense(features: int, *, dtype, use_bias: bool = True) -> nn.Dense:
   """A Dense with the ViT's init, not yet bound to a parent."""
   return nn.Dense(features, use_bias=use_bias, kernel_init=weight_init, dtype=dtype, parent=None)

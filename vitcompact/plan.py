@@ -106,6 +106,10 @@ class Plan:
       if heads is not None and getattr(self.tokens, "order", "position") == "code":
         raise ValueError(f"HMHSA in block {block} filters along positions, and {self.tokens} puts "
                          "tokens in another order; use order='position'")
+      if self.at(block).links is not None and isinstance(self.tokens, MCTF):
+        raise ValueError(f"Sparsifiner in block {block}: from block {first} on, MCTF fuses tokens "
+                         "by the attention that each receives from all, which linked attention "
+                         f"does not compute; use blocks={{{block}: {{'links': None}}}}, or ToMe")
 
   def check_grid(self, depth: int, model: str):
     """`check_depth`, for a model whose blocks need the whole grid of tokens."""

@@ -34,8 +34,9 @@ def tiny_config() -> ConfigDict:
       "optim": {"name": "adamw", "schedule": "step", "epoch_steps": 1, "cooldown_steps": 0,
                 "rates": (), "learning_rate": 1e-3, "warmup_steps": 5, "warmup_learning_rate": 1e-6,
                 "final_learning_rate": 1e-5, "weight_decay": 0.05, "b1": 0.9, "b2": 0.999,
-                "eps": 1e-8, "clip_norm": 1.0},
-      "mesh": {"data": -1, "fsdp": 2},
+                "eps": 1e-8, "clip_norm": 1.0,
+                "skip_nonfinite": 0},
+      "mesh": {"data": -1, "fsdp": 2, "tensor": 1},
   })
 
 
@@ -65,6 +66,15 @@ def built_alone() -> loop.Run:
     first = jax.devices()[:1]
     patch.setattr(jax, "devices", lambda: first)
     return loop.build(loop.resolve(config))
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory, built):
+  """40 steps without a stop: (workdir, result)."""
+  directory = tmp_path_factory.mktemp("straight")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, "build", lambda config: built)
+    return directory, loop.train(built.config, directory)
 
 
 @pytest.fixture

@@ -63,15 +63,11 @@ def scene(label: int, rng: np.random.Generator) -> list[Thing]:
   return things
 
 
-def draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, cell: tuple[float, float],
-               size: tuple[float, float]) -> None:
-  """cell: width and height of a cell in pixels; size: of an object of radius 1, in pixels, half.
-
-  All kinds cover about 2.2 radius^2.
-  """
+def draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, cell: tuple[float, float]) -> None:
+  """cell: the width and height of a cell in pixels. All kinds cover about 2.2 radius^2."""
   colour = COLOURS[thing.colour]
   x, y = np.multiply(thing.centre, cell)
-  w, h = np.multiply(thing.radius, size)
+  w, h = np.multiply(thing.radius, cell)
 
   def box(dx, dy):  # PIL's boxes include their last pixel
     return x - dx * w, y - dy * h, x + dx * w - 1, y + dy * h - 1
@@ -90,19 +86,14 @@ def draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, cell: tuple[float, float
     draw.polygon(((x, top), (right, bottom), (left, bottom)), fill=colour)
 
 
-def render(things: list[Thing], ground: tuple, image_size: tuple[int, int],
-           unit: float | None = None) -> np.ndarray:
-  """uint8 (height, width, 3), drawn large and averaged, so that small sizes have true areas.
-
-  unit: pixels that a radius of 1 is; None: the sides of a cell, so that objects fill their cells.
-  """
+def render(things: list[Thing], ground: tuple, image_size: tuple[int, int]) -> np.ndarray:
+  """uint8 (height, width, 3), drawn large and averaged, so that small sizes have true areas."""
   height, width = image_size
   factor = max(2, -(-128 // min(image_size)))
   image = Image.new("RGB", (factor * width, factor * height), ground)
   draw = ImageDraw.Draw(image)
   for thing in things:
-    cell = (factor * width / GRID, factor * height / GRID)
-    draw_thing(draw, thing, cell, cell if unit is None else (factor * unit, factor * unit))
+    draw_thing(draw, thing, (factor * width / GRID, factor * height / GRID))
   return np.asarray(image.reduce(factor))
 
 
@@ -114,7 +105,6 @@ class Shapes:
   """
   class_names = tuple(f"{d}-{c}" for d in DIRECTIONS for c in ("different", "same"))
   num_classes = len(class_names)
-  unit = None   # see `render`
 
   def __init__(self, split: str, image_size: tuple[int, int], count: int, seed: int):
     self.split, self.image_size, self.count, self.seed = split, image_size, count, seed
@@ -137,28 +127,30 @@ class Shapes:
 
   def _drawn(self, things: list[Thing], rng: np.random.Generator) -> Image.Image:
     ground = tuple(int(v) for v in rng.integers(0, 50, size=3))
-    return Image.fromarray(render(things, ground, self.image_size, self.unit))
+    return Image.fromarray(render(things, ground, self.image_size))
 
   def __getitem__(self, index: int) -> dict:
     return as_arrays(self.open(index))
 
 
 class Directions(Shapes):
-  """The same scenes, labelled by where the cross lies alone, whatever the colours: 4 classes.
+  """The same scenes, labelled by where the cross lies alone: 4 classes.
 
-  Objects have the same size in pixels in images of all sizes, that of scenes of 48 pixels: larger
-  images have more ground between them, and what is learnt of small images holds in large ones. A
-  small model learns these labels in a fraction of the steps that comparing colours takes.
+  The ring is always of the first colour and the cross of the second: which objects are meant is
+  easy to see, so that a small model learns to relate them in a fraction of the steps.
   """
   class_names = DIRECTIONS
   num_classes = len(class_names)
-  unit = 12.0
 
   def describe(self, index: int) -> list[Thing]:
-    return scene(index % Shapes.num_classes, self._generator(index))
+    return self._scene(index, self._generator(index))
+
+  def _scene(self, index: int, rng: np.random.Generator) -> list[Thing]:
+    things = scene(index % Shapes.num_classes, rng)
+    others = 2 + rng.permutation(len(COLOURS) - 2)[:3]
+    return [thing._replace(colour=int(colour)) for thing, colour in
+            zip(things, (0, 1, *others), strict=True)]
 
   def open(self, index: int) -> Example:
-    label = int(index) % Shapes.num_classes
     rng = self._generator(index)
-    things = scene(label, rng)
-    return Example(self._drawn(things, rng), label // 2)
+    return Example(self._drawn(self._scene(index, rng), rng), index % Shapes.num_classes // 2)

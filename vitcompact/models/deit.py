@@ -32,10 +32,9 @@ class VisionTransformer(nn.Module):
   model returns (class logits, distillation logits) in training, their mean in inference.
   num_classes=0 returns the pooled features (B, width). global_pool: "token" (class token), "avg"
   (mean of the patch tokens, normalised after), "" (no pooling: every token).
-  positions: what they are before training, "normal", of standard deviation position_std, or
-  "sincos", `layers.sincos`, which can be resized before they have learnt anything. DeiT's 0.02 is
-  far below what patches bring: a narrow model that has to relate distant places may not learn to
-  for thousands of steps, and does with 0.5 or waves in hundreds.
+  position_std: of positions before training. DeiT's 0.02 is far below what patches bring: a narrow
+  model that has to relate distant places may not learn to for thousands of steps, and does with 0.5
+  in hundreds.
   """
   variant: str = ""
   image_size: int | tuple[int, int] = 224
@@ -48,7 +47,6 @@ class VisionTransformer(nn.Module):
   mlp_ratio: float = 4.0
   distilled: bool = False
   global_pool: str = "token"
-  positions: str = "normal"
   position_std: float = 0.02
   drop_path_rate: float = 0.1
   dtype: str = "float32"
@@ -80,10 +78,6 @@ class VisionTransformer(nn.Module):
       raise ValueError(f"global_pool={self.global_pool!r}: must be 'token', 'avg' or ''")
     if self.position_std < 0:
       raise ValueError(f"position_std={self.position_std}: must be at least 0")
-    if self.positions not in ("normal", "sincos"):
-      raise ValueError(f"positions={self.positions!r}: must be 'normal' or 'sincos'")
-    if self.positions == "sincos" and self.width % 4:
-      raise ValueError(f"positions='sincos' needs a width that 4 divides, not {self.width}")
     self.plan.check_depth(self.depth)
 
   @nn.nowrap
@@ -138,13 +132,8 @@ class VisionTransformer(nn.Module):
     tokens = ["cls_token", "dist_token"][:self.prefix]
     self.tokens = [self.param(name, layers.weight_init, (1, 1, self.width)) for name in tokens]
     count = self.prefix + self.grid[0] * self.grid[1]
-    init = nn.initializers.normal(self.position_std)
-    if self.positions == "sincos":
-      def init(key, shape):
-        del key
-        waves = layers.sincos(self.grid, self.width)
-        return jnp.pad(waves, [(self.prefix, 0), (0, 0)]).reshape(shape)
-    self.pos_embed = self.param("pos_embed", init, (1, count, self.width))
+    self.pos_embed = self.param("pos_embed", nn.initializers.normal(self.position_std),
+                                (1, count, self.width))
     for name, part in self.parts().items():
       setattr(self, name, part)
     # Mean-pooled features are normalised after pooling, under timm's name for that norm.

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 import vitcompact as vc
 from vitcompact.data import pipeline
-from vitcompact.train import optim, programs, settings, sharding, start
+from vitcompact.train import guard, optim, programs, settings, sharding, start
 from vitcompact.train import step as steps
 from vitcompact.train.objective import (
     by_replica,
@@ -32,6 +32,7 @@ class Run:
   shardings: steps.TrainState
   step_at: Callable[[int], Callable]   # the jitted step of step 0, 1, ...: a program of its own
   eval_step: Callable
+  augment: Callable     # (key, batch) -> (float images, targets) of a few images, as one replica
 
 
 def resolve(config) -> FrozenConfigDict:
@@ -42,13 +43,16 @@ def resolve(config) -> FrozenConfigDict:
   return FrozenConfigDict(config)
 
 
-def build(config: FrozenConfigDict) -> Run:
-  """The model, the mesh, and the jitted functions; nothing is computed or written."""
+def build(config: FrozenConfigDict, classes: int | None = None) -> Run:
+  """The model, the mesh, and the jitted functions; nothing is computed or written.
+
+  classes: where the data are not here to count theirs.
+  """
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch("config.batch_size / accumulate", config.batch_size // config.accumulate,
                        mesh)
   sharding.check_batch("config.eval_batch_size", config.eval_batch_size, mesh)
-  classes = pipeline.num_classes(config.data.name)
+  classes = classes or pipeline.num_classes(config.data.name)
   sizes = config.model.to_dict()
   model = vc.create_model(sizes.pop("name"), plan=vc.Plan.parse(config.plan), num_classes=classes,
                           **sizes)
@@ -81,12 +85,16 @@ def build(config: FrozenConfigDict) -> Run:
         by_replica(make_program(config, model, teacher, program), groups),
         optimizers.links if program.links else optimizers.main, optimizers.rate, augment,
         accumulate=config.accumulate, ema_decay=decay, groups=config.data.replicas)
+    if config.optim.skip_nonfinite:
+      step = guard.keep_finite(step)
     return steps.jit_train_step(step, shardings, mesh)
 
   eval_step = steps.make_eval_step(model, preprocess.mean, preprocess.std)
+  alone = steps.make_augment(config.data, preprocess.mean, preprocess.std, classes,
+                             max(1, config.data.replicas), getattr(model, "grid", None))
   return Run(config, mesh, model, preprocess, steps.jit_init(init, shardings), shapes, shardings,
              lambda step: compiled(programs.program_at(config, model, step)),
-             steps.jit_eval_step(eval_step, mesh))
+             steps.jit_eval_step(eval_step, mesh), alone)
 
 
 def check_labels(config, model):
