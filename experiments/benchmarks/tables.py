@@ -1,4 +1,5 @@
 """The README's tables of speed, and the plot of growth, from results/*.json and nothing else."""
+import math
 import pathlib
 
 from experiments.benchmarks import results
@@ -182,20 +183,20 @@ def _memory(row: dict) -> str:
 
 
 def _accuracy(rows) -> str:
-  """A cell: accuracy on each data set it was measured on, and the difference from dense."""
+  """A cell: accuracy on each data set it was measured on, and the difference from its companion."""
   if not rows:
     return NO
-  return "; ".join(f"{100 * row['accuracy']:.2f}% on {row['data']}"
-                   + _difference(row.get("difference"), row.get("interval")) for row in rows)
+  return "; ".join(f"{100 * row['accuracy']:.2f}% on {row['data']}" + _difference(row)
+                   for row in rows)
 
 
-def _difference(difference, interval) -> str:
-  if difference is None:
+def _difference(row: dict) -> str:
+  """Of a compact model; interval: half of the 95% interval, infinite for a single pair."""
+  if row["name"] == "dense" or row.get("difference") is None:
     return ""
-  text = f" ({100 * difference:+.2f}"
-  if interval:
-    text += f" [{100 * interval[0]:+.2f}, {100 * interval[1]:+.2f}]"
-  return text + ")"
+  interval = row.get("interval")
+  spread = "" if interval is None or math.isinf(interval) else f" ± {100 * interval:.2f}"
+  return f" ({100 * row['difference']:+.2f}{spread})"
 
 
 def plot(found: dict, platform: str, folder: pathlib.Path = results.FOLDER) -> pathlib.Path:
