@@ -15,7 +15,7 @@ MAY = {
     "backends": {"kernels"}, "attention": {"trees", "kernels", "backends"},
     "layers": {"trees", "kernels"},
     **{axis: BASE for axis in AXES},
-    "plan": AXES,
+    "plan": AXES | {"attention"},
     "block": BASE | AXES | {"plan"},
     "models": BASE | AXES | {"plan", "block"},
     "data": {"trees"},

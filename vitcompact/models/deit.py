@@ -89,7 +89,8 @@ class VisionTransformer(nn.Module):
     for i in range(self.depth):
       plan, name = self.plan.at(i), f"blocks_{i}"
       attn = Attention(self.width, self.heads, spec=plan.heads, query_grid=self.grid,
-                       key_grid=self.grid, prefix=self.prefix, dtype=self.dtype, parent=None)
+                       key_grid=self.grid, prefix=self.prefix, dtype=self.dtype,
+                       backend=plan.backend, parent=None)
       mlp = make_mlp(plan, width=self.width, hidden=int(self.width * self.mlp_ratio),
                      deploy=self.deploy, dtype=self.dtype, name=name)
       left = self.plan.tokens_left(i, self.depth, count, self.prefix)
