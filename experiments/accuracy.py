@@ -125,8 +125,8 @@ def main():
   if args.out:
     out = pathlib.Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    command = f"python -m experiments.accuracy {args.data} --pairs {count}"
-    out.write_text(json.dumps({"command": command, **environment(), "rows": rows}, indent=2) + "\n")
+    facts = {**environment(), "command": f"python -m experiments.accuracy {args.data}"}
+    out.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
