@@ -3,9 +3,9 @@
   python -m experiments.accuracy digits --out results/accuracy_digits.json --workdir runs/accuracy
   python -m experiments.accuracy shapes --out results/accuracy_shapes.json --workdir runs/accuracy
 
-For each fold of digits, or seed on shapes (their directions, 577 tokens), a dense model is trained;
-then, from it and taught by it, every variant for equally many steps, the dense one ("tuned") among
-them. The table
+For each fold of digits a dense model is trained, for all seeds on shapes (their directions, at 577
+tokens) one; then, from it and taught by it, every variant for equally many steps, the dense one
+("tuned") among them. The table
 has each one's test accuracy, and its difference to the tuned one of the same fold or seed, with a
 95 % interval (Student's t over the pairs). The test split chooses nothing. Run again, it goes on.
 """
@@ -58,14 +58,16 @@ def pair(kind: str, index: int, workdir: pathlib.Path, variants) -> dict[str, di
   path, found = None, {}
   for name in (*stages, *variants):
     config = configs.get_config(name)
-    config.seed = index
+    shared = kind == "shapes" and name in stages
+    config.seed = 0 if shared else index
     if kind == "digits":
       config.data.name = f"digits:{index}"
     if path is not None:
       config.init_from = str(path)
     if name in variants:
       config.teacher.file = config.init_from
-    made, found[name] = trained(config, workdir / kind / str(index) / name)
+    directory = workdir / kind / ("shared" if shared else str(index)) / name
+    made, found[name] = trained(config, directory)
     path = made if name in stages else path
     print(f"{kind} {index} {name}: {100 * found[name]['accuracy']:.2f} %", flush=True)
   return found
