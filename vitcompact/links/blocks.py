@@ -45,44 +45,45 @@ class BlockLinks(NamedTuple):
   def attend(self, query_bnfd, key_bmfd, value_bmfe, bias_bm=None):
     """softmax(q k^T / sqrt(d) + bias) v over what is linked: (B, N, f, e). bias: of keys, fixed."""
     query_bnfd = query_bnfd * query_bnfd.shape[-1] ** -0.5
-    if jax.default_backend() == "cpu":
-      fixed = self._replace(chosen=None, order=None)
-      return in_turn.attend(fixed, query_bnfd, key_bmfd, value_bmfe, bias_bm, self.chosen,
-                            self.order)
-    out = self._blocks(query_bnfd, key_bmfd, value_bmfe, bias_bm)
-    if not self.prefix + self.fused:
-      return out.astype(value_bmfe.dtype)
-    outside = self.outer(query_bnfd)
-    outside, _ = _dense(outside, key_bmfd, value_bmfe, bias_bm)
-    parts = [outside[:, :self.prefix], out, outside[:, self.prefix:]]
+    attend = self._in_turn if jax.default_backend() == "cpu" else self._side_by_side
+    blocks_bfqae, outer_bone = attend(query_bnfd, key_bmfd, value_bmfe, bias_bm)
+    out = self.queries.join(blocks_bfqae)
+    if self.order is not None:
+      out = _take(out, jnp.argsort(self.order, axis=1))
+    parts = [outer_bone[:, :self.prefix], out, outer_bone[:, self.prefix:]]
     return jnp.concatenate(parts, axis=1).astype(value_bmfe.dtype)
 
-  def _blocks(self, query, key, value, bias):
-    """What the tokens in blocks attend to, in position order: (B, n, f, e)."""
-    inner = self.inner(query)
-    cut = (self.queries.cut(inner), self.keys.cut(self.inner(key)),
-           self.keys.cut(self.inner(value)))
+  def _in_turn(self, query, key, value, bias):
+    """What tokens attend to, in blocks (B, f, q, a, e), and in none (B, o, f, e)."""
+    cut, outer = self._cut(query, key, value, bias), [self.outer(x) for x in (query, key, value)]
+    pairs, biases = zip(cut[:3], [x.swapaxes(1, 2) for x in outer], strict=True), None
+    if cut[3] is not None:
+      inner = jnp.broadcast_to(cut[3][:, 0], (query.shape[0], *cut[3].shape[2:]))
+      around = self.prefix + self.fused
+      biases = inner, (jnp.zeros((query.shape[0], around)) if bias is None else self.outer(bias))
+    out, outer_out = in_turn.attend(*pairs, biases, self.chosen)
+    return out, outer_out.swapaxes(1, 2)
+
+  def _side_by_side(self, query, key, value, bias):
+    """As `_in_turn`, all heads together."""
+    *cut, block_bias, chosen = self._cut(query, key, value, bias)
     attend = attend_gathered
     if attention.asked() is None:   # `count` asks for one: it counts what all devices compute
-      attend = kernels.block_attention(jax.devices(), *cut, self.chosen) or attend
-    out, log_sum = attend(*cut, self.block_bias(bias), self.chosen)
-    out, log_sum = self.queries.join(out), self.queries.join(log_sum[..., None])
-    if self.prefix + self.fused:
-      rest = _dense(inner, self.outer(key), self.outer(value),
-                    None if bias is None else self.outer(bias))
-      out = merge((out, log_sum), rest)
-    return self._in_position(out)
+      attend = kernels.block_attention(jax.devices(), *cut, chosen) or attend
+    out, log_sum = attend(*cut, block_bias, chosen)
+    outer = [self.outer(x) for x in (query, key, value)]
+    if not self.prefix + self.fused:
+      return out, outer[2]
+    rest = _dense(self.inner(query), *outer[1:], None if bias is None else self.outer(bias))
+    out = merge((out, log_sum[..., None]), [self.queries.cut(x) for x in rest])
+    return out, _dense(outer[0], key, value, bias)[0]
 
-  def _in_position(self, x_bn):
-    return x_bn if self.order is None else _take(x_bn, jnp.argsort(self.order, axis=1))
+  def _cut(self, query, key, value, bias):
+    """Arguments of `attend_gathered`."""
+    return (self.queries.cut(self.inner(query)), self.keys.cut(self.inner(key)),
+            self.keys.cut(self.inner(value)), self._bias(bias), self.chosen)
 
-  def together(self, blocks_qad, outer_od):
-    """One head's (1, N, 1, d), of what is in blocks of queries and what is in none."""
-    inner = self._in_position(self.queries.join(blocks_qad[None, None]))
-    outer = outer_od[None, :, None]
-    return jnp.concatenate([outer[:, :self.prefix], inner, outer[:, self.prefix:]], axis=1)
-
-  def block_bias(self, bias_bm):
+  def _bias(self, bias_bm):
     """(B or 1, 1, blocks, area) added to scores of keys, or None; -inf in the padding."""
     valid = self.keys.valid()
     if bias_bm is None:

@@ -32,8 +32,10 @@ class Windows(NamedTuple):
 
   def means(self, x_bnfd):
     """Means over the tokens of each block: (B, n, f, d) -> (B, f, blocks, d), float32."""
-    # Added up where they lie: to cut first would copy the whole array.
-    sums = self._split(x_bnfd).sum(axis=(2, 4), dtype=jnp.float32)
+    # Added up where they lie, a line at a time: half as long again in one reduction over both axes.
+    split = self._split(x_bnfd).astype(jnp.float32)
+    lines = sum(split[:, :, i] for i in range(self.sides[0]))
+    sums = sum(lines[:, :, :, i] for i in range(self.sides[1]))
     batch, _, _, heads, width = sums.shape
     sums_bfkd = sums.reshape(batch, self.blocks, heads, width).swapaxes(1, 2)
     return sums_bfkd / jnp.asarray(self.valid().sum(axis=1), jnp.float32)[None, None, :, None]
