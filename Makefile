@@ -2,13 +2,20 @@
 CANDIDATES := python3.12 python3.11 python3 python
 PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test lint
+.PHONY: demo test lint bench
 
 demo: .venv/installed
 	.venv/bin/python main.py --config=configs/digits.py --workdir=runs/digits
 
 test: .venv/installed-dev
 	.venv/bin/python -m pytest -n 2 --dist loadfile
+
+# Every figure of the README's section on speed, in about 20 minutes of one core. With a Python that
+# has torch for the peers: make bench TORCH=/path/to/python
+bench: .venv/installed-dev
+	.venv/bin/python -m experiments.bench all $(if $(TORCH),--torch $(TORCH))
+	.venv/bin/python -m experiments.bench tables
+	.venv/bin/python -m experiments.bench goals
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .

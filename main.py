@@ -1,32 +1,58 @@
-"""Trains or evaluates what a config describes.
+"""Trains or evaluates what a config describes, or says what memory that would take.
 
   python main.py --config=configs/digits.py --workdir=runs/digits
   python main.py --config=configs/digits.py --workdir=runs/digits --mode=eval
+  python main.py --config=configs/deit_b.py --mode=plan --devices=32 --config.batch_size=4096
 
 The same command again goes on from the newest checkpoint. Any value of the config can be given on
 the command line: --config.total_steps=40 --config.plan=plan.json
+
+Exit codes: 0 done; 2 a mistake, with one line that says which; 75 stopped by SIGTERM with all
+saved, and 76 another process of the run is gone: for both the same command goes on.
 """
 import ast
+import os
 import pathlib
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from vitcompact.train import stop  # needs no JAX: SIGTERM is heard while that is loaded
+
 CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/")
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; made when missing")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "what to do")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan"], "what to do")
+RESTORE = flags.DEFINE_enum("restore", "newest", ["newest", "last_good"], "last_good: where the "
+                            "newest checkpoint is damaged, set it aside and take one before it")
+COORDINATOR = flags.DEFINE_string("coordinator", "", "several processes as one run: auto (Cloud "
+                                  "TPU, SLURM, Open MPI) or HOST:PORT of process 0")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "with --coordinator=HOST:PORT: 0, 1, ...")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "with --coordinator=HOST:PORT")
+PROFILE = flags.DEFINE_string("profile", "", "START:STEPS, traced into WORKDIR/profile")
+WANDB = flags.DEFINE_string("wandb", "", "project of Weights & Biases (pip install wandb)")
+PEAK_TFLOPS = flags.DEFINE_float("peak_tflops", 0.0, "of one device, for mfu; 0: where it is known")
+DEVICES = flags.DEFINE_integer("devices", None, "with --mode=plan: how many there would be")
 
 # What a user can cause. Others are mistakes of ours, and show where they happened.
 USER_ERRORS = (ValueError, OSError, FloatingPointError, flags.Error)
 
 
-def fail(error: Exception):
-  """One line and exit code 2; with --verbosity=1 the whole traceback."""
+def fail(error: Exception, code: int = 2):
+  """One line and the exit code; with --verbosity=1 the whole traceback."""
   if logging.get_verbosity() >= logging.DEBUG or "--verbosity=1" in sys.argv:
     raise error
-  print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-  sys.exit(2)
+  print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+  leave(code)
+
+
+def leave(code: int):
+  """Ends the process; one of several at once: an orderly exit would wait for all the others."""
+  hosts = sys.modules.get("vitcompact.train.hosts")
+  if hosts and hosts.several():
+    sys.stdout.flush()
+    stop.leave(code)
+  sys.exit(code)
 
 
 def unquoted(text: str) -> str:
@@ -50,9 +76,11 @@ def parse(argv):
     if len(rest) > 1:
       raise ValueError(f"unexpected arguments {rest[1:]}; options are --config, --workdir, --mode")
     for flag in (CONFIG, WORKDIR):
-      if not flag.present:
+      if not flag.present and not (flag is WORKDIR and MODE.value == "plan"):
         raise ValueError(f"--{flag.name} is missing, as in: python main.py "
                          "--config=configs/digits.py --workdir=runs/digits")
+    if (MODE.value == "plan") != DEVICES.present:
+      raise ValueError("--mode=plan and --devices=N (how many there would be) go together")
     return rest
   except AttributeError as error:  # ml_collections: an unknown key; its text names close ones
     fail(ValueError(f"--config has no key {unquoted(str(error))}"))
@@ -60,19 +88,55 @@ def parse(argv):
     fail(error)
 
 
+def pretend(devices: int):
+  """Makes JAX see that many devices, on the processor. Before JAX is imported."""
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") +
+                             f" --xla_force_host_platform_device_count={devices}")
+
+
+def train(stopping):
+  from vitcompact.train import loop, report, watch  # late: a mistake in a flag needs no JAX
+
+  watching = watch.Watching(PROFILE.value, WANDB.value, PEAK_TFLOPS.value)
+  result = loop.train(CONFIG.value, WORKDIR.value, stopping=stopping, restore_from=RESTORE.value,
+                      watching=watching)
+  receipt = report.report(result, WORKDIR.value)
+  if loop.processes()["process_index"] == 0:
+    print(receipt.to_markdown())
+
+
+def run(stopping):
+  """Does what --mode says; from here on JAX is loaded."""
+  from vitcompact.train import hosts, loop, memory
+
+  hosts.connect(COORDINATOR.value, PROCESS_ID.value, NUM_PROCESSES.value)
+  try:
+    if MODE.value == "plan":
+      print(memory.plan(CONFIG.value))
+    elif MODE.value == "eval":
+      loop.evaluate(CONFIG.value, WORKDIR.value, restore_from=RESTORE.value)
+    else:
+      train(stopping)
+  except hosts.PEER_ERRORS as error:
+    if not hosts.several():
+      raise
+    fail(hosts.lost(error), hosts.LOST)
+
+
 def main(_):
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # absl's INFO would tell every step of a save
-  from vitcompact.train import loop, report  # after the flags: an error there needs no JAX
-
-  try:
-    if MODE.value == "eval":
-      loop.evaluate(CONFIG.value, WORKDIR.value)
-    else:
-      result = loop.train(CONFIG.value, WORKDIR.value)
-      print(report.report(result, WORKDIR.value).to_markdown())
-  except USER_ERRORS as error:
-    fail(error)
+  if MODE.value == "plan":
+    pretend(DEVICES.value)
+  with stop.on_sigterm() as stopping:
+    try:
+      run(stopping)
+    except USER_ERRORS as error:
+      fail(error)
+    except stop.Stopped as stopped:
+      print(stopped, file=sys.stderr, flush=True)
+      leave(stop.STOPPED)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ def get_config():
   config.data.name = "digits"
   config.data.augment = "digits"  # small rotation, shift and scale; a mirrored digit is no digit
   config.data.workers = 0         # processes; 0: threads
+  config.data.eval_crop = 0.0   # share of the image that evaluation crops; 0: the model's own
   config.data.erase = 0.0         # probability of random erasing
   config.data.smoothing = 0.1
   config.data.mixup = 0.0         # alpha; 0: off
@@ -59,6 +60,7 @@ def get_config():
   config.optim.weight_decay = 0.05
   config.optim.b1, config.optim.b2, config.optim.eps = 0.9, 0.999, 1e-8
   config.optim.clip_norm = 1.0    # global norm of the gradient; 0: no clipping
+  config.optim.skip_nonfinite = 0 # steps that may change nothing for a NaN, before the run stops
   config.optim.rates = ()         # (pattern, factor of the rate, first step); first match
 
   config.loss = ConfigDict()      # weights; 0: off
@@ -93,4 +95,5 @@ def get_config():
   config.mesh = ConfigDict()
   config.mesh.data = -1           # devices; -1: all the rest
   config.mesh.fsdp = 1            # devices that share one copy of the parameters
+  config.mesh.tensor = 1          # devices that share the heads and hidden channels of a layer
   return config

@@ -34,16 +34,16 @@ def get_config(plan="token"):
     config.optim.warmup_steps = 50
     config.optim.learning_rate = 2e-3
     return config
-  return fine_tune(config, steps=150)
+  return fine_tune(config, steps=150, learning_rate=1e-3)
 
 
-def fine_tune(config, steps):
+def fine_tune(config, steps, learning_rate):
   """Sparsifiner's two phases, in `steps`; without links, the second alone takes all of them."""
   config.total_steps = steps
   config.checkpoint_every = steps
   config.ema_half_life = 0.1455   # of the run
   config.optim.schedule = "after_warmup"
-  config.optim.learning_rate = 1e-3
+  config.optim.learning_rate = learning_rate
   config.optim.warmup_steps = steps // 20
   config.optim.warmup_learning_rate = 0.0
   config.optim.final_learning_rate = 1e-5

@@ -4,8 +4,9 @@
   taskset -c 0 python -m experiments.links_speed --sides 32 --gradients
 
 A layer is projections, the predictor and attention, of a class token and side x side patches, width
-384, 6 heads, float32. Dense is the faster of two: all scores at once, or 64 queries at a time. The
-ratios are medians over rounds that take turns (least to most in brackets).
+384, 6 heads, float32. Dense attention is what the core chooses for its length, see
+`experiments.attention_speed`. Shares of time are of the dense layer. Ratios are medians over rounds
+that take turns (least to most in brackets).
 """
 import argparse
 import os
@@ -19,28 +20,11 @@ from vitcompact.bench import paired
 from vitcompact.block import Attention, fresh_links, make_links
 from vitcompact.plan import BlockPlan
 
-WIDTH, HEADS, TILE = 384, 6, 64
-
-
-def tiled(query_bnhd, key_bmhd, value_bmhd):
-  """Dense attention of one head and 64 queries at a time: a tile of scores stays in the cache."""
-  batch, tokens, heads, width = query_bnhd.shape
-  query, key, value = (x.transpose(0, 2, 1, 3).reshape(batch * heads, -1, width)
-                       for x in (query_bnhd * width ** -0.5, key_bmhd, value_bmhd))
-  query = jnp.pad(query, [(0, 0), (0, -tokens % TILE), (0, 0)])
-
-  def head(arrays):
-    query_nd, key_md, value_md = arrays
-    return jax.lax.map(lambda tile: jax.nn.softmax(tile @ key_md.T, axis=-1) @ value_md,
-                       query_nd.reshape(-1, TILE, width))
-
-  out = jax.lax.map(jax.checkpoint(head), (query, key, value))
-  out = out.reshape(batch, heads, -1, width)[:, :, :tokens]
-  return out.transpose(0, 2, 1, 3)
+WIDTH, HEADS = 384, 6
 
 
 def layers(side: int, keep: float, batch: int, gradients: bool):
-  """{name: function of no arguments}: the three layers on the same weights and input."""
+  """{name: function of no arguments}: the layers and the predictor, on the same input."""
   grid, tokens = (side, side), side * side + 1
   attn = Attention(WIDTH, HEADS, query_grid=grid, key_grid=grid, prefix=1)
   spec = vc.Sparsifiner(keep=keep, granularity="block", min_tokens=0)
@@ -63,22 +47,26 @@ def layers(side: int, keep: float, batch: int, gradients: bool):
     core = links.apply({"params": params["links"]}, Core(), query, key)
     return core(query, key, value)
 
+  bound = attn.bind({"params": params["attn"]})
+  query, key = jax.jit(lambda x: (bound.query(x), bound.key(x)))(x)
+  predict = jax.jit(lambda params, query, key: links.apply(
+      {"params": params}, Core(), query, key).blocks.chosen)
   return {"linked": run(linked), "dense": run(lambda params, *args: Core()(*args)),
-          "tiled": run(lambda params, *args: tiled(*args))}
+          "predictor": lambda: predict(params["links"], query, key)}
 
 
 def table(sides: list[int], keep: float, batch: int, gradients: bool, rounds: int) -> str:
-  """A row for each side: milliseconds, and how much faster linked blocks are than dense."""
-  lines = ["| tokens | linked, ms | dense, ms | tiled, ms | faster than the better dense |",
+  """A row for each side: milliseconds, how much faster linked blocks are, the predictor's share."""
+  lines = ["| tokens | linked, ms | dense, ms | faster than dense | predictor |",
            "|---:|---:|---:|---:|---:|"]
   for side in sides:
     timing = paired(layers(side, keep, batch, gradients), rounds=rounds)
-    best = min("dense", "tiled", key=lambda name: timing[name].seconds)
     # `paired` gives (seconds of the first) / (seconds of this one): the first is what is sped up.
-    ratio = timing[best]
-    lines.append(f"| {side * side + 1} | " + " | ".join(
-        f"{1e3 * timing[name].seconds:.2f}" for name in ("linked", "dense", "tiled")) +
-        f" | {1 / ratio.speedup:.2f}x [{1 / ratio.high:.2f}, {1 / ratio.low:.2f}] |")
+    ratio, linked, dense, predictor = timing["dense"], *(
+        timing[name].seconds for name in ("linked", "dense", "predictor"))
+    lines.append(f"| {side * side + 1} | {1e3 * linked:.2f} | {1e3 * dense:.2f} | "
+                 f"{1 / ratio.speedup:.2f}x [{1 / ratio.high:.2f}, {1 / ratio.low:.2f}] | "
+                 f"{100 * predictor / dense:.2f}% |")
   return "\n".join(lines)
 
 

@@ -112,9 +112,11 @@ class Mlp(nn.Module):
   def __init__(self, width, hidden, spec):
     super().__init__()
     rank = spec and max(1, int(spec["rank_ratio"] * width + 0.5))
-    both = spec and spec["factor"] == "both"
-    self.fc1 = Factored(width, hidden, rank) if both else nn.Linear(width, hidden)
-    self.fc2 = Factored(hidden, width, rank) if spec else nn.Linear(hidden, width)
+    merged = spec.get("merged", ()) if spec else ()
+    factored1 = spec and spec["factor"] == "both" and "fc1" not in merged
+    factored2 = spec and "fc2" not in merged
+    self.fc1 = Factored(width, hidden, rank) if factored1 else nn.Linear(width, hidden)
+    self.fc2 = Factored(hidden, width, rank) if factored2 else nn.Linear(hidden, width)
 
   def forward(self, x):
     return self.fc2(F.gelu(self.fc1(x)))
@@ -152,7 +154,8 @@ class CompactDeiT(nn.Module):
     if fields["global_pool"] != "token":
       raise ValueError(f"global_pool={fields['global_pool']!r}: only 'token' is written here")
     axes = {axis for some in (plan, *plan.get("blocks", {}).values())
-            for axis, spec in some.items() if spec is not None} - {"heads", "ffn", "blocks"}
+            for axis, spec in some.items() if spec is not None} - {
+                "heads", "ffn", "blocks", "backends"}
     if axes:
       raise ValueError(f"the plan has {' and '.join(sorted(axes))}: only heads and ffn are written "
                        "here, another plan would compute another function")

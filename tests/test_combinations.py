@@ -19,9 +19,12 @@ METHODS = {
                vc.ToMe(r=3), vc.MCTF(r=3)],
     "ffn": [vc.CFFN()],
 }
-PLANS = [dict(zip(axes, methods, strict=True))
-         for count in (2, 3, 4) for axes in itertools.combinations(METHODS, count)
-         for methods in itertools.product(*(METHODS[axis] for axis in axes))]
+ALL = [dict(zip(axes, methods, strict=True))
+       for count in (2, 3, 4) for axes in itertools.combinations(METHODS, count)
+       for methods in itertools.product(*(METHODS[axis] for axis in axes))]
+# MCTF fuses what attention was formed for, one step ahead: links would be of other tokens.
+ILLEGAL = [plan for plan in ALL if "links" in plan and isinstance(plan.get("tokens"), vc.MCTF)]
+PLANS = [plan for plan in ALL if plan not in ILLEGAL]
 
 
 def words(plan):
@@ -63,3 +66,9 @@ def test_what_the_axes_save_adds_up(plan):
     for field in ("macs", "ideal_macs", "params"):
       saved = sum(getattr(dense, field) - getattr(one, field) for one in each)
       assert getattr(count, field) == getattr(dense, field) - saved
+
+
+@pytest.mark.parametrize("plan", ILLEGAL, ids=words)
+def test_what_does_not_compose_is_refused_with_the_reason(plan):
+  with pytest.raises(ValueError, match="MCTF"):
+    tiny.deit(vc.Plan(**plan))

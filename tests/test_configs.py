@@ -1,14 +1,18 @@
 """Every config of configs/ is whole, and builds; the compact ones differ by their plan alone."""
+import functools
 import importlib
 import json
 import pathlib
+import re
 
+import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 import vitcompact as vc
 from vitcompact import trees
-from vitcompact.train import loop, optim, settings
+from vitcompact.train import loop, optim, settings, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -16,6 +20,10 @@ NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 def load(name):
   return importlib.import_module(f"configs.{name}")
+
+
+def teaches(config):
+  return any(config.loss[key] for key in ("hard", "soft", "logits", "patches"))
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +39,9 @@ def imagenet(tmp_path_factory):
 def test_a_config_builds_and_its_rules_cover_every_parameter(name, imagenet):
   """Shapes only: nothing is allocated or compiled."""
   config = load(name).get_config()
-  if config.data.name.startswith("folder:"):
+  if config.data.name.startswith(("folder:", "tfds:")):
     config.data.name = f"folder:{imagenet}"
-  if any(config.loss[key] for key in ("hard", "soft", "logits", "patches")):
+  if teaches(config):
     config.teacher.file = "named on the command line.safetensors"
   run = loop.build(loop.resolve(config))
   params = trees.named_leaves(run.shapes.params)
@@ -42,10 +50,92 @@ def test_a_config_builds_and_its_rules_cover_every_parameter(name, imagenet):
   assert all(leaf.dtype == np.float32 for leaf in params.values())
 
 
+STRAIGHT = {"width": 16, "depth": 2, "heads": 2, "image_size": 64, "patch_size": 16}
+TOYS = {
+    "deit": STRAIGHT, "lvvit": {**STRAIGHT, "stem_width": 4},
+    "pvt": {"image_size": 64, "widths": (8, 8, 16, 16), "depths": (1, 1, 1, 1),
+            "heads": (1, 1, 2, 2)},
+    "nextvit": {"image_size": 64, "stem_widths": (8, 4, 8, 8), "widths": (8, 24, 24, 24),
+                "depths": (1, 1, 1, 1), "periods": (0, 1, 0, 1), "head_dim": 8},
+}
+
+
+def toy(config, imagenet):
+  """The config at its smallest: all its parts, a narrow and shallow model, 16 images a step."""
+  config.update({"batch_size": 16, "total_steps": 20, "ema_half_life": 0.0, "seed": 0,
+                 "eval_params": "raw", "checkpoint_every": 1, "eval_batch_size": 8, "keep_last": 1,
+                 "log_every": 1, "accumulate": 1})
+  kind = next(kind for kind in TOYS if config.model.name.startswith(kind))
+  name = {"deit": "deit_tiny_distilled_patch16_224" if "distilled" in config.model.name else
+          "deit_tiny_patch16_224", "lvvit": "lvvit_t"}.get(kind, config.model.name)
+  fields = {"drop_path_rate": 0.1, "dtype": "float32", "remat": False}
+  if "mix_token" in config.model:
+    fields["mix_token"] = config.model.mix_token
+  config.model = ConfigDict({"name": name, **fields, **TOYS[kind]})
+  config.plan = re.sub(r'"blocks": \[[0-9, ]*\]', '"blocks": [0]', config.plan)
+  config.plan = config.plan.replace('"granularity": "block"}', '"granularity": "block", '
+                                    '"window": 2, "min_tokens": 0}')
+  labels = config.data.augment == "token_labels"
+  config.data.update(name=f"folder:{imagenet}", augment="token_labels" if labels else "none",
+                     workers=0, replicas=min(config.data.replicas, 2))
+  same = {"learning_rate": 1e-2, "final_learning_rate": 1e-2, "warmup_learning_rate": 1e-2}
+  config.optim.update(warmup_steps=2, cooldown_steps=0, epoch_steps=5, weight_decay=0.05, **same)
+  config.optim.rates = tuple((*rate[:2], 0) for rate in config.optim.rates)
+  config.reconstruct.update(steps=2 * bool(config.reconstruct.steps), warmup_steps=0, **same)
+  config.keep_warmup.update(start=0, steps=2 * bool(config.keep_warmup.steps))
+  if teaches(config):
+    config.teacher.file = "named on the command line.safetensors"
+    if config.teacher.name:
+      config.teacher.name = ""
+      config.model.name = "deit_tiny_distilled_patch16_224"
+  return loop.resolve(config)
+
+
+@functools.cache
+def stepped(config):
+  """What the programs of a run return: ([metrics of a step of each], parameters that moved)."""
+  run, rng = loop.build(config), np.random.default_rng(0)
+  state = jax.tree.map(
+      lambda leaf, where: jax.device_put(_drawn(rng, leaf), where), run.shapes, run.shardings)
+  size, seen = config.model.image_size, []
+  batch = {"image": rng.integers(0, 256, (16, size, size, 3), np.uint8),
+           "label": rng.integers(0, 10, 16).astype(np.int32)}
+  if config.data.augment == "token_labels":
+    batch["label_map"] = np.ones((16, 2, 5, 18, 18), np.float16)
+    batch["label_box"] = np.tile(np.float32([0.1, 0.2, 0.7, 0.9]), (16, 1))
+  before = jax.device_get(state.params)
+  for step in sorted({0, config.reconstruct.steps}):
+    state, metrics = run.step_at(step)(state, sharding.put_batch(batch, run.mesh))
+    seen.append(jax.device_get(metrics))
+  moved = {name for name, leaf in trees.named_leaves(jax.device_get(state.params)).items()
+           if np.any(leaf != trees.named_leaves(before)[name])}
+  return seen, moved, set(trees.named_leaves(before))
+
+
+def _drawn(rng, leaf):
+  """A leaf of a state: zeros where whole numbers are, else random, and positive."""
+  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    return jax.random.key(0)
+  if not np.issubdtype(leaf.dtype, np.floating):
+    return np.zeros(leaf.shape, leaf.dtype)
+  return np.abs(0.3 * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_takes_a_step_of_each_phase_on_eight_devices(name, imagenet):
+  """Configs that are the same at this size are compiled once."""
+  config = toy(load(name).get_config(), imagenet)
+  metrics, moved, leaves = stepped(config)
+  for values in metrics:
+    assert all(np.isfinite(value) for value in values.values())
+  assert {leaf for leaf in leaves if leaf.endswith("mlp/fc1/kernel")} <= moved
+  assert bool(config.reconstruct.steps) == any("/links/" in leaf for leaf in moved)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_docstring_names_the_command_that_runs_the_file(name):
   words = " ".join(load(name).__doc__.replace("\\", "").split())
-  assert f"python main.py --config=configs/{name}.py --workdir=" in words
+  assert re.search(rf"python main.py --config=configs/{name}.py(:\w+)? --workdir=", words)
 
 
 @pytest.mark.parametrize("compact, dense", [

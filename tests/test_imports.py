@@ -8,13 +8,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 AXES = {"heads", "links", "tokens", "ffn"}
 VERBS = {"compact", "fold", "verify", "count", "features", "convert", "preprocess", "receipt",
          "bench", "measure", "export", "tune"}
-BASE = {"trees", "kernels", "attention", "layers"}
+BASE = {"trees", "kernels", "backends", "attention", "layers"}
 # room -> the rooms it may import, besides itself. A room is a file or a folder of vitcompact/.
 MAY = {
     "trees": set(), "kernels": set(),
-    "attention": {"trees", "kernels"}, "layers": {"trees", "kernels"},
+    "backends": {"kernels"}, "attention": {"trees", "kernels", "backends"},
+    "layers": {"trees", "kernels"},
     **{axis: BASE for axis in AXES},
-    "plan": AXES,
+    "plan": AXES | {"attention"},
     "block": BASE | AXES | {"plan"},
     "models": BASE | AXES | {"plan", "block"},
     "data": {"trees"},

@@ -7,7 +7,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import main
-from vitcompact.train import loop, report
+from vitcompact.train import loop, report, stop
 
 DIGITS = "--config=configs/digits.py"
 ROOT = pathlib.Path(main.__file__).parent
@@ -58,6 +58,15 @@ def run(monkeypatch, tmp_path):
     ([DIGITS, "--config.batch_size=60"], "60 cannot be split over 8 devices"),
     ([DIGITS, "--config.eval_batch_size=60"], "eval_batch_size=60 cannot be split over 8 devices"),
     ([DIGITS, "--mode=eval"], "holds no checkpoints"),
+    ([DIGITS, "--mode=plan"], "--mode=plan and --devices=N"),
+    ([DIGITS, "--devices=4"], "--mode=plan and --devices=N"),
+    ([DIGITS, "--profile=5"], "--profile='5' is not START:STEPS"),
+    ([DIGITS, "--restore=oldest"], "newest|last_good"),
+    ([DIGITS, "--process_id=1"], "need --coordinator=HOST:PORT"),
+    ([DIGITS, "--coordinator=here"], "--coordinator='here' is neither 'auto' nor HOST:PORT"),
+    ([DIGITS, "--coordinator=h:1"], "--coordinator=h:1 needs --process_id and --num_processes"),
+    ([DIGITS, "--coordinator=h:1", "--process_id=2", "--num_processes=2"], "must be 0 to 1"),
+    ([DIGITS, "--config.optim.skip_nonfinite=-1"], "skip_nonfinite=-1 is a number of steps"),
 ])
 def test_a_mistake_gets_one_line_and_leaves_no_directory(run, capsys, tmp_path, arguments, words):
   with pytest.raises(SystemExit) as stop:
@@ -82,8 +91,8 @@ def test_the_mode_the_overrides_and_the_result_reach_the_library(run, monkeypatc
   seen = []
 
   def record(name):
-    def call(config, workdir):
-      seen.append((name, config.total_steps, config.plan, workdir))
+    def call(config, workdir, restore_from, **more):
+      seen.append((name, config.total_steps, config.plan, workdir, restore_from))
       return "result"
     return call
 
@@ -95,8 +104,24 @@ def test_the_mode_the_overrides_and_the_result_reach_the_library(run, monkeypatc
   monkeypatch.setattr(loop, "evaluate", record("eval"))
   monkeypatch.setattr(report, "report", lambda *arguments: seen.append(arguments) or Receipt())
   for mode in ("train", "eval"):
-    run(DIGITS, f"--mode={mode}", "--config.total_steps=7", f"--config.plan={plan}", workdir="w")
-  assert seen == [("train", 7, str(plan), "w"), ("result", "w"), ("eval", 7, str(plan), "w")]
+    run(DIGITS, f"--mode={mode}", "--config.total_steps=7", f"--config.plan={plan}",
+        "--restore=last_good", workdir="w")
+  assert seen == [("train", 7, str(plan), "w", "last_good"), ("result", "w"),
+                  ("eval", 7, str(plan), "w", "last_good")]
+
+
+@pytest.mark.parametrize("error, code, words", [
+    (stop.Stopped(7), stop.STOPPED, "stopped by SIGTERM at step 7; saved"),
+    (FloatingPointError("loss is nan"), 2, "error: loss is nan")])
+def test_how_a_run_ended_is_in_the_exit_code(run, monkeypatch, capsys, error, code, words):
+  def ended(*_, **__):
+    raise error
+
+  monkeypatch.setattr(loop, "train", ended)
+  with pytest.raises(SystemExit) as left:
+    run(DIGITS)
+  assert left.value.code == code
+  assert words in capsys.readouterr().err
 
 
 def test_a_config_may_follow_its_flag_as_a_word_of_its_own(run, capsys):

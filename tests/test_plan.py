@@ -22,9 +22,9 @@ def test_json_both_ways(plan):
 
 def test_overrides_replace_the_default_axis_by_axis():
   plan = PLANS[3]
-  assert plan.at(0) == (plan.heads, None, plan.ffn)
-  assert plan.at(11) == (None, None, plan.ffn)
-  assert plan.at(2) == (vc.HMHSA(), None, vc.CFFN(rep="scale"))
+  assert plan.at(0)[:3] == (plan.heads, None, plan.ffn)
+  assert plan.at(11)[:3] == (None, None, plan.ffn)
+  assert plan.at(2)[:3] == (vc.HMHSA(), None, vc.CFFN(rep="scale"))
 
 
 def test_json_is_the_readable_form():
@@ -69,11 +69,19 @@ def test_parse_takes_nothing_json_or_a_file(tmp_path):
      "blocks 0 to 11"),
     (lambda: vc.create_model("deit_tiny_patch16_224", plan=vc.Plan(heads=vc.HMHSA(real_heads=4))),
      "has only 3 heads"),
+    (lambda: vc.create_model("deit_tiny_patch16_224", plan=vc.Plan(
+        links=vc.Sparsifiner(), tokens=vc.MCTF(blocks=(3,)))), "use blocks={3: {'links': None}}"),
 ])
 def test_a_wrong_plan_is_refused_in_one_line(make, words):
   with pytest.raises(ValueError) as error:
     make()
   assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_links_go_with_mctf_in_the_blocks_before_it():
+  blocks = {block: {"links": None} for block in range(3, 12)}
+  plan = vc.Plan(links=vc.Sparsifiner(), tokens=vc.MCTF(blocks=(3,)), blocks=blocks)
+  vc.create_model("deit_tiny_patch16_224", plan=plan)
 
 
 def test_with_links_changes_every_sparsifiner_and_nothing_else():

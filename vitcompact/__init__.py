@@ -13,7 +13,7 @@ _HOMES = {
     "DynamicViT": "tokens.dynamicvit", "MCTF": "tokens.mctf",
     "from_torch": "convert", "to_torch": "convert",
     "features": "features", "compact": "compact", "fold": "fold", "verify": "verify",
-    "count": "count",
+    "count": "count", "tune": "tune",
 }
 __all__ = sorted(_HOMES)
 

@@ -3,7 +3,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 
@@ -23,36 +23,92 @@ class Timing(NamedTuple):
   load: float
 
 
-def paired(functions: Mapping[str, Callable[[], object]], *, rounds: int = 7,
-           least: float = 0.1) -> dict[str, Timing]:
-  """Times functions of no arguments in turn, in an order that rotates from round to round.
+class Remote(Protocol):
+  """Something timed elsewhere, such as in a process of another Python, in turn with the others."""
 
-  Each returns arrays, which are waited for. Compilation happens before the clock starts; a function
-  is called as often in a round as takes `least` seconds.
+  def seconds(self, calls: int) -> float:
+    """Seconds a call, by the clock that `clock_name` names, over so many calls."""
+
+
+class Compiled(NamedTuple):
+  """A function compiled for its arguments.
+
+  seconds: it took to trace and compile; temporary: bytes that a call needs beside its arguments and
+  results, None where the compiler does not say.
+  """
+  call: Callable[[], object]
+  seconds: float
+  temporary: int | None
+
+
+def clock_name() -> str:
+  """"cpu" on hosts, "wall" on accelerators, whose time a host's CPU seconds do not show."""
+  return "cpu" if jax.default_backend() == "cpu" else "wall"
+
+
+def now() -> float:
+  return time.process_time() if clock_name() == "cpu" else time.perf_counter()
+
+
+def compiled(function: Callable, *args) -> Compiled:
+  """Compiles `function` for these arrays; `call` runs it on them."""
+  start = now()
+  program = jax.jit(function).lower(*args).compile()
+  seconds = now() - start
+  memory = program.memory_analysis()
+  return Compiled(lambda: program(*args), seconds, memory and memory.temp_size_in_bytes)
+
+
+def rounds_of(functions: Mapping[str, Callable[[], object] | Remote], *, rounds: int = 7,
+              least: float = 0.1) -> dict[str, list[float]]:
+  """{name: seconds a call in each round}, of functions that take turns.
+
+  Their order rotates from round to round. A function of no arguments returns arrays, which are
+  waited for; its first call, which may compile, is not counted. A function is called as often in a
+  round as takes `least` seconds, at least once; least=0: once, without a call to find out.
   """
   names = list(functions)
-  on_host = jax.default_backend() == "cpu"
-  clock = time.process_time if on_host else time.perf_counter
-  load = os.getloadavg()[0]
+  timers = {name: getattr(function, "seconds", None) or _timer(function)
+            for name, function in functions.items()}
+  for name in names:
+    timers[name](1)
+  calls, taken = dict.fromkeys(names, 1), {name: [] for name in names}
+  if least:
+    once = {name: timers[name](1) for name in names}
+    calls = {name: max(1, round(least / max(once[name], 1e-6))) for name in names}
+    if set(calls.values()) == {1}:   # then that was the first round
+      taken = {name: [seconds] for name, seconds in once.items()}
+  for turn in range(len(taken[names[0]]), rounds):
+    shift = turn % len(names)
+    for name in names[shift:] + names[:shift]:
+      taken[name].append(timers[name](calls[name]))
+  return taken
 
-  def seconds(name: str, calls: int) -> float:
-    start = clock()
+
+def _timer(function: Callable[[], object]) -> Callable[[int], float]:
+  def seconds(calls: int) -> float:
+    start = now()
     for _ in range(calls):
-      jax.block_until_ready(functions[name]())
-    return (clock() - start) / calls
+      out = function()
+      # A host that waits for each call costs an accelerator idle time between them.
+      if clock_name() == "cpu":
+        jax.block_until_ready(out)
+    jax.block_until_ready(out)
+    return (now() - start) / calls
+  return seconds
 
-  for name in names:
-    jax.block_until_ready(functions[name]())
-  calls = {name: max(1, round(least / max(seconds(name, 1), 1e-6))) for name in names}
-  taken = {name: [] for name in names}
-  for turn in range(rounds):
-    order = names[turn % len(names):] + names[:turn % len(names)]
-    for name in order:
-      taken[name].append(seconds(name, calls[name]))
-  first = taken[names[0]]
-  out = {}
-  for name in names:
-    ratios = [a / b for a, b in zip(first, taken[name], strict=True)]
-    out[name] = Timing(statistics.median(taken[name]), statistics.median(ratios), min(ratios),
-                       max(ratios), "cpu" if on_host else "wall", load)
-  return out
+
+def ratio(first: list[float], other: list[float]) -> tuple[float, float, float]:
+  """How much faster `other` is than `first`: the median over rounds, the least and the most."""
+  ratios = [a / b for a, b in zip(first, other, strict=True)]
+  return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def paired(functions: Mapping[str, Callable[[], object] | Remote], *, rounds: int = 7,
+           least: float = 0.1) -> dict[str, Timing]:
+  """Times functions in turn, as `rounds_of` does, each against the first."""
+  load = os.getloadavg()[0]
+  taken = rounds_of(functions, rounds=rounds, least=least)
+  first = next(iter(taken.values()))
+  return {name: Timing(statistics.median(seconds), *ratio(first, seconds), clock_name(), load)
+          for name, seconds in taken.items()}

@@ -1,4 +1,5 @@
 """One transformer block, composed as its plan says."""
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -23,7 +24,7 @@ class Attention(nn.Module):
 
   Leaves: query/key/value/out kernels (width, heads, head width) and (heads, head width, width);
   hallucinate/... where `spec` leaves heads to hallucinate. Queries and keys exist for real heads
-  only.
+  only. backend: see `attention.using`; None leaves it to the core.
   """
   width: int
   heads: int
@@ -33,6 +34,7 @@ class Attention(nn.Module):
   key_grid: tuple[int, int] | None = None
   prefix: int = 0
   dtype: str = "float32"
+  backend: str | None = None
 
   @property
   def real_heads(self) -> int:
@@ -61,11 +63,18 @@ class Attention(nn.Module):
 
   def attend(self, query_bnfd, key_bmfd, value_bmhd, core: Core = attention.DENSE):
     """The output from queries and keys of the real heads, and values of all."""
+    # Not `using(None)`, which would undo what a caller asked for.
+    asked = attention.using(self.backend) if self.backend else contextlib.nullcontext()
+    with asked:
+      return self.out(self._mixed(query_bnfd, key_bmfd, value_bmhd, core))
+
+  def _mixed(self, query_bnfd, key_bmfd, value_bmhd, core: Core):
+    """Values averaged by all heads."""
     if self.real_heads < self.heads:
-      return self.out(self.hallucinate(query_bnfd, key_bmfd, value_bmhd, core))
+      return self.hallucinate(query_bnfd, key_bmfd, value_bmhd, core)
     if attention.wants_maps(self):
       self.sow("maps", "maps", core.merged(core.maps(query_bnfd, key_bmfd)))
-    return self.out(core(query_bnfd, key_bmfd, value_bmhd))
+    return core(query_bnfd, key_bmfd, value_bmhd)
 
   @nn.nowrap
   def _hallucinate(self, **kwargs):
@@ -211,9 +220,12 @@ def make_mlp(plan: BlockPlan, *, width: int, hidden: int, deploy: bool, dtype: s
   for layer, (m, features, input_rms) in compacted.items():
     rank = spec.rank(width)
     warn_above_break_even(f"{name}/mlp/{layer}", m, features, rank)
+    merged = layer in spec.merged
+    if deploy and merged:
+      continue   # as one matrix
     layers[layer] = CompactDense(
         features, rank, branches=spec.branches, rep=spec.rep, avg_skip=spec.avg_skip,
-        deploy=deploy, input_rms=input_rms, dtype=dtype, parent=None)
+        deploy=deploy, merged=merged, input_rms=input_rms, dtype=dtype, parent=None)
   return Mlp(act=act, mixer=mixer, parent=None, **layers)
 
 

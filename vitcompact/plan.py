@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from flax.core import FrozenDict
 
+from vitcompact.attention import BACKENDS
 from vitcompact.ffn.cffn import CFFN
 from vitcompact.heads.hmhsa import HMHSA
 from vitcompact.links.sparsifiner import Sparsifiner
@@ -28,10 +29,11 @@ BY_BLOCK = ("heads", "links", "ffn")
 
 
 class BlockPlan(NamedTuple):
-  """The methods of one block; None is dense."""
+  """The methods of one block; None is dense. backend: how its attention is computed, see `Plan`."""
   heads: HMHSA | None = None
   links: Sparsifiner | None = None
   ffn: CFFN | None = None
+  backend: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Plan:
   tokens: a reducer, which carries the blocks that it acts in; None keeps every token.
   blocks: {block: {axis: method or None}}, overrides; an axis that is absent has the default.
     Blocks are numbered 0..depth-1 over all stages in order.
+  backends: {block: attention backend}, one of `attention.BACKENDS`: the same function, computed in
+    another way. `tune` chooses them by measuring; a block that is absent leaves it to the core.
 
   >>> Plan(heads=HMHSA(), ffn=CFFN(rank_ratio=0.5), blocks={0: {"heads": None}})
   """
@@ -50,6 +54,7 @@ class Plan:
   tokens: EViT | DynamicViT | ToMe | MCTF | None = None
   ffn: CFFN | None = None
   blocks: Mapping[int, Mapping[str, Any]] = FrozenDict()
+  backends: Mapping[int, str] = FrozenDict()
 
   def __post_init__(self):
     _check_axes({axis: getattr(self, axis) for axis in METHODS}, "Plan")
@@ -58,8 +63,7 @@ class Plan:
                        "{7: {'heads': None}}")
     blocks = {}
     for block, axes in self.blocks.items():
-      if not isinstance(block, int) or isinstance(block, bool) or block < 0:
-        raise ValueError(f"Plan(blocks={{{block!r}: ...}}): blocks are numbered 0, 1, 2, ...")
+      _check_block("blocks", block)
       if not isinstance(axes, Mapping):
         raise ValueError(f"Plan(blocks={{{block}: {axes!r}}}): must be a dict of axes, such as "
                          "{'heads': None}")
@@ -67,21 +71,27 @@ class Plan:
       _check_axes(axes, f"Plan, block {block}")
       blocks[block] = FrozenDict(axes)
     object.__setattr__(self, "blocks", FrozenDict(sorted(blocks.items())))
+    for block, name in self.backends.items():
+      _check_block("backends", block)
+      if name not in BACKENDS:
+        raise ValueError(f"Plan(backends={{{block}: {name!r}}}): must be one of "
+                         f"{', '.join(BACKENDS)}")
+    object.__setattr__(self, "backends", FrozenDict(sorted(self.backends.items())))
 
   def at(self, block: int) -> BlockPlan:
     """The methods of one block."""
     default = {axis: getattr(self, axis) for axis in BY_BLOCK}
-    return BlockPlan(**{**default, **self.blocks.get(block, {})})
+    return BlockPlan(**{**default, **self.blocks.get(block, {})}, backend=self.backends.get(block))
 
   def check_depth(self, depth: int):
     """Raises ValueError when the plan does not fit a model of this many blocks."""
-    named = [*self.blocks, *(getattr(self.tokens, "blocks", None) or ())]
+    named = [*self.blocks, *self.backends, *(getattr(self.tokens, "blocks", None) or ())]
     missing = [block for block in named if block >= depth]
     if missing:
       raise ValueError(f"the plan names block {missing[0]}, but the model has blocks 0 to "
                        f"{depth - 1}")
     for block in range(depth):
-      heads, links, _ = self.at(block)
+      heads, links, *_ = self.at(block)
       if heads and links and heads.site == "logits" and links.granularity == "block":
         raise ValueError(f"HMHSA(site='logits') and Sparsifiner(granularity='block') in block "
                          f"{block}: a filter over scores needs them all; use site='probs', or "
@@ -96,6 +106,10 @@ class Plan:
       if heads is not None and getattr(self.tokens, "order", "position") == "code":
         raise ValueError(f"HMHSA in block {block} filters along positions, and {self.tokens} puts "
                          "tokens in another order; use order='position'")
+      if self.at(block).links is not None and isinstance(self.tokens, MCTF):
+        raise ValueError(f"Sparsifiner in block {block}: from block {first} on, MCTF fuses tokens "
+                         "by the attention that each receives from all, which linked attention "
+                         f"does not compute; use blocks={{{block}: {{'links': None}}}}, or ToMe")
 
   def check_grid(self, depth: int, model: str):
     """`check_depth`, for a model whose blocks need the whole grid of tokens."""
@@ -123,7 +137,8 @@ class Plan:
   def to_json(self) -> str:
     blocks = {str(block): {axis: _to_dict(spec) for axis, spec in axes.items()}
               for block, axes in self.blocks.items()}
-    out = {**{axis: _to_dict(getattr(self, axis)) for axis in METHODS}, "blocks": blocks}
+    out = {**{axis: _to_dict(getattr(self, axis)) for axis in METHODS}, "blocks": blocks,
+           "backends": {str(block): name for block, name in self.backends.items()}}
     return json.dumps({key: value for key, value in out.items() if value})
 
   @classmethod
@@ -135,18 +150,22 @@ class Plan:
       raise ValueError(f"a plan must be JSON: {error}; got {text[:60]!r}") from None
     if not isinstance(tree, dict):
       raise ValueError(f"a plan must be a JSON object, got {text[:60]!r}")
-    _check_names(tree, {*METHODS, "blocks"}, "plan")
-    blocks = tree.pop("blocks", {})
+    _check_names(tree, {*METHODS, "blocks", "backends"}, "plan")
+    blocks, backends = tree.pop("blocks", {}), tree.pop("backends", {})
     if not isinstance(blocks, dict) or not all(isinstance(axes, dict) for axes in blocks.values()):
       raise ValueError(f'plan, blocks={blocks!r}: must be an object such as '
                        '{"7": {"heads": null}}')
-    for block, axes in blocks.items():
+    if not isinstance(backends, dict):
+      raise ValueError(f'plan, backends={backends!r}: must be an object such as {{"7": "tiled"}}')
+    for block in (*blocks, *backends):
       if not block.isdecimal():
-        raise ValueError(f"plan, blocks: {block!r} is not a block number; blocks are 0, 1, 2, ...")
+        raise ValueError(f"plan: {block!r} is not a block number; blocks are 0, 1, 2, ...")
+    for block, axes in blocks.items():
       _check_names(axes, BY_BLOCK, f"plan, block {block}")
     return cls(**{axis: _from_dict(axis, spec) for axis, spec in tree.items()},
                blocks={int(block): {axis: _from_dict(axis, spec) for axis, spec in axes.items()}
-                       for block, axes in blocks.items()})
+                       for block, axes in blocks.items()},
+               backends={int(block): name for block, name in backends.items()})
 
   @classmethod
   def parse(cls, text: str) -> "Plan":
@@ -171,6 +190,11 @@ def _lengths(plan: Plan, depth: int, tokens: int, prefix: int) -> list[int]:
   return lengths
 
 
+def _check_block(field: str, block):
+  if not isinstance(block, int) or isinstance(block, bool) or block < 0:
+    raise ValueError(f"Plan({field}={{{block!r}: ...}}): blocks are numbered 0, 1, 2, ...")
+
+
 def _check_axes(axes: Mapping, where: str):
   _check_names(axes, METHODS, where)
   for axis, spec in axes.items():
@@ -191,7 +215,11 @@ def _check_names(got, known, where: str):
 def _to_dict(spec):
   if spec is None:
     return None
-  return {"method": type(spec).__name__.lower(), **dataclasses.asdict(spec)}
+  # Fields that are empty until something is chosen are left out while they are.
+  empty = {field.name for field in dataclasses.fields(spec) if field.default == ()}
+  return {"method": type(spec).__name__.lower(),
+          **{name: value for name, value in dataclasses.asdict(spec).items()
+             if value != () or name not in empty}}
 
 
 def _from_dict(axis: str, spec):

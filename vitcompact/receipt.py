@@ -101,12 +101,14 @@ def environment() -> dict[str, object]:
 
 
 def _commit() -> str:
-  """Of the checkout that this file is in; "unknown" outside one, "+" when it has changes."""
+  """Of the checkout that this file is in; "unknown" outside one, "+" when its programs have changes
+  (results, which programs write, change nothing)."""
   def git(*words):
     return subprocess.run(["git", *words], cwd=pathlib.Path(__file__).parent, capture_output=True,
                           text=True, check=True).stdout.strip()
   try:
-    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)results")
+    return git("rev-parse", "--short=12", "HEAD") + "+" * bool(changed)
   except (OSError, subprocess.CalledProcessError):
     return "unknown"
 

@@ -134,3 +134,17 @@ def test_shapes_come_in_batches():
   assert [pipeline.num_examples("shapes:64", s) for s in pipeline.SPLITS] == [64, 1000, 2000]
   batch = next(pipeline.train_batches(data, image_size=16, batch_size=64, seed=0))
   assert np.bincount(batch["label"]).tolist() == [8] * 8  # one epoch: every scene once
+
+
+def test_directions_are_the_same_scenes_but_for_colours_by_direction_alone():
+  scenes, directions = (kind("train", (48, 48), 16, 3)
+                        for kind in (shapes.Shapes, shapes.Directions))
+  for i in range(16):
+    assert scenes.class_names[scenes[i]["label"]].startswith(
+        directions.class_names[directions[i]["label"]])
+    ones, others = scenes.describe(i), directions.describe(i)
+    assert [thing._replace(colour=0) for thing in ones] == \
+        [thing._replace(colour=0) for thing in others]
+    assert [(thing.kind, thing.colour) for thing in others[:2]] == [("ring", 0), ("cross", 1)]
+    assert not {0, 1} & {thing.colour for thing in others[2:]}
+  assert np.bincount([directions[i]["label"] for i in range(16)]).tolist() == [4] * 4

@@ -8,11 +8,10 @@ import pytest
 
 import vitcompact as vc
 from tests import tiny
-from vitcompact import trees
+from vitcompact import attention, kernels, trees
 from vitcompact.attention import Core
 from vitcompact.block import Attention
-from vitcompact.links import blocks as blocks_module
-from vitcompact.links.blocks import BlockLinks
+from vitcompact.links.blocks import BlockLinks, attend_gathered
 from vitcompact.links.predict_blocks import BlockPredictor
 from vitcompact.links.windows import Windows, nearest, on_grid, on_line
 from vitcompact.train import losses
@@ -95,22 +94,27 @@ def test_gathered_blocks_equal_masked_dense_attention_and_its_gradients(name, si
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), got, wanted)
 
 
-def test_heads_in_turn_equal_heads_side_by_side():
-  windows = Windows((3, 5), (2, 2))
-  blocks = [draw(BATCH, HEADS, 6, 4, width, seed=width) for width in (3, 3, 5)]
-  bias = jnp.where(windows.valid()[None, None], draw(BATCH, 1, 6, 4), -jnp.inf)
-  chosen = choice(windows, windows, 2)
+@pytest.mark.parametrize("name,sized", [("padded", True), ("survivors", True)])
+def test_heads_in_turn_equal_heads_side_by_side(name, sized, monkeypatch):
+  """What a CPU runs against what other devices run."""
+  links = CASES[name]
+  links = links._replace(chosen=choice(links.queries, links.keys, 2))
+  around = links.prefix + links.fused
+  tokens = np.prod(links.keys.grid) + around
+  args = (draw(BATCH, tokens, HEADS, WIDTH), draw(BATCH, tokens, HEADS, WIDTH, seed=2),
+          draw(BATCH, tokens, HEADS, 7, seed=3))
+  bias = draw(BATCH, tokens, seed=4)
 
-  @jax.jit
-  def run(*args):
-    def loss(attend, *args):
-      out, log_sum = attend(*args, bias, chosen)
-      return jnp.sum(jnp.sin(out)) + jnp.sum(log_sum ** 2)
-    return [jax.grad(lambda *args, attend=attend: loss(attend, *args), (0, 1, 2))(*args)
-            for attend in (blocks_module.attend_gathered, blocks_module.attend_in_turn)]
+  def run(platform):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
 
-  side_by_side, in_turn = run(*blocks)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), in_turn, side_by_side)
+    def loss(*args):
+      out = links.attend(*args, bias)
+      return jnp.sum(jnp.sin(out)), out
+
+    return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*args)
+
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), run("gpu"), run("cpu"))
 
 
 @pytest.mark.parametrize("keep,count", [(0.01, 1), (0.4, 2), (0.6, 2), (1.0, 4)])
@@ -262,3 +266,23 @@ def test_short_sequences_have_no_block_links_and_a_filter_over_scores_is_refused
   assert isinstance(long.parts()["blocks_0"].links, BlockPredictor)
   with pytest.raises(ValueError, match="a filter over scores needs them all; use site='probs'"):
     tiny.deit(vc.Plan(links=SPEC, heads=vc.HMHSA(site="logits")))
+
+
+@pytest.mark.parametrize("asked", [None, "einsum"])
+def test_off_a_cpu_a_kernel_attends_where_there_is_one_and_nothing_else_was_asked_for(
+    asked, monkeypatch):
+  """Given the reference in a kernel's place the result is the same; counting asks for no kernel."""
+  windows, seen = Windows((4, 4), (2, 2)), []
+
+  def kernel(devices, query, key, value, chosen):
+    seen.append((query.shape, chosen.shape))
+    return attend_gathered
+
+  links = BlockLinks(choice(windows, windows, 2), windows, windows, prefix=1)
+  query, key, value = (draw(BATCH, 17, HEADS, WIDTH, seed=i) for i in range(3))
+  on_cpu = links.attend(query, key, value)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(kernels, "block_attention", kernel)
+  with attention.using(asked):
+    np.testing.assert_allclose(links.attend(query, key, value), on_cpu, rtol=1e-5, atol=1e-6)
+  assert seen == ([] if asked else [((BATCH, HEADS, 4, 4, WIDTH), (BATCH, HEADS, 4, 2))])

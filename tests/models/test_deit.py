@@ -111,6 +111,13 @@ def test_initialisation_is_the_published_one():
       assert 0.017 < leaf.std() < 0.023, name
 
 
+def test_fresh_positions_have_the_deviation_asked_for():
+  model = tiny.deit(position_std=0.5)
+  fresh = jax.jit(model.init)(jax.random.key(0), tiny.images(model))["params"]
+  dense = jax.jit(tiny.deit().init)(jax.random.key(0), tiny.images(model))["params"]
+  np.testing.assert_allclose(fresh["pos_embed"], 25 * dense["pos_embed"], rtol=1e-5)
+
+
 def test_stochastic_depth_grows_linearly_and_keeps_the_mean():
   parts = vc.create_model("deit_small_patch16_224").parts()
   np.testing.assert_allclose([p.drop_path for p in parts.values()], np.linspace(0, 0.1, 12))

@@ -21,7 +21,7 @@ def tiny_config() -> ConfigDict:
       "ema_half_life": 0.05, "eval_params": "raw", "plan": PLAN,
       "model": {"name": "deit_tiny_patch16_224", "image_size": 8, "patch_size": 4, "width": 16,
                 "depth": 2, "heads": 2, "drop_path_rate": 0.1, "dtype": "float32", "remat": False},
-      "data": {"name": "digits", "augment": "digits", "workers": 0, "erase": 0.25,
+      "data": {"name": "digits", "augment": "digits", "workers": 0, "erase": 0.25, "eval_crop": 0.0,
                "smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "replicas": 1,
                "repeats": 1, "on_bad": "stop", "max_bad": 0},
       "loss": {"labels": 1.0, "patch_labels": 1.0, "hard": 0.0, "soft": 0.0, "temperature": 1.0,
@@ -34,8 +34,9 @@ def tiny_config() -> ConfigDict:
       "optim": {"name": "adamw", "schedule": "step", "epoch_steps": 1, "cooldown_steps": 0,
                 "rates": (), "learning_rate": 1e-3, "warmup_steps": 5, "warmup_learning_rate": 1e-6,
                 "final_learning_rate": 1e-5, "weight_decay": 0.05, "b1": 0.9, "b2": 0.999,
-                "eps": 1e-8, "clip_norm": 1.0},
-      "mesh": {"data": -1, "fsdp": 2},
+                "eps": 1e-8, "clip_norm": 1.0,
+                "skip_nonfinite": 0},
+      "mesh": {"data": -1, "fsdp": 2, "tensor": 1},
   })
 
 
@@ -65,6 +66,15 @@ def built_alone() -> loop.Run:
     first = jax.devices()[:1]
     patch.setattr(jax, "devices", lambda: first)
     return loop.build(loop.resolve(config))
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory, built):
+  """40 steps without a stop: (workdir, result)."""
+  directory = tmp_path_factory.mktemp("straight")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, "build", lambda config: built)
+    return directory, loop.train(built.config, directory)
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """What is restored is what was saved: every bit, on the shardings asked for, or an error."""
+import json
+import os
 import shutil
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vitcompact import trees
-from vitcompact.data.batches import Batches
 from vitcompact.train import checkpoint, sharding
 from vitcompact.train.checkpoint import Checkpoints
 
@@ -36,33 +36,27 @@ def bits(tree):
   return {name: (leaf.dtype, np.asarray(leaf).tobytes()) for name, leaf in plain.items()}
 
 
-def numbers():
-  return Batches(grain.MapDataset.range(100), workers=0)
-
-
 @pytest.fixture
 def store(tmp_path):
-  with_store = Checkpoints(tmp_path, keep_last=2)
+  with_store = Checkpoints(tmp_path, keep_last=2, clean=True)
   yield with_store
   with_store.close()
 
 
-def save(store, step, state, accuracy=0.5, data=None):
-  store.save(step, state, data or numbers(), accuracy)
-  store.wait()
+def save(store, step, state, accuracy=0.5, progress=None):
+  store.save(step, state, progress or {})
+  store.score(step, accuracy)
 
 
-def test_a_state_and_the_place_in_the_data_come_back_on_the_shardings_asked_for(store):
-  state, data = state_of(), numbers()
-  assert [next(data) for _ in range(3)] == [0, 1, 2]
-  save(store, 3, state, data=data)
+def test_a_state_and_its_progress_come_back_on_the_shardings_asked_for(store):
+  state = state_of()
+  save(store, 3, state, progress={"data": {"next_index": 3}})
   shapes, places = shapes_and_places(state)
-  again = numbers()
-  restored = store.restore(3, shapes, places, again)
+  restored, progress = store.restore(3, shapes, places)
   assert bits(restored) == bits(state)
   assert restored["empty"] == {}
   assert restored["params"]["a"].sharding == places["params"]["a"]
-  assert next(again) == 3
+  assert progress == {"data": {"next_index": 3}}
 
 
 @pytest.mark.parametrize("other, words", [
@@ -87,7 +81,7 @@ def test_a_flipped_bit_is_refused(store):
   raw = bytearray(file.read_bytes())
   raw[raw.find(needle)] ^= 1
   file.write_bytes(raw)
-  with pytest.raises(ValueError, match=r"is damaged: noise changed .* remove that directory"):
+  with pytest.raises(checkpoint.Damaged, match=r"is damaged: noise changed since"):
     store.restore(3, *shapes_and_places(state))
 
 
@@ -98,7 +92,7 @@ def test_a_file_that_was_cut_off_is_refused(store):
   assert data
   for path in data:
     path.write_bytes(path.read_bytes()[:20])
-  with pytest.raises(ValueError, match=r"checkpoints/3 cannot be read.* remove that directory"):
+  with pytest.raises(checkpoint.Damaged, match=r"checkpoints/3 cannot be read"):
     store.restore(3, *shapes_and_places(state))
 
 
@@ -112,22 +106,91 @@ def test_a_checksum_is_of_the_bits_and_not_of_where_they_lie():
   assert int(checkpoint.checksums(x)) == int((bits_of * weights).sum() % 2**32)
 
 
-def test_the_last_ones_and_the_best_are_kept(store):
-  for step, accuracy in [(1, 0.5), (2, 0.9), (3, 0.6), (4, 0.7), (5, 0.8)]:
+def test_the_last_ones_and_the_best_are_kept(store, tmp_path):
+  for step, accuracy in [(1, 0.5), (2, 0.9), (3, 0.6), (4, 0.7), (10, 0.8)]:
     save(store, step, state_of(), accuracy)
-  assert store.steps() == [2, 4, 5]
+  assert store.steps() == [2, 4, 10]
   assert store.best() == (2, 0.9)
+  assert Checkpoints(tmp_path, keep_last=2).best() == (2, 0.9)
 
 
-def test_a_step_that_a_killed_clean_up_left_half_deleted_does_no_harm(store, tmp_path):
+def test_a_step_that_was_stopped_before_its_evaluation_is_kept_without_a_score(store):
+  save(store, 1, state_of(), 0.5)
+  store.save(2, state_of(), {})
+  store.wait()
+  assert store.steps() == [1, 2]
+  assert store.best() == (1, 0.5)
+
+
+@pytest.mark.parametrize("part", ["meta/metadata", "../scores.json"])
+def test_json_of_which_a_digit_changed_is_refused(store, tmp_path, part):
+  save(store, 3, state_of(), 0.25, {"data": {"next_index": 37}})
+  path = store.directory / "3" / part
+  text = path.read_text()
+  path.write_text(text.replace("37", "36") if "37" in text else text.replace("0.25", "0.35"))
+  assert path.read_text() != text
+  with pytest.raises(checkpoint.Damaged, match="is damaged: its sha256 is another"):
+    Checkpoints(tmp_path, keep_last=2).restore(3, *shapes_and_places(state_of()))
+
+
+def leave_rubbish(directory):
+  """What kills in the middle of a save, of a removal, and of another program's removal leave."""
+  shutil.rmtree(directory / "1" / "state")
+  (directory / "9.orbax-checkpoint-tmp").mkdir()
+  (directory / "removed.0" / "state").mkdir(parents=True)
+  (directory / "5" / "state").mkdir(parents=True)
+
+
+def test_what_kills_left_is_passed_over_and_removed(store, tmp_path):
   for step in (1, 2):
     save(store, step, state_of(step), 0.1 * step)
-  shutil.rmtree(store.directory / "1" / "state")
-  shutil.rmtree(store.directory / "1" / "metrics")
-  (store.directory / "9.orbax-checkpoint-tmp").mkdir()   # and a save that was killed
-  again = Checkpoints(tmp_path, keep_last=2)
-  assert again.steps() == [2]
-  assert bits(again.restore(2, *shapes_and_places(state_of()))) == bits(state_of(2))
-  save(again, 3, state_of(3), 0.0)
-  assert again.steps() == [2, 3]
+  leave_rubbish(store.directory)
+  before = sorted(os.listdir(store.directory))
+  reader = Checkpoints(tmp_path, keep_last=2)
+  assert reader.steps() == [2]
+  assert sorted(os.listdir(store.directory)) == before       # who only reads removes nothing
+  again = Checkpoints(tmp_path, keep_last=2, clean=True)
+  assert sorted(os.listdir(store.directory)) == ["2", "damaged.5", "scores.json"]
+  assert bits(again.restore(2, *shapes_and_places(state_of()))[0]) == bits(state_of(2))
+  save(again, 5, state_of(3), 0.0)
+  assert again.steps() == [2, 5]
   again.close()
+
+
+def test_a_removal_that_is_killed_leaves_no_half_of_a_step(store, tmp_path, monkeypatch):
+  for step in (1, 2, 3):
+    with monkeypatch.context() as patch:   # the kill comes when nothing is deleted yet
+      patch.setattr(shutil, "rmtree", lambda path: None)
+      save(store, step, state_of(), 0.1 * step)
+  assert store.steps() == [2, 3]
+  assert (store.directory / "removed.1").is_dir()
+  Checkpoints(tmp_path, keep_last=2, clean=True)
+  assert not (store.directory / "removed.1").exists()
+
+
+def test_a_save_that_fails_names_the_step_that_is_intact(store, tmp_path, monkeypatch):
+  """A full disk: the writer's own error, here of /dev/full, in one line with the way out."""
+  save(store, 1, state_of(), 0.1)
+
+  def full(self, directory, *arguments, **keywords):
+    with open("/dev/full", "w") as file:
+      file.write("x")
+
+  monkeypatch.setattr(checkpoint.ocp.StandardCheckpointHandler, "async_save", full)
+  with pytest.raises(OSError, match=r"step 2 in .*No space left on device; step 1 is intact"):
+    save(store, 2, state_of(), 0.2)
+  monkeypatch.undo()
+  again = Checkpoints(tmp_path, keep_last=2, clean=True)
+  assert again.steps() == [1]
+  assert bits(again.restore(1, *shapes_and_places(state_of()))[0]) == bits(state_of())
+  save(again, 2, state_of(), 0.2)
+  assert again.steps() == [1, 2]
+
+
+def test_a_damaged_step_is_set_aside_as_often_as_it_is_needed(store):
+  for expected in ("damaged.1", "damaged.1.1"):
+    save(store, 1, state_of(), 0.1)
+    assert store.set_aside(1).name == expected
+  assert store.steps() == []
+  assert store.best() is None
+  assert json.loads((store.directory / "scores.json").read_text())["scores"] == {"1": 0.1}

@@ -10,28 +10,11 @@ import jax
 import numpy as np
 import pytest
 
+from tests.train.runs import bits, contents, lines
 from vitcompact import trees
 from vitcompact.train import loop
 
 pytestmark = pytest.mark.usefixtures("shared")
-
-
-def lines(directory):
-  return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-def bits(state):
-  state = state.replace(key=jax.random.key_data(state.key))
-  return {name: np.asarray(leaf).tobytes() for name, leaf in trees.named_leaves(state).items()}
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory, built):
-  """40 steps without a stop: (workdir, result)."""
-  directory = tmp_path_factory.mktemp("straight")
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, "build", lambda config: built)
-    return directory, loop.train(built.config, directory)
 
 
 @pytest.fixture
@@ -140,10 +123,6 @@ def poison(run, config, step, spoil):
   return dataclasses.replace(run, config=config, step_at=lambda _: train_step)
 
 
-def contents(directory):
-  return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("step, spoil, words", [
     (27, "before", "loss is nan at step 27; stopped"),
     (40, "after", "the state after step 40 is not finite; it was not saved"),
@@ -156,6 +135,31 @@ def test_a_nan_stops_the_run_at_its_step_and_leaves_the_last_good_checkpoint(
   with pytest.raises(FloatingPointError, match=words):
     loop.train(built.config, copy)
   assert contents(copy / "checkpoints") == before
+  assert [path.name for path in copy.glob("nan_step_*")] == ["nan_step_27.npz"] * (step == 27)
+
+
+def test_a_damaged_checkpoint_is_passed_over_only_when_told_to(config, straight, copy, capsys):
+  """And what is trained again from the one before it has the same bits."""
+  data = [path for path in (copy / "checkpoints/40/state").rglob("d/*") if path.is_file()]
+  for path in data:
+    path.write_bytes(path.read_bytes()[:20])
+  with pytest.raises(ValueError, match=r"/40 cannot be read.*there is step 20.*restore=last_good"):
+    loop.train(config, copy)
+  evaluated = loop.evaluate(config, copy, restore_from="last_good")
+  assert int(evaluated.state.step) == 20
+  assert (copy / "checkpoints" / "40").is_dir()      # who only evaluates moves nothing
+  again = loop.train(config, copy, restore_from="last_good")
+  assert "WARNING" in capsys.readouterr().err
+  assert bits(again.state) == bits(straight[1].state)
+  assert (copy / "checkpoints" / "damaged.40").is_dir()
+  assert any("falling back" in line.get("fallback", "") for line in lines(copy))
+
+
+def test_without_a_good_checkpoint_nothing_starts_anew(config, copy):
+  for path in (copy / "checkpoints").glob("*/meta/metadata"):
+    path.write_text("{}")
+  with pytest.raises(ValueError, match=r"none of the checkpoints \[20, 40\] of .* is good"):
+    loop.train(config, copy, restore_from="last_good")
 
 
 def test_a_workdir_of_another_config_is_refused_and_left_alone(config, copy):

@@ -68,6 +68,16 @@ def test_mixed_tokens_teach_the_class_token_the_mixture_and_each_patch_its_own_i
   np.testing.assert_array_equal(logits, STUDENT)
 
 
+def test_patches_have_targets_of_their_own_where_there_are_labels_of_places():
+  tokens = jnp.stack([STUDENT, TEACHER], axis=1)
+  of_patches = jnp.stack([TARGETS, TARGETS[::-1]], axis=1)
+  out = TokenLogits(STUDENT, tokens, jnp.float32(1), jnp.ones((2, 2)))
+  parts, _ = of_labels(out, (TARGETS, of_patches), weights(patch_labels=1.0), distils=False)
+  wanted = [losses.cross_entropy(tokens[:, i], of_patches[:, i]).mean() for i in (0, 1)]
+  assert parts["labels"] == pytest.approx(float(losses.cross_entropy(STUDENT, TARGETS).mean()))
+  assert parts["patch_labels"] == pytest.approx(float(np.mean(wanted)))
+
+
 def test_distillation_teaches_the_second_head_alone():
   model = deit(name="deit_tiny_distilled_patch16_224")
   teacher = deit()

@@ -32,3 +32,13 @@ def test_the_receipt_and_the_file_are_of_the_folded_model(built, tmp_path):
   assert correct == pytest.approx(round(correct), abs=1e-4) and correct > 0
   text = (tmp_path / "receipt.md").read_text()
   assert "same function" in text and "NOT" not in text and f"{rows[2]['params']:,}" in text
+
+
+@pytest.mark.parametrize("links, share", [
+    (vc.Sparsifiner(keep=0.25, rank=4), 5 / 17),
+    (vc.Sparsifiner(keep=0.5, granularity="block", window=2, min_tokens=0), 2 / 4)])
+def test_the_receipt_tells_the_links_really_kept(links, share):
+  model = tiny.deit(vc.Plan(links=links))
+  assert report.links_kept(model, tiny.init(model), tiny.images(model)) == {
+      "links_kept": pytest.approx(share, abs=0.06)}   # the class token's row is dense
+  assert report.links_kept(tiny.deit(), None, None) == {}

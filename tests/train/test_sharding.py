@@ -8,14 +8,15 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import vitcompact as vc
+from tests.train.conftest import tiny_config
 from vitcompact import trees
 from vitcompact.train import loop, sharding
 
 
 def test_a_mesh_takes_all_devices_and_keeps_axes_automatic():
   mesh = sharding.make_mesh({"data": -1, "fsdp": 4})
-  assert dict(mesh.shape) == {"data": 2, "fsdp": 4}
-  assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+  assert mesh.axis_types == (AxisType.Auto,) * 3
 
 
 @pytest.mark.parametrize("sizes, words", [
@@ -23,7 +24,7 @@ def test_a_mesh_takes_all_devices_and_keeps_axes_automatic():
     ({"data": -1, "fsdp": 3}, "does not multiply out to 8 devices"),
     ({"data": -1, "fsdp": -1}, "at most one is -1"),
     ({"data": 0, "fsdp": 1}, "sizes are positive"),
-    ({"data": 8, "tensor": 1}, "unknown axes"),
+    ({"data": 8, "pipe": 1}, "unknown axes"),
 ])
 def test_a_mesh_that_cannot_be_is_refused(sizes, words):
   with pytest.raises(ValueError, match=words):
@@ -90,10 +91,20 @@ def batch_of(count: int):
           "label": rng.integers(0, 10, count, np.int32)}
 
 
-def test_eight_devices_take_the_same_step_as_one(built, built_alone):
+@pytest.fixture(scope="module")
+def built_in_tensors():
+  """The tiny run on 2 x 2 x 2 devices."""
+  config = tiny_config()
+  config.mesh.tensor = 2
+  return loop.build(loop.resolve(config))
+
+
+@pytest.mark.parametrize("mesh", ["built", "built_in_tensors"])
+def test_eight_devices_take_the_same_step_as_one(mesh, built_alone, request):
   """Gradients (Adam's first moment is a tenth of them), batch statistics, loss: all within 1e-5,
   with mixing, erasing, stochastic depth and batch norm over the global batch."""
-  start = built.init(jax.random.key(1))
+  built = request.getfixturevalue(mesh)
+  start = built_alone.init(jax.random.key(1))
   start = jax.tree.map(np.array, start.replace(key=jax.random.key_data(start.key)))
   ends = []
   for run in (built, built_alone):
@@ -107,6 +118,18 @@ def test_eight_devices_take_the_same_step_as_one(built, built_alone):
     np.testing.assert_allclose(eight, one, rtol=1e-5, atol=1e-5 * scale)
 
 
+def test_a_tensor_axis_splits_heads_and_hidden_channels(built_in_tensors):
+  """Devices that share a layer's heads see the same images."""
+  run = built_in_tensors
+  assert dict(run.mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+  specs = {name: place.spec for name, place in trees.named_leaves(run.shardings.params).items()}
+  assert specs["blocks_0/mlp/fc1/kernel"] == P("fsdp", "tensor")
+  assert {"tensor", "fsdp"} <= {axis for name, spec in specs.items() if "attn" in name
+                                for axis in spec}
+  images = sharding.put_batch(batch_of(16), run.mesh)["image"]
+  assert {shard.data.shape for shard in images.addressable_shards} == {(4, 8, 8, 3)}
+
+
 def test_a_batch_is_split_over_every_device_and_must_divide():
   mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
   images = sharding.put_batch(batch_of(16), mesh)["image"]
@@ -117,5 +140,5 @@ def test_a_batch_is_split_over_every_device_and_must_divide():
 
 
 def test_the_config_chooses_the_mesh(built):
-  assert dict(built.mesh.shape) == {"data": 4, "fsdp": 2}
+  assert dict(built.mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
   assert loop.processes() == {"process_index": 0, "process_count": 1}

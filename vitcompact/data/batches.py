@@ -1,5 +1,8 @@
 """Batches prepared ahead of their use, by threads or by processes; the state is the position."""
+import functools
 import os
+import threading
+import time
 
 import grain
 from absl import flags
@@ -17,8 +20,21 @@ def prepare_ahead(dataset: grain.MapDataset, workers: int) -> grain.DatasetItera
   if workers:
     if not flags.FLAGS.is_parsed():  # a script or notebook without absl.app: Grain reads flags
       flags.FLAGS.mark_as_parsed()
-    dataset = dataset.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(workers))
+    dataset = dataset.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(workers),
+                                  worker_init_fn=functools.partial(end_with, os.getpid()))
   return iter(dataset)
+
+
+def end_with(parent: int, *_) -> None:
+  """Makes a worker end when its run is gone: a run that was killed could not end it.
+
+  By asking, because the system's own signal comes when the thread that started a worker ends.
+  """
+  def ask():
+    while os.getppid() == parent:
+      time.sleep(1)
+    os._exit(1)
+  threading.Thread(target=ask, daemon=True).start()
 
 
 class Batches(grain.DatasetIterator):

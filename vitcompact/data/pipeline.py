@@ -9,6 +9,7 @@ The keys of a config's `data` section (all must be there; nothing has a hidden d
   max_bad   so many records at most may be passed over, by each process since its start
   replicas  of the recipe, not of the hardware: who shares a mix, see order.py  (DeiT-S: 4)
   repeats   showings of an image in a row                                       (DeiT: 3)
+  eval_crop share of the image that evaluation crops, 0: the model's own        (DeiT: 0.875)
   erase     probability of random erasing                                       (DeiT: 0.25)
   smoothing label smoothing                                                     (DeiT: 0.1)
   mixup, cutmix     the alphas of the two mixes, 0: off                         (DeiT: 0.8, 1.0)

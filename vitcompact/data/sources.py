@@ -14,17 +14,20 @@ from vitcompact.data.decode import Example
 from vitcompact.data.digits import FOLDS, Digits, split_indices
 from vitcompact.data.folder import Folder, list_classes, list_files
 from vitcompact.data.records import Records
-from vitcompact.data.shapes import SIZES, Shapes
+from vitcompact.data.shapes import SIZES, Directions, Shapes
 from vitcompact.data.tfds import TfdsSource
 
 SPLITS = ("train", "val", "test")
-KNOWN = ("digits", "digits:FOLD", "shapes", "shapes:COUNT", "folder:PATH", "arrayrecord:PATH", "tfds:NAME")
+KNOWN = ("digits", "digits:FOLD", "shapes", "shapes:COUNT", "directions",
+         "directions:COUNT", "folder:PATH", "arrayrecord:PATH", "tfds:NAME")
 NEEDS = {"folder": "a path: 'folder:PATH' with PATH/train/CLASS/*.jpg",
          "arrayrecord": "a path: 'arrayrecord:PATH', as `python -m experiments.prepare` writes it",
          "tfds": "a name: 'tfds:imagenet2012', 'tfds:cifar10'"}
 # Made at the size that the model takes, with something at every edge: evaluated whole, and only
 # these augmentations leave the label true (a mirrored scene has another, a mirrored 5 has none).
-ALLOWED = {"digits": ("none", "digits"), "shapes": ("none",)}
+ALLOWED = {"digits": ("none", "digits"), "shapes": ("none",),
+           "directions": ("none",)}
+DRAWN = {"shapes": Shapes, "directions": Directions}
 
 
 class Source(Protocol):
@@ -50,10 +53,10 @@ def parse(name: str) -> tuple[str, str]:
   kind, _, argument = name.partition(":")
   if kind in NEEDS and not argument:
     raise ValueError(f"data.name={name!r} needs {NEEDS[kind]}")
-  if kind == "shapes":
+  if kind in DRAWN:
     argument = argument or str(SIZES["train"])
     if not argument.isdecimal() or int(argument) < 1:
-      raise ValueError(f"data.name={name!r} needs a number of scenes, as in 'shapes:20000'")
+      raise ValueError(f"data.name={name!r} needs a number of scenes, as in '{kind}:20000'")
   elif kind == "digits":
     argument = argument or "0"
     if argument not in map(str, range(FOLDS)):
@@ -71,8 +74,8 @@ def source(name: str, split: str, *, image_size: int | tuple[int, int], seed: in
   size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
   if kind == "digits":
     return Digits(split, size, int(argument))
-  if kind == "shapes":
-    return Shapes(split, size, num_examples(name, split), seed)
+  if kind in DRAWN:
+    return DRAWN[kind](split, size, num_examples(name, split), seed)
   return {"folder": Folder, "arrayrecord": Records, "tfds": TfdsSource}[kind](argument, split)
 
 
@@ -84,7 +87,7 @@ def num_classes(name: str) -> int:
     return len(records.read_manifest(argument)["class_names"])
   if kind == "tfds":
     return len(tfds.class_names(argument))
-  return {"digits": Digits, "shapes": Shapes}[kind].num_classes
+  return {"digits": Digits, **DRAWN}[kind].num_classes
 
 
 def num_examples(name: str, split: str) -> int:
@@ -93,7 +96,7 @@ def num_examples(name: str, split: str) -> int:
   choose("split", split, SPLITS)
   if kind == "digits":
     return len(split_indices(split, int(argument)))
-  if kind == "shapes":
+  if kind in DRAWN:
     return int(argument) if split == "train" else SIZES[split]
   if kind == "folder":
     return len(list_files(argument, split)[1])

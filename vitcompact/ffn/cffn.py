@@ -42,6 +42,8 @@ class CFFN:
     the rank divides the hidden width).
   apply_to: "all" blocks, or "attention_blocks" only (hybrids have blocks without attention).
   factor: "output" matrix, or "both" (ours: the input matrix as well, at the same rank).
+  merged: of "fc1" and "fc2", factorised layers that are deployed as one matrix A B: the same
+    function, dense in cost. `tune` chooses them where that is the faster form.
   """
   rank_ratio: float = 0.5
   branches: int = 2
@@ -49,6 +51,7 @@ class CFFN:
   avg_skip: bool = True
   apply_to: str = "all"
   factor: str = "output"
+  merged: tuple[str, ...] = ()
 
   def __post_init__(self):
     if not isinstance(self.rank_ratio, (int, float)) or not 0 < self.rank_ratio <= 1:
@@ -61,6 +64,10 @@ class CFFN:
                            ("factor", ("output", "both"))):
       if getattr(self, field) not in allowed:
         raise ValueError(f"CFFN({field}={getattr(self, field)!r}): must be one of {allowed}")
+    factorised = ("fc1", "fc2") if self.factor == "both" else ("fc2",)
+    if not isinstance(self.merged, tuple) or not set(self.merged) <= set(factorised):
+      raise ValueError(f"CFFN(factor={self.factor!r}, merged={self.merged!r}): must be a tuple of "
+                       f"layers that are factorised, of {factorised}")
 
   def rank(self, width: int) -> int:
     return max(1, int(self.rank_ratio * width + 0.5))
@@ -104,6 +111,7 @@ class CompactDense(nn.Module):
   rep: str = "bn"
   avg_skip: bool = True
   deploy: bool = False
+  merged: bool = False   # fold gives one matrix, for an nn.Dense
   input_rms: float = 1.0
   dtype: str = "float32"
 
@@ -146,19 +154,23 @@ class CompactDense(nn.Module):
 
   @nn.nowrap
   def fold(self, params, stats):
-    """Branches summed into one A, one B and one bias: (params, {}) of the deployed module."""
+    """Branches summed into one A, one B and one bias: (params, {}) of the deployed module.
+
+    `merged`: those of the nn.Dense that is deployed instead.
+    """
     if self.deploy:
       return params, stats
-    a, a_shift = self._merged("a", params, stats)
-    b, b_shift = self._merged("b", params, stats)
+    a, a_shift = self._summed("a", params, stats)
+    b, b_shift = self._summed("b", params, stats)
     if "alpha" in params:
       m = a.shape[0]
       groups = jnp.repeat(jnp.eye(self.rank, dtype=a.dtype), m // self.rank, axis=0)
       a = a + groups * (self.rank / m) * params["alpha"][None]
     bias = _matmul(a_shift, b) + b_shift + params.get("bias", 0)
-    return {"a": {"kernel": a}, "b": {"kernel": b, "bias": bias}}, {}
+    folded = {"a": {"kernel": a}, "b": {"kernel": b, "bias": bias}}
+    return merge_factors(folded) if self.merged else folded, {}
 
-  def _merged(self, factor, params, stats):
+  def _summed(self, factor, params, stats):
     """sum_i K_i diag(s_i), and the shift sum_i (beta_i - mean_i s_i) that goes with it."""
     kernel, shift = 0, 0
     for i in range(self.branches):
@@ -244,6 +256,12 @@ def truncated_factors(kernel, rank: int, moments=None):
   balance = jnp.sqrt(singular[:rank])
   a = _matmul(vectors / root[None], left[:, :rank] * balance[None])
   return a, balance[:, None] * right[:rank]
+
+
+def merge_factors(params):
+  """The parameters of one dense layer from those of a deployed factor pair."""
+  kernel = _matmul(params["a"]["kernel"], params["b"]["kernel"])
+  return {"kernel": kernel, "bias": params["b"]["bias"]}
 
 
 def _matmul(x, y):

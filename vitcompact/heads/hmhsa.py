@@ -9,6 +9,7 @@ with wider values.
 """
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -161,14 +162,33 @@ def attend_hallucinated(core: Core, query_bnfd, key_bmfd, value_bmhd, key_filter
   return jnp.concatenate([*real_out, query_filter(hallucinated)], axis=2)
 
 
-def hallucinate_scores(scores_bfnm, mix_fg, taps_gkk):
-  """Scores of the hallucinated heads: heads mixed, then K x K correlated over the map."""
-  mixed_bgnm = jnp.einsum("bfnm,fg->bgnm", scores_bfnm, mix_fg)
-  half = taps_gkk.shape[-1] // 2
-  steps = range(-half, half + 1)
-  taps = {(s, t): taps_gkk[None, :, s + half, t + half, None, None] for s in steps for t in steps}
-  with jax.named_scope(SCOPE):
-    return shifted_sum(mixed_bgnm, taps, axes=(2, 3))
+class ScoreFilter(NamedTuple):
+  """Scores of the real heads -> those of all: heads mixed, then K x K correlated over the map.
+
+  mix (f, g); taps (g, K, K).
+  """
+  mix: jax.Array
+  taps: jax.Array
+
+  @property
+  def reach(self) -> int:
+    """Rows before and behind those asked for that the filter needs."""
+    return self.taps.shape[-1] // 2
+
+  def __call__(self, scores_bfnm, edges: bool = True):
+    """(B, f, N, M) -> (B, h, N, M); edges: see `attention.Core`."""
+    reach, (_, _, rows, keys) = self.reach, scores_bfnm.shape
+    around = reach if edges else 0
+    with jax.named_scope(SCOPE):
+      # A product of matrices this narrow costs more than the sum.
+      x_bgnm = sum(scores_bfnm[:, i, None] * self.mix[i][None, :, None, None]
+                   for i in range(self.mix.shape[0]))
+      x_bgnm = jnp.pad(x_bgnm, [(0, 0), (0, 0), (around, around), (reach, reach)])
+      rows, steps = rows + 2 * (around - reach), range(2 * reach + 1)
+      made_bgnm = sum(x_bgnm[:, :, s:s + rows, t:t + keys] * self.taps[None, :, s, t, None, None]
+                      for s in steps for t in steps)
+    inside = scores_bfnm if edges else scores_bfnm[:, :, reach:reach + rows]
+    return jnp.concatenate([inside, made_bgnm], axis=1)
 
 
 def delta_init(key, shape, dtype=jnp.float32):
@@ -250,10 +270,7 @@ class Hallucinate(nn.Module):
     mix = self.param("mix", identity_columns, (real, hallucinated))
     taps = self.param("taps", delta_init, (hallucinated, self.spec.kernel, self.spec.kernel))
 
-    def rescore(scores_bfnm):
-      made = hallucinate_scores(scores_bfnm, mix, taps)
-      return jnp.concatenate([scores_bfnm, made], axis=1)
-
+    rescore = ScoreFilter(mix, taps)
     if attention.wants_maps(self):
       self.sow("maps", "maps", core.merged(core.maps(query_bnfd, key_bmfd, rescore)))
     return core(query_bnfd, key_bmfd, value_bmhd, rescore)

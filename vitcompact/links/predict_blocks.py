@@ -19,11 +19,6 @@ from vitcompact.links.sparsifiner import Sparsifiner
 from vitcompact.links.windows import Windows, nearest, on_grid, on_line
 
 
-def block_means(x_bfkad, valid):
-  """Means over the tokens of each block, without the padding: (B, f, k, d)."""
-  return x_bfkad.sum(axis=3) / jnp.asarray(valid.sum(axis=1), jnp.float32)[None, None, :, None]
-
-
 def choose(score_bfqk, own, count: int):
   """(B, f, q, count) int32: the best blocks of keys, `own` (q,) first; ties to the lowest index."""
   own = jnp.asarray(own)[:, None] == jnp.arange(score_bfqk.shape[-1])[None]
@@ -62,10 +57,11 @@ class BlockPredictor(nn.Module):
     # The choice has no gradient, and reconstruction trains nothing but the predictor.
     query, key = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (query_bnfd, key_bmfd))
     links = self._cut(query.shape[1], key.shape[1], source_bs, int(fused))
-    score_bfqk = self._score(links.queries.cut(links.inner(query)),
-                             links.keys.cut(links.inner(key)), links)
+    score_bfqk = self._score(links.queries.means(links.inner(query)),
+                             links.keys.means(links.inner(key)), links)
     if attention.wants_links(self):
-      maps = core.maps(links.inner(query), key)
+      own_bn = links.inner(jnp.broadcast_to(jnp.arange(query.shape[1]), query.shape[:2]))
+      maps = core.maps(links.inner(query), key, own_n=own_bn)
       self.sow("links", "score", jax.nn.softmax(score_bfqk, axis=-1))
       self.sow("links", "target", jax.lax.stop_gradient(block_mass(maps, links)))
     if not self.spec.masked:
@@ -78,19 +74,17 @@ class BlockPredictor(nn.Module):
       self.sow("links", "linked", links.linked())
     return core._replace(blocks=links)
 
-  def _score(self, query_bfqad, key_bfkcd, links: BlockLinks):
-    width = query_bfqad.shape[-1]
+  def _score(self, query_bfqd, key_bfkd, links: BlockLinks):
+    width = query_bfqd.shape[-1]
 
     def identity(key, shape):
       del key
       return jnp.eye(*shape)
 
-    means = [block_means(x, windows.valid()) for x, windows in
-             ((query_bfqad, links.queries), (key_bfkcd, links.keys))]
     sizes = jnp.log(jnp.asarray(links.keys.valid().sum(axis=1), jnp.float32))
     with jax.named_scope(attention.SCOPE):
       query, key = (x @ self.param(name, identity, (width, self.spec.rank or width))
-                    for name, x in zip(("query", "key"), means, strict=True))
+                    for name, x in (("query", query_bfqd), ("key", key_bfkd)))
       score = jnp.einsum("bfqr,bfkr->bfqk", query, key)
     return score * width ** -0.5 + sizes[None, None, None]
 

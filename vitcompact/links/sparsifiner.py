@@ -211,7 +211,8 @@ class TokenLinks(nn.Module):
     maps_bfnr = low_rank_maps(*self._reduced(rest_bnfd, key), down, self._scale(query))
     if attention.wants_links(self):
       self.sow("links", "score", self._fitted(maps_bfnr, up))
-      self.sow("links", "target", jax.lax.stop_gradient(core.maps(rest_bnfd, key)))
+      own_n = jnp.arange(self.prefix, query.shape[1])
+      self.sow("links", "target", jax.lax.stop_gradient(core.maps(rest_bnfd, key, own_n=own_n)))
     if not self.spec.masked:
       return core
     # After a reduction the tokens that are no patches stay linked.

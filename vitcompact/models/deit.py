@@ -31,9 +31,10 @@ class VisionTransformer(nn.Module):
   Images (B, H, W, in_chans), normalised float -> logits (B, num_classes) in float32. A distilled
   model returns (class logits, distillation logits) in training, their mean in inference.
   num_classes=0 returns the pooled features (B, width). global_pool: "token" (class token), "avg"
-  (mean of the patch tokens, normalised after), "" (no pooling: every token). position_std: of fresh
-  positions. DeiT's 0.02 is far below what patches bring; a narrow model that has to relate distant
-  places may not learn to for thousands of steps, and does with 0.5 in hundreds.
+  (mean of the patch tokens, normalised after), "" (no pooling: every token).
+  position_std: of positions before training. DeiT's 0.02 is far below what patches bring: a narrow
+  model that has to relate distant places may not learn to for thousands of steps, and does with 0.5
+  in hundreds.
   """
   variant: str = ""
   image_size: int | tuple[int, int] = 224
@@ -88,7 +89,8 @@ class VisionTransformer(nn.Module):
     for i in range(self.depth):
       plan, name = self.plan.at(i), f"blocks_{i}"
       attn = Attention(self.width, self.heads, spec=plan.heads, query_grid=self.grid,
-                       key_grid=self.grid, prefix=self.prefix, dtype=self.dtype, parent=None)
+                       key_grid=self.grid, prefix=self.prefix, dtype=self.dtype,
+                       backend=plan.backend, parent=None)
       mlp = make_mlp(plan, width=self.width, hidden=int(self.width * self.mlp_ratio),
                      deploy=self.deploy, dtype=self.dtype, name=name)
       left = self.plan.tokens_left(i, self.depth, count, self.prefix)

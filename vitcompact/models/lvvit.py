@@ -165,7 +165,7 @@ class LVViT(nn.Module):
       plan, name = self.plan.at(i), f"blocks_{i}"
       attn = Attention(self.width, self.heads, spec=plan.heads, qkv_bias=False,
                        query_grid=self.grid, key_grid=self.grid, prefix=1, dtype=self.dtype,
-                       parent=None)
+                       backend=plan.backend, parent=None)
       mlp = make_mlp(plan, width=self.width, hidden=int(self.width * self.mlp_ratio),
                      deploy=self.deploy, dtype=self.dtype, name=name)
       left = self.plan.tokens_left(i, self.depth, count, prefix=1)

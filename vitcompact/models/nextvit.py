@@ -202,7 +202,8 @@ class NextViT(nn.Module):
     width, pool, grid = self.widths[place.stage], POOLS[place.stage], self.grids[place.stage]
     # Pooled keys are runs of tokens, which have no grid.
     attn = Attention(width, width // self.head_dim, spec=plan.heads, query_grid=grid,
-                     key_grid=grid if pool == 1 else None, dtype=self.dtype, parent=None)
+                     key_grid=grid if pool == 1 else None, dtype=self.dtype,
+                     backend=plan.backend, parent=None)
     out = width + width // 3
     mlp = make_mlp(plan, width=out, hidden=out * TRANSFORMER_MLP_RATIO, deploy=self.deploy,
                    dtype=self.dtype, name=name, act=nn.relu)

@@ -80,7 +80,8 @@ def make_block(stage: Stage, native: Stage, plan: BlockPlan, *, mlp: nn.Module,
   reduce = make_reduce(stage)
   key_grid = _key_grid(stage, reduce)
   attn = Attention(stage.width, stage.heads, spec=plan.heads, query_grid=stage.grid,
-                   key_grid=key_grid, prefix=prefix, dtype=dtype, parent=None)
+                   key_grid=key_grid, prefix=prefix, dtype=dtype, backend=plan.backend,
+                   parent=None)
   links = make_links(plan, attn, keys=prefix + math.prod(key_grid), deploy=deploy,
                      left=prefix + math.prod(_key_grid(native, make_reduce(native))))
   block = nn.remat(Block, static_argnums=(2,)) if remat else Block

@@ -176,7 +176,8 @@ def pairings(weight_bmn, r: int, bidirectional: bool):
 def received(query_bnhd, key_bmhd, size_bm=None):
   """The attention that each key receives, mean over heads and queries: (B, M), float32.
 
-  Formed for TILE queries at a time, so that no map of all is.
+  Of all queries: a plan has no links where tokens are fused. Formed for TILE queries at a time, so
+  that no map of all is.
   """
   core = Core(size=size_bm)
   batch, count, heads, width = query_bnhd.shape

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 import vitcompact as vc
 from vitcompact.data import pipeline
-from vitcompact.train import optim, programs, settings, sharding, start
+from vitcompact.train import guard, optim, programs, settings, sharding, start
 from vitcompact.train import step as steps
 from vitcompact.train.objective import (
     by_replica,
@@ -32,6 +32,7 @@ class Run:
   shardings: steps.TrainState
   step_at: Callable[[int], Callable]   # the jitted step of step 0, 1, ...: a program of its own
   eval_step: Callable
+  augment: Callable     # (key, batch) -> (float images, targets) of a few images, as one replica
 
 
 def resolve(config) -> FrozenConfigDict:
@@ -42,17 +43,22 @@ def resolve(config) -> FrozenConfigDict:
   return FrozenConfigDict(config)
 
 
-def build(config: FrozenConfigDict) -> Run:
-  """The model, the mesh, and the jitted functions; nothing is computed or written."""
+def build(config: FrozenConfigDict, classes: int | None = None) -> Run:
+  """The model, the mesh, and the jitted functions; nothing is computed or written.
+
+  classes: where the data are not here to count theirs.
+  """
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch("config.batch_size / accumulate", config.batch_size // config.accumulate,
                        mesh)
   sharding.check_batch("config.eval_batch_size", config.eval_batch_size, mesh)
-  classes = pipeline.num_classes(config.data.name)
+  classes = classes or pipeline.num_classes(config.data.name)
   sizes = config.model.to_dict()
   model = vc.create_model(sizes.pop("name"), plan=vc.Plan.parse(config.plan), num_classes=classes,
                           **sizes)
   preprocess, rules = vc.preprocess(model), model.leaf_rules()
+  if config.data.eval_crop:
+    preprocess = dataclasses.replace(preprocess, crop=config.data.eval_crop)
   image_shape = (*preprocess.image_size, 3)
   teacher = make_teacher(config, model)
   programs.check(config, model)
@@ -65,8 +71,9 @@ def build(config: FrozenConfigDict) -> Run:
   shapes = jax.eval_shape(init, jax.random.key(0))
   shardings = steps.state_shardings(shapes, rules, optimizers.main, mesh,
                                     teacher.leaf_rules() if teacher else ())
+  check_labels(config, model)
   augment = steps.make_augment(config.data, preprocess.mean, preprocess.std, classes,
-                               config.accumulate)
+                               config.accumulate, getattr(model, "grid", None))
 
   groups = 1
   if looks_across(model, shapes.batch_stats, config.loss):
@@ -78,12 +85,28 @@ def build(config: FrozenConfigDict) -> Run:
         by_replica(make_program(config, model, teacher, program), groups),
         optimizers.links if program.links else optimizers.main, optimizers.rate, augment,
         accumulate=config.accumulate, ema_decay=decay, groups=config.data.replicas)
+    if config.optim.skip_nonfinite:
+      step = guard.keep_finite(step)
     return steps.jit_train_step(step, shardings, mesh)
 
   eval_step = steps.make_eval_step(model, preprocess.mean, preprocess.std)
+  alone = steps.make_augment(config.data, preprocess.mean, preprocess.std, classes,
+                             max(1, config.data.replicas), getattr(model, "grid", None))
   return Run(config, mesh, model, preprocess, steps.jit_init(init, shardings), shapes, shardings,
              lambda step: compiled(programs.program_at(config, model, step)),
-             steps.jit_eval_step(eval_step, mesh))
+             steps.jit_eval_step(eval_step, mesh), alone)
+
+
+def check_labels(config, model):
+  """Refuses labels of places where there is nothing that they could teach."""
+  if config.data.augment != "token_labels":
+    return
+  if not hasattr(model, "mix_token"):
+    raise ValueError(f"config.data.augment='token_labels' teaches patches of LV-ViT, and "
+                     f"{model.variant} has no classifier of patches; use 'randaugment'")
+  if config.data.mixup or config.data.cutmix:
+    raise ValueError("config.data.augment='token_labels' goes with MixToken, not with mixup or "
+                     "cutmix: set config.data.mixup and config.data.cutmix to 0")
 
 
 def make_program(config, model, teacher, program: programs.Program):

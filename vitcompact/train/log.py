@@ -1,5 +1,7 @@
 """What a run says: metrics.jsonl, TensorBoard events, and a progress bar or plain lines."""
+import contextlib
 import json
+import os
 import pathlib
 import sys
 import time
@@ -13,7 +15,10 @@ CLOCK = 1e-9
 
 
 class Meter:
-  """Images a second, and the share of the time that was spent waiting for data."""
+  """Images a second, and the share of the time that was spent waiting for data.
+
+  By a clock that only goes forward: a date that is set anew changes nothing.
+  """
 
   def __init__(self):
     self.reset()
@@ -37,15 +42,18 @@ class Log:
   """Writes scalars at steps. Only the process with `active` writes; the others say nothing.
 
   A run that was killed and resumed repeats steps in metrics.jsonl; the later line counts.
+  mirror: gets the numbers too: an object with W&B's `log(values, step=)` and `finish()`.
   """
 
-  def __init__(self, workdir, total_steps: int, *, active: bool = True):
-    self.active, self.total_steps = active, total_steps
+  def __init__(self, workdir, total_steps: int, *, active: bool = True, mirror=None):
+    self.active, self.total_steps, self.mirror = active, total_steps, mirror
     self.bar = None
     if not active:
       return
     workdir = pathlib.Path(workdir)
-    self.lines = open(workdir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+    self.path = workdir / "metrics.jsonl"
+    drop_half_line(self.path)
+    self.lines = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
     self.events = tensorboardX.SummaryWriter(str(workdir), write_to_disk=True)
     if sys.stdout.isatty():
       self.bar = rich.progress.Progress(
@@ -70,19 +78,43 @@ class Log:
     """One line of metrics.jsonl, numbers to TensorBoard, and a line of text."""
     if not self.active:
       return
-    print(json.dumps({"step": step, **values}), file=self.lines, flush=True)
-    for name, value in values.items():
-      if isinstance(value, (int, float)):
-        self.events.add_scalar(name, value, step)
+    self._append(json.dumps({"step": step, **values}))
+    numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+    for name, value in numbers.items():
+      self.events.add_scalar(name, value, step)
+    if self.mirror:
+      self.mirror.log(numbers, step=step)
     if self.bar and "images_per_second" in values:
       self.bar.update(self.task, rate=f"{values['images_per_second']:.0f} img/s")
     shown = " ".join(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
                      for name, value in values.items())
     self.say(f"step {step}/{self.total_steps} {shown}")
 
+  def picture(self, step: int, name: str, image):
+    """uint8 (H, W, 3) to TensorBoard."""
+    if self.active:
+      self.events.add_image(name, image, step, dataformats="HWC")
+
+  def _append(self, line: str):
+    try:
+      self.lines.write(line + "\n")
+      self.lines.flush()
+    except OSError as error:
+      raise OSError(f"{self.path} cannot be written: {error.strerror}. Checkpoints are as they "
+                    "were; make room and give the same command again") from error
+
   def close(self):
     if self.bar:
       self.bar.stop()
     if self.active:
-      self.lines.close()
+      with contextlib.suppress(OSError):   # said already, when the line was written
+        self.lines.close()
       self.events.close()
+    if self.mirror:
+      self.mirror.finish()
+
+
+def drop_half_line(path: pathlib.Path):
+  """Cuts off a last line without an end, which a kill or a full disk left: it is not JSON."""
+  if path.exists() and not (text := path.read_bytes()).endswith(b"\n"):
+    os.truncate(path, text.rfind(b"\n") + 1)

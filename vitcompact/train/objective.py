@@ -18,7 +18,8 @@ def make_objective(model, loss, teacher=None, companion=None):
   (batch statistics, {"accuracy", and every part of the loss before its weight})).
 
   loss: the config's section, of weights. A part of weight 0 is not computed.
-    labels: cross entropy with the targets. patch_labels: of LV-ViT's patches.
+    labels: cross entropy with the targets. patch_labels: of LV-ViT's patches, with targets of their
+      own where `targets` is a pair, else with those of their image.
     hard, soft: DeiT's distillation, of the distillation token's logits where there is one; the
       class token's then learn from the labels alone.
     logits: KL(teacher || student). patches: error of surviving patches, normalised features or
@@ -88,7 +89,7 @@ def make_reconstruction(model, weight: float):
   def objective(params, batch_stats, teacher_variables, images, labels, targets, key):
     del teacher_variables, targets, key
     logits, new = model.apply(variables(params, batch_stats), images, mutable=["links"])
-    error = losses.attention_reconstruction(new["links"]).sum()
+    error = losses.attention_reconstruction(new.get("links", {})).sum()
     accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
     return weight * error, (batch_stats, {"accuracy": accuracy})
   return objective
@@ -109,10 +110,11 @@ def _class_token(new):
 def of_labels(out, targets, loss, distils: bool):
   """({part: mean}, logits of the class guess)."""
   if isinstance(out, TokenLogits):
+    targets, patch_targets = targets if isinstance(targets, tuple) else (targets, targets[:, None])
     mixed = out.share * targets + (1 - out.share) * targets[::-1]
     parts = {"labels": losses.cross_entropy(out.logits, mixed).mean()}
     if loss.patch_labels:
-      by_patch = losses.cross_entropy(out.token_logits, targets[:, None])
+      by_patch = losses.cross_entropy(out.token_logits, patch_targets)
       parts["patch_labels"] = losses.over_survivors(by_patch, out.alive).mean()
     return parts, out.logits
   heads = out if isinstance(out, tuple) else (out,)

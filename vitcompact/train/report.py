@@ -29,8 +29,8 @@ def report(result: loop.Result, workdir) -> Receipt:
   variables = jax.device_get(sharding.gather(result.variables, run.mesh))
   deploy, folded = vc.fold(model, variables)
   images = _val_images(run)
-  rows = [Row("trained", vc.count(model), result.metrics["test_accuracy"]),
-          Row("deployed", vc.count(deploy), _test_accuracy(run, deploy, folded))]
+  rows = [Row("trained", vc.count(model, variables=variables), result.metrics["test_accuracy"]),
+          Row("deployed", vc.count(deploy, variables=folded), _test_accuracy(run, deploy, folded))]
   dense = model.clone(plan=vc.Plan())
   if dense != model:
     rows.insert(0, Row("dense", vc.count(dense), None))
@@ -41,7 +41,8 @@ def report(result: loop.Result, workdir) -> Receipt:
       "steps": config.total_steps, "batch_size": config.batch_size, "seed": config.seed,
       "eval_params": config.eval_params, "val_accuracy": result.metrics["val_accuracy"],
       "timed_batch": len(images), "params_digest": result.metrics["params_digest"],
-      "deploy_digest": trees.digest(folded["params"]), **environment()}
+      "deploy_digest": trees.digest(folded["params"]),
+      **links_kept(deploy, folded, images), **environment()}
   receipt = Receipt(
       f"{config.model.name} on {config.data.name}",
       tuple(dataclasses.replace(row, timing=timings[row.name]) for row in rows),
@@ -53,6 +54,16 @@ def report(result: loop.Result, workdir) -> Receipt:
     convert.save(directory / "deploy.safetensors", deploy, folded, force=True)
     receipt.write(directory)
   return receipt
+
+
+def links_kept(model, variables, images) -> dict[str, float]:
+  """{"links_kept": share of the pairs of tokens, or of blocks of them, that are scored}, a mean
+  over the blocks of the network that have a predictor; {} without one."""
+  if all(getattr(part, "links", None) is None for part in model.parts().values()):
+    return {}
+  _, new = jax.jit(functools.partial(model.apply, mutable=["links"]))(variables, images)
+  shares = [jnp.mean(block["links"]["linked"][0]) for block in new["links"].values()]
+  return {"links_kept": float(sum(shares) / len(shares))}
 
 
 def _val_images(run: loop.Run):

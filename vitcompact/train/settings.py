@@ -10,23 +10,24 @@ POSITIVE = ("total_steps", "batch_size", "accumulate", "eval_batch_size", "check
 KEYS = {
     "": {*POSITIVE, "seed", "init_from", "ema_half_life", "eval_params", "model", "plan", "data",
          "optim", "mesh", "loss", "teacher", "reconstruct", "keep_warmup"},
-    "data": {"name", "augment", "workers", "erase", "smoothing", "mixup", "cutmix", "replicas",
+    "data": {"name", "augment", "workers", "erase", "smoothing", "mixup", "cutmix", "eval_crop",
+             "replicas",
              "repeats", "on_bad", "max_bad"},
     "optim": {"name", "schedule", "epoch_steps", "learning_rate", "warmup_steps",
               "warmup_learning_rate", "final_learning_rate", "cooldown_steps", "weight_decay", "b1",
-              "b2", "eps", "clip_norm", "rates"},
+              "b2", "eps", "clip_norm", "skip_nonfinite", "rates"},
     "loss": {"labels", "patch_labels", "hard", "soft", "temperature", "logits", "patches",
              "patch_error", "kept_ratio", "consistency", "companion_r"},
     "teacher": {"file", "name"},
     "reconstruct": {"steps", "weight", "learning_rate", "warmup_steps", "warmup_learning_rate",
                     "final_learning_rate"},
     "keep_warmup": {"start", "steps"},
-    "mesh": {"data", "fsdp"},
+    "mesh": {"data", "fsdp", "tensor"},
 }
 # These change where and how often, not what: a run may be resumed with others.
 # on_bad too: a run that stopped at a bad record may go on passing it over.
-FREE = ("mesh.data", "mesh.fsdp", "data.workers", "data.on_bad", "data.max_bad", "log_every",
-        "eval_batch_size", "keep_last")
+FREE = ("mesh.data", "mesh.fsdp", "mesh.tensor", "data.workers", "data.on_bad", "data.max_bad",
+        "log_every", "eval_batch_size", "keep_last", "optim.skip_nonfinite")
 
 
 def flat(config) -> dict:
@@ -78,6 +79,9 @@ def check(config):
   if config.batch_size % config.accumulate:
     raise ValueError(f"config.batch_size={config.batch_size} does not divide into "
                      f"config.accumulate={config.accumulate} microbatches")
+  if config.optim.skip_nonfinite < 0:
+    raise ValueError(f"config.optim.skip_nonfinite={config.optim.skip_nonfinite} is a number of "
+                     "steps; 0 stops at the first NaN")
   mixes = config.data.mixup or config.data.cutmix
   if mixes and config.data.replicas % config.accumulate:
     raise ValueError(f"config.data.replicas={config.data.replicas} must be a multiple of "

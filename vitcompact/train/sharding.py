@@ -1,4 +1,7 @@
-"""The one place that knows mesh axes: parameters split over "fsdp", batches over every device.
+"""The one place that knows mesh axes: parameters over "fsdp" and "tensor", batches over the rest.
+
+"data" copies the parameters and splits the batch; "fsdp" splits both; "tensor" splits what a layer
+computes (heads, hidden channels) and gives all its devices the same images.
 
 A model says what the axes of its parameters mean (`trees.Leaf.axes`); RULES says which of those
 meanings a mesh axis may split. Everything else follows: moments and averages lie as their
@@ -14,18 +17,23 @@ from optax import tree_utils
 
 from vitcompact import trees
 
-MESH_AXES = ("data", "fsdp")
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
 
-# Logical axis -> mesh axis, the preferred first: a mesh axis splits one dimension of a leaf.
-RULES = (("embed", "fsdp"), ("mlp", "fsdp"), ("rank", "fsdp"))
+# Logical axis -> mesh axis, the preferred first: a mesh axis splits one dimension of a leaf, and a
+# dimension is split by one mesh axis.
+RULES = (("heads", "tensor"), ("mlp", "tensor"), ("rank", "tensor"),
+         ("embed", "fsdp"), ("mlp", "fsdp"), ("rank", "fsdp"))
 
 # A leaf of fewer elements that does not divide may lie whole on every device: it costs nothing.
 SMALL = 2**14
 
 
 def make_mesh(sizes, devices=None) -> Mesh:
-  """A mesh of all `devices` from {"data": n, "fsdp": m}, where one -1 stands for all the rest."""
+  """A mesh of all `devices` from {"data": n, "fsdp": m, "tensor": t}; one -1 is all the rest."""
   devices = jax.devices() if devices is None else devices
+  # By process: each then holds one run of a batch's rows, which is what its data pipeline reads.
+  devices = sorted(devices, key=lambda device: (device.process_index, device.id))
   sizes = dict(sizes)
   if unknown := set(sizes) - set(MESH_AXES):
     raise ValueError(f"mesh={sizes} has unknown axes {sorted(unknown)}; the axes are {MESH_AXES}")
@@ -37,9 +45,14 @@ def make_mesh(sizes, devices=None) -> Mesh:
   if math.prod(shape) != len(devices):
     raise ValueError(f"mesh={sizes} does not multiply out to {len(devices)} devices; "
                      "give one axis -1 to let it take all the rest")
-  # Explicit axes, the default of jax.make_mesh, refuse a plain ViT (concatenating the class token).
-  return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(shape),
-                       devices=devices)
+  tensor, local = shape[MESH_AXES.index("tensor")], len(devices) // jax.process_count()
+  if local % tensor and tensor > 1 and jax.process_count() > 1:
+    raise ValueError(f"mesh.tensor={tensor} does not divide the {local} devices of a process: "
+                     "devices that share images must be of one process")
+  # Explicit axes, the default of jax.make_mesh, refuse a plain ViT (concatenating the class token);
+  # and it may reorder devices, which would give a process rows from here and there.
+  return Mesh(np.array(devices).reshape(shape), MESH_AXES,
+              axis_types=(AxisType.Auto,) * len(shape))
 
 
 def partition(name: str, shape, leaf: trees.Leaf, mesh: Mesh) -> PartitionSpec:
@@ -48,9 +61,9 @@ def partition(name: str, shape, leaf: trees.Leaf, mesh: Mesh) -> PartitionSpec:
     raise ValueError(f"{name} {shape} has {len(shape)} dimensions, but its rule names {leaf.axes}")
   split = [None] * len(shape)
   for logical, axis in RULES:
-    if logical in leaf.axes and axis not in split:
+    if logical in leaf.axes and axis not in split and mesh.shape[axis] > 1:
       dimension = leaf.axes.index(logical)
-      if shape[dimension] % mesh.shape[axis] == 0:
+      if split[dimension] is None and shape[dimension] % mesh.shape[axis] == 0:
         split[dimension] = axis
   whole = math.prod(mesh.shape[axis] for axis in split if axis) == 1
   if whole and mesh.shape["fsdp"] > 1 and math.prod(shape) >= SMALL:
@@ -73,8 +86,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batches(mesh: Mesh) -> NamedSharding:
-  """The leading dimension over every device."""
-  return NamedSharding(mesh, PartitionSpec(MESH_AXES))
+  """The leading dimension over every device that has images of its own."""
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def moments(optimizer, opt_state, parameter_shardings, mesh: Mesh):
@@ -88,9 +101,10 @@ def moments(optimizer, opt_state, parameter_shardings, mesh: Mesh):
 
 def check_batch(name: str, size: int, mesh: Mesh):
   """Refuses a batch that the devices cannot share evenly."""
-  if size % mesh.size:
-    raise ValueError(f"{name}={size} cannot be split over {mesh.size} devices; choose a multiple "
-                     f"of {mesh.size}, such as {-(-size // mesh.size) * mesh.size}")
+  parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  if size % parts:
+    raise ValueError(f"{name}={size} cannot be split over {parts} devices; choose a multiple "
+                     f"of {parts}, such as {-(-size // parts) * parts}")
 
 
 def put_batch(batch, mesh: Mesh):

@@ -74,18 +74,22 @@ def state_shardings(shapes: TrainState, rules, optimizer, mesh, teacher_rules=()
       ema_batch_stats=everywhere(shapes.ema_batch_stats), key=whole, teacher=teacher)
 
 
-def make_augment(data, mean, std, num_classes: int, accumulate: int):
-  """A function (key, uint8 images, labels) -> (float images, targets) of one microbatch.
+def make_augment(data, mean, std, num_classes: int, accumulate: int, grid=None):
+  """A function (key, batch) -> (float images, targets) of one microbatch.
 
   data: the config's section. The order is the published one: each of two mixed images was erased
-  before they were mixed.
+  before they were mixed. With labels of places, targets are a pair, of images and of the patches of
+  `grid`.
   """
-  def augment(key, images, labels):
+  def augment(key, batch):
     erase_key, mix_key = jax.random.split(key)
-    images = device_batch.normalise(images, mean, std)
+    images = device_batch.normalise(batch["image"], mean, std)
     if data.erase:
       images = device_batch.erase(erase_key, images, data.erase)
-    targets = device_batch.one_hot_smooth(labels, num_classes, data.smoothing)
+    if "label_map" in batch:
+      return images, device_batch.label_targets(batch["label_map"], batch["label_box"],
+                                                num_classes, data.smoothing, grid)
+    targets = device_batch.one_hot_smooth(batch["label"], num_classes, data.smoothing)
     return device_batch.mix(mix_key, images, targets, mixup_alpha=data.mixup,
                             cutmix_alpha=data.cutmix, groups=max(1, data.replicas // accumulate))
   return augment
@@ -99,7 +103,7 @@ def make_gradients(objective, augment, accumulate: int, groups: int = 1):
   """
   def loss_and_more(params, state, batch_stats, batch, key):
     augment_key, dropout_key = jax.random.split(key)
-    images, targets = augment(augment_key, batch["image"], batch["label"])
+    images, targets = augment(augment_key, batch)
     loss, (batch_stats, metrics) = objective(params, batch_stats, state.teacher, images,
                                              batch["label"], targets, dropout_key)
     return loss, (batch_stats, {"loss": loss, **metrics})

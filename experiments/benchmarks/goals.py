@@ -1,0 +1,159 @@
+"""What was aimed at on a CPU, beside what was measured. Ratios are of the same rounds."""
+import pathlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from experiments.benchmarks import results
+from experiments.benchmarks.results import best, best_dense, cases, speed
+
+SLACK = 1.05   # a goal is missed when the median is further away than noise is
+TORCH_F32 = ("torch f32", "torch f32, SDPA")
+ALL = "heads + ffn both + EViT 0.7"
+MODEL_TARGETS = {"heads": 1.10, "ffn": 1.08, "ffn both": 1.18, "heads + ffn": 1.22,
+                 "EViT 0.7": 1.45, "EViT 0.5": 1.75, "ToMe 13": 1.5, ALL: 2.0}
+
+
+class Goal(NamedTuple):
+  """least: the measured value is to be at least the target; else at most. measured: None: it was
+  not."""
+  what: str
+  measured: float | None
+  target: float
+  least: bool = True
+
+  @property
+  def verdict(self) -> str:
+    if self.measured is None:
+      return "not measured"
+    more, less = (self.measured, self.target) if self.least else (self.target, self.measured)
+    return "yes" if more >= less else "within 5%" if SLACK * more >= less else "NO"
+
+
+def table(folder: pathlib.Path = results.FOLDER, platform: str = "cpu") -> str:
+  lines = ["| goal | measured | target | met |", "|---|---:|---:|---|"]
+  for suite, make in SUITES.items():
+    if (found := results.load(suite, platform, folder)) is None:
+      lines.append(f"| {suite} | | | not measured |")
+      continue
+    for goal in make(found):
+      measured = "" if goal.measured is None else f"{goal.measured:.2f}"
+      sign = ">=" if goal.least else "<="
+      lines.append(f"| {goal.what} | {measured} | {sign} {goal.target:g} | {goal.verdict} |")
+  return "\n".join(lines)
+
+
+def _median(rows, name: str, over: str) -> float | None:
+  ratio = speed(rows, name, over)
+  return ratio and ratio[0]
+
+
+def gemm_goals(found: dict) -> Iterator[Goal]:
+  """None: it is what the goals against PyTorch have to be seen beside."""
+  del found
+  yield from ()
+
+
+def model_goals(found: dict) -> Iterator[Goal]:
+  for (batch,), rows in cases(found, "batch").items():
+    torch = best(rows, *TORCH_F32)
+    linen = _median(rows, "dense", "plain Linen")
+    yield Goal(f"dense over plain Linen, batch {batch}", linen, 1.05)
+    yield Goal(f"dense over torch f32, batch {batch}", _median(rows, "dense", torch), 1.9)
+    for name, target in MODEL_TARGETS.items():
+      if rows[name].get("reason", "").startswith("not at batch"):
+        continue
+      yield Goal(f"{name}, batch {batch}", _median(rows, name, "dense"), target)
+    yield Goal(f"{ALL} over torch f32, batch {batch}", _median(rows, ALL, torch), 3.5)
+    yield Goal(f"{ALL} over torch bf16, batch {batch}", _median(rows, ALL, "torch bf16"), 1)
+    macs = rows["dense"]["macs"] / rows["EViT 0.7"]["macs"]
+    yield Goal(f"EViT 0.7, time's ratio of MACs' ratio, batch {batch}",
+               _median(rows, "EViT 0.7", "dense") / macs, 0.93)
+
+
+def layer_goals(found: dict) -> Iterator[Goal]:
+  by_case = {(tokens, which): rows
+             for (tokens, which), rows in cases(found, "tokens", "pass").items()}
+  targets = {
+      "forward": {"hMHSA": {197: 1.3, 577: 1.3, 1025: 1.3, 4097: 1.35},
+                  "hMHSA, logits site": {197: 0.9, 577: 0.9, 1025: 0.9},
+                  "block-sparse 25%": {577: 1.4, 1025: 1.7, 4097: 2.3}},
+      "forward and backward": {"hMHSA": {197: 1.3, 1025: 1.4}, "block-sparse 25%": {1025: 1.3}}}
+  for which, names in targets.items():
+    for name, by_tokens in names.items():
+      for tokens, target in by_tokens.items():
+        if rows := by_case.get((tokens, which)):
+          yield Goal(f"{name} layer, {tokens} tokens, {which}",
+                     _median(rows, name, best_dense(rows)), target)
+  for tokens in (197, 577, 1025):
+    if rows := by_case.get((tokens, "forward")):
+      base, other = rows[best_dense(rows)], rows["hMHSA, logits site"]
+      yield Goal(f"hMHSA, logits site, temporary memory over dense, {tokens} tokens",
+                 other["temporary_bytes"] / base["temporary_bytes"], 1.5, least=False)
+  if (1025, "forward") in by_case and (4097, "forward") in by_case:
+    yield from _growth(by_case)
+
+
+def _growth(by_case) -> Iterator[Goal]:
+  for name, target in (("dense", 3.0), ("hMHSA", 2.9), ("block-sparse 25%", 2.3)):
+    per_token = [row["seconds"] / row["tokens"] for row in _at(by_case, name, "forward")]
+    yield Goal(f"{name}: time per token, 4097 over 1025", per_token[1] / per_token[0], target,
+               least=False)
+  for which, target in (("forward", 3.0), ("forward and backward", 6.0)):
+    for name in ("dense", "hMHSA", "block-sparse 25%"):
+      short, long = _at(by_case, name, which)
+      yield Goal(f"{name}: temporary memory over input and output, 4097 tokens, {which}",
+                 long["temporary_bytes"] / long["inputs_and_outputs_bytes"], target, least=False)
+      yield Goal(f"{name}: temporary memory, 4097 over 1025 tokens, {which}",
+                 long["temporary_bytes"] / short["temporary_bytes"], 4.6, least=False)
+
+
+def _at(by_case, name: str, which: str) -> list[dict]:
+  """Rows at 1025 and at 4097 tokens; "dense" is the faster of ours."""
+  out = []
+  for tokens in (1025, 4097):
+    rows = by_case[tokens, which]
+    out.append(rows[best_dense(rows) if name == "dense" else name])
+  return out
+
+
+def train_goals(found: dict) -> Iterator[Goal]:
+  rows = {row["name"]: row for row in found["rows"]}
+  yield Goal("step over plain Linen + Optax", _median(rows, "dense", "plain Linen + Optax"), 1.2)
+  yield Goal("step over torch f32", _median(rows, "dense", best(rows, *TORCH_F32)), 1.6)
+  yield Goal("step, ffn, one bare branch", _median(rows, "ffn, one bare branch", "dense"), 1.13)
+  for name, row in rows.items():
+    if "macs" in row and name != "dense":
+      macs = rows["dense"]["macs"] / row["macs"]
+      yield Goal(f"step, {name}: time's ratio of MACs' ratio", _median(rows, name, "dense") / macs,
+                 0.9)
+
+
+def tokens_goals(found: dict) -> Iterator[Goal]:
+  for (tokens,), rows in cases(found, "tokens").items():
+    yield Goal(f"links in a network, {tokens} tokens", _median(rows, "links", "dense"), 0.95)
+
+
+def startup_goals(found: dict) -> Iterator[Goal]:
+  by_what = {what: rows for (what,), rows in cases(found, "what").items()}
+  rows = by_what["import"]
+  more = [a - b for a, b in zip(rows["and every name of it"]["rounds"],
+                                rows["jax and flax"]["rounds"], strict=True)]
+  yield Goal("seconds to import every name, beyond jax and flax", sorted(more)[len(more) // 2], 0.3,
+             least=False)
+  for what in ("compile a forward", "compile a training step"):
+    longer = _median(by_what[what], "plain Linen", "ours")
+    yield Goal(f"{what}, ours over plain Linen", longer, 1.25, least=False)
+  yield Goal("start from the persistent cache over a cold one",
+             _median(by_what["first forward and training step"], "cold", "warm"), 0.3, least=False)
+
+
+def data_goals(found: dict) -> Iterator[Goal]:
+  by_what = {what: rows for (what,), rows in cases(found, "what").items()}
+  yield Goal("pipeline over a PIL loop, per core",
+             _median(by_what["CPU seconds of a batch"], "threads", "PIL loop"), 0.95)
+  yield Goal("two workers over one, wall time",
+             _median(by_what["wall seconds of a batch"], "2 workers", "1 worker"), 1.8)
+
+
+SUITES = {"gemm": gemm_goals, "model": model_goals, "layer": layer_goals, "train": train_goals,
+          "tokens": tokens_goals, "startup": startup_goals, "data": data_goals}

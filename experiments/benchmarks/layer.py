@@ -1,0 +1,85 @@
+"""One attention layer, projections and predictors included: dense, hallucinated, block-sparse."""
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+import vitcompact as vc
+from experiments.benchmarks import measure
+from experiments.benchmarks.measure import Setting
+from vitcompact.attention import Core
+from vitcompact.block import Attention, fresh_links, make_links
+from vitcompact.count import macs_of
+from vitcompact.plan import BlockPlan
+
+BACKENDS = {"cpu": ("einsum", "tiled"), "gpu": ("einsum", "cudnn"), "tpu": ("einsum", "splash")}
+# (patches on a side, batch): 197, 577, 1025 and 4097 tokens with the class token.
+HOST_SHAPES = ((14, 8), (24, 2), (32, 1), (64, 1))
+DEVICE_SHAPES = ((14, 256), (24, 64), (32, 32), (64, 8))
+
+
+class Layer(NamedTuple):
+  """run: (params, x) -> output; params: arrays or their shapes."""
+  run: Callable
+  params: Any
+
+
+def layers(side: int, width: int, heads: int, dtype: str, platform: str) -> dict[str, Layer]:
+  """The candidates of one shape, with shapes for parameters."""
+  grid, tokens = (side, side), side * side + 1
+  x = jax.ShapeDtypeStruct((1, tokens, width), dtype)
+
+  def make(plan: BlockPlan) -> Layer:
+    attn = Attention(width, heads, spec=plan.heads, query_grid=grid, key_grid=grid, prefix=1,
+                     dtype=dtype, backend=plan.backend)
+    links = make_links(plan, attn, keys=tokens, deploy=True)
+
+    def run(params, x):
+      bound = attn.bind({"params": params["attn"]})
+      query, key, value = bound.query(x), bound.key(x), bound.value(x)
+      core = Core()
+      if links is not None:
+        core = links.apply({"params": params["links"]}, core, query, key)
+      return bound.attend(query, key, value, core)
+
+    params = {"attn": jax.eval_shape(attn.init, jax.random.key(0), x)["params"]}
+    params |= fresh_links(links, attn)
+    return Layer(run, params)
+
+  sparse = vc.Sparsifiner(keep=0.25, granularity="block", min_tokens=0)
+  # "dense" is what the library chooses by itself.
+  forced = {f"dense, {name}": make(BlockPlan(backend=name)) for name in BACKENDS[platform]}
+  return {"dense": make(BlockPlan()), **forced,
+          "hMHSA": make(BlockPlan(heads=vc.HMHSA())),
+          "hMHSA, logits site": make(BlockPlan(heads=vc.HMHSA(site="logits"))),
+          "block-sparse 25%": make(BlockPlan(links=sparse))}
+
+
+def run(setting: Setting, shapes=None, width: int = 384, heads: int = 6) -> Iterator[dict]:
+  for side, batch in shapes or (HOST_SHAPES if setting.on_host else DEVICE_SHAPES):
+    x = measure.normal((batch, side * side + 1, width), setting.dtype)
+    # Not the gradient of a sum, whose cotangent of ones the compiler may simplify away.
+    cotangent = measure.normal(x.shape, setting.dtype, seed=1)
+    for backward in (False, True):
+      candidates = {}
+      of_shape = layers(side, width, heads, setting.dtype, setting.platform)
+      for name, layer in of_shape.items():
+        params = measure.drawn(layer.params)
+        facts = {"macs": macs_of(layer.run, params, x).total // batch}
+        if x.shape[1] > 2000 and name == "hMHSA, logits site":
+          candidates[name] = measure.Candidate(None, {"reason": "no goal at this length"})
+        else:
+          call = _with_gradients(layer.run) if backward else layer.run
+          arrays = (params, x, cotangent) if backward else (params, x)
+          candidates[name] = measure.compiled(call, *arrays, **facts)
+      case = {"tokens": x.shape[1], "batch": batch, "width": width, "heads": heads,
+              "pass": "forward and backward" if backward else "forward",
+              "inputs_and_outputs_bytes": 2 * x.nbytes}
+      yield from measure.rows(case, candidates, setting)
+
+
+def _with_gradients(layer):
+  def gradients(params, x, cotangent):
+    y, back = jax.vjp(layer, params, x)
+    return y, back(cotangent)
+  return gradients

@@ -1,0 +1,118 @@
+"""What all suites share: where they run, candidates, and rows of results."""
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmarks.peer import TorchPeer
+from vitcompact import bench, trees
+
+
+class Setting(NamedTuple):
+  """Where and how carefully a suite runs.
+
+  torch: a peer to take turns with, or None. cores: that the process had before it was pinned.
+  """
+  platform: str
+  rounds: int = 5
+  torch: TorchPeer | None = None
+  cores: tuple[int, ...] = ()
+
+  @property
+  def on_host(self) -> bool:
+    return self.platform == "cpu"
+
+  @property
+  def dtype(self) -> str:
+    return "float32" if self.on_host else "bfloat16"
+
+
+# {name of a row: kind of the peer}: PyTorch as its users run it.
+PEERS = {"torch f32": "f32", "torch f32, SDPA": "f32 sdpa", "torch bf16": "bf16 sdpa",
+         "torch.compile f32": "f32 sdpa compile", "torch.compile bf16": "bf16 sdpa compile",
+         "timm f32": "f32 timm", "timm bf16": "bf16 timm"}
+
+
+class Candidate(NamedTuple):
+  """call: a function or a remote, or None with a reason why it is not measured; facts: for its row.
+  """
+  call: Callable[[], Any] | bench.Remote | None
+  facts: Mapping[str, Any]
+
+
+def compiled(function: Callable, *args, **facts) -> Candidate:
+  """A function compiled ahead, with what that took; one that does not compile here says why."""
+  try:
+    program = bench.compiled(function, *args)
+  except Exception as error:   # of one candidate: the others are still worth the run
+    return Candidate(None, {"reason": f"{type(error).__name__}: {str(error).splitlines()[:1]}"})
+  return Candidate(program.call, {"compile_seconds": program.seconds,
+                                  "temporary_bytes": program.temporary, **facts})
+
+
+def rows(case: Mapping[str, Any], candidates: Mapping[str, Candidate], setting: Setting,
+         least: float = 0.1) -> Iterator[dict]:
+  """A row for each candidate of a case, timed in turn; every round is kept, for any ratio."""
+  calls = {name: candidate.call for name, candidate in candidates.items() if candidate.call}
+  taken = bench.rounds_of(calls, rounds=setting.rounds, least=least) if calls else {}
+  for name, candidate in candidates.items():
+    seconds = taken.get(name)
+    yield {**case, "name": name, "seconds": seconds and statistics.median(seconds),
+           "rounds": seconds, **candidate.facts}
+
+
+def torch_candidates(setting: Setting, names, model, **what) -> dict[str, Candidate]:
+  """PyTorch's forms of a dense DeiT of the sizes of `model`; what: batch, train."""
+  out = {}
+  for name in names:
+    if setting.torch is None:
+      out[name] = Candidate(None, {"reason": "no --torch PYTHON was given"})
+    else:
+      call, reason = setting.torch.build(
+          kind=PEERS[name], image_size=model.image_size, depth=model.depth, width=model.width,
+          heads=model.heads, **what)
+      out[name] = Candidate(call, {} if call else {"reason": reason})
+  return out
+
+
+def drawn(shapes, dtype: str = "float32"):
+  """Weights to time with, without running an init: N(0, 0.02^2), scales and variances one."""
+  rng = np.random.default_rng(0)
+
+  def draw(name, leaf):
+    if name.endswith(("scale", "var")):
+      return jnp.ones(leaf.shape, dtype)
+    return jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32), dtype)
+
+  return trees.nested({name: draw(name, leaf) for name, leaf in trees.named_leaves(shapes).items()})
+
+
+def drawn_variables(model, images, dtype: str = "float32"):
+  return drawn(jax.eval_shape(model.init, jax.random.key(0), images), dtype)
+
+
+def normal(shape, dtype: str = "float32", seed: int = 0):
+  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32), dtype)
+
+
+class Child:
+  """A fresh Python that prints the seconds it took; timed in turn with others."""
+
+  def __init__(self, code: str, *arguments: str, clear_cache: bool = False):
+    self.command, self.cache = [sys.executable, "-c", code, *arguments], clear_cache
+
+  def seconds(self, calls: int) -> float:
+    total = 0.0
+    for _ in range(calls):
+      with tempfile.TemporaryDirectory() as empty:
+        command = self.command + [empty] * self.cache
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+      total += json.loads(done.stdout.splitlines()[-1])
+    return total / calls

@@ -1,0 +1,75 @@
+"""A whole DeiT-S: inference of the deployed forms of every plan, beside plain Linen and PyTorch."""
+from collections.abc import Iterator
+
+import jax
+
+import vitcompact as vc
+from experiments.benchmarks import measure
+from experiments.benchmarks.measure import Setting
+from experiments.plain_deit import PlainDeiT
+
+MODEL = "deit_small_patch16_224"
+BOTH = vc.CFFN(rank_ratio=0.5, factor="both")
+# Names that accuracies are looked up by, see `tables`.
+PLANS = {
+    "dense": vc.Plan(),
+    "heads": vc.Plan(heads=vc.HMHSA()),
+    "ffn": vc.Plan(ffn=vc.CFFN(rank_ratio=0.5)),
+    "ffn both": vc.Plan(ffn=BOTH),
+    "heads + ffn": vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN(rank_ratio=0.5)),
+    "EViT 0.7": vc.Plan(tokens=vc.EViT(keep=0.7)),
+    "EViT 0.5": vc.Plan(tokens=vc.EViT(keep=0.5)),
+    "ToMe 13": vc.Plan(tokens=vc.ToMe(r=13)),
+    "MCTF 16": vc.Plan(tokens=vc.MCTF(r=16)),
+    "DynamicViT 0.7": vc.Plan(tokens=vc.DynamicViT(keep=0.7)),
+    "ffn both + EViT 0.7": vc.Plan(ffn=BOTH, tokens=vc.EViT(keep=0.7)),
+    "heads + ffn both + EViT 0.7": vc.Plan(heads=vc.HMHSA(), ffn=BOTH, tokens=vc.EViT(keep=0.7)),
+}
+# On a host a larger batch is computed so many images at a time: what these need fits the caches. A
+# call takes seconds, so that few forms must do.
+AT_A_TIME = 8
+FEW = ("dense", "heads", "ffn both", "heads + ffn", "EViT 0.7", "heads + ffn both + EViT 0.7")
+HOST_PEERS = ("torch f32", "torch f32, SDPA", "torch bf16")
+SLOW_HOST_PEERS = ("torch.compile f32", "timm f32")   # half a minute each to build on a host
+DEVICE_PEERS = ("torch bf16", "torch.compile bf16", "timm bf16")
+HOST_BATCHES, DEVICE_BATCHES = (1, 8, 32), (1, 32, 256)
+
+
+def run(setting: Setting, batches=None, **sizes) -> Iterator[dict]:
+  """sizes: fields of the model that make it smaller, for tests."""
+  for batch in batches or (HOST_BATCHES if setting.on_host else DEVICE_BATCHES):
+    candidates = {}
+    few = setting.on_host and batch > AT_A_TIME
+    for name, plan in PLANS.items():
+      if few and name not in FEW:
+        candidates[name] = measure.Candidate(None, {"reason": f"not at batch {batch}"})
+        continue
+      model = vc.create_model(MODEL, plan=plan, deploy=True, dtype=setting.dtype, **sizes)
+      images = measure.normal((batch, model.image_size, model.image_size, 3), setting.dtype)
+      variables = measure.drawn_variables(model, images[:1], setting.dtype)
+      apply = in_turn(model.apply) if few else model.apply
+      candidates[name] = measure.compiled(apply, variables, images, macs=vc.count(model).macs,
+                                          plan=plan.to_json())
+      if name == "dense":
+        dense = model
+        plain = PlainDeiT(model.width, model.depth, model.heads, patch_size=model.patch_size)
+        candidates["plain Linen"] = measure.compiled(plain.apply, variables, images)
+        if few:
+          candidates["dense, all at once"] = measure.compiled(model.apply, variables, images)
+    names = HOST_PEERS[few:] if setting.on_host else DEVICE_PEERS
+    names += SLOW_HOST_PEERS if setting.on_host and batch == AT_A_TIME else ()
+    candidates |= measure.torch_candidates(setting, names, dense, batch=batch)
+    case = {"model": MODEL, "tokens": dense.prefix + dense.grid[0] * dense.grid[1],
+            "batch": batch, "dtype": setting.dtype,
+            "at_a_time": AT_A_TIME if few else batch}
+    yield from measure.rows(case, candidates, setting)
+    if setting.torch:
+      setting.torch.forget()
+
+
+def in_turn(apply):
+  """`apply` for AT_A_TIME images after another."""
+  def call(variables, images):
+    parts = images.reshape(-1, AT_A_TIME, *images.shape[1:])
+    return jax.lax.map(lambda part: apply(variables, part), parts)
+  return call

@@ -1,0 +1,232 @@
+"""The README's tables of speed, and the plot of growth, from results/*.json and nothing else."""
+import math
+import pathlib
+
+from experiments.benchmarks import results
+from experiments.benchmarks.results import best_dense, cases, speed
+
+README = pathlib.Path(__file__).parent.parent.parent / "README.md"
+BEGIN = "<!-- speed: written by `python -m experiments.bench tables` from results/ -->"
+END = "<!-- end of speed -->"
+PLATFORMS = {"cpu": "CPU", "gpu": "GPU", "tpu": "TPU"}
+NO = "not measured"
+
+
+def rewrite() -> str:
+  """Puts the tables into the README and draws the plots; says what it wrote."""
+  text = README.read_text(encoding="utf-8")
+  start, end = text.index(BEGIN), text.index(END)
+  README.write_text(text[:start] + f"{BEGIN}\n{markdown()}\n" + text[end:], encoding="utf-8")
+  drawn = [str(plot(found, platform)) for platform in PLATFORMS
+           if (found := results.load("tokens", platform))]
+  return f"wrote the tables of {README.name}" + "".join(f", {path}" for path in drawn)
+
+
+def markdown(folder: pathlib.Path = results.FOLDER) -> str:
+  """Everything between the marks: a platform after the other, and which were not measured."""
+  parts, missing = [], []
+  for platform, title in PLATFORMS.items():
+    found = {suite: results.load(suite, platform, folder) for suite in SUITES}
+    parts += [SUITES[suite](known, folder) for suite, known in found.items() if known]
+    unknown = [suite for suite, known in found.items() if not known]
+    if len(unknown) == len(SUITES):
+      missing.append(title)
+    elif unknown:
+      parts.append(f"On {title}, suites {', '.join(unknown)}: **{NO}**.")
+  if missing:
+    parts.append(f"On {' and '.join(missing)}: **{NO}**.")
+  return "\n\n".join(parts)
+
+
+def source(found: dict) -> str:
+  """Where a table comes from, in a sentence."""
+  where = (f"one core of {found['processor']}" if found["platform"] == "cpu" else found["device"])
+  clock = "CPU seconds" if found["clock"] == "cpu" else "seconds"
+  peer = f", torch {found['torch']['torch']}" if found["torch"] else ""
+  return (f"`{found['command']}`: {where}, {found['dtype']}, jax {found['jax']}{peer}; {clock}, "
+          f"medians of {found['rounds']} paired rounds (least to most in brackets), load "
+          f"{found['load'][0]:.1f}, commit {found['commit']}, {found['date'][:10]}.")
+
+
+def gemm_table(found: dict, folder: pathlib.Path) -> str:
+  rates = []
+  for row in found["rows"]:
+    rate = NO if row["seconds"] is None else f"{row['flop'] / row['seconds'] / 1e9:.0f} GFLOP/s"
+    rates.append(f"{row['name']} {rate}")
+  size = " x ".join(map(str, found["rows"][0]["product"]))
+  return (f"The ceiling here, one {size} product: {', '.join(rates)}. For as many MACs no ratio "
+          f"to PyTorch can be much larger than that of the products. {source(found)}")
+
+
+def model_table(found: dict, folder: pathlib.Path) -> str:
+  by_batch = {batch: rows for (batch,), rows in cases(found, "batch").items()}
+  middle_batch = sorted(by_batch)[len(by_batch) // 2]
+  middle = by_batch[middle_batch]
+  accuracies = results.accuracies(folder)
+  dense = middle["dense"]
+  batches = " | ".join(f"batch {batch}" for batch in by_batch)
+  lines = [f"| DeiT-S at 224, deployed | MACs, dense / this | {batches} | of the MACs' ratio, "
+           f"batch {middle_batch} | accuracy |",
+           "|---|---:|" + "---:|" * len(by_batch) + "---:|---|"]
+  for name in dict.fromkeys(name for rows in by_batch.values() for name in rows):
+    row = middle.get(name, {})
+    macs = dense["macs"] / row["macs"] if row.get("macs") else None
+    cells = [_images(rows[name], batch) if name == "dense" else _speed(rows, name, "dense")
+             for batch, rows in by_batch.items()]
+    ratio = speed(middle, name, "dense")
+    share = f"{100 * ratio[0] / macs:.0f}%" if macs and ratio and name != "dense" else ""
+    accuracy = _accuracy(accuracies.get(name)) if row.get("macs") else ""
+    lines.append(f"| {name} | {f'{macs:.2f}' if macs else ''} | {' | '.join(cells)} | {share} | "
+                 f"{accuracy} |")
+  text = ("Dense is in images a second; the others say how many times as fast as it they are, in "
+          "the same rounds.")
+  for batch, rows in by_batch.items():
+    if (turn := rows["dense"].get("at_a_time", batch)) != batch:
+      text += (f" Of batch {batch}, ours are computed {turn} images at a time, but in the row that "
+               "says otherwise.")
+  return "\n".join([*lines, "", f"{source(found)} {text}"])
+
+
+def layer_table(found: dict, folder: pathlib.Path) -> str:
+  names = ("hMHSA", "hMHSA, logits site", "block-sparse 25%")
+  lines = ["| attention layer | pass | dense, ms | " + " | ".join(names) + " | temporary memory |",
+           "|---|---|---:|" + "---:|" * len(names) + "---|"]
+  for (tokens, batch, which), rows in cases(found, "tokens", "batch", "pass").items():
+    dense = best_dense(rows)
+    memory = ", ".join(_memory(rows[name]) for name in (dense, "hMHSA", "block-sparse 25%"))
+    cells = [_speed(rows, name, dense) for name in names]
+    lines.append(f"| {tokens} tokens, batch {batch} | {which} | {1e3 * rows[dense]['seconds']:.1f} "
+                 f"| {' | '.join(cells)} | {memory} |")
+  text = ("Width 384, 6 heads, projections and predictors included; how many times as fast as the "
+          "faster dense layer of ours. Memory of dense, hMHSA and block-sparse, in sizes of input "
+          "and output together.")
+  return "\n".join([*lines, "", f"{source(found)} {text}"])
+
+
+def train_table(found: dict, folder: pathlib.Path) -> str:
+  ((batch,), rows), = cases(found, "batch").items()
+  dense = rows["dense"]
+  lines = ["| training step, DeiT-S at 224, AdamW | MACs, dense / this | speed, dense = 1 | "
+           "of the MACs' ratio |", "|---|---:|---:|---:|"]
+  for name, row in rows.items():
+    macs = dense["macs"] / row["macs"] if row.get("macs") else None
+    ratio = speed(rows, name, "dense")
+    cell = _images(row, batch) if name == "dense" else _speed(rows, name, "dense")
+    share = f"{100 * ratio[0] / macs:.0f}%" if macs and ratio and name != "dense" else ""
+    lines.append(f"| {name} | {f'{macs:.2f}' if macs else ''} | {cell} | {share} |")
+  return "\n".join([*lines, "", f"{source(found)} Batch {batch}; MACs of the training form."])
+
+
+def tokens_table(found: dict, folder: pathlib.Path) -> str:
+  by_tokens = {tokens: rows for (tokens,), rows in cases(found, "tokens").items()}
+  names = list(next(iter(by_tokens.values())))
+  lines = ["| ms an image | " + " | ".join(f"{n}" for n in by_tokens) + " |",
+           "|---|" + "---:|" * len(by_tokens)]
+  for name in names:
+    cells = [_milliseconds(rows[name]) for rows in by_tokens.values()]
+    lines.append(f"| {name} | {' | '.join(cells)} |")
+  text = ("Columns are numbers of tokens, class token included; the network is a DeiT-S of four "
+          "blocks, in the last three of which EViT keeps 0.7; links are blocks of tokens, a "
+          "quarter of them, where there are enough tokens for it to pay.")
+  image = f"![milliseconds by number of tokens](results/tokens_{found['platform']}.png)"
+  return "\n".join([image, "", *lines, "", f"{source(found)} {text}"])
+
+
+def startup_table(found: dict, folder: pathlib.Path) -> str:
+  lines = ["| before the first result | seconds | against | |", "|---|---:|---|---:|"]
+  for (what,), rows in cases(found, "what").items():
+    first, *others = rows
+    for name in others:
+      ratio = speed(rows, first, name)   # how many times as long
+      lines.append(f"| {what}: {name} | {rows[name]['seconds']:.2f} | {first}: "
+                   f"{rows[first]['seconds']:.2f} | {_times(ratio)} |")
+  return "\n".join([*lines, "", source(found)])
+
+
+def data_table(found: dict, folder: pathlib.Path) -> str:
+  lines = ["| JPEG to batches of 224 pixels | images a second | against the first |",
+           "|---|---:|---:|"]
+  for (what, batch), rows in cases(found, "what", "batch").items():
+    first, unit = next(iter(rows)), "of CPU time" if what.startswith("CPU") else "of wall time"
+    for name, row in rows.items():
+      cell = NO if row["seconds"] is None else f"{batch / row['seconds']:.0f} {unit}"
+      ratio = "" if name == first else _speed(rows, name, first)
+      lines.append(f"| {name} | {cell} | {ratio} |")
+  return "\n".join([*lines, "", source(found)])
+
+
+SUITES = {"gemm": gemm_table, "model": model_table, "layer": layer_table, "train": train_table,
+          "tokens": tokens_table, "startup": startup_table, "data": data_table}
+
+
+def _speed(rows, name: str, over: str) -> str:
+  """A cell: "1.23x [1.20, 1.25]"."""
+  return _times(speed(rows, name, over)) if name in rows else NO
+
+
+def _times(ratio) -> str:
+  return NO if ratio is None else f"{ratio[0]:.2f}x [{ratio[1]:.2f}, {ratio[2]:.2f}]"
+
+
+def _images(row: dict, batch: int) -> str:
+  return f"{batch / row['seconds']:.1f} img/s"
+
+
+def _milliseconds(row: dict) -> str:
+  return NO if row["seconds"] is None else f"{1e3 * row['seconds'] / row['batch']:.1f}"
+
+
+def _memory(row: dict) -> str:
+  if not row.get("temporary_bytes"):
+    return NO
+  return f"{row['temporary_bytes'] / row['inputs_and_outputs_bytes']:.1f}"
+
+
+def _accuracy(rows) -> str:
+  """A cell: accuracy on each data set it was measured on, and the difference from its companion."""
+  if not rows:
+    return NO
+  return "; ".join(f"{100 * row['accuracy']:.2f}% on {row['data']}" + _difference(row)
+                   for row in rows)
+
+
+def _difference(row: dict) -> str:
+  """Of a compact model; interval: half of the 95% interval, infinite for a single pair."""
+  if row["name"] == "dense" or row.get("difference") is None:
+    return ""
+  interval = row.get("interval")
+  spread = "" if interval is None or math.isinf(interval) else f" ± {100 * interval:.2f}"
+  return f" ({100 * row['difference']:+.2f}{spread})"
+
+
+def plot(found: dict, platform: str, folder: pathlib.Path = results.FOLDER) -> pathlib.Path:
+  """Milliseconds by tokens, both logarithmic: growth is a slope."""
+  import matplotlib
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+  by_tokens = cases(found, "tokens")
+  figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+  for name in next(iter(by_tokens.values())):
+    points = [(tokens, 1e3 * rows[name]["seconds"] / rows[name]["batch"])
+              for (tokens,), rows in by_tokens.items() if rows[name]["seconds"]]
+    ours = rows_are_ours(next(iter(by_tokens.values()))[name])
+    if points:
+      axes.loglog(*zip(*points, strict=True), "-o" if ours else "--s", markersize=3, label=name)
+  ticks = [tokens for (tokens,) in by_tokens]
+  axes.set_xticks(ticks, ticks)
+  axes.minorticks_off()
+  axes.set_xlabel("tokens")
+  axes.set_ylabel("milliseconds an image")
+  axes.set_title(f"DeiT-S, four blocks: {found['processor']}, {found['dtype']}"
+                 if platform == "cpu" else f"DeiT-S, four blocks: {found['device']}", fontsize=9)
+  axes.grid(alpha=0.3)
+  axes.legend(fontsize=8)
+  path = folder / f"tokens_{platform}.png"
+  figure.savefig(path, dpi=130)
+  pyplot.close(figure)
+  return path
+
+
+def rows_are_ours(row: dict) -> bool:
+  """Peers' MACs are not counted."""
+  return "macs" in row

@@ -1,0 +1,291 @@
+"""How training survives: kills at random moments, flipped bits, restarts; prints counts.
+
+  python -m experiments.survive --kills 50
+  python -m experiments.survive --flips 100
+  python -m experiments.survive --resume       # 40 steps = 20, kill -9, and the rest, bit for bit
+
+Kills: main.py trains a tiny model that saves, evaluates and cleans up after every second step, and
+is killed (-9) at a random moment. Then every checkpoint that is visible must restore whole, what
+was visible before must be there or have given way to newer ones, and the next start must go on from
+the newest. Flips: one random bit of one file of a checkpoint, which must then be refused, or
+restore what was saved. Resume: digits and an image folder, with 0 and 2 worker processes, on 1 and
+on 8 pretended devices, and in 2 processes; some are stopped by SIGTERM instead. All on the
+processor.
+"""
+import argparse
+import collections
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = ("--config=configs/digits.py", "--config.model.image_size=8", "--config.model.width=16",
+        "--config.model.depth=2", "--config.model.heads=2", "--config.batch_size=16",
+        "--config.eval_batch_size=184", "--config.optim.warmup_steps=5")
+
+
+def environment(directory: pathlib.Path, devices: int) -> dict:
+  """Few optimisations, and nothing is compiled twice: starting is most of the time."""
+  return os.environ | {
+      "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONUNBUFFERED": "1",
+      "XLA_FLAGS": "--xla_backend_optimization_level=0 "
+                   f"--xla_force_host_platform_device_count={devices}"}
+
+
+def start(arguments, directory: pathlib.Path, devices: int = 1) -> subprocess.Popen:
+  return subprocess.Popen([sys.executable, "main.py", *arguments], cwd=ROOT, text=True,
+                          env=environment(directory, devices), stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
+
+
+def read_until(process: subprocess.Popen, words) -> str:
+  """The first line of a process's output that has one of the words."""
+  seen = []
+  for line in process.stdout:
+    seen.append(line)
+    if any(word in line for word in words):
+      return line
+  raise RuntimeError(f"exit code {process.wait()} before {words}: {''.join(seen[-5:])}")
+
+
+def kill(processes):
+  for process in processes:
+    process.kill()
+  for process in processes:
+    process.communicate()
+
+
+class Reader:
+  """Reads the checkpoints of a workdir as main.py would, and changes nothing there."""
+
+  def __init__(self, workdir: pathlib.Path):
+    from ml_collections import FrozenConfigDict
+
+    from vitcompact.train import build
+
+    config = json.loads((workdir / "config.json").read_text())
+    self.workdir, self.run = workdir, build.build(FrozenConfigDict(config))
+
+  def steps(self) -> list[int]:
+    return self._opened(lambda store: store.steps())
+
+  def restore(self, step: int) -> tuple:
+    """(bytes of every leaf by name, progress)."""
+    import jax
+    import numpy as np
+
+    from vitcompact import trees
+
+    state, progress = self._opened(
+        lambda store: store.restore(step, self.run.shapes, self.run.shardings))
+    state = state.replace(key=jax.random.key_data(state.key))
+    return {name: np.asarray(leaf).tobytes()
+            for name, leaf in trees.named_leaves(state).items()}, progress
+
+  def _opened(self, what):
+    from vitcompact.train.checkpoint import Checkpoints
+
+    store = Checkpoints(self.workdir, keep_last=2)
+    try:
+      return what(store)
+    finally:
+      store.close()
+
+
+def try_kills(count: int, directory: pathlib.Path, rng: random.Random) -> dict:
+  """Kills main.py so many times: {what happened: how often}."""
+  workdir, seen, reader = directory / "kills", collections.Counter(), None
+  arguments = [*TINY, f"--workdir={workdir}", "--config.total_steps=1000000",
+               "--config.checkpoint_every=2", "--config.log_every=2"]
+  newest, leavings = 0, collections.Counter()
+  for _ in range(count):
+    process = start(arguments, directory)
+    if newest:
+      line = read_until(process, ["resumed at step"])
+      seen["restarts that went on from the newest"] += f"resumed at step {newest} " in line
+    read_until(process, ["val_accuracy"])
+    time.sleep(rng.uniform(0, 1))
+    there = [int(path.name) for path in (workdir / "checkpoints").iterdir()
+             if path.name.isdecimal()]
+    kill([process])
+    leavings.update({path.name.strip("0123456789") for path in
+                     (workdir / "checkpoints").iterdir()} - {"", "scores.json"})
+    seen["kills"] += 1
+    reader = reader or Reader(workdir)
+    for step in reader.steps():
+      try:
+        reader.restore(step)
+        seen["checkpoints restored whole"] += 1
+      except ValueError as error:
+        print(f"step {step}: {error}", flush=True)
+        seen["corrupt"] += 1
+    newest = max(reader.steps(), default=0)
+    seen["lost"] += newest < max(there, default=0)
+  return {"kills": 0, "corrupt": 0, "lost": 0, **seen,
+          **{f"kills that left {name}": times for name, times in leavings.items()}}
+
+
+def try_flips(count: int, directory: pathlib.Path, rng: random.Random) -> dict:
+  """Flips so many bits, one at a time, in the files of one checkpoint."""
+  workdir, seen = directory / "flips", collections.Counter()
+  process = start([*TINY, f"--workdir={workdir}", "--config.total_steps=1000000",
+                   "--config.checkpoint_every=50"], directory)
+  read_until(process, ["step 100/"])
+  kill([process])
+  reader = Reader(workdir)
+  step = max(reader.steps())
+  good = reader.restore(step)
+  files = sorted(path for path in (workdir / "checkpoints").rglob("*") if path.is_file() and
+                 path.stat().st_size and path.relative_to(workdir / "checkpoints").parts[0] in
+                 (str(step), "scores.json"))
+  sizes = [path.stat().st_size for path in files]
+  for turn in range(count):   # in turn any file alike, and any byte alike
+    path = rng.choice(files) if turn % 2 else rng.choices(files, sizes)[0]
+    raw = path.read_bytes()
+    at, bit = rng.randrange(len(raw)), rng.randrange(8)
+    path.write_bytes(raw[:at] + bytes([raw[at] ^ 1 << bit]) + raw[at + 1:])
+    name = path.relative_to(workdir / "checkpoints")
+    try:
+      result = "harmless: restored what was saved" if reader.restore(step) == good else "SILENT"
+    except ValueError:
+      result = "refused"
+    except Exception as error:  # what a user would see as a traceback
+      result = "refused with a traceback"
+      print(f"{name} byte {at} bit {bit}: {type(error).__name__}: {error}", flush=True)
+    finally:
+      path.write_bytes(raw)
+    seen[result] += 1
+    if result == "SILENT":
+      print(f"{name} byte {at} bit {bit}: restored something else", flush=True)
+  if reader.restore(step) != good:
+    raise RuntimeError("the checkpoint is another without a flip: the counts mean nothing")
+  return {"flips": count, "SILENT": 0, **seen}
+
+
+def write_folder(directory: pathlib.Path) -> pathlib.Path:
+  """Digits as class folders of PNG files."""
+  import numpy as np
+  from PIL import Image
+
+  from vitcompact.data import pipeline
+
+  root = directory / "folder"
+  for split, many in (("train", 400), ("val", 100), ("test", 100)):
+    images = pipeline.source("digits", split, image_size=8)
+    for index in range(many):
+      example = images[index]
+      path = root / split / str(example["label"]) / f"{index}.png"
+      path.parent.mkdir(parents=True, exist_ok=True)
+      Image.fromarray(np.asarray(example["image"])).save(path)
+  return root
+
+
+def free_port() -> int:
+  with socket.socket() as server:
+    server.bind(("localhost", 0))
+    return server.getsockname()[1]
+
+
+def group(arguments, directory, processes: int, devices: int) -> list[subprocess.Popen]:
+  """main.py in so many processes that are one run."""
+  if processes == 1:
+    return [start(arguments, directory, devices)]
+  where = [f"--coordinator=localhost:{free_port()}", f"--num_processes={processes}"]
+  return [start([*arguments, *where, f"--process_id={index}"], directory, devices)
+          for index in range(processes)]
+
+
+def last_line(workdir: pathlib.Path) -> dict:
+  return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def interrupt(running, how: str):
+  """Ends a run: kill -9 to all of its processes, or SIGTERM to the last, which ends all with 75."""
+  if how == "kill -9":
+    return kill(running)
+  running[-1].terminate()
+  outputs = [process.communicate()[0] for process in running]
+  if any(process.returncode != 75 for process in running):
+    raise RuntimeError(f"SIGTERM ended with {[process.returncode for process in running]}: "
+                       f"{outputs[0][-500:]}")
+
+
+def resumes_exactly(name: str, arguments, directory, processes: int, devices: int,
+                    how: str) -> bool:
+  """Whether 40 steps are 20 and a little, an interruption, and the rest, in every bit."""
+  arguments = [*TINY, "--config.total_steps=40", "--config.checkpoint_every=20",
+               "--config.log_every=1", *arguments]
+  ends = []
+  for stops in (False, True):
+    workdir = directory / f"{name}_{'twice' if stops else 'once'}"
+    call = [*arguments, f"--workdir={workdir}"]
+    if stops:
+      running = group(call, directory, processes, devices)
+      read_until(running[0], ["step 21/40"])
+      interrupt(running, how)
+      if (workdir / "checkpoints" / "40").exists():
+        raise RuntimeError(f"{name}: killed too late to say anything")
+    running = group(call, directory, processes, devices)
+    outputs = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
+      raise RuntimeError(f"{name}: {outputs[0][-500:]}")
+    meta = json.loads((workdir / "checkpoints/40/meta/metadata").read_text())
+    ends.append((meta["leaves"], meta["progress"], last_line(workdir)))
+  return ends[0] == ends[1]
+
+
+def try_resume(directory: pathlib.Path) -> dict:
+  folder = write_folder(directory)
+  digits = ["--config.data.name=digits"]
+  images = [f"--config.data.name=folder:{folder}", "--config.data.augment=randaugment",
+            "--config.eval_batch_size=96"]
+  cases = [("digits", digits, 0, 1, 1, "kill -9"), ("digits", digits, 2, 1, 8, "kill -9"),
+           ("folder", images, 0, 1, 8, "kill -9"), ("folder", images, 2, 1, 1, "SIGTERM"),
+           ("digits", digits, 0, 2, 1, "SIGTERM"), ("folder", images, 2, 2, 4, "kill -9")]
+  out = {}
+  for data, arguments, workers, processes, devices, how in cases:
+    name = f"{how}: {data}, {workers} workers, {processes} x {devices} devices"
+    same = resumes_exactly(re.sub(r"\W+", "_", name),
+                           [*arguments, f"--config.data.workers={workers}"], directory, processes,
+                           devices, how)
+    out[name] = "the same bits" if same else "OTHER BITS"
+    print(f"{name}: {out[name]}", flush=True)
+  return out
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--kills", type=int, default=0)
+  parser.add_argument("--flips", type=int, default=0)
+  parser.add_argument("--resume", action="store_true")
+  parser.add_argument("--seed", type=int, default=0, help="of moments and bits")
+  arguments = parser.parse_args()
+  os.environ.update(environment(pathlib.Path(tempfile.gettempdir()), 1))
+  directory = pathlib.Path(tempfile.mkdtemp(prefix="survive"))
+  rng, results = random.Random(arguments.seed), {}
+  try:
+    if arguments.kills:
+      results |= try_kills(arguments.kills, directory, rng)
+    if arguments.flips:
+      results |= try_flips(arguments.flips, directory, rng)
+    if arguments.resume:
+      results |= try_resume(directory)
+  finally:
+    shutil.rmtree(directory, ignore_errors=True)
+  print("\n".join(f"{what}: {value}" for what, value in results.items()))
+  bad = ("corrupt", "lost", "SILENT", "refused with a traceback")
+  sys.exit(any(results.get(what) for what in bad) or "OTHER BITS" in results.values())
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,27 @@
+#!/bin/bash
+# Trains under SLURM, one process a node with all of its GPUs; goes on by itself when it is stopped.
+#
+#   sbatch --nodes=2 --gpus-per-node=8 launch/slurm.sh configs/deit_s.py WORKDIR [other flags]
+#
+# SLURM sends SIGTERM two minutes before the time limit, and when a job of higher priority takes the
+# nodes; main.py saves and leaves with 75, and the job queues itself again.
+#SBATCH --job-name=vitcompact
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=64
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x.%j.log
+set -uo pipefail
+if [ $# -lt 2 ]; then sed -n '2,4s/^# \{0,1\}//p' "$0"; exit 2; fi
+config=$1 workdir=$2
+shift 2
+coordinator=()
+[ "${SLURM_NNODES:-1}" -gt 1 ] && coordinator=(--coordinator=auto)
+srun --kill-on-bad-exit=0 .venv/bin/python main.py --config="$config" --workdir="$workdir" \
+  "${coordinator[@]}" "$@"
+code=$?
+case $code in
+  75|76|134|137) scontrol requeue "$SLURM_JOB_ID" ;;
+  *) exit $code ;;
+esac

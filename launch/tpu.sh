@@ -1,0 +1,66 @@
+#!/bin/bash
+# Trains on Cloud TPU: one host or a whole slice, on demand or spot. Run it on your own machine.
+#
+#   launch/tpu.sh NAME ZONE TYPE CONFIG WORKDIR [main.py's other flags]
+#   launch/tpu.sh deit us-central2-b v4-32 configs/deit_s.py /mnt/runs/deit_s
+#
+# SPOT=1 asks for a spot slice, AUTOCHECKPOINT=1 for SIGTERM before maintenance. WORKDIR and data
+# must be directories that every host of the slice sees (docs/scale.md). Asks again for a slice
+# that was taken away, and starts again what was stopped; gives up after three failures in a row
+# within five minutes each, which are no accident.
+set -euo pipefail
+if [ $# -lt 5 ]; then sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; fi
+name=$1 zone=$2 type=$3 config=$4 workdir=$5
+shift 5
+version=${VERSION:-tpu-ubuntu2204-base}
+repository=${REPOSITORY:-$(git config --get remote.origin.url)}
+commit=${COMMIT:-$(git rev-parse HEAD)}
+options=(--accelerator-type="$type" --version="$version")
+[ -n "${SPOT:-}" ] && options+=(--spot)
+[ -n "${AUTOCHECKPOINT:-}" ] && options+=(--autocheckpoint-enabled)
+[ -n "${DISK:-}" ] && options+=(--data-disk="$DISK")   # source=projects/...,mode=read-only
+
+on_all_hosts() {
+  gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"
+}
+
+state() {
+  gcloud compute tpus tpu-vm describe "$name" --zone="$zone" --format='value(state)' 2>/dev/null ||
+    echo MISSING
+}
+
+prepare() {
+  on_all_hosts "
+    set -e
+    [ -d vitcompact ] || git clone --quiet '$repository' vitcompact
+    cd vitcompact && git fetch --quiet && git checkout --quiet '$commit'
+    [ -d .venv ] || python3 -m venv .venv
+    .venv/bin/pip install --quiet -r requirements.txt 'jax[tpu]==0.10.2'
+    ${MOUNT:-true}"
+}
+
+failures=0
+while true; do
+  case $(state) in
+    READY) ;;
+    MISSING)
+      gcloud compute tpus tpu-vm create "$name" --zone="$zone" "${options[@]}" ||
+        { sleep 60; continue; }
+      prepare ;;
+    PREEMPTED|TERMINATED|STOPPED)
+      gcloud compute tpus tpu-vm delete "$name" --zone="$zone" --quiet
+      continue ;;
+    *) sleep 20; continue ;;
+  esac
+  code=0 begin=$SECONDS
+  on_all_hosts "cd vitcompact && .venv/bin/python main.py --config='$config' --workdir='$workdir' \
+    --coordinator=auto $*" || code=$?
+  if [ "$code" = 0 ]; then
+    echo "done; delete the slice with: gcloud compute tpus tpu-vm delete $name --zone=$zone"
+    exit 0
+  fi
+  if ((SECONDS - begin < 300)); then failures=$((failures + 1)); else failures=0; fi
+  if ((failures == 3)); then echo "ended with $code three times; see above"; exit "$code"; fi
+  echo "ended with $code; going on from the newest checkpoint"
+  sleep 10
+done

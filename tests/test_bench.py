@@ -1,0 +1,228 @@
+"""Benchmarks that cannot lie: turns are taken, ratios are of one round, tables are results."""
+import importlib
+import json
+import statistics
+import subprocess
+import sys
+
+import pytest
+
+import vitcompact as vc
+from experiments import bench as program
+from experiments.benchmarks import (
+  data,
+  gemm,
+  goals,
+  layer,
+  measure,
+  model,
+  peer,
+  results,
+  startup,
+  tables,
+  tokens,
+  train,
+)
+from experiments.benchmarks.measure import Candidate, Setting
+from vitcompact import bench
+from vitcompact.count import Count, Macs
+
+SMALL = {"width": 8, "heads": 2, "image_size": 64}
+
+
+class Remote:
+  """Takes the seconds that it is given, one after another, and writes down that it was asked."""
+
+  def __init__(self, name="", seconds=(1.0,), log=None):
+    self.name, self.left, self.log = name, list(seconds), [] if log is None else log
+
+  def seconds(self, calls):
+    self.log.append((self.name, calls))
+    return self.left.pop(0) if len(self.left) > 1 else self.left[0]
+
+
+def test_candidates_take_turns_in_an_order_that_rotates():
+  log = []
+  taken = bench.rounds_of({name: Remote(name, log=log) for name in "abc"}, rounds=4, least=3.0)
+  # A first call, one to see how long it takes, and then three calls a turn.
+  assert "".join(name for name, _ in log) == "abc" + "abc" + "abc" + "bca" + "cab" + "abc"
+  assert {calls for _, calls in log[6:]} == {3}
+  assert {name: len(seconds) for name, seconds in taken.items()} == {"a": 4, "b": 4, "c": 4}
+  # Where one call is enough for all, finding that out was the first round.
+  log.clear()
+  taken = bench.rounds_of({name: Remote(name, [9, 1, 2, 3], log) for name in "ab"}, rounds=3,
+                          least=1.0)
+  assert "".join(name for name, _ in log) == "ab" + "ab" + "ba" + "ab" and taken["a"] == [1, 2, 3]
+
+
+def test_ratios_are_of_the_same_round_so_that_what_slows_a_round_cancels():
+  noise = [1, 1, 1.5, 10, 0.2, 7]
+  timing = bench.paired({"a": Remote(seconds=noise), "b": Remote(seconds=[s / 2 for s in noise])},
+                        rounds=5, least=1e-3)
+  assert timing["b"].speedup == timing["b"].low == timing["b"].high == 2
+  assert timing["a"].seconds == statistics.median(noise[1:])
+
+
+def test_compilation_is_measured_apart_and_a_function_is_waited_for():
+  import jax.numpy as jnp
+  program = bench.compiled(lambda x: x @ x, jnp.ones((256, 256)))
+  timing = bench.paired({"product": program.call}, rounds=2, least=0)
+  assert program.seconds > timing["product"].seconds > 0 and program.call()[0, 0] == 256
+  assert timing["product"].clock == "cpu"
+
+
+def test_a_layer_is_compiled_timed_and_its_memory_counted():
+  rows = list(layer.run(Setting("cpu", rounds=2), shapes=((4, 2),), width=8, heads=2))
+  assert {row["pass"] for row in rows} == {"forward", "forward and backward"}
+  assert all(len(row["rounds"]) == 2 and min(row["rounds"]) > 0 for row in rows)
+  assert all(row["tokens"] == 17 and row["temporary_bytes"] > 0 for row in rows)
+  by_name = {row["name"]: row for row in rows if row["pass"] == "forward"}
+  assert by_name["hMHSA"]["macs"] < by_name["dense"]["macs"]
+  assert by_name["dense"]["inputs_and_outputs_bytes"] == 2 * (2 * 17 * 8 * 4)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+  """A folder of results of every suite, small, in which nothing was compiled: all take a second."""
+  folder = tmp_path_factory.mktemp("results")
+  one = Candidate(Remote(), {"temporary_bytes": 1, "compile_seconds": 1.0})
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(measure, "compiled", lambda function, *args, **facts: Candidate(
+        Remote(), {**one.facts, **facts}))
+    patch.setattr(train, "_candidate", lambda *args, **facts: Candidate(Remote(), facts))
+    patch.setattr(measure, "Child", lambda *args, **kwargs: Remote())
+    patch.setattr(measure, "drawn_variables", lambda *args: {})
+    patch.setattr(layer, "macs_of", lambda *args: Macs(1))
+    patch.setattr(vc, "count", lambda model: Count(1, 1, 1, 1, 1))
+    patch.setattr(startup, "_program", lambda *args: ())
+    patch.setattr(startup, "_Compilation", lambda *args: Remote())
+    setting = Setting("cpu", rounds=3, cores=(0, 1))
+    suites = {
+        "gemm": gemm.run(setting), "layer": layer.run(setting, width=8, heads=2),
+        "model": model.run(setting, (8,), depth=10, **SMALL),
+        "train": train.run(setting, depth=1, **SMALL),
+        "tokens": tokens.run(setting, (4, 6), width=8, heads=2),
+        "startup": startup.run(setting, depth=1, **SMALL), "data": data.run(setting, images=1)}
+    for name, rows in suites.items():
+      about = {"suite": name, "platform": "cpu", "processor": "a processor", "dtype": "float32",
+               "jax": "1.2", "clock": "cpu", "torch": None, "rounds": 3, "load": [0.0, 0.0],
+               "commit": "abc", "date": "2000-01-01", "command": f"bench {name}", "device": "cpu"}
+      program.write(folder / f"{name}_cpu.json", {**about, "rows": list(rows)})
+  return folder
+
+
+def test_every_goal_finds_its_measurement(measured):
+  table = goals.table(measured)
+  # Without a Python that has torch its rows are there and say so; all others were measured.
+  assert all("torch" in line for line in table.splitlines() if "not measured" in line)
+  assert "| dense over plain Linen, batch 8 | 1.00 | >= 1.05 | within 5% |" in table
+  assert "| heads, batch 8 | 1.00 | >= 1.1 | NO |" in table
+  for count in (197, 577, 1025, 4097):
+    assert f"| hMHSA layer, {count} tokens, forward | 1.00 |" in table
+
+
+def test_tables_say_what_was_not_measured(measured):
+  text = tables.markdown(measured)
+  assert text.endswith("On GPU and TPU: **not measured**.")
+  torch = next(line for line in text.splitlines() if line.startswith("| torch f32 |"))
+  assert torch == "| torch f32 |  | not measured |  |  |"
+  heads = next(line for line in text.splitlines() if line.startswith("| heads |"))
+  assert heads.endswith("| not measured |") and "1.00x [1.00, 1.00]" in heads
+  (measured / "part").mkdir(exist_ok=True)
+  (measured / "part" / "gemm_gpu.json").write_text((measured / "gemm_cpu.json").read_text())
+  assert tables.markdown(measured / "part").endswith(
+      "On GPU, suites model, layer, train, tokens, startup, data: **not measured**.\n\n"
+      "On CPU and TPU: **not measured**.")
+  assert tables.markdown(measured / "nothing") == "On CPU and GPU and TPU: **not measured**."
+
+
+def test_accuracy_stands_beside_speed_where_it_was_measured(measured):
+  row = {"name": "heads", "data": "digits", "accuracy": 0.9861, "difference": -0.005,
+         "interval": 0.0123}
+  (measured / "accuracy_x.json").write_text(json.dumps({"rows": [row]}))
+  heads = next(line for line in tables.markdown(measured).splitlines()
+               if line.startswith("| heads |"))
+  assert heads.endswith("| 98.61% on digits (-0.50 ± 1.23) |")
+
+
+def test_the_readme_is_what_the_results_say():
+  text = tables.README.read_text()
+  written = text[text.index(tables.BEGIN) + len(tables.BEGIN):text.index(tables.END)]
+  assert written.strip() == tables.markdown().strip()
+
+
+def test_results_are_read_as_they_were_written(tmp_path):
+  written = {"suite": "x", "load": [1.0, 2.0], "rows": [{"name": "a", "seconds": 1.5},
+                                                        {"name": "b", "seconds": None}]}
+  program.write(tmp_path / "x_cpu.json", written)
+  assert results.load("x", "cpu", tmp_path) == written
+  assert results.load("y", "cpu", tmp_path) is None
+  assert [path.name for path in tmp_path.iterdir()] == ["x_cpu.json"]
+
+
+FAKE = """
+import json, sys
+for line in sys.stdin:
+  question = json.loads(line)
+  if question["do"] == "build" and question["kind"] == "f32":
+    answer = {"id": 7}
+  elif question["do"] == "build":
+    answer = {"error": "ImportError: no such thing"}
+  elif question["do"] == "time":
+    answer = {"seconds": float(question["id"])}
+  else:
+    answer = {"torch": "9"}
+  print(json.dumps(answer), flush=True)
+"""
+
+
+def test_a_peer_of_another_python_takes_turns_and_what_it_lacks_is_said(tmp_path, monkeypatch):
+  script = tmp_path / "fake.py"
+  script.write_text(FAKE)
+  monkeypatch.setattr(peer, "SCRIPT", script)
+  setting = Setting("cpu", rounds=2, torch=peer.TorchPeer(sys.executable))
+  candidates = {name: Candidate(*_built(setting, name)) for name in ("torch f32", "torch bf16")}
+  rows = {row["name"]: row for row in measure.rows({}, candidates, setting)}
+  assert rows["torch f32"]["rounds"] == [7.0, 7.0]
+  assert rows["torch bf16"]["seconds"] is None
+  assert rows["torch bf16"]["reason"] == "ImportError: no such thing"
+  setting.torch.close()
+
+
+def _built(setting, name):
+  class Sizes:
+    image_size, depth, width, heads = 32, 1, 8, 2
+  candidate, = measure.torch_candidates(setting, [name], Sizes, batch=1).values()
+  return candidate
+
+
+def test_a_python_without_torch_is_refused_in_a_line(tmp_path, monkeypatch):
+  with pytest.raises(ValueError, match="No such file or directory; give a Python that has torch"):
+    peer.TorchPeer(str(tmp_path / "python"))
+  script = tmp_path / "ends.py"
+  script.write_text("raise SystemExit(3)")
+  monkeypatch.setattr(peer, "SCRIPT", script)
+  with pytest.raises(ValueError, match="the process of torch ended with 3"):
+    peer.TorchPeer(sys.executable)
+
+
+def test_batches_of_the_pipeline_and_of_the_loop_are_timed(tmp_path, capsys):
+  data.write_jpegs(tmp_path / "train" / "one", 3)
+  data.write_jpegs(tmp_path / "val" / "one", 1)
+  loop = data.pil_loop(sorted(tmp_path.glob("train/*/*.jpg")), 4)
+  assert next(loop).shape == (4, 224, 224, 3)
+  data.timed("threads", str(tmp_path), "2", "1")
+  assert float(capsys.readouterr().out) >= 0
+
+
+def test_the_command_refuses_in_a_line():
+  command = [sys.executable, "-m", "experiments.bench", "all", "--out", "x.json"]
+  done = subprocess.run(command, cwd=tables.README.parent, capture_output=True, text=True)
+  assert done.returncode == 1 and done.stderr.count("\n") == 1
+  assert done.stderr.startswith("error: --out names one file")
+
+
+@pytest.mark.parametrize("name", program.SUITES)
+def test_every_suite_is_a_module_with_a_table_and_goals(name):
+  assert callable(importlib.import_module(f"experiments.benchmarks.{name}").run)
+  assert name in tables.SUITES and name in goals.SUITES

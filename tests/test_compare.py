@@ -1,0 +1,43 @@
+"""experiments.compare reads what runs wrote, and says what is missing."""
+import json
+import sys
+
+import pytest
+
+from experiments import compare
+
+
+@pytest.fixture
+def runs(tmp_path):
+  for name, factor in (("a", 1.0), ("b", 2.0)):
+    (tmp_path / name).mkdir()
+    lines = [{"step": step, "loss": factor / step, "mode": "train"} for step in (1, 2, 2, 3)]
+    lines[1]["loss"] = 9.0    # before a kill; step 2 was done again
+    lines.append({"step": 3, "test_accuracy": 0.5 * factor})
+    (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n"
+                                                           for line in lines))
+  return [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+def test_a_step_that_was_done_again_counts_once(runs):
+  assert compare.read(runs[1])["loss"] == {1: 2.0, 2: 1.0, 3: 2 / 3}
+
+
+def test_runs_are_plotted_and_their_ends_told(runs, tmp_path, monkeypatch, capsys):
+  out = tmp_path / "out.png"
+  monkeypatch.setattr(sys, "argv", ["compare", *runs, "--out", str(out)])
+  compare.main()
+  assert out.read_bytes().startswith(b"\x89PNG")
+  rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+  assert rows[0][:4] == ["run", "step", "val_accuracy", "test_accuracy"]
+  assert rows[2][:4] == [runs[1], "3", "-", "1"]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["/nowhere"], "/nowhere/metrics.jsonl is not there"),
+    (["--metrics", "los"], "no run has los; there are loss, test_accuracy")])
+def test_a_mistake_gets_one_line(runs, monkeypatch, arguments, words):
+  monkeypatch.setattr(sys, "argv", ["compare", "--out", "x.png", *runs, *arguments])
+  with pytest.raises(SystemExit) as stopped:
+    compare.main()
+  assert words in str(stopped.value)

@@ -1,0 +1,139 @@
+"""Tuning changes the form, never the function; what it chose travels with the model."""
+import dataclasses
+import importlib
+
+import jax
+import pytest
+
+import vitcompact as vc
+from tests import tiny
+from vitcompact import attention, convert, trees
+
+tuning = importlib.import_module("vitcompact.tune")   # `vitcompact.tune` is the function
+PLAN = vc.Plan(heads=vc.HMHSA(), tokens=vc.ToMe(r=4),
+               ffn=vc.CFFN(factor="both", rank_ratio=0.25), blocks={0: {"heads": None}})
+
+
+@pytest.fixture(scope="module")
+def folded():
+  """(training form, its variables, deployed form, its variables, images)."""
+  model = tiny.deit(PLAN)
+  variables = tiny.init(model)
+  return model, variables, *vc.fold(model, variables), tiny.images(model)
+
+
+def choose(monkeypatch, choice):
+  """In place of measuring; choice: of the form of a call. Returns the calls that were asked about.
+  """
+  asked = []
+
+  def fastest(call, rounds):
+    asked.append(call)
+    return choice(call)
+
+  monkeypatch.setattr(tuning, "fastest", fastest)
+  return asked
+
+
+def test_a_tuned_model_is_the_same_function_in_a_file_and_when_folded_again(
+    folded, monkeypatch, tmp_path):
+  model, variables, deploy, deployed, x = folded
+  forms = {tuning.Layer: tuning.MATRIX, tuning.Attending: "tiled"}
+  choose(monkeypatch, lambda call: forms[type(call)])
+  tuned, tuned_variables = vc.tune(deploy, deployed, x)
+  assert all(tuned.plan.at(i).ffn.merged == ("fc1", "fc2") for i in range(2))
+  assert tuned.plan.backends == {0: "tiled", 1: "tiled"}
+  assert vc.verify(model, variables, tuned, tuned_variables, x).max_rel <= 1e-5
+  asked = jax.eval_shape(tuned.init, jax.random.key(0), x)
+  assert trees.differences(tuned_variables, asked) == []
+  assert vc.count(tuned).params > vc.count(deploy).params     # rank 6 of 24: dense is larger
+  # The choice is in the plan: folding the training form under it gives the same form, untimed.
+  again, refolded = vc.fold(model.clone(plan=tuned.plan), variables)
+  assert again == tuned and trees.differences(refolded, tuned_variables) == []
+  assert vc.verify(tuned, tuned_variables, again, refolded, x).ok
+  assert vc.fold(tuned, tuned_variables)[0] == tuned
+  convert.save(tmp_path / "tuned.safetensors", tuned, tuned_variables)
+  loaded, loaded_variables = convert.load(tmp_path / "tuned.safetensors")
+  assert loaded == tuned and trees.digest(loaded_variables) == trees.digest(tuned_variables)
+  # Merged layers stay so, and go to PyTorch as dense ones; attention is chosen anew.
+  choose(monkeypatch, lambda call: None)
+  anew, _ = vc.tune(tuned, tuned_variables, x)
+  assert anew.plan == dataclasses.replace(tuned.plan, backends={})
+
+
+def test_forms_that_are_no_faster_stay_as_fold_gives_them(folded, monkeypatch):
+  _, _, deploy, deployed, x = folded
+  choose(monkeypatch, lambda call: None)
+  tuned, variables = vc.tune(deploy, deployed, x)
+  assert tuned == deploy and trees.digest(variables) == trees.digest(deployed)
+
+
+def test_calls_that_are_alike_are_measured_once_and_each_block_has_its_own_choice(
+    folded, monkeypatch):
+  _, _, deploy, deployed, x = folded
+  calls = tuning.called(deploy, deployed, x)
+  assert {path[1:]: call.shape for path, call in calls.items()
+          if isinstance(call, tuning.Layer) and path[0] == "blocks_1"} == {
+              ("mlp", "fc1"): (3, 9, 24), ("mlp", "fc2"): (3, 9, 96)}    # 17, 13, 9 tokens
+  dense, hmhsa = calls["blocks_0", "attn"], calls["blocks_1", "attn"]
+  assert dense.shapes == ((3, 17, 4, 6),) * 3 and not dense.sized
+  assert hmhsa.shapes == ((3, 13, 2, 6), (3, 13, 2, 6), (3, 13, 4, 6)) and hmhsa.sized
+  asked = choose(monkeypatch, lambda call: {
+      calls["blocks_1", "mlp", "fc2"]: tuning.MATRIX, dense: "images"}.get(call))
+  tuned, variables = vc.tune(deploy, deployed, x)
+  assert sorted(map(repr, asked)) == sorted(map(repr, calls.values()))
+  assert tuned.plan.backends == {0: "images"}
+  assert tuned.plan.blocks[1]["ffn"] == dataclasses.replace(PLAN.ffn, merged=("fc2",))
+  assert vc.verify(deploy, deployed, tuned, variables, x).ok
+  wide = tiny.deit(vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN()), deploy=True, depth=4)
+  shapes = jax.eval_shape(wide.init, jax.random.key(0), x)
+  assert len(set(tuning.called(wide, shapes, x).values())) == 2      # of eight calls
+
+
+def test_links_and_merged_attention_are_left_to_their_own_ways():
+  x = tiny.images(tiny.deit())
+  for plan in (vc.Plan(links=vc.Sparsifiner(keep=0.5, rank=2)),
+               vc.Plan(tokens=vc.MCTF(r=2, blocks=(0, 1)))):
+    model = tiny.deit(plan, deploy=True)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+    assert not tuning.called(model, shapes, x)
+
+
+def test_the_forms_are_really_run():
+  """Compiled and timed: at a rank far above break-even, two factors are many times the work."""
+  layer = tuning.Layer(features=64, rank=512, shape=(512, 64), dtype="float32")
+  assert tuning.fastest(layer, rounds=3) == tuning.MATRIX
+  assert tuning.fastest(layer._replace(features=512, shape=(512, 512), rank=4), rounds=3) is None
+
+
+def test_a_backend_that_this_device_does_not_have_is_no_candidate(monkeypatch):
+  model = tiny.deit(deploy=True, depth=1)
+  x = tiny.images(model)
+  call, = tuning.called(model, jax.eval_shape(model.init, jax.random.key(0), x), x).values()
+  monkeypatch.setitem(tuning.BACKENDS, "cpu", ("cudnn",))
+  assert tuning.fastest(call, rounds=1) is None
+
+
+def test_the_plan_decides_how_a_block_attends(monkeypatch):
+  seen = []
+  monkeypatch.setattr(attention.Core, "_attend", lambda core, query, key, value, *rest: (
+      seen.append(attention._asked.value), value)[1])
+  model = tiny.deit(vc.Plan(backends={1: "tiled"}))
+  jax.eval_shape(model.init, jax.random.key(0), tiny.images(model))
+  assert seen == [None, "tiled"]
+  with pytest.raises(ValueError, match="must be one of einsum, images"):
+    vc.Plan(backends={1: "fast"})
+  with pytest.raises(ValueError, match="the plan names block 2, but the model has blocks 0 to 1"):
+    tiny.deit(vc.Plan(backends={2: "tiled"}))
+
+
+def test_only_a_folded_model_is_tuned():
+  model = tiny.deit(PLAN)
+  with pytest.raises(ValueError, match="not folded; give it what"):
+    vc.tune(model, {}, None)
+
+
+@pytest.mark.parametrize("fields", [{"merged": ("fc1",)}, {"merged": "fc2"}])
+def test_only_factorised_layers_can_be_merged(fields):
+  with pytest.raises(ValueError, match="layers that are factorised, of \\('fc2',\\)"):
+    vc.CFFN(**fields)

@@ -1,0 +1,34 @@
+"""--mode=plan tells what a device would hold, without allocating it."""
+import jax
+import numpy as np
+
+from vitcompact import trees
+from vitcompact.train import memory
+
+
+def test_what_a_device_holds_is_what_is_there_once_the_state_exists(built):
+  """Exact for the state: the bytes of the shards of device 0 of a state that really is there."""
+  state = built.init(jax.random.key(0))
+  state = state.replace(key=jax.random.key_data(state.key))
+  def on_first(tree):
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+  sizes = memory.measure(built)
+  assert sizes["parameters"] == on_first(state.params)
+  assert sizes["optimiser"] == on_first(state.opt_state)
+  assert sizes["averages"] == on_first(state.ema_params)
+  assert sum(size for what, size in sizes.items() if what not in (
+      "batch", "working memory", "in all")) == on_first(state)
+  assert sizes["batch"] == 16 // 8 * (8 * 8 * 3 + 4)
+  assert sizes["working memory"] > sizes["parameters"]    # gradients at the least
+  assert sizes["in all"] == sum(sizes.values()) - sizes["in all"]
+
+
+def test_the_table_needs_no_data(config, monkeypatch, built):
+  monkeypatch.setattr(memory, "measure", lambda run: {"parameters": 3 * 2**20})
+  config.data.name, config.data.augment = "folder:/not/here", "randaugment"
+  text = memory.plan(config)
+  assert "on 8 devices (data 4 x fsdp 2 x tensor 1)" in text
+  assert "parameters                         3.0 MiB" in text
+  assert "folder:/not/here is not here: 1000 classes are assumed." in text
+  assert trees.size(built.shapes.params) < 1e6 and np.isfinite(trees.size(built.shapes.params))

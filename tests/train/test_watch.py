@@ -1,0 +1,70 @@
+"""What a run shows besides its numbers."""
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+
+import vitcompact as vc
+from vitcompact.train import watch
+
+
+@pytest.mark.parametrize("text", ["5", "5:", ":5", "0:5", "5:0", "a:b", "-1:5"])
+def test_a_profile_that_cannot_be_is_refused(text):
+  with pytest.raises(ValueError, match="is not START:STEPS"):
+    watch.Watching(profile=text)
+
+
+def test_a_profile_traces_the_steps_asked_for_and_no_other(tmp_path, monkeypatch):
+  told = []
+  monkeypatch.setattr(jax.profiler, "start_trace", lambda path: told.append(("start", path)))
+  monkeypatch.setattr(jax.profiler, "stop_trace", lambda: told.append("stop"))
+  profile = watch.Profile(watch.span("3:2"), tmp_path)
+  for step in range(1, 8):
+    profile.before(step, np.zeros(1))
+    told.append(step)
+  profile.close()
+  assert told == [1, 2, ("start", str(tmp_path / "profile")), 3, 4, "stop", 5, 6, 7]
+
+
+@pytest.mark.parametrize("kind, tflops", [
+    ("TPU v5 lite", 197), ("TPU v5", 459), ("TPU v4", 275), ("NVIDIA H100 80GB HBM3", 989),
+    ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-40GB", 312), ("cpu", None), ("GeForce", None)])
+def test_a_peak_is_known_or_it_is_not(kind, tflops):
+  assert watch.peak(kind) == tflops
+
+
+def test_utilisation_is_of_the_models_own_work_on_all_devices(built):
+  """At 1 TFLOP/s a device: 6 FLOP for a multiply-accumulate, forward and backward."""
+  macs = vc.count(built.model).macs
+  assert watch.utilisation(built, 1.0) == pytest.approx(6 * macs / (8 * 1e12))
+  assert watch.utilisation(built, 0.0) == 0.0     # a processor's peak is not known
+
+
+def test_a_montage_has_every_image_in_its_place():
+  images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 4, 3), np.uint8)
+  picture = watch.montage(images)
+  assert picture.shape == (4, 12, 3)
+  assert picture[::2, ::4, 0].tolist() == [[0, 1, 2], [3, 4, 0]]
+
+
+def test_the_first_batch_is_shown_as_the_step_sees_it(built):
+  """Grey stays grey when it is mixed with itself; what is not grey was erased."""
+  batch = {"image": np.full((20, 8, 8, 3), 200, np.uint8), "label": np.zeros(20, np.int32)}
+  picture = watch.augmented(built, jax.random.key(0), batch)
+  assert picture.shape == (32, 32, 3)
+  kept = np.all(picture == 200, axis=-1).mean()
+  assert 0.5 < kept < 1.0
+
+
+def test_wandb_is_asked_for_late_and_its_absence_named(monkeypatch, built, tmp_path):
+  monkeypatch.setitem(sys.modules, "wandb", None)
+  with pytest.raises(ValueError, match=r"--wandb needs .* pip install wandb"):
+    watch.wandb_mirror("project", built.config, tmp_path)
+  asked = {}
+  fake = types.SimpleNamespace(init=lambda **keywords: asked.update(keywords) or "run")
+  monkeypatch.setitem(sys.modules, "wandb", fake)
+  assert watch.wandb_mirror("project", built.config, tmp_path / "deit") == "run"
+  assert (asked["project"], asked["id"], asked["resume"]) == ("project", "deit", "allow")
+  assert asked["config"]["optim"]["b1"] == 0.9

@@ -1,0 +1,223 @@
+"""Ways to compute softmax(q k^T / sqrt(d) + bias) v whose memory does not grow with all pairs.
+
+Each takes queries (B, N, h, d), keys (B, M, h, d), values (B, M, h, e) and a bias (B, M) of the
+keys or None, and gives (B, N, h, e) in the values' dtype. `attention.backend` chooses.
+"""
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+# Scores that a tile holds: what a step reads and writes stays in a CPU's cache.
+TILE_ENTRIES = 2 ** 20
+TPU_BLOCK = 128     # splash's blocks, and the lanes of a TPU
+
+
+def images(query_bnhd, key_bmhd, value_bmhe, bias_bm=None):
+  """An image in turn, all its scores at once: those of a few hundred tokens stay in a CPU's cache,
+  and an allocation this small is not given back to the system after each layer."""
+  def image(arrays):
+    query_nhd, key_mhd, value_mhe, bias_m = arrays
+    scores_hnm = jnp.einsum("nhd,mhd->hnm", query_nhd, key_mhd, preferred_element_type=jnp.float32)
+    if bias_m is not None:
+      scores_hnm = scores_hnm + bias_m[None, None]
+    exp_hnm = jnp.exp(scores_hnm - jax.lax.stop_gradient(scores_hnm.max(axis=-1, keepdims=True)))
+    out_hne = jnp.einsum("hnm,mhe->hne", exp_hnm.astype(value_mhe.dtype), value_mhe,
+                         preferred_element_type=jnp.float32)
+    out_hne = out_hne / exp_hnm.sum(axis=-1, keepdims=True)
+    return out_hne.astype(value_mhe.dtype).swapaxes(0, 1)
+
+  return jax.lax.map(image, (query_bnhd * query_bnhd.shape[-1] ** -0.5, key_bmhd, value_bmhe,
+                             bias_bm))
+
+
+def tile_rows(queries: int, keys: int) -> tuple[int, int]:
+  """(tiles, queries in each): as few even tiles as hold TILE_ENTRIES scores each at the most."""
+  tiles = -(-queries // max(64, TILE_ENTRIES // keys))
+  return tiles, -(-queries // tiles)
+
+
+def tiled(query_bnhd, key_bmhd, value_bmhe, bias_bm=None, *, in_turn: bool = True):
+  """Tiles of queries in turn, computed again in the backward pass.
+
+  in_turn: heads too, and images; it keeps a CPU's cache, where it was faster at all lengths.
+  """
+  batch, queries, heads, width = query_bnhd.shape
+  if bias_bm is not None:
+    bias_bm = jnp.repeat(bias_bm, heads, axis=0)
+  arrays = [_by_head(x) for x in (query_bnhd * width ** -0.5, key_bmhd, value_bmhe)]
+  out_gne = _tiled(in_turn, *arrays, bias_bm)
+  return out_gne.reshape(batch, heads, queries, -1).swapaxes(1, 2)
+
+
+def _by_head(x_bnhd):
+  """(B h, N, d)."""
+  batch, count, heads, width = x_bnhd.shape
+  return x_bnhd.swapaxes(1, 2).reshape(batch * heads, count, width)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tiled(in_turn, query_gnd, key_gmd, value_gme, bias_gm):
+  def head(query_nd, *keys):
+    return _over_tiles(lambda tile: attend_rows(tile, *keys)[0], keys[0].shape[0], query_nd)
+
+  return _each(head, in_turn)(query_gnd, key_gmd, value_gme, bias_gm)
+
+
+def _each(head, in_turn: bool):
+  """`head` for each of the heads."""
+  if not in_turn:
+    return jax.vmap(head)
+  return lambda *arrays: jax.lax.map(lambda one: head(*one), arrays)
+
+
+def _over_tiles(fn, keys: int, *arrays_n):
+  """fn of the tiles of arrays (N, ...), its results (N, ...)."""
+  count = arrays_n[0].shape[0]
+  if tile_rows(count, keys)[0] == 1:
+    return fn(*arrays_n)
+  out = jax.lax.map(lambda tiles: fn(*tiles), tuple(_tiles(x, keys) for x in arrays_n))
+  return jax.tree.map(lambda x: _joined(x, count), out)
+
+
+def _tiles(x_n, keys: int):
+  """(N, ...) -> (tiles, rows, ...), zeros behind the last."""
+  tiles, rows = tile_rows(x_n.shape[0], keys)
+  padded = jnp.pad(x_n, [(0, tiles * rows - x_n.shape[0])] + [(0, 0)] * (x_n.ndim - 1))
+  return padded.reshape(tiles, rows, *x_n.shape[1:])
+
+
+def _joined(x_tn, count: int):
+  return x_tn.reshape(-1, *x_tn.shape[2:])[:count]
+
+
+def _scores(query_nd, key_md, bias_m):
+  scores_nm = jnp.matmul(query_nd, key_md.T, preferred_element_type=jnp.float32)
+  return scores_nm if bias_m is None else scores_nm + bias_m[None]
+
+
+def attend_rows(query_nd, key_md, value_me, bias_m):
+  """(attention (N, e), log of the sum of exponentials (N, 1) in float32); queries are scaled."""
+  scores_nm = _scores(query_nd, key_md, bias_m)
+  top_n1 = scores_nm.max(axis=-1, keepdims=True)
+  # Divided after the product: so many quotients fewer.
+  exp_nm = jnp.exp(scores_nm - top_n1)
+  total_n1 = exp_nm.sum(axis=-1, keepdims=True)
+  out_ne = jnp.matmul(exp_nm.astype(value_me.dtype), value_me,
+                      preferred_element_type=jnp.float32) / total_n1
+  return out_ne.astype(value_me.dtype), top_n1 + jnp.log(total_n1)
+
+
+def _tiled_forward(in_turn, query_gnd, key_gmd, value_gme, bias_gm):
+  def head(query_nd, *keys):
+    return _over_tiles(lambda tile: attend_rows(tile, *keys), keys[0].shape[0], query_nd)
+
+  out_gne, log_sum_gn1 = _each(head, in_turn)(query_gnd, key_gmd, value_gme, bias_gm)
+  return out_gne, (query_gnd, key_gmd, value_gme, bias_gm, out_gne, log_sum_gn1)
+
+
+def _tiled_backward(in_turn, residuals, d_out_gne):
+  return _each(_head_backward, in_turn)(*residuals, d_out_gne)
+
+
+def gradients_of_rows(key_md, value_me, bias_m, query_nd, log_sum_n1, shift_n1, d_out_ne):
+  """Gradients of query, key, value and the bias (M,), from a sum of out d_out over channels."""
+  weights_nm = jnp.exp(_scores(query_nd, key_md, bias_m) - log_sum_n1)
+  d_weights_nm = jnp.matmul(d_out_ne, value_me.T, preferred_element_type=jnp.float32)
+  d_scores_nm = weights_nm * (d_weights_nm - shift_n1)
+  return (jnp.matmul(d_scores_nm, key_md).astype(query_nd.dtype),
+          jnp.matmul(d_scores_nm.T, query_nd, preferred_element_type=jnp.float32),
+          jnp.matmul(weights_nm.T, d_out_ne, preferred_element_type=jnp.float32),
+          d_scores_nm.sum(axis=0))
+
+
+def _head_backward(query_nd, key_md, value_me, bias_m, out_ne, log_sum_n1, d_out_ne):
+  """Gradients of query, key, value and bias; those of the keys are summed tile by tile."""
+  count, keys = query_nd.shape[0], (key_md, value_me, bias_m)
+  shift_n1 = jnp.sum(out_ne.astype(jnp.float32) * d_out_ne, axis=-1, keepdims=True)
+
+  def step(sums, tile):
+    d_query_nd, *new = gradients_of_rows(*keys, *tile)
+    return [None if total is None else total + d
+            for total, d in zip(sums, new, strict=True)], d_query_nd
+
+  sums = [None if x is None else jnp.zeros(x.shape, jnp.float32) for x in keys]
+  arrays = (query_nd, log_sum_n1, shift_n1, d_out_ne)
+  if tile_rows(count, len(key_md))[0] == 1:
+    sums, d_query_nd = step(sums, arrays)
+  else:
+    sums, d_query_tnd = jax.lax.scan(step, sums, [_tiles(x, len(key_md)) for x in arrays])
+    d_query_nd = _joined(d_query_tnd, count)
+  return d_query_nd, *(None if x is None else total.astype(x.dtype)
+                       for x, total in zip(keys, sums, strict=True))
+
+
+_tiled.defvjp(_tiled_forward, _tiled_backward)
+
+
+def channels(query_width: int, value_width: int, biased: bool) -> int:
+  """The one width of queries, keys and values that cuDNN is called with, a multiple of 8."""
+  return -(-max(query_width + 2 * biased, value_width) // 8) * 8
+
+
+def with_bias_channels(query_bnhd, key_bmhd, bias_bm):
+  """Queries and keys whose scores, by the same scale, hold the bias: no map of it is formed.
+
+  Two channels more: 1 of the queries meets the bias of the keys, and what its dtype cut off.
+  """
+  if bias_bm is None:
+    return query_bnhd, key_bmhd
+  unscaled_bm = bias_bm.astype(jnp.float32) * query_bnhd.shape[-1] ** 0.5
+  high_bm = unscaled_bm.astype(key_bmhd.dtype)
+  low_bm = (unscaled_bm - high_bm.astype(jnp.float32)).astype(key_bmhd.dtype)
+  extra_bmh2 = jnp.broadcast_to(jnp.stack([high_bm, low_bm], axis=-1)[:, :, None],
+                                (*key_bmhd.shape[:3], 2))
+  ones_bnh2 = jnp.ones((*query_bnhd.shape[:3], 2), query_bnhd.dtype)
+  return (jnp.concatenate([query_bnhd, ones_bnh2], axis=-1),
+          jnp.concatenate([key_bmhd, extra_bmh2], axis=-1))
+
+
+def _padded(x_bnhd, axis: int, size: int):
+  return jnp.pad(x_bnhd, [(0, size - x_bnhd.shape[axis] if i == axis else 0) for i in range(4)])
+
+
+def cudnn(query_bnhd, key_bmhd, value_bmhe, bias_bm=None):
+  """cuDNN's, through jax.nn, which wants one width: the narrower arrays get channels of zeros."""
+  scale, width = query_bnhd.shape[-1] ** -0.5, value_bmhe.shape[-1]
+  common = channels(query_bnhd.shape[-1], width, bias_bm is not None)
+  query, key = with_bias_channels(query_bnhd, key_bmhd, bias_bm)
+  out = jax.nn.dot_product_attention(*(_padded(x, 3, common) for x in (query, key, value_bmhe)),
+                                     scale=scale, implementation="cudnn")
+  return out[..., :width]
+
+
+def splash(query_bnhd, key_bmhd, value_bmhe, bias_bm=None, *, interpret: bool = False):
+  """JAX's kernel for TPUs; lengths are padded to its blocks, and the padding is hidden."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+  queries, keys, heads = *(x.shape[1] for x in (query_bnhd, key_bmhd)), query_bnhd.shape[2]
+  scaled, key = with_bias_channels(query_bnhd, key_bmhd, bias_bm)
+  scaled = scaled * query_bnhd.shape[-1] ** -0.5
+  rows, columns = (-(-n // TPU_BLOCK) * TPU_BLOCK for n in (queries, keys))
+  with jax.ensure_compile_time_eval():
+    attend = kernel.make_splash_mha_single_device(
+        masks.MultiHeadMask([masks.FullMask((rows, columns))] * heads), interpret=interpret)
+  segments = kernel.SegmentIds(jnp.zeros(rows, jnp.int32),
+                               (jnp.arange(columns) >= keys).astype(jnp.int32))
+  arrays = [_padded(x, 1, n).swapaxes(1, 2) for x, n in
+            ((scaled, rows), (key, columns), (value_bmhe, columns))]
+  out_bhne = jax.vmap(lambda *one: attend(*one, segment_ids=segments))(*arrays)
+  return out_bhne.swapaxes(1, 2)[:, :queries].astype(value_bmhe.dtype)
+
+
+def tokamax(query_bnhd, key_bmhd, value_bmhe, bias_bm=None):
+  """The tokamax library's, if it is installed."""
+  try:
+    import tokamax as library
+  except ImportError:
+    raise ValueError("attention backend 'tokamax': the package tokamax is not installed; "
+                     "pip install tokamax, or choose another backend") from None
+  bias = None if bias_bm is None else bias_bm[:, None, None]
+  return library.dot_product_attention(query_bnhd, key_bmhd, value_bmhe, bias=bias,
+                                       scale=math.sqrt(1 / query_bnhd.shape[-1]))

@@ -1,0 +1,98 @@
+"""Several processes as one run: how they meet, agree, and notice that one of them is gone."""
+import json
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+LOST = 76         # exit code: another process of the run is gone; start all of them again
+HEARTBEAT = 60    # seconds without a sign of life after which JAX ends the others
+
+
+def connect(coordinator: str, process_id: int | None = None, num_processes: int | None = None,
+            patience: int = 300):
+  """Joins the processes of a run, before any of them uses a device.
+
+  coordinator: "" (one process), "auto" (Cloud TPU, SLURM, Open MPI: the environment says all), or
+    HOST:PORT of process 0, where each process says its number and how many there are.
+  patience: seconds to wait for the others.
+  """
+  if not coordinator:
+    if process_id is not None or num_processes is not None:
+      raise ValueError("--process_id and --num_processes need --coordinator=HOST:PORT")
+    return
+  waits = {"heartbeat_timeout_seconds": HEARTBEAT, "initialization_timeout": patience}
+  if coordinator == "auto":
+    if process_id is not None or num_processes is not None:
+      raise ValueError("--coordinator=auto finds out by itself: leave out --process_id and "
+                       "--num_processes")
+    try:
+      jax.distributed.initialize(**waits)
+    except ValueError as error:
+      raise ValueError("--coordinator=auto found no Cloud TPU, SLURM or Open MPI around it; give "
+                       "--coordinator=HOST:PORT --process_id=I --num_processes=N") from error
+    return
+  host, _, port = coordinator.rpartition(":")
+  if not host or not port.isdecimal():
+    raise ValueError(f"--coordinator={coordinator!r} is neither 'auto' nor HOST:PORT")
+  if process_id is None or num_processes is None:
+    raise ValueError(f"--coordinator={coordinator} needs --process_id and --num_processes")
+  if not 0 <= process_id < num_processes:
+    raise ValueError(f"--process_id={process_id} must be 0 to {num_processes - 1}, one less than "
+                     f"--num_processes={num_processes}")
+  try:
+    jax.distributed.initialize(coordinator, num_processes, process_id,
+                               cluster_detection_method="deactivate", **waits)
+  except jax.errors.JaxRuntimeError as error:
+    raise ValueError(f"process {process_id} of {num_processes} did not meet the others at "
+                     f"{coordinator} within {patience} s: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+  return next(iter(str(error).splitlines()), "")[:300]
+
+
+def gathered(value) -> list:
+  """The JSON value of every process, in their order."""
+  if jax.process_count() == 1:
+    return [value]
+  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.int32(len(text)))
+  padded = np.zeros(int(sizes.max()), np.uint8)
+  padded[:len(text)] = text
+  rows = multihost_utils.process_allgather(padded)
+  return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
+
+
+def check_agreement(facts: dict):
+  """Refuses processes whose facts ({name: JSON value}) differ; every process names who and what."""
+  first, *others = gathered({"jax": jax.__version__, **facts})
+  lines = [f"{key} is {first.get(key)!r} in process 0 and {other.get(key)!r} in process {index}"
+           for index, other in enumerate(others, 1) for key in sorted(first.keys() | other.keys())
+           if other.get(key) != first.get(key)]
+  if lines:
+    more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
+    raise ValueError(f"the processes disagree: {'; '.join(lines[:5])}{more}. Start all of them "
+                     "with the same code, command and data")
+
+
+def barrier(name: str):
+  """Until every process is here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def several() -> bool:
+  return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+# What JAX raises in a process when another one went away in the middle of a collective.
+PEER_ERRORS = (jax.errors.JaxRuntimeError,)
+
+
+def lost(error: Exception) -> RuntimeError:
+  """What to say when a collective failed."""
+  return RuntimeError(
+      f"process {jax.process_index()} of {jax.process_count()} cannot go on: {first_line(error)}. "
+      "If another process ended, its own output says why. Saved checkpoints are whole: start all "
+      "processes again, and they go on from the newest")

@@ -1,0 +1,157 @@
+"""tune: choices between forms of one function, made by measuring them on this device."""
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitcompact import attention, bench
+from vitcompact.attention import Core
+from vitcompact.block import Attention
+from vitcompact.ffn.cffn import CompactDense, merge_factors
+from vitcompact.layers import dense
+
+# A form that is chosen is at least this much faster than the one that fold gives: less is noise.
+MARGIN = 1.02
+BACKENDS = {"cpu": ("einsum", "images", "tiled"), "gpu": ("einsum", "tiled", "cudnn"),
+            "tpu": ("einsum", "tiled", "splash")}
+MATRIX = "one matrix"
+
+
+class Layer(NamedTuple):
+  """A factorised layer as a model calls it; calls that are equal in this take equally long."""
+  features: int
+  rank: int
+  shape: tuple[int, ...]   # of its input
+  dtype: str
+
+
+class Attending(NamedTuple):
+  """A call of `Attention.attend`: the module without a place, and its queries, keys and values."""
+  module: Attention
+  shapes: tuple[tuple[int, ...], ...]
+  sized: bool              # keys count as several
+
+
+def tune(deploy: nn.Module, variables, images, *, rounds: int = 5):
+  """Returns (deployed model, its variables): the same function in the forms that run fastest here.
+
+  For every factorised layer of an FFN, on inputs of the size that these images cause: two factors,
+  or one matrix A B. For every block that attends to all tokens: how attention is computed. What is
+  chosen is recorded in the model's plan (`CFFN.merged`, `Plan.backends`), so files of it carry it
+  and `fold` repeats it without measuring. A layer that is merged has lost its factors and stays so.
+  The outputs are equal to rounding in float32.
+
+  Args:
+    deploy: a folded model; images: (B, H, W, C), normalised, in the batch size that is to be fast.
+    rounds: of measurement, in turn.
+  """
+  if not deploy.deploy:
+    raise ValueError("tune chooses between deployed forms, and this model is not folded; "
+                     "give it what vc.fold returns")
+  # What was chosen before, for another device perhaps, is no starting point.
+  deploy = deploy.clone(plan=dataclasses.replace(deploy.plan, backends={}))
+  calls = called(deploy, variables, images)
+  best = {call: fastest(call, rounds) for call in dict.fromkeys(calls.values())}
+  chosen = {path: best[call] for path, call in calls.items() if best[call]}
+  return with_forms(deploy, variables, chosen)
+
+
+def called(deploy: nn.Module, variables, images) -> dict[tuple[str, ...], Layer | Attending]:
+  """{path: call} of every part of inference that has several forms; nothing is run."""
+  found = {}
+
+  def watch(next_fun, args, kwargs, context):
+    module, method = context.module, context.method_name
+    if isinstance(module, CompactDense) and method == "__call__":
+      found[module.path] = Layer(module.features, module.rank, args[0].shape, module.dtype)
+    elif isinstance(module, Attention) and method == "attend":
+      core = args[3] if len(args) > 3 else kwargs.get("core", attention.DENSE)
+      if is_plain(core):
+        found[module.path] = Attending(module.clone(parent=None, name=None),
+                                       tuple(x.shape for x in args[:3]), core.size is not None)
+    return next_fun(*args, **kwargs)
+
+  with nn.intercept_methods(watch):
+    jax.eval_shape(deploy.apply, variables, images)
+  return found
+
+
+def is_plain(core: Core) -> bool:
+  """Whether every token attends to every token, each counting as one or as several."""
+  others = core.mask, core.alive, core.blocks
+  return all(x is None for x in others) and core.spread is attention.DENSE.spread
+
+
+def fastest(call: Layer | Attending, rounds: int) -> str | None:
+  """The name of the form that takes the least time; None: the one that fold gives."""
+  compiled = {}
+  for name, make in forms(call).items():
+    try:
+      compiled[name] = bench.compiled(*make()).call
+    except Exception:   # a form that this device or dtype does not have is no candidate
+      if name is None:
+        raise
+  timing = bench.paired(compiled, rounds=rounds, least=0.05)
+  best = max(timing, key=lambda name: timing[name].speedup)
+  return best if timing[best].speedup > MARGIN else None
+
+
+def forms(call: Layer | Attending) -> Mapping[str | None, Callable[[], tuple]]:
+  """{name: a function that gives (what to compile, its arguments)}; the first is fold's."""
+  if isinstance(call, Layer):
+    factors = CompactDense(call.features, call.rank, deploy=True, dtype=call.dtype)
+    x = drawn(jax.ShapeDtypeStruct(call.shape, call.dtype))
+    return {None: lambda: _call(factors, "__call__", x),
+            MATRIX: lambda: _call(dense(call.features, dtype=call.dtype), "__call__", x)}
+  names = BACKENDS[jax.default_backend()]
+  names += ("tokamax",) * (importlib.util.find_spec("tokamax") is not None)
+  query, key, value = (drawn(jax.ShapeDtypeStruct(shape, call.module.dtype))
+                       for shape in call.shapes)
+  core = Core(size=jnp.ones(key.shape[:2])) if call.sized else attention.DENSE
+
+  def attend(name):
+    return lambda: _call(call.module.clone(backend=name), "attend", query, key, value, core=core)
+
+  return {name: attend(name) for name in (None, *names)}
+
+
+def _call(module: nn.Module, method: str, *arrays, **fixed) -> tuple[Any, ...]:
+  """(function, its arguments): a method of a module, on drawn parameters."""
+  def init(*arrays):
+    return module.init(jax.random.key(0), *arrays, method=method, **fixed)
+
+  def apply(variables, *arrays):
+    return module.apply(variables, *arrays, method=method, **fixed)
+
+  return apply, drawn(jax.eval_shape(init, *arrays)), *arrays
+
+
+def drawn(shapes):
+  """Small normal numbers of these shapes."""
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+      lambda leaf: jnp.asarray(0.1 * rng.standard_normal(leaf.shape, np.float32), leaf.dtype),
+      shapes)
+
+
+def with_forms(deploy: nn.Module, variables, chosen: Mapping[tuple[str, ...], str]):
+  """(model, variables) with the parts at these paths in these forms, recorded in the plan."""
+  plan, params = deploy.plan, dict(variables["params"])
+  blocks = {block: dict(axes) for block, axes in plan.blocks.items()}
+  backends = {}
+  for (name, *path), form in chosen.items():
+    index = int(name.removeprefix("blocks_"))
+    if form != MATRIX:
+      backends[index] = form
+      continue
+    layer, axes, mlp = path[-1], blocks.setdefault(index, {}), params[name]["mlp"]
+    spec = axes.get("ffn", plan.ffn)
+    axes["ffn"] = dataclasses.replace(spec, merged=tuple(sorted({*spec.merged, layer})))
+    params[name] = {**params[name], "mlp": {**mlp, layer: merge_factors(mlp[layer])}}
+  plan = dataclasses.replace(plan, blocks=blocks, backends=backends)
+  return deploy.clone(plan=plan), {**variables, "params": params}
