@@ -45,17 +45,19 @@ def test_an_epoch_has_the_published_number_of_steps(count, batch_size, replicas,
 
 
 ROOT = pathlib.Path(__file__).parents[2]
-IMAGENET = [path.stem for path in sorted((ROOT / "configs").glob("*.py"))
-            if "STEPS_PER_EPOCH = " in path.read_text()]
+TRAIN_IMAGES = {"folder:imagenet": 1_281_167, "tfds:cifar10": 45_000, "tfds:cifar10@all": 50_000}
+COUNTED = [path.stem for path in sorted((ROOT / "configs").glob("*.py"))
+           if "STEPS_PER_EPOCH = " in path.read_text()]
 
 
-@pytest.mark.parametrize("name", IMAGENET)
+@pytest.mark.parametrize("name", COUNTED)
 def test_configs_count_their_epochs_as_the_sampler_does(name):
   module = importlib.import_module(f"configs.{name}")
   config = module.get_config()
-  line = Order(1_281_167, config.batch_size, config.data.replicas, config.data.repeats, seed=0)
+  data = config.data
+  line = Order(TRAIN_IMAGES[data.name], config.batch_size, data.replicas, data.repeats, seed=0)
   assert line.steps_per_epoch == module.STEPS_PER_EPOCH
-  assert config.batch_size % (2 * config.data.replicas) == 0  # or nothing could be mixed
+  assert config.batch_size % (2 * data.replicas) == 0  # or nothing could be mixed
 
 
 def test_steps_per_epoch_reads_a_config():
