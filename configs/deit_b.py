@@ -9,5 +9,5 @@ from configs import deit_s
 def get_config():
   config = deit_s.get_config()
   config.model.name = "deit_base_patch16_224"
-  config.data.mix_groups = 16     # of 64 images: the authors trained it on 16 devices
+  config.data.replicas = 16       # of 64 images: the authors trained it on 16 devices
   return config

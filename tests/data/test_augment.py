@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from vitcompact.data import augment
-from vitcompact.data.randaugment import FILL, NAMES, OPS, draw, randaugment
+from vitcompact.data.randaugment import FILL, NAMES, OPS, apply, draw, randaugment
 
 
 def image_of(width, height, red, green, blue):
@@ -59,7 +59,7 @@ def test_the_reference_images_are_the_ones_of_the_recorded_digests():
     ("translate_y", -0.405, 103.9913, "327714fdb1"),
 ])
 def test_each_operation_gives_the_recorded_bytes(name, argument, mean, digest):
-  image = OPS[name].apply(IMAGE_A, argument)
+  image = apply(name, argument, IMAGE_A)
   assert (round(float(np.asarray(image).mean()), 4), sha(image)) == (mean, digest)
   # The magnitude of the recipe leads to the recorded argument.
   m = 10 if argument == 0 else 9
@@ -68,8 +68,8 @@ def test_each_operation_gives_the_recorded_bytes(name, argument, mean, digest):
 
 
 def test_equalize_and_autocontrast_work_per_channel():
-  assert sha(OPS["equalize"].apply(IMAGE_C, None)) == "e4a9faf28d"
-  assert sha(OPS["auto_contrast"].apply(IMAGE_C, None)) == "56e3e00525"
+  assert sha(apply("equalize", None, IMAGE_C)) == "e4a9faf28d"
+  assert sha(apply("auto_contrast", None, IMAGE_C)) == "56e3e00525"
 
 
 def test_magnitudes_map_to_the_published_levels():
@@ -170,3 +170,29 @@ def test_small_affine_moves_a_dot_by_what_it_says():
     out = np.asarray(augment.small_affine(Image.fromarray(blob), np.random.default_rng(seed)))
     centre = np.argwhere(out[..., 0] > 127).mean(axis=0)
     assert np.abs(centre - 15.5).max() < 0.08 * 32 + 1
+
+
+def test_a_padded_crop_shifts_by_up_to_four_pixels_and_shows_black_beyond():
+  rng, pixels, shifts = np.random.default_rng(0), np.asarray(IMAGE_C), set()
+  padded = np.pad(pixels, ((4, 4), (4, 4), (0, 0)))
+  for _ in range(900):
+    out = np.asarray(augment.pad_crop(IMAGE_C, rng))
+    shifts |= {(y, x) for y in range(9) for x in range(9)
+               if np.array_equal(out, padded[y:y + 32, x:x + 48])}
+  assert len(shifts) == 81  # every shift, and nothing but shifts
+  out = augment.IMAGES["pad_crop"](IMAGE_C, rng, (32, 48))
+  assert out.size == (48, 32)
+  with pytest.raises(ValueError, match=r"\(48, 32\) came for a model of \(224, 224\)"):
+    augment.IMAGES["pad_crop"](IMAGE_C, rng, (224, 224))
+
+
+def test_jitter_scales_brightness_contrast_and_saturation_by_up_to_its_strength():
+  grey = Image.new("RGB", (4, 4), (100, 100, 100))  # contrast and saturation leave it as it is
+  rng = np.random.default_rng(0)
+  means = [np.asarray(augment.colour_jitter(grey, rng)).mean() for _ in range(300)]
+  assert 69 <= min(means) < 75 and 125 < max(means) <= 131
+  coloured = Image.new("RGB", (4, 4), (100, 100, 160))
+  spans = [np.ptp(np.asarray(augment.colour_jitter(coloured, rng, 0.3))[0, 0].astype(int))
+           for _ in range(300)]
+  assert min(spans) < 42 and max(spans) > 78
+  assert sha(augment.colour_jitter(IMAGE_C, rng, 0.0)) == sha(IMAGE_C)

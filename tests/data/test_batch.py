@@ -139,3 +139,16 @@ def test_erasing_never_and_always():
   run = jax.jit(batch.erase)
   assert not run(jax.random.key(0), images, 0.0).any()
   assert run(jax.random.key(0), images, 1.0).any((1, 2, 3)).all()
+
+
+@pytest.mark.parametrize(("count", "groups"), [(1, 8), (2, 8), (4, 8), (8, 8), (4, 1)])
+def test_microbatches_are_made_of_whole_groups(count, groups):
+  """Or images of several replicas would meet in a mix. With fewer groups, images are dealt out."""
+  parts = batch.microbatches({"x": np.arange(32), "y": np.zeros((32, 3))}, count, groups)
+  x = np.asarray(parts["x"])
+  assert x.shape == (count, 32 // count) and parts["y"].shape == (count, 32 // count, 3)
+  assert sorted(x.flat) == list(range(32))
+  if groups % count == 0:
+    size = 32 // groups
+    runs = x.reshape(-1, size)
+    assert (runs == runs[:, :1] + np.arange(size)).all() and (runs[:, 0] % size == 0).all()

@@ -13,7 +13,9 @@ from vitcompact.data.folder import split_folder
 
 
 def config(**changes):
-  return ml_collections.ConfigDict({"name": "digits", "augment": "none", "workers": 0} | changes)
+  return ml_collections.ConfigDict({
+      "name": "digits", "augment": "none", "workers": 0, "replicas": 1, "repeats": 1,
+      "on_bad": "stop", "max_bad": 0} | changes)
 
 
 def batches(data, batch_size=100, image_size=8, seed=0, **processes):
@@ -55,6 +57,15 @@ def test_splits_are_disjoint_cover_the_data_and_have_equal_shares_of_each_class(
   assert not train & set(of_split("val")) and not train & set(of_split("test"))
 
 
+def test_each_digit_is_in_the_test_of_one_fold():
+  tests = np.concatenate([split_indices("test", fold) for fold in range(5)])
+  np.testing.assert_array_equal(np.sort(tests), np.arange(1797))
+  for fold in range(5):
+    parts = [split_indices(split, fold) for split in pipeline.SPLITS]
+    assert len(np.unique(np.concatenate(parts))) == 1797
+    assert pipeline.num_examples(f"digits:{fold}", "test") == len(parts[2])
+
+
 def test_each_epoch_sees_every_training_image_once_in_another_order():
   stream = contents(take(batches(config()), 26))
   epochs = stream[:1257], stream[1257:2514]
@@ -81,14 +92,39 @@ def test_resuming_in_mid_epoch_equals_the_uninterrupted_run():
   assert_same(take(interrupted, 6), whole[10:])
 
 
-def test_two_processes_read_the_batches_of_one_augmentation_included():
-  data = config(augment="digits")
-  one = take(batches(data), 14)  # 1,257 is odd: the epoch ends between the two processes
+@pytest.mark.parametrize("changes", [{}, {"replicas": 4, "repeats": 3}])
+def test_processes_read_the_parts_of_one_global_batch_augmentation_included(changes):
+  data = config(augment="digits", **changes)
+  one = take(batches(data), 14)  # into the second epoch
   two = [take(batches(data, process_index=i, process_count=2), 14) for i in (0, 1)]
   assert two[0][0]["image"].shape == (50, 8, 8, 3)
-  for whole, first, second in zip(one, *two, strict=True):
-    assert (collections.Counter(contents([whole])) ==
-            collections.Counter(contents([first, second])))
+  together = [{name: np.concatenate([a[name], b[name]]) for name in a}
+              for a, b in zip(*two, strict=True)]
+  assert_same(together, one)
+
+
+def test_a_run_that_goes_on_with_other_processes_sees_each_image_of_the_epoch_once():
+  """Six batches by two processes, the rest of the epoch by five."""
+  stream = []
+  for count, start, stop in ((2, 0, 6), (5, 6, 13)):
+    parts = [batches(config(), process_index=i, process_count=count) for i in range(count)]
+    for part in parts:
+      part.set_state({"next_index": start})
+    for _ in range(start, stop):
+      stream += [image for part in parts for image in contents([next(part)])]
+  assert collections.Counter(stream[:1257]) == collections.Counter(of_split("train"))
+
+
+def test_repeated_showings_are_augmented_apart_and_lie_in_different_replicas():
+  data = config(augment="digits", replicas=4, repeats=3)
+  batch = next(batches(data, batch_size=96))
+  plain = next(batches(config(replicas=4, repeats=3), batch_size=96))
+  shown = collections.defaultdict(set)
+  for i, (image, _) in enumerate(contents([plain])):
+    shown[image].add(i // 24)  # the replica
+  assert len(shown) == 32 and {len(replicas) for replicas in shown.values()} == {3}
+  assert len(set(contents([batch]))) == 96
+  assert pipeline.steps_per_epoch(data, 96) == 1024 // 96
 
 
 def test_augmentation_differs_from_epoch_to_epoch():
@@ -179,28 +215,22 @@ def test_the_only_other_split_serves_as_test_and_says_so(folder, caplog):
   assert pipeline.num_examples(f"folder:{folder}", "test") == 2
 
 
-@pytest.mark.parametrize(("kind", "write"), [
-    ("truncated", lambda whole: whole[:len(whole) // 2]), ("empty", lambda whole: b""),
-    ("text", lambda whole: b"not an image")])
-def test_a_bad_image_stops_the_run_and_is_named(tmp_path, kind, write):
-  good = tmp_path / "train" / "cat" / "0.jpg"
-  good.parent.mkdir(parents=True)
-  (tmp_path / "val").mkdir()
-  rng = np.random.default_rng(0)
-  Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(good)
-  (good.parent / "1.jpg").write_bytes(write(good.read_bytes()))
-  data = config(name=f"folder:{tmp_path}")
-  with pytest.raises(ValueError, match=r"cannot read image 1, .*/train/cat/1\.jpg: .*delete it"):
-    take(batches(data, batch_size=2), 1)
-
-
 # Mistakes in a config.
 
 @pytest.mark.parametrize(("changes", "message"), [
+    ({"name": "digits:5"}, "needs a fold from 0 to 4"),
     ({"name": "digit"}, r"data\.name='digit' is not one of digits"),
     ({"name": "shapes:many"}, r"data\.name='shapes:many' needs a number of scenes"),
     ({"name": "shapes", "augment": "digits"}, r"would change what shapes mean; use.* none"),
     ({"name": "folder"}, r"data\.name='folder' needs a path"),
+    ({"name": "arrayrecord:"}, r"data\.name='arrayrecord:' needs a path"),
+    ({"name": "arrayrecord:/nowhere"}, r"no /nowhere/manifest\.json.*experiments\.prepare"),
+    ({"name": "tfds"}, r"data\.name='tfds' needs a name"),
+    ({"on_bad": "ignore"}, r"data\.on_bad='ignore' is not one of"),
+    ({"max_bad": -1}, r"data\.max_bad=-1 must be 0 or more"),
+    ({"replicas": 0}, r"data\.replicas=0 and data\.repeats=1 must be 1 or more"),
+    ({"replicas": 3}, r"batch_size=100 must be divisible by data\.replicas=3"),
+    ({"augment": "token_labels"}, r"'token_labels' would change what digits mean"),
     ({"name": "folder:/nowhere"}, r"no folder /nowhere/train"),
     ({"augment": "randaug"}, r"data\.augment='randaug' is not one of randaugment"),
     ({"augment": "flip_crop"}, r"'flip_crop' would change what digits mean; use one of none"),
@@ -213,12 +243,27 @@ def test_a_mistake_in_the_config_is_named_with_the_way_out(changes, message):
 def test_sizes_that_cannot_be_are_refused():
   with pytest.raises(ValueError, match="batch_size=2000 is more than the 1257 training images"):
     batches(config(), batch_size=2000)
+  with pytest.raises(ValueError, match=r"1257 training images, cut to 1024 for data\.repeats=3"):
+    batches(config(repeats=3), batch_size=1200)
   with pytest.raises(ValueError, match="batch_size=100 must be divisible by process_count=3"):
     batches(config(), process_count=3)
   with pytest.raises(ValueError, match="seed=-1 must be 0 or more"):
     batches(config(), seed=-1)
   with pytest.raises(ValueError, match="split='valid' is not one of val"):
     pipeline.source("digits", "valid", image_size=8)
+
+
+def test_small_images_of_the_models_size_are_evaluated_whole(tmp_path):
+  """As published for CIFAR at 32 pixels: no resize, no crop."""
+  pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+  for split in ("train", "val"):
+    (tmp_path / split / "a").mkdir(parents=True)
+    Image.fromarray(pixels).save(tmp_path / split / "a" / "0.png")
+  def shown(size):
+    return next(pipeline.eval_batches(config(name=f"folder:{tmp_path}"), "val", image_size=size,
+                                      batch_size=1, crop=0.875, interpolation="bicubic"))["image"]
+  np.testing.assert_array_equal(shown(32)[0], pixels)
+  assert shown(24).shape == (1, 24, 24, 3)
 
 
 def test_folders_without_what_they_need_are_named(tmp_path):

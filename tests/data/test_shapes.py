@@ -127,8 +127,20 @@ def test_scenes_are_the_same_at_any_size_and_differ_between_splits_and_seeds():
 
 
 def test_shapes_come_in_batches():
-  data = ml_collections.ConfigDict({"name": "shapes:64", "augment": "none", "workers": 0})
+  data = ml_collections.ConfigDict({
+      "name": "shapes:64", "augment": "none", "workers": 0, "replicas": 1, "repeats": 1,
+      "on_bad": "stop", "max_bad": 0})
   assert pipeline.num_classes("shapes:64") == 8
   assert [pipeline.num_examples("shapes:64", s) for s in pipeline.SPLITS] == [64, 1000, 2000]
   batch = next(pipeline.train_batches(data, image_size=16, batch_size=64, seed=0))
   assert np.bincount(batch["label"]).tolist() == [8] * 8  # one epoch: every scene once
+
+
+def test_directions_are_the_same_scenes_by_direction_alone():
+  scenes, directions = (kind("train", (16, 16), 16, 3)
+                        for kind in (shapes.Shapes, shapes.Directions))
+  for i in range(16):
+    np.testing.assert_array_equal(scenes[i]["image"], directions[i]["image"])
+    assert scenes.class_names[scenes[i]["label"]].startswith(
+        directions.class_names[directions[i]["label"]])
+  assert np.bincount([directions[i]["label"] for i in range(16)]).tolist() == [4] * 4

@@ -15,7 +15,7 @@ from vitcompact.links import blocks as blocks_module
 from vitcompact.links.blocks import BlockLinks
 from vitcompact.links.predict_blocks import BlockPredictor
 from vitcompact.links.windows import Windows, nearest, on_grid, on_line
-from vitcompact.train import distill
+from vitcompact.train import losses
 
 SPEC = vc.Sparsifiner(keep=0.5, granularity="block", window=2, min_tokens=0)
 BATCH, HEADS, WIDTH = 2, 3, 4
@@ -149,7 +149,7 @@ def test_phase_2_gives_predictors_no_gradient_and_phase_1_reconstructs_the_mass_
 
   def phase_1(params):
     _, state = dense.apply({"params": params}, x, mutable=["links", "maps"])
-    return distill.attention_reconstruction(state["links"]).sum(), state
+    return losses.attention_reconstruction(state["links"]).sum(), state
 
   @jax.jit
   def gradients(params):

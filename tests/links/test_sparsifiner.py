@@ -12,7 +12,7 @@ from vitcompact import attention, trees
 from vitcompact.attention import Core
 from vitcompact.heads.hmhsa import Hallucinate
 from vitcompact.links.sparsifiner import TokenLinks, gather_rows, largest
-from vitcompact.train import distill
+from vitcompact.train import losses
 
 TOKENS, HEADS, WIDTH, PREFIX = 13, 2, 6, 1
 
@@ -136,7 +136,7 @@ def test_phase_2_gives_predictors_no_gradient_and_phase_1_nothing_else():
   @jax.grad
   def phase_1(params):
     _, state = dense.apply({"params": params}, x, mutable=["links"])
-    return distill.attention_reconstruction(state["links"]).sum()
+    return losses.attention_reconstruction(state["links"]).sum()
 
   phase_2 = jax.jit(jax.grad(lambda p: jnp.sum(sparse.apply({"params": p}, x) ** 2)))
   for name, leaf in trees.named_leaves(phase_2(variables["params"])).items():
@@ -238,9 +238,9 @@ def test_reconstruction_is_the_sum_of_squares_over_the_number_of_blocks():
   ones = jnp.ones((2, 3, 4, 5))
   links = {f"blocks_{i}": {"links": {"score": (ones * scale,), "target": (-ones,)}}
            for i, scale in enumerate((0.0, 1.0))}
-  np.testing.assert_allclose(distill.attention_reconstruction(links), [(60 + 240) / 2] * 2)
+  np.testing.assert_allclose(losses.attention_reconstruction(links), [(60 + 240) / 2] * 2)
   with pytest.raises(ValueError, match="no block of this model has a predictor"):
-    distill.attention_reconstruction({})
+    losses.attention_reconstruction({})
 
 
 def test_predictors_travel_under_their_authors_names():

@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitcompact.models.lvvit import TokenLogits
 from vitcompact.train import losses
 
 STUDENT = jnp.array([[1.0, 0, -1], [0.5, 2, 0]])
@@ -32,27 +31,6 @@ def test_losses_are_computed_in_float32_from_bfloat16_logits():
   assert loss.dtype == jnp.float32
   z = np.array(logits, np.float64)[0]
   assert loss[0] == pytest.approx(np.log(np.exp(z - z[0]).sum()), rel=1e-6)
-
-
-def test_two_heads_learn_alike_and_guess_together():
-  loss, logits = losses.classification((STUDENT, TEACHER), TARGETS)
-  each = [losses.cross_entropy(head, TARGETS).mean() for head in (STUDENT, TEACHER)]
-  assert loss == pytest.approx(float(sum(each)) / 2)
-  np.testing.assert_allclose(logits, STUDENT + TEACHER)
-  assert losses.classification(STUDENT, TARGETS)[0] == pytest.approx(float(each[0]))
-
-
-def test_mixed_tokens_teach_the_class_token_the_mixture_and_each_patch_its_own_image():
-  tokens = jnp.stack([STUDENT, 2 * STUDENT, TEACHER], axis=1)
-  alive = jnp.array([[1.0, 1, 0], [1, 1, 1]])
-  out = TokenLogits(STUDENT, tokens, jnp.float32(0.75), alive)
-  loss, logits = losses.classification(out, TARGETS, token_weight=0.5)
-  mixed = 0.75 * TARGETS + 0.25 * TARGETS[jnp.array([1, 0])]
-  each = np.stack([losses.cross_entropy(tokens[:, i], TARGETS) for i in range(3)], axis=1)
-  patches = each[np.asarray(alive) > 0].mean()
-  expected = losses.cross_entropy(STUDENT, mixed).mean() + 0.5 * patches
-  assert loss == pytest.approx(float(expected))
-  np.testing.assert_array_equal(logits, STUDENT)
 
 
 def test_divergence_is_kl_from_the_teacher():

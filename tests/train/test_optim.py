@@ -11,9 +11,16 @@ from vitcompact import trees
 from vitcompact.train import optim
 
 SECTION = ConfigDict({
+    "name": "adamw", "schedule": "step", "epoch_steps": 1, "cooldown_steps": 0, "rates": (),
     "learning_rate": 0.1, "warmup_steps": 0, "warmup_learning_rate": 0.1,
     "final_learning_rate": 0.1, "weight_decay": 0.05, "b1": 0.9, "b2": 0.999, "eps": 1e-8,
     "clip_norm": 0.0})
+ALONE = ConfigDict({"steps": 0, "learning_rate": 0.2, "warmup_steps": 0,
+                    "warmup_learning_rate": 0.2, "final_learning_rate": 0.2})
+
+
+def main_optimizer(section, params, mask):
+  return optim.make_optimizers(section, ALONE, 10, params, mask).main
 
 
 @pytest.mark.parametrize("epoch, rate", [
@@ -36,7 +43,7 @@ def two_updates(optimizer, params, gradients):
 
 
 def test_adamw_has_decoupled_decay_and_no_bias_towards_zero():
-  optimizer = optim.make_optimizer(SECTION, 10, {"w": True})
+  optimizer = main_optimizer(SECTION, {"w": jnp.ones(())}, {"w": True})
   seen = two_updates(optimizer, {"w": jnp.ones(())}, [{"w": jnp.array(g)} for g in (0.5, -0.25)])
   assert [float(p["w"]) for p in seen] == pytest.approx([0.89500004, 0.86389136], rel=2e-6)
 
@@ -45,7 +52,7 @@ def test_gradients_are_clipped_by_their_global_norm_before_adam_sees_them():
   section = SECTION.copy_and_resolve_references()
   section.clip_norm = 1.0
   params = {"a": jnp.zeros(()), "b": jnp.zeros(())}
-  optimizer = optim.make_optimizer(section, 10, {"a": True, "b": True})
+  optimizer = main_optimizer(section, params, {"a": True, "b": True})
   _, state = optimizer.update({"a": jnp.array(3.0), "b": jnp.array(4.0)}, optimizer.init(params),
                               params)
   moments = optax.tree_utils.tree_get(state, "mu")
@@ -81,7 +88,7 @@ def test_weight_decay_does_not_reach_undecayed_leaves():
   for decay in (0.0, 0.5):
     section = SECTION.copy_and_resolve_references()
     section.weight_decay = decay
-    optimizer = optim.make_optimizer(section, 10, {"kernel": True, "taps": False})
+    optimizer = main_optimizer(section, params, {"kernel": True, "taps": False})
     updated[decay] = two_updates(optimizer, params, [jax.tree.map(jnp.ones_like, params)])[0]
   np.testing.assert_array_equal(updated[0.0]["taps"], updated[0.5]["taps"])
   np.testing.assert_allclose(updated[0.0]["kernel"] - updated[0.5]["kernel"], 0.1 * 0.5 * 2.0,

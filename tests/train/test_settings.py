@@ -22,7 +22,7 @@ def test_missing_keys_are_named(config):
     ({"eval_params": "ema", "ema_half_life": 0.0}, "needs averages"),
     ({"ema_half_life": -1.0}, "is a fraction of the run"),
     ({"accumulate": 3}, "batch_size=16 does not divide into config.accumulate=3"),
-    ({"accumulate": 2}, "mix_groups=1 must be a multiple of config.accumulate=2"),
+    ({"accumulate": 2}, "replicas=1 must be a multiple of config.accumulate=2"),
 ])
 def test_values_that_contradict_are_refused(config, changes, words):
   config.update(changes)

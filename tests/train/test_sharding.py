@@ -99,7 +99,7 @@ def test_eight_devices_take_the_same_step_as_one(built, built_alone):
   for run in (built, built_alone):
     state = start.replace(key=jax.random.wrap_key_data(start.key))
     state = jax.device_put(state, run.shardings)
-    state, metrics = run.train_step(state, sharding.put_batch(batch_of(16), run.mesh))
+    state, metrics = run.step_at(0)(state, sharding.put_batch(batch_of(16), run.mesh))
     moment = optax.tree_utils.tree_get(state.opt_state, "mu")
     ends.append(jax.device_get((moment, state.batch_stats, metrics)))
   scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(ends[0][0]))

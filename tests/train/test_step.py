@@ -4,12 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from vitcompact.train import optim
+from vitcompact.train import losses, optim, settings
 from vitcompact.train import step as steps
+from vitcompact.train.objective import make_objective
 from vitcompact.train.sharding import make_mesh, put_batch
 
 SGD = optim.optax.sgd(0.1)
+LABELS = ConfigDict({key: 0.0 for key in settings.KEYS["loss"]} | {"labels": 1.0})
 
 
 class Toy(nn.Module):
@@ -28,9 +31,9 @@ class Toy(nn.Module):
     return logits if self.heads > 1 and train else sum(logits) / self.heads
 
 
-def plain(key, images, labels):
+def plain(key, batch):
   del key
-  return images.astype(jnp.float32) / 255, jax.nn.one_hot(labels, 3)
+  return batch["image"].astype(jnp.float32) / 255, jax.nn.one_hot(batch["label"], 3)
 
 
 def batch_of(count, seed=0):
@@ -44,7 +47,8 @@ def state_of(model, ema=False):
 
 
 def step_of(model, accumulate=1, ema_decay=0.0, augment=plain):
-  return jax.jit(steps.make_train_step(model, SGD, lambda step: 0.1, augment,
+  objective = make_objective(model, LABELS)
+  return jax.jit(steps.make_train_step(objective, SGD, lambda step: 0.1, augment,
                                        accumulate=accumulate, ema_decay=ema_decay))
 
 
@@ -80,16 +84,12 @@ def test_both_heads_of_a_distilled_model_learn_from_the_labels():
   model, batch = Toy(heads=2), batch_of(6)
   state = state_of(model)
   new, metrics = step_of(model)(state, batch)
-  logits, _ = model.apply({"params": state.params}, plain(None, **renamed(batch))[0], train=True,
+  logits, _ = model.apply({"params": state.params}, plain(None, batch)[0], train=True,
                           mutable=["batch_stats"])
-  losses = [steps.losses.cross_entropy(z, jax.nn.one_hot(batch["label"], 3)).mean() for z in logits]
-  assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+  each = [losses.cross_entropy(z, jax.nn.one_hot(batch["label"], 3)).mean() for z in logits]
+  assert metrics["loss"] == pytest.approx(np.mean(each), rel=1e-5)
   for head in ("head0", "head1"):
     assert np.any(new.params[head]["kernel"] != state.params[head]["kernel"])
-
-
-def renamed(batch):
-  return {"images": batch["image"], "labels": batch["label"]}
 
 
 def test_batch_statistics_see_the_microbatches_one_after_another():
@@ -125,9 +125,9 @@ def test_randomness_is_of_the_key_and_the_step_alone():
 
 
 def test_accuracy_is_of_the_label_even_where_targets_are_mixed():
-  def swapped(key, images, labels):
-    images, _ = plain(key, images, labels)
-    return images, jax.nn.one_hot((labels + 1) % 3, 3)
+  def swapped(key, batch):
+    images, _ = plain(key, batch)
+    return images, jax.nn.one_hot((batch["label"] + 1) % 3, 3)
 
   state, batch = state_of(Toy()), batch_of(12)
   _, metrics = step_of(Toy(), augment=swapped)(state, batch)

@@ -1,12 +1,16 @@
 """What happens to one image on the host: PIL and a numpy Generator, uint8 in and uint8 out.
 
 The DeiT recipe's order is: random resized crop, flip, RandAugment (`randaugment.py`), all here;
-then normalising, random erasing and mixing per batch on the device (`batch.py`).
+then normalising, random erasing and mixing per batch on the device (`batch.py`). `IMAGES` names the
+augmentations that a config may ask for; LV-ViT's, which labels of places go through with their
+image, is in `labels.py`.
 """
 import math
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
+
+from vitcompact.data.randaugment import randaugment
 
 BICUBIC = Image.Resampling.BICUBIC
 
@@ -52,9 +56,16 @@ def crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, in
   return left, top, left + w, top + h
 
 
-def resized_crop(image: Image.Image, box, image_size: tuple[int, int]) -> Image.Image:
+def resized_crop(image: Image.Image, box, image_size: tuple[int, int],
+                 resample=BICUBIC) -> Image.Image:
   """The box, resized to image_size = (height, width); no pixel from outside the box counts."""
-  return image.crop(box).resize(image_size[::-1], BICUBIC)
+  return image.crop(box).resize(image_size[::-1], resample)
+
+
+def pad_crop(image: Image.Image, rng: np.random.Generator, pixels: int = 4) -> Image.Image:
+  """Shifted by up to `pixels` in both directions, black where nothing is left."""
+  left, top = (int(shift) for shift in rng.integers(-pixels, pixels + 1, size=2))
+  return image.crop((left, top, left + image.width, top + image.height))
 
 
 def flip(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -75,3 +86,42 @@ def small_affine(image: Image.Image, rng: np.random.Generator) -> Image.Image:
   matrix = (cos, sin, w / 2 - cos * (w / 2 + shift_x) - sin * (h / 2 + shift_y),
             -sin, cos, h / 2 + sin * (w / 2 + shift_x) - cos * (h / 2 + shift_y))
   return image.transform((w, h), Image.Transform.AFFINE, matrix, resample=BICUBIC)
+
+
+def colour_jitter(image: Image.Image, rng: np.random.Generator,
+                  strength: float = 0.3) -> Image.Image:
+  """Brightness, contrast and saturation by factors of 1 +- strength, in random order.
+
+  No published recipe here uses it: DeiT's asks for 0.3, but RandAugment switches it off.
+  """
+  enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+  for i in rng.permutation(len(enhancers)):
+    image = enhancers[i](image).enhance(rng.uniform(1 - strength, 1 + strength))
+  return image
+
+
+def _as_evaluated(image, rng, image_size):
+  return image if image.size == image_size[::-1] else evaluation(image, image_size, 1.0, "bicubic")
+
+
+def _flip_crop(image, rng, image_size):
+  return flip(resized_crop(image, crop_box(*image.size, rng), image_size), rng)
+
+
+def _pad_crop(image, rng, image_size):
+  if image.size != image_size[::-1]:
+    raise ValueError(f"data.augment='pad_crop' takes images as they are, and one of width and "
+                     f"height {image.size} came for a model of {image_size[::-1]}; set "
+                     "config.model.image_size, or use 'randaugment'")
+  return randaugment(flip(pad_crop(image, rng), rng), rng)
+
+
+# data.augment -> (image, rng, (height, width)) -> image of that size
+IMAGES = {
+    "none": _as_evaluated,
+    "digits": lambda image, rng, size: small_affine(_as_evaluated(image, rng, size), rng),
+    "flip_crop": _flip_crop,
+    "colour_jitter": lambda image, rng, size: colour_jitter(_flip_crop(image, rng, size), rng),
+    "randaugment": lambda image, rng, size: randaugment(_flip_crop(image, rng, size), rng),
+    "pad_crop": _pad_crop,
+}

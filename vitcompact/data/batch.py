@@ -105,3 +105,65 @@ def mix(key, images, targets, *, mixup_alpha: float, cutmix_alpha: float,
 
   lam = jnp.mean(keep, axis=(1, 2))[:, None, None]
   return blend(images, keep[:, None, :, :, None].astype(images.dtype)), blend(targets, lam)
+
+
+def microbatches(batch, count: int, groups: int):
+  """(B, ...) -> (count, B / count, ...), leaf by leaf: microbatch j has groups j, j + count, ...
+
+  Whole groups, so that who mixes with whom does not depend on `count`; strided, so that each device
+  keeps its own images. Where `count` does not divide the groups, images are dealt out one by one.
+  """
+  def split(array):
+    runs = groups if groups % count == 0 else array.shape[0]
+    dealt = array.reshape(runs // count, count, array.shape[0] // runs, *array.shape[1:])
+    return jnp.moveaxis(dealt, 1, 0).reshape(count, -1, *array.shape[1:])
+  return jax.tree.map(split, batch)
+
+
+def roi_weights(start, end, cells: int, bins: int):
+  """RoIAlign along one axis: float32 (bins, cells), how much each bin takes of each cell.
+
+  start, end: of the window, in cells, where a cell's centre is a whole number. The window is at
+  least one cell long (the unaligned form). A bin is the mean of ceil(length / bins) points at equal
+  distances, each interpolated linearly between two cells; beyond the borders by up to one cell the
+  border counts, and further out nothing does.
+  """
+  length = jnp.maximum(end - start, 1)
+  most = -(-cells // bins)  # a window is not longer than the axis, but for rounding
+  count = jnp.minimum(jnp.ceil(length / bins), most)
+  point = jnp.arange(most, dtype=jnp.float32)
+  at = start + length / bins * (jnp.arange(bins)[:, None] + (point[None, :] + 0.5) / count)
+  counts = (point[None, :] < count) & (at >= -1) & (at <= cells)
+  near = jnp.clip(at, 0, cells - 1)[..., None]
+  share = jnp.maximum(0, 1 - jnp.abs(near - jnp.arange(cells, dtype=jnp.float32)[None, None, :]))
+  return jnp.sum(jnp.where(counts[..., None], share, 0), axis=1) / count
+
+
+def label_targets(label_map, label_box, num_classes: int, smoothing: float, grid: tuple[int, int]):
+  """LV-ViT's targets: of the class token, float32 (B, K), and of the patches, (B, N, K).
+
+  label_map: (B, 2, 5, h, w), five logits at each place of the whole image and their classes; other
+  classes have 0. label_box: (B, 4), the crop's (left, top, right, bottom) as shares of the image.
+  grid: rows and columns of patches, N in all.
+  The window's logits are pooled to 1 x 1 and to the grid by RoIAlign, then softmax, then smoothed:
+  t (1 - s + s/K) + s/K, which sums to 1 + s/K, as published.
+  """
+  h, w = label_map.shape[-2:]
+  logits, classes = label_map[:, 0].astype(jnp.float32), label_map[:, 1].astype(jnp.int32)
+  scale = jnp.array([w, h, w, h], jnp.float32).reshape(1, 4)
+  left, top, right, bottom = (label_box.astype(jnp.float32) * scale - 0.5).T
+
+  # Place by place: the sum over its five, 0 for all other classes. (B, h, w, K).
+  is_class = classes[..., None] == jnp.arange(num_classes).reshape(1, 1, 1, 1, -1)
+  dense_bijk = jnp.sum(jnp.where(is_class, logits[..., None], 0), axis=1)
+  off = smoothing / num_classes
+
+  def target(rows, columns):
+    from_rows = jax.vmap(lambda a, b: roi_weights(a, b, h, rows))(top, bottom)
+    from_columns = jax.vmap(lambda a, b: roi_weights(a, b, w, columns))(left, right)
+    pooled = jnp.einsum("bri,bcj,bijk->brck", from_rows, from_columns, dense_bijk,
+                        precision=jax.lax.Precision.HIGHEST)
+    pooled = pooled.reshape(-1, rows * columns, num_classes)
+    return jax.nn.softmax(pooled, axis=-1) * (1 - smoothing + off) + off
+
+  return target(1, 1)[:, 0], target(*grid)

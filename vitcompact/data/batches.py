@@ -1,8 +1,11 @@
 """Batches prepared ahead of their use, by threads or by processes; the state is the position."""
 import os
+from collections.abc import Callable
 
 import grain
 from absl import flags
+
+BAD = "bad_records"  # in a batch on its way: the indices of records that could not be used
 
 
 def prepare_ahead(dataset: grain.MapDataset, workers: int) -> grain.DatasetIterator:
@@ -20,16 +23,22 @@ def prepare_ahead(dataset: grain.MapDataset, workers: int) -> grain.DatasetItera
 
 
 class Batches(grain.DatasetIterator):
-  """Batch 0, 1, 2, ... of a dataset. `get_state()` and `set_state()` resume exactly.
+  """Batch 0, 1, 2, ... of `make_batch(step)`. `get_state()` and `set_state()` resume exactly.
 
   Grain's own state with worker processes names each worker. Ours is the number of the next batch,
   {"next_index": n}, so that a run may go on with another number of workers.
+
+  bad_records: the indices of records of this process that were passed over since it started; more
+  than max_bad of them are a ValueError.
   """
 
-  def __init__(self, dataset: grain.MapDataset, workers: int):
+  def __init__(self, make_batch: Callable[[int], dict], steps: int, workers: int,
+               max_bad: int = 0):
     super().__init__()
-    self.dataset, self.workers = dataset, workers
+    self.make_batch, self.workers = make_batch, workers
+    self.dataset = grain.MapDataset.range(steps).map(make_batch)
     self.position, self.ahead = 0, None
+    self.max_bad, self.bad_records = max_bad, set()
 
   def start_prefetch(self) -> None:
     if self.ahead is None:
@@ -44,7 +53,16 @@ class Batches(grain.DatasetIterator):
       self.close()  # an evaluation is over: its threads and processes go
       raise
     self.position += 1
+    self._count(batch.pop(BAD))
     return batch
+
+  def _count(self, bad) -> None:
+    self.bad_records.update(int(index) for index in bad)
+    if len(self.bad_records) > self.max_bad:
+      self.close()
+      some = ", ".join(map(str, sorted(self.bad_records)[:5]))
+      raise ValueError(f"{len(self.bad_records)} records could not be used, the images {some}, "
+                       f"..., and data.max_bad={self.max_bad} allows no more: see the warnings")
 
   def get_state(self) -> dict:
     return {"next_index": self.position}

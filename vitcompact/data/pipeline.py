@@ -2,185 +2,229 @@
 
 The keys of a config's `data` section (all must be there; nothing has a hidden default):
 
-  name      "digits", "shapes", "shapes:COUNT" (COUNT training scenes) or "folder:PATH"
-  augment   of training images, on the host: "none", "digits", "flip_crop" or "randaugment"
+  name      which data set, see sources.py
+  augment   of training images, on the host: see below
   workers   worker processes that decode and augment; 0: threads of this process
-  erase     probability of random erasing                                     (DeiT: 0.25)
-  smoothing label smoothing                                                   (DeiT: 0.1)
-  mixup, cutmix     the alphas of the two mixes, 0: off                       (DeiT: 0.8, 1.0)
-  mix_groups        groups of a batch that each draw their own mix            (DeiT: batch / 256)
+  on_bad    a record that cannot be used: "stop", or "skip" for the next one in its place
+  max_bad   so many records at most may be passed over, by each process since its start
+  replicas  of the recipe, not of the hardware: who shares a mix, see order.py  (DeiT-S: 4)
+  repeats   showings of an image in a row                                       (DeiT: 3)
+  eval_crop share of the image that evaluation crops, 0: the model's own        (DeiT: 0.875)
+  erase     probability of random erasing                                       (DeiT: 0.25)
+  smoothing label smoothing                                                     (DeiT: 0.1)
+  mixup, cutmix     the alphas of the two mixes, 0: off                         (DeiT: 0.8, 1.0)
 
-`name`, `augment` and `workers` are read here; the others are for `batch.py`, on the device.
+The last four are for `batch.py`, on the device; it mixes in groups that are the replicas.
 
 What `augment` does: "digits" turns, scales and shifts a little; "flip_crop" is a random resized
-crop and a flip; "randaugment" is these two and then RandAugment, which is the DeiT recipe up to
-normalising. "none" resizes and crops as in evaluation, without a margin. Of the DeiT recipe,
-repeated augmentation is missing: each epoch sees each image once.
+crop and a flip; "randaugment" is these two and then RandAugment, which is DeiT's recipe up to
+normalising; "pad_crop" is the same with a shift by up to 4 pixels in place of the crop, for images
+of 32 pixels; "colour_jitter" is flip_crop with jitter; "token_labels" is LV-ViT's, with its labels
+of places (labels.py). "none" resizes and crops as in evaluation, without a margin.
 """
-import difflib
-import functools
-from typing import Protocol
+import dataclasses
+from collections.abc import Iterable
 
-import grain
 import numpy as np
-from PIL import Image
+from absl import logging
 
 from vitcompact.data import augment as aug
-from vitcompact.data.batches import Batches
-from vitcompact.data.digits import Digits, split_indices
-from vitcompact.data.folder import Folder, list_classes, list_files
-from vitcompact.data.randaugment import randaugment
-from vitcompact.data.shapes import SIZES, Shapes
+from vitcompact.data import labels
+from vitcompact.data.batches import BAD, Batches
+from vitcompact.data.decode import BadRecord, Example
+from vitcompact.data.order import Order, Place
+from vitcompact.data.sources import (
+    ALLOWED,
+    Source,
+    choose,
+    num_examples,
+    parse,
+    source,
+)
+from vitcompact.data.sources import SPLITS as SPLITS
+from vitcompact.data.sources import num_classes as num_classes
 
-SPLITS = ("train", "val", "test")
-KNOWN = ("digits", "shapes", "shapes:COUNT", "folder:PATH")
-# Made at the size that the model takes, with something at every edge: evaluated whole, and only
-# these augmentations leave the label true (a mirrored scene has another, a mirrored 5 has none).
-ALLOWED = {"digits": ("none", "digits"), "shapes": ("none",)}
-
-
-class Source(Protocol):
-  """One split of a data set, by index: {"image": uint8 (h, w, 3), "label": int}."""
-  num_classes: int
-  class_names: tuple[str, ...]
-
-  def __len__(self) -> int: ...
-  def __getitem__(self, index: int) -> dict: ...
-
-
-def _choose(what: str, value: str, known) -> None:
-  if value not in known:
-    close = difflib.get_close_matches(value, known, n=3, cutoff=0.4)
-    rest = [name for name in known if name not in close]
-    raise ValueError(f"{what}={value!r} is not one of {', '.join(close + rest)}")
-
-
-def _parse(name: str) -> tuple[str, str]:
-  """"folder:PATH" -> ("folder", PATH); "shapes" -> ("shapes", "20000"), how many it draws."""
-  kind, _, argument = name.partition(":")
-  if kind == "folder" and not argument:
-    raise ValueError(f"data.name={name!r} needs a path: 'folder:PATH' with PATH/train/CLASS/*.jpg")
-  if kind == "shapes":
-    argument = argument or str(SIZES["train"])
-    if not argument.isdecimal() or int(argument) < 1:
-      raise ValueError(f"data.name={name!r} needs a number of scenes, as in 'shapes:20000'")
-  elif kind != "folder":
-    _choose("data.name", name, KNOWN)
-  return kind, argument
+AUGMENTS = (*aug.IMAGES, "token_labels")
+ENDLESS = 2**40  # batches
+SMALL = 32       # pixels: images of a model's own size up to this are not cut in evaluation
+TRIES = 100      # records in a row that cannot be used
 
 
 def _pair(image_size) -> tuple[int, int]:
   return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
 
 
-def source(name: str, split: str, *, image_size: int | tuple[int, int], seed: int = 0) -> Source:
-  """One split of a data set. image_size (int or (height, width)) is that of generated images;
-  images of a folder keep their own until a transform. seed: which scenes "shapes" draws."""
-  kind, argument = _parse(name)
-  _choose("split", split, SPLITS)
-  if kind == "digits":
-    return Digits(split, _pair(image_size))
-  if kind == "shapes":
-    return Shapes(split, _pair(image_size), num_examples(name, split), seed)
-  return Folder(argument, split)
-
-
-def num_classes(name: str) -> int:
-  kind, argument = _parse(name)
-  if kind == "folder":
-    return len(list_classes(argument))
-  return {"digits": Digits, "shapes": Shapes}[kind].num_classes
-
-
-def num_examples(name: str, split: str) -> int:
-  """How many images a split has, without decoding any."""
-  kind, argument = _parse(name)
-  _choose("split", split, SPLITS)
-  if kind == "digits":
-    return len(split_indices(split))
-  if kind == "shapes":
-    return int(argument) if split == "train" else SIZES[split]
-  return len(list_files(argument, split)[0])
-
-
-def train_transform(example: dict, rng: np.random.Generator, *, augment: str,
-                    image_size: tuple[int, int]) -> dict:
-  """One training image, augmented: uint8 (height, width, 3), label int32."""
-  image = Image.fromarray(example["image"])
-  if augment in ("flip_crop", "randaugment"):
-    image = aug.flip(aug.resized_crop(image, aug.crop_box(*image.size, rng), image_size), rng)
-  elif image.size != image_size[::-1]:
-    image = aug.evaluation(image, image_size, 1.0, "bicubic")
-  if augment == "randaugment":
-    image = randaugment(image, rng)
-  elif augment == "digits":
-    image = aug.small_affine(image, rng)
-  return {"image": np.asarray(image), "label": np.int32(example["label"])}
-
-
-def _share(batch_size: int, process_count: int) -> int:
+def _rows(batch_size: int, process_index: int, process_count: int) -> range:
+  """Which images of each batch a process reads: one of as many equal parts as there are."""
   if batch_size % process_count:
     raise ValueError(f"{batch_size=} must be divisible by {process_count=}")
-  return batch_size // process_count
+  share = batch_size // process_count
+  return range(process_index * share, (process_index + 1) * share)
+
+
+def stack(examples: Iterable[dict], count: int) -> dict:
+  """`count` times {name: array} -> {name: array (count, ...)}; images may still be PIL's.
+
+  Each is written to its place at once: images that wait for each other cost fresh memory.
+  """
+  batch = {}
+  for i, example in enumerate(examples):
+    for name, value in example.items():
+      value = np.asarray(value)
+      if name not in batch:
+        batch[name] = np.empty((count, *value.shape), value.dtype)
+      batch[name][i] = value
+  return batch
+
+
+def read(images: Source, index: int, on_bad: str) -> tuple[Example, list[int]]:
+  """Image `index`, or where it cannot be used and may be skipped the next; and those passed over.
+
+  The next one is mostly of the same class, so that the classes keep their shares.
+  """
+  bad = []
+  while True:
+    try:
+      return images.open(index), bad
+    except BadRecord as error:
+      if on_bad == "stop":
+        raise
+      bad.append(index)
+      if len(bad) == min(TRIES, len(images)):
+        raise ValueError(f"{len(bad)} records in a row cannot be used; the last: {error}") from None
+      logging.warning("passed over: %s", error)
+      index = (index + 1) % len(images)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainBatch:
+  """Batch `step`: a function, so that any process can make any batch."""
+  images: Source
+  order: Order
+  rows: range
+  image_size: tuple[int, int]
+  augment: str
+  on_bad: str
+
+  def __call__(self, step: int) -> dict:
+    bad = []
+    examples = (self._example(self.order.place(int(step), row), bad) for row in self.rows)
+    return stack(examples, len(self.rows)) | {BAD: tuple(bad)}
+
+  def _example(self, place: Place, bad: list[int]) -> dict:
+    example, passed_over = read(self.images, place.index, self.on_bad)
+    bad += passed_over
+    return self._augmented(example, self.order.generator(place))
+
+  def _augmented(self, example: Example, rng: np.random.Generator) -> dict:
+    if self.augment == "token_labels":
+      fields = labels.augment_both(example, rng, self.image_size)
+    else:
+      fields = {"image": aug.IMAGES[self.augment](example.image, rng, self.image_size)}
+    return fields | {"label": np.int32(example.label)}
+
+
+def train_order(data, batch_size: int, seed: int) -> Order:
+  """Which image stands where in a run. ValueError where there is no whole batch."""
+  return Order(num_examples(data.name, "train"), batch_size, data.replicas, data.repeats, seed)
+
+
+def steps_per_epoch(data, batch_size: int) -> int:
+  """Whole batches of an epoch: of ImageNet with repeats, in batches of 1024, 1251."""
+  return train_order(data, batch_size, seed=0).steps_per_epoch
+
+
+def _check(data) -> None:
+  kind, _ = parse(data.name)
+  choose("data.augment", data.augment, AUGMENTS)
+  choose("data.on_bad", data.on_bad, ("stop", "skip"))
+  if data.max_bad < 0:
+    raise ValueError(f"data.max_bad={data.max_bad} must be 0 or more")
+  if data.augment not in ALLOWED.get(kind, (data.augment,)):
+    raise ValueError(f"data.augment={data.augment!r} would change what {kind} mean; "
+                     f"use one of {', '.join(ALLOWED[kind])}")
 
 
 def train_batches(data, *, image_size, batch_size: int, seed: int, process_index: int = 0,
                   process_count: int = 1) -> Batches:
   """Endless batches {"image": uint8 (b, H, W, 3), "label": int32 (b,)}, b of this process.
 
-  The images of an epoch are shuffled anew, epochs follow one another without a gap, and a batch
-  is the next `batch_size` of that line: each epoch sees each image exactly once, and a batch may
-  straddle two epochs. What position n of the line holds, augmentation included, depends on
-  (seed, n) alone, whatever the number of processes, workers or restarts; process i of P takes
-  positions i, i + P, i + 2P, ...
+  With augment="token_labels" also "label_map", float16 (b, 2, 5, 18, 18), and "label_box",
+  float32 (b, 4). `order.py` says which image stands where: a global batch is the same, augmentation
+  included, whatever the number of processes, workers or restarts; process i of P makes the i-th of
+  P equal parts of it.
   """
-  b, size = _share(batch_size, process_count), _pair(image_size)
-  kind, _ = _parse(data.name)
-  _choose("data.augment", data.augment, ("none", "digits", "flip_crop", "randaugment"))
-  if data.augment not in ALLOWED.get(kind, (data.augment,)):
-    raise ValueError(f"data.augment={data.augment!r} would change what {kind} mean; "
-                     f"use one of {', '.join(ALLOWED[kind])}")
+  _check(data)
+  rows, size = _rows(batch_size, process_index, process_count), _pair(image_size)
+  order = train_order(data, batch_size, seed)
   images = source(data.name, "train", image_size=size)
-  if seed < 0:
-    raise ValueError(f"{seed=} must be 0 or more")
-  if len(images) < batch_size:
-    raise ValueError(f"{batch_size=} is more than the {len(images)} training images of "
-                     f"{data.name}: use a smaller batch")
-  transform = functools.partial(train_transform, augment=data.augment, image_size=size)
-  dataset = grain.MapDataset.source(images).seed(seed).shuffle().random_map(transform).repeat()
-  dataset = dataset[process_index::process_count].batch(b, drop_remainder=True)
-  return Batches(dataset, data.workers)
+  if data.augment == "token_labels" and read(images, 0, data.on_bad)[0].label_map is None:
+    raise ValueError(f"data.augment='token_labels' needs labels of places, and {data.name} has "
+                     "none: see vitcompact/data/labels.py, or use 'randaugment'")
+  make_batch = TrainBatch(images, order, rows, size, data.augment, data.on_bad)
+  return Batches(make_batch, ENDLESS, data.workers, data.max_bad)
 
 
-def _eval_example(index: int, *, images: Source, image_size: tuple[int, int], whole: bool,
-                  crop: float, interpolation: str) -> dict:
-  """Image `index`, ready for evaluation, or black with mask 0 beyond the last."""
-  if index >= len(images):
-    return {"image": np.zeros((*image_size, 3), np.uint8), "label": np.int32(0),
+@dataclasses.dataclass(frozen=True)
+class EvalBatch:
+  """Batch `step` of an evaluation."""
+  images: Source
+  batch_size: int
+  rows: range
+  image_size: tuple[int, int]
+  whole: bool
+  crop: float
+  interpolation: str
+  on_bad: str
+
+  def __call__(self, step: int) -> dict:
+    bad = []
+    first = int(step) * self.batch_size
+    examples = (self._example(first + row, bad) for row in self.rows)
+    return stack(examples, len(self.rows)) | {BAD: tuple(bad)}
+
+  def _example(self, index: int, bad: list[int]) -> dict:
+    """Image `index`; or black with mask 0 beyond the last, and for a bad record that is skipped."""
+    try:
+      if index < len(self.images):
+        return self._shown(index)
+    except BadRecord as error:
+      if self.on_bad == "stop":
+        raise
+      logging.warning("passed over: %s", error)
+      bad.append(index)
+    return {"image": np.zeros((*self.image_size, 3), np.uint8), "label": np.int32(0),
             "mask": np.float32(0)}
-  example = images[index]
-  pixels = example["image"]
-  if not whole:
-    image = aug.evaluation(Image.fromarray(pixels), image_size, crop, interpolation)
-    pixels = np.asarray(image)
-  return {"image": pixels, "label": np.int32(example["label"]), "mask": np.float32(1)}
+
+  def _shown(self, index: int) -> dict:
+    image, label, _ = self.images.open(index)
+    small = image.size == self.image_size[::-1] and max(image.size) <= SMALL
+    if not (self.whole or small):
+      image = aug.evaluation(image, self.image_size, self.crop, self.interpolation)
+    return {"image": image, "label": np.int32(label), "mask": np.float32(1)}
+
+
+def _eval_batch(data, split, *, image_size, batch_size, crop, interpolation, rows) -> EvalBatch:
+  _check(data)
+  size = _pair(image_size)
+  return EvalBatch(source(data.name, split, image_size=size), batch_size, rows, size,
+                   parse(data.name)[0] in ALLOWED, crop, interpolation, data.on_bad)
 
 
 def eval_batches(data, split: str, *, image_size, batch_size: int, crop: float, interpolation: str,
                  process_index: int = 0, process_count: int = 1) -> Batches:
   """One pass in order: {"image": uint8 (b, H, W, 3), "label": int32 (b,), "mask": float32 (b,)}.
 
-  The last batch is filled with black images whose mask is 0; every process yields equally many.
-  crop and interpolation ("bicubic", ...) are of the model's preprocessing. Generated images
-  (digits, shapes) come at the model's size and are shown whole, whatever `crop`.
+  The last batch is filled with black images whose mask is 0, and so is a bad record that is
+  skipped; every process yields equally many. crop and interpolation ("bicubic", ...) are of the
+  model's preprocessing. Generated images (digits, shapes) come at the model's size and are shown
+  whole, whatever `crop`; so are others of up to 32 pixels that have the model's size.
   """
-  b, size = _share(batch_size, process_count), _pair(image_size)
-  images = source(data.name, split, image_size=size)
-  load = functools.partial(_eval_example, images=images, image_size=size, crop=crop,
-                           whole=_parse(data.name)[0] in ALLOWED, interpolation=interpolation)
-  padded = -(-len(images) // batch_size) * batch_size
-  dataset = grain.MapDataset.range(padded)[process_index::process_count].map(load)
-  return Batches(dataset.batch(b), data.workers)
+  make_batch = _eval_batch(data, split, image_size=image_size, batch_size=batch_size, crop=crop,
+                           interpolation=interpolation,
+                           rows=_rows(batch_size, process_index, process_count))
+  steps = -(-len(make_batch.images) // batch_size)
+  return Batches(make_batch, steps, data.workers, data.max_bad)
 
 
 def sample(data, split: str, count: int, *, image_size, crop: float,
@@ -189,9 +233,9 @@ def sample(data, split: str, count: int, *, image_size, crop: float,
 
   Evenly spread over the split: the first ones of a split are often all of one class.
   """
-  size = _pair(image_size)
-  images = source(data.name, split, image_size=size)
-  indices = np.linspace(0, len(images), min(count, len(images)), endpoint=False).astype(int)
-  return np.stack([_eval_example(
-      int(i), images=images, image_size=size, crop=crop, whole=_parse(data.name)[0] in ALLOWED,
-      interpolation=interpolation)["image"] for i in indices])
+  make_batch = _eval_batch(data, split, image_size=image_size, batch_size=1, crop=crop,
+                           interpolation=interpolation, rows=range(1))
+  total = len(make_batch.images)
+  indices = np.linspace(0, total, min(count, total), endpoint=False).astype(int)
+  batches = [make_batch(index) for index in indices]
+  return np.concatenate([batch["image"] for batch in batches if batch["mask"][0]])

@@ -3,39 +3,39 @@
 Source: the augmentation of timm as DeiT's recipe calls it: magnitude 9 of 10 with Gaussian noise
 of standard deviation 0.5, the set of operations whose strength increases with the magnitude.
 """
+import math
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 MAGNITUDE, MAGNITUDE_STD, OPS_PER_IMAGE, PROBABILITY = 9.0, 0.5, 2, 0.5
+BICUBIC = Image.Resampling.BICUBIC
 FILL = (124, 116, 104)  # round(255 * ImageNet's mean): what is pulled in from outside the image
 
 
-def _affine(image, matrix):
-  """matrix (a, b, c, d, e, f): the pixel at (x, y) comes from (ax + by + c, dx + ey + f)."""
-  return image.transform(image.size, Image.Transform.AFFINE, matrix,
-                         resample=Image.Resampling.BICUBIC, fillcolor=FILL)
+def rotate(degrees, width, height):
+  """Counter-clockwise about the centre. Rounded as Pillow's own rotation is."""
+  angle = -math.radians(degrees)
+  cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
+  x, y = width / 2, height / 2
+  return cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y
 
 
-def rotate(image, degrees):
-  return image.rotate(degrees, resample=Image.Resampling.BICUBIC, fillcolor=FILL)
+def shear_x(factor, width, height):
+  return 1, factor, 0, 0, 1, 0
 
 
-def shear_x(image, factor):
-  return _affine(image, (1, factor, 0, 0, 1, 0))
+def shear_y(factor, width, height):
+  return 1, 0, 0, factor, 1, 0
 
 
-def shear_y(image, factor):
-  return _affine(image, (1, 0, 0, factor, 1, 0))
+def translate_x(fraction, width, height):
+  return 1, 0, fraction * width, 0, 1, 0
 
 
-def translate_x(image, fraction):
-  return _affine(image, (1, 0, fraction * image.width, 0, 1, 0))
-
-
-def translate_y(image, fraction):
-  return _affine(image, (1, 0, 0, 0, 1, fraction * image.height))
+def translate_y(fraction, width, height):
+  return 1, 0, 0, 0, 1, fraction * height
 
 
 def solarize_add(image, add):
@@ -58,32 +58,34 @@ def solarize_threshold(m):
 
 
 class Op(NamedTuple):
-  apply: callable        # (image, argument) -> image
+  """Changes colours, or moves pixels: one of `colours` and `matrix` is None."""
   argument: callable     # magnitude in 0..10 -> argument
+  colours: callable = None   # (image, argument) -> image
+  matrix: callable = None    # (argument, width, height) -> (a, b, c, d, e, f), see `move`
   signed: bool = False   # whether the magnitude is negated half of the time
 
 
 def _enhance(enhancer) -> Op:
-  return Op(lambda image, factor: enhancer(image).enhance(factor),
-            lambda m: max(0.1, 1 + 0.09 * m), signed=True)
+  return Op(lambda m: max(0.1, 1 + 0.09 * m), signed=True,
+            colours=lambda image, factor: enhancer(image).enhance(factor))
 
 
 OPS = {
-    "auto_contrast": Op(lambda image, _: ImageOps.autocontrast(image), lambda m: None),
-    "equalize": Op(lambda image, _: ImageOps.equalize(image), lambda m: None),
-    "invert": Op(lambda image, _: ImageOps.invert(image), lambda m: None),
-    "rotate": Op(rotate, lambda m: 3 * m, signed=True),
-    "posterize": Op(posterize, posterize_bits),
-    "solarize": Op(ImageOps.solarize, solarize_threshold),
-    "solarize_add": Op(solarize_add, lambda m: int(11 * m)),
+    "auto_contrast": Op(lambda m: None, lambda image, _: ImageOps.autocontrast(image)),
+    "equalize": Op(lambda m: None, lambda image, _: ImageOps.equalize(image)),
+    "invert": Op(lambda m: None, lambda image, _: ImageOps.invert(image)),
+    "rotate": Op(lambda m: 3 * m, matrix=rotate, signed=True),
+    "posterize": Op(posterize_bits, posterize),
+    "solarize": Op(solarize_threshold, ImageOps.solarize),
+    "solarize_add": Op(lambda m: int(11 * m), solarize_add),
     "color": _enhance(ImageEnhance.Color),
     "contrast": _enhance(ImageEnhance.Contrast),
     "brightness": _enhance(ImageEnhance.Brightness),
     "sharpness": _enhance(ImageEnhance.Sharpness),
-    "shear_x": Op(shear_x, lambda m: 0.03 * m, signed=True),
-    "shear_y": Op(shear_y, lambda m: 0.03 * m, signed=True),
-    "translate_x": Op(translate_x, lambda m: 0.045 * m, signed=True),
-    "translate_y": Op(translate_y, lambda m: 0.045 * m, signed=True),
+    "shear_x": Op(lambda m: 0.03 * m, matrix=shear_x, signed=True),
+    "shear_y": Op(lambda m: 0.03 * m, matrix=shear_y, signed=True),
+    "translate_x": Op(lambda m: 0.045 * m, matrix=translate_x, signed=True),
+    "translate_y": Op(lambda m: 0.045 * m, matrix=translate_y, signed=True),
 }
 NAMES = tuple(OPS)
 
@@ -98,7 +100,21 @@ def draw(rng: np.random.Generator) -> list[tuple[str, float]]:
   return drawn
 
 
+def move(image: Image.Image, matrix, resample) -> Image.Image:
+  """matrix (a, b, c, d, e, f): the pixel at (x, y) comes from (ax + by + c, dx + ey + f)."""
+  return image.transform(image.size, Image.Transform.AFFINE, matrix, resample=resample,
+                         fillcolor=FILL)
+
+
+def apply(name: str, argument, image: Image.Image, resample=BICUBIC) -> Image.Image:
+  """One operation with its argument (degrees, bits, a factor, ...)."""
+  op = OPS[name]
+  if op.matrix:
+    return move(image, op.matrix(argument, *image.size), resample)
+  return op.colours(image, argument)
+
+
 def randaugment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
   for name, m in draw(rng):
-    image = OPS[name].apply(image, OPS[name].argument(m))
+    image = apply(name, OPS[name].argument(m), image)
   return image

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
+from vitcompact.data.decode import Example, as_arrays
+
 DIRECTIONS = ("right", "below", "left", "above")
 SIZES = {"train": 20_000, "val": 1_000, "test": 2_000}
 GRID = 4
@@ -117,9 +119,28 @@ class Shapes:
     """The objects of scene `index`, from which the label can be worked out again."""
     return scene(index % self.num_classes, self._generator(index))
 
-  def __getitem__(self, index: int) -> dict:
+  def open(self, index: int) -> Example:
     rng = self._generator(index)
     label = int(index) % self.num_classes
     things = scene(label, rng)
     ground = tuple(int(v) for v in rng.integers(0, 50, size=3))
-    return {"image": render(things, ground, self.image_size), "label": label}
+    return Example(Image.fromarray(render(things, ground, self.image_size)), label)
+
+  def __getitem__(self, index: int) -> dict:
+    return as_arrays(self.open(index))
+
+
+class Directions(Shapes):
+  """The same scenes, labelled by where the cross lies alone, whatever the colours: 4 classes.
+
+  A small model learns these in a tenth of the steps that the comparison of colours takes.
+  """
+  class_names = DIRECTIONS
+  num_classes = len(class_names)
+
+  def describe(self, index: int) -> list[Thing]:
+    return scene(index % Shapes.num_classes, self._generator(index))
+
+  def open(self, index: int) -> Example:
+    whole = Shapes(self.split, self.image_size, self.count, self.seed).open(index)
+    return Example(whole.image, whole.label // 2)

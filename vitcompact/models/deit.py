@@ -31,7 +31,9 @@ class VisionTransformer(nn.Module):
   Images (B, H, W, in_chans), normalised float -> logits (B, num_classes) in float32. A distilled
   model returns (class logits, distillation logits) in training, their mean in inference.
   num_classes=0 returns the pooled features (B, width). global_pool: "token" (class token), "avg"
-  (mean of the patch tokens, normalised after), "" (no pooling: every token).
+  (mean of the patch tokens, normalised after), "" (no pooling: every token). position_std: of fresh
+  positions. DeiT's 0.02 is far below what patches bring; a narrow model that has to relate distant
+  places may not learn to for thousands of steps, and does with 0.5 in hundreds.
   """
   variant: str = ""
   image_size: int | tuple[int, int] = 224
@@ -44,6 +46,7 @@ class VisionTransformer(nn.Module):
   mlp_ratio: float = 4.0
   distilled: bool = False
   global_pool: str = "token"
+  position_std: float = 0.02
   drop_path_rate: float = 0.1
   dtype: str = "float32"
   remat: bool = False
@@ -72,6 +75,8 @@ class VisionTransformer(nn.Module):
                        f"{[h for h in range(1, 33) if self.width % h == 0]}")
     if self.global_pool not in ("token", "avg", ""):
       raise ValueError(f"global_pool={self.global_pool!r}: must be 'token', 'avg' or ''")
+    if self.position_std < 0:
+      raise ValueError(f"position_std={self.position_std}: must be at least 0")
     self.plan.check_depth(self.depth)
 
   @nn.nowrap
@@ -125,7 +130,8 @@ class VisionTransformer(nn.Module):
     tokens = ["cls_token", "dist_token"][:self.prefix]
     self.tokens = [self.param(name, layers.weight_init, (1, 1, self.width)) for name in tokens]
     count = self.prefix + self.grid[0] * self.grid[1]
-    self.pos_embed = self.param("pos_embed", layers.weight_init, (1, count, self.width))
+    self.pos_embed = self.param("pos_embed", nn.initializers.normal(self.position_std),
+                                (1, count, self.width))
     for name, part in self.parts().items():
       setattr(self, name, part)
     # Mean-pooled features are normalised after pooling, under timm's name for that norm.

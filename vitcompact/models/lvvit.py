@@ -238,12 +238,19 @@ class LVViT(nn.Module):
     logits = self.head(x[:, 0]).astype(jnp.float32)
     token_logits = self.aux_head(x[:, 1:]).astype(jnp.float32)
     if not train:
+      self._record_logits(logits, token_logits, tokens)
       if tokens.remainder is not None:
         token_logits = jnp.where(tokens.remainder[:, 1:, None], -jnp.inf, token_logits)
       return logits + 0.5 * token_logits.max(axis=1)
     token_logits, alive = carry.by_patch(token_logits, tokens, 1)
     return TokenLogits(logits, self._unmix(token_logits, box), 1 - box.mean(),
                        self._unmix(jax.lax.stop_gradient(alive)[..., None], box)[..., 0])
+
+  def _record_logits(self, logits, token_logits, tokens: Tokens):
+    """Sows in "tokens" what a teacher tells of each token: "logits" and "token_logits"."""
+    if self.is_mutable_collection("tokens") and not self.is_initializing():
+      self.sow("tokens", "logits", logits)
+      self.sow("tokens", "token_logits", carry.by_patch(token_logits, tokens, 1)[0])
 
   def _unmix(self, rows_bpk, box_hw):
     """Rows of patches (B, P, K) put back where the patches were before MixToken."""

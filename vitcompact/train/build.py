@@ -1,5 +1,6 @@
 """All that is fixed before the first step of a run, made from its config."""
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,14 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 import vitcompact as vc
 from vitcompact.data import pipeline
-from vitcompact.train import optim, settings, sharding, start
+from vitcompact.train import optim, programs, settings, sharding, start
 from vitcompact.train import step as steps
+from vitcompact.train.objective import (
+    by_replica,
+    looks_across,
+    make_objective,
+    make_reconstruction,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +30,7 @@ class Run:
   init: Callable
   shapes: steps.TrainState
   shardings: steps.TrainState
-  train_step: Callable
+  step_at: Callable[[int], Callable]   # the jitted step of step 0, 1, ...: a program of its own
   eval_step: Callable
 
 
@@ -46,32 +53,95 @@ def build(config: FrozenConfigDict) -> Run:
   model = vc.create_model(sizes.pop("name"), plan=vc.Plan.parse(config.plan), num_classes=classes,
                           **sizes)
   preprocess, rules = vc.preprocess(model), model.leaf_rules()
+  if config.data.eval_crop:
+    preprocess = dataclasses.replace(preprocess, crop=config.data.eval_crop)
   image_shape = (*preprocess.image_size, 3)
+  teacher = make_teacher(config, model)
+  programs.check(config, model)
   params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image_shape)))["params"]
-  mask = optim.decay_mask(params, rules)
-  optimizer = optim.make_optimizer(config.optim, config.total_steps, mask)
+  optimizers = optim.make_optimizers(config.optim, config.reconstruct, config.total_steps, params,
+                                     optim.decay_mask(params, rules))
   decay = (optim.ema_decay(config.ema_half_life, config.total_steps)
            if config.ema_half_life else 0.0)
-  init = steps.make_init(model, optimizer, image_shape, ema=bool(decay))
+  init = steps.make_init(model, optimizers.main, image_shape, ema=bool(decay), teacher=teacher)
   shapes = jax.eval_shape(init, jax.random.key(0))
-  shardings = steps.state_shardings(shapes, rules, optimizer, mesh)
+  shardings = steps.state_shardings(shapes, rules, optimizers.main, mesh,
+                                    teacher.leaf_rules() if teacher else ())
+  check_labels(config, model)
   augment = steps.make_augment(config.data, preprocess.mean, preprocess.std, classes,
-                               config.accumulate)
-  train_step = steps.make_train_step(
-      model, optimizer, optim.schedule(config.optim, config.total_steps), augment,
-      accumulate=config.accumulate, ema_decay=decay)
+                               config.accumulate, getattr(model, "grid", None))
+
+  groups = 1
+  if looks_across(model, shapes.batch_stats, config.loss):
+    groups = max(1, config.data.replicas // config.accumulate)
+
+  @functools.cache
+  def compiled(program: programs.Program):
+    step = steps.make_train_step(
+        by_replica(make_program(config, model, teacher, program), groups),
+        optimizers.links if program.links else optimizers.main, optimizers.rate, augment,
+        accumulate=config.accumulate, ema_decay=decay, groups=config.data.replicas)
+    return steps.jit_train_step(step, shardings, mesh)
+
   eval_step = steps.make_eval_step(model, preprocess.mean, preprocess.std)
   return Run(config, mesh, model, preprocess, steps.jit_init(init, shardings), shapes, shardings,
-             steps.jit_train_step(train_step, shardings, mesh),
+             lambda step: compiled(programs.program_at(config, model, step)),
              steps.jit_eval_step(eval_step, mesh))
 
 
+def check_labels(config, model):
+  """Refuses labels of places where there is nothing that they could teach."""
+  if config.data.augment != "token_labels":
+    return
+  if not hasattr(model, "mix_token"):
+    raise ValueError(f"config.data.augment='token_labels' teaches patches of LV-ViT, and "
+                     f"{model.variant} has no classifier of patches; use 'randaugment'")
+  if config.data.mixup or config.data.cutmix:
+    raise ValueError("config.data.augment='token_labels' goes with MixToken, not with mixup or "
+                     "cutmix: set config.data.mixup and config.data.cutmix to 0")
+
+
+def make_program(config, model, teacher, program: programs.Program):
+  """The objective of a program."""
+  student = model.clone(plan=program.plan)
+  if program.links:
+    return make_reconstruction(student, config.reconstruct.weight)
+  companion = None if program.companion is None else model.clone(plan=program.companion)
+  return make_objective(student, config.loss, teacher, companion)
+
+
+def make_teacher(config, model):
+  """The model that is learnt from, or None: of the name given, or the dense form of `model`."""
+  weights = [key for key in ("hard", "soft", "logits", "patches") if config.loss[key]]
+  if not config.teacher.file:
+    if weights:
+      raise ValueError(f"config.loss.{weights[0]}={config.loss[weights[0]]} learns from a teacher; "
+                       "give config.teacher.file=FILE.safetensors, or set it to 0")
+    return None
+  if not weights:
+    raise ValueError(f"config.teacher.file={config.teacher.file!r} has nothing to teach: give "
+                     "config.loss.hard, soft, logits or patches a weight")
+  if getattr(model, "mix_token", False):
+    raise ValueError("a teacher sees images as they come, and MixToken mixes them inside the "
+                     "student; set config.model.mix_token=False")
+  if not config.teacher.name:
+    return model.clone(plan=vc.Plan())
+  if config.loss.patches:
+    raise ValueError(f"config.loss.patches compares with the dense form of {model.variant}; use "
+                     f"config.teacher.name='' instead of {config.teacher.name!r}, or set it to 0")
+  return vc.create_model(config.teacher.name, num_classes=model.num_classes,
+                         image_size=model.image_size)
+
+
 def fresh_state(run: Run) -> steps.TrainState:
-  """Drawn from the seed, or from the file that `config.init_from` names."""
-  state = run.init(jax.random.key(run.config.seed))
-  if not run.config.init_from:
+  """Drawn from the seed, or from the file that `config.init_from` names; with its teacher."""
+  config, state = run.config, run.init(jax.random.key(run.config.seed))
+  if config.teacher.file:
+    taught = start.load_teacher(config.teacher.file, make_teacher(config, run.model))
+    state = state.replace(teacher=jax.device_put(taught, run.shardings.teacher))
+  if not config.init_from:
     return state
   variables = start.load_variables(
-      run.config.init_from, run.model,
-      lambda: start.calibration_images(run.config, run.preprocess))
+      config.init_from, run.model,
+      lambda: start.calibration_images(config, run.preprocess))
   return start.started_from(state, variables, run.shardings)

@@ -58,8 +58,9 @@ def check_finite(first_step: int, metrics: list[dict]):
 
 def summary(metrics: list[dict]) -> dict[str, float]:
   """Means since the last line; of the learning rate the last."""
-  means = {name: sum(float(values[name]) for values in metrics) / len(metrics)
-           for name in ("loss", "accuracy", "grad_norm")}
+  # Programs of one run differ in what they measure; a line has what its last step measured.
+  means = {name: sum(float(values[name]) for values in metrics if name in values) /
+                 sum(name in values for values in metrics) for name in metrics[-1]}
   return means | {"lr": float(metrics[-1]["lr"])}
 
 
@@ -71,7 +72,7 @@ def fit(run: Run, state, data, stop: int, checkpoints: Checkpoints, log: Log):
     batch = sharding.put_batch(meter.next_batch(data), run.mesh)
     if len(pending) > 1:  # steps are dispatched ahead of the device, but not without end
       jax.block_until_ready(pending[-2])
-    state, metrics = run.train_step(state, batch)
+    state, metrics = run.step_at(step - 1)(state, batch)
     pending.append(metrics)
     meter.images += config.batch_size
     log.progress(step)

@@ -2,30 +2,10 @@
 import jax
 import jax.numpy as jnp
 
-from vitcompact.models.lvvit import TokenLogits
-
 
 def cross_entropy(logits_bk: jax.Array, targets_bk: jax.Array) -> jax.Array:
   """-sum_k y_k log softmax(z)_k: (B,). Targets are probabilities, smoothed or mixed or one-hot."""
   return -jnp.sum(targets_bk * jax.nn.log_softmax(logits_bk.astype(jnp.float32)), axis=-1)
-
-
-def classification(outputs, targets_bk: jax.Array, token_weight: float = 1.0):
-  """What a model returns in training against the labels: (mean loss, logits of the class guess).
-
-  Of several linear heads (distilled DeiT without a teacher), each learns from the labels. LV-ViT's
-  class token learns from the mixture that MixToken made of its image, its patches from their own
-  image's label; `token_weight` is 1 in the authors' code.
-  """
-  if isinstance(outputs, TokenLogits):
-    mixed_bk = outputs.share * targets_bk + (1 - outputs.share) * targets_bk[::-1]
-    by_token_bn = cross_entropy(outputs.token_logits, targets_bk[:, None])
-    loss_b = (cross_entropy(outputs.logits, mixed_bk) +
-              token_weight * over_survivors(by_token_bn, outputs.alive))
-    return loss_b.mean(), outputs.logits
-  heads = outputs if isinstance(outputs, tuple) else (outputs,)
-  loss = sum(cross_entropy(logits, targets_bk).mean() for logits in heads) / len(heads)
-  return loss, sum(logits.astype(jnp.float32) for logits in heads)
 
 
 def hard_distillation(student_bk: jax.Array, teacher_bk: jax.Array) -> jax.Array:
@@ -99,3 +79,18 @@ def consistency(student_bw: jax.Array, teacher_bw: jax.Array, student_bk: jax.Ar
   error_bw = student_bw.astype(jnp.float32) - jax.lax.stop_gradient(teacher_bw.astype(jnp.float32))
   share = jnp.maximum(jnp.mean(passing_b), 1 / passing_b.shape[0])
   return jnp.where(passing_b, jnp.mean(error_bw ** 2, axis=-1), 0) / share
+
+
+def attention_reconstruction(links) -> jax.Array:
+  """Sparsifiner: (1 / L) sum over L blocks, heads, queries, keys of (score - target)^2: (B,).
+
+  links: the collection "links" that `model.apply(..., mutable=["links"])` returns: for each block
+    its predictor's "score" and the "target", the block's own dense attention, both (B, heads, N, M)
+    (of blocks of tokens where links are).
+  """
+  pairs = [block["links"] for block in links.values()]
+  if not pairs:
+    raise ValueError("no block of this model has a predictor of links: give its plan "
+                     "links=Sparsifiner(...), with min_tokens below its number of tokens")
+  errors = [jnp.sum((pair["score"][0] - pair["target"][0]) ** 2, axis=(1, 2, 3)) for pair in pairs]
+  return sum(errors) / len(errors)

@@ -1,28 +1,58 @@
-"""AdamW as DeiT uses it: warm-up and cosine per step, decay by name, clipping by global norm."""
+"""AdamW or SGD, the published schedules, decay by name, and which parameters train when."""
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from vitcompact import trees
 
+SCHEDULES = ("step", "epoch", "late_epoch", "after_warmup")
+OPTIMIZERS = ("adamw", "sgd")
+LINKS = r"(.*/)?links/.*"   # leaves of the predictors of links, under every model
+
 
 def warmup_cosine(step, *, peak, warmup_steps, total_steps, start, final):
   """The learning rate of step 0, 1, ... (an array or a number).
 
   Linear from `start` to `peak`, then a half cosine to `final`. As in DeiT the cosine counts from
-  step 0, so it takes over slightly below the peak. DeiT changes its rate once an epoch; with
-  epochs for steps this function gives DeiT's values.
+  step 0, so it takes over slightly below the peak. Epochs may stand for steps.
   """
   warmup = start + step * (peak - start) / max(warmup_steps, 1)
   cosine = final + 0.5 * (peak - final) * (1 + jnp.cos(jnp.pi * step / total_steps))
   return jnp.where(step < warmup_steps, warmup, jnp.where(step < total_steps, cosine, final))
 
 
+def warmup_then_cosine(step, *, peak, warmup_steps, total_steps, start, final):
+  """As `warmup_cosine`, but the cosine begins at the peak, when the warm-up is over.
+
+  The warm-up has both its ends: its last step is at the peak (Sparsifiner, DynamicViT).
+  """
+  warmup = start + step * (peak - start) / max(warmup_steps - 1, 1)
+  rest = total_steps - warmup_steps
+  cosine = final + 0.5 * (peak - final) * (1 + jnp.cos(jnp.pi * (step - warmup_steps) / rest))
+  return jnp.where(step < warmup_steps, warmup, jnp.where(step < total_steps, cosine, final))
+
+
 def schedule(optim, total_steps: int):
-  """step -> learning rate, from the config's `optim` section."""
-  return lambda step: warmup_cosine(
-      step, peak=optim.learning_rate, warmup_steps=optim.warmup_steps, total_steps=total_steps,
-      start=optim.warmup_learning_rate, final=optim.final_learning_rate)
+  """step -> learning rate, from the config's `optim` section, for so many steps.
+
+  "step": `warmup_cosine`. "epoch": its value when the epoch of `epoch_steps` began. "late_epoch":
+  that of the epoch before (DeiT's loop sets the rate after an epoch, so its first two epochs run at
+  the first rate). "after_warmup": `warmup_then_cosine`. The last `cooldown_steps` are at the final
+  rate.
+  """
+  total, e = total_steps - optim.cooldown_steps, optim.epoch_steps
+  curve = warmup_then_cosine if optim.schedule == "after_warmup" else warmup_cosine
+
+  def rate(step):
+    if optim.schedule in ("epoch", "late_epoch"):
+      late = int(optim.schedule == "late_epoch")
+      step = e * jnp.maximum(step // e - late, 0)
+    return curve(step, peak=optim.learning_rate, warmup_steps=optim.warmup_steps,
+                 total_steps=total, start=optim.warmup_learning_rate,
+                 final=optim.final_learning_rate)
+  return rate
 
 
 def decay_mask(params, rules):
@@ -31,13 +61,83 @@ def decay_mask(params, rules):
   return jax.tree.map(lambda leaf: leaf.decay, leaves, is_leaf=lambda x: isinstance(x, trees.Leaf))
 
 
-def make_optimizer(optim, total_steps: int, mask) -> optax.GradientTransformation:
-  """Clip, then p <- p - lr (adam(g) + weight_decay p). `clip_norm` 0: no clipping."""
-  adamw = optax.adamw(schedule(optim, total_steps), b1=optim.b1, b2=optim.b2, eps=optim.eps,
-                      weight_decay=optim.weight_decay, mask=mask)
-  if not optim.clip_norm:
-    return adamw
-  return optax.chain(optax.clip_by_global_norm(optim.clip_norm), adamw)
+def one_optimizer(optim, rate, mask) -> optax.GradientTransformation:
+  """p <- p - lr (update(g) + weight_decay p), where `mask` is true; the update is AdamW's or SGD's.
+
+  SGD has Nesterov momentum b1, and adds the decay to the gradient, as PyTorch's does.
+  """
+  if optim.name == "adamw":
+    return optax.adamw(rate, b1=optim.b1, b2=optim.b2, eps=optim.eps,
+                       weight_decay=optim.weight_decay, mask=mask)
+  return optax.chain(optax.add_decayed_weights(optim.weight_decay, mask),
+                     optax.sgd(rate, momentum=optim.b1, nesterov=True))
+
+
+class Optimizers(NamedTuple):
+  """Updates of one and the same state, in which every group of parameters has moments of its own.
+
+  main: of all but the predictors of links. links: of those alone. rate: step -> the learning rate
+    of the run at that step, for the log.
+  """
+  main: optax.GradientTransformation
+  links: optax.GradientTransformation
+  rate: optax.Schedule
+
+
+def held(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Its state, and no update of that or of the parameters."""
+  return optax.GradientTransformation(
+      optimizer.init, lambda updates, state, params=None: (jax.tree.map(jnp.zeros_like, updates),
+                                                           state))
+
+
+def scaled(rate, factor: float, first_step: int):
+  """A schedule times a factor, 0 before a step."""
+  return lambda step: jnp.where(step >= first_step, factor * rate(step), 0.0)
+
+
+def make_optimizers(optim, reconstruct, total_steps: int, params, mask) -> Optimizers:
+  """From the config's sections `optim` and `reconstruct`; params and mask: trees of all parameters.
+
+  `optim.rates` is ((pattern, factor, first step), ...): a parameter has the learning rate times the
+  factor of the first pattern that matches its whole name, and stands still before that step. A
+  parameter that none matches has factor 1. Steps are counted from the end of reconstruction.
+  """
+  rates = [*optim.rates, (".*", 1.0, 0)]
+  labels = trees.first_match([(LINKS, "links"), *((rate[0], str(i)) for i, rate in
+                                                  enumerate(rates))], params, may_be_idle=True)
+  main_rate = schedule(optim, total_steps - reconstruct.steps)
+  links_rate = schedule(_reconstruction(optim, reconstruct), reconstruct.steps)
+  used = set(jax.tree.leaves(labels))
+  for i, (pattern, _, _) in enumerate(optim.rates):
+    if str(i) not in used:
+      raise ValueError(f"config.optim.rates: {pattern!r} matches no parameter that an earlier "
+                       "pattern leaves; names are such as "
+                       f"{next(iter(trees.named_leaves(params)))}")
+  parts = {str(i): one_optimizer(optim, scaled(main_rate, factor, first), mask)
+           for i, (_, factor, first) in enumerate(rates) if str(i) in used}
+  links = one_optimizer(optim, links_rate, mask)
+  at_rest = {label: held(part) for label, part in parts.items()}
+
+  def together(parts, links_part):
+    both = {**parts, "links": links_part} if "links" in used else parts
+    update = optax.partition(both, labels)
+    if not optim.clip_norm:
+      return update
+    return optax.chain(optax.clip_by_global_norm(optim.clip_norm), update)
+
+  def rate(step):
+    return jnp.where(step < reconstruct.steps, links_rate(step),
+                     main_rate(jnp.maximum(step - reconstruct.steps, 0)))
+
+  return Optimizers(together(parts, held(links)), together(at_rest, links), rate)
+
+
+def _reconstruction(optim, reconstruct):
+  """The `optim` section with the learning rates of reconstruction."""
+  same = {key: reconstruct[key] for key in ("learning_rate", "warmup_steps",
+                                            "warmup_learning_rate", "final_learning_rate")}
+  return type(optim)({**optim.to_dict(), **same, "cooldown_steps": 0})
 
 
 def ema_decay(half_life: float, total_steps: int) -> float:

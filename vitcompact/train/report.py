@@ -18,7 +18,8 @@ TIMED_IMAGES = 32
 
 
 def report(result: loop.Result, workdir) -> Receipt:
-  """Writes deploy.safetensors, receipt.json and receipt.md of a finished run into its workdir.
+  """Writes trained.safetensors (what another run may start from), deploy.safetensors, receipt.json
+  and receipt.md of a finished run into its workdir.
 
   The deployed model is evaluated on the test images itself: its accuracy is not taken over. Folding
   is verified in float32: bfloat16 rounds two forms of one function apart by far more.
@@ -48,6 +49,7 @@ def report(result: loop.Result, workdir) -> Receipt:
                 images), facts)
   if jax.process_index() == 0:
     directory = pathlib.Path(workdir)
+    convert.save(directory / "trained.safetensors", model, variables, force=True)
     convert.save(directory / "deploy.safetensors", deploy, folded, force=True)
     receipt.write(directory)
   return receipt

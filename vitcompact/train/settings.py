@@ -3,14 +3,25 @@ import difflib
 
 from ml_collections import ConfigDict
 
+from vitcompact.train import objective, optim
+
 POSITIVE = ("total_steps", "batch_size", "accumulate", "eval_batch_size", "checkpoint_every",
             "keep_last", "log_every")
 KEYS = {
     "": {*POSITIVE, "seed", "init_from", "ema_half_life", "eval_params", "model", "plan", "data",
-         "optim", "mesh"},
-    "data": {"name", "augment", "workers", "erase", "smoothing", "mixup", "cutmix", "mix_groups"},
-    "optim": {"learning_rate", "warmup_steps", "warmup_learning_rate", "final_learning_rate",
-              "weight_decay", "b1", "b2", "eps", "clip_norm"},
+         "optim", "mesh", "loss", "teacher", "reconstruct", "keep_warmup"},
+    "data": {"name", "augment", "workers", "erase", "smoothing", "mixup", "cutmix", "eval_crop",
+             "replicas",
+             "repeats", "on_bad", "max_bad"},
+    "optim": {"name", "schedule", "epoch_steps", "learning_rate", "warmup_steps",
+              "warmup_learning_rate", "final_learning_rate", "cooldown_steps", "weight_decay", "b1",
+              "b2", "eps", "clip_norm", "rates"},
+    "loss": {"labels", "patch_labels", "hard", "soft", "temperature", "logits", "patches",
+             "patch_error", "kept_ratio", "consistency", "companion_r"},
+    "teacher": {"file", "name"},
+    "reconstruct": {"steps", "weight", "learning_rate", "warmup_steps", "warmup_learning_rate",
+                    "final_learning_rate"},
+    "keep_warmup": {"start", "steps"},
     "mesh": {"data", "fsdp"},
 }
 # These change where and how often, not what: a run may be resumed with others.
@@ -57,12 +68,18 @@ def check(config):
                      "0 keeps no averages")
   if config.eval_params == "ema" and not config.ema_half_life:
     raise ValueError("config.eval_params='ema' needs averages: set config.ema_half_life > 0")
+  for key, known in (("name", optim.OPTIMIZERS), ("schedule", optim.SCHEDULES)):
+    if config.optim[key] not in known:
+      raise ValueError(f"config.optim.{key}={config.optim[key]!r} is not one of {known}")
+  if config.loss.patch_error not in objective.PATCH_ERRORS:
+    raise ValueError(f"config.loss.patch_error={config.loss.patch_error!r} is not one of "
+                     f"{tuple(objective.PATCH_ERRORS)}")
   if config.batch_size % config.accumulate:
     raise ValueError(f"config.batch_size={config.batch_size} does not divide into "
                      f"config.accumulate={config.accumulate} microbatches")
   mixes = config.data.mixup or config.data.cutmix
-  if mixes and config.data.mix_groups % config.accumulate:
-    raise ValueError(f"config.data.mix_groups={config.data.mix_groups} must be a multiple of "
+  if mixes and config.data.replicas % config.accumulate:
+    raise ValueError(f"config.data.replicas={config.data.replicas} must be a multiple of "
                      f"config.accumulate={config.accumulate}: a microbatch mixes within itself")
 
 

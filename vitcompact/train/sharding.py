@@ -8,6 +8,7 @@ import math
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from optax import tree_utils
 
@@ -78,9 +79,11 @@ def batches(mesh: Mesh) -> NamedSharding:
 
 def moments(optimizer, opt_state, parameter_shardings, mesh: Mesh):
   """Shardings of an optimiser's state: what mirrors a parameter lies as that parameter does."""
+  def absent(leaf):   # another group's parameter, of which this part of the state knows nothing
+    return isinstance(leaf, optax.MaskedNode)
   return tree_utils.tree_map_params(
-      optimizer, lambda _, sharding: sharding, opt_state, parameter_shardings,
-      transform_non_params=lambda _: replicated(mesh))
+      optimizer, lambda leaf, sharding: leaf if absent(leaf) else sharding, opt_state,
+      parameter_shardings, transform_non_params=lambda _: replicated(mesh), is_leaf=absent)
 
 
 def check_batch(name: str, size: int, mesh: Mesh):

@@ -17,19 +17,34 @@ def load_variables(path: str, model, calibration):
   A dense model's are made compact for the model's plan, fitted on the images that `calibration()`
   returns (normalised).
   """
-  found, variables = convert.load(path)
-  variables = jax.tree.map(jnp.asarray, variables)
+  found, variables = _load(path)
   source = model
   if found.plan == vc.Plan() and not found.deploy:
     source = model.clone(plan=vc.Plan())
-  if lines := trees.differences(variables, _shapes(source)):
-    more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
-    raise ValueError(f"init_from={path!r} holds {found.variant} with plan={found.plan.to_json()}, "
-                     f"which does not fit {model.variant}: {'; '.join(lines[:3])}{more}. "
-                     "experiments.convert resizes positions and replaces a classifier")
+  _check_fits(f"init_from={path!r}", found, variables, source)
   if source == model:
     return variables
   return vc.compact(source, variables, model.plan, images=calibration())[1]
+
+
+def load_teacher(path: str, teacher):
+  """Variables of a teacher from such a file."""
+  found, variables = _load(path)
+  _check_fits(f"teacher.file={path!r}", found, variables, teacher)
+  return variables
+
+
+def _load(path: str):
+  found, variables = convert.load(path)
+  return found, jax.tree.map(jnp.asarray, variables)
+
+
+def _check_fits(what: str, found, variables, model):
+  if lines := trees.differences(variables, _shapes(model)):
+    more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+    raise ValueError(f"{what} holds {found.variant} with plan={found.plan.to_json()}, "
+                     f"which does not fit {model.variant}: {'; '.join(lines[:3])}{more}. "
+                     "experiments.convert resizes positions and replaces a classifier")
 
 
 def started_from(state: TrainState, variables, shardings: TrainState) -> TrainState:

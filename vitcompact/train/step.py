@@ -12,11 +12,16 @@ import optax
 
 from vitcompact.data import batch as device_batch
 from vitcompact.train import losses, sharding
+from vitcompact.train.objective import variables
 
 
 @flax.struct.dataclass
 class TrainState:
-  """Everything that a step reads and writes. The averages are {} in a run without EMA."""
+  """Everything that a step reads and writes. The averages are {} in a run without EMA.
+
+  teacher: variables of the model that is learnt from, {} without one; no step changes them, but a
+    run that goes on needs the same ones.
+  """
   step: jax.Array
   params: Any
   batch_stats: Any
@@ -24,11 +29,7 @@ class TrainState:
   ema_params: Any
   ema_batch_stats: Any
   key: jax.Array
-
-
-def variables(params, batch_stats):
-  """What `model.apply` takes; models without batch norm have no such collection."""
-  return {"params": params} | ({"batch_stats": batch_stats} if batch_stats else {})
+  teacher: Any
 
 
 def selected(state: TrainState, eval_params: str):
@@ -38,20 +39,24 @@ def selected(state: TrainState, eval_params: str):
   return variables(state.params, state.batch_stats)
 
 
-def make_init(model, optimizer, image_shape, *, ema: bool):
-  """A function key -> TrainState; image_shape: (H, W, 3)."""
+def make_init(model, optimizer, image_shape, *, ema: bool, teacher=None):
+  """A function key -> TrainState; image_shape: (H, W, 3). A teacher's variables are all 0."""
   def init(key):
     init_key, step_key = jax.random.split(key)
     new = model.init(init_key, jnp.zeros((1, *image_shape)))
     params, stats = new["params"], new.get("batch_stats", {})
     # Copies, because the step donates its state and no buffer may be given away twice.
     averages = jax.tree.map(jnp.copy, (params, stats)) if ema else ({}, {})
+    taught = {}
+    if teacher is not None:
+      shapes = jax.eval_shape(teacher.init, key, jnp.zeros((1, *image_shape)))
+      taught = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params), *averages,
-                      step_key)
+                      step_key, taught)
   return init
 
 
-def state_shardings(shapes: TrainState, rules, optimizer, mesh) -> TrainState:
+def state_shardings(shapes: TrainState, rules, optimizer, mesh, teacher_rules=()) -> TrainState:
   """Where every leaf of a state lies, from its shapes (`jax.eval_shape` of an init)."""
   params = sharding.parameters(shapes.params, rules, mesh)
   whole = sharding.replicated(mesh)
@@ -59,78 +64,90 @@ def state_shardings(shapes: TrainState, rules, optimizer, mesh) -> TrainState:
   def everywhere(tree):
     return jax.tree.map(lambda _: whole, tree)
 
+  teacher = everywhere(shapes.teacher)
+  if teacher:
+    teacher["params"] = sharding.parameters(shapes.teacher["params"], teacher_rules, mesh)
   return TrainState(
       step=whole, params=params, batch_stats=everywhere(shapes.batch_stats),
       opt_state=sharding.moments(optimizer, shapes.opt_state, params, mesh),
       ema_params=params if shapes.ema_params else {},
-      ema_batch_stats=everywhere(shapes.ema_batch_stats), key=whole)
+      ema_batch_stats=everywhere(shapes.ema_batch_stats), key=whole, teacher=teacher)
 
 
-def make_augment(data, mean, std, num_classes: int, accumulate: int):
-  """A function (key, uint8 images, labels) -> (float images, targets) of one microbatch.
+def make_augment(data, mean, std, num_classes: int, accumulate: int, grid=None):
+  """A function (key, batch) -> (float images, targets) of one microbatch.
 
   data: the config's section. The order is the published one: each of two mixed images was erased
-  before they were mixed.
+  before they were mixed. With labels of places, targets are a pair, of images and of the patches of
+  `grid`.
   """
-  def augment(key, images, labels):
+  def augment(key, batch):
     erase_key, mix_key = jax.random.split(key)
-    images = device_batch.normalise(images, mean, std)
+    images = device_batch.normalise(batch["image"], mean, std)
     if data.erase:
       images = device_batch.erase(erase_key, images, data.erase)
-    targets = device_batch.one_hot_smooth(labels, num_classes, data.smoothing)
+    if "label_map" in batch:
+      return images, device_batch.label_targets(batch["label_map"], batch["label_box"],
+                                                num_classes, data.smoothing, grid)
+    targets = device_batch.one_hot_smooth(batch["label"], num_classes, data.smoothing)
     return device_batch.mix(mix_key, images, targets, mixup_alpha=data.mixup,
-                            cutmix_alpha=data.cutmix, groups=max(1, data.mix_groups // accumulate))
+                            cutmix_alpha=data.cutmix, groups=max(1, data.replicas // accumulate))
   return augment
 
 
-def microbatches(batch, count: int):
-  """(B, ...) -> (count, B / count, ...). Strided, so that each device keeps its own images."""
-  def split(array):
-    return jnp.moveaxis(array.reshape(-1, count, *array.shape[1:]), 1, 0)
-  return jax.tree.map(split, batch)
+def make_gradients(objective, augment, accumulate: int, groups: int = 1):
+  """A function (state, batch, key) -> (gradients, batch statistics, metrics), the loss among these.
 
-
-def make_gradients(model, augment, accumulate: int):
-  """A function (state, batch, key) -> (gradients, batch statistics, loss, accuracy).
-
-  Means over `accumulate` microbatches in turn, which batch statistics see one after another.
+  Means over `accumulate` microbatches in turn, which batch statistics see one after another. Each
+  is made of whole groups, of which the batch has `groups`.
   """
-  def loss_and_more(params, batch_stats, batch, key):
+  def loss_and_more(params, state, batch_stats, batch, key):
     augment_key, dropout_key = jax.random.split(key)
-    images, targets = augment(augment_key, batch["image"], batch["label"])
-    out, new = model.apply(variables(params, batch_stats), images, train=True,
-                           rngs={"dropout": dropout_key}, mutable=["batch_stats"])
-    loss, logits = losses.classification(out, targets)
-    accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == batch["label"])
-    return loss, (new.get("batch_stats", {}), accuracy)
+    images, targets = augment(augment_key, batch)
+    loss, (batch_stats, metrics) = objective(params, batch_stats, state.teacher, images,
+                                             batch["label"], targets, dropout_key)
+    return loss, (batch_stats, {"loss": loss, **metrics})
+
+  def one(state, batch_stats, batch, key):
+    (_, (batch_stats, metrics)), grads = jax.value_and_grad(loss_and_more, has_aux=True)(
+        state.params, state, batch_stats, batch, key)
+    return batch_stats, (grads, metrics)
 
   def gradients(state, batch, key):
-    def one(carry, part):
+    parts = device_batch.microbatches(batch, accumulate, groups)
+    if accumulate == 1:
+      batch_stats, (grads, metrics) = one(state, state.batch_stats,
+                                          jax.tree.map(lambda x: x[0], parts),
+                                          jax.random.fold_in(key, 0))
+      return grads, batch_stats, metrics
+    shapes = jax.eval_shape(one, state, state.batch_stats, jax.tree.map(lambda x: x[0], parts), key)
+
+    def add(carry, part):
       batch_stats, total = carry
       index, part_batch = part
-      (loss, (batch_stats, accuracy)), grads = jax.value_and_grad(loss_and_more, has_aux=True)(
-          state.params, batch_stats, part_batch, jax.random.fold_in(key, index))
-      return (batch_stats, jax.tree.map(jnp.add, total, (grads, loss, accuracy))), None
+      batch_stats, new = one(state, batch_stats, part_batch, jax.random.fold_in(key, index))
+      return (batch_stats, jax.tree.map(jnp.add, total, new)), None
 
-    zero = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()), jnp.zeros(()))
-    parts = (jnp.arange(accumulate), microbatches(batch, accumulate))
-    (batch_stats, total), _ = jax.lax.scan(one, (state.batch_stats, zero), parts)
-    grads, loss, accuracy = jax.tree.map(lambda x: x / accumulate, total)
-    return grads, batch_stats, loss, accuracy
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[1])
+    (batch_stats, total), _ = jax.lax.scan(add, (state.batch_stats, zero),
+                                           (jnp.arange(accumulate), parts))
+    grads, metrics = jax.tree.map(lambda x: x / accumulate, total)
+    return grads, batch_stats, metrics
 
   return gradients
 
 
-def make_train_step(model, optimizer, schedule, augment, *, accumulate: int, ema_decay: float):
+def make_train_step(objective, optimizer, rate, augment, *, accumulate: int, ema_decay: float,
+                    groups: int = 1):
   """A function (state, batch) -> (state, metrics). ema_decay 0: no averages are kept."""
-  gradients = make_gradients(model, augment, accumulate)
+  gradients = make_gradients(objective, augment, accumulate, groups)
 
   def average(old, new):
     return jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, old, new)
 
   def train_step(state: TrainState, batch):
     key = jax.random.fold_in(state.key, state.step)
-    grads, batch_stats, loss, accuracy = gradients(state, batch, key)
+    grads, batch_stats, metrics = gradients(state, batch, key)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     new = state.replace(step=state.step + 1, params=params, batch_stats=batch_stats,
@@ -138,8 +155,8 @@ def make_train_step(model, optimizer, schedule, augment, *, accumulate: int, ema
     if ema_decay:
       new = new.replace(ema_params=average(state.ema_params, params),
                         ema_batch_stats=average(state.ema_batch_stats, batch_stats))
-    metrics = {"loss": loss, "accuracy": accuracy, "grad_norm": optax.tree.norm(grads),
-               "lr": jnp.asarray(schedule(state.step), jnp.float32)}
+    metrics |= {"grad_norm": optax.tree.norm(grads),
+                "lr": jnp.asarray(rate(state.step), jnp.float32)}
     return new, metrics
 
   return train_step

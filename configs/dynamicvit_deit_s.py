@@ -1,0 +1,38 @@
+"""DynamicViT on DeiT-S, from a trained dense one, which also teaches: 30 epochs (NeurIPS 2021).
+
+Command:  python main.py --config=configs/dynamicvit_deit_s.py --workdir=runs/dynamicvit_deit_s \\
+            --config.init_from=deit_small.safetensors --config.teacher.file=deit_small.safetensors
+          with configs/dynamicvit_deit_s.py:0.5 for another keep rate.
+Data:     ImageNet-1k, as configs/deit_s.py.
+Hardware: the authors used 8 GPUs with 128 images each; every token is kept in training.
+Result:   not run here. The authors publish 79.32 % top-1 at keep 0.7 (dense: 79.8 %).
+"""
+from configs import deit_s
+
+STEPS_PER_EPOCH = 1251            # 1,281,167 images in batches of 1024
+
+
+def get_config(keep="0.7"):
+  config = deit_s.get_config()
+  config.total_steps = 30 * STEPS_PER_EPOCH
+  config.checkpoint_every = STEPS_PER_EPOCH
+  config.ema_half_life = 0.1847   # of the run: a decay of 0.9999 a step
+  config.plan = ('{"tokens": {"method": "dynamicvit", '
+                 f'"keep": {float(keep)}, "blocks": [3, 6, 9]}}}}')
+  config.model.drop_path_rate = 0.0
+  config.model.dtype = "float32"
+  config.data.replicas = 8        # of 128 images
+  config.data.repeats = 1
+  config.optim.schedule = "after_warmup"
+  config.optim.learning_rate = 1e-3         # of the predictors, absolute
+  config.optim.warmup_steps = 5 * STEPS_PER_EPOCH
+  config.optim.warmup_learning_rate = 0.0
+  config.optim.final_learning_rate = 1e-6
+  config.optim.rates = (
+      (r".*/predict_tokens/.*", 1.0, 0),
+      (r"cls_token|pos_embed", 0.0, 0),     # frozen
+      (r".*", 0.01, 5 * STEPS_PER_EPOCH))
+  config.loss.kept_ratio = 2.0    # DeiT-B: 5
+  config.loss.logits = 0.5
+  config.loss.patches = 0.5
+  return config

@@ -1,0 +1,31 @@
+"""MCTF on DeiT-S, from a trained dense one: 30 epochs and 10 of cool-down (CVPR 2024).
+
+Command:  python main.py --config=configs/mctf_deit_s.py --workdir=runs/mctf_deit_s \\
+            --config.init_from=deit_small.safetensors
+Data:     ImageNet-1k, as configs/deit_s.py, neither mixup nor cutmix.
+Hardware: the authors used 8 GPUs with 128 images each; two passes a step.
+Result:   not run here. The authors publish 80.1 % top-1 (dense: 79.8 %).
+
+Each step draws how many tokens the second pass merges; the authors draw on each GPU. The eight
+numbers are eight programs to compile.
+"""
+from configs import deit_s
+
+STEPS_PER_EPOCH = 1251            # 1,281,167 images in batches of 1024
+
+
+def get_config():
+  config = deit_s.get_config()
+  config.total_steps = 40 * STEPS_PER_EPOCH
+  config.ema_half_life = 0.3463   # of the run: a decay of 0.99996 a step
+  config.plan = '{"tokens": {"method": "mctf", "r": 16}}'
+  config.data.replicas = 8        # of 128 images
+  config.data.mixup = 0.0
+  config.data.cutmix = 0.0
+  config.optim.learning_rate = 3e-5         # 1.5e-5 for each 512 images of a batch
+  config.optim.warmup_steps = 0
+  config.optim.final_learning_rate = 1e-6
+  config.optim.cooldown_steps = 10 * STEPS_PER_EPOCH
+  config.loss.consistency = 3.0
+  config.loss.companion_r = 7     # the second pass merges 0 to 7 tokens a block
+  return config

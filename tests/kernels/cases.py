@@ -1,0 +1,55 @@
+"""Small arrays in blocks, and the two sides of a comparison, for the kernels' tests."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitcompact.links.blocks import attend_gathered
+
+
+def draw(*shape, seed=0, dtype=jnp.float32):
+  return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def case(dtype, area: int, e: int, *, d: int = 64, biased: bool = True, batch: int = 2,
+         heads: int = 1):
+  """Arguments of block attention, batch * heads = 2, and gradients of both its outputs.
+
+  Two blocks of queries, each linked to two of three blocks of keys. Half of the first block of keys
+  is hidden; the last is linked to nobody in the first image or head.
+  """
+  queries, keys = 2, 3
+  query = draw(batch, heads, queries, area, d, dtype=dtype) * jnp.asarray(d ** -0.5, dtype)
+  key = draw(batch, heads, keys, area, d, seed=1, dtype=dtype)
+  value = draw(batch, heads, keys, area, e, seed=2, dtype=dtype)
+  bias = draw(batch, 1, keys, area, seed=3).at[:, :, 0, area // 2:].set(-jnp.inf)
+  chosen = jnp.asarray([[[0, 1], [1, 0]], [[1, 2], [2, 0]]], jnp.int32)
+  chosen = chosen.reshape(batch, heads, queries, 2)
+  gradients = tuple(draw(batch, heads, queries, area, *width, seed=4) for width in ((e,), ()))
+  return (query, key, value), (bias if biased else None, chosen), gradients
+
+
+def results(attend, arrays, fixed, gradients):
+  """((out, log_sum), gradients of query, key, value), as float32."""
+  def run(*arrays):
+    out, pull = jax.vjp(lambda *arrays: attend(*arrays, *fixed), *arrays)
+    return out, pull(gradients)
+  return jax.tree.map(lambda x: np.asarray(x, np.float32), jax.jit(run)(*arrays))
+
+
+def assert_equals_the_gather(attend, arrays, fixed, gradients, tolerance: float):
+  """Largest difference, as a share of the largest entry. The reference computes in float32."""
+  got = results(attend, arrays, fixed, gradients)
+  wanted = results(attend_gathered, [x.astype(jnp.float32) for x in arrays], fixed, gradients)
+  for name, a, b in zip(("out", "log_sum", "d_query", "d_key", "d_value"), jax.tree.leaves(got),
+                        jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max(), err_msg=name)
+
+
+def export(attend, platform: str, arrays, fixed, gradients):
+  """Forward and backward lowered for a platform that is not here."""
+  def run(arrays, fixed, gradients):
+    out, pull = jax.vjp(lambda *arrays: attend(*arrays, *fixed), *arrays)
+    return out, pull(gradients)
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+                        (arrays, fixed, gradients))
+  return jax.export.export(jax.jit(run), platforms=[platform])(*shapes).mlir_module()

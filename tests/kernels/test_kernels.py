@@ -1,0 +1,47 @@
+"""Which kernel runs where, and what is said where none does."""
+import re
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from vitcompact import kernels
+from vitcompact.kernels import block_sparse_gpu, block_sparse_tpu
+
+HOPPER = SimpleNamespace(platform="gpu", compute_capability="9.0")
+BLACKWELL = SimpleNamespace(platform="gpu", compute_capability="10.0")
+TPU, CPU = SimpleNamespace(platform="tpu"), SimpleNamespace(platform="cpu")
+
+
+def arrays(dtype=jnp.bfloat16, area=64, d=64, e=64, blocks=16, count=4):
+  shape = (2, 6, blocks, area)
+  blocks = [jax.ShapeDtypeStruct((*shape, width), dtype) for width in (d, d, e)]
+  return *blocks, jax.ShapeDtypeStruct((*shape[:3], count), jnp.int32)
+
+
+@pytest.mark.parametrize("device,attend", [(HOPPER, block_sparse_gpu.attend),
+                                           (TPU, block_sparse_tpu.attend)])
+def test_a_device_gets_its_kernel(device, attend):
+  assert kernels.refusal([device], *arrays(e=128)) == ""
+  assert kernels.block_attention([device], *arrays(e=128)) is attend
+
+
+@pytest.mark.parametrize("device,changes,said", [
+    (CPU, {}, "for TPUs and for GPUs"),
+    (BLACKWELL, {}, "compute capability 9.0"),
+    (HOPPER, {"dtype": jnp.float32}, "not for .'float32'"),
+    (HOPPER, {"area": 49}, r"not for \(49, 49\)"),
+    (HOPPER, {"d": 32}, "not for 32 and 64"),
+    (HOPPER, {"e": 192}, "not for 64 and 192"),
+    (TPU, {"dtype": jnp.float16}, "not for .'float16'"),
+    (TPU, {"blocks": 193}, "12352 tokens of it need"),
+    (TPU, {"blocks": 128, "count": 171}, "these have 525312")])
+def test_what_no_kernel_does_is_refused_with_the_reason(device, changes, said):
+  assert kernels.block_attention([device], *arrays(**changes)) is None
+  assert re.search(said, kernels.refusal([device], *arrays(**changes)))
+
+
+def test_a_tpu_kernel_is_not_split_over_devices_and_a_gpu_kernel_is():
+  assert "over 4 devices" in kernels.refusal([TPU] * 4, *arrays())
+  assert kernels.refusal([HOPPER] * 4, *arrays()) == ""

@@ -1,0 +1,191 @@
+"""What a step minimises is what the papers write, and nothing else moves."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import vitcompact as vc
+from tests import tiny
+from vitcompact import trees
+from vitcompact.models.lvvit import TokenLogits
+from vitcompact.train import losses, settings
+from vitcompact.train.objective import (
+    by_replica,
+    make_objective,
+    make_reconstruction,
+    of_labels,
+    variables,
+)
+
+STUDENT = jnp.array([[1.0, 0, -1], [0.5, 2, 0]])
+TEACHER = jnp.array([[2.0, 0, 0], [0, 1, 1]])
+TARGETS = jnp.array([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]])
+LABELS = jnp.array([0, 3, 1])
+
+
+def deit(plan=None, **fields):
+  return tiny.deit(plan, depth=1, drop_path_rate=0.0, **fields)
+
+
+def weights(**given):
+  none = {key: 0.0 for key in settings.KEYS["loss"]}
+  return ConfigDict({**none, "temperature": 1.0, "patch_error": "square", **given})
+
+
+def run(model, loss, teacher=None, companion=None, seed=1):
+  """(loss and metrics, gradients, student's variables, teacher's), on three images."""
+  made, taught = tiny.init(model, seed), {} if teacher is None else tiny.init(teacher, seed=2)
+  targets = jax.nn.one_hot(LABELS, 5)
+
+  def total(params):
+    return make_objective(model, loss, teacher, companion)(
+        params, made.get("batch_stats", {}), taught, tiny.images(model), LABELS, targets,
+        jax.random.key(3))
+
+  (value, (_, metrics)), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(made["params"])
+  return (value, metrics), grads, made, taught
+
+
+def test_two_heads_learn_alike_without_a_teacher():
+  parts, logits = of_labels((STUDENT, TEACHER), TARGETS, weights(labels=1.0), distils=False)
+  each = [losses.cross_entropy(head, TARGETS).mean() for head in (STUDENT, TEACHER)]
+  assert parts["labels"] == pytest.approx(float(sum(each)) / 2)
+  np.testing.assert_allclose(logits, (STUDENT + TEACHER) / 2)
+  alone, _ = of_labels((STUDENT, TEACHER), TARGETS, weights(labels=1.0), distils=True)
+  assert alone["labels"] == pytest.approx(float(each[0]))
+
+
+def test_mixed_tokens_teach_the_class_token_the_mixture_and_each_patch_its_own_image():
+  tokens = jnp.stack([STUDENT, 2 * STUDENT, TEACHER], axis=1)
+  alive = jnp.array([[1.0, 1, 0], [1, 1, 1]])
+  out = TokenLogits(STUDENT, tokens, jnp.float32(0.75), alive)
+  parts, logits = of_labels(out, TARGETS, weights(patch_labels=0.5), distils=False)
+  mixed = 0.75 * TARGETS + 0.25 * TARGETS[jnp.array([1, 0])]
+  each = np.stack([losses.cross_entropy(tokens[:, i], TARGETS) for i in range(3)], axis=1)
+  assert parts["labels"] == pytest.approx(float(losses.cross_entropy(STUDENT, mixed).mean()))
+  assert parts["patch_labels"] == pytest.approx(each[np.asarray(alive) > 0].mean())
+  np.testing.assert_array_equal(logits, STUDENT)
+
+
+def test_patches_have_targets_of_their_own_where_there_are_labels_of_places():
+  tokens = jnp.stack([STUDENT, TEACHER], axis=1)
+  of_patches = jnp.stack([TARGETS, TARGETS[::-1]], axis=1)
+  out = TokenLogits(STUDENT, tokens, jnp.float32(1), jnp.ones((2, 2)))
+  parts, _ = of_labels(out, (TARGETS, of_patches), weights(patch_labels=1.0), distils=False)
+  wanted = [losses.cross_entropy(tokens[:, i], of_patches[:, i]).mean() for i in (0, 1)]
+  assert parts["labels"] == pytest.approx(float(losses.cross_entropy(STUDENT, TARGETS).mean()))
+  assert parts["patch_labels"] == pytest.approx(float(np.mean(wanted)))
+
+
+def test_distillation_teaches_the_second_head_alone():
+  model = deit(name="deit_tiny_distilled_patch16_224")
+  teacher = deit()
+  (value, metrics), grads, made, taught = run(model, weights(labels=0.5, hard=0.5), teacher)
+  images = tiny.images(model)
+  heads = model.apply(made, images, train=True, rngs={"dropout": jax.random.key(3)})
+  said = teacher.apply(taught, images)
+  labels = losses.cross_entropy(heads[0], jax.nn.one_hot(LABELS, 5)).mean()
+  hard = losses.hard_distillation(heads[1], said).mean()
+  assert value == pytest.approx(float(0.5 * labels + 0.5 * hard), rel=1e-5)
+  assert set(metrics) == {"accuracy", "loss_labels", "loss_hard"}
+  assert np.any(grads["head_dist"]["kernel"])
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "lvvit_t"])
+def test_sparse_fine_tuning_is_labels_logits_and_patches_and_predictors_rest(name):
+  plan = vc.Plan(links=vc.Sparsifiner(keep=0.3, rank=4))
+  fields = {"mix_token": False} if name == "lvvit_t" else {}
+  model = deit(plan, name=name, **fields)
+  teacher = model.clone(plan=vc.Plan())
+  (value, metrics), grads, _, _ = run(model, weights(labels=1.0, logits=0.5, patches=0.5), teacher)
+  assert value == pytest.approx(float(metrics["loss_labels"] + 0.5 * metrics["loss_logits"] +
+                                      0.5 * metrics["loss_patches"]), rel=1e-5)
+  assert metrics["loss_logits"] > 0 and metrics["loss_patches"] > 0
+  for leaf, grad in trees.named_leaves(grads).items():
+    assert np.any(grad) != ("/links/" in leaf), leaf
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "lvvit_t"])
+@pytest.mark.parametrize("tokens", [None, vc.EViT(keep=0.5, blocks=(0,))])
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it(name, tokens):
+  """Nor where patches were dropped behind the last attention: the others are as the teacher's."""
+  fields = {"mix_token": False} if name == "lvvit_t" else {}
+  model = deit(vc.Plan(tokens=tokens), name=name, **fields)
+  made = tiny.init(model)
+  objective = make_objective(model, weights(labels=1.0, logits=1.0, patches=1.0),
+                             model.clone(plan=vc.Plan()))
+  stats = made.get("batch_stats", {})
+  taught = variables(made["params"], stats)
+  _, (_, metrics) = jax.jit(objective)(made["params"], stats, taught, tiny.images(model), LABELS,
+                              jax.nn.one_hot(LABELS, 5), jax.random.key(0))
+  if name == "lvvit_t":   # its batch norms see the batch in training
+    assert np.isfinite(metrics["loss_patches"])
+  else:
+    assert abs(metrics["loss_logits"]) < 1e-6
+    assert metrics["loss_patches"] < 1e-6
+
+
+def test_dynamicvit_learns_how_many_patches_to_keep():
+  model = deit(vc.Plan(tokens=vc.DynamicViT(keep=0.5, blocks=(0,))))
+  (value, metrics), grads, made, _ = run(model, weights(kept_ratio=2.0))
+  _, new = model.apply(made, tiny.images(model), train=True, rngs={"dropout": jax.random.key(3)},
+                       mutable=["tokens"])
+  kept = new["tokens"]["blocks_0"]["predict_tokens"]["alive"][0].mean(axis=1)
+  wanted = float(np.mean((kept - 0.5) ** 2))
+  assert metrics["loss_kept_ratio"] == pytest.approx(wanted, rel=1e-5)
+  assert value == pytest.approx(2 * wanted, rel=1e-5)
+  assert np.any(grads["blocks_0"]["predict_tokens"]["out3"]["kernel"])
+
+
+def test_mctf_is_consistent_with_itself_and_not_with_a_pass_that_merges_less():
+  model = deit(vc.Plan(tokens=vc.MCTF(r=3, blocks=(0,))))
+  loss = weights(labels=1.0, consistency=3.0)
+  values = []
+  for r in (3, 0):
+    companion = model.clone(plan=vc.Plan(tokens=vc.MCTF(r=r, blocks=(0,))))
+    (value, metrics), _, _, _ = run(model, loss, companion=companion, seed=5)
+    assert value == pytest.approx(float(
+        metrics["loss_labels"] + metrics["loss_labels_companion"] +
+        3 * metrics["loss_consistency"]), rel=1e-5)
+    values.append(float(metrics["loss_consistency"]))
+  assert values[0] == 0
+
+
+@pytest.mark.parametrize("granularity", ["token", "block"])
+def test_reconstruction_moves_predictors_and_nothing_else(granularity):
+  links = vc.Sparsifiner(granularity=granularity, min_tokens=0, rank=4, window=2)
+  model = deit(vc.Plan(links=links, ffn=vc.CFFN()))
+  model = model.clone(plan=model.plan.with_links(masked=False))
+  made = tiny.init(model)
+
+  def total(params):
+    return make_reconstruction(model, 0.01)(params, made["batch_stats"], {}, tiny.images(model),
+                                            LABELS, None, None)
+
+  (value, (stats, metrics)), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(
+      made["params"])
+  assert value > 0 and set(metrics) == {"accuracy"}
+  for old, new in zip(*map(jax.tree.leaves, (made["batch_stats"], stats)), strict=True):
+    np.testing.assert_array_equal(old, new)
+  for leaf, grad in trees.named_leaves(grads).items():
+    assert np.any(grad) == ("/links/" in leaf), leaf
+
+
+def test_replicas_have_statistics_and_losses_of_their_own():
+  model = deit(vc.Plan(ffn=vc.CFFN()))
+  made, objective = tiny.init(model), make_objective(model, weights(labels=1.0))
+  images = tiny.images(model, batch=4)
+  labels = jnp.array([0, 3, 1, 2])
+
+  def of(objective, part):
+    return objective(made["params"], made["batch_stats"], {}, images[part], labels[part],
+                     jax.nn.one_hot(labels[part], 5), jax.random.key(0))
+
+  whole, (stats, metrics) = of(by_replica(objective, 2), slice(0, 4))
+  halves = [of(objective, part) for part in (slice(0, 2), slice(2, 4))]
+  mean = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
+  for got, wanted in zip(*map(jax.tree.leaves, ((whole, (stats, metrics)), mean)), strict=True):
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+  together, _ = of(objective, slice(0, 4))
+  assert abs(together - whole) > 1e-4

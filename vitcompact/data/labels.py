@@ -1,0 +1,61 @@
+"""LV-ViT's labels of places, on the host: they move with their image, and the crop is remembered.
+
+A label map is float16 (2, 5, 18, 18): at each of 18 x 18 places of the whole image the five highest
+logits of an annotating network, and their classes (whole numbers up to 2048 are exact in float16).
+Outside of the image everything is 0, which after the softmax of `batch.label_targets` favours no
+class.
+
+The published order differs from DeiT's: flip, RandAugment on the image in its full size, then the
+random resized crop, each time with bilinear or bicubic resampling at random. Flips and moves act on
+the map too (nearest place); the crop does not, its box goes along instead. The authors hand their
+box (top, left, height, width) to a function that takes (x1, y1, x2, y2), so that the window of the
+map is not that of the image. Here it is (left, top, right, bottom).
+"""
+import numpy as np
+from PIL import Image, ImageOps
+
+from vitcompact.data import augment, randaugment
+from vitcompact.data.decode import Example
+
+SHAPE = (2, 5, 18, 18)
+RESAMPLE = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
+
+
+def move_map(label_map: np.ndarray, matrix, width: int, height: int) -> np.ndarray:
+  """The map (..., h, w) of an image whose pixel (x, y) now comes from matrix * (x, y)."""
+  h, w = label_map.shape[-2:]
+  a, b, c, d, e, f = matrix
+  y, x = np.mgrid[:h, :w] + 0.5  # centres of places, in places
+  x, y = x * (width / w), y * (height / h)
+  x, y = a * x + b * y + c, d * x + e * y + f
+  column, row = (np.floor(v * n / size).astype(int) for v, n, size in ((x, w, width),
+                                                                       (y, h, height)))
+  inside = (column >= 0) & (column < w) & (row >= 0) & (row < h)
+  moved = label_map[..., np.clip(row, 0, h - 1), np.clip(column, 0, w - 1)]
+  return np.where(inside, moved, 0).astype(label_map.dtype)
+
+
+def augment_both(example: Example, rng: np.random.Generator, image_size: tuple[int, int]) -> dict:
+  """{"image", "label_map", "label_box"}: the box in shares of the whole image, float32 (4,)."""
+  image, label_map = example.image, example.label_map
+  if rng.random() < 0.5:
+    image, label_map = ImageOps.mirror(image), label_map[..., ::-1]
+  for name, m in randaugment.draw(rng):
+    op = randaugment.OPS[name]
+    argument = op.argument(m)
+    image = randaugment.apply(name, argument, image, RESAMPLE[rng.integers(2)])
+    if op.matrix:
+      label_map = move_map(label_map, op.matrix(argument, *image.size), *image.size)
+  box = augment.crop_box(*image.size, rng)
+  small = augment.resized_crop(image, box, image_size, RESAMPLE[rng.integers(2)])
+  return {"image": small, "label_map": np.ascontiguousarray(label_map),
+          "label_box": np.float32(np.divide(box, image.size * 2))}
+
+
+def checked(label_map: np.ndarray) -> np.ndarray:
+  """The map, if it is one; else a ValueError."""
+  if label_map.shape != SHAPE or label_map.dtype != np.float16:
+    raise ValueError(f"it is {label_map.dtype} {label_map.shape}, not float16 {SHAPE}")
+  if not np.isfinite(label_map).all() or label_map[1].min() < 0:
+    raise ValueError("it holds logits that are not finite, or negative numbers of classes")
+  return label_map

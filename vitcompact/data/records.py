@@ -1,0 +1,148 @@
+"""Images in a few large files, ArrayRecord, written by `python -m experiments.prepare`.
+
+  PATH/manifest.json              classes, and of each file its records, bytes and sha256
+  PATH/train-000.arrayrecord      a record is a msgpack dict: "image", the bytes of an image file as
+                                  they came; "label"; "name", for messages; and where there are
+                                  labels of places "label_map", float16 (2, 5, 18, 18) as bytes
+
+The files carry check sums of their own for each record: a flipped bit is noticed when it is read.
+"""
+import functools
+import hashlib
+import io
+import json
+import os
+import pathlib
+
+import msgpack
+import numpy as np
+
+from vitcompact.data import labels
+from vitcompact.data.decode import BadRecord, Example, as_arrays, check_label, rgb
+from vitcompact.data.folder import other_split
+
+FORMAT = "vitcompact-records-1"
+MANIFEST = "manifest.json"
+SPLITS = ("train", "val", "test")
+
+
+def pack(image: bytes, label: int, name: str, label_map: np.ndarray | None = None) -> bytes:
+  record = {"image": image, "label": label, "name": name}
+  if label_map is not None:
+    record["label_map"] = labels.checked(label_map).astype("<f2").tobytes()
+  return msgpack.packb(record)
+
+
+def unpack(record: bytes) -> tuple[bytes, int, str, np.ndarray | None]:
+  """What `pack` was given; whatever else is a ValueError."""
+  try:
+    fields = msgpack.unpackb(record)
+    label_map = fields.get("label_map")
+    if label_map is not None:
+      label_map = labels.checked(np.frombuffer(label_map, "<f2").reshape(labels.SHAPE))
+    return fields["image"], int(fields["label"]), fields["name"], label_map
+  except (KeyError, TypeError, AttributeError, ValueError, msgpack.UnpackException) as error:
+    raise ValueError(f"not a record of {FORMAT} ({type(error).__name__}: {error})") from error
+
+
+def sha256(path) -> str:
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def reader(paths):
+  """Random access to the bytes of the records of some files; imported when it is needed."""
+  from array_record.python import array_record_data_source
+  return array_record_data_source.ArrayRecordDataSource([str(path) for path in paths])
+
+
+def write_shard(path: pathlib.Path, records) -> dict:
+  """Writes a file whole or not at all: its line of the manifest."""
+  from array_record.python import array_record_module
+  partial = path.with_name(path.name + ".partial")
+  writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
+  count = 0
+  try:
+    for record in records:
+      writer.write(record)
+      count += 1
+  finally:
+    writer.close()
+  if len(reader([partial])) != count:
+    raise ValueError(f"{partial} holds {len(reader([partial]))} records, not the {count} written: "
+                     "is the disk full?")
+  with open(partial, "rb") as file:
+    os.fsync(file.fileno())
+  os.replace(partial, path)
+  return {"file": path.name, "records": count, "bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+@functools.cache
+def read_manifest(root: str) -> dict:
+  """The manifest of a directory, checked against the files that are there."""
+  root = pathlib.Path(root)
+  way_out = "write it with `python -m experiments.prepare`"
+  try:
+    manifest = json.loads((root / MANIFEST).read_text())
+  except FileNotFoundError:
+    raise ValueError(f"no {root / MANIFEST}: 'arrayrecord:PATH' needs a PATH that was prepared; "
+                     f"{way_out}") from None
+  except ValueError as error:
+    raise ValueError(f"{root / MANIFEST} is damaged: {error}; {way_out}") from None
+  if manifest.get("format") != FORMAT:
+    raise ValueError(f"{root / MANIFEST} is not of {FORMAT}; {way_out}")
+  if not manifest["complete"]:
+    raise ValueError(f"{root} is not complete: run the same `python -m experiments.prepare` again, "
+                     "it goes on where it stopped")
+  for shard in (shard for shards in manifest["splits"].values() for shard in shards):
+    path = root / shard["file"]
+    size = path.stat().st_size if path.is_file() else None
+    if size != shard["bytes"]:
+      raise ValueError(f"{path} has {size} bytes, not the {shard['bytes']} of the manifest: remove "
+                       "it and run the same `python -m experiments.prepare` again")
+  return manifest
+
+
+def shards_of(root: str, split: str) -> list[dict]:
+  """The manifest's lines of a split. Where only one of val and test exists it serves as both."""
+  splits = read_manifest(root)["splits"]
+  if not splits.get(split) and split != "train":
+    split = other_split(split, root)
+  if not splits.get(split):
+    raise ValueError(f"{root} has no images of the split {split!r}, only {sorted(splits)}")
+  return splits[split]
+
+
+class Records:
+  """Random access to one split: records[i] -> {"image": uint8 (h, w, 3), "label": int}."""
+
+  def __init__(self, root: str, split: str):
+    shards = shards_of(root, split)
+    self.root, self.split = root, split
+    self.class_names = tuple(read_manifest(root)["class_names"])
+    self.num_classes = len(self.class_names)
+    self.records = reader(pathlib.Path(root) / shard["file"] for shard in shards)
+    count = sum(shard["records"] for shard in shards)
+    if len(self.records) != count:
+      raise ValueError(f"the files of {split} in {root} hold {len(self.records)} records, not the "
+                       f"{count} of the manifest: see `python -m experiments.prepare verify`")
+
+  def __len__(self) -> int:
+    return len(self.records)
+
+  def read(self, index: int):
+    """(bytes of an image file, label, name, label map or None)."""
+    try:
+      return unpack(self.records[index])
+    except Exception as error:  # array_record raises RuntimeError, IndexError and others
+      raise BadRecord(f"cannot read record {index} of {self.split} in {self.root}: {error}; "
+                      "prepare it anew, or pass over some with data.on_bad='skip'") from error
+
+  def open(self, index: int) -> Example:
+    data, label, name, label_map = self.read(index)
+    what = f"image {index} of {self.split} in {self.root}, {name}"
+    return Example(rgb(io.BytesIO(data), what), check_label(label, self.num_classes, what),
+                   label_map)
+
+  def __getitem__(self, index: int) -> dict:
+    return as_arrays(self.open(index))

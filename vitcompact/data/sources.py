@@ -1,0 +1,105 @@
+"""From the name of a data set to its images, one at a time.
+
+  digits[:FOLD]     1,797 real images that scikit-learn ships; FOLD is 0 to 4, "digits" is fold 0
+  shapes[:COUNT]    drawn scenes, COUNT of them for training
+  folder:PATH       PATH/train/CLASS/*.jpg, PATH/val, PATH/test
+  arrayrecord:PATH  what `python -m experiments.prepare` wrote
+  tfds:NAME[@all]   a set of TensorFlow Datasets that lies on this machine
+"""
+import difflib
+from typing import Protocol
+
+from vitcompact.data import records, tfds
+from vitcompact.data.decode import Example
+from vitcompact.data.digits import FOLDS, Digits, split_indices
+from vitcompact.data.folder import Folder, list_classes, list_files
+from vitcompact.data.records import Records
+from vitcompact.data.shapes import SIZES, Directions, Shapes
+from vitcompact.data.tfds import TfdsSource
+
+SPLITS = ("train", "val", "test")
+KNOWN = ("digits", "digits:FOLD", "shapes", "shapes:COUNT", "directions",
+         "directions:COUNT", "folder:PATH", "arrayrecord:PATH", "tfds:NAME")
+NEEDS = {"folder": "a path: 'folder:PATH' with PATH/train/CLASS/*.jpg",
+         "arrayrecord": "a path: 'arrayrecord:PATH', as `python -m experiments.prepare` writes it",
+         "tfds": "a name: 'tfds:imagenet2012', 'tfds:cifar10'"}
+# Made at the size that the model takes, with something at every edge: evaluated whole, and only
+# these augmentations leave the label true (a mirrored scene has another, a mirrored 5 has none).
+ALLOWED = {"digits": ("none", "digits"), "shapes": ("none",),
+           "directions": ("none",)}
+DRAWN = {"shapes": Shapes, "directions": Directions}
+
+
+class Source(Protocol):
+  """One split of a data set. source[i] -> {"image": uint8 (h, w, 3), "label": int}."""
+  num_classes: int
+  class_names: tuple[str, ...]
+
+  def __len__(self) -> int: ...
+  def __getitem__(self, index: int) -> dict: ...
+  def open(self, index: int) -> Example: ...   # without turning the image into an array
+
+
+def choose(what: str, value: str, known) -> None:
+  """Refuses a value that is not known; the close ones come first."""
+  if value not in known:
+    close = difflib.get_close_matches(value, known, n=3, cutoff=0.4)
+    rest = [name for name in known if name not in close]
+    raise ValueError(f"{what}={value!r} is not one of {', '.join(close + rest)}")
+
+
+def parse(name: str) -> tuple[str, str]:
+  """"folder:PATH" -> ("folder", PATH); "shapes" -> ("shapes", "20000"), how many it draws."""
+  kind, _, argument = name.partition(":")
+  if kind in NEEDS and not argument:
+    raise ValueError(f"data.name={name!r} needs {NEEDS[kind]}")
+  if kind in DRAWN:
+    argument = argument or str(SIZES["train"])
+    if not argument.isdecimal() or int(argument) < 1:
+      raise ValueError(f"data.name={name!r} needs a number of scenes, as in '{kind}:20000'")
+  elif kind == "digits":
+    argument = argument or "0"
+    if argument not in map(str, range(FOLDS)):
+      raise ValueError(f"data.name={name!r} needs a fold from 0 to {FOLDS - 1}, as in 'digits:1'")
+  elif kind not in NEEDS:
+    choose("data.name", name, KNOWN)
+  return kind, argument
+
+
+def source(name: str, split: str, *, image_size: int | tuple[int, int], seed: int = 0) -> Source:
+  """One split of a data set. image_size (int or (height, width)) is that of generated images;
+  other images keep their own until a transform. seed: which scenes "shapes" draws."""
+  kind, argument = parse(name)
+  choose("split", split, SPLITS)
+  size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+  if kind == "digits":
+    return Digits(split, size, int(argument))
+  if kind in DRAWN:
+    return DRAWN[kind](split, size, num_examples(name, split), seed)
+  return {"folder": Folder, "arrayrecord": Records, "tfds": TfdsSource}[kind](argument, split)
+
+
+def num_classes(name: str) -> int:
+  kind, argument = parse(name)
+  if kind == "folder":
+    return len(list_classes(argument))
+  if kind == "arrayrecord":
+    return len(records.read_manifest(argument)["class_names"])
+  if kind == "tfds":
+    return len(tfds.class_names(argument))
+  return {"digits": Digits, **DRAWN}[kind].num_classes
+
+
+def num_examples(name: str, split: str) -> int:
+  """How many images a split has, without decoding any."""
+  kind, argument = parse(name)
+  choose("split", split, SPLITS)
+  if kind == "digits":
+    return len(split_indices(split, int(argument)))
+  if kind in DRAWN:
+    return int(argument) if split == "train" else SIZES[split]
+  if kind == "folder":
+    return len(list_files(argument, split)[1])
+  if kind == "arrayrecord":
+    return sum(shard["records"] for shard in records.shards_of(argument, split))
+  return len(tfds.choose(argument, split)[1])

@@ -1,0 +1,58 @@
+"""Pallas kernels, each beside the reference that it must equal.
+
+A kernel is imported when it is asked for: on most machines none is.
+"""
+from collections.abc import Callable
+
+HOPPER = "9.0"
+LIST_BYTES = 2 ** 19  # of scalar memory, where the lists of an image stand
+
+
+def refusal(devices, query_bfqad, key_bfkcd, value_bfkce, chosen_bfqs) -> str:
+  """Why no kernel computes block-sparse attention of such arrays; empty: one does.
+
+  devices: that the program may run on, as `jax.devices()`. The arrays may be
+  `jax.ShapeDtypeStruct`s.
+  """
+  device = devices[0]
+  dtypes = {str(x.dtype) for x in (query_bfqad, key_bfkcd, value_bfkce)}
+  if device.platform == "tpu":
+    if len(devices) > 1:
+      return f"the compiler of TPUs cannot split a kernel over {len(devices)} devices"
+    return _tpu_refusal(query_bfqad, key_bfkcd, value_bfkce, chosen_bfqs, dtypes)
+  capability = getattr(device, "compute_capability", None)
+  if device.platform != "gpu" or capability != HOPPER:
+    return f"kernels are for TPUs and for GPUs of compute capability {HOPPER}, not for {device}"
+  if dtypes != {"bfloat16"}:
+    return f"the GPU kernel is for bfloat16, not for {sorted(dtypes)}"
+  if (areas := (query_bfqad.shape[3], key_bfkcd.shape[3])) != (64, 64):
+    return f"the GPU kernel is for blocks of 64 tokens, not for {areas}"
+  if query_bfqad.shape[4] != 64 or value_bfkce.shape[4] not in (64, 128):
+    return ("the GPU kernel is for heads of width 64 and values of width 64 or 128, not for "
+            f"{query_bfqad.shape[4]} and {value_bfkce.shape[4]}")
+  return ""
+
+
+def _tpu_refusal(query, key, value, chosen, dtypes):
+  from vitcompact.kernels import block_sparse_tpu
+  if dtypes not in ({"bfloat16"}, {"float32"}):
+    return f"the TPU kernel is for bfloat16 or float32, not for {sorted(dtypes)}"
+  tokens = max(x.shape[2] * x.shape[3] for x in (query, key))
+  widths = query.shape[4], value.shape[4]
+  need = block_sparse_tpu.resident_bytes(tokens, *widths, query.dtype.itemsize)
+  if need > (most := block_sparse_tpu.RESIDENT_BYTES):
+    return f"the TPU kernel holds a head in {most} bytes; {tokens} tokens of it need {need}"
+  if (need := chosen.dtype.itemsize * chosen.size // chosen.shape[0]) > LIST_BYTES:
+    return f"the TPU kernel holds an image's lists in {LIST_BYTES} bytes; these have {need}"
+  return ""
+
+
+def block_attention(devices, query_bfqad, key_bfkcd, value_bfkce, chosen_bfqs) -> Callable | None:
+  """The kernel that equals `links.blocks.attend_gathered` for such arrays, or None."""
+  if refusal(devices, query_bfqad, key_bfkcd, value_bfkce, chosen_bfqs):
+    return None
+  if devices[0].platform == "tpu":
+    from vitcompact.kernels import block_sparse_tpu as kernels
+  else:
+    from vitcompact.kernels import block_sparse_gpu as kernels
+  return kernels.attend

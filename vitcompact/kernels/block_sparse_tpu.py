@@ -1,0 +1,195 @@
+"""Block-sparse attention on TPU: Pallas on Mosaic TPU, forward and backward.
+
+One step of the grid owns a block of queries (for the gradients of keys and values: of keys) and
+walks its list of linked blocks, which is in scalar memory. The other side of a head stays in vector
+memory for all steps of that head: it is read from HBM once, and a block is picked by its number.
+Images are taken in turn, for scalar memory holds the lists of one, not of a batch.
+"""
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from vitcompact.kernels.block_sparse import attention
+from vitcompact.kernels.pairs import by_key
+
+LANES = 128
+# Of a head's keys and values (or queries and their gradients), twice: the next head's are on their
+# way. Leaves room for the rest in the 16 MiB that a kernel may use by default.
+RESIDENT_BYTES = 12 * 2 ** 20
+LOWEST = -1e30  # under every score, and finite: of two infinities the difference is not a number
+
+
+def resident_bytes(tokens: int, d: int, e: int, itemsize: int) -> int:
+  """Vector memory that `tokens` take, in which rows fill whole lanes."""
+  return 2 * tokens * itemsize * sum(LANES * -(-width // LANES) for width in (d, e))
+
+
+def forward(interpret, query, key, value, bias, chosen):
+  """See `block_sparse.attention`."""
+  out, log_sum = lax.map(lambda image: _forward(*image, interpret),
+                         (query, key, value, bias.swapaxes(1, 2), _listed(chosen)))
+  return out, log_sum[..., 0, :]
+
+
+def backward(interpret, query, key, value, bias, chosen, log_sum, shift, d_out):
+  def of_image(image):
+    rows, columns, chosen, linked, first = image
+    return (_d_query(*rows, *columns, chosen, interpret),
+            *_d_key_value(*rows, *columns, linked, first, interpret))
+
+  rows = (query, d_out.astype(value.dtype), log_sum[..., None, :], shift[..., None, :])
+  columns = (key, value, bias.swapaxes(1, 2))
+  lists = [_listed(x) for x in (chosen, *by_key(chosen, key.shape[2]))]
+  return lax.map(of_image, (rows, columns, *lists))
+
+
+attend = attention(forward, backward)
+
+
+def _listed(index_b):
+  """The numbers of an image in one row."""
+  return index_b.reshape(len(index_b), -1)
+
+
+def _product(a, b):
+  return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _transposed(a, b):
+  """a b^T."""
+  return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _diagonal(size: int):
+  return (lax.broadcasted_iota(jnp.int32, (size, size), 0) ==
+          lax.broadcasted_iota(jnp.int32, (size, size), 1))
+
+
+def _as_column(row_1a):
+  """(a, 1), by means that lower on every version."""
+  return jnp.sum(jnp.where(_diagonal(row_1a.shape[1]), row_1a, 0.0), axis=1, keepdims=True)
+
+
+def _as_row(column_a1):
+  return jnp.sum(jnp.where(_diagonal(column_a1.shape[0]), column_a1, 0.0), axis=0, keepdims=True)
+
+
+def _one(array_fq):
+  """A block of a head for each step of the grid."""
+  shape = (None, None, *array_fq.shape[2:])
+  return pl.BlockSpec(shape, lambda head, block, *_: (head, block, 0, 0))
+
+
+def _whole(array_fk):
+  """All blocks of a head."""
+  return pl.BlockSpec((None, *array_fk.shape[1:]), lambda head, block, *_: (head, 0, 0, 0))
+
+
+def _launch(body, grid, lists, in_specs, out_specs, out, interpret):
+  return pl.pallas_call(
+      body, out_shape=out, interpret=bool(interpret),
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+          num_scalar_prefetch=lists, grid=grid, in_specs=in_specs, out_specs=out_specs),
+      compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")))
+
+
+def _forward(query, key, value, bias, chosen, interpret):
+  """(f, q, a, d), (f, k, c, d), (f, k, c, e), (k, 1, c), (f q s) -> (f, q, a, e), (f, q, 1, a)."""
+  heads, queries, area, _ = query.shape
+  count = chosen.size // (heads * queries)
+  out = [jax.ShapeDtypeStruct((heads, queries, area, value.shape[-1]), jnp.float32),
+         jax.ShapeDtypeStruct((heads, queries, 1, area), jnp.float32)]
+
+  def block_sparse_attention(chosen_ref, query_ref, key_ref, value_ref, bias_ref, out_ref,
+                             log_sum_ref):
+    start = (pl.program_id(0) * queries + pl.program_id(1)) * count
+
+    def step(number, carry):
+      summed, top, total = carry
+      block = chosen_ref[start + number]
+      scores = _transposed(query_ref[...], key_ref[block]) + bias_ref[block]
+      higher = jnp.maximum(top, scores.max(axis=1, keepdims=True))
+      weights = jnp.exp(scores - higher)
+      shrink = jnp.exp(top - higher)
+      total = total * shrink + weights.sum(axis=1, keepdims=True)
+      added = _product(weights.astype(value.dtype), value_ref[block])
+      return summed * shrink + added, higher, total
+
+    begin = (jnp.zeros(out_ref.shape, jnp.float32), jnp.full((area, 1), LOWEST, jnp.float32),
+             jnp.zeros((area, 1), jnp.float32))
+    summed, top, total = lax.fori_loop(0, count, step, begin)
+    out_ref[...] = summed / total
+    log_sum_ref[...] = _as_row(top + jnp.log(total))
+
+  specs = [_one(query), _whole(key), _whole(value), _everything(bias)]
+  return _launch(block_sparse_attention, (heads, queries), 1, specs, [_one(x) for x in out], out,
+                 interpret)(chosen, query, key, value, bias)
+
+
+def _everything(array_k):
+  return pl.BlockSpec(array_k.shape, lambda head, block, *_: (0, 0, 0))
+
+
+def _d_query(query, d_out, log_sum, shift, key, value, bias, chosen, interpret):
+  """Gradient of queries (f, q, a, d): a step owns a block of queries, as forward."""
+  heads, queries = query.shape[:2]
+  count = chosen.size // (heads * queries)
+
+  def block_sparse_d_query(chosen_ref, query_ref, d_out_ref, log_sum_ref, shift_ref, key_ref,
+                           value_ref, bias_ref, d_query_ref):
+    start = (pl.program_id(0) * queries + pl.program_id(1)) * count
+    log_sum, shift = _as_column(log_sum_ref[...]), _as_column(shift_ref[...])
+
+    def step(number, summed):
+      block = chosen_ref[start + number]
+      scores = _transposed(query_ref[...], key_ref[block]) + bias_ref[block]
+      d_weights = _transposed(d_out_ref[...], value_ref[block])
+      d_scores = jnp.exp(scores - log_sum) * (d_weights + shift)
+      return summed + _product(d_scores.astype(key.dtype), key_ref[block])
+
+    summed = lax.fori_loop(0, count, step, jnp.zeros(query_ref.shape, jnp.float32))
+    d_query_ref[...] = summed.astype(query.dtype)
+
+  specs = [*(_one(x) for x in (query, d_out, log_sum, shift)), _whole(key), _whole(value),
+           _everything(bias)]
+  out = jax.ShapeDtypeStruct(query.shape, query.dtype)
+  return _launch(block_sparse_d_query, (heads, queries), 1, specs, _one(out), out, interpret)(
+      chosen, query, d_out, log_sum, shift, key, value, bias)
+
+
+def _d_key_value(query, d_out, log_sum, shift, key, value, bias, linked, first, interpret):
+  """Gradients of keys and values: a step owns a block of keys, whose scores are transposed.
+
+  linked (f q s), first (f (k + 1)): see `by_key`.
+  """
+  heads, keys = key.shape[:2]
+  pairs = linked.size // heads
+
+  def block_sparse_d_key_value(linked_ref, first_ref, query_ref, d_out_ref, log_sum_ref, shift_ref,
+                               key_ref, value_ref, bias_ref, d_key_ref, d_value_ref):
+    head = pl.program_id(0)
+    own = head * (keys + 1) + pl.program_id(1)
+    bias = _as_column(bias_ref[...])
+
+    def step(number, carry):
+      d_key, d_value = carry
+      block = linked_ref[head * pairs + number]
+      scores = _transposed(key_ref[...], query_ref[block]) + bias
+      weights = jnp.exp(scores - log_sum_ref[block])
+      d_value = d_value + _product(weights.astype(value.dtype), d_out_ref[block])
+      d_weights = _transposed(value_ref[...], d_out_ref[block])
+      d_scores = weights * (d_weights + shift_ref[block])
+      return d_key + _product(d_scores.astype(key.dtype), query_ref[block]), d_value
+
+    begin = tuple(jnp.zeros(ref.shape, jnp.float32) for ref in (key_ref, value_ref))
+    d_key, d_value = lax.fori_loop(first_ref[own], first_ref[own + 1], step, begin)
+    d_key_ref[...] = d_key.astype(key.dtype)
+    d_value_ref[...] = d_value.astype(value.dtype)
+
+  own_bias = pl.BlockSpec((None, *bias.shape[1:]), lambda head, block, *_: (block, 0, 0))
+  specs = [*(_whole(x) for x in (query, d_out, log_sum, shift)), _one(key), _one(value), own_bias]
+  out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)]
+  return _launch(block_sparse_d_key_value, (heads, keys), 2, specs, [_one(x) for x in out], out,
+                 interpret)(linked, first, query, d_out, log_sum, shift, key, value, bias)

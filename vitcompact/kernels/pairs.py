@@ -1,0 +1,23 @@
+"""The list of linked blocks, read from the side of the keys."""
+import jax
+import jax.numpy as jnp
+
+
+def by_key(chosen_bfqs, keys: int):
+  """Linked pairs of blocks in the order of their keys: what the gradient of a key is summed over.
+
+  Args:
+    chosen_bfqs: int32, the blocks of keys that each block of queries is linked to.
+    keys: how many blocks of keys there are.
+  Returns:
+    query (B, f, q s) and first (B, f, keys + 1), int32: block k of keys is linked to the blocks of
+    queries query[first[k]:first[k + 1]], in ascending order. Some block may be linked to none.
+  """
+  batch, heads, queries, count = chosen_bfqs.shape
+  key = chosen_bfqs.astype(jnp.int32).reshape(batch, heads, -1)
+  query = jnp.broadcast_to(jnp.arange(queries, dtype=jnp.int32)[:, None], (queries, count))
+  query = jnp.broadcast_to(query.reshape(-1), key.shape)
+  _, query = jax.lax.sort((key, query), num_keys=1, is_stable=True)
+  at = (jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None])
+  counts = jnp.zeros((batch, heads, keys + 1), jnp.int32).at[(*at, key + 1)].add(1)
+  return query, jnp.cumsum(counts, axis=-1, dtype=jnp.int32)
