@@ -184,9 +184,10 @@ def hidden_rms(act: Callable | None, fan_in: int) -> float:
   points, weights = np.polynomial.hermite_e.hermegauss(32)
   z = 0.02 * fan_in ** 0.5 * points
   if act is not None:
-    # Evaluated at trace time even inside jit: only the number is needed.
+    # Evaluated at trace time even inside jit: only the number is needed. Jitted, because a function
+    # with a gradient of its own is else traced by a surrounding vmap.
     with jax.ensure_compile_time_eval():
-      z = np.asarray(act(jnp.asarray(z, jnp.float32)))
+      z = np.asarray(jax.jit(act)(jnp.asarray(z, jnp.float32)))
   return float(np.sqrt(np.sum(weights * z ** 2) / np.sum(weights)))
 
 
