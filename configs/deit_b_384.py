@@ -21,7 +21,6 @@ def get_config():
   config.model.name = "deit_base_patch16_384"
   config.model.image_size = 384
   config.model.drop_path_rate = 0.0         # published models were fine-tuned in eval mode
-  config.data.eval_crop = 0.0     # the model's own: the whole image
   config.optim.epoch_steps = STEPS_PER_EPOCH
   config.optim.learning_rate = 5e-6         # constant after the warm-up
   config.optim.final_learning_rate = 5e-6

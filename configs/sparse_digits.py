@@ -38,7 +38,7 @@ def get_config(plan="token"):
 
 
 def fine_tune(config, steps, learning_rate):
-  """Sparsifiner's two phases, in `steps`; without links, the second alone takes all of them."""
+  """`steps` of fine-tuning; with links, after a fifth as many of reconstruction."""
   config.total_steps = steps
   config.checkpoint_every = steps
   config.ema_half_life = 0.1455   # of the run
@@ -54,5 +54,5 @@ def fine_tune(config, steps, learning_rate):
     config.reconstruct.learning_rate = 3e-3
     config.reconstruct.warmup_steps = steps // 20
     config.reconstruct.final_learning_rate = 3e-4
-    config.total_steps += config.reconstruct.steps   # the backbone takes as many steps as all do
+    config.total_steps += config.reconstruct.steps
   return config

@@ -5,9 +5,10 @@
 
 For each fold of digits a dense model is trained, for all seeds on shapes (their directions, at 577
 tokens) one; then, from it and taught by it, every variant for equally many steps, the dense one
-("tuned") among them. The table
-has each one's test accuracy, and its difference to the tuned one of the same fold or seed, with a
-95 % interval (Student's t over the pairs). The test split chooses nothing. Run again, it goes on.
+("tuned") among them. Seeds differ in the order of images alone: scenes, test and fresh predictors
+are the same. The table has each one's test accuracy, and its difference to the tuned one of the
+same fold or seed, with a 95 % interval (Student's t over the pairs). The test split chooses
+nothing. Run again, it goes on.
 """
 import argparse
 import json
@@ -21,7 +22,7 @@ import vitcompact as vc
 from configs import sparse_digits, sparse_shapes
 from vitcompact import convert
 from vitcompact.receipt import environment
-from vitcompact.train import loop
+from vitcompact.train import loop, workdir
 
 VARIANTS = ("tuned", "token", "block", "evit", "sparsif_evit")
 DATA = {"digits": (sparse_digits, ("dense",), 5),
@@ -34,6 +35,7 @@ SHARES = ("ideal_attention_macs", "attention_macs", "macs")
 def trained(config, directory: pathlib.Path) -> tuple[pathlib.Path, dict]:
   """(file of the trained model, {test accuracy, attention MACs...}) of a run, made if missing."""
   path, facts = directory / "trained.safetensors", directory / "facts.json"
+  workdir.check_claim(directory, loop.resolve(config))
   if not facts.exists():
     result = loop.train(config, directory)
     variables = jax.device_get(result.variables)
@@ -52,7 +54,7 @@ def tokens(model) -> int:
   return model.prefix + model.grid[0] * model.grid[1]
 
 
-def pair(kind: str, index: int, workdir: pathlib.Path, variants) -> dict[str, dict]:
+def pair(kind: str, index: int, runs: pathlib.Path, variants) -> dict[str, dict]:
   """{variant: facts} of one fold or seed."""
   configs, stages, _ = DATA[kind]
   path, found = None, {}
@@ -66,7 +68,7 @@ def pair(kind: str, index: int, workdir: pathlib.Path, variants) -> dict[str, di
       config.init_from = str(path)
     if name in variants:
       config.teacher.file = config.init_from
-    directory = workdir / kind / ("shared" if shared else str(index)) / name
+    directory = runs / kind / ("shared" if shared else str(index)) / name
     made, found[name] = trained(config, directory)
     path = made if name in stages else path
     print(f"{kind} {index} {name}: {100 * found[name]['accuracy']:.2f} %", flush=True)
@@ -116,18 +118,26 @@ def main():
   parser.add_argument("--pairs", type=int, help="how many folds or seeds (default: 5, 3)")
   parser.add_argument("--variants", default=",".join(VARIANTS), help="of " + ", ".join(VARIANTS))
   args = parser.parse_args()
-  workdir = pathlib.Path(args.workdir).absolute()
+  runs = pathlib.Path(args.workdir).absolute()
+  variants = args.variants.split(",")
+  if unknown := {*variants, "tuned"} - {*VARIANTS} or {"tuned"} - {*variants}:
+    parser.error(f"--variants={args.variants}: {sorted(unknown)}; give tuned, to compare with, and "
+                 f"others of {', '.join(VARIANTS)}")
+  if args.data == "digits" and args.pairs and args.pairs > DATA["digits"][2]:
+    parser.error(f"--pairs={args.pairs}: digits have 5 folds")
   # Folds and seeds run the same programs.
-  jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+  jax.config.update("jax_compilation_cache_dir", str(runs / "compiled"))
   count = args.pairs or DATA[args.data][2]
-  pairs = [pair(args.data, index, workdir, tuple(args.variants.split(",")))
+  pairs = [pair(args.data, index, runs, variants)
            for index in range(count)]
   rows = summarise(args.data, pairs)
   print(table(rows))
   if args.out:
     out = pathlib.Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    facts = {**environment(), "command": f"python -m experiments.accuracy {args.data}"}
+    options = "".join(f" --{name} {value}" for name, value in (("pairs", args.pairs), (
+        "variants", args.variants)) if value and value != parser.get_default(name))
+    facts = {**environment(), "command": f"python -m experiments.accuracy {args.data}{options}"}
     out.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
 
 

@@ -1,18 +1,19 @@
 """Layers every backbone shares: maths as functions, modules thin."""
 import functools
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+from jax.lax import optimization_barrier
 
 from vitcompact.trees import Leaf
 
 # Truncated at +-2 absolute, a normal of this spread is never cut (timm's trunc_normal_).
 weight_init = nn.initializers.normal(0.02)
 
-# The variance as E[(x - E x)^2]: the fast form loses digits when the mean is large.
-LayerNorm = functools.partial(nn.LayerNorm, use_fast_variance=False)
 BATCH_EPSILON = 1e-5
 BatchNorm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=BATCH_EPSILON,
                               use_fast_variance=False)
@@ -26,9 +27,93 @@ LEAVES = [
 ]
 
 
+# The backward passes below are written out, because XLA:CPU fuses what autodiff gives it into every
+# consumer: a pointwise chain, back to the last product or sum, then runs once for each of them, and
+# through the residual stream that chain grows with depth. A barrier makes it run once. They have no
+# forward-mode derivative.
+
+
+@jax.custom_vjp
 def gelu(x):
   """x Phi(x), the exact form: through erf, which XLA:CPU runs faster than jax.nn's erfc."""
   return 0.5 * x * (1 + jax.lax.erf(x * 2 ** -0.5))
+
+
+def _gelu_backward(x, dy):
+  # Not the forward pass' erf: keeping it costs more memory, and time, than computing it.
+  wide = optimization_barrier(x).astype(jnp.float32)
+  density = jnp.exp(-0.5 * wide * wide) * (2 * math.pi) ** -0.5
+  slope = 0.5 * (1 + jax.lax.erf(wide * 2 ** -0.5)) + wide * density
+  return (dy * slope.astype(dy.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
+@jax.custom_vjp
+def linear(x, kernel_mk, bias_k=None):
+  """x W + b over the last axis: (..., m) -> (..., k), as one product of two matrices."""
+  y_nk = x.reshape(-1, x.shape[-1]) @ kernel_mk
+  y_nk = y_nk if bias_k is None else y_nk + bias_k[None]
+  return y_nk.reshape(*x.shape[:-1], kernel_mk.shape[1])
+
+
+def _linear_forward(x, kernel_mk, bias_k=None):
+  return linear(x, kernel_mk, bias_k), (x, kernel_mk, bias_k)
+
+
+def _linear_backward(saved, dy):
+  x, kernel_mk, bias_k = saved
+  dy_nk = optimization_barrier(dy).reshape(-1, dy.shape[-1])
+  x_nm = x.reshape(-1, x.shape[-1])
+  if kernel_mk.shape[0] > kernel_mk.shape[1]:
+    # XLA:CPU multiplies faster when it is the narrow matrix that it has to transpose.
+    dkernel_mk = optimization_barrier(dy_nk.T @ x_nm).T
+  else:
+    dkernel_mk = x_nm.T @ dy_nk
+  dbias_k = None if bias_k is None else dy_nk.sum(axis=0)
+  return (dy_nk @ kernel_mk.T).reshape(x.shape), dkernel_mk, dbias_k
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x, scale_c, bias_c, epsilon: float):
+  """(x - mean) / sqrt(var + epsilon) * scale + bias over the last axis, computed in float32.
+
+  The variance is E[(x - E x)^2]: E[x^2] - (E x)^2 loses digits when the mean is large.
+  """
+  return _layer_norm_forward(x, scale_c, bias_c, epsilon)[0]
+
+
+def _over(vector_c, x):
+  """A float32 vector over the last axis, shaped to go with x."""
+  return vector_c.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def _layer_norm_forward(x, scale_c, bias_c, epsilon):
+  wide = x.astype(jnp.float32)
+  mean = wide.mean(axis=-1, keepdims=True)
+  centred = wide - mean
+  inverse = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + epsilon)
+  y = centred * (inverse * _over(scale_c, x)) + _over(bias_c, x)
+  return y.astype(x.dtype), (x, scale_c, mean, inverse)
+
+
+def _layer_norm_backward(epsilon, saved, dy):
+  del epsilon
+  x, scale_c, mean, inverse = saved
+  normed, dy_wide = (x.astype(jnp.float32) - mean) * inverse, dy.astype(jnp.float32)
+  dnormed = dy_wide * _over(scale_c, x)
+  dx = inverse * (dnormed - dnormed.mean(axis=-1, keepdims=True) -
+                  normed * (dnormed * normed).mean(axis=-1, keepdims=True))
+  tokens = tuple(range(x.ndim - 1))
+  return (dx.astype(x.dtype), (dy_wide * normed).sum(axis=tokens).astype(scale_c.dtype),
+          dy_wide.sum(axis=tokens).astype(scale_c.dtype))
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 def fan_in_uniform(fan_in: int):
@@ -38,9 +123,32 @@ def fan_in_uniform(fan_in: int):
       key, shape, dtype, minval=-bound, maxval=bound)
 
 
-def dense(features: int, *, dtype, use_bias: bool = True) -> nn.Dense:
+class LayerNorm(nn.Module):
+  """`layer_norm` with its scale and bias; the result has `dtype`."""
+  epsilon: float
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+    return layer_norm(x, scale, bias, self.epsilon).astype(self.dtype)
+
+
+class Dense(nn.Dense):
+  """nn.Dense with the backward pass of `linear`."""
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
+    bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) \
+        if self.use_bias else None
+    return linear(*promote_dtype(x, kernel, bias, dtype=self.dtype))
+
+
+def dense(features: int, *, dtype, use_bias: bool = True) -> Dense:
   """A Dense with the ViT's init, not yet bound to a parent."""
-  return nn.Dense(features, use_bias=use_bias, kernel_init=weight_init, dtype=dtype, parent=None)
+  return Dense(features, use_bias=use_bias, kernel_init=weight_init, dtype=dtype, parent=None)
 
 
 class DropPath(nn.Module):

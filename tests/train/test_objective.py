@@ -160,7 +160,7 @@ def test_reconstruction_moves_predictors_and_nothing_else(granularity):
   made = tiny.init(model)
 
   def total(params):
-    return make_reconstruction(model, 0.01)(params, made["batch_stats"], {}, tiny.images(model),
+    return make_reconstruction(model, 0.01, 3)(params, made["batch_stats"], {}, tiny.images(model),
                                             LABELS, None, None)
 
   (value, (stats, metrics)), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(

@@ -136,8 +136,9 @@ def test_a_rate_that_matches_nothing_is_refused(config):
 
 def test_the_models_of_programs_are_the_same_weights():
   """A program's plan changes what is computed, never what is stored."""
-  plan = vc.Plan(heads=vc.HMHSA(), links=vc.Sparsifiner(rank=4), tokens=vc.MCTF(r=2))
-  other = dataclasses.replace(plan.with_links(masked=False), tokens=vc.MCTF(r=0))
+  plan = vc.Plan(heads=vc.HMHSA(), links=vc.Sparsifiner(rank=4), tokens=vc.MCTF(r=2, blocks=(1,)),
+                 blocks={1: {"links": None}})
+  other = dataclasses.replace(plan.with_links(masked=False), tokens=vc.MCTF(r=0, blocks=(1,)))
   shapes = [jax.eval_shape(m.init, jax.random.key(0), tiny.images(m))["params"]
             for m in (tiny.deit(plan), tiny.deit(other))]
   assert not trees.differences(*shapes)

@@ -16,8 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.dtypes import promote_dtype
+from jax.lax import optimization_barrier
 
-from vitcompact.layers import BatchNorm
+from vitcompact.layers import Dense, linear
 from vitcompact.trees import Leaf
 
 LEAVES = [
@@ -27,7 +29,7 @@ LEAVES = [
     (r".*/fc2/b\d?/kernel", Leaf(("rank", "embed"), decay=True)),
     (r".*/fc[12]/(alpha|[ab]\d_scale)", Leaf()),
 ]
-EPSILON = 1e-5   # of the branches' batch norms
+EPSILON, MOMENTUM = 1e-5, 0.9   # of the branches' batch norms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,14 +87,107 @@ def group_mean(x, groups: int):
   return x.reshape(*x.shape[:-1], groups, -1).mean(axis=-1)
 
 
+def skip_kernel(alpha_r, m: int):
+  """(m, r): x times this is group_mean(x, r) * alpha."""
+  r = alpha_r.shape[0]
+  return jnp.repeat(jnp.diag(alpha_r) * (r / m), m // r, axis=0)
+
+
+@jax.custom_vjp
+def batch_norms(z_nbr, gamma_br, beta_br):
+  """sum over b of batch norms over n: (n, branches, r) -> y (n, r), mean and var (branches, r).
+
+  In float32 but for y, which has the type of z. Mean and variance pass no gradient on.
+  """
+  return _batch_norms_forward(z_nbr, gamma_br, beta_br)[0]
+
+
+def _batch_norms_forward(z_nbr, gamma_br, beta_br):
+  wide = z_nbr.astype(jnp.float32)
+  mean_br = wide.mean(axis=0)
+  var_br = jnp.mean((wide - mean_br[None]) ** 2, axis=0)
+  inverse_br = jax.lax.rsqrt(var_br + EPSILON)
+  scale_br = gamma_br * inverse_br
+  shift_r = (beta_br - mean_br * scale_br).sum(axis=0)
+  y_nr = (wide * scale_br[None]).sum(axis=1) + shift_r[None]
+  return ((y_nr.astype(z_nbr.dtype), mean_br, var_br), (z_nbr, mean_br, inverse_br, gamma_br))
+
+
+def _batch_norms_backward(saved, cotangents):
+  z_nbr, mean_br, inverse_br, gamma_br = saved
+  dy_nr = optimization_barrier(cotangents[0]).astype(jnp.float32)
+  normed_nbr = (z_nbr.astype(jnp.float32) - mean_br[None]) * inverse_br[None]
+  dbeta_r = dy_nr.sum(axis=0)
+  dgamma_br = (dy_nr[:, None] * normed_nbr).sum(axis=0)
+  n = z_nbr.shape[0]
+  dz_nbr = (gamma_br * inverse_br)[None] * (
+      dy_nr[:, None] - dbeta_r[None, None] / n - normed_nbr * dgamma_br[None] / n)
+  dbeta_br = jnp.broadcast_to(dbeta_r[None], gamma_br.shape)
+  return (dz_nbr.astype(z_nbr.dtype), dgamma_br.astype(gamma_br.dtype),
+          dbeta_br.astype(gamma_br.dtype))
+
+
+batch_norms.defvjp(_batch_norms_forward, _batch_norms_backward)
+
+
+class Kernel(nn.Module):
+  """The matrix of one branch, as a leaf."""
+  features: int
+  std: float
+
+  @nn.compact
+  def __call__(self, x):
+    return self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
+
+
+class Norm(nn.Module):
+  """The leaves of one branch's batch norm, under the names that nn.BatchNorm gives them."""
+  features: int
+  gamma: float
+
+  def setup(self):
+    shape = (self.features,)
+    self.scale = self.param("scale", nn.initializers.constant(self.gamma), shape)
+    self.bias = self.param("bias", nn.initializers.zeros, shape)
+    self.mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+    self.var = self.variable("batch_stats", "var", jnp.ones, shape)
+
+  def affine(self):
+    """(scale, bias) of training."""
+    return self.scale, self.bias
+
+  def running(self):
+    """(scale, shift) of the map that it is in inference."""
+    scale = self.scale / jnp.sqrt(self.var.value + EPSILON)
+    return scale, self.bias - self.mean.value * scale
+
+  def see(self, mean, var):
+    """Moves the running statistics towards a batch's."""
+    if not self.is_initializing():
+      self.mean.value = MOMENTUM * self.mean.value + (1 - MOMENTUM) * mean
+      self.var.value = MOMENTUM * self.var.value + (1 - MOMENTUM) * var
+
+
+def norm_each(z, norms):
+  """The sum of the batch norms of the equal parts of z's last axis, in training."""
+  gamma_br, beta_br = (jnp.stack(leaves) for leaves in zip(*(norm.affine() for norm in norms),
+                                                           strict=True))
+  z_nbr = z.reshape(-1, *gamma_br.shape)
+  y_nr, mean_br, var_br = batch_norms(z_nbr, gamma_br, beta_br)
+  for norm, mean, var in zip(norms, mean_br, var_br, strict=True):
+    norm.see(mean, var)
+  return y_nr.reshape(*z.shape[:-1], y_nr.shape[1])
+
+
 def hidden_rms(act: Callable | None, fan_in: int) -> float:
   """Root mean square of act(x W) for unit x and W ~ N(0, 0.02^2), by Gauss-Hermite quadrature."""
   points, weights = np.polynomial.hermite_e.hermegauss(32)
   z = 0.02 * fan_in ** 0.5 * points
   if act is not None:
-    # Evaluated at trace time even inside jit: only the number is needed.
+    # Evaluated at trace time even inside jit: only the number is needed. Jitted, because a function
+    # with a gradient of its own is else traced by a surrounding vmap.
     with jax.ensure_compile_time_eval():
-      z = np.asarray(act(jnp.asarray(z, jnp.float32)))
+      z = np.asarray(jax.jit(act)(jnp.asarray(z, jnp.float32)))
   return float(np.sqrt(np.sum(weights * z ** 2) / np.sum(weights)))
 
 
@@ -118,39 +213,44 @@ class CompactDense(nn.Module):
   @nn.compact
   def __call__(self, x, train: bool = False):
     if self.deploy:
-      return self._linear("b", self.features, 0.02, use_bias=True)(
-          self._linear("a", self.rank, 0.02)(x))
+      return self._linear("b", self.features, use_bias=True)(self._linear("a", self.rank)(x))
     m, n = x.shape[-1], self.branches
     spread = 0.02 * m ** 0.5 * self.input_rms      # of a dense layer's output
     normed = self.rep == "bn"
     # Batch norm sets the spread by its scale; its statistics start at what they will find.
     a_std = 1 / (m ** 0.5 * self.input_rms) if normed else 0.02 / n ** 0.5
     b_std = (n * self.rank) ** -0.5
-    u = sum(self._branch(f"a{i}", self.rank, a_std, 1.0)(x, train) for i in range(n))
+    skip = None
     if self.avg_skip and m % self.rank == 0:
-      alpha = self.param("alpha", nn.initializers.zeros, (self.rank,))
-      u = u + group_mean(x, self.rank) * _like(alpha, u)
-    y = sum(self._branch(f"b{j}", self.features, b_std, spread / n ** 0.5)(u, train)
-            for j in range(n))
-    if normed:
-      return y
-    bias = self.param("bias", nn.initializers.zeros, (self.features,))
-    return y + _like(bias, y)
+      skip = self.param("alpha", nn.initializers.zeros, (self.rank,))
+    u = self._factor("a", x, self.rank, a_std, 1.0, train, skip=skip)
+    bias = None
+    if not normed:
+      bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    return self._factor("b", u, self.features, b_std, spread / n ** 0.5, train, bias=bias)
 
-  def _linear(self, name, features, std, use_bias=False):
-    return nn.Dense(features, use_bias=use_bias, dtype=self.dtype, name=name,
-                    kernel_init=nn.initializers.normal(std))
+  def _linear(self, name, features, use_bias=False):
+    return Dense(features, use_bias=use_bias, dtype=self.dtype, name=name,
+                 kernel_init=nn.initializers.normal(0.02))
 
-  def _branch(self, name, features, std, gamma):
-    linear = self._linear(name, features, std)
+  def _factor(self, factor, x, features, std, gamma, train, skip=None, bias=None):
+    """The sum of the branches of one factor, and of the group means of x times `skip`."""
+    kernels = [Kernel(features, std, name=f"{factor}{i}")(x) for i in range(self.branches)]
     if self.rep == "bn":
-      norm = BatchNorm(epsilon=EPSILON, dtype=self.dtype, name=f"{name}_norm",
-                       scale_init=nn.initializers.constant(gamma))
-      return lambda x, train: norm(linear(x), use_running_average=not train)
-    if self.rep == "scale":
-      scale = self.param(f"{name}_scale", nn.initializers.ones, (features,))
-      return lambda x, train: linear(x) * _like(scale, x)
-    return lambda x, train: linear(x)
+      norms = [Norm(features, gamma, name=f"{factor}{i}_norm") for i in range(self.branches)]
+      if train:
+        y = norm_each(_product(x, jnp.concatenate(kernels, axis=1), None, self.dtype), norms)
+        return y if skip is None else y + group_mean(x, features).astype(y.dtype) * _like(skip, y)
+      affine = [norm.running() for norm in norms]
+      kernels = [kernel * scale[None] for kernel, (scale, _) in zip(kernels, affine, strict=True)]
+      bias = sum(shift for _, shift in affine)
+    elif self.rep == "scale":
+      kernels = [kernel * self.param(f"{factor}{i}_scale", nn.initializers.ones, (features,))[None]
+                 for i, kernel in enumerate(kernels)]
+    # Nothing stands between branches and their sum: one product with the sum of the kernels.
+    kernel = sum(kernels)
+    return _product(x, kernel if skip is None else kernel + skip_kernel(skip, x.shape[-1]), bias,
+                    self.dtype)
 
   @nn.nowrap
   def fold(self, params, stats):
@@ -164,8 +264,7 @@ class CompactDense(nn.Module):
     b, b_shift = self._summed("b", params, stats)
     if "alpha" in params:
       m = a.shape[0]
-      groups = jnp.repeat(jnp.eye(self.rank, dtype=a.dtype), m // self.rank, axis=0)
-      a = a + groups * (self.rank / m) * params["alpha"][None]
+      a = a + skip_kernel(params["alpha"], m)
     bias = _matmul(a_shift, b) + b_shift + params.get("bias", 0)
     folded = {"a": {"kernel": a}, "b": {"kernel": b, "bias": bias}}
     return merge_factors(folded) if self.merged else folded, {}
@@ -262,6 +361,10 @@ def merge_factors(params):
   """The parameters of one dense layer from those of a deployed factor pair."""
   kernel = _matmul(params["a"]["kernel"], params["b"]["kernel"])
   return {"kernel": kernel, "bias": params["b"]["bias"]}
+
+
+def _product(x, kernel, bias, dtype):
+  return linear(*promote_dtype(x, kernel, bias, dtype=dtype))
 
 
 def _matmul(x, y):

@@ -49,7 +49,7 @@ class Sparsifiner:
     is not computed.
   masked: whether attention is restricted to the links. False is phase 1 of training: attention is
     dense while predictors learn. Whenever "links" is a mutable collection, each predictor sows
-    there its "score", the "target" to reconstruct (see `train.distill`) and what is "linked".
+    there its "score", the "target" to reconstruct (see `train.losses`) and what is "linked".
   min_tokens: blocks of the network with fewer keys have no predictor and stay dense; None: 0 for
     tokens, the measured crossover for blocks.
   window: block granularity: side of a block, in patches.

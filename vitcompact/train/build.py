@@ -76,8 +76,12 @@ def build(config: FrozenConfigDict, classes: int | None = None) -> Run:
                                config.accumulate, getattr(model, "grid", None))
 
   groups = 1
-  if looks_across(model, shapes.batch_stats, config.loss):
-    groups = max(1, config.data.replicas // config.accumulate)
+  if config.data.replicas > 1 and looks_across(model, shapes.batch_stats, config.loss):
+    if config.data.replicas % config.accumulate:
+      raise ValueError(f"config.data.replicas={config.data.replicas} must be a multiple of config."
+                       f"accumulate={config.accumulate}: what an image teaches depends on the "
+                       "others of its replica, so a microbatch has whole ones")
+    groups = config.data.replicas // config.accumulate
 
   @functools.cache
   def compiled(program: programs.Program):
@@ -113,7 +117,8 @@ def make_program(config, model, teacher, program: programs.Program):
   """The objective of a program."""
   student = model.clone(plan=program.plan)
   if program.links:
-    return make_reconstruction(student, config.reconstruct.weight)
+    return make_reconstruction(student, config.reconstruct.weight,
+                               config.batch_size // config.data.replicas)
   companion = None if program.companion is None else model.clone(plan=program.companion)
   return make_objective(student, config.loss, teacher, companion)
 
@@ -132,13 +137,26 @@ def make_teacher(config, model):
   if getattr(model, "mix_token", False):
     raise ValueError("a teacher sees images as they come, and MixToken mixes them inside the "
                      "student; set config.model.mix_token=False")
+  straight = hasattr(model, "prefix") or hasattr(model, "mix_token")
+  if config.loss.patches and (not straight or getattr(model, "global_pool", "token") == "avg"):
+    raise ValueError(f"config.loss.patches={config.loss.patches} needs the patches of DeiT or "
+                     f"LV-ViT before pooling, and {model.variant} has none; set it to 0")
+  if config.loss.patch_error == "divergence" and not hasattr(model, "mix_token"):
+    raise ValueError("config.loss.patch_error='divergence' is of LV-ViT's patch logits, and "
+                     f"{model.variant} has features there; use 'square'")
   if not config.teacher.name:
     return model.clone(plan=vc.Plan())
   if config.loss.patches:
     raise ValueError(f"config.loss.patches compares with the dense form of {model.variant}; use "
                      f"config.teacher.name='' instead of {config.teacher.name!r}, or set it to 0")
-  return vc.create_model(config.teacher.name, num_classes=model.num_classes,
-                         image_size=model.image_size)
+  teacher = vc.create_model(config.teacher.name, num_classes=model.num_classes,
+                            image_size=model.image_size, dtype=model.dtype)
+  ours, theirs = vc.preprocess(model), vc.preprocess(teacher)
+  if (ours.mean, ours.std) != (theirs.mean, theirs.std):
+    raise ValueError(f"config.teacher.name={config.teacher.name!r} takes images of mean "
+                     f"{theirs.mean} and std {theirs.std}, and {model.variant} of {ours.mean} and "
+                     f"{ours.std}: both see the same; use another teacher")
+  return teacher
 
 
 def fresh_state(run: Run) -> steps.TrainState:
@@ -147,6 +165,13 @@ def fresh_state(run: Run) -> steps.TrainState:
   if config.teacher.file:
     taught = start.load_teacher(config.teacher.file, make_teacher(config, run.model))
     state = state.replace(teacher=jax.device_put(taught, run.shardings.teacher))
+  fresh = run.model.plan.with_links(masked=False) != run.model.plan
+  if config.init_from:
+    fresh &= start.is_dense(config.init_from)
+  if fresh and not config.reconstruct.steps:
+    raise ValueError("the plan's predictors of links are freshly drawn, and nothing but "
+                     "reconstruction trains them; set config.reconstruct.steps, or start from a "
+                     "file that has trained ones")
   if not config.init_from:
     return state
   variables = start.load_variables(

@@ -6,6 +6,7 @@ never run, so nothing is allocated and no data are needed.
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vitcompact import trees
@@ -33,6 +34,32 @@ def batch_shapes(run):
           "label": jax.ShapeDtypeStruct((size,), np.int32, sharding=place)}
 
 
+def activations(run) -> int:
+  """Bytes that one device keeps of its images from the forward to the backward pass.
+
+  Read off the traced model, so it knows dtypes and rematerialised blocks, whatever the compiler
+  (XLA drops rematerialisation on a processor). A tensor axis is not counted; it keeps less.
+  """
+  config = run.config
+  local = sharding.batches(run.mesh).shard_shape((config.batch_size,))[0] // config.accumulate
+  given = {"params": run.shapes.params, "batch_stats": run.shapes.batch_stats}
+
+  def pullback(params, images):
+    rest = {name: tree for name, tree in given.items() if name != "params" and tree}
+    rest = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rest)
+    return jax.vjp(lambda params: run.model.apply(
+        {"params": params, **rest}, images, train=True, rngs={"dropout": jax.random.key(0)},
+        mutable=["batch_stats"])[0], params)[1]
+
+  def kept(count):
+    images = jax.ShapeDtypeStruct((count, *run.preprocess.image_size, 3), np.float32)
+    leaves = jax.tree.leaves(jax.eval_shape(pullback, run.shapes.params, images))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves
+               if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended))
+
+  return local * (kept(3) - kept(2))   # what does not grow with the images is weights
+
+
 def measure(run) -> dict[str, int]:
   """{what: bytes a device}. "working memory" is XLA's own figure: activations kept for the
   backward pass, gradients, and everything else that lives within a step."""
@@ -52,7 +79,8 @@ def plan(config) -> str:
   """A table of `measure`, with what it was measured for."""
   config = building.resolve(config)
   notes = ["Compiled for the CPU: a TPU or GPU fuses otherwise, keeps bfloat16 where the CPU "
-           "widens it, and needs a reserve of its own. State and batch are exact everywhere."]
+           "widens it, and needs a reserve of its own. State and batch are exact everywhere; a "
+           "processor ignores remat, the traced activations do not."]
   try:
     classes = pipeline.num_classes(config.data.name)
   except (ValueError, OSError):
@@ -64,4 +92,6 @@ def plan(config) -> str:
           f"{config.batch_size} in {config.accumulate} parts, remat {config.model.remat}, on "
           f"{run.mesh.size} devices ({mesh})")
   lines = [f"{what:<26}{size / MIB:12.1f} MiB" for what, size in measure(run).items()]
+  kept = f"{activations(run) / MIB:.1f} MiB"
+  notes.insert(0, f"By the traced model, {kept} of activations wait for the backward pass.")
   return "\n".join([head, "", "Each device holds", *lines, "", *notes])

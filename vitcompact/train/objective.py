@@ -17,32 +17,33 @@ def make_objective(model, loss, teacher=None, companion=None):
   """A function (params, batch_stats, teacher variables, images, labels, targets, key) -> (loss,
   (batch statistics, {"accuracy", and every part of the loss before its weight})).
 
-  loss: the config's section, of weights. A part of weight 0 is not computed.
+  loss: the config's section, of weights. Of parts of weight 0 only `labels` is computed.
     labels: cross entropy with the targets. patch_labels: of LV-ViT's patches, with targets of their
       own where `targets` is a pair, else with those of their image.
     hard, soft: DeiT's distillation, of the distillation token's logits where there is one; the
       class token's then learn from the labels alone.
-    logits: KL(teacher || student). patches: error of surviving patches, normalised features or
-      LV-ViT's logits, by `patch_error`: "square" or "divergence".
+    logits: KL(teacher || student), of the class guess. patches: error of surviving patches,
+      normalised features or LV-ViT's logits, by `patch_error`: "square" or "divergence".
     kept_ratio: DynamicViT's. consistency: MCTF's, with a second pass of the `companion`, the same
       weights under another plan, which learns from the labels as well.
   teacher: a model; in inference, on the same augmented and mixed images.
   """
   def objective(params, batch_stats, teacher_variables, images, labels, targets, key):
-    def passed(model, batch_stats):
+    def passed(model, batch_stats, key):
       return model.apply(variables(params, batch_stats), images, train=True,
                          rngs={"dropout": key}, mutable=["batch_stats", "tokens"])
 
-    out, new = passed(model, batch_stats)
+    out, new = passed(model, batch_stats, key)
     distils = bool(loss.hard or loss.soft)
     parts, logits = of_labels(out, targets, loss, distils)
     if teacher is not None:
-      parts |= of_teacher(teacher, teacher_variables, images, out, new, loss)
+      parts |= of_teacher(teacher, teacher_variables, images, out, logits, new, loss)
     if loss.kept_ratio:
       parts["kept_ratio"] = losses.kept_ratio(stage_masks(new["tokens"]),
                                               model.plan.tokens.shares()).mean()
     if loss.consistency:
-      other, other_new = passed(companion, new.get("batch_stats", {}))
+      other, other_new = passed(companion, new.get("batch_stats", {}),
+                                jax.random.fold_in(key, 1))
       other_parts, _ = of_labels(other, targets, loss, distils)
       # The second pass weighs like the first one.
       parts |= {f"{name}_companion": part for name, part in other_parts.items()}
@@ -80,18 +81,20 @@ def looks_across(model, batch_stats, loss) -> bool:
   return bool(batch_stats or getattr(model, "mix_token", False) or loss.patches or loss.consistency)
 
 
-def make_reconstruction(model, weight: float):
+def make_reconstruction(model, weight: float, images_summed: int):
   """The same kind of function for predictors of links: `weight` times the squared error of their
-  scores against the dense attention of the same weights, summed over the images as published.
+  scores against the dense attention of the same weights.
+
+  images_summed: the published loss is the sum over the images of a replica.
 
   Nothing else has a gradient: the network runs as in inference, and its statistics stay.
   """
   def objective(params, batch_stats, teacher_variables, images, labels, targets, key):
     del teacher_variables, targets, key
     logits, new = model.apply(variables(params, batch_stats), images, mutable=["links"])
-    error = losses.attention_reconstruction(new.get("links", {})).sum()
+    error = losses.attention_reconstruction(new.get("links", {})).mean()
     accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
-    return weight * error, (batch_stats, {"accuracy": accuracy})
+    return weight * images_summed * error, (batch_stats, {"accuracy": accuracy})
   return objective
 
 
@@ -123,26 +126,24 @@ def of_labels(out, targets, loss, distils: bool):
   return {"labels": labels}, sum(logits.astype(jnp.float32) for logits in heads) / len(heads)
 
 
-def of_teacher(teacher, teacher_variables, images, out, new, loss):
-  """{part: mean} of what is learnt from the teacher."""
+def of_teacher(teacher, teacher_variables, images, out, guess, new, loss):
+  """{part: mean} of what is learnt from the teacher. out, guess, new: of the student."""
   taught, seen = jax.lax.stop_gradient(
       teacher.apply(teacher_variables, images, mutable=["tokens"]))
-  patches = new["tokens"]
-  if isinstance(out, TokenLogits):
-    logits, of = out.logits, "token_logits"
+  by_token = isinstance(out, TokenLogits)
+  if by_token and "logits" in seen.get("tokens", {}):
     taught = seen["tokens"]["logits"][0]   # of the class token alone, as the student's
-    mine, alive = out.token_logits, out.alive
-  else:
-    logits, of = (out[-1] if isinstance(out, tuple) else out), "patches"
-    mine, alive = (patches[name][0] if name in patches else None for name in ("patches", "alive"))
+  last = out[-1] if isinstance(out, tuple) and not by_token else guess
   parts = {}
   if loss.hard:
-    parts["hard"] = losses.hard_distillation(logits, taught).mean()
+    parts["hard"] = losses.hard_distillation(last, taught).mean()
   if loss.soft:
-    parts["soft"] = losses.soft_distillation(logits, taught, loss.temperature).mean()
+    parts["soft"] = losses.soft_distillation(last, taught, loss.temperature).mean()
   if loss.logits:
-    parts["logits"] = losses.divergence(logits, taught).mean()
+    parts["logits"] = losses.divergence(guess, taught).mean()
   if loss.patches:
-    theirs = seen["tokens"][of][0]
+    mine, alive = ((out.token_logits, out.alive) if by_token else
+                   (new["tokens"][name][0] for name in ("patches", "alive")))
+    theirs = seen["tokens"]["token_logits" if by_token else "patches"][0]
     parts["patches"] = PATCH_ERRORS[loss.patch_error](mine, theirs, alive).mean()
   return parts

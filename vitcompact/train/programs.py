@@ -40,19 +40,28 @@ def check(config, model):
   if loss.kept_ratio and (not isinstance(plan.tokens, DynamicViT) or plan.tokens.keep == 1):
     raise ValueError("config.loss.kept_ratio is for DynamicViT with keep < 1, and the plan has "
                      f"tokens={plan.tokens}; set it to 0")
-  if loss.consistency and not isinstance(plan.tokens, MCTF):
-    raise ValueError("config.loss.consistency compares with a pass of MCTF that merges less, and "
-                     f"the plan has tokens={plan.tokens}; set it to 0")
+  if loss.consistency and not (isinstance(plan.tokens, MCTF) and isinstance(plan.tokens.r, int)):
+    raise ValueError("config.loss.consistency compares with a pass of MCTF(r=a whole number) that "
+                     f"merges less, and the plan has tokens={plan.tokens}; set it to 0")
+  if loss.companion_r < 0:
+    raise ValueError(f"config.loss.companion_r={loss.companion_r} must be 0 or more tokens")
 
 
 def reconstructing(model) -> Plan:
   """A model's plan with attention dense and every token kept, and the predictors that it has."""
-  plan = dataclasses.replace(model.plan.with_links(masked=False), tokens=None)
+  return _with_tokens(model, dataclasses.replace(model.plan.with_links(masked=False), tokens=None))
+
+
+def _with_tokens(model, plan: Plan) -> Plan:
+  """A plan of more tokens than the model's, with the predictors of links that the model has.
+
+  A block in which few tokens would be left has none, though now it sees more of them.
+  """
   if model.plan.tokens is None:
     return plan
-  # A block in which few tokens would be left has no predictor, though now it sees all of them.
+  parts = model.parts()
   without = {i: {**plan.blocks.get(i, {}), "links": None} for i in range(model.depth)
-             if model.parts()[f"blocks_{i}"].links is None}
+             if plan.at(i).links is not None and parts[f"blocks_{i}"].links is None}
   return dataclasses.replace(plan, blocks={**plan.blocks, **without})
 
 
@@ -65,7 +74,7 @@ def program_at(config, model, step: int) -> Program:
   if config.keep_warmup.start or config.keep_warmup.steps:
     tokens = plan.tokens.at_epoch(step, start=config.keep_warmup.start,
                                   length=max(config.keep_warmup.steps, 1))
-    return Program(dataclasses.replace(plan, tokens=tokens))
+    return Program(_with_tokens(model, dataclasses.replace(plan, tokens=tokens)))
   if config.loss.consistency:
     # One draw for a step; the authors draw on each device.
     r = int(np.random.default_rng((config.seed, step)).integers(config.loss.companion_r + 1))

@@ -73,6 +73,15 @@ def check(config):
   for key, known in (("name", optim.OPTIMIZERS), ("schedule", optim.SCHEDULES)):
     if config.optim[key] not in known:
       raise ValueError(f"config.optim.{key}={config.optim[key]!r} is not one of {known}")
+  for key in ("labels", "patch_labels", "hard", "soft", "logits", "patches", "kept_ratio",
+              "consistency"):
+    if config.loss[key] < 0:
+      raise ValueError(f"config.loss.{key}={config.loss[key]} is a weight: 0 or more")
+  if config.loss.temperature <= 0:
+    raise ValueError(f"config.loss.temperature={config.loss.temperature} must be above 0")
+  for key in ("start", "steps"):
+    if config.keep_warmup[key] < 0:
+      raise ValueError(f"config.keep_warmup.{key}={config.keep_warmup[key]} must be 0 or more")
   if config.loss.patch_error not in objective.PATCH_ERRORS:
     raise ValueError(f"config.loss.patch_error={config.loss.patch_error!r} is not one of "
                      f"{tuple(objective.PATCH_ERRORS)}")

@@ -27,6 +27,11 @@ def load_variables(path: str, model, calibration):
   return vc.compact(source, variables, model.plan, images=calibration())[1]
 
 
+def is_dense(path: str) -> bool:
+  """Whether a file is of a dense model."""
+  return _load(path)[0].plan == vc.Plan()
+
+
 def load_teacher(path: str, teacher):
   """Variables of a teacher from such a file."""
   found, variables = _load(path)

@@ -1,0 +1,109 @@
+"""Layers: what their written-out backward passes give is what autodiff gives for the plain form."""
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vitcompact import layers
+from vitcompact.count import macs_of
+from vitcompact.ffn import cffn
+
+
+def plain_gelu(x):
+  return jax.nn.gelu(x, approximate=False)
+
+
+def plain_linear(x, kernel, bias):
+  return jnp.einsum("...m,mk->...k", x, kernel) + bias[None, None]
+
+
+def plain_layer_norm(x, scale, bias):
+  norm = nn.LayerNorm(epsilon=1e-3, use_fast_variance=False)
+  return norm.apply({"params": {"scale": scale, "bias": bias}}, x)
+
+
+def plain_batch_norms(z_nbr, gamma_br, beta_br):
+  mean, var = z_nbr.mean(0, keepdims=True), z_nbr.var(0, keepdims=True)
+  normed = (z_nbr - mean) / jnp.sqrt(var + cffn.EPSILON)
+  return (normed * gamma_br[None] + beta_br[None]).sum(1)
+
+
+PAIRS = {
+    "gelu": (layers.gelu, plain_gelu, [(2, 5, 6)]),
+    "linear, wider": (layers.linear, plain_linear, [(2, 5, 4), (4, 6), (6,)]),
+    "linear, narrower": (layers.linear, plain_linear, [(2, 5, 6), (6, 4), (4,)]),
+    "layer_norm": (lambda *a: layers.layer_norm(*a, 1e-3), plain_layer_norm,
+                   [(2, 5, 6), (6,), (6,)]),
+    "batch_norms": (lambda *a: cffn.batch_norms(*a)[0], plain_batch_norms,
+                    [(9, 2, 4), (2, 4), (2, 4)]),
+}
+
+
+def value_and_gradients(function, arrays):
+  """The value, and the gradients of a sum that weighs every output differently."""
+  def total(*arrays):
+    y = function(*arrays)
+    weights = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+    return jnp.sum(y * weights), y
+  grads, y = jax.jit(jax.grad(total, argnums=range(len(arrays)), has_aux=True))(*arrays)
+  return y, *grads
+
+
+def drawn(shapes, dtype=jnp.float32):
+  rng = np.random.default_rng(0)
+  return [jnp.asarray(2 * rng.standard_normal(shape) + 0.5, dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_values_and_gradients_are_those_of_the_plain_form(name):
+  ours, plain, shapes = PAIRS[name]
+  arrays = drawn(shapes)
+  for got, wanted in zip(value_and_gradients(ours, arrays), value_and_gradients(plain, arrays),
+                         strict=True):
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5 * float(jnp.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_half_precision_stays_half_precision_and_close(name):
+  ours, plain, shapes = PAIRS[name]
+  arrays = drawn(shapes, jnp.bfloat16)
+  wide = value_and_gradients(plain, [array.astype(jnp.float32) for array in arrays])
+  for got, wanted in zip(value_and_gradients(ours, arrays), wide, strict=True):
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(got.astype(jnp.float32), wanted, rtol=0.03,
+                               atol=0.03 * float(jnp.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_backward_passes_go_through_vmap_scan_and_remat(name):
+  ours, _, (shape, *rest) = PAIRS[name]
+  x, *params = drawn([(3, *shape), *rest])
+  one_by_one = [value_and_gradients(ours, [part, *params])[1] for part in x]
+
+  def gradient(x):
+    return value_and_gradients(jax.checkpoint(ours), [x, *params])[1]
+
+  wanted = jnp.stack(one_by_one)
+  np.testing.assert_allclose(jax.vmap(gradient)(x), wanted, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(jax.lax.map(gradient, x), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_linear_layer_needs_no_bias():
+  x, kernel, bias = drawn([(2, 5, 4), (4, 6), (6,)])
+  y, dx, dkernel = value_and_gradients(layers.linear, [x, kernel])
+  wanted, *grads = value_and_gradients(plain_linear, [x, kernel, jnp.zeros_like(bias)])
+  for got, want in zip((y, dx, dkernel), (wanted, *grads[:2]), strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_an_ffn_step_has_three_products_for_each_forward_one():
+  mlp = layers.Mlp(layers.dense(16, dtype="float32"), layers.dense(4, dtype="float32"))
+  x = jnp.ones((2, 3, 4))
+  params = mlp.init(jax.random.key(0), x)
+
+  def loss(params, x):
+    return jnp.sum(mlp.apply(params, x) ** 2)
+
+  assert macs_of(mlp.apply, params, x).total == 2 * 3 * 4 * 16 * 2
+  assert macs_of(jax.grad(loss, argnums=(0, 1)), params, x).total == 3 * 2 * 3 * 4 * 16 * 2
