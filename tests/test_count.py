@@ -57,12 +57,12 @@ def test_hallucinated_heads_cost_their_values_and_their_taps(spec, filters):
   assert dense.macs - count.macs == projections + dense.attention_macs - count.attention_macs - taps
 
 
-def test_training_form_counts_its_branches_and_its_ideal_is_the_folded_form():
+def test_training_form_has_all_its_branches_and_its_inference_sums_them_first():
   plan = vc.Plan(ffn=vc.CFFN())
   trained, deployed = vc.count(tiny.deit(plan)), vc.count(tiny.deit(plan, deploy=True))
-  branch = 17 * (96 * 12 + 12 * 24)
-  assert trained.macs - deployed.macs == 2 * branch      # two blocks, one branch more
-  assert trained.ideal_macs == deployed.macs == deployed.ideal_macs
+  branch = 96 * 12 + 12 * 24
+  assert trained.params - deployed.params > 2 * branch   # two blocks, one branch more, and norms
+  assert trained.macs == trained.ideal_macs == deployed.macs == deployed.ideal_macs
 
 
 def test_another_image_size_is_counted_as_such():

@@ -34,7 +34,7 @@ def run(monkeypatch, tmp_path):
     (["--config=configs/digits.py", "--config.totl_steps=3"],
      "'totl_steps' Did you mean \"total_steps\""),
     (["--config=configs/digits.py", "--config.total_steps=many"], "invalid literal for int()"),
-    (["--config=configs/digts.py"], "configs/digts.py: no such file; there are configs/compact"),
+    (["--config=configs/digts.py"], "configs/digts.py: no such file; there are configs/cifar10"),
     (["--mode=train"], "--config is missing"),
     ([DIGITS, "--mode=test"], "train|eval"),
     ([DIGITS, "--workdr=x"], "Did you mean: workdir"),
