@@ -20,6 +20,7 @@ trap 'asked=1; [ -n "$child" ] && kill -TERM "$child" 2>/dev/null' TERM INT
 while true; do
   "$python" main.py --config="$config" --workdir="$workdir" "$@" &
   child=$!
+  [ -n "$asked" ] && kill -TERM "$child" 2>/dev/null   # asked before the child had a name
   wait "$child"; code=$?
   while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done   # a trap interrupts wait
   [ -n "$asked" ] && exit "$code"
