@@ -270,6 +270,8 @@ def main():
   parser.add_argument("--resume", action="store_true")
   parser.add_argument("--seed", type=int, default=0, help="of moments and bits")
   arguments = parser.parse_args()
+  if not (arguments.kills or arguments.flips or arguments.resume):
+    parser.error("give --kills, --flips or --resume")
   os.environ.update(environment(pathlib.Path(tempfile.gettempdir()), 1))
   directory = pathlib.Path(tempfile.mkdtemp(prefix="survive"))
   rng, results = random.Random(arguments.seed), {}
