@@ -23,7 +23,8 @@ def plain_layer_norm(x, scale, bias):
   return norm.apply({"params": {"scale": scale, "bias": bias}}, x)
 
 
-def plain_batch_norms(z_nbr, gamma_br, beta_br):
+def plain_batch_norms(z_nk, gamma_br, beta_br):
+  z_nbr = z_nk.reshape(-1, *gamma_br.shape)
   mean, var = z_nbr.mean(0, keepdims=True), z_nbr.var(0, keepdims=True)
   normed = (z_nbr - mean) / jnp.sqrt(var + cffn.EPSILON)
   return (normed * gamma_br[None] + beta_br[None]).sum(1)
@@ -36,7 +37,7 @@ PAIRS = {
     "layer_norm": (lambda *a: layers.layer_norm(*a, 1e-3), plain_layer_norm,
                    [(2, 5, 6), (6,), (6,)]),
     "batch_norms": (lambda *a: cffn.batch_norms(*a)[0], plain_batch_norms,
-                    [(9, 2, 4), (2, 4), (2, 4)]),
+                    [(9, 8), (2, 4), (2, 4)]),
 }
 
 

@@ -10,6 +10,7 @@ from experiments.benchmarks import measure
 from experiments.benchmarks.measure import Setting
 from experiments.benchmarks.model import MODEL
 from experiments.plain_deit import PlainDeiT
+from vitcompact.count import macs_of
 
 BARE = vc.CFFN(branches=1, rep="none", avg_skip=False)
 PLANS = {
@@ -29,7 +30,7 @@ def run(setting: Setting, batch: int | None = None, **sizes) -> Iterator[dict]:
   for name, plan in PLANS.items():
     model = vc.create_model(MODEL, plan=plan, dtype=setting.dtype, **sizes)
     candidates[name] = _candidate(model, optimizer, batch, model.image_size,
-                                  macs=vc.count(model).macs)
+                                  macs=training_macs(model))
     if name == "dense":
       dense = model
       plain = PlainDeiT(model.width, model.depth, model.heads, patch_size=model.patch_size)
@@ -40,6 +41,16 @@ def run(setting: Setting, batch: int | None = None, **sizes) -> Iterator[dict]:
   yield from measure.rows(case, candidates, setting)
   if setting.torch:
     setting.torch.forget()
+
+
+def training_macs(model) -> int:
+  """Of the forward pass of training, an image: branches that inference sums are computed apart."""
+  def forward(variables, images):
+    return model.apply(variables, images, train=True, mutable=["batch_stats"],
+                       rngs={"dropout": jax.random.key(0)})[0]
+
+  images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
+  return macs_of(forward, jax.eval_shape(model.init, jax.random.key(0), images), images).total
 
 
 def train_step(model, optimizer):
