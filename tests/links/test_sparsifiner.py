@@ -84,6 +84,15 @@ def test_equal_scores_give_the_lowest_index_and_exactly_k():
   np.testing.assert_array_equal(largest(x, 3), [[0, 1, 1, 1, 0], [1, 1, 0, 1, 0]])
 
 
+@pytest.mark.parametrize("shape", [(7, 33), (2, 3, 5, 33)])
+def test_the_largest_are_those_that_a_stable_sort_puts_first(shape):
+  x = np.random.default_rng(0).normal(size=shape).astype(np.float32).round(1)
+  x[..., :4] = [np.inf, -np.inf, -0.0, 0.0]
+  rank = np.argsort(np.argsort(-x, axis=-1, kind="stable"), axis=-1)
+  for k in (1, 8, 32, 33):
+    np.testing.assert_array_equal(jax.jit(largest, static_argnums=1)(x, k), rank < k)
+
+
 def test_a_budget_is_not_rounded_up_by_rounding_errors():
   assert vc.Sparsifiner(keep=0.55).budget(100) == 55 and vc.Sparsifiner(keep=0.25).budget(197) == 50
 
