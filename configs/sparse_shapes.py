@@ -14,17 +14,17 @@ from configs.sparse_digits import LINKS, TOKEN, fine_tune
 
 BLOCK = LINKS % '"granularity": "block"'
 EVIT = '"tokens": {"method": "evit", "keep": 0.7, "blocks": [0]}'
-PLANS = {"dense": "", "tuned": "", "token": f"{{{TOKEN}}}",
+PLANS = {"coarse": "", "dense": "", "tuned": "", "token": f"{{{TOKEN}}}",
          "block": f"{{{BLOCK}}}", "evit": f"{{{EVIT}}}", "sparsif_evit": f"{{{BLOCK}, {EVIT}}}"}
 
 
 def get_config(plan="block"):
   config = shapes.get_config()
   config.plan = PLANS[plan]
-  config.model.image_size = 192   # pixels
-  config.model.patch_size = 8     # pixels: 576 patches
+  config.model.image_size = 96    # pixels
+  config.model.patch_size = 4     # pixels: 576 patches
   config.model.width = 64
-  config.model.depth = 2
+  config.model.depth = 3
   config.model.heads = 2
   config.model.position_std = 0.5
   config.data.name = "directions"
@@ -33,9 +33,14 @@ def get_config(plan="block"):
   config.eval_params = "raw"
   config.optim.learning_rate = 1e-3
   config.batch_size = 16
-  if plan != "dense":
+  if plan not in ("coarse", "dense"):
     return fine_tune(config, steps=50, learning_rate=5e-4)
-  config.total_steps = 900
+  config.total_steps = 300
+  if plan == "coarse":
+    config.model.patch_size = 16  # pixels: 36 patches
+    config.total_steps = 2000
+    config.batch_size = 64
+    config.log_every = 200
   config.checkpoint_every = config.total_steps
   config.optim.warmup_steps = 50
   return config

@@ -113,7 +113,7 @@ class VisionTransformer(nn.Module):
     entries = [Entry(name, (f"params/{name}",)) for name in tokens]
     entries.append(Entry("pos_embed", ("params/pos_embed",),
                          positions=Positions(self.grid, self.prefix)))
-    entries += torch_names.conv("patch_embed.proj", "patch_embed/proj")
+    entries += torch_names.patches("patch_embed.proj", "patch_embed/proj")
     for i, part in enumerate(self.parts().values()):
       entries += torch_names.block(f"blocks.{i}", f"blocks_{i}", part)
     norm = "fc_norm" if self.global_pool == "avg" else "norm"
