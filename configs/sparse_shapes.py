@@ -13,7 +13,7 @@ from configs import shapes
 from configs.sparse_digits import LINKS, TOKEN, fine_tune
 
 BLOCK = LINKS % '"granularity": "block"'
-EVIT = '"tokens": {"method": "evit", "keep": 0.7, "blocks": [0]}'
+EVIT = '"tokens": {"method": "evit", "keep": 0.7, "blocks": [1]}'
 PLANS = {"coarse": "", "dense": "", "tuned": "", "token": f"{{{TOKEN}}}",
          "block": f"{{{BLOCK}}}", "evit": f"{{{EVIT}}}", "sparsif_evit": f"{{{BLOCK}, {EVIT}}}"}
 
@@ -34,7 +34,11 @@ def get_config(plan="block"):
   config.optim.learning_rate = 1e-3
   config.batch_size = 16
   if plan not in ("coarse", "dense"):
-    return fine_tune(config, steps=50, learning_rate=5e-4)
+    config = fine_tune(config, steps=500, learning_rate=1e-3)
+    if config.reconstruct.steps:
+      config.total_steps += 40 - config.reconstruct.steps
+      config.reconstruct.steps = 40
+    return config
   config.total_steps = 300
   if plan == "coarse":
     config.model.patch_size = 16  # pixels: 36 patches
