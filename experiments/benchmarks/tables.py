@@ -3,6 +3,7 @@ import math
 import pathlib
 
 from experiments.benchmarks import results
+from experiments.benchmarks.model import VARIANTS
 from experiments.benchmarks.results import best_dense, cases, speed
 
 README = pathlib.Path(__file__).parent.parent.parent / "README.md"
@@ -75,11 +76,13 @@ def model_table(found: dict, folder: pathlib.Path) -> str:
              for batch, rows in by_batch.items()]
     ratio = speed(middle, name, "dense")
     share = f"{100 * ratio[0] / macs:.0f}%" if macs and ratio and name != "dense" else ""
-    accuracy = _accuracy(accuracies.get(name)) if row.get("macs") else ""
+    accuracy = _accuracy(accuracies.get(VARIANTS.get(name))) if row.get("macs") else ""
     lines.append(f"| {name} | {f'{macs:.2f}' if macs else ''} | {' | '.join(cells)} | {share} | "
                  f"{accuracy} |")
   text = ("Dense is in images a second; the others say how many times as fast as it they are, in "
-          "the same rounds.")
+          "the same rounds. Accuracies are those of the same methods in the small networks of "
+          "`experiments.accuracy`, in brackets against the dense one fine-tuned alike; on ImageNet "
+          "none was measured.")
   for batch, rows in by_batch.items():
     if (turn := rows["dense"].get("at_a_time", batch)) != batch:
       text += (f" Of batch {batch}, ours are computed {turn} images at a time, but in the row that "

@@ -14,6 +14,7 @@ from vitcompact.ffn import cffn
 from vitcompact.heads import hmhsa
 from vitcompact.links import sparsifiner
 from vitcompact.models import torch_names
+from vitcompact.models.in_parts import in_parts
 from vitcompact.models.nextvit_blocks import ConvBlock, TransformerBlock
 from vitcompact.models.torch_names import Entry
 from vitcompact.models.variant import Variant
@@ -267,6 +268,7 @@ class NextViT(nn.Module):
     for name, part in self.parts().items():
       setattr(self, name, part)
 
+  @in_parts
   def __call__(self, images_bhwc, train: bool = False):
     expected = (*np.broadcast_to(self.image_size, 2).tolist(), self.in_chans)
     if images_bhwc.shape[1:] != expected:
