@@ -136,6 +136,24 @@ def test_tables_say_what_was_not_measured(measured):
   assert tables.markdown(measured / "nothing") == "On CPU and GPU and TPU: **not measured**."
 
 
+@pytest.mark.parametrize("suite", program.SUITES)
+def test_a_candidate_that_was_not_measured_leaves_the_others_their_rows(suite, measured, tmp_path):
+  """It did not compile there, or is newer than the file."""
+  path = tmp_path / f"{suite}_cpu.json"
+  full = json.loads((measured / path.name).read_text())
+  keys = ("tokens", "batch", "pass", "what", "name", "product")
+  for number, row in enumerate(full["rows"]):
+    failed = {key: row[key] for key in keys if key in row} | {
+        "seconds": None, "rounds": None, "reason": "XlaRuntimeError: no memory"}
+    for rows in ([failed], []):
+      rows = full["rows"][:number] + rows + full["rows"][number + 1:]
+      path.write_text(json.dumps({**full, "rows": rows}))
+      assert goals.table(tmp_path).count("\n") > 2 and suite in tables.markdown(tmp_path)
+  path.write_text("{")
+  with pytest.raises(ValueError, match=f"{path.name} holds no results"):
+    goals.table(tmp_path)
+
+
 def test_accuracy_stands_beside_speed_where_it_was_measured(measured):
   row = {"name": "heads", "data": "digits", "accuracy": 0.9861, "difference": -0.005,
          "interval": 0.0123}
