@@ -294,7 +294,8 @@ def test_every_backbone_with_a_softmax_attention_takes_links(name):
     ({"granularity": "row"}, "token"), ({"coefficients": 0}, "threshold"),
     ({"coefficients": 1.0}, "threshold"), ({"reduce_n": 0}, "whole number"),
     ({"rank": 0}, "whole number"), ({"min_tokens": -1}, "0 or more"),
-    ({"basis_threshold": -0.1}, "at least 0"), ({"basis": "abs"}, "signed"),
+    ({"basis_threshold": -0.1}, "at least 0"), ({"basis_threshold": float("nan")}, "at least 0"),
+    ({"basis": "abs"}, "signed"),
     ({"granularity": "block", "variant": "code"}, "no blocks")])
 def test_a_wrong_option_is_refused_in_one_line(fields, words):
   with pytest.raises(ValueError, match="Sparsifiner") as error:

@@ -100,7 +100,7 @@ class Sparsifiner:
     if not _is_count(self.coefficients) and not (
         isinstance(self.coefficients, float) and 0 < self.coefficients < 1):
       refuse("coefficients", "a whole number of at least 1, or a threshold in (0, 1)")
-    if not _is_number(self.basis_threshold) or self.basis_threshold < 0:
+    if not _is_number(self.basis_threshold) or not 0 <= self.basis_threshold < math.inf:
       refuse("basis_threshold", "a number of at least 0")
     if self.min_tokens is not None and self.min_tokens != 0 and not _is_count(self.min_tokens):
       refuse("min_tokens", "a whole number of tokens, 0 or more, or None")
