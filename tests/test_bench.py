@@ -233,11 +233,14 @@ def test_batches_of_the_pipeline_and_of_the_loop_are_timed(tmp_path, capsys):
   assert float(capsys.readouterr().out) >= 0
 
 
-def test_the_command_refuses_in_a_line():
-  command = [sys.executable, "-m", "experiments.bench", "all", "--out", "x.json"]
+@pytest.mark.parametrize("arguments,words", [
+    (("all", "--out", "x.json"), "error: --out names one file"),
+    (("gemm", "--out", "README.md/x.json"), "error: [Errno")])
+def test_the_command_refuses_in_a_line(arguments, words):
+  command = [sys.executable, "-m", "experiments.bench", *arguments]
   done = subprocess.run(command, cwd=tables.README.parent, capture_output=True, text=True)
   assert done.returncode == 1 and done.stderr.count("\n") == 1
-  assert done.stderr.startswith("error: --out names one file")
+  assert done.stderr.startswith(words)
 
 
 @pytest.mark.parametrize("name", program.SUITES)
