@@ -56,6 +56,8 @@ def tune(deploy: nn.Module, variables, images, *, rounds: int = 5):
   if not deploy.deploy:
     raise ValueError("tune chooses between deployed forms, and this model is not folded; "
                      "give it what vc.fold returns")
+  if rounds < 1:
+    raise ValueError(f"{rounds=}: must be at least 1; a median wants 5")
   # What was chosen before, for another device perhaps, is no starting point.
   deploy = deploy.clone(plan=dataclasses.replace(deploy.plan, backends={}, at_a_time=None))
   deploy = at_a_time(deploy, best_at_a_time(deploy, variables, images, rounds))

@@ -168,9 +168,10 @@ class NextViT(nn.Module):
     self.plan.check_grid(self.depth, self.variant)
     attending = [i for i, place in enumerate(places) if place.transformer]
     for block, axes in self.plan.blocks.items():
-      if axes.get("heads") is not None and block not in attending:
-        raise ValueError(f"the plan gives block {block} a heads method, but it is convolutional; "
-                         f"blocks with attention: {attending}")
+      given = [axis for axis in ("heads", "links") if axes.get(axis) is not None]
+      if given and block not in attending:
+        raise ValueError(f"the plan gives block {block} a {given[0]} method, but it is "
+                         f"convolutional; blocks with attention: {attending}")
 
   @nn.nowrap
   def _smallest_side(self, places) -> int:
