@@ -1,13 +1,16 @@
 """The ceiling of a device: one matrix product, of the sizes of a DeiT-S's FFN at batch 8.
 
 No network can be faster than its products are here, and no ratio to PyTorch larger than theirs.
+How near a layer comes to it: an FFN forward and backward, beside three times its forward products.
 """
 from collections.abc import Iterator
 
+import jax
 import jax.numpy as jnp
 
 from experiments.benchmarks import measure
 from experiments.benchmarks.measure import Candidate, Setting
+from vitcompact.layers import Mlp, dense
 
 SIZES = 8 * 197, 384, 1536
 
@@ -27,3 +30,26 @@ def run(setting: Setting, sizes: tuple[int, int, int] = SIZES) -> Iterator[dict]
       candidates[name] = Candidate(call, {} if call else {"reason": reason})
   yield from measure.rows({"what": "product", "product": sizes, "flop": 2 * m * k * n}, candidates,
                           setting)
+  case = {"what": "FFN forward and backward", "product": sizes}
+  yield from measure.rows(case, ffn(sizes), setting)
+
+
+def ffn(sizes: tuple[int, int, int]) -> dict[str, Candidate]:
+  """An FFN with its gradients; and the two products of its forward pass, three times."""
+  tokens, width, hidden = sizes
+  x, cotangent = (measure.normal((tokens, width), "float32", seed=seed) for seed in (0, 1))
+  kernels = measure.normal((width, hidden), "float32"), measure.normal((hidden, width), "float32")
+  mlp = Mlp(dense(hidden, dtype="float32"), dense(width, dtype="float32"))
+  variables = measure.drawn_variables(mlp, x)
+
+  def gradients(variables, x, cotangent):
+    y, back = jax.vjp(lambda variables, x: mlp.apply(variables, x, train=True), variables, x)
+    return y, back(cotangent)
+
+  def products(x, up, down):
+    def both(x, _):
+      return (x @ up) @ down, None
+    return jax.lax.scan(both, x, length=3)[0]
+
+  return {"three times the products": measure.compiled(products, x, *kernels),
+          "ours": measure.compiled(gradients, variables, x, cotangent)}

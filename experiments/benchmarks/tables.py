@@ -50,13 +50,17 @@ def source(found: dict) -> str:
 
 
 def gemm_table(found: dict, folder: pathlib.Path) -> str:
-  rates = []
-  for row in found["rows"]:
+  by_what, rates = {what: rows for (what,), rows in cases(found, "what").items()}, []
+  products = by_what["product"]
+  for row in products.values():
     rate = NO if row["seconds"] is None else f"{row['flop'] / row['seconds'] / 1e9:.0f} GFLOP/s"
     rates.append(f"{row['name']} {rate}")
-  size = " x ".join(map(str, found["rows"][0]["product"]))
+  size = " x ".join(map(str, next(iter(products.values()))["product"]))
+  rows = by_what.get("FFN forward and backward", results.Rows())
+  ffn = speed(rows, "three times the products", "ours")
   return (f"The ceiling here, one {size} product: {', '.join(rates)}. For as many MACs no ratio "
-          f"to PyTorch can be much larger than that of the products. {source(found)}")
+          "to PyTorch can be much larger than that of the products. An FFN of these sizes, forward "
+          f"and backward, takes {_times(ffn)} of three times its forward products. {source(found)}")
 
 
 def model_table(found: dict, folder: pathlib.Path) -> str:

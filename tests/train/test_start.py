@@ -55,6 +55,19 @@ def test_a_run_starts_from_its_file(dense, config):
   np.testing.assert_array_equal(got, old[:, :1])
 
 
+def test_no_buffer_is_in_a_state_twice(built, dense):
+  """A step gives its state away: on one device the second time would end the run."""
+  images = start.calibration_images(built.config, built.preprocess)
+  variables = start.load_variables(dense[0], built.model, lambda: images)
+  one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  places = jax.tree.map(lambda _: one, built.shardings)
+  state = jax.device_put(built.init(jax.random.key(0)), places)
+  state = start.started_from(state, variables, places)
+  leaves = jax.tree.leaves(state.replace(key=jax.random.key_data(state.key)))
+  held = [leaf.unsafe_buffer_pointer() for leaf in leaves if leaf.size]
+  assert len(set(held)) == len(held)
+
+
 def test_a_file_of_the_same_plan_is_taken_as_it_is(built, tmp_path):
   variables = tiny.init(built.model)
   convert.save(tmp_path / "small.safetensors", built.model, variables)

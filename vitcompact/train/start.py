@@ -54,9 +54,11 @@ def _check_fits(what: str, found, variables, model):
 
 def started_from(state: TrainState, variables, shardings: TrainState) -> TrainState:
   """A fresh state with these variables in place of its own, averages included."""
-  params, stats = variables["params"], variables.get("batch_stats", {})
-  # jnp.copy: the step donates its state, and no buffer may be given away twice.
-  averages = jax.tree.map(jnp.copy, (params, stats)) if state.ema_params else ({}, {})
+  trees = variables["params"], variables.get("batch_stats", {})
+  # jnp.copy: the step donates its state, and no buffer may be given away twice. A fitted batch norm
+  # has one array as its bias and its mean.
+  params, stats = jax.tree.map(jnp.copy, trees)
+  averages = jax.tree.map(jnp.copy, trees) if state.ema_params else ({}, {})
   new = state.replace(params=params, batch_stats=stats, ema_params=averages[0],
                       ema_batch_stats=averages[1])
   return jax.device_put(new, shardings)
