@@ -1,4 +1,5 @@
 """What a user types by mistake gets one line with the value and the way out, and exit code 2."""
+import logging
 import pathlib
 import sys
 
@@ -77,6 +78,14 @@ def test_a_mistake_gets_one_line_and_leaves_no_directory(run, capsys, tmp_path, 
   assert len(lines) == 1
   assert words in lines[0]
   assert not list(tmp_path.iterdir())
+
+
+def test_what_orbax_logs_before_it_raises_it_is_not_shown():
+  """Of a full disk, a hundred lines before our one; our own warnings are."""
+  record = logging.LogRecord("absl", logging.ERROR, "site-packages/orbax/x.py", 1, "", (), None)
+  assert not main.from_us(record)
+  record.pathname = "vitcompact/data/pipeline.py"
+  assert main.from_us(record)
 
 
 def test_verbosity_shows_where_it_happened(run):

@@ -97,6 +97,11 @@ def test_a_signal_is_heard_while_the_main_thread_is_in_the_compiler(saved):
   assert error == "stopped by SIGTERM; nothing is lost. The same command goes on\n"
 
 
+def test_what_stopped_says_where():
+  assert "at step 7; saved" in str(stop.Stopped(7))
+  assert "in an evaluation; saved" in str(stop.Stopped())
+
+
 def test_who_stops_by_himself_is_not_ended_by_the_watcher():
   before = signal.getsignal(signal.SIGTERM)
   with stop.on_sigterm() as stopping:

@@ -229,8 +229,8 @@ class Checkpoints:
       new.write_text(json.dumps(sealed({"scores": scores})))
       new.replace(path)
     except OSError as error:
-      raise OSError(f"{path} cannot be written: {error.strerror}; step {self.steps()[-1]} is intact. "
-                    "Make room and give the same command again") from error
+      raise OSError(f"{path} cannot be written: {error.strerror}; step {self.steps()[-1]} is "
+                    "intact. Make room and give the same command again") from error
 
   def _clean(self):
     """Removes what killed saves and removals left; a step without a part that no newer one

@@ -43,8 +43,7 @@ class Meter:
 
 class Events:
   """TensorBoard's file. tensorboardX's own writer writes in a thread: where that dies of a full
-  disk, the run waits for it for ever. Its name holds nanoseconds, so that no run writes over the
-  file of another, whatever the clock does."""
+  disk, the run waits for it for ever. Named by nanoseconds: two starts may fall into one second."""
 
   def __init__(self, workdir: pathlib.Path):
     self.path = workdir / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
