@@ -2,6 +2,7 @@
 import io
 import json
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -21,6 +22,32 @@ def test_a_clock_that_is_set_back_changes_no_rate(monkeypatch):
   now[0] = 100.0                                           # and a clock that stands still
   meter.reset()
   assert all(np.isfinite(value) for value in meter.read().values())
+
+
+class Busy:
+  """What a device is through with after some seconds."""
+
+  def __init__(self, seconds):
+    self.end = time.perf_counter() + seconds
+
+  def block_until_ready(self):
+    time.sleep(max(0.0, self.end - time.perf_counter()))
+
+
+@pytest.mark.parametrize("busy, least, most", [
+    (None, 0.1, 1.0),     # nothing to do: all of it
+    (0.0, 0.08, 1.0),
+    (0.07, 0.01, 0.08),   # from when the step was over
+    (0.5, 0.0, 0.0)])     # still computing when the batch came: the devices lacked nothing
+def test_waiting_for_data_counts_where_the_devices_wait(busy, least, most):
+  def batches():
+    time.sleep(0.1)
+    yield "batch"
+
+  meter = log.Meter()
+  running = None if busy is None else {"loss": Busy(busy)}
+  assert meter.next_batch(batches(), running) == "batch"
+  assert least <= meter.waited <= most
 
 
 def test_half_a_line_that_a_kill_left_is_cut_off(tmp_path):

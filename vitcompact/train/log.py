@@ -6,7 +6,9 @@ import pathlib
 import socket
 import sys
 import time
+from concurrent import futures
 
+import jax
 import rich.console
 import rich.progress
 from tensorboardX import record_writer, summary
@@ -17,23 +19,39 @@ CLOCK = 1e-9
 FLUSH = 30    # seconds after which TensorBoard sees what was written
 
 
+def ended(running) -> float:
+  """When the devices were through with something."""
+  jax.block_until_ready(running)
+  return time.perf_counter()
+
+
 class Meter:
-  """Images a second, and the share of the time that was spent waiting for data.
+  """Images a second, and the share of the time in which the devices waited for data.
 
   By a clock that only goes forward: a date that is set anew changes nothing.
   """
 
   def __init__(self):
+    self.watcher = futures.ThreadPoolExecutor(1, "devices")
     self.reset()
 
   def reset(self):
     self.start, self.waited, self.images = time.perf_counter(), 0.0, 0
 
-  def next_batch(self, batches):
-    """next(batches), timed."""
+  def next_batch(self, batches, running=None):
+    """next(batches), timed from when the devices are through with `running`, their newest step.
+
+    Until then they lack nothing, however long this takes: the threads that make later batches hold
+    Python's lock for milliseconds, and on a busy machine more.
+    """
     begin = time.perf_counter()
+    idle = self.watcher.submit(ended, running) if running is not None else None
     batch = next(batches)
-    self.waited += time.perf_counter() - begin
+    end = time.perf_counter()
+    if idle is None:
+      self.waited += end - begin
+    elif idle.done() and not idle.exception():   # an error of the step is raised where it is read
+      self.waited += max(0.0, end - max(begin, idle.result()))
     return batch
 
   def read(self) -> dict[str, float]:

@@ -85,7 +85,7 @@ def fit(under: Underway, state, stop: int):
       leave(under, step - 1, state, pending, meter)
     under.profile.before(step, state)
     try:
-      batch = meter.next_batch(under.data)
+      batch = meter.next_batch(under.data, pending[-1] if pending else None)
     except Exception:
       if under.stopping.requested():     # the signal reached the workers too, and they went first
         leave(under, step - 1, state, pending, meter)
