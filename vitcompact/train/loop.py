@@ -95,8 +95,8 @@ def fit(under: Underway, state, stop: int):
     batch = sharding.put_batch(batch, run.mesh)
     if len(pending) > 1:  # steps are dispatched ahead of the device, but not without end
       jax.block_until_ready(pending[-2])
-    under.stopping.saved = False
     state, metrics = run.step_at(step - 1)(state, batch)
+    under.stopping.saved = False   # not before: the first step compiles for minutes
     pending.append(metrics)
     meter.images += config.batch_size
     under.log.progress(step)
