@@ -7,6 +7,8 @@ Command:  python main.py --config=configs/sparse_shapes.py:dense --workdir=runs/
           with token, evit, sparsif_evit or tuned (dense, fine-tuned alike) in place of block.
           sparsif_evit has blocks of links: at this length those of tokens take minutes to choose.
 Data:     drawn scenes whose label is where one object lies as seen from another; no download.
+Cost:     0.859 TFLOP, forward and backward of 960 images through the dense model; a third as much
+          for the teacher.
 Result:   python -m experiments.accuracy shapes trains all with three seeds, and prints a table.
 """
 from configs import shapes
