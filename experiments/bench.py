@@ -124,8 +124,10 @@ def main():
       raise ValueError("--out names one file, but all suites write one each; leave it out")
     if args.rounds < 1:
       raise ValueError(f"--rounds={args.rounds}: must be at least 1; a median wants 5")
+    if args.out:   # what cannot be written is not measured first
+      pathlib.Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     run(SUITES if args.suite == "all" else [args.suite], args.out, args.rounds, args.torch)
-  except ValueError as error:
+  except (ValueError, OSError) as error:
     raise SystemExit(f"error: {error}") from None
 
 

@@ -3,12 +3,13 @@
   python -m experiments.convert deit.pth --model deit_small_patch16_224 --out deit.safetensors
   python -m experiments.convert deit.pth --model deit_small_patch16_224 --out 384.safetensors \\
       --image-size 384 --num-classes 10 --reset-head
+  python -m experiments.convert trained.safetensors --image-size 384 --out 384.safetensors
   python -m experiments.convert compact.safetensors --to-torch --out compact_torch.safetensors
 
 Reads .safetensors, and .pth, .pt, .bin, .tar through torch (which has to be installed), as weights
-only: a file that would run code is refused. What `vitcompact.convert.save` wrote goes --to-torch:
-a dense model under timm's or the authors' names, a folded compact DeiT under names that
-experiments/torch_deit.py reads.
+only: a file that would run code is refused. What `vitcompact.convert.save` wrote needs no --model;
+it becomes one for another size of images or patches, or goes --to-torch: a dense model under timm's
+or the authors' names, a folded compact DeiT under names that experiments/torch_deit.py reads.
 """
 import argparse
 import pathlib
@@ -64,10 +65,22 @@ def _to_numpy(tensor):
   return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
 
+def is_ours(path: str) -> bool:
+  """Whether a file says which model it is of, as those do that `vitcompact.convert.save` wrote."""
+  path = pathlib.Path(path)
+  return path.suffix == ".safetensors" and path.is_file() and \
+      "fields" in convert.read_safetensors(path)[1]
+
+
 def from_checkpoint(checkpoint, name, out, *, reset_head=False, force=False, **fields):
-  """Writes `out`, returns lines that tell what was done."""
-  state = read_checkpoint(checkpoint)
-  model = vc.create_model(name, **fields)
+  """Writes `out`, returns lines that tell what was done. name: None for a file of ours."""
+  if name is None:
+    model, variables = convert.load(checkpoint)
+    state, name = vc.to_torch(model, variables), model.variant
+    model = model.clone(**fields)
+    model.check()
+  else:
+    state, model = read_checkpoint(checkpoint), vc.create_model(name, **fields)
   loaded = convert.read_state_dict(model, state, reset_head=reset_head)
   convert.save(out, model, loaded.variables, force=force)
   lines = [f"{out}: {name}, {trees.size(loaded.variables['params']):,} parameters"]
@@ -90,20 +103,21 @@ def main():
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("checkpoint")
   parser.add_argument("--out", required=True, help="a name that ends in .safetensors")
-  parser.add_argument("--model", help="as in vc.list_models(); what the weights are of")
+  parser.add_argument("--model", help="as in vc.list_models(); what PyTorch's weights are of")
   parser.add_argument("--image-size", type=int, help="positions are resized to it")
+  parser.add_argument("--patch-size", type=int, help="patches are embedded by a resized kernel")
   parser.add_argument("--num-classes", type=int, help="0: features, without a classifier")
   parser.add_argument("--reset-head", action="store_true", help="initialise the classifier anew")
   parser.add_argument("--to-torch", action="store_true", help="from our file to PyTorch's names")
   parser.add_argument("--names", choices=("timm", "authors"), default="timm")
   parser.add_argument("--force", action="store_true", help="overwrite")
   args = parser.parse_args()
-  fields = {key: value for key, value in (("image_size", args.image_size),
-                                          ("num_classes", args.num_classes)) if value is not None}
+  fields = {key: value for key in ("image_size", "patch_size", "num_classes")
+            if (value := getattr(args, key)) is not None}
   try:
     if args.to_torch:
       lines = to_torch(args.checkpoint, args.out, names=args.names, force=args.force)
-    elif args.model is None:
+    elif args.model is None and not is_ours(args.checkpoint):
       raise ValueError("--model is missing, as in --model deit_small_patch16_224; known: "
                        f"{', '.join(vc.list_models())}")
     else:

@@ -137,6 +137,8 @@ def draw_mass(mass, path):
 def run(checkpoint, image, out, *, queries=(), blocks=(), force=False) -> str:
   """Writes the drawings into folder `out`, returns a line that tells which."""
   model, variables = convert.load(checkpoint)
+  # Of a predictor whose links are not yet used, what it would link.
+  model = model.clone(plan=model.plan.with_links(masked=True))
   known = linked_blocks(model)
   for block in blocks:
     if block not in known:

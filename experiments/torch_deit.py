@@ -155,7 +155,7 @@ class CompactDeiT(nn.Module):
       raise ValueError(f"global_pool={fields['global_pool']!r}: only 'token' is written here")
     axes = {axis for some in (plan, *plan.get("blocks", {}).values())
             for axis, spec in some.items() if spec is not None} - {
-                "heads", "ffn", "blocks", "backends"}
+                "heads", "ffn", "blocks", "backends", "at_a_time"}
     if axes:
       raise ValueError(f"the plan has {' and '.join(sorted(axes))}: only heads and ffn are written "
                        "here, another plan would compute another function")

@@ -124,8 +124,24 @@ def test_a_bias_is_two_channels_of_the_keys_exact_in_float32_and_near_in_bfloat1
     np.testing.assert_allclose(got - plain, wanted - attention.scores(query, key), atol=tolerance)
 
 
+@pytest.mark.parametrize("name,platform,dtype,words", [
+    ("cudnn", "cpu", "bfloat16", "'cudnn' runs on NVIDIA GPUs, not on a cpu; ask for another"),
+    ("cudnn", "gpu", "float32", "'cudnn' takes 16 bits and up to 128 channels, not float32 and 8"),
+    ("splash", "cpu", "float32", "'splash' runs on TPUs, not on a cpu"),
+    ("splash", "gpu", "float32", "'splash' runs on TPUs, not on a gpu")])
+def test_a_backend_that_cannot_run_here_is_refused_in_a_line(name, platform, dtype, words,
+                                                            monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: platform)
+  with attention.using(name), pytest.raises(ValueError, match=words) as error:
+    Core()(*(x.astype(dtype) for x in arrays()))
+  assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("platform,name", [("tpu", "splash"), ("cuda", "tiled"), ("tpu", "tiled")])
-def test_a_layer_and_its_gradients_are_lowered_for_an_absent_device(platform, name):
+def test_a_layer_and_its_gradients_are_lowered_for_an_absent_device(platform, name, monkeypatch):
+  # By which the core decides.
+  monkeypatch.setattr(jax, "default_backend", lambda: {"cuda": "gpu"}.get(platform, platform))
+
   def loss(size, *qkv):
     return jnp.sum(Core(size)(*qkv).astype(jnp.float32))
 

@@ -126,6 +126,33 @@ def test_positions_are_resized_as_pytorch_resizes_them():
     np.testing.assert_allclose(torch_names.resize_matrix(7, 4, method).sum(axis=1), 1)
 
 
+def test_larger_patches_get_the_response_that_the_patches_before_they_were_enlarged_had():
+  rng = np.random.default_rng(0)
+  kernel, patches = rng.normal(size=(5, 3, 4, 4)), rng.normal(size=(7, 3, 4, 4))
+  enlarged = jax.image.resize(patches, (7, 3, 6, 8), "cubic")
+  response = np.einsum("nchw,ochw->no", enlarged, torch_names.resize_patches(kernel, (6, 8)))
+  np.testing.assert_allclose(response, np.einsum("nchw,ochw->no", patches, kernel), atol=1e-4)
+  # Squares of 0..15 to 2 x 2: values of timm's resample_patch_embed.
+  smaller = torch_names.resize_patches(np.arange(16.0).reshape(1, 1, 4, 4) ** 2, (2, 2))
+  np.testing.assert_allclose(smaller[0, 0], [[-34.2625, 11.4296], [456.1894, 707.0040]], rtol=1e-4)
+
+
+def test_a_model_of_ours_is_resized_with_its_positions_and_patches(tmp_path):
+  run = plain()
+  start = vc.from_torch(run.model, run.state)
+  model, variables = convert.resized(run.model, start, patch_size=run.model.patch_size // 2)
+  assert model.grid == tuple(2 * n for n in run.model.grid)
+  same = convert.resized(model, variables, patch_size=model.patch_size)[1]
+  assert trees.digest(same) == trees.digest(variables)
+  with pytest.raises(ValueError, match="not a multiple of patch_size=5"):
+    convert.resized(run.model, start, patch_size=5)
+  source, out = tmp_path / "source.safetensors", tmp_path / "out.safetensors"
+  convert.save(source, run.model, start)
+  lines = program.from_checkpoint(str(source), None, out, patch_size=run.model.patch_size // 2)
+  assert lines[1] == "resized: pos_embed, patch_embed.proj.weight"
+  assert trees.digest(convert.load(out)[1]) == trees.digest(variables)
+
+
 def test_all_that_does_not_fit_is_listed_at_once():
   run = plain()
   state = {**run.state, "extra.weight": np.zeros(3), "norm.weight": np.zeros(25)}

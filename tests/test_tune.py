@@ -3,6 +3,7 @@ import dataclasses
 import importlib
 
 import jax
+import numpy as np
 import pytest
 
 import vitcompact as vc
@@ -59,6 +60,36 @@ def test_a_tuned_model_is_the_same_function_in_a_file_and_when_folded_again(
   choose(monkeypatch, lambda call: None)
   anew, _ = vc.tune(tuned, tuned_variables, x)
   assert anew.plan == dataclasses.replace(tuned.plan, backends={})
+
+
+def test_images_after_another_are_the_same_function_and_the_plan_says_how_many(monkeypatch):
+  model = tiny.deit(PLAN)
+  variables, x = tiny.init(model), tiny.images(model, batch=7)
+  deploy, deployed = vc.fold(model, variables)
+  wanted = jax.jit(deploy.apply)(deployed, x)
+  monkeypatch.setattr(tuning, "AT_A_TIME", {"cpu": (3, 7)})
+  tried = []
+  monkeypatch.setattr(tuning, "quickest", lambda calls, rounds: (
+      tried.append([many for many in calls if type(many) is int]), 3)[1] if 3 in calls else None)
+  tuned, tuned_variables = vc.tune(deploy, deployed, x)
+  assert tried == [[3]] and tuned.plan.at_a_time == 3   # seven at a time is all at once
+  got = jax.jit(tuned.apply)(tuned_variables, x)
+  np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+  found = jax.eval_shape(lambda: vc.features(tuned, tuned_variables, x))
+  assert found.features["block_0"].shape[0] == 7
+  assert vc.Plan.from_json(tuned.plan.to_json()) == tuned.plan
+  with pytest.raises(ValueError, match=r"Plan\(at_a_time=0\): must be a whole number"):
+    vc.Plan(at_a_time=0)
+
+
+@pytest.mark.parametrize("name", ["lvvit_t", "pvt_tiny", "pvt_v2_b0", "nextvit_small"])
+def test_every_family_computes_images_after_another(name):
+  model = vc.create_model(name, num_classes=5, plan=vc.Plan(at_a_time=2))
+  images = jax.ShapeDtypeStruct((5, *vc.preprocess(model).image_size, 3), "float32")
+  variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  jaxpr = jax.make_jaxpr(model.apply)(variables, images)   # four in two turns, and one
+  assert jaxpr.out_avals[0].shape == (5, 5)
+  assert any(eqn.primitive.name == "scan" and eqn.params["length"] == 2 for eqn in jaxpr.eqns)
 
 
 def test_forms_that_are_no_faster_stay_as_fold_gives_them(folded, monkeypatch):
@@ -131,6 +162,8 @@ def test_only_a_folded_model_is_tuned():
   model = tiny.deit(PLAN)
   with pytest.raises(ValueError, match="not folded; give it what"):
     vc.tune(model, {}, None)
+  with pytest.raises(ValueError, match="rounds=0: must be at least 1"):
+    vc.tune(model.clone(deploy=True), {}, None, rounds=0)
 
 
 @pytest.mark.parametrize("fields", [{"merged": ("fc1",)}, {"merged": "fc2"}])

@@ -73,12 +73,31 @@ def backend(platform: str, dtype, *, queries: int, keys: int, width: int, plain:
   entries = queries * keys
   if platform == "cpu" and turns:
     return "einsum" if entries < FEW_ENTRIES else "images" if entries < MANY_ENTRIES else "tiled"
-  half = jnp.dtype(dtype).itemsize == 2
-  if platform == "gpu" and plain and half and width <= (256 if hopper else 128):
+  if plain and not cudnn_refusal(platform, dtype, width=width, hopper=hopper):
     return "cudnn"
   if platform == "tpu" and plain and devices == 1 and keys >= LEAST_SPLASH:
     return "splash"
   return "einsum" if entries <= LARGEST_MAP else "tiled"
+
+
+def cudnn_refusal(platform: str, dtype, *, width: int, hopper: bool) -> str:
+  """Why cuDNN does not compute such attention; empty: it does."""
+  if platform != "gpu":
+    return f"runs on NVIDIA GPUs, not on a {platform}"
+  most = 256 if hopper else 128
+  if jnp.dtype(dtype).itemsize != 2 or width > most:
+    return f"takes 16 bits and up to {most} channels, not {jnp.dtype(dtype)} and {width}"
+  return ""
+
+
+def _check_runs(name: str, platform: str, dtype, **fields):
+  """Raises ValueError where a backend that was asked for cannot run."""
+  why = cudnn_refusal(platform, dtype, **fields) if name == "cudnn" else ""
+  if name == "splash" and platform != "tpu":
+    why = f"runs on TPUs, not on a {platform}"
+  if why:
+    raise ValueError(f"attention backend {name!r} {why}; ask for another, or for none (in a Plan, "
+                     "backends={}): then the one that fits is taken")
 
 
 @functools.cache
@@ -212,12 +231,13 @@ class Core(NamedTuple):
   def _attend(self, query_bnhd, key_bmhd, value_bmhe, rescore, needed):
     platform, biased = jax.default_backend(), self.size is not None
     plain = rescore is None and self.alive is None and self.mask is None and self.blocks is None
+    device = {"width": backends.channels(query_bnhd.shape[-1], value_bmhe.shape[-1], biased),
+              "hopper": platform == "gpu" and _is_hopper()}
     name = _asked.value or backend(
         platform, value_bmhe.dtype, queries=query_bnhd.shape[1], keys=key_bmhd.shape[1],
-        width=backends.channels(query_bnhd.shape[-1], value_bmhe.shape[-1], biased), plain=plain,
-        hopper=platform == "gpu" and _is_hopper(), devices=jax.device_count(),
-        turns=in_turn())
+        plain=plain, devices=jax.device_count(), turns=in_turn(), **device)
     if plain and name != "einsum":
+      _check_runs(name, platform, value_bmhe.dtype, **device)
       fused = functools.partial(backends.tiled, in_turn=in_turn())
       with jax.named_scope(SCOPE):
         return {**vars(backends), "tiled": fused}[name](query_bnhd, key_bmhd, value_bmhe,

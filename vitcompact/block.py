@@ -11,7 +11,7 @@ from vitcompact import attention
 from vitcompact.attention import Core
 from vitcompact.ffn.cffn import CompactDense, hidden_rms, warn_above_break_even
 from vitcompact.heads import hmhsa
-from vitcompact.layers import DropPath, LayerNorm, Mlp, dense, gelu, weight_init
+from vitcompact.layers import DropPath, FromHeads, LayerNorm, Mlp, ToHeads, dense, gelu
 from vitcompact.links.predict_blocks import BlockPredictor
 from vitcompact.links.sparsifiner import TokenLinks
 from vitcompact.plan import BlockPlan
@@ -48,14 +48,12 @@ class Attention(nn.Module):
 
   def setup(self):
     def project(heads):
-      return nn.DenseGeneral((heads, self.width // self.heads), use_bias=self.qkv_bias,
-                             kernel_init=weight_init, dtype=self.dtype)
+      return ToHeads(heads, self.width // self.heads, use_bias=self.qkv_bias, dtype=self.dtype)
     self.query, self.key = project(self.real_heads), project(self.real_heads)
     self.value = project(self.heads)
     if self.real_heads < self.heads:
       self.hallucinate = self._hallucinate()
-    self.out = nn.DenseGeneral(self.width, axis=(-2, -1), kernel_init=weight_init,
-                               dtype=self.dtype)
+    self.out = FromHeads(self.width, dtype=self.dtype)
 
   def __call__(self, x_bnw, keys_bmw=None):
     keys_bmw = x_bnw if keys_bmw is None else keys_bmw

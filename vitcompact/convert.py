@@ -15,7 +15,14 @@ import safetensors.numpy
 
 from vitcompact import trees
 from vitcompact.models import VARIANTS, create_model
-from vitcompact.models.torch_names import Entry, resize_positions, to_leaves, to_tensor, torch_shape
+from vitcompact.models.torch_names import (
+    Entry,
+    resize_patches,
+    resize_positions,
+    to_leaves,
+    to_tensor,
+    torch_shape,
+)
 from vitcompact.plan import Plan
 
 # In which a training checkpoint keeps its weights, in timm's order of preference.
@@ -85,8 +92,8 @@ def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False) -
   arrays = {name: _array(name, value) for name, value in state.items()
             if name not in {*dropped, *reset}}
   arrays |= {name: _fresh(wanted[name]) for name in reset}
-  fitted = {entry.torch: _fit_positions(arrays[entry.torch], entry.positions, wanted[entry.torch])
-            for entry in entries if entry.positions and entry.torch in arrays}
+  fitted = {entry.torch: _fitted(arrays[entry.torch], entry, wanted[entry.torch])
+            for entry in entries if entry.torch in arrays}
   resized = [name for name, array in fitted.items() if array is not arrays[name]]
   arrays |= fitted
   _check_fit(model, arrays, wanted, heads, got)
@@ -96,6 +103,17 @@ def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False) -
     leaves |= {name: np.ascontiguousarray(part)
                for name, part in zip(entry.leaves, parts, strict=True)}
   return Loaded(trees.nested(leaves), dropped, resized, reset)
+
+
+def resized(model: nn.Module, variables, **sizes) -> tuple[nn.Module, dict[str, Any]]:
+  """(model, variables) for another `image_size` or `patch_size`.
+
+  Positions are interpolated, and a kernel of patches made anew. Of a dense model, or a folded
+  compact DeiT.
+  """
+  other = model.clone(**sizes)
+  other.check()
+  return other, from_torch(other, to_torch(model, variables))
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -237,9 +255,18 @@ def _fresh(shape):
   return 0.02 * np.random.default_rng(0).standard_normal(shape, np.float32)
 
 
+def _fitted(array, entry: Entry, wanted):
+  """Resized where that is all it takes; otherwise left for the check of shapes."""
+  if array.shape == wanted:
+    return array
+  if entry.patches and array.ndim == 4 and array.shape[:2] == wanted[:2]:
+    return resize_patches(array, wanted[2:])
+  return _fit_positions(array, entry.positions, wanted) if entry.positions else array
+
+
 def _fit_positions(array, positions, wanted):
-  """Resized if it holds a square grid of another size; otherwise left for the check of shapes."""
-  if array.shape == wanted or array.ndim != 3 or array.shape[::2] != wanted[::2]:
+  """Resized if it holds a square grid of another size."""
+  if array.ndim != 3 or array.shape[::2] != wanted[::2]:
     return array
   points = array.shape[1] - positions.prefix
   if points < 1 or round(points ** 0.5) ** 2 != points:

@@ -151,6 +151,36 @@ def dense(features: int, *, dtype, use_bias: bool = True) -> Dense:
   return Dense(features, use_bias=use_bias, kernel_init=weight_init, dtype=dtype, parent=None)
 
 
+class ToHeads(nn.Module):
+  """nn.DenseGeneral to heads, with the backward pass of `linear`: (..., w) -> (..., heads, d)."""
+  heads: int
+  head_width: int
+  use_bias: bool = True
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x):
+    shape = (self.heads, self.head_width)
+    kernel = self.param("kernel", weight_init, (x.shape[-1], *shape))
+    bias = self.param("bias", nn.initializers.zeros, shape) if self.use_bias else None
+    x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+    bias = None if bias is None else bias.reshape(-1)
+    return linear(x, kernel.reshape(x.shape[-1], -1), bias).reshape(*x.shape[:-1], *shape)
+
+
+class FromHeads(nn.Module):
+  """nn.DenseGeneral over heads, with the backward pass of `linear`: (..., heads, d) -> (..., w)."""
+  width: int
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param("kernel", weight_init, (*x.shape[-2:], self.width))
+    bias = self.param("bias", nn.initializers.zeros, (self.width,))
+    x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+    return linear(x.reshape(*x.shape[:-2], -1), kernel.reshape(-1, self.width), bias)
+
+
 class DropPath(nn.Module):
   """Stochastic depth: drops a residual branch for a sample, scales the kept ones by 1/(1-rate)."""
   rate: float

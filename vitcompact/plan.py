@@ -46,6 +46,8 @@ class Plan:
     Blocks are numbered 0..depth-1 over all stages in order.
   backends: {block: attention backend}, one of `attention.BACKENDS`: the same function, computed in
     another way. `tune` chooses them by measuring; a block that is absent leaves it to the core.
+  at_a_time: inference computes so many images of a batch after another; None: all at once. Chosen
+    by `tune` likewise.
 
   >>> Plan(heads=HMHSA(), ffn=CFFN(rank_ratio=0.5), blocks={0: {"heads": None}})
   """
@@ -55,6 +57,7 @@ class Plan:
   ffn: CFFN | None = None
   blocks: Mapping[int, Mapping[str, Any]] = FrozenDict()
   backends: Mapping[int, str] = FrozenDict()
+  at_a_time: int | None = None
 
   def __post_init__(self):
     _check_axes({axis: getattr(self, axis) for axis in METHODS}, "Plan")
@@ -77,6 +80,9 @@ class Plan:
         raise ValueError(f"Plan(backends={{{block}: {name!r}}}): must be one of "
                          f"{', '.join(BACKENDS)}")
     object.__setattr__(self, "backends", FrozenDict(sorted(self.backends.items())))
+    if self.at_a_time is not None and not (type(self.at_a_time) is int and self.at_a_time > 0):
+      raise ValueError(f"Plan(at_a_time={self.at_a_time!r}): must be a whole number of images, at "
+                       "least 1, or None")
 
   def at(self, block: int) -> BlockPlan:
     """The methods of one block."""
@@ -138,7 +144,8 @@ class Plan:
     blocks = {str(block): {axis: _to_dict(spec) for axis, spec in axes.items()}
               for block, axes in self.blocks.items()}
     out = {**{axis: _to_dict(getattr(self, axis)) for axis in METHODS}, "blocks": blocks,
-           "backends": {str(block): name for block, name in self.backends.items()}}
+           "backends": {str(block): name for block, name in self.backends.items()},
+           "at_a_time": self.at_a_time}
     return json.dumps({key: value for key, value in out.items() if value})
 
   @classmethod
@@ -150,8 +157,9 @@ class Plan:
       raise ValueError(f"a plan must be JSON: {error}; got {text[:60]!r}") from None
     if not isinstance(tree, dict):
       raise ValueError(f"a plan must be a JSON object, got {text[:60]!r}")
-    _check_names(tree, {*METHODS, "blocks", "backends"}, "plan")
+    _check_names(tree, {*METHODS, "blocks", "backends", "at_a_time"}, "plan")
     blocks, backends = tree.pop("blocks", {}), tree.pop("backends", {})
+    at_a_time = tree.pop("at_a_time", None)
     if not isinstance(blocks, dict) or not all(isinstance(axes, dict) for axes in blocks.values()):
       raise ValueError(f'plan, blocks={blocks!r}: must be an object such as '
                        '{"7": {"heads": null}}')
@@ -165,7 +173,8 @@ class Plan:
     return cls(**{axis: _from_dict(axis, spec) for axis, spec in tree.items()},
                blocks={int(block): {axis: _from_dict(axis, spec) for axis, spec in axes.items()}
                        for block, axes in blocks.items()},
-               backends={int(block): name for block, name in backends.items()})
+               backends={int(block): name for block, name in backends.items()},
+               at_a_time=at_a_time)
 
   @classmethod
   def parse(cls, text: str) -> "Plan":

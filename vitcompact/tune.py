@@ -17,6 +17,8 @@ from vitcompact.layers import dense
 
 # A form that is chosen is at least this much faster than the one that fold gives: less is noise.
 MARGIN = 1.02
+# Images after another that are tried, where that has ever been faster.
+AT_A_TIME = {"cpu": (4, 8, 16)}
 BACKENDS = {"cpu": ("einsum", "images", "tiled"), "gpu": ("einsum", "tiled", "cudnn"),
             "tpu": ("einsum", "tiled", "splash")}
 MATRIX = "one matrix"
@@ -40,10 +42,11 @@ class Attending(NamedTuple):
 def tune(deploy: nn.Module, variables, images, *, rounds: int = 5):
   """Returns (deployed model, its variables): the same function in the forms that run fastest here.
 
-  For every factorised layer of an FFN, on inputs of the size that these images cause: two factors,
-  or one matrix A B. For every block that attends to all tokens: how attention is computed. What is
-  chosen is recorded in the model's plan (`CFFN.merged`, `Plan.backends`), so files of it carry it
-  and `fold` repeats it without measuring. A layer that is merged has lost its factors and stays so.
+  For the batch: all of it at once, or some images after another (on a CPU). For every factorised
+  layer of an FFN, on inputs of the size that these cause: two factors, or one matrix A B. For every
+  block that attends to all tokens: how attention is computed. What is chosen is recorded in the
+  model's plan (`Plan.at_a_time`, `CFFN.merged`, `Plan.backends`), so files of it carry it and
+  `fold` repeats it without measuring. A layer that is merged has lost its factors and stays so.
   The outputs are equal to rounding in float32.
 
   Args:
@@ -53,12 +56,37 @@ def tune(deploy: nn.Module, variables, images, *, rounds: int = 5):
   if not deploy.deploy:
     raise ValueError("tune chooses between deployed forms, and this model is not folded; "
                      "give it what vc.fold returns")
+  if rounds < 1:
+    raise ValueError(f"{rounds=}: must be at least 1; a median wants 5")
   # What was chosen before, for another device perhaps, is no starting point.
-  deploy = deploy.clone(plan=dataclasses.replace(deploy.plan, backends={}))
+  deploy = deploy.clone(plan=dataclasses.replace(deploy.plan, backends={}, at_a_time=None))
+  deploy = at_a_time(deploy, best_at_a_time(deploy, variables, images, rounds))
   calls = called(deploy, variables, images)
   best = {call: fastest(call, rounds) for call in dict.fromkeys(calls.values())}
   chosen = {path: best[call] for path, call in calls.items() if best[call]}
   return with_forms(deploy, variables, chosen)
+
+
+def at_a_time(model: nn.Module, many: int | None) -> nn.Module:
+  """The model that computes so many images of a batch after another."""
+  return model.clone(plan=dataclasses.replace(model.plan, at_a_time=many))
+
+
+def best_at_a_time(deploy: nn.Module, variables, images, rounds: int) -> int | None:
+  """How many images after another take the least time; None: all at once."""
+  tried = [many for many in AT_A_TIME.get(jax.default_backend(), ()) if many < len(images)]
+  if not tried:
+    return None
+  return quickest({many: bench.compiled(at_a_time(deploy, many).apply, variables, images).call
+                   for many in (None, *tried)}, rounds)
+
+
+def quickest(calls: Mapping[Any, Callable], rounds: int):
+  """The name of the call that takes the least time; None, the first, where the gain may be noise.
+  """
+  timing = bench.paired(calls, rounds=rounds, least=0.05)
+  best = max(timing, key=lambda name: timing[name].speedup)
+  return best if timing[best].speedup > MARGIN else None
 
 
 def called(deploy: nn.Module, variables, images) -> dict[tuple[str, ...], Layer | Attending]:
@@ -96,9 +124,7 @@ def fastest(call: Layer | Attending, rounds: int) -> str | None:
     except Exception:   # a form that this device or dtype does not have is no candidate
       if name is None:
         raise
-  timing = bench.paired(compiled, rounds=rounds, least=0.05)
-  best = max(timing, key=lambda name: timing[name].speedup)
-  return best if timing[best].speedup > MARGIN else None
+  return quickest(compiled, rounds)
 
 
 def forms(call: Layer | Attending) -> Mapping[str | None, Callable[[], tuple]]:

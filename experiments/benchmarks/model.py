@@ -1,7 +1,6 @@
 """A whole DeiT-S: inference of the deployed forms of every plan, beside plain Linen and PyTorch."""
+import dataclasses
 from collections.abc import Iterator
-
-import jax
 
 import vitcompact as vc
 from experiments.benchmarks import measure
@@ -10,7 +9,6 @@ from experiments.plain_deit import PlainDeiT
 
 MODEL = "deit_small_patch16_224"
 BOTH = vc.CFFN(rank_ratio=0.5, factor="both")
-# Names that accuracies are looked up by, see `tables`.
 PLANS = {
     "dense": vc.Plan(),
     "heads": vc.Plan(heads=vc.HMHSA()),
@@ -25,8 +23,14 @@ PLANS = {
     "ffn both + EViT 0.7": vc.Plan(ffn=BOTH, tokens=vc.EViT(keep=0.7)),
     "heads + ffn both + EViT 0.7": vc.Plan(heads=vc.HMHSA(), ffn=BOTH, tokens=vc.EViT(keep=0.7)),
 }
-# On a host a larger batch is computed so many images at a time: what these need fits the caches. A
-# call takes seconds, so that few forms must do.
+# {name of a plan: variant of `experiments.accuracy` whose accuracy stands beside it}
+VARIANTS = {"dense": "dense", "heads": "heads", "ffn": "ffn", "ffn both": "ffn_both",
+            "heads + ffn": "heads_ffn", "EViT 0.7": "evit", "EViT 0.5": "evit_half",
+            "ToMe 13": "tome", "MCTF 16": "mctf", "DynamicViT 0.7": "dynamicvit",
+            "ffn both + EViT 0.7": "ffn_both_evit",
+            "heads + ffn both + EViT 0.7": "heads_ffn_both_evit"}
+# On a host a larger batch is computed so many images at a time, as `vc.tune` would have it. A call
+# takes seconds, so that few forms must do.
 AT_A_TIME = 8
 FEW = ("dense", "heads", "ffn both", "heads + ffn", "EViT 0.7", "heads + ffn both + EViT 0.7")
 HOST_PEERS = ("torch f32", "torch f32, SDPA", "torch bf16")
@@ -44,18 +48,19 @@ def run(setting: Setting, batches=None, **sizes) -> Iterator[dict]:
       if few and name not in FEW:
         candidates[name] = measure.Candidate(None, {"reason": f"not at batch {batch}"})
         continue
-      model = vc.create_model(MODEL, plan=plan, deploy=True, dtype=setting.dtype, **sizes)
+      parts = dataclasses.replace(plan, at_a_time=AT_A_TIME if few else None)
+      model = vc.create_model(MODEL, plan=parts, deploy=True, dtype=setting.dtype, **sizes)
       images = measure.normal((batch, model.image_size, model.image_size, 3), setting.dtype)
       variables = measure.drawn_variables(model, images[:1], setting.dtype)
-      apply = in_turn(model.apply) if few else model.apply
-      candidates[name] = measure.compiled(apply, variables, images, macs=vc.count(model).macs,
-                                          plan=plan.to_json())
+      candidates[name] = measure.compiled(model.apply, variables, images,
+                                          macs=vc.count(model).macs, plan=parts.to_json())
       if name == "dense":
         dense = model
         plain = PlainDeiT(model.width, model.depth, model.heads, patch_size=model.patch_size)
         candidates["plain Linen"] = measure.compiled(plain.apply, variables, images)
         if few:
-          candidates["dense, all at once"] = measure.compiled(model.apply, variables, images)
+          at_once = model.clone(plan=plan).apply
+          candidates["dense, all at once"] = measure.compiled(at_once, variables, images)
     names = HOST_PEERS[few:] if setting.on_host else DEVICE_PEERS
     names += SLOW_HOST_PEERS if setting.on_host and batch == AT_A_TIME else ()
     candidates |= measure.torch_candidates(setting, names, dense, batch=batch)
@@ -66,10 +71,3 @@ def run(setting: Setting, batches=None, **sizes) -> Iterator[dict]:
     if setting.torch:
       setting.torch.forget()
 
-
-def in_turn(apply):
-  """`apply` for AT_A_TIME images after another."""
-  def call(variables, images):
-    parts = images.reshape(-1, AT_A_TIME, *images.shape[1:])
-    return jax.lax.map(lambda part: apply(variables, part), parts)
-  return call

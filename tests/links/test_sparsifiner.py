@@ -121,6 +121,20 @@ def test_links_follow_tokens_that_were_dropped_merged_and_fused():
   assert (mask[:, :, 1:].sum(axis=-1) == 4).all()      # ceil(13 / 4), not ceil(8 / 4)
 
 
+@pytest.mark.parametrize("variant", ["paper", "code"])
+def test_tokens_that_only_count_as_dropped_are_linked_as_if_they_were_gone(variant):
+  """DynamicViT in training, against the same survivors gathered in inference."""
+  module, variables = predictor(vc.Sparsifiner(keep=0.4, reduce_n=3, variant=variant))
+  query, key = query_key(batch=1)
+  kept = np.array([0, 1, 3, 4, 7, 8, 9, 12])
+  alive = jnp.zeros((1, TOKENS)).at[:, kept].set(1)
+  source = jnp.full((1, TOKENS), -1).at[:, kept].set(jnp.arange(len(kept)))
+  mask = jax.jit(lambda alive: module.apply(variables, Core(alive=alive), query, key).mask)(alive)
+  np.testing.assert_array_equal(
+      mask[:, :, kept][..., kept],
+      mask_of(module, variables, query[:, kept], key[:, kept], source, False))
+
+
 def test_keeping_every_link_is_dense_attention():
   dense = tiny.deit()
   for variant in ("paper", "code"):
@@ -280,7 +294,8 @@ def test_every_backbone_with_a_softmax_attention_takes_links(name):
     ({"granularity": "row"}, "token"), ({"coefficients": 0}, "threshold"),
     ({"coefficients": 1.0}, "threshold"), ({"reduce_n": 0}, "whole number"),
     ({"rank": 0}, "whole number"), ({"min_tokens": -1}, "0 or more"),
-    ({"basis_threshold": -0.1}, "at least 0"), ({"basis": "abs"}, "signed"),
+    ({"basis_threshold": -0.1}, "at least 0"), ({"basis_threshold": float("nan")}, "at least 0"),
+    ({"basis": "abs"}, "signed"),
     ({"granularity": "block", "variant": "code"}, "no blocks")])
 def test_a_wrong_option_is_refused_in_one_line(fields, words):
   with pytest.raises(ValueError, match="Sparsifiner") as error:

@@ -1,4 +1,4 @@
-"""Predictors of links carried to another image size: their weights are tied to positions."""
+"""Models with links carried to another image size: predictors' weights are tied to positions."""
 import math
 
 import flax.linen as nn
@@ -9,10 +9,11 @@ from vitcompact.links.sparsifiner import TokenLinks
 
 
 def resize_links(variables, old: nn.Module, new: nn.Module):
-  """Variables in which the predictors of model `old` fit model `new`; all else as it is.
+  """Variables of model `old` in which all that is tied to positions fits model `new`.
 
-  Rows of patches are interpolated over the grid, those of prefix tokens stay. W_down sums over
-  tokens, so it is scaled by their number: the coefficients keep their size.
+  These are the predictors, and position embeddings. Rows of patches are interpolated linearly over
+  the grid, those of prefix tokens stay. W_down sums over tokens, so it is scaled by their number:
+  the coefficients keep their size.
 
   Raises:
     ValueError: the ranks differ, and nothing says which columns belong together.
@@ -32,6 +33,11 @@ def resize_links(variables, old: nn.Module, new: nn.Module):
             for leaf in ("down", "up")}
     rows["down"] *= math.prod(grids[0]) / math.prod(grids[1])
     params[name] = {**params[name], "links": {**params[name]["links"], **rows}}
+  for stored, wanted in zip(old.torch_entries(), new.torch_entries(), strict=True):
+    if stored.positions is not None:
+      name = stored.leaves[0].removeprefix("params/")
+      grids = stored.positions.grid, wanted.positions.grid
+      params[name] = resize_rows(params[name][0], stored.positions.prefix, *grids)[None]
   return {**variables, "params": params}
 
 

@@ -100,7 +100,7 @@ class Sparsifiner:
     if not _is_count(self.coefficients) and not (
         isinstance(self.coefficients, float) and 0 < self.coefficients < 1):
       refuse("coefficients", "a whole number of at least 1, or a threshold in (0, 1)")
-    if not _is_number(self.basis_threshold) or self.basis_threshold < 0:
+    if not _is_number(self.basis_threshold) or not 0 <= self.basis_threshold < math.inf:
       refuse("basis_threshold", "a number of at least 0")
     if self.min_tokens is not None and self.min_tokens != 0 and not _is_count(self.min_tokens):
       refuse("min_tokens", "a whole number of tokens, 0 or more, or None")
@@ -238,7 +238,11 @@ class TokenLinks(nn.Module):
     query, key = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (query_bnfd, key_bmfd))
     rest_bnfd = query[:, self.prefix:]
     down, up = self._weights(key.shape[1], source_bs)
-    maps_bfnr = low_rank_maps(*self._reduced(rest_bnfd, key), down, self._scale(query))
+    alive_bm = None if core.alive is None else jax.lax.stop_gradient(core.alive) > 0
+    low_query, low_key = self._reduced(rest_bnfd, key)
+    if alive_bm is not None:   # what inference drops is in no sum
+      low_key = jnp.where(alive_bm[:, :, None, None], low_key, 0)
+    maps_bfnr = low_rank_maps(low_query, low_key, down, self._scale(query))
     if attention.wants_links(self):
       self.sow("links", "score", self._fitted(maps_bfnr, up))
       own_n = jnp.arange(self.prefix, query.shape[1])
@@ -246,8 +250,11 @@ class TokenLinks(nn.Module):
     if not self.spec.masked:
       return core
     # After a reduction the tokens that are no patches stay linked.
-    always = 0 if source_bs is None else self.prefix + int(fused)
-    return self._restrict(core, self._score(maps_bfnr, up), always, int(fused))
+    always = 0 if source_bs is None and alive_bm is None else self.prefix + int(fused)
+    score_bfnm = self._score(maps_bfnr, up)
+    if alive_bm is not None:   # nor does it take a link from the others
+      score_bfnm = jnp.where(alive_bm[:, None, None], score_bfnm, -jnp.inf)
+    return self._restrict(core, score_bfnm, always, int(fused))
 
   def _restrict(self, core: Core, score_bfnm, always: int, fused: int) -> Core:
     batch, heads, queries, keys = score_bfnm.shape

@@ -9,6 +9,7 @@ from vitcompact.ffn import cffn
 from vitcompact.heads import hmhsa
 from vitcompact.links import sparsifiner
 from vitcompact.models import torch_names
+from vitcompact.models.in_parts import in_parts
 from vitcompact.models.torch_names import Entry, Positions
 from vitcompact.models.variant import Variant
 from vitcompact.plan import Plan
@@ -113,7 +114,7 @@ class VisionTransformer(nn.Module):
     entries = [Entry(name, (f"params/{name}",)) for name in tokens]
     entries.append(Entry("pos_embed", ("params/pos_embed",),
                          positions=Positions(self.grid, self.prefix)))
-    entries += torch_names.conv("patch_embed.proj", "patch_embed/proj")
+    entries += torch_names.patches("patch_embed.proj", "patch_embed/proj")
     for i, part in enumerate(self.parts().values()):
       entries += torch_names.block(f"blocks.{i}", f"blocks_{i}", part)
     norm = "fc_norm" if self.global_pool == "avg" else "norm"
@@ -147,6 +148,7 @@ class VisionTransformer(nn.Module):
       if self.distilled:
         self.head_dist = layers.dense(self.num_classes, dtype=self.dtype)
 
+  @in_parts
   def __call__(self, images_bhwc, train: bool = False):
     expected = (*np.broadcast_to(self.image_size, 2).tolist(), self.in_chans)
     if images_bhwc.shape[1:] != expected:

@@ -14,6 +14,7 @@ from vitcompact.ffn import cffn
 from vitcompact.heads import hmhsa
 from vitcompact.links import sparsifiner
 from vitcompact.models import torch_names
+from vitcompact.models.in_parts import in_parts
 from vitcompact.models.torch_names import Entry, Positions
 from vitcompact.models.variant import Variant
 from vitcompact.plan import Plan
@@ -214,6 +215,7 @@ class LVViT(nn.Module):
       self.head = layers.dense(self.num_classes, dtype=self.dtype)
       self.aux_head = layers.dense(self.num_classes, dtype=self.dtype)
 
+  @in_parts
   def __call__(self, images_bhwc, train: bool = False):
     expected = (*np.broadcast_to(self.image_size, 2).tolist(), self.in_chans)
     if images_bhwc.shape[1:] != expected:

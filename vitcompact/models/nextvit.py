@@ -14,6 +14,7 @@ from vitcompact.ffn import cffn
 from vitcompact.heads import hmhsa
 from vitcompact.links import sparsifiner
 from vitcompact.models import torch_names
+from vitcompact.models.in_parts import in_parts
 from vitcompact.models.nextvit_blocks import ConvBlock, TransformerBlock
 from vitcompact.models.torch_names import Entry
 from vitcompact.models.variant import Variant
@@ -167,9 +168,10 @@ class NextViT(nn.Module):
     self.plan.check_grid(self.depth, self.variant)
     attending = [i for i, place in enumerate(places) if place.transformer]
     for block, axes in self.plan.blocks.items():
-      if axes.get("heads") is not None and block not in attending:
-        raise ValueError(f"the plan gives block {block} a heads method, but it is convolutional; "
-                         f"blocks with attention: {attending}")
+      given = [axis for axis in ("heads", "links") if axes.get(axis) is not None]
+      if given and block not in attending:
+        raise ValueError(f"the plan gives block {block} a {given[0]} method, but it is "
+                         f"convolutional; blocks with attention: {attending}")
 
   @nn.nowrap
   def _smallest_side(self, places) -> int:
@@ -267,6 +269,7 @@ class NextViT(nn.Module):
     for name, part in self.parts().items():
       setattr(self, name, part)
 
+  @in_parts
   def __call__(self, images_bhwc, train: bool = False):
     expected = (*np.broadcast_to(self.image_size, 2).tolist(), self.in_chans)
     if images_bhwc.shape[1:] != expected:

@@ -12,6 +12,7 @@ from vitcompact.ffn import cffn
 from vitcompact.heads import hmhsa
 from vitcompact.links import sparsifiner
 from vitcompact.models import pyramid, torch_names
+from vitcompact.models.in_parts import in_parts
 from vitcompact.models.torch_names import Entry, Positions
 from vitcompact.models.variant import Variant
 from vitcompact.plan import Plan
@@ -108,6 +109,7 @@ class PyramidVisionTransformer(nn.Module):
     """[(pattern, Leaf)] for every parameter under any plan; see `trees.first_match`."""
     return [*LEAVES, *hmhsa.LEAVES, *sparsifiner.LEAVES, *cffn.LEAVES, *layers.LEAVES]
 
+  @in_parts
   @nn.compact
   def __call__(self, images_bhwc, train: bool = False):
     image_size = pyramid.check_images(self, images_bhwc)

@@ -1,6 +1,7 @@
 """The language in which a model tells the names and layouts of its PyTorch weights."""
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from vitcompact.ffn.cffn import CompactDense
@@ -32,11 +33,13 @@ class Entry(NamedTuple):
     "heads_bias"  (heads * d,), fused likewise <-> each (heads, d)
     "out"         (out, heads * d) <-> (heads, d, out)
   positions: what to know to resize it, if it holds positions of a grid.
+  patches: it is the kernel that patches are embedded with, which other patch sizes can be made of.
   """
   torch: str
   leaves: tuple[str, ...]
   layout: str = "same"
   positions: Positions | None = None
+  patches: bool = False
 
 
 def linear(torch: str, ours: str, *, use_bias: bool = True) -> list[Entry]:
@@ -47,6 +50,12 @@ def linear(torch: str, ours: str, *, use_bias: bool = True) -> list[Entry]:
 def conv(torch: str, ours: str, *, use_bias: bool = True) -> list[Entry]:
   """Entries of a convolution, or of a 1x1 convolution that we keep as a Dense."""
   return _layer(torch, ours, "conv", use_bias)
+
+
+def patches(torch: str, ours: str) -> list[Entry]:
+  """Entries of the convolution that embeds patches."""
+  kernel, bias = conv(torch, ours)
+  return [kernel._replace(patches=True), bias]
 
 
 def _layer(torch, ours, layout, use_bias):
@@ -206,6 +215,21 @@ def resize_positions(positions: np.ndarray, prefix: int, grid: tuple[int, int], 
   plane = np.einsum("hi,wj,ijd->hwd", rows, columns, plane, optimize=True)
   plane = plane.reshape(1, grid[0] * grid[1], -1).astype(positions.dtype)
   return np.concatenate([positions[:, :prefix], plane], axis=1)
+
+
+def resize_patches(kernel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """(O, I, h, w) -> (O, I, *size): the kernel for patches of another size.
+
+  The one whose response to a resized patch is, in least squares over all patches, that of the old
+  kernel to the patch itself: pinv(B^T) w for the matrix B that resizes (bicubic, antialiased).
+  FlexiViT, arXiv 2212.08013, section 3.4.
+  """
+  rows, columns = (np.asarray(jax.image.resize(np.eye(old, dtype=np.float32), (new, old), "cubic"),
+                              np.float64)
+                   for old, new in zip(kernel.shape[2:], size, strict=True))
+  new = np.einsum("hi,wj,ocij->ochw", np.linalg.pinv(rows.T), np.linalg.pinv(columns.T),
+                  kernel.astype(np.float64), optimize=True)
+  return new.astype(kernel.dtype)
 
 
 def resize_matrix(old: int, new: int, method: str) -> np.ndarray:

@@ -1,0 +1,28 @@
+"""Inference of a batch, some images after another: what these need may fit a processor's caches."""
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def in_parts(call):
+  """A model's `__call__`, which in inference computes `plan.at_a_time` images after another.
+
+  The same function of each image. Training, whose batch norms see a batch, and calls from which
+  something is collected besides the logits, such as features, run all at once.
+  """
+  @functools.wraps(call)
+  def wrapped(self, images_bhwc, train: bool = False):
+    many, batch = self.plan.at_a_time, len(images_bhwc)
+    if many is None or batch <= many or train or self.is_initializing() or self.scope.mutable:
+      return call(self, images_bhwc, train)
+    whole, alone = batch - batch % many, self.clone(parent=None, name=None)
+
+    def apply(images):
+      return alone.apply(self.variables, images)
+
+    parts = jax.lax.map(apply, images_bhwc[:whole].reshape(-1, many, *images_bhwc.shape[1:]))
+    out = parts.reshape(whole, *parts.shape[2:])
+    return out if whole == batch else jnp.concatenate([out, apply(images_bhwc[whole:])])
+
+  return wrapped
