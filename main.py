@@ -84,8 +84,17 @@ def parse(argv):
     return rest
   except AttributeError as error:  # ml_collections: an unknown key; its text names close ones
     fail(ValueError(f"--config has no key {unquoted(str(error))}"))
+  except LookupError as error:     # of get_config, which ml_collections passes on
+    fail(ValueError(refused_by_config(argv, f"{type(error).__name__}: {error}")))
   except USER_ERRORS as error:
+    if "Error whilst parsing config file" in str(error):   # with the whole traceback
+      error = ValueError(refused_by_config(argv, str(error).strip().splitlines()[-1]))
     fail(error)
+
+
+def refused_by_config(argv, why: str) -> str:
+  flag = next((argument for argument in argv if argument.startswith("--config=")), "--config")
+  return f"{flag}: {why}; what follows the colon is for the file's get_config, see its docstring"
 
 
 def pretend(devices: int):
@@ -124,9 +133,15 @@ def run(stopping):
     fail(hosts.lost(error), hosts.LOST)
 
 
+def from_us(record) -> bool:
+  """Not what Orbax logs before it raises it: of a full disk, a hundred lines before our one."""
+  return "orbax" not in record.pathname
+
+
 def main(_):
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # absl's INFO would tell every step of a save
+    logging.get_absl_handler().addFilter(from_us)
   if MODE.value == "plan":
     pretend(DEVICES.value)
   with stop.on_sigterm() as stopping:

@@ -5,6 +5,8 @@ Data:     class folders: imagenet/train/CLASS/*.JPEG and imagenet/val/CLASS/*.JP
           images that are to choose checkpoints to a val of their own and name the 50,000 test.
           Or --config.data.name=arrayrecord:OUT, which python -m experiments.prepare imagenet writes
           from the official tars, or tfds:imagenet2012: there the 50,000 are val and test.
+Hardware: the authors used 4 GPUs with 256 images each.
+Cost:     10.6 EFLOP, forward and backward of 384 M images through the dense model.
 Result:   not run here. The recipe's authors publish 79.9 % top-1 for the dense model.
 """
 from ml_collections import ConfigDict

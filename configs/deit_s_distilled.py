@@ -3,6 +3,8 @@
 Command:  python main.py --config=configs/deit_s_distilled.py --workdir=runs/deit_s_distilled \\
             --config.teacher.file=nextvit_base.safetensors
 Hardware: as configs/deit_s.py, and the teacher's forward pass on each batch.
+Cost:     10.7 EFLOP, forward and backward of 384 M images through the dense model; the teacher
+          comes on top.
 Result:   not run here. The recipe's authors publish 81.2 % top-1 with RegNetY-16GF (82.9 %) as the
           teacher, which this library does not have: any model of it may teach.
 """

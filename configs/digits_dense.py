@@ -2,6 +2,7 @@
 
 Command:  python main.py --config=configs/digits_dense.py --workdir=runs/digits_dense
 Data:     the 1,797 handwritten digits that scikit-learn ships; no download.
+Cost:     1.38 TFLOP, forward and backward of 64,000 images through the dense model.
 Result:   not run to its end.
 """
 from configs import digits

@@ -3,6 +3,7 @@
 Command:  python main.py --config=configs/pvt.py --workdir=runs/pvt_small
           with configs/pvt.py:pvt_medium, :pvt_v2_b2 and so on for the others.
 Hardware: the authors used 8 GPUs with 128 images each.
+Cost:     8.8 EFLOP, forward and backward of 384 M images through the dense model.
 Result:   not run here. The authors publish 75.1, 79.8, 81.2 and 81.7 % top-1 for PVT-Tiny, Small,
           Medium and Large; 70.5, 78.7, 82.0, 83.1, 83.6 and 83.8 % for v2-b0 to b5.
 """

@@ -12,6 +12,8 @@ Command:  python main.py --config=configs/sparse_shapes.py:coarse --workdir=runs
 Data:     drawn scenes whose label is where one object lies as seen from another; no download.
           Relations are learnt in minutes among 36 coarse patches, not in hours among 576: so there
           first, and the kernel of patches and the positions are resized.
+Cost:     11.1 TFLOP, forward and backward of 8,640 images through the dense model; a third as much
+          for the teacher.
 Result:   python -m experiments.accuracy shapes trains all with three seeds, and prints a table.
 """
 from configs import shapes

@@ -2,6 +2,8 @@
 
 Command:  python main.py --config=configs/tome_deit_s.py --workdir=runs/tome_deit_s
 Data:     ImageNet-1k, as configs/deit_s.py, of which this is all but the plan.
+Hardware: as configs/deit_s.py.
+Cost:     10.6 EFLOP, forward and backward of 384 M images through the dense model.
 Result:   not run here. The authors publish 79.4 % top-1 (dense: 79.8 %); that they trained with
           DeiT's settings is our reading, their training code is not public.
 

@@ -181,7 +181,7 @@ def write_folder(directory: pathlib.Path) -> pathlib.Path:
   root = directory / "folder"
   for split, many in (("train", 400), ("val", 100), ("test", 100)):
     images = pipeline.source("digits", split, image_size=8)
-    for index in range(many):
+    for index in np.linspace(0, len(images), many, endpoint=False).astype(int):  # of every class
       example = images[index]
       path = root / split / str(example["label"]) / f"{index}.png"
       path.parent.mkdir(parents=True, exist_ok=True)

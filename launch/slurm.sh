@@ -18,7 +18,8 @@ config=$1 workdir=$2
 shift 2
 coordinator=()
 [ "${SLURM_NNODES:-1}" -gt 1 ] && coordinator=(--coordinator=auto)
-srun --kill-on-bad-exit=0 .venv/bin/python main.py --config="$config" --workdir="$workdir" \
+# srun takes the cores of a task from sbatch in some versions of SLURM, and in others gives it one.
+srun --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" .venv/bin/python main.py --config="$config" --workdir="$workdir" \
   "${coordinator[@]}" "$@"
 code=$?
 case $code in

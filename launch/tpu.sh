@@ -30,31 +30,39 @@ state() {
 }
 
 prepare() {
+  # The system's own Python is 3.10 on some images: uv brings one that will do.
   on_all_hosts "
     set -e
     [ -d vitcompact ] || git clone --quiet '$repository' vitcompact
     cd vitcompact && git fetch --quiet && git checkout --quiet '$commit'
-    [ -d .venv ] || python3 -m venv .venv
+    [ -d .venv ] || { python3 -m pip install --quiet --user uv;
+                      python3 -m uv venv --quiet --seed --python 3.12 .venv; }
     .venv/bin/pip install --quiet -r requirements.txt 'jax[tpu]==0.10.2'
     ${MOUNT:-true}"
 }
 
 failures=0
+prepared=
+more=$([ $# = 0 ] || printf ' %q' "$@")   # quoted once more for the shells of the hosts
 while true; do
   case $(state) in
     READY) ;;
     MISSING)
+      prepared=
       gcloud compute tpus tpu-vm create "$name" --zone="$zone" "${options[@]}" ||
-        { sleep 60; continue; }
-      prepare ;;
+        { sleep "${PAUSE:-60}"; continue; } ;;
     PREEMPTED|TERMINATED|STOPPED)
-      gcloud compute tpus tpu-vm delete "$name" --zone="$zone" --quiet
+      gcloud compute tpus tpu-vm delete "$name" --zone="$zone" --quiet ||
+        sleep "${PAUSE:-60}"
       continue ;;
-    *) sleep 20; continue ;;
+    *) sleep "${PAUSE:-20}"; continue ;;
   esac
   code=0 begin=$SECONDS
-  on_all_hosts "cd vitcompact && .venv/bin/python main.py --config='$config' --workdir='$workdir' \
-    --coordinator=auto $*" || code=$?
+  if [ -z "$prepared" ]; then prepare && prepared=1 || code=$?; fi
+  if [ "$code" = 0 ]; then
+    on_all_hosts "cd vitcompact && .venv/bin/python main.py --config='$config' \
+      --workdir='$workdir' --coordinator=auto$more" || code=$?
+  fi
   if [ "$code" = 0 ]; then
     echo "done; delete the slice with: gcloud compute tpus tpu-vm delete $name --zone=$zone"
     exit 0
@@ -62,5 +70,5 @@ while true; do
   if ((SECONDS - begin < 300)); then failures=$((failures + 1)); else failures=0; fi
   if ((failures == 3)); then echo "ended with $code three times; see above"; exit "$code"; fi
   echo "ended with $code; going on from the newest checkpoint"
-  sleep 10
+  sleep "${PAUSE:-10}"
 done

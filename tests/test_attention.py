@@ -68,6 +68,7 @@ def test_every_backend_computes_the_same_function_and_gradients(name, small_tile
     ("cpu", "float32", {"queries": 197, "keys": 197}, "images"),
     ("cpu", "bfloat16", {"queries": 577, "keys": 577}, "tiled"),
     ("cpu", "float32", {"queries": 3136, "keys": 49}, "images"),
+    ("cpu", "float32", {"queries": 197, "keys": 197, "turns": False}, "einsum"),
     ("gpu", "bfloat16", {"queries": 197, "keys": 197}, "cudnn"),
     ("gpu", "float16", {"queries": 197, "keys": 197, "width": 192}, "einsum"),
     ("gpu", "float16", {"queries": 197, "keys": 197, "width": 192, "hopper": True}, "cudnn"),

@@ -1,6 +1,7 @@
 """Every config of configs/ is whole, and builds; the compact ones differ by their plan alone."""
 import functools
 import importlib
+import inspect
 import json
 import pathlib
 import re
@@ -138,6 +139,47 @@ def test_a_config_takes_a_step_of_each_phase_on_eight_devices(name, imagenet):
 def test_a_docstring_names_the_command_that_runs_the_file(name):
   words = " ".join(load(name).__doc__.replace("\\", "").split())
   assert re.search(rf"python main.py --config=configs/{name}.py(:\w+)? --workdir=", words)
+
+
+@functools.cache
+def dense_macs(name, sizes):
+  return vc.count(vc.create_model(name, **dict(sizes))).macs
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_docstring_tells_cost_and_result_and_a_cost_in_flop_is_counted(name):
+  """Six FLOP for a multiply-accumulate: forward, and twice as much backward."""
+  text, config = load(name).__doc__, load(name).get_config()
+  assert all(word in text for word in ("\nCommand:  ", "\nCost:     ", "\nResult:   "))
+  assert name.startswith(("digits", "shapes", "sparse")) or "\nHardware: " in text
+  if told := re.search(r"Cost:     ([\d.]+) ([ET])FLOP", text):
+    sizes = {key: value for key, value in config.model.items() if key not in (
+        "name", "drop_path_rate", "dtype", "remat", "mix_token", "position_std")}
+    flop = 6 * config.batch_size * config.total_steps * dense_macs(
+        config.model.name, tuple(sorted(sizes.items())))
+    assert f"{flop / {'E': 1e18, 'T': 1e12}[told[2]]:.3g}" == told[1]
+  else:
+    assert name in ("digits", "sparse_digits")   # measured
+
+
+ARGUMENTS = sorted({(name, argument) for name in NAMES for argument in re.findall(
+    rf"(?:configs/{name}\.py| or|,) ?:([\w.]+\w)", load(name).__doc__)})
+
+
+def test_a_config_with_an_argument_names_one():
+  """Or a variant that nobody can find would go untested."""
+  takes = {name for name in NAMES if inspect.signature(load(name).get_config).parameters}
+  assert takes == {name for name, _ in ARGUMENTS}
+
+
+@pytest.mark.parametrize("name, argument", ARGUMENTS)
+def test_what_a_docstring_offers_as_an_argument_is_a_config_too(name, argument):
+  config = load(name).get_config(argument)
+  settings.check(config)
+  sizes = config.model.to_dict()
+  model = vc.create_model(sizes.pop("name"), plan=vc.Plan.parse(config.plan), **sizes)
+  assert argument in (model.variant, config.data.name.removeprefix("tfds:")) or (
+      argument in config.plan) or argument in load(name).PLANS
 
 
 @pytest.mark.parametrize("compact, dense", [

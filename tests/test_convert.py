@@ -5,6 +5,7 @@ import functools
 import json
 import pathlib
 import re
+import resource
 import struct
 import sys
 import types
@@ -324,6 +325,20 @@ def test_pickled_files_are_read_as_weights_only(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "torch", None)
   with pytest.raises(ValueError, match="needs torch"):
     program.read_checkpoint(path)
+
+
+def test_a_file_that_finds_no_room_is_named_and_the_old_one_stays(tmp_path):
+  """A real limit: safetensors raises an error of its own, which is no OSError."""
+  path = tmp_path / "a.safetensors"
+  convert.write_safetensors(path, {"a": np.ones(4)}, {})
+  before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+  try:
+    with pytest.raises(OSError, match=r"a\.safetensors cannot be written: .*File too large.*room"):
+      convert.write_safetensors(path, {"a": np.ones(4000)}, {}, force=True)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_the_library_imports_neither_torch_nor_pickle():

@@ -78,3 +78,19 @@ import vitcompact.fold
 assert callable(vc.fold)
 """
   subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_training_on_digits_loads_nothing_of_tensorflow_and_torch():
+  code = """
+import sys
+import main
+from configs import digits
+from vitcompact.data import pipeline
+from vitcompact.train import loop, report
+data = pipeline.train_batches(digits.get_config().data, image_size=16, batch_size=4, seed=0)
+next(data)
+data.close()
+heavy = {"tensorflow", "tensorflow_datasets", "pyarrow", "torch"} & set(sys.modules)
+assert not heavy, heavy
+"""
+  subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -59,3 +59,74 @@ while true; do sleep 0.1; done""")
   process.communicate(timeout=60)
   assert process.returncode == 75
   assert len(log.read_text().splitlines()) == 1
+
+
+@pytest.fixture
+def cluster(tmp_path):
+  """A function that runs a script with stand-ins for the commands of a cluster: what they were
+  called with, and the exit code. states: what gcloud describes, in turn; codes: of main.py."""
+  log = tmp_path / "log"
+  stand_in = f"""#!/bin/bash
+printf '%s ' "$(basename "$0")" "$@" | tr '\\n' ' ' >> {log}; echo >> {log}
+turn() {{ grep -c "$1" {log}; }}
+case "$*" in
+  *describe*) states=($STATES); echo "${{states[$(turn describe) - 1]}}" ;;
+  *main.py*) codes=($CODES); exit "${{codes[$(turn main.py) - 1]}}" ;;
+esac
+"""
+  for name in ("gcloud", "srun", "scontrol"):
+    (tmp_path / name).write_text(stand_in)
+    (tmp_path / name).chmod(0o755)
+
+  def run(script, *arguments, states="", codes="0", **environment):
+    done = subprocess.run(
+        [ROOT / "launch" / script, *arguments], cwd=ROOT, capture_output=True, text=True,
+        check=False, timeout=60, env=environment | {
+            "PATH": f"{tmp_path}:{os.environ['PATH']}", "STATES": states, "CODES": codes,
+            "PAUSE": "0", "REPOSITORY": "https://example.org/r.git", "COMMIT": "abc"})
+    return log.read_text().splitlines(), done.returncode
+  return run
+
+
+TPU = ("tpu.sh", "deit", "us-central2-b", "v4-32", "c.py", "/mnt/w")
+
+
+def actions(lines):
+  words = ("describe", "create", "delete", "clone", "main.py")
+  return [next(word for word in words if word in line) for line in lines]
+
+
+def test_a_slice_is_made_prepared_and_trained_on(cluster):
+  lines, code = cluster(*TPU, "--config.plan={\"a\": 1}", states="MISSING READY", SPOT="1")
+  assert code == 0
+  assert actions(lines) == ["describe", "create", "clone", "main.py"]
+  assert "--accelerator-type=v4-32" in lines[1] and "--spot" in lines[1]
+  assert "checkout --quiet 'abc'" in lines[2] and "--worker=all" in lines[2]
+  command = lines[3].partition("--command=")[2]
+  assert command.split() == ["cd", "vitcompact", "&&", ".venv/bin/python", "main.py",
+                             "--config='c.py'", "--workdir='/mnt/w'", "--coordinator=auto",
+                             "--config.plan=\\{\\\"a\\\":\\", "1\\}"]
+
+
+def test_a_slice_that_was_taken_away_is_asked_for_again(cluster):
+  lines, code = cluster(*TPU, states="READY PREEMPTED MISSING", codes="255 0")
+  assert code == 0
+  assert actions(lines) == ["describe", "clone", "main.py", "describe", "delete", "describe",
+                            "create", "clone", "main.py"]
+
+
+def test_three_failures_in_a_row_are_no_accident(cluster):
+  lines, code = cluster(*TPU, states="READY READY READY", codes="2 2 2")
+  assert code == 2
+  assert actions(lines) == ["describe", "clone", "main.py"] + 2 * ["describe", "main.py"]
+
+
+@pytest.mark.parametrize("nodes, code, ended, queued", [
+    ("2", "75", 0, True), ("1", "76", 0, True), ("1", "2", 2, False), ("1", "0", 0, False)])
+def test_a_slurm_job_that_was_stopped_queues_itself_again(cluster, nodes, code, ended, queued):
+  lines, left = cluster("slurm.sh", "c.py", "w", "--config.seed=1", codes=code, SLURM_NNODES=nodes,
+                        SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="16")
+  assert left == ended
+  assert ("scontrol requeue 7 " in lines) == queued
+  assert ("--coordinator=auto" in lines[0]) == (nodes == "2")
+  assert "--cpus-per-task=16" in lines[0] and lines[0].endswith("--config.seed=1 ")

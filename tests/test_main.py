@@ -1,4 +1,5 @@
 """What a user types by mistake gets one line with the value and the way out, and exit code 2."""
+import logging
 import pathlib
 import sys
 
@@ -35,6 +36,9 @@ def run(monkeypatch, tmp_path):
      "'totl_steps' Did you mean \"total_steps\""),
     (["--config=configs/digits.py", "--config.total_steps=many"], "invalid literal for int()"),
     (["--config=configs/digts.py"], "configs/digts.py: no such file; there are configs/cifar10"),
+    (["--config=configs/sparse_digits.py:foo"], "sparse_digits.py:foo: KeyError: 'foo'; what foll"),
+    (["--config=configs/evit_deit_s.py:half"], "could not convert string to float: 'half'; what"),
+    (["--config=configs/digits.py:x"], "get_config() takes 0 positional arguments but 1 was given"),
     (["--mode=train"], "--config is missing"),
     ([DIGITS, "--mode=test"], "train|eval"),
     ([DIGITS, "--workdr=x"], "Did you mean: workdir"),
@@ -77,6 +81,14 @@ def test_a_mistake_gets_one_line_and_leaves_no_directory(run, capsys, tmp_path, 
   assert len(lines) == 1
   assert words in lines[0]
   assert not list(tmp_path.iterdir())
+
+
+def test_what_orbax_logs_before_it_raises_it_is_not_shown():
+  """Of a full disk, a hundred lines before our one; our own warnings are."""
+  record = logging.LogRecord("absl", logging.ERROR, "site-packages/orbax/x.py", 1, "", (), None)
+  assert not main.from_us(record)
+  record.pathname = "vitcompact/data/pipeline.py"
+  assert main.from_us(record)
 
 
 def test_verbosity_shows_where_it_happened(run):

@@ -26,6 +26,7 @@ ROW_ENTRIES, LEAST_ROWS = 2 ** 18, 16
 
 # Part of the cache keys of jax.jit: whoever asks for a backend gets no program of another.
 _asked = jax.make_user_context(None)
+_split = jax.make_user_context(False)
 
 
 def using(name: str | None):
@@ -45,20 +46,32 @@ def asked() -> str | None:
   return _asked.value
 
 
+def split_over(devices: int):
+  """A context in which the images of a batch lie on so many devices."""
+  return _split(devices > 1)
+
+
+def in_turn() -> bool:
+  """Whether images are computed one after the other, for the sake of a CPU's cache. Not where they
+  lie on several devices: a loop over them cannot be split, and each device would run all of it."""
+  return jax.default_backend() == "cpu" and not _split.value
+
+
 def backend(platform: str, dtype, *, queries: int, keys: int, width: int, plain: bool = True,
-            hopper: bool = False, devices: int = 1) -> str:
+            hopper: bool = False, devices: int = 1, turns: bool = True) -> str:
   """How attention is computed best.
 
   platform: "cpu", "gpu" or "tpu"; devices: how many there are. hopper: a GPU of that generation or
     a later one. width: the largest of queries, keys and values, see `backends.channels`.
   plain: nothing but a bias of keys changes the scores.
+  turns: see `in_turn`.
   Returns:
     "einsum", all scores at once; "images", an image in turn; "tiled", tiles of queries, whose
     memory is linear in tokens; "cudnn" (16 bits only); "splash" (a single TPU: XLA does not know
     how to share its kernel out). "tokamax" is only ever asked for.
   """
   entries = queries * keys
-  if platform == "cpu":
+  if platform == "cpu" and turns:
     return "einsum" if entries < FEW_ENTRIES else "images" if entries < MANY_ENTRIES else "tiled"
   if plain and not cudnn_refusal(platform, dtype, width=width, hopper=hopper):
     return "cudnn"
@@ -222,17 +235,16 @@ class Core(NamedTuple):
               "hopper": platform == "gpu" and _is_hopper()}
     name = _asked.value or backend(
         platform, value_bmhe.dtype, queries=query_bnhd.shape[1], keys=key_bmhd.shape[1],
-        plain=plain, devices=jax.device_count(), **device)
-    in_turn = platform == "cpu"
+        plain=plain, devices=jax.device_count(), turns=in_turn(), **device)
     if plain and name != "einsum":
       _check_runs(name, platform, value_bmhe.dtype, **device)
-      fused = functools.partial(backends.tiled, in_turn=in_turn)
+      fused = functools.partial(backends.tiled, in_turn=in_turn())
       with jax.named_scope(SCOPE):
         return {**vars(backends), "tiled": fused}[name](query_bnhd, key_bmhd, value_bmhe,
                                                         self._bias())
     rows = {"einsum": Core._at_once, "images": Core._at_once}.get(name, Core._in_rows)
     attend = functools.partial(rows, rescore=rescore, needed=needed)
-    if name != "einsum" and in_turn:
+    if name != "einsum" and in_turn():
       return self._images_in_turn(attend, query_bnhd, key_bmhd, value_bmhe)
     return attend(self, query_bnhd, key_bmhd, value_bmhe)
 

@@ -147,6 +147,8 @@ def write_safetensors(path, arrays: Mapping[str, Any], about: dict[str, str], *,
   try:
     safetensors.numpy.save_file(arrays, partial, metadata=about)
     os.replace(partial, path)
+  except (OSError, safetensors.SafetensorError) as error:
+    raise OSError(f"{path} cannot be written: {error}; make room, or name another place") from error
   finally:
     partial.unlink(missing_ok=True)
 

@@ -49,6 +49,25 @@ def test_a_bad_image_stops_the_run_and_is_named(folder, data):
     next(batches(config(folder), batch_size=4))
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Truncated File Read")
+def test_a_file_cut_anywhere_is_refused_unless_its_pixels_are_whole(kind):
+  """A PNG without its last check sum still has all of its pixels."""
+  image = NOISE.crop((0, 0, 12, 12))
+  data = encoded(image, kind)
+  whole = np.asarray(rgb(io.BytesIO(data), "it"))
+  accepted = 0
+  for length in range(len(data)):
+    try:
+      got = np.asarray(rgb(io.BytesIO(data[:length]), "it"))
+    except BadRecord as error:
+      assert len(str(error).splitlines()) == 1
+    else:
+      np.testing.assert_array_equal(got, whole)
+      accepted += 1
+  assert accepted <= 20
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_image_may_be_passed_over_and_is_counted(folder, workers):
   """Each process counts the images, not how often they came; the batch stays whole."""

@@ -1,40 +1,44 @@
 """Sets of TensorFlow Datasets are read without TensorFlow; what is held out is held out."""
+import json
 import subprocess
 import sys
 
 import ml_collections
 import numpy as np
 import pytest
+import tensorflow_datasets
 
-from vitcompact.data import pipeline
+from vitcompact.data import pipeline, tfds
 
-pytest.importorskip("tensorflow_datasets")
-
-# Writes a set as TFDS itself does: name, {split: number of images}. A label is i % 3, or hidden.
+# Writes sets as TFDS itself does: {name: {split: number of images}}. A label is i % 3, or hidden.
+# Each has another label too, as cifar100 has.
 WRITE = '''
-import io, sys
-import numpy as np
+import io, json, sys
 import tensorflow_datasets as tfds
 from PIL import Image
 
-name, splits, root = sys.argv[1], dict(eval(sys.argv[2])), sys.argv[3]
+def write(name, splits, root):
+  def examples(self, split, count, hidden):
+    for i in range(count):
+      file = io.BytesIO()
+      Image.new("RGB", (10, 8), (i, 5 * list(splits).index(split), 0)).save(file, "PNG")
+      file.seek(0)
+      yield i, {"image": file, "label": -1 if hidden else i % 3, "coarse_label": 0}
 
-def examples(self, split, count, hidden):
-  for i in range(count):
-    file = io.BytesIO()
-    Image.new("RGB", (10, 8), (i, 5 * list(splits).index(split), 0)).save(file, "PNG")
-    file.seek(0)
-    yield i, {"image": file, "label": -1 if hidden else i % 3}
+  builder = type(name, (tfds.core.GeneratorBasedBuilder,), {
+      "VERSION": tfds.core.Version("1.0.0"),
+      "_info": lambda self: tfds.core.DatasetInfo(
+          builder=self, supervised_keys=("image", "label"), features=tfds.features.FeaturesDict({
+              "image": tfds.features.Image(shape=(8, 10, 3), encoding_format="png"),
+              "label": tfds.features.ClassLabel(names=["a", "b", "c"]),
+              "coarse_label": tfds.features.ClassLabel(names=["all"])})),
+      "_split_generators": lambda self, _: {
+          split: examples(self, split, abs(count), count < 0) for split, count in splits.items()},
+      "_generate_examples": examples})
+  builder(data_dir=root, file_format="array_record").download_and_prepare()
 
-Set = type(name, (tfds.core.GeneratorBasedBuilder,), {
-    "VERSION": tfds.core.Version("1.0.0"),
-    "_info": lambda self: tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
-        "image": tfds.features.Image(shape=(8, 10, 3), encoding_format="png"),
-        "label": tfds.features.ClassLabel(names=["a", "b", "c"])})),
-    "_split_generators": lambda self, _: {
-        split: examples(self, split, abs(count), count < 0) for split, count in splits.items()},
-    "_generate_examples": examples})
-Set(data_dir=root, file_format="array_record").download_and_prepare()
+for name, splits in json.loads(sys.argv[1]).items():
+  write(name.title().replace("_", ""), splits, sys.argv[2])
 assert "tensorflow" not in sys.modules
 '''
 SETS = {"with_test": {"train": 40, "test": 6}, "hidden": {"train": 9, "validation": 5, "test": -4}}
@@ -43,9 +47,7 @@ SETS = {"with_test": {"train": 40, "test": 6}, "hidden": {"train": 9, "validatio
 @pytest.fixture(scope="module", autouse=True)
 def root(tmp_path_factory):
   root = tmp_path_factory.mktemp("tfds")
-  for name, splits in SETS.items():
-    subprocess.run([sys.executable, "-c", WRITE, name.title().replace("_", ""), repr(splits),
-                    str(root)], check=True)
+  subprocess.run([sys.executable, "-c", WRITE, json.dumps(SETS), str(root)], check=True)
   with pytest.MonkeyPatch.context() as patch:
     from tensorflow_datasets.core import constants
     patch.setattr(constants, "DATA_DIR", str(root))
@@ -79,6 +81,20 @@ def test_a_test_split_whose_labels_are_hidden_is_replaced_by_validation():
   """imagenet2012 is of this kind."""
   train, val, test = (numbers("tfds:hidden", split) for split in pipeline.SPLITS)
   assert len(train[0]) == 9 and len(val[0]) == 5 and val == test and val[1] == {5}
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "imagenet2012", "oxford_iiit_pet"])
+def test_a_set_with_several_labels_or_images_is_read_by_those_it_is_known_for(name, root):
+  """Some have coarse labels or masks beside. Their own builders say so, without their data."""
+  info = tensorflow_datasets.builder(name, data_dir=str(root)).info
+  assert tfds.image_and_label(info) == ("image", "label")
+  assert "tensorflow" not in sys.modules
+
+
+def test_what_is_not_image_classification_is_refused(root):
+  info = tensorflow_datasets.builder("tiny_shakespeare", data_dir=str(root)).info
+  with pytest.raises(ValueError, match=r"'tfds:tiny_shakespeare' is not image .* are text"):
+    tfds.image_and_label(info)
 
 
 def test_batches_come_from_worker_processes_too():

@@ -187,6 +187,23 @@ def test_a_save_that_fails_names_the_step_that_is_intact(store, tmp_path, monkey
   assert again.steps() == [1, 2]
 
 
+def test_a_disk_that_is_full_for_the_scores_is_named_and_the_step_counts(store, tmp_path):
+  save(store, 1, state_of(), 0.1)
+  (store.directory / "scores.tmp").symlink_to("/dev/full")
+  with pytest.raises(OSError, match=r"scores.json cannot be written: No space .*step 2 is intact"):
+    save(store, 2, state_of(), 0.2)
+  again = Checkpoints(tmp_path, keep_last=2)
+  assert again.steps() == [1, 2] and again.scores == {1: 0.1}
+
+
+def test_what_tensorstore_complains_of_after_a_failed_read_is_not_shown():
+  seen = []
+  hook = checkpoint.quiet(lambda *error: seen.append(error))
+  for error in (RuntimeError("Event loop is closed"), RuntimeError("another")):
+    hook(RuntimeError, error, None)
+  assert [str(error) for _, error, _ in seen] == ["another"]
+
+
 def test_a_damaged_step_is_set_aside_as_often_as_it_is_needed(store):
   for expected in ("damaged.1", "damaged.1.1"):
     save(store, 1, state_of(), 0.1)

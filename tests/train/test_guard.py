@@ -1,5 +1,6 @@
 """A NaN changes nothing: the run stops and keeps the batch, or skips so many steps and counts."""
 import dataclasses
+import types
 
 import flax.struct
 import jax
@@ -79,6 +80,16 @@ def test_the_guard_is_part_of_the_step_when_asked_for(config):
              "label": jax.ShapeDtypeStruct((16,), np.int32)}
     _, metrics = jax.eval_shape(run.step_at(0), run.shapes, batch)
     assert ("skipped" in metrics) == bool(most)
+
+
+def test_a_nan_is_told_even_where_its_batch_cannot_be_written(built, config):
+  data = pipeline.train_batches(config.data, image_size=8, batch_size=16, seed=0)
+  under = types.SimpleNamespace(run=built, skipped=0, data=data, directory=guard.pathlib.Path(
+      "/dev/null"))
+  with pytest.raises(FloatingPointError, match=r"loss is nan at step 4; .* could not be written"):
+    loop.check_finite(under, 3, [{"loss": 1.0, "grad_norm": 1.0},
+                                 {"loss": np.nan, "grad_norm": 1.0}])
+  data.close()
 
 
 def test_the_batch_that_is_kept_is_the_one_of_that_step(config, tmp_path):

@@ -1,8 +1,13 @@
 """The log survives kills, full disks and clocks, and shows what it is given."""
+import io
 import json
+import struct
+import time
 
 import numpy as np
 import pytest
+from tensorboardX import record_writer
+from tensorboardX.proto.event_pb2 import Event
 
 from vitcompact.train import log
 
@@ -17,6 +22,32 @@ def test_a_clock_that_is_set_back_changes_no_rate(monkeypatch):
   now[0] = 100.0                                           # and a clock that stands still
   meter.reset()
   assert all(np.isfinite(value) for value in meter.read().values())
+
+
+class Busy:
+  """What a device is through with after some seconds."""
+
+  def __init__(self, seconds):
+    self.end = time.perf_counter() + seconds
+
+  def block_until_ready(self):
+    time.sleep(max(0.0, self.end - time.perf_counter()))
+
+
+@pytest.mark.parametrize("busy, least, most", [
+    (None, 0.1, 1.0),     # nothing to do: all of it
+    (0.0, 0.08, 1.0),
+    (0.07, 0.01, 0.08),   # from when the step was over
+    (0.5, 0.0, 0.0)])     # still computing when the batch came: the devices lacked nothing
+def test_waiting_for_data_counts_where_the_devices_wait(busy, least, most):
+  def batches():
+    time.sleep(0.1)
+    yield "batch"
+
+  meter = log.Meter()
+  running = None if busy is None else {"loss": Busy(busy)}
+  assert meter.next_batch(batches(), running) == "batch"
+  assert least <= meter.waited <= most
 
 
 def test_half_a_line_that_a_kill_left_is_cut_off(tmp_path):
@@ -35,6 +66,63 @@ def test_a_full_disk_is_said_with_the_file(tmp_path):
     with pytest.raises(OSError, match=r"metrics.jsonl cannot be written: No space left on device"):
       writer.write(1, {"loss": 1.0})
     writer.close()
+
+
+def test_a_full_disk_under_tensorboards_file_ends_the_run_with_a_line_too(tmp_path, capsys):
+  """With tensorboardX's own writer, whose thread had died, the run waited for ever."""
+  writer = log.Log(tmp_path, 10)
+  writer.events.file.close()
+  writer.events.file = record_writer.RecordWriter("/dev/full")
+  with pytest.raises(OSError, match=r"events\..* cannot be written: No space left on device"):
+    for step in range(1000):   # a buffer is between
+      writer.write(step, {"loss": 1.0})
+  writer.close()
+  assert "events.out.tfevents" in capsys.readouterr().err
+
+
+def events(path):
+  """TensorBoard's file: records of a length, its check sum, the event, its check sum."""
+  data, at, out = path.read_bytes(), 0, []
+  while at < len(data):
+    [size] = struct.unpack("<Q", data[at:at + 8])
+    out.append(Event.FromString(data[at + 12:at + 12 + size]))
+    at += size + 16
+  return out
+
+
+def test_tensorboard_gets_a_file_a_start_with_its_numbers_at_their_steps(tmp_path, monkeypatch):
+  monkeypatch.setattr(log.time, "time", lambda: 0.0)      # both starts in one second
+  for start in range(2):
+    writer = log.Log(tmp_path, 10)
+    writer.write(start, {"loss": 0.5, "mode": "train"})
+    writer.close()
+  files = sorted(tmp_path.glob("events.out.tfevents.*"))
+  assert len(files) == 2
+  for start, path in enumerate(files):
+    version, scalar = events(path)
+    assert version.file_version == "brain.Event:2"
+    [value] = scalar.summary.value
+    assert (scalar.step, value.tag, value.simple_value) == (start, "loss", 0.5)
+
+
+def test_a_terminal_shows_a_bar_with_speed_and_the_time_that_is_left(tmp_path, monkeypatch):
+  class Terminal(io.StringIO):
+    def isatty(self):
+      return True
+
+  screen = Terminal()
+  monkeypatch.setattr(log.sys, "stdout", screen)
+  monkeypatch.setenv("COLUMNS", "120")
+  monkeypatch.setenv("TERM", "xterm")
+  writer = log.Log(tmp_path, 10)
+  for step in (1, 2, 3):
+    writer.progress(step)
+  writer.write(3, {"images_per_second": 250.0})
+  writer.bar.refresh()
+  writer.close()
+  assert "3/10" in screen.getvalue() and "250 img/s" in screen.getvalue()
+  assert "0:00:0" in screen.getvalue()
+  assert "step 3/10 images_per_second=250" in screen.getvalue()   # and lines above it
 
 
 class Mirror:

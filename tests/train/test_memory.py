@@ -24,6 +24,21 @@ def test_what_a_device_holds_is_what_is_there_once_the_state_exists(config):
   assert sizes["in all"] == sum(sizes.values()) - sizes["in all"]
 
 
+def test_eight_devices_compute_an_eighth_each(config, monkeypatch):
+  """Of attention too: where a CPU takes image after image, a loop over images that lie on eight
+  devices would be run whole by each of them, in eight times the memory."""
+  config.plan, config.mesh.fsdp, config.ema_half_life = "", 1, 0.0
+  config.model.update(depth=1, image_size=48)    # 145 tokens: one device does take turns
+  config.batch_size = 64
+  eight = memory.measure(build.build(build.resolve(config)))
+  config.batch_size = 8
+  first = jax.devices()[:1]
+  monkeypatch.setattr(jax, "devices", lambda *_: first)
+  one = memory.measure(build.build(build.resolve(config)))
+  assert one["batch"] == eight["batch"]
+  assert eight["working memory"] < 3 * one["working memory"]
+
+
 def test_activations_grow_with_a_devices_images_and_shrink_by_remat(config):
   def kept(**changes):
     copy = config.copy_and_resolve_references()

@@ -1,4 +1,5 @@
 """A finished run's receipt says what its deployed file does."""
+import errno
 import json
 
 import pytest
@@ -32,6 +33,16 @@ def test_the_receipt_and_the_file_are_of_the_folded_model(built, tmp_path):
   assert correct == pytest.approx(round(correct), abs=1e-4) and correct > 0
   text = (tmp_path / "receipt.md").read_text()
   assert "same function" in text and "NOT" not in text and f"{rows[2]['params']:,}" in text
+
+
+def test_a_report_that_finds_no_room_says_that_the_run_is_done(tmp_path, monkeypatch):
+  def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  model = tiny.deit()
+  monkeypatch.setattr(convert.os, "replace", full)
+  with pytest.raises(OSError, match=r"the run is done, but .*deploy\.safetensors cannot be w"):
+    report.write(tmp_path, None, {"deploy": (model, tiny.init(model))})
 
 
 @pytest.mark.parametrize("links, share", [

@@ -1,4 +1,5 @@
 """A run that is asked to leave saves, leaves with 75, and goes on as if it had never stopped."""
+import dataclasses
 import json
 import signal
 import subprocess
@@ -95,6 +96,28 @@ def test_a_signal_is_heard_while_the_main_thread_is_in_the_compiler(saved):
   _, error = process.communicate(timeout=60)
   assert process.returncode == stop.STOPPED
   assert error == "stopped by SIGTERM; nothing is lost. The same command goes on\n"
+
+
+def test_a_signal_in_the_first_steps_compiler_would_lose_nothing(
+    config, built, tmp_path, monkeypatch):
+  """And says so: the process may be ended there, not minutes later."""
+  stopping, seen = stop.Stop(), []
+
+  def step(state, batch):
+    seen.append(stopping.saved)
+    return built.step_at(0)(state, batch)
+
+  monkeypatch.setattr(loop, "build", lambda config: dataclasses.replace(
+      built, config=loop.resolve(config), step_at=lambda _: step))
+  for until in (3, 22):   # saved at 3, 20 and 22
+    loop.train(config, tmp_path, stopping=stopping, until=until)
+  assert [number for number, saved in enumerate(seen, 1) if saved] == [1, 4, 21]
+  assert len(seen) == 22
+
+
+def test_what_stopped_says_where():
+  assert "at step 7; saved" in str(stop.Stopped(7))
+  assert "in an evaluation; saved" in str(stop.Stopped())
 
 
 def test_who_stops_by_himself_is_not_ended_by_the_watcher():

@@ -1,5 +1,6 @@
 """A workdir belongs to one run at a time, of one config, and says at once if it cannot be used."""
 import pytest
+from PIL import Image
 
 from vitcompact.train import loop, workdir
 
@@ -24,6 +25,19 @@ def test_a_workdir_that_cannot_be_written_is_refused(config, path):
   with pytest.raises(ValueError, match=f"--workdir={path} "):
     workdir.check_writable(workdir.pathlib.Path(path))
     workdir.claim(workdir.pathlib.Path(path), loop.resolve(config))
+
+
+def test_val_that_does_not_fit_train_is_found_before_anything_is_computed(
+    config, tmp_path, monkeypatch):
+  """Not after the first steps, when the first evaluation reads it."""
+  for name in ("train/cat", "val/fish"):
+    (tmp_path / "images" / name).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "0.png")
+  config.data.name = f"folder:{tmp_path / 'images'}"
+  monkeypatch.setattr(loop, "build", lambda config: pytest.fail("built already"))
+  with pytest.raises(ValueError, match=r"val/fish is a class that .*/train does not have"):
+    loop.train(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
 
 
 def test_a_lack_of_permission_is_found_before_anything_is_computed(config, tmp_path, monkeypatch):

@@ -16,8 +16,9 @@ from vitcompact.data.decode import BadRecord, Example, as_arrays, rgb
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
+@functools.cache
 def other_split(split: str, where: str) -> str:
-  """Where only one of val and test exists it serves as both, and a line says so.
+  """Where only one of val and test exists it serves as both, and a line says so, once.
 
   That is ImageNet's custom, and it means that nothing is held out: a checkpoint chosen by its
   accuracy on val has then been chosen on the images that it is reported on.

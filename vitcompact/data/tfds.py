@@ -22,8 +22,8 @@ def _builder(name: str):
   try:
     import tensorflow_datasets
   except ImportError:
-    raise ValueError(f"data.name='tfds:{name}' needs pip install tensorflow-datasets "
-                     "importlib_resources (TensorFlow itself is not needed)") from None
+    raise ValueError(f"data.name='tfds:{name}' needs tensorflow-datasets, which requirements.txt "
+                     "lists: pip install -r requirements.txt") from None
   try:
     builder = tensorflow_datasets.builder(name)
   except Exception as error:  # each of TFDS's own, some of them of many lines
@@ -34,16 +34,23 @@ def _builder(name: str):
   return builder
 
 
-@functools.cache
-def keys(name: str) -> tuple[str, str]:
-  """The names of a set's one image and its one class label."""
-  features = _builder(name).info.features
-  found = [[key for key, feature in features.items() if type(feature).__name__ == kind]
-           for kind in ("Image", "ClassLabel")]
+def image_and_label(info) -> tuple[str, str]:
+  """The names of a set's image and class label: those that it is known for, where it has several
+  (cifar100 has a coarse label too), else its only ones."""
+  features = {key: type(feature).__name__ for key, feature in info.features.items()}
+  known = info.supervised_keys or ()
+  if [features.get(key) for key in known] == ["Image", "ClassLabel"]:
+    return known
+  found = [[key for key in features if features[key] == kind] for kind in ("Image", "ClassLabel")]
   if any(len(these) != 1 for these in found):
-    raise ValueError(f"data.name='tfds:{name}' is not image classification: its features are "
+    raise ValueError(f"data.name='tfds:{info.name}' is not image classification: its features are "
                      f"{', '.join(features)}")
   return found[0][0], found[1][0]
+
+
+@functools.cache
+def keys(name: str) -> tuple[str, str]:
+  return image_and_label(_builder(name).info)
 
 
 def open_split(name: str, split: str):

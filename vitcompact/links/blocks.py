@@ -45,7 +45,7 @@ class BlockLinks(NamedTuple):
   def attend(self, query_bnfd, key_bmfd, value_bmfe, bias_bm=None):
     """softmax(q k^T / sqrt(d) + bias) v over what is linked: (B, N, f, e). bias: of keys, fixed."""
     query_bnfd = query_bnfd * query_bnfd.shape[-1] ** -0.5
-    attend = self._in_turn if jax.default_backend() == "cpu" else self._side_by_side
+    attend = self._in_turn if attention.in_turn() else self._side_by_side
     blocks_bfqae, outer_bone = attend(query_bnfd, key_bmfd, value_bmfe, bias_bm)
     out = self.queries.join(blocks_bfqae)
     if self.order is not None:

@@ -138,7 +138,7 @@ def _is_number(value) -> bool:
 
 def largest(x, k: int):
   """True at the k largest entries along the last axis, exactly k; ties go to the lowest index."""
-  if x.ndim > 2 and jax.default_backend() == "cpu":   # a map at a time stays in the cache
+  if x.ndim > 2 and attention.in_turn():   # a map at a time stays in the cache
     maps = jax.lax.map(lambda rows: _largest(rows, k), x.reshape(-1, *x.shape[-2:]))
     return maps.reshape(x.shape)
   return _largest(x, k)

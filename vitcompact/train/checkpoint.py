@@ -159,11 +159,7 @@ class Checkpoints:
     self.scores = {known: value for known, value in self.scores.items() if known in steps}
     self.scores[step] = accuracy
     if jax.process_index() == 0:
-      path = self.directory / "scores.json"
-      new = path.with_suffix(".tmp")   # renamed, so that a kill leaves the old or the new scores
-      scores = {str(known): value for known, value in self.scores.items()}
-      new.write_text(json.dumps(sealed({"scores": scores})))
-      new.replace(path)
+      self._write_scores()
       best = self.best()
       for old in steps[:-self.keep_last]:
         if old != best[0]:
@@ -178,13 +174,15 @@ class Checkpoints:
                        "trained with, or another --workdir")
     target = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)
+    hook = sys.excepthook
+    sys.excepthook = quiet(hook)   # and stays so after a failure: other reads end later
     try:
       found = self.writer.restore(where, args=ocp_args.Composite(
           state=ocp_args.StandardRestore(target)))
     except Exception as error:  # Orbax passes on whatever its reader raised, a plain Exception too
-      sys.excepthook = quiet(sys.excepthook)
       cause = hosts.first_line(error.__cause__ or error)[:200]
       raise Damaged(f"{where} cannot be read, {type(error).__name__}: {cause}") from error
+    sys.excepthook = hook
     read = describe(found.state)
     if damaged := [name for name in read if read[name] != meta["leaves"][name]]:
       raise Damaged(f"{where} is damaged: {first(damaged)} changed since it was written")
@@ -222,6 +220,17 @@ class Checkpoints:
     except Damaged as error:
       raise Damaged(f"{error}; delete it, and the best checkpoint will be chosen among the coming "
                     "ones alone") from error
+
+  def _write_scores(self):
+    path = self.directory / "scores.json"
+    new = path.with_suffix(".tmp")   # renamed, so that a kill leaves the old or the new scores
+    scores = {str(known): value for known, value in self.scores.items()}
+    try:
+      new.write_text(json.dumps(sealed({"scores": scores})))
+      new.replace(path)
+    except OSError as error:
+      raise OSError(f"{path} cannot be written: {error.strerror}; step {self.steps()[-1]} is "
+                    "intact. Make room and give the same command again") from error
 
   def _clean(self):
     """Removes what killed saves and removals left; a step without a part that no newer one

@@ -3,39 +3,94 @@ import contextlib
 import json
 import os
 import pathlib
+import socket
 import sys
 import time
+from concurrent import futures
 
+import jax
 import rich.console
 import rich.progress
-import tensorboardX
+from tensorboardX import record_writer, summary
+from tensorboardX.proto.event_pb2 import Event
 
 # A rate measured over fewer seconds than that says more about the clock than about the run.
 CLOCK = 1e-9
+FLUSH = 30    # seconds after which TensorBoard sees what was written
+
+
+def ended(running) -> float:
+  """When the devices were through with something."""
+  jax.block_until_ready(running)
+  return time.perf_counter()
 
 
 class Meter:
-  """Images a second, and the share of the time that was spent waiting for data.
+  """Images a second, and the share of the time in which the devices waited for data.
 
   By a clock that only goes forward: a date that is set anew changes nothing.
   """
 
   def __init__(self):
+    self.watcher = futures.ThreadPoolExecutor(1, "devices")
     self.reset()
 
   def reset(self):
     self.start, self.waited, self.images = time.perf_counter(), 0.0, 0
 
-  def next_batch(self, batches):
-    """next(batches), timed."""
+  def next_batch(self, batches, running=None):
+    """next(batches), timed from when the devices are through with `running`, their newest step.
+
+    Until then they lack nothing, however long this takes: the threads that make later batches hold
+    Python's lock for milliseconds, and on a busy machine more.
+    """
     begin = time.perf_counter()
+    idle = self.watcher.submit(ended, running) if running is not None else None
     batch = next(batches)
-    self.waited += time.perf_counter() - begin
+    end = time.perf_counter()
+    if idle is None:
+      self.waited += end - begin
+    elif idle.done() and not idle.exception():   # an error of the step is raised where it is read
+      self.waited += max(0.0, end - max(begin, idle.result()))
     return batch
 
   def read(self) -> dict[str, float]:
     elapsed = max(time.perf_counter() - self.start, CLOCK)
     return {"images_per_second": self.images / elapsed, "data_wait": self.waited / elapsed}
+
+
+class Events:
+  """TensorBoard's file. tensorboardX's own writer writes in a thread: where that dies of a full
+  disk, the run waits for it for ever. Named by nanoseconds: two starts may fall into one second."""
+
+  def __init__(self, workdir: pathlib.Path):
+    self.path = workdir / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
+    self.file = record_writer.RecordWriter(str(self.path))
+    self.flushed = -FLUSH
+    self._write(file_version="brain.Event:2")
+
+  def add(self, step: int, *summaries):
+    for one in summaries:
+      self._write(step=step, summary=one)
+    if time.perf_counter() - self.flushed > FLUSH:
+      self.file.flush()
+      self.flushed = time.perf_counter()
+
+  def _write(self, **fields):
+    self.file.write(Event(wall_time=time.time(), **fields).SerializeToString())
+
+  def close(self):
+    self.file.close()
+
+
+@contextlib.contextmanager
+def blaming(path: pathlib.Path):
+  """Says which file a full disk or a lack of permission was met in, and what to do."""
+  try:
+    yield
+  except OSError as error:
+    raise OSError(f"{path} cannot be written: {error.strerror}. Checkpoints are as they were; make "
+                  "room and give the same command again") from error
 
 
 class Log:
@@ -54,7 +109,7 @@ class Log:
     self.path = workdir / "metrics.jsonl"
     drop_half_line(self.path)
     self.lines = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
-    self.events = tensorboardX.SummaryWriter(str(workdir), write_to_disk=True)
+    self.events = Events(workdir)
     if sys.stdout.isatty():
       self.bar = rich.progress.Progress(
           rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(),
@@ -80,8 +135,8 @@ class Log:
       return
     self._append(json.dumps({"step": step, **values}))
     numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-    for name, value in numbers.items():
-      self.events.add_scalar(name, value, step)
+    with blaming(self.events.path):
+      self.events.add(step, *(summary.scalar(name, value) for name, value in numbers.items()))
     if self.mirror:
       self.mirror.log(numbers, step=step)
     if self.bar and "images_per_second" in values:
@@ -93,15 +148,13 @@ class Log:
   def picture(self, step: int, name: str, image):
     """uint8 (H, W, 3) to TensorBoard."""
     if self.active:
-      self.events.add_image(name, image, step, dataformats="HWC")
+      with blaming(self.events.path):
+        self.events.add(step, summary.image(name, image, dataformats="HWC"))
 
   def _append(self, line: str):
-    try:
+    with blaming(self.path):
       self.lines.write(line + "\n")
       self.lines.flush()
-    except OSError as error:
-      raise OSError(f"{self.path} cannot be written: {error.strerror}. Checkpoints are as they "
-                    "were; make room and give the same command again") from error
 
   def close(self):
     if self.bar:
@@ -109,7 +162,11 @@ class Log:
     if self.active:
       with contextlib.suppress(OSError):   # said already, when the line was written
         self.lines.close()
-      self.events.close()
+      try:
+        self.events.close()
+      except OSError as error:             # the run itself may well be whole
+        print(f"WARNING: {self.events.path} lacks its last numbers: {error.strerror}",
+              file=sys.stderr, flush=True)
     if self.mirror:
       self.mirror.finish()
 

@@ -85,7 +85,7 @@ def fit(under: Underway, state, stop: int):
       leave(under, step - 1, state, pending, meter)
     under.profile.before(step, state)
     try:
-      batch = meter.next_batch(under.data)
+      batch = meter.next_batch(under.data, pending[-1] if pending else None)
     except Exception:
       if under.stopping.requested():     # the signal reached the workers too, and they went first
         leave(under, step - 1, state, pending, meter)
@@ -95,8 +95,8 @@ def fit(under: Underway, state, stop: int):
     batch = sharding.put_batch(batch, run.mesh)
     if len(pending) > 1:  # steps are dispatched ahead of the device, but not without end
       jax.block_until_ready(pending[-2])
-    under.stopping.saved = False
     state, metrics = run.step_at(step - 1)(state, batch)
+    under.stopping.saved = False   # not before: the first step compiles for minutes
     pending.append(metrics)
     meter.images += config.batch_size
     under.log.progress(step)
@@ -148,10 +148,13 @@ def check_finite(under: Underway, first_step: int, metrics: list[dict]):
       break
   under.skipped += skips
   if bad:
-    path = guard.keep_batch(under.directory, bad[0], under.data)
+    try:
+      batch = f"The batch is in {guard.keep_batch(under.directory, bad[0], under.data)}"
+    except OSError as error:
+      batch = f"The batch could not be written ({error.strerror})"
     raise FloatingPointError(
-        f"{bad[1]}; stopped, and nothing was saved since the last checkpoint. The batch is in "
-        f"{path}. A lower config.optim.learning_rate or a config.optim.clip_norm may help")
+        f"{bad[1]}; stopped, and nothing was saved since the last checkpoint. {batch}. A lower "
+        "config.optim.learning_rate or a config.optim.clip_norm may help")
 
 
 def summary(metrics: list[dict], skipped: int) -> dict[str, float]:
@@ -243,9 +246,10 @@ def check_start(config, directory: pathlib.Path, which: str):
   """Refuses what no run can begin with, processes that were started differently among it."""
   if which not in RESTORE:
     raise ValueError(f"restore={which!r} is none of {', '.join(RESTORE)}")
+  images = {f"images of {split}": pipeline.num_examples(config.data.name, split)
+            for split in pipeline.SPLITS}   # val and test too: not first when they are needed
   hosts.check_agreement({**settings.flat(json.loads(config.to_json())), "--workdir": str(directory),
-                         "--restore": which,
-                         "training images": pipeline.num_examples(config.data.name, "train")})
+                         "--restore": which, **images})
 
 
 def train(config, directory, *, until: int | None = None, stopping: Stop | None = None,

@@ -49,11 +49,20 @@ def report(result: loop.Result, workdir) -> Receipt:
       vc.verify(model.clone(dtype="float32"), variables, deploy.clone(dtype="float32"), folded,
                 images), facts)
   if jax.process_index() == 0:
-    directory = pathlib.Path(workdir)
-    convert.save(directory / "trained.safetensors", model, variables, force=True)
-    convert.save(directory / "deploy.safetensors", deploy, folded, force=True)
-    receipt.write(directory)
+    write(pathlib.Path(workdir), receipt,
+          {"trained": (model, variables), "deploy": (deploy, folded)})
   return receipt
+
+
+def write(directory: pathlib.Path, receipt: Receipt, files: dict):
+  """files: {name: (model, variables)}."""
+  try:
+    for name, (model, variables) in files.items():
+      convert.save(directory / f"{name}.safetensors", model, variables, force=True)
+    receipt.write(directory)
+  except OSError as error:
+    raise OSError(f"the run is done, but its report was not written: {error}. Then give the "
+                  "same command again") from error
 
 
 def links_kept(model, variables, images) -> dict[str, float]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vitcompact import attention
 from vitcompact.data import batch as device_batch
 from vitcompact.train import losses, sharding
 from vitcompact.train.objective import variables
@@ -182,15 +183,23 @@ def jit_init(init, shardings):
                  compiler_options={"xla_backend_optimization_level": 0})
 
 
+def split_over(mesh, step):
+  """The step, traced as one whose images lie on the devices of a mesh."""
+  def traced(*arguments):
+    with attention.split_over(mesh.size):
+      return step(*arguments)
+  return traced
+
+
 def jit_train_step(train_step, shardings, mesh):
   """The state is donated: use only the one that comes back."""
-  return jax.jit(train_step, in_shardings=(shardings, sharding.batches(mesh)),
+  return jax.jit(split_over(mesh, train_step), in_shardings=(shardings, sharding.batches(mesh)),
                  out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0)
 
 
 def jit_eval_step(eval_step, mesh):
   """Variables lie as they come, as parameters and averages do in training."""
-  return jax.jit(eval_step, in_shardings=(None, sharding.batches(mesh)),
+  return jax.jit(split_over(mesh, eval_step), in_shardings=(None, sharding.batches(mesh)),
                  out_shardings=sharding.replicated(mesh))
 
 

@@ -21,7 +21,8 @@ class Stopped(Exception):
   """The run was asked to leave; where `step` is given, everything up to it is on disk."""
 
   def __init__(self, step: int | None = None):
-    super().__init__(f"stopped by SIGTERM at step {step}; saved. The same command goes on from it")
+    where = "in an evaluation" if step is None else f"at step {step}"
+    super().__init__(f"stopped by SIGTERM {where}; saved. The same command goes on from it")
 
 
 class Stop:
