@@ -46,7 +46,8 @@ class Sparsifiner:
   granularity: "token": a link joins two tokens; masked dense attention, a reference that is slower
     than dense. "block": a link joins two blocks of about `window` x `window` patches; a query block
     has max(1, round(keep * blocks)) of them, the one with itself included, and what is not linked
-    is not computed.
+    is not computed. Behind DynamicViT, whose training only masks what it drops, the blocks of
+    training are those of the whole grid; those of inference are cut from the survivors.
   masked: whether attention is restricted to the links. False is phase 1 of training: attention is
     dense while predictors learn. Whenever "links" is a mutable collection, each predictor sows
     there its "score", the "target" to reconstruct (see `train.losses`) and what is "linked".
