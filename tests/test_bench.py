@@ -53,6 +53,11 @@ def test_candidates_take_turns_in_an_order_that_rotates():
   taken = bench.rounds_of({name: Remote(name, [9, 1, 2, 3], log) for name in "ab"}, rounds=3,
                           least=1.0)
   assert "".join(name for name, _ in log) == "ab" + "ab" + "ba" + "ab" and taken["a"] == [1, 2, 3]
+  # Calls in which a turn settles are not counted.
+  log.clear()
+  taken = bench.rounds_of({name: Remote(name, [9, 7, 1, 7, 2], log) for name in "ab"}, rounds=2,
+                          least=0, settle=1)
+  assert "".join(name for name, _ in log) == "ab" + "aabb" + "bbaa" and taken["b"] == [1, 2]
 
 
 def test_ratios_are_of_the_same_round_so_that_what_slows_a_round_cancels():

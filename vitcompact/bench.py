@@ -60,12 +60,14 @@ def compiled(function: Callable, *args) -> Compiled:
 
 
 def rounds_of(functions: Mapping[str, Callable[[], object] | Remote], *, rounds: int = 7,
-              least: float = 0.1) -> dict[str, list[float]]:
+              least: float = 0.1, settle: int = 0) -> dict[str, list[float]]:
   """{name: seconds a call in each round}, of functions that take turns.
 
   Their order rotates from round to round. A function of no arguments returns arrays, which are
   waited for; its first call, which may compile, is not counted. A function is called as often in a
-  round as takes `least` seconds, at least once; least=0: once, without a call to find out.
+  round as takes `least` seconds, at least once; least=0: once, without a call to find out. A turn
+  begins with `settle` calls that are not counted: a large one pays for what the one before it left
+  behind, such as memory that went back to the system.
   """
   names = list(functions)
   timers = {name: getattr(function, "seconds", None) or _timer(function)
@@ -76,11 +78,13 @@ def rounds_of(functions: Mapping[str, Callable[[], object] | Remote], *, rounds:
   if least:
     once = {name: timers[name](1) for name in names}
     calls = {name: max(1, round(least / max(once[name], 1e-6))) for name in names}
-    if set(calls.values()) == {1}:   # then that was the first round
+    if set(calls.values()) == {1} and not settle:   # then that was the first round
       taken = {name: [seconds] for name, seconds in once.items()}
   for turn in range(len(taken[names[0]]), rounds):
     shift = turn % len(names)
     for name in names[shift:] + names[:shift]:
+      if settle:
+        timers[name](settle)
       taken[name].append(timers[name](calls[name]))
   return taken
 
