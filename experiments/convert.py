@@ -74,14 +74,15 @@ def is_ours(path: str) -> bool:
 
 def from_checkpoint(checkpoint, name, out, *, reset_head=False, force=False, **fields):
   """Writes `out`, returns lines that tell what was done. name: None for a file of ours."""
+  source = None
   if name is None:
-    model, variables = convert.load(checkpoint)
-    state, name = vc.to_torch(model, variables), model.variant
-    model = model.clone(**fields)
+    source, variables = convert.load(checkpoint)
+    state, name = vc.to_torch(source, variables), source.variant
+    model = source.clone(**fields)
     model.check()
   else:
     state, model = read_checkpoint(checkpoint), vc.create_model(name, **fields)
-  loaded = convert.read_state_dict(model, state, reset_head=reset_head)
+  loaded = convert.read_state_dict(model, state, reset_head=reset_head, source=source)
   convert.save(out, model, loaded.variables, force=force)
   lines = [f"{out}: {name}, {trees.size(loaded.variables['params']):,} parameters"]
   for what, names in (("dropped", loaded.dropped), ("resized", loaded.resized),

@@ -115,7 +115,7 @@ def test_what_is_dropped_resized_and_initialised_anew_is_told():
 def test_positions_are_resized_as_pytorch_resizes_them():
   # Squares of 0..8 on a 3x3 grid to 4x4: values of torch's interpolate, bicubic.
   tokens = np.concatenate([[[-5.0]], (np.arange(9.0)[:, None] ** 2)])[None]
-  got = torch_names.resize_positions(tokens, 1, (4, 4), "bicubic")[0, :, 0]
+  got = torch_names.resize_positions(tokens, 1, (3, 3), (4, 4), "bicubic")[0, :, 0]
   assert got[0] == -5
   np.testing.assert_allclose(got[1:5], [-0.6869, -0.5641, 0.9118, 2.6771], atol=1e-4)
   np.testing.assert_allclose(got[-4:], [36.9740, 44.8336, 58.4047, 67.9069], atol=1e-4)
@@ -151,6 +151,23 @@ def test_a_model_of_ours_is_resized_with_its_positions_and_patches(tmp_path):
   lines = program.from_checkpoint(str(source), None, out, patch_size=run.model.patch_size // 2)
   assert lines[1] == "resized: pos_embed, patch_embed.proj.weight"
   assert trees.digest(convert.load(out)[1]) == trees.digest(variables)
+
+
+@pytest.mark.parametrize("size", [(16, 48), (16, 64)])   # the second has as many patches as 32 x 32
+def test_positions_of_images_that_are_no_squares_are_resized_from_their_own_grid(tmp_path, size):
+  wide = tiny.deit(depth=1, image_size=size)
+  variables = tiny.init(wide)
+  positions = variables["params"]["pos_embed"]
+  grid = positions[0, 1:].reshape(*wide.grid, -1)
+  rows, columns = (torch_names.resize_matrix(old, 4, "bicubic") for old in wide.grid)
+  wanted = np.einsum("hi,wj,ijd->hwd", rows, columns, grid).reshape(16, -1)
+  got = convert.resized(wide, variables, image_size=32)[1]
+  np.testing.assert_allclose(got["params"]["pos_embed"][0, 1:], wanted, atol=1e-6)
+  np.testing.assert_array_equal(got["params"]["pos_embed"][:, 0], positions[:, 0])
+  source, out = tmp_path / "source.safetensors", tmp_path / "out.safetensors"
+  convert.save(source, wide, variables)
+  assert program.from_checkpoint(source, None, out, image_size=32)[1] == "resized: pos_embed"
+  assert trees.digest(convert.load(out)[1]) == trees.digest(got)
 
 
 def test_all_that_does_not_fit_is_listed_at_once():

@@ -75,8 +75,12 @@ def to_torch(model: nn.Module, variables, *, names: str = "timm") -> dict[str, n
           for entry in entries}
 
 
-def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False) -> Loaded:
-  """As `from_torch`, and tells what was dropped, resized and initialised anew."""
+def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False,
+                    source: nn.Module | None = None) -> Loaded:
+  """As `from_torch`, and tells what was dropped, resized and initialised anew.
+
+  source: the model that `to_torch` wrote it of. Else positions of another size are a square's.
+  """
   shapes = _variable_shapes(model)
   entries = _entries(model, shapes)
   flat_shapes = {name: leaf.shape for name, leaf in trees.named_leaves(shapes).items()}
@@ -92,7 +96,10 @@ def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False) -
   arrays = {name: _array(name, value) for name, value in state.items()
             if name not in {*dropped, *reset}}
   arrays |= {name: _fresh(wanted[name]) for name in reset}
-  fitted = {entry.torch: _fitted(arrays[entry.torch], entry, wanted[entry.torch])
+  stored = {entry.torch: entry.positions.grid
+            for entry in (source.torch_entries() if source else []) if entry.positions}
+  fitted = {entry.torch: _fitted(arrays[entry.torch], entry, wanted[entry.torch],
+                                 stored.get(entry.torch))
             for entry in entries if entry.torch in arrays}
   resized = [name for name, array in fitted.items() if array is not arrays[name]]
   arrays |= fitted
@@ -113,7 +120,7 @@ def resized(model: nn.Module, variables, **sizes) -> tuple[nn.Module, dict[str, 
   """
   other = model.clone(**sizes)
   other.check()
-  return other, from_torch(other, to_torch(model, variables))
+  return other, read_state_dict(other, to_torch(model, variables), source=model).variables
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -255,23 +262,28 @@ def _fresh(shape):
   return 0.02 * np.random.default_rng(0).standard_normal(shape, np.float32)
 
 
-def _fitted(array, entry: Entry, wanted):
-  """Resized where that is all it takes; otherwise left for the check of shapes."""
-  if array.shape == wanted:
+def _fitted(array, entry: Entry, wanted, stored):
+  """Resized where that is all it takes; otherwise left for the check of shapes.
+
+  stored: the grid that its positions are of, if known.
+  """
+  # Grids of as many points, such as 2 x 8 and 4 x 4, have positions of one shape.
+  if array.shape == wanted and (stored is None or stored == entry.positions.grid):
     return array
   if entry.patches and array.ndim == 4 and array.shape[:2] == wanted[:2]:
     return resize_patches(array, wanted[2:])
-  return _fit_positions(array, entry.positions, wanted) if entry.positions else array
+  return _fit_positions(array, entry.positions, wanted, stored) if entry.positions else array
 
 
-def _fit_positions(array, positions, wanted):
-  """Resized if it holds a square grid of another size."""
+def _fit_positions(array, positions, wanted, stored):
+  """Resized from the grid that is stored, or from a square one."""
   if array.ndim != 3 or array.shape[::2] != wanted[::2]:
     return array
   points = array.shape[1] - positions.prefix
-  if points < 1 or round(points ** 0.5) ** 2 != points:
+  stored = stored or (round(max(points, 0) ** 0.5),) * 2
+  if points < 1 or stored[0] * stored[1] != points:
     return array
-  return resize_positions(array, positions.prefix, positions.grid, positions.method)
+  return resize_positions(array, positions.prefix, stored, positions.grid, positions.method)
 
 
 def _check_fit(model, arrays, wanted, heads, got):

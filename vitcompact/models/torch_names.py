@@ -203,15 +203,15 @@ def to_leaves(layout: str, tensor: np.ndarray, shapes) -> list[np.ndarray]:
   return [tensor]
 
 
-def resize_positions(positions: np.ndarray, prefix: int, grid: tuple[int, int], method: str):
-  """(1, prefix + n^2, D) -> (1, prefix + h * w, D): prefix rows kept, the square grid resized.
+def resize_positions(positions: np.ndarray, prefix: int, stored: tuple[int, int],
+                     grid: tuple[int, int], method: str):
+  """(1, prefix + H * W, D) -> (1, prefix + h * w, D): prefix rows kept, the stored grid resized.
 
   As torch's interpolate with align_corners=False and no antialiasing: "bicubic" (a = -0.75, edges
   clamped) or "bilinear".
   """
-  side = round((positions.shape[1] - prefix) ** 0.5)
-  rows, columns = (resize_matrix(side, size, method) for size in grid)
-  plane = positions[0, prefix:].astype(np.float64).reshape(side, side, -1)
+  rows, columns = (resize_matrix(old, new, method) for old, new in zip(stored, grid, strict=True))
+  plane = positions[0, prefix:].astype(np.float64).reshape(*stored, -1)
   plane = np.einsum("hi,wj,ijd->hwd", rows, columns, plane, optimize=True)
   plane = plane.reshape(1, grid[0] * grid[1], -1).astype(positions.dtype)
   return np.concatenate([positions[:, :prefix], plane], axis=1)
