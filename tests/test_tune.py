@@ -5,6 +5,7 @@ import importlib
 import jax
 import numpy as np
 import pytest
+from jax import export
 
 import vitcompact as vc
 from tests import tiny
@@ -90,6 +91,30 @@ def test_every_family_computes_images_after_another(name):
   jaxpr = jax.make_jaxpr(model.apply)(variables, images)   # four in two turns, and one
   assert jaxpr.out_avals[0].shape == (5, 5)
   assert any(eqn.primitive.name == "scan" and eqn.params["length"] == 2 for eqn in jaxpr.eqns)
+
+
+def test_a_batch_on_several_devices_is_not_cut_in_parts():
+  model = tiny.deit(vc.Plan(at_a_time=2), depth=1)
+  x = tiny.images(model, batch=4)
+  variables = tiny.init(model)
+
+  def loops():
+    jaxpr = jax.make_jaxpr(model.apply)(variables, x)
+    return sum(eqn.primitive.name == "scan" for eqn in jaxpr.eqns)
+
+  assert loops() == 1
+  with attention.split_over(2):
+    assert loops() == 0
+
+
+@pytest.mark.parametrize("plan", [vc.Plan(), vc.Plan(at_a_time=2)])
+def test_a_model_is_exported_for_batches_of_any_size(plan):
+  model = tiny.deit(plan, depth=1)
+  variables, x = tiny.init(model), tiny.images(model, batch=5)
+  size, = export.symbolic_shape("b")
+  exported = export.export(jax.jit(model.apply))(
+      variables, jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype))
+  np.testing.assert_allclose(exported.call(variables, x), model.apply(variables, x), atol=1e-5)
 
 
 def test_forms_that_are_no_faster_stay_as_fold_gives_them(folded, monkeypatch):

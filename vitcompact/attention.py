@@ -51,10 +51,15 @@ def split_over(devices: int):
   return _split(devices > 1)
 
 
+def split() -> bool:
+  """Whether the images lie on several devices: a loop over them cannot be split, and each device
+  would run all of it."""
+  return _split.value
+
+
 def in_turn() -> bool:
-  """Whether images are computed one after the other, for the sake of a CPU's cache. Not where they
-  lie on several devices: a loop over them cannot be split, and each device would run all of it."""
-  return jax.default_backend() == "cpu" and not _split.value
+  """Whether images are computed one after the other, for the sake of a CPU's cache."""
+  return jax.default_backend() == "cpu" and not split()
 
 
 def backend(platform: str, dtype, *, queries: int, keys: int, width: int, plain: bool = True,

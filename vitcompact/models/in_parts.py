@@ -4,17 +4,21 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from vitcompact import attention
+
 
 def in_parts(call):
   """A model's `__call__`, which in inference computes `plan.at_a_time` images after another.
 
-  The same function of each image. Training, whose batch norms see a batch, and calls from which
-  something is collected besides the logits, such as features, run all at once.
+  The same function of each image. Training, whose batch norms see a batch, calls from which
+  something is collected besides the logits, such as features, batches that lie on several devices
+  and those of no fixed size (`jax.export`) run all at once.
   """
   @functools.wraps(call)
   def wrapped(self, images_bhwc, train: bool = False):
-    many, batch = self.plan.at_a_time, len(images_bhwc)
-    if many is None or batch <= many or train or self.is_initializing() or self.scope.mutable:
+    many, batch = self.plan.at_a_time, images_bhwc.shape[0]
+    whole_batch = train or self.is_initializing() or self.scope.mutable or attention.split()
+    if many is None or whole_batch or not isinstance(batch, int) or batch <= many:
       return call(self, images_bhwc, train)
     whole, alone = batch - batch % many, self.clone(parent=None, name=None)
 
