@@ -146,6 +146,14 @@ def test_calls_that_are_alike_are_measured_once_and_each_block_has_its_own_choic
   assert len(set(tuning.called(wide, shapes, x).values())) == 2      # of eight calls
 
 
+def test_parts_are_measured_on_as_many_images_as_are_computed_together():
+  model = tiny.deit(dataclasses.replace(PLAN, at_a_time=4), deploy=True)
+  x = tiny.images(model, batch=9)      # four, four and one
+  calls = tuning.called(model, jax.eval_shape(model.init, jax.random.key(0), x), x).values()
+  assert {(call.shapes[0] if isinstance(call, tuning.Attending) else call.shape)[0]
+          for call in calls} == {4}
+
+
 def test_links_and_merged_attention_are_left_to_their_own_ways():
   x = tiny.images(tiny.deit())
   for plan in (vc.Plan(links=vc.Sparsifiner(keep=0.5, rank=2)),

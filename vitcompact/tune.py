@@ -90,18 +90,23 @@ def quickest(calls: Mapping[Any, Callable], rounds: int):
 
 
 def called(deploy: nn.Module, variables, images) -> dict[tuple[str, ...], Layer | Attending]:
-  """{path: call} of every part of inference that has several forms; nothing is run."""
+  """{path: call} of every part of inference that has several forms; nothing is run.
+
+  Of several calls the first: a batch in parts ends in one with the images that are left over.
+  """
   found = {}
 
   def watch(next_fun, args, kwargs, context):
     module, method = context.module, context.method_name
     if isinstance(module, CompactDense) and method == "__call__":
-      found[module.path] = Layer(module.features, module.rank, args[0].shape, module.dtype)
+      found.setdefault(module.path, Layer(module.features, module.rank, args[0].shape,
+                                          module.dtype))
     elif isinstance(module, Attention) and method == "attend":
       core = args[3] if len(args) > 3 else kwargs.get("core", attention.DENSE)
       if is_plain(core):
-        found[module.path] = Attending(module.clone(parent=None, name=None),
-                                       tuple(x.shape for x in args[:3]), core.size is not None)
+        found.setdefault(module.path, Attending(
+            module.clone(parent=None, name=None), tuple(x.shape for x in args[:3]),
+            core.size is not None))
     return next_fun(*args, **kwargs)
 
   with nn.intercept_methods(watch):
