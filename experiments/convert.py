@@ -66,10 +66,13 @@ def _to_numpy(tensor):
 
 
 def is_ours(path: str) -> bool:
-  """Whether a file says which model it is of, as those do that `vitcompact.convert.save` wrote."""
+  """Whether `vitcompact.convert.save` wrote a file. What went --to-torch says which model it is of
+  too, but has PyTorch's names."""
   path = pathlib.Path(path)
-  return path.suffix == ".safetensors" and path.is_file() and \
-      "fields" in convert.read_safetensors(path)[1]
+  if path.suffix != ".safetensors" or not path.is_file():
+    return False
+  arrays, about = convert.read_safetensors(path)
+  return "fields" in about and any(name.startswith("params/") for name in arrays)
 
 
 def from_checkpoint(checkpoint, name, out, *, reset_head=False, force=False, **fields):
@@ -118,7 +121,9 @@ def main():
   try:
     if args.to_torch:
       lines = to_torch(args.checkpoint, args.out, names=args.names, force=args.force)
-    elif args.model is None and not is_ours(args.checkpoint):
+    elif (ours := is_ours(args.checkpoint)) and args.model:
+      raise ValueError(f"{args.checkpoint} says which model it is of; leave --model out")
+    elif not ours and args.model is None:
       raise ValueError("--model is missing, as in --model deit_small_patch16_224; known: "
                        f"{', '.join(vc.list_models())}")
     else:

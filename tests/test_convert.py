@@ -290,6 +290,9 @@ def test_the_program_converts_both_ways(tmp_path, monkeypatch, capsys):
                                                    "--out", ours)
   assert "deit_tiny_patch16_224, 152 tensors" in convert_it(ours, "--to-torch", "--out", home)
   assert same(convert.read_safetensors(home)[0], state)
+  again = tmp_path / "again.safetensors"
+  assert "--model is missing" in convert_it(home, "--out", again)
+  assert "leave --model out" in convert_it(ours, "--model", "deit_tiny_patch16_224", "--out", again)
   assert "no such file" in convert_it(tmp_path / "none.pth", "--model", "x", "--out", home)
 
 
