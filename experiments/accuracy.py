@@ -140,22 +140,21 @@ def main():
   if unknown := {*variants, "tuned"} - {*known} or {"tuned"} - {*variants}:
     parser.error(f"--variants={args.variants}: {sorted(unknown)}; give tuned, to compare with, and "
                  f"others of {', '.join(known)}")
-  if args.data == "digits" and args.pairs and args.pairs > DATA["digits"][2]:
-    parser.error(f"--pairs={args.pairs}: digits have 5 folds")
+  count = DATA[args.data][2] if args.pairs is None else args.pairs
+  if count < 1 or (args.data == "digits" and count > DATA["digits"][2]):
+    parser.error(f"--pairs={count}: must be at least 1, and digits have 5 folds")
+  if args.out:   # what cannot be written is not trained first
+    pathlib.Path(args.out).parent.mkdir(parents=True, exist_ok=True)
   # Folds and seeds run the same programs.
   jax.config.update("jax_compilation_cache_dir", str(runs / "compiled"))
-  count = args.pairs or DATA[args.data][2]
-  pairs = [pair(args.data, index, runs, variants)
-           for index in range(count)]
+  pairs = [pair(args.data, index, runs, variants) for index in range(count)]
   rows = summarise(args.data, pairs)
   print(table(rows))
   if args.out:
-    out = pathlib.Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     options = "".join(f" --{name} {value}" for name, value in (("pairs", args.pairs), (
         "variants", args.variants)) if value)
     facts = {**environment(), "command": f"python -m experiments.accuracy {args.data}{options}"}
-    out.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
+    pathlib.Path(args.out).write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Differences are paired, their interval is Student's, and the README shows what was measured."""
 import json
 import pathlib
+import sys
 
 import pytest
 
@@ -20,6 +21,15 @@ def test_rows_are_means_of_pairs_with_their_interval():
   # Deviation 0.02, over the root of 3 pairs, times the quantile of two degrees of freedom.
   assert token["interval"] == pytest.approx(4.30265 * 0.02 / 3 ** 0.5, rel=1e-5)
   assert accuracy.interval([0.1]) == float("inf")
+
+
+@pytest.mark.parametrize("kind,pairs", [("digits", "6"), ("digits", "0"), ("shapes", "-1")])
+def test_folds_that_there_are_not_are_refused(kind, pairs, monkeypatch, capsys):
+  monkeypatch.setattr(accuracy, "pair", lambda *args: pytest.fail("trained"))
+  monkeypatch.setattr(sys, "argv", ["accuracy", kind, "--workdir", "none", f"--pairs={pairs}"])
+  with pytest.raises(SystemExit):
+    accuracy.main()
+  assert f"--pairs={pairs}: must be at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("accuracy_*.json")),
