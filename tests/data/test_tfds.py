@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+import types
 
 import ml_collections
 import numpy as np
@@ -95,6 +96,10 @@ def test_what_is_not_image_classification_is_refused(root):
   info = tensorflow_datasets.builder("tiny_shakespeare", data_dir=str(root)).info
   with pytest.raises(ValueError, match=r"'tfds:tiny_shakespeare' is not image .* are text"):
     tfds.image_and_label(info)
+  nested = types.SimpleNamespace(name="x", features={"a": 0, "b": 0},
+                                 supervised_keys=({"a": "a"}, "b"))   # as TFDS allows
+  with pytest.raises(ValueError, match=r"'tfds:x' is not image .* are a, b"):
+    tfds.image_and_label(nested)
 
 
 def test_batches_come_from_worker_processes_too():

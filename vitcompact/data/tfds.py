@@ -38,7 +38,7 @@ def image_and_label(info) -> tuple[str, str]:
   """The names of a set's image and class label: those that it is known for, where it has several
   (cifar100 has a coarse label too), else its only ones."""
   features = {key: type(feature).__name__ for key, feature in info.features.items()}
-  known = info.supervised_keys or ()
+  known = tuple(key for key in info.supervised_keys or () if isinstance(key, str))   # or a dict
   if [features.get(key) for key in known] == ["Image", "ClassLabel"]:
     return known
   found = [[key for key in features if features[key] == kind] for kind in ("Image", "ClassLabel")]
