@@ -70,8 +70,9 @@ def tokens(model) -> int:
   return model.prefix + model.grid[0] * model.grid[1]
 
 
-def pair(kind: str, index: int, runs: pathlib.Path, variants) -> dict[str, dict]:
-  """{variant: facts} of one fold or seed."""
+def pair(kind: str, index: int, runs: pathlib.Path, variants, steps: int | None = None
+         ) -> dict[str, dict]:
+  """{variant: facts} of one fold or seed. steps: of fine-tuning, if not the config's."""
   configs, stages, _ = DATA[kind]
   path, found = None, {}
   for name in (*stages, *variants):
@@ -84,7 +85,10 @@ def pair(kind: str, index: int, runs: pathlib.Path, variants) -> dict[str, dict]
       config.init_from = str(fitted(path, config))
     if name in variants:
       config.teacher.file = config.init_from
-    directory = runs / kind / ("shared" if shared else str(index)) / name
+      if steps:
+        config = sparse_digits.fine_tune(config, steps, config.optim.learning_rate)
+    directory = runs / kind / ("shared" if shared else str(index)) / (
+        f"{name}_{steps}" if steps and name in variants else name)
     made, found[name] = trained(config, directory)
     path = made if name in stages else path
     print(f"{kind} {index} {name}: {100 * found[name]['accuracy']:.2f} %", flush=True)
@@ -100,7 +104,7 @@ def interval(differences) -> float:
   return float(scipy.stats.t.ppf(0.975, count - 1)) * spread
 
 
-def summarise(kind: str, pairs: list[dict[str, dict]]) -> list[dict]:
+def summarise(kind: str, pairs: list[dict[str, dict]], steps: int | None = None) -> list[dict]:
   """A row for each variant that every pair has."""
   rows = []
   for name in pairs[0]:
@@ -108,7 +112,7 @@ def summarise(kind: str, pairs: list[dict[str, dict]]) -> list[dict]:
     differences = [found[name]["accuracy"] - found["tuned"]["accuracy"] for found in pairs]
     facts = {key: statistics.mean(found[name][key] for found in pairs)
              for key in ("tokens", *SHARES)}
-    rows.append({"name": name, "data": kind, "pairs": len(pairs), **facts,
+    rows.append({"name": name, "data": kind, "pairs": len(pairs), "steps": steps, **facts,
                  "accuracy": statistics.mean(accuracies), "accuracies": accuracies,
                  "difference": statistics.mean(differences), "interval": interval(differences)})
   return rows
@@ -132,6 +136,7 @@ def main():
   parser.add_argument("--workdir", required=True, help="of all runs; made ones are used")
   parser.add_argument("--out", help="a JSON file for the rows")
   parser.add_argument("--pairs", type=int, help="how many folds or seeds (default: 5, 3)")
+  parser.add_argument("--steps", type=int, help="of fine-tuning (default: the config's)")
   parser.add_argument("--variants", help="names of PLANS in the config of the data (default: all)")
   args = parser.parse_args()
   runs = pathlib.Path(args.workdir).absolute()
@@ -143,16 +148,18 @@ def main():
   count = DATA[args.data][2] if args.pairs is None else args.pairs
   if count < 1 or (args.data == "digits" and count > DATA["digits"][2]):
     parser.error(f"--pairs={count}: must be at least 1, and digits have 5 folds")
+  if args.steps is not None and args.steps < 1:
+    parser.error(f"--steps={args.steps}: must be at least 1")
   if args.out:   # what cannot be written is not trained first
     pathlib.Path(args.out).parent.mkdir(parents=True, exist_ok=True)
   # Folds and seeds run the same programs.
   jax.config.update("jax_compilation_cache_dir", str(runs / "compiled"))
-  pairs = [pair(args.data, index, runs, variants) for index in range(count)]
-  rows = summarise(args.data, pairs)
+  pairs = [pair(args.data, index, runs, variants, args.steps) for index in range(count)]
+  rows = summarise(args.data, pairs, args.steps)
   print(table(rows))
   if args.out:
-    options = "".join(f" --{name} {value}" for name, value in (("pairs", args.pairs), (
-        "variants", args.variants)) if value)
+    options = "".join(f" --{name} {value}" for name, value in (
+        ("pairs", args.pairs), ("steps", args.steps), ("variants", args.variants)) if value)
     facts = {**environment(), "command": f"python -m experiments.accuracy {args.data}{options}"}
     pathlib.Path(args.out).write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
 

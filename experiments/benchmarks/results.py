@@ -61,9 +61,11 @@ def best_dense(rows: Rows) -> str:
 
 
 def accuracies(folder: pathlib.Path = FOLDER) -> dict[str, list[dict]]:
-  """{name of a plan: rows} of every results/accuracy_*.json."""
+  """{name of a plan: rows} of every results/accuracy_*.json, as long as its config trains."""
   out = {}
   for path in sorted(folder.glob("accuracy_*.json")):
     for row in json.loads(path.read_text())["rows"]:
+      if row.get("steps"):
+        continue
       out.setdefault(row["name"], []).append(row)
   return out
