@@ -3,7 +3,8 @@
 Command:  python main.py --config=configs/digits.py --workdir=runs/digits
 Data:     the 1,797 handwritten digits that scikit-learn ships; no download.
 Cost:     about two and a half minutes of processor time, half a minute of it for compiling.
-Result:   test accuracy 98.6, 99.4 and 98.6 % with --config.seed=0, 1 and 2.
+Result:   test accuracy 98.9 %; an earlier version on another processor had 98.6, 99.4 and 98.6 %
+          with --config.seed=0, 1 and 2.
 """
 from ml_collections import ConfigDict
 
