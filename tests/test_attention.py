@@ -37,7 +37,9 @@ CASES = {
 @pytest.fixture
 def small_tiles(monkeypatch):
   """Tiles of a few queries, the last one not full."""
-  monkeypatch.setattr(backends, "tile_rows", lambda queries, keys: (5, -(-queries // 5)))
+  monkeypatch.setattr(backends, "STEP_QUERIES", 4)
+  monkeypatch.setattr(backends, "STEP_KEYS", 5)
+  monkeypatch.setattr(backends, "_most_rows", lambda keys: 4)
   monkeypatch.setattr(attention, "ROW_ENTRIES", 8 * KEYS * HEADS)
   monkeypatch.setattr(attention, "LEAST_ROWS", 4)
 

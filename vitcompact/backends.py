@@ -9,8 +9,11 @@ import math
 import jax
 import jax.numpy as jnp
 
-# Scores that a tile holds: what a step reads and writes stays in a CPU's cache.
+# Scores that a tile of the backward pass holds, of all keys.
 TILE_ENTRIES = 2 ** 20
+# Queries and keys of a step forward on a CPU: 1 MB of scores, which its cache holds. Fewer queries
+# are slower products; a backward pass in such steps took a tenth longer than with all keys.
+STEP_QUERIES, STEP_KEYS = 1024, 256
 TPU_BLOCK = 128     # splash's blocks, and the lanes of a TPU
 
 
@@ -30,12 +33,6 @@ def images(query_bnhd, key_bmhd, value_bmhe, bias_bm=None):
 
   return jax.lax.map(image, (query_bnhd * query_bnhd.shape[-1] ** -0.5, key_bmhd, value_bmhe,
                              bias_bm))
-
-
-def tile_rows(queries: int, keys: int) -> tuple[int, int]:
-  """(tiles, queries in each): as few even tiles as hold TILE_ENTRIES scores each at the most."""
-  tiles = -(-queries // max(64, TILE_ENTRIES // keys))
-  return tiles, -(-queries // tiles)
 
 
 def tiled(query_bnhd, key_bmhd, value_bmhe, bias_bm=None, *, in_turn: bool = True):
@@ -59,10 +56,7 @@ def _by_head(x_bnhd):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _tiled(in_turn, query_gnd, key_gmd, value_gme, bias_gm):
-  def head(query_nd, *keys):
-    return _over_tiles(lambda tile: attend_rows(tile, *keys)[0], keys[0].shape[0], query_nd)
-
-  return _each(head, in_turn)(query_gnd, key_gmd, value_gme, bias_gm)
+  return _tiled_forward(in_turn, query_gnd, key_gmd, value_gme, bias_gm)[0]
 
 
 def _each(head, in_turn: bool):
@@ -72,18 +66,24 @@ def _each(head, in_turn: bool):
   return lambda *arrays: jax.lax.map(lambda one: head(*one), arrays)
 
 
-def _over_tiles(fn, keys: int, *arrays_n):
-  """fn of the tiles of arrays (N, ...), its results (N, ...)."""
+def _most_rows(keys: int) -> int:
+  """Queries of a tile over all keys."""
+  return max(64, TILE_ENTRIES // keys)
+
+
+def _over_tiles(fn, most: int, *arrays_n):
+  """fn of even tiles of arrays (N, ...), `most` rows in each at the most; its results (N, ...)."""
   count = arrays_n[0].shape[0]
-  if tile_rows(count, keys)[0] == 1:
+  if count <= most:
     return fn(*arrays_n)
-  out = jax.lax.map(lambda tiles: fn(*tiles), tuple(_tiles(x, keys) for x in arrays_n))
+  out = jax.lax.map(lambda tiles: fn(*tiles), tuple(_tiles(x, most) for x in arrays_n))
   return jax.tree.map(lambda x: _joined(x, count), out)
 
 
-def _tiles(x_n, keys: int):
+def _tiles(x_n, most: int):
   """(N, ...) -> (tiles, rows, ...), zeros behind the last."""
-  tiles, rows = tile_rows(x_n.shape[0], keys)
+  tiles = -(-x_n.shape[0] // most)
+  rows = -(-x_n.shape[0] // tiles)
   padded = jnp.pad(x_n, [(0, tiles * rows - x_n.shape[0])] + [(0, 0)] * (x_n.ndim - 1))
   return padded.reshape(tiles, rows, *x_n.shape[1:])
 
@@ -97,21 +97,42 @@ def _scores(query_nd, key_md, bias_m):
   return scores_nm if bias_m is None else scores_nm + bias_m[None]
 
 
-def attend_rows(query_nd, key_md, value_me, bias_m):
-  """(attention (N, e), log of the sum of exponentials (N, 1) in float32); queries are scaled."""
-  scores_nm = _scores(query_nd, key_md, bias_m)
-  top_n1 = scores_nm.max(axis=-1, keepdims=True)
+def attend_rows(query_nd, key_md, value_me, bias_m, step: int):
+  """(attention (N, e), log of the sum of exponentials (N, 1) in float32); queries are scaled.
+
+  step: keys in turn, what they leave over first.
+  """
+  def seen(key_sd, value_se, bias_s):
+    scores_ns = _scores(query_nd, key_sd, bias_s)
+    # Keys without size, all of a step's perhaps, score -inf.
+    top_n1 = jnp.maximum(scores_ns.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
+    exp_ns = jnp.exp(scores_ns - top_n1)
+    return top_n1, exp_ns.sum(axis=-1, keepdims=True), jnp.matmul(
+        exp_ns.astype(value_se.dtype), value_se, preferred_element_type=jnp.float32)
+
+  def more(before, keys):
+    top_n1, *sums = before
+    new_top_n1, *new_sums = seen(*keys)
+    both_n1 = jnp.maximum(top_n1, new_top_n1)
+    old, new = jnp.exp(top_n1 - both_n1), jnp.exp(new_top_n1 - both_n1)
+    return (both_n1, *(old * x + new * y for x, y in zip(sums, new_sums, strict=True))), None
+
+  keys, first = (key_md, value_me, bias_m), (len(key_md) - 1) % step + 1
+  state = seen(*jax.tree.map(lambda x: x[:first], keys))
+  if first < len(key_md):
+    steps = jax.tree.map(lambda x: x[first:].reshape(-1, step, *x.shape[1:]), keys)
+    state = jax.lax.scan(more, state, steps)[0]
+  top_n1, total_n1, out_ne = state
   # Divided after the product: so many quotients fewer.
-  exp_nm = jnp.exp(scores_nm - top_n1)
-  total_n1 = exp_nm.sum(axis=-1, keepdims=True)
-  out_ne = jnp.matmul(exp_nm.astype(value_me.dtype), value_me,
-                      preferred_element_type=jnp.float32) / total_n1
-  return out_ne.astype(value_me.dtype), top_n1 + jnp.log(total_n1)
+  return (out_ne / total_n1).astype(value_me.dtype), top_n1 + jnp.log(total_n1)
 
 
 def _tiled_forward(in_turn, query_gnd, key_gmd, value_gme, bias_gm):
+  keys = key_gmd.shape[1]
+  most, step = (STEP_QUERIES, STEP_KEYS) if in_turn else (_most_rows(keys), keys)
+
   def head(query_nd, *keys):
-    return _over_tiles(lambda tile: attend_rows(tile, *keys), keys[0].shape[0], query_nd)
+    return _over_tiles(lambda tile: attend_rows(tile, *keys, step), most, query_nd)
 
   out_gne, log_sum_gn1 = _each(head, in_turn)(query_gnd, key_gmd, value_gme, bias_gm)
   return out_gne, (query_gnd, key_gmd, value_gme, bias_gm, out_gne, log_sum_gn1)
@@ -144,10 +165,11 @@ def _head_backward(query_nd, key_md, value_me, bias_m, out_ne, log_sum_n1, d_out
 
   sums = [None if x is None else jnp.zeros(x.shape, jnp.float32) for x in keys]
   arrays = (query_nd, log_sum_n1, shift_n1, d_out_ne)
-  if tile_rows(count, len(key_md))[0] == 1:
+  most = _most_rows(len(key_md))
+  if count <= most:
     sums, d_query_nd = step(sums, arrays)
   else:
-    sums, d_query_tnd = jax.lax.scan(step, sums, [_tiles(x, len(key_md)) for x in arrays])
+    sums, d_query_tnd = jax.lax.scan(step, sums, [_tiles(x, most) for x in arrays])
     d_query_nd = _joined(d_query_tnd, count)
   return d_query_nd, *(None if x is None else total.astype(x.dtype)
                        for x, total in zip(keys, sums, strict=True))

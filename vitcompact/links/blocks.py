@@ -42,54 +42,48 @@ class BlockLinks(NamedTuple):
       return x_bn[:, :self.prefix]
     return jnp.concatenate([x_bn[:, :self.prefix], x_bn[:, -self.fused:]], axis=1)
 
-  def attend(self, query_bnfd, key_bmfd, value_bmfe, bias_bm=None):
-    """softmax(q k^T / sqrt(d) + bias) v over what is linked: (B, N, f, e). bias: of keys, fixed."""
-    query_bnfd = query_bnfd * query_bnfd.shape[-1] ** -0.5
-    attend = self._in_turn if attention.in_turn() else self._side_by_side
-    blocks_bfqae, outer_bone = attend(query_bnfd, key_bmfd, value_bmfe, bias_bm)
-    out = self.queries.join(blocks_bfqae)
+  def parts(self, windows, x_bnfd):
+    """What is in blocks, (B, f, k, c, d), and in none, (B, o, f, d)."""
+    return windows.cut(self.inner(x_bnfd)), self.outer(x_bnfd)
+
+  def whole(self, windows, blocks_bfkcd, outer_bofd):
+    """Inverse of `parts`: (B, N, f, d)."""
+    inner_bnfd = windows.join(blocks_bfkcd)
     if self.order is not None:
-      out = _take(out, jnp.argsort(self.order, axis=1))
-    parts = [outer_bone[:, :self.prefix], out, outer_bone[:, self.prefix:]]
-    return jnp.concatenate(parts, axis=1).astype(value_bmfe.dtype)
+      inner_bnfd = _take(inner_bnfd, jnp.argsort(self.order, axis=1))
+    return jnp.concatenate([outer_bofd[:, :self.prefix], inner_bnfd, outer_bofd[:, self.prefix:]],
+                           axis=1)
 
-  def _in_turn(self, query, key, value, bias):
-    """What tokens attend to, in blocks (B, f, q, a, e), and in none (B, o, f, e)."""
-    cut, outer = self._cut(query, key, value, bias), [self.outer(x) for x in (query, key, value)]
-    pairs, biases = zip(cut[:3], [x.swapaxes(1, 2) for x in outer], strict=True), None
-    if cut[3] is not None:
-      inner = jnp.broadcast_to(cut[3][:, 0], (query.shape[0], *cut[3].shape[2:]))
-      around = self.prefix + self.fused
-      biases = inner, (jnp.zeros((query.shape[0], around)) if bias is None else self.outer(bias))
-    out, outer_out = in_turn.attend(*pairs, biases, self.chosen)
-    return out, outer_out.swapaxes(1, 2)
-
-  def _side_by_side(self, query, key, value, bias):
-    """As `_in_turn`, all heads together."""
-    *cut, block_bias, chosen = self._cut(query, key, value, bias)
-    attend = attend_gathered
-    if attention.asked() is None:   # `count` asks for one: it counts what all devices compute
-      attend = kernels.block_attention(jax.devices(), *cut, chosen) or attend
-    out, log_sum = attend(*cut, block_bias, chosen)
-    outer = [self.outer(x) for x in (query, key, value)]
-    if not self.prefix + self.fused:
-      return out, outer[2]
-    rest = _dense(self.inner(query), *outer[1:], None if bias is None else self.outer(bias))
-    out = merge((out, log_sum[..., None]), [self.queries.cut(x) for x in rest])
-    return out, _dense(outer[0], key, value, bias)[0]
-
-  def _cut(self, query, key, value, bias):
-    """Arguments of `attend_gathered`."""
-    return (self.queries.cut(self.inner(query)), self.keys.cut(self.inner(key)),
-            self.keys.cut(self.inner(value)), self._bias(bias), self.chosen)
-
-  def _bias(self, bias_bm):
+  def biases(self, bias_bm):
     """(B or 1, 1, blocks, area) added to scores of keys, or None; -inf in the padding."""
     valid = self.keys.valid()
     if bias_bm is None:
       return None if valid.all() else jnp.where(valid, 0.0, -jnp.inf)[None, None]
     bias = self.keys.cut(self.inner(bias_bm)[:, :, None, None])[..., 0]
     return jnp.where(valid[None, None], bias, -jnp.inf)
+
+  def attend(self, query_bnfd, key_bmfd, value_bmfe, bias_bm=None):
+    """softmax(q k^T / sqrt(d) + bias) v over what is linked: (B, N, f, e). bias: of keys, fixed."""
+    if attention.in_turn():
+      return in_turn.attend(self._replace(chosen=None, order=None), query_bnfd, key_bmfd,
+                            value_bmfe, bias_bm, self.order, self.chosen)
+    query_bnfd = query_bnfd * query_bnfd.shape[-1] ** -0.5
+    out = self.whole(self.queries, *self._side_by_side(query_bnfd, key_bmfd, value_bmfe, bias_bm))
+    return out.astype(value_bmfe.dtype)
+
+  def _side_by_side(self, query, key, value, bias):
+    """What tokens in blocks attend to, and those in none, all heads together."""
+    blocks, outer = zip(self.parts(self.queries, query), self.parts(self.keys, key),
+                        self.parts(self.keys, value), strict=True)
+    attend = attend_gathered
+    if attention.asked() is None:   # `count` asks for one: it counts what all devices compute
+      attend = kernels.block_attention(jax.devices(), *blocks, self.chosen) or attend
+    out, log_sum = attend(*blocks, self.biases(bias), self.chosen)
+    if not self.prefix + self.fused:
+      return out, outer[2]
+    rest = _dense(self.inner(query), *outer[1:], None if bias is None else self.outer(bias))
+    out = merge((out, log_sum[..., None]), [self.queries.cut(x) for x in rest])
+    return out, _dense(outer[0], key, value, bias)[0]
 
   def linked(self):
     """(B, f, q, blocks of keys): whether two blocks are linked."""

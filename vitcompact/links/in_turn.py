@@ -1,62 +1,110 @@
 """Attention over linked blocks on a CPU: a head in turn, and in it some blocks of queries in turn.
 
-What a step needs stays in the cache. The tokens in no block, `outer`, are scored beside the chosen
-blocks, and see all blocks as they lie, so that nothing needs the arrays from before the cut: to
-hold less matters, because an allocation above 32 MB is zeroed by the system at every call.
+What a step needs stays in the cache: a head is cut into blocks when its turn comes, and laid back
+after it. The tokens in no block, `outer`, are scored beside the chosen blocks, and see all blocks
+as they lie. To hold less matters: an allocation above 32 MB is zeroed by the system at every call.
 """
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from vitcompact import attention, backends
 
-STEP_ENTRIES = 2 ** 18   # scores that a step forms at the most, if it is more than one block's
+STEP_ENTRIES = 2 ** 16   # scores that a step forms at the most, if it is more than one block's
 
 
-@jax.custom_vjp
-def attend(queries, keys, values, biases, chosen_bfqs):
-  """Attention of blocks of queries over their chosen blocks, and of outer queries over all.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(cut, query_bnfd, key_bmfd, value_bmfe, bias_bm, order_bn, chosen_bfqs):
+  """softmax(q k^T / sqrt(d) + bias) v over the chosen blocks: (B, N, f, e) in the values' dtype.
 
   Args:
-    queries, keys, values: pairs of what is in blocks, (B, f, q, a, d), (B, f, k, c, d) and
-      (B, f, k, c, e), and of what is in none, (B, f, o, d), (B, f, o, d) and (B, f, o, e). Queries
-      are scaled.
-    biases: of the keys, fixed: a pair (B, k, c), (B, o), or None.
-    chosen_bfqs: int32, s different blocks of keys for each block of queries.
-  Returns:
-    (B, f, q, a, e) and (B, f, o, e), float32.
+    cut: a `blocks.BlockLinks` without its arrays: which tokens are in which block.
+    query_bnfd, key_bmfd, value_bmfe: all tokens, as they lie.
+    bias_bm: of the keys, fixed; or None.
+    order_bn, chosen_bfqs: those arrays.
   """
-  return _forward(queries, keys, values, biases, chosen_bfqs)[0]
+  return _forward(cut, query_bnfd, key_bmfd, value_bmfe, bias_bm, order_bn, chosen_bfqs)[0]
 
 
-def _forward(*arguments):
-  out, log_sum = _each_head(_head, arguments)
-  return out, (arguments, out, log_sum)
+def _forward(cut, *arrays):
+  def head(index):
+    links, *of_head = _of_head(cut, index, *arrays)
+    out, log_sum = zip(*_head(*of_head), strict=True)
+    return _whole(links, links.queries, *out).astype(arrays[2].dtype), log_sum
+
+  out, log_sum = _each_head(head, arrays[-1])
+  out = _together(out, len(arrays[0]))
+  return out, (arrays, out, log_sum)
 
 
-def _backward(residuals, d_out):
-  arguments, out, log_sum = residuals
-  shift = jax.tree.map(lambda x, d: jnp.sum(x * d, axis=-1, keepdims=True), out, d_out)
-  gradients = _each_head(_head_backward, arguments, log_sum, shift, d_out)
-  return *gradients, None, None
+def _backward(cut, residuals, d_out):
+  arrays, out, log_sum = residuals
+
+  def head(index):
+    links, *of_head = _of_head(cut, index, *arrays)
+    out_n, d_out_n = (_alone(x, index).astype(jnp.float32) for x in (out, d_out))
+    shift_n = jnp.sum(out_n * d_out_n, axis=-1, keepdims=True)
+    rows = [_parts(links, links.queries, x) for x in (shift_n, d_out_n)]
+    d_query, *d_keys = _head_backward(*of_head, [x[index] for x in log_sum], *rows)
+    d_query = [x * arrays[0].shape[-1] ** -0.5 for x in d_query]
+    return [_whole(links, windows, *d).astype(x.dtype) for windows, d, x in zip(
+        (links.queries, links.keys, links.keys), (d_query, *d_keys), arrays[:3], strict=True)]
+
+  gradients = _each_head(head, arrays[-1])
+  return *(_together(x, len(d_out)) for x in gradients), None, None, None
 
 
 attend.defvjp(_forward, _backward)
+def _each_head(head, chosen_bfqs):
+  """What `head` of each head's number gives: (B f, ...)."""
+  return jax.lax.map(head, jnp.arange(chosen_bfqs.shape[0] * chosen_bfqs.shape[1]))
 
 
-def _each_head(head, arguments, *more):
-  """`head` of the arguments of `attend`, and of more arrays (B, f, ...), without these axes."""
-  *arrays, biases, chosen = arguments
-  batch, heads = chosen.shape[:2]
-  biases = jax.tree.map(lambda x: jnp.repeat(x, heads, axis=0), biases)
-  arrays, chosen, more = jax.tree.map(lambda x: x.reshape(batch * heads, *x.shape[2:]),
-                                      (arrays, chosen, more))
-  out = jax.lax.map(lambda one: head(*one), (*arrays, biases, chosen, *more))
-  return jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), out)
+def _together(x_gnd, batch: int):
+  """(B f, N, d) -> (B, N, f, d)."""
+  return x_gnd.reshape(batch, -1, *x_gnd.shape[1:]).swapaxes(1, 2)
 
 
-def _head(queries, keys, values, biases, chosen_qs):
-  """A pair, out and the log of the sum of exponentials (..., 1), of pairs for `queries`."""
-  (query_qad, outer_query_od), bias = queries, biases or (None, None)
+def _alone(x_bnfd, index):
+  """The head with this number: (1, N, 1, d)."""
+  batch, count, heads, width = x_bnfd.shape
+  return jax.lax.dynamic_slice(x_bnfd, (index // heads, 0, index % heads, 0), (1, count, 1, width))
+
+
+def _parts(links, windows, x_1n1d):
+  """What is in blocks (k, c, d), and in none (o, d)."""
+  blocks_11kcd, outer_1o1d = links.parts(windows, x_1n1d)
+  return blocks_11kcd[0, 0], outer_1o1d[0, :, 0]
+
+
+def _whole(links, windows, blocks_kcd, outer_od):
+  """Inverse of `_parts`: (N, d)."""
+  return links.whole(windows, blocks_kcd[None, None], outer_od[None, :, None])[0, :, 0]
+
+
+def _of_head(cut, index, query, key, value, bias, order, chosen):
+  """The links of one head's image, and arguments of `_head`."""
+  image = index // chosen.shape[1]
+  links = cut if order is None else cut._replace(order=order[image][None])
+  query, key, value = (_alone(x, index) for x in (query, key, value))
+  parts = [_parts(links, windows, x) for windows, x in (
+      (links.queries, query * query.shape[-1] ** -0.5), (links.keys, key), (links.keys, value))]
+  bias = None if bias is None else bias[image][None]
+  inner, outer = links.biases(bias), None
+  if inner is not None:
+    inner = inner[0, 0]
+    outer = jnp.zeros(links.prefix + links.fused) if bias is None else links.outer(bias)[0]
+  return links, *parts, (inner, outer), chosen.reshape(-1, *chosen.shape[2:])[index]
+
+
+def _head(queries, keys, values, bias, chosen_qs):
+  """Attention and the log of its sum of exponentials (..., 1), of queries in blocks and in none.
+
+  Pairs, of what is in blocks and in none: queries, scaled, (q, a, d) and (o, d); keys and values
+  (k, c, d) and (o, d); bias (k, c) and (o,), or None and None.
+  """
+  query_qad, outer_query_od = queries
   blocks, area, _ = query_qad.shape
   most = max(1, STEP_ENTRIES // (area * chosen_qs.shape[1] * keys[0].shape[1]))
   group = max(n for n in range(1, min(most, blocks) + 1) if blocks % n == 0)
@@ -71,7 +119,7 @@ def _head(queries, keys, values, biases, chosen_qs):
   inner = [x.reshape(blocks, area, -1) for x in inner]
   seen = [None if x is None else _flat(x)[None] for x in (keys[0], values[0], bias[0])]
   ends = [x[0] for x in _beside(outer_query_od[None], seen, outer)]
-  return tuple(zip(inner, ends, strict=True))
+  return inner, ends
 
 
 def _beside(query_gad, seen, outer):
@@ -112,9 +160,8 @@ def _flat(blocks_kc):
   return None if blocks_kc is None else blocks_kc.reshape(-1, *blocks_kc.shape[2:])
 
 
-def _head_backward(queries, keys, values, biases, chosen_qs, log_sum, shift, d_out):
+def _head_backward(queries, keys, values, bias, chosen_qs, log_sum, shift, d_out):
   """Gradients of queries, keys and values, pairs as these; the latter summed block by block."""
-  bias = biases or (None, None)
   inner, outer = ((keys[i], values[i], bias[i]) for i in range(2))
   rows, end_rows = ([x[i] for x in (queries, log_sum, shift, d_out)] for i in range(2))
 
@@ -131,5 +178,4 @@ def _head_backward(queries, keys, values, biases, chosen_qs, log_sum, shift, d_o
   more, *d_outer, _ = backends.gradients_of_rows(*outer, *end_rows)
   sums = [(d.reshape(x.shape), e) for d, e, x in zip(d_seen, d_outer, inner[:2], strict=True)]
   (d_keys, d_values), d_query = jax.lax.scan(step, sums, (chosen_qs, *rows))
-  d_keys, d_values = (tuple(d.astype(keys[0].dtype) for d in x) for x in (d_keys, d_values))
   return (d_query, d_end + more), d_keys, d_values

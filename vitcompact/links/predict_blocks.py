@@ -25,6 +25,18 @@ def choose(score_bfqk, own, count: int):
   return jax.lax.top_k(jnp.where(own[None, None], jnp.inf, score_bfqk), count)[1]
 
 
+def _means(links: BlockLinks, windows: Windows, x_bnfd):
+  """Means over the tokens of each block: (B, f, blocks, d), float32."""
+  if not attention.in_turn():
+    return windows.means(links.inner(x_bnfd))
+  # Without the tokens that are in no block, all heads would be one more array of their size.
+  def head(index):
+    x_bn1d = jax.lax.dynamic_slice_in_dim(x_bnfd, index, 1, axis=2)
+    return windows.means(links.inner(x_bn1d))[:, 0]
+
+  return jax.lax.map(head, jnp.arange(x_bnfd.shape[2])).swapaxes(0, 1)
+
+
 def block_mass(maps_bfnm, links: BlockLinks):
   """How much of each query block's attention each block of keys gets, of that on all blocks.
 
@@ -57,8 +69,8 @@ class BlockPredictor(nn.Module):
     # The choice has no gradient, and reconstruction trains nothing but the predictor.
     query, key = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (query_bnfd, key_bmfd))
     links = self._cut(query.shape[1], key.shape[1], source_bs, int(fused))
-    score_bfqk = self._score(links.queries.means(links.inner(query)),
-                             links.keys.means(links.inner(key)), links)
+    score_bfqk = self._score(_means(links, links.queries, query), _means(links, links.keys, key),
+                             links)
     if attention.wants_links(self):
       own_bn = links.inner(jnp.broadcast_to(jnp.arange(query.shape[1]), query.shape[:2]))
       maps = core.maps(links.inner(query), key, own_n=own_bn)
