@@ -29,8 +29,10 @@ def attend(cut, query_bnfd, key_bmfd, value_bmfe, bias_bm, order_bn, chosen_bfqs
 
 def _forward(cut, *arrays):
   def head(index):
-    links, *of_head = _of_head(cut, index, *arrays)
-    out, log_sum = zip(*_head(*of_head), strict=True)
+    links, seen, parts, chosen_qs = _of_head(cut, index, *arrays)
+    with jax.named_scope(attention.SCOPE):
+      ends = backends.attend_rows(parts[0][1], *seen, len(seen[0]))
+    out, log_sum = zip(_blocks(*parts, chosen_qs), ends, strict=True)
     return _whole(links, links.queries, *out).astype(arrays[2].dtype), log_sum
 
   out, log_sum = _each_head(head, arrays[-1])
@@ -42,14 +44,16 @@ def _backward(cut, residuals, d_out):
   arrays, out, log_sum = residuals
 
   def head(index):
-    links, *of_head = _of_head(cut, index, *arrays)
+    links, seen, parts, chosen_qs = _of_head(cut, index, *arrays)
     out_n, d_out_n = (_alone(x, index).astype(jnp.float32) for x in (out, d_out))
     shift_n = jnp.sum(out_n * d_out_n, axis=-1, keepdims=True)
-    rows = [_parts(links, links.queries, x) for x in (shift_n, d_out_n)]
-    d_query, *d_keys = _head_backward(*of_head, [x[index] for x in log_sum], *rows)
-    d_query = [x * arrays[0].shape[-1] ** -0.5 for x in d_query]
-    return [_whole(links, windows, *d).astype(x.dtype) for windows, d, x in zip(
-        (links.queries, links.keys, links.keys), (d_query, *d_keys), arrays[:3], strict=True)]
+    inner, ends = zip(parts[0], [x[index] for x in log_sum],
+                      *(_parts(links, links.queries, x) for x in (shift_n, d_out_n)), strict=True)
+    d_ends, *d_seen, _ = backends.gradients_of_rows(*seen, *ends)
+    d_queries, *d_keys = _blocks_backward(*parts[1:], chosen_qs, *inner)
+    d_query_n = _whole(links, links.queries, d_queries, d_ends) * arrays[0].shape[-1] ** -0.5
+    d_keys_n = [_whole(links, links.keys, *x) + d for x, d in zip(d_keys, d_seen, strict=True)]
+    return [d.astype(x.dtype) for d, x in zip((d_query_n, *d_keys_n), arrays[:3], strict=True)]
 
   gradients = _each_head(head, arrays[-1])
   return *(_together(x, len(d_out)) for x in gradients), None, None, None
@@ -67,14 +71,15 @@ def _together(x_gnd, batch: int):
 
 
 def _alone(x_bnfd, index):
-  """The head with this number: (1, N, 1, d)."""
-  batch, count, heads, width = x_bnfd.shape
-  return jax.lax.dynamic_slice(x_bnfd, (index // heads, 0, index % heads, 0), (1, count, 1, width))
+  """The head with this number: (N, d)."""
+  _, count, heads, width = x_bnfd.shape
+  start = (index // heads, 0, index % heads, 0)
+  return jax.lax.dynamic_slice(x_bnfd, start, (1, count, 1, width))[0, :, 0]
 
 
-def _parts(links, windows, x_1n1d):
+def _parts(links, windows, x_nd):
   """What is in blocks (k, c, d), and in none (o, d)."""
-  blocks_11kcd, outer_1o1d = links.parts(windows, x_1n1d)
+  blocks_11kcd, outer_1o1d = links.parts(windows, x_nd[None, :, None])
   return blocks_11kcd[0, 0], outer_1o1d[0, :, 0]
 
 
@@ -84,42 +89,40 @@ def _whole(links, windows, blocks_kcd, outer_od):
 
 
 def _of_head(cut, index, query, key, value, bias, order, chosen):
-  """The links of one head's image, and arguments of `_head`."""
+  """One head's links; its keys, values and bias as they lie; `_blocks`' arguments."""
   image = index // chosen.shape[1]
   links = cut if order is None else cut._replace(order=order[image][None])
   query, key, value = (_alone(x, index) for x in (query, key, value))
+  bias = None if bias is None else bias[image][None]
   parts = [_parts(links, windows, x) for windows, x in (
       (links.queries, query * query.shape[-1] ** -0.5), (links.keys, key), (links.keys, value))]
-  bias = None if bias is None else bias[image][None]
   inner, outer = links.biases(bias), None
   if inner is not None:
     inner = inner[0, 0]
     outer = jnp.zeros(links.prefix + links.fused) if bias is None else links.outer(bias)[0]
-  return links, *parts, (inner, outer), chosen.reshape(-1, *chosen.shape[2:])[index]
+  seen = key, value, None if bias is None else bias[0]
+  return links, seen, [*parts, (inner, outer)], chosen.reshape(-1, *chosen.shape[2:])[index]
 
 
-def _head(queries, keys, values, bias, chosen_qs):
-  """Attention and the log of its sum of exponentials (..., 1), of queries in blocks and in none.
+def _blocks(queries, keys, values, bias, chosen_qs):
+  """Attention of queries in blocks (q, a, e), and the log of its sum of exponentials (q, a, 1).
 
   Pairs, of what is in blocks and in none: queries, scaled, (q, a, d) and (o, d); keys and values
   (k, c, d) and (o, d); bias (k, c) and (o,), or None and None.
   """
-  query_qad, outer_query_od = queries
+  query_qad, _ = queries
   blocks, area, _ = query_qad.shape
   most = max(1, STEP_ENTRIES // (area * chosen_qs.shape[1] * keys[0].shape[1]))
   group = max(n for n in range(1, min(most, blocks) + 1) if blocks % n == 0)
-  outer = [keys[1], values[1], bias[1]]
+  inner, outer = zip(keys, values, bias, strict=True)
 
   def step(arrays):
     query_gad, chosen_gs = arrays
-    return _beside(query_gad, [_chosen(x, chosen_gs) for x in (keys[0], values[0], bias[0])], outer)
+    return _beside(query_gad, [_chosen(x, chosen_gs) for x in inner], outer)
 
   groups = [x.reshape(-1, group, *x.shape[1:]) for x in (query_qad, chosen_qs)]
-  inner = step([x[0] for x in groups]) if group == blocks else jax.lax.map(step, groups)
-  inner = [x.reshape(blocks, area, -1) for x in inner]
-  seen = [None if x is None else _flat(x)[None] for x in (keys[0], values[0], bias[0])]
-  ends = [x[0] for x in _beside(outer_query_od[None], seen, outer)]
-  return inner, ends
+  out = step([x[0] for x in groups]) if group == blocks else jax.lax.map(step, groups)
+  return [x.reshape(blocks, area, -1) for x in out]
 
 
 def _beside(query_gad, seen, outer):
@@ -156,14 +159,12 @@ def _chosen(blocks_kc, chosen_gs):
   return blocks_kc[chosen_gs].reshape(groups, chosen * blocks_kc.shape[1], *blocks_kc.shape[2:])
 
 
-def _flat(blocks_kc):
-  return None if blocks_kc is None else blocks_kc.reshape(-1, *blocks_kc.shape[2:])
+def _blocks_backward(keys, values, bias, chosen_qs, *rows):
+  """Gradients of queries in blocks, and pairs of keys and values, summed block by block.
 
-
-def _head_backward(queries, keys, values, bias, chosen_qs, log_sum, shift, d_out):
-  """Gradients of queries, keys and values, pairs as these; the latter summed block by block."""
-  inner, outer = ((keys[i], values[i], bias[i]) for i in range(2))
-  rows, end_rows = ([x[i] for x in (queries, log_sum, shift, d_out)] for i in range(2))
+  rows: arguments of `backends.gradients_of_rows`, (q, a, ...).
+  """
+  inner, outer = zip(keys, values, bias, strict=True)
 
   def step(sums, arrays):
     chosen_s, *rows = arrays
@@ -174,8 +175,6 @@ def _head_backward(queries, keys, values, bias, chosen_qs, log_sum, shift, d_out
             for (total, end), d, e in zip(sums, d_seen, d_outer, strict=True)
             ], d_query + d_outer_query
 
-  d_end, *d_seen, _ = backends.gradients_of_rows(*(_flat(x) for x in inner), *end_rows)
-  more, *d_outer, _ = backends.gradients_of_rows(*outer, *end_rows)
-  sums = [(d.reshape(x.shape), e) for d, e, x in zip(d_seen, d_outer, inner[:2], strict=True)]
-  (d_keys, d_values), d_query = jax.lax.scan(step, sums, (chosen_qs, *rows))
-  return (d_query, d_end + more), d_keys, d_values
+  zeros = [tuple(jnp.zeros(x.shape, jnp.float32) for x in pair) for pair in (keys, values)]
+  d_keys, d_query_qad = jax.lax.scan(step, zeros, (chosen_qs, *rows))
+  return d_query_qad, *d_keys
