@@ -12,7 +12,9 @@ import pytest
 from ml_collections import ConfigDict
 
 import vitcompact as vc
-from vitcompact import trees
+from experiments import convert as conversion
+from tests import tiny
+from vitcompact import convert, trees
 from vitcompact.train import loop, optim, settings, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -141,6 +143,28 @@ def test_a_docstring_names_the_command_that_runs_the_file(name):
   assert re.search(rf"python main.py --config=configs/{name}.py(:\w+)? --workdir=", words)
 
 
+CONVERTED = [name for name in NAMES
+             if "Command:  python -m experiments.convert" in load(name).__doc__]
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_a_docstring_makes_the_file_that_its_run_starts_from(name, tmp_path, monkeypatch):
+  """Of a narrow model of 224 pixels and ImageNet's classes."""
+  config, words = load(name).get_config(), load(name).__doc__.replace("\\\n", "").split()
+  given, *options = words[words.index("experiments.convert") + 1:words.index("main.py") - 1]
+  source = vc.create_model(config.model.name, image_size=224, width=8, depth=1, heads=1)
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / given).parent.mkdir(parents=True, exist_ok=True)
+  convert.save(given, source, jax.tree.map(np.asarray, tiny.init(source)))
+  monkeypatch.setattr("sys.argv", ["convert", given, *options])
+  conversion.main()
+  out = options[options.index("--out") + 1]
+  made, _ = convert.load(out)
+  assert made.image_size == config.model.image_size
+  assert made.num_classes == {"tfds:cifar10": 10}.get(config.data.name, 1000)
+  assert f"--config.init_from={out}" in words
+
+
 @functools.cache
 def dense_macs(name, sizes):
   return vc.count(vc.create_model(name, **dict(sizes))).macs
@@ -163,7 +187,7 @@ def test_a_docstring_tells_cost_and_result_and_a_cost_in_flop_is_counted(name):
 
 
 ARGUMENTS = sorted({(name, argument) for name in NAMES for argument in re.findall(
-    rf"(?:configs/{name}\.py| or|,) ?:([\w.]+\w)", load(name).__doc__)})
+    rf"(?:configs/{name}\.py| or|,) ?:([\w.@]+\w)", load(name).__doc__)})
 
 
 def test_a_config_with_an_argument_names_one():
@@ -197,16 +221,79 @@ def test_compact_and_dense_differ_in_the_plan_alone(compact, dense):
   assert plans[1] == plans[3]
 
 
-def test_the_configs_give_deits_recipe():
-  """Peak rate by batch size, epochs in steps, the half-life of its EMA, its groups for mixing."""
-  for name, group in (("deit_t", 256), ("deit_s", 256), ("deit_b", 64)):
-    config = load(name).get_config()
-    assert config.total_steps == 375_300
-    assert config.optim.warmup_steps == 6_255
-    assert config.optim.learning_rate == pytest.approx(5e-4 * config.batch_size / 512)
-    assert optim.ema_decay(config.ema_half_life, config.total_steps) == pytest.approx(
-        0.99996, abs=1e-6)
-    assert config.batch_size // config.data.replicas == group
+# The published recipes: images a step and of each replica, showings of an image, epochs; peak and
+# last learning rate, weight decay, clipping; drop path, the averages' decay a step; the sides to
+# which evaluation resizes and that it cuts.
+DEIT = (1024, 256, 3, 300, 1e-3, 1e-5, 0.05, 0, 0.1, 0.99996, 256, 224)
+PVT = (1024, 128, 3, 300, 1e-3, 1e-5, 0.05, 0, 0.1, 0, 256, 224)
+PVT_DEEP = (*PVT[:7], 1, 0.3, 0, 256, 224)
+NEXTVIT = (2048, 256, 1, 300, 2e-3, 1e-5, 0.1, 5, 0.1, 0, 256, 224)
+NEXTVIT_384 = (1024, 128, 1, 30, 1e-5, 1e-5, 1e-8, 5, 0.1, 0, 438, 384)
+SPARSIFINER = (1344, 168, 1, 50, 8e-5, 2e-6, 0.05, 0, 0, 0.9999, 256, 224)
+DYNAMICVIT = (1024, 128, 1, 30, 1e-3, 1e-6, 0.05, 0, 0, 0.9999, 256, 224)
+RECIPES = {
+    "deit_t": DEIT, "deit_s": DEIT, "deit_s_distilled": DEIT, "tome_deit_s": DEIT,
+    "deit_b": (1024, 64, *DEIT[2:]),
+    "deit_b_384": (512, 32, 3, 30, 5e-6, 5e-6, 1e-8, 0, 0, 0.99996, 438, 384),
+    "lvvit_s": (1024, 128, 1, 310, 1.6e-3, 1e-5, 0.05, 0, 0.1, 0.99992, 248, 224),
+    "lvvit_s:lvvit_m": (1024, 128, 1, 310, 1.6e-3, 1e-5, 0.05, 0, 0.2, 0.99992, 224, 224),
+    "pvt": PVT, "pvt:pvt_tiny": PVT, "pvt:pvt_medium": PVT_DEEP, "pvt:pvt_large": PVT_DEEP,
+    **{f"pvt:pvt_v2_b{i}": PVT if i < 3 else PVT_DEEP for i in range(6)},
+    "nextvit": NEXTVIT, "nextvit:nextvit_base": (*NEXTVIT[:8], 0.2, *NEXTVIT[9:]),
+    "nextvit:nextvit_large": (*NEXTVIT[:8], 0.2, *NEXTVIT[9:]), "nextvit_384": NEXTVIT_384,
+    "nextvit_384:nextvit_large": (*NEXTVIT_384[:8], 0.2, *NEXTVIT_384[9:]),
+    "cifar10:cifar10@all": (768, 256, 3, 1000, 0.01, 1e-5, 1e-4, 0, 0, 0, 256, 224),
+    "sparsifiner_deit_s": SPARSIFINER, "sparsifiner_lvvit_s": SPARSIFINER,
+    "sparsif_evit_deit_s": SPARSIFINER,
+    "dynamicvit_deit_s": DYNAMICVIT, "dynamicvit_lvvit_s": DYNAMICVIT,
+    "evit_deit_s": (2048, 256, 3, 30, 8e-5, 2e-6, 1e-6, 0, 0, 0.99996, 256, 224),
+    "evit_deit_s_scratch": (2048, 256, 3, 300, 2e-3, 1e-5, 0.05, 0, 0.1, 0.99996, 256, 224),
+    "mctf_deit_s": (1024, 128, 3, 40, 3e-5, 1e-6, 0.05, 0, 0.1, 0.99996, 256, 224),
+}
+
+
+def named(name):
+  """(config of "name" or "name:argument", steps of its epoch)."""
+  name, *argument = name.split(":")
+  config = load(name).get_config(*argument)
+  images = 49_920 if config.data.name == "tfds:cifar10@all" else 1_281_024
+  return config, images // config.batch_size
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_config_has_the_numbers_of_its_recipe(name):
+  config, steps = named(name)
+  ema = config.ema_half_life and optim.ema_decay(config.ema_half_life, config.total_steps)
+  pre = vc.preprocess(vc.create_model(config.model.name, image_size=config.model.image_size))
+  resized = int(config.model.image_size / (config.data.eval_crop or pre.crop))
+  assert (config.batch_size, config.batch_size / config.data.replicas, config.data.repeats,
+          config.total_steps / steps, config.optim.learning_rate, config.optim.final_learning_rate,
+          config.optim.weight_decay, config.optim.clip_norm, config.model.drop_path_rate,
+          pytest.approx(ema, abs=1e-7), resized, config.model.image_size) == RECIPES[name]
+
+
+# {epoch: learning rate of its first step}. DeiT, PVT, Next-ViT, EViT and MCTF set it an epoch late.
+RATES = {
+    "deit_s": {0: 1e-6, 1: 1e-6, 2: 2.008e-4, 5: 8.002e-4, 6: 9.99322e-4, 151: 5.05e-4,
+               299: 1.010854e-5},
+    "deit_b_384": {0: 1e-6, 1: 1e-6, 2: 1.8e-6, 6: 5e-6, 29: 5e-6},
+    "nextvit": {0: 1e-6, 1: 1e-6, 2: 1.0095e-4, 3: 2.009e-4, 20: 1.90005e-3, 21: 1.97826e-3},
+    "nextvit_384": {0: 1e-5, 1: 1e-5, 29: 1e-5},
+    "lvvit_s": {0: 1e-6, 1: 3.208e-4, 5: 1.598911e-3, 150: 8.05e-4, 300: 1e-5, 309: 1e-5},
+    "evit_deit_s": {0: 8e-5, 1: 8e-5, 16: 4.1e-5},
+    "mctf_deit_s": {0: 3e-5, 1: 3e-5, 16: 1.55e-5, 30: 1.07943e-6, 31: 1e-6, 39: 1e-6},
+    "cifar10:cifar10@all": {0: 1e-6, 1: 1e-6, 2: 2.0008e-3, 501: 5.005e-3},
+    "sparsifiner_deit_s": {0: 0, 3: 8e-5, 24: 4.1e-5},
+    "dynamicvit_deit_s": {0: 0, 5: 1e-3, 17.5: 5.005e-4},
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_a_config_has_the_published_learning_rates(name):
+  config, steps = named(name)
+  rate = optim.schedule(config.optim, config.total_steps - config.reconstruct.steps)
+  for epoch, wanted in RATES[name].items():
+    assert rate(round(epoch * steps)) == pytest.approx(wanted, rel=1e-4), epoch
 
 
 def test_every_config_shows_every_key():

@@ -202,7 +202,7 @@ def test_bfloat16_computes_near_float32():
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
-def test_every_leaf_has_one_rule_and_only_matrices_decay(name):
+def test_every_leaf_has_one_rule_and_matrices_and_the_distillation_token_decay(name):
   for plan in (vc.Plan(), vc.Plan(heads=vc.HMHSA(layout="grid"), ffn=vc.CFFN(factor="both")),
                vc.Plan(heads=vc.HMHSA(site="logits"), ffn=vc.CFFN(rep="scale"))):
     model = tiny.deit(plan, name=name)
@@ -211,8 +211,8 @@ def test_every_leaf_has_one_rule_and_only_matrices_decay(name):
     decayed = [n for n, leaf in trees.named_leaves(jax.tree.map(
         lambda leaf: leaf.decay, leaves, is_leaf=lambda x: isinstance(x, trees.Leaf))).items()
         if leaf]
-    kernels = [n for n in trees.named_leaves(params) if n.endswith("/kernel")]
-    assert decayed == kernels
+    wanted = [n for n in trees.named_leaves(params) if n.endswith("/kernel") or n == "dist_token"]
+    assert decayed == wanted
 
 
 @pytest.mark.parametrize("make,words", [

@@ -66,17 +66,17 @@ def tiny_model():
                          plan=vc.Plan(heads=vc.HMHSA(layout="grid"), ffn=vc.CFFN()))
 
 
-def test_exactly_the_kernels_decay():
+def test_exactly_the_kernels_and_the_distillation_token_decay():
   model = tiny_model()
   params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
   mask = trees.named_leaves(optim.decay_mask(params, model.leaf_rules()))
   assert {name for name, decays in mask.items() if decays} == {
-      "patch_embed/proj/kernel", "head/kernel", "head_dist/kernel",
+      "dist_token", "patch_embed/proj/kernel", "head/kernel", "head_dist/kernel",
       *(f"blocks_0/attn/{part}/kernel" for part in ("query", "key", "value", "out")),
       "blocks_0/mlp/fc1/kernel",
       *(f"blocks_0/mlp/fc2/{factor}/kernel" for factor in ("a0", "a1", "b0", "b1"))}
   assert {name for name, decays in mask.items() if not decays} >= {
-      "cls_token", "dist_token", "pos_embed", "head/bias", "norm/scale",
+      "cls_token", "pos_embed", "head/bias", "norm/scale",
       "blocks_0/attn/query/bias", "blocks_0/attn/hallucinate/query_taps",
       "blocks_0/attn/hallucinate/key_gain", "blocks_0/mlp/fc2/a0_norm/scale",
       "blocks_0/mlp/fc2/alpha"}

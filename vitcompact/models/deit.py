@@ -20,7 +20,9 @@ from vitcompact.trees import Leaf
 EPSILON = 1e-6   # of every LayerNorm
 
 LEAVES = [
-    (r"(cls_token|dist_token|pos_embed)", Leaf((None, None, "embed"))),
+    (r"(cls_token|pos_embed)", Leaf((None, None, "embed"))),
+    # It decays, as in the authors' training; timm exempts it since.
+    (r"dist_token", Leaf((None, None, "embed"), decay=True)),
     (r"patch_embed/proj/kernel", Leaf((None, None, None, "embed"), decay=True)),
     (r"head(_dist)?/kernel", Leaf(("embed", "classes"), decay=True)),
 ]
