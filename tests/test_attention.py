@@ -68,6 +68,7 @@ def test_every_backend_computes_the_same_function_and_gradients(name, small_tile
 @pytest.mark.parametrize("platform,dtype,fields,wanted", [
     ("cpu", "float32", {"queries": 50, "keys": 50}, "einsum"),
     ("cpu", "float32", {"queries": 197, "keys": 197}, "images"),
+    ("cpu", "float32", {"queries": 257, "keys": 257}, "tiled"),
     ("cpu", "bfloat16", {"queries": 577, "keys": 577}, "tiled"),
     ("cpu", "float32", {"queries": 3136, "keys": 49}, "images"),
     ("cpu", "float32", {"queries": 197, "keys": 197, "turns": False}, "einsum"),

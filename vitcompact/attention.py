@@ -15,9 +15,9 @@ SCOPE = "vitcompact.attention"
 ALIVE_EPSILON = 1e-6
 
 BACKENDS = ("einsum", "images", "tiled", "cudnn", "splash", "tokamax")
-# On a CPU. Below so many scores of a head all are formed at once; up to so many, those of one image
-# in turn. `python -m experiments.attention_speed` prints the times.
-FEW_ENTRIES, MANY_ENTRIES = 100 ** 2, 400 ** 2
+# On a CPU. Below so many scores of a head all are formed at once; up to so many, of so many keys,
+# those of one image in turn. `python -m experiments.attention_speed` prints the times.
+FEW_ENTRIES, MANY_ENTRIES, MANY_KEYS = 100 ** 2, 400 ** 2, 240
 # Elsewhere. Beyond so many, tiles, for the sake of memory.
 LARGEST_MAP = 1024 ** 2
 LEAST_SPLASH = 512   # keys
@@ -77,7 +77,9 @@ def backend(platform: str, dtype, *, queries: int, keys: int, width: int, plain:
   """
   entries = queries * keys
   if platform == "cpu" and turns:
-    return "einsum" if entries < FEW_ENTRIES else "images" if entries < MANY_ENTRIES else "tiled"
+    if entries < FEW_ENTRIES:
+      return "einsum"
+    return "images" if entries < MANY_ENTRIES and keys < MANY_KEYS else "tiled"
   if plain and not cudnn_refusal(platform, dtype, width=width, hopper=hopper):
     return "cudnn"
   if platform == "tpu" and plain and devices == 1 and keys >= LEAST_SPLASH:
