@@ -65,6 +65,18 @@ def test_every_backend_computes_the_same_function_and_gradients(name, small_tile
                  run(backend), wanted)
 
 
+def test_keys_in_steps_give_each_its_share_though_none_of_a_step_has_size(small_tiles):
+  """Also where scores rise and fall by more than exponentials can hold."""
+  size = jnp.ones((BATCH, KEYS)).at[:, :9].set(0)     # the first step has 4 keys, each other 5
+  query, key, value = arrays()
+  for core in (Core(size=size), Core()):
+    outs = []
+    for backend in ("einsum", "tiled"):
+      with attention.using(backend):
+        outs.append(jax.jit(core)(100 * query, key, value))
+    np.testing.assert_allclose(outs[1], outs[0], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("platform,dtype,fields,wanted", [
     ("cpu", "float32", {"queries": 50, "keys": 50}, "einsum"),
     ("cpu", "float32", {"queries": 197, "keys": 197}, "images"),

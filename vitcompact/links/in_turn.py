@@ -60,6 +60,8 @@ def _backward(cut, residuals, d_out):
 
 
 attend.defvjp(_forward, _backward)
+
+
 def _each_head(head, chosen_bfqs):
   """What `head` of each head's number gives: (B f, ...)."""
   return jax.lax.map(head, jnp.arange(chosen_bfqs.shape[0] * chosen_bfqs.shape[1]))
