@@ -40,6 +40,7 @@ def get_config():
   config.data.name = "folder:imagenet"
   config.data.augment = "randaugment"   # random resized crop, flip, rand-m9-mstd0.5-inc1
   config.data.workers = 16        # processes that decode and augment; 0: threads
+  config.data.eval_fit = "crop"   # in evaluation; or "warp": the whole image, its aspect lost
   config.data.eval_crop = 0.875 # share of the image that evaluation crops, the authors'; 0: timm's
   config.data.erase = 0.25        # probability of random erasing
   config.data.smoothing = 0.1

@@ -39,6 +39,7 @@ def get_config():
   config.data.name = "digits"
   config.data.augment = "digits"  # small rotation, shift and scale; a mirrored digit is no digit
   config.data.workers = 0         # processes; 0: threads
+  config.data.eval_fit = "crop"   # in evaluation; or "warp": the whole image, its aspect lost
   config.data.eval_crop = 0.0   # share of the image that evaluation crops; 0: the model's own
   config.data.erase = 0.0         # probability of random erasing
   config.data.smoothing = 0.1

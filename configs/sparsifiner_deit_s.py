@@ -10,6 +10,8 @@ Cost:     1.77 EFLOP, forward and backward of 64 M images through the dense mode
 Result:   not run here. The authors publish 79.83 % top-1 at keep 0.3 and 79.71 % at 0.2 (dense:
           79.82 %), of which about 0.2 points are the fine-tuning, not the sparsity: they have
           80.04 % at keep 1. They evaluate the averages too: --mode=eval --config.eval_params=ema.
+At 384:   the authors evaluate the whole image, its aspect ratio lost: convert the file with
+          --image-size 384, then --config.model.image_size=384 --config.data.eval_fit=warp.
 Other:    blocks of links instead of tokens: --config.plan with "granularity": "block", at 384
           pixels and more. The keep rate of the published rows: 0.9 to 0.01.
 """

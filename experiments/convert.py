@@ -8,8 +8,9 @@
 
 Reads .safetensors, and .pth, .pt, .bin, .tar through torch (which has to be installed), as weights
 only: a file that would run code is refused. What `vitcompact.convert.save` wrote needs no --model;
-it becomes one for another size of images or patches, or goes --to-torch: a dense model under timm's
-or the authors' names, a folded compact DeiT under names that experiments/torch_deit.py reads.
+it becomes one for another size of images or patches (with predictors of token links that is for
+vitcompact.links.resize.resize_links), or goes --to-torch: a dense model under timm's or the
+authors' names, a folded compact DeiT under names that experiments/torch_deit.py reads.
 """
 import argparse
 import pathlib
@@ -81,8 +82,7 @@ def from_checkpoint(checkpoint, name, out, *, reset_head=False, force=False, **f
   if name is None:
     source, variables = convert.load(checkpoint)
     state, name = vc.to_torch(source, variables), source.variant
-    model = source.clone(**fields)
-    model.check()
+    model = convert.altered(source, **fields)
   else:
     state, model = read_checkpoint(checkpoint), vc.create_model(name, **fields)
   loaded = convert.read_state_dict(model, state, reset_head=reset_head, source=source)

@@ -202,8 +202,38 @@ def test_what_a_docstring_offers_as_an_argument_is_a_config_too(name, argument):
   settings.check(config)
   sizes = config.model.to_dict()
   model = vc.create_model(sizes.pop("name"), plan=vc.Plan.parse(config.plan), **sizes)
-  assert argument in (model.variant, config.data.name.removeprefix("tfds:")) or (
-      argument in config.plan) or argument in load(name).PLANS
+  told = {model.variant, config.data.name.removeprefix("tfds:"), *getattr(load(name), "PLANS", ())}
+  assert argument in told or all(
+      part in told or part in config.plan for part in argument.split("@"))
+
+
+WARPED = [name for name in NAMES if "eval_fit" in load(name).__doc__]
+
+
+@pytest.mark.parametrize("name", WARPED)
+def test_a_config_builds_at_the_size_at_which_its_docstring_warps(name, imagenet):
+  config = load(name).get_config()
+  for key, value in re.findall(r"--config\.(model\.image_size|data\.eval_fit)=(\w+)",
+                               load(name).__doc__):
+    config.update_from_flattened_dict({key: int(value) if value.isdigit() else value})
+  config.data.name = f"folder:{imagenet}"
+  config.teacher.file = "named on the command line.safetensors" if teaches(config) else ""
+  pre = loop.build(loop.resolve(config)).preprocess
+  assert (pre.image_size, pre.crop) == ((384, 384), None)
+
+
+def test_the_methods_that_were_published_at_384_say_how_they_were_evaluated_there():
+  assert WARPED == ["dynamicvit_deit_s", "mctf_deit_s", "sparsifiner_deit_s"]
+
+
+@pytest.mark.parametrize("name, weight, blocks", [
+    ("dynamicvit_deit_s", 2, (3, 6, 9)),
+    ("dynamicvit_deit_s:deit_base_patch16_224@0.7", 5, (3, 6, 9)),
+    ("dynamicvit_lvvit_s", 2, (4, 8, 12)), ("dynamicvit_lvvit_s:lvvit_m@0.7", 2, (5, 10, 15))])
+def test_dynamicvit_has_the_ratio_weight_and_the_stages_of_its_recipe(name, weight, blocks):
+  config, _ = named(name)
+  tokens = vc.Plan.parse(config.plan).tokens
+  assert (config.loss.kept_ratio, tokens.keep, tokens.blocks) == (weight, 0.7, blocks)
 
 
 @pytest.mark.parametrize("compact, dense", [
@@ -225,30 +255,38 @@ def test_compact_and_dense_differ_in_the_plan_alone(compact, dense):
 # last learning rate, weight decay, clipping; drop path, the averages' decay a step; the sides to
 # which evaluation resizes and that it cuts.
 DEIT = (1024, 256, 3, 300, 1e-3, 1e-5, 0.05, 0, 0.1, 0.99996, 256, 224)
+DEIT_B = (1024, 64, *DEIT[2:])
 PVT = (1024, 128, 3, 300, 1e-3, 1e-5, 0.05, 0, 0.1, 0, 256, 224)
 PVT_DEEP = (*PVT[:7], 1, 0.3, 0, 256, 224)
 NEXTVIT = (2048, 256, 1, 300, 2e-3, 1e-5, 0.1, 5, 0.1, 0, 256, 224)
 NEXTVIT_384 = (1024, 128, 1, 30, 1e-5, 1e-5, 1e-8, 5, 0.1, 0, 438, 384)
 SPARSIFINER = (1344, 168, 1, 50, 8e-5, 2e-6, 0.05, 0, 0, 0.9999, 256, 224)
 DYNAMICVIT = (1024, 128, 1, 30, 1e-3, 1e-6, 0.05, 0, 0, 0.9999, 256, 224)
+MCTF = (1024, 128, 3, 40, 3e-5, 1e-6, 0.05, 0, 0.1, 0.99996, 256, 224)
 RECIPES = {
-    "deit_t": DEIT, "deit_s": DEIT, "deit_s_distilled": DEIT, "tome_deit_s": DEIT,
-    "deit_b": (1024, 64, *DEIT[2:]),
+    "deit_t": DEIT, "deit_s": DEIT, "deit_b": DEIT_B, "tome_deit_s": DEIT,
+    "deit_s_distilled": DEIT, "deit_s_distilled:deit_tiny_distilled_patch16_224": DEIT,
+    "deit_s_distilled:deit_base_distilled_patch16_224": DEIT_B,
     "deit_b_384": (512, 32, 3, 30, 5e-6, 5e-6, 1e-8, 0, 0, 0.99996, 438, 384),
     "lvvit_s": (1024, 128, 1, 310, 1.6e-3, 1e-5, 0.05, 0, 0.1, 0.99992, 248, 224),
     "lvvit_s:lvvit_m": (1024, 128, 1, 310, 1.6e-3, 1e-5, 0.05, 0, 0.2, 0.99992, 224, 224),
+    "lvvit_s_384": (512, 64, 1, 30, 5e-6, 5e-6, 1e-8, 0, 0.1, 0, 426, 384),
+    "lvvit_s_384:lvvit_m": (512, 64, 1, 30, 5e-6, 5e-6, 1e-8, 0, 0.2, 0, 384, 384),
     "pvt": PVT, "pvt:pvt_tiny": PVT, "pvt:pvt_medium": PVT_DEEP, "pvt:pvt_large": PVT_DEEP,
     **{f"pvt:pvt_v2_b{i}": PVT if i < 3 else PVT_DEEP for i in range(6)},
     "nextvit": NEXTVIT, "nextvit:nextvit_base": (*NEXTVIT[:8], 0.2, *NEXTVIT[9:]),
     "nextvit:nextvit_large": (*NEXTVIT[:8], 0.2, *NEXTVIT[9:]), "nextvit_384": NEXTVIT_384,
     "nextvit_384:nextvit_large": (*NEXTVIT_384[:8], 0.2, *NEXTVIT_384[9:]),
     "cifar10:cifar10@all": (768, 256, 3, 1000, 0.01, 1e-5, 1e-4, 0, 0, 0, 256, 224),
+    "cifar10_adamw:cifar10@all": (768, 256, 3, 1000, 7.5e-6, 7.5e-6, 0.05, 0, 0.1, 0, 256, 224),
     "sparsifiner_deit_s": SPARSIFINER, "sparsifiner_lvvit_s": SPARSIFINER,
     "sparsif_evit_deit_s": SPARSIFINER,
     "dynamicvit_deit_s": DYNAMICVIT, "dynamicvit_lvvit_s": DYNAMICVIT,
+    "dynamicvit_deit_s:deit_base_patch16_224@0.7": (*DYNAMICVIT[:8], 0.2, *DYNAMICVIT[9:]),
+    "dynamicvit_lvvit_s:lvvit_m@0.7": DYNAMICVIT,
     "evit_deit_s": (2048, 256, 3, 30, 8e-5, 2e-6, 1e-6, 0, 0, 0.99996, 256, 224),
     "evit_deit_s_scratch": (2048, 256, 3, 300, 2e-3, 1e-5, 0.05, 0, 0.1, 0.99996, 256, 224),
-    "mctf_deit_s": (1024, 128, 3, 40, 3e-5, 1e-6, 0.05, 0, 0.1, 0.99996, 256, 224),
+    "mctf_deit_s": MCTF, "mctf_deit_s:deit_tiny_patch16_224": MCTF,
 }
 
 
@@ -280,9 +318,11 @@ RATES = {
     "nextvit": {0: 1e-6, 1: 1e-6, 2: 1.0095e-4, 3: 2.009e-4, 20: 1.90005e-3, 21: 1.97826e-3},
     "nextvit_384": {0: 1e-5, 1: 1e-5, 29: 1e-5},
     "lvvit_s": {0: 1e-6, 1: 3.208e-4, 5: 1.598911e-3, 150: 8.05e-4, 300: 1e-5, 309: 1e-5},
+    "lvvit_s_384": {0: 1e-6, 1: 1.8e-6, 4: 4.2e-6, 5: 5e-6, 29: 5e-6},
     "evit_deit_s": {0: 8e-5, 1: 8e-5, 16: 4.1e-5},
     "mctf_deit_s": {0: 3e-5, 1: 3e-5, 16: 1.55e-5, 30: 1.07943e-6, 31: 1e-6, 39: 1e-6},
     "cifar10:cifar10@all": {0: 1e-6, 1: 1e-6, 2: 2.0008e-3, 501: 5.005e-3},
+    "cifar10_adamw:cifar10@all": {0: 1e-6, 1: 1e-6, 2: 2.3e-6, 6: 7.5e-6, 999: 7.5e-6},
     "sparsifiner_deit_s": {0: 0, 3: 8e-5, 24: 4.1e-5},
     "dynamicvit_deit_s": {0: 0, 5: 1e-3, 17.5: 5.005e-4},
 }

@@ -296,6 +296,40 @@ def test_the_program_converts_both_ways(tmp_path, monkeypatch, capsys):
   assert "no such file" in convert_it(tmp_path / "none.pth", "--model", "x", "--out", home)
 
 
+@pytest.mark.parametrize("option, value, words", [
+    ("--patch-size", 0, "patch_size=0: must be a whole number of at least 1"),
+    ("--patch-size", -8, "patch_size=-8: must be a whole number of at least 1"),
+    ("--image-size", 0, "image_size=0: must be a whole number of at least 1"),
+    ("--image-size", 36, "36 is not a multiple of patch_size=8; the nearest that is: 32"),
+    ("--num-classes", -1, "num_classes=-1: must be a whole number of at least 0")])
+def test_sizes_that_cannot_be_are_refused_in_a_line(tmp_path, monkeypatch, capsys, option, value,
+                                                    words):
+  model, path = tiny.deit(depth=1), tmp_path / "a.safetensors"
+  convert.save(path, model, tiny.init(model))
+  said = run_program(monkeypatch, capsys, path, option, value, "--out", tmp_path / "b.safetensors")
+  assert said.startswith("error: ") and words in said and "\n" not in said
+
+
+def test_a_model_without_the_option_says_so(tmp_path):
+  model = vc.create_model("pvt_v2_b0", depths=(1, 1, 1, 1), image_size=64)
+  with pytest.raises(ValueError, match=r"pvt_v2_b0 has no option 'patch_size'; did you mean"):
+    convert.resized(model, {}, patch_size=8)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_predictors_of_links_of_another_size_are_refused_with_the_way_out(tmp_path, folded):
+  model = tiny.deit(vc.Plan(links=vc.Sparsifiner(rank=2)), depth=1)
+  variables = tiny.init(model)
+  if folded:
+    model, variables = vc.fold(model, variables)
+  with pytest.raises(ValueError, match=r"vitcompact\.links\.resize\.resize_links makes them fit"):
+    convert.resized(model, variables, image_size=64)
+  wider = model.clone(width=48)   # another model: no resizing helps
+  with pytest.raises(ValueError) as error:
+    vc.from_torch(wider, vc.to_torch(model, variables))
+  assert "resize_links" not in str(error.value)
+
+
 def fake_torch(load):
   """A stand-in with what the program uses of torch."""
   allowed = []

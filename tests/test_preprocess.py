@@ -1,4 +1,6 @@
 """preprocess: the published evaluation of each model, as an array."""
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -36,6 +38,13 @@ def test_the_centre_is_what_is_kept():
   inside = pre(pixels)[2:-2, 2:-2]                # away from where the filter reaches the border
   assert np.ptp(inside[..., 0]) == 0 and inside[0, 0, 0] < 0
   assert np.ptp(pre(pixels[:, 20:])[..., 0]) > 1   # an image cut on one side has another centre
+
+
+def test_without_a_crop_the_whole_image_is_warped():
+  pre = dataclasses.replace(vc.preprocess(tiny.deit()), crop=None)
+  image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 90, 3), np.uint8))
+  pixels = (pre(image) * pre.std + pre.mean) * 255
+  np.testing.assert_allclose(pixels, image.resize((32, 32), Image.Resampling.BICUBIC), atol=1e-3)
 
 
 def test_what_is_no_image_is_refused():

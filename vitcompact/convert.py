@@ -118,9 +118,18 @@ def resized(model: nn.Module, variables, **sizes) -> tuple[nn.Module, dict[str, 
   Positions are interpolated, and a kernel of patches made anew. Of a dense model, or a folded
   compact DeiT.
   """
-  other = model.clone(**sizes)
-  other.check()
+  other = altered(model, **sizes)
   return other, read_state_dict(other, to_torch(model, variables), source=model).variables
+
+
+def altered(model: nn.Module, **fields) -> nn.Module:
+  """The model with other fields, refused where `create_model` would refuse them."""
+  return create_model(model.variant, **{**_fields(model), **fields})
+
+
+def _fields(model) -> dict[str, Any]:
+  return {field.name: getattr(model, field.name) for field in dataclasses.fields(model)
+          if field.name not in ("parent", "name", "variant")}
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -191,9 +200,9 @@ def read_safetensors(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 def metadata(model: nn.Module) -> dict[str, str]:
   """What `create_model` needs to build it again, as strings: model, fields, plan."""
-  fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)
-            if field.name not in ("parent", "name", "variant", "plan")}
-  return {"model": model.variant, "fields": json.dumps(fields), "plan": model.plan.to_json()}
+  fields = _fields(model)
+  plan = fields.pop("plan")
+  return {"model": model.variant, "fields": json.dumps(fields), "plan": plan.to_json()}
 
 
 def _variable_shapes(model):
@@ -298,8 +307,13 @@ def _check_fit(model, arrays, wanted, heads, got):
   first = (f"the state dict does not fit {_describe(model)}: {len(missing)} missing, "
            f"{len(unexpected)} unexpected, {len(misshapen)} misshapen")
   own = _overlap({name: array.shape for name, array in arrays.items()}.items(), wanted.items())
+  tied = {entry.torch for entry in model.torch_entries()
+          if entry.leaves[0].endswith(("/links/down", "/links/up"))}
   if wrong <= set(heads):
     first += "; pass reset_head to initialise another classifier"
+  elif tied & set(misshapen):
+    first += ("; predictors of links are tied to the positions of their tokens: "
+              "vitcompact.links.resize.resize_links makes them fit another image size")
   elif closest := closest_model(got, better_than=own):
     first += f"; the closest model is {closest}"
   raise ValueError("\n".join(

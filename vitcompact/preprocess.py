@@ -13,12 +13,13 @@ from vitcompact.models import variant_of
 class Preprocess:
   """Resize, central crop, normalise. Call it with a PIL image or a uint8 array (H, W, 3).
 
-  mean, std: of RGB in [0, 1]; crop: share of the resized image's shorter side that the crop keeps;
-  interpolation: PIL's name, antialiased; image_size: (height, width) of the result.
+  mean, std: of RGB in [0, 1]; crop: share of the resized image's shorter side that the crop keeps,
+  None: the whole image is warped, its aspect ratio lost; interpolation: PIL's name, antialiased;
+  image_size: (height, width) of the result.
   """
   mean: tuple[float, float, float]
   std: tuple[float, float, float]
-  crop: float
+  crop: float | None
   interpolation: str
   image_size: tuple[int, int]
 

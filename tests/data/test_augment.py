@@ -124,6 +124,13 @@ def test_evaluation_of_a_rectangle_covers_it():
   assert np.asarray(image).min(axis=(0, 1)).any()  # no black bars from beyond the image
 
 
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_evaluation_without_a_crop_warps_the_whole_image_as_pil_does(interpolation):
+  wanted = IMAGE_C.resize((20, 24), Image.Resampling[interpolation.upper()])
+  assert sha(augment.evaluation(IMAGE_C, (24, 20), None, interpolation)) == sha(wanted)
+  assert sha(augment.evaluation(IMAGE_C, (24, 20), 1.0, interpolation)) != sha(wanted)
+
+
 def test_random_crops_stay_inside_and_keep_to_area_and_aspect():
   rng = np.random.default_rng(0)
   boxes = np.array([augment.crop_box(400, 300, rng) for _ in range(4000)])

@@ -209,6 +209,15 @@ def test_the_crop_of_evaluation_applies_to_folders_and_not_to_generated_images(f
   np.testing.assert_array_equal(first("digits", 0.5), first("digits", 1.0))
 
 
+def test_evaluation_may_warp_the_images_of_folders_instead(folder):
+  batch = next(pipeline.eval_batches(config(name=f"folder:{folder}"), "val", image_size=(16, 24),
+                                     batch_size=1, crop=None, interpolation="bicubic"))
+  with Image.open(folder / "val" / "cat" / "0.png") as image:
+    assert image.size == (40, 30)
+    wanted = image.convert("RGB").resize((24, 16), Image.Resampling.BICUBIC)
+  np.testing.assert_array_equal(batch["image"][0], wanted)
+
+
 def test_the_only_other_split_serves_as_test_and_says_so(folder, caplog):
   assert split_folder(str(folder), "test") == folder / "val"
   assert "serves as both val and test" in caplog.text

@@ -20,6 +20,7 @@ def test_missing_keys_are_named(config):
     ({"total_steps": 0}, "config.total_steps=0 must be at least 1"),
     ({"eval_params": "best"}, "'best' is neither 'raw' nor 'ema'"),
     ({"eval_params": "ema", "ema_half_life": 0.0}, "needs averages"),
+    ({"data": {"eval_fit": "squash"}}, "eval_fit='squash' is neither 'crop' nor 'warp', which squ"),
     ({"ema_half_life": -1.0}, "is a fraction of the run"),
     ({"accumulate": 3}, "batch_size=16 does not divide into config.accumulate=3"),
     ({"accumulate": 2}, "replicas=1 must be a multiple of config.accumulate=2"),

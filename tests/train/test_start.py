@@ -46,6 +46,13 @@ def test_calibration_sees_images_of_every_class(built):
   assert labels == set(range(10))
 
 
+@pytest.mark.parametrize("fit, share, crop", [
+    ("crop", 0.0, 0.9), ("crop", 0.875, 0.875), ("warp", 0.875, None)])
+def test_a_run_evaluates_by_the_crop_of_its_config_or_by_warping(config, fit, share, crop):
+  config.data.update(eval_fit=fit, eval_crop=share)
+  assert loop.build(loop.resolve(config)).preprocess.crop == crop
+
+
 def test_a_run_starts_from_its_file(dense, config):
   config.init_from = dense[0]
   run = loop.build(loop.resolve(config))

@@ -15,14 +15,17 @@ from vitcompact.data.randaugment import randaugment
 BICUBIC = Image.Resampling.BICUBIC
 
 
-def evaluation(image: Image.Image, image_size: tuple[int, int], crop: float,
+def evaluation(image: Image.Image, image_size: tuple[int, int], crop: float | None,
                interpolation: str) -> Image.Image:
   """Resizes to image_size / crop on the shorter side, then cuts image_size out of the centre.
 
   image_size: (height, width). The longer side is int(short * long / short), and offsets are
   rounded half to even, as the authors' pipeline does. If image_size is not square, the image is
-  made just large enough to cover both sides.
+  made just large enough to cover both sides. crop=None: the whole image is warped to image_size.
   """
+  resample = Image.Resampling[interpolation.upper()]
+  if crop is None:
+    return image.resize(image_size[::-1], resample)
   height, width = image_size
   need_h, need_w = int(height / crop), int(width / crop)
   w, h = image.size
@@ -30,7 +33,7 @@ def evaluation(image: Image.Image, image_size: tuple[int, int], crop: float,
     new_h, new_w = need_h, int(need_h * w / h)
   else:
     new_h, new_w = int(need_w * h / w), need_w
-  image = image.resize((new_w, new_h), Image.Resampling[interpolation.upper()])
+  image = image.resize((new_w, new_h), resample)
   left, top = round((new_w - width) / 2), round((new_h - height) / 2)
   return image.crop((left, top, left + width, top + height))
 

@@ -9,6 +9,7 @@ The keys of a config's `data` section (all must be there; nothing has a hidden d
   max_bad   so many records at most may be passed over, by each process since its start
   replicas  of the recipe, not of the hardware: who shares a mix, see order.py  (DeiT-S: 4)
   repeats   showings of an image in a row                                       (DeiT: 3)
+  eval_fit  in evaluation, "crop", or "warp" the whole image to the model's size
   eval_crop share of the image that evaluation crops, 0: the model's own        (DeiT: 0.875)
   erase     probability of random erasing                                       (DeiT: 0.25)
   smoothing label smoothing                                                     (DeiT: 0.1)
@@ -174,7 +175,7 @@ class EvalBatch:
   rows: range
   image_size: tuple[int, int]
   whole: bool
-  crop: float
+  crop: float | None
   interpolation: str
   on_bad: str
 
@@ -212,14 +213,14 @@ def _eval_batch(data, split, *, image_size, batch_size, crop, interpolation, row
                    parse(data.name)[0] in ALLOWED, crop, interpolation, data.on_bad)
 
 
-def eval_batches(data, split: str, *, image_size, batch_size: int, crop: float, interpolation: str,
-                 process_index: int = 0, process_count: int = 1) -> Batches:
+def eval_batches(data, split: str, *, image_size, batch_size: int, crop: float | None,
+                 interpolation: str, process_index: int = 0, process_count: int = 1) -> Batches:
   """One pass in order: {"image": uint8 (b, H, W, 3), "label": int32 (b,), "mask": float32 (b,)}.
 
   The last batch is filled with black images whose mask is 0, and so is a bad record that is
-  skipped; every process yields equally many. crop and interpolation ("bicubic", ...) are of the
-  model's preprocessing. Generated images (digits, shapes) come at the model's size and are shown
-  whole, whatever `crop`; so are others of up to 32 pixels that have the model's size.
+  skipped; every process yields equally many. crop (None: warped) and interpolation ("bicubic",
+  ...) are of the run's preprocessing. Generated images (digits, shapes) come at the model's size
+  and are shown whole, whatever `crop`; so are others of up to 32 pixels that have the model's size.
   """
   make_batch = _eval_batch(data, split, image_size=image_size, batch_size=batch_size, crop=crop,
                            interpolation=interpolation,
@@ -228,7 +229,7 @@ def eval_batches(data, split: str, *, image_size, batch_size: int, crop: float, 
   return Batches(grain.MapDataset.range(steps).map(make_batch), data.workers, data.max_bad)
 
 
-def sample(data, split: str, count: int, *, image_size, crop: float,
+def sample(data, split: str, count: int, *, image_size, crop: float | None,
            interpolation: str) -> np.ndarray:
   """uint8 (n, H, W, 3): `count` images (or all, if there are fewer) as `eval_batches` shows them.
 

@@ -57,8 +57,8 @@ def build(config: FrozenConfigDict, classes: int | None = None) -> Run:
   model = vc.create_model(sizes.pop("name"), plan=vc.Plan.parse(config.plan), num_classes=classes,
                           **sizes)
   preprocess, rules = vc.preprocess(model), model.leaf_rules()
-  if config.data.eval_crop:
-    preprocess = dataclasses.replace(preprocess, crop=config.data.eval_crop)
+  crop = None if config.data.eval_fit == "warp" else config.data.eval_crop or preprocess.crop
+  preprocess = dataclasses.replace(preprocess, crop=crop)
   image_shape = (*preprocess.image_size, 3)
   teacher = make_teacher(config, model)
   programs.check(config, model)

@@ -10,9 +10,8 @@ POSITIVE = ("total_steps", "batch_size", "accumulate", "eval_batch_size", "check
 KEYS = {
     "": {*POSITIVE, "seed", "init_from", "ema_half_life", "eval_params", "model", "plan", "data",
          "optim", "mesh", "loss", "teacher", "reconstruct", "keep_warmup"},
-    "data": {"name", "augment", "workers", "erase", "smoothing", "mixup", "cutmix", "eval_crop",
-             "replicas",
-             "repeats", "on_bad", "max_bad"},
+    "data": {"name", "augment", "workers", "erase", "smoothing", "mixup", "cutmix", "eval_fit",
+             "eval_crop", "replicas", "repeats", "on_bad", "max_bad"},
     "optim": {"name", "schedule", "epoch_steps", "learning_rate", "warmup_steps",
               "warmup_learning_rate", "final_learning_rate", "cooldown_steps", "weight_decay", "b1",
               "b2", "eps", "clip_norm", "skip_nonfinite", "rates"},
@@ -65,6 +64,9 @@ def check(config):
       raise ValueError(f"config.{key}={config[key]} must be at least 1")
   if config.eval_params not in ("raw", "ema"):
     raise ValueError(f"config.eval_params={config.eval_params!r} is neither 'raw' nor 'ema'")
+  if config.data.eval_fit not in ("crop", "warp"):
+    raise ValueError(f"config.data.eval_fit={config.data.eval_fit!r} is neither 'crop' nor 'warp', "
+                     "which squeezes the whole image to the model's size")
   if config.ema_half_life < 0:
     raise ValueError(f"config.ema_half_life={config.ema_half_life} is a fraction of the run; "
                      "0 keeps no averages")
