@@ -294,12 +294,15 @@ class Core(NamedTuple):
       mask = jnp.pad(mask, [(0, 0), (0, 0), (0, missing), (0, 0)], constant_values=True)
       mask = jnp.moveaxis(mask.reshape(*mask.shape[:2], tiles, rows, keys), 2, 0)
 
+    # Laid out as products want them, which XLA:CPU would do anew for each tile.
+    key_bhdm, value_bhme = key_bmhd.transpose(0, 2, 3, 1), value_bmhe.swapaxes(1, 2)
+
     @jax.checkpoint
     def tile(arrays):
       query_bnhd, own_n, mask = arrays
       core = self._replace(mask=mask, blocks=None)
-      return core._at_once(query_bnhd, key_bmhd, value_bmhe, rescore=rescore, needed=needed,
-                           own_n=own_n, edges=False)
+      return core._at_once(query_bnhd, key_bhdm.transpose(0, 3, 1, 2), value_bhme.swapaxes(1, 2),
+                           rescore=rescore, needed=needed, own_n=own_n, edges=False)
 
     out_tbnhe = jax.lax.map(tile, (jnp.moveaxis(padded[:, around_tr], 1, 0),
                                    start_t1 + jnp.arange(rows)[None], mask))
