@@ -107,7 +107,10 @@ def test_a_batch_on_several_devices_is_not_cut_in_parts():
     assert loops() == 0
 
 
-@pytest.mark.parametrize("plan", [vc.Plan(), vc.Plan(at_a_time=2)])
+LINKED = vc.Plan(links=vc.Sparsifiner(granularity="block", window=2, min_tokens=0))
+
+
+@pytest.mark.parametrize("plan", [vc.Plan(), vc.Plan(at_a_time=2), LINKED])
 def test_a_model_is_exported_for_batches_of_any_size(plan):
   model = tiny.deit(plan, depth=1)
   variables, x = tiny.init(model), tiny.images(model, batch=5)

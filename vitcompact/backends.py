@@ -38,7 +38,8 @@ def images(query_bnhd, key_bmhd, value_bmhe, bias_bm=None):
 def tiled(query_bnhd, key_bmhd, value_bmhe, bias_bm=None, *, in_turn: bool = True):
   """Tiles of queries in turn, computed again in the backward pass.
 
-  in_turn: heads too, and images; it keeps a CPU's cache, where it was faster at all lengths.
+  in_turn: heads too, and images, and keys of the forward pass; it keeps a CPU's cache, where it was
+    faster at all lengths.
   """
   batch, queries, heads, width = query_bnhd.shape
   if bias_bm is not None:
@@ -100,7 +101,7 @@ def _scores(query_nd, key_md, bias_m):
 def attend_rows(query_nd, key_md, value_me, bias_m, step: int):
   """(attention (N, e), log of the sum of exponentials (N, 1) in float32); queries are scaled.
 
-  step: keys in turn, what they leave over first.
+  step: so many keys are seen at a time, those that such steps leave over first.
   """
   def seen(key_sd, value_se, bias_s):
     scores_ns = _scores(query_nd, key_sd, bias_s)

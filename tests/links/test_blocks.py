@@ -1,10 +1,13 @@
 """Sparsifiner at block granularity: gathered blocks equal masked dense attention, and cost less."""
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import vitcompact as vc
 from tests import tiny
@@ -115,6 +118,28 @@ def test_heads_in_turn_equal_heads_side_by_side(name, sized, monkeypatch):
     return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*args)
 
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), run("gpu"), run("cpu"))
+
+
+@pytest.mark.parametrize("name", ["padded", "survivors"])
+def test_images_on_several_devices_stay_where_they_are(name):
+  """Attention and gradients of eight images on eight devices: nothing is sent between these."""
+  links = CASES[name]
+  tokens = np.prod(links.keys.grid) + links.prefix + links.fused
+  order = None if links.order is None else jnp.tile(jnp.arange(11)[::-1], (8, 1))
+  chosen = jnp.tile(choice(links.queries, links.keys, 2)[:1], (8, 1, 1, 1))
+  images = NamedSharding(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)), P("data"))
+
+  def loss(qkv, chosen, order):
+    return jnp.sum(links._replace(chosen=chosen, order=order).attend(*qkv) ** 2, axis=(1, 2, 3))
+
+  def gradients(qkv, *args):
+    out, pull = jax.vjp(lambda qkv: loss(qkv, *args), qkv)
+    return pull(jnp.ones_like(out))
+
+  with attention.split_over(8):
+    program = jax.jit(gradients, in_shardings=images, out_shardings=images).lower(
+        [draw(8, tokens, HEADS, WIDTH)] * 3, chosen, order).compile().as_text()
+  assert not re.search("all-gather|all-reduce|all-to-all|collective-permute", program)
 
 
 @pytest.mark.parametrize("keep,count", [(0.01, 1), (0.4, 2), (0.6, 2), (1.0, 4)])

@@ -198,8 +198,7 @@ def _backward(residuals, gradients):
   d_out, d_log_sum = gradients
   # d scores = weights (d weights - sum of out d_out + d_log_sum)
   shift = d_log_sum - jnp.sum(out * d_out, axis=-1)
-  batch, heads, _, c, _ = key.shape
-  at = (jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None])
+  c = key.shape[-2]
 
   def step(sums, block):
     query_bfad, chosen_bfs, log_sum_bfa, shift_bfa, d_out_bfae = block
@@ -212,11 +211,12 @@ def _backward(residuals, gradients):
     d_value = jnp.einsum("bfam,bfae->bfme", weights, d_out_bfae)
     d_key = jnp.einsum("bfam,bfad->bfmd", d_scores, query_bfad)
     d_query = jnp.einsum("bfam,bfmd->bfad", d_scores, key_bfmd)
-    sums = [total.at[(*at, chosen_bfs)].add(part.reshape(*chosen_bfs.shape, c, -1),
-                                            unique_indices=True)
+    sums = [add(total, chosen_bfs, part.reshape(*chosen_bfs.shape, c, -1))
             for total, part in zip(sums, (d_key, d_value), strict=True)]
     return sums, d_query
 
+  # Mapped over images: with their numbers as indices all devices would hold all of them.
+  add = jax.vmap(jax.vmap(lambda total, at, part: total.at[at].add(part, unique_indices=True)))
   zeros = [jnp.zeros(x.shape, jnp.float32) for x in (key, value)]
   blocks = [_first(x) for x in (query, chosen, log_sum, shift, d_out)]
   (d_key, d_value), d_query = jax.lax.scan(step, zeros, blocks)

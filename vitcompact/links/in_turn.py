@@ -36,7 +36,7 @@ def _forward(cut, *arrays):
     return _whole(links, links.queries, *out).astype(arrays[2].dtype), log_sum
 
   out, log_sum = _each_head(head, arrays[-1])
-  out = _together(out, len(arrays[0]))
+  out = _together(out, arrays[0].shape[0])
   return out, (arrays, out, log_sum)
 
 
@@ -56,7 +56,7 @@ def _backward(cut, residuals, d_out):
     return [d.astype(x.dtype) for d, x in zip((d_query_n, *d_keys_n), arrays[:3], strict=True)]
 
   gradients = _each_head(head, arrays[-1])
-  return *(_together(x, len(d_out)) for x in gradients), None, None, None
+  return *(_together(x, d_out.shape[0]) for x in gradients), None, None, None
 
 
 attend.defvjp(_forward, _backward)

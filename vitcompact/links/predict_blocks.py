@@ -29,7 +29,7 @@ def _means(links: BlockLinks, windows: Windows, x_bnfd):
   """Means over the tokens of each block: (B, f, blocks, d), float32."""
   if not attention.in_turn():
     return windows.means(links.inner(x_bnfd))
-  # Without the tokens that are in no block, all heads would be one more array of their size.
+  # To leave out the tokens that are in no block is a copy: of a head, not of all.
   def head(index):
     x_bn1d = jax.lax.dynamic_slice_in_dim(x_bnfd, index, 1, axis=2)
     return windows.means(links.inner(x_bn1d))[:, 0]
