@@ -28,42 +28,45 @@ def attend(cut, query_bnfd, key_bmfd, value_bmfe, bias_bm, order_bn, chosen_bfqs
 
 
 def _forward(cut, *arrays):
+  query_bnfd, _, value_bmfe, *_, chosen_bfqs = arrays
+
   def head(index):
     links, seen, parts, chosen_qs = _of_head(cut, index, *arrays)
     with jax.named_scope(attention.SCOPE):
-      ends = backends.attend_rows(parts[0][1], *seen, len(seen[0]))
+      ends = backends.attend_rows(parts[0][1], *seen, seen[0].shape[0])
     out, log_sum = zip(_blocks(*parts, chosen_qs), ends, strict=True)
-    return _whole(links, links.queries, *out).astype(arrays[2].dtype), log_sum
+    return _whole(links, links.queries, *out).astype(value_bmfe.dtype), log_sum
 
-  out, log_sum = _each_head(head, arrays[-1])
-  out = _together(out, arrays[0].shape[0])
-  return out, (arrays, out, log_sum)
+  out_gne, log_sum_gn1 = _each_head(head, chosen_bfqs)
+  out_bnfe = _together(out_gne, query_bnfd.shape[0])
+  return out_bnfe, (arrays, out_bnfe, log_sum_gn1)
 
 
-def _backward(cut, residuals, d_out):
-  arrays, out, log_sum = residuals
+def _backward(cut, residuals, d_out_bnfe):
+  arrays, out_bnfe, log_sum_gn1 = residuals
+  query_bnfd, *_, chosen_bfqs = arrays
 
   def head(index):
     links, seen, parts, chosen_qs = _of_head(cut, index, *arrays)
-    out_n, d_out_n = (_alone(x, index).astype(jnp.float32) for x in (out, d_out))
+    out_n, d_out_n = (_alone(x, index).astype(jnp.float32) for x in (out_bnfe, d_out_bnfe))
     shift_n = jnp.sum(out_n * d_out_n, axis=-1, keepdims=True)
-    inner, ends = zip(parts[0], [x[index] for x in log_sum],
+    inner, ends = zip(parts[0], [x[index] for x in log_sum_gn1],
                       *(_parts(links, links.queries, x) for x in (shift_n, d_out_n)), strict=True)
     d_ends, *d_seen, _ = backends.gradients_of_rows(*seen, *ends)
     d_queries, *d_keys = _blocks_backward(*parts[1:], chosen_qs, *inner)
-    d_query_n = _whole(links, links.queries, d_queries, d_ends) * arrays[0].shape[-1] ** -0.5
+    d_query_n = _whole(links, links.queries, d_queries, d_ends) * query_bnfd.shape[-1] ** -0.5
     d_keys_n = [_whole(links, links.keys, *x) + d for x, d in zip(d_keys, d_seen, strict=True)]
     return [d.astype(x.dtype) for d, x in zip((d_query_n, *d_keys_n), arrays[:3], strict=True)]
 
-  gradients = _each_head(head, arrays[-1])
-  return *(_together(x, d_out.shape[0]) for x in gradients), None, None, None
+  gradients = _each_head(head, chosen_bfqs)
+  return *(_together(x, query_bnfd.shape[0]) for x in gradients), None, None, None
 
 
 attend.defvjp(_forward, _backward)
 
 
 def _each_head(head, chosen_bfqs):
-  """What `head` of each head's number gives: (B f, ...)."""
+  """What `head` gives for the number of each: (B f, ...)."""
   return jax.lax.map(head, jnp.arange(chosen_bfqs.shape[0] * chosen_bfqs.shape[1]))
 
 
