@@ -159,13 +159,15 @@ def test_a_candidate_that_was_not_measured_leaves_the_others_their_rows(suite, m
     goals.table(tmp_path)
 
 
-def test_accuracy_stands_beside_speed_where_it_was_measured(measured):
+def test_accuracy_stands_beside_speed_where_it_was_measured_the_longest(measured):
   row = {"name": "heads", "data": "digits", "accuracy": 0.9861, "difference": -0.005,
-         "interval": 0.0123}
-  (measured / "accuracy_x.json").write_text(json.dumps({"rows": [row]}))
+         "interval": 0.0123, "steps": 900}
+  for name, steps, accuracy in (("x", 900, 0.9861), ("y", None, 0.9), ("z", 30, 0.8)):
+    rows = [{**row, "steps": steps, "accuracy": accuracy}]
+    (measured / f"accuracy_{name}.json").write_text(json.dumps({"rows": rows}))
   heads = next(line for line in tables.markdown(measured).splitlines()
                if line.startswith("| heads |"))
-  assert heads.endswith("| 98.61% on digits (-0.50 ± 1.23) |")
+  assert heads.endswith("| 98.61% on digits (-0.50 ± 1.23, 900 steps) |")
 
 
 def test_the_readme_is_what_the_results_say():

@@ -61,11 +61,13 @@ def best_dense(rows: Rows) -> str:
 
 
 def accuracies(folder: pathlib.Path = FOLDER) -> dict[str, list[dict]]:
-  """{name of a plan: rows} of every results/accuracy_*.json, as long as its config trains."""
-  out = {}
-  for path in sorted(folder.glob("accuracy_*.json")):
-    for row in json.loads(path.read_text())["rows"]:
-      if row.get("steps"):
-        continue
-      out.setdefault(row["name"], []).append(row)
-  return out
+  """{name of a plan: a row of each data set}, of all results/accuracy_*.json that with most steps.
+
+  A row without steps is of as many as its config has.
+  """
+  rows = [row for path in sorted(folder.glob("accuracy_*.json"))
+          for row in json.loads(path.read_text())["rows"]]
+  out: dict[str, dict[str, dict]] = {}
+  for row in sorted(rows, key=lambda row: row.get("steps") or 0):
+    out.setdefault(row["name"], {})[row["data"]] = row
+  return {name: list(by_data.values()) for name, by_data in out.items()}

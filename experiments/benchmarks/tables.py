@@ -83,8 +83,8 @@ def model_table(found: dict, folder: pathlib.Path) -> str:
                  f"{accuracy} |")
   text = ("Dense is in images a second; the others say how many times as fast as it they are, in "
           "the same rounds. Accuracies are those of the same methods in the small networks of "
-          "`experiments.accuracy`, in brackets against the dense one fine-tuned alike; on ImageNet "
-          "none was measured.")
+          "`experiments.accuracy`, in brackets against the dense one fine-tuned alike, for as many "
+          "steps as said or as their config has; on ImageNet none was measured.")
   for batch, rows in by_batch.items():
     if (turn := rows["dense"].get("at_a_time", batch)) != batch:
       text += (f" Of batch {batch}, ours are computed {turn} images at a time, but in the row that "
@@ -204,7 +204,8 @@ def _difference(row: dict) -> str:
     return ""
   interval = row.get("interval")
   spread = "" if interval is None or math.isinf(interval) else f" ± {100 * interval:.2f}"
-  return f" ({100 * row['difference']:+.2f}{spread})"
+  steps = f", {row['steps']} steps" if row.get("steps") else ""
+  return f" ({100 * row['difference']:+.2f}{spread}{steps})"
 
 
 def plot(found: dict, platform: str, folder: pathlib.Path = results.FOLDER) -> pathlib.Path:
