@@ -54,6 +54,13 @@ def test_a_block_is_a_square_of_the_image():
   np.testing.assert_array_equal(windows.slot_of()[[2, 3, 7, 8]], [4, 5, 6, 7])
 
 
+def test_means_are_those_of_the_tokens_of_a_block():
+  x, windows = draw(BATCH, 1 + 48 + 2, HEADS, WIDTH), Windows((6, 8), (3, 2))
+  wanted = windows.cut(x[:, 1:49]).mean(axis=3)
+  for means in (windows.means(x[:, 1:49]), windows.means_in_turn(x, 1)):
+    np.testing.assert_allclose(means, wanted, atol=1e-6)
+
+
 def test_the_block_of_keys_nearest_is_its_own_on_one_grid_and_above_it_on_a_coarser():
   fine = Windows((8, 8), (2, 2))
   np.testing.assert_array_equal(nearest(fine, fine), np.arange(16))

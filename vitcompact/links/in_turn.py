@@ -35,10 +35,10 @@ def _forward(cut, *arrays):
     with jax.named_scope(attention.SCOPE):
       ends = backends.attend_rows(parts[0][1], *seen, seen[0].shape[0])
     out, log_sum = zip(_blocks(*parts, chosen_qs), ends, strict=True)
-    return _whole(links, links.queries, *out).astype(value_bmfe.dtype), log_sum
+    return [_whole(links, links.queries, *out)], log_sum
 
-  out_gne, log_sum_gn1 = _each_head(head, chosen_bfqs)
-  out_bnfe = _together(out_gne, query_bnfd.shape[0])
+  like = jax.ShapeDtypeStruct((*query_bnfd.shape[:3], value_bmfe.shape[3]), value_bmfe.dtype)
+  (out_bnfe,), log_sum_gn1 = _each_head(head, chosen_bfqs, [like])
   return out_bnfe, (arrays, out_bnfe, log_sum_gn1)
 
 
@@ -56,30 +56,39 @@ def _backward(cut, residuals, d_out_bnfe):
     d_queries, *d_keys = _blocks_backward(*parts[1:], chosen_qs, *inner)
     d_query_n = _whole(links, links.queries, d_queries, d_ends) * query_bnfd.shape[-1] ** -0.5
     d_keys_n = [_whole(links, links.keys, *x) + d for x, d in zip(d_keys, d_seen, strict=True)]
-    return [d.astype(x.dtype) for d, x in zip((d_query_n, *d_keys_n), arrays[:3], strict=True)]
+    return [d_query_n, *d_keys_n], None
 
-  gradients = _each_head(head, chosen_bfqs)
-  return *(_together(x, query_bnfd.shape[0]) for x in gradients), None, None, None
+  gradients, _ = _each_head(head, chosen_bfqs, arrays[:3])
+  return *gradients, None, None, None
 
 
 attend.defvjp(_forward, _backward)
 
 
-def _each_head(head, chosen_bfqs):
-  """What `head` gives for the number of each: (B f, ...)."""
-  return jax.lax.map(head, jnp.arange(chosen_bfqs.shape[0] * chosen_bfqs.shape[1]))
+def _each_head(head, chosen_bfqs, like_bnfd):
+  """What `head` gives for the number of each head: arrays (N, d), laid together as those of `like`,
+  and others, (B f, ...)."""
+  batch, heads = chosen_bfqs.shape[:2]
+
+  def step(together, index):
+    arrays_nd, others = head(index)
+    start = _start(index, heads)
+    return [jax.lax.dynamic_update_slice(x, new.astype(x.dtype)[None, :, None], start)
+            for x, new in zip(together, arrays_nd, strict=True)], others
+
+  empty = [jnp.zeros(x.shape, x.dtype) for x in like_bnfd]
+  return jax.lax.scan(step, empty, jnp.arange(batch * heads))
 
 
-def _together(x_gnd, batch: int):
-  """(B f, N, d) -> (B, N, f, d)."""
-  return x_gnd.reshape(batch, -1, *x_gnd.shape[1:]).swapaxes(1, 2)
+def _start(index, heads: int):
+  """Where in (B, N, f, d) the head with this number begins."""
+  return index // heads, 0, index % heads, 0
 
 
 def _alone(x_bnfd, index):
   """The head with this number: (N, d)."""
   _, count, heads, width = x_bnfd.shape
-  start = (index // heads, 0, index % heads, 0)
-  return jax.lax.dynamic_slice(x_bnfd, start, (1, count, 1, width))[0, :, 0]
+  return jax.lax.dynamic_slice(x_bnfd, _start(index, heads), (1, count, 1, width))[0, :, 0]
 
 
 def _parts(links, windows, x_nd):

@@ -27,14 +27,9 @@ def choose(score_bfqk, own, count: int):
 
 def _means(links: BlockLinks, windows: Windows, x_bnfd):
   """Means over the tokens of each block: (B, f, blocks, d), float32."""
-  if not attention.in_turn():
-    return windows.means(links.inner(x_bnfd))
-  # To leave out the tokens that are in no block is a copy: of a head, not of all.
-  def head(index):
-    x_bn1d = jax.lax.dynamic_slice_in_dim(x_bnfd, index, 1, axis=2)
-    return windows.means(links.inner(x_bn1d))[:, 0]
-
-  return jax.lax.map(head, jnp.arange(x_bnfd.shape[2])).swapaxes(0, 1)
+  if attention.in_turn() and links.order is None and windows.valid().all():
+    return windows.means_in_turn(x_bnfd, links.prefix)
+  return windows.means(links.inner(x_bnfd))
 
 
 def block_mass(maps_bfnm, links: BlockLinks):

@@ -2,6 +2,7 @@
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -32,13 +33,32 @@ class Windows(NamedTuple):
 
   def means(self, x_bnfd):
     """Means over the tokens of each block: (B, n, f, d) -> (B, f, blocks, d), float32."""
-    # Added up where they lie, a line at a time: half as long again in one reduction over both axes.
-    split = self._split(x_bnfd).astype(jnp.float32)
-    lines = sum(split[:, :, i] for i in range(self.sides[0]))
-    sums = sum(lines[:, :, :, i] for i in range(self.sides[1]))
-    batch, _, _, heads, width = sums.shape
-    sums_bfkd = sums.reshape(batch, self.blocks, heads, width).swapaxes(1, 2)
+    sums_bijfd = self._sums(self._split(x_bnfd))
+    sums_bfkd = sums_bijfd.reshape(-1, self.blocks, *x_bnfd.shape[2:]).swapaxes(1, 2)
     return sums_bfkd / jnp.asarray(self.valid().sum(axis=1), jnp.float32)[None, None, :, None]
+
+  def means_in_turn(self, x_bnfd, first: int):
+    """`means` of the tokens from the first on, a row of blocks in turn; there is no padding.
+
+    So a CPU writes no array of all heads without the tokens before.
+    """
+    (rows, columns), (height, width) = self.counts, self.sides
+    tokens = height * columns * width
+
+    def row(i):
+      x = jax.lax.dynamic_slice_in_dim(x_bnfd, first + i * tokens, tokens, axis=1)
+      return self._sums(x.reshape(-1, height, columns, width, *x.shape[2:]))
+
+    sums_ibjfd = jax.lax.map(row, jnp.arange(rows))
+    sums_bfijd = sums_ibjfd.transpose(1, 3, 0, 2, 4)
+    return sums_bfijd.reshape(*sums_bfijd.shape[:2], self.blocks, -1) / self.area
+
+  def _sums(self, x):
+    """(..., height, columns, width, f, d) -> (..., columns, f, d), float32."""
+    # Added up where they lie, a line at a time: half as long again in one reduction over both axes.
+    x = x.astype(jnp.float32)
+    lines = sum(x[..., i, :, :, :, :] for i in range(self.sides[0]))
+    return sum(lines[..., i, :, :] for i in range(self.sides[1]))
 
   def _split(self, x_bnfd):
     """(B, n, f, d) -> (B, rows of blocks, height, columns of blocks, width, f, d)."""
