@@ -17,9 +17,18 @@ def test_linked_patches_keep_their_light_and_the_query_has_a_frame():
   kept = np.array([[1, 0, 0], [0, 1, 0]], bool)
   picture = drawing.lit(image, kept, (1, 2))
   np.testing.assert_array_equal(picture[:4, :4], image[:4, :4])
-  np.testing.assert_allclose(picture[:4, 4:], drawing.DARK * image[:4, 4:])
+  dark = drawing.DARK * image + drawing.BLUE
+  np.testing.assert_allclose(picture[:4, 4:], dark[:4, 4:])
   assert (picture[4, 8:] == [1, 0, 0]).all() and (picture[4:, 11] == [1, 0, 0]).all()
-  np.testing.assert_allclose(picture[5:7, 9:11], drawing.DARK * image[5:7, 9:11])
+  np.testing.assert_allclose(picture[5:7, 9:11], dark[5:7, 9:11])
+
+
+def test_a_patch_of_two_pixels_is_seen_inside_its_frame_and_a_black_one_without_a_link_is_told():
+  image, kept = np.zeros((12, 12, 3)), np.eye(6, dtype=bool)
+  picture = drawing.lit(drawing.enlarged(image, (6, 6)), kept, (0, 0))
+  assert picture.shape == (96, 96, 3) and not picture[1:15, 1:15].any()
+  assert (picture[0, :16] == [1, 0, 0]).all() and picture[:16, 16:].any(axis=-1).all()
+  assert drawing.enlarged(np.zeros((224, 224, 3)), (14, 14)).shape == (224, 224, 3)
 
 
 def test_links_and_mass_at_both_granularities(tmp_path):
