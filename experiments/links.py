@@ -8,7 +8,8 @@ The checkpoint is one that `vitcompact.convert.save` wrote, of a DeiT or LV-ViT 
 folder OUT: query_ROW_COLUMN.png for each chosen patch, the patches that it is linked to (others are
 dark blue) for each block and head; matrices.png, which query (rows) is linked to which key, class
 token first; mass.png, the share of dense attention that links hold at several keep rates, block by
-block, with the same numbers in mass.csv. Heads are those that are computed. Needs matplotlib.
+block, over the share of links that a rate really keeps (of few blocks of links it is another), with
+the same numbers in mass.csv. Heads are those that are computed. Needs matplotlib.
 """
 import argparse
 import pathlib
@@ -49,8 +50,9 @@ def links_of(model, variables, image) -> dict[int, np.ndarray]:
           for i in linked_blocks(model)}
 
 
-def mass_kept(model, variables, image, keeps=KEEPS) -> dict[int, list[float]]:
-  """{block: for each keep rate, the share of the block's own dense attention that links hold}.
+def mass_kept(model, variables, image, keeps=KEEPS) -> dict[int, list[tuple[float, float]]]:
+  """{block: for each keep rate, the share of links really kept, and the share of the block's own
+  dense attention that they hold}.
 
   Of patch queries; at block granularity, of the attention on patches.
   """
@@ -62,7 +64,7 @@ def mass_kept(model, variables, image, keeps=KEEPS) -> dict[int, list[float]]:
     for i, shares in out.items():
       seen = state["links"][f"blocks_{i}"]["links"]
       target, linked = (np.asarray(seen[name][0]) for name in ("target", "linked"))
-      shares.append(float((target * linked).sum() / target.sum()))
+      shares.append((float(linked.mean()), float((target * linked).sum() / target.sum())))
   return out
 
 
@@ -133,9 +135,9 @@ def draw_mass(mass, path):
   plt = pyplot()
   figure, axis = plt.subplots(figsize=(5, 4))
   for block, shares in mass.items():
-    axis.plot(KEEPS, shares, marker=".", label=f"block {block}")
+    axis.plot(*zip(*shares, strict=True), marker=".", label=f"block {block}")
   axis.plot([0, 1], [0, 1], color="grey", linestyle=":", label="links at random")
-  axis.set_xlabel("keep")
+  axis.set_xlabel("share of links kept")
   axis.set_ylabel("share of dense attention on links")
   axis.legend(fontsize=7, ncol=2)
   figure.tight_layout()
@@ -175,8 +177,9 @@ def run(checkpoint, image, out, *, queries=(), blocks=(), force=False) -> str:
             cmap="gray")
   mass = mass_kept(model, variables, pixels)
   draw_mass(mass, out / "mass.png")
-  lines = ["block," + ",".join(f"keep {keep}" for keep in KEEPS)]
-  lines += [f"{i}," + ",".join(f"{share:.4f}" for share in shares) for i, shares in mass.items()]
+  lines = ["block,keep,links,mass"]
+  lines += [f"{i},{keep},{linked:.4f},{share:.4f}" for i, shares in mass.items()
+            for keep, (linked, share) in zip(KEEPS, shares, strict=True)]
   (out / "mass.csv").write_text("\n".join(lines) + "\n")
   return f"{out}: {', '.join(names)}"
 

@@ -39,7 +39,8 @@ def test_links_and_mass_at_both_granularities(tmp_path):
   assert (links[1][:, 1:].sum(axis=-1) == 1 + 2 * 4).all()     # class token, 2 blocks of 4
   mass = drawing.mass_kept(model, variables, image, keeps=(0.5, 1.0))
   for shares in mass.values():
-    assert 0.3 < shares[0] < 1 and shares[1] == pytest.approx(1, abs=1e-5)
+    assert 0.3 < shares[0][1] < 1 and shares[1] == pytest.approx((1, 1), abs=1e-5)
+  assert [shares[0][0] for shares in mass.values()] == pytest.approx([9 / 17, 2 / 4])
 
 
 def test_files_are_drawn_and_not_overwritten(tmp_path):
@@ -54,7 +55,7 @@ def test_files_are_drawn_and_not_overwritten(tmp_path):
   drawing.run(*args, queries=["1,2"])
   assert {path.name for path in args[2].iterdir()} == {"query_1_2.png", "matrices.png", "mass.png",
                                                        "mass.csv"}
-  assert len((args[2] / "mass.csv").read_text().splitlines()) == 3
+  assert len((args[2] / "mass.csv").read_text().splitlines()) == 1 + 2 * len(drawing.KEEPS)
   with pytest.raises(ValueError, match="--force"):
     drawing.run(*args, queries=["1,2"])
 
