@@ -8,9 +8,9 @@
 
 Reads .safetensors, and .pth, .pt, .bin, .tar through torch (which has to be installed), as weights
 only: a file that would run code is refused. What `vitcompact.convert.save` wrote needs no --model;
-it becomes one for another size of images or patches (with predictors of token links that is for
-vitcompact.links.resize.resize_links), or goes --to-torch: a dense model under timm's or the
-authors' names, a folded compact DeiT under names that experiments/torch_deit.py reads.
+it becomes one for another size of images or patches (predictors of token links keep their rank), or
+goes --to-torch: a dense model under timm's or the authors' names, a folded compact DeiT under names
+that experiments/torch_deit.py reads.
 """
 import argparse
 import pathlib

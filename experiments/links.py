@@ -6,9 +6,10 @@
 
 The checkpoint is one that `vitcompact.convert.save` wrote, of a DeiT or LV-ViT with links. In the
 folder OUT: query_ROW_COLUMN.png for each chosen patch, the patches that it is linked to (others are
-dark) for each block and head; matrices.png, which query (rows) is linked to which key, class token
-first; mass.png, the share of dense attention that links hold at several keep rates, block by block,
-with the same numbers in mass.csv. Heads are those that are computed. Needs matplotlib.
+dark blue) for each block and head; matrices.png, which query (rows) is linked to which key, class
+token first; mass.png, the share of dense attention that links hold at several keep rates, block by
+block, over the share of links that a rate really keeps (of few blocks of links it is another), with
+the same numbers in mass.csv. Heads are those that are computed. Needs matplotlib.
 """
 import argparse
 import pathlib
@@ -20,7 +21,9 @@ from PIL import Image
 import vitcompact as vc
 from vitcompact import convert
 
-DARK = 0.25     # brightness of a patch without a link
+DARK = 0.25     # brightness of a patch without a link,
+BLUE = np.array([0.0, 0.0, 0.35])   # and what is added: a black patch without one is seen as well
+LEAST = 16      # pixels, a side of a patch that is drawn
 KEEPS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -47,8 +50,9 @@ def links_of(model, variables, image) -> dict[int, np.ndarray]:
           for i in linked_blocks(model)}
 
 
-def mass_kept(model, variables, image, keeps=KEEPS) -> dict[int, list[float]]:
-  """{block: for each keep rate, the share of the block's own dense attention that links hold}.
+def mass_kept(model, variables, image, keeps=KEEPS) -> dict[int, list[tuple[float, float]]]:
+  """{block: for each keep rate, the share of links really kept, and the share of the block's own
+  dense attention that they hold}.
 
   Of patch queries; at block granularity, of the attention on patches.
   """
@@ -60,17 +64,24 @@ def mass_kept(model, variables, image, keeps=KEEPS) -> dict[int, list[float]]:
     for i, shares in out.items():
       seen = state["links"][f"blocks_{i}"]["links"]
       target, linked = (np.asarray(seen[name][0]) for name in ("target", "linked"))
-      shares.append(float((target * linked).sum() / target.sum()))
+      shares.append((float(linked.mean()), float((target * linked).sum() / target.sum())))
   return out
 
 
+def enlarged(image, grid: tuple[int, int]):
+  """The image, its pixels repeated where patches are so small that a frame would cover them."""
+  times = max(1, -(-LEAST * grid[0] // image.shape[0]))
+  return image.repeat(times, axis=0).repeat(times, axis=1)
+
+
 def lit(image, kept, query: tuple[int, int]):
-  """The image with patches that are not kept dark and a red frame around the query's.
+  """The image with patches that are not kept dark blue and a red frame around the query's.
 
   image: (H, W, 3) in [0, 1]; kept: (h, w) bool.
   """
   height, width = image.shape[0] // kept.shape[0], image.shape[1] // kept.shape[1]
-  out = image * np.kron(np.where(kept, 1, DARK), np.ones((height, width)))[..., None]
+  seen = np.kron(kept, np.ones((height, width)))[..., None] > 0
+  out = np.where(seen, image, DARK * image + BLUE)
   y, x = query[0] * height, query[1] * width
   red = np.array([1.0, 0.0, 0.0])
   for edge in (np.s_[y, x:x + width], np.s_[y + height - 1, x:x + width],
@@ -124,9 +135,9 @@ def draw_mass(mass, path):
   plt = pyplot()
   figure, axis = plt.subplots(figsize=(5, 4))
   for block, shares in mass.items():
-    axis.plot(KEEPS, shares, marker=".", label=f"block {block}")
+    axis.plot(*zip(*shares, strict=True), marker=".", label=f"block {block}")
   axis.plot([0, 1], [0, 1], color="grey", linestyle=":", label="links at random")
-  axis.set_xlabel("keep")
+  axis.set_xlabel("share of links kept")
   axis.set_ylabel("share of dense attention on links")
   axis.legend(fontsize=7, ncol=2)
   figure.tight_layout()
@@ -154,6 +165,7 @@ def run(checkpoint, image, out, *, queries=(), blocks=(), force=False) -> str:
   preprocess = vc.preprocess(model)
   pixels = preprocess(Image.open(image))
   plain = np.clip(pixels * np.array(preprocess.std) + np.array(preprocess.mean), 0, 1)
+  plain = enlarged(plain, model.grid)
   links = links_of(model, variables, pixels)
   links = {block: links[block] for block in blocks or known}
   prefix = model.parts()["blocks_0"].attn.prefix
@@ -165,8 +177,9 @@ def run(checkpoint, image, out, *, queries=(), blocks=(), force=False) -> str:
             cmap="gray")
   mass = mass_kept(model, variables, pixels)
   draw_mass(mass, out / "mass.png")
-  lines = ["block," + ",".join(f"keep {keep}" for keep in KEEPS)]
-  lines += [f"{i}," + ",".join(f"{share:.4f}" for share in shares) for i, shares in mass.items()]
+  lines = ["block,keep,links,mass"]
+  lines += [f"{i},{keep},{linked:.4f},{share:.4f}" for i, shares in mass.items()
+            for keep, (linked, share) in zip(KEEPS, shares, strict=True)]
   (out / "mass.csv").write_text("\n".join(lines) + "\n")
   return f"{out}: {', '.join(names)}"
 

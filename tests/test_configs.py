@@ -336,6 +336,28 @@ def test_a_config_has_the_published_learning_rates(name):
     assert rate(round(epoch * steps)) == pytest.approx(wanted, rel=1e-4), epoch
 
 
+@pytest.mark.parametrize("name", ["sparsifiner_deit_s", "sparsifiner_lvvit_s",
+                                  "sparsif_evit_deit_s"])
+def test_sparsifiner_has_the_two_phases_of_its_recipe(name):
+  """Predictors alone for 5 epochs, at a rate of their own; then CE + 0.5 KL + 0.5 MSE of patches.
+
+  The MSE is of LV-ViT's patch logits, which learn from no label.
+  """
+  config, epoch = named(name)
+  weights = {key: weight for key, weight in config.loss.items()
+             if key in ("labels", "hard", "soft", "logits", "patches", "patch_labels") and weight}
+  if name != "sparsifiner_lvvit_s":
+    del weights["patch_labels"]   # of LV-ViT only
+  assert weights == {"labels": 1, "logits": 0.5, "patches": 0.5}
+  assert (config.reconstruct.weight, config.loss.patch_error) == (0.01, "square")
+  params = {"blocks_0": {"links": {"up": np.ones(2)}, "attn": np.ones(2)}}
+  rate = optim.make_optimizers(config.optim, config.reconstruct, config.total_steps, params,
+                               jax.tree.map(lambda _: True, params)).rate
+  rates = {0: 0, 3: 3e-4, 4: 2.5e-4, 4.999: 2e-4, 5: 0, 8: 8e-5, 49.999: 2e-6}
+  for at, wanted in rates.items():
+    assert rate(int(at * epoch)) == pytest.approx(wanted, rel=1e-3), at
+
+
 def test_every_config_shows_every_key():
   for name in NAMES:
     settings.check(load(name).get_config())

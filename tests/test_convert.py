@@ -20,6 +20,7 @@ from experiments import convert as program
 from tests import tiny
 from tests.models import parity
 from vitcompact import convert, trees
+from vitcompact.links.resize import resize_links
 from vitcompact.models import deit, torch_names
 
 FAMILIES = ("deit", "compact_deit")   # the others are tested beside their models
@@ -317,17 +318,22 @@ def test_a_model_without_the_option_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("folded", [False, True])
-def test_predictors_of_links_of_another_size_are_refused_with_the_way_out(tmp_path, folded):
-  model = tiny.deit(vc.Plan(links=vc.Sparsifiner(rank=2)), depth=1)
+def test_predictors_of_links_become_those_of_another_size_or_are_refused_with_the_way_out(folded):
+  model = tiny.deit(vc.Plan(links=vc.Sparsifiner()), depth=1)
   variables = tiny.init(model)
   if folded:
     model, variables = vc.fold(model, variables)
-  with pytest.raises(ValueError, match=r"vitcompact\.links\.resize\.resize_links makes them fit"):
-    convert.resized(model, variables, image_size=64)
+  large, got = convert.resized(model, variables, image_size=64)
+  assert large.plan == model.plan.with_links(rank=2)      # at 65 tokens it would be 10
+  wanted = resize_links(variables, model, large)["params"]["blocks_0"]["links"]
+  assert wanted["up"].shape == (65, 2)
+  assert trees.digest(got["params"]["blocks_0"]["links"]) == trees.digest(wanted)
+  with pytest.raises(ValueError, match=r"vitcompact\.convert\.resized makes them fit another"):
+    vc.from_torch(large, vc.to_torch(model, variables))
   wider = model.clone(width=48)   # another model: no resizing helps
   with pytest.raises(ValueError) as error:
     vc.from_torch(wider, vc.to_torch(model, variables))
-  assert "resize_links" not in str(error.value)
+  assert "convert.resized" not in str(error.value)
 
 
 def fake_torch(load):

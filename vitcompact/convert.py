@@ -14,6 +14,7 @@ import safetensors
 import safetensors.numpy
 
 from vitcompact import trees
+from vitcompact.links import resize
 from vitcompact.models import VARIANTS, create_model
 from vitcompact.models.torch_names import (
     Entry,
@@ -101,6 +102,8 @@ def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False,
   fitted = {entry.torch: _fitted(arrays[entry.torch], entry, wanted[entry.torch],
                                  stored.get(entry.torch))
             for entry in entries if entry.torch in arrays}
+  if source is not None:
+    fitted |= _carried(arrays, source, model)
   resized = [name for name, array in fitted.items() if array is not arrays[name]]
   arrays |= fitted
   _check_fit(model, arrays, wanted, heads, got)
@@ -115,8 +118,8 @@ def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False,
 def resized(model: nn.Module, variables, **sizes) -> tuple[nn.Module, dict[str, Any]]:
   """(model, variables) for another `image_size` or `patch_size`.
 
-  Positions are interpolated, and a kernel of patches made anew. Of a dense model, or a folded
-  compact DeiT.
+  Positions are interpolated, and so are predictors of token links, which keep their rank; a kernel
+  of patches is made anew. Of a dense model, or a folded compact DeiT.
   """
   other = altered(model, **sizes)
   return other, read_state_dict(other, to_torch(model, variables), source=model).variables
@@ -124,6 +127,8 @@ def resized(model: nn.Module, variables, **sizes) -> tuple[nn.Module, dict[str, 
 
 def altered(model: nn.Module, **fields) -> nn.Module:
   """The model with other fields, refused where `create_model` would refuse them."""
+  if {"image_size", "patch_size"} & fields.keys():
+    fields = {"plan": resize.at_rank(model), **fields}
   return create_model(model.variant, **{**_fields(model), **fields})
 
 
@@ -284,6 +289,15 @@ def _fitted(array, entry: Entry, wanted, stored):
   return _fit_positions(array, entry.positions, wanted, stored) if entry.positions else array
 
 
+def _carried(arrays, source, model):
+  """{name: rows} of predictors of links of `source`, for the tokens of `model`."""
+  names = {entry.leaves[0]: entry.torch for entry in model.torch_entries()}
+  return {name: np.asarray(function(arrays[name]))
+          for block, carry in resize.carried(source, model).items()
+          for leaf, function in carry.items()
+          if (name := names[f"params/{block}/links/{leaf}"]) in arrays}
+
+
 def _fit_positions(array, positions, wanted, stored):
   """Resized from the grid that is stored, or from a square one."""
   if array.ndim != 3 or array.shape[::2] != wanted[::2]:
@@ -312,8 +326,8 @@ def _check_fit(model, arrays, wanted, heads, got):
   if wrong <= set(heads):
     first += "; pass reset_head to initialise another classifier"
   elif tied & set(misshapen):
-    first += ("; predictors of links are tied to the positions of their tokens: "
-              "vitcompact.links.resize.resize_links makes them fit another image size")
+    first += ("; predictors of links are tied to the positions of their tokens: load them at their "
+              "own image size, then vitcompact.convert.resized makes them fit another")
   elif closest := closest_model(got, better_than=own):
     first += f"; the closest model is {closest}"
   raise ValueError("\n".join(

@@ -17,9 +17,18 @@ def test_linked_patches_keep_their_light_and_the_query_has_a_frame():
   kept = np.array([[1, 0, 0], [0, 1, 0]], bool)
   picture = drawing.lit(image, kept, (1, 2))
   np.testing.assert_array_equal(picture[:4, :4], image[:4, :4])
-  np.testing.assert_allclose(picture[:4, 4:], drawing.DARK * image[:4, 4:])
+  dark = drawing.DARK * image + drawing.BLUE
+  np.testing.assert_allclose(picture[:4, 4:], dark[:4, 4:])
   assert (picture[4, 8:] == [1, 0, 0]).all() and (picture[4:, 11] == [1, 0, 0]).all()
-  np.testing.assert_allclose(picture[5:7, 9:11], drawing.DARK * image[5:7, 9:11])
+  np.testing.assert_allclose(picture[5:7, 9:11], dark[5:7, 9:11])
+
+
+def test_a_patch_of_two_pixels_is_seen_inside_its_frame_and_a_black_one_without_a_link_is_told():
+  image, kept = np.zeros((12, 12, 3)), np.eye(6, dtype=bool)
+  picture = drawing.lit(drawing.enlarged(image, (6, 6)), kept, (0, 0))
+  assert picture.shape == (96, 96, 3) and not picture[1:15, 1:15].any()
+  assert (picture[0, :16] == [1, 0, 0]).all() and picture[:16, 16:].any(axis=-1).all()
+  assert drawing.enlarged(np.zeros((224, 224, 3)), (14, 14)).shape == (224, 224, 3)
 
 
 def test_links_and_mass_at_both_granularities(tmp_path):
@@ -30,7 +39,8 @@ def test_links_and_mass_at_both_granularities(tmp_path):
   assert (links[1][:, 1:].sum(axis=-1) == 1 + 2 * 4).all()     # class token, 2 blocks of 4
   mass = drawing.mass_kept(model, variables, image, keeps=(0.5, 1.0))
   for shares in mass.values():
-    assert 0.3 < shares[0] < 1 and shares[1] == pytest.approx(1, abs=1e-5)
+    assert 0.3 < shares[0][1] < 1 and shares[1] == pytest.approx((1, 1), abs=1e-5)
+  assert [shares[0][0] for shares in mass.values()] == pytest.approx([9 / 17, 2 / 4])
 
 
 def test_files_are_drawn_and_not_overwritten(tmp_path):
@@ -45,7 +55,7 @@ def test_files_are_drawn_and_not_overwritten(tmp_path):
   drawing.run(*args, queries=["1,2"])
   assert {path.name for path in args[2].iterdir()} == {"query_1_2.png", "matrices.png", "mass.png",
                                                        "mass.csv"}
-  assert len((args[2] / "mass.csv").read_text().splitlines()) == 3
+  assert len((args[2] / "mass.csv").read_text().splitlines()) == 1 + 2 * len(drawing.KEEPS)
   with pytest.raises(ValueError, match="--force"):
     drawing.run(*args, queries=["1,2"])
 
