@@ -42,7 +42,7 @@ class Sparsifiner:
   keep: in (0, 1]; a query has exactly ceil(keep * keys) links, ties go to the lowest index. Class
     tokens are linked to everything.
   variant: "paper", as drawn: scale 1 / sqrt(head width). "code", as released: queries and keys are
-    first projected to half the head width, and the scale is 1 / sqrt(heads).
+    first projected to half the head width, and the scale is 1 / sqrt(heads), of those computed.
   granularity: "token": a link joins two tokens; masked dense attention, a reference that is slower
     than dense. "block": a link joins two blocks of about `window` x `window` patches; a query block
     has max(1, round(keep * blocks)) of them, the one with itself included, and what is not linked
