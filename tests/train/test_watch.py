@@ -1,5 +1,6 @@
 """What a run shows besides its numbers."""
 import sys
+import time
 import types
 
 import jax
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 
 import vitcompact as vc
-from vitcompact.train import watch
+from tests.train.runs import lines
+from vitcompact.train import loop, watch
 
 
 @pytest.mark.parametrize("text", ["5", "5:", ":5", "0:5", "5:0", "a:b", "-1:5"])
@@ -26,6 +28,20 @@ def test_a_profile_traces_the_steps_asked_for_and_no_other(tmp_path, monkeypatch
     told.append(step)
   profile.close()
   assert told == [1, 2, ("start", str(tmp_path / "profile")), 3, 4, "stop", 5, 6, 7]
+
+
+@pytest.mark.usefixtures("shared")
+def test_writing_a_profile_does_not_count_as_a_slow_run(config, tmp_path, monkeypatch):
+  """As if beginning and writing a trace took 1000 seconds each."""
+  real, more = time.perf_counter, [0.0]
+  monkeypatch.setattr(time, "perf_counter", lambda: real() + more[0])
+  monkeypatch.setattr(jax.profiler, "start_trace", lambda path: more.append(more.pop() + 1000))
+  monkeypatch.setattr(jax.profiler, "stop_trace", lambda: more.append(more.pop() + 1000))
+  loop.train(config, tmp_path, until=20, watching=watch.Watching(profile="13:2"))
+  assert more == [2000.0]
+  [*_, last] = [line for line in lines(tmp_path) if "images_per_second" in line]
+  assert last["step"] == 20
+  assert last["images_per_second"] > 1.0
 
 
 @pytest.mark.parametrize("kind, tflops", [
@@ -65,6 +81,12 @@ def test_wandb_is_asked_for_late_and_its_absence_named(monkeypatch, built, tmp_p
   asked = {}
   fake = types.SimpleNamespace(init=lambda **keywords: asked.update(keywords) or "run")
   monkeypatch.setitem(sys.modules, "wandb", fake)
-  assert watch.wandb_mirror("project", built.config, tmp_path / "deit") == "run"
-  assert (asked["project"], asked["id"], asked["resume"]) == ("project", "deit", "allow")
+  ids = []
+  for name in ("a/deit", "a/deit", "b/deit"):    # resumed; another workdir of the same name
+    directory = tmp_path / name
+    directory.mkdir(parents=True, exist_ok=True)
+    assert watch.wandb_mirror("project", built.config, directory) == "run"
+    assert (asked["project"], asked["name"], asked["resume"]) == ("project", "deit", "allow")
+    ids.append(asked["id"])
+  assert ids[0] == ids[1] != ids[2]
   assert asked["config"]["optim"]["b1"] == 0.9

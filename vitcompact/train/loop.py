@@ -83,7 +83,7 @@ def fit(under: Underway, state, stop: int):
   for step in range(start + 1, stop + 1):
     if under.stopping.requested():
       leave(under, step - 1, state, pending, meter)
-    under.profile.before(step, state)
+    meter.start += under.profile.before(step, state)
     try:
       batch = meter.next_batch(under.data, pending[-1] if pending else None)
     except Exception:

@@ -4,6 +4,8 @@ import importlib
 import json
 import math
 import pathlib
+import secrets
+import time
 
 import jax
 import numpy as np
@@ -49,15 +51,22 @@ class Profile:
   def __init__(self, steps: range, directory: pathlib.Path):
     self.steps, self.directory, self.running = steps, directory, False
 
-  def before(self, step: int, state):
-    """To be called before each step, with the state that is waited for at both ends."""
-    if step in self.steps and not self.running and jax.process_index() == 0:
-      jax.block_until_ready(state)
+  def before(self, step: int, state) -> float:
+    """To be called before each step, with the state that is waited for at both ends.
+
+    Returns the seconds that beginning or writing a trace took, which the run's speed is without.
+    """
+    begins = step in self.steps and not self.running and jax.process_index() == 0
+    if not begins and not (self.running and step not in self.steps):
+      return 0.0
+    jax.block_until_ready(state)
+    start = time.perf_counter()
+    if begins:
       jax.profiler.start_trace(str(self.directory / "profile"))
       self.running = True
-    elif self.running and step not in self.steps:
-      jax.block_until_ready(state)
+    else:
       self.close()
+    return time.perf_counter() - start
 
   def close(self):
     if self.running:
@@ -107,10 +116,18 @@ def augmented(run, key, batch: dict) -> np.ndarray:
 
 
 def wandb_mirror(project: str, config, directory: pathlib.Path):
-  """A run of Weights & Biases in `project`, the same one when the workdir is resumed."""
+  """A run of Weights & Biases in `project`, the same one when the workdir is resumed.
+
+  Its id lies in the workdir, whose name alone others may have too.
+  """
   try:
     wandb = importlib.import_module("wandb")
   except ImportError as error:
     raise ValueError("--wandb needs a package that is not installed: pip install wandb") from error
-  return wandb.init(project=project, dir=str(directory), id=directory.name, resume="allow",
-                    config=json.loads(config.to_json()))
+  path = directory / "wandb.id"
+  known = path.read_text() if path.exists() else ""
+  if not known:
+    known = secrets.token_hex(8)
+    path.write_text(known)
+  return wandb.init(project=project, dir=str(directory), id=known, name=directory.name,
+                    resume="allow", config=json.loads(config.to_json()))
