@@ -81,7 +81,9 @@ def test_a_wrong_plan_is_refused_in_one_line(make, words):
 def test_links_go_with_mctf_in_the_blocks_before_it():
   blocks = {block: {"links": None} for block in range(3, 12)}
   plan = vc.Plan(links=vc.Sparsifiner(), tokens=vc.MCTF(blocks=(3,)), blocks=blocks)
-  vc.create_model("deit_tiny_patch16_224", plan=plan)
+  parts = vc.create_model("deit_tiny_patch16_224", plan=plan).parts()
+  linked = [block for block in range(12) if parts[f"blocks_{block}"].links is not None]
+  assert linked == [0, 1, 2]
 
 
 def test_with_links_changes_every_sparsifiner_and_nothing_else():
