@@ -173,3 +173,16 @@ def test_splash_equals_the_reference_where_it_is_interpreted():
   got = backends.splash(query, key, value, jnp.log(SIZE), interpret=True)
   with attention.using("einsum"):
     np.testing.assert_allclose(got, Core(SIZE)(query, key, value), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["images", "tiled"])
+def test_no_map_is_kept_for_the_backward_pass(backend):
+  x = jax.ShapeDtypeStruct((2, 197, 3, 8), jnp.float32)
+
+  def kept(*qkv):
+    return jax.tree.leaves(jax.vjp(lambda *qkv: Core(size=jnp.ones((2, 197)))(*qkv), *qkv)[1])
+
+  with attention.using(backend):
+    assert max(array.size for array in jax.eval_shape(kept, x, x, x)) == x.size
+  with attention.using("einsum"):
+    assert max(array.size for array in jax.eval_shape(kept, x, x, x)) == 2 * 3 * 197 ** 2

@@ -245,7 +245,7 @@ class Core(NamedTuple):
         plain=plain, devices=jax.device_count(), turns=in_turn(), **device)
     if plain and name != "einsum":
       _check_runs(name, platform, value_bmhe.dtype, **device)
-      fused = functools.partial(backends.tiled, in_turn=in_turn())
+      fused = functools.partial(backends.tiled, in_turn="heads" if in_turn() else None)
       with jax.named_scope(SCOPE):
         return {**vars(backends), "tiled": fused}[name](query_bnhd, key_bmhd, value_bmhe,
                                                         self._bias())

@@ -18,53 +18,49 @@ TPU_BLOCK = 128     # splash's blocks, and the lanes of a TPU
 
 
 def images(query_bnhd, key_bmhd, value_bmhe, bias_bm=None):
-  """An image in turn, all its scores at once: those of a few hundred tokens stay in a CPU's cache,
-  and an allocation this small is not given back to the system after each layer."""
-  def image(arrays):
-    query_nhd, key_mhd, value_mhe, bias_m = arrays
-    scores_hnm = jnp.einsum("nhd,mhd->hnm", query_nhd, key_mhd, preferred_element_type=jnp.float32)
-    if bias_m is not None:
-      scores_hnm = scores_hnm + bias_m[None, None]
-    exp_hnm = jnp.exp(scores_hnm - jax.lax.stop_gradient(scores_hnm.max(axis=-1, keepdims=True)))
-    out_hne = jnp.einsum("hnm,mhe->hne", exp_hnm.astype(value_mhe.dtype), value_mhe,
-                         preferred_element_type=jnp.float32)
-    out_hne = out_hne / exp_hnm.sum(axis=-1, keepdims=True)
-    return out_hne.astype(value_mhe.dtype).swapaxes(0, 1)
-
-  return jax.lax.map(image, (query_bnhd * query_bnhd.shape[-1] ** -0.5, key_bmhd, value_bmhe,
-                             bias_bm))
+  """`tiled`, all heads of an image at once: the scores of a few hundred tokens stay in a CPU's
+  cache, and an allocation this small is not given back to the system after each layer. None is kept
+  for the backward pass: to compute them again takes less time, and half of the memory."""
+  return tiled(query_bnhd, key_bmhd, value_bmhe, bias_bm, in_turn="images")
 
 
-def tiled(query_bnhd, key_bmhd, value_bmhe, bias_bm=None, *, in_turn: bool = True):
+def tiled(query_bnhd, key_bmhd, value_bmhe, bias_bm=None, *, in_turn: str | None = "heads"):
   """Tiles of queries in turn, computed again in the backward pass.
 
-  in_turn: heads too, and images, and keys of the forward pass; it keeps a CPU's cache, where it was
-    faster at all lengths.
+  in_turn: "images", and in each the tiles of all heads; "heads": these too, and keys of the forward
+    pass; both keep a CPU's cache. None: the tiles of all images.
   """
-  batch, queries, heads, width = query_bnhd.shape
-  if bias_bm is not None:
-    bias_bm = jnp.repeat(bias_bm, heads, axis=0)
-  arrays = [_by_head(x) for x in (query_bnhd * width ** -0.5, key_bmhd, value_bmhe)]
-  out_gne = _tiled(in_turn, *arrays, bias_bm)
-  return out_gne.reshape(batch, heads, queries, -1).swapaxes(1, 2)
-
-
-def _by_head(x_bnhd):
-  """(B h, N, d)."""
-  batch, count, heads, width = x_bnhd.shape
-  return x_bnhd.swapaxes(1, 2).reshape(batch * heads, count, width)
+  return _tiled(in_turn, query_bnhd * query_bnhd.shape[-1] ** -0.5, key_bmhd, value_bmhe, bias_bm)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tiled(in_turn, query_gnd, key_gmd, value_gme, bias_gm):
-  return _tiled_forward(in_turn, query_gnd, key_gmd, value_gme, bias_gm)[0]
+def _tiled(in_turn, query_bnhd, key_bmhd, value_bmhe, bias_bm):
+  return _tiled_forward(in_turn, query_bnhd, key_bmhd, value_bmhe, bias_bm)[0]
 
 
-def _each(head, in_turn: bool):
-  """`head` for each of the heads."""
-  if not in_turn:
-    return jax.vmap(head)
-  return lambda *arrays: jax.lax.map(lambda one: head(*one), arrays)
+def _of_heads(head, in_turn: str | None):
+  """`head` of arrays (N, ...) and a bias (M,), for arrays (B, N, h, ...) and biases (B, M)."""
+  def image(arrays_nh, bias_m):
+    out_hn = jax.vmap(lambda *arrays_n: head(*arrays_n, bias_m))(*_swapped(0, arrays_nh))
+    return _swapped(0, out_hn)
+
+  def images_in_turn(arrays_bnh, bias_bm):
+    return jax.lax.map(lambda one: image(*one), (arrays_bnh, bias_bm))
+
+  def heads_in_turn(arrays_bnh, bias_bm):
+    # Laid out before the loop: in it, images of 577 tokens took a twentieth longer.
+    batch, _, heads = arrays_bnh[0].shape[:3]
+    arrays_gn = [x.reshape(batch * heads, *x.shape[2:]) for x in _swapped(1, arrays_bnh)]
+    bias_gm = None if bias_bm is None else jnp.repeat(bias_bm, heads, axis=0)
+    out_gn = jax.lax.map(lambda one: head(*one), (*arrays_gn, bias_gm))
+    return _swapped(1, jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), out_gn))
+
+  return {"images": images_in_turn, "heads": heads_in_turn, None: jax.vmap(image)}[in_turn]
+
+
+def _swapped(axis: int, arrays):
+  """Arrays of tokens and heads in the other order."""
+  return jax.tree.map(lambda x: x.swapaxes(axis, axis + 1), arrays)
 
 
 def _most_rows(keys: int) -> int:
@@ -128,19 +124,23 @@ def attend_rows(query_nd, key_md, value_me, bias_m, step: int):
   return (out_ne / total_n1).astype(value_me.dtype), top_n1 + jnp.log(total_n1)
 
 
-def _tiled_forward(in_turn, query_gnd, key_gmd, value_gme, bias_gm):
-  keys = key_gmd.shape[1]
+def _tiled_forward(in_turn, query_bnhd, key_bmhd, value_bmhe, bias_bm):
+  keys = key_bmhd.shape[1]
   most, step = (STEP_QUERIES, STEP_KEYS) if in_turn else (_most_rows(keys), keys)
 
   def head(query_nd, *keys):
     return _over_tiles(lambda tile: attend_rows(tile, *keys, step), most, query_nd)
 
-  out_gne, log_sum_gn1 = _each(head, in_turn)(query_gnd, key_gmd, value_gme, bias_gm)
-  return out_gne, (query_gnd, key_gmd, value_gme, bias_gm, out_gne, log_sum_gn1)
+  arrays = query_bnhd, key_bmhd, value_bmhe
+  out_bnhe, log_sum_bnh1 = _of_heads(head, in_turn)(arrays, bias_bm)
+  return out_bnhe, (*arrays, bias_bm, out_bnhe, log_sum_bnh1)
 
 
-def _tiled_backward(in_turn, residuals, d_out_gne):
-  return _each(_head_backward, in_turn)(*residuals, d_out_gne)
+def _tiled_backward(in_turn, residuals, d_out_bnhe):
+  query_bnhd, key_bmhd, value_bmhe, bias_bm, out_bnhe, log_sum_bnh1 = residuals
+  *gradients, d_bias_bmh = _of_heads(_head_backward, in_turn)(
+      (query_bnhd, key_bmhd, value_bmhe, out_bnhe, log_sum_bnh1, d_out_bnhe), bias_bm)
+  return *gradients, None if bias_bm is None else d_bias_bmh.sum(axis=-1)
 
 
 def gradients_of_rows(key_md, value_me, bias_m, query_nd, log_sum_n1, shift_n1, d_out_ne):
@@ -154,7 +154,7 @@ def gradients_of_rows(key_md, value_me, bias_m, query_nd, log_sum_n1, shift_n1, 
           d_scores_nm.sum(axis=0))
 
 
-def _head_backward(query_nd, key_md, value_me, bias_m, out_ne, log_sum_n1, d_out_ne):
+def _head_backward(query_nd, key_md, value_me, out_ne, log_sum_n1, d_out_ne, bias_m):
   """Gradients of query, key, value and bias; those of the keys are summed tile by tile."""
   count, keys = query_nd.shape[0], (key_md, value_me, bias_m)
   shift_n1 = jnp.sum(out_ne.astype(jnp.float32) * d_out_ne, axis=-1, keepdims=True)
