@@ -178,7 +178,7 @@ class FromHeads(nn.Module):
     kernel = self.param("kernel", weight_init, (*x.shape[-2:], self.width))
     bias = self.param("bias", nn.initializers.zeros, (self.width,))
     x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-    return linear(x.reshape(*x.shape[:-2], -1), kernel.reshape(-1, self.width), bias)
+    return linear(jax.lax.collapse(x, x.ndim - 2), kernel.reshape(-1, self.width), bias)
 
 
 class DropPath(nn.Module):

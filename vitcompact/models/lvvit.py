@@ -14,7 +14,7 @@ from vitcompact.ffn import cffn
 from vitcompact.heads import hmhsa
 from vitcompact.links import sparsifiner
 from vitcompact.models import torch_names
-from vitcompact.models.in_parts import in_parts
+from vitcompact.models.images import check_images, in_parts
 from vitcompact.models.torch_names import Entry, Positions
 from vitcompact.models.variant import Variant
 from vitcompact.plan import Plan
@@ -217,16 +217,13 @@ class LVViT(nn.Module):
 
   @in_parts
   def __call__(self, images_bhwc, train: bool = False):
-    expected = (*np.broadcast_to(self.image_size, 2).tolist(), self.in_chans)
-    if images_bhwc.shape[1:] != expected:
-      raise ValueError(f"images of shape {images_bhwc.shape}: this model takes (B, {expected[0]}, "
-                       f"{expected[1]}, {expected[2]}); create it with image_size= and in_chans=")
+    check_images(self, images_bhwc)
     x = self.stem(images_bhwc, train)
     box = jnp.zeros(self.grid, bool)
     if train and self.mix_token:
       box = draw_box(self.make_rng("dropout"), self.grid)
       x = swap(x, box)
-    x = x.reshape(x.shape[0], -1, self.width)
+    x = jax.lax.collapse(x, 1, 3)
     token = jnp.broadcast_to(self.cls_token.astype(x.dtype), (x.shape[0], 1, self.width))
     x = jnp.concatenate([token, x], axis=1) + self.pos_embed.astype(x.dtype)
     tokens = Tokens(x)

@@ -14,7 +14,7 @@ from vitcompact.ffn import cffn
 from vitcompact.heads import hmhsa
 from vitcompact.links import sparsifiner
 from vitcompact.models import torch_names
-from vitcompact.models.in_parts import in_parts
+from vitcompact.models.images import check_images, in_parts
 from vitcompact.models.nextvit_blocks import ConvBlock, TransformerBlock
 from vitcompact.models.torch_names import Entry
 from vitcompact.models.variant import Variant
@@ -271,10 +271,7 @@ class NextViT(nn.Module):
 
   @in_parts
   def __call__(self, images_bhwc, train: bool = False):
-    expected = (*np.broadcast_to(self.image_size, 2).tolist(), self.in_chans)
-    if images_bhwc.shape[1:] != expected:
-      raise ValueError(f"images of shape {images_bhwc.shape}: this model takes (B, {expected[0]}, "
-                       f"{expected[1]}, {expected[2]}); create it with image_size= and in_chans=")
+    check_images(self, images_bhwc)
     x = self.stem(images_bhwc, train)
     ends = np.cumsum(self.depths).tolist()
     for i in range(self.depth):

@@ -117,7 +117,7 @@ class TransformerBlock(nn.Module):
     return z + DropPath(self.drop_path, name="drop3")(out, train)
 
   def _attend(self, x_bhwc, train: bool):
-    tokens = norm(self, "norm1", x_bhwc, train).reshape(x_bhwc.shape[0], -1, self.width)
+    tokens = jax.lax.collapse(norm(self, "norm1", x_bhwc, train), 1, 3)
     keys = tokens
     if self.pool > 1:
       keys = norm(self, "key_norm", pool_tokens(tokens, self.pool), train)

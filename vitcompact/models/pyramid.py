@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -98,7 +99,7 @@ def to_map(tokens_bnc, grid: tuple[int, int]):
 
 
 def to_tokens(map_bhwc):
-  return map_bhwc.reshape(map_bhwc.shape[0], -1, map_bhwc.shape[-1])
+  return jax.lax.collapse(map_bhwc, 1, 3)
 
 
 def conv_norm(map_bhwc, width: int, size: int, *, stride: int, padding: int, conv_init: ConvInit,

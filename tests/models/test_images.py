@@ -1,0 +1,22 @@
+"""Batches that are empty, or not of the size that a model takes."""
+import jax
+import jax.numpy as jnp
+import pytest
+
+import vitcompact as vc
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "lvvit_t", "nextvit_small",
+                                  "pvt_tiny", "pvt_v2_b0"])
+def test_an_empty_batch_has_no_logits_and_channels_are_checked(name):
+  model = vc.create_model(name, num_classes=7)
+
+  def logits(*shape):
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct(
+        (1, *shape[1:3], 3), jnp.float32))
+    return jax.eval_shape(model.apply, variables, images)
+
+  assert logits(0, 224, 224, 3).shape == (0, 7)
+  with pytest.raises(ValueError, match=r"images of shape \(2, 224, 224, 4\): this model takes"):
+    logits(2, 224, 224, 4)
