@@ -34,7 +34,7 @@ def using(name: str | None):
 
   It decides while a program is traced. What a backend cannot do is left to "tiled": masks, dropped
   tokens and filters over scores. Links between blocks have kernels of their own, which run where
-  nothing is asked for, see `links.blocks`.
+  nothing is asked for, see `links.blocks`. Only "einsum" knows derivatives by forward mode.
   """
   if name is not None and name not in BACKENDS:
     raise ValueError(f"attention backend {name!r}: must be one of {', '.join(BACKENDS)}, or None")
