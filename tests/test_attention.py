@@ -77,6 +77,18 @@ def test_keys_in_steps_give_each_its_share_though_none_of_a_step_has_size(small_
     np.testing.assert_allclose(outs[1], outs[0], rtol=1e-5, atol=1e-6)
 
 
+def test_a_cpu_takes_images_or_heads_in_turn_but_none_where_a_batch_is_split():
+  """What is in turn cannot be split over devices, whoever asked for it."""
+  def in_turn(backend, devices):
+    with attention.using(backend), attention.split_over(devices):
+      jaxpr = jax.make_jaxpr(lambda *args: Core(size=SIZE)(*args))(*arrays())
+    inside = jaxpr.eqns[-1].params["call_jaxpr"].eqns
+    return [eqn.params["length"] for eqn in inside if eqn.primitive.name == "scan"]
+
+  assert (in_turn("images", 1), in_turn("tiled", 1)) == ([BATCH], [BATCH * HEADS])
+  assert (in_turn("images", 8), in_turn("tiled", 8)) == ([], [])
+
+
 @pytest.mark.parametrize("platform,dtype,fields,wanted", [
     ("cpu", "float32", {"queries": 50, "keys": 50}, "einsum"),
     ("cpu", "float32", {"queries": 197, "keys": 197}, "images"),

@@ -245,10 +245,11 @@ class Core(NamedTuple):
         plain=plain, devices=jax.device_count(), turns=in_turn(), **device)
     if plain and name != "einsum":
       _check_runs(name, platform, value_bmhe.dtype, **device)
-      fused = functools.partial(backends.tiled, in_turn="heads" if in_turn() else None)
+      turns = {"images": None if split() else "images", "tiled": "heads" if in_turn() else None}
+      attend = (functools.partial(backends.tiled, in_turn=turns[name]) if name in turns
+                else getattr(backends, name))
       with jax.named_scope(SCOPE):
-        return {**vars(backends), "tiled": fused}[name](query_bnhd, key_bmhd, value_bmhe,
-                                                        self._bias())
+        return attend(query_bnhd, key_bmhd, value_bmhe, self._bias())
     rows = {"einsum": Core._at_once, "images": Core._at_once}.get(name, Core._in_rows)
     attend = functools.partial(rows, rescore=rescore, needed=needed)
     if name != "einsum" and in_turn():

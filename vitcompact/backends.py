@@ -17,18 +17,12 @@ STEP_QUERIES, STEP_KEYS = 1024, 256
 TPU_BLOCK = 128     # splash's blocks, and the lanes of a TPU
 
 
-def images(query_bnhd, key_bmhd, value_bmhe, bias_bm=None):
-  """`tiled`, all heads of an image at once: the scores of a few hundred tokens stay in a CPU's
-  cache, and an allocation this small is not given back to the system after each layer. None is kept
-  for the backward pass: to compute them again takes less time, and half of the memory."""
-  return tiled(query_bnhd, key_bmhd, value_bmhe, bias_bm, in_turn="images")
-
-
-def tiled(query_bnhd, key_bmhd, value_bmhe, bias_bm=None, *, in_turn: str | None = "heads"):
+def tiled(query_bnhd, key_bmhd, value_bmhe, bias_bm=None, *, in_turn: str | None):
   """Tiles of queries in turn, computed again in the backward pass.
 
-  in_turn: "images", and in each the tiles of all heads; "heads": these too, and keys of the forward
-    pass; both keep a CPU's cache. None: the tiles of all images.
+  in_turn: for the sake of a CPU's cache, "heads" (and keys of the forward pass) or "images", all
+    heads of one at once: of a few hundred tokens the scores stay in the cache, and an allocation
+    this small is not given back to the system after each layer. None: the tiles of all images.
   """
   return _tiled(in_turn, query_bnhd * query_bnhd.shape[-1] ** -0.5, key_bmhd, value_bmhe, bias_bm)
 
