@@ -117,13 +117,76 @@ def measured(tmp_path_factory):
 
 
 def test_every_goal_finds_its_measurement(measured):
-  table = goals.table(measured)
+  lines = goals.table(measured).splitlines()
   # Without a Python that has torch its rows are there and say so; all others were measured.
-  assert all("torch" in line for line in table.splitlines() if "not measured" in line)
-  assert "| dense over plain Linen, batch 8 | 1.00 | >= 1.05 | within 5% |" in table
-  assert "| heads, batch 8 | 1.00 | >= 1.1 | NO |" in table
-  for count in (197, 577, 1025, 4097):
-    assert f"| hMHSA layer, {count} tokens, forward | 1.00 |" in table
+  assert all("torch" in line for line in lines if "cpu, " in line and "not measured" in line)
+  assert "| cpu, dense over plain Linen, batch 8 | 1.00 | >= 1.05 | within 5% |" in lines
+  assert "| cpu, heads, batch 8 | 1.00 | >= 1.1 | NO |" in lines
+  assert lines[-2:] == [f"| gpu, {suite} | | | not measured |" for suite in ("model", "layer")]
+
+
+def timed(folder, suite, seconds):
+  """Results of a suite whose every measured row took what a function of the row says."""
+  found = json.loads((folder / f"{suite}_cpu.json").read_text())
+  for row in found["rows"]:
+    if row["seconds"] is not None:
+      row["seconds"] = row["temporary_bytes"] = seconds(row)
+      row["rounds"] = 3 * [row["seconds"]]
+  return found
+
+
+def reached(make, found):
+  return {goal.what: goal.measured for goal in make(found)}
+
+
+def test_goals_of_layers_are_ratios_to_the_fastest_dense_one_of_their_case(measured):
+  taken = {"forward": {"dense": 6, "dense, einsum": 5, "dense, tiled": 7, "hMHSA": 4,
+                       "hMHSA, logits site": 8, "block-sparse 25%": 2},
+           "forward and backward": {"dense": 60, "dense, einsum": 50, "dense, tiled": 30,
+                                    "hMHSA": 24, "hMHSA, logits site": 80, "block-sparse 25%": 12}}
+  growth = {197: 1, 577: 4, 1025: 8, 4097: 64}
+  found = timed(measured, "layer",
+                lambda row: taken[row["pass"]][row["name"]] * growth[row["tokens"]])
+  got = reached(goals.layer_goals, found)
+  assert [got[f"hMHSA layer, {tokens} tokens, forward"] for tokens in growth] == 4 * [5 / 4]
+  assert got["hMHSA layer, 1025 tokens, forward and backward"] == 30 / 24
+  assert got["block-sparse 25% layer, 4097 tokens, forward"] == 5 / 2
+  assert got["block-sparse 25% layer, 1025 tokens, forward and backward"] == 30 / 12
+  assert got["hMHSA, logits site layer, 577 tokens, forward"] == 5 / 8
+  assert got["hMHSA, logits site, temporary memory over dense, 577 tokens"] == 8 / 5
+  for name in ("dense", "hMHSA", "block-sparse 25%"):
+    assert got[f"{name}: time per token, 4097 over 1025"] == pytest.approx(8 * 1025 / 4097)
+    assert got[f"{name}: temporary memory, 4097 over 1025 tokens, forward"] == 8
+  size = 2 * 4 * 4097 * 8
+  assert got["hMHSA: temporary memory over input and output, 4097 tokens, forward"] == 256 / size
+
+
+def test_goals_of_models_and_steps_are_ratios_of_the_rows_they_name(measured):
+  names = list(goals.MODEL_TARGETS)
+  taken = {"plain Linen": 18, "dense": 12, **{name: 12 / (2 + i) for i, name in enumerate(names)}}
+  found = timed(measured, "model", lambda row: taken.get(row["name"], 100))
+  got = reached(goals.model_goals, found)
+  assert got["dense over plain Linen, batch 8"] == 1.5
+  assert [got[f"{name}, batch 8"] for name in names] == pytest.approx(range(2, 2 + len(names)))
+  taken = {"dense": 6, "plain Linen + Optax": 9, "ffn, one bare branch": 4, "heads + ffn": 5}
+  got = reached(goals.train_goals, timed(measured, "train", lambda row: taken.get(row["name"], 1)))
+  assert got["step over plain Linen + Optax"] == 1.5 and got["step, ffn, one bare branch"] == 1.5
+  found = timed(measured, "tokens", lambda row: {"dense": 3, "links": 2}.get(row["name"], 1))
+  assert set(reached(goals.tokens_goals, found).values()) == {1.5}
+
+
+def test_goals_of_a_gpu_are_ratios_to_cudnn_and_to_compiled_torch(measured):
+  taken = {"dense, einsum": 9, "hMHSA": 4, "block-sparse 25%": 2}
+  found = timed(measured, "layer", lambda row: taken.get(row["name"], 6))
+  for row in found["rows"]:
+    row["name"] = row["name"].replace("tiled", "cudnn")
+  assert reached(goals.device_layer_goals, found) == {
+      f"{name} layer over cuDNN's dense, {tokens} tokens": ratio for tokens in (1025, 4097)
+      for name, ratio in (("hMHSA", 1.5), ("block-sparse 25%", 3))}
+  found = timed(measured, "model", lambda row: {"dense": 6, "EViT 0.7": 4}.get(row["name"], 2))
+  assert reached(goals.device_model_goals, found) == {
+      "dense over torch.compile bf16, batch 8": None, "EViT 0.7, batch 8": 1.5,
+      f"{goals.ALL}, batch 8": 3}
 
 
 def test_tables_say_what_was_not_measured(measured):
@@ -167,7 +230,11 @@ def test_accuracy_stands_beside_speed_where_it_was_measured_the_longest(measured
     (measured / f"accuracy_{name}.json").write_text(json.dumps({"rows": rows}))
   heads = next(line for line in tables.markdown(measured).splitlines()
                if line.startswith("| heads |"))
-  assert heads.endswith("| 98.61% on digits (-0.50 ± 1.23, 900 steps) |")
+  cell = "98.61% on digits (-0.50 ± 1.23, 900 steps)"
+  assert heads.endswith(f"| {cell} |")
+  text = tables.markdown(measured)
+  assert f"Accuracies as above: hMHSA {cell}; block-sparse 25% not measured." in text
+  assert f"Accuracies as above: heads {cell}; links not measured; " in text
 
 
 def test_the_readme_is_what_the_results_say():
@@ -253,4 +320,4 @@ def test_the_command_refuses_in_a_line(arguments, words):
 @pytest.mark.parametrize("name", program.SUITES)
 def test_every_suite_is_a_module_with_a_table_and_goals(name):
   assert callable(importlib.import_module(f"experiments.benchmarks.{name}").run)
-  assert name in tables.SUITES and name in goals.SUITES
+  assert name in tables.SUITES and name in goals.SUITES["cpu"]

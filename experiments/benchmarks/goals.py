@@ -1,4 +1,4 @@
-"""What was aimed at on a CPU, beside what was measured. Ratios are of the same rounds."""
+"""What was aimed at, beside what was measured. Ratios are of the same rounds."""
 import pathlib
 import statistics
 from collections.abc import Iterator
@@ -30,16 +30,18 @@ class Goal(NamedTuple):
     return "yes" if more >= less else "within 5%" if SLACK * more >= less else "NO"
 
 
-def table(folder: pathlib.Path = results.FOLDER, platform: str = "cpu") -> str:
+def table(folder: pathlib.Path = results.FOLDER) -> str:
   lines = ["| goal | measured | target | met |", "|---|---:|---:|---|"]
-  for suite, make in SUITES.items():
-    if (found := results.load(suite, platform, folder)) is None:
-      lines.append(f"| {suite} | | | not measured |")
-      continue
-    for goal in make(found):
-      measured = "" if goal.measured is None else f"{goal.measured:.2f}"
-      sign = ">=" if goal.least else "<="
-      lines.append(f"| {goal.what} | {measured} | {sign} {goal.target:g} | {goal.verdict} |")
+  for platform, suites in SUITES.items():
+    for suite, make in suites.items():
+      if (found := results.load(suite, platform, folder)) is None:
+        lines.append(f"| {platform}, {suite} | | | not measured |")
+        continue
+      for goal in make(found):
+        measured = "" if goal.measured is None else f"{goal.measured:.2f}"
+        sign = ">=" if goal.least else "<="
+        lines.append(f"| {platform}, {goal.what} | {measured} | {sign} {goal.target:g} | "
+                     f"{goal.verdict} |")
   return "\n".join(lines)
 
 
@@ -157,5 +159,25 @@ def data_goals(found: dict) -> Iterator[Goal]:
              _median(by_what["wall seconds of a batch"], "2 workers", "1 worker"), 1.8)
 
 
-SUITES = {"gemm": gemm_goals, "model": model_goals, "layer": layer_goals, "train": train_goals,
-          "tokens": tokens_goals, "startup": startup_goals, "data": data_goals}
+def device_model_goals(found: dict) -> Iterator[Goal]:
+  for (batch,), rows in cases(found, "batch").items():
+    yield Goal(f"dense over torch.compile bf16, batch {batch}",
+               _median(rows, "dense", "torch.compile bf16"), 0.95)
+    for name, target in (("EViT 0.7", 1.35), (ALL, 1.6)):
+      yield Goal(f"{name}, batch {batch}", _median(rows, name, "dense"), target)
+
+
+def device_layer_goals(found: dict) -> Iterator[Goal]:
+  targets = {1025: {"hMHSA": 1.25, "block-sparse 25%": 1.4},
+             4097: {"hMHSA": 1.25, "block-sparse 25%": 2.0}}
+  for (tokens, which), rows in cases(found, "tokens", "pass").items():
+    for name, target in targets.get(tokens, {}).items():
+      if which == "forward":
+        yield Goal(f"{name} layer over cuDNN's dense, {tokens} tokens",
+                   _median(rows, name, "dense, cudnn"), target)
+
+
+SUITES = {
+    "cpu": {"gemm": gemm_goals, "model": model_goals, "layer": layer_goals, "train": train_goals,
+            "tokens": tokens_goals, "startup": startup_goals, "data": data_goals},
+    "gpu": {"model": device_model_goals, "layer": device_layer_goals}}

@@ -11,6 +11,10 @@ BEGIN = "<!-- speed: written by `python -m experiments.bench tables` from result
 END = "<!-- end of speed -->"
 PLATFORMS = {"cpu": "CPU", "gpu": "GPU", "tpu": "TPU"}
 NO = "not measured"
+# {name of a row: variant of `experiments.accuracy`}, as `model.VARIANTS`.
+LAYER_VARIANTS = {"hMHSA": "heads", "block-sparse 25%": "block"}
+TOKENS_VARIANTS = {"heads": "heads", "links": "block", "tokens": "evit", "ffn": "ffn_both",
+                   "all four": None}
 
 
 def rewrite() -> str:
@@ -104,21 +108,24 @@ def layer_table(found: dict, folder: pathlib.Path) -> str:
                  f"{' | '.join(cells)} | {memory} |")
   text = ("Width 384, 6 heads, projections and predictors included; how many times as fast as the "
           "faster dense layer of ours. Memory of dense, hMHSA and block-sparse, in sizes of input "
-          "and output together.")
+          f"and output together. {_accuracies(folder, LAYER_VARIANTS)}")
   return "\n".join([*lines, "", f"{source(found)} {text}"])
 
 
 def train_table(found: dict, folder: pathlib.Path) -> str:
   ((batch,), rows), = cases(found, "batch").items()
   lines = ["| training step, DeiT-S at 224, AdamW | MACs, dense / this | speed, dense = 1 | "
-           "of the MACs' ratio |", "|---|---:|---:|---:|"]
+           "of the MACs' ratio | accuracy |", "|---|---:|---:|---:|---|"]
+  accuracies = results.accuracies(folder)
   for name, row in rows.items():
     macs = fewer_macs(rows, name)
     ratio = speed(rows, name, "dense")
     cell = _images(row, batch) if name == "dense" else _speed(rows, name, "dense")
     share = f"{100 * ratio[0] / macs:.0f}%" if macs and ratio and name != "dense" else ""
-    lines.append(f"| {name} | {f'{macs:.2f}' if macs else ''} | {cell} | {share} |")
-  return "\n".join([*lines, "", f"{source(found)} Batch {batch}; MACs of the training form."])
+    accuracy = _accuracy(accuracies.get(VARIANTS.get(name))) if macs else ""
+    lines.append(f"| {name} | {f'{macs:.2f}' if macs else ''} | {cell} | {share} | {accuracy} |")
+  text = f"Batch {batch}; MACs of the training form; accuracies as above."
+  return "\n".join([*lines, "", f"{source(found)} {text}"])
 
 
 def tokens_table(found: dict, folder: pathlib.Path) -> str:
@@ -131,7 +138,8 @@ def tokens_table(found: dict, folder: pathlib.Path) -> str:
     lines.append(f"| {name} | {' | '.join(cells)} |")
   text = ("Columns are numbers of tokens, class token included; the network is a DeiT-S of four "
           "blocks, in the last three of which EViT keeps 0.7; links are blocks of tokens, a "
-          "quarter of them, where there are enough tokens for it to pay.")
+          "quarter of them, where there are enough tokens for it to pay. "
+          f"{_accuracies(folder, TOKENS_VARIANTS)}")
   image = f"![milliseconds by number of tokens](results/tokens_{found['platform']}.png)"
   return "\n".join([image, "", *lines, "", f"{source(found)} {text}"])
 
@@ -196,6 +204,13 @@ def _accuracy(rows) -> str:
     return NO
   return "; ".join(f"{100 * row['accuracy']:.2f}% on {row['data']}" + _difference(row)
                    for row in rows)
+
+
+def _accuracies(folder: pathlib.Path, variants: dict[str, str | None]) -> str:
+  """A sentence of the accuracies of all rows of a table."""
+  known = results.accuracies(folder)
+  return "Accuracies as above: " + "; ".join(
+      f"{name} {_accuracy(known.get(variant))}" for name, variant in variants.items()) + "."
 
 
 def _difference(row: dict) -> str:
