@@ -145,8 +145,12 @@ def test_goals_of_layers_are_ratios_to_the_fastest_dense_one_of_their_case(measu
            "forward and backward": {"dense": 60, "dense, einsum": 50, "dense, tiled": 30,
                                     "hMHSA": 24, "hMHSA, logits site": 80, "block-sparse 25%": 12}}
   growth = {197: 1, 577: 4, 1025: 8, 4097: 64}
-  found = timed(measured, "layer",
-                lambda row: taken[row["pass"]][row["name"]] * growth[row["tokens"]])
+
+  def seconds(row):
+    slower = 2 if (row["name"], row["tokens"]) == ("dense", 4097) else 1
+    return slower * taken[row["pass"]][row["name"]] * growth[row["tokens"]]
+
+  found = timed(measured, "layer", seconds)
   got = reached(goals.layer_goals, found)
   assert [got[f"hMHSA layer, {tokens} tokens, forward"] for tokens in growth] == 4 * [5 / 4]
   assert got["hMHSA layer, 1025 tokens, forward and backward"] == 30 / 24
@@ -176,7 +180,7 @@ def test_goals_of_models_and_steps_are_ratios_of_the_rows_they_name(measured):
 
 
 def test_goals_of_a_gpu_are_ratios_to_cudnn_and_to_compiled_torch(measured):
-  taken = {"dense, einsum": 9, "hMHSA": 4, "block-sparse 25%": 2}
+  taken = {"dense": 5, "dense, einsum": 9, "hMHSA": 4, "block-sparse 25%": 2}
   found = timed(measured, "layer", lambda row: taken.get(row["name"], 6))
   for row in found["rows"]:
     row["name"] = row["name"].replace("tiled", "cudnn")
