@@ -16,6 +16,7 @@ BACKENDS = {"cpu": ("einsum", "tiled"), "gpu": ("einsum", "cudnn"), "tpu": ("ein
 # (patches on a side, batch): 197, 577, 1025 and 4097 tokens with the class token.
 HOST_SHAPES = ((14, 8), (24, 2), (32, 1), (64, 1))
 DEVICE_SHAPES = ((14, 256), (24, 64), (32, 32), (64, 8))
+VARIANTS = {"hMHSA": "heads", "block-sparse 25%": "block"}   # see model.VARIANTS
 
 
 class Layer(NamedTuple):

@@ -3,18 +3,16 @@ import math
 import pathlib
 
 from experiments.benchmarks import results
-from experiments.benchmarks.model import VARIANTS
+from experiments.benchmarks.layer import VARIANTS as LAYER_VARIANTS
+from experiments.benchmarks.model import VARIANTS as MODEL_VARIANTS
 from experiments.benchmarks.results import best_dense, cases, fewer_macs, speed
+from experiments.benchmarks.tokens import VARIANTS as TOKENS_VARIANTS
 
 README = pathlib.Path(__file__).parent.parent.parent / "README.md"
 BEGIN = "<!-- speed: written by `python -m experiments.bench tables` from results/ -->"
 END = "<!-- end of speed -->"
 PLATFORMS = {"cpu": "CPU", "gpu": "GPU", "tpu": "TPU"}
 NO = "not measured"
-# {name of a row: variant of `experiments.accuracy`}, as `model.VARIANTS`.
-LAYER_VARIANTS = {"hMHSA": "heads", "block-sparse 25%": "block"}
-TOKENS_VARIANTS = {"heads": "heads", "links": "block", "tokens": "evit", "ffn": "ffn_both",
-                   "all four": None}
 
 
 def rewrite() -> str:
@@ -82,7 +80,7 @@ def model_table(found: dict, folder: pathlib.Path) -> str:
              for batch, rows in by_batch.items()]
     ratio = speed(middle, name, "dense")
     share = f"{100 * ratio[0] / macs:.0f}%" if macs and ratio and name != "dense" else ""
-    accuracy = _accuracy(accuracies.get(VARIANTS.get(name))) if macs else ""
+    accuracy = _accuracy(accuracies.get(MODEL_VARIANTS.get(name))) if macs else ""
     lines.append(f"| {name} | {f'{macs:.2f}' if macs else ''} | {' | '.join(cells)} | {share} | "
                  f"{accuracy} |")
   text = ("Dense is in images a second; the others say how many times as fast as it they are, in "
@@ -122,7 +120,7 @@ def train_table(found: dict, folder: pathlib.Path) -> str:
     ratio = speed(rows, name, "dense")
     cell = _images(row, batch) if name == "dense" else _speed(rows, name, "dense")
     share = f"{100 * ratio[0] / macs:.0f}%" if macs and ratio and name != "dense" else ""
-    accuracy = _accuracy(accuracies.get(VARIANTS.get(name))) if macs else ""
+    accuracy = _accuracy(accuracies.get(MODEL_VARIANTS.get(name))) if macs else ""
     lines.append(f"| {name} | {f'{macs:.2f}' if macs else ''} | {cell} | {share} | {accuracy} |")
   text = f"Batch {batch}; MACs of the training form; accuracies as above."
   return "\n".join([*lines, "", f"{source(found)} {text}"])

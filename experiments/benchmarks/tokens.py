@@ -22,6 +22,8 @@ PLANS = {
     "ffn": vc.Plan(ffn=BOTH),
     "all four": vc.Plan(heads=vc.HMHSA(), links=LINKS, tokens=FEWER, ffn=BOTH),
 }
+VARIANTS = {"heads": "heads", "links": "block", "tokens": "evit", "ffn": "ffn_both",
+            "all four": None}   # see model.VARIANTS
 HOST_PEERS, DEVICE_PEERS = ("torch f32, SDPA",), ("torch bf16", "torch.compile bf16")
 
 
