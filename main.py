@@ -18,7 +18,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from vitcompact.train import stop  # needs no JAX: SIGTERM is heard while that is loaded
+from vitcompact.run import preemption  # needs no JAX: SIGTERM is heard while that is loaded
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/")
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; made when missing")
@@ -48,10 +48,10 @@ def fail(error: Exception, code: int = 2):
 
 def leave(code: int):
   """Ends the process; one of several at once: an orderly exit would wait for all the others."""
-  hosts = sys.modules.get("vitcompact.train.hosts")
-  if hosts and hosts.several():
+  processes = sys.modules.get("vitcompact.run.processes")
+  if processes and processes.several():
     sys.stdout.flush()
-    stop.leave(code)
+    preemption.leave(code)
   sys.exit(code)
 
 
@@ -105,21 +105,21 @@ def pretend(devices: int):
 
 
 def train(stopping):
-  from vitcompact.train import loop, report, watch  # late: a mistake in a flag needs no JAX
+  from vitcompact.run import loop, report, watch  # late: a mistake in a flag needs no JAX
 
   watching = watch.Watching(PROFILE.value, WANDB.value, PEAK_TFLOPS.value)
   result = loop.train(CONFIG.value, WORKDIR.value, stopping=stopping, restore_from=RESTORE.value,
                       watching=watching)
   receipt = report.report(result, WORKDIR.value)
-  if loop.processes()["process_index"] == 0:
+  if loop.process_ids()["process_index"] == 0:
     print(receipt.to_markdown())
 
 
 def run(stopping):
   """Does what --mode says; from here on JAX is loaded."""
-  from vitcompact.train import hosts, loop, memory
+  from vitcompact.run import loop, memory, processes
 
-  hosts.connect(COORDINATOR.value, PROCESS_ID.value, NUM_PROCESSES.value)
+  processes.connect(COORDINATOR.value, PROCESS_ID.value, NUM_PROCESSES.value)
   try:
     if MODE.value == "plan":
       print(memory.plan(CONFIG.value))
@@ -127,10 +127,10 @@ def run(stopping):
       loop.evaluate(CONFIG.value, WORKDIR.value, restore_from=RESTORE.value)
     else:
       train(stopping)
-  except hosts.PEER_ERRORS as error:
-    if not hosts.several():
+  except processes.PEER_ERRORS as error:
+    if not processes.several():
       raise
-    fail(hosts.lost(error), hosts.LOST)
+    fail(processes.lost(error), processes.LOST)
 
 
 def from_us(record) -> bool:
@@ -144,14 +144,14 @@ def main(_):
     logging.get_absl_handler().addFilter(from_us)
   if MODE.value == "plan":
     pretend(DEVICES.value)
-  with stop.on_sigterm() as stopping:
+  with preemption.on_sigterm() as stopping:
     try:
       run(stopping)
     except USER_ERRORS as error:
       fail(error)
-    except stop.Stopped as stopped:
+    except preemption.Stopped as stopped:
       print(stopped, file=sys.stderr, flush=True)
-      leave(stop.STOPPED)
+      leave(preemption.STOPPED)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import vitcompact as vc
 from configs import sparse_digits, sparse_shapes
 from vitcompact import convert
 from vitcompact.receipt import environment
-from vitcompact.train import loop, workdir
+from vitcompact.run import loop, workdir
 
 # {data: (configs, dense models that are trained one from the other, pairs)}
 DATA = {"digits": (sparse_digits, ("dense",), 5),

@@ -92,7 +92,7 @@ class Reader:
             for name, leaf in trees.named_leaves(state).items()}, progress
 
   def _opened(self, what):
-    from vitcompact.train.checkpoint import Checkpoints
+    from vitcompact.run.checkpoint import Checkpoints
 
     store = Checkpoints(self.workdir, keep_last=2)
     try:

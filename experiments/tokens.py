@@ -18,7 +18,7 @@ from PIL import Image
 
 import vitcompact as vc
 from vitcompact import convert
-from vitcompact.tokens.carry import NOTHING
+from vitcompact.token_state import NOTHING
 
 GONE = -1
 LINE = 0.15   # how dark the lines between groups are
@@ -38,10 +38,10 @@ def stages(model, variables, image) -> list[tuple[str, np.ndarray]]:
   out = []
   for i in blocks:
     source = np.asarray(sown[f"source_{i}"][0])[0]
-    alive = np.asarray(sown[f"alive_{i}"][0])[0]
-    holder = np.where(alive, source[-alive.size:], GONE).reshape(model.grid)
+    keep_mask = np.asarray(sown[f"keep_mask_{i}"][0])[0]
+    holder = np.where(keep_mask, source[-keep_mask.size:], GONE).reshape(model.grid)
     tokens = len(np.unique(holder[holder != GONE]))
-    out.append((f"block {i}: {tokens} of {alive.size}", holder))
+    out.append((f"block {i}: {tokens} of {keep_mask.size}", holder))
   return out
 
 

@@ -15,7 +15,8 @@ import vitcompact as vc
 from experiments import convert as conversion
 from tests import tiny
 from vitcompact import convert, trees
-from vitcompact.train import loop, optim, settings, sharding
+from vitcompact.run import loop
+from vitcompact.train import optim, settings, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))

@@ -20,7 +20,7 @@ from experiments import convert as program
 from tests import tiny
 from tests.models import parity
 from vitcompact import convert, trees
-from vitcompact.links.resize import resize_links
+from vitcompact.methods.attention.resize import resize_links
 from vitcompact.models import deit, torch_names
 
 FAMILIES = ("deit", "compact_deit")   # the others are tested beside their models

@@ -86,7 +86,7 @@ import sys
 import main
 from configs import digits
 from vitcompact.data import pipeline
-from vitcompact.train import loop, report
+from vitcompact.run import loop, report
 data = pipeline.train_batches(digits.get_config().data, image_size=16, batch_size=4, seed=0)
 next(data)
 data.close()

@@ -7,7 +7,7 @@ import pytest
 
 from vitcompact import layers
 from vitcompact.count import macs_of
-from vitcompact.ffn import norms
+from vitcompact.methods.ffn import branch_norms
 
 
 def plain_gelu(x):
@@ -26,7 +26,7 @@ def plain_layer_norm(x, scale, bias):
 def plain_batch_norms(z_nk, gamma_br, beta_br):
   z_nbr = z_nk.reshape(-1, *gamma_br.shape)
   mean, var = z_nbr.mean(0, keepdims=True), z_nbr.var(0, keepdims=True)
-  normed = (z_nbr - mean) / jnp.sqrt(var + norms.EPSILON)
+  normed = (z_nbr - mean) / jnp.sqrt(var + branch_norms.EPSILON)
   return (normed * gamma_br[None] + beta_br[None]).sum(1)
 
 
@@ -36,7 +36,7 @@ PAIRS = {
     "linear, narrower": (layers.linear, plain_linear, [(2, 5, 6), (6, 4), (4,)]),
     "layer_norm": (lambda *a: layers.layer_norm(*a, 1e-3), plain_layer_norm,
                    [(2, 5, 6), (6,), (6,)]),
-    "batch_norms": (lambda *a: norms.batch_norms(*a)[0], plain_batch_norms,
+    "batch_norms": (lambda *a: branch_norms.batch_norms(*a)[0], plain_batch_norms,
                     [(9, 8), (2, 4), (2, 4)]),
 }
 

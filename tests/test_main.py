@@ -8,7 +8,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import main
-from vitcompact.train import loop, report, stop
+from vitcompact.run import loop, preemption, report
 
 DIGITS = "--config=configs/digits.py"
 ROOT = pathlib.Path(main.__file__).parent
@@ -123,7 +123,7 @@ def test_the_mode_the_overrides_and_the_result_reach_the_library(run, monkeypatc
 
 
 @pytest.mark.parametrize("error, code, words", [
-    (stop.Stopped(7), stop.STOPPED, "stopped by SIGTERM at step 7; saved"),
+    (preemption.Stopped(7), preemption.STOPPED, "stopped by SIGTERM at step 7; saved"),
     (FloatingPointError("loss is nan"), 2, "error: loss is nan")])
 def test_how_a_run_ended_is_in_the_exit_code(run, monkeypatch, capsys, error, code, words):
   def ended(*_, **__):

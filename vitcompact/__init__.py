@@ -8,9 +8,9 @@ import types
 
 _HOMES = {
     "create_model": "models", "list_models": "models", "preprocess": "preprocess",
-    "Plan": "plan", "HMHSA": "heads.hmhsa", "CFFN": "ffn.cffn",
-    "Sparsifiner": "links.sparsifiner", "EViT": "tokens.evit", "ToMe": "tokens.tome",
-    "DynamicViT": "tokens.dynamicvit", "MCTF": "tokens.mctf",
+    "Plan": "plan", "HMHSA": "methods.heads.hmhsa", "CFFN": "methods.ffn.cffn",
+    "Sparsifiner": "methods.attention.sparsifiner", "EViT": "methods.tokens.evit", "ToMe": "methods.tokens.tome",
+    "DynamicViT": "methods.tokens.dynamicvit", "MCTF": "methods.tokens.mctf",
     "from_torch": "convert", "to_torch": "convert",
     "features": "features", "compact": "compact", "fold": "fold", "verify": "verify",
     "count": "count", "tune": "tune",

@@ -7,16 +7,15 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 
-from vitcompact import attention
+from vitcompact import attention, token_state
 from vitcompact.attention import Core
-from vitcompact.ffn.cffn import CompactDense, hidden_rms, warn_above_break_even
-from vitcompact.heads import hmhsa
 from vitcompact.layers import DropPath, FromHeads, LayerNorm, Mlp, ToHeads, dense, gelu
-from vitcompact.links.predict_blocks import BlockPredictor
-from vitcompact.links.sparsifiner import TokenLinks
+from vitcompact.methods.attention.block_predictor import BlockPredictor
+from vitcompact.methods.attention.sparsifiner import TokenLinks
+from vitcompact.methods.ffn.cffn import CompactDense, hidden_rms, warn_above_break_even
+from vitcompact.methods.heads import hmhsa
 from vitcompact.plan import BlockPlan
-from vitcompact.tokens import carry
-from vitcompact.tokens.carry import Reduction, Tokens
+from vitcompact.token_state import Reduction, Tokens
 
 
 class Attention(nn.Module):
@@ -113,7 +112,7 @@ class Block(nn.Module):
   dtype: str = "float32"
   reduce: nn.Module | None = None
   skip_lam: float = 1.0
-  reduce_tokens: Reduction = carry.NOTHING
+  reduce_tokens: Reduction = token_state.NOTHING
   links: nn.Module | None = None
 
   @nn.compact
@@ -150,7 +149,7 @@ class Block(nn.Module):
 
   @nn.nowrap
   def _core(self, tokens: Tokens, query, key) -> Core:
-    """The attention over these tokens: sizes, who is alive, and which links there are."""
+    """The attention over these tokens: sizes, which tokens are kept, and which links there are."""
     core = tokens.core()
     if self.links is None:
       return core
@@ -161,7 +160,7 @@ class Block(nn.Module):
     """(params, stats) of this block from a dense one's; see `compact`."""
     mlp, mlp_stats = mlp_from_dense(self.mlp, params["mlp"], moments.get("mlp", {}))
     return ({**params, "attn": self.attn.from_dense(params["attn"]), "mlp": mlp,
-             **carry.fresh_predictor(self.reduce_tokens, self.attn.width),
+             **token_state.fresh_predictor(self.reduce_tokens, self.attn.width),
              **fresh_links(self.links, self.attn)}, {"mlp": mlp_stats} if mlp_stats else stats)
 
   @nn.nowrap

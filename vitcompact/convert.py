@@ -14,7 +14,7 @@ import safetensors
 import safetensors.numpy
 
 from vitcompact import trees
-from vitcompact.links import resize
+from vitcompact.methods.attention import resize
 from vitcompact.models import VARIANTS, create_model
 from vitcompact.models.torch_names import (
     Entry,

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitcompact import attention, trees
-from vitcompact.heads import hmhsa
-from vitcompact.links import sparsifiner
+from vitcompact.methods.attention import sparsifiner
+from vitcompact.methods.heads import hmhsa
 
 
 class Macs(NamedTuple):

@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import jax
 from flax.core import FrozenDict
 
+from vitcompact import token_state
 from vitcompact.attention import BACKENDS
-from vitcompact.ffn.cffn import CFFN
-from vitcompact.heads.hmhsa import HMHSA
-from vitcompact.links.sparsifiner import Sparsifiner
-from vitcompact.tokens import carry
-from vitcompact.tokens.dynamicvit import DynamicViT
-from vitcompact.tokens.evit import EViT
-from vitcompact.tokens.mctf import MCTF
-from vitcompact.tokens.tome import ToMe
+from vitcompact.methods.attention.sparsifiner import Sparsifiner
+from vitcompact.methods.ffn.cffn import CFFN
+from vitcompact.methods.heads.hmhsa import HMHSA
+from vitcompact.methods.tokens.dynamicvit import DynamicViT
+from vitcompact.methods.tokens.evit import EViT
+from vitcompact.methods.tokens.mctf import MCTF
+from vitcompact.methods.tokens.tome import ToMe
 
 # axis -> {name in JSON: the method's spec}
 METHODS = {"heads": {"hmhsa": HMHSA}, "links": {"sparsifiner": Sparsifiner},
@@ -102,7 +102,7 @@ class Plan:
         raise ValueError(f"HMHSA(site='logits') and Sparsifiner(granularity='block') in block "
                          f"{block}: a filter over scores needs them all; use site='probs', or "
                          "granularity='token'")
-    first = next((i for i in range(depth) if self.reduction(i, depth) != carry.NOTHING), depth)
+    first = next((i for i in range(depth) if self.reduction(i, depth) != token_state.NOTHING), depth)
     for block in range(first, depth):
       heads = self.at(block).heads
       if heads is not None and heads.layout == "grid":
@@ -132,9 +132,9 @@ class Plan:
                       for axis, spec in axes.items()} for block, axes in self.blocks.items()}
     return dataclasses.replace(self, links=changed(self.links), blocks=blocks)
 
-  def reduction(self, block: int, depth: int) -> carry.Reduction:
+  def reduction(self, block: int, depth: int) -> token_state.Reduction:
     """What the tokens axis does in a block."""
-    return carry.NOTHING if self.tokens is None else self.tokens.reduction(block, depth)
+    return token_state.NOTHING if self.tokens is None else self.tokens.reduction(block, depth)
 
   def tokens_left(self, block: int, depth: int, tokens: int, prefix: int) -> int:
     """How many of so many tokens are left when a block begins."""
@@ -192,9 +192,9 @@ class Plan:
 @functools.lru_cache
 def _lengths(plan: Plan, depth: int, tokens: int, prefix: int) -> list[int]:
   """Tokens before each block and behind the last: the reductions followed, shapes only."""
-  state, lengths = carry.Tokens(jax.ShapeDtypeStruct((1, tokens, 8), "float32")), [tokens]
+  state, lengths = token_state.Tokens(jax.ShapeDtypeStruct((1, tokens, 8), "float32")), [tokens]
   for i in range(depth):
-    state = carry.shapes_after(plan.reduction(i, depth), state, prefix)
+    state = token_state.shapes_after(plan.reduction(i, depth), state, prefix)
     lengths.append(state.x.shape[1])
   return lengths
 

@@ -12,8 +12,8 @@ import numpy as np
 from vitcompact import attention, bench
 from vitcompact.attention import Core
 from vitcompact.block import Attention
-from vitcompact.ffn.cffn import CompactDense, merge_factors
 from vitcompact.layers import dense
+from vitcompact.methods.ffn.cffn import CompactDense, merge_factors
 
 # A form that is chosen is at least this much faster than the one that fold gives: less is noise.
 MARGIN = 1.02
@@ -116,7 +116,7 @@ def called(deploy: nn.Module, variables, images) -> dict[tuple[str, ...], Layer 
 
 def is_plain(core: Core) -> bool:
   """Whether every token attends to every token, each counting as one or as several."""
-  others = core.mask, core.alive, core.blocks
+  others = core.mask, core.keep_mask, core.blocks
   return all(x is None for x in others) and core.spread is attention.DENSE.spread
 
 

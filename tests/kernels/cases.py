@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitcompact.links.blocks import attend_gathered
+from vitcompact.attention.block_sparse.layout import attend_gathered
 
 
 def draw(*shape, seed=0, dtype=jnp.float32):

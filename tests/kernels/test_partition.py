@@ -5,8 +5,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.kernels.cases import draw
+from vitcompact.attention.block_sparse.layout import attend_gathered
 from vitcompact.kernels.block_sparse import attention
-from vitcompact.links.blocks import attend_gathered
 
 
 def test_every_device_gets_its_images_and_together_they_compute_what_one_does():

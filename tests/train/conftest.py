@@ -7,7 +7,7 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from vitcompact.train import loop
+from vitcompact.run import loop
 
 ROOT = pathlib.Path(__file__).parents[2]
 PLAN = '{"heads": {"method": "hmhsa"}, "ffn": {"method": "cffn"}}'

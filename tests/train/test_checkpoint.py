@@ -11,8 +11,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vitcompact import trees
-from vitcompact.train import checkpoint, sharding
-from vitcompact.train.checkpoint import Checkpoints
+from vitcompact.run import checkpoint
+from vitcompact.run.checkpoint import Checkpoints
+from vitcompact.train import sharding
 
 MESH_SIZES = {"data": 2, "fsdp": 4}
 

@@ -10,7 +10,8 @@ import pytest
 
 from tests.train.runs import lines
 from vitcompact.data import pipeline
-from vitcompact.train import guard, loop
+from vitcompact.run import loop
+from vitcompact.train import guard
 
 
 @flax.struct.dataclass

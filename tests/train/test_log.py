@@ -9,7 +9,7 @@ import pytest
 from tensorboardX import record_writer
 from tensorboardX.proto.event_pb2 import Event
 
-from vitcompact.train import log
+from vitcompact.run import log
 
 
 def test_a_clock_that_is_set_back_changes_no_rate(monkeypatch):

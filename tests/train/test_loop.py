@@ -12,7 +12,7 @@ import pytest
 
 from tests.train.runs import bits, contents, lines
 from vitcompact import trees
-from vitcompact.train import loop
+from vitcompact.run import loop
 
 pytestmark = pytest.mark.usefixtures("shared")
 

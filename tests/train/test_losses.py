@@ -41,30 +41,30 @@ def test_divergence_is_kl_from_the_teacher():
 
 
 def test_kept_ratio_is_the_squared_error_of_each_stage_and_image():
-  alive = [jnp.array([[1.0, 1, 1, 0], [1, 0, 0, 0]]), jnp.array([[1.0, 1, 0, 0], [0, 0, 0, 0]])]
+  keep_mask = [jnp.array([[1.0, 1, 1, 0], [1, 0, 0, 0]]), jnp.array([[1.0, 1, 0, 0], [0, 0, 0, 0]])]
   wanted = [(0.05 ** 2 + 0.01 ** 2) / 2, (0.45 ** 2 + 0.49 ** 2) / 2]
-  np.testing.assert_allclose(losses.kept_ratio(alive, (0.7, 0.49)), wanted, rtol=1e-5)
+  np.testing.assert_allclose(losses.kept_ratio(keep_mask, (0.7, 0.49)), wanted, rtol=1e-5)
   with pytest.raises(ValueError):
-    losses.kept_ratio(alive, (0.7,))
+    losses.kept_ratio(keep_mask, (0.7,))
 
 
 def test_token_losses_are_means_over_the_survivors_of_the_batch():
   student, teacher = np.random.default_rng(0).normal(size=(2, 2, 4, 3)).astype(np.float32)
-  alive = np.array([[1.0, 1, 1, 0], [0, 0, 1, 0]])
-  held = alive > 0
-  square = losses.token_square(jnp.array(student), jnp.array(teacher), jnp.array(alive))
+  keep_mask = np.array([[1.0, 1, 1, 0], [0, 0, 1, 0]])
+  held = keep_mask > 0
+  square = losses.token_square(jnp.array(student), jnp.array(teacher), jnp.array(keep_mask))
   assert square.mean() == pytest.approx(((student - teacher)[held] ** 2).mean(), rel=1e-5)
-  kl = losses.token_divergence(jnp.array(student), jnp.array(teacher), jnp.array(alive))
+  kl = losses.token_divergence(jnp.array(student), jnp.array(teacher), jnp.array(keep_mask))
   wanted = losses.divergence(jnp.array(student[held]), jnp.array(teacher[held])).mean()
   assert kl.mean() == pytest.approx(float(wanted), rel=1e-5)
   assert not losses.token_square(jnp.array(student), jnp.array(teacher), jnp.zeros((2, 4))).any()
 
 
 def test_token_losses_do_not_teach_who_survives():
-  alive = jnp.array([[1.0, 0, 1]])
+  keep_mask = jnp.array([[1.0, 0, 1]])
   values = jnp.array([[1.0, jnp.inf, 3]])
-  assert losses.over_survivors(values, alive) == 2
-  assert not jax.grad(lambda a: losses.over_survivors(values, a).sum())(alive).any()
+  assert losses.over_survivors(values, keep_mask) == 2
+  assert not jax.grad(lambda a: losses.over_survivors(values, a).sum())(keep_mask).any()
 
 
 def test_consistency_counts_images_that_the_student_gets_right():

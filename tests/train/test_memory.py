@@ -1,7 +1,8 @@
 """--mode=plan tells what a device would hold, without allocating it."""
 import jax
 
-from vitcompact.train import build, memory
+from vitcompact.run import memory
+from vitcompact.train import build
 
 
 def test_what_a_device_holds_is_what_is_there_once_the_state_exists(config):

@@ -58,13 +58,13 @@ def test_two_heads_learn_alike_without_a_teacher():
 
 def test_mixed_tokens_teach_the_class_token_the_mixture_and_each_patch_its_own_image():
   tokens = jnp.stack([STUDENT, 2 * STUDENT, TEACHER], axis=1)
-  alive = jnp.array([[1.0, 1, 0], [1, 1, 1]])
-  out = TokenLogits(STUDENT, tokens, jnp.float32(0.75), alive)
+  keep_mask = jnp.array([[1.0, 1, 0], [1, 1, 1]])
+  out = TokenLogits(STUDENT, tokens, jnp.float32(0.75), keep_mask)
   parts, logits = of_labels(out, TARGETS, weights(patch_labels=0.5), distils=False)
   mixed = 0.75 * TARGETS + 0.25 * TARGETS[jnp.array([1, 0])]
   each = np.stack([losses.cross_entropy(tokens[:, i], TARGETS) for i in range(3)], axis=1)
   assert parts["labels"] == pytest.approx(float(losses.cross_entropy(STUDENT, mixed).mean()))
-  assert parts["patch_labels"] == pytest.approx(each[np.asarray(alive) > 0].mean())
+  assert parts["patch_labels"] == pytest.approx(each[np.asarray(keep_mask) > 0].mean())
   np.testing.assert_array_equal(logits, STUDENT)
 
 
@@ -131,7 +131,7 @@ def test_dynamicvit_learns_how_many_patches_to_keep():
   (value, metrics), grads, made, _ = run(model, weights(kept_ratio=2.0))
   _, new = model.apply(made, tiny.images(model), train=True, rngs={"dropout": jax.random.key(3)},
                        mutable=["tokens"])
-  kept = new["tokens"]["blocks_0"]["predict_tokens"]["alive"][0].mean(axis=1)
+  kept = new["tokens"]["blocks_0"]["predict_tokens"]["keep_mask"][0].mean(axis=1)
   wanted = float(np.mean((kept - 0.5) ** 2))
   assert metrics["loss_kept_ratio"] == pytest.approx(wanted, rel=1e-5)
   assert value == pytest.approx(2 * wanted, rel=1e-5)

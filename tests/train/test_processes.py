@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from tests.train.runs import lines
-from vitcompact.train import hosts, loop
+from vitcompact.run import loop, processes
 
 ROOT = pathlib.Path(loop.__file__).parents[2]
 # What main.py does, without the report at the end, which other tests hold.
 PROGRAM = """
 import sys
 import main
-from vitcompact.train import hosts, report
-hosts.HEARTBEAT = 10
+from vitcompact.run import processes, report
+processes.HEARTBEAT = 10
 class Nothing:
   def to_markdown(self):
     return "done"
@@ -27,7 +27,7 @@ main.app.run(main.main, flags_parser=main.parse)
 """
 
 
-SAYS = {hosts.LOST: "error: process 0 of 2 cannot go on",
+SAYS = {processes.LOST: "error: process 0 of 2 cannot go on",
         -signal.SIGABRT: "This most likely indicates that another task died"}
 
 
@@ -83,7 +83,7 @@ def test_two_processes_of_which_one_was_killed_end_with_the_numbers_of_one(
   _, error = first.communicate(timeout=120)
   # In a collective it is told at once; elsewhere JAX ends it for want of a heartbeat.
   assert (first.returncode, SAYS[first.returncode] in error) in (
-      (hosts.LOST, True), (-signal.SIGABRT, True)), error
+      (processes.LOST, True), (-signal.SIGABRT, True)), error
   both = group(path, workdir, cache, count=2)
   wait_for(both[0], "resumed at step")
   errors = [process.communicate(timeout=300)[1] for process in both]
@@ -107,8 +107,8 @@ def test_processes_that_disagree_say_in_what_and_write_nothing(path, tmp_path, c
 
 def test_what_processes_gather_decides(monkeypatch):
   """The comparison itself, without processes."""
-  hosts.check_agreement({"a": 1})
-  monkeypatch.setattr(hosts, "gathered", lambda facts: [facts, facts, {**facts, "a": 2, "b": 3}])
+  processes.check_agreement({"a": 1})
+  monkeypatch.setattr(processes, "gathered", lambda facts: [facts, facts, {**facts, "a": 2, "b": 3}])
   with pytest.raises(ValueError, match=r"disagree: a is 1 in process 0 and 2 in process 2; "
                                        r"b is None in process 0 and 3 in process 2\. Start"):
-    hosts.check_agreement({"a": 1})
+    processes.check_agreement({"a": 1})

@@ -7,7 +7,7 @@ import pytest
 import vitcompact as vc
 from tests import tiny
 from vitcompact import convert, trees
-from vitcompact.train import loop, report
+from vitcompact.run import loop, report
 
 
 @pytest.mark.usefixtures("shared")

@@ -1,7 +1,8 @@
 """A config that cannot mean what it says is refused before anything is computed or written."""
 import pytest
 
-from vitcompact.train import settings, workdir
+from vitcompact.run import workdir
+from vitcompact.train import settings
 
 
 def test_unknown_keys_list_close_names(config):

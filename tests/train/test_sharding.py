@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec as P
 import vitcompact as vc
 from tests.train.conftest import tiny_config
 from vitcompact import trees
-from vitcompact.train import loop, sharding
+from vitcompact.run import loop
+from vitcompact.train import sharding
 
 
 def test_a_mesh_takes_all_devices_and_keeps_axes_automatic():

@@ -7,7 +7,8 @@ import vitcompact as vc
 from tests import tiny
 from vitcompact import convert, trees
 from vitcompact.data import pipeline
-from vitcompact.train import loop, start
+from vitcompact.run import loop
+from vitcompact.train import start
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import pytest
 
 import main
 from tests.train.runs import bits
-from vitcompact.train import loop, stop
+from vitcompact.run import loop, preemption
 
 
-class StopAt(stop.Stop):
+class StopAt(preemption.Stop):
   """Asked so many times, it says yes: before each step, and before each batch of evaluation."""
 
   def __init__(self, count: int):
@@ -31,7 +31,7 @@ class StopAt(stop.Stop):
 ])
 def test_a_stopped_run_loses_no_step_and_goes_on_to_the_same_bits(
     config, straight, tmp_path, shared, count, step, scored):
-  with pytest.raises(stop.Stopped, match=f"at step {step}; saved"):
+  with pytest.raises(preemption.Stopped, match=f"at step {step}; saved"):
     loop.train(config, tmp_path, stopping=StopAt(count))
   saved = {int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*")}
   assert max(saved, default=0) == step
@@ -49,7 +49,7 @@ def test_a_stopped_run_loses_no_step_and_goes_on_to_the_same_bits(
 def test_workers_that_the_signal_ended_first_do_not_lose_the_run(config, tmp_path, shared,
                                                                  monkeypatch):
   """SIGTERM to a whole process group ends the data's workers too."""
-  stopping = stop.Stop()
+  stopping = preemption.Stop()
   real = loop.pipeline.train_batches
 
   class Dies:
@@ -67,7 +67,7 @@ def test_workers_that_the_signal_ended_first_do_not_lose_the_run(config, tmp_pat
 
   monkeypatch.setattr(loop.pipeline, "train_batches",
                       lambda *args, **keywords: Dies(real(*args, **keywords)))
-  with pytest.raises(stop.Stopped, match="at step 7; saved"):
+  with pytest.raises(preemption.Stopped, match="at step 7; saved"):
     loop.train(config, tmp_path, stopping=stopping)
   assert (tmp_path / "checkpoints" / "7").is_dir()
 
@@ -75,8 +75,8 @@ def test_workers_that_the_signal_ended_first_do_not_lose_the_run(config, tmp_pat
 LONG = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2_000_000_000)"   # C code that lets threads run
 PROGRAM = """
 import hashlib, threading, time
-from vitcompact.train import stop
-with stop.on_sigterm() as stopping:
+from vitcompact.run import preemption
+with preemption.on_sigterm() as stopping:
   stopping.saved = {saved}
   threading.Timer(0.5, lambda: setattr(stopping, "saved", True)).start()
   print("ready", flush=True)
@@ -94,14 +94,14 @@ def test_a_signal_is_heard_while_the_main_thread_is_in_the_compiler(saved):
   assert process.stdout.readline() == "ready\n"
   process.send_signal(signal.SIGTERM)
   _, error = process.communicate(timeout=60)
-  assert process.returncode == stop.STOPPED
+  assert process.returncode == preemption.STOPPED
   assert error == "stopped by SIGTERM; nothing is lost. The same command goes on\n"
 
 
 def test_a_signal_in_the_first_steps_compiler_would_lose_nothing(
     config, built, tmp_path, monkeypatch):
   """And says so: the process may be ended there, not minutes later."""
-  stopping, seen = stop.Stop(), []
+  stopping, seen = preemption.Stop(), []
 
   def step(state, batch):
     seen.append(stopping.saved)
@@ -116,13 +116,13 @@ def test_a_signal_in_the_first_steps_compiler_would_lose_nothing(
 
 
 def test_what_stopped_says_where():
-  assert "at step 7; saved" in str(stop.Stopped(7))
-  assert "in an evaluation; saved" in str(stop.Stopped())
+  assert "at step 7; saved" in str(preemption.Stopped(7))
+  assert "in an evaluation; saved" in str(preemption.Stopped())
 
 
 def test_who_stops_by_himself_is_not_ended_by_the_watcher():
   before = signal.getsignal(signal.SIGTERM)
-  with stop.on_sigterm() as stopping:
+  with preemption.on_sigterm() as stopping:
     stopping.saved = False
     signal.raise_signal(signal.SIGTERM)
     assert stopping.requested()

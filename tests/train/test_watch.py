@@ -9,7 +9,7 @@ import pytest
 
 import vitcompact as vc
 from tests.train.runs import lines
-from vitcompact.train import loop, watch
+from vitcompact.run import loop, watch
 
 
 @pytest.mark.parametrize("text", ["5", "5:", ":5", "0:5", "5:0", "a:b", "-1:5"])

@@ -2,7 +2,7 @@
 import pytest
 from PIL import Image
 
-from vitcompact.train import loop, workdir
+from vitcompact.run import loop, workdir
 
 
 def test_checkpoints_of_nobody_are_refused_and_left_alone(config, tmp_path):

@@ -4,18 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitcompact import layers
+from vitcompact import layers, token_state
 from vitcompact.block import Attention, Block, make_links, make_mlp
-from vitcompact.ffn import cffn
-from vitcompact.heads import hmhsa
-from vitcompact.links import sparsifiner
+from vitcompact.methods.attention import sparsifiner
+from vitcompact.methods.ffn import cffn
+from vitcompact.methods.heads import hmhsa
+from vitcompact.methods.tokens import dynamicvit
 from vitcompact.models import torch_names
 from vitcompact.models.images import check_images, in_parts
 from vitcompact.models.torch_names import Entry, Positions
 from vitcompact.models.variant import Variant
 from vitcompact.plan import Plan
-from vitcompact.tokens import carry, dynamicvit
-from vitcompact.tokens.carry import Tokens
+from vitcompact.token_state import Tokens
 from vitcompact.trees import Leaf
 
 EPSILON = 1e-6   # of every LayerNorm
@@ -161,15 +161,15 @@ class VisionTransformer(nn.Module):
     tokens = Tokens(x)
     for i in range(self.depth):
       tokens = getattr(self, f"blocks_{i}")(tokens, train)
-      carry.record(self, i, tokens, self.prefix)
+      token_state.record(self, i, tokens, self.prefix)
     return self._head(tokens, train)
 
   def _head(self, tokens: Tokens, train: bool):
     if self.global_pool == "avg":
-      x = self.fc_norm(carry.mean_of_patches(tokens, self.prefix))
+      x = self.fc_norm(token_state.mean_of_patches(tokens, self.prefix))
     else:
       x = self.norm(tokens.x)
-      carry.record_last(self, x, tokens, self.prefix)
+      token_state.record_last(self, x, tokens, self.prefix)
     by_token = self.global_pool == "token"
     if not self.num_classes:
       return (x[:, :self.prefix].mean(axis=1) if by_token else x).astype(jnp.float32)

@@ -8,18 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitcompact import layers
+from vitcompact import layers, token_state
 from vitcompact.block import Attention, Block, make_links, make_mlp
-from vitcompact.ffn import cffn
-from vitcompact.heads import hmhsa
-from vitcompact.links import sparsifiner
+from vitcompact.methods.attention import sparsifiner
+from vitcompact.methods.ffn import cffn
+from vitcompact.methods.heads import hmhsa
+from vitcompact.methods.tokens import dynamicvit
 from vitcompact.models import torch_names
 from vitcompact.models.images import check_images, in_parts
 from vitcompact.models.torch_names import Entry, Positions
 from vitcompact.models.variant import Variant
 from vitcompact.plan import Plan
-from vitcompact.tokens import carry, dynamicvit
-from vitcompact.tokens.carry import Tokens
+from vitcompact.token_state import Tokens
 from vitcompact.trees import Leaf
 
 EPSILON = 1e-5   # of every LayerNorm
@@ -39,15 +39,15 @@ class TokenLogits:
 
   logits (B, K) of the class token, whose target is share * t + (1 - share) * t[::-1]; token_logits
   (B, N, K), each where its patch was in its own image, so that targets of patches need no mixing;
-  share, (): the part of the grid that stayed with its own image; alive (B, N): 0 for patches that a
+  share, (): the part of the grid that stayed with its own image; keep_mask (B, N): 0 for patches that a
   reducer dropped or fused away, whose token_logits say nothing, else 1 (a merged patch has the
   logits of the token that it is part of). loss = soft cross entropy of logits + weight * mean over
-  patches alive of that of token_logits (the authors' weight is 1).
+  kept patches of that of token_logits (the authors' weight is 1).
   """
   logits: jax.Array
   token_logits: jax.Array
   share: jax.Array
-  alive: jax.Array
+  keep_mask: jax.Array
 
 
 def draw_box(key, grid: tuple[int, int]):
@@ -229,9 +229,9 @@ class LVViT(nn.Module):
     tokens = Tokens(x)
     for i in range(self.depth):
       tokens = getattr(self, f"blocks_{i}")(tokens, train)
-      carry.record(self, i, tokens, 1)
+      token_state.record(self, i, tokens, 1)
     x = self.norm(tokens.x)
-    carry.record_last(self, x, tokens, 1)
+    token_state.record_last(self, x, tokens, 1)
     if not self.num_classes:
       return x[:, 0].astype(jnp.float32)
     logits = self.head(x[:, 0]).astype(jnp.float32)
@@ -241,15 +241,15 @@ class LVViT(nn.Module):
       if tokens.remainder is not None:
         token_logits = jnp.where(tokens.remainder[:, 1:, None], -jnp.inf, token_logits)
       return logits + 0.5 * token_logits.max(axis=1)
-    token_logits, alive = carry.by_patch(token_logits, tokens, 1)
+    token_logits, keep_mask = token_state.by_patch(token_logits, tokens, 1)
     return TokenLogits(logits, self._unmix(token_logits, box), 1 - box.mean(),
-                       self._unmix(jax.lax.stop_gradient(alive)[..., None], box)[..., 0])
+                       self._unmix(jax.lax.stop_gradient(keep_mask)[..., None], box)[..., 0])
 
   def _record_logits(self, logits, token_logits, tokens: Tokens):
     """Sows in "tokens" what a teacher tells of each token: "logits" and "token_logits"."""
     if self.is_mutable_collection("tokens") and not self.is_initializing():
       self.sow("tokens", "logits", logits)
-      self.sow("tokens", "token_logits", carry.by_patch(token_logits, tokens, 1)[0])
+      self.sow("tokens", "token_logits", token_state.by_patch(token_logits, tokens, 1)[0])
 
   def _unmix(self, rows_bpk, box_hw):
     """Rows of patches (B, P, K) put back where the patches were before MixToken."""

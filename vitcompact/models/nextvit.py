@@ -10,9 +10,9 @@ import numpy as np
 
 from vitcompact import layers
 from vitcompact.block import Attention, make_links, make_mlp
-from vitcompact.ffn import cffn
-from vitcompact.heads import hmhsa
-from vitcompact.links import sparsifiner
+from vitcompact.methods.attention import sparsifiner
+from vitcompact.methods.ffn import cffn
+from vitcompact.methods.heads import hmhsa
 from vitcompact.models import torch_names
 from vitcompact.models.images import check_images, in_parts
 from vitcompact.models.nextvit_blocks import ConvBlock, TransformerBlock

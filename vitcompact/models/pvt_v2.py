@@ -7,15 +7,15 @@ import numpy as np
 
 from vitcompact import layers
 from vitcompact.block import make_mlp
-from vitcompact.ffn import cffn
-from vitcompact.heads import hmhsa
-from vitcompact.links import sparsifiner
+from vitcompact.methods.attention import sparsifiner
+from vitcompact.methods.ffn import cffn
+from vitcompact.methods.heads import hmhsa
 from vitcompact.models import pyramid, torch_names
 from vitcompact.models.images import in_parts
 from vitcompact.models.torch_names import Entry
 from vitcompact.models.variant import Variant
 from vitcompact.plan import Plan
-from vitcompact.tokens.carry import Tokens
+from vitcompact.token_state import Tokens
 from vitcompact.trees import Leaf
 
 POOLED = 7   # side of the linear variant's key grid, whatever the image

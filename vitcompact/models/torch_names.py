@@ -4,8 +4,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from vitcompact.ffn.cffn import CompactDense
-from vitcompact.links.sparsifiner import TokenLinks
+from vitcompact.methods.attention.sparsifiner import TokenLinks
+from vitcompact.methods.ffn.cffn import CompactDense
 
 
 class Positions(NamedTuple):

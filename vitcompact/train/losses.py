@@ -32,37 +32,37 @@ def divergence(student_bk: jax.Array, teacher_bk: jax.Array) -> jax.Array:
   return jnp.sum(jnp.exp(teacher_bk) * (teacher_bk - student_bk), axis=-1)
 
 
-def kept_ratio(alive, shares) -> jax.Array:
-  """DynamicViT: mean over stages s of (mean_i alive^s_i - shares_s)^2: (B,).
+def kept_ratio(keep_mask, shares) -> jax.Array:
+  """DynamicViT: mean over stages s of (mean_i keep^s_i - shares_s)^2: (B,).
 
-  alive: a list with (B, P) of each stage, 1 where a patch is kept; shares: `DynamicViT.shares()`.
+  keep_mask: a list with (B, P) of each stage, 1 where a patch is kept; shares: `DynamicViT.shares()`.
   """
-  squares = [(jnp.mean(alive_bp, axis=1) - share) ** 2
-             for alive_bp, share in zip(alive, shares, strict=True)]
+  squares = [(jnp.mean(keep_bp, axis=1) - share) ** 2
+             for keep_bp, share in zip(keep_mask, shares, strict=True)]
   return sum(squares) / len(squares)
 
 
-def token_square(student_bpw: jax.Array, teacher_bpw: jax.Array, alive_bp: jax.Array) -> jax.Array:
+def token_square(student_bpw: jax.Array, teacher_bpw: jax.Array, keep_bp: jax.Array) -> jax.Array:
   """Squared error of the features of surviving patches: (B,); see `over_survivors`."""
   error_bpw = student_bpw.astype(jnp.float32) - teacher_bpw.astype(jnp.float32)
-  return over_survivors(jnp.mean(error_bpw ** 2, axis=-1), alive_bp)
+  return over_survivors(jnp.mean(error_bpw ** 2, axis=-1), keep_bp)
 
 
 def token_divergence(student_bpk: jax.Array, teacher_bpk: jax.Array,
-                     alive_bp: jax.Array) -> jax.Array:
+                     keep_bp: jax.Array) -> jax.Array:
   """KL(teacher || student) of the logits of surviving patches: (B,); see `over_survivors`."""
-  return over_survivors(divergence(student_bpk, teacher_bpk), alive_bp)
+  return over_survivors(divergence(student_bpk, teacher_bpk), keep_bp)
 
 
-def over_survivors(loss_bp: jax.Array, alive_bp: jax.Array) -> jax.Array:
-  """(B,), whose mean is the mean of `loss` over all patches of the batch with alive = 1.
+def over_survivors(loss_bp: jax.Array, keep_bp: jax.Array) -> jax.Array:
+  """(B,), whose mean is the mean of `loss` over all patches of the batch with keep_mask = 1.
 
-  Who survives is not taught by it: alive gets no gradient. Without survivors it is 0.
+  Who survives is not taught by it: keep_mask gets no gradient. Without survivors it is 0.
   """
-  alive_bp = jax.lax.stop_gradient(alive_bp)
+  keep_bp = jax.lax.stop_gradient(keep_bp)
   # A loss of 0 times a NaN of somebody dropped would be NaN.
-  total_b = jnp.sum(jnp.where(alive_bp > 0, loss_bp, 0), axis=1)
-  return total_b / jnp.maximum(jnp.mean(jnp.sum(alive_bp, axis=1)), 1 / alive_bp.shape[0])
+  total_b = jnp.sum(jnp.where(keep_bp > 0, loss_bp, 0), axis=1)
+  return total_b / jnp.maximum(jnp.mean(jnp.sum(keep_bp, axis=1)), 1 / keep_bp.shape[0])
 
 
 def consistency(student_bw: jax.Array, teacher_bw: jax.Array, student_bk: jax.Array,

@@ -100,7 +100,7 @@ def make_reconstruction(model, weight: float, images_summed: int):
 
 def stage_masks(tokens) -> list[jax.Array]:
   """Of the collection "tokens": (B, P) for each stage of DynamicViT, which patches it kept."""
-  found = {int(name.removeprefix("blocks_")): block["predict_tokens"]["alive"][0]
+  found = {int(name.removeprefix("blocks_")): block["predict_tokens"]["keep_mask"][0]
            for name, block in tokens.items() if name.startswith("blocks_")
            and "predict_tokens" in block}
   return [found[block] for block in sorted(found)]
@@ -118,7 +118,7 @@ def of_labels(out, targets, loss, distils: bool):
     parts = {"labels": losses.cross_entropy(out.logits, mixed).mean()}
     if loss.patch_labels:
       by_patch = losses.cross_entropy(out.token_logits, patch_targets)
-      parts["patch_labels"] = losses.over_survivors(by_patch, out.alive).mean()
+      parts["patch_labels"] = losses.over_survivors(by_patch, out.keep_mask).mean()
     return parts, out.logits
   heads = out if isinstance(out, tuple) else (out,)
   taught = heads[:1] if distils else heads
@@ -142,8 +142,8 @@ def of_teacher(teacher, teacher_variables, images, out, guess, new, loss):
   if loss.logits:
     parts["logits"] = losses.divergence(guess, taught).mean()
   if loss.patches:
-    mine, alive = ((out.token_logits, out.alive) if by_token else
-                   (new["tokens"][name][0] for name in ("patches", "alive")))
+    mine, keep_mask = ((out.token_logits, out.keep_mask) if by_token else
+                   (new["tokens"][name][0] for name in ("patches", "keep_mask")))
     theirs = seen["tokens"]["token_logits" if by_token else "patches"][0]
-    parts["patches"] = PATCH_ERRORS[loss.patch_error](mine, theirs, alive).mean()
+    parts["patches"] = PATCH_ERRORS[loss.patch_error](mine, theirs, keep_mask).mean()
   return parts

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vitcompact.methods.tokens.dynamicvit import DynamicViT
+from vitcompact.methods.tokens.evit import EViT
+from vitcompact.methods.tokens.mctf import MCTF
 from vitcompact.plan import Plan
-from vitcompact.tokens.dynamicvit import DynamicViT
-from vitcompact.tokens.evit import EViT
-from vitcompact.tokens.mctf import MCTF
 
 
 class Program(NamedTuple):

@@ -1,0 +1,303 @@
+"""Sparsifiner at token granularity: masked dense attention, the reference of the method."""
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vitcompact as vc
+from tests import tiny
+from vitcompact import attention, trees
+from vitcompact.attention import Core
+from vitcompact.methods.attention.sparsifiner import TokenLinks, gather_rows, largest
+from vitcompact.methods.heads.hmhsa import Hallucinate
+from vitcompact.train import losses
+
+TOKENS, HEADS, WIDTH, PREFIX = 13, 2, 6, 1
+
+
+def softmax(x):
+  e = np.exp(x - x.max(axis=-1, keepdims=True))
+  return e / e.sum(axis=-1, keepdims=True)
+
+
+def query_key(seed=0, batch=2, tokens=TOKENS):
+  keys = jax.random.split(jax.random.key(seed))
+  return [jax.random.normal(key, (batch, tokens, HEADS, WIDTH)) for key in keys]
+
+
+def predictor(spec, **fields):
+  module = TokenLinks(spec, TOKENS, PREFIX, **fields)
+  shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), Core(), *query_key()))
+  return module, tiny.randomised(shapes, spread=0.5)
+
+
+def mask_of(module, variables, *args):
+  return jax.jit(lambda variables: module.apply(variables, Core(), *args).mask)(variables)
+
+
+def masks_by_loops(spec, params, query, key):
+  """The definition, image by image, head by head and row by row, in float64."""
+  p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+  query, key = np.asarray(query, np.float64), np.asarray(key, np.float64)
+  batch, tokens, heads, width = query.shape
+  scale = width ** -0.5
+  if spec.variant == "code":
+    scale = heads ** -0.5
+    query = query @ p["reduce_query"]["kernel"] + p["reduce_query"]["bias"]
+    key = key @ p["reduce_key"]["kernel"] + p["reduce_key"]["bias"]
+  signed = spec.basis == "signed" or (spec.basis is None and spec.variant == "paper")
+  up = np.where(np.abs(p["up"]) > spec.basis_threshold, p["up"] if signed else np.abs(p["up"]), 0)
+  mask = np.zeros((batch, heads, tokens, tokens), bool)
+  mask[:, :, :PREFIX] = True
+  for b, h, n in itertools.product(range(batch), range(heads), range(PREFIX, tokens)):
+    row = softmax(scale * query[b, n, h] @ (p["down"].T @ key[b, :, h]).T)
+    if isinstance(spec.coefficients, float):
+      row = np.where(row > spec.coefficients, row, 0)
+    else:
+      row[np.argsort(-row, kind="stable")[spec.coefficients:]] = 0
+    best = np.argsort(-(up @ row), kind="stable")[:int(np.ceil(spec.keep * tokens - 1e-9))]
+    mask[b, h, n, best] = True
+  return mask
+
+
+@pytest.mark.parametrize("spec", [
+    vc.Sparsifiner(keep=0.4, reduce_n=3, coefficients=2),
+    vc.Sparsifiner(keep=0.25, reduce_n=2, coefficients=0.15, basis="magnitude"),
+    vc.Sparsifiner(keep=0.4, reduce_n=3, coefficients=2, basis_threshold=0.3, variant="code"),
+    vc.Sparsifiner(keep=0.7, rank=5, variant="code", basis="signed")])
+def test_links_are_those_of_the_definition_exactly_k_a_row(spec):
+  module, variables = predictor(spec)
+  query, key = query_key()
+  core = module.apply(variables, Core(), query, key)
+  wanted = masks_by_loops(spec, variables["params"], query, key)
+  np.testing.assert_array_equal(core.mask, wanted)
+  finite = np.isfinite(core.masked_scores(query, key)).sum(axis=-1)
+  assert (finite[:, :, PREFIX:] == spec.budget(TOKENS)).all() and (finite[:, :, 0] == TOKENS).all()
+  assert float(core.linked) == pytest.approx(wanted.mean())
+
+
+def test_equal_scores_give_the_lowest_index_and_exactly_k():
+  x = jnp.array([[1., 3., 3., 3., 0.], [jnp.inf, 0., 0., jnp.inf, 0.]])
+  np.testing.assert_array_equal(largest(x, 2), [[0, 1, 1, 0, 0], [1, 0, 0, 1, 0]])
+  np.testing.assert_array_equal(largest(x, 3), [[0, 1, 1, 1, 0], [1, 1, 0, 1, 0]])
+
+
+@pytest.mark.parametrize("shape", [(7, 33), (2, 3, 5, 33)])
+def test_the_largest_are_those_that_a_stable_sort_puts_first(shape):
+  x = np.random.default_rng(0).normal(size=shape).astype(np.float32).round(1)
+  x[..., :4] = [np.inf, -np.inf, -0.0, 0.0]
+  rank = np.argsort(np.argsort(-x, axis=-1, kind="stable"), axis=-1)
+  for k in (1, 8, 32, 33):
+    np.testing.assert_array_equal(jax.jit(largest, static_argnums=1)(x, k), rank < k)
+
+
+def test_a_budget_is_not_rounded_up_by_rounding_errors():
+  assert vc.Sparsifiner(keep=0.55).budget(100) == 55 and vc.Sparsifiner(keep=0.25).budget(197) == 50
+
+
+def test_permuting_a_batch_permutes_its_masks():
+  module, variables = predictor(vc.Sparsifiner(keep=0.4, reduce_n=3))
+  query, key = query_key(batch=3)
+  order = jnp.array([2, 0, 1])
+  np.testing.assert_array_equal(mask_of(module, variables, query[order], key[order]),
+                                mask_of(module, variables, query, key)[order])
+
+
+def test_links_follow_tokens_that_were_dropped_merged_and_fused():
+  """13 sources: 0 is the class token, 2 and 3 are one, 5 is gone, 9 to 12 are fused, last."""
+  source = jnp.array([[0, 1, 2, 2, 3, -1, 4, 5, 6, 7, 7, 7, 7]])
+  rows = np.asarray(jax.random.normal(jax.random.key(3), (TOKENS, 4)))
+  sums, means = gather_rows(rows, source, 8)
+  np.testing.assert_allclose(sums[0, 2], rows[2] + rows[3], rtol=1e-6)
+  np.testing.assert_allclose(means[0, 7], rows[9:].mean(axis=0), rtol=1e-5)
+  np.testing.assert_allclose(sums.sum(axis=1)[0], rows.sum(axis=0) - rows[5], rtol=1e-5, atol=1e-5)
+  spec = vc.Sparsifiner(keep=0.25, reduce_n=3)
+  module, variables = predictor(spec)
+  query, key = query_key(batch=1, tokens=8)
+  mask = mask_of(module, variables, query, key, source, True)
+  assert mask[..., 0].all() and mask[..., 7].all() and mask[:, :, 0].all()
+  assert (mask[:, :, 1:].sum(axis=-1) == 4).all()      # ceil(13 / 4), not ceil(8 / 4)
+
+
+@pytest.mark.parametrize("variant", ["paper", "code"])
+def test_tokens_that_only_count_as_dropped_are_linked_as_if_they_were_gone(variant):
+  """DynamicViT in training, against the same survivors gathered in inference."""
+  module, variables = predictor(vc.Sparsifiner(keep=0.4, reduce_n=3, variant=variant))
+  query, key = query_key(batch=1)
+  kept = np.array([0, 1, 3, 4, 7, 8, 9, 12])
+  keep_mask = jnp.zeros((1, TOKENS)).at[:, kept].set(1)
+  source = jnp.full((1, TOKENS), -1).at[:, kept].set(jnp.arange(len(kept)))
+  mask = jax.jit(lambda keep_mask: module.apply(variables, Core(keep_mask=keep_mask), query, key).mask)(keep_mask)
+  np.testing.assert_array_equal(
+      mask[:, :, kept][..., kept],
+      mask_of(module, variables, query[:, kept], key[:, kept], source, False))
+
+
+def test_keeping_every_link_is_dense_attention():
+  dense = tiny.deit()
+  for variant in ("paper", "code"):
+    model = tiny.deit(vc.Plan(links=vc.Sparsifiner(keep=1.0, variant=variant)))
+    variables, x = tiny.init(model), tiny.images(model)
+    np.testing.assert_allclose(jax.jit(model.apply)(variables, x),
+                               jax.jit(dense.apply)(without_links(variables), x), atol=1e-6)
+
+
+def without_links(variables):
+  params = {name: {k: v for k, v in part.items() if k != "links"} if name.startswith("blocks")
+            else part for name, part in variables["params"].items()}
+  return {**variables, "params": params}
+
+
+def test_phase_2_gives_predictors_no_gradient_and_phase_1_nothing_else():
+  sparse = tiny.deit(vc.Plan(links=vc.Sparsifiner(keep=0.3)))
+  dense = sparse.clone(plan=sparse.plan.with_links(masked=False))
+  variables, x = tiny.init(sparse), tiny.images(sparse)
+
+  @jax.jit
+  @jax.grad
+  def phase_1(params):
+    _, state = dense.apply({"params": params}, x, mutable=["links"])
+    return losses.attention_reconstruction(state["links"]).sum()
+
+  phase_2 = jax.jit(jax.grad(lambda p: jnp.sum(sparse.apply({"params": p}, x) ** 2)))
+  for name, leaf in trees.named_leaves(phase_2(variables["params"])).items():
+    assert bool((leaf == 0).all()) == ("/links/" in name), name
+  for name, leaf in trees.named_leaves(phase_1(variables["params"])).items():
+    assert bool((leaf == 0).all()) == ("/links/" not in name), name
+  logits, state = jax.jit(lambda x: dense.apply(variables, x, mutable=["links", "maps"]))(x)
+  plain = tiny.deit()
+  np.testing.assert_allclose(logits, jax.jit(plain.apply)(without_links(variables), x), atol=1e-6)
+  block = state["links"]["blocks_1"]["links"]
+  maps = state["maps"]["blocks_1"]["attn"]["maps"][0]
+  np.testing.assert_allclose(block["target"][0], maps[:, :, 1:], atol=1e-6)
+  assert block["score"][0].shape == (3, 4, 16, 17)
+
+
+def test_reconstruction_can_train_the_values_that_choose_links():
+  """fit="used": what is reconstructed is the sparse score, and its gradient reaches all of W_up."""
+  spec = vc.Sparsifiner(keep=0.3, reduce_n=3, coefficients=2, basis_threshold=0.4, fit="used")
+  module, variables = predictor(spec)
+  query, key = query_key()
+
+  def score(params):
+    return module.apply({"params": params}, Core(), query, key, mutable=["links"])[1]["links"]
+
+  params = variables["params"]
+  small = jnp.abs(params["up"]) <= 0.4
+  assert small.any()
+  cut = {**params, "up": jnp.where(small, 0, params["up"])}
+  np.testing.assert_allclose(score(params)["score"][0], score(cut)["score"][0], atol=1e-6)
+  grads = jax.grad(lambda p: jnp.sum(score(p)["score"][0]))(params)
+  assert (grads["up"] != 0)[small].all()
+
+
+@pytest.mark.parametrize("site", ["probs", "logits"])
+def test_the_masked_real_maps_are_hallucinated(site):
+  module = Hallucinate(vc.HMHSA(site=site))
+  query, key = query_key()
+  value = jax.random.normal(jax.random.key(5), (2, TOKENS, 3, WIDTH))
+  params = tiny.randomised(jax.eval_shape(module.init, jax.random.key(0), query, key, value))
+  mask = jax.random.bernoulli(jax.random.key(6), 0.4, (2, HEADS, TOKENS, TOKENS))
+  mask = mask | jnp.eye(TOKENS, dtype=bool)[None, None]
+  out, state = jax.jit(lambda mask: module.apply(params, query, key, value, Core(mask=mask),
+                                                 mutable=["maps"]))(mask)
+  maps, = state["maps"]["maps"]
+  assert np.isfinite(out).all()
+  np.testing.assert_allclose(out, attention.weigh(maps, value), atol=1e-5)
+  np.testing.assert_array_equal(maps[:, :2] > 0, mask)
+  if site == "logits":       # masked after the filter, with the mask of the source
+    np.testing.assert_array_equal(maps[:, 2] > 0, mask[:, 0])
+
+
+@pytest.mark.parametrize("plan", [
+    vc.Plan(links=vc.Sparsifiner(keep=0.4), heads=vc.HMHSA(), ffn=vc.CFFN()),
+    vc.Plan(links=vc.Sparsifiner(keep=0.4, variant="code"), heads=vc.HMHSA(site="logits"),
+            tokens=vc.EViT(keep=0.6, blocks=(0,))),
+    vc.Plan(links=vc.Sparsifiner(keep=0.4, coefficients=0.2), tokens=vc.ToMe(r=3),
+            blocks={0: {"links": None}})])
+def test_fold_keeps_the_function_and_stores_the_basis_as_used(plan):
+  model = tiny.deit(plan)
+  # A spread at which the threshold cuts some of the basis off; tokens differ by their positions.
+  variables, x = tiny.init(model, spread=0.02), tiny.images(model)
+  variables["params"]["pos_embed"] = tiny.init(model)["params"]["pos_embed"]
+  deploy, folded = vc.fold(model, variables)
+  assert vc.verify(model, variables, deploy, folded, x).max_rel <= 1e-5
+  assert trees.differences(folded, jax.eval_shape(deploy.init, jax.random.key(0), x)) == []
+  before, after = (v["params"]["blocks_1"]["links"]["up"] for v in (variables, folded))
+  assert 0 < (after == 0).mean() < 1
+  np.testing.assert_array_equal(after == 0, jnp.abs(before) <= 0.02)
+  assert (after < 0).any() == (plan.links.variant == "paper")
+  assert ("links" in folded["params"]["blocks_0"]) == (0 not in plan.blocks)
+
+
+def test_fold_drops_a_predictor_that_the_plan_leaves_absent():
+  variables = tiny.init(tiny.deit(vc.Plan(links=vc.Sparsifiner())))
+  absent = tiny.deit(vc.Plan(links=vc.Sparsifiner(min_tokens=18)))
+  assert absent.parts()["blocks_0"].links is None
+  assert "links" not in vc.fold(absent, variables)[1]["params"]["blocks_0"]
+
+
+def test_min_tokens_counts_what_a_block_begins_with():
+  plan = vc.Plan(links=vc.Sparsifiner(min_tokens=12), tokens=vc.EViT(keep=0.6, blocks=(0, 1)))
+  parts = tiny.deit(plan, depth=3).parts()     # 17, 1 + 10 + 1, 1 + 7 + 1 tokens
+  assert [part.links is not None for part in parts.values()] == [True, True, False]
+
+
+def test_compact_makes_the_same_fresh_predictors_every_time():
+  model = tiny.deit()
+  variables = tiny.init(model)
+  plan = vc.Plan(links=vc.Sparsifiner(keep=0.5, variant="code"), blocks={1: {"heads": vc.HMHSA()}})
+  small, first = vc.compact(model, variables, plan)
+  assert trees.digest(first) == trees.digest(vc.compact(model, variables, plan)[1])
+  wanted = jax.eval_shape(small.init, jax.random.key(0), tiny.images(small))
+  assert trees.differences(first, wanted) == []
+  assert first["params"]["blocks_0"]["attn"] is variables["params"]["blocks_0"]["attn"]
+  assert 0.01 < first["params"]["blocks_0"]["links"]["up"].std() < 0.03
+
+
+def test_reconstruction_is_the_sum_of_squares_over_the_number_of_blocks():
+  ones = jnp.ones((2, 3, 4, 5))
+  links = {f"blocks_{i}": {"links": {"score": (ones * scale,), "target": (-ones,)}}
+           for i, scale in enumerate((0.0, 1.0))}
+  np.testing.assert_allclose(losses.attention_reconstruction(links), [(60 + 240) / 2] * 2)
+  with pytest.raises(ValueError, match="no block of this model has a predictor"):
+    losses.attention_reconstruction({})
+
+
+def test_predictors_travel_under_their_authors_names():
+  model = tiny.deit(vc.Plan(links=vc.Sparsifiner(variant="code")), deploy=True)
+  variables = tiny.init(model)
+  state = vc.to_torch(model, variables)
+  name = "blocks.1.attn.mask_predictor"
+  assert {key.removeprefix(name) for key in state if key.startswith(name)} == {
+      ".proj_n", ".proj_back_n", ".proj_c_q.weight", ".proj_c_q.bias", ".proj_c_k.weight",
+      ".proj_c_k.bias"}
+  np.testing.assert_array_equal(state[f"{name}.proj_c_q.weight"].T,
+                                variables["params"]["blocks_1"]["links"]["reduce_query"]["kernel"])
+  assert trees.digest(vc.from_torch(model, state)) == trees.digest(variables)
+
+
+@pytest.mark.parametrize("name", ["lvvit_s", "pvt_tiny", "pvt_v2_b0", "nextvit_small"])
+def test_every_backbone_with_a_softmax_attention_takes_links(name):
+  model = vc.create_model(name, plan=vc.Plan(links=vc.Sparsifiner()), image_size=64)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+  assert trees.first_match(model.leaf_rules(), shapes, may_be_idle=True)
+  blocks = {name: part for name, part in shapes.items() if name.startswith("blocks")}
+  assert [name for name in blocks if "links" in blocks[name]] == \
+      [name for name in blocks if "attn" in blocks[name]] != []
+
+
+@pytest.mark.parametrize("fields,words", [
+    ({"keep": 0}, "(0, 1]"), ({"keep": 1.5}, "(0, 1]"), ({"variant": "figure"}, "paper"),
+    ({"granularity": "row"}, "token"), ({"coefficients": 0}, "threshold"),
+    ({"coefficients": 1.0}, "threshold"), ({"reduce_n": 0}, "whole number"),
+    ({"rank": 0}, "whole number"), ({"min_tokens": -1}, "0 or more"),
+    ({"basis_threshold": -0.1}, "at least 0"), ({"basis_threshold": float("nan")}, "at least 0"),
+    ({"basis": "abs"}, "signed"),
+    ({"granularity": "block", "variant": "code"}, "no blocks")])
+def test_a_wrong_option_is_refused_in_one_line(fields, words):
+  with pytest.raises(ValueError, match="Sparsifiner") as error:
+    vc.Sparsifiner(**fields)
+  assert words in str(error.value) and "\n" not in str(error.value)

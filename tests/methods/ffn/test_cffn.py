@@ -1,0 +1,137 @@
+"""cFFN: branches fold into two matrices, and start where a dense layer starts."""
+import functools
+import itertools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vitcompact as vc
+from tests import tiny
+from vitcompact import trees
+from vitcompact.layers import gelu
+from vitcompact.methods.ffn.cffn import CompactDense, hidden_rms, truncated_factors
+
+M, D, RANK = 12, 8, 4
+
+
+def branches_by_definition(params, stats, x, n, rep, avg_skip):
+  """u = sum_i BN_i(H A_i) + mean_groups(H) alpha, y = sum_j BN'_j(u B_j), in numpy float64."""
+  params, stats = jax.tree.map(lambda a: np.asarray(a, np.float64), (params, stats))
+
+  def after(name, y):
+    if rep == "scale":
+      return y * params[f"{name}_scale"]
+    if rep == "none":
+      return y
+    norm, seen = params[f"{name}_norm"], stats[f"{name}_norm"]
+    return (y - seen["mean"]) / np.sqrt(seen["var"] + 1e-5) * norm["scale"] + norm["bias"]
+
+  x = np.asarray(x, np.float64)
+  u = sum(after(f"a{i}", x @ params[f"a{i}"]["kernel"]) for i in range(n))
+  if avg_skip:
+    groups = np.stack([x[..., g * M // RANK:(g + 1) * M // RANK].mean(-1) for g in range(RANK)], -1)
+    u = u + groups * params["alpha"]
+  return sum(after(f"b{j}", u @ params[f"b{j}"]["kernel"]) for j in range(n)) + \
+      params.get("bias", 0)
+
+
+@pytest.mark.parametrize("rep,avg_skip,n",
+                         [*itertools.product(["bn", "scale", "none"], [True, False], [1, 3])])
+def test_fold_keeps_the_function_and_names_the_right_tree(rep, avg_skip, n):
+  x = jax.random.normal(jax.random.key(0), (5, 3, M))
+  module = CompactDense(D, RANK, branches=n, rep=rep, avg_skip=avg_skip)
+  variables = tiny.randomised(jax.eval_shape(module.init, jax.random.key(0), x))
+  params, stats = variables["params"], variables.get("batch_stats", {})
+  wanted = branches_by_definition(params, stats, x, n, rep, avg_skip)
+  np.testing.assert_allclose(jax.jit(module.apply)(variables, x), wanted, rtol=1e-4, atol=1e-5)
+  deploy = module.clone(deploy=True)
+  folded, left = module.fold(params, stats)
+  assert left == {}
+  assert trees.differences({"params": folded},
+                           jax.eval_shape(deploy.init, jax.random.key(0), x)) == []
+  out = jax.jit(deploy.apply)({"params": folded}, x)
+  np.testing.assert_allclose(out, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_skip_is_left_out_where_the_rank_does_not_divide():
+  shapes = jax.eval_shape(CompactDense(D, 5).init, jax.random.key(0), jnp.zeros((2, M)))
+  assert "alpha" not in shapes["params"]
+
+
+@pytest.mark.parametrize("rep", ["bn", "scale", "none"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_fresh_layer_has_the_spread_of_a_dense_one(rep, n):
+  width, hidden = 96, 384
+  x = jax.random.normal(jax.random.key(0), (4000, width))
+  h = gelu(x @ (0.02 * jax.random.normal(jax.random.key(1), (width, hidden))))
+  np.testing.assert_allclose(hidden_rms(gelu, width), jnp.sqrt(jnp.mean(h ** 2)), rtol=0.05)
+  dense = (h @ (0.02 * jax.random.normal(jax.random.key(2), (hidden, width)))).std()
+  module = CompactDense(width, width // 2, branches=n, rep=rep, input_rms=hidden_rms(gelu, width))
+  variables = jax.jit(module.init)(jax.random.key(3), h)
+  for train in (True, False):
+    apply = jax.jit(functools.partial(module.apply, train=train, mutable=["batch_stats"]))
+    y, _ = apply(variables, h)
+    assert 0.6 < y.std() / dense < 1.6, (train, y.std() / dense)
+
+
+@pytest.mark.parametrize("rep", ["bn", "scale", "none"])
+def test_from_dense_at_full_rank_is_the_dense_layer(rep):
+  kernel, bias = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(M, D), (D,)]))
+  x = jax.random.normal(jax.random.key(2), (64, M)) + 0.5
+  module = CompactDense(D, D, rep=rep)
+  params, stats = module.from_dense({"kernel": kernel, "bias": bias})
+  out = jax.jit(module.apply)({"params": params, "batch_stats": stats}, x)
+  np.testing.assert_allclose(out, x @ kernel + bias[None], rtol=1e-5, atol=1e-5)
+  assert jnp.abs(params["a0"]["kernel"] - params["a1"]["kernel"]).max() > 1e-3, "equal branches"
+
+
+def test_calibrated_batch_norms_compute_the_same_in_training_and_in_inference():
+  kernel = jax.random.normal(jax.random.key(0), (M, D))
+  x = jax.random.normal(jax.random.key(2), (256, M)) * jnp.arange(1, M + 1)[None] + 0.5
+  moments = {"mean": x.mean(0), "second": x.T @ x / len(x)}
+  module = CompactDense(D, RANK)
+  params, stats = module.from_dense({"kernel": kernel}, moments)
+  variables = {"params": params, "batch_stats": stats}
+  seen, _ = module.apply(variables, x, True, mutable=["batch_stats"])
+  np.testing.assert_allclose(seen, module.apply(variables, x), rtol=1e-3, atol=2e-3)
+
+
+def test_weighted_factors_lose_less_on_the_data_and_plain_ones_less_in_the_weights():
+  kernel = jax.random.normal(jax.random.key(0), (M, D))
+  x = jax.random.normal(jax.random.key(2), (512, M)) * 2.0 ** -jnp.arange(M)[None]
+  moments = {"mean": x.mean(0), "second": x.T @ x / len(x)}
+  (a, b), (c, d) = truncated_factors(kernel, RANK, moments), truncated_factors(kernel, RANK)
+  assert jnp.linalg.norm(x @ (kernel - a @ b)) < 0.9 * jnp.linalg.norm(x @ (kernel - c @ d))
+  assert jnp.linalg.norm(kernel - c @ d) < jnp.linalg.norm(kernel - a @ b)
+  left, singular, right = np.linalg.svd(kernel)
+  best = (left[:, :RANK] * singular[:RANK]) @ right[:RANK]
+  np.testing.assert_allclose(c @ d, best, atol=1e-5)
+
+
+@pytest.mark.parametrize("factor", ["output", "both"])
+def test_a_model_at_full_rank_equals_the_dense_one(factor):
+  model = tiny.deit()
+  variables, x = tiny.init(model), tiny.images(model)
+  plan = vc.Plan(ffn=vc.CFFN(rank_ratio=1.0, factor=factor))
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")      # full rank saves nothing, and says so
+    small, got = vc.compact(model, variables, plan)
+  assert vc.verify(model, variables, small, got, x).max_rel <= 1e-5
+  assert got["params"]["blocks_0"]["attn"] is variables["params"]["blocks_0"]["attn"]
+
+
+def test_a_rank_that_saves_nothing_is_named():
+  with pytest.warns(UserWarning, match=r"blocks_0/mlp/fc2: rank 22 .* break-even is rank 19"):
+    tiny.deit(vc.Plan(ffn=vc.CFFN(rank_ratio=0.9)))
+
+
+@pytest.mark.parametrize("fields", [{"rank_ratio": 0}, {"rank_ratio": 1.5}, {"branches": 0},
+                                    {"rank_ratio": "half"}, {"branches": True}, {"avg_skip": "no"},
+                                    {"rep": "ln"}, {"factor": "input"}, {"apply_to": "some"}])
+def test_a_wrong_option_is_refused_with_its_value(fields):
+  (name, value), = fields.items()
+  with pytest.raises(ValueError, match=rf"CFFN\({name}={value!r}\): must be"):
+    vc.CFFN(**fields)

@@ -1,0 +1,215 @@
+"""DynamicViT: predictors, straight-through masks in training, gathers in inference."""
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import vitcompact as vc
+from tests import tiny
+from vitcompact import attention, trees
+from vitcompact.attention import Core
+from vitcompact.methods.tokens import dynamicvit
+from vitcompact.token_state import Tokens
+from vitcompact.train import losses
+
+PREFIX, PATCHES, WIDTH = 2, 12, 8
+TOKENS = vc.DynamicViT(keep=0.7, blocks=(0, 1))
+
+
+def drawn(seed, *shape):
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+def predictor():
+  module = dynamicvit.PredictTokens(stage=0, share=0.5)
+  tokens = Tokens(drawn(0, 3, PREFIX + PATCHES, WIDTH))
+  shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), tokens, PREFIX))
+  return module, tiny.randomised(shapes, spread=0.5), tokens
+
+
+def scores_by_hand(params, x_pw, keep_mask_p):
+  """log pi of (keep, drop): the published equations, float64."""
+  p = jax.tree.map(lambda a: np.asarray(a, float), params)
+
+  def linear(x, name):
+    return x @ p[name]["kernel"] + p[name]["bias"]
+
+  def gelu(x):
+    return x * (1 + np.vectorize(math.erf)(x / 2 ** 0.5)) / 2
+
+  x = x_pw - x_pw.mean(-1, keepdims=True)
+  x = x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-5) * p["norm"]["scale"] + p["norm"]["bias"]
+  u = gelu(linear(x, "in_proj"))
+  half = u.shape[1] // 2
+  mean = (u[:, half:] * keep_mask_p[:, None]).sum(0) / keep_mask_p.sum()
+  u = np.concatenate([u[:, :half], np.tile(mean, (len(u), 1))], axis=1)
+  z = linear(gelu(linear(gelu(linear(u, "out1")), "out2")), "out3")
+  return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+
+def test_inference_keeps_the_best_by_the_published_score_in_their_order():
+  module, variables, tokens = predictor()
+  out = jax.jit(lambda v, t: module.apply(v, t, PREFIX))(variables, tokens)
+  assert out.x.shape == (3, PREFIX + 6, WIDTH)
+  for image in range(3):
+    x = np.asarray(tokens.x[image], float)
+    score = scores_by_hand(variables["params"], x[PREFIX:], np.ones(PATCHES))[:, 0]
+    kept = [0, 1, *sorted(PREFIX + np.argsort(-score)[:6])]
+    np.testing.assert_array_equal(out.x[image], tokens.x[image, np.array(kept)])
+    source = np.full(PREFIX + PATCHES, -1)
+    source[kept] = range(len(kept))
+    np.testing.assert_array_equal(out.source[image], source)
+
+
+def test_training_masks_by_chance_among_those_kept_and_tells_the_loss():
+  module, variables, tokens = predictor()
+  before = jnp.ones((3, PREFIX + PATCHES)).at[:, -5:].set(0)
+  tokens = tokens.replace(keep_mask=before)
+
+  @jax.jit
+  @jax.vmap
+  def run(key):
+    out, sown = module.apply(variables, tokens, PREFIX, True, rngs={"dropout": key},
+                             mutable=["tokens"])
+    return out.keep_mask, out.x, sown["tokens"]["keep_mask"][0]
+
+  keep_mask, x, sown = run(jax.random.split(jax.random.key(0), 800))
+  np.testing.assert_array_equal(x[0], tokens.x)
+  np.testing.assert_array_equal(keep_mask[:, :, PREFIX:], sown)
+  assert set(np.unique(keep_mask)) == {0, 1} and (keep_mask[:, :, :PREFIX] == 1).all()
+  assert not keep_mask[:, :, -5:].any()
+  for image in range(3):
+    log_pi = scores_by_hand(variables["params"], np.asarray(tokens.x[image, PREFIX:], float),
+                            np.asarray(before[image, PREFIX:]))
+    np.testing.assert_allclose(keep_mask[:, image, PREFIX:-5].mean(axis=0), np.exp(log_pi[:-5, 0]),
+                               atol=0.07)
+
+
+def test_the_global_half_is_the_mean_of_those_kept():
+  x, keep_mask = drawn(0, 2, 5, 6), jnp.array([[1.0, 0, 1, 1, 0], [0, 0, 0, 0, 0]])
+  out = dynamicvit.with_mean(x, keep_mask)
+  np.testing.assert_array_equal(out[..., :3], x[..., :3])
+  np.testing.assert_allclose(out[0, :, 3:], np.tile(x[0, np.array([0, 2, 3]), 3:].mean(0), (5, 1)),
+                             rtol=1e-5)
+  assert not out[1, :, 3:].any()      # nobody is no reason for a NaN
+
+
+def test_the_gradient_of_a_mask_is_that_of_a_gumbel_softmax():
+  key, choice = jax.random.key(0), jax.nn.log_softmax(drawn(1, 2, 5, 2))
+
+  def soft(choice):
+    return jnp.sum(jnp.sin(jnp.arange(5.0))[None] * jax.nn.softmax(
+        choice + jax.random.gumbel(key, choice.shape))[..., 0])
+
+  def hard(choice):
+    mask = dynamicvit.straight_through(key, choice)
+    return jnp.sum(jnp.sin(jnp.arange(5.0))[None] * mask)
+
+  np.testing.assert_allclose(jax.grad(hard)(choice), jax.grad(soft)(choice), atol=1e-6)
+
+
+def test_hidden_tokens_are_as_if_gone():
+  """Rows of the living, with the others hidden, are attention among the living alone."""
+  query, key, value = (drawn(i, 2, 9, 3, 4) for i in range(3))
+  living = np.array([0, 1, 4, 5, 8])
+  keep_mask = jnp.zeros((2, 9)).at[:, living].set(1)
+  got = Core(keep_mask=keep_mask)(query, key, value)
+  wanted = attention.DENSE(*(x[:, living] for x in (query, key, value)))
+  np.testing.assert_allclose(got[:, living], wanted, atol=1e-4)
+  maps = Core(keep_mask=keep_mask).maps(query, key)
+  np.testing.assert_allclose(maps.sum(axis=-1), 1, atol=1e-5)
+  # Nobody else sees a hidden token, which sees itself besides.
+  assert float(maps[..., 2][..., np.arange(9) != 2].max()) < 1e-5
+  assert float(maps[..., 2, 2].min()) > 1e-3
+
+
+def test_hidden_tokens_are_weighted_as_published():
+  query, key = drawn(0, 1, 4, 1, 3), drawn(1, 1, 4, 1, 3)
+  keep_mask = np.array([1.0, 0, 1, 0])
+  exp = np.exp(np.asarray(attention.scores(query, key), float)[0, 0])
+  exp = exp / exp.max(axis=-1, keepdims=True) * np.where(np.eye(4), 1, keep_mask)
+  wanted = (exp + 1e-6 / 4) / (exp.sum(axis=-1, keepdims=True) + 1e-6)
+  np.testing.assert_allclose(Core(keep_mask=jnp.array([keep_mask])).maps(query, key)[0, 0], wanted,
+                             rtol=1e-5)
+
+
+def model():
+  return tiny.deit(vc.Plan(tokens=TOKENS), drop_path_rate=0.0)
+
+
+def test_training_reaches_every_predictor_through_the_ratio_and_the_logits():
+  net = model()
+  variables, x = tiny.init(net), tiny.images(net)
+
+  def parts(params, remat=False):
+    run = net.clone(remat=remat)
+    logits, sown = run.apply({"params": params}, x, train=True, mutable=["tokens"],
+                             rngs={"dropout": jax.random.key(3)})
+    masks = [sown["tokens"][f"blocks_{i}"]["predict_tokens"]["keep_mask"][0] for i in TOKENS.blocks]
+    ratio = losses.kept_ratio(masks, TOKENS.shares()).mean()
+    return jnp.stack([ratio, jnp.mean(logits ** 2)]), (masks, sown["tokens"]["keep_mask"][0])
+
+  jacobian, (masks, last) = jax.jit(jax.jacrev(parts, has_aux=True))(variables["params"])
+  for name, leaf in trees.named_leaves(jacobian).items():
+    assert np.isfinite(leaf).all(), name
+    if "predict_tokens" in name:
+      assert np.abs(leaf).reshape(2, -1).max(axis=1).min() > 0, name
+  assert (masks[1] <= masks[0]).all() and 0 < masks[1].sum() < masks[0].sum() < masks[0].size
+  np.testing.assert_array_equal(last, masks[1])
+  _, again = jax.jit(lambda p: parts(p, remat=True))(variables["params"])
+  assert jax.tree.all(jax.tree.map(jnp.array_equal, again, (masks, last)))
+
+
+def test_compact_adds_fresh_predictors_of_different_values():
+  dense = tiny.deit()
+  variables = tiny.init(dense)
+  small, got = vc.compact(dense, variables, vc.Plan(tokens=TOKENS))
+  shapes = jax.eval_shape(small.init, jax.random.key(0), tiny.images(small))
+  assert trees.differences(got, shapes) == []
+  first, second = (got["params"][f"blocks_{i}"]["predict_tokens"] for i in (0, 1))
+  assert got["params"]["blocks_0"]["attn"] is variables["params"]["blocks_0"]["attn"]
+  assert 0.01 < first["out1"]["kernel"].std() < 0.03
+  assert np.abs(first["out1"]["kernel"] - second["out1"]["kernel"]).max() > 0
+  rules = trees.first_match(small.leaf_rules(), got["params"], may_be_idle=True)
+  assert rules["blocks_1"]["predict_tokens"]["out3"]["kernel"].decay
+
+
+def test_predictors_travel_under_the_authors_names():
+  net = model()
+  variables = jax.tree.map(np.asarray, tiny.init(net))
+  state = vc.to_torch(net, variables)
+  assert state["score_predictor.1.out_conv.4.weight"].shape == (2, 6)
+  assert state["score_predictor.0.in_conv.0.bias"].shape == (24,)
+  assert trees.digest(vc.from_torch(net, state)) == trees.digest(variables)
+
+
+def test_a_patch_is_left_whatever_the_share():
+  module = dynamicvit.PredictTokens(stage=0, share=1e-3)
+  _, variables, tokens = predictor()
+  out = jax.eval_shape(lambda v, t: module.apply(v, t, PREFIX), variables, tokens)
+  assert out.x.shape[1] == PREFIX + 1
+
+
+def test_dropped_patches_do_not_enter_the_pooled_features():
+  net = tiny.deit(vc.Plan(tokens=vc.DynamicViT(keep=0.5, blocks=(0,))), depth=1, num_classes=0,
+                  drop_path_rate=0.0, global_pool="avg")
+  x = tiny.images(net)
+  params = tiny.init(net)["params"]
+
+  @jax.jit
+  def run(params):
+    out, sown = net.apply({"params": params}, x, train=True, mutable=["tokens", "features"],
+                          rngs={"dropout": jax.random.key(1)})
+    keep_mask = sown["tokens"]["blocks_0"]["predict_tokens"]["keep_mask"][0]
+    return out, keep_mask, sown["features"]["block_0"][0]
+
+  out, keep_mask, features = run(params)
+  patches = features[:, 1:]
+  mean = (patches * keep_mask[..., None]).sum(1) / keep_mask.sum(1)[:, None]
+  source, norm = mean, params["fc_norm"]
+  source = source - source.mean(-1, keepdims=True)
+  wanted = source / jnp.sqrt((source ** 2).mean(-1, keepdims=True) + 1e-6)
+  wanted = wanted * norm["scale"][None] + norm["bias"][None]
+  np.testing.assert_allclose(out, wanted, atol=1e-4)
+  assert 0 < keep_mask.sum() < keep_mask.size

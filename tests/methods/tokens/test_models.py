@@ -1,0 +1,210 @@
+"""Reducers inside models: with the other axes, in training, folded, and in LV-ViT."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vitcompact as vc
+from tests import tiny
+from vitcompact import trees
+from vitcompact.methods.tokens import evit
+from vitcompact.models import lvvit
+
+PLANS = [
+    vc.Plan(tokens=vc.EViT(keep=0.5, blocks=(0, 1)), heads=vc.HMHSA(), ffn=vc.CFFN()),
+    vc.Plan(tokens=vc.DynamicViT(keep=0.6, blocks=(1,)), heads=vc.HMHSA(rank=2), ffn=vc.CFFN()),
+    vc.Plan(tokens=vc.ToMe(r=4), heads=vc.HMHSA(site="logits"), ffn=vc.CFFN(rep="scale")),
+    vc.Plan(tokens=vc.MCTF(r=4, blocks=(0, 1)), heads=vc.HMHSA(), ffn=vc.CFFN())]
+LEFT = [6 + 1, 9 + 1, 17 - 8, 10]     # of 17 tokens, behind two blocks
+
+
+def names(plans):
+  return [type(plan.tokens).__name__ + plan.heads.site for plan in plans]
+
+
+@pytest.mark.parametrize("plan,left", list(zip(PLANS, LEFT, strict=True)), ids=names(PLANS))
+def test_folded_with_every_leaf_random_it_is_the_same_function(plan, left):
+  model = tiny.deit(plan)
+  assert plan.tokens_left(2, 2, 17, 1) == left
+  variables, x = tiny.init(model), tiny.images(model)
+  deploy, folded = vc.fold(model, variables)
+  asked = jax.eval_shape(deploy.init, jax.random.key(0), x)
+  assert trees.differences(folded, asked) == []
+  proof = vc.verify(model, variables, deploy, folded, x)
+  assert proof.max_rel <= 1e-5 and proof.first_difference is None
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=names(PLANS))
+def test_gradients_are_finite_and_prefix_tokens_stay_themselves(plan):
+  model = tiny.deit(plan, distilled=True, drop_path_rate=0.0)
+  variables, x = tiny.init(model), tiny.images(model)
+
+  def loss(params):
+    heads, sown = model.apply({**variables, "params": params}, x, train=True,
+                              mutable=["batch_stats", "tokens", "features"],
+                              rngs={"dropout": jax.random.key(0)})
+    return sum(jnp.mean(jnp.sin(logits)) for logits in heads), sown
+
+  grads, sown = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+  for name, leaf in trees.named_leaves(grads).items():
+    assert np.isfinite(leaf).all(), name
+    if "value/kernel" in name or "fc1" in name:
+      assert np.abs(leaf).max() > 0, name
+  for i in range(2):
+    source, count = sown["tokens"][f"source_{i}"][0], sown["features"][f"block_{i}"][0].shape[1]
+    assert source.shape == (3, 18)
+    np.testing.assert_array_equal(source[:, :2], [[0, 1]] * 3)
+    for row in np.asarray(source):
+      assert set(row) - {-1} == set(range(count))       # every token holds something of the start
+      assert (row == 0).sum() == (row == 1).sum() == 1  # the prefix nothing but itself
+  keep_mask = sown["tokens"]["keep_mask"][0]
+  assert sown["tokens"]["prefix"][0].shape == (3, 2, 24)
+  assert sown["tokens"]["patches"][0].shape == (3, 16, 24) and keep_mask.shape == (3, 16)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=names(PLANS))
+def test_bfloat16_and_remat_in_training_and_inference(plan):
+  model = tiny.deit(plan, dtype="bfloat16", remat=True)
+  x = tiny.images(model)
+  variables = jax.eval_shape(model.init, jax.random.key(0), x)
+
+  def run(variables, train):
+    return model.apply(variables, x, train=train, rngs={"dropout": jax.random.key(0)},
+                       mutable=["features", "tokens", "batch_stats"])
+
+  for train in (False, True):
+    out, sown = jax.eval_shape(functools.partial(run, train=train), variables)
+    assert out.dtype == jnp.float32
+    assert sown["features"]["block_1"][0].dtype == jnp.bfloat16
+  assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+
+def test_bfloat16_runs_to_finite_logits():
+  model = tiny.deit(vc.Plan(tokens=vc.MCTF(r=4, blocks=(0,))), dtype="bfloat16", depth=1)
+  assert np.isfinite(jax.jit(model.apply)(tiny.init(model), tiny.images(model))).all()
+
+
+@pytest.mark.parametrize("tokens", [
+    vc.EViT(keep=1.0, blocks=(0,)), vc.EViT(keep=1, blocks=(1,), fuse=False), vc.ToMe(r=0),
+    vc.DynamicViT(keep=1.0, blocks=(0, 1)), vc.MCTF(r=0), vc.MCTF(r=0.0, one_step_ahead=0)])
+def test_nothing_to_reduce_is_the_dense_program(tokens):
+  """Bit for bit, because it is the same program."""
+  dense, model = tiny.deit(), tiny.deit(vc.Plan(tokens=tokens))
+  variables, x = tiny.init(dense), tiny.images(dense)
+  programs = [str(jax.make_jaxpr(m.apply)(variables, x)) for m in (dense, model)]
+  assert programs[0] == programs[1]
+
+
+def test_a_block_that_cannot_lose_tokens_leaves_them_as_they_are():
+  dense = tiny.deit(depth=1, image_size=24)      # 9 patches and the class token
+  variables, x = tiny.init(dense), tiny.images(dense)
+  wanted = jax.jit(dense.apply)(variables, x)
+  for tokens in (vc.MCTF(r=4, blocks=(0,)), vc.EViT(keep=0.9, blocks=(0,))):
+    model = tiny.deit(vc.Plan(tokens=tokens), depth=1, image_size=24)
+    assert model.plan.tokens_left(1, 1, 10, 1) == 10
+    np.testing.assert_array_equal(jax.jit(model.apply)(variables, x), wanted)
+
+
+def test_maps_are_those_of_the_merged_tokens():
+  model = tiny.deit(PLANS[3])
+  seen = jax.eval_shape(lambda v, x: vc.features(model, v, x, maps=True), tiny.init(model),
+                        tiny.images(model))
+  assert seen.maps["blocks_0"].shape == (3, 4, 13, 13)
+  assert seen.maps["blocks_1"].shape == (3, 4, 10, 10)
+
+
+def lvvit_model(tokens, **fields):
+  return tiny.deit(vc.Plan(tokens=tokens), name="lvvit_s", heads=3, stem_width=8, **fields)
+
+
+def aux_by_hand(params, patches):
+  head = params["aux_head"]
+  return np.asarray(patches) @ np.asarray(head["kernel"]) + np.asarray(head["bias"])
+
+
+def test_lvvit_takes_the_maximum_over_surviving_patches():
+  model = lvvit_model(vc.EViT(keep=0.5, blocks=(0, 1)))
+  variables, x = tiny.init(model), tiny.images(model)
+  logits, sown = jax.jit(lambda v, x: model.apply(v, x, mutable=["tokens"]))(variables, x)
+  seen, params = sown["tokens"], variables["params"]
+  aux = aux_by_hand(params, seen["patches"][0])
+  aux = np.where(np.asarray(seen["keep_mask"][0])[..., None] > 0, aux, -np.inf)
+  head = params["head"]
+  wanted = np.asarray(seen["prefix"][0])[:, 0] @ np.asarray(head["kernel"]) + head["bias"][None]
+  np.testing.assert_allclose(logits, wanted + 0.5 * aux.max(axis=1), atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens,living", [
+    (vc.EViT(keep=0.5, blocks=(0,)), (8, 8)), (vc.ToMe(r=4), (16, 16)),
+    (vc.DynamicViT(keep=0.5, blocks=(0,)), (1, 15))])
+def test_lvvit_token_logits_return_to_their_own_image_and_place(tokens, living, monkeypatch):
+  """Patch p of image b went to the reversed batch where the box is: so did its survivor."""
+  box = np.zeros((4, 4), bool)
+  box[1:3, 1:4] = True
+  monkeypatch.setattr(lvvit, "draw_box", lambda key, grid: jnp.asarray(box))
+  model = lvvit_model(tokens, drop_path_rate=0.0, depth=1)
+  variables, x = tiny.init(model), tiny.images(model, batch=4)
+  out, sown = jax.jit(lambda v, x: model.apply(
+      v, x, train=True, rngs={"dropout": jax.random.key(0)},
+      mutable=["tokens", "batch_stats"]))(variables, x)
+  mixed_mask = np.asarray(sown["tokens"]["keep_mask"][0])
+  mixed = aux_by_hand(variables["params"], sown["tokens"]["patches"][0])
+  for image in range(4):
+    for patch in range(16):
+      held = 3 - image if box.ravel()[patch] else image
+      assert out.keep_mask[image, patch] == mixed_mask[held, patch]
+      if mixed_mask[held, patch]:
+        np.testing.assert_allclose(out.token_logits[image, patch], mixed[held, patch], atol=1e-4)
+  assert out.share == 1 - 6 / 16
+  counts = mixed_mask.sum(axis=1)
+  assert living[0] <= counts.min() and counts.max() <= living[1]
+  assert out.token_logits.shape == (4, 16, 5)
+
+
+def test_evit_warms_up_through_few_rates():
+  spec = vc.EViT(keep=0.5, blocks=(0,))
+  epochs = np.linspace(0, 130, 1301)
+  rates = np.array([spec.at_epoch(epoch).keep for epoch in epochs])
+  assert len(set(rates.tolist())) == evit.WARMUP_RATES == 8 and (np.diff(rates) <= 0).all()
+  assert (rates[epochs <= 10] == 1).all() and (rates[epochs >= 110] == 0.5).all()
+  done = np.clip((epochs - 10) / 100, 0, 1)
+  exact = 0.5 + 0.5 * (1 + np.cos(np.pi * done)) / 2
+  assert np.abs(rates - exact).max() <= 0.5 / 7 / 2 + 1e-9
+  assert spec.at_epoch(60).blocks == (0,)
+
+
+ALL = [vc.EViT(keep=0.5, blocks=(1, 4), fuse=False), vc.DynamicViT(keep=0.6), vc.MCTF(),
+       vc.ToMe(r=8, schedule="decreasing", order="code"), vc.MCTF(r=0.35, blocks=(9, 3, 6))]
+
+
+@pytest.mark.parametrize("tokens", ALL, ids=repr)
+def test_plans_with_reducers_go_to_json_and_back(tokens):
+  plan = vc.Plan(tokens=tokens)
+  assert vc.Plan.from_json(plan.to_json()) == plan
+  assert hash(vc.Plan.from_json(plan.to_json())) == hash(plan)
+
+
+@pytest.mark.parametrize("make,words", [
+    (lambda: vc.EViT(keep=0), "(0, 1]"), (lambda: vc.EViT(keep="half"), "(0, 1]"),
+    (lambda: vc.DynamicViT(keep=1.5), "(0, 1]"), (lambda: vc.EViT(blocks=()), "block numbers"),
+    (lambda: vc.DynamicViT(blocks=(3, 3)), "different block numbers"),
+    (lambda: vc.EViT(blocks=3), "such as (3, 6, 9)"), (lambda: vc.EViT(fuse="no"), "True or False"),
+    (lambda: vc.ToMe(r=-1), "0 or more"), (lambda: vc.ToMe(order="id"), "one of"),
+    (lambda: vc.ToMe(prop_attn=1), "True or False"), (lambda: vc.MCTF(r=1.5), "share of them"),
+    (lambda: vc.MCTF(r=-2), "whole number"), (lambda: vc.MCTF(tau_info=0), "above 0"),
+    (lambda: vc.MCTF(pooling="sum"), "size_mean"), (lambda: vc.MCTF(blocks=("3",)), "(3, 6, 9)"),
+    (lambda: vc.MCTF(one_step_ahead=3), "(0, 1, 2)"),
+    (lambda: vc.MCTF(one_step_ahead=True), "(0, 1, 2)"),
+    (lambda: tiny.deit(vc.Plan(tokens=vc.EViT())), "blocks 0 to 1"),
+    (lambda: tiny.deit(vc.Plan(tokens=vc.MCTF(), heads=vc.HMHSA(layout="grid"))), "block 1 on"),
+    (lambda: tiny.deit(vc.Plan(tokens=vc.ToMe(order="code"), heads=vc.HMHSA())), "'position'"),
+    (lambda: vc.create_model("pvt_tiny", plan=vc.Plan(tokens=vc.MCTF())), "hierarchical"),
+    (lambda: vc.create_model("pvt_v2_b1", plan=vc.Plan(tokens=vc.EViT())), "hierarchical"),
+    (lambda: vc.create_model("nextvit_small", plan=vc.Plan(tokens=vc.ToMe())), "hierarchical"),
+    (lambda: vc.Plan.from_json('{"tokens": {"method": "mctff"}}'), "did you mean 'mctf'")])
+def test_wrong_reducers_are_refused_in_one_line(make, words):
+  with pytest.raises(ValueError) as error:
+    make()
+  assert words in str(error.value) and "\n" not in str(error.value)

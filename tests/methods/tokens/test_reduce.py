@@ -1,0 +1,221 @@
+"""What goes on to the next block is what the definitions say, over several reductions."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vitcompact as vc
+from tests.methods.tokens import reference
+from vitcompact import attention, token_state
+from vitcompact.attention import Core
+from vitcompact.methods.tokens import mctf, tome
+from vitcompact.token_state import Tokens
+
+BATCH, COUNT, WIDTH = 2, 20, 6
+
+
+def drawn(seed, *shape):
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+def heads(seed, count):
+  return drawn(seed, BATCH, count, 3, 4), drawn(seed + 100, BATCH, count, 3, 4)
+
+
+def chained(step, steps=2):
+  """Tokens after each of several reductions step(tokens, query, key), and these queries, keys."""
+  tokens, out = Tokens(drawn(0, BATCH, COUNT, WIDTH)), []
+  for i in range(steps):
+    query, key = heads(i + 1, tokens.x.shape[1])
+    tokens = jax.jit(step)(tokens, query, key)
+    out.append((tokens, np.asarray(query, float), np.asarray(key, float)))
+  return out
+
+
+def assert_same(tokens, image, wanted):
+  np.testing.assert_allclose(tokens.x[image], [t["x"] for t in wanted], atol=2e-5)
+  if tokens.size is not None:
+    np.testing.assert_allclose(tokens.size[image], [t["size"] for t in wanted])
+    assert float(tokens.size[image].sum()) == COUNT
+  source = np.full(COUNT, -1)
+  for index, token in enumerate(wanted):
+    source[token["of"]] = index
+  np.testing.assert_array_equal(tokens.source[image], source)
+  patch = [t["patch"] for t in wanted]
+  remainder = np.zeros(len(wanted), bool) if tokens.remainder is None else tokens.remainder[image]
+  np.testing.assert_array_equal(remainder, np.logical_not(patch))
+
+
+def assert_follows(chain, redo):
+  """redo(tokens of the reference, query, key) -> tokens."""
+  for image in range(BATCH):
+    wanted = reference.start(np.asarray(drawn(0, BATCH, COUNT, WIDTH)[image], float))
+    for tokens, query, key in chain:
+      wanted = redo(wanted, query[image], key[image])
+      assert_same(tokens, image, wanted)
+
+
+@pytest.mark.parametrize("keep,fuse,prefix", [(0.7, True, 1), (0.7, False, 2), (0.9, True, 2)])
+def test_evit_keeps_what_the_class_token_attends_to(keep, fuse, prefix):
+  spec = vc.EViT(keep=keep, fuse=fuse)
+  chain = chained(lambda t, q, k: spec.reduce(t, q, k, prefix), steps=3)
+  assert_follows(chain, lambda t, q, k: reference.evit(t, q, k, prefix, keep, fuse))
+  assert chain[-1][0].fused == fuse
+
+
+def test_a_remainder_that_is_kept_stays_no_patch():
+  """The second reduction finds the remainder of the first to be what the class token wants."""
+  spec = vc.EViT(keep=0.5)
+  query, key = heads(2, 12)
+
+  @jax.jit
+  def run():
+    first = spec.reduce(Tokens(drawn(0, BATCH, COUNT, WIDTH)), *heads(1, COUNT), 1)
+    second = spec.reduce(first, query, key.at[:, -1].set(20 * query[:, 0]), 1)
+    return second, token_state.by_patch(second.x[:, 1:], second, 1)
+
+  second, (rows, keep_mask) = run()
+  assert second.x.shape[1] == 1 + 6 + 1      # half of 11
+  np.testing.assert_array_equal(second.remainder, [[False] * 6 + [True] * 2] * BATCH)
+  assert keep_mask.sum() == BATCH * 5 and not rows[keep_mask == 0].any()
+  np.testing.assert_array_equal(np.unique(rows[0].sum(-1)[keep_mask[0] > 0]),
+                                np.unique(second.x[0, 1:6].sum(-1)))
+
+
+@pytest.mark.parametrize("order", ["position", "code"])
+@pytest.mark.parametrize("prefix", [1, 2])
+def test_tome_merges_the_most_similar(order, prefix):
+  spec = vc.ToMe(r=4, order=order)
+  chain = chained(lambda t, q, k: spec.reduce(4, t, q, k, prefix))
+  assert_follows(chain, lambda t, q, k: reference.tome(t, k, prefix, 4, order))
+
+
+@pytest.mark.parametrize("prefix,fields", [
+    (1, {}), (2, {"order": "code"}), (1, {"order": "code", "pooling": "size_attention_mean"}),
+    (2, {"bidirectional": False, "pooling": "max"}),
+    (1, {"bidirectional": False, "order": "code", "prop_attn": False, "tau_size": 0.1}),
+    (2, {"pooling": "mean", "tau_info": 2.0, "tau_sim": 0.5})])
+def test_mctf_fuses_by_its_three_criteria(prefix, fields):
+  spec = vc.MCTF(r=5, **fields)
+  chain = chained(lambda t, q, k: spec.fuse(t, q, k, prefix)[0])
+  assert [tokens.x.shape[1] for tokens, _, _ in chain] == [15, 10]
+  assert_follows(chain, lambda t, q, k: reference.mctf(t, q, k, prefix, 5, spec)[0])
+
+
+def test_mctf_attends_one_step_ahead_as_if_its_maps_were_merged():
+  """A'V' = (R A P^T) V', with A, R and P formed; rows of A' sum to 1."""
+  spec, prefix = vc.MCTF(r=5), 1
+  size = 1.0 + jax.random.randint(jax.random.key(9), (BATCH, 15), 0, 4)
+  first = Tokens(drawn(0, BATCH, 15, WIDTH), size=size, proportional=True)
+  query, key = heads(2, 15)
+  value = drawn(3, BATCH, 10, 3, 4)
+
+  @jax.jit
+  def run(first):
+    fused, ahead = spec.fuse(first, query, key, prefix)
+    core = ahead(first.core())
+    return fused, core(query, key, value), core.merged(core.maps(query, key))
+
+  fused, got, got_maps = run(first)
+  assert fused.x.shape[1] == 10
+  for image in range(BATCH):
+    tokens = reference.start(np.asarray(first.x[image], float))
+    for token, size in zip(tokens, first.size[image], strict=True):
+      token["size"] = float(size)
+    q, k = np.asarray(query[image], float), np.asarray(key[image], float)
+    _, groups = reference.mctf(tokens, q, k, prefix, 5, spec)
+    size = np.asarray(first.size[image], float)
+    p = np.array([[float(i in group) for i in range(15)] for group in groups])
+    r = p * size / (p * size).sum(axis=1, keepdims=True)
+    maps = r @ reference.maps(q, k, size) @ p.T
+    np.testing.assert_allclose(got_maps[image], maps, atol=1e-5)
+    np.testing.assert_allclose(got_maps[image].sum(axis=-1), 1, atol=1e-5)
+    np.testing.assert_allclose(got[image], np.einsum("hnm,mhe->nhe", maps, value[image]),
+                               atol=1e-5)
+
+
+def test_what_keys_receive_is_summed_in_tiles(monkeypatch):
+  monkeypatch.setattr(mctf, "TILE", 7)      # 20 queries are three tiles, the last one padded
+  query, key = heads(1, COUNT)
+  size = jnp.arange(1.0, COUNT + 1)[None].repeat(BATCH, 0)
+  wanted = Core(size=size).maps(query, key).mean(axis=(1, 2))
+  np.testing.assert_allclose(mctf.received(query, key, size), wanted, atol=1e-6)
+  shapes = [v.aval.shape for eqn in jax.make_jaxpr(mctf.received)(query, key).jaxpr.eqns
+            for v in eqn.outvars]
+  assert (BATCH, 3, COUNT, COUNT) not in shapes
+
+
+def pairs_of_twins():
+  """The class token, one alone, then nine pairs of equal neighbours."""
+  x = drawn(0, BATCH, COUNT // 2, WIDTH)
+  return Tokens(jnp.repeat(x, 2, axis=1).at[:, 0].set(3.0))
+
+
+@pytest.mark.parametrize("spec", [vc.ToMe(r=9), vc.MCTF(r=9)])
+def test_merging_then_unmerging_identical_tokens_is_the_identity(spec):
+  tokens = pairs_of_twins()
+  if isinstance(spec, vc.ToMe):
+    same = tokens.x[:, :, None]
+    fewer = jax.jit(lambda t: spec.reduce(9, t, same, same, 1))(tokens)
+  else:
+    flat = jnp.zeros((BATCH, COUNT, 1, 4))      # everybody receives the same attention
+    fewer = jax.jit(lambda t: spec.fuse(t, flat, flat, 1)[0])(tokens)
+  assert fewer.x.shape[1] == COUNT - 9 and set(np.unique(fewer.size)) == {1, 2}
+  np.testing.assert_allclose(token_state.unmerge(fewer), tokens.x, atol=1e-6)
+
+
+def test_attention_with_sizes_is_attention_over_repeated_tokens():
+  query, key, value = (drawn(i, BATCH, 7, 3, 4) for i in range(3))
+  size = [1, 3, 2, 1, 1, 4, 2]
+  got = Core(size=jnp.broadcast_to(jnp.array(size, float), (BATCH, 7)))(query, key, value)
+  wanted = attention.DENSE(query, *(jnp.repeat(x, np.array(size), axis=1) for x in (key, value)))
+  np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+def test_precise_attention_over_equal_tokens_is_one_step_ahead():
+  """Where only equal tokens are fused, A' is the attention of the fused tokens themselves."""
+  tokens, weight = pairs_of_twins(), drawn(5, WIDTH, 8)
+  spec = vc.MCTF(r=9, tau_info=1e9)     # by similarity alone
+
+  def project(x):
+    return (x @ weight).reshape(*x.shape[:2], 2, 4)
+
+  @jax.jit
+  def run(tokens):
+    old = project(tokens.x)
+    fused, ahead = spec.fuse(tokens, old, old, 1)
+    again, none = dataclasses.replace(spec, one_step_ahead=2).fuse(tokens, old, old, 1)
+    assert none is None
+    new = project(again.x)
+    return ahead(tokens.core())(old, old, project(fused.x)), again.core()(new, new, new)
+
+  ahead, precise = run(tokens)
+  np.testing.assert_allclose(ahead, precise, atol=1e-5)
+  assert ahead.shape[1] == COUNT - 9
+
+
+def test_no_gradient_flows_through_a_choice():
+  x, (query, key) = drawn(0, BATCH, COUNT, WIDTH), heads(1, COUNT)
+
+  def through(fewer):
+    return jax.jit(jax.grad(lambda q, k: jnp.sum(jnp.sin(fewer(Tokens(x), q, k))),
+                            argnums=(0, 1)))(query, key)
+
+  for fewer in (lambda t, q, k: vc.ToMe().reduce(4, t, q, k, 1).x,
+                lambda t, q, k: vc.MCTF(r=5, pooling="size_attention_mean").fuse(t, q, k, 1)[0].x,
+                lambda t, q, k: vc.EViT(fuse=False).reduce(t, q, k, 1).x):
+    assert not any(np.any(grad) for grad in through(fewer))
+  assert all(np.any(grad) for grad in through(lambda t, q, k: vc.EViT().reduce(t, q, k, 1).x))
+  fused = jax.jit(jax.grad(
+      lambda x: jnp.sum(vc.MCTF(r=5).fuse(Tokens(x), query, key, 1)[0].x ** 2)))(x)
+  assert np.isfinite(fused).all() and np.abs(fused).min() > 0
+
+
+def test_tokens_of_zeros_match_without_nan():
+  zero = Tokens(jnp.zeros((1, COUNT, WIDTH)))
+  flat = jnp.zeros((1, COUNT, 1, 4))
+  x, chosen = jax.jit(lambda: (vc.MCTF(r=5).fuse(zero, flat, flat, 1)[0].x,
+                               tome.match(flat[:, :, 0], 9, 1)[0]))()
+  assert np.isfinite(x).all() and len(set(np.asarray(chosen[0]).tolist())) == 9

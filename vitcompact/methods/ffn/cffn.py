@@ -1,0 +1,300 @@
+"""cFFN: the FFN's output matrix factorised, trained as several branches, deployed as two matrices.
+
+Our reconstruction of compact-FFN (Xu et al., arXiv 2306.10875), of which only the abstract is
+public. With H the activated hidden layer (m wide), r the rank and d the output width:
+
+    train:   u = sum_i BN_i(H A_i) + mean_groups(H) * alpha,    y = sum_j BN'_j(u B_j)
+    deploy:  y = (H A) B + b
+
+No activation stands between the factors, so every branch folds into A, B and b.
+"""
+import dataclasses
+import warnings
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.linen.dtypes import promote_dtype
+
+from vitcompact.layers import Dense, linear
+from vitcompact.methods.ffn.branch_norms import EPSILON, Norm, norm_each
+from vitcompact.trees import Leaf
+
+LEAVES = [
+    (r".*/fc1/a\d?/kernel", Leaf(("embed", "rank"), decay=True)),
+    (r".*/fc1/b\d?/kernel", Leaf(("rank", "mlp"), decay=True)),
+    (r".*/fc2/a\d?/kernel", Leaf(("mlp", "rank"), decay=True)),
+    (r".*/fc2/b\d?/kernel", Leaf(("rank", "embed"), decay=True)),
+    (r".*/fc[12]/(alpha|[ab]\d_scale)", Leaf()),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class CFFN:
+  """FFN axis: factorise, re-parameterise.
+
+  rank_ratio: rank / width of the block, in (0, 1].
+  branches: parallel copies of each factor in training; folded into one to deploy.
+  rep: what follows each branch: "bn" batch norm, "scale" a learned scale, "none" nothing (without
+    it, parallel branches represent nothing new).
+  avg_skip: adds group averages of the hidden layer, scaled by alpha, to the bottleneck (only where
+    the rank divides the hidden width).
+  apply_to: "all" blocks, or "attention_blocks" only (hybrids have blocks without attention).
+  factor: "output" matrix, or "both" (ours: the input matrix as well, at the same rank).
+  merged: of "fc1" and "fc2", factorised layers that are deployed as one matrix A B: the same
+    function, dense in cost. `tune` chooses them where that is the faster form.
+  """
+  rank_ratio: float = 0.5
+  branches: int = 2
+  rep: str = "bn"
+  avg_skip: bool = True
+  apply_to: str = "all"
+  factor: str = "output"
+  merged: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    if not isinstance(self.rank_ratio, (int, float)) or not 0 < self.rank_ratio <= 1:
+      raise ValueError(f"CFFN(rank_ratio={self.rank_ratio!r}): must be in (0, 1]")
+    whole = isinstance(self.branches, int) and not isinstance(self.branches, bool)
+    if not whole or self.branches < 1:
+      raise ValueError(f"CFFN(branches={self.branches!r}): must be a whole number of at least 1")
+    for field, allowed in (("rep", ("bn", "scale", "none")), ("avg_skip", (True, False)),
+                           ("apply_to", ("all", "attention_blocks")),
+                           ("factor", ("output", "both"))):
+      if getattr(self, field) not in allowed:
+        raise ValueError(f"CFFN({field}={getattr(self, field)!r}): must be one of {allowed}")
+    factorised = ("fc1", "fc2") if self.factor == "both" else ("fc2",)
+    if not isinstance(self.merged, tuple) or not set(self.merged) <= set(factorised):
+      raise ValueError(f"CFFN(factor={self.factor!r}, merged={self.merged!r}): must be a tuple of "
+                       f"layers that are factorised, of {factorised}")
+
+  def rank(self, width: int) -> int:
+    return max(1, int(self.rank_ratio * width + 0.5))
+
+
+def warn_above_break_even(name: str, m: int, d: int, rank: int):
+  """Two factors m x r and r x d are smaller than one m x d only below r = m d / (m + d)."""
+  if rank * (m + d) >= m * d:
+    warnings.warn(f"{name}: rank {rank} saves nothing on a {m} x {d} matrix; break-even is rank "
+                  f"{m * d / (m + d):.0f}, lower rank_ratio", stacklevel=3)
+
+
+def group_mean(x, groups: int):
+  """Means over equal groups of neighbouring channels: (..., m) -> (..., groups)."""
+  return x.reshape(*x.shape[:-1], groups, -1).mean(axis=-1)
+
+
+def skip_kernel(alpha_r, m: int):
+  """(m, r): x times this is group_mean(x, r) * alpha."""
+  r = alpha_r.shape[0]
+  return jnp.repeat(jnp.diag(alpha_r) * (r / m), m // r, axis=0)
+
+
+class Kernel(nn.Module):
+  """The matrix of one branch, as a leaf."""
+  features: int
+  std: float
+
+  @nn.compact
+  def __call__(self, x):
+    return self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
+
+
+def hidden_rms(act: Callable | None, fan_in: int) -> float:
+  """Root mean square of act(x W) for unit x and W ~ N(0, 0.02^2), by Gauss-Hermite quadrature."""
+  points, weights = np.polynomial.hermite_e.hermegauss(32)
+  z = 0.02 * fan_in ** 0.5 * points
+  if act is not None:
+    # Evaluated at trace time even inside jit: only the number is needed. Jitted, because a function
+    # with a gradient of its own is else traced by a surrounding vmap.
+    with jax.ensure_compile_time_eval():
+      z = np.asarray(jax.jit(act)(jnp.asarray(z, jnp.float32)))
+  return float(np.sqrt(np.sum(weights * z ** 2) / np.sum(weights)))
+
+
+class CompactDense(nn.Module):
+  """y = (x A) B + b: branches of A and of B to train, one of each once folded (`deploy`).
+
+  Leaves: a0.. and b0.. kernels with a0_norm.., a0_scale.. as `rep` says, alpha, bias;
+  deployed: a/kernel, b/kernel, b/bias.
+
+  `input_rms` is the expected root mean square of the input: a fresh layer's output then has the
+  spread of a dense layer with weights N(0, 0.02^2).
+  """
+  features: int
+  rank: int
+  branches: int = 2
+  rep: str = "bn"
+  avg_skip: bool = True
+  deploy: bool = False
+  merged: bool = False   # fold gives one matrix, for an nn.Dense
+  input_rms: float = 1.0
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x, train: bool = False):
+    if self.deploy:
+      return self._linear("b", self.features, use_bias=True)(self._linear("a", self.rank)(x))
+    m, n = x.shape[-1], self.branches
+    spread = 0.02 * m ** 0.5 * self.input_rms      # of a dense layer's output
+    normed = self.rep == "bn"
+    # Batch norm sets the spread by its scale; its statistics start at what they will find.
+    a_std = 1 / (m ** 0.5 * self.input_rms) if normed else 0.02 / n ** 0.5
+    b_std = (n * self.rank) ** -0.5
+    skip = None
+    if self.avg_skip and m % self.rank == 0:
+      skip = self.param("alpha", nn.initializers.zeros, (self.rank,))
+    u = self._factor("a", x, self.rank, a_std, 1.0, train, skip=skip)
+    bias = None
+    if not normed:
+      bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    return self._factor("b", u, self.features, b_std, spread / n ** 0.5, train, bias=bias)
+
+  def _linear(self, name, features, use_bias=False):
+    return Dense(features, use_bias=use_bias, dtype=self.dtype, name=name,
+                 kernel_init=nn.initializers.normal(0.02))
+
+  def _factor(self, factor, x, features, std, gamma, train, skip=None, bias=None):
+    """The sum of the branches of one factor, and of the group means of x times `skip`."""
+    kernels = [Kernel(features, std, name=f"{factor}{i}")(x) for i in range(self.branches)]
+    if self.rep == "bn":
+      norms = [Norm(features, gamma, name=f"{factor}{i}_norm") for i in range(self.branches)]
+      if train:
+        y = norm_each(_product(x, jnp.concatenate(kernels, axis=1), None, self.dtype), norms)
+        return y if skip is None else y + group_mean(x, features).astype(y.dtype) * _like(skip, y)
+      affine = [norm.running() for norm in norms]
+      kernels = [kernel * scale[None] for kernel, (scale, _) in zip(kernels, affine, strict=True)]
+      bias = sum(shift for _, shift in affine)
+    elif self.rep == "scale":
+      kernels = [kernel * self.param(f"{factor}{i}_scale", nn.initializers.ones, (features,))[None]
+                 for i, kernel in enumerate(kernels)]
+    # Nothing stands between branches and their sum: one product with the sum of the kernels.
+    kernel = sum(kernels)
+    return _product(x, kernel if skip is None else kernel + skip_kernel(skip, x.shape[-1]), bias,
+                    self.dtype)
+
+  @nn.nowrap
+  def fold(self, params, stats):
+    """Branches summed into one A, one B and one bias: (params, {}) of the deployed module.
+
+    `merged`: those of the nn.Dense that is deployed instead.
+    """
+    if self.deploy:
+      return params, stats
+    a, a_shift = self._summed("a", params, stats)
+    b, b_shift = self._summed("b", params, stats)
+    if "alpha" in params:
+      m = a.shape[0]
+      a = a + skip_kernel(params["alpha"], m)
+    bias = _matmul(a_shift, b) + b_shift + params.get("bias", 0)
+    folded = {"a": {"kernel": a}, "b": {"kernel": b, "bias": bias}}
+    return merge_factors(folded) if self.merged else folded, {}
+
+  def _summed(self, factor, params, stats):
+    """sum_i K_i diag(s_i), and the shift sum_i (beta_i - mean_i s_i) that goes with it."""
+    kernel, shift = 0, 0
+    for i in range(self.branches):
+      name = f"{factor}{i}"
+      branch = params[name]["kernel"]
+      if self.rep == "bn":
+        norm, seen = params[f"{name}_norm"], stats[f"{name}_norm"]
+        scale = norm["scale"] / jnp.sqrt(seen["var"] + EPSILON)
+        branch = branch * scale[None]
+        shift = shift + norm["bias"] - seen["mean"] * scale
+      elif self.rep == "scale":
+        branch = branch * params[f"{name}_scale"][None]
+      kernel = kernel + branch
+    return kernel, shift + jnp.zeros(kernel.shape[1], kernel.dtype)
+
+  @nn.nowrap
+  def from_dense(self, params, moments=None):
+    """(params, stats) that compute the best rank-r approximation of a dense layer.
+
+    Args:
+      params: {"kernel": (m, d), "bias": (d,) or absent}.
+      moments: {"mean": (m,), "second": (m, m)} of the layer's inputs on calibration data, or None.
+        With them the approximation minimises the error of the outputs rather than of the weights,
+        and batch norms start at the statistics they will see. Without, the running variance is set
+        to 1 - epsilon, so that inference is exact and training differs at first.
+    """
+    kernel, bias = params["kernel"], params.get("bias", 0)
+    a, b = truncated_factors(kernel, self.rank, moments)
+    bias = bias + jnp.zeros(kernel.shape[1], kernel.dtype)
+    if self.deploy:
+      return {"a": {"kernel": a}, "b": {"kernel": b, "bias": bias}}, {}
+    mean = cov = u_mean = u_cov = None
+    if moments is not None:
+      mean = moments["mean"]
+      cov = moments["second"] - jnp.outer(mean, mean)
+      u_mean, u_cov = _matmul(mean, a), _matmul(_matmul(a.T, cov), a)
+    a_params, a_stats = self._split("a", a, mean, cov)
+    b_params, b_stats = self._split("b", b, u_mean, u_cov)
+    out = {**a_params, **b_params}
+    if self.rep == "bn":
+      for j in range(self.branches):
+        norm = out[f"b{j}_norm"]
+        out[f"b{j}_norm"] = {**norm, "bias": norm["bias"] + bias / self.branches}
+    else:
+      out["bias"] = bias
+    if self.avg_skip and kernel.shape[0] % self.rank == 0:
+      out["alpha"] = jnp.zeros(self.rank, kernel.dtype)
+    return out, {**a_stats, **b_stats}
+
+  def _split(self, factor, kernel, mean, cov):
+    """Branches that sum to `kernel`, apart by noise (equal branches would stay equal)."""
+    n, out, stats = self.branches, {}, {}
+    noise = jax.random.normal(jax.random.key(0), (n, *kernel.shape), kernel.dtype)
+    noise = (noise - noise.mean(axis=0, keepdims=True)) * kernel.std() if n > 1 else noise * 0
+    for i in range(n):
+      name, branch = f"{factor}{i}", kernel / n + noise[i] * (0.5 / n)
+      out[name] = {"kernel": branch}
+      if self.rep == "scale":
+        out[f"{name}_scale"] = jnp.ones(kernel.shape[1], kernel.dtype)
+      elif self.rep == "bn":
+        centre, var = jnp.zeros(kernel.shape[1]), jnp.full(kernel.shape[1], 1 - EPSILON)
+        if cov is not None:
+          centre = _matmul(mean, branch)
+          var = jnp.maximum(jnp.sum(branch * _matmul(cov, branch), axis=0), 0)
+        out[f"{name}_norm"] = {"scale": jnp.sqrt(var + EPSILON), "bias": centre}
+        stats[f"{name}_norm"] = {"mean": centre, "var": var}
+    return out, stats
+
+
+def truncated_factors(kernel, rank: int, moments=None):
+  """A (m, r), B (r, d) minimising ||C^1/2 (W - A B)||: C = E[x^T x] if given, else the identity."""
+  if moments is None:
+    left, singular, right = jnp.linalg.svd(kernel, full_matrices=False)
+    root = jnp.sqrt(singular[:rank])
+    return left[:, :rank] * root[None], root[:, None] * right[:rank]
+  second = moments["second"]
+  values, vectors = jnp.linalg.eigh(second)
+  # Directions that the calibration images hardly use keep a floor, so that C can be inverted.
+  values = jnp.maximum(values, 1e-4 * values[-1])
+  root = jnp.sqrt(values)
+  whitened = _matmul((vectors * root[None]).T, kernel)
+  left, singular, right = jnp.linalg.svd(whitened, full_matrices=False)
+  balance = jnp.sqrt(singular[:rank])
+  a = _matmul(vectors / root[None], left[:, :rank] * balance[None])
+  return a, balance[:, None] * right[:rank]
+
+
+def merge_factors(params):
+  """The parameters of one dense layer from those of a deployed factor pair."""
+  kernel = _matmul(params["a"]["kernel"], params["b"]["kernel"])
+  return {"kernel": kernel, "bias": params["b"]["bias"]}
+
+
+def _product(x, kernel, bias, dtype):
+  return linear(*promote_dtype(x, kernel, bias, dtype=dtype))
+
+
+def _matmul(x, y):
+  """Folding and factorising stay in float32 where the platform's default would not."""
+  return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+def _like(vector, x):
+  """A vector over the last axis, shaped and typed to go with x."""
+  return vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))

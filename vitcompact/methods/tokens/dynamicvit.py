@@ -1,0 +1,110 @@
+"""DynamicViT: small predictors tell which patches go on (Rao et al., NeurIPS 2021,
+arXiv 2106.02034)."""
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vitcompact import token_state
+from vitcompact.layers import LayerNorm, dense, gelu
+from vitcompact.token_state import Reduction, Tokens, follow, identity_source, take
+from vitcompact.trees import Leaf
+
+EPSILON = 1e-5   # of the predictor's LayerNorm
+
+LEAVES = [(r".*/predict_tokens/(in_proj|out\d)/kernel", Leaf(("embed", None), decay=True))]
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicViT:
+  """Tokens axis: a predictor before the s-th of `blocks` keeps int(patches * keep^s) patches.
+
+  keep: in (0, 1]; 1 changes nothing, and has no predictors. blocks: numbered from 0.
+
+  In inference the other patches are gone. In training every token stays, those dropped are hidden
+  from the others by a straight-through Gumbel mask (rng "dropout"), and how many are is for the
+  loss to teach: `train.losses.kept_ratio`, on the masks sown as blocks_{i}/predict_tokens/keep_mask in
+  "tokens". Filters of hallucinated heads thus meet dropped neighbours in training only.
+  """
+  keep: float = 0.7
+  blocks: tuple[int, ...] = (3, 6, 9)
+
+  def __post_init__(self):
+    token_state.check_keep("DynamicViT", self.keep)
+    object.__setattr__(self, "blocks", token_state.checked_blocks("DynamicViT", self.blocks))
+
+  def shares(self) -> tuple[float, ...]:
+    """The share of all patches that each of `blocks` is to keep."""
+    return tuple(self.keep ** stage for stage in range(1, len(self.blocks) + 1))
+
+  def reduction(self, block: int, depth: int) -> Reduction:
+    """What happens in this block."""
+    del depth
+    if block not in self.blocks or self.keep == 1:
+      return token_state.NOTHING
+    stage = self.blocks.index(block)
+    return Reduction(predict=functools.partial(PredictTokens, stage, self.shares()[stage]))
+
+
+class PredictTokens(nn.Module):
+  """Scores patches from their own features and the mean of those kept; keeps a share of all.
+
+  stage: which predictor of the model this is, from 0. share: of the patches at the start.
+  """
+  stage: int
+  share: float
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, tokens: Tokens, prefix: int, train: bool = False) -> Tokens:
+    x_bpw = tokens.x[:, prefix:]
+    width = x_bpw.shape[-1]
+    keep_bp = jnp.ones(x_bpw.shape[:2]) if tokens.keep_mask is None else tokens.keep_mask[:, prefix:]
+
+    def layer(features, name):
+      return dense(features, dtype=self.dtype).clone(name=name, parent=self)
+
+    x_bpw = LayerNorm(epsilon=EPSILON, dtype=self.dtype, name="norm")(x_bpw)
+    x_bpw = with_mean(gelu(layer(width, "in_proj")(x_bpw)), keep_bp)
+    x_bpw = gelu(layer(width // 2, "out1")(x_bpw))
+    x_bpw = gelu(layer(width // 4, "out2")(x_bpw))
+    # (keep, drop) for each patch.
+    choice_bp2 = jax.nn.log_softmax(layer(2, "out3")(x_bpw).astype(jnp.float32))
+    if not train:
+      patches = identity_source(tokens).shape[1] - prefix
+      return keep_best(tokens, choice_bp2[..., 0], max(1, int(patches * self.share + 1e-9)), prefix)
+    keep_bp = keep_bp * straight_through(self.make_rng("dropout"), choice_bp2)
+    if not self.is_initializing():
+      self.sow("tokens", "keep_mask", keep_bp)
+    first_bp = jnp.ones((keep_bp.shape[0], prefix))
+    return tokens.replace(keep_mask=jnp.concatenate([first_bp, keep_bp], axis=1))
+
+
+def with_mean(x_bpw, keep_bp):
+  """The second half of the features becomes its mean over the kept patches: (B, P, width)."""
+  local, rest = jnp.split(x_bpw, [x_bpw.shape[-1] // 2], axis=-1)
+  keep_bp1 = keep_bp[..., None].astype(x_bpw.dtype)
+  # No kept patch is no reason for a NaN.
+  mean = (rest * keep_bp1).sum(1, keepdims=True) / jnp.maximum(keep_bp1.sum(1, keepdims=True), 1)
+  return jnp.concatenate([local, jnp.broadcast_to(mean, rest.shape)], axis=-1)
+
+
+def straight_through(key, choice_bp2):
+  """Draws 1 (keep) or 0 from log probabilities (B, P, 2); the gradient is a Gumbel softmax's."""
+  soft = jax.nn.softmax(choice_bp2 + jax.random.gumbel(key, choice_bp2.shape))[..., 0]
+  hard = (soft >= 0.5).astype(soft.dtype)
+  return hard + (soft - jax.lax.stop_gradient(soft))
+
+
+def keep_best(tokens: Tokens, score_bp, count: int, prefix: int) -> Tokens:
+  """The prefix and the `count` patches of highest score, in their order; the others are gone."""
+  batch, patches = score_bp.shape
+  kept_bk = prefix + jnp.sort(jax.lax.top_k(score_bp, count)[1], axis=1)
+  first_bp = jnp.broadcast_to(jnp.arange(prefix, dtype=kept_bk.dtype), (batch, prefix))
+  kept_bk = jnp.concatenate([first_bp, kept_bk], axis=1)
+  moved_bn = jnp.full((batch, prefix + patches), -1, jnp.int32)
+  moved_bn = moved_bn.at[jnp.arange(batch)[:, None], kept_bk].set(
+      jnp.arange(prefix + count, dtype=jnp.int32)[None])
+  return tokens.replace(x=take(tokens.x, kept_bk), source=follow(identity_source(tokens), moved_bn))

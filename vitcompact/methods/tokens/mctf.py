@@ -1,0 +1,202 @@
+"""MCTF: fuse tokens by similarity, attention received and size, one attention ahead (Lee et al.,
+CVPR 2024, arXiv 2403.10030). Written from the paper's equations."""
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from vitcompact import attention, token_state
+from vitcompact.attention import Core
+from vitcompact.methods.tokens.merging import (
+  Merge,
+  alternating,
+  best_rows,
+  cosines,
+  merging,
+  without_prefix,
+)
+from vitcompact.token_state import Reduction, Tokens, take
+
+LEAST = 10   # tokens that always stay, the class token counted
+TILE = 64    # queries whose attention is formed at a time, to sum what each key receives
+
+CHOICES = {"one_step_ahead": (0, 1, 2), "bidirectional": (True, False),
+           "pooling": ("size_mean", "size_attention_mean", "max", "mean"),
+           "order": ("position", "code"), "prop_attn": (True, False)}
+
+
+@dataclasses.dataclass(frozen=True)
+class MCTF:
+  """Tokens axis: at the start of each of `blocks`, r tokens are fused into others.
+
+  Attention A is computed for the N tokens before; its rows and columns are then fused along with
+  the tokens, so that values, output and FFN see fewer tokens already ("one step ahead").
+
+  r: tokens a block loses; below 1, that share of all but one. At most half, and 10 stay; 0 changes
+    nothing. The authors' "fast" form is MCTF(r=0.35, blocks=(3, 6, 9)).
+  blocks: None is 1..depth-1.
+  tau_sim, tau_info, tau_size: temperatures; the criterion w is used as w^(1/tau).
+  one_step_ahead: 0 fuses after the block, by its own attention; 1 as above; 2 computes attention
+    again for the fused tokens ("precise").
+  bidirectional: half of the r go from even positions to odd ones, then half back.
+  pooling: features of a fused token, the mean weighted by "size" or by size times attention
+    received, their "max", or the plain "mean".
+  order: "position", tokens stay in ascending position; "code", even positions first, then odd ones
+    by criterion, as in the authors' implementation.
+  prop_attn: attention counts a token `size` times.
+  """
+  r: int | float = 16
+  blocks: tuple[int, ...] | None = None
+  tau_sim: float = 1.0
+  tau_info: float = 20.0
+  tau_size: float = 40.0
+  one_step_ahead: int = 1
+  bidirectional: bool = True
+  pooling: str = "size_mean"
+  order: str = "position"
+  prop_attn: bool = True
+
+  def __post_init__(self):
+    whole_or_share = isinstance(self.r, int) or (isinstance(self.r, float) and self.r < 1)
+    if isinstance(self.r, bool) or not whole_or_share or self.r < 0:
+      raise ValueError(f"MCTF(r={self.r!r}): must be a whole number of tokens, or a share of them "
+                       "below 1")
+    if self.blocks is not None:
+      object.__setattr__(self, "blocks", token_state.checked_blocks("MCTF", self.blocks))
+    for field in ("tau_sim", "tau_info", "tau_size"):
+      tau = getattr(self, field)
+      if isinstance(tau, bool) or not isinstance(tau, int | float) or not tau > 0:
+        raise ValueError(f"MCTF({field}={tau!r}): must be a number above 0")
+    for field, allowed in CHOICES.items():
+      value = getattr(self, field)
+      if value not in allowed or type(value) is not type(allowed[0]):
+        raise ValueError(f"MCTF({field}={value!r}): must be one of {allowed}")
+
+  def reduction(self, block: int, depth: int) -> Reduction:
+    """What happens in this block."""
+    active = range(1, depth) if self.blocks is None else self.blocks
+    if block not in active or self.r == 0:
+      return token_state.NOTHING
+    if self.one_step_ahead == 0:
+      return Reduction(after_block=self.fuse_after)
+    return Reduction(fuse=self.fuse)
+
+  def lost_of(self, tokens: int) -> int:
+    """How many of so many tokens (class token counted) a block loses."""
+    r = max(0, tokens - LEAST) if tokens - self.r < LEAST else self.r
+    r = int((tokens - 1) * r + 1e-9) if 0 < r < 1 else r
+    return min(r, (tokens - 1) // 2)
+
+  def fuse_after(self, tokens: Tokens, query_bnhd, key_bnhd, prefix: int) -> Tokens:
+    """Tokens after the block, fused by the queries and keys that it used (real heads)."""
+    merge, attention_bn = self._decide(tokens, query_bnhd, key_bnhd, prefix, ideal=0)
+    return tokens if merge is None else self._apply(merge, tokens, attention_bn)
+
+  def fuse(self, tokens: Tokens, query_bnhd, key_bnhd,
+           prefix: int) -> tuple[Tokens, Callable | None]:
+    """Fused tokens, and what makes the attention of the old ones over these; None if precise."""
+    precise = self.one_step_ahead == 2
+    merge, attention_bn = self._decide(tokens, query_bnhd, key_bnhd, prefix,
+                                       ideal=1 if precise else 0)
+    if merge is None:
+      return tokens, lambda core: core
+    fused = self._apply(merge, tokens, attention_bn)
+    if precise:
+      return fused, None
+    size_bn = sizes(tokens)
+    return fused, lambda core: core._replace(spread=lambda value: take(value, merge.moved),
+                                             gather=lambda out: merge.mean(out, size_bn))
+
+  def _decide(self, tokens, query_bnhd, key_bnhd, prefix, ideal) -> tuple[Merge | None, jax.Array]:
+    """Which tokens are fused (None: none), and the attention that each receives, (B, N).
+
+    ideal: share of the scores computed for it that the method needs; 0 where it has them anyway.
+    """
+    x, query, key, size = jax.lax.stop_gradient((tokens.x, query_bnhd, key_bnhd, sizes(tokens)))
+    batch, count, _ = x.shape
+    r = self.lost_of(count)
+    if not r:
+      return None, None
+    with attention.share(ideal):
+      attention_bn = received(query, key, size if tokens.proportional else None)
+    weight_bmn = without_prefix(self.criterion(x, attention_bn, size), prefix)
+    pairs, score_bn = pairings(weight_bmn, r, self.bidirectional)
+    rank_bn = jnp.broadcast_to(alternating(count, prefix), (batch, count))
+    if self.order == "position":
+      rank_bn = jnp.broadcast_to(jnp.arange(count), (batch, count))
+    elif self.bidirectional:
+      # Odd positions that were not fused: by score, behind all the even ones.
+      best_bn = jnp.argsort(jnp.argsort(-score_bn, axis=1, stable=True), axis=1)
+      odd = rank_bn[:, 1::2]
+      rank_bn = rank_bn.at[:, 1::2].set(jnp.where(odd < prefix, odd, best_bn + 2 * count))
+    return merging(pairs, rank_bn), attention_bn
+
+  def criterion(self, x_bnw, attention_bn, size_bn):
+    """Weights (B, even, odd) by which pairs are chosen, in float32."""
+    info_bn = _relative_inverse(attention_bn) ** (1 / self.tau_info)
+    size_bn = _relative_inverse(size_bn) ** (1 / self.tau_size)
+    alone_bn = info_bn * size_bn
+    similar_bmn = ((cosines(x_bnw) + 1) / 2) ** (1 / self.tau_sim)
+    return similar_bmn * alone_bn[:, ::2, None] * alone_bn[:, None, 1::2]
+
+  def _apply(self, merge: Merge, tokens: Tokens, attention_bn) -> Tokens:
+    size_bn = sizes(tokens)
+    if self.pooling == "max":
+      x_bkw = merge.largest(tokens.x)
+    else:
+      weights = {"size_mean": size_bn, "size_attention_mean": size_bn * attention_bn,
+                 "mean": jnp.ones_like(size_bn)}
+      x_bkw = merge.mean(tokens.x, weights[self.pooling])
+    return Tokens(x_bkw, size=merge.total(size_bn), proportional=self.prop_attn,
+                  source=token_state.follow(token_state.identity_source(tokens), merge.moved))
+
+
+def sizes(tokens: Tokens):
+  """(B, N) float32: how many source tokens each holds."""
+  return jnp.ones(tokens.x.shape[:2]) if tokens.size is None else tokens.size
+
+
+def _relative_inverse(array_bn):
+  """1/a over the largest 1/a of an image."""
+  inverse_bn = 1 / jnp.maximum(array_bn.astype(jnp.float32), 1e-12)
+  return inverse_bn / inverse_bn.max(axis=1, keepdims=True)
+
+
+def pairings(weight_bmn, r: int, bidirectional: bool):
+  """r fusions, [(from, into), ...] of indices (B, r'), and the largest weight of each odd token.
+
+  Half of r (rounded down) from even positions into odd ones, then the rest from odd ones into the
+  even ones that are left, by the same weights; not bidirectional: all from even into odd.
+  """
+  first = r // 2 if bidirectional else r
+  row_br, column_br = best_rows(weight_bmn, first)
+  pairs = [(2 * row_br, 2 * column_br + 1)]
+  left_bmn = weight_bmn.at[jnp.arange(weight_bmn.shape[0])[:, None], row_br].set(-jnp.inf)
+  if bidirectional:
+    column_br, row_br = best_rows(left_bmn.swapaxes(1, 2), r - first)
+    pairs.append((2 * column_br + 1, 2 * row_br))
+  return pairs, left_bmn.max(axis=1)
+
+
+def received(query_bnhd, key_bmhd, size_bm=None):
+  """The attention that each key receives, mean over heads and queries: (B, M), float32.
+
+  Of all queries: a plan has no links where tokens are fused. Formed for TILE queries at a time, so
+  that no map of all is.
+  """
+  core = Core(size=size_bm)
+  batch, count, heads, width = query_bnhd.shape
+  tiles = -(-count // TILE)
+  length = -(-count // tiles)
+  padded = jnp.pad(query_bnhd, ((0, 0), (0, tiles * length - count), (0, 0), (0, 0)))
+  tiles_tbnhd = padded.reshape(batch, tiles, length, heads, width).swapaxes(0, 1)
+  real_tn = (jnp.arange(tiles * length) < count).reshape(tiles, length)
+
+  def add(total_bm, tile):
+    query, real_n = tile
+    maps_bhnm = core.maps(query, key_bmhd)
+    return total_bm + jnp.where(real_n[None, None, :, None], maps_bhnm, 0).sum(axis=(1, 2)), None
+
+  total_bm, _ = jax.lax.scan(add, jnp.zeros(key_bmhd.shape[:2]), (tiles_tbnhd, real_tn))
+  return total_bm / (heads * count)

@@ -1,0 +1,84 @@
+"""Merging tokens into tokens: decided once as a `Merge`, then applied to whatever goes along."""
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vitcompact.token_state import take
+
+
+class Merge(NamedTuple):
+  """Of N tokens, K remain; the others are part of one of these.
+
+  pairs: [(from (B, r), into (B, r))], old indices, one list after the other; kept: (B, K), old
+  indices of the remaining, in their new order; moved: (B, N), new index of each token's holder.
+  """
+  pairs: tuple[tuple[jax.Array, jax.Array], ...]
+  kept: jax.Array
+  moved: jax.Array
+
+  def total(self, array_bn):
+    """Sums over the tokens that each remaining one holds: (B, N, ...) -> (B, K, ...)."""
+    rows = jnp.arange(array_bn.shape[0])[:, None]
+    for from_br, into_br in self.pairs:
+      array_bn = array_bn.at[rows, into_br].add(take(array_bn, from_br))
+    return take(array_bn, self.kept)
+
+  def largest(self, array_bn):
+    """As `total`, the largest entry instead of the sum."""
+    rows = jnp.arange(array_bn.shape[0])[:, None]
+    for from_br, into_br in self.pairs:
+      array_bn = array_bn.at[rows, into_br].max(take(array_bn, from_br))
+    return take(array_bn, self.kept)
+
+  def mean(self, array_bn, weight_bn):
+    """Means weighted by (B, N), in float32 inside: (B, N, ...) -> (B, K, ...)."""
+    ones = (1,) * (array_bn.ndim - 2)
+    weighted_bn = array_bn.astype(jnp.float32) * weight_bn.reshape(*weight_bn.shape, *ones)
+    total_bk = self.total(weight_bn)
+    mean_bk = self.total(weighted_bn) / total_bk.reshape(*total_bk.shape, *ones)
+    return mean_bk.astype(array_bn.dtype)
+
+
+def merging(pairs, rank_bn) -> Merge:
+  """The Merge of these pairs; the remaining tokens are sorted by rank (B, N), int, stable."""
+  batch, count = rank_bn.shape
+  rows = jnp.arange(batch)[:, None]
+  index_bn = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (batch, count))
+  holder_bn, gone_bn = index_bn, jnp.zeros((batch, count), bool)
+  for from_br, into_br in pairs:
+    holder_bn = take(index_bn.at[rows, from_br].set(into_br), holder_bn)
+    gone_bn = gone_bn.at[rows, from_br].set(True)
+  # Merged tokens go last, and are cut off.
+  last = jnp.iinfo(jnp.int32).max
+  order_bn = jnp.argsort(jnp.where(gone_bn, last, rank_bn), axis=1, stable=True)
+  place_bn = jnp.zeros_like(index_bn).at[rows, order_bn].set(index_bn)
+  kept = count - sum(from_br.shape[1] for from_br, _ in pairs)
+  return Merge(tuple(pairs), order_bn[:, :kept], take(place_bn, holder_bn))
+
+
+def alternating(count: int, prefix: int):
+  """Ranks (count,) that put even positions before odd ones, the prefix before all."""
+  index = jnp.arange(count)
+  return jnp.where(index < prefix, index, index + count * (1 + index % 2))
+
+
+def cosines(metric_bnd):
+  """(B, even, odd) cosines between tokens at even and at odd positions, in float32."""
+  metric_bnd = metric_bnd.astype(jnp.float32)
+  norm = jnp.linalg.norm(metric_bnd, axis=-1, keepdims=True)
+  metric_bnd = metric_bnd / jnp.maximum(norm, 1e-12)
+  return jnp.einsum("bmd,bnd->bmn", metric_bnd[:, ::2], metric_bnd[:, 1::2])
+
+
+def without_prefix(weight_bmn, prefix: int):
+  """-inf for pairs (even, odd) of which one is among the first `prefix` tokens."""
+  _, evens, odds = weight_bmn.shape
+  free = jnp.arange(evens + odds) >= prefix
+  return jnp.where((free[::2, None] & free[None, 1::2])[None], weight_bmn, -jnp.inf)
+
+
+def best_rows(weight_bmn, r: int):
+  """The r rows of largest maximum, and the column of each: (B, r), (B, r)."""
+  row_br = jax.lax.top_k(weight_bmn.max(axis=-1), r)[1]
+  return row_br, jnp.take_along_axis(weight_bmn.argmax(axis=-1), row_br, axis=1)

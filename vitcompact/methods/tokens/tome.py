@@ -1,0 +1,79 @@
+"""ToMe: merge the most similar tokens of every block, pair by pair (Bolya et al., ICLR 2023,
+arXiv 2210.09461). Written from the paper's equations; needs no training."""
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from vitcompact import token_state
+from vitcompact.methods.tokens.merging import (
+  alternating,
+  best_rows,
+  cosines,
+  merging,
+  without_prefix,
+)
+from vitcompact.token_state import Reduction, Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class ToMe:
+  """Tokens axis: between attention and FFN of every block, r tokens are merged into others.
+
+  r: tokens a block loses, at most half of those that may merge; 0 changes nothing.
+  schedule: "constant", or "decreasing": linearly from 2 r in the first block to 0 in the last.
+  prop_attn: attention counts a token as many times as it has merged ones.
+  order: "position", tokens stay in ascending position; "code", those at even positions come first,
+    as in the authors' implementation.
+  """
+  r: int = 13
+  schedule: str = "constant"
+  prop_attn: bool = True
+  order: str = "position"
+
+  def __post_init__(self):
+    if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 0:
+      raise ValueError(f"ToMe(r={self.r!r}): must be a whole number of tokens, 0 or more")
+    if not isinstance(self.prop_attn, bool):
+      raise ValueError(f"ToMe(prop_attn={self.prop_attn!r}): must be True or False")
+    for field, allowed in (("schedule", ("constant", "decreasing")),
+                           ("order", ("position", "code"))):
+      if getattr(self, field) not in allowed:
+        raise ValueError(f"ToMe({field}={getattr(self, field)!r}): must be one of {allowed}")
+
+  def merged_in(self, block: int, depth: int) -> int:
+    """How many tokens a block loses, if it has enough."""
+    if self.schedule == "constant" or depth == 1:
+      return self.r
+    return int(2 * self.r - 2 * self.r * block / (depth - 1) + 1e-9)
+
+  def reduction(self, block: int, depth: int) -> Reduction:
+    """What happens in this block."""
+    r = self.merged_in(block, depth)
+    return Reduction(after_attention=functools.partial(self.reduce, r)) if r else token_state.NOTHING
+
+  def reduce(self, r: int, tokens: Tokens, query_bnhd, key_bnhd, prefix: int) -> Tokens:
+    """Tokens after attention, with the keys that it used (real heads, averaged)."""
+    del query_bnhd
+    batch, count, _ = tokens.x.shape
+    r = min(r, (count - prefix) // 2)
+    if not r:
+      return tokens
+    pair = match(jax.lax.stop_gradient(key_bnhd.mean(axis=2)), r, prefix)
+    rank_n = alternating(count, prefix) if self.order == "code" else jnp.arange(count)
+    merge = merging([pair], jnp.broadcast_to(rank_n, (batch, count)))
+    size_bn = jnp.ones((batch, count)) if tokens.size is None else tokens.size
+    return Tokens(merge.mean(tokens.x, size_bn), size=merge.total(size_bn),
+                  source=token_state.follow(token_state.identity_source(tokens), merge.moved),
+                  proportional=self.prop_attn)
+
+
+def match(metric_bnd, r: int, prefix: int):
+  """Bipartite matching: the r best pairs (from, into), indices (B, r) each.
+
+  Tokens at even positions each name their most similar one at an odd position; the r most similar
+  pairs are taken. The first `prefix` tokens are in no pair.
+  """
+  row_br, column_br = best_rows(without_prefix(cosines(metric_bnd), prefix), r)
+  return 2 * row_br, 2 * column_br + 1

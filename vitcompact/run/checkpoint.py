@@ -1,0 +1,268 @@
+"""Checkpoints with Orbax: WORKDIR/checkpoints/STEP/, written in the background, restored exactly.
+
+Orbax makes a step visible by a rename, so a killed save leaves nothing that looks whole. It casts
+silently to another dtype, though, and restores flipped bits without a word: so every checkpoint
+carries names, shapes, dtypes and a checksum of each leaf, and restoring compares all of them. What
+is JSON here carries a sha256 of itself. Steps are renamed before they are deleted, so a kill leaves
+each whole or gone.
+
+  checkpoints/STEP/state, meta     a step: the arrays; progress and checksums
+  checkpoints/scores.json          accuracy on val of the steps that are there
+  checkpoints/damaged.STEP         set aside by --restore=last_good; never read, never deleted
+"""
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from absl import logging
+from orbax.checkpoint import args as ocp_args
+
+from vitcompact import trees
+from vitcompact.run import processes
+
+ITEMS = ("state", "meta")
+TEMPORARY = ".orbax-checkpoint-tmp"   # in the name of a save under way
+REMOVED = "removed."                  # before the name of a step that is being deleted
+
+
+class Damaged(ValueError):
+  """A checkpoint that is not what was written; another one may be."""
+
+
+def checksum(array: jax.Array) -> jax.Array:
+  """uint32: the sum of an array's bits times an odd weight by position, modulo 2**32.
+
+  Integers, so it is the same on any number of devices; a single flipped bit always changes it.
+  """
+  if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+    array = jax.random.key_data(array)
+  bits = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
+  bits, position = bits.astype(jnp.uint32), jnp.zeros(array.shape, jnp.uint32)
+  for dimension, size in enumerate(array.shape):
+    position = position * size + jax.lax.broadcasted_iota(jnp.uint32, array.shape, dimension)
+  return jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
+
+
+@jax.jit
+def checksums(tree):
+  return jax.tree.map(checksum, tree)
+
+
+def describe(state) -> dict:
+  """{name: {shape, dtype, checksum}} of every leaf, for JSON."""
+  sums = trees.named_leaves(jax.device_get(checksums(state)))
+  return {name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "checksum": int(sums[name])}
+          for name, leaf in trees.named_leaves(state).items()}
+
+
+def first(lines, count: int = 3) -> str:
+  """The first few of a list of complaints, in one line."""
+  more = f"; and {len(lines) - count} more" if len(lines) > count else ""
+  return "; ".join(lines[:count]) + more
+
+
+def leaf_differences(found: dict, wanted) -> list[str]:
+  """How the leaves that a checkpoint describes differ from a state's shapes and dtypes."""
+  found = {name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in found.items()}
+  wanted = {name: f"{leaf.dtype}{list(leaf.shape)}"
+            for name, leaf in trees.named_leaves(wanted).items()}
+  lines = [f"{name} {wanted[name]} is missing" for name in wanted if name not in found]
+  lines += [f"{name} {found[name]} is unknown" for name in found if name not in wanted]
+  lines += [f"{name} is {found[name]}, not {wanted[name]}"
+            for name in wanted if name in found and found[name] != wanted[name]]
+  return lines
+
+
+def quiet(hook):
+  """An excepthook without one complaint: of TensorStore's reads that were still under way in its
+  own threads, dozens of them, when another one had failed and was reported (orbax 0.12)."""
+  def filtered(kind, error, trace):
+    if str(error) != "Event loop is closed":
+      hook(kind, error, trace)
+  return filtered
+
+
+def sealed(values: dict) -> dict:
+  """JSON values with a sha256 of themselves beside them. Keys are strings, as JSON reads them."""
+  text = json.dumps(values, sort_keys=True).encode()
+  return {**values, "sha256": hashlib.sha256(text).hexdigest()}
+
+
+def unsealed(path: pathlib.Path) -> dict:
+  """What `sealed` wrote to a file; raises Damaged if one bit of it is another."""
+  try:
+    values = json.loads(path.read_bytes())
+    seal = values.pop("sha256")
+    if sealed(values)["sha256"] != seal:
+      raise ValueError("its sha256 is another")
+  except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+    raise Damaged(f"{path} is damaged: {processes.first_line(error)}") from error
+  return values
+
+
+class Checkpoints:
+  """The checkpoints of one run: the last `keep_last`, and the best by accuracy on val.
+
+  clean: also removes what a kill left behind. For the one run that writes here, not for readers.
+  on_saved: called, from another thread, whenever a save has reached the disk.
+  """
+
+  def __init__(self, workdir, *, keep_last: int, clean: bool = False,
+               on_saved: Callable[[], None] = lambda: None):
+    self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
+    self.keep_last = keep_last
+    self.saving = None
+    if clean:
+      if jax.process_index() == 0:
+        self.directory.mkdir(exist_ok=True)
+        self._clean()
+      processes.barrier("checkpoints are clean")
+    options = ocp.options.AsyncOptions(post_finalization_callback=on_saved)
+    self.writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(*ITEMS),
+                                        async_options=options)
+    self.scores = self._read_scores()
+
+  def steps(self) -> list[int]:
+    """The steps that can be restored, as far as their directories tell."""
+    return sorted(int(path.name) for path in self._numbered() if whole(path))
+
+  def best(self) -> tuple[int, float] | None:
+    """(step, accuracy on val) of the best of the steps that are still there."""
+    there = [(self.scores[step], step) for step in self.steps() if step in self.scores]
+    return max(there)[::-1] if there else None
+
+  def save(self, step: int, state, progress: dict):
+    """Returns once the state is copied; what follows in the background ends with `wait`.
+
+    progress: JSON values that go with the state, such as the position in the data. They are the
+    same in every process, so that a run may go on with another number of them.
+    """
+    self.wait()
+    self.saving = step
+    meta = sealed({"leaves": describe(state), "progress": progress})
+    with self._blaming_the_save():
+      self.writer.save(self.directory / str(step), args=ocp_args.Composite(
+          state=ocp_args.StandardSave(state), meta=ocp_args.JsonSave(meta)))
+
+  def score(self, step: int, accuracy: float):
+    """Waits for the save, notes the accuracy of its step, and removes what is not kept."""
+    self.wait()
+    steps = self.steps()
+    self.scores = {known: value for known, value in self.scores.items() if known in steps}
+    self.scores[step] = accuracy
+    if jax.process_index() == 0:
+      self._write_scores()
+      best = self.best()
+      for old in steps[:-self.keep_last]:
+        if old != best[0]:
+          self._remove(old)
+
+  def restore(self, step: int, shapes, shardings) -> tuple:
+    """(state laid out as `shardings`, progress) of a step."""
+    where = self.directory / str(step)
+    meta = unsealed(where / "meta" / "metadata")
+    if lines := leaf_differences(meta["leaves"], shapes):
+      raise ValueError(f"{where} holds another state: {first(lines)}. Use the config that it was "
+                       "trained with, or another --workdir")
+    target = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)
+    hook = sys.excepthook
+    sys.excepthook = quiet(hook)   # and stays so after a failure: other reads end later
+    try:
+      found = self.writer.restore(where, args=ocp_args.Composite(
+          state=ocp_args.StandardRestore(target)))
+    except Exception as error:  # Orbax passes on whatever its reader raised, a plain Exception too
+      cause = processes.first_line(error.__cause__ or error)[:200]
+      raise Damaged(f"{where} cannot be read, {type(error).__name__}: {cause}") from error
+    sys.excepthook = hook
+    read = describe(found.state)
+    if damaged := [name for name in read if read[name] != meta["leaves"][name]]:
+      raise Damaged(f"{where} is damaged: {first(damaged)} changed since it was written")
+    return found.state, meta["progress"]
+
+  def set_aside(self, step: int) -> pathlib.Path:
+    """Renames a damaged step, so that it is neither read nor in the way, and returns its name."""
+    taken = len(list(self.directory.glob(f"damaged.{step}*")))
+    aside = self.directory / f"damaged.{step}{f'.{taken}' if taken else ''}"
+    if jax.process_index() == 0:
+      (self.directory / str(step)).rename(aside)
+    return aside
+
+  def wait(self):
+    """Until all that was saved is on disk; raises what went wrong in the background."""
+    with self._blaming_the_save():
+      self.writer.wait_until_finished()
+
+  def close(self):
+    """Without a complaint about a save that failed: `wait` is where that is said."""
+    with contextlib.suppress(Exception):
+      self.writer.close()
+
+  def _numbered(self):
+    if not self.directory.is_dir():
+      return []
+    return [path for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir()]
+
+  def _read_scores(self) -> dict[int, float]:
+    path = self.directory / "scores.json"
+    if not path.exists():
+      return {}
+    try:
+      return {int(step): value for step, value in unsealed(path)["scores"].items()}
+    except Damaged as error:
+      raise Damaged(f"{error}; delete it, and the best checkpoint will be chosen among the coming "
+                    "ones alone") from error
+
+  def _write_scores(self):
+    path = self.directory / "scores.json"
+    new = path.with_suffix(".tmp")   # renamed, so that a kill leaves the old or the new scores
+    scores = {str(known): value for known, value in self.scores.items()}
+    try:
+      new.write_text(json.dumps(sealed({"scores": scores})))
+      new.replace(path)
+    except OSError as error:
+      raise OSError(f"{path} cannot be written: {error.strerror}; step {self.steps()[-1]} is "
+                    "intact. Make room and give the same command again") from error
+
+  def _clean(self):
+    """Removes what killed saves and removals left; a step without a part that no newer one
+    replaces is set aside instead."""
+    for path in self.directory.iterdir():
+      if path.name.startswith(REMOVED) or TEMPORARY in path.name:
+        shutil.rmtree(path)
+    newest = max(self.steps(), default=-1)
+    for path in self._numbered():
+      if not whole(path) and int(path.name) < newest:
+        logging.warning("%s was half deleted; now it is gone", path)
+        self._remove(int(path.name))
+      elif not whole(path):
+        logging.warning("%s lacks a part; set aside as %s", path, self.set_aside(int(path.name)))
+
+  def _remove(self, step: int):
+    """Renamed first, so that a kill leaves the step whole or gone."""
+    trash = self.directory / f"{REMOVED}{step}"
+    os.replace(self.directory / str(step), trash)
+    shutil.rmtree(trash)
+
+  @contextlib.contextmanager
+  def _blaming_the_save(self):
+    try:
+      yield
+    except Exception as error:  # Orbax and TensorStore raise many kinds, a plain Exception too
+      good = [step for step in self.steps() if step != self.saving]
+      intact = f"step {good[-1]} is intact" if good else "there is none before it"
+      raise OSError(f"saving step {self.saving} in {self.directory} failed: {type(error).__name__}:"
+                    f" {processes.first_line(error)}; {intact}. Make room and give the same command "
+                    "again") from error
+
+
+def whole(path: pathlib.Path) -> bool:
+  return all((path / item).is_dir() for item in ITEMS)

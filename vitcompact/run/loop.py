@@ -1,0 +1,332 @@
+"""A run: go on from its newest checkpoint, train, evaluate, say how it went."""
+import contextlib
+import dataclasses
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+from ml_collections import FrozenConfigDict
+
+from vitcompact import trees
+from vitcompact.data import pipeline
+from vitcompact.run import processes, watch, workdir
+from vitcompact.run.checkpoint import Checkpoints, Damaged
+from vitcompact.run.log import Log, Meter
+from vitcompact.run.preemption import Stop, Stopped
+from vitcompact.train import guard, settings, sharding
+from vitcompact.train import step as steps
+from vitcompact.train.build import Run, build, fresh_state, resolve
+
+RESTORE = ("newest", "last_good")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What a run ended with. `variables` are those that the config's `eval_params` names."""
+  config: FrozenConfigDict
+  model: Any
+  state: steps.TrainState
+  variables: dict
+  metrics: dict
+
+
+@dataclasses.dataclass
+class Underway:
+  """What a run in progress holds besides its state.
+
+  per_image: the utilisation of the devices at one image a second; skipped: steps without an update
+  since the run began.
+  """
+  run: Run
+  directory: pathlib.Path
+  data: Any
+  checkpoints: Checkpoints
+  log: Log
+  stopping: Stop
+  profile: watch.Profile
+  per_image: float
+  skipped: int = 0
+
+  def progress(self) -> dict:
+    """What a checkpoint holds besides the state."""
+    return {"data": self.data.get_state(), "skipped": self.skipped}
+
+
+def process_ids() -> dict[str, int]:
+  return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+
+def evaluate_split(run: Run, variables, split: str, stopping: Stop | None = None
+                   ) -> dict[str, float]:
+  """{"val_accuracy", "val_loss"}: means over exactly the images of a split."""
+  sums = {"accuracy": 0.0, "loss": 0.0, "count": 0.0}
+  batches = pipeline.eval_batches(
+      run.config.data, split, image_size=run.preprocess.image_size,
+      batch_size=run.config.eval_batch_size, crop=run.preprocess.crop,
+      interpolation=run.preprocess.interpolation, **process_ids())
+  with contextlib.closing(batches):
+    for batch in batches:
+      if stopping and stopping.requested():
+        raise Stopped
+      part = jax.device_get(run.eval_step(variables, sharding.put_batch(batch, run.mesh)))
+      sums = {name: total + float(part[name]) for name, total in sums.items()}
+  return {f"{split}_{name}": sums[name] / sums["count"] for name in ("accuracy", "loss")}
+
+
+def fit(under: Underway, state, stop: int):
+  """Trains from the state's step to `stop`, saving and evaluating on the way and at the end."""
+  run, config, start = under.run, under.run.config, int(state.step)
+  if start in due(under, stop):          # stopped before its evaluation was through
+    evaluate_saved(under, start, state)
+  pending, meter = [], Meter()
+  for step in range(start + 1, stop + 1):
+    if under.stopping.requested():
+      leave(under, step - 1, state, pending, meter)
+    meter.start += under.profile.before(step, state)
+    try:
+      batch = meter.next_batch(under.data, pending[-1] if pending else None)
+    except Exception:
+      if under.stopping.requested():     # the signal reached the workers too, and they went first
+        leave(under, step - 1, state, pending, meter)
+      raise
+    if step == 1:
+      under.log.picture(1, "augmented", watch.augmented(run, state.key, batch))
+    batch = sharding.put_batch(batch, run.mesh)
+    if len(pending) > 1:  # steps are dispatched ahead of the device, but not without end
+      jax.block_until_ready(pending[-2])
+    state, metrics = run.step_at(step - 1)(state, batch)
+    under.stopping.saved = False   # not before: the first step compiles for minutes
+    pending.append(metrics)
+    meter.images += config.batch_size
+    under.log.progress(step)
+    if step == start + 1:  # compilation is not speed
+      jax.block_until_ready(metrics)
+      meter.reset()
+    save = step % config.checkpoint_every == 0 or step == stop
+    if save or step % config.log_every == 0:
+      account(under, step, pending, meter)
+      pending = []
+    if save:
+      save_checkpoint(under, step, state)
+      evaluate_saved(under, step, state)
+    if not pending:
+      meter.reset()
+  return state
+
+
+def due(under: Underway, stop: int) -> list[int]:
+  """The step that is the newest on disk, if it shall have a score and has none."""
+  checkpoints = under.checkpoints
+  return [step for step in checkpoints.steps()[-1:] if step not in checkpoints.scores and
+          (step % under.run.config.checkpoint_every == 0 or step == stop)]
+
+
+def account(under: Underway, step: int, pending: list, meter: Meter):
+  """Checks and writes what the last steps measured."""
+  fetched = jax.device_get(pending)
+  check_finite(under, step - len(fetched) + 1, fetched)
+  rates = meter.read()
+  if under.per_image:
+    rates["mfu"] = under.per_image * rates["images_per_second"]
+  if under.run.config.data.on_bad == "skip":   # those that this process met since it started
+    rates["bad_records"] = len(under.data.bad_records)
+  under.log.write(step, summary(fetched, under.skipped) | rates)
+
+
+def check_finite(under: Underway, first_step: int, metrics: list[dict]):
+  """Stops at the first step whose loss or gradient is not a number that can be trained on.
+
+  With config.optim.skip_nonfinite, such steps changed nothing, and that many are let pass.
+  """
+  most, skips = under.run.config.optim.skip_nonfinite, 0
+  bad = guard.first_bad(first_step, metrics)
+  for step, values in enumerate(metrics, first_step):
+    skips += int(values.get("skipped", 0))
+    if under.skipped + skips > most and values.get("skipped"):
+      bad = step, f"loss or gradient is not finite at step {step}, and {most} were skipped"
+      break
+  under.skipped += skips
+  if bad:
+    try:
+      batch = f"The batch is in {guard.keep_batch(under.directory, bad[0], under.data)}"
+    except OSError as error:
+      batch = f"The batch could not be written ({error.strerror})"
+    raise FloatingPointError(
+        f"{bad[1]}; stopped, and nothing was saved since the last checkpoint. {batch}. A lower "
+        "config.optim.learning_rate or a config.optim.clip_norm may help")
+
+
+def summary(metrics: list[dict], skipped: int) -> dict[str, float]:
+  """Means since the last line over steps that were not skipped; of the learning rate the last."""
+  counted = [values for values in metrics if not values.get("skipped")]
+  # Programs of one run differ in what they measure; a line has what its last step measured.
+  means = {name: sum(float(values[name]) for values in counted if name in values) /
+                 sum(name in values for values in counted)
+           for name in metrics[-1] if any(name in values for values in counted)}
+  total = {"skipped": skipped} if "skipped" in metrics[-1] else {}
+  return means | {"lr": float(metrics[-1]["lr"])} | total
+
+
+def save_checkpoint(under: Underway, step: int, state):
+  """Saves in the background; never a NaN."""
+  if not steps.all_finite((state.params, state.batch_stats, state.opt_state)):
+    raise FloatingPointError(f"the state after step {step} is not finite; it was not saved")
+  under.checkpoints.save(step, state, under.progress())
+
+
+def evaluate_saved(under: Underway, step: int, state):
+  """Evaluates a saved state on val, while it may still be on its way to the disk.
+
+  The score chooses the best checkpoint.
+  """
+  variables = steps.selected(state, under.run.config.eval_params)
+  try:
+    scores = evaluate_split(under.run, variables, "val", under.stopping)
+  except Stopped:
+    under.checkpoints.wait()
+    raise Stopped(step) from None
+  under.log.write(step, scores)
+  under.checkpoints.score(step, scores["val_accuracy"])
+
+
+def leave(under: Underway, step: int, state, pending: list, meter: Meter):
+  """Saves what is not on disk, and ends the run as it was asked to."""
+  if pending:
+    account(under, step, pending, meter)
+  if step not in under.checkpoints.steps() and step:
+    save_checkpoint(under, step, state)
+  under.checkpoints.wait()
+  raise Stopped(step)
+
+
+def finish(run: Run, state, checkpoints: Checkpoints, log: Log, mode: str,
+           stopping: Stop | None = None) -> Result:
+  """Evaluates a finished state on test, which has chosen nothing, and writes the last line."""
+  variables = steps.selected(state, run.config.eval_params)
+  metrics = {"mode": mode, "eval_params": run.config.eval_params}
+  if int(state.step) == run.config.total_steps:
+    for split in ("val", "test"):
+      metrics |= evaluate_split(run, variables, split, stopping)
+  if best := checkpoints.best():
+    metrics |= {"best_val_step": best[0], "best_val_accuracy": best[1]}
+  metrics["params_digest"] = trees.digest(sharding.gather(variables["params"], run.mesh))
+  log.write(int(state.step), metrics)
+  return Result(run.config, run.model, state, variables, metrics)
+
+
+def restore(checkpoints: Checkpoints, run: Run, which: str, log: Log, *, set_aside: bool):
+  """(state, progress, step) of the newest checkpoint, or (None, None, 0) where there is none.
+
+  which: with "last_good" damaged ones are passed over, loudly; with "newest" they are an error.
+  """
+  steps_there = checkpoints.steps()
+  for step in reversed(steps_there):
+    try:
+      return *checkpoints.restore(step, run.shapes, run.shardings), step
+    except Damaged as error:
+      if which == "newest":
+        older = [known for known in steps_there if known < step]
+        there = f" (there is step {older[-1]})" if older else ""
+        raise Damaged(f"{error}. Go on from the checkpoint before it{there} with "
+                      "--restore=last_good") from error
+      where = f"; set aside as {checkpoints.set_aside(step)}" if set_aside else ""
+      warning = f"WARNING: {error}{where}; falling back to the checkpoint before it"
+      print(warning, file=sys.stderr, flush=True)
+      log.write(step, {"fallback": warning})
+      if jax.process_count() > 1:   # what one could not read, others may have waited for
+        raise Damaged(f"{error}{where}. Start all processes again") from error
+  if steps_there:
+    raise Damaged(f"none of the checkpoints {steps_there} of {checkpoints.directory} is good; to "
+                  "start anew, use another --workdir")
+  return None, None, 0
+
+
+def check_start(config, directory: pathlib.Path, which: str):
+  """Refuses what no run can begin with, processes that were started differently among it."""
+  if which not in RESTORE:
+    raise ValueError(f"restore={which!r} is none of {', '.join(RESTORE)}")
+  images = {f"images of {split}": pipeline.num_examples(config.data.name, split)
+            for split in pipeline.SPLITS}   # val and test too: not first when they are needed
+  processes.check_agreement({**settings.flat(json.loads(config.to_json())), "--workdir": str(directory),
+                         "--restore": which, **images})
+
+
+def train(config, directory, *, until: int | None = None, stopping: Stop | None = None,
+          restore_from: str = "newest", watching: watch.Watching | None = None) -> Result:
+  """Runs a config to its `total_steps` in a workdir; called again, goes on where it stopped.
+
+  until: stops after that step, once it is saved (for tests, and before a machine is taken away).
+  stopping: asked before each batch; when it says so, saves and raises Stopped.
+  restore_from: "last_good" passes over damaged checkpoints, loudly; "newest" refuses them.
+  """
+  config, directory = resolve(config), pathlib.Path(directory).absolute()
+  check_start(config, directory, restore_from)
+  workdir.check_claim(directory, config)
+  workdir.check_writable(directory)
+  run = build(config)
+  data = pipeline.train_batches(
+      config.data, image_size=run.preprocess.image_size, batch_size=config.batch_size,
+      seed=config.seed, **process_ids())
+  # A file to start from that is missing or does not fit is refused before anything is written.
+  new = not (directory / "checkpoints").is_dir()
+  state = fresh_state(run) if new else None
+  stopping, watching = stopping or Stop(), watching or watch.Watching()
+  active = jax.process_index() == 0
+  with contextlib.ExitStack() as stack:
+    stack.callback(data.close)
+    if active:
+      workdir.claim(directory, config)
+      stack.enter_context(workdir.locked(directory))
+    check_shared(directory)
+    checkpoints = Checkpoints(directory, keep_last=config.keep_last, clean=True,
+                              on_saved=lambda: setattr(stopping, "saved", True))
+    stack.callback(checkpoints.close)
+    mirror = None
+    if watching.wandb and active:
+      mirror = watch.wandb_mirror(watching.wandb, config, directory)
+    log = Log(directory, config.total_steps, active=active, mirror=mirror)
+    stack.callback(log.close)
+    profile = watch.Profile(watch.span(watching.profile), directory)
+    stack.callback(profile.close)
+    under = Underway(run, directory, data, checkpoints, log, stopping, profile,
+                     watch.utilisation(run, watching.peak_tflops))
+    restored, progress, step = restore(checkpoints, run, restore_from, log, set_aside=True)
+    if restored is not None:
+      state, under.skipped = restored, progress["skipped"]
+      data.set_state(progress["data"])
+      log.say(f"resumed at step {step} from {checkpoints.directory / str(step)}")
+    elif state is None:  # killed before its first checkpoint
+      state = fresh_state(run)
+    state = fit(under, state, min(until or config.total_steps, config.total_steps))
+    checkpoints.wait()
+    return finish(run, state, checkpoints, log, "train", stopping)
+
+
+def check_shared(directory: pathlib.Path):
+  """Refuses processes that do not see one and the same workdir: each would save its own part."""
+  processes.barrier("process 0 holds the lock")
+  seen = processes.gathered(workdir.holder(directory))
+  if others := [index for index, there in enumerate(seen) if there != seen[0]]:
+    raise ValueError(f"--workdir={directory} of process 0 is not the one that processes {others} "
+                     "see; name a directory that all of them share")
+
+
+def evaluate(config, directory, *, restore_from: str = "newest") -> Result:
+  """Evaluates the newest checkpoint of a workdir on val and test; changes nothing but the log."""
+  config, directory = resolve(config), pathlib.Path(directory).absolute()
+  check_start(config, directory, restore_from)
+  workdir.check_claim(directory, config, (*settings.FREE, "eval_params"))
+  if not (directory / "checkpoints").is_dir():
+    raise ValueError(f"--workdir={directory} holds no checkpoints; train first, with --mode=train")
+  run = build(config)
+  with contextlib.ExitStack() as stack:
+    checkpoints = Checkpoints(directory, keep_last=config.keep_last)
+    stack.callback(checkpoints.close)
+    log = Log(directory, config.total_steps, active=jax.process_index() == 0)
+    stack.callback(log.close)
+    state, _, _ = restore(checkpoints, run, restore_from, log, set_aside=False)
+    if state is None:
+      raise ValueError(f"{checkpoints.directory} is empty; train first, with --mode=train")
+    return finish(run, state, checkpoints, log, "eval")

@@ -1,0 +1,101 @@
+"""The end of a run: fold, verify, evaluate and time the deployed model, write it and a receipt."""
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+import vitcompact as vc
+from vitcompact import bench, convert, trees
+from vitcompact.data import batch as device_batch
+from vitcompact.data import pipeline
+from vitcompact.receipt import Receipt, Row, environment
+from vitcompact.run import loop
+from vitcompact.train import sharding
+from vitcompact.train import step as steps
+
+TIMED_IMAGES = 32
+
+
+def report(result: loop.Result, workdir) -> Receipt:
+  """Writes trained.safetensors (what another run may start from), deploy.safetensors, receipt.json
+  and receipt.md of a finished run into its workdir.
+
+  The deployed model is evaluated on the test images itself: its accuracy is not taken over. Folding
+  is verified in float32: bfloat16 rounds two forms of one function apart by far more.
+  """
+  config, model = result.config, result.model
+  run = loop.build(config)
+  variables = jax.device_get(sharding.gather(result.variables, run.mesh))
+  deploy, folded = vc.fold(model, variables)
+  images = _val_images(run)
+  rows = [Row("trained", vc.count(model, variables=variables), result.metrics["test_accuracy"]),
+          Row("deployed", vc.count(deploy, variables=folded), _test_accuracy(run, deploy, folded))]
+  dense = model.clone(plan=vc.Plan())
+  if dense != model:
+    rows.insert(0, Row("dense", vc.count(dense), None))
+  timings = _time(rows, {"dense": (dense, None), "trained": (model, variables),
+                         "deployed": (deploy, folded)}, images)
+  facts = {
+      "model": config.model.name, "plan": config.plan, "data": config.data.name,
+      "steps": config.total_steps, "batch_size": config.batch_size, "seed": config.seed,
+      "eval_params": config.eval_params, "val_accuracy": result.metrics["val_accuracy"],
+      "timed_batch": len(images), "params_digest": result.metrics["params_digest"],
+      "deploy_digest": trees.digest(folded["params"]),
+      **links_kept(deploy, folded, images), **environment()}
+  receipt = Receipt(
+      f"{config.model.name} on {config.data.name}",
+      tuple(dataclasses.replace(row, timing=timings[row.name]) for row in rows),
+      vc.verify(model.clone(dtype="float32"), variables, deploy.clone(dtype="float32"), folded,
+                images), facts)
+  if jax.process_index() == 0:
+    write(pathlib.Path(workdir), receipt,
+          {"trained": (model, variables), "deploy": (deploy, folded)})
+  return receipt
+
+
+def write(directory: pathlib.Path, receipt: Receipt, files: dict):
+  """files: {name: (model, variables)}."""
+  try:
+    for name, (model, variables) in files.items():
+      convert.save(directory / f"{name}.safetensors", model, variables, force=True)
+    receipt.write(directory)
+  except OSError as error:
+    raise OSError(f"the run is done, but its report was not written: {error}. Then give the "
+                  "same command again") from error
+
+
+def links_kept(model, variables, images) -> dict[str, float]:
+  """{"links_kept": share of the pairs of tokens, or of blocks of them, that are scored}, a mean
+  over the blocks of the network that have a predictor; {} without one."""
+  if all(getattr(part, "links", None) is None for part in model.parts().values()):
+    return {}
+  _, new = jax.jit(functools.partial(model.apply, mutable=["links"]))(variables, images)
+  shares = [jnp.mean(block["links"]["linked"][0]) for block in new["links"].values()]
+  return {"links_kept": float(sum(shares) / len(shares))}
+
+
+def _val_images(run: loop.Run):
+  """Images of val, normalised, as evaluation sees them."""
+  images = pipeline.sample(run.config.data, "val", TIMED_IMAGES,
+                           image_size=run.preprocess.image_size, crop=run.preprocess.crop,
+                           interpolation=run.preprocess.interpolation)
+  return device_batch.normalise(jnp.asarray(images), run.preprocess.mean, run.preprocess.std)
+
+
+def _test_accuracy(run: loop.Run, model, variables) -> float:
+  eval_step = steps.make_eval_step(model, run.preprocess.mean, run.preprocess.std)
+  run = dataclasses.replace(run, model=model, eval_step=steps.jit_eval_step(eval_step, run.mesh))
+  return loop.evaluate_split(run, variables, "test")["test_accuracy"]
+
+
+def _time(rows, models, images) -> dict[str, bench.Timing]:
+  """Forward passes of the rows' models, in one paired run; an untrained one times as well."""
+  calls = {}
+  for row in rows:
+    model, variables = models[row.name]
+    if variables is None:
+      variables = jax.jit(model.init)(jax.random.key(0), images[:1])
+    calls[row.name] = functools.partial(jax.jit(model.apply), jax.device_put(variables), images)
+  return bench.paired(calls)

@@ -1,0 +1,186 @@
+"""Tokens: what goes from block to block, and where each token came from."""
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from vitcompact.attention import Core
+
+
+@flax.struct.dataclass
+class Tokens:
+  """Tokens between two blocks: prefix tokens first, then by ascending source, a fused one last.
+
+  x: (B, N, width).
+  size: (B, N) float32, how many source tokens each holds, or None where nothing was merged.
+  source: (B, S) int32, for each of the S tokens at the start the index of the one that holds it
+    now, -1 where it was dropped; or None where no token was reduced yet.
+  keep_mask: (B, N) float32, 0 where a token counts as dropped but is still there, so that the choice
+    has a gradient (DynamicViT in training); or None.
+  remainder: (B, N) bool, which tokens are fused remainders, no patches any more; the last one is,
+    an earlier one that was kept may be another; or None.
+  proportional: whether attention counts a token `size` times.
+  """
+  x: jax.Array
+  size: jax.Array | None = None
+  source: jax.Array | None = None
+  keep_mask: jax.Array | None = None
+  remainder: jax.Array | None = None
+  proportional: bool = flax.struct.field(pytree_node=False, default=False)
+
+  @property
+  def fused(self) -> bool:
+    """Whether the last token is a fused remainder."""
+    return self.remainder is not None
+
+  def core(self) -> Core:
+    """Attention over these tokens as keys."""
+    return Core(size=self.size if self.proportional else None, keep_mask=self.keep_mask)
+
+
+class Reduction(NamedTuple):
+  """What the tokens axis does in one block; None where it does nothing.
+
+  predict: makes a module (tokens, prefix, train) -> tokens that runs before the block; its
+    parameters are the block's `predict_tokens`.
+  fuse: (tokens, query, key, prefix) -> (tokens, ahead), before the values. ahead: Core -> Core, the
+    attention with these queries and keys, but over the new tokens' values; None: there is none, the
+    new tokens have queries and keys of their own.
+  after_attention: (tokens, query, key, prefix) -> tokens, before the FFN; after_block: behind it.
+
+  query, key: (B, N, heads, d) of the real heads; prefix: how many tokens are no patches.
+  """
+  predict: Callable[..., nn.Module] | None = None
+  fuse: Callable | None = None
+  after_attention: Callable | None = None
+  after_block: Callable | None = None
+
+
+NOTHING = Reduction()
+
+
+def fresh_predictor(reduction: Reduction, width: int):
+  """{"predict_tokens": freshly initialised parameters}, or {} where a block has no predictor."""
+  if reduction.predict is None:
+    return {}
+  module = reduction.predict(parent=None)
+  tokens = Tokens(jax.ShapeDtypeStruct((1, 2, width), "float32"))
+  params = module.lazy_init(jax.random.key(module.stage), tokens, 1)["params"]
+  return {"predict_tokens": params}
+
+
+def shapes_after(reduction: Reduction, tokens: Tokens, prefix: int) -> Tokens:
+  """The shapes of tokens behind a block; nothing is computed."""
+  def run(tokens):
+    if reduction.predict is not None:
+      module = reduction.predict(parent=None)
+      tokens = module.init_with_output(jax.random.key(0), tokens, prefix)[0]
+    heads = jnp.zeros((*tokens.x.shape[:2], 1, 2))
+    if reduction.fuse is not None:
+      tokens, _ = reduction.fuse(tokens, heads, heads, prefix)
+    for step in (reduction.after_attention, reduction.after_block):
+      tokens = tokens if step is None else step(tokens, heads, heads, prefix)
+    return tokens
+  return jax.eval_shape(run, tokens)
+
+
+def check_keep(method: str, keep):
+  """Raises ValueError unless `keep` is a share of tokens."""
+  if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1:
+    raise ValueError(f"{method}(keep={keep!r}): must be a number in (0, 1]; 1 keeps every token")
+
+
+def checked_blocks(method: str, blocks) -> tuple[int, ...]:
+  """The blocks in ascending order; ValueError unless they are different block numbers."""
+  numbers = tuple(blocks) if isinstance(blocks, tuple | list) else None
+  if (not numbers or len(set(numbers)) < len(numbers) or
+      not all(isinstance(b, int) and not isinstance(b, bool) and b >= 0 for b in numbers)):
+    raise ValueError(f"{method}(blocks={blocks!r}): must be different block numbers, counted from "
+                     "0, such as (3, 6, 9)")
+  return tuple(sorted(numbers))
+
+
+def take(array_bn, index_bk):
+  """Rows of (B, N, ...) by an index (B, K) for each image: (B, K, ...)."""
+  index = index_bk.reshape(*index_bk.shape, *(1,) * (array_bn.ndim - 2))
+  return jnp.take_along_axis(array_bn, index, axis=1)
+
+
+def identity_source(tokens: Tokens):
+  """The source map, made where there is none yet."""
+  if tokens.source is not None:
+    return tokens.source
+  batch, count = tokens.x.shape[:2]
+  return jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (batch, count))
+
+
+def follow(source_bs, moved_bn):
+  """The source map after token i went to moved[i] (-1: dropped)."""
+  return jnp.where(source_bs < 0, -1, jnp.take_along_axis(moved_bn, jnp.maximum(source_bs, 0), 1))
+
+
+def unmerge(tokens: Tokens):
+  """(B, S, width): every source token with the features of the one that holds it, 0 if dropped."""
+  source = identity_source(tokens)
+  features = take(tokens.x, jnp.maximum(source, 0))
+  return jnp.where(source[..., None] < 0, 0, features)
+
+
+def by_patch(rows_bp, tokens: Tokens, prefix: int):
+  """What each patch of the start has of `rows`, and whether it still is a patch of its own right.
+
+  rows_bp: (B, N - prefix, ...), a row for each of `tokens` after the prefix.
+  Returns:
+    (B, P, ...), 0 where a patch was dropped or went into a fused remainder, and (B, P) float32, 0
+    there and 1 elsewhere. A merged patch has the row of the token that it is part of.
+  """
+  if tokens.source is None:
+    keep_bp = jnp.ones(rows_bp.shape[:2]) if tokens.keep_mask is None else tokens.keep_mask[:, prefix:]
+    return rows_bp, keep_bp
+  index_bp = tokens.source[:, prefix:] - prefix
+  keep_bp, index_bp = index_bp >= 0, jnp.maximum(index_bp, 0)
+  if tokens.remainder is not None:
+    keep_bp &= ~take(tokens.remainder[:, prefix:], index_bp)
+  rows_bp = take(rows_bp, index_bp)
+  shape = (*keep_bp.shape, *(1,) * (rows_bp.ndim - 2))
+  return jnp.where(keep_bp.reshape(shape), rows_bp, 0), keep_bp.astype(jnp.float32)
+
+
+def mean_of_patches(tokens: Tokens, prefix: int):
+  """(B, width): the mean over tokens after the prefix, each as often as it is there."""
+  x_bpw, weight_bn = tokens.x[:, prefix:], tokens.keep_mask
+  if tokens.size is not None:
+    weight_bn = tokens.size
+  if weight_bn is None:
+    return x_bpw.mean(axis=1)
+  weight_bp1 = weight_bn[:, prefix:, None]
+  return ((x_bpw * weight_bp1).sum(axis=1) / weight_bp1.sum(axis=1)).astype(x_bpw.dtype)
+
+
+def record(model: nn.Module, block: int, tokens: Tokens, prefix: int):
+  """Sows what a block passes on: "features" block_{i}; "tokens" source_{i} (B, S), and keep_mask_{i}
+  (B, P), which patches of the start are there in their own right.
+
+  Everything is mutable in init, whose variables are no place for it. The name blocks_{i} is the
+  module's.
+  """
+  if model.is_initializing():
+    return
+  model.sow("features", f"block_{block}", tokens.x)
+  if model.is_mutable_collection("tokens"):
+    model.sow("tokens", f"source_{block}", identity_source(tokens))
+    model.sow("tokens", f"keep_mask_{block}", by_patch(tokens.x[:, prefix:], tokens, prefix)[1])
+
+
+def record_last(model: nn.Module, x_bnw, tokens: Tokens, prefix: int):
+  """Sows in "tokens" what losses compare: x, the `tokens` normalised, as prefix (B, prefix, width),
+  patches (B, P, width) and keep_mask (B, P), each patch where it was at the start; see `by_patch`."""
+  if model.is_initializing() or not model.is_mutable_collection("tokens"):
+    return
+  patches_bpw, keep_bp = by_patch(x_bnw[:, prefix:], tokens, prefix)
+  for name, value in {"prefix": x_bnw[:, :prefix], "patches": patches_bpw,
+                      "keep_mask": keep_bp}.items():
+    model.sow("tokens", name, value)
