@@ -28,11 +28,10 @@ def compact(model: nn.Module, variables, plan: Plan, images=None):
   small = model.clone(plan=plan)
   small.check()
   params, stats = dict(variables["params"]), dict(variables.get("batch_stats", {}))
-  new_parts = small.parts()
   moments = {} if images is None else input_moments(model, variables, images)
   old_stats = trees.named_leaves(stats)
-  for name, part in new_parts.items():
-    params[name], stats[name] = part.from_dense(params[name], stats.get(name, {}),
+  for name, module in small.submodules().items():
+    params[name], stats[name] = module.from_dense(params[name], stats.get(name, {}),
                                                 moments.get(name, {}))
   stats = {name: leaf for name, leaf in stats.items() if leaf}
   if images is None and trees.named_leaves(stats).keys() - old_stats.keys():

@@ -14,17 +14,17 @@ import safetensors
 import safetensors.numpy
 
 from vitcompact import trees
-from vitcompact.methods.attention import resize
+from vitcompact.execution import Execution
 from vitcompact.models import VARIANTS, create_model
-from vitcompact.models.torch_names import (
-    Entry,
-    resize_patches,
-    resize_positions,
-    to_leaves,
-    to_tensor,
-    torch_shape,
+from vitcompact.plan import Plan, modern
+from vitcompact.torch_names import (
+  Entry,
+  resize_patches,
+  resize_positions,
+  to_leaves,
+  to_tensor,
+  torch_shape,
 )
-from vitcompact.plan import Plan
 
 # In which a training checkpoint keeps its weights, in timm's order of preference.
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -102,8 +102,6 @@ def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False,
   fitted = {entry.torch: _fitted(arrays[entry.torch], entry, wanted[entry.torch],
                                  stored.get(entry.torch))
             for entry in entries if entry.torch in arrays}
-  if source is not None:
-    fitted |= _carried(arrays, source, model)
   resized = [name for name, array in fitted.items() if array is not arrays[name]]
   arrays |= fitted
   _check_fit(model, arrays, wanted, heads, got)
@@ -116,19 +114,27 @@ def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False,
 
 
 def resized(model: nn.Module, variables, **sizes) -> tuple[nn.Module, dict[str, Any]]:
-  """(model, variables) for another `image_size` or `patch_size`.
+  """(model, variables) for another `image_size` or `patch_size`, in training or deployed form.
 
-  Positions are interpolated, and so are predictors of token links, which keep their rank; a kernel
-  of patches is made anew. Of a dense model, or a folded compact DeiT.
+  Positions are interpolated, and so are mask predictors that are tied to them, which keep their
+  rank; a kernel of patches is made anew.
   """
-  other = altered(model, **sizes)
-  return other, read_state_dict(other, to_torch(model, variables), source=model).variables
+  other, leaves = altered(model, **sizes), trees.named_leaves(variables)
+  shapes = {name: leaf.shape for name, leaf in trees.named_leaves(_variable_shapes(other)).items()}
+  for stored, wanted in zip(model.torch_entries(), other.torch_entries(), strict=True):
+    if stored.positions or stored.patches:
+      (name,), layout = wanted.leaves, wanted.layout
+      tensor = to_tensor(layout, [np.asarray(leaves[name])])
+      grid = stored.positions and stored.positions.grid
+      tensor = _fitted(tensor, wanted, torch_shape(layout, [shapes[name]]), grid)
+      (leaves[name],) = to_leaves(layout, tensor, [shapes[name]])
+  return other, trees.nested(leaves)
 
 
 def altered(model: nn.Module, **fields) -> nn.Module:
   """The model with other fields, refused where `create_model` would refuse them."""
   if {"image_size", "patch_size"} & fields.keys():
-    fields = {"plan": resize.at_rank(model), **fields}
+    fields = {"plan": model.plan.at_size(model.sites()), **fields}
   return create_model(model.variant, **{**_fields(model), **fields})
 
 
@@ -183,6 +189,8 @@ def load(path) -> tuple[nn.Module, dict[str, Any]]:
   try:
     model = create_model(about["model"], **json.loads(about["fields"]),
                          plan=Plan.from_json(about["plan"]))
+    model = model.clone(execution=_execution(about, model))
+    model.check()
     shapes = _variable_shapes(model)
   # Whatever strangers may write there: RecursionError is JSON's, of lists in lists in lists.
   except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -204,10 +212,24 @@ def read_safetensors(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def metadata(model: nn.Module) -> dict[str, str]:
-  """What `create_model` needs to build it again, as strings: model, fields, plan."""
+  """What `create_model` needs to build it again, as strings: model, fields, plan, execution."""
   fields = _fields(model)
-  plan = fields.pop("plan")
-  return {"model": model.variant, "fields": json.dumps(fields), "plan": plan.to_json()}
+  plan, execution = fields.pop("plan"), fields.pop("execution")
+  return {"model": model.variant, "fields": json.dumps(fields), "plan": plan.to_json(),
+          "execution": execution.to_json()}
+
+
+def _execution(about: Mapping[str, str], model) -> Execution:
+  """A file's execution record, which files of before hold in their plan."""
+  if "execution" in about:
+    return Execution.from_json(about["execution"])
+  tree, old = modern(json.loads(about["plan"]))
+  merged, overrides = old.pop("merged", {}), tree.get("blocks", {})
+  forms = {int(block): form for block, form in old.pop("attention", {}).items()}
+  paths = [f"blocks_{site.block}/mlp/{layer}" for site in model.sites()
+           for layer in merged.get(str(site.block) if "ffn" in overrides.get(str(site.block), {})
+                                   else None, ())]
+  return Execution(attention=forms, merged=tuple(paths), **old)
 
 
 def _variable_shapes(model):
@@ -289,24 +311,15 @@ def _fitted(array, entry: Entry, wanted, stored):
   return _fit_positions(array, entry.positions, wanted, stored) if entry.positions else array
 
 
-def _carried(arrays, source, model):
-  """{name: rows} of predictors of links of `source`, for the tokens of `model`."""
-  names = {entry.leaves[0]: entry.torch for entry in model.torch_entries()}
-  return {name: np.asarray(function(arrays[name]))
-          for block, carry in resize.carried(source, model).items()
-          for leaf, function in carry.items()
-          if (name := names[f"params/{block}/links/{leaf}"]) in arrays}
-
-
 def _fit_positions(array, positions, wanted, stored):
   """Resized from the grid that is stored, or from a square one."""
-  if array.ndim != 3 or array.shape[::2] != wanted[::2]:
+  if array.ndim != len(wanted) or array.shape[-1] != wanted[-1] or (not stored and positions.tied):
     return array
-  points = array.shape[1] - positions.prefix
+  points = array.shape[-2] - positions.prefix
   stored = stored or (round(max(points, 0) ** 0.5),) * 2
   if points < 1 or stored[0] * stored[1] != points:
     return array
-  return resize_positions(array, positions.prefix, stored, positions.grid, positions.method)
+  return resize_positions(array, stored, positions)
 
 
 def _check_fit(model, arrays, wanted, heads, got):
@@ -322,12 +335,12 @@ def _check_fit(model, arrays, wanted, heads, got):
            f"{len(unexpected)} unexpected, {len(misshapen)} misshapen")
   own = _overlap({name: array.shape for name, array in arrays.items()}.items(), wanted.items())
   tied = {entry.torch for entry in model.torch_entries()
-          if entry.leaves[0].endswith(("/links/down", "/links/up"))}
+          if entry.positions is not None and entry.positions.tied}
   if wrong <= set(heads):
     first += "; pass reset_head to initialise another classifier"
   elif tied & set(misshapen):
-    first += ("; predictors of links are tied to the positions of their tokens: load them at their "
-              "own image size, then vitcompact.convert.resized makes them fit another")
+    first += ("; mask predictors are tied to the positions of their tokens: load them at their own "
+              "image size, then vitcompact.convert.resized makes them fit another")
   elif closest := closest_model(got, better_than=own):
     first += f"; the closest model is {closest}"
   raise ValueError("\n".join(

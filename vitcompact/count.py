@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitcompact import attention, trees
-from vitcompact.methods.attention import sparsifiner
-from vitcompact.methods.heads import hmhsa
+from vitcompact.fold import fold
+from vitcompact.layers import SHIFT_AND_ADD
 
 
 class Macs(NamedTuple):
@@ -29,9 +29,9 @@ class Macs(NamedTuple):
 class Count(NamedTuple):
   """Of one image. Multiply-accumulates of matrix products and convolutions, and one for each tap of
   a token filter; `macs` are executed by the traced program, `ideal_macs` are what the method needs
-  (its folded form; links only, coefficients and basis entries that are not 0; see
-  `attention.share`). `attention_macs` are the score and value products among them, those of links'
-  predictors included."""
+  (its folded form; pairs that are scored, coefficients and basis entries that are not 0; see
+  `attention.share` and `layers.nonzero`). `attention_macs` are the score and value products among
+  them, those of mask predictors included."""
   params: int
   macs: int
   ideal_macs: int
@@ -43,29 +43,22 @@ def count(model: nn.Module, image_size: int | tuple[int, int] | None = None,
           variables=None) -> Count:
   """Counts a model without running it; `image_size` defaults to the model's own.
 
-  variables: of the model; with them the share of basis entries that are not 0 is that of the
-    weights, else it is 1.
+  variables: of the model; with them the share of entries that are not 0, where a method needs no
+    others, is that of the weights, else it is 1.
   """
   if image_size is not None and _pair(image_size) != _pair(model.image_size):
     model = model.clone(image_size=image_size)
     model.check()
-  densities = {} if variables is None else _densities(model, variables["params"])
+  folded = {} if variables is None else fold(model, variables)[1]["params"]
   params, jaxpr = _trace(model)
   macs = _walk(jaxpr)
   ideal = jaxpr if model.deploy else _trace(model.clone(deploy=True))[1]
-  ideal = _walk(ideal, densities=densities)
+  ideal = _walk(ideal, folded=folded)
   return Count(params, macs.total, round(ideal.total), macs.attention, round(ideal.attention))
 
 
 def _pair(size) -> tuple[int, int]:
   return tuple(np.broadcast_to(size, 2).tolist())
-
-
-def _densities(model, params) -> dict[str, float]:
-  """{block: share of its predictor's basis that is not 0}."""
-  links = {name: getattr(part, "links", None) for name, part in model.parts().items()}
-  return {name: sparsifiner.density(module.spec, params[name]["links"], model.deploy)
-          for name, module in links.items() if isinstance(module, sparsifiner.TokenLinks)}
 
 
 def _trace(model):
@@ -86,13 +79,14 @@ def _jaxpr(fn, *args):
     return jax.make_jaxpr(fn)(*args).jaxpr
 
 
-def _walk(jaxpr, scope: str = "", densities: Mapping[str, float] | None = None) -> Macs:
-  """densities: None counts what is executed, a mapping what the method needs."""
+def _walk(jaxpr, scope: str = "", folded: Mapping | None = None) -> Macs:
+  """folded: None counts what is executed; a mapping, perhaps of deployed parameters, what the
+  method needs."""
   total = Macs()
   for eqn in jaxpr.eqns:
     # The name stack of an equation inside scan or jit is relative to that of its caller.
     here = f"{scope}/{eqn.source_info.name_stack}"
-    total += _products(eqn, here).times(_needed(here, densities)) + _inner(eqn, here, densities)
+    total += _products(eqn, here).times(_needed(here, folded)) + _inner(eqn, here, folded)
   return total
 
 
@@ -105,7 +99,7 @@ def _products(eqn, scope: str) -> Macs:
     # A kernel's entries, its output channels aside, are what one output element takes.
     kernel = eqn.invars[1].aval.shape
     n = math.prod(kernel) // kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-  elif name == "mul" and hmhsa.SCOPE in scope:
+  elif name == "mul" and SHIFT_AND_ADD in scope:
     n = 1
   else:
     return Macs()
@@ -113,35 +107,38 @@ def _products(eqn, scope: str) -> Macs:
   return Macs(macs, macs if attention.SCOPE in scope else 0)
 
 
-def _needed(scope: str, densities: Mapping[str, float] | None):
+def _needed(scope: str, folded: Mapping | None):
   """The share of a product that the method needs, by the scopes it stands in."""
-  if densities is None:
+  if folded is None:
     return 1
   shares = [Fraction(int(part), int(whole)) for part, whole in
             re.findall(r"vitcompact\.share\((\d+):(\d+)\)", scope)]
-  if sparsifiner.BASIS_SCOPE in scope:
-    # Scopes name modules, and their methods behind a dot: blocks_3._core/links.
-    shares += [densities[name] for name in re.split("[/.]", scope) if name in densities][:1]
+  for leaf in re.findall(r"vitcompact\.nonzero\(([\w.]+)\)", scope):
+    # Scopes name modules, and their methods after a dot: blocks_3._core/links.
+    block = next((name for name in re.split("[/.]", scope) if name in folded), None)
+    if block is not None:
+      entries = trees.named_leaves(folded[block])[leaf.replace(".", "/")]
+      shares.append(float(jnp.mean(entries != 0)))
   return math.prod(shares)
 
 
-def _inner(eqn, scope: str, densities) -> Macs:
+def _inner(eqn, scope: str, folded) -> Macs:
   name = eqn.primitive.name
   if name == "while":
-    if (macs := _sum(eqn.params["body_jaxpr"], scope, densities)).total:
+    if (macs := _sum(eqn.params["body_jaxpr"], scope, folded)).total:
       raise ValueError(f"the program has products in a while loop of unknown length ({macs.total} "
                        "a turn); write it as a scan to count it")
     return Macs()
   if name == "cond":
-    return max((_sum(jaxpr, scope, densities) for jaxpr in eqn.params["branches"]), default=Macs())
+    return max((_sum(jaxpr, scope, folded) for jaxpr in eqn.params["branches"]), default=Macs())
   times = 1
   if name == "scan":
     times = eqn.params["length"]
   elif name == "pallas_call":
     times = math.prod(eqn.params["grid_mapping"].grid)
   jaxprs = [eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params]
-  return sum((_sum(jaxpr, scope, densities).times(times) for jaxpr in jaxprs[:1]), Macs())
+  return sum((_sum(jaxpr, scope, folded).times(times) for jaxpr in jaxprs[:1]), Macs())
 
 
-def _sum(jaxpr, scope: str, densities) -> Macs:
-  return _walk(getattr(jaxpr, "jaxpr", jaxpr), scope, densities)
+def _sum(jaxpr, scope: str, folded) -> Macs:
+  return _walk(getattr(jaxpr, "jaxpr", jaxpr), scope, folded)

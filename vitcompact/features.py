@@ -9,7 +9,7 @@ from vitcompact import trees
 
 class Features(NamedTuple):
   """logits (B, num_classes); features: {"stage_1": (B, h, w, C), ...} of hierarchical models (the
-  pyramid), {"block_0": (B, N, width), ...} of straight ones; maps: {"blocks_0": (B, heads, N, M),
+  pyramid), {"block_0": (B, N, width), ...} of isotropic ones; maps: {"blocks_0": (B, heads, N, M),
   ...} where a block attends and maps were asked for, hallucinated heads after the real ones."""
   logits: jax.Array
   features: dict[str, jax.Array]

@@ -11,7 +11,7 @@ def fold(model: nn.Module, variables):
   """
   params, stats = dict(variables["params"]), dict(variables.get("batch_stats", {}))
   if not model.deploy:
-    for name, part in model.parts().items():
-      params[name], stats[name] = part.fold(params[name], stats.get(name, {}))
+    for name, module in model.submodules().items():
+      params[name], stats[name] = module.fold(params[name], stats.get(name, {}))
   stats = {name: leaf for name, leaf in stats.items() if leaf}
   return model.clone(deploy=True), {"params": params, **({"batch_stats": stats} if stats else {})}

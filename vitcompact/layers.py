@@ -14,6 +14,9 @@ from vitcompact.trees import Leaf
 # Truncated at +-2 absolute, a normal of this spread is never cut (timm's trunc_normal_).
 weight_init = nn.initializers.normal(0.02)
 
+# A name scope: `count` counts the products of filters inside it, shifted multiply-adds, as MACs.
+SHIFT_AND_ADD = "vitcompact.shift_and_add"
+
 BATCH_EPSILON = 1e-5
 BatchNorm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=BATCH_EPSILON,
                               use_fast_variance=False)
@@ -25,6 +28,12 @@ LEAVES = [
     (r".*/fc2/kernel", Leaf(("mlp", "embed"), decay=True)),
     (r"(.*/)?(bias|scale)", Leaf()),
 ]
+
+
+def nonzero(leaf: str):
+  """A name scope: of the products inside, the method needs the share of entries of a parameter that
+  are not 0. leaf: its name in the block, with dots, such as "links.up"; `count` reads it."""
+  return jax.named_scope(f"vitcompact.nonzero({leaf})")
 
 
 # The backward passes below are written out, because XLA:CPU fuses what autodiff gives it into every

@@ -4,60 +4,48 @@ import difflib
 import functools
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from flax.core import FrozenDict
 
 from vitcompact import token_state
-from vitcompact.attention import BACKENDS
-from vitcompact.methods.attention.sparsifiner import Sparsifiner
-from vitcompact.methods.ffn.cffn import CFFN
-from vitcompact.methods.heads.hmhsa import HMHSA
-from vitcompact.methods.tokens.dynamicvit import DynamicViT
-from vitcompact.methods.tokens.evit import EViT
-from vitcompact.methods.tokens.mctf import MCTF
-from vitcompact.methods.tokens.tome import ToMe
+from vitcompact.methods import METHODS, protocol
+from vitcompact.methods.protocol import CAPABILITIES, Site
+from vitcompact.trees import Leaf
 
-# axis -> {name in JSON: the method's spec}
-METHODS = {"heads": {"hmhsa": HMHSA}, "links": {"sparsifiner": Sparsifiner},
-           "tokens": {"evit": EViT, "dynamicvit": DynamicViT, "tome": ToMe, "mctf": MCTF},
-           "ffn": {"cffn": CFFN}}
 # A method of the tokens axis acts on the whole sequence of blocks, and names its own.
-BY_BLOCK = ("heads", "links", "ffn")
+BY_BLOCK = ("heads", "attention", "ffn")
 
 
-class BlockPlan(NamedTuple):
-  """The methods of one block; None is dense. backend: how its attention is computed, see `Plan`."""
-  heads: HMHSA | None = None
-  links: Sparsifiner | None = None
-  ffn: CFFN | None = None
-  backend: str | None = None
+class BlockMethods(NamedTuple):
+  """The methods of one block; None is dense."""
+  heads: Any = None
+  attention: Any = None
+  tokens: Any = None
+  ffn: Any = None
+
+  def present(self) -> list:
+    return [method for method in self if method is not None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
   """A method for each axis; `Plan()` is the dense model.
 
-  heads, links, ffn: the default of every block; None is dense.
+  heads, attention, ffn: the default of every block; None is dense.
   tokens: a reducer, which carries the blocks that it acts in; None keeps every token.
   blocks: {block: {axis: method or None}}, overrides; an axis that is absent has the default.
     Blocks are numbered 0..depth-1 over all stages in order.
-  backends: {block: attention backend}, one of `attention.BACKENDS`: the same function, computed in
-    another way. `tune` chooses them by measuring; a block that is absent leaves it to the core.
-  at_a_time: inference computes so many images of a batch after another; None: all at once. Chosen
-    by `tune` likewise.
 
   >>> Plan(heads=HMHSA(), ffn=CFFN(rank_ratio=0.5), blocks={0: {"heads": None}})
   """
-  heads: HMHSA | None = None
-  links: Sparsifiner | None = None
-  tokens: EViT | DynamicViT | ToMe | MCTF | None = None
-  ffn: CFFN | None = None
+  heads: Any = None
+  attention: Any = None
+  tokens: Any = None
+  ffn: Any = None
   blocks: Mapping[int, Mapping[str, Any]] = FrozenDict()
-  backends: Mapping[int, str] = FrozenDict()
-  at_a_time: int | None = None
 
   def __post_init__(self):
     _check_axes({axis: getattr(self, axis) for axis in METHODS}, "Plan")
@@ -66,7 +54,8 @@ class Plan:
                        "{7: {'heads': None}}")
     blocks = {}
     for block, axes in self.blocks.items():
-      _check_block("blocks", block)
+      if not isinstance(block, int) or isinstance(block, bool) or block < 0:
+        raise ValueError(f"Plan(blocks={{{block!r}: ...}}): blocks are numbered 0, 1, 2, ...")
       if not isinstance(axes, Mapping):
         raise ValueError(f"Plan(blocks={{{block}: {axes!r}}}): must be a dict of axes, such as "
                          "{'heads': None}")
@@ -74,78 +63,111 @@ class Plan:
       _check_axes(axes, f"Plan, block {block}")
       blocks[block] = FrozenDict(axes)
     object.__setattr__(self, "blocks", FrozenDict(sorted(blocks.items())))
-    for block, name in self.backends.items():
-      _check_block("backends", block)
-      if name not in BACKENDS:
-        raise ValueError(f"Plan(backends={{{block}: {name!r}}}): must be one of "
-                         f"{', '.join(BACKENDS)}")
-    object.__setattr__(self, "backends", FrozenDict(sorted(self.backends.items())))
-    if self.at_a_time is not None and not (type(self.at_a_time) is int and self.at_a_time > 0):
-      raise ValueError(f"Plan(at_a_time={self.at_a_time!r}): must be a whole number of images, at "
-                       "least 1, or None")
 
-  def at(self, block: int) -> BlockPlan:
-    """The methods of one block."""
-    default = {axis: getattr(self, axis) for axis in BY_BLOCK}
-    return BlockPlan(**{**default, **self.blocks.get(block, {})}, backend=self.backends.get(block))
+  def methods(self) -> list:
+    """Every method of the plan, each once, in the order of the axes."""
+    found = [getattr(self, axis) for axis in METHODS]
+    found += [method for axes in self.blocks.values() for method in axes.values()]
+    return list(dict.fromkeys(method for method in found if method is not None))
 
-  def check_depth(self, depth: int):
-    """Raises ValueError when the plan does not fit a model of this many blocks."""
-    named = [*self.blocks, *self.backends, *(getattr(self.tokens, "blocks", None) or ())]
-    missing = [block for block in named if block >= depth]
-    if missing:
+  def parameter_rules(self) -> list[tuple[str, Leaf]]:
+    """[(pattern, Leaf)] for the parameters of its methods."""
+    return [rule for method in self.methods() for rule in protocol.rules(method)]
+
+  def planned(self, block: int) -> BlockMethods:
+    """What the plan names for a block, whether or not it acts there."""
+    axes = {axis: getattr(self, axis) for axis in METHODS}
+    return BlockMethods(**{**axes, **self.blocks.get(block, {})})
+
+  def at(self, site: Site) -> BlockMethods:
+    """The methods that act in a block."""
+    methods = self.planned(site.block)
+    if "attention" not in site.provides:
+      methods = methods._replace(heads=None, attention=None)
+    return BlockMethods(*(None if method is None or not protocol.acts(method, site) else method
+                          for method in methods))
+
+  def check(self, sites: Sequence[Site], model: str):
+    """Raises ValueError where the plan does not fit a model of these blocks, with the reason."""
+    depth = len(sites)
+    named = [*self.blocks, *(getattr(self.tokens, "blocks", None) or ())]
+    if missing := [block for block in named if block >= depth]:
       raise ValueError(f"the plan names block {missing[0]}, but the model has blocks 0 to "
                        f"{depth - 1}")
-    for block in range(depth):
-      heads, links, *_ = self.at(block)
-      if heads and links and heads.site == "logits" and links.granularity == "block":
-        raise ValueError(f"HMHSA(site='logits') and Sparsifiner(granularity='block') in block "
-                         f"{block}: a filter over scores needs them all; use site='probs', or "
-                         "granularity='token'")
-    first = next((i for i in range(depth) if self.reduction(i, depth) != token_state.NOTHING), depth)
-    for block in range(first, depth):
-      heads = self.at(block).heads
-      if heads is not None and heads.layout == "grid":
-        raise ValueError(f"HMHSA(layout='grid') in block {block}: from block {first} on, where "
-                         f"{type(self.tokens).__name__} reduces tokens, there is no grid; use "
-                         "layout='map' there")
-      if heads is not None and getattr(self.tokens, "order", "position") == "code":
-        raise ValueError(f"HMHSA in block {block} filters along positions, and {self.tokens} puts "
-                         "tokens in another order; use order='position'")
-      if self.at(block).links is not None and isinstance(self.tokens, MCTF):
-        raise ValueError(f"Sparsifiner in block {block}: from block {first} on, MCTF fuses tokens "
-                         "by the attention that each receives from all, which linked attention "
-                         f"does not compute; use blocks={{{block}: {{'links': None}}}}, or ToMe")
+    gone = {}   # what blocks no longer have: {capability: (method that took it, first block)}
+    for site in sites:
+      self._check_attends(site, sites)
+      methods = self.at(site)
+      if self.reduction(site.block, depth) == token_state.NOTHING:
+        methods = methods._replace(tokens=None)
+      for method in methods.present():
+        protocol.check(method, site)
+      taken = {what: (method, site.block) for method in methods.present()
+               for what in protocol.removes(method, site)}
+      for method in methods.present():
+        _check_needs(method, site, {**taken, **gone}, model)
+      if methods.tokens is not None:
+        gone = {**{what: by for what, by in taken.items() if by[0] is methods.tokens}, **gone}
 
-  def check_grid(self, depth: int, model: str):
-    """`check_depth`, for a model whose blocks need the whole grid of tokens."""
-    if self.tokens is not None:
-      raise ValueError(f"tokens={self.tokens}: {model or 'this model'} is hierarchical and needs "
-                       "its whole grid; token reducers are for DeiT and LV-ViT")
-    self.check_depth(depth)
+  def _check_attends(self, site: Site, sites):
+    """A method of attention, given to a block without any, is a mistake; a default is not."""
+    given = [axis for axis in ("heads", "attention")
+             if self.blocks.get(site.block, {}).get(axis) is not None]
+    if given and "attention" not in site.provides:
+      attending = [other.block for other in sites if "attention" in other.provides]
+      raise ValueError(f"the plan gives block {site.block} a {given[0]} method, but it has no "
+                       f"attention; blocks with attention: {attending}")
 
-  def with_links(self, **fields) -> "Plan":
-    """The plan with these fields in each of its Sparsifiners, such as masked=False."""
-    def changed(spec):
-      return None if spec is None else dataclasses.replace(spec, **fields)
-    blocks = {block: {axis: changed(spec) if axis == "links" else spec
-                      for axis, spec in axes.items()} for block, axes in self.blocks.items()}
-    return dataclasses.replace(self, links=changed(self.links), blocks=blocks)
+  def map(self, change: Callable[[Any], Any]) -> "Plan":
+    """The plan with `change(method)` in place of each method."""
+    def changed(method):
+      return None if method is None else change(method)
+    blocks = {block: {axis: changed(method) for axis, method in axes.items()}
+              for block, axes in self.blocks.items()}
+    return Plan(**{axis: changed(getattr(self, axis)) for axis in METHODS}, blocks=blocks)
+
+  def written_out(self, sites: Sequence[Site]) -> "Plan":
+    """The plan in which a method that does not act in one of these blocks is None there.
+
+    So it stays the same method block by block where more tokens are left.
+    """
+    blocks = {block: dict(axes) for block, axes in self.blocks.items()}
+    for site in sites:
+      planned, acting = self.planned(site.block), self.at(site)
+      for axis in BY_BLOCK:
+        if getattr(planned, axis) is not None and getattr(acting, axis) is None:
+          blocks.setdefault(site.block, {})[axis] = None
+    return dataclasses.replace(self, blocks=blocks)
+
+  def at_size(self, sites: Sequence[Site]) -> "Plan":
+    """The plan with sizes that would follow the image, such as ranks, as they are at these sites."""
+    blocks = {site.block: dict(self.blocks.get(site.block, {})) for site in sites}
+    for site in sites:
+      for axis in BY_BLOCK:
+        if (method := getattr(self.at(site), axis)) is not None:
+          blocks[site.block][axis] = protocol.at_size(method, site)
+    plan, defaults = dataclasses.replace(self, blocks=blocks), {}
+    for axis in BY_BLOCK:
+      kinds = {getattr(plan.planned(block), axis) for block in blocks}
+      if len(kinds) == 1:   # one for all blocks is the default
+        defaults[axis] = kinds.pop()
+    blocks = {block: {axis: method for axis, method in axes.items()
+                      if axis not in defaults} for block, axes in blocks.items()}
+    return dataclasses.replace(self, **defaults, blocks={
+        block: axes for block, axes in blocks.items() if axes})
 
   def reduction(self, block: int, depth: int) -> token_state.Reduction:
     """What the tokens axis does in a block."""
     return token_state.NOTHING if self.tokens is None else self.tokens.reduction(block, depth)
 
   def tokens_left(self, block: int, depth: int, tokens: int, prefix: int) -> int:
-    """How many of so many tokens are left when a block begins."""
+    """How many of a number of tokens are left when a block begins."""
     return tokens if self.tokens is None else _lengths(self, depth, tokens, prefix)[block]
 
   def to_json(self) -> str:
-    blocks = {str(block): {axis: _to_dict(spec) for axis, spec in axes.items()}
+    blocks = {str(block): {axis: _to_dict(axis, spec) for axis, spec in axes.items()}
               for block, axes in self.blocks.items()}
-    out = {**{axis: _to_dict(getattr(self, axis)) for axis in METHODS}, "blocks": blocks,
-           "backends": {str(block): name for block, name in self.backends.items()},
-           "at_a_time": self.at_a_time}
+    out = {**{axis: _to_dict(axis, getattr(self, axis)) for axis in METHODS}, "blocks": blocks}
     return json.dumps({key: value for key, value in out.items() if value})
 
   @classmethod
@@ -157,41 +179,74 @@ class Plan:
       raise ValueError(f"a plan must be JSON: {error}; got {text[:60]!r}") from None
     if not isinstance(tree, dict):
       raise ValueError(f"a plan must be a JSON object, got {text[:60]!r}")
-    _check_names(tree, {*METHODS, "blocks", "backends", "at_a_time"}, "plan")
-    blocks, backends = tree.pop("blocks", {}), tree.pop("backends", {})
-    at_a_time = tree.pop("at_a_time", None)
+    return cls.from_dict(tree)
+
+  @classmethod
+  def from_dict(cls, tree: Mapping[str, Any]) -> "Plan":
+    """A plan from what its JSON says, {} or None in place of a method meaning none."""
+    tree, _ = modern(tree)
+    _check_names(tree, {*METHODS, "blocks"}, "plan")
+    blocks = tree.pop("blocks", {})
     if not isinstance(blocks, dict) or not all(isinstance(axes, dict) for axes in blocks.values()):
       raise ValueError(f'plan, blocks={blocks!r}: must be an object such as '
                        '{"7": {"heads": null}}')
-    if not isinstance(backends, dict):
-      raise ValueError(f'plan, backends={backends!r}: must be an object such as {{"7": "tiled"}}')
-    for block in (*blocks, *backends):
-      if not block.isdecimal():
-        raise ValueError(f"plan: {block!r} is not a block number; blocks are 0, 1, 2, ...")
     for block, axes in blocks.items():
+      if not str(block).isdecimal():
+        raise ValueError(f"plan: {block!r} is not a block number; blocks are 0, 1, 2, ...")
       _check_names(axes, BY_BLOCK, f"plan, block {block}")
     return cls(**{axis: _from_dict(axis, spec) for axis, spec in tree.items()},
                blocks={int(block): {axis: _from_dict(axis, spec) for axis, spec in axes.items()}
-                       for block, axes in blocks.items()},
-               backends={int(block): name for block, name in backends.items()},
-               at_a_time=at_a_time)
+                       for block, axes in blocks.items()})
 
   @classmethod
-  def parse(cls, text: str) -> "Plan":
-    """A plan from a config's string: "" is dense; a path that ends in .json; or JSON itself."""
-    if not text.strip():
+  def parse(cls, value: str | Mapping[str, Any]) -> "Plan":
+    """A plan from a config's value: a dict, or text: "" is dense; a path that ends in .json; JSON.
+    """
+    if isinstance(value, Mapping):
+      return cls.from_dict(value)
+    if not isinstance(value, str):
+      raise ValueError(f"plan={value!r}: must be a dict of axes, JSON, or a path to a .json file")
+    if not value.strip():
       return cls()
-    if text.endswith(".json"):
-      path = pathlib.Path(text)
+    if value.endswith(".json"):
+      path = pathlib.Path(value)
       if not path.is_file():
-        raise ValueError(f"plan={text!r}: no such file; give a path to a JSON plan, or JSON itself")
-      text = path.read_text()
-    return cls.from_json(text)
+        raise ValueError(f"plan={value!r}: no such file; give a path to a JSON plan, or JSON itself")
+      value = path.read_text()
+    return cls.from_json(value)
+
+
+def modern(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+  """(a plan's dict in today's words, what an old one says of execution): in files of before the
+  axis of attention is called "links", and forms of execution stand in the plan."""
+  tree, execution = dict(tree), {}
+  for old, new in (("backends", "attention"), ("at_a_time", "chunk")):
+    if tree.get(old):
+      execution[new] = tree[old]
+    tree.pop(old, None)
+  merged = {}
+
+  def axes(where, block):
+    out = {}
+    for axis, spec in where.items():
+      if axis == "ffn" and isinstance(spec, Mapping) and "merged" in spec:
+        spec = dict(spec)
+        merged[block] = spec.pop("merged")
+      out["attention" if axis == "links" else axis] = spec
+    return out
+
+  if isinstance(blocks := tree.pop("blocks", {}), Mapping):
+    blocks = {block: axes(inner, block) if isinstance(inner, Mapping) else inner
+              for block, inner in blocks.items()}
+  tree = axes(tree, None)
+  if merged:
+    execution["merged"] = merged
+  return tree | ({"blocks": blocks} if blocks else {}), execution
 
 
 @functools.lru_cache
 def _lengths(plan: Plan, depth: int, tokens: int, prefix: int) -> list[int]:
-  """Tokens before each block and behind the last: the reductions followed, shapes only."""
+  """Tokens before each block and after the last: the reductions followed, shapes only."""
   state, lengths = token_state.Tokens(jax.ShapeDtypeStruct((1, tokens, 8), "float32")), [tokens]
   for i in range(depth):
     state = token_state.shapes_after(plan.reduction(i, depth), state, prefix)
@@ -199,18 +254,28 @@ def _lengths(plan: Plan, depth: int, tokens: int, prefix: int) -> list[int]:
   return lengths
 
 
-def _check_block(field: str, block):
-  if not isinstance(block, int) or isinstance(block, bool) or block < 0:
-    raise ValueError(f"Plan({field}={{{block!r}: ...}}): blocks are numbered 0, 1, 2, ...")
+def _check_needs(method, site: Site, gone, model: str):
+  for what, way_out in protocol.needs(method, site).items():
+    taker, first = gone.get(what, (method, 0))
+    if what not in site.provides:
+      raise ValueError(f"{method} in block {site.block} needs {CAPABILITIES[what]}, which "
+                       f"{model or 'this model'} does not have; {way_out}")
+    if taker is not method:
+      since = f"from block {first} on " if taker.axis == "tokens" else ""
+      raise ValueError(f"{method} in block {site.block} needs {CAPABILITIES[what]}, which {since}"
+                       f"{taker} takes away; {way_out}")
 
 
 def _check_axes(axes: Mapping, where: str):
   _check_names(axes, METHODS, where)
   for axis, spec in axes.items():
-    if spec is not None and not isinstance(spec, tuple(METHODS[axis].values())):
+    if spec is not None and type(spec) not in METHODS[axis].values():
       known = ", ".join(kind.__name__ for kind in METHODS[axis].values())
       raise ValueError(f"{where}: {axis}={spec!r} is not a method of this axis; use {known}(...) "
-                       "or None")
+                       f"or None (a method of your own is listed first: vitcompact.METHODS[{axis!r}]"
+                       "[NAME] = CLASS)")
+    if spec is not None:
+      protocol.check_class(type(spec), axis)
 
 
 def _check_names(got, known, where: str):
@@ -221,21 +286,18 @@ def _check_names(got, known, where: str):
       raise ValueError(f"{where}: unknown name {name!r}; {hint}")
 
 
-def _to_dict(spec):
+def _to_dict(axis: str, spec):
   if spec is None:
     return None
-  # Fields that are empty until something is chosen are left out while they are.
-  empty = {field.name for field in dataclasses.fields(spec) if field.default == ()}
-  return {"method": type(spec).__name__.lower(),
-          **{name: value for name, value in dataclasses.asdict(spec).items()
-             if value != () or name not in empty}}
+  name = next(name for name, kind in METHODS[axis].items() if type(spec) is kind)
+  return {"method": name, **dataclasses.asdict(spec)}
 
 
 def _from_dict(axis: str, spec):
-  if spec is None:
+  if spec is None or spec == {}:
     return None
   methods = METHODS[axis]
-  if not isinstance(spec, dict) or not isinstance(spec.get("method"), str):
+  if not isinstance(spec, Mapping) or not isinstance(spec.get("method"), str):
     raise ValueError(f'plan, {axis}={spec!r}: must be null or an object such as '
                      f'{{"method": "{next(iter(methods))}"}}')
   _check_names([spec["method"]], methods, f"plan, {axis}, method")

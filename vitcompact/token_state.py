@@ -62,16 +62,6 @@ class Reduction(NamedTuple):
 NOTHING = Reduction()
 
 
-def fresh_predictor(reduction: Reduction, width: int):
-  """{"predict_tokens": freshly initialised parameters}, or {} where a block has no predictor."""
-  if reduction.predict is None:
-    return {}
-  module = reduction.predict(parent=None)
-  tokens = Tokens(jax.ShapeDtypeStruct((1, 2, width), "float32"))
-  params = module.lazy_init(jax.random.key(module.stage), tokens, 1)["params"]
-  return {"predict_tokens": params}
-
-
 def shapes_after(reduction: Reduction, tokens: Tokens, prefix: int) -> Tokens:
   """The shapes of tokens behind a block; nothing is computed."""
   def run(tokens):

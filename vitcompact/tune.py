@@ -12,15 +12,16 @@ import numpy as np
 from vitcompact import attention, bench
 from vitcompact.attention import Core
 from vitcompact.block import Attention
+from vitcompact.execution import Execution
 from vitcompact.layers import dense
 from vitcompact.methods.ffn.cffn import CompactDense, merge_factors
 
 # A form that is chosen is at least this much faster than the one that fold gives: less is noise.
 MARGIN = 1.02
-# Images after another that are tried, where that has ever been faster.
-AT_A_TIME = {"cpu": (4, 8, 16)}
-BACKENDS = {"cpu": ("einsum", "images", "tiled"), "gpu": ("einsum", "tiled", "cudnn"),
-            "tpu": ("einsum", "tiled", "splash")}
+# Images of a chunk that are tried, where that has ever been faster.
+CHUNKS = {"cpu": (4, 8, 16)}
+FORMS = {"cpu": ("einsum", "images", "tiled"), "gpu": ("einsum", "tiled", "cudnn"),
+         "tpu": ("einsum", "tiled", "splash")}
 MATRIX = "one matrix"
 
 
@@ -42,11 +43,11 @@ class Attending(NamedTuple):
 def tune(deploy: nn.Module, variables, images, *, rounds: int = 5):
   """Returns (deployed model, its variables): the same function in the forms that run fastest here.
 
-  For the batch: all of it at once, or some images after another (on a CPU). For every factorised
-  layer of an FFN, on inputs of the size that these cause: two factors, or one matrix A B. For every
-  block that attends to all tokens: how attention is computed. What is chosen is recorded in the
-  model's plan (`Plan.at_a_time`, `CFFN.merged`, `Plan.backends`), so files of it carry it and
-  `fold` repeats it without measuring. A layer that is merged has lost its factors and stays so.
+  For the batch: all of it at once, or in chunks (on a CPU). For every factorised layer of an FFN,
+  on inputs of the size that these cause: two factors, or one matrix A B. For every block that
+  attends to all tokens: how attention is computed. What is chosen is the model's `execution`, so
+  files of it carry it and `fold` repeats it without measuring. A layer that is merged has lost its
+  factors and stays so.
   The outputs are equal to rounding in float32.
 
   Args:
@@ -59,26 +60,26 @@ def tune(deploy: nn.Module, variables, images, *, rounds: int = 5):
   if rounds < 1:
     raise ValueError(f"{rounds=}: must be at least 1; a median wants 5")
   # What was chosen before, for another device perhaps, is no starting point.
-  deploy = deploy.clone(plan=dataclasses.replace(deploy.plan, backends={}, at_a_time=None))
-  deploy = at_a_time(deploy, best_at_a_time(deploy, variables, images, rounds))
+  deploy = deploy.clone(execution=Execution(merged=deploy.execution.merged))
+  deploy = with_chunk(deploy, best_chunk(deploy, variables, images, rounds))
   calls = called(deploy, variables, images)
   best = {call: fastest(call, rounds) for call in dict.fromkeys(calls.values())}
   chosen = {path: best[call] for path, call in calls.items() if best[call]}
   return with_forms(deploy, variables, chosen)
 
 
-def at_a_time(model: nn.Module, many: int | None) -> nn.Module:
-  """The model that computes so many images of a batch after another."""
-  return model.clone(plan=dataclasses.replace(model.plan, at_a_time=many))
+def with_chunk(model: nn.Module, chunk: int | None) -> nn.Module:
+  """The model that computes a batch in chunks of as many images."""
+  return model.clone(execution=dataclasses.replace(model.execution, chunk=chunk))
 
 
-def best_at_a_time(deploy: nn.Module, variables, images, rounds: int) -> int | None:
-  """How many images after another take the least time; None: all at once."""
-  tried = [many for many in AT_A_TIME.get(jax.default_backend(), ()) if many < len(images)]
+def best_chunk(deploy: nn.Module, variables, images, rounds: int) -> int | None:
+  """The size of chunks that takes the least time; None: all at once."""
+  tried = [chunk for chunk in CHUNKS.get(jax.default_backend(), ()) if chunk < len(images)]
   if not tried:
     return None
-  return quickest({many: bench.compiled(at_a_time(deploy, many).apply, variables, images).call
-                   for many in (None, *tried)}, rounds)
+  return quickest({chunk: bench.compiled(with_chunk(deploy, chunk).apply, variables, images).call
+                   for chunk in (None, *tried)}, rounds)
 
 
 def quickest(calls: Mapping[Any, Callable], rounds: int):
@@ -92,7 +93,7 @@ def quickest(calls: Mapping[Any, Callable], rounds: int):
 def called(deploy: nn.Module, variables, images) -> dict[tuple[str, ...], Layer | Attending]:
   """{path: call} of every part of inference that has several forms; nothing is run.
 
-  Of several calls the first: a batch in parts ends in one with the images that are left over.
+  Of several calls the first: a batch in chunks ends in one with the images that are left over.
   """
   found = {}
 
@@ -105,8 +106,7 @@ def called(deploy: nn.Module, variables, images) -> dict[tuple[str, ...], Layer 
       core = args[3] if len(args) > 3 else kwargs.get("core", attention.DENSE)
       if is_plain(core):
         found.setdefault(module.path, Attending(
-            module.clone(parent=None, name=None), tuple(x.shape for x in args[:3]),
-            core.size is not None))
+            unplaced(module), tuple(x.shape for x in args[:3]), core.size is not None))
     return next_fun(*args, **kwargs)
 
   with nn.intercept_methods(watch):
@@ -114,9 +114,15 @@ def called(deploy: nn.Module, variables, images) -> dict[tuple[str, ...], Layer 
   return found
 
 
+def unplaced(module: Attention) -> Attention:
+  """The module without what does not change its time: calls that are equal take equally long."""
+  site = module.site._replace(block=0, tokens_left=0, act=None, mixer=None, merged=())
+  return module.clone(parent=None, name=None, site=site)
+
+
 def is_plain(core: Core) -> bool:
   """Whether every token attends to every token, each counting as one or as several."""
-  others = core.mask, core.keep_mask, core.blocks
+  others = core.mask, core.keep_mask, core.layout
   return all(x is None for x in others) and core.spread is attention.DENSE.spread
 
 
@@ -139,14 +145,16 @@ def forms(call: Layer | Attending) -> Mapping[str | None, Callable[[], tuple]]:
     x = drawn(jax.ShapeDtypeStruct(call.shape, call.dtype))
     return {None: lambda: _call(factors, "__call__", x),
             MATRIX: lambda: _call(dense(call.features, dtype=call.dtype), "__call__", x)}
-  names = BACKENDS[jax.default_backend()]
+  names = FORMS[jax.default_backend()]
   names += ("tokamax",) * (importlib.util.find_spec("tokamax") is not None)
-  query, key, value = (drawn(jax.ShapeDtypeStruct(shape, call.module.dtype))
+  query, key, value = (drawn(jax.ShapeDtypeStruct(shape, call.module.site.dtype))
                        for shape in call.shapes)
+  x = drawn(jax.ShapeDtypeStruct((*query.shape[:2], call.module.site.width), query.dtype))
   core = Core(size=jnp.ones(key.shape[:2])) if call.sized else attention.DENSE
 
   def attend(name):
-    return lambda: _call(call.module.clone(backend=name), "attend", query, key, value, core=core)
+    module = call.module.clone(site=call.module.site._replace(form=name))
+    return lambda: _call(module, "attend", query, key, value, core=core, x_bnw=x)
 
   return {name: attend(name) for name in (None, *names)}
 
@@ -171,18 +179,14 @@ def drawn(shapes):
 
 
 def with_forms(deploy: nn.Module, variables, chosen: Mapping[tuple[str, ...], str]):
-  """(model, variables) with the parts at these paths in these forms, recorded in the plan."""
-  plan, params = deploy.plan, dict(variables["params"])
-  blocks = {block: dict(axes) for block, axes in plan.blocks.items()}
-  backends = {}
+  """(model, variables) with the calls at these paths in these forms, recorded in the execution."""
+  params, forms, merged = dict(variables["params"]), {}, set(deploy.execution.merged)
   for (name, *path), form in chosen.items():
-    index = int(name.removeprefix("blocks_"))
     if form != MATRIX:
-      backends[index] = form
+      forms[int(name.removeprefix("blocks_"))] = form
       continue
-    layer, axes, mlp = path[-1], blocks.setdefault(index, {}), params[name]["mlp"]
-    spec = axes.get("ffn", plan.ffn)
-    axes["ffn"] = dataclasses.replace(spec, merged=tuple(sorted({*spec.merged, layer})))
+    layer, mlp = path[-1], params[name]["mlp"]
+    merged.add(f"{name}/mlp/{layer}")
     params[name] = {**params[name], "mlp": {**mlp, layer: merge_factors(mlp[layer])}}
-  plan = dataclasses.replace(plan, blocks=blocks, backends=backends)
-  return deploy.clone(plan=plan), {**variables, "params": params}
+  execution = dataclasses.replace(deploy.execution, attention=forms, merged=tuple(merged))
+  return deploy.clone(execution=execution), {**variables, "params": params}

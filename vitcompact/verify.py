@@ -43,7 +43,7 @@ def verify(model: nn.Module, variables, deploy: nn.Module, deploy_variables, ima
 
 def _run(model, variables, images):
   """Logits, and {block: its output}."""
-  names = tuple(model.parts())
+  names = tuple(model.submodules())
   paths = {(name,) for name in names}
 
   @jax.jit
@@ -51,7 +51,7 @@ def _run(model, variables, images):
     logits, state = model.apply(variables, images, mutable=["intermediates"],
                                 capture_intermediates=lambda m, _: m.path in paths)
     outputs = [state["intermediates"][name]["__call__"][0] for name in names]
-    # Blocks of straight models pass on Tokens.
+    # Blocks of isotropic models pass on Tokens.
     return logits, [getattr(out, "x", out) for out in outputs]
 
   logits, outputs = run(variables, images)

@@ -14,7 +14,7 @@ from vitcompact.attention import backends
 SCOPE = "vitcompact.attention"
 KEEP_EPSILON = 1e-6
 
-BACKENDS = ("einsum", "images", "tiled", "cudnn", "splash", "tokamax")
+FORMS = ("einsum", "images", "tiled", "cudnn", "splash", "tokamax")
 # On a CPU. Below so many scores of a head all are formed at once; up to so many, of so many keys,
 # those of one image in turn. `python -m experiments.attention_speed` prints the times.
 FEW_ENTRIES, MANY_ENTRIES, MANY_KEYS = 100 ** 2, 400 ** 2, 240
@@ -36,8 +36,8 @@ def using(name: str | None):
   tokens and filters over scores. Links between blocks have kernels of their own, which run where
   nothing is asked for, see `links.blocks`. Only "einsum" knows derivatives by forward mode.
   """
-  if name is not None and name not in BACKENDS:
-    raise ValueError(f"attention backend {name!r}: must be one of {', '.join(BACKENDS)}, or None")
+  if name is not None and name not in FORMS:
+    raise ValueError(f"attention backend {name!r}: must be one of {', '.join(FORMS)}, or None")
   return _asked(name)
 
 
@@ -163,8 +163,8 @@ class Core(NamedTuple):
   keep_mask: (B, M) or None: see `softmax_kept`.
   mask: (B, h, N, M) or None: where it is false a key gets nothing from a query. `rescore` may make
     more heads than there are queries; head i then has the mask of head i modulo h.
-  linked: share of the pairs of tokens that the mask leaves.
-  blocks: a `links.blocks.BlockLinks` or None: which blocks of tokens are linked; it attends.
+  scored: share of the pairs of tokens that the mask leaves.
+  layout: a `links.blocks.BlockLinks` or None: which blocks of tokens are scored; it attends.
 
   A `rescore` changes the scores before the softmax: (B, f, N, M), edges -> (B, h, N, M). A row of
   its result may depend on `rescore.reach` rows before and behind, 0 beyond the ends. edges: these
@@ -176,20 +176,20 @@ class Core(NamedTuple):
   gather: Callable = _same
   keep_mask: jax.Array | None = None
   mask: jax.Array | None = None
-  linked: Fraction = Fraction(1)
-  blocks: Any = None
+  scored: Fraction = Fraction(1)
+  layout: Any = None
 
   def of_heads(self, start: int, stop: int) -> "Core":
     """The attention of some of the heads."""
-    if self.blocks is not None:
-      return self._replace(blocks=self.blocks.of_heads(start, stop))
+    if self.layout is not None:
+      return self._replace(layout=self.layout.of_heads(start, stop))
     return self if self.mask is None else self._replace(mask=self.mask[:, start:stop])
 
   def masked_scores(self, query_bnhd, key_bmhd, rescore: Callable | None = None,
                     edges: bool = True):
     """Scores (B, h, N, M), float32, -inf where there is no link. edges: of `rescore`."""
     # A filter over scores needs them all.
-    with share(self.linked if rescore is None else 1):
+    with share(self.scored if rescore is None else 1):
       scores_bhnm = scores(query_bnhd, key_bmhd)
     if rescore is not None:
       scores_bhnm = rescore(scores_bhnm, edges)
@@ -229,15 +229,15 @@ class Core(NamedTuple):
     e may differ from d. Nobody sees the maps, and most backends do not form them.
     """
     count, value_bmhe = value_bmhe.shape[1], self.spread(value_bmhe)
-    if self.blocks is not None and rescore is None and self.keep_mask is None:
-      return self.gather(self.blocks.attend(query_bnhd, key_bmhd, value_bmhe, self._bias()))
+    if self.layout is not None and rescore is None and self.keep_mask is None:
+      return self.gather(self.layout.attend(query_bnhd, key_bmhd, value_bmhe, self._bias()))
     # Merged maps would weigh as many values as there are.
-    needed = self.linked * Fraction(count, value_bmhe.shape[1]) ** 2
+    needed = self.scored * Fraction(count, value_bmhe.shape[1]) ** 2
     return self.gather(self._attend(query_bnhd, key_bmhd, value_bmhe, rescore, needed))
 
   def _attend(self, query_bnhd, key_bmhd, value_bmhe, rescore, needed):
     platform, biased = jax.default_backend(), self.size is not None
-    plain = rescore is None and self.keep_mask is None and self.mask is None and self.blocks is None
+    plain = rescore is None and self.keep_mask is None and self.mask is None and self.layout is None
     device = {"width": backends.channels(query_bnhd.shape[-1], value_bmhe.shape[-1], biased),
               "hopper": platform == "gpu" and _is_hopper()}
     name = _asked.value or backend(
@@ -275,7 +275,7 @@ class Core(NamedTuple):
   def _images_in_turn(self, attend, query_bnhd, key_bmhd, value_bmhe):
     def image(arrays):
       (size, keep_mask, mask), *arrays = jax.tree.map(lambda x: x[None], arrays)
-      core = self._replace(size=size, keep_mask=keep_mask, mask=mask, blocks=None)
+      core = self._replace(size=size, keep_mask=keep_mask, mask=mask, layout=None)
       return attend(core, *arrays)[0]
 
     fields = (self.size, self.keep_mask, self._mask())
@@ -301,7 +301,7 @@ class Core(NamedTuple):
     @jax.checkpoint
     def tile(arrays):
       query_bnhd, own_n, mask = arrays
-      core = self._replace(mask=mask, blocks=None)
+      core = self._replace(mask=mask, layout=None)
       return core._at_once(query_bnhd, key_bhdm.transpose(0, 3, 1, 2), value_bhme.swapaxes(1, 2),
                            rescore=rescore, needed=needed, own_n=own_n, edges=False)
 
@@ -311,7 +311,7 @@ class Core(NamedTuple):
     return out_btnhe.reshape(-1, tiles * rows, *out_btnhe.shape[3:])[:, :queries]
 
   def _mask(self):
-    return self.mask if self.blocks is None else self.blocks.mask()
+    return self.mask if self.layout is None else self.layout.mask()
 
 
 DENSE = Core()   # all keys count alike
@@ -322,6 +322,6 @@ def wants_maps(module: nn.Module) -> bool:
   return module.is_mutable_collection("maps") and not module.is_initializing()
 
 
-def wants_links(module: nn.Module) -> bool:
+def wants_predictions(module: nn.Module) -> bool:
   """Whether somebody asked for what predictors of links are trained with."""
-  return module.is_mutable_collection("links") and not module.is_initializing()
+  return module.is_mutable_collection("attention") and not module.is_initializing()

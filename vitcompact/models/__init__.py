@@ -5,6 +5,7 @@ import fnmatch
 
 import flax.linen as nn
 
+from vitcompact.execution import Execution
 from vitcompact.models import deit, lvvit, nextvit, pvt, pvt_v2
 from vitcompact.models.variant import Variant
 from vitcompact.plan import Plan
@@ -44,6 +45,8 @@ def check_value(field: str, kind, value):
     fits, rule = isinstance(value, (int, float)) and 0 <= value < 1, "at least 0 and below 1"
   elif kind is Plan:
     fits, rule = isinstance(value, Plan), "a Plan; Plan.parse reads one"
+  elif kind is Execution:
+    fits, rule = isinstance(value, Execution), "an Execution, which tune returns in a model"
   elif kind is int:
     fits, rule = whole(value), f"a whole number of at least {least}"
   elif kind == int | tuple[int, int]:
@@ -64,7 +67,7 @@ def create_model(name: str, **fields) -> nn.Module:
 
   Args:
     name: as in `list_models()`; timm's name where timm has the model.
-    fields: plan, num_classes (0: features), image_size (int or pair), in_chans, global_pool,
+    fields: plan, execution, num_classes (0: features), image_size (int or pair), in_chans, global_pool,
       drop_path_rate, dtype ("float32", "bfloat16": of the computation; parameters are float32),
       remat, deploy (the folded form), and sizes (width, depth, heads, mlp_ratio, patch_size, ...).
   """
@@ -83,8 +86,4 @@ def create_model(name: str, **fields) -> nn.Module:
     check_value(field, known[field], value)
   model = variant.kind(variant=name, **{**variant.sizes, **fields})
   model.check()
-  # Raises or warns about a plan that does not fit here, rather than at init.
-  for part in model.parts().values():
-    if hasattr(part, "attn"):
-      part.attn.check()
   return model

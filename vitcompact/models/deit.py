@@ -4,23 +4,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitcompact import layers, token_state
-from vitcompact.block import Attention, Block, make_links, make_mlp
-from vitcompact.methods.attention import sparsifiner
-from vitcompact.methods.ffn import cffn
-from vitcompact.methods.heads import hmhsa
-from vitcompact.methods.tokens import dynamicvit
-from vitcompact.models import torch_names
-from vitcompact.models.images import check_images, in_parts
-from vitcompact.models.torch_names import Entry, Positions
+from vitcompact import layers, token_state, torch_names
+from vitcompact.block import Block, block_entries
+from vitcompact.execution import Execution
+from vitcompact.methods.protocol import Site
+from vitcompact.models.backbone import (
+  check_grid_and_heads,
+  check_images,
+  chunked,
+  drop_path_rates,
+  isotropic_sites,
+)
 from vitcompact.models.variant import Variant
 from vitcompact.plan import Plan
 from vitcompact.token_state import Tokens
+from vitcompact.torch_names import Entry, Positions
 from vitcompact.trees import Leaf
 
 EPSILON = 1e-6   # of every LayerNorm
 
-LEAVES = [
+RULES = [
     (r"(cls_token|pos_embed)", Leaf((None, None, "embed"))),
     # It decays, as in the authors' training; timm exempts it since.
     (r"dist_token", Leaf((None, None, "embed"), decay=True)),
@@ -56,7 +59,15 @@ class VisionTransformer(nn.Module):
   dtype: str = "float32"
   remat: bool = False
   plan: Plan = Plan()
+  execution: Execution = Execution()
   deploy: bool = False
+
+  mixes_images = False
+
+  @property
+  def teaches(self) -> frozenset[str]:
+    """Mean-pooled features are normalised after pooling: then no patch has features to compare."""
+    return frozenset() if self.global_pool == "avg" else frozenset({"patch features"})
 
   @property
   def grid(self) -> tuple[int, int]:
@@ -70,45 +81,31 @@ class VisionTransformer(nn.Module):
   @nn.nowrap
   def check(self):
     """Raises ValueError, one line, where the fields do not go together."""
-    for side in np.broadcast_to(self.image_size, 2).tolist():
-      if side < self.patch_size or side % self.patch_size:
-        near = max(1, round(side / self.patch_size)) * self.patch_size
-        raise ValueError(f"image_size={self.image_size}: {side} is not a multiple of "
-                         f"patch_size={self.patch_size}; the nearest that is: {near}")
-    if self.width % self.heads:
-      raise ValueError(f"heads={self.heads} does not divide width={self.width}; heads that do: "
-                       f"{[h for h in range(1, 33) if self.width % h == 0]}")
+    check_grid_and_heads(self)
     if self.global_pool not in ("token", "avg", ""):
       raise ValueError(f"global_pool={self.global_pool!r}: must be 'token', 'avg' or ''")
     if self.position_std < 0:
       raise ValueError(f"position_std={self.position_std}: must be at least 0")
-    self.plan.check_depth(self.depth)
+    self.plan.check(self.sites(), self.variant)
+    self.execution.check_depth(self.depth)
 
   @nn.nowrap
-  def parts(self) -> dict[str, nn.Module]:
+  def sites(self) -> list[Site]:
+    """Its blocks, as methods see them."""
+    return isotropic_sites(self, prefix=self.prefix)
+
+  @nn.nowrap
+  def submodules(self) -> dict[str, nn.Module]:
     """{name: block}, the modules that a plan changes or that fold, not bound to a parent."""
-    rates = np.linspace(0, self.drop_path_rate, self.depth).tolist()
     block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
-    parts, count = {}, self.prefix + self.grid[0] * self.grid[1]
-    for i in range(self.depth):
-      plan, name = self.plan.at(i), f"blocks_{i}"
-      attn = Attention(self.width, self.heads, spec=plan.heads, query_grid=self.grid,
-                       key_grid=self.grid, prefix=self.prefix, dtype=self.dtype,
-                       backend=plan.backend, parent=None)
-      mlp = make_mlp(plan, width=self.width, hidden=int(self.width * self.mlp_ratio),
-                     deploy=self.deploy, dtype=self.dtype, name=name)
-      left = self.plan.tokens_left(i, self.depth, count, self.prefix)
-      links = make_links(plan, attn, keys=count, left=left, deploy=self.deploy)
-      parts[name] = block(attn, mlp, drop_path=rates[i], epsilon=EPSILON, dtype=self.dtype,
-                          reduce_tokens=self.plan.reduction(i, self.depth), links=links,
-                          parent=None)
-    return parts
+    return {f"blocks_{site.block}": block(site, self.plan.at(site), drop_path=rate, epsilon=EPSILON,
+                                          parent=None)
+            for site, rate in zip(self.sites(), drop_path_rates(self), strict=True)}
 
   @nn.nowrap
-  def leaf_rules(self) -> list[tuple[str, Leaf]]:
-    """[(pattern, Leaf)] for every parameter under any plan; see `trees.first_match`."""
-    return [*LEAVES, *hmhsa.LEAVES, *sparsifiner.LEAVES, *dynamicvit.LEAVES, *cffn.LEAVES,
-            *layers.LEAVES]
+  def parameter_rules(self) -> list[tuple[str, Leaf]]:
+    """[(pattern, Leaf)] for every parameter, those of the plan's methods included."""
+    return [*RULES, *self.plan.parameter_rules(), *layers.RULES]
 
   @nn.nowrap
   def torch_entries(self) -> list[Entry]:
@@ -118,8 +115,8 @@ class VisionTransformer(nn.Module):
     entries.append(Entry("pos_embed", ("params/pos_embed",),
                          positions=Positions(self.grid, self.prefix)))
     entries += torch_names.patches("patch_embed.proj", "patch_embed/proj")
-    for i, part in enumerate(self.parts().values()):
-      entries += torch_names.block(f"blocks.{i}", f"blocks_{i}", part)
+    for i, block in enumerate(self.submodules().values()):
+      entries += block_entries(block, f"blocks.{i}", f"blocks_{i}")
     norm = "fc_norm" if self.global_pool == "avg" else "norm"
     entries += torch_names.norm(norm, norm)
     for name in ["head", "head_dist"][:self.prefix] if self.num_classes else []:
@@ -138,8 +135,8 @@ class VisionTransformer(nn.Module):
     count = self.prefix + self.grid[0] * self.grid[1]
     self.pos_embed = self.param("pos_embed", nn.initializers.normal(self.position_std),
                                 (1, count, self.width))
-    for name, part in self.parts().items():
-      setattr(self, name, part)
+    for name, module in self.submodules().items():
+      setattr(self, name, module)
     # Mean-pooled features are normalised after pooling, under timm's name for that norm.
     norm = layers.LayerNorm(epsilon=EPSILON, dtype=self.dtype)
     if self.global_pool == "avg":
@@ -151,7 +148,7 @@ class VisionTransformer(nn.Module):
       if self.distilled:
         self.head_dist = layers.dense(self.num_classes, dtype=self.dtype)
 
-  @in_parts
+  @chunked
   def __call__(self, images_bhwc, train: bool = False):
     check_images(self, images_bhwc)
     x = self.patch_embed(images_bhwc)

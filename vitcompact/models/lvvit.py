@@ -8,24 +8,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitcompact import layers, token_state
-from vitcompact.block import Attention, Block, make_links, make_mlp
-from vitcompact.methods.attention import sparsifiner
-from vitcompact.methods.ffn import cffn
-from vitcompact.methods.heads import hmhsa
-from vitcompact.methods.tokens import dynamicvit
-from vitcompact.models import torch_names
-from vitcompact.models.images import check_images, in_parts
-from vitcompact.models.torch_names import Entry, Positions
+from vitcompact import layers, token_state, torch_names
+from vitcompact.block import Block, block_entries
+from vitcompact.execution import Execution
+from vitcompact.methods.protocol import Site
+from vitcompact.models.backbone import (
+  check_grid_and_heads,
+  check_images,
+  chunked,
+  drop_path_rates,
+  isotropic_sites,
+)
 from vitcompact.models.variant import Variant
 from vitcompact.plan import Plan
 from vitcompact.token_state import Tokens
+from vitcompact.torch_names import Entry, Positions
 from vitcompact.trees import Leaf
 
 EPSILON = 1e-5   # of every LayerNorm
 STEM = {"conv1": (7, 2), "conv2": (3, 1), "conv3": (3, 1)}   # kernel size, stride
 
-LEAVES = [
+RULES = [
     (r"(cls_token|pos_embed)", Leaf((None, None, "embed"))),
     (r"stem/conv\d/conv/kernel", Leaf((None, None, None, None), decay=True)),
     (r"stem/proj/kernel", Leaf((None, None, None, "embed"), decay=True)),
@@ -131,7 +134,14 @@ class LVViT(nn.Module):
   dtype: str = "float32"
   remat: bool = False
   plan: Plan = Plan()
+  execution: Execution = Execution()
   deploy: bool = False
+
+  teaches = frozenset({"patch logits"})
+
+  @property
+  def mixes_images(self) -> bool:
+    return self.mix_token
 
   @property
   def grid(self) -> tuple[int, int]:
@@ -144,43 +154,30 @@ class LVViT(nn.Module):
     if self.patch_size < 2 or self.patch_size % 2:
       raise ValueError(f"patch_size={self.patch_size}: must be even, the stem halves the image "
                        "before it cuts patches")
-    for side in np.broadcast_to(self.image_size, 2).tolist():
-      if side < self.patch_size or side % self.patch_size:
-        near = max(1, round(side / self.patch_size)) * self.patch_size
-        raise ValueError(f"image_size={self.image_size}: {side} is not a multiple of "
-                         f"patch_size={self.patch_size}; the nearest that is: {near}")
-    if self.width % self.heads:
-      raise ValueError(f"heads={self.heads} does not divide width={self.width}; heads that do: "
-                       f"{[h for h in range(1, 33) if self.width % h == 0]}")
-    self.plan.check_depth(self.depth)
+    check_grid_and_heads(self)
+    self.plan.check(self.sites(), self.variant)
+    self.execution.check_depth(self.depth)
 
   @nn.nowrap
-  def parts(self) -> dict[str, nn.Module]:
+  def sites(self) -> list[Site]:
+    """Its blocks, as methods see them."""
+    return [site._replace(qkv_bias=False) for site in isotropic_sites(self, prefix=1)]
+
+  @nn.nowrap
+  def submodules(self) -> dict[str, nn.Module]:
     """{name: module}, what a plan changes or what folds, not bound to a parent."""
-    rates = np.linspace(0, self.drop_path_rate, self.depth).tolist()
     block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
-    parts = {"stem": Stem(self.width, self.patch_size, self.stem_width, deploy=self.deploy,
-                          dtype=self.dtype, parent=None)}
-    count = 1 + self.grid[0] * self.grid[1]
-    for i in range(self.depth):
-      plan, name = self.plan.at(i), f"blocks_{i}"
-      attn = Attention(self.width, self.heads, spec=plan.heads, qkv_bias=False,
-                       query_grid=self.grid, key_grid=self.grid, prefix=1, dtype=self.dtype,
-                       backend=plan.backend, parent=None)
-      mlp = make_mlp(plan, width=self.width, hidden=int(self.width * self.mlp_ratio),
-                     deploy=self.deploy, dtype=self.dtype, name=name)
-      left = self.plan.tokens_left(i, self.depth, count, prefix=1)
-      links = make_links(plan, attn, keys=count, left=left, deploy=self.deploy)
-      parts[name] = block(attn, mlp, drop_path=rates[i], epsilon=EPSILON, skip_lam=self.skip_lam,
-                          dtype=self.dtype, reduce_tokens=self.plan.reduction(i, self.depth),
-                          links=links, parent=None)
-    return parts
+    stem = Stem(self.width, self.patch_size, self.stem_width, deploy=self.deploy, dtype=self.dtype,
+                parent=None)
+    return {"stem": stem, **{
+        f"blocks_{site.block}": block(site, self.plan.at(site), drop_path=rate, epsilon=EPSILON,
+                                      skip_lam=self.skip_lam, parent=None)
+        for site, rate in zip(self.sites(), drop_path_rates(self), strict=True)}}
 
   @nn.nowrap
-  def leaf_rules(self) -> list[tuple[str, Leaf]]:
-    """[(pattern, Leaf)] for every parameter under any plan; see `trees.first_match`."""
-    return [*LEAVES, *hmhsa.LEAVES, *sparsifiner.LEAVES, *dynamicvit.LEAVES, *cffn.LEAVES,
-            *layers.LEAVES]
+  def parameter_rules(self) -> list[tuple[str, Leaf]]:
+    """[(pattern, Leaf)] for every parameter, those of the plan's methods included."""
+    return [*RULES, *self.plan.parameter_rules(), *layers.RULES]
 
   @nn.nowrap
   def torch_entries(self) -> list[Entry]:
@@ -191,9 +188,9 @@ class LVViT(nn.Module):
       entries += torch_names.conv(f"patch_embed.conv{i}", f"stem/{name}/conv", use_bias=False)
       entries += torch_names.norm(f"patch_embed.bn{i}", f"stem/{name}/norm", running=True)
     entries += torch_names.conv("patch_embed.proj", "stem/proj")
-    parts = self.parts()
+    blocks = self.submodules()
     for i in range(self.depth):
-      entries += torch_names.block(f"blocks.{i}", f"blocks_{i}", parts[f"blocks_{i}"])
+      entries += block_entries(blocks[f"blocks_{i}"], f"blocks.{i}", f"blocks_{i}")
     entries += torch_names.norm("norm", "norm")
     for name in ("head", "aux_head") if self.num_classes else ():
       entries += torch_names.linear(name, name)
@@ -208,14 +205,14 @@ class LVViT(nn.Module):
     self.cls_token = self.param("cls_token", layers.weight_init, (1, 1, self.width))
     count = 1 + self.grid[0] * self.grid[1]
     self.pos_embed = self.param("pos_embed", layers.weight_init, (1, count, self.width))
-    for name, part in self.parts().items():
-      setattr(self, name, part)
+    for name, module in self.submodules().items():
+      setattr(self, name, module)
     self.norm = layers.LayerNorm(epsilon=EPSILON, dtype=self.dtype)
     if self.num_classes:
       self.head = layers.dense(self.num_classes, dtype=self.dtype)
       self.aux_head = layers.dense(self.num_classes, dtype=self.dtype)
 
-  @in_parts
+  @chunked
   def __call__(self, images_bhwc, train: bool = False):
     check_images(self, images_bhwc)
     x = self.stem(images_bhwc, train)

@@ -8,17 +8,21 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from vitcompact import layers
-from vitcompact.block import Attention, make_links, make_mlp
-from vitcompact.methods.attention import sparsifiner
-from vitcompact.methods.ffn import cffn
-from vitcompact.methods.heads import hmhsa
-from vitcompact.models import torch_names
-from vitcompact.models.images import check_images, in_parts
+from vitcompact import layers, torch_names
+from vitcompact.execution import Execution
+from vitcompact.methods.protocol import Site
+from vitcompact.models.backbone import (
+  HIERARCHICAL,
+  WITHOUT_ATTENTION,
+  check_images,
+  chunked,
+  drop_path_rates,
+  site_fields,
+)
 from vitcompact.models.nextvit_blocks import ConvBlock, TransformerBlock
-from vitcompact.models.torch_names import Entry
 from vitcompact.models.variant import Variant
-from vitcompact.plan import BlockPlan, Plan
+from vitcompact.plan import Plan
+from vitcompact.torch_names import Entry
 from vitcompact.trees import Leaf
 
 STEM_STRIDES = (2, 1, 1, 2)
@@ -26,7 +30,7 @@ STAGE_STRIDES = (1, 2, 2, 2)
 POOLS = (64, 16, 4, 1)            # tokens that one key of a stage averages
 CONV_MLP_RATIO, TRANSFORMER_MLP_RATIO = 3, 2
 
-LEAVES = [
+RULES = [
     (r"stem/conv\d/conv/kernel", Leaf((None, None, None, "embed"), decay=True)),
     (r".*/(patch_embed|projection|group_conv)/conv/kernel",
      Leaf((None, None, None, "embed"), decay=True)),
@@ -123,7 +127,11 @@ class NextViT(nn.Module):
   dtype: str = "float32"
   remat: bool = False
   plan: Plan = Plan()
+  execution: Execution = Execution()
   deploy: bool = False
+
+  teaches = frozenset()
+  mixes_images = False
 
   @property
   def depth(self) -> int:
@@ -165,13 +173,8 @@ class NextViT(nn.Module):
         raise ValueError(f"image_size={self.image_size}: stage {stage + 1} has {height} x {width} "
                          f"tokens, and a key there averages {POOLS[stage]}; the smallest square "
                          f"that fits is {self._smallest_side(places)}")
-    self.plan.check_grid(self.depth, self.variant)
-    attending = [i for i, place in enumerate(places) if place.transformer]
-    for block, axes in self.plan.blocks.items():
-      given = [axis for axis in ("heads", "links") if axes.get(axis) is not None]
-      if given and block not in attending:
-        raise ValueError(f"the plan gives block {block} a {given[0]} method, but it is "
-                         f"convolutional; blocks with attention: {attending}")
+    self.plan.check(self.sites(), self.variant)
+    self.execution.check_depth(self.depth)
 
   @nn.nowrap
   def _smallest_side(self, places) -> int:
@@ -180,44 +183,41 @@ class NextViT(nn.Module):
                for place in places if place.transformer)
 
   @nn.nowrap
-  def parts(self) -> dict[str, nn.Module]:
-    """{name: module}, everything: a plan or folding changes all of it; not bound to a parent."""
-    rates = np.linspace(0, self.drop_path_rate, self.depth).tolist()
-    parts = {"stem": Stem(self.stem_widths, self.deploy, self.dtype, parent=None)}
+  def sites(self) -> list[Site]:
+    """Its blocks, as methods see them: an FFN each, and attention in transformer blocks."""
+    out = []
     for i, place in enumerate(self.places()):
-      make = self._transformer_block if place.transformer else self._conv_block
-      parts[f"blocks_{i}"] = make(place, self.plan.at(i), rates[i], f"blocks_{i}")
-    parts["head"] = Head(self.num_classes, self.deploy, self.dtype, parent=None)
-    return parts
-
-  def _conv_block(self, place: Place, plan: BlockPlan, rate: float, name: str):
-    width = self.widths[place.stage]
-    if plan.ffn is not None and plan.ffn.apply_to == "attention_blocks":
-      plan = plan._replace(ffn=None)
-    mlp = make_mlp(plan, width=width, hidden=width * CONV_MLP_RATIO, deploy=self.deploy,
-                   dtype=self.dtype, name=name, act=nn.relu)
-    kind = nn.remat(ConvBlock, static_argnums=(2,)) if self.remat else ConvBlock
-    return kind(mlp, width, place.stride, self.head_dim, drop_path=rate, deploy=self.deploy,
-                dtype=self.dtype, parent=None)
-
-  def _transformer_block(self, place: Place, plan: BlockPlan, rate: float, name: str):
-    width, pool, grid = self.widths[place.stage], POOLS[place.stage], self.grids[place.stage]
-    # Pooled keys are runs of tokens, which have no grid.
-    attn = Attention(width, width // self.head_dim, spec=plan.heads, query_grid=grid,
-                     key_grid=grid if pool == 1 else None, dtype=self.dtype,
-                     backend=plan.backend, parent=None)
-    out = width + width // 3
-    mlp = make_mlp(plan, width=out, hidden=out * TRANSFORMER_MLP_RATIO, deploy=self.deploy,
-                   dtype=self.dtype, name=name, act=nn.relu)
-    kind = nn.remat(TransformerBlock, static_argnums=(2,)) if self.remat else TransformerBlock
-    links = make_links(plan, attn, keys=max(1, grid[0] * grid[1] // pool), deploy=self.deploy)
-    return kind(attn, mlp, width, width // 3, place.stride, self.head_dim, pool, drop_path=rate,
-                deploy=self.deploy, dtype=self.dtype, links=links, parent=None)
+      width, grid = self.widths[place.stage], self.grids[place.stage]
+      fields = {"depth": self.depth, "query_grid": grid, "act": nn.relu, **site_fields(self, i)}
+      if not place.transformer:
+        out.append(Site(width=width, ffn_width=width, hidden=width * CONV_MLP_RATIO,
+                        provides=WITHOUT_ATTENTION, **fields))
+        continue
+      # Pooled keys are runs of tokens, which have no grid.
+      pool, ffn_width = POOLS[place.stage], width + width // 3
+      keys = max(1, grid[0] * grid[1] // pool)
+      out.append(Site(width=width, ffn_width=ffn_width, hidden=ffn_width * TRANSFORMER_MLP_RATIO,
+                      heads=width // self.head_dim, tokens=keys, tokens_left=keys,
+                      key_grid=grid if pool == 1 else None, provides=HIERARCHICAL, **fields))
+    return out
 
   @nn.nowrap
-  def leaf_rules(self) -> list[tuple[str, Leaf]]:
-    """[(pattern, Leaf)] for every parameter under any plan; see `trees.first_match`."""
-    return [*LEAVES, *hmhsa.LEAVES, *sparsifiner.LEAVES, *cffn.LEAVES, *layers.LEAVES]
+  def submodules(self) -> dict[str, nn.Module]:
+    """{name: module}, everything: a plan or folding changes all of it; not bound to a parent."""
+    out = {"stem": Stem(self.stem_widths, self.deploy, self.dtype, parent=None)}
+    for site, place, rate in zip(self.sites(), self.places(), drop_path_rates(self), strict=True):
+      kind = TransformerBlock if place.transformer else ConvBlock
+      kind = nn.remat(kind, static_argnums=(2,)) if self.remat else kind
+      pool = {"pool": POOLS[place.stage]} if place.transformer else {}
+      out[f"blocks_{site.block}"] = kind(site, self.plan.at(site), place.stride, self.head_dim,
+                                         drop_path=rate, parent=None, **pool)
+    out["head"] = Head(self.num_classes, self.deploy, self.dtype, parent=None)
+    return out
+
+  @nn.nowrap
+  def parameter_rules(self) -> list[tuple[str, Leaf]]:
+    """[(pattern, Leaf)] for every parameter, those of the plan's methods included."""
+    return [*RULES, *self.plan.parameter_rules(), *layers.LEAVES]
 
   @nn.nowrap
   def torch_entries(self) -> list[Entry]:
@@ -266,10 +266,10 @@ class NextViT(nn.Module):
     return block.replace(".mlp.fc", ".mlp.conv")
 
   def setup(self):
-    for name, part in self.parts().items():
-      setattr(self, name, part)
+    for name, module in self.submodules().items():
+      setattr(self, name, module)
 
-  @in_parts
+  @chunked
   def __call__(self, images_bhwc, train: bool = False):
     check_images(self, images_bhwc)
     x = self.stem(images_bhwc, train)

@@ -9,8 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitcompact import attention
-from vitcompact.block import fold_links, fresh_links, mlp_fold, mlp_from_dense
+from vitcompact import attention, block
 from vitcompact.layers import (
     BatchNorm,
     ConvNorm,
@@ -20,6 +19,11 @@ from vitcompact.layers import (
     fold_into_linear,
     weight_init,
 )
+from vitcompact.methods.protocol import Site
+from vitcompact.plan import BlockMethods
+
+# Norms before a linear layer, which folding puts into it.
+FOLDED = ("norm1", "norm2", "key_norm")
 
 
 def halve(x_bhwc):
@@ -56,30 +60,31 @@ class ConvAttention(nn.Module):
 
 class ConvBlock(nn.Module):
   """NCB: x = embed(x), then x + mhca(x), then x + mlp(norm x)."""
-  mlp: nn.Module
-  width: int
+  site: Site
+  methods: BlockMethods
   stride: int
   head_dim: int
   drop_path: float = 0.0
-  deploy: bool = False
-  dtype: str = "float32"
 
   @nn.compact
   def __call__(self, x_bhwc, train: bool = False):
     x = patch_embed(self, x_bhwc, train)
     drop = functools.partial(DropPath, self.drop_path)
-    mhca = ConvAttention(self.head_dim, self.deploy, self.dtype, name="mhca")
+    mhca = ConvAttention(self.head_dim, self.site.deploy, self.site.dtype, name="mhca")
     x = x + drop(name="drop1")(mhca(x, train), train)
-    return x + drop(name="drop2")(self.mlp(norm(self, "norm", x, train), train), train)
+    mlp = block.make_ffn(self.site, self.methods.ffn, name="mlp")
+    return x + drop(name="drop2")(mlp(norm(self, "norm", x, train), train), train)
 
   @nn.nowrap
   def from_dense(self, params, stats, moments):
-    return block_from_dense(self, params, stats, moments)
+    return block.from_dense(self.site, self.methods, params, stats, moments)
 
   @nn.nowrap
   def fold(self, params, stats):
     """(params, {}) of the deployed block."""
-    mlp = fold_norm_and_mlp(self.mlp, batch_affine(params["norm"], stats["norm"]), params, stats)
+    affine = batch_affine(params["norm"], stats["norm"])
+    params, _ = block.fold(self.site, self.methods, params, stats)
+    mlp = fold_norm_into_mlp(affine, params["mlp"])
     return {**fold_convolutions(params, stats), "mlp": mlp}, {}
 
 
@@ -92,52 +97,47 @@ class TransformerBlock(nn.Module):
   Keys and values are means of `pool` tokens each, normalised once more where pool > 1. The rate of
   stochastic depth is split as the channels are: 3/4 on attention, 1/4 on the convolution.
   """
-  attn: nn.Module
-  mlp: nn.Module
-  width: int
-  side_width: int
+  site: Site
+  methods: BlockMethods
   stride: int
   head_dim: int
   pool: int
   drop_path: float = 0.0
-  deploy: bool = False
-  dtype: str = "float32"
-  links: nn.Module | None = None
 
   @nn.compact
   def __call__(self, x_bhwc, train: bool = False):
+    site = self.site
     x = patch_embed(self, x_bhwc, train)
     x = x + DropPath(0.75 * self.drop_path, name="drop1")(self._attend(x, train), train)
-    y = ConvNorm(self.side_width, 1, deploy=self.deploy, dtype=self.dtype,
+    y = ConvNorm(site.ffn_width - site.width, 1, deploy=site.deploy, dtype=site.dtype,
                  name="projection")(x, train)
-    mhca = ConvAttention(self.head_dim, self.deploy, self.dtype, name="mhca")
+    mhca = ConvAttention(self.head_dim, site.deploy, site.dtype, name="mhca")
     y = y + DropPath(0.25 * self.drop_path, name="drop2")(mhca(y, train), train)
     z = jnp.concatenate([x, y], axis=-1)
-    out = self.mlp(norm(self, "norm2", z, train), train)
+    mlp = block.make_ffn(site, self.methods.ffn, name="mlp")
+    out = mlp(norm(self, "norm2", z, train), train)
     return z + DropPath(self.drop_path, name="drop3")(out, train)
 
+  @nn.nowrap
   def _attend(self, x_bhwc, train: bool):
+    attn = block.Attention(self.site, self.methods.heads, name="attn")
     tokens = jax.lax.collapse(norm(self, "norm1", x_bhwc, train), 1, 3)
     keys = tokens
     if self.pool > 1:
       keys = norm(self, "key_norm", pool_tokens(tokens, self.pool), train)
-    query, key, value = self.attn.query(tokens), self.attn.key(keys), self.attn.value(keys)
-    core = attention.DENSE
-    if self.links is not None:
-      core = self.links(core, query, key)
-    return self.attn.attend(query, key, value, core).reshape(x_bhwc.shape)
+    query, key, value = attn.query(tokens), attn.key(keys), attn.value(keys)
+    core = block.restrict(self.site, self.methods.attention, attention.DENSE, query, key)
+    return attn.attend(query, key, value, core, tokens).reshape(x_bhwc.shape)
 
   @nn.nowrap
   def from_dense(self, params, stats, moments):
-    params = {**params, "attn": self.attn.from_dense(params["attn"]),
-              **fresh_links(self.links, self.attn)}
-    return block_from_dense(self, params, stats, moments)
+    return block.from_dense(self.site, self.methods, params, stats, moments)
 
   @nn.nowrap
   def fold(self, params, stats):
     """(params, {}) of the deployed block."""
-    params = fold_links(self.links, params)
     scale, shift = batch_affine(params["norm1"], stats["norm1"])
+    params, _ = block.fold(self.site, self.methods, params, stats)
     attn = {**params["attn"], "query": fold_into_linear(params["attn"]["query"], scale, shift)}
     if "key_norm" in params:
       # Means commute with an affine map, so norm1 moves behind the pool, onto key_norm.
@@ -145,31 +145,28 @@ class TransformerBlock(nn.Module):
       scale, shift = scale * key_scale, shift * key_scale + key_shift
     for name in ("key", "value"):
       attn[name] = fold_into_linear(attn[name], scale, shift)
-    mlp = fold_norm_and_mlp(self.mlp, batch_affine(params["norm2"], stats["norm2"]), params, stats)
-    return {**fold_convolutions(params, stats), "attn": attn, "mlp": mlp}, {}
+    mlp = fold_norm_into_mlp(batch_affine(params["norm2"], stats["norm2"]), params["mlp"])
+    kept = {name: leaf for name, leaf in params.items() if name not in FOLDED}
+    return {**kept, **fold_convolutions(params, stats), "attn": attn, "mlp": mlp}, {}
 
 
-def patch_embed(block: nn.Module, x_bhwc, train: bool):
+def patch_embed(module: nn.Module, x_bhwc, train: bool):
   """The map at the block's stride and width; nothing, without parameters, where it is already."""
-  if block.stride == 1 and x_bhwc.shape[-1] == block.width:
+  site = module.site
+  if module.stride == 1 and x_bhwc.shape[-1] == site.width:
     return x_bhwc
-  if block.stride == 2:
+  if module.stride == 2:
     x_bhwc = halve(x_bhwc)
-  return ConvNorm(block.width, 1, deploy=block.deploy, dtype=block.dtype, parent=block,
+  return ConvNorm(site.width, 1, deploy=site.deploy, dtype=site.dtype, parent=module,
                   name="patch_embed")(x_bhwc, train)
 
 
-def norm(block: nn.Module, name: str, x, train: bool):
+def norm(module: nn.Module, name: str, x, train: bool):
   """Batch norm in front of a linear layer, which has taken it in once deployed."""
-  if block.deploy:
+  if module.site.deploy:
     return x
-  return BatchNorm(dtype=block.dtype, parent=block, name=name)(x, use_running_average=not train)
-
-
-def block_from_dense(block: nn.Module, params, stats, moments):
-  """(params, stats) of a block from a dense one's; see `compact`."""
-  mlp, mlp_stats = mlp_from_dense(block.mlp, params["mlp"], moments.get("mlp", {}))
-  return {**params, "mlp": mlp}, {**stats, **({"mlp": mlp_stats} if mlp_stats else {})}
+  return BatchNorm(dtype=module.site.dtype, parent=module, name=name)(
+      x, use_running_average=not train)
 
 
 def fold_convolutions(params, stats):
@@ -181,9 +178,8 @@ def fold_convolutions(params, stats):
   return {**out, "mhca": {**mhca, "group_conv": group_conv}}
 
 
-def fold_norm_and_mlp(mlp: nn.Module, affine, params, stats):
-  """Parameters of the deployed MLP that has taken in the (scale, shift) in front of it."""
-  folded = mlp_fold(mlp, params["mlp"], stats.get("mlp", {}))
+def fold_norm_into_mlp(affine, folded):
+  """Parameters of a deployed MLP that has taken in the (scale, shift) in front of it."""
   fc1 = folded["fc1"]
   if "a" not in fc1:
     return {**folded, "fc1": fold_into_linear(fc1, *affine)}

@@ -1,29 +1,30 @@
 """PVT v1: a pyramid of four stages with attention over reduced keys (Wang et al., 2102.12122)."""
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitcompact import layers
-from vitcompact.block import make_mlp
-from vitcompact.methods.attention import sparsifiner
-from vitcompact.methods.ffn import cffn
-from vitcompact.methods.heads import hmhsa
-from vitcompact.models import pyramid, torch_names
-from vitcompact.models.images import in_parts
-from vitcompact.models.torch_names import Entry, Positions
+from vitcompact import layers, torch_names
+from vitcompact.execution import Execution
+from vitcompact.methods.protocol import Site
+from vitcompact.models import pyramid
+from vitcompact.models.backbone import chunked
 from vitcompact.models.variant import Variant
 from vitcompact.plan import Plan
 from vitcompact.token_state import Tokens
+from vitcompact.torch_names import Entry, Positions
 from vitcompact.trees import Leaf
 
 # Position embeddings decay, as in the authors' training; the class token does not.
-LEAVES = [
+RULES = [
     (r"cls_token", Leaf((None, None, "embed"))),
     (r"pos_embed_\d+", Leaf((None, None, "embed"), decay=True)),
-    *pyramid.LEAVES,
+    *pyramid.RULES,
 ]
 
 
@@ -49,7 +50,16 @@ class PyramidVisionTransformer(nn.Module):
   dtype: str = "float32"
   remat: bool = False
   plan: Plan = Plan()
+  execution: Execution = Execution()
   deploy: bool = False
+
+  teaches = frozenset()
+  mixes_images = False
+  prefix = 1   # tokens before the grid of the last stage
+
+  @property
+  def depth(self) -> int:
+    return sum(self.depths)
 
   @nn.nowrap
   def check(self):
@@ -59,6 +69,7 @@ class PyramidVisionTransformer(nn.Module):
       raise ValueError(f"sr_ratios={self.sr_ratios}: must end in 1, since the class token of the "
                        "last stage has no place on a grid that could be reduced")
     self.check_size(self.image_size, f"image_size={self.image_size}")
+    self.plan.check(self.sites(), self.variant)
 
   @nn.nowrap
   def check_size(self, image_size, what: str):
@@ -81,39 +92,39 @@ class PyramidVisionTransformer(nn.Module):
     return pyramid.stages(self, [(height // s, width // s) for s in self._strides()])
 
   @nn.nowrap
-  def parts(self, image_size=None) -> dict[str, nn.Module]:
-    """{name: block}, the modules that a plan changes or that fold, not bound to a parent."""
-    stages, native = self.stages(image_size or self.image_size), self.stages(self.image_size)
-    rates = np.linspace(0, self.drop_path_rate, sum(self.depths)).tolist()
-    parts = {}
-    for stage, own in zip(stages, native, strict=True):
-      for i in stage.blocks:
-        plan, name = self.plan.at(i), f"blocks_{i}"
-        mlp = make_mlp(plan, width=stage.width, hidden=stage.hidden, deploy=self.deploy,
-                       dtype=self.dtype, name=name)
-        parts[name] = pyramid.make_block(
-            stage, own, plan, mlp=mlp, make_reduce=self._reduce, drop_path=rates[i],
-            prefix=int(stage is stages[-1]), remat=self.remat, deploy=self.deploy,
-            dtype=self.dtype)
-    return parts
+  def sites(self, image_size=None) -> list[Site]:
+    """Its blocks, as methods see them."""
+    return pyramid.sites(self, image_size)
 
   @nn.nowrap
-  def _reduce(self, stage: pyramid.Stage) -> nn.Module | None:
+  def submodules(self, image_size=None) -> dict[str, nn.Module]:
+    """{name: block}, the modules that a plan changes or that fold, not bound to a parent."""
+    return pyramid.submodules(self, image_size)
+
+  @nn.nowrap
+  def ffn_fields(self, stage: pyramid.Stage) -> dict[str, Any]:
+    """Fields of a Site that say what the FFN of a stage is, besides its width."""
+    del stage
+    return {}
+
+  @nn.nowrap
+  def make_reduce(self, stage: pyramid.Stage) -> Callable[..., nn.Module] | None:
+    """Makes the module that reduces the keys of a stage; None where there is none."""
     if stage.reduction == 1:
       return None
-    return pyramid.Reduce(stage.grid, stage.reduction, conv_init=fan_in_init, dtype=self.dtype,
-                          parent=None)
+    return functools.partial(pyramid.Reduce, stage.grid, stage.reduction, conv_init=fan_in_init,
+                             dtype=self.dtype)
 
   @nn.nowrap
-  def leaf_rules(self) -> list[tuple[str, Leaf]]:
-    """[(pattern, Leaf)] for every parameter under any plan; see `trees.first_match`."""
-    return [*LEAVES, *hmhsa.LEAVES, *sparsifiner.LEAVES, *cffn.LEAVES, *layers.LEAVES]
+  def parameter_rules(self) -> list[tuple[str, Leaf]]:
+    """[(pattern, Leaf)] for every parameter, those of the plan's methods included."""
+    return [*RULES, *self.plan.parameter_rules(), *layers.LEAVES]
 
-  @in_parts
+  @chunked
   @nn.compact
   def __call__(self, images_bhwc, train: bool = False):
     image_size = pyramid.check_images(self, images_bhwc)
-    blocks = self.parts(image_size)
+    blocks = self.submodules(image_size)
     stages, native = self.stages(image_size), self.stages(self.image_size)
     x = images_bhwc
     for s, stage in enumerate(stages):
@@ -144,17 +155,17 @@ class PyramidVisionTransformer(nn.Module):
 
   @nn.nowrap
   def torch_entries(self) -> list[Entry]:
-    """The tensors of the dense model under the authors' names (timm does not have PVT v1)."""
+    """Its tensors under the authors' names (timm does not have PVT v1)."""
     entries = [Entry("cls_token", ("params/cls_token",))]
-    stages = self.stages(self.image_size)
+    stages, blocks = self.stages(self.image_size), self.submodules()
     for s, stage in enumerate(stages, 1):
       positions = Positions(stage.grid, int(stage is stages[-1]), "bilinear")
       entries.append(Entry(f"pos_embed{s}", (f"params/pos_embed_{s}",), positions=positions))
       entries += pyramid.conv_norm_entries(f"patch_embed{s}.proj", f"patch_embed{s}.norm",
                                            f"patch_embed_{s}")
       for i in stage.blocks:
-        entries += pyramid.block_entries(f"block{s}.{i - stage.blocks[0]}", f"blocks_{i}",
-                                         reduced=stage.reduction > 1)
+        entries += pyramid.block_entries(blocks[f"blocks_{i}"], f"block{s}.{i - stage.blocks[0]}",
+                                         f"blocks_{i}")
     entries += torch_names.norm("norm", "norm")
     return entries + (torch_names.linear("head", "head") if self.num_classes else [])
 

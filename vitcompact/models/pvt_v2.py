@@ -1,28 +1,29 @@
 """PVT v2: overlapping patches, depthwise convolutions in the FFN (Wang et al., 2106.13797)."""
+import functools
 import re
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from vitcompact import layers
-from vitcompact.block import make_mlp
-from vitcompact.methods.attention import sparsifiner
-from vitcompact.methods.ffn import cffn
-from vitcompact.methods.heads import hmhsa
-from vitcompact.models import pyramid, torch_names
-from vitcompact.models.images import in_parts
-from vitcompact.models.torch_names import Entry
+from vitcompact import layers, torch_names
+from vitcompact.execution import Execution
+from vitcompact.methods.protocol import Site
+from vitcompact.models import pyramid
+from vitcompact.models.backbone import chunked
 from vitcompact.models.variant import Variant
 from vitcompact.plan import Plan
 from vitcompact.token_state import Tokens
+from vitcompact.torch_names import Entry
 from vitcompact.trees import Leaf
 
 POOLED = 7   # side of the linear variant's key grid, whatever the image
 
-LEAVES = [
+RULES = [
     (r".*/mlp/mixer/conv/kernel", Leaf((None, None, None, "mlp"), decay=True)),
-    *pyramid.LEAVES,
+    *pyramid.RULES,
 ]
 
 
@@ -48,13 +49,23 @@ class PyramidVisionTransformerV2(nn.Module):
   dtype: str = "float32"
   remat: bool = False
   plan: Plan = Plan()
+  execution: Execution = Execution()
   deploy: bool = False
+
+  teaches = frozenset()
+  mixes_images = False
+  prefix = 0   # tokens before the grid of the last stage
+
+  @property
+  def depth(self) -> int:
+    return sum(self.depths)
 
   @nn.nowrap
   def check(self):
     """Raises ValueError, one line, where the fields do not go together."""
     pyramid.check_fields(self)
     self.check_size(self.image_size, f"image_size={self.image_size}")
+    self.plan.check(self.sites(), self.variant)
 
   @nn.nowrap
   def check_size(self, image_size, what: str):
@@ -74,41 +85,42 @@ class PyramidVisionTransformerV2(nn.Module):
     return pyramid.stages(self, grids)
 
   @nn.nowrap
-  def parts(self, image_size=None) -> dict[str, nn.Module]:
-    """{name: block}, the modules that a plan changes or that fold, not bound to a parent."""
-    rates = np.linspace(0, self.drop_path_rate, sum(self.depths)).tolist()
-    parts = {}
-    stages, native = self.stages(image_size or self.image_size), self.stages(self.image_size)
-    for stage, own in zip(stages, native, strict=True):
-      for i in stage.blocks:
-        plan, name = self.plan.at(i), f"blocks_{i}"
-        mixer = DepthwiseConv(stage.grid, relu=self.linear, dtype=self.dtype, parent=None)
-        mlp = make_mlp(plan, width=stage.width, hidden=stage.hidden, deploy=self.deploy,
-                       dtype=self.dtype, name=name, mixer=mixer, mixer_gain=mixer.gain)
-        parts[name] = pyramid.make_block(
-            stage, own, plan, mlp=mlp, make_reduce=self._reduce, drop_path=rates[i],
-            remat=self.remat, deploy=self.deploy, dtype=self.dtype)
-    return parts
+  def sites(self, image_size=None) -> list[Site]:
+    """Its blocks, as methods see them."""
+    return pyramid.sites(self, image_size)
 
   @nn.nowrap
-  def _reduce(self, stage: pyramid.Stage) -> nn.Module | None:
+  def submodules(self, image_size=None) -> dict[str, nn.Module]:
+    """{name: block}, the modules that a plan changes or that fold, not bound to a parent."""
+    return pyramid.submodules(self, image_size)
+
+  @nn.nowrap
+  def ffn_fields(self, stage: pyramid.Stage) -> dict[str, Any]:
+    """Fields of a Site that say what the FFN of a stage is, besides its width."""
+    mixer = functools.partial(DepthwiseConv, stage.grid, relu=self.linear, dtype=self.dtype)
+    # By how much the variance of centred, independent inputs grows under fresh weights.
+    return {"mixer": mixer, "mixer_gain": 1 if self.linear else 2}
+
+  @nn.nowrap
+  def make_reduce(self, stage: pyramid.Stage) -> Callable[..., nn.Module] | None:
+    """Makes the module that reduces the keys of a stage; None where there is none."""
     if self.linear:
-      return PoolReduce(stage.grid, dtype=self.dtype, parent=None)
+      return functools.partial(PoolReduce, stage.grid, dtype=self.dtype)
     if stage.reduction == 1:
       return None
-    return pyramid.Reduce(stage.grid, stage.reduction, conv_init=fan_out_init, dtype=self.dtype,
-                          parent=None)
+    return functools.partial(pyramid.Reduce, stage.grid, stage.reduction, conv_init=fan_out_init,
+                             dtype=self.dtype)
 
   @nn.nowrap
-  def leaf_rules(self) -> list[tuple[str, Leaf]]:
-    """[(pattern, Leaf)] for every parameter under any plan; see `trees.first_match`."""
-    return [*LEAVES, *hmhsa.LEAVES, *sparsifiner.LEAVES, *cffn.LEAVES, *layers.LEAVES]
+  def parameter_rules(self) -> list[tuple[str, Leaf]]:
+    """[(pattern, Leaf)] for every parameter, those of the plan's methods included."""
+    return [*RULES, *self.plan.parameter_rules(), *layers.LEAVES]
 
-  @in_parts
+  @chunked
   @nn.compact
   def __call__(self, images_bhwc, train: bool = False):
     image_size = pyramid.check_images(self, images_bhwc)
-    blocks = self.parts(image_size)
+    blocks = self.submodules(image_size)
     x = images_bhwc
     for s, stage in enumerate(self.stages(image_size), 1):
       size, stride = (7, 4) if s == 1 else (3, 2)
@@ -126,15 +138,15 @@ class PyramidVisionTransformerV2(nn.Module):
 
   @nn.nowrap
   def torch_entries(self) -> list[Entry]:
-    """The tensors of the dense model under timm's names."""
-    entries = []
+    """Its tensors under timm's names."""
+    entries, blocks = [], self.submodules()
     for s, stage in enumerate(self.stages(self.image_size)):
       embed = f"stages.{s}.downsample" if s else "patch_embed"
       entries += pyramid.conv_norm_entries(f"{embed}.proj", f"{embed}.norm",
                                            f"patch_embed_{s + 1}")
       for i in stage.blocks:
         torch, ours = f"stages.{s}.blocks.{i - stage.blocks[0]}", f"blocks_{i}"
-        entries += pyramid.block_entries(torch, ours, self.linear or stage.reduction > 1)
+        entries += pyramid.block_entries(blocks[ours], torch, ours)
         entries += torch_names.conv(f"{torch}.mlp.dwconv", f"{ours}/mlp/mixer/conv")
       entries += torch_names.norm(f"stages.{s}.norm", f"norm_{s + 1}")
     return entries + (torch_names.linear("head", "head") if self.num_classes else [])
@@ -155,11 +167,6 @@ class DepthwiseConv(nn.Module):
   grid: tuple[int, int]
   relu: bool = False
   dtype: str = "float32"
-
-  @property
-  def gain(self) -> int:
-    """By how much the variance of centred, independent inputs grows under fresh weights."""
-    return 1 if self.relu else 2
 
   @nn.compact
   def __call__(self, tokens_bnc):

@@ -8,18 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitcompact.block import Attention, Block, make_links
+from vitcompact import torch_names
+from vitcompact.block import Block, method_entries
 from vitcompact.layers import LayerNorm, weight_init
-from vitcompact.models import torch_names
-from vitcompact.models.torch_names import Entry
-from vitcompact.plan import BlockPlan
+from vitcompact.methods.protocol import Site
+from vitcompact.models.backbone import HIERARCHICAL, drop_path_rates, site_fields
+from vitcompact.torch_names import Entry
 from vitcompact.trees import Leaf
 
 # Mixed, as the published weights were trained.
 EPSILON = 1e-6        # of the norms in front of attention and FFN, and at the end
 CONV_EPSILON = 1e-5   # of the norms that follow a convolution
 
-LEAVES = [
+RULES = [
     (r"patch_embed_\d+/proj/kernel", Leaf((None, None, None, "embed"), decay=True)),
     (r".*/reduce/proj/kernel", Leaf((None, None, None, "embed"), decay=True)),
     (r"head/kernel", Leaf(("embed", "classes"), decay=True)),
@@ -58,7 +59,7 @@ def check_fields(model):
     if width % heads:
       raise ValueError(f"heads={model.heads} and widths={model.widths}: {heads} does not divide "
                        f"{width}; heads that do: {[h for h in range(1, 33) if width % h == 0]}")
-  model.plan.check_grid(sum(model.depths), model.variant)
+  model.execution.check_depth(model.depth)
 
 
 def check_images(model, images_bhwc) -> tuple[int, int]:
@@ -71,27 +72,39 @@ def check_images(model, images_bhwc) -> tuple[int, int]:
   return size
 
 
-def make_block(stage: Stage, native: Stage, plan: BlockPlan, *, mlp: nn.Module,
-               make_reduce: Callable[[Stage], nn.Module | None], drop_path: float, prefix: int = 0,
-               remat: bool, deploy: bool, dtype: str) -> Block:
-  """A block not bound to a parent; `prefix` tokens stand before the stage's grid.
+def sites(model, image_size=None) -> list[Site]:
+  """The blocks of a pyramid at an image size, as methods see them.
 
-  native: the stage at the model's own image size, by which links are absent or not.
+  Whether a method acts in a block follows from the model's own image size, whatever images come.
   """
-  reduce = make_reduce(stage)
-  key_grid = _key_grid(stage, reduce)
-  attn = Attention(stage.width, stage.heads, spec=plan.heads, query_grid=stage.grid,
-                   key_grid=key_grid, prefix=prefix, dtype=dtype, backend=plan.backend,
-                   parent=None)
-  links = make_links(plan, attn, keys=prefix + math.prod(key_grid), deploy=deploy,
-                     left=prefix + math.prod(_key_grid(native, make_reduce(native))))
-  block = nn.remat(Block, static_argnums=(2,)) if remat else Block
-  return block(attn, mlp, drop_path=drop_path, epsilon=EPSILON, dtype=dtype, reduce=reduce,
-               links=links, parent=None)
+  out = []
+  native = model.stages(model.image_size)
+  for stage, own in zip(model.stages(image_size or model.image_size), native, strict=True):
+    prefix = model.prefix if own is native[-1] else 0
+    keys = [prefix + math.prod(key_grid(model, at)) for at in (stage, own)]
+    out += [Site(depth=model.depth, width=stage.width, ffn_width=stage.width,
+                 hidden=stage.hidden, heads=stage.heads,
+                 tokens=keys[0], tokens_left=keys[1], prefix=prefix, query_grid=stage.grid,
+                 key_grid=key_grid(model, stage), provides=HIERARCHICAL, **model.ffn_fields(stage),
+                 **site_fields(model, i)) for i in stage.blocks]
+  return out
 
 
-def _key_grid(stage: Stage, reduce: nn.Module | None) -> tuple[int, int]:
-  return stage.grid if reduce is None else reduce.key_grid
+def submodules(model, image_size=None) -> dict[str, nn.Module]:
+  """{name: block}, not bound to a parent."""
+  block = nn.remat(Block, static_argnums=(2,)) if model.remat else Block
+  reductions = [model.make_reduce(stage) for stage in model.stages(image_size or model.image_size)
+                for _ in stage.blocks]
+  return {f"blocks_{site.block}": block(site, model.plan.at(site), drop_path=rate, epsilon=EPSILON,
+                                        reduce=reduce, parent=None)
+          for site, reduce, rate in zip(sites(model, image_size), reductions,
+                                        drop_path_rates(model), strict=True)}
+
+
+def key_grid(model, stage: Stage) -> tuple[int, int]:
+  """The grid on which the keys of a stage lie."""
+  reduce = model.make_reduce(stage)
+  return stage.grid if reduce is None else reduce(parent=None).key_grid
 
 
 def to_map(tokens_bnc, grid: tuple[int, int]):
@@ -163,15 +176,13 @@ def conv_norm_entries(conv: str, norm: str, ours: str) -> list[Entry]:
   return torch_names.conv(conv, f"{ours}/proj") + torch_names.norm(norm, f"{ours}/norm")
 
 
-def block_entries(torch: str, ours: str, reduced: bool) -> list[Entry]:
+def block_entries(block: Block, torch: str, ours: str) -> list[Entry]:
   """The tensors of a block; PVT v2 has a depthwise convolution besides."""
   entries = torch_names.norm(f"{torch}.norm1", f"{ours}/norm1")
   entries += torch_names.heads(f"{torch}.attn.q", f"{ours}/attn", ("query",))
   entries += torch_names.heads(f"{torch}.attn.kv", f"{ours}/attn", ("key", "value"))
   entries += torch_names.out(f"{torch}.attn.proj", f"{ours}/attn/out")
-  if reduced:
+  if block.reduce is not None:
     entries += conv_norm_entries(f"{torch}.attn.sr", f"{torch}.attn.norm", f"{ours}/reduce")
   entries += torch_names.norm(f"{torch}.norm2", f"{ours}/norm2")
-  for name in ("fc1", "fc2"):
-    entries += torch_names.linear(f"{torch}.mlp.{name}", f"{ours}/mlp/{name}")
-  return entries
+  return entries + method_entries(block.site, block.methods, torch, ours)

@@ -15,7 +15,8 @@ from vitcompact.run import processes, watch, workdir
 from vitcompact.run.checkpoint import Checkpoints, Damaged
 from vitcompact.run.log import Log, Meter
 from vitcompact.run.preemption import Stop, Stopped
-from vitcompact.train import guard, settings, sharding
+from vitcompact.train import config as configs
+from vitcompact.train import guard, sharding
 from vitcompact.train import step as steps
 from vitcompact.train.build import Run, build, fresh_state, resolve
 
@@ -249,7 +250,7 @@ def check_start(config, directory: pathlib.Path, which: str):
     raise ValueError(f"restore={which!r} is none of {', '.join(RESTORE)}")
   images = {f"images of {split}": pipeline.num_examples(config.data.name, split)
             for split in pipeline.SPLITS}   # val and test too: not first when they are needed
-  processes.check_agreement({**settings.flat(json.loads(config.to_json())), "--workdir": str(directory),
+  processes.check_agreement({**configs.flat(json.loads(config.to_json())), "--workdir": str(directory),
                          "--restore": which, **images})
 
 
@@ -317,7 +318,7 @@ def evaluate(config, directory, *, restore_from: str = "newest") -> Result:
   """Evaluates the newest checkpoint of a workdir on val and test; changes nothing but the log."""
   config, directory = resolve(config), pathlib.Path(directory).absolute()
   check_start(config, directory, restore_from)
-  workdir.check_claim(directory, config, (*settings.FREE, "eval_params"))
+  workdir.check_claim(directory, config, (*configs.FREE, "eval_params"))
   if not (directory / "checkpoints").is_dir():
     raise ValueError(f"--workdir={directory} holds no checkpoints; train first, with --mode=train")
   run = build(config)

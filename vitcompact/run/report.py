@@ -10,6 +10,7 @@ import vitcompact as vc
 from vitcompact import bench, convert, trees
 from vitcompact.data import batch as device_batch
 from vitcompact.data import pipeline
+from vitcompact.methods import protocol
 from vitcompact.receipt import Receipt, Row, environment
 from vitcompact.run import loop
 from vitcompact.train import sharding
@@ -43,7 +44,7 @@ def report(result: loop.Result, workdir) -> Receipt:
       "eval_params": config.eval_params, "val_accuracy": result.metrics["val_accuracy"],
       "timed_batch": len(images), "params_digest": result.metrics["params_digest"],
       "deploy_digest": trees.digest(folded["params"]),
-      **links_kept(deploy, folded, images), **environment()}
+      **method_facts(deploy, folded, images), **environment()}
   receipt = Receipt(
       f"{config.model.name} on {config.data.name}",
       tuple(dataclasses.replace(row, timing=timings[row.name]) for row in rows),
@@ -66,14 +67,14 @@ def write(directory: pathlib.Path, receipt: Receipt, files: dict):
                   "same command again") from error
 
 
-def links_kept(model, variables, images) -> dict[str, float]:
-  """{"links_kept": share of the pairs of tokens, or of blocks of them, that are scored}, a mean
-  over the blocks of the network that have a predictor; {} without one."""
-  if all(getattr(part, "links", None) is None for part in model.parts().values()):
+def method_facts(model, variables, images) -> dict[str, float]:
+  """What the plan's methods tell of a batch of inference, such as the share of pairs scored."""
+  sown = sorted({name for method in model.plan.methods() for name in protocol.collections(method)})
+  telling = [method for method in model.plan.methods() if hasattr(method, "facts")]
+  if not telling:
     return {}
-  _, new = jax.jit(functools.partial(model.apply, mutable=["links"]))(variables, images)
-  shares = [jnp.mean(block["links"]["linked"][0]) for block in new["links"].values()]
-  return {"links_kept": float(sum(shares) / len(shares))}
+  _, new = jax.jit(functools.partial(model.apply, mutable=sown))(variables, images)
+  return {name: value for method in telling for name, value in protocol.facts(method, new).items()}
 
 
 def _val_images(run: loop.Run):

@@ -7,10 +7,10 @@ import pathlib
 import socket
 import time
 
-from vitcompact.train import settings
+from vitcompact.train import config as configs
 
 
-def check_claim(workdir: pathlib.Path, config, free=settings.FREE) -> None:
+def check_claim(workdir: pathlib.Path, config, free=configs.FREE) -> None:
   """Refuses a workdir of another config, naming the keys that differ."""
   path = workdir / "config.json"
   if workdir.exists() and not workdir.is_dir():
@@ -21,10 +21,10 @@ def check_claim(workdir: pathlib.Path, config, free=settings.FREE) -> None:
                        "whose they are: put that run's back, or use another --workdir")
     return
   try:
-    old = settings.flat(json.loads(path.read_text()))
-  except ValueError as error:
-    raise ValueError(f"{path} is not readable as JSON ({error}); use another --workdir") from None
-  if lines := settings.differences(old, settings.flat(json.loads(config.to_json())), free):
+    old = configs.from_text(path.read_text())
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{path} is no config of a run ({error}); use another --workdir") from None
+  if lines := configs.differences(old, configs.flat(json.loads(config.to_json())), free):
     raise ValueError(f"--workdir={workdir} holds a run of another config: {'; '.join(lines)}. "
                      "Use another --workdir, or the config of that run")
 

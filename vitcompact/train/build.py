@@ -6,17 +6,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import FrozenConfigDict
 
 import vitcompact as vc
 from vitcompact.data import pipeline
-from vitcompact.train import guard, optim, programs, settings, sharding, start
+from vitcompact.train import guard, optim, phases, sharding, start
 from vitcompact.train import step as steps
+from vitcompact.train.config import complete
 from vitcompact.train.objective import (
     by_replica,
     looks_across,
+    make_first_phase,
     make_objective,
-    make_reconstruction,
 )
 
 
@@ -36,11 +37,9 @@ class Run:
 
 
 def resolve(config) -> FrozenConfigDict:
-  """A checked, frozen copy whose plan is JSON text: a file that it names may change later."""
-  config = ConfigDict(config.to_dict() if hasattr(config, "to_dict") else config)
-  settings.check(config)
-  config.plan = vc.Plan.parse(config.plan).to_json()
-  return FrozenConfigDict(config)
+  """A checked, frozen and complete copy whose plan is JSON text: a file that it names may change
+  later."""
+  return FrozenConfigDict(complete(config))
 
 
 def build(config: FrozenConfigDict, classes: int | None = None) -> Run:
@@ -56,21 +55,21 @@ def build(config: FrozenConfigDict, classes: int | None = None) -> Run:
   sizes = config.model.to_dict()
   model = vc.create_model(sizes.pop("name"), plan=vc.Plan.parse(config.plan), num_classes=classes,
                           **sizes)
-  preprocess, rules = vc.preprocess(model), model.leaf_rules()
+  preprocess, rules = vc.preprocess(model), model.parameter_rules()
   crop = None if config.data.eval_fit == "warp" else config.data.eval_crop or preprocess.crop
   preprocess = dataclasses.replace(preprocess, crop=crop)
   image_shape = (*preprocess.image_size, 3)
   teacher = make_teacher(config, model)
-  programs.check(config, model)
+  phases.check(config, model)
   params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image_shape)))["params"]
-  optimizers = optim.make_optimizers(config.optim, config.reconstruct, config.total_steps, params,
-                                     optim.decay_mask(params, rules))
+  optimizers = optim.make_optimizers(config.optim, config.total_steps, params,
+                                     optim.decay_mask(params, rules), first_group(config, model))
   decay = (optim.ema_decay(config.ema_half_life, config.total_steps)
            if config.ema_half_life else 0.0)
   init = steps.make_init(model, optimizers.main, image_shape, ema=bool(decay), teacher=teacher)
   shapes = jax.eval_shape(init, jax.random.key(0))
   shardings = steps.state_shardings(shapes, rules, optimizers.main, mesh,
-                                    teacher.leaf_rules() if teacher else ())
+                                    teacher.parameter_rules() if teacher else ())
   check_labels(config, model)
   augment = steps.make_augment(config.data, preprocess.mean, preprocess.std, classes,
                                config.accumulate, getattr(model, "grid", None))
@@ -84,10 +83,10 @@ def build(config: FrozenConfigDict, classes: int | None = None) -> Run:
     groups = config.data.replicas // config.accumulate
 
   @functools.cache
-  def compiled(program: programs.Program):
+  def compiled(phase: phases.Phase):
     step = steps.make_train_step(
-        by_replica(make_program(config, model, teacher, program), groups),
-        optimizers.links if program.links else optimizers.main, optimizers.rate, augment,
+        by_replica(objective_of(config, model, teacher, phase), groups),
+        optimizers.first if phase.first else optimizers.main, optimizers.rate, augment,
         accumulate=config.accumulate, ema_decay=decay, groups=config.data.replicas)
     if config.optim.skip_nonfinite:
       step = guard.keep_finite(step)
@@ -97,7 +96,7 @@ def build(config: FrozenConfigDict, classes: int | None = None) -> Run:
   alone = steps.make_augment(config.data, preprocess.mean, preprocess.std, classes,
                              max(1, config.data.replicas), getattr(model, "grid", None))
   return Run(config, mesh, model, preprocess, steps.jit_init(init, shardings), shapes, shardings,
-             lambda step: compiled(programs.program_at(config, model, step)),
+             lambda step: compiled(phases.phase_at(config, model, step)),
              steps.jit_eval_step(eval_step, mesh), alone)
 
 
@@ -105,7 +104,7 @@ def check_labels(config, model):
   """Refuses labels of places where there is nothing that they could teach."""
   if config.data.augment != "token_labels":
     return
-  if not hasattr(model, "mix_token"):
+  if "patch logits" not in model.teaches:
     raise ValueError(f"config.data.augment='token_labels' teaches patches of LV-ViT, and "
                      f"{model.variant} has no classifier of patches; use 'randaugment'")
   if config.data.mixup or config.data.cutmix:
@@ -113,14 +112,22 @@ def check_labels(config, model):
                      "cutmix: set config.data.mixup and config.data.cutmix to 0")
 
 
-def make_program(config, model, teacher, program: programs.Program):
-  """The objective of a program."""
-  student = model.clone(plan=program.plan)
-  if program.links:
-    return make_reconstruction(student, config.reconstruct.weight,
-                               config.batch_size // config.data.replicas)
-  companion = None if program.companion is None else model.clone(plan=program.companion)
-  return make_objective(student, config.loss, teacher, companion)
+def first_group(config, model) -> optim.FirstGroup | None:
+  """What a method's first phase trains, if the plan has such a method."""
+  if (found := phases.first_phase(model.plan)) is None:
+    return None
+  scope, phase = found
+  return optim.FirstGroup(scope, phase.parameters, config[phase.section])
+
+
+def objective_of(config, model, teacher, phase: phases.Phase):
+  """What a phase minimises."""
+  student = model.clone(plan=phase.plan)
+  if phase.first is not None:
+    return make_first_phase(student, phase.first, config[phase.first.section].weight,
+                            config.batch_size // config.data.replicas)
+  second = None if phase.second is None else model.clone(plan=phase.second)
+  return make_objective(student, config.loss, teacher, second)
 
 
 def make_teacher(config, model):
@@ -134,14 +141,13 @@ def make_teacher(config, model):
   if not weights:
     raise ValueError(f"config.teacher.file={config.teacher.file!r} has nothing to teach: give "
                      "config.loss.hard, soft, logits or patches a weight")
-  if getattr(model, "mix_token", False):
+  if model.mixes_images:
     raise ValueError("a teacher sees images as they come, and MixToken mixes them inside the "
                      "student; set config.model.mix_token=False")
-  straight = hasattr(model, "prefix") or hasattr(model, "mix_token")
-  if config.loss.patches and (not straight or getattr(model, "global_pool", "token") == "avg"):
+  if config.loss.patches and not model.teaches:
     raise ValueError(f"config.loss.patches={config.loss.patches} needs the patches of DeiT or "
                      f"LV-ViT before pooling, and {model.variant} has none; set it to 0")
-  if config.loss.patch_error == "divergence" and not hasattr(model, "mix_token"):
+  if config.loss.patch_error == "divergence" and "patch logits" not in model.teaches:
     raise ValueError("config.loss.patch_error='divergence' is of LV-ViT's patch logits, and "
                      f"{model.variant} has features there; use 'square'")
   if not config.teacher.name:
@@ -165,13 +171,13 @@ def fresh_state(run: Run) -> steps.TrainState:
   if config.teacher.file:
     taught = start.load_teacher(config.teacher.file, make_teacher(config, run.model))
     state = state.replace(teacher=jax.device_put(taught, run.shardings.teacher))
-  fresh = run.model.plan.with_links(masked=False) != run.model.plan
-  if config.init_from:
-    fresh &= start.is_dense(config.init_from)
-  if fresh and not config.reconstruct.steps:
-    raise ValueError("the plan's predictors of links are freshly drawn, and nothing but "
-                     "reconstruction trains them; set config.reconstruct.steps, or start from a "
-                     "file that has trained ones")
+  first = phases.first_phase(run.model.plan)
+  if first and not phases.first_steps(config, run.model.plan) and (
+      not config.init_from or start.is_dense(config.init_from)):
+    scope, phase = first
+    raise ValueError(f"the parameters of the plan's {scope} are freshly drawn, and only their first "
+                     f"phase trains them; set config.{phase.section}.steps, or start from a file "
+                     "that has trained ones")
   if not config.init_from:
     return state
   variables = start.load_variables(

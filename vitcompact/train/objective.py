@@ -2,6 +2,8 @@
 import jax
 import jax.numpy as jnp
 
+from vitcompact.methods import protocol
+from vitcompact.methods.protocol import FirstPhase, Pass
 from vitcompact.models.lvvit import TokenLogits
 from vitcompact.train import losses
 
@@ -13,44 +15,47 @@ def variables(params, batch_stats):
   return {"params": params} | ({"batch_stats": batch_stats} if batch_stats else {})
 
 
-def make_objective(model, loss, teacher=None, companion=None):
+def make_objective(model, loss, teacher=None, second=None):
   """A function (params, batch_stats, teacher variables, images, labels, targets, key) -> (loss,
   (batch statistics, {"accuracy", and every part of the loss before its weight})).
 
   loss: the config's section, of weights. Of parts of weight 0 only `labels` is computed.
-    labels: cross entropy with the targets. patch_labels: of LV-ViT's patches, with targets of their
-      own where `targets` is a pair, else with those of their image.
+    labels: cross entropy with the targets. patch_labels: of patch logits (LV-ViT), with targets of
+      their own where `targets` is a pair, else with those of their image.
     hard, soft: DeiT's distillation, of the distillation token's logits where there is one; the
       class token's then learn from the labels alone.
     logits: KL(teacher || student), of the class guess. patches: error of surviving patches,
-      normalised features or LV-ViT's logits, by `patch_error`: "square" or "divergence".
-    kept_ratio: DynamicViT's. consistency: MCTF's, with a second pass of the `companion`, the same
-      weights under another plan, which learns from the labels as well.
+      normalised features or patch logits, by `patch_error`: "square" or "divergence".
+    Others are losses of the plan's methods, under their names.
   teacher: a model; in inference, on the same augmented and mixed images.
+  second: the model under another plan. A second pass of it, with the same weights, learns from the
+    labels as well, and losses of methods may compare the two.
   """
+  asked = {name: (method, fn) for method in model.plan.methods()
+           for name, fn in protocol.losses(method).items() if loss[name]}
+  sown = {"tokens", *(name for method, _ in asked.values()
+                      for name in protocol.collections(method))}
+
   def objective(params, batch_stats, teacher_variables, images, labels, targets, key):
     def passed(model, batch_stats, key):
       return model.apply(variables(params, batch_stats), images, train=True,
-                         rngs={"dropout": key}, mutable=["batch_stats", "tokens"])
+                         rngs={"dropout": key}, mutable=["batch_stats", *sorted(sown)])
 
     out, new = passed(model, batch_stats, key)
     distils = bool(loss.hard or loss.soft)
     parts, logits = of_labels(out, targets, loss, distils)
     if teacher is not None:
       parts |= of_teacher(teacher, teacher_variables, images, out, logits, new, loss)
-    if loss.kept_ratio:
-      parts["kept_ratio"] = losses.kept_ratio(stage_masks(new["tokens"]),
-                                              model.plan.tokens.shares()).mean()
-    if loss.consistency:
-      other, other_new = passed(companion, new.get("batch_stats", {}),
-                                jax.random.fold_in(key, 1))
-      other_parts, _ = of_labels(other, targets, loss, distils)
+    seen = Pass(new, logits, labels)
+    if second is not None:
+      other, other_new = passed(second, new.get("batch_stats", {}), jax.random.fold_in(key, 1))
+      other_parts, other_logits = of_labels(other, targets, loss, distils)
       # The second pass weighs like the first one.
-      parts |= {f"{name}_companion": part for name, part in other_parts.items()}
-      parts["consistency"] = losses.consistency(_class_token(new), _class_token(other_new), logits,
-                                                labels).mean()
+      parts |= {f"{name}_second": part for name, part in other_parts.items()}
+      seen = seen._replace(second=Pass(other_new, other_logits, labels))
       new = {**new, "batch_stats": other_new.get("batch_stats", {})}
-    total = sum(loss[name.removesuffix("_companion")] * part for name, part in parts.items())
+    parts |= {name: jnp.mean(fn(seen)) for name, (_, fn) in asked.items()}
+    total = sum(loss[name.removesuffix("_second")] * part for name, part in parts.items())
     accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
     shown = {f"loss_{name}": part for name, part in parts.items()} if len(parts) > 1 else {}
     return total, (new.get("batch_stats", {}), {"accuracy": accuracy, **shown})
@@ -78,36 +83,28 @@ def by_replica(objective, groups: int):
 
 def looks_across(model, batch_stats, loss) -> bool:
   """Whether what an image teaches depends on the others of its replica."""
-  return bool(batch_stats or getattr(model, "mix_token", False) or loss.patches or loss.consistency)
+  by_method = any(loss[name] for method in model.plan.methods()
+                  for name in protocol.losses_across(method))
+  return bool(batch_stats or model.mixes_images or loss.patches or by_method)
 
 
-def make_reconstruction(model, weight: float, images_summed: int):
-  """The same kind of function for predictors of links: `weight` times the squared error of their
-  scores against the dense attention of the same weights.
+def make_first_phase(model, phase: FirstPhase, weight: float, images_summed: int):
+  """The same kind of function for a method's first phase: `weight` times its loss.
 
-  images_summed: the published loss is the sum over the images of a replica.
+  images_summed: the loss is summed over the images of a replica, as published (Sparsifiner).
 
   Nothing else has a gradient: the network runs as in inference, and its statistics stay.
   """
+  sown = sorted({name for method in model.plan.methods() if protocol.first_phase(method) is phase
+                 for name in protocol.collections(method)})
+
   def objective(params, batch_stats, teacher_variables, images, labels, targets, key):
     del teacher_variables, targets, key
-    logits, new = model.apply(variables(params, batch_stats), images, mutable=["links"])
-    error = losses.attention_reconstruction(new.get("links", {})).mean()
+    logits, new = model.apply(variables(params, batch_stats), images, mutable=sown)
+    error = phase.loss(new).mean()
     accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
     return weight * images_summed * error, (batch_stats, {"accuracy": accuracy})
   return objective
-
-
-def stage_masks(tokens) -> list[jax.Array]:
-  """Of the collection "tokens": (B, P) for each stage of DynamicViT, which patches it kept."""
-  found = {int(name.removeprefix("blocks_")): block["predict_tokens"]["keep_mask"][0]
-           for name, block in tokens.items() if name.startswith("blocks_")
-           and "predict_tokens" in block}
-  return [found[block] for block in sorted(found)]
-
-
-def _class_token(new):
-  return new["tokens"]["prefix"][0][:, 0]
 
 
 def of_labels(out, targets, loss, distils: bool):

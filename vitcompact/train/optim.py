@@ -1,15 +1,11 @@
 """AdamW or SGD, the published schedules, decay by name, and which parameters train when."""
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from vitcompact import trees
-
-SCHEDULES = ("step", "epoch", "late_epoch", "after_warmup")
-OPTIMIZERS = ("adamw", "sgd")
-LINKS = r"(.*/)?links/.*"   # leaves of the predictors of links, under every model
 
 
 def warmup_cosine(step, *, peak, warmup_steps, total_steps, start, final):
@@ -73,14 +69,24 @@ def one_optimizer(optim, rate, mask) -> optax.GradientTransformation:
                      optax.sgd(rate, momentum=optim.b1, nesterov=True))
 
 
+class FirstGroup(NamedTuple):
+  """The parameters that a method's first phase trains, and nothing else does.
+
+  label: of their part of the optimiser's state; pattern: of their names; section: of the config.
+  """
+  label: str
+  pattern: str
+  section: Any
+
+
 class Optimizers(NamedTuple):
   """Updates of one and the same state, in which every group of parameters has moments of its own.
 
-  main: of all but the predictors of links. links: of those alone. rate: step -> the learning rate
-    of the run at that step, for the log.
+  main: of all but those of the first phase. first: of these alone, None without such a phase.
+  rate: step -> the learning rate of the run at that step, for the log.
   """
   main: optax.GradientTransformation
-  links: optax.GradientTransformation
+  first: optax.GradientTransformation | None
   rate: optax.Schedule
 
 
@@ -96,47 +102,52 @@ def scaled(rate, factor: float, first_step: int):
   return lambda step: jnp.where(step >= first_step, factor * rate(step), 0.0)
 
 
-def make_optimizers(optim, reconstruct, total_steps: int, params, mask) -> Optimizers:
-  """From the config's sections `optim` and `reconstruct`; params and mask: trees of all parameters.
+def make_optimizers(optim, total_steps: int, params, mask,
+                    first: FirstGroup | None = None) -> Optimizers:
+  """From the config's section `optim`; params and mask: trees of all parameters.
 
   `optim.rates` is ((pattern, factor, first step), ...): a parameter has the learning rate times the
   factor of the first pattern that matches its whole name, and stands still before that step. A
-  parameter that none matches has factor 1. Steps are counted from the end of reconstruction.
+  parameter that none matches has factor 1. Steps are counted from the end of the first phase.
   """
   rates = [*optim.rates, (".*", 1.0, 0)]
-  labels = trees.first_match([(LINKS, "links"), *((rate[0], str(i)) for i, rate in
-                                                  enumerate(rates))], params, may_be_idle=True)
-  main_rate = schedule(optim, total_steps - reconstruct.steps)
-  links_rate = schedule(_reconstruction(optim, reconstruct), reconstruct.steps)
-  used = set(jax.tree.leaves(labels))
+  rules = [(rate[0], str(i)) for i, rate in enumerate(rates)]
+  before = 0
+  if first is not None:
+    rules, before = [(first.pattern, first.label), *rules], first.section.steps
+  labels = trees.first_match(rules, params, may_be_idle=True)
+  main_rate, used = schedule(optim, total_steps - before), set(jax.tree.leaves(labels))
   for i, (pattern, _, _) in enumerate(optim.rates):
     if str(i) not in used:
       raise ValueError(f"config.optim.rates: {pattern!r} matches no parameter that an earlier "
                        "pattern leaves; names are such as "
                        f"{next(iter(trees.named_leaves(params)))}")
-  parts = {str(i): one_optimizer(optim, scaled(main_rate, factor, first), mask)
-           for i, (_, factor, first) in enumerate(rates) if str(i) in used}
-  links = one_optimizer(optim, links_rate, mask)
-  at_rest = {label: held(part) for label, part in parts.items()}
+  groups = {str(i): one_optimizer(optim, scaled(main_rate, factor, first_step), mask)
+            for i, (_, factor, first_step) in enumerate(rates) if str(i) in used}
 
-  def together(parts, links_part):
-    both = {**parts, "links": links_part} if "links" in used else parts
-    update = optax.partition(both, labels)
+  def together(groups):
+    update = optax.partition(groups, labels)
     if not optim.clip_norm:
       return update
     return optax.chain(optax.clip_by_global_norm(optim.clip_norm), update)
 
+  if first is None or first.label not in used:
+    return Optimizers(together(groups), None, main_rate)
+  first_rate = schedule(_first_optim(optim, first.section), before)
+  own, at_rest = one_optimizer(optim, first_rate, mask), {
+      label: held(group) for label, group in groups.items()}
+
   def rate(step):
-    return jnp.where(step < reconstruct.steps, links_rate(step),
-                     main_rate(jnp.maximum(step - reconstruct.steps, 0)))
+    return jnp.where(step < before, first_rate(step), main_rate(jnp.maximum(step - before, 0)))
 
-  return Optimizers(together(parts, held(links)), together(at_rest, links), rate)
+  return Optimizers(together({**groups, first.label: held(own)}),
+                    together({**at_rest, first.label: own}), rate)
 
 
-def _reconstruction(optim, reconstruct):
-  """The `optim` section with the learning rates of reconstruction."""
-  same = {key: reconstruct[key] for key in ("learning_rate", "warmup_steps",
-                                            "warmup_learning_rate", "final_learning_rate")}
+def _first_optim(optim, section):
+  """The `optim` section with the learning rates of a first phase."""
+  same = {key: section[key] for key in ("learning_rate", "warmup_steps", "warmup_learning_rate",
+                                        "final_learning_rate")}
   return type(optim)({**optim.to_dict(), **same, "cooldown_steps": 0})
 
 

@@ -20,7 +20,7 @@ def attend(cut, query_bnfd, key_bmfd, value_bmfe, bias_bm, order_bn, chosen_bfqs
   """softmax(q k^T / sqrt(d) + bias) v over the chosen blocks: (B, N, f, e) in the values' dtype.
 
   Args:
-    cut: a `blocks.BlockLinks` without its arrays: which tokens are in which block.
+    cut: a `blocks.BlockLayout` without its arrays: which tokens are in which block.
     query_bnfd, key_bmfd, value_bmfe: all tokens, as they lie.
     bias_bm: of the keys, fixed; or None.
     order_bn, chosen_bfqs: those arrays.

@@ -13,7 +13,7 @@ from vitcompact.attention.block_sparse import cpu
 from vitcompact.attention.block_sparse.windows import Windows
 
 
-class BlockLinks(NamedTuple):
+class BlockLayout(NamedTuple):
   """Which blocks of keys each block of queries is linked to, for one call of attention.
 
   chosen: (B, f, q, k) int32, k different blocks for each of q, for each head.
@@ -28,7 +28,7 @@ class BlockLinks(NamedTuple):
   prefix: int = 0
   fused: int = 0
 
-  def of_heads(self, start: int, stop: int) -> "BlockLinks":
+  def of_heads(self, start: int, stop: int) -> "BlockLayout":
     return self._replace(chosen=self.chosen[:, start:stop])
 
   def inner(self, x_bn):
@@ -85,14 +85,14 @@ class BlockLinks(NamedTuple):
     out = merge((out, log_sum[..., None]), [self.queries.cut(x) for x in rest])
     return out, _dense(outer[0], key, value, bias)[0]
 
-  def linked(self):
+  def scored_blocks(self):
     """(B, f, q, blocks of keys): whether two blocks are linked."""
     return jax.nn.one_hot(self.chosen, self.keys.blocks, dtype=bool).any(axis=-2)
 
   def mask(self):
     """(B, f, N, M): the same links between tokens, for a map to be looked at."""
     rows, columns = (jnp.asarray(windows.block_of()) for windows in (self.queries, self.keys))
-    mask = self.linked()[:, :, rows][..., columns]
+    mask = self.scored_blocks()[:, :, rows][..., columns]
     if self.order is not None:
       back = jnp.argsort(self.order, axis=1)
       mask = jax.vmap(lambda mask, back: mask[:, back][:, :, back])(mask, back)

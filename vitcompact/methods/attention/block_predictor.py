@@ -7,6 +7,8 @@ blocks are what is ranked. Here the low rank is in the channels,
 
 which at its start, W = 1, is the score of the means, and which fits any number of tokens.
 """
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,9 +16,8 @@ import numpy as np
 
 from vitcompact import attention
 from vitcompact.attention import Core
-from vitcompact.attention.block_sparse.layout import BlockLinks
+from vitcompact.attention.block_sparse.layout import BlockLayout
 from vitcompact.attention.block_sparse.windows import Windows, nearest, on_grid, on_line
-from vitcompact.methods.attention.sparsifiner import Sparsifiner
 
 
 def choose(score_bfqk, own, count: int):
@@ -25,84 +26,83 @@ def choose(score_bfqk, own, count: int):
   return jax.lax.top_k(jnp.where(own[None, None], jnp.inf, score_bfqk), count)[1]
 
 
-def _means(links: BlockLinks, windows: Windows, x_bnfd):
+def _means(layout: BlockLayout, windows: Windows, x_bnfd):
   """Means over the tokens of each block: (B, f, blocks, d), float32."""
-  if attention.in_turn() and links.order is None and windows.valid().all():
-    return windows.means_in_turn(x_bnfd, links.prefix)
-  return windows.means(links.inner(x_bnfd))
+  if attention.in_turn() and layout.order is None and windows.valid().all():
+    return windows.means_in_turn(x_bnfd, layout.prefix)
+  return windows.means(layout.inner(x_bnfd))
 
 
-def block_mass(maps_bfnm, links: BlockLinks):
+def block_mass(maps_bfnm, layout: BlockLayout):
   """How much of each query block's attention each block of keys gets, of that on all blocks.
 
   maps_bfnm: dense maps of the queries that are in blocks, in their order, over all keys.
   """
-  maps_bfnm = links.inner(maps_bfnm.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
+  maps_bfnm = layout.inner(maps_bfnm.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
   rows, columns = (jax.nn.one_hot(windows.block_of(), windows.blocks)
-                   for windows in (links.queries, links.keys))
+                   for windows in (layout.queries, layout.keys))
   mass = jnp.einsum("bfnm,nq,mk->bfqk", maps_bfnm, rows, columns)
   return mass / mass.sum(axis=-1, keepdims=True)
 
 
-class BlockPredictor(nn.Module):
-  """The predictor of one block of the network: gives the attention of a call its linked blocks.
+class BlockMaskPredictor(nn.Module):
+  """The predictor of one block of the network: gives the attention of a call its layout of blocks.
 
   Leaves: query, key (head width, rank), shared by the heads.
   tokens: keys at the start, before any token is reduced, of which the first `prefix` are no
   patches; query_grid, key_grid: of the patches on each side, None for a line of them.
   """
-  spec: Sparsifiner
+  spec: Any   # a Sparsifiner
   tokens: int
   prefix: int = 0
   query_grid: tuple[int, int] | None = None
   key_grid: tuple[int, int] | None = None
-  deploy: bool = False
 
   @nn.compact
   def __call__(self, core: Core, query_bnfd, key_bmfd, source_bs=None, fused: bool = False) -> Core:
-    """`core` with blocks linked. source_bs, fused: as in `tokens.token_state.Tokens`."""
+    """`core` that scores the chosen blocks. source_bs, fused: as in `tokens.token_state.Tokens`."""
     # The choice has no gradient, and reconstruction trains nothing but the predictor.
     query, key = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (query_bnfd, key_bmfd))
-    links = self._cut(query.shape[1], key.shape[1], source_bs, int(fused))
-    score_bfqk = self._score(_means(links, links.queries, query), _means(links, links.keys, key),
-                             links)
-    if attention.wants_links(self):
-      own_bn = links.inner(jnp.broadcast_to(jnp.arange(query.shape[1]), query.shape[:2]))
-      maps = core.maps(links.inner(query), key, own_n=own_bn)
-      self.sow("links", "score", jax.nn.softmax(score_bfqk, axis=-1))
-      self.sow("links", "target", jax.lax.stop_gradient(block_mass(maps, links)))
+    layout = self._cut(query.shape[1], key.shape[1], source_bs, int(fused))
+    score_bfqk = self._score(_means(layout, layout.queries, query), _means(layout, layout.keys, key),
+                             layout)
+    if attention.wants_predictions(self):
+      own_bn = layout.inner(jnp.broadcast_to(jnp.arange(query.shape[1]), query.shape[:2]))
+      maps = core.maps(layout.inner(query), key, own_n=own_bn)
+      self.sow("attention", "score", jax.nn.softmax(score_bfqk, axis=-1))
+      self.sow("attention", "target", jax.lax.stop_gradient(block_mass(maps, layout)))
     if not self.spec.masked:
       return core
     start = self._windows(self.key_grid, self.tokens - self.prefix).blocks
-    count = min(max(1, round(self.spec.keep * start)), links.keys.blocks)
-    chosen = choose(jax.lax.stop_gradient(score_bfqk), nearest(links.queries, links.keys), count)
-    links = links._replace(chosen=chosen)
-    if attention.wants_links(self):
-      self.sow("links", "linked", links.linked())
-    return core._replace(blocks=links)
+    count = min(max(1, round(self.spec.keep * start)), layout.keys.blocks)
+    chosen = choose(jax.lax.stop_gradient(score_bfqk), nearest(layout.queries, layout.keys), count)
+    layout = layout._replace(chosen=chosen)
+    if attention.wants_predictions(self):
+      self.sow("attention", "kept", layout.scored_blocks())
+    return core._replace(layout=layout)
 
-  def _score(self, query_bfqd, key_bfkd, links: BlockLinks):
+  def _score(self, query_bfqd, key_bfkd, layout: BlockLayout):
     width = query_bfqd.shape[-1]
 
     def identity(key, shape):
       del key
       return jnp.eye(*shape)
 
-    sizes = jnp.log(jnp.asarray(links.keys.valid().sum(axis=1), jnp.float32))
+    sizes = jnp.log(jnp.asarray(layout.keys.valid().sum(axis=1), jnp.float32))
     with jax.named_scope(attention.SCOPE):
       query, key = (x @ self.param(name, identity, (width, self.spec.rank or width))
                     for name, x in (("query", query_bfqd), ("key", key_bfkd)))
       score = jnp.einsum("bfqr,bfkr->bfqk", query, key)
     return score * width ** -0.5 + sizes[None, None, None]
 
-  def _cut(self, queries: int, keys: int, source_bs, fused: int) -> BlockLinks:
+  def _cut(self, queries: int, keys: int, source_bs, fused: int) -> BlockLayout:
     """The blocks, of which none is chosen yet."""
     if source_bs is None:
-      return BlockLinks(None, self._windows(self.query_grid, queries - self.prefix),
+      return BlockLayout(None, self._windows(self.query_grid, queries - self.prefix),
                         self._windows(self.key_grid, keys - self.prefix), prefix=self.prefix)
     windows = on_line(keys - self.prefix - fused, self.spec.window ** 2)
     order = self._survivors(source_bs, keys)[:, self.prefix:keys - fused]
-    return BlockLinks(None, windows, windows, order=jnp.argsort(order, axis=1),
+    return BlockLayout(None, windows, windows, order=jnp.argsort(order, axis=1),
                       prefix=self.prefix, fused=fused)
 
   def _windows(self, grid, tokens: int) -> Windows:
@@ -118,8 +118,3 @@ class BlockPredictor(nn.Module):
     start = jnp.full((batch, tokens), jnp.iinfo(jnp.int32).max)
     return start.at[jnp.arange(batch)[:, None], place_bs].min(
         jnp.broadcast_to(slots, (batch, *slots.shape)), mode="drop")
-
-  @nn.nowrap
-  def fold(self, params):
-    """Parameters of the deployed predictor."""
-    return params

@@ -1,56 +1,57 @@
-"""Sparsifiner: score only those pairs of tokens that a cheap predictor chooses (Wei et al., CVPR
-2023, arXiv 2303.13755).
+"""Sparsifiner: score only those pairs of tokens that a cheap mask predictor chooses (Wei et al.,
+CVPR 2023, arXiv 2303.13755).
 
-At token granularity a map of low rank ranks the keys of every query, and each query keeps its best:
-
-    P = softmax(s Q (W_down^T K)^T),  P~ = its largest coefficients,  links = top-k(P~ U)
-
-with W_down, W_up (M, r) tied to the positions of the M keys, shared by the heads of a block, and U
-the sparse basis made of W_up^T. Attention is then dense attention, masked: the reference of the
-method, not a faster one. Block granularity (`blocks.py`) is the fast one.
+Token granularity (`token_predictor.py`) is the paper's method and a reference: dense attention,
+masked, no faster than dense. Block granularity (`block_predictor.py`, ours) is the fast one.
 """
 import dataclasses
 import math
-from fractions import Fraction
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitcompact import attention
-from vitcompact.attention import Core
-from vitcompact.layers import weight_init
+from vitcompact.methods.attention.block_predictor import BlockMaskPredictor
+from vitcompact.methods.attention.token_predictor import TokenMaskPredictor, sparse_basis
+from vitcompact.methods.protocol import FirstPhase, Site
+from vitcompact.settings import Setting, weight
+from vitcompact.torch_names import Entry, Positions, linear
 from vitcompact.trees import Leaf
-
-# A name scope: products with the basis, of whose entries only the non-zero ones are needed.
-BASIS_SCOPE = "vitcompact.basis"
 
 # From here on gathering blocks is more than a tenth faster than dense attention, on a CPU at keep
 # 0.25; it never is slower from about 100 on. `python -m experiments.links_speed` prints the times.
 BLOCK_MIN_TOKENS = 197
 
-LEAVES = [
-    (r".*/links/(down|up)", Leaf((None, None), decay=True)),
-    (r".*/links/(query|key|reduce_(query|key)/kernel)", Leaf((None, None), decay=True)),
-]
+
+def attention_reconstruction(predictions) -> jax.Array:
+  """(1 / L) sum over L blocks, heads, queries, keys of (score - target)^2: (B,).
+
+  predictions: {block: {"links": {"score": (array,), "target": (array,)}}}, the collection
+    "attention" of `model.apply(..., mutable=["attention"])`: what each predictor would restore of
+    the block's own dense attention, both (B, heads, N, M), of tokens or of blocks of them.
+  """
+  pairs = [block["links"] for block in predictions.values()]
+  errors = [jnp.sum((pair["score"][0] - pair["target"][0]) ** 2, axis=(1, 2, 3)) for pair in pairs]
+  return sum(errors) / len(errors)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sparsifiner:
-  """Links axis: each query is scored against a share `keep` of the keys.
+  """Attention axis: each query is scored against a share `keep` of the keys.
 
-  keep: in (0, 1]; a query has exactly ceil(keep * keys) links, ties go to the lowest index. Class
-    tokens are linked to everything.
+  keep: in (0, 1]; a query keeps exactly ceil(keep * keys) of them, ties go to the lowest index.
+    Class tokens attend to everything.
   variant: "paper", as drawn: scale 1 / sqrt(head width). "code", as released: queries and keys are
     first projected to half the head width, and the scale is 1 / sqrt(heads), of those computed.
-  granularity: "token": a link joins two tokens; masked dense attention, a reference that is slower
-    than dense. "block": a link joins two blocks of about `window` x `window` patches; a query block
-    has max(1, round(keep * blocks)) of them, the one with itself included, and what is not linked
-    is not computed. Behind DynamicViT, whose training only masks what it drops, the blocks of
-    training are those of the whole grid; those of inference are cut from the survivors.
-  masked: whether attention is restricted to the links. False is phase 1 of training: attention is
-    dense while predictors learn. Whenever "links" is a mutable collection, each predictor sows
-    there its "score", the "target" to reconstruct (see `train.losses`) and what is "linked".
+  granularity: "token": pairs of tokens; masked dense attention, a reference that is slower than
+    dense. "block": pairs of blocks of about `window` x `window` patches; a query block keeps
+    max(1, round(keep * blocks)) of them, its own included, and what is not kept is not computed.
+    After DynamicViT, whose training only masks what it drops, the blocks of training are those of
+    the whole grid; those of inference are cut from the survivors.
+  masked: whether attention is restricted. False is the first phase of training: attention is dense
+    while predictors learn. Whenever "attention" is a mutable collection, each predictor sows there
+    its "score", the "target" to reconstruct and what is "kept".
   min_tokens: blocks of the network with fewer keys have no predictor and stay dense; None: 0 for
     tokens, the measured crossover for blocks.
   window: block granularity: side of a block, in patches.
@@ -62,15 +63,35 @@ class Sparsifiner:
     released configuration), or a threshold in (0, 1) (the paper's figure).
   basis_threshold: entries of W_up no larger than it in magnitude count as 0.
   basis: "signed" keeps the sign with which W_up was trained, "magnitude" drops it, as the released
-    code does, so that strong negative weights become links; None: by variant, "magnitude" for code.
+    code does, so that strong negative weights are kept; None: by variant, "magnitude" for code.
   fit: what reconstruction trains: "dense", all coefficients and the whole signed W_up, as
-    published, though links are then chosen by other values; "used", the values that choose links,
+    published, though the mask is then chosen by other values; "used", the values that choose it,
     with the gradient passed straight through to the entries of W_up that the threshold cuts off.
 
   Of the released code are not followed: an unmasked copy of every map is kept (here on demand), the
   budget changes from call to call with the first image, pruned tokens still get mass from the class
   token (here they are gone), and equal scores are broken arbitrarily.
   """
+  axis: ClassVar[str] = "attention"
+  scope: ClassVar[str] = "links"
+  rules: ClassVar = [
+      (r".*/links/(down|up)", Leaf((None, None), decay=True)),
+      (r".*/links/(query|key|reduce_(query|key)/kernel)", Leaf((None, None), decay=True)),
+  ]
+  settings: ClassVar = {
+      "reconstruct.steps": Setting(0, low=0, unit="of steps"),
+      "reconstruct.weight": weight(0.01),
+      "reconstruct.learning_rate": Setting(3e-4, low=0),
+      "reconstruct.warmup_steps": Setting(0, low=0),
+      "reconstruct.warmup_learning_rate": Setting(0.0, low=0),
+      "reconstruct.final_learning_rate": Setting(2e-4, low=0),
+  }
+  first_phase: ClassVar = FirstPhase(
+      section="reconstruct", parameters=r"(.*/)?links/.*",
+      method=lambda method: dataclasses.replace(method, masked=False),
+      loss=lambda collections: attention_reconstruction(collections.get("attention", {})))
+  collections: ClassVar = ("attention",)
+
   keep: float = 0.25
   variant: str = "paper"
   granularity: str = "token"
@@ -121,12 +142,63 @@ class Sparsifiner:
     return BLOCK_MIN_TOKENS if self.granularity == "block" else 0
 
   def budget(self, keys: int) -> int:
-    """Links of a query among so many keys; the rounding of 0.55 * 100 is not counted as one."""
+    """Keys kept by a query among `keys`; the rounding of 0.55 * 100 is not counted as one."""
     return math.ceil(self.keep * keys - 1e-9)
 
   def rank_of(self, keys: int) -> int:
     """Rank of the token predictor."""
     return self.rank or max(1, keys // self.reduce_n)
+
+  def acts(self, site: Site) -> bool:
+    return site.tokens_left >= self.least_tokens
+
+  def needs(self, site: Site) -> dict[str, str]:
+    del site
+    return {"softmax": "use attention=None there"}
+
+  def removes(self, site: Site) -> tuple[str, ...]:
+    del site
+    return ("full attention", "all scores") if self.granularity == "block" else ("full attention",)
+
+  def make(self, site: Site, **kwargs) -> nn.Module:
+    if self.granularity == "block":
+      return BlockMaskPredictor(self, site.tokens, site.prefix, site.query_grid, site.key_grid,
+                                **kwargs)
+    return TokenMaskPredictor(self, site.tokens, site.prefix, deploy=site.deploy, **kwargs)
+
+  def fold(self, site: Site, params, stats):
+    """The basis as it is used: its small entries are 0."""
+    links = params["links"]
+    if site.deploy or self.granularity == "block":
+      return params, stats
+    return {**params, "links": {**links, "up": sparse_basis(self, links["up"])}}, stats
+
+  def at_size(self, site: Site) -> "Sparsifiner":
+    """Itself with the rank that it has here, whatever the number of tokens becomes."""
+    if self.granularity == "block":
+      return self
+    return dataclasses.replace(self, rank=self.rank_of(site.tokens))
+
+  def torch_entries(self, site: Site, torch: str, ours: str) -> list[Entry]:
+    """Under the authors' names; those of blocks, which they do not have, are ours."""
+    torch, ours = f"{torch}.attn.mask_predictor", f"{ours}/links"
+    if self.granularity == "block":
+      return [Entry(f"{torch}.{name}", (f"params/{ours}/{name}",)) for name in ("query", "key")]
+    positions = Positions(site.key_grid or (site.tokens - site.prefix, 1), site.prefix, "bilinear",
+                          tied=True)
+    entries = [Entry(f"{torch}.proj_n", (f"params/{ours}/down",),
+                     positions=positions._replace(summed=True)),
+               Entry(f"{torch}.proj_back_n", (f"params/{ours}/up",), positions=positions)]
+    if self.variant == "code":
+      for theirs, name in (("proj_c_q", "reduce_query"), ("proj_c_k", "reduce_key")):
+        entries += linear(f"{torch}.{theirs}", f"{ours}/{name}")
+    return entries
+
+  def facts(self, collections) -> dict[str, float]:
+    """"attention_kept": share of the pairs of tokens, or of blocks of them, that are scored."""
+    shares = [jnp.mean(block["links"]["kept"][0])
+              for block in collections.get("attention", {}).values()]
+    return {"attention_kept": float(sum(shares) / len(shares))} if shares else {}
 
 
 def _is_count(value) -> bool:
@@ -135,190 +207,3 @@ def _is_count(value) -> bool:
 
 def _is_number(value) -> bool:
   return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def largest(x, k: int):
-  """True at the k largest entries along the last axis, exactly k; ties go to the lowest index."""
-  if x.ndim > 2 and attention.in_turn():   # a map at a time stays in the cache
-    maps = jax.lax.map(lambda rows: _largest(rows, k), x.reshape(-1, *x.shape[-2:]))
-    return maps.reshape(x.shape)
-  return _largest(x, k)
-
-
-def _largest(x, k: int):
-  order, kth = order_of(x), kth_largest(x, k)
-  above, equal = order > kth, order == kth
-  left = k - above.sum(axis=-1, keepdims=True)
-  return above | (equal & (jnp.cumsum(equal, axis=-1) <= left))
-
-
-def order_of(x):
-  """int32 numbers in the order of these floats."""
-  x = jax.lax.stop_gradient(x.astype(jnp.float32))
-  bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0, x), jnp.int32)   # -0 is 0
-  # Negative floats are sorted by magnitude, and lie below the positive ones.
-  return jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)
-
-
-def kth_largest(x, k: int):
-  """The k-th largest of `order_of(x)` along the last axis, bit by bit: a fifth of top_k's time.
-
-  (..., M) -> (..., 1). The largest number that at least k entries reach.
-  """
-  order, lowest = order_of(x), jnp.iinfo(jnp.int32).min
-
-  def bit(i, kth):
-    more = kth + (jnp.int32(1) << (31 - i))
-    reached = (order >= more).sum(axis=-1, keepdims=True) >= k
-    return jnp.where(reached, more, kth)
-
-  return jax.lax.fori_loop(0, 32, bit, jnp.full((*x.shape[:-1], 1), lowest))
-
-
-def low_rank_maps(query_bnfd, key_bmfd, down, scale: float):
-  """P = softmax over r of scale * Q (W_down^T K)^T: (B, f, N, r); down: (M, r) or (B, M, r)."""
-  rows = "bmr" if down.ndim == 3 else "mr"
-  with jax.named_scope(attention.SCOPE):
-    key_brfd = jnp.einsum(f"bmfd,{rows}->brfd", key_bmfd, down)
-    logits_bfnr = jnp.einsum("bnfd,brfd->bfnr", query_bnfd * scale, key_brfd)
-  return jax.nn.softmax(logits_bfnr, axis=-1)
-
-
-def sparse_coefficients(maps_bfnr, coefficients: int | float):
-  """P with its other entries at 0, and not renormalised: the largest so many, or those above."""
-  if isinstance(coefficients, float):
-    return jnp.where(maps_bfnr > coefficients, maps_bfnr, 0)
-  return jnp.where(largest(maps_bfnr, min(coefficients, maps_bfnr.shape[-1])), maps_bfnr, 0)
-
-
-def sparse_basis(spec: Sparsifiner, up):
-  """W_up with its small entries at 0."""
-  return jnp.where(jnp.abs(up) > spec.basis_threshold, up if spec.signed_basis else jnp.abs(up), 0)
-
-
-def expand(maps_bfnr, up, share=1):
-  """Scores P U: (B, f, N, M), for up = U^T: (M, r) or (B, M, r)."""
-  rows = "bmr" if up.ndim == 3 else "mr"
-  with jax.named_scope(attention.SCOPE), jax.named_scope(BASIS_SCOPE), attention.share(share):
-    return jnp.einsum(f"bfnr,{rows}->bfnm", maps_bfnr, up)
-
-
-def gather_rows(rows_sr, source_bs, tokens: int):
-  """Sums and means, (B, tokens, r) each, of the rows whose source tokens are one token now."""
-  batch = source_bs.shape[0]
-  # -1, a dropped token, would count from the end.
-  place_bs = jnp.where(source_bs < 0, tokens, source_bs)
-  at = (jnp.arange(batch)[:, None], place_bs)
-  spread = jnp.broadcast_to(rows_sr, (batch, *rows_sr.shape))
-  sums = jnp.zeros((batch, tokens, rows_sr.shape[-1])).at[at].add(spread, mode="drop")
-  counts = jnp.zeros((batch, tokens, 1)).at[at].add(1.0, mode="drop")
-  return sums, sums / jnp.maximum(counts, 1)
-
-
-def density(spec: Sparsifiner, params, deploy: bool) -> float:
-  """Share of the basis that is not 0; a folded one has lost its small entries already."""
-  up = params["up"] if deploy else sparse_basis(spec, params["up"])
-  return float(jnp.mean(up != 0))
-
-
-class TokenLinks(nn.Module):
-  """The predictor of one block: gives the attention of a call its mask.
-
-  Leaves: down, up (tokens, rank); variant "code" also reduce_query, reduce_key.
-  tokens: keys at the start, before any token is reduced; the first `prefix` are no patches.
-  """
-  spec: Sparsifiner
-  tokens: int
-  prefix: int = 0
-  deploy: bool = False
-
-  @nn.compact
-  def __call__(self, core: Core, query_bnfd, key_bmfd, source_bs=None, fused: bool = False) -> Core:
-    """`core` with a mask (B, f, N, M). source_bs, fused: as in `tokens.token_state.Tokens`."""
-    # The mask has no gradient, and reconstruction trains nothing but the predictor.
-    query, key = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (query_bnfd, key_bmfd))
-    rest_bnfd = query[:, self.prefix:]
-    down, up = self._weights(key.shape[1], source_bs)
-    keep_bm = None if core.keep_mask is None else jax.lax.stop_gradient(core.keep_mask) > 0
-    low_query, low_key = self._reduced(rest_bnfd, key)
-    if keep_bm is not None:   # what inference drops is in no sum
-      low_key = jnp.where(keep_bm[:, :, None, None], low_key, 0)
-    maps_bfnr = low_rank_maps(low_query, low_key, down, self._scale(query))
-    if attention.wants_links(self):
-      self.sow("links", "score", self._fitted(maps_bfnr, up))
-      own_n = jnp.arange(self.prefix, query.shape[1])
-      self.sow("links", "target", jax.lax.stop_gradient(core.maps(rest_bnfd, key, own_n=own_n)))
-    if not self.spec.masked:
-      return core
-    # After a reduction the tokens that are no patches stay linked.
-    always = 0 if source_bs is None and keep_bm is None else self.prefix + int(fused)
-    score_bfnm = self._score(maps_bfnr, up)
-    if keep_bm is not None:   # nor does it take a link from the others
-      score_bfnm = jnp.where(keep_bm[:, None, None], score_bfnm, -jnp.inf)
-    return self._restrict(core, score_bfnm, always, int(fused))
-
-  def _restrict(self, core: Core, score_bfnm, always: int, fused: int) -> Core:
-    batch, heads, queries, keys = score_bfnm.shape
-    budget = max(min(self.spec.budget(self.tokens), keys), always)
-    if always:
-      place = jnp.arange(keys)[None, None, None]
-      outside = (place < self.prefix) | (place >= keys - fused)
-      score_bfnm = jnp.where(outside, jnp.inf, score_bfnm)
-    dense = jnp.ones((batch, heads, self.prefix, keys), bool)
-    linked_bfnm = largest(score_bfnm, budget)
-    if attention.wants_links(self):
-      self.sow("links", "linked", linked_bfnm)
-    mask = jnp.concatenate([dense, linked_bfnm], axis=2)
-    linked = Fraction(self.prefix * keys + queries * budget, (self.prefix + queries) * keys)
-    return core._replace(mask=mask, linked=linked)
-
-  def _score(self, maps_bfnr, up):
-    """What links are chosen by."""
-    spec, rank = self.spec, maps_bfnr.shape[-1]
-    used = rank if isinstance(spec.coefficients, float) else min(spec.coefficients, rank)
-    maps, up = jax.lax.stop_gradient((maps_bfnr, up))
-    basis = up if self.deploy else sparse_basis(spec, up)
-    return expand(sparse_coefficients(maps, spec.coefficients), basis, share=Fraction(used, rank))
-
-  def _fitted(self, maps_bfnr, up):
-    """What reconstruction compares with attention."""
-    if self.spec.fit == "dense":
-      return expand(maps_bfnr, up)
-    straight_through = up + jax.lax.stop_gradient(sparse_basis(self.spec, up) - up)
-    return expand(sparse_coefficients(maps_bfnr, self.spec.coefficients), straight_through)
-
-  def _scale(self, query_bnfd) -> float:
-    _, _, heads, width = query_bnfd.shape
-    return (heads if self.spec.variant == "code" else width) ** -0.5
-
-  def _reduced(self, query, key):
-    """Queries and keys of the predictor: those of attention, or half as wide."""
-    if self.spec.variant == "paper":
-      return query, key
-    with jax.named_scope(attention.SCOPE):
-      return [nn.Dense(x.shape[-1] // 2, kernel_init=weight_init, name=f"reduce_{name}")(x)
-              for name, x in (("query", query), ("key", key))]
-
-  def _weights(self, keys: int, source_bs):
-    """W_down and W_up for the keys that there are: (M, r), or (B, M, r) after a reduction."""
-    shape = (self.tokens, self.spec.rank_of(self.tokens))
-    for name in ("down", "up"):
-      check_tied(self.get_variable("params", name), shape)
-    down, up = (self.param(name, weight_init, shape) for name in ("down", "up"))
-    if source_bs is None:
-      return down, up
-    return gather_rows(down, source_bs, keys)[0], gather_rows(up, source_bs, keys)[1]
-
-  @nn.nowrap
-  def fold(self, params):
-    """Parameters of the deployed predictor: the basis as it is used."""
-    return params if self.deploy else {**params, "up": sparse_basis(self.spec, params["up"])}
-
-
-def check_tied(stored, shape: tuple[int, int]):
-  """Raises ValueError where stored weights belong to another number of tokens."""
-  if stored is not None and stored.shape != shape:
-    raise ValueError(
-        f"links predictor: its weights are {stored.shape}, for {stored.shape[0]} tokens at rank "
-        f"{stored.shape[1]}, but this model has {shape[0]} at rank {shape[1]}; resize them with "
-        f"vitcompact.methods.attention.resize.resize_links, and give Sparsifiner(rank={stored.shape[1]})")

@@ -11,6 +11,7 @@ No activation stands between the factors, so every branch folds into A, B and b.
 import dataclasses
 import warnings
 from collections.abc import Callable
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -18,17 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
 
-from vitcompact.layers import Dense, linear
+from vitcompact.layers import Dense, Mlp, dense, linear
 from vitcompact.methods.ffn.branch_norms import EPSILON, Norm, norm_each
+from vitcompact.methods.protocol import Site
+from vitcompact.torch_names import Entry
+from vitcompact.torch_names import linear as linear_entries
 from vitcompact.trees import Leaf
-
-LEAVES = [
-    (r".*/fc1/a\d?/kernel", Leaf(("embed", "rank"), decay=True)),
-    (r".*/fc1/b\d?/kernel", Leaf(("rank", "mlp"), decay=True)),
-    (r".*/fc2/a\d?/kernel", Leaf(("mlp", "rank"), decay=True)),
-    (r".*/fc2/b\d?/kernel", Leaf(("rank", "embed"), decay=True)),
-    (r".*/fc[12]/(alpha|[ab]\d_scale)", Leaf()),
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +39,22 @@ class CFFN:
     the rank divides the hidden width).
   apply_to: "all" blocks, or "attention_blocks" only (hybrids have blocks without attention).
   factor: "output" matrix, or "both" (ours: the input matrix as well, at the same rank).
-  merged: of "fc1" and "fc2", factorised layers that are deployed as one matrix A B: the same
-    function, dense in cost. `tune` chooses them where that is the faster form.
   """
+  axis: ClassVar[str] = "ffn"
+  rules: ClassVar = [
+      (r".*/fc1/a\d?/kernel", Leaf(("embed", "rank"), decay=True)),
+      (r".*/fc1/b\d?/kernel", Leaf(("rank", "mlp"), decay=True)),
+      (r".*/fc2/a\d?/kernel", Leaf(("mlp", "rank"), decay=True)),
+      (r".*/fc2/b\d?/kernel", Leaf(("rank", "embed"), decay=True)),
+      (r".*/fc[12]/(alpha|[ab]\d_scale)", Leaf()),
+  ]
+
   rank_ratio: float = 0.5
   branches: int = 2
   rep: str = "bn"
   avg_skip: bool = True
   apply_to: str = "all"
   factor: str = "output"
-  merged: tuple[str, ...] = ()
 
   def __post_init__(self):
     if not isinstance(self.rank_ratio, (int, float)) or not 0 < self.rank_ratio <= 1:
@@ -65,20 +67,67 @@ class CFFN:
                            ("factor", ("output", "both"))):
       if getattr(self, field) not in allowed:
         raise ValueError(f"CFFN({field}={getattr(self, field)!r}): must be one of {allowed}")
-    factorised = ("fc1", "fc2") if self.factor == "both" else ("fc2",)
-    if not isinstance(self.merged, tuple) or not set(self.merged) <= set(factorised):
-      raise ValueError(f"CFFN(factor={self.factor!r}, merged={self.merged!r}): must be a tuple of "
-                       f"layers that are factorised, of {factorised}")
 
   def rank(self, width: int) -> int:
     return max(1, int(self.rank_ratio * width + 0.5))
 
+  def acts(self, site: Site) -> bool:
+    return self.apply_to == "all" or "attention" in site.provides
 
-def warn_above_break_even(name: str, m: int, d: int, rank: int):
-  """Two factors m x r and r x d are smaller than one m x d only below r = m d / (m + d)."""
-  if rank * (m + d) >= m * d:
-    warnings.warn(f"{name}: rank {rank} saves nothing on a {m} x {d} matrix; break-even is rank "
-                  f"{m * d / (m + d):.0f}, lower rank_ratio", stacklevel=3)
+  def factorised(self, site: Site) -> dict[str, "CompactDense"]:
+    """{layer: its factorised form}, of those that are deployed as factors too."""
+    sizes = {"fc2": (site.ffn_width, hidden_rms(site.act, site.mixer_gain * site.ffn_width))}
+    if self.factor == "both":
+      sizes["fc1"] = (site.hidden, 1.0)
+    return {layer: CompactDense(
+        features, self.rank(site.ffn_width), branches=self.branches, rep=self.rep,
+        avg_skip=self.avg_skip, deploy=site.deploy, input_rms=input_rms, dtype=site.dtype,
+        parent=None) for layer, (features, input_rms) in sizes.items()
+            if not (site.deploy and layer in site.merged)}
+
+  def check(self, site: Site):
+    """Warns of factors m x r and r x d that are no smaller than one m x d: r >= m d / (m + d)."""
+    rank, m, d = self.rank(site.ffn_width), site.ffn_width, site.hidden
+    for layer in self.factorised(site):
+      if rank * (m + d) >= m * d:
+        rows, columns = (m, d) if layer == "fc1" else (d, m)
+        warnings.warn(f"blocks_{site.block}/mlp/{layer}: rank {rank} saves nothing on a {rows} x "
+                      f"{columns} matrix; break-even is rank {m * d / (m + d):.0f}, lower "
+                      "rank_ratio", stacklevel=4)
+
+  def make(self, site: Site, **kwargs) -> nn.Module:
+    layers = {"fc1": dense(site.hidden, dtype=site.dtype),
+              "fc2": dense(site.ffn_width, dtype=site.dtype), **self.factorised(site)}
+    mixer = site.mixer and site.mixer(parent=None)
+    return Mlp(act=site.act, mixer=mixer, **layers, **kwargs)
+
+  def from_dense(self, site: Site, params, stats, moments):
+    mlp, mlp_stats = params["mlp"], {}
+    for layer, module in self.factorised(site).items():
+      new, seen = module.from_dense(mlp[layer], moments.get("mlp", {}).get(layer))
+      mlp = {**mlp, layer: new}
+      mlp_stats |= {layer: seen} if seen else {}
+    return {**params, "mlp": mlp}, {**stats, "mlp": mlp_stats} if mlp_stats else stats
+
+  def fold(self, site: Site, params, stats):
+    mlp, seen = params["mlp"], stats.get("mlp", {})
+    for layer, module in self.factorised(site).items():
+      folded, _ = module.fold(mlp[layer], seen.get(layer, {}))
+      mlp = {**mlp, layer: merge_factors(folded) if layer in site.merged else folded}
+    return {**params, "mlp": mlp}, {name: leaf for name, leaf in stats.items() if name != "mlp"}
+
+  def torch_entries(self, site: Site, torch: str, ours: str) -> list[Entry]:
+    """Factors as linear layers, of which only the second has a bias."""
+    factors = self.factorised(site) if site.deploy else {}
+    entries = []
+    for layer in ("fc1", "fc2"):
+      theirs, path = f"{torch}.mlp.{layer}", f"{ours}/mlp/{layer}"
+      if layer in factors:
+        entries += linear_entries(f"{theirs}.a", f"{path}/a", use_bias=False)
+        entries += linear_entries(f"{theirs}.b", f"{path}/b")
+      else:
+        entries += linear_entries(theirs, path)
+    return entries
 
 
 def group_mean(x, groups: int):
@@ -129,7 +178,6 @@ class CompactDense(nn.Module):
   rep: str = "bn"
   avg_skip: bool = True
   deploy: bool = False
-  merged: bool = False   # fold gives one matrix, for an nn.Dense
   input_rms: float = 1.0
   dtype: str = "float32"
 
@@ -177,10 +225,7 @@ class CompactDense(nn.Module):
 
   @nn.nowrap
   def fold(self, params, stats):
-    """Branches summed into one A, one B and one bias: (params, {}) of the deployed module.
-
-    `merged`: those of the nn.Dense that is deployed instead.
-    """
+    """Branches summed into one A, one B and one bias: (params, {}) of the deployed module."""
     if self.deploy:
       return params, stats
     a, a_shift = self._summed("a", params, stats)
@@ -189,8 +234,7 @@ class CompactDense(nn.Module):
       m = a.shape[0]
       a = a + skip_kernel(params["alpha"], m)
     bias = _matmul(a_shift, b) + b_shift + params.get("bias", 0)
-    folded = {"a": {"kernel": a}, "b": {"kernel": b, "bias": bias}}
-    return merge_factors(folded) if self.merged else folded, {}
+    return {"a": {"kernel": a}, "b": {"kernel": b, "bias": bias}}, {}
 
   def _summed(self, factor, params, stats):
     """sum_i K_i diag(s_i), and the shift sum_i (beta_i - mean_i s_i) that goes with it."""

@@ -9,7 +9,7 @@ with wider values.
 """
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,13 +17,9 @@ import jax.numpy as jnp
 
 from vitcompact import attention
 from vitcompact.attention import Core
+from vitcompact.layers import SHIFT_AND_ADD
+from vitcompact.methods.protocol import Site
 from vitcompact.trees import Leaf
-
-# A name scope: `count` counts the products of shift-and-add filters inside it.
-SCOPE = "vitcompact.filter"
-
-# Taps start as a delta that weight decay would pull to zero.
-LEAVES = [(r".*/hallucinate/(query_taps|key_taps|query_gain|key_gain|mix|taps)", Leaf())]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +34,11 @@ class HMHSA:
     of patches on each side, with one gain for each prefix token.
   real_heads: "half" (rounded up) or a number; heads beyond it are hallucinated.
   """
+  axis: ClassVar[str] = "heads"
+  scope: ClassVar[str] = "hallucinate"
+  # Taps start as a delta that weight decay would pull to zero.
+  rules: ClassVar = [(r".*/hallucinate/(query_taps|key_taps|query_gain|key_gain|mix|taps)", Leaf())]
+
   site: str = "probs"
   rank: int = 1
   kernel: int = 3
@@ -70,6 +71,25 @@ class HMHSA:
     if self.real_heads > heads:
       raise ValueError(f"HMHSA(real_heads={self.real_heads}): the block has only {heads} heads")
     return self.real_heads
+
+  def scored_heads(self, site: Site) -> int:
+    return self.count_real(site.heads)
+
+  def acts(self, site: Site) -> bool:
+    return self.scored_heads(site) < site.heads
+
+  def needs(self, site: Site) -> dict[str, str]:
+    del site
+    out = {"softmax": "use heads=None there",
+           "token order": "use order='position' in the method that reduces tokens"}
+    if self.layout == "grid":
+      out["grid"] = "use layout='map' there"
+    if self.site == "logits":
+      out["all scores"] = "use site='probs', or granularity='token'"
+    return out
+
+  def make(self, site: Site, **kwargs) -> nn.Module:
+    return Hallucinate(self, site.query_grid, site.key_grid, site.prefix, **kwargs)
 
 
 def is_count(value) -> bool:
@@ -109,7 +129,7 @@ def filter_line(x_bnhrd, taps_hrk):
     none = jnp.zeros_like(x_bnhrd[:, :abs(step)])
     return jnp.concatenate([kept, none] if step > 0 else [none, kept], axis=1)
 
-  with jax.named_scope(SCOPE):
+  with jax.named_scope(SHIFT_AND_ADD):
     return sum(ahead(t - half) * taps_hrk[None, None, :, :, t, None]
                for t in range(taps_hrk.shape[-1]))
 
@@ -122,7 +142,7 @@ def filter_grid(x_bnhrd, taps_hrkk, gain_hrp, grid: tuple[int, int]):
   taps = {(s, t): taps_hrkk[None, None, None, :, :, s + half, t + half, None]
           for s in steps for t in steps}
   batch, tokens, *rest = x_bnhrd.shape
-  with jax.named_scope(SCOPE):
+  with jax.named_scope(SHIFT_AND_ADD):
     plane = shifted_sum(x_bnhrd[:, prefix:].reshape(batch, *grid, *rest), taps, axes=(1, 2))
     flat = plane.reshape(batch, tokens - prefix, *plane.shape[3:])
     if not prefix:
@@ -189,7 +209,7 @@ class ScoreFilter(NamedTuple):
     """(B, f, N, M) -> (B, h, N, M); edges: see `attention.Core`."""
     reach, (_, _, rows, keys) = self.reach, scores_bfnm.shape
     around = reach if edges else 0
-    with jax.named_scope(SCOPE):
+    with jax.named_scope(SHIFT_AND_ADD):
       # A product of matrices this narrow costs more than the sum.
       x_bgnm = sum(scores_bfnm[:, i, None] * self.mix[i][None, :, None, None]
                    for i in range(self.mix.shape[0]))
@@ -227,7 +247,9 @@ class Hallucinate(nn.Module):
   prefix: int = 0
 
   @nn.compact
-  def __call__(self, query_bnfd, key_bmfd, value_bmhd, core: Core = attention.DENSE):
+  def __call__(self, query_bnfd, key_bmfd, value_bmhd, core: Core = attention.DENSE, x_bnw=None):
+    """(B, N, h, d); the input x of the attention decides nothing here."""
+    del x_bnw
     spec, real = self.spec, query_bnfd.shape[2]
     hallucinated = value_bmhd.shape[2] - real
     if spec.site == "logits":
@@ -294,18 +316,3 @@ def filter_side(x_bnhrd, taps, gain, grid):
   if gain is None:
     gain = jnp.ones((*taps.shape[:2], 0))
   return filter_grid(x_bnhrd, taps, gain.astype(x_bnhrd.dtype), grid)
-
-
-def from_dense(spec: HMHSA, params, heads: int):
-  """Attention parameters whose hallucinated heads copy the maps of the real ones, by order.
-
-  The first `spec.count_real(heads)` heads keep their queries and keys; every head keeps its values
-  and its rows of the output matrix. The caller adds freshly initialised taps.
-
-  Args:
-    params: {"query", "key", "value", "out": {"kernel", "bias"?}} of a dense attention.
-  """
-  real = spec.count_real(heads)
-  cut = {name: {leaf: array[..., :real, :] for leaf, array in params[name].items()}
-         for name in ("query", "key")}
-  return {**params, **cut}

@@ -2,6 +2,7 @@
 arXiv 2106.02034)."""
 import dataclasses
 import functools
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -9,12 +10,33 @@ import jax.numpy as jnp
 
 from vitcompact import token_state
 from vitcompact.layers import LayerNorm, dense, gelu
+from vitcompact.methods import surgery
+from vitcompact.methods.protocol import Site
+from vitcompact.settings import weight
 from vitcompact.token_state import Reduction, Tokens, follow, identity_source, take
+from vitcompact.torch_names import Entry, linear, norm
 from vitcompact.trees import Leaf
 
 EPSILON = 1e-5   # of the predictor's LayerNorm
 
-LEAVES = [(r".*/predict_tokens/(in_proj|out\d)/kernel", Leaf(("embed", None), decay=True))]
+
+def kept_ratio(keep_masks, shares) -> jax.Array:
+  """Mean over stages s of (mean_i keep^s_i - shares_s)^2: (B,).
+
+  keep_masks: a list with (B, P) of each stage, 1 where a patch is kept; shares:
+  `DynamicViT.shares()`.
+  """
+  squares = [(jnp.mean(keep_bp, axis=1) - share) ** 2
+             for keep_bp, share in zip(keep_masks, shares, strict=True)]
+  return sum(squares) / len(squares)
+
+
+def stage_masks(tokens) -> list[jax.Array]:
+  """Of the collection "tokens": (B, P) for each stage, which patches it kept."""
+  found = {int(name.removeprefix("blocks_")): block["predict_tokens"]["keep_mask"][0]
+           for name, block in tokens.items() if name.startswith("blocks_")
+           and "predict_tokens" in block}
+  return [found[block] for block in sorted(found)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +47,15 @@ class DynamicViT:
 
   In inference the other patches are gone. In training every token stays, those dropped are hidden
   from the others by a straight-through Gumbel mask (rng "dropout"), and how many are is for the
-  loss to teach: `train.losses.kept_ratio`, on the masks sown as blocks_{i}/predict_tokens/keep_mask in
-  "tokens". Filters of hallucinated heads thus meet dropped neighbours in training only.
+  loss to teach: `kept_ratio`, on the masks sown as blocks_{i}/predict_tokens/keep_mask in "tokens".
+  Filters of hallucinated heads thus meet dropped neighbours in training only.
   """
+  axis: ClassVar[str] = "tokens"
+  rules: ClassVar = [
+      (r".*/predict_tokens/(in_proj|out\d)/kernel", Leaf(("embed", None), decay=True))]
+  settings: ClassVar = {"loss.kept_ratio": weight()}
+  collections: ClassVar = ("tokens",)
+
   keep: float = 0.7
   blocks: tuple[int, ...] = (3, 6, 9)
 
@@ -38,6 +66,40 @@ class DynamicViT:
   def shares(self) -> tuple[float, ...]:
     """The share of all patches that each of `blocks` is to keep."""
     return tuple(self.keep ** stage for stage in range(1, len(self.blocks) + 1))
+
+  @property
+  def losses(self):
+    return {"kept_ratio": lambda seen: kept_ratio(stage_masks(seen.collections["tokens"]),
+                                                  self.shares())}
+
+  def check_training(self, config):
+    if config.loss.kept_ratio and self.keep == 1:
+      raise ValueError("config.loss.kept_ratio is for DynamicViT with keep < 1; set it to 0")
+
+  def needs(self, site: Site) -> dict[str, str]:
+    del site
+    return {"free tokens": "token reducers are for isotropic models such as DeiT and LV-ViT"}
+
+  def removes(self, site: Site) -> tuple[str, ...]:
+    del site
+    return ("grid",)
+
+  def from_dense(self, site: Site, params, stats, moments):
+    """A freshly drawn predictor, each stage's another."""
+    del moments
+    new = surgery.fresh_predictor(self.reduction(site.block, site.depth), site.width)
+    return {**params, **new}, stats
+
+  def torch_entries(self, site: Site, torch: str, ours: str) -> list[Entry]:
+    """Predictors are numbered, as the authors do."""
+    if self.reduction(site.block, site.depth).predict is None:
+      return []
+    torch, ours = f"score_predictor.{self.blocks.index(site.block)}", f"{ours}/predict_tokens"
+    return [*norm(f"{torch}.in_conv.0", f"{ours}/norm"),
+            *linear(f"{torch}.in_conv.1", f"{ours}/in_proj"),
+            *linear(f"{torch}.out_conv.0", f"{ours}/out1"),
+            *linear(f"{torch}.out_conv.2", f"{ours}/out2"),
+            *linear(f"{torch}.out_conv.4", f"{ours}/out3")]
 
   def reduction(self, block: int, depth: int) -> Reduction:
     """What happens in this block."""

@@ -2,11 +2,14 @@
 ICLR 2022, arXiv 2202.07800)."""
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from vitcompact import attention, token_state
+from vitcompact.methods.protocol import Site
+from vitcompact.settings import Setting
 from vitcompact.token_state import Reduction, Tokens, follow, identity_source, take
 
 # Keep rates that a warm-up goes through, the first (1) and the last included: each is a program of
@@ -21,6 +24,11 @@ class EViT:
   keep: in (0, 1]; 1 changes nothing. blocks: numbered from 0. fuse: the others are summed, weighted
   by the class token's attention, into one further token.
   """
+  axis: ClassVar[str] = "tokens"
+  # The keep rate is 1 for `start` steps of the main phase, then falls to `keep` in `steps`.
+  settings: ClassVar = {"keep_warmup.start": Setting(0, low=0, unit="of steps"),
+                        "keep_warmup.steps": Setting(0, low=0, unit="of steps")}
+
   keep: float = 0.7
   blocks: tuple[int, ...] = (3, 6, 9)
   fuse: bool = True
@@ -46,6 +54,22 @@ class EViT:
     step = round(lost * (WARMUP_RATES - 1))
     return self.at_keep(self.keep if step == WARMUP_RATES - 1 else
                         1 - (1 - self.keep) * step / (WARMUP_RATES - 1))
+
+  def at_step(self, config, step: int) -> "EViT":
+    """What trains at a step of the main phase."""
+    warmup = config.keep_warmup
+    if not (warmup.start or warmup.steps):
+      return self
+    return self.at_epoch(step, start=warmup.start, length=max(warmup.steps, 1))
+
+  def needs(self, site: Site) -> dict[str, str]:
+    del site
+    return {"free tokens": "token reducers are for isotropic models such as DeiT and LV-ViT",
+            "class token": "use ToMe there"}
+
+  def removes(self, site: Site) -> tuple[str, ...]:
+    del site
+    return ("grid",)
 
   def reduction(self, block: int, depth: int) -> Reduction:
     """What happens in this block."""

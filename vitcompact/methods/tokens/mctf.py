@@ -2,12 +2,15 @@
 CVPR 2024, arXiv 2403.10030). Written from the paper's equations."""
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vitcompact import attention, token_state
 from vitcompact.attention import Core
+from vitcompact.methods.protocol import Pass, Site
 from vitcompact.methods.tokens.merging import (
   Merge,
   alternating,
@@ -16,6 +19,7 @@ from vitcompact.methods.tokens.merging import (
   merging,
   without_prefix,
 )
+from vitcompact.settings import Setting, weight
 from vitcompact.token_state import Reduction, Tokens, take
 
 LEAST = 10   # tokens that always stay, the class token counted
@@ -45,7 +49,18 @@ class MCTF:
   order: "position", tokens stay in ascending position; "code", even positions first, then odd ones
     by criterion, as in the authors' implementation.
   prop_attn: attention counts a token `size` times.
+
+  Trained with a second pass of the same weights, which merges between 0 and loss.companion_r tokens
+  a block and learns from the labels as well; `consistency` compares the two.
   """
+  axis: ClassVar[str] = "tokens"
+  settings: ClassVar = {"loss.consistency": weight(),
+                        "loss.companion_r": Setting(7, low=0, unit="of tokens")}
+  collections: ClassVar = ("tokens",)
+  losses_across: ClassVar = ("consistency",)
+  losses: ClassVar = {"consistency": lambda seen: consistency(
+      _class_token(seen), _class_token(seen.second), seen.logits, seen.labels)}
+
   r: int | float = 16
   blocks: tuple[int, ...] | None = None
   tau_sim: float = 1.0
@@ -72,6 +87,27 @@ class MCTF:
       value = getattr(self, field)
       if value not in allowed or type(value) is not type(allowed[0]):
         raise ValueError(f"MCTF({field}={value!r}): must be one of {allowed}")
+
+  def check_training(self, config):
+    if config.loss.consistency and not isinstance(self.r, int):
+      raise ValueError(f"config.loss.consistency compares with a pass that merges fewer of r tokens, "
+                       f"and the plan has {self}; give r as a whole number, or set it to 0")
+
+  def second_pass(self, config, step: int) -> "MCTF | None":
+    """One draw for a step; the authors draw on each device."""
+    if not config.loss.consistency:
+      return None
+    r = int(np.random.default_rng((config.seed, step)).integers(config.loss.companion_r + 1))
+    return dataclasses.replace(self, r=min(r, self.r))
+
+  def needs(self, site: Site) -> dict[str, str]:
+    return {"free tokens": "token reducers are for isotropic models such as DeiT and LV-ViT",
+            "full attention": "it fuses by the attention that a token receives from all; use "
+            f"blocks={{{site.block}: {{'attention': None}}}}, or ToMe"}
+
+  def removes(self, site: Site) -> tuple[str, ...]:
+    del site
+    return ("grid",) if self.order == "position" else ("grid", "token order")
 
   def reduction(self, block: int, depth: int) -> Reduction:
     """What happens in this block."""
@@ -152,6 +188,26 @@ class MCTF:
                   source=token_state.follow(token_state.identity_source(tokens), merge.moved))
 
 
+def consistency(student_bw: jax.Array, teacher_bw: jax.Array, student_bk: jax.Array,
+                labels_b: jax.Array, threshold: float = 0.4) -> jax.Array:
+  """MCTF: squared error of normalised class tokens where the student is right already: (B,).
+
+  The mean is that over the images whose true class has more than `threshold` of the student's
+  probability, 0 if none has. The teacher (the same network, less reduced) gets no gradient.
+
+  student_bk: the student's logits; labels_b: int, the true classes.
+  """
+  probability_bk = jax.nn.softmax(student_bk.astype(jnp.float32))
+  passing_b = jnp.take_along_axis(probability_bk, labels_b[:, None], axis=1)[:, 0] > threshold
+  error_bw = student_bw.astype(jnp.float32) - jax.lax.stop_gradient(teacher_bw.astype(jnp.float32))
+  share = jnp.maximum(jnp.mean(passing_b), 1 / passing_b.shape[0])
+  return jnp.where(passing_b, jnp.mean(error_bw ** 2, axis=-1), 0) / share
+
+
+def _class_token(seen: Pass):
+  return seen.collections["tokens"]["prefix"][0][:, 0]
+
+
 def sizes(tokens: Tokens):
   """(B, N) float32: how many source tokens each holds."""
   return jnp.ones(tokens.x.shape[:2]) if tokens.size is None else tokens.size
@@ -182,7 +238,7 @@ def pairings(weight_bmn, r: int, bidirectional: bool):
 def received(query_bnhd, key_bmhd, size_bm=None):
   """The attention that each key receives, mean over heads and queries: (B, M), float32.
 
-  Of all queries: a plan has no links where tokens are fused. Formed for TILE queries at a time, so
+  Of all queries: where tokens are fused, all are scored. Formed for TILE queries at a time, so
   that no map of all is.
   """
   core = Core(size=size_bm)

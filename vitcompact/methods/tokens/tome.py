@@ -2,11 +2,13 @@
 arXiv 2210.09461). Written from the paper's equations; needs no training."""
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from vitcompact import token_state
+from vitcompact.methods.protocol import Site
 from vitcompact.methods.tokens.merging import (
   alternating,
   best_rows,
@@ -27,6 +29,8 @@ class ToMe:
   order: "position", tokens stay in ascending position; "code", those at even positions come first,
     as in the authors' implementation.
   """
+  axis: ClassVar[str] = "tokens"
+
   r: int = 13
   schedule: str = "constant"
   prop_attn: bool = True
@@ -47,6 +51,14 @@ class ToMe:
     if self.schedule == "constant" or depth == 1:
       return self.r
     return int(2 * self.r - 2 * self.r * block / (depth - 1) + 1e-9)
+
+  def needs(self, site: Site) -> dict[str, str]:
+    del site
+    return {"free tokens": "token reducers are for isotropic models such as DeiT and LV-ViT"}
+
+  def removes(self, site: Site) -> tuple[str, ...]:
+    del site
+    return ("grid",) if self.order == "position" else ("grid", "token order")
 
   def reduction(self, block: int, depth: int) -> Reduction:
     """What happens in this block."""

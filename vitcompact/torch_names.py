@@ -4,19 +4,21 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from vitcompact.methods.attention.sparsifiner import TokenLinks
-from vitcompact.methods.ffn.cffn import CompactDense
-
 
 class Positions(NamedTuple):
-  """Learned positions (1, prefix + h * w, D), which an image of another size has others of.
+  """Rows (1, prefix + h * w, D) or (prefix + h * w, D), one for each position: an image of another
+  size has others.
 
   grid: (h, w) of this model; prefix: rows before the grid's; method: "bicubic" or "bilinear", the
-  authors' rule for a grid of another size.
+  authors' rule for a grid of another size. summed: the rows are weights of a sum over tokens, so
+  they shrink as tokens become more. tied: a state dict does not tell the grid that they are of;
+  they are resized only where the model that they come from is known.
   """
   grid: tuple[int, int]
   prefix: int = 0
   method: str = "bicubic"
+  summed: bool = False
+  tied: bool = False
 
 
 class Entry(NamedTuple):
@@ -87,76 +89,6 @@ def out(torch: str, ours: str) -> list[Entry]:
           Entry(f"{torch}.bias", (f"params/{ours}/bias",))]
 
 
-def block(torch: str, ours: str, module) -> list[Entry]:
-  """Entries of a `block.Block`, timm's names. Those of its compact layers, once folded, are ours:
-
-    attn.qkv               rows of the real heads' queries and keys, then all heads' values
-    attn.hallucinate.NAME  taps and gains, as they are
-    attn.mask_predictor    Sparsifiner's, under its authors' names; those of blocks are ours
-    mlp.fc2.a, mlp.fc2.b   the factors, as linear layers; only b has a bias
-
-  DynamicViT's predictors are numbered, as the authors do.
-  """
-  attn = module.attn
-  entries = norm(f"{torch}.norm1", f"{ours}/norm1")
-  entries += heads(f"{torch}.attn.qkv", f"{ours}/attn", ("query", "key", "value"),
-                   use_bias=attn.qkv_bias)
-  entries += out(f"{torch}.attn.proj", f"{ours}/attn/out")
-  entries += [Entry(f"{torch}.attn.hallucinate.{name}",
-                    (f"params/{ours}/attn/hallucinate/{name}",)) for name in _filters(attn)]
-  entries += links_predictor(f"{torch}.attn.mask_predictor", f"{ours}/links", module.links)
-  entries += norm(f"{torch}.norm2", f"{ours}/norm2")
-  for name in ("fc1", "fc2"):
-    path = f"{torch}.mlp.{name}", f"{ours}/mlp/{name}"
-    layer = getattr(module.mlp, name)
-    if isinstance(layer, CompactDense) and layer.deploy:
-      entries += linear(f"{path[0]}.a", f"{path[1]}/a", use_bias=False)
-      entries += linear(f"{path[0]}.b", f"{path[1]}/b")
-    else:
-      entries += linear(*path)
-  if module.reduce_tokens.predict is not None:
-    stage = module.reduce_tokens.predict().stage
-    entries += predictor(f"score_predictor.{stage}", f"{ours}/predict_tokens")
-  return entries
-
-
-def predictor(torch: str, ours: str) -> list[Entry]:
-  """Entries of a DynamicViT predictor, the authors' names."""
-  return [*norm(f"{torch}.in_conv.0", f"{ours}/norm"),
-          *linear(f"{torch}.in_conv.1", f"{ours}/in_proj"),
-          *linear(f"{torch}.out_conv.0", f"{ours}/out1"),
-          *linear(f"{torch}.out_conv.2", f"{ours}/out2"),
-          *linear(f"{torch}.out_conv.4", f"{ours}/out3")]
-
-
-def links_predictor(torch: str, ours: str, links) -> list[Entry]:
-  """Entries of a predictor of links, or none."""
-  if links is None:
-    return []
-  entries = []
-  if isinstance(links, TokenLinks):
-    entries = [Entry(f"{torch}.{theirs}", (f"params/{ours}/{name}",))
-               for theirs, name in (("proj_n", "down"), ("proj_back_n", "up"))]
-  else:
-    entries = [Entry(f"{torch}.{name}", (f"params/{ours}/{name}",)) for name in ("query", "key")]
-  for theirs, name in (("proj_c_q", "reduce_query"), ("proj_c_k", "reduce_key")):
-    if links.spec.variant == "code":
-      entries += linear(f"{torch}.{theirs}", f"{ours}/{name}")
-  return entries
-
-
-def _filters(attn) -> list[str]:
-  """Names of the leaves of an attention's filters."""
-  if attn.real_heads == attn.heads:
-    return []
-  if attn.spec.site == "logits":
-    return ["mix", "taps"]
-  on_grid = attn.spec.layout == "grid" and attn.prefix > 0
-  gains = [f"{side}_gain" for side, grid in (("key", attn.key_grid), ("query", attn.query_grid))
-           if on_grid and grid]
-  return ["key_taps", "query_taps", *gains]
-
-
 def torch_shape(layout: str, shapes) -> tuple[int, ...]:
   """Shape of the tensor that holds leaves of these shapes."""
   first = tuple(shapes[0])
@@ -203,18 +135,22 @@ def to_leaves(layout: str, tensor: np.ndarray, shapes) -> list[np.ndarray]:
   return [tensor]
 
 
-def resize_positions(positions: np.ndarray, prefix: int, stored: tuple[int, int],
-                     grid: tuple[int, int], method: str):
-  """(1, prefix + H * W, D) -> (1, prefix + h * w, D): prefix rows kept, the stored grid resized.
+def resize_positions(rows: np.ndarray, stored: tuple[int, int], positions: Positions):
+  """(..., prefix + H * W, D) -> (..., prefix + h * w, D): rows of the `stored` grid (H, W) resized.
 
   As torch's interpolate with align_corners=False and no antialiasing: "bicubic" (a = -0.75, edges
-  clamped) or "bilinear".
+  clamped) or "bilinear". Rows of the prefix are kept.
   """
-  rows, columns = (resize_matrix(old, new, method) for old, new in zip(stored, grid, strict=True))
-  plane = positions[0, prefix:].astype(np.float64).reshape(*stored, -1)
-  plane = np.einsum("hi,wj,ijd->hwd", rows, columns, plane, optimize=True)
-  plane = plane.reshape(1, grid[0] * grid[1], -1).astype(positions.dtype)
-  return np.concatenate([positions[:, :prefix], plane], axis=1)
+  grid, prefix = positions.grid, positions.prefix
+  lines, columns = (resize_matrix(old, new, positions.method)
+                    for old, new in zip(stored, grid, strict=True))
+  plane = rows[..., prefix:, :].astype(np.float64).reshape(*stored, -1)
+  plane = np.einsum("hi,wj,ijd->hwd", lines, columns, plane, optimize=True)
+  plane = plane.reshape(*rows.shape[:-2], grid[0] * grid[1], -1).astype(rows.dtype)
+  out = np.concatenate([rows[..., :prefix, :], plane], axis=-2)
+  if positions.summed:
+    out = out * rows.dtype.type(stored[0] * stored[1] / (grid[0] * grid[1]))
+  return out
 
 
 def resize_patches(kernel: np.ndarray, size: tuple[int, int]) -> np.ndarray:

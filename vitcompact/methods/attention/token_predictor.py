@@ -1,0 +1,193 @@
+"""Sparsifiner's mask predictor at token granularity: a low-rank map ranks the keys of each query.
+
+    P = softmax(s Q (W_down^T K)^T),  P~ = its largest coefficients,  mask = top-k(P~ U)
+
+with W_down, W_up (M, r) tied to the positions of the M keys, shared by the heads of a block, and U
+the sparse basis made of W_up^T. Attention is then dense attention, masked.
+"""
+from fractions import Fraction
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vitcompact import attention
+from vitcompact.attention import Core
+from vitcompact.layers import nonzero, weight_init
+
+
+def largest(x, k: int):
+  """True at the k largest entries along the last axis, exactly k; ties go to the lowest index."""
+  if x.ndim > 2 and attention.in_turn():   # a map at a time stays in the cache
+    maps = jax.lax.map(lambda rows: _largest(rows, k), x.reshape(-1, *x.shape[-2:]))
+    return maps.reshape(x.shape)
+  return _largest(x, k)
+
+
+def _largest(x, k: int):
+  order, kth = order_of(x), kth_largest(x, k)
+  above, equal = order > kth, order == kth
+  left = k - above.sum(axis=-1, keepdims=True)
+  return above | (equal & (jnp.cumsum(equal, axis=-1) <= left))
+
+
+def order_of(x):
+  """int32 numbers in the order of these floats."""
+  x = jax.lax.stop_gradient(x.astype(jnp.float32))
+  bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0, x), jnp.int32)   # -0 is 0
+  # Negative floats are sorted by magnitude, and lie below the positive ones.
+  return jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)
+
+
+def kth_largest(x, k: int):
+  """The k-th largest of `order_of(x)` along the last axis, bit by bit: a fifth of top_k's time.
+
+  (..., M) -> (..., 1). The largest number that at least k entries reach.
+  """
+  order, lowest = order_of(x), jnp.iinfo(jnp.int32).min
+
+  def bit(i, kth):
+    more = kth + (jnp.int32(1) << (31 - i))
+    reached = (order >= more).sum(axis=-1, keepdims=True) >= k
+    return jnp.where(reached, more, kth)
+
+  return jax.lax.fori_loop(0, 32, bit, jnp.full((*x.shape[:-1], 1), lowest))
+
+
+def low_rank_maps(query_bnfd, key_bmfd, down, scale: float):
+  """P = softmax over r of scale * Q (W_down^T K)^T: (B, f, N, r); down: (M, r) or (B, M, r)."""
+  rows = "bmr" if down.ndim == 3 else "mr"
+  with jax.named_scope(attention.SCOPE):
+    key_brfd = jnp.einsum(f"bmfd,{rows}->brfd", key_bmfd, down)
+    logits_bfnr = jnp.einsum("bnfd,brfd->bfnr", query_bnfd * scale, key_brfd)
+  return jax.nn.softmax(logits_bfnr, axis=-1)
+
+
+def sparse_coefficients(maps_bfnr, coefficients: int | float):
+  """P with its other entries at 0, and not renormalised: the largest so many, or those above."""
+  if isinstance(coefficients, float):
+    return jnp.where(maps_bfnr > coefficients, maps_bfnr, 0)
+  return jnp.where(largest(maps_bfnr, min(coefficients, maps_bfnr.shape[-1])), maps_bfnr, 0)
+
+
+def sparse_basis(spec, up):
+  """W_up with its small entries at 0."""
+  return jnp.where(jnp.abs(up) > spec.basis_threshold, up if spec.signed_basis else jnp.abs(up), 0)
+
+
+def expand(maps_bfnr, up, share=1):
+  """Scores P U: (B, f, N, M), for up = U^T: (M, r) or (B, M, r)."""
+  rows = "bmr" if up.ndim == 3 else "mr"
+  with jax.named_scope(attention.SCOPE), nonzero("links.up"), attention.share(share):
+    return jnp.einsum(f"bfnr,{rows}->bfnm", maps_bfnr, up)
+
+
+def gather_rows(rows_sr, source_bs, tokens: int):
+  """Sums and means, (B, tokens, r) each, of the rows whose source tokens are one token now."""
+  batch = source_bs.shape[0]
+  # -1, a dropped token, would count from the end.
+  place_bs = jnp.where(source_bs < 0, tokens, source_bs)
+  at = (jnp.arange(batch)[:, None], place_bs)
+  spread = jnp.broadcast_to(rows_sr, (batch, *rows_sr.shape))
+  sums = jnp.zeros((batch, tokens, rows_sr.shape[-1])).at[at].add(spread, mode="drop")
+  counts = jnp.zeros((batch, tokens, 1)).at[at].add(1.0, mode="drop")
+  return sums, sums / jnp.maximum(counts, 1)
+
+
+class TokenMaskPredictor(nn.Module):
+  """The predictor of one block: gives the attention of a call its mask.
+
+  Leaves: down, up (tokens, rank); variant "code" also reduce_query, reduce_key.
+  tokens: keys at the start, before any token is reduced; the first `prefix` are no patches.
+  """
+  spec: Any   # a Sparsifiner
+  tokens: int
+  prefix: int = 0
+  deploy: bool = False
+
+  @nn.compact
+  def __call__(self, core: Core, query_bnfd, key_bmfd, source_bs=None, fused: bool = False) -> Core:
+    """`core` with a mask (B, f, N, M). source_bs, fused: as in `tokens.token_state.Tokens`."""
+    # The mask has no gradient, and reconstruction trains nothing but the predictor.
+    query, key = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (query_bnfd, key_bmfd))
+    rest_bnfd = query[:, self.prefix:]
+    down, up = self._weights(key.shape[1], source_bs)
+    keep_bm = None if core.keep_mask is None else jax.lax.stop_gradient(core.keep_mask) > 0
+    low_query, low_key = self._reduced(rest_bnfd, key)
+    if keep_bm is not None:   # what inference drops is in no sum
+      low_key = jnp.where(keep_bm[:, :, None, None], low_key, 0)
+    maps_bfnr = low_rank_maps(low_query, low_key, down, self._scale(query))
+    if attention.wants_predictions(self):
+      self.sow("attention", "score", self._fitted(maps_bfnr, up))
+      own_n = jnp.arange(self.prefix, query.shape[1])
+      self.sow("attention", "target", jax.lax.stop_gradient(core.maps(rest_bnfd, key, own_n=own_n)))
+    if not self.spec.masked:
+      return core
+    # After a reduction the tokens that are no patches are always kept.
+    always = 0 if source_bs is None and keep_bm is None else self.prefix + int(fused)
+    score_bfnm = self._score(maps_bfnr, up)
+    if keep_bm is not None:   # nor does it take a place in the budget
+      score_bfnm = jnp.where(keep_bm[:, None, None], score_bfnm, -jnp.inf)
+    return self._restrict(core, score_bfnm, always, int(fused))
+
+  def _restrict(self, core: Core, score_bfnm, always: int, fused: int) -> Core:
+    batch, heads, queries, keys = score_bfnm.shape
+    budget = max(min(self.spec.budget(self.tokens), keys), always)
+    if always:
+      place = jnp.arange(keys)[None, None, None]
+      outside = (place < self.prefix) | (place >= keys - fused)
+      score_bfnm = jnp.where(outside, jnp.inf, score_bfnm)
+    dense = jnp.ones((batch, heads, self.prefix, keys), bool)
+    kept_bfnm = largest(score_bfnm, budget)
+    if attention.wants_predictions(self):
+      self.sow("attention", "kept", kept_bfnm)
+    mask = jnp.concatenate([dense, kept_bfnm], axis=2)
+    scored = Fraction(self.prefix * keys + queries * budget, (self.prefix + queries) * keys)
+    return core._replace(mask=mask, scored=scored)
+
+  def _score(self, maps_bfnr, up):
+    """What the mask is chosen by."""
+    spec, rank = self.spec, maps_bfnr.shape[-1]
+    used = rank if isinstance(spec.coefficients, float) else min(spec.coefficients, rank)
+    maps, up = jax.lax.stop_gradient((maps_bfnr, up))
+    basis = up if self.deploy else sparse_basis(spec, up)
+    return expand(sparse_coefficients(maps, spec.coefficients), basis, share=Fraction(used, rank))
+
+  def _fitted(self, maps_bfnr, up):
+    """What reconstruction compares with attention."""
+    if self.spec.fit == "dense":
+      return expand(maps_bfnr, up)
+    straight_through = up + jax.lax.stop_gradient(sparse_basis(self.spec, up) - up)
+    return expand(sparse_coefficients(maps_bfnr, self.spec.coefficients), straight_through)
+
+  def _scale(self, query_bnfd) -> float:
+    _, _, heads, width = query_bnfd.shape
+    return (heads if self.spec.variant == "code" else width) ** -0.5
+
+  def _reduced(self, query, key):
+    """Queries and keys of the predictor: those of attention, or half as wide."""
+    if self.spec.variant == "paper":
+      return query, key
+    with jax.named_scope(attention.SCOPE):
+      return [nn.Dense(x.shape[-1] // 2, kernel_init=weight_init, name=f"reduce_{name}")(x)
+              for name, x in (("query", query), ("key", key))]
+
+  def _weights(self, keys: int, source_bs):
+    """W_down and W_up for the keys that there are: (M, r), or (B, M, r) after a reduction."""
+    shape = (self.tokens, self.spec.rank_of(self.tokens))
+    for name in ("down", "up"):
+      check_tied(self.get_variable("params", name), shape)
+    down, up = (self.param(name, weight_init, shape) for name in ("down", "up"))
+    if source_bs is None:
+      return down, up
+    return gather_rows(down, source_bs, keys)[0], gather_rows(up, source_bs, keys)[1]
+
+
+def check_tied(stored, shape: tuple[int, int]):
+  """Raises ValueError where stored weights belong to another number of tokens."""
+  if stored is not None and stored.shape != shape:
+    raise ValueError(
+        f"mask predictor: its weights are {stored.shape}, for {stored.shape[0]} tokens at rank "
+        f"{stored.shape[1]}, but this model has {shape[0]} at rank {shape[1]}; resize them with "
+        f"vitcompact.convert.resized, and give Sparsifiner(rank={stored.shape[1]})")

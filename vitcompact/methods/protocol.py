@@ -1,0 +1,232 @@
+"""What a method is: everything that the library asks of one, and what it does where a method is
+silent.
+
+A method makes one axis of a transformer block smaller. It is a frozen dataclass of settings, listed
+once in `methods.METHODS` under its axis and name; plans, blocks, models, counting, conversion and
+training loop over these members and know no method by name. Only `axis` and the makers are
+required.
+
+    axis                                  "heads", "attention", "tokens" or "ffn"
+
+What it computes
+    make(site, **kwargs) -> nn.Module     the module of one block; kwargs are Linen's name and
+                                          parent. By axis it is called as
+      heads      (query, key, value, core, x) -> (B, N, heads, e); queries and keys are those of
+                 `scored_heads` heads, x (B, N, width) is the input of the attention
+      attention  (core, query, key, source, fused) -> core, the attention of this call restricted
+      ffn        (x, train) -> y; takes the place of the whole FFN
+    reduction(block, depth) -> Reduction  tokens: what happens in a block, see `token_state`
+    scored_heads(site) -> int             heads: how many have queries and keys (default: all)
+    scope                                 name of its parameters: attn/SCOPE for heads, SCOPE in the
+                                          block for attention (default: the method's name)
+    acts(site) -> bool                    whether it does anything in this block (default: yes)
+    check(site)                           raises ValueError or warns where it does not fit a block
+
+Which plans are legal
+    needs(site) -> {what: way out}        of CAPABILITIES; the way out ends the error's sentence
+    removes(site) -> (what, ...)          what others in this block no longer have; of a method of
+                                          the tokens axis, nor in the blocks after it
+
+Its parameters
+    rules                                 [(pattern, trees.Leaf)]: sharding and weight decay
+                                          (default: neither)
+    from_dense(site, params, stats, moments) -> (params, stats)
+                                          a block's trees from a dense block's (default: what has
+                                          the same name and shape is kept, the rest freshly drawn)
+    fold(site, params, stats) -> (params, stats)
+                                          the deployed block's (default: unchanged)
+    torch_entries(site, torch, ours) -> [Entry]
+                                          names and layouts in PyTorch files (default: our own); a
+                                          method of the ffn axis lists fc1 and fc2 as well
+    at_size(site) -> method               itself with sizes that would follow the image written out
+
+How it trains; `settings` are a config's keys, absent ones have these defaults
+    settings                              {key: Setting}
+    losses                                {name: function(Pass) -> () or (B,)}; the weight of a loss
+                                          is the setting loss.NAME
+    losses_across                         names of those in which the images of a batch meet
+    collections                           Linen collections that its losses or facts read
+    at_step(config, step) -> method       what trains at a step of the main phase
+    second_pass(config, step) -> method   of a second forward pass with the same weights, or None
+    first_phase                           a FirstPhase (default: None)
+    check_training(config)                raises ValueError where settings do not go together
+    facts(collections) -> {name: number}  for the receipt, from one batch of inference
+"""
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+
+from vitcompact.layers import gelu
+from vitcompact.settings import Setting
+from vitcompact.trees import Leaf
+
+AXES = ("heads", "attention", "tokens", "ffn")
+
+# What a block may have and a method may need or remove.
+CAPABILITIES = {
+    "attention": "attention",
+    "softmax": "attention by a softmax over scores",
+    "all scores": "the scores of all pairs of tokens",
+    "full attention": "every token to attend to all",
+    "grid": "the whole grid of tokens",
+    "token order": "tokens in the order of their positions",
+    "class token": "a class token",
+    "free tokens": "tokens that may be dropped or merged",
+}
+
+
+class Site(NamedTuple):
+  """One block of one model, as a method sees it.
+
+  block: its number, of `depth`, counted over all stages.
+  tokens: keys before any token is reduced, the first `prefix` of which are no patches; tokens_left:
+    when the block begins, at the image size that the model was made for.
+  query_grid, key_grid: (height, width) of the patches on each side; None where a side has no grid.
+  ffn_width: of the FFN's input and output; hidden: of its hidden layer; mixer: makes the module between fc1 and its activation,
+    whose output has mixer_gain times the variance.
+  merged: layers of the FFN that are deployed as one matrix, see `execution.Execution`.
+  """
+  block: int
+  depth: int
+  width: int
+  ffn_width: int
+  hidden: int
+  heads: int = 1
+  tokens: int = 0
+  tokens_left: int = 0
+  prefix: int = 0
+  query_grid: tuple[int, int] | None = None
+  key_grid: tuple[int, int] | None = None
+  provides: frozenset[str] = frozenset()
+  act: Callable = gelu
+  mixer: Callable[..., nn.Module] | None = None
+  mixer_gain: int = 1
+  qkv_bias: bool = True
+  form: str | None = None
+  merged: tuple[str, ...] = ()
+  deploy: bool = False
+  dtype: str = "float32"
+
+  @property
+  def head_width(self) -> int:
+    return self.width // self.heads
+
+  @property
+  def queries(self) -> int:
+    """Tokens that attend."""
+    if self.query_grid is None:
+      return self.tokens
+    return self.prefix + self.query_grid[0] * self.query_grid[1]
+
+
+class Pass(NamedTuple):
+  """What a loss sees of one forward pass in training.
+
+  collections: what was sown; logits (B, K) of the class guess; labels (B,) int; second: the Pass of
+  the second forward pass, None without one.
+  """
+  collections: Mapping[str, Any]
+  logits: jax.Array
+  labels: jax.Array
+  second: "Pass | None" = None
+
+
+class FirstPhase(NamedTuple):
+  """A phase before the main one, in which a method's own parameters learn and nothing else does.
+
+  section: of the config; it holds `steps`, `weight` and the learning rates. parameters: the method
+    trains those that this pattern matches, in this phase only.
+  method: maps the method to its form in this phase; every token is kept in it.
+  loss: function(collections) -> (B,).
+  """
+  section: str
+  parameters: str
+  method: Callable[[Any], Any]
+  loss: Callable[[Mapping[str, Any]], jax.Array]
+
+
+def check_class(kind: type, axis: str):
+  """Raises ValueError, one line, where a listed class is no method of this axis."""
+  maker = "reduction" if axis == "tokens" else "make"
+  faults = {
+      "must be a frozen dataclass: @dataclasses.dataclass(frozen=True)":
+          not dataclasses.is_dataclass(kind) or not kind.__dataclass_params__.frozen,
+      f"must have axis = {axis!r}": getattr(kind, "axis", None) != axis,
+      f"must have a method {maker}, see vitcompact/methods/protocol.py": not hasattr(kind, maker)}
+  if found := [fault for fault, here in faults.items() if here]:
+    raise ValueError(f"{kind.__name__}, listed in METHODS[{axis!r}]: {found[0]}")
+
+
+def scope_of(method) -> str:
+  """Where a method's own parameters lie."""
+  if method.axis in ("tokens", "ffn"):
+    return {"tokens": "predict_tokens", "ffn": "mlp"}[method.axis]
+  return getattr(method, "scope", type(method).__name__.lower())
+
+
+def acts(method, site: Site) -> bool:
+  return getattr(method, "acts", lambda site: True)(site)
+
+
+def scored_heads(method, site: Site) -> int:
+  """How many heads have queries and keys of their own."""
+  return getattr(method, "scored_heads", lambda site: site.heads)(site)
+
+
+def needs(method, site: Site) -> Mapping[str, str]:
+  return getattr(method, "needs", lambda site: {})(site)
+
+
+def removes(method, site: Site) -> tuple[str, ...]:
+  return getattr(method, "removes", lambda site: ())(site)
+
+
+def rules(method) -> list[tuple[str, Leaf]]:
+  return list(getattr(method, "rules", [(rf"(.*/)?{scope_of(method)}/.*", Leaf())]))
+
+
+def check(method, site: Site):
+  getattr(method, "check", lambda site: None)(site)
+
+
+def at_size(method, site: Site):
+  return getattr(method, "at_size", lambda site: method)(site)
+
+
+def settings(method) -> Mapping[str, Setting]:
+  return getattr(method, "settings", {})
+
+
+def losses(method) -> Mapping[str, Callable[["Pass"], jax.Array]]:
+  return getattr(method, "losses", {})
+
+
+def losses_across(method) -> tuple[str, ...]:
+  return getattr(method, "losses_across", ())
+
+
+def collections(method) -> tuple[str, ...]:
+  return getattr(method, "collections", ())
+
+
+def at_step(method, config, step: int):
+  return getattr(method, "at_step", lambda config, step: method)(config, step)
+
+
+def second_pass(method, config, step: int):
+  return getattr(method, "second_pass", lambda config, step: None)(config, step)
+
+
+def first_phase(method) -> FirstPhase | None:
+  return getattr(method, "first_phase", None)
+
+
+def check_training(method, config):
+  getattr(method, "check_training", lambda config: None)(config)
+
+
+def facts(method, collections) -> Mapping[str, float]:
+  return getattr(method, "facts", lambda collections: {})(collections)

@@ -1,0 +1,189 @@
+"""What a config may hold: every key with its default and the values that it may have.
+
+A key that is absent has its default, so that a new key breaks no run that was begun before. Keys of
+methods (their losses' weights, their phases) are the methods' own, and count where a plan has them.
+"""
+import difflib
+import json
+from collections.abc import Mapping
+
+from ml_collections import ConfigDict
+
+from vitcompact.methods import METHODS, protocol
+from vitcompact.plan import Plan
+from vitcompact.settings import Setting, weight
+
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("step", "epoch", "late_epoch", "after_warmup")
+PATCH_ERRORS = ("square", "divergence")
+
+KEYS = {
+    "seed": Setting(0, low=0, high=2 ** 32 - 1),
+    "init_from": Setting(""),        # .safetensors to start from; a dense one is made compact first
+    "total_steps": Setting(1000, low=1, unit="of steps"),
+    "batch_size": Setting(64, low=1, unit="of images"),   # of all devices and microbatches together
+    "accumulate": Setting(1, low=1, unit="of microbatches"),
+    "eval_batch_size": Setting(64, low=1, unit="of images"),
+    "checkpoint_every": Setting(1000, low=1, unit="of steps"),
+    "keep_last": Setting(2, low=1, unit="of checkpoints"),   # besides the best on val
+    "log_every": Setting(50, low=1, unit="of steps"),
+    "ema_half_life": Setting(0.0, low=0),   # of the run; 0: no averages
+    "eval_params": Setting("raw", choices=("raw", "ema")),
+    "data.name": Setting("digits"),
+    "data.augment": Setting("none"),
+    "data.workers": Setting(0, low=0, unit="of processes"),   # 0: threads
+    "data.erase": Setting(0.0, low=0, high=1),                # probability
+    "data.smoothing": Setting(0.0, low=0, below=1),
+    "data.mixup": Setting(0.0, low=0),                        # alpha
+    "data.cutmix": Setting(0.0, low=0),                       # alpha
+    "data.eval_fit": Setting("crop", choices=("crop", "warp")),
+    "data.eval_crop": Setting(0.0, low=0, high=1),            # 0: the model's own
+    "data.replicas": Setting(1, low=1),     # of the recipe, not of the hardware: each mixes alone
+    "data.repeats": Setting(1, low=1),      # showings of an image in a row
+    "data.on_bad": Setting("stop", choices=("stop", "skip")),
+    "data.max_bad": Setting(0, low=0, unit="of records"),
+    "optim.name": Setting("adamw", choices=OPTIMIZERS),
+    "optim.schedule": Setting("step", choices=SCHEDULES),
+    "optim.epoch_steps": Setting(1, low=1, unit="of steps"),
+    "optim.learning_rate": Setting(1e-3, low=0),              # the peak
+    "optim.warmup_steps": Setting(0, low=0, unit="of steps"),
+    "optim.warmup_learning_rate": Setting(1e-6, low=0),       # of step 0
+    "optim.final_learning_rate": Setting(1e-5, low=0),
+    "optim.cooldown_steps": Setting(0, low=0, unit="of steps"),
+    "optim.weight_decay": Setting(0.05, low=0),
+    "optim.b1": Setting(0.9, low=0, below=1),
+    "optim.b2": Setting(0.999, low=0, below=1),
+    "optim.eps": Setting(1e-8, above=0),
+    "optim.clip_norm": Setting(0.0, low=0),                   # 0: no clipping
+    "optim.skip_nonfinite": Setting(0, low=0, unit="of steps"),   # 0 stops at the first NaN
+    "optim.rates": Setting(()),     # (pattern, factor of the rate, first step); the first match
+    "loss.labels": weight(1.0),
+    "loss.patch_labels": weight(1.0),       # of models with patch logits
+    "loss.hard": weight(),
+    "loss.soft": weight(),
+    "loss.temperature": Setting(1.0, above=0),
+    "loss.logits": weight(),
+    "loss.patches": weight(),
+    "loss.patch_error": Setting("square", choices=PATCH_ERRORS),
+    "teacher.file": Setting(""),
+    "teacher.name": Setting(""),            # "": the dense form of the model itself
+    "mesh.data": Setting(-1, low=-1, unit="of devices"),      # -1: all the rest
+    "mesh.fsdp": Setting(1, low=1, unit="of devices"),
+    "mesh.tensor": Setting(1, low=1, unit="of devices"),
+}
+# These change where and how often, not what: a run may be resumed with others.
+# on_bad too: a run that stopped at a bad record may go on passing it over.
+FREE = ("mesh.data", "mesh.fsdp", "mesh.tensor", "data.workers", "data.on_bad", "data.max_bad",
+        "log_every", "eval_batch_size", "keep_last", "optim.skip_nonfinite")
+
+
+def flat(config: Mapping) -> dict:
+  """{"optim.b1": 0.9, ...}; a plan stays one value."""
+  out = {}
+  for key, value in config.items():
+    if isinstance(value, (ConfigDict, dict)) and key != "plan":
+      out |= {f"{key}.{inner}": leaf for inner, leaf in flat(value).items()}
+    else:
+      out[key] = value
+  return out
+
+
+def method_settings(methods) -> dict[str, Setting]:
+  """The keys of these methods, or classes of them."""
+  return {key: setting for method in methods for key, setting in protocol.settings(method).items()}
+
+
+def all_settings() -> dict[str, Setting]:
+  """Every key of every method that is listed."""
+  return method_settings(kind for kinds in METHODS.values() for kind in kinds.values())
+
+
+def complete(config: Mapping) -> ConfigDict:
+  """A checked config in which every key stands: those that are absent have their defaults, and
+  those of methods that the plan does not have are gone. Its plan is JSON text.
+
+  Raises ValueError, one line, for keys that are unknown or of other methods, and for values that a
+  key cannot have.
+  """
+  given, plan = flat(config), Plan.parse(config.get("plan", ""))
+  own, others = {**KEYS, **method_settings(plan.methods())}, all_settings()
+  out = {"plan": plan.to_json()}
+  for key, value in given.items():
+    if key in own or key == "plan" or key.startswith("model."):
+      continue
+    if key not in others:
+      close = difflib.get_close_matches(key, [*own, *others]) or sorted(own)[:3]
+      raise ValueError(f"unknown key config.{key}; did you mean {', '.join(close)}?")
+    others[key].check(key, value)
+    if value != others[key].default:
+      raise ValueError(f"config.{key}={value!r} is a setting of {' or '.join(owners(key))}, which "
+                       f"the plan does not have (it has {plan.to_json()}): leave it out, or add it")
+  for key, setting in own.items():
+    out[key] = given.get(key, setting.default)
+    setting.check(key, out[key])
+  if not any(out[key] for key, setting in own.items() if setting.is_weight and
+             key.startswith("loss.")):
+    raise ValueError("every weight of config.loss is 0: nothing would be learnt; set one")
+  out |= {key: value for key, value in given.items() if key.startswith("model.")}
+  for key in ("model.name", "model.image_size"):
+    if key not in out:
+      raise ValueError(f"missing config.{key}")
+  tree = ConfigDict()
+  for key, value in out.items():
+    section, _, name = key.rpartition(".")
+    if section:
+      tree.setdefault(section, ConfigDict())[name] = value
+    else:
+      tree[name] = value
+  check(tree)
+  return tree
+
+
+def owners(key: str) -> list[str]:
+  """Names of the methods that a key belongs to."""
+  return [kind.__name__ for kinds in METHODS.values() for kind in kinds.values()
+          if key in protocol.settings(kind)]
+
+
+def check(config: ConfigDict):
+  """Raises ValueError where values, each of which may be, do not go together."""
+  if config.eval_params == "ema" and not config.ema_half_life:
+    raise ValueError("config.eval_params='ema' needs averages: set config.ema_half_life > 0")
+  if config.batch_size % config.accumulate:
+    raise ValueError(f"config.batch_size={config.batch_size} does not divide into "
+                     f"config.accumulate={config.accumulate} microbatches")
+  mixes = config.data.mixup or config.data.cutmix
+  if mixes and config.data.replicas % config.accumulate:
+    raise ValueError(f"config.data.replicas={config.data.replicas} must be a multiple of "
+                     f"config.accumulate={config.accumulate}: a microbatch mixes within itself")
+  if config.mesh.data == 0:
+    raise ValueError("config.mesh.data=0: must be a number of devices, or -1 for all the rest")
+  ramp = config.optim.warmup_steps + config.optim.cooldown_steps
+  if ramp > config.total_steps:
+    raise ValueError(f"config.optim.warmup_steps={config.optim.warmup_steps} and cooldown_steps="
+                     f"{config.optim.cooldown_steps} are longer than config.total_steps="
+                     f"{config.total_steps}")
+
+
+def differences(old: Mapping, new: Mapping, free=FREE) -> list[str]:
+  """One line for each key, except the free ones, by which two flat configs differ; a key that one
+  of them lacks has its default there."""
+  defaults = {key: setting.default for key, setting in {**all_settings(), **KEYS}.items()}
+
+  def value(flat_config, key):
+    found = flat_config.get(key, defaults.get(key, "nothing"))
+    if key == "plan":
+      return Plan.parse(found).to_json()
+    return list(found) if isinstance(found, tuple) else found
+
+  return [f"{key} is {value(old, key)!r} there and {value(new, key)!r} here"
+          for key in sorted(old.keys() | new.keys())
+          if key not in free and value(old, key) != value(new, key)]
+
+
+def from_text(text: str) -> dict:
+  """A flat config from the JSON of a workdir's config.json; ValueError where it is none."""
+  tree = json.loads(text)
+  if not isinstance(tree, dict):
+    raise ValueError(f"it holds a {type(tree).__name__}, not an object")
+  return flat(tree)
