@@ -1,4 +1,5 @@
-"""What links cost: executed, and as the method counts it, beside the published columns."""
+"""What a mask predictor and the pairs it keeps cost: executed, and as the method counts it, beside
+the published columns."""
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def test_the_ideal_count_is_the_published_column_within_a_tenth(name, depth, col
   variables = basis_of(DENSITY[name], depth)
   keeps = sorted(column) if depth == 16 else [1.0, 0.5, 0.3, 0.01]
   for keep in keeps:
-    model = vc.create_model(name, plan=vc.Plan(links=Sparsifiner(keep=keep)))
+    model = vc.create_model(name, plan=vc.Plan(attention=Sparsifiner(keep=keep)))
     count = vc.count(model, variables=variables)
     assert count.ideal_attention_macs / 1e6 == pytest.approx(column[keep], abs=0.1)
 
@@ -40,7 +41,7 @@ def test_every_row_of_the_column_follows_from_the_formula_that_the_count_obeys()
     predictor = 2 * n * dh + (2 * n - 1) * dh * rank + 8 * density * n * (n - 1)
     return layers * h * (2 * (n - 1) * dh * Sparsifiner(keep=keep).budget(n) + predictor)
 
-  model = vc.create_model("deit_small_patch16_224", plan=vc.Plan(links=Sparsifiner(keep=0.25)))
+  model = vc.create_model("deit_small_patch16_224", plan=vc.Plan(attention=Sparsifiner(keep=0.25)))
   count = vc.count(model)
   assert count.ideal_attention_macs == formula(0.25, 1)
   for keep, published in DEIT_S.items():
@@ -58,6 +59,6 @@ def test_every_row_of_the_column_follows_from_the_formula_that_the_count_obeys()
     ("deit_small_patch16_224", "code", 22_251_880), ("deit_small_patch16_224", "paper", 22_201_960),
     ("lvvit_s", "code", 268_288)])
 def test_parameters_of_the_predictors(name, variant, params):
-  count = vc.count(vc.create_model(name, plan=vc.Plan(links=Sparsifiner(variant=variant))))
+  count = vc.count(vc.create_model(name, plan=vc.Plan(attention=Sparsifiner(variant=variant))))
   base = vc.count(vc.create_model(name)).params if name == "lvvit_s" else 0
   assert count.params - base == params
