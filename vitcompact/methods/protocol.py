@@ -85,8 +85,8 @@ class Site(NamedTuple):
   tokens: keys before any token is reduced, the first `prefix` of which are no patches; tokens_left:
     when the block begins, at the image size that the model was made for.
   query_grid, key_grid: (height, width) of the patches on each side; None where a side has no grid.
-  ffn_width: of the FFN's input and output; hidden: of its hidden layer; mixer: makes the module between fc1 and its activation,
-    whose output has mixer_gain times the variance.
+  ffn_width: of the FFN's input and output; hidden: of its hidden layer; mixer: makes the module
+    between fc1 and its activation, whose output has mixer_gain times the variance.
   merged: layers of the FFN that are deployed as one matrix, see `execution.Execution`.
   """
   block: int
