@@ -70,9 +70,13 @@ class Plan:
     found += [method for axes in self.blocks.values() for method in axes.values()]
     return list(dict.fromkeys(method for method in found if method is not None))
 
-  def parameter_rules(self) -> list[tuple[str, Leaf]]:
-    """[(pattern, Leaf)] for the parameters of its methods."""
-    return [rule for method in self.methods() for rule in protocol.rules(method)]
+  def parameter_rules(self, shared: list[tuple[str, Leaf]]) -> list[tuple[str, Leaf]]:
+    """[(pattern, Leaf)]: those of its methods, then the shared ones, then one for the parameters of
+    each method that gives none."""
+    methods = self.methods()
+    return [*(rule for method in methods for rule in getattr(method, "rules", ())), *shared,
+            *((rf"(.*/)?{protocol.scope_of(method)}/.*", Leaf()) for method in methods
+              if not hasattr(method, "rules"))]
 
   def planned(self, block: int) -> BlockMethods:
     """What the plan names for a block, whether or not it acts there."""
