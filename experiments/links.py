@@ -12,6 +12,7 @@ block, over the share of links that a rate really keeps (of few blocks of links 
 the same numbers in mass.csv. Heads are those that are computed. Needs matplotlib.
 """
 import argparse
+import dataclasses
 import pathlib
 
 import jax
@@ -20,6 +21,7 @@ from PIL import Image
 
 import vitcompact as vc
 from vitcompact import convert
+from vitcompact.methods import protocol
 
 DARK = 0.25     # brightness of a patch without a link,
 BLUE = np.array([0.0, 0.0, 0.35])   # and what is added: a black patch without one is seen as well
@@ -35,19 +37,28 @@ def linked_blocks(model) -> list[int]:
   if model.plan.tokens is not None:
     raise ValueError(f"tokens={model.plan.tokens}: patches are reduced, so links have no fixed "
                      "place; draw a model without a reducer")
-  blocks = [i for i in range(model.depth) if model.parts()[f"blocks_{i}"].links is not None]
+  blocks = [site.block for site in model.sites() if model.plan.at(site).attention is not None]
   if not blocks:
     raise ValueError(f"plan={model.plan.to_json()}: no block has links, nothing to draw")
   return blocks
 
 
+def with_sparsifiners(plan: vc.Plan, **fields) -> vc.Plan:
+  """The plan with these fields in each of its Sparsifiners."""
+  return plan.map(lambda method: dataclasses.replace(method, **fields)
+                  if isinstance(method, vc.Sparsifiner) else method)
+
+
 def links_of(model, variables, image) -> dict[int, np.ndarray]:
   """{block: (heads, N, N) bool}, which query is linked to which key. image: (H, W, C)."""
   maps = jax.jit(lambda v, x: vc.features(model, v, x, maps=True).maps)(variables, image[None])
-  parts = model.parts()
   # What is masked has weight 0 exactly; hallucinated maps follow the computed ones.
-  return {i: np.asarray(maps[f"blocks_{i}"][0][:parts[f"blocks_{i}"].attn.real_heads]) > 0
-          for i in linked_blocks(model)}
+  out = {}
+  for site in (model.sites()[i] for i in linked_blocks(model)):
+    heads = model.plan.at(site).heads
+    scored = site.heads if heads is None else protocol.scored_heads(heads, site)
+    out[site.block] = np.asarray(maps[f"blocks_{site.block}"][0][:scored]) > 0
+  return out
 
 
 def mass_kept(model, variables, image, keeps=KEEPS) -> dict[int, list[tuple[float, float]]]:
@@ -58,12 +69,12 @@ def mass_kept(model, variables, image, keeps=KEEPS) -> dict[int, list[tuple[floa
   """
   out = {i: [] for i in linked_blocks(model)}
   for keep in keeps:
-    sparse = model.clone(plan=model.plan.with_links(keep=keep))
-    _, state = jax.jit(lambda v, x, m=sparse: m.apply(v, x, mutable=["links"]))(variables,
-                                                                                image[None])
+    sparse = model.clone(plan=with_sparsifiners(model.plan, keep=keep))
+    _, state = jax.jit(lambda v, x, m=sparse: m.apply(v, x, mutable=["attention"]))(variables,
+                                                                                    image[None])
     for i, shares in out.items():
-      seen = state["links"][f"blocks_{i}"]["links"]
-      target, linked = (np.asarray(seen[name][0]) for name in ("target", "linked"))
+      seen = state["attention"][f"blocks_{i}"]["links"]
+      target, linked = (np.asarray(seen[name][0]) for name in ("target", "kept"))
       shares.append((float(linked.mean()), float((target * linked).sum() / target.sum())))
   return out
 
@@ -149,7 +160,7 @@ def run(checkpoint, image, out, *, queries=(), blocks=(), force=False) -> str:
   """Writes the drawings into folder `out`, returns a line that tells which."""
   model, variables = convert.load(checkpoint)
   # Of a predictor whose links are not yet used, what it would link.
-  model = model.clone(plan=model.plan.with_links(masked=True))
+  model = model.clone(plan=with_sparsifiners(model.plan, masked=True))
   known = linked_blocks(model)
   for block in blocks:
     if block not in known:
@@ -168,7 +179,7 @@ def run(checkpoint, image, out, *, queries=(), blocks=(), force=False) -> str:
   plain = enlarged(plain, model.grid)
   links = links_of(model, variables, pixels)
   links = {block: links[block] for block in blocks or known}
-  prefix = model.parts()["blocks_0"].attn.prefix
+  prefix = model.sites()[0].prefix
   for (row, column), name in zip(places, names, strict=False):
     at = prefix + row * model.grid[1] + column
     draw_rows({f"block {i}": [lit(plain, kept[at, prefix:].reshape(model.grid), (row, column))

@@ -94,7 +94,7 @@ def load(checkpoint, plan=None):
   if isinstance(tokens, vc.DynamicViT) or isinstance(model.plan.tokens, vc.DynamicViT):
     raise ValueError("--plan: DynamicViT's predictors are trained with the model; draw a "
                      "checkpoint that has them, without --plan")
-  fields = {axis: getattr(model.plan, axis) for axis in ("heads", "links", "ffn", "blocks")}
+  fields = {axis: getattr(model.plan, axis) for axis in ("heads", "attention", "ffn", "blocks")}
   model = model.clone(plan=vc.Plan(**{**fields, "tokens": tokens}))
   model.check()
   return model, variables
