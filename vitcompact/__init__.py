@@ -6,12 +6,15 @@ import importlib
 import sys
 import types
 
+from vitcompact._version import __version__ as __version__
+
 _HOMES = {
     "create_model": "models", "list_models": "models", "preprocess": "preprocess",
     "Plan": "plan", "HMHSA": "methods.heads.hmhsa", "CFFN": "methods.ffn.cffn",
-    "Sparsifiner": "methods.attention.sparsifiner", "EViT": "methods.tokens.evit", "ToMe": "methods.tokens.tome",
-    "DynamicViT": "methods.tokens.dynamicvit", "MCTF": "methods.tokens.mctf",
-    "from_torch": "convert", "to_torch": "convert",
+    "Sparsifiner": "methods.attention.sparsifiner", "EViT": "methods.tokens.evit",
+    "ToMe": "methods.tokens.tome", "DynamicViT": "methods.tokens.dynamicvit",
+    "MCTF": "methods.tokens.mctf",
+    "from_torch": "convert", "to_torch": "convert", "save": "convert", "load": "convert",
     "features": "features", "compact": "compact", "fold": "fold", "verify": "verify",
     "count": "count", "tune": "tune",
 }
