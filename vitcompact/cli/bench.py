@@ -83,9 +83,13 @@ def bench(name, plans, image_size, batch, rounds):
   """
   import jax
 
+  from vitcompact.bench import processor
+
   lines, timing = rows(candidates(name, plans, image_size), batch, rounds)
   click.echo("\n".join(f"| {' | '.join(line)} |" for line in (
       COLUMNS, ("---", *["---:"] * (len(COLUMNS) - 1)), *lines)))
-  clock = {"cpu": "CPU seconds", "wall": "seconds"}[timing.clock]
-  click.echo(f"\n{jax.devices()[0].device_kind}, jax {jax.__version__}, batch {batch}; {clock}, "
-             f"medians of {rounds} rounds, load {timing.load:.1f}.")
+  clock, device = "CPU seconds", processor()
+  if timing.clock == "wall":
+    clock, device = "seconds", jax.devices()[0].device_kind
+  click.echo(f"\n{device}, jax {jax.__version__}, batch {batch}; {clock}, medians of {rounds} "
+             f"rounds, load {timing.load:.1f}.")
