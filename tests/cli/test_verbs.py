@@ -1,4 +1,5 @@
 """Each verb does what its help says."""
+import importlib
 import importlib.metadata
 import pathlib
 import re
@@ -7,6 +8,7 @@ import sys
 import time
 import tomllib
 
+import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -24,7 +26,7 @@ VERBS = {"bench", "compare", "convert", "count", "draw", "models", "predict", "p
 @pytest.fixture(scope="module")
 def compact(tmp_path_factory):
   """A folded compact model in a file."""
-  model = tiny.deit(vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN()))
+  model = tiny.deit(vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN()), depth=1)
   path = tmp_path_factory.mktemp("compact") / "deploy.safetensors"
   vc.save(path, *vc.fold(model, tiny.init(model)))
   return path
@@ -135,7 +137,7 @@ def test_predictions_are_those_of_the_model(compact, tmp_path):
   printed = command.succeeds("predict", compact, *paths, "--top", 2, "--labels", labels,
                              "--batch", 2)
   prepared = np.stack([vc.preprocess(model)(Image.open(path)) for path in paths])
-  logits = np.asarray(model.apply(variables, prepared))
+  logits = np.asarray(jax.jit(model.apply)(variables, prepared))
   for path, row, line in zip(paths, logits, printed.splitlines(), strict=True):
     name, *classes = line.split("\t")
     assert name == str(path)
@@ -170,13 +172,18 @@ def test_images_are_prepared_and_read_back(tmp_path):
       "prepare", "verify", "--out", out, "--decode")
 
 
-def test_pictures_are_drawn(compact, tmp_path):
-  image = tmp_path / "image.png"
-  Image.new("RGB", (40, 50), (99, 9, 9)).save(image)
-  plan = '{"tokens": {"method": "tome", "r": 4}}'
-  out = tmp_path / "tokens.png"
-  assert "block 0: 12 of 16" in command.succeeds("draw", "tokens", compact, image, "--out", out,
-                                                 "--plan", plan)
-  assert out.read_bytes().startswith(b"\x89PNG")
-  assert "no block has sparse attention" in command.fails("draw", "attention", compact, image,
-                                                          "--out", tmp_path)
+def test_draw_passes_on_what_it_was_given(monkeypatch):
+  """The drawings themselves are tested beside their methods."""
+  asked = {}
+  for name in ("tokens", "attention"):
+    module = importlib.import_module(f"vitcompact.draw.{name}")
+    monkeypatch.setattr(module, "run", lambda *paths, name=name, **options: asked.update(
+        {name: (paths, options)}) or f"{name} drawn")
+  assert command.succeeds("draw", "tokens", "a", "b.png", "--out", "c.png", "--plan", "{}",
+                          "--force") == "tokens drawn\n"
+  assert command.succeeds("draw", "attention", "a", "b.png", "--out", "c", "--query", "3,5",
+                          "--query", "1,2", "--block", 0) == "attention drawn\n"
+  assert asked == {
+      "tokens": (("a", "b.png", "c.png"), {"plan": "{}", "force": True}),
+      "attention": (("a", "b.png", "c"), {"queries": ("3,5", "1,2"), "blocks": (0,),
+                                          "force": False})}
