@@ -7,7 +7,7 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 AXES = {"heads", "links", "tokens", "ffn"}
 VERBS = {"compact", "fold", "verify", "count", "features", "convert", "preprocess", "receipt",
-         "bench", "measure", "export", "tune"}
+         "bench", "measure", "export", "tune", "pytorch", "draw", "compare"}
 BASE = {"trees", "kernels", "backends", "attention", "layers"}
 # room -> the rooms it may import, besides itself. A room is a file or a folder of vitcompact/.
 MAY = {
@@ -22,6 +22,8 @@ MAY = {
     # The package's own names (`vc.fold`) stand for verbs, models and plans.
     **{verb: BASE | AXES | VERBS | {"plan", "block", "models", "data", "vitcompact"}
        for verb in VERBS},
+    # The command needs no JAX before a verb runs: it takes the version from its own file.
+    "cli": VERBS | {"data", "vitcompact", "_version"}, "__main__": {"cli"}, "_version": set(),
     "train": BASE | AXES | VERBS | {"plan", "block", "models", "data", "vitcompact"},
 }
 

@@ -6,14 +6,14 @@ import shlex
 import pytest
 
 import vitcompact as vc
-from experiments import count
+from vitcompact.cli import count
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 
 
 def test_the_table_is_what_its_command_prints():
-  command = re.search(r"`python -m experiments\.count ([^`]*)`", README)[1]
-  printed = count.table(shlex.split(command), count.DEFAULT)
+  command = re.search(r"`vitcompact count ([^`]*)`", README)[1]
+  printed = count.table(shlex.split(command))
   assert printed in README
 
 

@@ -185,7 +185,7 @@ def load(path) -> tuple[nn.Module, dict[str, Any]]:
   arrays, about = read_safetensors(path)
   if not {"model", "fields", "plan"} <= about.keys():
     raise ValueError(f"{path} is no file of ours: its metadata has {sorted(about)}, not model, "
-                     "fields, plan; PyTorch weights go through experiments.convert")
+                     "fields, plan; PyTorch weights go through `vitcompact convert`")
   try:
     model = create_model(about["model"], **json.loads(about["fields"]),
                          plan=Plan.from_json(about["plan"]))

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import jax
 
+from vitcompact._version import __version__
 from vitcompact.bench import Timing
 from vitcompact.count import Count
 from vitcompact.verify import Proof
@@ -94,7 +95,7 @@ def environment() -> dict[str, object]:
   """Where numbers were made: versions, device, commit."""
   device = jax.devices()[0]
   return {"command": " ".join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
-          "commit": _commit(), "python": platform.python_version(),
+          "vitcompact": __version__, "commit": _commit(), "python": platform.python_version(),
           **{name: importlib.metadata.version(name) for name in PACKAGES},
           "device": f"{jax.device_count()} x {device.platform} ({device.device_kind}, "
                     f"{platform.machine()})"}
@@ -103,10 +104,15 @@ def environment() -> dict[str, object]:
 def _commit() -> str:
   """Of the checkout that this file is in; "unknown" outside one, "+" when its programs have changes
   (results, which programs write, change nothing)."""
+  package = pathlib.Path(__file__).resolve().parent
+
   def git(*words):
-    return subprocess.run(["git", *words], cwd=pathlib.Path(__file__).parent, capture_output=True,
-                          text=True, check=True).stdout.strip()
+    return subprocess.run(["git", *words], cwd=package, capture_output=True, text=True,
+                          check=True).stdout.strip()
   try:
+    # An installed package may lie in an environment inside a checkout of something else.
+    if pathlib.Path(git("rev-parse", "--show-toplevel")).resolve() != package.parent:
+      return "unknown"
     changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)results")
     return git("rev-parse", "--short=12", "HEAD") + "+" * bool(changed)
   except (OSError, subprocess.CalledProcessError):

@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from experiments import prepare
-from vitcompact.data import labels, pipeline, records
+from vitcompact.data import labels, pipeline, prepare, records
 
 TRUTH = (0, 1, 2, 2, 1, 0, 0)  # of the validation images
 CLASSES = ("n01440764", "n01443537", "n02088364")

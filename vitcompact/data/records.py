@@ -1,4 +1,4 @@
-"""Images in a few large files, ArrayRecord, written by `python -m experiments.prepare`.
+"""Images in a few large files, ArrayRecord, written by `vitcompact prepare`.
 
   PATH/manifest.json              classes, and of each file its records, bytes and sha256
   PATH/train-000.arrayrecord      a record is a msgpack dict: "image", the bytes of an image file as
@@ -81,7 +81,7 @@ def write_shard(path: pathlib.Path, records) -> dict:
 def read_manifest(root: str) -> dict:
   """The manifest of a directory, checked against the files that are there."""
   root = pathlib.Path(root)
-  way_out = "write it with `python -m experiments.prepare`"
+  way_out = "write it with `vitcompact prepare`"
   try:
     manifest = json.loads((root / MANIFEST).read_text())
   except FileNotFoundError:
@@ -92,14 +92,14 @@ def read_manifest(root: str) -> dict:
   if manifest.get("format") != FORMAT:
     raise ValueError(f"{root / MANIFEST} is not of {FORMAT}; {way_out}")
   if not manifest["complete"]:
-    raise ValueError(f"{root} is not complete: run the same `python -m experiments.prepare` again, "
+    raise ValueError(f"{root} is not complete: run the same `vitcompact prepare` again, "
                      "it goes on where it stopped")
   for shard in (shard for shards in manifest["splits"].values() for shard in shards):
     path = root / shard["file"]
     size = path.stat().st_size if path.is_file() else None
     if size != shard["bytes"]:
       raise ValueError(f"{path} has {size} bytes, not the {shard['bytes']} of the manifest: remove "
-                       "it and run the same `python -m experiments.prepare` again")
+                       "it and run the same `vitcompact prepare` again")
   return manifest
 
 
@@ -125,7 +125,7 @@ class Records:
     count = sum(shard["records"] for shard in shards)
     if len(self.records) != count:
       raise ValueError(f"the files of {split} in {root} hold {len(self.records)} records, not the "
-                       f"{count} of the manifest: see `python -m experiments.prepare verify`")
+                       f"{count} of the manifest: see `vitcompact prepare verify`")
 
   def __len__(self) -> int:
     return len(self.records)

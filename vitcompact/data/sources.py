@@ -3,7 +3,7 @@
   digits[:FOLD]     1,797 real images that scikit-learn ships; FOLD is 0 to 4, "digits" is fold 0
   shapes[:COUNT]    drawn scenes, COUNT of them for training
   folder:PATH       PATH/train/CLASS/*.jpg, PATH/val, PATH/test
-  arrayrecord:PATH  what `python -m experiments.prepare` wrote
+  arrayrecord:PATH  what `vitcompact prepare` wrote
   tfds:NAME[@all]   a set of TensorFlow Datasets that lies on this machine
 """
 import difflib
@@ -21,7 +21,7 @@ SPLITS = ("train", "val", "test")
 KNOWN = ("digits", "digits:FOLD", "shapes", "shapes:COUNT", "directions",
          "directions:COUNT", "folder:PATH", "arrayrecord:PATH", "tfds:NAME")
 NEEDS = {"folder": "a path: 'folder:PATH' with PATH/train/CLASS/*.jpg",
-         "arrayrecord": "a path: 'arrayrecord:PATH', as `python -m experiments.prepare` writes it",
+         "arrayrecord": "a path: 'arrayrecord:PATH', as `vitcompact prepare` writes it",
          "tfds": "a name: 'tfds:imagenet2012', 'tfds:cifar10'"}
 # Made at the size that the model takes, with something at every edge: evaluated whole, and only
 # these augmentations leave the label true (a mirrored scene has another, a mirrored 5 has none).

@@ -12,7 +12,7 @@ CALIBRATION_IMAGES = 128
 
 
 def load_variables(path: str, model, calibration):
-  """Variables for `model` from a .safetensors file that `experiments.convert` or a run wrote.
+  """Variables for `model` from a .safetensors file that `vitcompact convert` or a run wrote.
 
   A dense model's are made compact for the model's plan, fitted on the images that `calibration()`
   returns (normalised).
@@ -49,7 +49,7 @@ def _check_fits(what: str, found, variables, model):
     more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
     raise ValueError(f"{what} holds {found.variant} with plan={found.plan.to_json()}, "
                      f"which does not fit {model.variant}: {'; '.join(lines[:3])}{more}. "
-                     "experiments.convert resizes positions and replaces a classifier")
+                     "`vitcompact convert` resizes positions and replaces a classifier")
 
 
 def started_from(state: TrainState, variables, shardings: TrainState) -> TrainState:

@@ -1,8 +1,8 @@
 """Images into a few large files that are read at random: for data.name="arrayrecord:OUT".
 
-  python -m experiments.prepare imagenet --tars DIR --out OUT
-  python -m experiments.prepare folder --path PATH --out OUT
-  python -m experiments.prepare verify --out OUT --decode
+  vitcompact prepare imagenet --tars DIR --out OUT
+  vitcompact prepare folder --path PATH --out OUT
+  vitcompact prepare verify --out OUT --decode
 
 `imagenet` takes the official files as they come, without unpacking them: ILSVRC2012_img_train.tar
 (a tar of each class inside), ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, which says
@@ -18,7 +18,6 @@ Both write a file at a time and go on where they were stopped: run the same comm
 `verify` reads everything: sums, numbers of records, labels, whether each image is one (with
 --decode, whether it decodes to its end), and how many images stand under two labels.
 """
-import argparse
 import hashlib
 import io
 import json
@@ -287,30 +286,3 @@ def verify(out, *, whole_images: bool = False, say=print) -> int:
   ambiguous = sum(len(labels) > 1 for labels in labels_of.values())
   say(f"{ambiguous} images stand under more than one label")
   return ambiguous
-
-
-def main():
-  parser = argparse.ArgumentParser(description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  commands = parser.add_subparsers(dest="command", required=True)
-  imagenet, folder, check = (commands.add_parser(n) for n in ("imagenet", "folder", "verify"))
-  imagenet.add_argument("--tars", required=True, help="the directory of the official files")
-  imagenet.add_argument("--unofficial", action="store_true", help="compare no sums and counts")
-  folder.add_argument("--path", required=True, help="the directory of train/ and val/ or test/")
-  check.add_argument("--decode", action="store_true", help="decode each image to its end")
-  for command in (imagenet, folder, check):
-    command.add_argument("--out", required=True, help="the directory of the ArrayRecord files")
-  args = parser.parse_args()
-  try:
-    if args.command == "imagenet":
-      prepare_imagenet(args.tars, args.out, official=not args.unofficial)
-    elif args.command == "folder":
-      prepare_folder(args.path, args.out)
-    else:
-      verify(args.out, whole_images=args.decode)
-  except (ValueError, OSError) as error:
-    raise SystemExit(f"error: {error}") from None
-
-
-if __name__ == "__main__":
-  main()

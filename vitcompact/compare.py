@@ -1,16 +1,9 @@
-"""Plots runs side by side, read from the metrics.jsonl of their workdirs.
-
-  python -m experiments.compare runs/dense runs/compact --out curves.png
-
-One panel for each number that at least one of the runs has logged more than once (or those that
---metrics names), over steps; a table of what each run ended with goes to the terminal. Needs
-matplotlib, which requirements-dev.txt has.
-"""
-import argparse
+"""Runs side by side, read from the metrics.jsonl of their workdirs: curves, and how each ended."""
 import json
 import math
 import pathlib
-import sys
+
+from vitcompact import draw
 
 FIRST = ("loss", "accuracy", "val_loss", "val_accuracy", "lr", "grad_norm", "images_per_second",
          "data_wait", "mfu", "skipped")
@@ -38,24 +31,23 @@ def read(workdir) -> dict[str, dict[int, float]]:
 
 
 def panels(runs: dict, asked) -> list[str]:
-  """The metrics to plot: those asked for, or all with a course, the usual ones first."""
+  """The metrics to plot: those asked for, or all that were logged twice, the usual ones first."""
   known = {name for metrics in runs.values() for name in metrics}
   if unknown := [name for name in asked or () if name not in known]:
-    raise ValueError(f"--metrics: no run has {', '.join(unknown)}; there are "
+    raise ValueError(f"--metric: no run has {', '.join(unknown)}; there are "
                      f"{', '.join(sorted(known))}")
   if asked:
     return list(asked)
-  courses = {name for metrics in runs.values() for name, values in metrics.items()
+  several = {name for metrics in runs.values() for name, values in metrics.items()
              if len(values) > 1}
-  return [name for name in FIRST if name in courses] + sorted(courses - set(FIRST))
+  if not several:
+    raise ValueError("no number was logged twice: nothing to plot; name some with --metric")
+  return [name for name in FIRST if name in several] + sorted(several - set(FIRST))
 
 
-def plot(runs: dict, names: list[str], out: pathlib.Path):
-  import matplotlib
-  matplotlib.use("Agg")
-  from matplotlib import pyplot
-
-  columns = min(3, len(names))
+def plot(runs: dict, names: list[str], out):
+  """Writes a picture with a panel for each metric: its values over steps, a line for each run."""
+  pyplot, columns = draw.pyplot(), min(3, len(names))
   rows = math.ceil(len(names) / columns)
   figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 3.2 * rows), squeeze=False)
   for axis, name in zip(axes.flat, names, strict=False):
@@ -83,26 +75,3 @@ def table(runs: dict) -> str:
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
                    for row in rows)
-
-
-def main():
-  parser = argparse.ArgumentParser(description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("runs", nargs="+", metavar="WORKDIR")
-  parser.add_argument("--out", required=True, type=pathlib.Path, help="such as curves.png")
-  parser.add_argument("--metrics", nargs="+", help="instead of all")
-  arguments = parser.parse_args()
-  try:
-    runs = {run: read(run) for run in dict.fromkeys(arguments.runs)}
-    names = panels(runs, arguments.metrics)
-    if not names:
-      raise ValueError("no number was logged twice: nothing to plot; name some with --metrics")
-    plot(runs, names, arguments.out)
-  except (ValueError, OSError) as error:
-    sys.exit(f"error: {error}")
-  print(table(runs))
-  print(f"wrote {arguments.out}")
-
-
-if __name__ == "__main__":
-  main()

@@ -1,15 +1,9 @@
-"""Draws which patches of an image survive a token reducer or merge, stage by stage.
+"""Which patches of an image survive a token reducer or are merged, stage by stage.
 
-  python -m experiments.tokens --checkpoint deploy.safetensors --image cat.jpg --out tokens.png
-  python -m experiments.tokens --checkpoint deit.safetensors --image cat.jpg --out tokens.png \\
-      --plan '{"tokens": {"method": "tome", "r": 13}}'
-
-The checkpoint is one that `vitcompact.convert.save` wrote (training ends with it, and
-experiments.convert makes it). Patches that were dropped, or fused into a remainder, are white;
-patches that became one token have their mean colour and a line around them. --plan shows a
-reducer without parameters (EViT, ToMe, MCTF) on a model that has none. Needs matplotlib.
+Patches that were dropped, or fused into a remainder, are white; patches that became one token have
+their mean colour and a line around them.
 """
-import argparse
+import dataclasses
 import pathlib
 
 import jax
@@ -18,6 +12,7 @@ from PIL import Image
 
 import vitcompact as vc
 from vitcompact import convert
+from vitcompact.draw import pyplot
 from vitcompact.token_state import NOTHING
 
 GONE = -1
@@ -25,7 +20,7 @@ LINE = 0.15   # how dark the lines between groups are
 
 
 def stages(model, variables, image) -> list[tuple[str, np.ndarray]]:
-  """[(title, (h, w) int)], behind each block that reduces: the token that holds each patch.
+  """[(title, (h, w) int)], after each block that reduces: the token that holds each patch.
 
   GONE where a patch was dropped or fused into a remainder. image: (H, W, C), normalised.
   """
@@ -64,17 +59,11 @@ def painted(image, holder):
   return out
 
 
-def draw(panels, path):
+def write_row(panels, path):
   """Writes a row of (title, (H, W, 3)) pictures."""
-  try:
-    import matplotlib
-  except ImportError:
-    raise ValueError("drawing needs matplotlib: pip install -r requirements-dev.txt") from None
-  matplotlib.use("Agg")
-  from matplotlib import pyplot
-  columns = min(len(panels), 4)
+  plt, columns = pyplot(), min(len(panels), 4)
   rows = -(-len(panels) // columns)
-  figure, axes = pyplot.subplots(rows, columns, figsize=(3 * columns, 3.3 * rows), squeeze=False)
+  figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3.3 * rows), squeeze=False)
   for axis in axes.flat:
     axis.set_axis_off()
   for axis, (title, picture) in zip(axes.flat, panels, strict=False):
@@ -82,11 +71,15 @@ def draw(panels, path):
     axis.set_title(title, fontsize=9)
   figure.tight_layout()
   figure.savefig(path, dpi=150)
-  pyplot.close(figure)
+  plt.close(figure)
 
 
-def load(checkpoint, plan=None):
-  """(model, variables) of one of our files; `plan`: another one for the tokens, see above."""
+def load(checkpoint, plan: str | None = None):
+  """(model, variables) of one of our files.
+
+  plan: JSON or a path to it; its tokens axis replaces the model's. Only for a reducer without
+    parameters (EViT, ToMe, MCTF).
+  """
   model, variables = convert.load(checkpoint)
   if plan is None:
     return model, variables
@@ -94,25 +87,9 @@ def load(checkpoint, plan=None):
   if isinstance(tokens, vc.DynamicViT) or isinstance(model.plan.tokens, vc.DynamicViT):
     raise ValueError("--plan: DynamicViT's predictors are trained with the model; draw a "
                      "checkpoint that has them, without --plan")
-  fields = {axis: getattr(model.plan, axis) for axis in ("heads", "links", "ffn", "blocks")}
-  model = model.clone(plan=vc.Plan(**{**fields, "tokens": tokens}))
+  model = model.clone(plan=dataclasses.replace(model.plan, tokens=tokens))
   model.check()
   return model, variables
-
-
-def main():
-  parser = argparse.ArgumentParser(description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--checkpoint", required=True, help="a .safetensors file of ours")
-  parser.add_argument("--image", required=True)
-  parser.add_argument("--out", required=True, help="a name that ends in .png")
-  parser.add_argument("--plan", help="JSON or a path to it: its tokens replace the model's")
-  parser.add_argument("--force", action="store_true", help="overwrite")
-  args = parser.parse_args()
-  try:
-    print(run(args.checkpoint, args.image, args.out, plan=args.plan, force=args.force))
-  except (ValueError, OSError) as error:
-    raise SystemExit(f"error: {error}") from None
 
 
 def run(checkpoint, image, out, *, plan=None, force=False) -> str:
@@ -127,9 +104,5 @@ def run(checkpoint, image, out, *, plan=None, force=False) -> str:
   normalised = preprocess(Image.open(image))
   seen = stages(model, variables, normalised)
   plain = np.clip(normalised * np.array(preprocess.std) + np.array(preprocess.mean), 0, 1)
-  draw([("image", plain), *((title, painted(plain, holder)) for title, holder in seen)], out)
+  write_row([("image", plain), *((title, painted(plain, holder)) for title, holder in seen)], out)
   return f"{out}: " + "; ".join(title for title, _ in seen)
-
-
-if __name__ == "__main__":
-  main()

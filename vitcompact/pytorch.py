@@ -1,16 +1,7 @@
-"""PyTorch checkpoints to our files, and our models back to PyTorch.
+"""Files of PyTorch weights: read safely, converted to our files, and written back.
 
-  python -m experiments.convert deit.pth --model deit_small_patch16_224 --out deit.safetensors
-  python -m experiments.convert deit.pth --model deit_small_patch16_224 --out 384.safetensors \\
-      --image-size 384 --num-classes 10 --reset-head
-  python -m experiments.convert trained.safetensors --image-size 384 --out 384.safetensors
-  python -m experiments.convert compact.safetensors --to-torch --out compact_torch.safetensors
-
-Reads .safetensors, and .pth, .pt, .bin, .tar through torch (which has to be installed), as weights
-only: a file that would run code is refused. What `vitcompact.convert.save` wrote needs no --model;
-it becomes one for another size of images or patches (predictors of token links keep their rank), or
-goes --to-torch: a dense model under timm's or the authors' names, a folded compact DeiT under names
-that experiments/torch_deit.py reads.
+.safetensors files are read as they are; .pth, .pt, .bin and .tar through torch, which has to be
+installed, as weights only: a file that would run code is refused.
 """
 import argparse
 import pathlib
@@ -67,8 +58,8 @@ def _to_numpy(tensor):
 
 
 def is_ours(path: str) -> bool:
-  """Whether `vitcompact.convert.save` wrote a file. What went --to-torch says which model it is of
-  too, but has PyTorch's names."""
+  """Whether `vc.save` wrote a file. What `to_torch` wrote says which model it is of too, but has
+  PyTorch's names."""
   path = pathlib.Path(path)
   if path.suffix != ".safetensors" or not path.is_file():
     return False
@@ -76,8 +67,18 @@ def is_ours(path: str) -> bool:
   return "fields" in about and any(name.startswith("params/") for name in arrays)
 
 
-def from_checkpoint(checkpoint, name, out, *, reset_head=False, force=False, **fields):
-  """Writes `out`, returns lines that tell what was done. name: None for a file of ours."""
+def from_checkpoint(checkpoint, name: str | None, out, *, reset_head: bool = False,
+                    force: bool = False, **fields) -> list[str]:
+  """Writes the model of a checkpoint to `out`; returns lines that tell what was done.
+
+  name: of the model that PyTorch's weights are of; None for a file that `vc.save` wrote, which says
+    so itself. fields: as in `vc.create_model`, such as image_size=384.
+  """
+  if (ours := is_ours(checkpoint)) and name is not None:
+    raise ValueError(f"{checkpoint} says which model it is of; leave --model out")
+  if not ours and name is None:
+    raise ValueError("--model is missing, as in --model deit_small_patch16_224; known: "
+                     f"{', '.join(vc.list_models())}")
   source = None
   if name is None:
     source, variables = convert.load(checkpoint)
@@ -94,45 +95,9 @@ def from_checkpoint(checkpoint, name, out, *, reset_head=False, force=False, **f
   return lines
 
 
-def to_torch(checkpoint, out, *, names="timm", force=False):
-  """Writes the PyTorch state dict of one of our files, returns lines that tell what was done."""
+def to_torch(checkpoint, out, *, names: str = "timm", force: bool = False) -> list[str]:
+  """Writes the PyTorch state dict of one of our files; returns lines that tell what was done."""
   model, variables = convert.load(checkpoint)
   state = vc.to_torch(model, variables, names=names)
   convert.write_safetensors(out, state, convert.metadata(model), force=force)
   return [f"{out}: {model.variant}, {len(state)} tensors"]
-
-
-def main():
-  parser = argparse.ArgumentParser(description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("checkpoint")
-  parser.add_argument("--out", required=True, help="a name that ends in .safetensors")
-  parser.add_argument("--model", help="as in vc.list_models(); what PyTorch's weights are of")
-  parser.add_argument("--image-size", type=int, help="positions are resized to it")
-  parser.add_argument("--patch-size", type=int, help="patches are embedded by a resized kernel")
-  parser.add_argument("--num-classes", type=int, help="0: features, without a classifier")
-  parser.add_argument("--reset-head", action="store_true", help="initialise the classifier anew")
-  parser.add_argument("--to-torch", action="store_true", help="from our file to PyTorch's names")
-  parser.add_argument("--names", choices=("timm", "authors"), default="timm")
-  parser.add_argument("--force", action="store_true", help="overwrite")
-  args = parser.parse_args()
-  fields = {key: value for key in ("image_size", "patch_size", "num_classes")
-            if (value := getattr(args, key)) is not None}
-  try:
-    if args.to_torch:
-      lines = to_torch(args.checkpoint, args.out, names=args.names, force=args.force)
-    elif (ours := is_ours(args.checkpoint)) and args.model:
-      raise ValueError(f"{args.checkpoint} says which model it is of; leave --model out")
-    elif not ours and args.model is None:
-      raise ValueError("--model is missing, as in --model deit_small_patch16_224; known: "
-                       f"{', '.join(vc.list_models())}")
-    else:
-      lines = from_checkpoint(args.checkpoint, args.model, args.out, reset_head=args.reset_head,
-                              force=args.force, **fields)
-  except (ValueError, OSError) as error:
-    raise SystemExit(f"error: {error}") from None
-  print("\n".join(lines))
-
-
-if __name__ == "__main__":
-  main()

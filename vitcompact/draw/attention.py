@@ -1,17 +1,12 @@
-"""Draws the links that a Sparsifiner keeps: on the image, as matrices, and what mass they hold.
+"""Which pairs of tokens attend in a model with attention sparsity, and how much they matter.
 
-  python -m experiments.links --checkpoint sparse.safetensors --image cat.jpg --out drawings
-  python -m experiments.links --checkpoint sparse.safetensors --image cat.jpg --out drawings \\
-      --queries 3,5 10,2 --blocks 0 11
-
-The checkpoint is one that `vitcompact.convert.save` wrote, of a DeiT or LV-ViT with links. In the
-folder OUT: query_ROW_COLUMN.png for each chosen patch, the patches that it is linked to (others are
-dark blue) for each block and head; matrices.png, which query (rows) is linked to which key, class
-token first; mass.png, the share of dense attention that links hold at several keep rates, block by
-block, over the share of links that a rate really keeps (of few blocks of links it is another), with
-the same numbers in mass.csv. Heads are those that are computed. Needs matplotlib.
+In the folder that `run` writes: query_ROW_COLUMN.png for each chosen patch, the patches that it
+attends to (others are dark blue) for each block and head; matrices.png, which query (rows) attends
+to which key (columns), class token first; mass.png, the share of dense attention that the kept
+pairs hold at several keep rates, block by block, over the share of pairs that a rate really keeps
+(where there are few blocks of tokens it is not the rate itself), with the same numbers in mass.csv.
+Heads are those that are computed.
 """
-import argparse
 import pathlib
 
 import jax
@@ -20,43 +15,45 @@ from PIL import Image
 
 import vitcompact as vc
 from vitcompact import convert
+from vitcompact.draw import pyplot
 
-DARK = 0.25     # brightness of a patch without a link,
-BLUE = np.array([0.0, 0.0, 0.35])   # and what is added: a black patch without one is seen as well
+DARK = 0.25     # brightness of a patch that is not attended to,
+BLUE = np.array([0.0, 0.0, 0.35])   # and what is added, or a black one would look like the others
 LEAST = 16      # pixels, a side of a patch that is drawn
 KEEPS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 
-def linked_blocks(model) -> list[int]:
-  """The blocks that have a predictor; raises ValueError where links cannot be drawn."""
+def sparse_blocks(model) -> list[int]:
+  """The blocks that have a predictor; raises ValueError where there is nothing to draw."""
   if not hasattr(model, "grid"):
     raise ValueError(f"{model.variant or 'this model'} is hierarchical: its keys are no patches; "
                      "draw a DeiT or an LV-ViT")
   if model.plan.tokens is not None:
-    raise ValueError(f"tokens={model.plan.tokens}: patches are reduced, so links have no fixed "
-                     "place; draw a model without a reducer")
+    raise ValueError(f"tokens={model.plan.tokens}: patches are reduced, so a token has no "
+                     "fixed place; draw a model without a token reducer")
   blocks = [i for i in range(model.depth) if model.parts()[f"blocks_{i}"].links is not None]
   if not blocks:
-    raise ValueError(f"plan={model.plan.to_json()}: no block has links, nothing to draw")
+    raise ValueError(f"plan={model.plan.to_json()}: no block has sparse attention, nothing to "
+                     "draw")
   return blocks
 
 
-def links_of(model, variables, image) -> dict[int, np.ndarray]:
-  """{block: (heads, N, N) bool}, which query is linked to which key. image: (H, W, C)."""
+def pairs_of(model, variables, image) -> dict[int, np.ndarray]:
+  """{block: (heads, N, N) bool}, which query attends to which key. image: (H, W, C)."""
   maps = jax.jit(lambda v, x: vc.features(model, v, x, maps=True).maps)(variables, image[None])
   parts = model.parts()
   # What is masked has weight 0 exactly; hallucinated maps follow the computed ones.
   return {i: np.asarray(maps[f"blocks_{i}"][0][:parts[f"blocks_{i}"].attn.real_heads]) > 0
-          for i in linked_blocks(model)}
+          for i in sparse_blocks(model)}
 
 
 def mass_kept(model, variables, image, keeps=KEEPS) -> dict[int, list[tuple[float, float]]]:
-  """{block: for each keep rate, the share of links really kept, and the share of the block's own
+  """{block: for each keep rate, the share of pairs really kept, and the share of the block's own
   dense attention that they hold}.
 
   Of patch queries; at block granularity, of the attention on patches.
   """
-  out = {i: [] for i in linked_blocks(model)}
+  out = {i: [] for i in sparse_blocks(model)}
   for keep in keeps:
     sparse = model.clone(plan=model.plan.with_links(keep=keep))
     _, state = jax.jit(lambda v, x, m=sparse: m.apply(v, x, mutable=["links"]))(variables,
@@ -99,20 +96,10 @@ def parse_queries(texts, grid: tuple[int, int]) -> list[tuple[int, int]]:
     parts = text.split(",")
     if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts) or not all(
         int(part) < n for part, n in zip(parts, grid, strict=True)):
-      raise ValueError(f"--queries {text}: must be row,column of a patch, up to {grid[0] - 1},"
+      raise ValueError(f"--query {text}: must be row,column of a patch, up to {grid[0] - 1},"
                        f"{grid[1] - 1}")
     queries.append((int(parts[0]), int(parts[1])))
   return queries
-
-
-def pyplot():
-  try:
-    import matplotlib
-  except ImportError:
-    raise ValueError("drawing needs matplotlib: pip install -r requirements-dev.txt") from None
-  matplotlib.use("Agg")
-  from matplotlib import pyplot
-  return pyplot
 
 
 def draw_rows(rows, path, cmap=None):
@@ -136,9 +123,9 @@ def draw_mass(mass, path):
   figure, axis = plt.subplots(figsize=(5, 4))
   for block, shares in mass.items():
     axis.plot(*zip(*shares, strict=True), marker=".", label=f"block {block}")
-  axis.plot([0, 1], [0, 1], color="grey", linestyle=":", label="links at random")
-  axis.set_xlabel("share of links kept")
-  axis.set_ylabel("share of dense attention on links")
+  axis.plot([0, 1], [0, 1], color="grey", linestyle=":", label="random pairs")
+  axis.set_xlabel("share of pairs kept")
+  axis.set_ylabel("share of dense attention that they hold")
   axis.legend(fontsize=7, ncol=2)
   figure.tight_layout()
   figure.savefig(path, dpi=120)
@@ -148,12 +135,12 @@ def draw_mass(mass, path):
 def run(checkpoint, image, out, *, queries=(), blocks=(), force=False) -> str:
   """Writes the drawings into folder `out`, returns a line that tells which."""
   model, variables = convert.load(checkpoint)
-  # Of a predictor whose links are not yet used, what it would link.
+  # After the first phase of training, predictions are not used yet: what they would keep.
   model = model.clone(plan=model.plan.with_links(masked=True))
-  known = linked_blocks(model)
+  known = sparse_blocks(model)
   for block in blocks:
     if block not in known:
-      raise ValueError(f"--blocks {block}: has no links; those that have: {known}")
+      raise ValueError(f"--block {block} has no sparse attention; those that have: {known}")
   places = parse_queries(queries, model.grid)
   out = pathlib.Path(out)
   names = [*(f"query_{row}_{column}.png" for row, column in places), "matrices.png", "mass.png",
@@ -166,40 +153,19 @@ def run(checkpoint, image, out, *, queries=(), blocks=(), force=False) -> str:
   pixels = preprocess(Image.open(image))
   plain = np.clip(pixels * np.array(preprocess.std) + np.array(preprocess.mean), 0, 1)
   plain = enlarged(plain, model.grid)
-  links = links_of(model, variables, pixels)
-  links = {block: links[block] for block in blocks or known}
+  pairs = pairs_of(model, variables, pixels)
+  pairs = {block: pairs[block] for block in blocks or known}
   prefix = model.parts()["blocks_0"].attn.prefix
   for (row, column), name in zip(places, names, strict=False):
     at = prefix + row * model.grid[1] + column
     draw_rows({f"block {i}": [lit(plain, kept[at, prefix:].reshape(model.grid), (row, column))
-                              for kept in heads] for i, heads in links.items()}, out / name)
-  draw_rows({f"block {i}": list(heads) for i, heads in links.items()}, out / "matrices.png",
+                              for kept in heads] for i, heads in pairs.items()}, out / name)
+  draw_rows({f"block {i}": list(heads) for i, heads in pairs.items()}, out / "matrices.png",
             cmap="gray")
   mass = mass_kept(model, variables, pixels)
   draw_mass(mass, out / "mass.png")
-  lines = ["block,keep,links,mass"]
-  lines += [f"{i},{keep},{linked:.4f},{share:.4f}" for i, shares in mass.items()
-            for keep, (linked, share) in zip(KEEPS, shares, strict=True)]
+  lines = ["block,keep,kept,mass"]
+  lines += [f"{i},{keep},{kept:.4f},{share:.4f}" for i, shares in mass.items()
+            for keep, (kept, share) in zip(KEEPS, shares, strict=True)]
   (out / "mass.csv").write_text("\n".join(lines) + "\n")
   return f"{out}: {', '.join(names)}"
-
-
-def main():
-  parser = argparse.ArgumentParser(description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--checkpoint", required=True, help="a .safetensors file of ours")
-  parser.add_argument("--image", required=True)
-  parser.add_argument("--out", required=True, help="a folder")
-  parser.add_argument("--queries", nargs="*", default=[], help="patches, as row,column")
-  parser.add_argument("--blocks", nargs="*", type=int, default=[], help="default: all with links")
-  parser.add_argument("--force", action="store_true", help="overwrite")
-  args = parser.parse_args()
-  try:
-    print(run(args.checkpoint, args.image, args.out, queries=args.queries, blocks=args.blocks,
-              force=args.force))
-  except (ValueError, OSError) as error:
-    raise SystemExit(f"error: {error}") from None
-
-
-if __name__ == "__main__":
-  main()
