@@ -7,6 +7,7 @@ pairs hold at several keep rates, block by block, over the share of pairs that a
 (where there are few blocks of tokens it is not the rate itself), with the same numbers in mass.csv.
 Heads are those that are computed.
 """
+import dataclasses
 import pathlib
 
 import jax
@@ -16,6 +17,8 @@ from PIL import Image
 import vitcompact as vc
 from vitcompact import convert
 from vitcompact.draw import pyplot
+from vitcompact.methods import protocol
+from vitcompact.methods.attention.sparsifiner import Sparsifiner
 
 DARK = 0.25     # brightness of a patch that is not attended to,
 BLUE = np.array([0.0, 0.0, 0.35])   # and what is added, or a black one would look like the others
@@ -31,7 +34,7 @@ def sparse_blocks(model) -> list[int]:
   if model.plan.tokens is not None:
     raise ValueError(f"tokens={model.plan.tokens}: patches are reduced, so a token has no "
                      "fixed place; draw a model without a token reducer")
-  blocks = [i for i in range(model.depth) if model.parts()[f"blocks_{i}"].links is not None]
+  blocks = [site.block for site in model.sites() if model.plan.at(site).attention is not None]
   if not blocks:
     raise ValueError(f"plan={model.plan.to_json()}: no block has sparse attention, nothing to "
                      "draw")
@@ -41,10 +44,11 @@ def sparse_blocks(model) -> list[int]:
 def pairs_of(model, variables, image) -> dict[int, np.ndarray]:
   """{block: (heads, N, N) bool}, which query attends to which key. image: (H, W, C)."""
   maps = jax.jit(lambda v, x: vc.features(model, v, x, maps=True).maps)(variables, image[None])
-  parts = model.parts()
+  sites = model.sites()
   # What is masked has weight 0 exactly; hallucinated maps follow the computed ones.
-  return {i: np.asarray(maps[f"blocks_{i}"][0][:parts[f"blocks_{i}"].attn.real_heads]) > 0
-          for i in sparse_blocks(model)}
+  scored = {i: sites[i].heads if (heads := model.plan.at(sites[i]).heads) is None else
+            protocol.scored_heads(heads, sites[i]) for i in sparse_blocks(model)}
+  return {i: np.asarray(maps[f"blocks_{i}"][0][:count]) > 0 for i, count in scored.items()}
 
 
 def mass_kept(model, variables, image, keeps=KEEPS) -> dict[int, list[tuple[float, float]]]:
@@ -55,14 +59,21 @@ def mass_kept(model, variables, image, keeps=KEEPS) -> dict[int, list[tuple[floa
   """
   out = {i: [] for i in sparse_blocks(model)}
   for keep in keeps:
-    sparse = model.clone(plan=model.plan.with_links(keep=keep))
-    _, state = jax.jit(lambda v, x, m=sparse: m.apply(v, x, mutable=["links"]))(variables,
-                                                                                image[None])
+    sparse = with_predictors(model, keep=keep)
+    _, state = jax.jit(lambda v, x, m=sparse: m.apply(v, x, mutable=["attention"]))(
+        variables, image[None])
     for i, shares in out.items():
-      seen = state["links"][f"blocks_{i}"]["links"]
-      target, linked = (np.asarray(seen[name][0]) for name in ("target", "linked"))
-      shares.append((float(linked.mean()), float((target * linked).sum() / target.sum())))
+      seen = state["attention"][f"blocks_{i}"][Sparsifiner.scope]
+      target, kept = (np.asarray(seen[name][0]) for name in ("target", "kept"))
+      shares.append((float(kept.mean()), float((target * kept).sum() / target.sum())))
   return out
+
+
+def with_predictors(model, **fields):
+  """The model with these fields in each of its Sparsifiners."""
+  return model.clone(plan=model.plan.map(
+      lambda method: dataclasses.replace(method, **fields)
+      if isinstance(method, Sparsifiner) else method))
 
 
 def enlarged(image, grid: tuple[int, int]):
@@ -136,7 +147,7 @@ def run(checkpoint, image, out, *, queries=(), blocks=(), force=False) -> str:
   """Writes the drawings into folder `out`, returns a line that tells which."""
   model, variables = convert.load(checkpoint)
   # After the first phase of training, predictions are not used yet: what they would keep.
-  model = model.clone(plan=model.plan.with_links(masked=True))
+  model = with_predictors(model, masked=True)
   known = sparse_blocks(model)
   for block in blocks:
     if block not in known:
@@ -155,7 +166,7 @@ def run(checkpoint, image, out, *, queries=(), blocks=(), force=False) -> str:
   plain = enlarged(plain, model.grid)
   pairs = pairs_of(model, variables, pixels)
   pairs = {block: pairs[block] for block in blocks or known}
-  prefix = model.parts()["blocks_0"].attn.prefix
+  prefix = model.sites()[0].prefix
   for (row, column), name in zip(places, names, strict=False):
     at = prefix + row * model.grid[1] + column
     draw_rows({f"block {i}": [lit(plain, kept[at, prefix:].reshape(model.grid), (row, column))
