@@ -157,10 +157,11 @@ def check_class(kind: type, axis: str):
 
 
 def scope_of(method) -> str:
-  """Where a method's own parameters lie."""
+  """Where the own parameters of a method, or of its class, lie."""
   if method.axis in ("tokens", "ffn"):
     return {"tokens": "predict_tokens", "ffn": "mlp"}[method.axis]
-  return getattr(method, "scope", type(method).__name__.lower())
+  kind = method if isinstance(method, type) else type(method)
+  return getattr(method, "scope", kind.__name__.lower())
 
 
 def _asked(member: str, default: Callable):

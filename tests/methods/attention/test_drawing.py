@@ -8,8 +8,8 @@ from tests import tiny
 from vitcompact import convert
 from vitcompact.draw import attention as drawing
 
-PLAN = vc.Plan(links=vc.Sparsifiner(keep=0.5, granularity="block", window=2, min_tokens=0),
-               blocks={0: {"links": vc.Sparsifiner(keep=0.3)}})
+BLOCKS = vc.Sparsifiner(keep=0.5, granularity="block", window=2, min_tokens=0)
+PLAN = vc.Plan(attention=BLOCKS, blocks={0: {"attention": vc.Sparsifiner(keep=0.3)}})
 
 
 def test_attended_patches_keep_their_light_and_the_query_has_a_frame():
@@ -44,7 +44,7 @@ def test_pairs_and_mass_at_both_granularities(tmp_path):
 
 
 def test_files_are_drawn_and_not_overwritten(tmp_path):
-  model = tiny.deit(PLAN.with_links(masked=False))     # as phase 1 of training leaves it
+  model = tiny.deit(PLAN.map(vc.Sparsifiner.first_phase.method))     # as its phase leaves it
   convert.save(tmp_path / "sparse.safetensors", model, tiny.init(model))
   Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "image.png")
   args = tmp_path / "sparse.safetensors", tmp_path / "image.png", tmp_path / "out"
@@ -63,6 +63,6 @@ def test_files_are_drawn_and_not_overwritten(tmp_path):
 def test_a_model_without_sparse_attention_is_refused():
   with pytest.raises(ValueError, match="no block has sparse attention"):
     drawing.sparse_blocks(tiny.deit())
-  pyramid = vc.create_model("pvt_tiny", plan=vc.Plan(links=vc.Sparsifiner()), image_size=64)
+  pyramid = vc.create_model("pvt_tiny", plan=vc.Plan(attention=vc.Sparsifiner()), image_size=64)
   with pytest.raises(ValueError, match="hierarchical"):
     drawing.sparse_blocks(pyramid)

@@ -31,6 +31,9 @@ def attention_reconstruction(predictions) -> jax.Array:
     "attention" of `model.apply(..., mutable=["attention"])`: what each predictor would restore of
     the block's own dense attention, both (B, heads, N, M), of tokens or of blocks of them.
   """
+  if not predictions:
+    raise ValueError("no block of this model has a mask predictor: give its plan "
+                     "attention=Sparsifiner(...), with min_tokens below the tokens of its blocks")
   pairs = [block["links"] for block in predictions.values()]
   errors = [jnp.sum((pair["score"][0] - pair["target"][0]) ** 2, axis=(1, 2, 3)) for pair in pairs]
   return sum(errors) / len(errors)
