@@ -8,10 +8,11 @@ import types
 
 _HOMES = {
     "create_model": "models", "list_models": "models", "preprocess": "preprocess",
-    "Plan": "plan", "HMHSA": "methods.heads.hmhsa", "CFFN": "methods.ffn.cffn",
-    "Sparsifiner": "methods.attention.sparsifiner", "EViT": "methods.tokens.evit", "ToMe": "methods.tokens.tome",
-    "DynamicViT": "methods.tokens.dynamicvit", "MCTF": "methods.tokens.mctf",
-    "from_torch": "convert", "to_torch": "convert",
+    "Plan": "plan", "METHODS": "methods", "HMHSA": "methods.heads.hmhsa",
+    "Sparsifiner": "methods.attention.sparsifiner", "EViT": "methods.tokens.evit",
+    "DynamicViT": "methods.tokens.dynamicvit", "ToMe": "methods.tokens.tome",
+    "MCTF": "methods.tokens.mctf", "CFFN": "methods.ffn.cffn", "Execution": "execution",
+    "from_torch": "convert", "to_torch": "convert", "save": "convert", "load": "convert",
     "features": "features", "compact": "compact", "fold": "fold", "verify": "verify",
     "count": "count", "tune": "tune",
 }

@@ -71,5 +71,6 @@ class Execution:
                        f"{text[:60]!r}")
     forms = tree.pop("attention", {})
     if not isinstance(forms, dict) or not all(block.isdecimal() for block in forms):
-      raise ValueError(f'execution, attention={forms!r}: must be an object such as {{"7": "tiled"}}')
+      raise ValueError(f'execution, attention={forms!r}: must be an object such as '
+                       '{"7": "tiled"}')
     return cls(attention={int(block): form for block, form in forms.items()}, **tree)

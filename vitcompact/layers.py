@@ -21,7 +21,7 @@ BATCH_EPSILON = 1e-5
 BatchNorm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=BATCH_EPSILON,
                               use_fast_variance=False)
 
-LEAVES = [
+RULES = [
     (r".*/(query|key|value)/kernel", Leaf(("embed", "heads", None), decay=True)),
     (r".*/out/kernel", Leaf(("heads", None, "embed"), decay=True)),
     (r".*/fc1/kernel", Leaf(("embed", "mlp"), decay=True)),

@@ -70,9 +70,13 @@ class Plan:
     found += [method for axes in self.blocks.values() for method in axes.values()]
     return list(dict.fromkeys(method for method in found if method is not None))
 
-  def parameter_rules(self) -> list[tuple[str, Leaf]]:
-    """[(pattern, Leaf)] for the parameters of its methods."""
-    return [rule for method in self.methods() for rule in protocol.rules(method)]
+  def parameter_rules(self, shared: list[tuple[str, Leaf]]) -> list[tuple[str, Leaf]]:
+    """[(pattern, Leaf)]: those of its methods, then the shared ones, then one for the parameters of
+    each method that gives none."""
+    methods = self.methods()
+    return [*(rule for method in methods for rule in getattr(method, "rules", ())), *shared,
+            *((rf"(.*/)?{protocol.scope_of(method)}/.*", Leaf()) for method in methods
+              if not hasattr(method, "rules"))]
 
   def planned(self, block: int) -> BlockMethods:
     """What the plan names for a block, whether or not it acts there."""
@@ -140,7 +144,8 @@ class Plan:
     return dataclasses.replace(self, blocks=blocks)
 
   def at_size(self, sites: Sequence[Site]) -> "Plan":
-    """The plan with sizes that would follow the image, such as ranks, as they are at these sites."""
+    """The plan with sizes that would follow the image, such as ranks, as they are in these blocks.
+    """
     blocks = {site.block: dict(self.blocks.get(site.block, {})) for site in sites}
     for site in sites:
       for axis in BY_BLOCK:
@@ -211,7 +216,8 @@ class Plan:
     if value.endswith(".json"):
       path = pathlib.Path(value)
       if not path.is_file():
-        raise ValueError(f"plan={value!r}: no such file; give a path to a JSON plan, or JSON itself")
+        raise ValueError(f"plan={value!r}: no such file; give a path to a JSON plan, or the JSON "
+                         "itself")
       value = path.read_text()
     return cls.from_json(value)
 
@@ -272,8 +278,8 @@ def _check_axes(axes: Mapping, where: str):
     if spec is not None and type(spec) not in METHODS[axis].values():
       known = ", ".join(kind.__name__ for kind in METHODS[axis].values())
       raise ValueError(f"{where}: {axis}={spec!r} is not a method of this axis; use {known}(...) "
-                       f"or None (a method of your own is listed first: vitcompact.METHODS[{axis!r}]"
-                       "[NAME] = CLASS)")
+                       "or None (list a method of your own first: "
+                       f"vitcompact.METHODS[{axis!r}][NAME] = CLASS)")
     if spec is not None:
       protocol.check_class(type(spec), axis)
 

@@ -18,8 +18,8 @@ class Tokens:
   size: (B, N) float32, how many source tokens each holds, or None where nothing was merged.
   source: (B, S) int32, for each of the S tokens at the start the index of the one that holds it
     now, -1 where it was dropped; or None where no token was reduced yet.
-  keep_mask: (B, N) float32, 0 where a token counts as dropped but is still there, so that the choice
-    has a gradient (DynamicViT in training); or None.
+  keep_mask: (B, N) float32, 0 where a token counts as dropped but is still there, so that the
+    choice has a gradient (DynamicViT in training); or None.
   remainder: (B, N) bool, which tokens are fused remainders, no patches any more; the last one is,
     an earlier one that was kept may be another; or None.
   proportional: whether attention counts a token `size` times.
@@ -119,6 +119,13 @@ def unmerge(tokens: Tokens):
   return jnp.where(source[..., None] < 0, 0, features)
 
 
+def kept_patches(tokens: Tokens, prefix: int):
+  """(B, N - prefix) float32: which of the tokens after the prefix count."""
+  if tokens.keep_mask is None:
+    return jnp.ones((tokens.x.shape[0], tokens.x.shape[1] - prefix))
+  return tokens.keep_mask[:, prefix:]
+
+
 def by_patch(rows_bp, tokens: Tokens, prefix: int):
   """What each patch of the start has of `rows`, and whether it still is a patch of its own right.
 
@@ -128,8 +135,7 @@ def by_patch(rows_bp, tokens: Tokens, prefix: int):
     there and 1 elsewhere. A merged patch has the row of the token that it is part of.
   """
   if tokens.source is None:
-    keep_bp = jnp.ones(rows_bp.shape[:2]) if tokens.keep_mask is None else tokens.keep_mask[:, prefix:]
-    return rows_bp, keep_bp
+    return rows_bp, kept_patches(tokens, prefix)
   index_bp = tokens.source[:, prefix:] - prefix
   keep_bp, index_bp = index_bp >= 0, jnp.maximum(index_bp, 0)
   if tokens.remainder is not None:
@@ -151,8 +157,8 @@ def mean_of_patches(tokens: Tokens, prefix: int):
 
 
 def record(model: nn.Module, block: int, tokens: Tokens, prefix: int):
-  """Sows what a block passes on: "features" block_{i}; "tokens" source_{i} (B, S), and keep_mask_{i}
-  (B, P), which patches of the start are there in their own right.
+  """Sows what a block passes on: "features" block_{i}; "tokens" source_{i} (B, S), and
+  keep_mask_{i} (B, P), which patches of the start are there in their own right.
 
   Everything is mutable in init, whose variables are no place for it. The name blocks_{i} is the
   module's.
@@ -167,7 +173,8 @@ def record(model: nn.Module, block: int, tokens: Tokens, prefix: int):
 
 def record_last(model: nn.Module, x_bnw, tokens: Tokens, prefix: int):
   """Sows in "tokens" what losses compare: x, the `tokens` normalised, as prefix (B, prefix, width),
-  patches (B, P, width) and keep_mask (B, P), each patch where it was at the start; see `by_patch`."""
+  patches (B, P, width) and keep_mask (B, P), each patch where it was at the start; see `by_patch`.
+  """
   if model.is_initializing() or not model.is_mutable_collection("tokens"):
     return
   patches_bpw, keep_bp = by_patch(x_bnw[:, prefix:], tokens, prefix)

@@ -1,28 +1,64 @@
-"""The README's tables of speed, and the plot of growth, from results/*.json and nothing else."""
+"""The tables of speed and the plot of growth, from results/*.json; parameters are counted."""
 import math
 import pathlib
 
+import vitcompact as vc
 from experiments.benchmarks import results
 from experiments.benchmarks.layer import VARIANTS as LAYER_VARIANTS
+from experiments.benchmarks.model import MODEL, PLANS
 from experiments.benchmarks.model import VARIANTS as MODEL_VARIANTS
 from experiments.benchmarks.results import best_dense, cases, fewer_macs, speed
 from experiments.benchmarks.tokens import VARIANTS as TOKENS_VARIANTS
 
-README = pathlib.Path(__file__).parent.parent.parent / "README.md"
-BEGIN = "<!-- speed: written by `python -m experiments.bench tables` from results/ -->"
-END = "<!-- end of speed -->"
+ROOT = pathlib.Path(__file__).parent.parent.parent
+# {file: what is written between its marks}
+WRITTEN = "written by `python -m experiments.bench tables` from results/"
+FRONT = ("dense", "heads", "ffn", "heads + ffn", "EViT 0.7", "heads + ffn both + EViT 0.7")
 PLATFORMS = {"cpu": "CPU", "gpu": "GPU", "tpu": "TPU"}
 NO = "not measured"
 
 
 def rewrite() -> str:
-  """Puts the tables into the README and draws the plots; says what it wrote."""
-  text = README.read_text(encoding="utf-8")
-  start, end = text.index(BEGIN), text.index(END)
-  README.write_text(text[:start] + f"{BEGIN}\n{markdown()}\n" + text[end:], encoding="utf-8")
+  """Puts the tables into README.md and results/README.md, draws the plots; says what it wrote."""
+  put(ROOT / "README.md", "front", front())
+  put(results.FOLDER / "README.md", "speed", markdown())
   drawn = [str(plot(found, platform)) for platform in PLATFORMS
            if (found := results.load("tokens", platform))]
-  return f"wrote the tables of {README.name}" + "".join(f", {path}" for path in drawn)
+  return "wrote the tables of README.md and results/README.md" + "".join(
+      f", {path}" for path in drawn)
+
+
+def put(path: pathlib.Path, name: str, table: str):
+  """Replaces what stands between the marks of this name."""
+  text = path.read_text(encoding="utf-8")
+  begin, end = f"<!-- {name}: {WRITTEN} -->", f"<!-- end of {name} -->"
+  start, stop = text.index(begin), text.index(end)
+  path.write_text(f"{text[:start]}{begin}\n{table}\n{text[stop:]}", encoding="utf-8")
+
+
+def front(folder: pathlib.Path = results.FOLDER, batch: int = 8) -> str:
+  """The one table of the README: a row for each kind of plan, deployed."""
+  found = results.load("model", "cpu", folder)
+  rows = {case: rows for (case,), rows in cases(found, "batch").items()}[batch]
+  lines = ["| DeiT-S at 224 pixels, deployed | parameters | MACs | speed, dense = 1 | accuracy of "
+           "the method on digits, difference from dense |", "|---|---:|---:|---:|---|"]
+  accuracies, dense = results.accuracies(folder), None
+  for name in FRONT:
+    count = vc.count(vc.create_model(MODEL, plan=PLANS[name], deploy=True))
+    dense = dense or count
+    accuracy = [row for row in accuracies.get(MODEL_VARIANTS[name], ()) if row["data"] == "digits"]
+    lines.append(
+        f"| {name} | {_saved(count.params, dense.params, 1e6, 'M')} | "
+        f"{_saved(count.macs, dense.macs, 1e9, 'G')} | "
+        f"{_images(rows[name], batch) if name == 'dense' else _speed(rows, name, 'dense')} | "
+        f"{_accuracy(accuracy)} |")
+  return "\n".join([*lines, "", f"Batch {batch}. {source(found)} Accuracies: small networks on "
+                    "1,797 digits, five folds, see results; on ImageNet none was measured."])
+
+
+def _saved(value: int, dense: int, unit: float, letter: str) -> str:
+  change = "" if value == dense else f" ({100 * (value / dense - 1):+.1f}%)"
+  return f"{value / unit:.2f} {letter}{change}"
 
 
 def markdown(folder: pathlib.Path = results.FOLDER) -> str:
@@ -135,10 +171,10 @@ def tokens_table(found: dict, folder: pathlib.Path) -> str:
     cells = [_milliseconds(rows[name], rows[name].get("batch", 1)) for rows in by_tokens.values()]
     lines.append(f"| {name} | {' | '.join(cells)} |")
   text = ("Columns are numbers of tokens, class token included; the network is a DeiT-S of four "
-          "blocks, in the last three of which EViT keeps 0.7; links are blocks of tokens, a "
-          "quarter of them, where there are enough tokens for it to pay. "
+          "blocks, in the last three of which EViT keeps 0.7; `links` is block-sparse attention, a "
+          "quarter of the blocks, where there are enough tokens for it to pay. "
           f"{_accuracies(folder, TOKENS_VARIANTS)}")
-  image = f"![milliseconds by number of tokens](results/tokens_{found['platform']}.png)"
+  image = f"![milliseconds by number of tokens](tokens_{found['platform']}.png)"
   return "\n".join([image, "", *lines, "", f"{source(found)} {text}"])
 
 

@@ -29,7 +29,7 @@ Which plans are legal
 
 Its parameters
     rules                                 [(pattern, trees.Leaf)]: sharding and weight decay
-                                          (default: neither)
+                                          (default: those that all models share, else neither)
     from_dense(site, params, stats, moments) -> (params, stats)
                                           a block's trees from a dense block's (default: what has
                                           the same name and shape is kept, the rest freshly drawn)
@@ -60,10 +60,6 @@ import flax.linen as nn
 import jax
 
 from vitcompact.layers import gelu
-from vitcompact.settings import Setting
-from vitcompact.trees import Leaf
-
-AXES = ("heads", "attention", "tokens", "ffn")
 
 # What a block may have and a method may need or remove.
 CAPABILITIES = {
@@ -85,8 +81,8 @@ class Site(NamedTuple):
   tokens: keys before any token is reduced, the first `prefix` of which are no patches; tokens_left:
     when the block begins, at the image size that the model was made for.
   query_grid, key_grid: (height, width) of the patches on each side; None where a side has no grid.
-  ffn_width: of the FFN's input and output; hidden: of its hidden layer; mixer: makes the module between fc1 and its activation,
-    whose output has mixer_gain times the variance.
+  ffn_width: of the FFN's input and output; hidden: of its hidden layer; mixer: makes the module
+    between fc1 and its activation, whose output has mixer_gain times the variance.
   merged: layers of the FFN that are deployed as one matrix, see `execution.Execution`.
   """
   block: int
@@ -167,66 +163,32 @@ def scope_of(method) -> str:
   return getattr(method, "scope", type(method).__name__.lower())
 
 
-def acts(method, site: Site) -> bool:
-  return getattr(method, "acts", lambda site: True)(site)
+def _asked(member: str, default: Callable):
+  """A function (method, ...) that calls a member of a method, or the default where it has none."""
+  def ask(method, *arguments):
+    if hasattr(method, member):
+      return getattr(method, member)(*arguments)
+    return default(method, *arguments)
+  return ask
 
 
-def scored_heads(method, site: Site) -> int:
-  """How many heads have queries and keys of their own."""
-  return getattr(method, "scored_heads", lambda site: site.heads)(site)
+def _told(member: str, default):
+  """A function of a method, or of its class, that reads a member, or gives the default."""
+  return lambda method: getattr(method, member, default)
 
 
-def needs(method, site: Site) -> Mapping[str, str]:
-  return getattr(method, "needs", lambda site: {})(site)
-
-
-def removes(method, site: Site) -> tuple[str, ...]:
-  return getattr(method, "removes", lambda site: ())(site)
-
-
-def rules(method) -> list[tuple[str, Leaf]]:
-  return list(getattr(method, "rules", [(rf"(.*/)?{scope_of(method)}/.*", Leaf())]))
-
-
-def check(method, site: Site):
-  getattr(method, "check", lambda site: None)(site)
-
-
-def at_size(method, site: Site):
-  return getattr(method, "at_size", lambda site: method)(site)
-
-
-def settings(method) -> Mapping[str, Setting]:
-  return getattr(method, "settings", {})
-
-
-def losses(method) -> Mapping[str, Callable[["Pass"], jax.Array]]:
-  return getattr(method, "losses", {})
-
-
-def losses_across(method) -> tuple[str, ...]:
-  return getattr(method, "losses_across", ())
-
-
-def collections(method) -> tuple[str, ...]:
-  return getattr(method, "collections", ())
-
-
-def at_step(method, config, step: int):
-  return getattr(method, "at_step", lambda config, step: method)(config, step)
-
-
-def second_pass(method, config, step: int):
-  return getattr(method, "second_pass", lambda config, step: None)(config, step)
-
-
-def first_phase(method) -> FirstPhase | None:
-  return getattr(method, "first_phase", None)
-
-
-def check_training(method, config):
-  getattr(method, "check_training", lambda config: None)(config)
-
-
-def facts(method, collections) -> Mapping[str, float]:
-  return getattr(method, "facts", lambda collections: {})(collections)
+acts = _asked("acts", lambda method, site: True)
+check = _asked("check", lambda method, site: None)
+scored_heads = _asked("scored_heads", lambda method, site: site.heads)
+needs = _asked("needs", lambda method, site: {})
+removes = _asked("removes", lambda method, site: ())
+at_size = _asked("at_size", lambda method, site: method)
+at_step = _asked("at_step", lambda method, config, step: method)
+second_pass = _asked("second_pass", lambda method, config, step: None)
+check_training = _asked("check_training", lambda method, config: None)
+facts = _asked("facts", lambda method, collections: {})
+settings = _told("settings", {})
+losses = _told("losses", {})
+losses_across = _told("losses_across", ())
+collections = _told("collections", ())
+first_phase = _told("first_phase", None)

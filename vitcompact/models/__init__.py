@@ -67,9 +67,10 @@ def create_model(name: str, **fields) -> nn.Module:
 
   Args:
     name: as in `list_models()`; timm's name where timm has the model.
-    fields: plan, execution, num_classes (0: features), image_size (int or pair), in_chans, global_pool,
-      drop_path_rate, dtype ("float32", "bfloat16": of the computation; parameters are float32),
-      remat, deploy (the folded form), and sizes (width, depth, heads, mlp_ratio, patch_size, ...).
+    fields: plan, execution, num_classes (0: features), image_size (int or pair), in_chans,
+      global_pool, drop_path_rate, dtype ("float32", "bfloat16": of the computation; parameters are
+      float32), remat, deploy (the folded form), and sizes (width, depth, heads, mlp_ratio,
+      patch_size, ...).
   """
   variant = variant_of(name)
   known = {field.name: field.type for field in dataclasses.fields(variant.kind)

@@ -105,7 +105,7 @@ class VisionTransformer(nn.Module):
   @nn.nowrap
   def parameter_rules(self) -> list[tuple[str, Leaf]]:
     """[(pattern, Leaf)] for every parameter, those of the plan's methods included."""
-    return [*RULES, *self.plan.parameter_rules(), *layers.RULES]
+    return [*RULES, *self.plan.parameter_rules(layers.RULES)]
 
   @nn.nowrap
   def torch_entries(self) -> list[Entry]:

@@ -42,10 +42,10 @@ class TokenLogits:
 
   logits (B, K) of the class token, whose target is share * t + (1 - share) * t[::-1]; token_logits
   (B, N, K), each where its patch was in its own image, so that targets of patches need no mixing;
-  share, (): the part of the grid that stayed with its own image; keep_mask (B, N): 0 for patches that a
-  reducer dropped or fused away, whose token_logits say nothing, else 1 (a merged patch has the
-  logits of the token that it is part of). loss = soft cross entropy of logits + weight * mean over
-  kept patches of that of token_logits (the authors' weight is 1).
+  share, (): the part of the grid that stayed with its own image; keep_mask (B, N): 0 for patches
+  that a reducer dropped or fused away, whose token_logits say nothing, else 1 (a merged patch has
+  the logits of the token that it is part of). loss = soft cross entropy of logits + weight * mean
+  over kept patches of that of token_logits (the authors' weight is 1).
   """
   logits: jax.Array
   token_logits: jax.Array
@@ -177,7 +177,7 @@ class LVViT(nn.Module):
   @nn.nowrap
   def parameter_rules(self) -> list[tuple[str, Leaf]]:
     """[(pattern, Leaf)] for every parameter, those of the plan's methods included."""
-    return [*RULES, *self.plan.parameter_rules(), *layers.RULES]
+    return [*RULES, *self.plan.parameter_rules(layers.RULES)]
 
   @nn.nowrap
   def torch_entries(self) -> list[Entry]:

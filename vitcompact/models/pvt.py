@@ -118,7 +118,7 @@ class PyramidVisionTransformer(nn.Module):
   @nn.nowrap
   def parameter_rules(self) -> list[tuple[str, Leaf]]:
     """[(pattern, Leaf)] for every parameter, those of the plan's methods included."""
-    return [*RULES, *self.plan.parameter_rules(), *layers.LEAVES]
+    return [*RULES, *self.plan.parameter_rules(layers.RULES)]
 
   @chunked
   @nn.compact

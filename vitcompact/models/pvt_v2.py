@@ -114,7 +114,7 @@ class PyramidVisionTransformerV2(nn.Module):
   @nn.nowrap
   def parameter_rules(self) -> list[tuple[str, Leaf]]:
     """[(pattern, Leaf)] for every parameter, those of the plan's methods included."""
-    return [*RULES, *self.plan.parameter_rules(), *layers.LEAVES]
+    return [*RULES, *self.plan.parameter_rules(layers.RULES)]
 
   @chunked
   @nn.compact

@@ -64,8 +64,8 @@ class BlockMaskPredictor(nn.Module):
     # The choice has no gradient, and reconstruction trains nothing but the predictor.
     query, key = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (query_bnfd, key_bmfd))
     layout = self._cut(query.shape[1], key.shape[1], source_bs, int(fused))
-    score_bfqk = self._score(_means(layout, layout.queries, query), _means(layout, layout.keys, key),
-                             layout)
+    means = _means(layout, layout.queries, query), _means(layout, layout.keys, key)
+    score_bfqk = self._score(*means, layout)
     if attention.wants_predictions(self):
       own_bn = layout.inner(jnp.broadcast_to(jnp.arange(query.shape[1]), query.shape[:2]))
       maps = core.maps(layout.inner(query), key, own_n=own_bn)

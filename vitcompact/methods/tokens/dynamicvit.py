@@ -123,7 +123,7 @@ class PredictTokens(nn.Module):
   def __call__(self, tokens: Tokens, prefix: int, train: bool = False) -> Tokens:
     x_bpw = tokens.x[:, prefix:]
     width = x_bpw.shape[-1]
-    keep_bp = jnp.ones(x_bpw.shape[:2]) if tokens.keep_mask is None else tokens.keep_mask[:, prefix:]
+    keep_bp = token_state.kept_patches(tokens, prefix)
 
     def layer(features, name):
       return dense(features, dtype=self.dtype).clone(name=name, parent=self)

@@ -90,8 +90,8 @@ class MCTF:
 
   def check_training(self, config):
     if config.loss.consistency and not isinstance(self.r, int):
-      raise ValueError(f"config.loss.consistency compares with a pass that merges fewer of r tokens, "
-                       f"and the plan has {self}; give r as a whole number, or set it to 0")
+      raise ValueError("config.loss.consistency compares with a pass that merges fewer of r "
+                       f"tokens, and the plan has {self}; give r as a whole number, or set it to 0")
 
   def second_pass(self, config, step: int) -> "MCTF | None":
     """One draw for a step; the authors draw on each device."""

@@ -63,7 +63,9 @@ class ToMe:
   def reduction(self, block: int, depth: int) -> Reduction:
     """What happens in this block."""
     r = self.merged_in(block, depth)
-    return Reduction(after_attention=functools.partial(self.reduce, r)) if r else token_state.NOTHING
+    if not r:
+      return token_state.NOTHING
+    return Reduction(after_attention=functools.partial(self.reduce, r))
 
   def reduce(self, r: int, tokens: Tokens, query_bnhd, key_bnhd, prefix: int) -> Tokens:
     """Tokens after attention, with the keys that it used (real heads, averaged)."""
