@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import vitcompact as vc
-from tests.train.runs import lines
+from tests.tiny_run import lines
 from vitcompact.run import loop, watch
 
 

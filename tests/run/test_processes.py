@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.train.runs import lines
+from tests.tiny_run import lines
 from vitcompact.run import loop, processes
 
 ROOT = pathlib.Path(loop.__file__).parents[2]

@@ -1,4 +1,4 @@
-"""--mode=plan tells what a device would hold, without allocating it."""
+"""--mode=memory tells what a device would hold, without allocating it."""
 import jax
 
 from vitcompact.run import memory
@@ -56,7 +56,7 @@ def test_activations_grow_with_a_devices_images_and_shrink_by_remat(config):
 def test_the_table_needs_no_data(config, monkeypatch):
   monkeypatch.setattr(memory, "measure", lambda run: {"parameters": 3 * 2**20})
   config.data.name, config.data.augment = "folder:/not/here", "randaugment"
-  text = memory.plan(config)
+  text = memory.table(config)
   assert "on 8 devices (data 4 x fsdp 2 x tensor 1)" in text
   assert "parameters                         3.0 MiB" in text
   assert "folder:/not/here is not here: 1000 classes are assumed." in text

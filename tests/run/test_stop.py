@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import main
-from tests.train.runs import bits
+from tests.tiny_run import bits
 from vitcompact.run import loop, preemption
 
 

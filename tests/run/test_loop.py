@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.train.runs import bits, contents, lines
+from tests.tiny_run import bits, contents, lines
 from vitcompact import trees
 from vitcompact.run import loop
 
@@ -35,9 +35,9 @@ def test_forty_steps_are_twenty_and_twenty_more_to_the_last_bit(config, straight
 
 
 def test_the_same_on_one_device_and_to_rounding_what_eight_give(
-    config, built_alone, straight, tmp_path, monkeypatch):
-  monkeypatch.setattr(loop, "build", lambda config: built_alone)
-  config = built_alone.config
+    config, built_on_one, straight, tmp_path, monkeypatch):
+  monkeypatch.setattr(loop, "build", lambda config: built_on_one)
+  config = built_on_one.config
   alone = loop.train(config, tmp_path / "straight")
   loop.train(config, tmp_path / "twice", until=20)
   assert bits(loop.train(config, tmp_path / "twice").state) == bits(alone.state)
