@@ -33,7 +33,7 @@ from PIL import Image
 
 from vitcompact.data import decode, records
 from vitcompact.data.classes import check_classes
-from vitcompact.data.folder import Folder, has_split
+from vitcompact.data.folder import Folder, has_split, split_folder
 
 TRAIN, VAL, DEVKIT = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar",
                       "ILSVRC2012_devkit_t12.tar.gz")
@@ -181,6 +181,7 @@ def folder_records(images: Folder, indices: range) -> Iterator[bytes]:
 def folder_shards(path: str) -> tuple[list[str], list[Shard], dict[str, int]]:
   """(classes, files to write, number of images in each split) of class folders."""
   shards, counts = [], {}
+  split_folder(path, "val")   # val or test must be there
   for split in records.SPLITS:
     if split != "train" and not has_split(path, split):
       continue

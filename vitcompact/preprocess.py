@@ -1,7 +1,8 @@
 """preprocess: how a named model's evaluation prepares an image.
 
 Files are decoded as in training (`data.decode`): 16-bit grey keeps its upper 8 bits, transparency
-is dropped, of several frames the first counts, and an orientation in the EXIF data is not applied.
+is dropped, of several frames the first counts, and an orientation in the EXIF data is not applied
+(but Pillow itself turns a TIFF).
 """
 import dataclasses
 import os

@@ -5,7 +5,8 @@ An image of several frames is its first one. 16-bit grey keeps its upper 8 bits;
 conversion would make nearly all of it white. Transparency is dropped: a pixel has the colour that
 is stored for it. An orientation in the EXIF data is not applied: the published accuracies are of
 loaders that do not, and a photograph that a telephone stores on its side stays on its side. Where
-that matters, turn the files (PIL.ImageOps.exif_transpose) before training and before serving.
+that matters, turn the files (PIL.ImageOps.exif_transpose) before training and before serving. (TIFF
+is the exception: Pillow itself turns it when it is read.)
 
 What is refused: files that end early or hold no image, and modes whose range is not known. A JPEG
 with a flipped bit usually decodes, in Pillow as elsewhere; the check sums of ArrayRecord notice it.
@@ -71,7 +72,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 def reason(error: Exception) -> str:
   """What a library says of a file, in one line; without the name or address of what it read."""
   if isinstance(error, UnidentifiedImageError):
-    return "it is no image that Pillow can read"
+    return "Pillow does not know its format"
   if isinstance(error, OSError) and error.strerror:
     return error.strerror
   return printable(" ".join(str(error).split()) or type(error).__name__)
