@@ -106,6 +106,11 @@ def test_small_images_of_the_models_size_are_shown_whole_as_in_evaluation():
   np.testing.assert_allclose((pre(pixels) * pre.std + pre.mean) * 255, pixels, atol=1e-3)
 
 
+def test_a_crop_of_more_than_the_image_is_refused_at_once():
+  with pytest.raises(ValueError, match=r"crop=1\.14 must be above 0 and at most 1"):
+    dataclasses.replace(vc.preprocess(tiny.deit()), crop=1.14)
+
+
 @pytest.mark.parametrize(("image", "message"), [
     (np.zeros((8, 8), np.uint16), r"got uint16 \(8, 8\): scale its pixels to 0\.\.255"),
     (np.zeros((2, 8, 8, 3), np.uint8), r"\(2, 8, 8, 3\).* one image at a time"),

@@ -30,6 +30,9 @@ class Preprocess:
   interpolation: str
   image_size: tuple[int, int]
 
+  def __post_init__(self):
+    augment.check_crop(self.crop)
+
   def __call__(self, image) -> np.ndarray:
     """Returns float32 (height, width, 3 or 1), ready to be batched for `model.apply`."""
     channels = len(self.mean)

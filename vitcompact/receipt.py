@@ -54,13 +54,14 @@ class Receipt:
     rows = [{"name": row.name, **row.count._asdict(), "test_accuracy": row.accuracy,
              "timing": row.timing and row.timing._asdict()} for row in self.rows]
     proof = {**dataclasses.asdict(self.proof), "ok": self.proof.ok}
-    return json.dumps({"title": self.title, **self.facts, "classes": list(self.classes),
-                       "models": rows, "fold": proof}, indent=2)
+    classes = {"classes": list(self.classes)} if self.classes else {}
+    return json.dumps({"title": self.title, **self.facts, **classes, "models": rows,
+                       "fold": proof}, indent=2)
 
   def to_markdown(self) -> str:
     facts = dict(self.facts)
     if self.classes:
-      facts["classes"] = f"{describe(self.classes)}; all are in receipt.json"
+      facts["classes"] = describe(self.classes)
     lines = [f"# {self.title}", "", *self._table(), "", *self._reading(), "", "| fact | value |",
              "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in facts.items())]
     return "\n".join(lines) + "\n"

@@ -63,6 +63,7 @@ def encoded(draw):
     exif[0x0112] = draw(st.integers(1, 8))
     options["exif"] = exif
   if kind in SEVERAL and mode in ("L", "RGB", "P", "RGBA") and draw(st.booleans()):
+    options.pop("transparency", None)
     options |= {"save_all": True, "append_images": [drawn(mode, width, height, seed + 1)]}
   file = io.BytesIO()
   drawn(mode, width, height, seed).save(file, kind, **options)

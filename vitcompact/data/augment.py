@@ -34,9 +34,7 @@ def evaluation(image: Image.Image, image_size: tuple[int, int], crop: float | No
   resample = Image.Resampling[interpolation.upper()]
   if crop is None:
     return image.resize(image_size[::-1], resample)
-  if not 0 < crop <= 1:
-    raise ValueError(f"{crop=} must be above 0 and at most 1: the share of the resized image that "
-                     "is kept (0.875 resizes to 256 for 224)")
+  check_crop(crop)
   height, width = image_size
   need_h, need_w = int(height / crop), int(width / crop)
   w, h = image.size
@@ -57,6 +55,13 @@ def _resized_part(image: Image.Image, size: tuple[int, int], part, resample) -> 
   x, y = image.width / size[0], image.height / size[1]
   box = left * x, top * y, min(right * x, image.width), min(bottom * y, image.height)
   return image.resize((right - left, bottom - top), resample, box)
+
+
+def check_crop(crop: float | None) -> None:
+  """Refuses what would show black borders."""
+  if crop is not None and not 0 < crop <= 1:
+    raise ValueError(f"{crop=} must be above 0 and at most 1: the share of the resized image that "
+                     "is kept (0.875 resizes to 256 for 224)")
 
 
 def crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
