@@ -113,6 +113,18 @@ def test_a_split_by_another_name_is_pointed_out(folder, caplog):
   assert "no val (valid is not read: rename it to val): test serves as both" in caplog.text
 
 
+def test_a_train_by_another_name_is_pointed_out(folder):
+  (folder / "train").rename(folder / "Train")
+  with pytest.raises(ValueError, match=r"no folder .*/train: .* \(PATH holds Train, val\)"):
+    count(folder)
+
+
+def test_a_val_in_capitals_is_pointed_out(folder):
+  (folder / "val").rename(folder / "Val")
+  with pytest.raises(ValueError, match=r"with classes \(Val is not read: rename it to val\)"):
+    count(folder, "val")
+
+
 def test_links_count_as_what_they_lead_to_and_links_to_nothing_stop(folder):
   os.symlink(folder / "train" / "cat", folder / "train" / "also")
   os.symlink(folder / "train" / "cat" / "0.png", folder / "train" / "dog" / "1.png")

@@ -223,6 +223,24 @@ def test_label_maps_of_other_classes_are_refused(tmp_path, kind, label, told):
   next(pipeline.train_batches(data, image_size=16, batch_size=2, seed=0))
 
 
+@pytest.mark.parametrize("moved", [0, 1])
+def test_label_maps_numbered_otherwise_are_pointed_out(tmp_path, caplog, moved):
+  """All classes exist, but those of the maps are not those of the images."""
+  for label in range(4):
+    for path in ("train", "val", "label_maps/train"):
+      (tmp_path / path / str(label)).mkdir(parents=True)
+    for split in ("train", "val"):
+      Image.new("RGB", (8, 8)).save(tmp_path / split / str(label) / "0.png")
+    np.save(tmp_path / "label_maps" / "train" / str(label) / "0.npy",
+            constant_map(9, (label + moved) % 4))
+  data = ml_collections.ConfigDict({
+      "name": f"folder:{tmp_path}", "augment": "token_labels", "workers": 0, "replicas": 1,
+      "repeats": 1, "on_bad": "stop", "max_bad": 0})
+  pipeline.train_batches(data, image_size=16, batch_size=2, seed=0)
+  said = "name the class of the image itself in only 0 of 4 images: were they made for classes"
+  assert (said in caplog.text) == bool(moved)
+
+
 @pytest.mark.parametrize("write", [
     lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"no map"),
     lambda path: path.unlink(), lambda path: np.save(path, np.array([{}]), allow_pickle=True),

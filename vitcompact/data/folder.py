@@ -90,14 +90,16 @@ def has_split(root: str, split: str) -> bool:
 def split_folder(root: str, split: str) -> pathlib.Path:
   """The folder of a split; see `other_split`."""
   path = pathlib.Path(root)
+  there = sorted(entry.name for entry in _entries(path) if entry.is_dir()) if path.is_dir() else []
   if not (path / "train").is_dir():
+    holds = f" (PATH holds {printable(', '.join(there[:5]))}{', ...' * (len(there) > 5)})"
     raise ValueError(f"no folder {_shown(path / 'train')}: 'folder:PATH' needs PATH/train/CLASS/"
-                     "*.jpg and PATH/val or PATH/test of the same form")
+                     f"*.jpg and PATH/val or PATH/test of the same form{holds * bool(there)}")
   if split == "train" or has_split(root, split):
     return path / split
   other = {"val": "test", "test": "val"}[split]
-  hints = [f"{name} is not read: rename it to {split}"
-           for name in OTHER_NAMES[split] if (path / name).is_dir()]
+  hints = [f"{name} is not read: rename it to {split}" for name in there
+           if name != split and name.lower() in (split, *OTHER_NAMES[split])]
   hints += [f"{name} holds no class folders" for name in (split, other)
             if (path / name).is_dir() and not has_split(root, name)]
   why = f" ({'; '.join(hints)})" * bool(hints)
@@ -245,9 +247,11 @@ class Folder:
 
   def _check_names(self) -> None:
     """Refuses two images of a class that would share one label map."""
-    seen = {}
+    seen, last = {}, None   # of one class: they are sorted by class
     for index, (label, file) in enumerate(zip(self.labels.tolist(), self.files, strict=True)):
-      other = seen.setdefault((label, os.path.splitext(file)[0]), index)
+      if label != last:
+        seen, last = {}, label
+      other = seen.setdefault(os.path.splitext(file)[0], index)
       if other != index:
         raise ValueError(f"{_shown(self.path(other))} and {_shown(self.path(index))} would share "
                          f"the label map {_shown(self.map_path(index))}: rename one of them")

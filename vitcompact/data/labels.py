@@ -53,6 +53,11 @@ def augment_both(example: Example, rng: np.random.Generator, image_size: tuple[i
           "label_box": np.float32(np.divide(box, image.size * 2))}
 
 
+def names_class(label_map: np.ndarray, label: int) -> bool:
+  """Whether a class is among those of the map, at any place."""
+  return bool(((label_map[1] == label) & (label_map[0] != 0)).any())
+
+
 def checked(label_map: np.ndarray, num_classes: int = MAX_CLASSES) -> np.ndarray:
   """The map, if it is one of a data set with so many classes; else a ValueError."""
   if label_map.shape != SHAPE or label_map.dtype != np.float16:

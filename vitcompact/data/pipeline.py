@@ -50,6 +50,7 @@ from vitcompact.data.sources import num_classes as num_classes
 AUGMENTS = (*aug.IMAGES, "token_labels")
 ENDLESS = 2**40  # batches
 TRIES = 100      # records in a row that cannot be used
+MAPS = 16        # label maps that are compared with the labels before training
 
 
 def _pair(image_size) -> tuple[int, int]:
@@ -155,6 +156,13 @@ def _check_maps(data, images: Source) -> None:
   if read(images, 0, data.on_bad)[0].label_map is None:
     raise ValueError(f"data.augment='token_labels' needs labels of places, and {data.name} has "
                      "none: see vitcompact/data/labels.py, or use 'randaugment'")
+  some = [read(images, int(index), data.on_bad)[0]
+          for index in np.linspace(0, len(images), min(MAPS, len(images)), endpoint=False)]
+  known = sum(labels.names_class(example.label_map, example.label) for example in some)
+  if known < len(some) / 2:
+    logging.warning("the label maps of %s name the class of the image itself in only %d of %d "
+                    "images: were they made for classes in another order?", data.name, known,
+                    len(some))
 
 
 def train_batches(data, *, image_size, batch_size: int, seed: int, process_index: int = 0,
