@@ -14,6 +14,7 @@ import jax
 from vitcompact._version import __version__
 from vitcompact.bench import Timing
 from vitcompact.count import Count
+from vitcompact.data.classes import describe
 from vitcompact.verify import Proof
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -30,11 +31,15 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Receipt:
-  """The first row is the dense model, which the others are compared with."""
+  """The first row is the dense model, which the others are compared with.
+
+  classes: the name of each output, in order; () where nobody gave them.
+  """
   title: str
   rows: tuple[Row, ...]
   proof: Proof
   facts: Mapping[str, object]   # settings of the run: plan, data, seed, digest, ...
+  classes: tuple[str, ...] = ()
 
   def write(self, directory) -> tuple[pathlib.Path, pathlib.Path]:
     """Writes receipt.json and receipt.md; each is whole at every moment."""
@@ -50,11 +55,16 @@ class Receipt:
     rows = [{"name": row.name, **row.count._asdict(), "test_accuracy": row.accuracy,
              "timing": row.timing and row.timing._asdict()} for row in self.rows]
     proof = {**dataclasses.asdict(self.proof), "ok": self.proof.ok}
-    return json.dumps({"title": self.title, **self.facts, "models": rows, "fold": proof}, indent=2)
+    classes = {"classes": list(self.classes)} if self.classes else {}
+    return json.dumps({"title": self.title, **self.facts, **classes, "models": rows,
+                       "fold": proof}, indent=2)
 
   def to_markdown(self) -> str:
+    facts = dict(self.facts)
+    if self.classes:
+      facts["classes"] = describe(self.classes)
     lines = [f"# {self.title}", "", *self._table(), "", *self._reading(), "", "| fact | value |",
-             "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in self.facts.items())]
+             "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in facts.items())]
     return "\n".join(lines) + "\n"
 
   def _table(self) -> list[str]:

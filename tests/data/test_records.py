@@ -169,7 +169,9 @@ def folder(tmp_path):
         if split == "train":
           path = root / "label_maps" / "train" / "ab"[label] / f"{i}.npy"
           path.parent.mkdir(parents=True, exist_ok=True)
-          np.save(path, np.full(labels.SHAPE, 10 * label + i, np.float16))
+          label_map = np.full(labels.SHAPE, label, np.float16)
+          label_map[0] = 10 * label + i
+          np.save(path, label_map)
   return root
 
 

@@ -31,7 +31,8 @@ from typing import NamedTuple
 from PIL import Image
 
 from vitcompact.data import decode, records
-from vitcompact.data.folder import Folder
+from vitcompact.data.classes import check_classes
+from vitcompact.data.folder import Folder, has_split, split_folder
 
 TRAIN, VAL, DEVKIT = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar",
                       "ILSVRC2012_devkit_t12.tar.gz")
@@ -54,7 +55,8 @@ def checked_image(data: bytes, name: str) -> bytes:
   try:
     Image.open(io.BytesIO(data)).close()
   except Exception as error:
-    raise ValueError(f"{name} ({len(data)} bytes) is no image: {error}") from error
+    raise ValueError(f"{decode.printable(name)} ({len(data)} bytes) is no image: "
+                     f"{decode.reason(error)}; replace or delete it") from error
   return data
 
 
@@ -178,8 +180,9 @@ def folder_records(images: Folder, indices: range) -> Iterator[bytes]:
 def folder_shards(path: str) -> tuple[list[str], list[Shard], dict[str, int]]:
   """(classes, files to write, number of images in each split) of class folders."""
   shards, counts = [], {}
+  split_folder(path, "val")   # val or test must be there
   for split in records.SPLITS:
-    if split != "train" and not (pathlib.Path(path) / split).is_dir():
+    if split != "train" and not has_split(path, split):
       continue
     images = Folder(path, split)
     counts[split] = len(images)
@@ -212,11 +215,17 @@ def begin(out: pathlib.Path, source: str, classes: list[str]) -> dict:
       raise ValueError(f"{out} holds ArrayRecord files but no {records.MANIFEST}: choose another "
                        "--out, or remove them")
     return new
-  manifest = json.loads(path.read_text())
-  for key in ("format", "source", "class_names"):
+  try:
+    manifest = dict(json.loads(path.read_text()))
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"{path} is damaged or of another program ({error}): choose another --out"
+                     ) from None
+  for key in ("format", "source"):
     if manifest.get(key) != new[key]:
       raise ValueError(f"{out} was prepared from other data (its {key} differs): choose another "
                        "--out")
+  check_classes(f"{out}, which an earlier run wrote,", manifest["class_names"], classes,
+                "Choose another --out")
   return manifest
 
 
@@ -243,7 +252,7 @@ def write(out: pathlib.Path, source: str, classes: list[str], shards: list[Shard
     raise ValueError(f"{out} holds {found} images and should hold {counts}: choose another --out")
   manifest["complete"] = True
   write_whole(out / records.MANIFEST, manifest)
-  say(f"{out}: {found}, {len(classes)} classes")
+  say(f"{decode.printable(str(out))}: {found}, {len(classes)} classes")
   return manifest
 
 

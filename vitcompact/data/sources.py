@@ -9,10 +9,10 @@
 import difflib
 from typing import Protocol
 
-from vitcompact.data import records, tfds
+from vitcompact.data import folder, records, tfds
 from vitcompact.data.decode import Example
 from vitcompact.data.digits import FOLDS, Digits, split_indices
-from vitcompact.data.folder import Folder, list_classes, list_files
+from vitcompact.data.folder import Folder, list_files
 from vitcompact.data.records import Records
 from vitcompact.data.shapes import SIZES, Directions, Shapes
 from vitcompact.data.tfds import TfdsSource
@@ -66,9 +66,11 @@ def parse(name: str) -> tuple[str, str]:
   return kind, argument
 
 
-def source(name: str, split: str, *, image_size: int | tuple[int, int], seed: int = 0) -> Source:
+def source(name: str, split: str, *, image_size: int | tuple[int, int], seed: int = 0,
+           label_maps: bool = True) -> Source:
   """One split of a data set. image_size (int or (height, width)) is that of generated images;
-  other images keep their own until a transform. seed: which scenes "shapes" draws."""
+  other images keep their own until a transform. seed: which scenes "shapes" draws. label_maps:
+  whether labels of places are read, where there are any."""
   kind, argument = parse(name)
   choose("split", split, SPLITS)
   size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
@@ -76,18 +78,21 @@ def source(name: str, split: str, *, image_size: int | tuple[int, int], seed: in
     return Digits(split, size, int(argument))
   if kind in DRAWN:
     return DRAWN[kind](split, size, num_examples(name, split), seed)
-  return {"folder": Folder, "arrayrecord": Records, "tfds": TfdsSource}[kind](argument, split)
+  if kind == "tfds":
+    return TfdsSource(argument, split)
+  return {"folder": Folder, "arrayrecord": Records}[kind](argument, split, label_maps)
+
+
+def class_names(name: str) -> tuple[str, ...]:
+  """The names of a data set's classes: name k is of the label k, and of a model's output k."""
+  kind, argument = parse(name)
+  named = {"folder": folder.class_names, "arrayrecord": records.class_names,
+           "tfds": tfds.class_names}
+  return named[kind](argument) if kind in named else {"digits": Digits, **DRAWN}[kind].class_names
 
 
 def num_classes(name: str) -> int:
-  kind, argument = parse(name)
-  if kind == "folder":
-    return len(list_classes(argument))
-  if kind == "arrayrecord":
-    return len(records.read_manifest(argument)["class_names"])
-  if kind == "tfds":
-    return len(tfds.class_names(argument))
-  return {"digits": Digits, **DRAWN}[kind].num_classes
+  return len(class_names(name))
 
 
 def num_examples(name: str, split: str) -> int:
