@@ -11,7 +11,7 @@ _HOMES = {
     "Plan": "plan", "HMHSA": "methods.heads.hmhsa", "CFFN": "methods.ffn.cffn",
     "Sparsifiner": "methods.attention.sparsifiner", "EViT": "methods.tokens.evit", "ToMe": "methods.tokens.tome",
     "DynamicViT": "methods.tokens.dynamicvit", "MCTF": "methods.tokens.mctf",
-    "from_torch": "convert", "to_torch": "convert",
+    "from_torch": "convert", "to_torch": "convert", "save": "convert", "load": "convert",
     "features": "features", "compact": "compact", "fold": "fold", "verify": "verify",
     "count": "count", "tune": "tune",
 }
