@@ -124,8 +124,8 @@ def from_checkpoint(checkpoint, name, out, *, reset_head=False, force=False, wei
     if classes is None and model.num_classes == source.num_classes and not reset_head:
       classes = convert.classes_of(checkpoint)
   else:
-    model = vc.create_model(name, **fields)
     state = read_checkpoint(checkpoint, ignore_records=ignore_records)
+    model = vc.create_model(name, **fields)
   loaded = convert.read_state_dict(model, state, reset_head=reset_head, source=source,
                                    weights=weights, allow_nonfinite=allow_nonfinite)
   convert.save(out, model, loaded.variables, force=force, dtype=dtype, classes=classes,

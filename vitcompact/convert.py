@@ -58,9 +58,9 @@ class Loaded(NamedTuple):
   def lines(self) -> list[str]:
     """What was done, to print: a line for each thing that was."""
     lines = []
-    if self.container:
-      others = [name for name in self.containers if name != self.container]
-      lines.append(f"weights: {self.container}" + (
+    others = [name for name in self.containers if name != self.container]
+    if self.container or others:
+      lines.append(f"weights: {self.container or 'without a container'}" + (
           f", not {trees.some(others)} (--weights chooses)" if others else ""))
     if self.prefix:
       lines.append(f"prefix taken off the names: {self.prefix}")
@@ -138,7 +138,8 @@ def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False,
             for entry in entries}
   heads = _classifiers(model, shapes)
   timm_names = {model.authors_name(name): name for name in [*heads, *wanted]}
-  found, containers = foreign.find(state_dict, {*heads, *wanted, *timm_names}, weights)
+  found, containers = foreign.find(state_dict, {*heads, *wanted, *timm_names}, weights,
+                                   least=len(wanted) // 4)
   state, got = _timm_named(timm_names, found.state), _shapes_of(found.state)
   reset = [name for name in heads if reset_head and name in wanted]
   dropped = [name for name, value in state.items() if name.endswith("num_batches_tracked")
@@ -298,7 +299,9 @@ def _entries(model, shapes) -> list[Entry]:
 
 def _check_variables(model, variables, shapes):
   if lines := trees.differences(variables, shapes):
-    raise ValueError(f"variables do not fit {describe(model)}:\n"
+    wrapped = isinstance(variables, Mapping) and "params" in variables
+    hint = "" if wrapped else "; variables are {'params': ..., 'batch_stats': ...}"
+    raise ValueError(f"variables do not fit {describe(model)}{hint}:\n"
                      + trees.some(lines, 3 * MANY, joint="\n"))
 
 

@@ -1,4 +1,5 @@
 """Whether a PyTorch state dict fits a model; where not, what differs and what to do."""
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -13,6 +14,10 @@ MANY = 4   # of a kind of misfit are shown, the others counted
 
 
 def variable_shapes(model):
+  """The model's variables as shapes and dtypes; refuses what is no model of ours."""
+  if not hasattr(model, "torch_entries"):
+    given = repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
+    raise ValueError(f"{given} was given, wanted: a model, such as create_model(NAME)")
   height, width = np.broadcast_to(model.image_size, 2).tolist()
   images = jax.ShapeDtypeStruct((1, height, width, model.in_chans), jnp.float32)
   return jax.eval_shape(model.init, jax.random.key(0), images)
@@ -101,6 +106,7 @@ def _overlap(got, wanted) -> float:
   return len(got & wanted) / len(got | wanted)
 
 
+@functools.cache
 def _tensors(variant: str):
   """[(name, shape)] of a named model: under timm's names, and under the authors'."""
   model = create_model(variant)

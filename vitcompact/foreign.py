@@ -30,9 +30,7 @@ OWNERS = (
     (r"(^|\.)encoder\.layers\.encoder_layer_\d+\.", "torchvision's", _TIMM),
     (r"(^|\.)transformer\.resblocks\.\d+\.", "CLIP's", _TIMM),
     (r"(^|\.)layers\.\d+\.(ln1|ffn\.layers)\.", "OpenMMLab's", _TIMM),
-    (r"(^|/|\.)params[./].*kernel$", "of Flax variables",
-     "a state dict has PyTorch's names and layouts; variables need no conversion, vitcompact's "
-     "save and load take them"),
+    (r"^params/.*/kernel$", "vitcompact's own", "vitcompact.load reads the file that has them"),
 )
 
 
@@ -49,7 +47,8 @@ class Weights(NamedTuple):
   outside: tuple[str, ...] = ()
 
 
-def find(checkpoint, known: set[str], choice: str | None = None) -> tuple[Weights, list[str]]:
+def find(checkpoint, known: set[str], choice: str | None = None, *,
+         least: int = 1) -> tuple[Weights, list[str]]:
   """The set of weights to take, and the names of all that there are.
 
   Args:
@@ -57,9 +56,11 @@ def find(checkpoint, known: set[str], choice: str | None = None) -> tuple[Weight
     known: the names that a model looks for. A set counts if it has half as many of them as the
       fullest one, under whatever prefix.
     choice: the name of a set, or its last parts. Without: the first in the order of `CONTAINERS`.
+    least: how many known names a prefix has to stand before to be taken off.
   """
   _check_given(checkpoint)
-  groups = [group for path, state in _states(checkpoint) for group in _groups(path, state, known)]
+  groups = [group for path, state in _states(checkpoint)
+            for group in _groups(path, state, known, least)]
   if not groups:
     raise ValueError(f"no tensors in the checkpoint, only {_contents(checkpoint)}; wanted: "
                      "{name: array}")
@@ -136,6 +137,14 @@ def _check_given(checkpoint):
     raise ValueError(f"a {type(checkpoint).__name__} was given; {wanted}{also}")
   if not checkpoint:
     raise ValueError(f"the state dict is empty; {wanted}")
+  if _has_kernel(checkpoint):
+    raise ValueError(f"variables of Flax were given; {wanted}. Ours need no conversion: apply, "
+                     "vitcompact.save and vitcompact.load take them")
+
+
+def _has_kernel(mapping):
+  return any(key == "kernel" or (isinstance(value, Mapping) and _has_kernel(value))
+             for key, value in mapping.items())
 
 
 def _contents(checkpoint):
@@ -177,15 +186,16 @@ def _bare(name):
   return name
 
 
-def _groups(path, state, known):
+def _groups(path, state, known, least):
   """[(number of known names, Weights)]: one for each prefix under which a model may be.
 
   Under several prefixes are several networks, named by them.
   """
   hits = Counter(prefix for name in state for prefix in _prefixes(name, known))
-  if 2 * hits[""] >= max(hits.values(), default=0):
+  most = max(hits.values(), default=0)
+  if 2 * hits[""] >= most or most < least:
     return [(hits[""], Weights(".".join(path), state))]
-  prefixes = [prefix for prefix, count in hits.items() if 2 * count >= max(hits.values())]
+  prefixes = [prefix for prefix, count in hits.items() if 2 * count >= most]
   out = []
   for prefix in prefixes:
     inside = {name.removeprefix(prefix): value for name, value in state.items()
