@@ -66,8 +66,9 @@ def read_checkpoint(path: str, *, ignore_records: bool = False) -> Mapping:
     try:
       with np.load(path, allow_pickle=False) as file:
         return dict(file)
-    except ValueError as error:
-      raise ValueError(f"{path}: refused: {error}") from None
+    except Exception as error:  # a damaged archive may raise anything
+      reason = str(error).split("\n")[0]
+      raise ValueError(f"{path}: refused: damaged, or more than arrays ({reason})") from None
   raise ValueError(f"{path} is {files.KINDS[kind]}; must be .safetensors, .npz or PyTorch's "
                    f"({', '.join(files.PICKLED)})")
 

@@ -194,16 +194,13 @@ def _fields(model) -> dict[str, Any]:
           if field.name not in ("parent", "name", "variant")}
 
 
-def unwrap(checkpoint: Mapping[str, Any], weights: str | None = None) -> Mapping[str, Any]:
-  """The state dict inside a training checkpoint, or the checkpoint itself if it is one.
+def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+  """The state dict in a training checkpoint by the order of `CONTAINERS`, or the checkpoint itself.
 
-  Of several the one called `weights`, or the first in the order of `CONTAINERS`.
-  """
-  for name in CONTAINERS if weights is None else [weights]:
+  `from_torch` looks further: for names that a model knows, however deep."""
+  for name in CONTAINERS:
     if isinstance(checkpoint.get(name), Mapping):
       return checkpoint[name]
-  if weights is not None:
-    raise ValueError(f"{weights=} is not in the checkpoint; it has {trees.some(list(checkpoint))}")
   return checkpoint
 
 

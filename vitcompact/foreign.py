@@ -55,7 +55,7 @@ def find(checkpoint, known: set[str], choice: str | None = None, *,
     checkpoint: a state dict, or mappings that hold some, however deep.
     known: the names that a model looks for. A set counts if it has half as many of them as the
       fullest one, under whatever prefix.
-    choice: the name of a set, or its last parts. Without: the first in the order of `CONTAINERS`.
+    choice: the name of a set, or part of it. Without: the first in the order of `CONTAINERS`.
     least: how many known names a prefix has to stand before to be taken off.
   """
   _check_given(checkpoint)
@@ -142,8 +142,9 @@ def _check_given(checkpoint):
                      "vitcompact.save and vitcompact.load take them")
 
 
-def _has_kernel(mapping):
-  return any(key == "kernel" or (isinstance(value, Mapping) and _has_kernel(value))
+def _has_kernel(mapping, depth=0):
+  return any((key == "kernel" and is_tensor(value)) or
+             (isinstance(value, Mapping) and depth < 9 and _has_kernel(value, depth + 1))
              for key, value in mapping.items())
 
 
@@ -225,8 +226,8 @@ def _rank(weights):
 
 def _chosen(groups, choice):
   def matches(weights):
-    whole = ".".join([weights.name, *weights.prefix.split(".")[:-1]])
-    return any(choice == name or name.endswith(f".{choice}") for name in (weights.name, whole))
+    parts = ".".join([weights.name, weights.prefix])
+    return f".{choice}." in f".{parts}."
 
   names = [weights.name for _, weights in groups]
   found = [weights for _, weights in groups if matches(weights)]
