@@ -73,6 +73,12 @@ def test_a_change_of_the_metadata_is_seen(ours):
   assert "is damaged: its contents are not those whose sha256" in refusal(vc.load, ours)
 
 
+def test_a_file_may_be_read_by_whom_other_files_may_be_read(ours):
+  other = ours.with_name("other")
+  other.touch()
+  assert ours.stat().st_mode == other.stat().st_mode
+
+
 def test_files_of_before_have_no_digest_and_load(ours):
   arrays, about = convert.read_safetensors(ours)
   safetensors.numpy.save_file(arrays, ours, metadata=about)

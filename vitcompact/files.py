@@ -40,8 +40,11 @@ def write_safetensors(path, arrays: Mapping[str, Any], about: Mapping[str, str],
   arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
   partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
   try:
+    partial.touch()
+    mode = partial.stat().st_mode   # the umask's: safetensors lets nobody but the owner read
     safetensors.numpy.save_file(arrays, partial,
                                 metadata={**about, DIGEST: _digest(arrays, about)})
+    partial.chmod(mode)
     os.replace(partial, path)
   except (OSError, safetensors.SafetensorError) as error:
     raise OSError(f"{path} cannot be written: {error}; make room, or name another place") from error
@@ -108,8 +111,8 @@ def kind_of(path) -> str:
   """
   path = _path(path, "the path of a file")
   if path.is_dir():
-    inside = sorted(p.name for p in path.iterdir() if p.is_file() and p.suffix in
-                    (".safetensors", ".npz", *PICKLED))
+    inside = [p.name for suffix in (".safetensors", ".npz", *PICKLED)
+              for p in sorted(path.glob(f"*{suffix}")) if p.is_file()]
     has = f"in it: {trees.some(inside)}" if inside else "no file of weights is in it"
     raise ValueError(f"{path} is a directory, not a file of weights; {has}")
   if not path.is_file():

@@ -69,7 +69,7 @@ def _hints(model, missing, unexpected, misshapen, shapes, wanted, heads) -> list
                  f"(--global-pool {pool})")
     wrong -= {f"{name}.{leaf}" for name in (own, other) for leaf in ("weight", "bias")}
   if wrong and wrong <= set(heads):
-    hints.append("pass reset_head to initialise another classifier")
+    hints.append("pass reset_head (--reset-head) to initialise another classifier")
   tied = {entry.torch for entry in model.torch_entries()
           if entry.leaves[0].endswith(("/links/down", "/links/up"))}
   if tied & set(misshapen):
