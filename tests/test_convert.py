@@ -14,13 +14,13 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from vitcompact.methods.attention.resize import resize_links
 
 import vitcompact as vc
 from tests import tiny
 from tests.cli import command
 from tests.models import parity
 from vitcompact import convert, pytorch, trees
-from vitcompact.methods.attention.resize import resize_links
 from vitcompact.models import deit, torch_names
 
 FAMILIES = ("deit", "compact_deit")   # the others are tested beside their models

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from vitcompact.train.programs import Program, program_at
 
 import vitcompact as vc
 from tests import tiny
 from vitcompact import trees
 from vitcompact.train import build, optim, programs
-from vitcompact.train.programs import Program, program_at
 
 LINKS = vc.Sparsifiner(granularity="block", keep=0.5, window=2, min_tokens=10)
 
