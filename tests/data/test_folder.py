@@ -142,6 +142,11 @@ def test_a_link_that_leads_to_itself_is_no_traceback(folder):
     count(folder)
 
 
+def test_a_loop_beside_the_splits_is_no_traceback(folder):
+  os.symlink(folder / "loop", folder / "loop")
+  assert count(folder, "test") == 2
+
+
 def test_classes_that_differ_in_case_alone_are_pointed_out(folder, caplog):
   picture(folder / "train" / "Cat" / "0.png")
   assert pipeline.class_names(f"folder:{folder}") == ("Cat", "cat", "dog")

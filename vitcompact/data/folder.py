@@ -76,7 +76,7 @@ def _class_folders(folder: pathlib.Path) -> tuple[str, ...]:
     if entry.is_symlink() and not os.path.exists(entry.path):
       raise ValueError(f"{_shown(entry.path)} is a link to nothing: mend or remove it (without its "
                        "folder a class would be missing, and the others be numbered anew)")
-    if entry.is_dir():
+    if os.path.isdir(entry):
       names.append(entry.name)
   return tuple(names)
 
@@ -90,7 +90,7 @@ def has_split(root: str, split: str) -> bool:
 def split_folder(root: str, split: str) -> pathlib.Path:
   """The folder of a split; see `other_split`."""
   path = pathlib.Path(root)
-  there = sorted(entry.name for entry in _entries(path) if entry.is_dir()) if path.is_dir() else []
+  there = [entry.name for entry in _entries(path) if os.path.isdir(entry)] if path.is_dir() else []
   if not (path / "train").is_dir():
     holds = f" (PATH holds {printable(', '.join(there[:5]))}{', ...' * (len(there) > 5)})"
     raise ValueError(f"no folder {_shown(path / 'train')}: 'folder:PATH' needs PATH/train/CLASS/"

@@ -224,8 +224,8 @@ def begin(out: pathlib.Path, source: str, classes: list[str]) -> dict:
     if manifest.get(key) != new[key]:
       raise ValueError(f"{out} was prepared from other data (its {key} differs): choose another "
                        "--out")
-  check_classes(f"{out}, which an earlier run wrote,", manifest["class_names"], classes,
-                "Choose another --out")
+  check_classes(f"{out}, which an earlier run wrote,", manifest.get("class_names", ()),
+                classes, "Choose another --out")
   return manifest
 
 
