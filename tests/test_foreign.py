@@ -98,6 +98,9 @@ def test_records_and_counters_beside_weights_are_dropped_and_told(records):
     assert loaded.dropped == [name for name in records if name != 7]
   swa = {"n_averaged": np.array(5), **under("module.")}
   assert convert.read_state_dict(MODEL, swa).lines() == ["dropped: n_averaged"]
+  deeper = {"n_averaged": np.array(5), "epoch": 3, **under("module.net.")}
+  assert convert.read_state_dict(MODEL, deeper).dropped == ["n_averaged", "epoch"]
+  assert digest(deeper) == WANTED   # without a warning: these are no weights
 
 
 @pytest.mark.parametrize("prefix", ["model.", "backbone.", "encoder.", "module.model.", "a.0.b.",
@@ -125,7 +128,7 @@ def test_a_classifier_beside_its_backbone_belongs_to_the_model_and_others_are_le
             for name, value in STATE.items()}
   assert digest(beside) == WANTED
   loaded = convert.read_state_dict(MODEL, {**beside, "loss.centre": np.ones((1, 9))})
-  assert loaded.outside == ("loss.centre",)
+  assert loaded.outside == ["loss.centre"]
   assert "left out, no part of the model: loss.centre" in loaded.lines()
   with pytest.warns(UserWarning, match="1 tensors without the prefix 'backbone.' .*loss.centre"):
     assert digest({**beside, "loss.centre": np.ones((1, 9))}) == WANTED
@@ -157,6 +160,9 @@ def test_of_several_sets_of_weights_one_is_taken_aloud_and_may_be_chosen(checkpo
   for name in loaded.containers:   # and no warning
     for choice in (name, name.rsplit(".", 1)[-1]):
       assert (digest(checkpoint, weights=choice) == WANTED) == (name == taken)
+    assert convert.read_state_dict(MODEL, checkpoint, weights=name).containers == loaded.containers
+  said = refusal(MODEL.clone(num_classes=3), checkpoint, weights=taken)
+  assert said.startswith(f"'{taken}', of the sets of weights ") and "does not fit" in said
   said = refusal(MODEL, checkpoint, weights="average")
   assert said.startswith("weights='average' is not in the checkpoint; it has ") and taken in said
 

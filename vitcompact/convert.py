@@ -145,10 +145,15 @@ def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False,
   dropped = [name for name, value in state.items() if name.endswith("num_batches_tracked")
              or (name not in wanted and not foreign.is_float(value))]
   dropped += [name for name in heads if reset_head and name in state.keys() - wanted.keys()]
+  outside = [name for name, value in found.outside.items() if foreign.is_float(value)]
+  dropped += [name for name in found.outside if name not in outside]
+  what = "the state dict"
+  if len(containers) > 1:
+    what = f"{found.name!r}, of the sets of weights {trees.some(containers)},"
   arrays = {name: foreign.to_float32(name, value) for name, value in state.items()
             if name in wanted and name not in reset}
   if not allow_nonfinite:
-    trees.check_finite("the state dict", arrays)
+    trees.check_finite(what, arrays)
   adapted = _adapt_channels(model, arrays, wanted)
   arrays |= {name: _fresh(wanted[name]) for name in reset}
   unexpected = {name: shape for name, shape in _shapes_of(state).items()
@@ -160,14 +165,14 @@ def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False,
             for entry in entries if entry.torch in arrays}
   resized = [name for name, array in fitted.items() if array is not arrays[name]]
   arrays |= fitted
-  check_fit(model, _shapes_of(arrays) | unexpected, wanted, heads, got)
+  check_fit(what, model, _shapes_of(arrays) | unexpected, wanted, heads, got)
   leaves = {}
   for entry in entries:
     parts = to_leaves(entry.layout, arrays[entry.torch], [flat_shapes[x] for x in entry.leaves])
     leaves |= {name: np.ascontiguousarray(part)
                for name, part in zip(entry.leaves, parts, strict=True)}
   return Loaded(trees.nested(leaves), dropped, resized, reset, found.name, containers,
-                found.prefix, found.outside, adapted)
+                found.prefix, outside, adapted)
 
 
 def resized(model: nn.Module, variables, **sizes) -> tuple[nn.Module, dict[str, Any]]:

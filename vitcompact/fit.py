@@ -27,16 +27,19 @@ def describe(model) -> str:
   return f"{model.variant} (plan={model.plan.to_json()}, deploy={model.deploy})"
 
 
-def check_fit(model, shapes, wanted, heads, got):
-  """shapes: {name: shape} of all that has to fit; heads: names of classifiers; got: {name: shape}
-  as the state dict has them."""
+def check_fit(what, model, shapes, wanted, heads, got):
+  """Raises ValueError where `what` does not fit, with the first few misfits.
+
+  shapes: {name: shape} of all that has to fit, and `wanted` for what fits; heads: names of
+  classifiers; got: {name: shape} as the state dict has them.
+  """
   missing = [name for name in wanted if name not in shapes]
   unexpected = [name for name in shapes if name not in wanted]
   misshapen = [name for name in wanted if name in shapes and shapes[name] != wanted[name]]
   wrong = {*missing, *unexpected, *misshapen}
   if not wrong:
     return
-  first = (f"the state dict does not fit {describe(model)}: {len(missing)} missing, "
+  first = (f"{what} does not fit {describe(model)}: {len(missing)} missing, "
            f"{len(unexpected)} unexpected, {len(misshapen)} misshapen")
   if len(missing) > 0.9 * len(wanted) and (line := foreign.whose(got)):
     raise ValueError(f"{first}: {line}")

@@ -1,6 +1,7 @@
 """Others' checkpoints: which sets of weights one holds, under which names, and their values."""
 import os
 import re
+import types
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -38,13 +39,13 @@ class Weights(NamedTuple):
   """One set of weights in a checkpoint.
 
   name: where it is, such as "model_ema" or "state_dict.teacher"; "" for the checkpoint itself.
-  state: {name: value}. prefix: taken off the names. outside: names left out, which neither have the
-  prefix nor are a model's.
+  state: {name: value}. prefix: taken off the names. outside: {name: value} left out, which neither
+  have the prefix nor are a model's.
   """
   name: str
   state: dict[str, Any]
   prefix: str = ""
-  outside: tuple[str, ...] = ()
+  outside: Mapping[str, Any] = types.MappingProxyType({})
 
 
 def find(checkpoint, known: set[str], choice: str | None = None, *,
@@ -64,13 +65,13 @@ def find(checkpoint, known: set[str], choice: str | None = None, *,
   if not groups:
     raise ValueError(f"no tensors in the checkpoint, only {_contents(checkpoint)}; wanted: "
                      "{name: array}")
-  if choice is not None:
-    return _chosen(groups, choice)
   most = max(hits for hits, _ in groups)
   sets = [weights for hits, weights in groups if 2 * hits >= most]
   if not most:   # nobody's names: the largest is what the error should speak of
     sets = [max(sets, key=lambda weights: len(weights.state))]
   names = [weights.name for weights in sets]
+  if choice is not None:
+    return _chosen([weights for _, weights in groups], choice), names
   first, *others = sorted(sets, key=_rank)
   if others and _rank(first) == _rank(others[0]):
     raise ValueError(f"several sets of weights in the checkpoint, {trees.some(names)}; choose one, "
@@ -207,7 +208,7 @@ def _groups(path, state, known, least):
     parts = [part for part in prefix.split(".") if part and f"{part}." not in OUTER]
     out.append((hits[prefix], Weights(
         ".".join([*path, *parts] if len(prefixes) > 1 else path), {**inside, **beside}, prefix,
-        tuple(name for name in others if name not in beside))))
+        {name: state[name] for name in others if name not in beside})))
   return out
 
 
@@ -229,11 +230,10 @@ def _chosen(groups, choice):
     parts = ".".join([weights.name, weights.prefix])
     return f".{choice}." in f".{parts}."
 
-  names = [weights.name for _, weights in groups]
-  found = [weights for _, weights in groups if matches(weights)]
+  found = [weights for weights in groups if matches(weights)]
   exact = [weights for weights in found if weights.name == choice]
   if len(exact or found) != 1:
     problem = "stands for several" if found else "is not in the checkpoint"
-    raise ValueError(f"weights={choice!r} {problem}; it has "
-                     f"{trees.some([name or 'weights without a container' for name in names], 8)}")
-  return (exact or found)[0], names
+    names = [weights.name or "weights without a container" for weights in groups]
+    raise ValueError(f"weights={choice!r} {problem}; it has {trees.some(names, 8)}")
+  return (exact or found)[0]
