@@ -2,29 +2,33 @@
 
   python main.py --config=configs/digits.py --workdir=runs/digits
   python main.py --config=configs/digits.py --workdir=runs/digits --mode=eval
-  python main.py --config=configs/deit_b.py --mode=plan --devices=32 --config.batch_size=4096
+  python main.py --config=configs/deit_s.py:deit_base_patch16_224 --mode=memory --devices=32
 
 The same command again goes on from the newest checkpoint. Any value of the config can be given on
-the command line: --config.total_steps=40 --config.plan=plan.json
+the command line: --config.total_steps=40 --config.plan=plan.json --config.plan.tokens.keep=0.5
 
-Exit codes: 0 done; 2 a mistake, with one line that says which; 75 stopped by SIGTERM with all
-saved, and 76 another process of the run is gone: for both the same command goes on.
+Exit codes: 0 done; 2 a mistake, with one line that says which; 75 stopped by SIGTERM or Ctrl-C with
+all saved, and 76 another process of the run is gone: for both the same command goes on; 130 ended
+by a second Ctrl-C.
 """
-import ast
 import os
-import pathlib
 import sys
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-from vitcompact.run import preemption  # needs no JAX: SIGTERM is heard while that is loaded
+from vitcompact.run import (  # need no JAX: SIGTERM is heard while that is loaded
+  config_file,
+  preemption,
+)
 
-CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/")
+CONFIG = flags.DEFINE_string("config", None, "FILE or FILE:ARGUMENT, a file of configs/; and "
+                             "--config.KEY=VALUE for each value that is to be another")
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; made when missing")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan"], "what to do")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "memory"], "what to do")
 RESTORE = flags.DEFINE_enum("restore", "newest", ["newest", "last_good"], "last_good: where the "
                             "newest checkpoint is damaged, set it aside and take one before it")
+ALLOW = flags.DEFINE_list("allow", [], "keys of the config, such as total_steps, by which a run may "
+                          "go on differently from how it began")
 COORDINATOR = flags.DEFINE_string("coordinator", "", "several processes as one run: auto (Cloud "
                                   "TPU, SLURM, Open MPI) or HOST:PORT of process 0")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "with --coordinator=HOST:PORT: 0, 1, ...")
@@ -32,10 +36,10 @@ NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "with --coordinator=
 PROFILE = flags.DEFINE_string("profile", "", "START:STEPS, traced into WORKDIR/profile")
 WANDB = flags.DEFINE_string("wandb", "", "project of Weights & Biases (pip install wandb)")
 PEAK_TFLOPS = flags.DEFINE_float("peak_tflops", 0.0, "of one device, for mfu; 0: where it is known")
-DEVICES = flags.DEFINE_integer("devices", None, "with --mode=plan: how many there would be")
+DEVICES = flags.DEFINE_integer("devices", None, "with --mode=memory: how many there would be")
 
 # What a user can cause. Others are mistakes of ours, and show where they happened.
-USER_ERRORS = (ValueError, OSError, FloatingPointError, flags.Error)
+USER_ERRORS = (ValueError, OSError, FloatingPointError, MemoryError, flags.Error)
 
 
 def fail(error: Exception, code: int = 2):
@@ -55,46 +59,22 @@ def leave(code: int):
   sys.exit(code)
 
 
-def unquoted(text: str) -> str:
-  """The text itself where it is a literal of Python (ml_collections quotes its errors twice)."""
-  try:
-    return str(ast.literal_eval(text))
-  except (ValueError, SyntaxError):
-    return text
-
-
 def parse(argv):
-  """absl's own parser, with errors in our form."""
+  """absl's own parser, with errors in our form. Returns the program and the --config.KEY=VALUEs."""
   try:
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
-      flag, equals, value = argument.partition("=")
-      path = value if equals else following   # absl also takes "--config FILE"
-      if flag == "--config" and not pathlib.Path(path.partition(":")[0]).is_file():
-        there = sorted(str(path) for path in pathlib.Path("configs").glob("*.py"))
-        raise ValueError(f"--config={path}: no such file; there are {', '.join(there)}")
+    argv, overrides = config_file.split(argv)
     rest = flags.FLAGS(argv)
     if len(rest) > 1:
       raise ValueError(f"unexpected arguments {rest[1:]}; options are --config, --workdir, --mode")
     for flag in (CONFIG, WORKDIR):
-      if not flag.present and not (flag is WORKDIR and MODE.value == "plan"):
+      if not flag.value and not (flag is WORKDIR and MODE.value == "memory"):
         raise ValueError(f"--{flag.name} is missing, as in: python main.py "
                          "--config=configs/digits.py --workdir=runs/digits")
-    if (MODE.value == "plan") != DEVICES.present:
-      raise ValueError("--mode=plan and --devices=N (how many there would be) go together")
-    return rest
-  except AttributeError as error:  # ml_collections: an unknown key; its text names close ones
-    fail(ValueError(f"--config has no key {unquoted(str(error))}"))
-  except LookupError as error:     # of get_config, which ml_collections passes on
-    fail(ValueError(refused_by_config(argv, f"{type(error).__name__}: {error}")))
+    if (MODE.value == "memory") != DEVICES.present:
+      raise ValueError("--mode=memory and --devices=N (how many there would be) go together")
+    return rest + overrides
   except USER_ERRORS as error:
-    if "Error whilst parsing config file" in str(error):   # with the whole traceback
-      error = ValueError(refused_by_config(argv, str(error).strip().splitlines()[-1]))
     fail(error)
-
-
-def refused_by_config(argv, why: str) -> str:
-  flag = next((argument for argument in argv if argument.startswith("--config=")), "--config")
-  return f"{flag}: {why}; what follows the colon is for the file's get_config, see its docstring"
 
 
 def pretend(devices: int):
@@ -104,29 +84,29 @@ def pretend(devices: int):
                              f" --xla_force_host_platform_device_count={devices}")
 
 
-def train(stopping):
+def train(config, stopping):
   from vitcompact.run import loop, report, watch  # late: a mistake in a flag needs no JAX
 
   watching = watch.Watching(PROFILE.value, WANDB.value, PEAK_TFLOPS.value)
-  result = loop.train(CONFIG.value, WORKDIR.value, stopping=stopping, restore_from=RESTORE.value,
-                      watching=watching)
+  result = loop.train(config, WORKDIR.value, stopping=stopping, restore_from=RESTORE.value,
+                      watching=watching, allow=ALLOW.value)
   receipt = report.report(result, WORKDIR.value)
   if loop.process_ids()["process_index"] == 0:
     print(receipt.to_markdown())
 
 
-def run(stopping):
+def run(config, stopping):
   """Does what --mode says; from here on JAX is loaded."""
   from vitcompact.run import loop, memory, processes
 
   processes.connect(COORDINATOR.value, PROCESS_ID.value, NUM_PROCESSES.value)
   try:
-    if MODE.value == "plan":
-      print(memory.plan(CONFIG.value))
+    if MODE.value == "memory":
+      print(memory.table(config))
     elif MODE.value == "eval":
-      loop.evaluate(CONFIG.value, WORKDIR.value, restore_from=RESTORE.value)
+      loop.evaluate(config, WORKDIR.value, restore_from=RESTORE.value, allow=ALLOW.value)
     else:
-      train(stopping)
+      train(config, stopping)
   except processes.PEER_ERRORS as error:
     if not processes.several():
       raise
@@ -138,15 +118,15 @@ def from_us(record) -> bool:
   return "orbax" not in record.pathname
 
 
-def main(_):
+def main(argv):
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # absl's INFO would tell every step of a save
     logging.get_absl_handler().addFilter(from_us)
-  if MODE.value == "plan":
+  if MODE.value == "memory":
     pretend(DEVICES.value)
-  with preemption.on_sigterm() as stopping:
+  with preemption.on_signal() as stopping:
     try:
-      run(stopping)
+      run(config_file.load(CONFIG.value, argv[1:]), stopping)
     except USER_ERRORS as error:
       fail(error)
     except preemption.Stopped as stopped:

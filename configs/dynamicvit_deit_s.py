@@ -2,8 +2,8 @@
 
 Command:  python main.py --config=configs/dynamicvit_deit_s.py --workdir=runs/dynamicvit_deit_s \\
             --config.init_from=deit_small.safetensors --config.teacher.file=deit_small.safetensors
-          with configs/dynamicvit_deit_s.py:0.5 for another keep rate,
-          configs/dynamicvit_deit_s.py:deit_base_patch16_224@0.7 for DeiT-B.
+          with --config.plan.tokens.keep=0.5 for another keep rate,
+          configs/dynamicvit_deit_s.py:deit_base_patch16_224 for DeiT-B.
 Data:     ImageNet-1k, as configs/deit_s.py.
 Hardware: the authors used 8 GPUs with 128 images each; every token is kept in training.
 Cost:     1.06 EFLOP, forward and backward of 38.4 M images through the dense model; a third as much
@@ -14,22 +14,21 @@ Result:   not run here. The authors publish 79.32 % top-1 for DeiT-S (dense: 79.
 At 384:   the authors evaluate the whole image, its aspect ratio lost: convert the file with
           --image-size 384, then --config.model.image_size=384 --config.data.eval_fit=warp.
 """
-from configs import deit_s
+from configs import base, deit_s
 
 STEPS_PER_EPOCH = 1251            # 1,281,167 images in batches of 1024
 
 
-def get_config(argument="0.7"):
-  name, _, keep = argument.rpartition("@")
-  base = name == "deit_base_patch16_224"
+def get_config(argument=""):
+  options = base.parse(argument, model="deit_small_patch16_224")
+  is_base = options.model == "deit_base_patch16_224"
   config = deit_s.get_config()
   config.total_steps = 30 * STEPS_PER_EPOCH
   config.checkpoint_every = STEPS_PER_EPOCH
   config.ema_half_life = 0.1847   # of the run: a decay of 0.9999 a step
-  config.plan = ('{"tokens": {"method": "dynamicvit", '
-                 f'"keep": {float(keep)}, "blocks": [3, 6, 9]}}}}')
-  config.model.name = name or "deit_small_patch16_224"
-  config.model.drop_path_rate = 0.2 if base else 0.0
+  config.plan = {"tokens": {"method": "dynamicvit", "keep": 0.7, "blocks": (3, 6, 9)}}
+  config.model.name = options.model
+  config.model.drop_path_rate = 0.2 if is_base else 0.0
   config.model.dtype = "float32"
   config.data.replicas = 8        # of 128 images
   config.data.repeats = 1
@@ -42,7 +41,7 @@ def get_config(argument="0.7"):
       (r".*/predict_tokens/.*", 1.0, 0),
       (r"cls_token|pos_embed", 0.0, 0),     # frozen
       (r".*", 0.01, 5 * STEPS_PER_EPOCH))
-  config.loss.kept_ratio = 5.0 if base else 2.0
+  config.loss.kept_ratio = 5.0 if is_base else 2.0
   config.loss.logits = 0.5
   config.loss.patches = 0.5
-  return config
+  return base.finish(config, options)

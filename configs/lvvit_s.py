@@ -10,18 +10,19 @@ Result:   not run here. The authors publish 79.1, 83.3 and 84.0 % top-1 for T, S
 
 The authors do not state T's drop path and learning rate; S's are ours.
 """
-from configs import deit_s
+from configs import base, deit_s
 
 STEPS_PER_EPOCH = 1251            # 1,281,167 images in batches of 1024
 
 
-def get_config(name="lvvit_s"):
+def get_config(argument=""):
+  options = base.parse(argument, model="lvvit_s")
   config = deit_s.get_config()
   config.total_steps = 310 * STEPS_PER_EPOCH
   config.ema_half_life = 0.02234  # of the run: a decay of 0.99992 a step
   config.eval_params = "ema"      # also chooses the checkpoint
-  config.model.name = name
-  config.model.drop_path_rate = 0.2 if name == "lvvit_m" else 0.1
+  config.model.name = options.model
+  config.model.drop_path_rate = 0.2 if options.model == "lvvit_m" else 0.1
   config.data.augment = "token_labels"      # flip, RandAugment, crop, and the map with them
   config.data.eval_crop = 0.0     # the model's own
   config.data.replicas = 8
@@ -31,4 +32,4 @@ def get_config(name="lvvit_s"):
   config.optim.schedule = "epoch"
   config.optim.learning_rate = 1.6e-3       # absolute
   config.optim.cooldown_steps = 10 * STEPS_PER_EPOCH
-  return config
+  return base.finish(config, options)

@@ -1,6 +1,6 @@
 """LV-ViT-S at 384 pixels: 30 epochs at a constant learning rate from the model trained at 224.
 
-Command:  python -m experiments.convert runs/lvvit_s/trained.safetensors \\
+Command:  vitcompact convert runs/lvvit_s/trained.safetensors \\
             --image-size 384 --out lvvit_s_384.safetensors
           python main.py --config=configs/lvvit_s_384.py --workdir=runs/lvvit_s_384 \\
             --config.init_from=lvvit_s_384.safetensors
@@ -12,13 +12,14 @@ Result:   not run here. The authors publish 84.4 and 85.4 % top-1 for S and M.
 
 The authors' command names no number of epochs: 30 are DeiT's. It keeps no averages.
 """
-from configs import lvvit_s
+from configs import base, lvvit_s
 
 STEPS_PER_EPOCH = 2502            # 1,281,167 images in batches of 512
 
 
-def get_config(name="lvvit_s"):
-  config = lvvit_s.get_config(name)
+def get_config(argument=""):
+  options = base.parse(argument, model="lvvit_s")
+  config = lvvit_s.get_config(options.model)
   config.batch_size = 512
   config.total_steps = 30 * STEPS_PER_EPOCH
   config.checkpoint_every = 5 * STEPS_PER_EPOCH
@@ -31,4 +32,4 @@ def get_config(name="lvvit_s"):
   config.optim.warmup_steps = 5 * STEPS_PER_EPOCH
   config.optim.cooldown_steps = 0
   config.optim.weight_decay = 1e-8
-  return config
+  return base.finish(config, options)

@@ -16,17 +16,18 @@ At 384:   from 320 pixels on, the authors evaluate the whole image, its aspect r
 Each step draws how many tokens the second pass merges; the authors draw on each GPU. The eight
 numbers are eight programs to compile.
 """
-from configs import deit_s
+from configs import base, deit_s
 
 STEPS_PER_EPOCH = 1251            # 1,281,167 images in batches of 1024
 
 
-def get_config(name="deit_small_patch16_224"):
+def get_config(argument=""):
+  options = base.parse(argument, model="deit_small_patch16_224")
   config = deit_s.get_config()
   config.total_steps = 40 * STEPS_PER_EPOCH
   config.ema_half_life = 0.3463   # of the run: a decay of 0.99996 a step
-  config.plan = '{"tokens": {"method": "mctf", "r": 16}}'
-  config.model.name = name
+  config.plan = {"tokens": {"method": "mctf", "r": 16}}
+  config.model.name = options.model
   config.data.replicas = 8        # of 128 images
   config.data.mixup = 0.0
   config.data.cutmix = 0.0
@@ -36,4 +37,4 @@ def get_config(name="deit_small_patch16_224"):
   config.optim.cooldown_steps = 10 * STEPS_PER_EPOCH
   config.loss.consistency = 3.0
   config.loss.companion_r = 7     # the second pass merges 0 to 7 tokens a block
-  return config
+  return base.finish(config, options)

@@ -7,13 +7,14 @@ Hardware: the authors used 8 GPUs with 128 images each.
 Cost:     3.97 EFLOP, forward and backward of 38.4 M images through the dense model.
 Result:   not run here. The authors publish 83.6, 84.3 and 84.7 % top-1 for S, B and L.
 """
-from configs import nextvit
+from configs import base, nextvit
 
 STEPS_PER_EPOCH = 1251            # 1,281,167 images in batches of 1024
 
 
-def get_config(name="nextvit_small"):
-  config = nextvit.get_config(name)
+def get_config(argument=""):
+  options = base.parse(argument, model="nextvit_small")
+  config = nextvit.get_config(options.model)
   config.batch_size = 1024
   config.total_steps = 30 * STEPS_PER_EPOCH
   config.checkpoint_every = 5 * STEPS_PER_EPOCH
@@ -23,4 +24,4 @@ def get_config(name="nextvit_small"):
   config.optim.final_learning_rate = 1e-5
   config.optim.warmup_steps = 0
   config.optim.weight_decay = 1e-8
-  return config
+  return base.finish(config, options)

@@ -5,14 +5,15 @@ Larger:   --config.model.image_size=192 gives 577 tokens; objects grow with the 
 Cost:     62 TFLOP, forward and backward of 384,000 images through the dense model.
 Result:   not run to its end.
 """
-from configs import digits
+from configs import base, digits
 
 
-def get_config():
+def get_config(argument=""):
   config = digits.get_config()
   config.total_steps = 3000
+  total = config.get_ref("total_steps")
   config.batch_size = 128
-  config.checkpoint_every = 500
+  config.checkpoint_every = total // 6
   config.log_every = 50
   config.eval_batch_size = 200
   config.model.image_size = 48    # pixels
@@ -22,5 +23,5 @@ def get_config():
   config.data.name = "shapes"
   config.data.augment = "none"    # a mirrored scene has another label
   config.optim.learning_rate = 1e-3         # the peak
-  config.optim.warmup_steps = 200
-  return config
+  config.optim.warmup_steps = total // 15
+  return base.finish(config, base.parse(argument))

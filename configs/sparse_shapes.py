@@ -1,7 +1,7 @@
-"""Fewer links, fewer tokens, or both at 577 tokens, on drawn scenes, from a dense model.
+"""Sparse attention, fewer tokens, or both at 577 tokens, on drawn scenes, from a dense model.
 
 Command:  python main.py --config=configs/sparse_shapes.py:coarse --workdir=runs/coarse
-          python -m experiments.convert runs/coarse/trained.safetensors --patch-size 2 \\
+          vitcompact convert runs/coarse/trained.safetensors --patch-size 2 \\
             --out runs/coarse/fine.safetensors
           python main.py --config=configs/sparse_shapes.py:dense --workdir=runs/dense \\
             --config.init_from=runs/coarse/fine.safetensors
@@ -16,18 +16,19 @@ Cost:     11.1 TFLOP, forward and backward of 8,640 images through the dense mod
           for the teacher.
 Result:   python -m experiments.accuracy shapes trains all with three seeds, and prints a table.
 """
-from configs import shapes
-from configs.sparse_digits import LINKS, TOKEN, fine_tune
+from configs import base, shapes
+from configs.sparse_digits import SPARSE, TOKEN, fine_tune
 
-BLOCK = LINKS % '"granularity": "block"'
-EVIT = '"tokens": {"method": "evit", "keep": 0.7, "blocks": [1]}'
-PLANS = {"coarse": "", "dense": "", "tuned": "", "token": f"{{{TOKEN}}}",
-         "block": f"{{{BLOCK}}}", "evit": f"{{{EVIT}}}", "sparsif_evit": f"{{{BLOCK}, {EVIT}}}"}
+BLOCK = {"attention": {**SPARSE, "granularity": "block"}}
+EVIT = {"tokens": {"method": "evit", "keep": 0.7, "blocks": (1,)}}
+PLANS = {"coarse": {}, "dense": {}, "tuned": {}, "token": TOKEN, "block": BLOCK, "evit": EVIT,
+         "sparsif_evit": {**BLOCK, **EVIT}}
 
 
-def get_config(plan="block"):
+def get_config(argument=""):
+  options = base.parse(argument, plan="block")
   config = shapes.get_config()
-  config.plan = PLANS[plan]
+  config.plan = PLANS[options.plan]
   config.model.image_size = 48    # pixels
   config.model.patch_size = 2     # pixels: 576 patches
   config.model.width = 64
@@ -40,18 +41,18 @@ def get_config(plan="block"):
   config.eval_params = "raw"
   config.optim.learning_rate = 1e-3
   config.batch_size = 16
-  if plan not in ("coarse", "dense"):
+  if options.plan not in ("coarse", "dense"):
     config = fine_tune(config, steps=500, learning_rate=1e-3)
-    if config.reconstruct.steps:
+    if "reconstruct" in config:
       config.total_steps += 40 - config.reconstruct.steps
       config.reconstruct.steps = 40
-    return config
+    return base.finish(config, options)
   config.total_steps = 300
-  if plan == "coarse":
+  if options.plan == "coarse":
     config.model.patch_size = 8   # pixels: 36 patches
     config.total_steps = 1000     # the first few hundred learn nothing
     config.batch_size = 64
     config.log_every = 200
   config.checkpoint_every = config.total_steps
   config.optim.warmup_steps = 50
-  return config
+  return base.finish(config, options)

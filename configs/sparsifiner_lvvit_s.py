@@ -9,12 +9,12 @@ Cost:     2.52 EFLOP, forward and backward of 64 M images through the dense mode
           for the teacher.
 Result:   not run here. The authors publish 83.3 % top-1 at keep 0.25 (dense: 83.3 %).
 """
-from configs import sparsifiner_deit_s
+from configs import base, sparsifiner_deit_s
 
 
-def get_config():
+def get_config(argument=""):
   config = sparsifiner_deit_s.get_config()
   config.model.name = "lvvit_s"
   config.model.mix_token = False  # mixup and cutmix instead: the teacher sees the mixed image
   config.loss.patch_labels = 0.0  # patches learn from the teacher alone
-  return config
+  return base.finish(config, base.parse(argument))

@@ -9,10 +9,10 @@ Result:   not run here. The authors publish 79.4 % top-1 (dense: 79.8 %); that t
 
 Off the shelf: no training, the same weights under this plan, as `vc.compact` gives them.
 """
-from configs import deit_s
+from configs import base, deit_s
 
 
-def get_config():
+def get_config(argument=""):
   config = deit_s.get_config()
-  config.plan = '{"tokens": {"method": "tome", "r": 13}}'
-  return config
+  config.plan = {"tokens": {"method": "tome", "r": 13}}
+  return base.finish(config, base.parse(argument))

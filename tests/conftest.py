@@ -14,3 +14,5 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from tests.tiny_run import built, built_on_one, config, shared, straight  # noqa: E402, F401

@@ -6,6 +6,8 @@ import importlib
 import sys
 import types
 
+from vitcompact._version import __version__ as __version__
+
 _HOMES = {
     "create_model": "models", "list_models": "models", "preprocess": "preprocess",
     "Plan": "plan", "METHODS": "methods", "HMHSA": "methods.heads.hmhsa",

@@ -1,5 +1,7 @@
 """bench: how long functions take, compared in one run."""
 import os
+import pathlib
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -39,6 +41,14 @@ class Compiled(NamedTuple):
   call: Callable[[], object]
   seconds: float
   temporary: int | None
+
+
+def processor() -> str:
+  """The host's processor, by name where the system tells it."""
+  path = pathlib.Path("/proc/cpuinfo")
+  lines = path.read_text().splitlines() if path.exists() else []
+  names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+  return names[0] if names else platform.processor() or platform.machine()
 
 
 def clock_name() -> str:

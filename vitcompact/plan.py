@@ -310,5 +310,8 @@ def _from_dict(axis: str, spec):
   kind = methods[spec["method"]]
   fields = {key: value for key, value in spec.items() if key != "method"}
   _check_names(fields, [field.name for field in dataclasses.fields(kind)], f"plan, {axis}")
-  return kind(**{key: tuple(value) if isinstance(value, list) else value
-                 for key, value in fields.items()})
+  return kind(**{key: _tuples(value) for key, value in fields.items()})
+
+
+def _tuples(value):
+  return tuple(_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value

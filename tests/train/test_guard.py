@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.train.runs import lines
+from tests.tiny_run import lines
 from vitcompact.data import pipeline
 from vitcompact.run import loop
 from vitcompact.train import guard

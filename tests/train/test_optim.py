@@ -15,12 +15,10 @@ SECTION = ConfigDict({
     "learning_rate": 0.1, "warmup_steps": 0, "warmup_learning_rate": 0.1,
     "final_learning_rate": 0.1, "weight_decay": 0.05, "b1": 0.9, "b2": 0.999, "eps": 1e-8,
     "clip_norm": 0.0})
-ALONE = ConfigDict({"steps": 0, "learning_rate": 0.2, "warmup_steps": 0,
-                    "warmup_learning_rate": 0.2, "final_learning_rate": 0.2})
 
 
 def main_optimizer(section, params, mask):
-  return optim.make_optimizers(section, ALONE, 10, params, mask).main
+  return optim.make_optimizers(section, 10, params, mask).main
 
 
 @pytest.mark.parametrize("epoch, rate", [
@@ -69,7 +67,7 @@ def tiny_model():
 def test_exactly_the_kernels_and_the_distillation_token_decay():
   model = tiny_model()
   params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
-  mask = trees.named_leaves(optim.decay_mask(params, model.leaf_rules()))
+  mask = trees.named_leaves(optim.decay_mask(params, model.parameter_rules()))
   assert {name for name, decays in mask.items() if decays} == {
       "dist_token", "patch_embed/proj/kernel", "head/kernel", "head_dist/kernel",
       *(f"blocks_0/attn/{part}/kernel" for part in ("query", "key", "value", "out")),

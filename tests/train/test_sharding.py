@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import vitcompact as vc
-from tests.train.conftest import tiny_config
+from tests.tiny_run import tiny_config
 from vitcompact import trees
 from vitcompact.run import loop
 from vitcompact.train import sharding
@@ -66,7 +66,7 @@ def test_no_large_leaf_of_a_model_lies_whole_on_every_device(name, plan):
   model = vc.create_model(name, plan=plan)
   params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
   mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
-  shardings = trees.named_leaves(sharding.parameters(params, model.leaf_rules(), mesh))
+  shardings = trees.named_leaves(sharding.parameters(params, model.parameter_rules(), mesh))
   for leaf_name, leaf in trees.named_leaves(params).items():
     local = shardings[leaf_name].shard_shape(leaf.shape)
     if leaf.size >= sharding.SMALL:
@@ -101,14 +101,14 @@ def built_in_tensors():
 
 
 @pytest.mark.parametrize("mesh", ["built", "built_in_tensors"])
-def test_eight_devices_take_the_same_step_as_one(mesh, built_alone, request):
+def test_eight_devices_take_the_same_step_as_one(mesh, built_on_one, request):
   """Gradients (Adam's first moment is a tenth of them), batch statistics, loss: all within 1e-5,
   with mixing, erasing, stochastic depth and batch norm over the global batch."""
   built = request.getfixturevalue(mesh)
-  start = built_alone.init(jax.random.key(1))
+  start = built_on_one.init(jax.random.key(1))
   start = jax.tree.map(np.array, start.replace(key=jax.random.key_data(start.key)))
   ends = []
-  for run in (built, built_alone):
+  for run in (built, built_on_one):
     state = start.replace(key=jax.random.wrap_key_data(start.key))
     state = jax.device_put(state, run.shardings)
     state, metrics = run.step_at(0)(state, sharding.put_batch(batch_of(16), run.mesh))
@@ -142,4 +142,4 @@ def test_a_batch_is_split_over_every_device_and_must_divide():
 
 def test_the_config_chooses_the_mesh(built):
   assert dict(built.mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
-  assert loop.processes() == {"process_index": 0, "process_count": 1}
+  assert loop.process_ids() == {"process_index": 0, "process_count": 1}

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,14 +12,14 @@ from ml_collections import FrozenConfigDict
 
 from vitcompact import trees
 from vitcompact.data import pipeline
-from vitcompact.run import processes, watch, workdir
+from vitcompact.run import nonfinite, processes, watch, workdir
 from vitcompact.run.checkpoint import Checkpoints, Damaged
 from vitcompact.run.log import Log, Meter
 from vitcompact.run.preemption import Stop, Stopped
 from vitcompact.train import config as configs
-from vitcompact.train import guard, sharding
+from vitcompact.train import sharding
 from vitcompact.train import step as steps
-from vitcompact.train.build import Run, build, fresh_state, resolve
+from vitcompact.train.build import Run, batch_shapes, build, fresh_state, resolve
 
 RESTORE = ("newest", "last_good")
 
@@ -34,8 +35,8 @@ class Result:
 
 
 @dataclasses.dataclass
-class Underway:
-  """What a run in progress holds besides its state.
+class RunState:
+  """What a run in progress holds besides its TrainState.
 
   per_image: the utilisation of the devices at one image a second; skipped: steps without an update
   since the run began.
@@ -76,93 +77,70 @@ def evaluate_split(run: Run, variables, split: str, stopping: Stop | None = None
   return {f"{split}_{name}": sums[name] / sums["count"] for name in ("accuracy", "loss")}
 
 
-def fit(under: Underway, state, stop: int):
+def fit(run_state: RunState, state, stop: int):
   """Trains from the state's step to `stop`, saving and evaluating on the way and at the end."""
-  run, config, start = under.run, under.run.config, int(state.step)
-  if start in due(under, stop):          # stopped before its evaluation was through
-    evaluate_saved(under, start, state)
+  run, config, start = run_state.run, run_state.run.config, int(state.step)
+  if start in not_evaluated(run_state, stop):          # stopped before its evaluation was through
+    evaluate_saved(run_state, start, state)
   pending, meter = [], Meter()
   for step in range(start + 1, stop + 1):
-    if under.stopping.requested():
-      leave(under, step - 1, state, pending, meter)
-    meter.start += under.profile.before(step, state)
+    if run_state.stopping.requested():
+      save_and_stop(run_state, step - 1, state, pending, meter)
+    meter.start += run_state.profile.before(step, state)
     try:
-      batch = meter.next_batch(under.data, pending[-1] if pending else None)
+      batch = meter.next_batch(run_state.data, pending[-1] if pending else None)
     except Exception:
-      if under.stopping.requested():     # the signal reached the workers too, and they went first
-        leave(under, step - 1, state, pending, meter)
+      if run_state.stopping.requested():     # the signal reached the workers too, and they went first
+        save_and_stop(run_state, step - 1, state, pending, meter)
       raise
     if step == 1:
-      under.log.picture(1, "augmented", watch.augmented(run, state.key, batch))
+      run_state.log.picture(1, "augmented", watch.augmented(run, state.key, batch))
     batch = sharding.put_batch(batch, run.mesh)
     if len(pending) > 1:  # steps are dispatched ahead of the device, but not without end
       jax.block_until_ready(pending[-2])
     state, metrics = run.step_at(step - 1)(state, batch)
-    under.stopping.saved = False   # not before: the first step compiles for minutes
+    run_state.stopping.saved = False   # not before: the first step compiles for minutes
     pending.append(metrics)
     meter.images += config.batch_size
-    under.log.progress(step)
+    run_state.log.progress(step)
     if step == start + 1:  # compilation is not speed
       jax.block_until_ready(metrics)
       meter.reset()
     save = step % config.checkpoint_every == 0 or step == stop
     if save or step % config.log_every == 0:
-      account(under, step, pending, meter)
+      log_metrics(run_state, step, pending, meter)
       pending = []
     if save:
-      save_checkpoint(under, step, state)
-      evaluate_saved(under, step, state)
+      save_checkpoint(run_state, step, state)
+      evaluate_saved(run_state, step, state)
     if not pending:
       meter.reset()
   return state
 
 
-def due(under: Underway, stop: int) -> list[int]:
+def not_evaluated(run_state: RunState, stop: int) -> list[int]:
   """The step that is the newest on disk, if it shall have a score and has none."""
-  checkpoints = under.checkpoints
+  checkpoints = run_state.checkpoints
   return [step for step in checkpoints.steps()[-1:] if step not in checkpoints.scores and
-          (step % under.run.config.checkpoint_every == 0 or step == stop)]
+          (step % run_state.run.config.checkpoint_every == 0 or step == stop)]
 
 
-def account(under: Underway, step: int, pending: list, meter: Meter):
+def log_metrics(run_state: RunState, step: int, pending: list, meter: Meter):
   """Checks and writes what the last steps measured."""
   fetched = jax.device_get(pending)
-  check_finite(under, step - len(fetched) + 1, fetched)
+  nonfinite.check(run_state, step - len(fetched) + 1, fetched)
   rates = meter.read()
-  if under.per_image:
-    rates["mfu"] = under.per_image * rates["images_per_second"]
-  if under.run.config.data.on_bad == "skip":   # those that this process met since it started
-    rates["bad_records"] = len(under.data.bad_records)
-  under.log.write(step, summary(fetched, under.skipped) | rates)
-
-
-def check_finite(under: Underway, first_step: int, metrics: list[dict]):
-  """Stops at the first step whose loss or gradient is not a number that can be trained on.
-
-  With config.optim.skip_nonfinite, such steps changed nothing, and that many are let pass.
-  """
-  most, skips = under.run.config.optim.skip_nonfinite, 0
-  bad = guard.first_bad(first_step, metrics)
-  for step, values in enumerate(metrics, first_step):
-    skips += int(values.get("skipped", 0))
-    if under.skipped + skips > most and values.get("skipped"):
-      bad = step, f"loss or gradient is not finite at step {step}, and {most} were skipped"
-      break
-  under.skipped += skips
-  if bad:
-    try:
-      batch = f"The batch is in {guard.keep_batch(under.directory, bad[0], under.data)}"
-    except OSError as error:
-      batch = f"The batch could not be written ({error.strerror})"
-    raise FloatingPointError(
-        f"{bad[1]}; stopped, and nothing was saved since the last checkpoint. {batch}. A lower "
-        "config.optim.learning_rate or a config.optim.clip_norm may help")
+  if run_state.per_image:
+    rates["mfu"] = run_state.per_image * rates["images_per_second"]
+  if run_state.run.config.data.on_bad == "skip":   # those that this process met since it started
+    rates["bad_records"] = len(run_state.data.bad_records)
+  run_state.log.write(step, summary(fetched, run_state.skipped) | rates)
 
 
 def summary(metrics: list[dict], skipped: int) -> dict[str, float]:
   """Means since the last line over steps that were not skipped; of the learning rate the last."""
   counted = [values for values in metrics if not values.get("skipped")]
-  # Programs of one run differ in what they measure; a line has what its last step measured.
+  # Phases of one run differ in what they measure; a line has what its last step measured.
   means = {name: sum(float(values[name]) for values in counted if name in values) /
                  sum(name in values for values in counted)
            for name in metrics[-1] if any(name in values for values in counted)}
@@ -170,35 +148,35 @@ def summary(metrics: list[dict], skipped: int) -> dict[str, float]:
   return means | {"lr": float(metrics[-1]["lr"])} | total
 
 
-def save_checkpoint(under: Underway, step: int, state):
+def save_checkpoint(run_state: RunState, step: int, state):
   """Saves in the background; never a NaN."""
   if not steps.all_finite((state.params, state.batch_stats, state.opt_state)):
     raise FloatingPointError(f"the state after step {step} is not finite; it was not saved")
-  under.checkpoints.save(step, state, under.progress())
+  run_state.checkpoints.save(step, state, run_state.progress())
 
 
-def evaluate_saved(under: Underway, step: int, state):
+def evaluate_saved(run_state: RunState, step: int, state):
   """Evaluates a saved state on val, while it may still be on its way to the disk.
 
   The score chooses the best checkpoint.
   """
-  variables = steps.selected(state, under.run.config.eval_params)
+  variables = steps.selected(state, run_state.run.config.eval_params)
   try:
-    scores = evaluate_split(under.run, variables, "val", under.stopping)
+    scores = evaluate_split(run_state.run, variables, "val", run_state.stopping)
   except Stopped:
-    under.checkpoints.wait()
+    run_state.checkpoints.wait()
     raise Stopped(step) from None
-  under.log.write(step, scores)
-  under.checkpoints.score(step, scores["val_accuracy"])
+  run_state.log.write(step, scores)
+  run_state.checkpoints.score(step, scores["val_accuracy"])
 
 
-def leave(under: Underway, step: int, state, pending: list, meter: Meter):
+def save_and_stop(run_state: RunState, step: int, state, pending: list, meter: Meter):
   """Saves what is not on disk, and ends the run as it was asked to."""
   if pending:
-    account(under, step, pending, meter)
-  if step not in under.checkpoints.steps() and step:
-    save_checkpoint(under, step, state)
-  under.checkpoints.wait()
+    log_metrics(run_state, step, pending, meter)
+  if step not in run_state.checkpoints.steps() and step:
+    save_checkpoint(run_state, step, state)
+  run_state.checkpoints.wait()
   raise Stopped(step)
 
 
@@ -254,17 +232,24 @@ def check_start(config, directory: pathlib.Path, which: str):
                          "--restore": which, **images})
 
 
+def check_first_step(run: Run):
+  """Raises what the first step would, by tracing it: before a workdir belongs to this config."""
+  jax.eval_shape(run.step_at(0), run.shapes, batch_shapes(run))
+
+
 def train(config, directory, *, until: int | None = None, stopping: Stop | None = None,
-          restore_from: str = "newest", watching: watch.Watching | None = None) -> Result:
+          restore_from: str = "newest", watching: watch.Watching | None = None,
+          allow: Sequence[str] = ()) -> Result:
   """Runs a config to its `total_steps` in a workdir; called again, goes on where it stopped.
 
   until: stops after that step, once it is saved (for tests, and before a machine is taken away).
   stopping: asked before each batch; when it says so, saves and raises Stopped.
   restore_from: "last_good" passes over damaged checkpoints, loudly; "newest" refuses them.
+  allow: keys of the config by which the run may differ from how it began, such as "total_steps".
   """
-  config, directory = resolve(config), pathlib.Path(directory).absolute()
+  config, directory = resolve(config), workdir.path_of(directory)
   check_start(config, directory, restore_from)
-  workdir.check_claim(directory, config)
+  changed = workdir.check_claim(directory, config, allow=allow)
   workdir.check_writable(directory)
   run = build(config)
   data = pipeline.train_batches(
@@ -273,13 +258,16 @@ def train(config, directory, *, until: int | None = None, stopping: Stop | None 
   # A file to start from that is missing or does not fit is refused before anything is written.
   new = not (directory / "checkpoints").is_dir()
   state = fresh_state(run) if new else None
+  if new or changed:
+    check_first_step(run)
   stopping, watching = stopping or Stop(), watching or watch.Watching()
   active = jax.process_index() == 0
   with contextlib.ExitStack() as stack:
     stack.callback(data.close)
     if active:
-      workdir.claim(directory, config)
+      workdir.make(directory)
       stack.enter_context(workdir.locked(directory))
+      workdir.claim(directory, config, allow)
     check_shared(directory)
     checkpoints = Checkpoints(directory, keep_last=config.keep_last, clean=True,
                               on_saved=lambda: setattr(stopping, "saved", True))
@@ -291,16 +279,23 @@ def train(config, directory, *, until: int | None = None, stopping: Stop | None 
     stack.callback(log.close)
     profile = watch.Profile(watch.span(watching.profile), directory)
     stack.callback(profile.close)
-    under = Underway(run, directory, data, checkpoints, log, stopping, profile,
+    run_state = RunState(run, directory, data, checkpoints, log, stopping, profile,
                      watch.utilisation(run, watching.peak_tflops))
     restored, progress, step = restore(checkpoints, run, restore_from, log, set_aside=True)
     if restored is not None:
-      state, under.skipped = restored, progress["skipped"]
+      state, run_state.skipped = restored, progress["skipped"]
       data.set_state(progress["data"])
       log.say(f"resumed at step {step} from {checkpoints.directory / str(step)}")
+      if step > config.total_steps:
+        raise ValueError(f"--workdir={directory} is at step {step} already, after config."
+                         f"total_steps={config.total_steps}; give at least as many")
+      for line in changed:
+        log.say(f"goes on differently: {line}")
+      if changed:
+        log.write(step, {"changed": "; ".join(changed)})
     elif state is None:  # killed before its first checkpoint
       state = fresh_state(run)
-    state = fit(under, state, min(until or config.total_steps, config.total_steps))
+    state = fit(run_state, state, min(until or config.total_steps, config.total_steps))
     checkpoints.wait()
     return finish(run, state, checkpoints, log, "train", stopping)
 
@@ -314,11 +309,12 @@ def check_shared(directory: pathlib.Path):
                      "see; name a directory that all of them share")
 
 
-def evaluate(config, directory, *, restore_from: str = "newest") -> Result:
+def evaluate(config, directory, *, restore_from: str = "newest",
+             allow: Sequence[str] = ()) -> Result:
   """Evaluates the newest checkpoint of a workdir on val and test; changes nothing but the log."""
-  config, directory = resolve(config), pathlib.Path(directory).absolute()
+  config, directory = resolve(config), workdir.path_of(directory)
   check_start(config, directory, restore_from)
-  workdir.check_claim(directory, config, (*configs.FREE, "eval_params"))
+  workdir.check_claim(directory, config, allow=allow, free=(*configs.FREE, "eval_params"))
   if not (directory / "checkpoints").is_dir():
     raise ValueError(f"--workdir={directory} holds no checkpoints; train first, with --mode=train")
   run = build(config)

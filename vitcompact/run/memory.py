@@ -1,4 +1,4 @@
-"""--mode=plan: what a training step takes of each device's memory, on a mesh that is not here.
+"""--mode=memory: what a training step takes of each device's memory, on a mesh that is not here.
 
 The step is compiled for as many pretended devices (main.py sets them up before JAX is loaded) and
 never run, so nothing is allocated and no data are needed.
@@ -24,14 +24,6 @@ def local_bytes(shapes, shardings) -> int:
     size = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
     return math.prod(place.shard_shape(leaf.shape)) * size
   return sum(jax.tree.leaves(jax.tree.map(one, shapes, shardings)))
-
-
-def batch_shapes(run):
-  """The batch that the train step takes, without its values."""
-  size, place = run.config.batch_size, sharding.batches(run.mesh)
-  return {"image": jax.ShapeDtypeStruct((size, *run.preprocess.image_size, 3), np.uint8,
-                                        sharding=place),
-          "label": jax.ShapeDtypeStruct((size,), np.int32, sharding=place)}
 
 
 def activations(run) -> int:
@@ -63,7 +55,7 @@ def activations(run) -> int:
 def measure(run) -> dict[str, int]:
   """{what: bytes a device}. "working memory" is XLA's own figure: activations kept for the
   backward pass, gradients, and everything else that lives within a step."""
-  batch = batch_shapes(run)
+  batch = building.batch_shapes(run)
   compiled = run.step_at(0).lower(run.shapes, batch).compile()
   parts = {"parameters": "params", "optimiser": "opt_state", "averages": "ema_params"}
   out = {what: local_bytes(getattr(run.shapes, field), getattr(run.shardings, field))
@@ -75,7 +67,7 @@ def measure(run) -> dict[str, int]:
   return out | {"in all": sum(out.values())}
 
 
-def plan(config) -> str:
+def table(config) -> str:
   """A table of `measure`, with what it was measured for."""
   config = building.resolve(config)
   notes = ["Compiled for the CPU: a TPU or GPU fuses otherwise, keeps bfloat16 where the CPU "
@@ -89,7 +81,7 @@ def plan(config) -> str:
   run = building.build(config, classes)
   mesh = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
   head = (f"{config.model.name}, {trees.size(run.shapes.params) / 1e6:.2f} M parameters, batch "
-          f"{config.batch_size} in {config.accumulate} parts, remat {config.model.remat}, on "
+          f"{config.batch_size} in microbatches of {config.batch_size // config.accumulate}, remat {config.model.remat}, on "
           f"{run.mesh.size} devices ({mesh})")
   lines = [f"{what:<26}{size / MIB:12.1f} MiB" for what, size in measure(run).items()]
   kept = f"{activations(run) / MIB:.1f} MiB"

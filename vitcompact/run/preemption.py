@@ -1,4 +1,4 @@
-"""Leaving when asked to: SIGTERM is noticed at once, and costs at most the step under way.
+"""Leaving when asked to: SIGTERM and Ctrl-C are noticed at once, and cost at most the step under way.
 
 Imports no JAX, so that main.py can listen before it loads anything.
 
@@ -14,6 +14,7 @@ import sys
 import threading
 
 STOPPED = 75    # exit code: asked to leave, all is saved; the same command goes on (EX_TEMPFAIL)
+ABANDONED = 130 # exit code: left at a second Ctrl-C, as a shell would have it
 POLL = 0.05     # seconds
 
 
@@ -22,7 +23,7 @@ class Stopped(Exception):
 
   def __init__(self, step: int | None = None):
     where = "in an evaluation" if step is None else f"at step {step}"
-    super().__init__(f"stopped by SIGTERM {where}; saved. The same command goes on from it")
+    super().__init__(f"stopped {where}; saved. The same command goes on from it")
 
 
 class Stop:
@@ -56,40 +57,61 @@ def leave(code: int):
   os._exit(code)
 
 
+def second_ctrl_c():
+  print("left at once; steps since the last checkpoint are lost. The same command goes on from it",
+        file=sys.stderr, flush=True)
+  leave(ABANDONED)
+
+
 @contextlib.contextmanager
-def on_sigterm():
-  """A Stop that SIGTERM triggers, for one process; JAX itself listens in a group of several."""
-  stop, over = Stop(), threading.Event()
+def on_signal():
+  """A Stop that SIGTERM or Ctrl-C triggers; a second Ctrl-C leaves at once.
+
+  Of one process; in a group of several JAX itself listens for SIGTERM, to which Ctrl-C is turned.
+  """
+  stop, asked, over = Stop(), threading.Event(), threading.Event()
   read, write = os.pipe()
   os.set_blocking(write, False)
 
-  def watch():
-    while (got := os.read(read, 1)) and got[0] != signal.SIGTERM:
-      pass                        # another signal, of a child that ended, say
-    if not got:
-      return                      # the pipe was closed: the run is over
-    stop.signalled = True
-    while not stop.saved:         # the loop is on its way to saving
-      if over.wait(POLL):
-        return                    # who catches Stopped decides how to leave
-    if not over.is_set():
-      print("stopped by SIGTERM; nothing is lost. The same command goes on", file=sys.stderr,
-            flush=True)
+  def hear():
+    presses = 0
+    while got := os.read(read, 1):      # empty: the pipe was closed, the run is over
+      if got[0] == signal.SIGTERM:      # others are of a child that ended, say
+        stop.signalled = True
+        asked.set()
+      elif got[0] == signal.SIGINT:
+        presses += 1
+        if presses > 1:
+          second_ctrl_c()
+        print("stopping; Ctrl-C again leaves at once", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+  def leave_when_saved():
+    asked.wait()
+    while not stop.saved and not over.is_set():   # the loop is on its way to saving
+      over.wait(POLL)
+    if not over.is_set():               # else who catches Stopped decides how to leave
+      print("stopped; nothing is lost. The same command goes on", file=sys.stderr, flush=True)
       leave(STOPPED)
 
-  def handler(*_):
-    stop.signalled = True
+  def handler(number, _):
+    if number == signal.SIGTERM:
+      stop.signalled = True
 
-  old = signal.signal(signal.SIGTERM, handler)
+  old = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
   old_pipe = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-  thread = threading.Thread(target=watch, daemon=True)
-  thread.start()
+  threads = [threading.Thread(target=target, daemon=True) for target in (hear, leave_when_saved)]
+  for thread in threads:
+    thread.start()
   try:
     yield stop
   finally:
     signal.set_wakeup_fd(old_pipe)
-    signal.signal(signal.SIGTERM, old)
+    for number, before in old.items():
+      signal.signal(number, before)
     over.set()
+    asked.set()
     os.close(write)
-    thread.join()
+    for thread in threads:
+      thread.join()
     os.close(read)

@@ -1,17 +1,44 @@
-"""The directory of a run: it belongs to one config, which lies in it as config.json."""
+"""The directory of a run: it belongs to one config, which lies in it as config.json, and to one set
+of images, of which data.json tells enough to know them again at another path."""
 import contextlib
+import difflib
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
 import socket
 import time
+from collections.abc import Sequence
 
+import numpy as np
+
+from vitcompact.data import pipeline
+from vitcompact.data.decode import BadRecord
 from vitcompact.train import config as configs
 
+ON_DISK = ("folder", "arrayrecord")   # kinds of data that have a path
+SAMPLED = 16                         # images of a split whose pixels are compared
 
-def check_claim(workdir: pathlib.Path, config, free=configs.FREE) -> None:
-  """Refuses a workdir of another config, naming the keys that differ."""
+
+def path_of(workdir) -> pathlib.Path:
+  """The absolute path of --workdir; ValueError for the address of a bucket."""
+  configs.check_local("--workdir", workdir)
+  return pathlib.Path(workdir).absolute()
+
+
+def check_claim(workdir: pathlib.Path, config, *, allow: Sequence[str] = (),
+                free=configs.FREE) -> list[str]:
+  """Refuses a workdir of another config, naming the keys that differ.
+
+  free: keys that may differ; data.name may where the images are the same ones. allow: further ones,
+  named by the user. Returns a line for each difference that is allowed by these alone.
+  """
+  for key in allow:
+    if key not in (known := [*configs.KEYS, *configs.all_settings(), "plan"]) and (
+        not key.startswith("model.")):
+      close = difflib.get_close_matches(key, known) or ["total_steps"]
+      raise ValueError(f"--allow={key} is no key of a config; did you mean {close[0]}?")
   path = workdir / "config.json"
   if workdir.exists() and not workdir.is_dir():
     raise ValueError(f"--workdir={workdir} is a file; name a directory")
@@ -19,14 +46,61 @@ def check_claim(workdir: pathlib.Path, config, free=configs.FREE) -> None:
     if any((workdir / "checkpoints").glob("*")):
       raise ValueError(f"--workdir={workdir} holds checkpoints but no config.json, which says "
                        "whose they are: put that run's back, or use another --workdir")
-    return
+    return []
+  new = configs.flat(json.loads(config.to_json()))
   try:
-    old = configs.from_text(path.read_text())
+    old = configs.from_text(path.read_text(encoding="utf-8"))
+    changed = configs.changes(old, new)
   except (ValueError, RecursionError) as error:
     raise ValueError(f"{path} is no config of a run ({error}); use another --workdir") from None
-  if lines := configs.differences(old, configs.flat(json.loads(config.to_json())), free):
-    raise ValueError(f"--workdir={workdir} holds a run of another config: {'; '.join(lines)}. "
-                     "Use another --workdir, or the config of that run")
+  lines = {key: f"{key} is {there!r} there and {here!r} here"
+           for key, (there, here) in changed.items() if key not in free}
+  if "data.name" in lines and "data.name" not in allow:
+    if why := _other_images(workdir, *changed["data.name"]):
+      lines["data.name"] += f" ({why})"
+    else:
+      del lines["data.name"]
+  if refused := [line for key, line in lines.items() if key not in allow]:
+    keys = ",".join(key for key in lines)
+    raise ValueError(f"--workdir={workdir} holds a run of another config: {'; '.join(refused)}. "
+                     "Use another --workdir, or the config of that run; or, to go on from it all "
+                     f"the same, --allow={keys}")
+  return list(lines.values())
+
+
+def _other_images(workdir: pathlib.Path, old: str, new: str) -> str:
+  """Why data of another name are not known to be the same images; "" where they are."""
+  path = workdir / "data.json"
+  if not isinstance(old, str) or old.partition(":")[0] != new.partition(":")[0]:
+    return "another kind of data"
+  if not path.exists():
+    return "no data.json says which images they were"
+  try:
+    known = json.loads(path.read_text(encoding="utf-8"))
+  except (ValueError, RecursionError):
+    return "data.json is damaged"
+  facts = images_at(new)
+  return "" if facts and facts == known else f"the images are others: {known} there, {facts} here"
+
+
+def images_at(name: str) -> dict:
+  """What tells whether data on a disk are the same ones: how many images and classes, and a digest
+  of the pixels and labels of a few of each split. {} for data that have no path."""
+  if name.partition(":")[0] not in ON_DISK:
+    return {}
+  facts, digest = {"classes": pipeline.num_classes(name)}, hashlib.sha256()
+  for split in pipeline.SPLITS:
+    images = pipeline.source(name, split, image_size=1)
+    facts[split] = len(images)
+    for index in np.unique(np.linspace(0, len(images) - 1, SAMPLED).astype(int)):
+      try:
+        example = images[int(index)]
+      except BadRecord:   # as bad at another path
+        digest.update(b"bad")
+        continue
+      digest.update(np.asarray(example["image"]).tobytes())
+      digest.update(str((index, np.shape(example["image"]), int(example["label"]))).encode())
+  return {**facts, "digest": digest.hexdigest()}
 
 
 def check_writable(workdir: pathlib.Path) -> None:
@@ -38,18 +112,36 @@ def check_writable(workdir: pathlib.Path) -> None:
     raise ValueError(f"--workdir={workdir} cannot be written: {there} gives no permission to")
 
 
-def claim(workdir: pathlib.Path, config) -> None:
-  """Makes the directory and writes config.json, unless the run is there already."""
-  check_claim(workdir, config)
-  path = workdir / "config.json"
+def make(workdir: pathlib.Path) -> None:
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-      new = path.with_suffix(".tmp")  # renamed, so that a kill leaves no half of a config
-      new.write_text(json.dumps(json.loads(config.to_json()), indent=2, sort_keys=True) + "\n")
-      new.replace(path)
   except OSError as error:
     raise ValueError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
+
+
+def claim(workdir: pathlib.Path, config, allow: Sequence[str] = ()) -> list[str]:
+  """Makes the directory, and writes config.json and data.json unless the run is there already.
+
+  With differences that are allowed by `allow` alone, config.json is written anew; returns these.
+  """
+  changed = check_claim(workdir, config, allow=allow)
+  path = workdir / "config.json"
+  make(workdir)
+  try:
+    if changed or not path.exists():
+      _write(path, json.loads(config.to_json()))
+    if not (workdir / "data.json").exists() and (facts := images_at(config.data.name)):
+      _write(workdir / "data.json", facts)
+  except OSError as error:
+    raise ValueError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
+  return changed
+
+
+def _write(path: pathlib.Path, values: dict):
+  """JSON, renamed into its place, so that a kill leaves no half of it."""
+  new = path.with_suffix(".tmp")
+  new.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+  new.replace(path)
 
 
 @contextlib.contextmanager

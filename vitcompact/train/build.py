@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import FrozenConfigDict
 
 import vitcompact as vc
-from vitcompact.data import pipeline
+from vitcompact.data import labels, pipeline
 from vitcompact.train import guard, optim, phases, sharding, start
 from vitcompact.train import step as steps
-from vitcompact.train.config import complete
+from vitcompact.train.config import complete, method_settings
 from vitcompact.train.objective import (
     by_replica,
     looks_across,
@@ -100,8 +101,27 @@ def build(config: FrozenConfigDict, classes: int | None = None) -> Run:
              steps.jit_eval_step(eval_step, mesh), alone)
 
 
+def batch_shapes(run: Run) -> dict:
+  """The batch that the train step takes, without its values."""
+  size, place = run.config.batch_size, sharding.batches(run.mesh)
+  shapes = {"image": ((*run.preprocess.image_size, 3), np.uint8), "label": ((), np.int32)}
+  if run.config.data.augment == "token_labels":
+    shapes |= {"label_map": (labels.SHAPE, np.float16), "label_box": ((4,), np.float32)}
+  return {name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=place)
+          for name, (shape, dtype) in shapes.items()}
+
+
 def check_labels(config, model):
-  """Refuses labels of places where there is nothing that they could teach."""
+  """Refuses labels of places where there is nothing that they could teach, and weights of the loss
+  of which none counts."""
+  weights = {f"loss.{name}" for name in ("labels", "hard", "soft", "logits", "patches")}
+  weights |= {key for key, setting in method_settings(model.plan.methods()).items()
+              if setting.is_weight and key.startswith("loss.")}
+  if "patch logits" in model.teaches:
+    weights.add("loss.patch_labels")
+  if not any(config.loss[key.removeprefix("loss.")] for key in weights):
+    raise ValueError(f"every weight of config.loss that counts for {model.variant} is 0: nothing "
+                     f"would be learnt; set one of {', '.join(sorted(weights))}")
   if config.data.augment != "token_labels":
     return
   if "patch logits" not in model.teaches:

@@ -5,6 +5,8 @@ methods (their losses' weights, their phases) are the methods' own, and count wh
 """
 import difflib
 import json
+import math
+import re
 from collections.abc import Mapping
 
 from ml_collections import ConfigDict
@@ -18,12 +20,12 @@ SCHEDULES = ("step", "epoch", "late_epoch", "after_warmup")
 PATCH_ERRORS = ("square", "divergence")
 
 KEYS = {
-    "seed": Setting(0, low=0, high=2 ** 32 - 1),
+    "seed": Setting(0, low=0, high=2 ** 63 - 1),
     "init_from": Setting(""),        # .safetensors to start from; a dense one is made compact first
     "total_steps": Setting(1000, low=1, unit="of steps"),
     "batch_size": Setting(64, low=1, unit="of images"),   # of all devices and microbatches together
     "accumulate": Setting(1, low=1, unit="of microbatches"),
-    "eval_batch_size": Setting(64, low=1, unit="of images"),
+    "eval_batch_size": Setting(64, low=1, high=2 ** 16, unit="of images"),
     "checkpoint_every": Setting(1000, low=1, unit="of steps"),
     "keep_last": Setting(2, low=1, unit="of checkpoints"),   # besides the best on val
     "log_every": Setting(50, low=1, unit="of steps"),
@@ -74,7 +76,7 @@ KEYS = {
 # These change where and how often, not what: a run may be resumed with others.
 # on_bad too: a run that stopped at a bad record may go on passing it over.
 FREE = ("mesh.data", "mesh.fsdp", "mesh.tensor", "data.workers", "data.on_bad", "data.max_bad",
-        "log_every", "eval_batch_size", "keep_last", "optim.skip_nonfinite")
+        "log_every", "checkpoint_every", "eval_batch_size", "keep_last", "optim.skip_nonfinite")
 
 
 def flat(config: Mapping) -> dict:
@@ -86,6 +88,23 @@ def flat(config: Mapping) -> dict:
     else:
       out[key] = value
   return out
+
+
+def nested(values: Mapping) -> dict:
+  """Inverse of `flat`."""
+  tree = {}
+  for key, value in values.items():
+    *sections, name = key.split(".")
+    section = tree
+    for part in sections:
+      section = section.setdefault(part, {})
+    section[name] = value
+  return tree
+
+
+def plain(value):
+  """A config's value without the classes of ml_collections."""
+  return value.to_dict() if isinstance(value, ConfigDict) else value
 
 
 def method_settings(methods) -> dict[str, Setting]:
@@ -105,7 +124,7 @@ def complete(config: Mapping) -> ConfigDict:
   Raises ValueError, one line, for keys that are unknown or of other methods, and for values that a
   key cannot have.
   """
-  given, plan = flat(config), Plan.parse(config.get("plan", ""))
+  given, plan = flat(config), Plan.parse(plain(config.get("plan", "")))
   own, others = {**KEYS, **method_settings(plan.methods())}, all_settings()
   out = {"plan": plan.to_json()}
   for key, value in given.items():
@@ -121,22 +140,13 @@ def complete(config: Mapping) -> ConfigDict:
   for key, setting in own.items():
     out[key] = given.get(key, setting.default)
     setting.check(key, out[key])
-  if not any(out[key] for key, setting in own.items() if setting.is_weight and
-             key.startswith("loss.")):
-    raise ValueError("every weight of config.loss is 0: nothing would be learnt; set one")
   out |= {key: value for key, value in given.items() if key.startswith("model.")}
   for key in ("model.name", "model.image_size"):
     if key not in out:
       raise ValueError(f"missing config.{key}")
-  tree = ConfigDict()
-  for key, value in out.items():
-    section, _, name = key.rpartition(".")
-    if section:
-      tree.setdefault(section, ConfigDict())[name] = value
-    else:
-      tree[name] = value
-  check(tree)
-  return tree
+  complete_config = ConfigDict(nested(out))
+  check(complete_config)
+  return complete_config
 
 
 def owners(key: str) -> list[str]:
@@ -158,27 +168,67 @@ def check(config: ConfigDict):
                      f"config.accumulate={config.accumulate}: a microbatch mixes within itself")
   if config.mesh.data == 0:
     raise ValueError("config.mesh.data=0: must be a number of devices, or -1 for all the rest")
-  ramp = config.optim.warmup_steps + config.optim.cooldown_steps
-  if ramp > config.total_steps:
-    raise ValueError(f"config.optim.warmup_steps={config.optim.warmup_steps} and cooldown_steps="
-                     f"{config.optim.cooldown_steps} are longer than config.total_steps="
-                     f"{config.total_steps}")
+  check_ramp(config, config.total_steps, f"config.total_steps={config.total_steps}")
+  check_rates(config.optim.rates)
+  for key, path in {"init_from": config.init_from, "teacher.file": config.teacher.file,
+                    "data.name": config.data.name}.items():
+    check_local(f"config.{key}", path)
+
+
+def check_ramp(config, steps: int, name: str):
+  """Refuses a warm-up and a cool-down that do not fit into the steps of a phase."""
+  optim = config.optim
+  if optim.warmup_steps + optim.cooldown_steps > steps:
+    raise ValueError(f"config.optim.warmup_steps={optim.warmup_steps} and config.optim."
+                     f"cooldown_steps={optim.cooldown_steps} are longer than {name}: lower them")
+
+
+def check_rates(rates):
+  """Refuses what are no (pattern, factor, first step)."""
+  for rate in rates:
+    try:
+      pattern, factor, first = rate
+      re.compile(pattern)
+    except (TypeError, ValueError, re.error) as error:
+      raise ValueError(f"config.optim.rates: {rate!r} must be (pattern, factor, first step) with a "
+                       f"regular expression: {error}") from None
+    numeric = isinstance(factor, (int, float)) and math.isfinite(factor) and factor >= 0
+    if not numeric or not isinstance(first, int) or first < 0:
+      raise ValueError(f"config.optim.rates: {rate!r} must be (pattern, factor, first step), the "
+                       "factor a number of at least 0 and the step a whole one")
+
+
+def check_local(name: str, path: str):
+  """Refuses the address of a bucket: all files of a run are on disks that the machine mounts."""
+  if re.search(r"(^|:)[a-z][a-z0-9+.-]*://", str(path)):
+    raise ValueError(f"{name}={path}: only paths of mounted disks are read and written, no "
+                     "addresses of buckets; mount it (docs/scale.md), and give the path")
 
 
 def differences(old: Mapping, new: Mapping, free=FREE) -> list[str]:
   """One line for each key, except the free ones, by which two flat configs differ; a key that one
-  of them lacks has its default there."""
-  defaults = {key: setting.default for key, setting in {**all_settings(), **KEYS}.items()}
+  of them lacks has its default there. Settings of methods that neither plan has do not count."""
+  return [f"{key} is {there!r} there and {here!r} here"
+          for key, (there, here) in changes(old, new).items() if key not in free]
 
-  def value(flat_config, key):
-    found = flat_config.get(key, defaults.get(key, "nothing"))
-    if key == "plan":
-      return Plan.parse(found).to_json()
-    return list(found) if isinstance(found, tuple) else found
 
-  return [f"{key} is {value(old, key)!r} there and {value(new, key)!r} here"
-          for key in sorted(old.keys() | new.keys())
-          if key not in free and value(old, key) != value(new, key)]
+def changes(old: Mapping, new: Mapping) -> dict[str, tuple]:
+  """{key: (old value, new value)} of the keys by which two flat configs differ, see above."""
+  plans = [Plan.parse(plain(config.get("plan", ""))) for config in (old, new)]
+  others, own = all_settings(), {**KEYS, **method_settings(
+      method for plan in plans for method in plan.methods())}
+  values = [{**{key: _comparable(setting.default) for key, setting in own.items()},
+             **{key: _comparable(value) for key, value in config.items()
+                if key in own or key not in others}, "plan": plan.to_json()}
+            for config, plan in zip((old, new), plans, strict=True)]
+  pairs = {key: tuple(side.get(key, "nothing") for side in values)
+           for key in sorted(values[0].keys() | values[1].keys())}
+  return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _comparable(value):
+  """Lists and tuples alike, as JSON has no tuples."""
+  return [_comparable(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def from_text(text: str) -> dict:

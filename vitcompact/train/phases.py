@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from vitcompact.methods import protocol
 from vitcompact.methods.protocol import FirstPhase
 from vitcompact.plan import Plan
+from vitcompact.train.config import check_ramp
 
 
 class Phase(NamedTuple):
@@ -47,6 +48,11 @@ def check(config, model):
     if not steps < config.total_steps:
       raise ValueError(f"config.{phase.section}.steps={steps} must leave some of "
                        f"config.total_steps={config.total_steps}")
+    check_ramp(config, config.total_steps - steps, "the main phase (config.total_steps="
+               f"{config.total_steps} less config.{phase.section}.steps={steps})")
+    if config[phase.section].warmup_steps > steps:
+      raise ValueError(f"config.{phase.section}.warmup_steps={config[phase.section].warmup_steps} "
+                       f"is longer than config.{phase.section}.steps={steps}: lower it")
     if all(phase is not protocol.first_phase(method)
            for site in model.sites() for method in model.plan.at(site).present()):
       raise ValueError(f"config.{phase.section}.steps={steps} trains {scope}, which no block of "

@@ -1,0 +1,157 @@
+"""Every key of a config that is not a method's own, with the library's default; others derive.
+
+Command:  python main.py --config=configs/base.py --workdir=runs/base
+Cost:     3.66 TFLOP, forward and backward of 64,000 images through the dense model.
+Result:   none of its own: a start for a config of yours.
+
+Arguments, which every file takes: `runlocal` makes it a run of seconds on a laptop, all its parts
+small. Words are joined by commas: --config=configs/deit_s.py:deit_tiny_patch16_224,runlocal
+
+A setting of a method (the weight of its loss, say) stands only in a config whose plan has it; its
+default, like that of any key that a config leaves out, is the library's.
+"""
+from ml_collections import ConfigDict
+
+
+def get_config(argument=""):
+  config = ConfigDict()
+  config.seed = 0
+  config.init_from = ""           # .safetensors to start from; a dense one is made compact first
+  config.total_steps = 1000
+  config.batch_size = 64          # images of one step, all devices and microbatches together
+  config.accumulate = 1           # microbatches of a step, one after another
+  config.eval_batch_size = 64
+  config.checkpoint_every = 1000  # steps; each is evaluated on val
+  config.keep_last = 2            # checkpoints, besides the best on val
+  config.log_every = 50           # steps
+  config.ema_half_life = 0.0      # of the run; 0: no averages
+  config.eval_params = "raw"      # or "ema": what is evaluated, folded and reported
+  config.plan = ConfigDict()      # {axis: {"method": name, ...}}; empty: dense. Or "plan.json"
+
+  config.model = ConfigDict()     # a name, and any keyword of vc.create_model
+  config.model.name = "deit_tiny_patch16_224"
+  config.model.image_size = 16    # pixels
+  config.model.patch_size = 4     # pixels
+  config.model.drop_path_rate = 0.0
+  config.model.dtype = "float32"  # of the computation; parameters are always float32
+  config.model.remat = False      # True: less memory, blocks are computed twice
+
+  config.data = ConfigDict()
+  config.data.name = "digits"     # or shapes, folder:PATH, arrayrecord:PATH, tfds:NAME
+  config.data.augment = "none"    # vitcompact/data/pipeline.py lists them
+  config.data.workers = 0         # processes that decode and augment; 0: threads
+  config.data.erase = 0.0         # probability of random erasing
+  config.data.smoothing = 0.0
+  config.data.mixup = 0.0         # alpha; 0: off
+  config.data.cutmix = 0.0        # alpha; 0: off
+  config.data.eval_fit = "crop"   # in evaluation; or "warp": the whole image, its aspect lost
+  config.data.eval_crop = 0.0     # share of the image that evaluation crops; 0: the model's own
+  config.data.replicas = 1        # of the recipe, not of the hardware: each draws its own mix
+  config.data.repeats = 1         # showings of an image in a row
+  config.data.on_bad = "stop"     # at a record that cannot be used; or "skip" for the next one
+  config.data.max_bad = 0         # records that may be skipped
+
+  config.optim = ConfigDict()
+  config.optim.name = "adamw"     # or "sgd", with Nesterov momentum b1
+  config.optim.schedule = "step"  # "step", "epoch", "late_epoch" or "after_warmup"
+  config.optim.epoch_steps = 1    # only "epoch" and "late_epoch" count them
+  config.optim.learning_rate = 1e-3         # the peak
+  config.optim.warmup_steps = 0
+  config.optim.warmup_learning_rate = 1e-6  # of step 0
+  config.optim.final_learning_rate = 1e-5
+  config.optim.cooldown_steps = 0           # at the end, at the final learning rate
+  config.optim.weight_decay = 0.05
+  config.optim.b1, config.optim.b2, config.optim.eps = 0.9, 0.999, 1e-8
+  config.optim.clip_norm = 0.0    # global norm of the gradient; 0: no clipping
+  config.optim.skip_nonfinite = 0 # steps that may change nothing for a NaN, before the run stops
+  config.optim.rates = ()         # (pattern, factor of the rate, first step); first match
+
+  config.loss = ConfigDict()      # weights; 0: off
+  config.loss.labels = 1.0
+  config.loss.patch_labels = 1.0  # of models with patch logits (LV-ViT)
+  config.loss.hard = 0.0          # the teacher's choice
+  config.loss.soft = 0.0          # the teacher's logits, DeiT's way, at `temperature`
+  config.loss.temperature = 1.0
+  config.loss.logits = 0.0        # KL of the teacher's logits
+  config.loss.patches = 0.0       # the teacher's patches, by `patch_error`
+  config.loss.patch_error = "square"    # or "divergence", of LV-ViT's patch logits
+
+  config.teacher = ConfigDict()
+  config.teacher.file = ""        # .safetensors to learn from; "": no teacher
+  config.teacher.name = ""        # its model; "": the dense form of this one
+
+  config.mesh = ConfigDict()
+  config.mesh.data = -1           # devices; -1: all the rest
+  config.mesh.fsdp = 1            # devices that share one copy of the parameters
+  config.mesh.tensor = 1          # devices that share the heads and hidden channels of a layer
+  return finish(config, parse(argument))
+
+
+def parse(argument: str, **options):
+  """{option: value} from a config's argument: words joined by commas, each of one option.
+
+  A word that names an option whose default is False switches it on; any other is the value of the
+  option whose default is text. `runlocal` is an option of every config.
+  """
+  chosen = {**options, "runlocal": False}
+  text = [name for name, default in options.items() if isinstance(default, str)]
+  for word in filter(None, argument.split(",")):
+    if chosen.get(word) is False:
+      chosen[word] = True
+    elif text and word not in chosen:
+      chosen[text[0]] = word
+    else:
+      switches = [name for name, default in chosen.items() if isinstance(default, bool)]
+      raise ValueError(f"{word!r} is no argument of this config, which takes "
+                       f"{', '.join([*(f'a {name}' for name in text), *switches])}")
+  return ConfigDict(chosen)
+
+
+def finish(config, options):
+  """The config itself, or with `runlocal` the same at its smallest: a run of seconds."""
+  return local(config) if options.runlocal else config
+
+
+SMALL_ISOTROPIC = {"width": 16, "depth": 3, "heads": 2, "patch_size": 4, "image_size": 16}
+SMALL = {   # {first letters of a model's name: its sizes with `runlocal`}
+    "deit": SMALL_ISOTROPIC, "vit": SMALL_ISOTROPIC,
+    "lvvit": {**SMALL_ISOTROPIC, "patch_size": 16, "image_size": 64, "stem_width": 4},
+    "pvt": {"image_size": 64, "widths": (8, 8, 16, 16), "depths": (1, 1, 1, 1),
+            "heads": (1, 1, 2, 2)},
+    "nextvit": {"image_size": 64, "stem_widths": (8, 4, 8, 8), "widths": (8, 24, 24, 24),
+                "depths": (1, 1, 1, 1), "periods": (0, 1, 0, 1), "head_dim": 8},
+}
+
+
+def local(config):
+  """A narrow and shallow model on embedded data, 20 steps: every part of the config but a teacher,
+  which would need a file, and labels of places, which the data lack."""
+  steps = 20
+  config.update(total_steps=steps, batch_size=32, accumulate=1, eval_batch_size=120,
+                checkpoint_every=10, log_every=5)
+  kind = next(kind for kind in SMALL if config.model.name.startswith(kind))
+  config.model = ConfigDict({
+      "name": config.model.name, **{key: config.model[key] for key in
+                                    ("drop_path_rate", "remat", "mix_token") if key in config.model},
+      "dtype": "float32", **SMALL[kind]})
+  if config.data.name not in ("shapes", "directions"):
+    config.data.name = "digits"
+  config.data.update(workers=0, augment="none", replicas=min(config.data.replicas, 2))
+  config.optim.update(epoch_steps=5, warmup_steps=min(config.optim.warmup_steps, 2),
+                      cooldown_steps=min(config.optim.cooldown_steps, 2))
+  config.optim.rates = tuple((pattern, factor, min(first, 2))
+                             for pattern, factor, first in config.optim.rates)
+  config.loss.update(hard=0.0, soft=0.0, logits=0.0, patches=0.0)
+  config.teacher.update(file="", name="")
+  if "blocks" in config.plan.get("tokens", {}):
+    config.plan.tokens.blocks = tuple(range(1, 1 + min(len(config.plan.tokens.blocks), 2)))
+  if config.plan.get("attention", {}).get("granularity") == "block":
+    config.plan.attention.update(window=2, min_tokens=0)
+  # What follows are methods' settings: phases of a few steps, few programs to compile.
+  if "reconstruct" in config:
+    config.reconstruct.update(steps=5, warmup_steps=2)
+  if "keep_warmup" in config:
+    config.keep_warmup.update(start=2, steps=1)
+  if "companion_r" in config.loss:
+    config.loss.companion_r = 1
+  return config

@@ -1,0 +1,196 @@
+"""A run goes on exactly where it stopped, keeps what was good, and says what happened."""
+import dataclasses
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from tests.tiny_run import bits, contents, lines
+from vitcompact import trees
+from vitcompact.run import loop
+
+pytestmark = pytest.mark.usefixtures("shared")
+
+
+@pytest.fixture
+def copy(straight, tmp_path):
+  """A copy of the finished run, to be changed."""
+  return shutil.copytree(straight[0], tmp_path / "copy")
+
+
+def test_forty_steps_are_twenty_and_twenty_more_to_the_last_bit(config, straight, tmp_path):
+  """Parameters, moments, averages, batch statistics, step and key, on 8 devices."""
+  half = loop.train(config, tmp_path, until=20)
+  assert int(half.state.step) == 20
+  assert "test_accuracy" not in half.metrics
+  assert bits(half.state) != bits(straight[1].state)
+  whole = loop.train(config, tmp_path)
+  assert bits(whole.state) == bits(straight[1].state)
+  assert whole.metrics["params_digest"] == straight[1].metrics["params_digest"]
+
+
+def test_the_same_on_one_device_and_to_rounding_what_eight_give(
+    config, built_on_one, straight, tmp_path, monkeypatch):
+  monkeypatch.setattr(loop, "build", lambda config: built_on_one)
+  config = built_on_one.config
+  alone = loop.train(config, tmp_path / "straight")
+  loop.train(config, tmp_path / "twice", until=20)
+  assert bits(loop.train(config, tmp_path / "twice").state) == bits(alone.state)
+  losses = [[line["loss"] for line in lines(directory) if "lr" in line]
+            for directory in (tmp_path / "straight", straight[0])]
+  np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_a_new_process_of_main_goes_on_to_the_same_bits(config, straight, copy, tmp_path):
+  shutil.rmtree(copy / "checkpoints" / "40")
+  (tmp_path / "tiny.py").write_text(f"""
+from ml_collections import ConfigDict
+def get_config():
+  return ConfigDict({config.to_dict()!r})
+""")
+  command = [sys.executable, "main.py", f"--config={tmp_path / 'tiny.py'}", f"--workdir={copy}"]
+  root = pathlib.Path(loop.__file__).parents[2]
+  done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  assert "resumed at step 20" in done.stdout
+  assert not done.stderr
+  trained = lines(straight[0])[-1]
+  assert {name: lines(copy)[-1][name] for name in trained} == trained
+  saved = [read(directory / "checkpoints" / "40" / "meta" / "metadata")
+           for directory in (copy, straight[0])]
+  assert saved[0]["leaves"] == saved[1]["leaves"]   # checksums of every leaf
+
+
+def read(path):
+  return json.loads(path.read_text())
+
+
+def test_a_finished_run_takes_no_further_step(config, straight, copy):
+  again = loop.train(config, copy)
+  assert bits(again.state) == bits(straight[1].state)
+  assert lines(copy)[-1] == lines(straight[0])[-1]
+
+
+def test_the_log_has_every_number_and_ends_with_the_digest(straight, built):
+  directory, result = straight
+  log = lines(directory)
+  training = [line for line in log if "lr" in line]
+  assert [line["step"] for line in training] == [10, 20, 30, 40]
+  assert set(training[0]) == {"step", "loss", "accuracy", "grad_norm", "lr", "images_per_second",
+                              "data_wait"}
+  assert [line["step"] for line in log if "val_accuracy" in line] == [20, 40, 40]
+  assert log[-1]["mode"] == "train"
+  assert log[-1]["params_digest"] == trees.digest(result.state.params)
+  assert result.variables["params"] is result.state.params
+  assert list(directory.glob("events.out.tfevents.*"))
+  assert json.loads((directory / "config.json").read_text()) == json.loads(built.config.to_json())
+
+
+def test_evaluation_reads_the_newest_checkpoint(config, straight, copy):
+  result = loop.evaluate(config, copy)
+  trained, last = lines(straight[0])[-1], lines(copy)[-1]
+  assert last == result.metrics | {"step": 40}
+  assert last | {"mode": "train"} == trained
+
+
+def test_evaluation_of_the_averages_is_of_other_parameters(config, straight, copy):
+  config.eval_params = "ema"
+  result = loop.evaluate(config, copy)
+  assert result.metrics["params_digest"] == trees.digest(result.state.ema_params)
+  assert result.metrics["params_digest"] != lines(straight[0])[-1]["params_digest"]
+  assert result.metrics["test_loss"] != lines(straight[0])[-1]["test_loss"]
+
+
+def test_every_image_of_a_split_counts_once(built, straight):
+  """The batch size of evaluation, and so its padding, changes nothing."""
+  variables = straight[1].variables
+  sums = loop.evaluate_split(built, variables, "test")
+  correct = sums["test_accuracy"] * 360
+  assert correct == pytest.approx(round(correct), abs=1e-4)
+
+
+def poison(run, config, step, spoil):
+  """The run with a step that spoils its state, before (True) or after the loss is computed."""
+  def ruined(state):
+    return state.replace(params=jax.tree.map(lambda leaf: leaf * np.nan, state.params))
+
+  def train_step(state, batch):
+    now = int(state.step) + 1 == step
+    state, metrics = run.step_at(0)(ruined(state) if now and spoil == "before" else state, batch)
+    return ruined(state) if now and spoil == "after" else state, metrics
+
+  return dataclasses.replace(run, config=config, step_at=lambda _: train_step)
+
+
+@pytest.mark.parametrize("step, spoil, words", [
+    (27, "before", "loss is nan at step 27; stopped"),
+    (40, "after", "the state after step 40 is not finite; it was not saved"),
+])
+def test_a_nan_stops_the_run_at_its_step_and_leaves_the_last_good_checkpoint(
+    built, copy, monkeypatch, step, spoil, words):
+  shutil.rmtree(copy / "checkpoints" / "40")
+  before = contents(copy / "checkpoints")
+  monkeypatch.setattr(loop, "build", lambda config: poison(built, config, step, spoil))
+  with pytest.raises(FloatingPointError, match=words):
+    loop.train(built.config, copy)
+  assert contents(copy / "checkpoints") == before
+  assert [path.name for path in copy.glob("nan_step_*")] == ["nan_step_27.npz"] * (step == 27)
+
+
+def test_a_damaged_checkpoint_is_passed_over_only_when_told_to(config, straight, copy, capsys):
+  """And what is trained again from the one before it has the same bits."""
+  data = [path for path in (copy / "checkpoints/40/state").rglob("d/*") if path.is_file()]
+  for path in data:
+    path.write_bytes(path.read_bytes()[:20])
+  with pytest.raises(ValueError, match=r"/40 cannot be read.*there is step 20.*restore=last_good"):
+    loop.train(config, copy)
+  evaluated = loop.evaluate(config, copy, restore_from="last_good")
+  assert int(evaluated.state.step) == 20
+  assert (copy / "checkpoints" / "40").is_dir()      # who only evaluates moves nothing
+  again = loop.train(config, copy, restore_from="last_good")
+  assert "WARNING" in capsys.readouterr().err
+  assert bits(again.state) == bits(straight[1].state)
+  assert (copy / "checkpoints" / "damaged.40").is_dir()
+  assert any("falling back" in line.get("fallback", "") for line in lines(copy))
+
+
+def test_without_a_good_checkpoint_nothing_starts_anew(config, copy):
+  for path in (copy / "checkpoints").glob("*/meta/metadata"):
+    path.write_text("{}")
+  with pytest.raises(ValueError, match=r"none of the checkpoints \[20, 40\] of .* is good"):
+    loop.train(config, copy, restore_from="last_good")
+
+
+def test_a_workdir_of_another_config_is_refused_and_left_alone(config, copy):
+  before = contents(copy)
+  config.optim.weight_decay, config.data.mixup = 0.1, 0.0
+  with pytest.raises(ValueError, match=r"data.mixup is 0.8 there and 0.0 here; "
+                                       r"optim.weight_decay is 0.05 there and 0.1 here"):
+    loop.train(config, copy)
+  assert contents(copy) == before
+
+
+def test_where_a_run_happens_may_change(config, copy):
+  config.log_every, config.data.workers, config.keep_last = 5, 0, 3
+  assert int(loop.train(config, copy).state.step) == 40
+
+
+def test_a_checkpoint_of_another_model_is_refused(config, copy, monkeypatch):
+  config.model.width = 32
+  monkeypatch.undo()   # build the other model
+  monkeypatch.setattr(loop.workdir, "check_claim", lambda *_: None)
+  before = contents(copy / "checkpoints")
+  with pytest.raises(ValueError, match=r"checkpoints/40 holds another state: .*float32\["):
+    loop.train(config, copy)
+  assert contents(copy / "checkpoints") == before
+
+
+def test_evaluating_nothing_is_refused_and_makes_nothing(config, tmp_path):
+  with pytest.raises(ValueError, match="holds no checkpoints; train first"):
+    loop.evaluate(config, tmp_path / "none")
+  assert not (tmp_path / "none").exists()

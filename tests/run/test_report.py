@@ -1,0 +1,55 @@
+"""A finished run's receipt says what its deployed file does."""
+import errno
+import json
+
+import pytest
+
+import vitcompact as vc
+from tests import tiny
+from vitcompact import convert, files, trees
+from vitcompact.run import loop, report
+
+
+@pytest.mark.usefixtures("shared")
+def test_the_receipt_and_the_file_are_of_the_folded_model(built, tmp_path):
+  """In bfloat16, whose rounding is no difference of the two functions."""
+  model = built.model.clone(dtype="bfloat16")
+  variables = tiny.init(model)
+  metrics = {"test_accuracy": 0.5, "val_accuracy": 0.25,
+             "params_digest": trees.digest(variables["params"])}
+  report.report(loop.Result(built.config, model, None, variables, metrics), tmp_path)
+  receipt = json.loads((tmp_path / "receipt.json").read_text())
+  assert receipt["fold"]["ok"] and receipt["fold"]["images"] == report.TIMED_IMAGES
+  deploy, folded = vc.fold(model, variables)
+  found, loaded = convert.load(tmp_path / "deploy.safetensors")
+  assert found == deploy
+  assert trees.digest(loaded["params"]) == receipt["deploy_digest"] == trees.digest(
+      folded["params"])
+  rows = receipt["models"]
+  assert [row["name"] for row in rows] == ["dense", "trained", "deployed"]
+  assert rows[2]["params"] == trees.size(folded["params"]) < rows[0]["params"]
+  assert rows[0]["test_accuracy"] is None and rows[1]["test_accuracy"] == 0.5
+  correct = rows[2]["test_accuracy"] * 360
+  assert correct == pytest.approx(round(correct), abs=1e-4) and correct > 0
+  text = (tmp_path / "receipt.md").read_text()
+  assert "same function" in text and "NOT" not in text and f"{rows[2]['params']:,}" in text
+
+
+def test_a_report_that_finds_no_room_says_that_the_run_is_done(tmp_path, monkeypatch):
+  def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  model = tiny.deit()
+  monkeypatch.setattr(files.os, "replace", full)
+  with pytest.raises(OSError, match=r"the run is done, but .*deploy\.safetensors cannot be w"):
+    report.write(tmp_path, None, {"deploy": (model, tiny.init(model))})
+
+
+@pytest.mark.parametrize("links, share", [
+    (vc.Sparsifiner(keep=0.25, rank=4), 5 / 17),
+    (vc.Sparsifiner(keep=0.5, granularity="block", window=2, min_tokens=0), 2 / 4)])
+def test_the_receipt_tells_the_links_really_kept(links, share):
+  model = tiny.deit(vc.Plan(links=links))
+  assert report.links_kept(model, tiny.init(model), tiny.images(model)) == {
+      "links_kept": pytest.approx(share, abs=0.06)}   # the class token's row is dense
+  assert report.links_kept(tiny.deit(), None, None) == {}

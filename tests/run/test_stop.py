@@ -1,0 +1,129 @@
+"""A run that is asked to leave saves, leaves with 75, and goes on as if it had never stopped."""
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import main
+from tests.tiny_run import bits
+from vitcompact.run import loop, preemption
+
+
+class StopAt(preemption.Stop):
+  """Asked so many times, it says yes: before each step, and before each batch of evaluation."""
+
+  def __init__(self, count: int):
+    super().__init__()
+    self.count = count
+
+  def requested(self) -> bool:
+    self.ticks += 1
+    return self.ticks >= self.count
+
+
+@pytest.mark.parametrize("count, step, scored", [
+    (24, 22, ["20"]),    # 20 steps, a batch of evaluation, two more steps
+    (21, 20, []),        # in the evaluation of step 20
+    (1, 0, []),          # before the first step
+])
+def test_a_stopped_run_loses_no_step_and_goes_on_to_the_same_bits(
+    config, straight, tmp_path, shared, count, step, scored):
+  with pytest.raises(preemption.Stopped, match=f"at step {step}; saved"):
+    loop.train(config, tmp_path, stopping=StopAt(count))
+  saved = {int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*")}
+  assert max(saved, default=0) == step
+  path = tmp_path / "checkpoints" / "scores.json"
+  assert (list(json.loads(path.read_text())["scores"]) if path.exists() else []) == scored
+  whole = loop.train(config, tmp_path)
+  assert bits(whole.state) == bits(straight[1].state)
+  assert whole.metrics == straight[1].metrics
+  # The evaluation that was broken off is made up for.
+  scores = [json.loads((place / "checkpoints" / "scores.json").read_text())
+            for place in (tmp_path, straight[0])]
+  assert scores[0] == scores[1]
+
+
+def test_workers_that_the_signal_ended_first_do_not_lose_the_run(config, tmp_path, shared,
+                                                                 monkeypatch):
+  """SIGTERM to a whole process group ends the data's workers too."""
+  stopping = preemption.Stop()
+  real = loop.pipeline.train_batches
+
+  class Dies:
+    def __init__(self, batches):
+      self.batches = batches
+
+    def __getattr__(self, name):
+      return getattr(self.batches, name)
+
+    def __next__(self):
+      if self.batches.get_state()["next_index"] == 7:
+        stopping.signalled = True
+        raise RuntimeError("worker ended with -15")
+      return next(self.batches)
+
+  monkeypatch.setattr(loop.pipeline, "train_batches",
+                      lambda *args, **keywords: Dies(real(*args, **keywords)))
+  with pytest.raises(preemption.Stopped, match="at step 7; saved"):
+    loop.train(config, tmp_path, stopping=stopping)
+  assert (tmp_path / "checkpoints" / "7").is_dir()
+
+
+LONG = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2_000_000_000)"   # C code that lets threads run
+PROGRAM = """
+import hashlib, threading, time
+from vitcompact.run import preemption
+with preemption.on_sigterm() as stopping:
+  stopping.saved = {saved}
+  threading.Timer(0.5, lambda: setattr(stopping, "saved", True)).start()
+  print("ready", flush=True)
+  begin = time.perf_counter()
+  {work}
+"""
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_signal_is_heard_while_the_main_thread_is_in_the_compiler(saved):
+  """It leaves at once where nothing would be lost, else as soon as the disk has everything."""
+  process = subprocess.Popen([sys.executable, "-c", PROGRAM.format(saved=saved, work=LONG)],
+                             cwd=loop.pathlib.Path(main.__file__).parent, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  assert process.stdout.readline() == "ready\n"
+  process.send_signal(signal.SIGTERM)
+  _, error = process.communicate(timeout=60)
+  assert process.returncode == preemption.STOPPED
+  assert error == "stopped by SIGTERM; nothing is lost. The same command goes on\n"
+
+
+def test_a_signal_in_the_first_steps_compiler_would_lose_nothing(
+    config, built, tmp_path, monkeypatch):
+  """And says so: the process may be ended there, not minutes later."""
+  stopping, seen = preemption.Stop(), []
+
+  def step(state, batch):
+    seen.append(stopping.saved)
+    return built.step_at(0)(state, batch)
+
+  monkeypatch.setattr(loop, "build", lambda config: dataclasses.replace(
+      built, config=loop.resolve(config), step_at=lambda _: step))
+  for until in (3, 22):   # saved at 3, 20 and 22
+    loop.train(config, tmp_path, stopping=stopping, until=until)
+  assert [number for number, saved in enumerate(seen, 1) if saved] == [1, 4, 21]
+  assert len(seen) == 22
+
+
+def test_what_stopped_says_where():
+  assert "at step 7; saved" in str(preemption.Stopped(7))
+  assert "in an evaluation; saved" in str(preemption.Stopped())
+
+
+def test_who_stops_by_himself_is_not_ended_by_the_watcher():
+  before = signal.getsignal(signal.SIGTERM)
+  with preemption.on_sigterm() as stopping:
+    stopping.saved = False
+    signal.raise_signal(signal.SIGTERM)
+    assert stopping.requested()
+  assert signal.getsignal(signal.SIGTERM) == before

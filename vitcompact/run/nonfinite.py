@@ -1,0 +1,54 @@
+"""Numbers that are not numbers: a run stops at them and keeps the batch, or skips so many steps."""
+import math
+import pathlib
+
+import jax
+import numpy as np
+
+WATCHED = ("loss", "grad_norm")
+
+
+def check(run_state, first_step: int, metrics: list[dict]):
+  """Stops at the first step whose loss or gradient is not a number that can be trained on.
+
+  run_state: a `loop.RunState`. With config.optim.skip_nonfinite, such steps changed nothing, and that many are let pass.
+  """
+  most, skips = run_state.run.config.optim.skip_nonfinite, 0
+  bad = first_bad(first_step, metrics)
+  for step, values in enumerate(metrics, first_step):
+    skips += int(values.get("skipped", 0))
+    if run_state.skipped + skips > most and values.get("skipped"):
+      bad = step, f"loss or gradient is not finite at step {step}, and {most} were skipped"
+      break
+  run_state.skipped += skips
+  if bad:
+    try:
+      batch = f"The batch is in {keep_batch(run_state.directory, bad[0], run_state.data)}"
+    except OSError as error:
+      batch = f"The batch could not be written ({error.strerror})"
+    raise FloatingPointError(
+        f"{bad[1]}; stopped, and nothing was saved since the last checkpoint. {batch}. A lower "
+        "config.optim.learning_rate or a config.optim.clip_norm may help")
+
+
+def first_bad(first_step: int, metrics: list[dict]) -> tuple[int, str] | None:
+  """(step, what) of the first loss or gradient that cannot be trained on and was not skipped."""
+  for step, values in enumerate(metrics, first_step):
+    for name in WATCHED:
+      if not values.get("skipped") and not math.isfinite(values[name]):
+        return step, f"{name} is {values[name]} at step {step}"
+  return None
+
+
+def keep_batch(directory: pathlib.Path, step: int, data) -> pathlib.Path:
+  """Writes this process's share of a step's batch to nan_step_STEP.npz, as it left the host.
+
+  Steps are found out to be bad when their batch is long gone. Data are deterministic, so they are
+  read again; `data` stands elsewhere afterwards.
+  """
+  index = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
+  path = directory / f"nan_step_{step}{index}.npz"
+  data.set_state({**data.get_state(), "next_index": step - 1})
+  batch = next(data)
+  np.savez(path, step=step, **{name: np.asarray(array) for name, array in batch.items()})
+  return path
