@@ -26,13 +26,15 @@ MAY = {
     "models": MODELS,
     "data": {"trees", "settings"},
     # The package's own names (`vc.fold`) stand for verbs, models and plans.
-    **{verb: MODELS | VERBS | {"data", "vitcompact"} for verb in VERBS},
+    **{verb: MODELS | VERBS | {"data", "vitcompact", "_version"} for verb in VERBS},
+    "_version": set(),
     "train": MODELS | VERBS | {"data", "vitcompact"},
     "run": MODELS | VERBS | {"data", "vitcompact", "train"},
-    "cli": MODELS | VERBS | {"data", "vitcompact", "train", "run"},
+    "cli": MODELS | VERBS | {"data", "vitcompact", "_version", "train", "run"}, "__main__": {"cli"},
 }
 # What loops over methods, and knows none.
-CORE = ["plan.py", "block.py", "execution.py", "convert.py", "count.py", "compact.py", "fold.py",
+CORE = ["plan.py", "block.py", "execution.py", "convert.py", "fit.py", "foreign.py", "files.py",
+        "count.py", "compact.py", "fold.py",
         "methods/protocol.py", "methods/surgery.py",
         *(f"train/{name}.py" for name in ("optim", "objective", "phases", "config", "build")),
         *(f"models/{path.name}" for path in sorted((ROOT / "vitcompact/models").glob("*.py")))]
@@ -62,7 +64,7 @@ def test_every_room_imports_only_rooms_below_it():
   wrong = []
   for path in sorted((ROOT / "vitcompact").rglob("*.py")):
     room = path.relative_to(ROOT / "vitcompact").parts[0].removesuffix(".py")
-    if room in ("__init__", "__main__", "_version"):
+    if room == "__init__":
       continue
     assert room in MAY, f"{path}: a new room; say what it may import"
     wrong += [f"{path.relative_to(ROOT)} imports {other}" for other in rooms(path)
@@ -107,8 +109,9 @@ def identifiers(path):
 
 
 def strings(path):
-  """Texts of a file that are no docstrings."""
+  """Texts of a file that are no docstrings; `plan.modern` is left out, which reads old files."""
   tree = ast.parse(path.read_text())
+  tree.body = [node for node in tree.body if getattr(node, "name", None) != "modern"]
   docstrings = {node.body[0].value for node in ast.walk(tree)
                 if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and node.body
                 and isinstance(node.body[0], ast.Expr)}
