@@ -1,4 +1,4 @@
-"""Heads axis: every token turns each head up or down."""
+"""Heads axis: each token turns each head up or down."""
 import dataclasses
 from typing import ClassVar
 
@@ -10,14 +10,14 @@ from vitcompact.settings import weight
 
 
 def balance(seen) -> jax.Array:
-  """(B,): how unequally the heads of a block are used, mean over blocks."""
+  """How unequally the heads of a block are used, mean over blocks: (B,)."""
   gates = jax.tree.leaves(seen.collections["gates"])   # (B, N, heads) of each block
   return sum(jnp.var(gate_bnh.mean(axis=1), axis=-1) for gate_bnh in gates) / len(gates)
 
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-  """Heads weighed by 2 sigmoid(x W + b), in (0, 2). At the start all gates are 1: dense."""
+  """A token weighs its heads by 2 sigmoid(x W + b); at first by 1, like a dense model."""
   axis: ClassVar = "heads"
   settings: ClassVar = {"loss.gate_balance": weight(0.1)}
   losses: ClassVar = {"gate_balance": balance}
