@@ -8,7 +8,7 @@
 
 Needs torch and safetensors, nothing of vitcompact: sizes and plan are in the file's metadata.
 Inference only. Tensors have timm's names; those of compact layers are listed in
-vitcompact/models/torch_names.py, function `block`.
+vitcompact/torch_names.py, function `block`.
 """
 import json
 import sys

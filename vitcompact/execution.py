@@ -65,7 +65,10 @@ class Execution:
   @classmethod
   def from_json(cls, text: str) -> "Execution":
     """Inverse of `to_json`."""
-    tree = json.loads(text)
+    try:
+      tree = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+      raise ValueError(f"an execution must be JSON: {error}; got {text[:60]!r}") from None
     if not isinstance(tree, dict) or not tree.keys() <= {"attention", "chunk", "merged"}:
       raise ValueError(f"an execution must be a JSON object of attention, chunk and merged, got "
                        f"{text[:60]!r}")

@@ -112,6 +112,18 @@ def follow(source_bs, moved_bn):
   return jnp.where(source_bs < 0, -1, jnp.take_along_axis(moved_bn, jnp.maximum(source_bs, 0), 1))
 
 
+def keep_best(tokens: Tokens, score_bp, count: int, prefix: int) -> Tokens:
+  """The prefix and the `count` patches of highest score, in their order; the others are gone."""
+  batch, patches = score_bp.shape
+  kept_bk = prefix + jnp.sort(jax.lax.top_k(score_bp, count)[1], axis=1)
+  first_bp = jnp.broadcast_to(jnp.arange(prefix, dtype=kept_bk.dtype), (batch, prefix))
+  kept_bk = jnp.concatenate([first_bp, kept_bk], axis=1)
+  moved_bn = jnp.full((batch, prefix + patches), -1, jnp.int32)
+  moved_bn = moved_bn.at[jnp.arange(batch)[:, None], kept_bk].set(
+      jnp.arange(prefix + count, dtype=jnp.int32)[None])
+  return tokens.replace(x=take(tokens.x, kept_bk), source=follow(identity_source(tokens), moved_bn))
+
+
 def unmerge(tokens: Tokens):
   """(B, S, width): every source token with the features of the one that holds it, 0 if dropped."""
   source = identity_source(tokens)
