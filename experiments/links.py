@@ -59,10 +59,10 @@ def mass_kept(model, variables, image, keeps=KEEPS) -> dict[int, list[tuple[floa
   out = {i: [] for i in linked_blocks(model)}
   for keep in keeps:
     sparse = model.clone(plan=model.plan.with_links(keep=keep))
-    _, state = jax.jit(lambda v, x, m=sparse: m.apply(v, x, mutable=["links"]))(variables,
+    _, state = jax.jit(lambda v, x, m=sparse: m.apply(v, x, mutable=["attention"]))(variables,
                                                                                 image[None])
     for i, shares in out.items():
-      seen = state["links"][f"blocks_{i}"]["links"]
+      seen = state["attention"][f"blocks_{i}"]["links"]
       target, linked = (np.asarray(seen[name][0]) for name in ("target", "linked"))
       shares.append((float(linked.mean()), float((target * linked).sum() / target.sum())))
   return out

@@ -50,7 +50,7 @@ def layers(side: int, keep: float, batch: int, gradients: bool):
   bound = attn.bind({"params": params["attn"]})
   query, key = jax.jit(lambda x: (bound.query(x), bound.key(x)))(x)
   predict = jax.jit(lambda params, query, key: links.apply(
-      {"params": params}, Core(), query, key).blocks.chosen)
+      {"params": params}, Core(), query, key).layout.chosen)
   return {"linked": run(linked), "dense": run(lambda params, *args: Core()(*args)),
           "predictor": lambda: predict(params["links"], query, key)}
 

@@ -11,7 +11,7 @@ import jax
 from flax.core import FrozenDict
 
 from vitcompact import token_state
-from vitcompact.attention import BACKENDS
+from vitcompact.attention import FORMS
 from vitcompact.methods.attention.sparsifiner import Sparsifiner
 from vitcompact.methods.ffn.cffn import CFFN
 from vitcompact.methods.heads.hmhsa import HMHSA
@@ -44,7 +44,7 @@ class Plan:
   tokens: a reducer, which carries the blocks that it acts in; None keeps every token.
   blocks: {block: {axis: method or None}}, overrides; an axis that is absent has the default.
     Blocks are numbered 0..depth-1 over all stages in order.
-  backends: {block: attention backend}, one of `attention.BACKENDS`: the same function, computed in
+  backends: {block: attention backend}, one of `attention.FORMS`: the same function, computed in
     another way. `tune` chooses them by measuring; a block that is absent leaves it to the core.
   at_a_time: inference computes so many images of a batch after another; None: all at once. Chosen
     by `tune` likewise.
@@ -76,9 +76,9 @@ class Plan:
     object.__setattr__(self, "blocks", FrozenDict(sorted(blocks.items())))
     for block, name in self.backends.items():
       _check_block("backends", block)
-      if name not in BACKENDS:
+      if name not in FORMS:
         raise ValueError(f"Plan(backends={{{block}: {name!r}}}): must be one of "
-                         f"{', '.join(BACKENDS)}")
+                         f"{', '.join(FORMS)}")
     object.__setattr__(self, "backends", FrozenDict(sorted(self.backends.items())))
     if self.at_a_time is not None and not (type(self.at_a_time) is int and self.at_a_time > 0):
       raise ValueError(f"Plan(at_a_time={self.at_a_time!r}): must be a whole number of images, at "

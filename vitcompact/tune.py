@@ -116,7 +116,7 @@ def called(deploy: nn.Module, variables, images) -> dict[tuple[str, ...], Layer 
 
 def is_plain(core: Core) -> bool:
   """Whether every token attends to every token, each counting as one or as several."""
-  others = core.mask, core.keep_mask, core.blocks
+  others = core.mask, core.keep_mask, core.layout
   return all(x is None for x in others) and core.spread is attention.DENSE.spread
 
 

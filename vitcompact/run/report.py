@@ -71,8 +71,8 @@ def links_kept(model, variables, images) -> dict[str, float]:
   over the blocks of the network that have a predictor; {} without one."""
   if all(getattr(part, "links", None) is None for part in model.parts().values()):
     return {}
-  _, new = jax.jit(functools.partial(model.apply, mutable=["links"]))(variables, images)
-  shares = [jnp.mean(block["links"]["linked"][0]) for block in new["links"].values()]
+  _, new = jax.jit(functools.partial(model.apply, mutable=["attention"]))(variables, images)
+  shares = [jnp.mean(block["links"]["linked"][0]) for block in new["attention"].values()]
   return {"links_kept": float(sum(shares) / len(shares))}
 
 

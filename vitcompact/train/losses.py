@@ -84,9 +84,9 @@ def consistency(student_bw: jax.Array, teacher_bw: jax.Array, student_bk: jax.Ar
 def attention_reconstruction(links) -> jax.Array:
   """Sparsifiner: (1 / L) sum over L blocks, heads, queries, keys of (score - target)^2: (B,).
 
-  links: the collection "links" that `model.apply(..., mutable=["links"])` returns: for each block
-    its predictor's "score" and the "target", the block's own dense attention, both (B, heads, N, M)
-    (of blocks of tokens where links are).
+  links: the collection "attention" that `model.apply(..., mutable=["attention"])` returns: for each
+    block its predictor's "score" and the "target", the block's own dense attention, both (B, heads,
+    N, M) (of blocks of tokens where links are).
   """
   pairs = [block["links"] for block in links.values()]
   if not pairs:

@@ -91,8 +91,8 @@ def make_reconstruction(model, weight: float, images_summed: int):
   """
   def objective(params, batch_stats, teacher_variables, images, labels, targets, key):
     del teacher_variables, targets, key
-    logits, new = model.apply(variables(params, batch_stats), images, mutable=["links"])
-    error = losses.attention_reconstruction(new.get("links", {})).mean()
+    logits, new = model.apply(variables(params, batch_stats), images, mutable=["attention"])
+    error = losses.attention_reconstruction(new.get("attention", {})).mean()
     accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
     return weight * images_summed * error, (batch_stats, {"accuracy": accuracy})
   return objective

@@ -14,7 +14,7 @@ import numpy as np
 
 from vitcompact import attention
 from vitcompact.attention import Core
-from vitcompact.attention.block_sparse.layout import BlockLinks
+from vitcompact.attention.block_sparse.layout import BlockLayout
 from vitcompact.attention.block_sparse.windows import Windows, nearest, on_grid, on_line
 from vitcompact.methods.attention.sparsifiner import Sparsifiner
 
@@ -25,14 +25,14 @@ def choose(score_bfqk, own, count: int):
   return jax.lax.top_k(jnp.where(own[None, None], jnp.inf, score_bfqk), count)[1]
 
 
-def _means(links: BlockLinks, windows: Windows, x_bnfd):
+def _means(links: BlockLayout, windows: Windows, x_bnfd):
   """Means over the tokens of each block: (B, f, blocks, d), float32."""
-  if attention.in_turn() and links.order is None and windows.valid().all():
-    return windows.means_in_turn(x_bnfd, links.prefix)
+  if attention.loops_over_images() and links.order is None and windows.valid().all():
+    return windows.means_by_rows(x_bnfd, links.prefix)
   return windows.means(links.inner(x_bnfd))
 
 
-def block_mass(maps_bfnm, links: BlockLinks):
+def block_mass(maps_bfnm, links: BlockLayout):
   """How much of each query block's attention each block of keys gets, of that on all blocks.
 
   maps_bfnm: dense maps of the queries that are in blocks, in their order, over all keys.
@@ -66,22 +66,22 @@ class BlockPredictor(nn.Module):
     links = self._cut(query.shape[1], key.shape[1], source_bs, int(fused))
     score_bfqk = self._score(_means(links, links.queries, query), _means(links, links.keys, key),
                              links)
-    if attention.wants_links(self):
+    if attention.wants_predictions(self):
       own_bn = links.inner(jnp.broadcast_to(jnp.arange(query.shape[1]), query.shape[:2]))
       maps = core.maps(links.inner(query), key, own_n=own_bn)
-      self.sow("links", "score", jax.nn.softmax(score_bfqk, axis=-1))
-      self.sow("links", "target", jax.lax.stop_gradient(block_mass(maps, links)))
+      self.sow("attention", "score", jax.nn.softmax(score_bfqk, axis=-1))
+      self.sow("attention", "target", jax.lax.stop_gradient(block_mass(maps, links)))
     if not self.spec.masked:
       return core
     start = self._windows(self.key_grid, self.tokens - self.prefix).blocks
     count = min(max(1, round(self.spec.keep * start)), links.keys.blocks)
     chosen = choose(jax.lax.stop_gradient(score_bfqk), nearest(links.queries, links.keys), count)
     links = links._replace(chosen=chosen)
-    if attention.wants_links(self):
-      self.sow("links", "linked", links.linked())
-    return core._replace(blocks=links)
+    if attention.wants_predictions(self):
+      self.sow("attention", "linked", links.scored_blocks())
+    return core._replace(layout=links)
 
-  def _score(self, query_bfqd, key_bfkd, links: BlockLinks):
+  def _score(self, query_bfqd, key_bfkd, links: BlockLayout):
     width = query_bfqd.shape[-1]
 
     def identity(key, shape):
@@ -95,14 +95,14 @@ class BlockPredictor(nn.Module):
       score = jnp.einsum("bfqr,bfkr->bfqk", query, key)
     return score * width ** -0.5 + sizes[None, None, None]
 
-  def _cut(self, queries: int, keys: int, source_bs, fused: int) -> BlockLinks:
+  def _cut(self, queries: int, keys: int, source_bs, fused: int) -> BlockLayout:
     """The blocks, of which none is chosen yet."""
     if source_bs is None:
-      return BlockLinks(None, self._windows(self.query_grid, queries - self.prefix),
+      return BlockLayout(None, self._windows(self.query_grid, queries - self.prefix),
                         self._windows(self.key_grid, keys - self.prefix), prefix=self.prefix)
     windows = on_line(keys - self.prefix - fused, self.spec.window ** 2)
     order = self._survivors(source_bs, keys)[:, self.prefix:keys - fused]
-    return BlockLinks(None, windows, windows, order=jnp.argsort(order, axis=1),
+    return BlockLayout(None, windows, windows, order=jnp.argsort(order, axis=1),
                       prefix=self.prefix, fused=fused)
 
   def _windows(self, grid, tokens: int) -> Windows:

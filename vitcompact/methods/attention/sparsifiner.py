@@ -49,7 +49,7 @@ class Sparsifiner:
     is not computed. Behind DynamicViT, whose training only masks what it drops, the blocks of
     training are those of the whole grid; those of inference are cut from the survivors.
   masked: whether attention is restricted to the links. False is phase 1 of training: attention is
-    dense while predictors learn. Whenever "links" is a mutable collection, each predictor sows
+    dense while predictors learn. Whenever "attention" is a mutable collection, each predictor sows
     there its "score", the "target" to reconstruct (see `train.losses`) and what is "linked".
   min_tokens: blocks of the network with fewer keys have no predictor and stay dense; None: 0 for
     tokens, the measured crossover for blocks.
@@ -139,7 +139,7 @@ def _is_number(value) -> bool:
 
 def largest(x, k: int):
   """True at the k largest entries along the last axis, exactly k; ties go to the lowest index."""
-  if x.ndim > 2 and attention.in_turn():   # a map at a time stays in the cache
+  if x.ndim > 2 and attention.loops_over_images():   # a map at a time stays in the cache
     maps = jax.lax.map(lambda rows: _largest(rows, k), x.reshape(-1, *x.shape[-2:]))
     return maps.reshape(x.shape)
   return _largest(x, k)
@@ -244,10 +244,10 @@ class TokenLinks(nn.Module):
     if keep_bm is not None:   # what inference drops is in no sum
       low_key = jnp.where(keep_bm[:, :, None, None], low_key, 0)
     maps_bfnr = low_rank_maps(low_query, low_key, down, self._scale(query))
-    if attention.wants_links(self):
-      self.sow("links", "score", self._fitted(maps_bfnr, up))
+    if attention.wants_predictions(self):
+      self.sow("attention", "score", self._fitted(maps_bfnr, up))
       own_n = jnp.arange(self.prefix, query.shape[1])
-      self.sow("links", "target", jax.lax.stop_gradient(core.maps(rest_bnfd, key, own_n=own_n)))
+      self.sow("attention", "target", jax.lax.stop_gradient(core.maps(rest_bnfd, key, own_n=own_n)))
     if not self.spec.masked:
       return core
     # After a reduction the tokens that are no patches stay linked.
@@ -266,11 +266,11 @@ class TokenLinks(nn.Module):
       score_bfnm = jnp.where(outside, jnp.inf, score_bfnm)
     dense = jnp.ones((batch, heads, self.prefix, keys), bool)
     linked_bfnm = largest(score_bfnm, budget)
-    if attention.wants_links(self):
-      self.sow("links", "linked", linked_bfnm)
+    if attention.wants_predictions(self):
+      self.sow("attention", "linked", linked_bfnm)
     mask = jnp.concatenate([dense, linked_bfnm], axis=2)
     linked = Fraction(self.prefix * keys + queries * budget, (self.prefix + queries) * keys)
-    return core._replace(mask=mask, linked=linked)
+    return core._replace(mask=mask, scored=linked)
 
   def _score(self, maps_bfnr, up):
     """What links are chosen by."""
