@@ -47,7 +47,7 @@ def _tpu_refusal(query, key, value, chosen, dtypes):
 
 
 def block_attention(platform: str) -> Callable:
-  """The kernel that equals `gather.attend_blocks`, for what `refusal` does not refuse."""
+  """The kernel for what `refusal` does not refuse; see `block_sparse.attention`."""
   if platform == "tpu":
     from vitcompact.kernels import block_sparse_tpu as kernels
   else:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from vitcompact import kernels
-from vitcompact.attention.block_sparse import cpu, gather
+from vitcompact.attention.block_sparse import heads, kernel
 from vitcompact.attention.block_sparse.windows import Windows
 from vitcompact.attention.choice import for_layout
 from vitcompact.attention.device import asked, current
@@ -78,12 +78,9 @@ class BlockLayout(NamedTuple):
     """
     arrays = query_bnfd, key_bmfd, value_bmfe
     form = form or for_layout(current(), self, *arrays, asked()).form
-    if form == "block_sparse_cpu":
-      return cpu.attend(self._replace(chosen=None, order=None), *arrays, bias_bm, self.order,
-                        self.chosen)
-    of_blocks = kernels.block_attention(current().platform) if form == "block_sparse_kernel" else \
-        gather.attend_blocks
-    return gather.attend(self, of_blocks, *arrays, bias_bm)
+    if form == "block_sparse_kernel":
+      return kernel.attend(self, kernels.block_attention(current().platform), *arrays, bias_bm)
+    return heads.attend(self, form == "block_sparse_cpu", *arrays, bias_bm)
 
   def scored_blocks(self):
     """(B, f, q, blocks of keys): whether the scores of two blocks are computed."""
