@@ -183,8 +183,8 @@ def test_a_backend_that_this_device_does_not_have_is_no_candidate(monkeypatch):
 
 def test_the_plan_decides_how_a_block_attends(monkeypatch):
   seen = []
-  monkeypatch.setattr(attention.Core, "_attend", lambda core, query, key, value, *rest: (
-      seen.append(attention._asked.value), value)[1])
+  monkeypatch.setattr(attention.Core, "__call__", lambda core, query, key, value, *rest: (
+      seen.append(attention.asked()), value)[1])
   model = tiny.deit(vc.Plan(backends={1: "tiled"}))
   jax.eval_shape(model.init, jax.random.key(0), tiny.images(model))
   assert seen == [None, "tiled"]

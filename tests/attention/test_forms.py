@@ -1,4 +1,4 @@
-"""Every form of attention is the reference, and so are its gradients; which form is chosen where."""
+"""Every form of attention is the reference, gradients included; which form is chosen where."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -112,7 +112,8 @@ def test_the_reference_is_what_a_loop_over_queries_computes(name):
       seen = exps * np.exp(-top) * np.where(np.arange(KEYS) == i, 1, np.asarray(KEEP)[b])
       weights = (seen + 1e-6 / KEYS) / (seen.sum() + 1e-6)
     wanted[b, i, h] = weights @ value[b, :, h]
-  got = reference.attend(Core(**fields), *arrays(queries, heads=heads), FILTER if filtered else None)
+  rescore = FILTER if filtered else None
+  got = reference.attend(Core(**fields), *arrays(queries, heads=heads), rescore)
   np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
 
 

@@ -75,7 +75,7 @@ def test_links_are_those_of_the_definition_exactly_k_a_row(spec):
   np.testing.assert_array_equal(core.mask, wanted)
   finite = np.isfinite(core.masked_scores(query, key)).sum(axis=-1)
   assert (finite[:, :, PREFIX:] == spec.budget(TOKENS)).all() and (finite[:, :, 0] == TOKENS).all()
-  assert float(core.linked) == pytest.approx(wanted.mean())
+  assert float(core.scored) == pytest.approx(wanted.mean())
 
 
 def test_equal_scores_give_the_lowest_index_and_exactly_k():
@@ -158,8 +158,8 @@ def test_phase_2_gives_predictors_no_gradient_and_phase_1_nothing_else():
   @jax.jit
   @jax.grad
   def phase_1(params):
-    _, state = dense.apply({"params": params}, x, mutable=["links"])
-    return losses.attention_reconstruction(state["links"]).sum()
+    _, state = dense.apply({"params": params}, x, mutable=["attention"])
+    return losses.attention_reconstruction(state["attention"]).sum()
 
   phase_2 = jax.jit(jax.grad(lambda p: jnp.sum(sparse.apply({"params": p}, x) ** 2)))
   for name, leaf in trees.named_leaves(phase_2(variables["params"])).items():
@@ -169,7 +169,7 @@ def test_phase_2_gives_predictors_no_gradient_and_phase_1_nothing_else():
   logits, state = jax.jit(lambda x: dense.apply(variables, x, mutable=["links", "maps"]))(x)
   plain = tiny.deit()
   np.testing.assert_allclose(logits, jax.jit(plain.apply)(without_links(variables), x), atol=1e-6)
-  block = state["links"]["blocks_1"]["links"]
+  block = state["attention"]["blocks_1"]["links"]
   maps = state["maps"]["blocks_1"]["attn"]["maps"][0]
   np.testing.assert_allclose(block["target"][0], maps[:, :, 1:], atol=1e-6)
   assert block["score"][0].shape == (3, 4, 16, 17)
@@ -182,7 +182,8 @@ def test_reconstruction_can_train_the_values_that_choose_links():
   query, key = query_key()
 
   def score(params):
-    return module.apply({"params": params}, Core(), query, key, mutable=["links"])[1]["links"]
+    _, state = module.apply({"params": params}, Core(), query, key, mutable=["attention"])
+    return state["attention"]
 
   params = variables["params"]
   small = jnp.abs(params["up"]) <= 0.4
