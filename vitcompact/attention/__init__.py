@@ -6,26 +6,23 @@
   online_softmax.py  the one softmax of tiles, for tiled.py (tiles of queries) and block_sparse/
   vendor.py, cpu.py  what others compute, and the loops that only a CPU wants
 """
+# ruff: noqa: F401
 import flax.linen as nn
 
 from vitcompact.attention.call import DENSE, Core
-from vitcompact.attention.choice import Choice, choose
-from vitcompact.attention.device import (
-  FORMS,
-  Device,
-  asked,
-  current,
-  loops_over_images,
-  on,
-  split,
-  split_over,
-  using,
-)
+from vitcompact.attention.choice import choose
+from vitcompact.attention.device import FORMS, Device, asked, current, on, split_over, using
 from vitcompact.attention.reference import SCOPE, scores, share, softmax_kept, weigh
 
-__all__ = ["DENSE", "FORMS", "SCOPE", "Choice", "Core", "Device", "asked", "choose", "current",
-           "loops_over_images", "on", "scores", "share", "softmax_kept", "split", "split_over",
-           "using", "wants_maps", "wants_predictions", "weigh"]
+
+def split() -> bool:
+  """Whether the images of a batch lie on several devices."""
+  return current().split
+
+
+def loops_over_images() -> bool:
+  """Whether what a method computes for itself should also loop: see `Device`."""
+  return current().loops_over_images
 
 
 def wants_maps(module: nn.Module) -> bool:

@@ -28,10 +28,10 @@ def choose(device: Device, call, query, key, value, rescore=None, asked: str | N
   """
   if call.layout is not None and not (note := masked_dense(call, rescore)):
     return for_layout(device, call.layout, query, key, value, asked)
-  note = "" if call.layout is None else note
   if not call.is_plain(rescore):
+    note = "" if call.layout is None else note
     asked = "tiled" if asked in vendor.FORMS else asked
-    return Choice(asked or _without_vendors(device, query.shape[1], key.shape[1]), note)
+    return Choice(asked or _own(device, query, key), note)
   width = vendor.channels(query.shape[-1], value.shape[-1], call.size is not None)
   if why := refusal(asked, device, value.dtype, width):
     raise ValueError(f"attention form {asked!r} {why}; ask for another, or for none (in a Plan, "
@@ -44,11 +44,11 @@ def choose(device: Device, call, query, key, value, rescore=None, asked: str | N
     # XLA cannot split its kernel over several TPUs.
     if device.platform == "tpu" and device.count == 1 and key.shape[1] >= tuning.LEAST_SPLASH:
       return Choice("splash")
-  return Choice(_without_vendors(device, query.shape[1], key.shape[1]))
+  return Choice(_own(device, query, key))
 
 
-def _without_vendors(device: Device, queries: int, keys: int) -> str:
-  entries = queries * keys
+def _own(device: Device, query, key) -> str:
+  keys, entries = key.shape[1], query.shape[1] * key.shape[1]
   if not device.loops_over_images:
     return "einsum" if entries <= tuning.LARGEST_MAP else "tiled"
   if entries < tuning.FEW_ENTRIES:
@@ -57,14 +57,13 @@ def _without_vendors(device: Device, queries: int, keys: int) -> str:
 
 
 def masked_dense(call, rescore=None) -> str:
-  """Why a block layout is computed as masked dense attention, all scores formed; empty: it is not.
+  """Why a block layout is masked dense attention, of which all scores are formed; empty: it is not.
   """
-  if rescore is not None:
-    return "block layout computed as masked dense attention: a filter over scores needs all of them"
-  if call.keep_mask is not None:
-    return ("block layout computed as masked dense attention: a keep mask adds its epsilon to all "
-            "scores")
-  return ""
+  if rescore is None and call.keep_mask is None:
+    return ""
+  return "block layout computed as masked dense attention: " + (
+      "a keep mask adds its epsilon to all scores" if rescore is None else
+      "a filter over scores needs all of them")
 
 
 def for_layout(device: Device, layout, query, key, value, asked: str | None = None) -> Choice:

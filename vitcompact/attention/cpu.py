@@ -1,7 +1,7 @@
 """Loops that only a CPU wants: what one turn needs stays in its cache.
 
-Of a few hundred tokens the scores of all heads of an image do, and an allocation this small is not
-given back to the system after each layer; of more tokens only those of a head and some keys do.
+The scores of all heads of an image do at a few hundred tokens, in an allocation so small that it is
+not given back to the system after each layer; at more tokens, those of a head and some keys do.
 """
 from collections.abc import Callable
 
@@ -33,7 +33,5 @@ def loop_over_heads(head: Callable) -> Callable:
                  for x in arrays_bnh]
     bias_gm = None if bias_bm is None else jnp.repeat(bias_bm, heads, axis=0)
     out_gn = jax.lax.map(lambda one: head(*one), (*arrays_gn, bias_gm))
-    return jax.tree.map(
-        lambda x: x.reshape(batch, heads, *x.shape[1:]).swapaxes(1, 2), out_gn)
-
+    return jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]).swapaxes(1, 2), out_gn)
   return loop

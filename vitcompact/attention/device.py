@@ -1,21 +1,20 @@
 """Where a program will run, and which form of attention was asked for.
 
-Both are read once a call, while it is traced, and are part of the cache keys of `jax.jit`: a
-function that was compiled for one device or form is traced again for another.
+Read once a call, while it is traced, and part of the cache keys of `jax.jit`: a function compiled
+for one device or form is traced again for another.
 """
 from typing import NamedTuple
 
 import jax
 
 FORMS = ("einsum", "images", "tiled", "cudnn", "splash", "tokamax")
+_device = jax.make_user_context(None)
+_asked = jax.make_user_context(None)
 
 
 class Device(NamedTuple):
-  """What the choice of a form depends on.
-
-  platform: "cpu", "gpu" or "tpu". count: how many there are. capability: of an NVIDIA GPU, "9.0"
-  for Hopper. split: whether the images of a batch lie on several devices.
-  """
+  """platform: "cpu", "gpu" or "tpu". count: how many there are. capability: of an NVIDIA GPU, "9.0"
+  for Hopper. split: whether the images of a batch lie on several devices."""
   platform: str
   count: int = 1
   capability: str = ""
@@ -34,10 +33,6 @@ class Device(NamedTuple):
     return self.platform == "cpu" and not self.split
 
 
-_device = jax.make_user_context(None)
-_asked = jax.make_user_context(None)
-
-
 def current() -> Device:
   """The device that the program being traced is for."""
   if _device.value is not None:
@@ -54,16 +49,6 @@ def on(device: Device):
 def split_over(devices: int):
   """A context in which the images of a batch lie on so many devices."""
   return on(current()._replace(split=devices > 1))
-
-
-def split() -> bool:
-  """Whether the images of a batch lie on several devices."""
-  return current().split
-
-
-def loops_over_images() -> bool:
-  """See `Device.loops_over_images`."""
-  return current().loops_over_images
 
 
 def using(form: str | None):

@@ -46,8 +46,8 @@ def tiles(call, query, key, value, rescore, device):
   if call.is_plain(rescore):
     return tiled.attend(query, key, value, call.bias(), loop="heads" if loops else None)
   attend = functools.partial(tiled.attend_any, einsum, rescore=rescore)
-  return cpu.over_images(attend, call, query, key, value) if loops else attend(
-      call, query, key, value)
+  attend = functools.partial(cpu.over_images, attend) if loops else attend
+  return attend(call, query, key, value)
 
 
 def _vendors(attend):

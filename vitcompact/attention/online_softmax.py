@@ -22,15 +22,13 @@ class State(NamedTuple):
   out: jax.Array
 
   def combined(self, other: "State") -> "State":
-    """With the keys of another state. For any tops the function is the same: they have no gradient
-    here."""
+    """The state of the keys of both, whatever the top, which therefore has no gradient."""
     top = jax.lax.stop_gradient(jnp.maximum(self.top, other.top))
     old, new = jnp.exp(self.top - top), jnp.exp(other.top - top)
     return State(top, old * self.total + new * other.total, old * self.out + new * other.out)
 
   def attention(self):
-    # Divided after the product with the values, which is smaller than the scores.
-    return self.out / self.total
+    return self.out / self.total   # after the product, which is smaller than the scores
 
   def log_sum(self):
     """Log of the sum of exponentials of the scores."""
@@ -42,10 +40,9 @@ def row_max(scores):
 
 
 def tile(scores, weigh: Callable, top=None) -> State:
-  """The state of a tile of scores (..., N, M) alone.
+  """The state of a tile of scores (..., N, M), with `top` (..., N, 1) if not their own largest.
 
-  weigh: exponentials (..., N, M) -> their products with the values (..., N, e). top: of the rows
-  (..., N, 1) if it is not to be the largest of these scores.
+  weigh: exponentials (..., N, M) -> their products with the values (..., N, e).
   """
   top = row_max(scores) if top is None else top
   exps = jnp.exp(scores - top)
@@ -54,17 +51,16 @@ def tile(scores, weigh: Callable, top=None) -> State:
 
 def row_scores(query_nd, key_md, bias_m):
   """(N, M), float32; queries are scaled."""
-  scores_nm = jnp.matmul(query_nd, key_md.T, preferred_element_type=jnp.float32)
+  scores_nm = _product(query_nd, key_md.T)
   return scores_nm if bias_m is None else scores_nm + bias_m[None]
 
 
 def attend(query_nd, key_md, value_me, bias_m, step: int | None = None) -> State:
-  """The state of scaled queries (N, d) over all keys, `step` of these after another: those that
-  steps of this length leave over first. None: all together."""
+  """The state of scaled queries (N, d) over all keys, in steps of `step` keys (None: all), of which
+  the first has what is left over."""
   def seen(key_sd, value_se, bias_s):
     def weigh(exp_ns):
-      return jnp.matmul(exp_ns.astype(value_se.dtype), value_se,
-                        preferred_element_type=jnp.float32)
+      return _product(exp_ns.astype(value_se.dtype), value_se)
     scores_ns = row_scores(query_nd, key_sd, bias_s)
     # Keys without size, all of a step's perhaps, score -inf.
     return tile(scores_ns, weigh, jnp.maximum(row_max(scores_ns), LOWEST))
@@ -82,9 +78,10 @@ def gradients(key_md, value_me, bias_m, query_nd, log_sum_n1, shift_n1, d_out_ne
   """Gradients of query, key, value and the bias (M,); shift: the sum of out d_out over channels,
   less the gradient of log_sum."""
   weights_nm = jnp.exp(row_scores(query_nd, key_md, bias_m) - log_sum_n1)
-  d_weights_nm = jnp.matmul(d_out_ne, value_me.T, preferred_element_type=jnp.float32)
-  d_scores_nm = weights_nm * (d_weights_nm - shift_n1)
-  return (jnp.matmul(d_scores_nm, key_md).astype(query_nd.dtype),
-          jnp.matmul(d_scores_nm.T, query_nd, preferred_element_type=jnp.float32),
-          jnp.matmul(weights_nm.T, d_out_ne, preferred_element_type=jnp.float32),
-          d_scores_nm.sum(axis=0))
+  d_scores_nm = weights_nm * (_product(d_out_ne, value_me.T) - shift_n1)
+  return (_product(d_scores_nm, key_md).astype(query_nd.dtype), _product(d_scores_nm.T, query_nd),
+          _product(weights_nm.T, d_out_ne), d_scores_nm.sum(axis=0))
+
+
+def _product(x, y):
+  return jnp.matmul(x, y, preferred_element_type=jnp.float32)

@@ -10,7 +10,7 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 
-# Name scopes: `count` finds score and value products by this one, and what is needed by `share`.
+# A name scope, by which `count` finds score and value products.
 SCOPE = "vitcompact.attention"
 KEEP_EPSILON = 1e-6   # DynamicViT's
 

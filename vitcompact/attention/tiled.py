@@ -33,7 +33,10 @@ def _forward(loop, query_bnhd, key_bmhd, value_bmhe, bias_bm):
     def tile(query_nd):
       state = online_softmax.attend(query_nd, key_md, value_me, bias_m, step)
       return state.attention().astype(value_me.dtype), state.log_sum()
-    return _over_tiles(tile, most, query_nd)
+    if len(query_nd) <= most:
+      return tile(query_nd)
+    return jax.tree.map(lambda x: _joined(x, len(query_nd)),
+                        jax.lax.map(tile, _tiles(query_nd, most)))
 
   out_bnhe, log_sum_bnh1 = _of_heads(head, loop)(arrays, bias_bm)
   return out_bnhe, (*arrays, bias_bm, out_bnhe, log_sum_bnh1)
@@ -89,19 +92,11 @@ def _most_rows(keys: int) -> int:
   return max(tuning.LEAST_TILE, tuning.TILE_ENTRIES // keys)
 
 
-def _over_tiles(fn: Callable, most: int, x_n):
-  """Results (N, ...) of fn, of even tiles of an array (N, ...), each of `most` rows at the most."""
-  count = x_n.shape[0]
-  if count <= most:
-    return fn(x_n)
-  return jax.tree.map(lambda x: _joined(x, count), jax.lax.map(fn, _tiles(x_n, most)))
-
-
 def _tiles(x_n, most: int):
-  """(N, ...) -> (tiles, rows, ...), zeros after the last."""
-  tiles = -(-x_n.shape[0] // most)
-  rows = -(-x_n.shape[0] // tiles)
-  padded = jnp.pad(x_n, [(0, tiles * rows - x_n.shape[0])] + [(0, 0)] * (x_n.ndim - 1))
+  """(N, ...) -> (tiles, rows, ...), as even as can be, zeros after the last."""
+  tiles = -(-len(x_n) // most)
+  rows = -(-len(x_n) // tiles)
+  padded = jnp.pad(x_n, [(0, tiles * rows - len(x_n))] + [(0, 0)] * (x_n.ndim - 1))
   return padded.reshape(tiles, rows, *x_n.shape[1:])
 
 

@@ -9,7 +9,7 @@ import pytest
 import vitcompact as vc
 from tests import tiny
 from vitcompact import attention, trees
-from vitcompact.attention import Core
+from vitcompact.attention import Core, reference
 from vitcompact.methods.attention.sparsifiner import TokenLinks, gather_rows, largest
 from vitcompact.methods.heads.hmhsa import Hallucinate
 from vitcompact.train import losses
@@ -73,7 +73,7 @@ def test_links_are_those_of_the_definition_exactly_k_a_row(spec):
   core = module.apply(variables, Core(), query, key)
   wanted = masks_by_loops(spec, variables["params"], query, key)
   np.testing.assert_array_equal(core.mask, wanted)
-  finite = np.isfinite(core.masked_scores(query, key)).sum(axis=-1)
+  finite = np.isfinite(reference.masked_scores(core, query, key)).sum(axis=-1)
   assert (finite[:, :, PREFIX:] == spec.budget(TOKENS)).all() and (finite[:, :, 0] == TOKENS).all()
   assert float(core.scored) == pytest.approx(wanted.mean())
 
@@ -166,7 +166,7 @@ def test_phase_2_gives_predictors_no_gradient_and_phase_1_nothing_else():
     assert bool((leaf == 0).all()) == ("/links/" in name), name
   for name, leaf in trees.named_leaves(phase_1(variables["params"])).items():
     assert bool((leaf == 0).all()) == ("/links/" not in name), name
-  logits, state = jax.jit(lambda x: dense.apply(variables, x, mutable=["links", "maps"]))(x)
+  logits, state = jax.jit(lambda x: dense.apply(variables, x, mutable=["attention", "maps"]))(x)
   plain = tiny.deit()
   np.testing.assert_allclose(logits, jax.jit(plain.apply)(without_links(variables), x), atol=1e-6)
   block = state["attention"]["blocks_1"]["links"]

@@ -1,9 +1,9 @@
 """Block-sparse attention, head by head: cut into blocks, attended, put together again.
 
-A head is the same function everywhere. On a CPU one follows another, and some blocks of queries at
-a time, so that what a step needs stays in the cache: an allocation above 32 MB, moreover, is zeroed
-by the system at every call. Elsewhere all heads are computed together, a block of queries each.
-Tokens outside the blocks are scored beside the chosen blocks; as queries they see all tokens.
+On a CPU one head follows another, in steps of some blocks of queries, whose scores stay in the
+cache (an allocation above 32 MB, moreover, is zeroed by the system at every call). Elsewhere all
+heads are computed together, a block of queries each. Tokens outside the blocks are keys beside the
+chosen blocks; as queries they see all tokens.
 """
 import functools
 
@@ -17,10 +17,9 @@ from vitcompact.attention.reference import SCOPE
 
 def attend(layout, loops: bool, query_bnfd, key_bmfd, value_bmfe, bias_bm):
   """As `layout.BlockLayout.attend`; loops: whether one head follows another."""
-  chosen = layout.chosen
-  chosen = chosen.reshape(-1, *chosen.shape[2:]) if loops else chosen
-  return _attend(layout._replace(chosen=None, order=None), loops, (query_bnfd, key_bmfd, value_bmfe),
-                 (bias_bm, layout.order), chosen)
+  chosen = layout.chosen.reshape(-1, *layout.chosen.shape[2:]) if loops else layout.chosen
+  return _attend(layout._replace(chosen=None, order=None), loops,
+                 (query_bnfd, key_bmfd, value_bmfe), (bias_bm, layout.order), chosen)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -47,8 +46,7 @@ def _backward(layout, loops, residuals, d_out_bnfe):
   tokens, of_image, chosen, out_bnfe, log_sum = residuals
 
   def head(tokens, of_image, of_head):
-    *tokens, out_n, d_out_n = tokens
-    chosen_qs, log_sum = of_head
+    (*tokens, out_n, d_out_n), (chosen_qs, log_sum) = tokens, of_head
     one, seen, queries, *keys = _cut(layout, tokens, of_image)
     out_n, d_out_n = out_n.astype(jnp.float32), d_out_n.astype(jnp.float32)
     shift_n1 = jnp.sum(out_n * d_out_n, axis=-1, keepdims=True)
@@ -73,8 +71,8 @@ def _each_head(head, loops, tokens_bnfd, of_image_b, of_head_bf, like_bnfd):
   arrays (N, d), put together as those of `like`, and others. of_head: (B, f, ...), and (B f, ...)
   where heads follow one another."""
   if not loops:
-    both = jax.vmap(jax.vmap(head, (1, None, 0), (1, 0)))
-    arrays, others = both(tokens_bnfd, of_image_b, of_head_bf)
+    of_heads = jax.vmap(head, (1, None, 0), (1, 0))
+    arrays, others = jax.vmap(of_heads)(tokens_bnfd, of_image_b, of_head_bf)
     return [x.astype(like.dtype) for x, like in zip(arrays, like_bnfd, strict=True)], others
   batch, _, heads, _ = tokens_bnfd[0].shape
 
@@ -120,10 +118,7 @@ def _joined(layout, windows, blocks_kcd, outer_od):
 
 
 def _attend_blocks(loops, query_qad, keys, chosen_qs):
-  """Attention of queries in blocks (q, a, e), and the log of its sum of exponentials (q, a, 1).
-
-  keys: pairs of keys, values and bias, see `_cut`.
-  """
+  """Attention of queries in blocks (q, a, e), and its `log_sum` (q, a, 1); keys: see `_cut`."""
   inner, outer = zip(*keys, strict=True)
   blocks, area, _ = query_qad.shape
   most = tuning.BLOCK_ENTRIES // (area * chosen_qs.shape[1] * inner[0].shape[1]) if loops else 1
@@ -131,7 +126,7 @@ def _attend_blocks(loops, query_qad, keys, chosen_qs):
 
   def step(arrays):
     query_gad, chosen_gs = arrays
-    state = _attend_group(query_gad, [_chosen(x, chosen_gs) for x in inner], outer)
+    state = _attend_group(query_gad, _chosen(inner, chosen_gs), outer)
     return state.attention(), state.log_sum()
 
   groups = [x.reshape(-1, group, *x.shape[1:]) for x in (query_qad, chosen_qs)]
@@ -146,27 +141,25 @@ def _attend_group(query_gad, chosen, outer) -> State:
     with jax.named_scope(SCOPE):
       return jnp.einsum(axes, x, y, preferred_element_type=jnp.float32)
 
-  (key_gmd, value_gme, bias_gm), (key_od, value_oe, bias_o) = chosen, outer
-  scores = [product("gad,gmd->gam", query_gad, key_gmd)]
-  if bias_gm is not None:
-    scores = [scores[0] + bias_gm[:, None]]
-  weighs = [lambda exps: product("gam,gme->gae", exps.astype(value_gme.dtype), value_gme)]
-  if len(key_od):
-    scores.append(product("gad,od->gao", query_gad, key_od))
-    scores[1] += 0 if bias_o is None else bias_o[None, None]
-    weighs.append(lambda exps: product("gao,oe->gae", exps.astype(value_oe.dtype), value_oe))
+  def scored(axes, key, _, bias):
+    scores = product(f"gad,{axes}d->ga{axes[-1]}", query_gad, key)
+    return scores if bias is None else scores + bias.reshape(-1, 1, bias.shape[-1])
+
+  sides = [("gm", *chosen), ("o", *outer)] if len(outer[0]) else [("gm", *chosen)]
+  scores = [scored(*side) for side in sides]
   # One top for both: neither state has to be scaled.
   top = jnp.stack([row_max(x) for x in scores]).max(axis=0)
-  states = [tile(x, weigh, top) for x, weigh in zip(scores, weighs, strict=True)]
+  states = [tile(x, lambda exps, axes=axes, value=value: product(
+      f"ga{axes[-1]},{axes}e->gae", exps.astype(value.dtype), value), top)
+            for x, (axes, _, value, _) in zip(scores, sides, strict=True)]
   return State(top, sum(x.total for x in states), sum(x.out for x in states))
 
 
-def _chosen(blocks_kc, chosen_gs):
-  """The chosen blocks one after another: (g, s c, ...)."""
-  if blocks_kc is None:
-    return None
+def _chosen(blocks, chosen_gs):
+  """Of arrays of blocks (k, c, ...) the chosen ones, one after another: (g, s c, ...)."""
   groups, chosen = chosen_gs.shape
-  return blocks_kc[chosen_gs].reshape(groups, chosen * blocks_kc.shape[1], *blocks_kc.shape[2:])
+  return jax.tree.map(lambda x: x[chosen_gs].reshape(groups, chosen * x.shape[1], *x.shape[2:]),
+                      blocks)
 
 
 def _blocks_backward(keys, chosen_qs, rows):
@@ -179,7 +172,7 @@ def _blocks_backward(keys, chosen_qs, rows):
 
   def step(sums, arrays):
     chosen_s, *rows = arrays
-    seen = [None if x is None else _chosen(x, chosen_s[None])[0] for x in inner]
+    seen = jax.tree.map(lambda x: x[0], _chosen(inner, chosen_s[None]))
     d_query, *d_seen, _ = online_softmax.gradients(*seen, *rows)
     d_query_outer, *d_outer, _ = online_softmax.gradients(*outer, *rows)
     return [(total.at[chosen_s].add(d.reshape(-1, *total.shape[1:]), unique_indices=True), end + e)
