@@ -1,4 +1,4 @@
-"""Attention layers, dense and compact, timed in one run in the core's forms.
+"""Attention layers, dense and compact, timed in one run in each form.
 
   taskset -c 0 python -m experiments.attention_speed
   taskset -c 0 python -m experiments.attention_speed --sides 32 --batch 1 --gradients

@@ -275,7 +275,7 @@ def test_safetensors_with_pytorch_names_say_how_to_convert_them(tmp_path, theirs
   assert "--model deit_tiny_patch16_224" in refusal(vc.load, home)
 
 
-def test_the_command_reads_npz_and_says_what_others_are(tmp_path):
+def test_the_command_reads_npz_and_says_what_others_are(tmp_path, monkeypatch):
   state = vc.to_torch(MODEL, VARIABLES)
   path = tmp_path / "weights.npz"
   np.savez(path, **state)

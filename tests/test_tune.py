@@ -179,7 +179,7 @@ def test_a_form_that_this_device_does_not_have_is_no_candidate(monkeypatch):
 
 def test_the_record_decides_how_a_block_attends(monkeypatch):
   seen = []
-  monkeypatch.setattr(attention.Core, "_attend", lambda core, query, key, value, *rest: (
+  monkeypatch.setattr(attention.Core, "__call__", lambda core, query, key, value, *rest: (
       seen.append(attention.asked()), value)[1])
   model = tiny.deit(execution=vc.Execution({1: "tiled"}))
   jax.eval_shape(model.init, jax.random.key(0), tiny.images(model))

@@ -263,13 +263,19 @@ def _lengths(plan: Plan, depth: int, tokens: int, prefix: int) -> list[int]:
 def _check_needs(method, site: Site, gone, model: str):
   for what, way_out in protocol.needs(method, site).items():
     taker, first = gone.get(what, (method, 0))
+    where = f"{described(method)} in block {site.block} needs {CAPABILITIES[what]}, which"
     if what not in site.provides:
-      raise ValueError(f"{method} in block {site.block} needs {CAPABILITIES[what]}, which "
-                       f"{model or 'this model'} does not have; {way_out}")
+      raise ValueError(f"{where} {model or 'this model'} does not have; {way_out}")
     if taker is not method:
       since = f"from block {first} on " if taker.axis == "tokens" else ""
-      raise ValueError(f"{method} in block {site.block} needs {CAPABILITIES[what]}, which {since}"
-                       f"{taker} takes away; {way_out}")
+      raise ValueError(f"{where} {since}{described(taker)} takes away; {way_out}")
+
+
+def described(method) -> str:
+  """A method with the fields that are not at their defaults: "HMHSA(layout='grid')"."""
+  fields = [f"{field.name}={value!r}" for field in dataclasses.fields(method)
+            if (value := getattr(method, field.name)) != field.default]
+  return f"{type(method).__name__}({', '.join(fields)})"
 
 
 def _check_axes(axes: Mapping, where: str):

@@ -1,9 +1,9 @@
 """Block-sparse attention on TPU: Pallas on Mosaic TPU, forward and backward.
 
 One step of the grid owns a block of queries (for the gradients of keys and values: of keys) and
-walks its list of linked blocks, which is in scalar memory. The other side of a head stays in vector
+walks its list of chosen blocks, which is in scalar memory. The other side of a head stays in vector
 memory for all steps of that head: it is read from HBM once, and a block is picked by its number.
-Images are taken in turn, for scalar memory holds the lists of one, not of a batch.
+One image is computed after another, for scalar memory holds the lists of one, not of a batch.
 """
 import jax
 import jax.numpy as jnp

@@ -19,7 +19,7 @@ from vitcompact.layers import nonzero, weight_init
 
 def largest(x, k: int):
   """True at the k largest entries along the last axis, exactly k; ties go to the lowest index."""
-  if x.ndim > 2 and attention.in_turn():   # a map at a time stays in the cache
+  if x.ndim > 2 and attention.loops_over_images():   # a map at a time stays in the cache
     maps = jax.lax.map(lambda rows: _largest(rows, k), x.reshape(-1, *x.shape[-2:]))
     return maps.reshape(x.shape)
   return _largest(x, k)
