@@ -212,7 +212,7 @@ def test_it_fits_hierarchical_models_as_far_as_these_have_what_it_needs(name):
 
 @pytest.mark.parametrize("make,words", [
     (lambda: tiny.deit(vc.Plan(attention=Window(), tokens=vc.EViT(0.5, blocks=(0,)))),
-     "Window(radius=1) in block 0 needs the whole grid of tokens, which from block 0 on EViT("),
+     "Window() in block 0 needs the whole grid of tokens, which from block 0 on EViT("),
     (lambda: tiny.deit(vc.Plan(attention=Window(), tokens=vc.MCTF(r=3, blocks=(1,)))),
      "use attention=None there"),
     (lambda: tiny.deit(vc.Plan(heads=vc.HMHSA(layout="grid"), tokens=KeepLargest(0.5, (0,)))),

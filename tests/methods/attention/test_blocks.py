@@ -13,8 +13,8 @@ from vitcompact.attention import Core
 from vitcompact.attention.block_sparse.layout import BlockLayout
 from vitcompact.attention.block_sparse.windows import on_line
 from vitcompact.block import Attention
-from vitcompact.methods.attention.block_predictor import BlockPredictor
-from vitcompact.train import losses
+from vitcompact.methods.attention.block_predictor import BlockMaskPredictor
+from vitcompact.methods.attention.sparsifiner import attention_reconstruction
 
 SPEC = vc.Sparsifiner(keep=0.5, granularity="block", window=2, min_tokens=0)
 BATCH, HEADS, WIDTH = 2, 3, 4
@@ -27,7 +27,7 @@ def draw(*shape, seed=0):
 @pytest.mark.parametrize("keep,count", [(0.01, 1), (0.4, 2), (0.6, 2), (1.0, 4)])
 def test_chosen_are_the_best_blocks_by_their_means_and_the_own(keep, count):
   spec = vc.Sparsifiner(keep=keep, granularity="block", window=2)
-  module = BlockPredictor(spec, 17, 1, (4, 4), (4, 4))
+  module = BlockMaskPredictor(spec, 17, 1, (4, 4), (4, 4))
   query, key = draw(BATCH, 17, HEADS, WIDTH), draw(BATCH, 17, HEADS, WIDTH, seed=2)
   weights = {"query": draw(WIDTH, WIDTH, seed=3), "key": draw(WIDTH, WIDTH, seed=4)}
   chosen = module.apply({"params": weights}, Core(), query, key).layout.chosen
@@ -42,8 +42,8 @@ def test_chosen_are_the_best_blocks_by_their_means_and_the_own(keep, count):
 
 
 def test_keeping_every_block_is_dense_attention():
-  model = tiny.deit(vc.Plan(links=vc.Sparsifiner(keep=1.0, granularity="block", window=2,
-                                                 min_tokens=0)))
+  model = tiny.deit(vc.Plan(attention=vc.Sparsifiner(keep=1.0, granularity="block", window=2,
+                                                     min_tokens=0)))
   variables, x = tiny.init(model), tiny.images(model)
   assert variables["params"]["blocks_0"]["links"].keys() == {"query", "key"}
   dense = tiny.deit()
@@ -54,13 +54,13 @@ def test_keeping_every_block_is_dense_attention():
 
 
 def test_phase_2_gives_predictors_no_gradient_and_phase_1_reconstructs_the_mass_of_blocks():
-  sparse = tiny.deit(vc.Plan(links=SPEC), depth=1)
-  dense = sparse.clone(plan=sparse.plan.with_links(masked=False))
+  sparse = tiny.deit(vc.Plan(attention=SPEC), depth=1)
+  dense = sparse.clone(plan=sparse.plan.map(vc.Sparsifiner.first_phase.method))
   variables, x = tiny.init(sparse), tiny.images(sparse)
 
   def phase_1(params):
     _, state = dense.apply({"params": params}, x, mutable=["attention", "maps"])
-    return losses.attention_reconstruction(state["attention"]).sum(), state
+    return attention_reconstruction(state["attention"]).sum(), state
 
   @jax.jit
   def gradients(params):
@@ -77,15 +77,15 @@ def test_phase_2_gives_predictors_no_gradient_and_phase_1_reconstructs_the_mass_
   mass = np.zeros((3, 4, 4, 4))
   for i, j in itertools.product(range(16), repeat=2):
     mass[:, :, block_of[i], block_of[j]] += maps[:, :, i, j]
-  links = state["attention"]["blocks_0"]["links"]
-  np.testing.assert_allclose(links["target"][0], mass / mass.sum(axis=-1, keepdims=True), atol=1e-5)
-  np.testing.assert_allclose(links["score"][0].sum(axis=-1), 1, atol=1e-5)
+  seen = state["attention"]["blocks_0"]["links"]
+  np.testing.assert_allclose(seen["target"][0], mass / mass.sum(axis=-1, keepdims=True), atol=1e-5)
+  np.testing.assert_allclose(seen["score"][0].sum(axis=-1), 1, atol=1e-5)
 
 
 @pytest.mark.parametrize("plan", [
-    vc.Plan(links=SPEC, heads=vc.HMHSA(layout="grid", rank=2), ffn=vc.CFFN()),
-    vc.Plan(links=SPEC, heads=vc.HMHSA(real_heads=3), tokens=vc.EViT(keep=0.7, blocks=(0,))),
-    vc.Plan(links=SPEC, tokens=vc.ToMe(r=3))])
+    vc.Plan(attention=SPEC, heads=vc.HMHSA(layout="grid", rank=2), ffn=vc.CFFN()),
+    vc.Plan(attention=SPEC, heads=vc.HMHSA(real_heads=3), tokens=vc.EViT(keep=0.7, blocks=(0,))),
+    vc.Plan(attention=SPEC, tokens=vc.ToMe(r=3))])
 def test_blocks_compose_and_equal_masked_dense_attention_in_the_whole_model(plan, monkeypatch):
   model = tiny.deit(plan, global_pool="avg")
   variables, x = tiny.init(model), tiny.images(model)
@@ -110,18 +110,18 @@ def test_survivors_are_cut_into_blocks_in_the_order_of_the_first_windows():
   for place, i in enumerate(keep_mask, start=1):
     source[1 + i] = place
   source[1 + 10] = source[1 + 0]
-  module = BlockPredictor(SPEC, 17, 1, (4, 4), (4, 4))
+  module = BlockMaskPredictor(SPEC, 17, 1, (4, 4), (4, 4))
   x = draw(1, 14, HEADS, WIDTH)
   weights = {"query": jnp.eye(WIDTH), "key": jnp.eye(WIDTH)}
-  links = module.apply({"params": weights}, Core(), x, x, jnp.asarray(source)[None]).layout
+  layout = module.apply({"params": weights}, Core(), x, x, jnp.asarray(source)[None]).layout
   windows = [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
-  assert [keep_mask[i] for i in links.order[0]] == [i for i in windows if i in keep_mask]
-  assert links.queries == links.keys == on_line(13, 4) and links.chosen.shape[-1] == 2
+  assert [keep_mask[i] for i in layout.order[0]] == [i for i in windows if i in keep_mask]
+  assert layout.queries == layout.keys == on_line(13, 4) and layout.chosen.shape[-1] == 2
 
 
-def test_executed_products_are_those_of_the_linked_blocks():
+def test_executed_products_are_those_of_the_chosen_blocks():
   """16 patches in 4 blocks of 4 and a class token; 2 blocks a query block; 4 heads of 6."""
-  plan = vc.Plan(links=SPEC)
+  plan = vc.Plan(attention=SPEC)
   count, dense = vc.count(tiny.deit(plan, depth=1)), vc.count(tiny.deit(depth=1))
   heads, dh, patches = 4, 6, 16
   pairs = patches * 2 * 4 + patches * 1 + 1 * 17     # blocks, class key, class query
@@ -134,16 +134,15 @@ def test_executed_products_are_those_of_the_linked_blocks():
 def test_memory_grows_linearly_with_tokens():
   """Temporary memory of a compiled layer, with gradients, at 32 x 32 and 64 x 64 patches."""
   def temporary(side):
-    tokens = side * side + 1
-    spec = vc.Sparsifiner(granularity="block")
-    links = BlockPredictor(spec, tokens, 1, (side, side), (side, side))
-    attn = Attention(32, 2, query_grid=(side, side), key_grid=(side, side), prefix=1)
+    tokens, grid = side * side + 1, (side, side)
+    site = tiny.site(width=32, heads=2, tokens=tokens, query_grid=grid, key_grid=grid)
+    predictor, attn = vc.Sparsifiner(granularity="block").make(site), Attention(site)
     weights = {"query": jnp.eye(16), "key": jnp.eye(16)}
 
     def loss(params, x):
       layer = attn.bind({"params": params})
       query, key, value = layer.query(x), layer.key(x), layer.value(x)
-      core = links.apply({"params": weights}, Core(), query, key)
+      core = predictor.apply({"params": weights}, Core(), query, key)
       return layer.attend(query, key, value, core).sum()
 
     x = jax.ShapeDtypeStruct((1, tokens, 32), jnp.float32)
@@ -154,11 +153,11 @@ def test_memory_grows_linearly_with_tokens():
   assert temporary(64) / temporary(32) <= 4.6
 
 
-def test_short_sequences_have_no_block_links_and_a_filter_over_scores_is_refused():
-  plan = vc.Plan(links=vc.Sparsifiner(granularity="block"))
-  absent = tiny.deit(plan)
-  assert all(part.links is None for part in absent.parts().values())
+def test_short_sequences_stay_dense_and_a_filter_over_scores_is_refused():
+  plan = vc.Plan(attention=vc.Sparsifiner(granularity="block"))
+  absent = tiny.deit(plan).submodules().values()
+  assert all(block.methods.attention is None for block in absent)
   long = vc.create_model("deit_small_patch16_224", plan=plan, image_size=384, depth=1)
-  assert isinstance(long.parts()["blocks_0"].links, BlockPredictor)
-  with pytest.raises(ValueError, match="a filter over scores needs them all; use site='probs'"):
-    tiny.deit(vc.Plan(links=SPEC, heads=vc.HMHSA(site="logits")))
+  assert long.submodules()["blocks_0"].methods.attention == plan.attention
+  with pytest.raises(ValueError, match="needs the scores of all pairs of tokens.*site='probs'"):
+    tiny.deit(vc.Plan(attention=SPEC, heads=vc.HMHSA(site="logits")))
