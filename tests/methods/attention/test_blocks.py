@@ -159,5 +159,5 @@ def test_short_sequences_stay_dense_and_a_filter_over_scores_is_refused():
   assert all(block.methods.attention is None for block in absent)
   long = vc.create_model("deit_small_patch16_224", plan=plan, image_size=384, depth=1)
   assert long.submodules()["blocks_0"].methods.attention == plan.attention
-  with pytest.raises(ValueError, match="needs the scores of all pairs of tokens.*site='probs'"):
+  with pytest.raises(ValueError, match=r"needs the scores of all pairs of tokens.*site='probs'"):
     tiny.deit(vc.Plan(attention=SPEC, heads=vc.HMHSA(site="logits")))
