@@ -189,11 +189,11 @@ def test_it_composes_with_a_method_of_every_other_axis(axis):
                          rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
     return jnp.sum(out ** 2)
 
-  for name, grad in trees.named_leaves(jax.grad(loss)(variables["params"])).items():
+  for name, grad in trees.named_leaves(jax.jit(jax.grad(loss))(variables["params"])).items():
     assert np.isfinite(grad).all(), name
   deploy, folded = vc.fold(model, variables)
-  np.testing.assert_allclose(deploy.apply(folded, x), model.apply(variables, x), rtol=1e-4,
-                             atol=1e-4)
+  np.testing.assert_allclose(jax.jit(deploy.apply)(folded, x), jax.jit(model.apply)(variables, x),
+                             rtol=1e-4, atol=1e-4)
   count = vc.count(model)
   assert 0 < count.ideal_macs <= count.macs
 
