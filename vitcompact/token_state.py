@@ -49,7 +49,7 @@ class Reduction(NamedTuple):
   fuse: (tokens, query, key, prefix) -> (tokens, ahead), before the values. ahead: Core -> Core, the
     attention with these queries and keys, but over the new tokens' values; None: there is none, the
     new tokens have queries and keys of their own.
-  after_attention: (tokens, query, key, prefix) -> tokens, before the FFN; after_block: behind it.
+  after_attention: (tokens, query, key, prefix) -> tokens, before the FFN; after_block: after it.
 
   query, key: (B, N, heads, d) of the real heads; prefix: how many tokens are no patches.
   """
@@ -63,7 +63,7 @@ NOTHING = Reduction()
 
 
 def shapes_after(reduction: Reduction, tokens: Tokens, prefix: int) -> Tokens:
-  """The shapes of tokens behind a block; nothing is computed."""
+  """The shapes of tokens after a block; nothing is computed."""
   def run(tokens):
     if reduction.predict is not None:
       module = reduction.predict(parent=None)

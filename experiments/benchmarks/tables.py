@@ -233,7 +233,7 @@ def _memory(row: dict) -> str:
 
 
 def _accuracy(rows) -> str:
-  """A cell: accuracy on each data set it was measured on, and the difference from its companion."""
+  """A cell: accuracy on each data set it was measured on, and the difference from dense."""
   if not rows:
     return NO
   return "; ".join(f"{100 * row['accuracy']:.2f}% on {row['data']}" + _difference(row)

@@ -20,7 +20,7 @@ def _same(x):
 class Core(NamedTuple):
   """softmax(q k^T / sqrt(d)) v for each head, as the tokens of a block ask for it.
 
-  size: (B, M) or None: a key counts as so many equal keys (log size is added to its scores).
+  size: (B, M) or None: a key counts as `size` equal keys (log size is added to its scores).
   spread: applied to the values before, gather: to the outputs after; the identity, but where tokens
     are merged between the scores and the values.
   keep_mask: (B, M) or None: see `reference.softmax_kept`.

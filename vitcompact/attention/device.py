@@ -47,7 +47,7 @@ def on(device: Device):
 
 
 def split_over(devices: int):
-  """A context in which the images of a batch lie on so many devices."""
+  """A context in which the images of a batch lie on this many devices."""
   return on(current()._replace(split=devices > 1))
 
 

@@ -9,7 +9,7 @@ passes; B `taskset -c 0 python -m experiments.links_speed`. Limits that hardware
 # One core of an AMD EPYC (AVX-512, 1 MiB of L2), float32, jax 0.10.2.
 FEW_ENTRIES = 100 ** 2   # 2026-11-21, A   scores of a head; below, all are formed at once
 MANY_ENTRIES = 400 ** 2  # 2026-11-21, A   below, one image is computed after another
-MANY_KEYS = 240          # 2026-11-28, A   the same, of so many keys; from here on in tiles
+MANY_KEYS = 240          # 2026-11-28, A   the same, in keys; from here on in tiles
 STEP_QUERIES = 1024      # 2026-11-28, A   a tile forward: with STEP_KEYS, 1 MB of scores. Fewer
 STEP_KEYS = 256          # 2026-11-28, A   queries are slower products; a tenth slower backward
 TILE_ENTRIES = 2 ** 20   # 2026-11-21, A   scores of a tile over all keys (backward, and off a CPU)

@@ -59,7 +59,7 @@ def names_class(label_map: np.ndarray, label: int) -> bool:
 
 
 def checked(label_map: np.ndarray, num_classes: int = MAX_CLASSES) -> np.ndarray:
-  """The map, if it is one of a data set with so many classes; else a ValueError."""
+  """The map, if it is one of a data set with this many classes; else a ValueError."""
   if label_map.shape != SHAPE or label_map.dtype != np.float16:
     raise ValueError(f"it is {label_map.dtype} {label_map.shape}, not float16 {SHAPE}")
   if not np.isfinite(label_map).all():

@@ -6,7 +6,7 @@ The keys of a config's `data` section (all must be there; nothing has a hidden d
   augment   of training images, on the host: see below
   workers   worker processes that decode and augment; 0: threads of this process
   on_bad    a record that cannot be used: "stop", or "skip" for the next one in its place
-  max_bad   so many records at most may be passed over, by each process since its start
+  max_bad   records that may be passed over at the most, by each process since its start
   replicas  of the recipe, not of the hardware: who shares a mix, see order.py  (DeiT-S: 4)
   repeats   showings of an image in a row                                       (DeiT: 3)
   eval_fit  in evaluation, "crop", or "warp" the whole image to the model's size

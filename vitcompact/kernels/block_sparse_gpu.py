@@ -38,11 +38,11 @@ def backward(interpret, query, key, value, bias, chosen, log_sum, shift, d_out):
   rows = [_tiles(x) for x in (query, d_out, log_sum * LOG2_E, shift)]
   columns = [_tiles(key), _tiles(value), _bias(bias, key)]
   d_query = _d_query(*rows, *columns, _tiles(_numbered(chosen, keys)), interpret)
-  linked, first = by_key(chosen, keys)
-  first = _numbered(first, linked.shape[-1])
+  chosen_by_key, first = by_key(chosen, keys)
+  first = _numbered(first, chosen_by_key.shape[-1])
   spans = jnp.stack([first[..., :-1], first[..., 1:]], axis=-1).reshape(-1, 2)
-  linked = _numbered(linked, queries).reshape(-1)
-  d_key, d_value = _d_key_value(*rows, *columns, linked, spans, interpret)
+  chosen_by_key = _numbered(chosen_by_key, queries).reshape(-1)
+  d_key, d_value = _d_key_value(*rows, *columns, chosen_by_key, spans, interpret)
   return d_query.reshape(query.shape), d_key.reshape(key.shape), d_value.reshape(value.shape)
 
 
@@ -92,7 +92,7 @@ def _column(x_a, like_ac):
 
 
 def _for_each(count, fetch, ready, own, step, start):
-  """carry = step(slot, carry) for so many tiles, of which `fetch(number, slot)` brings each.
+  """carry = step(slot, carry) for `count` tiles, of which `fetch(number, slot)` brings each.
 
   ready: the barriers of the slots; own: of what was requested before, which all steps read.
   """
@@ -213,10 +213,11 @@ def _d_query(query, d_out, log_sum, shift, key, value, bias, chosen, interpret):
       query, d_out, log_sum, shift, key, value, bias, chosen)
 
 
-def _d_key_value(query, d_out, log_sum, shift, key, value, bias, linked, spans, interpret):
+def _d_key_value(query, d_out, log_sum, shift, key, value, bias, chosen_by_key, spans, interpret):
   """Gradients of keys and values: a program owns a tile of keys, whose scores are transposed.
 
-  linked: tiles of queries; spans (K, 2): from where to where those of each tile of keys stand.
+  chosen_by_key: tiles of queries; spans (K, 2): from where to where those of each tile of keys
+  stand.
   """
   tiles = key.shape[0]
 
@@ -257,4 +258,4 @@ def _d_key_value(query, d_out, log_sum, shift, key, value, bias, linked, spans, 
              plgpu.Barrier(num_arrivals=3), plgpu.Barrier(num_arrivals=4, num_barriers=SLOTS)]
   out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)]
   return _launch(block_sparse_d_key_value, tiles, out, scratch, interpret)(
-      query, d_out, log_sum, shift, key, value, bias, linked, spans)
+      query, d_out, log_sum, shift, key, value, bias, chosen_by_key, spans)

@@ -1,4 +1,4 @@
-"""LV-ViT: a straight transformer on a convolutional stem, taught token by token.
+"""LV-ViT: an isotropic transformer on a convolutional stem, trained with token labels.
 
 Jiang et al., arXiv 2104.10858 (token labelling, MixToken).
 """

@@ -98,7 +98,7 @@ class Head(nn.Module):
 
   @nn.nowrap
   def fold(self, params, stats):
-    """The norm commutes with the mean, so it folds into the linear layer behind it."""
+    """The norm commutes with the mean, so it folds into the linear layer after it."""
     if not self.num_classes:
       return params, stats
     affine = layers.batch_affine(params["norm"], stats["norm"])

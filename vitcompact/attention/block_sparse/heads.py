@@ -50,7 +50,7 @@ def _backward(layout, loops, residuals, d_out_bnfe):
     one, seen, queries, *keys = _cut(layout, tokens, of_image)
     out_n, d_out_n = out_n.astype(jnp.float32), d_out_n.astype(jnp.float32)
     shift_n1 = jnp.sum(out_n * d_out_n, axis=-1, keepdims=True)
-    rows, outer_rows = zip(queries, log_sum, *(_parts(one, one.queries, x)
+    rows, outer_rows = zip(queries, log_sum, *(_split(one, one.queries, x)
                                                for x in (shift_n1, d_out_n)), strict=True)
     d_query_outer, *d_seen, _ = online_softmax.gradients(*seen, *outer_rows)
     d_query, *d_keys = _blocks_backward(keys, chosen_qs, rows)
@@ -96,25 +96,25 @@ def _cut(layout, tokens, of_image):
   (query, key, value), (bias, order) = tokens, of_image
   if order is not None:
     layout = layout._replace(order=order[None])
-  parts = [_parts(layout, windows, x) for windows, x in (
+  arrays = [_split(layout, windows, x) for windows, x in (
       (layout.queries, query * query.shape[-1] ** -0.5), (layout.keys, key), (layout.keys, value))]
   bias_1m = None if bias is None else bias[None]
   inner, outer = layout.biases(bias_1m), None
   if inner is not None:
     inner = inner[0, 0]
     outer = jnp.zeros(layout.prefix + layout.fused) if bias is None else layout.outer(bias_1m)[0]
-  return layout, (key, value, bias), *parts, (inner, outer)
+  return layout, (key, value, bias), *arrays, (inner, outer)
 
 
-def _parts(layout, windows, x_nd):
+def _split(layout, windows, x_nd):
   """What is in blocks (k, c, d), and outside of them (o, d)."""
-  blocks_11kcd, outer_1o1d = layout.parts(windows, x_nd[None, :, None])
+  blocks_11kcd, outer_1o1d = layout.split(windows, x_nd[None, :, None])
   return blocks_11kcd[0, 0], outer_1o1d[0, :, 0]
 
 
 def _joined(layout, windows, blocks_kcd, outer_od):
-  """Inverse of `_parts`: (N, d)."""
-  return layout.whole(windows, blocks_kcd[None, None], outer_od[None, :, None])[0, :, 0]
+  """Inverse of `_split`: (N, d)."""
+  return layout.join(windows, blocks_kcd[None, None], outer_od[None, :, None])[0, :, 0]
 
 
 def _attend_blocks(loops, query_qad, keys, chosen_qs):

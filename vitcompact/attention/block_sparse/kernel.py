@@ -10,8 +10,8 @@ from vitcompact.attention.reference import SCOPE
 def attend(layout, kernel, query, key, value, bias):
   """As `layout.BlockLayout.attend`. kernel: see `kernels.block_attention`."""
   query = query * query.shape[-1] ** -0.5
-  blocks, outer = zip(layout.parts(layout.queries, query), layout.parts(layout.keys, key),
-                      layout.parts(layout.keys, value), strict=True)
+  blocks, outer = zip(layout.split(layout.queries, query), layout.split(layout.keys, key),
+                      layout.split(layout.keys, value), strict=True)
   out, log_sum = kernel(*blocks, layout.biases(bias), layout.chosen)
   out_outer = outer[2]   # of no tokens
   if layout.prefix + layout.fused:
@@ -19,7 +19,7 @@ def attend(layout, kernel, query, key, value, bias):
     rest = _all_pairs(layout.inner(query), *outer[1:], None if bias is None else layout.outer(bias))
     out = chosen.combined(State(*map(layout.queries.cut, rest))).attention()
     out_outer = _all_pairs(outer[0], key, value, bias).attention()
-  return layout.whole(layout.queries, out, out_outer).astype(value.dtype)
+  return layout.join(layout.queries, out, out_outer).astype(value.dtype)
 
 
 def _all_pairs(query_bnfd, key_bmfd, value_bmfe, bias_bm) -> State:

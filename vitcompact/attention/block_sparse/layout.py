@@ -44,12 +44,12 @@ class BlockLayout(NamedTuple):
       return x_bn[:, :self.prefix]
     return jnp.concatenate([x_bn[:, :self.prefix], x_bn[:, -self.fused:]], axis=1)
 
-  def parts(self, windows, x_bnfd):
+  def split(self, windows, x_bnfd):
     """What is in blocks, (B, f, k, c, d), and in none, (B, o, f, d)."""
     return windows.cut(self.inner(x_bnfd)), self.outer(x_bnfd)
 
-  def whole(self, windows, blocks_bfkcd, outer_bofd):
-    """Inverse of `parts`: (B, N, f, d)."""
+  def join(self, windows, blocks_bfkcd, outer_bofd):
+    """Inverse of `split`: (B, N, f, d)."""
     inner_bnfd = windows.join(blocks_bfkcd)
     if self.order is not None:
       inner_bnfd = _take(inner_bnfd, jnp.argsort(self.order, axis=1))

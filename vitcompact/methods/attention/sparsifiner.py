@@ -62,7 +62,7 @@ class Sparsifiner:
   Of the token predictor:
   reduce_n: its rank is keys // reduce_n, unless `rank` gives it (which lets weights move to another
     image size; at block granularity, it is the rank of the scores, None for all channels).
-  coefficients: how many of the rank coefficients count: a whole number, the largest so many (the
+  coefficients: how many of the rank coefficients count: a whole number of the largest (the
     released configuration), or a threshold in (0, 1) (the paper's figure).
   basis_threshold: entries of W_up no larger than it in magnitude count as 0.
   basis: "signed" keeps the sign with which W_up was trained, "magnitude" drops it, as the released

@@ -65,7 +65,7 @@ def low_rank_maps(query_bnfd, key_bmfd, down, scale: float):
 
 
 def sparse_coefficients(maps_bfnr, coefficients: int | float):
-  """P with its other entries at 0, and not renormalised: the largest so many, or those above."""
+  """P with its other entries at 0, not renormalised: the largest ones, or those above a value."""
   if isinstance(coefficients, float):
     return jnp.where(maps_bfnr > coefficients, maps_bfnr, 0)
   return jnp.where(largest(maps_bfnr, min(coefficients, maps_bfnr.shape[-1])), maps_bfnr, 0)

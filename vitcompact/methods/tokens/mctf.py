@@ -119,7 +119,7 @@ class MCTF:
     return Reduction(fuse=self.fuse)
 
   def lost_of(self, tokens: int) -> int:
-    """How many of so many tokens (class token counted) a block loses."""
+    """How many of `tokens` tokens (class token counted) a block loses."""
     r = max(0, tokens - LEAST) if tokens - self.r < LEAST else self.r
     r = int((tokens - 1) * r + 1e-9) if 0 < r < 1 else r
     return min(r, (tokens - 1) // 2)
@@ -162,7 +162,7 @@ class MCTF:
     if self.order == "position":
       rank_bn = jnp.broadcast_to(jnp.arange(count), (batch, count))
     elif self.bidirectional:
-      # Odd positions that were not fused: by score, behind all the even ones.
+      # Odd positions that were not fused: by score, after all the even ones.
       best_bn = jnp.argsort(jnp.argsort(-score_bn, axis=1, stable=True), axis=1)
       odd = rank_bn[:, 1::2]
       rank_bn = rank_bn.at[:, 1::2].set(jnp.where(odd < prefix, odd, best_bn + 2 * count))
