@@ -28,6 +28,13 @@ def tiny_config() -> ConfigDict:
       "optim": {"warmup_steps": 5, "clip_norm": 1.0}, "mesh": {"fsdp": 2}})
 
 
+def weights(**given) -> ConfigDict:
+  """A config's `loss` in which every weight that is not given is 0."""
+  settings = {**configs.KEYS, **configs.all_settings()}
+  return ConfigDict({key.removeprefix("loss."): 0.0 if setting.is_weight else setting.default
+                     for key, setting in settings.items() if key.startswith("loss.")} | given)
+
+
 @pytest.fixture
 def config() -> ConfigDict:
   """Every key of it, unlocked: methods' settings may be added."""

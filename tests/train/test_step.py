@@ -4,19 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
-from vitcompact.train import losses, optim, settings
+import vitcompact as vc
+from tests.tiny_run import weights
+from vitcompact.train import losses, optim
 from vitcompact.train import step as steps
 from vitcompact.train.objective import make_objective
 from vitcompact.train.sharding import make_mesh, put_batch
 
 SGD = optim.optax.sgd(0.1)
-LABELS = ConfigDict({key: 0.0 for key in settings.KEYS["loss"]} | {"labels": 1.0})
+LABELS = weights(labels=1.0)
 
 
 class Toy(nn.Module):
   """A linear classifier, with batch norm or stochastic units where asked for."""
+  plan: vc.Plan = vc.Plan()
   norm: bool = False
   dropout: float = 0.0
   heads: int = 1

@@ -56,6 +56,9 @@ def build(config: FrozenConfigDict, classes: int | None = None) -> Run:
   sizes = config.model.to_dict()
   model = vc.create_model(sizes.pop("name"), plan=vc.Plan.parse(config.plan), num_classes=classes,
                           **sizes)
+  if not model.sites():
+    raise ValueError("config.model.depth=0: must be at least 1; without blocks there is nothing to "
+                     "train but the classifier")
   preprocess, rules = vc.preprocess(model), model.parameter_rules()
   crop = None if config.data.eval_fit == "warp" else config.data.eval_crop or preprocess.crop
   preprocess = dataclasses.replace(preprocess, crop=crop)
