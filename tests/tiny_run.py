@@ -1,4 +1,4 @@
-"""One tiny run, built (and so compiled) once for all tests of training, and what they read of runs."""
+"""One tiny run, built (and so compiled) once for all tests, and what they read of runs."""
 import dataclasses
 import functools
 import json

@@ -284,7 +284,7 @@ def _classifiers(model, shapes) -> list[str]:
   if not model.num_classes:
     model = model.clone(num_classes=1)
     shapes = _variable_shapes(model)
-  rules = [(pattern, "classes" in leaf.axes) for pattern, leaf in model.leaf_rules()]
+  rules = [(pattern, "classes" in leaf.axes) for pattern, leaf in model.parameter_rules()]
   leaves = trees.named_leaves(trees.first_match(rules, shapes["params"], may_be_idle=True))
   owners = {name.rsplit("/", 1)[0] for name, by_class in leaves.items() if by_class}
   return [entry.torch for entry in model.torch_entries()

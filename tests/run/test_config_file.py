@@ -94,7 +94,7 @@ def test_a_plan_is_changed_key_by_key_or_as_a_whole(load, tmp_path):
 
 
 def test_a_plan_file_that_is_missing_is_named(load):
-  with pytest.raises(ValueError, match="plan='nowhere.json' cannot be read"):
+  with pytest.raises(ValueError, match=r"plan='nowhere.json' cannot be read"):
     load("--config.plan=nowhere.json", "--config.plan.tokens.r=2")
 
 

@@ -56,7 +56,7 @@ def test_what_changes_the_run_is_allowed_by_name_and_then_is_its_config(config, 
   assert workdir.claim(tmp_path, config, ["total_steps", "optim.b1"]) == [
       "optim.b1 is 0.9 there and 0.8 here", "total_steps is 40 there and 60 here"]
   assert workdir.claim(tmp_path, config) == []
-  with pytest.raises(ValueError, match="--allow=totl_steps is no key .* mean total_steps"):
+  with pytest.raises(ValueError, match=r"--allow=totl_steps is no key .* mean total_steps"):
     workdir.check_claim(tmp_path, config, allow=["totl_steps"])
 
 
@@ -120,7 +120,7 @@ def test_a_longer_run_goes_on_when_allowed_and_a_shorter_one_than_was_run_does_n
   monkeypatch.setattr(loop, "fit", lambda run_state, state, stop: seen.append(
       (int(state.step), stop)) or state)
   monkeypatch.setattr(loop, "finish", lambda run, state, *_: None)
-  with pytest.raises(ValueError, match="total_steps is 40 there and 60 here.*--allow=total_steps"):
+  with pytest.raises(ValueError, match=r"total_steps is 40 there and 60 here.*--allow=total_steps"):
     loop.train(config, directory)
   loop.train(config, directory, allow=["total_steps"])
   loop.train(config, directory)
@@ -128,7 +128,7 @@ def test_a_longer_run_goes_on_when_allowed_and_a_shorter_one_than_was_run_does_n
   assert lines(directory)[-1]["changed"] == "total_steps is 40 there and 60 here"
   assert json.loads((directory / "config.json").read_text())["total_steps"] == 60
   config.total_steps = 30
-  with pytest.raises(ValueError, match="is at step 40 already, after config.total_steps=30"):
+  with pytest.raises(ValueError, match=r"is at step 40 already, after config.total_steps=30"):
     loop.train(config, directory, allow=["total_steps"])
 
 

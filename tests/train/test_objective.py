@@ -159,7 +159,7 @@ def test_mctf_is_consistent_with_itself_and_not_with_a_pass_that_merges_less(r):
   passes = [net.apply(made, tiny.images(net), train=True, rngs={"dropout": jax.random.key(3)},
                       mutable=["tokens"]) for net in (model, second)]
   labels = jnp.argmax(passes[0][0], axis=-1).at[0].set(jnp.argmin(passes[0][0][0]))
-  (value, metrics), grads, *_ = run(model, weights(labels=2.0, consistency=3.0), second=second,
+  (value, metrics), *_ = run(model, weights(labels=2.0, consistency=3.0), second=second,
                                     made=made, labels=labels)
   assert value == pytest.approx(float(
       2 * metrics["loss_labels"] + 2 * metrics["loss_labels_second"] +

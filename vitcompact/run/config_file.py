@@ -1,7 +1,7 @@
 """A config from its file and the command line: --config=FILE:ARGUMENT and --config.KEY=VALUE.
 
-Imports no JAX. Which keys and values there may be is checked later, by `train/config.py`: a key that
-the file leaves out can be given all the same.
+Imports no JAX. Which keys and values there may be is checked later, by `train/config.py`: a key
+that the file leaves out can be given all the same.
 """
 import ast
 import importlib.util
