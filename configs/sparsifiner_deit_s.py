@@ -1,5 +1,5 @@
-"""Sparsifiner on DeiT-S, from a trained dense one: mask predictors for 5 epochs, then 45 epochs with
-sparse attention, taught by the dense model (Wei et al., CVPR 2023).
+"""Sparsifiner on DeiT-S, from a trained dense one: mask predictors for 5 epochs, then 45 of sparse
+attention, taught by the dense model (Wei et al., CVPR 2023).
 
 Command:  python main.py --config=configs/sparsifiner_deit_s.py --workdir=runs/sparsifiner_deit_s \\
             --config.init_from=deit_small.safetensors --config.teacher.file=deit_small.safetensors

@@ -32,14 +32,18 @@ def run(monkeypatch, tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     (["--config=configs/digits.py", "--config.totl_steps=3"],
      "unknown key config.totl_steps; did you mean total_steps"),
-    (["--config=configs/digits.py", "--config.total_steps=many"], "config.total_steps='many': must be a whole number"),
-    (["--config=configs/digts.py"], "configs/digts.py: no such file; there are configs/base.py, configs/cifar10"),
+    (["--config=configs/digits.py", "--config.total_steps=many"],
+     "config.total_steps='many': must be a whole number"),
+    (["--config=configs/digts.py"],
+     "configs/digts.py: no such file; there are configs/base.py, configs/cifar10"),
     (["--config=configs/sparse_digits.py:foo"], "sparse_digits.py:foo: KeyError: 'foo'; what foll"),
-    (["--config=configs/evit_deit_s.py:half"], "'half' is no argument of this config, which takes scratch, "),
-    (["--config=configs/digits.py:x"], "'x' is no argument of this config, which takes dense, runlocal"),
+    (["--config=configs/evit_deit_s.py:half"],
+     "'half' is no argument of this config, which takes scratch, runlocal"),
+    (["--config=configs/digits.py:x"],
+     "'x' is no argument of this config, which takes dense, runlocal"),
     (["--mode=train"], "--config is missing"),
     ([DIGITS, "--mode=test"], "train|eval|memory"),
-    ([DIGITS, "--config.seed=9223372036854775808"], "config.seed=9223372036854775808: must be a wh"),
+    ([DIGITS, "--config.seed=9223372036854775808"], "config.seed=9223372036854775808: must be"),
     ([DIGITS, "--config.optim.rates=[['(', 1.0, 0]]"], "with a regular expression: missing )"),
     ([DIGITS, '--config.plan={"tokens": {"method": "evit", "blocks": [[1]]}}'], "EViT(blocks=((1"),
     ([DIGITS, "--config.plan.tokens.keep=0.5"], 'tokens={\'keep\': 0.5}: must be null or an obj'),
@@ -150,7 +154,7 @@ def test_the_mode_the_overrides_and_the_result_reach_the_library(run, monkeypatc
 
 
 @pytest.mark.parametrize("error, code, words", [
-    (preemption.Stopped(7), preemption.STOPPED, "stopped at step 7; saved. The same command goes on"),
+    (preemption.Stopped(7), preemption.STOPPED, "stopped at step 7; saved. The same command"),
     (MemoryError("Unable to allocate 1 TiB"), 2, "error: Unable to allocate 1 TiB"),
     (FloatingPointError("loss is nan"), 2, "error: loss is nan")])
 def test_how_a_run_ended_is_in_the_exit_code(run, monkeypatch, capsys, error, code, words):
@@ -167,4 +171,4 @@ def test_how_a_run_ended_is_in_the_exit_code(run, monkeypatch, capsys, error, co
 def test_a_config_may_follow_its_flag_as_a_word_of_its_own(run, capsys):
   with pytest.raises(SystemExit):
     run("--config", "configs/digits.py", "--config.total_steps=0")
-  assert "config.total_steps=0: must be a whole number of steps at least 1" in capsys.readouterr().err
+  assert "config.total_steps=0: must be a whole number of steps" in capsys.readouterr().err

@@ -50,7 +50,8 @@ def test_a_value_is_read_as_what_the_key_holds(load, argument, key, value):
 
 
 def test_words_may_follow_their_flag_and_the_last_one_counts(load):
-  config = load("--config.seed", "3", "--config.seed", "4", "--config.model.remat", "--config.b", "x")
+  config = load("--config.seed", "3", "--config.seed", "4", "--config.model.remat", "--config.b",
+                "x")
   assert (config.seed, config.model.remat, config.b) == (4, True, "x")
 
 

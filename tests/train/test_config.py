@@ -132,7 +132,7 @@ def test_a_model_that_cannot_be_or_learn_is_refused(changes, words):
 
 
 def old_config():
-  """What config.json of an older run holds: every key of every method, and its plan in old words."""
+  """What config.json of an older run holds: every key of every method, and a plan in old words."""
   whole = configs.flat(configs.complete(tiny_config()))
   whole |= {key: setting.default for key, setting in configs.all_settings().items()}
   whole["plan"] = json.dumps({

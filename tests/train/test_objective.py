@@ -12,6 +12,7 @@ from vitcompact.models.lvvit import TokenLogits
 from vitcompact.train import losses
 from vitcompact.train.objective import (
     by_replica,
+    looks_across,
     make_first_phase,
     make_objective,
     of_labels,
@@ -174,6 +175,49 @@ def test_mctf_is_consistent_with_itself_and_not_with_a_pass_that_merges_less(r):
   wanted = float(((mine - other) ** 2).mean(axis=-1)[sure].mean())
   assert metrics["loss_consistency"] == pytest.approx(wanted, rel=1e-4)
   assert (wanted > 1e-6) == (r != 3)
+
+
+def test_the_second_pass_comes_after_the_first_and_draws_anew():
+  """It starts from the first one's batch statistics, and its own are kept."""
+  plan = vc.Plan(tokens=vc.MCTF(r=3, blocks=(0,)), ffn=vc.CFFN())
+  model = tiny.deit(plan, drop_path_rate=0.5)
+  second = model.clone(plan=vc.Plan(tokens=vc.MCTF(r=1, blocks=(0,)), ffn=vc.CFFN()))
+  made, key, targets = tiny.init(model), jax.random.key(3), jax.nn.one_hot(LABELS, 5)
+
+  def passed(model, stats, key):
+    logits, new = model.apply(variables(made["params"], stats), tiny.images(model), train=True,
+                              rngs={"dropout": key}, mutable=["batch_stats"])
+    return losses.cross_entropy(logits, targets).mean(), new["batch_stats"]
+
+  first, stats = jax.jit(passed, static_argnums=0)(model, made["batch_stats"], key)
+  other, stats = jax.jit(passed, static_argnums=0)(second, stats, jax.random.fold_in(key, 1))
+  objective = make_objective(model, weights(labels=1.0), second=second)
+  _, (got, metrics) = jax.jit(objective)(made["params"], made["batch_stats"], {},
+                                         tiny.images(model), LABELS, targets, key)
+  assert metrics["loss_labels"] == pytest.approx(float(first), rel=1e-4)
+  assert metrics["loss_labels_second"] == pytest.approx(float(other), rel=1e-4)
+  for mine, wanted in zip(*map(jax.tree.leaves, (got, stats)), strict=True):
+    np.testing.assert_allclose(mine, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_soft_distillation_is_at_the_temperature_of_the_config():
+  model, teacher = deit(name="deit_tiny_distilled_patch16_224"), deit()
+  (value, metrics), _, made, taught = run(model, weights(soft=0.5, temperature=3.0), teacher)
+  heads = model.apply(made, tiny.images(model), train=True, rngs={"dropout": jax.random.key(3)})
+  said = teacher.apply(taught, tiny.images(model))
+  wanted = float(losses.soft_distillation(heads[1], said, 3.0).mean())
+  assert metrics["loss_soft"] == pytest.approx(wanted, rel=1e-4)
+  assert value == pytest.approx(0.5 * wanted, rel=1e-4)
+
+
+def test_looks_across_where_the_images_of_a_batch_meet():
+  mctf = deit(vc.Plan(tokens=vc.MCTF(r=3, blocks=(0,))))
+  for model, stats, loss, wanted in [
+      (deit(), {}, weights(labels=1.0, logits=1.0), False), (deit(), {"a": 1}, weights(), True),
+      (deit(), {}, weights(patches=1.0), True), (mctf, {}, weights(labels=1.0), False),
+      (mctf, {}, weights(consistency=1.0), True),
+      (deit(name="lvvit_t"), {}, weights(labels=1.0), True)]:
+    assert looks_across(model, stats, loss) == wanted
 
 
 @pytest.mark.parametrize("granularity", ["token", "block"])

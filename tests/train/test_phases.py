@@ -74,9 +74,11 @@ SMALL_BLOCKS = vc.Sparsifiner(granularity="block", min_tokens=100)
     ({"reconstruct.steps": 5}, vc.Plan(attention=SMALL_BLOCKS), "no block of this model has"),
     ({"keep_warmup.steps": 5}, vc.Plan(tokens=vc.ToMe(r=2)), "is a setting of EViT"),
     ({"loss.consistency": 3.0}, vc.Plan(), "is a setting of MCTF"),
-    ({"loss.consistency": 3.0}, vc.Plan(tokens=vc.MCTF(r=0.5, blocks=(0,))), "give r as a whole number"),
+    ({"loss.consistency": 3.0}, vc.Plan(tokens=vc.MCTF(r=0.5, blocks=(0,))),
+     "give r as a whole number"),
     ({"loss.kept_ratio": 2.0}, vc.Plan(), "is a setting of DynamicViT"),
-    ({"loss.kept_ratio": 2.0}, vc.Plan(tokens=vc.DynamicViT(keep=1.0, blocks=(0,))), "with keep < 1"),
+    ({"loss.kept_ratio": 2.0}, vc.Plan(tokens=vc.DynamicViT(keep=1.0, blocks=(0,))),
+     "with keep < 1"),
 ])
 def test_training_that_a_plan_does_not_have_is_refused(config, changes, plan, words):
   with pytest.raises(ValueError, match=words):
@@ -142,6 +144,32 @@ def test_rates_are_by_the_first_pattern_and_hold_still_before_their_step(config)
            for name, leaf in trees.named_leaves(newer).items()}
   assert steps["blocks_0/attn"] == pytest.approx(
       0.01 * steps["blocks_0/predict_tokens/out3"], rel=0.02)
+
+
+def test_the_rate_of_each_phase_is_its_own(config):
+  """10 steps of the first phase, 20 of the main one, 4 of cool-down."""
+  config.optim.update(learning_rate=4.0, final_learning_rate=0.0, warmup_steps=0, cooldown_steps=4)
+  section = of_plan(config, vc.Plan(attention=SPARSE), {
+      "reconstruct.steps": 10, "reconstruct.learning_rate": 2.0,
+      "reconstruct.final_learning_rate": 1.0}).reconstruct
+  rate = optim.make_optimizers(config.optim, 34, PARAMS, jax.tree.map(lambda _: True, PARAMS),
+                               optim.FirstGroup("links", r"(.*/)?links/.*", section)).rate
+  for step, wanted in {0: 2, 5: 1.5, 10: 4, 20: 2, 30: 0, 33: 0}.items():
+    assert rate(step) == pytest.approx(wanted, abs=1e-6), step
+
+
+def test_after_the_first_phase_of_a_method_steps_are_counted_anew(config):
+  plan = vc.Plan(attention=SPARSE, tokens=vc.EViT(keep=0.5, blocks=(0,)))
+  config = of_plan(config, plan, {"reconstruct.steps": 5, "keep_warmup.start": 4,
+                                  "keep_warmup.steps": 20})
+  found = phases_of(config, plan, (9, 28, 29))
+  assert [phase.plan.tokens.keep for phase in found[::2]] == [1.0, 0.5]
+
+
+def test_one_method_at_a_time_has_a_first_phase(monkeypatch):
+  monkeypatch.setattr(phases.protocol, "first_phase", lambda method: "a phase")
+  with pytest.raises(ValueError, match="has 2 methods with a first phase"):
+    phases.first_phase(vc.Plan(attention=SPARSE, ffn=vc.CFFN()))
 
 
 def test_a_rate_that_matches_nothing_is_refused(config):

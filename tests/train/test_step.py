@@ -126,6 +126,17 @@ def test_randomness_is_of_the_key_and_the_step_alone():
   assert loss(state) != loss(state.replace(key=jax.random.key(9)))
 
 
+def test_every_microbatch_draws_anew():
+  def objective(params, batch_stats, teacher, images, labels, targets, key):
+    drawn = jax.random.uniform(key)
+    return 0 * sum(map(jnp.sum, jax.tree.leaves(params))), (
+        batch_stats, {"mean": drawn, "square": drawn ** 2})
+
+  gradients = steps.make_gradients(objective, plain, accumulate=4)
+  _, _, metrics = gradients(state_of(Toy()), batch_of(8), jax.random.key(0))
+  assert metrics["square"] - metrics["mean"] ** 2 > 1e-3
+
+
 def test_accuracy_is_of_the_label_even_where_targets_are_mixed():
   def swapped(key, batch):
     images, _ = plain(key, batch)

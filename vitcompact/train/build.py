@@ -199,8 +199,8 @@ def fresh_state(run: Run) -> steps.TrainState:
       not config.init_from or start.is_dense(config.init_from)):
     scope, phase = first
     raise ValueError(f"the parameters of the plan's {scope} are freshly drawn, and only their "
-                     f"first phase trains them; set config.{phase.section}.steps, or start from a file "
-                     "that has trained ones")
+                     f"first phase trains them; set config.{phase.section}.steps, or start from a "
+                     "file that has trained ones")
   if not config.init_from:
     return state
   variables = start.load_variables(
