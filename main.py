@@ -27,8 +27,8 @@ WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; made when 
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "memory"], "what to do")
 RESTORE = flags.DEFINE_enum("restore", "newest", ["newest", "last_good"], "last_good: where the "
                             "newest checkpoint is damaged, set it aside and take one before it")
-ALLOW = flags.DEFINE_list("allow", [], "keys of the config, such as total_steps, by which a run may "
-                          "go on differently from how it began")
+ALLOW = flags.DEFINE_list("allow", [], "keys of the config, such as total_steps, by which a run "
+                          "may differ from how it began")
 COORDINATOR = flags.DEFINE_string("coordinator", "", "several processes as one run: auto (Cloud "
                                   "TPU, SLURM, Open MPI) or HOST:PORT of process 0")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "with --coordinator=HOST:PORT: 0, 1, ...")

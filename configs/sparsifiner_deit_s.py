@@ -1,4 +1,4 @@
-"""Sparsifiner on DeiT-S, from a trained dense one: mask predictors for 5 epochs, then 45 with sparse
+"""Sparsifiner on DeiT-S, from a trained dense one: mask predictors for 5 epochs, then 45 of sparse
 attention, taught by the dense model (Wei et al., CVPR 2023).
 
 Command:  python main.py --config=configs/sparsifiner_deit_s.py --workdir=runs/sparsifiner_deit_s \\

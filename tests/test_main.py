@@ -22,8 +22,6 @@ def run(monkeypatch, tmp_path):
   def call(*arguments, workdir=tmp_path / "run"):
     arguments = ["main.py", *arguments, f"--workdir={workdir}"]
     monkeypatch.setattr(sys, "argv", arguments)
-    for name in [name for name in flags.FLAGS if name.startswith("config.")]:
-      delattr(flags.FLAGS, name)   # overrides define flags, which a new process would not have
     main.main(main.parse(arguments))
 
   with flagsaver.flagsaver():
@@ -33,14 +31,28 @@ def run(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--config=configs/digits.py", "--config.totl_steps=3"],
-     "'totl_steps' Did you mean \"total_steps\""),
-    (["--config=configs/digits.py", "--config.total_steps=many"], "invalid literal for int()"),
-    (["--config=configs/digts.py"], "configs/digts.py: no such file; there are configs/cifar10"),
+     "unknown key config.totl_steps; did you mean total_steps"),
+    (["--config=configs/digits.py", "--config.total_steps=many"],
+     "config.total_steps='many': must be a whole number"),
+    (["--config=configs/digts.py"],
+     "configs/digts.py: no such file; there are configs/base.py, configs/cifar10"),
     (["--config=configs/sparse_digits.py:foo"], "sparse_digits.py:foo: KeyError: 'foo'; what foll"),
-    (["--config=configs/evit_deit_s.py:half"], "could not convert string to float: 'half'; what"),
-    (["--config=configs/digits.py:x"], "get_config() takes 0 positional arguments but 1 was given"),
+    (["--config=configs/evit_deit_s.py:half"],
+     "'half' is no argument of this config, which takes scratch, runlocal"),
+    (["--config=configs/digits.py:x"],
+     "'x' is no argument of this config, which takes dense, runlocal"),
     (["--mode=train"], "--config is missing"),
-    ([DIGITS, "--mode=test"], "train|eval"),
+    ([DIGITS, "--mode=test"], "train|eval|memory"),
+    ([DIGITS, "--config.seed=9223372036854775808"], "config.seed=9223372036854775808: must be"),
+    ([DIGITS, "--config.optim.rates=[['(', 1.0, 0]]"], "with a regular expression: missing )"),
+    ([DIGITS, '--config.plan={"tokens": {"method": "evit", "blocks": [[1]]}}'], "EViT(blocks=((1"),
+    ([DIGITS, "--config.plan.tokens.keep=0.5"], 'tokens={\'keep\': 0.5}: must be null or an obj'),
+    ([DIGITS, "--config.plan.heads.layout=hexagon"], "layout='hexagon'"),
+    ([DIGITS, "--config.eval_batch_size=1000000000"], "eval_batch_size=1000000000: must be a who"),
+    ([DIGITS, "--config.eval_batch_size=100000000000000"], "eval_batch_size=100000000000000: must"),
+    ([DIGITS, "--config.reconstruct.steps=5"], "is a setting of Sparsifiner, which the plan does"),
+    ([DIGITS, "--config.optim.warmup_steps=1001"], "longer than config.total_steps=1000"),
+    ([DIGITS, "--allow=totl_steps"], "--allow=totl_steps is no key of a config"),
     ([DIGITS, "--workdr=x"], "Did you mean: workdir"),
     ([DIGITS, "config.total_steps=3"], "unexpected arguments ['config.total_steps=3']"),
     ([DIGITS, "--config.model.name=deit_tny_patch16_224"], "deit_tiny_patch16_224"),
@@ -62,15 +74,15 @@ def run(monkeypatch, tmp_path):
     ([DIGITS, "--config.batch_size=60"], "60 cannot be split over 8 devices"),
     ([DIGITS, "--config.eval_batch_size=60"], "eval_batch_size=60 cannot be split over 8 devices"),
     ([DIGITS, "--mode=eval"], "holds no checkpoints"),
-    ([DIGITS, "--mode=plan"], "--mode=plan and --devices=N"),
-    ([DIGITS, "--devices=4"], "--mode=plan and --devices=N"),
+    ([DIGITS, "--mode=memory"], "--mode=memory and --devices=N"),
+    ([DIGITS, "--devices=4"], "--mode=memory and --devices=N"),
     ([DIGITS, "--profile=5"], "--profile='5' is not START:STEPS"),
     ([DIGITS, "--restore=oldest"], "newest|last_good"),
     ([DIGITS, "--process_id=1"], "need --coordinator=HOST:PORT"),
     ([DIGITS, "--coordinator=here"], "--coordinator='here' is neither 'auto' nor HOST:PORT"),
     ([DIGITS, "--coordinator=h:1"], "--coordinator=h:1 needs --process_id and --num_processes"),
     ([DIGITS, "--coordinator=h:1", "--process_id=2", "--num_processes=2"], "must be 0 to 1"),
-    ([DIGITS, "--config.optim.skip_nonfinite=-1"], "skip_nonfinite=-1 is a number of steps"),
+    ([DIGITS, "--config.optim.skip_nonfinite=-1"], "skip_nonfinite=-1: must be a whole number of"),
 ])
 def test_a_mistake_gets_one_line_and_leaves_no_directory(run, capsys, tmp_path, arguments, words):
   with pytest.raises(SystemExit) as stop:
@@ -91,8 +103,27 @@ def test_what_orbax_logs_before_it_raises_it_is_not_shown():
   assert main.from_us(record)
 
 
+@pytest.mark.parametrize("text, words", [
+    ("def get_config(:", "no Python: invalid syntax, line 1"),
+    ("import nowhere_at_all", "ModuleNotFoundError: No module named 'nowhere_at_all'"),
+    ("x = 1", "has no attribute 'get_config'"),
+    ("def get_config():\n  return 3", "TypeError: "),
+    ("def get_config():\n  return {'totl_steps': 3}", "unknown key config.totl_steps"),
+    ("def get_config():\n  return {'data': 3}", "unknown key config.data; did you mean"),
+    ("def get_config():\n  return {'total_steps': 3}", "missing config.model.name"),
+    ("\0", "no Python"),
+])
+def test_a_file_that_is_no_config_is_named(run, capsys, tmp_path, text, words):
+  (tmp_path / "mine.py").write_text(text)
+  with pytest.raises(SystemExit) as stop:
+    run(f"--config={tmp_path / 'mine.py'}")
+  assert stop.value.code == 2
+  [line] = capsys.readouterr().err.splitlines()
+  assert line.startswith("error: ") and words in line
+
+
 def test_verbosity_shows_where_it_happened(run):
-  with pytest.raises(ValueError, match="must be at least 1"):
+  with pytest.raises(ValueError, match="must be a whole number of steps at least 1"):
     run(DIGITS, "--config.total_steps=0", "--verbosity=1")
 
 
@@ -103,8 +134,8 @@ def test_the_mode_the_overrides_and_the_result_reach_the_library(run, monkeypatc
   seen = []
 
   def record(name):
-    def call(config, workdir, restore_from, **more):
-      seen.append((name, config.total_steps, config.plan, workdir, restore_from))
+    def call(config, workdir, restore_from, allow, **more):
+      seen.append((name, config.total_steps, config.plan, workdir, restore_from, allow))
       return "result"
     return call
 
@@ -117,13 +148,14 @@ def test_the_mode_the_overrides_and_the_result_reach_the_library(run, monkeypatc
   monkeypatch.setattr(report, "report", lambda *arguments: seen.append(arguments) or Receipt())
   for mode in ("train", "eval"):
     run(DIGITS, f"--mode={mode}", "--config.total_steps=7", f"--config.plan={plan}",
-        "--restore=last_good", workdir="w")
-  assert seen == [("train", 7, str(plan), "w", "last_good"), ("result", "w"),
-                  ("eval", 7, str(plan), "w", "last_good")]
+        "--restore=last_good", "--allow=total_steps,seed", workdir="w")
+  last = (7, str(plan), "w", "last_good", ["total_steps", "seed"])
+  assert seen == [("train", *last), ("result", "w"), ("eval", *last)]
 
 
 @pytest.mark.parametrize("error, code, words", [
-    (preemption.Stopped(7), preemption.STOPPED, "stopped by SIGTERM at step 7; saved"),
+    (preemption.Stopped(7), preemption.STOPPED, "stopped at step 7; saved. The same command"),
+    (MemoryError("Unable to allocate 1 TiB"), 2, "error: Unable to allocate 1 TiB"),
     (FloatingPointError("loss is nan"), 2, "error: loss is nan")])
 def test_how_a_run_ended_is_in_the_exit_code(run, monkeypatch, capsys, error, code, words):
   def ended(*_, **__):
@@ -139,4 +171,4 @@ def test_how_a_run_ended_is_in_the_exit_code(run, monkeypatch, capsys, error, co
 def test_a_config_may_follow_its_flag_as_a_word_of_its_own(run, capsys):
   with pytest.raises(SystemExit):
     run("--config", "configs/digits.py", "--config.total_steps=0")
-  assert "config.total_steps=0 must be at least 1" in capsys.readouterr().err
+  assert "config.total_steps=0: must be a whole number of steps" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""One tiny run, built (and so compiled) once for all tests of training, and what they read of runs."""
+"""One tiny run, built (and so compiled) once for all tests, and what they read of runs."""
 import dataclasses
 import functools
 import json
@@ -26,6 +26,13 @@ def tiny_config() -> ConfigDict:
                 "depth": 2, "heads": 2, "drop_path_rate": 0.1, "dtype": "float32", "remat": False},
       "data": {"augment": "digits", "erase": 0.25, "smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0},
       "optim": {"warmup_steps": 5, "clip_norm": 1.0}, "mesh": {"fsdp": 2}})
+
+
+def weights(**given) -> ConfigDict:
+  """A config's `loss` in which every weight that is not given is 0."""
+  settings = {**configs.KEYS, **configs.all_settings()}
+  return ConfigDict({key.removeprefix("loss."): 0.0 if setting.is_weight else setting.default
+                     for key, setting in settings.items() if key.startswith("loss.")} | given)
 
 
 @pytest.fixture

@@ -134,6 +134,15 @@ def test_json_of_which_a_digit_changed_is_refused(store, tmp_path, part):
     Checkpoints(tmp_path, keep_last=2).restore(3, *shapes_and_places(state_of()))
 
 
+@pytest.mark.parametrize("text", [
+    "[]", "null", "[" * 10_000, '{"a": ' * 10_000 + "1" + "}" * 10_000])
+def test_json_that_is_no_description_is_damaged(store, text):
+  save(store, 3, state_of())
+  (store.directory / "3" / "meta" / "metadata").write_text(text)
+  with pytest.raises(checkpoint.Damaged, match="metadata is damaged"):
+    store.restore(3, *shapes_and_places(state_of()))
+
+
 def leave_rubbish(directory):
   """What kills in the middle of a save, of a removal, and of another program's removal leave."""
   shutil.rmtree(directory / "1" / "state")

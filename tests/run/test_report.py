@@ -45,11 +45,12 @@ def test_a_report_that_finds_no_room_says_that_the_run_is_done(tmp_path, monkeyp
     report.write(tmp_path, None, {"deploy": (model, tiny.init(model))})
 
 
-@pytest.mark.parametrize("links, share", [
+@pytest.mark.parametrize("method, share", [
     (vc.Sparsifiner(keep=0.25, rank=4), 5 / 17),
     (vc.Sparsifiner(keep=0.5, granularity="block", window=2, min_tokens=0), 2 / 4)])
-def test_the_receipt_tells_the_links_really_kept(links, share):
-  model = tiny.deit(vc.Plan(links=links))
-  assert report.links_kept(model, tiny.init(model), tiny.images(model)) == {
-      "links_kept": pytest.approx(share, abs=0.06)}   # the class token's row is dense
-  assert report.links_kept(tiny.deit(), None, None) == {}
+def test_the_receipt_tells_what_methods_do(method, share):
+  """Of Sparsifiner the share of pairs that are scored."""
+  model = tiny.deit(vc.Plan(attention=method))
+  [found] = report.method_facts(model, tiny.init(model), tiny.images(model)).values()
+  assert found == pytest.approx(share, abs=0.06)   # the class token's row is dense
+  assert report.method_facts(tiny.deit(), None, None) == {}

@@ -76,7 +76,7 @@ LONG = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2_000_000_000)"   # C code that 
 PROGRAM = """
 import hashlib, threading, time
 from vitcompact.run import preemption
-with preemption.on_sigterm() as stopping:
+with preemption.on_signal() as stopping:
   stopping.saved = {saved}
   threading.Timer(0.5, lambda: setattr(stopping, "saved", True)).start()
   print("ready", flush=True)
@@ -85,17 +85,32 @@ with preemption.on_sigterm() as stopping:
 """
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("saved", [True, False])
-def test_a_signal_is_heard_while_the_main_thread_is_in_the_compiler(saved):
+def test_a_signal_is_heard_while_the_main_thread_is_in_the_compiler(saved, number):
   """It leaves at once where nothing would be lost, else as soon as the disk has everything."""
   process = subprocess.Popen([sys.executable, "-c", PROGRAM.format(saved=saved, work=LONG)],
                              cwd=loop.pathlib.Path(main.__file__).parent, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
   assert process.stdout.readline() == "ready\n"
-  process.send_signal(signal.SIGTERM)
+  process.send_signal(number)
   _, error = process.communicate(timeout=60)
   assert process.returncode == preemption.STOPPED
-  assert error == "stopped by SIGTERM; nothing is lost. The same command goes on\n"
+  first = "stopping; Ctrl-C again leaves at once\n" * (number == signal.SIGINT)
+  assert error == first + "stopped; nothing is lost. The same command goes on\n"
+
+
+def test_a_second_ctrl_c_leaves_at_once_what_is_not_saved():
+  program = PROGRAM.format(saved=False, work=LONG).replace("Timer(0.5", "Timer(600")
+  process = subprocess.Popen([sys.executable, "-c", program], text=True, stdout=subprocess.PIPE,
+                             cwd=loop.pathlib.Path(main.__file__).parent, stderr=subprocess.PIPE)
+  assert process.stdout.readline() == "ready\n"
+  process.send_signal(signal.SIGINT)
+  assert process.stderr.readline() == "stopping; Ctrl-C again leaves at once\n"
+  process.send_signal(signal.SIGINT)
+  _, error = process.communicate(timeout=60)
+  assert process.returncode == preemption.ABANDONED
+  assert error.startswith("left at once; steps since the last checkpoint are lost")
 
 
 def test_a_signal_in_the_first_steps_compiler_would_lose_nothing(
@@ -107,6 +122,7 @@ def test_a_signal_in_the_first_steps_compiler_would_lose_nothing(
     seen.append(stopping.saved)
     return built.step_at(0)(state, batch)
 
+  monkeypatch.setattr(loop, "check_first_step", lambda run: None)   # this step is no program
   monkeypatch.setattr(loop, "build", lambda config: dataclasses.replace(
       built, config=loop.resolve(config), step_at=lambda _: step))
   for until in (3, 22):   # saved at 3, 20 and 22
@@ -122,7 +138,7 @@ def test_what_stopped_says_where():
 
 def test_who_stops_by_himself_is_not_ended_by_the_watcher():
   before = signal.getsignal(signal.SIGTERM)
-  with preemption.on_sigterm() as stopping:
+  with preemption.on_signal() as stopping:
     stopping.saved = False
     signal.raise_signal(signal.SIGTERM)
     assert stopping.requested()

@@ -1,8 +1,135 @@
 """A workdir belongs to one run at a time, of one config, and says at once if it cannot be used."""
+import json
+import shutil
+
+import numpy as np
 import pytest
 from PIL import Image
 
+from tests.tiny_run import contents, lines
 from vitcompact.run import loop, workdir
+
+
+def test_a_workdir_is_made_with_its_parents_and_claimed_once(config, tmp_path):
+  directory = tmp_path / "runs" / "one"
+  workdir.claim(directory, config)
+  text = (directory / "config.json").read_text()
+  workdir.claim(directory, config)
+  assert [path.name for path in directory.iterdir()] == ["config.json"]
+  config.seed = 1
+  with pytest.raises(ValueError, match=r"seed is 0 there and 1 here.*Use another --workdir"):
+    workdir.claim(directory, config)
+  assert (directory / "config.json").read_text() == text
+
+
+def test_a_workdir_that_is_a_file_is_refused(config, tmp_path):
+  (tmp_path / "file").write_text("precious")
+  with pytest.raises(ValueError, match="is a file"):
+    workdir.claim(tmp_path / "file", config)
+
+
+@pytest.mark.parametrize("text", [
+    "{", "[]", "null", "3", "[" * 10_000 + "]" * 10_000, '{"plan": "[[1"}', '{"plan": 3}',
+    '{"a": ' * 3000 + "1" + "}" * 3000])
+def test_a_config_json_that_is_none_is_refused_in_one_line(config, tmp_path, text):
+  (tmp_path / "config.json").write_text(text)
+  with pytest.raises(ValueError, match=r"config.json is no config of a run \(") as error:
+    workdir.claim(tmp_path, config)
+  assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("start", [loop.train, loop.evaluate])
+def test_a_bucket_is_no_workdir_and_nothing_is_made_of_its_address(config, tmp_path, monkeypatch,
+                                                                  start):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ValueError, match="--workdir=gs://bucket/run: only paths of mounted disks"):
+    start(config, "gs://bucket/run")
+  assert not list(tmp_path.iterdir())
+
+
+def test_what_changes_the_run_is_allowed_by_name_and_then_is_its_config(config, tmp_path):
+  workdir.claim(tmp_path, config)
+  config.total_steps, config.optim.b1 = 60, 0.8
+  with pytest.raises(ValueError, match=r"optim.b1 is 0.9 there and 0.8 here. Use .*; or, to go on "
+                                       r"from it all the same, --allow=optim.b1,total_steps$"):
+    workdir.check_claim(tmp_path, config, allow=["total_steps"])
+  assert workdir.claim(tmp_path, config, ["total_steps", "optim.b1"]) == [
+      "optim.b1 is 0.9 there and 0.8 here", "total_steps is 40 there and 60 here"]
+  assert workdir.claim(tmp_path, config) == []
+  with pytest.raises(ValueError, match=r"--allow=totl_steps is no key .* mean total_steps"):
+    workdir.check_claim(tmp_path, config, allow=["totl_steps"])
+
+
+@pytest.mark.usefixtures("shared")
+def test_a_start_that_the_first_step_refuses_leaves_no_trace(config, tmp_path, monkeypatch):
+  def refuse(*_):
+    raise ValueError("mixing needs an even number of images")
+
+  monkeypatch.setattr(loop, "check_first_step", refuse)
+  with pytest.raises(ValueError, match="even number"):
+    loop.train(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_an_odd_batch_is_refused_before_the_workdir_is_claimed(config, tmp_path):
+  """By tracing the first step, not by running it."""
+  config.update(batch_size=24, data={"replicas": 8})   # each replica has 3 images to mix
+  with pytest.raises(ValueError, match="even|pairs|mix"):
+    loop.train(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def folder_of_images(path, seed=0):
+  rng = np.random.default_rng(seed)
+  for split in ("train", "val", "test"):
+    for label in ("cat", "dog"):
+      (path / split / label).mkdir(parents=True)
+      for i in range(3):
+        pixels = rng.integers(0, 256, (8, 8, 3), np.uint8)
+        Image.fromarray(pixels).save(path / split / label / f"{i}.png")
+
+
+def test_the_same_images_may_lie_elsewhere_and_others_may_not(config, tmp_path):
+  folder_of_images(tmp_path / "a")
+  shutil.copytree(tmp_path / "a", tmp_path / "b")
+  folder_of_images(tmp_path / "c", seed=1)
+  config.data.name = f"folder:{tmp_path / 'a'}"
+  workdir.claim(tmp_path / "run", config)
+  before = contents(tmp_path / "run")
+  config.data.name = f"folder:{tmp_path / 'b'}"
+  assert workdir.claim(tmp_path / "run", config) == []
+  config.data.name = f"folder:{tmp_path / 'c'}"
+  with pytest.raises(ValueError, match=r"data.name is .*/a' there and .*/c' here \(the images are"):
+    workdir.check_claim(tmp_path / "run", config)
+  assert contents(tmp_path / "run") == before
+  assert len(workdir.check_claim(tmp_path / "run", config, allow=["data.name"])) == 1
+  (tmp_path / "run" / "data.json").unlink()      # of a run that older code began
+  config.data.name = f"folder:{tmp_path / 'b'}"
+  with pytest.raises(ValueError, match=r"no data.json says which .*--allow=data.name"):
+    workdir.check_claim(tmp_path / "run", config)
+  config.data.name = f"folder:{tmp_path / 'a'}"
+  workdir.claim(tmp_path / "run", config)
+  assert contents(tmp_path / "run") == before
+
+
+def test_a_longer_run_goes_on_when_allowed_and_a_shorter_one_than_was_run_does_not(
+    config, straight, tmp_path, monkeypatch):
+  """Without a step: the schedule of more steps is another program to compile."""
+  directory = shutil.copytree(straight[0], tmp_path / "copy")
+  config.total_steps, seen = 60, []
+  monkeypatch.setattr(loop, "fit", lambda run_state, state, stop: seen.append(
+      (int(state.step), stop)) or state)
+  monkeypatch.setattr(loop, "finish", lambda run, state, *_: None)
+  with pytest.raises(ValueError, match=r"total_steps is 40 there and 60 here.*--allow=total_steps"):
+    loop.train(config, directory)
+  loop.train(config, directory, allow=["total_steps"])
+  loop.train(config, directory)
+  assert seen == [(40, 60), (40, 60)]
+  assert lines(directory)[-1]["changed"] == "total_steps is 40 there and 60 here"
+  assert json.loads((directory / "config.json").read_text())["total_steps"] == 60
+  config.total_steps = 30
+  with pytest.raises(ValueError, match=r"is at step 40 already, after config.total_steps=30"):
+    loop.train(config, directory, allow=["total_steps"])
 
 
 def test_checkpoints_of_nobody_are_refused_and_left_alone(config, tmp_path):

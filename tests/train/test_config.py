@@ -1,56 +1,162 @@
 """A config that cannot mean what it says is refused before anything is computed or written."""
+import json
+
 import pytest
+from ml_collections import ConfigDict
 
-from vitcompact.run import workdir
-from vitcompact.train import settings
-
-
-def test_unknown_keys_list_close_names(config):
-  config.optim.learning_rat = 1.0
-  with pytest.raises(ValueError, match=r"config.optim.learning_rat; did you mean learning_rate"):
-    settings.check(config)
+import vitcompact as vc
+from tests.tiny_run import tiny_config
+from vitcompact.train import build
+from vitcompact.train import config as configs
 
 
-def test_missing_keys_are_named(config):
-  del config.optim.clip_norm
-  with pytest.raises(ValueError, match=r"missing config.optim.clip_norm"):
-    settings.check(config)
+def changed(key, value, plan=None):
+  """The tiny config, of which only what is not a default is given, with one more value."""
+  given = {**configs.flat(tiny_config()), key: value}
+  return configs.nested(given if plan is None else {**given, "plan": plan})
+
+
+@pytest.mark.parametrize("key, close", [
+    ("optim.learning_rat", "optim.learning_rate"), ("totl_steps", "total_steps"),
+    ("keep_warmup.stat", "keep_warmup.start"), ("data.mix_up", "data.mixup")])
+def test_unknown_keys_list_close_names(key, close):
+  with pytest.raises(ValueError, match=rf"unknown key config.{key}; did you mean .*{close}"):
+    configs.complete(changed(key, 1))
+
+
+def test_absent_keys_have_their_defaults_and_a_complete_config_stays_as_it_is():
+  whole = configs.complete(tiny_config())
+  assert set(configs.KEYS) <= set(configs.flat(whole))
+  assert (whole.optim.b2, whole.data.workers, whole.loss.labels) == (0.999, 0, 1.0)
+  assert configs.complete(whole) == whole
+  assert "reconstruct" not in whole and "kept_ratio" not in whole.loss
+
+
+@pytest.mark.parametrize("missing", ["model.name", "model.image_size"])
+def test_what_has_no_default_is_asked_for(missing):
+  given = {key: value for key, value in configs.flat(tiny_config()).items() if key != missing}
+  with pytest.raises(ValueError, match=f"missing config.{missing}"):
+    configs.complete(configs.nested(given))
+
+
+@pytest.mark.parametrize("plan", [
+    {"ffn": {"method": "cffn"}}, ConfigDict({"ffn": {"method": "cffn"}}),
+    '{"ffn": {"method": "cffn"}}'])
+def test_a_plan_is_a_dict_or_its_json(plan):
+  config = configs.complete({**configs.nested(configs.flat(tiny_config())), "plan": plan})
+  assert vc.Plan.parse(config.plan) == vc.Plan(ffn=vc.CFFN())
+
+
+NAN, INF = float("nan"), float("inf")
+SPARSE = {"attention": {"method": "sparsifiner"}}
+DYNAMICVIT = {"tokens": {"method": "dynamicvit"}}
+MCTF = {"tokens": {"method": "mctf"}}
+EVIT = {"tokens": {"method": "evit"}}
+OUT_OF_RANGE = {
+    "seed": (-1, 2 ** 63, 0.5, True), "total_steps": (0, -3, 1.5, "many"), "batch_size": (0,),
+    "eval_batch_size": (0, 10 ** 9), "checkpoint_every": (0,), "keep_last": (0,),
+    "log_every": (0,), "accumulate": (0,), "ema_half_life": (-1.0, NAN, INF),
+    "eval_params": ("best",), "init_from": (3,), "optim.learning_rate": (-1e-3, NAN, INF),
+    "optim.weight_decay": (-0.1, NAN), "optim.clip_norm": (-1.0, NAN, INF),
+    "optim.warmup_steps": (-1, 2.5), "optim.cooldown_steps": (-1,), "optim.b1": (2, 1, -0.1, NAN),
+    "optim.b2": (1.0, NAN), "optim.eps": (0, -1e-8), "optim.epoch_steps": (0, -1),
+    "optim.skip_nonfinite": (-1,), "optim.name": ("lamb",), "optim.schedule": ("cosine",),
+    "optim.warmup_learning_rate": (-1.0,), "optim.final_learning_rate": (-1.0, NAN),
+    "data.smoothing": (2, 1, -0.1, NAN), "data.erase": (5, -0.1, NAN, INF),
+    "data.mixup": (-0.8, NAN), "data.cutmix": (-1.0, NAN, INF), "data.eval_crop": (2, -1, NAN),
+    "data.eval_fit": ("squash",), "data.replicas": (0,), "data.repeats": (0,),
+    "data.workers": (-1,), "data.on_bad": ("ignore",), "data.max_bad": (-1,),
+    "loss.labels": (-1.0, NAN, INF), "loss.patch_labels": (NAN,), "loss.hard": (-0.5,),
+    "loss.soft": (NAN,), "loss.logits": (INF,), "loss.patches": (-1,),
+    "loss.temperature": (0, -1.0, NAN, INF), "loss.patch_error": ("cosine",),
+    "mesh.data": (-2,), "mesh.fsdp": (-2,), "mesh.tensor": ("all",),
+}
+OF_METHODS = {
+    "loss.kept_ratio": (DYNAMICVIT, (-1.0, NAN)), "loss.consistency": (MCTF, (-1.0, INF)),
+    "loss.companion_r": (MCTF, (-1, 0.5)), "keep_warmup.start": (EVIT, (-1,)),
+    "keep_warmup.steps": (EVIT, (-1, 0.5)), "reconstruct.steps": (SPARSE, (-1, NAN)),
+    "reconstruct.weight": (SPARSE, (-1.0, NAN)), "reconstruct.learning_rate": (SPARSE, (-1.0,)),
+}
+CASES = [(key, value, None) for key, values in OUT_OF_RANGE.items() for value in values]
+CASES += [(key, value, plan) for key, (plan, values) in OF_METHODS.items() for value in values]
+
+
+@pytest.mark.parametrize("key, value, plan", CASES)
+def test_a_value_out_of_its_range_is_refused_with_the_range(key, value, plan):
+  with pytest.raises(ValueError, match=rf"^config.{key}=.*: must be ") as error:
+    configs.complete(changed(key, value, plan))
+  assert "\n" not in str(error.value)
+
+
+def test_every_number_of_a_config_has_a_range_that_is_tested():
+  numbers = {key for key, setting in {**configs.KEYS, **configs.all_settings()}.items()
+             if isinstance(setting.default, (int, float)) and not isinstance(setting.default, bool)}
+  alike = {key for key in numbers if key.startswith("reconstruct.")}   # as those of optim
+  assert numbers - alike <= OUT_OF_RANGE.keys() | OF_METHODS.keys()
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"total_steps": 0}, "config.total_steps=0 must be at least 1"),
-    ({"eval_params": "best"}, "'best' is neither 'raw' nor 'ema'"),
     ({"eval_params": "ema", "ema_half_life": 0.0}, "needs averages"),
-    ({"data": {"eval_fit": "squash"}}, "eval_fit='squash' is neither 'crop' nor 'warp', which squ"),
-    ({"ema_half_life": -1.0}, "is a fraction of the run"),
     ({"accumulate": 3}, "batch_size=16 does not divide into config.accumulate=3"),
     ({"accumulate": 2}, "replicas=1 must be a multiple of config.accumulate=2"),
+    ({"mesh.data": 0}, "mesh.data=0: must be a number of devices, or -1"),
+    ({"optim.warmup_steps": 41}, r"warmup_steps=41 and .*cooldown_steps=0 are longer than config."),
+    ({"optim.warmup_steps": 21, "optim.cooldown_steps": 20}, "longer than config.total_steps=40"),
+    ({"optim.rates": (("(", 1.0, 0),)}, "with a regular expression: missing"),
+    ({"optim.rates": ((".*", 1.0),)}, r"must be \(pattern, factor, first step\)"),
+    ({"optim.rates": (".*",)}, r"must be \(pattern, factor, first step\)"),
+    ({"optim.rates": ((".*", NAN, 0),)}, "the factor a number of at least 0"),
+    ({"optim.rates": ((".*", 1.0, -1),)}, "the step a whole one"),
+    ({"init_from": "gs://bucket/x.safetensors"}, "config.init_from=gs://.*no addresses of buckets"),
+    ({"teacher.file": "s3://bucket/x.safetensors"}, "config.teacher.file=s3://"),
+    ({"data.name": "folder:gs://bucket/images"}, "config.data.name=folder:gs://"),
+    ({"data.name": "arrayrecord:gs://bucket/r"}, "config.data.name=arrayrecord:gs://"),
+    ({"optim.b1": {"deep": 1}}, "unknown key config.optim.b1.deep"),
+    ({"plan": {"tokens": {"method": "evit", "blocks": [[1], [2]]}}}, "EViT.blocks=.*: must be "),
+    ({"plan": '{"tokens": {"method": "evit", "keep": [[0.5]]}}'}, "EViT.keep=.*: must be "),
+    ({"plan": 3}, "plan=3: must be a dict"),
 ])
-def test_values_that_contradict_are_refused(config, changes, words):
-  config.update(changes)
+def test_values_that_contradict_are_refused(changes, words):
   with pytest.raises(ValueError, match=words):
-    settings.check(config)
+    configs.complete(configs.nested({**configs.flat(tiny_config()), **changes}))
 
 
-def test_a_workdir_is_made_with_its_parents_and_claimed_once(config, tmp_path):
-  directory = tmp_path / "runs" / "one"
-  workdir.claim(directory, config)
-  text = (directory / "config.json").read_text()
-  workdir.claim(directory, config)
-  assert [path.name for path in directory.iterdir()] == ["config.json"]
-  config.seed = 1
-  with pytest.raises(ValueError, match=r"seed is 0 there and 1 here.*Use another --workdir"):
-    workdir.claim(directory, config)
-  assert (directory / "config.json").read_text() == text
+@pytest.mark.parametrize("changes, words", [
+    ({"loss.labels": 0.0}, "every weight of config.loss that counts for deit_tiny.* is 0"),
+    ({"model.depth": 0}, "depth=0"), ({"model.depth": -1}, "depth=-1"),
+])
+def test_a_model_that_cannot_be_or_learn_is_refused(changes, words):
+  """patch_labels counts only where there are patch logits."""
+  with pytest.raises(ValueError, match=words):
+    build.build(build.resolve(configs.nested({**configs.flat(tiny_config()), **changes})))
 
 
-def test_a_workdir_that_is_a_file_is_refused(config, tmp_path):
-  (tmp_path / "file").write_text("precious")
-  with pytest.raises(ValueError, match="is a file"):
-    workdir.claim(tmp_path / "file", config)
+def old_config():
+  """What config.json of an older run holds: every key of every method, and a plan in old words."""
+  whole = configs.flat(configs.complete(tiny_config()))
+  whole |= {key: setting.default for key, setting in configs.all_settings().items()}
+  whole["plan"] = json.dumps({
+      "heads": {"method": "hmhsa", "layout": "map"}, "links": None, "tokens": None,
+      "ffn": {"method": "cffn", "merged": ["fc2"]}, "blocks": {"1": {"links": None}},
+      "backends": {"0": "blockwise"}, "at_a_time": 8})
+  return json.loads(json.dumps(whole))
 
 
-def test_a_config_that_is_no_json_is_refused(config, tmp_path):
-  (tmp_path / "config.json").write_text("{")
-  with pytest.raises(ValueError, match="not readable as JSON"):
-    workdir.claim(tmp_path, config)
+def test_an_older_runs_config_is_the_same_and_is_read_too():
+  old, new = old_config(), configs.flat(tiny_config())
+  plan = vc.Plan.parse(old["plan"])
+  new["plan"] = plan.to_json()
+  assert configs.differences(old, new) == []
+  assert configs.differences(old, configs.flat(configs.complete(configs.nested(old)))) == []
+
+
+def test_of_a_method_that_neither_has_no_setting_counts_and_of_others_each():
+  old = old_config() | {"reconstruct.learning_rate": 5.0, "optim.rates": [["a", 1.0, 0]]}
+  new = {**old, "optim.rates": (("a", 1.0, 0),), "reconstruct.learning_rate": 6.0}
+  assert configs.differences(old, new) == []
+  plan = json.dumps(SPARSE)
+  assert configs.differences({**old, "plan": plan}, {**new, "plan": plan}) == [
+      "reconstruct.learning_rate is 5.0 there and 6.0 here"]
+  [line] = configs.differences({**old, "plan": ""}, {**new, "plan": '{"ffn": {"method": "cffn"}}'})
+  assert line.startswith("plan is '{}' there and ")
+  assert configs.differences(old, {**old, "log_every": 7, "checkpoint_every": 3}) == []

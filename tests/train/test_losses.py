@@ -4,6 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vitcompact.methods.tokens.dynamicvit import kept_ratio
+from vitcompact.methods.tokens.mctf import consistency
 from vitcompact.train import losses
 
 STUDENT = jnp.array([[1.0, 0, -1], [0.5, 2, 0]])
@@ -43,9 +45,9 @@ def test_divergence_is_kl_from_the_teacher():
 def test_kept_ratio_is_the_squared_error_of_each_stage_and_image():
   keep_mask = [jnp.array([[1.0, 1, 1, 0], [1, 0, 0, 0]]), jnp.array([[1.0, 1, 0, 0], [0, 0, 0, 0]])]
   wanted = [(0.05 ** 2 + 0.01 ** 2) / 2, (0.45 ** 2 + 0.49 ** 2) / 2]
-  np.testing.assert_allclose(losses.kept_ratio(keep_mask, (0.7, 0.49)), wanted, rtol=1e-5)
+  np.testing.assert_allclose(kept_ratio(keep_mask, (0.7, 0.49)), wanted, rtol=1e-5)
   with pytest.raises(ValueError):
-    losses.kept_ratio(keep_mask, (0.7,))
+    kept_ratio(keep_mask, (0.7,))
 
 
 def test_token_losses_are_means_over_the_survivors_of_the_batch():
@@ -73,10 +75,10 @@ def test_consistency_counts_images_that_the_student_gets_right():
   labels = jnp.array([0, 1, 0])      # the third has 0.39 of 0.4
 
   def loss(student, teacher, labels):
-    return losses.consistency(student, teacher, logits, labels).mean()
+    return consistency(student, teacher, logits, labels).mean()
 
   assert loss(student, teacher, labels) == pytest.approx((2.5 + 6.5) / 2)
   assert loss(student, teacher, jnp.array([1, 1, 1])) == pytest.approx((2.5 + 6.5 + 12.5) / 3)
-  assert losses.consistency(student[1:2], teacher[1:2], logits[1:2], jnp.array([0])) == 0
+  assert consistency(student[1:2], teacher[1:2], logits[1:2], jnp.array([0])) == 0
   grads = jax.grad(loss, argnums=(0, 1))(student, teacher, labels)
   assert grads[0][:2].any() and not grads[0][2].any() and not grads[1].any()

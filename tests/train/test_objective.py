@@ -3,17 +3,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 import vitcompact as vc
 from tests import tiny
+from tests.tiny_run import weights
 from vitcompact import trees
 from vitcompact.models.lvvit import TokenLogits
-from vitcompact.train import losses, settings
+from vitcompact.train import losses
 from vitcompact.train.objective import (
     by_replica,
+    looks_across,
+    make_first_phase,
     make_objective,
-    make_reconstruction,
     of_labels,
     variables,
 )
@@ -28,19 +29,15 @@ def deit(plan=None, **fields):
   return tiny.deit(plan, depth=1, drop_path_rate=0.0, **fields)
 
 
-def weights(**given):
-  none = {key: 0.0 for key in settings.KEYS["loss"]}
-  return ConfigDict({**none, "temperature": 1.0, "patch_error": "square", **given})
-
-
-def run(model, loss, teacher=None, companion=None, seed=1):
+def run(model, loss, teacher=None, second=None, made=None, labels=LABELS):
   """(loss and metrics, gradients, student's variables, teacher's), on three images."""
-  made, taught = tiny.init(model, seed), {} if teacher is None else tiny.init(teacher, seed=2)
-  targets = jax.nn.one_hot(LABELS, 5)
+  made = made or tiny.init(model)
+  taught = {} if teacher is None else tiny.init(teacher, seed=2)
+  targets = jax.nn.one_hot(labels, 5)
 
   def total(params):
-    return make_objective(model, loss, teacher, companion)(
-        params, made.get("batch_stats", {}), taught, tiny.images(model), LABELS, targets,
+    return make_objective(model, loss, teacher, second)(
+        params, made.get("batch_stats", {}), taught, tiny.images(model), labels, targets,
         jax.random.key(3))
 
   (value, (_, metrics)), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(made["params"])
@@ -92,16 +89,32 @@ def test_distillation_teaches_the_second_head_alone():
   assert np.any(grads["head_dist"]["kernel"])
 
 
-@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "lvvit_t"])
-def test_sparse_fine_tuning_is_labels_logits_and_patches_and_predictors_rest(name):
-  plan = vc.Plan(links=vc.Sparsifiner(keep=0.3, rank=4))
+@pytest.mark.parametrize("name, patch_error", [
+    ("deit_tiny_patch16_224", "square"), ("lvvit_t", "square"), ("lvvit_t", "divergence")])
+def test_sparse_fine_tuning_is_labels_logits_and_patches_and_predictors_rest(name, patch_error):
+  plan = vc.Plan(attention=vc.Sparsifiner(keep=0.3, rank=4))
   fields = {"mix_token": False} if name == "lvvit_t" else {}
   model = deit(plan, name=name, **fields)
   teacher = model.clone(plan=vc.Plan())
-  (value, metrics), grads, _, _ = run(model, weights(labels=1.0, logits=0.5, patches=0.5), teacher)
+  (value, metrics), grads, made, taught = run(
+      model, weights(labels=1.0, logits=0.5, patches=0.25, patch_error=patch_error), teacher)
   assert value == pytest.approx(float(metrics["loss_labels"] + 0.5 * metrics["loss_logits"] +
-                                      0.5 * metrics["loss_patches"]), rel=1e-5)
-  assert metrics["loss_logits"] > 0 and metrics["loss_patches"] > 0
+                                      0.25 * metrics["loss_patches"]), rel=1e-5)
+  # From the definitions: patch by patch, each with the teacher's at its own place.
+  out, mine = model.apply(made, tiny.images(model), train=True, rngs={"dropout": jax.random.key(3)},
+                          mutable=["tokens", "batch_stats"])
+  said, theirs = teacher.apply(taught, tiny.images(model), mutable=["tokens"])
+  if name == "lvvit_t":
+    guess, patches, theirs = out.logits, out.token_logits, theirs["tokens"]
+    said, wanted = theirs["logits"][0], theirs["token_logits"][0]
+  else:
+    guess, patches, wanted = out, *(new["tokens"]["patches"][0] for new in (mine, theirs))
+  assert metrics["loss_logits"] == pytest.approx(float(losses.divergence(guess, said).mean()),
+                                                 rel=1e-4)
+  error = ((patches - wanted) ** 2 if patch_error == "square" else
+           losses.divergence(patches, wanted))
+  assert metrics["loss_patches"] == pytest.approx(float(error.mean()), rel=1e-4)
+  assert np.abs(patches - patches[:, ::-1]).max() > 0.01   # or the order would not show
   for leaf, grad in trees.named_leaves(grads).items():
     assert np.any(grad) != ("/links/" in leaf), leaf
 
@@ -138,30 +151,84 @@ def test_dynamicvit_learns_how_many_patches_to_keep():
   assert np.any(grads["blocks_0"]["predict_tokens"]["out3"]["kernel"])
 
 
-def test_mctf_is_consistent_with_itself_and_not_with_a_pass_that_merges_less():
+@pytest.mark.parametrize("r", [3, 0])
+def test_mctf_is_consistent_with_itself_and_not_with_a_pass_that_merges_less(r):
   model = deit(vc.Plan(tokens=vc.MCTF(r=3, blocks=(0,))))
-  loss = weights(labels=1.0, consistency=3.0)
-  values = []
-  for r in (3, 0):
-    companion = model.clone(plan=vc.Plan(tokens=vc.MCTF(r=r, blocks=(0,))))
-    (value, metrics), _, _, _ = run(model, loss, companion=companion, seed=5)
-    assert value == pytest.approx(float(
-        metrics["loss_labels"] + metrics["loss_labels_companion"] +
-        3 * metrics["loss_consistency"]), rel=1e-5)
-    values.append(float(metrics["loss_consistency"]))
-  assert values[0] == 0
+  second = model.clone(plan=vc.Plan(tokens=vc.MCTF(r=r, blocks=(0,))))
+  made = tiny.init(model, 7)
+  made["params"]["head"] = jax.tree.map(lambda leaf: 4 * leaf, made["params"]["head"])
+  passes = [net.apply(made, tiny.images(net), train=True, rngs={"dropout": jax.random.key(3)},
+                      mutable=["tokens"]) for net in (model, second)]
+  labels = jnp.argmax(passes[0][0], axis=-1).at[0].set(jnp.argmin(passes[0][0][0]))
+  (value, metrics), *_ = run(model, weights(labels=2.0, consistency=3.0), second=second,
+                                    made=made, labels=labels)
+  assert value == pytest.approx(float(
+      2 * metrics["loss_labels"] + 2 * metrics["loss_labels_second"] +
+      3 * metrics["loss_consistency"]), rel=1e-5)
+  for name, (logits, _) in zip(("loss_labels", "loss_labels_second"), passes, strict=True):
+    wanted = losses.cross_entropy(logits, jax.nn.one_hot(labels, 5)).mean()
+    assert metrics[name] == pytest.approx(float(wanted), rel=1e-4)
+  # The first image, which it gets wrong, does not count; of the others the class tokens' distance.
+  sure = jax.nn.softmax(passes[0][0])[jnp.arange(3), labels] > 0.4
+  assert not sure[0] and sure.any()
+  mine, other = (new["tokens"]["prefix"][0][:, 0] for _, new in passes)
+  wanted = float(((mine - other) ** 2).mean(axis=-1)[sure].mean())
+  assert metrics["loss_consistency"] == pytest.approx(wanted, rel=1e-4)
+  assert (wanted > 1e-6) == (r != 3)
+
+
+def test_the_second_pass_comes_after_the_first_and_draws_anew():
+  """It starts from the first one's batch statistics, and its own are kept."""
+  plan = vc.Plan(tokens=vc.MCTF(r=3, blocks=(0,)), ffn=vc.CFFN())
+  model = tiny.deit(plan, drop_path_rate=0.5)
+  second = model.clone(plan=vc.Plan(tokens=vc.MCTF(r=1, blocks=(0,)), ffn=vc.CFFN()))
+  made, key, targets = tiny.init(model), jax.random.key(3), jax.nn.one_hot(LABELS, 5)
+
+  def passed(model, stats, key):
+    logits, new = model.apply(variables(made["params"], stats), tiny.images(model), train=True,
+                              rngs={"dropout": key}, mutable=["batch_stats"])
+    return losses.cross_entropy(logits, targets).mean(), new["batch_stats"]
+
+  first, stats = jax.jit(passed, static_argnums=0)(model, made["batch_stats"], key)
+  other, stats = jax.jit(passed, static_argnums=0)(second, stats, jax.random.fold_in(key, 1))
+  objective = make_objective(model, weights(labels=1.0), second=second)
+  _, (got, metrics) = jax.jit(objective)(made["params"], made["batch_stats"], {},
+                                         tiny.images(model), LABELS, targets, key)
+  assert metrics["loss_labels"] == pytest.approx(float(first), rel=1e-4)
+  assert metrics["loss_labels_second"] == pytest.approx(float(other), rel=1e-4)
+  for mine, wanted in zip(*map(jax.tree.leaves, (got, stats)), strict=True):
+    np.testing.assert_allclose(mine, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_soft_distillation_is_at_the_temperature_of_the_config():
+  model, teacher = deit(name="deit_tiny_distilled_patch16_224"), deit()
+  (value, metrics), _, made, taught = run(model, weights(soft=0.5, temperature=3.0), teacher)
+  heads = model.apply(made, tiny.images(model), train=True, rngs={"dropout": jax.random.key(3)})
+  said = teacher.apply(taught, tiny.images(model))
+  wanted = float(losses.soft_distillation(heads[1], said, 3.0).mean())
+  assert metrics["loss_soft"] == pytest.approx(wanted, rel=1e-4)
+  assert value == pytest.approx(0.5 * wanted, rel=1e-4)
+
+
+def test_looks_across_where_the_images_of_a_batch_meet():
+  mctf = deit(vc.Plan(tokens=vc.MCTF(r=3, blocks=(0,))))
+  for model, stats, loss, wanted in [
+      (deit(), {}, weights(labels=1.0, logits=1.0), False), (deit(), {"a": 1}, weights(), True),
+      (deit(), {}, weights(patches=1.0), True), (mctf, {}, weights(labels=1.0), False),
+      (mctf, {}, weights(consistency=1.0), True),
+      (deit(name="lvvit_t"), {}, weights(labels=1.0), True)]:
+    assert looks_across(model, stats, loss) == wanted
 
 
 @pytest.mark.parametrize("granularity", ["token", "block"])
 def test_reconstruction_moves_predictors_and_nothing_else(granularity):
-  links = vc.Sparsifiner(granularity=granularity, min_tokens=0, rank=4, window=2)
-  model = deit(vc.Plan(links=links, ffn=vc.CFFN()))
-  model = model.clone(plan=model.plan.with_links(masked=False))
+  method = vc.Sparsifiner(granularity=granularity, min_tokens=0, rank=4, window=2, masked=False)
+  model = deit(vc.Plan(attention=method, ffn=vc.CFFN()))
   made = tiny.init(model)
 
   def total(params):
-    return make_reconstruction(model, 0.01, 3)(params, made["batch_stats"], {}, tiny.images(model),
-                                            LABELS, None, None)
+    return make_first_phase(model, vc.Sparsifiner.first_phase, 0.01, 3)(
+        params, made["batch_stats"], {}, tiny.images(model), LABELS, None, None)
 
   (value, (stats, metrics)), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(
       made["params"])

@@ -96,3 +96,30 @@ def test_weight_decay_does_not_reach_undecayed_leaves():
 def test_the_ema_decay_fits_the_run():
   assert optim.ema_decay(0.0461729, 375_300) == pytest.approx(0.99996, abs=1e-8)
   assert optim.ema_decay(0.05, 400) ** 20 == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("name, values", [
+    ("step", {10: 0.5, 20: 0.9045085, 50: 0.5, 99: 2.467e-4}),
+    ("epoch", {9: 0.0, 19: 0.5, 59: 0.5, 60: 0.3454915}),
+    ("late_epoch", {15: 0.0, 25: 0.5, 69: 0.5, 70: 0.3454915}),
+    ("after_warmup", {10: 10 / 19, 19: 1.0, 20: 1.0, 60: 0.5})])
+def test_a_schedule_has_its_rates_and_ends_with_its_cool_down(name, values):
+  """20 steps of warm-up, 100 until the cool-down of 10, epochs of 10 steps; from 0 to 1 to 0."""
+  section = SECTION.copy_and_resolve_references()
+  section.update(schedule=name, learning_rate=1.0, warmup_learning_rate=0.0, epoch_steps=10,
+                 final_learning_rate=0.0, warmup_steps=20, cooldown_steps=10)
+  rate = optim.schedule(section, 110)
+  for step, wanted in values.items():
+    assert rate(step) == pytest.approx(wanted, rel=1e-3, abs=1e-6), step
+  late = 10 * (name == "late_epoch")
+  assert rate(99 + late) > 0 and rate(100 + late) == pytest.approx(0, abs=1e-6) == rate(109 + late)
+
+
+def test_sgd_has_nesterovs_momentum_and_adds_the_decay_to_the_gradient():
+  section = SECTION.copy_and_resolve_references()
+  section.update(name="sgd", weight_decay=0.5)
+  params = {"kernel": jnp.array(2.0), "taps": jnp.array(2.0)}
+  optimizer = main_optimizer(section, params, {"kernel": True, "taps": False})
+  [new] = two_updates(optimizer, params, [jax.tree.map(jnp.ones_like, params)])
+  assert new["kernel"] == pytest.approx(2 - 0.1 * (1 + 0.5 * 2) * 1.9)
+  assert new["taps"] == pytest.approx(2 - 0.1 * 1.9)

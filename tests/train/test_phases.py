@@ -1,6 +1,4 @@
 """A run trains with its plan, after what has to come before."""
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,62 +9,81 @@ from vitcompact.train.programs import Program, program_at
 import vitcompact as vc
 from tests import tiny
 from vitcompact import trees
-from vitcompact.train import build, optim, programs
+from vitcompact.train import build, optim, phases
+from vitcompact.train import config as configs
+from vitcompact.train.phases import Phase, phase_at
 
-LINKS = vc.Sparsifiner(granularity="block", keep=0.5, window=2, min_tokens=10)
+SPARSE = vc.Sparsifiner(granularity="block", keep=0.5, window=2, min_tokens=10)
 
 
-def programs_of(config, plan, steps):
+def of_plan(config, plan, changes):
+  """The complete config with another plan and further settings."""
+  given = {**configs.flat(config), "plan": plan.to_json(), **changes}
+  return configs.complete(configs.nested(given))
+
+
+def phases_of(config, plan, steps):
   model = tiny.deit(plan)
-  programs.check(config, model)
-  return [program_at(config, model, step) for step in steps]
+  phases.check(config, model)
+  return [phase_at(config, model, step) for step in steps]
 
 
 def test_predictors_learn_first_with_attention_dense_and_every_token(config):
-  plan = vc.Plan(links=LINKS, tokens=vc.EViT(keep=0.25, blocks=(0,)))
-  config.reconstruct.steps = 5
-  first, last = programs_of(config, plan, (4, 5))
-  assert first.links and not first.plan.links.masked and first.plan.tokens is None
-  assert last == Program(plan)
+  plan = vc.Plan(attention=SPARSE, tokens=vc.EViT(keep=0.25, blocks=(0,)))
+  config = of_plan(config, plan, {"reconstruct.steps": 5})
+  first, last = phases_of(config, plan, (4, 5))
+  assert first.first is vc.Sparsifiner.first_phase
+  assert not first.plan.attention.masked and first.plan.tokens is None
+  assert last == Phase(plan)
   # 17 tokens, then 6: block 1 has no predictor, and so none while predictors learn.
   model = tiny.deit(plan)
   student = model.clone(plan=first.plan)
   for i in (0, 1):
-    assert (student.parts()[f"blocks_{i}"].links is None) == (i == 1)
+    assert (student.submodules()[f"blocks_{i}"].methods.attention is None) == (i == 1)
   shapes = [jax.eval_shape(m.init, jax.random.key(0), tiny.images(m)) for m in (model, student)]
   assert not trees.differences(*shapes)
 
 
-def test_the_keep_rate_falls_in_at_most_eight_programs(config):
+def test_the_keep_rate_falls_in_at_most_eight_phases(config):
   plan = vc.Plan(tokens=vc.EViT(keep=0.5, blocks=(0,)))
-  config.keep_warmup.start, config.keep_warmup.steps = 4, 20
-  found = programs_of(config, plan, range(40))
-  rates = [program.plan.tokens.keep for program in found]
+  config = of_plan(config, plan, {"keep_warmup.start": 4, "keep_warmup.steps": 20})
+  found = phases_of(config, plan, range(40))
+  rates = [phase.plan.tokens.keep for phase in found]
   assert rates[:5] == [1.0] * 5 and rates[23:] == [0.5] * 17
   assert rates == sorted(rates, reverse=True) and len(set(rates)) <= 8
 
 
-def test_mctf_has_a_companion_that_merges_less_the_same_one_after_a_restart(config):
+def test_mctf_has_a_second_pass_that_merges_less_the_same_one_after_a_restart(config):
   plan = vc.Plan(tokens=vc.MCTF(r=4))
-  config.loss.consistency, config.loss.companion_r = 3.0, 3
-  found = programs_of(config, plan, range(50))
-  assert {program.companion.tokens.r for program in found} == {0, 1, 2, 3}
-  assert {program.plan for program in found} == {plan}
-  assert found[30:] == programs_of(config, plan, range(30, 50))
+  config = of_plan(config, plan, {"loss.consistency": 3.0, "loss.companion_r": 3})
+  found = phases_of(config, plan, range(50))
+  assert {phase.second.tokens.r for phase in found} == {0, 1, 2, 3}
+  assert {phase.plan for phase in found} == {plan}
+  assert found[30:] == phases_of(config, plan, range(30, 50))
 
 
-@pytest.mark.parametrize("change, plan, words", [
-    (("reconstruct", "steps", 5), vc.Plan(), "the plan has none"),
-    (("reconstruct", "steps", 40), vc.Plan(links=LINKS), "must leave some"),
-    (("keep_warmup", "steps", 5), vc.Plan(tokens=vc.ToMe(r=2)), "config.keep_warmup is for EViT"),
-    (("loss", "consistency", 3.0), vc.Plan(), "the plan has tokens=None"),
-    (("loss", "kept_ratio", 2.0), vc.Plan(), "config.loss.kept_ratio is for DynamicViT"),
+SMALL_BLOCKS = vc.Sparsifiner(granularity="block", min_tokens=100)
+
+
+@pytest.mark.parametrize("changes, plan, words", [
+    ({"reconstruct.steps": 5}, vc.Plan(), "setting of Sparsifiner, which the plan does not have"),
+    ({"reconstruct.steps": 40}, vc.Plan(attention=SPARSE), "must leave some"),
+    ({"reconstruct.steps": 5, "reconstruct.warmup_steps": 6}, vc.Plan(attention=SPARSE),
+     r"reconstruct.warmup_steps=6 is longer than config.reconstruct.steps=5"),
+    ({"reconstruct.steps": 36}, vc.Plan(attention=SPARSE),
+     r"optim.warmup_steps=5 and .* longer than the main phase \(config.total_steps=40 less"),
+    ({"reconstruct.steps": 5}, vc.Plan(attention=SMALL_BLOCKS), "no block of this model has"),
+    ({"keep_warmup.steps": 5}, vc.Plan(tokens=vc.ToMe(r=2)), "is a setting of EViT"),
+    ({"loss.consistency": 3.0}, vc.Plan(), "is a setting of MCTF"),
+    ({"loss.consistency": 3.0}, vc.Plan(tokens=vc.MCTF(r=0.5, blocks=(0,))),
+     "give r as a whole number"),
+    ({"loss.kept_ratio": 2.0}, vc.Plan(), "is a setting of DynamicViT"),
+    ({"loss.kept_ratio": 2.0}, vc.Plan(tokens=vc.DynamicViT(keep=1.0, blocks=(0,))),
+     "with keep < 1"),
 ])
-def test_training_that_a_plan_does_not_have_is_refused(config, change, plan, words):
-  section, key, value = change
-  config[section][key] = value
+def test_training_that_a_plan_does_not_have_is_refused(config, changes, plan, words):
   with pytest.raises(ValueError, match=words):
-    programs.check(config, tiny.deit(plan))
+    phases.check(of_plan(config, plan, changes), tiny.deit(plan))
 
 
 @pytest.mark.parametrize("loss, teacher, fields, words", [
@@ -94,13 +111,14 @@ def moved(optimizer, params, state, grads):
 
 
 def test_each_phase_moves_its_own_parameters_from_fresh_moments(config):
-  config.reconstruct.steps = 10
+  config.optim.warmup_steps = 0
+  section = of_plan(config, vc.Plan(attention=SPARSE), {"reconstruct.steps": 10}).reconstruct
+  first = optim.FirstGroup("links", r"(.*/)?links/.*", section)
   mask = jax.tree.map(lambda _: True, PARAMS)
-  both = optim.make_optimizers(config.optim, config.reconstruct, 40, PARAMS, mask)
+  both = optim.make_optimizers(config.optim, 40, PARAMS, mask, first)
   grads = jax.tree.map(jnp.ones_like, PARAMS)
   state = both.main.init(PARAMS)
-  config.reconstruct.warmup_steps = 0
-  step, params, state = moved(both.links, PARAMS, state, grads)
+  step, params, state = moved(both.first, PARAMS, state, grads)
   assert {name for name, did in step.items() if did} == {"blocks_0/links/up"}
   mu = optax.tree_utils.tree_get_all_with_path(state, "mu")
   fresh = [leaf for _, tree in mu for name, leaf in trees.named_leaves(tree).items()
@@ -113,9 +131,10 @@ def test_each_phase_moves_its_own_parameters_from_fresh_moments(config):
 def test_rates_are_by_the_first_pattern_and_hold_still_before_their_step(config):
   config.optim.rates = ((r".*/predict_tokens/.*", 1.0, 0), (r"cls_token", 0.0, 0), (r".*", 0.01, 1))
   config.optim.warmup_steps, config.optim.clip_norm, config.optim.weight_decay = 0, 0.0, 0.0
-  params = {name: leaf for name, leaf in PARAMS.items()}
+  params = {**PARAMS, "blocks_0": {name: leaf for name, leaf in PARAMS["blocks_0"].items()
+                                    if name != "links"}}
   mask = jax.tree.map(lambda _: True, params)
-  both = optim.make_optimizers(config.optim, config.reconstruct, 40, params, mask)
+  both = optim.make_optimizers(config.optim, 40, params, mask)
   state, grads = both.main.init(params), jax.tree.map(jnp.ones_like, params)
   first, params, state = moved(both.main, params, state, grads)
   second, newer, _ = moved(both.main, params, state, grads)
@@ -128,17 +147,45 @@ def test_rates_are_by_the_first_pattern_and_hold_still_before_their_step(config)
       0.01 * steps["blocks_0/predict_tokens/out3"], rel=0.02)
 
 
+def test_the_rate_of_each_phase_is_its_own(config):
+  """10 steps of the first phase, 20 of the main one, 4 of cool-down."""
+  config.optim.update(learning_rate=4.0, final_learning_rate=0.0, warmup_steps=0, cooldown_steps=4)
+  section = of_plan(config, vc.Plan(attention=SPARSE), {
+      "reconstruct.steps": 10, "reconstruct.learning_rate": 2.0,
+      "reconstruct.final_learning_rate": 1.0}).reconstruct
+  rate = optim.make_optimizers(config.optim, 34, PARAMS, jax.tree.map(lambda _: True, PARAMS),
+                               optim.FirstGroup("links", r"(.*/)?links/.*", section)).rate
+  for step, wanted in {0: 2, 5: 1.5, 10: 4, 20: 2, 30: 0, 33: 0}.items():
+    assert rate(step) == pytest.approx(wanted, abs=1e-6), step
+
+
+def test_after_the_first_phase_of_a_method_steps_are_counted_anew(config):
+  plan = vc.Plan(attention=SPARSE, tokens=vc.EViT(keep=0.5, blocks=(0,)))
+  config = of_plan(config, plan, {"reconstruct.steps": 5, "keep_warmup.start": 4,
+                                  "keep_warmup.steps": 20})
+  found = phases_of(config, plan, (9, 28, 29))
+  assert [phase.plan.tokens.keep for phase in found[::2]] == [1.0, 0.5]
+
+
+def test_one_method_at_a_time_has_a_first_phase(monkeypatch):
+  monkeypatch.setattr(phases.protocol, "first_phase", lambda method: "a phase")
+  with pytest.raises(ValueError, match="has 2 methods with a first phase"):
+    phases.first_phase(vc.Plan(attention=SPARSE, ffn=vc.CFFN()))
+
+
 def test_a_rate_that_matches_nothing_is_refused(config):
   config.optim.rates = (("blocks_7/.*", 0.0, 0),)
   with pytest.raises(ValueError, match=r"'blocks_7/\.\*' matches no parameter"):
-    optim.make_optimizers(config.optim, config.reconstruct, 40, PARAMS, PARAMS)
+    optim.make_optimizers(config.optim, 40, PARAMS, PARAMS)
 
 
-def test_the_models_of_programs_are_the_same_weights():
-  """A program's plan changes what is computed, never what is stored."""
-  plan = vc.Plan(heads=vc.HMHSA(), links=vc.Sparsifiner(rank=4), tokens=vc.MCTF(r=2, blocks=(1,)),
-                 blocks={1: {"links": None}})
-  other = dataclasses.replace(plan.with_links(masked=False), tokens=vc.MCTF(r=0, blocks=(1,)))
+def test_the_models_of_phases_have_the_same_weights(config):
+  """A phase's plan changes what is computed, never what is stored."""
+  plan = vc.Plan(heads=vc.HMHSA(), attention=vc.Sparsifiner(rank=4),
+                 tokens=vc.MCTF(r=2, blocks=(1,)), blocks={1: {"attention": None}})
+  config = of_plan(config, plan, {"reconstruct.steps": 1, "loss.consistency": 1.0})
+  first, main = phases_of(config, plan, (0, 1))
+  model = tiny.deit(plan)
   shapes = [jax.eval_shape(m.init, jax.random.key(0), tiny.images(m))["params"]
-            for m in (tiny.deit(plan), tiny.deit(other))]
-  assert not trees.differences(*shapes)
+            for m in (model, *(model.clone(plan=p) for p in (first.plan, main.plan, main.second)))]
+  assert all(not trees.differences(shapes[0], other) for other in shapes[1:])

@@ -4,19 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
-from vitcompact.train import losses, optim, settings
+import vitcompact as vc
+from tests.tiny_run import weights
+from vitcompact.train import losses, optim
 from vitcompact.train import step as steps
 from vitcompact.train.objective import make_objective
 from vitcompact.train.sharding import make_mesh, put_batch
 
 SGD = optim.optax.sgd(0.1)
-LABELS = ConfigDict({key: 0.0 for key in settings.KEYS["loss"]} | {"labels": 1.0})
+LABELS = weights(labels=1.0)
 
 
 class Toy(nn.Module):
   """A linear classifier, with batch norm or stochastic units where asked for."""
+  plan: vc.Plan = vc.Plan()
   norm: bool = False
   dropout: float = 0.0
   heads: int = 1
@@ -122,6 +124,17 @@ def test_randomness_is_of_the_key_and_the_step_alone():
   assert loss(state) == loss(state)
   assert loss(state) != loss(state.replace(step=state.step + 1))
   assert loss(state) != loss(state.replace(key=jax.random.key(9)))
+
+
+def test_every_microbatch_draws_anew():
+  def objective(params, batch_stats, teacher, images, labels, targets, key):
+    drawn = jax.random.uniform(key)
+    return 0 * sum(map(jnp.sum, jax.tree.leaves(params))), (
+        batch_stats, {"mean": drawn, "square": drawn ** 2})
+
+  gradients = steps.make_gradients(objective, plain, accumulate=4)
+  _, _, metrics = gradients(state_of(Toy()), batch_of(8), jax.random.key(0))
+  assert metrics["square"] - metrics["mean"] ** 2 > 1e-3
 
 
 def test_accuracy_is_of_the_label_even_where_targets_are_mixed():

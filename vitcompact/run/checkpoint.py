@@ -103,7 +103,7 @@ def unsealed(path: pathlib.Path) -> dict:
     seal = values.pop("sha256")
     if sealed(values)["sha256"] != seal:
       raise ValueError("its sha256 is another")
-  except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+  except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
     raise Damaged(f"{path} is damaged: {processes.first_line(error)}") from error
   return values
 
@@ -259,9 +259,9 @@ class Checkpoints:
     except Exception as error:  # Orbax and TensorStore raise many kinds, a plain Exception too
       good = [step for step in self.steps() if step != self.saving]
       intact = f"step {good[-1]} is intact" if good else "there is none before it"
-      raise OSError(f"saving step {self.saving} in {self.directory} failed: {type(error).__name__}:"
-                    f" {processes.first_line(error)}; {intact}. Make room and give the same command "
-                    "again") from error
+      raise OSError(f"saving step {self.saving} in {self.directory} failed: "
+                    f"{type(error).__name__}: {processes.first_line(error)}; {intact}. Make room "
+                    "and give the same command again") from error
 
 
 def whole(path: pathlib.Path) -> bool:

@@ -1,7 +1,7 @@
 """A config from its file and the command line: --config=FILE:ARGUMENT and --config.KEY=VALUE.
 
-Imports no JAX. Which keys and values there may be is checked later, by `train/config.py`: a key that
-the file leaves out can be given all the same.
+Imports no JAX. Which keys and values there may be is checked later, by `train/config.py`: a key
+that the file leaves out can be given all the same.
 """
 import ast
 import importlib.util
@@ -9,7 +9,7 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 FLAG, NEGATED = "--config.", "--noconfig."
 
@@ -43,14 +43,16 @@ def load(where: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config(*[argument] * bool(colon))
-    config = ConfigDict(config.to_dict(preserve_field_references=True)
-                        if isinstance(config, ConfigDict) else config)
+    if isinstance(config, FrozenConfigDict):
+      config = config.as_configdict()
+    elif not isinstance(config, ConfigDict):
+      config = ConfigDict(dict(config))
   except SyntaxError as error:
     raise ValueError(f"--config={path}: no Python: {error.msg}, line {error.lineno}") from error
   except Exception as error:   # of a user's program, whatever it raises
     what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    raise ValueError(f"--config={where}: {what}; what follows the colon is for the file's "
-                     "get_config, see its docstring") from error
+    hint = "; what follows the colon is for the file's get_config, see its docstring"
+    raise ValueError(f"--config={where}: {what}{hint if colon else ''}") from error
   for key, text in overrides:
     override(config, key, text)
   return config
@@ -69,6 +71,9 @@ def override(config: ConfigDict, key: str, text: str):
       section = section[part]
     old = section.get(name)
     new = text if isinstance(old, str) and key != "plan" else value_of(text)
+    if isinstance(old, (int, float)) and not isinstance(new, (int, float)):   # others follow it
+      kinds = {bool: "True or False", int: "a whole number"}
+      raise ValueError(f"config.{key}={text!r}: must be {kinds.get(type(old), 'a number')}")
     section[name] = ConfigDict(new) if isinstance(new, dict) else new
 
 

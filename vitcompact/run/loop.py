@@ -90,7 +90,7 @@ def fit(run_state: RunState, state, stop: int):
     try:
       batch = meter.next_batch(run_state.data, pending[-1] if pending else None)
     except Exception:
-      if run_state.stopping.requested():     # the signal reached the workers too, and they went first
+      if run_state.stopping.requested():   # the signal reached the workers too: they went first
         save_and_stop(run_state, step - 1, state, pending, meter)
       raise
     if step == 1:
@@ -228,8 +228,8 @@ def check_start(config, directory: pathlib.Path, which: str):
     raise ValueError(f"restore={which!r} is none of {', '.join(RESTORE)}")
   images = {f"images of {split}": pipeline.num_examples(config.data.name, split)
             for split in pipeline.SPLITS}   # val and test too: not first when they are needed
-  processes.check_agreement({**configs.flat(json.loads(config.to_json())), "--workdir": str(directory),
-                         "--restore": which, **images})
+  processes.check_agreement({**configs.flat(json.loads(config.to_json())),
+                             "--workdir": str(directory), "--restore": which, **images})
 
 
 def check_first_step(run: Run):

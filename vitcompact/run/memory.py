@@ -81,8 +81,8 @@ def table(config) -> str:
   run = building.build(config, classes)
   mesh = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
   head = (f"{config.model.name}, {trees.size(run.shapes.params) / 1e6:.2f} M parameters, batch "
-          f"{config.batch_size} in microbatches of {config.batch_size // config.accumulate}, remat {config.model.remat}, on "
-          f"{run.mesh.size} devices ({mesh})")
+          f"{config.batch_size} in microbatches of {config.batch_size // config.accumulate}, "
+          f"remat {config.model.remat}, on {run.mesh.size} devices ({mesh})")
   lines = [f"{what:<26}{size / MIB:12.1f} MiB" for what, size in measure(run).items()]
   kept = f"{activations(run) / MIB:.1f} MiB"
   notes.insert(0, f"By the traced model, {kept} of activations wait for the backward pass.")

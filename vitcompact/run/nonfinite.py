@@ -11,7 +11,8 @@ WATCHED = ("loss", "grad_norm")
 def check(run_state, first_step: int, metrics: list[dict]):
   """Stops at the first step whose loss or gradient is not a number that can be trained on.
 
-  run_state: a `loop.RunState`. With config.optim.skip_nonfinite, such steps changed nothing, and that many are let pass.
+  run_state: a `loop.RunState`. With config.optim.skip_nonfinite, such steps changed nothing, and
+  that many are let pass.
   """
   most, skips = run_state.run.config.optim.skip_nonfinite, 0
   bad = first_bad(first_step, metrics)

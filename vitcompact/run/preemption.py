@@ -1,4 +1,4 @@
-"""Leaving when asked to: SIGTERM and Ctrl-C are noticed at once, and cost at most the step under way.
+"""Leaving when asked to: SIGTERM and Ctrl-C are noticed at once, and cost at most a step.
 
 Imports no JAX, so that main.py can listen before it loads anything.
 

@@ -56,6 +56,9 @@ def build(config: FrozenConfigDict, classes: int | None = None) -> Run:
   sizes = config.model.to_dict()
   model = vc.create_model(sizes.pop("name"), plan=vc.Plan.parse(config.plan), num_classes=classes,
                           **sizes)
+  if not model.sites():
+    raise ValueError("config.model.depth=0: must be at least 1; without blocks there is nothing to "
+                     "train but the classifier")
   preprocess, rules = vc.preprocess(model), model.parameter_rules()
   crop = None if config.data.eval_fit == "warp" else config.data.eval_crop or preprocess.crop
   preprocess = dataclasses.replace(preprocess, crop=crop)
@@ -195,9 +198,9 @@ def fresh_state(run: Run) -> steps.TrainState:
   if first and not phases.first_steps(config, run.model.plan) and (
       not config.init_from or start.is_dense(config.init_from)):
     scope, phase = first
-    raise ValueError(f"the parameters of the plan's {scope} are freshly drawn, and only their first "
-                     f"phase trains them; set config.{phase.section}.steps, or start from a file "
-                     "that has trained ones")
+    raise ValueError(f"the parameters of the plan's {scope} are freshly drawn, and only their "
+                     f"first phase trains them; set config.{phase.section}.steps, or start from a "
+                     "file that has trained ones")
   if not config.init_from:
     return state
   variables = start.load_variables(

@@ -74,7 +74,7 @@ def partition(name: str, shape, leaf: trees.Leaf, mesh: Mesh) -> PartitionSpec:
 
 
 def parameters(params, rules, mesh: Mesh):
-  """A tree of NamedSharding for parameters (arrays or shapes), by the model's `leaf_rules()`."""
+  """A tree of NamedSharding for parameters (arrays or shapes), by `parameter_rules()`."""
   leaves = trees.first_match(rules, params, may_be_idle=True)
   return jax.tree_util.tree_map_with_path(
       lambda path, array, leaf: NamedSharding(
