@@ -159,7 +159,8 @@ class Core(NamedTuple):
 
   size: (B, M) or None: a key counts as so many equal keys (log size is added to its scores).
   spread: applied to the values before, gather: to the outputs after; the identity, but where tokens
-    are merged between the scores and the values.
+    are merged between the scores and the values. average: whether `gather` gives means of rows;
+    else the outputs do not tell what it makes of the maps, which are then formed.
   keep_mask: (B, M) or None: see `softmax_kept`.
   mask: (B, h, N, M) or None: where it is false a key gets nothing from a query. `rescore` may make
     more heads than there are queries; head i then has the mask of head i modulo h.
@@ -174,6 +175,7 @@ class Core(NamedTuple):
   size: jax.Array | None = None
   spread: Callable = _same
   gather: Callable = _same
+  average: bool = True
   keep_mask: jax.Array | None = None
   mask: jax.Array | None = None
   scored: Fraction = Fraction(1)
@@ -217,17 +219,20 @@ class Core(NamedTuple):
     """The maps as the tokens that values come from and outputs go to see them."""
     if self.spread is _same:
       return maps_bhnm
-    rows_bkhm = self.gather(maps_bhnm.swapaxes(1, 2))
-    batch, count = rows_bkhm.shape[:2]
+    rows_bnhm = maps_bhnm.swapaxes(1, 2)
+    batch, count = jax.eval_shape(self.gather, rows_bnhm).shape[:2]
     holds_bm1k = self.spread(jnp.broadcast_to(jnp.eye(count)[None, :, None],
                                               (batch, count, 1, count)))
-    return jnp.einsum("bnhm,bmk->bhnk", rows_bkhm, holds_bm1k[:, :, 0])
+    rows_bnhk = jnp.einsum("bnhm,bmk->bnhk", rows_bnhm, holds_bm1k[:, :, 0])
+    return self.gather(rows_bnhk).swapaxes(1, 2)
 
   def __call__(self, query_bnhd, key_bmhd, value_bmhe, rescore: Callable | None = None):
     """(B, N, h, d), (B, M, h, d), (B, M, h, e) -> (B, N, h, e) in the values' dtype.
 
     e may differ from d. Nobody sees the maps, and most backends do not form them.
     """
+    if not self.average:
+      return weigh(self.merged(self.maps(query_bnhd, key_bmhd, rescore)), value_bmhe)
     count, value_bmhe = value_bmhe.shape[1], self.spread(value_bmhe)
     if self.layout is not None and rescore is None and self.keep_mask is None:
       return self.gather(self.layout.attend(query_bnhd, key_bmhd, value_bmhe, self._bias()))
