@@ -67,6 +67,23 @@ def test_each_operation_gives_the_recorded_bytes(name, argument, mean, digest):
   assert argument in reached or any(np.isclose(argument, r, atol=1e-12) for r in reached)
 
 
+@pytest.mark.parametrize("size", [(31, 33), (32, 33), (224, 223), (75, 75), (224, 224)])
+def test_rotation_is_pillows_at_odd_sizes_too(size):
+  pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+  image = Image.fromarray(pixels)
+  for degrees in (27, -27, 30, 28.6, -24.123, 1.5):
+    wanted = image.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=FILL)
+    assert sha(apply("rotate", degrees, image)) == sha(wanted), degrees
+
+
+def test_arguments_are_rounded_as_timms():
+  """To the bit: a grey level may hang on it."""
+  for m in (9.13, 8.7, 10.0, 9.77, 7.3):
+    assert OPS["translate_x"].argument(m) == (m / 10) * 0.45
+    assert OPS["rotate"].argument(-m) == -((m / 10) * 30)
+    assert OPS["shear_y"].argument(m) == (m / 10) * 0.3
+
+
 def test_equalize_and_autocontrast_work_per_channel():
   assert sha(apply("equalize", None, IMAGE_C)) == "e4a9faf28d"
   assert sha(apply("auto_contrast", None, IMAGE_C)) == "56e3e00525"

@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from vitcompact.train.programs import Program, program_at
 
 import vitcompact as vc
 from tests import tiny

@@ -22,7 +22,8 @@ class Core(NamedTuple):
 
   size: (B, M) or None: a key counts as `size` equal keys (log size is added to its scores).
   spread: applied to the values before, gather: to the outputs after; the identity, but where tokens
-    are merged between the scores and the values.
+    are merged between the scores and the values. average: whether `gather` gives means of rows;
+    else the outputs do not tell what it makes of the maps, which are then formed.
   keep_mask: (B, M) or None: see `reference.softmax_kept`.
   mask: (B, h, N, M) or None: where it is false a key gets nothing from a query. `rescore` may make
     more heads than there are queries; head i then has the mask of head i modulo h.
@@ -38,6 +39,7 @@ class Core(NamedTuple):
   size: jax.Array | None = None
   spread: Callable = _same
   gather: Callable = _same
+  average: bool = True
   keep_mask: jax.Array | None = None
   mask: jax.Array | None = None
   scored: Fraction = Fraction(1)
@@ -49,6 +51,8 @@ class Core(NamedTuple):
 
     e may differ from d. Nobody sees the maps, and most forms do not form them.
     """
+    if not self.average:
+      return reference.weigh(self.merged(self.maps(query_bnhd, key_bmhd, rescore)), value_bmhe)
     count, value_bmhe = value_bmhe.shape[1], self.spread(value_bmhe)
     arrays, device = (query_bnhd, key_bmhd, value_bmhe), current()
     choice = choose(device, self, *arrays, rescore, asked())
@@ -68,11 +72,12 @@ class Core(NamedTuple):
     """The maps as the tokens that values come from and outputs go to see them."""
     if self.spread is _same:
       return maps_bhnm
-    rows_bkhm = self.gather(maps_bhnm.swapaxes(1, 2))
-    batch, count = rows_bkhm.shape[:2]
+    rows_bnhm = maps_bhnm.swapaxes(1, 2)
+    batch, count = jax.eval_shape(self.gather, rows_bnhm).shape[:2]
     holds_bm1k = self.spread(jnp.broadcast_to(jnp.eye(count)[None, :, None],
                                               (batch, count, 1, count)))
-    return jnp.einsum("bnhm,bmk->bhnk", rows_bkhm, holds_bm1k[:, :, 0])
+    rows_bnhk = jnp.einsum("bnhm,bmk->bnhk", rows_bnhm, holds_bm1k[:, :, 0])
+    return self.gather(rows_bnhk).swapaxes(1, 2)
 
   def of_heads(self, start: int, stop: int) -> "Core":
     """The attention of some of the heads."""

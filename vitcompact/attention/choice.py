@@ -34,8 +34,8 @@ def choose(device: Device, call, query, key, value, rescore=None, asked: str | N
     return Choice(asked or _own(device, query, key), note)
   width = vendor.channels(query.shape[-1], value.shape[-1], call.size is not None)
   if why := refusal(asked, device, value.dtype, width):
-    raise ValueError(f"attention form {asked!r} {why}; ask for another, or for none (in a Plan, "
-                     "backends={}): then the one that fits is taken")
+    raise ValueError(f"attention form {asked!r} {why}; ask for another, or for none (in an "
+                     "Execution, attention={}): then the one that fits is taken")
   if asked is not None:
     return Choice(asked)
   if not device.loops_over_images:
