@@ -26,7 +26,7 @@ class Timing(NamedTuple):
 
 
 class Remote(Protocol):
-  """Something timed elsewhere, such as in a process of another Python, alternating with the others."""
+  """Something timed elsewhere, such as in another Python's process, alternating with the others."""
 
   def seconds(self, calls: int) -> float:
     """Seconds a call, by the clock that `clock_name` names, over `calls` calls."""

@@ -176,8 +176,7 @@ def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False,
 
 
 def resized(model: nn.Module, variables, **sizes) -> tuple[nn.Module, dict[str, Any]]:
-  """(model, variables) for another `image_size`, `patch_size` or `in_chans`, in training or deployed
-  form.
+  """(model, variables) for another `image_size`, `patch_size` or `in_chans`, in either form.
 
   Positions are interpolated, and so are mask predictors that are tied to them, which keep their
   rank; kernels of patches, or of other channels, are made anew.
