@@ -25,11 +25,11 @@ import tempfile
 
 import jax
 import numpy as np
+from tests.train.conftest import tiny_config
 
 import vitcompact as vc
 from tests import tiny
 from tests.old import common
-from tests.train.conftest import tiny_config
 from vitcompact import convert, trees
 from vitcompact.train import loop
 from vitcompact.tune import MATRIX, with_forms
