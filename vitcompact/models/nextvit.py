@@ -16,6 +16,7 @@ from vitcompact.models.backbone import (
   HIERARCHICAL,
   WITHOUT_ATTENTION,
   check_images,
+  check_plan,
   chunked,
   drop_path_rates,
   site_fields,
@@ -174,8 +175,7 @@ class NextViT(nn.Module):
         raise ValueError(f"image_size={self.image_size}: stage {stage + 1} has {height} x {width} "
                          f"tokens, and a key there averages {POOLS[stage]}; the smallest square "
                          f"that fits is {self._smallest_side(places)}")
-    self.plan.check(self.sites(), self.variant)
-    self.execution.check_depth(self.depth)
+    check_plan(self)
 
   @nn.nowrap
   def _smallest_side(self, places) -> int:
