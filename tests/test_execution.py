@@ -77,7 +77,7 @@ def test_a_dense_model_with_a_record_is_compacted_and_folds_as_it_says():
 
 
 def test_a_record_goes_into_the_file_and_comes_back(tmp_path):
-  model = tiny.deit(vc.Plan(ffn=vc.CFFN()), execution=RECORD, deploy=True)
+  model = tiny.deit(vc.Plan(ffn=vc.CFFN(factor="both")), execution=RECORD, deploy=True)
   variables = tiny.init(model)
   convert.save(tmp_path / "a.safetensors", model, variables)
   loaded, loaded_variables = convert.load(tmp_path / "a.safetensors")
