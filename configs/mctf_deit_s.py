@@ -8,7 +8,7 @@ Hardware: the authors used 8 GPUs with 128 images each; two passes a step.
 Cost:     1.41 EFLOP, forward and backward of 51.2 M images through the dense model; the second pass
           comes on top.
 Result:   not run here. The authors publish 80.1 % top-1 for S (dense: 79.8 %) and 72.7 % for T
-          (dense: 72.2 %).
+          (dense: 72.2 %), with order="code", another function of the same weights than this plan's.
 At 384:   from 320 pixels on, the authors evaluate the whole image, its aspect ratio lost: convert
           the file with --image-size 384, then --config.model.image_size=384
           --config.data.eval_fit=warp.

@@ -1,9 +1,16 @@
 """Plan: a value that is checked when made and goes to JSON and back."""
+import dataclasses
 import json
+import warnings
 
+import hypothesis
+import jax
 import pytest
+from hypothesis import strategies as st
 
 import vitcompact as vc
+from tests import tiny
+from vitcompact.methods import METHODS
 from vitcompact.plan import modern
 
 PLANS = [
@@ -58,6 +65,14 @@ def test_parse_takes_nothing_json_or_a_file(tmp_path):
     (lambda: vc.Plan.from_json('{"blocks": {"x": {}}}'), "not a block number"),
     (lambda: vc.Plan.from_json('{"blocks": {"1": 3}}'), "must be an object"),
     (lambda: vc.Plan.from_json("[]"), "must be a JSON object"),
+    (lambda: vc.Plan.from_dict([1]), "must be a dict of axes"),
+    (lambda: vc.Plan.parse("a/nowhere.json"), "no such file"),
+    (lambda: vc.Plan.parse("a" * 5000 + ".json"), "give a path to a JSON plan"),
+    (lambda: vc.Plan.from_json('{"tokens": {"method": "evit", "blocks": [[1], {"a": 2}]}}'),
+     "different block numbers"),
+    (lambda: vc.Plan.from_json('{"tokens": {"method": "mctf", "pooling": [{}]}}'), "pooling"),
+    (lambda: vc.Plan.from_json('{"ffn": {"method": "cffn", "rank_ratio": "x"}}'), "rank_ratio"),
+    (lambda: vc.Plan.from_json('{"ffn": {"method": "cffn", "rank_ratio": true}}'), "rank_ratio"),
     (lambda: vc.Plan.from_json("[" * 100_000), "must be JSON"),
     (lambda: vc.Plan.from_json('{"heads": {"method": ["hmhsa"]}}'), '"method"'),
     (lambda: vc.Plan.from_json('{"tokens": {"method": "evit", "keep": "x"}}'), "keep='x'"),
@@ -144,3 +159,88 @@ def test_plans_of_before_still_parse():
                             "merged": {None: [], "1": ["fc2"]}}
   today = json.loads(wanted.to_json())
   assert modern(today) == (today, {})
+
+
+# What a plan's file may hold: names that exist and do not, values of every type.
+SCALARS = (st.none() | st.booleans() | st.integers(-2, 70) | st.floats() | st.text(max_size=3) |
+           st.sampled_from(["grid", "map", "block", "code", "both", "mean", "bn", "none", "max"]))
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+    st.text(max_size=2), inner, max_size=2), max_leaves=4)
+
+
+@st.composite
+def specs(draw, axis, values=VALUES):
+  """A method of an axis as a plan's JSON has it, with a few of its fields, right ones or not."""
+  name, kind = draw(st.sampled_from(sorted(METHODS[axis].items(), key=lambda item: item[0])))
+  fields = [field.name for field in dataclasses.fields(kind)]
+  # One of nine draws has something that is no method at all.
+  if draw(st.integers(0, 8)) == 8:
+    return draw(VALUES)
+  chosen = draw(st.dictionaries(st.sampled_from(fields), values, max_size=3)) if fields else {}
+  return {"method": name, **chosen}
+
+
+def sensible(field):
+  """Values of a field's own kind, small enough to trace."""
+  default = field.default
+  if isinstance(default, bool):
+    return st.booleans()
+  if isinstance(default, int):
+    return st.integers(0, 9)
+  if isinstance(default, float):
+    return st.sampled_from([0.1, 0.25, 0.5, 0.9, 1.0])
+  if isinstance(default, tuple) or field.name == "blocks":
+    return st.lists(st.integers(0, 2), min_size=1, max_size=2)
+  return st.just(default) | st.sampled_from(["grid", "block", "code", "both", "mean", "max"])
+
+
+@st.composite
+def plausible(draw, axis):
+  name, kind = draw(st.sampled_from(sorted(METHODS[axis].items(), key=lambda item: item[0])))
+  fields = draw(st.lists(st.sampled_from(dataclasses.fields(kind)), max_size=2,
+                         unique_by=lambda field: field.name))
+  return {"method": name, **{field.name: draw(sensible(field)) for field in fields}}
+
+
+def trees_of(make):
+  """A plan's dict, of methods that `make(axis)` draws."""
+  axes = {axis: make(axis) for axis in METHODS}
+  blocks = st.dictionaries(st.sampled_from(["0", "1"]), st.fixed_dictionaries(
+      {}, optional={axis: st.none() | axes[axis] for axis in ("heads", "attention", "ffn")}),
+                           max_size=2)
+  return st.fixed_dictionaries({}, optional={**axes, "blocks": blocks})
+
+
+def value_or_refusal(call):
+  """What a call gives, None where it refuses in one line; whatever else it raises escapes."""
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")
+      return call()
+  except ValueError as error:
+    assert str(error) and "\n" not in str(error), error
+    return None
+
+
+@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+@hypothesis.given(trees_of(specs) | VALUES | st.dictionaries(st.text(max_size=5), VALUES))
+def test_whatever_a_file_holds_is_a_plan_or_refused_in_one_line(tree):
+  text = json.dumps(tree)
+  value_or_refusal(lambda: vc.Plan.from_dict(tree))
+  value_or_refusal(lambda: vc.Plan.parse(tree))
+  value_or_refusal(lambda: vc.Plan.parse(text[:-1]))
+  plan = value_or_refusal(lambda: vc.Plan.parse(text))
+  if plan is not None and text == text.replace("NaN", "").replace("Infinity", ""):
+    assert vc.Plan.from_json(plan.to_json()) == plan
+
+
+@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+@hypothesis.given(trees_of(plausible), st.booleans())
+def test_a_plan_makes_a_model_or_is_refused_in_one_line(tree, deploy):
+  def make():
+    return tiny.deit(vc.Plan.from_dict(tree), depth=3, deploy=deploy)
+
+  if (model := value_or_refusal(make)) is not None:
+    x = tiny.images(model)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+    assert jax.eval_shape(model.apply, shapes, x).shape == (3, 5)

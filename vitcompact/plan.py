@@ -195,6 +195,8 @@ class Plan:
   @classmethod
   def from_dict(cls, tree: Mapping[str, Any]) -> "Plan":
     """A plan from what its JSON says, {} or None in place of a method meaning none."""
+    if not isinstance(tree, Mapping):
+      raise ValueError(f"a plan must be a dict of axes, got {tree!r}")
     tree, _ = modern(tree)
     _check_names(tree, {*METHODS, "blocks"}, "plan")
     blocks = tree.pop("blocks", {})
@@ -220,11 +222,12 @@ class Plan:
     if not value.strip():
       return cls()
     if value.endswith(".json"):
-      path = pathlib.Path(value)
-      if not path.is_file():
-        raise ValueError(f"plan={value!r}: no such file; give a path to a JSON plan, or the JSON "
-                         "itself")
-      value = path.read_text()
+      try:
+        value = pathlib.Path(value).read_text()
+      except (OSError, ValueError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        raise ValueError(f"plan={value!r}: {'no such file' if missing else error}; give a path to "
+                         "a JSON plan, or the JSON itself") from None
     return cls.from_json(value)
 
 
@@ -322,7 +325,14 @@ def _from_dict(axis: str, spec):
   kind = methods[spec["method"]]
   fields = {key: value for key, value in spec.items() if key != "method"}
   _check_names(fields, [field.name for field in dataclasses.fields(kind)], f"plan, {axis}")
-  return kind(**{key: _tuples(value) for key, value in fields.items()})
+  try:
+    method = kind(**{key: _tuples(value) for key, value in fields.items()})
+    hash(method)   # models are compared by their plans
+  # Of methods of users' own too, whose checks may not expect what a file holds.
+  except (TypeError, AttributeError, ArithmeticError) as error:
+    raise ValueError(f"plan, {axis}: {kind.__name__} takes no such values: {fields}: "
+                     f"{error}") from None
+  return method
 
 
 def _tuples(value):

@@ -86,8 +86,9 @@ def check_keep(method: str, keep):
 def checked_blocks(method: str, blocks) -> tuple[int, ...]:
   """The blocks in ascending order; ValueError unless they are different block numbers."""
   numbers = tuple(blocks) if isinstance(blocks, tuple | list) else None
-  if (not numbers or len(set(numbers)) < len(numbers) or
-      not all(isinstance(b, int) and not isinstance(b, bool) and b >= 0 for b in numbers)):
+  if (not numbers or
+      not all(isinstance(b, int) and not isinstance(b, bool) and b >= 0 for b in numbers) or
+      len(set(numbers)) < len(numbers)):
     raise ValueError(f"{method}(blocks={blocks!r}): must be different block numbers, counted from "
                      "0, such as (3, 6, 9)")
   return tuple(sorted(numbers))

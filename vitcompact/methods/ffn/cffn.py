@@ -57,7 +57,8 @@ class CFFN:
   factor: str = "output"
 
   def __post_init__(self):
-    if not isinstance(self.rank_ratio, (int, float)) or not 0 < self.rank_ratio <= 1:
+    number = isinstance(self.rank_ratio, (int, float)) and not isinstance(self.rank_ratio, bool)
+    if not number or not 0 < self.rank_ratio <= 1:
       raise ValueError(f"CFFN(rank_ratio={self.rank_ratio!r}): must be in (0, 1]")
     whole = isinstance(self.branches, int) and not isinstance(self.branches, bool)
     if not whole or self.branches < 1:
