@@ -24,10 +24,15 @@ lint: .venv/installed-dev
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; install one or name it: make PYTHON=/path/to/python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
 
-.venv/installed: requirements.txt | .venv/bin/python
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+# The pins, then the checkout itself: .venv/bin/vitcompact is the command.
+INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check
+
+.venv/installed: requirements.txt pyproject.toml | .venv/bin/python
+	$(INSTALL) -r requirements.txt
+	$(INSTALL) --no-deps -e .
 	@touch $@
 
-.venv/installed-dev: requirements-dev.txt requirements.txt | .venv/bin/python
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+.venv/installed-dev: requirements-dev.txt requirements.txt pyproject.toml | .venv/bin/python
+	$(INSTALL) -r requirements-dev.txt
+	$(INSTALL) --no-deps -e .
 	@touch $@ .venv/installed

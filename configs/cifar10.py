@@ -1,6 +1,6 @@
 """DeiT-S from ImageNet to CIFAR-10: 1000 epochs of SGD, the authors' transfer.
 
-Command:  python -m experiments.convert deit_small.safetensors --num-classes 10 --reset-head \\
+Command:  vitcompact convert deit_small.safetensors --num-classes 10 --reset-head \\
             --out deit_small_10.safetensors
           python main.py --config=configs/cifar10.py --workdir=runs/cifar10 \\
             --config.init_from=deit_small_10.safetensors

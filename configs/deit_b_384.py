@@ -1,6 +1,6 @@
 """DeiT-B at 384 pixels: 30 epochs from the model trained at 224.
 
-Command:  python -m experiments.convert runs/deit_b/trained.safetensors \\
+Command:  vitcompact convert runs/deit_b/trained.safetensors \\
             --image-size 384 --out deit_b_384.safetensors
           python main.py --config=configs/deit_b_384.py --workdir=runs/deit_b_384 \\
             --config.init_from=deit_b_384.safetensors

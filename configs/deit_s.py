@@ -10,7 +10,7 @@ Command:  python main.py --config=configs/deit_s.py --workdir=runs/deit_s
           configs/deit_s.py:deit_base_distilled_patch16_224 likewise.
 Data:     class folders: imagenet/train/CLASS/*.JPEG and imagenet/val/CLASS/*.JPEG; move the train
           images that are to choose checkpoints to a val of their own and name the 50,000 test.
-          Or --config.data.name=arrayrecord:OUT, which python -m experiments.prepare imagenet writes
+          Or --config.data.name=arrayrecord:OUT, which vitcompact prepare imagenet writes
           from the official tars, or tfds:imagenet2012: there the 50,000 are val and test.
 Hardware: the authors used 4 GPUs with 256 images each, for B 16 with 64.
 Cost:     10.6 EFLOP, forward and backward of 384 M images through the dense model (T: 2.89, B:

@@ -1,6 +1,6 @@
 """LV-ViT-S at 384 pixels: 30 epochs at a constant learning rate from the model trained at 224.
 
-Command:  python -m experiments.convert runs/lvvit_s/trained.safetensors \\
+Command:  vitcompact convert runs/lvvit_s/trained.safetensors \\
             --image-size 384 --out lvvit_s_384.safetensors
           python main.py --config=configs/lvvit_s_384.py --workdir=runs/lvvit_s_384 \\
             --config.init_from=lvvit_s_384.safetensors

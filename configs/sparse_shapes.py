@@ -1,7 +1,7 @@
 """Sparse attention, fewer tokens, or both at 577 tokens, on drawn scenes, from a dense model.
 
 Command:  python main.py --config=configs/sparse_shapes.py:coarse --workdir=runs/coarse
-          python -m experiments.convert runs/coarse/trained.safetensors --patch-size 2 \\
+          vitcompact convert runs/coarse/trained.safetensors --patch-size 2 \\
             --out runs/coarse/fine.safetensors
           python main.py --config=configs/sparse_shapes.py:dense --workdir=runs/dense \\
             --config.init_from=runs/coarse/fine.safetensors

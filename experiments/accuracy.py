@@ -1,13 +1,13 @@
-"""What fewer links and fewer tokens cost in accuracy: trains the same models, pair by pair.
+"""What attention and token sparsity cost in accuracy: trains the same models, pair by pair.
 
   python -m experiments.accuracy digits --out results/accuracy_digits.json --workdir runs/accuracy
   python -m experiments.accuracy shapes --out results/accuracy_shapes.json --workdir runs/accuracy
 
 For each fold of digits a dense model is trained, for all seeds on shapes (their directions, at 577
 tokens) one, on coarse patches first, where a step takes a twentieth of the time. Then, from it and
-taught by it, every variant for equally many steps, the dense one ("tuned") among them. Seeds differ
-in the order of images alone: scenes, test and fresh predictors are the same. The table has each
-one's test accuracy, and its difference to the tuned one of the same fold or seed, with a 95 %
+with it as teacher, every variant for equally many steps, the dense one ("tuned") among them. Seeds
+differ in the order of images alone: scenes, test and fresh predictors are the same. The table has
+each one's test accuracy, and its difference to the tuned one of the same fold or seed, with a 95 %
 interval (Student's t over the pairs). The test split chooses nothing. Run again, it goes on.
 """
 import argparse

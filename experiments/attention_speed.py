@@ -1,12 +1,12 @@
-"""Attention layers, dense and compact, timed in one run under the core's backends.
+"""Attention layers, dense and compact, timed in one run in each form.
 
   taskset -c 0 python -m experiments.attention_speed
   taskset -c 0 python -m experiments.attention_speed --sides 32 --batch 1 --gradients
-  taskset -c 0 python -m experiments.attention_speed --backends auto einsum --layers dense
+  taskset -c 0 python -m experiments.attention_speed --forms auto einsum --layers dense
 
 A layer is projections and attention of a class token and side x side patches, width 384, 6 heads,
-float32: dense, with half of the heads hallucinated (hmhsa; logits filters the scores), or with
-blocks linked. Ratios are to the fastest dense row: medians over rounds that take turns, and the
+float32: dense, with half of the heads hallucinated (hmhsa; logits filters the scores), or
+block-sparse. Ratios are to the fastest dense row: medians over rounds that take turns, and the
 least and the most of these. Memory is what the compiled program keeps besides what goes in and out,
 as a multiple of that (parameters included).
 """
@@ -17,54 +17,34 @@ import jax
 import jax.numpy as jnp
 
 import vitcompact as vc
+from experiments.attention_layer import attention_layer
 from vitcompact import attention
-from vitcompact.attention import Core
 from vitcompact.bench import paired
-from vitcompact.block import Attention, fresh_links, make_links
-from vitcompact.plan import BlockPlan
 
-WIDTH, HEADS = 384, 6
-LAYERS = {"dense": BlockPlan(), "hmhsa": BlockPlan(heads=vc.HMHSA()),
-          "logits": BlockPlan(heads=vc.HMHSA(site="logits")),
-          "linked": BlockPlan(links=vc.Sparsifiner(granularity="block", min_tokens=0)),
-          "hmhsa+linked": BlockPlan(
-              heads=vc.HMHSA(), links=vc.Sparsifiner(granularity="block", min_tokens=0))}
+WIDTH = 384
+SPARSE = vc.Sparsifiner(granularity="block", min_tokens=0)
+LAYERS = {"dense": vc.Plan(), "hmhsa": vc.Plan(heads=vc.HMHSA()),
+          "logits": vc.Plan(heads=vc.HMHSA(site="logits")), "sparse": vc.Plan(attention=SPARSE),
+          "hmhsa+sparse": vc.Plan(heads=vc.HMHSA(), attention=SPARSE)}
 
 
-def layer(plan: BlockPlan, side: int):
-  """(fn(params, x) -> (B, N, width), params): a layer of a block's attention."""
-  grid, tokens = (side, side), side * side + 1
-  attn = Attention(WIDTH, HEADS, spec=plan.heads, query_grid=grid, key_grid=grid, prefix=1)
-  links = make_links(plan, attn, keys=tokens, deploy=True)
-  x = jnp.zeros((1, tokens, WIDTH))
-  params = {"attn": jax.jit(attn.init)(jax.random.key(1), x)["params"], **fresh_links(links, attn)}
-
-  def run(params, x):
-    bound = attn.bind({"params": params["attn"]})
-    query, key, core = bound.query(x), bound.key(x), Core()
-    if links is not None:
-      core = links.apply({"params": params["links"]}, core, query, key)
-    return bound.attend(query, key, bound.value(x), core)
-
-  return run, params
-
-
-def compiled(name: str, backend: str, side: int, batch: int, gradients: bool):
+def compiled(name: str, form: str, side: int, batch: int, gradients: bool):
   """(a call without arguments, temporary memory over inputs and outputs)."""
-  run, params = layer(LAYERS[name], side)
+  layer = attention_layer(side, LAYERS[name], width=WIDTH)
   x = jax.random.normal(jax.random.key(0), (batch, side * side + 1, WIDTH))
+  params, run = jax.jit(layer.init)(jax.random.key(1), x), layer.apply
   # A sum of squares: the gradient that comes in is an array.
   fn = jax.grad(lambda *args: jnp.sum(run(*args) ** 2), (0, 1)) if gradients else run
-  with attention.using(None if backend == "auto" else backend):
+  with attention.using(None if form == "auto" else form):
     program = jax.jit(fn).lower(params, x).compile()
   memory = program.memory_analysis()
   share = memory.temp_size_in_bytes / (memory.argument_size_in_bytes + memory.output_size_in_bytes)
   return lambda: program(params, x), share
 
 
-def table(names, backends, side: int, batch: int, gradients: bool, rounds: int) -> list[str]:
-  """A row for each layer and backend."""
-  rows = [(name, backend) for name in names for backend in backends]
+def table(names, forms, side: int, batch: int, gradients: bool, rounds: int) -> list[str]:
+  """A row for each layer and form."""
+  rows = [(name, form) for name in names for form in forms]
   programs = {row: compiled(*row, side, batch, gradients) for row in rows}
   timing = paired({row: programs[row][0] for row in rows}, rounds=rounds)
   dense = min((row for row in rows if row[0] == "dense"), default=rows[0],
@@ -72,10 +52,10 @@ def table(names, backends, side: int, batch: int, gradients: bool, rounds: int) 
   # `paired` compares with its first: the fastest dense row.
   timing = paired({row: programs[row][0] for row in [dense] + [r for r in rows if r != dense]},
                   rounds=rounds)
-  return [f"| {side * side + 1} | {batch} | {name} | {backend} | "
-          f"{1e3 * timing[name, backend].seconds:.2f} | {timing[name, backend].speedup:.2f} "
-          f"[{timing[name, backend].low:.2f}, {timing[name, backend].high:.2f}] | "
-          f"{programs[name, backend][1]:.2f} |" for name, backend in rows]
+  return [f"| {side * side + 1} | {batch} | {name} | {form} | "
+          f"{1e3 * timing[name, form].seconds:.2f} | {timing[name, form].speedup:.2f} "
+          f"[{timing[name, form].low:.2f}, {timing[name, form].high:.2f}] | "
+          f"{programs[name, form][1]:.2f} |" for name, form in rows]
 
 
 def main():
@@ -86,18 +66,18 @@ def main():
   parser.add_argument("--batch", type=int, nargs="+", default=[8, 2, 1, 1],
                       help="images, for each of --sides")
   parser.add_argument("--layers", nargs="+", choices=list(LAYERS), default=["dense", "hmhsa"])
-  parser.add_argument("--backends", nargs="+", choices=["auto", *attention.BACKENDS],
+  parser.add_argument("--forms", nargs="+", choices=["auto", *attention.FORMS],
                       default=["auto"])
   parser.add_argument("--rounds", type=int, default=7)
   parser.add_argument("--gradients", action="store_true", help="time forward and backward")
   args = parser.parse_args()
   if len(args.batch) != len(args.sides):
     args.batch = args.batch[:1] * len(args.sides)
-  print("| tokens | images | layer | backend | ms | faster than dense | memory |\n"
+  print("| tokens | images | layer | form | ms | faster than dense | memory |\n"
         "|---:|---:|---|---|---:|---|---:|", flush=True)
   try:
     for side, batch in zip(args.sides, args.batch, strict=True):
-      print("\n".join(table(args.layers, args.backends, side, batch, args.gradients,
+      print("\n".join(table(args.layers, args.forms, side, batch, args.gradients,
                             args.rounds)), flush=True)
   except ValueError as error:
     raise SystemExit(f"error: {error}") from None

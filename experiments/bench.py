@@ -20,7 +20,6 @@ import importlib
 import json
 import os
 import pathlib
-import platform as host
 import subprocess
 import sys
 
@@ -46,14 +45,6 @@ def pin() -> tuple[int, ...]:
   return cores
 
 
-def processor() -> str:
-  """The host's processor, by name where the system tells it."""
-  path = pathlib.Path("/proc/cpuinfo")
-  lines = path.read_text().splitlines() if path.exists() else []
-  names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-  return names[0] if names else host.processor() or host.machine()
-
-
 def measure_suite(name: str, setting, command: str) -> dict:
   """The results of one suite, with where they come from."""
   from vitcompact import bench
@@ -61,7 +52,7 @@ def measure_suite(name: str, setting, command: str) -> dict:
   suite = importlib.import_module(f"experiments.benchmarks.{name}")
   load = os.getloadavg()[0]
   about = {"suite": name, "platform": setting.platform, "dtype": setting.dtype,
-           **environment(), "command": command, "processor": processor(),
+           **environment(), "command": command, "processor": bench.processor(),
            "pinned_to": sorted(os.sched_getaffinity(0)) if setting.on_host else None,
            "clock": bench.clock_name(), "torch": setting.torch and setting.torch.about,
            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}

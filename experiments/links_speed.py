@@ -1,4 +1,4 @@
-"""Attention layers with linked blocks against dense ones, timed in one run, as a Markdown table.
+"""Block-sparse attention layers against dense ones, timed in one run, as a Markdown table.
 
   taskset -c 0 python -m experiments.links_speed
   taskset -c 0 python -m experiments.links_speed --sides 32 --gradients
@@ -9,62 +9,50 @@ A layer is projections, the predictor and attention, of a class token and side x
 that take turns (least to most in brackets).
 """
 import argparse
+import functools
 import os
 
 import jax
 import jax.numpy as jnp
 
 import vitcompact as vc
-from vitcompact.attention import Core
+from experiments.attention_layer import attention_layer
+from vitcompact import attention
 from vitcompact.bench import paired
-from vitcompact.block import Attention, fresh_links, make_links
-from vitcompact.plan import BlockPlan
 
 WIDTH, HEADS = 384, 6
 
 
 def layers(side: int, keep: float, batch: int, gradients: bool):
   """{name: function of no arguments}: the layers and the predictor, on the same input."""
-  grid, tokens = (side, side), side * side + 1
-  attn = Attention(WIDTH, HEADS, query_grid=grid, key_grid=grid, prefix=1)
   spec = vc.Sparsifiner(keep=keep, granularity="block", min_tokens=0)
-  links = make_links(BlockPlan(links=spec), attn, keys=tokens, deploy=True)
-  x = jax.random.normal(jax.random.key(0), (batch, tokens, WIDTH))
-  params = {"attn": jax.jit(attn.init)(jax.random.key(1), x)["params"], **fresh_links(links, attn)}
-
-  def run(attend):
-    def layer(params, x):
-      bound = attn.bind({"params": params["attn"]})
-      query, key, value = bound.query(x), bound.key(x), bound.value(x)
-      return bound.out(attend(params, query, key, value))
+  x = jax.random.normal(jax.random.key(0), (batch, side * side + 1, WIDTH))
+  calls = {}
+  for name, plan in {"sparse": vc.Plan(attention=spec), "dense": vc.Plan()}.items():
+    layer = attention_layer(side, plan, width=WIDTH, heads=HEADS)
+    params, run = jax.jit(layer.init)(jax.random.key(1), x), layer.apply
     if gradients:
-      compiled = jax.jit(jax.grad(lambda *args: jnp.sum(layer(*args)), argnums=(0, 1)))
-    else:
-      compiled = jax.jit(layer)
-    return lambda: compiled(params, x)
-
-  def linked(params, query, key, value):
-    core = links.apply({"params": params["links"]}, Core(), query, key)
-    return core(query, key, value)
-
-  bound = attn.bind({"params": params["attn"]})
-  query, key = jax.jit(lambda x: (bound.query(x), bound.key(x)))(x)
-  predict = jax.jit(lambda params, query, key: links.apply(
-      {"params": params}, Core(), query, key).blocks.chosen)
-  return {"linked": run(linked), "dense": run(lambda params, *args: Core()(*args)),
-          "predictor": lambda: predict(params["links"], query, key)}
+      run = jax.grad(lambda *args, run=run: jnp.sum(run(*args)), argnums=(0, 1))
+    calls[name] = functools.partial(jax.jit(run), params, x)
+    if name == "sparse":
+      predictor = spec.make(layer.site, parent=None)
+      weights = {"params": params["params"]["links"]}
+  shape = (batch, side * side + 1, HEADS, WIDTH // HEADS)
+  query, key = (jax.random.normal(jax.random.key(seed), shape) for seed in (2, 3))
+  predict = jax.jit(lambda *args: predictor.apply(weights, attention.DENSE, *args).layout.chosen)
+  return {**calls, "predictor": lambda: predict(query, key)}
 
 
 def table(sides: list[int], keep: float, batch: int, gradients: bool, rounds: int) -> str:
-  """A row for each side: milliseconds, how much faster linked blocks are, the predictor's share."""
-  lines = ["| tokens | linked, ms | dense, ms | faster than dense | predictor |",
+  """A row for each side: milliseconds, how much faster sparse ones are, the predictor's share."""
+  lines = ["| tokens | sparse, ms | dense, ms | faster than dense | predictor |",
            "|---:|---:|---:|---:|---:|"]
   for side in sides:
     timing = paired(layers(side, keep, batch, gradients), rounds=rounds)
     # `paired` gives (seconds of the first) / (seconds of this one): the first is what is sped up.
-    ratio, linked, dense, predictor = timing["dense"], *(
-        timing[name].seconds for name in ("linked", "dense", "predictor"))
-    lines.append(f"| {side * side + 1} | {1e3 * linked:.2f} | {1e3 * dense:.2f} | "
+    ratio, sparse, dense, predictor = timing["dense"], *(
+        timing[name].seconds for name in ("sparse", "dense", "predictor"))
+    lines.append(f"| {side * side + 1} | {1e3 * sparse:.2f} | {1e3 * dense:.2f} | "
                  f"{1 / ratio.speedup:.2f}x [{1 / ratio.high:.2f}, {1 / ratio.low:.2f}] | "
                  f"{100 * predictor / dense:.2f}% |")
   return "\n".join(lines)

@@ -102,7 +102,7 @@ class Reader:
 
 
 def try_kills(count: int, directory: pathlib.Path, rng: random.Random) -> dict:
-  """Kills main.py so many times: {what happened: how often}."""
+  """Kills main.py `count` times: {what happened: how often}."""
   workdir, seen, reader = directory / "kills", collections.Counter(), None
   arguments = [*TINY, f"--workdir={workdir}", "--config.total_steps=1000000",
                "--config.checkpoint_every=2", "--config.log_every=2"]
@@ -135,7 +135,7 @@ def try_kills(count: int, directory: pathlib.Path, rng: random.Random) -> dict:
 
 
 def try_flips(count: int, directory: pathlib.Path, rng: random.Random) -> dict:
-  """Flips so many bits, one at a time, in the files of one checkpoint."""
+  """Flips bits, one after another, in the files of one checkpoint."""
   workdir, seen = directory / "flips", collections.Counter()
   process = start([*TINY, f"--workdir={workdir}", "--config.total_steps=1000000",
                    "--config.checkpoint_every=50"], directory)
@@ -196,7 +196,7 @@ def free_port() -> int:
 
 
 def group(arguments, directory, processes: int, devices: int) -> list[subprocess.Popen]:
-  """main.py in so many processes that are one run."""
+  """main.py in several processes that are one run."""
   if processes == 1:
     return [start(arguments, directory, devices)]
   where = [f"--coordinator=localhost:{free_port()}", f"--num_processes={processes}"]

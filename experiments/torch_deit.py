@@ -1,6 +1,6 @@
 """A DeiT, dense or compact, in plain PyTorch: what `--to-torch` wrote, for users who stay there.
 
-  python -m experiments.convert compact.safetensors --to-torch --out compact_torch.safetensors
+  vitcompact convert compact.safetensors --to-torch --out compact_torch.safetensors
   python -m experiments.torch_deit compact_torch.safetensors        # counts its parameters
 
   from experiments.torch_deit import load
@@ -8,7 +8,7 @@
 
 Needs torch and safetensors, nothing of vitcompact: sizes and plan are in the file's metadata.
 Inference only. Tensors have timm's names; those of compact layers are listed in
-vitcompact/models/torch_names.py, function `block`.
+vitcompact/torch_names.py, function `block`.
 """
 import json
 import sys
@@ -207,7 +207,7 @@ def load(path):
     about = file.metadata() or {}
     if not {"fields", "plan"} <= about.keys():
       raise ValueError(f"{path}: no fields and plan in its metadata; write it with "
-                       "experiments.convert --to-torch")
+                       "vitcompact convert --to-torch")
     state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
   model = CompactDeiT(json.loads(about["fields"]), json.loads(about["plan"]))
   model.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Differences are paired, their interval is Student's, and the README shows what was measured."""
+"""Differences are paired, their interval is Student's, and results show what was measured."""
 import json
 import pathlib
 import sys
@@ -34,8 +34,8 @@ def test_folds_that_there_are_not_are_refused(kind, pairs, monkeypatch, capsys):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("accuracy_*.json")),
                          ids=lambda path: path.stem)
-def test_the_readme_shows_what_was_measured(path):
+def test_the_tables_show_what_was_measured(path):
   results = json.loads(path.read_text())
-  readme = (ROOT / "README.md").read_text()
+  readme = (ROOT / "results" / "README.md").read_text()
   assert accuracy.table(results["rows"]) in readme
   assert f"python -m experiments.accuracy {results['rows'][0]['data']}" in readme

@@ -13,8 +13,8 @@ from vitcompact.models.lvvit import TokenLogits
 
 METHODS = {
     "heads": [vc.HMHSA()],
-    "links": [vc.Sparsifiner(keep=0.5, rank=4),
-              vc.Sparsifiner(keep=0.5, granularity="block", window=2, min_tokens=0)],
+    "attention": [vc.Sparsifiner(keep=0.5, rank=4),
+                  vc.Sparsifiner(keep=0.5, granularity="block", window=2, min_tokens=0)],
     "tokens": [vc.EViT(keep=0.6, blocks=(0,)), vc.DynamicViT(keep=0.6, blocks=(1,)),
                vc.ToMe(r=3), vc.MCTF(r=3)],
     "ffn": [vc.CFFN()],
@@ -22,8 +22,8 @@ METHODS = {
 ALL = [dict(zip(axes, methods, strict=True))
        for count in (2, 3, 4) for axes in itertools.combinations(METHODS, count)
        for methods in itertools.product(*(METHODS[axis] for axis in axes))]
-# MCTF fuses what attention was formed for, one step ahead: links would be of other tokens.
-ILLEGAL = [plan for plan in ALL if "links" in plan and isinstance(plan.get("tokens"), vc.MCTF)]
+# MCTF fuses by the attention that a token receives from all.
+ILLEGAL = [plan for plan in ALL if "attention" in plan and isinstance(plan.get("tokens"), vc.MCTF)]
 PLANS = [plan for plan in ALL if plan not in ILLEGAL]
 
 
@@ -60,7 +60,7 @@ def test_what_the_axes_save_adds_up(plan):
   count = vc.count(tiny.deit(vc.Plan(**plan)))
   assert 0 < count.ideal_macs <= count.macs
   assert 0 < count.ideal_attention_macs <= count.attention_macs <= count.macs
-  if set(plan) <= {"heads", "ffn"} or set(plan) == {"links", "ffn"}:
+  if set(plan) <= {"heads", "ffn"} or set(plan) == {"attention", "ffn"}:
     dense = vc.count(tiny.deit())
     each = [vc.count(tiny.deit(vc.Plan(**{axis: spec}))) for axis, spec in plan.items()]
     for field in ("macs", "ideal_macs", "params"):

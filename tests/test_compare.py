@@ -1,10 +1,10 @@
-"""experiments.compare reads what runs wrote, and says what is missing."""
+"""compare reads what runs wrote, and says what is missing."""
 import json
-import sys
 
 import pytest
 
-from experiments import compare
+from tests.cli import command
+from vitcompact import compare
 
 
 @pytest.fixture
@@ -23,21 +23,16 @@ def test_a_step_that_was_done_again_counts_once(runs):
   assert compare.read(runs[1])["loss"] == {1: 2.0, 2: 1.0, 3: 2 / 3}
 
 
-def test_runs_are_plotted_and_their_ends_told(runs, tmp_path, monkeypatch, capsys):
+def test_runs_are_plotted_and_their_ends_told(runs, tmp_path):
   out = tmp_path / "out.png"
-  monkeypatch.setattr(sys, "argv", ["compare", *runs, "--out", str(out)])
-  compare.main()
+  rows = [line.split() for line in command.succeeds("compare", *runs, "--out", out).splitlines()]
   assert out.read_bytes().startswith(b"\x89PNG")
-  rows = [line.split() for line in capsys.readouterr().out.splitlines()]
   assert rows[0][:4] == ["run", "step", "val_accuracy", "test_accuracy"]
   assert rows[2][:4] == [runs[1], "3", "-", "1"]
 
 
 @pytest.mark.parametrize("arguments, words", [
     (["/nowhere"], "/nowhere/metrics.jsonl is not there"),
-    (["--metrics", "los"], "no run has los; there are loss, test_accuracy")])
-def test_a_mistake_gets_one_line(runs, monkeypatch, arguments, words):
-  monkeypatch.setattr(sys, "argv", ["compare", "--out", "x.png", *runs, *arguments])
-  with pytest.raises(SystemExit) as stopped:
-    compare.main()
-  assert words in str(stopped.value)
+    (["--metric", "los"], "no run has los; there are loss, test_accuracy")])
+def test_a_mistake_gets_one_line(runs, arguments, words):
+  assert words in command.fails("compare", "--out", "x.png", *runs, *arguments)

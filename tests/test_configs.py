@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import vitcompact as vc
-from experiments import convert as conversion
 from tests import tiny
+from tests.cli import command
 from vitcompact import convert, trees
 from vitcompact.run import loop
 from vitcompact.train import config as configs
@@ -148,20 +148,19 @@ def test_a_docstring_names_the_command_that_runs_the_file(name):
 
 
 CONVERTED = [name for name in NAMES
-             if "Command:  python -m experiments.convert" in load(name).__doc__]
+             if "Command:  vitcompact convert" in load(name).__doc__]
 
 
 @pytest.mark.parametrize("name", CONVERTED)
 def test_a_docstring_makes_the_file_that_its_run_starts_from(name, tmp_path, monkeypatch):
   """Of a narrow model of 224 pixels and ImageNet's classes."""
   config, words = load(name).get_config(), load(name).__doc__.replace("\\\n", "").split()
-  given, *options = words[words.index("experiments.convert") + 1:words.index("main.py") - 1]
+  given, *options = words[words.index("vitcompact") + 2:words.index("main.py") - 1]
   source = vc.create_model(config.model.name, image_size=224, width=8, depth=1, heads=1)
   monkeypatch.chdir(tmp_path)
   (tmp_path / given).parent.mkdir(parents=True, exist_ok=True)
   convert.save(given, source, jax.tree.map(np.asarray, tiny.init(source)))
-  monkeypatch.setattr("sys.argv", ["convert", given, *options])
-  conversion.main()
+  command.succeeds("convert", given, *options)
   out = options[options.index("--out") + 1]
   made, _ = convert.load(out)
   assert made.image_size == config.model.image_size

@@ -1,29 +1,44 @@
 """Who may import whom: the order of the house, read off the imports themselves."""
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
+import pytest
+
+from vitcompact.methods import METHODS, protocol
+
 ROOT = pathlib.Path(__file__).parent.parent
-AXES = {"heads", "links", "tokens", "ffn"}
+BASE = {"trees", "settings", "kernels", "torch_names", "token_state", "attention", "layers"}
+MODELS = BASE | {"methods", "plan", "execution", "block", "models"}
 VERBS = {"compact", "fold", "verify", "count", "features", "convert", "preprocess", "receipt",
-         "bench", "measure", "export", "tune"}
-BASE = {"trees", "kernels", "backends", "attention", "layers"}
+         "bench", "measure", "export", "tune", "files", "fit", "foreign", "compare", "draw",
+         "pytorch"}
 # room -> the rooms it may import, besides itself. A room is a file or a folder of vitcompact/.
 MAY = {
-    "trees": set(), "kernels": set(),
-    "backends": {"kernels"}, "attention": {"trees", "kernels", "backends"},
-    "layers": {"trees", "kernels"},
-    **{axis: BASE for axis in AXES},
-    "plan": AXES | {"attention"},
-    "block": BASE | AXES | {"plan"},
-    "models": BASE | AXES | {"plan", "block"},
-    "data": {"trees"},
+    "trees": set(), "settings": set(), "kernels": set(), "torch_names": set(),
+    "attention": {"trees", "kernels"}, "layers": {"trees", "kernels"},
+    "token_state": {"trees", "attention"}, "execution": {"attention"},
+    "methods": BASE,
+    "plan": {"methods", "trees", "token_state"},
+    "block": BASE | {"methods", "plan"},
+    "models": MODELS,
+    "data": {"trees", "settings"},
     # The package's own names (`vc.fold`) stand for verbs, models and plans.
-    **{verb: BASE | AXES | VERBS | {"plan", "block", "models", "data", "vitcompact"}
-       for verb in VERBS},
-    "train": BASE | AXES | VERBS | {"plan", "block", "models", "data", "vitcompact"},
+    **{verb: MODELS | VERBS | {"data", "vitcompact", "_version"} for verb in VERBS},
+    "_version": set(),
+    "train": MODELS | VERBS | {"data", "vitcompact"},
+    "run": MODELS | VERBS | {"data", "vitcompact", "train"},
+    "cli": MODELS | VERBS | {"data", "vitcompact", "_version", "train", "run"}, "__main__": {"cli"},
 }
+# What loops over methods, and knows none.
+CORE = ["plan.py", "block.py", "execution.py", "convert.py", "fit.py", "foreign.py", "files.py",
+        "count.py", "compact.py", "fold.py",
+        "methods/protocol.py", "methods/surgery.py",
+        *(f"train/{name}.py" for name in ("optim", "objective", "phases", "config", "build")),
+        *(f"models/{path.name}" for path in sorted((ROOT / "vitcompact/models").glob("*.py")))]
+LISTED = [kind for kinds in METHODS.values() for kind in kinds.values()]
 
 
 def imports(path):
@@ -51,9 +66,57 @@ def test_every_room_imports_only_rooms_below_it():
     room = path.relative_to(ROOT / "vitcompact").parts[0].removesuffix(".py")
     if room == "__init__":
       continue
+    assert room in MAY, f"{path}: a new room; say what it may import"
     wrong += [f"{path.relative_to(ROOT)} imports {other}" for other in rooms(path)
               if other != room and other not in MAY[room]]
   assert not wrong
+
+
+def test_a_method_imports_the_protocol_and_its_own_helpers_and_no_other_method():
+  homes = {kind.__module__ for kind in LISTED}
+  wrong = []
+  for path in sorted((ROOT / "vitcompact/methods").rglob("*.py")):
+    home = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    if home == "vitcompact.methods.__init__":
+      continue
+    axis = home.rsplit(".", 1)[0]     # helpers of an axis lie in its folder
+    for name in imports(path):
+      allowed = re.match(r"vitcompact\.methods\.(protocol|surgery)\b", name) or (
+          name.startswith(f"{axis}.") and name.rsplit(".", 1)[0] not in homes)
+      if name.startswith("vitcompact.methods") and not allowed:
+        wrong.append(f"{home} imports {name}")
+  # `from vitcompact.methods import surgery` is the module's own name and nothing else.
+  assert not wrong
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_the_core_names_no_method(name):
+  """Neither a class, nor its name in files, nor where its parameters lie; docstrings may."""
+  path = ROOT / "vitcompact" / name
+  words = {kind.__name__ for kind in LISTED} | {key for kinds in METHODS.values() for key in kinds}
+  words |= {protocol.scope_of(kind) for kind in LISTED if kind.axis in ("heads", "attention")}
+  assert not set(identifiers(path)) & words
+  assert not [text for text in strings(path) if set(re.findall(r"\w+", text)) & words]
+  assert not [module for module in imports(path)
+              if re.match(r"vitcompact\.methods\.(heads|attention|tokens|ffn)\b", module)]
+
+
+def identifiers(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    for field in ("id", "attr", "name", "arg", "asname"):
+      if isinstance(word := getattr(node, field, None), str):
+        yield word
+
+
+def strings(path):
+  """Texts of a file that are no docstrings; `plan.modern` is left out, which reads old files."""
+  tree = ast.parse(path.read_text())
+  tree.body = [node for node in tree.body if getattr(node, "name", None) != "modern"]
+  docstrings = {node.body[0].value for node in ast.walk(tree)
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and node.body
+                and isinstance(node.body[0], ast.Expr)}
+  return [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)
+          and isinstance(node.value, str) and node not in docstrings]
 
 
 def test_nothing_imports_the_programs():

@@ -4,13 +4,14 @@ import json
 import pytest
 
 import vitcompact as vc
+from vitcompact.plan import modern
 
 PLANS = [
     vc.Plan(), vc.Plan(heads=vc.HMHSA()), vc.Plan(ffn=vc.CFFN(rank_ratio=0.25, branches=1)),
     vc.Plan(heads=vc.HMHSA(layout="grid", rank=2, real_heads=3), ffn=vc.CFFN(factor="both"),
             blocks={11: {"heads": None}, 2: {"ffn": vc.CFFN(rep="scale"), "heads": vc.HMHSA()}}),
-    vc.Plan(links=vc.Sparsifiner(keep=0.5, coefficients=0.05),
-            blocks={0: {"links": vc.Sparsifiner(granularity="block")}, 1: {"links": None}}),
+    vc.Plan(attention=vc.Sparsifiner(keep=0.5, coefficients=0.05),
+            blocks={0: {"attention": vc.Sparsifiner(granularity="block")}, 1: {"attention": None}}),
 ]
 
 
@@ -22,9 +23,9 @@ def test_json_both_ways(plan):
 
 def test_overrides_replace_the_default_axis_by_axis():
   plan = PLANS[3]
-  assert plan.at(0)[:3] == (plan.heads, None, plan.ffn)
-  assert plan.at(11)[:3] == (None, None, plan.ffn)
-  assert plan.at(2)[:3] == (vc.HMHSA(), None, vc.CFFN(rep="scale"))
+  assert plan.planned(0) == (plan.heads, None, None, plan.ffn)
+  assert plan.planned(11) == (None, None, None, plan.ffn)
+  assert plan.planned(2) == (vc.HMHSA(), None, None, vc.CFFN(rep="scale"))
 
 
 def test_json_is_the_readable_form():
@@ -61,7 +62,8 @@ def test_parse_takes_nothing_json_or_a_file(tmp_path):
     (lambda: vc.Plan.from_json('{"heads": {"method": ["hmhsa"]}}'), '"method"'),
     (lambda: vc.Plan.from_json('{"tokens": {"method": "evit", "keep": "x"}}'), "keep='x'"),
     (lambda: vc.Plan.from_json('{"tokens": {"method": "evit", "blocks": 3}}'), "blocks=3"),
-    (lambda: vc.Plan.from_json('{"links": {"method": "sparsifiner", "keep": "x"}}'), "keep='x'"),
+    (lambda: vc.Plan.from_json('{"attention": {"method": "sparsifiner", "keep": "x"}}'),
+     "keep='x'"),
     (lambda: vc.Plan.from_json('{"blocks": {"1": {"tokens": null}}}'), "unknown name 'tokens'"),
     (lambda: vc.Plan.from_json("heads"), "must be JSON"),
     (lambda: vc.Plan.parse("nowhere/plan.json"), "nowhere/plan.json"),
@@ -70,7 +72,17 @@ def test_parse_takes_nothing_json_or_a_file(tmp_path):
     (lambda: vc.create_model("deit_tiny_patch16_224", plan=vc.Plan(heads=vc.HMHSA(real_heads=4))),
      "has only 3 heads"),
     (lambda: vc.create_model("deit_tiny_patch16_224", plan=vc.Plan(
-        links=vc.Sparsifiner(), tokens=vc.MCTF(blocks=(3,)))), "use blocks={3: {'links': None}}"),
+        attention=vc.Sparsifiner(), tokens=vc.MCTF(blocks=(3,)))),
+     "use blocks={3: {'attention': None}}"),
+    (lambda: vc.create_model("deit_tiny_patch16_224", plan=vc.Plan(
+        heads=vc.HMHSA(layout="grid"), tokens=vc.EViT(blocks=(2, 5)))),
+     "in block 2 needs the whole grid of tokens, which from block 2 on EViT("),
+    (lambda: vc.create_model("deit_tiny_patch16_224", plan=vc.Plan(
+        heads=vc.HMHSA(site="logits"),
+        attention=vc.Sparsifiner(granularity="block", min_tokens=0))),
+     "takes away; use site='probs', or granularity='token'"),
+    (lambda: vc.create_model("pvt_tiny", plan=vc.Plan(tokens=vc.ToMe())),
+     "needs tokens that may be dropped or merged, which pvt_tiny does not have"),
 ])
 def test_a_wrong_plan_is_refused_in_one_line(make, words):
   with pytest.raises(ValueError) as error:
@@ -78,16 +90,57 @@ def test_a_wrong_plan_is_refused_in_one_line(make, words):
   assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_links_go_with_mctf_in_the_blocks_before_it():
-  blocks = {block: {"links": None} for block in range(3, 12)}
-  plan = vc.Plan(links=vc.Sparsifiner(), tokens=vc.MCTF(blocks=(3,)), blocks=blocks)
-  parts = vc.create_model("deit_tiny_patch16_224", plan=plan).parts()
-  linked = [block for block in range(12) if parts[f"blocks_{block}"].links is not None]
-  assert linked == [0, 1, 2]
+def test_methods_that_exclude_each_other_share_a_plan_block_by_block():
+  blocks = {block: {"attention": None} for block in range(3, 12)}
+  plan = vc.Plan(attention=vc.Sparsifiner(), tokens=vc.MCTF(blocks=(3,)), blocks=blocks)
+  model = vc.create_model("deit_tiny_patch16_224", plan=plan)
+  masked = [site.block for site in model.sites() if plan.at(site).attention is not None]
+  assert masked == [0, 1, 2]
+  grid = vc.Plan(heads=vc.HMHSA(layout="grid"), tokens=vc.EViT(blocks=(3,)),
+                 blocks={block: {"heads": vc.HMHSA()} for block in range(3, 12)})
+  vc.create_model("deit_tiny_patch16_224", plan=grid)
 
 
-def test_with_links_changes_every_sparsifiner_and_nothing_else():
-  plan = PLANS[-1].with_links(masked=False)
-  assert plan.links == vc.Sparsifiner(keep=0.5, coefficients=0.05, masked=False)
-  assert plan.at(0).links == vc.Sparsifiner(granularity="block", masked=False)
-  assert plan.at(1).links is None and vc.Plan().with_links(masked=False) == vc.Plan()
+def test_what_does_not_act_in_a_block_is_absent_there_and_can_be_written_out():
+  plan = vc.Plan(attention=vc.Sparsifiner(min_tokens=150), tokens=vc.EViT(keep=0.5, blocks=(4,)),
+                 ffn=vc.CFFN(apply_to="attention_blocks"))
+  sites = vc.create_model("deit_tiny_patch16_224", plan=plan).sites()
+  assert [plan.at(site).attention is not None for site in sites] == [True] * 5 + [False] * 7
+  written = plan.written_out(sites)
+  assert written.blocks == {block: {"attention": None} for block in range(5, 12)}
+  assert [written.at(site) for site in sites] == [plan.at(site) for site in sites]
+  hybrid = vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN(apply_to="attention_blocks"))
+  sites = vc.create_model("nextvit_small", plan=hybrid).sites()
+  acting = [site.block for site in sites if hybrid.at(site).present()]
+  assert acting == [site.block for site in sites if "attention" in site.provides] != []
+
+
+def test_sizes_that_follow_the_image_can_be_written_out():
+  plan = vc.Plan(attention=vc.Sparsifiner(reduce_n=6), blocks={2: {"attention": None}})
+  sites = vc.create_model("deit_tiny_patch16_224", plan=plan).sites()
+  assert plan.at_size(sites).at(sites[0]).attention.rank == 197 // 6
+  assert plan.at_size(sites).at(sites[2]).attention is None
+  whole = vc.Plan(attention=vc.Sparsifiner())
+  assert whole.at_size(sites) == vc.Plan(attention=vc.Sparsifiner(rank=197 // 6))
+  stages = vc.create_model("pvt_tiny", plan=whole).sites()     # 49 keys, in the last one 50
+  assert whole.at_size(stages).at(stages[0]).attention.rank == 8
+
+
+def test_map_changes_every_method_and_keeps_none():
+  plan = PLANS[-1].map(vc.Sparsifiner.first_phase.method)
+  assert plan.attention == vc.Sparsifiner(keep=0.5, coefficients=0.05, masked=False)
+  assert plan.planned(0).attention == vc.Sparsifiner(granularity="block", masked=False)
+  assert plan.planned(1).attention is None and vc.Plan().map(lambda method: 1 / 0) == vc.Plan()
+
+
+def test_plans_of_before_still_parse():
+  old = {"links": {"method": "sparsifiner", "keep": 0.5}, "backends": {"1": "tiled"},
+         "at_a_time": 4, "ffn": {"method": "cffn", "merged": []},
+         "blocks": {"0": {"links": None}, "1": {"ffn": {"method": "cffn", "merged": ["fc2"]}}}}
+  wanted = vc.Plan(attention=vc.Sparsifiner(keep=0.5), ffn=vc.CFFN(),
+                   blocks={0: {"attention": None}, 1: {"ffn": vc.CFFN()}})
+  assert vc.Plan.from_json(json.dumps(old)) == wanted
+  assert modern(old)[1] == {"attention": {"1": "tiled"}, "chunk": 4,
+                            "merged": {None: [], "1": ["fc2"]}}
+  today = json.loads(wanted.to_json())
+  assert modern(today) == (today, {})

@@ -1,6 +1,7 @@
 """preprocess: the published evaluation of each model, as an array."""
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -51,3 +52,75 @@ def test_what_is_no_image_is_refused():
   pre = vc.preprocess(tiny.deit())
   with pytest.raises(ValueError, match=r"uint8 array \(H, W, 3\), got float32 \(8, 8, 3\)"):
     pre(np.zeros((8, 8, 3), np.float32))
+
+
+def test_a_model_of_one_channel_is_shown_grey_images_normalised_by_the_mean_of_the_means():
+  pre = vc.preprocess(tiny.deit(in_chans=1))
+  assert pre.mean == pytest.approx((0.449,)) and pre.std == pytest.approx((0.226,))
+  pixels = np.full((40, 40, 3), (10, 200, 90), np.uint8)
+  grey = np.asarray(Image.fromarray(pixels).convert("L"))
+  out = pre(pixels)
+  assert out.shape == (32, 32, 1) and out.dtype == np.float32
+  np.testing.assert_allclose(out, (grey[0, 0] / 255 - 0.449) / 0.226, rtol=1e-4)
+  for same in (grey, grey[..., None], Image.fromarray(grey)):
+    np.testing.assert_array_equal(pre(same), out)
+  model = tiny.deit(in_chans=1)
+  variables = jax.eval_shape(model.init, jax.random.key(0), out[None])
+  assert jax.eval_shape(model.apply, variables, out[None]).shape[0] == 1
+
+
+def test_other_numbers_of_channels_have_their_means_and_no_image_files():
+  pre = vc.preprocess(tiny.deit(in_chans=5))
+  assert len(pre.mean) == len(pre.std) == 5
+  with pytest.raises(ValueError, match="a model of 5 channels takes no image files"):
+    pre(np.zeros((8, 8, 3), np.uint8))
+
+
+def test_16_bit_grey_keeps_its_brightness_as_in_training(tmp_path):
+  """It was white: Pillow's own conversion clips at 255."""
+  pixels = np.full((40, 40), 100 * 256 + 7, np.uint16)
+  Image.fromarray(pixels).save(tmp_path / "grey.png")
+  pre = vc.preprocess(tiny.deit())
+  wanted = pre(np.full((40, 40, 3), 100, np.uint8))
+  with Image.open(tmp_path / "grey.png") as image:
+    np.testing.assert_array_equal(pre(image), wanted)
+  np.testing.assert_array_equal(pre(tmp_path / "grey.png"), wanted)
+  np.testing.assert_array_equal(pre(str(tmp_path / "grey.png")), wanted)
+
+
+def test_an_orientation_in_the_exif_data_is_not_applied(tmp_path):
+  """As in training, and as by the loaders that published accuracies come from."""
+  exif = Image.Exif()
+  exif[0x0112] = 6  # turn by 90 degrees
+  pixels = np.zeros((40, 40, 3), np.uint8)
+  pixels[:20] = 255
+  Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
+  pre = vc.preprocess(tiny.deit())
+  np.testing.assert_array_equal(pre(tmp_path / "x.png"), pre(pixels))
+
+
+def test_small_images_of_the_models_size_are_shown_whole_as_in_evaluation():
+  pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+  pre = vc.preprocess(tiny.deit())
+  assert pre.image_size == (32, 32) and pre.crop == 0.9
+  np.testing.assert_allclose((pre(pixels) * pre.std + pre.mean) * 255, pixels, atol=1e-3)
+
+
+def test_a_crop_of_more_than_the_image_is_refused_at_once():
+  with pytest.raises(ValueError, match=r"crop=1\.14 must be above 0 and at most 1"):
+    dataclasses.replace(vc.preprocess(tiny.deit()), crop=1.14)
+
+
+@pytest.mark.parametrize(("image", "message"), [
+    (np.zeros((8, 8), np.uint16), r"got uint16 \(8, 8\): scale its pixels to 0\.\.255"),
+    (np.zeros((2, 8, 8, 3), np.uint8), r"\(2, 8, 8, 3\).* one image at a time"),
+    (np.zeros((8, 8, 4), np.uint8), r"\(8, 8, 4\).* its channels to red, green and blue"),
+    (np.zeros((0, 8, 3), np.uint8), r"got uint8 \(0, 8, 3\)"),
+    (Image.new("F", (8, 8), 300), r"cannot read the image: its pixels are numbers of mode F"),
+    (Image.new("I", (8, 8), 300), r"numbers of mode I, whose range is not known: scale them"),
+    ("nowhere.png", r"cannot read nowhere\.png: No such file or directory"),
+    (None, r"must be a path, a PIL image")])
+def test_what_has_no_known_range_or_form_is_refused_in_one_line(image, message):
+  with pytest.raises(ValueError, match=message) as error:
+    vc.preprocess(tiny.deit())(image)
+  assert "\n" not in str(error.value)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vitcompact as vc
+from vitcompact.methods.protocol import CAPABILITIES, Site
 
 SIZES = {"width": 24, "depth": 2, "heads": 4, "image_size": 32, "patch_size": 8, "num_classes": 5}
 
@@ -11,6 +12,14 @@ SIZES = {"width": 24, "depth": 2, "heads": 4, "image_size": 32, "patch_size": 8,
 def deit(plan=None, name="deit_tiny_patch16_224", **fields):
   """A DeiT of two narrow blocks: 16 patches, 4 heads of 6."""
   return vc.create_model(name, plan=plan or vc.Plan(), **{**SIZES, **fields})
+
+
+def site(**fields):
+  """A block of such a DeiT, the class token counted."""
+  sizes = {"width": 24, "ffn_width": 24, "hidden": 96, "heads": 4}
+  place = {"tokens": 17, "tokens_left": 17, "prefix": 1, "query_grid": (4, 4), "key_grid": (4, 4)}
+  return Site(**{"block": 0, "depth": 2, **sizes, **place, "provides": frozenset(CAPABILITIES),
+                 **fields})
 
 
 def images(model, batch=3, seed=0):

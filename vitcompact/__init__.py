@@ -6,6 +6,8 @@ import importlib
 import sys
 import types
 
+from vitcompact._version import __version__ as __version__
+
 _HOMES = {
     "create_model": "models", "list_models": "models", "preprocess": "preprocess",
     "Plan": "plan", "METHODS": "methods", "HMHSA": "methods.heads.hmhsa",
@@ -21,7 +23,7 @@ __all__ = sorted(_HOMES)
 
 class _Package(types.ModuleType):
   """Finds public names when first asked for, and keeps them: importing the submodule `fold` must
-  not hide the function `fold` behind it."""
+  not hide the function of the same name."""
 
   def __getattr__(self, name):
     if name not in _HOMES:

@@ -1,5 +1,7 @@
 """bench: how long functions take, compared in one run."""
 import os
+import pathlib
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -24,10 +26,10 @@ class Timing(NamedTuple):
 
 
 class Remote(Protocol):
-  """Something timed elsewhere, such as in a process of another Python, in turn with the others."""
+  """Something timed elsewhere, such as in another Python's process, alternating with the others."""
 
   def seconds(self, calls: int) -> float:
-    """Seconds a call, by the clock that `clock_name` names, over so many calls."""
+    """Seconds a call, by the clock that `clock_name` names, over `calls` calls."""
 
 
 class Compiled(NamedTuple):
@@ -39,6 +41,14 @@ class Compiled(NamedTuple):
   call: Callable[[], object]
   seconds: float
   temporary: int | None
+
+
+def processor() -> str:
+  """The host's processor, by name where the system tells it."""
+  path = pathlib.Path("/proc/cpuinfo")
+  lines = path.read_text().splitlines() if path.exists() else []
+  names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+  return names[0] if names else platform.processor() or platform.machine()
 
 
 def clock_name() -> str:
@@ -66,8 +76,8 @@ def rounds_of(functions: Mapping[str, Callable[[], object] | Remote], *, rounds:
   Their order rotates from round to round. A function of no arguments returns arrays, which are
   waited for; its first call, which may compile, is not counted. A function is called as often in a
   round as takes `least` seconds, at least once; least=0: once, without a call to find out. A turn
-  begins with `settle` calls that are not counted: a large one pays for what the one before it left
-  behind, such as memory that went back to the system.
+  begins with `settle` calls that are not counted: a large one pays for what the one before it left,
+  such as memory that went back to the system.
   """
   names = list(functions)
   timers = {name: getattr(function, "seconds", None) or _timer(function)
@@ -110,7 +120,7 @@ def ratio(first: list[float], other: list[float]) -> tuple[float, float, float]:
 
 def paired(functions: Mapping[str, Callable[[], object] | Remote], *, rounds: int = 7,
            least: float = 0.1) -> dict[str, Timing]:
-  """Times functions in turn, as `rounds_of` does, each against the first."""
+  """Times functions alternately, as `rounds_of` does, each against the first."""
   load = os.getloadavg()[0]
   taken = rounds_of(functions, rounds=rounds, least=least)
   first = next(iter(taken.values()))

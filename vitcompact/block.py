@@ -7,7 +7,7 @@ import flax.linen as nn
 from vitcompact import attention, token_state, torch_names
 from vitcompact.attention import Core
 from vitcompact.layers import DropPath, FromHeads, LayerNorm, Mlp, ToHeads, dense
-from vitcompact.methods import protocol, surgery
+from vitcompact.methods import METHODS, protocol, surgery
 from vitcompact.methods.protocol import Site
 from vitcompact.plan import BlockMethods
 from vitcompact.token_state import Reduction, Tokens
@@ -150,10 +150,16 @@ def from_dense(site: Site, methods: BlockMethods, params, stats, moments):
 
 
 def fold(site: Site, methods: BlockMethods, params, stats):
-  """(params, stats) of a deployed block, method by method."""
+  """(params, stats) of a deployed block, method by method.
+
+  Parameters of an attention method that does not act here are left out: its predictors may come
+  from a plan under which it did.
+  """
   for method in methods.present():
     params, stats = surgery.fold(method, site, params, stats)
-  return params, stats
+  here = methods.attention and protocol.scope_of(methods.attention)
+  absent = {protocol.scope_of(kind) for kind in METHODS["attention"].values()} - {here}
+  return {name: leaf for name, leaf in params.items() if name not in absent}, stats
 
 
 def method_entries(site: Site, methods: BlockMethods, torch: str, ours: str):

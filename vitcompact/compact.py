@@ -1,4 +1,4 @@
-"""compact: carry a trained dense model's weights over to a smaller plan."""
+"""compact: a trained dense model's weights brought to a smaller plan."""
 import warnings
 
 import flax.linen as nn

@@ -1,58 +1,107 @@
 """Weights that travel: PyTorch state dicts to our variables and back, and files of our own."""
 import dataclasses
 import json
-import os
-import pathlib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from vitcompact import trees
+from vitcompact import foreign, trees
 from vitcompact.execution import Execution
-from vitcompact.models import VARIANTS, create_model
+from vitcompact.files import (
+    DTYPES,
+    check_ours,
+    checked_classes,
+    classes_in,
+    read_header,
+    read_safetensors,
+    write_safetensors,
+)
+from vitcompact.fit import MANY, check_fit, closest_model, describe, variable_shapes
+from vitcompact.foreign import CONTAINERS
+from vitcompact.models import create_model
 from vitcompact.plan import Plan, modern
 from vitcompact.torch_names import (
-  Entry,
-  resize_patches,
-  resize_positions,
-  to_leaves,
-  to_tensor,
-  torch_shape,
+    Entry,
+    adapt_channels,
+    resize_patches,
+    resize_positions,
+    to_leaves,
+    to_tensor,
+    torch_shape,
 )
 
-# In which a training checkpoint keeps its weights, in timm's order of preference.
-CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-WRAPPERS = ("module.", "_orig_mod.")   # prefixes of names: data parallel, compiled
+__all__ = ["CONTAINERS", "Loaded", "altered", "classes_of", "closest_model", "from_torch", "load",
+           "metadata", "read_metadata", "read_safetensors", "read_state_dict", "resized", "save",
+           "to_torch", "unwrap", "write_safetensors"]
 
 
 class Loaded(NamedTuple):
-  """What `read_state_dict` did: the variables, and PyTorch names by what became of them."""
+  """What `read_state_dict` did: the variables, and PyTorch names by what became of them.
+
+  dropped: counters and records. outside: tensors beside the network that was taken. container: the
+  set of weights that was taken, "" if the checkpoint is one; containers: all that there are.
+  prefix: what was taken off the names. adapted: kernels of RGB made for other channels.
+  """
   variables: dict[str, Any]
   dropped: list[str]
   resized: list[str]
   reset: list[str]
+  container: str = ""
+  containers: Sequence[str] = ()
+  prefix: str = ""
+  outside: Sequence[str] = ()
+  adapted: Sequence[str] = ()
+
+  def lines(self) -> list[str]:
+    """What was done, to print: a line for each thing that was."""
+    lines = []
+    others = [name for name in self.containers if name != self.container]
+    if self.container or others:
+      lines.append(f"weights: {self.container or 'without a container'}" + (
+          f", not {trees.some(others)} (--weights chooses)" if others else ""))
+    if self.prefix:
+      lines.append(f"prefix taken off the names: {self.prefix}")
+    for what, names in (("dropped", self.dropped), ("left out, no part of the model", self.outside),
+                        ("resized", self.resized), ("made for other channels", self.adapted),
+                        ("initialised anew", self.reset)):
+      lines += [f"{what}: {trees.some(names, 8)}"] if names else []
+    return lines
 
 
-def from_torch(model: nn.Module, state_dict: Mapping[str, Any], *, reset_head: bool = False):
+def from_torch(model: nn.Module, state_dict: Mapping[str, Any], *, reset_head: bool = False,
+               weights: str | None = None, allow_nonfinite: bool = False):
   """Variables of `model` from a PyTorch state dict.
 
   Args:
     model: dense, or a folded compact DeiT.
-    state_dict: {name: array}, under timm's names or the authors'; containers such as {"model": ...}
-      and prefixes such as "module." are taken off. Half precision becomes float32.
+    state_dict: {name: array or torch tensor}, under timm's names or the authors'. Containers such
+      as {"model": ...} are opened, and a prefix of the names such as "module." or "backbone." is
+      taken off where they then fit. Half precision becomes float32; integers that are no weights,
+      such as counters, are left out.
     reset_head: initialise the classifiers anew, whatever the state dict has for them.
+    weights: which container, if there are several: "model_ema", "model", "teacher", ... The
+      default is timm's, averages first, and warns that there was a choice.
+    allow_nonfinite: take weights that are NaN or infinite.
   Returns:
-    {"params", "batch_stats"?}, nested dicts of numpy arrays.
+    {"params", "batch_stats"?}, nested dicts of numpy arrays. `read_state_dict` tells what was done.
   Raises:
-    ValueError: names are missing, unexpected or misshapen: all are listed, a line each.
+    ValueError: names are missing, unexpected or misshapen: the first few of each are listed.
   """
-  return read_state_dict(model, state_dict, reset_head=reset_head).variables
+  loaded = read_state_dict(model, state_dict, reset_head=reset_head, weights=weights,
+                           allow_nonfinite=allow_nonfinite)
+  if weights is None and len(loaded.containers) > 1:
+    others = [name for name in loaded.containers if name != loaded.container]
+    warnings.warn(f"the checkpoint holds several sets of weights: took {loaded.container!r}, not "
+                  f"{trees.some([repr(name) for name in others])}; weights= chooses",
+                  stacklevel=2)
+  if loaded.outside:
+    warnings.warn(f"{len(loaded.outside)} tensors without the prefix {loaded.prefix!r} are no part "
+                  f"of {model.variant} and were left out: {trees.some(loaded.outside)}",
+                  stacklevel=2)
+  return loaded.variables
 
 
 def to_torch(model: nn.Module, variables, *, names: str = "timm") -> dict[str, np.ndarray]:
@@ -65,10 +114,9 @@ def to_torch(model: nn.Module, variables, *, names: str = "timm") -> dict[str, n
   """
   if names not in ("timm", "authors"):
     raise ValueError(f"names={names!r}: must be 'timm' or 'authors'")
-  shapes = _variable_shapes(model)
+  shapes = variable_shapes(model)
   entries = _entries(model, shapes)
-  if lines := trees.differences(variables, shapes):
-    raise ValueError("\n".join([f"variables do not fit {_describe(model)}:", *lines]))
+  _check_variables(model, variables, shapes)
   flat = trees.named_leaves(variables)
   rename = model.authors_name if names == "authors" else str
   return {rename(entry.torch): np.ascontiguousarray(
@@ -77,26 +125,39 @@ def to_torch(model: nn.Module, variables, *, names: str = "timm") -> dict[str, n
 
 
 def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False,
-                    source: nn.Module | None = None) -> Loaded:
-  """As `from_torch`, and tells what was dropped, resized and initialised anew.
+                    source: nn.Module | None = None, weights: str | None = None,
+                    allow_nonfinite: bool = False) -> Loaded:
+  """As `from_torch`, and tells what was taken, dropped, resized and initialised anew.
 
   source: the model that `to_torch` wrote it of. Else positions of another size are a square's.
   """
-  shapes = _variable_shapes(model)
+  shapes = variable_shapes(model)
   entries = _entries(model, shapes)
   flat_shapes = {name: leaf.shape for name, leaf in trees.named_leaves(shapes).items()}
   wanted = {entry.torch: torch_shape(entry.layout, [flat_shapes[leaf] for leaf in entry.leaves])
             for entry in entries}
-  state = _bare_named(unwrap(state_dict))
-  got = {name: np.shape(value) for name, value in state.items()}
-  state = _timm_named(model, entries, state)
   heads = _classifiers(model, shapes)
+  timm_names = {model.authors_name(name): name for name in [*heads, *wanted]}
+  found, containers = foreign.find(state_dict, {*heads, *wanted, *timm_names}, weights,
+                                   least=len(wanted) // 4)
+  state, got = _timm_named(timm_names, found.state), _shapes_of(found.state)
   reset = [name for name in heads if reset_head and name in wanted]
-  dropped = [name for name in state if name.endswith("num_batches_tracked")]
+  dropped = [name for name, value in state.items() if name.endswith("num_batches_tracked")
+             or (name not in wanted and not foreign.is_float(value))]
   dropped += [name for name in heads if reset_head and name in state.keys() - wanted.keys()]
-  arrays = {name: _array(name, value) for name, value in state.items()
-            if name not in {*dropped, *reset}}
+  outside = [name for name, value in found.outside.items() if foreign.is_float(value)]
+  dropped += [name for name in found.outside if name not in outside]
+  what = "the state dict"
+  if len(containers) > 1:
+    what = f"{found.name!r}, of the sets of weights {trees.some(containers)},"
+  arrays = {name: foreign.to_float32(name, value) for name, value in state.items()
+            if name in wanted and name not in reset}
+  if not allow_nonfinite:
+    trees.check_finite(what, arrays)
+  adapted = _adapt_channels(model, arrays, wanted)
   arrays |= {name: _fresh(wanted[name]) for name in reset}
+  unexpected = {name: shape for name, shape in _shapes_of(state).items()
+                if name not in {*wanted, *dropped}}
   stored = {entry.torch: entry.positions.grid
             for entry in (source.torch_entries() if source else []) if entry.positions}
   fitted = {entry.torch: _fitted(arrays[entry.torch], entry, wanted[entry.torch],
@@ -104,30 +165,36 @@ def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False,
             for entry in entries if entry.torch in arrays}
   resized = [name for name, array in fitted.items() if array is not arrays[name]]
   arrays |= fitted
-  _check_fit(model, arrays, wanted, heads, got)
+  check_fit(what, model, _shapes_of(arrays) | unexpected, wanted, heads, got)
   leaves = {}
   for entry in entries:
     parts = to_leaves(entry.layout, arrays[entry.torch], [flat_shapes[x] for x in entry.leaves])
     leaves |= {name: np.ascontiguousarray(part)
                for name, part in zip(entry.leaves, parts, strict=True)}
-  return Loaded(trees.nested(leaves), dropped, resized, reset)
+  return Loaded(trees.nested(leaves), dropped, resized, reset, found.name, containers,
+                found.prefix, outside, adapted)
 
 
 def resized(model: nn.Module, variables, **sizes) -> tuple[nn.Module, dict[str, Any]]:
-  """(model, variables) for another `image_size` or `patch_size`, in training or deployed form.
+  """(model, variables) for another `image_size`, `patch_size` or `in_chans`, in either form.
 
   Positions are interpolated, and so are mask predictors that are tied to them, which keep their
-  rank; a kernel of patches is made anew.
+  rank; kernels of patches, or of other channels, are made anew.
   """
   other, leaves = altered(model, **sizes), trees.named_leaves(variables)
-  shapes = {name: leaf.shape for name, leaf in trees.named_leaves(_variable_shapes(other)).items()}
-  for stored, wanted in zip(model.torch_entries(), other.torch_entries(), strict=True):
-    if stored.positions or stored.patches:
-      (name,), layout = wanted.leaves, wanted.layout
-      tensor = to_tensor(layout, [np.asarray(leaves[name])])
-      grid = stored.positions and stored.positions.grid
-      tensor = _fitted(tensor, wanted, torch_shape(layout, [shapes[name]]), grid)
-      (leaves[name],) = to_leaves(layout, tensor, [shapes[name]])
+  shapes = {name: leaf.shape for name, leaf in trees.named_leaves(variable_shapes(other)).items()}
+  # A training form has leaves that no tensor of PyTorch's holds; they do not change.
+  pairs = [(stored, entry) for stored, entry in
+           zip(model.torch_entries(), other.torch_entries(), strict=True)
+           if len(entry.leaves) == 1 and entry.leaves[0] in leaves]
+  arrays = {entry.torch: to_tensor(entry.layout, [np.asarray(leaves[entry.leaves[0]])])
+            for _, entry in pairs}
+  wanted = {entry.torch: torch_shape(entry.layout, [shapes[entry.leaves[0]]]) for _, entry in pairs}
+  _adapt_channels(other, arrays, wanted)
+  for stored, entry in pairs:
+    grid = stored.positions and stored.positions.grid
+    array = _fitted(arrays[entry.torch], entry, wanted[entry.torch], grid)
+    (leaves[entry.leaves[0]],) = to_leaves(entry.layout, array, [shapes[entry.leaves[0]]])
   return other, trees.nested(leaves)
 
 
@@ -144,71 +211,85 @@ def _fields(model) -> dict[str, Any]:
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-  """The state dict inside a training checkpoint, or the checkpoint itself if it is one."""
+  """The state dict in a training checkpoint by the order of `CONTAINERS`, or the checkpoint itself.
+
+  `from_torch` looks further: for names that a model knows, however deep."""
   for name in CONTAINERS:
     if isinstance(checkpoint.get(name), Mapping):
       return checkpoint[name]
   return checkpoint
 
 
-def save(path, model: nn.Module, variables, *, force: bool = False):
+def save(path, model: nn.Module, variables, *, force: bool = False, dtype: str = "float32",
+         classes: Sequence[str] | None = None, allow_nonfinite: bool = False):
   """Writes a model and its variables as .safetensors: our names, and how to build the model.
 
-  Raises ValueError for a file that exists, without `force`, and for variables that do not fit.
+  Args:
+    path: ends in .safetensors.
+    force: overwrite a file that exists.
+    dtype: "float16" or "bfloat16" to halve the file; `load` returns float32 all the same.
+    classes: names of the classes, in the order of the logits; `classes_of` reads them.
+    allow_nonfinite: write variables that are NaN or infinite.
+  Raises:
+    ValueError: the file exists, or variables, classes or values do not fit.
   """
-  if lines := trees.differences(variables, _variable_shapes(model)):
-    raise ValueError("\n".join([f"variables do not fit {_describe(model)}:", *lines]))
-  write_safetensors(path, trees.named_leaves(variables), metadata(model), force=force)
+  _check_variables(model, variables, variable_shapes(model))
+  if dtype not in DTYPES:
+    raise ValueError(f"{dtype=}: must be one of {', '.join(DTYPES)}")
+  leaves = {name: np.asarray(leaf) for name, leaf in trees.named_leaves(variables).items()}
+  if not allow_nonfinite:
+    trees.check_finite("variables", leaves)
+  with np.errstate(over="ignore"):
+    half = {name: leaf.astype(DTYPES[dtype], copy=False) for name, leaf in leaves.items()}
+  large = trees.nonfinite(half).keys() - trees.nonfinite(leaves).keys()
+  if large:
+    raise ValueError(f"{min(large)} has values too large for {dtype}; save it as bfloat16 or "
+                     "float32")
+  about = metadata(model)
+  if classes is not None:
+    about["classes"] = json.dumps(checked_classes(classes, model.num_classes))
+  write_safetensors(path, half, about, force=force)
 
 
-def write_safetensors(path, arrays: Mapping[str, Any], about: dict[str, str], *,
-                      force: bool = False):
-  """Writes {name: array} and string metadata; a file of that name is whole at every moment."""
-  path = pathlib.Path(path)
-  if path.suffix != ".safetensors":
-    raise ValueError(f"{path}: must end in .safetensors")
-  if path.exists() and not force:
-    raise ValueError(f"{path} exists; give another name, or ask to overwrite it with force")
-  arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-  partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-  try:
-    safetensors.numpy.save_file(arrays, partial, metadata=about)
-    os.replace(partial, path)
-  except (OSError, safetensors.SafetensorError) as error:
-    raise OSError(f"{path} cannot be written: {error}; make room, or name another place") from error
-  finally:
-    partial.unlink(missing_ok=True)
+def load(path, *, allow_nonfinite: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+  """(model, variables) of a file that `save` wrote; nothing in it is executed.
 
-
-def load(path) -> tuple[nn.Module, dict[str, Any]]:
-  """(model, variables) of a file that `save` wrote; nothing in it is executed."""
+  Values are float32, whatever the file has. `classes_of` reads the names of the classes.
+  """
   arrays, about = read_safetensors(path)
-  if not {"model", "fields", "plan"} <= about.keys():
-    raise ValueError(f"{path} is no file of ours: its metadata has {sorted(about)}, not model, "
-                     "fields, plan; PyTorch weights go through experiments.convert")
+  check_ours(path, arrays, about)
   try:
     model = create_model(about["model"], **json.loads(about["fields"]),
                          plan=Plan.from_json(about["plan"]))
     model = model.clone(execution=_execution(about, model))
     model.check()
-    shapes = _variable_shapes(model)
+    shapes = variable_shapes(model)
   # Whatever strangers may write there: RecursionError is JSON's, of lists in lists in lists.
   except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
     raise ValueError(f"{path}: its metadata describes no model: {error}") from None
+  classes_in(path, about)
+  arrays = {name: array.astype(np.float32) if array.dtype.name in DTYPES else array
+            for name, array in arrays.items()}
   # Flat, as `nested` cannot take a name that is both a leaf and the start of another's.
   if lines := trees.differences(arrays, trees.named_leaves(shapes)):
-    raise ValueError("\n".join([f"{path} does not fit {_describe(model)}:", *lines]))
+    raise ValueError(f"{path} does not fit {describe(model)}:\n"
+                     + trees.some(lines, 3 * MANY, joint="\n"))
+  if not allow_nonfinite:
+    trees.check_finite(str(path), arrays)
   variables = trees.nested(arrays)
   return model, variables
 
 
-def read_safetensors(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-  """({name: array}, metadata) of a .safetensors file."""
-  try:
-    with safetensors.safe_open(path, framework="numpy") as file:
-      return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-  except safetensors.SafetensorError as error:
-    raise ValueError(f"{path} is no whole .safetensors file: {error}") from None
+def read_metadata(path) -> dict[str, str]:
+  """The metadata of a .safetensors file, without its arrays; of one of ours, see `metadata`."""
+  return read_header(path)[1]
+
+
+def classes_of(path) -> list[str] | None:
+  """Names of the classes that a file of ours has logits for, in their order; None if not told."""
+  names, about = read_header(path)
+  check_ours(path, names, about)
+  return classes_in(path, about)
 
 
 def metadata(model: nn.Module) -> dict[str, str]:
@@ -232,12 +313,6 @@ def _execution(about: Mapping[str, str], model) -> Execution:
   return Execution(attention=forms, merged=tuple(paths), **old)
 
 
-def _variable_shapes(model):
-  height, width = np.broadcast_to(model.image_size, 2).tolist()
-  images = jax.ShapeDtypeStruct((1, height, width, model.in_chans), jnp.float32)
-  return jax.eval_shape(model.init, jax.random.key(0), images)
-
-
 def _entries(model, shapes) -> list[Entry]:
   """The model's entries, if they hold all of its leaves, each once."""
   entries = model.torch_entries()
@@ -246,44 +321,48 @@ def _entries(model, shapes) -> list[Entry]:
     assert model.plan != Plan() or model.deploy, (
         f"{model.variant}: torch_entries and leaves differ in "
         f"{sorted(set(held) ^ trees.named_leaves(shapes).keys())}")
-    raise ValueError(f"{_describe(model)} has no PyTorch form: load the dense model and compact "
+    raise ValueError(f"{describe(model)} has no PyTorch form: load the dense model and compact "
                      "it; fold a compact DeiT to write it")
   return entries
 
 
-def _describe(model) -> str:
-  return f"{model.variant} (plan={model.plan.to_json()}, deploy={model.deploy})"
+def _check_variables(model, variables, shapes):
+  if lines := trees.differences(variables, shapes):
+    wrapped = isinstance(variables, Mapping) and "params" in variables
+    hint = "" if wrapped else "; variables are {'params': ..., 'batch_stats': ...}"
+    raise ValueError(f"variables do not fit {describe(model)}{hint}:\n"
+                     + trees.some(lines, 3 * MANY, joint="\n"))
 
 
-def _bare_named(state):
-  """Names without the prefixes that wrappers add."""
-  def bare(name):
-    while name.startswith(WRAPPERS):
-      name = name.split(".", 1)[1]
-    return name
-  return {bare(name): value for name, value in state.items()}
+def _shapes_of(state):
+  return {name: tuple(np.shape(value)) for name, value in state.items()
+          if foreign.is_tensor(value)}
 
 
-def _timm_named(model, entries, state):
-  """Under timm's names, if more of the names are the authors'."""
-  names = {model.authors_name(entry.torch): entry.torch for entry in entries}
+def _timm_named(names, state):
+  """Under timm's names, if more of the names are the authors': names = {authors': timm's}."""
   if len(names.keys() & state.keys()) <= len(set(names.values()) & state.keys()):
     return state
-  return {names.get(name, name): value for name, value in state.items()}
+  return foreign.renamed(state, lambda name: names.get(name, name))
 
 
-def _array(name, value):
-  array = np.asarray(value)
-  if not (np.issubdtype(array.dtype, np.floating) or array.dtype.name == "bfloat16"):
-    raise ValueError(f"{name} is {array.dtype}, not an array of floating point numbers")
-  return array.astype(np.float32, copy=False)
+def _adapt_channels(model, arrays, wanted) -> list[str]:
+  """Changes kernels of RGB to the model's `in_chans`, and names them."""
+  if model.in_chans == 3:
+    return []
+  # Where only one of the two sees three channels, it is the layer that sees the image.
+  names = [name for name, array in arrays.items()
+           if array.ndim == 4 and len(wanted[name]) == 4 and array.shape[1] == 3
+           and wanted[name][1] == model.in_chans and array.shape[0] == wanted[name][0]]
+  arrays |= {name: adapt_channels(arrays[name], model.in_chans) for name in names}
+  return names
 
 
 def _classifiers(model, shapes) -> list[str]:
   """PyTorch names of the layers that end in classes, or would if the model had any."""
   if not model.num_classes:
     model = model.clone(num_classes=1)
-    shapes = _variable_shapes(model)
+    shapes = variable_shapes(model)
   rules = [(pattern, "classes" in leaf.axes) for pattern, leaf in model.parameter_rules()]
   leaves = trees.named_leaves(trees.first_match(rules, shapes["params"], may_be_idle=True))
   owners = {name.rsplit("/", 1)[0] for name, by_class in leaves.items() if by_class}
@@ -320,62 +399,3 @@ def _fit_positions(array, positions, wanted, stored):
   if points < 1 or stored[0] * stored[1] != points:
     return array
   return resize_positions(array, stored, positions)
-
-
-def _check_fit(model, arrays, wanted, heads, got):
-  """heads: names of classifiers; got: {name: shape} as the state dict has them."""
-  missing = [name for name in wanted if name not in arrays]
-  unexpected = [name for name in arrays if name not in wanted]
-  misshapen = [name for name in wanted
-               if name in arrays and arrays[name].shape != wanted[name]]
-  wrong = {*missing, *unexpected, *misshapen}
-  if not wrong:
-    return
-  first = (f"the state dict does not fit {_describe(model)}: {len(missing)} missing, "
-           f"{len(unexpected)} unexpected, {len(misshapen)} misshapen")
-  own = _overlap({name: array.shape for name, array in arrays.items()}.items(), wanted.items())
-  tied = {entry.torch for entry in model.torch_entries()
-          if entry.positions is not None and entry.positions.tied}
-  if wrong <= set(heads):
-    first += "; pass reset_head to initialise another classifier"
-  elif tied & set(misshapen):
-    first += ("; mask predictors are tied to the positions of their tokens: load them at their own "
-              "image size, then vitcompact.convert.resized makes them fit another")
-  elif closest := closest_model(got, better_than=own):
-    first += f"; the closest model is {closest}"
-  raise ValueError("\n".join(
-      [first, *(f"missing {name} {wanted[name]}" for name in missing),
-       *(f"unexpected {name} {arrays[name].shape}" for name in unexpected),
-       *(f"{name} is {arrays[name].shape}, not {wanted[name]}" for name in misshapen)]))
-
-
-def closest_model(shapes: Mapping[str, tuple[int, ...]], better_than: float = 0.0) -> str | None:
-  """The named model whose PyTorch tensors {name: shape} agree with the most of these.
-
-  None where no model shares more than `better_than` of all names and shapes.
-  """
-  by_name = {}
-  for name in VARIANTS:
-    model = create_model(name)
-    timm = [entry.torch for entry in model.torch_entries()]
-    by_name[name] = max(_overlap(shapes, timm), _overlap(shapes, map(model.authors_name, timm)))
-  # Sizes of one family share their names: only these are worth tracing.
-  best = max(by_name.values())
-  likely = [name for name, score in by_name.items() if 0 < 0.9 * best <= score]
-  scores = {name: max(_overlap(shapes.items(), tensors) for tensors in _tensors(name))
-            for name in likely}
-  return max((name for name in likely if scores[name] > better_than), key=scores.get, default=None)
-
-
-def _overlap(got, wanted) -> float:
-  got, wanted = set(got), set(wanted)
-  return len(got & wanted) / len(got | wanted)
-
-
-def _tensors(variant: str):
-  """[(name, shape)] of a named model: under timm's names, and under the authors'."""
-  model = create_model(variant)
-  leaves = trees.named_leaves(_variable_shapes(model))
-  timm = [(entry.torch, torch_shape(entry.layout, [leaves[leaf].shape for leaf in entry.leaves]))
-          for entry in model.torch_entries()]
-  return timm, [(model.authors_name(name), shape) for name, shape in timm]

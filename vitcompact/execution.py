@@ -2,7 +2,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from flax.core import FrozenDict
 
@@ -50,12 +50,20 @@ class Execution:
     found = [MERGED.fullmatch(path).groups() for path in self.merged]
     return tuple(layer for number, layer in found if int(number) == block)
 
-  def check_depth(self, depth: int):
-    """Raises ValueError when it names a block that a model of this depth does not have."""
+  def check(self, mergeable: Sequence[Collection[str]]):
+    """Raises ValueError when it names what a model does not have.
+
+    mergeable: for each block, the layers of its FFN that may be merged.
+    """
     named = [*self.attention, *(int(MERGED.fullmatch(path)[1]) for path in self.merged)]
-    if missing := [block for block in named if block >= depth]:
+    if missing := [block for block in named if block >= len(mergeable)]:
       raise ValueError(f"the execution names block {missing[0]}, but the model has blocks 0 to "
-                       f"{depth - 1}")
+                       f"{len(mergeable) - 1}")
+    for block, layers in enumerate(mergeable):
+      wrong = set(self.merged_in(block)) - set(layers)
+      if layers and wrong:   # a dense block may become a compact one
+        raise ValueError(f"Execution(merged=('blocks_{block}/mlp/{min(wrong)}',)): the plan does "
+                         f"not factorise this layer; of block {block} it does {sorted(layers)}")
 
   def to_json(self) -> str:
     out = {"attention": {str(block): form for block, form in self.attention.items()},
@@ -65,7 +73,10 @@ class Execution:
   @classmethod
   def from_json(cls, text: str) -> "Execution":
     """Inverse of `to_json`."""
-    tree = json.loads(text)
+    try:
+      tree = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+      raise ValueError(f"an execution must be JSON: {error}; got {text[:60]!r}") from None
     if not isinstance(tree, dict) or not tree.keys() <= {"attention", "chunk", "merged"}:
       raise ValueError(f"an execution must be a JSON object of attention, chunk and merged, got "
                        f"{text[:60]!r}")

@@ -113,13 +113,19 @@ class Plan:
       if methods.tokens is not None:
         gone = {**{what: by for what, by in taken.items() if by[0] is methods.tokens}, **gone}
 
+  def mergeable(self, sites: Sequence[Site]) -> list[tuple[str, ...]]:
+    """For each block, the layers of its FFN that may be deployed as one matrix."""
+    methods = [self.at(site).ffn for site in sites]
+    return [() if method is None else protocol.mergeable(method, site)
+            for method, site in zip(methods, sites, strict=True)]
+
   def _check_attends(self, site: Site, sites):
     """A method of attention, given to a block without any, is a mistake; a default is not."""
     given = [axis for axis in ("heads", "attention")
              if self.blocks.get(site.block, {}).get(axis) is not None]
     if given and "attention" not in site.provides:
       attending = [other.block for other in sites if "attention" in other.provides]
-      raise ValueError(f"the plan gives block {site.block} a {given[0]} method, but it has no "
+      raise ValueError(f"the plan gives block {site.block} a method of {given[0]}, but it has no "
                        f"attention; blocks with attention: {attending}")
 
   def map(self, change: Callable[[Any], Any]) -> "Plan":
@@ -263,13 +269,19 @@ def _lengths(plan: Plan, depth: int, tokens: int, prefix: int) -> list[int]:
 def _check_needs(method, site: Site, gone, model: str):
   for what, way_out in protocol.needs(method, site).items():
     taker, first = gone.get(what, (method, 0))
+    where = f"{described(method)} in block {site.block} needs {CAPABILITIES[what]}, which"
     if what not in site.provides:
-      raise ValueError(f"{method} in block {site.block} needs {CAPABILITIES[what]}, which "
-                       f"{model or 'this model'} does not have; {way_out}")
+      raise ValueError(f"{where} {model or 'this model'} does not have; {way_out}")
     if taker is not method:
       since = f"from block {first} on " if taker.axis == "tokens" else ""
-      raise ValueError(f"{method} in block {site.block} needs {CAPABILITIES[what]}, which {since}"
-                       f"{taker} takes away; {way_out}")
+      raise ValueError(f"{where} {since}{described(taker)} takes away; {way_out}")
+
+
+def described(method) -> str:
+  """A method with the fields that are not at their defaults: "HMHSA(layout='grid')"."""
+  fields = [f"{field.name}={value!r}" for field in dataclasses.fields(method)
+            if (value := getattr(method, field.name)) != field.default]
+  return f"{type(method).__name__}({', '.join(fields)})"
 
 
 def _check_axes(axes: Mapping, where: str):

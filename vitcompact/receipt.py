@@ -11,8 +11,10 @@ from collections.abc import Mapping
 
 import jax
 
+from vitcompact._version import __version__
 from vitcompact.bench import Timing
 from vitcompact.count import Count
+from vitcompact.data.classes import describe
 from vitcompact.verify import Proof
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -29,11 +31,15 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Receipt:
-  """The first row is the dense model, which the others are compared with."""
+  """The first row is the dense model, which the others are compared with.
+
+  classes: the name of each output, in order; () where nobody gave them.
+  """
   title: str
   rows: tuple[Row, ...]
   proof: Proof
   facts: Mapping[str, object]   # settings of the run: plan, data, seed, digest, ...
+  classes: tuple[str, ...] = ()
 
   def write(self, directory) -> tuple[pathlib.Path, pathlib.Path]:
     """Writes receipt.json and receipt.md; each is whole at every moment."""
@@ -49,11 +55,16 @@ class Receipt:
     rows = [{"name": row.name, **row.count._asdict(), "test_accuracy": row.accuracy,
              "timing": row.timing and row.timing._asdict()} for row in self.rows]
     proof = {**dataclasses.asdict(self.proof), "ok": self.proof.ok}
-    return json.dumps({"title": self.title, **self.facts, "models": rows, "fold": proof}, indent=2)
+    classes = {"classes": list(self.classes)} if self.classes else {}
+    return json.dumps({"title": self.title, **self.facts, **classes, "models": rows,
+                       "fold": proof}, indent=2)
 
   def to_markdown(self) -> str:
+    facts = dict(self.facts)
+    if self.classes:
+      facts["classes"] = describe(self.classes)
     lines = [f"# {self.title}", "", *self._table(), "", *self._reading(), "", "| fact | value |",
-             "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in self.facts.items())]
+             "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in facts.items())]
     return "\n".join(lines) + "\n"
 
   def _table(self) -> list[str]:
@@ -94,7 +105,7 @@ def environment() -> dict[str, object]:
   """Where numbers were made: versions, device, commit."""
   device = jax.devices()[0]
   return {"command": " ".join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
-          "commit": _commit(), "python": platform.python_version(),
+          "vitcompact": __version__, "commit": _commit(), "python": platform.python_version(),
           **{name: importlib.metadata.version(name) for name in PACKAGES},
           "device": f"{jax.device_count()} x {device.platform} ({device.device_kind}, "
                     f"{platform.machine()})"}
@@ -103,10 +114,15 @@ def environment() -> dict[str, object]:
 def _commit() -> str:
   """Of the checkout that this file is in; "unknown" outside one, "+" when its programs have changes
   (results, which programs write, change nothing)."""
+  package = pathlib.Path(__file__).resolve().parent
+
   def git(*words):
-    return subprocess.run(["git", *words], cwd=pathlib.Path(__file__).parent, capture_output=True,
-                          text=True, check=True).stdout.strip()
+    return subprocess.run(["git", *words], cwd=package, capture_output=True, text=True,
+                          check=True).stdout.strip()
   try:
+    # An installed package may lie in an environment inside a checkout of something else.
+    if pathlib.Path(git("rev-parse", "--show-toplevel")).resolve() != package.parent:
+      return "unknown"
     changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)results")
     return git("rev-parse", "--short=12", "HEAD") + "+" * bool(changed)
   except (OSError, subprocess.CalledProcessError):

@@ -49,7 +49,7 @@ class Reduction(NamedTuple):
   fuse: (tokens, query, key, prefix) -> (tokens, ahead), before the values. ahead: Core -> Core, the
     attention with these queries and keys, but over the new tokens' values; None: there is none, the
     new tokens have queries and keys of their own.
-  after_attention: (tokens, query, key, prefix) -> tokens, before the FFN; after_block: behind it.
+  after_attention: (tokens, query, key, prefix) -> tokens, before the FFN; after_block: after it.
 
   query, key: (B, N, heads, d) of the real heads; prefix: how many tokens are no patches.
   """
@@ -63,7 +63,7 @@ NOTHING = Reduction()
 
 
 def shapes_after(reduction: Reduction, tokens: Tokens, prefix: int) -> Tokens:
-  """The shapes of tokens behind a block; nothing is computed."""
+  """The shapes of tokens after a block; nothing is computed."""
   def run(tokens):
     if reduction.predict is not None:
       module = reduction.predict(parent=None)
@@ -110,6 +110,18 @@ def identity_source(tokens: Tokens):
 def follow(source_bs, moved_bn):
   """The source map after token i went to moved[i] (-1: dropped)."""
   return jnp.where(source_bs < 0, -1, jnp.take_along_axis(moved_bn, jnp.maximum(source_bs, 0), 1))
+
+
+def keep_best(tokens: Tokens, score_bp, count: int, prefix: int) -> Tokens:
+  """The prefix and the `count` patches of highest score, in their order; the others are gone."""
+  batch, patches = score_bp.shape
+  kept_bk = prefix + jnp.sort(jax.lax.top_k(score_bp, count)[1], axis=1)
+  first_bp = jnp.broadcast_to(jnp.arange(prefix, dtype=kept_bk.dtype), (batch, prefix))
+  kept_bk = jnp.concatenate([first_bp, kept_bk], axis=1)
+  moved_bn = jnp.full((batch, prefix + patches), -1, jnp.int32)
+  moved_bn = moved_bn.at[jnp.arange(batch)[:, None], kept_bk].set(
+      jnp.arange(prefix + count, dtype=jnp.int32)[None])
+  return tokens.replace(x=take(tokens.x, kept_bk), source=follow(identity_source(tokens), moved_bn))
 
 
 def unmerge(tokens: Tokens):

@@ -168,6 +168,17 @@ def resize_patches(kernel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
   return new.astype(kernel.dtype)
 
 
+def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
+  """(O, 3, h, w) -> (O, channels, h, w): a kernel of RGB for images of other channels.
+
+  As timm: of one, the sum over RGB (a grey image gives what it gives as RGB); of others, RGB over
+  and over, scaled by 3 / channels.
+  """
+  if channels == 1:
+    return kernel.sum(axis=1, keepdims=True)
+  return kernel[:, np.arange(channels) % 3] * np.float32(3 / channels)
+
+
 def resize_matrix(old: int, new: int, method: str) -> np.ndarray:
   """(new, old) weights that resample a line of points."""
   centre = (np.arange(new) + 0.5) * old / new - 0.5

@@ -67,6 +67,28 @@ def differences(got, wanted) -> list[str]:
   return sorted(lines)
 
 
+def some(lines, most: int = 4, *, joint: str = ", ") -> str:
+  """The first few of many lines or names, and how many more there are."""
+  more = [f"and {len(lines) - most} more"] if len(lines) > most else []
+  return joint.join([*map(str, lines[:most]), *more])
+
+
+def nonfinite(tree) -> dict[str, int]:
+  """{name: number of values} of the leaves that hold NaN or infinity."""
+  counts = {name: int(np.size(leaf) - np.isfinite(np.asarray(leaf)).sum())
+            for name, leaf in named_leaves(tree).items()}
+  return {name: count for name, count in counts.items() if count}
+
+
+def check_finite(what: str, tree):
+  """Raises ValueError for NaN or infinity, with the first leaf and how many there are."""
+  if counts := nonfinite(tree):
+    name, count = next(iter(counts.items()))
+    more = f", and {len(counts) - 1} more of its arrays" if len(counts) > 1 else ""
+    raise ValueError(f"{what}: {name} has {count} values that are NaN or infinite{more}; a run "
+                     "that diverged, or damage? allow_nonfinite takes them as they are")
+
+
 def size(tree) -> int:
   """Number of elements in all leaves (arrays or ShapeDtypeStructs)."""
   return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

@@ -46,13 +46,13 @@ def tune(deploy: nn.Module, variables, images, *, rounds: int = 5):
   For the batch: all of it at once, or in chunks (on a CPU). For every factorised layer of an FFN,
   on inputs of the size that these cause: two factors, or one matrix A B. For every block that
   attends to all tokens: how attention is computed. What is chosen is the model's `execution`, so
-  files of it carry it and `fold` repeats it without measuring. A layer that is merged has lost its
+  files of it hold it and `fold` repeats it without measuring. A layer that is merged has lost its
   factors and stays so.
   The outputs are equal to rounding in float32.
 
   Args:
     deploy: a folded model; images: (B, H, W, C), normalised, in the batch size that is to be fast.
-    rounds: of measurement, in turn.
+    rounds: of measurement, in which the forms alternate.
   """
   if not deploy.deploy:
     raise ValueError("tune chooses between deployed forms, and this model is not folded; "

@@ -5,14 +5,12 @@ from typing import Any, NamedTuple
 import jax
 
 import vitcompact as vc
+from experiments.attention_layer import attention_layer
 from experiments.benchmarks import measure
 from experiments.benchmarks.measure import Setting
-from vitcompact.attention import Core
-from vitcompact.block import Attention, fresh_links, make_links
 from vitcompact.count import macs_of
-from vitcompact.plan import BlockPlan
 
-BACKENDS = {"cpu": ("einsum", "tiled"), "gpu": ("einsum", "cudnn"), "tpu": ("einsum", "splash")}
+FORMS = {"cpu": ("einsum", "tiled"), "gpu": ("einsum", "cudnn"), "tpu": ("einsum", "splash")}
 # (patches on a side, batch): 197, 577, 1025 and 4097 tokens with the class token.
 HOST_SHAPES = ((14, 8), (24, 2), (32, 1), (64, 1))
 DEVICE_SHAPES = ((14, 256), (24, 64), (32, 32), (64, 8))
@@ -27,33 +25,21 @@ class Layer(NamedTuple):
 
 def layers(side: int, width: int, heads: int, dtype: str, platform: str) -> dict[str, Layer]:
   """The candidates of one shape, with shapes for parameters."""
-  grid, tokens = (side, side), side * side + 1
-  x = jax.ShapeDtypeStruct((1, tokens, width), dtype)
+  x = jax.ShapeDtypeStruct((1, side * side + 1, width), dtype)
 
-  def make(plan: BlockPlan) -> Layer:
-    attn = Attention(width, heads, spec=plan.heads, query_grid=grid, key_grid=grid, prefix=1,
-                     dtype=dtype, backend=plan.backend)
-    links = make_links(plan, attn, keys=tokens, deploy=True)
-
-    def run(params, x):
-      bound = attn.bind({"params": params["attn"]})
-      query, key, value = bound.query(x), bound.key(x), bound.value(x)
-      core = Core()
-      if links is not None:
-        core = links.apply({"params": params["links"]}, core, query, key)
-      return bound.attend(query, key, value, core)
-
-    params = {"attn": jax.eval_shape(attn.init, jax.random.key(0), x)["params"]}
-    params |= fresh_links(links, attn)
-    return Layer(run, params)
+  def make(form: str | None = None, **plan) -> Layer:
+    execution = vc.Execution({0: form} if form else {})
+    layer = attention_layer(side, vc.Plan(**plan), execution=execution, width=width, heads=heads,
+                            dtype=dtype)
+    params = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+    return Layer(lambda params, x: layer.apply({"params": params}, x), params)
 
   sparse = vc.Sparsifiner(keep=0.25, granularity="block", min_tokens=0)
   # "dense" is what the library chooses by itself.
-  forced = {f"dense, {name}": make(BlockPlan(backend=name)) for name in BACKENDS[platform]}
-  return {"dense": make(BlockPlan()), **forced,
-          "hMHSA": make(BlockPlan(heads=vc.HMHSA())),
-          "hMHSA, logits site": make(BlockPlan(heads=vc.HMHSA(site="logits"))),
-          "block-sparse 25%": make(BlockPlan(links=sparse))}
+  forced = {f"dense, {name}": make(name) for name in FORMS[platform]}
+  return {"dense": make(), **forced, "hMHSA": make(heads=vc.HMHSA()),
+          "hMHSA, logits site": make(heads=vc.HMHSA(site="logits")),
+          "block-sparse 25%": make(attention=sparse)}
 
 
 def run(setting: Setting, shapes=None, width: int = 384, heads: int = 6) -> Iterator[dict]:

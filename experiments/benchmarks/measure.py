@@ -59,7 +59,7 @@ def compiled(function: Callable, *args, **facts) -> Candidate:
 
 def rows(case: Mapping[str, Any], candidates: Mapping[str, Candidate], setting: Setting,
          least: float = 0.1, settle: int = 0) -> Iterator[dict]:
-  """A row for each candidate of a case, timed in turn; every round is kept, for any ratio."""
+  """A row for each candidate of a case, timed alternately; every round is kept, for any ratio."""
   calls = {name: candidate.call for name, candidate in candidates.items() if candidate.call}
   fields = {"rounds": setting.rounds, "least": least, "settle": settle}
   taken = bench.rounds_of(calls, **fields) if calls else {}
@@ -104,7 +104,7 @@ def normal(shape, dtype: str = "float32", seed: int = 0):
 
 
 class Child:
-  """A fresh Python that prints the seconds it took; timed in turn with others."""
+  """A fresh Python that prints the seconds it took; timed alternately with others."""
 
   def __init__(self, code: str, *arguments: str, clear_cache: bool = False):
     self.command, self.cache = [sys.executable, "-c", code, *arguments], clear_cache

@@ -1,5 +1,4 @@
 """A whole DeiT-S: inference of the deployed forms of every plan, beside plain Linen and PyTorch."""
-import dataclasses
 from collections.abc import Iterator
 
 import vitcompact as vc
@@ -29,9 +28,9 @@ VARIANTS = {"dense": "dense", "heads": "heads", "ffn": "ffn", "ffn both": "ffn_b
             "ToMe 13": "tome", "MCTF 16": "mctf", "DynamicViT 0.7": "dynamicvit",
             "ffn both + EViT 0.7": "ffn_both_evit",
             "heads + ffn both + EViT 0.7": "heads_ffn_both_evit"}
-# On a host a larger batch is computed so many images at a time, as `vc.tune` would have it. A call
-# takes seconds, so that few forms must do.
-AT_A_TIME = 8
+# On a host a larger batch is computed in chunks of as many images, as `vc.tune` would have it. A
+# call takes seconds, so that few forms must do.
+CHUNK = 8
 FEW = ("dense", "heads", "ffn both", "heads + ffn", "EViT 0.7", "heads + ffn both + EViT 0.7")
 HOST_PEERS = ("torch f32", "torch f32, SDPA", "torch bf16")
 SLOW_HOST_PEERS = ("torch.compile f32", "timm f32")   # half a minute each to build on a host
@@ -43,30 +42,31 @@ def run(setting: Setting, batches=None, **sizes) -> Iterator[dict]:
   """sizes: fields of the model that make it smaller, for tests."""
   for batch in batches or (HOST_BATCHES if setting.on_host else DEVICE_BATCHES):
     candidates = {}
-    few = setting.on_host and batch > AT_A_TIME
+    few = setting.on_host and batch > CHUNK
     for name, plan in PLANS.items():
       if few and name not in FEW:
         candidates[name] = measure.Candidate(None, {"reason": f"not at batch {batch}"})
         continue
-      parts = dataclasses.replace(plan, at_a_time=AT_A_TIME if few else None)
-      model = vc.create_model(MODEL, plan=parts, deploy=True, dtype=setting.dtype, **sizes)
+      execution = vc.Execution(chunk=CHUNK if few else None)
+      model = vc.create_model(MODEL, plan=plan, execution=execution, deploy=True,
+                              dtype=setting.dtype, **sizes)
       images = measure.normal((batch, model.image_size, model.image_size, 3), setting.dtype)
       variables = measure.drawn_variables(model, images[:1], setting.dtype)
       candidates[name] = measure.compiled(model.apply, variables, images,
-                                          macs=vc.count(model).macs, plan=parts.to_json())
+                                          macs=vc.count(model).macs, plan=plan.to_json())
       if name == "dense":
         dense = model
         plain = PlainDeiT(model.width, model.depth, model.heads, patch_size=model.patch_size)
         candidates["plain Linen"] = measure.compiled(plain.apply, variables, images)
         if few:
-          at_once = model.clone(plan=plan).apply
+          at_once = model.clone(execution=vc.Execution()).apply
           candidates["dense, all at once"] = measure.compiled(at_once, variables, images)
     names = HOST_PEERS[few:] if setting.on_host else DEVICE_PEERS
-    names += SLOW_HOST_PEERS if setting.on_host and batch == AT_A_TIME else ()
+    names += SLOW_HOST_PEERS if setting.on_host and batch == CHUNK else ()
     candidates |= measure.torch_candidates(setting, names, dense, batch=batch)
     case = {"model": MODEL, "tokens": dense.prefix + dense.grid[0] * dense.grid[1],
             "batch": batch, "dtype": setting.dtype,
-            "at_a_time": AT_A_TIME if few else batch}
+            "chunk": CHUNK if few else batch}
     yield from measure.rows(case, candidates, setting)
     if setting.torch:
       setting.torch.forget()

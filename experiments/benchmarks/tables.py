@@ -124,7 +124,7 @@ def model_table(found: dict, folder: pathlib.Path) -> str:
           "`experiments.accuracy`, in brackets against the dense one fine-tuned alike, for as many "
           "steps as said or as their config has; on ImageNet none was measured.")
   for batch, rows in by_batch.items():
-    if (turn := rows["dense"].get("at_a_time", batch)) != batch:
+    if (turn := rows["dense"].get("chunk", rows["dense"].get("at_a_time", batch))) != batch:
       text += (f" Of batch {batch}, ours are computed {turn} images at a time, but in the row that "
                "says otherwise.")
   return "\n".join([*lines, "", f"{source(found)} {text}"])
@@ -233,7 +233,7 @@ def _memory(row: dict) -> str:
 
 
 def _accuracy(rows) -> str:
-  """A cell: accuracy on each data set it was measured on, and the difference from its companion."""
+  """A cell: accuracy on each data set it was measured on, and the difference from dense."""
   if not rows:
     return NO
   return "; ".join(f"{100 * row['accuracy']:.2f}% on {row['data']}" + _difference(row)

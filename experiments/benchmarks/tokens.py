@@ -12,15 +12,15 @@ from experiments.benchmarks.model import BOTH, MODEL
 from experiments.plain_deit import PlainDeiT
 
 SIDES = (7, 10, 14, 20, 24, 32, 45, 64)   # patches; with the class token 50 to 4097 tokens
-LINKS = vc.Sparsifiner(keep=0.25, granularity="block")
+SPARSE = vc.Sparsifiner(keep=0.25, granularity="block")
 FEWER = vc.EViT(keep=0.7, blocks=(1, 2, 3))
 PLANS = {
     "dense": vc.Plan(),
     "heads": vc.Plan(heads=vc.HMHSA()),
-    "links": vc.Plan(links=LINKS),
+    "links": vc.Plan(attention=SPARSE),
     "tokens": vc.Plan(tokens=FEWER),
     "ffn": vc.Plan(ffn=BOTH),
-    "all four": vc.Plan(heads=vc.HMHSA(), links=LINKS, tokens=FEWER, ffn=BOTH),
+    "all four": vc.Plan(heads=vc.HMHSA(), attention=SPARSE, tokens=FEWER, ffn=BOTH),
 }
 VARIANTS = {"heads": "heads", "links": "block", "tokens": "evit", "ffn": "ffn_both",
             "all four": None}   # see model.VARIANTS

@@ -1,14 +1,16 @@
-"""The attention core: whichever backend computes it, the same function, and no map in memory."""
+"""Every form of attention is the reference, gradients included; which form is chosen where."""
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from vitcompact import attention
-from vitcompact.attention import Core, backends
+from vitcompact.attention import Core, Device, choose, reference, tuning, vendor
 from vitcompact.methods.heads.hmhsa import ScoreFilter
 
 BATCH, QUERIES, KEYS, HEADS, WIDTH = 2, 21, 19, 3, 4
+CPU, SPLIT, GPU = Device("cpu"), Device("cpu", count=8, split=True), Device("gpu")
+HOPPER, TPU = Device("gpu", capability="9.0"), Device("tpu")
 
 
 def draw(*shape, seed=0):
@@ -20,49 +22,106 @@ def arrays(queries=QUERIES, keys=KEYS, wide=7, heads=HEADS):
           draw(BATCH, keys, heads, wide, seed=2))
 
 
+def shapes(queries, keys, dtype, wide=64):
+  return [jax.ShapeDtypeStruct((2, n, 6, width), dtype)
+          for n, width in ((queries, 64), (keys, 64), (keys, wide))]
+
+
 SIZE = np.exp(draw(BATCH, KEYS, seed=3))
+KEEP = jnp.float32(draw(BATCH, KEYS, seed=7) > 0)
 MASK = (draw(BATCH, HEADS, QUERIES, KEYS, seed=4) > 0).at[..., 0].set(True)
 FILTER = ScoreFilter(draw(HEADS, 2, seed=5), draw(2, 3, 3, seed=6))
-# name: (core of the differentiable fields, queries, heads of values, filter)
+# Ten tokens are the values of 19 keys; outputs of pairs of queries are averaged.
+MERGED = {"spread": lambda value: jnp.repeat(value, 2, axis=1)[:, :KEYS],
+          "gather": lambda out: (out[:, :-1:2] + out[:, 1::2]) / 2}
+# name: (fields of the call, queries, heads of values, filter)
 CASES = {
     "plain": ({}, QUERIES, HEADS, False),
     "size": ({"size": SIZE}, QUERIES, HEADS, False),
-    "keep_mask": ({"keep_mask": jnp.float32(draw(BATCH, KEYS, seed=7) > 0)}, KEYS, HEADS, False),
+    "keep mask": ({"keep_mask": KEEP, "size": SIZE}, KEYS, HEADS, False),
+    "keep mask, filter": ({"keep_mask": KEEP}, KEYS, HEADS + 2, True),
     "mask": ({"mask": MASK}, QUERIES, HEADS, False),
     "filter": ({"size": SIZE}, QUERIES, HEADS + 2, True),
     "masked filter": ({"mask": MASK}, QUERIES, HEADS + 2, True),
+    "merged": ({"size": SIZE, **MERGED}, QUERIES, HEADS, False),
+    "merged, masked": ({"mask": MASK, **MERGED}, QUERIES, HEADS, False),
 }
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
   """Tiles of a few queries, the last one not full."""
-  monkeypatch.setattr(backends, "STEP_QUERIES", 4)
-  monkeypatch.setattr(backends, "STEP_KEYS", 5)
-  monkeypatch.setattr(backends, "_most_rows", lambda keys: 4)
-  monkeypatch.setattr(attention, "ROW_ENTRIES", 8 * KEYS * HEADS)
-  monkeypatch.setattr(attention, "LEAST_ROWS", 4)
+  for name, value in {"STEP_QUERIES": 4, "STEP_KEYS": 5, "LEAST_TILE": 4, "TILE_ENTRIES": 4 * KEYS,
+                      "ROW_ENTRIES": 8 * KEYS * HEADS, "LEAST_ROWS": 4}.items():
+    monkeypatch.setattr(tuning, name, value)
+
+
+def run(name, attend, dtype="float32"):
+  """(gradients of everything that has one, the output) of a case, by `attend(core, ...)`."""
+  fields, queries, heads, filtered = CASES[name]
+  floats = {key: fields[key] for key in fields if key in ("size", "keep_mask")}
+  rest = {key: fields[key] for key in fields if key not in floats}
+  query, key, value = (x.astype(dtype) for x in arrays(queries, heads=heads))
+  if "spread" in fields:
+    value = value[:, :10]
+
+  def loss(floats, query, key, value, taps):
+    rescore = FILTER._replace(taps=taps) if filtered else None
+    out = attend(Core(**floats, **rest), query, key, value, rescore)
+    return jnp.sum(jnp.sin(out.astype(jnp.float32))), out
+
+  return jax.jit(jax.grad(loss, (0, 1, 2, 3, 4), has_aux=True))(
+      floats, query, key, value, FILTER.taps)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_backend_computes_the_same_function_and_gradients(name, small_tiles):
+def test_every_form_is_the_reference_and_so_are_its_gradients(name, small_tiles):
+  wanted = run(name, reference.attend)
+  for form, device in (("einsum", CPU), ("images", CPU), ("tiled", CPU), ("images", GPU),
+                       ("tiled", GPU)):
+    with attention.using(form), attention.on(device):
+      got = run(name, Core.__call__)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6), got, wanted)
+
+
+@pytest.mark.parametrize("form", ["einsum", "images", "tiled"])
+@pytest.mark.parametrize("name", ["size", "keep mask", "masked filter"])
+def test_in_bfloat16_every_form_is_near_the_reference_in_float32(form, name, small_tiles):
+  with attention.using(form):
+    got = run(name, Core.__call__, "bfloat16")
+  assert got[1].dtype == jnp.bfloat16
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(run(name, reference.attend)), strict=True):
+    np.testing.assert_allclose(np.float32(a), b, atol=0.03 * max(1, np.abs(b).max()))
+
+
+@pytest.mark.parametrize("name", ["size", "keep mask", "mask", "filter"])
+def test_the_reference_is_what_a_loop_over_queries_computes(name):
   fields, queries, heads, filtered = CASES[name]
-  mask = {key: fields[key] for key in fields if key == "mask"}
-  floats = {key: fields[key] for key in fields if key != "mask"}
+  query, key, value = (np.asarray(x, np.float64) for x in arrays(queries, heads=heads))
+  scores = np.einsum("bnhd,bmhd->bhnm", query, key) / WIDTH ** 0.5
+  if filtered:
+    scores = np.asarray(FILTER(jnp.asarray(scores, jnp.float32)), np.float64)
+  wanted = np.zeros((BATCH, queries, heads, value.shape[-1]))
+  for b, i, h in np.ndindex(wanted.shape[:3]):
+    exps = np.exp(scores[b, h, i]) * np.asarray(fields.get("size", np.ones((BATCH, KEYS))))[b]
+    if name == "mask":
+      exps = exps * np.asarray(MASK)[b, h, i]
+    weights = exps / exps.sum()
+    if name == "keep mask":
+      top = (scores[b, h, i] + np.log(np.asarray(SIZE)[b])).max()
+      seen = exps * np.exp(-top) * np.where(np.arange(KEYS) == i, 1, np.asarray(KEEP)[b])
+      weights = (seen + 1e-6 / KEYS) / (seen.sum() + 1e-6)
+    wanted[b, i, h] = weights @ value[b, :, h]
+  rescore = FILTER if filtered else None
+  got = reference.attend(Core(**fields), *arrays(queries, heads=heads), rescore)
+  np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
 
-  def run(backend):
-    def loss(floats, query, key, value, taps):
-      rescore = FILTER._replace(taps=taps) if filtered else None
-      out = Core(**floats, **mask)(query, key, value, rescore)
-      return jnp.sum(jnp.sin(out)), out
-    with attention.using(backend):
-      return jax.jit(jax.grad(loss, (0, 1, 2, 3, 4), has_aux=True))(
-          floats, *arrays(queries, heads=heads), FILTER.taps)
 
-  wanted = run("einsum")
-  for backend in ("images", "tiled"):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6),
-                 run(backend), wanted)
+def test_maps_of_some_queries_are_rows_of_all_maps_where_each_says_which_key_is_its_own():
+  query, key, _ = arrays(KEYS)
+  core, rows = Core(SIZE, keep_mask=KEEP), jnp.asarray([3, 0, 11])
+  np.testing.assert_allclose(core.maps(query[:, rows], key, own_n=rows),
+                             core.maps(query, key)[:, :, rows], rtol=1e-5)
 
 
 def test_keys_in_steps_give_each_its_share_though_none_of_a_step_has_size(small_tiles):
@@ -70,47 +129,55 @@ def test_keys_in_steps_give_each_its_share_though_none_of_a_step_has_size(small_
   size = jnp.ones((BATCH, KEYS)).at[:, :9].set(0)     # the first step has 4 keys, each other 5
   query, key, value = arrays()
   for core in (Core(size=size), Core()):
-    outs = []
-    for backend in ("einsum", "tiled"):
-      with attention.using(backend):
-        outs.append(jax.jit(lambda *args, core=core: core(*args))(100 * query, key, value))
-    np.testing.assert_allclose(outs[1], outs[0], rtol=1e-5, atol=1e-6)
+    with attention.using("tiled"):
+      out = jax.jit(lambda *args, core=core: core(*args))(100 * query, key, value)
+    np.testing.assert_allclose(out, reference.attend(core, 100 * query, key, value), rtol=1e-5,
+                               atol=1e-6)
 
 
-def test_a_cpu_takes_images_or_heads_in_turn_but_none_where_a_batch_is_split():
-  """What is in turn cannot be split over devices, whoever asked for it."""
-  def in_turn(backend, devices):
-    with attention.using(backend), attention.split_over(devices):
+def test_a_cpu_loops_over_images_or_heads_but_over_none_where_a_batch_is_split():
+  """A loop cannot be split over devices, whoever asked for it."""
+  def loops(form, devices):
+    with attention.using(form), attention.split_over(devices):
       jaxpr = jax.make_jaxpr(lambda *args: Core(size=SIZE)(*args))(*arrays())
     inside = jaxpr.eqns[-1].params["call_jaxpr"].eqns
     return [eqn.params["length"] for eqn in inside if eqn.primitive.name == "scan"]
 
-  assert (in_turn("images", 1), in_turn("tiled", 1)) == ([BATCH], [BATCH * HEADS])
-  assert (in_turn("images", 8), in_turn("tiled", 8)) == ([], [])
+  assert (loops("images", 1), loops("tiled", 1)) == ([BATCH], [BATCH * HEADS])
+  assert (loops("images", 8), loops("tiled", 8)) == ([], [])
 
 
-@pytest.mark.parametrize("platform,dtype,fields,wanted", [
-    ("cpu", "float32", {"queries": 50, "keys": 50}, "einsum"),
-    ("cpu", "float32", {"queries": 197, "keys": 197}, "images"),
-    ("cpu", "float32", {"queries": 257, "keys": 257}, "tiled"),
-    ("cpu", "bfloat16", {"queries": 577, "keys": 577}, "tiled"),
-    ("cpu", "float32", {"queries": 3136, "keys": 49}, "images"),
-    ("cpu", "float32", {"queries": 197, "keys": 197, "turns": False}, "einsum"),
-    ("gpu", "bfloat16", {"queries": 197, "keys": 197}, "cudnn"),
-    ("gpu", "float16", {"queries": 197, "keys": 197, "width": 192}, "einsum"),
-    ("gpu", "float16", {"queries": 197, "keys": 197, "width": 192, "hopper": True}, "cudnn"),
-    ("gpu", "float32", {"queries": 197, "keys": 197}, "einsum"),
-    ("gpu", "bfloat16", {"queries": 577, "keys": 577, "plain": False}, "einsum"),
-    ("gpu", "bfloat16", {"queries": 4097, "keys": 4097, "plain": False}, "tiled"),
-    ("tpu", "float32", {"queries": 577, "keys": 577}, "splash"),
-    ("tpu", "float32", {"queries": 577, "keys": 577, "devices": 8}, "einsum"),
-    ("tpu", "bfloat16", {"queries": 197, "keys": 197}, "einsum"),
-    ("tpu", "bfloat16", {"queries": 4097, "keys": 4097, "plain": False}, "tiled")])
-def test_the_backend_by_platform_length_and_dtype(platform, dtype, fields, wanted):
-  assert attention.backend(platform, dtype, **{"width": 64, **fields}) == wanted
+@pytest.mark.parametrize("device,dtype,queries,keys,wide,wanted", [
+    (CPU, "float32", 50, 50, 64, "einsum"),
+    (CPU, "float32", 197, 197, 64, "images"),
+    (CPU, "float32", 257, 257, 64, "tiled"),
+    (CPU, "bfloat16", 577, 577, 64, "tiled"),
+    (CPU, "float32", 3136, 49, 64, "images"),
+    (SPLIT, "float32", 197, 197, 64, "einsum"),
+    (GPU, "bfloat16", 197, 197, 64, "cudnn"),
+    (GPU, "float16", 197, 197, 192, "einsum"),
+    (HOPPER, "float16", 197, 197, 192, "cudnn"),
+    (Device("gpu", capability="10.0"), "float16", 197, 197, 192, "cudnn"),
+    (Device("gpu", capability="gfx942"), "float16", 197, 197, 192, "einsum"),
+    (GPU, "float32", 197, 197, 64, "einsum"),
+    (TPU, "float32", 577, 577, 64, "splash"),
+    (TPU._replace(count=8), "float32", 577, 577, 64, "einsum"),
+    (TPU, "bfloat16", 197, 197, 64, "einsum")])
+def test_the_form_by_device_length_and_dtype(device, dtype, queries, keys, wide, wanted):
+  assert choose(device, Core(), *shapes(queries, keys, dtype, wide)).form == wanted
 
 
-def test_who_asks_for_a_backend_gets_it_in_a_function_already_compiled():
+@pytest.mark.parametrize("device,asked,tokens,wanted", [
+    (CPU, None, 197, "images"), (GPU, None, 577, "einsum"), (GPU, None, 4097, "tiled"),
+    (TPU, None, 4097, "tiled"), (GPU, "cudnn", 577, "tiled"), (TPU, "splash", 577, "tiled"),
+    (GPU, "images", 577, "images")])
+def test_what_vendors_do_not_know_is_left_to_other_forms(device, asked, tokens, wanted):
+  call, qkv = Core(keep_mask=jnp.ones((2, tokens))), shapes(tokens, tokens, "bfloat16")
+  assert choose(device, call, *qkv, asked=asked).form == wanted
+  assert choose(device, Core(), *qkv, rescore=FILTER, asked=asked).form == wanted
+
+
+def test_who_asks_for_a_form_gets_it_in_a_function_already_compiled():
   attend = jax.jit(lambda *qkv: Core()(*qkv))
   text = {}
   for name in ("einsum", "tiled", "einsum", None):
@@ -122,6 +189,14 @@ def test_who_asks_for_a_backend_gets_it_in_a_function_already_compiled():
     attention.using("flash")
   with attention.using("tokamax"), pytest.raises(ValueError, match="not installed"):
     Core()(*arrays())
+
+
+def test_a_function_traced_for_one_device_is_traced_anew_for_another():
+  attend = jax.jit(lambda *qkv: Core()(*qkv))
+  x = jax.ShapeDtypeStruct((2, 197, 3, 8), jnp.float32)
+  with attention.on(GPU):
+    assert "custom_vjp" not in attend.trace(x, x, x).jaxpr.pretty_print()
+  assert "custom_vjp" in attend.trace(x, x, x).jaxpr.pretty_print()   # by images
 
 
 @pytest.mark.parametrize("gradients,most", [(False, 3), (True, 6)])
@@ -144,57 +219,53 @@ def test_a_bias_is_two_channels_of_the_keys_exact_in_float32_and_near_in_bfloat1
   wanted = attention.scores(query, key) + bias[:, None, None]
   scale = WIDTH ** -0.5
   for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 1e-4)):
-    wide = backends.with_bias_channels(query.astype(dtype), key.astype(dtype), bias)
+    wide = vendor.with_bias_channels(query.astype(dtype), key.astype(dtype), bias)
     got = jnp.einsum("bnhd,bmhd->bhnm", *wide, preferred_element_type=jnp.float32) * scale
     plain = jnp.einsum("bnhd,bmhd->bhnm", query.astype(dtype), key.astype(dtype),
                        preferred_element_type=jnp.float32) * scale
     np.testing.assert_allclose(got - plain, wanted - attention.scores(query, key), atol=tolerance)
 
 
-@pytest.mark.parametrize("name,platform,dtype,words", [
-    ("cudnn", "cpu", "bfloat16", "'cudnn' runs on NVIDIA GPUs, not on a cpu; ask for another"),
-    ("cudnn", "gpu", "float32", "'cudnn' takes 16 bits and up to 128 channels, not float32 and 8"),
-    ("splash", "cpu", "float32", "'splash' runs on TPUs, not on a cpu"),
-    ("splash", "gpu", "float32", "'splash' runs on TPUs, not on a gpu")])
-def test_a_backend_that_cannot_run_here_is_refused_in_a_line(name, platform, dtype, words,
-                                                            monkeypatch):
-  monkeypatch.setattr(jax, "default_backend", lambda: platform)
-  with attention.using(name), pytest.raises(ValueError, match=words) as error:
+@pytest.mark.parametrize("name,device,dtype,words", [
+    ("cudnn", CPU, "bfloat16", "'cudnn' runs on NVIDIA GPUs, not on a cpu; ask for another"),
+    ("cudnn", GPU, "float32", "'cudnn' takes 16 bits and up to 128 channels, not float32 and 8"),
+    ("splash", CPU, "float32", "'splash' runs on TPUs, not on a cpu"),
+    ("splash", GPU, "float32", "'splash' runs on TPUs, not on a gpu")])
+def test_a_form_that_cannot_run_here_is_refused_in_a_line(name, device, dtype, words):
+  with attention.using(name), attention.on(device), pytest.raises(ValueError, match=words) as error:
     Core()(*(x.astype(dtype) for x in arrays()))
   assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("platform,name", [("tpu", "splash"), ("cuda", "tiled"), ("tpu", "tiled")])
-def test_a_layer_and_its_gradients_are_lowered_for_an_absent_device(platform, name, monkeypatch):
-  # By which the core decides.
-  monkeypatch.setattr(jax, "default_backend", lambda: {"cuda": "gpu"}.get(platform, platform))
-
+@pytest.mark.parametrize("platform,device,name", [
+    ("tpu", TPU, "splash"), ("cuda", GPU, "tiled"), ("tpu", TPU, "tiled")])
+def test_a_layer_and_its_gradients_are_lowered_for_an_absent_device(platform, device, name):
   def loss(size, *qkv):
     return jnp.sum(Core(size)(*qkv).astype(jnp.float32))
 
   shapes = [jax.ShapeDtypeStruct((2, 577, heads, width), jnp.bfloat16)
             for heads, width in ((2, 64), (2, 64), (2, 128))]
-  with attention.using(name):
+  with attention.using(name), attention.on(device):
     exported = jax.export.export(jax.jit(jax.grad(loss, (1, 2, 3))), platforms=[platform])(
         jax.ShapeDtypeStruct((2, 577), jnp.float32), *shapes)
   assert ("tpu_custom_call" in exported.mlir_module()) == (name == "splash")
 
 
-def test_splash_equals_the_reference_where_it_is_interpreted():
+def test_splash_is_the_reference_where_it_is_interpreted():
   query, key, value = arrays()
-  got = backends.splash(query, key, value, jnp.log(SIZE), interpret=True)
-  with attention.using("einsum"):
-    np.testing.assert_allclose(got, Core(SIZE)(query, key, value), rtol=1e-5, atol=1e-5)
+  got = vendor.splash(query, key, value, jnp.log(SIZE), interpret=True)
+  np.testing.assert_allclose(got, reference.attend(Core(SIZE), query, key, value), rtol=1e-5,
+                             atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["images", "tiled"])
-def test_no_map_is_kept_for_the_backward_pass(backend):
+@pytest.mark.parametrize("form", ["images", "tiled"])
+def test_no_map_is_kept_for_the_backward_pass(form):
   x = jax.ShapeDtypeStruct((2, 197, 3, 8), jnp.float32)
 
   def kept(*qkv):
     return jax.tree.leaves(jax.vjp(lambda *qkv: Core(size=jnp.ones((2, 197)))(*qkv), *qkv)[1])
 
-  with attention.using(backend):
+  with attention.using(form):
     assert max(array.size for array in jax.eval_shape(kept, x, x, x)) == x.size
   with attention.using("einsum"):
     assert max(array.size for array in jax.eval_shape(kept, x, x, x)) == 2 * 3 * 197 ** 2

@@ -67,6 +67,23 @@ def test_each_operation_gives_the_recorded_bytes(name, argument, mean, digest):
   assert argument in reached or any(np.isclose(argument, r, atol=1e-12) for r in reached)
 
 
+@pytest.mark.parametrize("size", [(31, 33), (32, 33), (224, 223), (75, 75), (224, 224)])
+def test_rotation_is_pillows_at_odd_sizes_too(size):
+  pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+  image = Image.fromarray(pixels)
+  for degrees in (27, -27, 30, 28.6, -24.123, 1.5):
+    wanted = image.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=FILL)
+    assert sha(apply("rotate", degrees, image)) == sha(wanted), degrees
+
+
+def test_arguments_are_rounded_as_timms():
+  """To the bit: a grey level may hang on it."""
+  for m in (9.13, 8.7, 10.0, 9.77, 7.3):
+    assert OPS["translate_x"].argument(m) == (m / 10) * 0.45
+    assert OPS["rotate"].argument(-m) == -((m / 10) * 30)
+    assert OPS["shear_y"].argument(m) == (m / 10) * 0.3
+
+
 def test_equalize_and_autocontrast_work_per_channel():
   assert sha(apply("equalize", None, IMAGE_C)) == "e4a9faf28d"
   assert sha(apply("auto_contrast", None, IMAGE_C)) == "56e3e00525"
@@ -203,3 +220,50 @@ def test_jitter_scales_brightness_contrast_and_saturation_by_up_to_its_strength(
            for _ in range(300)]
   assert min(spans) < 42 and max(spans) > 78
   assert sha(augment.colour_jitter(IMAGE_C, rng, 0.0)) == sha(IMAGE_C)
+
+
+def smooth(width, height, seed):
+  """As smooth as a photograph, with a little noise."""
+  rng = np.random.default_rng(seed)
+  coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+  pixels = np.asarray(coarse.resize((width, height), augment.BICUBIC), np.int16)
+  return Image.fromarray(np.clip(pixels + rng.integers(-3, 4, pixels.shape), 0, 255).astype("u1"))
+
+
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (375, 500), (60, 400), (640, 30),
+                                               (9, 7)])
+@pytest.mark.parametrize(("size", "crop"), [((224, 224), 0.9), ((64, 96), 0.875), ((96, 96), 1.0)])
+def test_computing_only_what_is_kept_differs_by_rounding(monkeypatch, width, height, size, crop):
+  image = smooth(width, height, width)
+  whole = augment.evaluation(image, size, crop, "bicubic")
+  monkeypatch.setattr(augment, "MUCH_LARGER", 0)
+  part = augment.evaluation(image, size, crop, "bicubic")
+  assert part.size == whole.size
+  assert np.abs(np.subtract(part, whole, dtype=np.int16)).max() <= 2
+
+
+@pytest.mark.parametrize("shape", [(6000, 1), (1, 6000), (6000, 40), (1, 1), (1, 20000)])
+def test_an_extreme_image_takes_no_more_memory_than_64_of_what_is_kept(monkeypatch, shape):
+  pixels = []
+  resize = Image.Image.resize
+  monkeypatch.setattr(Image.Image, "resize", lambda self, s, *a: pixels.append(s[0] * s[1]) or
+                      resize(self, s, *a))
+  image = smooth(*shape, 0)
+  assert augment.evaluation(image, (224, 224), 0.9, "bicubic").size == (224, 224)
+  rng = np.random.default_rng(0)
+  assert augment.IMAGES["randaugment"](image, rng, (224, 224)).size == (224, 224)
+  assert augment.IMAGES["none"](image, rng, (224, 224)).size == (224, 224)
+  assert max(pixels) <= 64 * 248 ** 2
+
+
+def test_an_extreme_image_shows_its_centre():
+  """Columns 0 to 5999 rise from black to white; the middle of them is what is kept."""
+  ramp = Image.fromarray(np.linspace(0, 255, 6000).astype(np.uint8)[None]).convert("RGB")
+  kept = np.asarray(augment.evaluation(ramp, (224, 224), 0.9, "bicubic"))
+  assert np.ptp(kept) <= 1 and abs(int(kept[0, 0, 0]) - 127) <= 1
+
+
+@pytest.mark.parametrize("crop", [0, -0.5, 1.14, 256 / 224])
+def test_a_crop_that_would_show_black_borders_is_refused(crop):
+  with pytest.raises(ValueError, match=r"crop=.* must be above 0 and at most 1: .*0\.875"):
+    augment.evaluation(IMAGE_C, (16, 16), crop, "bicubic")

@@ -12,6 +12,13 @@ from vitcompact.data.decode import Example
 WIDTH, HEIGHT = 180, 90
 
 
+def constant_map(logit, label=0):
+  """The same logit of the same class everywhere."""
+  out = np.zeros(labels.SHAPE, np.float16)
+  out[0], out[1] = logit, label
+  return out
+
+
 def map_of(colours):
   """The map of an image: place (i, j) has the logit that the image's colour there is."""
   out = np.zeros(labels.SHAPE, np.float16)
@@ -163,7 +170,7 @@ def test_labels_of_a_folder_come_with_its_batches(tmp_path):
       path.mkdir(parents=True, exist_ok=True)
     Image.fromarray(rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(
         tmp_path / "train" / "a" / f"{i}.png")
-    np.save(tmp_path / "label_maps" / "train" / "a" / f"{i}.npy", np.full(labels.SHAPE, i, "f2"))
+    np.save(tmp_path / "label_maps" / "train" / "a" / f"{i}.npy", constant_map(i))
   Image.new("RGB", (8, 8)).save(tmp_path / "val" / "a" / "0.png")
   data = ml_collections.ConfigDict({
       "name": f"folder:{tmp_path}", "augment": "token_labels", "workers": 0, "replicas": 1,
@@ -182,3 +189,72 @@ def test_labels_of_a_folder_come_with_its_batches(tmp_path):
   data.name = "shapes:8"
   with pytest.raises(ValueError, match="'token_labels' would change what shapes mean"):
     first()
+
+
+@pytest.mark.parametrize(("label", "told"), [(500, "the class 500"), (2, "the class 2"),
+                                             (-1, "the class -1"), (0.5, r"the class 0\.5")])
+@pytest.mark.parametrize("kind", ["folder", "arrayrecord"])
+def test_label_maps_of_other_classes_are_refused(tmp_path, kind, label, told):
+  """Their targets would be flat: no class of the data has a logit."""
+  for path in ("train/a", "train/b", "val/a", "label_maps/train/a", "label_maps/train/b"):
+    (tmp_path / path).mkdir(parents=True)
+  for name in ("train/a/0.png", "train/b/0.png", "val/a/0.png"):
+    Image.new("RGB", (8, 8)).save(tmp_path / name)
+  np.save(tmp_path / "label_maps" / "train" / "a" / "0.npy", constant_map(9, 0))
+  np.save(tmp_path / "label_maps" / "train" / "b" / "0.npy", constant_map(9, 1))
+  name = f"folder:{tmp_path}"
+  if kind == "arrayrecord":
+    name = f"arrayrecord:{tmp_path}/out"
+    from experiments import prepare
+    with pytest.MonkeyPatch.context() as patch:   # as an earlier version wrote them
+      patch.setattr(labels, "checked", lambda label_map, *_: label_map)
+      np.save(tmp_path / "label_maps" / "train" / "b" / "0.npy", constant_map(9, label))
+      prepare.prepare_folder(tmp_path, tmp_path / "out", say=lambda text: None)
+    with pytest.raises(ValueError, match=told):
+      prepare.verify(tmp_path / "out", say=lambda text: None)
+  else:
+    np.save(tmp_path / "label_maps" / "train" / "b" / "0.npy", constant_map(9, label))
+  data = ml_collections.ConfigDict({
+      "name": name, "augment": "token_labels", "workers": 0, "replicas": 1, "repeats": 1,
+      "on_bad": "stop", "max_bad": 0})
+  with pytest.raises(ValueError, match=rf"{told}, and the data have 0\.\.1: it was made for other"):
+    next(pipeline.train_batches(data, image_size=16, batch_size=2, seed=0))
+  data.augment = "flip_crop"   # nobody reads them then
+  next(pipeline.train_batches(data, image_size=16, batch_size=2, seed=0))
+
+
+@pytest.mark.parametrize("moved", [0, 1])
+def test_label_maps_numbered_otherwise_are_pointed_out(tmp_path, caplog, moved):
+  """All classes exist, but those of the maps are not those of the images."""
+  for label in range(4):
+    for path in ("train", "val", "label_maps/train"):
+      (tmp_path / path / str(label)).mkdir(parents=True)
+    for split in ("train", "val"):
+      Image.new("RGB", (8, 8)).save(tmp_path / split / str(label) / "0.png")
+    np.save(tmp_path / "label_maps" / "train" / str(label) / "0.npy",
+            constant_map(9, (label + moved) % 4))
+  data = ml_collections.ConfigDict({
+      "name": f"folder:{tmp_path}", "augment": "token_labels", "workers": 0, "replicas": 1,
+      "repeats": 1, "on_bad": "stop", "max_bad": 0})
+  pipeline.train_batches(data, image_size=16, batch_size=2, seed=0)
+  said = "name the class of the image itself in only 0 of 4 images: were they made for classes"
+  assert (said in caplog.text) == bool(moved)
+
+
+@pytest.mark.parametrize("write", [
+    lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"no map"),
+    lambda path: path.unlink(), lambda path: np.save(path, np.array([{}]), allow_pickle=True),
+    lambda path: np.savez(path.open("wb"), a=np.zeros(3)),
+    lambda path: np.save(path, np.full(labels.SHAPE, np.nan, np.float16))],
+    ids=["empty", "text", "missing", "objects", "archive", "nan"])
+def test_a_damaged_label_map_is_named_in_one_line(tmp_path, write):
+  for path in ("train/a", "val/a", "label_maps/train/a"):
+    (tmp_path / path).mkdir(parents=True)
+  for path in ("train/a", "val/a"):
+    Image.new("RGB", (8, 8)).save(tmp_path / path / "0.png")
+  path = tmp_path / "label_maps" / "train" / "a" / "0.npy"
+  np.save(path, constant_map(1))
+  write(path)
+  with pytest.raises(ValueError, match=r"label map of image 0, .*a/0\.npy: .*'skip'") as error:
+    pipeline.source(f"folder:{tmp_path}", "train", image_size=16)[0]
+  assert "\n" not in str(error.value)

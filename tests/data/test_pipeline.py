@@ -233,7 +233,7 @@ def test_the_only_other_split_serves_as_test_and_says_so(folder, caplog):
     ({"name": "shapes", "augment": "digits"}, r"would change what shapes mean; use.* none"),
     ({"name": "folder"}, r"data\.name='folder' needs a path"),
     ({"name": "arrayrecord:"}, r"data\.name='arrayrecord:' needs a path"),
-    ({"name": "arrayrecord:/nowhere"}, r"no /nowhere/manifest\.json.*experiments\.prepare"),
+    ({"name": "arrayrecord:/nowhere"}, r"no /nowhere/manifest\.json.*vitcompact prepare"),
     ({"name": "tfds"}, r"data\.name='tfds' needs a name"),
     ({"on_bad": "ignore"}, r"data\.on_bad='ignore' is not one of"),
     ({"max_bad": -1}, r"data\.max_bad=-1 must be 0 or more"),

@@ -64,6 +64,12 @@ def numbers(name, split):
   return sorted(int(e["image"][0, 0, 0]) for e in got), {int(e["image"][0, 0, 1]) for e in got}
 
 
+def test_a_set_names_its_classes():
+  for name in ("tfds:with_test", "tfds:with_test@all"):
+    assert pipeline.class_names(name) == ("a", "b", "c")
+    assert pipeline.source(name, "test", image_size=8).class_names == ("a", "b", "c")
+
+
 def test_without_a_validation_split_a_tenth_of_train_is_held_out():
   train, val, test = (numbers("tfds:with_test", split) for split in pipeline.SPLITS)
   assert [len(part[0]) for part in (train, val, test)] == [36, 4, 6]

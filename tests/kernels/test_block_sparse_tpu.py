@@ -1,8 +1,8 @@
-"""The TPU kernel equals the gather, and lowers where there is no TPU."""
+"""The TPU kernel equals the reference, and lowers where there is no TPU."""
 import jax.numpy as jnp
 import pytest
 
-from tests.kernels.cases import assert_equals_the_gather, case, export
+from tests.kernels.cases import assert_equals_the_reference, case, export
 from vitcompact.kernels import block_sparse_tpu
 
 
@@ -13,8 +13,8 @@ def interpreted(*args):
 @pytest.mark.parametrize("dtype,tolerance,arguments", [
     (jnp.float32, 1e-6, {"batch": 2, "heads": 1}),
     (jnp.bfloat16, 0.01, {"batch": 1, "heads": 2, "biased": False})])
-def test_the_interpreted_kernel_and_its_gradients_equal_the_gather(dtype, tolerance, arguments):
-  assert_equals_the_gather(interpreted, *case(dtype, 16, 24, d=16, **arguments),
+def test_the_interpreted_kernel_and_its_gradients_equal_the_reference(dtype, tolerance, arguments):
+  assert_equals_the_reference(interpreted, *case(dtype, 16, 24, d=16, **arguments),
                            tolerance=tolerance)
 
 

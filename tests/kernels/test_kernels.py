@@ -1,17 +1,16 @@
 """Which kernel runs where, and what is said where none does."""
 import re
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from vitcompact import kernels
+from vitcompact.attention import Device
 from vitcompact.kernels import block_sparse_gpu, block_sparse_tpu
 
-HOPPER = SimpleNamespace(platform="gpu", compute_capability="9.0")
-BLACKWELL = SimpleNamespace(platform="gpu", compute_capability="10.0")
-TPU, CPU = SimpleNamespace(platform="tpu"), SimpleNamespace(platform="cpu")
+HOPPER, BLACKWELL = Device("gpu", capability="9.0"), Device("gpu", capability="10.0")
+TPU, CPU = Device("tpu"), Device("cpu")
 
 
 def arrays(dtype=jnp.bfloat16, area=64, d=64, e=64, blocks=16, count=4):
@@ -23,8 +22,8 @@ def arrays(dtype=jnp.bfloat16, area=64, d=64, e=64, blocks=16, count=4):
 @pytest.mark.parametrize("device,attend", [(HOPPER, block_sparse_gpu.attend),
                                            (TPU, block_sparse_tpu.attend)])
 def test_a_device_gets_its_kernel(device, attend):
-  assert kernels.refusal([device], *arrays(e=128)) == ""
-  assert kernels.block_attention([device], *arrays(e=128)) is attend
+  assert kernels.refusal(device, *arrays(e=128)) == ""
+  assert kernels.block_attention(device.platform) is attend
 
 
 @pytest.mark.parametrize("device,changes,said", [
@@ -38,10 +37,9 @@ def test_a_device_gets_its_kernel(device, attend):
     (TPU, {"blocks": 193}, "12352 tokens of it need"),
     (TPU, {"blocks": 128, "count": 171}, "these have 525312")])
 def test_what_no_kernel_does_is_refused_with_the_reason(device, changes, said):
-  assert kernels.block_attention([device], *arrays(**changes)) is None
-  assert re.search(said, kernels.refusal([device], *arrays(**changes)))
+  assert re.search(said, kernels.refusal(device, *arrays(**changes)))
 
 
 def test_a_tpu_kernel_is_not_split_over_devices_and_a_gpu_kernel_is():
-  assert "over 4 devices" in kernels.refusal([TPU] * 4, *arrays())
-  assert kernels.refusal([HOPPER] * 4, *arrays()) == ""
+  assert "over 4 devices" in kernels.refusal(TPU._replace(count=4), *arrays())
+  assert kernels.refusal(HOPPER._replace(count=4), *arrays()) == ""

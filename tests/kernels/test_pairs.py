@@ -1,4 +1,4 @@
-"""The list of linked blocks from the side of the keys."""
+"""The list of chosen blocks from the side of the keys."""
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -4,22 +4,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tests.kernels.cases import draw
-from vitcompact.attention.block_sparse.layout import attend_gathered
+from tests.kernels.cases import draw, reference
 from vitcompact.kernels.block_sparse import attention
 
 
 def test_every_device_gets_its_images_and_together_they_compute_what_one_does():
   seen = []
 
-  # The gather in the place of the kernels, which do not run here.
+  # The reference in the place of the kernels, which do not run here.
   def forward(interpret, query, *rest):
     seen.append(query.shape[0])
-    return attend_gathered(query, *rest)
+    return reference(query, *rest)
 
   def backward(interpret, query, key, value, bias, chosen, log_sum, shift, d_out):
     seen.append(query.shape[0])
-    (out, _), pull = jax.vjp(lambda *arrays: attend_gathered(*arrays, bias, chosen), query, key,
+    (out, _), pull = jax.vjp(lambda *arrays: reference(*arrays, bias, chosen), query, key,
                              value)
     return pull((d_out, shift + jnp.sum(out * d_out, axis=-1)))
 
@@ -39,4 +38,4 @@ def test_every_device_gets_its_images_and_together_they_compute_what_one_does():
   for leaf in jax.tree.leaves(spread):
     assert leaf.sharding.shard_shape(leaf.shape)[0] == 2
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), spread,
-               run(attend_gathered)(*blocks))
+               run(reference)(*blocks))

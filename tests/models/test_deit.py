@@ -119,8 +119,8 @@ def test_fresh_positions_have_the_deviation_asked_for():
 
 
 def test_stochastic_depth_grows_linearly_and_keeps_the_mean():
-  parts = vc.create_model("deit_small_patch16_224").parts()
-  np.testing.assert_allclose([p.drop_path for p in parts.values()], np.linspace(0, 0.1, 12))
+  blocks = vc.create_model("deit_small_patch16_224").submodules().values()
+  np.testing.assert_allclose([block.drop_path for block in blocks], np.linspace(0, 0.1, 12))
   model = tiny.deit(drop_path_rate=0.5)
   variables, x = tiny.init(model), tiny.images(model, batch=1)
   apply = jax.jit(jax.vmap(lambda key: model.apply(variables, x, train=True,
@@ -207,7 +207,7 @@ def test_every_leaf_has_one_rule_and_matrices_and_the_distillation_token_decay(n
                vc.Plan(heads=vc.HMHSA(site="logits"), ffn=vc.CFFN(rep="scale"))):
     model = tiny.deit(plan, name=name)
     params = tiny.init(model)["params"]
-    leaves = trees.first_match(model.leaf_rules(), params, may_be_idle=True)
+    leaves = trees.first_match(model.parameter_rules(), params, may_be_idle=True)
     decayed = [n for n, leaf in trees.named_leaves(jax.tree.map(
         lambda leaf: leaf.decay, leaves, is_leaf=lambda x: isinstance(x, trees.Leaf))).items()
         if leaf]

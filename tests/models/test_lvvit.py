@@ -190,7 +190,7 @@ def test_initialisation_is_the_authors():
                                            ("lvvit_m", 0.2, 2)])
 def test_stochastic_depth_and_the_scale_of_residuals(name, rate, lam):
   model = vc.create_model(name)
-  blocks = [part for key, part in model.parts().items() if key.startswith("blocks_")]
+  blocks = [block for key, block in model.submodules().items() if key.startswith("blocks_")]
   np.testing.assert_allclose([b.drop_path for b in blocks], np.linspace(0, rate, model.depth))
   assert {b.skip_lam for b in blocks} == {lam}
 
@@ -198,7 +198,7 @@ def test_stochastic_depth_and_the_scale_of_residuals(name, rate, lam):
 def test_every_leaf_has_one_rule_and_only_matrices_decay():
   model = small(BOTH)
   params = tiny.init(model)["params"]
-  leaves = trees.first_match(model.leaf_rules(), params, may_be_idle=True)
+  leaves = trees.first_match(model.parameter_rules(), params, may_be_idle=True)
   rules = jax.tree_util.tree_leaves_with_path(leaves, is_leaf=lambda x: isinstance(x, trees.Leaf))
   decayed = [trees.name_of(path) for path, leaf in rules if leaf.decay]
   assert decayed == [name for name in trees.named_leaves(params) if name.endswith("/kernel")]

@@ -266,7 +266,7 @@ def test_every_leaf_has_one_rule_and_only_kernels_decay():
     for deploy in (False, True):
       model = small(plan, deploy=deploy)
       params = shapes_of(model)["params"]
-      rules = trees.first_match(model.leaf_rules(), params, may_be_idle=True)
+      rules = trees.first_match(model.parameter_rules(), params, may_be_idle=True)
       flat = jax.tree.leaves(rules, is_leaf=lambda x: isinstance(x, trees.Leaf))
       for (name, leaf), rule in zip(trees.named_leaves(params).items(), flat, strict=True):
         assert rule.decay == name.endswith("/kernel"), name
@@ -281,8 +281,8 @@ def test_every_leaf_has_one_rule_and_only_kernels_decay():
     (lambda: vc.create_model("nextvit_small", depths=(3, 4, 10)), "must have 4 entries"),
     (lambda: vc.create_model("nextvit_small", plan=vc.Plan(blocks={5: {"heads": vc.HMHSA()}})),
      "blocks with attention: [6, 11, 16, 19]"),
-    (lambda: small(plan=vc.Plan(blocks={0: {"links": vc.Sparsifiner()}})),
-     "block 0 a links method, but it is convolutional"),
+    (lambda: small(plan=vc.Plan(blocks={0: {"attention": vc.Sparsifiner()}})),
+     "block 0 a attention method, but it has no attention"),
     (lambda: vc.create_model("nextvit_small", plan=vc.Plan(blocks={20: {"ffn": None}})),
      "blocks 0 to 19"),
     (lambda: vc.create_model("nextvit_smal"), "did you mean nextvit_small"),

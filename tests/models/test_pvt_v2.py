@@ -10,6 +10,7 @@ import vitcompact as vc
 from tests import tiny
 from tests.models import parity, pyramids
 from vitcompact import trees
+from vitcompact.block import make_ffn
 from vitcompact.models import pyramid
 
 # (parameters, MACs / 1e9) dense, heads, ffn, both: specification of the reconstruction.
@@ -77,7 +78,8 @@ def test_a_fresh_factorised_ffn_starts_with_the_spread_of_the_dense_one():
   for name in ("pvt_v2_b2", "pvt_v2_b2_li"):
     spread = {}
     for label, plan in (("dense", vc.Plan()), ("compact", vc.Plan(ffn=vc.CFFN()))):
-      mlp = pyramids.pvt(name, plan, **sizes).parts()["blocks_0"].mlp
+      model = pyramids.pvt(name, plan, **sizes)
+      mlp = make_ffn(model.sites()[0], plan.ffn)
       # In training: in inference, wrong starting statistics and a wrong scale would cancel.
       init = jax.jit(functools.partial(mlp.init_with_output, train=True))
       spread[label] = float(init(jax.random.key(1), tokens)[0].std())

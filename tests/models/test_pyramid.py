@@ -48,11 +48,11 @@ def test_compact_at_full_rank_is_the_dense_model():
                                            (NAMES[2], (7, 7))])
 def test_heads_are_hallucinated_over_the_reduced_keys_where_there_is_more_than_one(name, key_grid):
   model = pvt(name, COMPACT)
-  attns = [part.attn for part in model.parts().values()]
-  assert [attn.real_heads for attn in attns] == [1, 1, 3, 3, 2]
-  assert [attn.query_grid for attn in attns] == [(16, 16), (8, 8), (4, 4), (4, 4), (2, 2)]
-  assert all(attn.key_grid == key_grid for attn in attns)
-  assert [attn.prefix for attn in attns] == [0, 0, 0, 0, int(name == "pvt_small")]
+  sites = model.sites()
+  assert [COMPACT.heads.scored_heads(site) for site in sites] == [1, 1, 3, 3, 2]
+  assert [site.query_grid for site in sites] == [(16, 16), (8, 8), (4, 4), (4, 4), (2, 2)]
+  assert all(site.key_grid == key_grid for site in sites)
+  assert [site.prefix for site in sites] == [0, 0, 0, 0, int(name == "pvt_small")]
   params = tiny.init(model)["params"]
   assert "hallucinate" not in params["blocks_0"]["attn"]     # one head: nothing to copy
   assert all("hallucinate" in params[f"blocks_{i}"]["attn"] for i in range(1, 5))
@@ -145,7 +145,7 @@ def test_every_leaf_has_one_rule_and_only_matrices_and_positions_decay(name):
   for plan in (vc.Plan(), FAR, vc.Plan(heads=vc.HMHSA(site="logits"), ffn=vc.CFFN())):
     model = pvt(name, plan)
     params = tiny.init(model)["params"]
-    rules = trees.first_match(model.leaf_rules(), params, may_be_idle=True)
+    rules = trees.first_match(model.parameter_rules(), params, may_be_idle=True)
     decay = jax.tree.map(lambda rule: rule.decay, rules, is_leaf=lambda x: type(x) is trees.Leaf)
     decayed = {leaf for leaf, yes in trees.named_leaves(decay).items() if yes}
     # Positions, unlike DeiT's, decay in the authors' training; the class token does not.
@@ -155,8 +155,8 @@ def test_every_leaf_has_one_rule_and_only_matrices_and_positions_decay(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_drop_path_grows_linearly_over_all_stages(name):
-  parts = pvt(name, drop_path_rate=0.4).parts()
-  np.testing.assert_allclose([part.drop_path for part in parts.values()], [0, 0.1, 0.2, 0.3, 0.4])
+  blocks = pvt(name, drop_path_rate=0.4).submodules().values()
+  np.testing.assert_allclose([block.drop_path for block in blocks], [0, 0.1, 0.2, 0.3, 0.4])
 
 
 @pytest.mark.parametrize("fields,words", [

@@ -6,7 +6,7 @@ import pytest
 
 import vitcompact as vc
 from tests import tiny
-from vitcompact import convert, trees
+from vitcompact import convert, files, trees
 from vitcompact.run import loop, report
 
 
@@ -40,7 +40,7 @@ def test_a_report_that_finds_no_room_says_that_the_run_is_done(tmp_path, monkeyp
     raise OSError(errno.ENOSPC, "No space left on device")
 
   model = tiny.deit()
-  monkeypatch.setattr(convert.os, "replace", full)
+  monkeypatch.setattr(files.os, "replace", full)
   with pytest.raises(OSError, match=r"the run is done, but .*deploy\.safetensors cannot be w"):
     report.write(tmp_path, None, {"deploy": (model, tiny.init(model))})
 

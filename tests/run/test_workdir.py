@@ -74,7 +74,7 @@ def test_a_start_that_the_first_step_refuses_leaves_no_trace(config, tmp_path, m
 def test_an_odd_batch_is_refused_before_the_workdir_is_claimed(config, tmp_path):
   """By tracing the first step, not by running it."""
   config.update(batch_size=24, data={"replicas": 8})   # each replica has 3 images to mix
-  with pytest.raises(ValueError, match="even|pairs|mix"):
+  with pytest.raises(ValueError, match=r"even|pairs|mix"):
     loop.train(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
 

@@ -13,6 +13,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from vitcompact.data.randaugment import randaugment
 
 BICUBIC = Image.Resampling.BICUBIC
+SMALL = 32         # pixels: images of a model's own size up to this are not cut in evaluation
+MUCH_LARGER = 64   # times the pixels that are needed: more than that is not resized whole
 
 
 def evaluation(image: Image.Image, image_size: tuple[int, int], crop: float | None,
@@ -22,10 +24,17 @@ def evaluation(image: Image.Image, image_size: tuple[int, int], crop: float | No
   image_size: (height, width). The longer side is int(short * long / short), and offsets are
   rounded half to even, as the authors' pipeline does. If image_size is not square, the image is
   made just large enough to cover both sides. crop=None: the whole image is warped to image_size.
+  An image of up to 32 pixels that has the model's size is left whole, as published for CIFAR.
+
+  Of an image more than 64 times as long as wide only what is kept is computed, the same to within
+  rounding: resized whole, 6000 x 1 pixels would take a gigabyte.
   """
+  if image.size == image_size[::-1] and max(image_size) <= SMALL:
+    return image
   resample = Image.Resampling[interpolation.upper()]
   if crop is None:
     return image.resize(image_size[::-1], resample)
+  check_crop(crop)
   height, width = image_size
   need_h, need_w = int(height / crop), int(width / crop)
   w, h = image.size
@@ -33,9 +42,26 @@ def evaluation(image: Image.Image, image_size: tuple[int, int], crop: float | No
     new_h, new_w = need_h, int(need_h * w / h)
   else:
     new_h, new_w = int(need_w * h / w), need_w
-  image = image.resize((new_w, new_h), resample)
   left, top = round((new_w - width) / 2), round((new_h - height) / 2)
-  return image.crop((left, top, left + width, top + height))
+  kept = left, top, left + width, top + height
+  if new_w * new_h > MUCH_LARGER * need_w * need_h:
+    return _resized_part(image, (new_w, new_h), kept, resample)
+  return image.resize((new_w, new_h), resample).crop(kept)
+
+
+def _resized_part(image: Image.Image, size: tuple[int, int], part, resample) -> Image.Image:
+  """`part` (left, top, right, bottom) of the image as resized to `size`, and no more of it."""
+  left, top, right, bottom = part
+  x, y = image.width / size[0], image.height / size[1]
+  box = left * x, top * y, min(right * x, image.width), min(bottom * y, image.height)
+  return image.resize((right - left, bottom - top), resample, box)
+
+
+def check_crop(crop: float | None) -> None:
+  """Refuses what would show black borders."""
+  if crop is not None and not 0 < crop <= 1:
+    raise ValueError(f"{crop=} must be above 0 and at most 1: the share of the resized image that "
+                     "is kept (0.875 resizes to 256 for 224)")
 
 
 def crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:

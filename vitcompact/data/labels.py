@@ -18,6 +18,7 @@ from vitcompact.data import augment, randaugment
 from vitcompact.data.decode import Example
 
 SHAPE = (2, 5, 18, 18)
+MAX_CLASSES = 2049  # 0 to 2048: from there on float16 rounds to another class
 RESAMPLE = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
 
 
@@ -52,10 +53,20 @@ def augment_both(example: Example, rng: np.random.Generator, image_size: tuple[i
           "label_box": np.float32(np.divide(box, image.size * 2))}
 
 
-def checked(label_map: np.ndarray) -> np.ndarray:
-  """The map, if it is one; else a ValueError."""
+def names_class(label_map: np.ndarray, label: int) -> bool:
+  """Whether a class is among those of the map, at any place."""
+  return bool(((label_map[1] == label) & (label_map[0] != 0)).any())
+
+
+def checked(label_map: np.ndarray, num_classes: int = MAX_CLASSES) -> np.ndarray:
+  """The map, if it is one of a data set with this many classes; else a ValueError."""
   if label_map.shape != SHAPE or label_map.dtype != np.float16:
     raise ValueError(f"it is {label_map.dtype} {label_map.shape}, not float16 {SHAPE}")
-  if not np.isfinite(label_map).all() or label_map[1].min() < 0:
-    raise ValueError("it holds logits that are not finite, or negative numbers of classes")
+  if not np.isfinite(label_map).all():
+    raise ValueError("it holds numbers that are not finite")
+  classes = label_map[1]
+  if (classes != np.floor(classes)).any() or classes.min() < 0 or classes.max() >= num_classes:
+    wrong = next(c for c in classes.flat if c != np.floor(c) or not 0 <= c < num_classes)
+    raise ValueError(f"it names the class {wrong:g}, and the data have 0..{num_classes - 1}: it "
+                     "was made for other classes")
   return label_map

@@ -6,7 +6,7 @@ The keys of a config's `data` section (all must be there; nothing has a hidden d
   augment   of training images, on the host: see below
   workers   worker processes that decode and augment; 0: threads of this process
   on_bad    a record that cannot be used: "stop", or "skip" for the next one in its place
-  max_bad   so many records at most may be passed over, by each process since its start
+  max_bad   records that may be passed over at the most, by each process since its start
   replicas  of the recipe, not of the hardware: who shares a mix, see order.py  (DeiT-S: 4)
   repeats   showings of an image in a row                                       (DeiT: 3)
   eval_fit  in evaluation, "crop", or "warp" the whole image to the model's size
@@ -44,12 +44,13 @@ from vitcompact.data.sources import (
     source,
 )
 from vitcompact.data.sources import SPLITS as SPLITS
+from vitcompact.data.sources import class_names as class_names
 from vitcompact.data.sources import num_classes as num_classes
 
 AUGMENTS = (*aug.IMAGES, "token_labels")
 ENDLESS = 2**40  # batches
-SMALL = 32       # pixels: images of a model's own size up to this are not cut in evaluation
 TRIES = 100      # records in a row that cannot be used
+MAPS = 16        # label maps that are compared with the labels before training
 
 
 def _pair(image_size) -> tuple[int, int]:
@@ -147,6 +148,23 @@ def _check(data) -> None:
                      f"use one of {', '.join(ALLOWED[kind])}")
 
 
+def _check_maps(data, images: Source) -> None:
+  if images.num_classes > labels.MAX_CLASSES:
+    raise ValueError(f"data.augment='token_labels' takes up to {labels.MAX_CLASSES} classes, whose "
+                     f"numbers float16 can hold, and {data.name} has {images.num_classes}; use "
+                     "'randaugment'")
+  if read(images, 0, data.on_bad)[0].label_map is None:
+    raise ValueError(f"data.augment='token_labels' needs labels of places, and {data.name} has "
+                     "none: see vitcompact/data/labels.py, or use 'randaugment'")
+  some = [read(images, int(index), data.on_bad)[0]
+          for index in np.linspace(0, len(images), min(MAPS, len(images)), endpoint=False)]
+  known = sum(labels.names_class(example.label_map, example.label) for example in some)
+  if known < len(some) / 2:
+    logging.warning("the label maps of %s name the class of the image itself in only %d of %d "
+                    "images: were they made for classes in another order?", data.name, known,
+                    len(some))
+
+
 def train_batches(data, *, image_size, batch_size: int, seed: int, process_index: int = 0,
                   process_count: int = 1) -> Batches:
   """Endless batches {"image": uint8 (b, H, W, 3), "label": int32 (b,)}, b of this process.
@@ -159,10 +177,10 @@ def train_batches(data, *, image_size, batch_size: int, seed: int, process_index
   _check(data)
   rows, size = _rows(batch_size, process_index, process_count), _pair(image_size)
   order = train_order(data, batch_size, seed)
-  images = source(data.name, "train", image_size=size)
-  if data.augment == "token_labels" and read(images, 0, data.on_bad)[0].label_map is None:
-    raise ValueError(f"data.augment='token_labels' needs labels of places, and {data.name} has "
-                     "none: see vitcompact/data/labels.py, or use 'randaugment'")
+  images = source(data.name, "train", image_size=size,
+                  label_maps=data.augment == "token_labels")
+  if data.augment == "token_labels":
+    _check_maps(data, images)
   make_batch = TrainBatch(images, order, rows, size, data.augment, data.on_bad)
   return Batches(grain.MapDataset.range(ENDLESS).map(make_batch), data.workers, data.max_bad)
 
@@ -200,8 +218,7 @@ class EvalBatch:
 
   def _shown(self, index: int) -> dict:
     image, label, _ = self.images.open(index)
-    small = image.size == self.image_size[::-1] and max(image.size) <= SMALL
-    if not (self.whole or small):
+    if not self.whole:
       image = aug.evaluation(image, self.image_size, self.crop, self.interpolation)
     return {"image": image, "label": np.int32(label), "mask": np.float32(1)}
 
@@ -209,8 +226,9 @@ class EvalBatch:
 def _eval_batch(data, split, *, image_size, batch_size, crop, interpolation, rows) -> EvalBatch:
   _check(data)
   size = _pair(image_size)
-  return EvalBatch(source(data.name, split, image_size=size), batch_size, rows, size,
-                   parse(data.name)[0] in ALLOWED, crop, interpolation, data.on_bad)
+  images = source(data.name, split, image_size=size, label_maps=False)
+  return EvalBatch(images, batch_size, rows, size, parse(data.name)[0] in ALLOWED, crop,
+                   interpolation, data.on_bad)
 
 
 def eval_batches(data, split: str, *, image_size, batch_size: int, crop: float | None,

@@ -19,7 +19,7 @@ def rotate(degrees, width, height):
   angle = -math.radians(degrees)
   cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
   x, y = width / 2, height / 2
-  return cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y
+  return cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y
 
 
 def shear_x(factor, width, height):
@@ -50,23 +50,23 @@ def posterize(image, bits):
 
 def posterize_bits(m):
   """Bits that are kept: at m = 10 none, which is a black image, in the published recipe too."""
-  return 4 - int(0.4 * m)
+  return 4 - int(m / 10 * 4)
 
 
 def solarize_threshold(m):
-  return 256 - int(25.6 * m)
+  return 256 - int(m / 10 * 256)
 
 
 class Op(NamedTuple):
   """Changes colours, or moves pixels: one of `colours` and `matrix` is None."""
-  argument: callable     # magnitude in 0..10 -> argument
+  argument: callable     # magnitude in 0..10 -> argument; rounded as timm's, m / 10 first
   colours: callable = None   # (image, argument) -> image
   matrix: callable = None    # (argument, width, height) -> (a, b, c, d, e, f), see `move`
   signed: bool = False   # whether the magnitude is negated half of the time
 
 
 def _enhance(enhancer) -> Op:
-  return Op(lambda m: max(0.1, 1 + 0.09 * m), signed=True,
+  return Op(lambda m: max(0.1, 1 + m / 10 * 0.9), signed=True,
             colours=lambda image, factor: enhancer(image).enhance(factor))
 
 
@@ -74,18 +74,18 @@ OPS = {
     "auto_contrast": Op(lambda m: None, lambda image, _: ImageOps.autocontrast(image)),
     "equalize": Op(lambda m: None, lambda image, _: ImageOps.equalize(image)),
     "invert": Op(lambda m: None, lambda image, _: ImageOps.invert(image)),
-    "rotate": Op(lambda m: 3 * m, matrix=rotate, signed=True),
+    "rotate": Op(lambda m: m / 10 * 30, matrix=rotate, signed=True),
     "posterize": Op(posterize_bits, posterize),
     "solarize": Op(solarize_threshold, ImageOps.solarize),
-    "solarize_add": Op(lambda m: int(11 * m), solarize_add),
+    "solarize_add": Op(lambda m: int(m / 10 * 110), solarize_add),
     "color": _enhance(ImageEnhance.Color),
     "contrast": _enhance(ImageEnhance.Contrast),
     "brightness": _enhance(ImageEnhance.Brightness),
     "sharpness": _enhance(ImageEnhance.Sharpness),
-    "shear_x": Op(lambda m: 0.03 * m, matrix=shear_x, signed=True),
-    "shear_y": Op(lambda m: 0.03 * m, matrix=shear_y, signed=True),
-    "translate_x": Op(lambda m: 0.045 * m, matrix=translate_x, signed=True),
-    "translate_y": Op(lambda m: 0.045 * m, matrix=translate_y, signed=True),
+    "shear_x": Op(lambda m: m / 10 * 0.3, matrix=shear_x, signed=True),
+    "shear_y": Op(lambda m: m / 10 * 0.3, matrix=shear_y, signed=True),
+    "translate_x": Op(lambda m: m / 10 * 0.45, matrix=translate_x, signed=True),
+    "translate_y": Op(lambda m: m / 10 * 0.45, matrix=translate_y, signed=True),
 }
 NAMES = tuple(OPS)
 

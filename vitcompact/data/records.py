@@ -1,4 +1,4 @@
-"""Images in a few large files, ArrayRecord, written by `python -m experiments.prepare`.
+"""Images in a few large files, ArrayRecord, written by `vitcompact prepare`.
 
   PATH/manifest.json              classes, and of each file its records, bytes and sha256
   PATH/train-000.arrayrecord      a record is a msgpack dict: "image", the bytes of an image file as
@@ -18,7 +18,15 @@ import msgpack
 import numpy as np
 
 from vitcompact.data import labels
-from vitcompact.data.decode import BadRecord, Example, as_arrays, check_label, rgb
+from vitcompact.data.decode import (
+    BadRecord,
+    Example,
+    as_arrays,
+    check_label,
+    printable,
+    reason,
+    rgb,
+)
 from vitcompact.data.folder import other_split
 
 FORMAT = "vitcompact-records-1"
@@ -27,19 +35,22 @@ SPLITS = ("train", "val", "test")
 
 
 def pack(image: bytes, label: int, name: str, label_map: np.ndarray | None = None) -> bytes:
-  record = {"image": image, "label": label, "name": name}
+  """name: for messages; a path may be of any bytes."""
+  record = {"image": image, "label": label, "name": printable(name)}
   if label_map is not None:
     record["label_map"] = labels.checked(label_map).astype("<f2").tobytes()
   return msgpack.packb(record)
 
 
-def unpack(record: bytes) -> tuple[bytes, int, str, np.ndarray | None]:
-  """What `pack` was given; whatever else is a ValueError."""
+def unpack(record: bytes, num_classes: int = labels.MAX_CLASSES, label_maps: bool = True):
+  """What `pack` was given: (image, label, name, label map or None); all else is a ValueError.
+
+  num_classes: of the data, whose labels of places must be; label_maps=False passes over them."""
   try:
     fields = msgpack.unpackb(record)
-    label_map = fields.get("label_map")
+    label_map = fields.get("label_map") if label_maps else None
     if label_map is not None:
-      label_map = labels.checked(np.frombuffer(label_map, "<f2").reshape(labels.SHAPE))
+      label_map = labels.checked(np.frombuffer(label_map, "<f2").reshape(labels.SHAPE), num_classes)
     return fields["image"], int(fields["label"]), fields["name"], label_map
   except (KeyError, TypeError, AttributeError, ValueError, msgpack.UnpackException) as error:
     raise ValueError(f"not a record of {FORMAT} ({type(error).__name__}: {error})") from error
@@ -81,25 +92,28 @@ def write_shard(path: pathlib.Path, records) -> dict:
 def read_manifest(root: str) -> dict:
   """The manifest of a directory, checked against the files that are there."""
   root = pathlib.Path(root)
-  way_out = "write it with `python -m experiments.prepare`"
+  way_out = "write it with `vitcompact prepare`"
   try:
     manifest = json.loads((root / MANIFEST).read_text())
   except FileNotFoundError:
     raise ValueError(f"no {root / MANIFEST}: 'arrayrecord:PATH' needs a PATH that was prepared; "
                      f"{way_out}") from None
-  except ValueError as error:
-    raise ValueError(f"{root / MANIFEST} is damaged: {error}; {way_out}") from None
-  if manifest.get("format") != FORMAT:
+  except (ValueError, OSError) as error:
+    raise ValueError(f"{root / MANIFEST} is damaged: {reason(error)}; {way_out}") from None
+  if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
     raise ValueError(f"{root / MANIFEST} is not of {FORMAT}; {way_out}")
+  names = manifest.get("class_names")
+  if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
+    raise ValueError(f"{root / MANIFEST} does not name its classes in class_names; {way_out}")
   if not manifest["complete"]:
-    raise ValueError(f"{root} is not complete: run the same `python -m experiments.prepare` again, "
+    raise ValueError(f"{root} is not complete: run the same `vitcompact prepare` again, "
                      "it goes on where it stopped")
   for shard in (shard for shards in manifest["splits"].values() for shard in shards):
     path = root / shard["file"]
     size = path.stat().st_size if path.is_file() else None
     if size != shard["bytes"]:
       raise ValueError(f"{path} has {size} bytes, not the {shard['bytes']} of the manifest: remove "
-                       "it and run the same `python -m experiments.prepare` again")
+                       "it and run the same `vitcompact prepare` again")
   return manifest
 
 
@@ -113,19 +127,26 @@ def shards_of(root: str, split: str) -> list[dict]:
   return splits[split]
 
 
-class Records:
-  """Random access to one split: records[i] -> {"image": uint8 (h, w, 3), "label": int}."""
+def class_names(root: str) -> tuple[str, ...]:
+  return tuple(read_manifest(root)["class_names"])
 
-  def __init__(self, root: str, split: str):
+
+class Records:
+  """Random access to one split: records[i] -> {"image": uint8 (h, w, 3), "label": int}.
+
+  label_maps: whether labels of places are read, if the records have any.
+  """
+
+  def __init__(self, root: str, split: str, label_maps: bool = True):
     shards = shards_of(root, split)
-    self.root, self.split = root, split
-    self.class_names = tuple(read_manifest(root)["class_names"])
+    self.root, self.split, self.label_maps = root, split, label_maps
+    self.class_names = class_names(root)
     self.num_classes = len(self.class_names)
     self.records = reader(pathlib.Path(root) / shard["file"] for shard in shards)
     count = sum(shard["records"] for shard in shards)
     if len(self.records) != count:
       raise ValueError(f"the files of {split} in {root} hold {len(self.records)} records, not the "
-                       f"{count} of the manifest: see `python -m experiments.prepare verify`")
+                       f"{count} of the manifest: see `vitcompact prepare verify`")
 
   def __len__(self) -> int:
     return len(self.records)
@@ -133,10 +154,11 @@ class Records:
   def read(self, index: int):
     """(bytes of an image file, label, name, label map or None)."""
     try:
-      return unpack(self.records[index])
+      return unpack(self.records[index], self.num_classes, self.label_maps)
     except Exception as error:  # array_record raises RuntimeError, IndexError and others
-      raise BadRecord(f"cannot read record {index} of {self.split} in {self.root}: {error}; "
-                      "prepare it anew, or pass over some with data.on_bad='skip'") from error
+      raise BadRecord(f"cannot read record {index} of {self.split} in {self.root}: "
+                      f"{reason(error)}; prepare it anew, or pass over some with "
+                      "data.on_bad='skip'") from error
 
   def open(self, index: int) -> Example:
     data, label, name, label_map = self.read(index)

@@ -3,16 +3,16 @@
   digits[:FOLD]     1,797 real images that scikit-learn ships; FOLD is 0 to 4, "digits" is fold 0
   shapes[:COUNT]    drawn scenes, COUNT of them for training
   folder:PATH       PATH/train/CLASS/*.jpg, PATH/val, PATH/test
-  arrayrecord:PATH  what `python -m experiments.prepare` wrote
+  arrayrecord:PATH  what `vitcompact prepare` wrote
   tfds:NAME[@all]   a set of TensorFlow Datasets that lies on this machine
 """
 import difflib
 from typing import Protocol
 
-from vitcompact.data import records, tfds
+from vitcompact.data import folder, records, tfds
 from vitcompact.data.decode import Example
 from vitcompact.data.digits import FOLDS, Digits, split_indices
-from vitcompact.data.folder import Folder, list_classes, list_files
+from vitcompact.data.folder import Folder, list_files
 from vitcompact.data.records import Records
 from vitcompact.data.shapes import SIZES, Directions, Shapes
 from vitcompact.data.tfds import TfdsSource
@@ -21,7 +21,7 @@ SPLITS = ("train", "val", "test")
 KNOWN = ("digits", "digits:FOLD", "shapes", "shapes:COUNT", "directions",
          "directions:COUNT", "folder:PATH", "arrayrecord:PATH", "tfds:NAME")
 NEEDS = {"folder": "a path: 'folder:PATH' with PATH/train/CLASS/*.jpg",
-         "arrayrecord": "a path: 'arrayrecord:PATH', as `python -m experiments.prepare` writes it",
+         "arrayrecord": "a path: 'arrayrecord:PATH', as `vitcompact prepare` writes it",
          "tfds": "a name: 'tfds:imagenet2012', 'tfds:cifar10'"}
 # Made at the size that the model takes, with something at every edge: evaluated whole, and only
 # these augmentations leave the label true (a mirrored scene has another, a mirrored 5 has none).
@@ -66,9 +66,11 @@ def parse(name: str) -> tuple[str, str]:
   return kind, argument
 
 
-def source(name: str, split: str, *, image_size: int | tuple[int, int], seed: int = 0) -> Source:
+def source(name: str, split: str, *, image_size: int | tuple[int, int], seed: int = 0,
+           label_maps: bool = True) -> Source:
   """One split of a data set. image_size (int or (height, width)) is that of generated images;
-  other images keep their own until a transform. seed: which scenes "shapes" draws."""
+  other images keep their own until a transform. seed: which scenes "shapes" draws. label_maps:
+  whether labels of places are read, where there are any."""
   kind, argument = parse(name)
   choose("split", split, SPLITS)
   size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
@@ -76,18 +78,21 @@ def source(name: str, split: str, *, image_size: int | tuple[int, int], seed: in
     return Digits(split, size, int(argument))
   if kind in DRAWN:
     return DRAWN[kind](split, size, num_examples(name, split), seed)
-  return {"folder": Folder, "arrayrecord": Records, "tfds": TfdsSource}[kind](argument, split)
+  if kind == "tfds":
+    return TfdsSource(argument, split)
+  return {"folder": Folder, "arrayrecord": Records}[kind](argument, split, label_maps)
+
+
+def class_names(name: str) -> tuple[str, ...]:
+  """The names of a data set's classes: name k is of the label k, and of a model's output k."""
+  kind, argument = parse(name)
+  named = {"folder": folder.class_names, "arrayrecord": records.class_names,
+           "tfds": tfds.class_names}
+  return named[kind](argument) if kind in named else {"digits": Digits, **DRAWN}[kind].class_names
 
 
 def num_classes(name: str) -> int:
-  kind, argument = parse(name)
-  if kind == "folder":
-    return len(list_classes(argument))
-  if kind == "arrayrecord":
-    return len(records.read_manifest(argument)["class_names"])
-  if kind == "tfds":
-    return len(tfds.class_names(argument))
-  return {"digits": Digits, **DRAWN}[kind].num_classes
+  return len(class_names(name))
 
 
 def num_examples(name: str, split: str) -> int:

@@ -22,8 +22,8 @@ def _builder(name: str):
   try:
     import tensorflow_datasets
   except ImportError:
-    raise ValueError(f"data.name='tfds:{name}' needs tensorflow-datasets, which requirements.txt "
-                     "lists: pip install -r requirements.txt") from None
+    raise ValueError(f"data.name='tfds:{name}' needs a package that is not installed: pip "
+                     "install tensorflow-datasets importlib-resources") from None
   try:
     builder = tensorflow_datasets.builder(name)
   except Exception as error:  # each of TFDS's own, some of them of many lines

@@ -5,24 +5,23 @@ A kernel is imported when it is asked for: on most machines none is.
 from collections.abc import Callable
 
 HOPPER = "9.0"
-LIST_BYTES = 2 ** 19  # of scalar memory, where the lists of an image stand
+LIST_BYTES = 2 ** 19  # of scalar memory, which holds the lists of an image
 
 
-def refusal(devices, query_bfqad, key_bfkcd, value_bfkce, chosen_bfqs) -> str:
+def refusal(device, query_bfqad, key_bfkcd, value_bfkce, chosen_bfqs) -> str:
   """Why no kernel computes block-sparse attention of such arrays; empty: one does.
 
-  devices: that the program may run on, as `jax.devices()`. The arrays may be
-  `jax.ShapeDtypeStruct`s.
+  device: its platform, how many there are (count) and the capability of a GPU, see
+  `attention.Device`. The arrays may be `jax.ShapeDtypeStruct`s.
   """
-  device = devices[0]
   dtypes = {str(x.dtype) for x in (query_bfqad, key_bfkcd, value_bfkce)}
   if device.platform == "tpu":
-    if len(devices) > 1:
-      return f"the compiler of TPUs cannot split a kernel over {len(devices)} devices"
+    if device.count > 1:
+      return f"the compiler of TPUs cannot split a kernel over {device.count} devices"
     return _tpu_refusal(query_bfqad, key_bfkcd, value_bfkce, chosen_bfqs, dtypes)
-  capability = getattr(device, "compute_capability", None)
-  if device.platform != "gpu" or capability != HOPPER:
-    return f"kernels are for TPUs and for GPUs of compute capability {HOPPER}, not for {device}"
+  if device.platform != "gpu" or device.capability != HOPPER:
+    return ("kernels are for TPUs and for GPUs of compute capability "
+            f"{HOPPER}, not for {device.platform} {device.capability}".rstrip())
   if dtypes != {"bfloat16"}:
     return f"the GPU kernel is for bfloat16, not for {sorted(dtypes)}"
   if (areas := (query_bfqad.shape[3], key_bfkcd.shape[3])) != (64, 64):
@@ -47,11 +46,9 @@ def _tpu_refusal(query, key, value, chosen, dtypes):
   return ""
 
 
-def block_attention(devices, query_bfqad, key_bfkcd, value_bfkce, chosen_bfqs) -> Callable | None:
-  """The kernel that equals `links.blocks.attend_gathered` for such arrays, or None."""
-  if refusal(devices, query_bfqad, key_bfkcd, value_bfkce, chosen_bfqs):
-    return None
-  if devices[0].platform == "tpu":
+def block_attention(platform: str) -> Callable:
+  """The kernel for what `refusal` does not refuse; see `block_sparse.attention`."""
+  if platform == "tpu":
     from vitcompact.kernels import block_sparse_tpu as kernels
   else:
     from vitcompact.kernels import block_sparse_gpu as kernels

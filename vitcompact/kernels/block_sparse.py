@@ -9,7 +9,7 @@ from vitcompact.kernels.partition import over_images
 
 
 def attention(forward: Callable, backward: Callable) -> Callable:
-  """The differentiable function of two kernels, which equals `links.blocks.attend_gathered`.
+  """The differentiable function of two kernels.
 
   forward(interpret, query, key, value, bias, chosen) gives (out, log_sum); bias is (B, 1, k, c).
   backward(interpret, query, key, value, bias, chosen, log_sum, shift, d_out) gives the gradients

@@ -1,6 +1,6 @@
 """Block-sparse attention on NVIDIA Hopper: Pallas on Mosaic GPU, forward and backward.
 
-One program (a warpgroup of 128 threads) owns one tile of 64 tokens and walks its list of linked
+One program (a warpgroup of 128 threads) owns one tile of 64 tokens and walks its list of chosen
 tiles, which the tensor memory accelerator brings to shared memory while the ones before are used.
 Images and heads are joined: a kernel sees nothing but tiles and lists of tiles. Several programs
 share a multiprocessor and hide each other's waits, so none of them is divided into roles.
@@ -38,11 +38,11 @@ def backward(interpret, query, key, value, bias, chosen, log_sum, shift, d_out):
   rows = [_tiles(x) for x in (query, d_out, log_sum * LOG2_E, shift)]
   columns = [_tiles(key), _tiles(value), _bias(bias, key)]
   d_query = _d_query(*rows, *columns, _tiles(_numbered(chosen, keys)), interpret)
-  linked, first = by_key(chosen, keys)
-  first = _numbered(first, linked.shape[-1])
+  chosen_by_key, first = by_key(chosen, keys)
+  first = _numbered(first, chosen_by_key.shape[-1])
   spans = jnp.stack([first[..., :-1], first[..., 1:]], axis=-1).reshape(-1, 2)
-  linked = _numbered(linked, queries).reshape(-1)
-  d_key, d_value = _d_key_value(*rows, *columns, linked, spans, interpret)
+  chosen_by_key = _numbered(chosen_by_key, queries).reshape(-1)
+  d_key, d_value = _d_key_value(*rows, *columns, chosen_by_key, spans, interpret)
   return d_query.reshape(query.shape), d_key.reshape(key.shape), d_value.reshape(value.shape)
 
 
@@ -91,8 +91,8 @@ def _column(x_a, like_ac):
   return lax.broadcast_in_dim(x_a, like_ac.shape, [0])
 
 
-def _in_turn(count, fetch, ready, own, step, start):
-  """carry = step(slot, carry) for so many tiles, of which `fetch(number, slot)` brings each.
+def _for_each(count, fetch, ready, own, step, start):
+  """carry = step(slot, carry) for `count` tiles, of which `fetch(number, slot)` brings each.
 
   ready: the barriers of the slots; own: of what was requested before, which all steps read.
   """
@@ -167,7 +167,7 @@ def _forward(query, key, value, bias, chosen, interpret):
     _request([query_ref.at[tile]], [query_s], own)
     start = (jnp.zeros(out_s.shape, jnp.float32), jnp.full(log_sum_s.shape, LOWEST, jnp.float32),
              jnp.zeros(log_sum_s.shape, jnp.float32))
-    summed, top, total = _in_turn(count, fetch, ready, own, step, start)
+    summed, top, total = _for_each(count, fetch, ready, own, step, start)
     out_s[...] = (summed / _column(total, summed)).astype(out_s.dtype)
     log_sum_s[...] = top * (1 / LOG2_E) + jnp.log(total)
     _write([out_s, log_sum_s], [out_ref.at[tile], log_sum_ref.at[tile]])
@@ -202,7 +202,7 @@ def _d_query(query, d_out, log_sum, shift, key, value, bias, chosen, interpret):
 
     _request([ref.at[tile] for ref in (query_ref, d_out_ref, log_sum_ref, shift_ref)],
           [query_s, d_out_s, log_sum_s, shift_s], own)
-    d_query = _in_turn(count, fetch, ready, own, step, jnp.zeros(query_s.shape, jnp.float32))
+    d_query = _for_each(count, fetch, ready, own, step, jnp.zeros(query_s.shape, jnp.float32))
     query_s[...] = d_query.astype(query_s.dtype)  # read for the last time
     _write([query_s], [d_query_ref.at[tile]])
 
@@ -213,10 +213,11 @@ def _d_query(query, d_out, log_sum, shift, key, value, bias, chosen, interpret):
       query, d_out, log_sum, shift, key, value, bias, chosen)
 
 
-def _d_key_value(query, d_out, log_sum, shift, key, value, bias, linked, spans, interpret):
+def _d_key_value(query, d_out, log_sum, shift, key, value, bias, chosen_by_key, spans, interpret):
   """Gradients of keys and values: a program owns a tile of keys, whose scores are transposed.
 
-  linked: tiles of queries; spans (K, 2): from where to where those of each tile of keys stand.
+  chosen_by_key: tiles of queries; spans (K, 2): from where to where those of each tile of keys
+  stand.
   """
   tiles = key.shape[0]
 
@@ -248,7 +249,7 @@ def _d_key_value(query, d_out, log_sum, shift, key, value, bias, linked, spans, 
           own)
     start = [jnp.zeros(buffer.shape, jnp.float32) for buffer in (key_s, value_s)]
     count = spans_ref[tile, 1] - first
-    d_key, d_value = _in_turn(count, fetch, ready, own, step, tuple(start))
+    d_key, d_value = _for_each(count, fetch, ready, own, step, tuple(start))
     key_s[...] = d_key.astype(key_s.dtype)        # read for the last time
     value_s[...] = d_value.astype(value_s.dtype)
     _write([key_s, value_s], [d_key_ref.at[tile], d_value_ref.at[tile]])
@@ -257,4 +258,4 @@ def _d_key_value(query, d_out, log_sum, shift, key, value, bias, linked, spans, 
              plgpu.Barrier(num_arrivals=3), plgpu.Barrier(num_arrivals=4, num_barriers=SLOTS)]
   out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)]
   return _launch(block_sparse_d_key_value, tiles, out, scratch, interpret)(
-      query, d_out, log_sum, shift, key, value, bias, linked, spans)
+      query, d_out, log_sum, shift, key, value, bias, chosen_by_key, spans)

@@ -1,9 +1,9 @@
 """Block-sparse attention on TPU: Pallas on Mosaic TPU, forward and backward.
 
 One step of the grid owns a block of queries (for the gradients of keys and values: of keys) and
-walks its list of linked blocks, which is in scalar memory. The other side of a head stays in vector
+walks its list of chosen blocks, which is in scalar memory. The other side of a head stays in vector
 memory for all steps of that head: it is read from HBM once, and a block is picked by its number.
-Images are taken in turn, for scalar memory holds the lists of one, not of a batch.
+One image is computed after another, for scalar memory holds the lists of one, not of a batch.
 """
 import jax
 import jax.numpy as jnp
@@ -35,9 +35,9 @@ def forward(interpret, query, key, value, bias, chosen):
 
 def backward(interpret, query, key, value, bias, chosen, log_sum, shift, d_out):
   def of_image(image):
-    rows, columns, chosen, linked, first = image
+    rows, columns, chosen, chosen_by_key, first = image
     return (_d_query(*rows, *columns, chosen, interpret),
-            *_d_key_value(*rows, *columns, linked, first, interpret))
+            *_d_key_value(*rows, *columns, chosen_by_key, first, interpret))
 
   rows = (query, d_out.astype(value.dtype), log_sum[..., None, :], shift[..., None, :])
   columns = (key, value, bias.swapaxes(1, 2))
@@ -159,13 +159,13 @@ def _d_query(query, d_out, log_sum, shift, key, value, bias, chosen, interpret):
       chosen, query, d_out, log_sum, shift, key, value, bias)
 
 
-def _d_key_value(query, d_out, log_sum, shift, key, value, bias, linked, first, interpret):
+def _d_key_value(query, d_out, log_sum, shift, key, value, bias, chosen_by_key, first, interpret):
   """Gradients of keys and values: a step owns a block of keys, whose scores are transposed.
 
-  linked (f q s), first (f (k + 1)): see `by_key`.
+  chosen_by_key (f q s), first (f (k + 1)): see `by_key`.
   """
   heads, keys = key.shape[:2]
-  pairs = linked.size // heads
+  pairs = chosen_by_key.size // heads
 
   def block_sparse_d_key_value(linked_ref, first_ref, query_ref, d_out_ref, log_sum_ref, shift_ref,
                                key_ref, value_ref, bias_ref, d_key_ref, d_value_ref):
@@ -192,4 +192,4 @@ def _d_key_value(query, d_out, log_sum, shift, key, value, bias, linked, first, 
   specs = [*(_whole(x) for x in (query, d_out, log_sum, shift)), _one(key), _one(value), own_bias]
   out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)]
   return _launch(block_sparse_d_key_value, (heads, keys), 2, specs, [_one(x) for x in out], out,
-                 interpret)(linked, first, query, d_out, log_sum, shift, key, value, bias)
+                 interpret)(chosen_by_key, first, query, d_out, log_sum, shift, key, value, bias)

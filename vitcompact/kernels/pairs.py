@@ -1,17 +1,17 @@
-"""The list of linked blocks, read from the side of the keys."""
+"""The list of chosen blocks, read from the side of the keys."""
 import jax
 import jax.numpy as jnp
 
 
 def by_key(chosen_bfqs, keys: int):
-  """Linked pairs of blocks in the order of their keys: what the gradient of a key is summed over.
+  """Chosen pairs of blocks in the order of their keys: what the gradient of a key is summed over.
 
   Args:
-    chosen_bfqs: int32, the blocks of keys that each block of queries is linked to.
+    chosen_bfqs: int32, the blocks of keys chosen for each block of queries.
     keys: how many blocks of keys there are.
   Returns:
-    query (B, f, q s) and first (B, f, keys + 1), int32: block k of keys is linked to the blocks of
-    queries query[first[k]:first[k + 1]], in ascending order. Some block may be linked to none.
+    query (B, f, q s) and first (B, f, keys + 1), int32: block k of keys was chosen for the blocks
+    of queries query[first[k]:first[k + 1]], in ascending order. Some block may be chosen for none.
   """
   batch, heads, queries, count = chosen_bfqs.shape
   key = chosen_bfqs.astype(jnp.int32).reshape(batch, heads, -1)

@@ -12,7 +12,8 @@ What it computes
     make(site, **kwargs) -> nn.Module     the module of one block; kwargs are Linen's name and
                                           parent. By axis it is called as
       heads      (query, key, value, core, x) -> (B, N, heads, e); queries and keys are those of
-                 `scored_heads` heads, x (B, N, width) is the input of the attention
+                 `scored_heads` heads, x (B, N, width) is the input of the attention; where maps are
+                 to be looked at (`attention.wants_maps`) it sows its own as "maps"
       attention  (core, query, key, source, fused) -> core, the attention of this call restricted
       ffn        (x, train) -> y; takes the place of the whole FFN
     reduction(block, depth) -> Reduction  tokens: what happens in a block, see `token_state`
@@ -38,6 +39,8 @@ Its parameters
     torch_entries(site, torch, ours) -> [Entry]
                                           names and layouts in PyTorch files (default: our own); a
                                           method of the ffn axis lists fc1 and fc2 as well
+    mergeable(site) -> (layer, ...)       ffn: layers that may be deployed as one matrix, see
+                                          `Site.merged`
     at_size(site) -> method               itself with sizes that would follow the image written out
 
 How it trains; `settings` are a config's keys, absent ones have these defaults
@@ -157,10 +160,11 @@ def check_class(kind: type, axis: str):
 
 
 def scope_of(method) -> str:
-  """Where a method's own parameters lie."""
+  """Where the own parameters of a method, or of its class, lie."""
   if method.axis in ("tokens", "ffn"):
     return {"tokens": "predict_tokens", "ffn": "mlp"}[method.axis]
-  return getattr(method, "scope", type(method).__name__.lower())
+  kind = method if isinstance(method, type) else type(method)
+  return getattr(method, "scope", kind.__name__.lower())
 
 
 def _asked(member: str, default: Callable):
@@ -182,6 +186,7 @@ check = _asked("check", lambda method, site: None)
 scored_heads = _asked("scored_heads", lambda method, site: site.heads)
 needs = _asked("needs", lambda method, site: {})
 removes = _asked("removes", lambda method, site: ())
+mergeable = _asked("mergeable", lambda method, site: ())
 at_size = _asked("at_size", lambda method, site: method)
 at_step = _asked("at_step", lambda method, config, step: method)
 second_pass = _asked("second_pass", lambda method, config, step: None)

@@ -81,6 +81,13 @@ def drop_path_rates(model) -> list[float]:
   return np.linspace(0, model.drop_path_rate, model.depth).tolist()
 
 
+def check_plan(model):
+  """Raises ValueError where the plan or the execution record does not fit the model's blocks."""
+  sites = model.sites()
+  model.plan.check(sites, model.variant)
+  model.execution.check(model.plan.mergeable(sites))
+
+
 def check_grid_and_heads(model):
   """Raises ValueError, one line, unless patches fill the image and heads divide the width."""
   for side in np.broadcast_to(model.image_size, 2).tolist():

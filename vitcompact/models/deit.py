@@ -11,6 +11,7 @@ from vitcompact.methods.protocol import Site
 from vitcompact.models.backbone import (
   check_grid_and_heads,
   check_images,
+  check_plan,
   chunked,
   drop_path_rates,
   isotropic_sites,
@@ -86,8 +87,7 @@ class VisionTransformer(nn.Module):
       raise ValueError(f"global_pool={self.global_pool!r}: must be 'token', 'avg' or ''")
     if self.position_std < 0:
       raise ValueError(f"position_std={self.position_std}: must be at least 0")
-    self.plan.check(self.sites(), self.variant)
-    self.execution.check_depth(self.depth)
+    check_plan(self)
 
   @nn.nowrap
   def sites(self) -> list[Site]:

@@ -1,4 +1,4 @@
-"""LV-ViT: a straight transformer on a convolutional stem, taught token by token.
+"""LV-ViT: an isotropic transformer on a convolutional stem, trained with token labels.
 
 Jiang et al., arXiv 2104.10858 (token labelling, MixToken).
 """
@@ -15,6 +15,7 @@ from vitcompact.methods.protocol import Site
 from vitcompact.models.backbone import (
   check_grid_and_heads,
   check_images,
+  check_plan,
   chunked,
   drop_path_rates,
   isotropic_sites,
@@ -155,8 +156,7 @@ class LVViT(nn.Module):
       raise ValueError(f"patch_size={self.patch_size}: must be even, the stem halves the image "
                        "before it cuts patches")
     check_grid_and_heads(self)
-    self.plan.check(self.sites(), self.variant)
-    self.execution.check_depth(self.depth)
+    check_plan(self)
 
   @nn.nowrap
   def sites(self) -> list[Site]:

@@ -10,11 +10,13 @@ import numpy as np
 
 from vitcompact import layers, torch_names
 from vitcompact.execution import Execution
+from vitcompact.methods import surgery
 from vitcompact.methods.protocol import Site
 from vitcompact.models.backbone import (
   HIERARCHICAL,
   WITHOUT_ATTENTION,
   check_images,
+  check_plan,
   chunked,
   drop_path_rates,
   site_fields,
@@ -97,7 +99,7 @@ class Head(nn.Module):
 
   @nn.nowrap
   def fold(self, params, stats):
-    """The norm commutes with the mean, so it folds into the linear layer behind it."""
+    """The norm commutes with the mean, so it folds into the linear layer after it."""
     if not self.num_classes:
       return params, stats
     affine = layers.batch_affine(params["norm"], stats["norm"])
@@ -173,8 +175,7 @@ class NextViT(nn.Module):
         raise ValueError(f"image_size={self.image_size}: stage {stage + 1} has {height} x {width} "
                          f"tokens, and a key there averages {POOLS[stage]}; the smallest square "
                          f"that fits is {self._smallest_side(places)}")
-    self.plan.check(self.sites(), self.variant)
-    self.execution.check_depth(self.depth)
+    check_plan(self)
 
   @nn.nowrap
   def _smallest_side(self, places) -> int:
@@ -221,23 +222,26 @@ class NextViT(nn.Module):
 
   @nn.nowrap
   def torch_entries(self) -> list[Entry]:
-    """Every tensor of timm's state dict, for the dense model."""
+    """Every tensor of timm's state dict; those of methods under names of their own."""
     out = []
     for i in range(4):
       out += _conv_norm(f"stem.{i}.conv", f"stem.{i}.norm", f"stem/conv{i}")
-    for i, place in enumerate(self.places()):
-      out += self._block_entries(f"stages.{place.stage}.blocks.{place.number}", f"blocks_{i}",
-                                 place)
+    for site, place in zip(self.sites(), self.places(), strict=True):
+      out += self._block_entries(f"stages.{place.stage}.blocks.{place.number}",
+                                 f"blocks_{site.block}", place, site)
     out += torch_names.norm("norm", "head/norm", running=True)
     return out + (torch_names.linear("head.fc", "head/fc") if self.num_classes else [])
 
-  def _block_entries(self, torch: str, ours: str, place: Place) -> list[Entry]:
+  def _block_entries(self, torch: str, ours: str, place: Place, site: Site) -> list[Entry]:
     out = _conv_norm(f"{torch}.mhca.group_conv3x3", f"{torch}.mhca.norm", f"{ours}/mhca/group_conv")
     out += torch_names.conv(f"{torch}.mhca.projection", f"{ours}/mhca/projection", use_bias=False)
     if place.stride == 2 or place.in_width != self.widths[place.stage]:
       out += _conv_norm(f"{torch}.patch_embed.conv", f"{torch}.patch_embed.norm",
                         f"{ours}/patch_embed")
-    for fc in ("fc1", "fc2"):
+    methods = self.plan.at(site)
+    for method in methods.present():
+      out += surgery.torch_entries(method, site, torch, ours)
+    for fc in ("fc1", "fc2") if methods.ffn is None else ():
       out += torch_names.conv(f"{torch}.mlp.{fc}", f"{ours}/mlp/{fc}")
     norms = {"norm": "norm"}
     if place.transformer:

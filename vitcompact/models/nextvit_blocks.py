@@ -1,7 +1,7 @@
 """The two blocks of Next-ViT: convolutional, and transformer with a convolutional branch.
 
 Maps are (B, H, W, C). Everything is normalised by batch norms; folding removes each of them, those
-behind a convolution and those in front of a linear layer alike.
+after a convolution and those before a linear layer alike.
 """
 import functools
 
@@ -140,7 +140,7 @@ class TransformerBlock(nn.Module):
     params, _ = block.fold(self.site, self.methods, params, stats)
     attn = {**params["attn"], "query": fold_into_linear(params["attn"]["query"], scale, shift)}
     if "key_norm" in params:
-      # Means commute with an affine map, so norm1 moves behind the pool, onto key_norm.
+      # Means commute with an affine map, so norm1 moves past the pool, onto key_norm.
       key_scale, key_shift = batch_affine(params["key_norm"], stats["key_norm"])
       scale, shift = scale * key_scale, shift * key_scale + key_shift
     for name in ("key", "value"):

@@ -13,7 +13,7 @@ from vitcompact import layers, torch_names
 from vitcompact.execution import Execution
 from vitcompact.methods.protocol import Site
 from vitcompact.models import pyramid
-from vitcompact.models.backbone import chunked
+from vitcompact.models.backbone import check_plan, chunked
 from vitcompact.models.variant import Variant
 from vitcompact.plan import Plan
 from vitcompact.token_state import Tokens
@@ -69,7 +69,7 @@ class PyramidVisionTransformer(nn.Module):
       raise ValueError(f"sr_ratios={self.sr_ratios}: must end in 1, since the class token of the "
                        "last stage has no place on a grid that could be reduced")
     self.check_size(self.image_size, f"image_size={self.image_size}")
-    self.plan.check(self.sites(), self.variant)
+    check_plan(self)
 
   @nn.nowrap
   def check_size(self, image_size, what: str):

@@ -12,7 +12,7 @@ from vitcompact import layers, torch_names
 from vitcompact.execution import Execution
 from vitcompact.methods.protocol import Site
 from vitcompact.models import pyramid
-from vitcompact.models.backbone import chunked
+from vitcompact.models.backbone import check_plan, chunked
 from vitcompact.models.variant import Variant
 from vitcompact.plan import Plan
 from vitcompact.token_state import Tokens
@@ -65,7 +65,7 @@ class PyramidVisionTransformerV2(nn.Module):
     """Raises ValueError, one line, where the fields do not go together."""
     pyramid.check_fields(self)
     self.check_size(self.image_size, f"image_size={self.image_size}")
-    self.plan.check(self.sites(), self.variant)
+    check_plan(self)
 
   @nn.nowrap
   def check_size(self, image_size, what: str):

@@ -59,7 +59,6 @@ def check_fields(model):
     if width % heads:
       raise ValueError(f"heads={model.heads} and widths={model.widths}: {heads} does not divide "
                        f"{width}; heads that do: {[h for h in range(1, 33) if width % h == 0]}")
-  model.execution.check_depth(model.depth)
 
 
 def check_images(model, images_bhwc) -> tuple[int, int]:

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 
 import vitcompact as vc
-from vitcompact import convert, trees
+from vitcompact import convert, files, trees
 from vitcompact.data import batch as device_batch
 from vitcompact.data import pipeline
 from vitcompact.train.step import TrainState
@@ -12,7 +12,7 @@ CALIBRATION_IMAGES = 128
 
 
 def load_variables(path: str, model, calibration):
-  """Variables for `model` from a .safetensors file that `experiments.convert` or a run wrote.
+  """Variables for `model` from a .safetensors file that `vitcompact convert` or a run wrote.
 
   A dense model's are made compact for the model's plan, fitted on the images that `calibration()`
   returns (normalised).
@@ -46,10 +46,9 @@ def _load(path: str):
 
 def _check_fits(what: str, found, variables, model):
   if lines := trees.differences(variables, _shapes(model)):
-    more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
     raise ValueError(f"{what} holds {found.variant} with plan={found.plan.to_json()}, "
-                     f"which does not fit {model.variant}: {'; '.join(lines[:3])}{more}. "
-                     "experiments.convert resizes positions and replaces a classifier")
+                     f"which does not fit {model.variant}: {trees.some(lines, 3, joint='; ')}. "
+                     f"`{files.CONVERT}` resizes positions and replaces a classifier")
 
 
 def started_from(state: TrainState, variables, shardings: TrainState) -> TrainState:

@@ -1,18 +1,18 @@
-"""What experiments.links draws is what the model linked."""
+"""What `draw attention` draws is what attends in the model."""
 import numpy as np
 import pytest
 from PIL import Image
 
 import vitcompact as vc
-from experiments import links as drawing
 from tests import tiny
 from vitcompact import convert
+from vitcompact.draw import attention as drawing
 
-PLAN = vc.Plan(links=vc.Sparsifiner(keep=0.5, granularity="block", window=2, min_tokens=0),
-               blocks={0: {"links": vc.Sparsifiner(keep=0.3)}})
+BLOCKS = vc.Sparsifiner(keep=0.5, granularity="block", window=2, min_tokens=0)
+PLAN = vc.Plan(attention=BLOCKS, blocks={0: {"attention": vc.Sparsifiner(keep=0.3)}})
 
 
-def test_linked_patches_keep_their_light_and_the_query_has_a_frame():
+def test_attended_patches_keep_their_light_and_the_query_has_a_frame():
   image = np.random.default_rng(0).uniform(0.2, 0.8, (8, 12, 3))      # 2 x 3 patches of 4
   kept = np.array([[1, 0, 0], [0, 1, 0]], bool)
   picture = drawing.lit(image, kept, (1, 2))
@@ -23,7 +23,7 @@ def test_linked_patches_keep_their_light_and_the_query_has_a_frame():
   np.testing.assert_allclose(picture[5:7, 9:11], dark[5:7, 9:11])
 
 
-def test_a_patch_of_two_pixels_is_seen_inside_its_frame_and_a_black_one_without_a_link_is_told():
+def test_small_patches_are_seen_inside_their_frame_and_black_ones_are_told_apart():
   image, kept = np.zeros((12, 12, 3)), np.eye(6, dtype=bool)
   picture = drawing.lit(drawing.enlarged(image, (6, 6)), kept, (0, 0))
   assert picture.shape == (96, 96, 3) and not picture[1:15, 1:15].any()
@@ -31,12 +31,12 @@ def test_a_patch_of_two_pixels_is_seen_inside_its_frame_and_a_black_one_without_
   assert drawing.enlarged(np.zeros((224, 224, 3)), (14, 14)).shape == (224, 224, 3)
 
 
-def test_links_and_mass_at_both_granularities(tmp_path):
+def test_pairs_and_mass_at_both_granularities(tmp_path):
   model = tiny.deit(PLAN)
   variables, image = tiny.init(model), tiny.images(model)[0]
-  links = drawing.links_of(model, variables, image)
-  assert (links[0][:, 1:].sum(axis=-1) == 6).all() and links[0][:, 0].all()    # ceil(0.3 * 17)
-  assert (links[1][:, 1:].sum(axis=-1) == 1 + 2 * 4).all()     # class token, 2 blocks of 4
+  pairs = drawing.pairs_of(model, variables, image)
+  assert (pairs[0][:, 1:].sum(axis=-1) == 6).all() and pairs[0][:, 0].all()    # ceil(0.3 * 17)
+  assert (pairs[1][:, 1:].sum(axis=-1) == 1 + 2 * 4).all()     # class token, 2 blocks of 4
   mass = drawing.mass_kept(model, variables, image, keeps=(0.5, 1.0))
   for shares in mass.values():
     assert 0.3 < shares[0][1] < 1 and shares[1] == pytest.approx((1, 1), abs=1e-5)
@@ -44,13 +44,13 @@ def test_links_and_mass_at_both_granularities(tmp_path):
 
 
 def test_files_are_drawn_and_not_overwritten(tmp_path):
-  model = tiny.deit(PLAN.with_links(masked=False))     # as phase 1 of training leaves it
+  model = tiny.deit(PLAN.map(vc.Sparsifiner.first_phase.method))     # as its phase leaves it
   convert.save(tmp_path / "sparse.safetensors", model, tiny.init(model))
   Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "image.png")
   args = tmp_path / "sparse.safetensors", tmp_path / "image.png", tmp_path / "out"
   with pytest.raises(ValueError, match="up to 3,3"):
     drawing.run(*args, queries=["4,0"])
-  with pytest.raises(ValueError, match="has no links"):
+  with pytest.raises(ValueError, match="--block 7 has no sparse attention"):
     drawing.run(*args, blocks=[7])
   drawing.run(*args, queries=["1,2"])
   assert {path.name for path in args[2].iterdir()} == {"query_1_2.png", "matrices.png", "mass.png",
@@ -60,9 +60,9 @@ def test_files_are_drawn_and_not_overwritten(tmp_path):
     drawing.run(*args, queries=["1,2"])
 
 
-def test_a_model_without_links_is_refused():
-  with pytest.raises(ValueError, match="no block has links"):
-    drawing.linked_blocks(tiny.deit())
-  pyramid = vc.create_model("pvt_tiny", plan=vc.Plan(links=vc.Sparsifiner()), image_size=64)
+def test_a_model_without_sparse_attention_is_refused():
+  with pytest.raises(ValueError, match="no block has sparse attention"):
+    drawing.sparse_blocks(tiny.deit())
+  pyramid = vc.create_model("pvt_tiny", plan=vc.Plan(attention=vc.Sparsifiner()), image_size=64)
   with pytest.raises(ValueError, match="hierarchical"):
-    drawing.linked_blocks(pyramid)
+    drawing.sparse_blocks(pyramid)

@@ -9,10 +9,10 @@ import pytest
 import vitcompact as vc
 from tests import tiny
 from vitcompact import attention, trees
-from vitcompact.attention import Core
-from vitcompact.methods.attention.sparsifiner import TokenLinks, gather_rows, largest
+from vitcompact.attention import Core, reference
+from vitcompact.methods.attention.sparsifiner import attention_reconstruction
+from vitcompact.methods.attention.token_predictor import TokenMaskPredictor, gather_rows, largest
 from vitcompact.methods.heads.hmhsa import Hallucinate
-from vitcompact.train import losses
 
 TOKENS, HEADS, WIDTH, PREFIX = 13, 2, 6, 1
 
@@ -28,7 +28,7 @@ def query_key(seed=0, batch=2, tokens=TOKENS):
 
 
 def predictor(spec, **fields):
-  module = TokenLinks(spec, TOKENS, PREFIX, **fields)
+  module = TokenMaskPredictor(spec, TOKENS, PREFIX, **fields)
   shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), Core(), *query_key()))
   return module, tiny.randomised(shapes, spread=0.5)
 
@@ -67,15 +67,15 @@ def masks_by_loops(spec, params, query, key):
     vc.Sparsifiner(keep=0.25, reduce_n=2, coefficients=0.15, basis="magnitude"),
     vc.Sparsifiner(keep=0.4, reduce_n=3, coefficients=2, basis_threshold=0.3, variant="code"),
     vc.Sparsifiner(keep=0.7, rank=5, variant="code", basis="signed")])
-def test_links_are_those_of_the_definition_exactly_k_a_row(spec):
+def test_kept_pairs_are_those_of_the_definition_exactly_k_a_row(spec):
   module, variables = predictor(spec)
   query, key = query_key()
   core = module.apply(variables, Core(), query, key)
   wanted = masks_by_loops(spec, variables["params"], query, key)
   np.testing.assert_array_equal(core.mask, wanted)
-  finite = np.isfinite(core.masked_scores(query, key)).sum(axis=-1)
+  finite = np.isfinite(reference.masked_scores(core, query, key)).sum(axis=-1)
   assert (finite[:, :, PREFIX:] == spec.budget(TOKENS)).all() and (finite[:, :, 0] == TOKENS).all()
-  assert float(core.linked) == pytest.approx(wanted.mean())
+  assert float(core.scored) == pytest.approx(wanted.mean())
 
 
 def test_equal_scores_give_the_lowest_index_and_exactly_k():
@@ -105,7 +105,7 @@ def test_permuting_a_batch_permutes_its_masks():
                                 mask_of(module, variables, query, key)[order])
 
 
-def test_links_follow_tokens_that_were_dropped_merged_and_fused():
+def test_predictions_follow_tokens_that_were_dropped_merged_and_fused():
   """13 sources: 0 is the class token, 2 and 3 are one, 5 is gone, 9 to 12 are fused, last."""
   source = jnp.array([[0, 1, 2, 2, 3, -1, 4, 5, 6, 7, 7, 7, 7]])
   rows = np.asarray(jax.random.normal(jax.random.key(3), (TOKENS, 4)))
@@ -122,67 +122,73 @@ def test_links_follow_tokens_that_were_dropped_merged_and_fused():
 
 
 @pytest.mark.parametrize("variant", ["paper", "code"])
-def test_tokens_that_only_count_as_dropped_are_linked_as_if_they_were_gone(variant):
+def test_tokens_that_only_count_as_dropped_are_masked_as_if_they_were_gone(variant):
   """DynamicViT in training, against the same survivors gathered in inference."""
   module, variables = predictor(vc.Sparsifiner(keep=0.4, reduce_n=3, variant=variant))
   query, key = query_key(batch=1)
   kept = np.array([0, 1, 3, 4, 7, 8, 9, 12])
   keep_mask = jnp.zeros((1, TOKENS)).at[:, kept].set(1)
   source = jnp.full((1, TOKENS), -1).at[:, kept].set(jnp.arange(len(kept)))
-  mask = jax.jit(lambda keep_mask: module.apply(variables, Core(keep_mask=keep_mask), query, key).mask)(keep_mask)
+
+  @jax.jit
+  def training(keep_mask):
+    return module.apply(variables, Core(keep_mask=keep_mask), query, key).mask
+
   np.testing.assert_array_equal(
-      mask[:, :, kept][..., kept],
+      training(keep_mask)[:, :, kept][..., kept],
       mask_of(module, variables, query[:, kept], key[:, kept], source, False))
 
 
-def test_keeping_every_link_is_dense_attention():
+def test_keeping_every_pair_is_dense_attention():
   dense = tiny.deit()
   for variant in ("paper", "code"):
-    model = tiny.deit(vc.Plan(links=vc.Sparsifiner(keep=1.0, variant=variant)))
+    model = tiny.deit(vc.Plan(attention=vc.Sparsifiner(keep=1.0, variant=variant)))
     variables, x = tiny.init(model), tiny.images(model)
     np.testing.assert_allclose(jax.jit(model.apply)(variables, x),
-                               jax.jit(dense.apply)(without_links(variables), x), atol=1e-6)
+                               jax.jit(dense.apply)(without_predictors(variables), x), atol=1e-6)
 
 
-def without_links(variables):
+def without_predictors(variables):
   params = {name: {k: v for k, v in part.items() if k != "links"} if name.startswith("blocks")
             else part for name, part in variables["params"].items()}
   return {**variables, "params": params}
 
 
 def test_phase_2_gives_predictors_no_gradient_and_phase_1_nothing_else():
-  sparse = tiny.deit(vc.Plan(links=vc.Sparsifiner(keep=0.3)))
-  dense = sparse.clone(plan=sparse.plan.with_links(masked=False))
+  sparse = tiny.deit(vc.Plan(attention=vc.Sparsifiner(keep=0.3)))
+  dense = sparse.clone(plan=sparse.plan.map(vc.Sparsifiner.first_phase.method))
   variables, x = tiny.init(sparse), tiny.images(sparse)
 
   @jax.jit
   @jax.grad
   def phase_1(params):
-    _, state = dense.apply({"params": params}, x, mutable=["links"])
-    return losses.attention_reconstruction(state["links"]).sum()
+    _, state = dense.apply({"params": params}, x, mutable=["attention"])
+    return attention_reconstruction(state["attention"]).sum()
 
   phase_2 = jax.jit(jax.grad(lambda p: jnp.sum(sparse.apply({"params": p}, x) ** 2)))
   for name, leaf in trees.named_leaves(phase_2(variables["params"])).items():
     assert bool((leaf == 0).all()) == ("/links/" in name), name
   for name, leaf in trees.named_leaves(phase_1(variables["params"])).items():
     assert bool((leaf == 0).all()) == ("/links/" not in name), name
-  logits, state = jax.jit(lambda x: dense.apply(variables, x, mutable=["links", "maps"]))(x)
+  logits, state = jax.jit(lambda x: dense.apply(variables, x, mutable=["attention", "maps"]))(x)
   plain = tiny.deit()
-  np.testing.assert_allclose(logits, jax.jit(plain.apply)(without_links(variables), x), atol=1e-6)
-  block = state["links"]["blocks_1"]["links"]
+  wanted = jax.jit(plain.apply)(without_predictors(variables), x)
+  np.testing.assert_allclose(logits, wanted, atol=1e-6)
+  block = state["attention"]["blocks_1"]["links"]
   maps = state["maps"]["blocks_1"]["attn"]["maps"][0]
   np.testing.assert_allclose(block["target"][0], maps[:, :, 1:], atol=1e-6)
   assert block["score"][0].shape == (3, 4, 16, 17)
 
 
-def test_reconstruction_can_train_the_values_that_choose_links():
+def test_reconstruction_can_train_the_values_that_choose_pairs():
   """fit="used": what is reconstructed is the sparse score, and its gradient reaches all of W_up."""
   spec = vc.Sparsifiner(keep=0.3, reduce_n=3, coefficients=2, basis_threshold=0.4, fit="used")
   module, variables = predictor(spec)
   query, key = query_key()
 
   def score(params):
-    return module.apply({"params": params}, Core(), query, key, mutable=["links"])[1]["links"]
+    return module.apply({"params": params}, Core(), query, key,
+                        mutable=["attention"])[1]["attention"]
 
   params = variables["params"]
   small = jnp.abs(params["up"]) <= 0.4
@@ -212,11 +218,11 @@ def test_the_masked_real_maps_are_hallucinated(site):
 
 
 @pytest.mark.parametrize("plan", [
-    vc.Plan(links=vc.Sparsifiner(keep=0.4), heads=vc.HMHSA(), ffn=vc.CFFN()),
-    vc.Plan(links=vc.Sparsifiner(keep=0.4, variant="code"), heads=vc.HMHSA(site="logits"),
+    vc.Plan(attention=vc.Sparsifiner(keep=0.4), heads=vc.HMHSA(), ffn=vc.CFFN()),
+    vc.Plan(attention=vc.Sparsifiner(keep=0.4, variant="code"), heads=vc.HMHSA(site="logits"),
             tokens=vc.EViT(keep=0.6, blocks=(0,))),
-    vc.Plan(links=vc.Sparsifiner(keep=0.4, coefficients=0.2), tokens=vc.ToMe(r=3),
-            blocks={0: {"links": None}})])
+    vc.Plan(attention=vc.Sparsifiner(keep=0.4, coefficients=0.2), tokens=vc.ToMe(r=3),
+            blocks={0: {"attention": None}})])
 def test_fold_keeps_the_function_and_stores_the_basis_as_used(plan):
   model = tiny.deit(plan)
   # A spread at which the threshold cuts some of the basis off; tokens differ by their positions.
@@ -228,27 +234,28 @@ def test_fold_keeps_the_function_and_stores_the_basis_as_used(plan):
   before, after = (v["params"]["blocks_1"]["links"]["up"] for v in (variables, folded))
   assert 0 < (after == 0).mean() < 1
   np.testing.assert_array_equal(after == 0, jnp.abs(before) <= 0.02)
-  assert (after < 0).any() == (plan.links.variant == "paper")
+  assert (after < 0).any() == (plan.attention.variant == "paper")
   assert ("links" in folded["params"]["blocks_0"]) == (0 not in plan.blocks)
 
 
 def test_fold_drops_a_predictor_that_the_plan_leaves_absent():
-  variables = tiny.init(tiny.deit(vc.Plan(links=vc.Sparsifiner())))
-  absent = tiny.deit(vc.Plan(links=vc.Sparsifiner(min_tokens=18)))
-  assert absent.parts()["blocks_0"].links is None
+  variables = tiny.init(tiny.deit(vc.Plan(attention=vc.Sparsifiner())))
+  absent = tiny.deit(vc.Plan(attention=vc.Sparsifiner(min_tokens=18)))
+  assert absent.submodules()["blocks_0"].methods.attention is None
   assert "links" not in vc.fold(absent, variables)[1]["params"]["blocks_0"]
 
 
 def test_min_tokens_counts_what_a_block_begins_with():
-  plan = vc.Plan(links=vc.Sparsifiner(min_tokens=12), tokens=vc.EViT(keep=0.6, blocks=(0, 1)))
-  parts = tiny.deit(plan, depth=3).parts()     # 17, 1 + 10 + 1, 1 + 7 + 1 tokens
-  assert [part.links is not None for part in parts.values()] == [True, True, False]
+  plan = vc.Plan(attention=vc.Sparsifiner(min_tokens=12), tokens=vc.EViT(keep=0.6, blocks=(0, 1)))
+  blocks = tiny.deit(plan, depth=3).submodules().values()     # 17, 1 + 10 + 1, 1 + 7 + 1 tokens
+  assert [block.methods.attention is not None for block in blocks] == [True, True, False]
 
 
 def test_compact_makes_the_same_fresh_predictors_every_time():
   model = tiny.deit()
   variables = tiny.init(model)
-  plan = vc.Plan(links=vc.Sparsifiner(keep=0.5, variant="code"), blocks={1: {"heads": vc.HMHSA()}})
+  plan = vc.Plan(attention=vc.Sparsifiner(keep=0.5, variant="code"),
+                 blocks={1: {"heads": vc.HMHSA()}})
   small, first = vc.compact(model, variables, plan)
   assert trees.digest(first) == trees.digest(vc.compact(model, variables, plan)[1])
   wanted = jax.eval_shape(small.init, jax.random.key(0), tiny.images(small))
@@ -259,15 +266,15 @@ def test_compact_makes_the_same_fresh_predictors_every_time():
 
 def test_reconstruction_is_the_sum_of_squares_over_the_number_of_blocks():
   ones = jnp.ones((2, 3, 4, 5))
-  links = {f"blocks_{i}": {"links": {"score": (ones * scale,), "target": (-ones,)}}
-           for i, scale in enumerate((0.0, 1.0))}
-  np.testing.assert_allclose(losses.attention_reconstruction(links), [(60 + 240) / 2] * 2)
-  with pytest.raises(ValueError, match="no block of this model has a predictor"):
-    losses.attention_reconstruction({})
+  seen = {f"blocks_{i}": {"links": {"score": (ones * scale,), "target": (-ones,)}}
+          for i, scale in enumerate((0.0, 1.0))}
+  np.testing.assert_allclose(attention_reconstruction(seen), [(60 + 240) / 2] * 2)
+  with pytest.raises(ValueError, match="no block of this model has a mask predictor"):
+    attention_reconstruction({})
 
 
 def test_predictors_travel_under_their_authors_names():
-  model = tiny.deit(vc.Plan(links=vc.Sparsifiner(variant="code")), deploy=True)
+  model = tiny.deit(vc.Plan(attention=vc.Sparsifiner(variant="code")), deploy=True)
   variables = tiny.init(model)
   state = vc.to_torch(model, variables)
   name = "blocks.1.attn.mask_predictor"
@@ -280,10 +287,10 @@ def test_predictors_travel_under_their_authors_names():
 
 
 @pytest.mark.parametrize("name", ["lvvit_s", "pvt_tiny", "pvt_v2_b0", "nextvit_small"])
-def test_every_backbone_with_a_softmax_attention_takes_links(name):
-  model = vc.create_model(name, plan=vc.Plan(links=vc.Sparsifiner()), image_size=64)
+def test_every_backbone_with_a_softmax_attention_takes_predictors(name):
+  model = vc.create_model(name, plan=vc.Plan(attention=vc.Sparsifiner()), image_size=64)
   shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
-  assert trees.first_match(model.leaf_rules(), shapes, may_be_idle=True)
+  assert trees.first_match(model.parameter_rules(), shapes, may_be_idle=True)
   blocks = {name: part for name, part in shapes.items() if name.startswith("blocks")}
   assert [name for name in blocks if "links" in blocks[name]] == \
       [name for name in blocks if "attn" in blocks[name]] != []

@@ -71,9 +71,14 @@ def tome(tokens, key_nhd, prefix, r, order):
 
 
 def mctf(tokens, query_nhd, key_nhd, prefix, r, spec):
-  """Returns (tokens, groups in their order): the fusion of one image."""
+  """Returns (tokens, attention): the fusion of one image, and its maps (h, K, K) one step ahead.
+
+  Columns of the maps A of the tokens before are summed over each fused token; then rows are pooled
+  as the features are.
+  """
   size = np.array([t["size"] for t in tokens])
-  received = maps(query_nhd, key_nhd, size if spec.prop_attn else None).mean(axis=(0, 1))
+  before = maps(query_nhd, key_nhd, size if spec.prop_attn else None)
+  received = before.mean(axis=(0, 1))
   info, small = (1 / received) / (1 / received).max(), (1 / size) / (1 / size).max()
 
   def weight(i, j):
@@ -99,4 +104,11 @@ def mctf(tokens, query_nhd, key_nhd, prefix, r, spec):
     kept = code_order(kept, prefix, (lambda j: -score[j]) if spec.bidirectional else int)
   by = {"size_mean": size, "size_attention_mean": size * received, "mean": np.ones_like(size),
         "max": size}[spec.pooling]
-  return merged(tokens, groups, kept, by, spec.pooling), [groups[i] for i in kept]
+  columns = np.stack([before[:, :, groups[i]].sum(axis=2) for i in kept], axis=2)
+  rows = [columns[:, groups[i]] for i in kept]
+  if spec.pooling == "max":
+    ahead = [held.max(axis=1) for held in rows]
+  else:
+    ahead = [np.average(held, axis=1, weights=by[groups[i]])
+             for i, held in zip(kept, rows, strict=True)]
+  return merged(tokens, groups, kept, by, spec.pooling), np.stack(ahead, axis=1)

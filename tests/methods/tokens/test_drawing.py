@@ -1,13 +1,13 @@
-"""What experiments.tokens draws is what the model did."""
+"""What `draw tokens` draws is what the model did."""
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import vitcompact as vc
-from experiments import tokens as drawing
 from tests import tiny
 from vitcompact import convert
+from vitcompact.draw import tokens as drawing
 
 
 def test_gone_patches_are_white_and_merged_ones_have_their_mean_and_a_line():

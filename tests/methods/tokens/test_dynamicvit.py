@@ -11,7 +11,6 @@ from vitcompact import attention, trees
 from vitcompact.attention import Core
 from vitcompact.methods.tokens import dynamicvit
 from vitcompact.token_state import Tokens
-from vitcompact.train import losses
 
 PREFIX, PATCHES, WIDTH = 2, 12, 8
 TOKENS = vc.DynamicViT(keep=0.7, blocks=(0, 1))
@@ -147,7 +146,7 @@ def test_training_reaches_every_predictor_through_the_ratio_and_the_logits():
     logits, sown = run.apply({"params": params}, x, train=True, mutable=["tokens"],
                              rngs={"dropout": jax.random.key(3)})
     masks = [sown["tokens"][f"blocks_{i}"]["predict_tokens"]["keep_mask"][0] for i in TOKENS.blocks]
-    ratio = losses.kept_ratio(masks, TOKENS.shares()).mean()
+    ratio = dynamicvit.kept_ratio(masks, TOKENS.shares()).mean()
     return jnp.stack([ratio, jnp.mean(logits ** 2)]), (masks, sown["tokens"]["keep_mask"][0])
 
   jacobian, (masks, last) = jax.jit(jax.jacrev(parts, has_aux=True))(variables["params"])
@@ -171,7 +170,7 @@ def test_compact_adds_fresh_predictors_of_different_values():
   assert got["params"]["blocks_0"]["attn"] is variables["params"]["blocks_0"]["attn"]
   assert 0.01 < first["out1"]["kernel"].std() < 0.03
   assert np.abs(first["out1"]["kernel"] - second["out1"]["kernel"]).max() > 0
-  rules = trees.first_match(small.leaf_rules(), got["params"], may_be_idle=True)
+  rules = trees.first_match(small.parameter_rules(), got["params"], may_be_idle=True)
   assert rules["blocks_1"]["predict_tokens"]["out3"]["kernel"].decay
 
 

@@ -200,9 +200,12 @@ def test_plans_with_reducers_go_to_json_and_back(tokens):
     (lambda: tiny.deit(vc.Plan(tokens=vc.EViT())), "blocks 0 to 1"),
     (lambda: tiny.deit(vc.Plan(tokens=vc.MCTF(), heads=vc.HMHSA(layout="grid"))), "block 1 on"),
     (lambda: tiny.deit(vc.Plan(tokens=vc.ToMe(order="code"), heads=vc.HMHSA())), "'position'"),
-    (lambda: vc.create_model("pvt_tiny", plan=vc.Plan(tokens=vc.MCTF())), "hierarchical"),
-    (lambda: vc.create_model("pvt_v2_b1", plan=vc.Plan(tokens=vc.EViT())), "hierarchical"),
-    (lambda: vc.create_model("nextvit_small", plan=vc.Plan(tokens=vc.ToMe())), "hierarchical"),
+    (lambda: vc.create_model("pvt_tiny", plan=vc.Plan(tokens=vc.MCTF())),
+     "dropped or merged, which pvt_tiny does not have; token reducers are for isotropic"),
+    (lambda: vc.create_model("pvt_v2_b1", plan=vc.Plan(tokens=vc.EViT(blocks=(1,)))),
+     "dropped or merged, which pvt_v2_b1 does not have; token reducers are for isotropic"),
+    (lambda: vc.create_model("nextvit_small", plan=vc.Plan(tokens=vc.ToMe())),
+     "dropped or merged, which nextvit_small does not have; token reducers are for isotropic"),
     (lambda: vc.Plan.from_json('{"tokens": {"method": "mctff"}}'), "did you mean 'mctf'")])
 def test_wrong_reducers_are_refused_in_one_line(make, words):
   with pytest.raises(ValueError) as error:

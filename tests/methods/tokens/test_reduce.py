@@ -104,9 +104,12 @@ def test_mctf_fuses_by_its_three_criteria(prefix, fields):
   assert_follows(chain, lambda t, q, k: reference.mctf(t, q, k, prefix, 5, spec)[0])
 
 
-def test_mctf_attends_one_step_ahead_as_if_its_maps_were_merged():
-  """A'V' = (R A P^T) V', with A, R and P formed; rows of A' sum to 1."""
-  spec, prefix = vc.MCTF(r=5), 1
+@pytest.mark.parametrize("fields", [{}, {"pooling": "size_attention_mean"}, {"pooling": "mean"},
+                                    {"pooling": "max"}, {"pooling": "max", "order": "code"},
+                                    {"pooling": "mean", "bidirectional": False}])
+def test_mctf_attends_one_step_ahead_as_if_its_maps_were_merged(fields):
+  """A'V', with A' formed, its rows pooled as the features are; those of means sum to 1."""
+  spec, prefix = vc.MCTF(r=5, **fields), 1
   size = 1.0 + jax.random.randint(jax.random.key(9), (BATCH, 15), 0, 4)
   first = Tokens(drawn(0, BATCH, 15, WIDTH), size=size, proportional=True)
   query, key = heads(2, 15)
@@ -125,13 +128,10 @@ def test_mctf_attends_one_step_ahead_as_if_its_maps_were_merged():
     for token, size in zip(tokens, first.size[image], strict=True):
       token["size"] = float(size)
     q, k = np.asarray(query[image], float), np.asarray(key[image], float)
-    _, groups = reference.mctf(tokens, q, k, prefix, 5, spec)
-    size = np.asarray(first.size[image], float)
-    p = np.array([[float(i in group) for i in range(15)] for group in groups])
-    r = p * size / (p * size).sum(axis=1, keepdims=True)
-    maps = r @ reference.maps(q, k, size) @ p.T
+    _, maps = reference.mctf(tokens, q, k, prefix, 5, spec)
     np.testing.assert_allclose(got_maps[image], maps, atol=1e-5)
-    np.testing.assert_allclose(got_maps[image].sum(axis=-1), 1, atol=1e-5)
+    if spec.pooling != "max":
+      np.testing.assert_allclose(got_maps[image].sum(axis=-1), 1, atol=1e-5)
     np.testing.assert_allclose(got[image], np.einsum("hnm,mhe->nhe", maps, value[image]),
                                atol=1e-5)
 

@@ -37,10 +37,10 @@ class Windows(NamedTuple):
     sums_bfkd = sums_bijfd.reshape(-1, self.blocks, *x_bnfd.shape[2:]).swapaxes(1, 2)
     return sums_bfkd / jnp.asarray(self.valid().sum(axis=1), jnp.float32)[None, None, :, None]
 
-  def means_in_turn(self, x_bnfd, first: int):
-    """`means` of the tokens from the first on, a row of blocks in turn; there is no padding.
+  def means_by_rows(self, x_bnfd, first: int):
+    """`means` of the tokens from the first on, one row of blocks after another, without padding.
 
-    So a CPU writes no array of all heads without the tokens before.
+    A CPU then writes no array of all heads that lacks the tokens before the first.
     """
     (rows, columns), (height, width) = self.counts, self.sides
     tokens = height * columns * width
@@ -55,7 +55,7 @@ class Windows(NamedTuple):
 
   def _sums(self, x):
     """(..., height, columns, width, f, d) -> (..., columns, f, d), float32."""
-    # Added up where they lie, a line at a time: half as long again in one reduction over both axes.
+    # Line by line, where they lie: one reduction over both axes takes half as long again.
     x = x.astype(jnp.float32)
     lines = sum(x[..., i, :, :, :, :] for i in range(self.sides[0]))
     return sum(lines[..., i, :, :] for i in range(self.sides[1]))

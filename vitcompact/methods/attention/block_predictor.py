@@ -28,8 +28,8 @@ def choose(score_bfqk, own, count: int):
 
 def _means(layout: BlockLayout, windows: Windows, x_bnfd):
   """Means over the tokens of each block: (B, f, blocks, d), float32."""
-  if attention.in_turn() and layout.order is None and windows.valid().all():
-    return windows.means_in_turn(x_bnfd, layout.prefix)
+  if attention.loops_over_images() and layout.order is None and windows.valid().all():
+    return windows.means_by_rows(x_bnfd, layout.prefix)
   return windows.means(layout.inner(x_bnfd))
 
 

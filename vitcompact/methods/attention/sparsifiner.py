@@ -31,6 +31,9 @@ def attention_reconstruction(predictions) -> jax.Array:
     "attention" of `model.apply(..., mutable=["attention"])`: what each predictor would restore of
     the block's own dense attention, both (B, heads, N, M), of tokens or of blocks of them.
   """
+  if not predictions:
+    raise ValueError("no block of this model has a mask predictor: give its plan "
+                     "attention=Sparsifiner(...), with min_tokens below the tokens of its blocks")
   pairs = [block["links"] for block in predictions.values()]
   errors = [jnp.sum((pair["score"][0] - pair["target"][0]) ** 2, axis=(1, 2, 3)) for pair in pairs]
   return sum(errors) / len(errors)
@@ -59,7 +62,7 @@ class Sparsifiner:
   Of the token predictor:
   reduce_n: its rank is keys // reduce_n, unless `rank` gives it (which lets weights move to another
     image size; at block granularity, it is the rank of the scores, None for all channels).
-  coefficients: how many of the rank coefficients count: a whole number, the largest so many (the
+  coefficients: how many of the rank coefficients count: a whole number of the largest (the
     released configuration), or a threshold in (0, 1) (the paper's figure).
   basis_threshold: entries of W_up no larger than it in magnitude count as 0.
   basis: "signed" keeps the sign with which W_up was trained, "magnitude" drops it, as the released

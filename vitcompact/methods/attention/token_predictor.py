@@ -19,7 +19,7 @@ from vitcompact.layers import nonzero, weight_init
 
 def largest(x, k: int):
   """True at the k largest entries along the last axis, exactly k; ties go to the lowest index."""
-  if x.ndim > 2 and attention.in_turn():   # a map at a time stays in the cache
+  if x.ndim > 2 and attention.loops_over_images():   # a map at a time stays in the cache
     maps = jax.lax.map(lambda rows: _largest(rows, k), x.reshape(-1, *x.shape[-2:]))
     return maps.reshape(x.shape)
   return _largest(x, k)
@@ -65,7 +65,7 @@ def low_rank_maps(query_bnfd, key_bmfd, down, scale: float):
 
 
 def sparse_coefficients(maps_bfnr, coefficients: int | float):
-  """P with its other entries at 0, and not renormalised: the largest so many, or those above."""
+  """P with its other entries at 0, not renormalised: the largest ones, or those above a value."""
   if isinstance(coefficients, float):
     return jnp.where(maps_bfnr > coefficients, maps_bfnr, 0)
   return jnp.where(largest(maps_bfnr, min(coefficients, maps_bfnr.shape[-1])), maps_bfnr, 0)

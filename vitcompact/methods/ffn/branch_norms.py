@@ -9,7 +9,7 @@ EPSILON, MOMENTUM = 1e-5, 0.9
 
 @jax.custom_vjp
 def batch_norms(z_nk, gamma_br, beta_br):
-  """sum over b of batch norms over n of the equal parts of z's last axis, k = branches r.
+  """sum over b of batch norms over n of the equal slices of z's last axis, k = branches r.
 
   Returns y (n, r), in z's dtype, and mean and var (branches, r), which pass no gradient on. All is
   computed in float32.
@@ -17,20 +17,20 @@ def batch_norms(z_nk, gamma_br, beta_br):
   return _batch_norms_forward(z_nk, gamma_br, beta_br)[0]
 
 
-def _parts(z_nk, branches: int):
+def _branches(z_nk, branches: int):
   """The branches, as slices: XLA:CPU is several times slower over an axis of two."""
   return [part.astype(jnp.float32) for part in jnp.split(z_nk, branches, axis=1)]
 
 
 def _batch_norms_forward(z_nk, gamma_br, beta_br):
-  parts_nr = _parts(z_nk, len(gamma_br))
-  mean_br = jnp.stack([part.mean(axis=0) for part in parts_nr])
+  branches_nr = _branches(z_nk, len(gamma_br))
+  mean_br = jnp.stack([part.mean(axis=0) for part in branches_nr])
   var_br = jnp.stack([jnp.mean((part - mean[None]) ** 2, axis=0)
-                      for part, mean in zip(parts_nr, mean_br, strict=True)])
+                      for part, mean in zip(branches_nr, mean_br, strict=True)])
   inverse_br = jax.lax.rsqrt(var_br + EPSILON)
   scale_br = gamma_br * inverse_br
   y_nr = (beta_br - mean_br * scale_br).sum(axis=0)[None]
-  for part, scale in zip(parts_nr, scale_br, strict=True):
+  for part, scale in zip(branches_nr, scale_br, strict=True):
     y_nr = y_nr + part * scale[None]
   return (y_nr.astype(z_nk.dtype), mean_br, var_br), (z_nk, mean_br, inverse_br, gamma_br)
 
@@ -40,8 +40,8 @@ def _batch_norms_backward(saved, cotangents):
   dy_nr = optimization_barrier(cotangents[0]).astype(jnp.float32)
   n, dbeta_r = len(z_nk), dy_nr.sum(axis=0)
   dz, dgamma = [], []
-  for part, mean, inverse, gamma in zip(_parts(z_nk, len(gamma_br)), mean_br, inverse_br, gamma_br,
-                                        strict=True):
+  branches_nr = _branches(z_nk, len(gamma_br))
+  for part, mean, inverse, gamma in zip(branches_nr, mean_br, inverse_br, gamma_br, strict=True):
     centred = part - mean[None]
     dgamma_r = (dy_nr * centred).sum(axis=0) * inverse
     scale = gamma * inverse
@@ -85,7 +85,7 @@ class Norm(nn.Module):
 
 
 def norm_each(z, norms):
-  """The sum of the batch norms of the equal parts of z's last axis, in training."""
+  """The sum of the batch norms of the equal slices of z's last axis, in training."""
   gamma_br, beta_br = (jnp.stack(leaves) for leaves in zip(*(norm.affine() for norm in norms),
                                                            strict=True))
   y_nr, mean_br, var_br = batch_norms(z.reshape(-1, z.shape[-1]), gamma_br, beta_br)

@@ -85,6 +85,10 @@ class CFFN:
         parent=None) for layer, (features, input_rms) in sizes.items()
             if not (site.deploy and layer in site.merged)}
 
+  def mergeable(self, site: Site) -> tuple[str, ...]:
+    del site
+    return ("fc1", "fc2") if self.factor == "both" else ("fc2",)
+
   def check(self, site: Site):
     """Warns of factors m x r and r x d that are no smaller than one m x d: r >= m d / (m + d)."""
     rank, m, d = self.rank(site.ffn_width), site.ffn_width, site.hidden

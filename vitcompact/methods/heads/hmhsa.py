@@ -121,7 +121,7 @@ def filter_line(x_bnhrd, taps_hrk):
   half, tokens = taps_hrk.shape[-1] // 2, x_bnhrd.shape[1]
 
   def ahead(step):
-    """Each token's successor by so many places; by joining, which XLA:CPU runs faster than padding.
+    """Each token's successor, `step` places on; by joining, which XLA:CPU runs faster than padding.
     """
     if step == 0:
       return x_bnhrd
@@ -172,7 +172,7 @@ def attend_hallucinated(core: Core, query_bnfd, key_bmfd, value_bmhd, key_filter
   spread_bmgrd = key_filter(value_bmhd[:, :, real:])
   rank = spread_bmgrd.shape[3]
   partners = -(-(heads - real) // real)
-  full = heads - real - (partners - 1) * real      # so many real heads have all their partners
+  full = heads - real - (partners - 1) * real      # real heads that have all their partners
   real_out, partner_out = [], [[] for _ in range(partners)]
   for start, stop, count in ((0, full, partners), (full, real, partners - 1)):
     if start == stop:
@@ -202,7 +202,7 @@ class ScoreFilter(NamedTuple):
 
   @property
   def reach(self) -> int:
-    """Rows before and behind those asked for that the filter needs."""
+    """Rows before and after those asked for that the filter needs."""
     return self.taps.shape[-1] // 2
 
   def __call__(self, scores_bfnm, edges: bool = True):

@@ -13,7 +13,7 @@ from vitcompact.layers import LayerNorm, dense, gelu
 from vitcompact.methods import surgery
 from vitcompact.methods.protocol import Site
 from vitcompact.settings import weight
-from vitcompact.token_state import Reduction, Tokens, follow, identity_source, take
+from vitcompact.token_state import Reduction, Tokens
 from vitcompact.torch_names import Entry, linear, norm
 from vitcompact.trees import Leaf
 
@@ -135,8 +135,9 @@ class PredictTokens(nn.Module):
     # (keep, drop) for each patch.
     choice_bp2 = jax.nn.log_softmax(layer(2, "out3")(x_bpw).astype(jnp.float32))
     if not train:
-      patches = identity_source(tokens).shape[1] - prefix
-      return keep_best(tokens, choice_bp2[..., 0], max(1, int(patches * self.share + 1e-9)), prefix)
+      patches = token_state.identity_source(tokens).shape[1] - prefix
+      count = max(1, int(patches * self.share + 1e-9))
+      return token_state.keep_best(tokens, choice_bp2[..., 0], count, prefix)
     keep_bp = keep_bp * straight_through(self.make_rng("dropout"), choice_bp2)
     if not self.is_initializing():
       self.sow("tokens", "keep_mask", keep_bp)
@@ -158,15 +159,3 @@ def straight_through(key, choice_bp2):
   soft = jax.nn.softmax(choice_bp2 + jax.random.gumbel(key, choice_bp2.shape))[..., 0]
   hard = (soft >= 0.5).astype(soft.dtype)
   return hard + (soft - jax.lax.stop_gradient(soft))
-
-
-def keep_best(tokens: Tokens, score_bp, count: int, prefix: int) -> Tokens:
-  """The prefix and the `count` patches of highest score, in their order; the others are gone."""
-  batch, patches = score_bp.shape
-  kept_bk = prefix + jnp.sort(jax.lax.top_k(score_bp, count)[1], axis=1)
-  first_bp = jnp.broadcast_to(jnp.arange(prefix, dtype=kept_bk.dtype), (batch, prefix))
-  kept_bk = jnp.concatenate([first_bp, kept_bk], axis=1)
-  moved_bn = jnp.full((batch, prefix + patches), -1, jnp.int32)
-  moved_bn = moved_bn.at[jnp.arange(batch)[:, None], kept_bk].set(
-      jnp.arange(prefix + count, dtype=jnp.int32)[None])
-  return tokens.replace(x=take(tokens.x, kept_bk), source=follow(identity_source(tokens), moved_bn))

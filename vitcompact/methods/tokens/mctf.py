@@ -44,8 +44,9 @@ class MCTF:
   one_step_ahead: 0 fuses after the block, by its own attention; 1 as above; 2 computes attention
     again for the fused tokens ("precise").
   bidirectional: half of the r go from even positions to odd ones, then half back.
-  pooling: features of a fused token, the mean weighted by "size" or by size times attention
-    received, their "max", or the plain "mean".
+  pooling: features of a fused token, and its row of A: the mean weighted by size ("size_mean") or
+    by size times attention received, their "max" (such rows of A sum to more than 1, and A is
+    formed), or the plain "mean".
   order: "position", tokens stay in ascending position; "code", even positions first, then odd ones
     by criterion, as in the authors' implementation.
   prop_attn: attention counts a token `size` times.
@@ -119,7 +120,7 @@ class MCTF:
     return Reduction(fuse=self.fuse)
 
   def lost_of(self, tokens: int) -> int:
-    """How many of so many tokens (class token counted) a block loses."""
+    """How many of `tokens` tokens (class token counted) a block loses."""
     r = max(0, tokens - LEAST) if tokens - self.r < LEAST else self.r
     r = int((tokens - 1) * r + 1e-9) if 0 < r < 1 else r
     return min(r, (tokens - 1) // 2)
@@ -140,9 +141,9 @@ class MCTF:
     fused = self._apply(merge, tokens, attention_bn)
     if precise:
       return fused, None
-    size_bn = sizes(tokens)
-    return fused, lambda core: core._replace(spread=lambda value: take(value, merge.moved),
-                                             gather=lambda out: merge.mean(out, size_bn))
+    return fused, lambda core: core._replace(
+        spread=lambda value: take(value, merge.moved), average=self.pooling != "max",
+        gather=lambda rows: self._pool(merge, rows, sizes(tokens), attention_bn))
 
   def _decide(self, tokens, query_bnhd, key_bnhd, prefix, ideal) -> tuple[Merge | None, jax.Array]:
     """Which tokens are fused (None: none), and the attention that each receives, (B, N).
@@ -162,7 +163,7 @@ class MCTF:
     if self.order == "position":
       rank_bn = jnp.broadcast_to(jnp.arange(count), (batch, count))
     elif self.bidirectional:
-      # Odd positions that were not fused: by score, behind all the even ones.
+      # Odd positions that were not fused: by score, after all the even ones.
       best_bn = jnp.argsort(jnp.argsort(-score_bn, axis=1, stable=True), axis=1)
       odd = rank_bn[:, 1::2]
       rank_bn = rank_bn.at[:, 1::2].set(jnp.where(odd < prefix, odd, best_bn + 2 * count))
@@ -178,14 +179,17 @@ class MCTF:
 
   def _apply(self, merge: Merge, tokens: Tokens, attention_bn) -> Tokens:
     size_bn = sizes(tokens)
-    if self.pooling == "max":
-      x_bkw = merge.largest(tokens.x)
-    else:
-      weights = {"size_mean": size_bn, "size_attention_mean": size_bn * attention_bn,
-                 "mean": jnp.ones_like(size_bn)}
-      x_bkw = merge.mean(tokens.x, weights[self.pooling])
-    return Tokens(x_bkw, size=merge.total(size_bn), proportional=self.prop_attn,
+    return Tokens(self._pool(merge, tokens.x, size_bn, attention_bn), size=merge.total(size_bn),
+                  proportional=self.prop_attn,
                   source=token_state.follow(token_state.identity_source(tokens), merge.moved))
+
+  def _pool(self, merge: Merge, rows_bn, size_bn, attention_bn):
+    """Rows of (B, N, ...), features or attention, as fused tokens have them: (B, K, ...)."""
+    if self.pooling == "max":
+      return merge.largest(rows_bn)
+    weights = {"size_mean": size_bn, "size_attention_mean": size_bn * attention_bn,
+               "mean": jnp.ones_like(size_bn)}
+    return merge.mean(rows_bn, weights[self.pooling])
 
 
 def consistency(student_bw: jax.Array, teacher_bw: jax.Array, student_bk: jax.Array,

@@ -1,0 +1,184 @@
+"""Block-sparse attention: every form is the reference with the layout's mask."""
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tests.kernels import cases
+from vitcompact import attention, kernels
+from vitcompact.attention import Core, Device, choose, reference, tuning
+from vitcompact.attention.block_sparse.layout import BlockLayout
+from vitcompact.attention.block_sparse.windows import Windows, nearest, on_grid, on_line
+
+BATCH, HEADS, WIDTH = 2, 3, 4
+HOPPER = Device("gpu", capability="9.0")
+
+
+def draw(*shape, seed=0):
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+def choice(queries, keys, count, seed=1):
+  """So many different blocks of keys for each block of queries, at random."""
+  order = jnp.argsort(draw(BATCH, HEADS, queries.blocks, keys.blocks, seed=seed), axis=-1)
+  return order[..., :count].astype(jnp.int32)
+
+
+@pytest.mark.parametrize("grid,sides", [
+    ((14, 14), (7, 7)), ((24, 24), (8, 8)), ((32, 64), (8, 8)), ((12, 20), (6, 10)),
+    ((9, 4), (9, 4)), ((13, 17), (7, 9)), ((23, 30), (8, 10))])
+def test_windows_divide_the_grid_or_pad_it_little(grid, sides):
+  windows = on_grid(grid, 8)
+  assert windows.sides == sides
+  assert windows.valid().sum() == grid[0] * grid[1]
+
+
+def test_a_block_is_a_square_of_the_image():
+  windows = Windows((3, 5), (2, 2))
+  x = jnp.arange(15.0).reshape(1, 15, 1, 1)
+  blocks = windows.cut(x)[0, 0, :, :, 0]
+  np.testing.assert_array_equal(blocks[1], [2, 3, 7, 8])
+  np.testing.assert_array_equal(blocks[2], [4, 0, 9, 0])
+  np.testing.assert_array_equal(windows.valid()[2], [1, 0, 1, 0])
+  np.testing.assert_array_equal(windows.join(windows.cut(x)), x)
+  np.testing.assert_array_equal(windows.block_of(), [0, 0, 1, 1, 2, 0, 0, 1, 1, 2, 3, 3, 4, 4, 5])
+  np.testing.assert_array_equal(windows.slot_of()[[2, 3, 7, 8]], [4, 5, 6, 7])
+
+
+def test_means_are_those_of_the_tokens_of_a_block():
+  x, windows = draw(BATCH, 1 + 48 + 2, HEADS, WIDTH), Windows((6, 8), (3, 2))
+  wanted = windows.cut(x[:, 1:49]).mean(axis=3)
+  for means in (windows.means(x[:, 1:49]), windows.means_by_rows(x, 1)):
+    np.testing.assert_allclose(means, wanted, atol=1e-6)
+
+
+def test_the_block_of_keys_nearest_is_its_own_on_one_grid_and_above_it_on_a_coarser():
+  fine = Windows((8, 8), (2, 2))
+  np.testing.assert_array_equal(nearest(fine, fine), np.arange(16))
+  np.testing.assert_array_equal(nearest(fine, Windows((4, 4), (2, 2))),
+                                [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3])
+  np.testing.assert_array_equal(nearest(Windows((2, 2), (1, 2)), on_line(6, 3)), [0, 1])
+
+
+CASES = {
+    "grid": BlockLayout(None, Windows((4, 4), (2, 2)), Windows((4, 4), (2, 2)), prefix=1),
+    "padded": BlockLayout(None, Windows((3, 5), (2, 2)), Windows((3, 5), (2, 2))),
+    "coarser keys": BlockLayout(None, Windows((4, 4), (2, 2)), Windows((2, 3), (1, 2)), prefix=2),
+    "survivors": BlockLayout(None, on_line(11, 4), on_line(11, 4), prefix=1, fused=1,
+                             order=jnp.argsort(draw(BATCH, 11, seed=5), axis=1)),
+}
+
+
+def case(name, dtype="float32"):
+  """(the layout with blocks chosen, query, key, value)."""
+  layout = CASES[name]
+  layout = layout._replace(chosen=choice(layout.queries, layout.keys, 2))
+  around = layout.prefix + layout.fused
+  queries, keys = (np.prod(windows.grid) + around for windows in (layout.queries, layout.keys))
+  arrays = (draw(BATCH, queries, HEADS, WIDTH), draw(BATCH, keys, HEADS, WIDTH, seed=2),
+            draw(BATCH, keys, HEADS, 7, seed=3))
+  return layout, *(x.astype(dtype) for x in arrays)
+
+
+def run(attend, *arrays):
+  """(gradients, the output)."""
+  def loss(*arrays):
+    out = attend(*arrays)
+    return jnp.sum(jnp.sin(out.astype(jnp.float32))), out
+  return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*arrays)
+
+
+@pytest.mark.parametrize("form", ["block_sparse_cpu", "block_sparse_gather", "block_sparse_kernel"])
+@pytest.mark.parametrize("name,sized", [("grid", False), ("padded", False), ("padded", True),
+                                        ("coarser keys", True), ("survivors", True)])
+def test_every_form_is_the_reference_and_so_are_its_gradients(name, sized, form, monkeypatch):
+  monkeypatch.setattr(kernels, "block_attention", lambda platform: cases.reference)
+  layout, *arrays = case(name)
+  size = jnp.exp(draw(BATCH, arrays[1].shape[1], seed=4)) if sized else None
+  mask = layout.mask()
+  inner = mask[:, :, layout.prefix:, layout.prefix:]
+  assert not inner.all(axis=-1).all() and mask.any(axis=-1).all()
+  got = run(lambda *qkv: layout.attend(*qkv, Core(size).bias(), form), *arrays)
+  wanted = run(lambda *qkv: reference.attend(Core(size, mask=mask), *qkv), *arrays)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), got, wanted)
+  dense = run(lambda *qkv: reference.attend(Core(size), *qkv), *arrays)
+  assert np.abs(got[1] - dense[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("entries", [1, 64])
+def test_blocks_of_queries_together_are_blocks_of_queries_apart(entries, monkeypatch):
+  layout, *arrays = case("grid")
+  apart = run(lambda *qkv: layout.attend(*qkv, form="block_sparse_cpu"), *arrays)
+  monkeypatch.setattr(tuning, "BLOCK_ENTRIES", entries)
+  together = run(lambda *qkv: layout.attend(*qkv, form="block_sparse_cpu"), *arrays)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), together, apart)
+
+
+@pytest.mark.parametrize("name", ["padded", "survivors"])
+def test_images_on_several_devices_stay_where_they_are(name):
+  """Attention and gradients of eight images on eight devices: nothing is sent between these."""
+  layout = CASES[name]
+  tokens = np.prod(layout.keys.grid) + layout.prefix + layout.fused
+  order = None if layout.order is None else jnp.tile(jnp.arange(11)[::-1], (8, 1))
+  chosen = jnp.tile(choice(layout.queries, layout.keys, 2)[:1], (8, 1, 1, 1))
+  images = NamedSharding(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)), P("data"))
+
+  def loss(qkv, chosen, order):
+    return jnp.sum(layout._replace(chosen=chosen, order=order).attend(*qkv) ** 2, axis=(1, 2, 3))
+
+  def gradients(qkv, *args):
+    out, pull = jax.vjp(lambda qkv: loss(qkv, *args), qkv)
+    return pull(jnp.ones_like(out))
+
+  with attention.split_over(8):
+    program = jax.jit(gradients, in_shardings=images, out_shardings=images).lower(
+        [draw(8, tokens, HEADS, WIDTH)] * 3, chosen, order).compile().as_text()
+  assert not re.search("all-gather|all-reduce|all-to-all|collective-permute", program)
+
+
+@pytest.mark.parametrize("device", [Device("cpu"), Device("gpu")])
+def test_bfloat16_stays_bfloat16_and_near_the_reference(device):
+  layout, *arrays = case("survivors", "bfloat16")
+  with attention.on(device):
+    got = run(Core(layout=layout), *arrays)
+  assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype(jnp.bfloat16)}
+  wanted = run(lambda *qkv: reference.attend(Core(layout=layout), *qkv),
+               *(x.astype(jnp.float32) for x in arrays))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(
+      np.float32(a), b, atol=0.03 * max(1, np.abs(b).max())), got, wanted)
+
+
+def test_the_form_of_a_layout_by_device_and_why_no_kernel_runs():
+  windows = on_grid((32, 32), 8)
+  layout = BlockLayout(jax.ShapeDtypeStruct((2, 6, 16, 4), jnp.int32), windows, windows, prefix=1)
+  call, qkv = Core(layout=layout), [jax.ShapeDtypeStruct((2, 1025, 6, 64), jnp.bfloat16)] * 3
+  assert choose(Device("cpu"), call, *qkv) == ("block_sparse_cpu", "")
+  assert choose(HOPPER, call, *qkv) == ("block_sparse_kernel", "")
+  assert choose(Device("tpu"), call, *qkv) == ("block_sparse_kernel", "")
+  for device, asked, words in ((HOPPER, "einsum", "'einsum' was asked for"),
+                               (Device("tpu", count=4), None, "over 4 devices"),
+                               (Device("gpu", capability="8.0"), None, "not for gpu 8.0"),
+                               (Device("cpu", split=True), None, "not for cpu")):
+    form, note = choose(device, call, *qkv, asked=asked)
+    assert form == "block_sparse_gather" and words in note
+
+
+@pytest.mark.parametrize("what,words", [("rescore", "a filter over scores needs all of them"),
+                                        ("keep_mask", "a keep mask adds its epsilon")])
+def test_what_no_block_sparse_form_does_is_masked_dense_attention_and_says_so(what, words):
+  layout, *arrays = case("grid")
+  core, rescore = Core(layout=layout), None
+  if what == "keep_mask":
+    core = core._replace(keep_mask=jnp.ones((BATCH, 17)).at[:, 3].set(0))
+  else:
+    def rescore(scores, edges):
+      return 2 * scores
+  assert choose(Device("cpu"), core, *arrays, rescore).form == "einsum"
+  with pytest.warns(UserWarning, match=f"masked dense attention: {words}"):
+    got = core(*arrays, rescore)
+  wanted = reference.attend(Core(keep_mask=core.keep_mask, mask=layout.mask()), *arrays, rescore)
+  np.testing.assert_allclose(got, wanted, atol=1e-6)

@@ -1,0 +1,35 @@
+"""What make_old.py and test_old.py share."""
+import os
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitcompact import trees
+
+
+def images(model):
+  """Three images, drawn by the one generator whose numbers numpy never changes."""
+  height, width = np.broadcast_to(model.image_size, 2).tolist()
+  draws = np.random.RandomState(0).standard_normal((3, height, width, model.in_chans))
+  return jnp.asarray(draws, jnp.float32)
+
+
+def machine():
+  """What the last bit of a training step depends on besides our code."""
+  path = pathlib.Path("/proc/cpuinfo")
+  fields = dict(re.findall(r"^(.+?)\s*:[ \t]*(.*)$", path.read_text() if path.exists() else "",
+                           re.MULTILINE))
+  sets = [flag for flag in fields.get("flags", "").split() if re.match("sse|avx|fma|amx", flag)]
+  return {"processor": [fields.get(key, "") for key in ("model name", "cpu family", "model")],
+          "instruction_sets": sorted(sets), "jax": jax.__version__,
+          "xla_flags": sorted(os.environ["XLA_FLAGS"].split())}
+
+
+def variables_of(state):
+  """{name: array} of everything in a state that a model is made of."""
+  parts = ("params", "batch_stats", "ema_params", "ema_batch_stats")
+  return {name: np.asarray(leaf) for name, leaf in
+          trees.named_leaves({part: getattr(state, part) for part in parts}).items()}

@@ -1,0 +1,293 @@
+"""Our files: checked when read, small when asked for, and every other file named for what it is."""
+import json
+import pathlib
+import sys
+import zipfile
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vitcompact as vc
+from tests import tiny
+from tests.cli import command
+from vitcompact import convert, files, trees
+from vitcompact import pytorch as program
+from vitcompact.train import start
+
+MODEL = tiny.deit(depth=1)
+VARIABLES = jax.tree.map(np.asarray, tiny.init(MODEL))
+
+
+@pytest.fixture
+def ours(tmp_path):
+  path = tmp_path / "ours.safetensors"
+  vc.save(path, MODEL, VARIABLES)
+  return path
+
+
+@pytest.fixture
+def theirs(tmp_path):
+  """As timm writes it."""
+  path = tmp_path / "timm.safetensors"
+  state = vc.to_torch(MODEL, VARIABLES)
+  safetensors.numpy.save_file(state, path, metadata={"format": "pt"})
+  return path
+
+
+def refusal(function, *arguments, **options):
+  with pytest.raises((ValueError, OSError)) as error:
+    function(*arguments, **options)
+  assert "\n" not in str(error.value)
+  return str(error.value)
+
+
+def test_no_flipped_bit_of_a_file_is_loaded(ours):
+  data = ours.read_bytes()
+  header = 8 + int.from_bytes(data[:8], "little")
+  rng = np.random.default_rng(0)
+  for place in [*rng.integers(header, len(data), 60), *rng.integers(0, header, 60)]:
+    broken = bytearray(data)
+    broken[place] ^= 1 << rng.integers(8)
+    ours.write_bytes(broken)
+    try:
+      model, variables = vc.load(ours)
+    except ValueError as error:
+      assert str(ours) in str(error)
+    else:   # in the digest's own key: nothing else can have changed
+      assert place < header and model == MODEL
+      assert trees.digest(variables) == trees.digest(VARIABLES)
+
+
+def test_a_change_of_the_metadata_is_seen(ours):
+  arrays, about = convert.read_safetensors(ours)
+  whole = safetensors.safe_open(ours, framework="numpy").metadata()
+  assert whole.keys() - about.keys() == {"sha256"}
+  fields = json.loads(about["fields"])
+  whole["fields"] = json.dumps({**fields, "drop_path_rate": 0.5})
+  safetensors.numpy.save_file(arrays, ours, metadata=whole)
+  assert "is damaged: its contents are not those whose sha256" in refusal(vc.load, ours)
+
+
+def test_a_file_may_be_read_by_whom_other_files_may_be_read(ours):
+  other = ours.with_name("other")
+  other.touch()
+  assert ours.stat().st_mode == other.stat().st_mode
+
+
+def test_files_of_before_have_no_digest_and_load(ours):
+  arrays, about = convert.read_safetensors(ours)
+  safetensors.numpy.save_file(arrays, ours, metadata=about)
+  assert trees.digest(vc.load(ours)[1]) == trees.digest(VARIABLES)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_halves_the_file_and_comes_back_as_float32(tmp_path, ours, dtype):
+  path = tmp_path / "half.safetensors"
+  vc.save(path, MODEL, VARIABLES, dtype=dtype)
+  assert path.stat().st_size < 0.55 * ours.stat().st_size
+  model, variables = vc.load(path)
+  assert model == MODEL
+  kind = files.DTYPES[dtype]
+  wanted = jax.tree.map(lambda leaf: leaf.astype(kind).astype(np.float32), VARIABLES)
+  assert trees.digest(variables) == trees.digest(wanted) != trees.digest(VARIABLES)
+  vc.save(path, *vc.load(path), dtype=dtype, force=True)     # again changes nothing
+  assert trees.digest(vc.load(path)[1]) == trees.digest(wanted)
+
+
+def test_what_half_precision_cannot_hold_is_refused(tmp_path):
+  large = jax.tree.map(np.copy, VARIABLES)
+  large["params"]["norm"]["bias"][0] = 1e5
+  path = tmp_path / "half.safetensors"
+  said = refusal(vc.save, path, MODEL, large, dtype="float16")
+  assert said.startswith("params/norm/bias has values too large for float16; save it as bfloat16")
+  vc.save(path, MODEL, large, dtype="bfloat16")
+  assert "must be one of float32, float16" in refusal(vc.save, path, MODEL, large, dtype="int8")
+
+
+def test_half_precision_of_pytorch_in_safetensors_is_read(tmp_path):
+  state = vc.to_torch(MODEL, VARIABLES)
+  path = tmp_path / "half.safetensors"
+  half = {name: value.astype(ml_dtypes.bfloat16) for name, value in state.items()}
+  safetensors.numpy.save_file(half, path)
+  got = vc.from_torch(MODEL, program.read_checkpoint(path))
+  assert trees.digest(got) == trees.digest(
+      vc.from_torch(MODEL, {name: value.astype(np.float32) for name, value in half.items()}))
+  state["head.bias"] = state["head.bias"].astype(ml_dtypes.float8_e4m3fn)
+  safetensors.numpy.save_file(state, path)
+  assert "head.bias is F8_E4M3, which cannot be read" in refusal(program.read_checkpoint, path)
+
+
+def test_nan_is_neither_saved_nor_loaded_unless_asked_for(tmp_path):
+  broken = jax.tree.map(np.copy, VARIABLES)
+  broken["params"]["norm"]["bias"][:2] = np.nan
+  path = tmp_path / "nan.safetensors"
+  said = refusal(vc.save, path, MODEL, broken)
+  assert said.startswith("variables: params/norm/bias has 2 values that are NaN or infinite; ")
+  vc.save(path, MODEL, broken, allow_nonfinite=True)
+  assert f"{path}: params/norm/bias has 2 values" in refusal(vc.load, path)
+  assert f"{path}: params/norm/bias has 2 values" in refusal(start.load_variables, str(path), MODEL,
+                                                             None)
+  _, variables = vc.load(path, allow_nonfinite=True)
+  assert trees.digest(variables) == trees.digest(broken)
+
+
+def test_names_of_classes_travel_with_the_file(tmp_path, ours):
+  path = tmp_path / "named.safetensors"
+  names = ["cat", "Kätzchen", "crane", "crane", ""]
+  vc.save(path, MODEL, VARIABLES, classes=names)
+  assert convert.classes_of(path) == names and convert.classes_of(ours) is None
+  assert vc.load(path)[0] == MODEL
+  for wrong, words in ((names[:4], "4 names of classes for a model with num_classes=5"),
+                       ("abcde", "must be a sequence of names"),
+                       ([1, 2, 3, 4, 5], "must be a sequence of names")):
+    assert words in refusal(vc.save, tmp_path / "b.safetensors", MODEL, VARIABLES, classes=wrong)
+  arrays, about = convert.read_safetensors(path)
+  for wrong in ('["a"]', "{]", "3", '{"a": 1}'):
+    safetensors.numpy.save_file(arrays, path, metadata={**about, "classes": wrong})
+    assert "names no classes" in refusal(vc.load, path)
+    assert "names no classes" in refusal(convert.classes_of, path)
+
+
+def test_names_of_classes_stay_when_the_command_changes_another_size(tmp_path):
+  path, out, text = (tmp_path / name for name in ("a.safetensors", "b.safetensors", "names.txt"))
+  text.write_text("a\nb\nc\n")
+  vc.save(path, MODEL, VARIABLES, classes=list("vwxyz"))
+  command.succeeds("convert", path, "--image-size", 16, "--out", out)
+  assert convert.classes_of(out) == list("vwxyz")
+  command.succeeds("convert", path, "--num-classes", 3, "--reset-head", "--out", out,
+              "--force")
+  assert convert.classes_of(out) is None
+  command.succeeds("convert", path, "--num-classes", 3, "--reset-head", "--out", out,
+              "--force", "--classes", text)
+  assert convert.classes_of(out) == ["a", "b", "c"]
+
+
+def test_the_command_can_what_python_can(tmp_path, ours):
+  out = tmp_path / "out.safetensors"
+  printed = command.succeeds("convert", ours, "--out", out, "--image-size", 16, 32,
+                        "--in-chans", 1, "--dtype", "float16")
+  assert "resized: pos_embed\nmade for other channels: patch_embed.proj.weight" in printed
+  model, variables = vc.load(out)
+  assert (model.image_size, model.in_chans) == ((16, 32), 1)
+  assert trees.digest(variables) == trees.digest(jax.tree.map(
+      lambda leaf: leaf.astype(np.float16).astype(np.float32),
+      convert.resized(MODEL, VARIABLES, image_size=(16, 32), in_chans=1)[1]))
+  said = command.fails("convert", ours, "--out", out, "--force", "--global-pool", "avg")
+  assert "create the model with global_pool='token' (--global-pool token)" in said
+  said = command.fails("convert", ours, "--out", out, "--force", "--weights", "model_ema")
+  assert said.startswith("error: weights='model_ema' is not in the checkpoint; it has weights ")
+  said = command.fails("convert", ours, "--out", out, "--force", "--image-size", 8, 8, 8)
+  assert said.startswith("error: image_size=(8, 8, 8): must be")
+
+
+def test_the_command_tells_which_weights_it_took(tmp_path):
+  npz, state = tmp_path / "a.npz", vc.to_torch(MODEL, VARIABLES)
+  np.savez(npz, **{f"{name}.{key}": np.full_like(value, name == "ema")
+                   for name in ("model", "ema") for key, value in state.items()})
+  for weights, told, value in ((None, "weights: ema, not model (--weights chooses)", 1),
+                               ("model", "weights: model, not ema (--weights chooses)", 0)):
+    out = tmp_path / f"{weights}.safetensors"
+    lines = program.from_checkpoint(npz, MODEL.variant, out, weights=weights,
+                                    **{**tiny.SIZES, "depth": 1})
+    assert lines[1] == told
+    assert vc.load(out)[1]["params"]["norm"]["bias"][0] == value
+
+
+def pickled(path):
+  path.write_bytes(b"\x80\x02}q\x00.")
+
+
+def zipped(path, name="archive/data.pkl"):
+  with zipfile.ZipFile(path, "w") as archive:
+    archive.writestr(name, b"x" * 2000)
+
+
+def cut(path):
+  zipped(path)
+  path.write_bytes(path.read_bytes()[:500])
+
+
+@pytest.mark.parametrize("name, write, words", [
+    ("deit.pth", pickled, "is a PyTorch file, wanted: a .safetensors file of ours; `python -m "
+     "vitcompact convert"),
+    ("deit.pth", zipped, "is a PyTorch file"), ("deit.safetensors", zipped, "is a PyTorch file"),
+    ("deit.ckpt", cut, "is a PyTorch file"), ("deit.pth", lambda path: path.write_bytes(b"old"),
+                                              "is a PyTorch file"),
+    ("a.npz", lambda path: np.savez(path, a=np.ones(3)), "is a NumPy .npz file"),
+    ("a.zip", lambda path: zipped(path, "a.txt"), "is a zip archive"),
+    ("a.safetensors", lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"),
+     "is a Git LFS pointer"),
+    ("a.safetensors", lambda path: path.write_text("\n<!doctype html><html>"), "is a web page"),
+    ("a.h5", lambda path: path.write_bytes(b"\x89HDF\r\n"), "is an HDF5 file"),
+    ("a.safetensors", lambda path: path.write_text("weights"), "no whole .safetensors file: text"),
+    ("a.safetensors", lambda path: path.touch(), "no whole .safetensors file: empty"),
+    ("a.safetensors", lambda path: path.write_bytes(b"\0\1\2\3"), "no whole .safetensors file"),
+    ("a.safetensors", lambda path: None, "a.safetensors: no such file"),
+    ("dir", lambda path: (path.mkdir(), (path / "trained.safetensors").touch()),
+     "is a directory, not a file of weights; in it: trained.safetensors"),
+    ("dir.safetensors", lambda path: path.mkdir(), "no file of weights is in it")])
+def test_a_file_that_is_not_ours_is_named_for_what_it_is(tmp_path, name, write, words):
+  path = tmp_path / name
+  write(path)
+  for load in (vc.load, convert.classes_of, convert.read_metadata,
+               lambda path: start.load_variables(str(path), MODEL, None)):
+    said = refusal(load, path)
+    assert str(path) in said and words in said
+
+
+STARTS = st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02", b"\x10\0\0\0\0\0\0\0{", b"<html"])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(STARTS, st.binary(max_size=40), st.sampled_from([".safetensors", ".pth", ".npz", ""]))
+def test_whatever_bytes_a_file_has_it_is_refused_in_a_line(tmp_path_factory, start, rest, suffix):
+  path = tmp_path_factory.getbasetemp() / f"any{suffix}"
+  path.write_bytes(start + rest)
+  for load in (vc.load, convert.classes_of):
+    assert str(path) in refusal(load, path)
+  if files.kind_of(path) != "pytorch":   # for which torch would be asked
+    assert str(path) in refusal(program.read_checkpoint, path)
+
+
+def test_what_is_no_path_is_refused():
+  for value in (None, 3, VARIABLES):
+    assert "wanted: the path of a file" in refusal(vc.load, value)
+  assert "a path that ends in .safetensors" in refusal(vc.save, None, MODEL, VARIABLES)
+  assert "dict was given, wanted: a model" in refusal(vc.save, "a.safetensors", VARIABLES, MODEL)
+  with pytest.raises(ValueError, match=r"; variables are \{'params': \.\.\., 'batch_stats'"):
+    vc.save("a.safetensors", MODEL, VARIABLES["params"])
+
+
+def test_safetensors_with_pytorch_names_say_how_to_convert_them(tmp_path, theirs, ours):
+  for load in (vc.load, convert.classes_of,
+               lambda path: start.load_variables(str(path), MODEL, None)):
+    said = refusal(load, theirs)
+    assert f"{theirs} is no file of ours: its metadata has ['format']" in said
+    assert f"`vitcompact convert {theirs} --model NAME --out NEW.safetensors`" in said
+  home = tmp_path / "home.safetensors"
+  program.to_torch(ours, home)
+  assert "it has PyTorch names" in refusal(vc.load, home)
+  assert "--model deit_tiny_patch16_224" in refusal(vc.load, home)
+
+
+def test_the_command_reads_npz_and_says_what_others_are(tmp_path, monkeypatch):
+  state = vc.to_torch(MODEL, VARIABLES)
+  path = tmp_path / "weights.npz"
+  np.savez(path, **state)
+  got = vc.from_torch(MODEL, program.read_checkpoint(path))
+  assert trees.digest(got) == trees.digest(VARIABLES)
+  np.savez(path, a=np.array([{}], dtype=object))
+  assert "refused" in refusal(program.read_checkpoint, path)
+  text = tmp_path / "weights.txt"
+  text.write_text("hello")
+  said = refusal(program.read_checkpoint, text)
+  assert "is text; must be .safetensors, .npz or PyTorch's" in said
+  monkeypatch.setitem(sys.modules, "torch", None)
+  zipped(tmp_path / "weights.ckpt")
+  said = refusal(program.read_checkpoint, pathlib.Path(tmp_path / "weights.ckpt"))
+  assert "is a PyTorch file: reading it needs torch" in said

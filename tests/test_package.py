@@ -1,0 +1,75 @@
+"""What is installed is whole, declares what it imports, and has its version from one place."""
+import ast
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import vitcompact as vc
+
+ROOT = pathlib.Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+NEEDED = [Requirement(line) for line in PROJECT["dependencies"]]
+EXTRAS = [Requirement(line) for lines in PROJECT["optional-dependencies"].values()
+          for line in lines]
+# Packages whose modules have another name.
+PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "absl": "absl-py",
+            "orbax": "orbax-checkpoint"}
+# Asked for by name, to whom it is of use: a vendor's kernels.
+NOT_DECLARED = {"tokamax"}
+
+
+def modules(path):
+  """Top-level names that a file imports."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from (alias.name.partition(".")[0] for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      yield node.module.partition(".")[0]
+
+
+def test_what_the_package_imports_is_declared():
+  imported = {name for path in (ROOT / "vitcompact").rglob("*.py") for name in modules(path)}
+  imported -= {"vitcompact", *sys.stdlib_module_names, *NOT_DECLARED}
+  declared = {canonicalize_name(needed.name) for needed in (*NEEDED, *EXTRAS)}
+  assert {canonicalize_name(PACKAGES.get(name, name)) for name in imported} <= declared
+
+
+def test_pins_lie_in_the_ranges():
+  text = "".join((ROOT / name).read_text() for name in ("requirements.txt", "requirements-dev.txt"))
+  pins = {canonicalize_name(name): version
+          for name, version in re.findall(r"^([\w.-]+)==([\w.]+)", text, re.M)}
+  for needed in NEEDED:
+    assert needed.specifier.contains(pins[canonicalize_name(needed.name)]), needed
+  for extra in EXTRAS:
+    pin = pins.get(canonicalize_name(extra.name))
+    assert pin is None or extra.specifier.contains(pin), extra
+
+
+def test_every_range_has_a_lower_end_that_can_be_tried():
+  """.ci/ranges makes a pin of each."""
+  for line in PROJECT["dependencies"]:
+    assert re.fullmatch(r"[\w-]+>=[\d.]+(,<[\d.]+)?", line), line
+
+
+def test_the_version_is_that_of_the_citation_and_the_changelog():
+  cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.M)[1]
+  assert vc.__version__ == cited
+  assert re.search(rf"^## .*{re.escape(vc.__version__.partition('.dev')[0])}",
+                   (ROOT / "CHANGELOG.md").read_text(), re.M)
+
+
+def test_a_wheel_has_every_module_and_nothing_else(tmp_path):
+  subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path],
+                 check=True, cwd=ROOT, capture_output=True)
+  (wheel,) = tmp_path.glob("*.whl")
+  with zipfile.ZipFile(wheel) as file:
+    names = {name for name in file.namelist() if ".dist-info/" not in name}
+    licence = file.read(f"vitcompact-{vc.__version__}.dist-info/licenses/LICENSE")
+  assert names == {str(path.relative_to(ROOT)) for path in (ROOT / "vitcompact").rglob("*.py")}
+  assert licence == (ROOT / "LICENSE").read_bytes()

@@ -1,0 +1,101 @@
+"""The data of one call of attention, and the call itself."""
+import warnings
+from collections.abc import Callable
+from fractions import Fraction
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vitcompact.attention import forms, reference
+from vitcompact.attention.block_sparse.layout import BlockLayout
+from vitcompact.attention.choice import choose
+from vitcompact.attention.device import asked, current
+
+
+def _same(x):
+  return x
+
+
+class Core(NamedTuple):
+  """softmax(q k^T / sqrt(d)) v for each head, as the tokens of a block ask for it.
+
+  size: (B, M) or None: a key counts as `size` equal keys (log size is added to its scores).
+  spread: applied to the values before, gather: to the outputs after; the identity, but where tokens
+    are merged between the scores and the values. average: whether `gather` gives means of rows;
+    else the outputs do not tell what it makes of the maps, which are then formed.
+  keep_mask: (B, M) or None: see `reference.softmax_kept`.
+  mask: (B, h, N, M) or None: where it is false a key gets nothing from a query. `rescore` may make
+    more heads than there are queries; head i then has the mask of head i modulo h.
+  scored: the share of the pairs of tokens that the mask leaves.
+  layout: which blocks of tokens attend to which, or None.
+  weighed: the share of the scored pairs whose values differ; a call sets it.
+
+  A `rescore` changes the scores before the softmax: (B, f, N, M), edges -> (B, h, N, M). A row of
+  its result may depend on `rescore.reach` rows before and after it, 0 beyond the ends. edges: these
+  are all rows; False: the first and the last `reach` are there for the others' sake, and are no
+  rows of the result.
+  """
+  size: jax.Array | None = None
+  spread: Callable = _same
+  gather: Callable = _same
+  average: bool = True
+  keep_mask: jax.Array | None = None
+  mask: jax.Array | None = None
+  scored: Fraction = Fraction(1)
+  layout: BlockLayout | None = None
+  weighed: Fraction = Fraction(1)
+
+  def __call__(self, query_bnhd, key_bmhd, value_bmhe, rescore: Callable | None = None):
+    """(B, N, h, d), (B, M, h, d), (B, M, h, e) -> (B, N, h, e) in the values' dtype.
+
+    e may differ from d. Nobody sees the maps, and most forms do not form them.
+    """
+    if not self.average:
+      return reference.weigh(self.merged(self.maps(query_bnhd, key_bmhd, rescore)), value_bmhe)
+    count, value_bmhe = value_bmhe.shape[1], self.spread(value_bmhe)
+    arrays, device = (query_bnhd, key_bmhd, value_bmhe), current()
+    choice = choose(device, self, *arrays, rescore, asked())
+    if choice.block_sparse:
+      return self.gather(self.layout.attend(*arrays, self.bias(), choice.form))
+    if self.layout is not None:
+      warnings.warn(choice.note, stacklevel=2)
+    call = self.masked()._replace(weighed=Fraction(count, value_bmhe.shape[1]) ** 2)
+    return self.gather(forms.COMPUTE[choice.form](call, *arrays, rescore, device))
+
+  def maps(self, query_bnhd, key_bmhd, rescore: Callable | None = None, own_n=None,
+           edges: bool = True):
+    """Attention maps (B, h, N, M), float32; see `reference.maps`."""
+    return reference.maps(self, query_bnhd, key_bmhd, rescore, own_n, edges)
+
+  def merged(self, maps_bhnm):
+    """The maps as the tokens that values come from and outputs go to see them."""
+    if self.spread is _same:
+      return maps_bhnm
+    rows_bnhm = maps_bhnm.swapaxes(1, 2)
+    batch, count = jax.eval_shape(self.gather, rows_bnhm).shape[:2]
+    holds_bm1k = self.spread(jnp.broadcast_to(jnp.eye(count)[None, :, None],
+                                              (batch, count, 1, count)))
+    rows_bnhk = jnp.einsum("bnhm,bmk->bnhk", rows_bnhm, holds_bm1k[:, :, 0])
+    return self.gather(rows_bnhk).swapaxes(1, 2)
+
+  def of_heads(self, start: int, stop: int) -> "Core":
+    """The attention of some of the heads."""
+    if self.layout is not None:
+      return self._replace(layout=self.layout.of_heads(start, stop))
+    return self if self.mask is None else self._replace(mask=self.mask[:, start:stop])
+
+  def masked(self) -> "Core":
+    """This call with a mask of tokens in the place of its layout."""
+    return self if self.layout is None else self._replace(mask=self.layout.mask(), layout=None)
+
+  def bias(self):
+    """(B, M) float32 added to the scores of keys, or None."""
+    return None if self.size is None else jnp.log(self.size.astype(jnp.float32))
+
+  def is_plain(self, rescore: Callable | None = None) -> bool:
+    """Whether every query attends to every key, and nothing but a bias of keys changes scores."""
+    return all(x is None for x in (rescore, self.keep_mask, self.mask, self.layout))
+
+
+DENSE = Core()   # all keys count alike

@@ -1,0 +1,72 @@
+"""The `vitcompact` command: a file for each verb.
+
+A verb imports what it needs when it runs, JAX above all, so that --help is there at once. What a
+user can cause is told in one line, with exit code 2; --verbose shows the whole traceback.
+"""
+import sys
+
+import click
+
+from vitcompact._version import __version__
+from vitcompact.cli import bench, compare, convert, count, draw, models, predict, prepare
+
+LINES = 5    # of an error of many lines, such as one for each parameter that does not fit
+
+
+def _set_verbose(context: click.Context, _, value: bool):
+  if value:
+    context.obj["verbose"] = True
+
+
+def verbose_option() -> click.Option:
+  """For the command and for each verb: it may stand before or after the verb's name."""
+  return click.Option(["--verbose", "--traceback"], is_flag=True, is_eager=True,
+                      expose_value=False, callback=_set_verbose,
+                      help="Show where an error came from.")
+
+
+class Program(click.Group):
+  """A group of verbs whose errors are one line."""
+
+  def main(self, args=None, prog_name=None, **_):
+    args = list(sys.argv[1:] if args is None else args) or ["--help"]
+    asked = {"verbose": False}
+    try:
+      code = super().main(args, prog_name="vitcompact", standalone_mode=False, obj=asked)
+    except click.UsageError as error:
+      where = error.ctx.command_path if error.ctx else "vitcompact"
+      _fail(f"{error.format_message()} See '{where} --help'.")
+    except click.ClickException as error:
+      _fail(error.format_message())
+    except click.Abort:
+      sys.exit(130)    # Ctrl-C
+    except (ValueError, OSError) as error:
+      if asked["verbose"]:
+        raise
+      _fail(str(error) or type(error).__name__)
+    sys.exit(code or 0)
+
+
+def _fail(text: str):
+  lines = [line.strip() for line in text.splitlines() if line.strip()]
+  if len(lines) > LINES:
+    lines[LINES:] = [f"and {len(lines) - LINES} more: --verbose shows them"]
+  print(f"error: {'; '.join(lines)}", file=sys.stderr, flush=True)
+  sys.exit(2)
+
+
+@click.group(cls=Program, subcommand_metavar="VERB ...", params=[verbose_option()],
+             context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="vitcompact")
+def main():
+  """Compact vision transformers: count, convert, time, draw and use them.
+
+  Training has a program of its own, main.py of the repository.
+  """
+
+
+for command in (models.models, count.count, convert.convert, predict.predict, bench.bench,
+                draw.draw, prepare.prepare, compare.compare):
+  main.add_command(command)
+  for verb in (command, *getattr(command, "commands", {}).values()):
+    verb.params.append(verbose_option())

@@ -1,0 +1,53 @@
+"""vitcompact count: parameters and multiply-accumulates, as a Markdown table."""
+import click
+
+# hMHSA and cFFN in every block.
+DEFAULT = '{"heads": {"method": "hmhsa"}, "ffn": {"method": "cffn"}}'
+
+
+def pairs(names, plan: str | None, image_size: int | None):
+  """Yields (name, dense model, compact model), deployed: of each model that matches, or file."""
+  import vitcompact as vc
+
+  fields = {} if image_size is None else {"image_size": image_size}
+  for name in names:
+    if name.endswith(".safetensors"):
+      if plan is not None:
+        raise ValueError(f"{name} has its own plan; leave --plan out")
+      model = vc.load(name)[0].clone(deploy=True, **fields)
+      model.check()
+      yield name, model.clone(plan=vc.Plan()), model
+      continue
+    if not (found := vc.list_models(name)):
+      raise ValueError(f"no model matches {name!r}; known: {', '.join(vc.list_models())}")
+    plans = vc.Plan(), vc.Plan.parse(DEFAULT if plan is None else plan)
+    for known in found:
+      yield known, *(vc.create_model(known, plan=p, deploy=True, **fields) for p in plans)
+
+
+def table(names, plan: str | None = None, image_size: int | None = None) -> str:
+  """A row for each model: dense, compact, and the change."""
+  import vitcompact as vc
+
+  lines = ["| model | params, dense | compact | | MACs, dense | compact | |",
+           "|---|---:|---:|---:|---:|---:|---:|"]
+  for name, *both in pairs(names, plan, image_size):
+    dense, small = map(vc.count, both)
+    lines.append(f"| {name} | {dense.params / 1e6:.2f} M | {small.params / 1e6:.2f} M | "
+                 f"{100 * (small.params / dense.params - 1):+.1f}% | {dense.macs / 1e9:.2f} G | "
+                 f"{small.macs / 1e9:.2f} G | {100 * (small.macs / dense.macs - 1):+.1f}% |")
+  return "\n".join(lines)
+
+
+@click.command()
+@click.argument("names", nargs=-1)
+@click.option("--plan", help="JSON, or a path to it (*.json).  [default: hMHSA and cFFN]")
+@click.option("--image-size", type=int, help="Pixels of a side.  [default: the model's own]")
+def count(names, plan, image_size):
+  """Count parameters and multiply-accumulates, dense and compact.
+
+  NAMES are models, patterns such as 'deit_*', or files that vitcompact wrote (*.safetensors), which
+  have their own plan. Without names, all models are counted. The counts are those of the deployed
+  form at one image, read off the traced program; nothing is run.
+  """
+  click.echo(table(names or ("*",), plan, image_size))

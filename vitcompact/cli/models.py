@@ -1,0 +1,14 @@
+"""vitcompact models: the names that the other verbs take."""
+import click
+
+
+@click.command()
+@click.argument("pattern", default="*")
+def models(pattern: str):
+  """List the models whose names match PATTERN, such as 'deit_*'."""
+  import vitcompact as vc
+
+  names = vc.list_models(pattern)
+  if not names:
+    raise ValueError(f"no model matches {pattern!r}; all are listed by: vitcompact models")
+  click.echo("\n".join(names))

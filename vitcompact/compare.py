@@ -1,0 +1,77 @@
+"""Runs side by side, read from the metrics.jsonl of their workdirs: curves, and how each ended."""
+import json
+import math
+import pathlib
+
+from vitcompact import draw
+
+FIRST = ("loss", "accuracy", "val_loss", "val_accuracy", "lr", "grad_norm", "images_per_second",
+         "data_wait", "mfu", "skipped")
+ENDS = ("step", "val_accuracy", "test_accuracy", "best_val_accuracy", "images_per_second")
+
+
+def read(workdir) -> dict[str, dict[int, float]]:
+  """{metric: {step: value}} of a run. What was logged twice, before and after a kill, counts once:
+  the later."""
+  path = pathlib.Path(workdir) / "metrics.jsonl"
+  if not path.is_file():
+    raise ValueError(f"{path} is not there: name the --workdir of a run")
+  out = {}
+  for number, text in enumerate(path.read_text().splitlines(), 1):
+    try:
+      line = json.loads(text)
+    except ValueError as error:
+      raise ValueError(f"{path} line {number} is not JSON: {text[:80]!r}") from error
+    for name, value in line.items():
+      if name != "step" and isinstance(value, (int, float)):
+        out.setdefault(name, {})[line["step"]] = value
+  if not out:
+    raise ValueError(f"{path} holds no numbers yet")
+  return {name: dict(sorted(values.items())) for name, values in out.items()}
+
+
+def panels(runs: dict, asked) -> list[str]:
+  """The metrics to plot: those asked for, or all that were logged twice, the usual ones first."""
+  known = {name for metrics in runs.values() for name in metrics}
+  if unknown := [name for name in asked or () if name not in known]:
+    raise ValueError(f"--metric: no run has {', '.join(unknown)}; there are "
+                     f"{', '.join(sorted(known))}")
+  if asked:
+    return list(asked)
+  several = {name for metrics in runs.values() for name, values in metrics.items()
+             if len(values) > 1}
+  if not several:
+    raise ValueError("no number was logged twice: nothing to plot; name some with --metric")
+  return [name for name in FIRST if name in several] + sorted(several - set(FIRST))
+
+
+def plot(runs: dict, names: list[str], out):
+  """Writes a picture with a panel for each metric: its values over steps, a line for each run."""
+  pyplot, columns = draw.pyplot(), min(3, len(names))
+  rows = math.ceil(len(names) / columns)
+  figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 3.2 * rows), squeeze=False)
+  for axis, name in zip(axes.flat, names, strict=False):
+    for run, metrics in runs.items():
+      values = metrics.get(name, {})
+      axis.plot(list(values), list(values.values()), label=run,
+                marker="." if len(values) < 30 else None)
+    axis.set(title=name, xlabel="step")
+    axis.grid(alpha=0.3)
+  for axis in axes.flat[len(names):]:
+    axis.axis("off")
+  axes.flat[0].legend()
+  figure.tight_layout()
+  figure.savefig(out, dpi=120)
+  pyplot.close(figure)
+
+
+def table(runs: dict) -> str:
+  """What each run ended with."""
+  rows = [("run", *ENDS)]
+  for run, metrics in runs.items():
+    ends = {name: list(values.values())[-1] for name, values in metrics.items()}
+    ends["step"] = max(step for values in metrics.values() for step in values)
+    rows.append((run, *(f"{ends[name]:.6g}" if name in ends else "-" for name in ENDS)))
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+                   for row in rows)

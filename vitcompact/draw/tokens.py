@@ -1,0 +1,108 @@
+"""Which patches of an image survive a token reducer or are merged, stage by stage.
+
+Patches that were dropped, or fused into a remainder, are white; patches that became one token have
+their mean colour and a line around them.
+"""
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+from PIL import Image
+
+import vitcompact as vc
+from vitcompact import convert
+from vitcompact.draw import pyplot
+from vitcompact.token_state import NOTHING
+
+GONE = -1
+LINE = 0.15   # how dark the lines between groups are
+
+
+def stages(model, variables, image) -> list[tuple[str, np.ndarray]]:
+  """[(title, (h, w) int)], after each block that reduces: the token that holds each patch.
+
+  GONE where a patch was dropped or fused into a remainder. image: (H, W, C), normalised.
+  """
+  blocks = [i for i in range(model.depth) if model.plan.reduction(i, model.depth) != NOTHING]
+  if not blocks:
+    raise ValueError(f"plan={model.plan.to_json()}: no block reduces tokens, nothing to draw; "
+                     "give --plan")
+  _, state = jax.jit(lambda v, x: model.apply(v, x, mutable=["tokens"]))(variables, image[None])
+  sown = state["tokens"]
+  out = []
+  for i in blocks:
+    source = np.asarray(sown[f"source_{i}"][0])[0]
+    keep_mask = np.asarray(sown[f"keep_mask_{i}"][0])[0]
+    holder = np.where(keep_mask, source[-keep_mask.size:], GONE).reshape(model.grid)
+    tokens = len(np.unique(holder[holder != GONE]))
+    out.append((f"block {i}: {tokens} of {keep_mask.size}", holder))
+  return out
+
+
+def painted(image, holder):
+  """The image with each token's patches in their mean colour: (H, W, 3) in [0, 1].
+
+  image: (H, W, 3) in [0, 1]; holder: (h, w) int, as `stages` returns. A token of one patch shows
+  it as it is, more have a line around them; patches that are GONE are white.
+  """
+  height, width = image.shape[0] // holder.shape[0], image.shape[1] // holder.shape[1]
+  whose = np.kron(holder, np.ones((height, width), int))
+  out, merged = image.copy(), np.zeros(whose.shape, bool)
+  out[whose == GONE] = 1
+  for token in np.unique(holder[holder != GONE]):
+    if (holder == token).sum() > 1:
+      merged |= whose == token
+      out[whose == token] = image[whose == token].mean(axis=0)
+  out[1:][(whose[1:] != whose[:-1]) & (merged[1:] | merged[:-1])] = LINE
+  out[:, 1:][(whose[:, 1:] != whose[:, :-1]) & (merged[:, 1:] | merged[:, :-1])] = LINE
+  return out
+
+
+def write_row(panels, path):
+  """Writes a row of (title, (H, W, 3)) pictures."""
+  plt, columns = pyplot(), min(len(panels), 4)
+  rows = -(-len(panels) // columns)
+  figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3.3 * rows), squeeze=False)
+  for axis in axes.flat:
+    axis.set_axis_off()
+  for axis, (title, picture) in zip(axes.flat, panels, strict=False):
+    axis.imshow(picture, interpolation="nearest")
+    axis.set_title(title, fontsize=9)
+  figure.tight_layout()
+  figure.savefig(path, dpi=150)
+  plt.close(figure)
+
+
+def load(checkpoint, plan: str | None = None):
+  """(model, variables) of one of our files.
+
+  plan: JSON or a path to it; its tokens axis replaces the model's. Only for a reducer without
+    parameters (EViT, ToMe, MCTF).
+  """
+  model, variables = convert.load(checkpoint)
+  if plan is None:
+    return model, variables
+  tokens = vc.Plan.parse(plan).tokens
+  if isinstance(tokens, vc.DynamicViT) or isinstance(model.plan.tokens, vc.DynamicViT):
+    raise ValueError("--plan: DynamicViT's predictors are trained with the model; draw a "
+                     "checkpoint that has them, without --plan")
+  model = model.clone(plan=dataclasses.replace(model.plan, tokens=tokens))
+  model.check()
+  return model, variables
+
+
+def run(checkpoint, image, out, *, plan=None, force=False) -> str:
+  """Writes `out`, returns a line that tells what was drawn."""
+  out = pathlib.Path(out)
+  if out.suffix != ".png":
+    raise ValueError(f"--out={out}: must end in .png")
+  if out.exists() and not force:
+    raise ValueError(f"{out} exists; give another name or --force")
+  model, variables = load(checkpoint, plan)
+  preprocess = vc.preprocess(model)
+  normalised = preprocess(Image.open(image))
+  seen = stages(model, variables, normalised)
+  plain = np.clip(normalised * np.array(preprocess.std) + np.array(preprocess.mean), 0, 1)
+  write_row([("image", plain), *((title, painted(plain, holder)) for title, holder in seen)], out)
+  return f"{out}: " + "; ".join(title for title, _ in seen)

@@ -1,0 +1,190 @@
+"""Files of named arrays: .safetensors written whole and checked when read, and what others hold."""
+import hashlib
+import json
+import os
+import pathlib
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from vitcompact import trees
+
+CONVERT = "vitcompact convert"   # the command that makes our files of others'
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+DIGEST = "sha256"                           # its key in a file's metadata
+PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl")
+KINDS = {
+    "pytorch": "a PyTorch file", "npz": "a NumPy .npz file", "zip": "a zip archive",
+    "hdf5": "an HDF5 file", "gzip": "compressed by gzip", "empty": "empty",
+    "lfs": "a Git LFS pointer, which stands for the file (git lfs pull fetches it)",
+    "html": "a web page, as a download that failed leaves", "text": "text", "unknown": "none known",
+}
+
+
+def write_safetensors(path, arrays: Mapping[str, Any], about: Mapping[str, str], *,
+                      force: bool = False):
+  """Writes {name: array} and string metadata; a file of that name is whole at every moment.
+
+  The metadata get a digest of everything in the file, which `read_safetensors` checks.
+  """
+  path = _path(path, "a path that ends in .safetensors")
+  if path.suffix != ".safetensors":
+    raise ValueError(f"{path}: must end in .safetensors")
+  if path.exists() and not force:
+    raise ValueError(f"{path} exists; give another name, or ask to overwrite it with force")
+  arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+  partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+  try:
+    partial.touch()
+    mode = partial.stat().st_mode   # the umask's: safetensors lets nobody but the owner read
+    safetensors.numpy.save_file(arrays, partial,
+                                metadata={**about, DIGEST: _digest(arrays, about)})
+    partial.chmod(mode)
+    os.replace(partial, path)
+  except (OSError, safetensors.SafetensorError) as error:
+    raise OSError(f"{path} cannot be written: {error}; make room, or name another place") from error
+  finally:
+    partial.unlink(missing_ok=True)
+
+
+def read_safetensors(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+  """({name: array}, metadata) of a .safetensors file; refused if it is not as it was written.
+
+  A file without our digest, others' or an old one, is read unchecked.
+  """
+  with _opened(path) as file:
+    about = file.metadata() or {}
+    arrays = {name: _tensor(path, file, name) for name in file.keys()}  # noqa: SIM118
+  digest = about.pop(DIGEST, None)
+  if digest not in (None, _digest(arrays, about)):
+    raise ValueError(f"{path} is damaged: its contents are not those whose {DIGEST} was written "
+                     "with them; copy or make the file again")
+  return arrays, about
+
+
+def read_header(path) -> tuple[list[str], dict[str, str]]:
+  """(names, metadata) of a .safetensors file; the arrays stay unread and unchecked."""
+  with _opened(path) as file:
+    return list(file.keys()), {key: value for key, value in (file.metadata() or {}).items()
+                               if key != DIGEST}
+
+
+def check_ours(path, names, about):
+  """Refuses PyTorch's .safetensors, timm's and the ones that `to_torch` makes, in one line."""
+  ours = {"model", "fields", "plan"} <= about.keys()
+  if not ours or (names and not any(name.startswith("params/") for name in names)):
+    has = f"its metadata has {sorted(about)}, not model, fields, plan"
+    raise ValueError(f"{path} is no file of ours: {has if not ours else 'it has PyTorch names'}; "
+                     f"`{CONVERT} {path} --model {about.get('model', 'NAME')} --out "
+                     "NEW.safetensors` makes one of PyTorch weights")
+
+
+def classes_in(path, about) -> list[str] | None:
+  """The names of classes in the metadata of one of our files."""
+  if "classes" not in about:
+    return None
+  try:
+    return checked_classes(json.loads(about["classes"]),
+                            json.loads(about["fields"])["num_classes"])
+  except (ValueError, TypeError, KeyError, RecursionError) as error:
+    raise ValueError(f"{path}: its metadata names no classes: {error}") from None
+
+
+def checked_classes(classes, count: int) -> list[str]:
+  """Names of classes, refused if they are not as many as there are logits."""
+  if isinstance(classes, (str, Mapping)) or not all(isinstance(name, str) for name in classes):
+    raise ValueError("classes must be a sequence of names, in the order of the logits")
+  if len(classes) != count:
+    raise ValueError(f"{len(classes)} names of classes for a model with num_classes={count}")
+  return list(classes)
+
+
+def kind_of(path) -> str:
+  """What a file is, by its first bytes and then its suffix: "safetensors" or a key of `KINDS`.
+
+  Raises ValueError or FileNotFoundError, one line, where it is no file.
+  """
+  path = _path(path, "the path of a file")
+  if path.is_dir():
+    inside = [p.name for suffix in (".safetensors", ".npz", *PICKLED)
+              for p in sorted(path.glob(f"*{suffix}")) if p.is_file()]
+    has = f"in it: {trees.some(inside)}" if inside else "no file of weights is in it"
+    raise ValueError(f"{path} is a directory, not a file of weights; {has}")
+  if not path.is_file():
+    raise FileNotFoundError(f"{path}: no such file")
+  with open(path, "rb") as file:
+    start = file.read(1024)
+  if start[8:9] == b"{" and (path.suffix == ".safetensors" or not any(start[5:8])):
+    return "safetensors"
+  if start.startswith(b"PK\x03\x04"):
+    return _kind_of_zip(path, start)
+  if start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05":
+    return "pytorch"   # a pickle, as torch.save wrote before version 1.6
+  for sign, kind in ((b"\x89HDF", "hdf5"), (b"\x1f\x8b", "gzip"),
+                     (b"version https://git-lfs", "lfs")):
+    if start.startswith(sign):
+      return kind
+  if start.lstrip()[:1] == b"<" and b"<html" in start.lower():
+    return "html"
+  if path.suffix in PICKLED and start:
+    return "pytorch"
+  return "empty" if not start else "text" if _is_text(start) else "unknown"
+
+
+def _path(path, wanted) -> pathlib.Path:
+  if not isinstance(path, (str, os.PathLike)):
+    raise ValueError(f"{type(path).__name__} given, wanted: {wanted}")
+  return pathlib.Path(path)
+
+
+def _kind_of_zip(path, start):
+  try:
+    with zipfile.ZipFile(path) as archive:
+      names = archive.namelist()
+  except zipfile.BadZipFile:   # its end is missing
+    names = ["data.pkl"] if b"data.pkl" in start or path.suffix in PICKLED else []
+  if any(name.endswith("data.pkl") for name in names):
+    return "pytorch"
+  return "npz" if any(name.endswith(".npy") for name in names) else "zip"
+
+
+def _is_text(start):
+  return all(byte >= 32 or byte in b"\t\n\r" for byte in start)
+
+
+def _opened(path):
+  kind = kind_of(path)
+  if kind in ("pytorch", "npz"):
+    raise ValueError(f"{path} is {KINDS[kind]}, wanted: a .safetensors file of ours; `{CONVERT} "
+                     f"{path} --model NAME --out NEW.safetensors` makes it")
+  if kind in ("text", "unknown", "empty"):
+    told = KINDS[kind] if kind != "unknown" else "its first bytes are not of one"
+    raise ValueError(f"{path} is no whole .safetensors file: {told}")
+  if kind != "safetensors":
+    raise ValueError(f"{path} is {KINDS[kind]}, wanted: a .safetensors file")
+  try:
+    return safetensors.safe_open(path, framework="numpy")
+  except safetensors.SafetensorError as error:
+    raise ValueError(f"{path} is no whole .safetensors file: {error}") from None
+
+
+def _tensor(path, file, name):
+  try:
+    return file.get_tensor(name)
+  except (AttributeError, TypeError, safetensors.SafetensorError) as error:
+    # NumPy has no float8, for one.
+    dtype = file.get_slice(name).get_dtype()
+    raise ValueError(f"{path}: {name} is {dtype}, which cannot be read; save it as float32, "
+                     f"float16 or bfloat16 ({error})") from None
+
+
+def _digest(arrays, about) -> str:
+  """Of names, dtypes, shapes, values and metadata."""
+  sha = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode())
+  sha.update(trees.digest(arrays).encode())
+  return sha.hexdigest()

@@ -1,0 +1,119 @@
+"""Whether a PyTorch state dict fits a model; where not, what differs and what to do."""
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitcompact import foreign, trees
+from vitcompact.models import VARIANTS, create_model
+from vitcompact.torch_names import torch_shape
+
+MANY = 4   # of a kind of misfit are shown, the others counted
+
+
+def variable_shapes(model):
+  """The model's variables as shapes and dtypes; refuses what is no model of ours."""
+  if not hasattr(model, "torch_entries"):
+    given = repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
+    raise ValueError(f"{given} was given, wanted: a model, such as create_model(NAME)")
+  height, width = np.broadcast_to(model.image_size, 2).tolist()
+  images = jax.ShapeDtypeStruct((1, height, width, model.in_chans), jnp.float32)
+  return jax.eval_shape(model.init, jax.random.key(0), images)
+
+
+def describe(model) -> str:
+  return f"{model.variant} (plan={model.plan.to_json()}, deploy={model.deploy})"
+
+
+def check_fit(what, model, shapes, wanted, heads, got):
+  """Raises ValueError where `what` does not fit, with the first few misfits.
+
+  shapes: {name: shape} of all that has to fit, and `wanted` for what fits; heads: names of
+  classifiers; got: {name: shape} as the state dict has them.
+  """
+  missing = [name for name in wanted if name not in shapes]
+  unexpected = [name for name in shapes if name not in wanted]
+  misshapen = [name for name in wanted if name in shapes and shapes[name] != wanted[name]]
+  wrong = {*missing, *unexpected, *misshapen}
+  if not wrong:
+    return
+  first = (f"{what} does not fit {describe(model)}: {len(missing)} missing, "
+           f"{len(unexpected)} unexpected, {len(misshapen)} misshapen")
+  if len(missing) > 0.9 * len(wanted) and (line := foreign.whose(got)):
+    raise ValueError(f"{first}: {line}")
+  hints = _hints(model, missing, unexpected, misshapen, shapes, wanted, heads)
+  own = _overlap(shapes.items(), wanted.items())
+  if not hints and (closest := closest_model(got, better_than=own)):
+    hints = [f"the closest model is {closest}"]
+  if not hints and not wanted.keys() & shapes.keys():
+    hints = ["none of its names is the model's"]
+  raise ValueError("\n".join([
+      "; ".join([first, *hints]),
+      *_few("missing", [f"missing {name} {wanted[name]}" for name in missing]),
+      *_few("unexpected", [f"unexpected {name} {shapes[name]}" for name in unexpected]),
+      *_few("misshapen", [f"{name} is {shapes[name]}, not {wanted[name]}" for name in misshapen])]))
+
+
+def _few(what, lines):
+  more = len(lines) - MANY
+  return [*lines[:MANY], *([f"and {more} more {what}"] if more > 0 else [])]
+
+
+def _hints(model, missing, unexpected, misshapen, shapes, wanted, heads) -> list[str]:
+  """What to do about what does not fit, where that is known."""
+  hints, wrong = [], {*missing, *unexpected, *misshapen}
+  own, other, pool = "norm", "fc_norm", "avg"
+  if getattr(model, "global_pool", None) == "avg":
+    own, other, pool = "fc_norm", "norm", "token"
+  if f"{own}.weight" in missing and f"{other}.weight" in unexpected:
+    hints.append(f"it has {other} instead of {own}: create the model with global_pool={pool!r} "
+                 f"(--global-pool {pool})")
+    wrong -= {f"{name}.{leaf}" for name in (own, other) for leaf in ("weight", "bias")}
+  if wrong and wrong <= set(heads):
+    hints.append("pass reset_head (--reset-head) to initialise another classifier")
+  tied = {entry.torch for entry in model.torch_entries()
+          if entry.positions is not None and entry.positions.tied}
+  if tied & set(misshapen):
+    hints.append("mask predictors are tied to the positions of their tokens: load them at their "
+                 "own image size, then vitcompact.convert.resized makes them fit another")
+  for name in misshapen:
+    got, want = shapes[name], wanted[name]
+    if len(got) == len(want) == 4 and got[1] != want[1] == model.in_chans and got[0] == want[0]:
+      hints.append(f"{name} is for images of {got[1]} channels: create the model with "
+                   f"in_chans={got[1]}; only kernels of 3 are made for others")
+  return hints
+
+
+def closest_model(shapes: Mapping[str, tuple[int, ...]], better_than: float = 0.0) -> str | None:
+  """The named model whose PyTorch tensors {name: shape} agree with the most of these.
+
+  None where no model shares more than `better_than` of all names and shapes.
+  """
+  by_name = {}
+  for name in VARIANTS:
+    model = create_model(name)
+    timm = [entry.torch for entry in model.torch_entries()]
+    by_name[name] = max(_overlap(shapes, timm), _overlap(shapes, map(model.authors_name, timm)))
+  # Sizes of one family share their names: only these are worth tracing.
+  best = max(by_name.values())
+  likely = [name for name, score in by_name.items() if 0 < 0.9 * best <= score]
+  scores = {name: max(_overlap(shapes.items(), tensors) for tensors in _tensors(name))
+            for name in likely}
+  return max((name for name in likely if scores[name] > better_than), key=scores.get, default=None)
+
+
+def _overlap(got, wanted) -> float:
+  got, wanted = set(got), set(wanted)
+  return len(got & wanted) / len(got | wanted)
+
+
+@functools.cache
+def _tensors(variant: str):
+  """[(name, shape)] of a named model: under timm's names, and under the authors'."""
+  model = create_model(variant)
+  leaves = trees.named_leaves(variable_shapes(model))
+  timm = [(entry.torch, torch_shape(entry.layout, [leaves[leaf].shape for leaf in entry.leaves]))
+          for entry in model.torch_entries()]
+  return timm, [(model.authors_name(name), shape) for name, shape in timm]

@@ -1,0 +1,239 @@
+"""Others' checkpoints: which sets of weights one holds, under which names, and their values."""
+import os
+import re
+import types
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from vitcompact import trees
+from vitcompact.files import CONVERT
+
+# Where checkpoints keep weights, the preferred first: averages before what is averaged, as timm.
+CONTAINERS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "params_ema",
+              "state_dict", "model_state_dict", "model", "net", "network", "weights", "params",
+              "teacher", "student")
+OUTER = ("module.", "_orig_mod.")   # what data parallel and compiled models put before each name
+INNER = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")   # or within one
+# Whose names: pattern, owner, what to do.
+_TIMM = ("timm has the same weights under names that are read here: "
+         "timm.create_model(NAME, pretrained=True).state_dict()")
+OWNERS = (
+    (r"(^|/)(Transformer/encoderblock_\d+|Transformer/encoder_norm|embedding)/",
+     "Google's (the .npz of its vision_transformer)",
+     "timm reads it: timm.create_model(NAME, checkpoint_path='FILE.npz').state_dict()"),
+    (r"(^|\.)(embeddings\.(cls_token|patch_embeddings|position_embeddings)|"
+     r"encoder\.(layer|block)\.\d.*\.(attention|layernorm_before|layer_norm_1)\.|"
+     r"encoder\.patch_embeddings\.)", "transformers'", _TIMM),
+    (r"(^|\.)encoder\.layers\.encoder_layer_\d+\.", "torchvision's", _TIMM),
+    (r"(^|\.)transformer\.resblocks\.\d+\.", "CLIP's", _TIMM),
+    (r"(^|\.)layers\.\d+\.(ln1|ffn\.layers)\.", "OpenMMLab's", _TIMM),
+    (r"^params/.*/kernel$", "vitcompact's own", "vitcompact.load reads the file that has them"),
+)
+
+
+class Weights(NamedTuple):
+  """One set of weights in a checkpoint.
+
+  name: where it is, such as "model_ema" or "state_dict.teacher"; "" for the checkpoint itself.
+  state: {name: value}. prefix: taken off the names. outside: {name: value} left out, which neither
+  have the prefix nor are a model's.
+  """
+  name: str
+  state: dict[str, Any]
+  prefix: str = ""
+  outside: Mapping[str, Any] = types.MappingProxyType({})
+
+
+def find(checkpoint, known: set[str], choice: str | None = None, *,
+         least: int = 1) -> tuple[Weights, list[str]]:
+  """The set of weights to take, and the names of all that there are.
+
+  Args:
+    checkpoint: a state dict, or mappings that hold some, however deep.
+    known: the names that a model looks for. A set counts if it has half as many of them as the
+      fullest one, under whatever prefix.
+    choice: the name of a set, or part of it. Without: the first in the order of `CONTAINERS`.
+    least: how many known names a prefix has to stand before to be taken off.
+  """
+  _check_given(checkpoint)
+  groups = [group for path, state in _states(checkpoint)
+            for group in _groups(path, state, known, least)]
+  if not groups:
+    raise ValueError(f"no tensors in the checkpoint, only {_contents(checkpoint)}; wanted: "
+                     "{name: array}")
+  most = max(hits for hits, _ in groups)
+  sets = [weights for hits, weights in groups if 2 * hits >= most]
+  if not most:   # nobody's names: the largest is what the error should speak of
+    sets = [max(sets, key=lambda weights: len(weights.state))]
+  names = [weights.name for weights in sets]
+  if choice is not None:
+    return _chosen([weights for _, weights in groups], choice), names
+  first, *others = sorted(sets, key=_rank)
+  if others and _rank(first) == _rank(others[0]):
+    raise ValueError(f"several sets of weights in the checkpoint, {trees.some(names)}; choose one, "
+                     f"as in weights={first.name!r}")
+  return first, names
+
+
+def is_tensor(value) -> bool:
+  """Whether a value is an array, not a record such as an epoch or NumPy's scalar accuracy."""
+  return hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, np.generic)
+
+
+def is_float(value) -> bool:
+  """Whether a value is a tensor of floating point numbers, NumPy's, JAX's or PyTorch's."""
+  if not is_tensor(value):
+    return False
+  if hasattr(value, "is_floating_point"):
+    return bool(value.is_floating_point())
+  return jnp.issubdtype(value.dtype, jnp.floating)
+
+
+def to_float32(name: str, value) -> np.ndarray:
+  """A tensor's values; ValueError, one line, where it is none or has to be converted first."""
+  if not is_tensor(value):
+    raise ValueError(f"{name} is a {type(value).__name__}, not an array of floating point numbers")
+  if getattr(value, "is_quantized", False):
+    raise ValueError(f"{name} is quantized, not an array of floating point numbers; pass "
+                     "{name: tensor.dequantize()}")
+  if "sparse" in str(getattr(value, "layout", "")):
+    raise ValueError(f"{name} is sparse; pass {{name: tensor.to_dense()}}")
+  if getattr(value, "is_meta", False):
+    raise ValueError(f"{name} is on the meta device, without values; load them first")
+  if not is_float(value):
+    raise ValueError(f"{name} is {value.dtype}, not an array of floating point numbers; quantized "
+                     "weights have to be dequantized first")
+  try:
+    # NumPy has no bfloat16 of PyTorch's, and takes nothing with a gradient or from another device.
+    if hasattr(value, "detach"):
+      value = value.detach().cpu().float().numpy()
+    with np.errstate(over="ignore"):   # to infinity, which is looked for
+      return np.asarray(value).astype(np.float32, copy=False)
+  except Exception as error:  # of whatever library the tensor is
+    reason = str(error).split("\n")[0]
+    raise ValueError(f"{name}, a {type(value).__name__} of {value.dtype}, cannot become a NumPy "
+                     f"array: {reason}") from error
+
+
+def whose(names) -> str | None:
+  """A line on whose names these are and what to do, if they are known and not read here."""
+  for pattern, owner, advice in OWNERS:
+    if any(re.search(pattern, name) for name in names):
+      return f"the names are {owner}, not timm's or the authors'; {advice}"
+  return None
+
+
+def _check_given(checkpoint):
+  wanted = "wanted: a state dict, {name: array}"
+  if isinstance(checkpoint, (str, bytes, os.PathLike)):
+    raise ValueError(f"a path was given, {str(checkpoint)!r}; {wanted}, such as "
+                     "torch.load(path, map_location='cpu', weights_only=True) or "
+                     f"safetensors.numpy.load_file(path); `{CONVERT}` reads files")
+  if not isinstance(checkpoint, Mapping):
+    also = "; pass its .state_dict()" if hasattr(checkpoint, "state_dict") else ""
+    raise ValueError(f"a {type(checkpoint).__name__} was given; {wanted}{also}")
+  if not checkpoint:
+    raise ValueError(f"the state dict is empty; {wanted}")
+  if _has_kernel(checkpoint):
+    raise ValueError(f"variables of Flax were given; {wanted}. Ours need no conversion: apply, "
+                     "vitcompact.save and vitcompact.load take them")
+
+
+def _has_kernel(mapping, depth=0):
+  return any((key == "kernel" and is_tensor(value)) or
+             (isinstance(value, Mapping) and depth < 9 and _has_kernel(value, depth + 1))
+             for key, value in mapping.items())
+
+
+def _contents(checkpoint):
+  return trees.some([f"{key!r} (a {type(value).__name__})" for key, value in checkpoint.items()])
+
+
+def _text(key):
+  return key.decode("utf-8", "replace") if isinstance(key, bytes) else key
+
+
+def _states(mapping, path=()):
+  """(path, {name: value}) of each mapping with tensors, names without what wrappers add."""
+  items = [(_text(key), value) for key, value in mapping.items()
+           if isinstance(key, (str, bytes))]
+  if any(is_tensor(value) for _, value in items):
+    yield path, renamed(dict(items), _bare)
+  for key, value in items:
+    if isinstance(value, Mapping) and len(path) < 4:
+      yield from _states(value, (*path, key))
+
+
+def renamed(state: Mapping[str, Any], rename) -> dict[str, Any]:
+  """{rename(name): value}; ValueError where two names become one."""
+  out, origin = {}, {}
+  for name, value in state.items():
+    new = rename(name)
+    if new in out:
+      raise ValueError(f"two tensors of one name, {origin[new]!r} and {name!r} are both {new}; "
+                       "take one out")
+    out[new], origin[new] = value, name
+  return out
+
+
+def _bare(name):
+  for wrapper in INNER:
+    name = re.sub(rf"(^|\.){re.escape(wrapper)}", r"\1", name)
+  while name.startswith(OUTER):
+    name = name.split(".", 1)[1]
+  return name
+
+
+def _groups(path, state, known, least):
+  """[(number of known names, Weights)]: one for each prefix under which a model may be.
+
+  Under several prefixes are several networks, named by them.
+  """
+  hits = Counter(prefix for name in state for prefix in _prefixes(name, known))
+  most = max(hits.values(), default=0)
+  if 2 * hits[""] >= most or most < least:
+    return [(hits[""], Weights(".".join(path), state))]
+  prefixes = [prefix for prefix, count in hits.items() if 2 * count >= most]
+  out = []
+  for prefix in prefixes:
+    inside = {name.removeprefix(prefix): value for name, value in state.items()
+              if name.startswith(prefix)}
+    others = [name for name in state if not name.startswith(tuple(prefixes))]
+    # A classifier, say, beside the backbone.
+    beside = {name: state[name] for name in others if name in known and name not in inside}
+    parts = [part for part in prefix.split(".") if part and f"{part}." not in OUTER]
+    out.append((hits[prefix], Weights(
+        ".".join([*path, *parts] if len(prefixes) > 1 else path), {**inside, **beside}, prefix,
+        {name: state[name] for name in others if name not in beside})))
+  return out
+
+
+def _prefixes(name, known):
+  """What stands before a known name."""
+  starts = [0, *(found.end() for found in re.finditer(r"\.", name))]
+  return [name[:start] for start in starts if name[start:] in known]
+
+
+def _rank(weights):
+  """What is preferred has the smallest: by its most preferred part, then by all of them."""
+  order = [CONTAINERS.index(part) if part in CONTAINERS else len(CONTAINERS)
+           for part in weights.name.split(".")] if weights.name else [-1]
+  return min(order), sum(order)
+
+
+def _chosen(groups, choice):
+  def matches(weights):
+    parts = ".".join([weights.name, weights.prefix])
+    return f".{choice}." in f".{parts}."
+
+  found = [weights for weights in groups if matches(weights)]
+  exact = [weights for weights in found if weights.name == choice]
+  if len(exact or found) != 1:
+    problem = "stands for several" if found else "is not in the checkpoint"
+    names = [weights.name or "weights without a container" for weights in groups]
+    raise ValueError(f"weights={choice!r} {problem}; it has {trees.some(names, 8)}")
+  return (exact or found)[0]
