@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+from multiprocessing import resource_tracker
 
 STOPPED = 75    # exit code: asked to leave, all is saved; the same command goes on (EX_TEMPFAIL)
 ABANDONED = 130 # exit code: left at a second Ctrl-C, as a shell would have it
@@ -74,6 +75,7 @@ def on_signal():
   os.set_blocking(write, False)
 
   def hear():
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     presses = 0
     while got := os.read(read, 1):      # empty: the pipe was closed, the run is over
       if got[0] == signal.SIGTERM:      # others are of a child that ended, say
@@ -98,6 +100,11 @@ def on_signal():
     if number == signal.SIGTERM:
       stop.signalled = True
 
+  # A terminal sends Ctrl-C to the data's workers too, who inherit that it is blocked: they would go
+  # first, each with a traceback. One thread of this process hears it. (Python 3.11's tracker of
+  # shared memory unblocks it in who starts that one, so it is started before.)
+  resource_tracker.ensure_running()
+  signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
   old = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
   old_pipe = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
   threads = [threading.Thread(target=target, daemon=True) for target in (hear, leave_when_saved)]
@@ -106,6 +113,7 @@ def on_signal():
   try:
     yield stop
   finally:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.set_wakeup_fd(old_pipe)
     for number, before in old.items():
       signal.signal(number, before)
