@@ -7,7 +7,7 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 AXES = {"heads", "links", "tokens", "ffn"}
 VERBS = {"compact", "fold", "verify", "count", "features", "convert", "preprocess", "receipt",
-         "bench", "measure", "export", "tune", "pytorch", "draw", "compare"}
+         "bench", "measure", "doors", "export", "tune", "pytorch", "draw", "compare"}
 BASE = {"trees", "kernels", "backends", "attention", "layers"}
 # room -> the rooms it may import, besides itself. A room is a file or a folder of vitcompact/.
 MAY = {
