@@ -61,6 +61,23 @@ def test_compact_starts_from_a_dense_model_only():
     vc.compact(model, tiny.init(model), vc.Plan())
 
 
+@pytest.mark.parametrize("fields", [
+    {"heads": vc.HMHSA()}, {"tokens": vc.EViT(keep=0.5, blocks=(1,))}, {"tokens": vc.ToMe(r=4)},
+    {"attention": vc.Sparsifiner(keep=0.3)},
+    {"heads": vc.HMHSA(), "attention": vc.Sparsifiner(keep=0.5), "ffn": vc.CFFN(factor="both"),
+     "tokens": vc.EViT(keep=0.5, blocks=(1,))}], ids=lambda fields: "-".join(fields))
+def test_batch_norms_start_at_the_statistics_that_the_compact_model_has(fields):
+  """The first step of training computes what evaluation does, on the calibration images."""
+  model = tiny.deit(drop_path_rate=0.0, remat=len(fields) > 1)
+  variables, x = tiny.init(model, spread=0.5), tiny.images(model, batch=16)
+  small, got = vc.compact(model, variables, vc.Plan(**{"ffn": vc.CFFN(), **fields}), images=x)
+  train, _ = jax.jit(lambda got, x: small.apply(got, x, train=True, mutable=["batch_stats"]))(
+      got, x)
+  logits = jax.jit(small.apply)(got, x)
+  assert float(logits.std()) > 0.5
+  np.testing.assert_allclose(train, logits, atol=1e-4)
+
+
 def test_calibration_images_bring_the_compacted_model_nearer():
   model = tiny.deit()
   variables, x = tiny.init(model, spread=0.5), tiny.images(model, batch=16)

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 import vitcompact as vc
 from tests import tiny
 from tests.torch_double import Tensor
-from vitcompact import convert, fit, foreign, trees
-from vitcompact.models import torch_names
+from vitcompact import convert, fit, foreign, torch_names, trees
 
 MODEL = tiny.deit(depth=1)
 STATE = vc.to_torch(MODEL, tiny.init(MODEL))

@@ -9,6 +9,7 @@ import flax.linen as nn
 import numpy as np
 
 from vitcompact import foreign, trees
+from vitcompact.doors import check_variables, describe, variable_shapes
 from vitcompact.execution import Execution
 from vitcompact.files import (
     DTYPES,
@@ -19,7 +20,7 @@ from vitcompact.files import (
     read_safetensors,
     write_safetensors,
 )
-from vitcompact.fit import MANY, check_fit, closest_model, describe, variable_shapes
+from vitcompact.fit import MANY, check_fit, closest_model
 from vitcompact.foreign import CONTAINERS
 from vitcompact.models import create_model
 from vitcompact.plan import Plan, modern
@@ -327,11 +328,11 @@ def _entries(model, shapes) -> list[Entry]:
 
 
 def _check_variables(model, variables, shapes):
+  """As at every door; files hold nothing else either, and in the model's own dtypes."""
+  check_variables(model, variables, shapes=shapes)
   if lines := trees.differences(variables, shapes):
-    wrapped = isinstance(variables, Mapping) and "params" in variables
-    hint = "" if wrapped else "; variables are {'params': ..., 'batch_stats': ...}"
-    raise ValueError(f"variables do not fit {describe(model)}{hint}:\n"
-                     + trees.some(lines, 3 * MANY, joint="\n"))
+    raise ValueError(f"variables do not fit {describe(model)}: "
+                     + trees.some(lines, MANY, joint="; "))
 
 
 def _shapes_of(state):

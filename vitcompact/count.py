@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitcompact import attention, trees
+from vitcompact.doors import check_model
 from vitcompact.fold import fold
 from vitcompact.layers import SHIFT_AND_ADD
+from vitcompact.models import check_value
 
 
 class Macs(NamedTuple):
@@ -46,10 +48,14 @@ def count(model: nn.Module, image_size: int | tuple[int, int] | None = None,
   variables: of the model; with them the share of entries that are not 0, where a method needs no
     others, is that of the weights, else it is 1.
   """
+  check_model(model)
+  # Of the model as it was made: its positions have one size.
+  folded = {} if variables is None else fold(model, variables)[1]["params"]
+  if image_size is not None:
+    check_value("image_size", int | tuple[int, int], image_size)
   if image_size is not None and _pair(image_size) != _pair(model.image_size):
     model = model.clone(image_size=image_size)
     model.check()
-  folded = {} if variables is None else fold(model, variables)[1]["params"]
   params, jaxpr = _trace(model)
   macs = _walk(jaxpr)
   ideal = jaxpr if model.deploy else _trace(model.clone(deploy=True))[1]

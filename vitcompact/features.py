@@ -5,6 +5,7 @@ import flax.linen as nn
 import jax
 
 from vitcompact import trees
+from vitcompact.doors import check_fitting
 
 
 class Features(NamedTuple):
@@ -18,6 +19,7 @@ class Features(NamedTuple):
 
 def features(model: nn.Module, variables, images, *, maps: bool = False) -> Features:
   """Runs inference and keeps what it passes. Attention maps are formed only if asked for."""
+  check_fitting(model, variables, images)
   kept = ["features", "maps"] if maps else ["features"]
   logits, state = model.apply(variables, images, mutable=kept)
   return Features(logits, {name: values[0] for name, values in state.get("features", {}).items()},

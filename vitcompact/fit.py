@@ -2,29 +2,12 @@
 import functools
 from collections.abc import Mapping
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from vitcompact import foreign, trees
+from vitcompact.doors import describe, variable_shapes
 from vitcompact.models import VARIANTS, create_model
 from vitcompact.torch_names import torch_shape
 
 MANY = 4   # of a kind of misfit are shown, the others counted
-
-
-def variable_shapes(model):
-  """The model's variables as shapes and dtypes; refuses what is no model of ours."""
-  if not hasattr(model, "torch_entries"):
-    given = repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
-    raise ValueError(f"{given} was given, wanted: a model, such as create_model(NAME)")
-  height, width = np.broadcast_to(model.image_size, 2).tolist()
-  images = jax.ShapeDtypeStruct((1, height, width, model.in_chans), jnp.float32)
-  return jax.eval_shape(model.init, jax.random.key(0), images)
-
-
-def describe(model) -> str:
-  return f"{model.variant} (plan={model.plan.to_json()}, deploy={model.deploy})"
 
 
 def check_fit(what, model, shapes, wanted, heads, got):

@@ -1,6 +1,8 @@
 """fold: the deployed form of a model, with nothing left that only training needs."""
 import flax.linen as nn
 
+from vitcompact.doors import check_model, check_variables
+
 
 def fold(model: nn.Module, variables):
   """Returns (deployed model, its variables): the same function, re-parameterised.
@@ -9,6 +11,8 @@ def fold(model: nn.Module, variables):
   idempotent, never timed. Give it the EMA of parameters and of batch statistics where these are
   what is evaluated.
   """
+  check_model(model)
+  check_variables(model, variables)
   params, stats = dict(variables["params"]), dict(variables.get("batch_stats", {}))
   if not model.deploy:
     for name, module in model.submodules().items():

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from vitcompact.data import augment, decode
+from vitcompact.doors import check_model
 from vitcompact.models import variant_of
 
 
@@ -70,6 +71,7 @@ def preprocess(model: nn.Module) -> Preprocess:
   A model of another number of channels than three is normalised by the mean of mean and of std in
   each, as in timm; one of a single channel is shown images in grey.
   """
+  check_model(model)
   row = variant_of(model.variant)
   size = tuple(np.broadcast_to(model.image_size, 2).tolist())
   crop = row.crop_384 if row.crop_384 and min(size) >= 384 else row.crop

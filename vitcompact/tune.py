@@ -12,6 +12,7 @@ import numpy as np
 from vitcompact import attention, bench
 from vitcompact.attention import Core
 from vitcompact.block import Attention
+from vitcompact.doors import check_fitting, check_model, given
 from vitcompact.execution import Execution
 from vitcompact.layers import dense
 from vitcompact.methods.ffn.cffn import CompactDense, merge_factors
@@ -54,11 +55,14 @@ def tune(deploy: nn.Module, variables, images, *, rounds: int = 5):
     deploy: a folded model; images: (B, H, W, C), normalised, in the batch size that is to be fast.
     rounds: of measurement, in which the forms alternate.
   """
+  check_model(deploy)
   if not deploy.deploy:
     raise ValueError("tune chooses between deployed forms, and this model is not folded; "
                      "give it what vc.fold returns")
-  if rounds < 1:
-    raise ValueError(f"{rounds=}: must be at least 1; a median wants 5")
+  check_fitting(deploy, variables, images)
+  if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
+    raise ValueError(f"rounds={given(rounds)}: must be a whole number of at least 1; a "
+                     "median wants 5")
   # What was chosen before, for another device perhaps, is no starting point.
   deploy = deploy.clone(execution=Execution(merged=deploy.execution.merged))
   deploy = with_chunk(deploy, best_chunk(deploy, variables, images, rounds))

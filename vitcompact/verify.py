@@ -5,6 +5,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from vitcompact.doors import check_fitting, given
+
 
 @dataclasses.dataclass(frozen=True)
 class Proof:
@@ -31,8 +33,15 @@ class Proof:
 def verify(model: nn.Module, variables, deploy: nn.Module, deploy_variables, images, *,
            tolerance: float = 1e-5) -> Proof:
   """Compares two models on normalised images (B, H, W, C), block by block and at the logits."""
+  check_fitting(model, variables, images)
+  check_fitting(deploy, deploy_variables, images, "deploy ")
+  if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or tolerance < 0:
+    raise ValueError(f"tolerance: {given(tolerance)} was given, wanted: a number of at least 0")
   wanted, wanted_blocks = _run(model, variables, images)
   got, got_blocks = _run(deploy, deploy_variables, images)
+  if got.shape != wanted.shape:
+    raise ValueError(f"the models' outputs have shapes {wanted.shape} and {got.shape}: only models "
+                     "of as many classes can compute the same function")
   max_abs, max_rel = _apart(got, wanted)
   # Not `> tolerance`, which is false for NaN.
   first = next((name for name in wanted_blocks if name in got_blocks

@@ -1,0 +1,117 @@
+"""What every verb checks at its door: that it was given a model, its variables, and images.
+
+Each refusal is one line: what was given, what is wanted, and what to do. Shapes alone are read, so
+that a verb can be traced.
+"""
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitcompact import trees
+from vitcompact.plan import Plan
+
+MANY = 3   # misfits are shown, the others counted
+VARIABLES = "wanted: {'params': ..., 'batch_stats': ...} as model.init gives"
+IMAGES = "normalised float, as vc.preprocess(model) makes them"
+
+
+def given(value) -> str:
+  """A value as an error names it."""
+  text = repr(value)
+  if isinstance(value, (str, int, float, type(None))) and len(text) < 60:
+    return text
+  shape = getattr(value, "shape", None)
+  return f"a {type(value).__name__}" + (f" of shape {shape}" if isinstance(shape, tuple) else "")
+
+
+def check_model(model, what: str = "model"):
+  """Refuses what is no model of ours."""
+  if isinstance(model, type) or not all(hasattr(model, name) for name in ("submodules", "variant")):
+    where = "" if what == "model" else f"{what}: "
+    raise ValueError(f"{where}{given(model)} was given, wanted: a model, such as "
+                     "create_model(NAME)")
+
+
+def describe(model) -> str:
+  return f"{model.variant} (plan={model.plan.to_json()}, deploy={model.deploy})"
+
+
+def variable_shapes(model):
+  """The model's variables as shapes and dtypes."""
+  check_model(model)
+  height, width = np.broadcast_to(model.image_size, 2).tolist()
+  images = jax.ShapeDtypeStruct((1, height, width, model.in_chans), jnp.float32)
+  return jax.eval_shape(model.init, jax.random.key(0), images)
+
+
+def check_variables(model, variables, what: str = "variables", shapes=None):
+  """Refuses variables that are not the model's, by names and shapes; other collections may come
+  along. shapes: those of the model, where they are known."""
+  if not isinstance(variables, Mapping):
+    raise ValueError(f"{what}: {given(variables)} was given, {VARIABLES}")
+  wanted = _shapes(variable_shapes(model) if shapes is None else shapes)
+  if "params" not in variables:
+    if {f"params/{name}" for name in _named(variables)} & wanted.keys():
+      raise ValueError(f"{what}: these are the parameters alone: give {{'params': ...}}, with "
+                       "'batch_stats' where the model has them")
+    raise ValueError(f"{what}: a dict of {trees.some(sorted(map(repr, variables)), MANY)} was "
+                     f"given, {VARIABLES}")
+  got = _shapes({name: variables[name] for name in ("params", "batch_stats") if name in variables})
+  if got != wanted:
+    raise ValueError(f"{what} do not fit {describe(model)}: {_why(model, got, wanted)}")
+
+
+def check_fitting(model, variables, images, what: str = ""):
+  """Refuses a model, its variables and images that do not go together. what: before their names."""
+  check_model(model, f"{what}model" if what else "model")
+  check_variables(model, variables, f"{what}variables")
+  check_images(model, images)
+
+
+def check_images(model, images, what: str = "images"):
+  """Refuses what is no batch of normalised images for the model; sizes it checks itself."""
+  wanted = f"wanted: (B, height, width, {model.in_chans}), {IMAGES}"
+  shape, dtype = (getattr(images, name, None) for name in ("shape", "dtype"))
+  if shape is None or dtype is None:
+    raise ValueError(f"{what}: {given(images)} was given, {wanted}")
+  if len(shape) != 4 or shape[-1] != model.in_chans:
+    raise ValueError(f"{what} of shape {tuple(shape)}, {wanted}")
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(f"{what} of {dtype}, {wanted}")
+  if shape[0] == 0:
+    raise ValueError(f"no {what} were given: shape {tuple(shape)}, {wanted}")
+
+
+def check_plan(plan):
+  """Refuses what is no plan."""
+  if not isinstance(plan, Plan):
+    raise ValueError(f"plan: {given(plan)} was given, wanted: a Plan; Plan.parse reads a dict, "
+                     "JSON or a path to it")
+
+
+def _named(tree):
+  return trees.named_leaves(dict(tree))
+
+
+def _shapes(tree) -> dict:
+  return {name: tuple(leaf.shape) if hasattr(leaf, "dtype") else f"a {type(leaf).__name__}"
+          for name, leaf in _named(tree).items()}
+
+
+def _why(model, got, wanted) -> str:
+  other = model.clone(deploy=not model.deploy)
+  if got == _shapes(variable_shapes(other)):
+    if model.deploy:
+      return "they are the training form's: vc.fold(model, variables) gives the deployed ones"
+    return "they are the deployed form's: give the deployed model, which vc.fold returned with them"
+  # A collection of which nothing is there is one misfit.
+  absent = {name.split("/")[0] for name in wanted} - {name.split("/")[0] for name in got}
+  lines = [f"no {name!r}" for name in sorted(absent, reverse=True)]
+  lines += [f"missing {name} {wanted[name]}" for name in wanted
+            if name not in got and name.split("/")[0] not in absent]
+  lines += [f"unexpected {name} {got[name]}" for name in got if name not in wanted]
+  lines += [f"{name} is {got[name]}, not {wanted[name]}" for name in wanted
+            if name in got and got[name] != wanted[name]]
+  return trees.some(lines, MANY, joint="; ")
