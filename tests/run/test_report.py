@@ -23,6 +23,8 @@ def test_the_receipt_and_the_file_are_of_the_folded_model(built, tmp_path):
   deploy, folded = vc.fold(model, variables)
   found, loaded = convert.load(tmp_path / "deploy.safetensors")
   assert found == deploy
+  assert convert.classes_of(tmp_path / "deploy.safetensors") == receipt["classes"]
+  assert receipt["classes"] == list("0123456789")
   assert trees.digest(loaded["params"]) == receipt["deploy_digest"] == trees.digest(
       folded["params"])
   rows = receipt["models"]

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from tests.tiny_run import contents, lines
+from vitcompact.data import pipeline
 from vitcompact.run import loop, workdir
 
 
@@ -15,7 +16,7 @@ def test_a_workdir_is_made_with_its_parents_and_claimed_once(config, tmp_path):
   workdir.claim(directory, config)
   text = (directory / "config.json").read_text()
   workdir.claim(directory, config)
-  assert [path.name for path in directory.iterdir()] == ["config.json"]
+  assert {path.name for path in directory.iterdir()} == {"config.json", "classes.json"}
   config.seed = 1
   with pytest.raises(ValueError, match=r"seed is 0 there and 1 here.*Use another --workdir"):
     workdir.claim(directory, config)
@@ -173,3 +174,14 @@ def test_a_lack_of_permission_is_found_before_anything_is_computed(config, tmp_p
   monkeypatch.setattr(loop, "build", lambda config: pytest.fail("built already"))
   with pytest.raises(ValueError, match=f"cannot be written: {tmp_path} gives no permission"):
     loop.train(config, tmp_path / "new" / "run")
+
+
+def test_a_workdir_knows_its_classes_and_refuses_data_of_others(tmp_path, config, monkeypatch):
+  """Names of the same number in another order would change what every output means."""
+  workdir.claim(tmp_path, config)
+  names = json.loads((tmp_path / "classes.json").read_text())
+  assert names == [str(digit) for digit in range(10)]
+  workdir.check_claim(tmp_path, config)
+  monkeypatch.setattr(pipeline, "class_names", lambda name: (*names[1:], names[0]))
+  with pytest.raises(ValueError, match="output 0 is '0' there and '1' in the data"):
+    workdir.check_claim(tmp_path, config)

@@ -83,6 +83,17 @@ def test_a_file_of_the_same_plan_is_taken_as_it_is(built, tmp_path):
   assert trees.digest(got) == trees.digest(variables)
 
 
+def test_a_file_of_other_classes_is_refused_as_start_and_as_teacher(built, tmp_path):
+  path, names = str(tmp_path / "named.safetensors"), list("0123456789")
+  convert.save(path, built.model, tiny.init(built.model), classes=names)
+  start.load_variables(path, built.model, None, names)
+  start.load_teacher(path, built.model, names)
+  for load in (lambda: start.load_variables(path, built.model, None, names[::-1]),
+               lambda: start.load_teacher(path, built.model, names[::-1])):
+    with pytest.raises(ValueError, match="output 0 is '0' there and '9' in the data.*reset-head"):
+      load()
+
+
 def test_a_file_that_does_not_fit_is_named_in_one_line(built, tmp_path):
   other = tiny.deit()
   convert.save(tmp_path / "other.safetensors", other, tiny.init(other))

@@ -49,7 +49,7 @@ def report(result: loop.Result, workdir) -> Receipt:
       f"{config.model.name} on {config.data.name}",
       tuple(dataclasses.replace(row, timing=timings[row.name]) for row in rows),
       vc.verify(model.clone(dtype="float32"), variables, deploy.clone(dtype="float32"), folded,
-                images), facts)
+                images), facts, classes=tuple(pipeline.class_names(config.data.name)))
   if jax.process_index() == 0:
     write(pathlib.Path(workdir), receipt,
           {"trained": (model, variables), "deploy": (deploy, folded)})
@@ -60,7 +60,8 @@ def write(directory: pathlib.Path, receipt: Receipt, files: dict):
   """files: {name: (model, variables)}."""
   try:
     for name, (model, variables) in files.items():
-      convert.save(directory / f"{name}.safetensors", model, variables, force=True)
+      convert.save(directory / f"{name}.safetensors", model, variables, force=True,
+                   classes=receipt.classes or None)
     receipt.write(directory)
   except OSError as error:
     raise OSError(f"the run is done, but its report was not written: {error}. Then give the "

@@ -1,5 +1,6 @@
-"""The directory of a run: it belongs to one config, which lies in it as config.json, and to one set
-of images, of which data.json tells enough to know them again at another path."""
+"""The directory of a run: it belongs to one config, which lies in it as config.json, to the classes
+of classes.json, and to one set of images, of which data.json tells enough to know them again at
+another path."""
 import contextlib
 import difflib
 import fcntl
@@ -14,9 +15,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from vitcompact.data import pipeline
+from vitcompact.data.classes import check_classes
 from vitcompact.data.decode import BadRecord
 from vitcompact.train import config as configs
 
+CLASSES = "classes.json"             # names of the classes, in the order of the outputs
 ON_DISK = ("folder", "arrayrecord")   # kinds of data that have a path
 SAMPLED = 16                         # images of a split whose pixels are compared
 
@@ -47,6 +50,7 @@ def check_claim(workdir: pathlib.Path, config, *, allow: Sequence[str] = (),
       raise ValueError(f"--workdir={workdir} holds checkpoints but no config.json, which says "
                        "whose they are: put that run's back, or use another --workdir")
     return []
+  _check_classes(workdir, config.data.name)
   new = configs.flat(json.loads(config.to_json()))
   try:
     old = configs.from_text(path.read_text(encoding="utf-8"))
@@ -66,6 +70,19 @@ def check_claim(workdir: pathlib.Path, config, *, allow: Sequence[str] = (),
                      "Use another --workdir, or the config of that run; or, to go on from it all "
                      f"the same, --allow={keys}")
   return list(lines.values())
+
+
+def _check_classes(workdir: pathlib.Path, name: str):
+  """Refuses data whose classes are not those that the outputs of this run stand for."""
+  path = workdir / CLASSES
+  if not path.exists():   # runs of before
+    return
+  try:
+    wanted = json.loads(path.read_text(encoding="utf-8"))
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{path} holds no names of classes ({error}); use another --workdir") from None
+  check_classes(f"--workdir={workdir}", wanted, pipeline.class_names(name),
+                "Use the data of that run, or another --workdir")
 
 
 def _other_images(workdir: pathlib.Path, old: str, new: str) -> str:
@@ -130,6 +147,8 @@ def claim(workdir: pathlib.Path, config, allow: Sequence[str] = ()) -> list[str]
   try:
     if changed or not path.exists():
       _write(path, json.loads(config.to_json()))
+    if not (workdir / CLASSES).exists():
+      _write(workdir / CLASSES, list(pipeline.class_names(config.data.name)))
     if not (workdir / "data.json").exists() and (facts := images_at(config.data.name)):
       _write(workdir / "data.json", facts)
   except OSError as error:
@@ -137,7 +156,7 @@ def claim(workdir: pathlib.Path, config, allow: Sequence[str] = ()) -> list[str]
   return changed
 
 
-def _write(path: pathlib.Path, values: dict):
+def _write(path: pathlib.Path, values: dict | list):
   """JSON, renamed into its place, so that a kill leaves no half of it."""
   new = path.with_suffix(".tmp")
   new.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

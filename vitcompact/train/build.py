@@ -191,8 +191,9 @@ def make_teacher(config, model):
 def fresh_state(run: Run) -> steps.TrainState:
   """Drawn from the seed, or from the file that `config.init_from` names; with its teacher."""
   config, state = run.config, run.init(jax.random.key(run.config.seed))
+  classes = pipeline.class_names(config.data.name)
   if config.teacher.file:
-    taught = start.load_teacher(config.teacher.file, make_teacher(config, run.model))
+    taught = start.load_teacher(config.teacher.file, make_teacher(config, run.model), classes)
     state = state.replace(teacher=jax.device_put(taught, run.shardings.teacher))
   first = phases.first_phase(run.model.plan)
   if first and not phases.first_steps(config, run.model.plan) and (
@@ -205,5 +206,5 @@ def fresh_state(run: Run) -> steps.TrainState:
     return state
   variables = start.load_variables(
       config.init_from, run.model,
-      lambda: start.calibration_images(config, run.preprocess))
+      lambda: start.calibration_images(config, run.preprocess), classes)
   return start.started_from(state, variables, run.shardings)

@@ -6,14 +6,18 @@ import vitcompact as vc
 from vitcompact import convert, files, trees
 from vitcompact.data import batch as device_batch
 from vitcompact.data import pipeline
+from vitcompact.data.classes import check_classes
 from vitcompact.train.step import TrainState
 
 CALIBRATION_IMAGES = 128
+WAY_OUT = (f"Use data of the same classes in the same order, or give the file another classifier: "
+           f"`{files.CONVERT} FILE --reset-head --out NEW.safetensors`")
 
 
-def load_variables(path: str, model, calibration):
+def load_variables(path: str, model, calibration, classes=None):
   """Variables for `model` from a .safetensors file that `vitcompact convert` or a run wrote.
 
+  classes: names of the data's classes in order, which have to be the file's, if it has any.
   A dense model's are made compact for the model's plan, fitted on the images that `calibration()`
   returns (normalised).
   """
@@ -22,6 +26,7 @@ def load_variables(path: str, model, calibration):
   if found.plan == vc.Plan() and not found.deploy:
     source = model.clone(plan=vc.Plan())
   _check_fits(f"init_from={path!r}", found, variables, source)
+  check_classes(f"init_from={path!r}", convert.classes_of(path), classes, WAY_OUT)
   if source == model:
     return variables
   return vc.compact(source, variables, model.plan, images=calibration())[1]
@@ -32,10 +37,11 @@ def is_dense(path: str) -> bool:
   return _load(path)[0].plan == vc.Plan()
 
 
-def load_teacher(path: str, teacher):
-  """Variables of a teacher from such a file."""
+def load_teacher(path: str, teacher, classes=None):
+  """Variables of a teacher from such a file; classes: see `load_variables`."""
   found, variables = _load(path)
   _check_fits(f"teacher.file={path!r}", found, variables, teacher)
+  check_classes(f"teacher.file={path!r}", convert.classes_of(path), classes, WAY_OUT)
   return variables
 
 
