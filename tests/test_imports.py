@@ -13,8 +13,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 BASE = {"trees", "settings", "kernels", "torch_names", "token_state", "attention", "layers"}
 MODELS = BASE | {"methods", "plan", "execution", "block", "models"}
 VERBS = {"compact", "fold", "verify", "count", "features", "convert", "preprocess", "receipt",
-         "bench", "measure", "doors", "export", "tune", "files", "fit", "foreign", "compare", "draw",
-         "pytorch"}
+         "bench", "measure", "doors", "export", "tune", "files", "fit", "foreign", "compare",
+         "draw", "pytorch"}
 # room -> the rooms it may import, besides itself. A room is a file or a folder of vitcompact/.
 MAY = {
     "trees": set(), "settings": set(), "kernels": set(), "torch_names": set(),

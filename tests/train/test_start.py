@@ -90,7 +90,7 @@ def test_a_file_of_other_classes_is_refused_as_start_and_as_teacher(built, tmp_p
   start.load_teacher(path, built.model, names)
   for load in (lambda: start.load_variables(path, built.model, None, names[::-1]),
                lambda: start.load_teacher(path, built.model, names[::-1])):
-    with pytest.raises(ValueError, match="output 0 is '0' there and '9' in the data.*reset-head"):
+    with pytest.raises(ValueError, match=r"output 0 is '0' there and '9' in the data.*reset-head"):
       load()
 
 
