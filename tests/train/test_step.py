@@ -82,6 +82,13 @@ def test_the_update_is_the_gradient_of_the_mean_loss():
   assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
 
 
+def test_a_step_counts_itself_and_logs_the_rate_that_it_had():
+  step = steps.make_train_step(make_objective(Toy(), LABELS), SGD, lambda step: 10.0 + step, plain,
+                               accumulate=1, ema_decay=0.0)
+  new, metrics = jax.jit(step)(state_of(Toy()).replace(step=jnp.array(3)), batch_of(6))
+  assert (int(new.step), float(metrics["lr"])) == (4, 13.0)
+
+
 def test_both_heads_of_a_distilled_model_learn_from_the_labels():
   model, batch = Toy(heads=2), batch_of(6)
   state = state_of(model)
