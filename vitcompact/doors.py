@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitcompact import trees
+from vitcompact.methods import METHODS, protocol
 from vitcompact.plan import Plan
 
 MANY = 3   # misfits are shown, the others counted
@@ -47,8 +48,11 @@ def variable_shapes(model):
 
 
 def check_variables(model, variables, what: str = "variables", shapes=None):
-  """Refuses variables that are not the model's, by names and shapes; other collections may come
-  along. shapes: those of the model, where they are known."""
+  """Refuses variables that are not the model's, by names and shapes.
+
+  Other collections may come along, and mask predictors of blocks in which nothing is masked.
+  shapes: those of the model, where they are known.
+  """
   if not isinstance(variables, Mapping):
     raise ValueError(f"{what}: {given(variables)} was given, {VARIABLES}")
   wanted = _shapes(variable_shapes(model) if shapes is None else shapes)
@@ -59,6 +63,10 @@ def check_variables(model, variables, what: str = "variables", shapes=None):
     raise ValueError(f"{what}: a dict of {trees.some(sorted(map(repr, variables)), MANY)} was "
                      f"given, {VARIABLES}")
   got = _shapes({name: variables[name] for name in ("params", "batch_stats") if name in variables})
+  # Predictors of blocks that are dense now, at another size perhaps; fold leaves them out.
+  scopes = {protocol.scope_of(kind) for kind in METHODS["attention"].values()}
+  got = {name: shape for name, shape in got.items()
+         if name in wanted or not scopes & set(name.split("/"))}
   if got != wanted:
     raise ValueError(f"{what} do not fit {describe(model)}: {_why(model, got, wanted)}")
 
