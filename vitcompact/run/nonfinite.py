@@ -1,4 +1,4 @@
-"""Numbers that are not numbers: a run stops at them and keeps the batch, or skips so many steps."""
+"""Numbers that are not finite: a run stops at them and keeps the batch, or skips such steps."""
 import math
 import pathlib
 

@@ -97,11 +97,11 @@ def build(config: FrozenConfigDict, classes: int | None = None) -> Run:
     return steps.jit_train_step(step, shardings, mesh)
 
   eval_step = steps.make_eval_step(model, preprocess.mean, preprocess.std)
-  alone = steps.make_augment(config.data, preprocess.mean, preprocess.std, classes,
+  one_replica = steps.make_augment(config.data, preprocess.mean, preprocess.std, classes,
                              max(1, config.data.replicas), getattr(model, "grid", None))
   return Run(config, mesh, model, preprocess, steps.jit_init(init, shardings), shapes, shardings,
              lambda step: compiled(phases.phase_at(config, model, step)),
-             steps.jit_eval_step(eval_step, mesh), alone)
+             steps.jit_eval_step(eval_step, mesh), one_replica)
 
 
 def batch_shapes(run: Run) -> dict:
@@ -193,8 +193,8 @@ def fresh_state(run: Run) -> steps.TrainState:
   config, state = run.config, run.init(jax.random.key(run.config.seed))
   classes = pipeline.class_names(config.data.name)
   if config.teacher.file:
-    taught = start.load_teacher(config.teacher.file, make_teacher(config, run.model), classes)
-    state = state.replace(teacher=jax.device_put(taught, run.shardings.teacher))
+    learnt_from = start.load_teacher(config.teacher.file, make_teacher(config, run.model), classes)
+    state = state.replace(teacher=jax.device_put(learnt_from, run.shardings.teacher))
   first = phases.first_phase(run.model.plan)
   if first and not phases.first_steps(config, run.model.plan) and (
       not config.init_from or start.is_dense(config.init_from)):

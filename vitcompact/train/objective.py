@@ -17,13 +17,13 @@ def variables(params, batch_stats):
 
 def make_objective(model, loss, teacher=None, second=None):
   """A function (params, batch_stats, teacher variables, images, labels, targets, key) -> (loss,
-  (batch statistics, {"accuracy", and every part of the loss before its weight})).
+  (batch statistics, {"accuracy", and every term of the loss before its weight})).
 
-  loss: the config's section, of weights. Of parts of weight 0 only `labels` is computed.
+  loss: the config's section, of weights. Of terms of weight 0 only `labels` is computed.
     labels: cross entropy with the targets. patch_labels: of patch logits (LV-ViT), with targets of
       their own where `targets` is a pair, else with those of their image.
     hard, soft: DeiT's distillation, of the distillation token's logits where there is one; the
-      class token's then learn from the labels alone.
+      class token's then learn from the labels only.
     logits: KL(teacher || student), of the class guess. patches: error of surviving patches,
       normalised features or patch logits, by `patch_error`: "square" or "divergence".
     Others are losses of the plan's methods, under their names.
@@ -43,21 +43,21 @@ def make_objective(model, loss, teacher=None, second=None):
 
     out, new = passed(model, batch_stats, key)
     distils = bool(loss.hard or loss.soft)
-    parts, logits = of_labels(out, targets, loss, distils)
+    terms, logits = of_labels(out, targets, loss, distils)
     if teacher is not None:
-      parts |= of_teacher(teacher, teacher_variables, images, out, logits, new, loss)
+      terms |= of_teacher(teacher, teacher_variables, images, out, logits, new, loss)
     seen = Pass(new, logits, labels)
     if second is not None:
       other, other_new = passed(second, new.get("batch_stats", {}), jax.random.fold_in(key, 1))
-      other_parts, other_logits = of_labels(other, targets, loss, distils)
+      other_terms, other_logits = of_labels(other, targets, loss, distils)
       # The second pass weighs like the first one.
-      parts |= {f"{name}_second": part for name, part in other_parts.items()}
+      terms |= {f"{name}_second": term for name, term in other_terms.items()}
       seen = seen._replace(second=Pass(other_new, other_logits, labels))
       new = {**new, "batch_stats": other_new.get("batch_stats", {})}
-    parts |= {name: jnp.mean(fn(seen)) for name, (_, fn) in asked.items()}
-    total = sum(loss[name.removesuffix("_second")] * part for name, part in parts.items())
+    terms |= {name: jnp.mean(fn(seen)) for name, (_, fn) in asked.items()}
+    total = sum(loss[name.removesuffix("_second")] * term for name, term in terms.items())
     accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
-    shown = {f"loss_{name}": part for name, part in parts.items()} if len(parts) > 1 else {}
+    shown = {f"loss_{name}": term for name, term in terms.items()} if len(terms) > 1 else {}
     return total, (new.get("batch_stats", {}), {"accuracy": accuracy, **shown})
 
   return objective
@@ -66,8 +66,8 @@ def make_objective(model, loss, teacher=None, second=None):
 def by_replica(objective, groups: int):
   """The objective of each of `groups` equal runs of a batch, and the means of what comes of them.
 
-  As on so many processes that average their gradients: batch statistics, MixToken's box and means
-  over surviving patches are of a run alone. (There, one process's running statistics are kept.)
+  As on `groups` processes that average their gradients: batch statistics, MixToken's box and means
+  over surviving patches are of one run. (There, one process's running statistics are kept.)
   """
   if groups == 1:
     return objective
@@ -108,39 +108,39 @@ def make_first_phase(model, phase: FirstPhase, weight: float, images_summed: int
 
 
 def of_labels(out, targets, loss, distils: bool):
-  """({part: mean}, logits of the class guess)."""
+  """({term: mean}, logits of the class guess)."""
   if isinstance(out, TokenLogits):
     targets, patch_targets = targets if isinstance(targets, tuple) else (targets, targets[:, None])
     mixed = out.share * targets + (1 - out.share) * targets[::-1]
-    parts = {"labels": losses.cross_entropy(out.logits, mixed).mean()}
+    terms = {"labels": losses.cross_entropy(out.logits, mixed).mean()}
     if loss.patch_labels:
       by_patch = losses.cross_entropy(out.token_logits, patch_targets)
-      parts["patch_labels"] = losses.over_survivors(by_patch, out.keep_mask).mean()
-    return parts, out.logits
+      terms["patch_labels"] = losses.over_survivors(by_patch, out.keep_mask).mean()
+    return terms, out.logits
   heads = out if isinstance(out, tuple) else (out,)
-  taught = heads[:1] if distils else heads
-  labels = sum(losses.cross_entropy(logits, targets).mean() for logits in taught) / len(taught)
+  labelled = heads[:1] if distils else heads
+  labels = sum(losses.cross_entropy(logits, targets).mean() for logits in labelled) / len(labelled)
   return {"labels": labels}, sum(logits.astype(jnp.float32) for logits in heads) / len(heads)
 
 
 def of_teacher(teacher, teacher_variables, images, out, guess, new, loss):
-  """{part: mean} of what is learnt from the teacher. out, guess, new: of the student."""
-  taught, seen = jax.lax.stop_gradient(
+  """{term: mean} of what is learnt from the teacher. out, guess, new: of the student."""
+  teacher_logits, seen = jax.lax.stop_gradient(
       teacher.apply(teacher_variables, images, mutable=["tokens"]))
   by_token = isinstance(out, TokenLogits)
   if by_token and "logits" in seen.get("tokens", {}):
-    taught = seen["tokens"]["logits"][0]   # of the class token alone, as the student's
+    teacher_logits = seen["tokens"]["logits"][0]   # of the class token only, as the student's
   last = out[-1] if isinstance(out, tuple) and not by_token else guess
-  parts = {}
+  terms = {}
   if loss.hard:
-    parts["hard"] = losses.hard_distillation(last, taught).mean()
+    terms["hard"] = losses.hard_distillation(last, teacher_logits).mean()
   if loss.soft:
-    parts["soft"] = losses.soft_distillation(last, taught, loss.temperature).mean()
+    terms["soft"] = losses.soft_distillation(last, teacher_logits, loss.temperature).mean()
   if loss.logits:
-    parts["logits"] = losses.divergence(guess, taught).mean()
+    terms["logits"] = losses.divergence(guess, teacher_logits).mean()
   if loss.patches:
     mine, keep_mask = ((out.token_logits, out.keep_mask) if by_token else
                    (new["tokens"][name][0] for name in ("patches", "keep_mask")))
     theirs = seen["tokens"]["token_logits" if by_token else "patches"][0]
-    parts["patches"] = PATCH_ERRORS[loss.patch_error](mine, theirs, keep_mask).mean()
-  return parts
+    terms["patches"] = PATCH_ERRORS[loss.patch_error](mine, theirs, keep_mask).mean()
+  return terms

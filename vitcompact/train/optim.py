@@ -31,7 +31,7 @@ def warmup_then_cosine(step, *, peak, warmup_steps, total_steps, start, final):
 
 
 def schedule(optim, total_steps: int):
-  """step -> learning rate, from the config's `optim` section, for so many steps.
+  """step -> learning rate, from the config's `optim` section, over `total_steps`.
 
   "step": `warmup_cosine`. "epoch": its value when the epoch of `epoch_steps` began. "late_epoch":
   that of the epoch before (DeiT's loop sets the rate after an epoch, so its first two epochs run at
@@ -82,7 +82,7 @@ class FirstGroup(NamedTuple):
 class Optimizers(NamedTuple):
   """Updates of one and the same state, in which every group of parameters has moments of its own.
 
-  main: of all but those of the first phase. first: of these alone, None without such a phase.
+  main: of all but those of the first phase. first: of these only, None without such a phase.
   rate: step -> the learning rate of the run at that step, for the log.
   """
   main: optax.GradientTransformation

@@ -48,12 +48,12 @@ def make_init(model, optimizer, image_shape, *, ema: bool, teacher=None):
     params, stats = new["params"], new.get("batch_stats", {})
     # Copies, because the step donates its state and no buffer may be given away twice.
     averages = jax.tree.map(jnp.copy, (params, stats)) if ema else ({}, {})
-    taught = {}
+    teacher_variables = {}
     if teacher is not None:
       shapes = jax.eval_shape(teacher.init, key, jnp.zeros((1, *image_shape)))
-      taught = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+      teacher_variables = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params), *averages,
-                      step_key, taught)
+                      step_key, teacher_variables)
   return init
 
 
@@ -99,7 +99,7 @@ def make_augment(data, mean, std, num_classes: int, accumulate: int, grid=None):
 def make_gradients(objective, augment, accumulate: int, groups: int = 1):
   """A function (state, batch, key) -> (gradients, batch statistics, metrics), the loss among these.
 
-  Means over `accumulate` microbatches in turn, which batch statistics see one after another. Each
+  Means over `accumulate` microbatches, which batch statistics see one after another. Each
   is made of whole groups, of which the batch has `groups`.
   """
   def loss_and_more(params, state, batch_stats, batch, key):
@@ -115,13 +115,14 @@ def make_gradients(objective, augment, accumulate: int, groups: int = 1):
     return batch_stats, (grads, metrics)
 
   def gradients(state, batch, key):
-    parts = device_batch.microbatches(batch, accumulate, groups)
+    microbatches = device_batch.microbatches(batch, accumulate, groups)
     if accumulate == 1:
       batch_stats, (grads, metrics) = one(state, state.batch_stats,
-                                          jax.tree.map(lambda x: x[0], parts),
+                                          jax.tree.map(lambda x: x[0], microbatches),
                                           jax.random.fold_in(key, 0))
       return grads, batch_stats, metrics
-    shapes = jax.eval_shape(one, state, state.batch_stats, jax.tree.map(lambda x: x[0], parts), key)
+    first = jax.tree.map(lambda x: x[0], microbatches)
+    shapes = jax.eval_shape(one, state, state.batch_stats, first, key)
 
     def add(carry, part):
       batch_stats, total = carry
@@ -131,7 +132,7 @@ def make_gradients(objective, augment, accumulate: int, groups: int = 1):
 
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[1])
     (batch_stats, total), _ = jax.lax.scan(add, (state.batch_stats, zero),
-                                           (jnp.arange(accumulate), parts))
+                                           (jnp.arange(accumulate), microbatches))
     grads, metrics = jax.tree.map(lambda x: x / accumulate, total)
     return grads, batch_stats, metrics
 
