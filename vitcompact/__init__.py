@@ -21,14 +21,27 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 
+def _listed_method(name: str) -> type:
+  """The class of this name in METHODS: a method that is listed there needs no line here."""
+  methods = importlib.import_module("vitcompact.methods").METHODS
+  for kinds in methods.values():
+    for kind in kinds.values():
+      if kind.__name__ == name:
+        return kind
+  raise AttributeError(f"module 'vitcompact' has no attribute {name!r}")
+
+
 class _Package(types.ModuleType):
   """Finds public names when first asked for, and keeps them: importing the submodule `fold` must
   not hide the function of the same name."""
 
   def __getattr__(self, name):
-    if name not in _HOMES:
+    if name in _HOMES:
+      value = getattr(importlib.import_module(f"vitcompact.{_HOMES[name]}"), name)
+    elif name[:1].isupper():
+      value = _listed_method(name)
+    else:
       raise AttributeError(f"module 'vitcompact' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"vitcompact.{_HOMES[name]}"), name)
     setattr(self, name, value)
     return value
 

@@ -262,3 +262,15 @@ def test_a_method_that_is_not_listed_is_refused_with_the_line_that_lists_it(monk
   assert "\n" not in str(error.value)
   with pytest.raises(ValueError, match="use one of \\['hmhsa'\\]"):
     vc.Plan.from_json('{"heads": {"method": "gate"}}')
+
+
+def test_a_listed_method_is_a_public_name():
+  """So a method in the package costs one file and one line."""
+  with pytest.raises(AttributeError, match="no attribute 'Listed'"):
+    _ = vc.Listed
+  listed = type("Listed", (Gate,), {})
+  vc.METHODS["heads"]["listed"] = listed
+  try:
+    assert vc.Listed is listed
+  finally:
+    del vc.METHODS["heads"]["listed"], vc.__dict__["Listed"]

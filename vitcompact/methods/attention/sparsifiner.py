@@ -12,16 +12,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vitcompact.attention import tuning
 from vitcompact.methods.attention.block_predictor import BlockMaskPredictor
 from vitcompact.methods.attention.token_predictor import TokenMaskPredictor, sparse_basis
 from vitcompact.methods.protocol import FirstPhase, Site
 from vitcompact.settings import Setting, weight
 from vitcompact.torch_names import Entry, Positions, linear
 from vitcompact.trees import Leaf
-
-# From here on gathering blocks is more than a tenth faster than dense attention, on a CPU at keep
-# 0.25; it never is slower from about 100 on. `python -m experiments.links_speed` prints the times.
-BLOCK_MIN_TOKENS = 197
 
 
 def attention_reconstruction(predictions) -> jax.Array:
@@ -142,7 +139,7 @@ class Sparsifiner:
     """`min_tokens`, resolved."""
     if self.min_tokens is not None:
       return self.min_tokens
-    return BLOCK_MIN_TOKENS if self.granularity == "block" else 0
+    return tuning.BLOCK_MIN_TOKENS if self.granularity == "block" else 0
 
   def budget(self, keys: int) -> int:
     """Keys kept by a query among `keys`; the rounding of 0.55 * 100 is not counted as one."""
