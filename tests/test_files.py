@@ -182,7 +182,7 @@ def test_the_command_can_what_python_can(tmp_path, ours):
   said = command.fails("convert", ours, "--out", out, "--force", "--weights", "model_ema")
   assert said.startswith("error: weights='model_ema' is not in the checkpoint; it has weights ")
   said = command.fails("convert", ours, "--out", out, "--force", "--image-size", 8, 8, 8)
-  assert said.startswith("error: image_size=(8, 8, 8): must be")
+  assert said.startswith("error: --image-size 8,8,8: must be a side, or height and width")
 
 
 def test_the_command_tells_which_weights_it_took(tmp_path):
@@ -213,8 +213,8 @@ def cut(path):
 
 
 @pytest.mark.parametrize("name, write, words", [
-    ("deit.pth", pickled, "is a PyTorch file, wanted: a .safetensors file of ours; `python -m "
-     "vitcompact convert"),
+    ("deit.pth", pickled, "is a PyTorch file, wanted: a .safetensors file of ours; "
+     "`vitcompact convert"),
     ("deit.pth", zipped, "is a PyTorch file"), ("deit.safetensors", zipped, "is a PyTorch file"),
     ("deit.ckpt", cut, "is a PyTorch file"), ("deit.pth", lambda path: path.write_bytes(b"old"),
                                               "is a PyTorch file"),

@@ -190,5 +190,5 @@ def test_only_a_folded_model_is_tuned():
   model = tiny.deit(PLAN)
   with pytest.raises(ValueError, match="not folded; give it what"):
     vc.tune(model, {}, None)
-  with pytest.raises(ValueError, match="rounds=0: must be at least 1"):
+  with pytest.raises(ValueError, match="rounds=0: must be a whole number of at least 1"):
     vc.tune(model.clone(deploy=True), {}, None, rounds=0)

@@ -59,10 +59,10 @@ def tune(deploy: nn.Module, variables, images, *, rounds: int = 5):
   if not deploy.deploy:
     raise ValueError("tune chooses between deployed forms, and this model is not folded; "
                      "give it what vc.fold returns")
-  check_fitting(deploy, variables, images)
   if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
     raise ValueError(f"rounds={given(rounds)}: must be a whole number of at least 1; a "
                      "median wants 5")
+  check_fitting(deploy, variables, images)
   # What was chosen before, for another device perhaps, is no starting point.
   deploy = deploy.clone(execution=Execution(merged=deploy.execution.merged))
   deploy = with_chunk(deploy, best_chunk(deploy, variables, images, rounds))

@@ -11,8 +11,7 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from experiments import prepare
-from vitcompact.data import pipeline
+from vitcompact.data import pipeline, prepare
 from vitcompact.data.decode import SUFFIXES, printable
 
 _file = io.BytesIO()

@@ -5,8 +5,7 @@ import ml_collections
 import pytest
 from PIL import Image
 
-from experiments import prepare
-from vitcompact.data import pipeline
+from vitcompact.data import pipeline, prepare
 from vitcompact.data.classes import check_classes, describe, digest
 
 

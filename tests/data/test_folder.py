@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import prepare
-from vitcompact.data import pipeline
+from vitcompact.data import pipeline, prepare
 from vitcompact.data.decode import SUFFIXES
 
 silent = {"say": lambda text: None}

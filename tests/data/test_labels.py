@@ -205,7 +205,7 @@ def test_label_maps_of_other_classes_are_refused(tmp_path, kind, label, told):
   name = f"folder:{tmp_path}"
   if kind == "arrayrecord":
     name = f"arrayrecord:{tmp_path}/out"
-    from experiments import prepare
+    from vitcompact.data import prepare
     with pytest.MonkeyPatch.context() as patch:   # as an earlier version wrote them
       patch.setattr(labels, "checked", lambda label_map, *_: label_map)
       np.save(tmp_path / "label_maps" / "train" / "b" / "0.npy", constant_map(9, label))

@@ -221,7 +221,7 @@ def test_it_fits_hierarchical_models_as_far_as_these_have_what_it_needs(name):
      "needs tokens that may be dropped or merged, which pvt_tiny does not have; use tokens=None"),
     (lambda: tiny.deit(vc.Plan(tokens=KeepLargest())), "the plan names block 3, but the model has"),
     (lambda: vc.create_model("nextvit_small", plan=vc.Plan(blocks={0: {"heads": Gate()}})),
-     "gives block 0 a heads method, but it has no attention"),
+     "gives block 0 a method of heads, but it has no attention"),
     (lambda: vc.create_model("pvt_v2_b2", plan=vc.Plan(attention=Window(), blocks={
         0: {"attention": Gate()}})), "is not a method of this axis; use Sparsifiner, Window(...)"),
 ])

@@ -282,7 +282,7 @@ def test_every_leaf_has_one_rule_and_only_kernels_decay():
     (lambda: vc.create_model("nextvit_small", plan=vc.Plan(blocks={5: {"heads": vc.HMHSA()}})),
      "blocks with attention: [6, 11, 16, 19]"),
     (lambda: small(plan=vc.Plan(blocks={0: {"attention": vc.Sparsifiner()}})),
-     "block 0 a attention method, but it has no attention"),
+     "block 0 a method of attention, but it has no attention"),
     (lambda: vc.create_model("nextvit_small", plan=vc.Plan(blocks={20: {"ffn": None}})),
      "blocks 0 to 19"),
     (lambda: vc.create_model("nextvit_smal"), "did you mean nextvit_small"),

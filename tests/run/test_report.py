@@ -1,6 +1,7 @@
 """A finished run's receipt says what its deployed file does."""
 import errno
 import json
+import types
 
 import pytest
 
@@ -44,7 +45,7 @@ def test_a_report_that_finds_no_room_says_that_the_run_is_done(tmp_path, monkeyp
   model = tiny.deit()
   monkeypatch.setattr(files.os, "replace", full)
   with pytest.raises(OSError, match=r"the run is done, but .*deploy\.safetensors cannot be w"):
-    report.write(tmp_path, None, {"deploy": (model, tiny.init(model))})
+    report.write(tmp_path, types.SimpleNamespace(classes=()), {"deploy": (model, tiny.init(model))})
 
 
 @pytest.mark.parametrize("method, share", [
