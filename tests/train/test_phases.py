@@ -1,4 +1,6 @@
 """A run trains with its plan, after what has to come before."""
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -188,3 +190,12 @@ def test_the_models_of_phases_have_the_same_weights(config):
   shapes = [jax.eval_shape(m.init, jax.random.key(0), tiny.images(m))["params"]
             for m in (model, *(model.clone(plan=p) for p in (first.plan, main.plan, main.second)))]
   assert all(not trees.differences(shapes[0], other) for other in shapes[1:])
+
+
+def test_a_block_without_a_predictor_gains_none_when_every_token_is_kept():
+  """Also where the method is in its first phase's form already, and nothing but tokens changes."""
+  method = dataclasses.replace(SPARSE, masked=False)
+  model = tiny.deit(vc.Plan(attention=method, tokens=vc.EViT(0.3, blocks=(0,))))
+  student = model.clone(plan=phases.in_first_phase(model, vc.Sparsifiner.first_phase))
+  for network in (model, student):
+    assert [network.plan.at(site).attention is not None for site in network.sites()] == [True, False]
