@@ -198,4 +198,5 @@ def test_a_block_without_a_predictor_gains_none_when_every_token_is_kept():
   model = tiny.deit(vc.Plan(attention=method, tokens=vc.EViT(0.3, blocks=(0,))))
   student = model.clone(plan=phases.in_first_phase(model, vc.Sparsifiner.first_phase))
   for network in (model, student):
-    assert [network.plan.at(site).attention is not None for site in network.sites()] == [True, False]
+    attends = [network.plan.at(site).attention is not None for site in network.sites()]
+    assert attends == [True, False]
