@@ -8,15 +8,16 @@ import vitcompact as vc
 from tests import tiny
 from tests.tiny_run import weights
 from vitcompact import trees
+from vitcompact.methods.attention.sparsifiner import attention_reconstruction
 from vitcompact.models.lvvit import TokenLogits
 from vitcompact.train import losses
 from vitcompact.train.objective import (
-    by_replica,
-    looks_across,
-    make_first_phase,
-    make_objective,
-    of_labels,
-    variables,
+  by_replica,
+  looks_across,
+  make_first_phase,
+  make_objective,
+  of_labels,
+  variables,
 )
 
 STUDENT = jnp.array([[1.0, 0, -1], [0.5, 2, 0]])
@@ -233,6 +234,9 @@ def test_reconstruction_moves_predictors_and_nothing_else(granularity):
   (value, (stats, metrics)), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(
       made["params"])
   assert value > 0 and set(metrics) == {"accuracy"}
+  _, sown = jax.jit(lambda x: model.apply(made, x, mutable=["attention"]))(tiny.images(model))
+  error = attention_reconstruction(sown["attention"]).mean()
+  np.testing.assert_allclose(value, 0.01 * 3 * error, rtol=1e-5)   # the sum over three images
   for old, new in zip(*map(jax.tree.leaves, (made["batch_stats"], stats)), strict=True):
     np.testing.assert_array_equal(old, new)
   for leaf, grad in trees.named_leaves(grads).items():
@@ -256,3 +260,14 @@ def test_replicas_have_statistics_and_losses_of_their_own():
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
   together, _ = of(objective, slice(0, 4))
   assert abs(together - whole) > 1e-4
+
+
+def test_replicas_draw_each_their_own():
+  def drawn(params, batch_stats, teacher, images, labels, targets, key):
+    return jax.random.uniform(key), ({}, {})
+
+  key, rows = jax.random.key(3), jnp.zeros((4, 1))
+  loss, _ = by_replica(drawn, 2)({}, {}, {}, rows, rows, rows, key)
+  wanted = np.mean([jax.random.uniform(one) for one in jax.random.split(key, 2)])
+  np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+  assert loss != jax.random.uniform(jax.random.split(key, 2)[0])
