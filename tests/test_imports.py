@@ -10,14 +10,16 @@ import pytest
 from vitcompact.methods import METHODS, protocol
 
 ROOT = pathlib.Path(__file__).parent.parent
-BASE = {"trees", "settings", "kernels", "torch_names", "token_state", "attention", "layers"}
+BASE = {"trees", "settings", "kernels", "torch_names", "token_state", "attention", "layers",
+        "regression"}
 MODELS = BASE | {"methods", "plan", "execution", "block", "models"}
-VERBS = {"compact", "fold", "verify", "count", "features", "convert", "preprocess", "receipt",
-         "bench", "measure", "doors", "export", "tune", "files", "fit", "foreign", "compare",
-         "draw", "pytorch"}
+VERBS = {"calibration", "compact", "fold", "verify", "count", "features", "convert", "receipt",
+         "preprocess", "bench", "measure", "doors", "export", "tune", "files", "fit", "foreign",
+         "compare", "draw", "pytorch"}
 # room -> the rooms it may import, besides itself. A room is a file or a folder of vitcompact/.
 MAY = {
     "trees": set(), "settings": set(), "kernels": set(), "torch_names": set(),
+    "regression": set(),
     "attention": {"trees", "kernels"}, "layers": {"trees", "kernels"},
     "token_state": {"trees", "attention"}, "execution": {"attention"},
     "methods": BASE,
@@ -34,7 +36,7 @@ MAY = {
 }
 # What loops over methods, and knows none.
 CORE = ["plan.py", "block.py", "execution.py", "convert.py", "fit.py", "foreign.py", "files.py",
-        "count.py", "compact.py", "fold.py",
+        "count.py", "calibration.py", "compact.py", "fold.py",
         "methods/protocol.py", "methods/surgery.py",
         *(f"train/{name}.py" for name in ("optim", "objective", "phases", "config", "build")),
         *(f"models/{path.name}" for path in sorted((ROOT / "vitcompact/models").glob("*.py")))]

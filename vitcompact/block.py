@@ -110,11 +110,6 @@ class Block(nn.Module):
                     tokens.fused)
 
   @nn.nowrap
-  def from_dense(self, params, stats, moments):
-    """(params, stats) of this block from a dense one's; see `compact`."""
-    return from_dense(self.site, self.methods, params, stats, moments)
-
-  @nn.nowrap
   def fold(self, params, stats):
     """(params, stats) of the deployed block."""
     return fold(self.site, self.methods, params, stats)
@@ -142,10 +137,19 @@ def make_ffn(site: Site, method, **kwargs) -> nn.Module:
              act=site.act, mixer=site.mixer and site.mixer(parent=None), **kwargs)
 
 
-def from_dense(site: Site, methods: BlockMethods, params, stats, moments):
-  """(params, stats) of a block from a dense one's, method by method."""
-  for method in methods.present():
-    params, stats = surgery.from_dense(method, site, params, stats, moments)
+def from_dense(site: Site, methods: BlockMethods, params, stats, seen=None):
+  """(params, stats) of a block from a dense one's, method by method.
+
+  seen: None, or a function (methods in place, params, stats) -> `calibration.Calibration`. Who
+  attends to whom comes first, then the heads that do; what reaches the FFN follows from both.
+  """
+  here = BlockMethods()
+  for axis in ("attention", "heads", "tokens", "ffn"):
+    method = getattr(methods, axis)
+    if method is not None:
+      data = seen and seen(here, params, stats)
+      params, stats = surgery.from_dense(method, site, params, stats, data)
+      here = here._replace(**{axis: method})
   return params, stats
 
 

@@ -1,27 +1,44 @@
 """compact: a trained dense model's weights brought to a smaller plan."""
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from vitcompact import block as blocks
 from vitcompact import trees
+from vitcompact.calibration import Calibration, run, take
 from vitcompact.doors import check_images, check_model, check_plan, check_variables
 from vitcompact.execution import Execution
 from vitcompact.plan import Plan
 
+FEW = 1.5   # times the error of the images fitted: beyond, those held out say that they were few
 
-def compact(model: nn.Module, variables, plan: Plan, images=None):
+
+def compact(model: nn.Module, variables, plan: Plan, images=None,
+            progress: Callable[[str, dict], Any] | None = None):
   """Returns (small model, its variables): `model` under `plan`, with weights that come closest.
 
-  Hallucinated heads copy the maps of the real ones, by order; factorised layers are truncated
-  singular value decompositions. Layers that the plan leaves alone keep their names and bits.
+  With calibration images, every choice is made by them, block after block, each on the stream of
+  the compact blocks before it, towards the stream of the dense model: which heads stay, which one
+  each other head copies, values and outputs refitted; factors that minimise the error of the
+  outputs; mask predictors that restore the dense maps; statistics of batch norms. In closed form,
+  without training (our own work, not the papers'). A quarter of the images is held out, by which
+  the fits are regularised. Without images, hallucinated heads copy the real ones by order, factors
+  are truncated singular value decompositions, and predictors are new.
+
+  Layers that the plan leaves alone keep their names and bits.
 
   Args:
     model: a dense model (its plan has no method); variables: {"params", "batch_stats"?}.
-    images: (B, H, W, C), normalised: a calibration batch. With it, factorisations minimise the
-      error on the activations that the compact model will have, block after block, and their batch
-      norms start at the statistics they will see.
+    images: (B, H, W, C), normalised, of mixed classes: some 256 large or 1,024 small ones, of
+      training data.
+    progress: called after each block with its name and what its fits tell: {"heads": {"copied",
+      "fitted", "held_out": relative squared errors of attention's output, "order"}, "ffn fc2":
+      {"fitted", "held_out"}, ...}.
   Raises:
     ValueError: the model is not dense, or is already folded.
   """
@@ -35,12 +52,16 @@ def compact(model: nn.Module, variables, plan: Plan, images=None):
     check_images(model, images)
   small = model.clone(plan=plan)
   small.check()
-  blocks = {} if images is None else calibrated(model, variables, plan, images)
   params, stats = dict(variables["params"]), dict(variables.get("batch_stats", {}))
   old_stats = trees.named_leaves(stats)
-  for name, module in small.submodules().items():
-    params[name], stats[name] = (blocks[name] if name in blocks else
-                                 module.from_dense(params[name], stats.get(name, {}), {}))
+  if images is None:
+    for name, module in small.submodules().items():
+      if hasattr(module, "methods"):
+        params[name], stats[name] = blocks.from_dense(module.site, module.methods, params[name],
+                                                      stats.get(name, {}))
+  else:
+    for name, new in _fitted(model, small, variables, images, progress).items():
+      params[name], stats[name] = new
   stats = {name: leaf for name, leaf in stats.items() if leaf}
   if images is None and trees.named_leaves(stats).keys() - old_stats.keys():
     warnings.warn("compact without calibration images: inference is right, but new batch norms "
@@ -49,78 +70,74 @@ def compact(model: nn.Module, variables, plan: Plan, images=None):
   return small, {"params": params, **({"batch_stats": stats} if stats else {})}
 
 
-def calibrated(model: nn.Module, variables, plan: Plan, images):
-  """{name: (params, stats)} of the blocks under a plan, each fitted to the inputs it will have.
+def _fitted(model: nn.Module, small: nn.Module, variables, images, progress):
+  """{name: (params, stats)} of the blocks under a plan, fitted one after another.
 
-  Where only FFNs are factorised, those are nearly the dense model's, and it runs once. Else each
-  block is compacted as the dense model calls it, and sees what the compact blocks before it give.
+  The dense model runs on the images twice over, as one batch: in every block one half is the
+  compact model's stream, the other its teacher's. Once a reducer leaves the compact model with
+  other tokens, its half goes on alone, and the teacher of a block is the dense block on its input.
   """
-  # No images in chunks, and nothing computed twice.
-  model = model.clone(execution=Execution(), remat=False)
-  stats, found = variables.get("batch_stats", {}), {}
-  blocks = model.clone(plan=plan).submodules()
-  if all(method.axis == "ffn" for method in plan.methods()):
-    _, moments = observed(model)(variables, images)
-    return {name: block.from_dense(variables["params"][name], stats.get(name, {}),
-                                   moments.get(name, {})) for name, block in blocks.items()}
+  images = np.asarray(images, np.float32)
+  held = len(images) // 4 if len(images) >= 8 else 0
+  if held:   # every fourth image, so that images in order of class do no harm
+    late = np.arange(len(images)) % 4 == 3
+    images = np.concatenate([images[~late], images[late]])
+    held = int(late.sum())
+  model = model.clone(execution=Execution(), remat=False)   # no chunks, nothing computed twice
+  modules = {name: module for name, module in small.clone(remat=False).submodules().items()
+             if hasattr(module, "methods")}
+  params, stats, found, told = variables["params"], variables.get("batch_stats", {}), {}, {}
 
   def watch(next_fun, args, kwargs, context):
     module = context.module
     name = "/".join(module.path) if context.method_name == "__call__" else ""
-    if not hasattr(blocks.get(name), "methods"):
+    if name not in modules:
       return next_fun(*args, **kwargs)
-    found[name], out = compact_block(module, blocks[name], variables["params"][name],
-                                     stats.get(name, {}), args[0])
-    return out
+    x = jax.tree.map(np.asarray, args[0])
+    paired = len(jax.tree.leaves(x)[0]) == 2 * len(images)
+    dense_x = take(x, slice(len(images), None)) if paired else None
+    x = take(x, slice(len(images)))
+    dense = module.clone(parent=None, name=None)
+    new, out, notes = _fit_block(dense, modules[name], params[name], stats.get(name, {}), x,
+                                 dense_x, held)
+    found[name] = new
+    if progress is not None:
+      progress(name, notes)
+    told[name] = notes
+    if paired and modules[name].methods.tokens is None:
+      dense_out = run(dense, {"params": params[name], "batch_stats": stats.get(name, {})}, dense_x)
+      out = jax.tree.map(lambda *halves: np.concatenate(halves), out, dense_out)
+    return jax.tree.map(jnp.asarray, out)
 
   with nn.intercept_methods(watch):
-    model.apply(variables, images)
+    model.apply(variables, jnp.concatenate([images, images]))
+  _warn_of_few(told, len(images))
   return found
 
 
-def compact_block(dense: nn.Module, block: nn.Module, params, stats, x):
-  """((params, stats), output) of a block, fitted to a batch of its inputs.
+def _fit_block(dense: nn.Module, block: nn.Module, params, stats, x, dense_x, held: int):
+  """((params, stats), output, notes) of a block, fitted to its inputs.
 
-  dense: as it is called, at the size of these inputs; block: under the plan, at the model's size.
+  dense: at the size of these inputs; block: under the plan, at the model's size.
   """
-  site = dense.site._replace(tokens_left=block.site.tokens_left)
-  dense = dense.clone(site=site, parent=None, name=None)
+  notes = {}
 
-  def forward(methods):
-    run = observed(dense.clone(methods=methods))
-    return lambda new: run({"params": new[0], "batch_stats": new[1]}, x)
+  def seen(methods, new_params, new_stats):
+    return Calibration(dense.clone(methods=methods), new_params, new_stats, x, dense, params,
+                       dense_x, held, notes)
 
-  # The other methods first: they decide what reaches the FFN.
-  others = block.methods._replace(ffn=None)
-  new = block.clone(methods=others).from_dense(params, stats, {})
-  out, moments = forward(others)(new)
-  if block.methods.ffn is not None:
-    forward = forward(block.methods)
-    # Twice: where fc1 is factorised too, fc2 then sees another hidden layer.
-    for _ in range(2):
-      new = block.from_dense(params, stats, moments)
-      out, moments = forward(new)
-  return new, out
+  new = blocks.from_dense(block.site, block.methods, params, stats, seen)
+  out = run(dense.clone(methods=block.methods), {"params": new[0], "batch_stats": new[1]}, x)
+  return new, out, notes
 
 
-def observed(module: nn.Module):
-  """A function of (variables, x): the output, and the mean and second moment of the inputs of every
-  FFN layer, over tokens and images, in a tree that mirrors the parameters: {"blocks_0": {"mlp":
-  {"fc2": {"mean": (m,), "second": (m, m)}}}}."""
-  @jax.jit
-  def run(variables, x):
-    seen = {}
-
-    def watch(next_fun, args, kwargs, context):
-      module = context.module
-      if context.method_name == "__call__" and module.name in ("fc1", "fc2"):
-        x = args[0].reshape(-1, args[0].shape[-1]).astype(jnp.float32)
-        second = jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST) / x.shape[0]
-        seen["/".join(module.path)] = {"mean": x.mean(axis=0), "second": second}
-      return next_fun(*args, **kwargs)
-
-    with nn.intercept_methods(watch):
-      out = module.apply(variables, x)
-    return out, trees.nested(seen)
-
-  return run
+def _warn_of_few(notes: dict[str, dict], images: int):
+  """Once, of the fit that tells most clearly that there were too few images."""
+  fits = [(fit["held_out"] / max(fit["fitted"], 1e-9), name, part, fit)
+          for name, block in notes.items() for part, fit in block.items()
+          if fit["held_out"] > 0.01]
+  if fits and max(fits, key=lambda fit: fit[0])[0] > FEW:
+    _, name, part, fit = max(fits, key=lambda fit: fit[0])
+    warnings.warn(f"{images} calibration images are few: in {name}, {part}, the relative error is "
+                  f"{fit['held_out']:.2g} on those held out, {fit['fitted']:.2g} on those fitted; "
+                  "give more images", stacklevel=3)

@@ -31,9 +31,11 @@ Which plans are legal
 Its parameters
     rules                                 [(pattern, trees.Leaf)]: sharding and weight decay
                                           (default: those that all models share, else neither)
-    from_dense(site, params, stats, moments) -> (params, stats)
+    from_dense(site, params, stats, data) -> (params, stats)
                                           a block's trees from a dense block's (default: what has
-                                          the same name and shape is kept, the rest freshly drawn)
+                                          the same name and shape is kept, the rest freshly drawn);
+                                          data: the block on calibration images, see
+                                          `calibration.Calibration`, or None
     fold(site, params, stats) -> (params, stats)
                                           the deployed block's (default: unchanged)
     torch_entries(site, torch, ours) -> [Entry]

@@ -9,13 +9,13 @@ from vitcompact.token_state import Reduction, Tokens
 from vitcompact.torch_names import Entry
 
 
-def from_dense(method, site: Site, params, stats, moments):
+def from_dense(method, site: Site, params, stats, data):
   """(params, stats) of a block in which `method` is new.
 
-  moments: {"mlp": {layer: ...}} of the inputs of layers on calibration images, see `compact`.
+  data: the block on calibration images, a `calibration.Calibration`, or None.
   """
   if hasattr(method, "from_dense"):
-    return method.from_dense(site, params, stats, moments)
+    return method.from_dense(site, params, stats, data)
   place, new = fresh(method, site)
   if not new:
     return params, stats

@@ -48,7 +48,8 @@ class Backbone(Protocol):
 
   def submodules(self) -> dict[str, nn.Module]:
     """{name: module} that a plan changes or that fold, not bound to a parent. Each has
-    `from_dense(params, stats, moments)` and `fold(params, stats)`, which return (params, stats)."""
+    `fold(params, stats)`, which returns (params, stats); those that a plan changes also `site` and
+    `methods`."""
 
   def parameter_rules(self) -> list[tuple[str, Leaf]]:
     """[(pattern, Leaf)] for every parameter; see `trees.first_match`."""

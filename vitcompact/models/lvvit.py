@@ -97,12 +97,6 @@ class Stem(nn.Module):
                    bias_init=init, dtype=self.dtype, name="proj")(x_bhwc)
 
   @nn.nowrap
-  def from_dense(self, params, stats, moments):
-    """(params, stats): a plan changes nothing here."""
-    del moments
-    return params, stats
-
-  @nn.nowrap
   def fold(self, params, stats):
     """(params, {}) of the deployed stem: its batch norms inside its convolutions."""
     if self.deploy:

@@ -65,11 +65,6 @@ class Stem(nn.Module):
     return x_bhwc
 
   @nn.nowrap
-  def from_dense(self, params, stats, moments):
-    del moments
-    return params, stats
-
-  @nn.nowrap
   def fold(self, params, stats):
     return {name: layers.fold_conv_norm(params[name], stats[name]) for name in params}, {}
 
@@ -91,11 +86,6 @@ class Head(nn.Module):
       x = nn.Dense(self.num_classes, kernel_init=layers.weight_init, dtype=self.dtype,
                    name="fc")(x)
     return x.astype(jnp.float32)
-
-  @nn.nowrap
-  def from_dense(self, params, stats, moments):
-    del moments
-    return params, stats
 
   @nn.nowrap
   def fold(self, params, stats):

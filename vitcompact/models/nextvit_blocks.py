@@ -76,10 +76,6 @@ class ConvBlock(nn.Module):
     return x + drop(name="drop2")(mlp(norm(self, "norm", x, train), train), train)
 
   @nn.nowrap
-  def from_dense(self, params, stats, moments):
-    return block.from_dense(self.site, self.methods, params, stats, moments)
-
-  @nn.nowrap
   def fold(self, params, stats):
     """(params, {}) of the deployed block."""
     affine = batch_affine(params["norm"], stats["norm"])
@@ -128,10 +124,6 @@ class TransformerBlock(nn.Module):
     query, key, value = attn.query(tokens), attn.key(keys), attn.value(keys)
     core = block.restrict(self.site, self.methods.attention, attention.DENSE, query, key)
     return attn.attend(query, key, value, core, tokens).reshape(x_bhwc.shape)
-
-  @nn.nowrap
-  def from_dense(self, params, stats, moments):
-    return block.from_dense(self.site, self.methods, params, stats, moments)
 
   @nn.nowrap
   def fold(self, params, stats):

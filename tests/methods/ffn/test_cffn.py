@@ -13,6 +13,7 @@ from tests import tiny
 from vitcompact import trees
 from vitcompact.layers import gelu
 from vitcompact.methods.ffn.cffn import CompactDense, hidden_rms, truncated_factors
+from vitcompact.regression import sums_of
 
 M, D, RANK = 12, 8, 4
 
@@ -88,22 +89,28 @@ def test_from_dense_at_full_rank_is_the_dense_layer(rep):
   assert jnp.abs(params["a0"]["kernel"] - params["a1"]["kernel"]).max() > 1e-3, "equal branches"
 
 
+def fitted(module, kernel, x):
+  """(params, stats) of a layer fitted to a dense one's outputs for x."""
+  sums = jax.tree.map(np.float64, sums_of(x, x @ kernel))
+  return module.from_dense({"kernel": kernel}, module.fit({"kernel": kernel}, (sums, sums)))
+
+
 def test_calibrated_batch_norms_compute_the_same_in_training_and_in_inference():
   kernel = jax.random.normal(jax.random.key(0), (M, D))
   x = jax.random.normal(jax.random.key(2), (256, M)) * jnp.arange(1, M + 1)[None] + 0.5
-  moments = {"mean": x.mean(0), "second": x.T @ x / len(x)}
   module = CompactDense(D, RANK)
-  params, stats = module.from_dense({"kernel": kernel}, moments)
+  params, stats = fitted(module, kernel, x)
   variables = {"params": params, "batch_stats": stats}
   seen, _ = module.apply(variables, x, True, mutable=["batch_stats"])
   np.testing.assert_allclose(seen, module.apply(variables, x), rtol=1e-3, atol=2e-3)
 
 
-def test_weighted_factors_lose_less_on_the_data_and_plain_ones_less_in_the_weights():
+def test_fitted_factors_lose_less_on_the_data_and_plain_ones_less_in_the_weights():
   kernel = jax.random.normal(jax.random.key(0), (M, D))
   x = jax.random.normal(jax.random.key(2), (512, M)) * 2.0 ** -jnp.arange(M)[None]
-  moments = {"mean": x.mean(0), "second": x.T @ x / len(x)}
-  (a, b), (c, d) = truncated_factors(kernel, RANK, moments), truncated_factors(kernel, RANK)
+  new, _ = fitted(CompactDense(D, RANK, deploy=True), kernel, x)
+  a, b = new["a"]["kernel"], new["b"]["kernel"]
+  c, d = truncated_factors(kernel, RANK)
   assert jnp.linalg.norm(x @ (kernel - a @ b)) < 0.9 * jnp.linalg.norm(x @ (kernel - c @ d))
   assert jnp.linalg.norm(kernel - c @ d) < jnp.linalg.norm(kernel - a @ b)
   left, singular, right = np.linalg.svd(kernel)

@@ -13,8 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from vitcompact.attention import tuning
+from vitcompact.methods import surgery
 from vitcompact.methods.attention.block_predictor import BlockMaskPredictor
-from vitcompact.methods.attention.token_predictor import TokenMaskPredictor, sparse_basis
+from vitcompact.methods.attention.token_predictor import (
+  TokenMaskPredictor,
+  fitted,
+  sparse_basis,
+)
 from vitcompact.methods.protocol import FirstPhase, Site
 from vitcompact.settings import Setting, weight
 from vitcompact.torch_names import Entry, Positions, linear
@@ -165,6 +170,15 @@ class Sparsifiner:
       return BlockMaskPredictor(self, site.tokens, site.prefix, site.query_grid, site.key_grid,
                                 **kwargs)
     return TokenMaskPredictor(self, site.tokens, site.prefix, deploy=site.deploy, **kwargs)
+
+  def from_dense(self, site: Site, params, stats, data):
+    """A fresh predictor; with calibration images, one of tokens that restores the dense maps as
+    well as it can without training: see `token_predictor.fitted`. Blocks start at the scores of
+    their means all the same."""
+    own = surgery.fresh(self, site)[1]["params"]
+    if data is not None and self.granularity == "token":
+      own = fitted(self, site, own, params["attn"], data)
+    return {**params, self.scope: own}, stats
 
   def fold(self, site: Site, params, stats):
     """The basis as it is used: its small entries are 0."""

@@ -11,6 +11,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from scipy.cluster.vq import kmeans2
 
 from vitcompact import attention
 from vitcompact.attention import Core
@@ -191,3 +193,56 @@ def check_tied(stored, shape: tuple[int, int]):
         f"mask predictor: its weights are {stored.shape}, for {stored.shape[0]} tokens at rank "
         f"{stored.shape[1]}, but this model has {shape[0]} at rank {shape[1]}; resize them with "
         f"vitcompact.convert.resized, and give Sparsifiner(rank={stored.shape[1]})")
+
+
+def fitted(spec, site, own, attn, data):
+  """A predictor's parameters in closed form, without training.
+
+  W_down averages clusters of keys that get attention from the same queries; W_up is the ridge
+  regression of the dense maps on P, scaled where its threshold would cut most of it (the masks, an
+  order of scores, do not change). Ours, not the authors'.
+
+  own: fresh parameters; attn: the block's; data: a `calibration.Calibration`.
+  """
+  rank, (fit, _) = own["down"].shape[1], data.sums(_mean_maps)
+  if fit.shape[-1] != site.tokens:   # reduced: its rows are tied to tokens that are gone
+    return own
+  columns_mn = fit.reshape(-1, fit.shape[-1]).T
+  down = clustered(columns_mn, rank)
+  query, key = attn["query"], attn["key"]
+  zero = jnp.zeros(query["kernel"].shape[1:])
+  reduced = [own.get(f"reduce_{name}") for name in ("query", "key")]
+  arguments = (query["kernel"], query.get("bias", zero), key["kernel"], key.get("bias", zero),
+               reduced, jnp.asarray(down, jnp.float32), jnp.zeros(site.prefix))
+  scale = jnp.float32((site.heads if spec.variant == "code" else site.head_width) ** -0.5)
+  gram, cross = data.sums(_basis_sums, scale, *arguments)[0]
+  up = np.linalg.solve(gram + 1e-4 * np.trace(gram) / rank * np.eye(rank), cross).T
+  size = np.median(np.abs(up))
+  if size < 2 * spec.basis_threshold:
+    up = up * (2 * spec.basis_threshold / max(size, 1e-30))
+  return {**own, "down": jnp.asarray(down, jnp.float32), "up": jnp.asarray(up, jnp.float32)}
+
+
+def clustered(rows_mn: np.ndarray, rank: int) -> np.ndarray:
+  """(M, rank): each column the mean over one cluster of rows; k-means, the same every time."""
+  spread = rows_mn + 1e-9 * np.random.default_rng(0).standard_normal(rows_mn.shape)
+  labels = kmeans2(spread, rank, minit="++", seed=0, missing="raise")[1]
+  members = np.eye(rank)[labels]
+  return members / members.sum(axis=0)
+
+
+def _mean_maps(seen):
+  """(h, N, M), summed over images."""
+  return seen.maps.sum(axis=0)
+
+
+def _basis_sums(seen, scale, query, query_bias, key, key_bias, reduced, down, prefix):
+  """P^T P and P^T A over images, heads and queries that are patches."""
+  q = jnp.einsum("bnw,whd->bnhd", seen.queries, query) + query_bias[None, None]
+  k = jnp.einsum("bmw,whd->bmhd", seen.keys, key) + key_bias[None, None]
+  if reduced[0] is not None:
+    q, k = (x @ layer["kernel"] + layer["bias"][None, None, None]
+            for x, layer in zip((q, k), reduced, strict=True))
+  maps_bfnr = low_rank_maps(q[:, prefix.shape[0]:], k, down, scale)
+  return (jnp.einsum("bfnr,bfns->rs", maps_bfnr, maps_bfnr),
+          jnp.einsum("bfnr,bfnm->rm", maps_bfnr, seen.maps[:, :, prefix.shape[0]:]))

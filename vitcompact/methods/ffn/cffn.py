@@ -11,7 +11,7 @@ No activation stands between the factors, so every branch folds into A, B and b.
 import dataclasses
 import warnings
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,6 +22,7 @@ from flax.linen.dtypes import promote_dtype
 from vitcompact.layers import Dense, Mlp, dense, linear
 from vitcompact.methods.ffn.branch_norms import EPSILON, Norm, norm_each
 from vitcompact.methods.protocol import Site
+from vitcompact.regression import Factors, Regression, low_rank, sums_of
 from vitcompact.torch_names import Entry
 from vitcompact.torch_names import linear as linear_entries
 from vitcompact.trees import Leaf
@@ -106,13 +107,20 @@ class CFFN:
     mixer = site.mixer and site.mixer(parent=None)
     return Mlp(act=site.act, mixer=mixer, **layers, **kwargs)
 
-  def from_dense(self, site: Site, params, stats, moments):
+  def from_dense(self, site: Site, params, stats, data):
+    """fc1 before fc2, which is fitted to the hidden layer that it will have."""
     mlp, mlp_stats = params["mlp"], {}
-    for layer, module in self.factorised(site).items():
-      new, seen = module.from_dense(mlp[layer], moments.get("mlp", {}).get(layer))
-      mlp = {**mlp, layer: new}
+    new = dict(mlp)
+    for layer, module in sorted(self.factorised(site).items()):
+      fit = data and module.fit(mlp[layer], data.sums(SUMS[layer], mlp[layer]))
+      new[layer], seen = module.from_dense(mlp[layer], fit)
       mlp_stats |= {layer: seen} if seen else {}
-    return {**params, "mlp": mlp}, {**stats, "mlp": mlp_stats} if mlp_stats else stats
+      if fit is not None:
+        data.note(f"ffn {layer}", fitted=fit.factors.fitted, held_out=fit.factors.held_out)
+        a, b, bias = (jnp.asarray(x, jnp.float32) for x in fit.factors[:3])
+        mlp = {**mlp, layer: {"kernel": _matmul(a, b), "bias": bias}}
+        data = data.with_params({**params, "mlp": mlp})
+    return {**params, "mlp": new}, {**stats, "mlp": mlp_stats} if mlp_stats else stats
 
   def fold(self, site: Site, params, stats):
     mlp, seen = params["mlp"], stats.get("mlp", {})
@@ -258,25 +266,35 @@ class CompactDense(nn.Module):
     return kernel, shift + jnp.zeros(kernel.shape[1], kernel.dtype)
 
   @nn.nowrap
-  def from_dense(self, params, moments=None):
-    """(params, stats) that compute the best rank-r approximation of a dense layer.
+  def fit(self, params, sums) -> "Fit":
+    """The factors that come closest to a layer's wanted outputs; sums: (fit, held), see
+    `calibration.Calibration`."""
+    fit, held = (Regression.of(part) for part in sums)
+    both = fit if sums[0] is sums[1] else Regression.of(sums[0] + sums[1])
+    old = np.asarray(params["kernel"], np.float64)
+    return Fit(low_rank(fit, held, both, old, min(self.rank, *old.shape)), both.mean_x, both.cov)
+
+  @nn.nowrap
+  def from_dense(self, params, fit=None):
+    """(params, stats) that compute an approximation of a dense layer at this rank.
 
     Args:
       params: {"kernel": (m, d), "bias": (d,) or absent}.
-      moments: {"mean": (m,), "second": (m, m)} of the layer's inputs on calibration data, or None.
-        With them the approximation minimises the error of the outputs rather than of the weights,
-        and batch norms start at the statistics they will see. Without, the running variance is set
-        to 1 - epsilon, so that inference is exact and training differs at first.
+      fit: from `fit`. Without it, the truncated singular value decomposition, and the running
+        variance of batch norms is set to 1 - epsilon, so that inference is exact and training
+        differs at first; with it, they start at the statistics they will see.
     """
-    kernel, bias = params["kernel"], params.get("bias", 0)
-    a, b = truncated_factors(kernel, self.rank, moments)
-    bias = bias + jnp.zeros(kernel.shape[1], kernel.dtype)
+    kernel = params["kernel"]
+    if fit is None:
+      a, b = truncated_factors(kernel, self.rank)
+      bias = params.get("bias", 0) + jnp.zeros(kernel.shape[1], kernel.dtype)
+    else:
+      a, b, bias = (jnp.asarray(x, kernel.dtype) for x in fit.factors[:3])
     if self.deploy:
       return {"a": {"kernel": a}, "b": {"kernel": b, "bias": bias}}, {}
     mean = cov = u_mean = u_cov = None
-    if moments is not None:
-      mean = moments["mean"]
-      cov = moments["second"] - jnp.outer(mean, mean)
+    if fit is not None:
+      mean, cov = (jnp.asarray(x, jnp.float32) for x in (fit.mean, fit.cov))
       u_mean, u_cov = _matmul(mean, a), _matmul(_matmul(a.T, cov), a)
     a_params, a_stats = self._split("a", a, mean, cov)
     b_params, b_stats = self._split("b", b, u_mean, u_cov)
@@ -311,22 +329,34 @@ class CompactDense(nn.Module):
     return out, stats
 
 
-def truncated_factors(kernel, rank: int, moments=None):
-  """A (m, r), B (r, d) minimising ||C^1/2 (W - A B)||: C = E[x^T x] if given, else the identity."""
-  if moments is None:
-    left, singular, right = jnp.linalg.svd(kernel, full_matrices=False)
-    root = jnp.sqrt(singular[:rank])
-    return left[:, :rank] * root[None], root[:, None] * right[:rank]
-  second = moments["second"]
-  values, vectors = jnp.linalg.eigh(second)
-  # Directions that the calibration images hardly use keep a floor, so that C can be inverted.
-  values = jnp.maximum(values, 1e-4 * values[-1])
-  root = jnp.sqrt(values)
-  whitened = _matmul((vectors * root[None]).T, kernel)
-  left, singular, right = jnp.linalg.svd(whitened, full_matrices=False)
-  balance = jnp.sqrt(singular[:rank])
-  a = _matmul(vectors / root[None], left[:, :rank] * balance[None])
-  return a, balance[:, None] * right[:rank]
+class Fit(NamedTuple):
+  """Factors of a layer, and the mean (m,) and covariance (m, m) of its inputs."""
+  factors: Factors
+  mean: np.ndarray
+  cov: np.ndarray
+
+
+def first_sums(seen, params):
+  """Of the inputs of fc1 and the dense layer's outputs."""
+  outputs = seen.inputs @ params["kernel"]
+  bias = params.get("bias", jnp.zeros(outputs.shape[-1]))
+  return sums_of(seen.inputs, outputs + _like(bias, outputs))
+
+
+def second_sums(seen, params):
+  """Of the inputs of fc2 and what the FFN is to give."""
+  del params
+  return sums_of(seen.hidden, seen.wanted_ffn)
+
+
+SUMS = {"fc1": first_sums, "fc2": second_sums}
+
+
+def truncated_factors(kernel, rank: int):
+  """A (m, r), B (r, d) minimising ||W - A B||."""
+  left, singular, right = jnp.linalg.svd(kernel, full_matrices=False)
+  root = jnp.sqrt(singular[:rank])
+  return left[:, :rank] * root[None], root[:, None] * right[:rank]
 
 
 def merge_factors(params):

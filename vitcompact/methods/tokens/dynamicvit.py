@@ -84,9 +84,9 @@ class DynamicViT:
     del site
     return ("grid",)
 
-  def from_dense(self, site: Site, params, stats, moments):
+  def from_dense(self, site: Site, params, stats, data):
     """A freshly drawn predictor, each stage's another."""
-    del moments
+    del data
     new = surgery.fresh_predictor(self.reduction(site.block, site.depth), site.width)
     return {**params, **new}, stats
 

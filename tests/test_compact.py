@@ -1,0 +1,158 @@
+"""compact from calibration images: choices and closed forms against slow references."""
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vitcompact as vc
+from tests import tiny
+from vitcompact import regression
+from vitcompact.calibration import Seen
+from vitcompact.methods.heads import refit
+
+
+def test_moments_and_their_errors_are_those_of_least_squares():
+  rng = np.random.default_rng(0)
+  x, y = rng.standard_normal((200, 5)) + 2, rng.standard_normal((200, 3))
+  y += x @ rng.standard_normal((5, 3)) + 1
+  data = regression.Regression.of(jax.tree.map(np.float64, regression.sums_of(x, y)))
+  matrix = rng.standard_normal((5, 3))
+  bias = data.bias(matrix)
+  miss = np.mean(np.sum((y - x @ matrix - bias) ** 2, axis=1))
+  total = np.mean(np.sum((y - y.mean(0)) ** 2, axis=1))
+  assert data.error(matrix) == pytest.approx(miss / total, rel=1e-4)
+  other = bias + 0.5
+  miss = np.mean(np.sum((y - x @ matrix - other) ** 2, axis=1))
+  assert data.error(matrix, other) == pytest.approx(miss / total, rel=1e-4)
+
+
+def test_no_factors_of_a_rank_are_closer_than_those_in_the_metric_of_the_inputs():
+  rng = np.random.default_rng(1)
+  x = rng.standard_normal((500, 6)) * 3.0 ** -np.arange(6)
+  y = x @ rng.standard_normal((6, 4)) + 0.1 * rng.standard_normal((500, 4))
+  data = regression.Regression.of(jax.tree.map(np.float64, regression.sums_of(x, y)))
+  metric = regression.Metric.of(data.cov)
+  full = np.linalg.solve(data.cov, data.cross)
+  a, b = metric.factors(full, 2)
+  best = data.error(a @ b)
+  for _ in range(200):     # neighbours
+    da, db = 0.02 * rng.standard_normal(a.shape), 0.02 * rng.standard_normal(b.shape)
+    assert data.error((a + da) @ (b + db)) >= best - 1e-9
+
+
+@pytest.mark.parametrize("heads,real", [(4, 2), (5, 3), (6, 4), (5, 2), (3, 1)])
+def test_the_arrangement_is_the_cheapest_of_all(heads, real):
+  cost = np.random.default_rng(heads).random((heads, heads))
+  found = refit.arrange(cost, real)
+  assert sorted(found.order) == list(range(heads))
+
+  def total(order):
+    return sum(cost[order[g % real], order[real + g]] for g in range(heads - real))
+
+  assert found.cost == pytest.approx(total(found.order))
+  assert found.cost == pytest.approx(min(map(total, itertools.permutations(range(heads)))))
+
+
+def test_heads_in_another_order_are_the_same_function():
+  model = tiny.deit(drop_path_rate=0.0)
+  variables, x = tiny.init(model), tiny.images(model)
+  params = dict(variables["params"])
+  params["blocks_0"] = refit.arranged(params["blocks_0"], (2, 0, 3, 1))
+  run = jax.jit(model.apply)
+  np.testing.assert_allclose(run({"params": params}, x), run(variables, x), atol=1e-5)
+
+
+def test_costs_and_taps_are_those_of_maps_replaced_one_by_one():
+  rng = np.random.default_rng(2)
+  heads, width, d, tokens = 3, 12, 4, 6
+  value, out = rng.standard_normal((width, heads, d)), rng.standard_normal((heads, d, width))
+  bias = rng.standard_normal((heads, d))
+  maps = rng.dirichlet(np.ones(tokens), (2, heads, tokens))
+  keys = rng.standard_normal((2, tokens, width))
+  seen = Seen(maps=jnp.asarray(maps, jnp.float32), keys=jnp.asarray(keys, jnp.float32))
+  costs, count = refit.head_costs(seen, *(jnp.asarray(a, jnp.float32) for a in (value, bias, out)))
+  assert count == 2 * tokens
+  for i, j in itertools.product(range(heads), repeat=2):
+    wrong = maps[:, i] - maps[:, j] if i != j else maps[:, j]
+    error = wrong @ (keys @ value[:, j] + bias[j]) @ out[j]
+    assert costs[i, j] == pytest.approx(np.sum(error ** 2), rel=1e-4)
+
+  gram, cross = refit.tap_sums(seen, jnp.asarray(value, jnp.float32),
+                               jnp.asarray(out[2:], jnp.float32), jnp.zeros(3))
+  kernel = rng.standard_normal((3, 3))
+  made = np.zeros((2, tokens, tokens))     # the filtered map of head 0, as head 2's
+  around = np.pad(maps[:, 0], ((0, 0), (1, 1), (1, 1)))
+  for s, t in itertools.product(range(3), repeat=2):
+    made += kernel[s, t] * around[:, s:s + tokens, t:t + tokens]
+  behind = made @ (keys @ value[:, 2]) @ out[2]
+  wanted = maps[:, 2] @ (keys @ value[:, 2]) @ out[2]
+  k = kernel.reshape(-1)
+  assert k @ np.asarray(gram[0]) @ k == pytest.approx(np.sum(behind ** 2), rel=1e-3)
+  assert k @ np.asarray(cross[0]) == pytest.approx(np.sum(behind * wanted), rel=1e-3)
+
+
+def redundant(model, seed=0):
+  """Random variables in which the maps of each head are nearly those of another, out of order."""
+  variables = tiny.init(model, seed, spread=0.5)
+  rng, params = np.random.default_rng(seed), dict(variables["params"])
+  for name in model.submodules():
+    attn = dict(params[name]["attn"])
+    for part in ("query", "key"):
+      kernel, bias = (np.array(attn[part][leaf]) for leaf in ("kernel", "bias"))
+      kernel[:, [1, 2]], bias[[1, 2]] = kernel[:, [0, 3]], bias[[0, 3]]
+      attn[part] = {"kernel": jnp.asarray(kernel + 0.02 * rng.standard_normal(kernel.shape),
+                                          jnp.float32), "bias": jnp.asarray(bias)}
+    params[name] = {**params[name], "attn": attn}
+  return {"params": params}
+
+
+@pytest.fixture(scope="module")
+def fits():
+  """{name: (relative error of the logits, notes, variables)}, half of the heads in each block."""
+  model = tiny.deit(drop_path_rate=0.0)
+  variables, x = redundant(model), tiny.images(model, batch=96)
+  new = tiny.images(model, batch=64, seed=9)
+  wanted = jax.jit(model.apply)(variables, new)
+  plan, out = vc.Plan(heads=vc.HMHSA()), {}
+  for name, images in {"weights": None, "data": x}.items():
+    notes = {}
+    small, got = vc.compact(model, variables, plan, images=images, progress=notes.__setitem__)
+    error = jnp.linalg.norm(jax.jit(small.apply)(got, new) - wanted) / jnp.linalg.norm(wanted)
+    out[name] = float(error), notes, got
+  return out
+
+
+def test_images_find_the_heads_that_are_alike(fits):
+  for notes in fits["data"][1].values():
+    first, second, *copies = notes["heads"]["order"]
+    assert {frozenset((first, copies[0])), frozenset((second, copies[1]))} == {
+        frozenset((0, 1)), frozenset((2, 3))}
+
+
+def test_images_bring_compact_heads_many_times_nearer_on_other_images(fits):
+  assert fits["data"][0] < fits["weights"][0] / 4
+
+
+def test_a_refit_is_no_worse_than_a_copy_on_the_images_held_out(fits):
+  for notes in fits["data"][1].values():
+    assert notes["heads"]["held_out"] <= notes["heads"]["copied"]
+
+
+def test_images_in_the_order_of_their_classes_do_no_harm():
+  model = tiny.deit(drop_path_rate=0.0)
+  variables, x = tiny.init(model), tiny.images(model, batch=16)
+  seen = []
+  vc.compact(model, variables, vc.Plan(ffn=vc.CFFN()), images=x,
+             progress=lambda name, notes: seen.append(name))
+  assert seen == ["blocks_0", "blocks_1"]
+
+
+def test_few_images_are_told_once():
+  model = tiny.deit(drop_path_rate=0.0)
+  variables, x = tiny.init(model, spread=0.5), tiny.images(model, batch=16)
+  with pytest.warns(UserWarning, match="16 calibration images are few: in blocks_") as caught:
+    vc.compact(model, variables, vc.Plan(attention=vc.Sparsifiner(keep=0.3), ffn=vc.CFFN()),
+               images=x)
+  assert len([warning for warning in caught if "are few" in str(warning.message)]) == 1

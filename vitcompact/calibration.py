@@ -1,0 +1,208 @@
+"""A block of a dense model on calibration images, as the methods that change it see it."""
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from vitcompact.block import reduction
+from vitcompact.token_state import NOTHING
+
+NORMS = {"norm1": "before_attention", "norm2": "before_ffn", "norm": "before_ffn"}
+VALUES = 2 ** 22   # of the residual stream in one chunk of images: about 50 of DeiT-S
+
+
+class Seen(NamedTuple):
+  """What a block computes for a few images; None where it has no such part.
+
+  before_attention, before_ffn: the residual stream (B, N, width) that each branch is added to.
+  queries, keys: (B, N, width), (B, M, width), the inputs of attention; maps (B, h, N, M).
+  attended: (B, N, width), the output of attention.
+  inputs, hidden: of the FFN's two layers, after norm and activation; ffn: its output.
+  wanted_attention, wanted_ffn: what the outputs should be: those of the dense model, and what the
+    stream has lost so far, see `Calibration`.
+  """
+  before_attention: Any = None
+  before_ffn: Any = None
+  queries: Any = None
+  keys: Any = None
+  maps: Any = None
+  attended: Any = None
+  inputs: Any = None
+  hidden: Any = None
+  ffn: Any = None
+  wanted_attention: Any = None
+  wanted_ffn: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+  """Calibration images at one block: what `from_dense` of a method may fit itself to.
+
+  module: the block as it is so far, not bound: the methods of other axes are in place already.
+  params, stats: its variables.
+  x: its input, a tree of NumPy arrays (images, ...), from the compact blocks before it.
+  dense, dense_params: the block of the dense model, its teacher. dense_x: the dense model's own
+    input of this block; None where the compact model has other tokens by now: the teacher then sees
+    x.
+  held: how many of the images, the last ones, are held out: fits are chosen by them.
+  notes: what fits tell, {axis: {...}}.
+  """
+  module: nn.Module
+  params: Any
+  stats: Any
+  x: Any
+  dense: nn.Module
+  dense_params: Any
+  dense_x: Any
+  held: int
+  notes: dict
+
+  def note(self, axis: str, **facts):
+    """Keeps what a fit tells of itself: relative errors of the branch's output, "fitted" and
+    "held_out", and others."""
+    self.notes[axis] = facts
+
+  def sums(self, function: Callable, *arguments):
+    """(of the images to fit to, of those held out): sums over images of function(seen, *arguments),
+    a tree of arrays; float64 of NumPy. function: of a module, not a lambda: it is compiled once."""
+    run = _summed(Function(self.module), Function(self.dense), function, self.dense_x is not None)
+    variables = {"params": self.params, "batch_stats": self.stats}
+    teacher = {"params": self.dense_params, "batch_stats": self.stats}
+    images = len(jax.tree.leaves(self.x)[0])
+    fitted = images - self.held
+    parts = []
+    for start, stop in ((0, fitted), (fitted, images)):
+      total = None
+      for at in chunks(self.x, start, stop):
+        out = run(variables, teacher, take(self.x, at),
+                  None if self.dense_x is None else take(self.dense_x, at), *arguments)
+        out = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), out)
+        total = out if total is None else jax.tree.map(np.add, total, out)
+      parts.append(total)
+    return parts[0], parts[1] if self.held else parts[0]
+
+  def with_params(self, params) -> "Calibration":
+    """The same with other parameters in the block: what it computes changes."""
+    return dataclasses.replace(self, params=params)
+
+
+def take(tree, at: slice):
+  return jax.tree.map(lambda leaf: leaf[at], tree)
+
+
+def chunks(x, start: int, stop: int):
+  """Slices of images, as many at a time as memory likes; of at most two lengths."""
+  leaf = max(jax.tree.leaves(x), key=np.size)
+  most = min(max(8, VALUES * len(leaf) // max(leaf.size, 1)), 256)
+  if stop > start:
+    size = math.ceil((stop - start) / math.ceil((stop - start) / most))
+    for first in range(start, stop, size):
+      yield slice(first, min(first + size, stop))
+
+
+def anonymous(block: nn.Module) -> nn.Module:
+  """The block without what is its own but no part of its function in inference, so that equal
+  blocks share one compiled program."""
+  site, methods = block.site._replace(form=None, merged=()), block.methods
+  if reduction(site, methods) == NOTHING:   # else it acts by the number of the block
+    site, methods = site._replace(block=0, tokens_left=site.tokens), methods._replace(tokens=None)
+  return block.clone(site=site, methods=methods, drop_path=0.0, parent=None, name=None)
+
+
+class Function:
+  """A block as a key of compiled programs: two blocks are the same where they read the same. Their
+  own equality fails where makers of modules, such as partials, are among their fields."""
+
+  def __init__(self, block: nn.Module):
+    self.block = anonymous(block)
+    self.text = repr(self.block)
+
+  def __eq__(self, other):
+    return self.text == other.text
+
+  def __hash__(self):
+    return hash(self.text)
+
+
+def run(block: nn.Module, variables, x):
+  """The output of an unbound block for a tree of NumPy arrays, a few images at a time."""
+  forward, images = _forward(Function(block)), len(jax.tree.leaves(x)[0])
+  outs = [jax.tree.map(np.asarray, forward(variables, take(x, at)))
+          for at in chunks(x, 0, images)]
+  return jax.tree.map(lambda *parts: np.concatenate(parts), *outs)
+
+
+@functools.lru_cache(maxsize=64)
+def _forward(block: Function):
+  return jax.jit(lambda variables, x: look(block.block, variables, x, maps=False)[0])
+
+
+def look(block: nn.Module, variables, x, maps: bool):
+  """(output, Seen) of an unbound block; maps: whether attention maps are formed and among it."""
+  found = {}
+
+  def watch(next_fun, args, kwargs, context):
+    out = next_fun(*args, **kwargs)
+    path = context.module.path
+    if context.method_name != "__call__":
+      return out
+    if len(path) == 1 and path[0] in NORMS:
+      found[NORMS[path[0]]] = _tokens(args[0])
+    elif path == ("mlp", "fc1"):
+      found["inputs"] = args[0]
+    elif path == ("mlp", "fc2"):
+      found["hidden"] = args[0]
+    elif path == ("mlp",):
+      found["ffn"] = out
+    elif path == ("attn", "query"):
+      found["queries"] = args[0]
+    elif path == ("attn", "value"):
+      found["keys"] = args[0]
+    elif path == ("attn", "out"):
+      found["attended"] = out
+    return out
+
+  with nn.intercept_methods(watch):
+    out, state = block.apply(variables, x, mutable=["maps"] if maps else [])
+  if maps and "attn" in state.get("maps", {}):
+    attn = state["maps"]["attn"]
+    scope = next((attn[name] for name in attn if name != "maps"), attn)
+    found["maps"] = scope["maps"][0]
+  tokens = {name: _tokens(value) for name, value in found.items() if name != "maps"}
+  return out, Seen(**{**found, **tokens})
+
+
+def _tokens(x):
+  """(B, H, W, C) -> (B, H W, C)."""
+  return jax.lax.collapse(x, 1, x.ndim - 1) if x.ndim > 3 else x
+
+
+@functools.lru_cache(maxsize=64)
+def _summed(module: Function, dense: Function, function: Callable, paired: bool):
+  """The jitted sums over a chunk; what a function does not use is not computed."""
+  module, dense = module.block, dense.block
+  skip = getattr(dense, "skip_lam", 1.0)
+
+  def run(variables, teacher, x, dense_x, *arguments):
+    seen = look(module, variables, x, maps=True)[1]
+    target = look(dense, teacher, dense_x if paired else x, maps=False)[1]
+
+    def wanted(output, stream):
+      """The teacher's output, and what the stream lacks: the branch makes good what earlier ones
+      lost."""
+      lost = getattr(target, stream) - getattr(seen, stream)
+      return getattr(target, output) + skip * lost
+
+    if seen.attended is not None:
+      seen = seen._replace(wanted_attention=wanted("attended", "before_attention"))
+    # Where tokens go between attention and FFN, the teacher has others.
+    same = seen.before_ffn.shape == target.before_ffn.shape and module.methods.tokens is None
+    return function(seen._replace(wanted_ffn=wanted("ffn", "before_ffn") if same else seen.ffn),
+                    *arguments)
+
+  return jax.jit(run)

@@ -1,0 +1,272 @@
+"""Which heads stay real, which one each other head copies, and the values and outputs that then
+come closest to the dense attention: in closed form, from calibration images.
+
+Ours. What a head may be replaced by is told by the error *behind* its values and outputs: on small
+trained models, likeness of the maps themselves chose two to three times worse in KL of the logits.
+"""
+import itertools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from vitcompact.regression import RIDGES, Metric, Regression, Sums, sums_of
+
+SETS = 20_000        # sets of real heads that are all tried; beyond, heads are dropped greedily
+SWEEPS = 3
+FEATURES = 4608      # heads x width up to which filters are fitted: their sums are its square
+
+
+class Arrangement(NamedTuple):
+  """A head's old number for each new place: the real heads, then those that copy them, place f + g
+  copying place g mod f; and what it costs, E |error|^2 of the attention's output."""
+  order: tuple[int, ...]
+  cost: float
+
+
+def head_costs(seen, value, bias, out):
+  """(h, h) sums over tokens of |(A_i - A_j) V_j O_j|^2, [i, j] of head i in the place of j, with
+  the number of tokens; the diagonal holds |A_j V_j O_j|^2.
+
+  value (D, h, d), bias (h, d), out (h, d, D): of the dense block.
+  """
+  high = jax.lax.Precision.HIGHEST
+  heads = value.shape[1]
+
+  def behind(j):
+    """Head j's values under every map."""
+    values_bmd = seen.keys @ value[:, j] + bias[j][None, None]
+    made_bhnd = jnp.einsum("bhnm,bmd->bhnd", seen.maps, values_bmd)
+    gram_dd = jnp.matmul(out[j], out[j].T, precision=high)
+    own_bnd = made_bhnd[:, j]
+    error_bhnd = jnp.where(jnp.arange(heads)[None, :, None, None] == j, own_bnd[:, None],
+                           made_bhnd - own_bnd[:, None])
+    return jnp.einsum("bhnd,de,bhne->h", error_bhnd, gram_dd, error_bhnd)
+
+  costs_jh = jax.lax.map(behind, jnp.arange(heads))
+  return costs_jh.T, jnp.asarray(seen.maps.shape[0] * seen.maps.shape[2], jnp.float32)
+
+
+def arrange(cost: np.ndarray, real: int) -> Arrangement:
+  """The cheapest choice of `real` heads and of the heads that copy each.
+
+  cost: (h, h), [i, j] of head i in the place of j. Every real head has as many copies as another,
+  or one more, which is how the heads of `HMHSA` are laid out.
+  """
+  heads = len(cost)
+  if math.comb(heads, real) <= SETS:
+    return min((_partners(cost, kept) for kept in itertools.combinations(range(heads), real)),
+               key=lambda found: found.cost)
+  kept = list(range(heads))
+  while len(kept) > real:   # what is missed least goes
+    def after(head):
+      rest = [other for other in kept if other != head]
+      return sum(cost[rest, j].min() for j in range(heads) if j not in rest)
+    kept.remove(min(kept, key=after))
+  return _partners(cost, tuple(kept))
+
+
+def _partners(cost, kept: tuple[int, ...]) -> Arrangement:
+  """The cheapest assignment of the other heads to these."""
+  real, others = len(kept), [j for j in range(len(cost)) if j not in kept]
+  share, extra = divmod(len(others), real)
+  # Places that must be taken, `share` of each real head; and one more of each, of which `extra` are
+  # taken by heads and the rest by nobody.
+  columns = [i for i in kept for _ in range(share)] + list(kept)
+  table = np.full((len(others) + real - extra if extra else len(others),
+                   len(columns) if extra else share * real), np.inf)
+  for row, j in enumerate(others):
+    table[row] = cost[columns[:table.shape[1]], j]
+  table[len(others):, share * real:] = 0
+  rows, places = linear_sum_assignment(table)
+  copies = {i: [] for i in kept}
+  for row, place in zip(rows, places, strict=True):
+    if row < len(others):
+      copies[columns[place]].append(others[row])
+  ordered = sorted(kept, key=lambda i: (-len(copies[i]), i))
+  hallucinated = [copies[i][turn] for turn in range(share + bool(extra)) for i in ordered
+                  if turn < len(copies[i])]
+  total = sum(cost[i, j] for i in kept for j in copies[i])
+  return Arrangement((*ordered, *hallucinated), float(total))
+
+
+def arranged(params, order):
+  """A block's parameters with its heads in another order: the same function."""
+  attn, order = params["attn"], np.asarray(order)
+  new = {name: {leaf: jnp.asarray(array)[..., order, :] for leaf, array in attn[name].items()}
+         for name in ("query", "key", "value")}
+  out = {**attn["out"], "kernel": jnp.asarray(attn["out"]["kernel"])[order]}
+  return {**params, "attn": {**attn, **new, "out": out}}
+
+
+def tap_sums(seen, value, out, steps):
+  """Normal equations of a filter for each hallucinated head, behind values and outputs.
+
+  Heads are in order already, the real ones first: seen.maps (B, f + g, N, M), value (D, f + g, d);
+  out (g, d, D), of the hallucinated ones. steps: (K,), of which only the length counts. Returns
+  (g, K^2, K^2) and (g, K^2).
+  """
+  high = jax.lax.Precision.HIGHEST
+  heads, taps = value.shape[1], steps.shape[0]
+  real = heads - out.shape[0]
+
+  def of_head(g):
+    j = real + g
+    values_bmd = seen.keys @ value[:, j]
+    source_bnm = jnp.take(seen.maps, g % real, axis=1)
+    gram_dd = jnp.matmul(out[g], out[g].T, precision=high)
+    wanted_bnd = jnp.einsum("bnm,bmd->bnd", jnp.take(seen.maps, j, axis=1), values_bmd)
+    # A key-side tap at offset t weighs entry m + t of a row: value m meets the map at m + t.
+    made = [jnp.einsum("bnm,bmd->bnd", source_bnm, shifted(values_bmd, -(t - taps // 2)))
+            for t in range(taps)]
+    rows_kbnd = jnp.stack([shifted(x, s - taps // 2) for s in range(taps) for x in made])
+    behind_kbnd = jnp.einsum("kbnd,de->kbne", rows_kbnd, gram_dd)
+    return (jnp.einsum("kbnd,lbnd->kl", behind_kbnd, rows_kbnd, precision=high),
+            jnp.einsum("kbnd,bnd->k", behind_kbnd, wanted_bnd, precision=high))
+
+  return jax.lax.map(of_head, jnp.arange(heads - real))
+
+
+def shifted(x_bnd, step: int):
+  """Row n is row n + step, 0 outside."""
+  if step == 0:
+    return x_bnd
+  none = jnp.zeros_like(x_bnd[:, :abs(step)])
+  parts = [x_bnd[:, step:], none] if step > 0 else [none, x_bnd[:, :step]]
+  return jnp.concatenate(parts, axis=1)[:, :x_bnd.shape[1]]
+
+
+def fitted_taps(gram: np.ndarray, cross: np.ndarray, taps: int, rank: int):
+  """query_taps, key_taps (g, rank, K) whose filters come closest, from `tap_sums`.
+
+  One term is refined by alternating least squares; more are singular vectors of the free filter.
+  """
+  query, key = [], []
+  for g, c in zip(gram, cross, strict=True):
+    g = g + 1e-6 * np.trace(g) / len(g) * np.eye(len(g))
+    left, singular, right = np.linalg.svd(np.linalg.solve(g, c).reshape(taps, taps))
+    u, v = (side * np.sqrt(singular[:rank, None]) for side in (left.T[:rank], right[:rank]))
+    if rank == 1:
+      u, v = _alternated(g.reshape(taps, taps, taps, taps), c.reshape(taps, taps), u[0], v[0])
+    query.append(u)
+    key.append(v)
+  return np.stack(query), np.stack(key)
+
+
+def _alternated(g_stuv, c_st, u_s, v_t, turns: int = 30):
+  for _ in range(turns):
+    u_s = np.linalg.solve(np.einsum("stuv,t,v->su", g_stuv, v_t, v_t), c_st @ v_t)
+    v_t = np.linalg.solve(np.einsum("stuv,s,u->tv", g_stuv, u_s, u_s), u_s @ c_st)
+    scale = np.sqrt(np.linalg.norm(v_t) / np.linalg.norm(u_s))
+    u_s, v_t = u_s * scale, v_t / scale
+  return u_s[None], v_t[None]
+
+
+def copied_sums(seen, places) -> Sums:
+  """Of the features A_i X of the real heads (those first in order) and the wanted output.
+
+  places: (f,), only its length counts.
+  """
+  made = jnp.einsum("bhnm,bmw->bnhw", seen.maps[:, :places.shape[0]], seen.keys)
+  return sums_of(jax.lax.collapse(made, 2), seen.wanted_attention)
+
+
+def filtered_sums(seen, query_taps, key_taps) -> Sums:
+  """Of the features of all heads, the hallucinated ones through their filters, and the wanted
+  output; taps (g, 1, K)."""
+  hallucinated, _, taps = query_taps.shape
+  real = seen.maps.shape[1] - hallucinated
+  features = [jnp.einsum("bhnm,bmw->bnhw", seen.maps[:, :real], seen.keys)]
+  for g in range(hallucinated):
+    keys = sum(shifted(seen.keys, -(t - taps // 2)) * key_taps[g, 0, t] for t in range(taps))
+    rows = jnp.einsum("bnm,bmw->bnw", seen.maps[:, g % real], keys)
+    rows = sum(shifted(rows, s - taps // 2) * query_taps[g, 0, s] for s in range(taps))
+    features.append(rows[:, :, None])
+  return sums_of(jax.lax.collapse(jnp.concatenate(features, axis=2), 2), seen.wanted_attention)
+
+
+class Refit(NamedTuple):
+  """Values (h, D, d), outputs (h, d, D) and the output's bias; fitted, held_out: relative errors of
+  the attention's output on the images fitted and held out; copied: without a refit."""
+  values: np.ndarray
+  outputs: np.ndarray
+  bias: np.ndarray
+  fitted: float
+  held_out: float
+  copied: float
+
+
+def refit(sums, groups, values, outputs) -> Refit:
+  """Values and outputs of all heads, together, by block coordinate descent over groups of heads.
+
+  sums: (fit, held) of the features, D for each group. groups: which heads share one; a group of g
+  heads has rank g d. values (h, D, d), outputs (h, d, D): the dense ones, heads in order.
+  """
+  fit, held = (Regression.of(part) for part in sums)
+  both = fit if sums[0] is sums[1] else Regression.of(sums[0] + sums[1])
+  old = [np.concatenate([values[h] for h in group], axis=1) for group in groups], \
+      [np.concatenate([outputs[h] for h in group], axis=0) for group in groups]
+  copied = np.concatenate([a @ b for a, b in zip(*old, strict=True)])
+  best = held.error(copied, fit.bias(copied)), fit.error(copied), None
+  metrics = _metrics(fit, len(groups))
+  for ridge in RIDGES:
+    matrix = _descend(fit, metrics, old, ridge)[2]
+    held_out = held.error(matrix, fit.bias(matrix))
+    if held_out < best[0]:
+      best = held_out, fit.error(matrix), ridge
+  held_out, fitted, ridge = best
+  a, b, matrix = (*old, copied) if ridge is None else \
+      _descend(both, _metrics(both, len(groups)), old, ridge)
+  new_values, new_outputs = np.empty_like(values), np.empty_like(outputs)
+  width = values.shape[2]
+  for group, left, right in zip(groups, a, b, strict=True):
+    for place, head in enumerate(group):
+      new_values[head] = left[:, place * width:(place + 1) * width]
+      new_outputs[head] = right[place * width:(place + 1) * width]
+  return Refit(new_values, new_outputs, both.bias(matrix), fitted, held_out,
+               held.error(copied, fit.bias(copied)))
+
+
+def _metrics(data: Regression, groups: int) -> list[Metric]:
+  size = len(data.cov) // groups
+  return [Metric.of(data.cov[at:at + size, at:at + size]) for at in range(0, len(data.cov), size)]
+
+
+def _descend(data: Regression, metrics, old, ridge: float):
+  """(values, outputs of each group, their matrix)."""
+  ridge = data.strength(ridge)
+  metrics = [metric.stronger(ridge) for metric in metrics]
+  size = len(data.cov) // len(metrics)
+  slices = [slice(g * size, (g + 1) * size) for g in range(len(metrics))]
+  a, b = list(old[0]), list(old[1])
+  before = np.concatenate([left @ right for left, right in zip(*old, strict=True)])
+  b = _outputs(data, a, b, old[1], slices, ridge)
+  matrix = np.concatenate([left @ right for left, right in zip(a, b, strict=True)])
+  for _ in range(SWEEPS):
+    for at, metric, g in zip(slices, metrics, range(len(a)), strict=True):
+      # What the other groups leave to this one.
+      rest = data.cross[at] - data.cov[at] @ matrix + data.cov[at, at] @ matrix[at]
+      wanted = metric.solve(rest + ridge * before[at])
+      a[g], b[g] = metric.factors(wanted, a[g].shape[1])
+      matrix[at] = a[g] @ b[g]
+    b = _outputs(data, a, b, b, slices, ridge)
+    matrix = np.concatenate([left @ right for left, right in zip(a, b, strict=True)])
+  return a, b, matrix
+
+
+def _outputs(data: Regression, a, b, old_b, slices, ridge: float):
+  """The outputs of all groups at once, for values that stay."""
+  made_cross = np.concatenate([left.T @ data.cross[at] for left, at in
+                               zip(a, slices, strict=True)])
+  cov_a = np.concatenate([data.cov[:, at] @ left for left, at in zip(a, slices, strict=True)],
+                         axis=1)
+  made = np.concatenate([left.T @ cov_a[at] for left, at in zip(a, slices, strict=True)])
+  # In units of the features: the strength is relative to the variance of what is regressed on.
+  relative = ridge / max(np.trace(data.cov) / len(data.cov), 1e-30)
+  pull = relative * np.trace(made) / len(made)
+  new = np.linalg.solve(made + pull * np.eye(len(made)), made_cross + pull * np.concatenate(old_b))
+  ends = np.cumsum([left.shape[1] for left in a])[:-1]
+  return np.split(new, ends)

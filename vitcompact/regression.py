@@ -1,0 +1,126 @@
+"""Least squares in closed form, from sums over many rows: float64 on the host.
+
+    y ~ x M + b,   x (rows, p), y (rows, q)
+
+A ridge pulls M towards a matrix that is known already, such as the weights of a dense layer, with
+a strength relative to the mean variance of x. The best matrix of a low rank is the best one *in the
+metric of x*: errors count as they show in the outputs.
+"""
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)   # tried, and chosen among by rows held out
+
+
+class Sums(NamedTuple):
+  """Over the rows of x and y, which come with the constant 1 in front."""
+  xx: jax.Array   # (1 + p, 1 + p)
+  xy: jax.Array   # (1 + p, q)
+  yy: jax.Array   # ()
+
+  def __add__(self, other):
+    return Sums(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def sums_of(x, y) -> Sums:
+  """Of rows (..., p) and (..., q), in float32 on the device."""
+  x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+  y = y.reshape(-1, y.shape[-1]).astype(jnp.float32)
+  x = jnp.concatenate([jnp.ones((len(x), 1)), x], axis=1)
+  high = jax.lax.Precision.HIGHEST
+  return Sums(jnp.matmul(x.T, x, precision=high), jnp.matmul(x.T, y, precision=high),
+              jnp.sum(y * y))
+
+
+class Regression(NamedTuple):
+  """Means and centred second moments of x and y: what every fit below needs."""
+  rows: float
+  mean_x: np.ndarray    # (p,)
+  mean_y: np.ndarray    # (q,)
+  cov: np.ndarray       # (p, p)
+  cross: np.ndarray     # (p, q)
+  energy: float         # E |y - mean|^2
+
+  @classmethod
+  def of(cls, sums: Sums) -> "Regression":
+    rows = float(sums.xx[0, 0])
+    second, cross = sums.xx / rows, sums.xy / rows
+    mean_x, mean_y = second[0, 1:], cross[0]
+    return cls(rows, mean_x, mean_y, second[1:, 1:] - np.outer(mean_x, mean_x),
+               cross[1:] - np.outer(mean_x, mean_y),
+               max(float(sums.yy / rows - mean_y @ mean_y), 0.0))
+
+  def bias(self, matrix) -> np.ndarray:
+    """The b that goes with M."""
+    return self.mean_y - self.mean_x @ matrix
+
+  def error(self, matrix, bias=None) -> float:
+    """E |y - x M - b|^2 / E |y - mean|^2; without a bias, with the best one."""
+    miss = self.energy - 2 * np.sum(matrix * self.cross) + np.sum(matrix * (self.cov @ matrix))
+    if bias is not None:
+      miss += np.sum((self.bias(matrix) - bias) ** 2)
+    return max(float(miss), 0.0) / max(self.energy, np.finfo(np.float32).tiny)
+
+  def strength(self, ridge: float) -> float:
+    """What a relative ridge adds to each variance of x."""
+    return ridge * max(float(np.trace(self.cov)) / len(self.cov), np.finfo(np.float32).tiny)
+
+
+class Metric(NamedTuple):
+  """The covariance of x, with its ridge, by eigenvalues: a product of matrices then solves."""
+  values: np.ndarray
+  vectors: np.ndarray
+
+  @classmethod
+  def of(cls, cov) -> "Metric":
+    values, vectors = np.linalg.eigh(cov)
+    return cls(np.maximum(values, 0), vectors)
+
+  def stronger(self, ridge: float) -> "Metric":
+    return self._replace(values=self.values + ridge)
+
+  def solve(self, right) -> np.ndarray:
+    return self.vectors @ ((self.vectors.T @ right) / self.values[:, None])
+
+  def factors(self, matrix, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """A (p, rank), B (rank, q) whose product is closest to M in this metric."""
+    root = np.sqrt(self.values)[:, None]
+    left, singular, right = np.linalg.svd(root * (self.vectors.T @ matrix), full_matrices=False)
+    half = np.sqrt(singular[:rank])
+    return self.vectors @ (left[:, :rank] * half / root), half[:, None] * right[:rank]
+
+
+class Factors(NamedTuple):
+  """x A B + b; fitted, held_out: relative errors, the second on rows that A and B never saw."""
+  a: np.ndarray
+  b: np.ndarray
+  bias: np.ndarray
+  fitted: float
+  held_out: float
+
+
+def low_rank(fit: Regression, held: Regression, both: Regression, old, rank: int) -> Factors:
+  """The fit of a rank to y, pulled towards `old` (p, q) as strongly as held-out rows want it.
+
+  fit, held: of the rows to fit and of those to choose the ridge by; both: of all, of which the
+  result is made.
+  """
+  metric, best = Metric.of(fit.cov), None
+  for ridge in RIDGES:
+    a, b = _low_rank(fit, metric, old, rank, ridge)
+    matrix = a @ b
+    held_out = held.error(matrix, fit.bias(matrix))
+    if best is None or held_out < best[0]:
+      best = held_out, fit.error(matrix), ridge
+  held_out, fitted, ridge = best
+  a, b = _low_rank(both, Metric.of(both.cov), old, rank, ridge)
+  return Factors(a, b, both.bias(a @ b), fitted, held_out)
+
+
+def _low_rank(data: Regression, metric: Metric, old, rank: int, ridge: float):
+  ridge = data.strength(ridge)
+  metric = metric.stronger(ridge)
+  return metric.factors(metric.solve(data.cross + ridge * old), rank)
