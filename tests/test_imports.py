@@ -14,8 +14,8 @@ BASE = {"trees", "settings", "kernels", "torch_names", "token_state", "attention
         "regression"}
 MODELS = BASE | {"methods", "plan", "execution", "block", "models"}
 VERBS = {"calibration", "compact", "fold", "verify", "count", "features", "convert", "receipt",
-         "preprocess", "bench", "measure", "doors", "export", "tune", "files", "fit", "foreign",
-         "compare", "draw", "pytorch"}
+         "preprocess", "bench", "measure", "planner", "report", "doors", "export", "tune", "files",
+         "fit", "foreign", "compare", "draw", "pytorch"}
 # room -> the rooms it may import, besides itself. A room is a file or a folder of vitcompact/.
 MAY = {
     "trees": set(), "settings": set(), "kernels": set(), "torch_names": set(),
@@ -36,7 +36,7 @@ MAY = {
 }
 # What loops over methods, and knows none.
 CORE = ["plan.py", "block.py", "execution.py", "convert.py", "fit.py", "foreign.py", "files.py",
-        "count.py", "calibration.py", "compact.py", "fold.py",
+        "count.py", "calibration.py", "compact.py", "measure.py", "planner.py", "report.py", "fold.py",
         "methods/protocol.py", "methods/surgery.py",
         *(f"train/{name}.py" for name in ("optim", "objective", "phases", "config", "build")),
         *(f"models/{path.name}" for path in sorted((ROOT / "vitcompact/models").glob("*.py")))]

@@ -16,7 +16,7 @@ _HOMES = {
     "MCTF": "methods.tokens.mctf", "CFFN": "methods.ffn.cffn", "Execution": "execution",
     "from_torch": "convert", "to_torch": "convert", "save": "convert", "load": "convert",
     "features": "features", "compact": "compact", "fold": "fold", "verify": "verify",
-    "count": "count", "tune": "tune",
+    "count": "count", "tune": "tune", "measure": "measure", "Report": "report",
 }
 __all__ = sorted(_HOMES)
 

@@ -1,4 +1,5 @@
 """A block of a dense model on calibration images, as the methods that change it see it."""
+import contextvars
 import dataclasses
 import functools
 import math
@@ -7,12 +8,16 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vitcompact.block import reduction
+from vitcompact.execution import Execution
 from vitcompact.token_state import NOTHING
 
 NORMS = {"norm1": "before_attention", "norm2": "before_ffn", "norm": "before_ffn"}
+_innermost = contextvars.ContextVar("the walk through a model that is under way", default=None)
+
 VALUES = 2 ** 22   # of the residual stream in one chunk of images: about 50 of DeiT-S
 
 
@@ -91,6 +96,16 @@ class Calibration:
     return dataclasses.replace(self, params=params)
 
 
+def held_last(images) -> tuple[np.ndarray, int]:
+  """(images with every fourth put last, how many these are): to be held out. Not the last quarter,
+  so that images in the order of their classes do no harm."""
+  images = np.asarray(images, np.float32)
+  if len(images) < 8:
+    return images, 0
+  late = np.arange(len(images)) % 4 == 3
+  return np.concatenate([images[~late], images[late]]), int(late.sum())
+
+
 def take(tree, at: slice):
   return jax.tree.map(lambda leaf: leaf[at], tree)
 
@@ -140,6 +155,32 @@ def run(block: nn.Module, variables, x):
 @functools.lru_cache(maxsize=64)
 def _forward(block: Function):
   return jax.jit(lambda variables, x: look(block.block, variables, x, maps=False)[0])
+
+
+def through(model: nn.Module, variables, images, on_block: Callable[[str, nn.Module, Any], Any]):
+  """The logits of a model in which on_block(name, unbound block, input) gives the output of each
+  block that a plan can change; input and output are trees of NumPy arrays, of all images.
+
+  What stands between the blocks is computed as it is, for as many images as come.
+  """
+  # No images in chunks, and nothing computed twice.
+  model = model.clone(execution=Execution(), remat=False)
+  names = {name for name, module in model.submodules().items() if hasattr(module, "methods")}
+
+  def watch(next_fun, args, kwargs, context):
+    name = "/".join(context.module.path) if context.method_name == "__call__" else ""
+    if name not in names or walk is not _innermost.get():   # on_block may walk through it as well
+      return next_fun(*args, **kwargs)
+    block = context.module.clone(parent=None, name=None)
+    return jax.tree.map(jnp.asarray, on_block(name, block, jax.tree.map(np.asarray, args[0])))
+
+  walk = object()
+  outer = _innermost.set(walk)
+  try:
+    with nn.intercept_methods(watch):
+      return model.apply(variables, jnp.asarray(images))
+  finally:
+    _innermost.reset(outer)
 
 
 def look(block: nn.Module, variables, x, maps: bool):

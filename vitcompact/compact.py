@@ -5,14 +5,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vitcompact import block as blocks
 from vitcompact import trees
-from vitcompact.calibration import Calibration, run, take
+from vitcompact.calibration import Calibration, held_last, run, take, through
 from vitcompact.doors import check_images, check_model, check_plan, check_variables
-from vitcompact.execution import Execution
 from vitcompact.plan import Plan
 
 FEW = 1.5   # times the error of the images fitted: beyond, those held out say that they were few
@@ -77,40 +75,24 @@ def _fitted(model: nn.Module, small: nn.Module, variables, images, progress):
   compact model's stream, the other its teacher's. Once a reducer leaves the compact model with
   other tokens, its half goes on alone, and the teacher of a block is the dense block on its input.
   """
-  images = np.asarray(images, np.float32)
-  held = len(images) // 4 if len(images) >= 8 else 0
-  if held:   # every fourth image, so that images in order of class do no harm
-    late = np.arange(len(images)) % 4 == 3
-    images = np.concatenate([images[~late], images[late]])
-    held = int(late.sum())
-  model = model.clone(execution=Execution(), remat=False)   # no chunks, nothing computed twice
-  modules = {name: module for name, module in small.clone(remat=False).submodules().items()
-             if hasattr(module, "methods")}
+  images, held = held_last(images)
+  modules = small.clone(remat=False).submodules()
   params, stats, found, told = variables["params"], variables.get("batch_stats", {}), {}, {}
 
-  def watch(next_fun, args, kwargs, context):
-    module = context.module
-    name = "/".join(module.path) if context.method_name == "__call__" else ""
-    if name not in modules:
-      return next_fun(*args, **kwargs)
-    x = jax.tree.map(np.asarray, args[0])
+  def on_block(name, dense, x):
     paired = len(jax.tree.leaves(x)[0]) == 2 * len(images)
     dense_x = take(x, slice(len(images), None)) if paired else None
-    x = take(x, slice(len(images)))
-    dense = module.clone(parent=None, name=None)
-    new, out, notes = _fit_block(dense, modules[name], params[name], stats.get(name, {}), x,
-                                 dense_x, held)
-    found[name] = new
+    found[name], out, notes = _fit_block(dense, modules[name], params[name], stats.get(name, {}),
+                                         take(x, slice(len(images))), dense_x, held)
+    told[name] = notes
     if progress is not None:
       progress(name, notes)
-    told[name] = notes
     if paired and modules[name].methods.tokens is None:
       dense_out = run(dense, {"params": params[name], "batch_stats": stats.get(name, {})}, dense_x)
       out = jax.tree.map(lambda *halves: np.concatenate(halves), out, dense_out)
-    return jax.tree.map(jnp.asarray, out)
+    return out
 
-  with nn.intercept_methods(watch):
-    model.apply(variables, jnp.concatenate([images, images]))
+  through(model, variables, np.concatenate([images, images]), on_block)
   _warn_of_few(told, len(images))
   return found
 

@@ -102,6 +102,14 @@ class Factors(NamedTuple):
   held_out: float
 
 
+def spectrum(data: Regression) -> np.ndarray:
+  """Relative squared error of y that factors of rank 1, 2, ... leave at best."""
+  metric = Metric.of(data.cov).stronger(data.strength(RIDGES[0]))
+  root = np.sqrt(metric.values)[:, None]
+  singular = np.linalg.svd(root * (metric.vectors.T @ metric.solve(data.cross)), compute_uv=False)
+  return np.maximum(data.energy - np.cumsum(singular ** 2), 0) / max(data.energy, 1e-30)
+
+
 def low_rank(fit: Regression, held: Regression, both: Regression, old, rank: int) -> Factors:
   """The fit of a rank to y, pulled towards `old` (p, q) as strongly as held-out rows want it.
 

@@ -171,6 +171,12 @@ class Sparsifiner:
                                 **kwargs)
     return TokenMaskPredictor(self, site.tokens, site.prefix, deploy=site.deploy, **kwargs)
 
+  @classmethod
+  def options(cls, site: Site) -> list["Sparsifiner"]:
+    """Shares of the blocks, where these are faster than dense attention."""
+    found = [cls(keep=keep, granularity="block") for keep in (0.25, 0.5, 0.75)]
+    return [method for method in found if method.acts(site)]
+
   def from_dense(self, site: Site, params, stats, data):
     """A fresh predictor; with calibration images, one of tokens that restores the dense maps as
     well as it can without training: see `token_predictor.fitted`. Blocks start at the scores of

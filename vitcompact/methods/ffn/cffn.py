@@ -22,7 +22,7 @@ from flax.linen.dtypes import promote_dtype
 from vitcompact.layers import Dense, Mlp, dense, linear
 from vitcompact.methods.ffn.branch_norms import EPSILON, Norm, norm_each
 from vitcompact.methods.protocol import Site
-from vitcompact.regression import Factors, Regression, low_rank, sums_of
+from vitcompact.regression import Factors, Regression, low_rank, spectrum, sums_of
 from vitcompact.torch_names import Entry
 from vitcompact.torch_names import linear as linear_entries
 from vitcompact.trees import Leaf
@@ -121,6 +121,29 @@ class CFFN:
         mlp = {**mlp, layer: {"kernel": _matmul(a, b), "bias": bias}}
         data = data.with_params({**params, "mlp": mlp})
     return {**params, "mlp": new}, {**stats, "mlp": mlp_stats} if mlp_stats else stats
+
+  @classmethod
+  def options(cls, site: Site) -> list["CFFN"]:
+    """Ranks of the output matrix and of both that save at least a tenth of what they replace."""
+    m, d = site.hidden, site.ffn_width
+    ranks = {ratio: cls(rank_ratio=ratio).rank(d) for ratio in RATIOS}
+    return [cls(rank_ratio=ratio, factor=factor) for factor in ("output", "both")
+            for ratio, rank in ranks.items() if rank * (m + d) < 0.9 * m * d]
+
+  @classmethod
+  def estimate(cls, options, site: Site, params, data):
+    """Errors of the layers' outputs at each rank, added where both are factorised; and the curves,
+    over the share of the rank."""
+    curves = {}
+    for layer, sums in SUMS.items():
+      curves[layer] = spectrum(Regression.of(data.sums(sums, params["mlp"][layer])[0]))
+    errors = [sum(curves[layer][method.rank(site.ffn_width) - 1]
+                  for layer in (("fc1", "fc2") if method.factor == "both" else ("fc2",)))
+              for method in options]
+    return errors, {f"{layer}_error": [[round(float(rank + 1) / len(curve), 4), float(f"{curve[rank]:.3g}")]
+                                       for rank in np.unique(np.linspace(0, len(curve) - 1, 33,
+                                                                         dtype=int))]
+                    for layer, curve in curves.items()}
 
   def fold(self, site: Site, params, stats):
     mlp, seen = params["mlp"], stats.get("mlp", {})
@@ -350,6 +373,7 @@ def second_sums(seen, params):
 
 
 SUMS = {"fc1": first_sums, "fc2": second_sums}
+RATIOS = (0.125, 0.25, 0.375, 0.5, 0.625)   # of the rank to the width, among which a planner chooses
 
 
 def truncated_factors(kernel, rank: int):

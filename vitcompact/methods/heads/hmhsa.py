@@ -101,6 +101,25 @@ class HMHSA:
     own = {**new["params"], **taps}
     return {**params, "attn": {**params["attn"], self.scope: own}}, stats
 
+  @classmethod
+  def options(cls, site: Site) -> list["HMHSA"]:
+    """From half of the heads real to all but one."""
+    return [cls(real_heads=real) for real in range((site.heads + 1) // 2, site.heads)]
+
+  @classmethod
+  def estimate(cls, options, site: Site, params, data):
+    """Errors of copied maps behind values and outputs, in sums over heads; and the table of them,
+    [i][j] of head i in the place of j."""
+    attn = params["attn"]
+    bias = attn["value"].get("bias", jnp.zeros((site.heads, site.head_width)))
+    costs, _tokens = data.sums(refit.head_costs, attn["value"]["kernel"], bias,
+                              attn["out"]["kernel"])[0]
+    total = np.trace(costs)
+    errors = [refit.arrange(costs, method.count_real(site.heads)).cost / total
+              for method in options]
+    table = costs / np.diag(costs)[None]
+    return errors, {"head_cost": np.where(np.eye(len(costs)), 0, table).round(4).tolist()}
+
   def _fit(self, site: Site, params, data):
     """(a dense block's parameters with its heads in the best order, values and outputs refitted;
     {} or the taps that go with them)."""

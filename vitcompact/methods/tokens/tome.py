@@ -60,6 +60,14 @@ class ToMe:
     del site
     return ("grid",) if self.order == "position" else ("grid", "token order")
 
+  @classmethod
+  def options(cls, site: Site) -> list["ToMe"]:
+    """Merging at a constant pace until three quarters, half, or a quarter of the patches are left.
+    """
+    patches = site.tokens - site.prefix
+    paces = {round(patches * share / site.depth) for share in (0.25, 0.5, 0.75)}
+    return [cls(r=r) for r in sorted(paces - {0})]
+
   def reduction(self, block: int, depth: int) -> Reduction:
     """What happens in this block."""
     r = self.merged_in(block, depth)

@@ -1,0 +1,150 @@
+"""The search of a plan: what each option costs and saves, and a knapsack over blocks and axes."""
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitcompact import trees
+from vitcompact.calibration import Function, look, through
+from vitcompact.count import count, macs_of
+from vitcompact.plan import BlockMethods, Plan
+from vitcompact.token_state import Tokens
+
+BINS = 2000          # of what there is to save: options save whole numbers of them, rounded down
+EQUAL = 1e-6         # KLs below are rounding, and count as none
+SMALLER = 1e-9       # what a parameter less is worth, in KL per share: it breaks ties
+
+
+class Choice(NamedTuple):
+  """What one block may become: its options, {axis: Option}, the KL they cost and what they save."""
+  options: dict
+  kl: float
+  saved: float
+  params: int
+
+
+class Costs:
+  """What blocks of a model cost under its options: multiply-accumulates and parameters of the
+  deployed form, counted; each method's difference to the dense block, of one image.
+
+  They add up: no method changes what a layer of another axis executes, but reducers, by the number
+  of tokens; see `at`.
+  """
+
+  def __init__(self, model: nn.Module):
+    self.model = model.clone(plan=Plan(), deploy=True, remat=False)
+    self.dense = count(self.model)
+    self._inputs = self._shapes()
+
+  def _shapes(self):
+    """{block: shape of its input}, of one image."""
+    shapes = {}
+
+    def on_block(name, block, x):
+      shapes[name] = x
+      return _stepped(block, x)
+
+    images = jnp.zeros((1, *np.broadcast_to(self.model.image_size, 2).tolist(),
+                        self.model.in_chans))
+    variables = jax.eval_shape(self.model.init, jax.random.key(0), images)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables)
+    through(self.model, zeros, images, on_block)
+    return {name: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
+            for name, x in shapes.items()}
+
+  def blocks(self) -> dict[str, nn.Module]:
+    return {name: module for name, module in self.model.submodules().items()
+            if hasattr(module, "methods")}
+
+  def at(self, name: str, methods: BlockMethods, tokens: int | None = None) -> tuple[int, int]:
+    """(MACs, parameters) of a block under methods, for that many tokens (isotropic models)."""
+    block, x = self.blocks()[name], self._inputs[name]
+    if tokens is not None:
+      x = Tokens(jax.ShapeDtypeStruct((1, tokens, x.x.shape[2]), x.x.dtype))
+    return _counted(Function(block.clone(methods=methods)), jax.tree.structure(x),
+                    tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(x)))
+
+  def saved(self, name: str, axis: str, method, tokens: int | None = None) -> tuple[int, int]:
+    """(MACs, parameters) that a block saves by one method."""
+    dense = self.at(name, BlockMethods(), tokens)
+    new = self.at(name, BlockMethods(**{axis: method}), tokens)
+    return dense[0] - new[0], dense[1] - new[1]
+
+
+def _stepped(block: nn.Module, x):
+  """Zeros of the shape of a block's output."""
+  out = jax.eval_shape(lambda x: block.init_with_output(jax.random.key(0), x)[0], x)
+  return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), out)
+
+
+@functools.lru_cache(maxsize=4096)
+def _counted(function: Function, tree, leaves) -> tuple[int, int]:
+  block = function.block
+  x = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in leaves])
+  variables = jax.eval_shape(block.init, jax.random.key(0), x)
+  macs = macs_of(lambda variables, x: look(block, variables, x, maps=False)[0], variables, x)
+  return macs.total, trees.size(variables["params"])
+
+
+def combined(options: dict[str, list[Any]]) -> list[dict[str, Any]]:
+  """Every way to take at most one option of each axis."""
+  found = [{}]
+  for axis, few in options.items():
+    found = [{**base, **more} for base in found for more in [{}, *({axis: one} for one in few)]]
+  return found
+
+
+class Knapsack:
+  """Which choice of each block loses least, for at least as much saved in all.
+
+  choices: {block: [Choice]}, the first of each the dense one. Deterministic: among equals the one
+  with fewer parameters, then the first.
+  """
+
+  def __init__(self, choices: dict[str, list[Choice]], scale: float):
+    self.choices, self.bin = choices, scale / BINS
+
+  def least(self) -> float:
+    """The most that can be saved."""
+    return sum(max(choice.saved for choice in few) for few in self.choices.values())
+
+  def best(self, need: float, forbidden: tuple[str, int] | None = None):
+    """({block: index of its choice}, KL), or None where it cannot be met."""
+    bins = max(0, int(np.ceil(need / self.bin - 1e-9)))
+    cost = np.full(bins + 1, np.inf)     # of having saved at least j bins so far
+    cost[0] = 0
+    taken = []
+    most = max(1, sum(max(choice.params for choice in few) for few in self.choices.values()))
+    for name, few in self.choices.items():
+      table = np.full((len(few), bins + 1), np.inf)
+      for i, choice in enumerate(few):
+        if forbidden == (name, i):
+          continue
+        step = int(np.floor(choice.saved / self.bin + 1e-9))
+        kl = 0.0 if choice.kl < EQUAL else choice.kl
+        here = _moved(cost, step)
+        table[i] = here + kl - SMALLER * choice.params / most
+      pick = table.argmin(axis=0)
+      taken.append((name, pick))
+      cost = table[pick, np.arange(bins + 1)]
+    if not np.isfinite(cost[bins]):
+      return None
+    picks, at = {}, bins
+    for name, pick in reversed(taken):
+      picks[name] = int(pick[at])
+      at = max(0, at - int(np.floor(self.choices[name][picks[name]].saved / self.bin + 1e-9)))
+    picks = dict(reversed(picks.items()))
+    return picks, sum(self.choices[name][i].kl for name, i in picks.items())
+
+
+def _moved(cost: np.ndarray, step: int) -> np.ndarray:
+  """The cost of having saved at least j, after a choice that saves `step` (or costs, if below 0).
+  """
+  if step >= 0:
+    return cost[np.maximum(np.arange(len(cost)) - step, 0)]
+  out = np.full(len(cost), np.inf)
+  out[:step] = cost[-step:]
+  return out

@@ -1,0 +1,321 @@
+"""Report: what `measure` found, to JSON and back, and the plans that it proposes."""
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from vitcompact.count import count
+from vitcompact.models import create_model
+from vitcompact.plan import BY_BLOCK, BlockMethods, Plan, described
+from vitcompact.planner import Choice, Costs, Knapsack, combined
+
+GOALS = ("macs", "params", "speedup", "latency_ms")
+
+
+class Option(NamedTuple):
+  """What may be done in one block, or, of the tokens axis, in the whole model.
+
+  error: what the method's estimate says, in proportion; kl: of the logits when it is done alone, in
+  nats an image; measured: whether that was tried, or inferred from another option.
+  """
+  axis: str
+  method: Any
+  error: float | None
+  kl: float | None
+  measured: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """Why a plan has what it has in a block: a row of `Report.explain`.
+
+  saves: share of the dense model's MACs; runner_up: what the block would have if this were
+  forbidden, and more: the KL that the best plan would then have more.
+  """
+  block: str
+  method: str
+  saves: float
+  kl: float
+  measured: bool
+  runner_up: str
+  more: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+  """What a plan is predicted to be. macs, params: share of the dense model's; kl: the sum over its
+  options, in nats an image, of changes measured one by one."""
+  plan: Plan
+  macs: float
+  params: float
+  kl: float
+  steps: tuple[Step, ...]
+
+  def __str__(self) -> str:
+    lines = [f"MACs {self.macs:.1%}, parameters {self.params:.1%} of the dense model; predicted KL "
+             f"{self.kl:.2g}"]
+    for step in self.steps:
+      lines.append(f"{step.block}: {step.method}: saves {step.saves:.1%} for KL {step.kl:.2g}"
+                   f"{'' if step.measured else ' (inferred)'}; instead {step.runner_up}"
+                   f" ({step.more:+.2g})")
+    return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """Measured slack of one dense model.
+
+  model, fields: how it is built; digest: of its variables. blocks: [{"name", "tokens", "options",
+  "tables"}]; tokens: options for the whole model. params, macs: of the dense model.
+  """
+  vitcompact: str
+  model: str
+  fields: Mapping[str, Any]
+  digest: str
+  images: int
+  images_digest: str
+  sensitivity: str
+  params: int
+  macs: int
+  blocks: tuple
+  tokens: tuple[Option, ...]
+
+  def plan(self, *, macs: float | None = None, params: float | None = None,
+           axes=("heads", "attention", "ffn", "tokens")) -> Plan:
+    """The plan that loses least and has at most this share of the dense model's MACs or parameters.
+
+    A knapsack over blocks and axes; sums of KLs are what a plan is predicted to lose. Reducers are
+    tried one by one, each with what is left to save in the blocks at the tokens that it leaves.
+
+    Raises:
+      ValueError: no plan of these axes meets it; the error says how far one can go.
+    """
+    goal, share = self._goal(macs=macs, params=params)
+    self._check(axes)
+    best, most = None, 1.0
+    for reducer, kl in self._reducers(axes):
+      search = self._search(goal, reducer, axes)
+      most = min(most, 1 - search.saved - search.knapsack.least() / search.total)
+      need = (1 - share - search.saved) * search.total
+      found = search.knapsack.best(need)
+      if found is not None and (best is None or found[1] + kl < best[0] - 1e-9):
+        best = found[1] + kl, search.plan(found[0])
+    if best is None:
+      raise ValueError(f"{goal}={share}: no plan of {', '.join(axes)} goes below "
+                       f"{goal}={most + 5e-4:.3f}")
+    return best[1]
+
+  def explain(self, plan: Plan) -> Explanation:
+    """What a plan is predicted to cost, this report's own or one edited by hand."""
+    self._check(())
+    axes = tuple(axis for axis in (*BY_BLOCK, "tokens"))
+    search = self._search("macs", plan.tokens, axes)
+    picks, kl = search.picks(plan), self._kl_of(plan.tokens)
+    need = sum(search.choices[name][i].saved for name, i in picks.items())
+    steps = []
+    if plan.tokens is not None:
+      steps.append(Step("all", described(plan.tokens), search.saved, kl, True,
+                        *self._without(plan.tokens, need, search)))
+    for name, i in picks.items():
+      choice = search.choices[name][i]
+      kl += choice.kl
+      if choice.options:
+        steps.append(Step(name, _named(choice), choice.saved / search.total, choice.kl,
+                          all(option.measured for option in choice.options.values()),
+                          *search.runner_up(name, i, need)))
+    params = sum(search.choices[name][i].params for name, i in picks.items())
+    return Explanation(plan, 1 - search.saved - need / search.total, 1 - params / self.params, kl,
+                       tuple(steps))
+
+  @functools.cached_property
+  def costs(self) -> Costs:
+    return Costs(create_model(self.model, **self.fields))
+
+  def _goal(self, **goals) -> tuple[str, float]:
+    given = {name: value for name, value in goals.items() if value is not None}
+    if len(given) != 1:
+      raise ValueError(f"plan({', '.join(f'{k}={v}' for k, v in given.items())}): give one of "
+                       f"{', '.join(goals)}")
+    name, share = next(iter(given.items()))
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+      raise ValueError(f"plan({name}={share!r}): must be a share of the dense model's in (0, 1]")
+    return name, float(share)
+
+  def _check(self, axes):
+    if self.sensitivity == "none":
+      raise ValueError("this report was made with sensitivity='none': it knows no option's cost; "
+                       "measure again with sensitivity='quick'")
+    for axis in axes:
+      if axis not in (*BY_BLOCK, "tokens"):
+        raise ValueError(f"axes: unknown axis {axis!r}; use {', '.join((*BY_BLOCK, 'tokens'))}")
+
+  def _reducers(self, axes):
+    yield None, 0.0
+    if "tokens" in axes:
+      for option in self.tokens:
+        yield option.method, option.kl
+
+  def _kl_of(self, reducer) -> float:
+    if reducer is None:
+      return 0.0
+    known = {option.method: option.kl for option in self.tokens}
+    if reducer not in known:
+      raise ValueError(f"this report has not tried {described(reducer)}; it has tried "
+                       f"{', '.join(map(described, known)) or 'no reducer'}")
+    return known[reducer]
+
+  def _without(self, reducer, need, search) -> tuple[str, float]:
+    """The best plan with another reducer, or none, of the same MACs."""
+    wanted = search.saved * search.total + need
+    here, best = self._kl_of(reducer) + (search.knapsack.best(need) or ({}, 0))[1], None
+    for other, kl in self._reducers(("tokens",)):
+      if other == reducer:
+        continue
+      again = self._search("macs", other, (*BY_BLOCK, "tokens"))
+      found = again.knapsack.best(wanted - again.saved * again.total)
+      if found is not None and (best is None or found[1] + kl < best[1]):
+        best = ("no reducer" if other is None else described(other)), found[1] + kl
+    return ("nothing else reaches it", float("inf")) if best is None else (best[0], best[1] - here)
+
+  def _search(self, goal: str, reducer, axes) -> "Search":
+    return Search(self, goal, reducer, tuple(axes))
+
+  # To files and back.
+
+  def to_json(self) -> str:
+    out = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    out["blocks"] = [{**row, "options": [_packed(option) for option in row["options"]]}
+                     for row in self.blocks]
+    out["tokens"] = [_packed(option) for option in self.tokens]
+    return json.dumps(out, indent=1)
+
+  @classmethod
+  def from_json(cls, text: str) -> "Report":
+    """Inverse of `to_json`; ValueError, one line, for what is no report."""
+    try:
+      tree = json.loads(text)
+      known = {field.name for field in dataclasses.fields(cls)}
+      if not isinstance(tree, dict) or set(tree) != known:
+        raise ValueError(f"it does not have the keys {', '.join(sorted(known))}")
+      tree["blocks"] = tuple({**row, "options": tuple(map(_unpacked, row["options"]))}
+                             for row in tree["blocks"])
+      tree["tokens"] = tuple(map(_unpacked, tree["tokens"]))
+      report = cls(**tree)
+      create_model(report.model, **report.fields)
+      for row in report.blocks:
+        str(row["name"]), dict(row["tables"]), int(row["tokens"])
+      return report
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+      raise ValueError(f"no report of vitcompact.measure: {error}; measure again") from None
+
+  def save(self, path) -> pathlib.Path:
+    """Writes report.json and report.html into a folder; each is whole at every moment."""
+    from vitcompact.draw.report import page
+
+    folder = pathlib.Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (("report.json", self.to_json()), ("report.html", page(self))):
+      partial = folder / f"{name}.partial"
+      partial.write_text(text, encoding="utf-8")
+      os.replace(partial, folder / name)
+    return folder / "report.json"
+
+  @classmethod
+  def load(cls, path) -> "Report":
+    """The report of a folder, or of a report.json."""
+    path = pathlib.Path(path)
+    path = path / "report.json" if path.is_dir() else path
+    try:
+      return cls.from_json(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+      raise ValueError(f"{path}: no report of vitcompact.measure: {error}") from None
+    except ValueError as error:
+      raise ValueError(f"{path}: {error}") from None
+
+  def check_of(self, model, digest: str):
+    """Raises ValueError unless the report was made of this model and these weights."""
+    if self.model != model.variant or self.digest != digest:
+      raise ValueError(f"this report is of {self.model} with weights {self.digest[:12]}, not of "
+                       f"{model.variant} with {digest[:12]}; measure again")
+
+
+class Search:
+  """The knapsack of one report under one reducer."""
+
+  def __init__(self, report: Report, goal: str, reducer, axes):
+    costs = report.costs
+    self.goal, self.reducer, self.report = goal, reducer, report
+    self.total, self.saved, lengths = getattr(costs.dense, goal), 0.0, {}
+    model = costs.model
+    if reducer is not None:
+      small = model.clone(plan=Plan(tokens=reducer))
+      now = count(small)
+      self.saved = 1 - getattr(now, goal) / self.total
+      lengths = {name: module.site.tokens_left
+                 for name, module in small.submodules().items() if hasattr(module, "methods")}
+    self.choices = {row["name"]: self._choices(costs, row, axes, lengths.get(row["name"]))
+                    for row in report.blocks}
+    self.numbers = {name: module.site.block for name, module in costs.blocks().items()}
+    self.knapsack = Knapsack(self.choices, self.total)
+
+  def _choices(self, costs, row, axes, tokens) -> list[Choice]:
+    by_axis = {axis: [option for option in row["options"] if option.axis == axis]
+               for axis in BY_BLOCK if axis in axes}
+    saved = {option: costs.saved(row["name"], axis, option.method, tokens)
+             for axis, few in by_axis.items() for option in few}
+    out = []
+    for options in combined(by_axis):
+      both = [saved[option] for option in options.values()]
+      macs, params = (sum(part) for part in zip(*both, strict=True)) if both else (0, 0)
+      out.append(Choice(options, sum(option.kl for option in options.values()),
+                        macs if self.goal == "macs" else params, params))
+    return out
+
+  def plan(self, picks: dict[str, int]) -> Plan:
+    blocks = {}
+    for name, i in picks.items():
+      if options := self.choices[name][i].options:
+        blocks[self.numbers[name]] = {axis: option.method for axis, option in options.items()}
+    return Plan(tokens=self.reducer, blocks=blocks)
+
+  def picks(self, plan: Plan) -> dict[str, int]:
+    """The choice of each block that a plan makes; ValueError where the report has none."""
+    found = {}
+    for name, few in self.choices.items():
+      site = self.report.costs.blocks()[name].site
+      wanted = plan.at(site)._asdict() | {"tokens": None}
+      for i, choice in enumerate(few):
+        methods = {axis: option.method for axis, option in choice.options.items()}
+        if BlockMethods(**methods)._asdict() == wanted:
+          found[name] = i
+          break
+      else:
+        methods = ", ".join(described(method) for method in wanted.values() if method is not None)
+        raise ValueError(f"{name}: this report has not tried {methods}; edit the plan to options "
+                         "that it lists, or measure again")
+    return found
+
+  def runner_up(self, name: str, i: int, need: float) -> tuple[str, float]:
+    """What would be done in a block if its choice were forbidden, and the KL that costs more."""
+    here, other = self.knapsack.best(need), self.knapsack.best(need, forbidden=(name, i))
+    if other is None:
+      return "nothing else reaches it", float("inf")
+    return _named(self.choices[name][other[0][name]]) or "dense", max(0.0, other[1] - here[1])
+
+
+def _named(choice: Choice) -> str:
+  return " + ".join(described(option.method) for option in choice.options.values())
+
+
+def _packed(option: Option) -> dict:
+  tree = json.loads(Plan(**({"tokens": option.method} if option.axis == "tokens" else
+                            {option.axis: option.method})).to_json())
+  return {**option._asdict(), "method": tree[option.axis]}
+
+
+def _unpacked(tree: Mapping) -> Option:
+  plan = Plan.from_dict({tree["axis"]: tree["method"]})
+  return Option(**{**tree, "method": getattr(plan, tree["axis"])})
