@@ -36,7 +36,8 @@ MAY = {
 }
 # What loops over methods, and knows none.
 CORE = ["plan.py", "block.py", "execution.py", "convert.py", "fit.py", "foreign.py", "files.py",
-        "count.py", "calibration.py", "compact.py", "measure.py", "planner.py", "report.py", "fold.py",
+        "count.py", "calibration.py", "compact.py", "measure.py", "planner.py", "report.py",
+        "fold.py",
         "methods/protocol.py", "methods/surgery.py",
         *(f"train/{name}.py" for name in ("optim", "objective", "phases", "config", "build")),
         *(f"models/{path.name}" for path in sorted((ROOT / "vitcompact/models").glob("*.py")))]

@@ -140,10 +140,7 @@ class CFFN:
     errors = [sum(curves[layer][method.rank(site.ffn_width) - 1]
                   for layer in (("fc1", "fc2") if method.factor == "both" else ("fc2",)))
               for method in options]
-    return errors, {f"{layer}_error": [[round(float(rank + 1) / len(curve), 4), float(f"{curve[rank]:.3g}")]
-                                       for rank in np.unique(np.linspace(0, len(curve) - 1, 33,
-                                                                         dtype=int))]
-                    for layer, curve in curves.items()}
+    return errors, {f"{layer}_error": sampled(curve) for layer, curve in curves.items()}
 
   def fold(self, site: Site, params, stats):
     mlp, seen = params["mlp"], stats.get("mlp", {})
@@ -372,8 +369,14 @@ def second_sums(seen, params):
   return sums_of(seen.hidden, seen.wanted_ffn)
 
 
+def sampled(curve) -> list[list[float]]:
+  """[[share of the rank, error], ...], at some 32 ranks."""
+  ranks = np.unique(np.linspace(1, len(curve), 33, dtype=int)).tolist()
+  return [[round(rank / len(curve), 4), float(f"{curve[rank - 1]:.3g}")] for rank in ranks]
+
+
 SUMS = {"fc1": first_sums, "fc2": second_sums}
-RATIOS = (0.125, 0.25, 0.375, 0.5, 0.625)   # of the rank to the width, among which a planner chooses
+RATIOS = (0.125, 0.25, 0.375, 0.5, 0.625)   # of ranks to the width, that are proposed
 
 
 def truncated_factors(kernel, rank: int):
