@@ -85,12 +85,16 @@ def pretend(devices: int):
 
 
 def train(config, stopping):
-  from vitcompact.run import loop, report, watch  # late: a mistake in a flag needs no JAX
+  from vitcompact.run import loop, path, report, watch  # late: a mistake in a flag needs no JAX
 
   watching = watch.Watching(PROFILE.value, WANDB.value, PEAK_TFLOPS.value)
-  result = loop.train(config, WORKDIR.value, stopping=stopping, restore_from=RESTORE.value,
-                      watching=watching, allow=ALLOW.value)
-  receipt = report.report(result, WORKDIR.value)
+  options = {"stopping": stopping, "restore_from": RESTORE.value, "watching": watching,
+             "allow": ALLOW.value}
+  if path.asked(config):
+    receipt = path.run(config, WORKDIR.value, **options)
+  else:
+    result = loop.train(config, WORKDIR.value, **options)
+    receipt = report.report(result, WORKDIR.value)
   if loop.process_ids()["process_index"] == 0:
     print(receipt.to_markdown())
 

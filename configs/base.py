@@ -76,6 +76,16 @@ def get_config(argument=""):
   config.loss.patches = 0.0       # the teacher's patches, by `patch_error`
   config.loss.patch_error = "square"    # or "divergence", of LV-ViT's patch logits
 
+  config.keep_start = False       # with init_from: end with the start where that is better on val
+  config.compact = ConfigDict()   # from a dense model to a smaller one: vitcompact/run/path.py
+  config.compact.macs = 0.0       # share of the dense model's for which a plan is chosen; 0: off
+  config.compact.params = 0.0     # or of its parameters
+  config.compact.images = 512     # of the train split, by which all is measured and fitted
+  config.compact.sensitivity = "quick"      # or "full": every option is tried
+  config.compact.steps = 0        # of distilling from the dense model; 0: none
+  config.compact.dense_steps = 0  # of training that first, where init_from is empty
+  config.compact.dense_learning_rate = 1e-3
+
   config.teacher = ConfigDict()
   config.teacher.file = ""        # .safetensors to learn from; "": no teacher
   config.teacher.name = ""        # its model; "": the dense form of this one
@@ -141,7 +151,11 @@ def local(config):
                       cooldown_steps=min(config.optim.cooldown_steps, 2))
   config.optim.rates = tuple((pattern, factor, min(first, 2))
                              for pattern, factor, first in config.optim.rates)
-  config.loss.update(hard=0.0, soft=0.0, logits=0.0, patches=0.0)
+  if config.compact.macs or config.compact.params:   # which brings its teacher
+    config.compact.update(images=64, sensitivity="quick", dense_steps=20,
+                          steps=min(config.compact.steps, 20))
+  else:
+    config.loss.update(hard=0.0, soft=0.0, logits=0.0, patches=0.0)
   config.teacher.update(file="", name="")
   if "blocks" in config.plan.get("tokens", {}):
     config.plan.tokens.blocks = tuple(range(1, 1 + min(len(config.plan.tokens.blocks), 2)))

@@ -222,7 +222,8 @@ def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def save(path, model: nn.Module, variables, *, force: bool = False, dtype: str = "float32",
-         classes: Sequence[str] | None = None, allow_nonfinite: bool = False):
+         classes: Sequence[str] | None = None, allow_nonfinite: bool = False,
+         about: Mapping[str, str] | None = None):
   """Writes a model and its variables as .safetensors: our names, and how to build the model.
 
   Args:
@@ -231,6 +232,7 @@ def save(path, model: nn.Module, variables, *, force: bool = False, dtype: str =
     dtype: "float16" or "bfloat16" to halve the file; `load` returns float32 all the same.
     classes: names of the classes, in the order of the logits; `classes_of` reads them.
     allow_nonfinite: write variables that are NaN or infinite.
+    about: further metadata, which `read_metadata` tells.
   Raises:
     ValueError: the file exists, or variables, classes or values do not fit.
   """
@@ -246,7 +248,7 @@ def save(path, model: nn.Module, variables, *, force: bool = False, dtype: str =
   if large:
     raise ValueError(f"{min(large)} has values too large for {dtype}; save it as bfloat16 or "
                      "float32")
-  about = metadata(model)
+  about = {**(about or {}), **metadata(model)}
   if classes is not None:
     about["classes"] = json.dumps(checked_classes(classes, model.num_classes))
   write_safetensors(path, half, about, force=force)

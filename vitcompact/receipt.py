@@ -1,5 +1,6 @@
 """receipt: one page with every number of a run, and how each was come by."""
 import dataclasses
+import html
 import importlib.metadata
 import json
 import os
@@ -10,6 +11,8 @@ import sys
 from collections.abc import Mapping
 
 import jax
+from markdown_it import MarkdownIt
+from scipy.stats import binomtest
 
 from vitcompact._version import __version__
 from vitcompact.bench import Timing
@@ -19,33 +22,53 @@ from vitcompact.verify import Proof
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
+HTML = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width">
+<style>body {{font: 16px/1.5 sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em}}
+table {{border-collapse: collapse; display: block; overflow-x: auto}}
+td, th {{border: 1px solid #767676; padding: .2em .6em; text-align: left}}</style></head>
+<body><main>{body}</main></body></html>
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One model of a receipt. accuracy: share of test images, None where it was not run."""
+  """One model of a receipt. accuracy: share of `tested` test images, None where it was not run."""
   name: str
   count: Count
   accuracy: float | None
   timing: Timing | None = None
+  tested: int = 0
+
+  def interval(self) -> tuple[float, float] | None:
+    """95 % interval of the accuracy (Wilson), by the number of test images."""
+    if self.accuracy is None or not self.tested:
+      return None
+    right = round(self.accuracy * self.tested)
+    found = binomtest(right, self.tested).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
 
 
 @dataclasses.dataclass(frozen=True)
 class Receipt:
   """The first row is the dense model, which the others are compared with.
 
-  classes: the name of each output, in order; () where nobody gave them.
+  classes: the name of each output, in order; () where nobody gave them. further: {condition: Proof}
+  of the same two models, such as on random images or in the dtype they are deployed in.
   """
   title: str
   rows: tuple[Row, ...]
   proof: Proof
   facts: Mapping[str, object]   # settings of the run: plan, data, seed, digest, ...
   classes: tuple[str, ...] = ()
+  further: Mapping[str, Proof] = dataclasses.field(default_factory=dict)
 
-  def write(self, directory) -> tuple[pathlib.Path, pathlib.Path]:
-    """Writes receipt.json and receipt.md; each is whole at every moment."""
+  def write(self, directory) -> tuple[pathlib.Path, ...]:
+    """Writes receipt.json, receipt.md and receipt.html; each is whole at every moment."""
     directory = pathlib.Path(directory)
-    paths = directory / "receipt.json", directory / "receipt.md"
-    for path, text in zip(paths, (self.to_json(), self.to_markdown()), strict=True):
+    paths = tuple(directory / f"receipt.{kind}" for kind in ("json", "md", "html"))
+    for path, text in zip(paths, (self.to_json(), self.to_markdown(), self.to_html()), strict=True):
       partial = path.with_name(f"{path.name}.partial")
       partial.write_text(text, encoding="utf-8")
       os.replace(partial, path)
@@ -53,8 +76,13 @@ class Receipt:
 
   def to_json(self) -> str:
     rows = [{"name": row.name, **row.count._asdict(), "test_accuracy": row.accuracy,
+             "test_images": row.tested, "accuracy_interval": row.interval(),
              "timing": row.timing and row.timing._asdict()} for row in self.rows]
-    proof = {**dataclasses.asdict(self.proof), "ok": self.proof.ok}
+
+    def told(proof):
+      return {**dataclasses.asdict(proof), "ok": proof.ok}
+
+    proof = {**told(self.proof), **{name: told(other) for name, other in self.further.items()}}
     classes = {"classes": list(self.classes)} if self.classes else {}
     return json.dumps({"title": self.title, **self.facts, **classes, "models": rows,
                        "fold": proof}, indent=2)
@@ -67,18 +95,25 @@ class Receipt:
              "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in facts.items())]
     return "\n".join(lines) + "\n"
 
+  def to_html(self) -> str:
+    """The page of `to_markdown`, to be read in a browser."""
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(self.to_markdown())
+    return HTML.format(title=html.escape(self.title), body=body)
+
   def _table(self) -> list[str]:
-    lines = ["| model | params | MACs | attention MACs | test accuracy | speed, dense = 1 |",
-             "|---|---|---|---|---|---|"]
+    lines = ["| model | params | MACs | ideal MACs | attention MACs | test accuracy | speed, "
+             "dense = 1 |", "|---|---|---|---|---|---|---|"]
     dense = self.rows[0].count
     for row in self.rows:
       accuracy = "not run" if row.accuracy is None else f"{100 * row.accuracy:.2f}%"
+      if interval := row.interval():
+        accuracy += f" ({100 * interval[0]:.2f} to {100 * interval[1]:.2f})"
       speed = "not run"
       if row.timing:
         speed = f"{row.timing.speedup:.2f} ({row.timing.low:.2f} to {row.timing.high:.2f})"
       cells = [f"{value:,}{_change(value, base)}" for value, base in zip(
-          (row.count.params, row.count.macs, row.count.attention_macs),
-          (dense.params, dense.macs, dense.attention_macs), strict=True)]
+          (row.count.params, row.count.macs, row.count.ideal_macs, row.count.attention_macs),
+          (dense.params, dense.macs, dense.ideal_macs, dense.attention_macs), strict=True)]
       lines.append(f"| {' | '.join([row.name, *cells, accuracy, speed])} |")
     return lines
 
@@ -91,6 +126,12 @@ class Receipt:
              "agree."]
     if proof.first_difference:
       lines.append(f"A difference first arises in {proof.first_difference}.")
+    lines += [f"{name.capitalize()}: {'same function' if other.ok else 'NOT the same function'}, "
+              f"{other.max_rel:.2g} of the largest logit at most, allowed {other.tolerance:.0e}."
+              for name, other in self.further.items()]
+    if tested := self.rows[-1].tested:
+      lines.append(f"Accuracies are of {tested:,} test images, with 95 % intervals (Wilson) in "
+                   "brackets.")
     if timing:
       verdict = ": slower than dense at this size" if timing.speedup < 1 else ""
       lines.append(f"Speed: the deployed model runs at {timing.speedup:.2f} times the dense one's "

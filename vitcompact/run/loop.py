@@ -185,6 +185,9 @@ def finish(run: Run, state, checkpoints: Checkpoints, log: Log, mode: str,
   """Evaluates a finished state on test, which has chosen nothing, and writes the last line."""
   variables = steps.selected(state, run.config.eval_params)
   metrics = {"mode": mode, "eval_params": run.config.eval_params}
+  if run.config.keep_start and run.config.init_from and mode == "train":
+    variables, kept = better_of_start_and_end(run, variables, stopping)
+    metrics |= kept
   if int(state.step) == run.config.total_steps:
     for split in ("val", "test"):
       metrics |= evaluate_split(run, variables, split, stopping)
@@ -193,6 +196,19 @@ def finish(run: Run, state, checkpoints: Checkpoints, log: Log, mode: str,
   metrics["params_digest"] = trees.digest(sharding.gather(variables["params"], run.mesh))
   log.write(int(state.step), metrics)
   return Result(run.config, run.model, state, variables, metrics)
+
+
+def better_of_start_and_end(run: Run, variables, stopping):
+  """(variables, {"kept": "start" or "end", both scores}): the better ones on val, by accuracy and
+  then by loss; training never makes a start worse."""
+  begun = steps.selected(fresh_state(run), run.config.eval_params)
+  scores = {name: evaluate_split(run, ours, "val", stopping)
+            for name, ours in (("start", begun), ("end", variables))}
+  kept = max(scores, key=lambda name: (scores[name]["val_accuracy"], -scores[name]["val_loss"],
+                                       name == "start"))
+  told = {"kept": kept, **{f"{name}_{key}": value for name, values in scores.items()
+                           for key, value in values.items()}}
+  return (begun if kept == "start" else variables), told
 
 
 def restore(checkpoints: Checkpoints, run: Run, which: str, log: Log, *, set_aside: bool):

@@ -17,11 +17,15 @@ from vitcompact.train import sharding
 from vitcompact.train import step as steps
 
 TIMED_IMAGES = 32
+HALF_TOLERANCE = 0.05   # of bfloat16, which rounds two forms of one function apart
 
 
-def report(result: loop.Result, workdir) -> Receipt:
+def report(result: loop.Result, workdir, *, before=None, facts=None) -> Receipt:
   """Writes trained.safetensors (what another run may start from), deploy.safetensors, receipt.json
   and receipt.md of a finished run into its workdir.
+
+  before: {name: (model, variables)} of the stages before this run, such as the dense model, which
+  are evaluated as well; facts: further ones for the receipt.
 
   The deployed model is evaluated on the test images itself: its accuracy is not taken over. Folding
   is verified in float32: bfloat16 rounds two forms of one function apart by far more.
@@ -31,25 +35,35 @@ def report(result: loop.Result, workdir) -> Receipt:
   variables = jax.device_get(sharding.gather(result.variables, run.mesh))
   deploy, folded = vc.fold(model, variables)
   images = _val_images(run)
-  rows = [Row("trained", vc.count(model, variables=variables), result.metrics["test_accuracy"]),
-          Row("deployed", vc.count(deploy, variables=folded), _test_accuracy(run, deploy, folded))]
+  tested = pipeline.num_examples(config.data.name, "test")
+  models = {**(before or {}), "trained": (model, variables), "deployed": (deploy, folded)}
   dense = model.clone(plan=vc.Plan())
-  if dense != model:
-    rows.insert(0, Row("dense", vc.count(dense), None))
-  timings = _time(rows, {"dense": (dense, None), "trained": (model, variables),
-                         "deployed": (deploy, folded)}, images)
+  if dense != model and "dense" not in models:
+    models = {"dense": (dense, None), **models}
+  rows = []
+  for name, (its, own) in models.items():
+    accuracy = None if own is None else (
+        result.metrics["test_accuracy"] if name == "trained" else _test_accuracy(run, its, own))
+    rows.append(Row(name, vc.count(its, variables=own), accuracy, tested=tested))
+  timings = _time(rows, models, images)
+  random = jax.random.normal(jax.random.key(config.seed), images.shape)
+  float32 = (model.clone(dtype="float32"), variables, deploy.clone(dtype="float32"), folded)
+  further = {"random images": vc.verify(*float32, random)}
+  if model.dtype != "float32":
+    further[model.dtype] = vc.verify(model, variables, deploy, folded, images,
+                                     tolerance=HALF_TOLERANCE)
   facts = {
       "model": config.model.name, "plan": config.plan, "data": config.data.name,
       "steps": config.total_steps, "batch_size": config.batch_size, "seed": config.seed,
       "eval_params": config.eval_params, "val_accuracy": result.metrics["val_accuracy"],
       "timed_batch": len(images), "params_digest": result.metrics["params_digest"],
       "deploy_digest": trees.digest(folded["params"]),
-      **method_facts(deploy, folded, images), **environment()}
+      **{key: result.metrics[key] for key in ("kept",) if key in result.metrics},
+      **method_facts(deploy, folded, images), **(facts or {}), **environment()}
   receipt = Receipt(
       f"{config.model.name} on {config.data.name}",
       tuple(dataclasses.replace(row, timing=timings[row.name]) for row in rows),
-      vc.verify(model.clone(dtype="float32"), variables, deploy.clone(dtype="float32"), folded,
-                images), facts, classes=tuple(pipeline.class_names(config.data.name)))
+      vc.verify(*float32, images), facts, tuple(pipeline.class_names(config.data.name)), further)
   if jax.process_index() == 0:
     write(pathlib.Path(workdir), receipt,
           {"trained": (model, variables), "deploy": (deploy, folded)})

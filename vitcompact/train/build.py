@@ -59,9 +59,7 @@ def build(config: FrozenConfigDict, classes: int | None = None) -> Run:
   if not model.sites():
     raise ValueError("config.model.depth=0: must be at least 1; without blocks there is nothing to "
                      "train but the classifier")
-  preprocess, rules = vc.preprocess(model), model.parameter_rules()
-  crop = None if config.data.eval_fit == "warp" else config.data.eval_crop or preprocess.crop
-  preprocess = dataclasses.replace(preprocess, crop=crop)
+  preprocess, rules = preprocess_of(config, model), model.parameter_rules()
   image_shape = (*preprocess.image_size, 3)
   teacher = make_teacher(config, model)
   phases.check(config, model)
@@ -102,6 +100,14 @@ def build(config: FrozenConfigDict, classes: int | None = None) -> Run:
   return Run(config, mesh, model, preprocess, steps.jit_init(init, shardings), shapes, shardings,
              lambda step: compiled(phases.phase_at(config, model, step)),
              steps.jit_eval_step(eval_step, mesh), one_replica)
+
+
+def preprocess_of(config, model):
+  """How images come to the model in evaluation: its own way, or the crop that the config asks for.
+  """
+  own = vc.preprocess(model)
+  crop = None if config.data.eval_fit == "warp" else config.data.eval_crop or own.crop
+  return dataclasses.replace(own, crop=crop)
 
 
 def batch_shapes(run: Run) -> dict:

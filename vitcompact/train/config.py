@@ -67,6 +67,14 @@ KEYS = {
     "loss.logits": weight(),
     "loss.patches": weight(),
     "loss.patch_error": Setting("square", choices=PATCH_ERRORS),
+    "keep_start": Setting(False),   # of a run with init_from: end with its start if that is better
+    "compact.macs": Setting(0.0, low=0, high=1),      # share of the dense model's for which a plan
+    "compact.params": Setting(0.0, low=0, high=1),    # is chosen from data; 0: the plan as it is
+    "compact.images": Setting(512, low=8, unit="of images"),
+    "compact.sensitivity": Setting("quick", choices=("quick", "full")),
+    "compact.steps": Setting(0, low=0, unit="of steps"),          # of distilling; 0: none
+    "compact.dense_steps": Setting(0, low=0, unit="of steps"),    # where init_from is empty
+    "compact.dense_learning_rate": Setting(1e-3, low=0),
     "teacher.file": Setting(""),
     "teacher.name": Setting(""),            # "": the dense form of the model itself
     "mesh.data": Setting(-1, low=-1, unit="of devices"),      # -1: all the rest

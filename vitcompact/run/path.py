@@ -1,0 +1,210 @@
+"""From a dense model to a smaller deployed one: train or take it, measure, plan, compact, distil,
+fold, verify, time. Each stage leaves a file in the workdir, and is passed over where that is there:
+
+    dense/              a run of its own, where the config gives no file to start from
+    report.json, .html  what `measure` found
+    plan.json, plan.txt the plan and its reasons; edit plan.json to have another
+    compact.safetensors the compacted model, where training begins
+"""
+import copy
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+import vitcompact as vc
+from vitcompact import convert, trees
+from vitcompact.data import batch as device_batch
+from vitcompact.data import pipeline
+from vitcompact.plan import Plan
+from vitcompact.report import Report
+from vitcompact.run import loop, processes, report, workdir
+from vitcompact.train import config as configs
+from vitcompact.train.build import preprocess_of
+
+GOALS = ("macs", "params")
+
+
+class Start(NamedTuple):
+  """Where the last stage begins. config: of that run; dense: the file of the dense model."""
+  config: ConfigDict
+  dense: pathlib.Path
+  facts: dict[str, Any]
+
+
+def asked(config) -> dict[str, float]:
+  """{"macs": share} of a config whose plan is to be chosen from data; {} where it is no path."""
+  section = config.get("compact", {})
+  return {goal: section[goal] for goal in GOALS if section.get(goal)}
+
+
+def run(config, directory, say: Callable[[str], Any] = print, **options):
+  """Runs all stages of a config in a workdir, and writes the receipt; called again, goes on.
+
+  options: of `loop.train`, for the two stages that train.
+  """
+  directory = workdir.path_of(directory)
+  start = prepare(config, directory, say, **options)
+  if not start.config.compact.steps:
+    result = untrained(start.config, directory)
+  else:
+    result = loop.train(start.config, directory, **options)
+  rows = {"dense": vc.load(start.dense), "compacted": vc.load(directory / "compact.safetensors")}
+  return report.report(result, directory, before=rows, facts=start.facts)
+
+
+def untrained(config, directory) -> loop.Result:
+  """The result of a run of no steps: the compacted model, evaluated."""
+  config = loop.resolve(config)
+  built = loop.build(config)
+  _, variables = vc.load(directory / "compact.safetensors")
+  metrics = {}
+  for split in ("val", "test"):
+    metrics |= loop.evaluate_split(built, variables, split)
+  metrics["params_digest"] = trees.digest(variables["params"])
+  return loop.Result(config, built.model, None, variables, metrics)
+
+
+def prepare(config, directory: pathlib.Path, say=print, **options) -> Start:
+  """Every stage before the last one's training."""
+  config = configs.complete(config)
+  goal = asked(config)
+  if len(goal) != 1:
+    raise ValueError(f"config.compact: give one of {', '.join(GOALS)}, a share of the dense "
+                     f"model's; got {goal}")
+  directory.mkdir(parents=True, exist_ok=True)
+  dense = pathlib.Path(config.init_from)
+  if not config.init_from:
+    dense = train_dense(config, directory / "dense", say, **options)
+  if jax.process_index() == 0:
+    fit(config, directory, dense, goal, say)
+  processes.barrier("the model is compacted")
+  plan = Plan.parse(str(directory / "plan.json"))
+  after = copy.deepcopy(config)
+  after.plan, after.init_from = plan.to_json(), str(directory / "compact.safetensors")
+  if config.compact.steps:
+    after.total_steps, after.keep_start, after.teacher.file = config.compact.steps, True, str(dense)
+  else:
+    after.loss.logits = after.loss.patches = 0.0
+  facts = {"compacted_from": str(dense), "dense_sha256": sha256(dense),
+           "compact_sha256": sha256(directory / "compact.safetensors"), "budget": goal,
+           "plan_reasons": (directory / "plan.txt").read_text(encoding="utf-8").splitlines()}
+  # The budget has been spent: what goes on is a run of this plan.
+  for name in GOALS:
+    after.compact[name] = 0.0
+  return Start(configs.complete(after), dense, facts)
+
+
+def train_dense(config, directory, say, **options) -> pathlib.Path:
+  """The file of the dense model, trained first where it is not there."""
+  path = directory / "trained.safetensors"
+  if path.exists():
+    return path
+  if not config.compact.dense_steps:
+    raise ValueError("config.init_from is empty: give the dense model's .safetensors, or config."
+                     "compact.dense_steps, for which it is trained first")
+  say(f"dense model: {config.compact.dense_steps} steps, in {directory}")
+  first = copy.deepcopy(config)
+  first.plan, first.total_steps = "", config.compact.dense_steps
+  first.optim.learning_rate = config.compact.dense_learning_rate
+  first.optim.warmup_steps = first.total_steps // 10
+  first.checkpoint_every = max(1, first.total_steps // 4)
+  first.loss.update(labels=1.0, logits=0.0, patches=0.0, hard=0.0, soft=0.0)
+  for name in GOALS:
+    first.compact[name] = 0.0
+  result = loop.train(first, directory, **options)
+  report.report(result, directory)
+  return path
+
+
+def fit(config, directory, dense: pathlib.Path, goal, say):
+  """Measures, plans and compacts, each where its file is not there yet."""
+  model, variables = vc.load(dense)
+
+  @functools.cache
+  def calibration():
+    return calibration_images(config, preprocess_of(config, model))
+
+  digest = trees.digest(variables)
+  if (directory / "report.json").exists():
+    found = Report.load(directory)
+    found.check_of(model, digest)
+  else:
+    with bar("measure") as progress:
+      found = vc.measure(model, variables, calibration(), config.compact.sensitivity, progress)
+    found.save(directory)
+    say(f"measured on {found.images} images: {directory / 'report.html'}")
+  if not (directory / "plan.json").exists():
+    plan = Plan.parse(config.plan) if Plan.parse(config.plan) != Plan() else found.plan(**goal)
+    write(directory / "plan.json", json.dumps(json.loads(plan.to_json()), indent=1) + "\n")
+  plan = Plan.parse(str(directory / "plan.json"))
+  reasons = reasons_of(found, plan)
+  write(directory / "plan.txt", reasons + "\n")
+  say(f"plan: {reasons.splitlines()[0]}")
+  compacted = directory / "compact.safetensors"
+  if compacted.exists():
+    there, about = vc.load(compacted)[0].plan, convert.read_metadata(compacted)
+    if there != plan or about.get("dense") != digest:
+      raise ValueError(f"{compacted} is of another plan or another dense model; remove it to make "
+                       "it anew, or use another workdir")
+    return
+  with bar("compact") as progress:
+    done = []
+
+    def step(name, notes):
+      done.append(name)
+      progress(name, len(done), len(found.blocks))
+
+    small, fitted = vc.compact(model, variables, plan, calibration(), step)
+  convert.save(compacted, small, fitted, classes=pipeline.class_names(config.data.name) or None,
+               about={"dense": digest})
+
+
+def reasons_of(found: Report, plan: Plan) -> str:
+  try:
+    return str(found.explain(plan))
+  except ValueError as error:
+    return f"by hand: {plan.to_json()} ({error})"
+
+
+def calibration_images(config, preprocess) -> np.ndarray:
+  """Normalised images of the train split, as evaluation sees them, evenly spread over it."""
+  images = pipeline.sample(config.data, "train", config.compact.images,
+                           image_size=preprocess.image_size, crop=preprocess.crop,
+                           interpolation=preprocess.interpolation)
+  return np.asarray(device_batch.normalise(images, preprocess.mean, preprocess.std))
+
+
+def sha256(path) -> str:
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write(path: pathlib.Path, text: str):
+  partial = path.with_name(f"{path.name}.partial")
+  partial.write_text(text, encoding="utf-8")
+  os.replace(partial, path)
+
+
+class bar:
+  """A progress bar with the time that is left, as a callback (name, done, total)."""
+
+  def __init__(self, title: str):
+    import rich.progress
+    columns = rich.progress.Progress.get_default_columns()
+    self.progress = rich.progress.Progress(*columns, transient=True)
+    self.task = self.progress.add_task(title, total=None)
+
+  def __enter__(self):
+    self.progress.start()
+    return lambda name, done, total: self.progress.update(self.task, completed=done, total=total)
+
+  def __exit__(self, *_):
+    self.progress.stop()
