@@ -175,7 +175,7 @@ def test_goals_of_models_and_steps_are_ratios_of_the_rows_they_name(measured):
   taken = {"dense": 6, "plain Linen + Optax": 9, "ffn, one bare branch": 4, "heads + ffn": 5}
   got = reached(goals.train_goals, timed(measured, "train", lambda row: taken.get(row["name"], 1)))
   assert got["step over plain Linen + Optax"] == 1.5 and got["step, ffn, one bare branch"] == 1.5
-  found = timed(measured, "tokens", lambda row: {"dense": 3, "links": 2}.get(row["name"], 1))
+  found = timed(measured, "tokens", lambda row: {"dense": 3, "attention": 2}.get(row["name"], 1))
   assert set(reached(goals.tokens_goals, found).values()) == {1.5}
 
 
@@ -238,7 +238,7 @@ def test_accuracy_stands_beside_speed_where_it_was_measured_the_longest(measured
   assert heads.endswith(f"| {cell} |")
   text = tables.markdown(measured)
   assert f"Accuracies as above: hMHSA {cell}; block-sparse 25% not measured." in text
-  assert f"Accuracies as above: heads {cell}; links not measured; " in text
+  assert f"Accuracies as above: heads {cell}; attention not measured; " in text
 
 
 def test_the_tables_are_what_the_results_say(tmp_path):

@@ -108,7 +108,7 @@ def called(deploy: nn.Module, variables, images) -> dict[tuple[str, ...], Layer 
                                           module.dtype))
     elif isinstance(module, Attention) and method == "attend":
       core = args[3] if len(args) > 3 else kwargs.get("core", attention.DENSE)
-      if is_plain(core):
+      if core.is_plain() and core.spread is attention.DENSE.spread:
         found.setdefault(module.path, Attending(
             unplaced(module), tuple(x.shape for x in args[:3]), core.size is not None))
     return next_fun(*args, **kwargs)
@@ -122,12 +122,6 @@ def unplaced(module: Attention) -> Attention:
   """The module without what does not change its time: calls that are equal take equally long."""
   site = module.site._replace(block=0, tokens_left=0, act=None, mixer=None, merged=())
   return module.clone(parent=None, name=None, site=site)
-
-
-def is_plain(core: Core) -> bool:
-  """Whether every token attends to every token, each counting as one or as several."""
-  others = core.mask, core.keep_mask, core.layout
-  return all(x is None for x in others) and core.spread is attention.DENSE.spread
 
 
 def fastest(call: Layer | Attending, rounds: int) -> str | None:

@@ -135,7 +135,8 @@ def train_goals(found: dict) -> Iterator[Goal]:
 
 def tokens_goals(found: dict) -> Iterator[Goal]:
   for (tokens,), rows in cases(found, "tokens").items():
-    yield Goal(f"links in a network, {tokens} tokens", _median(rows, "links", "dense"), 0.95)
+    yield Goal(f"block-sparse in a network, {tokens} tokens",
+               _median(rows, "attention", "dense"), 0.95)
 
 
 def startup_goals(found: dict) -> Iterator[Goal]:

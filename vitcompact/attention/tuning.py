@@ -1,7 +1,7 @@
 """Every tuned constant of attention, with where and when it was measured.
 
 Commands: A `taskset -c 0 python -m experiments.attention_speed`, with `--gradients` for backward
-passes; B `taskset -c 0 python -m experiments.links_speed`. Limits that hardware sets stand in
+passes; B the same with `--layers dense sparse predictor`. Limits that hardware sets stand in
 `kernels`.
 """
 # name = value             measured, by    what it is

@@ -161,19 +161,18 @@ def run(checkpoint, image, out, *, queries=(), blocks=(), force=False) -> str:
     raise ValueError(f"{out / there[0]} exists; give another folder or --force")
   out.mkdir(parents=True, exist_ok=True)
   preprocess = vc.preprocess(model)
-  pixels = preprocess(Image.open(image))
-  plain = np.clip(pixels * np.array(preprocess.std) + np.array(preprocess.mean), 0, 1)
-  plain = enlarged(plain, model.grid)
-  pairs = pairs_of(model, variables, pixels)
+  normalised = preprocess(Image.open(image))
+  shown = enlarged(preprocess.pixels(normalised), model.grid)
+  pairs = pairs_of(model, variables, normalised)
   pairs = {block: pairs[block] for block in blocks or known}
   prefix = model.sites()[0].prefix
   for (row, column), name in zip(places, names, strict=False):
     at = prefix + row * model.grid[1] + column
-    draw_rows({f"block {i}": [lit(plain, kept[at, prefix:].reshape(model.grid), (row, column))
+    draw_rows({f"block {i}": [lit(shown, kept[at, prefix:].reshape(model.grid), (row, column))
                               for kept in heads] for i, heads in pairs.items()}, out / name)
   draw_rows({f"block {i}": list(heads) for i, heads in pairs.items()}, out / "matrices.png",
             cmap="gray")
-  mass = mass_kept(model, variables, pixels)
+  mass = mass_kept(model, variables, normalised)
   draw_mass(mass, out / "mass.png")
   lines = ["block,keep,kept,mass"]
   lines += [f"{i},{keep},{kept:.4f},{share:.4f}" for i, shares in mass.items()

@@ -103,6 +103,6 @@ def run(checkpoint, image, out, *, plan=None, force=False) -> str:
   preprocess = vc.preprocess(model)
   normalised = preprocess(Image.open(image))
   seen = stages(model, variables, normalised)
-  plain = np.clip(normalised * np.array(preprocess.std) + np.array(preprocess.mean), 0, 1)
+  plain = preprocess.pixels(normalised)
   write_row([("image", plain), *((title, painted(plain, holder)) for title, holder in seen)], out)
   return f"{out}: " + "; ".join(title for title, _ in seen)

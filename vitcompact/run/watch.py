@@ -111,8 +111,7 @@ def augmented(run, key, batch: dict) -> np.ndarray:
   """
   some = {name: array[:PICTURES] for name, array in batch.items()}
   images = np.asarray(jax.jit(run.augment)(key, some)[0])
-  pixels = 255 * (images * np.asarray(run.preprocess.std) + np.asarray(run.preprocess.mean))
-  return montage(np.clip(pixels, 0, 255).round().astype(np.uint8))
+  return montage((255 * run.preprocess.pixels(images)).round().astype(np.uint8))
 
 
 def wandb_mirror(project: str, config, directory: pathlib.Path):

@@ -7,6 +7,7 @@ from vitcompact import convert, files, trees
 from vitcompact.data import batch as device_batch
 from vitcompact.data import pipeline
 from vitcompact.data.classes import check_classes
+from vitcompact.doors import variable_shapes
 from vitcompact.train.step import TrainState
 
 CALIBRATION_IMAGES = 128
@@ -51,7 +52,7 @@ def _load(path: str):
 
 
 def _check_fits(what: str, found, variables, model):
-  if lines := trees.differences(variables, _shapes(model)):
+  if lines := trees.differences(variables, variable_shapes(model)):
     raise ValueError(f"{what} holds {found.variant} with plan={found.plan.to_json()}, "
                      f"which does not fit {model.variant}: {trees.some(lines, 3, joint='; ')}. "
                      f"`{files.CONVERT}` resizes positions and replaces a classifier")
@@ -75,9 +76,3 @@ def calibration_images(config, preprocess):
                            image_size=preprocess.image_size, crop=preprocess.crop,
                            interpolation=preprocess.interpolation)
   return device_batch.normalise(jnp.asarray(images), preprocess.mean, preprocess.std)
-
-
-def _shapes(model):
-  height, width = vc.preprocess(model).image_size
-  images = jax.ShapeDtypeStruct((1, height, width, model.in_chans), jnp.float32)
-  return jax.eval_shape(model.init, jax.random.key(0), images)
