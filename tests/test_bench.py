@@ -226,7 +226,7 @@ def test_a_candidate_that_was_not_measured_leaves_the_others_their_rows(suite, m
     goals.table(tmp_path)
 
 
-def test_accuracy_stands_beside_speed_where_it_was_measured_the_longest(measured):
+def test_accuracy_is_in_the_row_of_speed_from_its_longest_measurement(measured):
   row = {"name": "heads", "data": "digits", "accuracy": 0.9861, "difference": -0.005,
          "interval": 0.0123, "steps": 900}
   for name, steps, accuracy in (("x", 900, 0.9861), ("y", None, 0.9), ("z", 30, 0.8)):

@@ -135,10 +135,10 @@ def test_sizes_that_follow_the_image_can_be_written_out():
   sites = vc.create_model("deit_tiny_patch16_224", plan=plan).sites()
   assert plan.at_size(sites).at(sites[0]).attention.rank == 197 // 6
   assert plan.at_size(sites).at(sites[2]).attention is None
-  whole = vc.Plan(attention=vc.Sparsifiner())
-  assert whole.at_size(sites) == vc.Plan(attention=vc.Sparsifiner(rank=197 // 6))
-  stages = vc.create_model("pvt_tiny", plan=whole).sites()     # 49 keys, in the last one 50
-  assert whole.at_size(stages).at(stages[0]).attention.rank == 8
+  plan = vc.Plan(attention=vc.Sparsifiner())
+  assert plan.at_size(sites) == vc.Plan(attention=vc.Sparsifiner(rank=197 // 6))
+  stages = vc.create_model("pvt_tiny", plan=plan).sites()     # 49 keys, in the last one 50
+  assert plan.at_size(stages).at(stages[0]).attention.rank == 8
 
 
 def test_map_changes_every_method_and_keeps_none():

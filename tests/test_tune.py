@@ -124,7 +124,7 @@ def test_forms_that_are_no_faster_stay_as_fold_gives_them(folded, monkeypatch):
   assert tuned == deploy and trees.digest(variables) == trees.digest(deployed)
 
 
-def test_calls_that_are_alike_are_measured_once_and_each_block_has_its_own_choice(
+def test_equal_calls_are_measured_once_and_each_block_has_its_own_choice(
     folded, monkeypatch):
   _, _, deploy, deployed, x = folded
   calls = tuning.called(deploy, deployed, x)

@@ -1,4 +1,4 @@
-"""A training step of a DeiT-S, AdamW: dense and compact, beside plain Linen + Optax and PyTorch."""
+"""A training step of a DeiT-S, AdamW: dense, compact, plain Linen + Optax, and PyTorch."""
 from collections.abc import Iterator
 
 import jax

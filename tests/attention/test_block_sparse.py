@@ -23,7 +23,7 @@ def draw(*shape, seed=0):
 
 
 def choice(queries, keys, count, seed=1):
-  """So many different blocks of keys for each block of queries, at random."""
+  """`count` different blocks of keys for each block of queries, at random."""
   order = jnp.argsort(draw(BATCH, HEADS, queries.blocks, keys.blocks, seed=seed), axis=-1)
   return order[..., :count].astype(jnp.int32)
 

@@ -136,7 +136,7 @@ def test_keys_in_steps_give_each_its_share_though_none_of_a_step_has_size(small_
 
 
 def test_a_cpu_loops_over_images_or_heads_but_over_none_where_a_batch_is_split():
-  """A loop cannot be split over devices, whoever asked for it."""
+  """A loop cannot be split over devices, whichever form was asked for."""
   def loops(form, devices):
     with attention.using(form), attention.split_over(devices):
       jaxpr = jax.make_jaxpr(lambda *args: Core(size=SIZE)(*args))(*arrays())
@@ -191,7 +191,7 @@ def test_who_asks_for_a_form_gets_it_in_a_function_already_compiled():
     Core()(*arrays())
 
 
-def test_a_function_traced_for_one_device_is_traced_anew_for_another():
+def test_a_function_traced_for_one_device_is_traced_again_for_another():
   attend = jax.jit(lambda *qkv: Core()(*qkv))
   x = jax.ShapeDtypeStruct((2, 197, 3, 8), jnp.float32)
   with attention.on(GPU):
