@@ -43,7 +43,8 @@ class Remote:
 
 def test_candidates_take_turns_in_an_order_that_rotates():
   log = []
-  taken = bench.rounds_of({name: Remote(name, log=log) for name in "abc"}, rounds=4, least=3.0)
+  taken = bench.rounds_of({name: Remote(name, log=log) for name in "abc"}, rounds=4,
+                          min_seconds=3.0)
   # A first call, one to see how long it takes, and then three calls a turn.
   assert "".join(name for name, _ in log) == "abc" + "abc" + "abc" + "bca" + "cab" + "abc"
   assert {calls for _, calls in log[6:]} == {3}
@@ -51,19 +52,19 @@ def test_candidates_take_turns_in_an_order_that_rotates():
   # Where one call is enough for all, finding that out was the first round.
   log.clear()
   taken = bench.rounds_of({name: Remote(name, [9, 1, 2, 3], log) for name in "ab"}, rounds=3,
-                          least=1.0)
+                          min_seconds=1.0)
   assert "".join(name for name, _ in log) == "ab" + "ab" + "ba" + "ab" and taken["a"] == [1, 2, 3]
-  # Calls in which a turn settles are not counted.
+  # Warm-up calls of a turn are not counted.
   log.clear()
   taken = bench.rounds_of({name: Remote(name, [9, 7, 1, 7, 2], log) for name in "ab"}, rounds=2,
-                          least=0, settle=1)
+                          min_seconds=0, warmup_calls=1)
   assert "".join(name for name, _ in log) == "ab" + "aabb" + "bbaa" and taken["b"] == [1, 2]
 
 
 def test_ratios_are_of_the_same_round_so_that_what_slows_a_round_cancels():
   noise = [1, 1, 1.5, 10, 0.2, 7]
   timing = bench.paired({"a": Remote(seconds=noise), "b": Remote(seconds=[s / 2 for s in noise])},
-                        rounds=5, least=1e-3)
+                        rounds=5, min_seconds=1e-3)
   assert timing["b"].speedup == timing["b"].low == timing["b"].high == 2
   assert timing["a"].seconds == statistics.median(noise[1:])
 
@@ -71,7 +72,7 @@ def test_ratios_are_of_the_same_round_so_that_what_slows_a_round_cancels():
 def test_compilation_is_measured_apart_and_a_function_is_waited_for():
   import jax.numpy as jnp
   program = bench.compiled(lambda x: x @ x, jnp.ones((256, 256)))
-  timing = bench.paired({"product": program.call}, rounds=2, least=0)
+  timing = bench.paired({"product": program.call}, rounds=2, min_seconds=0)
   assert program.seconds > timing["product"].seconds > 0 and program.call()[0, 0] == 256
   assert timing["product"].clock == "cpu"
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 import vitcompact as vc
 from tests.old import common
 from vitcompact import convert
-from vitcompact.plan import modern
+from vitcompact.plan import upgraded
 from vitcompact.run import loop
 
 OLD = pathlib.Path(__file__).parent / "old"
@@ -49,7 +49,7 @@ def test_an_old_plan_is_read_and_nothing_of_it_is_lost(name):
   text = read("plans.json")[name]
   plan = vc.Plan.from_json(text)
   assert plan == vc.Plan.from_json(plan.to_json())
-  assert json.loads(plan.to_json()) == modern(json.loads(text))[0]
+  assert json.loads(plan.to_json()) == upgraded(json.loads(text))[0]
 
 
 @pytest.mark.parametrize("name", [name for name in read("plans.json") if "default" in name])

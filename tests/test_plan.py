@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import vitcompact as vc
 from tests import tiny
 from vitcompact.methods import METHODS
-from vitcompact.plan import modern
+from vitcompact.plan import upgraded
 
 PLANS = [
     vc.Plan(), vc.Plan(heads=vc.HMHSA()), vc.Plan(ffn=vc.CFFN(rank_ratio=0.25, branches=1)),
@@ -155,10 +155,10 @@ def test_plans_of_before_still_parse():
   wanted = vc.Plan(attention=vc.Sparsifiner(keep=0.5), ffn=vc.CFFN(),
                    blocks={0: {"attention": None}, 1: {"ffn": vc.CFFN()}})
   assert vc.Plan.from_json(json.dumps(old)) == wanted
-  assert modern(old)[1] == {"attention": {"1": "tiled"}, "chunk": 4,
+  assert upgraded(old)[1] == {"attention": {"1": "tiled"}, "chunk": 4,
                             "merged": {None: [], "1": ["fc2"]}}
   today = json.loads(wanted.to_json())
-  assert modern(today) == (today, {})
+  assert upgraded(today) == (today, {})
 
 
 # What a plan's file may hold: names that exist and do not, values of every type.

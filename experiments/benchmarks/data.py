@@ -34,12 +34,12 @@ def run(setting: Setting, images: int = IMAGES, batch: int = BATCH,
 
     case = {"what": "CPU seconds of a batch", "batch": batch}
     own = {kind: child(kind) for kind in ("PIL loop", "threads", "2 workers")}
-    yield from measure.rows(case, own, setting, least=0)
+    yield from measure.rows(case, own, setting, min_seconds=0)
     workers = {kind: child(kind, *setting.cores) for kind in ("1 worker", "2 workers")}
     if len(setting.cores) < 2:
       workers = {kind: Candidate(None, {"reason": "the run had one core"}) for kind in workers}
     yield from measure.rows({"what": "wall seconds of a batch", "batch": batch}, workers, setting,
-                              least=0)
+                              min_seconds=0)
 
 
 def timed(kind: str, root: str, batch: str, count: str, *cores: str):

@@ -51,8 +51,9 @@ CASES = {
 @pytest.fixture
 def small_tiles(monkeypatch):
   """Tiles of a few queries, the last one not full."""
-  for name, value in {"STEP_QUERIES": 4, "STEP_KEYS": 5, "LEAST_TILE": 4, "TILE_ENTRIES": 4 * KEYS,
-                      "ROW_ENTRIES": 8 * KEYS * HEADS, "LEAST_ROWS": 4}.items():
+  for name, value in {"STEP_QUERIES": 4, "STEP_KEYS": 5, "MIN_TILE_QUERIES": 4,
+                      "TILE_ENTRIES": 4 * KEYS, "ROW_ENTRIES": 8 * KEYS * HEADS,
+                      "MIN_ROW_QUERIES": 4}.items():
     monkeypatch.setattr(tuning, name, value)
 
 

@@ -208,7 +208,7 @@ def test_a_disk_that_is_full_for_the_scores_is_named_and_the_step_counts(store, 
 
 def test_what_tensorstore_complains_of_after_a_failed_read_is_not_shown():
   seen = []
-  hook = checkpoint.quiet(lambda *error: seen.append(error))
+  hook = checkpoint.without_closed_loop_errors(lambda *error: seen.append(error))
   for error in (RuntimeError("Event loop is closed"), RuntimeError("another")):
     hook(RuntimeError, error, None)
   assert [str(error) for _, error, _ in seen] == ["another"]

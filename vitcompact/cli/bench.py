@@ -28,9 +28,10 @@ def forward(model, batch: int):
 
   from vitcompact import bench
   from vitcompact.doors import image_shapes, variable_shapes
-  from vitcompact.tune import drawn
+  from vitcompact.tune import random_arrays
 
-  images, variables = drawn(image_shapes(model, batch)), drawn(variable_shapes(model))
+  images = random_arrays(image_shapes(model, batch))
+  variables = random_arrays(variable_shapes(model))
   if "batch_stats" in variables:    # variances are positive
     variables["batch_stats"] = jax.tree.map(jnp.ones_like, variables["batch_stats"])
   return bench.compiled(model.apply, variables, images).call

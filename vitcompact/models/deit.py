@@ -1,4 +1,4 @@
-"""DeiT and the plain ViT: one straight transformer (Touvron et al., arXiv 2012.12877)."""
+"""DeiT and the plain ViT: an isotropic transformer (Touvron et al., arXiv 2012.12877)."""
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

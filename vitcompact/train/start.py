@@ -58,7 +58,7 @@ def _check_fits(what: str, found, variables, model):
                      f"`{files.CONVERT}` resizes positions and replaces a classifier")
 
 
-def started_from(state: TrainState, variables, shardings: TrainState) -> TrainState:
+def state_with_variables(state: TrainState, variables, shardings: TrainState) -> TrainState:
   """A fresh state with these variables in place of its own, averages included."""
   trees = variables["params"], variables.get("batch_stats", {})
   # jnp.copy: the step donates its state, and no buffer may be given away twice. A fitted batch norm
