@@ -168,14 +168,14 @@ def test_the_form_by_device_length_and_dtype(device, dtype, queries, keys, wide,
   assert choose(device, Core(), *shapes(queries, keys, dtype, wide)).form == wanted
 
 
-@pytest.mark.parametrize("device,asked,tokens,wanted", [
+@pytest.mark.parametrize("device,requested,tokens,wanted", [
     (CPU, None, 197, "images"), (GPU, None, 577, "einsum"), (GPU, None, 4097, "tiled"),
     (TPU, None, 4097, "tiled"), (GPU, "cudnn", 577, "tiled"), (TPU, "splash", 577, "tiled"),
     (GPU, "images", 577, "images")])
-def test_what_vendors_do_not_know_is_left_to_other_forms(device, asked, tokens, wanted):
+def test_what_vendors_do_not_know_is_left_to_other_forms(device, requested, tokens, wanted):
   call, qkv = Core(keep_mask=jnp.ones((2, tokens))), shapes(tokens, tokens, "bfloat16")
-  assert choose(device, call, *qkv, asked=asked).form == wanted
-  assert choose(device, Core(), *qkv, rescore=FILTER, asked=asked).form == wanted
+  assert choose(device, call, *qkv, requested=requested).form == wanted
+  assert choose(device, Core(), *qkv, rescore=FILTER, requested=requested).form == wanted
 
 
 def test_who_asks_for_a_form_gets_it_in_a_function_already_compiled():
