@@ -1,4 +1,4 @@
-"""The attention of one block of a DeiT, as a layer that can be timed alone."""
+"""The attention of one block of a DeiT, as a layer that can be timed by itself."""
 import flax.linen as nn
 
 import vitcompact as vc

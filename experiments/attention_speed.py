@@ -3,10 +3,12 @@
   taskset -c 0 python -m experiments.attention_speed
   taskset -c 0 python -m experiments.attention_speed --sides 32 --batch 1 --gradients
   taskset -c 0 python -m experiments.attention_speed --forms auto einsum --layers dense
+  taskset -c 0 python -m experiments.attention_speed --layers dense sparse predictor --keep 0.25
 
 A layer is projections and attention of a class token and side x side patches, width 384, 6 heads,
 float32: dense, with half of the heads hallucinated (hmhsa; logits filters the scores), or
-block-sparse. Ratios are to the fastest dense row: medians over rounds that take turns, and the
+block-sparse. "predictor" is the part of the block-sparse layer that chooses blocks, which has no
+gradient. Ratios are to the fastest dense row: medians over rounds that take turns, and the
 least and the most of these. Memory is what the compiled program keeps besides what goes in and out,
 as a multiple of that (parameters included).
 """
@@ -21,31 +23,46 @@ from experiments.attention_layer import attention_layer
 from vitcompact import attention
 from vitcompact.bench import paired
 
-WIDTH = 384
-SPARSE = vc.Sparsifiner(granularity="block", min_tokens=0)
-LAYERS = {"dense": vc.Plan(), "hmhsa": vc.Plan(heads=vc.HMHSA()),
-          "logits": vc.Plan(heads=vc.HMHSA(site="logits")), "sparse": vc.Plan(attention=SPARSE),
-          "hmhsa+sparse": vc.Plan(heads=vc.HMHSA(), attention=SPARSE)}
+WIDTH, HEADS = 384, 6
+HMHSA, LOGITS = vc.HMHSA(), vc.HMHSA(site="logits")
+LAYERS = ("dense", "hmhsa", "logits", "sparse", "hmhsa+sparse", "predictor")
 
 
-def compiled(name: str, form: str, side: int, batch: int, gradients: bool):
-  """(a call without arguments, temporary memory over inputs and outputs)."""
-  layer = attention_layer(side, LAYERS[name], width=WIDTH)
+def function_of(name: str, side: int, batch: int, keep: float, gradients: bool):
+  """(function, arguments) of a layer, or of the predictor."""
+  sparse = vc.Sparsifiner(keep=keep, granularity="block", min_tokens=0)
+  plan = vc.Plan(heads={"hmhsa": HMHSA, "logits": LOGITS, "hmhsa+sparse": HMHSA}.get(name),
+                 attention=sparse if name in ("sparse", "hmhsa+sparse", "predictor") else None)
+  layer = attention_layer(side, plan, width=WIDTH, heads=HEADS)
   x = jax.random.normal(jax.random.key(0), (batch, side * side + 1, WIDTH))
-  params, run = jax.jit(layer.init)(jax.random.key(1), x), layer.apply
+  variables, run = jax.jit(layer.init)(jax.random.key(1), x), layer.apply
+  if name == "predictor":
+    predictor = sparse.make(layer.site, parent=None)
+    variables = {"params": variables["params"][sparse.scope]}
+    query, key = (jax.random.normal(jax.random.key(seed), (*x.shape[:2], HEADS, WIDTH // HEADS))
+                  for seed in (2, 3))
+    return (lambda *args: predictor.apply(variables, attention.DENSE, *args).layout.chosen,
+            (query, key))
   # A sum of squares: the gradient that comes in is an array.
   fn = jax.grad(lambda *args: jnp.sum(run(*args) ** 2), (0, 1)) if gradients else run
+  return fn, (variables, x)
+
+
+def compiled(name: str, form: str, side: int, batch: int, keep: float, gradients: bool):
+  """(a call without arguments, temporary memory over inputs and outputs)."""
+  fn, arguments = function_of(name, side, batch, keep, gradients)
   with attention.using(None if form == "auto" else form):
-    program = jax.jit(fn).lower(params, x).compile()
+    program = jax.jit(fn).lower(*arguments).compile()
   memory = program.memory_analysis()
   share = memory.temp_size_in_bytes / (memory.argument_size_in_bytes + memory.output_size_in_bytes)
-  return lambda: program(params, x), share
+  return lambda: program(*arguments), share
 
 
-def table(names, forms, side: int, batch: int, gradients: bool, rounds: int) -> list[str]:
+def table(names, forms, side: int, batch: int, keep: float, gradients: bool, rounds: int
+          ) -> list[str]:
   """A row for each layer and form."""
   rows = [(name, form) for name in names for form in forms]
-  programs = {row: compiled(*row, side, batch, gradients) for row in rows}
+  programs = {row: compiled(*row, side, batch, keep, gradients) for row in rows}
   timing = paired({row: programs[row][0] for row in rows}, rounds=rounds)
   dense = min((row for row in rows if row[0] == "dense"), default=rows[0],
               key=lambda row: timing[row].seconds)
@@ -65,9 +82,10 @@ def main():
                       help="patches on a side")
   parser.add_argument("--batch", type=int, nargs="+", default=[8, 2, 1, 1],
                       help="images, for each of --sides")
-  parser.add_argument("--layers", nargs="+", choices=list(LAYERS), default=["dense", "hmhsa"])
+  parser.add_argument("--layers", nargs="+", choices=LAYERS, default=["dense", "hmhsa"])
   parser.add_argument("--forms", nargs="+", choices=["auto", *attention.FORMS],
                       default=["auto"])
+  parser.add_argument("--keep", type=float, default=0.25, help="share of blocks that sparse keeps")
   parser.add_argument("--rounds", type=int, default=7)
   parser.add_argument("--gradients", action="store_true", help="time forward and backward")
   args = parser.parse_args()
@@ -77,7 +95,7 @@ def main():
         "|---:|---:|---|---|---:|---|---:|", flush=True)
   try:
     for side, batch in zip(args.sides, args.batch, strict=True):
-      print("\n".join(table(args.layers, args.forms, side, batch, args.gradients,
+      print("\n".join(table(args.layers, args.forms, side, batch, args.keep, args.gradients,
                             args.rounds)), flush=True)
   except ValueError as error:
     raise SystemExit(f"error: {error}") from None

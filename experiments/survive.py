@@ -148,7 +148,7 @@ def try_flips(count: int, directory: pathlib.Path, rng: random.Random) -> dict:
                  path.stat().st_size and path.relative_to(workdir / "checkpoints").parts[0] in
                  (str(step), "scores.json"))
   sizes = [path.stat().st_size for path in files]
-  for turn in range(count):   # in turn any file alike, and any byte alike
+  for turn in range(count):   # any file, then any byte, with equal probability
     path = rng.choice(files) if turn % 2 else rng.choices(files, sizes)[0]
     raw = path.read_bytes()
     at, bit = rng.randrange(len(raw)), rng.randrange(8)

@@ -15,4 +15,4 @@ import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from tests.tiny_run import built, built_on_one, config, shared, straight  # noqa: E402, F401
+from tests.tiny_run import built, built_on_one, config, shared, uninterrupted  # noqa: E402, F401

@@ -43,7 +43,8 @@ class Remote:
 
 def test_candidates_take_turns_in_an_order_that_rotates():
   log = []
-  taken = bench.rounds_of({name: Remote(name, log=log) for name in "abc"}, rounds=4, least=3.0)
+  taken = bench.rounds_of({name: Remote(name, log=log) for name in "abc"}, rounds=4,
+                          min_seconds=3.0)
   # A first call, one to see how long it takes, and then three calls a turn.
   assert "".join(name for name, _ in log) == "abc" + "abc" + "abc" + "bca" + "cab" + "abc"
   assert {calls for _, calls in log[6:]} == {3}
@@ -51,19 +52,19 @@ def test_candidates_take_turns_in_an_order_that_rotates():
   # Where one call is enough for all, finding that out was the first round.
   log.clear()
   taken = bench.rounds_of({name: Remote(name, [9, 1, 2, 3], log) for name in "ab"}, rounds=3,
-                          least=1.0)
+                          min_seconds=1.0)
   assert "".join(name for name, _ in log) == "ab" + "ab" + "ba" + "ab" and taken["a"] == [1, 2, 3]
-  # Calls in which a turn settles are not counted.
+  # Warm-up calls of a turn are not counted.
   log.clear()
   taken = bench.rounds_of({name: Remote(name, [9, 7, 1, 7, 2], log) for name in "ab"}, rounds=2,
-                          least=0, settle=1)
+                          min_seconds=0, warmup_calls=1)
   assert "".join(name for name, _ in log) == "ab" + "aabb" + "bbaa" and taken["b"] == [1, 2]
 
 
 def test_ratios_are_of_the_same_round_so_that_what_slows_a_round_cancels():
   noise = [1, 1, 1.5, 10, 0.2, 7]
   timing = bench.paired({"a": Remote(seconds=noise), "b": Remote(seconds=[s / 2 for s in noise])},
-                        rounds=5, least=1e-3)
+                        rounds=5, min_seconds=1e-3)
   assert timing["b"].speedup == timing["b"].low == timing["b"].high == 2
   assert timing["a"].seconds == statistics.median(noise[1:])
 
@@ -71,7 +72,7 @@ def test_ratios_are_of_the_same_round_so_that_what_slows_a_round_cancels():
 def test_compilation_is_measured_apart_and_a_function_is_waited_for():
   import jax.numpy as jnp
   program = bench.compiled(lambda x: x @ x, jnp.ones((256, 256)))
-  timing = bench.paired({"product": program.call}, rounds=2, least=0)
+  timing = bench.paired({"product": program.call}, rounds=2, min_seconds=0)
   assert program.seconds > timing["product"].seconds > 0 and program.call()[0, 0] == 256
   assert timing["product"].clock == "cpu"
 
@@ -175,7 +176,7 @@ def test_goals_of_models_and_steps_are_ratios_of_the_rows_they_name(measured):
   taken = {"dense": 6, "plain Linen + Optax": 9, "ffn, one bare branch": 4, "heads + ffn": 5}
   got = reached(goals.train_goals, timed(measured, "train", lambda row: taken.get(row["name"], 1)))
   assert got["step over plain Linen + Optax"] == 1.5 and got["step, ffn, one bare branch"] == 1.5
-  found = timed(measured, "tokens", lambda row: {"dense": 3, "links": 2}.get(row["name"], 1))
+  found = timed(measured, "tokens", lambda row: {"dense": 3, "attention": 2}.get(row["name"], 1))
   assert set(reached(goals.tokens_goals, found).values()) == {1.5}
 
 
@@ -226,7 +227,7 @@ def test_a_candidate_that_was_not_measured_leaves_the_others_their_rows(suite, m
     goals.table(tmp_path)
 
 
-def test_accuracy_stands_beside_speed_where_it_was_measured_the_longest(measured):
+def test_accuracy_is_in_the_row_of_speed_from_its_longest_measurement(measured):
   row = {"name": "heads", "data": "digits", "accuracy": 0.9861, "difference": -0.005,
          "interval": 0.0123, "steps": 900}
   for name, steps, accuracy in (("x", 900, 0.9861), ("y", None, 0.9), ("z", 30, 0.8)):
@@ -238,7 +239,7 @@ def test_accuracy_stands_beside_speed_where_it_was_measured_the_longest(measured
   assert heads.endswith(f"| {cell} |")
   text = tables.markdown(measured)
   assert f"Accuracies as above: hMHSA {cell}; block-sparse 25% not measured." in text
-  assert f"Accuracies as above: heads {cell}; links not measured; " in text
+  assert f"Accuracies as above: heads {cell}; attention not measured; " in text
 
 
 def test_the_tables_are_what_the_results_say(tmp_path):

@@ -1,4 +1,4 @@
-"""Every config of configs/ is whole, and builds; the compact ones differ by their plan alone."""
+"""Every config of configs/ is complete, and builds; the compact ones differ only in their plan."""
 import functools
 import importlib
 import pathlib
@@ -79,13 +79,13 @@ def test_a_config_builds_and_its_rules_cover_every_parameter(name, imagenet):
 def toy(name, argument=""):
   """A config with `runlocal`, with what that leaves out: a teacher, and labels of places."""
   words = ",".join(filter(None, (argument, "runlocal")))
-  config, whole = load(name).get_config(words), load(name).get_config(argument)
+  config, shipped = load(name).get_config(words), load(name).get_config(argument)
   config.update(batch_size=16, ema_half_life=0.0, seed=0, eval_params="raw")
   config.model.drop_path_rate = 0.1
-  if whole.data.augment == "token_labels":
+  if shipped.data.augment == "token_labels":
     config.data.augment = "token_labels"
-  if teaches(whole):
-    config.loss.update({key: whole.loss[key] for key in ("hard", "soft", "logits", "patches")})
+  if teaches(shipped):
+    config.loss.update({key: shipped.loss[key] for key in ("hard", "soft", "logits", "patches")})
     config.teacher.file = "named on the command line.safetensors"
   same = {"learning_rate": 1e-2, "final_learning_rate": 1e-2, "warmup_learning_rate": 1e-2}
   config.optim.update(weight_decay=0.05, **same)
@@ -194,7 +194,7 @@ ARGUMENTS = sorted({(name, argument) for name in NAMES for argument in re.findal
 
 
 def test_a_config_with_an_argument_names_one():
-  """Or a variant that nobody can find would go untested."""
+  """Else a variant that is not listed would go untested."""
   takes = {name for name in NAMES
            if "base.parse(argument, " in (ROOT / "configs" / f"{name}.py").read_text()}
   assert takes == {name for name, _ in ARGUMENTS}
@@ -203,8 +203,8 @@ def test_a_config_with_an_argument_names_one():
 @pytest.mark.parametrize("name, argument", ARGUMENTS)
 def test_what_a_docstring_offers_as_an_argument_is_another_config(name, argument):
   config = load(name).get_config(argument)
-  whole = configs.complete(config)
-  vc.create_model(**{**whole.model.to_dict(), "plan": vc.Plan.parse(whole.plan)})
+  full = configs.complete(config)
+  vc.create_model(**{**full.model.to_dict(), "plan": vc.Plan.parse(full.plan)})
   default = {"sparse_digits": "token", "sparse_shapes": "block"}.get(name)
   assert (configs.flat(config) == configs.flat(load(name).get_config())) == (argument == default)
 
@@ -212,17 +212,17 @@ def test_what_a_docstring_offers_as_an_argument_is_another_config(name, argument
 @pytest.mark.parametrize("name, argument", [*((name, "") for name in NAMES), *ARGUMENTS])
 def test_runlocal_needs_no_file_and_little_of_anything(name, argument):
   config = load(name).get_config(",".join(filter(None, (argument, "runlocal"))))
-  whole = configs.complete(config)
-  assert whole.total_steps == 20 and whole.batch_size == 32 and whole.data.workers == 0
-  assert whole.data.name in ("digits", "shapes", "directions")
-  assert not teaches(whole) and not whole.teacher.file
-  sizes = whole.model.to_dict()
-  model = vc.create_model(**{**sizes, "plan": vc.Plan.parse(whole.plan), "num_classes": 10})
+  full = configs.complete(config)
+  assert full.total_steps == 20 and full.batch_size == 32 and full.data.workers == 0
+  assert full.data.name in ("digits", "shapes", "directions")
+  assert not teaches(full) and not full.teacher.file
+  sizes = full.model.to_dict()
+  model = vc.create_model(**{**sizes, "plan": vc.Plan.parse(full.plan), "num_classes": 10})
   assert vc.count(model.clone(plan=vc.Plan())).params < 200_000
   before = plan_of(load(name).get_config(*[argument] * bool(argument)))
   assert [type(method) for method in model.plan.methods()] == [
       type(method) for method in before.methods()]
-  phases.check(whole, model)
+  phases.check(full, model)
 
 
 WARPED = [name for name in NAMES if "eval_fit" in load(name).__doc__]
@@ -258,7 +258,7 @@ def test_dynamicvit_has_the_ratio_weight_and_the_stages_of_its_recipe(name, weig
     ("digits", "digits:dense"), ("compact_deit_s", "deit_s"),
     *((f"compact_deit_s:{name}", f"deit_s:{name}")
       for name in ("deit_tiny_patch16_224", "deit_base_patch16_224"))])
-def test_compact_and_dense_differ_in_the_plan_alone(compact, dense):
+def test_compact_and_dense_differ_only_in_the_plan(compact, dense):
   (one, _), (other, _) = named(compact), named(dense)
   assert plan_of(one) == vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())
   assert plan_of(other) == vc.Plan()
@@ -356,7 +356,7 @@ def test_a_config_has_the_published_learning_rates(name):
 @pytest.mark.parametrize("name", ["sparsifiner_deit_s", "sparsifiner_lvvit_s",
                                   "sparsifiner_deit_s:evit"])
 def test_sparsifiner_has_the_two_phases_of_its_recipe(name):
-  """Predictors alone for 5 epochs, at a rate of their own; then CE + 0.5 KL + 0.5 MSE of patches.
+  """Only predictors for 5 epochs, at a rate of their own; then CE + 0.5 KL + 0.5 MSE of patches.
 
   The MSE is of LV-ViT's patch logits, which learn from no label.
   """

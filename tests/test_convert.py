@@ -22,7 +22,7 @@ from tests.models import parity
 from vitcompact import convert, pytorch, torch_names, trees
 from vitcompact.models import deit
 
-FAMILIES = ("deit", "compact_deit")   # the others are tested beside their models
+FAMILIES = ("deit", "compact_deit")   # the others are tested with their models
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Whoever gives a verb the wrong thing is told so in one line, at the door."""
+"""A verb that is given the wrong thing says so in one line, before it computes anything."""
 import functools
 
 import jax
@@ -12,7 +12,7 @@ PLAN = vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())
 
 
 @functools.cache
-def parts():
+def three_forms():
   """(dense model, variables, trained form, variables, deployed form, variables, images)."""
   dense, small = tiny.deit(), tiny.deit(PLAN)
   variables = tiny.init(small)
@@ -45,7 +45,7 @@ def refusal(call, *args) -> str:
 @pytest.fixture(params=verbs())
 def door(request):
   """(verb, model, variables, images) that go together."""
-  dense, variables, small, trained, deploy, folded, images = parts()
+  dense, variables, small, trained, deploy, folded, images = three_forms()
   model, own = {"dense": (dense, variables), "trained": (small, trained),
                 "deployed": (deploy, folded)}[request.param.split(":")[0]]
   return verbs()[request.param], model, own, images
@@ -65,7 +65,7 @@ def test_swapped_arguments_are_named(door):
   assert "5 was given, wanted: {'params'" in refusal(verb, model, 5, images)
 
 
-def test_parameters_alone_are_recognised(door):
+def test_bare_parameters_are_recognised(door):
   verb, model, variables, images = door
   assert "give {'params': ...}" in refusal(verb, model, variables["params"], images)
   assert "a dict of 'weights' was given" in refusal(verb, model, {"weights": 1}, images)
@@ -83,7 +83,7 @@ def test_variables_of_another_model_are_compared(door):
 
 
 def test_the_other_form_is_recognised():
-  _, _, small, trained, deploy, folded, images = parts()
+  _, _, small, trained, deploy, folded, images = three_forms()
   for call in (lambda m, v: vc.fold(m, v), lambda m, v: vc.features(m, v, images),
                lambda m, v: vc.verify(small, trained, m, v, images)):
     assert "the training form's: vc.fold(model, variables) gives" in refusal(call, deploy, trained)
@@ -98,7 +98,7 @@ def test_the_other_form_is_recognised():
     (np.zeros((2, 16, 16, 3), np.float32), "images of shape (2, 16, 16, 3)"),
     ([[1.0]], "images: a list was given"), ("a.png", "images: 'a.png' was given")])
 def test_images_are_a_batch_of_normalised_floats(images, said):
-  dense, variables, _, _, deploy, folded, _ = parts()
+  dense, variables, _, _, deploy, folded, _ = three_forms()
   for call in (lambda x: vc.compact(dense, variables, PLAN, images=x),
                lambda x: vc.features(dense, variables, x), lambda x: vc.tune(deploy, folded, x),
                lambda x: vc.verify(dense, variables, dense, variables, x)):
@@ -107,12 +107,12 @@ def test_images_are_a_batch_of_normalised_floats(images, said):
 
 @pytest.mark.parametrize("plan", [PLAN.to_json(), {"ffn": {"method": "cffn"}}, None, vc.CFFN()])
 def test_compact_wants_a_plan(plan):
-  dense, variables, *_ = parts()
+  dense, variables, *_ = three_forms()
   assert "wanted: a Plan; Plan.parse reads" in refusal(vc.compact, dense, variables, plan)
 
 
 def test_what_is_left_of_the_verbs_arguments():
-  dense, variables, _, _, deploy, folded, images = parts()
+  dense, variables, _, _, deploy, folded, images = three_forms()
   for size in ("224", 0, (32,), 2.5):
     assert "image_size=" in refusal(vc.count, dense, size)
   for rounds in (0, 2.5, "5"):
@@ -126,7 +126,7 @@ def test_what_is_left_of_the_verbs_arguments():
                                                   tolerance="x"))
 
 
-def test_fold_reads_shapes_alone_and_other_collections_may_come_along():
-  _, _, small, trained, _, folded, _ = parts()
+def test_fold_reads_only_shapes_and_accepts_other_collections():
+  _, _, small, trained, _, folded, _ = three_forms()
   got = jax.jit(lambda variables: vc.fold(small, variables)[1])({**trained, "maps": {}})
   assert jax.tree.structure(got) == jax.tree.structure(folded)

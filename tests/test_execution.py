@@ -1,4 +1,4 @@
-"""Execution: a record of how, beside the plan; it is checked, travels, and changes no function."""
+"""Execution: how a model is computed; it is checked and saved, and changes no function."""
 import dataclasses
 import json
 

@@ -112,9 +112,9 @@ def identifiers(path):
 
 
 def strings(path):
-  """Texts of a file that are no docstrings; `plan.modern` is left out, which reads old files."""
+  """Texts of a file that are no docstrings; `plan.upgraded` is left out, which reads old files."""
   tree = ast.parse(path.read_text())
-  tree.body = [node for node in tree.body if getattr(node, "name", None) != "modern"]
+  tree.body = [node for node in tree.body if getattr(node, "name", None) != "upgraded"]
   docstrings = {node.body[0].value for node in ast.walk(tree)
                 if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and node.body
                 and isinstance(node.body[0], ast.Expr)}

@@ -31,7 +31,7 @@ exit "${{codes[$(wc -l < {log}) - 1]}}"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_a_script_is_whole_and_says_how_it_is_used(script):
+def test_a_script_parses_and_says_how_it_is_used(script):
   subprocess.run(["bash", "-n", script], check=True)
   shown = subprocess.run([script], capture_output=True, text=True, check=False, env={
       "PATH": os.environ["PATH"]})
@@ -64,7 +64,7 @@ while true; do sleep 0.1; done""")
 @pytest.fixture
 def cluster(tmp_path):
   """A function that runs a script with stand-ins for the commands of a cluster: what they were
-  called with, and the exit code. states: what gcloud describes, in turn; codes: of main.py."""
+  called with, and the exit code. states: what gcloud describes, call by call; codes: of main.py."""
   log = tmp_path / "log"
   stand_in = f"""#!/bin/bash
 printf '%s ' "$(basename "$0")" "$@" | tr '\\n' ' ' >> {log}; echo >> {log}

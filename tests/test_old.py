@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 import vitcompact as vc
 from tests.old import common
 from vitcompact import convert
-from vitcompact.plan import modern
+from vitcompact.plan import upgraded
 from vitcompact.run import loop
 
 OLD = pathlib.Path(__file__).parent / "old"
@@ -49,14 +49,14 @@ def test_an_old_plan_is_read_and_nothing_of_it_is_lost(name):
   text = read("plans.json")[name]
   plan = vc.Plan.from_json(text)
   assert plan == vc.Plan.from_json(plan.to_json())
-  assert json.loads(plan.to_json()) == modern(json.loads(text))[0]
+  assert json.loads(plan.to_json()) == upgraded(json.loads(text))[0]
 
 
 @pytest.mark.parametrize("name", [name for name in read("plans.json") if "default" in name])
-def test_a_plan_that_names_a_method_alone_has_the_old_defaults(name):
-  whole = read("plans.json")[name]
-  short = {axis: {"method": spec["method"]} for axis, spec in json.loads(whole).items()}
-  assert vc.Plan.from_json(json.dumps(short)) == vc.Plan.from_json(whole)
+def test_a_plan_that_gives_only_a_methods_name_has_the_old_defaults(name):
+  written = read("plans.json")[name]
+  short = {axis: {"method": spec["method"]} for axis, spec in json.loads(written).items()}
+  assert vc.Plan.from_json(json.dumps(short)) == vc.Plan.from_json(written)
 
 
 @pytest.mark.parametrize("name", names_of("workdirs/*.tar.xz"))
@@ -76,7 +76,7 @@ def test_an_old_run_goes_on_to_the_same_end(name, tmp_path, monkeypatch):
   assert log.read_text().startswith(before)
   new = [json.loads(line) for line in log.read_text()[len(before):].splitlines()]
   stopped = json.loads(before.splitlines()[-1])["step"]
-  assert stopped < new[0]["step"] <= new[-1]["step"] == config.total_steps   # not begun anew
+  assert stopped < new[0]["step"] <= new[-1]["step"] == config.total_steps   # it did not start over
   got, wanted = common.variables_of(end.state), dict(np.load(OLD / "ends" / f"{name}.npz"))
   assert got.keys() == wanted.keys()
   for leaf, array in wanted.items():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import vitcompact as vc
 from tests import tiny
 from vitcompact.methods import METHODS
-from vitcompact.plan import modern
+from vitcompact.plan import upgraded
 
 PLANS = [
     vc.Plan(), vc.Plan(heads=vc.HMHSA()), vc.Plan(ffn=vc.CFFN(rank_ratio=0.25, branches=1)),
@@ -135,10 +135,10 @@ def test_sizes_that_follow_the_image_can_be_written_out():
   sites = vc.create_model("deit_tiny_patch16_224", plan=plan).sites()
   assert plan.at_size(sites).at(sites[0]).attention.rank == 197 // 6
   assert plan.at_size(sites).at(sites[2]).attention is None
-  whole = vc.Plan(attention=vc.Sparsifiner())
-  assert whole.at_size(sites) == vc.Plan(attention=vc.Sparsifiner(rank=197 // 6))
-  stages = vc.create_model("pvt_tiny", plan=whole).sites()     # 49 keys, in the last one 50
-  assert whole.at_size(stages).at(stages[0]).attention.rank == 8
+  plan = vc.Plan(attention=vc.Sparsifiner())
+  assert plan.at_size(sites) == vc.Plan(attention=vc.Sparsifiner(rank=197 // 6))
+  stages = vc.create_model("pvt_tiny", plan=plan).sites()     # 49 keys, in the last one 50
+  assert plan.at_size(stages).at(stages[0]).attention.rank == 8
 
 
 def test_map_changes_every_method_and_keeps_none():
@@ -155,10 +155,10 @@ def test_plans_of_before_still_parse():
   wanted = vc.Plan(attention=vc.Sparsifiner(keep=0.5), ffn=vc.CFFN(),
                    blocks={0: {"attention": None}, 1: {"ffn": vc.CFFN()}})
   assert vc.Plan.from_json(json.dumps(old)) == wanted
-  assert modern(old)[1] == {"attention": {"1": "tiled"}, "chunk": 4,
+  assert upgraded(old)[1] == {"attention": {"1": "tiled"}, "chunk": 4,
                             "merged": {None: [], "1": ["fc2"]}}
   today = json.loads(wanted.to_json())
-  assert modern(today) == (today, {})
+  assert upgraded(today) == (today, {})
 
 
 # What a plan's file may hold: names that exist and do not, values of every type.

@@ -41,7 +41,7 @@ def test_the_centre_is_what_is_kept():
   assert np.ptp(pre(pixels[:, 20:])[..., 0]) > 1   # an image cut on one side has another centre
 
 
-def test_without_a_crop_the_whole_image_is_warped():
+def test_without_a_crop_the_full_image_is_warped():
   pre = dataclasses.replace(vc.preprocess(tiny.deit()), crop=None)
   image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 90, 3), np.uint8))
   pixels = (pre(image) * pre.std + pre.mean) * 255
@@ -99,7 +99,7 @@ def test_an_orientation_in_the_exif_data_is_not_applied(tmp_path):
   np.testing.assert_array_equal(pre(tmp_path / "x.png"), pre(pixels))
 
 
-def test_small_images_of_the_models_size_are_shown_whole_as_in_evaluation():
+def test_small_images_of_the_models_size_are_not_cropped_as_in_evaluation():
   pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
   pre = vc.preprocess(tiny.deit())
   assert pre.image_size == (32, 32) and pre.crop == 0.9

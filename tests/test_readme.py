@@ -1,12 +1,17 @@
-"""The Python of the README runs, as it stands there."""
+"""The Python of the README runs, as it stands there, and what it tells to read is short."""
 import pathlib
 import re
+import traceback
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import vitcompact as vc
+from tests import tiny
 
-README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.filterwarnings("error")
@@ -35,3 +40,40 @@ def test_a_method_of_ones_own_is_shown_as_it_is_tested():
            if "axis: ClassVar" in text]
   files = [path.read_text() for path in own.glob("*.py")]
   assert all(any(text.strip() in file for file in files) for text in shown)
+
+
+def first_files() -> list[pathlib.Path]:
+  """The files to read first; a name without a folder is of the folder before it in its row, or of
+  vitcompact/ or vitcompact/methods/."""
+  table = README.split("## Read these files in this order")[1]
+  files = []
+  for row in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE):
+    first, *others = re.findall(r"`(.*?)`", row)
+    files.append(ROOT / first)
+    for name in others:
+      places = [files[-1].parent / name, files[-1].parent.parent / name]
+      files.append(next(place for place in places if place.exists()))
+  return files
+
+
+def test_what_a_newcomer_reads_first_is_at_most_2500_lines():
+  files = first_files()
+  assert len(files) == len(set(files)) >= 10
+  assert sum(len(path.read_text().splitlines()) for path in files) <= 2500
+
+
+def test_at_most_nine_calls_of_ours_lie_between_apply_and_the_first_scores(monkeypatch):
+  """In the reference form, whose first product of two activations is that of queries and keys."""
+  model = tiny.deit()
+  variables, einsum, calls = tiny.init(model), jnp.einsum, []
+
+  def watched(*args, **kwargs):
+    calls.append([frame for frame in traceback.extract_stack()
+                  if pathlib.Path(frame.filename).is_relative_to(ROOT / "vitcompact")])
+    return einsum(*args, **kwargs)
+
+  monkeypatch.setattr(jnp, "einsum", watched)
+  with vc.attention.using("einsum"):
+    jax.eval_shape(model.apply, variables, tiny.images(model))
+  assert calls[0][-1].name == "scores"
+  assert len(calls[0]) <= 9, [f"{frame.filename}:{frame.lineno}" for frame in calls[0]]

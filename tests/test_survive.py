@@ -1,4 +1,4 @@
-"""experiments.survive takes minutes; its parts are tried here."""
+"""experiments.survive takes minutes; its functions are tested here."""
 from experiments import survive
 from vitcompact.data import pipeline
 

@@ -9,7 +9,7 @@ TREE = {"blocks_0": {"fc1": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}},
         "pos_embed": jnp.ones((1, 4, 2))}
 
 
-def test_first_rule_whose_pattern_is_the_whole_name_wins():
+def test_first_rule_whose_pattern_matches_the_full_name_wins():
   rules = [(r".*/kernel", "k"), (r"blocks_\d+/.*", "b"), (r"pos_embed", "p")]
   assert trees.first_match(rules, TREE) == {
       "blocks_0": {"fc1": {"kernel": "k", "bias": "b"}}, "pos_embed": "p"}

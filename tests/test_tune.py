@@ -28,18 +28,18 @@ def choose(monkeypatch, choice):
   """
   asked = []
 
-  def fastest(call, rounds):
+  def best_form(call, rounds):
     asked.append(call)
     return choice(call)
 
-  monkeypatch.setattr(tuning, "fastest", fastest)
+  monkeypatch.setattr(tuning, "best_form", best_form)
   return asked
 
 
 def test_a_tuned_model_is_the_same_function_in_a_file_and_when_folded_again(
     folded, monkeypatch, tmp_path):
   model, variables, deploy, deployed, x = folded
-  forms = {tuning.Layer: tuning.MATRIX, tuning.Attending: "tiled"}
+  forms = {tuning.FactorisedCall: tuning.MATRIX, tuning.AttentionCall: "tiled"}
   choose(monkeypatch, lambda call: forms[type(call)])
   tuned, tuned_variables = vc.tune(deploy, deployed, x)
   layers = [f"blocks_{i}/mlp/{layer}" for i in range(2) for layer in ("fc1", "fc2")]
@@ -70,7 +70,7 @@ def test_inference_in_chunks_is_the_same_function_and_the_record_says_of_how_man
   wanted = jax.jit(deploy.apply)(deployed, x)
   monkeypatch.setattr(tuning, "CHUNKS", {"cpu": (3, 7)})
   tried = []
-  monkeypatch.setattr(tuning, "quickest", lambda calls, rounds: (
+  monkeypatch.setattr(tuning, "fastest_of", lambda calls, rounds: (
       tried.append([chunk for chunk in calls if type(chunk) is int]), 3)[1] if 3 in calls else None)
   tuned, tuned_variables = vc.tune(deploy, deployed, x)
   assert tried == [[3]] and tuned.execution.chunk == 3   # a chunk of seven is all at once
@@ -124,12 +124,12 @@ def test_forms_that_are_no_faster_stay_as_fold_gives_them(folded, monkeypatch):
   assert tuned == deploy and trees.digest(variables) == trees.digest(deployed)
 
 
-def test_calls_that_are_alike_are_measured_once_and_each_block_has_its_own_choice(
+def test_equal_calls_are_measured_once_and_each_block_has_its_own_choice(
     folded, monkeypatch):
   _, _, deploy, deployed, x = folded
-  calls = tuning.called(deploy, deployed, x)
+  calls = tuning.calls_with_forms(deploy, deployed, x)
   assert {path[1:]: call.shape for path, call in calls.items()
-          if isinstance(call, tuning.Layer) and path[0] == "blocks_1"} == {
+          if isinstance(call, tuning.FactorisedCall) and path[0] == "blocks_1"} == {
               ("mlp", "fc1"): (3, 9, 24), ("mlp", "fc2"): (3, 9, 96)}    # 17, 13, 9 tokens
   dense, hmhsa = calls["blocks_0", "attn"], calls["blocks_1", "attn"]
   assert dense.shapes == ((3, 17, 4, 6),) * 3 and not dense.sized
@@ -142,14 +142,15 @@ def test_calls_that_are_alike_are_measured_once_and_each_block_has_its_own_choic
   assert vc.verify(deploy, deployed, tuned, variables, x).ok
   wide = tiny.deit(vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN()), deploy=True, depth=4)
   shapes = jax.eval_shape(wide.init, jax.random.key(0), x)
-  assert len(set(tuning.called(wide, shapes, x).values())) == 2      # of eight calls
+  assert len(set(tuning.calls_with_forms(wide, shapes, x).values())) == 2      # of eight calls
 
 
 def test_calls_are_measured_on_as_many_images_as_a_chunk_has():
   model = tiny.deit(PLAN, execution=vc.Execution(chunk=4), deploy=True)
   x = tiny.images(model, batch=9)      # four, four and one
-  calls = tuning.called(model, jax.eval_shape(model.init, jax.random.key(0), x), x).values()
-  assert {(call.shapes[0] if isinstance(call, tuning.Attending) else call.shape)[0]
+  shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+  calls = tuning.calls_with_forms(model, shapes, x).values()
+  assert {(call.shapes[0] if isinstance(call, tuning.AttentionCall) else call.shape)[0]
           for call in calls} == {4}
 
 
@@ -159,28 +160,29 @@ def test_sparse_and_merged_attention_are_left_to_their_own_ways():
                vc.Plan(tokens=vc.MCTF(r=2, blocks=(0, 1)))):
     model = tiny.deit(plan, deploy=True)
     shapes = jax.eval_shape(model.init, jax.random.key(0), x)
-    assert not tuning.called(model, shapes, x)
+    assert not tuning.calls_with_forms(model, shapes, x)
 
 
 def test_the_forms_are_really_run():
   """Compiled and timed: at a rank far above break-even, two factors are many times the work."""
-  layer = tuning.Layer(features=64, rank=512, shape=(512, 64), dtype="float32")
-  assert tuning.fastest(layer, rounds=3) == tuning.MATRIX
-  assert tuning.fastest(layer._replace(features=512, shape=(512, 512), rank=4), rounds=3) is None
+  layer = tuning.FactorisedCall(features=64, rank=512, shape=(512, 64), dtype="float32")
+  assert tuning.best_form(layer, rounds=3) == tuning.MATRIX
+  assert tuning.best_form(layer._replace(features=512, shape=(512, 512), rank=4), rounds=3) is None
 
 
 def test_a_form_that_this_device_does_not_have_is_no_candidate(monkeypatch):
   model = tiny.deit(deploy=True, depth=1)
   x = tiny.images(model)
-  call, = tuning.called(model, jax.eval_shape(model.init, jax.random.key(0), x), x).values()
+  shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+  call, = tuning.calls_with_forms(model, shapes, x).values()
   monkeypatch.setitem(tuning.FORMS, "cpu", ("cudnn",))
-  assert tuning.fastest(call, rounds=1) is None
+  assert tuning.best_form(call, rounds=1) is None
 
 
 def test_the_record_decides_how_a_block_attends(monkeypatch):
   seen = []
   monkeypatch.setattr(attention.Core, "__call__", lambda core, query, key, value, *rest: (
-      seen.append(attention.asked()), value)[1])
+      seen.append(attention.requested_form()), value)[1])
   model = tiny.deit(execution=vc.Execution({1: "tiled"}))
   jax.eval_shape(model.init, jax.random.key(0), tiny.images(model))
   assert seen == [None, "tiled"]

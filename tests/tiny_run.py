@@ -65,9 +65,9 @@ def built_on_one() -> loop.Run:
 
 
 @pytest.fixture(scope="session")
-def straight(tmp_path_factory, built):
+def uninterrupted(tmp_path_factory, built):
   """40 steps without a stop: (workdir, result)."""
-  directory = tmp_path_factory.mktemp("straight")
+  directory = tmp_path_factory.mktemp("uninterrupted")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop, "build", lambda config: built)
     return directory, loop.train(built.config, directory)

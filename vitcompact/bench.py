@@ -70,14 +70,14 @@ def compiled(function: Callable, *args) -> Compiled:
 
 
 def rounds_of(functions: Mapping[str, Callable[[], object] | Remote], *, rounds: int = 7,
-              least: float = 0.1, settle: int = 0) -> dict[str, list[float]]:
+              min_seconds: float = 0.1, warmup_calls: int = 0) -> dict[str, list[float]]:
   """{name: seconds a call in each round}, of functions that take turns.
 
   Their order rotates from round to round. A function of no arguments returns arrays, which are
   waited for; its first call, which may compile, is not counted. A function is called as often in a
-  round as takes `least` seconds, at least once; least=0: once, without a call to find out. A turn
-  begins with `settle` calls that are not counted: a large one pays for what the one before it left,
-  such as memory that went back to the system.
+  round as takes `min_seconds`, at least once; min_seconds=0: once, without a call to find out. A
+  turn begins with `warmup_calls` calls that are not counted: a large one pays for what the one
+  before it left, such as memory that went back to the system.
   """
   names = list(functions)
   timers = {name: getattr(function, "seconds", None) or _timer(function)
@@ -85,16 +85,16 @@ def rounds_of(functions: Mapping[str, Callable[[], object] | Remote], *, rounds:
   for name in names:
     timers[name](1)
   calls, taken = dict.fromkeys(names, 1), {name: [] for name in names}
-  if least:
+  if min_seconds:
     once = {name: timers[name](1) for name in names}
-    calls = {name: max(1, round(least / max(once[name], 1e-6))) for name in names}
-    if set(calls.values()) == {1} and not settle:   # then that was the first round
+    calls = {name: max(1, round(min_seconds / max(once[name], 1e-6))) for name in names}
+    if set(calls.values()) == {1} and not warmup_calls:   # then that was the first round
       taken = {name: [seconds] for name, seconds in once.items()}
   for turn in range(len(taken[names[0]]), rounds):
     shift = turn % len(names)
     for name in names[shift:] + names[:shift]:
-      if settle:
-        timers[name](settle)
+      if warmup_calls:
+        timers[name](warmup_calls)
       taken[name].append(timers[name](calls[name]))
   return taken
 
@@ -119,10 +119,10 @@ def ratio(first: list[float], other: list[float]) -> tuple[float, float, float]:
 
 
 def paired(functions: Mapping[str, Callable[[], object] | Remote], *, rounds: int = 7,
-           least: float = 0.1) -> dict[str, Timing]:
+           min_seconds: float = 0.1) -> dict[str, Timing]:
   """Times functions alternately, as `rounds_of` does, each against the first."""
   load = os.getloadavg()[0]
-  taken = rounds_of(functions, rounds=rounds, least=least)
+  taken = rounds_of(functions, rounds=rounds, min_seconds=min_seconds)
   first = next(iter(taken.values()))
   return {name: Timing(statistics.median(seconds), *ratio(first, seconds), clock_name(), load)
           for name, seconds in taken.items()}

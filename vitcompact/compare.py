@@ -5,9 +5,9 @@ import pathlib
 
 from vitcompact import draw
 
-FIRST = ("loss", "accuracy", "val_loss", "val_accuracy", "lr", "grad_norm", "images_per_second",
-         "data_wait", "mfu", "skipped")
-ENDS = ("step", "val_accuracy", "test_accuracy", "best_val_accuracy", "images_per_second")
+USUAL_METRICS = ("loss", "accuracy", "val_loss", "val_accuracy", "lr", "grad_norm",
+                 "images_per_second", "data_wait", "mfu", "skipped")
+FINAL_METRICS = ("step", "val_accuracy", "test_accuracy", "best_val_accuracy", "images_per_second")
 
 
 def read(workdir) -> dict[str, dict[int, float]]:
@@ -42,7 +42,7 @@ def panels(runs: dict, asked) -> list[str]:
              if len(values) > 1}
   if not several:
     raise ValueError("no number was logged twice: nothing to plot; name some with --metric")
-  return [name for name in FIRST if name in several] + sorted(several - set(FIRST))
+  return [name for name in USUAL_METRICS if name in several] + sorted(several - set(USUAL_METRICS))
 
 
 def plot(runs: dict, names: list[str], out):
@@ -67,11 +67,11 @@ def plot(runs: dict, names: list[str], out):
 
 def table(runs: dict) -> str:
   """What each run ended with."""
-  rows = [("run", *ENDS)]
+  rows = [("run", *FINAL_METRICS)]
   for run, metrics in runs.items():
     ends = {name: list(values.values())[-1] for name, values in metrics.items()}
     ends["step"] = max(step for values in metrics.values() for step in values)
-    rows.append((run, *(f"{ends[name]:.6g}" if name in ends else "-" for name in ENDS)))
+    rows.append((run, *(f"{ends[name]:.6g}" if name in ends else "-" for name in FINAL_METRICS)))
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
                    for row in rows)

@@ -23,7 +23,7 @@ from vitcompact.files import (
 from vitcompact.fit import MANY, check_fit, closest_model
 from vitcompact.foreign import CONTAINERS
 from vitcompact.models import create_model
-from vitcompact.plan import Plan, modern
+from vitcompact.plan import Plan, upgraded
 from vitcompact.torch_names import (
     Entry,
     adapt_channels,
@@ -141,7 +141,7 @@ def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False,
   timm_names = {model.authors_name(name): name for name in [*heads, *wanted]}
   found, containers = foreign.find(state_dict, {*heads, *wanted, *timm_names}, weights,
                                    least=len(wanted) // 4)
-  state, got = _timm_named(timm_names, found.state), _shapes_of(found.state)
+  state, got = _with_timm_names(timm_names, found.state), _shapes_of(found.state)
   reset = [name for name in heads if reset_head and name in wanted]
   dropped = [name for name, value in state.items() if name.endswith("num_batches_tracked")
              or (name not in wanted and not foreign.is_float(value))]
@@ -156,12 +156,12 @@ def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False,
   if not allow_nonfinite:
     trees.check_finite(what, arrays)
   adapted = _adapt_channels(model, arrays, wanted)
-  arrays |= {name: _fresh(wanted[name]) for name in reset}
+  arrays |= {name: _new_classifier(wanted[name]) for name in reset}
   unexpected = {name: shape for name, shape in _shapes_of(state).items()
                 if name not in {*wanted, *dropped}}
   stored = {entry.torch: entry.positions.grid
             for entry in (source.torch_entries() if source else []) if entry.positions}
-  fitted = {entry.torch: _fitted(arrays[entry.torch], entry, wanted[entry.torch],
+  fitted = {entry.torch: _resized_tensor(arrays[entry.torch], entry, wanted[entry.torch],
                                  stored.get(entry.torch))
             for entry in entries if entry.torch in arrays}
   resized = [name for name, array in fitted.items() if array is not arrays[name]]
@@ -194,7 +194,7 @@ def resized(model: nn.Module, variables, **sizes) -> tuple[nn.Module, dict[str, 
   _adapt_channels(other, arrays, wanted)
   for stored, entry in pairs:
     grid = stored.positions and stored.positions.grid
-    array = _fitted(arrays[entry.torch], entry, wanted[entry.torch], grid)
+    array = _resized_tensor(arrays[entry.torch], entry, wanted[entry.torch], grid)
     (leaves[entry.leaves[0]],) = to_leaves(entry.layout, array, [shapes[entry.leaves[0]]])
   return other, trees.nested(leaves)
 
@@ -307,7 +307,7 @@ def _execution(about: Mapping[str, str], model) -> Execution:
   """A file's execution record, which files of before hold in their plan."""
   if "execution" in about:
     return Execution.from_json(about["execution"])
-  tree, old = modern(json.loads(about["plan"]))
+  tree, old = upgraded(json.loads(about["plan"]))
   merged, overrides = old.pop("merged", {}), tree.get("blocks", {})
   forms = {int(block): form for block, form in old.pop("attention", {}).items()}
   paths = [f"blocks_{site.block}/mlp/{layer}" for site in model.sites()
@@ -342,7 +342,7 @@ def _shapes_of(state):
           if foreign.is_tensor(value)}
 
 
-def _timm_named(names, state):
+def _with_timm_names(names, state):
   """Under timm's names, if more of the names are the authors': names = {authors': timm's}."""
   if len(names.keys() & state.keys()) <= len(set(names.values()) & state.keys()):
     return state
@@ -373,14 +373,14 @@ def _classifiers(model, shapes) -> list[str]:
           if entry.leaves[0].removeprefix("params/").rsplit("/", 1)[0] in owners]
 
 
-def _fresh(shape):
+def _new_classifier(shape):
   """A new classifier's kernel from N(0, 0.02^2), its bias zero."""
   if len(shape) == 1:
     return np.zeros(shape, np.float32)
   return 0.02 * np.random.default_rng(0).standard_normal(shape, np.float32)
 
 
-def _fitted(array, entry: Entry, wanted, stored):
+def _resized_tensor(array, entry: Entry, wanted, stored):
   """Resized where that is all it takes; otherwise left for the check of shapes.
 
   stored: the grid that its positions are of, if known.
@@ -390,10 +390,10 @@ def _fitted(array, entry: Entry, wanted, stored):
     return array
   if entry.patches and array.ndim == 4 and array.shape[:2] == wanted[:2]:
     return resize_patches(array, wanted[2:])
-  return _fit_positions(array, entry.positions, wanted, stored) if entry.positions else array
+  return _resized_positions(array, entry.positions, wanted, stored) if entry.positions else array
 
 
-def _fit_positions(array, positions, wanted, stored):
+def _resized_positions(array, positions, wanted, stored):
   """Resized from the grid that is stored, or from a square one."""
   if array.ndim != len(wanted) or array.shape[-1] != wanted[-1] or (not stored and positions.tied):
     return array

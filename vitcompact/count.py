@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitcompact import attention, trees
-from vitcompact.doors import check_model
+from vitcompact.doors import check_model, image_shapes, variable_shapes
 from vitcompact.fold import fold
 from vitcompact.layers import SHIFT_AND_ADD
 from vitcompact.models import check_value
@@ -69,9 +69,8 @@ def _pair(size) -> tuple[int, int]:
 
 def _trace(model):
   """(number of parameters, jaxpr of inference)."""
-  images = jax.ShapeDtypeStruct((1, *_pair(model.image_size), model.in_chans), jnp.float32)
-  variables = jax.eval_shape(model.init, jax.random.key(0), images)
-  return trees.size(variables["params"]), _jaxpr(model.apply, variables, images)
+  variables = variable_shapes(model)
+  return trees.size(variables["params"]), _jaxpr(model.apply, variables, image_shapes(model))
 
 
 def macs_of(fn, *args) -> Macs:

@@ -42,9 +42,13 @@ def describe(model) -> str:
 def variable_shapes(model):
   """The model's variables as shapes and dtypes."""
   check_model(model)
+  return jax.eval_shape(model.init, jax.random.key(0), image_shapes(model))
+
+
+def image_shapes(model, batch: int = 1):
+  """The shape and dtype of a batch of images that the model was made for."""
   height, width = np.broadcast_to(model.image_size, 2).tolist()
-  images = jax.ShapeDtypeStruct((1, height, width, model.in_chans), jnp.float32)
-  return jax.eval_shape(model.init, jax.random.key(0), images)
+  return jax.ShapeDtypeStruct((batch, height, width, model.in_chans), jnp.float32)
 
 
 def check_variables(model, variables, what: str = "variables", shapes=None):

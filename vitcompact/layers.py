@@ -96,7 +96,7 @@ def layer_norm(x, scale_c, bias_c, epsilon: float):
   return _layer_norm_forward(x, scale_c, bias_c, epsilon)[0]
 
 
-def _over(vector_c, x):
+def _along_last_axis(vector_c, x):
   """A float32 vector over the last axis, shaped to go with x."""
   return vector_c.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
 
@@ -106,7 +106,7 @@ def _layer_norm_forward(x, scale_c, bias_c, epsilon):
   mean = wide.mean(axis=-1, keepdims=True)
   centred = wide - mean
   inverse = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + epsilon)
-  y = centred * (inverse * _over(scale_c, x)) + _over(bias_c, x)
+  y = centred * (inverse * _along_last_axis(scale_c, x)) + _along_last_axis(bias_c, x)
   return y.astype(x.dtype), (x, scale_c, mean, inverse)
 
 
@@ -114,7 +114,7 @@ def _layer_norm_backward(epsilon, saved, dy):
   del epsilon
   x, scale_c, mean, inverse = saved
   normed, dy_wide = (x.astype(jnp.float32) - mean) * inverse, dy.astype(jnp.float32)
-  dnormed = dy_wide * _over(scale_c, x)
+  dnormed = dy_wide * _along_last_axis(scale_c, x)
   dx = inverse * (dnormed - dnormed.mean(axis=-1, keepdims=True) -
                   normed * (dnormed * normed).mean(axis=-1, keepdims=True))
   tokens = tuple(range(x.ndim - 1))

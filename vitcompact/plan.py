@@ -197,7 +197,7 @@ class Plan:
     """A plan from what its JSON says, {} or None in place of a method meaning none."""
     if not isinstance(tree, Mapping):
       raise ValueError(f"a plan must be a dict of axes, got {tree!r}")
-    tree, _ = modern(tree)
+    tree, _ = upgraded(tree)
     _check_names(tree, {*METHODS, "blocks"}, "plan")
     blocks = tree.pop("blocks", {})
     if not isinstance(blocks, dict) or not all(isinstance(axes, dict) for axes in blocks.values()):
@@ -231,7 +231,7 @@ class Plan:
     return cls.from_json(value)
 
 
-def modern(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def upgraded(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
   """(a plan's dict in today's words, what an old one says of execution): in files of before the
   axis of attention is called "links", and forms of execution stand in the plan."""
   tree, execution = dict(tree), {}
@@ -272,15 +272,15 @@ def _lengths(plan: Plan, depth: int, tokens: int, prefix: int) -> list[int]:
 def _check_needs(method, site: Site, gone, model: str):
   for what, way_out in protocol.needs(method, site).items():
     taker, first = gone.get(what, (method, 0))
-    where = f"{described(method)} in block {site.block} needs {CAPABILITIES[what]}, which"
+    where = f"{describe_method(method)} in block {site.block} needs {CAPABILITIES[what]}, which"
     if what not in site.provides:
       raise ValueError(f"{where} {model or 'this model'} does not have; {way_out}")
     if taker is not method:
       since = f"from block {first} on " if taker.axis == "tokens" else ""
-      raise ValueError(f"{where} {since}{described(taker)} takes away; {way_out}")
+      raise ValueError(f"{where} {since}{describe_method(taker)} takes away; {way_out}")
 
 
-def described(method) -> str:
+def describe_method(method) -> str:
   """A method with the fields that are not at their defaults: "HMHSA(layout='grid')"."""
   fields = [f"{field.name}={value!r}" for field in dataclasses.fields(method)
             if (value := getattr(method, field.name)) != field.default]

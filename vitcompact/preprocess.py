@@ -47,6 +47,10 @@ class Preprocess:
     pixels = np.asarray(image, np.float32).reshape(*self.image_size, channels) / 255
     return (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
+  def pixels(self, normalised) -> np.ndarray:
+    """The inverse of the normalisation: values in [0, 1]."""
+    return np.clip(normalised * np.asarray(self.std) + np.asarray(self.mean), 0, 1)
+
 
 def _opened(image) -> Image.Image:
   """RGB, of whatever stands for an image."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from vitcompact.count import count
 from vitcompact.models import create_model
-from vitcompact.plan import BY_BLOCK, BlockMethods, Plan, described
+from vitcompact.plan import BY_BLOCK, BlockMethods, Plan, describe_method
 from vitcompact.planner import Choice, Costs, Knapsack, combined
 
 GOALS = ("macs", "params", "speedup", "latency_ms")
@@ -117,7 +117,7 @@ class Report:
     need = sum(search.choices[name][i].saved for name, i in picks.items())
     steps = []
     if plan.tokens is not None:
-      steps.append(Step("all", described(plan.tokens), search.saved, kl, True,
+      steps.append(Step("all", describe_method(plan.tokens), search.saved, kl, True,
                         *self._without(plan.tokens, need, search)))
     for name, i in picks.items():
       choice = search.choices[name][i]
@@ -163,8 +163,8 @@ class Report:
       return 0.0
     known = {option.method: option.kl for option in self.tokens}
     if reducer not in known:
-      raise ValueError(f"this report has not tried {described(reducer)}; it has tried "
-                       f"{', '.join(map(described, known)) or 'no reducer'}")
+      raise ValueError(f"this report has not tried {describe_method(reducer)}; it has tried "
+                       f"{', '.join(map(describe_method, known)) or 'no reducer'}")
     return known[reducer]
 
   def _without(self, reducer, need, search) -> tuple[str, float]:
@@ -177,7 +177,7 @@ class Report:
       again = self._search("macs", other, (*BY_BLOCK, "tokens"))
       found = again.knapsack.best(wanted - again.saved * again.total)
       if found is not None and (best is None or found[1] + kl < best[1]):
-        best = ("no reducer" if other is None else described(other)), found[1] + kl
+        best = ("no reducer" if other is None else describe_method(other)), found[1] + kl
     return ("nothing else reaches it", float("inf")) if best is None else (best[0], best[1] - here)
 
   def _search(self, goal: str, reducer, axes) -> "Search":
@@ -293,7 +293,7 @@ class Search:
           found[name] = i
           break
       else:
-        methods = ", ".join(described(method) for method in wanted.values() if method is not None)
+        methods = ", ".join(describe_method(method) for method in wanted.values() if method is not None)
         raise ValueError(f"{name}: this report has not tried {methods}; edit the plan to options "
                          "that it lists, or measure again")
     return found
@@ -307,7 +307,7 @@ class Search:
 
 
 def _named(choice: Choice) -> str:
-  return " + ".join(described(option.method) for option in choice.options.values())
+  return " + ".join(describe_method(option.method) for option in choice.options.values())
 
 
 def _packed(option: Option) -> dict:

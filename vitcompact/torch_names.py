@@ -75,6 +75,12 @@ def norm(torch: str, ours: str, *, running: bool = False) -> list[Entry]:
   return entries
 
 
+def conv_norm(conv_torch: str, norm_torch: str, ours: str) -> list[Entry]:
+  """The tensors of a `layers.ConvNorm`."""
+  return [*conv(conv_torch, f"{ours}/conv", use_bias=False),
+          *norm(norm_torch, f"{ours}/norm", running=True)]
+
+
 def heads(torch: str, ours: str, names: tuple[str, ...], *, use_bias: bool = True) -> list[Entry]:
   """Entries of a projection to heads that fuses modules `names` of `ours`, as qkv does."""
   kernels = tuple(f"params/{ours}/{name}/kernel" for name in names)

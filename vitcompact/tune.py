@@ -26,7 +26,7 @@ FORMS = {"cpu": ("einsum", "images", "tiled"), "gpu": ("einsum", "tiled", "cudnn
 MATRIX = "one matrix"
 
 
-class Layer(NamedTuple):
+class FactorisedCall(NamedTuple):
   """A factorised layer as a model calls it; calls that are equal in this take equally long."""
   features: int
   rank: int
@@ -34,7 +34,7 @@ class Layer(NamedTuple):
   dtype: str
 
 
-class Attending(NamedTuple):
+class AttentionCall(NamedTuple):
   """A call of `Attention.attend`: the module without a place, and its queries, keys and values."""
   module: Attention
   shapes: tuple[tuple[int, ...], ...]
@@ -66,8 +66,8 @@ def tune(deploy: nn.Module, variables, images, *, rounds: int = 5):
   # What was chosen before, for another device perhaps, is no starting point.
   deploy = deploy.clone(execution=Execution(merged=deploy.execution.merged))
   deploy = with_chunk(deploy, best_chunk(deploy, variables, images, rounds))
-  calls = called(deploy, variables, images)
-  best = {call: fastest(call, rounds) for call in dict.fromkeys(calls.values())}
+  calls = calls_with_forms(deploy, variables, images)
+  best = {call: best_form(call, rounds) for call in dict.fromkeys(calls.values())}
   chosen = {path: best[call] for path, call in calls.items() if best[call]}
   return with_forms(deploy, variables, chosen)
 
@@ -82,19 +82,20 @@ def best_chunk(deploy: nn.Module, variables, images, rounds: int) -> int | None:
   tried = [chunk for chunk in CHUNKS.get(jax.default_backend(), ()) if chunk < len(images)]
   if not tried:
     return None
-  return quickest({chunk: bench.compiled(with_chunk(deploy, chunk).apply, variables, images).call
+  return fastest_of({chunk: bench.compiled(with_chunk(deploy, chunk).apply, variables, images).call
                    for chunk in (None, *tried)}, rounds)
 
 
-def quickest(calls: Mapping[Any, Callable], rounds: int):
+def fastest_of(calls: Mapping[Any, Callable], rounds: int):
   """The name of the call that takes the least time; None, the first, where the gain may be noise.
   """
-  timing = bench.paired(calls, rounds=rounds, least=0.05)
+  timing = bench.paired(calls, rounds=rounds, min_seconds=0.05)
   best = max(timing, key=lambda name: timing[name].speedup)
   return best if timing[best].speedup > MARGIN else None
 
 
-def called(deploy: nn.Module, variables, images) -> dict[tuple[str, ...], Layer | Attending]:
+def calls_with_forms(deploy: nn.Module, variables, images
+                     ) -> dict[tuple[str, ...], FactorisedCall | AttentionCall]:
   """{path: call} of every part of inference that has several forms; nothing is run.
 
   Of several calls the first: a batch in chunks ends in one with the images that are left over.
@@ -104,13 +105,13 @@ def called(deploy: nn.Module, variables, images) -> dict[tuple[str, ...], Layer 
   def watch(next_fun, args, kwargs, context):
     module, method = context.module, context.method_name
     if isinstance(module, CompactDense) and method == "__call__":
-      found.setdefault(module.path, Layer(module.features, module.rank, args[0].shape,
+      found.setdefault(module.path, FactorisedCall(module.features, module.rank, args[0].shape,
                                           module.dtype))
     elif isinstance(module, Attention) and method == "attend":
       core = args[3] if len(args) > 3 else kwargs.get("core", attention.DENSE)
-      if is_plain(core):
-        found.setdefault(module.path, Attending(
-            unplaced(module), tuple(x.shape for x in args[:3]), core.size is not None))
+      if core.is_plain() and core.spread is attention.DENSE.spread:
+        found.setdefault(module.path, AttentionCall(
+            without_place(module), tuple(x.shape for x in args[:3]), core.size is not None))
     return next_fun(*args, **kwargs)
 
   with nn.intercept_methods(watch):
@@ -118,19 +119,13 @@ def called(deploy: nn.Module, variables, images) -> dict[tuple[str, ...], Layer 
   return found
 
 
-def unplaced(module: Attention) -> Attention:
+def without_place(module: Attention) -> Attention:
   """The module without what does not change its time: calls that are equal take equally long."""
   site = module.site._replace(block=0, tokens_left=0, act=None, mixer=None, merged=())
   return module.clone(parent=None, name=None, site=site)
 
 
-def is_plain(core: Core) -> bool:
-  """Whether every token attends to every token, each counting as one or as several."""
-  others = core.mask, core.keep_mask, core.layout
-  return all(x is None for x in others) and core.spread is attention.DENSE.spread
-
-
-def fastest(call: Layer | Attending, rounds: int) -> str | None:
+def best_form(call: FactorisedCall | AttentionCall, rounds: int) -> str | None:
   """The name of the form that takes the least time; None: the one that fold gives."""
   compiled = {}
   for name, make in forms(call).items():
@@ -139,21 +134,21 @@ def fastest(call: Layer | Attending, rounds: int) -> str | None:
     except Exception:   # a form that this device or dtype does not have is no candidate
       if name is None:
         raise
-  return quickest(compiled, rounds)
+  return fastest_of(compiled, rounds)
 
 
-def forms(call: Layer | Attending) -> Mapping[str | None, Callable[[], tuple]]:
+def forms(call: FactorisedCall | AttentionCall) -> Mapping[str | None, Callable[[], tuple]]:
   """{name: a function that gives (what to compile, its arguments)}; the first is fold's."""
-  if isinstance(call, Layer):
+  if isinstance(call, FactorisedCall):
     factors = CompactDense(call.features, call.rank, deploy=True, dtype=call.dtype)
-    x = drawn(jax.ShapeDtypeStruct(call.shape, call.dtype))
+    x = random_arrays(jax.ShapeDtypeStruct(call.shape, call.dtype))
     return {None: lambda: _call(factors, "__call__", x),
             MATRIX: lambda: _call(dense(call.features, dtype=call.dtype), "__call__", x)}
   names = FORMS[jax.default_backend()]
   names += ("tokamax",) * (importlib.util.find_spec("tokamax") is not None)
-  query, key, value = (drawn(jax.ShapeDtypeStruct(shape, call.module.site.dtype))
+  query, key, value = (random_arrays(jax.ShapeDtypeStruct(shape, call.module.site.dtype))
                        for shape in call.shapes)
-  x = drawn(jax.ShapeDtypeStruct((*query.shape[:2], call.module.site.width), query.dtype))
+  x = random_arrays(jax.ShapeDtypeStruct((*query.shape[:2], call.module.site.width), query.dtype))
   core = Core(size=jnp.ones(key.shape[:2])) if call.sized else attention.DENSE
 
   def attend(name):
@@ -171,10 +166,10 @@ def _call(module: nn.Module, method: str, *arrays, **fixed) -> tuple[Any, ...]:
   def apply(variables, *arrays):
     return module.apply(variables, *arrays, method=method, **fixed)
 
-  return apply, drawn(jax.eval_shape(init, *arrays)), *arrays
+  return apply, random_arrays(jax.eval_shape(init, *arrays)), *arrays
 
 
-def drawn(shapes):
+def random_arrays(shapes):
   """Small normal numbers of these shapes."""
   rng = np.random.default_rng(0)
   return jax.tree.map(

@@ -1,4 +1,4 @@
-"""Images a second of one core: the pipeline of training beside a bare loop over PIL."""
+"""Images a second of one core: the training pipeline compared with a plain loop over PIL."""
 import itertools
 import os
 import pathlib
@@ -28,18 +28,18 @@ def run(setting: Setting, images: int = IMAGES, batch: int = BATCH,
 
     def child(kind, *cores):
       # A process of its own, fresh each turn: a buffer that fills while another candidate is timed
-      # would be work for which nobody pays.
+      # would be work that is not timed.
       words = (kind, root, batch, count, *cores)
       return Candidate(measure.Child(CODE, *map(str, words)), {})
 
     case = {"what": "CPU seconds of a batch", "batch": batch}
     own = {kind: child(kind) for kind in ("PIL loop", "threads", "2 workers")}
-    yield from measure.rows(case, own, setting, least=0)
+    yield from measure.rows(case, own, setting, min_seconds=0)
     workers = {kind: child(kind, *setting.cores) for kind in ("1 worker", "2 workers")}
     if len(setting.cores) < 2:
       workers = {kind: Candidate(None, {"reason": "the run had one core"}) for kind in workers}
     yield from measure.rows({"what": "wall seconds of a batch", "batch": batch}, workers, setting,
-                              least=0)
+                              min_seconds=0)
 
 
 def timed(kind: str, root: str, batch: str, count: str, *cores: str):
@@ -55,8 +55,8 @@ def timed(kind: str, root: str, batch: str, count: str, *cores: str):
     data.update({"name": f"folder:{root}", "augment": "flip_crop", "workers": workers,
                  "replicas": 1, "repeats": 1})
     batches = pipeline.train_batches(data, image_size=224, batch_size=batch, seed=0)
-  # The buffers are empty when the clock starts, as they are when it stops: whoever only takes
-  # batches is faster than those who make them.
+  # The buffers are empty when the clock starts, as they are when it stops: taking a batch
+  # is faster than making one.
   for _ in range(count):
     next(batches)
   now = time.perf_counter if cores else cpu_seconds

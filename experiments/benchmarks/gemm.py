@@ -1,7 +1,8 @@
 """The ceiling of a device: one matrix product, of the sizes of a DeiT-S's FFN at batch 8.
 
 No network can be faster than its products are here, and no ratio to PyTorch larger than theirs.
-How near a layer comes to it: an FFN forward and backward, beside three times its forward products.
+How near a layer comes to it: an FFN forward and backward, compared with three times its forward
+products.
 """
 from collections.abc import Iterator
 

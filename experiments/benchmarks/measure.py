@@ -58,11 +58,11 @@ def compiled(function: Callable, *args, **facts) -> Candidate:
 
 
 def rows(case: Mapping[str, Any], candidates: Mapping[str, Candidate], setting: Setting,
-         least: float = 0.1, settle: int = 0) -> Iterator[dict]:
+         min_seconds: float = 0.1, warmup_calls: int = 0) -> Iterator[dict]:
   """A row for each candidate of a case, timed alternately; every round is kept, for any ratio."""
   calls = {name: candidate.call for name, candidate in candidates.items() if candidate.call}
-  fields = {"rounds": setting.rounds, "least": least, "settle": settle}
-  taken = bench.rounds_of(calls, **fields) if calls else {}
+  taken = {} if not calls else bench.rounds_of(
+      calls, rounds=setting.rounds, min_seconds=min_seconds, warmup_calls=warmup_calls)
   for name, candidate in candidates.items():
     seconds = taken.get(name)
     yield {**case, "name": name, "seconds": seconds and statistics.median(seconds),

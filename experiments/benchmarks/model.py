@@ -1,4 +1,4 @@
-"""A whole DeiT-S: inference of the deployed forms of every plan, beside plain Linen and PyTorch."""
+"""DeiT-S: inference of the deployed forms of every plan, plain Linen and PyTorch."""
 from collections.abc import Iterator
 
 import vitcompact as vc
@@ -22,7 +22,7 @@ PLANS = {
     "ffn both + EViT 0.7": vc.Plan(ffn=BOTH, tokens=vc.EViT(keep=0.7)),
     "heads + ffn both + EViT 0.7": vc.Plan(heads=vc.HMHSA(), ffn=BOTH, tokens=vc.EViT(keep=0.7)),
 }
-# {name of a plan: variant of `experiments.accuracy` whose accuracy stands beside it}
+# {name of a plan: variant of `experiments.accuracy` whose accuracy its row gives}
 VARIANTS = {"dense": "dense", "heads": "heads", "ffn": "ffn", "ffn both": "ffn_both",
             "heads + ffn": "heads_ffn", "EViT 0.7": "evit", "EViT 0.5": "evit_half",
             "ToMe 13": "tome", "MCTF 16": "mctf", "DynamicViT 0.7": "dynamicvit",

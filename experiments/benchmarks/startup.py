@@ -33,7 +33,7 @@ def _imports(setting: Setting) -> Iterator[dict]:
               "and every name of it": jax_flax + ours}
   candidates = {name: Candidate(measure.Child(start + code + stop), {})
                 for name, code in children.items()}
-  yield from measure.rows({"what": "import"}, candidates, setting, least=0)
+  yield from measure.rows({"what": "import"}, candidates, setting, min_seconds=0)
 
 
 def _compilations(setting: Setting, **sizes) -> Iterator[dict]:
@@ -47,7 +47,7 @@ def _compilations(setting: Setting, **sizes) -> Iterator[dict]:
       variables = measure.drawn_variables(model, images[:1])
       candidates[name] = Candidate(_Compilation(*_program(model, variables, images, what)), {})
     yield from measure.rows({"what": f"compile a {what}", "batch": BATCH}, candidates, setting,
-                        least=0)
+                        min_seconds=0)
 
 
 def _program(model, variables, images, what: str):
@@ -83,7 +83,7 @@ def _starts(setting: Setting, **sizes) -> Iterator[dict]:
     candidates = {"cold": Candidate(measure.Child(*arguments, clear_cache=True), {}),
                   "warm": Candidate(measure.Child(*arguments, full), {})}
     case = {"what": "a first forward, and a training step compiled", "batch": BATCH}
-    yield from measure.rows(case, candidates, setting, least=0)
+    yield from measure.rows(case, candidates, setting, min_seconds=0)
 
 
 def first_results(dtype: str, sizes: str, cache: str):

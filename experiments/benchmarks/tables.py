@@ -50,7 +50,7 @@ def front(folder: pathlib.Path = results.FOLDER, batch: int = 8) -> str:
     lines.append(
         f"| {name} | {_saved(count.params, dense.params, 1e6, 'M')} | "
         f"{_saved(count.macs, dense.macs, 1e9, 'G')} | "
-        f"{_images(rows[name], batch) if name == 'dense' else _speed(rows, name, 'dense')} | "
+        f"{_rate(rows, name, batch)} | "
         f"{_accuracy(accuracy)} |")
   return "\n".join([*lines, "", f"Batch {batch}. {source(found)} Accuracies: small networks on "
                     "1,797 digits, five folds, see results; on ImageNet none was measured."])
@@ -63,18 +63,18 @@ def _saved(value: int, dense: int, unit: float, letter: str) -> str:
 
 def markdown(folder: pathlib.Path = results.FOLDER) -> str:
   """Everything between the marks: a platform after the other, and which were not measured."""
-  parts, missing = [], []
+  tables, missing = [], []
   for platform, title in PLATFORMS.items():
     found = {suite: results.load(suite, platform, folder) for suite in SUITES}
-    parts += [SUITES[suite](known, folder) for suite, known in found.items() if known]
+    tables += [SUITES[suite](known, folder) for suite, known in found.items() if known]
     unknown = [suite for suite, known in found.items() if not known]
     if len(unknown) == len(SUITES):
       missing.append(title)
     elif unknown:
-      parts.append(f"On {title}, suites {', '.join(unknown)}: **{NO}**.")
+      tables.append(f"On {title}, suites {', '.join(unknown)}: **{NO}**.")
   if missing:
-    parts.append(f"On {' and '.join(missing)}: **{NO}**.")
-  return "\n\n".join(parts)
+    tables.append(f"On {' and '.join(missing)}: **{NO}**.")
+  return "\n\n".join(tables)
 
 
 def source(found: dict) -> str:
@@ -111,14 +111,9 @@ def model_table(found: dict, folder: pathlib.Path) -> str:
            f"batch {middle_batch} | accuracy |",
            "|---|---:|" + "---:|" * len(by_batch) + "---:|---|"]
   for name in dict.fromkeys(name for rows in by_batch.values() for name in rows):
-    macs = fewer_macs(middle, name)
-    cells = [_images(rows[name], batch) if name == "dense" else _speed(rows, name, "dense")
-             for batch, rows in by_batch.items()]
-    ratio = speed(middle, name, "dense")
-    share = f"{100 * ratio[0] / macs:.0f}%" if macs and ratio and name != "dense" else ""
-    accuracy = _accuracy(accuracies.get(MODEL_VARIANTS.get(name))) if macs else ""
-    lines.append(f"| {name} | {f'{macs:.2f}' if macs else ''} | {' | '.join(cells)} | {share} | "
-                 f"{accuracy} |")
+    macs, share, accuracy = _by_macs(middle, name, accuracies)
+    cells = [_rate(rows, name, batch) for batch, rows in by_batch.items()]
+    lines.append(f"| {name} | {macs} | {' | '.join(cells)} | {share} | {accuracy} |")
   text = ("Dense is in images a second; the others say how many times as fast as it they are, in "
           "the same rounds. Accuracies are those of the same methods in the small networks of "
           "`experiments.accuracy`, in brackets against the dense one fine-tuned alike, for as many "
@@ -151,13 +146,9 @@ def train_table(found: dict, folder: pathlib.Path) -> str:
   lines = ["| training step, DeiT-S at 224, AdamW | MACs, dense / this | speed, dense = 1 | "
            "of the MACs' ratio | accuracy |", "|---|---:|---:|---:|---|"]
   accuracies = results.accuracies(folder)
-  for name, row in rows.items():
-    macs = fewer_macs(rows, name)
-    ratio = speed(rows, name, "dense")
-    cell = _images(row, batch) if name == "dense" else _speed(rows, name, "dense")
-    share = f"{100 * ratio[0] / macs:.0f}%" if macs and ratio and name != "dense" else ""
-    accuracy = _accuracy(accuracies.get(MODEL_VARIANTS.get(name))) if macs else ""
-    lines.append(f"| {name} | {f'{macs:.2f}' if macs else ''} | {cell} | {share} | {accuracy} |")
+  for name in rows:
+    macs, share, accuracy = _by_macs(rows, name, accuracies)
+    lines.append(f"| {name} | {macs} | {_rate(rows, name, batch)} | {share} | {accuracy} |")
   text = f"Batch {batch}; MACs of the training form; accuracies as above."
   return "\n".join([*lines, "", f"{source(found)} {text}"])
 
@@ -171,8 +162,8 @@ def tokens_table(found: dict, folder: pathlib.Path) -> str:
     cells = [_milliseconds(rows[name], rows[name].get("batch", 1)) for rows in by_tokens.values()]
     lines.append(f"| {name} | {' | '.join(cells)} |")
   text = ("Columns are numbers of tokens, class token included; the network is a DeiT-S of four "
-          "blocks, in the last three of which EViT keeps 0.7; `links` is block-sparse attention, a "
-          "quarter of the blocks, where there are enough tokens for it to pay. "
+          "blocks, in the last three of which EViT keeps 0.7; `attention` is block-sparse "
+          "attention, a quarter of the blocks, where there are enough tokens for it to pay. "
           f"{_accuracies(folder, TOKENS_VARIANTS)}")
   image = f"![milliseconds by number of tokens](tokens_{found['platform']}.png)"
   return "\n".join([image, "", *lines, "", f"{source(found)} {text}"])
@@ -214,8 +205,21 @@ def _times(ratio) -> str:
   return NO if ratio is None else f"{ratio[0]:.2f}x [{ratio[1]:.2f}, {ratio[2]:.2f}]"
 
 
-def _images(row: dict, batch: int) -> str:
-  return NO if row["seconds"] is None else f"{batch / row['seconds']:.1f} img/s"
+def _rate(rows, name: str, batch: int) -> str:
+  """A cell: images a second of the dense model, of another how many times as fast it is."""
+  if name != "dense":
+    return _speed(rows, name, "dense")
+  return NO if rows[name]["seconds"] is None else f"{batch / rows[name]['seconds']:.1f} img/s"
+
+
+def _by_macs(rows, name: str, accuracies) -> tuple[str, str, str]:
+  """Cells of a row of ours, empty for peers: the dense model's MACs over its own, the share of that
+  ratio that its speed reaches, and its accuracy."""
+  macs, ratio = fewer_macs(rows, name), speed(rows, name, "dense")
+  if not macs:
+    return "", "", ""
+  share = f"{100 * ratio[0] / macs:.0f}%" if ratio and name != "dense" else ""
+  return f"{macs:.2f}", share, _accuracy(accuracies.get(MODEL_VARIANTS.get(name)))
 
 
 def _seconds(row: dict) -> str:

@@ -17,12 +17,12 @@ FEWER = vc.EViT(keep=0.7, blocks=(1, 2, 3))
 PLANS = {
     "dense": vc.Plan(),
     "heads": vc.Plan(heads=vc.HMHSA()),
-    "links": vc.Plan(attention=SPARSE),
+    "attention": vc.Plan(attention=SPARSE),
     "tokens": vc.Plan(tokens=FEWER),
     "ffn": vc.Plan(ffn=BOTH),
     "all four": vc.Plan(heads=vc.HMHSA(), attention=SPARSE, tokens=FEWER, ffn=BOTH),
 }
-VARIANTS = {"heads": "heads", "links": "block", "tokens": "evit", "ffn": "ffn_both",
+VARIANTS = {"heads": "heads", "attention": "block", "tokens": "evit", "ffn": "ffn_both",
             "all four": None}   # see model.VARIANTS
 HOST_PEERS, DEVICE_PEERS = ("torch f32, SDPA",), ("torch bf16", "torch.compile bf16")
 

@@ -1,4 +1,4 @@
-"""A training step of a DeiT-S, AdamW: dense and compact, beside plain Linen + Optax and PyTorch."""
+"""A training step of a DeiT-S, AdamW: dense, compact, plain Linen + Optax, and PyTorch."""
 from collections.abc import Iterator
 
 import jax
@@ -38,7 +38,7 @@ def run(setting: Setting, batch: int | None = None, **sizes) -> Iterator[dict]:
   names = HOST_PEERS if setting.on_host else DEVICE_PEERS
   candidates |= measure.torch_candidates(setting, names, dense, batch=batch, train=True)
   case = {"model": MODEL, "batch": batch, "dtype": setting.dtype, "optimizer": "AdamW"}
-  yield from measure.rows(case, candidates, setting, settle=1)
+  yield from measure.rows(case, candidates, setting, warmup_calls=1)
   if setting.torch:
     setting.torch.forget()
 

@@ -12,7 +12,7 @@ from tests.kernels import cases
 from vitcompact import attention, kernels
 from vitcompact.attention import Core, Device, choose, reference, tuning
 from vitcompact.attention.block_sparse.layout import BlockLayout
-from vitcompact.attention.block_sparse.windows import Windows, nearest, on_grid, on_line
+from vitcompact.attention.block_sparse.windows import Windows, nearest_blocks, on_grid, on_line
 
 BATCH, HEADS, WIDTH = 2, 3, 4
 HOPPER = Device("gpu", capability="9.0")
@@ -23,7 +23,7 @@ def draw(*shape, seed=0):
 
 
 def choice(queries, keys, count, seed=1):
-  """So many different blocks of keys for each block of queries, at random."""
+  """`count` different blocks of keys for each block of queries, at random."""
   order = jnp.argsort(draw(BATCH, HEADS, queries.blocks, keys.blocks, seed=seed), axis=-1)
   return order[..., :count].astype(jnp.int32)
 
@@ -58,10 +58,10 @@ def test_means_are_those_of_the_tokens_of_a_block():
 
 def test_the_block_of_keys_nearest_is_its_own_on_one_grid_and_above_it_on_a_coarser():
   fine = Windows((8, 8), (2, 2))
-  np.testing.assert_array_equal(nearest(fine, fine), np.arange(16))
-  np.testing.assert_array_equal(nearest(fine, Windows((4, 4), (2, 2))),
+  np.testing.assert_array_equal(nearest_blocks(fine, fine), np.arange(16))
+  np.testing.assert_array_equal(nearest_blocks(fine, Windows((4, 4), (2, 2))),
                                 [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3])
-  np.testing.assert_array_equal(nearest(Windows((2, 2), (1, 2)), on_line(6, 3)), [0, 1])
+  np.testing.assert_array_equal(nearest_blocks(Windows((2, 2), (1, 2)), on_line(6, 3)), [0, 1])
 
 
 CASES = {
@@ -159,11 +159,11 @@ def test_the_form_of_a_layout_by_device_and_why_no_kernel_runs():
   assert choose(Device("cpu"), call, *qkv) == ("block_sparse_cpu", "")
   assert choose(HOPPER, call, *qkv) == ("block_sparse_kernel", "")
   assert choose(Device("tpu"), call, *qkv) == ("block_sparse_kernel", "")
-  for device, asked, words in ((HOPPER, "einsum", "'einsum' was asked for"),
+  for device, requested, words in ((HOPPER, "einsum", "'einsum' was asked for"),
                                (Device("tpu", count=4), None, "over 4 devices"),
                                (Device("gpu", capability="8.0"), None, "not for gpu 8.0"),
                                (Device("cpu", split=True), None, "not for cpu")):
-    form, note = choose(device, call, *qkv, asked=asked)
+    form, note = choose(device, call, *qkv, requested=requested)
     assert form == "block_sparse_gather" and words in note
 
 

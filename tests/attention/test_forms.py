@@ -51,8 +51,9 @@ CASES = {
 @pytest.fixture
 def small_tiles(monkeypatch):
   """Tiles of a few queries, the last one not full."""
-  for name, value in {"STEP_QUERIES": 4, "STEP_KEYS": 5, "LEAST_TILE": 4, "TILE_ENTRIES": 4 * KEYS,
-                      "ROW_ENTRIES": 8 * KEYS * HEADS, "LEAST_ROWS": 4}.items():
+  for name, value in {"STEP_QUERIES": 4, "STEP_KEYS": 5, "MIN_TILE_QUERIES": 4,
+                      "TILE_ENTRIES": 4 * KEYS, "ROW_ENTRIES": 8 * KEYS * HEADS,
+                      "MIN_ROW_QUERIES": 4}.items():
     monkeypatch.setattr(tuning, name, value)
 
 
@@ -136,7 +137,7 @@ def test_keys_in_steps_give_each_its_share_though_none_of_a_step_has_size(small_
 
 
 def test_a_cpu_loops_over_images_or_heads_but_over_none_where_a_batch_is_split():
-  """A loop cannot be split over devices, whoever asked for it."""
+  """A loop cannot be split over devices, whichever form was asked for."""
   def loops(form, devices):
     with attention.using(form), attention.split_over(devices):
       jaxpr = jax.make_jaxpr(lambda *args: Core(size=SIZE)(*args))(*arrays())
@@ -167,14 +168,14 @@ def test_the_form_by_device_length_and_dtype(device, dtype, queries, keys, wide,
   assert choose(device, Core(), *shapes(queries, keys, dtype, wide)).form == wanted
 
 
-@pytest.mark.parametrize("device,asked,tokens,wanted", [
+@pytest.mark.parametrize("device,requested,tokens,wanted", [
     (CPU, None, 197, "images"), (GPU, None, 577, "einsum"), (GPU, None, 4097, "tiled"),
     (TPU, None, 4097, "tiled"), (GPU, "cudnn", 577, "tiled"), (TPU, "splash", 577, "tiled"),
     (GPU, "images", 577, "images")])
-def test_what_vendors_do_not_know_is_left_to_other_forms(device, asked, tokens, wanted):
+def test_what_vendors_do_not_know_is_left_to_other_forms(device, requested, tokens, wanted):
   call, qkv = Core(keep_mask=jnp.ones((2, tokens))), shapes(tokens, tokens, "bfloat16")
-  assert choose(device, call, *qkv, asked=asked).form == wanted
-  assert choose(device, Core(), *qkv, rescore=FILTER, asked=asked).form == wanted
+  assert choose(device, call, *qkv, requested=requested).form == wanted
+  assert choose(device, Core(), *qkv, rescore=FILTER, requested=requested).form == wanted
 
 
 def test_who_asks_for_a_form_gets_it_in_a_function_already_compiled():
@@ -191,7 +192,7 @@ def test_who_asks_for_a_form_gets_it_in_a_function_already_compiled():
     Core()(*arrays())
 
 
-def test_a_function_traced_for_one_device_is_traced_anew_for_another():
+def test_a_function_traced_for_one_device_is_traced_again_for_another():
   attend = jax.jit(lambda *qkv: Core()(*qkv))
   x = jax.ShapeDtypeStruct((2, 197, 3, 8), jnp.float32)
   with attention.on(GPU):

@@ -76,7 +76,7 @@ def test_the_entry_point_is_declared_and_a_checkout_runs_without_it():
     (["count", "pvt_tiny", "--plan", "{"], "must be JSON"),
     (["predict", "/nowhere.safetensors", "a.png"], "/nowhere.safetensors"),
     (["prepare", "folder", "--path", "/nowhere", "--out", "/tmp/out"], "/nowhere")])
-def test_a_mistake_is_told_in_one_line(arguments, words):
+def test_a_mistake_is_reported_in_one_line(arguments, words):
   assert words in command.fails(*arguments)
 
 
@@ -109,7 +109,7 @@ def test_a_file_is_counted_with_its_own_plan(compact):
   assert "has its own plan" in command.fails("count", compact, "--plan", "")
 
 
-def test_bench_times_models_in_turn(compact):
+def test_bench_times_models_alternately(compact):
   head, _, dense, small, _, about = command.succeeds("bench", compact, "--batch", 2, "--rounds", 2
                                                      ).splitlines()
   cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, dense, small)]
@@ -173,7 +173,7 @@ def test_images_are_prepared_and_read_back(tmp_path):
 
 
 def test_draw_passes_on_what_it_was_given(monkeypatch):
-  """The drawings themselves are tested beside their methods."""
+  """The drawings themselves are tested with their methods."""
   asked = {}
   for name in ("tokens", "attention"):
     module = importlib.import_module(f"vitcompact.draw.{name}")

@@ -25,7 +25,7 @@ from vitcompact.train.objective import make_objective
 
 OWN = {"heads": ("gate", Gate), "attention": ("window", Window),
        "tokens": ("largest", KeepLargest), "ffn": ("glu", GLU)}
-ALONE = {"heads": Gate(), "attention": Window(), "tokens": KeepLargest(0.5, blocks=(0,)),
+ONE_METHOD = {"heads": Gate(), "attention": Window(), "tokens": KeepLargest(0.5, blocks=(0,)),
          "ffn": GLU()}
 # Each with a method of every other axis; a window needs the grid, which ends at block 1.
 BLOCKS = vc.Sparsifiner(keep=0.5, granularity="block", window=2, min_tokens=0)
@@ -49,16 +49,16 @@ def listed(monkeypatch):
 
 
 @functools.cache
-def alone(axis):
+def with_one_method(axis):
   """(model with one method of our own, random variables, images)."""
-  model = tiny.deit(vc.Plan(**{axis: ALONE[axis]}), drop_path_rate=0.0)
+  model = tiny.deit(vc.Plan(**{axis: ONE_METHOD[axis]}), drop_path_rate=0.0)
   return model, tiny.init(model), tiny.images(model)
 
 
 def own_leaves(axis) -> set[str]:
   """Names of the parameters that the dense model does not have, or has in another shape."""
   leaves, dense = (trees.named_leaves(variables["params"])
-                   for variables in (alone(axis)[1], tiny.init(tiny.deit())))
+                   for variables in (with_one_method(axis)[1], tiny.init(tiny.deit())))
   return {name for name, leaf in leaves.items()
           if name not in dense or dense[name].shape != leaf.shape}
 
@@ -73,8 +73,8 @@ def test_the_files_are_short_and_import_public_things_only():
 
 @AXES
 def test_it_trains(axis):
-  """Every parameter of its own has a gradient, through the labels alone."""
-  model, variables, x = alone(axis)
+  """Every parameter of its own has a gradient, through the labels only."""
+  model, variables, x = with_one_method(axis)
 
   def loss(params):
     return jnp.sum(jnp.sin(model.apply({"params": params}, x, train=True)))
@@ -86,23 +86,23 @@ def test_it_trains(axis):
 
 
 def test_its_loss_is_added_with_its_weight():
-  model, variables, x = alone("heads")
+  model, variables, x = with_one_method("heads")
   config = {"model.name": "deit_tiny_patch16_224", "model.image_size": 32,
             "plan": model.plan.to_json(), "batch_size": 3}
   labels = jnp.array([0, 1, 2])
 
-  def parts(weight):
+  def loss_at(weight):
     loss = complete({**config, "loss.gate_balance": weight}).loss
-    total, (_, told) = make_objective(model, loss)(
+    total, (_, metrics) = make_objective(model, loss)(
         variables["params"], {}, None, x, labels, jax.nn.one_hot(labels, 5), jax.random.key(0))
-    return total, told
+    return total, metrics
 
-  (without, told), (total, parts_told) = parts(0.0), parts(3.0)
-  assert "loss_gate_balance" not in told and parts_told["loss_gate_balance"] > 0
-  np.testing.assert_allclose(total, without + 3 * parts_told["loss_gate_balance"], rtol=1e-6)
+  (without, metrics), (total, weighted) = loss_at(0.0), loss_at(3.0)
+  assert "loss_gate_balance" not in metrics and weighted["loss_gate_balance"] > 0
+  np.testing.assert_allclose(total, without + 3 * weighted["loss_gate_balance"], rtol=1e-6)
   gates = [2 / (1 + np.exp(-gate_scores(variables, i))) for i in range(2)]
   wanted = np.mean([np.var(gate.mean(axis=1), axis=-1).mean() for gate in gates])
-  np.testing.assert_allclose(parts_told["loss_gate_balance"], wanted, rtol=1e-4)
+  np.testing.assert_allclose(weighted["loss_gate_balance"], wanted, rtol=1e-4)
   assert complete(config).loss.gate_balance == 0.1
   with pytest.raises(ValueError, match=r"gate_balance.*is a setting of Gate, which the plan does"):
     complete({**config, "plan": "", "loss.gate_balance": 1.0})
@@ -110,7 +110,7 @@ def test_its_loss_is_added_with_its_weight():
 
 def gate_scores(variables, block: int):
   """(B, N, heads) before the sigmoid, from the features that pass through the model."""
-  model, _, x = alone("heads")
+  model, _, x = with_one_method("heads")
   captured = model.apply(variables, x, mutable=["intermediates"],
                          capture_intermediates=lambda m, _: m.name == "score")[1]
   return np.asarray(captured["intermediates"][f"blocks_{block}"]["attn"]["gate"]["score"][
@@ -119,7 +119,7 @@ def gate_scores(variables, block: int):
 
 @AXES
 def test_it_folds_to_the_same_function_and_the_tree_that_is_asked_for(axis):
-  model, variables, x = alone(axis)
+  model, variables, x = with_one_method(axis)
   deploy, folded = vc.fold(model, variables)
   np.testing.assert_allclose(deploy.apply(folded, x), model.apply(variables, x), atol=1e-5)
   asked = jax.eval_shape(deploy.init, jax.random.key(0), x)
@@ -129,7 +129,7 @@ def test_it_folds_to_the_same_function_and_the_tree_that_is_asked_for(axis):
 def test_it_is_counted():
   """Of a block of 17 tokens, 24 wide, with 4 heads of 6."""
   dense = vc.count(tiny.deit())
-  gate, window, fewer, glu = (vc.count(alone(axis)[0]) for axis in OWN)
+  gate, window, fewer, glu = (vc.count(with_one_method(axis)[0]) for axis in OWN)
   assert gate.params - dense.params == 2 * (24 * 4 + 4)
   assert gate.macs - dense.macs == 2 * 17 * 24 * 4
   # 100 pairs of neighbours on a 4 x 4 grid, and 33 with the class token: what the mask leaves.
@@ -143,7 +143,7 @@ def test_it_is_counted():
 
 @AXES
 def test_every_leaf_has_a_rule(axis):
-  model, variables, _ = alone(axis)
+  model, variables, _ = with_one_method(axis)
   rules = trees.first_match(model.parameter_rules(), variables["params"], may_be_idle=True)
   flat = {trees.name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(
       rules, is_leaf=lambda x: isinstance(x, trees.Leaf))}
@@ -154,7 +154,7 @@ def test_every_leaf_has_a_rule(axis):
 
 @AXES
 def test_it_is_saved_and_loaded_and_goes_to_pytorch_and_back(axis, tmp_path):
-  model, variables, _ = alone(axis)
+  model, variables, _ = with_one_method(axis)
   vc.save(tmp_path / "own.safetensors", model, variables)
   loaded, loaded_variables = vc.load(tmp_path / "own.safetensors")
   assert loaded == model and trees.digest(loaded_variables) == trees.digest(variables)
@@ -168,7 +168,7 @@ def test_it_is_saved_and_loaded_and_goes_to_pytorch_and_back(axis, tmp_path):
 def test_a_dense_model_is_compacted_to_it(axis):
   dense = tiny.deit(drop_path_rate=0.0)
   variables, x = tiny.init(dense), tiny.images(dense)
-  small, got = vc.compact(dense, variables, vc.Plan(**{axis: ALONE[axis]}))
+  small, got = vc.compact(dense, variables, vc.Plan(**{axis: ONE_METHOD[axis]}))
   assert trees.differences(got, jax.eval_shape(small.init, jax.random.key(0), x)) == []
   old, new, own = *map(trees.named_leaves, (variables["params"], got["params"])), own_leaves(axis)
   assert all(new[name] is old[name] for name in new.keys() - own)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import drawn
 import torch
 
-# Schemas that torchvision's compiled part would declare: enough to import it beside a CPU torch.
+# Schemas that torchvision's compiled part would declare: enough to import it with a CPU torch.
 _SCHEMAS = torch.library.Library("torchvision", "DEF")
 _SCHEMAS.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 _SCHEMAS.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -108,7 +108,7 @@ def mixed(model, variables, x, key):
 
 
 def test_patch_logits_return_to_their_images():
-  # Without blocks a patch's logits depend on itself and its position alone.
+  # Without blocks a patch's logits depend only on itself and its position.
   model = small(depth=0)
   variables, x = tiny.init(model), tiny.images(model, batch=4)
   plain = mixed(small(depth=0, mix_token=False), variables, x, 0)

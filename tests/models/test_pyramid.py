@@ -1,4 +1,4 @@
-"""What PVT v1 and v2 promise alike: plans over reduced keys, folding, features, training.
+"""What PVT v1 and v2 both promise: plans over reduced keys, folding, features, training.
 
 Where one compilation more would show nothing new, two of the three kinds stand for all.
 """

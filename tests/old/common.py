@@ -30,6 +30,6 @@ def machine():
 
 def variables_of(state):
   """{name: array} of everything in a state that a model is made of."""
-  parts = ("params", "batch_stats", "ema_params", "ema_batch_stats")
+  fields = ("params", "batch_stats", "ema_params", "ema_batch_stats")
   return {name: np.asarray(leaf) for name, leaf in
-          trees.named_leaves({part: getattr(state, part) for part in parts}).items()}
+          trees.named_leaves({field: getattr(state, field) for field in fields}).items()}

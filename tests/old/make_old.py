@@ -1,4 +1,4 @@
-"""Wrote what lies beside it: files, plans and workdirs of before the renaming, and what they gave.
+"""Wrote what this folder holds: models, plans, workdirs of before the renaming, and their outputs.
 
 It ran with the code of commit 1927f33, and cannot run on later code, nor need it ever run again:
 
@@ -207,11 +207,11 @@ def make_runs():
         path.unlink()
       (pathlib.Path(name) / "lock").unlink()             # as does this
       pack(HERE / "workdirs" / f"{name}.tar.xz", name)
-      straight = loop.train(config, f"{name}_straight")
+      uninterrupted = loop.train(config, f"{name}_straight")
       end = loop.train(config, name)
       np.savez_compressed(HERE / "ends" / f"{name}.npz", **common.variables_of(end.state))
       digests[name] = end.metrics["params_digest"]
-      assert digests[name] == straight.metrics["params_digest"]
+      assert digests[name] == uninterrupted.metrics["params_digest"]
   return digests
 
 

@@ -67,7 +67,7 @@ def test_a_state_and_its_progress_come_back_on_the_shardings_asked_for(store):
     ({"params": {"a": jnp.ones((4, 8))}}, r"step int32\[\] is unknown"),
 ])
 def test_another_shape_dtype_or_leaf_is_refused_by_name(store, other, words):
-  """Orbax alone casts a float32 checkpoint to bfloat16 without a word."""
+  """Orbax by itself casts a float32 checkpoint to bfloat16 without a word."""
   save(store, 3, state_of())
   with pytest.raises(ValueError, match=words):
     store.restore(3, *shapes_and_places(other))
@@ -208,7 +208,7 @@ def test_a_disk_that_is_full_for_the_scores_is_named_and_the_step_counts(store, 
 
 def test_what_tensorstore_complains_of_after_a_failed_read_is_not_shown():
   seen = []
-  hook = checkpoint.quiet(lambda *error: seen.append(error))
+  hook = checkpoint.without_closed_loop_errors(lambda *error: seen.append(error))
   for error in (RuntimeError("Event loop is closed"), RuntimeError("another")):
     hook(RuntimeError, error, None)
   assert [str(error) for _, error, _ in seen] == ["another"]

@@ -70,10 +70,10 @@ def plan_of(config):
   return vc.Plan.parse(configs.plain(config.plan))
 
 
-def test_a_plan_is_changed_key_by_key_or_as_a_whole(load, tmp_path):
+def test_a_plan_is_changed_key_by_key_or_replaced(load, tmp_path):
   path = tmp_path / "plan.json"
   path.write_text(json.dumps({"tokens": {"method": "tome", "r": 4}, "ffn": {"method": "cffn"}}))
-  whole = vc.Plan(tokens=vc.ToMe(r=4), ffn=vc.CFFN())
+  other = vc.Plan(tokens=vc.ToMe(r=4), ffn=vc.CFFN())
   evit = vc.EViT(keep=0.7, blocks=(3, 6))
   for overrides, plan in {
       (): vc.Plan(tokens=evit),
@@ -87,7 +87,7 @@ def test_a_plan_is_changed_key_by_key_or_as_a_whole(load, tmp_path):
           tokens=evit, blocks={7: {"heads": vc.HMHSA()}}),
       ("plan=",): vc.Plan(),
       ("plan=", "plan.ffn.method=cffn"): vc.Plan(ffn=vc.CFFN()),
-      (f"plan={path}",): whole,
+      (f"plan={path}",): other,
       (f"plan={path}", "plan.tokens.r=2"): vc.Plan(tokens=vc.ToMe(r=2), ffn=vc.CFFN()),
       (f"plan={path.read_text()}", "plan.tokens.r=2"): vc.Plan(tokens=vc.ToMe(r=2), ffn=vc.CFFN()),
   }.items():

@@ -18,35 +18,35 @@ pytestmark = pytest.mark.usefixtures("shared")
 
 
 @pytest.fixture
-def copy(straight, tmp_path):
+def copy(uninterrupted, tmp_path):
   """A copy of the finished run, to be changed."""
-  return shutil.copytree(straight[0], tmp_path / "copy")
+  return shutil.copytree(uninterrupted[0], tmp_path / "copy")
 
 
-def test_forty_steps_are_twenty_and_twenty_more_to_the_last_bit(config, straight, tmp_path):
+def test_forty_steps_are_twenty_and_twenty_more_to_the_last_bit(config, uninterrupted, tmp_path):
   """Parameters, moments, averages, batch statistics, step and key, on 8 devices."""
   half = loop.train(config, tmp_path, until=20)
   assert int(half.state.step) == 20
   assert "test_accuracy" not in half.metrics
-  assert bits(half.state) != bits(straight[1].state)
-  whole = loop.train(config, tmp_path)
-  assert bits(whole.state) == bits(straight[1].state)
-  assert whole.metrics["params_digest"] == straight[1].metrics["params_digest"]
+  assert bits(half.state) != bits(uninterrupted[1].state)
+  resumed = loop.train(config, tmp_path)
+  assert bits(resumed.state) == bits(uninterrupted[1].state)
+  assert resumed.metrics["params_digest"] == uninterrupted[1].metrics["params_digest"]
 
 
 def test_the_same_on_one_device_and_to_rounding_what_eight_give(
-    config, built_on_one, straight, tmp_path, monkeypatch):
+    config, built_on_one, uninterrupted, tmp_path, monkeypatch):
   monkeypatch.setattr(loop, "build", lambda config: built_on_one)
   config = built_on_one.config
-  alone = loop.train(config, tmp_path / "straight")
+  once = loop.train(config, tmp_path / "once")
   loop.train(config, tmp_path / "twice", until=20)
-  assert bits(loop.train(config, tmp_path / "twice").state) == bits(alone.state)
+  assert bits(loop.train(config, tmp_path / "twice").state) == bits(once.state)
   losses = [[line["loss"] for line in lines(directory) if "lr" in line]
-            for directory in (tmp_path / "straight", straight[0])]
+            for directory in (tmp_path / "once", uninterrupted[0])]
   np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
-def test_a_new_process_of_main_goes_on_to_the_same_bits(config, straight, copy, tmp_path):
+def test_a_new_process_of_main_goes_on_to_the_same_bits(config, uninterrupted, copy, tmp_path):
   shutil.rmtree(copy / "checkpoints" / "40")
   (tmp_path / "tiny.py").write_text(f"""
 from ml_collections import ConfigDict
@@ -59,10 +59,10 @@ def get_config():
   assert done.returncode == 0, done.stderr
   assert "resumed at step 20" in done.stdout
   assert not done.stderr
-  trained = lines(straight[0])[-1]
+  trained = lines(uninterrupted[0])[-1]
   assert {name: lines(copy)[-1][name] for name in trained} == trained
   saved = [read(directory / "checkpoints" / "40" / "meta" / "metadata")
-           for directory in (copy, straight[0])]
+           for directory in (copy, uninterrupted[0])]
   assert saved[0]["leaves"] == saved[1]["leaves"]   # checksums of every leaf
 
 
@@ -70,14 +70,14 @@ def read(path):
   return json.loads(path.read_text())
 
 
-def test_a_finished_run_takes_no_further_step(config, straight, copy):
+def test_a_finished_run_takes_no_further_step(config, uninterrupted, copy):
   again = loop.train(config, copy)
-  assert bits(again.state) == bits(straight[1].state)
-  assert lines(copy)[-1] == lines(straight[0])[-1]
+  assert bits(again.state) == bits(uninterrupted[1].state)
+  assert lines(copy)[-1] == lines(uninterrupted[0])[-1]
 
 
-def test_the_log_has_every_number_and_ends_with_the_digest(straight, built):
-  directory, result = straight
+def test_the_log_has_every_number_and_ends_with_the_digest(uninterrupted, built):
+  directory, result = uninterrupted
   log = lines(directory)
   training = [line for line in log if "lr" in line]
   assert [line["step"] for line in training] == [10, 20, 30, 40]
@@ -91,24 +91,24 @@ def test_the_log_has_every_number_and_ends_with_the_digest(straight, built):
   assert json.loads((directory / "config.json").read_text()) == json.loads(built.config.to_json())
 
 
-def test_evaluation_reads_the_newest_checkpoint(config, straight, copy):
+def test_evaluation_reads_the_newest_checkpoint(config, uninterrupted, copy):
   result = loop.evaluate(config, copy)
-  trained, last = lines(straight[0])[-1], lines(copy)[-1]
+  trained, last = lines(uninterrupted[0])[-1], lines(copy)[-1]
   assert last == result.metrics | {"step": 40}
   assert last | {"mode": "train"} == trained
 
 
-def test_evaluation_of_the_averages_is_of_other_parameters(config, straight, copy):
+def test_evaluation_of_the_averages_is_of_other_parameters(config, uninterrupted, copy):
   config.eval_params = "ema"
   result = loop.evaluate(config, copy)
   assert result.metrics["params_digest"] == trees.digest(result.state.ema_params)
-  assert result.metrics["params_digest"] != lines(straight[0])[-1]["params_digest"]
-  assert result.metrics["test_loss"] != lines(straight[0])[-1]["test_loss"]
+  assert result.metrics["params_digest"] != lines(uninterrupted[0])[-1]["params_digest"]
+  assert result.metrics["test_loss"] != lines(uninterrupted[0])[-1]["test_loss"]
 
 
-def test_every_image_of_a_split_counts_once(built, straight):
+def test_every_image_of_a_split_counts_once(built, uninterrupted):
   """The batch size of evaluation, and so its padding, changes nothing."""
-  variables = straight[1].variables
+  variables = uninterrupted[1].variables
   sums = loop.evaluate_split(built, variables, "test")
   correct = sums["test_accuracy"] * 360
   assert correct == pytest.approx(round(correct), abs=1e-4)
@@ -142,7 +142,7 @@ def test_a_nan_stops_the_run_at_its_step_and_leaves_the_last_good_checkpoint(
   assert [path.name for path in copy.glob("nan_step_*")] == ["nan_step_27.npz"] * (step == 27)
 
 
-def test_a_damaged_checkpoint_is_passed_over_only_when_told_to(config, straight, copy, capsys):
+def test_a_damaged_checkpoint_is_passed_over_only_when_told_to(config, uninterrupted, copy, capsys):
   """And what is trained again from the one before it has the same bits."""
   data = [path for path in (copy / "checkpoints/40/state").rglob("d/*") if path.is_file()]
   for path in data:
@@ -154,19 +154,19 @@ def test_a_damaged_checkpoint_is_passed_over_only_when_told_to(config, straight,
   assert (copy / "checkpoints" / "40").is_dir()      # who only evaluates moves nothing
   again = loop.train(config, copy, restore_from="last_good")
   assert "WARNING" in capsys.readouterr().err
-  assert bits(again.state) == bits(straight[1].state)
+  assert bits(again.state) == bits(uninterrupted[1].state)
   assert (copy / "checkpoints" / "damaged.40").is_dir()
   assert any("falling back" in line.get("fallback", "") for line in lines(copy))
 
 
-def test_without_a_good_checkpoint_nothing_starts_anew(config, copy):
+def test_without_a_good_checkpoint_nothing_starts_over(config, copy):
   for path in (copy / "checkpoints").glob("*/meta/metadata"):
     path.write_text("{}")
   with pytest.raises(ValueError, match=r"none of the checkpoints \[20, 40\] of .* is good"):
     loop.train(config, copy, restore_from="last_good")
 
 
-def test_a_workdir_of_another_config_is_refused_and_left_alone(config, copy):
+def test_a_workdir_of_another_config_is_refused_and_not_touched(config, copy):
   before = contents(copy)
   config.optim.weight_decay, config.data.mixup = 0.1, 0.0
   with pytest.raises(ValueError, match=r"data.mixup is 0.8 there and 0.0 here; "

@@ -1,4 +1,4 @@
-"""A NaN changes nothing: the run stops and keeps the batch, or skips so many steps and counts."""
+"""A NaN changes nothing: the run stops and keeps the batch, or skips the step and counts it."""
 import dataclasses
 import pathlib
 import types

@@ -72,7 +72,7 @@ def path(config, tmp_path):
 
 
 def test_two_processes_of_which_one_was_killed_end_with_the_numbers_of_one(
-    path, tmp_path, cache, straight):
+    path, tmp_path, cache, uninterrupted):
   """One is killed, and the other ends soon, saying so; both start again, go on from what they had
   saved, and end with the losses and scores of one process with as many devices."""
   workdir = tmp_path / "run"
@@ -88,11 +88,11 @@ def test_two_processes_of_which_one_was_killed_end_with_the_numbers_of_one(
   wait_for(both[0], "resumed at step")
   errors = [process.communicate(timeout=300)[1] for process in both]
   assert [process.returncode for process in both] == [0, 0], errors
-  one, two = lines(straight[0])[-1], lines(workdir)[-1]
+  one, two = lines(uninterrupted[0])[-1], lines(workdir)[-1]
   for name in ("val_loss", "val_accuracy", "test_loss", "test_accuracy"):
     assert two[name] == pytest.approx(one[name], rel=1e-6), name
   losses = [{line["step"]: line["loss"] for line in lines(place) if "loss" in line}
-            for place in (straight[0], workdir)]
+            for place in (uninterrupted[0], workdir)]
   np.testing.assert_allclose(losses[1][40], losses[0][40], rtol=1e-6)
 
 

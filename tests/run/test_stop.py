@@ -13,7 +13,7 @@ from vitcompact.run import loop, preemption
 
 
 class StopAt(preemption.Stop):
-  """Asked so many times, it says yes: before each step, and before each batch of evaluation."""
+  """Says yes at the `count`-th question: one before each step and each batch of evaluation."""
 
   def __init__(self, count: int):
     super().__init__()
@@ -30,19 +30,19 @@ class StopAt(preemption.Stop):
     (1, 0, []),          # before the first step
 ])
 def test_a_stopped_run_loses_no_step_and_goes_on_to_the_same_bits(
-    config, straight, tmp_path, shared, count, step, scored):
+    config, uninterrupted, tmp_path, shared, count, step, scored):
   with pytest.raises(preemption.Stopped, match=f"at step {step}; saved"):
     loop.train(config, tmp_path, stopping=StopAt(count))
   saved = {int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*")}
   assert max(saved, default=0) == step
   path = tmp_path / "checkpoints" / "scores.json"
   assert (list(json.loads(path.read_text())["scores"]) if path.exists() else []) == scored
-  whole = loop.train(config, tmp_path)
-  assert bits(whole.state) == bits(straight[1].state)
-  assert whole.metrics == straight[1].metrics
+  resumed = loop.train(config, tmp_path)
+  assert bits(resumed.state) == bits(uninterrupted[1].state)
+  assert resumed.metrics == uninterrupted[1].metrics
   # The evaluation that was broken off is made up for.
   scores = [json.loads((place / "checkpoints" / "scores.json").read_text())
-            for place in (tmp_path, straight[0])]
+            for place in (tmp_path, uninterrupted[0])]
   assert scores[0] == scores[1]
 
 

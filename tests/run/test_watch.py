@@ -22,7 +22,7 @@ def test_a_profile_traces_the_steps_asked_for_and_no_other(tmp_path, monkeypatch
   told = []
   monkeypatch.setattr(jax.profiler, "start_trace", lambda path: told.append(("start", path)))
   monkeypatch.setattr(jax.profiler, "stop_trace", lambda: told.append("stop"))
-  profile = watch.Profile(watch.span("3:2"), tmp_path)
+  profile = watch.Profile(watch.profiled_steps("3:2"), tmp_path)
   for step in range(1, 8):
     profile.before(step, np.zeros(1))
     told.append(step)
@@ -48,7 +48,7 @@ def test_writing_a_profile_does_not_count_as_a_slow_run(config, tmp_path, monkey
     ("TPU v5 lite", 197), ("TPU v5", 459), ("TPU v4", 275), ("NVIDIA H100 80GB HBM3", 989),
     ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-40GB", 312), ("cpu", None), ("GeForce", None)])
 def test_a_peak_is_known_or_it_is_not(kind, tflops):
-  assert watch.peak(kind) == tflops
+  assert watch.peak_tflops_of(kind) == tflops
 
 
 def test_utilisation_is_of_the_models_own_work_on_all_devices(built):

@@ -114,9 +114,9 @@ def test_the_same_images_may_lie_elsewhere_and_others_may_not(config, tmp_path):
 
 
 def test_a_longer_run_goes_on_when_allowed_and_a_shorter_one_than_was_run_does_not(
-    config, straight, tmp_path, monkeypatch):
+    config, uninterrupted, tmp_path, monkeypatch):
   """Without a step: the schedule of more steps is another program to compile."""
-  directory = shutil.copytree(straight[0], tmp_path / "copy")
+  directory = shutil.copytree(uninterrupted[0], tmp_path / "copy")
   config.total_steps, seen = 60, []
   monkeypatch.setattr(loop, "fit", lambda run_state, state, stop: seen.append(
       (int(state.step), stop)) or state)
@@ -133,7 +133,7 @@ def test_a_longer_run_goes_on_when_allowed_and_a_shorter_one_than_was_run_does_n
     loop.train(config, directory, allow=["total_steps"])
 
 
-def test_checkpoints_of_nobody_are_refused_and_left_alone(config, tmp_path):
+def test_checkpoints_without_a_config_are_refused_and_not_touched(config, tmp_path):
   (tmp_path / "checkpoints" / "20").mkdir(parents=True)
   with pytest.raises(ValueError, match=r"holds checkpoints but no config.json, which says whose"):
     loop.train(config, tmp_path)

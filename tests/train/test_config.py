@@ -25,11 +25,11 @@ def test_unknown_keys_list_close_names(key, close):
 
 
 def test_absent_keys_have_their_defaults_and_a_complete_config_stays_as_it_is():
-  whole = configs.complete(tiny_config())
-  assert set(configs.KEYS) <= set(configs.flat(whole))
-  assert (whole.optim.b2, whole.data.workers, whole.loss.labels) == (0.999, 0, 1.0)
-  assert configs.complete(whole) == whole
-  assert "reconstruct" not in whole and "kept_ratio" not in whole.loss
+  full = configs.complete(tiny_config())
+  assert set(configs.KEYS) <= set(configs.flat(full))
+  assert (full.optim.b2, full.data.workers, full.loss.labels) == (0.999, 0, 1.0)
+  assert configs.complete(full) == full
+  assert "reconstruct" not in full and "kept_ratio" not in full.loss
 
 
 @pytest.mark.parametrize("missing", ["model.name", "model.image_size"])
@@ -133,13 +133,13 @@ def test_a_model_that_cannot_be_or_learn_is_refused(changes, words):
 
 def old_config():
   """What config.json of an older run holds: every key of every method, and a plan in old words."""
-  whole = configs.flat(configs.complete(tiny_config()))
-  whole |= {key: setting.default for key, setting in configs.all_settings().items()}
-  whole["plan"] = json.dumps({
+  full = configs.flat(configs.complete(tiny_config()))
+  full |= {key: setting.default for key, setting in configs.all_settings().items()}
+  full["plan"] = json.dumps({
       "heads": {"method": "hmhsa", "layout": "map"}, "links": None, "tokens": None,
       "ffn": {"method": "cffn", "merged": ["fc2"]}, "blocks": {"1": {"links": None}},
       "backends": {"0": "blockwise"}, "at_a_time": 8})
-  return json.loads(json.dumps(whole))
+  return json.loads(json.dumps(full))
 
 
 def test_an_older_runs_config_is_the_same_and_is_read_too():

@@ -25,7 +25,7 @@ def toy_step(state, batch):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_skipped_step_changes_its_number_alone(bad):
+def test_a_skipped_step_changes_only_the_step_number(bad):
   state = State(jnp.array(3), jnp.array([1.0, 2.0]), jax.random.key(0))
   step = jax.jit(guard.keep_finite(toy_step))
   new, metrics = step(state, jnp.array([bad, 1.0]))

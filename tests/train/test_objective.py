@@ -30,39 +30,39 @@ def deit(plan=None, **fields):
   return tiny.deit(plan, depth=1, drop_path_rate=0.0, **fields)
 
 
-def run(model, loss, teacher=None, second=None, made=None, labels=LABELS):
+def run(model, loss, teacher=None, second=None, student=None, labels=LABELS):
   """(loss and metrics, gradients, student's variables, teacher's), on three images."""
-  made = made or tiny.init(model)
-  taught = {} if teacher is None else tiny.init(teacher, seed=2)
+  student = student or tiny.init(model)
+  teacher_variables = {} if teacher is None else tiny.init(teacher, seed=2)
   targets = jax.nn.one_hot(labels, 5)
 
   def total(params):
     return make_objective(model, loss, teacher, second)(
-        params, made.get("batch_stats", {}), taught, tiny.images(model), labels, targets,
-        jax.random.key(3))
+        params, student.get("batch_stats", {}), teacher_variables, tiny.images(model), labels,
+        targets, jax.random.key(3))
 
-  (value, (_, metrics)), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(made["params"])
-  return (value, metrics), grads, made, taught
+  (value, (_, metrics)), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(student["params"])
+  return (value, metrics), grads, student, teacher_variables
 
 
-def test_two_heads_learn_alike_without_a_teacher():
-  parts, logits = of_labels((STUDENT, TEACHER), TARGETS, weights(labels=1.0), distils=False)
+def test_two_heads_have_the_same_loss_without_a_teacher():
+  metrics, logits = of_labels((STUDENT, TEACHER), TARGETS, weights(labels=1.0), distils=False)
   each = [losses.cross_entropy(head, TARGETS).mean() for head in (STUDENT, TEACHER)]
-  assert parts["labels"] == pytest.approx(float(sum(each)) / 2)
+  assert metrics["labels"] == pytest.approx(float(sum(each)) / 2)
   np.testing.assert_allclose(logits, (STUDENT + TEACHER) / 2)
-  alone, _ = of_labels((STUDENT, TEACHER), TARGETS, weights(labels=1.0), distils=True)
-  assert alone["labels"] == pytest.approx(float(each[0]))
+  distilled, _ = of_labels((STUDENT, TEACHER), TARGETS, weights(labels=1.0), distils=True)
+  assert distilled["labels"] == pytest.approx(float(each[0]))
 
 
 def test_mixed_tokens_teach_the_class_token_the_mixture_and_each_patch_its_own_image():
   tokens = jnp.stack([STUDENT, 2 * STUDENT, TEACHER], axis=1)
   keep_mask = jnp.array([[1.0, 1, 0], [1, 1, 1]])
   out = TokenLogits(STUDENT, tokens, jnp.float32(0.75), keep_mask)
-  parts, logits = of_labels(out, TARGETS, weights(patch_labels=0.5), distils=False)
+  metrics, logits = of_labels(out, TARGETS, weights(patch_labels=0.5), distils=False)
   mixed = 0.75 * TARGETS + 0.25 * TARGETS[jnp.array([1, 0])]
   each = np.stack([losses.cross_entropy(tokens[:, i], TARGETS) for i in range(3)], axis=1)
-  assert parts["labels"] == pytest.approx(float(losses.cross_entropy(STUDENT, mixed).mean()))
-  assert parts["patch_labels"] == pytest.approx(each[np.asarray(keep_mask) > 0].mean())
+  assert metrics["labels"] == pytest.approx(float(losses.cross_entropy(STUDENT, mixed).mean()))
+  assert metrics["patch_labels"] == pytest.approx(each[np.asarray(keep_mask) > 0].mean())
   np.testing.assert_array_equal(logits, STUDENT)
 
 
@@ -70,19 +70,20 @@ def test_patches_have_targets_of_their_own_where_there_are_labels_of_places():
   tokens = jnp.stack([STUDENT, TEACHER], axis=1)
   of_patches = jnp.stack([TARGETS, TARGETS[::-1]], axis=1)
   out = TokenLogits(STUDENT, tokens, jnp.float32(1), jnp.ones((2, 2)))
-  parts, _ = of_labels(out, (TARGETS, of_patches), weights(patch_labels=1.0), distils=False)
+  metrics, _ = of_labels(out, (TARGETS, of_patches), weights(patch_labels=1.0), distils=False)
   wanted = [losses.cross_entropy(tokens[:, i], of_patches[:, i]).mean() for i in (0, 1)]
-  assert parts["labels"] == pytest.approx(float(losses.cross_entropy(STUDENT, TARGETS).mean()))
-  assert parts["patch_labels"] == pytest.approx(float(np.mean(wanted)))
+  assert metrics["labels"] == pytest.approx(float(losses.cross_entropy(STUDENT, TARGETS).mean()))
+  assert metrics["patch_labels"] == pytest.approx(float(np.mean(wanted)))
 
 
-def test_distillation_teaches_the_second_head_alone():
+def test_distillation_teaches_only_the_second_head():
   model = deit(name="deit_tiny_distilled_patch16_224")
   teacher = deit()
-  (value, metrics), grads, made, taught = run(model, weights(labels=0.5, hard=0.5), teacher)
+  (value, metrics), grads, student, teacher_variables = run(
+      model, weights(labels=0.5, hard=0.5), teacher)
   images = tiny.images(model)
-  heads = model.apply(made, images, train=True, rngs={"dropout": jax.random.key(3)})
-  said = teacher.apply(taught, images)
+  heads = model.apply(student, images, train=True, rngs={"dropout": jax.random.key(3)})
+  said = teacher.apply(teacher_variables, images)
   labels = losses.cross_entropy(heads[0], jax.nn.one_hot(LABELS, 5)).mean()
   hard = losses.hard_distillation(heads[1], said).mean()
   assert value == pytest.approx(float(0.5 * labels + 0.5 * hard), rel=1e-5)
@@ -97,14 +98,14 @@ def test_sparse_fine_tuning_is_labels_logits_and_patches_and_predictors_rest(nam
   fields = {"mix_token": False} if name == "lvvit_t" else {}
   model = deit(plan, name=name, **fields)
   teacher = model.clone(plan=vc.Plan())
-  (value, metrics), grads, made, taught = run(
+  (value, metrics), grads, student, teacher_variables = run(
       model, weights(labels=1.0, logits=0.5, patches=0.25, patch_error=patch_error), teacher)
   assert value == pytest.approx(float(metrics["loss_labels"] + 0.5 * metrics["loss_logits"] +
                                       0.25 * metrics["loss_patches"]), rel=1e-5)
   # From the definitions: patch by patch, each with the teacher's at its own place.
-  out, mine = model.apply(made, tiny.images(model), train=True, rngs={"dropout": jax.random.key(3)},
-                          mutable=["tokens", "batch_stats"])
-  said, theirs = teacher.apply(taught, tiny.images(model), mutable=["tokens"])
+  out, mine = model.apply(student, tiny.images(model), train=True,
+                          rngs={"dropout": jax.random.key(3)}, mutable=["tokens", "batch_stats"])
+  said, theirs = teacher.apply(teacher_variables, tiny.images(model), mutable=["tokens"])
   if name == "lvvit_t":
     guess, patches, theirs = out.logits, out.token_logits, theirs["tokens"]
     said, wanted = theirs["logits"][0], theirs["token_logits"][0]
@@ -123,16 +124,17 @@ def test_sparse_fine_tuning_is_labels_logits_and_patches_and_predictors_rest(nam
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "lvvit_t"])
 @pytest.mark.parametrize("tokens", [None, vc.EViT(keep=0.5, blocks=(0,))])
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it(name, tokens):
-  """Nor where patches were dropped behind the last attention: the others are as the teacher's."""
+  """Nor where patches were dropped after the last attention: the others are as the teacher's."""
   fields = {"mix_token": False} if name == "lvvit_t" else {}
   model = deit(vc.Plan(tokens=tokens), name=name, **fields)
-  made = tiny.init(model)
+  student = tiny.init(model)
   objective = make_objective(model, weights(labels=1.0, logits=1.0, patches=1.0),
                              model.clone(plan=vc.Plan()))
-  stats = made.get("batch_stats", {})
-  taught = variables(made["params"], stats)
-  _, (_, metrics) = jax.jit(objective)(made["params"], stats, taught, tiny.images(model), LABELS,
-                              jax.nn.one_hot(LABELS, 5), jax.random.key(0))
+  stats = student.get("batch_stats", {})
+  teacher_variables = variables(student["params"], stats)
+  _, (_, metrics) = jax.jit(objective)(
+      student["params"], stats, teacher_variables, tiny.images(model), LABELS,
+      jax.nn.one_hot(LABELS, 5), jax.random.key(0))
   if name == "lvvit_t":   # its batch norms see the batch in training
     assert np.isfinite(metrics["loss_patches"])
   else:
@@ -142,8 +144,8 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it(name, token
 
 def test_dynamicvit_learns_how_many_patches_to_keep():
   model = deit(vc.Plan(tokens=vc.DynamicViT(keep=0.5, blocks=(0,))))
-  (value, metrics), grads, made, _ = run(model, weights(kept_ratio=2.0))
-  _, new = model.apply(made, tiny.images(model), train=True, rngs={"dropout": jax.random.key(3)},
+  (value, metrics), grads, student, _ = run(model, weights(kept_ratio=2.0))
+  _, new = model.apply(student, tiny.images(model), train=True, rngs={"dropout": jax.random.key(3)},
                        mutable=["tokens"])
   kept = new["tokens"]["blocks_0"]["predict_tokens"]["keep_mask"][0].mean(axis=1)
   wanted = float(np.mean((kept - 0.5) ** 2))
@@ -156,13 +158,13 @@ def test_dynamicvit_learns_how_many_patches_to_keep():
 def test_mctf_is_consistent_with_itself_and_not_with_a_pass_that_merges_less(r):
   model = deit(vc.Plan(tokens=vc.MCTF(r=3, blocks=(0,))))
   second = model.clone(plan=vc.Plan(tokens=vc.MCTF(r=r, blocks=(0,))))
-  made = tiny.init(model, 7)
-  made["params"]["head"] = jax.tree.map(lambda leaf: 4 * leaf, made["params"]["head"])
-  passes = [net.apply(made, tiny.images(net), train=True, rngs={"dropout": jax.random.key(3)},
+  student = tiny.init(model, 7)
+  student["params"]["head"] = jax.tree.map(lambda leaf: 4 * leaf, student["params"]["head"])
+  passes = [net.apply(student, tiny.images(net), train=True, rngs={"dropout": jax.random.key(3)},
                       mutable=["tokens"]) for net in (model, second)]
   labels = jnp.argmax(passes[0][0], axis=-1).at[0].set(jnp.argmin(passes[0][0][0]))
   (value, metrics), *_ = run(model, weights(labels=2.0, consistency=3.0), second=second,
-                                    made=made, labels=labels)
+                                    student=student, labels=labels)
   assert value == pytest.approx(float(
       2 * metrics["loss_labels"] + 2 * metrics["loss_labels_second"] +
       3 * metrics["loss_consistency"]), rel=1e-5)
@@ -178,22 +180,22 @@ def test_mctf_is_consistent_with_itself_and_not_with_a_pass_that_merges_less(r):
   assert (wanted > 1e-6) == (r != 3)
 
 
-def test_the_second_pass_comes_after_the_first_and_draws_anew():
+def test_the_second_pass_comes_after_the_first_with_its_own_random_numbers():
   """It starts from the first one's batch statistics, and its own are kept."""
   plan = vc.Plan(tokens=vc.MCTF(r=3, blocks=(0,)), ffn=vc.CFFN())
   model = tiny.deit(plan, drop_path_rate=0.5)
   second = model.clone(plan=vc.Plan(tokens=vc.MCTF(r=1, blocks=(0,)), ffn=vc.CFFN()))
-  made, key, targets = tiny.init(model), jax.random.key(3), jax.nn.one_hot(LABELS, 5)
+  student, key, targets = tiny.init(model), jax.random.key(3), jax.nn.one_hot(LABELS, 5)
 
   def passed(model, stats, key):
-    logits, new = model.apply(variables(made["params"], stats), tiny.images(model), train=True,
+    logits, new = model.apply(variables(student["params"], stats), tiny.images(model), train=True,
                               rngs={"dropout": key}, mutable=["batch_stats"])
     return losses.cross_entropy(logits, targets).mean(), new["batch_stats"]
 
-  first, stats = jax.jit(passed, static_argnums=0)(model, made["batch_stats"], key)
+  first, stats = jax.jit(passed, static_argnums=0)(model, student["batch_stats"], key)
   other, stats = jax.jit(passed, static_argnums=0)(second, stats, jax.random.fold_in(key, 1))
   objective = make_objective(model, weights(labels=1.0), second=second)
-  _, (got, metrics) = jax.jit(objective)(made["params"], made["batch_stats"], {},
+  _, (got, metrics) = jax.jit(objective)(student["params"], student["batch_stats"], {},
                                          tiny.images(model), LABELS, targets, key)
   assert metrics["loss_labels"] == pytest.approx(float(first), rel=1e-4)
   assert metrics["loss_labels_second"] == pytest.approx(float(other), rel=1e-4)
@@ -203,9 +205,10 @@ def test_the_second_pass_comes_after_the_first_and_draws_anew():
 
 def test_soft_distillation_is_at_the_temperature_of_the_config():
   model, teacher = deit(name="deit_tiny_distilled_patch16_224"), deit()
-  (value, metrics), _, made, taught = run(model, weights(soft=0.5, temperature=3.0), teacher)
-  heads = model.apply(made, tiny.images(model), train=True, rngs={"dropout": jax.random.key(3)})
-  said = teacher.apply(taught, tiny.images(model))
+  (value, metrics), _, student, teacher_variables = run(
+      model, weights(soft=0.5, temperature=3.0), teacher)
+  heads = model.apply(student, tiny.images(model), train=True, rngs={"dropout": jax.random.key(3)})
+  said = teacher.apply(teacher_variables, tiny.images(model))
   wanted = float(losses.soft_distillation(heads[1], said, 3.0).mean())
   assert metrics["loss_soft"] == pytest.approx(wanted, rel=1e-4)
   assert value == pytest.approx(0.5 * wanted, rel=1e-4)
@@ -225,19 +228,19 @@ def test_looks_across_where_the_images_of_a_batch_meet():
 def test_reconstruction_moves_predictors_and_nothing_else(granularity):
   method = vc.Sparsifiner(granularity=granularity, min_tokens=0, rank=4, window=2, masked=False)
   model = deit(vc.Plan(attention=method, ffn=vc.CFFN()))
-  made = tiny.init(model)
+  student = tiny.init(model)
 
   def total(params):
     return make_first_phase(model, vc.Sparsifiner.first_phase, 0.01, 3)(
-        params, made["batch_stats"], {}, tiny.images(model), LABELS, None, None)
+        params, student["batch_stats"], {}, tiny.images(model), LABELS, None, None)
 
   (value, (stats, metrics)), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(
-      made["params"])
+      student["params"])
   assert value > 0 and set(metrics) == {"accuracy"}
-  _, sown = jax.jit(lambda x: model.apply(made, x, mutable=["attention"]))(tiny.images(model))
+  _, sown = jax.jit(lambda x: model.apply(student, x, mutable=["attention"]))(tiny.images(model))
   error = attention_reconstruction(sown["attention"]).mean()
   np.testing.assert_allclose(value, 0.01 * 3 * error, rtol=1e-5)   # the sum over three images
-  for old, new in zip(*map(jax.tree.leaves, (made["batch_stats"], stats)), strict=True):
+  for old, new in zip(*map(jax.tree.leaves, (student["batch_stats"], stats)), strict=True):
     np.testing.assert_array_equal(old, new)
   for leaf, grad in trees.named_leaves(grads).items():
     assert np.any(grad) == ("/links/" in leaf), leaf
@@ -245,12 +248,12 @@ def test_reconstruction_moves_predictors_and_nothing_else(granularity):
 
 def test_replicas_have_statistics_and_losses_of_their_own():
   model = deit(vc.Plan(ffn=vc.CFFN()))
-  made, objective = tiny.init(model), make_objective(model, weights(labels=1.0))
+  student, objective = tiny.init(model), make_objective(model, weights(labels=1.0))
   images = tiny.images(model, batch=4)
   labels = jnp.array([0, 3, 1, 2])
 
   def of(objective, part):
-    return objective(made["params"], made["batch_stats"], {}, images[part], labels[part],
+    return objective(student["params"], student["batch_stats"], {}, images[part], labels[part],
                      jax.nn.one_hot(labels[part], 5), jax.random.key(0))
 
   whole, (stats, metrics) = of(by_replica(objective, 2), slice(0, 4))

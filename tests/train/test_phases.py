@@ -160,7 +160,7 @@ def test_the_rate_of_each_phase_is_its_own(config):
     assert rate(step) == pytest.approx(wanted, abs=1e-6), step
 
 
-def test_after_the_first_phase_of_a_method_steps_are_counted_anew(config):
+def test_after_the_first_phase_of_a_method_steps_are_counted_from_0_again(config):
   plan = vc.Plan(attention=SPARSE, tokens=vc.EViT(keep=0.5, blocks=(0,)))
   config = of_plan(config, plan, {"reconstruct.steps": 5, "keep_warmup.start": 4,
                                   "keep_warmup.steps": 20})
@@ -168,7 +168,7 @@ def test_after_the_first_phase_of_a_method_steps_are_counted_anew(config):
   assert [phase.plan.tokens.keep for phase in found[::2]] == [1.0, 0.5]
 
 
-def test_one_method_at_a_time_has_a_first_phase(monkeypatch):
+def test_only_one_method_may_have_a_first_phase(monkeypatch):
   monkeypatch.setattr(phases.protocol, "first_phase", lambda method: "a phase")
   with pytest.raises(ValueError, match="has 2 methods with a first phase"):
     phases.first_phase(vc.Plan(attention=SPARSE, ffn=vc.CFFN()))

@@ -47,7 +47,7 @@ def test_the_first_meaning_that_divides_is_split(shape, axes, expected):
 
 
 @pytest.mark.parametrize("shape, axes", [((90, 1000), ("embed", "classes")), ((128, 128), ())])
-def test_a_large_leaf_that_would_lie_whole_everywhere_is_refused(shape, axes):
+def test_a_large_leaf_that_would_be_replicated_is_refused(shape, axes):
   mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
   with pytest.raises(ValueError, match=r"blocks_0/x \(\d+, \d+\).*choose an fsdp"):
     sharding.partition("blocks_0/x", shape, trees.Leaf(axes), mesh)
@@ -62,7 +62,7 @@ def test_a_rule_of_another_rank_is_refused():
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_base_distilled_patch16_224"])
 @pytest.mark.parametrize("plan", [vc.Plan(), vc.Plan(heads=vc.HMHSA(rank=2), ffn=vc.CFFN())],
                          ids=["dense", "compact"])
-def test_no_large_leaf_of_a_model_lies_whole_on_every_device(name, plan):
+def test_no_large_leaf_of_a_model_is_replicated(name, plan):
   model = vc.create_model(name, plan=plan)
   params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
   mesh = sharding.make_mesh({"data": 2, "fsdp": 4})

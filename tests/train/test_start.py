@@ -27,7 +27,7 @@ def test_a_dense_file_is_made_compact_with_training_images(built, dense):
   got = start.load_variables(path, built.model, lambda: images)
   _, wanted = vc.compact(model, variables, built.model.plan, images=images)
   assert trees.digest(got) == trees.digest(wanted)
-  state = start.started_from(built.init(jax.random.key(0)), got, built.shardings)
+  state = start.state_with_variables(built.init(jax.random.key(0)), got, built.shardings)
   for tree in (state.params, state.ema_params):
     assert trees.digest(tree) == trees.digest(wanted["params"])
   assert trees.digest(state.ema_batch_stats) == trees.digest(wanted["batch_stats"])
@@ -70,7 +70,7 @@ def test_no_buffer_is_in_a_state_twice(built, dense):
   one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   places = jax.tree.map(lambda _: one, built.shardings)
   state = jax.device_put(built.init(jax.random.key(0)), places)
-  state = start.started_from(state, variables, places)
+  state = start.state_with_variables(state, variables, places)
   leaves = jax.tree.leaves(state.replace(key=jax.random.key_data(state.key)))
   held = [leaf.unsafe_buffer_pointer() for leaf in leaves if leaf.size]
   assert len(set(held)) == len(held)

@@ -61,8 +61,8 @@ def close(a, b, rtol=1e-5):
 
 def test_accumulating_is_one_big_batch():
   state, batch = state_of(Toy()), batch_of(24)
-  (whole, one), (parts, four) = (step_of(Toy(), n)(state, batch) for n in (1, 4))
-  close(whole.params, parts.params)
+  (single, one), (split, four) = (step_of(Toy(), n)(state, batch) for n in (1, 4))
+  close(single.params, split.params)
   close(one, four)
 
 
@@ -124,7 +124,7 @@ def test_the_average_moves_towards_the_new_parameters_and_statistics():
         jax.tree.leaves(average), jax.tree.leaves(fresh), strict=True))
 
 
-def test_randomness_is_of_the_key_and_the_step_alone():
+def test_randomness_follows_only_the_key_and_the_step():
   model, batch = Toy(dropout=0.5), batch_of(12)
   state, step = state_of(model), step_of(model)
   loss = lambda state: float(step(state, batch)[1]["loss"])  # noqa: E731
@@ -133,7 +133,7 @@ def test_randomness_is_of_the_key_and_the_step_alone():
   assert loss(state) != loss(state.replace(key=jax.random.key(9)))
 
 
-def test_every_microbatch_draws_anew():
+def test_every_microbatch_has_its_own_random_numbers():
   def objective(params, batch_stats, teacher, images, labels, targets, key):
     drawn = jax.random.uniform(key)
     return 0 * sum(map(jnp.sum, jax.tree.leaves(params))), (

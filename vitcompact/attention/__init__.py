@@ -11,7 +11,15 @@ import flax.linen as nn
 
 from vitcompact.attention.call import DENSE, Core
 from vitcompact.attention.choice import choose
-from vitcompact.attention.device import FORMS, Device, asked, current, on, split_over, using
+from vitcompact.attention.device import (
+    FORMS,
+    Device,
+    current,
+    on,
+    requested_form,
+    split_over,
+    using,
+)
 from vitcompact.attention.reference import SCOPE, scores, share, softmax_kept, weigh
 
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from vitcompact.attention import forms, reference
 from vitcompact.attention.block_sparse.layout import BlockLayout
 from vitcompact.attention.choice import choose
-from vitcompact.attention.device import asked, current
+from vitcompact.attention.device import current, requested_form
 
 
-def _same(x):
+def _identity(x):
   return x
 
 
@@ -37,8 +37,8 @@ class Core(NamedTuple):
   rows of the result.
   """
   size: jax.Array | None = None
-  spread: Callable = _same
-  gather: Callable = _same
+  spread: Callable = _identity
+  gather: Callable = _identity
   average: bool = True
   keep_mask: jax.Array | None = None
   mask: jax.Array | None = None
@@ -55,7 +55,7 @@ class Core(NamedTuple):
       return reference.weigh(self.merged(self.maps(query_bnhd, key_bmhd, rescore)), value_bmhe)
     count, value_bmhe = value_bmhe.shape[1], self.spread(value_bmhe)
     arrays, device = (query_bnhd, key_bmhd, value_bmhe), current()
-    choice = choose(device, self, *arrays, rescore, asked())
+    choice = choose(device, self, *arrays, rescore, requested_form())
     if choice.block_sparse:
       return self.gather(self.layout.attend(*arrays, self.bias(), choice.form))
     if self.layout is not None:
@@ -70,7 +70,7 @@ class Core(NamedTuple):
 
   def merged(self, maps_bhnm):
     """The maps as the tokens that values come from and outputs go to see them."""
-    if self.spread is _same:
+    if self.spread is _identity:
       return maps_bhnm
     rows_bnhm = maps_bhnm.swapaxes(1, 2)
     batch, count = jax.eval_shape(self.gather, rows_bnhm).shape[:2]

@@ -18,7 +18,7 @@ class Choice(NamedTuple):
     return self.form.startswith("block_sparse")
 
 
-def choose(device: Device, call, query, key, value, rescore=None, asked: str | None = None):
+def choose(device: Device, call, query, key, value, rescore=None, requested: str | None = None):
   """The form for a `Core` and such arrays (or `jax.ShapeDtypeStruct`s), values spread already.
 
   Raises ValueError where the form asked for cannot run. Returns a Choice of
@@ -27,30 +27,30 @@ def choose(device: Device, call, query, key, value, rescore=None, asked: str | N
     for a block layout "block_sparse_cpu", "block_sparse_kernel" or "block_sparse_gather".
   """
   if call.layout is not None and not (note := masked_dense(call, rescore)):
-    return for_layout(device, call.layout, query, key, value, asked)
+    return for_layout(device, call.layout, query, key, value, requested)
   if not call.is_plain(rescore):
     note = "" if call.layout is None else note
-    asked = "tiled" if asked in vendor.FORMS else asked
-    return Choice(asked or _own(device, query, key), note)
+    requested = "tiled" if requested in vendor.FORMS else requested
+    return Choice(requested or _portable_form(device, query, key), note)
   width = vendor.channels(query.shape[-1], value.shape[-1], call.size is not None)
-  if why := refusal(asked, device, value.dtype, width):
-    raise ValueError(f"attention form {asked!r} {why}; ask for another, or for none (in an "
+  if why := refusal(requested, device, value.dtype, width):
+    raise ValueError(f"attention form {requested!r} {why}; ask for another, or for none (in an "
                      "Execution, attention={}): then the one that fits is taken")
-  if asked is not None:
-    return Choice(asked)
+  if requested is not None:
+    return Choice(requested)
   if not device.loops_over_images:
     if not refusal("cudnn", device, value.dtype, width):
       return Choice("cudnn")
     # XLA cannot split its kernel over several TPUs.
-    if device.platform == "tpu" and device.count == 1 and key.shape[1] >= tuning.LEAST_SPLASH:
+    if device.platform == "tpu" and device.count == 1 and key.shape[1] >= tuning.MIN_SPLASH_KEYS:
       return Choice("splash")
-  return Choice(_own(device, query, key))
+  return Choice(_portable_form(device, query, key))
 
 
-def _own(device: Device, query, key) -> str:
+def _portable_form(device: Device, query, key) -> str:
   keys, entries = key.shape[1], query.shape[1] * key.shape[1]
   if not device.loops_over_images:
-    return "einsum" if entries <= tuning.LARGEST_MAP else "tiled"
+    return "einsum" if entries <= tuning.MAX_MAP_ENTRIES else "tiled"
   if entries < tuning.FEW_ENTRIES:
     return "einsum"
   return "images" if entries < tuning.MANY_ENTRIES and keys < tuning.MANY_KEYS else "tiled"
@@ -66,12 +66,12 @@ def masked_dense(call, rescore=None) -> str:
       "a filter over scores needs all of them")
 
 
-def for_layout(device: Device, layout, query, key, value, asked: str | None = None) -> Choice:
+def for_layout(device: Device, layout, query, key, value, requested: str | None = None) -> Choice:
   """The form for a block layout and nothing besides."""
   if device.loops_over_images:
     return Choice("block_sparse_cpu")
-  if asked is not None:   # `count` does: it counts what all devices compute
-    return Choice("block_sparse_gather", f"no kernel: {asked!r} was asked for")
+  if requested is not None:   # `count` does: it counts what all devices compute
+    return Choice("block_sparse_gather", f"no kernel: {requested!r} was asked for")
   why = kernels.refusal(device, *layout.block_shapes(query, key, value), layout.chosen)
   return Choice("block_sparse_gather", why) if why else Choice("block_sparse_kernel")
 

@@ -9,7 +9,7 @@ import jax
 
 FORMS = ("einsum", "images", "tiled", "cudnn", "splash", "tokamax")
 _device = jax.make_user_context(None)
-_asked = jax.make_user_context(None)
+_requested = jax.make_user_context(None)
 
 
 class Device(NamedTuple):
@@ -60,9 +60,9 @@ def using(form: str | None):
   """
   if form is not None and form not in FORMS:
     raise ValueError(f"attention form {form!r}: must be one of {', '.join(FORMS)}, or None")
-  return _asked(form)
+  return _requested(form)
 
 
-def asked() -> str | None:
+def requested_form() -> str | None:
   """The form that was asked for, if any."""
-  return _asked.value
+  return _requested.value

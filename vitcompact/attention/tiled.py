@@ -89,7 +89,7 @@ def _of_heads(head: Callable, loop: str | None) -> Callable:
 
 def _most_rows(keys: int) -> int:
   """Queries of a tile over all keys."""
-  return max(tuning.LEAST_TILE, tuning.TILE_ENTRIES // keys)
+  return max(tuning.MIN_TILE_QUERIES, tuning.TILE_ENTRIES // keys)
 
 
 def _tiles(x_n, most: int):
@@ -110,7 +110,7 @@ def attend_any(of_tile: Callable, call, query_bnhd, key_bmhd, value_bmhe, rescor
   A tile takes the rows around it that `rescore` reaches for.
   """
   queries, keys, heads = *(x.shape[1] for x in (query_bnhd, key_bmhd)), value_bmhe.shape[2]
-  tiles = -(-queries // max(tuning.LEAST_ROWS, tuning.ROW_ENTRIES // (keys * heads)))
+  tiles = -(-queries // max(tuning.MIN_ROW_QUERIES, tuning.ROW_ENTRIES // (keys * heads)))
   rows, reach = -(-queries // tiles), 0 if rescore is None else rescore.reach
   start_t1 = rows * jnp.arange(tiles)[:, None]
   missing = tiles * rows - queries

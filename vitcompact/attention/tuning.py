@@ -1,7 +1,7 @@
 """Every tuned constant of attention, with where and when it was measured.
 
 Commands: A `taskset -c 0 python -m experiments.attention_speed`, with `--gradients` for backward
-passes; B `taskset -c 0 python -m experiments.links_speed`. Limits that hardware sets stand in
+passes; B the same with `--layers dense sparse predictor`. Limits that hardware sets stand in
 `kernels`.
 """
 # name = value             measured, by    what it is
@@ -13,12 +13,12 @@ MANY_KEYS = 240          # 2026-11-28, A   the same, in keys; from here on in ti
 STEP_QUERIES = 1024      # 2026-11-28, A   a tile forward: with STEP_KEYS, 1 MB of scores. Fewer
 STEP_KEYS = 256          # 2026-11-28, A   queries are slower products; a tenth slower backward
 TILE_ENTRIES = 2 ** 20   # 2026-11-21, A   scores of a tile over all keys (backward, and off a CPU)
-LEAST_TILE = 64          # 2026-11-21, A   its queries, at least
+MIN_TILE_QUERIES = 64    # 2026-11-21, A   its queries, at least
 ROW_ENTRIES = 2 ** 18    # 2026-11-21, A   scores of all heads, in a tile that is filtered or masked
-LEAST_ROWS = 16          # 2026-11-21, A   its queries, at least
+MIN_ROW_QUERIES = 16     # 2026-11-21, A   its queries, at least
 BLOCK_ENTRIES = 2 ** 16  # 2026-11-21, B   scores that block-sparse attention forms in one step
 BLOCK_MIN_TOKENS = 197   # 2026-11-21, B   block-sparse is 1.1 times as fast as dense, at keep 0.25
 
 # GPU and TPU: chosen for memory, by estimate; never measured.
-LARGEST_MAP = 1024 ** 2  # not measured    scores of a head; beyond, in tiles
-LEAST_SPLASH = 512       # not measured    keys from which splash computes attention on a TPU
+MAX_MAP_ENTRIES = 1024 ** 2   # not measured    scores of a head; beyond, in tiles
+MIN_SPLASH_KEYS = 512         # not measured    keys from which splash computes attention on a TPU

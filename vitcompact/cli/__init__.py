@@ -10,7 +10,7 @@ import click
 from vitcompact._version import __version__
 from vitcompact.cli import bench, compare, convert, count, draw, models, predict, prepare
 
-LINES = 5    # of an error of many lines, such as one for each parameter that does not fit
+MAX_ERROR_LINES = 5    # of an error of many lines, such as one for each parameter that does not fit
 
 
 def _set_verbose(context: click.Context, _, value: bool):
@@ -49,8 +49,8 @@ class Program(click.Group):
 
 def _fail(text: str):
   lines = [line.strip() for line in text.splitlines() if line.strip()]
-  if len(lines) > LINES:
-    lines[LINES:] = [f"and {len(lines) - LINES} more: --verbose shows them"]
+  if len(lines) > MAX_ERROR_LINES:
+    lines[MAX_ERROR_LINES:] = [f"and {len(lines) - MAX_ERROR_LINES} more: --verbose shows them"]
   print(f"error: {'; '.join(lines)}", file=sys.stderr, flush=True)
   sys.exit(2)
 

@@ -25,16 +25,14 @@ def forward(model, batch: int):
   """A function without arguments: inference of that many random images, with random weights."""
   import jax
   import jax.numpy as jnp
-  import numpy as np
 
   from vitcompact import bench
-  from vitcompact.tune import drawn
+  from vitcompact.doors import image_shapes, variable_shapes
+  from vitcompact.tune import random_arrays
 
-  height, width = np.broadcast_to(model.image_size, 2).tolist()
-  images = drawn(jax.ShapeDtypeStruct((batch, height, width, model.in_chans), jnp.float32))
-  shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-  variables = drawn(shapes)
-  if "batch_stats" in shapes:    # variances are positive
+  images = random_arrays(image_shapes(model, batch))
+  variables = random_arrays(variable_shapes(model))
+  if "batch_stats" in variables:    # variances are positive
     variables["batch_stats"] = jax.tree.map(jnp.ones_like, variables["batch_stats"])
   return bench.compiled(model.apply, variables, images).call
 

@@ -4,7 +4,7 @@ import pathlib
 import click
 
 
-def opened(path: str):
+def open_image(path: str):
   """The image in a file; ValueError where there is none."""
   from vitcompact.data import decode
 
@@ -25,7 +25,7 @@ def probabilities(model, variables, paths, batch: int):
   forward = jax.jit(lambda v, x: jax.nn.softmax(model.apply(v, x).astype("float32")))
   for start in range(0, len(paths), batch):
     some = paths[start:start + batch]
-    images = np.stack([prepared(opened(path)) for path in some])
+    images = np.stack([prepared(open_image(path)) for path in some])
     yield from zip(some, np.asarray(forward(variables, images)), strict=True)
 
 

@@ -20,10 +20,10 @@ from vitcompact.draw import pyplot
 from vitcompact.methods import protocol
 from vitcompact.methods.attention.sparsifiner import Sparsifiner
 
-DARK = 0.25     # brightness of a patch that is not attended to,
+DIMMED = 0.25     # brightness of a patch that is not attended to,
 BLUE = np.array([0.0, 0.0, 0.35])   # and what is added, or a black one would look like the others
-LEAST = 16      # pixels, a side of a patch that is drawn
-KEEPS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
+MIN_PATCH_SIDE = 16      # pixels, a side of a patch that is drawn
+KEEP_RATES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 
 def sparse_blocks(model) -> list[int]:
@@ -51,7 +51,7 @@ def pairs_of(model, variables, image) -> dict[int, np.ndarray]:
   return {i: np.asarray(maps[f"blocks_{i}"][0][:count]) > 0 for i, count in scored.items()}
 
 
-def mass_kept(model, variables, image, keeps=KEEPS) -> dict[int, list[tuple[float, float]]]:
+def mass_kept(model, variables, image, keeps=KEEP_RATES) -> dict[int, list[tuple[float, float]]]:
   """{block: for each keep rate, the share of pairs really kept, and the share of the block's own
   dense attention that they hold}.
 
@@ -78,18 +78,18 @@ def with_predictors(model, **fields):
 
 def enlarged(image, grid: tuple[int, int]):
   """The image, its pixels repeated where patches are so small that a frame would cover them."""
-  times = max(1, -(-LEAST * grid[0] // image.shape[0]))
+  times = max(1, -(-MIN_PATCH_SIDE * grid[0] // image.shape[0]))
   return image.repeat(times, axis=0).repeat(times, axis=1)
 
 
-def lit(image, kept, query: tuple[int, int]):
+def highlighted(image, kept, query: tuple[int, int]):
   """The image with patches that are not kept dark blue and a red frame around the query's.
 
   image: (H, W, 3) in [0, 1]; kept: (h, w) bool.
   """
   height, width = image.shape[0] // kept.shape[0], image.shape[1] // kept.shape[1]
   seen = np.kron(kept, np.ones((height, width)))[..., None] > 0
-  out = np.where(seen, image, DARK * image + BLUE)
+  out = np.where(seen, image, DIMMED * image + BLUE)
   y, x = query[0] * height, query[1] * width
   red = np.array([1.0, 0.0, 0.0])
   for edge in (np.s_[y, x:x + width], np.s_[y + height - 1, x:x + width],
@@ -161,22 +161,22 @@ def run(checkpoint, image, out, *, queries=(), blocks=(), force=False) -> str:
     raise ValueError(f"{out / there[0]} exists; give another folder or --force")
   out.mkdir(parents=True, exist_ok=True)
   preprocess = vc.preprocess(model)
-  pixels = preprocess(Image.open(image))
-  plain = np.clip(pixels * np.array(preprocess.std) + np.array(preprocess.mean), 0, 1)
-  plain = enlarged(plain, model.grid)
-  pairs = pairs_of(model, variables, pixels)
+  normalised = preprocess(Image.open(image))
+  shown = enlarged(preprocess.pixels(normalised), model.grid)
+  pairs = pairs_of(model, variables, normalised)
   pairs = {block: pairs[block] for block in blocks or known}
   prefix = model.sites()[0].prefix
   for (row, column), name in zip(places, names, strict=False):
     at = prefix + row * model.grid[1] + column
-    draw_rows({f"block {i}": [lit(plain, kept[at, prefix:].reshape(model.grid), (row, column))
-                              for kept in heads] for i, heads in pairs.items()}, out / name)
+    draw_rows({f"block {i}": [
+        highlighted(shown, kept[at, prefix:].reshape(model.grid), (row, column))
+        for kept in heads] for i, heads in pairs.items()}, out / name)
   draw_rows({f"block {i}": list(heads) for i, heads in pairs.items()}, out / "matrices.png",
             cmap="gray")
-  mass = mass_kept(model, variables, pixels)
+  mass = mass_kept(model, variables, normalised)
   draw_mass(mass, out / "mass.png")
   lines = ["block,keep,kept,mass"]
   lines += [f"{i},{keep},{kept:.4f},{share:.4f}" for i, shares in mass.items()
-            for keep, (kept, share) in zip(KEEPS, shares, strict=True)]
+            for keep, (kept, share) in zip(KEEP_RATES, shares, strict=True)]
   (out / "mass.csv").write_text("\n".join(lines) + "\n")
   return f"{out}: {', '.join(names)}"

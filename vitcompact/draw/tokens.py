@@ -15,14 +15,14 @@ from vitcompact import convert
 from vitcompact.draw import pyplot
 from vitcompact.token_state import NOTHING
 
-GONE = -1
-LINE = 0.15   # how dark the lines between groups are
+DROPPED = -1
+OUTLINE = 0.15   # how dark the lines between groups are
 
 
 def stages(model, variables, image) -> list[tuple[str, np.ndarray]]:
   """[(title, (h, w) int)], after each block that reduces: the token that holds each patch.
 
-  GONE where a patch was dropped or fused into a remainder. image: (H, W, C), normalised.
+  DROPPED where a patch was dropped or fused into a remainder. image: (H, W, C), normalised.
   """
   blocks = [i for i in range(model.depth) if model.plan.reduction(i, model.depth) != NOTHING]
   if not blocks:
@@ -34,28 +34,28 @@ def stages(model, variables, image) -> list[tuple[str, np.ndarray]]:
   for i in blocks:
     source = np.asarray(sown[f"source_{i}"][0])[0]
     keep_mask = np.asarray(sown[f"keep_mask_{i}"][0])[0]
-    holder = np.where(keep_mask, source[-keep_mask.size:], GONE).reshape(model.grid)
-    tokens = len(np.unique(holder[holder != GONE]))
+    holder = np.where(keep_mask, source[-keep_mask.size:], DROPPED).reshape(model.grid)
+    tokens = len(np.unique(holder[holder != DROPPED]))
     out.append((f"block {i}: {tokens} of {keep_mask.size}", holder))
   return out
 
 
-def painted(image, holder):
+def coloured_by_token(image, holder):
   """The image with each token's patches in their mean colour: (H, W, 3) in [0, 1].
 
   image: (H, W, 3) in [0, 1]; holder: (h, w) int, as `stages` returns. A token of one patch shows
-  it as it is, more have a line around them; patches that are GONE are white.
+  it as it is, more have a line around them; patches that are DROPPED are white.
   """
   height, width = image.shape[0] // holder.shape[0], image.shape[1] // holder.shape[1]
   whose = np.kron(holder, np.ones((height, width), int))
   out, merged = image.copy(), np.zeros(whose.shape, bool)
-  out[whose == GONE] = 1
-  for token in np.unique(holder[holder != GONE]):
+  out[whose == DROPPED] = 1
+  for token in np.unique(holder[holder != DROPPED]):
     if (holder == token).sum() > 1:
       merged |= whose == token
       out[whose == token] = image[whose == token].mean(axis=0)
-  out[1:][(whose[1:] != whose[:-1]) & (merged[1:] | merged[:-1])] = LINE
-  out[:, 1:][(whose[:, 1:] != whose[:, :-1]) & (merged[:, 1:] | merged[:, :-1])] = LINE
+  out[1:][(whose[1:] != whose[:-1]) & (merged[1:] | merged[:-1])] = OUTLINE
+  out[:, 1:][(whose[:, 1:] != whose[:, :-1]) & (merged[:, 1:] | merged[:, :-1])] = OUTLINE
   return out
 
 
@@ -103,6 +103,7 @@ def run(checkpoint, image, out, *, plan=None, force=False) -> str:
   preprocess = vc.preprocess(model)
   normalised = preprocess(Image.open(image))
   seen = stages(model, variables, normalised)
-  plain = np.clip(normalised * np.array(preprocess.std) + np.array(preprocess.mean), 0, 1)
-  write_row([("image", plain), *((title, painted(plain, holder)) for title, holder in seen)], out)
+  plain = preprocess.pixels(normalised)
+  panels = [(title, coloured_by_token(plain, holder)) for title, holder in seen]
+  write_row([("image", plain), *panels], out)
   return f"{out}: " + "; ".join(title for title, _ in seen)

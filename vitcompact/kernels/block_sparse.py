@@ -30,28 +30,28 @@ def attention(forward: Callable, backward: Callable) -> Callable:
     """
     return run(query_bfqad, key_bfkcd, value_bfkce, bias, chosen_bfqs, interpret)[0]
 
-  def apart(kernel, interpret):
+  def per_device(kernel, interpret):
     kernel = functools.partial(kernel, interpret)
     # Mosaic GPU's interpreter has effects, which a partitioned function may not have.
     return over_images(kernel) if interpret is None else kernel
 
   def run(query, key, value, bias, chosen, interpret):
-    bias = _of_each_image(bias, key)
-    out, log_sum = apart(forward, interpret)(query, key, value, bias, chosen)
+    bias = _bias_per_image(bias, key)
+    out, log_sum = per_device(forward, interpret)(query, key, value, bias, chosen)
     return (out.astype(jnp.float32), log_sum), (query, key, value, bias, chosen, out, log_sum)
 
   def gradients(interpret, residuals, gradients):
     *arguments, out, log_sum = residuals
     d_out, d_log_sum = gradients
     shift = d_log_sum - jnp.sum(out.astype(jnp.float32) * d_out, axis=-1)
-    d_arrays = apart(backward, interpret)(*arguments, log_sum, shift, d_out.astype(out.dtype))
+    d_arrays = per_device(backward, interpret)(*arguments, log_sum, shift, d_out.astype(out.dtype))
     return *d_arrays, None, None
 
   attend.defvjp(run, gradients)
   return attend
 
 
-def _of_each_image(bias, key_bfkcd):
+def _bias_per_image(bias, key_bfkcd):
   """(B, 1, k, c) float32."""
   batch, _, keys, area, _ = key_bfkcd.shape
   if bias is None:

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from vitcompact.kernels.block_sparse import attention
-from vitcompact.kernels.pairs import by_key
+from vitcompact.kernels.pairs import pairs_by_key
 
 AREA = 64       # tokens in a tile: the rows of one matrix instruction of a warpgroup
 SLOTS = 2       # tiles in flight; with 2, four programs and more fit on one multiprocessor
@@ -38,7 +38,7 @@ def backward(interpret, query, key, value, bias, chosen, log_sum, shift, d_out):
   rows = [_tiles(x) for x in (query, d_out, log_sum * LOG2_E, shift)]
   columns = [_tiles(key), _tiles(value), _bias(bias, key)]
   d_query = _d_query(*rows, *columns, _tiles(_numbered(chosen, keys)), interpret)
-  chosen_by_key, first = by_key(chosen, keys)
+  chosen_by_key, first = pairs_by_key(chosen, keys)
   first = _numbered(first, chosen_by_key.shape[-1])
   spans = jnp.stack([first[..., :-1], first[..., 1:]], axis=-1).reshape(-1, 2)
   chosen_by_key = _numbered(chosen_by_key, queries).reshape(-1)

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from vitcompact.kernels.block_sparse import attention
-from vitcompact.kernels.pairs import by_key
+from vitcompact.kernels.pairs import pairs_by_key
 
 LANES = 128
 # Of a head's keys and values (or queries and their gradients), twice: the next head's are on their
@@ -41,7 +41,7 @@ def backward(interpret, query, key, value, bias, chosen, log_sum, shift, d_out):
 
   rows = (query, d_out.astype(value.dtype), log_sum[..., None, :], shift[..., None, :])
   columns = (key, value, bias.swapaxes(1, 2))
-  lists = [_listed(x) for x in (chosen, *by_key(chosen, key.shape[2]))]
+  lists = [_listed(x) for x in (chosen, *pairs_by_key(chosen, key.shape[2]))]
   return lax.map(of_image, (rows, columns, *lists))
 
 
@@ -76,13 +76,13 @@ def _as_row(column_a1):
   return jnp.sum(jnp.where(_diagonal(column_a1.shape[0]), column_a1, 0.0), axis=0, keepdims=True)
 
 
-def _one(array_fq):
+def _block_spec(array_fq):
   """A block of a head for each step of the grid."""
   shape = (None, None, *array_fq.shape[2:])
   return pl.BlockSpec(shape, lambda head, block, *_: (head, block, 0, 0))
 
 
-def _whole(array_fk):
+def _head_spec(array_fk):
   """All blocks of a head."""
   return pl.BlockSpec((None, *array_fk.shape[1:]), lambda head, block, *_: (head, 0, 0, 0))
 
@@ -123,12 +123,12 @@ def _forward(query, key, value, bias, chosen, interpret):
     out_ref[...] = summed / total
     log_sum_ref[...] = _as_row(top + jnp.log(total))
 
-  specs = [_one(query), _whole(key), _whole(value), _everything(bias)]
-  return _launch(block_sparse_attention, (heads, queries), 1, specs, [_one(x) for x in out], out,
-                 interpret)(chosen, query, key, value, bias)
+  specs = [_block_spec(query), _head_spec(key), _head_spec(value), _bias_spec(bias)]
+  return _launch(block_sparse_attention, (heads, queries), 1, specs,
+                 [_block_spec(x) for x in out], out, interpret)(chosen, query, key, value, bias)
 
 
-def _everything(array_k):
+def _bias_spec(array_k):
   return pl.BlockSpec(array_k.shape, lambda head, block, *_: (0, 0, 0))
 
 
@@ -152,22 +152,22 @@ def _d_query(query, d_out, log_sum, shift, key, value, bias, chosen, interpret):
     summed = lax.fori_loop(0, count, step, jnp.zeros(query_ref.shape, jnp.float32))
     d_query_ref[...] = summed.astype(query.dtype)
 
-  specs = [*(_one(x) for x in (query, d_out, log_sum, shift)), _whole(key), _whole(value),
-           _everything(bias)]
+  specs = [*(_block_spec(x) for x in (query, d_out, log_sum, shift)),
+           *(_head_spec(x) for x in (key, value)), _bias_spec(bias)]
   out = jax.ShapeDtypeStruct(query.shape, query.dtype)
-  return _launch(block_sparse_d_query, (heads, queries), 1, specs, _one(out), out, interpret)(
-      chosen, query, d_out, log_sum, shift, key, value, bias)
+  return _launch(block_sparse_d_query, (heads, queries), 1, specs, _block_spec(out), out,
+                 interpret)(chosen, query, d_out, log_sum, shift, key, value, bias)
 
 
 def _d_key_value(query, d_out, log_sum, shift, key, value, bias, chosen_by_key, first, interpret):
   """Gradients of keys and values: a step owns a block of keys, whose scores are transposed.
 
-  chosen_by_key (f q s), first (f (k + 1)): see `by_key`.
+  chosen_by_key (f q s), first (f (k + 1)): see `pairs_by_key`.
   """
   heads, keys = key.shape[:2]
   pairs = chosen_by_key.size // heads
 
-  def block_sparse_d_key_value(linked_ref, first_ref, query_ref, d_out_ref, log_sum_ref, shift_ref,
+  def block_sparse_d_key_value(chosen_ref, first_ref, query_ref, d_out_ref, log_sum_ref, shift_ref,
                                key_ref, value_ref, bias_ref, d_key_ref, d_value_ref):
     head = pl.program_id(0)
     own = head * (keys + 1) + pl.program_id(1)
@@ -175,7 +175,7 @@ def _d_key_value(query, d_out, log_sum, shift, key, value, bias, chosen_by_key, 
 
     def step(number, carry):
       d_key, d_value = carry
-      block = linked_ref[head * pairs + number]
+      block = chosen_ref[head * pairs + number]
       scores = _transposed(key_ref[...], query_ref[block]) + bias
       weights = jnp.exp(scores - log_sum_ref[block])
       d_value = d_value + _product(weights.astype(value.dtype), d_out_ref[block])
@@ -189,7 +189,9 @@ def _d_key_value(query, d_out, log_sum, shift, key, value, bias, chosen_by_key, 
     d_value_ref[...] = d_value.astype(value.dtype)
 
   own_bias = pl.BlockSpec((None, *bias.shape[1:]), lambda head, block, *_: (block, 0, 0))
-  specs = [*(_whole(x) for x in (query, d_out, log_sum, shift)), _one(key), _one(value), own_bias]
+  specs = [*(_head_spec(x) for x in (query, d_out, log_sum, shift)),
+           *(_block_spec(x) for x in (key, value)), own_bias]
   out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)]
-  return _launch(block_sparse_d_key_value, (heads, keys), 2, specs, [_one(x) for x in out], out,
-                 interpret)(chosen_by_key, first, query, d_out, log_sum, shift, key, value, bias)
+  return _launch(block_sparse_d_key_value, (heads, keys), 2, specs,
+                 [_block_spec(x) for x in out], out, interpret)(
+      chosen_by_key, first, query, d_out, log_sum, shift, key, value, bias)

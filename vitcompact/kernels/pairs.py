@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 
 
-def by_key(chosen_bfqs, keys: int):
+def pairs_by_key(chosen_bfqs, keys: int):
   """Chosen pairs of blocks in the order of their keys: what the gradient of a key is summed over.
 
   Args:

@@ -26,9 +26,9 @@ def over_images(function: Callable) -> Callable:
     factors = [[f"x{number}_{axis}" for axis in range(1, len(array.shape))]
                for number, array in enumerate([*arguments, *results])]
     sides = [" ".join(["images", *rest]) for rest in factors]
-    alone = tuple(factor for rest in factors for factor in rest)
+    replicated = tuple(factor for rest in factors for factor in rest)
     return (", ".join(sides[:len(arguments)]) + " -> " + ", ".join(sides[len(arguments):]),
-            {"need_replication_factors": alone})
+            {"need_replication_factors": replicated})
 
   spread = custom_partitioning(function)
   spread.def_partition(partition, sharding_rule=rule)

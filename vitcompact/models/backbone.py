@@ -1,13 +1,14 @@
-"""The contract of a backbone, and what the backbones share before their layers."""
+"""The contract of a backbone, and what the backbones share."""
 import functools
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitcompact import attention
+from vitcompact import attention, layers
+from vitcompact.block import Block
 from vitcompact.execution import Execution
 from vitcompact.methods.protocol import CAPABILITIES, Site
 from vitcompact.plan import Plan
@@ -20,85 +21,126 @@ HIERARCHICAL = ISOTROPIC - {"free tokens", "class token"}
 WITHOUT_ATTENTION = frozenset({"grid", "token order"})
 
 
-class Backbone(Protocol):
-  """What the library asks of a model, a linen Module with these fields and methods.
+class Backbone(nn.Module):
+  """What the library asks of a model: these fields, and the methods below.
 
   Called with images (B, H, W, in_chans), normalised float, it returns logits (B, num_classes) in
   float32. It sows "features", and what its docstring says besides.
+
+  variant: its name in the table of models. num_classes: 0 for features. dtype: of the computation.
+  deploy: the folded form.
   """
-  variant: str                        # its name in the table of models
-  image_size: int | tuple[int, int]
-  in_chans: int
-  num_classes: int                    # 0: features
-  drop_path_rate: float
-  dtype: str                          # of the computation
-  remat: bool
-  plan: Plan
-  execution: Execution
-  deploy: bool                        # the folded form
-  # Below, what a trainer may learn from.
-  teaches: frozenset[str]             # of "patch features", "patch logits"
-  mixes_images: bool                  # whether training mixes the images of a batch (MixToken)
+  variant: str = ""
+  image_size: int | tuple[int, int] = 224
+  in_chans: int = 3
+  num_classes: int = 1000
+  drop_path_rate: float = 0.1
+  dtype: str = "float32"
+  remat: bool = False
+  plan: Plan = Plan()
+  execution: Execution = Execution()
+  deploy: bool = False
 
-  def check(self) -> None:
+  rules: ClassVar[list[tuple[str, Leaf]]]           # of the parameters that only it has
+  teaches: ClassVar[frozenset[str]] = frozenset()   # of "patch features", "patch logits"
+  mixes_images: ClassVar[bool] = False              # a batch's with each other, in training
+
+  @nn.nowrap
+  def check(self):
     """Raises ValueError, one line, where the fields do not go together."""
+    sites = self.sites()
+    self.plan.check(sites, self.variant)
+    self.execution.check(self.plan.mergeable(sites))
 
+  @nn.nowrap
   def sites(self) -> list[Site]:
     """Its blocks in order, as methods see them."""
+    raise NotImplementedError
 
+  @nn.nowrap
   def submodules(self) -> dict[str, nn.Module]:
     """{name: module} that a plan changes or that fold, not bound to a parent. Each has
     `fold(params, stats)`, which returns (params, stats); those that a plan changes also `site` and
     `methods`."""
+    raise NotImplementedError
 
-  def parameter_rules(self) -> list[tuple[str, Leaf]]:
-    """[(pattern, Leaf)] for every parameter; see `trees.first_match`."""
-
+  @nn.nowrap
   def torch_entries(self) -> list[Entry]:
     """Every tensor of its PyTorch state dict, under timm's names where timm has the model."""
+    raise NotImplementedError
 
+  @nn.nowrap
   def authors_name(self, name: str) -> str:
     """The authors' name of a tensor, from that of `torch_entries`."""
+    return name
+
+  @nn.nowrap
+  def parameter_rules(self) -> list[tuple[str, Leaf]]:
+    """[(pattern, Leaf)] for every parameter, see `trees.first_match`."""
+    return [*self.rules, *self.plan.parameter_rules(layers.RULES)]
+
+  @nn.nowrap
+  def site_fields(self, block: int) -> dict[str, Any]:
+    """Fields of a block's Site that follow from the model's own."""
+    return {"block": block, "depth": self.depth, "form": self.execution.attention.get(block),
+            "merged": self.execution.merged_in(block), "deploy": self.deploy, "dtype": self.dtype}
+
+  @nn.nowrap
+  def drop_path_rates(self) -> list[float]:
+    """Stochastic depth's rate of each block: linear from 0 to the model's."""
+    return np.linspace(0, self.drop_path_rate, self.depth).tolist()
+
+  @nn.nowrap
+  def block_class(self, kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of a block; with `remat` its backward pass computes its activations again."""
+    return nn.remat(kind, static_argnums=(2,)) if self.remat else kind
 
 
-def site_fields(model, block: int) -> dict[str, Any]:
-  """Fields of a Site that follow from a model's own."""
-  return {"block": block, "form": model.execution.attention.get(block),
-          "merged": model.execution.merged_in(block), "deploy": model.deploy, "dtype": model.dtype}
+class Isotropic(Backbone):
+  """A backbone of equal blocks over the tokens of one grid, with prefix tokens before them."""
+  patch_size: int = 16
+  width: int = 384
+  depth: int = 12
+  heads: int = 6
+  mlp_ratio: float = 4.0
 
+  prefix: ClassVar[int] = 1
 
-def isotropic_sites(model, prefix: int) -> list[Site]:
-  """The blocks of a model whose blocks are alike, with a class token and free tokens."""
-  count, grid = prefix + model.grid[0] * model.grid[1], model.grid
-  return [Site(depth=model.depth, width=model.width, ffn_width=model.width,
-               hidden=int(model.width * model.mlp_ratio),
-               heads=model.heads, tokens=count, prefix=prefix, query_grid=grid, key_grid=grid,
-               tokens_left=model.plan.tokens_left(i, model.depth, count, prefix),
-               provides=ISOTROPIC, **site_fields(model, i)) for i in range(model.depth)]
+  @property
+  def grid(self) -> tuple[int, int]:
+    height, width = np.broadcast_to(self.image_size, 2).tolist()
+    return height // self.patch_size, width // self.patch_size
 
+  @nn.nowrap
+  def check(self):
+    """Raises ValueError, one line, unless patches fill the image and heads divide the width."""
+    for side in np.broadcast_to(self.image_size, 2).tolist():
+      if side < self.patch_size or side % self.patch_size:
+        near = max(1, round(side / self.patch_size)) * self.patch_size
+        raise ValueError(f"image_size={self.image_size}: {side} is not a multiple of "
+                         f"patch_size={self.patch_size}; the nearest that is: {near}")
+    if self.width % self.heads:
+      raise ValueError(f"heads={self.heads} does not divide width={self.width}; heads that do: "
+                       f"{[h for h in range(1, 33) if self.width % h == 0]}")
+    super().check()
 
-def drop_path_rates(model) -> list[float]:
-  """Stochastic depth's rate of each block: linear from 0 to the model's."""
-  return np.linspace(0, model.drop_path_rate, model.depth).tolist()
+  @nn.nowrap
+  def sites(self) -> list[Site]:
+    """Its blocks, as methods see them."""
+    count = self.prefix + self.grid[0] * self.grid[1]
+    return [Site(width=self.width, ffn_width=self.width, hidden=int(self.width * self.mlp_ratio),
+                 heads=self.heads, tokens=count, prefix=self.prefix, query_grid=self.grid,
+                 key_grid=self.grid,
+                 tokens_left=self.plan.tokens_left(i, self.depth, count, self.prefix),
+                 provides=ISOTROPIC, **self.site_fields(i)) for i in range(self.depth)]
 
-
-def check_plan(model):
-  """Raises ValueError where the plan or the execution record does not fit the model's blocks."""
-  sites = model.sites()
-  model.plan.check(sites, model.variant)
-  model.execution.check(model.plan.mergeable(sites))
-
-
-def check_grid_and_heads(model):
-  """Raises ValueError, one line, unless patches fill the image and heads divide the width."""
-  for side in np.broadcast_to(model.image_size, 2).tolist():
-    if side < model.patch_size or side % model.patch_size:
-      near = max(1, round(side / model.patch_size)) * model.patch_size
-      raise ValueError(f"image_size={model.image_size}: {side} is not a multiple of "
-                       f"patch_size={model.patch_size}; the nearest that is: {near}")
-  if model.width % model.heads:
-    raise ValueError(f"heads={model.heads} does not divide width={model.width}; heads that do: "
-                     f"{[h for h in range(1, 33) if model.width % h == 0]}")
+  @nn.nowrap
+  def blocks(self, **fields) -> dict[str, nn.Module]:
+    """{name: block}, with these fields besides, not bound to a parent."""
+    block = self.block_class(Block)
+    return {f"blocks_{site.block}": block(site, self.plan.at(site), drop_path=rate, parent=None,
+                                          **fields)
+            for site, rate in zip(self.sites(), self.drop_path_rates(), strict=True)}
 
 
 def check_images(model, images_bhwc):
@@ -107,6 +149,13 @@ def check_images(model, images_bhwc):
   if images_bhwc.shape[1:] != (height, width, channels):
     raise ValueError(f"images of shape {images_bhwc.shape}: this model takes (B, {height}, "
                      f"{width}, {channels}); create it with image_size= and in_chans=")
+
+
+def record_stage(model, stage: int, map_bhwc):
+  """Sows in "features" the map that leaves a stage."""
+  # Everything is mutable in init, whose variables are no place for features.
+  if not model.is_initializing():
+    model.sow("features", f"stage_{stage}", map_bhwc)
 
 
 def chunked(call):

@@ -1,23 +1,12 @@
-"""DeiT and the plain ViT: one straight transformer (Touvron et al., arXiv 2012.12877)."""
+"""DeiT and the plain ViT: an isotropic transformer (Touvron et al., arXiv 2012.12877)."""
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vitcompact import layers, token_state, torch_names
-from vitcompact.block import Block, block_entries
-from vitcompact.execution import Execution
-from vitcompact.methods.protocol import Site
-from vitcompact.models.backbone import (
-  check_grid_and_heads,
-  check_images,
-  check_plan,
-  chunked,
-  drop_path_rates,
-  isotropic_sites,
-)
+from vitcompact.block import block_entries
+from vitcompact.models.backbone import Isotropic, check_images, chunked
 from vitcompact.models.variant import Variant
-from vitcompact.plan import Plan
 from vitcompact.token_state import Tokens
 from vitcompact.torch_names import Entry, Positions
 from vitcompact.trees import Leaf
@@ -33,7 +22,7 @@ RULES = [
 ]
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Isotropic):
   """Patches, class token (and distillation token), learned positions, pre-norm blocks, linear head.
 
   Images (B, H, W, in_chans), normalised float -> logits (B, num_classes) in float32. A distilled
@@ -44,36 +33,16 @@ class VisionTransformer(nn.Module):
   model that has to relate distant places may not learn to for thousands of steps, and does with 0.5
   in hundreds.
   """
-  variant: str = ""
-  image_size: int | tuple[int, int] = 224
-  patch_size: int = 16
-  in_chans: int = 3
-  num_classes: int = 1000
-  width: int = 384
-  depth: int = 12
-  heads: int = 6
-  mlp_ratio: float = 4.0
   distilled: bool = False
   global_pool: str = "token"
   position_std: float = 0.02
-  drop_path_rate: float = 0.1
-  dtype: str = "float32"
-  remat: bool = False
-  plan: Plan = Plan()
-  execution: Execution = Execution()
-  deploy: bool = False
 
-  mixes_images = False
+  rules = RULES
 
   @property
   def teaches(self) -> frozenset[str]:
     """Mean-pooled features are normalised after pooling: then no patch has features to compare."""
     return frozenset() if self.global_pool == "avg" else frozenset({"patch features"})
-
-  @property
-  def grid(self) -> tuple[int, int]:
-    height, width = np.broadcast_to(self.image_size, 2).tolist()
-    return height // self.patch_size, width // self.patch_size
 
   @property
   def prefix(self) -> int:
@@ -82,30 +51,16 @@ class VisionTransformer(nn.Module):
   @nn.nowrap
   def check(self):
     """Raises ValueError, one line, where the fields do not go together."""
-    check_grid_and_heads(self)
     if self.global_pool not in ("token", "avg", ""):
       raise ValueError(f"global_pool={self.global_pool!r}: must be 'token', 'avg' or ''")
     if self.position_std < 0:
       raise ValueError(f"position_std={self.position_std}: must be at least 0")
-    check_plan(self)
-
-  @nn.nowrap
-  def sites(self) -> list[Site]:
-    """Its blocks, as methods see them."""
-    return isotropic_sites(self, prefix=self.prefix)
+    super().check()
 
   @nn.nowrap
   def submodules(self) -> dict[str, nn.Module]:
     """{name: block}, the modules that a plan changes or that fold, not bound to a parent."""
-    block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
-    return {f"blocks_{site.block}": block(site, self.plan.at(site), drop_path=rate, epsilon=EPSILON,
-                                          parent=None)
-            for site, rate in zip(self.sites(), drop_path_rates(self), strict=True)}
-
-  @nn.nowrap
-  def parameter_rules(self) -> list[tuple[str, Leaf]]:
-    """[(pattern, Leaf)] for every parameter, those of the plan's methods included."""
-    return [*RULES, *self.plan.parameter_rules(layers.RULES)]
+    return self.blocks(epsilon=EPSILON)
 
   @nn.nowrap
   def torch_entries(self) -> list[Entry]:
@@ -122,11 +77,6 @@ class VisionTransformer(nn.Module):
     for name in ["head", "head_dist"][:self.prefix] if self.num_classes else []:
       entries += torch_names.linear(name, name)
     return entries
-
-  @nn.nowrap
-  def authors_name(self, name: str) -> str:
-    """The authors and timm use the same names."""
-    return name
 
   def setup(self):
     self.patch_embed = layers.PatchEmbed(self.width, self.patch_size, dtype=self.dtype)

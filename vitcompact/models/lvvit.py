@@ -6,22 +6,12 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vitcompact import layers, token_state, torch_names
-from vitcompact.block import Block, block_entries
-from vitcompact.execution import Execution
+from vitcompact.block import block_entries
 from vitcompact.methods.protocol import Site
-from vitcompact.models.backbone import (
-  check_grid_and_heads,
-  check_images,
-  check_plan,
-  chunked,
-  drop_path_rates,
-  isotropic_sites,
-)
+from vitcompact.models.backbone import Isotropic, check_images, chunked
 from vitcompact.models.variant import Variant
-from vitcompact.plan import Plan
 from vitcompact.token_state import Tokens
 from vitcompact.torch_names import Entry, Positions
 from vitcompact.trees import Leaf
@@ -105,7 +95,7 @@ class Stem(nn.Module):
     return {**params, **folded}, {}
 
 
-class LVViT(nn.Module):
+class LVViT(Isotropic):
   """Convolutional stem, class token, learned positions, pre-norm blocks, two linear heads.
 
   Images (B, H, W, in_chans), normalised float -> logits (B, num_classes) in float32: of the class
@@ -113,35 +103,18 @@ class LVViT(nn.Module):
   mix_token: patches are exchanged between the images of a batch, a box drawn from the "dropout"
   key. num_classes=0 returns the class token's features (B, width).
   """
-  variant: str = ""
-  image_size: int | tuple[int, int] = 224
-  patch_size: int = 16
-  in_chans: int = 3
-  num_classes: int = 1000
-  width: int = 384
   depth: int = 16
-  heads: int = 6
   mlp_ratio: float = 3.0
   stem_width: int = 64
   skip_lam: float = 2.0
   mix_token: bool = True
-  drop_path_rate: float = 0.1
-  dtype: str = "float32"
-  remat: bool = False
-  plan: Plan = Plan()
-  execution: Execution = Execution()
-  deploy: bool = False
 
+  rules = RULES
   teaches = frozenset({"patch logits"})
 
   @property
   def mixes_images(self) -> bool:
     return self.mix_token
-
-  @property
-  def grid(self) -> tuple[int, int]:
-    height, width = np.broadcast_to(self.image_size, 2).tolist()
-    return height // self.patch_size, width // self.patch_size
 
   @nn.nowrap
   def check(self):
@@ -149,29 +122,19 @@ class LVViT(nn.Module):
     if self.patch_size < 2 or self.patch_size % 2:
       raise ValueError(f"patch_size={self.patch_size}: must be even, the stem halves the image "
                        "before it cuts patches")
-    check_grid_and_heads(self)
-    check_plan(self)
+    super().check()
 
   @nn.nowrap
   def sites(self) -> list[Site]:
     """Its blocks, as methods see them."""
-    return [site._replace(qkv_bias=False) for site in isotropic_sites(self, prefix=1)]
+    return [site._replace(qkv_bias=False) for site in super().sites()]
 
   @nn.nowrap
   def submodules(self) -> dict[str, nn.Module]:
     """{name: module}, what a plan changes or what folds, not bound to a parent."""
-    block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
     stem = Stem(self.width, self.patch_size, self.stem_width, deploy=self.deploy, dtype=self.dtype,
                 parent=None)
-    return {"stem": stem, **{
-        f"blocks_{site.block}": block(site, self.plan.at(site), drop_path=rate, epsilon=EPSILON,
-                                      skip_lam=self.skip_lam, parent=None)
-        for site, rate in zip(self.sites(), drop_path_rates(self), strict=True)}}
-
-  @nn.nowrap
-  def parameter_rules(self) -> list[tuple[str, Leaf]]:
-    """[(pattern, Leaf)] for every parameter, those of the plan's methods included."""
-    return [*RULES, *self.plan.parameter_rules(layers.RULES)]
+    return {"stem": stem, **self.blocks(epsilon=EPSILON, skip_lam=self.skip_lam)}
 
   @nn.nowrap
   def torch_entries(self) -> list[Entry]:
@@ -179,8 +142,7 @@ class LVViT(nn.Module):
     entries = [Entry("cls_token", ("params/cls_token",)),
                Entry("pos_embed", ("params/pos_embed",), positions=Positions(self.grid, 1))]
     for i, name in enumerate(STEM, start=1):
-      entries += torch_names.conv(f"patch_embed.conv{i}", f"stem/{name}/conv", use_bias=False)
-      entries += torch_names.norm(f"patch_embed.bn{i}", f"stem/{name}/norm", running=True)
+      entries += torch_names.conv_norm(f"patch_embed.conv{i}", f"patch_embed.bn{i}", f"stem/{name}")
     entries += torch_names.conv("patch_embed.proj", "stem/proj")
     blocks = self.submodules()
     for i in range(self.depth):
@@ -189,11 +151,6 @@ class LVViT(nn.Module):
     for name in ("head", "aux_head") if self.num_classes else ():
       entries += torch_names.linear(name, name)
     return entries
-
-  @nn.nowrap
-  def authors_name(self, name: str) -> str:
-    """timm has no LV-ViT: the names are the authors'."""
-    return name
 
   def setup(self):
     self.cls_token = self.param("cls_token", layers.weight_init, (1, 1, self.width))

@@ -9,21 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitcompact import layers, torch_names
-from vitcompact.execution import Execution
 from vitcompact.methods import surgery
 from vitcompact.methods.protocol import Site
 from vitcompact.models.backbone import (
   HIERARCHICAL,
   WITHOUT_ATTENTION,
+  Backbone,
   check_images,
-  check_plan,
   chunked,
-  drop_path_rates,
-  site_fields,
+  record_stage,
 )
 from vitcompact.models.nextvit_blocks import ConvBlock, TransformerBlock
 from vitcompact.models.variant import Variant
-from vitcompact.plan import Plan
 from vitcompact.torch_names import Entry
 from vitcompact.trees import Leaf
 
@@ -96,7 +93,7 @@ class Head(nn.Module):
     return {"fc": layers.fold_into_linear(params["fc"], *affine)}, {}
 
 
-class NextViT(nn.Module):
+class NextViT(Backbone):
   """Stem, four stages of convolutional and transformer blocks, batch norm, mean, linear head.
 
   Images (B, H, W, in_chans), normalised float -> logits (B, num_classes) in float32; num_classes=0
@@ -106,24 +103,13 @@ class NextViT(nn.Module):
   third of it in a convolutional branch, so its output is 4/3 as wide. periods: per stage, every
   how many blocks one is a transformer block; 0 is never.
   """
-  variant: str = ""
-  image_size: int | tuple[int, int] = 224
-  in_chans: int = 3
-  num_classes: int = 1000
   stem_widths: tuple[int, ...] = (64, 32, 64, 64)
   widths: tuple[int, ...] = (96, 192, 384, 768)
   depths: tuple[int, ...] = (3, 4, 10, 3)
   periods: tuple[int, ...] = (0, 4, 5, 3)
   head_dim: int = 32
-  drop_path_rate: float = 0.1
-  dtype: str = "float32"
-  remat: bool = False
-  plan: Plan = Plan()
-  execution: Execution = Execution()
-  deploy: bool = False
 
-  teaches = frozenset()
-  mixes_images = False
+  rules = RULES
 
   @property
   def depth(self) -> int:
@@ -165,7 +151,7 @@ class NextViT(nn.Module):
         raise ValueError(f"image_size={self.image_size}: stage {stage + 1} has {height} x {width} "
                          f"tokens, and a key there averages {POOLS[stage]}; the smallest square "
                          f"that fits is {self._smallest_side(places)}")
-    check_plan(self)
+    super().check()
 
   @nn.nowrap
   def _smallest_side(self, places) -> int:
@@ -179,7 +165,7 @@ class NextViT(nn.Module):
     out = []
     for i, place in enumerate(self.places()):
       width, grid = self.widths[place.stage], self.grids[place.stage]
-      fields = {"depth": self.depth, "query_grid": grid, "act": nn.relu, **site_fields(self, i)}
+      fields = {"query_grid": grid, "act": nn.relu, **self.site_fields(i)}
       if not place.transformer:
         out.append(Site(width=width, ffn_width=width, hidden=width * CONV_MLP_RATIO,
                         provides=WITHOUT_ATTENTION, **fields))
@@ -196,9 +182,8 @@ class NextViT(nn.Module):
   def submodules(self) -> dict[str, nn.Module]:
     """{name: module}, everything: a plan or folding changes all of it; not bound to a parent."""
     out = {"stem": Stem(self.stem_widths, self.deploy, self.dtype, parent=None)}
-    for site, place, rate in zip(self.sites(), self.places(), drop_path_rates(self), strict=True):
-      kind = TransformerBlock if place.transformer else ConvBlock
-      kind = nn.remat(kind, static_argnums=(2,)) if self.remat else kind
+    for site, place, rate in zip(self.sites(), self.places(), self.drop_path_rates(), strict=True):
+      kind = self.block_class(TransformerBlock if place.transformer else ConvBlock)
       pool = {"pool": POOLS[place.stage]} if place.transformer else {}
       out[f"blocks_{site.block}"] = kind(site, self.plan.at(site), place.stride, self.head_dim,
                                          drop_path=rate, parent=None, **pool)
@@ -206,16 +191,11 @@ class NextViT(nn.Module):
     return out
 
   @nn.nowrap
-  def parameter_rules(self) -> list[tuple[str, Leaf]]:
-    """[(pattern, Leaf)] for every parameter, those of the plan's methods included."""
-    return [*RULES, *self.plan.parameter_rules(layers.RULES)]
-
-  @nn.nowrap
   def torch_entries(self) -> list[Entry]:
     """Every tensor of timm's state dict; those of methods under names of their own."""
     out = []
     for i in range(4):
-      out += _conv_norm(f"stem.{i}.conv", f"stem.{i}.norm", f"stem/conv{i}")
+      out += torch_names.conv_norm(f"stem.{i}.conv", f"stem.{i}.norm", f"stem/conv{i}")
     for site, place in zip(self.sites(), self.places(), strict=True):
       out += self._block_entries(f"stages.{place.stage}.blocks.{place.number}",
                                  f"blocks_{site.block}", place, site)
@@ -223,11 +203,12 @@ class NextViT(nn.Module):
     return out + (torch_names.linear("head.fc", "head/fc") if self.num_classes else [])
 
   def _block_entries(self, torch: str, ours: str, place: Place, site: Site) -> list[Entry]:
-    out = _conv_norm(f"{torch}.mhca.group_conv3x3", f"{torch}.mhca.norm", f"{ours}/mhca/group_conv")
+    out = torch_names.conv_norm(f"{torch}.mhca.group_conv3x3", f"{torch}.mhca.norm",
+                                f"{ours}/mhca/group_conv")
     out += torch_names.conv(f"{torch}.mhca.projection", f"{ours}/mhca/projection", use_bias=False)
     if place.stride == 2 or place.in_width != self.widths[place.stage]:
-      out += _conv_norm(f"{torch}.patch_embed.conv", f"{torch}.patch_embed.norm",
-                        f"{ours}/patch_embed")
+      out += torch_names.conv_norm(f"{torch}.patch_embed.conv", f"{torch}.patch_embed.norm",
+                                   f"{ours}/patch_embed")
     methods = self.plan.at(site)
     for method in methods.present():
       out += surgery.torch_entries(method, site, torch, ours)
@@ -238,8 +219,8 @@ class NextViT(nn.Module):
       for theirs, name in (("q", "query"), ("k", "key"), ("v", "value")):
         out += torch_names.heads(f"{torch}.e_mhsa.{theirs}", f"{ours}/attn", (name,))
       out += torch_names.out(f"{torch}.e_mhsa.proj", f"{ours}/attn/out")
-      out += _conv_norm(f"{torch}.projection.conv", f"{torch}.projection.norm",
-                        f"{ours}/projection")
+      out += torch_names.conv_norm(f"{torch}.projection.conv", f"{torch}.projection.norm",
+                                   f"{ours}/projection")
       norms = {"norm1": "norm1", "norm2": "norm2"}
       if POOLS[place.stage] > 1:
         norms["e_mhsa.norm"] = "key_norm"
@@ -270,15 +251,9 @@ class NextViT(nn.Module):
     ends = np.cumsum(self.depths).tolist()
     for i in range(self.depth):
       x = getattr(self, f"blocks_{i}")(x, train)
-      # Everything is mutable in init, whose variables are no place for features.
-      if i + 1 in ends and not self.is_initializing():
-        self.sow("features", f"stage_{ends.index(i + 1) + 1}", x)
+      if i + 1 in ends:
+        record_stage(self, ends.index(i + 1) + 1, x)
     return self.head(x, train)
-
-
-def _conv_norm(conv: str, norm: str, ours: str) -> list[Entry]:
-  return [*torch_names.conv(conv, f"{ours}/conv", use_bias=False),
-          *torch_names.norm(norm, f"{ours}/norm", running=True)]
 
 
 VARIANTS = {

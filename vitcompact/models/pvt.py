@@ -2,7 +2,6 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,12 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitcompact import layers, torch_names
-from vitcompact.execution import Execution
-from vitcompact.methods.protocol import Site
 from vitcompact.models import pyramid
-from vitcompact.models.backbone import check_plan, chunked
+from vitcompact.models.backbone import chunked, record_stage
 from vitcompact.models.variant import Variant
-from vitcompact.plan import Plan
 from vitcompact.token_state import Tokens
 from vitcompact.torch_names import Entry, Positions
 from vitcompact.trees import Leaf
@@ -28,7 +24,7 @@ RULES = [
 ]
 
 
-class PyramidVisionTransformer(nn.Module):
+class PyramidVisionTransformer(pyramid.Pyramid):
   """Four stages of patches, positions and blocks; a class token joins in the last.
 
   Images (B, H, W, in_chans), normalised float -> logits (B, num_classes) in float32;
@@ -36,40 +32,18 @@ class PyramidVisionTransformer(nn.Module):
   stored; images of another size that fits are taken too, with positions resized (bilinear).
   Collection "features" holds the maps (B, h, w, C) that leave each stage, as stage_1 ..
   """
-  variant: str = ""
-  image_size: int | tuple[int, int] = 224
   patch_size: int = 4
-  in_chans: int = 3
-  num_classes: int = 1000
-  widths: tuple[int, ...] = (64, 128, 320, 512)
-  depths: tuple[int, ...] = (3, 4, 6, 3)
-  heads: tuple[int, ...] = (1, 2, 5, 8)
-  mlp_ratios: tuple[float, ...] = (8, 8, 4, 4)
-  sr_ratios: tuple[int, ...] = (8, 4, 2, 1)
-  drop_path_rate: float = 0.1
-  dtype: str = "float32"
-  remat: bool = False
-  plan: Plan = Plan()
-  execution: Execution = Execution()
-  deploy: bool = False
 
-  teaches = frozenset()
-  mixes_images = False
+  rules = RULES
   prefix = 1   # tokens before the grid of the last stage
-
-  @property
-  def depth(self) -> int:
-    return sum(self.depths)
 
   @nn.nowrap
   def check(self):
     """Raises ValueError, one line, where the fields do not go together."""
-    pyramid.check_fields(self)
-    if self.sr_ratios[-1] != 1:
+    if self.sr_ratios[-1:] != (1,):
       raise ValueError(f"sr_ratios={self.sr_ratios}: must end in 1, since the class token of the "
                        "last stage has no place on a grid that could be reduced")
-    self.check_size(self.image_size, f"image_size={self.image_size}")
-    check_plan(self)
+    super().check()
 
   @nn.nowrap
   def check_size(self, image_size, what: str):
@@ -87,25 +61,10 @@ class PyramidVisionTransformer(nn.Module):
     return [self.patch_size * 2 ** s for s in range(len(self.widths))]
 
   @nn.nowrap
-  def stages(self, image_size) -> list[pyramid.Stage]:
+  def grids(self, image_size) -> list[tuple[int, int]]:
+    """(height, width) of the map in each stage."""
     height, width = np.broadcast_to(image_size, 2).tolist()
-    return pyramid.stages(self, [(height // s, width // s) for s in self._strides()])
-
-  @nn.nowrap
-  def sites(self, image_size=None) -> list[Site]:
-    """Its blocks, as methods see them."""
-    return pyramid.sites(self, image_size)
-
-  @nn.nowrap
-  def submodules(self, image_size=None) -> dict[str, nn.Module]:
-    """{name: block}, the modules that a plan changes or that fold, not bound to a parent."""
-    return pyramid.submodules(self, image_size)
-
-  @nn.nowrap
-  def ffn_fields(self, stage: pyramid.Stage) -> dict[str, Any]:
-    """Fields of a Site that say what the FFN of a stage is, besides its width."""
-    del stage
-    return {}
+    return [(height // s, width // s) for s in self._strides()]
 
   @nn.nowrap
   def make_reduce(self, stage: pyramid.Stage) -> Callable[..., nn.Module] | None:
@@ -115,17 +74,12 @@ class PyramidVisionTransformer(nn.Module):
     return functools.partial(pyramid.Reduce, stage.grid, stage.reduction, conv_init=fan_in_init,
                              dtype=self.dtype)
 
-  @nn.nowrap
-  def parameter_rules(self) -> list[tuple[str, Leaf]]:
-    """[(pattern, Leaf)] for every parameter, those of the plan's methods included."""
-    return [*RULES, *self.plan.parameter_rules(layers.RULES)]
-
   @chunked
   @nn.compact
   def __call__(self, images_bhwc, train: bool = False):
-    image_size = pyramid.check_images(self, images_bhwc)
+    image_size = self.checked_size(images_bhwc)
     blocks = self.submodules(image_size)
-    stages, native = self.stages(image_size), self.stages(self.image_size)
+    stages, native = self.stages(image_size), self.stages()
     x = images_bhwc
     for s, stage in enumerate(stages):
       prefix = int(stage is stages[-1])
@@ -133,9 +87,7 @@ class PyramidVisionTransformer(nn.Module):
       for i in stage.blocks:
         x = blocks[f"blocks_{i}"].clone(parent=self, name=f"blocks_{i}")(Tokens(x), train).x
       token, x = x[:, :prefix], pyramid.to_map(x[:, prefix:], stage.grid)
-      # Everything is mutable in init, whose variables are no place for features.
-      if not self.is_initializing():
-        self.sow("features", f"stage_{s + 1}", x)
+      record_stage(self, s + 1, x)
     norm = layers.LayerNorm(epsilon=pyramid.EPSILON, dtype=self.dtype, name="norm")
     return pyramid.head(self, norm(token[:, 0]))
 
@@ -157,7 +109,7 @@ class PyramidVisionTransformer(nn.Module):
   def torch_entries(self) -> list[Entry]:
     """Its tensors under the authors' names (timm does not have PVT v1)."""
     entries = [Entry("cls_token", ("params/cls_token",))]
-    stages, blocks = self.stages(self.image_size), self.submodules()
+    stages, blocks = self.stages(), self.submodules()
     for s, stage in enumerate(stages, 1):
       positions = Positions(stage.grid, int(stage is stages[-1]), "bilinear")
       entries.append(Entry(f"pos_embed{s}", (f"params/pos_embed_{s}",), positions=positions))
@@ -168,11 +120,6 @@ class PyramidVisionTransformer(nn.Module):
                                          f"blocks_{i}")
     entries += torch_names.norm("norm", "norm")
     return entries + (torch_names.linear("head", "head") if self.num_classes else [])
-
-  @nn.nowrap
-  def authors_name(self, name: str) -> str:
-    """The authors' name of a tensor; `torch_entries` uses these already."""
-    return name
 
 
 def fan_in_init(size: int, chans: int, features: int):

@@ -9,12 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitcompact import layers, torch_names
-from vitcompact.execution import Execution
-from vitcompact.methods.protocol import Site
 from vitcompact.models import pyramid
-from vitcompact.models.backbone import check_plan, chunked
+from vitcompact.models.backbone import chunked, record_stage
 from vitcompact.models.variant import Variant
-from vitcompact.plan import Plan
 from vitcompact.token_state import Tokens
 from vitcompact.torch_names import Entry
 from vitcompact.trees import Leaf
@@ -27,7 +24,7 @@ RULES = [
 ]
 
 
-class PyramidVisionTransformerV2(nn.Module):
+class PyramidVisionTransformerV2(pyramid.Pyramid):
   """Four stages of overlapping patches and blocks, each ended by a norm; mean of the last.
 
   Images (B, H, W, in_chans), normalised float, of any size that fits, not only `image_size` ->
@@ -35,37 +32,9 @@ class PyramidVisionTransformerV2(nn.Module):
   linear: keys are pooled to 7 x 7 in every stage, so that attention costs a fixed share per token.
   Collection "features" holds the normed maps (B, h, w, C) that leave each stage, as stage_1 ..
   """
-  variant: str = ""
-  image_size: int | tuple[int, int] = 224
-  in_chans: int = 3
-  num_classes: int = 1000
-  widths: tuple[int, ...] = (64, 128, 320, 512)
-  depths: tuple[int, ...] = (3, 4, 6, 3)
-  heads: tuple[int, ...] = (1, 2, 5, 8)
-  mlp_ratios: tuple[float, ...] = (8, 8, 4, 4)
-  sr_ratios: tuple[int, ...] = (8, 4, 2, 1)
   linear: bool = False
-  drop_path_rate: float = 0.1
-  dtype: str = "float32"
-  remat: bool = False
-  plan: Plan = Plan()
-  execution: Execution = Execution()
-  deploy: bool = False
 
-  teaches = frozenset()
-  mixes_images = False
-  prefix = 0   # tokens before the grid of the last stage
-
-  @property
-  def depth(self) -> int:
-    return sum(self.depths)
-
-  @nn.nowrap
-  def check(self):
-    """Raises ValueError, one line, where the fields do not go together."""
-    pyramid.check_fields(self)
-    self.check_size(self.image_size, f"image_size={self.image_size}")
-    check_plan(self)
+  rules = RULES
 
   @nn.nowrap
   def check_size(self, image_size, what: str):
@@ -78,21 +47,10 @@ class PyramidVisionTransformerV2(nn.Module):
                          f"windows need sides of at least {smallest}")
 
   @nn.nowrap
-  def stages(self, image_size) -> list[pyramid.Stage]:
+  def grids(self, image_size) -> list[tuple[int, int]]:
+    """(height, width) of the map in each stage; convolutions are padded: a started patch counts."""
     sides = np.broadcast_to(image_size, 2)
-    # Padded convolutions: a started patch counts.
-    grids = [tuple((-(-sides // (4 * 2 ** s))).tolist()) for s in range(len(self.widths))]
-    return pyramid.stages(self, grids)
-
-  @nn.nowrap
-  def sites(self, image_size=None) -> list[Site]:
-    """Its blocks, as methods see them."""
-    return pyramid.sites(self, image_size)
-
-  @nn.nowrap
-  def submodules(self, image_size=None) -> dict[str, nn.Module]:
-    """{name: block}, the modules that a plan changes or that fold, not bound to a parent."""
-    return pyramid.submodules(self, image_size)
+    return [tuple((-(-sides // (4 * 2 ** s))).tolist()) for s in range(len(self.widths))]
 
   @nn.nowrap
   def ffn_fields(self, stage: pyramid.Stage) -> dict[str, Any]:
@@ -111,15 +69,10 @@ class PyramidVisionTransformerV2(nn.Module):
     return functools.partial(pyramid.Reduce, stage.grid, stage.reduction, conv_init=fan_out_init,
                              dtype=self.dtype)
 
-  @nn.nowrap
-  def parameter_rules(self) -> list[tuple[str, Leaf]]:
-    """[(pattern, Leaf)] for every parameter, those of the plan's methods included."""
-    return [*RULES, *self.plan.parameter_rules(layers.RULES)]
-
   @chunked
   @nn.compact
   def __call__(self, images_bhwc, train: bool = False):
-    image_size = pyramid.check_images(self, images_bhwc)
+    image_size = self.checked_size(images_bhwc)
     blocks = self.submodules(image_size)
     x = images_bhwc
     for s, stage in enumerate(self.stages(image_size), 1):
@@ -131,16 +84,14 @@ class PyramidVisionTransformerV2(nn.Module):
         x = blocks[f"blocks_{i}"].clone(parent=self, name=f"blocks_{i}")(Tokens(x), train).x
       x = layers.LayerNorm(epsilon=pyramid.EPSILON, dtype=self.dtype, name=f"norm_{s}")(x)
       x = pyramid.to_map(x, stage.grid)
-      # Everything is mutable in init, whose variables are no place for features.
-      if not self.is_initializing():
-        self.sow("features", f"stage_{s}", x)
+      record_stage(self, s, x)
     return pyramid.head(self, x.mean(axis=(1, 2)))
 
   @nn.nowrap
   def torch_entries(self) -> list[Entry]:
     """Its tensors under timm's names."""
     entries, blocks = [], self.submodules()
-    for s, stage in enumerate(self.stages(self.image_size)):
+    for s, stage in enumerate(self.stages()):
       embed = f"stages.{s}.downsample" if s else "patch_embed"
       entries += pyramid.conv_norm_entries(f"{embed}.proj", f"{embed}.norm",
                                            f"patch_embed_{s + 1}")

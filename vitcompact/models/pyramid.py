@@ -1,7 +1,7 @@
 """What PVT v1 and v2 share: stages of shrinking grids, attention over spatially reduced keys."""
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,7 +12,7 @@ from vitcompact import torch_names
 from vitcompact.block import Block, method_entries
 from vitcompact.layers import LayerNorm, weight_init
 from vitcompact.methods.protocol import Site
-from vitcompact.models.backbone import HIERARCHICAL, drop_path_rates, site_fields
+from vitcompact.models.backbone import HIERARCHICAL, Backbone
 from vitcompact.torch_names import Entry
 from vitcompact.trees import Leaf
 
@@ -40,70 +40,107 @@ class Stage(NamedTuple):
   blocks: range
 
 
-def stages(model, grids) -> list[Stage]:
-  """The stages of a pyramid from its fields, and the grid (height, width) of each."""
-  ends = np.cumsum(model.depths).tolist()
-  rows = zip(model.widths, model.heads, model.mlp_ratios, model.sr_ratios, grids, model.depths,
-             ends, strict=True)
-  return [Stage(width, heads, int(width * ratio), reduction, grid, range(end - depth, end))
-          for width, heads, ratio, reduction, grid, depth, end in rows]
+class Pyramid(Backbone):
+  """Stages of shrinking grids; images of every size that fits are taken, not only `image_size`."""
+  widths: tuple[int, ...] = (64, 128, 320, 512)
+  depths: tuple[int, ...] = (3, 4, 6, 3)
+  heads: tuple[int, ...] = (1, 2, 5, 8)
+  mlp_ratios: tuple[float, ...] = (8, 8, 4, 4)
+  sr_ratios: tuple[int, ...] = (8, 4, 2, 1)
 
+  prefix: ClassVar[int] = 0   # tokens before the grid of the last stage
 
-def check_fields(model):
-  """Raises ValueError, one line, where fields that do not depend on the image do not fit."""
-  sizes = {name: getattr(model, name)
-           for name in ("widths", "depths", "heads", "mlp_ratios", "sr_ratios")}
-  if len({len(values) for values in sizes.values()}) > 1:
-    raise ValueError(f"{sizes}: each needs one entry for each stage")
-  for width, heads in zip(model.widths, model.heads, strict=True):
-    if width % heads:
-      raise ValueError(f"heads={model.heads} and widths={model.widths}: {heads} does not divide "
-                       f"{width}; heads that do: {[h for h in range(1, 33) if width % h == 0]}")
+  @property
+  def depth(self) -> int:
+    return sum(self.depths)
 
+  @nn.nowrap
+  def check(self):
+    """Raises ValueError, one line, where the fields do not go together."""
+    sizes = {name: getattr(self, name)
+             for name in ("widths", "depths", "heads", "mlp_ratios", "sr_ratios")}
+    if len({len(values) for values in sizes.values()}) > 1:
+      raise ValueError(f"{sizes}: each needs one entry for each stage")
+    for width, heads in zip(self.widths, self.heads, strict=True):
+      if width % heads:
+        raise ValueError(f"heads={self.heads} and widths={self.widths}: {heads} does not divide "
+                         f"{width}; heads that do: {[h for h in range(1, 33) if width % h == 0]}")
+    self.check_size(self.image_size, f"image_size={self.image_size}")
+    super().check()
 
-def check_images(model, images_bhwc) -> tuple[int, int]:
-  """(height, width) of a batch that fits the model; raises ValueError, one line, where not."""
-  if images_bhwc.ndim != 4 or images_bhwc.shape[-1] != model.in_chans:
-    raise ValueError(f"images of shape {images_bhwc.shape}: this model takes (B, height, width, "
-                     f"{model.in_chans}); create it with in_chans=")
-  size = images_bhwc.shape[1:3]
-  model.check_size(size, f"images of shape {images_bhwc.shape}")
-  return size
+  @nn.nowrap
+  def check_size(self, image_size, what: str):
+    """Raises ValueError, one line that begins with `what`, for an image size that does not fit."""
+    raise NotImplementedError
 
+  @nn.nowrap
+  def grids(self, image_size) -> list[tuple[int, int]]:
+    """(height, width) of the map in each stage."""
+    raise NotImplementedError
 
-def sites(model, image_size=None) -> list[Site]:
-  """The blocks of a pyramid at an image size, as methods see them.
+  @nn.nowrap
+  def make_reduce(self, stage: Stage) -> Callable[..., nn.Module] | None:
+    """Makes the module that reduces the keys of a stage; None where there is none."""
+    raise NotImplementedError
 
-  Whether a method acts in a block follows from the model's own image size, whatever images come.
-  """
-  out = []
-  native = model.stages(model.image_size)
-  for stage, own in zip(model.stages(image_size or model.image_size), native, strict=True):
-    prefix = model.prefix if own is native[-1] else 0
-    keys = [prefix + math.prod(key_grid(model, at)) for at in (stage, own)]
-    out += [Site(depth=model.depth, width=stage.width, ffn_width=stage.width,
-                 hidden=stage.hidden, heads=stage.heads,
-                 tokens=keys[0], tokens_left=keys[1], prefix=prefix, query_grid=stage.grid,
-                 key_grid=key_grid(model, stage), provides=HIERARCHICAL, **model.ffn_fields(stage),
-                 **site_fields(model, i)) for i in stage.blocks]
-  return out
+  @nn.nowrap
+  def ffn_fields(self, stage: Stage) -> dict[str, Any]:
+    """Fields of a Site that say what the FFN of a stage is, besides its width."""
+    del stage
+    return {}
 
+  @nn.nowrap
+  def checked_size(self, images_bhwc) -> tuple[int, int]:
+    """(height, width) of a batch that fits the model; raises ValueError, one line, where not."""
+    if images_bhwc.ndim != 4 or images_bhwc.shape[-1] != self.in_chans:
+      raise ValueError(f"images of shape {images_bhwc.shape}: this model takes (B, height, width, "
+                       f"{self.in_chans}); create it with in_chans=")
+    size = images_bhwc.shape[1:3]
+    self.check_size(size, f"images of shape {images_bhwc.shape}")
+    return size
 
-def submodules(model, image_size=None) -> dict[str, nn.Module]:
-  """{name: block}, not bound to a parent."""
-  block = nn.remat(Block, static_argnums=(2,)) if model.remat else Block
-  reductions = [model.make_reduce(stage) for stage in model.stages(image_size or model.image_size)
-                for _ in stage.blocks]
-  return {f"blocks_{site.block}": block(site, model.plan.at(site), drop_path=rate, epsilon=EPSILON,
-                                        reduce=reduce, parent=None)
-          for site, reduce, rate in zip(sites(model, image_size), reductions,
-                                        drop_path_rates(model), strict=True)}
+  @nn.nowrap
+  def stages(self, image_size=None) -> list[Stage]:
+    """The stages at an image size, by default the model's own."""
+    ends = np.cumsum(self.depths).tolist()
+    rows = zip(self.widths, self.heads, self.mlp_ratios, self.sr_ratios,
+               self.grids(image_size or self.image_size), self.depths, ends, strict=True)
+    return [Stage(width, heads, int(width * ratio), reduction, grid, range(end - depth, end))
+            for width, heads, ratio, reduction, grid, depth, end in rows]
 
+  @nn.nowrap
+  def sites(self, image_size=None) -> list[Site]:
+    """Its blocks at an image size, as methods see them.
 
-def key_grid(model, stage: Stage) -> tuple[int, int]:
-  """The grid on which the keys of a stage lie."""
-  reduce = model.make_reduce(stage)
-  return stage.grid if reduce is None else reduce(parent=None).key_grid
+    Whether a method acts in a block follows from the model's own image size, whatever images come.
+    """
+    out = []
+    native = self.stages()
+    for stage, own in zip(self.stages(image_size), native, strict=True):
+      prefix = self.prefix if own is native[-1] else 0
+      keys = [prefix + math.prod(self._key_grid(at)) for at in (stage, own)]
+      out += [Site(width=stage.width, ffn_width=stage.width, hidden=stage.hidden,
+                   heads=stage.heads, tokens=keys[0], tokens_left=keys[1], prefix=prefix,
+                   query_grid=stage.grid, key_grid=self._key_grid(stage), provides=HIERARCHICAL,
+                   **self.ffn_fields(stage), **self.site_fields(i)) for i in stage.blocks]
+    return out
+
+  @nn.nowrap
+  def submodules(self, image_size=None) -> dict[str, nn.Module]:
+    """{name: block}, the modules that a plan changes or that fold, not bound to a parent."""
+    block = self.block_class(Block)
+    reductions = [self.make_reduce(stage) for stage in self.stages(image_size)
+                  for _ in stage.blocks]
+    return {f"blocks_{site.block}": block(site, self.plan.at(site), drop_path=rate,
+                                          epsilon=EPSILON, reduce=reduce, parent=None)
+            for site, reduce, rate in zip(self.sites(image_size), reductions,
+                                          self.drop_path_rates(), strict=True)}
+
+  @nn.nowrap
+  def _key_grid(self, stage: Stage) -> tuple[int, int]:
+    """The grid on which the keys of a stage lie."""
+    reduce = self.make_reduce(stage)
+    return stage.grid if reduce is None else reduce(parent=None).key_grid
 
 
 def to_map(tokens_bnc, grid: tuple[int, int]):

@@ -63,12 +63,6 @@ def describe(state) -> dict:
           for name, leaf in trees.named_leaves(state).items()}
 
 
-def first(lines, count: int = 3) -> str:
-  """The first few of a list of complaints, in one line."""
-  more = f"; and {len(lines) - count} more" if len(lines) > count else ""
-  return "; ".join(lines[:count]) + more
-
-
 def leaf_differences(found: dict, wanted) -> list[str]:
   """How the leaves that a checkpoint describes differ from a state's shapes and dtypes."""
   found = {name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in found.items()}
@@ -81,7 +75,7 @@ def leaf_differences(found: dict, wanted) -> list[str]:
   return lines
 
 
-def quiet(hook):
+def without_closed_loop_errors(hook):
   """An excepthook without one complaint: of TensorStore's reads that were still under way in its
   own threads, dozens of them, when another one had failed and was reported (orbax 0.12)."""
   def filtered(kind, error, trace):
@@ -90,18 +84,18 @@ def quiet(hook):
   return filtered
 
 
-def sealed(values: dict) -> dict:
+def with_digest(values: dict) -> dict:
   """JSON values with a sha256 of themselves beside them. Keys are strings, as JSON reads them."""
   text = json.dumps(values, sort_keys=True).encode()
   return {**values, "sha256": hashlib.sha256(text).hexdigest()}
 
 
-def unsealed(path: pathlib.Path) -> dict:
-  """What `sealed` wrote to a file; raises Damaged if one bit of it is another."""
+def read_with_digest(path: pathlib.Path) -> dict:
+  """What `with_digest` wrote to a file; raises Damaged if one bit of it is another."""
   try:
     values = json.loads(path.read_bytes())
     seal = values.pop("sha256")
-    if sealed(values)["sha256"] != seal:
+    if with_digest(values)["sha256"] != seal:
       raise ValueError("its sha256 is another")
   except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
     raise Damaged(f"{path} is damaged: {processes.first_line(error)}") from error
@@ -132,7 +126,7 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """The steps that can be restored, as far as their directories tell."""
-    return sorted(int(path.name) for path in self._numbered() if whole(path))
+    return sorted(int(path.name) for path in self._numbered() if is_complete(path))
 
   def best(self) -> tuple[int, float] | None:
     """(step, accuracy on val) of the best of the steps that are still there."""
@@ -147,8 +141,8 @@ class Checkpoints:
     """
     self.wait()
     self.saving = step
-    meta = sealed({"leaves": describe(state), "progress": progress})
-    with self._blaming_the_save():
+    meta = with_digest({"leaves": describe(state), "progress": progress})
+    with self._named_save_errors():
       self.writer.save(self.directory / str(step), args=ocp_args.Composite(
           state=ocp_args.StandardSave(state), meta=ocp_args.JsonSave(meta)))
 
@@ -168,14 +162,15 @@ class Checkpoints:
   def restore(self, step: int, shapes, shardings) -> tuple:
     """(state laid out as `shardings`, progress) of a step."""
     where = self.directory / str(step)
-    meta = unsealed(where / "meta" / "metadata")
+    meta = read_with_digest(where / "meta" / "metadata")
     if lines := leaf_differences(meta["leaves"], shapes):
-      raise ValueError(f"{where} holds another state: {first(lines)}. Use the config that it was "
-                       "trained with, or another --workdir")
+      raise ValueError(f"{where} holds another state: {trees.some(lines, 3, joint='; ')}. Use the "
+                       "config that it was trained with, or another --workdir")
     target = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)
     hook = sys.excepthook
-    sys.excepthook = quiet(hook)   # and stays so after a failure: other reads end later
+    # It stays so after a failure, as other reads end later.
+    sys.excepthook = without_closed_loop_errors(hook)
     try:
       found = self.writer.restore(where, args=ocp_args.Composite(
           state=ocp_args.StandardRestore(target)))
@@ -185,7 +180,8 @@ class Checkpoints:
     sys.excepthook = hook
     read = describe(found.state)
     if damaged := [name for name in read if read[name] != meta["leaves"][name]]:
-      raise Damaged(f"{where} is damaged: {first(damaged)} changed since it was written")
+      raise Damaged(f"{where} is damaged: {trees.some(damaged, 3, joint='; ')} changed since it "
+                    "was written")
     return found.state, meta["progress"]
 
   def set_aside(self, step: int) -> pathlib.Path:
@@ -198,7 +194,7 @@ class Checkpoints:
 
   def wait(self):
     """Until all that was saved is on disk; raises what went wrong in the background."""
-    with self._blaming_the_save():
+    with self._named_save_errors():
       self.writer.wait_until_finished()
 
   def close(self):
@@ -216,7 +212,7 @@ class Checkpoints:
     if not path.exists():
       return {}
     try:
-      return {int(step): value for step, value in unsealed(path)["scores"].items()}
+      return {int(step): value for step, value in read_with_digest(path)["scores"].items()}
     except Damaged as error:
       raise Damaged(f"{error}; delete it, and the best checkpoint will be chosen among the coming "
                     "ones alone") from error
@@ -226,7 +222,7 @@ class Checkpoints:
     new = path.with_suffix(".tmp")   # renamed, so that a kill leaves the old or the new scores
     scores = {str(known): value for known, value in self.scores.items()}
     try:
-      new.write_text(json.dumps(sealed({"scores": scores})))
+      new.write_text(json.dumps(with_digest({"scores": scores})))
       new.replace(path)
     except OSError as error:
       raise OSError(f"{path} cannot be written: {error.strerror}; step {self.steps()[-1]} is "
@@ -240,10 +236,10 @@ class Checkpoints:
         shutil.rmtree(path)
     newest = max(self.steps(), default=-1)
     for path in self._numbered():
-      if not whole(path) and int(path.name) < newest:
+      if not is_complete(path) and int(path.name) < newest:
         logging.warning("%s was half deleted; now it is gone", path)
         self._remove(int(path.name))
-      elif not whole(path):
+      elif not is_complete(path):
         logging.warning("%s lacks a part; set aside as %s", path, self.set_aside(int(path.name)))
 
   def _remove(self, step: int):
@@ -253,7 +249,7 @@ class Checkpoints:
     shutil.rmtree(trash)
 
   @contextlib.contextmanager
-  def _blaming_the_save(self):
+  def _named_save_errors(self):
     try:
       yield
     except Exception as error:  # Orbax and TensorStore raise many kinds, a plain Exception too
@@ -264,5 +260,5 @@ class Checkpoints:
                     "and give the same command again") from error
 
 
-def whole(path: pathlib.Path) -> bool:
+def is_complete(path: pathlib.Path) -> bool:
   return all((path / item).is_dir() for item in ITEMS)

@@ -15,7 +15,7 @@ from tensorboardX import record_writer, summary
 from tensorboardX.proto.event_pb2 import Event
 
 # A rate measured over fewer seconds than that says more about the clock than about the run.
-CLOCK = 1e-9
+MIN_SECONDS = 1e-9
 FLUSH = 30    # seconds after which TensorBoard sees what was written
 
 
@@ -55,7 +55,7 @@ class Meter:
     return batch
 
   def read(self) -> dict[str, float]:
-    elapsed = max(time.perf_counter() - self.start, CLOCK)
+    elapsed = max(time.perf_counter() - self.start, MIN_SECONDS)
     return {"images_per_second": self.images / elapsed, "data_wait": self.waited / elapsed}
 
 
@@ -84,7 +84,7 @@ class Events:
 
 
 @contextlib.contextmanager
-def blaming(path: pathlib.Path):
+def named_write_errors(path: pathlib.Path):
   """Says which file a full disk or a lack of permission was met in, and what to do."""
   try:
     yield
@@ -107,7 +107,7 @@ class Log:
       return
     workdir = pathlib.Path(workdir)
     self.path = workdir / "metrics.jsonl"
-    drop_half_line(self.path)
+    drop_partial_line(self.path)
     self.lines = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
     self.events = Events(workdir)
     if sys.stdout.isatty():
@@ -135,7 +135,7 @@ class Log:
       return
     self._append(json.dumps({"step": step, **values}))
     numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-    with blaming(self.events.path):
+    with named_write_errors(self.events.path):
       self.events.add(step, *(summary.scalar(name, value) for name, value in numbers.items()))
     if self.mirror:
       self.mirror.log(numbers, step=step)
@@ -148,11 +148,11 @@ class Log:
   def picture(self, step: int, name: str, image):
     """uint8 (H, W, 3) to TensorBoard."""
     if self.active:
-      with blaming(self.events.path):
+      with named_write_errors(self.events.path):
         self.events.add(step, summary.image(name, image, dataformats="HWC"))
 
   def _append(self, line: str):
-    with blaming(self.path):
+    with named_write_errors(self.path):
       self.lines.write(line + "\n")
       self.lines.flush()
 
@@ -171,7 +171,7 @@ class Log:
       self.mirror.finish()
 
 
-def drop_half_line(path: pathlib.Path):
+def drop_partial_line(path: pathlib.Path):
   """Cuts off a last line without an end, which a kill or a full disk left: it is not JSON."""
   if path.exists() and not (text := path.read_bytes()).endswith(b"\n"):
     os.truncate(path, text.rfind(b"\n") + 1)

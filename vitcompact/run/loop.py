@@ -293,7 +293,7 @@ def train(config, directory, *, until: int | None = None, stopping: Stop | None 
       mirror = watch.wandb_mirror(watching.wandb, config, directory)
     log = Log(directory, config.total_steps, active=active, mirror=mirror)
     stack.callback(log.close)
-    profile = watch.Profile(watch.span(watching.profile), directory)
+    profile = watch.Profile(watch.profiled_steps(watching.profile), directory)
     stack.callback(profile.close)
     run_state = RunState(run, directory, data, checkpoints, log, stopping, profile,
                      watch.utilisation(run, watching.peak_tflops))

@@ -74,7 +74,7 @@ def on_signal():
   read, write = os.pipe()
   os.set_blocking(write, False)
 
-  def hear():
+  def listen():
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     presses = 0
     while got := os.read(read, 1):      # empty: the pipe was closed, the run is over
@@ -107,7 +107,7 @@ def on_signal():
   signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
   old = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
   old_pipe = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-  threads = [threading.Thread(target=target, daemon=True) for target in (hear, leave_when_saved)]
+  threads = [threading.Thread(target=target, daemon=True) for target in (listen, leave_when_saved)]
   for thread in threads:
     thread.start()
   try:

@@ -5,6 +5,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from vitcompact import trees
+
 LOST = 76         # exit code: another process of the run is gone; start all of them again
 HEARTBEAT = 60    # seconds without a sign of life after which JAX ends the others
 
@@ -71,9 +73,8 @@ def check_agreement(facts: dict):
            for index, other in enumerate(others, 1) for key in sorted(first.keys() | other.keys())
            if other.get(key) != first.get(key)]
   if lines:
-    more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
-    raise ValueError(f"the processes disagree: {'; '.join(lines[:5])}{more}. Start all of them "
-                     "with the same code, command and data")
+    raise ValueError(f"the processes disagree: {trees.some(lines, 5, joint='; ')}. Start all of "
+                     "them with the same code, command and data")
 
 
 def barrier(name: str):

@@ -32,10 +32,10 @@ class Watching:
   def __post_init__(self):
     if self.peak_tflops < 0:
       raise ValueError(f"--peak_tflops={self.peak_tflops} must be positive")
-    span(self.profile)
+    profiled_steps(self.profile)
 
 
-def span(profile: str) -> range:
+def profiled_steps(profile: str) -> range:
   """The steps that "START:STEPS" names; empty for ""."""
   if not profile:
     return range(0)
@@ -74,7 +74,7 @@ class Profile:
     self.running = False
 
 
-def peak(kind: str) -> float | None:
+def peak_tflops_of(kind: str) -> float | None:
   """TFLOP/s of a device kind, by the longest name that it begins with; None where unknown."""
   known = [name for name in PEAK_TFLOPS if kind.startswith(name)]
   return PEAK_TFLOPS[max(known, key=len)] if known else None
@@ -87,7 +87,7 @@ def utilisation(run, peak_tflops: float) -> float:
   computes again does not count.
   """
   devices = run.mesh.devices.ravel()
-  tflops = peak_tflops or peak(devices[0].device_kind)
+  tflops = peak_tflops or peak_tflops_of(devices[0].device_kind)
   if not tflops:
     return 0.0
   return 3 * 2 * vc.count(run.model).macs / (tflops * 1e12 * len(devices))
@@ -111,8 +111,7 @@ def augmented(run, key, batch: dict) -> np.ndarray:
   """
   some = {name: array[:PICTURES] for name, array in batch.items()}
   images = np.asarray(jax.jit(run.augment)(key, some)[0])
-  pixels = 255 * (images * np.asarray(run.preprocess.std) + np.asarray(run.preprocess.mean))
-  return montage(np.clip(pixels, 0, 255).round().astype(np.uint8))
+  return montage((255 * run.preprocess.pixels(images)).round().astype(np.uint8))
 
 
 def wandb_mirror(project: str, config, directory: pathlib.Path):

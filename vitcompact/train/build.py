@@ -213,4 +213,4 @@ def fresh_state(run: Run) -> steps.TrainState:
   variables = start.load_variables(
       config.init_from, run.model,
       lambda: start.calibration_images(config, run.preprocess), classes)
-  return start.started_from(state, variables, run.shardings)
+  return start.state_with_variables(state, variables, run.shardings)

@@ -90,7 +90,7 @@ class Optimizers(NamedTuple):
   rate: optax.Schedule
 
 
-def held(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+def frozen(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
   """Its state, and no update of that or of the parameters."""
   return optax.GradientTransformation(
       optimizer.init, lambda updates, state, params=None: (jax.tree.map(jnp.zeros_like, updates),
@@ -107,7 +107,7 @@ def make_optimizers(optim, total_steps: int, params, mask,
   """From the config's section `optim`; params and mask: trees of all parameters.
 
   `optim.rates` is ((pattern, factor, first step), ...): a parameter has the learning rate times the
-  factor of the first pattern that matches its whole name, and stands still before that step. A
+  factor of the first pattern that matches its whole name, and is frozen before that step. A
   parameter that none matches has factor 1. Steps are counted from the end of the first phase.
   """
   rates = [*optim.rates, (".*", 1.0, 0)]
@@ -125,23 +125,23 @@ def make_optimizers(optim, total_steps: int, params, mask,
   groups = {str(i): one_optimizer(optim, scaled(main_rate, factor, first_step), mask)
             for i, (_, factor, first_step) in enumerate(rates) if str(i) in used}
 
-  def together(groups):
+  def partitioned(groups):
     update = optax.partition(groups, labels)
     if not optim.clip_norm:
       return update
     return optax.chain(optax.clip_by_global_norm(optim.clip_norm), update)
 
   if first is None or first.label not in used:
-    return Optimizers(together(groups), None, main_rate)
+    return Optimizers(partitioned(groups), None, main_rate)
   first_rate = schedule(_first_optim(optim, first.section), before)
-  own, at_rest = one_optimizer(optim, first_rate, mask), {
-      label: held(group) for label, group in groups.items()}
+  own, frozen_groups = one_optimizer(optim, first_rate, mask), {
+      label: frozen(group) for label, group in groups.items()}
 
   def rate(step):
     return jnp.where(step < before, first_rate(step), main_rate(jnp.maximum(step - before, 0)))
 
-  return Optimizers(together({**groups, first.label: held(own)}),
-                    together({**at_rest, first.label: own}), rate)
+  return Optimizers(partitioned({**groups, first.label: frozen(own)}),
+                    partitioned({**frozen_groups, first.label: own}), rate)
 
 
 def _first_optim(optim, section):

@@ -7,6 +7,7 @@ from vitcompact import convert, files, trees
 from vitcompact.data import batch as device_batch
 from vitcompact.data import pipeline
 from vitcompact.data.classes import check_classes
+from vitcompact.doors import variable_shapes
 from vitcompact.train.step import TrainState
 
 CALIBRATION_IMAGES = 128
@@ -51,13 +52,13 @@ def _load(path: str):
 
 
 def _check_fits(what: str, found, variables, model):
-  if lines := trees.differences(variables, _shapes(model)):
+  if lines := trees.differences(variables, variable_shapes(model)):
     raise ValueError(f"{what} holds {found.variant} with plan={found.plan.to_json()}, "
                      f"which does not fit {model.variant}: {trees.some(lines, 3, joint='; ')}. "
                      f"`{files.CONVERT}` resizes positions and replaces a classifier")
 
 
-def started_from(state: TrainState, variables, shardings: TrainState) -> TrainState:
+def state_with_variables(state: TrainState, variables, shardings: TrainState) -> TrainState:
   """A fresh state with these variables in place of its own, averages included."""
   trees = variables["params"], variables.get("batch_stats", {})
   # jnp.copy: the step donates its state, and no buffer may be given away twice. A fitted batch norm
@@ -75,9 +76,3 @@ def calibration_images(config, preprocess):
                            image_size=preprocess.image_size, crop=preprocess.crop,
                            interpolation=preprocess.interpolation)
   return device_batch.normalise(jnp.asarray(images), preprocess.mean, preprocess.std)
-
-
-def _shapes(model):
-  height, width = vc.preprocess(model).image_size
-  images = jax.ShapeDtypeStruct((1, height, width, model.in_chans), jnp.float32)
-  return jax.eval_shape(model.init, jax.random.key(0), images)

@@ -60,19 +60,19 @@ def make_init(model, optimizer, image_shape, *, ema: bool, teacher=None):
 def state_shardings(shapes: TrainState, rules, optimizer, mesh, teacher_rules=()) -> TrainState:
   """Where every leaf of a state lies, from its shapes (`jax.eval_shape` of an init)."""
   params = sharding.parameters(shapes.params, rules, mesh)
-  whole = sharding.replicated(mesh)
+  everywhere = sharding.replicated(mesh)
 
-  def everywhere(tree):
-    return jax.tree.map(lambda _: whole, tree)
+  def replicated(tree):
+    return jax.tree.map(lambda _: everywhere, tree)
 
-  teacher = everywhere(shapes.teacher)
+  teacher = replicated(shapes.teacher)
   if teacher:
     teacher["params"] = sharding.parameters(shapes.teacher["params"], teacher_rules, mesh)
   return TrainState(
-      step=whole, params=params, batch_stats=everywhere(shapes.batch_stats),
+      step=everywhere, params=params, batch_stats=replicated(shapes.batch_stats),
       opt_state=sharding.moments(optimizer, shapes.opt_state, params, mesh),
       ema_params=params if shapes.ema_params else {},
-      ema_batch_stats=everywhere(shapes.ema_batch_stats), key=whole, teacher=teacher)
+      ema_batch_stats=replicated(shapes.ema_batch_stats), key=everywhere, teacher=teacher)
 
 
 def make_augment(data, mean, std, num_classes: int, accumulate: int, grid=None):
@@ -102,7 +102,7 @@ def make_gradients(objective, augment, accumulate: int, groups: int = 1):
   Means over `accumulate` microbatches, which batch statistics see one after another. Each
   is made of whole groups, of which the batch has `groups`.
   """
-  def loss_and_more(params, state, batch_stats, batch, key):
+  def loss_with_aux(params, state, batch_stats, batch, key):
     augment_key, dropout_key = jax.random.split(key)
     images, targets = augment(augment_key, batch)
     loss, (batch_stats, metrics) = objective(params, batch_stats, state.teacher, images,
@@ -110,7 +110,7 @@ def make_gradients(objective, augment, accumulate: int, groups: int = 1):
     return loss, (batch_stats, {"loss": loss, **metrics})
 
   def one(state, batch_stats, batch, key):
-    (_, (batch_stats, metrics)), grads = jax.value_and_grad(loss_and_more, has_aux=True)(
+    (_, (batch_stats, metrics)), grads = jax.value_and_grad(loss_with_aux, has_aux=True)(
         state.params, state, batch_stats, batch, key)
     return batch_stats, (grads, metrics)
 

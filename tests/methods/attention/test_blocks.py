@@ -86,7 +86,7 @@ def test_phase_2_gives_predictors_no_gradient_and_phase_1_reconstructs_the_mass_
     vc.Plan(attention=SPEC, heads=vc.HMHSA(layout="grid", rank=2), ffn=vc.CFFN()),
     vc.Plan(attention=SPEC, heads=vc.HMHSA(real_heads=3), tokens=vc.EViT(keep=0.7, blocks=(0,))),
     vc.Plan(attention=SPEC, tokens=vc.ToMe(r=3))])
-def test_blocks_compose_and_equal_masked_dense_attention_in_the_whole_model(plan, monkeypatch):
+def test_blocks_compose_and_equal_masked_dense_attention_in_a_model(plan, monkeypatch):
   model = tiny.deit(plan, global_pool="avg")
   variables, x = tiny.init(model), tiny.images(model)
   deploy, folded = vc.fold(model, variables)

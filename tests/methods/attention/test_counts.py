@@ -17,7 +17,7 @@ DENSITY = {"deit_small_patch16_224": 0.6975, "lvvit_s": 0.7285}
 
 
 def basis_of(density: float, name: str):
-  """Variables of which only the basis matters: so many of its entries are above the threshold."""
+  """Variables of which only the basis matters: `density` of its entries are above the threshold."""
   model = vc.create_model(name, plan=vc.Plan(attention=Sparsifiner()))
   images = jax.ShapeDtypeStruct((1, 224, 224, 3), "float32")
   variables = jax.tree.map(lambda leaf: jnp.ones(leaf.shape),
@@ -53,7 +53,7 @@ def test_every_row_of_the_column_follows_from_the_formula_that_the_count_obeys()
   for keep, published in DEIT_S.items():
     assert formula(keep, DENSITY["deit_small_patch16_224"]) / 1e6 == pytest.approx(published,
                                                                                    abs=0.1)
-  # Nothing that is masked was skipped: executed are all scores, and the dense basis besides.
+  # Nothing that is masked was skipped: executed are all scores, and the dense basis, too.
   predictor = (2 * n - 1) * dh * rank + rank * n * (n - 1)
   assert count.attention_macs == layers * h * (2 * n * n * dh + predictor)
   dense = vc.count(vc.create_model("deit_small_patch16_224"))

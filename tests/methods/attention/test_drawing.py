@@ -15,9 +15,9 @@ PLAN = vc.Plan(attention=BLOCKS, blocks={0: {"attention": vc.Sparsifiner(keep=0.
 def test_attended_patches_keep_their_light_and_the_query_has_a_frame():
   image = np.random.default_rng(0).uniform(0.2, 0.8, (8, 12, 3))      # 2 x 3 patches of 4
   kept = np.array([[1, 0, 0], [0, 1, 0]], bool)
-  picture = drawing.lit(image, kept, (1, 2))
+  picture = drawing.highlighted(image, kept, (1, 2))
   np.testing.assert_array_equal(picture[:4, :4], image[:4, :4])
-  dark = drawing.DARK * image + drawing.BLUE
+  dark = drawing.DIMMED * image + drawing.BLUE
   np.testing.assert_allclose(picture[:4, 4:], dark[:4, 4:])
   assert (picture[4, 8:] == [1, 0, 0]).all() and (picture[4:, 11] == [1, 0, 0]).all()
   np.testing.assert_allclose(picture[5:7, 9:11], dark[5:7, 9:11])
@@ -25,7 +25,7 @@ def test_attended_patches_keep_their_light_and_the_query_has_a_frame():
 
 def test_small_patches_are_seen_inside_their_frame_and_black_ones_are_told_apart():
   image, kept = np.zeros((12, 12, 3)), np.eye(6, dtype=bool)
-  picture = drawing.lit(drawing.enlarged(image, (6, 6)), kept, (0, 0))
+  picture = drawing.highlighted(drawing.enlarged(image, (6, 6)), kept, (0, 0))
   assert picture.shape == (96, 96, 3) and not picture[1:15, 1:15].any()
   assert (picture[0, :16] == [1, 0, 0]).all() and picture[:16, 16:].any(axis=-1).all()
   assert drawing.enlarged(np.zeros((224, 224, 3)), (14, 14)).shape == (224, 224, 3)
@@ -55,7 +55,7 @@ def test_files_are_drawn_and_not_overwritten(tmp_path):
   drawing.run(*args, queries=["1,2"])
   assert {path.name for path in args[2].iterdir()} == {"query_1_2.png", "matrices.png", "mass.png",
                                                        "mass.csv"}
-  assert len((args[2] / "mass.csv").read_text().splitlines()) == 1 + 2 * len(drawing.KEEPS)
+  assert len((args[2] / "mass.csv").read_text().splitlines()) == 1 + 2 * len(drawing.KEEP_RATES)
   with pytest.raises(ValueError, match="--force"):
     drawing.run(*args, queries=["1,2"])
 

@@ -11,7 +11,7 @@ from tests import tiny
 from vitcompact import attention, trees
 from vitcompact.attention import Core, reference
 from vitcompact.methods.attention.sparsifiner import attention_reconstruction
-from vitcompact.methods.attention.token_predictor import TokenMaskPredictor, gather_rows, largest
+from vitcompact.methods.attention.token_predictor import TokenMaskPredictor, gather_rows, top_k_mask
 from vitcompact.methods.heads.hmhsa import Hallucinate
 
 TOKENS, HEADS, WIDTH, PREFIX = 13, 2, 6, 1
@@ -80,8 +80,8 @@ def test_kept_pairs_are_those_of_the_definition_exactly_k_a_row(spec):
 
 def test_equal_scores_give_the_lowest_index_and_exactly_k():
   x = jnp.array([[1., 3., 3., 3., 0.], [jnp.inf, 0., 0., jnp.inf, 0.]])
-  np.testing.assert_array_equal(largest(x, 2), [[0, 1, 1, 0, 0], [1, 0, 0, 1, 0]])
-  np.testing.assert_array_equal(largest(x, 3), [[0, 1, 1, 1, 0], [1, 1, 0, 1, 0]])
+  np.testing.assert_array_equal(top_k_mask(x, 2), [[0, 1, 1, 0, 0], [1, 0, 0, 1, 0]])
+  np.testing.assert_array_equal(top_k_mask(x, 3), [[0, 1, 1, 1, 0], [1, 1, 0, 1, 0]])
 
 
 @pytest.mark.parametrize("shape", [(7, 33), (2, 3, 5, 33)])
@@ -90,7 +90,7 @@ def test_the_largest_are_those_that_a_stable_sort_puts_first(shape):
   x[..., :4] = [np.inf, -np.inf, -0.0, 0.0]
   rank = np.argsort(np.argsort(-x, axis=-1, kind="stable"), axis=-1)
   for k in (1, 8, 32, 33):
-    np.testing.assert_array_equal(jax.jit(largest, static_argnums=1)(x, k), rank < k)
+    np.testing.assert_array_equal(jax.jit(top_k_mask, static_argnums=1)(x, k), rank < k)
 
 
 def test_a_budget_is_not_rounded_up_by_rounding_errors():

@@ -12,9 +12,9 @@ from vitcompact.draw import tokens as drawing
 
 def test_gone_patches_are_white_and_merged_ones_have_their_mean_and_a_line():
   image = np.random.default_rng(0).uniform(0.2, 0.8, (8, 12, 3))      # 2 x 3 patches of 4
-  holder = np.array([[1, 2, 2], [drawing.GONE, 4, 5]])
+  holder = np.array([[1, 2, 2], [drawing.DROPPED, 4, 5]])
   before = image.copy()
-  picture = drawing.painted(image, holder)
+  picture = drawing.coloured_by_token(image, holder)
   np.testing.assert_array_equal(image, before)
   np.testing.assert_array_equal(picture[5:8, :3], np.ones((3, 3, 3)))
   np.testing.assert_array_equal(picture[:4, :4], image[:4, :4])
@@ -22,8 +22,9 @@ def test_gone_patches_are_white_and_merged_ones_have_their_mean_and_a_line():
   mean = image[:4, 4:].mean(axis=(0, 1))
   inner = np.ones((4, 7), bool)
   np.testing.assert_allclose(picture[:4, 5:][inner], np.tile(mean, (28, 1)))
-  assert (picture[:4, 4] == drawing.LINE).all() and (picture[4, 4:] == drawing.LINE).all()
-  assert not (picture[5:] == drawing.LINE).any() and not (picture[4, :4] == drawing.LINE).any()
+  assert (picture[:4, 4] == drawing.OUTLINE).all() and (picture[4, 4:] == drawing.OUTLINE).all()
+  assert not (picture[5:] == drawing.OUTLINE).any()
+  assert not (picture[4, :4] == drawing.OUTLINE).any()
 
 
 def test_stages_tell_the_token_of_each_patch():
@@ -31,7 +32,7 @@ def test_stages_tell_the_token_of_each_patch():
   variables, image = tiny.init(model), tiny.images(model)[0]
   (first, before), (second, after) = drawing.stages(model, variables, image)
   assert first == "block 0: 8 of 16"
-  assert sorted(before[before >= 0]) == list(range(1, 9)) and (before == drawing.GONE).sum() == 8
+  assert sorted(before[before >= 0]) == list(range(1, 9)) and (before == drawing.DROPPED).sum() == 8
   left = int(second.split()[2])
   assert left in (4, 5) and (after >= 0).sum() == left and (after[before < 0] < 0).all()
 

@@ -91,7 +91,7 @@ def test_the_global_half_is_the_mean_of_those_kept():
   np.testing.assert_array_equal(out[..., :3], x[..., :3])
   np.testing.assert_allclose(out[0, :, 3:], np.tile(x[0, np.array([0, 2, 3]), 3:].mean(0), (5, 1)),
                              rtol=1e-5)
-  assert not out[1, :, 3:].any()      # nobody is no reason for a NaN
+  assert not out[1, :, 3:].any()      # no kept token is no reason for a NaN
 
 
 def test_the_gradient_of_a_mask_is_that_of_a_gumbel_softmax():
@@ -109,7 +109,7 @@ def test_the_gradient_of_a_mask_is_that_of_a_gumbel_softmax():
 
 
 def test_hidden_tokens_are_as_if_gone():
-  """Rows of the living, with the others hidden, are attention among the living alone."""
+  """Rows of the kept tokens, with the others hidden, are attention among the kept ones only."""
   query, key, value = (drawn(i, 2, 9, 3, 4) for i in range(3))
   living = np.array([0, 1, 4, 5, 8])
   keep_mask = jnp.zeros((2, 9)).at[:, living].set(1)
@@ -118,7 +118,7 @@ def test_hidden_tokens_are_as_if_gone():
   np.testing.assert_allclose(got[:, living], wanted, atol=1e-4)
   maps = Core(keep_mask=keep_mask).maps(query, key)
   np.testing.assert_allclose(maps.sum(axis=-1), 1, atol=1e-5)
-  # Nobody else sees a hidden token, which sees itself besides.
+  # A hidden token is seen by itself only, and also sees the kept ones.
   assert float(maps[..., 2][..., np.arange(9) != 2].max()) < 1e-5
   assert float(maps[..., 2, 2].min()) > 1e-3
 
@@ -141,7 +141,7 @@ def test_training_reaches_every_predictor_through_the_ratio_and_the_logits():
   net = model()
   variables, x = tiny.init(net), tiny.images(net)
 
-  def parts(params, remat=False):
+  def losses_of(params, remat=False):
     run = net.clone(remat=remat)
     logits, sown = run.apply({"params": params}, x, train=True, mutable=["tokens"],
                              rngs={"dropout": jax.random.key(3)})
@@ -149,14 +149,14 @@ def test_training_reaches_every_predictor_through_the_ratio_and_the_logits():
     ratio = dynamicvit.kept_ratio(masks, TOKENS.shares()).mean()
     return jnp.stack([ratio, jnp.mean(logits ** 2)]), (masks, sown["tokens"]["keep_mask"][0])
 
-  jacobian, (masks, last) = jax.jit(jax.jacrev(parts, has_aux=True))(variables["params"])
+  jacobian, (masks, last) = jax.jit(jax.jacrev(losses_of, has_aux=True))(variables["params"])
   for name, leaf in trees.named_leaves(jacobian).items():
     assert np.isfinite(leaf).all(), name
     if "predict_tokens" in name:
       assert np.abs(leaf).reshape(2, -1).max(axis=1).min() > 0, name
   assert (masks[1] <= masks[0]).all() and 0 < masks[1].sum() < masks[0].sum() < masks[0].size
   np.testing.assert_array_equal(last, masks[1])
-  _, again = jax.jit(lambda p: parts(p, remat=True))(variables["params"])
+  _, again = jax.jit(lambda p: losses_of(p, remat=True))(variables["params"])
   assert jax.tree.all(jax.tree.map(jnp.array_equal, again, (masks, last)))
 
 

@@ -17,7 +17,7 @@ PLANS = [
     vc.Plan(tokens=vc.DynamicViT(keep=0.6, blocks=(1,)), heads=vc.HMHSA(rank=2), ffn=vc.CFFN()),
     vc.Plan(tokens=vc.ToMe(r=4), heads=vc.HMHSA(site="logits"), ffn=vc.CFFN(rep="scale")),
     vc.Plan(tokens=vc.MCTF(r=4, blocks=(0, 1)), heads=vc.HMHSA(), ffn=vc.CFFN())]
-LEFT = [6 + 1, 9 + 1, 17 - 8, 10]     # of 17 tokens, behind two blocks
+LEFT = [6 + 1, 9 + 1, 17 - 8, 10]     # of 17 tokens, after two blocks
 
 
 def names(plans):

@@ -148,7 +148,7 @@ def test_what_keys_receive_is_summed_in_tiles(monkeypatch):
 
 
 def pairs_of_twins():
-  """The class token, one alone, then nine pairs of equal neighbours."""
+  """The class token, a single one, then nine pairs of equal neighbours."""
   x = drawn(0, BATCH, COUNT // 2, WIDTH)
   return Tokens(jnp.repeat(x, 2, axis=1).at[:, 0].set(3.0))
 
@@ -177,7 +177,7 @@ def test_attention_with_sizes_is_attention_over_repeated_tokens():
 def test_precise_attention_over_equal_tokens_is_one_step_ahead():
   """Where only equal tokens are fused, A' is the attention of the fused tokens themselves."""
   tokens, weight = pairs_of_twins(), drawn(5, WIDTH, 8)
-  spec = vc.MCTF(r=9, tau_info=1e9)     # by similarity alone
+  spec = vc.MCTF(r=9, tau_info=1e9)     # by similarity only
 
   def project(x):
     return (x @ weight).reshape(*x.shape[:2], 2, 4)

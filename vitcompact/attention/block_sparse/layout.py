@@ -12,7 +12,7 @@ from vitcompact import kernels
 from vitcompact.attention.block_sparse import heads, kernel
 from vitcompact.attention.block_sparse.windows import Windows
 from vitcompact.attention.choice import for_layout
-from vitcompact.attention.device import asked, current
+from vitcompact.attention.device import current, requested_form
 
 
 class BlockLayout(NamedTuple):
@@ -77,7 +77,7 @@ class BlockLayout(NamedTuple):
     None.
     """
     arrays = query_bnfd, key_bmfd, value_bmfe
-    form = form or for_layout(current(), self, *arrays, asked()).form
+    form = form or for_layout(current(), self, *arrays, requested_form()).form
     if form == "block_sparse_kernel":
       return kernel.attend(self, kernels.block_attention(current().platform), *arrays, bias_bm)
     return heads.attend(self, form == "block_sparse_cpu", *arrays, bias_bm)

@@ -120,7 +120,7 @@ def _side(n: int, window: int) -> int:
   return -(-n // max(1, round(n / window)))
 
 
-def nearest(queries: Windows, keys: Windows) -> np.ndarray:
+def nearest_blocks(queries: Windows, keys: Windows) -> np.ndarray:
   """(blocks of queries,): the block of keys whose centre is nearest, its own on one grid."""
   apart = np.abs(queries.centres()[:, None] - keys.centres()[None]).sum(axis=-1)
   return apart.argmin(axis=1)

@@ -17,7 +17,7 @@ import numpy as np
 from vitcompact import attention
 from vitcompact.attention import Core
 from vitcompact.attention.block_sparse.layout import BlockLayout
-from vitcompact.attention.block_sparse.windows import Windows, nearest, on_grid, on_line
+from vitcompact.attention.block_sparse.windows import Windows, nearest_blocks, on_grid, on_line
 
 
 def choose(score_bfqk, own, count: int):
@@ -75,7 +75,8 @@ class BlockMaskPredictor(nn.Module):
       return core
     start = self._windows(self.key_grid, self.tokens - self.prefix).blocks
     count = min(max(1, round(self.spec.keep * start)), layout.keys.blocks)
-    chosen = choose(jax.lax.stop_gradient(score_bfqk), nearest(layout.queries, layout.keys), count)
+    chosen = choose(jax.lax.stop_gradient(score_bfqk),
+                    nearest_blocks(layout.queries, layout.keys), count)
     layout = layout._replace(chosen=chosen)
     if attention.wants_predictions(self):
       self.sow("attention", "kept", layout.scored_blocks())

@@ -19,22 +19,22 @@ from vitcompact.attention import Core
 from vitcompact.layers import nonzero, weight_init
 
 
-def largest(x, k: int):
+def top_k_mask(x, k: int):
   """True at the k largest entries along the last axis, exactly k; ties go to the lowest index."""
   if x.ndim > 2 and attention.loops_over_images():   # a map at a time stays in the cache
-    maps = jax.lax.map(lambda rows: _largest(rows, k), x.reshape(-1, *x.shape[-2:]))
+    maps = jax.lax.map(lambda rows: _top_k_mask(rows, k), x.reshape(-1, *x.shape[-2:]))
     return maps.reshape(x.shape)
-  return _largest(x, k)
+  return _top_k_mask(x, k)
 
 
-def _largest(x, k: int):
-  order, kth = order_of(x), kth_largest(x, k)
+def _top_k_mask(x, k: int):
+  order, kth = sortable_bits(x), kth_largest(x, k)
   above, equal = order > kth, order == kth
   left = k - above.sum(axis=-1, keepdims=True)
   return above | (equal & (jnp.cumsum(equal, axis=-1) <= left))
 
 
-def order_of(x):
+def sortable_bits(x):
   """int32 numbers in the order of these floats."""
   x = jax.lax.stop_gradient(x.astype(jnp.float32))
   bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0, x), jnp.int32)   # -0 is 0
@@ -43,11 +43,11 @@ def order_of(x):
 
 
 def kth_largest(x, k: int):
-  """The k-th largest of `order_of(x)` along the last axis, bit by bit: a fifth of top_k's time.
+  """The k-th largest of `sortable_bits(x)` along the last axis, in a fifth of top_k's time.
 
-  (..., M) -> (..., 1). The largest number that at least k entries reach.
+  (..., M) -> (..., 1). Bit by bit: the largest number that at least k entries reach.
   """
-  order, lowest = order_of(x), jnp.iinfo(jnp.int32).min
+  order, lowest = sortable_bits(x), jnp.iinfo(jnp.int32).min
 
   def bit(i, kth):
     more = kth + (jnp.int32(1) << (31 - i))
@@ -70,7 +70,7 @@ def sparse_coefficients(maps_bfnr, coefficients: int | float):
   """P with its other entries at 0, not renormalised: the largest ones, or those above a value."""
   if isinstance(coefficients, float):
     return jnp.where(maps_bfnr > coefficients, maps_bfnr, 0)
-  return jnp.where(largest(maps_bfnr, min(coefficients, maps_bfnr.shape[-1])), maps_bfnr, 0)
+  return jnp.where(top_k_mask(maps_bfnr, min(coefficients, maps_bfnr.shape[-1])), maps_bfnr, 0)
 
 
 def sparse_basis(spec, up):
@@ -78,7 +78,7 @@ def sparse_basis(spec, up):
   return jnp.where(jnp.abs(up) > spec.basis_threshold, up if spec.signed_basis else jnp.abs(up), 0)
 
 
-def expand(maps_bfnr, up, share=1):
+def basis_scores(maps_bfnr, up, share=1):
   """Scores P U: (B, f, N, M), for up = U^T: (M, r) or (B, M, r)."""
   rows = "bmr" if up.ndim == 3 else "mr"
   with jax.named_scope(attention.SCOPE), nonzero("links.up"), attention.share(share):
@@ -116,12 +116,12 @@ class TokenMaskPredictor(nn.Module):
     rest_bnfd = query[:, self.prefix:]
     down, up = self._weights(key.shape[1], source_bs)
     keep_bm = None if core.keep_mask is None else jax.lax.stop_gradient(core.keep_mask) > 0
-    low_query, low_key = self._reduced(rest_bnfd, key)
+    low_query, low_key = self._projections(rest_bnfd, key)
     if keep_bm is not None:   # what inference drops is in no sum
       low_key = jnp.where(keep_bm[:, :, None, None], low_key, 0)
     maps_bfnr = low_rank_maps(low_query, low_key, down, self._scale(query))
     if attention.wants_predictions(self):
-      self.sow("attention", "score", self._fitted(maps_bfnr, up))
+      self.sow("attention", "score", self._reconstruction(maps_bfnr, up))
       own_n = jnp.arange(self.prefix, query.shape[1])
       self.sow("attention", "target", jax.lax.stop_gradient(core.maps(rest_bnfd, key, own_n=own_n)))
     if not self.spec.masked:
@@ -141,7 +141,7 @@ class TokenMaskPredictor(nn.Module):
       outside = (place < self.prefix) | (place >= keys - fused)
       score_bfnm = jnp.where(outside, jnp.inf, score_bfnm)
     dense = jnp.ones((batch, heads, self.prefix, keys), bool)
-    kept_bfnm = largest(score_bfnm, budget)
+    kept_bfnm = top_k_mask(score_bfnm, budget)
     if attention.wants_predictions(self):
       self.sow("attention", "kept", kept_bfnm)
     mask = jnp.concatenate([dense, kept_bfnm], axis=2)
@@ -154,20 +154,21 @@ class TokenMaskPredictor(nn.Module):
     used = rank if isinstance(spec.coefficients, float) else min(spec.coefficients, rank)
     maps, up = jax.lax.stop_gradient((maps_bfnr, up))
     basis = up if self.deploy else sparse_basis(spec, up)
-    return expand(sparse_coefficients(maps, spec.coefficients), basis, share=Fraction(used, rank))
+    return basis_scores(sparse_coefficients(maps, spec.coefficients), basis,
+                        share=Fraction(used, rank))
 
-  def _fitted(self, maps_bfnr, up):
+  def _reconstruction(self, maps_bfnr, up):
     """What reconstruction compares with attention."""
     if self.spec.fit == "dense":
-      return expand(maps_bfnr, up)
+      return basis_scores(maps_bfnr, up)
     straight_through = up + jax.lax.stop_gradient(sparse_basis(self.spec, up) - up)
-    return expand(sparse_coefficients(maps_bfnr, self.spec.coefficients), straight_through)
+    return basis_scores(sparse_coefficients(maps_bfnr, self.spec.coefficients), straight_through)
 
   def _scale(self, query_bnfd) -> float:
     _, _, heads, width = query_bnfd.shape
     return (heads if self.spec.variant == "code" else width) ** -0.5
 
-  def _reduced(self, query, key):
+  def _projections(self, query, key):
     """Queries and keys of the predictor: those of attention, or half as wide."""
     if self.spec.variant == "paper":
       return query, key
