@@ -1,5 +1,4 @@
 """Weights that travel: PyTorch state dicts to our variables and back, and files of our own."""
-import dataclasses
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from vitcompact.files import (
 )
 from vitcompact.fit import MANY, check_fit, closest_model
 from vitcompact.foreign import CONTAINERS
-from vitcompact.models import create_model
+from vitcompact.models import create_model, fields_of
 from vitcompact.plan import Plan, upgraded
 from vitcompact.torch_names import (
     Entry,
@@ -203,12 +202,7 @@ def altered(model: nn.Module, **fields) -> nn.Module:
   """The model with other fields, refused where `create_model` would refuse them."""
   if {"image_size", "patch_size"} & fields.keys():
     fields = {"plan": model.plan.at_size(model.sites()), **fields}
-  return create_model(model.variant, **{**_fields(model), **fields})
-
-
-def _fields(model) -> dict[str, Any]:
-  return {field.name: getattr(model, field.name) for field in dataclasses.fields(model)
-          if field.name not in ("parent", "name", "variant")}
+  return create_model(model.variant, **{**fields_of(model), **fields})
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -297,7 +291,7 @@ def classes_of(path) -> list[str] | None:
 
 def metadata(model: nn.Module) -> dict[str, str]:
   """What `create_model` needs to build it again, as strings: model, fields, plan, execution."""
-  fields = _fields(model)
+  fields = fields_of(model)
   plan, execution = fields.pop("plan"), fields.pop("execution")
   return {"model": model.variant, "fields": json.dumps(fields), "plan": plan.to_json(),
           "execution": execution.to_json()}

@@ -1,5 +1,4 @@
 """measure: where a dense model has slack, block by block and axis by axis, on the user's images."""
-import dataclasses
 import hashlib
 import math
 import warnings
@@ -17,6 +16,7 @@ from vitcompact._version import __version__
 from vitcompact.calibration import VALUES, Calibration, held_last, run, take, through
 from vitcompact.doors import check_images, check_model, check_variables
 from vitcompact.methods import METHODS, protocol
+from vitcompact.models import fields_of
 from vitcompact.plan import BY_BLOCK, BlockMethods, Plan
 from vitcompact.planner import Costs
 from vitcompact.report import Option, Report
@@ -89,7 +89,7 @@ class _Measurement:
     kept = [] if self.sensitivity == "none" else self._reducers()
     costs = Costs(model)
     return Report(
-        vitcompact=__version__, model=model.variant, fields=_fields(model),
+        vitcompact=__version__, model=model.variant, fields=described_fields(model),
         digest=trees.digest(self.variables), images=len(self.images),
         images_digest=hashlib.sha256(np.ascontiguousarray(self.images).tobytes()).hexdigest(),
         sensitivity=self.sensitivity, params=costs.dense.params, macs=costs.dense.macs,
@@ -248,7 +248,8 @@ def _attention_of(seen, prefix):
   return out
 
 
-def _fields(model) -> dict[str, Any]:
-  own = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)
-         if field.name not in ("parent", "name", "variant", "plan", "execution", "deploy")}
+def described_fields(model) -> dict[str, Any]:
+  """A dense model's fields, as JSON has them."""
+  own = {key: value for key, value in fields_of(model).items()
+         if key not in ("plan", "execution", "deploy")}
   return {key: list(value) if isinstance(value, tuple) else value for key, value in own.items()}

@@ -67,11 +67,13 @@ class Costs:
     return _counted(Function(block.clone(methods=methods)), jax.tree.structure(x),
                     tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(x)))
 
-  def saved(self, name: str, axis: str, method, tokens: int | None = None) -> tuple[int, int]:
-    """(MACs, parameters) that a block saves by one method."""
-    dense = self.at(name, BlockMethods(), tokens)
-    new = self.at(name, BlockMethods(**{axis: method}), tokens)
-    return dense[0] - new[0], dense[1] - new[1]
+  def saved(self, name: str, axis: str, method, tokens: int | None = None,
+            reducer=None) -> tuple[int, int]:
+    """(MACs, parameters) that a block saves by one method, where a reducer acts as well."""
+    dense = BlockMethods(tokens=reducer)
+    before = self.at(name, dense, tokens)
+    after = self.at(name, dense._replace(**{axis: method}), tokens)
+    return before[0] - after[0], before[1] - after[1]
 
 
 def _stepped(block: nn.Module, x):
@@ -107,9 +109,13 @@ class Knapsack:
   def __init__(self, choices: dict[str, list[Choice]], scale: float):
     self.choices, self.bin = choices, scale / BINS
 
-  def least(self) -> float:
-    """The most that can be saved."""
-    return sum(max(choice.saved for choice in few) for few in self.choices.values())
+  def most(self) -> float:
+    """The most that can be saved, in whole bins."""
+    return self.bin * sum(max(self._bins(choice) for choice in few)
+                          for few in self.choices.values())
+
+  def _bins(self, choice: Choice) -> int:
+    return int(np.floor(choice.saved / self.bin + 1e-9))
 
   def best(self, need: float, forbidden: tuple[str, int] | None = None):
     """({block: index of its choice}, KL), or None where it cannot be met."""
@@ -123,7 +129,7 @@ class Knapsack:
       for i, choice in enumerate(few):
         if forbidden == (name, i):
           continue
-        step = int(np.floor(choice.saved / self.bin + 1e-9))
+        step = self._bins(choice)
         kl = 0.0 if choice.kl < EQUAL else choice.kl
         here = _moved(cost, step)
         table[i] = here + kl - SMALLER * choice.params / most
@@ -135,7 +141,7 @@ class Knapsack:
     picks, at = {}, bins
     for name, pick in reversed(taken):
       picks[name] = int(pick[at])
-      at = max(0, at - int(np.floor(self.choices[name][picks[name]].saved / self.bin + 1e-9)))
+      at = max(0, at - self._bins(self.choices[name][picks[name]]))
     picks = dict(reversed(picks.items()))
     return picks, sum(self.choices[name][i].kl for name, i in picks.items())
 

@@ -64,6 +64,11 @@ class Receipt:
   classes: tuple[str, ...] = ()
   further: Mapping[str, Proof] = dataclasses.field(default_factory=dict)
 
+  @property
+  def ok(self) -> bool:
+    """Whether every proof holds."""
+    return self.proof.ok and all(proof.ok for proof in self.further.values())
+
   def write(self, directory) -> tuple[pathlib.Path, ...]:
     """Writes receipt.json, receipt.md and receipt.html; each is whole at every moment."""
     directory = pathlib.Path(directory)

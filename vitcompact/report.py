@@ -98,7 +98,7 @@ class Report:
     best, most = None, 1.0
     for reducer, kl in self._reducers(axes):
       search = self._search(goal, reducer, axes)
-      most = min(most, 1 - search.saved - search.knapsack.least() / search.total)
+      most = min(most, 1 - search.saved - search.knapsack.most() / search.total)
       need = (1 - share - search.saved) * search.total
       found = search.knapsack.best(need)
       if found is not None and (best is None or found[1] + kl < best[0] - 1e-9):
@@ -264,7 +264,7 @@ class Search:
   def _choices(self, costs, row, axes, tokens) -> list[Choice]:
     by_axis = {axis: [option for option in row["options"] if option.axis == axis]
                for axis in BY_BLOCK if axis in axes}
-    saved = {option: costs.saved(row["name"], axis, option.method, tokens)
+    saved = {option: costs.saved(row["name"], axis, option.method, tokens, self.reducer)
              for axis, few in by_axis.items() for option in few}
     out = []
     for options in combined(by_axis):
@@ -293,7 +293,8 @@ class Search:
           found[name] = i
           break
       else:
-        methods = ", ".join(describe_method(method) for method in wanted.values() if method is not None)
+        methods = ", ".join(describe_method(method) for method in wanted.values()
+                            if method is not None)
         raise ValueError(f"{name}: this report has not tried {methods}; edit the plan to options "
                          "that it lists, or measure again")
     return found

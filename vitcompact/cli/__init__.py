@@ -8,7 +8,7 @@ import sys
 import click
 
 from vitcompact._version import __version__
-from vitcompact.cli import bench, compare, convert, count, draw, models, predict, prepare
+from vitcompact.cli import bench, compact, compare, convert, count, draw, models, predict, prepare
 
 MAX_ERROR_LINES = 5    # of an error of many lines, such as one for each parameter that does not fit
 
@@ -66,7 +66,8 @@ def main():
 
 
 for command in (models.models, count.count, convert.convert, predict.predict, bench.bench,
-                draw.draw, prepare.prepare, compare.compare):
+                draw.draw, prepare.prepare, compare.compare, compact.measure, compact.compact,
+                compact.verify):
   main.add_command(command)
   for verb in (command, *getattr(command, "commands", {}).values()):
     verb.params.append(verbose_option())

@@ -2,6 +2,7 @@
 import dataclasses
 import difflib
 import fnmatch
+from typing import Any
 
 import flax.linen as nn
 
@@ -60,6 +61,12 @@ def check_value(field: str, kind, value):
     return
   if not fits:
     raise ValueError(f"{field}={value!r}: must be {rule}")
+
+
+def fields_of(model: nn.Module) -> dict[str, Any]:
+  """What `create_model` takes besides the name to build a model again."""
+  return {field.name: getattr(model, field.name) for field in dataclasses.fields(model)
+          if field.name not in ("parent", "name", "variant")}
 
 
 def create_model(name: str, **fields) -> nn.Module:

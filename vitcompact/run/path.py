@@ -56,8 +56,11 @@ def run(config, directory, say: Callable[[str], Any] = print, **options):
     result = untrained(start.config, directory)
   else:
     result = loop.train(start.config, directory, **options)
-  rows = {"dense": vc.load(start.dense), "compacted": vc.load(directory / "compact.safetensors")}
-  return report.report(result, directory, before=rows, facts=start.facts)
+  rows = {"dense": vc.load(start.dense)}
+  if not start.config.compact.steps:
+    return report.report(result, directory, before=rows, facts=start.facts, name="compacted")
+  rows["compacted"] = vc.load(directory / "compact.safetensors")
+  return report.report(result, directory, before=rows, facts=start.facts, name="distilled")
 
 
 def untrained(config, directory) -> loop.Result:
@@ -137,7 +140,7 @@ def fit(config, directory, dense: pathlib.Path, goal, say):
     found = Report.load(directory)
     found.check_of(model, digest)
   else:
-    with bar("measure") as progress:
+    with Bar("measure") as progress:
       found = vc.measure(model, variables, calibration(), config.compact.sensitivity, progress)
     found.save(directory)
     say(f"measured on {found.images} images: {directory / 'report.html'}")
@@ -155,7 +158,7 @@ def fit(config, directory, dense: pathlib.Path, goal, say):
       raise ValueError(f"{compacted} is of another plan or another dense model; remove it to make "
                        "it anew, or use another workdir")
     return
-  with bar("compact") as progress:
+  with Bar("compact") as progress:
     done = []
 
     def step(name, notes):
@@ -174,9 +177,14 @@ def reasons_of(found: Report, plan: Plan) -> str:
     return f"by hand: {plan.to_json()} ({error})"
 
 
-def calibration_images(config, preprocess) -> np.ndarray:
-  """Normalised images of the train split, as evaluation sees them, evenly spread over it."""
-  images = pipeline.sample(config.data, "train", config.compact.images,
+def has_patches(file) -> bool:
+  """Whether the model of a file has features of patches to compare."""
+  return bool(vc.load(file)[0].teaches)
+
+
+def calibration_images(config, preprocess, split: str = "train") -> np.ndarray:
+  """Normalised images of a split, as evaluation sees them, evenly spread over it."""
+  images = pipeline.sample(config.data, split, config.compact.images,
                            image_size=preprocess.image_size, crop=preprocess.crop,
                            interpolation=preprocess.interpolation)
   return np.asarray(device_batch.normalise(images, preprocess.mean, preprocess.std))
@@ -193,7 +201,7 @@ def write(path: pathlib.Path, text: str):
   os.replace(partial, path)
 
 
-class bar:
+class Bar:
   """A progress bar with the time that is left, as a callback (name, done, total)."""
 
   def __init__(self, title: str):

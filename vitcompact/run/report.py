@@ -20,12 +20,13 @@ TIMED_IMAGES = 32
 HALF_TOLERANCE = 0.05   # of bfloat16, which rounds two forms of one function apart
 
 
-def report(result: loop.Result, workdir, *, before=None, facts=None) -> Receipt:
+def report(result: loop.Result, workdir, *, before=None, facts=None,
+           name: str = "trained") -> Receipt:
   """Writes trained.safetensors (what another run may start from), deploy.safetensors, receipt.json
   and receipt.md of a finished run into its workdir.
 
   before: {name: (model, variables)} of the stages before this run, such as the dense model, which
-  are evaluated as well; facts: further ones for the receipt.
+  are evaluated as well; facts: further ones for the receipt; name: of the model of this run.
 
   The deployed model is evaluated on the test images itself: its accuracy is not taken over. Folding
   is verified in float32: bfloat16 rounds two forms of one function apart by far more.
@@ -36,15 +37,15 @@ def report(result: loop.Result, workdir, *, before=None, facts=None) -> Receipt:
   deploy, folded = vc.fold(model, variables)
   images = _val_images(run)
   tested = pipeline.num_examples(config.data.name, "test")
-  models = {**(before or {}), "trained": (model, variables), "deployed": (deploy, folded)}
+  models = {**(before or {}), name: (model, variables), "deployed": (deploy, folded)}
   dense = model.clone(plan=vc.Plan())
   if dense != model and "dense" not in models:
     models = {"dense": (dense, None), **models}
   rows = []
-  for name, (its, own) in models.items():
+  for row, (its, own) in models.items():
     accuracy = None if own is None else (
-        result.metrics["test_accuracy"] if name == "trained" else _test_accuracy(run, its, own))
-    rows.append(Row(name, vc.count(its, variables=own), accuracy, tested=tested))
+        result.metrics["test_accuracy"] if row == name else _test_accuracy(run, its, own))
+    rows.append(Row(row, vc.count(its, variables=own), accuracy, tested=tested))
   timings = _time(rows, models, images)
   random = jax.random.normal(jax.random.key(config.seed), images.shape)
   float32 = (model.clone(dtype="float32"), variables, deploy.clone(dtype="float32"), folded)
@@ -54,7 +55,8 @@ def report(result: loop.Result, workdir, *, before=None, facts=None) -> Receipt:
                                      tolerance=HALF_TOLERANCE)
   facts = {
       "model": config.model.name, "plan": config.plan, "data": config.data.name,
-      "steps": config.total_steps, "batch_size": config.batch_size, "seed": config.seed,
+      "steps": int(result.state.step) if result.state else 0,
+      "batch_size": config.batch_size, "seed": config.seed,
       "eval_params": config.eval_params, "val_accuracy": result.metrics["val_accuracy"],
       "timed_batch": len(images), "params_digest": result.metrics["params_digest"],
       "deploy_digest": trees.digest(folded["params"]),
@@ -66,7 +68,7 @@ def report(result: loop.Result, workdir, *, before=None, facts=None) -> Receipt:
       vc.verify(*float32, images), facts, tuple(pipeline.class_names(config.data.name)), further)
   if jax.process_index() == 0:
     write(pathlib.Path(workdir), receipt,
-          {"trained": (model, variables), "deploy": (deploy, folded)})
+          {name: (model, variables), "deploy": (deploy, folded)})
   return receipt
 
 

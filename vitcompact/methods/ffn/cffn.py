@@ -312,9 +312,17 @@ class CompactDense(nn.Module):
       a, b, bias = (jnp.asarray(x, kernel.dtype) for x in fit.factors[:3])
     if self.deploy:
       return {"a": {"kernel": a}, "b": {"kernel": b, "bias": bias}}, {}
+    moments = None if fit is None else tuple(jnp.asarray(x, jnp.float32)
+                                             for x in (fit.mean, fit.cov))
+    # As one program: op by op, each would be compiled for each rank.
+    return jax.jit(self.clone(parent=None, name=None)._branched)(a, b, bias, moments)
+
+  @nn.nowrap
+  def _branched(self, a, b, bias, moments):
+    """(params, stats) in training that compute x A B + b; moments: mean and covariance of x."""
     mean = cov = u_mean = u_cov = None
-    if fit is not None:
-      mean, cov = (jnp.asarray(x, jnp.float32) for x in (fit.mean, fit.cov))
+    if moments is not None:
+      mean, cov = moments
       u_mean, u_cov = _matmul(mean, a), _matmul(_matmul(a.T, cov), a)
     a_params, a_stats = self._split("a", a, mean, cov)
     b_params, b_stats = self._split("b", b, u_mean, u_cov)
@@ -325,10 +333,11 @@ class CompactDense(nn.Module):
         out[f"b{j}_norm"] = {**norm, "bias": norm["bias"] + bias / self.branches}
     else:
       out["bias"] = bias
-    if self.avg_skip and kernel.shape[0] % self.rank == 0:
-      out["alpha"] = jnp.zeros(self.rank, kernel.dtype)
+    if self.avg_skip and a.shape[0] % self.rank == 0:
+      out["alpha"] = jnp.zeros(self.rank, a.dtype)
     return out, {**a_stats, **b_stats}
 
+  @nn.nowrap
   def _split(self, factor, kernel, mean, cov):
     """Branches that sum to `kernel`, apart by noise (equal branches would stay equal)."""
     n, out, stats = self.branches, {}, {}

@@ -1,0 +1,188 @@
+"""measure, reports and the plans that they propose."""
+import dataclasses
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import vitcompact as vc
+from tests import tiny
+from vitcompact.measure import divergence
+from vitcompact.methods.ffn import cffn
+from vitcompact.plan import BlockMethods
+from vitcompact.planner import Choice, Knapsack
+
+
+@pytest.fixture(scope="module")
+def measured():
+  """(model, variables, images, a full report) of a tiny DeiT."""
+  model = tiny.deit(drop_path_rate=0.0)
+  variables, x = tiny.init(model, spread=0.5), np.asarray(tiny.images(model, batch=48))
+  with pytest.MonkeyPatch.context() as patch:   # each rank is a program to compile
+    patch.setattr(cffn, "RATIOS", (0.25, 0.5))
+    return model, variables, x, vc.measure(model, variables, x, sensitivity="full")
+
+
+def test_a_report_lists_options_of_every_axis_with_what_they_cost(measured):
+  report = measured[3]
+  assert [row["name"] for row in report.blocks] == ["blocks_0", "blocks_1"]
+  for row in report.blocks:
+    assert {option.axis for option in row["options"]} == {"heads", "ffn"}   # 17 tokens: no blocks
+    assert all(option.measured and option.kl >= 0 for option in row["options"])
+    mass = row["tables"]["attention_mass"]
+    assert mass == sorted(mass) and mass[-1] == pytest.approx(1, abs=1e-3)
+    assert np.diag(row["tables"]["head_cost"]).tolist() == [0] * 4
+    assert np.allclose(np.diag(row["tables"]["map_likeness"]), 1, atol=1e-3)
+  assert {type(option.method).__name__ for option in report.tokens} == {"ToMe"}
+
+
+def test_the_kl_of_an_option_is_that_of_the_model_with_it_alone(measured):
+  """Against compact itself: the change in one block, on the images held out."""
+  model, variables, x, report = measured
+  option = next(option for option in report.blocks[1]["options"] if option.axis == "ffn")
+  small, got = vc.compact(model, variables, vc.Plan(blocks={1: {"ffn": option.method}}), images=x)
+  held = x[3::4]
+  wanted = divergence(jax.jit(model.apply)(variables, held), jax.jit(small.apply)(got, held))
+  assert option.kl == pytest.approx(wanted, rel=1e-3)
+
+
+def test_more_heads_and_higher_ranks_are_estimated_to_lose_less(measured):
+  for row in measured[3].blocks:
+    heads = [option.error for option in row["options"] if option.axis == "heads"]
+    assert heads == sorted(heads, reverse=True)
+    for factor in ("output", "both"):
+      errors = [option.error for option in row["options"]
+                if option.axis == "ffn" and option.method.factor == factor]
+      assert errors == sorted(errors, reverse=True)
+
+
+def test_a_quick_report_infers_what_it_did_not_try(measured, monkeypatch):
+  model, variables, x, full = measured
+  monkeypatch.setattr(cffn, "RATIOS", (0.25, 0.5))
+  quick = vc.measure(model, variables, x, sensitivity="quick")
+  for row, wanted in zip(quick.blocks, full.blocks, strict=True):
+    for axis in ("heads", "ffn"):
+      options = [option for option in row["options"] if option.axis == axis]
+      assert sum(option.measured for option in options) == 1
+      tried = next(option for option in options if option.measured)
+      same = next(o for o in wanted["options"] if o.method == tried.method)
+      assert tried.kl == pytest.approx(same.kl, rel=1e-3)
+      for option in options:
+        assert option.kl == pytest.approx(tried.kl * option.error / tried.error, rel=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.85, 0.7, 0.55])
+def test_a_plan_meets_its_budget_as_it_was_counted(measured, share):
+  model, _, _, report = measured
+  plan = report.plan(macs=share)
+  told, dense = report.explain(plan), vc.count(model)
+  small = vc.count(model.clone(plan=plan, deploy=True))
+  assert small.macs <= share * dense.macs
+  assert told.macs == pytest.approx(small.macs / dense.macs, abs=2e-3)
+  assert told.params == pytest.approx(small.params / dense.params, abs=2e-3)
+  assert report.plan(macs=share) == plan and str(report.explain(plan)) == str(told)
+  assert vc.Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_smaller_budget_is_predicted_to_lose_no_less(measured):
+  report = measured[3]
+  costs = [report.explain(report.plan(params=share)).kl for share in (0.95, 0.8, 0.7)]
+  assert costs == sorted(costs)
+
+
+def test_axes_may_be_left_out(measured):
+  plan = measured[3].plan(macs=0.8, axes=("ffn",))
+  assert {method.axis for method in plan.methods()} == {"ffn"}
+
+
+def test_a_budget_beyond_reach_names_the_nearest(measured):
+  with pytest.raises(ValueError, match=r"macs=0\.01: no plan of ffn goes below macs=0\.\d+"):
+    measured[3].plan(macs=0.01, axes=("ffn",))
+  with pytest.raises(ValueError) as error:
+    measured[3].plan(macs=0.01)
+  measured[3].plan(macs=float(str(error.value).rpartition("=")[2]))
+
+
+def test_the_knapsack_finds_the_best_of_all_choices():
+  rng = np.random.default_rng(0)
+  choices = {name: [Choice({}, 0.0, 0.0, 0), *(Choice({}, kl, saved, 0) for kl, saved in
+                                               zip(rng.random(3), rng.integers(1, 9, 3) * 10.0,
+                                                   strict=True))] for name in "abcd"}
+  search = Knapsack(choices, 2000.0)
+  for need in (10.0, 60.0, 150.0):
+    picks, kl = search.best(need)
+    ways = [(sum(choices[n][i].kl for n, i in zip("abcd", way, strict=True)), way)
+            for way in itertools.product(range(4), repeat=4)
+            if sum(choices[n][i].saved for n, i in zip("abcd", way, strict=True)) >= need]
+    assert kl == pytest.approx(min(ways)[0])
+    assert sum(choices[n][i].saved for n, i in picks.items()) >= need
+  assert search.best(search.most() + 1) is None
+  forbidden = search.best(60.0, forbidden=("a", search.best(60.0)[0]["a"]))
+  assert forbidden[1] >= search.best(60.0)[1]
+
+
+def test_costs_of_blocks_add_up_to_the_models(measured):
+  model, _, _, report = measured
+  plan = vc.Plan(blocks={0: {"heads": vc.HMHSA(real_heads=2), "ffn": vc.CFFN(rank_ratio=0.25)}})
+  saved = sum(report.costs.saved("blocks_0", axis, method)[0]
+              for axis, method in plan.blocks[0].items())
+  small = vc.count(model.clone(plan=plan, deploy=True)).macs
+  assert vc.count(model).macs - small == saved
+  assert report.costs.at("blocks_0", BlockMethods(**plan.blocks[0]))[0] == (
+      report.costs.at("blocks_0", BlockMethods())[0] - saved)
+
+
+def test_a_report_goes_to_json_and_back(measured):
+  report = measured[3]
+  assert vc.Report.from_json(report.to_json()) == report
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda tree: tree.pop("blocks"), lambda tree: tree.update(model="no_model"),
+    lambda tree: tree["blocks"][0]["options"][0].update(method={"method": "hmhsa", "rank": -1}),
+    lambda tree: tree["blocks"][0].pop("tables"), lambda tree: tree.update(fields=3),
+    lambda tree: tree["tokens"].append(7)])
+def test_a_spoilt_report_is_one_clear_error(measured, spoil):
+  tree = json.loads(measured[3].to_json())
+  spoil(tree)
+  with pytest.raises(ValueError, match="no report of vitcompact") as error:
+    vc.Report.from_json(json.dumps(tree))
+  assert "\n" not in str(error.value)
+  with pytest.raises(ValueError, match="no report"):
+    vc.Report.from_json("[" * 100_000)
+
+
+def test_what_a_report_does_not_know_is_named(measured):
+  report = measured[3]
+  with pytest.raises(ValueError, match="has not tried ToMe"):
+    report.explain(vc.Plan(tokens=vc.ToMe(r=11)))
+  with pytest.raises(ValueError, match="blocks_0: this report has not tried CFFN"):
+    report.explain(vc.Plan(ffn=vc.CFFN(rank_ratio=0.11)))
+  with pytest.raises(ValueError, match="give one of macs, params"):
+    report.plan()
+  with pytest.raises(ValueError, match="must be a share"):
+    report.plan(macs=70)
+  with pytest.raises(ValueError, match="sensitivity='none'"):
+    dataclasses.replace(report, sensitivity="none").plan(macs=0.5)
+  with pytest.raises(ValueError, match="measure again"):
+    report.check_of(measured[0], "another")
+
+
+def test_images_of_one_class_are_noticed():
+  model = tiny.deit(drop_path_rate=0.0)
+  variables = tiny.init(model, spread=0.5)
+  one = np.repeat(np.asarray(tiny.images(model, batch=1)), 48, axis=0)
+  with pytest.warns(UserWarning, match="of few classes: the model sees 1 of 5"):
+    vc.measure(model, variables, one, sensitivity="none")
+
+
+@pytest.mark.parametrize("change,words", [
+    (dict(sensitivity="most"), "must be one of none, quick, full"),
+    (dict(images=np.zeros((2, 3))), "images of shape"),
+    (dict(variables={"params": {}}), "do not fit")])
+def test_what_cannot_be_measured_is_refused(measured, change, words):
+  model, variables, x, _ = measured
+  with pytest.raises(ValueError, match=words):
+    vc.measure(model, **{"variables": variables, "images": x, **change})

@@ -1,0 +1,160 @@
+"""vitcompact measure, compact, verify: from a dense model to a smaller deployed one."""
+import re
+
+import click
+
+LEARNING_RATE = 5e-5   # of distilling, at the end of its warm-up: a twentieth of a usual dense one
+
+
+def settings(file: str, name: str, **sections):
+  """A config for a dense model's file and the data of this name, with these values."""
+  from ml_collections import ConfigDict
+
+  import vitcompact as vc
+  from vitcompact.models import fields_of
+
+  model, _ = vc.load(file)
+  fields = fields_of(model)
+  for key in ("plan", "execution", "deploy", "num_classes"):
+    fields.pop(key)
+  if "mix_token" in fields:   # a teacher sees images as they come
+    fields["mix_token"] = False
+  config = ConfigDict({"init_from": file, "model": {"name": model.variant, **fields},
+                       "data": {"name": name}, "plan": ""})
+  for section, values in sections.items():
+    if isinstance(values, dict):
+      config[section] = ConfigDict({**config.get(section, ConfigDict()).to_dict(), **values})
+    else:
+      config[section] = values
+  return config
+
+
+def steps_of(distil: str | None, data: str, batch_size: int) -> int:
+  """Steps from "5ep" or "2000"; 0 where nothing is asked for."""
+  from vitcompact.data import pipeline
+
+  if distil is None:
+    return 0
+  if not (match := re.fullmatch(r"(\d+(?:\.\d+)?)(ep)?", distil)) or float(match[1]) <= 0:
+    raise ValueError(f"--distil {distil}: must be epochs, such as 5ep, or a number of steps")
+  if not match[2]:
+    return int(float(match[1]))
+  return max(1, round(float(match[1]) * pipeline.num_examples(data, "train") / batch_size))
+
+
+@click.command()
+@click.argument("file")
+@click.option("--data", required=True, metavar="NAME", help="folder:PATH, arrayrecord:PATH, "
+              "tfds:NAME or digits; images of its train split are measured on.")
+@click.option("--macs", type=float, help="Share of the dense model's MACs to come to, such as 0.7.")
+@click.option("--params", type=float, help="Or of its parameters.")
+@click.option("--plan", help="A JSON plan, or a path to one, in place of one chosen from data.")
+@click.option("--distil", metavar="5ep", help="Train from the dense model for that many epochs, or "
+              "steps.")
+@click.option("--images", type=int, default=512, show_default=True, help="For calibration.")
+@click.option("--sensitivity", type=click.Choice(["quick", "full"]), default="quick",
+              show_default=True, help="How many options are tried.")
+@click.option("--augment", default="flip_crop", show_default=True, help="Of distilling.")
+@click.option("--batch-size", type=int, default=64, show_default=True, help="Of distilling.")
+@click.option("--learning-rate", type=float, default=LEARNING_RATE, show_default=True,
+              help="The peak of distilling.")
+@click.option("--out", required=True, metavar="DIR", help="Where all stages leave their files.")
+def compact(file, data, macs, params, plan, distil, images, sensitivity, augment, batch_size,
+            learning_rate, out):
+  """Make a dense model smaller, measured and proved.
+
+  \b
+  vitcompact compact deit.safetensors --data folder:imagenet --macs 0.7 --out small
+  vitcompact compact deit.safetensors --data folder:imagenet --macs 0.7 --distil 5ep --out small
+
+  Measures what each block can do without (report.html), chooses a plan (plan.json and its reasons,
+  plan.txt), fits the smaller model to the dense one without training, distils if asked, folds,
+  verifies, times, and writes deploy.safetensors and a receipt. The same command goes on where it
+  stopped; edit plan.json and remove compact.safetensors to have another plan. The exit code is 1
+  where the deployed form does not compute the same function.
+  """
+  from vitcompact.run import path
+
+  if plan is not None and macs is None and params is None:
+    macs = 1.0
+  steps = steps_of(distil, data, batch_size)
+  config = settings(
+      file, data, eval_batch_size=64, batch_size=batch_size, total_steps=max(steps, 1),
+      plan=plan or "", data={"augment": augment if steps else "none"},
+      compact={"macs": macs or 0.0, "params": params or 0.0, "images": images,
+               "sensitivity": sensitivity, "steps": steps},
+      checkpoint_every=max(1, steps // 4) or 1,
+      optim={"learning_rate": learning_rate, "warmup_steps": steps // 20, "clip_norm": 1.0,
+             "final_learning_rate": min(1e-6, learning_rate)},
+      loss={"labels": 0.0, "logits": 1.0, "patches": float(path.has_patches(file))} if steps
+      else {})
+  receipt = path.run(config, out, say=click.echo)
+  click.echo(receipt.to_markdown())
+  if not receipt.ok:
+    raise click.exceptions.Exit(1)
+
+
+@click.command()
+@click.argument("file")
+@click.option("--data", required=True, metavar="NAME", help="As of compact.")
+@click.option("--images", type=int, default=512, show_default=True)
+@click.option("--sensitivity", type=click.Choice(["none", "quick", "full"]), default="quick",
+              show_default=True)
+@click.option("--out", required=True, metavar="DIR", help="For report.json and report.html.")
+def measure(file, data, images, sensitivity, out):
+  """Measure what each block of a dense model can do without."""
+  import vitcompact as vc
+  from vitcompact.run import path
+  from vitcompact.train import config as configs
+
+  model, variables = vc.load(file)
+  config = configs.complete(settings(file, data, compact={"images": images}))
+  with path.Bar("measure") as progress:
+    report = vc.measure(model, variables, path.calibration_images(
+        config, path.preprocess_of(config, model)), sensitivity, progress)
+  click.echo(f"wrote {report.save(out)} and report.html")
+  if sensitivity != "none":
+    for macs in (0.8, 0.65, 0.5):
+      try:
+        click.echo(f"--macs {macs}: {report.explain(report.plan(macs=macs))}\n")
+      except ValueError as error:
+        click.echo(f"--macs {macs}: {error}\n")
+
+
+@click.command()
+@click.argument("first")
+@click.argument("second")
+@click.option("--images", type=click.IntRange(1), default=32, show_default=True,
+              help="Random ones, or of --data.")
+@click.option("--data", metavar="NAME", help="As of compact; its val split. Default: random.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32",
+              show_default=True, help="Of the second model's computation.")
+@click.option("--tolerance", type=float, help="Of the largest logit. Default: 1e-5, bfloat16 0.05.")
+def verify(first, second, images, data, dtype, tolerance):
+  """Show that two files compute the same function; the exit code is 1 where they do not."""
+  import jax
+  import numpy as np
+
+  import vitcompact as vc
+  from vitcompact.doors import image_shapes
+  from vitcompact.run import path
+  from vitcompact.train import config as configs
+
+  (one, its), (other, own) = vc.load(first), vc.load(second)
+  if data:
+    config = configs.complete(settings(first, data, compact={"images": max(8, images)}))
+    shown = path.calibration_images(config, path.preprocess_of(config, one), "val")[:images]
+  else:
+    shape = image_shapes(one, images).shape
+    shown = np.asarray(jax.random.normal(jax.random.key(0), shape))
+  tolerance = tolerance or (1e-5 if dtype == "float32" else 0.05)
+  proof = vc.verify(one.clone(dtype="float32"), its, other.clone(dtype=dtype), own, shown,
+                    tolerance=tolerance)
+  click.echo(f"{'same function' if proof.ok else 'NOT the same function'}: on {proof.images} "
+             f"{'images of ' + data if data else 'random images'} the logits differ by at most "
+             f"{proof.max_rel:.2g} of the largest (allowed {tolerance:.0e}), "
+             f"{100 * proof.top1_agreement:.2f}% of the first classes agree"
+             + (f"; a difference first arises in {proof.first_difference}"
+                if proof.first_difference else ""))
+  if not proof.ok:
+    raise click.exceptions.Exit(1)
