@@ -36,7 +36,7 @@ from vitcompact.torch_names import (
 
 __all__ = ["CONTAINERS", "Loaded", "altered", "classes_of", "closest_model", "from_torch", "load",
            "metadata", "read_metadata", "read_safetensors", "read_state_dict", "resized", "save",
-           "to_torch", "unwrap", "write_safetensors"]
+           "tensors_of", "to_torch", "unwrap", "write_safetensors"]
 
 
 class Loaded(NamedTuple):
@@ -118,11 +118,8 @@ def to_torch(model: nn.Module, variables, *, names: str = "timm") -> dict[str, n
   shapes = variable_shapes(model)
   entries = _entries(model, shapes)
   _check_variables(model, variables, shapes)
-  flat = trees.named_leaves(variables)
   rename = model.authors_name if names == "authors" else str
-  return {rename(entry.torch): np.ascontiguousarray(
-      to_tensor(entry.layout, [np.asarray(flat[leaf]) for leaf in entry.leaves]))
-          for entry in entries}
+  return {rename(name): tensor for name, tensor in _tensors(entries, variables).items()}
 
 
 def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False,
@@ -130,10 +127,11 @@ def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False,
                     allow_nonfinite: bool = False) -> Loaded:
   """As `from_torch`, and tells what was taken, dropped, resized and initialised anew.
 
-  source: the model that `to_torch` wrote it of. Else positions of another size are a square's.
+  source: the model that the tensors are of, where `to_torch` or `tensors_of` made them; the model
+  may then have any form. Else positions of another size are a square's.
   """
   shapes = variable_shapes(model)
-  entries = _entries(model, shapes)
+  entries = _entries(model, shapes) if source is None else _all_entries(model, shapes)
   flat_shapes = {name: leaf.shape for name, leaf in trees.named_leaves(shapes).items()}
   wanted = {entry.torch: torch_shape(entry.layout, [flat_shapes[leaf] for leaf in entry.leaves])
             for entry in entries}
@@ -182,21 +180,14 @@ def resized(model: nn.Module, variables, **sizes) -> tuple[nn.Module, dict[str, 
   Positions are interpolated, and so are mask predictors that are tied to them, which keep their
   rank; kernels of patches, or of other channels, are made anew.
   """
-  other, leaves = altered(model, **sizes), trees.named_leaves(variables)
-  shapes = {name: leaf.shape for name, leaf in trees.named_leaves(variable_shapes(other)).items()}
-  # A training form has leaves that no tensor of PyTorch's holds; they do not change.
-  pairs = [(stored, entry) for stored, entry in
-           zip(model.torch_entries(), other.torch_entries(), strict=True)
-           if len(entry.leaves) == 1 and entry.leaves[0] in leaves]
-  arrays = {entry.torch: to_tensor(entry.layout, [np.asarray(leaves[entry.leaves[0]])])
-            for _, entry in pairs}
-  wanted = {entry.torch: torch_shape(entry.layout, [shapes[entry.leaves[0]]]) for _, entry in pairs}
-  _adapt_channels(other, arrays, wanted)
-  for stored, entry in pairs:
-    grid = stored.positions and stored.positions.grid
-    array = _fitted(arrays[entry.torch], entry, wanted[entry.torch], grid)
-    (leaves[entry.leaves[0]],) = to_leaves(entry.layout, array, [shapes[entry.leaves[0]]])
-  return other, trees.nested(leaves)
+  other = altered(model, **sizes)
+  return other, read_state_dict(other, tensors_of(model, variables), source=model,
+                                allow_nonfinite=True).variables
+
+
+def tensors_of(model: nn.Module, variables) -> dict[str, np.ndarray]:
+  """As `to_torch`, of any form: leaves that no tensor of PyTorch's holds are under our names."""
+  return _tensors(_all_entries(model, variable_shapes(model)), variables)
 
 
 def altered(model: nn.Module, **fields) -> nn.Module:
@@ -325,6 +316,22 @@ def _entries(model, shapes) -> list[Entry]:
     raise ValueError(f"{describe(model)} has no PyTorch form: load the dense model and compact "
                      "it; fold a compact DeiT to write it")
   return entries
+
+
+def _all_entries(model, shapes) -> list[Entry]:
+  """The entries of any form: a training form has leaves that no tensor of PyTorch's holds, which
+  stand under our names."""
+  leaves = trees.named_leaves(shapes)
+  entries = [entry for entry in model.torch_entries() if leaves.keys() >= set(entry.leaves)]
+  held = {leaf for entry in entries for leaf in entry.leaves}
+  return [*entries, *(Entry(name, (name,)) for name in leaves if name not in held)]
+
+
+def _tensors(entries, variables) -> dict[str, np.ndarray]:
+  flat = trees.named_leaves(variables)
+  return {entry.torch: np.ascontiguousarray(
+      to_tensor(entry.layout, [np.asarray(flat[leaf]) for leaf in entry.leaves]))
+          for entry in entries}
 
 
 def _check_variables(model, variables, shapes):

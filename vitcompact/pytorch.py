@@ -119,7 +119,7 @@ def from_checkpoint(checkpoint, name: str | None, out, *, reset_head: bool = Fal
   source = None
   if name is None:
     source, variables = convert.load(checkpoint, allow_nonfinite=allow_nonfinite)
-    state, name = vc.to_torch(source, variables), source.variant
+    state, name = convert.tensors_of(source, variables), source.variant
     model = convert.altered(source, **fields)
     if classes is None and model.num_classes == source.num_classes and not reset_head:
       classes = convert.classes_of(checkpoint)
