@@ -16,6 +16,7 @@ from vitcompact.files import (
     check_ours,
     checked_classes,
     classes_in,
+    crop_in,
     read_header,
     read_safetensors,
     write_safetensors,
@@ -35,8 +36,8 @@ from vitcompact.torch_names import (
 )
 
 __all__ = ["CONTAINERS", "Loaded", "altered", "classes_of", "closest_model", "from_torch", "load",
-           "metadata", "read_metadata", "read_safetensors", "read_state_dict", "resized", "save",
-           "tensors_of", "to_torch", "unwrap", "write_safetensors"]
+           "metadata", "read_metadata", "read_model", "read_safetensors", "read_state_dict",
+           "resized", "save", "tensors_of", "to_torch", "unwrap", "write_safetensors"]
 
 
 class Loaded(NamedTuple):
@@ -213,7 +214,8 @@ def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def save(path, model: nn.Module, variables, *, force: bool = False, dtype: str = "float32",
-         classes: Sequence[str] | None = None, allow_nonfinite: bool = False):
+         classes: Sequence[str] | None = None, preprocess: Any = None,
+         allow_nonfinite: bool = False):
   """Writes a model and its variables as .safetensors: our names, and how to build the model.
 
   Args:
@@ -221,6 +223,8 @@ def save(path, model: nn.Module, variables, *, force: bool = False, dtype: str =
     force: overwrite a file that exists.
     dtype: "float16" or "bfloat16" to halve the file; `load` returns float32 all the same.
     classes: names of the classes, in the order of the logits; `classes_of` reads them.
+    preprocess: how images were evaluated, where not as `vc.preprocess(model)` does; its crop goes
+      into the file, and `vc.preprocess(path)` reads it.
     allow_nonfinite: write variables that are NaN or infinite.
   Raises:
     ValueError: the file exists, or variables, classes or values do not fit.
@@ -240,6 +244,8 @@ def save(path, model: nn.Module, variables, *, force: bool = False, dtype: str =
   about = metadata(model)
   if classes is not None:
     about["classes"] = json.dumps(checked_classes(classes, model.num_classes))
+  if preprocess is not None:
+    about["crop"] = json.dumps(preprocess.crop)
   write_safetensors(path, half, about, force=force)
 
 
@@ -250,16 +256,10 @@ def load(path, *, allow_nonfinite: bool = False) -> tuple[nn.Module, dict[str, A
   """
   arrays, about = read_safetensors(path)
   check_ours(path, arrays, about)
-  try:
-    model = create_model(about["model"], **json.loads(about["fields"]),
-                         plan=Plan.from_json(about["plan"]))
-    model = model.clone(execution=_execution(about, model))
-    model.check()
-    shapes = variable_shapes(model)
-  # Whatever strangers may write there: RecursionError is JSON's, of lists in lists in lists.
-  except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-    raise ValueError(f"{path}: its metadata describes no model: {error}") from None
+  model, shapes = _described(path, about)
   classes_in(path, about)
+  if "crop" in about:
+    crop_in(path, about)
   arrays = {name: array.astype(np.float32) if array.dtype.name in DTYPES else array
             for name, array in arrays.items()}
   # Flat, as `nested` cannot take a name that is both a leaf and the start of another's.
@@ -270,6 +270,26 @@ def load(path, *, allow_nonfinite: bool = False) -> tuple[nn.Module, dict[str, A
     trees.check_finite(str(path), arrays)
   variables = trees.nested(arrays)
   return model, variables
+
+
+def read_model(path) -> nn.Module:
+  """The model of a file that `save` wrote, without its variables, which stay unread."""
+  names, about = read_header(path)
+  check_ours(path, names, about)
+  return _described(path, about)[0]
+
+
+def _described(path, about):
+  """The model that a file's metadata describe, and the shapes of its variables."""
+  try:
+    model = create_model(about["model"], **json.loads(about["fields"]),
+                         plan=Plan.from_json(about["plan"]))
+    model = model.clone(execution=_execution(about, model))
+    model.check()
+    return model, variable_shapes(model)
+  # Whatever strangers may write there: RecursionError is JSON's, of lists in lists in lists.
+  except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+    raise ValueError(f"{path}: its metadata describes no model: {error}") from None
 
 
 def read_metadata(path) -> dict[str, str]:

@@ -160,7 +160,7 @@ def run(checkpoint, image, out, *, queries=(), blocks=(), force=False) -> str:
   if there and not force:
     raise ValueError(f"{out / there[0]} exists; give another folder or --force")
   out.mkdir(parents=True, exist_ok=True)
-  preprocess = vc.preprocess(model)
+  preprocess = vc.preprocess(checkpoint)
   pixels = preprocess(Image.open(image))
   plain = np.clip(pixels * np.array(preprocess.std) + np.array(preprocess.mean), 0, 1)
   plain = enlarged(plain, model.grid)

@@ -233,7 +233,10 @@ def _comparable(value):
 
 def from_text(text: str) -> dict:
   """A flat config from the JSON of a workdir's config.json; ValueError where it is none."""
-  tree = json.loads(text)
+  try:
+    tree = json.loads(text)
+  except RecursionError as error:
+    raise ValueError(str(error)) from None
   if not isinstance(tree, dict):
     raise ValueError(f"it holds a {type(tree).__name__}, not an object")
   return flat(tree)

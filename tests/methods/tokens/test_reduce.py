@@ -221,16 +221,13 @@ def test_tokens_of_zeros_match_without_nan():
   assert np.isfinite(x).all() and len(set(np.asarray(chosen[0]).tolist())) == 9
 
 
-def test_a_fusion_scatters_once_for_each_array_that_is_merged():
-  """XLA took 28 s to compile the 11 fusions of DeiT-S, a third of them for scatters."""
+def test_what_is_merged_is_decided_without_a_scatter():
+  """XLA took 28 s to compile the 11 fusions of DeiT-S, a quarter of them for the scatters of
+  indices."""
   rank = jnp.broadcast_to(jnp.arange(COUNT), (BATCH, COUNT))
 
   def merge(weight):
     return merging.merging(mctf.pairings(weight, 6, bidirectional=True)[0], rank)
 
-  def scatters(call):
-    text = str(jax.make_jaxpr(call)(drawn(1, BATCH, COUNT // 2, COUNT // 2)))
-    return text.count(" = scatter")
-
-  assert scatters(merge) == 0
-  assert scatters(lambda weight: merge(weight).total(drawn(0, BATCH, COUNT, WIDTH))) == 1
+  traced = jax.make_jaxpr(merge)(drawn(1, BATCH, COUNT // 2, COUNT // 2))
+  assert " = scatter" not in str(traced)

@@ -10,27 +10,26 @@ from vitcompact.token_state import take
 class Merge(NamedTuple):
   """Of N tokens, K remain; the others are part of one of these.
 
-  kept: (B, K), old indices of the remaining, in their new order; gone: (B, N - K), those of the
-  others; moved: (B, N), new index of each token's holder.
+  pairs: [(from (B, r), into (B, r))], old indices, one list after the other; kept: (B, K), old
+  indices of the remaining, in their new order; moved: (B, N), new index of each token's holder.
   """
+  pairs: tuple[tuple[jax.Array, jax.Array], ...]
   kept: jax.Array
-  gone: jax.Array
   moved: jax.Array
 
   def total(self, array_bn):
     """Sums over the tokens that each remaining one holds: (B, N, ...) -> (B, K, ...)."""
-    return self._holders(array_bn).add(take(array_bn, self.gone))
+    rows = jnp.arange(array_bn.shape[0])[:, None]
+    for from_br, into_br in self.pairs:
+      array_bn = array_bn.at[rows, into_br].add(take(array_bn, from_br))
+    return take(array_bn, self.kept)
 
   def largest(self, array_bn):
     """As `total`, the largest entry instead of the sum."""
-    return self._holders(array_bn).max(take(array_bn, self.gone))
-
-  def _holders(self, array_bn):
-    """The rows of the remaining tokens, at those that hold the gone ones. All of these arrive in
-    one scatter, whatever the number of matchings: XLA compiles each for as long as a matrix
-    product."""
     rows = jnp.arange(array_bn.shape[0])[:, None]
-    return take(array_bn, self.kept).at[rows, take(self.moved, self.gone)]
+    for from_br, into_br in self.pairs:
+      array_bn = array_bn.at[rows, into_br].max(take(array_bn, from_br))
+    return take(array_bn, self.kept)
 
   def mean(self, array_bn, weight_bn):
     """Means weighted by (B, N), in float32 inside: (B, N, ...) -> (B, K, ...)."""
@@ -42,9 +41,7 @@ class Merge(NamedTuple):
 
 
 def merging(pairs, rank_bn) -> Merge:
-  """The Merge of [(from (B, r), into (B, r))], old indices, one matching after the other: a later
-  one may move what an earlier one has merged. The remaining tokens are sorted by rank (B, N), int,
-  stable."""
+  """The Merge of these pairs; the remaining tokens are sorted by rank (B, N), int, stable."""
   batch, count = rank_bn.shape
   index_bn = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (batch, count))
   holder_bn = index_bn
@@ -52,12 +49,12 @@ def merging(pairs, rank_bn) -> Merge:
     leaves_bnr = holder_bn[:, :, None] == from_br[:, None, :]
     target_bn = jnp.where(leaves_bnr, into_br[:, None, :], 0).sum(axis=2, dtype=jnp.int32)
     holder_bn = jnp.where(leaves_bnr.any(axis=2), target_bn, holder_bn)
-  gone_br = jnp.concatenate([from_br for from_br, _ in pairs], axis=1)
   # Merged tokens go last, and are cut off.
   last = jnp.iinfo(jnp.int32).max
   order_bn = jnp.argsort(jnp.where(holder_bn == index_bn, rank_bn, last), axis=1, stable=True)
   place_bn = jnp.argsort(order_bn, axis=1)
-  return Merge(order_bn[:, :count - gone_br.shape[1]], gone_br, take(place_bn, holder_bn))
+  kept = count - sum(from_br.shape[1] for from_br, _ in pairs)
+  return Merge(tuple(pairs), order_bn[:, :kept], take(place_bn, holder_bn))
 
 
 def alternating(count: int, prefix: int):
