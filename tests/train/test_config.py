@@ -192,6 +192,8 @@ def settings_of_a_run(draw):
 
 @hypothesis.settings(deadline=None, derandomize=not LONG, max_examples=3000 if LONG else 60)
 @hypothesis.given(settings_of_a_run(), PLANS)
+@hypothesis.example({"accumulate": {}}, None)   # it had its default, without a word
+@hypothesis.example({"optim.b1": {}}, None)
 def test_whatever_the_settings_are_they_are_taken_as_they_are_or_refused_in_one_line(given, plan):
   base = configs.flat(tiny_config()) | ({} if plan is None else {"plan": plan})
   try:
