@@ -19,7 +19,7 @@ import vitcompact as vc
 from tests import tiny
 from tests.cli import command
 from tests.models import parity
-from vitcompact import convert, pytorch, torch_names, trees
+from vitcompact import convert, fit, pytorch, torch_names, trees
 from vitcompact.models import deit
 
 FAMILIES = ("deit", "compact_deit")   # the others are tested with their models
@@ -195,6 +195,23 @@ def test_a_checkpoint_of_another_model_is_recognised():
   assert theirs.keys() != state.keys()
   assert convert.closest_model({name: a.shape for name, a in theirs.items()}) == "pvt_v2_b0"
   assert convert.closest_model({"unheard.of": (3,)}) is None
+
+
+def test_the_closest_of_many_models_is_found_without_tracing_each_as_a_whole(monkeypatch):
+  """A dozen share the names of a DeiT: a first misfit took ten seconds."""
+  depths, trace = [], fit.variable_shapes
+  monkeypatch.setattr(fit, "variable_shapes",
+                      lambda model: depths.append(model.depth) or trace(model))
+  fit._tensors.cache_clear()
+  shapes = {name: array.shape for name, array in zeros("vit_tiny_patch16_224").items()}
+  shapes.pop("norm.bias")
+  assert convert.closest_model(shapes) in ("vit_tiny_patch16_224", "deit_tiny_patch16_224")
+  assert len(depths) > 5 and set(depths) == {1}
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "lvvit_t", "pvt_v2_b0"])
+def test_the_shapes_that_models_are_compared_by_are_those_of_their_tensors(name):
+  assert dict(fit._tensors(name)[0]) == {key: array.shape for key, array in zeros(name).items()}
 
 
 def test_values_that_are_no_weights_are_refused():
@@ -394,3 +411,33 @@ def test_the_pytorch_form_loads_what_was_written(tmp_path):
   with torch.no_grad():
     got = torch_deit.load(home)(torch.from_numpy(run.images).permute(0, 3, 1, 2)).numpy()
   np.testing.assert_allclose(got, run.wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("plan", [
+    vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN()), vc.Plan(tokens=vc.DynamicViT(blocks=(1,))),
+    vc.Plan(attention=vc.Sparsifiner()),
+    vc.Plan(attention=vc.Sparsifiner(granularity="block", window=2), ffn=vc.CFFN())])
+def test_the_command_resizes_what_training_wrote_in_its_training_form(tmp_path, plan):
+  """It was refused: "has no PyTorch form"."""
+  model = tiny.deit(plan)
+  variables = jax.tree.map(np.asarray, tiny.init(model))
+  trained, out = tmp_path / "trained.safetensors", tmp_path / "large.safetensors"
+  convert.save(trained, model, variables, classes=list("abcde"))
+  printed = command.succeeds("convert", trained, "--image-size", 64, "--out", out)
+  assert "resized: pos_embed" in printed
+  large, got = convert.load(out)
+  wanted, resized = convert.resized(model, variables, image_size=64)
+  assert large == wanted and trees.digest(got) == trees.digest(resized)
+  assert convert.classes_of(out) == list("abcde")
+  printed = command.succeeds("convert", trained, "--in-chans", 1, "--num-classes", 3,
+                             "--reset-head", "--out", out, "--force")
+  assert "made for other channels: patch_embed.proj.weight" in printed
+  assert "initialised anew: head.weight, head.bias" in printed
+  other, got = convert.load(out)
+  assert (other.in_chans, other.num_classes, other.deploy) == (1, 3, False)
+  same_leaves = {name for name, leaf in trees.named_leaves(got).items()
+                 if np.array_equal(leaf, trees.named_leaves(variables)[name])}
+  assert trees.named_leaves(got).keys() - same_leaves == {
+      "params/patch_embed/proj/kernel", "params/head/kernel", "params/head/bias"}
+  said = command.fails("convert", trained, "--global-pool", "avg", "--out", out, "--force")
+  assert "--global-pool token" in said

@@ -1,7 +1,9 @@
 """Our files: checked when read, small when asked for, and every other file named for what it is."""
+import dataclasses
 import json
 import pathlib
 import sys
+import types
 import zipfile
 
 import jax
@@ -11,12 +13,14 @@ import pytest
 import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import vitcompact as vc
 from tests import tiny
 from tests.cli import command
 from vitcompact import convert, files, trees
 from vitcompact import pytorch as program
+from vitcompact.run import report
 from vitcompact.train import start
 
 MODEL = tiny.deit(depth=1)
@@ -151,6 +155,36 @@ def test_names_of_classes_travel_with_the_file(tmp_path, ours):
     safetensors.numpy.save_file(arrays, path, metadata={**about, "classes": wrong})
     assert "names no classes" in refusal(vc.load, path)
     assert "names no classes" in refusal(convert.classes_of, path)
+
+
+@pytest.mark.parametrize("crop", [0.5, 1, None])
+def test_the_crop_of_a_runs_evaluation_travels_with_the_file(tmp_path, ours, crop):
+  """The model's own is 0.9: what served the file cropped otherwise than what measured it."""
+  pre = dataclasses.replace(vc.preprocess(MODEL), crop=crop)
+  path, out = tmp_path / "run.safetensors", tmp_path / "out.safetensors"
+  report.write(tmp_path, types.SimpleNamespace(classes=(), write=lambda _: None),
+               {"run": (MODEL, VARIABLES)}, pre)
+  assert vc.preprocess(path) == vc.preprocess(str(path)) == pre != vc.preprocess(MODEL)
+  assert vc.load(path)[0] == MODEL
+  assert vc.preprocess(ours) == vc.preprocess(MODEL)      # a file that tells none
+  image = tmp_path / "x.png"
+  pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+  Image.fromarray(pixels).save(image)
+  chances = jax.nn.softmax(MODEL.apply(VARIABLES, pre(image)[None]))[0]
+  best = f"{chances.argmax()} {100 * chances.max():.2f}"
+  assert command.succeeds("predict", path, image, "--top", 1) == f"{image}\t{best}\n"
+  command.succeeds("convert", path, "--dtype", "float16", "--out", out)
+  assert vc.preprocess(out) == pre
+  command.succeeds("convert", path, "--image-size", 16, "--out", out, "--force")
+  assert vc.preprocess(out).crop == 0.9                   # of another size
+
+
+@pytest.mark.parametrize("crop", ["2", "-1", "NaN", "true", '"half"', "{", "[" * 100_000])
+def test_a_crop_that_is_none_is_refused_in_a_line(ours, crop):
+  arrays, about = convert.read_safetensors(ours)
+  safetensors.numpy.save_file(arrays, ours, metadata={**about, "crop": crop})
+  for read in (vc.load, vc.preprocess):
+    assert "its metadata tells no crop" in refusal(read, ours)
 
 
 def test_names_of_classes_stay_when_the_command_changes_another_size(tmp_path):

@@ -19,9 +19,11 @@ def read(workdir) -> dict[str, dict[int, float]]:
   out = {}
   for number, text in enumerate(path.read_text().splitlines(), 1):
     try:
-      line = json.loads(text)
-    except ValueError as error:
-      raise ValueError(f"{path} line {number} is not JSON: {text[:80]!r}") from error
+      line = dict(json.loads(text))
+      line["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+      raise ValueError(f"{path} line {number} is no JSON object with a step: {text[:80]!r}; it is "
+                       "no log of a run") from None
     for name, value in line.items():
       if name != "step" and isinstance(value, (int, float)):
         out.setdefault(name, {})[line["step"]] = value

@@ -15,6 +15,7 @@ from vitcompact.files import (
     check_ours,
     checked_classes,
     classes_in,
+    crop_in,
     read_header,
     read_safetensors,
     write_safetensors,
@@ -34,8 +35,8 @@ from vitcompact.torch_names import (
 )
 
 __all__ = ["CONTAINERS", "Loaded", "altered", "classes_of", "closest_model", "from_torch", "load",
-           "metadata", "read_metadata", "read_safetensors", "read_state_dict", "resized", "save",
-           "to_torch", "unwrap", "write_safetensors"]
+           "metadata", "read_metadata", "read_model", "read_safetensors", "read_state_dict",
+           "resized", "save", "tensors_of", "to_torch", "unwrap", "write_safetensors"]
 
 
 class Loaded(NamedTuple):
@@ -117,11 +118,8 @@ def to_torch(model: nn.Module, variables, *, names: str = "timm") -> dict[str, n
   shapes = variable_shapes(model)
   entries = _entries(model, shapes)
   _check_variables(model, variables, shapes)
-  flat = trees.named_leaves(variables)
   rename = model.authors_name if names == "authors" else str
-  return {rename(entry.torch): np.ascontiguousarray(
-      to_tensor(entry.layout, [np.asarray(flat[leaf]) for leaf in entry.leaves]))
-          for entry in entries}
+  return {rename(name): tensor for name, tensor in _tensors(entries, variables).items()}
 
 
 def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False,
@@ -129,10 +127,11 @@ def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False,
                     allow_nonfinite: bool = False) -> Loaded:
   """As `from_torch`, and tells what was taken, dropped, resized and initialised anew.
 
-  source: the model that `to_torch` wrote it of. Else positions of another size are a square's.
+  source: the model that the tensors are of, where `to_torch` or `tensors_of` made them; the model
+  may then have any form. Else positions of another size are a square's.
   """
   shapes = variable_shapes(model)
-  entries = _entries(model, shapes)
+  entries = _entries(model, shapes) if source is None else _all_entries(model, shapes)
   flat_shapes = {name: leaf.shape for name, leaf in trees.named_leaves(shapes).items()}
   wanted = {entry.torch: torch_shape(entry.layout, [flat_shapes[leaf] for leaf in entry.leaves])
             for entry in entries}
@@ -181,21 +180,14 @@ def resized(model: nn.Module, variables, **sizes) -> tuple[nn.Module, dict[str, 
   Positions are interpolated, and so are mask predictors that are tied to them, which keep their
   rank; kernels of patches, or of other channels, are made anew.
   """
-  other, leaves = altered(model, **sizes), trees.named_leaves(variables)
-  shapes = {name: leaf.shape for name, leaf in trees.named_leaves(variable_shapes(other)).items()}
-  # A training form has leaves that no tensor of PyTorch's holds; they do not change.
-  pairs = [(stored, entry) for stored, entry in
-           zip(model.torch_entries(), other.torch_entries(), strict=True)
-           if len(entry.leaves) == 1 and entry.leaves[0] in leaves]
-  arrays = {entry.torch: to_tensor(entry.layout, [np.asarray(leaves[entry.leaves[0]])])
-            for _, entry in pairs}
-  wanted = {entry.torch: torch_shape(entry.layout, [shapes[entry.leaves[0]]]) for _, entry in pairs}
-  _adapt_channels(other, arrays, wanted)
-  for stored, entry in pairs:
-    grid = stored.positions and stored.positions.grid
-    array = _resized_tensor(arrays[entry.torch], entry, wanted[entry.torch], grid)
-    (leaves[entry.leaves[0]],) = to_leaves(entry.layout, array, [shapes[entry.leaves[0]]])
-  return other, trees.nested(leaves)
+  other = altered(model, **sizes)
+  return other, read_state_dict(other, tensors_of(model, variables), source=model,
+                                allow_nonfinite=True).variables
+
+
+def tensors_of(model: nn.Module, variables) -> dict[str, np.ndarray]:
+  """As `to_torch`, of any form: leaves that no tensor of PyTorch's holds are under our names."""
+  return _tensors(_all_entries(model, variable_shapes(model)), variables)
 
 
 def altered(model: nn.Module, **fields) -> nn.Module:
@@ -216,8 +208,8 @@ def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def save(path, model: nn.Module, variables, *, force: bool = False, dtype: str = "float32",
-         classes: Sequence[str] | None = None, allow_nonfinite: bool = False,
-         about: Mapping[str, str] | None = None):
+         classes: Sequence[str] | None = None, preprocess: Any = None,
+         allow_nonfinite: bool = False, about: Mapping[str, str] | None = None):
   """Writes a model and its variables as .safetensors: our names, and how to build the model.
 
   Args:
@@ -225,6 +217,8 @@ def save(path, model: nn.Module, variables, *, force: bool = False, dtype: str =
     force: overwrite a file that exists.
     dtype: "float16" or "bfloat16" to halve the file; `load` returns float32 all the same.
     classes: names of the classes, in the order of the logits; `classes_of` reads them.
+    preprocess: how images were evaluated, where not as `vc.preprocess(model)` does; its crop goes
+      into the file, and `vc.preprocess(path)` reads it.
     allow_nonfinite: write variables that are NaN or infinite.
     about: further metadata, which `read_metadata` tells.
   Raises:
@@ -245,6 +239,8 @@ def save(path, model: nn.Module, variables, *, force: bool = False, dtype: str =
   about = {**(about or {}), **metadata(model)}
   if classes is not None:
     about["classes"] = json.dumps(checked_classes(classes, model.num_classes))
+  if preprocess is not None:
+    about["crop"] = json.dumps(preprocess.crop)
   write_safetensors(path, half, about, force=force)
 
 
@@ -255,16 +251,10 @@ def load(path, *, allow_nonfinite: bool = False) -> tuple[nn.Module, dict[str, A
   """
   arrays, about = read_safetensors(path)
   check_ours(path, arrays, about)
-  try:
-    model = create_model(about["model"], **json.loads(about["fields"]),
-                         plan=Plan.from_json(about["plan"]))
-    model = model.clone(execution=_execution(about, model))
-    model.check()
-    shapes = variable_shapes(model)
-  # Whatever strangers may write there: RecursionError is JSON's, of lists in lists in lists.
-  except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-    raise ValueError(f"{path}: its metadata describes no model: {error}") from None
+  model, shapes = _described(path, about)
   classes_in(path, about)
+  if "crop" in about:
+    crop_in(path, about)
   arrays = {name: array.astype(np.float32) if array.dtype.name in DTYPES else array
             for name, array in arrays.items()}
   # Flat, as `nested` cannot take a name that is both a leaf and the start of another's.
@@ -275,6 +265,26 @@ def load(path, *, allow_nonfinite: bool = False) -> tuple[nn.Module, dict[str, A
     trees.check_finite(str(path), arrays)
   variables = trees.nested(arrays)
   return model, variables
+
+
+def read_model(path) -> nn.Module:
+  """The model of a file that `save` wrote, without its variables, which stay unread."""
+  names, about = read_header(path)
+  check_ours(path, names, about)
+  return _described(path, about)[0]
+
+
+def _described(path, about):
+  """The model that a file's metadata describe, and the shapes of its variables."""
+  try:
+    model = create_model(about["model"], **json.loads(about["fields"]),
+                         plan=Plan.from_json(about["plan"]))
+    model = model.clone(execution=_execution(about, model))
+    model.check()
+    return model, variable_shapes(model)
+  # Whatever strangers may write there: RecursionError is JSON's, of lists in lists in lists.
+  except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+    raise ValueError(f"{path}: its metadata describes no model: {error}") from None
 
 
 def read_metadata(path) -> dict[str, str]:
@@ -321,6 +331,22 @@ def _entries(model, shapes) -> list[Entry]:
     raise ValueError(f"{describe(model)} has no PyTorch form: load the dense model and compact "
                      "it; fold a compact DeiT to write it")
   return entries
+
+
+def _all_entries(model, shapes) -> list[Entry]:
+  """The entries of any form: a training form has leaves that no tensor of PyTorch's holds, which
+  stand under our names."""
+  leaves = trees.named_leaves(shapes)
+  entries = [entry for entry in model.torch_entries() if leaves.keys() >= set(entry.leaves)]
+  held = {leaf for entry in entries for leaf in entry.leaves}
+  return [*entries, *(Entry(name, (name,)) for name in leaves if name not in held)]
+
+
+def _tensors(entries, variables) -> dict[str, np.ndarray]:
+  flat = trees.named_leaves(variables)
+  return {entry.torch: np.ascontiguousarray(
+      to_tensor(entry.layout, [np.asarray(flat[leaf]) for leaf in entry.leaves]))
+          for entry in entries}
 
 
 def _check_variables(model, variables, shapes):

@@ -95,6 +95,17 @@ def classes_in(path, about) -> list[str] | None:
     raise ValueError(f"{path}: its metadata names no classes: {error}") from None
 
 
+def crop_in(path, about) -> float | None:
+  """The crop in the metadata of one of our files: a share, or None where images are warped."""
+  try:
+    crop = json.loads(about["crop"])
+  except (ValueError, RecursionError):
+    crop = about["crop"]
+  if crop is not None and not (type(crop) in (int, float) and 0 < crop <= 1):
+    raise ValueError(f"{path}: its metadata tells no crop: {str(crop)[:60]!r}; make the file again")
+  return crop
+
+
 def checked_classes(classes, count: int) -> list[str]:
   """Names of classes, refused if they are not as many as there are logits."""
   if isinstance(classes, (str, Mapping)) or not all(isinstance(name, str) for name in classes):

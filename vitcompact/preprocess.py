@@ -11,6 +11,7 @@ import flax.linen as nn
 import numpy as np
 from PIL import Image
 
+from vitcompact import convert, files
 from vitcompact.data import augment, decode
 from vitcompact.doors import check_model
 from vitcompact.models import variant_of
@@ -69,12 +70,15 @@ def _opened(image) -> Image.Image:
   return decode.rgb(Image.fromarray(image), name, way_out)
 
 
-def preprocess(model: nn.Module) -> Preprocess:
-  """The evaluation of the named model (timm's where timm has the model), at `model.image_size`.
+def preprocess(model: nn.Module | str | os.PathLike) -> Preprocess:
+  """The evaluation of the named model (timm's where timm has the model), at `model.image_size`; or,
+  given the path of a file of ours, that of the run that wrote it, whose crop may be another.
 
   A model of another number of channels than three is normalised by the mean of mean and of std in
   each, as in timm; one of a single channel is shown images in grey.
   """
+  if isinstance(model, str | os.PathLike):
+    return _of_file(model)
   check_model(model)
   row = variant_of(model.variant)
   size = tuple(np.broadcast_to(model.image_size, 2).tolist())
@@ -83,3 +87,9 @@ def preprocess(model: nn.Module) -> Preprocess:
   if model.in_chans != len(mean):
     mean, std = ((sum(values) / len(values),) * model.in_chans for values in (mean, std))
   return Preprocess(mean, std, crop, row.interpolation, size)
+
+
+def _of_file(path) -> Preprocess:
+  """As `preprocess`; files of before do not tell a crop, and have their model's."""
+  pre, about = preprocess(convert.read_model(path)), convert.read_metadata(path)
+  return dataclasses.replace(pre, crop=files.crop_in(path, about)) if "crop" in about else pre

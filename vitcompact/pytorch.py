@@ -116,20 +116,22 @@ def from_checkpoint(checkpoint, name: str | None, out, *, reset_head: bool = Fal
   if not ours and name is None:
     raise ValueError("--model is missing, as in --model deit_small_patch16_224; known: "
                      f"{', '.join(vc.list_models())}")
-  source = None
+  source = preprocess = None
   if name is None:
     source, variables = convert.load(checkpoint, allow_nonfinite=allow_nonfinite)
-    state, name = vc.to_torch(source, variables), source.variant
+    state, name = convert.tensors_of(source, variables), source.variant
     model = convert.altered(source, **fields)
     if classes is None and model.num_classes == source.num_classes and not reset_head:
       classes = convert.classes_of(checkpoint)
+    if model.image_size == source.image_size and "crop" in convert.read_metadata(checkpoint):
+      preprocess = vc.preprocess(checkpoint)   # a run's own, which is of its size of images
   else:
     state = read_checkpoint(checkpoint, ignore_records=ignore_records)
     model = vc.create_model(name, **fields)
   loaded = convert.read_state_dict(model, state, reset_head=reset_head, source=source,
                                    weights=weights, allow_nonfinite=allow_nonfinite)
   convert.save(out, model, loaded.variables, force=force, dtype=dtype, classes=classes,
-               allow_nonfinite=allow_nonfinite)
+               preprocess=preprocess, allow_nonfinite=allow_nonfinite)
   return [f"{out}: {name}, {trees.size(loaded.variables['params']):,} parameters",
           *loaded.lines()]
 

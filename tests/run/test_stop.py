@@ -113,6 +113,23 @@ def test_a_second_ctrl_c_leaves_at_once_what_is_not_saved():
   assert error.startswith("left at once; steps since the last checkpoint are lost")
 
 
+def test_what_workers_shared_is_removed_without_a_word():
+  """The tracker of shared memory warned of 50 semaphores after the line that nothing is lost."""
+  program = PROGRAM.format(saved=True, work=LONG).replace("  begin =", """  import multiprocessing
+  from multiprocessing.shared_memory import SharedMemory
+  held = multiprocessing.get_context("spawn").Semaphore(), SharedMemory(create=True, size=8)
+  print(held[1].name, flush=True)
+  begin =""")
+  process = subprocess.Popen([sys.executable, "-c", program], text=True, stdout=subprocess.PIPE,
+                             cwd=loop.pathlib.Path(main.__file__).parent, stderr=subprocess.PIPE)
+  assert process.stdout.readline() == "ready\n"
+  name = process.stdout.readline().strip()
+  process.send_signal(signal.SIGTERM)
+  _, error = process.communicate(timeout=60)   # the tracker holds the pipe until it is done
+  assert error == "stopped; nothing is lost. The same command goes on\n"
+  assert not loop.pathlib.Path("/dev/shm", name).exists()
+
+
 def test_a_signal_in_the_first_steps_compiler_would_lose_nothing(
     config, built, tmp_path, monkeypatch):
   """And says so: the process may be ended there, not minutes later."""

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import vitcompact as vc
 from tests.tiny_run import contents, lines
-from vitcompact.data import pipeline
-from vitcompact.run import loop, workdir
+from vitcompact import compare
+from vitcompact.data import pipeline, prepare, records
+from vitcompact.run import checkpoint, config_file, loop, workdir
+from vitcompact.train import config as configs
 
 
 def test_a_workdir_is_made_with_its_parents_and_claimed_once(config, tmp_path):
@@ -37,6 +40,64 @@ def test_a_config_json_that_is_none_is_refused_in_one_line(config, tmp_path, tex
   with pytest.raises(ValueError, match=r"config.json is no config of a run \(") as error:
     workdir.claim(tmp_path, config)
   assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize("text", ["{", "3", "[1, 2]", '{"a": 1}', DEEP])
+def test_a_classes_json_that_is_none_is_refused_in_one_line(config, tmp_path, text):
+  workdir.claim(tmp_path, config)
+  (tmp_path / "classes.json").write_text(text)
+  with pytest.raises(ValueError, match=r"classes.json holds no names of classes \(") as error:
+    workdir.check_claim(tmp_path, config)
+  assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+def manifest(path):
+  (path / records.MANIFEST).write_text(DEEP)
+  return records.read_manifest(str(path))
+
+
+def prepared(path):
+  (path / records.MANIFEST).write_text(DEEP)
+  return prepare.begin(path, "", [])
+
+
+def log(path):
+  (path / "metrics.jsonl").write_text(DEEP)
+  return compare.read(path)
+
+
+def sealed(path):
+  (path / "scores.json").write_text(DEEP)
+  return checkpoint.unsealed(path / "scores.json")
+
+
+def plan(path):
+  (path / "plan.json").write_text(DEEP)
+  return vc.Plan.parse(str(path / "plan.json"))
+
+
+def override(path):
+  (path / "plan.json").write_text(DEEP)
+  return config_file.plan_from(str(path / "plan.json"))
+
+
+@pytest.mark.parametrize("read", [
+    manifest, prepared, log, sealed, plan, override, lambda path: vc.Plan.parse(DEEP),
+    lambda path: vc.Execution.from_json(DEEP), lambda path: configs.from_text(DEEP)])
+def test_json_that_is_nested_deep_is_refused_in_one_line_wherever_it_is_read(tmp_path, read):
+  with pytest.raises(ValueError) as error:
+    read(tmp_path)
+  assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("text", ["3", "[]", '{"loss": 1}'])
+def test_a_log_of_something_else_is_refused_by_its_line(tmp_path, text):
+  (tmp_path / "metrics.jsonl").write_text(text)
+  with pytest.raises(ValueError, match=r"metrics\.jsonl line 1 is no JSON object with a step"):
+    compare.read(tmp_path)
 
 
 @pytest.mark.parametrize("start", [loop.train, loop.evaluate])

@@ -1,7 +1,11 @@
 """A config that cannot mean what it says is refused before anything is computed or written."""
 import json
+import os
+import re
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 import vitcompact as vc
@@ -48,6 +52,7 @@ def test_a_plan_is_a_dict_or_its_json(plan):
 
 
 NAN, INF = float("nan"), float("inf")
+LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 SPARSE = {"attention": {"method": "sparsifiner"}}
 DYNAMICVIT = {"tokens": {"method": "dynamicvit"}}
 MCTF = {"tokens": {"method": "mctf"}}
@@ -123,7 +128,9 @@ def test_values_that_contradict_are_refused(changes, words):
 
 @pytest.mark.parametrize("changes, words", [
     ({"loss.labels": 0.0}, "every weight of config.loss that counts for deit_tiny.* is 0"),
-    ({"model.depth": 0}, "depth=0"), ({"model.depth": -1}, "depth=-1"),
+    ({"model.in_chans": 1}, "config.model.in_chans=1: must be 3, as .*--in-chans 1`"),
+    ({"model.depth": 0}, "depth=0"), 
+    ({"model.depth": -1}, "depth=-1"),
 ])
 def test_a_model_that_cannot_be_or_learn_is_refused(changes, words):
   """patch_labels counts only where there are patch logits."""
@@ -160,3 +167,56 @@ def test_of_a_method_that_neither_has_no_setting_counts_and_of_others_each():
   [line] = configs.differences({**old, "plan": ""}, {**new, "plan": '{"ffn": {"method": "cffn"}}'})
   assert line.startswith("plan is '{}' there and ")
   assert configs.differences(old, {**old, "log_every": 7, "checkpoint_every": 3}) == []
+
+
+def near(setting):
+  """Values of a key: its own kind, inside and outside of its range, and what JSON has besides."""
+  kind = type(setting.default)
+  ends = [end for end in (setting.low, setting.high, setting.above, setting.below)
+          if end is not None]
+  values = [st.sampled_from([*ends, *setting.choices, setting.default, NAN, INF, -INF, None, True,
+                             "", "x", (), ((1,),), {}, 10 ** 30])]
+  values += [st.floats()] if kind is float else [st.integers()] if kind is int else [st.text()]
+  return st.one_of(values)
+
+
+ALL = {**configs.KEYS, **configs.all_settings()}
+PLANS = st.sampled_from([None, SPARSE, DYNAMICVIT, MCTF, EVIT])
+
+
+@st.composite
+def settings_of_a_run(draw):
+  keys = draw(st.lists(st.sampled_from(sorted(ALL)), min_size=1, max_size=4, unique=True))
+  return {key: draw(near(ALL[key])) for key in keys}
+
+
+@hypothesis.settings(deadline=None, derandomize=not LONG, max_examples=3000 if LONG else 60)
+@hypothesis.given(settings_of_a_run(), PLANS)
+@hypothesis.example({"accumulate": {}}, None)   # it had its default, without a word
+@hypothesis.example({"optim.b1": {}}, None)
+def test_whatever_the_settings_are_they_are_taken_as_they_are_or_refused_in_one_line(given, plan):
+  base = configs.flat(tiny_config()) | ({} if plan is None else {"plan": plan})
+  try:
+    whole = configs.flat(configs.complete(configs.nested({**base, **given})))
+  except ValueError as error:
+    assert str(error) and "\n" not in str(error), error
+    return
+  for key, value in given.items():
+    if key not in whole:   # of a method that the plan does not have, at its default
+      assert value == ALL[key].default
+      continue
+    assert whole[key] == value
+    ALL[key].check(key, whole[key])
+
+
+@pytest.mark.parametrize("key", sorted(ALL))
+def test_each_keys_ends_are_in_its_range_and_what_lies_beyond_is_not(key):
+  setting = ALL[key]
+  for end, inside in ((setting.low, True), (setting.high, True), (setting.above, False),
+                      (setting.below, False)):
+    if end is not None:
+      assert setting._fits(type(setting.default)(end)) is inside
+  setting.check(key, setting.default)
+  for value in (None, object(), b"", {}):
+    with pytest.raises(ValueError, match=rf"^config\.{re.escape(key)}="):
+      setting.check(key, value)

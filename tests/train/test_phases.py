@@ -10,6 +10,7 @@ import pytest
 import vitcompact as vc
 from tests import tiny
 from vitcompact import trees
+from vitcompact.run import loop
 from vitcompact.train import build, optim, phases
 from vitcompact.train import config as configs
 from vitcompact.train.phases import Phase, phase_at
@@ -200,3 +201,22 @@ def test_a_block_without_a_predictor_gains_none_when_every_token_is_kept():
   for network in (model, student):
     attends = [network.plan.at(site).attention is not None for site in network.sites()]
     assert attends == [True, False]
+
+
+@pytest.mark.parametrize("changes, plan", [
+    ({"keep_warmup.start": 30, "keep_warmup.steps": 20}, vc.Plan(tokens=vc.EViT(blocks=(0,)))),
+    ({"keep_warmup.start": 36, "reconstruct.steps": 5},
+     vc.Plan(tokens=vc.EViT(blocks=(0,)), attention=SPARSE))])
+def test_a_warm_up_that_ends_after_the_run_is_refused_at_its_start(config, changes, plan, tmp_path):
+  """The plan that is deployed would never have been trained."""
+  config, model = of_plan(config, plan, changes), tiny.deit(plan)
+  phases.check(config, model)   # a run that began so may go on
+  words = (r"^config.total_steps=40 ends while the plan's EViT\(blocks=\(0,\)\) still trains as "
+           r"EViT\(keep=.*\(config.keep_warmup.start=3.*give the run more steps, or lower these$")
+  with pytest.raises(ValueError, match=words):
+    phases.check_end(config, model)
+  if plan.attention is None:   # which would have no block in the config's own model
+    with pytest.raises(ValueError, match=words):
+      loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+  phases.check_end(of_plan(config, plan, {key: 0 for key in changes}), model)

@@ -14,14 +14,14 @@ def open_image(path: str):
     raise ValueError(f"cannot read {path}: {error.__cause__}") from error
 
 
-def probabilities(model, variables, paths, batch: int):
+def probabilities(model, variables, paths, batch: int, prepared=None):
   """Yields (path, probability of each class), computed a batch at a time."""
   import jax
   import numpy as np
 
   import vitcompact as vc
 
-  prepared = vc.preprocess(model)
+  prepared = prepared or vc.preprocess(model)
   forward = jax.jit(lambda v, x: jax.nn.softmax(model.apply(v, x).astype("float32")))
   for start in range(0, len(paths), batch):
     some = paths[start:start + batch]
@@ -50,8 +50,8 @@ def predict(file, images, top, labels, batch):
   """Print the most probable classes of IMAGES.
 
   FILE is a model that training or `vitcompact convert` wrote (deploy.safetensors). Images are
-  resized, cropped and normalised as in the model's evaluation. A line for each image: its path,
-  then classes with their probability in percent, separated by tabs.
+  resized, cropped and normalised as in the evaluation of the run that wrote it, or of the model. A
+  line for each image: its path, then classes with their probability in percent, separated by tabs.
   """
   import vitcompact as vc
 
@@ -59,6 +59,7 @@ def predict(file, images, top, labels, batch):
   if not model.num_classes:
     raise ValueError(f"{file} gives features: it has no classifier")
   names = class_names(labels, model.num_classes)
-  for path, chances in probabilities(model, variables, images, batch):
+  for path, chances in probabilities(model, variables, images, batch,
+                                     vc.preprocess(file)):
     best = (-chances).argsort()[:top]
     click.echo("\t".join([path, *(f"{names[i]} {100 * chances[i]:.2f}" for i in best)]))

@@ -150,7 +150,10 @@ def imagenet_shards(tars: pathlib.Path) -> tuple[list[str], list[Shard]]:
 def check_md5(tars: pathlib.Path, out: pathlib.Path, say) -> None:
   """Compares the sums of the official files; a file once found right is not read again."""
   known = out / "tars.json"
-  right = json.loads(known.read_text()) if known.is_file() else {}
+  try:
+    right = dict(json.loads(known.read_text())) if known.is_file() else {}
+  except (ValueError, TypeError, RecursionError):
+    right = {}   # damaged: the sums are computed again
   for name, wanted in MD5.items():
     path = tars / name
     if not path.is_file():
@@ -217,7 +220,7 @@ def begin(out: pathlib.Path, source: str, classes: list[str]) -> dict:
     return new
   try:
     manifest = dict(json.loads(path.read_text()))
-  except (ValueError, TypeError) as error:
+  except (ValueError, TypeError, RecursionError) as error:
     raise ValueError(f"{path} is damaged or of another program ({error}): choose another --out"
                      ) from None
   for key in ("format", "source"):

@@ -98,7 +98,7 @@ def read_manifest(root: str) -> dict:
   except FileNotFoundError:
     raise ValueError(f"no {root / MANIFEST}: 'arrayrecord:PATH' needs a PATH that was prepared; "
                      f"{way_out}") from None
-  except (ValueError, OSError) as error:
+  except (ValueError, OSError, RecursionError) as error:
     raise ValueError(f"{root / MANIFEST} is damaged: {reason(error)}; {way_out}") from None
   if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
     raise ValueError(f"{root / MANIFEST} is not of {FORMAT}; {way_out}")

@@ -160,7 +160,7 @@ def run(checkpoint, image, out, *, queries=(), blocks=(), force=False) -> str:
   if there and not force:
     raise ValueError(f"{out / there[0]} exists; give another folder or --force")
   out.mkdir(parents=True, exist_ok=True)
-  preprocess = vc.preprocess(model)
+  preprocess = vc.preprocess(checkpoint)
   normalised = preprocess(Image.open(image))
   shown = enlarged(preprocess.pixels(normalised), model.grid)
   pairs = pairs_of(model, variables, normalised)

@@ -100,7 +100,7 @@ def run(checkpoint, image, out, *, plan=None, force=False) -> str:
   if out.exists() and not force:
     raise ValueError(f"{out} exists; give another name or --force")
   model, variables = load(checkpoint, plan)
-  preprocess = vc.preprocess(model)
+  preprocess = vc.preprocess(checkpoint)
   normalised = preprocess(Image.open(image))
   seen = stages(model, variables, normalised)
   plain = preprocess.pixels(normalised)

@@ -17,7 +17,7 @@ from vitcompact.run.checkpoint import Checkpoints, Damaged
 from vitcompact.run.log import Log, Meter
 from vitcompact.run.preemption import Stop, Stopped
 from vitcompact.train import config as configs
-from vitcompact.train import sharding
+from vitcompact.train import phases, sharding
 from vitcompact.train import step as steps
 from vitcompact.train.build import Run, batch_shapes, build, fresh_state, resolve
 
@@ -273,6 +273,8 @@ def train(config, directory, *, until: int | None = None, stopping: Stop | None 
       seed=config.seed, **process_ids())
   # A file to start from that is missing or does not fit is refused before anything is written.
   new = not (directory / "checkpoints").is_dir()
+  if new or changed:
+    phases.check_end(config, run.model)
   state = fresh_state(run) if new else None
   if new or changed:
     check_first_step(run)

@@ -64,6 +64,16 @@ def second_ctrl_c():
   leave(ABANDONED)
 
 
+def start_tracker():
+  """Starts Python's tracker of shared memory. `leave` leaves to it what the data's workers had: it
+  removes that, and shall not warn of each."""
+  sys.warnoptions.append("ignore:resource_tracker:UserWarning")   # which it is started with
+  try:
+    resource_tracker.ensure_running()
+  finally:
+    sys.warnoptions.pop()
+
+
 @contextlib.contextmanager
 def on_signal():
   """A Stop that SIGTERM or Ctrl-C triggers; a second Ctrl-C leaves at once.
@@ -103,7 +113,7 @@ def on_signal():
   # A terminal sends Ctrl-C to the data's workers too, who inherit that it is blocked: they would go
   # first, each with a traceback. One thread of this process hears it. (Python 3.11's tracker of
   # shared memory unblocks it in who starts that one, so it is started before.)
-  resource_tracker.ensure_running()
+  start_tracker()
   signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
   old = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
   old_pipe = signal.set_wakeup_fd(write, warn_on_full_buffer=False)

@@ -68,16 +68,16 @@ def report(result: loop.Result, workdir, *, before=None, facts=None,
       vc.verify(*float32, images), facts, tuple(pipeline.class_names(config.data.name)), further)
   if jax.process_index() == 0:
     write(pathlib.Path(workdir), receipt,
-          {name: (model, variables), "deploy": (deploy, folded)})
+          {name: (model, variables), "deploy": (deploy, folded)}, run.preprocess)
   return receipt
 
 
-def write(directory: pathlib.Path, receipt: Receipt, files: dict):
-  """files: {name: (model, variables)}."""
+def write(directory: pathlib.Path, receipt: Receipt, files: dict, preprocess=None):
+  """files: {name: (model, variables)}. preprocess: of the run's evaluation, which they keep."""
   try:
     for name, (model, variables) in files.items():
       convert.save(directory / f"{name}.safetensors", model, variables, force=True,
-                   classes=receipt.classes or None)
+                   classes=receipt.classes or None, preprocess=preprocess)
     receipt.write(directory)
   except OSError as error:
     raise OSError(f"the run is done, but its report was not written: {error}. Then give the "

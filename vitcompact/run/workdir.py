@@ -79,6 +79,8 @@ def _check_classes(workdir: pathlib.Path, name: str):
     return
   try:
     wanted = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
+      raise ValueError("it is no list of names")
   except (ValueError, RecursionError) as error:
     raise ValueError(f"{path} holds no names of classes ({error}); use another --workdir") from None
   check_classes(f"--workdir={workdir}", wanted, pipeline.class_names(name),

@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 import vitcompact as vc
+from vitcompact import files
 from vitcompact.data import labels, pipeline
 from vitcompact.train import guard, optim, phases, sharding, start
 from vitcompact.train import step as steps
@@ -59,6 +60,10 @@ def build(config: FrozenConfigDict, classes: int | None = None) -> Run:
   if not model.sites():
     raise ValueError("config.model.depth=0: must be at least 1; without blocks there is nothing to "
                      "train but the classifier")
+  if model.in_chans != 3:
+    raise ValueError(f"config.model.in_chans={model.in_chans}: must be 3, as training decodes "
+                     "every image to RGB, grey ones too; leave it out, and make the trained file "
+                     f"one for other channels: `{files.CONVERT} FILE --in-chans {model.in_chans}`")
   preprocess, rules = preprocess_of(config, model), model.parameter_rules()
   image_shape = (*preprocess.image_size, 3)
   teacher = make_teacher(config, model)

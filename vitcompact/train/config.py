@@ -98,6 +98,15 @@ def flat(config: Mapping) -> dict:
   return out
 
 
+def empty(config: Mapping, prefix: str = "") -> list[str]:
+  """The keys whose value is an empty section, of which `flat` has none."""
+  keys = []
+  for key, value in config.items():
+    if isinstance(value, (ConfigDict, dict)) and prefix + key != "plan":
+      keys += empty(value, f"{prefix}{key}.") if len(value) else [prefix + key]
+  return keys
+
+
 def nested(values: Mapping) -> dict:
   """Inverse of `flat`."""
   tree = {}
@@ -135,6 +144,7 @@ def complete(config: Mapping) -> ConfigDict:
   given, plan = flat(config), Plan.parse(plain(config.get("plan", "")))
   own, others = {**KEYS, **method_settings(plan.methods())}, all_settings()
   out = {"plan": plan.to_json()}
+  given |= {key: {} for key in empty(config) if key in own or key in others}
   for key, value in given.items():
     if key in own or key == "plan" or key.startswith("model."):
       continue
@@ -241,7 +251,10 @@ def _comparable(value):
 
 def from_text(text: str) -> dict:
   """A flat config from the JSON of a workdir's config.json; ValueError where it is none."""
-  tree = json.loads(text)
+  try:
+    tree = json.loads(text)
+  except RecursionError as error:
+    raise ValueError(str(error)) from None
   if not isinstance(tree, dict):
     raise ValueError(f"it holds a {type(tree).__name__}, not an object")
   return flat(tree)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from vitcompact.methods import protocol
 from vitcompact.methods.protocol import FirstPhase
-from vitcompact.plan import Plan
-from vitcompact.train.config import check_ramp
+from vitcompact.plan import Plan, describe_method
+from vitcompact.train.config import check_ramp, flat
 
 
 class Phase(NamedTuple):
@@ -59,6 +59,18 @@ def check(config, model):
                        "this model has: set it to 0, or lower the method's min_tokens")
   for method in model.plan.methods():
     protocol.check_training(method, config)
+
+
+def check_end(config, model):
+  """Raises ValueError where the run is over before a method has become what the plan says. Not for
+  runs that began so: they may go on."""
+  last_step = config.total_steps - first_steps(config, model.plan) - 1
+  for method in model.plan.methods():
+    if (last := protocol.at_step(method, config, last_step)) != method:
+      keys = ", ".join(f"config.{key}={flat(config)[key]}" for key in protocol.settings(method))
+      raise ValueError(f"config.total_steps={config.total_steps} ends while the plan's "
+                       f"{describe_method(method)} still trains as {describe_method(last)} ({keys}): give the "
+                       "run more steps, or lower these")
 
 
 def phase_at(config, model, step: int) -> Phase:
