@@ -114,6 +114,10 @@ class Knapsack:
     return self.bin * sum(max(self._bins(choice) for choice in few)
                           for few in self.choices.values())
 
+  def saved(self, picks: dict[str, int]) -> float:
+    """What a choice of each block saves, in whole bins."""
+    return self.bin * sum(self._bins(self.choices[name][i]) for name, i in picks.items())
+
   def _bins(self, choice: Choice) -> int:
     return int(np.floor(choice.saved / self.bin + 1e-9))
 

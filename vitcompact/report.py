@@ -118,14 +118,14 @@ class Report:
     steps = []
     if plan.tokens is not None:
       steps.append(Step("all", describe_method(plan.tokens), search.saved, kl, True,
-                        *self._without(plan.tokens, need, search)))
+                        *self._without(plan.tokens, picks, search)))
     for name, i in picks.items():
       choice = search.choices[name][i]
       kl += choice.kl
       if choice.options:
         steps.append(Step(name, _named(choice), choice.saved / search.total, choice.kl,
                           all(option.measured for option in choice.options.values()),
-                          *search.runner_up(name, i, need)))
+                          *search.runner_up(picks, name)))
     params = sum(search.choices[name][i].params for name, i in picks.items())
     return Explanation(plan, 1 - search.saved - need / search.total, 1 - params / self.params, kl,
                        tuple(steps))
@@ -167,10 +167,10 @@ class Report:
                        f"{', '.join(map(describe_method, known)) or 'no reducer'}")
     return known[reducer]
 
-  def _without(self, reducer, need, search) -> tuple[str, float]:
+  def _without(self, reducer, picks, search) -> tuple[str, float]:
     """The best plan with another reducer, or none, of the same MACs."""
-    wanted = search.saved * search.total + need
-    here, best = self._kl_of(reducer) + (search.knapsack.best(need) or ({}, 0))[1], None
+    wanted = search.saved * search.total + search.knapsack.saved(picks)
+    here, best = self._kl_of(reducer) + search.kl(picks), None
     for other, kl in self._reducers(("tokens",)):
       if other == reducer:
         continue
@@ -180,8 +180,15 @@ class Report:
         best = ("no reducer" if other is None else describe_method(other)), found[1] + kl
     return ("nothing else reaches it", float("inf")) if best is None else (best[0], best[1] - here)
 
+  @functools.cached_property
+  def _searches(self) -> dict:
+    return {}
+
   def _search(self, goal: str, reducer, axes) -> "Search":
-    return Search(self, goal, reducer, tuple(axes))
+    key = goal, reducer, tuple(axes)
+    if key not in self._searches:
+      self._searches[key] = Search(self, *key)
+    return self._searches[key]
 
   # To files and back.
 
@@ -299,12 +306,16 @@ class Search:
                          "that it lists, or measure again")
     return found
 
-  def runner_up(self, name: str, i: int, need: float) -> tuple[str, float]:
-    """What would be done in a block if its choice were forbidden, and the KL that costs more."""
-    here, other = self.knapsack.best(need), self.knapsack.best(need, forbidden=(name, i))
+  def runner_up(self, picks: dict[str, int], name: str) -> tuple[str, float]:
+    """What would be done in a block if its choice were forbidden, for as much saved in all, and the
+    KL that costs more; below 0 where a plan by hand is not the best."""
+    other = self.knapsack.best(self.knapsack.saved(picks), forbidden=(name, picks[name]))
     if other is None:
       return "nothing else reaches it", float("inf")
-    return _named(self.choices[name][other[0][name]]) or "dense", max(0.0, other[1] - here[1])
+    return _named(self.choices[name][other[0][name]]) or "dense", other[1] - self.kl(picks)
+
+  def kl(self, picks: dict[str, int]) -> float:
+    return sum(self.choices[name][i].kl for name, i in picks.items())
 
 
 def _named(choice: Choice) -> str:

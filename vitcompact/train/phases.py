@@ -69,8 +69,8 @@ def check_end(config, model):
     if (last := protocol.at_step(method, config, last_step)) != method:
       keys = ", ".join(f"config.{key}={flat(config)[key]}" for key in protocol.settings(method))
       raise ValueError(f"config.total_steps={config.total_steps} ends while the plan's "
-                       f"{describe_method(method)} still trains as {describe_method(last)} ({keys}): give the "
-                       "run more steps, or lower these")
+                       f"{describe_method(method)} still trains as {describe_method(last)} "
+                       f"({keys}): give the run more steps, or lower these")
 
 
 def phase_at(config, model, step: int) -> Phase:
