@@ -9,7 +9,7 @@ from vitcompact.count import count
 from vitcompact.draw import svg, tables
 from vitcompact.draw.svg import number
 from vitcompact.draw.tables import SMALL, safe, table
-from vitcompact.plan import BY_BLOCK, Plan, described
+from vitcompact.plan import BY_BLOCK, Plan, describe_method
 from vitcompact.report import Option, Report
 
 BUDGETS = (0.8, 0.65, 0.5)   # of the MACs, for which plans are proposed
@@ -111,9 +111,9 @@ def _summary(report: Report) -> str:
             "proposes no plan.")
   option, block = min(known, key=lambda pair: pair[0].kl)
   few = sum(option.kl < SMALL for option, _ in known)
-  return (f"{few} of {len(known)} changes, each alone in one block, move the logits by a KL of less "
-          f"than {SMALL} nats an image. The cheapest is {described(option.method)} in {block}, with "
-          f"{number(option.kl)}.")
+  return (f"{few} of {len(known)} changes, each alone in one block, move the logits by a KL of "
+          f"less than {SMALL} nats an image. The cheapest is {describe_method(option.method)} in "
+          f"{block}, with {number(option.kl)}.")
 
 
 def _overview(report: Report, saved) -> str:
@@ -129,11 +129,11 @@ def _overview(report: Report, saved) -> str:
   figures = []
   for id, title, grid in (("cheapest", "KL of the cheapest option", cheapest),
                           ("half", "KL of the option that saves about half", half)):
-    found = [(option.kl, f"{option.axis} in {name}, {described(option.method)}")
+    found = [(option.kl, f"{option.axis} in {name}, {describe_method(option.method)}")
              for name, row in zip(names, grid, strict=True) for option in row if option]
     if found:
       numbers = table(title, ["block", *axes], (
-          [name, *(f"{number(option.kl)}, {described(option.method)}" if option else "–"
+          [name, *(f"{number(option.kl)}, {describe_method(option.method)}" if option else "–"
                    for option in row)] for name, row in zip(names, grid, strict=True)))
       figures.append(tables.heat_map(
           f"overview-{id}", title, [[option and option.kl for option in row] for row in grid],
@@ -187,7 +187,7 @@ def _reducers(report: Report) -> str:
   if not report.tokens:
     return "<p>No token reducer was tried.</p>"
   return table("Token reducers, each in the whole model", ["method", "saves", "KL"],
-               ((described(option.method), _percent(saves(option.method)), number(option.kl))
+               ((describe_method(option.method), _percent(saves(option.method)), number(option.kl))
                 for option in report.tokens))
 
 
@@ -195,12 +195,12 @@ def _block(id: str, row: Mapping, saved) -> str:
   best = _cheapest(row["options"])
   out = [f"<p>{safe(row['tokens'])} tokens. " + (
       "No option has a KL." if best is None else
-      f"The cheapest option is {safe(described(best.method))}, with a KL of {number(best.kl)}.") +
-      "</p>"]
+      f"The cheapest option is {safe(describe_method(best.method))}, with a KL of "
+      f"{number(best.kl)}.") + "</p>"]
   out += [f'<h3>{heading}</h3><div class="figures">{"".join(figures)}</div>'
           for heading, figures in tables.of_block(id, row["tables"])]
   if row["options"]:
-    rows = ((described(option.method), option.axis,
+    rows = ((describe_method(option.method), option.axis,
              _percent(saved.get((row["name"], option.axis, option.method))), number(option.error),
              number(option.kl), "–" if option.kl is None else
              "measured" if option.measured else "inferred") for option in row["options"])
