@@ -82,7 +82,7 @@ def get_config(argument=""):
   config.compact.params = 0.0     # or of its parameters
   config.compact.images = 512     # of the train split, by which all is measured and fitted
   config.compact.sensitivity = "quick"      # or "full": every option is tried
-  config.compact.steps = 0        # of distilling from the dense model; 0: none
+  config.compact.distil = True    # then train for total_steps, from the dense model
   config.compact.dense_steps = 0  # of training that first, where init_from is empty
   config.compact.dense_learning_rate = 1e-3
 
@@ -152,8 +152,7 @@ def local(config):
   config.optim.rates = tuple((pattern, factor, min(first, 2))
                              for pattern, factor, first in config.optim.rates)
   if config.compact.macs or config.compact.params:   # which brings its teacher
-    config.compact.update(images=64, sensitivity="quick", dense_steps=20,
-                          steps=min(config.compact.steps, 20))
+    config.compact.update(images=64, sensitivity="quick", dense_steps=20)
   else:
     config.loss.update(hard=0.0, soft=0.0, logits=0.0, patches=0.0)
   config.teacher.update(file="", name="")

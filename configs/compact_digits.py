@@ -14,10 +14,10 @@ from configs import base, digits
 def get_config(argument=""):
   options = base.parse(argument)
   config = digits.get_config("dense")
-  config.compact.update(macs=0.5, images=1024, sensitivity="full", steps=100, dense_steps=1000,
+  config.compact.update(macs=0.5, images=1024, sensitivity="full", dense_steps=1000,
                         dense_learning_rate=config.optim.learning_rate)
+  config.total_steps = 100
   config.optim.learning_rate = config.compact.dense_learning_rate / 20
-  config.optim.warmup_steps, config.checkpoint_every = 10, 50
   config.data.smoothing = 0.0
   config.loss.update(labels=0.0, logits=1.0, patches=1.0)
   return base.finish(config, options)

@@ -20,7 +20,8 @@ from tests.cli import command
 from vitcompact import cli, convert
 
 ROOT = pathlib.Path(__file__).parents[2]
-VERBS = {"bench", "compare", "convert", "count", "draw", "models", "predict", "prepare"}
+VERBS = {"bench", "compact", "compare", "convert", "count", "draw", "measure", "models", "predict",
+         "prepare", "verify"}
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,7 @@ def compact(file, data, macs, params, plan, distil, images, sensitivity, augment
       file, data, eval_batch_size=64, batch_size=batch_size, total_steps=max(steps, 1),
       plan=plan or "", data={"augment": augment if steps else "none"},
       compact={"macs": macs or 0.0, "params": params or 0.0, "images": images,
-               "sensitivity": sensitivity, "steps": steps},
+               "sensitivity": sensitivity, "distil": bool(steps)},
       checkpoint_every=max(1, steps // 4) or 1,
       optim={"learning_rate": learning_rate, "warmup_steps": steps // 20, "clip_norm": 1.0,
              "final_learning_rate": min(1e-6, learning_rate)},

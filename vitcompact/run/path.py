@@ -52,12 +52,12 @@ def run(config, directory, say: Callable[[str], Any] = print, **options):
   """
   directory = workdir.path_of(directory)
   start = prepare(config, directory, say, **options)
-  if not start.config.compact.steps:
+  if not start.config.compact.distil:
     result = untrained(start.config, directory)
   else:
     result = loop.train(start.config, directory, **options)
   rows = {"dense": vc.load(start.dense)}
-  if not start.config.compact.steps:
+  if not start.config.compact.distil:
     return report.report(result, directory, before=rows, facts=start.facts, name="compacted")
   rows["compacted"] = vc.load(directory / "compact.safetensors")
   return report.report(result, directory, before=rows, facts=start.facts, name="distilled")
@@ -92,8 +92,8 @@ def prepare(config, directory: pathlib.Path, say=print, **options) -> Start:
   plan = Plan.parse(str(directory / "plan.json"))
   after = copy.deepcopy(config)
   after.plan, after.init_from = plan.to_json(), str(directory / "compact.safetensors")
-  if config.compact.steps:
-    after.total_steps, after.keep_start, after.teacher.file = config.compact.steps, True, str(dense)
+  if config.compact.distil:
+    after.keep_start, after.teacher.file = True, str(dense)
   else:
     after.loss.logits = after.loss.patches = 0.0
   facts = {"compacted_from": str(dense), "dense_sha256": sha256(dense),

@@ -72,7 +72,7 @@ KEYS = {
     "compact.params": Setting(0.0, low=0, high=1),    # is chosen from data; 0: the plan as it is
     "compact.images": Setting(512, low=8, unit="of images"),
     "compact.sensitivity": Setting("quick", choices=("quick", "full")),
-    "compact.steps": Setting(0, low=0, unit="of steps"),          # of distilling; 0: none
+    "compact.distil": Setting(True),        # then, for total_steps
     "compact.dense_steps": Setting(0, low=0, unit="of steps"),    # where init_from is empty
     "compact.dense_learning_rate": Setting(1e-3, low=0),
     "teacher.file": Setting(""),

@@ -1,0 +1,90 @@
+"""vitcompact measure, compact, verify."""
+import types
+
+import pytest
+from click.testing import CliRunner
+
+import vitcompact as vc
+from tests import tiny
+from tests.cli import command
+from vitcompact import cli
+from vitcompact.cli import compact
+from vitcompact.run import path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  """A dense model of digits' size, its deployed form, and another model."""
+  folder = tmp_path_factory.mktemp("models")
+  model = vc.create_model("deit_tiny_patch16_224", image_size=16, patch_size=8, width=8, depth=1,
+                          heads=2, num_classes=10)
+  variables = tiny.init(model)
+  vc.save(folder / "dense.safetensors", model, variables)
+  vc.save(folder / "deploy.safetensors", *vc.fold(model, variables))
+  vc.save(folder / "other.safetensors", model, tiny.init(model, seed=5))
+  return folder
+
+
+def test_verify_says_whether_two_files_compute_the_same(files):
+  dense, deploy, other = (str(files / f"{n}.safetensors") for n in ("dense", "deploy", "other"))
+  assert "same function: on 32 random images" in command.succeeds("verify", dense, deploy)
+  assert "images of digits" in command.succeeds("verify", dense, deploy, "--data", "digits")
+  command.succeeds("verify", dense, deploy, "--dtype", "bfloat16")
+  result = CliRunner().invoke(cli.main, ["verify", dense, other])
+  assert result.exit_code == 1 and "NOT the same function" in result.output
+  assert "first arises in blocks_0" in result.output
+
+
+def test_measure_writes_a_report(files, tmp_path):
+  out = command.succeeds("measure", str(files / "dense.safetensors"), "--data", "digits",
+                         "--images", "32", "--sensitivity", "none", "--out", str(tmp_path / "r"))
+  assert "report.html" in out and (tmp_path / "r" / "report.html").exists()
+  assert vc.Report.load(tmp_path / "r").images == 32
+
+
+@pytest.fixture
+def asked(monkeypatch):
+  """What `path.run` was asked for."""
+  found = []
+  receipt = types.SimpleNamespace(ok=True, to_markdown=lambda: "# a receipt")
+  monkeypatch.setattr(path, "run", lambda config, out, say: found.append((config, out)) or receipt)
+  return found
+
+
+def test_compact_without_distilling_trains_nothing(files, asked):
+  out = command.succeeds("compact", str(files / "dense.safetensors"), "--data", "digits",
+                         "--macs", "0.7", "--out", "small")
+  (config, where), = asked
+  assert "# a receipt" in out and where == "small"
+  assert config.compact.macs == 0.7 and not config.compact.distil
+  assert config.model.width == 8 and config.data.augment == "none"
+  assert set(config.get("loss", {})) == set()
+
+
+def test_compact_distils_for_epochs_from_the_dense_model(files, asked):
+  command.succeeds("compact", str(files / "dense.safetensors"), "--data", "digits", "--params",
+                   "0.5", "--out", "small", "--distil", "2ep", "--batch-size", "32")
+  (config, _), = asked
+  assert config.compact.distil and config.compact.params == 0.5
+  assert config.total_steps == compact.steps_of("2ep", "digits", 32) > 1
+  assert (config.loss.labels, config.loss.logits, config.loss.patches) == (0, 1, 1)
+
+
+def test_a_receipt_that_proves_nothing_is_exit_code_1(files, asked, monkeypatch):
+  broken = types.SimpleNamespace(ok=False, to_markdown=lambda: "# a receipt")
+  monkeypatch.setattr(path, "run", lambda *_, **__: broken)
+  result = CliRunner().invoke(cli.main, ["compact", str(files / "dense.safetensors"), "--data",
+                                         "digits", "--macs", "0.7", "--out", "small"])
+  assert result.exit_code == 1
+
+
+@pytest.mark.parametrize("text", ["5 epochs", "-1", "0ep", "ep"])
+def test_what_is_no_length_of_distilling_is_refused(text):
+  with pytest.raises(ValueError, match="--distil .*: must be epochs, such as 5ep"):
+    compact.steps_of(text, "digits", 64)
+
+
+def test_steps_are_counted_from_epochs():
+  images = path.pipeline.num_examples("digits", "train")
+  assert compact.steps_of("5ep", "digits", 64) == round(5 * images / 64)
+  assert compact.steps_of("250", "digits", 64) == 250 and compact.steps_of(None, "digits", 64) == 0

@@ -1,0 +1,107 @@
+"""The path from a dense model to a smaller one: its stages, their files, and going on."""
+import json
+
+import numpy as np
+import pytest
+
+import vitcompact as vc
+from configs import compact_digits
+from vitcompact.run import path
+from vitcompact.train import config as configs
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory):
+  """(config, workdir, receipt, what was said) of a path of seconds."""
+  workdir, said = tmp_path_factory.mktemp("path") / "run", []
+  config = compact_digits.get_config("runlocal")
+  receipt = path.run(config, workdir, said.append)
+  return config, workdir, receipt, said
+
+
+def test_each_stage_leaves_its_file(walked):
+  _, workdir, receipt, said = walked
+  there = {file.name for file in workdir.iterdir()}
+  assert {"dense", "report.json", "report.html", "plan.json", "plan.txt", "compact.safetensors",
+          "distilled.safetensors", "deploy.safetensors", "receipt.json", "receipt.md",
+          "receipt.html"} <= there
+  assert [row.name for row in receipt.rows] == ["dense", "compacted", "distilled", "deployed"]
+  assert said[0].startswith("dense model: 20 steps") and said[-1].startswith("plan: MACs")
+
+
+def test_the_receipt_tells_budget_reasons_proofs_and_intervals(walked):
+  _, workdir, receipt, _ = walked
+  told = json.loads((workdir / "receipt.json").read_text())
+  dense, *_, deployed = told["models"]
+  assert deployed["macs"] <= 0.5 * dense["macs"] and told["budget"] == {"macs": 0.5}
+  assert told["plan_reasons"][0].startswith("MACs") and told["kept"] in ("start", "end")
+  assert told["fold"]["ok"] and told["fold"]["random images"]["ok"] and receipt.ok
+  for row in told["models"]:
+    low, high = row["accuracy_interval"]
+    assert low < row["test_accuracy"] < high and row["test_images"] == 360
+  assert told["dense_sha256"] == path.sha256(told["compacted_from"])
+  page = (workdir / "receipt.html").read_text()
+  assert "<table>" in page and "95 % intervals" in page
+
+
+def test_the_deployed_file_is_what_the_receipt_says(walked):
+  _, workdir, receipt, _ = walked
+  model, _ = vc.load(workdir / "deploy.safetensors")
+  assert model.deploy and model.plan == vc.Plan.parse(str(workdir / "plan.json"))
+  assert vc.count(model).macs == receipt.rows[-1].count.macs
+
+
+def test_the_same_command_goes_on_and_measures_nothing_again(walked, monkeypatch):
+  config, workdir, receipt, _ = walked
+  for verb in ("measure", "compact"):
+    monkeypatch.setattr(vc, verb, lambda *_, **__: pytest.fail("done already"))
+  again = path.run(config, workdir, lambda line: None)
+  assert again.facts["deploy_digest"] == receipt.facts["deploy_digest"]
+
+
+def test_an_edited_plan_asks_for_the_old_model_to_go(walked, tmp_path):
+  config, workdir, _, _ = walked
+  for name in ("report.json", "compact.safetensors"):
+    (tmp_path / name).write_bytes((workdir / name).read_bytes())
+  (tmp_path / "plan.json").write_text(vc.Plan(ffn=vc.CFFN(rank_ratio=0.3)).to_json())
+  config = config.copy_and_resolve_references()
+  config.init_from = str(workdir / "dense" / "trained.safetensors")
+  with pytest.raises(ValueError, match="is of another plan or another dense model; remove it"):
+    path.prepare(config, tmp_path, lambda line: None)
+  assert "by hand" in (tmp_path / "plan.txt").read_text()
+
+
+def test_a_report_of_another_model_is_refused(walked, tmp_path):
+  config, workdir, _, _ = walked
+  tree = json.loads((workdir / "report.json").read_text())
+  (tmp_path / "report.json").write_text(json.dumps({**tree, "digest": "0" * 64}))
+  config = config.copy_and_resolve_references()
+  config.init_from = str(workdir / "dense" / "trained.safetensors")
+  with pytest.raises(ValueError, match="measure again"):
+    path.prepare(config, tmp_path, lambda line: None)
+
+
+@pytest.mark.parametrize("change,words", [
+    ({"compact.params": 0.5}, "give one of macs, params"),
+    ({"compact.dense_steps": 0}, "config.init_from is empty"),
+    ({"compact.macs": 1.5}, "at most 1")])
+def test_what_is_no_path_is_refused(tmp_path, change, words):
+  config = compact_digits.get_config("runlocal")
+  for key, value in change.items():
+    config.update_from_flattened_dict({key: value})
+  with pytest.raises(ValueError, match=words):
+    path.prepare(config, tmp_path / "run", lambda line: None)
+
+
+def test_a_config_without_a_budget_is_no_path():
+  config = compact_digits.get_config()
+  assert path.asked(config) == {"macs": 0.5}
+  config.compact.macs = 0.0
+  assert path.asked(config) == {} and path.asked(configs.ConfigDict()) == {}
+
+
+def test_calibration_images_are_spread_over_the_classes(walked):
+  config = configs.complete(walked[0])
+  model, _ = vc.load(walked[1] / "dense" / "trained.safetensors")
+  images = path.calibration_images(config, path.preprocess_of(config, model))
+  assert images.shape == (64, 16, 16, 3) and images.dtype == np.float32
