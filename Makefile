@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c 'import sys; sys.exit(sys.ve
 .PHONY: demo test lint bench
 
 demo: .venv/installed
-	.venv/bin/python main.py --config=configs/digits.py --workdir=runs/digits
+	.venv/bin/python main.py --config=configs/compact_digits.py --workdir=runs/compact_digits
 
 test: .venv/installed-dev
 	.venv/bin/python -m pytest -n 2 --dist loadfile

@@ -160,7 +160,7 @@ def test_what_a_report_does_not_know_is_named(measured):
     report.explain(vc.Plan(tokens=vc.ToMe(r=11)))
   with pytest.raises(ValueError, match="blocks_0: this report has not tried CFFN"):
     report.explain(vc.Plan(ffn=vc.CFFN(rank_ratio=0.11)))
-  with pytest.raises(ValueError, match="give one of macs, params"):
+  with pytest.raises(ValueError, match="give one of macs, params, speedup, latency_ms"):
     report.plan()
   with pytest.raises(ValueError, match="must be a share"):
     report.plan(macs=70)

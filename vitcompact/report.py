@@ -2,17 +2,17 @@
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from vitcompact.count import count
+from vitcompact.latency import Times
 from vitcompact.models import create_model
 from vitcompact.plan import BY_BLOCK, BlockMethods, Plan, describe_method
 from vitcompact.planner import Choice, Costs, Knapsack, combined
-
-GOALS = ("macs", "params", "speedup", "latency_ms")
 
 
 class Option(NamedTuple):
@@ -84,29 +84,50 @@ class Report:
   tokens: tuple[Option, ...]
 
   def plan(self, *, macs: float | None = None, params: float | None = None,
+           speedup: float | None = None, latency_ms: float | None = None, batch: int = 1,
            axes=("heads", "attention", "ffn", "tokens")) -> Plan:
-    """The plan that loses least and has at most this share of the dense model's MACs or parameters.
+    """The plan that loses least and has at most this share of the dense model's MACs or parameters,
+    or runs so many times as fast, or a batch of images in so many milliseconds, on this device.
 
-    A knapsack over blocks and axes; sums of KLs are what a plan is predicted to lose. Reducers are
+    Blocks are timed where they were not before: see `latency.Times`; on a CPU in CPU seconds. A
+    knapsack over blocks and axes; sums of KLs are what a plan is predicted to lose. Reducers are
     tried one by one, each with what is left to save in the blocks at the tokens that it leaves.
 
     Raises:
       ValueError: no plan of these axes meets it; the error says how far one can go.
     """
-    goal, share = self._goal(macs=macs, params=params)
+    goal, asked = self._goal(macs=macs, params=params, speedup=speedup, latency_ms=latency_ms)
     self._check(axes)
+    times, share = None, asked
+    if goal in ("speedup", "latency_ms"):
+      times = self.times(batch)
+      share = 1 / asked if goal == "speedup" else asked / (1e3 * times.dense)
     best, most = None, 1.0
     for reducer, kl in self._reducers(axes):
-      search = self._search(goal, reducer, axes)
+      search = self._search(goal if times is None else "seconds", reducer, axes, batch)
       most = min(most, 1 - search.saved - search.knapsack.most() / search.total)
       need = (1 - share - search.saved) * search.total
       found = search.knapsack.best(need)
       if found is not None and (best is None or found[1] + kl < best[0] - 1e-9):
         best = found[1] + kl, search.plan(found[0])
     if best is None:
-      raise ValueError(f"{goal}={share}: no plan of {', '.join(axes)} goes below "
-                       f"{goal}={most + 5e-4:.3f}")
+      nearest = {"speedup": f"above speedup={0.999 / max(most, 1e-9):.3f}"}.get(
+          goal, f"below {goal}={(most + 5e-4) * (asked / share):.3f}")
+      raise ValueError(f"{goal}={asked}: no plan of {', '.join(axes)} goes {nearest}")
     return best[1]
+
+  def times(self, batch: int = 1) -> Times:
+    """Times of this model's blocks on this device."""
+    if batch not in self._times:
+      self._times[batch] = Times(self.costs, batch)
+    return self._times[batch]
+
+  def milliseconds(self, plan: Plan, batch: int = 1) -> float:
+    """What a batch is predicted to take under a plan, on this device."""
+    search = self._search("seconds", plan.tokens, (*BY_BLOCK, "tokens"), batch)
+    picks = search.picks(plan)
+    saved = sum(search.choices[name][i].saved for name, i in picks.items())
+    return 1e3 * (self.times(batch).total(plan.tokens) - saved)
 
   def explain(self, plan: Plan) -> Explanation:
     """What a plan is predicted to cost, this report's own or one edited by hand."""
@@ -139,10 +160,14 @@ class Report:
     if len(given) != 1:
       raise ValueError(f"plan({', '.join(f'{k}={v}' for k, v in given.items())}): give one of "
                        f"{', '.join(goals)}")
-    name, share = next(iter(given.items()))
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-      raise ValueError(f"plan({name}={share!r}): must be a share of the dense model's in (0, 1]")
-    return name, float(share)
+    name, value = next(iter(given.items()))
+    least, most, rule = {"speedup": (1, math.inf, "a number of at least 1"),
+                         "latency_ms": (0, math.inf, "a number of milliseconds above 0")}.get(
+                             name, (0, 1, "a share of the dense model's in (0, 1]"))
+    fits = not isinstance(value, bool) and isinstance(value, int | float)
+    if not fits or not least <= value <= most or not value:
+      raise ValueError(f"plan({name}={value!r}): must be {rule}")
+    return name, float(value)
 
   def _check(self, axes):
     if self.sensitivity == "none":
@@ -184,8 +209,12 @@ class Report:
   def _searches(self) -> dict:
     return {}
 
-  def _search(self, goal: str, reducer, axes) -> "Search":
-    key = goal, reducer, tuple(axes)
+  @functools.cached_property
+  def _times(self) -> dict:
+    return {}
+
+  def _search(self, goal: str, reducer, axes, batch: int = 1) -> "Search":
+    key = goal, reducer, tuple(axes), batch
     if key not in self._searches:
       self._searches[key] = Search(self, *key)
     return self._searches[key]
@@ -252,15 +281,17 @@ class Report:
 class Search:
   """The knapsack of one report under one reducer."""
 
-  def __init__(self, report: Report, goal: str, reducer, axes):
-    costs = report.costs
+  def __init__(self, report: Report, goal: str, reducer, axes, batch: int):
+    costs, timed = report.costs, goal == "seconds"
     self.goal, self.reducer, self.report = goal, reducer, report
-    self.total, self.saved, lengths = getattr(costs.dense, goal), 0.0, {}
+    self.times = report.times(batch) if timed else None
+    self.total = self.times.dense if timed else getattr(costs.dense, goal)
+    self.saved, lengths = 0.0, {}
     model = costs.model
     if reducer is not None:
       small = model.clone(plan=Plan(tokens=reducer))
-      now = count(small)
-      self.saved = 1 - getattr(now, goal) / self.total
+      now = self.times.total(reducer) if timed else getattr(count(small), goal)
+      self.saved = 1 - now / self.total
       lengths = {name: module.site.tokens_left
                  for name, module in small.submodules().items() if hasattr(module, "methods")}
     self.choices = {row["name"]: self._choices(costs, row, axes, lengths.get(row["name"]))
@@ -273,12 +304,16 @@ class Search:
                for axis in BY_BLOCK if axis in axes}
     saved = {option: costs.saved(row["name"], axis, option.method, tokens, self.reducer)
              for axis, few in by_axis.items() for option in few}
+    seconds = {} if self.times is None else {
+        option: self.times.saved(row["name"], option.axis, option.method, tokens, self.reducer)
+        for option in saved}
     out = []
     for options in combined(by_axis):
-      both = [saved[option] for option in options.values()]
-      macs, params = (sum(part) for part in zip(*both, strict=True)) if both else (0, 0)
-      out.append(Choice(options, sum(option.kl for option in options.values()),
-                        macs if self.goal == "macs" else params, params))
+      few = options.values()
+      params = sum(saved[option][1] for option in few)
+      gains = {"macs": sum(saved[option][0] for option in few), "params": params,
+               "seconds": sum(seconds.get(option, 0.0) for option in few)}
+      out.append(Choice(options, sum(option.kl for option in few), gains[self.goal], params))
     return out
 
   def plan(self, picks: dict[str, int]) -> Plan:

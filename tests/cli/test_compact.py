@@ -80,7 +80,7 @@ def test_a_receipt_that_proves_nothing_is_exit_code_1(files, asked, monkeypatch)
 
 @pytest.mark.parametrize("text", ["5 epochs", "-1", "0ep", "ep"])
 def test_what_is_no_length_of_distilling_is_refused(text):
-  with pytest.raises(ValueError, match="--distil .*: must be epochs, such as 5ep"):
+  with pytest.raises(ValueError, match=r"--distil .*: must be epochs, such as 5ep"):
     compact.steps_of(text, "digits", 64)
 
 
