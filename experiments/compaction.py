@@ -43,7 +43,7 @@ def trained(config, directory: pathlib.Path) -> pathlib.Path:
 
 def dense_config(fold: int, seed: int, width: int | None = None):
   config = digits.get_config("dense")
-  config.data.name, config.seed = f"digits@{fold}", seed
+  config.data.name, config.seed = f"digits:{fold}", seed
   if width:
     config.model.width = width
   return config
@@ -91,7 +91,7 @@ def random_plan(report, rng) -> vc.Plan:
 
 def distilled(fold: int, seed: int, start: pathlib.Path, dense: pathlib.Path, plan, directory):
   config = compact_digits.get_config()
-  config.data.name, config.seed, config.plan = f"digits@{fold}", seed, plan.to_json()
+  config.data.name, config.seed, config.plan = f"digits:{fold}", seed, plan.to_json()
   config.init_from, config.teacher.file, config.keep_start = str(start), str(dense), True
   config.compact.macs = 0.0
   return trained(config, directory)
