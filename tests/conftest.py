@@ -4,7 +4,10 @@ XLA optimises little here: tests compile much and run short, and the claims they
 level of optimisation. What one process compiled, the others of the same call of pytest read: its
 workers and what tests start.
 """
+import ctypes
+import gc
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -22,6 +25,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -32,3 +36,18 @@ def pytest_unconfigure():
   """Of the process that made the folder, after its workers have ended."""
   if COMPILED:
     shutil.rmtree(COMPILED, ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgets():
+  """Above 3 GB, what a process compiled is dropped after a module; it had grown to 8 GB."""
+  yield
+  statm = pathlib.Path("/proc/self/statm")    # of Linux
+  if not statm.exists():
+    return
+  if int(statm.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") > 3e9:
+    jax.clear_caches()
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)   # glibc keeps what was freed
+    if trim:
+      trim(0)
