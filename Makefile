@@ -8,7 +8,7 @@ demo: .venv/installed
 	.venv/bin/python main.py --config=configs/compact_digits.py --workdir=runs/compact_digits
 
 test: .venv/installed-dev
-	.venv/bin/python -m pytest -n 2 --dist loadfile
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Every figure of the README's section on speed, in about 20 minutes of one core. With a Python that
 # has torch for the peers: make bench TORCH=/path/to/python

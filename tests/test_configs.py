@@ -12,7 +12,7 @@ import vitcompact as vc
 from tests import tiny
 from tests.cli import command
 from vitcompact import convert, trees
-from vitcompact.run import loop
+from vitcompact.run import loop, path
 from vitcompact.train import config as configs
 from vitcompact.train import optim, phases, sharding
 
@@ -216,7 +216,8 @@ def test_runlocal_needs_no_file_and_little_of_anything(name, argument):
   full = configs.complete(config)
   assert full.total_steps == 20 and full.batch_size == 32 and full.data.workers == 0
   assert full.data.name in ("digits", "shapes", "directions")
-  assert not teaches(full) and not full.teacher.file
+  # A path brings its teacher.
+  assert bool(path.asked(full)) == teaches(full) and not full.teacher.file
   sizes = full.model.to_dict()
   model = vc.create_model(**{**sizes, "plan": vc.Plan.parse(full.plan), "num_classes": 10})
   assert vc.count(model.clone(plan=vc.Plan())).params < 200_000

@@ -48,6 +48,7 @@ def compact(model: nn.Module, variables, plan: Plan, images=None,
   check_variables(model, variables)
   if images is not None:
     check_images(model, images)
+    jax.eval_shape(model.apply, variables, images)   # their size, in the model's own words
   small = model.clone(plan=plan)
   small.check()
   params, stats = dict(variables["params"]), dict(variables.get("batch_stats", {}))

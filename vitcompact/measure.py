@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.special import log_softmax
@@ -53,6 +54,7 @@ def measure(model: nn.Module, variables, images, sensitivity: str = "quick",
     images = np.concatenate([np.asarray(batch) for batch in images])
   check_images(model, images)
   check_variables(model, variables)
+  jax.eval_shape(model.apply, variables, images)   # their size, in the model's own words
   looking = _Measurement(model, variables, images, sensitivity, progress)
   return looking.report()
 

@@ -77,7 +77,7 @@ def preprocess(model: nn.Module | str | os.PathLike) -> Preprocess:
   A model of another number of channels than three is normalised by the mean of mean and of std in
   each, as in timm; one of a single channel is shown images in grey.
   """
-  if isinstance(model, str | os.PathLike):
+  if isinstance(model, str | os.PathLike) and os.fspath(model).endswith(".safetensors"):
     return _of_file(model)
   check_model(model)
   row = variant_of(model.variant)

@@ -9,12 +9,23 @@ import numpy as np
 
 from vitcompact import trees
 
+# A flag of tests/conftest.py since then that changes the last bit.
+NEW_FLAG = "--xla_cpu_use_fusion_emitters=false"
+
 
 def images(model):
   """Three images, drawn by the one generator whose numbers numpy never changes."""
   height, width = np.broadcast_to(model.image_size, 2).tolist()
   draws = np.random.RandomState(0).standard_normal((3, height, width, model.in_chans))
   return jnp.asarray(draws, jnp.float32)
+
+
+def jit_without_the_new_flag(jit):
+  """jax.jit, of programs that are compiled with the flags of made.json."""
+  def same(*args, compiler_options=None, **kwargs):
+    options = {**(compiler_options or {}), "xla_cpu_use_fusion_emitters": True}
+    return jit(*args, compiler_options=options, **kwargs)
+  return same
 
 
 def machine():
@@ -25,7 +36,7 @@ def machine():
   sets = [flag for flag in fields.get("flags", "").split() if re.match("sse|avx|fma|amx", flag)]
   return {"processor": [fields.get(key, "") for key in ("model name", "cpu family", "model")],
           "instruction_sets": sorted(sets), "jax": jax.__version__,
-          "xla_flags": sorted(os.environ["XLA_FLAGS"].split())}
+          "xla_flags": sorted(set(os.environ["XLA_FLAGS"].split()) - {NEW_FLAG})}
 
 
 def variables_of(state):
