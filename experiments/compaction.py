@@ -90,7 +90,7 @@ def random_plan(report, rng) -> vc.Plan:
 
 
 def distilled(fold: int, seed: int, start: pathlib.Path, dense: pathlib.Path, plan, directory):
-  config = compact_digits.get_config()
+  config = configs.complete(compact_digits.get_config())
   config.data.name, config.seed, config.plan = f"digits:{fold}", seed, plan.to_json()
   config.init_from, config.teacher.file, config.keep_start = str(start), str(dense), True
   config.compact.macs = 0.0

@@ -131,7 +131,10 @@ def measure(file, data, images, sensitivity, out):
               show_default=True, help="Of the second model's computation.")
 @click.option("--tolerance", type=float, help="Of the largest logit. Default: 1e-5, bfloat16 0.05.")
 def verify(first, second, images, data, dtype, tolerance):
-  """Show that two files compute the same function; the exit code is 1 where they do not."""
+  """Show that two files compute the same function.
+
+  The exit code is 1 where they do not.
+  """
   import jax
   import numpy as np
 
