@@ -74,8 +74,12 @@ class Calibration:
 
   def sums(self, function: Callable, *arguments):
     """(of the images to fit to, of those held out): sums over images of function(seen, *arguments),
-    a tree of arrays; float64 of NumPy. function: of a module, not a lambda: it is compiled once."""
-    run = _summed(Function(self.module), Function(self.dense), function, self.dense_x is not None)
+    a tree of arrays; float64 of NumPy. function: of a module, not a lambda: it is compiled once; or
+    a tuple of functions, with a tuple of arguments for each: one pass over the images."""
+    module, dense = Function(self.module), Function(self.dense)
+    # The dense block on its own stream wants what it gives.
+    own = self.dense_x is None and module == dense and self.params is self.dense_params
+    run = _summed(module, None if own else dense, function, self.dense_x is not None)
     variables = {"params": self.params, "batch_stats": self.stats}
     teacher = {"params": self.dense_params, "batch_stats": self.stats}
     images = len(jax.tree.leaves(self.x)[0])
@@ -157,6 +161,16 @@ def _forward(block: Function):
   return jax.jit(lambda variables, x: look(block.block, variables, x, maps=False)[0])
 
 
+def seen_by(block: nn.Module, variables, x) -> Seen:
+  """What an unbound block computes for a few images, maps among it; all at once."""
+  return _looking(Function(block))(variables, x)
+
+
+@functools.lru_cache(maxsize=64)
+def _looking(block: Function):
+  return jax.jit(lambda variables, x: look(block.block, variables, x, maps=True)[1])
+
+
 def through(model: nn.Module, variables, images, on_block: Callable[[str, nn.Module, Any], Any]):
   """The logits of a model in which on_block(name, unbound block, input) gives the output of each
   block that a plan can change; input and output are trees of NumPy arrays, of all images.
@@ -224,13 +238,20 @@ def _tokens(x):
 
 
 @functools.lru_cache(maxsize=64)
-def _summed(module: Function, dense: Function, function: Callable, paired: bool):
+def _summed(module: Function, dense: Function | None, function: Callable, paired: bool):
   """The jitted sums over a chunk; what a function does not use is not computed."""
-  module, dense = module.block, dense.block
-  skip = getattr(dense, "skip_lam", 1.0)
+  module, dense = module.block, dense and dense.block
+  skip = getattr(module, "skip_lam", 1.0)
+
+  def apply(seen, *arguments):
+    if isinstance(function, tuple):
+      return tuple(one(seen, *few) for one, few in zip(function, arguments, strict=True))
+    return function(seen, *arguments)
 
   def run(variables, teacher, x, dense_x, *arguments):
     seen = look(module, variables, x, maps=True)[1]
+    if dense is None:
+      return apply(seen._replace(wanted_attention=seen.attended, wanted_ffn=seen.ffn), *arguments)
     target = look(dense, teacher, dense_x if paired else x, maps=False)[1]
 
     def wanted(output, stream):
@@ -243,7 +264,7 @@ def _summed(module: Function, dense: Function, function: Callable, paired: bool)
       seen = seen._replace(wanted_attention=wanted("attended", "before_attention"))
     # Where tokens go between attention and FFN, the teacher has others.
     same = seen.before_ffn.shape == target.before_ffn.shape and module.methods.tokens is None
-    return function(seen._replace(wanted_ffn=wanted("ffn", "before_ffn") if same else seen.ffn),
-                    *arguments)
+    return apply(seen._replace(wanted_ffn=wanted("ffn", "before_ffn") if same else seen.ffn),
+                 *arguments)
 
   return jax.jit(run)

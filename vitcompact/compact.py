@@ -62,9 +62,11 @@ def compact(model: nn.Module, variables, plan: Plan, images=None,
     for name, new in _fitted(model, small, variables, images, progress).items():
       params[name], stats[name] = new
   stats = {name: leaf for name, leaf in stats.items() if leaf}
-  if images is None and trees.named_leaves(stats).keys() - old_stats.keys():
-    warnings.warn("compact without calibration images: inference is right, but new batch norms "
-                  "start without statistics, so training differs at first; pass images=",
+  if images is None and any(method.axis != "tokens" for method in plan.methods()):
+    new_norms = trees.named_leaves(stats).keys() - old_stats.keys()
+    warnings.warn("compact without calibration images chooses by order and fits to weights alone"
+                  f"{', and new batch norms start without statistics' if new_norms else ''}; with "
+                  "images= it chooses and fits by what they show (docs/compaction.md)",
                   stacklevel=2)
   return small, {"params": params, **({"batch_stats": stats} if stats else {})}
 

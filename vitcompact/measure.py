@@ -7,14 +7,21 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy.special import log_softmax
 
 from vitcompact import block as blocks
 from vitcompact import trees
 from vitcompact._version import __version__
-from vitcompact.calibration import VALUES, Calibration, held_last, run, take, through
+from vitcompact.calibration import (
+    VALUES,
+    Calibration,
+    held_last,
+    run,
+    seen_by,
+    take,
+    through,
+)
 from vitcompact.doors import check_images, check_model, check_variables
 from vitcompact.methods import METHODS, protocol
 from vitcompact.models import fields_of
@@ -108,21 +115,19 @@ class _Measurement:
     """The dense output; adds a row of the report."""
     out = self._dense(name, block, x)
     self.outputs[name] = take(out, self.tried)
-    few = Calibration(block, *self._variables(name).values(), take(x, slice(LOOKED_AT)), block,
-                      self.variables["params"][name], None, 0, {})
     site, tables, options = self.modules[name].site, {}, []
     if "attention" in site.provides:
       prefix = site.prefix if "class token" in site.provides else 0
-      sums = few.sums(_attention_of, jnp.zeros(prefix))[0]
-      tables |= {key: (value / sums["images"]).round(4).tolist() for key, value in sums.items()
-                 if key != "images" and value.size}
-    for axis in BY_BLOCK:
-      for kind in METHODS[axis].values():
-        found = self._legal(kind, axis, self.modules[name].site)
-        if found:
-          new, more = self._options(axis, kind, found, name, block, x)
-          options += new
-          tables |= more
+      seen = seen_by(block, self._variables(name), take(x, slice(LOOKED_AT)))
+      tables |= attention_tables(seen, prefix)
+    kinds = {(axis, kind): found for axis in BY_BLOCK for kind in METHODS[axis].values()
+             if (found := self._legal(kind, axis, site))}
+    sums = self._sums(name, block, x, [kind for _, kind in kinds])
+    for (axis, kind), found in kinds.items():
+      new, more = self._options(axis, found, name, block, x, *protocol.estimate(
+          kind, found, site, sums.get(kind)))
+      options += new
+      tables |= more
     rows.append({"name": name, "tokens": site.tokens, "options": tuple(options), "tables": tables})
     self.done.append(name)
     self.progress(name, len(self.done), len(self.modules))
@@ -141,13 +146,19 @@ class _Measurement:
         found.append(method)
     return found
 
-  def _options(self, axis, kind, methods, name, block, x):
-    """([Option], {name: table}) of one class of methods in one block."""
-    site = self.modules[name].site
-    params = self.variables["params"][name]
-    data = Calibration(block, *self._variables(name).values(), x, block, params, None, self.held
+  def _sums(self, name, block, x, kinds) -> dict:
+    """{class: its statistics}, of those that have any, in one pass over the images."""
+    params, stats = self._variables(name).values()
+    asked = {kind: asked for kind in kinds if (asked := protocol.statistics(kind, params))}
+    if not asked:
+      return {}
+    data = Calibration(block, params, stats, x, block, params, None, self.held
                        if self.held < len(self.images) else 0, {})
-    errors, tables = protocol.estimate(kind, methods, site, params, data)
+    functions, arguments = zip(*asked.values(), strict=True)
+    return dict(zip(asked, data.sums(functions, *arguments)[0], strict=True))
+
+  def _options(self, axis, methods, name, block, x, errors, tables):
+    """([Option], {name: table}) of one class of methods in one block."""
     tried = {"none": [], "full": methods, "quick": methods}[self.sensitivity]
     if self.sensitivity == "quick" and errors is not None:
       # The middle one, by its error: the others are inferred from it.
@@ -226,28 +237,35 @@ def divergence(wanted, got) -> float:
   return max(float(np.mean(np.sum(np.exp(wanted) * (wanted - got), axis=-1))), 0.0)
 
 
-def _attention_of(seen, prefix):
-  """Sums over images of what attention is like. mass: that the strongest keys of each query get, by
-  the share of the keys; of the class token's, and how alike the patches' inputs are."""
-  images, _heads, _queries, keys = seen.maps.shape
-  ordered = -jnp.sort(-seen.maps, axis=-1)
-  mass = jnp.cumsum(ordered.mean(axis=(1, 2)), axis=-1)
-  counts = [max(1, math.ceil(share * keys - 1e-9)) - 1 for share in SHARES]
-  norms = seen.maps / jnp.linalg.norm(seen.maps, axis=(2, 3), keepdims=True)
-  alike = jnp.einsum("bhnm,bgnm->hg", norms, norms)
-  patches = seen.before_attention[:, prefix.shape[0]:].astype(jnp.float32)
-  patches = patches / jnp.linalg.norm(patches, axis=-1, keepdims=True)
-  mean = patches.mean(axis=1)
-  count = patches.shape[1]
-  similarity = (count * jnp.sum(mean * mean) - images) / max(count - 1, 1)
-  out = {"images": jnp.float32(images), "attention_mass": mass[:, jnp.asarray(counts)].sum(axis=0),
-         "map_likeness": alike, "token_similarity": similarity}
-  if prefix.shape[0]:
-    by_class = -jnp.sort(-seen.maps[:, :, 0, prefix.shape[0]:].mean(axis=1), axis=-1)
-    by_class = jnp.cumsum(by_class / by_class.sum(axis=-1, keepdims=True), axis=-1)
-    counts = [max(1, math.ceil(share * count - 1e-9)) - 1 for share in SHARES]
-    out["class_attention_mass"] = by_class[:, jnp.asarray(counts)].sum(axis=0)
+def attention_tables(seen, prefix: int) -> dict[str, list]:
+  """What attention is like on a few images. attention_mass: what the strongest keys of each query
+  get, by the share of the keys; class_attention_mass: the same of the class token's patches;
+  map_likeness: cosines between the maps of heads; token_similarity: mean cosine of two patches.
+
+  By NumPy: XLA sorts slowly on a CPU.
+  """
+  maps = np.asarray(seen.maps)
+  ordered = -np.sort(-maps, axis=-1)
+  mass = np.cumsum(ordered.mean(axis=(0, 1, 2)))
+  flat = maps.transpose(1, 0, 2, 3).reshape(maps.shape[1], -1)
+  flat = flat / np.linalg.norm(flat, axis=1, keepdims=True)
+  patches = np.asarray(seen.before_attention, np.float32)[:, prefix:]
+  patches = patches / np.linalg.norm(patches, axis=-1, keepdims=True)
+  mean, count = patches.mean(axis=1), patches.shape[1]
+  alike = (count * np.sum(mean * mean, axis=-1) - 1) / max(count - 1, 1)
+  out = {"attention_mass": mass[_places(maps.shape[-1])].round(4).tolist(),
+         "map_likeness": (flat @ flat.T).round(4).tolist(),
+         "token_similarity": round(float(alike.mean()), 4)}
+  if prefix:
+    by_class = -np.sort(-maps[:, :, 0, prefix:].mean(axis=1), axis=-1)
+    by_class = np.cumsum((by_class / by_class.sum(axis=-1, keepdims=True)).mean(axis=0))
+    out["class_attention_mass"] = by_class[_places(count)].round(4).tolist()
   return out
+
+
+def _places(keys: int) -> list[int]:
+  """The last of each share of the keys."""
+  return [max(1, math.ceil(share * keys - 1e-9)) - 1 for share in SHARES]
 
 
 def described_fields(model) -> dict[str, Any]:

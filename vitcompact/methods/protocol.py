@@ -39,10 +39,13 @@ Its parameters
     options(site) -> [method, ...]        from which `measure` and a report's plan choose; of the
                                           tokens axis, for the whole model, from its first block
                                           (a class method; default: none, it is not proposed)
-    estimate(options, site, params, data) -> ([error, ...], {name: table})
-                                          what each option loses here, in proportion, from sums
-                                          over calibration images and no training; and tables for
-                                          a report (a class method; default: each is tried)
+    statistics(params) -> (function, arguments)
+                                          sums over calibration images that an estimate is made of,
+                                          see `calibration.Calibration.sums` (a class method)
+    estimate(options, site, sums) -> ([error, ...], {name: table})
+                                          what each option loses here, in proportion, without any
+                                          training; and tables for a report (a class method;
+                                          default: each is tried)
     fold(site, params, stats) -> (params, stats)
                                           the deployed block's (default: unchanged)
     torch_entries(site, torch, ours) -> [Entry]
@@ -196,7 +199,8 @@ scored_heads = _asked("scored_heads", lambda method, site: site.heads)
 needs = _asked("needs", lambda method, site: {})
 removes = _asked("removes", lambda method, site: ())
 options = _asked("options", lambda kind, site: [])
-estimate = _asked("estimate", lambda kind, options, site, params, data: (None, {}))
+statistics = _asked("statistics", lambda kind, params: None)
+estimate = _asked("estimate", lambda kind, options, site, sums: (None, {}))
 mergeable = _asked("mergeable", lambda method, site: ())
 at_size = _asked("at_size", lambda method, site: method)
 at_step = _asked("at_step", lambda method, config, step: method)

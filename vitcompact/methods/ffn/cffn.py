@@ -131,12 +131,15 @@ class CFFN:
             for ratio, rank in ranks.items() if rank * (m + d) < 0.9 * m * d]
 
   @classmethod
-  def estimate(cls, options, site: Site, params, data):
+  def statistics(cls, params):
+    """Of both layers."""
+    return both_sums, (params["mlp"],)
+
+  @classmethod
+  def estimate(cls, options, site: Site, sums):
     """Errors of the layers' outputs at each rank, added where both are factorised; and the curves,
     over the share of the rank."""
-    curves = {}
-    for layer, sums in SUMS.items():
-      curves[layer] = spectrum(Regression.of(data.sums(sums, params["mlp"][layer])[0]))
+    curves = {layer: spectrum(Regression.of(part)) for layer, part in sums.items()}
     errors = [sum(curves[layer][method.rank(site.ffn_width) - 1]
                   for layer in (("fc1", "fc2") if method.factor == "both" else ("fc2",)))
               for method in options]
@@ -382,6 +385,10 @@ def sampled(curve) -> list[list[float]]:
   """[[share of the rank, error], ...], at some 32 ranks."""
   ranks = np.unique(np.linspace(1, len(curve), 33, dtype=int)).tolist()
   return [[round(rank / len(curve), 4), float(f"{curve[rank - 1]:.3g}")] for rank in ranks]
+
+
+def both_sums(seen, params):
+  return {layer: sums(seen, params[layer]) for layer, sums in SUMS.items()}
 
 
 SUMS = {"fc1": first_sums, "fc2": second_sums}

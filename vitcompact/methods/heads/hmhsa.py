@@ -107,13 +107,17 @@ class HMHSA:
     return [cls(real_heads=real) for real in range((site.heads + 1) // 2, site.heads)]
 
   @classmethod
-  def estimate(cls, options, site: Site, params, data):
+  def statistics(cls, params):
+    """Costs of heads in the place of others."""
+    value, out = params["attn"]["value"], params["attn"]["out"]["kernel"]
+    bias = value.get("bias", jnp.zeros(out.shape[:2]))
+    return refit.head_costs, (value["kernel"], bias, out)
+
+  @classmethod
+  def estimate(cls, options, site: Site, sums):
     """Errors of copied maps behind values and outputs, in sums over heads; and the table of them,
     [i][j] of head i in the place of j."""
-    attn = params["attn"]
-    bias = attn["value"].get("bias", jnp.zeros((site.heads, site.head_width)))
-    costs, _tokens = data.sums(refit.head_costs, attn["value"]["kernel"], bias,
-                              attn["out"]["kernel"])[0]
+    costs, _ = sums
     total = np.trace(costs)
     errors = [refit.arrange(costs, method.count_real(site.heads)).cost / total
               for method in options]
@@ -123,10 +127,9 @@ class HMHSA:
   def _fit(self, site: Site, params, data):
     """(a dense block's parameters with its heads in the best order, values and outputs refitted;
     {} or the taps that go with them)."""
-    attn, real = params["attn"], self.scored_heads(site)
-    bias = attn["value"].get("bias", jnp.zeros((site.heads, site.head_width)))
-    costs, tokens = data.sums(refit.head_costs, attn["value"]["kernel"], bias,
-                              attn["out"]["kernel"])[0]
+    real = self.scored_heads(site)
+    function, arguments = self.statistics(params)
+    costs, tokens = data.sums(function, *arguments)[0]
     chosen = refit.arrange(costs / tokens, real)
     params = refit.arranged(params, chosen.order)
     data, attn = data.with_params(params), params["attn"]
