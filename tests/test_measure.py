@@ -180,7 +180,9 @@ def test_images_of_one_class_are_noticed():
 
 @pytest.mark.parametrize("change,words", [
     (dict(sensitivity="most"), "must be one of none, quick, full"),
-    (dict(images=np.zeros((2, 3))), "images of shape"),
+    (dict(images=np.zeros((2, 3))), "images of shape"), (dict(images=None), "None was given"),
+    (dict(images=[]), "None was given"), (dict(images=[[1.0]]), "a batch of images: a list"),
+    (dict(images=np.full((8, 32, 32, 3), np.nan, np.float32)), "8 of 8 images hold NaN"),
     (dict(variables={"params": {}}), "do not fit")])
 def test_what_cannot_be_measured_is_refused(measured, change, words):
   model, variables, x, _ = measured

@@ -10,7 +10,7 @@ import numpy as np
 from vitcompact import block as blocks
 from vitcompact import trees
 from vitcompact.calibration import Calibration, held_last, run, take, through
-from vitcompact.doors import check_images, check_model, check_plan, check_variables
+from vitcompact.doors import check_images, check_model, check_no_nan, check_plan, check_variables
 from vitcompact.plan import Plan
 
 FEW = 1.5   # times the error of the images fitted: beyond, those held out say that they were few
@@ -48,6 +48,7 @@ def compact(model: nn.Module, variables, plan: Plan, images=None,
   check_variables(model, variables)
   if images is not None:
     check_images(model, images)
+    check_no_nan(images)
     jax.eval_shape(model.apply, variables, images)   # their size, in the model's own words
   small = model.clone(plan=plan)
   small.check()

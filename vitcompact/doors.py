@@ -96,6 +96,13 @@ def check_images(model, images, what: str = "images"):
     raise ValueError(f"no {what} were given: shape {tuple(shape)}, {wanted}")
 
 
+def check_no_nan(images):
+  """Refuses images with NaN or infinity, which would spoil every sum over them."""
+  bad = int(jnp.sum(~jnp.isfinite(jnp.asarray(images)).all(axis=(1, 2, 3))))
+  if bad:
+    raise ValueError(f"{bad} of {len(images)} images hold NaN or infinity; leave them out")
+
+
 def check_plan(plan):
   """Refuses what is no plan."""
   if not isinstance(plan, Plan):

@@ -80,8 +80,9 @@ def find(checkpoint, known: set[str], choice: str | None = None, *,
 
 
 def is_tensor(value) -> bool:
-  """Whether a value is an array, not a record such as an epoch or NumPy's scalar accuracy."""
-  return hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, np.generic)
+  """Whether a value is an array, not a record such as an epoch, an accuracy or the decay of an
+  average: no parameter of a model is a single number."""
+  return hasattr(value, "dtype") and bool(getattr(value, "shape", ()))
 
 
 def is_float(value) -> bool:

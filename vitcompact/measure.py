@@ -2,7 +2,7 @@
 import hashlib
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -22,7 +22,7 @@ from vitcompact.calibration import (
     take,
     through,
 )
-from vitcompact.doors import check_images, check_model, check_variables
+from vitcompact.doors import check_images, check_model, check_no_nan, check_variables
 from vitcompact.methods import METHODS, protocol
 from vitcompact.models import fields_of
 from vitcompact.plan import BY_BLOCK, BlockMethods, Plan
@@ -57,10 +57,14 @@ def measure(model: nn.Module, variables, images, sensitivity: str = "quick",
   if model.plan != Plan() or model.deploy:
     raise ValueError("measure starts from a dense, unfolded model; this one has "
                      f"plan={model.plan.to_json()}, deploy={model.deploy}")
-  if not hasattr(images, "shape"):
-    images = np.concatenate([np.asarray(batch) for batch in images])
-  check_images(model, images)
   check_variables(model, variables)
+  if isinstance(images, Iterable) and not hasattr(images, "shape") and not isinstance(images, str):
+    batches = list(images)
+    for batch in batches:
+      check_images(model, batch, "a batch of images")
+    images = np.concatenate(batches) if batches else None
+  check_images(model, images)
+  check_no_nan(images)
   jax.eval_shape(model.apply, variables, images)   # their size, in the model's own words
   looking = _Measurement(model, variables, images, sensitivity, progress)
   return looking.report()

@@ -58,8 +58,9 @@ DYNAMICVIT = {"tokens": {"method": "dynamicvit"}}
 MCTF = {"tokens": {"method": "mctf"}}
 EVIT = {"tokens": {"method": "evit"}}
 OUT_OF_RANGE = {
-    "seed": (-1, 2 ** 63, 0.5, True), "total_steps": (0, -3, 1.5, "many"), "batch_size": (0,),
-    "eval_batch_size": (0, 10 ** 9), "checkpoint_every": (0,), "keep_last": (0,),
+    "seed": (-1, 2 ** 63, 0.5, True), "total_steps": (0, -3, 1.5, "many", 2 ** 31),
+    "batch_size": (0,),
+    "eval_batch_size": (0, 10 ** 9), "checkpoint_every": (0, 9 * 10 ** 18), "keep_last": (0,),
     "log_every": (0,), "accumulate": (0,), "ema_half_life": (-1.0, NAN, INF),
     "eval_params": ("best",), "init_from": (3,), "optim.learning_rate": (-1e-3, NAN, INF),
     "optim.weight_decay": (-0.1, NAN), "optim.clip_norm": (-1.0, NAN, INF),

@@ -29,7 +29,7 @@ from vitcompact.data.decode import (
 )
 
 LEFT_BEHIND = {"__MACOSX", "__pycache__", "@eaDir", "lost+found", "$RECYCLE.BIN",
-               "System Volume Information"}
+               "System Volume Information", "#recycle", "_gsdata_"}
 OTHER_NAMES = {"val": ("valid", "validation", "dev"), "test": ("testing",)}
 
 

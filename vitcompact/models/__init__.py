@@ -24,6 +24,8 @@ def list_models(pattern: str = "*") -> list[str]:
 
 def variant_of(name: str) -> Variant:
   """The table's row; an unknown name raises ValueError with the closest ones."""
+  if not isinstance(name, str):
+    raise ValueError(f"{name!r} is no name of a model; list_models() lists them")
   if name not in VARIANTS:
     close = difflib.get_close_matches(name, VARIANTS, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}?" if close else "list_models() lists the known ones"

@@ -18,15 +18,16 @@ from vitcompact.settings import Setting, weight
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("step", "epoch", "late_epoch", "after_warmup")
 PATCH_ERRORS = ("square", "divergence")
+STEPS = 2 ** 31 - 1   # a step is counted in 32 bits
 
 KEYS = {
     "seed": Setting(0, low=0, high=2 ** 63 - 1),
     "init_from": Setting(""),        # .safetensors to start from; a dense one is made compact first
-    "total_steps": Setting(1000, low=1, unit="of steps"),
+    "total_steps": Setting(1000, low=1, high=STEPS, unit="of steps"),
     "batch_size": Setting(64, low=1, unit="of images"),   # of all devices and microbatches together
     "accumulate": Setting(1, low=1, unit="of microbatches"),
     "eval_batch_size": Setting(64, low=1, high=2 ** 16, unit="of images"),
-    "checkpoint_every": Setting(1000, low=1, unit="of steps"),
+    "checkpoint_every": Setting(1000, low=1, high=STEPS, unit="of steps"),
     "keep_last": Setting(2, low=1, unit="of checkpoints"),   # besides the best on val
     "log_every": Setting(50, low=1, unit="of steps"),
     "ema_half_life": Setting(0.0, low=0),   # of the run; 0: no averages
