@@ -88,6 +88,7 @@ def test_a_tensor_that_fails_says_which_and_why():
 
 @pytest.mark.parametrize("records", [
     {"n_averaged": np.array(5)}, {"epoch": 3, "args": None}, {"max_accuracy": np.float64(81.2)},
+    {"decay": np.array(0.999, np.float32)},
     {"names": ["a", "b"], "date": "today"}, {"bn.num_batches_tracked": Tensor(7, "int64")},
     {"blocks.0.attn.relative_position_index": np.zeros((3, 3), np.int64)}, {7: np.ones(3)}])
 def test_records_and_counters_beside_weights_are_dropped_and_told(records):
