@@ -156,3 +156,11 @@ def test_few_images_are_told_once():
     vc.compact(model, variables, vc.Plan(attention=vc.Sparsifiner(keep=0.3), ffn=vc.CFFN()),
                images=x)
   assert len([warning for warning in caught if "are few" in str(warning.message)]) == 1
+
+
+@pytest.mark.parametrize("tokens", [vc.MCTF(r=2), vc.DynamicViT(blocks=(1,), keep=0.5)])
+def test_reducers_that_act_before_the_ffn_are_compacted_with_it(tokens):
+  model = tiny.deit(drop_path_rate=0.0)
+  variables, x = tiny.init(model, spread=0.5), tiny.images(model, batch=16)
+  small, got = vc.compact(model, variables, vc.Plan(tokens=tokens, ffn=vc.CFFN()), images=x)
+  assert np.isfinite(jax.jit(small.apply)(got, x)).all()

@@ -9,10 +9,12 @@ import pytest
 
 import vitcompact as vc
 from tests import tiny
-from vitcompact.measure import divergence
+from vitcompact.measure import described_fields, divergence
+from vitcompact.methods import protocol
 from vitcompact.methods.ffn import cffn
 from vitcompact.plan import BlockMethods
 from vitcompact.planner import Choice, Knapsack
+from vitcompact.report import Option
 
 
 @pytest.fixture(scope="module")
@@ -126,12 +128,52 @@ def test_the_knapsack_finds_the_best_of_all_choices():
 def test_costs_of_blocks_add_up_to_the_models(measured):
   model, _, _, report = measured
   plan = vc.Plan(blocks={0: {"heads": vc.HMHSA(real_heads=2), "ffn": vc.CFFN(rank_ratio=0.25)}})
-  saved = sum(report.costs.saved("blocks_0", axis, method)[0]
+  saved = sum(report.costs.saved("blocks_0", {axis: method})[0]
               for axis, method in plan.blocks[0].items())
   small = vc.count(model.clone(plan=plan, deploy=True)).macs
   assert vc.count(model).macs - small == saved
   assert report.costs.at("blocks_0", BlockMethods(**plan.blocks[0]))[0] == (
       report.costs.at("blocks_0", BlockMethods())[0] - saved)
+
+
+def options_of(model, kl=1e-3):
+  """A report of a model with every option that it has, each of the same KL."""
+  rows = []
+  for name, module in model.submodules().items():
+    options = [Option(axis, method, None, kl, True) for axis in ("heads", "attention", "ffn")
+               for kind in vc.METHODS[axis].values()
+               for method in protocol.options(kind, module.site)]
+    rows.append({"name": name, "tokens": module.site.tokens, "options": tuple(options),
+                 "tables": {}})
+  site = next(iter(model.submodules().values())).site
+  reducers = tuple(Option("tokens", method, None, kl, True) for method in vc.ToMe.options(site))
+  count = vc.count(model)
+  return vc.Report("0", model.variant, described_fields(model), "0" * 64, 8, "", "full",
+                   count.params, count.macs, tuple(rows), reducers)
+
+
+@pytest.mark.parametrize("share", [0.8, 0.6])
+def test_at_197_tokens_blocks_of_attention_and_reducers_are_in_the_search(share, monkeypatch):
+  monkeypatch.setattr(cffn, "RATIOS", (0.25, 0.5))
+  model = vc.create_model("deit_tiny_patch16_224", depth=2, width=24, heads=4, num_classes=5)
+  report = options_of(model)
+  for axes in (("heads", "attention"), ("heads", "attention", "ffn", "tokens")):
+    try:
+      plan = report.plan(macs=share, axes=axes)
+    except ValueError as error:
+      assert "goes below macs=" in str(error)
+      continue
+    small = vc.count(model.clone(plan=plan, deploy=True)).macs / vc.count(model).macs
+    assert small <= share
+    assert report.explain(plan).macs == pytest.approx(small, abs=2e-3)
+
+
+def test_heads_and_attention_are_counted_together():
+  model = vc.create_model("deit_tiny_patch16_224", depth=1, width=24, heads=4, num_classes=5)
+  methods = {"heads": vc.HMHSA(), "attention": vc.Sparsifiner(keep=0.25, granularity="block")}
+  saved = options_of(model).costs.saved("blocks_0", methods)[0]
+  small = model.clone(plan=vc.Plan(blocks={0: methods}), deploy=True)
+  assert vc.count(model).macs - vc.count(small).macs == saved
 
 
 def test_a_report_goes_to_json_and_back(measured):
@@ -143,7 +185,12 @@ def test_a_report_goes_to_json_and_back(measured):
     lambda tree: tree.pop("blocks"), lambda tree: tree.update(model="no_model"),
     lambda tree: tree["blocks"][0]["options"][0].update(method={"method": "hmhsa", "rank": -1}),
     lambda tree: tree["blocks"][0].pop("tables"), lambda tree: tree.update(fields=3),
-    lambda tree: tree["tokens"].append(7)])
+    lambda tree: tree["tokens"].append(7), lambda tree: tree.update(params=0),
+    lambda tree: tree["blocks"][0].update(name="blocks_7"), lambda tree: tree["blocks"].clear(),
+    lambda tree: tree["blocks"][0]["options"][0].update(kl="abc"),
+    lambda tree: tree["blocks"][0]["options"][0].update(kl=-5),
+    lambda tree: tree["blocks"][0]["options"][0].update(kl=float("nan")),
+    lambda tree: tree.update(sensitivity="banana")])
 def test_a_spoilt_report_is_one_clear_error(measured, spoil):
   tree = json.loads(measured[3].to_json())
   spoil(tree)
@@ -160,6 +207,8 @@ def test_what_a_report_does_not_know_is_named(measured):
     report.explain(vc.Plan(tokens=vc.ToMe(r=11)))
   with pytest.raises(ValueError, match="blocks_0: this report has not tried CFFN"):
     report.explain(vc.Plan(ffn=vc.CFFN(rank_ratio=0.11)))
+  with pytest.raises(ValueError, match="the plan names block 7"):
+    report.explain(vc.Plan(blocks={7: {"ffn": vc.CFFN()}}))
   with pytest.raises(ValueError, match="give one of macs, params, speedup, latency_ms"):
     report.plan()
   with pytest.raises(ValueError, match="must be a share"):
@@ -182,6 +231,7 @@ def test_images_of_one_class_are_noticed():
     (dict(sensitivity="most"), "must be one of none, quick, full"),
     (dict(images=np.zeros((2, 3))), "images of shape"), (dict(images=None), "None was given"),
     (dict(images=[]), "None was given"), (dict(images=[[1.0]]), "a batch of images: a list"),
+    (dict(images=np.full((8, 32, 32, 3), 255, np.float32)), "values of the images reach 255"),
     (dict(images=np.full((8, 32, 32, 3), np.nan, np.float32)), "8 of 8 images hold NaN"),
     (dict(variables={"params": {}}), "do not fit")])
 def test_what_cannot_be_measured_is_refused(measured, change, words):

@@ -261,7 +261,10 @@ def _summed(module: Function, dense: Function | None, function: Callable, paired
       return getattr(target, output) + skip * lost
 
     if seen.attended is not None:
-      seen = seen._replace(wanted_attention=wanted("attended", "before_attention"))
+      alike = (seen.before_attention.shape == target.before_attention.shape
+               and module.methods.tokens is None)
+      seen = seen._replace(wanted_attention=wanted("attended", "before_attention") if alike
+                           else seen.attended)
     # Where tokens go between attention and FFN, the teacher has others.
     same = seen.before_ffn.shape == target.before_ffn.shape and module.methods.tokens is None
     return apply(seen._replace(wanted_ffn=wanted("ffn", "before_ffn") if same else seen.ffn),

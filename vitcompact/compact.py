@@ -10,7 +10,7 @@ import numpy as np
 from vitcompact import block as blocks
 from vitcompact import trees
 from vitcompact.calibration import Calibration, held_last, run, take, through
-from vitcompact.doors import check_images, check_model, check_no_nan, check_plan, check_variables
+from vitcompact.doors import check_images, check_model, check_plan, check_values, check_variables
 from vitcompact.plan import Plan
 
 FEW = 1.5   # times the error of the images fitted: beyond, those held out say that they were few
@@ -48,7 +48,7 @@ def compact(model: nn.Module, variables, plan: Plan, images=None,
   check_variables(model, variables)
   if images is not None:
     check_images(model, images)
-    check_no_nan(images)
+    check_values(images)
     jax.eval_shape(model.apply, variables, images)   # their size, in the model's own words
   small = model.clone(plan=plan)
   small.check()
@@ -119,6 +119,9 @@ def _fit_block(dense: nn.Module, block: nn.Module, params, stats, x, dense_x, he
 
 def _warn_of_few(notes: dict[str, dict], images: int):
   """Once, of the fit that tells most clearly that there were too few images."""
+  if images < 8:
+    warnings.warn(f"{images} calibration images are too few to hold any out: a fit may be worse "
+                  "than none; give some hundred", stacklevel=3)
   fits = [(fit["held_out"] / max(fit["fitted"], 1e-9), name, part, fit)
           for name, block in notes.items() for part, fit in block.items()
           if fit["held_out"] > 0.01]

@@ -13,6 +13,7 @@ from vitcompact import trees
 from vitcompact.methods import METHODS, protocol
 from vitcompact.plan import Plan
 
+MOST = 50.0   # of a normalised value: pixels of 0..255 are beyond
 MANY = 3   # misfits are shown, the others counted
 VARIABLES = "wanted: {'params': ..., 'batch_stats': ...} as model.init gives"
 IMAGES = "normalised float, as vc.preprocess(model) makes them"
@@ -96,11 +97,15 @@ def check_images(model, images, what: str = "images"):
     raise ValueError(f"no {what} were given: shape {tuple(shape)}, {wanted}")
 
 
-def check_no_nan(images):
-  """Refuses images with NaN or infinity, which would spoil every sum over them."""
+def check_values(images):
+  """Refuses images with NaN or infinity, which would spoil every sum over them, and those that were
+  not normalised."""
   bad = int(jnp.sum(~jnp.isfinite(jnp.asarray(images)).all(axis=(1, 2, 3))))
   if bad:
     raise ValueError(f"{bad} of {len(images)} images hold NaN or infinity; leave them out")
+  most = float(jnp.max(jnp.abs(jnp.asarray(images))))
+  if most > MOST:
+    raise ValueError(f"values of the images reach {most:.3g}: give them {IMAGES}")
 
 
 def check_plan(plan):

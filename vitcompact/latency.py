@@ -53,8 +53,8 @@ class Times:
     seconds = self.dense * (1 - 1 / self._timed(plan)[1]) / len(group)
     if reducer is None:
       return seconds
-    here = self.costs.saved(name, axis, method, tokens, reducer)[0]
-    return seconds * here / max(self.costs.saved(name, axis, method)[0], 1)
+    here = self.costs.saved(name, {axis: method}, tokens, reducer)[0]
+    return seconds * here / max(self.costs.saved(name, {axis: method})[0], 1)
 
   def _timed(self, plan: Plan) -> tuple[float, float]:
     """(seconds of the dense model, how much faster it is under a plan)."""

@@ -22,7 +22,7 @@ from vitcompact.calibration import (
     take,
     through,
 )
-from vitcompact.doors import check_images, check_model, check_no_nan, check_variables
+from vitcompact.doors import check_images, check_model, check_values, check_variables
 from vitcompact.methods import METHODS, protocol
 from vitcompact.models import fields_of
 from vitcompact.plan import BY_BLOCK, BlockMethods, Plan
@@ -64,7 +64,7 @@ def measure(model: nn.Module, variables, images, sensitivity: str = "quick",
       check_images(model, batch, "a batch of images")
     images = np.concatenate(batches) if batches else None
   check_images(model, images)
-  check_no_nan(images)
+  check_values(images)
   jax.eval_shape(model.apply, variables, images)   # their size, in the model's own words
   looking = _Measurement(model, variables, images, sensitivity, progress)
   return looking.report()
@@ -229,7 +229,7 @@ class _Measurement:
   def _check_classes(self, logits):
     classes = len(np.unique(logits.argmax(-1)))
     wanted = min(logits.shape[-1], len(logits) // 8)
-    if classes < FEW_CLASSES * wanted:
+    if classes < FEW_CLASSES * wanted or (classes == 1 and len(logits) > 1):
       warnings.warn(f"the {len(logits)} images are of few classes: the model sees {classes} of "
                     f"{logits.shape[-1]}; shuffle the data, or are the images not normalised as "
                     "vc.preprocess(model) does?", stacklevel=4)

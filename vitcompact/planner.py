@@ -30,8 +30,8 @@ class Costs:
   """What blocks of a model cost under its options: multiply-accumulates and parameters of the
   deployed form, counted; each method's difference to the dense block, of one image.
 
-  They add up: no method changes what a layer of another axis executes, but reducers, by the number
-  of tokens; see `at`.
+  Those of the FFN add to those of attention; heads and who attends to whom are counted together,
+  and all with the reducer in place.
   """
 
   def __init__(self, model: nn.Module):
@@ -63,16 +63,18 @@ class Costs:
     """(MACs, parameters) of a block under methods, for that many tokens (isotropic models)."""
     block, x = self.blocks()[name], self._inputs[name]
     if tokens is not None:
-      x = Tokens(jax.ShapeDtypeStruct((1, tokens, x.x.shape[2]), x.x.dtype))
+      native = x.x.shape[1]
+      source = jax.ShapeDtypeStruct((1, native), jnp.int32) if tokens != native else None
+      x = Tokens(jax.ShapeDtypeStruct((1, tokens, x.x.shape[2]), x.x.dtype), source=source)
     return _counted(Function(block.clone(methods=methods)), jax.tree.structure(x),
                     tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(x)))
 
-  def saved(self, name: str, axis: str, method, tokens: int | None = None,
+  def saved(self, name: str, methods: dict, tokens: int | None = None,
             reducer=None) -> tuple[int, int]:
-    """(MACs, parameters) that a block saves by one method, where a reducer acts as well."""
+    """(MACs, parameters) that a block saves by {axis: method}, where a reducer acts as well."""
     dense = BlockMethods(tokens=reducer)
     before = self.at(name, dense, tokens)
-    after = self.at(name, dense._replace(**{axis: method}), tokens)
+    after = self.at(name, dense._replace(**methods), tokens)
     return before[0] - after[0], before[1] - after[1]
 
 

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from vitcompact.count import count
+from vitcompact.execution import Execution
 from vitcompact.latency import Times
+from vitcompact.methods import protocol
 from vitcompact.models import create_model
 from vitcompact.plan import BY_BLOCK, BlockMethods, Plan, describe_method
 from vitcompact.planner import Choice, Costs, Knapsack, combined
@@ -132,7 +134,8 @@ class Report:
   def explain(self, plan: Plan) -> Explanation:
     """What a plan is predicted to cost, this report's own or one edited by hand."""
     self._check(())
-    axes = tuple(axis for axis in (*BY_BLOCK, "tokens"))
+    self.costs.model.clone(plan=plan, deploy=False).check()
+    axes = (*BY_BLOCK, "tokens")
     search = self._search("macs", plan.tokens, axes)
     picks, kl = search.picks(plan), self._kl_of(plan.tokens)
     need = sum(search.choices[name][i].saved for name, i in picks.items())
@@ -240,12 +243,30 @@ class Report:
                              for row in tree["blocks"])
       tree["tokens"] = tuple(map(_unpacked, tree["tokens"]))
       report = cls(**tree)
-      create_model(report.model, **report.fields)
-      for row in report.blocks:
-        str(row["name"]), dict(row["tables"]), int(row["tokens"])
+      report._check_contents()
       return report
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
       raise ValueError(f"no report of vitcompact.measure: {error}; measure again") from None
+
+  def _check_contents(self):
+    """Raises ValueError where what was read cannot have been measured."""
+    from vitcompact.measure import SENSITIVITIES
+
+    model = create_model(self.model, **self.fields)
+    names = [name for name, module in model.submodules().items() if hasattr(module, "methods")]
+    if [row["name"] for row in self.blocks] != names:
+      raise ValueError(f"its blocks are not those of {self.model}")
+    if self.sensitivity not in SENSITIVITIES:
+      raise ValueError(f"sensitivity={self.sensitivity!r}")
+    for row in self.blocks:
+      dict(row["tables"]), int(row["tokens"])
+    for option in (*self.tokens, *(option for row in self.blocks for option in row["options"])):
+      if option.kl is None and self.sensitivity == "none":
+        continue
+      if not isinstance(option.kl, int | float) or not 0 <= option.kl < math.inf:
+        raise ValueError(f"kl={option.kl!r} of {describe_method(option.method)}")
+    if not all(isinstance(x, int) and x > 0 for x in (self.params, self.macs)):
+      raise ValueError("params and macs must be whole numbers above 0")
 
   def save(self, path) -> pathlib.Path:
     """Writes report.json and report.html into a folder; each is whole at every moment."""
@@ -273,7 +294,9 @@ class Report:
 
   def check_of(self, model, digest: str):
     """Raises ValueError unless the report was made of this model and these weights."""
-    if self.model != model.variant or self.digest != digest:
+    mine = create_model(self.model, **self.fields)
+    same = mine == model.clone(plan=Plan(), execution=Execution())
+    if not same or self.digest != digest:
       raise ValueError(f"this report is of {self.model} with weights {self.digest[:12]}, not of "
                        f"{model.variant} with {digest[:12]}; measure again")
 
@@ -300,20 +323,29 @@ class Search:
     self.knapsack = Knapsack(self.choices, self.total)
 
   def _choices(self, costs, row, axes, tokens) -> list[Choice]:
-    by_axis = {axis: [option for option in row["options"] if option.axis == axis]
+    site = costs.blocks()[row["name"]].site
+    if tokens is not None:
+      site = site._replace(tokens_left=tokens)
+    by_axis = {axis: [option for option in row["options"] if option.axis == axis
+                      and protocol.acts(option.method, site)]
                for axis in BY_BLOCK if axis in axes}
-    saved = {option: costs.saved(row["name"], axis, option.method, tokens, self.reducer)
-             for axis, few in by_axis.items() for option in few}
-    seconds = {} if self.times is None else {
-        option: self.times.saved(row["name"], option.axis, option.method, tokens, self.reducer)
-        for option in saved}
+
+    @functools.cache
+    def saved(*few) -> tuple[int, int]:
+      methods = {option.axis: option.method for option in few}
+      return costs.saved(row["name"], methods, tokens, self.reducer) if few else (0, 0)
+
     out = []
     for options in combined(by_axis):
-      few = options.values()
-      params = sum(saved[option][1] for option in few)
-      gains = {"macs": sum(saved[option][0] for option in few), "params": params,
-               "seconds": sum(seconds.get(option, 0.0) for option in few)}
-      out.append(Choice(options, sum(option.kl for option in few), gains[self.goal], params))
+      few = list(options.values())
+      parts = [saved(*(option for option in few if option.axis != "ffn")),
+               saved(*(option for option in few if option.axis == "ffn"))]
+      macs, params = (sum(part) for part in zip(*parts, strict=True))
+      gain = {"macs": macs, "params": params}.get(self.goal)
+      if gain is None:
+        gain = sum(self.times.saved(row["name"], option.axis, option.method, tokens, self.reducer)
+                   for option in few)
+      out.append(Choice(options, sum(option.kl for option in few), gain, params))
     return out
 
   def plan(self, picks: dict[str, int]) -> Plan:

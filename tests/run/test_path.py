@@ -66,7 +66,7 @@ def test_the_same_command_goes_on_and_measures_nothing_again(walked, monkeypatch
 
 def test_an_edited_plan_asks_for_the_old_model_to_go(walked, tmp_path):
   config, workdir, _, _ = walked
-  for name in ("report.json", "compact.safetensors"):
+  for name in ("report.json", "report.html", "compact.safetensors"):
     (tmp_path / name).write_bytes((workdir / name).read_bytes())
   (tmp_path / "plan.json").write_text(vc.Plan(ffn=vc.CFFN(rank_ratio=0.3)).to_json())
   config = config.copy_and_resolve_references()
@@ -80,10 +80,47 @@ def test_a_report_of_another_model_is_refused(walked, tmp_path):
   config, workdir, _, _ = walked
   tree = json.loads((workdir / "report.json").read_text())
   (tmp_path / "report.json").write_text(json.dumps({**tree, "digest": "0" * 64}))
+  (tmp_path / "report.html").write_text("")
   config = config.copy_and_resolve_references()
   config.init_from = str(workdir / "dense" / "trained.safetensors")
   with pytest.raises(ValueError, match="measure again"):
     path.prepare(config, tmp_path, lambda line: None)
+
+
+@pytest.mark.parametrize("change", [{"compact.macs": 0.6}, {"compact.images": 128},
+                                    {"plan": vc.Plan(ffn=vc.CFFN()).to_json()}])
+def test_another_request_in_the_same_workdir_is_refused(walked, change):
+  config = configs.complete(walked[0])
+  config.update_from_flattened_dict(change)
+  with pytest.raises(ValueError, match="was begun otherwise: "):
+    path.prepare(config, walked[1], lambda line: None)
+
+
+def test_another_model_other_classes_and_an_illegal_plan_are_refused_before_anything(
+    walked, tmp_path):
+  dense = walked[1] / "dense" / "trained.safetensors"
+  model, variables = vc.load(dense)
+  vc.save(tmp_path / "renamed.safetensors", model, variables, classes=[f"c{i}" for i in range(10)])
+  for change, words in (({"model.depth": 2}, "not what config.model and config.data ask for"),
+                        ({"init_from": str(tmp_path / "renamed.safetensors")}, "classes"),
+                        ({"init_from": str(walked[1] / "deploy.safetensors")}, "dense, unfolded"),
+                        ({"plan": vc.Plan(heads=vc.HMHSA(real_heads=9)).to_json()}, "has only")):
+    config = configs.complete(walked[0])
+    config.update_from_flattened_dict({"init_from": str(dense), **change})
+    with pytest.raises(ValueError, match=words):
+      path.prepare(config, tmp_path / "run", lambda line: None)
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_without_distilling_nothing_is_trained(walked, tmp_path, monkeypatch):
+  for name in ("report.json", "report.html", "plan.json", "compact.safetensors"):
+    (tmp_path / name).write_bytes((walked[1] / name).read_bytes())
+  config = configs.complete(walked[0])
+  config.init_from = str(walked[1] / "dense" / "trained.safetensors")
+  config.compact.distil = False
+  monkeypatch.setattr(path.loop, "train", lambda *_, **__: pytest.fail("trained"))
+  receipt = path.run(config, tmp_path, lambda line: None)
+  assert [row.name for row in receipt.rows] == ["dense", "compacted", "deployed"]
 
 
 @pytest.mark.parametrize("change,words", [

@@ -71,7 +71,7 @@ def _saved(report: Report) -> dict[tuple, float]:
   except (ValueError, TypeError):
     return {}
   return {(row["name"], option.axis, option.method):
-          costs.saved(row["name"], option.axis, option.method)[0] / report.macs
+          costs.saved(row["name"], {option.axis: option.method})[0] / report.macs
           for row in report.blocks for option in row["options"]}
 
 

@@ -23,13 +23,17 @@ import vitcompact as vc
 from vitcompact import convert, trees
 from vitcompact.data import batch as device_batch
 from vitcompact.data import pipeline
+from vitcompact.data.classes import check_classes
+from vitcompact.models import fields_of
 from vitcompact.plan import Plan
 from vitcompact.report import Report
 from vitcompact.run import loop, processes, report, workdir
 from vitcompact.train import config as configs
 from vitcompact.train.build import preprocess_of
+from vitcompact.train.start import WAY_OUT
 
 GOALS = ("macs", "params")
+REQUEST = "request.json"   # with what the stages were begun
 
 
 class Start(NamedTuple):
@@ -82,6 +86,8 @@ def prepare(config, directory: pathlib.Path, say=print, **options) -> Start:
   if len(goal) != 1:
     raise ValueError(f"config.compact: give one of {', '.join(GOALS)}, a share of the dense "
                      f"model's; got {goal}")
+  if directory.exists() and not directory.is_dir():
+    raise ValueError(f"{directory} is a file; name a directory")
   directory.mkdir(parents=True, exist_ok=True)
   dense = pathlib.Path(config.init_from)
   if not config.init_from:
@@ -95,7 +101,7 @@ def prepare(config, directory: pathlib.Path, say=print, **options) -> Start:
   if config.compact.distil:
     after.keep_start, after.teacher.file = True, str(dense)
   else:
-    after.loss.logits = after.loss.patches = 0.0
+    after.loss.update(labels=1.0, logits=0.0, patches=0.0, hard=0.0, soft=0.0)
   facts = {"compacted_from": str(dense), "dense_sha256": sha256(dense),
            "compact_sha256": sha256(directory / "compact.safetensors"), "budget": goal,
            "plan_reasons": (directory / "plan.txt").read_text(encoding="utf-8").splitlines()}
@@ -130,13 +136,19 @@ def train_dense(config, directory, say, **options) -> pathlib.Path:
 def fit(config, directory, dense: pathlib.Path, goal, say):
   """Measures, plans and compacts, each where its file is not there yet."""
   model, variables = vc.load(dense)
+  check_dense(config, dense, model)
+  wanted = Plan.parse(config.plan)
+  if wanted != Plan():
+    model.clone(plan=wanted).check()
+  check_request(directory, {**goal, "plan": config.plan, "data": config.data.name,
+                            **{key: config.compact[key] for key in ("images", "sensitivity")}})
 
   @functools.cache
   def calibration():
     return calibration_images(config, preprocess_of(config, model))
 
   digest = trees.digest(variables)
-  if (directory / "report.json").exists():
+  if (directory / "report.json").exists() and (directory / "report.html").exists():
     found = Report.load(directory)
     found.check_of(model, digest)
   else:
@@ -145,9 +157,14 @@ def fit(config, directory, dense: pathlib.Path, goal, say):
     found.save(directory)
     say(f"measured on {found.images} images: {directory / 'report.html'}")
   if not (directory / "plan.json").exists():
-    plan = Plan.parse(config.plan) if Plan.parse(config.plan) != Plan() else found.plan(**goal)
+    plan = wanted if wanted != Plan() else found.plan(**goal)
     write(directory / "plan.json", json.dumps(json.loads(plan.to_json()), indent=1) + "\n")
-  plan = Plan.parse(str(directory / "plan.json"))
+  try:
+    plan = Plan.parse(str(directory / "plan.json"))
+    model.clone(plan=plan).check()
+  except ValueError as error:
+    raise ValueError(f"{directory / 'plan.json'}: {error}; mend it, or remove it to have a new "
+                     "one") from None
   reasons = reasons_of(found, plan)
   write(directory / "plan.txt", reasons + "\n")
   say(f"plan: {reasons.splitlines()[0]}")
@@ -168,6 +185,42 @@ def fit(config, directory, dense: pathlib.Path, goal, say):
     small, fitted = vc.compact(model, variables, plan, calibration(), step)
   convert.save(compacted, small, fitted, classes=pipeline.class_names(config.data.name) or None,
                about={"dense": digest})
+
+
+def check_dense(config, path: pathlib.Path, model):
+  """Refuses a file that is no dense model, or of another model or other classes than the run's."""
+  if model.plan != Plan() or model.deploy:
+    raise ValueError(f"{path} holds plan={model.plan.to_json()}, deploy={model.deploy}: the path "
+                     "starts from a dense, unfolded model")
+  sizes = config.model.to_dict()
+  names = pipeline.class_names(config.data.name)
+  wanted = vc.create_model(sizes.pop("name"), num_classes=pipeline.num_classes(config.data.name),
+                           **sizes)
+  free = {"drop_path_rate": 0.0, "dtype": "float32", "remat": False}
+  free |= {"mix_token": False} if hasattr(model, "mix_token") else {}
+  if wanted.clone(**free) != model.clone(**free, execution=wanted.execution):
+    other = {key: (value, fields_of(wanted).get(key)) for key, value in fields_of(model).items()
+             if value != fields_of(wanted).get(key) and key not in (*free, "execution")}
+    raise ValueError(f"{path} holds {model.variant}, not what config.model and config.data ask for"
+                     f": (there, asked for) are {other or wanted.variant}")
+  check_classes(str(path), convert.classes_of(path), names, WAY_OUT)
+
+
+def check_request(directory: pathlib.Path, request: dict):
+  """Refuses a workdir that was begun with another budget, plan, data or measurement."""
+  path = directory / REQUEST
+  if not path.exists():
+    write(path, json.dumps(request, indent=1) + "\n")
+    return
+  try:
+    old = json.loads(path.read_text(encoding="utf-8"))
+    other = [f"{key} was {old.get(key)!r} and is {request.get(key)!r}"
+             for key in sorted({*old, *request}) if old.get(key) != request.get(key)]
+  except (ValueError, AttributeError, RecursionError) as error:
+    raise ValueError(f"{path}: {error}; use another directory") from None
+  if other:
+    raise ValueError(f"{directory} was begun otherwise: {'; '.join(other)}. Use another directory, "
+                     "or edit its plan.json and remove compact.safetensors")
 
 
 def reasons_of(found: Report, plan: Plan) -> str:
