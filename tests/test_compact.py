@@ -164,3 +164,22 @@ def test_reducers_that_act_before_the_ffn_are_compacted_with_it(tokens):
   variables, x = tiny.init(model, spread=0.5), tiny.images(model, batch=16)
   small, got = vc.compact(model, variables, vc.Plan(tokens=tokens, ffn=vc.CFFN()), images=x)
   assert np.isfinite(jax.jit(small.apply)(got, x)).all()
+
+
+def test_a_filter_of_more_terms_is_refitted_with_all_of_them():
+  """What the fit tells of itself is what the block then does: with one block and no FFN method,
+  the error of attention's output on the images fitted."""
+  model = tiny.deit(drop_path_rate=0.0, depth=1)
+  variables, x = tiny.init(model, spread=0.5), np.asarray(tiny.images(model, batch=32))
+  notes = {}
+  small, got = vc.compact(model, variables, vc.Plan(heads=vc.HMHSA(rank=3)), images=x,
+                          progress=notes.__setitem__)
+
+  def attended(model, variables):
+    _, state = model.apply(variables, x, capture_intermediates=lambda m, _: m.name == "out")
+    return np.asarray(state["intermediates"]["blocks_0"]["attn"]["out"]["__call__"][0])
+
+  wanted, made = attended(model, variables), attended(small, got)
+  total = np.sum((wanted - wanted.mean(axis=(0, 1))) ** 2)
+  error = np.sum((made - wanted) ** 2) / total
+  assert error == pytest.approx(notes["blocks_0"]["heads"]["fitted"], rel=2e-3)

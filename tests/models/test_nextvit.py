@@ -237,8 +237,11 @@ def test_remat_changes_memory_not_results():
   assert "remat" in str(jax.make_jaxpr(lambda v: gradients(remat, v, images))(variables))
   wanted = jax.tree.leaves(gradients(model, variables, images))
   got = jax.tree.leaves(gradients(remat, variables, images))
+  # A bias of keys changes no softmax: its gradient is rounding of the others'.
+  rounding = 3e-6 * max(np.abs(leaf).max() for leaf in wanted)
   for one, other in zip(got, wanted, strict=True):
-    np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3 * np.abs(other).max())
+    np.testing.assert_allclose(one, other, rtol=1e-3, atol=max(1e-3 * np.abs(other).max(),
+                                                               rounding))
 
 
 def test_bfloat16_computes_near_float32():

@@ -95,7 +95,7 @@ class HMHSA:
     """Without calibration images the first heads stay, and the others copy their maps in order."""
     taps = {}
     if data is not None:
-      params, taps = self._fit(site, params, data)
+      params, taps = refit.fitted(self, site, params, data)
     _, new = surgery.fresh(self, site)
     params = surgery.cut_heads(self, site, params)
     own = {**new["params"], **taps}
@@ -123,39 +123,6 @@ class HMHSA:
               for method in options]
     table = costs / np.diag(costs)[None]
     return errors, {"head_cost": np.where(np.eye(len(costs)), 0, table).round(4).tolist()}
-
-  def _fit(self, site: Site, params, data):
-    """(a dense block's parameters with its heads in the best order, values and outputs refitted;
-    {} or the taps that go with them)."""
-    real = self.scored_heads(site)
-    function, arguments = self.statistics(params)
-    costs, tokens = data.sums(function, *arguments)[0]
-    chosen = refit.arrange(costs / tokens, real)
-    params = refit.arranged(params, chosen.order)
-    data, attn = data.with_params(params), params["attn"]
-    values, outputs = (np.asarray(attn[name]["kernel"], np.float64) for name in ("value", "out"))
-    values = values.transpose(1, 0, 2)
-    taps, groups = {}, [[h, *range(real + h, site.heads, real)] for h in range(real)]
-    if self.site == "probs" and self.layout == "map" and \
-        site.heads * site.width <= refit.FEATURES:
-      sums = data.sums(refit.tap_sums, attn["value"]["kernel"], attn["out"]["kernel"][real:],
-                       jnp.zeros(self.kernel))[0]
-      query, key = refit.fitted_taps(*sums, self.kernel, self.rank)
-      taps = {"query_taps": jnp.asarray(query, jnp.float32),
-              "key_taps": jnp.asarray(key, jnp.float32)}
-      groups = [[h] for h in range(site.heads)]
-      sums = data.sums(refit.filtered_sums, taps["query_taps"], taps["key_taps"])
-    else:
-      sums = data.sums(refit.copied_sums, jnp.zeros(real))
-    fit = refit.refit(sums, groups, values, outputs)
-    data.note("heads", copied=fit.copied, fitted=fit.fitted, held_out=fit.held_out,
-              order=list(chosen.order))
-    new = {"value": {"kernel": jnp.asarray(fit.values.transpose(1, 0, 2), jnp.float32)},
-           "out": {"kernel": jnp.asarray(fit.outputs, jnp.float32),
-                   "bias": jnp.asarray(fit.bias, jnp.float32)}}
-    if "bias" in attn["value"]:   # a constant, which the output's bias has taken in
-      new["value"]["bias"] = jnp.zeros_like(attn["value"]["bias"])
-    return {**params, "attn": {**attn, **new}}, taps
 
   def make(self, site: Site, **kwargs) -> nn.Module:
     return Hallucinate(self, site.query_grid, site.key_grid, site.prefix, **kwargs)

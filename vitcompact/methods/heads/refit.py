@@ -176,15 +176,17 @@ def copied_sums(seen, places) -> Sums:
 
 def filtered_sums(seen, query_taps, key_taps) -> Sums:
   """Of the features of all heads, the hallucinated ones through their filters, and the wanted
-  output; taps (g, 1, K)."""
-  hallucinated, _, taps = query_taps.shape
+  output; taps (g, rank, K)."""
+  hallucinated, rank, taps = query_taps.shape
   real = seen.maps.shape[1] - hallucinated
   features = [jnp.einsum("bhnm,bmw->bnhw", seen.maps[:, :real], seen.keys)]
   for g in range(hallucinated):
-    keys = sum(shifted(seen.keys, -(t - taps // 2)) * key_taps[g, 0, t] for t in range(taps))
-    rows = jnp.einsum("bnm,bmw->bnw", seen.maps[:, g % real], keys)
-    rows = sum(shifted(rows, s - taps // 2) * query_taps[g, 0, s] for s in range(taps))
-    features.append(rows[:, :, None])
+    made = 0
+    for r in range(rank):
+      keys = sum(shifted(seen.keys, -(t - taps // 2)) * key_taps[g, r, t] for t in range(taps))
+      rows = jnp.einsum("bnm,bmw->bnw", seen.maps[:, g % real], keys)
+      made += sum(shifted(rows, s - taps // 2) * query_taps[g, r, s] for s in range(taps))
+    features.append(made[:, :, None])
   return sums_of(jax.lax.collapse(jnp.concatenate(features, axis=2), 2), seen.wanted_attention)
 
 
@@ -270,3 +272,36 @@ def _outputs(data: Regression, a, b, old_b, slices, ridge: float):
   new = np.linalg.solve(made + pull * np.eye(len(made)), made_cross + pull * np.concatenate(old_b))
   ends = np.cumsum([left.shape[1] for left in a])[:-1]
   return np.split(new, ends)
+
+
+def fitted(spec, site, params, data):
+  """(a dense block's parameters with its heads in the best order, values and outputs refitted; {}
+  or the taps that go with them), under an `HMHSA`; data: a `calibration.Calibration`."""
+  real = spec.scored_heads(site)
+  function, arguments = spec.statistics(params)
+  costs, tokens = data.sums(function, *arguments)[0]
+  chosen = arrange(costs / tokens, real)
+  params = arranged(params, chosen.order)
+  data, attn = data.with_params(params), params["attn"]
+  values, outputs = (np.asarray(attn[name]["kernel"], np.float64) for name in ("value", "out"))
+  values = values.transpose(1, 0, 2)
+  taps, groups = {}, [[h, *range(real + h, site.heads, real)] for h in range(real)]
+  if spec.site == "probs" and spec.layout == "map" and site.heads * site.width <= FEATURES:
+    sums = data.sums(tap_sums, attn["value"]["kernel"], attn["out"]["kernel"][real:],
+                     jnp.zeros(spec.kernel))[0]
+    query, key = fitted_taps(*sums, spec.kernel, spec.rank)
+    taps = {"query_taps": jnp.asarray(query, jnp.float32),
+            "key_taps": jnp.asarray(key, jnp.float32)}
+    groups = [[h] for h in range(site.heads)]
+    sums = data.sums(filtered_sums, taps["query_taps"], taps["key_taps"])
+  else:
+    sums = data.sums(copied_sums, jnp.zeros(real))
+  fit = refit(sums, groups, values, outputs)
+  data.note("heads", copied=fit.copied, fitted=fit.fitted, held_out=fit.held_out,
+            order=list(chosen.order))
+  new = {"value": {"kernel": jnp.asarray(fit.values.transpose(1, 0, 2), jnp.float32)},
+         "out": {"kernel": jnp.asarray(fit.outputs, jnp.float32),
+                 "bias": jnp.asarray(fit.bias, jnp.float32)}}
+  if "bias" in attn["value"]:   # a constant, which the output's bias has taken in
+    new["value"]["bias"] = jnp.zeros_like(attn["value"]["bias"])
+  return {**params, "attn": {**attn, **new}}, taps
