@@ -166,20 +166,41 @@ def test_reducers_that_act_before_the_ffn_are_compacted_with_it(tokens):
   assert np.isfinite(jax.jit(small.apply)(got, x)).all()
 
 
-def test_a_filter_of_more_terms_is_refitted_with_all_of_them():
-  """What the fit tells of itself is what the block then does: with one block and no FFN method,
-  the error of attention's output on the images fitted."""
-  model = tiny.deit(drop_path_rate=0.0, depth=1)
-  variables, x = tiny.init(model, spread=0.5), np.asarray(tiny.images(model, batch=32))
-  notes = {}
-  small, got = vc.compact(model, variables, vc.Plan(heads=vc.HMHSA(rank=3)), images=x,
-                          progress=notes.__setitem__)
+def test_features_behind_a_filter_of_more_terms_have_all_of_them():
+  """Against the filtered map itself, A^[n, m] = sum over r, s, t of q_rs A[n + s, m + t] k_rt."""
+  rng = np.random.default_rng(4)
+  maps, keys = rng.dirichlet(np.ones(5), (2, 2, 5)), rng.standard_normal((2, 5, 3))
+  query, key = rng.standard_normal((2, 1, 2, 3))
+  around, made = np.pad(maps[:, 0], ((0, 0), (1, 1), (1, 1))), 0
+  for r, s, t in itertools.product(range(2), range(3), range(3)):
+    made = made + query[0, r, s] * key[0, r, t] * around[:, s:s + 5, t:t + 5]
+  features = np.concatenate([maps[:, 0] @ keys, made @ keys], axis=2).reshape(-1, 6)
+  seen = Seen(maps=jnp.asarray(maps, jnp.float32), keys=jnp.asarray(keys, jnp.float32),
+              wanted_attention=jnp.zeros((2, 5, 3)))
+  sums = refit.filtered_sums(seen, *(jnp.asarray(taps, jnp.float32) for taps in (query, key)))
+  np.testing.assert_allclose(sums.xx[1:, 1:], features.T @ features, rtol=1e-4, atol=1e-4)
 
-  def attended(model, variables):
-    _, state = model.apply(variables, x, capture_intermediates=lambda m, _: m.name == "out")
-    return np.asarray(state["intermediates"]["blocks_0"]["attn"]["out"]["__call__"][0])
 
-  wanted, made = attended(model, variables), attended(small, got)
-  total = np.sum((wanted - wanted.mean(axis=(0, 1))) ** 2)
-  error = np.sum((made - wanted) ** 2) / total
-  assert error == pytest.approx(notes["blocks_0"]["heads"]["fitted"], rel=2e-3)
+@pytest.mark.parametrize("images", [1, 4])
+def test_images_too_few_for_a_fit_do_no_harm_on_others(images):
+  """Rows are fewer than unknowns: a weak ridge fits these images and spoils all others."""
+  model = tiny.deit(drop_path_rate=0.0)
+  variables, x = tiny.init(model, spread=0.5), tiny.images(model, batch=images)
+  new = tiny.images(model, batch=64, seed=9)
+  wanted, plan = jax.jit(model.apply)(variables, new), vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())
+
+  def error(images):
+    small, got = vc.compact(model, variables, plan, images=images)
+    return jnp.linalg.norm(jax.jit(small.apply)(got, new) - wanted)
+
+  with pytest.warns(UserWarning, match="too few to hold any out"):
+    fitted = error(x)
+  assert fitted < error(None)
+
+
+def test_balanced_factors_are_the_same_product_of_smaller_entries():
+  rng = np.random.default_rng(3)
+  a, b = 1e3 * rng.standard_normal((8, 3)), 1e-3 * rng.standard_normal((3, 5))
+  c, d = regression.balanced(a, b)
+  np.testing.assert_allclose(c @ d, a @ b, rtol=1e-9)
+  assert np.linalg.norm(c) == pytest.approx(np.linalg.norm(d))

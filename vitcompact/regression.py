@@ -12,7 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)   # tried, and chosen among by rows held out
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)   # tried, and chosen among by rows held out
+
+
+def ridges(sums) -> tuple[float, ...]:
+  """Those to try for (fit, held): where nothing is held out to choose by, the strongest alone."""
+  return RIDGES if sums[0] is not sums[1] else RIDGES[-1:]
 
 
 class Sums(NamedTuple):
@@ -89,8 +94,15 @@ class Metric(NamedTuple):
     """A (p, rank), B (rank, q) whose product is closest to M in this metric."""
     root = np.sqrt(self.values)[:, None]
     left, singular, right = np.linalg.svd(root * (self.vectors.T @ matrix), full_matrices=False)
-    half = np.sqrt(singular[:rank])
-    return self.vectors @ (left[:, :rank] * half / root), half[:, None] * right[:rank]
+    return balanced(self.vectors @ (left[:, :rank] * singular[:rank] / root), right[:rank])
+
+
+def balanced(a, b) -> tuple[np.ndarray, np.ndarray]:
+  """The factors of A B with the least entries: in float32, large ones that cancel lose digits."""
+  (left, r), (right, s) = np.linalg.qr(a), np.linalg.qr(b.T)
+  u, singular, v = np.linalg.svd(r @ s.T)
+  half = np.sqrt(singular)
+  return left @ (u * half), (half[:, None] * v) @ right.T
 
 
 class Factors(NamedTuple):
@@ -102,6 +114,12 @@ class Factors(NamedTuple):
   held_out: float
 
 
+def split(sums) -> tuple[Regression, Regression, Regression]:
+  """Of the rows to fit, of those held out, and of both together; alike where none are held out."""
+  fit, held = (Regression.of(part) for part in sums)
+  return fit, held, fit if sums[0] is sums[1] else Regression.of(sums[0] + sums[1])
+
+
 def spectrum(data: Regression) -> np.ndarray:
   """Relative squared error of y that factors of rank 1, 2, ... leave at best."""
   metric = Metric.of(data.cov).stronger(data.strength(RIDGES[0]))
@@ -110,14 +128,15 @@ def spectrum(data: Regression) -> np.ndarray:
   return np.maximum(data.energy - np.cumsum(singular ** 2), 0) / max(data.energy, 1e-30)
 
 
-def low_rank(fit: Regression, held: Regression, both: Regression, old, rank: int) -> Factors:
-  """The fit of a rank to y, pulled towards `old` (p, q) as strongly as held-out rows want it.
+def low_rank(sums, old, rank: int) -> tuple[Factors, Regression]:
+  """The fit of a rank to y, pulled towards `old` (p, q) as strongly as held-out rows want it, and
+  the moments of all rows, of which it is made.
 
-  fit, held: of the rows to fit and of those to choose the ridge by; both: of all, of which the
-  result is made.
+  sums: (of the rows to fit, of those to choose the ridge by), as `Calibration.sums` returns them.
   """
+  fit, held, both = split(sums)
   metric, best = Metric.of(fit.cov), None
-  for ridge in RIDGES:
+  for ridge in ridges(sums):
     a, b = _low_rank(fit, metric, old, rank, ridge)
     matrix = a @ b
     held_out = held.error(matrix, fit.bias(matrix))
@@ -125,7 +144,7 @@ def low_rank(fit: Regression, held: Regression, both: Regression, old, rank: int
       best = held_out, fit.error(matrix), ridge
   held_out, fitted, ridge = best
   a, b = _low_rank(both, Metric.of(both.cov), old, rank, ridge)
-  return Factors(a, b, both.bias(a @ b), fitted, held_out)
+  return Factors(a, b, both.bias(a @ b), fitted, held_out), both
 
 
 def _low_rank(data: Regression, metric: Metric, old, rank: int, ridge: float):

@@ -292,10 +292,9 @@ class CompactDense(nn.Module):
   def fit(self, params, sums) -> "Fit":
     """The factors that come closest to a layer's wanted outputs; sums: (fit, held), see
     `calibration.Calibration`."""
-    fit, held = (Regression.of(part) for part in sums)
-    both = fit if sums[0] is sums[1] else Regression.of(sums[0] + sums[1])
     old = np.asarray(params["kernel"], np.float64)
-    return Fit(low_rank(fit, held, both, old, min(self.rank, *old.shape)), both.mean_x, both.cov)
+    factors, both = low_rank(sums, old, min(self.rank, *old.shape))
+    return Fit(factors, both.mean_x, both.cov)
 
   @nn.nowrap
   def from_dense(self, params, fit=None):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from vitcompact.regression import RIDGES, Metric, Regression, Sums, sums_of
+from vitcompact.regression import Metric, Regression, Sums, balanced, ridges, split, sums_of
 
 SETS = 20_000        # sets of real heads that are all tried; beyond, heads are dropped greedily
 SWEEPS = 3
@@ -207,14 +207,13 @@ def refit(sums, groups, values, outputs) -> Refit:
   sums: (fit, held) of the features, D for each group. groups: which heads share one; a group of g
   heads has rank g d. values (h, D, d), outputs (h, d, D): the dense ones, heads in order.
   """
-  fit, held = (Regression.of(part) for part in sums)
-  both = fit if sums[0] is sums[1] else Regression.of(sums[0] + sums[1])
+  fit, held, both = split(sums)
   old = [np.concatenate([values[h] for h in group], axis=1) for group in groups], \
       [np.concatenate([outputs[h] for h in group], axis=0) for group in groups]
   copied = np.concatenate([a @ b for a, b in zip(*old, strict=True)])
   best = held.error(copied, fit.bias(copied)), fit.error(copied), None
   metrics = _metrics(fit, len(groups))
-  for ridge in RIDGES:
+  for ridge in ridges(sums):
     matrix = _descend(fit, metrics, old, ridge)[2]
     held_out = held.error(matrix, fit.bias(matrix))
     if held_out < best[0]:
@@ -255,6 +254,7 @@ def _descend(data: Regression, metrics, old, ridge: float):
       a[g], b[g] = metric.factors(wanted, a[g].shape[1])
       matrix[at] = a[g] @ b[g]
     b = _outputs(data, a, b, b, slices, ridge)
+    a, b = map(list, zip(*map(balanced, a, b), strict=True))
     matrix = np.concatenate([left @ right for left, right in zip(a, b, strict=True)])
   return a, b, matrix
 
