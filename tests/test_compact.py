@@ -204,3 +204,18 @@ def test_balanced_factors_are_the_same_product_of_smaller_entries():
   c, d = regression.balanced(a, b)
   np.testing.assert_allclose(c @ d, a @ b, rtol=1e-9)
   assert np.linalg.norm(c) == pytest.approx(np.linalg.norm(d))
+
+
+@pytest.mark.parametrize("variant", ["paper", "code"])
+def test_a_fitted_mask_keeps_more_of_the_dense_attention_than_a_fresh_one(variant):
+  model = tiny.deit(drop_path_rate=0.0)
+  variables, x = tiny.init(model, spread=0.5), tiny.images(model, batch=32)
+  new = tiny.images(model, batch=16, seed=9)
+  maps = vc.features(model, variables, new, maps=True).maps
+  plan, mass = vc.Plan(attention=vc.Sparsifiner(keep=0.25, variant=variant)), {}
+  for name, images in {"fresh": None, "fitted": x}.items():
+    small, got = vc.compact(model, variables, plan, images=images)
+    _, state = small.apply(got, new, mutable=["attention"])
+    kept = state["attention"]["blocks_0"]["links"]["kept"][0]
+    mass[name] = float(jnp.mean(jnp.sum(jnp.where(kept, maps["blocks_0"][:, :, 1:], 0), axis=-1)))
+  assert mass["fitted"] > 1.1 * mass["fresh"]

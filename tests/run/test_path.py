@@ -1,5 +1,6 @@
 """The path from a dense model to a smaller one: its stages, their files, and going on."""
 import json
+import types
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import pytest
 import vitcompact as vc
 from configs import compact_digits
 from vitcompact.methods.ffn import cffn
-from vitcompact.run import path
+from vitcompact.run import loop, path
 from vitcompact.train import config as configs
 
 
@@ -147,3 +148,19 @@ def test_calibration_images_are_spread_over_the_classes(walked):
   model, _ = vc.load(walked[1] / "dense" / "trained.safetensors")
   images = path.calibration_images(config, path.preprocess_of(config, model))
   assert images.shape == (64, 16, 16, 3) and images.dtype == np.float32
+
+
+@pytest.mark.parametrize("scores,kept", [
+    ({"start": (0.9, 0.3), "end": (0.8, 0.1)}, "start"),
+    ({"start": (0.8, 0.1), "end": (0.9, 0.3)}, "end"),
+    ({"start": (0.9, 0.2), "end": (0.9, 0.1)}, "end"),
+    ({"start": (0.9, 0.1), "end": (0.9, 0.1)}, "start")])
+def test_a_run_ends_with_the_better_of_its_start_and_its_end(monkeypatch, scores, kept):
+  monkeypatch.setattr(loop, "fresh_state", lambda run: None)
+  monkeypatch.setattr(loop.steps, "selected", lambda state, which: "start")
+  monkeypatch.setattr(loop, "evaluate_split", lambda run, variables, split, stopping: dict(
+      zip(("val_accuracy", "val_loss"), scores[variables], strict=True)))
+  run = types.SimpleNamespace(config=types.SimpleNamespace(eval_params="raw"))
+  variables, told = loop.better_of_start_and_end(run, "end", None)
+  assert variables == told["kept"] == kept
+  assert told["start_val_accuracy"] == scores["start"][0]
