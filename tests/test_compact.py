@@ -9,8 +9,10 @@ import pytest
 import vitcompact as vc
 from tests import tiny
 from vitcompact import regression
-from vitcompact.calibration import Seen
+from vitcompact.calibration import Calibration, Seen, run, seen_by
+from vitcompact.methods.attention.token_predictor import clustered
 from vitcompact.methods.heads import refit
+from vitcompact.token_state import Tokens
 
 
 def test_moments_and_their_errors_are_those_of_least_squares():
@@ -219,3 +221,30 @@ def test_a_fitted_mask_keeps_more_of_the_dense_attention_than_a_fresh_one(varian
     kept = state["attention"]["blocks_0"]["links"]["kept"][0]
     mass[name] = float(jnp.mean(jnp.sum(jnp.where(kept, maps["blocks_0"][:, :, 1:], 0), axis=-1)))
   assert mass["fitted"] > 1.1 * mass["fresh"]
+
+
+def test_keys_that_get_attention_from_the_same_queries_are_one_cluster():
+  rows = np.repeat(np.eye(3)[[2, 0, 1]], [4, 2, 3], axis=0)
+  down = clustered(rows + 0.01 * np.random.default_rng(0).standard_normal(rows.shape), 3)
+  np.testing.assert_allclose(down.sum(axis=0), 1)
+  assert {tuple(np.flatnonzero(column)) for column in down.T} == {
+      (0, 1, 2, 3), (4, 5), (6, 7, 8)}
+
+
+def block_outputs(seen):
+  """Per image, what the stream is after each branch where the branch gives what is wanted."""
+  return (seen.before_attention + seen.wanted_attention / 2,
+          seen.before_ffn + seen.wanted_ffn / 2)
+
+
+def test_what_a_branch_is_wanted_to_give_leads_to_the_dense_stream():
+  """From another stream too: it makes good what earlier blocks lost, by the residual's factor."""
+  block = tiny.deit(drop_path_rate=0.0, depth=1).submodules()["blocks_0"].clone(skip_lam=2.0)
+  rng = np.random.default_rng(5)
+  dense_x, x = (Tokens(rng.standard_normal((3, 17, 24)).astype(np.float32)) for _ in range(2))
+  variables = tiny.randomised(jax.eval_shape(block.init, jax.random.key(0), dense_x))
+  data = Calibration(block, variables["params"], {}, x, block, variables["params"], dense_x, 0, {})
+  after_attention, after_ffn = data.sums(block_outputs)[0]
+  seen = seen_by(block, variables, dense_x)
+  np.testing.assert_allclose(after_attention, seen.before_ffn, atol=1e-4)
+  np.testing.assert_allclose(after_ffn, run(block, variables, dense_x).x, atol=1e-4)

@@ -168,6 +168,17 @@ def test_at_197_tokens_blocks_of_attention_and_reducers_are_in_the_search(share,
     assert report.explain(plan).macs == pytest.approx(small, abs=2e-3)
 
 
+def test_under_a_reducer_an_option_that_no_longer_acts_saves_nothing():
+  model = vc.create_model("deit_tiny_patch16_224", depth=2, width=24, heads=4, num_classes=5)
+  report = options_of(model)
+  for reducer, first in ((None, True), (report.tokens[0].method, True)):
+    few = report._search("macs", reducer, ("attention",)).choices
+    assert (len(few["blocks_0"]) > 1) == first
+    assert (len(few["blocks_1"]) > 1) == (reducer is None)
+  fewer = BlockMethods(attention=vc.Sparsifiner(granularity="block", min_tokens=0))
+  assert 0 < report.costs.at("blocks_0", fewer, tokens=100)[0] < report.costs.at("blocks_0", fewer)[0]
+
+
 def test_heads_and_attention_are_counted_together():
   model = vc.create_model("deit_tiny_patch16_224", depth=1, width=24, heads=4, num_classes=5)
   methods = {"heads": vc.HMHSA(), "attention": vc.Sparsifiner(keep=0.25, granularity="block")}
