@@ -176,7 +176,8 @@ def test_under_a_reducer_an_option_that_no_longer_acts_saves_nothing():
     assert (len(few["blocks_0"]) > 1) == first
     assert (len(few["blocks_1"]) > 1) == (reducer is None)
   fewer = BlockMethods(attention=vc.Sparsifiner(granularity="block", min_tokens=0))
-  assert 0 < report.costs.at("blocks_0", fewer, tokens=100)[0] < report.costs.at("blocks_0", fewer)[0]
+  at = report.costs.at
+  assert 0 < at("blocks_0", fewer, tokens=100)[0] < at("blocks_0", fewer)[0]
 
 
 def test_heads_and_attention_are_counted_together():
