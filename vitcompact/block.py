@@ -3,14 +3,16 @@ import contextlib
 import functools
 
 import flax.linen as nn
+import jax.numpy as jnp
 
-from vitcompact import attention, token_state, torch_names
+from vitcompact import attention, rotary, token_state, torch_names
 from vitcompact.attention import Core
-from vitcompact.layers import DropPath, FromHeads, LayerNorm, Mlp, ToHeads, dense
+from vitcompact.layers import DropPath, FromHeads, LayerNorm, LayerScale, Mlp, ToHeads, dense
 from vitcompact.methods import METHODS, protocol, surgery
 from vitcompact.methods.protocol import Site
 from vitcompact.plan import BlockMethods
 from vitcompact.token_state import Reduction, Tokens
+from vitcompact.torch_names import Entry
 
 
 class Attention(nn.Module):
@@ -18,7 +20,8 @@ class Attention(nn.Module):
 
   Leaves: query/key/value/out kernels (width, heads, head width) and (heads, head width, width);
   those of `method`, which makes the output of all heads, under its scope. Queries and keys exist
-  for the heads that it scores.
+  for the heads that it scores. query_norm and key_norm, over a head's width, where the site has
+  them.
   """
   site: Site
   method: object = None   # of the heads axis
@@ -34,10 +37,24 @@ class Attention(nn.Module):
     if self.method is not None:
       setattr(self, protocol.scope_of(self.method), self.method.make(site, parent=None))
     self.out = FromHeads(site.width, dtype=site.dtype)
+    if site.qk_norm is not None:
+      self.query_norm, self.key_norm = (LayerNorm(site.qk_norm, site.dtype) for _ in range(2))
 
   def __call__(self, x_bnw, keys_bmw=None):
     keys_bmw = x_bnw if keys_bmw is None else keys_bmw
-    return self.attend(self.query(x_bnw), self.key(keys_bmw), self.value(keys_bmw), x_bnw=x_bnw)
+    query, key = self.scored(x_bnw, keys_bmw)
+    return self.attend(query, key, self.value(keys_bmw), x_bnw=x_bnw)
+
+  def scored(self, x_bnw, keys_bmw, places=None):
+    """The queries and keys (B, N, f, d) that scores are made of, normalised and turned where the
+    site says so. places: of the tokens, see `rotary.places_of`; x is then its own keys."""
+    query, key = self.query(x_bnw), self.key(keys_bmw)
+    if self.site.qk_norm is not None:
+      query, key = self.query_norm(query), self.key_norm(key)
+    if places is not None:
+      turned = rotary.angles(places, self.site.head_width, self.site.rotary)
+      query, key = rotary.turn(query, turned), rotary.turn(key, turned)
+    return query, key
 
   def attend(self, query_bnfd, key_bmfd, value_bmhd, core: Core = attention.DENSE, x_bnw=None):
     """The output from queries and keys of the scored heads, and values of all."""
@@ -56,7 +73,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-  """Pre-norm residual block: x + attn(norm1 x) / skip_lam, then x + mlp(norm2 x) / skip_lam.
+  """Pre-norm residual block: x + attn(norm1 x) / skip_lam, then x + mlp(norm2 x) / skip_lam; where
+  the site has a LayerScale, ls1 and ls2 scale what the two branches give.
 
   reduce: makes the module that makes fewer keys and values of the normed tokens (hierarchical
   models); None: attention over all.
@@ -80,28 +98,42 @@ class Block(nn.Module):
       tokens = predict(tokens, site.prefix, train)
     x_bnw = norm1(tokens.x)
     keys_bmw = x_bnw if self.reduce is None else self.reduce(name="reduce")(x_bnw)
-    query, key = attn.query(x_bnw), attn.key(keys_bmw)
+    query, key = attn.scored(x_bnw, keys_bmw, self._places(tokens))
     if step.fuse is None:
       core = self._core(tokens, query, key)
     else:
       fused, ahead = step.fuse(tokens, query, key, site.prefix)
       x_bnw = keys_bmw = norm1(fused.x)
       if ahead is None:
-        query, key = attn.query(keys_bmw), attn.key(keys_bmw)
+        query, key = attn.scored(x_bnw, keys_bmw, self._places(fused))
         core = self._core(fused, query, key)
       else:
         core = ahead(self._core(tokens, query, key))
       tokens = fused
-    y_bnw = attn.attend(query, key, attn.value(keys_bmw), core, x_bnw)
+    y_bnw = self._scaled("ls1", attn.attend(query, key, attn.value(keys_bmw), core, x_bnw))
     tokens = tokens.replace(x=tokens.x + drop(name="drop1")(y_bnw, train) / self.skip_lam)
     if step.after_attention is not None:
       tokens = step.after_attention(tokens, query, key, site.prefix)
     mlp = make_ffn(site, self.methods.ffn, name="mlp")
-    y_bnw = mlp(norm(name="norm2")(tokens.x), train)
+    y_bnw = self._scaled("ls2", mlp(norm(name="norm2")(tokens.x), train))
     tokens = tokens.replace(x=tokens.x + drop(name="drop2")(y_bnw, train) / self.skip_lam)
     if step.after_block is not None:
       tokens = step.after_block(tokens, query, key, site.prefix)
     return tokens
+
+  @nn.nowrap
+  def _scaled(self, name: str, y_bnw):
+    """The output of a branch by its LayerScale, where there is one."""
+    initial = self.site.layer_scale
+    return y_bnw if initial is None else LayerScale(initial, name=name)(y_bnw)
+
+  @nn.nowrap
+  def _places(self, tokens: Tokens):
+    """Where the tokens lie in the image, for rotary positions; None without these."""
+    site = self.site
+    if site.rotary is None:
+      return None
+    return rotary.places_of(tokens, rotary.places(site.query_grid, site.prefix))
 
   @nn.nowrap
   def _core(self, tokens: Tokens, query, key) -> Core:
@@ -133,8 +165,8 @@ def make_ffn(site: Site, method, **kwargs) -> nn.Module:
   """The FFN of a block: the method's, or fc1 and fc2 as dense layers."""
   if method is not None:
     return method.make(site, **kwargs)
-  return Mlp(fc1=dense(site.hidden, dtype=site.dtype), fc2=dense(site.ffn_width, dtype=site.dtype),
-             act=site.act, mixer=site.mixer and site.mixer(parent=None), **kwargs)
+  fc1, fc2 = (dense(width, dtype=site.dtype) for width in (site.fc1_width, site.ffn_width))
+  return Mlp(fc1=fc1, fc2=fc2, act=site.act, mixer=site.mixer and site.mixer(parent=None), **kwargs)
 
 
 def from_dense(site: Site, methods: BlockMethods, params, stats, seen=None):
@@ -144,6 +176,8 @@ def from_dense(site: Site, methods: BlockMethods, params, stats, seen=None):
   attends to whom comes first, then the heads that do; what reaches the FFN follows from both.
   """
   here = BlockMethods()
+  params = without_layer_scale(params, attention=methods.heads is not None,
+                               ffn=methods.ffn is not None)
   for axis in ("attention", "heads", "tokens", "ffn"):
     method = getattr(methods, axis)
     if method is not None:
@@ -151,6 +185,19 @@ def from_dense(site: Site, methods: BlockMethods, params, stats, seen=None):
       params, stats = surgery.from_dense(method, site, params, stats, data)
       here = here._replace(**{axis: method})
   return params, stats
+
+
+def without_layer_scale(params, attention: bool = True, ffn: bool = True):
+  """A dense block's parameters in which LayerScale is 1: the layers before it have taken it in. So
+  what is fitted to their outputs is fitted to what the residual stream gets."""
+  new = dict(params)
+  branches = ("ls1", "attn", "out", attention), ("ls2", "mlp", "fc2", ffn)
+  for scale, branch, layer, wanted in branches:
+    if wanted and scale in params:
+      gamma = params[scale]["gamma"]
+      scaled = {name: leaf * gamma for name, leaf in params[branch][layer].items()}
+      new |= {branch: {**params[branch], layer: scaled}, scale: {"gamma": jnp.ones_like(gamma)}}
+  return new
 
 
 def fold(site: Site, methods: BlockMethods, params, stats):
@@ -166,22 +213,35 @@ def fold(site: Site, methods: BlockMethods, params, stats):
   return {name: leaf for name, leaf in params.items() if name not in absent}, stats
 
 
-def method_entries(site: Site, methods: BlockMethods, torch: str, ours: str):
-  """A block's tensors in a PyTorch file that are its methods', and fc1 and fc2."""
+def method_entries(site: Site, methods: BlockMethods, torch: str, ours: str, fc1=("fc1",)):
+  """A block's tensors in a PyTorch file that are its methods', and fc1 and fc2.
+
+  fc1: the names of its layer; several hold equal parts of what it gives.
+  """
   entries = [entry for method in methods.present()
              for entry in surgery.torch_entries(method, site, torch, ours)]
   if methods.ffn is None:
-    for layer in ("fc1", "fc2"):
-      entries += torch_names.linear(f"{torch}.mlp.{layer}", f"{ours}/mlp/{layer}")
+    entries += torch_names.linear_in_parts([f"{torch}.mlp.{name}" for name in fc1],
+                                           f"{ours}/mlp/fc1")
+    entries += torch_names.linear(f"{torch}.mlp.fc2", f"{ours}/mlp/fc2")
   return entries
 
 
-def block_entries(block: Block, torch: str, ours: str):
+def block_entries(block: Block, torch: str, ours: str, layer_scale: str = "ls{}.gamma",
+                  fc1=("fc1",)):
   """The tensors of a `Block` under timm's names, queries, keys and values fused; those of its
-  methods under names of their own."""
-  return [*torch_names.norm(f"{torch}.norm1", f"{ours}/norm1"),
+  methods under names of their own. layer_scale: what timm calls LayerScale, {} its number; fc1: see
+  `method_entries`."""
+  site, entries = block.site, []
+  if site.qk_norm is not None:
+    for name, theirs in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
+      entries += torch_names.norm(f"{torch}.attn.{theirs}", f"{ours}/attn/{name}")
+  if site.layer_scale is not None:
+    entries += [Entry(f"{torch}.{layer_scale.format(i)}", (f"params/{ours}/ls{i}/gamma",))
+                for i in (1, 2)]
+  return [*entries, *torch_names.norm(f"{torch}.norm1", f"{ours}/norm1"),
           *torch_names.heads(f"{torch}.attn.qkv", f"{ours}/attn", ("query", "key", "value"),
-                             use_bias=block.site.qkv_bias),
+                             use_bias=site.qkv_bias),
           *torch_names.out(f"{torch}.attn.proj", f"{ours}/attn/out"),
           *torch_names.norm(f"{torch}.norm2", f"{ours}/norm2"),
-          *method_entries(block.site, block.methods, torch, ours)]
+          *method_entries(site, block.methods, torch, ours, fc1)]

@@ -25,9 +25,10 @@ class Seen(NamedTuple):
   """What a block computes for a few images; None where it has no such part.
 
   before_attention, before_ffn: the residual stream (B, N, width) that each branch is added to.
-  queries, keys: (B, N, width), (B, M, width), the inputs of attention; maps (B, h, N, M).
-  attended: (B, N, width), the output of attention.
-  inputs, hidden: of the FFN's two layers, after norm and activation; ffn: its output.
+  queries, keys: (B, N, width), (B, M, width), the inputs of attention; query, key (B, N, h, d), of
+    which scores are made; maps (B, h, N, M).
+  attended: (B, N, width), what attention adds to the stream.
+  inputs, hidden: of the FFN's two layers, after norm and activation; ffn: what it adds.
   wanted_attention, wanted_ffn: what the outputs should be: those of the dense model, and what the
     stream has lost so far, see `Calibration`.
   """
@@ -35,6 +36,8 @@ class Seen(NamedTuple):
   before_ffn: Any = None
   queries: Any = None
   keys: Any = None
+  query: Any = None
+  key: Any = None
   maps: Any = None
   attended: Any = None
   inputs: Any = None
@@ -204,6 +207,8 @@ def look(block: nn.Module, variables, x, maps: bool):
   def watch(next_fun, args, kwargs, context):
     out = next_fun(*args, **kwargs)
     path = context.module.path
+    if path == ("attn",) and context.method_name == "scored":
+      found["query"], found["key"] = out
     if context.method_name != "__call__":
       return out
     if len(path) == 1 and path[0] in NORMS:
@@ -212,13 +217,13 @@ def look(block: nn.Module, variables, x, maps: bool):
       found["inputs"] = args[0]
     elif path == ("mlp", "fc2"):
       found["hidden"] = args[0]
-    elif path == ("mlp",):
+    elif path in (("mlp",), ("ls2",)):   # LayerScale, where there is one, comes after
       found["ffn"] = out
     elif path == ("attn", "query"):
       found["queries"] = args[0]
     elif path == ("attn", "value"):
       found["keys"] = args[0]
-    elif path == ("attn", "out"):
+    elif path in (("attn", "out"), ("ls1",)):
       found["attended"] = out
     return out
 
@@ -228,7 +233,8 @@ def look(block: nn.Module, variables, x, maps: bool):
     attn = state["maps"]["attn"]
     scope = next((attn[name] for name in attn if name != "maps"), attn)
     found["maps"] = scope["maps"][0]
-  tokens = {name: _tokens(value) for name, value in found.items() if name != "maps"}
+  tokens = {name: _tokens(value) for name, value in found.items()
+            if name not in ("maps", "query", "key")}
   return out, Seen(**{**found, **tokens})
 
 

@@ -27,11 +27,9 @@ from vitcompact.plan import Plan, upgraded
 from vitcompact.torch_names import (
     Entry,
     adapt_channels,
+    leaves_of,
     resize_patches,
     resize_positions,
-    to_leaves,
-    to_tensor,
-    torch_shape,
 )
 
 __all__ = ["CONTAINERS", "Loaded", "altered", "classes_of", "closest_model", "from_torch", "load",
@@ -133,8 +131,7 @@ def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False,
   shapes = variable_shapes(model)
   entries = _entries(model, shapes) if source is None else _all_entries(model, shapes)
   flat_shapes = {name: leaf.shape for name, leaf in trees.named_leaves(shapes).items()}
-  wanted = {entry.torch: torch_shape(entry.layout, [flat_shapes[leaf] for leaf in entry.leaves])
-            for entry in entries}
+  wanted = {entry.torch: entry.shape(flat_shapes) for entry in entries}
   heads = _classifiers(model, shapes)
   timm_names = {model.authors_name(name): name for name in [*heads, *wanted]}
   found, containers = foreign.find(state_dict, {*heads, *wanted, *timm_names}, weights,
@@ -165,13 +162,9 @@ def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False,
   resized = [name for name, array in fitted.items() if array is not arrays[name]]
   arrays |= fitted
   check_fit(what, model, _shapes_of(arrays) | unexpected, wanted, heads, got)
-  leaves = {}
-  for entry in entries:
-    parts = to_leaves(entry.layout, arrays[entry.torch], [flat_shapes[x] for x in entry.leaves])
-    leaves |= {name: np.ascontiguousarray(part)
-               for name, part in zip(entry.leaves, parts, strict=True)}
-  return Loaded(trees.nested(leaves), dropped, resized, reset, found.name, containers,
-                found.prefix, outside, adapted)
+  variables = trees.nested(leaves_of(entries, arrays, flat_shapes))
+  return Loaded(variables, dropped, resized, reset, found.name, containers, found.prefix, outside,
+                adapted)
 
 
 def resized(model: nn.Module, variables, **sizes) -> tuple[nn.Module, dict[str, Any]]:
@@ -323,7 +316,8 @@ def _execution(about: Mapping[str, str], model) -> Execution:
 def _entries(model, shapes) -> list[Entry]:
   """The model's entries, if they hold all of its leaves, each once."""
   entries = model.torch_entries()
-  held = sorted(leaf for entry in entries for leaf in entry.leaves)
+  held = sorted(leaf for entry in entries for leaf in entry.leaves
+                if entry.part is None or entry.part[0] == 0)
   if held != sorted(trees.named_leaves(shapes)):
     assert model.plan != Plan() or model.deploy, (
         f"{model.variant}: torch_entries and leaves differ in "
@@ -344,9 +338,7 @@ def _all_entries(model, shapes) -> list[Entry]:
 
 def _tensors(entries, variables) -> dict[str, np.ndarray]:
   flat = trees.named_leaves(variables)
-  return {entry.torch: np.ascontiguousarray(
-      to_tensor(entry.layout, [np.asarray(flat[leaf]) for leaf in entry.leaves]))
-          for entry in entries}
+  return {entry.torch: entry.tensor(flat) for entry in entries}
 
 
 def _check_variables(model, variables, shapes):

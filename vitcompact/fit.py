@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from vitcompact import foreign, trees
 from vitcompact.doors import describe, variable_shapes
 from vitcompact.models import VARIANTS, create_model
-from vitcompact.torch_names import torch_shape
 
 MANY = 4   # of a kind of misfit are shown, the others counted
 
@@ -98,7 +97,7 @@ def _tensors(variant: str):
   """[(name, shape)] of a named model: under timm's names, and under the authors'."""
   model = create_model(variant)
   leaves = _shapes(model)
-  timm = [(entry.torch, torch_shape(entry.layout, [leaves[leaf] for leaf in entry.leaves]))
+  timm = [(entry.torch, entry.shape(leaves))
           for entry in model.torch_entries()]
   return timm, [(model.authors_name(name), shape) for name, shape in timm]
 

@@ -26,7 +26,7 @@ RULES = [
     (r".*/out/kernel", Leaf(("heads", None, "embed"), decay=True)),
     (r".*/fc1/kernel", Leaf(("embed", "mlp"), decay=True)),
     (r".*/fc2/kernel", Leaf(("mlp", "embed"), decay=True)),
-    (r"(.*/)?(bias|scale)", Leaf()),
+    (r"(.*/)?(bias|scale|gamma)", Leaf()),
 ]
 
 
@@ -57,6 +57,27 @@ def _gelu_backward(x, dy):
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
+def gelu_tanh(x):
+  """GELU's approximation by a tanh, as some SigLIP models were trained with."""
+  return jax.nn.gelu(x, approximate=True)
+
+
+def quick_gelu(x):
+  """x sigmoid(1.702 x): GELU as OpenAI's CLIP was trained with."""
+  return x * jax.nn.sigmoid(1.702 * x)
+
+
+def swiglu(x):
+  """silu(gate) * value of (..., 2 m), the gate first: (..., m). Shazeer, arXiv 2002.05202."""
+  gate, value = jnp.split(x, 2, axis=-1)
+  return jax.nn.silu(gate) * value
+
+
+# Of an FFN's hidden layer, by name. Gated ones take twice as many inputs as they give.
+ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu, "swiglu": swiglu}
+GATED = (swiglu,)
 
 
 @jax.custom_vjp
@@ -144,6 +165,19 @@ class LayerNorm(nn.Module):
     return layer_norm(x, scale, bias, self.epsilon).astype(self.dtype)
 
 
+class LayerScale(nn.Module):
+  """x * gamma: a residual branch's output, each channel by a factor that is learned.
+
+  Touvron et al., arXiv 2103.17239.
+  """
+  initial: float
+
+  @nn.compact
+  def __call__(self, x):
+    gamma = self.param("gamma", nn.initializers.constant(self.initial), (x.shape[-1],))
+    return x * gamma.astype(x.dtype)
+
+
 class Dense(nn.Dense):
   """nn.Dense with the backward pass of `linear`."""
 
@@ -207,14 +241,15 @@ class PatchEmbed(nn.Module):
   """Non-overlapping patches to tokens: (B, H, W, C) -> (B, H/p, W/p, width)."""
   width: int
   patch_size: int
+  use_bias: bool = True
   dtype: str = "float32"
 
   @nn.compact
   def __call__(self, images_bhwc):
     init = fan_in_uniform(self.patch_size ** 2 * images_bhwc.shape[-1])
     size = (self.patch_size, self.patch_size)
-    return nn.Conv(self.width, size, strides=size, padding="VALID", kernel_init=init,
-                   bias_init=init, dtype=self.dtype, name="proj")(images_bhwc)
+    return nn.Conv(self.width, size, strides=size, padding="VALID", use_bias=self.use_bias,
+                   kernel_init=init, bias_init=init, dtype=self.dtype, name="proj")(images_bhwc)
 
 
 class ConvNorm(nn.Module):
@@ -267,7 +302,8 @@ def fold_into_linear(params, scale_c, shift_c):
 
 
 class Mlp(nn.Module):
-  """fc2(act(mixer(fc1 x))): each fc a dense layer or a factorised one; no mixer is the identity."""
+  """fc2(act(mixer(fc1 x))): each fc a dense layer or a factorised one; no mixer is the identity. A
+  gated act halves what fc1 gives."""
   fc1: nn.Module
   fc2: nn.Module
   act: Callable = gelu

@@ -112,7 +112,7 @@ class _Measurement:
     return run(block, self._variables(name), x)
 
   def _variables(self, name):
-    return {"params": self.variables["params"][name],
+    return {"params": blocks.without_layer_scale(self.variables["params"][name]),
             "batch_stats": self.variables.get("batch_stats", {}).get(name, {})}
 
   def _block(self, rows, name, block, x):

@@ -9,9 +9,9 @@ class Positions(NamedTuple):
   """Rows (1, prefix + h * w, D) or (prefix + h * w, D), one for each position: an image of another
   size has others.
 
-  grid: (h, w) of this model; prefix: rows before the grid's; method: "bicubic" or "bilinear", the
-  authors' rule for a grid of another size. summed: the rows are weights of a sum over tokens, so
-  they shrink as tokens become more. tied: a state dict does not tell the grid that they are of;
+  grid: (h, w) of this model; prefix: rows before the grid's; method: "bicubic", "bilinear" or
+  "antialiased" (bicubic, as timm), the rule for a grid of another size. summed: the rows are
+  weights of a sum over tokens, so they shrink as tokens become more. tied: a state dict does not tell the grid that they are of;
   they are resized only where the model that they come from is known.
   """
   grid: tuple[int, int]
@@ -36,12 +36,44 @@ class Entry(NamedTuple):
     "out"         (out, heads * d) <-> (heads, d, out)
   positions: what to know to resize it, if it holds positions of a grid.
   patches: it is the kernel that patches are embedded with, which other patch sizes can be made of.
+  part: (i, n): it holds the i-th of n equal parts of its leaf, along the last axis.
   """
   torch: str
   leaves: tuple[str, ...]
   layout: str = "same"
   positions: Positions | None = None
   patches: bool = False
+  part: tuple[int, int] | None = None
+
+  def shape(self, shapes) -> tuple[int, ...]:
+    """Of the tensor; shapes: {leaf: shape}."""
+    held = [tuple(shapes[leaf]) for leaf in self.leaves]
+    if self.part is not None:
+      held = [(*shape[:-1], shape[-1] // self.part[1]) for shape in held]
+    return torch_shape(self.layout, held)
+
+  def tensor(self, arrays) -> np.ndarray:
+    """From {leaf: array}."""
+    held = [np.asarray(arrays[leaf]) for leaf in self.leaves]
+    if self.part is not None:
+      held = [np.split(array, self.part[1], axis=-1)[self.part[0]] for array in held]
+    return np.ascontiguousarray(to_tensor(self.layout, held))
+
+
+def leaves_of(entries: list[Entry], tensors, shapes) -> dict[str, np.ndarray]:
+  """{leaf: array}, inverse of `Entry.tensor`; tensors: {PyTorch's name: array}, shapes: {leaf:
+  shape}."""
+  out, parts = {}, {}
+  for entry in entries:
+    count = 1 if entry.part is None else entry.part[1]
+    held = [(*shapes[leaf][:-1], shapes[leaf][-1] // count) for leaf in entry.leaves]
+    arrays = to_leaves(entry.layout, tensors[entry.torch], held)
+    for leaf, array in zip(entry.leaves, arrays, strict=True):
+      parts.setdefault(leaf, []).append(array)
+  for leaf, arrays in parts.items():
+    out[leaf] = np.ascontiguousarray(arrays[0] if len(arrays) == 1
+                                     else np.concatenate(arrays, axis=-1))
+  return out
 
 
 def linear(torch: str, ours: str, *, use_bias: bool = True) -> list[Entry]:
@@ -49,15 +81,23 @@ def linear(torch: str, ours: str, *, use_bias: bool = True) -> list[Entry]:
   return _layer(torch, ours, "linear", use_bias)
 
 
+def linear_in_parts(torch: list[str], ours: str) -> list[Entry]:
+  """Entries of one linear layer of ours that is several of PyTorch's side by side."""
+  if len(torch) == 1:
+    return linear(torch[0], ours)
+  return [entry._replace(part=(i, len(torch))) for i, name in enumerate(torch)
+          for entry in linear(name, ours)]
+
+
 def conv(torch: str, ours: str, *, use_bias: bool = True) -> list[Entry]:
   """Entries of a convolution, or of a 1x1 convolution that we keep as a Dense."""
   return _layer(torch, ours, "conv", use_bias)
 
 
-def patches(torch: str, ours: str) -> list[Entry]:
+def patches(torch: str, ours: str, *, use_bias: bool = True) -> list[Entry]:
   """Entries of the convolution that embeds patches."""
-  kernel, bias = conv(torch, ours)
-  return [kernel._replace(patches=True), bias]
+  kernel, *bias = conv(torch, ours, use_bias=use_bias)
+  return [kernel._replace(patches=True), *bias]
 
 
 def _layer(torch, ours, layout, use_bias):
@@ -144,8 +184,9 @@ def to_leaves(layout: str, tensor: np.ndarray, shapes) -> list[np.ndarray]:
 def resize_positions(rows: np.ndarray, stored: tuple[int, int], positions: Positions):
   """(..., prefix + H * W, D) -> (..., prefix + h * w, D): rows of the `stored` grid (H, W) resized.
 
-  As torch's interpolate with align_corners=False and no antialiasing: "bicubic" (a = -0.75, edges
-  clamped) or "bilinear". Rows of the prefix are kept.
+  As torch's interpolate with align_corners=False: "bicubic" (a = -0.75, edges clamped) or
+  "bilinear" without antialiasing, "antialiased" with it (bicubic, a = -0.5). Rows of the prefix are
+  kept.
   """
   grid, prefix = positions.grid, positions.prefix
   lines, columns = (resize_matrix(old, new, positions.method)
@@ -187,6 +228,8 @@ def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
 
 def resize_matrix(old: int, new: int, method: str) -> np.ndarray:
   """(new, old) weights that resample a line of points."""
+  if method == "antialiased":
+    return _antialiased(old, new)
   centre = (np.arange(new) + 0.5) * old / new - 0.5
   reach = {"bicubic": 2, "bilinear": 1}[method]
   kernel = _cubic if method == "bicubic" else lambda x: np.maximum(0, 1 - np.abs(x))
@@ -195,6 +238,14 @@ def resize_matrix(old: int, new: int, method: str) -> np.ndarray:
     point = np.floor(centre).astype(int) + step
     np.add.at(out, (np.arange(new), np.clip(point, 0, old - 1)), kernel(centre - point))
   return out
+
+
+def _antialiased(old: int, new: int) -> np.ndarray:
+  """Of a kernel as wide as a new point, where these are fewer; beyond the edges is nothing."""
+  step = old / new
+  distance = np.arange(old) + 0.5 - (np.arange(new)[:, None] + 0.5) * step
+  weights = _cubic(distance / max(step, 1), a=-0.5)
+  return weights / weights.sum(axis=1, keepdims=True)
 
 
 def _cubic(x, a=-0.75):

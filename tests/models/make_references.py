@@ -78,6 +78,43 @@ def deit():
                resized_positions(1 + distilled))
 
 
+def vit():
+  """timm's other isotropic models: each part that DeiT lacks is in one of them."""
+  import timm
+  from timm.models import vision_transformer
+
+  def adapt(state, module):
+    return vision_transformer.checkpoint_filter_fn(state, module)
+
+  probe = {r"(cls_token|reg_token|pos_embed|patch_embed\.proj\..*)": 3e-3,
+           r"norm_pre\.(weight|bias)": 3e-3,
+           r"blocks\.\d+\.(attn\.proj|mlp\.fc2)\..*": 3e-3,
+           r"attn_pool\.(proj|latent).*": 3e-3}
+  small = {"patch_size": 8, "width": 24, "depth": 2, "heads": 3}
+  rows = [("deit3_small_patch16_224", {}),
+          ("vit_base_patch16_224", {"global_pool": "avg"}),
+          ("vit_small_patch16_224", {"qk_norm": True}),
+          ("vit_small_patch14_dinov2", {"patch_size": 7}),
+          ("vit_giant_patch14_reg4_dinov2", {"patch_size": 7}),
+          ("vit_small_patch16_dinov3", {"global_pool": "token"}),
+          ("vit_small_plus_patch16_dinov3", {}),
+          ("vit_base_patch16_clip_224", {}),
+          ("vit_base_patch16_clip_quickgelu_224", {}),
+          ("vit_base_patch16_siglip_224", {}),
+          ("vit_so400m_patch16_siglip_256", {}),
+          ("vit_base_patch16_siglip_gap_224", {})]
+  for name, fields in rows:
+    fields = {**small, **fields}
+    side = 4 * fields["patch_size"]
+
+    def build(image_size, name=name, fields=fields):
+      names = {"width": "embed_dim", "heads": "num_heads"}
+      return timm.create_model(name, img_size=image_size, num_classes=CLASSES,
+                               **{names.get(key, key): value for key, value in fields.items()})
+
+    yield Case(name, fields, ((side, side), (side * 3 // 2, side)), build, probe, adapt)
+
+
 def nextvit():
   """timm's Next-ViT, whose widths are fixed: narrow stages are made of its blocks.
 
@@ -201,8 +238,8 @@ def compact_deit():
     yield Case(name, {**fields, "plan": json.dumps(plan)}, ((32, 48),), build, DEIT_PROBE)
 
 
-FAMILIES = {"deit": deit, "compact_deit": compact_deit, "lvvit": lvvit, "nextvit": nextvit,
-            "pvt": pvt, "pvt_v2": pvt_v2}
+FAMILIES = {"deit": deit, "vit": vit, "compact_deit": compact_deit, "lvvit": lvvit,
+            "nextvit": nextvit, "pvt": pvt, "pvt_v2": pvt_v2}
 
 
 @torch.no_grad()

@@ -74,7 +74,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from vitcompact.layers import gelu
+from vitcompact.layers import GATED, gelu
 
 # What a block may have and a method may need or remove.
 CAPABILITIES = {
@@ -96,8 +96,11 @@ class Site(NamedTuple):
   tokens: keys before any token is reduced, the first `prefix` of which are no patches; tokens_left:
     when the block begins, at the image size that the model was made for.
   query_grid, key_grid: (height, width) of the patches on each side; None where a side has no grid.
-  ffn_width: of the FFN's input and output; hidden: of its hidden layer; mixer: makes the module
-    between fc1 and its activation, whose output has mixer_gain times the variance.
+  ffn_width: of the FFN's input and output; hidden: of its hidden layer, the input of fc2.
+  mixer: makes the module between fc1 and its activation, whose output has mixer_gain times the
+    variance.
+  qk_norm: epsilon of the norms of queries and keys; rotary: temperature of rotary positions (see
+    `rotary`); layer_scale: initial factor of what each branch gives; None: it has none.
   merged: layers of the FFN that are deployed as one matrix, see `execution.Execution`.
   """
   block: int
@@ -116,6 +119,9 @@ class Site(NamedTuple):
   mixer: Callable[..., nn.Module] | None = None
   mixer_gain: int = 1
   qkv_bias: bool = True
+  qk_norm: float | None = None
+  rotary: float | None = None
+  layer_scale: float | None = None
   form: str | None = None
   merged: tuple[str, ...] = ()
   deploy: bool = False
@@ -124,6 +130,11 @@ class Site(NamedTuple):
   @property
   def head_width(self) -> int:
     return self.width // self.heads
+
+  @property
+  def fc1_width(self) -> int:
+    """Outputs of fc1: twice the hidden layer where its activation is gated."""
+    return self.hidden * (2 if self.act in GATED else 1)
 
   @property
   def queries(self) -> int:

@@ -7,12 +7,12 @@ from typing import Any
 import flax.linen as nn
 
 from vitcompact.execution import Execution
-from vitcompact.models import deit, lvvit, nextvit, pvt, pvt_v2
+from vitcompact.models import lvvit, nextvit, pvt, pvt_v2, vit_variants
 from vitcompact.models.variant import Variant
 from vitcompact.plan import Plan
 
 DTYPES = ("float32", "bfloat16")
-FAMILIES = (deit, lvvit, nextvit, pvt, pvt_v2)
+FAMILIES = (vit_variants, lvvit, nextvit, pvt, pvt_v2)
 VARIANTS: dict[str, Variant] = {name: row for family in FAMILIES
                                 for name, row in family.VARIANTS.items()}
 
@@ -41,11 +41,19 @@ def check_value(field: str, kind, value):
   def whole(number):
     return isinstance(number, int) and not isinstance(number, bool) and number >= least
 
-  least = 0 if field in ("num_classes", "depth", "depths", "periods") else 1
+  least = 0 if field in ("num_classes", "depth", "depths", "periods", "reg_tokens") else 1
   if field == "dtype":
     fits, rule = value in DTYPES, f"one of {DTYPES}"
   elif field == "drop_path_rate":
     fits, rule = isinstance(value, (int, float)) and 0 <= value < 1, "at least 0 and below 1"
+  elif kind in (bool, bool | None):
+    fits = isinstance(value, bool) or (value is None and kind is not bool)
+    rule = "True or False"
+  elif kind in (float, float | None):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits, rule = number or (value is None and kind is not float), "a number"
+  elif kind is str:
+    fits, rule = isinstance(value, str), "a string"
   elif kind is Plan:
     fits, rule = isinstance(value, Plan), "a Plan; Plan.parse reads one"
   elif kind is Execution:

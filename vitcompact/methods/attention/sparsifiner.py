@@ -183,7 +183,7 @@ class Sparsifiner:
     their means all the same."""
     own = surgery.fresh(self, site)[1]["params"]
     if data is not None and self.granularity == "token":
-      own = fitted(self, site, own, params["attn"], data)
+      own = fitted(self, site, own, data)
     return {**params, self.scope: own}, stats
 
   def fold(self, site: Site, params, stats):

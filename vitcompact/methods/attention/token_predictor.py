@@ -196,25 +196,22 @@ def check_tied(stored, shape: tuple[int, int]):
         f"vitcompact.convert.resized, and give Sparsifiner(rank={stored.shape[1]})")
 
 
-def fitted(spec, site, own, attn, data):
+def fitted(spec, site, own, data):
   """A predictor's parameters in closed form, without training.
 
   W_down averages clusters of keys that get attention from the same queries; W_up is the ridge
   regression of the dense maps on P, scaled where its threshold would cut most of it (the masks, an
   order of scores, do not change). Ours, not the authors'.
 
-  own: fresh parameters; attn: the block's; data: a `calibration.Calibration`.
+  own: fresh parameters; data: a `calibration.Calibration`.
   """
   rank, (fit, _) = own["down"].shape[1], data.sums(_mean_maps)
   if fit.shape[-1] != site.tokens:   # reduced: its rows are tied to tokens that are gone
     return own
   columns_mn = fit.reshape(-1, fit.shape[-1]).T
   down = clustered(columns_mn, rank)
-  query, key = attn["query"], attn["key"]
-  zero = jnp.zeros(query["kernel"].shape[1:])
   reduced = [own.get(f"reduce_{name}") for name in ("query", "key")]
-  arguments = (query["kernel"], query.get("bias", zero), key["kernel"], key.get("bias", zero),
-               reduced, jnp.asarray(down, jnp.float32), jnp.zeros(site.prefix))
+  arguments = reduced, jnp.asarray(down, jnp.float32), jnp.zeros(site.prefix)
   scale = jnp.float32((site.heads if spec.variant == "code" else site.head_width) ** -0.5)
   gram, cross = data.sums(_basis_sums, scale, *arguments)[0]
   up = np.linalg.solve(gram + 1e-4 * np.trace(gram) / rank * np.eye(rank), cross).T
@@ -237,10 +234,9 @@ def _mean_maps(seen):
   return seen.maps.sum(axis=0)
 
 
-def _basis_sums(seen, scale, query, query_bias, key, key_bias, reduced, down, prefix):
+def _basis_sums(seen, scale, reduced, down, prefix):
   """P^T P and P^T A over images, heads and queries that are patches."""
-  q = jnp.einsum("bnw,whd->bnhd", seen.queries, query) + query_bias[None, None]
-  k = jnp.einsum("bmw,whd->bmhd", seen.keys, key) + key_bias[None, None]
+  q, k = seen.query, seen.key
   if reduced[0] is not None:
     q, k = (x @ layer["kernel"] + layer["bias"][None, None, None]
             for x, layer in zip((q, k), reduced, strict=True))

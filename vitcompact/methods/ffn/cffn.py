@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
 
-from vitcompact.layers import Dense, Mlp, dense, linear
+from vitcompact.layers import GATED, Dense, Mlp, dense, linear
 from vitcompact.methods.ffn.branch_norms import EPSILON, Norm, norm_each
 from vitcompact.methods.protocol import Site
 from vitcompact.regression import Factors, Regression, low_rank, spectrum, sums_of
@@ -80,7 +80,7 @@ class CFFN:
     """{layer: its factorised form}, of those that are deployed as factors too."""
     sizes = {"fc2": (site.ffn_width, hidden_rms(site.act, site.mixer_gain * site.ffn_width))}
     if self.factor == "both":
-      sizes["fc1"] = (site.hidden, 1.0)
+      sizes["fc1"] = (site.fc1_width, 1.0)
     return {layer: CompactDense(
         features, self.rank(site.ffn_width), branches=self.branches, rep=self.rep,
         avg_skip=self.avg_skip, deploy=site.deploy, input_rms=input_rms, dtype=site.dtype,
@@ -93,8 +93,9 @@ class CFFN:
 
   def check(self, site: Site):
     """Warns of factors m x r and r x d that are no smaller than one m x d: r >= m d / (m + d)."""
-    rank, m, d = self.rank(site.ffn_width), site.ffn_width, site.hidden
+    rank, m = self.rank(site.ffn_width), site.ffn_width
     for layer in self.factorised(site):
+      d = site.fc1_width if layer == "fc1" else site.hidden
       if rank * (m + d) >= m * d:
         rows, columns = (m, d) if layer == "fc1" else (d, m)
         warnings.warn(f"blocks_{site.block}/mlp/{layer}: rank {rank} saves nothing on a {rows} x "
@@ -102,7 +103,7 @@ class CFFN:
                       "rank_ratio", stacklevel=4)
 
   def make(self, site: Site, **kwargs) -> nn.Module:
-    layers = {"fc1": dense(site.hidden, dtype=site.dtype),
+    layers = {"fc1": dense(site.fc1_width, dtype=site.dtype),
               "fc2": dense(site.ffn_width, dtype=site.dtype), **self.factorised(site)}
     mixer = site.mixer and site.mixer(parent=None)
     return Mlp(act=site.act, mixer=mixer, **layers, **kwargs)
@@ -190,6 +191,9 @@ class Kernel(nn.Module):
 def hidden_rms(act: Callable | None, fan_in: int) -> float:
   """Root mean square of act(x W) for unit x and W ~ N(0, 0.02^2), by Gauss-Hermite quadrature."""
   points, weights = np.polynomial.hermite_e.hermegauss(32)
+  if act in GATED:   # a gate and a value, independent of each other
+    points = np.stack(np.meshgrid(points, points), axis=-1).reshape(-1, 2)
+    weights = np.outer(weights, weights).reshape(-1, 1)
   z = 0.02 * fan_in ** 0.5 * points
   if act is not None:
     # Evaluated at trace time even inside jit: only the number is needed. Jitted, because a function
