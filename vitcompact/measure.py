@@ -41,7 +41,8 @@ def measure(model: nn.Module, variables, images, sensitivity: str = "quick",
 
   For every block and axis: what the methods' own estimates say, statistics of its attention and
   tokens, and sensitivities: KL(model || model with this one change) of the logits, in nats per
-  image, on images held out, after the change was fitted as `compact` fits it.
+  image, on images held out, after the change was fitted as `compact` fits it. Of a model without a
+  classifier it is the squared error of the features, as a share of their variance over images.
 
   Args:
     model: dense; variables: {"params", "batch_stats"?}.
@@ -202,7 +203,8 @@ class _Measurement:
     return self._kl(logits)
 
   def _kl(self, logits) -> float:
-    return divergence(self.logits, logits)
+    lost = divergence if self.model.num_classes else feature_error
+    return lost(self.logits, logits)
 
   def _reducers(self):
     """[Option] of the tokens axis, each tried on the whole model."""
@@ -239,6 +241,13 @@ def divergence(wanted, got) -> float:
   """Mean KL(wanted || got) of logits (B, K), in float64."""
   wanted, got = (log_softmax(np.asarray(x, np.float64), axis=-1) for x in (wanted, got))
   return max(float(np.mean(np.sum(np.exp(wanted) * (wanted - got), axis=-1))), 0.0)
+
+
+def feature_error(wanted, got) -> float:
+  """E|got - wanted|^2 / E|wanted - mean|^2 of features (B, ..., C), means over images."""
+  wanted, got = (np.asarray(x, np.float64) for x in (wanted, got))
+  variance = np.mean((wanted - wanted.mean(axis=0)) ** 2)
+  return float(np.mean((got - wanted) ** 2) / max(variance, np.finfo(np.float32).tiny))
 
 
 def attention_tables(seen, prefix: int) -> dict[str, list]:

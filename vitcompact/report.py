@@ -21,7 +21,8 @@ class Option(NamedTuple):
   """What may be done in one block, or, of the tokens axis, in the whole model.
 
   error: what the method's estimate says, in proportion; kl: of the logits when it is done alone, in
-  nats an image; measured: whether that was tried, or inferred from another option.
+  nats an image (of a model without a classifier, the error of its features, see `measure`);
+  measured: whether that was tried, or inferred from another option.
   """
   axis: str
   method: Any
@@ -49,19 +50,20 @@ class Step:
 @dataclasses.dataclass(frozen=True)
 class Explanation:
   """What a plan is predicted to be. macs, params: share of the dense model's; kl: the sum over its
-  options, in nats an image, of changes measured one by one."""
+  options, in nats an image, of changes measured one by one; unit: what it is."""
   plan: Plan
   macs: float
   params: float
   kl: float
   steps: tuple[Step, ...]
+  unit: str = "KL"
 
   def __str__(self) -> str:
-    lines = [f"MACs {self.macs:.1%}, parameters {self.params:.1%} of the dense model; predicted KL "
-             f"{self.kl:.2g}"]
+    lines = [f"MACs {self.macs:.1%}, parameters {self.params:.1%} of the dense model; predicted "
+             f"{self.unit} {self.kl:.2g}"]
     for step in self.steps:
-      lines.append(f"{step.block}: {step.method}: saves {step.saves:.1%} for KL {step.kl:.2g}"
-                   f"{'' if step.measured else ' (inferred)'}; instead {step.runner_up}"
+      lines.append(f"{step.block}: {step.method}: saves {step.saves:.1%} for {self.unit} "
+                   f"{step.kl:.2g}{'' if step.measured else ' (inferred)'}; instead {step.runner_up}"
                    f" ({step.more:+.2g})")
     return "\n".join(lines)
 
@@ -152,7 +154,12 @@ class Report:
                           *search.runner_up(picks, name)))
     params = sum(search.choices[name][i].params for name, i in picks.items())
     return Explanation(plan, 1 - search.saved - need / search.total, 1 - params / self.params, kl,
-                       tuple(steps))
+                       tuple(steps), self.unit)
+
+  @property
+  def unit(self) -> str:
+    """What `kl` is, in a word: "KL" of logits, or "error" of features."""
+    return "KL" if self.fields.get("num_classes", 1) else "error"
 
   @functools.cached_property
   def costs(self) -> Costs:

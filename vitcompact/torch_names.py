@@ -11,8 +11,9 @@ class Positions(NamedTuple):
 
   grid: (h, w) of this model; prefix: rows before the grid's; method: "bicubic", "bilinear" or
   "antialiased" (bicubic, as timm), the rule for a grid of another size. summed: the rows are
-  weights of a sum over tokens, so they shrink as tokens become more. tied: a state dict does not tell the grid that they are of;
-  they are resized only where the model that they come from is known.
+  weights of a sum over tokens, so they shrink as tokens become more. tied: a state dict does not
+  tell the grid that they are of; they are resized only where the model that they come from is
+  known.
   """
   grid: tuple[int, int]
   prefix: int = 0

@@ -45,7 +45,7 @@ def page(report: Report) -> str:
   sections = [("overview", "All blocks", _overview(report, saved)),
               ("plans", "Proposed plans", _plans(report)),
               ("reducers", "Token reducers", _reducers(report))]
-  sections += [(f"block-{i}", row["name"], _block(f"block-{i}", row, saved))
+  sections += [(f"block-{i}", row["name"], _block(f"block-{i}", row, saved, report.unit))
                for i, row in enumerate(report.blocks)]
   links = "".join(f'<li><a href="#{id}">{safe(title)}</a></li>' for id, title, _ in sections)
   body = "".join(f'<section id="{id}" aria-labelledby="{id}-h"><h2 id="{id}-h">{safe(title)}</h2>'
@@ -107,12 +107,14 @@ def _head(report: Report) -> str:
 def _summary(report: Report) -> str:
   known = [(option, row["name"]) for row in report.blocks for option in _known(row["options"])]
   if not known:
-    return ("This report holds what the methods estimate, and no KL: it tells where to look, and "
-            "proposes no plan.")
+    return (f"This report holds what the methods estimate, and no {report.unit}: it tells where "
+            "to look, and proposes no plan.")
   option, block = min(known, key=lambda pair: pair[0].kl)
   few = sum(option.kl < SMALL for option, _ in known)
-  return (f"{few} of {len(known)} changes, each alone in one block, move the logits by a KL of "
-          f"less than {SMALL} nats an image. The cheapest is {describe_method(option.method)} in "
+  small = f"less than {SMALL}{' nats an image' if report.unit == 'KL' else ''}"
+  outputs = "logits by a KL" if report.unit == "KL" else "features by an error"
+  return (f"{few} of {len(known)} changes, each alone in one block, move the {outputs} of "
+          f"{small}. The cheapest is {describe_method(option.method)} in "
           f"{block}, with {number(option.kl)}.")
 
 
@@ -125,10 +127,11 @@ def _overview(report: Report, saved) -> str:
     by_axis = [[option for option in row["options"] if option.axis == axis] for axis in axes]
     cheapest.append([_cheapest(few) for few in by_axis])
     half.append([_half(few, row["name"], saved) for few in by_axis])
+  unit = report.unit[0].upper() + report.unit[1:]
   kls = [option.kl for grid in (cheapest, half) for row in grid for option in row if option]
   figures = []
-  for id, title, grid in (("cheapest", "KL of the cheapest option", cheapest),
-                          ("half", "KL of the option that saves about half", half)):
+  for id, title, grid in (("cheapest", f"{unit} of the cheapest option", cheapest),
+                          ("half", f"{unit} of the option that saves about half", half)):
     found = [(option.kl, f"{option.axis} in {name}, {describe_method(option.method)}")
              for name, row in zip(names, grid, strict=True) for option in row if option]
     if found:
@@ -138,9 +141,13 @@ def _overview(report: Report, saved) -> str:
       figures.append(tables.heat_map(
           f"overview-{id}", title, [[option and option.kl for option in row] for row in grid],
           names, axes, tables.extremes(found), numbers, log=True, limits=svg.bounds(kls, log=True)))
-  about = ("KL of the logits, in nats an image, when one option is applied in one block alone. "
+  what = ("KL of the logits, in nats an image," if report.unit == "KL" else
+          "Squared error of the features, as a share of their variance,")
+  about = (f"{what} when one option is applied in one block alone. "
            "“Half” is half of the most MACs that the axis can save in that block. The heat maps "
-           "share their colours, on a log scale.") if figures else "No option here has a KL."
+           "share their colours, on a log scale.")
+  if not figures:
+    about = f"No option here has a known {report.unit}."
   alike = [(i, row["tables"]["token_similarity"]) for i, row in enumerate(report.blocks)
            if tables.is_number(row["tables"].get("token_similarity"))]
   if len(alike) > 1:
@@ -169,9 +176,10 @@ def _plan(report: Report, share: float) -> str:
            "measured" if step.measured else "inferred", step.runner_up,
            number(step.more if math.isfinite(step.more) else None)) for step in found.steps)
   return (f"<p>{found.macs:.1%} of the MACs and {found.params:.1%} of the parameters, for a "
-          f"predicted KL of {number(found.kl)}: a sum of changes tried one by one.</p>" +
-          table(f"Why, at {share:.0%}", ["block", "method", "saves", "KL", "the KL is",
-                                         "runner-up", "more KL"], rows) +
+          f"predicted {report.unit} of {number(found.kl)}: a sum of changes tried one by one.</p>" +
+          table(f"Why, at {share:.0%}", ["block", "method", "saves", report.unit,
+                                         f"the {report.unit} is", "runner-up",
+                                         f"more {report.unit}"], rows) +
           f"<details><summary>The plan at {share:.0%} as JSON</summary>"
           f"<pre>{safe(found.plan.to_json())}</pre></details>")
 
@@ -186,16 +194,16 @@ def _reducers(report: Report) -> str:
 
   if not report.tokens:
     return "<p>No token reducer was tried.</p>"
-  return table("Token reducers, each in the whole model", ["method", "saves", "KL"],
+  return table("Token reducers, each in the whole model", ["method", "saves", report.unit],
                ((describe_method(option.method), _percent(saves(option.method)), number(option.kl))
                 for option in report.tokens))
 
 
-def _block(id: str, row: Mapping, saved) -> str:
+def _block(id: str, row: Mapping, saved, unit: str) -> str:
   best = _cheapest(row["options"])
   out = [f"<p>{safe(row['tokens'])} tokens. " + (
-      "No option has a KL." if best is None else
-      f"The cheapest option is {safe(describe_method(best.method))}, with a KL of "
+      f"No option has a known {unit}." if best is None else
+      f"The cheapest option is {safe(describe_method(best.method))}, with {unit} "
       f"{number(best.kl)}.") + "</p>"]
   out += [f'<h3>{heading}</h3><div class="figures">{"".join(figures)}</div>'
           for heading, figures in tables.of_block(id, row["tables"])]
@@ -206,5 +214,5 @@ def _block(id: str, row: Mapping, saved) -> str:
              "measured" if option.measured else "inferred") for option in row["options"])
     out.append("<h3>Options</h3>" + table(
         f"Options in {row['name']}", ["method", "axis", "saves, of all MACs", "estimated error",
-                                      "KL", "the KL is"], rows))
+                                      unit, f"the {unit} is"], rows))
   return "".join(out)

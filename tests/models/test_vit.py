@@ -1,0 +1,180 @@
+"""The isotropic models beside DeiT: logits of timm's, rotary positions, every axis on each part."""
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vitcompact as vc
+from tests import tiny
+from tests.models import parity
+from vitcompact import rotary, trees
+from vitcompact.token_state import Tokens
+
+SMALL = {"width": 24, "depth": 2, "heads": 3, "patch_size": 8, "image_size": 32, "num_classes": 5}
+# Between them these have every part that DeiT lacks.
+PARTS = ["deit3_small_patch16_224", "vit_giant_patch14_reg4_dinov2",
+         "vit_small_plus_patch16_dinov3", "vit_base_patch16_clip_quickgelu_224",
+         "vit_base_patch16_siglip_224"]
+
+
+@functools.cache
+def runs():
+  return parity.runs("vit")
+
+
+@pytest.mark.parametrize("index", range(48), ids=lambda i: str(i))
+def test_logits_are_those_of_timm(index):
+  assert parity.difference(runs()[index]) < 1e-4, runs()[index].name
+
+
+@pytest.mark.parametrize("model", ["deit3_small_patch16_224", "vit_small_plus_patch16_dinov3",
+                                   "vit_base_patch16_siglip_224"])
+def test_a_wrong_epsilon_would_show(model):
+  run = next(run for run in runs() if run.name.startswith(model) and run.name.endswith("probed"))
+  other = {1e-6: 1e-5, 1e-5: 1e-6}[run.model.epsilon]
+  assert parity.difference(run._replace(model=run.model.clone(epsilon=other))) > 1e-3
+
+
+def test_there_and_back_is_the_identity_bit_for_bit():
+  for run in runs()[::4]:   # at the native size
+    again = vc.to_torch(run.model, vc.from_torch(run.model, run.state))
+    assert again.keys() == run.state.keys(), run.name
+    assert all(np.array_equal(again[name], run.state[name]) for name in again), run.name
+
+
+def test_angles_are_those_of_the_definition():
+  """Patch by patch, from the formula: 2 pi x / period, x the centre's place between -1 and 1."""
+  grid, width, temperature = (2, 3), 8, 100.0
+  places = rotary.places(grid, prefix=2)
+  got = rotary.angles(places, width, temperature)
+  assert not got[:2].any()
+  for row in range(2):
+    for column in range(3):
+      y, x = 2 * (row + 0.5) / 2 - 1, 2 * (column + 0.5) / 3 - 1
+      wanted = [2 * math.pi * place / temperature ** (k / 2) for place in (y, x) for k in range(2)]
+      np.testing.assert_allclose(got[2 + row * 3 + column], wanted, rtol=1e-5)
+
+
+def test_scores_follow_from_how_far_apart_two_tokens_lie():
+  rng = np.random.default_rng(0)
+  query, key = (rng.standard_normal((1, 1, 2, 8)).astype(np.float32) for _ in range(2))
+
+  def score(place, other):
+    turned = [rotary.turn(x, rotary.angles(np.float32([at]), 8, 100.0))
+              for x, at in ((query, place), (key, other))]
+    return np.einsum("bnhd,bnhd->h", *turned)
+
+  np.testing.assert_allclose(score([0.1, -0.4], [0.3, 0.5]), score([-0.5, -0.6], [-0.3, 0.3]),
+                             rtol=1e-4)
+  assert abs(score([0.1, -0.4], [0.3, 0.5]) - score([0.1, -0.4], [0.3, 0.1])).max() > 1e-2
+
+
+def test_tokens_keep_their_places_and_merged_ones_have_the_mean():
+  places = rotary.places((2, 2), prefix=1)
+  source = jnp.array([[0, 1, -1, 2, 2], [0, -1, 1, -1, 2]])   # dropped, kept, merged
+  got = rotary.places_of(Tokens(jnp.zeros((2, 3, 4)), source=source), places)
+  wanted = [[places[0], places[1], (places[3] + places[4]) / 2], [places[0], places[2], places[4]]]
+  np.testing.assert_allclose(got, wanted, atol=1e-6)
+
+
+def test_with_every_patch_kept_rotary_positions_are_the_dense_ones():
+  """EViT that drops nothing but reorders its bookkeeping: source maps, not counts, place tokens."""
+  dense = small("vit_small_plus_patch16_dinov3")
+  variables, images = tiny.init(dense), tiny.images(dense)
+  tokens = Tokens(jnp.zeros((3, 21, 24)))
+  kept = tokens.replace(source=jnp.broadcast_to(jnp.arange(21), (3, 21)))
+  block = dense.submodules()["blocks_0"]
+  np.testing.assert_allclose(block._places(kept), np.tile(block._places(tokens), (3, 1, 1)),
+                             atol=1e-6)
+  assert np.ptp(dense.apply(variables, images)) > 0.1
+
+
+def small(name, **fields):
+  return vc.create_model(name, **{**SMALL, **fields})
+
+
+ALL = [vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN(), attention=vc.Sparsifiner(keep=0.5, rank=4),
+               tokens=vc.ToMe(r=3)),
+       vc.Plan(heads=vc.HMHSA(layout="grid"), ffn=vc.CFFN(factor="both"),
+               attention=vc.Sparsifiner(keep=0.5, granularity="block", window=2, min_tokens=0))]
+
+
+@pytest.mark.parametrize("plan", ALL, ids=["token", "block"])
+@pytest.mark.parametrize("name", PARTS)
+def test_all_axes_compact_train_fold_and_are_counted(name, plan, tmp_path):
+  dense = small(name)
+  variables, images = tiny.init(dense), tiny.images(dense, batch=9)
+  model, compacted = vc.compact(dense, variables, plan, images=np.asarray(images))
+
+  def loss(params):
+    out, _ = model.apply({**compacted, "params": params}, images, train=True,
+                         rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
+    return jnp.sum(out ** 2)
+
+  grads = trees.named_leaves(jax.grad(loss)(compacted["params"]))
+  assert all(np.all(np.isfinite(grad)) for grad in grads.values())
+  for leaf in ("blocks_0/attn/value/kernel", "blocks_0/ls1/gamma", "reg_token", "norm_pre/scale",
+               "attn_pool/latent"):
+    assert leaf not in grads or np.any(grads[leaf]), leaf
+  deploy, folded = vc.fold(model, compacted)
+  proof = vc.verify(model, compacted, deploy, folded, images)
+  assert proof.max_rel < 1e-4
+  assert vc.count(deploy).macs < vc.count(dense).macs
+  vc.save(tmp_path / "a.safetensors", deploy, folded)
+  again, loaded = vc.load(tmp_path / "a.safetensors")
+  assert again == deploy
+  assert trees.digest(loaded) == trees.digest(folded)
+
+
+def test_registers_and_prefix_tokens_are_never_reduced():
+  plan = vc.Plan(tokens=vc.EViT(keep=0.5, blocks=(0,)))
+  model = small("vit_giant_patch14_reg4_dinov2", plan=plan)
+  _, state = model.apply(tiny.init(model), tiny.images(model), mutable=["tokens"])
+  source = state["tokens"]["source_1"][0]
+  np.testing.assert_array_equal(source[:, :5], np.tile(np.arange(5), (3, 1)))
+  assert np.any(source[:, 5:] < 0) or source.max() < 20
+
+
+def test_compact_takes_layer_scale_in_and_computes_the_same():
+  """A plan that keeps every rank: only rounding may differ, whatever the factors were."""
+  dense = small("deit3_small_patch16_224")
+  variables, images = tiny.init(dense), tiny.images(dense, batch=16)
+  plan = vc.Plan(ffn=vc.CFFN(rank_ratio=1.0, rep="none", branches=1, avg_skip=False))
+  with pytest.warns(UserWarning):
+    model, compacted = vc.compact(dense, variables, plan)
+  np.testing.assert_allclose(model.apply(compacted, images), dense.apply(variables, images),
+                             atol=1e-4)
+  assert np.all(compacted["params"]["blocks_0"]["ls2"]["gamma"] == 1)
+  np.testing.assert_array_equal(compacted["params"]["blocks_0"]["ls1"]["gamma"],
+                                variables["params"]["blocks_0"]["ls1"]["gamma"])
+
+
+@pytest.mark.parametrize("fields,message", [
+    ({"class_token": False}, "global_pool='token' needs class_token=True"),
+    ({"class_token": False, "distilled": True, "global_pool": "avg"}, "beside a class token"),
+    ({"rotary": 100.0, "width": 18, "heads": 3}, "must divide by 4"),
+    ({"rotary": -1.0}, "rotary=-1.0: must be above 0"),
+    ({"act": "relu"}, "act='relu': must be one of 'gelu'"),
+    ({"pos_embed_of": "class"}, "must be one of 'all', 'patches', 'none'"),
+    ({"reg_tokens": -1}, "reg_tokens=-1: must be a whole number of at least 0"),
+    ({"qk_norm": "yes"}, "qk_norm='yes': must be True or False"),
+    ({"layer_scale": "1"}, "layer_scale='1': must be a number"),
+    ({"distilled": True, "global_pool": "map"}, "two classifiers")])
+def test_fields_that_do_not_go_together(fields, message):
+  with pytest.raises(ValueError, match=message):
+    small("vit_small_patch16_224", **fields)
+
+
+def test_without_a_class_token_evit_says_what_to_take():
+  with pytest.raises(ValueError, match="ToMe"):
+    small("vit_base_patch16_siglip_224", plan=vc.Plan(tokens=vc.EViT()))
+
+
+def test_files_tell_every_field(tmp_path):
+  model = small("vit_small_plus_patch16_dinov3", qk_norm=True, global_pool="map", reg_tokens=2)
+  vc.save(tmp_path / "a.safetensors", model, tiny.init(model))
+  again, _ = vc.load(tmp_path / "a.safetensors")
+  assert again == model
