@@ -63,7 +63,8 @@ class Explanation:
              f"{self.unit} {self.kl:.2g}"]
     for step in self.steps:
       lines.append(f"{step.block}: {step.method}: saves {step.saves:.1%} for {self.unit} "
-                   f"{step.kl:.2g}{'' if step.measured else ' (inferred)'}; instead {step.runner_up}"
+                   f"{step.kl:.2g}"
+                   f"{'' if step.measured else ' (inferred)'}; instead {step.runner_up}"
                    f" ({step.more:+.2g})")
     return "\n".join(lines)
 
