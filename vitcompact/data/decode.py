@@ -70,6 +70,8 @@ def _rgb(image: Image.Image, exif_transpose: bool) -> Image.Image:
   if image.mode in ("I", "F"):
     raise ValueError(f"its pixels are numbers of mode {image.mode}, whose range is not known: "
                      "scale them to 0..255 and save them in 8 bits")
+  if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+    image = image.convert("RGBA")   # the same colours; Pillow warns of the direct way
   return image.convert("RGB")
 
 
