@@ -1,4 +1,5 @@
-"""Writes tests/data/references/preprocessed.npz: odd files, and what timm's evaluation makes of them.
+"""Writes tests/data/references/preprocessed.npz: odd files, and what timm's evaluation makes of
+them.
 
   python tests/data/make_preprocessed.py     # with a Python that has torch, timm and torchvision
 
@@ -49,8 +50,8 @@ def image(mode, width, height, seed) -> Image.Image:
     return image("RGB", width, height, seed).quantize(64)
   if mode == "I;16":
     return Image.fromarray(drawn(width, height, 1, seed)[..., 0].astype(np.uint16) * 256 + 77)
-  size, pixels = (width, height), drawn(width, height, len(Image.new(mode, (1, 1)).getbands()), seed)
-  return Image.frombytes(mode, size, pixels.tobytes())
+  channels = len(Image.new(mode, (1, 1)).getbands())
+  return Image.frombytes(mode, (width, height), drawn(width, height, channels, seed).tobytes())
 
 
 def turned(orientation) -> Image.Exif:

@@ -60,7 +60,7 @@ def test_it_is_normalised_by_mean_and_deviation():
 
 
 def test_where_timm_is_not_followed():
-  """16-bit grey, which Pillow's conversion turns white, and small images of the model's own size."""
+  """16-bit grey, which Pillow's conversion turns white, and small images of the model's size."""
   key, = (key for key in KEYS if key.startswith("grey16"))
   with Image.open(file("grey16.png")) as image:
     upper = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
