@@ -55,6 +55,11 @@ def test_classes_have_the_names_that_the_file_tells(folder):
   assert [NAMES[int(text.split()[0])] for text in unnamed] == [text.split()[0] for text in best]
 
 
+def test_a_line_stays_a_line():
+  line = predict.as_line("a\n.png", [(0, "two\twords", 0.5)])
+  assert line == "a\\n.png\ttwo\\twords 50.00"
+
+
 def test_json_is_an_object_a_line(folder):
   shown = objects(command.succeeds("predict", folder / "named.safetensors", folder / "photos",
                                    "--json", "--top", 2))
@@ -73,6 +78,7 @@ def test_folders_and_patterns_stand_for_the_images_in_them(folder):
   assert shown(photos) == ["a.png", "b.png", "more/c.jpg"]    # hidden files are passed over
   assert shown(photos / "*.png") == ["a.png", "b.png"]
   assert shown(photos / "**" / "*.jpg", photos / "a.png") == ["more/c.jpg", "a.png"]
+  assert shown(photos / "**" / "?.png") == ["a.png", "b.png"]
   (folder / "empty").mkdir()
   assert f"no images in {folder}/empty" in command.fails("predict", named, photos, folder / "empty")
 
