@@ -187,6 +187,20 @@ def test_a_crop_that_is_none_is_refused_in_a_line(ours, crop):
     assert "its metadata tells no crop" in refusal(read, ours)
 
 
+def test_names_of_classes_go_from_file_to_file_through_every_verb(tmp_path):
+  """Compact, fold and tune return models, and models have no names: the file has."""
+  names, (dense, small, deploy, larger) = list("vwxyz"), (
+      tmp_path / f"{name}.safetensors" for name in ("dense", "small", "deploy", "larger"))
+  vc.save(dense, MODEL, VARIABLES, classes=names)
+  model, variables = vc.load(dense)
+  vc.save(small, *vc.compact(model, variables, vc.Plan(ffn=vc.CFFN())),
+          classes=vc.classes_of(dense))
+  folded = vc.fold(*vc.load(small))
+  vc.save(deploy, *vc.tune(*folded, tiny.images(MODEL, 1)), classes=vc.classes_of(small))
+  command.succeeds("convert", deploy, "--image-size", 48, "--dtype", "bfloat16", "--out", larger)
+  assert vc.classes_of(larger) == names
+
+
 def test_names_of_classes_stay_when_the_command_changes_another_size(tmp_path):
   path, out, text = (tmp_path / name for name in ("a.safetensors", "b.safetensors", "names.txt"))
   text.write_text("a\nb\nc\n")

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vitcompact as vc
+from vitcompact.data.evaluation import Preprocess
 from vitcompact.methods.protocol import CAPABILITIES, Site
 
 SIZES = {"width": 24, "depth": 2, "heads": 4, "image_size": 32, "patch_size": 8, "num_classes": 5}
@@ -12,6 +13,13 @@ SIZES = {"width": 24, "depth": 2, "heads": 4, "image_size": 32, "patch_size": 8,
 def deit(plan=None, name="deit_tiny_patch16_224", **fields):
   """A DeiT of two narrow blocks: 16 patches, 4 heads of 6."""
   return vc.create_model(name, plan=plan or vc.Plan(), **{**SIZES, **fields})
+
+
+def preprocess(image_size, crop=1.0, **fields):
+  """An evaluation at a size: int or (height, width)."""
+  return Preprocess(**{"mean": (0.5,) * 3, "std": (0.25,) * 3, "crop": crop,
+                       "interpolation": "bicubic",
+                       "image_size": tuple(np.broadcast_to(image_size, 2).tolist()), **fields})
 
 
 def site(**fields):

@@ -1,4 +1,5 @@
 """vitcompact measure, compact, verify."""
+import dataclasses
 import types
 
 import pytest
@@ -10,6 +11,7 @@ from tests.cli import command
 from vitcompact import cli
 from vitcompact.cli import compact
 from vitcompact.run import path
+from vitcompact.train import config as configs
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,43 @@ def test_measure_writes_a_report(files, tmp_path):
                          "--images", "32", "--sensitivity", "none", "--out", str(tmp_path / "r"))
   assert "report.html" in out and (tmp_path / "r" / "report.html").exists()
   assert vc.Report.load(tmp_path / "r").images == 32
+
+
+def said(*arguments):
+  """What a command that succeeds says beside its result."""
+  result = CliRunner().invoke(cli.main, [str(argument) for argument in arguments],
+                              catch_exceptions=False)
+  assert result.exit_code == 0, result.output
+  return result.stderr
+
+
+def test_other_classes_than_the_datas_or_the_other_files_are_told(files, tmp_path, monkeypatch):
+  monkeypatch.setattr(vc, "measure", lambda *_: types.SimpleNamespace(save=lambda out: out))
+  dense, digits = files / "dense.safetensors", list("0123456789")
+  named = {}
+  for name, classes in (("ours", digits), ("theirs", digits[::-1])):
+    named[name] = tmp_path / f"{name}.safetensors"
+    vc.save(named[name], *vc.load(dense), classes=classes)
+  options = ("--data", "digits", "--images", 8, "--sensitivity", "none", "--out")
+  difference = "has other classes than {}: output 0 is {} there and {} in {} (the same names in"
+  assert f"{named['theirs']} {difference.format('the data', repr('9'), repr('0'), 'the data')}" in \
+      said("measure", named["theirs"], *options, tmp_path / "a")
+  assert not said("measure", named["ours"], *options, tmp_path / "b")
+  told = said("verify", named["ours"], named["theirs"], "--images", 2)
+  assert f"{named['ours']} has other classes than {named['theirs']}: output 0 is '0' there" in told
+  assert not said("verify", dense, named["ours"], "--images", 2)
+  assert "in the data" in said("verify", named["theirs"], dense, "--data", "digits")
+
+
+@pytest.mark.parametrize(("crop", "wanted"), [(0.9, ("crop", None)), (0.8, ("crop", 0.8)),
+                                              (None, ("warp", None))])
+def test_images_are_cut_as_the_file_says(files, tmp_path, crop, wanted):
+  model, variables = vc.load(files / "dense.safetensors")
+  pre = dataclasses.replace(vc.preprocess(model), crop=crop)
+  vc.save(tmp_path / "a.safetensors", model, variables, preprocess=pre)
+  config = compact.settings(str(tmp_path / "a.safetensors"), "folder:images")
+  assert (config.data.get("eval_fit", "crop"), config.data.get("eval_crop")) == wanted
+  assert path.preprocess_of(configs.complete(config), model) == pre
 
 
 @pytest.fixture

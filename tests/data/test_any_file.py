@@ -120,11 +120,8 @@ def test_training_and_serving_read_any_file_alike_or_name_it(file, suffix):
       assert seen.shape == (image.height, image.width, 3)
       if whole and not image.mode.startswith("I"):
         np.testing.assert_array_equal(seen, image.convert("RGB"))
-    batch = next(pipeline.eval_batches(config(root), "val", image_size=32, batch_size=1,
-                                       crop=PRE.crop, interpolation=PRE.interpolation))
-    evaluated = (batch["image"][0].astype(np.float32) / 255 - np.float32(PRE.mean)) / np.float32(
-        PRE.std)
-    np.testing.assert_array_equal(served, evaluated)
+    batch = next(pipeline.eval_batches(config(root), "val", PRE, batch_size=1))
+    np.testing.assert_array_equal(served, PRE.normalise(batch["image"][0]))
     batch = next(pipeline.train_batches(config(root, "flip_crop"), image_size=32, batch_size=1,
                                         seed=0))
     assert batch["image"].shape == (1, 32, 32, 3)

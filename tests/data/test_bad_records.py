@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import tiny
 from vitcompact.data import pipeline
 from vitcompact.data.decode import BadRecord, check_label, rgb
 
@@ -94,14 +95,14 @@ def test_more_bad_images_than_allowed_stop_the_run(folder):
 def test_a_bad_image_in_evaluation_stops_or_is_masked_and_counted(folder):
   (folder / "val" / "cat" / "0.jpg").write_bytes(b"")
   def evaluation(**changes):
-    return pipeline.eval_batches(config(folder, **changes), "val", image_size=16, batch_size=2,
-                                 crop=1.0, interpolation="bicubic")
+    return pipeline.eval_batches(config(folder, **changes), "val", tiny.preprocess(16),
+                                 batch_size=2)
   with pytest.raises(ValueError, match=r"cannot read image 0, .*/val/cat/0"):
     next(evaluation())
   data = evaluation(on_bad="skip", max_bad=1)
   assert next(data)["mask"].tolist() == [0, 1] and data.bad_records == {0}
-  shown = pipeline.sample(config(folder, on_bad="skip", max_bad=1), "val", 2, image_size=16,
-                          crop=1.0, interpolation="bicubic")
+  shown = pipeline.sample(config(folder, on_bad="skip", max_bad=1), "val", 2,
+                          tiny.preprocess(16))
   assert len(shown) == 1
 
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from vitcompact.data import pipeline, prepare
-from vitcompact.data.classes import check_classes, describe, digest
+from vitcompact.data.classes import check_classes, describe, digest, imagenet_1k
 
 
 def write_images(root, classes, splits=("train", "val")):
@@ -62,6 +62,13 @@ def test_equal_names_and_files_that_carry_none_pass():
   check_classes("runs/a", ["a", "b"], ("a", "b"))
   check_classes("runs/a", None, ("a",))
   check_classes("runs/a", ("a",), None)
+
+
+def test_imagenets_classes_have_names_of_their_own_in_the_order_of_its_synsets():
+  names = imagenet_1k()
+  assert len(names) == len(set(names)) == 1000
+  assert [names[i] for i in (0, 134, 207, 281, 517, 999)] == [
+      "tench", "crane (bird)", "golden retriever", "tabby", "crane (machine)", "toilet tissue"]
 
 
 def test_many_classes_are_described_by_the_first_the_last_and_a_digest():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import tiny
 from vitcompact.data import pipeline
 from vitcompact.data.digits import split_indices
 from vitcompact.data.folder import split_folder
@@ -137,8 +138,8 @@ def test_augmentation_differs_from_epoch_to_epoch():
 @pytest.mark.parametrize("process_count", [1, 2])
 def test_evaluation_counts_each_image_once_and_masks_the_padding(process_count):
   streams = [list(pipeline.eval_batches(
-      config(), "val", image_size=8, batch_size=100, crop=0.875, interpolation="bicubic",
-      process_index=i, process_count=process_count)) for i in range(process_count)]
+      config(), "val", tiny.preprocess(8, 0.875), batch_size=100, process_index=i,
+      process_count=process_count)) for i in range(process_count)]
   assert [len(s) for s in streams] == [2] * process_count
   b = 100 // process_count
   real = []
@@ -153,8 +154,7 @@ def test_evaluation_counts_each_image_once_and_masks_the_padding(process_count):
 
 
 def test_an_evaluation_that_is_over_stays_over_and_keeps_no_threads():
-  batches = pipeline.eval_batches(config(), "val", image_size=8, batch_size=100, crop=1.0,
-                                  interpolation="bicubic")
+  batches = pipeline.eval_batches(config(), "val", tiny.preprocess(8), batch_size=100)
   assert len(list(batches)) == 2 and batches.ahead is None
   assert list(batches) == []
 
@@ -196,22 +196,24 @@ def test_a_folder_is_read_with_its_labels(folder):
     np.testing.assert_array_equal(strongest, batch["label"])
   drawn = take(batches(config(name=name, augment="randaugment"), batch_size=5, image_size=16), 4)
   assert len(set(contents(drawn))) > 15
-  (batch,) = pipeline.eval_batches(config(name=name), "val", image_size=16, batch_size=4,
-                                   crop=0.9, interpolation="bicubic")
+  (batch,) = pipeline.eval_batches(config(name=name), "val", tiny.preprocess(16, 0.9), batch_size=4)
   assert batch["mask"].tolist() == [1, 1, 0, 0] and batch["label"].tolist() == [0, 1, 0, 0]
 
 
 def test_the_crop_of_evaluation_applies_to_folders_and_not_to_generated_images(folder):
-  def first(name, crop):
-    return next(pipeline.eval_batches(config(name=name), "val", image_size=16, batch_size=1,
-                                      crop=crop, interpolation="bicubic"))["image"]
+  def first(name, crop, size=16):
+    return next(pipeline.eval_batches(config(name=name), "val", tiny.preprocess(size, crop),
+                                      batch_size=1))["image"]
   assert not np.array_equal(first(f"folder:{folder}", 0.5), first(f"folder:{folder}", 1.0))
-  np.testing.assert_array_equal(first("digits", 0.5), first("digits", 1.0))
+  for size in (16, 40):
+    whole = first("digits", 1.0, size)
+    for crop in (0.5, None):
+      np.testing.assert_array_equal(first("digits", crop, size), whole)
 
 
 def test_evaluation_may_warp_the_images_of_folders_instead(folder):
-  batch = next(pipeline.eval_batches(config(name=f"folder:{folder}"), "val", image_size=(16, 24),
-                                     batch_size=1, crop=None, interpolation="bicubic"))
+  batch = next(pipeline.eval_batches(config(name=f"folder:{folder}"), "val",
+                                     tiny.preprocess((16, 24), None), batch_size=1))
   with Image.open(folder / "val" / "cat" / "0.png") as image:
     assert image.size == (40, 30)
     wanted = image.convert("RGB").resize((24, 16), Image.Resampling.BICUBIC)
@@ -269,8 +271,8 @@ def test_small_images_of_the_models_size_are_evaluated_whole(tmp_path):
     (tmp_path / split / "a").mkdir(parents=True)
     Image.fromarray(pixels).save(tmp_path / split / "a" / "0.png")
   def shown(size):
-    return next(pipeline.eval_batches(config(name=f"folder:{tmp_path}"), "val", image_size=size,
-                                      batch_size=1, crop=0.875, interpolation="bicubic"))["image"]
+    return next(pipeline.eval_batches(config(name=f"folder:{tmp_path}"), "val",
+                                      tiny.preprocess(size, 0.875), batch_size=1))["image"]
   np.testing.assert_array_equal(shown(32)[0], pixels)
   assert shown(24).shape == (1, 24, 24, 3)
 
@@ -294,7 +296,7 @@ def test_folders_without_what_they_need_are_named(tmp_path):
 def test_a_sample_has_images_of_every_class_as_evaluation_shows_them():
   """The first 100 training images of digits, which are in order by class, are all zeros."""
   def sample(split, count):
-    return pipeline.sample(config(), split, count, image_size=8, crop=0.9, interpolation="bicubic")
+    return pipeline.sample(config(), split, count, tiny.preprocess(8, 0.9))
 
   label_of = dict(of_split("train"))
   assert {label_of[image.tobytes()] for image in sample("train", 100)} == set(range(10))

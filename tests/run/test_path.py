@@ -57,6 +57,13 @@ def test_the_deployed_file_is_what_the_receipt_says(walked):
   assert vc.count(model).macs == receipt.rows[-1].count.macs
 
 
+def test_every_file_on_the_way_names_its_classes(walked):
+  _, workdir, receipt, _ = walked
+  assert receipt.classes == tuple("0123456789")
+  for name in ("dense/trained", "dense/deploy", "compact", "distilled", "deploy"):
+    assert vc.classes_of(workdir / f"{name}.safetensors") == list(receipt.classes), name
+
+
 def test_the_same_command_goes_on_and_measures_nothing_again(walked, monkeypatch):
   config, workdir, receipt, _ = walked
   for verb in ("measure", "compact"):

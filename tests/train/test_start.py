@@ -8,7 +8,7 @@ from tests import tiny
 from vitcompact import convert, trees
 from vitcompact.data import pipeline
 from vitcompact.run import loop
-from vitcompact.train import start
+from vitcompact.train import build, start
 
 
 @pytest.fixture
@@ -50,8 +50,10 @@ def test_calibration_sees_images_of_every_class(built):
 @pytest.mark.parametrize("fit, share, crop", [
     ("crop", 0.0, 0.9), ("crop", 0.875, 0.875), ("warp", 0.875, None)])
 def test_a_run_evaluates_by_the_crop_of_its_config_or_by_warping(config, fit, share, crop):
-  config.data.update(eval_fit=fit, eval_crop=share)
-  assert loop.build(loop.resolve(config)).preprocess.crop == crop
+  config.data.update(name="folder:images", eval_fit=fit, eval_crop=share)
+  assert build.preprocess_of(config, tiny.deit()).crop == crop
+  config.data.name = "digits"    # made at the model's size
+  assert build.preprocess_of(config, tiny.deit()).crop == 1
 
 
 def test_a_run_starts_from_its_file(dense, config):

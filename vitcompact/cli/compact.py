@@ -7,7 +7,8 @@ LEARNING_RATE = 5e-5   # of distilling, at the end of its warm-up: a twentieth o
 
 
 def settings(file: str, name: str, **sections):
-  """A config for a dense model's file and the data of this name, with these values."""
+  """A config for a dense model's file and the data of this name, with these values. Images are cut
+  as the file says."""
   from ml_collections import ConfigDict
 
   import vitcompact as vc
@@ -21,12 +22,26 @@ def settings(file: str, name: str, **sections):
     fields["mix_token"] = False
   config = ConfigDict({"init_from": file, "model": {"name": model.variant, **fields},
                        "data": {"name": name}, "plan": ""})
+  own, crop = vc.preprocess(model).crop, vc.preprocess(file).crop
+  if crop is None and own is not None:
+    config.data.eval_fit = "warp"
+  elif crop != own:
+    config.data.eval_crop = crop
   for section, values in sections.items():
     if isinstance(values, dict):
       config[section] = ConfigDict({**config.get(section, ConfigDict()).to_dict(), **values})
     else:
       config[section] = values
   return config
+
+
+def tell_classes(file: str, data: str):
+  """Says where a model's classes are not the data's, for verbs that use images without labels."""
+  from vitcompact import convert
+  from vitcompact.data import classes, pipeline
+
+  if other := classes.difference(file, convert.classes_of(file), pipeline.class_names(data)):
+    click.echo(f"note: {other}. The images are used all the same, without their labels", err=True)
 
 
 def steps_of(distil: str | None, data: str, batch_size: int) -> int:
@@ -109,6 +124,7 @@ def measure(file, data, images, sensitivity, out):
 
   model, variables = vc.load(file)
   config = configs.complete(settings(file, data, compact={"images": images}))
+  tell_classes(file, data)
   with path.Bar("measure") as progress:
     report = vc.measure(model, variables, path.calibration_images(
         config, path.preprocess_of(config, model)), sensitivity, progress)
@@ -139,12 +155,18 @@ def verify(first, second, images, data, dtype, tolerance):
   import numpy as np
 
   import vitcompact as vc
+  from vitcompact import convert
+  from vitcompact.data import classes
   from vitcompact.doors import image_shapes
   from vitcompact.run import path
   from vitcompact.train import config as configs
 
   (one, its), (other, own) = vc.load(first), vc.load(second)
+  named = convert.classes_of(first), convert.classes_of(second)
+  if difference := classes.difference(first, *named, second):
+    click.echo(f"note: {difference}. Outputs are compared by their number", err=True)
   if data:
+    tell_classes(first, data)
     config = configs.complete(settings(first, data, compact={"images": max(8, images)}))
     shown = path.calibration_images(config, path.preprocess_of(config, one), "val")[:images]
   else:

@@ -13,48 +13,83 @@ from PIL import Image, ImageEnhance, ImageOps
 from vitcompact.data.randaugment import randaugment
 
 BICUBIC = Image.Resampling.BICUBIC
+CROP_MODES = ("center", "squash", "border")   # timm's names
 SMALL = 32         # pixels: images of a model's own size up to this are not cut in evaluation
 MUCH_LARGER = 64   # times the pixels that are needed: more than that is not resized whole
 
 
 def evaluation(image: Image.Image, image_size: tuple[int, int], crop: float | None,
-               interpolation: str) -> Image.Image:
-  """Resizes to image_size / crop on the shorter side, then cuts image_size out of the centre.
+               interpolation: str, crop_mode: str = "center", fill=0) -> Image.Image:
+  """Resizes, then cuts image_size = (height, width) out of the centre; as timm, to the grey level.
 
-  image_size: (height, width). The longer side is int(short * long / short), and offsets are
-  rounded half to even, as the authors' pipeline does. If image_size is not square, the image is
-  made just large enough to cover both sides. crop=None: the whole image is warped to image_size.
-  An image of up to 32 pixels that has the model's size is left whole, as published for CIFAR.
+  crop_mode: what is resized to image_size / crop (rounded down). "center": the shorter side, or if
+  image_size is not square, the image until it just covers both sides; "squash": both sides, so that
+  the aspect ratio is lost; "border": the image until it just fits, with `fill` (a colour of the
+  image's mode) around it. crop=None is "squash" with all of the image. Sizes and offsets are
+  rounded as timm does.
 
-  Of an image more than 64 times as long as wide only what is kept is computed, the same to within
-  rounding: resized whole, 6000 x 1 pixels would take a gigabyte.
+  Two exceptions. An image of up to 32 pixels that has the model's size is left whole, as published
+  for CIFAR. Of an image that "center" would make more than 64 times as long as wide only what is
+  kept is computed, the same to within rounding: resized whole, 6000 x 1 pixels would take a
+  gigabyte.
   """
   if image.size == image_size[::-1] and max(image_size) <= SMALL:
     return image
   resample = Image.Resampling[interpolation.upper()]
   if crop is None:
-    return image.resize(image_size[::-1], resample)
+    crop, crop_mode = 1.0, "squash"
   check_crop(crop)
+  check_crop_mode(crop_mode)
   height, width = image_size
-  need_h, need_w = int(height / crop), int(width / crop)
-  w, h = image.size
-  if h * need_w <= w * need_h:
-    new_h, new_w = need_h, int(need_h * w / h)
-  else:
-    new_h, new_w = int(need_w * h / w), need_w
+  need = int(height / crop), int(width / crop)
+  new_w, new_h = _resized_size(image.size, need, crop_mode)
   left, top = round((new_w - width) / 2), round((new_h - height) / 2)
   kept = left, top, left + width, top + height
-  if new_w * new_h > MUCH_LARGER * need_w * need_h:
+  if new_w * new_h > MUCH_LARGER * need[0] * need[1]:
     return _resized_part(image, (new_w, new_h), kept, resample)
-  return image.resize((new_w, new_h), resample).crop(kept)
+  image = image.resize((new_w, new_h), resample)
+  if crop_mode == "border":
+    return _on_ground(image, image_size, fill)
+  return image.crop(kept)
+
+
+def _resized_size(size: tuple[int, int], need: tuple[int, int], crop_mode: str) -> tuple[int, int]:
+  """(width, height) to resize an image of `size` = (width, height) to; need: (height, width).
+
+  Rounded down for a square and to the nearest for other sizes, because timm uses two functions.
+  """
+  (w, h), (need_h, need_w) = size, need
+  if crop_mode == "squash":
+    return need_w, need_h
+  if crop_mode == "center" and need_h == need_w:
+    return (need_w, int(need_h * h / w)) if w <= h else (int(need_w * w / h), need_h)
+  choose = min if crop_mode == "center" else max
+  ratio = choose(h / need_h, w / need_w)
+  return max(1, round(w / ratio)), max(1, round(h / ratio))
+
+
+def _on_ground(image: Image.Image, image_size: tuple[int, int], fill) -> Image.Image:
+  """The centre of the image, with `fill` where it is smaller than image_size = (height, width)."""
+  height, width = image_size
+  ground = Image.new(image.mode, (max(width, image.width), max(height, image.height)), fill)
+  ground.paste(image, ((ground.width - image.width) // 2, (ground.height - image.height) // 2))
+  left, top = round((ground.width - width) / 2), round((ground.height - height) / 2)
+  return ground.crop((left, top, left + width, top + height))
 
 
 def _resized_part(image: Image.Image, size: tuple[int, int], part, resample) -> Image.Image:
   """`part` (left, top, right, bottom) of the image as resized to `size`, and no more of it."""
   left, top, right, bottom = part
   x, y = image.width / size[0], image.height / size[1]
-  box = left * x, top * y, min(right * x, image.width), min(bottom * y, image.height)
-  return image.resize((right - left, bottom - top), resample, box)
+  # Pillow keeps a box in float32, too coarse for one far from the corner: the neighbourhood is cut
+  # out first, as wide as any of its filters reaches.
+  reach_x, reach_y = (math.ceil(4 * max(1, scale)) for scale in (x, y))
+  first_x, first_y = (max(0, math.floor(left * x) - reach_x), max(0, math.floor(top * y) - reach_y))
+  near = image.crop((first_x, first_y, min(image.width, math.ceil(right * x) + reach_x),
+                     min(image.height, math.ceil(bottom * y) + reach_y)))
+  box = (left * x - first_x, top * y - first_y, min(right * x - first_x, near.width),
+         min(bottom * y - first_y, near.height))
+  return near.resize((right - left, bottom - top), resample, box)
 
 
 def check_crop(crop: float | None) -> None:
@@ -62,6 +97,11 @@ def check_crop(crop: float | None) -> None:
   if crop is not None and not 0 < crop <= 1:
     raise ValueError(f"{crop=} must be above 0 and at most 1: the share of the resized image that "
                      "is kept (0.875 resizes to 256 for 224)")
+
+
+def check_crop_mode(crop_mode: str) -> None:
+  if crop_mode not in CROP_MODES:
+    raise ValueError(f"{crop_mode=} must be one of {', '.join(CROP_MODES)}")
 
 
 def crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:

@@ -15,7 +15,7 @@ import re
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Endings of the files that Pillow reads by itself, whatever the case. Written down, so that a data
 # set has the same images with each build of Pillow. Not here: what needs another program or holds
@@ -45,19 +45,23 @@ def as_arrays(example: Example) -> dict:
   return {"image": np.asarray(example.image), "label": example.label}
 
 
-def rgb(file, name: str, way_out: str = SKIP) -> Image.Image:
+def rgb(file, name: str, way_out: str = SKIP, exif_transpose: bool = False) -> Image.Image:
   """Decodes a path, a file object or an open image, whole. BadRecord (with `name`) where that
-  cannot be."""
+  cannot be. exif_transpose: turned as its EXIF data say."""
   try:
     if isinstance(file, Image.Image):
-      return _rgb(file)
+      return _rgb(file, exif_transpose)
     with Image.open(file) as image:
-      return _rgb(image)
+      return _rgb(image, exif_transpose)
   except Exception as error:  # there is no list of what a damaged file makes Pillow raise
     raise BadRecord(f"cannot read {name}: {reason(error)}; {way_out}") from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, exif_transpose: bool) -> Image.Image:
+  if exif_transpose:
+    format = image.format   # which the turned one has lost
+    image = ImageOps.exif_transpose(image)
+    image.format = format
   if image.mode == "RGB":
     image.load()
     return image
@@ -66,6 +70,8 @@ def _rgb(image: Image.Image) -> Image.Image:
   if image.mode in ("I", "F"):
     raise ValueError(f"its pixels are numbers of mode {image.mode}, whose range is not known: "
                      "scale them to 0..255 and save them in 8 bits")
+  if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+    image = image.convert("RGBA")   # the same colours; Pillow warns of the direct way
   return image.convert("RGB")
 
 

@@ -67,6 +67,19 @@ def _hidden(name: str) -> bool:
   return name.startswith(".") or name in LEFT_BEHIND
 
 
+def images_below(folder: str) -> list[str]:
+  """Paths of the images in a folder and in those below it, by name; hidden ones are passed over."""
+  found = []
+  for entry in _entries(pathlib.Path(folder)):
+    if _hidden(entry.name):
+      continue
+    if entry.is_dir():
+      found += images_below(entry.path) if not entry.is_symlink() else []
+    elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+      found.append(entry.path)
+  return found
+
+
 def _class_folders(folder: pathlib.Path) -> tuple[str, ...]:
   """Names as they are on the disk, by which they are sorted."""
   names = []

@@ -34,6 +34,7 @@ from vitcompact.data import augment as aug
 from vitcompact.data import labels
 from vitcompact.data.batches import BAD, Batches
 from vitcompact.data.decode import BadRecord, Example
+from vitcompact.data.evaluation import Preprocess
 from vitcompact.data.order import Order, Place
 from vitcompact.data.sources import (
     ALLOWED,
@@ -191,10 +192,7 @@ class EvalBatch:
   images: Source
   batch_size: int
   rows: range
-  image_size: tuple[int, int]
-  whole: bool
-  crop: float | None
-  interpolation: str
+  preprocess: Preprocess
   on_bad: str
 
   def __call__(self, step: int) -> dict:
@@ -207,54 +205,52 @@ class EvalBatch:
     """Image `index`; or black with mask 0 beyond the last, and for a bad record that is skipped."""
     try:
       if index < len(self.images):
-        return self._shown(index)
+        image, label, _ = self.images.open(index)
+        return {"image": self.preprocess.resize(image), "label": np.int32(label),
+                "mask": np.float32(1)}
     except BadRecord as error:
       if self.on_bad == "stop":
         raise
       logging.warning("passed over: %s", error)
       bad.append(index)
-    return {"image": np.zeros((*self.image_size, 3), np.uint8), "label": np.int32(0),
-            "mask": np.float32(0)}
-
-  def _shown(self, index: int) -> dict:
-    image, label, _ = self.images.open(index)
-    if not self.whole:
-      image = aug.evaluation(image, self.image_size, self.crop, self.interpolation)
-    return {"image": image, "label": np.int32(label), "mask": np.float32(1)}
+    shape = *self.preprocess.image_size, len(self.preprocess.mean)
+    return {"image": np.zeros(shape, np.uint8), "label": np.int32(0), "mask": np.float32(0)}
 
 
-def _eval_batch(data, split, *, image_size, batch_size, crop, interpolation, rows) -> EvalBatch:
+def shows_whole(name: str) -> bool:
+  """Whether the images of a data set are made at the model's size, so that no crop may cut them."""
+  return parse(name)[0] in ALLOWED
+
+
+def _eval_batch(data, split, preprocess, batch_size, rows) -> EvalBatch:
   _check(data)
-  size = _pair(image_size)
-  images = source(data.name, split, image_size=size, label_maps=False)
-  return EvalBatch(images, batch_size, rows, size, parse(data.name)[0] in ALLOWED, crop,
-                   interpolation, data.on_bad)
+  images = source(data.name, split, image_size=preprocess.image_size, label_maps=False)
+  if shows_whole(data.name):
+    preprocess = dataclasses.replace(preprocess, crop=1.0, crop_mode="center")
+  return EvalBatch(images, batch_size, rows, preprocess, data.on_bad)
 
 
-def eval_batches(data, split: str, *, image_size, batch_size: int, crop: float | None,
-                 interpolation: str, process_index: int = 0, process_count: int = 1) -> Batches:
-  """One pass in order: {"image": uint8 (b, H, W, 3), "label": int32 (b,), "mask": float32 (b,)}.
+def eval_batches(data, split: str, preprocess: Preprocess, *, batch_size: int,
+                 process_index: int = 0, process_count: int = 1) -> Batches:
+  """One pass in order: {"image": uint8 (b, H, W, C), "label": int32 (b,), "mask": float32 (b,)}.
 
-  The last batch is filled with black images whose mask is 0, and so is a bad record that is
-  skipped; every process yields equally many. crop (None: warped) and interpolation ("bicubic",
-  ...) are of the run's preprocessing. Generated images (digits, shapes) come at the model's size
-  and are shown whole, whatever `crop`; so are others of up to 32 pixels that have the model's size.
+  Images are as `preprocess.resize` gives them: those of a file served by `vc.preprocess` are the
+  same. The last batch is filled with black images whose mask is 0, and so is a bad record that is
+  skipped; every process yields equally many. Generated images (digits, shapes) come at the model's
+  size and are shown whole, whatever the crop.
   """
-  make_batch = _eval_batch(data, split, image_size=image_size, batch_size=batch_size, crop=crop,
-                           interpolation=interpolation,
-                           rows=_rows(batch_size, process_index, process_count))
+  make_batch = _eval_batch(data, split, preprocess, batch_size,
+                           _rows(batch_size, process_index, process_count))
   steps = -(-len(make_batch.images) // batch_size)
   return Batches(grain.MapDataset.range(steps).map(make_batch), data.workers, data.max_bad)
 
 
-def sample(data, split: str, count: int, *, image_size, crop: float | None,
-           interpolation: str) -> np.ndarray:
-  """uint8 (n, H, W, 3): `count` images (or all, if there are fewer) as `eval_batches` shows them.
+def sample(data, split: str, count: int, preprocess: Preprocess) -> np.ndarray:
+  """uint8 (n, H, W, C): `count` images (or all, if there are fewer) as `eval_batches` shows them.
 
   Evenly spread over the split: the first ones of a split are often all of one class.
   """
-  make_batch = _eval_batch(data, split, image_size=image_size, batch_size=1, crop=crop,
-                           interpolation=interpolation, rows=range(1))
+  make_batch = _eval_batch(data, split, preprocess, 1, range(1))
   total = len(make_batch.images)
   indices = np.linspace(0, total, min(count, total), endpoint=False).astype(int)
   batches = [make_batch(index) for index in indices]

@@ -12,7 +12,6 @@ import pathlib
 
 import jax
 import numpy as np
-from PIL import Image
 
 import vitcompact as vc
 from vitcompact import convert
@@ -161,7 +160,7 @@ def run(checkpoint, image, out, *, queries=(), blocks=(), force=False) -> str:
     raise ValueError(f"{out / there[0]} exists; give another folder or --force")
   out.mkdir(parents=True, exist_ok=True)
   preprocess = vc.preprocess(checkpoint)
-  normalised = preprocess(Image.open(image))
+  normalised = preprocess(image)
   shown = enlarged(preprocess.pixels(normalised), model.grid)
   pairs = pairs_of(model, variables, normalised)
   pairs = {block: pairs[block] for block in blocks or known}

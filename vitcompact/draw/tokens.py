@@ -8,7 +8,6 @@ import pathlib
 
 import jax
 import numpy as np
-from PIL import Image
 
 import vitcompact as vc
 from vitcompact import convert
@@ -101,7 +100,7 @@ def run(checkpoint, image, out, *, plan=None, force=False) -> str:
     raise ValueError(f"{out} exists; give another name or --force")
   model, variables = load(checkpoint, plan)
   preprocess = vc.preprocess(checkpoint)
-  normalised = preprocess(Image.open(image))
+  normalised = preprocess(image)
   seen = stages(model, variables, normalised)
   plain = preprocess.pixels(normalised)
   panels = [(title, coloured_by_token(plain, holder)) for title, holder in seen]

@@ -64,10 +64,8 @@ def evaluate_split(run: Run, variables, split: str, stopping: Stop | None = None
                    ) -> dict[str, float]:
   """{"val_accuracy", "val_loss"}: means over exactly the images of a split."""
   sums = {"accuracy": 0.0, "loss": 0.0, "count": 0.0}
-  batches = pipeline.eval_batches(
-      run.config.data, split, image_size=run.preprocess.image_size,
-      batch_size=run.config.eval_batch_size, crop=run.preprocess.crop,
-      interpolation=run.preprocess.interpolation, **process_ids())
+  batches = pipeline.eval_batches(run.config.data, split, run.preprocess,
+                                  batch_size=run.config.eval_batch_size, **process_ids())
   with contextlib.closing(batches):
     for batch in batches:
       if stopping and stopping.requested():

@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 
 import vitcompact as vc
 from vitcompact import convert, trees
-from vitcompact.data import batch as device_batch
 from vitcompact.data import pipeline
 from vitcompact.data.classes import check_classes
 from vitcompact.models import fields_of
@@ -29,8 +28,8 @@ from vitcompact.plan import Plan
 from vitcompact.report import Report
 from vitcompact.run import loop, processes, report, workdir
 from vitcompact.train import config as configs
+from vitcompact.train import start
 from vitcompact.train.build import preprocess_of
-from vitcompact.train.start import WAY_OUT
 
 GOALS = ("macs", "params")
 REQUEST = "request.json"   # with what the stages were begun
@@ -55,16 +54,16 @@ def run(config, directory, say: Callable[[str], Any] = print, **options):
   options: of `loop.train`, for the two stages that train.
   """
   directory = workdir.path_of(directory)
-  start = prepare(config, directory, say, **options)
-  if not start.config.compact.distil:
-    result = untrained(start.config, directory)
+  last = prepare(config, directory, say, **options)
+  if not last.config.compact.distil:
+    result = untrained(last.config, directory)
   else:
-    result = loop.train(start.config, directory, **options)
-  rows = {"dense": vc.load(start.dense)}
-  if not start.config.compact.distil:
-    return report.report(result, directory, before=rows, facts=start.facts, name="compacted")
+    result = loop.train(last.config, directory, **options)
+  rows = {"dense": vc.load(last.dense)}
+  if not last.config.compact.distil:
+    return report.report(result, directory, before=rows, facts=last.facts, name="compacted")
   rows["compacted"] = vc.load(directory / "compact.safetensors")
-  return report.report(result, directory, before=rows, facts=start.facts, name="distilled")
+  return report.report(result, directory, before=rows, facts=last.facts, name="distilled")
 
 
 def untrained(config, directory) -> loop.Result:
@@ -203,7 +202,7 @@ def check_dense(config, path: pathlib.Path, model):
              if value != fields_of(wanted).get(key) and key not in (*free, "execution")}
     raise ValueError(f"{path} holds {model.variant}, not what config.model and config.data ask for"
                      f": (there, asked for) are {other or wanted.variant}")
-  check_classes(str(path), convert.classes_of(path), names, WAY_OUT)
+  check_classes(str(path), convert.classes_of(path), names, start.WAY_OUT)
 
 
 def check_request(directory: pathlib.Path, request: dict):
@@ -236,11 +235,8 @@ def has_patches(file) -> bool:
 
 
 def calibration_images(config, preprocess, split: str = "train") -> np.ndarray:
-  """Normalised images of a split, as evaluation sees them, evenly spread over it."""
-  images = pipeline.sample(config.data, split, config.compact.images,
-                           image_size=preprocess.image_size, crop=preprocess.crop,
-                           interpolation=preprocess.interpolation)
-  return np.asarray(device_batch.normalise(images, preprocess.mean, preprocess.std))
+  """As many images as the config asks for: see `start.calibration_images`."""
+  return start.calibration_images(config, preprocess, split, config.compact.images)
 
 
 def sha256(path) -> str:

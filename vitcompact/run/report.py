@@ -8,12 +8,11 @@ import jax.numpy as jnp
 
 import vitcompact as vc
 from vitcompact import bench, convert, trees
-from vitcompact.data import batch as device_batch
 from vitcompact.data import pipeline
 from vitcompact.methods import protocol
 from vitcompact.receipt import Receipt, Row, environment
 from vitcompact.run import loop
-from vitcompact.train import sharding
+from vitcompact.train import sharding, start
 from vitcompact.train import step as steps
 
 TIMED_IMAGES = 32
@@ -35,7 +34,8 @@ def report(result: loop.Result, workdir, *, before=None, facts=None,
   run = loop.build(config)
   variables = jax.device_get(sharding.gather(result.variables, run.mesh))
   deploy, folded = vc.fold(model, variables)
-  images = _val_images(run)
+  # On the device: it is the model that is timed, not the way there.
+  images = jnp.asarray(start.calibration_images(config, run.preprocess, "val", TIMED_IMAGES))
   tested = pipeline.num_examples(config.data.name, "test")
   models = {**(before or {}), name: (model, variables), "deployed": (deploy, folded)}
   dense = model.clone(plan=vc.Plan())
@@ -92,14 +92,6 @@ def method_facts(model, variables, images) -> dict[str, float]:
     return {}
   _, new = jax.jit(functools.partial(model.apply, mutable=sown))(variables, images)
   return {name: value for method in telling for name, value in protocol.facts(method, new).items()}
-
-
-def _val_images(run: loop.Run):
-  """Images of val, normalised, as evaluation sees them."""
-  images = pipeline.sample(run.config.data, "val", TIMED_IMAGES,
-                           image_size=run.preprocess.image_size, crop=run.preprocess.crop,
-                           interpolation=run.preprocess.interpolation)
-  return device_batch.normalise(jnp.asarray(images), run.preprocess.mean, run.preprocess.std)
 
 
 def _test_accuracy(run: loop.Run, model, variables) -> float:

@@ -108,9 +108,11 @@ def build(config: FrozenConfigDict, classes: int | None = None) -> Run:
 
 
 def preprocess_of(config, model):
-  """How images come to the model in evaluation: its own way, or the crop that the config asks for.
-  """
+  """How images come to the model in evaluation: its own way, or the crop that the config asks for;
+  whole where they are made at its size."""
   own = vc.preprocess(model)
+  if pipeline.shows_whole(config.data.name):
+    return dataclasses.replace(own, crop=1.0, crop_mode="center")
   crop = None if config.data.eval_fit == "warp" else config.data.eval_crop or own.crop
   return dataclasses.replace(own, crop=crop)
 

@@ -4,7 +4,6 @@ import jax.numpy as jnp
 
 import vitcompact as vc
 from vitcompact import convert, files, trees
-from vitcompact.data import batch as device_batch
 from vitcompact.data import pipeline
 from vitcompact.data.classes import check_classes
 from vitcompact.doors import variable_shapes
@@ -70,9 +69,6 @@ def state_with_variables(state: TrainState, variables, shardings: TrainState) ->
   return jax.device_put(new, shardings)
 
 
-def calibration_images(config, preprocess):
-  """Normalised images of the train split, as evaluation sees them: (B, H, W, 3)."""
-  images = pipeline.sample(config.data, "train", CALIBRATION_IMAGES,
-                           image_size=preprocess.image_size, crop=preprocess.crop,
-                           interpolation=preprocess.interpolation)
-  return device_batch.normalise(jnp.asarray(images), preprocess.mean, preprocess.std)
+def calibration_images(config, preprocess, split: str = "train", count: int = CALIBRATION_IMAGES):
+  """Normalised images of a split, as evaluation sees them, evenly spread over it: (B, H, W, C)."""
+  return preprocess.normalise(pipeline.sample(config.data, split, count, preprocess))
