@@ -75,8 +75,9 @@ def _about_classes(misshapen, shapes, wanted):
   rest = "pass reset_head (--reset-head) to keep all but the classifier, which is initialised anew"
   for name in misshapen:
     if shapes[name][1:] == wanted[name][1:] and shapes[name][:1] != wanted[name][:1]:
-      return (f"it has {shapes[name][0]} classes, the model {wanted[name][0]}: create the model with "
-              f"num_classes={shapes[name][0]} (--num-classes {shapes[name][0]}), or {rest}")
+      there, here = shapes[name][0], wanted[name][0]
+      return (f"it has {there} classes, the model {here}: create the model with "
+              f"num_classes={there} (--num-classes {there}), or {rest}")
   return f"create the model with num_classes=0 (--num-classes 0) to have features, or {rest}"
 
 

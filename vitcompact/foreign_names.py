@@ -344,7 +344,8 @@ SOURCES = [
            {r"(.+\.)?text\..*": "the text encoder"}, after=bias_of_projection),
     Source("DINOv3's", r"(^|\.)(storage_tokens|rope_embed\.periods)$|\.qkv\.bias_mask$", [
         Rule("storage_tokens", "reg_token"), *named({
-            "blocks.{i}.mlp.w1": "blocks.{i}.mlp.fc1_g", "blocks.{i}.mlp.w2": "blocks.{i}.mlp.fc1_x",
+            "blocks.{i}.mlp.w1": "blocks.{i}.mlp.fc1_g",
+            "blocks.{i}.mlp.w2": "blocks.{i}.mlp.fc1_x",
             "blocks.{i}.mlp.w3": "blocks.{i}.mlp.fc2"})],
         {r"(.+\.)?rope_embed\.periods": "the periods of rotary positions, which follow from sizes",
          r"(.+\.)?local_cls_norm\..*": "a norm of training", **MASK_TOKEN}, after=masked_biases),

@@ -14,7 +14,7 @@ REFERENCES = pathlib.Path(__file__).parent / "references.json"
 class Case(NamedTuple):
   """model, fields: as `create_model` takes them. state: under their names. timm: {name: shape} of
   timm's model, None where it has none. wanted: logits, features or tokens of `one_image`.
-  live: names in memory, where these are others than in files."""
+  live: names in memory, where these are others than in files. config: transformers' own."""
   name: str
   model: str
   fields: dict[str, Any]
@@ -22,10 +22,11 @@ class Case(NamedTuple):
   timm: dict[str, tuple[int, ...]] | None
   wanted: np.ndarray
   live: list[str]
+  config: dict[str, Any]
 
 
 def drawn_state(shapes) -> dict[str, np.ndarray]:
-  """Weights of these names and shapes; DINOv3's mask of biases is no weight: ones, zeros for keys."""
+  """Weights of these names and shapes. DINOv3's mask of biases is none: ones, for keys zeros."""
   state = drawn.weights({name: tuple(shape) for name, shape in shapes.items()})
   return state | {name: np.repeat(np.float32([1, 0, 1]), len(value) // 3)
                   for name, value in state.items() if name.endswith("bias_mask")}
@@ -45,5 +46,5 @@ def cases() -> dict[str, Case]:
               for key, value in row["fields"].items()}
     timm = row.get("timm") and {name: tuple(shape) for name, shape in row["timm"].items()}
     out[row["name"]] = Case(row["name"], row["model"], fields, drawn_state(row["shapes"]), timm,
-                            np.array(row["wanted"]), row.get("live", []))
+                            np.array(row["wanted"]), row.get("live", []), row.get("config", {}))
   return out

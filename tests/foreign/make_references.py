@@ -59,6 +59,7 @@ class Case(NamedTuple):
   timm: torch.nn.Module | None
   output: Callable
   live: tuple[str, ...] = ()            # names in memory, where these are others
+  config: dict[str, Any] = {}           # config.json beside the weights
 
 
 def small(name, **fields):
@@ -81,13 +82,14 @@ def of_transformers(name, model, fields, kind, config, theirs_output, timm_model
     path = pathlib.Path(folder) / "model.safetensors"
     shapes = {key: value.shape for key, value in safetensors.numpy.load_file(path).items()}
     state = drawn_state(shapes)
+    about = json.loads((pathlib.Path(folder) / "config.json").read_text())
     safetensors.numpy.save_file(state, path, metadata={"format": "pt"})
     loaded = kind.from_pretrained(folder, attn_implementation="eager").eval()
   with torch.no_grad():
     wanted = theirs_output(loaded, images(size))
   live = tuple(made.state_dict())
   return Case(name, model, fields, state, wanted, timm_model, timm_output,
-              live if set(live) != set(shapes) else ())
+              live if set(live) != set(shapes) else (), about)
 
 
 def logits(model, x):
@@ -107,10 +109,10 @@ def tokens(model, x):
 
 
 def transformers_cases():
-  vit = hf.ViTConfig(**SIZES, layer_norm_eps=1e-6)   # its own 1e-12 is of Google's no file
-  yield of_transformers("transformers ViT", "vit_tiny_patch16_224", {**OURS, "num_classes": CLASSES},
-                        hf.ViTForImageClassification, vit, logits, small("vit_tiny_patch16_224"),
-                        call)
+  vit = hf.ViTConfig(**SIZES, layer_norm_eps=1e-6)   # Google's; by default it has 1e-12
+  yield of_transformers("transformers ViT", "vit_tiny_patch16_224",
+                        {**OURS, "num_classes": CLASSES}, hf.ViTForImageClassification, vit, logits,
+                        small("vit_tiny_patch16_224"), call)
   yield of_transformers("transformers ViT without classifier", "vit_tiny_patch16_224",
                         {**OURS, "num_classes": 0}, hf.ViTModel, vit,
                         lambda model, x: hidden(model, x)[:, 0],
@@ -234,7 +236,8 @@ def map_head_shapes():
              for name in ("query", "key", "value")
              for leaf, shape in (("kernel", (w, HEADS, d)), ("bias", (HEADS, d)))}
   return shapes | {
-      f"{pool}/probe": (1, 1, w), f"{pool}/LayerNorm_0/scale": (w,), f"{pool}/LayerNorm_0/bias": (w,),
+      f"{pool}/probe": (1, 1, w), f"{pool}/LayerNorm_0/scale": (w,),
+      f"{pool}/LayerNorm_0/bias": (w,),
       f"{pool}/MultiHeadDotProductAttention_0/out/kernel": (HEADS, d, w),
       f"{pool}/MultiHeadDotProductAttention_0/out/bias": (w,),
       f"{pool}/MlpBlock_0/Dense_0/kernel": (w, 2 * w), f"{pool}/MlpBlock_0/Dense_0/bias": (2 * w,),
@@ -356,6 +359,8 @@ def main():
     row = {"name": case.name, "model": case.model, "fields": case.fields,
            "shapes": {name: list(value.shape) for name, value in state.items()},
            "wanted": np.round(case.wanted.numpy().astype(np.float64), 6).tolist()}
+    if case.config:
+      row["config"] = case.config
     if case.live:
       row["live"] = list(case.live)
     if case.timm is not None:
