@@ -28,10 +28,11 @@ _PYRAMID = {"depths": [2, 2, 2, 2], "image_size": 224, "num_channels": 3}
 
 class Family(NamedTuple):
   """models: pattern of our names; defaults: what transformers takes where its config is silent;
-  words: of sizes; classifies: whether its classifier is that of our model."""
+  words: of sizes; act: the activation of our model; classifies: whether its classifier is ours."""
   models: str
   defaults: Mapping[str, Any]
   words: Mapping[str, str] = ISOTROPIC
+  act: str = "gelu"
   classifies: bool = True
 
 
@@ -48,12 +49,13 @@ FAMILIES = {
                           "intermediate_size": 1536}, classifies=False),
     "dinov3_vit, gated": Family(r"vit_\w+_(plus|7b)_patch16_dinov3",
                                 {**_BASE, "hidden_size": 384, "num_attention_heads": 6,
-                                 "intermediate_size": 1536}, classifies=False),
+                                 "intermediate_size": 1536}, act="silu", classifies=False),
     "clip_vision_model": Family(r"vit_[a-z]+_patch\d+_clip_quickgelu_\d+",
-                                {**_BASE, "patch_size": 32}, classifies=False),
+                                {**_BASE, "patch_size": 32}, act="quick_gelu", classifies=False),
     "clip_vision_model, gelu": Family(r"vit_[a-z]+_patch\d+_clip_\d+", {**_BASE, "patch_size": 32},
                                       classifies=False),
-    "siglip_vision_model": Family(r"vit_\w+_patch\d+_siglip_\d+", _BASE, classifies=False),
+    "siglip_vision_model": Family(r"vit_\w+_patch\d+_siglip_\d+", _BASE,
+                                  act="gelu_pytorch_tanh", classifies=False),
     "pvt": Family(r"pvt_[a-z]+", _PYRAMID, PYRAMID),
     "pvt_v2": Family(r"pvt_v2_b\d(_li)?", _PYRAMID, PYRAMID),
 }
@@ -107,7 +109,7 @@ def _of_timm(config):
       if key == "global_pool":   # of a model that has but one
         continue
       raise ValueError(f"its model_args have {key}={value!r}, which is no option of {name}")
-    fields[TIMM[key]] = _plain(value)
+    fields[TIMM[key]] = _plain(TIMM[key], value)
   fields = {key: value for key, value in fields.items() if value != known[key]}
   return Told(name, fields, _names(config.get("label_names")))
 
@@ -129,11 +131,14 @@ def _of_transformers(config):
     raise ValueError(f"no model here is of model_type {kind!r}")
   family = FAMILIES[kind]
   sizes = {**family.defaults, **config}
+  if (act := config.get("hidden_act", family.act)) != family.act:
+    raise ValueError(f"its hidden_act is {act!r}, which no model here of model_type "
+                     f"{config['model_type']!r} has")
   if "mlp_ratio" not in sizes and "intermediate_size" in sizes:
     sizes["mlp_ratio"] = sizes["intermediate_size"] / sizes["hidden_size"]
   if config.get("use_swiglu_ffn"):
     sizes.pop("mlp_ratio", None)   # of which theirs takes two thirds, as our variant does
-  name, fields = _nearest(family, {ours: _plain(sizes[theirs])
+  name, fields = _nearest(family, {ours: _plain(ours, sizes[theirs])
                                    for theirs, ours in family.words.items() if theirs in sizes})
   labels = config.get("id2label") or {}
   classes = [labels[key] for key in sorted(labels, key=int)]
@@ -159,11 +164,11 @@ def _nearest(family, sizes):
   return name, found[name]
 
 
-def _plain(value):
-  """Lists as tuples, and a square as its side."""
-  if not isinstance(value, list):
-    return value
-  return value[0] if len(value) == 2 and value[0] == value[1] else tuple(value)
+def _plain(field, value):
+  """Lists as tuples, and a square image or patch as its side."""
+  if field in ("image_size", "patch_size") and isinstance(value, list) and len({*value}) == 1:
+    return value[0]
+  return tuple(value) if isinstance(value, list) else value
 
 
 def _names(labels):

@@ -80,6 +80,10 @@ def read_checkpoint(path: str, *, ignore_records: bool = False,
   path = files.weights_in(path)
   if path.name.endswith(files.INDEX):
     return _read_shards(path, ignore_records, allow)
+  return _read_file(path, ignore_records, allow)
+
+
+def _read_file(path, ignore_records, allow):
   kind = files.kind_of(path)
   if kind == "safetensors" or path.suffix == ".safetensors":
     return convert.read_safetensors(path)[0]
@@ -108,7 +112,7 @@ def _read_shards(index: pathlib.Path, ignore_records, allow):
     if not shard.is_file():
       raise FileNotFoundError(f"{shard}: no such file, but {index.name} tells that it holds "
                               f"{len(wanted)} tensors; fetch it into the same directory")
-    found = read_checkpoint(shard, ignore_records=ignore_records, allow=allow)
+    found = _read_file(shard, ignore_records, allow)
     if missing := [tensor for tensor in wanted if tensor not in found]:
       raise ValueError(f"{shard} holds no {trees.some(missing)}, though {index.name} tells so; "
                        "fetch both again")

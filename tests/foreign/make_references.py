@@ -59,7 +59,7 @@ class Case(NamedTuple):
   timm: torch.nn.Module | None
   output: Callable
   live: tuple[str, ...] = ()            # names in memory, where these are others
-  config: dict[str, Any] = {}           # config.json beside the weights
+  config: dict[str, Any] | None = None  # config.json beside the weights
 
 
 def small(name, **fields):
