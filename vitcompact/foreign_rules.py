@@ -62,7 +62,8 @@ def settled(state, known: set[str], left: dict[str, list[str]] | None = None) ->
   out = {}
   for name, value in state.items():
     found = re.fullmatch(r"(.+\.)??(blocks\.\d+\.attn\.)qkv\.bias", name)
-    if not found or name[len(found[1] or ""):] in known or left is None:
+    if (left is None or not found or f"{found[2]}qkv.bias" in known or not is_tensor(value)
+        or value.shape[0] % 3):
       out[name] = value
       continue
     query, key, value_ = np.split(to_float32(name, value), 3)

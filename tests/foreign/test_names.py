@@ -5,7 +5,7 @@ import pytest
 
 import vitcompact as vc
 from tests.foreign.cases import cases, one_image
-from vitcompact import convert, foreign
+from vitcompact import convert, foreign, foreign_rules
 
 CASES = cases()
 NAMES = list(CASES)
@@ -70,3 +70,57 @@ def test_whose_names_and_what_was_left_out_is_told(name):
     assert f"names: {whose[name.split()[0]]}, read as timm's" in lines
     for what in LEFT[name]:
       assert any(line.startswith(f"left out, {what}: ") for line in lines)
+
+
+@pytest.mark.parametrize("name", sorted(vc.list_models()))
+def test_no_name_of_a_model_of_ours_is_taken_for_anothers(name):
+  model = vc.create_model(name)
+  timms = [entry.torch for entry in model.torch_entries()]
+  for names in (timms, [model.authors_name(name) for name in timms]):
+    state = dict.fromkeys(names, np.float32([0]))
+    got = foreign_rules.translated(state, set(timms))
+    assert got.state.keys() == state.keys() and not got.source and not got.left
+
+
+def test_layer_scale_and_biases_come_under_the_name_that_the_model_has():
+  """timm has two names for layer scale, and two forms of biases without one for keys."""
+  ones = np.ones(4, np.float32)
+  bias = np.concatenate([ones, 0 * ones, 2 * ones])
+  state = {"x.blocks.0.ls1.gamma": ones, "x.blocks.0.attn.qkv.bias": bias, "storage_tokens": ones}
+
+  def names(known, bias=bias):
+    given = {**state, "x.blocks.0.attn.qkv.bias": bias}
+    got = foreign_rules.translated(given, known)
+    return got.state, got.left
+
+  got, _ = names({"blocks.0.gamma_1", "blocks.0.attn.q_bias", "blocks.0.attn.v_bias"})
+  assert set(got) == {"x.blocks.0.gamma_1", "x.blocks.0.attn.q_bias", "x.blocks.0.attn.v_bias",
+                      "reg_token"}
+  np.testing.assert_array_equal(got["x.blocks.0.attn.v_bias"], 2 * ones)
+  got, _ = names({"blocks.0.ls1.gamma", "blocks.0.attn.qkv.bias"})
+  assert set(got) == {"x.blocks.0.ls1.gamma", "x.blocks.0.attn.qkv.bias", "reg_token"}
+  got, left = names(set(), 0 * bias)   # a model without: told if they are zero, else refused
+  assert "x.blocks.0.attn.qkv.bias" not in got
+  assert left == {"biases that are zero": ["x.blocks.0.attn.qkv.bias"]}
+  for known in (set(), {"blocks.0.attn.q_bias"}):
+    got, left = names(known, bias + 1)
+    assert "x.blocks.0.attn.qkv.bias" in got and not left
+
+
+def test_a_part_that_is_missing_leaves_names_as_they_are():
+  """So that the error tells what the file has."""
+  case = CASES["transformers ViT"]
+  key = "vit.encoder.layer.1.attention.attention.key.weight"
+  state = {name: value for name, value in case.state.items() if name != key}
+  with pytest.raises(ValueError, match=r"1 missing, 2 unexpected") as error:
+    vc.from_torch(vc.create_model(case.model, **case.fields), state)
+  assert "missing blocks.1.attn.qkv.weight" in str(error.value)
+  assert "unexpected encoder.layer.1.attention.attention.query.weight" in str(error.value)
+
+
+def test_a_value_of_others_that_is_no_weight_is_named_as_they_name_it():
+  case = CASES["transformers ViT"]
+  name = "vit.encoder.layer.0.attention.attention.value.weight"
+  with pytest.raises(ValueError, match=rf"^{name} is int8, not an array of floating point"):
+    vc.from_torch(vc.create_model(case.model, **case.fields),
+                  {**case.state, name: case.state[name].astype(np.int8)})
