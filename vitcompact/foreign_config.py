@@ -16,7 +16,8 @@ TIMM = {"img_size": "image_size", "embed_dim": "width", "depth": "depth", "num_h
         "global_pool": "global_pool", "num_classes": "num_classes"}
 ISOTROPIC = {"hidden_size": "width", "num_hidden_layers": "depth", "num_attention_heads": "heads",
              "image_size": "image_size", "patch_size": "patch_size", "num_channels": "in_chans",
-             "mlp_ratio": "mlp_ratio"}
+             "mlp_ratio": "mlp_ratio", "layer_norm_eps": "epsilon", "qkv_bias": "qkv_bias",
+             "query_bias": "qkv_bias", "num_register_tokens": "reg_tokens", "act": "act"}
 PYRAMID = {"depths": "depths", "hidden_sizes": "widths", "num_attention_heads": "heads",
            "mlp_ratios": "mlp_ratios", "image_size": "image_size", "num_channels": "in_chans",
            "sequence_reduction_ratios": "sr_ratios", "sr_ratios": "sr_ratios",
@@ -26,36 +27,33 @@ _BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
 _PYRAMID = {"depths": [2, 2, 2, 2], "image_size": 224, "num_channels": 3}
 
 
+# Activations of transformers, as ours are called.
+ACTS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
 class Family(NamedTuple):
   """models: pattern of our names; defaults: what transformers takes where its config is silent;
-  words: of sizes; act: the activation of our model; classifies: whether its classifier is ours."""
+  words: of sizes; classifies: whether its classifier is that of our model."""
   models: str
   defaults: Mapping[str, Any]
   words: Mapping[str, str] = ISOTROPIC
-  act: str = "gelu"
   classifies: bool = True
 
 
+_DINOV2 = {**_BASE, "patch_size": 14, "mlp_ratio": 4}
+_DINOV3 = {**_BASE, "hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536,
+           "query_bias": True}
+_CLIP = {**_BASE, "patch_size": 32, "hidden_act": "quick_gelu"}
+_SIGLIP = {**_BASE, "hidden_act": "gelu_pytorch_tanh"}
 FAMILIES = {
     "vit": Family(r"vit_[a-z]+_patch\d+_\d+", _BASE),
     "vit_mae": Family(r"vit_[a-z]+_patch\d+_\d+", _BASE),
     "deit": Family(r"deit_[a-z]+_distilled_patch\d+_\d+", _BASE),
-    "dinov2": Family(r"vit_[a-z]+_patch14_dinov2", {**_BASE, "patch_size": 14, "mlp_ratio": 4},
-                     classifies=False),
-    "dinov2_with_registers": Family(r"vit_[a-z]+_patch14_reg4_dinov2",
-                                    {**_BASE, "patch_size": 14, "mlp_ratio": 4}, classifies=False),
-    "dinov3_vit": Family(r"vit_(small|base|large)_patch16_dinov3",
-                         {**_BASE, "hidden_size": 384, "num_attention_heads": 6,
-                          "intermediate_size": 1536}, classifies=False),
-    "dinov3_vit, gated": Family(r"vit_\w+_(plus|7b)_patch16_dinov3",
-                                {**_BASE, "hidden_size": 384, "num_attention_heads": 6,
-                                 "intermediate_size": 1536}, act="silu", classifies=False),
-    "clip_vision_model": Family(r"vit_[a-z]+_patch\d+_clip_quickgelu_\d+",
-                                {**_BASE, "patch_size": 32}, act="quick_gelu", classifies=False),
-    "clip_vision_model, gelu": Family(r"vit_[a-z]+_patch\d+_clip_\d+", {**_BASE, "patch_size": 32},
-                                      classifies=False),
-    "siglip_vision_model": Family(r"vit_\w+_patch\d+_siglip_\d+", _BASE,
-                                  act="gelu_pytorch_tanh", classifies=False),
+    "dinov2": Family(r"vit_[a-z]+_patch14_dinov2", _DINOV2, classifies=False),
+    "dinov2_with_registers": Family(r"vit_[a-z]+_patch14_reg4_dinov2", _DINOV2, classifies=False),
+    "dinov3_vit": Family(r"vit_\w+_patch16_dinov3", _DINOV3, classifies=False),
+    "clip_vision_model": Family(r"vit_[a-z]+_patch\d+_clip_\w+", _CLIP, classifies=False),
+    "siglip_vision_model": Family(r"vit_\w+_patch\d+_siglip_\d+", _SIGLIP, classifies=False),
     "pvt": Family(r"pvt_[a-z]+", _PYRAMID, PYRAMID),
     "pvt_v2": Family(r"pvt_v2_b\d(_li)?", _PYRAMID, PYRAMID),
 }
@@ -123,21 +121,11 @@ def _of_transformers(config):
     config, kind = {**config["vision_config"]}, f"{kind}_vision_model"
   elif architectures[0] == "CLIPVisionModelWithProjection":
     projection = config.get("projection_dim", 512)
-  if kind == "dinov3_vit" and config.get("use_gated_mlp"):
-    kind += ", gated"
-  if kind == "clip_vision_model" and config.get("hidden_act", "quick_gelu") != "quick_gelu":
-    kind += ", gelu"
   if kind not in FAMILIES:
     raise ValueError(f"no model here is of model_type {kind!r}")
   family = FAMILIES[kind]
-  sizes = {**family.defaults, **config}
-  if (act := config.get("hidden_act", family.act)) != family.act:
-    raise ValueError(f"its hidden_act is {act!r}, which no model here of model_type "
-                     f"{config['model_type']!r} has")
-  if "mlp_ratio" not in sizes and "intermediate_size" in sizes:
-    sizes["mlp_ratio"] = sizes["intermediate_size"] / sizes["hidden_size"]
-  if config.get("use_swiglu_ffn"):
-    sizes.pop("mlp_ratio", None)   # of which theirs takes two thirds, as our variant does
+  sizes = {**_BASE, **family.defaults, **config}
+  sizes |= _ffn(sizes)
   name, fields = _nearest(family, {ours: _plain(ours, sizes[theirs])
                                    for theirs, ours in family.words.items() if theirs in sizes})
   labels = config.get("id2label") or {}
@@ -149,6 +137,21 @@ def _of_transformers(config):
   return Told(name, fields, _names(classes) if has_classifier else None)
 
 
+def _ffn(sizes) -> dict[str, Any]:
+  """Activation and width of the FFN as our models have them."""
+  act, width = sizes.get("hidden_act", "gelu"), sizes.get("hidden_size")
+  if sizes.get("use_swiglu_ffn"):   # DINOv2: two thirds of the width, in multiples of 8
+    hidden = -(-int(int(width * sizes["mlp_ratio"]) * 2 / 3) // 8) * 8
+    return {"act": "swiglu", "mlp_ratio": hidden / width}
+  if sizes.get("use_gated_mlp") and act == "silu":
+    return {"act": "swiglu", "mlp_ratio": sizes["intermediate_size"] / width}
+  if act not in ACTS or sizes.get("use_gated_mlp"):
+    raise ValueError(f"its hidden_act is {act!r}, which no model here of model_type "
+                     f"{sizes['model_type']!r} has")
+  own = {} if "mlp_ratio" in sizes else {"mlp_ratio": sizes["intermediate_size"] / width}
+  return {"act": ACTS[act], **own}
+
+
 def _nearest(family, sizes):
   """The named model that differs in the fewest sizes, and in which."""
   found = {}
@@ -156,12 +159,18 @@ def _nearest(family, sizes):
     if re.fullmatch(family.models, name):
       known = fields_of(create_model(name))
       found[name] = {key: value for key, value in sizes.items()
-                     if key in known and not np.array_equal(known[key], value)}
+                     if key in known and not _same(known[key], value)}
   if not found:
     raise ValueError(f"no model here is called {family.models}")
   name = min(found, key=lambda name: len(found[name]))
   create_model(name, **found[name])
   return name, found[name]
+
+
+def _same(one, other) -> bool:
+  """Ratios are written in five digits."""
+  both = isinstance(one, float) and isinstance(other, (int, float))
+  return bool(np.isclose(one, other, rtol=1e-4, atol=0) if both else np.array_equal(one, other))
 
 
 def _plain(field, value):

@@ -135,7 +135,7 @@ def transformers_cases():
                         {**OURS, "num_classes": 0}, hf.Dinov2Model, hf.Dinov2Config(**DINO), hidden,
                         small("vit_small_patch14_dinov2", num_classes=0), tokens)
   yield of_transformers("transformers DINOv2 with SwiGLU", "vit_giant_patch14_dinov2",
-                        {**OURS, "num_classes": 0, "mlp_ratio": 2.66667 * 2}, hf.Dinov2Model,
+                        {**OURS, "num_classes": 0, "mlp_ratio": 64 / 24}, hf.Dinov2Model,
                         hf.Dinov2Config(**{**DINO, "mlp_ratio": 4}, use_swiglu_ffn=True), hidden,
                         small("vit_giant_patch14_dinov2", num_classes=0, mlp_ratio=2.66667 * 2),
                         tokens)
@@ -150,8 +150,10 @@ def transformers_cases():
                                   hidden_act="silu" if gated else "gelu")
       name = f"vit_small{'_plus' * gated}_patch16_dinov3{'_qkvb' * bias}"
       yield of_transformers(
-          f"transformers DINOv3{' gated' * gated}{' with biases' * bias}", name,
-          {**OURS, "num_classes": 0}, hf.DINOv3ViTModel, config, hidden,
+          f"transformers DINOv3{' gated' * gated}{' with biases' * bias}",
+          name.removesuffix("_qkvb"),
+          {**OURS, "num_classes": 0, **({"qkv_bias": True} if bias else {})},
+          hf.DINOv3ViTModel, config, hidden,
           small(name, num_classes=0), tokens)
   clip = hf.CLIPConfig(text_config=TEXT, vision_config={**SIZES, "projection_dim": 7},
                        projection_dim=7)
@@ -168,7 +170,7 @@ def transformers_cases():
                         small("vit_base_patch16_clip_224", num_classes=0), call)
   siglip = hf.SiglipConfig(text_config={**TEXT, "projection_size": WIDTH}, vision_config=SIZES)
   yield of_transformers("transformers SigLIP", "vit_base_patch16_siglip_224",
-                        {**OURS, "num_classes": 0}, hf.SiglipModel, siglip,
+                        {**OURS, "num_classes": 0, "act": "gelu_tanh"}, hf.SiglipModel, siglip,
                         lambda model, x: pooled(model.get_image_features(pixel_values=x)),
                         small("vit_base_patch16_siglip_224", num_classes=0,
                               act_layer="gelu_tanh"), call)
@@ -252,7 +254,8 @@ def google_cases():
   rows = (("Google vision_transformer", "vit_tiny_patch16_224", fields, old | extra, {}),
           ("Google big_vision, scanned", "vit_tiny_patch16_224", fields,
            google_shapes("params/", True, 0, 0, 1, "pos_embedding"), {}),
-          ("Google big_vision SigLIP", "vit_base_patch16_siglip_224", {**fields, "num_classes": 0},
+          ("Google big_vision SigLIP", "vit_base_patch16_siglip_224",
+           {**fields, "num_classes": 0, "act": "gelu_tanh"},
            map_head_shapes(), {"num_classes": 0, "act_layer": "gelu_tanh"}))
   for name, model, ours, shapes, changes in rows:
     state, reference = drawn_state(shapes), small(model, **changes)
@@ -270,8 +273,9 @@ def by_timm(name, model, ours, shapes, output, convert, **changes):
   reference.load_state_dict({key: value for key, value in given.items()
                              if not key.startswith("decoder")})
   with torch.no_grad():
-    return Case(name, model, ours, state, output(reference, images()), small(model, **changes),
-                output)
+    wanted = output(reference, images())
+  return Case(name, model.removesuffix("_qkvb"), ours, state, wanted, small(model, **changes),
+              output)
 
 
 def block_shapes(gated=(), layer_scale=None, chunk=False, depth=DEPTH):
@@ -304,7 +308,7 @@ def authors_cases():
                 tokens, timms, num_classes=0)
   swiglu = (("w12", (128, w)), ("w3", (w, 64)))
   yield by_timm("DINOv2 with SwiGLU and registers", "vit_giant_patch14_reg4_dinov2",
-                {**features, "mlp_ratio": 2.66667 * 2},
+                {**features, "mlp_ratio": 64 / 24},
                 ends | positions | block_shapes(swiglu, "ls{}.gamma")
                 | {"mask_token": (1, w), "register_tokens": (1, 4, w)},
                 tokens, timms, num_classes=0, mlp_ratio=2.66667 * 2)
@@ -312,7 +316,7 @@ def authors_cases():
     ffn = (("w1", (2 * w, w)), ("w2", (2 * w, w)), ("w3", (w, 2 * w))) if gated else ()
     name = f"vit_small{'_plus' * gated}_patch16_dinov3_qkvb"
     masks = {f"blocks.{i}.attn.qkv.bias_mask": (3 * w,) for i in range(DEPTH)}
-    yield by_timm(f"DINOv3{' gated' * gated}", name, features,
+    yield by_timm(f"DINOv3{' gated' * gated}", name, {**features, "qkv_bias": True},
                   ends | block_shapes(ffn, "ls{}.gamma") | masks
                   | {"mask_token": (1, w), "storage_tokens": (1, 4, w), "rope_embed.periods": (2,)},
                   tokens, eva.checkpoint_filter_fn, num_classes=0)

@@ -119,9 +119,9 @@ def test_a_config_of_transformers_tells_model_and_sizes(name):
 def test_published_configs_tell_published_models():
   base = {"model_type": "vit", "architectures": ["ViTForImageClassification"], "hidden_size": 768,
           "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
-          "image_size": 384, "id2label": {"1": "b", "0": "a"}, "hidden_act": "gelu"}
+          "image_size": 320, "id2label": {"1": "b", "0": "a"}, "hidden_act": "gelu"}
   told = foreign_config.of(base)
-  assert told == ("vit_base_patch16_224", {"image_size": 384, "num_classes": 2}, ["a", "b"])
+  assert told == ("vit_base_patch16_224", {"image_size": 320, "num_classes": 2}, ["a", "b"])
   assert foreign_config.of({"model_type": "vit", "architectures": ["ViTModel"]}) == (
       "vit_base_patch16_224", {"num_classes": 0}, None)
   timm = {"architecture": "deit_small_patch16_224", "num_classes": 3, "global_pool": "avg",

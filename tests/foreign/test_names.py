@@ -66,7 +66,8 @@ def test_whose_names_and_what_was_left_out_is_told(name):
   if case.model in vc.list_models():
     model = vc.create_model(case.model, **case.fields)
     lines = convert.read_state_dict(model, case.state).lines()
-    whose = {"transformers": "transformers'", "Google": "Google's", "MAE": "MAE's"}
+    whose = {"transformers": "transformers'", "Google": "Google's", "MAE": "MAE's",
+             "CLIP": "CLIP's", "DINOv3": "DINOv3's"}
     assert f"names: {whose[name.split()[0]]}, read as timm's" in lines
     for what in LEFT[name]:
       assert any(line.startswith(f"left out, {what}: ") for line in lines)
