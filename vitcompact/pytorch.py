@@ -144,7 +144,7 @@ def _read_pickled(path, ignore_records, allow):
 def _another_record(path, said: str, records, ignore_records) -> bool:
   """Whether reading may go on: with one more class that is stood for, or one as another kind."""
   odd = re.search(r"[Cc]an only (SETITEM|append|extend).* got <class 'stands for\.([\w.]+)'", said)
-  if odd and odd[2] in records:
+  if odd and records.get(odd[2], Dict).__mro__[1] is Record:
     records[odd[2]] = stand_in(odd[2], Dict if odd[1] == "SETITEM" else List)[0]
     return True
   found = re.search(r"Unsupported global: GLOBAL ([\w.]+)", said)

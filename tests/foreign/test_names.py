@@ -125,3 +125,21 @@ def test_a_value_of_others_that_is_no_weight_is_named_as_they_name_it():
   with pytest.raises(ValueError, match=rf"^{name} is int8, not an array of floating point"):
     vc.from_torch(vc.create_model(case.model, **case.fields),
                   {**case.state, name: case.state[name].astype(np.int8)})
+
+
+@pytest.mark.parametrize("name", ["transformers DINOv2 with registers",
+                                  "DINOv2 with SwiGLU and registers"])
+def test_with_registers_the_class_tokens_position_becomes_a_part_of_it(name):
+  case = CASES[name]
+  cls, positions = (next(value for key, value in case.state.items() if key.endswith(ends))
+                    for ends in ("cls_token", ("pos_embed", "position_embeddings")))
+  got = found(case).state
+  np.testing.assert_array_equal(got["cls_token"], cls + positions[:, :1])
+  np.testing.assert_array_equal(got["pos_embed"], positions[:, 1:])
+
+
+def test_two_tensors_for_one_part_are_refused():
+  case = CASES["transformers ViT without classifier"]
+  other = case.state["encoder.layer.0.attention.attention.query.weight"]
+  with pytest.raises(ValueError, match=r"two tensors of one name, .*are both blocks.0.attn.qkv"):
+    found(case, {**case.state, "layers.0.attention.q_proj.weight": other})
