@@ -181,9 +181,20 @@ def test_all_that_does_not_fit_is_listed_at_once():
 
 def test_another_classifier_is_refused_until_asked_for():
   run = plain()
-  for classes in (3, 0):
-    with pytest.raises(ValueError, match="pass reset_head"):
-      vc.from_torch(run.model.clone(num_classes=classes), run.state)
+  count = run.model.num_classes
+  with pytest.raises(ValueError, match=rf"it has {count} classes, the model 3: create the model "
+                     rf"with num_classes={count} .*or pass reset_head \(--reset-head\) to keep"):
+    vc.from_torch(run.model.clone(num_classes=3), run.state)
+  without = {name: value for name, value in run.state.items() if not name.startswith("head")}
+  with pytest.raises(ValueError, match=r"num_classes=0 .* to have features, or pass reset_head"):
+    vc.from_torch(run.model, without)
+
+
+def test_a_model_without_classes_leaves_the_classifier_out():
+  run = plain()
+  loaded = convert.read_state_dict(run.model.clone(num_classes=0), run.state)
+  assert loaded.lines() == ["dropped: head.weight, head.bias"]
+  assert "head" not in loaded.variables["params"]
 
 
 def test_a_checkpoint_of_another_model_is_recognised():

@@ -15,7 +15,8 @@ BASE = {"trees", "settings", "kernels", "torch_names", "token_state", "attention
 MODELS = BASE | {"methods", "plan", "execution", "block", "models"}
 VERBS = {"calibration", "compact", "fold", "verify", "count", "features", "convert", "receipt",
          "preprocess", "bench", "latency", "measure", "planner", "report", "doors", "export",
-         "tune", "files", "fit", "foreign", "compare", "draw", "pytorch"}
+         "tune", "files", "fit", "foreign", "foreign_config", "foreign_names", "foreign_rules",
+         "foreign_tensors", "compare", "draw", "pytorch"}
 # room -> the rooms it may import, besides itself. A room is a file or a folder of vitcompact/.
 MAY = {
     "trees": set(), "settings": set(), "kernels": set(), "torch_names": set(),
@@ -36,6 +37,7 @@ MAY = {
 }
 # What loops over methods, and knows none.
 CORE = ["plan.py", "block.py", "execution.py", "convert.py", "fit.py", "foreign.py", "files.py",
+        "foreign_config.py", "foreign_names.py", "foreign_rules.py", "foreign_tensors.py",
         "count.py", "calibration.py", "compact.py", "measure.py", "planner.py", "report.py",
         "fold.py",
         "methods/protocol.py", "methods/surgery.py",

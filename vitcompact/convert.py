@@ -1,5 +1,6 @@
 """Weights that travel: PyTorch state dicts to our variables and back, and files of our own."""
 import json
+import types
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ from vitcompact.files import (
 )
 from vitcompact.fit import MANY, check_fit, closest_model
 from vitcompact.foreign import CONTAINERS
+from vitcompact.foreign_rules import renamed
+from vitcompact.foreign_tensors import is_float, is_tensor, to_float32
 from vitcompact.models import create_model, fields_of
 from vitcompact.plan import Plan, upgraded
 from vitcompact.torch_names import (
@@ -43,6 +46,8 @@ class Loaded(NamedTuple):
   dropped: counters and records. outside: tensors beside the network that was taken. container: the
   set of weights that was taken, "" if the checkpoint is one; containers: all that there are.
   prefix: what was taken off the names. adapted: kernels of RGB made for other channels.
+  source: whose the names were, where not timm's or the authors'; left: {what: names} that such
+  files hold besides, such as a text encoder.
   """
   variables: dict[str, Any]
   dropped: list[str]
@@ -53,6 +58,8 @@ class Loaded(NamedTuple):
   prefix: str = ""
   outside: Sequence[str] = ()
   adapted: Sequence[str] = ()
+  source: str = ""
+  left: Mapping[str, Sequence[str]] = types.MappingProxyType({})
 
   def lines(self) -> list[str]:
     """What was done, to print: a line for each thing that was."""
@@ -61,8 +68,11 @@ class Loaded(NamedTuple):
     if self.container or others:
       lines.append(f"weights: {self.container or 'without a container'}" + (
           f", not {trees.some(others)} (--weights chooses)" if others else ""))
+    if self.source:
+      lines.append(f"names: {self.source}, read as timm's")
     if self.prefix:
       lines.append(f"prefix taken off the names: {self.prefix}")
+    lines += [f"left out, {what}: {trees.some(names, 2)}" for what, names in self.left.items()]
     for what, names in (("dropped", self.dropped), ("left out, no part of the model", self.outside),
                         ("resized", self.resized), ("made for other channels", self.adapted),
                         ("initialised anew", self.reset)):
@@ -76,11 +86,13 @@ def from_torch(model: nn.Module, state_dict: Mapping[str, Any], *, reset_head: b
 
   Args:
     model: dense, or a folded compact DeiT.
-    state_dict: {name: array or torch tensor}, under timm's names or the authors'. Containers such
+    state_dict: {name: array or torch tensor}, under timm's names, the authors', or those of
+      `foreign_names.SOURCES`: transformers, torchvision, CLIP, Google's .npz, ... Containers such
       as {"model": ...} are opened, and a prefix of the names such as "module." or "backbone." is
       taken off where they then fit. Half precision becomes float32; integers that are no weights,
-      such as counters, are left out.
-    reset_head: initialise the classifiers anew, whatever the state dict has for them.
+      such as counters, are left out, and so is a classifier where the model has num_classes=0.
+    reset_head: initialise the classifiers anew, whatever the state dict has for them: for another
+      number of classes.
     weights: which container, if there are several: "model_ema", "model", "teacher", ... The
       default is timm's, averages first, and warns that there was a choice.
     allow_nonfinite: take weights that are NaN or infinite.
@@ -138,15 +150,18 @@ def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False,
                                    least=len(wanted) // 4)
   state, got = _with_timm_names(timm_names, found.state), _shapes_of(found.state)
   reset = [name for name in heads if reset_head and name in wanted]
+  without_head = reset_head or not model.num_classes
   dropped = [name for name, value in state.items() if name.endswith("num_batches_tracked")
-             or (name not in wanted and not foreign.is_float(value))]
-  dropped += [name for name in heads if reset_head and name in state.keys() - wanted.keys()]
-  outside = [name for name, value in found.outside.items() if foreign.is_float(value)]
+             or (name not in wanted and not is_float(value))]
+  dropped += [name for name in heads if without_head and name in state.keys() - wanted.keys()]
+  outside = [name for name, value in found.outside.items() if is_float(value)]
   dropped += [name for name in found.outside if name not in outside]
   what = "the state dict"
   if len(containers) > 1:
     what = f"{found.name!r}, of the sets of weights {trees.some(containers)},"
-  arrays = {name: foreign.to_float32(name, value) for name, value in state.items()
+  if found.source:
+    what += f" (names {found.source}, read as timm's)"
+  arrays = {name: to_float32(name, value) for name, value in state.items()
             if name in wanted and name not in reset}
   if not allow_nonfinite:
     trees.check_finite(what, arrays)
@@ -164,7 +179,7 @@ def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False,
   check_fit(what, model, _shapes_of(arrays) | unexpected, wanted, heads, got)
   variables = trees.nested(leaves_of(entries, arrays, flat_shapes))
   return Loaded(variables, dropped, resized, reset, found.name, containers, found.prefix, outside,
-                adapted)
+                adapted, found.source, found.left)
 
 
 def resized(model: nn.Module, variables, **sizes) -> tuple[nn.Module, dict[str, Any]]:
@@ -351,14 +366,14 @@ def _check_variables(model, variables, shapes):
 
 def _shapes_of(state):
   return {name: tuple(np.shape(value)) for name, value in state.items()
-          if foreign.is_tensor(value)}
+          if is_tensor(value)}
 
 
 def _with_timm_names(names, state):
   """Under timm's names, if more of the names are the authors': names = {authors': timm's}."""
   if len(names.keys() & state.keys()) <= len(set(names.values()) & state.keys()):
     return state
-  return foreign.renamed(state, lambda name: names.get(name, name))
+  return renamed(state, lambda name: names.get(name, name))
 
 
 def _adapt_channels(model, arrays, wanted) -> list[str]:

@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,10 @@ CONVERT = "vitcompact convert"   # the command that makes our files of others'
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 DIGEST = "sha256"                           # its key in a file's metadata
 PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl")
+INDEX = ".index.json"   # ends the name of a file that tells which tensors are in which files
+# What transformers, timm and open_clip call their weights in a directory, the preferred first.
+USUAL = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json",
+         "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 KINDS = {
     "pytorch": "a PyTorch file", "npz": "a NumPy .npz file", "zip": "a zip archive",
     "hdf5": "an HDF5 file", "gzip": "compressed by gzip", "empty": "empty",
@@ -115,6 +120,52 @@ def checked_classes(classes, count: int) -> list[str]:
   return list(classes)
 
 
+def weights_in(path) -> pathlib.Path:
+  """The file of weights, or the index of several, that a path stands for: itself, or in a directory
+  the one of a usual name or the only one.
+
+  Raises ValueError where a directory leaves the choice open, or where a file is one of several.
+  """
+  path = _path(path, "the path of a file")
+  if path.is_dir():
+    usual = [path / name for name in USUAL if (path / name).is_file()]
+    inside = _weights_inside(path)
+    if usual or len(inside) == 1:
+      return usual[0] if usual else path / inside[0]
+    has = f"choose one: {trees.some(inside)}" if inside else "no file of weights is in it"
+    raise ValueError(f"{path} is a directory, not a file of weights; {has}")
+  if (shard := re.fullmatch(r"(.+)-\d+-of-(\d+)(\.\w+)", path.name)) and int(shard[2]) > 1:
+    index = path.with_name(f"{shard[1]}{shard[3]}{INDEX}")
+    if index.is_file():
+      raise ValueError(f"{path} is one of {int(shard[2])} files of one model; give {index}")
+  return path
+
+
+def shards_of(index) -> dict[str, list[str]]:
+  """{name of a file beside an index: names of its tensors}."""
+  index = _path(index, "the path of an index")
+  try:
+    files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+  except FileNotFoundError:
+    raise FileNotFoundError(f"{index}: no such file") from None
+  except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    raise ValueError(f"{index} is no index of weights, {{'weight_map': {{tensor: file}}}}: "
+                     f"{type(error).__name__} {error}") from None
+  shards = {}
+  for tensor, file in files:
+    if not isinstance(file, str) or file in ("", ".", "..") or pathlib.PurePath(file).name != file:
+      raise ValueError(f"{index}: {tensor} is in {str(file)[:60]!r}, which names no file beside it")
+    shards.setdefault(file, []).append(tensor)
+  if not shards:
+    raise ValueError(f"{index}: its weight_map is empty")
+  return shards
+
+
+def _weights_inside(path) -> list[str]:
+  return [p.name for suffix in (".safetensors", ".npz", *PICKLED)
+          for p in sorted(path.glob(f"*{suffix}")) if p.is_file()]
+
+
 def kind_of(path) -> str:
   """What a file is, by its first bytes and then its suffix: "safetensors" or a key of `KINDS`.
 
@@ -122,8 +173,7 @@ def kind_of(path) -> str:
   """
   path = _path(path, "the path of a file")
   if path.is_dir():
-    inside = [p.name for suffix in (".safetensors", ".npz", *PICKLED)
-              for p in sorted(path.glob(f"*{suffix}")) if p.is_file()]
+    inside = _weights_inside(path)
     has = f"in it: {trees.some(inside)}" if inside else "no file of weights is in it"
     raise ValueError(f"{path} is a directory, not a file of weights; {has}")
   if not path.is_file():

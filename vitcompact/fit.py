@@ -55,7 +55,7 @@ def _hints(model, missing, unexpected, misshapen, shapes, wanted, heads) -> list
                  f"(--global-pool {pool})")
     wrong -= {f"{name}.{leaf}" for name in (own, other) for leaf in ("weight", "bias")}
   if wrong and wrong <= set(heads):
-    hints.append("pass reset_head (--reset-head) to initialise another classifier")
+    hints.append(_about_classes(misshapen, shapes, wanted))
   tied = {entry.torch for entry in model.torch_entries()
           if entry.positions is not None and entry.positions.tied}
   if tied & set(misshapen):
@@ -67,6 +67,17 @@ def _hints(model, missing, unexpected, misshapen, shapes, wanted, heads) -> list
       hints.append(f"{name} is for images of {got[1]} channels: create the model with "
                    f"in_chans={got[1]}; only kernels of 3 are made for others")
   return hints
+
+
+def _about_classes(misshapen, shapes, wanted):
+  """Where all but a classifier fits: whether it is of other classes or none is there."""
+  rest = "pass reset_head (--reset-head) to keep all but the classifier, which is initialised anew"
+  for name in misshapen:
+    if shapes[name][1:] == wanted[name][1:] and shapes[name][:1] != wanted[name][:1]:
+      there, here = shapes[name][0], wanted[name][0]
+      return (f"it has {there} classes, the model {here}: create the model with "
+              f"num_classes={there} (--num-classes {there}), or {rest}")
+  return f"create the model with num_classes=0 (--num-classes 0) to have features, or {rest}"
 
 
 def closest_model(shapes: Mapping[str, tuple[int, ...]], better_than: float = 0.0) -> str | None:

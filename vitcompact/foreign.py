@@ -3,14 +3,13 @@ import os
 import re
 import types
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
-
-import jax.numpy as jnp
-import numpy as np
 
 from vitcompact import trees
 from vitcompact.files import CONVERT
+from vitcompact.foreign_rules import renamed, translated
+from vitcompact.foreign_tensors import is_tensor
 
 # Where checkpoints keep weights, the preferred first: averages before what is averaged, as timm.
 CONTAINERS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "params_ema",
@@ -18,19 +17,11 @@ CONTAINERS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema
               "teacher", "student")
 OUTER = ("module.", "_orig_mod.")   # what data parallel and compiled models put before each name
 INNER = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")   # or within one
-# Whose names: pattern, owner, what to do.
-_TIMM = ("timm has the same weights under names that are read here: "
-         "timm.create_model(NAME, pretrained=True).state_dict()")
+# Names that are not read: pattern, owner, what to do. Those that are stand in `foreign_names`.
 OWNERS = (
-    (r"(^|/)(Transformer/encoderblock_\d+|Transformer/encoder_norm|embedding)/",
-     "Google's (the .npz of its vision_transformer)",
-     "timm reads it: timm.create_model(NAME, checkpoint_path='FILE.npz').state_dict()"),
-    (r"(^|\.)(embeddings\.(cls_token|patch_embeddings|position_embeddings)|"
-     r"encoder\.(layer|block)\.\d.*\.(attention|layernorm_before|layer_norm_1)\.|"
-     r"encoder\.patch_embeddings\.)", "transformers'", _TIMM),
-    (r"(^|\.)encoder\.layers\.encoder_layer_\d+\.", "torchvision's", _TIMM),
-    (r"(^|\.)transformer\.resblocks\.\d+\.", "CLIP's", _TIMM),
-    (r"(^|\.)layers\.\d+\.(ln1|ffn\.layers)\.", "OpenMMLab's", _TIMM),
+    (r"(^|\.)layers\.\d+\.(ln1|ffn\.layers)\.", "OpenMMLab's",
+     "timm has the same weights under names that are read here: "
+     "timm.create_model(NAME, pretrained=True).state_dict()"),
     (r"^params/.*/kernel$", "vitcompact's own", "vitcompact.load reads the file that has them"),
 )
 
@@ -40,12 +31,15 @@ class Weights(NamedTuple):
 
   name: where it is, such as "model_ema" or "state_dict.teacher"; "" for the checkpoint itself.
   state: {name: value}. prefix: taken off the names. outside: {name: value} left out, which neither
-  have the prefix nor are a model's.
+  have the prefix nor are a model's. source: whose the names were, where not timm's or the authors';
+  left: {what: names} that were left out with them, such as a text encoder's.
   """
   name: str
   state: dict[str, Any]
   prefix: str = ""
   outside: Mapping[str, Any] = types.MappingProxyType({})
+  source: str = ""
+  left: Mapping[str, Sequence[str]] = types.MappingProxyType({})
 
 
 def find(checkpoint, known: set[str], choice: str | None = None, *,
@@ -60,8 +54,11 @@ def find(checkpoint, known: set[str], choice: str | None = None, *,
     least: how many known names a prefix has to stand before to be taken off.
   """
   _check_given(checkpoint)
-  groups = [group for path, state in _states(checkpoint)
-            for group in _groups(path, state, known, least)]
+  groups = []
+  for path, state in _states(checkpoint):
+    new = translated(state, known)
+    groups += [(hits, weights._replace(source=new.source, left=new.left))
+               for hits, weights in _groups(path, new.state, known, least)]
   if not groups:
     raise ValueError(f"no tensors in the checkpoint, only {_contents(checkpoint)}; wanted: "
                      "{name: array}")
@@ -77,47 +74,6 @@ def find(checkpoint, known: set[str], choice: str | None = None, *,
     raise ValueError(f"several sets of weights in the checkpoint, {trees.some(names)}; choose one, "
                      f"as in weights={first.name!r}")
   return first, names
-
-
-def is_tensor(value) -> bool:
-  """Whether a value is an array, not a record such as an epoch, an accuracy or the decay of an
-  average: no parameter of a model is a single number."""
-  return hasattr(value, "dtype") and bool(getattr(value, "shape", ()))
-
-
-def is_float(value) -> bool:
-  """Whether a value is a tensor of floating point numbers, NumPy's, JAX's or PyTorch's."""
-  if not is_tensor(value):
-    return False
-  if hasattr(value, "is_floating_point"):
-    return bool(value.is_floating_point())
-  return jnp.issubdtype(value.dtype, jnp.floating)
-
-
-def to_float32(name: str, value) -> np.ndarray:
-  """A tensor's values; ValueError, one line, where it is none or has to be converted first."""
-  if not is_tensor(value):
-    raise ValueError(f"{name} is a {type(value).__name__}, not an array of floating point numbers")
-  if getattr(value, "is_quantized", False):
-    raise ValueError(f"{name} is quantized, not an array of floating point numbers; pass "
-                     "{name: tensor.dequantize()}")
-  if "sparse" in str(getattr(value, "layout", "")):
-    raise ValueError(f"{name} is sparse; pass {{name: tensor.to_dense()}}")
-  if getattr(value, "is_meta", False):
-    raise ValueError(f"{name} is on the meta device, without values; load them first")
-  if not is_float(value):
-    raise ValueError(f"{name} is {value.dtype}, not an array of floating point numbers; quantized "
-                     "weights have to be dequantized first")
-  try:
-    # NumPy has no bfloat16 of PyTorch's, and takes nothing with a gradient or from another device.
-    if hasattr(value, "detach"):
-      value = value.detach().cpu().float().numpy()
-    with np.errstate(over="ignore"):   # to infinity, which is looked for
-      return np.asarray(value).astype(np.float32, copy=False)
-  except Exception as error:  # of whatever library the tensor is
-    reason = str(error).split("\n")[0]
-    raise ValueError(f"{name}, a {type(value).__name__} of {value.dtype}, cannot become a NumPy "
-                     f"array: {reason}") from error
 
 
 def whose(names) -> str | None:
@@ -169,18 +125,6 @@ def _states(mapping, path=()):
       yield from _states(value, (*path, key))
 
 
-def renamed(state: Mapping[str, Any], rename) -> dict[str, Any]:
-  """{rename(name): value}; ValueError where two names become one."""
-  out, origin = {}, {}
-  for name, value in state.items():
-    new = rename(name)
-    if new in out:
-      raise ValueError(f"two tensors of one name, {origin[new]!r} and {name!r} are both {new}; "
-                       "take one out")
-    out[new], origin[new] = value, name
-  return out
-
-
 def _bare(name):
   for wrapper in INNER:
     name = re.sub(rf"(^|\.){re.escape(wrapper)}", r"\1", name)
@@ -205,12 +149,20 @@ def _groups(path, state, known, least):
               if name.startswith(prefix)}
     others = [name for name in state if not name.startswith(tuple(prefixes))]
     # A classifier, say, beside the backbone.
-    beside = {name: state[name] for name in others if name in known and name not in inside}
+    beside = {name: full for full in others for name in _below(full, prefix)
+              if name in known and name not in inside}
     parts = [part for part in prefix.split(".") if part and f"{part}." not in OUTER]
     out.append((hits[prefix], Weights(
-        ".".join([*path, *parts] if len(prefixes) > 1 else path), {**inside, **beside}, prefix,
-        {name: state[name] for name in others if name not in beside})))
+        ".".join([*path, *parts] if len(prefixes) > 1 else path),
+        inside | {name: state[full] for name, full in beside.items()}, prefix,
+        {name: state[name] for name in others if name not in beside.values()})))
   return out
+
+
+def _below(name, prefix):
+  """A name without each prefix of the prefix: what a network beside the backbone calls it."""
+  ends = [0, *(found.end() for found in re.finditer(r"\.", prefix))]
+  return [name[end:] for end in ends if name.startswith(prefix[:end])]
 
 
 def _prefixes(name, known):

@@ -7,6 +7,7 @@ import pytest
 
 import vitcompact as vc
 from configs import compact_digits
+from vitcompact import trees
 from vitcompact.methods.ffn import cffn
 from vitcompact.run import loop, path
 from vitcompact.train import config as configs
@@ -129,6 +130,22 @@ def test_without_distilling_nothing_is_trained(walked, tmp_path, monkeypatch):
   monkeypatch.setattr(path.loop, "train", lambda *_, **__: pytest.fail("trained"))
   receipt = path.run(config, tmp_path, lambda line: None)
   assert [row.name for row in receipt.rows] == ["dense", "compacted", "deployed"]
+
+
+def test_the_path_starts_from_weights_of_others(walked, tmp_path):
+  """As if they had been converted first: nothing is measured again."""
+  for name in ("report.json", "report.html", "plan.json", "compact.safetensors"):
+    (tmp_path / name).write_bytes((walked[1] / name).read_bytes())
+  model, variables = vc.load(walked[1] / "dense" / "trained.safetensors")
+  np.savez(tmp_path / "theirs.npz", **{f"module.{name}": value for name, value in
+                                       vc.to_torch(model, variables).items()})
+  config, said = configs.complete(walked[0]), []
+  config.init_from = str(tmp_path / "theirs.npz")
+  begun = path.prepare(config, tmp_path, said.append)
+  assert begun.dense == tmp_path / "dense.safetensors" == path.pathlib.Path(
+      begun.config.teacher.file)
+  assert trees.digest(vc.load(begun.dense)[1]) == trees.digest(variables)
+  assert said[0] == f"dense model: {tmp_path / 'theirs.npz'} as dense.safetensors"
 
 
 @pytest.mark.parametrize("change,words", [

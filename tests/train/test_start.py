@@ -104,3 +104,23 @@ def test_a_file_that_does_not_fit_is_named_in_one_line(built, tmp_path):
   assert "\n" not in str(error.value)
   with pytest.raises((ValueError, OSError), match="nowhere"):
     start.load_variables("nowhere.safetensors", built.model, None)
+
+
+def test_weights_of_others_are_read_for_the_runs_model(built, tmp_path):
+  """A file, or a directory that holds one; as a start and as a teacher."""
+  model = built.model.clone(plan=vc.Plan())
+  variables = tiny.init(model)
+  state = {f"model.{name}": value for name, value in vc.to_torch(model, variables).items()}
+  path = tmp_path / "pytorch.npz"
+  np.savez(path, **state)
+  images = start.calibration_images(built.config, built.preprocess)
+  for name in (str(path), str(tmp_path)):
+    assert start.is_dense(name)
+    assert trees.digest(start.load_teacher(name, model)) == trees.digest(variables)
+  got = start.load_variables(str(path), built.model, lambda: images)
+  _, wanted = vc.compact(model, variables, built.model.plan, images=images)
+  assert trees.digest(got) == trees.digest(wanted)
+  np.savez(path, **{name: value for name, value in state.items() if "norm1" not in name})
+  with pytest.raises(ValueError, match=r"init_from=.*npz': the state dict does not fit") as error:
+    start.load_variables(str(path), built.model, None)
+  assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""vitcompact convert: PyTorch checkpoints to our files, and our models back to PyTorch."""
+"""vitcompact convert: others' checkpoints to our files, and our models back to PyTorch."""
 import click
 
 
@@ -29,7 +29,8 @@ def sides(ctx, option, value):
 @click.command(cls=Sizes)
 @click.argument("checkpoint")
 @click.option("--out", required=True, help="A name that ends in .safetensors.")
-@click.option("--model", help="What PyTorch's weights are of; see: vitcompact models.")
+@click.option("--model", help="What others' weights are of; see: vitcompact models. Without: "
+              "what config.json beside them tells.")
 @click.option("--image-size", callback=sides, metavar="PIXELS", help="A side, or height and width; "
               "position embeddings are interpolated to it.")
 @click.option("--patch-size", type=int, help="The patch embedding's kernel is resampled to it.")
@@ -43,13 +44,16 @@ def sides(ctx, option, value):
 @click.option("--allow-nonfinite", is_flag=True, help="Take NaN and infinity.")
 @click.option("--ignore-records", is_flag=True,
               help="Read a PyTorch file without its objects that are no tensors.")
-@click.option("--reset-head", is_flag=True, help="Initialise the classifier anew.")
+@click.option("--allow", multiple=True, metavar="CLASS", help="Read a PyTorch file without its "
+              "objects of this class, such as omegaconf.dictconfig.DictConfig.")
+@click.option("--reset-head", is_flag=True, help="Keep all but the classifier, and initialise that "
+              "anew, for another number of classes.")
 @click.option("--to-torch", is_flag=True, help="From our file to PyTorch's names.")
 @click.option("--names", type=click.Choice(["timm", "authors"]), default="timm", show_default=True,
               help="Of --to-torch: whose.")
 @click.option("--force", is_flag=True, help="Overwrite.")
 def convert(checkpoint, out, model, to_torch, names, force, classes, **options):
-  """Convert a PyTorch checkpoint to our format, or back, or to another size.
+  """Convert a checkpoint of others to our format, or back, or to another size.
 
   \b
   vitcompact convert deit.pth --model deit_small_patch16_224 --out deit.safetensors
@@ -61,11 +65,17 @@ def convert(checkpoint, out, model, to_torch, names, force, classes, **options):
   vitcompact convert trained.pth --model vit_small_patch16_224 --image-size 128 256 --in-chans 1 \\
       --global-pool avg --weights model_ema --dtype bfloat16 --out half.safetensors
 
-  Reads .safetensors, .npz, and .pth, .pt, .bin, .ckpt, .tar through torch (which has to be
-  installed), as weights only: a file that would run code is refused. A file that vitcompact wrote
-  needs no --model; it is converted for another size of images or patches (mask predictors keep
-  their rank), or goes --to-torch: a dense model under timm's or the authors' names, a folded
-  compact DeiT under names of our own.
+  vitcompact convert DIRECTORY --out mine.safetensors
+
+  CHECKPOINT is .safetensors, .npz, or .pth, .pt, .bin, .ckpt, .tar, which are read through torch
+  (which has to be installed) as weights only: a file that would run code is refused; or the index
+  of several files (model.safetensors.index.json), or a directory with weights and config.json.
+  Names may be timm's, the authors', transformers', torchvision's, CLIP's, or Google's of a .npz; or
+  those of training code: Lightning, averages, DINO, DINOv2, DINOv3, MAE, DeiT III.
+
+  A file that vitcompact wrote needs no --model; it is converted for another size of images or
+  patches (mask predictors keep their rank), or goes --to-torch: a dense model under timm's or the
+  authors' names, a folded compact DeiT under names of our own.
   """
   from vitcompact import pytorch
 

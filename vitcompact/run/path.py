@@ -2,6 +2,7 @@
 fold, verify, time. Each stage leaves a file in the workdir, and is passed over where that is there:
 
     dense/              a run of its own, where the config gives no file to start from
+    dense.safetensors   our file of others' weights, where it gives these
     report.json, .html  what `measure` found
     plan.json, plan.txt the plan and its reasons; edit plan.json to have another
     compact.safetensors the compacted model, where training begins
@@ -20,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import vitcompact as vc
-from vitcompact import convert, trees
+from vitcompact import convert, files, pytorch, trees
 from vitcompact.data import pipeline
 from vitcompact.data.classes import check_classes
 from vitcompact.models import fields_of
@@ -88,9 +89,12 @@ def prepare(config, directory: pathlib.Path, say=print, **options) -> Start:
   if directory.exists() and not directory.is_dir():
     raise ValueError(f"{directory} is a file; name a directory")
   directory.mkdir(parents=True, exist_ok=True)
-  dense = pathlib.Path(config.init_from)
   if not config.init_from:
     dense = train_dense(config, directory / "dense", say, **options)
+  elif pytorch.is_ours(dense := files.weights_in(config.init_from)):
+    pass
+  else:
+    dense = convert_dense(config, dense, directory / "dense.safetensors", say)
   if jax.process_index() == 0:
     fit(config, directory, dense, goal, say)
   processes.barrier("the model is compacted")
@@ -130,6 +134,19 @@ def train_dense(config, directory, say, **options) -> pathlib.Path:
   result = loop.train(first, directory, **options)
   report.report(result, directory)
   return path
+
+
+def convert_dense(config, path: pathlib.Path, out: pathlib.Path, say) -> pathlib.Path:
+  """Our file of others' weights, which have to be of the model and classes that a config asks for.
+  """
+  if jax.process_index() == 0:
+    model = asked_model(config)
+    loaded = convert.read_state_dict(model, pytorch.read_checkpoint(path))
+    convert.save(out, model, loaded.variables, force=True)
+    for line in [f"dense model: {path} as {out.name}", *loaded.lines()]:
+      say(line)
+  processes.barrier("the dense model is converted")
+  return out
 
 
 def fit(config, directory, dense: pathlib.Path, goal, say):
@@ -191,10 +208,7 @@ def check_dense(config, path: pathlib.Path, model):
   if model.plan != Plan() or model.deploy:
     raise ValueError(f"{path} holds plan={model.plan.to_json()}, deploy={model.deploy}: the path "
                      "starts from a dense, unfolded model")
-  sizes = config.model.to_dict()
-  names = pipeline.class_names(config.data.name)
-  wanted = vc.create_model(sizes.pop("name"), num_classes=pipeline.num_classes(config.data.name),
-                           **sizes)
+  names, wanted = pipeline.class_names(config.data.name), asked_model(config)
   free = {"drop_path_rate": 0.0, "dtype": "float32", "remat": False}
   free |= {"mix_token": False} if hasattr(model, "mix_token") else {}
   if wanted.clone(**free) != model.clone(**free, execution=wanted.execution):
@@ -203,6 +217,13 @@ def check_dense(config, path: pathlib.Path, model):
     raise ValueError(f"{path} holds {model.variant}, not what config.model and config.data ask for"
                      f": (there, asked for) are {other or wanted.variant}")
   check_classes(str(path), convert.classes_of(path), names, start.WAY_OUT)
+
+
+def asked_model(config):
+  """The dense model of a config and its data."""
+  sizes = config.model.to_dict()
+  return vc.create_model(sizes.pop("name"), num_classes=pipeline.num_classes(config.data.name),
+                         **sizes)
 
 
 def check_request(directory: pathlib.Path, request: dict):

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 
 import vitcompact as vc
-from vitcompact import convert, files, trees
+from vitcompact import convert, files, pytorch, trees
 from vitcompact.data import pipeline
 from vitcompact.data.classes import check_classes
 from vitcompact.doors import variable_shapes
@@ -15,39 +15,50 @@ WAY_OUT = (f"Use data of the same classes in the same order, or give the file an
 
 
 def load_variables(path: str, model, calibration, classes=None):
-  """Variables for `model` from a .safetensors file that `vitcompact convert` or a run wrote.
+  """Variables for `model` from a file that `vitcompact convert` or a run wrote, or from weights of
+  others, as `vitcompact convert` reads them.
 
   classes: names of the data's classes in order, which have to be the file's, if it has any.
   A dense model's are made compact for the model's plan, fitted on the images that `calibration()`
   returns (normalised).
   """
-  found, variables = _load(path)
   source = model
-  if found.plan == vc.Plan() and not found.deploy:
+  if is_dense(path):
     source = model.clone(plan=vc.Plan())
-  _check_fits(f"init_from={path!r}", found, variables, source)
-  check_classes(f"init_from={path!r}", convert.classes_of(path), classes, WAY_OUT)
+  variables = _fitting(f"init_from={path!r}", path, source, classes)
   if source == model:
     return variables
   return vc.compact(source, variables, model.plan, images=calibration())[1]
 
 
 def is_dense(path: str) -> bool:
-  """Whether a file is of a dense model."""
-  return _load(path)[0].plan == vc.Plan()
+  """Whether a file is of a dense model, as all of others are."""
+  path = files.weights_in(path)
+  if not pytorch.is_ours(path):
+    return True
+  found = convert.read_model(path)
+  return found.plan == vc.Plan() and not found.deploy
 
 
 def load_teacher(path: str, teacher, classes=None):
   """Variables of a teacher from such a file; classes: see `load_variables`."""
-  found, variables = _load(path)
-  _check_fits(f"teacher.file={path!r}", found, variables, teacher)
-  check_classes(f"teacher.file={path!r}", convert.classes_of(path), classes, WAY_OUT)
-  return variables
+  return _fitting(f"teacher.file={path!r}", path, teacher, classes)
 
 
-def _load(path: str):
+def _fitting(what: str, path: str, model, classes):
+  """Variables of a file, refused unless they are of this model and these classes."""
+  path = files.weights_in(path)
+  if not pytorch.is_ours(path):
+    try:
+      variables = pytorch.read_for(model, path)
+    except ValueError as error:
+      raise ValueError(f"{what}: {'; '.join(str(error).splitlines())}") from None
+    return jax.tree.map(jnp.asarray, variables)
   found, variables = convert.load(path)
-  return found, jax.tree.map(jnp.asarray, variables)
+  variables = jax.tree.map(jnp.asarray, variables)
+  _check_fits(what, found, variables, model)
+  check_classes(what, convert.classes_of(path), classes, WAY_OUT)
+  return variables
 
 
 def _check_fits(what: str, found, variables, model):

@@ -1,0 +1,50 @@
+"""The cases of references.json: others' state dicts, drawn, and what their models compute."""
+import functools
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tests.models import drawn
+
+REFERENCES = pathlib.Path(__file__).parent / "references.json"
+
+
+class Case(NamedTuple):
+  """model, fields: as `create_model` takes them. state: under their names. timm: {name: shape} of
+  timm's model, None where it has none. wanted: logits, features or tokens of `one_image`.
+  live: names in memory, where these are others than in files. config: transformers' own."""
+  name: str
+  model: str
+  fields: dict[str, Any]
+  state: dict[str, np.ndarray]
+  timm: dict[str, tuple[int, ...]] | None
+  wanted: np.ndarray
+  live: list[str]
+  config: dict[str, Any]
+
+
+def drawn_state(shapes) -> dict[str, np.ndarray]:
+  """Weights of these names and shapes. DINOv3's mask of biases is none: ones, for keys zeros."""
+  state = drawn.weights({name: tuple(shape) for name, shape in shapes.items()})
+  return state | {name: np.repeat(np.float32([1, 0, 1]), len(value) // 3)
+                  for name, value in state.items() if name.endswith("bias_mask")}
+
+
+def one_image(size: int) -> np.ndarray:
+  """(1, size, size, 3)."""
+  return drawn.images((size, size), 1)
+
+
+@functools.cache
+def cases() -> dict[str, Case]:
+  """{name: Case}."""
+  out = {}
+  for row in json.loads(REFERENCES.read_text()):
+    fields = {key: tuple(value) if isinstance(value, list) else value
+              for key, value in row["fields"].items()}
+    timm = row.get("timm") and {name: tuple(shape) for name, shape in row["timm"].items()}
+    out[row["name"]] = Case(row["name"], row["model"], fields, drawn_state(row["shapes"]), timm,
+                            np.array(row["wanted"]), row.get("live", []), row.get("config", {}))
+  return out

@@ -1,0 +1,263 @@
+"""Directories, indices and files of others: one call, or one line that says what is wrong."""
+import contextlib
+import json
+import re
+import sys
+import types
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import vitcompact as vc
+from tests import tiny
+from tests.cli import command
+from tests.foreign.cases import cases, one_image
+from vitcompact import convert, files, foreign_config, pytorch, trees
+from vitcompact.models import fields_of
+
+CASES = cases()
+VIT, NPZ = CASES["transformers ViT"], CASES["Google vision_transformer"]
+NAMES = ["tench", "goldfish", "shark", "ray", "cock"]
+TOLD = [name for name, case in CASES.items() if case.config and case.model in vc.list_models()]
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """A ViT of transformers in two shards of bfloat16, with its config."""
+  labels = {str(i): name for i, name in enumerate(NAMES)}
+  (tmp_path / "config.json").write_text(json.dumps({**VIT.config, "id2label": labels}))
+  names = sorted(VIT.state)
+  shards = {"model-00001-of-00002.safetensors": names[:20],
+            "model-00002-of-00002.safetensors": names[20:]}
+  for file, part in shards.items():
+    safetensors.numpy.save_file({name: VIT.state[name].astype(ml_dtypes.bfloat16)
+                                 for name in part}, tmp_path / file)
+  weight_map = {name: file for file, part in shards.items() for name in part}
+  (tmp_path / "model.safetensors.index.json").write_text(json.dumps(
+      {"metadata": {"total_size": 1}, "weight_map": weight_map}))
+  return tmp_path
+
+
+def refusal(call, *arguments, **options):
+  with pytest.raises((ValueError, OSError)) as error:
+    call(*arguments, **options)
+  assert "\n" not in str(error.value)
+  return str(error.value)
+
+
+def test_a_directory_of_transformers_is_converted_without_naming_the_model(folder, tmp_path):
+  out = tmp_path / "out.safetensors"
+  printed = command.succeeds("convert", folder, "--out", out).splitlines()
+  assert printed[0].startswith(f"{out}: vit_tiny_patch16_224, ")
+  assert printed[1].startswith("config.json: vit_tiny_patch16_224, width=24, depth=2, ")
+  assert printed[2:] == ["names: transformers', read as timm's",
+                         "prefix taken off the names: vit."]
+  model, variables = vc.load(out)
+  assert convert.classes_of(out) == NAMES
+  half = {name: value.astype(ml_dtypes.bfloat16) for name, value in VIT.state.items()}
+  assert trees.digest(variables) == trees.digest(vc.from_torch(model, half))
+  got = jax.jit(model.apply)(variables, one_image(32))
+  np.testing.assert_allclose(got, VIT.wanted, atol=0.05)
+  other = tmp_path / "other.safetensors"     # the index itself; other classes
+  printed = command.succeeds("convert", folder / "model.safetensors.index.json", "--num-classes", 3,
+                             "--reset-head", "--out", other)
+  assert "initialised anew: head.weight, head.bias" in printed
+  assert convert.classes_of(other) is None and vc.load(other)[0].num_classes == 3
+
+
+def test_a_shard_alone_names_its_index_and_what_is_missing_is_named(folder):
+  shard = folder / "model-00002-of-00002.safetensors"
+  said = refusal(pytorch.read_checkpoint, shard)
+  assert said == (f"{shard} is one of 2 files of one model; give "
+                  f"{folder}/model.safetensors.index.json")
+  safetensors.numpy.save_file({"classifier.bias": np.zeros(5)}, shard)
+  said = refusal(pytorch.read_checkpoint, folder)
+  assert said.startswith(f"{shard} holds no vit.") and "fetch both again" in said
+  shard.unlink()
+  said = refusal(pytorch.read_checkpoint, folder)
+  assert said.startswith(f"{shard}: no such file, but model.safetensors.index.json tells")
+
+
+@pytest.mark.parametrize("text, words", [
+    ("{", "is no index of weights"), ("[]", "is no index of weights"), ("{}", "KeyError"),
+    ('{"weight_map": {}}', "its weight_map is empty"), ('{"weight_map": 3}', "is no index"),
+    ('{"weight_map": {"a": "../b.safetensors"}}', "'../b.safetensors', which names no file beside"),
+    ('{"weight_map": {"a": "/etc/passwd"}}', "names no file beside it"),
+    ('{"weight_map": {"a": 3}}', "names no file beside it")])
+def test_an_index_that_tells_nothing_or_leads_elsewhere_is_refused(folder, text, words):
+  path = folder / "model.safetensors.index.json"
+  path.write_text(text)
+  said = refusal(pytorch.read_checkpoint, folder)
+  assert str(path) in said and words in said
+
+
+def test_the_usual_name_is_taken_in_a_directory_and_no_choice_is_made_otherwise(tmp_path):
+  assert "no file of weights is in it" in refusal(files.weights_in, tmp_path)
+  for name in ("b.safetensors", "a.npz"):
+    (tmp_path / name).write_bytes(b"x")
+  assert "choose one: b.safetensors, a.npz" in refusal(files.weights_in, tmp_path)
+  (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+  assert files.weights_in(tmp_path) == tmp_path / "pytorch_model.bin"
+  (tmp_path / "model.safetensors").write_bytes(b"x")
+  assert files.weights_in(tmp_path) == tmp_path / "model.safetensors"
+  assert files.weights_in(tmp_path / "a.npz") == tmp_path / "a.npz"
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_a_config_of_transformers_tells_model_and_sizes(name):
+  case = CASES[name]
+  told = foreign_config.of(case.config)
+  got, wanted = (fields_of(vc.create_model(model, **fields)) for model, fields in (
+      (told.model, told.fields), (case.model, case.fields)))
+  assert {**got, "drop_path_rate": 0} == {**wanted, "drop_path_rate": 0}
+  assert told.classes is None   # LABEL_0, LABEL_1 name nothing
+
+
+def test_published_configs_tell_published_models():
+  base = {"model_type": "vit", "architectures": ["ViTForImageClassification"], "hidden_size": 768,
+          "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+          "image_size": 320, "id2label": {"1": "b", "0": "a"}, "hidden_act": "gelu"}
+  told = foreign_config.of(base)
+  assert told == ("vit_base_patch16_224", {"image_size": 320, "num_classes": 2}, ["a", "b"])
+  assert foreign_config.of({"model_type": "vit", "architectures": ["ViTModel"]}) == (
+      "vit_base_patch16_224", {"num_classes": 0}, None)
+  timm = {"architecture": "deit_small_patch16_224", "num_classes": 3, "global_pool": "avg",
+          "model_args": {"img_size": 384}, "label_names": ["x", "y", "z"],
+          "pretrained_cfg": {"input_size": [3, 224, 224]}}
+  assert foreign_config.of(timm) == (
+      "deit_small_patch16_224", {"image_size": 384, "num_classes": 3, "global_pool": "avg"},
+      ["x", "y", "z"])
+  pvt = {"architecture": "pvt_v2_b0", "num_classes": 1000, "global_pool": "avg"}
+  assert foreign_config.of(pvt) == ("pvt_v2_b0", {}, None)
+
+
+@pytest.mark.parametrize("config, words", [
+    ("{", "Expecting"), ("[3]", ""), ("{}", "neither timm's architecture nor transformers'"),
+    ('{"model_type": "swin"}', "no model here is of model_type 'swin'"),
+    ('{"model_type": "vit", "hidden_act": "relu"}', "its hidden_act is 'relu'"),
+    ('{"architecture": "resnet50"}', "unknown model 'resnet50'"),
+    ('{"architecture": "pvt_v2_b0", "model_args": {"linear": true}}', "which is no option of pvt")])
+def test_a_config_that_tells_no_model_is_refused_with_the_way_out(folder, config, words):
+  (folder / "config.json").write_text(config)
+  said = refusal(pytorch.from_checkpoint, folder, None, folder / "out.safetensors")
+  assert said.startswith(f"{folder / 'config.json'} tells no model") and words in said
+  assert "as in --model deit_small_patch16_224" in said
+  (folder / "config.json").unlink()
+  said = refusal(pytorch.from_checkpoint, folder, None, folder / "out.safetensors")
+  assert said.startswith("--model is missing, and no config.json is beside")
+
+
+def test_an_npz_of_google_is_read_in_bfloat16_and_for_another_size(tmp_path):
+  path, out = tmp_path / "S_16.npz", tmp_path / "out.safetensors"
+  half = {name: value.astype(ml_dtypes.bfloat16) for name, value in NPZ.state.items()}
+  np.savez(path, **half)
+  assert all(value.dtype == ml_dtypes.bfloat16 for value in pytorch.read_checkpoint(path).values())
+  model = vc.create_model(NPZ.model, **NPZ.fields)
+  got = vc.from_torch(model, pytorch.read_checkpoint(path))
+  assert trees.digest(got) == trees.digest(vc.from_torch(model, half))
+  large = convert.read_state_dict(model.clone(image_size=48), NPZ.state)
+  assert large.lines() == ["names: Google's, read as timm's",
+                           "left out, the layer before the classifier of pre-training: "
+                           "pre_logits/bias, pre_logits/kernel", "resized: pos_embed"]
+  said = refusal(pytorch.from_checkpoint, path, None, out)
+  assert "--model is missing" in said and not out.exists()
+
+
+@contextlib.contextmanager
+def loading(monkeypatch, load):
+  """torch.load(names that are allowed) in place of torch."""
+  allowed = {}
+
+  @contextlib.contextmanager
+  def safe_globals(classes):
+    allowed.clear()
+    allowed.update({entry[1]: entry[0] for entry in classes if isinstance(entry, tuple)})
+    yield
+  torch = types.SimpleNamespace(
+      load=lambda *_, **__: load(allowed),
+      serialization=types.SimpleNamespace(
+          safe_globals=safe_globals,
+          get_unsafe_globals_in_checkpoint=lambda _: sorted({"a.Box", "a.Thing"} - {*allowed})))
+  monkeypatch.setitem(sys.modules, "torch", torch)
+  yield
+
+
+def test_classes_of_a_pickle_are_allowed_by_name_and_stand_for_nothing(tmp_path, monkeypatch):
+  path = tmp_path / "run.ckpt"
+  path.write_bytes(b"x")
+  state = vc.to_torch(tiny.deit(depth=1), tiny.init(tiny.deit(depth=1)))
+
+  def load(allowed):
+    for name in ("a.Thing", "a.Box"):
+      if name not in allowed:
+        raise RuntimeError(f"Unsupported global: GLOBAL {name} was not an allowed global")
+    box = allowed["a.Box"]()
+    if not isinstance(box, dict):
+      raise RuntimeError(f"Can only SETITEMS for dict, but got {type(box)}")
+    box.update(state)
+    return {"model": box, "thing": allowed["a.Thing"](1, x=2)}
+
+  with loading(monkeypatch, load):
+    said = refusal(pytorch.read_checkpoint, path)
+    assert "it holds more than weights, a.Box, a.Thing; " in said
+    assert "--allow a.Box --allow a.Thing reads it without objects of these classes" in said
+    said = refusal(pytorch.read_checkpoint, path, allow=["a.Box"])
+    assert "more than weights, a.Thing; " in said
+    for options in ({"allow": ["a.Box", "a.Thing"]}, {"ignore_records": True}):
+      got = pytorch.read_checkpoint(path, **options)
+      assert isinstance(got["thing"], pytorch.Record)
+      assert trees.digest(vc.from_torch(tiny.deit(depth=1), got)) == trees.digest(
+          vc.from_torch(tiny.deit(depth=1), state))
+    out = tmp_path / "out.safetensors"
+    said = command.fails("convert", path, "--model", "deit_tiny_patch16_224", "--out", out,
+                         "--allow", "a.Box", "--allow", "a.Thing")
+    assert "does not fit deit_tiny" in said and not out.exists()
+
+  def refuse(_):
+    raise RuntimeError("GLOBAL posix.system whose module posix is blocked")
+  with loading(monkeypatch, refuse):
+    said = refusal(pytorch.read_checkpoint, path, allow=["posix.system"], ignore_records=True)
+    assert "more than weights, posix.system" in said and "--allow" not in said
+
+
+class Box(dict):
+  """As Lightning's AttributeDict: a class of dicts."""
+
+
+class Line(list):
+  pass
+
+
+def touch(path):
+  open(path, "w").close()
+
+
+def test_torch_reads_what_is_allowed_and_runs_none_of_it(tmp_path):
+  torch = pytest.importorskip("torch")
+  import collections
+  state = {"a.weight": torch.ones(2, 2)}
+  box = Box(state=state)
+  box.extra = 3
+  torch.save({"model": state, "box": box, "line": collections.deque([1, 2]),
+              "counts": collections.defaultdict(list, {"a": [1]})}, tmp_path / "run.pth")
+  said = refusal(pytorch.read_checkpoint, tmp_path / "run.pth")
+  name = re.search(r"--allow (\S+Box)", said)[1]
+  got = pytorch.read_checkpoint(tmp_path / "run.pth", allow=[name])
+  assert got["box"]["state"].keys() == state.keys() and not isinstance(got["box"], Box)
+  assert got["line"] == [1, 2] and got["counts"] == {"a": [1]}
+  torch.save({"model": state, "line": Line([1])}, tmp_path / "line.pth")
+  got = pytorch.read_checkpoint(tmp_path / "line.pth", ignore_records=True)
+  assert got["line"] == [1] and not isinstance(got["line"], Line)
+  ran = tmp_path / "ran"
+
+  class Evil:
+    def __reduce__(self):
+      return touch, (str(ran),)
+  torch.save({"model": state, "evil": Evil()}, tmp_path / "evil.pth")
+  said = refusal(pytorch.read_checkpoint, tmp_path / "evil.pth")
+  assert "more than weights" in said
+  pytorch.read_checkpoint(tmp_path / "evil.pth", ignore_records=True)
+  assert not ran.exists()
