@@ -1,12 +1,12 @@
-"""Writes vitcompact/models/pretrained.json: where the weights of named models are, and their images.
+"""Writes vitcompact/models/pretrained.json: where weights of named models are, and their images.
 
 python -m experiments.pretrained_tags      # with a Python that has timm (1.0.31 made the file)
 
 {model: {tag: row}}, a model's default tag first. A row has "hub" (a repository of the Hugging Face
-hub) or "url" (the authors' file), num_classes, image_size, mean, std, crop, crop_mode where it is not
-"center", interpolation, and license where timm tells it. Facts of timm's table; those of PVT v1 and
-LV-ViT are from the authors' READMEs (github.com/whai362/PVT, github.com/zihangJiang/TokenLabeling).
-These have no tags: they are called as timm calls PVT v2's and Next-ViT's.
+hub) or "url" (the authors' file), num_classes, image_size, mean, std, crop, crop_mode where it is
+not "center", interpolation, and license where timm tells it. Facts of timm's table; those of PVT v1
+and LV-ViT are from the authors' READMEs (github.com/whai362/PVT, zihangJiang/TokenLabeling). These
+have no tags: they are called as timm calls PVT v2's and Next-ViT's.
 """
 import json
 import pathlib

@@ -5,6 +5,7 @@ is dropped, of several frames the first counts, and an orientation in the EXIF d
 (but Pillow itself turns a TIFF).
 """
 import dataclasses
+import json
 import os
 
 import flax.linen as nn
@@ -72,12 +73,17 @@ def _opened(image) -> Image.Image:
 
 def preprocess(model: nn.Module | str | os.PathLike) -> Preprocess:
   """The evaluation of the named model (timm's where timm has the model), at `model.image_size`; or,
-  given the path of a file of ours, that of the run that wrote it, whose crop may be another.
+  given the path of a file of ours, that of the run that wrote it, whose crop may be another. Other
+  names of weights, such as "hf-hub:org/name" or a folder, are taken as by `pretrained`.
 
   A model of another number of channels than three is normalised by the mean of mean and of std in
   each, as in timm; one of a single channel is shown images in grey.
   """
-  if isinstance(model, str | os.PathLike) and os.fspath(model).endswith(".safetensors"):
+  if isinstance(model, str | os.PathLike):
+    if not os.fspath(model).endswith(".safetensors"):
+      from vitcompact.hub import as_file  # which imports this module
+
+      model = as_file(model)
     return _of_file(model)
   check_model(model)
   row = variant_of(model.variant)
@@ -92,4 +98,12 @@ def preprocess(model: nn.Module | str | os.PathLike) -> Preprocess:
 def _of_file(path) -> Preprocess:
   """As `preprocess`; files of before do not tell a crop, and have their model's."""
   pre, about = preprocess(convert.read_model(path)), convert.read_metadata(path)
+  if "preprocess" in about:   # of weights whose images are not prepared as the named model's
+    try:
+      told = json.loads(about["preprocess"]).items()
+      pre = dataclasses.replace(pre, **{key: tuple(value) if isinstance(value, list) else value
+                                        for key, value in told})
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+      raise ValueError(f"{path}: its metadata tells no preprocessing ({error}); make the file "
+                       "again") from None
   return dataclasses.replace(pre, crop=files.crop_in(path, about)) if "crop" in about else pre

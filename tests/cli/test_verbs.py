@@ -21,7 +21,7 @@ from vitcompact import cli, convert
 
 ROOT = pathlib.Path(__file__).parents[2]
 VERBS = {"bench", "compact", "compare", "convert", "count", "draw", "measure", "models", "predict",
-         "prepare", "verify"}
+         "prepare", "push", "verify"}
 
 
 @pytest.fixture(scope="module")

@@ -49,12 +49,15 @@ def class_names(path: str | None, classes: int) -> list[str]:
 def predict(file, images, top, labels, batch):
   """Print the most probable classes of IMAGES.
 
-  FILE is a model that training or `vitcompact convert` wrote (deploy.safetensors). Images are
+  FILE is a model that training or `vitcompact convert` wrote (deploy.safetensors), or weights by
+  name: deit_small_patch16_224.fb_in1k, hf-hub:org/name, a folder that push wrote. Images are
   resized, cropped and normalised as in the evaluation of the run that wrote it, or of the model. A
   line for each image: its path, then classes with their probability in percent, separated by tabs.
   """
   import vitcompact as vc
+  from vitcompact.cli import weights
 
+  file = weights.file_of(file)
   model, variables = vc.load(file)
   if not model.num_classes:
     raise ValueError(f"{file} gives features: it has no classifier")
