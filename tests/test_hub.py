@@ -12,17 +12,19 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from huggingface_hub import constants
+from ml_collections import ConfigDict
 from PIL import Image
 
 import vitcompact as vc
 from tests import tiny
 from tests.cli import command
 from tests.hub_server import Hub
-from vitcompact import convert, hub, trees
+from vitcompact import convert, hub, pytorch, trees
 from vitcompact.cli import bench as cli_bench
 from vitcompact.cli import count as cli_count
 from vitcompact.hub import config, download
 from vitcompact.models import tags
+from vitcompact.train import build
 
 REPO = "timm/deit_tiny_patch16_224.fb_in1k"
 NAME = "deit_tiny_patch16_224"
@@ -411,12 +413,31 @@ def test_transformers_preparation_is_read():
     config.read("here", {})
 
 
+def test_means_of_others_weights_go_with_the_model_through_the_path(tmp_path):
+  model = tiny.deit()
+  own = dataclasses.replace(vc.preprocess(model), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6),
+                            interpolation="bilinear", crop=0.5)
+  first, other = tmp_path / "first.safetensors", tmp_path / "other.safetensors"
+  vc.save(first, model, tiny.init(model), preprocess=own)
+  pytorch.from_checkpoint(str(first), None, other, image_size=64)
+  assert vc.preprocess(other) == dataclasses.replace(own, image_size=(64, 64), crop=0.9)
+  run = ConfigDict({"init_from": str(first), "data": {"eval_fit": "crop", "eval_crop": 0.7}})
+  assert build.preprocess_of(run, model) == dataclasses.replace(own, crop=0.7)
+  run.init_from = ""
+  assert build.preprocess_of(run, model) == dataclasses.replace(vc.preprocess(model), crop=0.7)
+  arrays, about = convert.read_safetensors(first)
+  for pixels in ("{", "[1]", '{"mean": "x", "std": [1], "interpolation": "bicubic"}'):
+    convert.write_safetensors(other, arrays, {**about, "pixels": pixels}, force=True)
+    with pytest.raises(ValueError, match="its metadata tells no mean and std"):
+      vc.preprocess(other)
+
+
 # --- push ---
 
 @pytest.fixture(scope="module")
 def small():
   """A folded compact model."""
-  model = tiny.deit(vc.Plan(heads=vc.HMHSA(), tokens=vc.EViT(keep=0.5, blocks=(1,))))
+  model = tiny.deit(vc.Plan(heads=vc.HMHSA(), tokens=vc.EViT(keep=0.5, blocks=(0,))), depth=1)
   return vc.fold(model, tiny.init(model))
 
 
@@ -425,6 +446,7 @@ def test_a_pushed_folder_is_read_back_bit_for_bit(small, tmp_path):
   names = list("abcde")
   own = dataclasses.replace(vc.preprocess(model), mean=(0.1, 0.2, 0.3), crop=None)
   folder = vc.push(tmp_path / "out", model, variables, classes=names, preprocess=own)
+  assert f"vc.pretrained({str(folder)!r})" in (folder / "README.md").read_text()
   assert sorted(os.listdir(tmp_path)) == ["out"]
   assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors"]
   found = hub.fetch(folder)
@@ -446,10 +468,9 @@ def test_a_pushed_folder_is_read_back_bit_for_bit(small, tmp_path):
 
 def test_a_pushed_repository_is_read_back_bit_for_bit(small, server, tmp_path):
   model, variables = small
-  vc.push(tmp_path / "out", model, variables, repo="me/small")
+  vc.push(tmp_path / "out", model, variables, card=False, repo="me/small")
   got, weights = vc.pretrained("hf-hub:me/small")
   assert got == model and same(weights, variables)
-  assert "vc.pretrained('hf-hub:me/small')" in (tmp_path / "out/README.md").read_text()
   other, weights = vc.pretrained("hf-hub:me/small", num_classes=0)
   assert other == model.clone(num_classes=0) and "head" not in weights["params"]
 
@@ -465,7 +486,7 @@ def test_nothing_is_overwritten_or_left_in_halves(small, tmp_path, monkeypatch):
     vc.push(folder, model, variables, classes=["a", "b"], force=True)
   assert (folder / "model.safetensors").read_bytes() == before
   assert os.listdir(tmp_path) == ["out"]
-  vc.push(folder, model, variables, force=True)
+  vc.push(folder, model, variables, card=False, force=True)
   assert (folder / "notes.txt").read_text() == "mine"
   with pytest.raises(ValueError, match="is a file; name a folder"):
     vc.push(folder / "notes.txt", model, variables)

@@ -98,12 +98,13 @@ def preprocess(model: nn.Module | str | os.PathLike) -> Preprocess:
 def _of_file(path) -> Preprocess:
   """As `preprocess`; files of before do not tell a crop, and have their model's."""
   pre, about = preprocess(convert.read_model(path)), convert.read_metadata(path)
-  if "preprocess" in about:   # of weights whose images are not prepared as the named model's
+  if "pixels" in about:   # weights of others may have been trained on other means than the model's
     try:
-      told = json.loads(about["preprocess"]).items()
-      pre = dataclasses.replace(pre, **{key: tuple(value) if isinstance(value, list) else value
-                                        for key, value in told})
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-      raise ValueError(f"{path}: its metadata tells no preprocessing ({error}); make the file "
+      told = json.loads(about["pixels"])
+      pre = dataclasses.replace(pre, mean=tuple(map(float, told["mean"])),
+                                std=tuple(map(float, told["std"])),
+                                interpolation=str(told["interpolation"]))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+      raise ValueError(f"{path}: its metadata tells no mean and std ({error!r}); make the file "
                        "again") from None
   return dataclasses.replace(pre, crop=files.crop_in(path, about)) if "crop" in about else pre

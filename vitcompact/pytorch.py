@@ -5,6 +5,7 @@ which has to be installed, as weights only: a file that would run code is refuse
 the objects that are no tensors where records are ignored.
 """
 import argparse
+import dataclasses
 import pathlib
 import re
 from collections.abc import Mapping
@@ -123,8 +124,10 @@ def from_checkpoint(checkpoint, name: str | None, out, *, reset_head: bool = Fal
     model = convert.altered(source, **fields)
     if classes is None and model.num_classes == source.num_classes and not reset_head:
       classes = convert.classes_of(checkpoint)
-    if model.image_size == source.image_size and "crop" in convert.read_metadata(checkpoint):
-      preprocess = vc.preprocess(checkpoint)   # a run's own, which is of its size of images
+    if "crop" in convert.read_metadata(checkpoint):
+      preprocess = vc.preprocess(checkpoint)
+      if model.image_size != source.image_size:   # a run's own crop is of its size of images
+        preprocess = dataclasses.replace(preprocess, crop=vc.preprocess(model).crop)
   else:
     state = read_checkpoint(checkpoint, ignore_records=ignore_records)
     model = vc.create_model(name, **fields)

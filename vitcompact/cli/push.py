@@ -11,7 +11,7 @@ import click
               "folder: the card takes the accuracy from it.")
 @click.option("--force", is_flag=True, help="Overwrite.")
 def push(file, out, repo, private, receipt, force):
-  """Write a folder that others load: weights, plan, classes, preprocessing and a card.
+  """Write a folder that others load: weights, plan, classes and a card.
 
   \b
   vitcompact push small/deploy.safetensors --out release --receipt small

@@ -48,11 +48,6 @@ class Fetched(NamedTuple):
   digest: str
   lines: Sequence[str] = ()
 
-  def about(self) -> dict[str, str]:
-    """What a file's metadata say of it besides the model."""
-    own = {"source": self.source, "source_sha256": self.digest}
-    return {**own, **config.metadata_of(self.preprocess, self.model)}
-
 
 class Found(NamedTuple):
   """Weights that are here: the file, the others that it names, and what a config.json tells."""
@@ -276,7 +271,8 @@ def write(name, out, *, force: bool = False, dtype: str = "float32",
 
 def _save(out, found: Fetched, classes=None, **options):
   convert.save(out, found.model, found.variables, classes=classes or found.classes,
-               about=found.about(), **options)
+               preprocess=found.preprocess,
+               about={"source": found.source, "source_sha256": found.digest}, **options)
 
 
 def as_file(name, say=None, **options) -> str:

@@ -191,13 +191,6 @@ def prepared(model: nn.Module, told: Mapping[str, Any]) -> Preprocess:
                      f"{dict(told)}") from None
 
 
-def metadata_of(prepare: Preprocess, model: nn.Module) -> dict[str, str]:
-  """For a file's metadata: how images are prepared, where not as `preprocess(model)` does."""
-  if prepare == preprocess(model):
-    return {}
-  return {"preprocess": json.dumps(settings(prepare))}
-
-
 def write(model: nn.Module, preprocess: Preprocess, classes: Sequence[str] | None,
           source: str = "") -> str:
   """config.json of a folder that `push` writes: timm's keys, and ours under "vitcompact"."""

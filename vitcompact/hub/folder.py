@@ -64,8 +64,8 @@ def push(folder: str | os.PathLike, model: nn.Module, variables: Mapping[str, An
   partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
   try:
     partial.mkdir(parents=True)
-    about = config.metadata_of(prepare, model) | ({"source": source} if source else {})
-    convert.save(partial / WEIGHTS, model, variables, classes=classes, about=about)
+    convert.save(partial / WEIGHTS, model, variables, classes=classes, preprocess=prepare,
+                 about={"source": source} if source else None)
     _write(partial / config.CONFIG, config.write(model, prepare, classes, source))
     if told:
       _write(partial / RECEIPT, json.dumps(told, indent=1) + "\n")
