@@ -241,8 +241,8 @@ def save(path, model: nn.Module, variables, *, force: bool = False, dtype: str =
     about["classes"] = json.dumps(checked_classes(classes, model.num_classes))
   if preprocess is not None:
     about["crop"] = json.dumps(preprocess.crop)
-    about["pixels"] = json.dumps({name: getattr(preprocess, name)
-                                  for name in ("mean", "std", "interpolation")})
+    about["pixels"] = json.dumps({name: value for name, value in vars(preprocess).items()
+                                  if name not in ("crop", "image_size")})
   write_safetensors(path, half, about, force=force)
 
 

@@ -101,9 +101,8 @@ def _of_file(path) -> Preprocess:
   if "pixels" in about:   # weights of others may have been trained on other means than the model's
     try:
       told = json.loads(about["pixels"])
-      pre = dataclasses.replace(pre, mean=tuple(map(float, told["mean"])),
-                                std=tuple(map(float, told["std"])),
-                                interpolation=str(told["interpolation"]))
+      mean, std = (tuple(map(float, told[name])) for name in ("mean", "std"))
+      pre = dataclasses.replace(pre, **{**told, "mean": mean, "std": std})
     except (ValueError, TypeError, KeyError, RecursionError) as error:
       raise ValueError(f"{path}: its metadata tells no mean and std ({error!r}); make the file "
                        "again") from None

@@ -89,9 +89,7 @@ def _of_timm(where: str, config: Mapping) -> Described:
                      f"{', '.join(unknown)}")
   images = {ours: about[key] for key, ours in
             (("mean", "mean"), ("std", "std"), ("interpolation", "interpolation"),
-             ("crop_pct", "crop")) if about.get(key) is not None}
-  if about.get("crop_mode") == "squash":
-    images["crop"] = None
+             ("crop_pct", "crop"), ("crop_mode", "crop_mode")) if about.get(key) is not None}
   names = config.get("label_names") or about.get("label_names") or config.get("labels")
   return Described(name, fields, _classes(names, fields.get("num_classes")), images)
 
@@ -171,7 +169,7 @@ def _classes(names: Sequence[str] | Mapping | None, count: int | None) -> list[s
 
 
 def settings(prepare: Preprocess) -> dict[str, Any]:
-  """How images are prepared, whatever their size: mean, std, crop, interpolation."""
+  """How images are prepared, whatever their size: mean, std, crop, interpolation, ..."""
   return {key: value for key, value in dataclasses.asdict(prepare).items() if key != "image_size"}
 
 
@@ -180,6 +178,8 @@ def prepared(model: nn.Module, told: Mapping[str, Any]) -> Preprocess:
   own = preprocess(model)
   try:
     values = {**settings(own), **told}
+    if not hasattr(own, "crop_mode") and values.pop("crop_mode", "") == "squash":
+      values["crop"] = None   # all of the image
     for key in ("mean", "std"):
       numbers = tuple(map(float, values[key]))
       if len(numbers) != model.in_chans:   # of RGB, as in `preprocess`
@@ -198,7 +198,8 @@ def write(model: nn.Module, preprocess: Preprocess, classes: Sequence[str] | Non
   height, width = preprocess.image_size
   about = {"mean": preprocess.mean, "std": preprocess.std,
            "crop_pct": 1.0 if preprocess.crop is None else preprocess.crop,
-           "crop_mode": "squash" if preprocess.crop is None else "center",
+           "crop_mode": "squash" if preprocess.crop is None else getattr(
+               preprocess, "crop_mode", "center"),
            "interpolation": preprocess.interpolation, "num_classes": model.num_classes,
            "input_size": (model.in_chans, height, width)}
   own = {key: json.loads(text) if key != "model" else text

@@ -38,9 +38,8 @@ def row_of(model: str, tag: str = "") -> tuple[str, dict[str, Any]]:
 def tagged(variant: Variant, row: dict[str, Any]) -> Variant:
   """A model's variant with the classes, size and images of these weights."""
   size = row["image_size"]
-  # timm squashes: the whole image is warped to a square.
-  crop = None if row.get("crop_mode") == "squash" else row["crop"]
   return variant._replace(
       sizes={**variant.sizes, "num_classes": row["num_classes"], "image_size": size},
-      mean=tuple(row["mean"]), std=tuple(row["std"]), crop=crop,
-      crop_384=variant.crop_384 if size < 384 else None, interpolation=row["interpolation"])
+      mean=tuple(row["mean"]), std=tuple(row["std"]), crop=row["crop"],
+      crop_384=variant.crop_384 if size < 384 else None, interpolation=row["interpolation"],
+      crop_mode=row.get("crop_mode", "center"))

@@ -9,7 +9,7 @@ class Variant(NamedTuple):
 
   kind: the linen Module; sizes: its fields; mean, std: of RGB in [0, 1]; crop: share of the resized
   image that the evaluation's central crop keeps, None: the whole image is warped; crop_384: from
-  384 pixels on, where it differs.
+  384 pixels on, where it differs; crop_mode: timm's "center" or "squash".
   """
   kind: type
   sizes: dict[str, Any]
@@ -18,3 +18,4 @@ class Variant(NamedTuple):
   crop: float | None = 0.9
   crop_384: float | None = None
   interpolation: str = "bicubic"
+  crop_mode: str = "center"
