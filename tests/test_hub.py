@@ -426,7 +426,8 @@ def test_means_of_others_weights_go_with_the_model_through_the_path(tmp_path):
   vc.save(first, model, tiny.init(model), preprocess=own)
   pytorch.from_checkpoint(str(first), None, other, image_size=64)
   assert vc.preprocess(other) == dataclasses.replace(own, image_size=(64, 64), crop=0.9)
-  run = ConfigDict({"init_from": str(first), "data": {"eval_fit": "crop", "eval_crop": 0.7}})
+  run = ConfigDict({"init_from": str(first),
+                    "data": {"name": "folder:x", "eval_fit": "crop", "eval_crop": 0.7}})
   assert build.preprocess_of(run, model) == dataclasses.replace(own, crop=0.7)
   run.init_from = ""
   assert build.preprocess_of(run, model) == dataclasses.replace(vc.preprocess(model), crop=0.7)

@@ -114,9 +114,7 @@ def preprocess_of(config, model):
   """
   own, file = vc.preprocess(model), config.init_from
   if file.endswith(".safetensors") and "pixels" in convert.read_metadata(file):
-    theirs = vc.preprocess(file)
-    own = dataclasses.replace(own, mean=theirs.mean, std=theirs.std,
-                              interpolation=theirs.interpolation)
+    own = dataclasses.replace(vc.preprocess(file), crop=own.crop, image_size=own.image_size)
   crop = None if config.data.eval_fit == "warp" else config.data.eval_crop or own.crop
   return dataclasses.replace(own, crop=crop)
 
