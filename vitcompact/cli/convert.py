@@ -81,6 +81,7 @@ def convert(checkpoint, out, model, to_torch, names, force, classes, **options):
     if hub.is_file_name(checkpoint):
       lines = pytorch.from_checkpoint(checkpoint, model, out, **options)
     else:
-      options.pop("ignore_records")
+      for key in ("ignore_records", "allow"):   # of files of the user's own
+        options.pop(key, None)
       lines = hub.write(checkpoint, out, model=model, **options)
   click.echo("\n".join(lines))
