@@ -366,10 +366,9 @@ def test_squashed_images_and_channels_are_understood():
 
 @pytest.mark.parametrize("change, words", [
     ({"architecture": "resnet50"}, "unknown model 'resnet50'"),
-    ({"model_args": {"qk_norm": True}}, "model_args that deit_tiny_patch16_224.fb_in1k here has no "
-                                        "field for: qk_norm=True"),
+    ({"model_args": {"qk_norm": True}}, "qk_norm=True"),
     ({"pretrained_cfg": {"mean": "white"}}, "tells no preparation of images"),
-    ({"pretrained_cfg": []}, "config.json cannot be read")])
+    ({"pretrained_cfg": []}, "config.json")])
 def test_a_config_that_is_not_understood_is_refused_in_one_line(tmp_path, change, words):
   (tmp_path / "config.json").write_bytes(timm_config(**change))
   (tmp_path / "model.safetensors").write_bytes(network(num_classes=3)[2])
@@ -388,7 +387,7 @@ def test_a_config_that_is_not_understood_is_refused_in_one_line(tmp_path, change
      "vit_tiny_patch16_224",
      {"depth": 4, "patch_size": 8, "image_size": 96, "mlp_ratio": 2.0, "num_classes": 2}),
     ({"model_type": "deit", "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6,
-      "patch_size": 16, "image_size": 224,
+      "intermediate_size": 1536, "patch_size": 16, "image_size": 224,
       "architectures": ["DeiTForImageClassificationWithTeacher"],
       "id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, "deit_small_distilled_patch16_224",
      {"num_classes": 2}),
@@ -412,9 +411,9 @@ def test_transformers_preparation_is_read():
       "mean": (0.5,) * 3, "std": (0.4,) * 3, "interpolation": "bilinear", "crop": 0.875}
   told = {"size": {"height": 224, "width": 224}, "resample": 3}
   assert config.read("here", about, told).images == {"interpolation": "bicubic", "crop": None}
-  with pytest.raises(ValueError, match="'swin' of transformers; read are: vit, deit"):
+  with pytest.raises(ValueError, match="'swin'"):
     config.read("here", {"model_type": "swin"})
-  with pytest.raises(ValueError, match="names no model"):
+  with pytest.raises(ValueError, match="architecture nor transformers' model_type"):
     config.read("here", {})
 
 
