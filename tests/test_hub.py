@@ -403,6 +403,16 @@ def test_a_config_of_transformers_names_the_model_of_its_sizes(about, name, fiel
     assert described.classes == (["cat", "dog"] if "dog" in str(about) else None)
 
 
+def test_names_of_classes_are_in_the_order_of_their_numbers():
+  names = {str(i): f"class {i}" for i in reversed(range(12))}     # as text, 10 is before 2
+  about = {"model_type": "vit", "architectures": ["ViTForImageClassification"], "id2label": names}
+  assert config.read("here", about).classes == [f"class {i}" for i in range(12)]
+  about = json.loads(timm_config(num_classes=12, label_names=names))
+  assert config.read("here", about).classes == [f"class {i}" for i in range(12)]
+  about = json.loads(timm_config(label_names=["two", "names"]))    # of three classes
+  assert config.read("here", about).classes is None
+
+
 def test_transformers_preparation_is_read():
   about = {"model_type": "vit", "hidden_size": 768}
   told = {"image_mean": [0.5] * 3, "image_std": [0.4] * 3, "resample": 2, "do_center_crop": True,
