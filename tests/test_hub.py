@@ -175,6 +175,22 @@ def test_offline_takes_what_is_there_and_says_how_to_fetch_the_rest(server, monk
   assert len(server.asked) == before
 
 
+def test_without_an_answer_the_cache_is_taken(server, monkeypatch):
+  _, variables, file = network()
+  server.add(REPO, model__safetensors=file)
+  vc.pretrained(NAME, **SIZES)
+  server.close()
+  waits = []
+  monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
+  assert same(vc.pretrained(NAME, **SIZES)[1], variables)
+  with pytest.raises(FileNotFoundError, match="is not in the cache, and no answer from the hub"):
+    vc.pretrained("deit_small_patch16_224")
+  tries, waits[:] = len(waits), []
+  with pytest.raises(FileNotFoundError):
+    hub.fetch("hf-hub:me/other", model=NAME)
+  assert len(waits) == tries      # of the first file alone, though four may be the one
+
+
 def test_another_cache_is_named_in_what_to_do(server, tmp_path):
   with pytest.raises(FileNotFoundError, match=f"--revision v1 --cache-dir {tmp_path}/mine"):
     vc.pretrained(NAME, offline=True, revision="v1", cache_dir=tmp_path / "mine")
@@ -397,8 +413,7 @@ def test_a_config_that_is_not_understood_is_refused_in_one_line(tmp_path, change
      {"num_classes": 1000})])
 def test_a_config_of_transformers_names_the_model_of_its_sizes(about, name, fields):
   described = config.read("here", about)
-  assert (described.name, described.fields) == (name, fields)
-  vc.create_model(described.name, **described.fields)
+  assert vc.create_model(described.name, **described.fields) == vc.create_model(name, **fields)
   if "id2label" in about:
     assert described.classes == (["cat", "dog"] if "dog" in str(about) else None)
 
@@ -521,6 +536,8 @@ def test_the_card_states_the_accuracy_of_this_models_receipt(small, tmp_path):
   text = (folder / "README.md").read_text()
   assert "Accuracy: 87.50% of 1,000 test images (95 % interval 85.30 to 89.40)" in text
   assert json.loads((folder / "receipt.json").read_text())["models"][0]["test_images"] == 1000
+  command.succeeds("push", folder, "--out", tmp_path / "again", "--receipt", receipt)
+  assert "87.50% of 1,000" in (tmp_path / "again/README.md").read_text()
   other = vc.create_model(NAME, **SIZES)
   with pytest.raises(ValueError, match="the receipt has no model of"):
     vc.push(tmp_path / "other", other, tiny.init(other), receipt=receipt)
