@@ -15,7 +15,7 @@ _HOMES = {
     "DynamicViT": "methods.tokens.dynamicvit", "ToMe": "methods.tokens.tome",
     "MCTF": "methods.tokens.mctf", "CFFN": "methods.ffn.cffn", "Execution": "execution",
     "from_torch": "convert", "to_torch": "convert", "save": "convert", "load": "convert",
-    "classes_of": "convert",
+    "classes_of": "convert", "pretrained": "hub", "push": "hub",
     "features": "features", "compact": "compact", "fold": "fold", "verify": "verify",
     "count": "count", "tune": "tune", "measure": "measure", "Report": "report",
 }

@@ -225,8 +225,8 @@ def save(path, model: nn.Module, variables, *, force: bool = False, dtype: str =
     force: overwrite a file that exists.
     dtype: "float16" or "bfloat16" to halve the file; `load` returns float32 all the same.
     classes: names of the classes, in the order of the logits; `classes_of` reads them.
-    preprocess: how images were evaluated, where not as `vc.preprocess(model)` does; its crop goes
-      into the file, and `vc.preprocess(path)` reads it.
+    preprocess: how images were evaluated, where not as `vc.preprocess(model)` does; it goes into
+      the file, and `vc.preprocess(path)` reads it.
     allow_nonfinite: write variables that are NaN or infinite.
     about: further metadata, which `read_metadata` tells.
   Raises:
@@ -249,6 +249,8 @@ def save(path, model: nn.Module, variables, *, force: bool = False, dtype: str =
     about["classes"] = json.dumps(checked_classes(classes, model.num_classes))
   if preprocess is not None:
     about["crop"] = json.dumps(preprocess.crop)
+    about["pixels"] = json.dumps({name: value for name, value in vars(preprocess).items()
+                                  if name not in ("crop", "image_size")})
   write_safetensors(path, half, about, force=force)
 
 

@@ -6,6 +6,7 @@ the objects that are no tensors. Weights in several files are read by their inde
 """
 import argparse
 import collections
+import dataclasses
 import datetime
 import pathlib
 import re
@@ -205,8 +206,10 @@ def from_checkpoint(checkpoint, name: str | None, out, *, reset_head: bool = Fal
     model = convert.altered(source, **fields)
     if classes is None and model.num_classes == source.num_classes and not reset_head:
       classes = convert.classes_of(path)
-    if model.image_size == source.image_size and "crop" in convert.read_metadata(path):
-      preprocess = vc.preprocess(path)   # a run's own, which is of its size of images
+    if "crop" in convert.read_metadata(path):
+      preprocess = vc.preprocess(path)
+      if model.image_size != source.image_size:   # a run's own crop is of its size of images
+        preprocess = dataclasses.replace(preprocess, crop=vc.preprocess(model).crop)
   else:
     if name is None:
       told = foreign_config.beside(path)

@@ -21,7 +21,7 @@ from vitcompact import cli, convert
 
 ROOT = pathlib.Path(__file__).parents[2]
 VERBS = {"bench", "compact", "compare", "convert", "count", "draw", "measure", "models", "predict",
-         "prepare", "verify"}
+         "prepare", "push", "verify"}
 
 
 @pytest.fixture(scope="module")
@@ -180,11 +180,11 @@ def test_draw_passes_on_what_it_was_given(monkeypatch):
     module = importlib.import_module(f"vitcompact.draw.{name}")
     monkeypatch.setattr(module, "run", lambda *paths, name=name, **options: asked.update(
         {name: (paths, options)}) or f"{name} drawn")
-  assert command.succeeds("draw", "tokens", "a", "b.png", "--out", "c.png", "--plan", "{}",
+  assert command.succeeds("draw", "tokens", "a.pth", "b.png", "--out", "c.png", "--plan", "{}",
                           "--force") == "tokens drawn\n"
-  assert command.succeeds("draw", "attention", "a", "b.png", "--out", "c", "--query", "3,5",
+  assert command.succeeds("draw", "attention", "a.pth", "b.png", "--out", "c", "--query", "3,5",
                           "--query", "1,2", "--block", 0) == "attention drawn\n"
   assert asked == {
-      "tokens": (("a", "b.png", "c.png"), {"plan": "{}", "force": True}),
-      "attention": (("a", "b.png", "c"), {"queries": ("3,5", "1,2"), "blocks": (0,),
+      "tokens": (("a.pth", "b.png", "c.png"), {"plan": "{}", "force": True}),
+      "attention": (("a.pth", "b.png", "c"), {"queries": ("3,5", "1,2"), "blocks": (0,),
                                           "force": False})}

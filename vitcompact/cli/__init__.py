@@ -8,7 +8,18 @@ import sys
 import click
 
 from vitcompact._version import __version__
-from vitcompact.cli import bench, compact, compare, convert, count, draw, models, predict, prepare
+from vitcompact.cli import (
+    bench,
+    compact,
+    compare,
+    convert,
+    count,
+    draw,
+    models,
+    predict,
+    prepare,
+    push,
+)
 
 MAX_ERROR_LINES = 5    # of an error of many lines, such as one for each parameter that does not fit
 
@@ -67,7 +78,7 @@ def main():
 
 for command in (models.models, count.count, convert.convert, predict.predict, bench.bench,
                 draw.draw, prepare.prepare, compare.compare, compact.measure, compact.compact,
-                compact.verify):
+                compact.verify, push.push):
   main.add_command(command)
   for verb in (command, *getattr(command, "commands", {}).values()):
     verb.params.append(verbose_option())

@@ -5,14 +5,16 @@ COLUMNS = ("model", "parameters", "MACs", "ms", "images/s", "speed", "of the MAC
 
 
 def candidates(name: str, plans, image_size: int | None) -> dict:
-  """{label: deployed model}, the dense one first. name: a model's, or a file that we wrote."""
+  """{label: deployed model}, the dense one first. name: a model's, or of weights."""
   import vitcompact as vc
+  from vitcompact import hub
+  from vitcompact.cli import weights
 
   fields = {} if image_size is None else {"image_size": image_size}
-  if name.endswith(".safetensors"):
+  if not hub.is_model_name(name):
     if plans:
       raise ValueError(f"{name} has its own plan; leave --plan out")
-    model = vc.load(name)[0].clone(deploy=True, **fields)
+    model = vc.load(weights.file_of(name))[0].clone(deploy=True, **fields)
     model.check()
     return {"dense": model.clone(plan=vc.Plan()), name: model}
   models = {"dense": vc.create_model(name, deploy=True, **fields)}
@@ -74,7 +76,8 @@ def bench(name, plans, image_size, batch, rounds):
   vitcompact bench deit_small_patch16_224 --plan plan.json --image-size 224 --batch 8
   vitcompact bench deploy.safetensors
 
-  NAME is a model, or a file that vitcompact wrote, which has its own plan. All are in their
+  NAME is a model, or a file, folder or hf-hub:org/name that vitcompact wrote, which has its own
+  plan. All are in their
   deployed form, with random weights. They take turns: speed is the median over rounds of the
   ratio to the dense model in the same round, with the least and the most in brackets. On a CPU the
   clock counts the CPU seconds of this process; pin it to a core for steady numbers (taskset -c 0).

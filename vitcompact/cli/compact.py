@@ -85,11 +85,14 @@ def compact(file, data, macs, params, plan, distil, images, sensitivity, augment
   Measures what each block can do without (report.html), chooses a plan (plan.json and its reasons,
   plan.txt), fits the smaller model to the dense one without training, distils if asked, folds,
   verifies, times, and writes deploy.safetensors and a receipt. The same command goes on where it
-  stopped; edit plan.json and remove compact.safetensors to have another plan. The exit code is 1
+  stopped; edit plan.json and remove compact.safetensors to have another plan. FILE may be weights
+  by name, such as deit_small_patch16_224.fb_in1k or hf-hub:org/name. The exit code is 1
   where the deployed form does not compute the same function.
   """
+  from vitcompact.cli import weights
   from vitcompact.run import path
 
+  file = weights.file_of(file)
   if plan is not None and macs is None and params is None:
     macs = 1.0
   steps = steps_of(distil, data, batch_size)
@@ -119,9 +122,11 @@ def compact(file, data, macs, params, plan, distil, images, sensitivity, augment
 def measure(file, data, images, sensitivity, out):
   """Measure what each block of a dense model can do without."""
   import vitcompact as vc
+  from vitcompact.cli import weights
   from vitcompact.run import path
   from vitcompact.train import config as configs
 
+  file = weights.file_of(file)
   model, variables = vc.load(file)
   config = configs.complete(settings(file, data, compact={"images": images}))
   tell_classes(file, data)
@@ -156,11 +161,13 @@ def verify(first, second, images, data, dtype, tolerance):
 
   import vitcompact as vc
   from vitcompact import convert
+  from vitcompact.cli import weights
   from vitcompact.data import classes
   from vitcompact.doors import image_shapes
   from vitcompact.run import path
   from vitcompact.train import config as configs
 
+  first, second = weights.file_of(first), weights.file_of(second)
   (one, its), (other, own) = vc.load(first), vc.load(second)
   named = convert.classes_of(first), convert.classes_of(second)
   if difference := classes.difference(first, *named, second):

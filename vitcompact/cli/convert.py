@@ -61,6 +61,8 @@ def convert(checkpoint, out, model, to_torch, names, force, classes, **options):
       --image-size 384 --num-classes 10 --reset-head
   vitcompact convert trained.safetensors --image-size 384 --out 384.safetensors
   vitcompact convert compact.safetensors --to-torch --out compact_torch.safetensors
+  vitcompact convert deit_small_patch16_224.fb_in1k --out deit.safetensors
+  vitcompact convert hf-hub:org/name --out name.safetensors
 
   vitcompact convert trained.pth --model vit_small_patch16_224 --image-size 128 256 --in-chans 1 \\
       --global-pool avg --weights model_ema --dtype bfloat16 --out half.safetensors
@@ -77,12 +79,19 @@ def convert(checkpoint, out, model, to_torch, names, force, classes, **options):
   patches (mask predictors keep their rank), or goes --to-torch: a dense model under timm's or the
   authors' names, a folded compact DeiT under names of our own.
   """
-  from vitcompact import pytorch
+  from vitcompact import hub, pytorch
+  from vitcompact.cli import weights
 
   if to_torch:
+    checkpoint = weights.file_of(checkpoint)
     lines = pytorch.to_torch(checkpoint, out, names=names, force=force)
   else:
     options = {key: value for key, value in options.items() if value is not None}
-    names = classes and classes.read().splitlines()
-    lines = pytorch.from_checkpoint(checkpoint, model, out, force=force, classes=names, **options)
+    options |= {"force": force, "classes": classes and classes.read().splitlines()}
+    if hub.is_file_name(checkpoint):
+      lines = pytorch.from_checkpoint(checkpoint, model, out, **options)
+    else:
+      for key in ("ignore_records", "allow"):   # of files of the user's own
+        options.pop(key, None)
+      lines = hub.write(checkpoint, out, model=model, **options)
   click.echo("\n".join(lines))

@@ -8,17 +8,19 @@ DEFAULT = '{"heads": {"method": "hmhsa"}, "ffn": {"method": "cffn"}}'
 def pairs(names, plan: str | None, image_size: int | None):
   """Yields (name, dense model, compact model), deployed: of each model that matches, or file."""
   import vitcompact as vc
+  from vitcompact import hub
+  from vitcompact.cli import weights
 
   fields = {} if image_size is None else {"image_size": image_size}
   for name in names:
-    if name.endswith(".safetensors"):
+    if not hub.is_model_name(name):
       if plan is not None:
         raise ValueError(f"{name} has its own plan; leave --plan out")
-      model = vc.load(name)[0].clone(deploy=True, **fields)
+      model = vc.load(weights.file_of(name))[0].clone(deploy=True, **fields)
       model.check()
       yield name, model.clone(plan=vc.Plan()), model
       continue
-    if not (found := vc.list_models(name)):
+    if not (found := vc.list_models(name) or vc.list_models(name, pretrained=True)):
       raise ValueError(f"no model matches {name!r}; known: {', '.join(vc.list_models())}")
     plans = vc.Plan(), vc.Plan.parse(DEFAULT if plan is None else plan)
     for known in found:
@@ -46,9 +48,9 @@ def table(names, plan: str | None = None, image_size: int | None = None) -> str:
 def count(names, plan, image_size):
   """Count parameters and multiply-accumulates, dense and compact.
 
-  NAMES are models, patterns such as 'deit_*', or files that vitcompact wrote (*.safetensors), which
-  have their own plan. Without names, all models are counted. Both columns are of the deployed form,
-  in which norms and branches are folded (nextvit_small has 31.73 M parameters then, and 31.76 M in
-  training), at one image, read off the traced program; nothing is run.
+  NAMES are models, patterns such as 'deit_*', or files, folders and hf-hub:org/name that vitcompact
+  wrote, which have their own plan. Without names, all models are counted. Both columns are of the
+  deployed form, in which norms and branches are folded (nextvit_small has 31.73 M parameters then,
+  and 31.76 M in training), at one image, read off the traced program; nothing is run.
   """
   click.echo(table(names or ("*",), plan, image_size))

@@ -26,9 +26,10 @@ def tokens(checkpoint, image, out, plan, force):
   around them. --plan shows a reducer without parameters (EViT, ToMe, MCTF) on a model that has
   none.
   """
+  from vitcompact.cli import weights
   from vitcompact.draw import tokens
 
-  click.echo(tokens.run(checkpoint, image, out, plan=plan, force=force))
+  click.echo(tokens.run(weights.file_of(checkpoint), image, out, plan=plan, force=force))
 
 
 @draw.command()
@@ -53,6 +54,8 @@ def attention(checkpoint, image, out, queries, blocks, force):
   attends to which key (columns); mass.png and mass.csv, the share of dense attention that the kept
   pairs hold at several keep rates.
   """
+  from vitcompact.cli import weights
   from vitcompact.draw import attention
 
-  click.echo(attention.run(checkpoint, image, out, queries=queries, blocks=blocks, force=force))
+  click.echo(attention.run(weights.file_of(checkpoint), image, out, queries=queries,
+                           blocks=blocks, force=force))

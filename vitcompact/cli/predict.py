@@ -123,9 +123,10 @@ def predict(file, images, top, labels, json_lines, exif_transpose, batch):
   vitcompact predict deploy.safetensors cat.jpg
   vitcompact predict deploy.safetensors photos --json
 
-  FILE is a model that training or `vitcompact convert` wrote (deploy.safetensors). IMAGES are
-  files, folders of them, or patterns; they are resized, cropped and normalised as in the evaluation
-  of the run that wrote FILE, or of the model. In a pipe, each image is a line: its path, then
+  FILE is a model that training or `vitcompact convert` wrote (deploy.safetensors), or weights by
+  name: deit_small_patch16_224.fb_in1k, hf-hub:org/name, a folder that push wrote. IMAGES are files,
+  folders of them, or patterns; they are resized, cropped and normalised as in the evaluation of the
+  run that wrote FILE, or of the model. In a pipe, each image is a line: its path, then
   classes with their probability in percent, separated by tabs.
 
   An image that cannot be read is named, and the others are predicted; the exit code is then 1, or 2
@@ -135,8 +136,10 @@ def predict(file, images, top, labels, json_lines, exif_transpose, batch):
 
   import vitcompact as vc
   from vitcompact import convert
+  from vitcompact.cli import weights
   from vitcompact.data.decode import BadRecord
 
+  file = weights.file_of(file)
   model, variables = vc.load(file)
   told, preprocess = convert.classes_of(file), vc.preprocess(file)
   if not model.num_classes:

@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 
 from vitcompact.execution import Execution
-from vitcompact.models import lvvit, nextvit, pvt, pvt_v2, vit_variants
+from vitcompact.models import lvvit, nextvit, pvt, pvt_v2, tags, vit_variants
 from vitcompact.models.variant import Variant
 from vitcompact.plan import Plan
 
@@ -17,20 +17,31 @@ VARIANTS: dict[str, Variant] = {name: row for family in FAMILIES
                                 for name, row in family.VARIANTS.items()}
 
 
-def list_models(pattern: str = "*") -> list[str]:
-  """Names of models, by a shell pattern such as "deit_*", in alphabetical order."""
-  return sorted(fnmatch.filter(VARIANTS, pattern))
+def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
+  """Names of models, by a shell pattern such as "deit_*", in alphabetical order.
+
+  pretrained: names with tags, "deit_small_patch16_224.fb_in1k", one for each set of weights that
+    `pretrained` gets; the pattern is for the name with its tag or without.
+  """
+  if not pretrained:
+    return sorted(fnmatch.filter(VARIANTS, pattern))
+  return [f"{name}.{tag}" for name in sorted(VARIANTS) for tag in tags.table().get(name, ())
+          if any(fnmatch.fnmatch(text, pattern) for text in (name, f"{name}.{tag}"))]
 
 
 def variant_of(name: str) -> Variant:
-  """The table's row; an unknown name raises ValueError with the closest ones."""
+  """The table's row, with a tag that of its weights; an unknown name or tag raises ValueError with
+  the closest ones."""
   if not isinstance(name, str):
     raise ValueError(f"{name!r} is no name of a model; list_models() lists them")
-  if name not in VARIANTS:
-    close = difflib.get_close_matches(name, VARIANTS, n=3, cutoff=0.4)
+  model, _, tag = name.partition(".")
+  if model not in VARIANTS:
+    close = difflib.get_close_matches(model, VARIANTS, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}?" if close else "list_models() lists the known ones"
     raise ValueError(f"unknown model {name!r}; {hint}")
-  return VARIANTS[name]
+  if name == model:
+    return VARIANTS[name]
+  return tags.tagged(VARIANTS[model], tags.row_of(model, tag)[1])
 
 
 def check_value(field: str, kind, value):
@@ -80,10 +91,11 @@ def fields_of(model: nn.Module) -> dict[str, Any]:
 
 
 def create_model(name: str, **fields) -> nn.Module:
-  """A linen Module of the named model, with fields overridden.
+  """A linen Module of the named model, with fields overridden. `pretrained` gives one with weights.
 
   Args:
-    name: as in `list_models()`; timm's name where timm has the model.
+    name: as in `list_models()`; timm's name where timm has the model. With a tag, as in
+      `list_models(pretrained=True)`, classes, image size and preprocessing are its weights'.
     fields: plan, execution, num_classes (0: features), image_size (int or pair), in_chans,
       global_pool, drop_path_rate, dtype ("float32", "bfloat16": of the computation; parameters are
       float32), remat, deploy (the folded form), and sizes (width, depth, heads, mlp_ratio,

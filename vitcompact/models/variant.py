@@ -8,12 +8,14 @@ class Variant(NamedTuple):
   """A row of a table of models.
 
   kind: the linen Module; sizes: its fields; mean, std: of RGB in [0, 1]; crop: share of the resized
-  image that the evaluation's central crop keeps; crop_384: from 384 pixels on, where it differs.
+  image that the evaluation's central crop keeps, None: the whole image is warped; crop_384: from
+  384 pixels on, where it differs; crop_mode: timm's "center" or "squash".
   """
   kind: type
   sizes: dict[str, Any]
   mean: tuple[float, float, float] = IMAGENET_MEAN
   std: tuple[float, float, float] = IMAGENET_STD
-  crop: float = 0.9
+  crop: float | None = 0.9
   crop_384: float | None = None
   interpolation: str = "bicubic"
+  crop_mode: str = "center"

@@ -12,7 +12,7 @@ _SIZES = {   # width, depth, heads
 
 
 def _vit(size: str, patch_size: int = 16, image_size: int = 224, *, crop: float = 0.9, mean=None,
-         std=None, **fields) -> Variant:
+         std=None, crop_mode: str = "center", **fields) -> Variant:
   """A row of the table; fields: those of `VisionTransformer` that differ from its defaults."""
   width, depth, heads = _SIZES[size]
   sizes = {"width": width, "depth": depth, "heads": heads, "patch_size": patch_size,
@@ -21,7 +21,7 @@ def _vit(size: str, patch_size: int = 16, image_size: int = 224, *, crop: float 
   sizes = {name: value for name, value in sizes.items()
            if name in ("width", "depth", "heads") or value != getattr(defaults, name)}
   prepared = {} if mean is None else {"mean": mean, "std": std}
-  return Variant(VisionTransformer, sizes, crop=crop, **prepared)
+  return Variant(VisionTransformer, sizes, crop=crop, crop_mode=crop_mode, **prepared)
 
 
 def _clip(size: str, patch_size: int, image_size: int = 224, **options) -> Variant:
@@ -76,9 +76,9 @@ _CLIP = {
     "vit_base_patch32_clip_224": _clip("base", 32),
     "vit_base_patch16_clip_224": _clip("base", 16, crop=0.95),
     "vit_large_patch14_clip_224": _clip("large", 14, crop=1.0, **HALF),
-    "vit_large_patch14_clip_336": _clip("large", 14, 336, crop=1.0, **HALF),
+    "vit_large_patch14_clip_336": _clip("large", 14, 336, crop=1.0, crop_mode="squash", **HALF),
     "vit_huge_patch14_clip_224": _clip("huge", 14, crop=1.0),
-    "vit_huge_patch14_clip_336": _clip("huge", 14, 336, crop=1.0),
+    "vit_huge_patch14_clip_336": _clip("huge", 14, 336, crop=1.0, crop_mode="squash"),
     # OpenAI's activation; the head is CLIP's projection into the space of images and texts.
     "vit_base_patch32_clip_quickgelu_224": _clip("base", 32, act="quick_gelu", num_classes=512),
     "vit_base_patch16_clip_quickgelu_224": _clip("base", 16, act="quick_gelu", num_classes=512,

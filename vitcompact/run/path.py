@@ -200,7 +200,7 @@ def fit(config, directory, dense: pathlib.Path, goal, say):
 
     small, fitted = vc.compact(model, variables, plan, calibration(), step)
   convert.save(compacted, small, fitted, classes=pipeline.class_names(config.data.name) or None,
-               about={"dense": digest})
+               preprocess=preprocess_of(config, model), about={"dense": digest})
 
 
 def check_dense(config, path: pathlib.Path, model):

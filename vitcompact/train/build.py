@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 import vitcompact as vc
-from vitcompact import files
+from vitcompact import convert, files
 from vitcompact.data import labels, pipeline
 from vitcompact.train import guard, optim, phases, sharding, start
 from vitcompact.train import step as steps
@@ -109,8 +109,12 @@ def build(config: FrozenConfigDict, classes: int | None = None) -> Run:
 
 def preprocess_of(config, model):
   """How images come to the model in evaluation: its own way, or the crop that the config asks for;
-  whole where they are made at its size."""
-  own = vc.preprocess(model)
+  whole where they are made at its size. Weights that were trained on other means than the named
+  model's keep theirs.
+  """
+  own, file = vc.preprocess(model), config.init_from
+  if file.endswith(".safetensors") and "pixels" in convert.read_metadata(file):
+    own = dataclasses.replace(vc.preprocess(file), crop=own.crop, image_size=own.image_size)
   if pipeline.shows_whole(config.data.name):
     return dataclasses.replace(own, crop=1.0, crop_mode="center")
   crop = None if config.data.eval_fit == "warp" else config.data.eval_crop or own.crop

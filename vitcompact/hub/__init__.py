@@ -1,0 +1,300 @@
+"""Weights by name: `pretrained` gets a model with them, `push` writes a folder that it reads back.
+
+Where they may come from:
+  "deit_small_patch16_224"            a model of `list_models(pretrained=True)`: its default weights
+  "deit_small_patch16_224.fb_in1k"    those of a tag
+  "hf-hub:org/name", "...@revision"   a repository of the hub: timm's, transformers' or `push`'s
+  "local-dir:PATH", or PATH           such a folder, or a file
+  "https://.../name-cd65a155.pth"     a file of authors'; name the model with model=
+"""
+import hashlib
+import json
+import os
+import pathlib
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+
+from vitcompact import convert, pytorch, trees
+from vitcompact._version import __version__
+from vitcompact.hub import config, download
+from vitcompact.hub.config import Described
+from vitcompact.hub.download import File
+from vitcompact.hub.folder import push
+from vitcompact.models import VARIANTS, create_model, tags, variant_of
+from vitcompact.preprocess import Preprocess, preprocess
+
+__all__ = ["Fetched", "as_file", "fetch", "is_file_name", "is_model_name", "pretrained", "push",
+           "write"]
+
+REPOSITORY, FOLDER = ("hf-hub:", "hf_hub:"), "local-dir:"
+ADDRESS = ("https://", "http://", "file://")
+PROCESSOR = "preprocessor_config.json"
+
+
+class Fetched(NamedTuple):
+  """A model with its weights, and where they are from.
+
+  preprocess: how their evaluation prepares images. source: "hf-hub:org/name@commit", an address or
+  a path. digest: sha256 of the file of weights. lines: what was dropped, resized or made anew.
+  """
+  model: nn.Module
+  variables: dict[str, Any]
+  classes: list[str] | None
+  preprocess: Preprocess
+  source: str
+  digest: str
+  lines: Sequence[str] = ()
+
+
+class Found(NamedTuple):
+  """Weights that are here: the file, the others that it names, and what a config.json tells."""
+  file: File
+  parts: Sequence[File]
+  described: Described | None
+
+  @property
+  def digest(self) -> str:
+    if not self.parts:
+      return self.file.digest
+    text = "".join(file.digest for file in (self.file, *self.parts))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def pretrained(name: str | os.PathLike, *, model: str | None = None, revision: str | None = None,
+               cache_dir: str | os.PathLike | None = None, offline: bool | None = None,
+               sha256: str | None = None, weights: str | None = None,
+               **fields) -> tuple[nn.Module, dict[str, Any]]:
+  """(model, variables) of weights that are known by a name, see the top of `vitcompact/hub`.
+
+  Args:
+    name: a model's, with a tag or without; "hf-hub:org/name", "local-dir:PATH", a path, an address.
+    model: whose weights a file or repository holds, where it does not say so itself.
+    revision: branch, tag or commit of the repository. `fetch` tells the commit that was taken.
+    cache_dir: where files are kept, in place of the hub's cache and ~/.cache/vitcompact.
+    offline: take what is in the caches, ask nobody. Default: HF_HUB_OFFLINE of the environment.
+    sha256: of the file of weights, or its first 8 digits at least. The digests that the hub or the
+      file's name tell are checked anyway.
+    weights: which set of a training checkpoint, see `from_torch`.
+    fields: as in `create_model`, but for the plan. With other num_classes the backbone is kept and
+      the classifier initialised anew, which a warning says; 0 leaves it out.
+  Returns:
+    The model, dense unless `push` wrote a compact one, and float32 variables, nested dicts of numpy
+    arrays.
+  Raises:
+    ValueError or OSError, one line: nothing is known by the name, a file is missing, damaged or not
+    the model's, or the package huggingface_hub is.
+  """
+  found = fetch(name, model=model, revision=revision, cache_dir=cache_dir, offline=offline,
+                sha256=sha256, weights=weights, **fields)
+  for line in found.lines:
+    if line.startswith("classifier:"):
+      warnings.warn(f"{name}: {line}", stacklevel=2)
+  return found.model, found.variables
+
+
+def fetch(name, *, weights: str | None = None, reset_head: bool = False,
+          allow_nonfinite: bool = False, **options) -> Fetched:
+  """As `pretrained`, and tells where the weights are from and how their images are prepared.
+
+  reset_head: initialise the classifier anew, whatever its number of classes.
+  """
+  places = ("model", "revision", "cache_dir", "offline", "sha256")
+  found = find(name, **{key: options.pop(key) for key in places if key in options})
+  return _read(found, options, weights, reset_head, allow_nonfinite)
+
+
+def find(name, *, model: str | None = None, revision: str | None = None, cache_dir=None,
+         offline: bool | None = None, sha256: str | None = None) -> Found:
+  """The files of weights, downloaded where they are not here, their digests checked."""
+  text = os.fspath(name) if isinstance(name, str | os.PathLike) else name
+  if not isinstance(text, str) or not text:
+    raise ValueError(f"{name!r} is no name of weights; list_models(pretrained=True) lists those "
+                     "that are known, and hf-hub:org/name, a path or an address are taken")
+  if text.startswith(REPOSITORY):
+    repo, _, commit = text.partition(":")[2].partition("@")
+    if revision and commit:
+      raise ValueError(f"{text}: two revisions, {commit!r} and {revision!r}; give one")
+    return _of_repository(repo, model, sha256, revision=revision or commit or None,
+                          cache_dir=cache_dir, offline=offline)
+  row = {}
+  if is_model_name(text):
+    model, text, row = _known(text, model)
+  if "hub" in row:
+    return _of_repository(row["hub"], model, sha256, revision=revision, cache_dir=cache_dir,
+                          offline=offline)
+  if revision:
+    raise ValueError(f"revision={revision!r}: {text} is no repository, and has none; leave it out")
+  if text.startswith(ADDRESS) or row:
+    file = download.from_address(row.get("url", text), cache_dir=cache_dir, offline=offline,
+                                 sha256=sha256)
+    return Found(file, (), model and Described(model, {}))
+  return _of_path(pathlib.Path(text.removeprefix(FOLDER)).expanduser(), model, sha256)
+
+
+def _known(name: str, model: str | None) -> tuple[str, str, dict]:
+  """(name with its tag, the same, row) of a model in the table of weights."""
+  if model is not None:
+    raise ValueError(f"model={model!r}: {name!r} is a model already; leave one out")
+  plain, _, tag = name.partition(".")
+  variant_of(plain)
+  tag, row = tags.row_of(plain, tag)
+  return f"{plain}.{tag}", f"{plain}.{tag}", row
+
+
+def is_file_name(text: str) -> bool:
+  """Whether it is the path of a file, be it there or not: no folder, no place, no model."""
+  return not text.startswith((*REPOSITORY, FOLDER, *ADDRESS)) and not os.path.isdir(text) and (
+      os.path.exists(text) or os.sep in text or text.lower().endswith(download.SUFFIXES))
+
+
+def is_model_name(text: str) -> bool:
+  """Whether it can only be a model's name, with a tag or without."""
+  return not (text.startswith((*REPOSITORY, FOLDER, *ADDRESS)) or os.path.isdir(text)
+              or is_file_name(text))
+
+
+def _of_repository(repo: str, model: str | None, sha256, **options) -> Found:
+  described = model and Described(model, {})
+  if described is None:
+    described = _described_by_hub(repo, options)
+  file = download.from_hub(repo, download.WEIGHTS, **options)
+  parts = download.parts_from_hub(file, repo, **options)
+  file = download.checked_of_hub(file, repo, [sha256] if sha256 else [])
+  return Found(file, [download.checked_of_hub(part, repo) for part in parts], described)
+
+
+def _described_by_hub(repo: str, options) -> Described:
+  where = f"hf-hub:{repo}"
+  file = download.from_hub(repo, [config.CONFIG], **options)
+  about, processor = config.load(file.path), None
+  if "model_type" in about:
+    try:
+      processor = config.load(download.from_hub(repo, [PROCESSOR], **options).path)
+    except (ValueError, OSError):   # not every repository has one
+      processor = None
+  return config.read(where, about, processor)
+
+
+def _of_path(path: pathlib.Path, model: str | None, sha256) -> Found:
+  if not path.exists():
+    raise FileNotFoundError(f"{path}: no such file or folder")
+  described = model and Described(model, {})
+  if path.is_dir():
+    names = [name for name in download.WEIGHTS if (path / name).is_file()]
+    if not names:
+      raise ValueError(f"{path} has no file of weights; looked for: {', '.join(download.WEIGHTS)}")
+    if described is None and (path / config.CONFIG).is_file():
+      about, other = config.load(path / config.CONFIG), path / PROCESSOR
+      if not pytorch.is_ours(path / names[0]):
+        described = config.read(str(path), about, config.load(other) if other.is_file() else None)
+    path /= names[0]
+  way_out = "give the file that was meant"
+  file = download.checked(File(path, str(path)), [sha256] if sha256 else [], way_out)
+  parts = []
+  if path.name.endswith(".index.json"):
+    for name in download.parts(path):
+      if not (path.parent / name).is_file():
+        raise FileNotFoundError(f"{path.parent / name}: no such file, and {path.name} names it")
+      parts.append(download.checked(File(path.parent / name, str(path)), [], way_out))
+  return Found(file, parts, described)
+
+
+def _read(found: Found, fields, weights, reset_head, allow_nonfinite) -> Fetched:
+  """The model of the files, with these fields."""
+  path, source = found.file.path, found.file.source
+  if "plan" in fields or "deploy" in fields:
+    raise ValueError("plan and deploy are the weights' own: load them, then vc.compact and vc.fold")
+  if pytorch.is_ours(path):
+    return _read_ours(found, fields, reset_head, allow_nonfinite)
+  if found.described is None:
+    raise ValueError(f"{source} does not say which model it is of; name it with model=NAME "
+                     "(list_models() lists them)")
+  name, told, classes, shown = found.described
+  stored = create_model(name, **told)
+  model = create_model(name, **{**told, **fields})
+  other = reset_head or model.num_classes != stored.num_classes
+  state = pytorch.read_checkpoint(str(path))
+
+  def read(reset_head: bool):
+    return convert.read_state_dict(model, state, reset_head=reset_head, weights=weights,
+                                   allow_nonfinite=allow_nonfinite)
+
+  if other and not reset_head and name in VARIANTS and "num_classes" not in told:
+    try:   # nobody has said how many classes a file has: it may be those that are asked for
+      loaded, other = read(False), False
+    except ValueError:
+      loaded = read(True)
+  else:
+    loaded = read(other)
+  lines = [*_about_head(stored, model, other), *loaded.lines()]
+  return Fetched(model, loaded.variables, None if other else classes, config.prepared(model, shown),
+                 source, found.digest, lines)
+
+
+def _read_ours(found: Found, fields, reset_head, allow_nonfinite) -> Fetched:
+  path = found.file.path
+  stored, variables = convert.load(path, allow_nonfinite=allow_nonfinite)
+  classes, pre, lines, model = convert.classes_of(path), preprocess(path), [], stored
+  if fields or reset_head:
+    model = convert.altered(stored, **fields)
+    other = reset_head or model.num_classes != stored.num_classes
+    loaded = convert.read_state_dict(model, convert.tensors_of(stored, variables), source=stored,
+                                     reset_head=other, allow_nonfinite=allow_nonfinite)
+    variables, classes = loaded.variables, None if other else classes
+    lines = [*_about_head(stored, model, other), *loaded.lines()]
+    pre = config.prepared(model, config.settings(pre))
+  return Fetched(model, variables, classes, pre, found.file.source, found.digest, lines)
+
+
+def _about_head(stored, model, other: bool) -> list[str]:
+  if not other or not model.num_classes:
+    return []
+  had = f"of {stored.num_classes} classes was left out" if stored.num_classes else "was not there"
+  return [f"classifier: the one {had}, that of {model.num_classes} is initialised anew and has to "
+          "be trained; the backbone's weights are kept"]
+
+
+def write(name, out, *, force: bool = False, dtype: str = "float32",
+          classes: Sequence[str] | None = None, **options) -> list[str]:
+  """Writes weights by name as a file of ours; returns lines that tell what was done.
+
+  Its metadata name the source, with the commit and the digest. options: see `fetch`.
+  """
+  found = fetch(name, **options)
+  _save(out, found, force=force, dtype=dtype, classes=classes)
+  size = trees.size(found.variables["params"])
+  return [f"{out}: {found.model.variant}, {size:,} parameters, from {found.source}", *found.lines]
+
+
+def _save(out, found: Fetched, classes=None, **options):
+  convert.save(out, found.model, found.variables, classes=classes or found.classes,
+               preprocess=found.preprocess,
+               about={"source": found.source, "source_sha256": found.digest}, **options)
+
+
+def as_file(name, say=None, **options) -> str:
+  """The path of a file of ours for any name: a file's own path, or that of one in the cache.
+
+  A file is taken as it is; who reads it says whether it is ours. say: called with lines that tell
+  what was done, where the file is made. options: see `find`.
+  """
+  text = os.fspath(name)
+  if is_file_name(text):
+    return text
+  found = find(name, **options)
+  if pytorch.is_ours(found.file.path):
+    return str(found.file.path)
+  key = json.dumps([found.described, found.digest, __version__], default=list)
+  stem = found.described.name if found.described else "model"
+  folder = download.cache_folder(options.get("cache_dir")) / "models"
+  path = folder / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+  if not path.exists():
+    fetched = _read(found, {}, None, False, False)
+    folder.mkdir(parents=True, exist_ok=True)
+    _save(path, fetched, force=True)
+    for line in fetched.lines if say else ():
+      say(line)
+  return str(path)

@@ -1,0 +1,138 @@
+"""What a config.json says of a model: timm's, transformers', and how ours is written."""
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+
+from vitcompact import foreign_config
+from vitcompact._version import __version__
+from vitcompact.convert import metadata
+from vitcompact.models import create_model, tags
+from vitcompact.preprocess import Preprocess, preprocess
+
+CONFIG = "config.json"
+RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}   # Pillow's numbers
+
+
+class Described(NamedTuple):
+  """A model as a config.json describes it: its name, with a tag where that is known; fields for
+  `create_model`; names of the classes; and what is told of {mean, std, crop, interpolation}."""
+  name: str
+  fields: dict[str, Any]
+  classes: list[str] | None = None
+  images: Mapping[str, Any] = {}
+
+
+def read(where: str, config: Mapping, processor: Mapping | None = None) -> Described:
+  """The model of a config.json; ValueError, one line, where it is none of ours.
+
+  where: what the file is of, for errors. processor: transformers' preprocessor_config.json.
+  """
+  if isinstance(size := config.get("image_size"), Mapping):   # PVT v2's
+    config = {**config, "image_size": [size.get("height"), size.get("width")]}
+  try:
+    told = foreign_config.of(config)
+    if "architecture" not in config:
+      return Described(told.model, told.fields, told.classes, _images(processor or {}))
+    return _of_timm(config, told)
+  except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError,
+          RecursionError) as error:
+    raise ValueError(f"{where}: its {CONFIG} tells no model that is known here: "
+                     f"{str(error)[:300]}; name it with model=NAME") from None
+
+
+def _of_timm(config: Mapping, told) -> Described:
+  """Adds to what `foreign_config` reads: the tag, and how images are prepared."""
+  about = config.get("pretrained_cfg", config)   # beside the rest before timm 0.9
+  name, tag = told.model, about.get("tag")
+  # The tag's own number of classes and image size may be others than the model's.
+  fields = {**{key: getattr(create_model(name), key) for key in ("num_classes", "image_size")},
+            **told.fields}
+  if tag in tags.table().get(name, ()):
+    name = f"{name}.{tag}"
+  if "input_size" in about and "in_chans" not in fields:
+    fields["in_chans"] = about["input_size"][0]
+  images = {ours: about[key] for key, ours in
+            (("mean", "mean"), ("std", "std"), ("interpolation", "interpolation"),
+             ("crop_pct", "crop"), ("crop_mode", "crop_mode")) if about.get(key) is not None}
+  names = config.get("label_names") or about.get("label_names") or config.get("labels")
+  return Described(name, fields, _classes(names, fields["num_classes"]), images)
+
+
+def _images(processor: Mapping) -> dict[str, Any]:
+  """Of transformers' preprocessor_config.json: what it tells."""
+  images = {ours: tuple(processor[key]) for key, ours in
+            (("image_mean", "mean"), ("image_std", "std")) if processor.get(key)}
+  if processor.get("resample") in RESAMPLE:
+    images["interpolation"] = RESAMPLE[processor["resample"]]
+  size, crop = processor.get("size"), processor.get("crop_size")
+  if isinstance(size, Mapping):
+    shortest = size.get("shortest_edge")
+    if isinstance(crop, Mapping):
+      crop = crop.get("height")
+    if processor.get("do_center_crop") and shortest and crop:
+      images["crop"] = crop / shortest
+    elif "height" in size:   # resized to both sides, whatever the aspect ratio
+      images["crop"] = None
+  return images
+
+
+def _classes(names: Sequence[str] | Mapping | None, count: int | None) -> list[str] | None:
+  """Names in the order of the logits, where each logit has one."""
+  if isinstance(names, Mapping):
+    names = [names[key] for key in sorted(names, key=int)]
+  return list(names) if names and len(names) == count else None
+
+
+def settings(prepare: Preprocess) -> dict[str, Any]:
+  """How images are prepared, whatever their size: mean, std, crop, interpolation, ..."""
+  return {key: value for key, value in dataclasses.asdict(prepare).items() if key != "image_size"}
+
+
+def prepared(model: nn.Module, told: Mapping[str, Any]) -> Preprocess:
+  """As `preprocess(model)`, but for what is told."""
+  own = preprocess(model)
+  try:
+    values = {**settings(own), **told}
+    for key in ("mean", "std"):
+      numbers = tuple(map(float, values[key]))
+      if len(numbers) != model.in_chans:   # of RGB, as in `preprocess`
+        numbers = (sum(numbers) / len(numbers),) * model.in_chans
+      values[key] = numbers
+    return dataclasses.replace(own, **values)
+  except (ValueError, TypeError, ZeroDivisionError) as error:
+    raise ValueError(f"{CONFIG} tells no preparation of images that is known ({error}): "
+                     f"{dict(told)}") from None
+
+
+def write(model: nn.Module, preprocess: Preprocess, classes: Sequence[str] | None,
+          source: str = "") -> str:
+  """config.json of a folder that `push` writes: timm's keys, and ours under "vitcompact"."""
+  name, _, tag = model.variant.partition(".")
+  height, width = preprocess.image_size
+  about = {"mean": preprocess.mean, "std": preprocess.std,
+           "crop_pct": 1.0 if preprocess.crop is None else preprocess.crop,
+           "crop_mode": "squash" if preprocess.crop is None else preprocess.crop_mode,
+           "interpolation": preprocess.interpolation, "num_classes": model.num_classes,
+           "input_size": (model.in_chans, height, width)}
+  own = {key: json.loads(text) if key != "model" else text
+         for key, text in metadata(model).items()}
+  config = {"architecture": name, "num_classes": model.num_classes,
+            **({"label_names": list(classes)} if classes else {}),
+            "pretrained_cfg": {**({"tag": tag} if tag else {}), **about},
+            "vitcompact": {"version": __version__, **own, **({"from": source} if source else {})}}
+  return json.dumps(config, indent=1, ensure_ascii=False) + "\n"
+
+
+def load(path) -> Mapping:
+  """The object in a JSON file; ValueError, one line, where there is none."""
+  try:
+    config = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{path} is no JSON: {error}") from None
+  if not isinstance(config, Mapping):
+    raise ValueError(f"{path} holds a {type(config).__name__}, wanted: an object")
+  return config

@@ -1,0 +1,45 @@
+"""Tags: which weights of a named model, as in timm's "vit_small_patch16_224.augreg_in1k".
+
+`pretrained.json` has them, {model: {tag: row}}, a model's default tag first;
+experiments/pretrained_tags.py writes it and says what a row has.
+"""
+import difflib
+import functools
+import json
+import pathlib
+from typing import Any
+
+from vitcompact.models.variant import Variant
+
+TABLE = pathlib.Path(__file__).with_name("pretrained.json")
+
+
+@functools.cache
+def table() -> dict[str, dict[str, dict[str, Any]]]:
+  """All of them, also of models that `create_model` does not know."""
+  return json.loads(TABLE.read_text(encoding="utf-8"))
+
+
+def row_of(model: str, tag: str = "") -> tuple[str, dict[str, Any]]:
+  """(tag, row) of a model's weights; without a tag, of its default.
+
+  Raises ValueError, one line with the tags that there are, for any other."""
+  rows = table().get(model, {})
+  if not rows:
+    raise ValueError(f"{model} has no weights that are known by name; load a file of them instead")
+  if tag and tag not in rows:
+    close = difflib.get_close_matches(tag, rows, n=1, cutoff=0.0)
+    raise ValueError(f"{model} has no weights tagged {tag!r}, but {', '.join(rows)}; did you mean "
+                     f"{model}.{close[0]}?")
+  tag = tag or next(iter(rows))
+  return tag, rows[tag]
+
+
+def tagged(variant: Variant, row: dict[str, Any]) -> Variant:
+  """A model's variant with the classes, size and images of these weights."""
+  size = row["image_size"]
+  return variant._replace(
+      sizes={**variant.sizes, "num_classes": row["num_classes"], "image_size": size},
+      mean=tuple(row["mean"]), std=tuple(row["std"]), crop=row["crop"],
+      crop_384=variant.crop_384 if size < 384 else None, interpolation=row["interpolation"],
+      crop_mode=row.get("crop_mode", "center"))
