@@ -551,7 +551,8 @@ def test_every_verb_takes_weights_by_name(server, tmp_path):
   assert str(tmp_path / "a.png") in shown
   assert "| hf-hub:me/pets |" in command.succeeds("count", "hf-hub:me/pets")
   out = tmp_path / "pets.safetensors"
-  assert f"hf-hub:me/pets@{commit}" in command.succeeds("convert", "hf-hub:me/pets", "--out", out)
+  printed = command.succeeds("convert", "hf-hub:me/pets", "--out", out)
+  assert f"hf-hub:me/pets@{commit}" in printed and f"config.json: {NAME}.fb_in1k, " in printed
   model, weights = vc.load(out)
   assert same(weights, variables) and convert.classes_of(out) == ["cat", "dog", "fish"]
   about = convert.read_metadata(out)

@@ -229,7 +229,9 @@ def _read(found: Found, fields, weights, reset_head, allow_nonfinite) -> Fetched
       loaded = read(True)
   else:
     loaded = read(other)
-  lines = [*_about_head(stored, model, other), *loaded.lines()]
+  fields_told = [f"{key}={value}" for key, value in told.items()]
+  lines = [*([f"{config.CONFIG}: {', '.join([name, *fields_told])}"] if told else []),
+           *_about_head(stored, model, other), *loaded.lines()]
   return Fetched(model, loaded.variables, None if other else classes, config.prepared(model, shown),
                  source, found.digest, lines)
 
