@@ -195,7 +195,8 @@ def without_layer_scale(params, attention: bool = True, ffn: bool = True):
   for scale, branch, layer, wanted in branches:
     if wanted and scale in params:
       gamma = params[scale]["gamma"]
-      scaled = {name: leaf * gamma for name, leaf in params[branch][layer].items()}
+      scaled = {name: leaf * gamma.reshape((1,) * (leaf.ndim - 1) + (-1,))
+                for name, leaf in params[branch][layer].items()}
       new |= {branch: {**params[branch], layer: scaled}, scale: {"gamma": jnp.ones_like(gamma)}}
   return new
 

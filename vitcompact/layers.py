@@ -175,7 +175,7 @@ class LayerScale(nn.Module):
   @nn.compact
   def __call__(self, x):
     gamma = self.param("gamma", nn.initializers.constant(self.initial), (x.shape[-1],))
-    return x * gamma.astype(x.dtype)
+    return x * _along_last_axis(gamma, x).astype(x.dtype)
 
 
 class Dense(nn.Dense):

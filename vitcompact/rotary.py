@@ -38,7 +38,7 @@ def angles(places_n2, head_width: int, temperature: float):
   towards `temperature`."""
   share = np.arange(head_width // 4, dtype=np.float32) / (head_width // 4)
   rates = (2 * math.pi / np.float32(temperature) ** share).astype(np.float32)
-  turned = places_n2[..., None] * rates
+  turned = places_n2[..., None] * rates.reshape((1,) * places_n2.ndim + (-1,))
   return turned.reshape(*turned.shape[:-2], -1)
 
 
