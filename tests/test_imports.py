@@ -23,7 +23,7 @@ MAY = {
     "trees": set(), "settings": set(), "kernels": set(), "torch_names": set(),
     "regression": set(),
     "attention": {"trees", "kernels"}, "layers": {"trees", "kernels"},
-    "token_state": {"trees", "attention"}, "execution": {"attention"},
+    "token_state": {"trees", "attention"}, "rotary": {"token_state"}, "execution": {"attention"},
     "methods": BASE,
     "plan": {"methods", "trees", "token_state"},
     "block": BASE | {"methods", "plan"},

@@ -14,8 +14,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.filterwarnings("error")
-@pytest.mark.filterwarnings("ignore:4 calibration images are too few")   # its comment says so too
+# That four images are few is what a comment of its says too.
+@pytest.mark.filterwarnings("error", "ignore:4 calibration images are")
 def test_the_python_runs():
   first, plans, *others = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
   # The same lines at a size that a test can afford.

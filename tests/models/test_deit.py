@@ -229,7 +229,7 @@ def test_every_leaf_has_one_rule_and_matrices_and_the_distillation_token_decay(n
     (lambda: vc.create_model("deit_tiny_patch16_224", dtype="float33"), "dtype='float33': must"),
     (lambda: vc.create_model("deit_tiny_patch16_224", plan="{}"), "plan='{}': must be a Plan"),
     (lambda: vc.create_model("deit_tiny_patch16_224", widht=5), "did you mean 'width'"),
-    (lambda: vc.create_model("deit_tiny_patch16_224", global_pool="max"), "'token', 'avg' or ''"),
+    (lambda: vc.create_model("deit_tiny_patch16_224", global_pool="max"), "'avg', 'map', ''"),
     (lambda: tiny.deit().init(jax.random.key(0), jnp.zeros((1, 16, 32, 3))), "(B, 32, 32, 3)"),
 ])
 def test_what_does_not_fit_is_refused_in_one_line(make, words):

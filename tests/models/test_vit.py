@@ -96,8 +96,8 @@ def small(name, **fields):
   return vc.create_model(name, **{**SMALL, **fields})
 
 
-ALL = [vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN(), attention=vc.Sparsifiner(keep=0.5, rank=4),
-               tokens=vc.ToMe(r=3)),
+# No masks by token here: fitted to nine images their scores tie, and rounding breaks ties.
+ALL = [vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN(), tokens=vc.ToMe(r=3)),
        vc.Plan(heads=vc.HMHSA(layout="grid"), ffn=vc.CFFN(factor="both"),
                attention=vc.Sparsifiner(keep=0.5, granularity="block", window=2, min_tokens=0))]
 
@@ -170,7 +170,7 @@ def test_fields_that_do_not_go_together(fields, message):
 
 def test_without_a_class_token_evit_says_what_to_take():
   with pytest.raises(ValueError, match="ToMe"):
-    small("vit_base_patch16_siglip_224", plan=vc.Plan(tokens=vc.EViT()))
+    small("vit_base_patch16_siglip_224", plan=vc.Plan(tokens=vc.EViT(blocks=(0,))))
 
 
 def test_files_tell_every_field(tmp_path):
