@@ -292,6 +292,14 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     convert.load(path)
 
 
+def test_names_of_classes_go_to_pytorch_files(tmp_path):
+  model, names = tiny.deit(depth=1), ["a", "b", "c", "d", "e"]
+  ours, home = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+  vc.save(ours, model, tiny.init(model), classes=names)
+  pytorch.to_torch(ours, home)
+  assert json.loads(convert.read_metadata(home)["classes"]) == names
+
+
 def test_the_command_converts_both_ways(tmp_path):
   torch_file, ours, home = (tmp_path / f"{name}.safetensors" for name in ("t", "ours", "home"))
   state = zeros("deit_tiny_patch16_224")

@@ -271,7 +271,7 @@ def test_weights_in_parts_are_fetched_and_checked_one_by_one(server):
   assert found.parts[0].digest == hashlib.sha256(b"one").hexdigest()
   bad = json.dumps({"weight_map": {"a": "../secret.safetensors"}})
   server.add("org/bad", **{"model.safetensors.index.json": bad.encode()})
-  with pytest.raises(ValueError, match="a file outside its folder"):
+  with pytest.raises(ValueError, match="names no file beside it"):
     hub.find("hf-hub:org/bad", model=NAME)
 
 

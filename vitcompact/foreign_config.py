@@ -109,7 +109,8 @@ def _of_timm(config):
       raise ValueError(f"its model_args have {key}={value!r}, which is no option of {name}")
     fields[TIMM[key]] = _plain(TIMM[key], value)
   fields = {key: value for key, value in fields.items() if value != known[key]}
-  return Told(name, fields, _names(config.get("label_names")))
+  names = config.get("label_names") or cfg.get("label_names") or config.get("labels")
+  return Told(name, fields, _names(names))
 
 
 def _of_transformers(config):
@@ -128,8 +129,7 @@ def _of_transformers(config):
   sizes |= _ffn(sizes)
   name, fields = _nearest(family, {ours: _plain(ours, sizes[theirs])
                                    for theirs, ours in family.words.items() if theirs in sizes})
-  labels = config.get("id2label") or {}
-  classes = [labels[key] for key in sorted(labels, key=int)]
+  classes = config.get("id2label") or {}
   has_classifier = family.classifies and "ForImageClassification" in architectures[0]
   count = (len(classes) or config.get("num_labels", 2)) if has_classifier else projection
   if count != fields_of(create_model(name))["num_classes"]:
@@ -175,13 +175,17 @@ def _same(one, other) -> bool:
 
 def _plain(field, value):
   """Lists as tuples, and a square image or patch as its side."""
+  if field == "image_size" and isinstance(value, Mapping):   # PVT v2's
+    value = [value["height"], value["width"]]
   if field in ("image_size", "patch_size") and isinstance(value, list) and len({*value}) == 1:
     return value[0]
   return tuple(value) if isinstance(value, list) else value
 
 
 def _names(labels):
-  """Names of classes, unless they only count."""
+  """Names of classes, in a list or by their number, unless they only count."""
+  if isinstance(labels, Mapping):
+    labels = [labels[key] for key in sorted(labels, key=int)]
   if not labels or not all(isinstance(label, str) for label in labels):
     return None
   return None if fnmatch.filter(labels, "LABEL_[0-9]*") else list(labels)

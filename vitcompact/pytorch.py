@@ -8,6 +8,7 @@ import argparse
 import collections
 import dataclasses
 import datetime
+import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -236,5 +237,7 @@ def to_torch(checkpoint, out, *, names: str = "timm", force: bool = False) -> li
   """Writes the PyTorch state dict of one of our files; returns lines that tell what was done."""
   model, variables = convert.load(checkpoint)
   state = vc.to_torch(model, variables, names=names)
-  convert.write_safetensors(out, state, convert.metadata(model), force=force)
+  classes = convert.classes_of(checkpoint)
+  about = {"classes": json.dumps(classes)} if classes else {}
+  convert.write_safetensors(out, state, {**convert.metadata(model), **about}, force=force)
   return [f"{out}: {model.variant}, {len(state)} tensors"]

@@ -130,6 +130,19 @@ def test_published_configs_tell_published_models():
   assert foreign_config.of(timm) == (
       "deit_small_patch16_224", {"image_size": 384, "num_classes": 3, "global_pool": "avg"},
       ["x", "y", "z"])
+  timm |= {"label_names": {"2": "z", "10": "w", "0": "x"}}   # by number, as numbers are ordered
+  assert foreign_config.of(timm).classes == ["x", "z", "w"]
+  pyramid = {"model_type": "pvt_v2", "image_size": {"height": 224, "width": 320},
+             "hidden_act": "gelu", "mlp_ratios": [8, 8, 4, 4], "depths": [2, 2, 2, 2],
+             "hidden_sizes": [32, 64, 160, 256], "num_attention_heads": [1, 2, 5, 8],
+             "sr_ratios": [8, 4, 2, 1], "architectures": ["PvtV2Model"]}
+  assert foreign_config.of(pyramid) == (
+      "pvt_v2_b0", {"image_size": (224, 320), "num_classes": 0}, None)
+  # Its classifier reads class token and mean together, which our model does not.
+  dino = {"model_type": "dinov2", "architectures": ["Dinov2ForImageClassification"],
+          "id2label": {"0": "a", "1": "b"}}
+  told = foreign_config.of(dino)
+  assert told.classes is None and "num_classes" not in told.fields
   pvt = {"architecture": "pvt_v2_b0", "num_classes": 1000, "global_pool": "avg"}
   assert foreign_config.of(pvt) == ("pvt_v2_b0", {}, None)
 

@@ -11,6 +11,8 @@ import vitcompact as vc
 from tests import tiny
 from tests.models import parity
 from vitcompact import rotary, trees
+from vitcompact.draw.report import page
+from vitcompact.measure import feature_error
 from vitcompact.token_state import Tokens
 
 SMALL = {"width": 24, "depth": 2, "heads": 3, "patch_size": 8, "image_size": 32, "num_classes": 5}
@@ -150,6 +152,26 @@ def test_compact_takes_layer_scale_in_and_computes_the_same():
   assert np.all(compacted["params"]["blocks_0"]["ls2"]["gamma"] == 1)
   np.testing.assert_array_equal(compacted["params"]["blocks_0"]["ls1"]["gamma"],
                                 variables["params"]["blocks_0"]["ls1"]["gamma"])
+
+
+def test_what_is_fitted_from_images_is_what_layer_scale_lets_through():
+  """At every rank the fitted factors are the layer's own, and the residual gap stays 0."""
+  dense = small("deit3_small_patch16_224")
+  variables, images = tiny.init(dense), np.asarray(tiny.images(dense, batch=32))
+  plan = vc.Plan(ffn=vc.CFFN(rank_ratio=1.0, rep="none", branches=1, avg_skip=False))
+  model, compacted = vc.compact(dense, variables, plan, images=images)
+  np.testing.assert_allclose(model.apply(compacted, images), dense.apply(variables, images),
+                             atol=2e-2)
+
+
+def test_a_model_without_a_classifier_is_measured_by_its_features():
+  model = small("vit_small_patch14_dinov2", patch_size=8, num_classes=0)
+  variables, images = tiny.init(model), np.asarray(tiny.images(model, batch=16))
+  report = vc.measure(model, variables, images)
+  assert report.unit == "error" and "error" in str(report.explain(report.plan(macs=0.9)))
+  assert "nats" not in page(report)
+  wanted = np.asarray([[1.0, 2.0], [3.0, 6.0]])   # variances 1 and 4
+  assert feature_error(wanted, wanted + 0.5) == pytest.approx(0.25 / 2.5)
 
 
 @pytest.mark.parametrize("fields,message", [

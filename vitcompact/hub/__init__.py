@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 
-from vitcompact import convert, pytorch, trees
+from vitcompact import convert, files, pytorch, trees
 from vitcompact._version import __version__
 from vitcompact.hub import config, download
 from vitcompact.hub.config import Described
@@ -195,7 +195,7 @@ def _of_path(path: pathlib.Path, model: str | None, sha256) -> Found:
   file = download.checked(File(path, str(path)), [sha256] if sha256 else [], way_out)
   parts = []
   if path.name.endswith(".index.json"):
-    for name in download.parts(path):
+    for name in sorted(files.shards_of(path)):
       if not (path.parent / name).is_file():
         raise FileNotFoundError(f"{path.parent / name}: no such file, and {path.name} names it")
       parts.append(download.checked(File(path.parent / name, str(path)), [], way_out))

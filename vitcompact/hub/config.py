@@ -31,8 +31,6 @@ def read(where: str, config: Mapping, processor: Mapping | None = None) -> Descr
 
   where: what the file is of, for errors. processor: transformers' preprocessor_config.json.
   """
-  if isinstance(size := config.get("image_size"), Mapping):   # PVT v2's
-    config = {**config, "image_size": [size.get("height"), size.get("width")]}
   try:
     told = foreign_config.of(config)
     if "architecture" not in config:
@@ -58,8 +56,9 @@ def _of_timm(config: Mapping, told) -> Described:
   images = {ours: about[key] for key, ours in
             (("mean", "mean"), ("std", "std"), ("interpolation", "interpolation"),
              ("crop_pct", "crop"), ("crop_mode", "crop_mode")) if about.get(key) is not None}
-  names = config.get("label_names") or about.get("label_names") or config.get("labels")
-  return Described(name, fields, _classes(names, fields["num_classes"]), images)
+  # Names that are not as many as the logits are of other data.
+  known = told.classes if len(told.classes or ()) == fields["num_classes"] else None
+  return Described(name, fields, known, images)
 
 
 def _images(processor: Mapping) -> dict[str, Any]:
@@ -78,13 +77,6 @@ def _images(processor: Mapping) -> dict[str, Any]:
     elif "height" in size:   # resized to both sides, whatever the aspect ratio
       images["crop"] = None
   return images
-
-
-def _classes(names: Sequence[str] | Mapping | None, count: int | None) -> list[str] | None:
-  """Names in the order of the logits, where each logit has one."""
-  if isinstance(names, Mapping):
-    names = [names[key] for key in sorted(names, key=int)]
-  return list(names) if names and len(names) == count else None
 
 
 def settings(prepare: Preprocess) -> dict[str, Any]:

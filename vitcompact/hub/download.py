@@ -4,7 +4,6 @@ Files of the hub lie in its own cache (HF_HOME), those of other addresses in ~/.
 (VITCOMPACT_CACHE). Nothing is sent but the names of what is asked for.
 """
 import hashlib
-import json
 import os
 import pathlib
 import re
@@ -15,7 +14,7 @@ import urllib.request
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vitcompact.files import PICKLED
+from vitcompact.files import PICKLED, shards_of
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
            "pytorch_model.bin.index.json")   # in a folder or a repository, the preferred first
@@ -139,20 +138,8 @@ def parts_from_hub(file: File, repo: str, **options) -> list[File]:
   if not file.path.name.endswith(".index.json"):
     return []
   commit = file.source.rpartition("@")[2]
-  return [from_hub(repo, [name], **{**options, "revision": commit}) for name in parts(file.path)]
-
-
-def parts(index) -> list[str]:
-  """Names of the files that an index of weights names."""
-  try:
-    names = sorted(set(json.loads(pathlib.Path(index).read_text(encoding="utf-8"))
-                       ["weight_map"].values()))
-    if not all(isinstance(name, str) and name == pathlib.PurePosixPath(name).name
-               for name in names):
-      raise ValueError("a file outside its folder")
-    return names
-  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-    raise ValueError(f"{index} is no index of weights: {error}") from None
+  return [from_hub(repo, [name], **{**options, "revision": commit})
+          for name in sorted(shards_of(file.path))]
 
 
 def from_address(address: str, *, cache_dir=None, offline: bool | None = None,
