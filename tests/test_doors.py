@@ -121,7 +121,7 @@ def test_what_is_left_of_the_verbs_arguments():
   other = tiny.deit(num_classes=7)
   assert "(3, 5) and (3, 7)" in refusal(vc.verify, dense, variables, other, tiny.init(other),
                                         images)
-  assert "wanted: a model" in refusal(vc.preprocess, "deit")
+  assert "unknown model 'deit'" in refusal(vc.preprocess, "deit")
   assert "tolerance" in refusal(lambda: vc.verify(dense, variables, dense, variables, images,
                                                   tolerance="x"))
 

@@ -42,7 +42,7 @@ def preprocess(model: nn.Module | str | os.PathLike) -> Preprocess:
   mean, std = row.mean, row.std
   if model.in_chans != len(mean):
     mean, std = ((sum(values) / len(values),) * model.in_chans for values in (mean, std))
-  return Preprocess(mean, std, crop, row.interpolation, size, getattr(row, "crop_mode", "center"))
+  return Preprocess(mean, std, crop, row.interpolation, size, row.crop_mode)
 
 
 def _of_file(path) -> Preprocess:

@@ -243,7 +243,8 @@ def test_computing_only_what_is_kept_differs_by_rounding(monkeypatch, width, hei
 
 
 @pytest.mark.parametrize(("size", "resized"), [((3, 3000), (24, 24000)), ((3000, 7), (10285, 24))])
-@pytest.mark.parametrize("resample", list(Image.Resampling))
+# Without BOX: at its edges rounding decides which whole pixel is taken.
+@pytest.mark.parametrize("resample", [kind for kind in Image.Resampling if kind.name != "BOX"])
 def test_what_is_kept_of_a_strip_of_noise_differs_by_rounding(size, resized, resample):
   image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
   left, top = ((side - 24) // 2 for side in resized)

@@ -164,10 +164,15 @@ def test_what_is_fitted_from_images_is_what_layer_scale_lets_through():
                              atol=2e-2)
 
 
-def test_a_model_without_a_classifier_is_measured_by_its_features():
+def test_a_model_without_a_classifier_is_measured_by_its_features(monkeypatch):
   model = small("vit_small_patch14_dinov2", patch_size=8, num_classes=0)
   variables, images = tiny.init(model), np.asarray(tiny.images(model, batch=16))
+  asked = []
+  monkeypatch.setattr("vitcompact.measure.feature_error",
+                      lambda *features: asked.append(feature_error(*features)) or asked[-1])
   report = vc.measure(model, variables, images)
+  measured = [option.kl for row in report.blocks for option in row["options"] if option.measured]
+  assert measured and set(measured) <= set(asked)
   assert report.unit == "error" and "error" in str(report.explain(report.plan(macs=0.9)))
   assert "nats" not in page(report)
   wanted = np.asarray([[1.0, 2.0], [3.0, 6.0]])   # variances 1 and 4
