@@ -14,6 +14,10 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 # {file: what is written between its marks}
 WRITTEN = "written by `python -m experiments.bench tables` from results/"
 FRONT = ("dense", "heads", "ffn", "heads + ffn", "EViT 0.7", "heads + ffn both + EViT 0.7")
+# Other models in the README's table, and the plans that are counted of them.
+OTHERS = {"DeiT III-S at 224": "deit3_small_patch16_224",
+          "DINOv2-S at 518": "vit_small_patch14_dinov2"}
+COUNTED = ("dense", "heads + ffn")
 PLATFORMS = {"cpu": "CPU", "gpu": "GPU", "tpu": "TPU"}
 NO = "not measured"
 
@@ -52,6 +56,11 @@ def front(folder: pathlib.Path = results.FOLDER, batch: int = 8) -> str:
         f"{_saved(count.macs, dense.macs, 1e9, 'G')} | "
         f"{_rate(rows, name, batch)} | "
         f"{_accuracy(accuracy)} |")
+  for title, name in OTHERS.items():
+    few = {plan: vc.count(vc.create_model(name, plan=PLANS[plan], deploy=True)) for plan in COUNTED}
+    lines += [f"| {title}, {plan} | {_saved(count.params, few['dense'].params, 1e6, 'M')} | "
+              f"{_saved(count.macs, few['dense'].macs, 1e9, 'G')} | {NO} | {NO} |"
+              for plan, count in few.items()]
   return "\n".join([*lines, "", f"Batch {batch}. {source(found)} Accuracies: small networks on "
                     "1,797 digits, five folds, see results; on ImageNet none was measured."])
 
