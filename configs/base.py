@@ -37,7 +37,7 @@ def get_config(argument=""):
   config.model.remat = False      # True: less memory, blocks are computed twice
 
   config.data = ConfigDict()
-  config.data.name = "digits"     # or shapes, folder:PATH, arrayrecord:PATH, tfds:NAME
+  config.data.name = "digits"     # vitcompact/data/sources.py lists the others
   config.data.augment = "none"    # vitcompact/data/pipeline.py lists them
   config.data.workers = 0         # processes that decode and augment; 0: threads
   config.data.erase = 0.0         # probability of random erasing
