@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 def get_config(argument=""):
   config = ConfigDict()
   config.seed = 0
-  config.init_from = ""           # .safetensors to start from; a dense one is made compact first
+  config.init_from = ""           # weights to start from, a file or a name (docs/weights.md); dense
+                                  # ones are made compact first
   config.total_steps = 1000
   config.batch_size = 64          # images of one step, all devices and microbatches together
   config.accumulate = 1           # microbatches of a step, one after another
@@ -87,7 +88,7 @@ def get_config(argument=""):
   config.compact.dense_learning_rate = 1e-3
 
   config.teacher = ConfigDict()
-  config.teacher.file = ""        # .safetensors to learn from; "": no teacher
+  config.teacher.file = ""        # weights to learn from, likewise; "": no teacher
   config.teacher.name = ""        # its model; "": the dense form of this one
 
   config.mesh = ConfigDict()

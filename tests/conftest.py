@@ -29,6 +29,7 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+from tests.hub_server import server  # noqa: E402, F401
 from tests.tiny_run import built, built_on_one, config, shared, uninterrupted  # noqa: E402, F401
 
 

@@ -10,7 +10,30 @@ import json
 import threading
 import urllib.parse
 
+import pytest
+
 LARGE = (".safetensors", ".bin", ".pth")
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+  """The hub, in the place of the real one, with caches that are empty."""
+  from huggingface_hub import constants
+
+  from vitcompact.hub import download
+  from vitcompact.train import start
+
+  server = Hub()
+  monkeypatch.setenv("HF_ENDPOINT", server.address)
+  monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+  monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+  monkeypatch.setenv("VITCOMPACT_CACHE", str(tmp_path / "cache"))
+  monkeypatch.setenv("HF_TOKEN", "hf_none")
+  monkeypatch.delenv(download.ASK_OFFLINE, raising=False)
+  start.by_name.cache_clear()
+  yield server
+  start.by_name.cache_clear()
+  server.close()
 
 
 class Hub:

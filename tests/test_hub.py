@@ -11,14 +11,12 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from huggingface_hub import constants
 from ml_collections import ConfigDict
 from PIL import Image
 
 import vitcompact as vc
 from tests import tiny
 from tests.cli import command
-from tests.hub_server import Hub
 from vitcompact import convert, hub, pytorch, trees
 from vitcompact.cli import bench as cli_bench
 from vitcompact.cli import count as cli_count
@@ -31,20 +29,6 @@ NAME = "deit_tiny_patch16_224"
 SIZES = {key: tiny.SIZES[key] for key in ("width", "heads", "image_size", "patch_size")}
 SIZES |= {"depth": 1}
 ARGS = {"embed_dim": 24, "num_heads": 4, "img_size": 32, "patch_size": 8, "depth": 1}
-
-
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-  """The hub, in the place of the real one, with caches that are empty."""
-  server = Hub()
-  monkeypatch.setenv("HF_ENDPOINT", server.address)
-  monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
-  monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
-  monkeypatch.setenv("VITCOMPACT_CACHE", str(tmp_path / "cache"))
-  monkeypatch.setenv("HF_TOKEN", "hf_none")
-  monkeypatch.delenv(download.ASK_OFFLINE, raising=False)
-  yield server
-  server.close()
 
 
 def network(seed=1, name=NAME, **fields):

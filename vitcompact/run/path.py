@@ -21,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import vitcompact as vc
-from vitcompact import convert, files, pytorch, trees
+from vitcompact import convert, pytorch, trees
 from vitcompact.data import pipeline
 from vitcompact.data.classes import check_classes
 from vitcompact.models import fields_of
@@ -91,7 +91,7 @@ def prepare(config, directory: pathlib.Path, say=print, **options) -> Start:
   directory.mkdir(parents=True, exist_ok=True)
   if not config.init_from:
     dense = train_dense(config, directory / "dense", say, **options)
-  elif pytorch.is_ours(dense := files.weights_in(config.init_from)):
+  elif pytorch.is_ours(dense := start.file_of("init_from", config.init_from)):
     pass
   else:
     dense = convert_dense(config, dense, directory / "dense.safetensors", say)

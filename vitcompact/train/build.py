@@ -112,8 +112,9 @@ def preprocess_of(config, model):
   whole where they are made at its size. Weights that were trained on other means than the named
   model's keep theirs.
   """
-  own, file = vc.preprocess(model), config.init_from
-  if file.endswith(".safetensors") and "pixels" in convert.read_metadata(file):
+  own = vc.preprocess(model)
+  file = config.init_from and start.file_of("init_from", config.init_from)
+  if file and file.suffix == ".safetensors" and "pixels" in convert.read_metadata(file):
     own = dataclasses.replace(vc.preprocess(file), crop=own.crop, image_size=own.image_size)
   if pipeline.shows_whole(config.data.name):
     return dataclasses.replace(own, crop=1.0, crop_mode="center")

@@ -22,7 +22,8 @@ STEPS = 2 ** 31 - 1   # a step is counted in 32 bits
 
 KEYS = {
     "seed": Setting(0, low=0, high=2 ** 63 - 1),
-    "init_from": Setting(""),        # .safetensors to start from; a dense one is made compact first
+    "init_from": Setting(""),        # weights to start from, a file or a name (docs/weights.md);
+                                     # dense ones are made compact first
     "total_steps": Setting(1000, low=1, high=STEPS, unit="of steps"),
     "batch_size": Setting(64, low=1, unit="of images"),   # of all devices and microbatches together
     "accumulate": Setting(1, low=1, unit="of microbatches"),

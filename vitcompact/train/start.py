@@ -1,9 +1,13 @@
 """Where a run starts: fresh parameters, or those of a file, made compact where the plan asks."""
+import functools
+import json
+import pathlib
+
 import jax
 import jax.numpy as jnp
 
 import vitcompact as vc
-from vitcompact import convert, files, pytorch, trees
+from vitcompact import convert, files, hub, pytorch, trees
 from vitcompact.data import pipeline
 from vitcompact.data.classes import check_classes
 from vitcompact.doors import variable_shapes
@@ -14,9 +18,36 @@ WAY_OUT = (f"Use data of the same classes in the same order, or give the file an
            f"`{files.CONVERT} FILE --reset-head --out NEW.safetensors`")
 
 
+def file_of(key: str, name: str) -> pathlib.Path:
+  """The file of weights that a config's key names: a path, of a file or of a folder with one, or
+  weights by name (a model's with its tag, hf-hub:org/name, a folder with a config.json that tells
+  which model it holds), of which a file of ours is made in the cache.
+
+  Weights by name are looked up once in a process, so that all of a run sees one commit of them.
+  """
+  try:
+    if hub.is_file_name(name) or (pathlib.Path(name).is_dir() and not _tells_its_model(name)):
+      return files.weights_in(name)
+    return pathlib.Path(by_name(name))
+  except (ValueError, OSError) as error:
+    text = str(error)
+    raise type(error)(text if name in text else f"config.{key}={name!r}: {text}") from None
+
+
+by_name = functools.lru_cache(lambda name: hub.as_file(name, print))
+
+
+def _tells_its_model(folder: str) -> bool:
+  try:
+    told = json.loads((pathlib.Path(folder) / hub.config.CONFIG).read_text(encoding="utf-8"))
+    return bool({"architecture", "model_type"} & told.keys())
+  except (OSError, ValueError, AttributeError):
+    return False
+
+
 def load_variables(path: str, model, calibration, classes=None):
-  """Variables for `model` from a file that `vitcompact convert` or a run wrote, or from weights of
-  others, as `vitcompact convert` reads them.
+  """Variables for `model` from a file that `vitcompact convert` or a run wrote, from weights by
+  name, or from weights of others, as `vitcompact convert` reads them; path: see `file_of`.
 
   classes: names of the data's classes in order, which have to be the file's, if it has any.
   A dense model's are made compact for the model's plan, fitted on the images that `calibration()`
@@ -25,7 +56,7 @@ def load_variables(path: str, model, calibration, classes=None):
   source = model
   if is_dense(path):
     source = model.clone(plan=vc.Plan())
-  variables = _fitting(f"init_from={path!r}", path, source, classes)
+  variables = _fitting("init_from", path, source, classes)
   if source == model:
     return variables
   return vc.compact(source, variables, model.plan, images=calibration())[1]
@@ -33,7 +64,7 @@ def load_variables(path: str, model, calibration, classes=None):
 
 def is_dense(path: str) -> bool:
   """Whether a file is of a dense model, as all of others are."""
-  path = files.weights_in(path)
+  path = file_of("init_from", path)
   if not pytorch.is_ours(path):
     return True
   found = convert.read_model(path)
@@ -42,12 +73,12 @@ def is_dense(path: str) -> bool:
 
 def load_teacher(path: str, teacher, classes=None):
   """Variables of a teacher from such a file; classes: see `load_variables`."""
-  return _fitting(f"teacher.file={path!r}", path, teacher, classes)
+  return _fitting("teacher.file", path, teacher, classes)
 
 
-def _fitting(what: str, path: str, model, classes):
+def _fitting(key: str, name: str, model, classes):
   """Variables of a file, refused unless they are of this model and these classes."""
-  path = files.weights_in(path)
+  what, path = f"{key}={name!r}", file_of(key, name)
   if not pytorch.is_ours(path):
     try:
       variables = pytorch.read_for(model, path)
