@@ -1,0 +1,80 @@
+"""Every family of the isotropic model trains on several devices, and lowers for each platform."""
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import vitcompact as vc
+from tests import tiny, tiny_run
+from vitcompact import trees
+from vitcompact.run import loop
+from vitcompact.train import sharding
+
+FAMILIES = {   # the parameters that are its own, and how they are split over a mesh
+    "deit3_small_patch16_224": ("blocks_0/ls1/gamma", P(None)),
+    "vit_small_patch16_224": ("pos_embed", P(None, None, "fsdp")),              # AugReg, DINO
+    "vit_base_patch16_224": ("fc_norm/scale", P(None)),                         # MAE
+    "vit_small_patch14_dinov2": ("cls_token", P(None, None, "fsdp")),
+    "vit_small_patch14_reg4_dinov2": ("reg_token", P(None, None, "fsdp")),
+    "vit_giant_patch14_reg4_dinov2": ("blocks_0/mlp/fc1/kernel", P("fsdp", "tensor")),
+    "vit_small_plus_patch16_dinov3": ("reg_token", P(None, None, "fsdp")),
+    "vit_base_patch16_clip_quickgelu_224": ("norm_pre/scale", P(None)),
+    "vit_base_patch16_siglip_224": ("attn_pool/query/kernel", P("fsdp", "tensor", None)),
+    "vit_base_patch16_siglip_gap_224": ("norm/scale", P(None))}
+
+
+@functools.cache
+def built(name: str, devices: int) -> loop.Run:
+  """A run of one block under a plan; on 8 devices 2 each for data, parameters and heads."""
+  config = tiny_run.tiny_config()
+  config.model.update(name=name, depth=1, drop_path_rate=0.0)
+  if name == "vit_base_patch16_224":
+    config.model.global_pool = "avg"
+  config.data.update(augment="none", erase=0.0, mixup=0.0, cutmix=0.0)
+  config.ema_half_life, config.mesh.fsdp, config.mesh.tensor = 0.0, 1, 1
+  if devices > 1:
+    config.mesh.fsdp = config.mesh.tensor = 2
+  with pytest.MonkeyPatch.context() as patch:
+    own = jax.devices()[:devices]
+    patch.setattr(jax, "devices", lambda: own)
+    return loop.build(loop.resolve(config))
+
+
+def stepped(run: loop.Run):
+  """(state, gradients, metrics) after a step from random variables, as NumPy arrays."""
+  state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype),
+                       run.shapes.replace(key=np.zeros(())))
+  variables = tiny.randomised({"params": run.shapes.params, "batch_stats": run.shapes.batch_stats})
+  state = state.replace(**variables, key=jax.random.key(0))
+  rng = np.random.default_rng(0)
+  batch = {"image": rng.integers(0, 256, (16, 8, 8, 3), np.uint8),
+           "label": rng.integers(0, 10, 16, np.int32)}
+  state, metrics = run.step_at(0)(jax.device_put(state, run.shardings),
+                                  sharding.put_batch(batch, run.mesh))
+  assert metrics.keys() >= {"loss"}
+  gradients = optax.tree_utils.tree_get(state.opt_state, "mu")   # a tenth of them
+  return state, jax.device_get((gradients, state.batch_stats, metrics))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_eight_devices_take_the_same_step_as_one_and_the_folded_model_lowers(name):
+  run = built(name, 8)
+  assert dict(run.mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+  leaf, wanted = FAMILIES[name]
+  assert trees.named_leaves(run.shardings.params)[leaf].spec == wanted
+  state, eight = stepped(run)
+  _, one = stepped(built(name, 1))
+  scale = max(np.abs(value).max() for value in jax.tree.leaves(one[0]))
+  for got, expected in zip(*map(jax.tree.leaves, (eight, one)), strict=True):
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * scale)
+  assert np.any(trees.named_leaves(one[0])[leaf])
+  deploy, folded = vc.fold(run.model, jax.device_get(
+      {"params": state.params, "batch_stats": state.batch_stats}))
+  images = jax.ShapeDtypeStruct((2, 8, 8, 3), np.float32)
+  lowered = jax.export.export(jax.jit(deploy.apply), platforms=["cpu", "cuda", "tpu"])(
+      folded, images)
+  assert lowered.platforms == ("cpu", "cuda", "tpu")
+  assert lowered.out_avals[0].shape == (2, 10)
