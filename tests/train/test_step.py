@@ -22,6 +22,7 @@ class Toy(nn.Module):
   norm: bool = False
   dropout: float = 0.0
   heads: int = 1
+  num_classes: int = 3
 
   @nn.compact
   def __call__(self, images, train=False):

@@ -16,8 +16,10 @@ def settings(file: str, name: str, **sections):
 
   model, _ = vc.load(file)
   fields = fields_of(model)
-  for key in ("plan", "execution", "deploy", "num_classes"):
+  for key in ("plan", "execution", "deploy"):
     fields.pop(key)
+  if model.num_classes:   # the data's; without a classifier, 0 says so
+    fields.pop("num_classes")
   if "mix_token" in fields:   # a teacher sees images as they come
     fields["mix_token"] = False
   config = ConfigDict({"init_from": file, "model": {"name": model.variant, **fields},
@@ -105,8 +107,7 @@ def compact(file, data, macs, params, plan, distil, images, sensitivity, augment
       checkpoint_every=max(1, steps // 4) or 1,
       optim={"learning_rate": learning_rate, "warmup_steps": steps // 20, "clip_norm": 1.0,
              "final_learning_rate": min(1e-6, learning_rate)},
-      loss={"labels": 0.0, "logits": 1.0, "patches": float(path.has_patches(file))} if steps
-      else {})
+      loss=path.distillation(file) if steps else {})
   receipt = path.run(config, out, say=click.echo)
   click.echo(receipt.to_markdown())
   if not receipt.ok:

@@ -60,10 +60,19 @@ def process_ids() -> dict[str, int]:
   return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
-def evaluate_split(run: Run, variables, split: str, stopping: Stop | None = None
+def evaluate_split(run: Run, variables, split: str, stopping: Stop | None = None, *, teacher=None
                    ) -> dict[str, float]:
-  """{"val_accuracy", "val_loss"}: means over exactly the images of a split."""
-  sums = {"accuracy": 0.0, "loss": 0.0, "count": 0.0}
+  """{"val_accuracy", "val_loss"}: means over exactly the images of a split.
+
+  Of a model without a classifier "val_loss" alone, of the features beside those of a teacher, whose
+  variables are given; {} without a teacher.
+  """
+  names = ("accuracy", "loss") if run.model.num_classes else ("loss",)
+  if not run.model.num_classes:
+    if not teacher:
+      return {}
+    variables = variables, teacher
+  sums = dict.fromkeys((*names, "count"), 0.0)
   batches = pipeline.eval_batches(run.config.data, split, run.preprocess,
                                   batch_size=run.config.eval_batch_size, **process_ids())
   with contextlib.closing(batches):
@@ -72,7 +81,12 @@ def evaluate_split(run: Run, variables, split: str, stopping: Stop | None = None
         raise Stopped
       part = jax.device_get(run.eval_step(variables, sharding.put_batch(batch, run.mesh)))
       sums = {name: total + float(part[name]) for name, total in sums.items()}
-  return {f"{split}_{name}": sums[name] / sums["count"] for name in ("accuracy", "loss")}
+  return {f"{split}_{name}": sums[name] / sums["count"] for name in names}
+
+
+def score(scores: dict[str, float]) -> float:
+  """What a higher value of is better: the accuracy on val, or the error of features, negated."""
+  return scores.get("val_accuracy", -scores.get("val_loss", 0.0))
 
 
 def fit(run_state: RunState, state, stop: int):
@@ -160,12 +174,13 @@ def evaluate_saved(run_state: RunState, step: int, state):
   """
   variables = steps.selected(state, run_state.run.config.eval_params)
   try:
-    scores = evaluate_split(run_state.run, variables, "val", run_state.stopping)
+    scores = evaluate_split(run_state.run, variables, "val", run_state.stopping,
+                            teacher=state.teacher)
   except Stopped:
     run_state.checkpoints.wait()
     raise Stopped(step) from None
   run_state.log.write(step, scores)
-  run_state.checkpoints.score(step, scores["val_accuracy"])
+  run_state.checkpoints.score(step, score(scores))
 
 
 def save_and_stop(run_state: RunState, step: int, state, pending: list, meter: Meter):
@@ -188,9 +203,11 @@ def finish(run: Run, state, checkpoints: Checkpoints, log: Log, mode: str,
     metrics |= kept
   if int(state.step) == run.config.total_steps:
     for split in ("val", "test"):
-      metrics |= evaluate_split(run, variables, split, stopping)
+      metrics |= evaluate_split(run, variables, split, stopping, teacher=state.teacher)
   if best := checkpoints.best():
-    metrics |= {"best_val_step": best[0], "best_val_accuracy": best[1]}
+    best_score = ({"best_val_accuracy": best[1]} if run.model.num_classes
+                  else {"best_val_loss": -best[1]})
+    metrics |= {"best_val_step": best[0], **best_score}
   metrics["params_digest"] = trees.digest(sharding.gather(variables["params"], run.mesh))
   log.write(int(state.step), metrics)
   return Result(run.config, run.model, state, variables, metrics)
@@ -199,10 +216,11 @@ def finish(run: Run, state, checkpoints: Checkpoints, log: Log, mode: str,
 def better_of_start_and_end(run: Run, variables, stopping):
   """(variables, {"kept": "start" or "end", both scores}): the better ones on val, by accuracy and
   then by loss; training never makes a start worse."""
-  begun = steps.selected(fresh_state(run), run.config.eval_params)
-  scores = {name: evaluate_split(run, ours, "val", stopping)
+  fresh = fresh_state(run)
+  begun = steps.selected(fresh, run.config.eval_params)
+  scores = {name: evaluate_split(run, ours, "val", stopping, teacher=fresh.teacher)
             for name, ours in (("start", begun), ("end", variables))}
-  kept = max(scores, key=lambda name: (scores[name]["val_accuracy"], -scores[name]["val_loss"],
+  kept = max(scores, key=lambda name: (score(scores[name]), -scores[name]["val_loss"],
                                        name == "start"))
   told = {"kept": kept, **{f"{name}_{key}": value for name, values in scores.items()
                            for key, value in values.items()}}

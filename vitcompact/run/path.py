@@ -30,7 +30,7 @@ from vitcompact.report import Report
 from vitcompact.run import loop, processes, report, workdir
 from vitcompact.train import config as configs
 from vitcompact.train import start
-from vitcompact.train.build import preprocess_of
+from vitcompact.train.build import model_of, preprocess_of
 
 GOALS = ("macs", "params")
 REQUEST = "request.json"   # with what the stages were begun
@@ -57,7 +57,7 @@ def run(config, directory, say: Callable[[str], Any] = print, **options):
   directory = workdir.path_of(directory)
   last = prepare(config, directory, say, **options)
   if not last.config.compact.distil:
-    result = untrained(last.config, directory)
+    result = untrained(last.config, directory, vc.load(last.dense)[1])
   else:
     result = loop.train(last.config, directory, **options)
   rows = {"dense": vc.load(last.dense)}
@@ -67,14 +67,15 @@ def run(config, directory, say: Callable[[str], Any] = print, **options):
   return report.report(result, directory, before=rows, facts=last.facts, name="distilled")
 
 
-def untrained(config, directory) -> loop.Result:
-  """The result of a run of no steps: the compacted model, evaluated."""
+def untrained(config, directory, dense) -> loop.Result:
+  """The result of a run of no steps: the compacted model, evaluated. dense: variables of the model
+  that it was made of."""
   config = loop.resolve(config)
   built = loop.build(config)
   _, variables = vc.load(directory / "compact.safetensors")
   metrics = {}
   for split in ("val", "test"):
-    metrics |= loop.evaluate_split(built, variables, split)
+    metrics |= loop.evaluate_split(built, variables, split, teacher=dense)
   metrics["params_digest"] = trees.digest(variables["params"])
   return loop.Result(config, built.model, None, variables, metrics)
 
@@ -104,7 +105,8 @@ def prepare(config, directory: pathlib.Path, say=print, **options) -> Start:
   if config.compact.distil:
     after.keep_start, after.teacher.file = True, str(dense)
   else:
-    after.loss.update(labels=1.0, logits=0.0, patches=0.0, hard=0.0, soft=0.0)
+    labels = float(asked_model(config).num_classes > 0)
+    after.loss.update(labels=labels, logits=0.0, patches=0.0, hard=0.0, soft=0.0)
   facts = {"compacted_from": str(dense), "dense_sha256": sha256(dense),
            "compact_sha256": sha256(directory / "compact.safetensors"), "budget": goal,
            "plan_reasons": (directory / "plan.txt").read_text(encoding="utf-8").splitlines()}
@@ -199,7 +201,8 @@ def fit(config, directory, dense: pathlib.Path, goal, say):
       progress(name, len(done), len(found.blocks))
 
     small, fitted = vc.compact(model, variables, plan, calibration(), step)
-  convert.save(compacted, small, fitted, classes=pipeline.class_names(config.data.name) or None,
+  names = pipeline.class_names(config.data.name) if model.num_classes else ()
+  convert.save(compacted, small, fitted, classes=names or None,
                preprocess=preprocess_of(config, model), about={"dense": digest})
 
 
@@ -221,9 +224,7 @@ def check_dense(config, path: pathlib.Path, model):
 
 def asked_model(config):
   """The dense model of a config and its data."""
-  sizes = config.model.to_dict()
-  return vc.create_model(sizes.pop("name"), num_classes=pipeline.num_classes(config.data.name),
-                         **sizes)
+  return model_of(config, pipeline.num_classes(config.data.name))
 
 
 def check_request(directory: pathlib.Path, request: dict):
@@ -250,9 +251,12 @@ def reasons_of(found: Report, plan: Plan) -> str:
     return f"by hand: {plan.to_json()} ({error})"
 
 
-def has_patches(file) -> bool:
-  """Whether the model of a file has features of patches to compare."""
-  return bool(vc.load(file)[0].teaches)
+def distillation(file) -> dict[str, float]:
+  """Weights of the loss by which a smaller model learns from that of a file: from its logits, and
+  from its patches where it has features of them."""
+  model = convert.read_model(file)
+  return {"labels": 0.0, "logits": float(model.num_classes > 0),
+          "patches": float(bool(model.teaches))}
 
 
 def calibration_images(config, preprocess, split: str = "train") -> np.ndarray:

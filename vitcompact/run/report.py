@@ -41,11 +41,16 @@ def report(result: loop.Result, workdir, *, before=None, facts=None,
   dense = model.clone(plan=vc.Plan())
   if dense != model and "dense" not in models:
     models = {"dense": (dense, None), **models}
-  rows = []
+  rows, errors = [], {}
+  teacher = models["dense"][1] if "dense" in models else None
   for row, (its, own) in models.items():
-    accuracy = None if own is None else (
-        result.metrics["test_accuracy"] if row == name else _test_accuracy(run, its, own))
-    rows.append(Row(row, vc.count(its, variables=own), accuracy, tested=tested))
+    scores = {} if own is None else (
+        result.metrics if row == name else _test_scores(run, its, own, teacher))
+    if not model.num_classes and "test_loss" in scores:
+      errors[row] = scores["test_loss"]
+    accuracy = scores.get("test_accuracy")
+    rows.append(Row(row, vc.count(its, variables=own), accuracy,
+                    tested=0 if accuracy is None else tested))
   timings = _time(rows, models, images)
   random = jax.random.normal(jax.random.key(config.seed), images.shape)
   float32 = (model.clone(dtype="float32"), variables, deploy.clone(dtype="float32"), folded)
@@ -57,15 +62,18 @@ def report(result: loop.Result, workdir, *, before=None, facts=None,
       "model": config.model.name, "plan": config.plan, "data": config.data.name,
       "steps": int(result.state.step) if result.state else 0,
       "batch_size": config.batch_size, "seed": config.seed,
-      "eval_params": config.eval_params, "val_accuracy": result.metrics["val_accuracy"],
+      "eval_params": config.eval_params,
+      **{key: result.metrics[key] for key in ("val_accuracy",) if key in result.metrics},
+      **({"feature_error": errors} if errors else {}),
       "timed_batch": len(images), "params_digest": result.metrics["params_digest"],
       "deploy_digest": trees.digest(folded["params"]),
       **{key: result.metrics[key] for key in ("kept",) if key in result.metrics},
       **method_facts(deploy, folded, images), **(facts or {}), **environment()}
+  classes = pipeline.class_names(config.data.name) if model.num_classes else ()
   receipt = Receipt(
       f"{config.model.name} on {config.data.name}",
       tuple(dataclasses.replace(row, timing=timings[row.name]) for row in rows),
-      vc.verify(*float32, images), facts, tuple(pipeline.class_names(config.data.name)), further)
+      vc.verify(*float32, images), facts, tuple(classes), further)
   if jax.process_index() == 0:
     write(pathlib.Path(workdir), receipt,
           {name: (model, variables), "deploy": (deploy, folded)}, run.preprocess)
@@ -94,10 +102,16 @@ def method_facts(model, variables, images) -> dict[str, float]:
   return {name: value for method in telling for name, value in protocol.facts(method, new).items()}
 
 
-def _test_accuracy(run: loop.Run, model, variables) -> float:
-  eval_step = steps.make_eval_step(model, run.preprocess.mean, run.preprocess.std)
+def _test_scores(run: loop.Run, model, variables, teacher) -> dict[str, float]:
+  """teacher: variables of the dense model, which features are compared with; None without any."""
+  images = run.preprocess.mean, run.preprocess.std
+  if model.num_classes:
+    eval_step = steps.make_eval_step(model, *images)
+  else:
+    eval_step = steps.make_feature_eval_step(
+        model, model.clone(plan=vc.Plan(), deploy=False), *images)
   run = dataclasses.replace(run, model=model, eval_step=steps.jit_eval_step(eval_step, run.mesh))
-  return loop.evaluate_split(run, variables, "test")["test_accuracy"]
+  return loop.evaluate_split(run, variables, "test", teacher=teacher)
 
 
 def _time(rows, models, images) -> dict[str, bench.Timing]:

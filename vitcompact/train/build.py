@@ -54,9 +54,8 @@ def build(config: FrozenConfigDict, classes: int | None = None) -> Run:
                        mesh)
   sharding.check_batch("config.eval_batch_size", config.eval_batch_size, mesh)
   classes = classes or pipeline.num_classes(config.data.name)
-  sizes = config.model.to_dict()
-  model = vc.create_model(sizes.pop("name"), plan=vc.Plan.parse(config.plan), num_classes=classes,
-                          **sizes)
+  model = model_of(config, classes).clone(plan=vc.Plan.parse(config.plan))
+  model.check()
   if not model.sites():
     raise ValueError("config.model.depth=0: must be at least 1; without blocks there is nothing to "
                      "train but the classifier")
@@ -99,12 +98,27 @@ def build(config: FrozenConfigDict, classes: int | None = None) -> Run:
       step = guard.keep_finite(step)
     return steps.jit_train_step(step, shardings, mesh)
 
-  eval_step = steps.make_eval_step(model, preprocess.mean, preprocess.std)
+  images = preprocess.mean, preprocess.std
+  if model.num_classes:
+    eval_step = steps.make_eval_step(model, *images)
+  else:
+    eval_step = steps.make_feature_eval_step(model, model.clone(plan=vc.Plan()), *images)
   one_replica = steps.make_augment(config.data, preprocess.mean, preprocess.std, classes,
                              max(1, config.data.replicas), getattr(model, "grid", None))
   return Run(config, mesh, model, preprocess, steps.jit_init(init, shardings), shapes, shardings,
              lambda step: compiled(phases.phase_at(config, model, step)),
              steps.jit_eval_step(eval_step, mesh), one_replica)
+
+
+def model_of(config, classes: int):
+  """The dense model of a config, for data of so many classes; config.model.num_classes=0 leaves the
+  classifier out."""
+  sizes = config.model.to_dict()
+  asked = sizes.pop("num_classes", classes)
+  if asked not in (0, classes):
+    raise ValueError(f"config.model.num_classes={asked}, and {config.data.name} has {classes} "
+                     "classes; leave it out, or give 0 for a model without a classifier")
+  return vc.create_model(sizes.pop("name"), num_classes=asked, **sizes)
 
 
 def preprocess_of(config, model):
@@ -135,6 +149,13 @@ def batch_shapes(run: Run) -> dict:
 def check_labels(config, model):
   """Refuses labels of places where there is nothing that they could teach, and weights of the loss
   of which none counts."""
+  of_classes = [name for name in ("labels", "hard", "soft", "logits") if config.loss[name]]
+  if of_classes and not model.num_classes:
+    raise ValueError(f"config.loss.{of_classes[0]}={config.loss[of_classes[0]]} wants a "
+                     "classifier, and config.model.num_classes=0 leaves it out; set it to 0, and "
+                     "learn from features with config.loss.patches and a teacher")
+  if not model.num_classes and not config.compact.distil:
+    return   # compacted and not trained
   weights = {f"loss.{name}" for name in ("labels", "hard", "soft", "logits", "patches")}
   weights |= {key for key, setting in method_settings(model.plan.methods()).items()
               if setting.is_weight and key.startswith("loss.")}

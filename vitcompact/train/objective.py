@@ -17,7 +17,8 @@ def variables(params, batch_stats):
 
 def make_objective(model, loss, teacher=None, second=None):
   """A function (params, batch_stats, teacher variables, images, labels, targets, key) -> (loss,
-  (batch statistics, {"accuracy", and every term of the loss before its weight})).
+  (batch statistics, {"accuracy", and every term of the loss before its weight})). A model without
+  a classifier has no accuracy, and no terms of labels or logits.
 
   loss: the config's section, of weights. Of terms of weight 0 only `labels` is computed.
     labels: cross entropy with the targets. patch_labels: of patch logits (LV-ViT), with targets of
@@ -43,22 +44,24 @@ def make_objective(model, loss, teacher=None, second=None):
 
     out, new = passed(model, batch_stats, key)
     distils = bool(loss.hard or loss.soft)
-    terms, logits = of_labels(out, targets, loss, distils)
+    terms, logits = of_labels(out, targets, loss, distils) if model.num_classes else ({}, out)
     if teacher is not None:
       terms |= of_teacher(teacher, teacher_variables, images, out, logits, new, loss)
     seen = Pass(new, logits, labels)
     if second is not None:
       other, other_new = passed(second, new.get("batch_stats", {}), jax.random.fold_in(key, 1))
-      other_terms, other_logits = of_labels(other, targets, loss, distils)
+      other_terms, other_logits = (of_labels(other, targets, loss, distils) if model.num_classes
+                                   else ({}, other))
       # The second pass weighs like the first one.
       terms |= {f"{name}_second": term for name, term in other_terms.items()}
       seen = seen._replace(second=Pass(other_new, other_logits, labels))
       new = {**new, "batch_stats": other_new.get("batch_stats", {})}
     terms |= {name: jnp.mean(fn(seen)) for name, (_, fn) in asked.items()}
     total = sum(loss[name.removesuffix("_second")] * term for name, term in terms.items())
-    accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
     shown = {f"loss_{name}": term for name, term in terms.items()} if len(terms) > 1 else {}
-    return total, (new.get("batch_stats", {}), {"accuracy": accuracy, **shown})
+    if model.num_classes:
+      shown["accuracy"] = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
+    return total, (new.get("batch_stats", {}), shown)
 
   return objective
 
@@ -102,8 +105,9 @@ def make_first_phase(model, phase: FirstPhase, weight: float, images_summed: int
     del teacher_variables, targets, key
     logits, new = model.apply(variables(params, batch_stats), images, mutable=sown)
     error = phase.loss(new).mean()
-    accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
-    return weight * images_summed * error, (batch_stats, {"accuracy": accuracy})
+    accuracy = {"accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == labels)}
+    return (weight * images_summed * error,
+            (batch_stats, accuracy if model.num_classes else {}))
   return objective
 
 
