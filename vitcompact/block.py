@@ -30,10 +30,11 @@ class Attention(nn.Module):
     site = self.site
     scored = site.heads if self.method is None else protocol.scored_heads(self.method, site)
 
-    def project(heads):
-      return ToHeads(heads, site.head_width, use_bias=site.qkv_bias, dtype=site.dtype)
+    def project(heads, use_bias=site.qkv_bias):
+      return ToHeads(heads, site.head_width, use_bias=use_bias, dtype=site.dtype)
 
-    self.query, self.key, self.value = project(scored), project(scored), project(site.heads)
+    self.query, self.value = project(scored), project(site.heads)
+    self.key = project(scored, site.qkv_bias and site.key_bias)
     if self.method is not None:
       setattr(self, protocol.scope_of(self.method), self.method.make(site, parent=None))
     self.out = FromHeads(site.width, dtype=site.dtype)
@@ -52,8 +53,9 @@ class Attention(nn.Module):
     if self.site.qk_norm is not None:
       query, key = self.query_norm(query), self.key_norm(key)
     if places is not None:
-      turned = rotary.angles(places, self.site.head_width, self.site.rotary)
-      query, key = rotary.turn(query, turned), rotary.turn(key, turned)
+      reference = self.site.rotary_grid
+      turned = rotary.angles(places, self.site.head_width, self.site.rotary, reference)
+      query, key = (rotary.turn(x, turned, reference is not None) for x in (query, key))
     return query, key
 
   def attend(self, query_bnfd, key_bmfd, value_bmhd, core: Core = attention.DENSE, x_bnw=None):
@@ -133,7 +135,7 @@ class Block(nn.Module):
     site = self.site
     if site.rotary is None:
       return None
-    return rotary.places_of(tokens, rotary.places(site.query_grid, site.prefix))
+    return rotary.places_of(tokens, rotary.places(site.query_grid, site.prefix, site.rotary_grid))
 
   @nn.nowrap
   def _core(self, tokens: Tokens, query, key) -> Core:
@@ -166,7 +168,7 @@ def make_ffn(site: Site, method, **kwargs) -> nn.Module:
   if method is not None:
     return method.make(site, **kwargs)
   fc1, fc2 = (dense(width, dtype=site.dtype) for width in (site.fc1_width, site.ffn_width))
-  return Mlp(fc1=fc1, fc2=fc2, act=site.act, mixer=site.mixer and site.mixer(parent=None), **kwargs)
+  return Mlp(fc1=fc1, fc2=fc2, **site.between(), **kwargs)
 
 
 def from_dense(site: Site, methods: BlockMethods, params, stats, seen=None):
@@ -219,8 +221,9 @@ def method_entries(site: Site, methods: BlockMethods, torch: str, ours: str, fc1
 
   fc1: the names of its layer; several hold equal parts of what it gives.
   """
+  inner = torch_names.norm(f"{torch}.mlp.norm", f"{ours}/mlp/norm") if site.ffn_norm else []
   entries = [entry for method in methods.present()
-             for entry in surgery.torch_entries(method, site, torch, ours)]
+             for entry in surgery.torch_entries(method, site, torch, ours)] + inner
   if methods.ffn is None:
     entries += torch_names.linear_in_parts([f"{torch}.mlp.{name}" for name in fc1],
                                            f"{ours}/mlp/fc1")
@@ -229,10 +232,10 @@ def method_entries(site: Site, methods: BlockMethods, torch: str, ours: str, fc1
 
 
 def block_entries(block: Block, torch: str, ours: str, layer_scale: str = "ls{}.gamma",
-                  fc1=("fc1",)):
-  """The tensors of a `Block` under timm's names, queries, keys and values fused; those of its
-  methods under names of their own. layer_scale: what timm calls LayerScale, {} its number; fc1: see
-  `method_entries`."""
+                  fc1=("fc1",), fused: bool = True):
+  """The tensors of a `Block` under timm's names; those of its methods under names of their own.
+  layer_scale: what timm calls LayerScale, {} its number; fc1: see `method_entries`; fused: whether
+  queries, keys and values are one tensor."""
   site, entries = block.site, []
   if site.qk_norm is not None:
     for name, theirs in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
@@ -241,8 +244,8 @@ def block_entries(block: Block, torch: str, ours: str, layer_scale: str = "ls{}.
     entries += [Entry(f"{torch}.{layer_scale.format(i)}", (f"params/{ours}/ls{i}/gamma",))
                 for i in (1, 2)]
   return [*entries, *torch_names.norm(f"{torch}.norm1", f"{ours}/norm1"),
-          *torch_names.heads(f"{torch}.attn.qkv", f"{ours}/attn", ("query", "key", "value"),
-                             use_bias=site.qkv_bias),
+          *torch_names.qkv(f"{torch}.attn", f"{ours}/attn", fused=fused, use_bias=site.qkv_bias,
+                           key_bias=site.key_bias),
           *torch_names.out(f"{torch}.attn.proj", f"{ours}/attn/out"),
           *torch_names.norm(f"{torch}.norm2", f"{ours}/norm2"),
           *method_entries(site, block.methods, torch, ours, fc1)]

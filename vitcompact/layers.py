@@ -302,18 +302,22 @@ def fold_into_linear(params, scale_c, shift_c):
 
 
 class Mlp(nn.Module):
-  """fc2(act(mixer(fc1 x))): each fc a dense layer or a factorised one; no mixer is the identity. A
-  gated act halves what fc1 gives."""
+  """fc2(norm(act(mixer(fc1 x)))): each fc a dense layer or a factorised one; no mixer and no norm
+  are the identity. A gated act halves what fc1 gives."""
   fc1: nn.Module
   fc2: nn.Module
   act: Callable = gelu
   mixer: nn.Module | None = None
+  norm: nn.Module | None = None
 
   def __call__(self, x, train: bool = False):
     hidden = apply_linear(self.fc1, x, train)
     if self.mixer is not None:
       hidden = self.mixer(hidden)
-    return apply_linear(self.fc2, self.act(hidden), train)
+    hidden = self.act(hidden)
+    if self.norm is not None:
+      hidden = self.norm(hidden)
+    return apply_linear(self.fc2, hidden, train)
 
 
 def apply_linear(linear: nn.Module, x, train: bool):

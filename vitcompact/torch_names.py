@@ -130,6 +130,22 @@ def heads(torch: str, ours: str, names: tuple[str, ...], *, use_bias: bool = Tru
   return [Entry(f"{torch}.weight", kernels, "heads"), *bias]
 
 
+def qkv(torch: str, ours: str, *, fused: bool = True, use_bias: bool = True,
+        key_bias: bool = True) -> list[Entry]:
+  """Entries of the projections to queries, keys and values, as timm calls them: one tensor, or
+  (fused=False) three. Where keys have no bias, biases are apart from fused kernels."""
+  names = ("query", "key", "value")
+  if not fused:
+    return [entry for name in names
+            for entry in heads(f"{torch}.{name[0]}_proj", ours, (name,),
+                               use_bias=use_bias and (key_bias or name != "key"))]
+  entries = heads(f"{torch}.qkv", ours, names, use_bias=use_bias and key_bias)
+  if use_bias and not key_bias:
+    entries += [Entry(f"{torch}.{name[0]}_bias", (f"params/{ours}/{name}/bias",), "heads_bias")
+                for name in ("query", "value")]
+  return entries
+
+
 def out(torch: str, ours: str) -> list[Entry]:
   """Entries of the projection of joined heads."""
   return [Entry(f"{torch}.weight", (f"params/{ours}/kernel",), "out"),

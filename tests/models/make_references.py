@@ -81,10 +81,11 @@ def deit():
 def vit():
   """timm's other isotropic models: each part that DeiT lacks is in one of them."""
   import timm
-  from timm.models import vision_transformer
+  from timm.models import eva, vision_transformer
 
   def adapt(state, module):
-    return vision_transformer.checkpoint_filter_fn(state, module)
+    file = eva if isinstance(module, eva.Eva) else vision_transformer
+    return file.checkpoint_filter_fn(state, module)
 
   probe = {r"(cls_token|reg_token|pos_embed|patch_embed\.proj\..*)": 3e-3,
            r"norm_pre\.(weight|bias)": 3e-3,
@@ -102,10 +103,14 @@ def vit():
           ("vit_base_patch16_clip_quickgelu_224", {}),
           ("vit_base_patch16_siglip_224", {}),
           ("vit_so400m_patch16_siglip_256", {}),
-          ("vit_base_patch16_siglip_gap_224", {})]
+          ("vit_base_patch16_siglip_gap_224", {}),
+          ("eva02_tiny_patch14_224", {}),
+          ("eva02_base_patch14_448", {}),
+          ("vit_so400m_patch14_siglip_384", {})]
   for name, fields in rows:
     fields = {**small, **fields}
-    side = 4 * fields["patch_size"]
+    # Of one of them the sides are no multiple of the patch size.
+    side = 4 * fields["patch_size"] + (5 if name.endswith("siglip_384") else 0)
 
     def build(image_size, name=name, fields=fields):
       names = {"width": "embed_dim", "heads": "num_heads"}

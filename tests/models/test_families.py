@@ -23,7 +23,8 @@ FAMILIES = {   # the parameters that are its own, and how they are split over a 
     "vit_small_plus_patch16_dinov3": ("reg_token", P(None, None, "fsdp")),
     "vit_base_patch16_clip_quickgelu_224": ("norm_pre/scale", P(None)),
     "vit_base_patch16_siglip_224": ("attn_pool/query/kernel", P("fsdp", "tensor", None)),
-    "vit_base_patch16_siglip_gap_224": ("norm/scale", P(None))}
+    "vit_base_patch16_siglip_gap_224": ("norm/scale", P(None)),
+    "eva02_base_patch14_448": ("blocks_0/mlp/norm/scale", P(None))}
 
 
 @functools.cache

@@ -20,7 +20,7 @@ SMALL = {"width": 24, "depth": 2, "heads": 3, "patch_size": 8, "image_size": 32,
 # Between them these have every part that DeiT lacks.
 PARTS = ["deit3_small_patch16_224", "vit_giant_patch14_reg4_dinov2",
          "vit_small_plus_patch16_dinov3", "vit_base_patch16_clip_quickgelu_224",
-         "vit_base_patch16_siglip_224"]
+         "vit_base_patch16_siglip_224", "eva02_base_patch14_448"]
 
 
 @functools.cache
@@ -28,13 +28,13 @@ def runs():
   return parity.runs("vit")
 
 
-@pytest.mark.parametrize("index", range(48), ids=lambda i: str(i))
+@pytest.mark.parametrize("index", range(60), ids=lambda i: str(i))
 def test_logits_are_those_of_timm(index):
   assert parity.difference(runs()[index]) < 1e-4, runs()[index].name
 
 
 @pytest.mark.parametrize("model", ["deit3_small_patch16_224", "vit_small_plus_patch16_dinov3",
-                                   "vit_base_patch16_siglip_224"])
+                                   "vit_base_patch16_siglip_224", "eva02_base_patch14_448"])
 def test_a_wrong_epsilon_would_show(model):
   run = next(run for run in runs() if run.name.startswith(model) and run.name.endswith("probed"))
   other = {1e-6: 1e-5, 1e-5: 1e-6}[run.model.epsilon]
@@ -59,6 +59,31 @@ def test_angles_are_those_of_the_definition():
       y, x = 2 * (row + 0.5) / 2 - 1, 2 * (column + 0.5) / 3 - 1
       wanted = [2 * math.pi * place / temperature ** (k / 2) for place in (y, x) for k in range(2)]
       np.testing.assert_allclose(got[2 + row * 3 + column], wanted, rtol=1e-5)
+
+
+def test_angles_of_eva02_count_patches_of_the_grid_it_was_trained_on():
+  """Patch by patch: index / side * 16 over the period; neighbouring channels turn as pairs."""
+  grid, width, temperature = (2, 3), 8, 10000.0
+  got = rotary.angles(rotary.places(grid, 1, 16), width, temperature, 16)
+  assert not got[0].any()
+  for row in range(2):
+    for column in range(3):
+      wanted = [place / temperature ** (k / 2) for place in (row / 2 * 16, column / 3 * 16)
+                for k in range(2)]
+      np.testing.assert_allclose(got[1 + row * 3 + column], wanted, rtol=1e-5)
+  x = np.arange(8, dtype=np.float32).reshape(1, 1, 1, 8)
+  turned = np.asarray(rotary.turn(x, np.float32([[np.pi / 2, 0, 0, np.pi]]), neighbours=True))
+  np.testing.assert_allclose(turned[0, 0, 0], [-1, 0, 2, 3, 4, 5, -6, -7], atol=1e-5)
+
+
+def test_images_that_patches_do_not_fill_lose_their_last_rows_and_columns():
+  model = small("vit_so400m_patch14_siglip_384", image_size=37)
+  variables, images = tiny.init(model), tiny.images(model)
+  whole = model.clone(image_size=32)
+  np.testing.assert_array_equal(model.apply(variables, images),
+                                whole.apply(variables, images[:, :32, :32]))
+  with pytest.raises(ValueError, match="37 is not a multiple of patch_size=8"):
+    small("vit_so400m_patch14_siglip_378", image_size=37)
 
 
 def test_scores_follow_from_how_far_apart_two_tokens_lie():
@@ -186,6 +211,7 @@ def test_a_model_without_a_classifier_is_measured_by_its_features(monkeypatch):
     ({"class_token": False, "distilled": True, "global_pool": "avg"}, "beside a class token"),
     ({"rotary": 100.0, "width": 18, "heads": 3}, "must divide by 4"),
     ({"rotary": -1.0}, "rotary=-1.0: must be above 0"),
+    ({"rotary_grid": 16}, "rotary=None has none; give rotary=10000.0"),
     ({"act": "relu"}, "act='relu': must be one of 'gelu'"),
     ({"pos_embed_of": "class"}, "must be one of 'all', 'patches', 'none'"),
     ({"reg_tokens": -1}, "reg_tokens=-1: must be a whole number of at least 0"),

@@ -74,7 +74,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from vitcompact.layers import GATED, gelu
+from vitcompact.layers import GATED, LayerNorm, gelu
 
 # What a block may have and a method may need or remove.
 CAPABILITIES = {
@@ -99,8 +99,10 @@ class Site(NamedTuple):
   ffn_width: of the FFN's input and output; hidden: of its hidden layer, the input of fc2.
   mixer: makes the module between fc1 and its activation, whose output has mixer_gain times the
     variance.
-  qk_norm: epsilon of the norms of queries and keys; rotary: temperature of rotary positions (see
-    `rotary`); layer_scale: initial factor of what each branch gives; None: it has none.
+  key_bias: whether keys have one, where qkv_bias says that queries and values do.
+  qk_norm: epsilon of the norms of queries and keys; rotary: temperature of rotary positions,
+    rotary_grid: their reference (see `rotary`); layer_scale: initial factor of what each branch
+    gives; ffn_norm: epsilon of the norm of the FFN's hidden layer; None: it has none.
   merged: layers of the FFN that are deployed as one matrix, see `execution.Execution`.
   """
   block: int
@@ -119,9 +121,12 @@ class Site(NamedTuple):
   mixer: Callable[..., nn.Module] | None = None
   mixer_gain: int = 1
   qkv_bias: bool = True
+  key_bias: bool = True
   qk_norm: float | None = None
   rotary: float | None = None
+  rotary_grid: int | None = None
   layer_scale: float | None = None
+  ffn_norm: float | None = None
   form: str | None = None
   merged: tuple[str, ...] = ()
   deploy: bool = False
@@ -135,6 +140,11 @@ class Site(NamedTuple):
   def fc1_width(self) -> int:
     """Outputs of fc1: twice the hidden layer where its activation is gated."""
     return self.hidden * (2 if self.act in GATED else 1)
+
+  def between(self) -> dict[str, Any]:
+    """What an `Mlp` has between its two layers; modules are not bound to a parent."""
+    norm = self.ffn_norm and LayerNorm(self.ffn_norm, self.dtype, parent=None)
+    return {"act": self.act, "mixer": self.mixer and self.mixer(parent=None), "norm": norm}
 
   @property
   def queries(self) -> int:

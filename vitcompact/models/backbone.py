@@ -115,7 +115,8 @@ class Isotropic(Backbone):
   def check(self):
     """Raises ValueError, one line, unless patches fill the image and heads divide the width."""
     for side in np.broadcast_to(self.image_size, 2).tolist():
-      if side < self.patch_size or side % self.patch_size:
+      over = side % self.patch_size and not getattr(self, "ragged", False)
+      if side < self.patch_size or over:
         near = max(1, round(side / self.patch_size)) * self.patch_size
         raise ValueError(f"image_size={self.image_size}: {side} is not a multiple of "
                          f"patch_size={self.patch_size}; the nearest that is: {near}")

@@ -1,7 +1,7 @@
-"""The plain vision transformer, and what DeiT, CLIP, SigLIP, DINOv2 and DINOv3 change in it.
+"""The plain vision transformer, and what DeiT, CLIP, SigLIP, DINOv2, DINOv3 and EVA-02 change.
 
 arXiv 2010.11929 (ViT), 2012.12877 (DeiT), 2204.07118 (DeiT III), 2103.00020 (CLIP), 2303.15343
-(SigLIP), 2304.07193 (DINOv2), 2309.16588 (registers), 2508.10104 (DINOv3).
+(SigLIP), 2304.07193 (DINOv2), 2309.16588 (registers), 2508.10104 (DINOv3), 2303.11331 (EVA-02).
 """
 import functools
 
@@ -68,11 +68,14 @@ class VisionTransformer(Isotropic):
     registers, in this order.
   pos_embed_of: which tokens have a learned position: "all", "patches", "none".
   rotary: temperature of rotary positions, which turn queries and keys of patches (see `rotary`), or
-    None.
+    None. rotary_grid: patches on a side of the grid that they were trained on, for EVA-02's form of
+    them; None: DINOv3's.
   pre_norm: a norm before the blocks, and no bias in the patch embedding (CLIP).
   layer_scale: initial factor of each residual branch's channels, or None for no such factors.
   act: of the FFN: "gelu", "gelu_tanh", "quick_gelu" or "swiglu", whose fc1 is twice as wide.
+  qkv_bias: of queries, keys and values; key_bias=False: of queries and values alone (EVA-02).
   qk_norm: queries and keys are normalised, head by head, before their scores.
+  ffn_norm: the hidden layer of FFNs is normalised before fc2 (EVA-02, base and large).
   epsilon: of every LayerNorm.
   global_pool: "token" (class token), "avg" (mean of the patch tokens), "map" (`AttentionPool`), ""
     (no pooling: every token). norm_pooled: whether the last norm comes after pooling; None: for
@@ -81,22 +84,28 @@ class VisionTransformer(Isotropic):
     model that has to relate distant places may not learn to for thousands of steps, and does with
     0.5 in hundreds. antialias: learned positions are resized for other images as timm does; DeiT's
     authors do not antialias.
+  ragged: images whose sides are no multiple of the patch size are taken, and lose their last rows
+    and columns, as in timm; else they are refused.
   """
   class_token: bool = True
   distilled: bool = False
   reg_tokens: int = 0
   pos_embed_of: str = "all"
   rotary: float | None = None
+  rotary_grid: int | None = None
   pre_norm: bool = False
   layer_scale: float | None = None
   act: str = "gelu"
   qkv_bias: bool = True
+  key_bias: bool = True
   qk_norm: bool = False
+  ffn_norm: bool = False
   epsilon: float = 1e-6
   global_pool: str = "token"
   norm_pooled: bool | None = None
   position_std: float = 0.02
   antialias: bool = True
+  ragged: bool = False
 
   rules = RULES
 
@@ -128,7 +137,7 @@ class VisionTransformer(Isotropic):
     for field, least in (("position_std", 0), ("reg_tokens", 0)):
       if getattr(self, field) < least:
         raise ValueError(f"{field}={getattr(self, field)}: must be at least {least}")
-    for field in ("epsilon", "rotary", "layer_scale"):
+    for field in ("epsilon", "rotary", "rotary_grid", "layer_scale"):
       value = getattr(self, field)
       if value is not None and not value > 0:
         raise ValueError(f"{field}={value}: must be above 0")
@@ -139,6 +148,9 @@ class VisionTransformer(Isotropic):
       raise ValueError("global_pool='map' gives one vector, and distilled=True has two classifiers")
     if self.global_pool == "token" and not self.class_token:
       raise ValueError("global_pool='token' needs class_token=True; 'avg' and 'map' do not")
+    if self.rotary is None and self.rotary_grid is not None:
+      raise ValueError(f"rotary_grid={self.rotary_grid} is of rotary positions, and rotary=None "
+                       "has none; give rotary=10000.0, as EVA-02 has it, or leave it out")
     if self.rotary is not None and self.width // self.heads % 4:
       raise ValueError(f"rotary={self.rotary} turns a quarter of each head's width by rows and by "
                        f"columns: width / heads = {self.width // self.heads} must divide by 4")
@@ -149,8 +161,10 @@ class VisionTransformer(Isotropic):
     """Its blocks, as methods see them."""
     without = frozenset() if self.class_token else frozenset({"class token"})
     return [site._replace(provides=site.provides - without, qkv_bias=self.qkv_bias,
-                          act=layers.ACTIVATIONS[self.act], rotary=self.rotary,
+                          key_bias=self.key_bias, act=layers.ACTIVATIONS[self.act],
+                          rotary=self.rotary, rotary_grid=self.rotary_grid,
                           qk_norm=self.epsilon if self.qk_norm else None,
+                          ffn_norm=self.epsilon if self.ffn_norm else None,
                           layer_scale=self.layer_scale) for site in super().sites()]
 
   @nn.nowrap
@@ -170,9 +184,13 @@ class VisionTransformer(Isotropic):
     entries += torch_names.patches("patch_embed.proj", "patch_embed/proj",
                                    use_bias=not self.pre_norm)
     entries += torch_names.norm("norm_pre", "norm_pre") if self.pre_norm else []
-    # With rotary positions a model is an Eva in timm, which has names of its own.
-    names = {} if self.rotary is None else {
-        "layer_scale": "gamma_{}", "fc1": ("fc1_g", "fc1_x") if self.act == "swiglu" else ("fc1",)}
+    # With rotary positions a model is an Eva in timm, which has names of its own; of EVA-02, where
+    # nothing is normalised inside the FFN, gate and value are one tensor.
+    names, eva02 = {}, self.rotary_grid is not None
+    if self.rotary is not None:
+      apart = self.act == "swiglu" and (self.ffn_norm or not eva02)
+      names = {"layer_scale": "gamma_{}", "fc1": ("fc1_g", "fc1_x") if apart else ("fc1",),
+               "fused": not (eva02 and self.ffn_norm)}
     for i, block in enumerate(self.submodules().values()):
       entries += block_entries(block, f"blocks.{i}", f"blocks_{i}", **names)
     norm = "fc_norm" if self.norm_after_pooling else "norm"

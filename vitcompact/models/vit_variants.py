@@ -32,7 +32,8 @@ def _siglip(size: str, patch_size: int, image_size: int, **options) -> Variant:
   ratio = {"mlp_ratio": 3.7362} if size == "so400m" else {}
   # Of the widest, timm runs those with patches of 16 pixels with GELU's approximation.
   act = {"act": "gelu_tanh"} if (size, patch_size) == ("so400m", 16) else {}
-  return _vit(size, patch_size, image_size, num_classes=0,
+  ragged = {"ragged": True} if image_size % patch_size else {}
+  return _vit(size, patch_size, image_size, num_classes=0, **ragged,
               **{"class_token": False, "global_pool": "map", **HALF, **ratio, **act, **options})
 
 
@@ -47,6 +48,14 @@ def _dinov3(size: str) -> Variant:
   return _vit(size, 16, 256, crop=1.0, reg_tokens=4, pos_embed_of="none", rotary=100.0,
               layer_scale=1e-5, qkv_bias=False, epsilon=1e-5, global_pool="avg", norm_pooled=False,
               num_classes=0, **gated)
+
+
+def _eva02(size: str, image_size: int, *, classes: bool) -> Variant:
+  inner = {"ffn_norm": True} if size in ("base", "large") else {}
+  inner |= {"crop_mode": "squash"} if image_size == 448 else {}
+  return _vit(size, 14, image_size, rotary=10000.0, rotary_grid=16, act="swiglu", mlp_ratio=8 / 3,
+              key_bias=False, global_pool="avg", **inner, **CLIP,
+              **({"crop": 1.0} if classes else {"num_classes": 0}))
 
 
 _DEIT = {f"deit_{size}{'_distilled' * distilled}_patch16_{pixels}":
@@ -96,12 +105,18 @@ _SIGLIP = {f"vit_{size}_patch{patch}_siglip_{gap}{pixels}":
            for size, patch, pixels in (
                ("base", 16, 224), ("base", 16, 256), ("base", 16, 384), ("base", 16, 512),
                ("base", 32, 256), ("large", 16, 256), ("large", 16, 384), ("large", 16, 512),
-               ("so400m", 14, 224), ("so400m", 14, 378), ("so400m", 16, 256), ("so400m", 16, 384),
-               ("so400m", 16, 512))}
+               ("so400m", 14, 224), ("so400m", 14, 378), ("so400m", 14, 384), ("so400m", 16, 256),
+               ("so400m", 16, 384), ("so400m", 16, 512))}
+_SIGLIP["vit_so400m_patch14_siglip_gap_384"] = _SIGLIP[
+    "vit_so400m_patch14_siglip_gap_384"]._replace(crop=1.0)
 _DINOV2 = {
     **{f"vit_{size}_patch14_dinov2": _dinov2(size) for size in ("small", "base", "large", "giant")},
     **{f"vit_{size}_patch14_reg4_dinov2": _dinov2(size, reg_tokens=4, pos_embed_of="patches")
        for size in ("small", "base", "large", "giant")}}
 _DINOV3 = {f"vit_{size}_patch16_dinov3": _dinov3(size)
            for size in ("small", "small_plus", "base", "large", "huge_plus", "7b")}
-VARIANTS = {**_DEIT, **_DEIT3, **_VIT, **_FEATURES, **_CLIP, **_SIGLIP, **_DINOV2, **_DINOV3}
+_EVA02 = {f"eva02_{size}_patch14_{pixels}": _eva02(size, pixels, classes=pixels > 224)
+          for size, pixels in (("tiny", 224), ("tiny", 336), ("small", 224), ("small", 336),
+                               ("base", 224), ("base", 448), ("large", 224), ("large", 448))}
+VARIANTS = {**_DEIT, **_DEIT3, **_VIT, **_FEATURES, **_CLIP, **_SIGLIP, **_DINOV2, **_DINOV3,
+            **_EVA02}

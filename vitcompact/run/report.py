@@ -14,6 +14,7 @@ from vitcompact.receipt import Receipt, Row, environment
 from vitcompact.run import loop
 from vitcompact.train import sharding, start
 from vitcompact.train import step as steps
+from vitcompact.train.feature_step import make_feature_eval_step
 
 TIMED_IMAGES = 32
 HALF_TOLERANCE = 0.05   # of bfloat16, which rounds two forms of one function apart
@@ -108,7 +109,7 @@ def _test_scores(run: loop.Run, model, variables, teacher) -> dict[str, float]:
   if model.num_classes:
     eval_step = steps.make_eval_step(model, *images)
   else:
-    eval_step = steps.make_feature_eval_step(
+    eval_step = make_feature_eval_step(
         model, model.clone(plan=vc.Plan(), deploy=False), *images)
   run = dataclasses.replace(run, model=model, eval_step=steps.jit_eval_step(eval_step, run.mesh))
   return loop.evaluate_split(run, variables, "test", teacher=teacher)

@@ -15,6 +15,7 @@ from vitcompact.data import labels, pipeline
 from vitcompact.train import guard, optim, phases, sharding, start
 from vitcompact.train import step as steps
 from vitcompact.train.config import complete, method_settings
+from vitcompact.train.feature_step import make_feature_eval_step
 from vitcompact.train.objective import (
     by_replica,
     looks_across,
@@ -102,7 +103,7 @@ def build(config: FrozenConfigDict, classes: int | None = None) -> Run:
   if model.num_classes:
     eval_step = steps.make_eval_step(model, *images)
   else:
-    eval_step = steps.make_feature_eval_step(model, model.clone(plan=vc.Plan()), *images)
+    eval_step = make_feature_eval_step(model, model.clone(plan=vc.Plan()), *images)
   one_replica = steps.make_augment(config.data, preprocess.mean, preprocess.std, classes,
                              max(1, config.data.replicas), getattr(model, "grid", None))
   return Run(config, mesh, model, preprocess, steps.jit_init(init, shardings), shapes, shardings,

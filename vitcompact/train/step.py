@@ -175,18 +175,6 @@ def make_eval_step(model, mean, std):
   return eval_step
 
 
-def make_feature_eval_step(model, teacher, mean, std):
-  """As `make_eval_step`, of a model without a classifier: a function ((variables, the teacher's),
-  batch) -> sums. loss: |features - teacher's|^2 as a share of |teacher's|^2, of each image."""
-  def eval_step(both, batch):
-    images = device_batch.normalise(batch["image"], mean, std)
-    got, wanted = (network.apply(variables, images).reshape(len(images), -1)
-                   for network, variables in zip((model, teacher), both, strict=True))
-    error = jnp.sum((got - wanted) ** 2, axis=-1) / jnp.sum(wanted ** 2, axis=-1)
-    return {"loss": jnp.sum(error * batch["mask"]), "count": jnp.sum(batch["mask"])}
-  return eval_step
-
-
 def jit_init(init, shardings):
   """Parameters are born where they will live: no device ever holds the whole state.
 

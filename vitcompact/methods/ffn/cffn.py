@@ -78,7 +78,8 @@ class CFFN:
 
   def factorised(self, site: Site) -> dict[str, "CompactDense"]:
     """{layer: its factorised form}, of those that are deployed as factors too."""
-    sizes = {"fc2": (site.ffn_width, hidden_rms(site.act, site.mixer_gain * site.ffn_width))}
+    rms = 1.0 if site.ffn_norm else hidden_rms(site.act, site.mixer_gain * site.ffn_width)
+    sizes = {"fc2": (site.ffn_width, rms)}
     if self.factor == "both":
       sizes["fc1"] = (site.fc1_width, 1.0)
     return {layer: CompactDense(
@@ -105,8 +106,7 @@ class CFFN:
   def make(self, site: Site, **kwargs) -> nn.Module:
     layers = {"fc1": dense(site.fc1_width, dtype=site.dtype),
               "fc2": dense(site.ffn_width, dtype=site.dtype), **self.factorised(site)}
-    mixer = site.mixer and site.mixer(parent=None)
-    return Mlp(act=site.act, mixer=mixer, **layers, **kwargs)
+    return Mlp(**layers, **site.between(), **kwargs)
 
   def from_dense(self, site: Site, params, stats, data):
     """fc1 before fc2, which is fitted to the hidden layer that it will have."""
