@@ -143,6 +143,19 @@ def test_a_model_of_imagenets_classes_without_names_has_imagenets(folder, tmp_pa
   assert "\tc" in done.stdout and not done.stderr
 
 
+@pytest.mark.parametrize("name, imagenets", [
+    ("deit_tiny_patch16_224", True), ("vit_base_patch16_clip_224", False),
+    ("vit_base_patch16_clip_224.laion2b_ft_in1k", True),
+    ("eva02_tiny_patch14_336.mim_in22k_ft_in1k", True)])
+def test_a_thousand_outputs_are_imagenets_where_weights_say_so(name, imagenets):
+  """CLIP's heads are projections, and those without a tag may be of anything."""
+  model = vc.create_model(name)
+  assert model.num_classes == 1000
+  names, note = predict.class_names("a.safetensors", model, None, None)
+  assert (names[0] == imagenet_1k()[0], bool(note)) == (imagenets, imagenets)
+  assert imagenets or names == [str(i) for i in range(1000)]
+
+
 @pytest.mark.parametrize("fields", [{"in_chans": 1}, {"image_size": (16, 48)}])
 def test_grey_and_rectangular_models_predict(folder, tmp_path, fields):
   model = tiny.deit(depth=1, **fields)

@@ -146,6 +146,8 @@ def test_the_path_starts_from_weights_of_others(walked, tmp_path):
       begun.config.teacher.file)
   assert trees.digest(vc.load(begun.dense)[1]) == trees.digest(variables)
   assert said[0] == f"dense model: {tmp_path / 'theirs.npz'} as dense.safetensors"
+  assert begun.facts["source"] == str(tmp_path / "theirs.npz")
+  assert begun.facts["source_sha256"] == path.sha256(tmp_path / "theirs.npz")
 
 
 @pytest.mark.parametrize("change,words", [

@@ -7,6 +7,7 @@ import pytest
 import vitcompact as vc
 from configs import compact_digits
 from tests import tiny
+from vitcompact import convert
 from vitcompact.data import pipeline
 from vitcompact.methods.ffn import cffn
 from vitcompact.run import loop, path
@@ -15,6 +16,8 @@ from vitcompact.train import config as configs
 
 NAME = "vit_small_patch14_reg4_dinov2"
 SIZES = {"image_size": 16, "patch_size": 8, "width": 16, "depth": 1, "heads": 2, "num_classes": 0}
+
+SOURCE = {"source": f"hf-hub:timm/{NAME}.lvd142m@0123", "source_sha256": "4567"}
 
 
 @pytest.fixture
@@ -32,8 +35,8 @@ def features(tmp_path):
   config.compact.update(macs=0.8, sensitivity="quick", images=32)
   config.total_steps = 2
   config.optim.warmup_steps = 0
-  model = vc.create_model(NAME, **SIZES, drop_path_rate=0.0)
-  vc.save(tmp_path / "dino.safetensors", model, tiny.init(model))
+  model = vc.create_model(f"{NAME}.lvd142m", **SIZES, drop_path_rate=0.0)
+  vc.save(tmp_path / "dino.safetensors", model, tiny.init(model), about=SOURCE)
   config.init_from = str(tmp_path / "dino.safetensors")
   config.loss.update(logits=0.0, patches=1.0)
   return config
@@ -45,6 +48,10 @@ def test_a_model_without_a_classifier_goes_the_whole_path(features, tmp_path, fe
   assert [row.name for row in receipt.rows] == ["dense", "compacted", "distilled", "deployed"]
   assert receipt.ok and receipt.rows[-1].count.macs <= 0.8 * receipt.rows[0].count.macs
   assert {row["test_accuracy"] for row in told["models"]} == {None} and "classes" not in told
+  assert {key: told[key] for key in SOURCE} == SOURCE
+  for name in ("compact", "distilled", "deploy"):
+    about = convert.read_metadata(tmp_path / "run" / f"{name}.safetensors")
+    assert {key: about[key] for key in SOURCE} == SOURCE, name
   errors = told["feature_error"]
   assert errors["dense"] == 0 < errors["compacted"]
   assert errors["deployed"] == pytest.approx(errors["distilled"], rel=1e-3)

@@ -95,7 +95,7 @@ def test_other_classes_and_unknown_names_are_refused_in_one_line(built, dense, s
   assert "\n" not in str(error.value)
 
 
-def test_the_path_and_the_command_take_a_repository(dense, monkeypatch, tmp_path, config):
+def test_the_path_and_the_command_take_a_repository(dense, server, monkeypatch, tmp_path, config):
   """The dense model is the cached file, and nothing is converted a second time."""
   asked = []
   receipt = types.SimpleNamespace(ok=True, to_markdown=lambda: "# a receipt")
@@ -109,5 +109,6 @@ def test_the_path_and_the_command_take_a_repository(dense, monkeypatch, tmp_path
   config.init_from, config.compact.macs = REPO, 0.7
   begun = path.prepare(config, tmp_path / "run", lambda line: None)
   assert str(begun.dense) == begun.config.teacher.file == asked[0].init_from
+  assert begun.facts["source"] == f"{REPO}@{server.commit('me/digits', 0)}"
   assert np.array_equal(vc.load(begun.dense)[1]["params"]["cls_token"],
                         dense[1]["params"]["cls_token"])

@@ -68,9 +68,17 @@ def class_names(file: str, model, told: list[str] | None, labels: str | None
     return names, f"{other}. The latter are shown" if other else ""
   if told:
     return told, ""
-  if model.num_classes == vc.create_model(model.variant).num_classes == len(classes.imagenet_1k()):
+  count = vc.create_model(model.variant).num_classes
+  if _of_imagenet(model.variant) and model.num_classes == count == len(classes.imagenet_1k()):
     return list(classes.imagenet_1k()), IMAGENET_NOTE.format(file=file)
   return [str(i) for i in range(model.num_classes)], ""
+
+
+def _of_imagenet(variant: str) -> bool:
+  """Whether a model of so many classes has ImageNet's: its tag says so, or it has none and is of a
+  family that is published with these. CLIP's are projections into the space of texts, too."""
+  name, _, tag = variant.partition(".")
+  return "in1k" in tag if tag else "_clip_" not in name
 
 
 def labels_in(path: str, count: int) -> list[str]:

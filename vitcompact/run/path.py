@@ -107,7 +107,7 @@ def prepare(config, directory: pathlib.Path, say=print, **options) -> Start:
   else:
     labels = float(asked_model(config).num_classes > 0)
     after.loss.update(labels=labels, logits=0.0, patches=0.0, hard=0.0, soft=0.0)
-  facts = {"compacted_from": str(dense), "dense_sha256": sha256(dense),
+  facts = {"compacted_from": str(dense), "dense_sha256": sha256(dense), **start.source_of(dense),
            "compact_sha256": sha256(directory / "compact.safetensors"), "budget": goal,
            "plan_reasons": (directory / "plan.txt").read_text(encoding="utf-8").splitlines()}
   # The budget has been spent: what goes on is a run of this plan.
@@ -144,7 +144,8 @@ def convert_dense(config, path: pathlib.Path, out: pathlib.Path, say) -> pathlib
   if jax.process_index() == 0:
     model = asked_model(config)
     loaded = convert.read_state_dict(model, pytorch.read_checkpoint(path))
-    convert.save(out, model, loaded.variables, force=True)
+    convert.save(out, model, loaded.variables, force=True,
+                 about={"source": str(path), "source_sha256": sha256(path)})
     for line in [f"dense model: {path} as {out.name}", *loaded.lines()]:
       say(line)
   processes.barrier("the dense model is converted")
@@ -203,7 +204,8 @@ def fit(config, directory, dense: pathlib.Path, goal, say):
     small, fitted = vc.compact(model, variables, plan, calibration(), step)
   names = pipeline.class_names(config.data.name) if model.num_classes else ()
   convert.save(compacted, small, fitted, classes=names or None,
-               preprocess=preprocess_of(config, model), about={"dense": digest})
+               preprocess=preprocess_of(config, model),
+               about={"dense": digest, **start.source_of(dense)})
 
 
 def check_dense(config, path: pathlib.Path, model):
@@ -212,6 +214,8 @@ def check_dense(config, path: pathlib.Path, model):
     raise ValueError(f"{path} holds plan={model.plan.to_json()}, deploy={model.deploy}: the path "
                      "starts from a dense, unfolded model")
   names, wanted = pipeline.class_names(config.data.name), asked_model(config)
+  if model.variant.partition(".")[0] == wanted.variant:   # weights have a tag, the config need not
+    wanted = wanted.clone(variant=model.variant)
   free = {"drop_path_rate": 0.0, "dtype": "float32", "remat": False}
   free |= {"mix_token": False} if hasattr(model, "mix_token") else {}
   if wanted.clone(**free) != model.clone(**free, execution=wanted.execution):

@@ -59,6 +59,8 @@ def report(result: loop.Result, workdir, *, before=None, facts=None,
   if model.dtype != "float32":
     further[model.dtype] = vc.verify(model, variables, deploy, folded, images,
                                      tolerance=HALF_TOLERANCE)
+  # Of a file: of weights by name the newest commit may be another by now.
+  source = start.source_of(config.init_from)
   facts = {
       "model": config.model.name, "plan": config.plan, "data": config.data.name,
       "steps": int(result.state.step) if result.state else 0,
@@ -69,7 +71,7 @@ def report(result: loop.Result, workdir, *, before=None, facts=None,
       "timed_batch": len(images), "params_digest": result.metrics["params_digest"],
       "deploy_digest": trees.digest(folded["params"]),
       **{key: result.metrics[key] for key in ("kept",) if key in result.metrics},
-      **method_facts(deploy, folded, images), **(facts or {}), **environment()}
+      **method_facts(deploy, folded, images), **source, **(facts or {}), **environment()}
   classes = pipeline.class_names(config.data.name) if model.num_classes else ()
   receipt = Receipt(
       f"{config.model.name} on {config.data.name}",
@@ -77,16 +79,17 @@ def report(result: loop.Result, workdir, *, before=None, facts=None,
       vc.verify(*float32, images), facts, tuple(classes), further)
   if jax.process_index() == 0:
     write(pathlib.Path(workdir), receipt,
-          {name: (model, variables), "deploy": (deploy, folded)}, run.preprocess)
+          {name: (model, variables), "deploy": (deploy, folded)}, run.preprocess, source)
   return receipt
 
 
-def write(directory: pathlib.Path, receipt: Receipt, files: dict, preprocess=None):
-  """files: {name: (model, variables)}. preprocess: of the run's evaluation, which they keep."""
+def write(directory: pathlib.Path, receipt: Receipt, files: dict, preprocess=None, source=None):
+  """files: {name: (model, variables)}. preprocess: of the run's evaluation, which they keep, as
+  they do the source of the weights that the run began with, see `start.source_of`."""
   try:
     for name, (model, variables) in files.items():
       convert.save(directory / f"{name}.safetensors", model, variables, force=True,
-                   classes=receipt.classes or None, preprocess=preprocess)
+                   classes=receipt.classes or None, preprocess=preprocess, about=source)
     receipt.write(directory)
   except OSError as error:
     raise OSError(f"the run is done, but its report was not written: {error}. Then give the "

@@ -45,6 +45,16 @@ def _tells_its_model(folder: str) -> bool:
     return False
 
 
+def source_of(path) -> dict[str, str]:
+  """What a file of ours tells of the weights that it was made of: {"source": "hf-hub:org/name@
+  commit", "source_sha256"}; {} where it tells nothing, or is none."""
+  path = pathlib.Path(path)
+  if not path.is_file() or not pytorch.is_ours(path):
+    return {}
+  about = convert.read_metadata(path)
+  return {key: about[key] for key in ("source", "source_sha256") if key in about}
+
+
 def load_variables(path: str, model, calibration, classes=None):
   """Variables for `model` from a file that `vitcompact convert` or a run wrote, from weights by
   name, or from weights of others, as `vitcompact convert` reads them; path: see `file_of`.
