@@ -183,6 +183,24 @@ def test_features_behind_a_filter_of_more_terms_have_all_of_them():
   np.testing.assert_allclose(sums.xx[1:, 1:], features.T @ features, rtol=1e-4, atol=1e-4)
 
 
+def test_nothing_is_fitted_twice_where_nothing_is_held_out(monkeypatch):
+  """And what comes out is what fitting again gives, to the bit."""
+  rng = np.random.default_rng(0)
+  x, old = rng.standard_normal((64, 8)), rng.standard_normal((8, 6))
+  sums = jax.tree.map(np.float64, regression.sums_of(x, x @ old))
+  called = []
+  for module, name in ((regression, "_low_rank"), (refit, "_descend")):
+    fit = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *given, fit=fit: called.append(fit) or fit(*given))
+  factors, both = regression.low_rank((sums, sums), old, 3)
+  assert len(called) == 1
+  again = called[0](both, regression.Metric.of(both.cov), old, 3, regression.RIDGES[-1])
+  assert np.array_equal(factors.a, again[0]) and np.array_equal(factors.b, again[1])
+  values, outputs = rng.standard_normal((2, 4, 2)), rng.standard_normal((2, 2, 6))
+  refit.refit((sums, sums), [[0], [1]], values, outputs)
+  assert len(called) == 2
+
+
 @pytest.mark.parametrize("images", [1, 4])
 def test_images_too_few_for_a_fit_do_no_harm_on_others(images):
   """Rows are fewer than unknowns: a weak ridge fits these images and spoils all others."""

@@ -137,13 +137,14 @@ def low_rank(sums, old, rank: int) -> tuple[Factors, Regression]:
   fit, held, both = split(sums)
   metric, best = Metric.of(fit.cov), None
   for ridge in ridges(sums):
-    a, b = _low_rank(fit, metric, old, rank, ridge)
+    a, b = factors = _low_rank(fit, metric, old, rank, ridge)
     matrix = a @ b
     held_out = held.error(matrix, fit.bias(matrix))
     if best is None or held_out < best[0]:
-      best = held_out, fit.error(matrix), ridge
-  held_out, fitted, ridge = best
-  a, b = _low_rank(both, Metric.of(both.cov), old, rank, ridge)
+      best = held_out, fit.error(matrix), ridge, factors
+  held_out, fitted, ridge, (a, b) = best
+  if both is not fit:   # else these are the factors of all rows already
+    a, b = _low_rank(both, Metric.of(both.cov), old, rank, ridge)
   return Factors(a, b, both.bias(a @ b), fitted, held_out), both
 
 

@@ -118,6 +118,17 @@ def test_fitted_factors_lose_less_on_the_data_and_plain_ones_less_in_the_weights
   np.testing.assert_allclose(c @ d, best, atol=1e-5)
 
 
+def test_layers_of_equal_blocks_share_a_program(monkeypatch):
+  traced, make = [], CompactDense._branched
+  monkeypatch.setattr(CompactDense, "_branched",
+                      lambda self, *given: traced.append(self) or make(self, *given))
+  kernel = jax.random.normal(jax.random.key(0), (M, D))
+  x = jax.random.normal(jax.random.key(2), (256, M))
+  for seed in range(3):
+    fitted(CompactDense(D, RANK, input_rms=0.75), kernel + seed, x)
+  assert len(traced) == 1
+
+
 @pytest.mark.parametrize("factor", ["output", "both"])
 def test_a_model_at_full_rank_equals_the_dense_one(factor):
   model = tiny.deit()

@@ -9,6 +9,7 @@ public. With H the activated hidden layer (m wide), r the rank and d the output 
 No activation stands between the factors, so every branch folds into A, B and b.
 """
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
@@ -320,8 +321,7 @@ class CompactDense(nn.Module):
       return {"a": {"kernel": a}, "b": {"kernel": b, "bias": bias}}, {}
     moments = None if fit is None else tuple(jnp.asarray(x, jnp.float32)
                                              for x in (fit.mean, fit.cov))
-    # As one program: op by op, each would be compiled for each rank.
-    return jax.jit(self.clone(parent=None, name=None)._branched)(a, b, bias, moments)
+    return _branched(self.clone(parent=None, name=None), a, b, bias, moments)
 
   @nn.nowrap
   def _branched(self, a, b, bias, moments):
@@ -369,6 +369,12 @@ class Fit(NamedTuple):
   factors: Factors
   mean: np.ndarray
   cov: np.ndarray
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _branched(layer: CompactDense, a, b, bias, moments):
+  """As one program, which the layers of equal blocks share: op by op, each would be compiled."""
+  return layer._branched(a, b, bias, moments)
 
 
 def first_sums(seen, params):

@@ -211,16 +211,17 @@ def refit(sums, groups, values, outputs) -> Refit:
   old = [np.concatenate([values[h] for h in group], axis=1) for group in groups], \
       [np.concatenate([outputs[h] for h in group], axis=0) for group in groups]
   copied = np.concatenate([a @ b for a, b in zip(*old, strict=True)])
-  best = held.error(copied, fit.bias(copied)), fit.error(copied), None
+  best = held.error(copied, fit.bias(copied)), fit.error(copied), None, (*old, copied)
   metrics = _metrics(fit, len(groups))
   for ridge in ridges(sums):
-    matrix = _descend(fit, metrics, old, ridge)[2]
+    found = _descend(fit, metrics, old, ridge)
+    matrix = found[2]
     held_out = held.error(matrix, fit.bias(matrix))
     if held_out < best[0]:
-      best = held_out, fit.error(matrix), ridge
-  held_out, fitted, ridge = best
-  a, b, matrix = (*old, copied) if ridge is None else \
-      _descend(both, _metrics(both, len(groups)), old, ridge)
+      best = held_out, fit.error(matrix), ridge, found
+  held_out, fitted, ridge, (a, b, matrix) = best
+  if ridge is not None and both is not fit:   # else they are of all rows already
+    a, b, matrix = _descend(both, _metrics(both, len(groups)), old, ridge)
   new_values, new_outputs = np.empty_like(values), np.empty_like(outputs)
   width = values.shape[2]
   for group, left, right in zip(groups, a, b, strict=True):
