@@ -101,6 +101,19 @@ def masked_biases(state):
   return out
 
 
+def eva02_biases_and_norm(state):
+  """EVA-02 keeps biases apart from the projections that have one each in timm; and the last norm of
+  masked pre-training is that of pooled features there."""
+  apart = any(name.endswith(".attn.q_proj.weight") for name in state)
+  pretrained = not any(re.search(r"(^|\.)(head|fc_norm)\.weight$", name) for name in state)
+
+  def renamed(name):
+    name = re.sub(r"\.attn\.([qv])_bias$", r".attn.\1_proj.bias", name) if apart else name
+    return re.sub(r"(^|\.)norm\.(weight|bias)$", r"\1fc_norm.\2", name) if pretrained else name
+
+  return {renamed(name): value for name, value in state.items()}
+
+
 def bias_of_projection(state):
   """CLIP projects without a bias; timm has this as its classifier, with one of zeros."""
   heads = [name.removesuffix("weight") for name in state if re.search(r"(^|\.)head\.weight$", name)]
@@ -351,6 +364,13 @@ SOURCES = [
          r"(.+\.)?local_cls_norm\..*": "a norm of training", **MASK_TOKEN}, after=masked_biases),
     Source("MAE's", r"(^|\.)decoder_(blocks|embed|pred)\.",
            left={r"(.+\.)?decoder_.*": "the decoder", **MASK_TOKEN}),
+    Source("EVA-02's", r"(^|\.)rope\.freqs_(cos|sin)$|\.mlp\.ffn_ln\.", named({
+        "blocks.{i}.mlp.w12": "blocks.{i}.mlp.fc1", "blocks.{i}.mlp.w1": "blocks.{i}.mlp.fc1_g",
+        "blocks.{i}.mlp.w2": "blocks.{i}.mlp.fc1_x", "blocks.{i}.mlp.w3": "blocks.{i}.mlp.fc2",
+        "blocks.{i}.mlp.ffn_ln": "blocks.{i}.mlp.norm"}),
+        {r"(.+\.)?rope\.freqs_(cos|sin)": "the angles of rotary positions, which follow from sizes",
+         r"(.+\.)?lm_head\..*": "the classifier of masked patches", **MASK_TOKEN},
+           before=eva02_biases_and_norm),
     Source("DINOv2's", r"(^|\.)(mask_token|register_tokens)$|\.mlp\.w12\.|(^|\.)blocks\.\d+\.\d+\.",
            [Rule("register_tokens", "reg_token"), *TRAINED_BY_DINO], MASK_TOKEN,
            after=positions_of_patches_alone),

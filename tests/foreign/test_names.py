@@ -1,11 +1,15 @@
 """State dicts of others load in one call and compute what they computed where they come from."""
+import re
+import warnings
+
 import jax
 import numpy as np
 import pytest
 
 import vitcompact as vc
 from tests.foreign.cases import cases, one_image
-from vitcompact import convert, foreign, foreign_rules
+from tests.models import parity
+from vitcompact import convert, foreign, foreign_rules, trees
 
 CASES = cases()
 NAMES = list(CASES)
@@ -41,6 +45,31 @@ def test_what_their_model_computes_ours_computes(name):
   variables = vc.from_torch(model, case.state)
   got = jax.jit(model.apply)(variables, one_image(case.fields["image_size"]))
   np.testing.assert_allclose(got, case.wanted, atol=2e-5 * np.abs(case.wanted).max())
+
+
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "eva02_base_patch14_448"])
+@pytest.mark.parametrize("pretraining", [False, True])
+def test_names_of_eva02s_authors_are_read(name, pretraining):
+  """Their names as timm's reader of their files lists them."""
+  run = next(run for run in parity.runs("vit") if run.name.startswith(name))
+  theirs, state = {"mlp.fc1_g": "mlp.w1", "mlp.fc1_x": "mlp.w2", "mlp.fc1": "mlp.w12",
+                   "mlp.fc2": "mlp.w3", "mlp.norm": "mlp.ffn_ln", "q_proj.bias": "q_bias",
+                   "v_proj.bias": "v_bias", **({"fc_norm": "norm"} if pretraining else {})}, {}
+  for key, value in run.state.items():
+    if not (pretraining and key.startswith("head.")):
+      old = next((old for old in theirs if re.search(rf"(^|\.){re.escape(old)}(\.|$)", key)), "")
+      state[key.replace(old, theirs[old]) if old else key] = value
+  state |= {f"{at}rope.freqs_{part}": np.ones((16, 8), np.float32)
+            for at in ("", "blocks.0.attn.") for part in ("cos", "sin")}
+  if pretraining:
+    state |= {"mask_token": np.ones((1, 1, 24)), "lm_head.weight": np.ones((9, 24), np.float32)}
+  model = run.model.clone(num_classes=0 if pretraining else run.model.num_classes)
+  assert set(state) - set(run.state) >= {"rope.freqs_cos", "blocks.0.mlp.w3.weight"}
+  with warnings.catch_warnings(action="error"):
+    got = vc.from_torch(model, state)
+  wanted = vc.from_torch(run.model, run.state)["params"]
+  wanted = {key: leaf for key, leaf in wanted.items() if key != "head" or not pretraining}
+  assert trees.digest(got["params"]) == trees.digest(wanted)
 
 
 @pytest.mark.parametrize("name", [name for name in OF_TIMM if CASES[name].live])
