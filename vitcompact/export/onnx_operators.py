@@ -27,6 +27,13 @@ class Graph:
   def value(self, var):
     return self.ctx.get_value_for_var(var)
 
+  def array(self, var):
+    """What a variable is, where it is known; else None."""
+    if isinstance(var, Literal):
+      return np.asarray(var.val, var.aval.dtype)
+    known = getattr(self.value(var), "const_value", None)
+    return None if known is None else known.numpy()
+
   def constant(self, name: str, array):
     return self.ctx.builder.add_initializer_from_array(self.ctx.fresh_name(name), array)
 
@@ -84,11 +91,8 @@ def call(graph):
 
 
 def reshape(graph):
-  """With -1 for the number of images; of a constant, another constant."""
+  """With -1 for the number of images."""
   x = graph.value(graph.eqn.invars[0])
-  array = getattr(x, "const_value", None)
-  if array is not None and is_fixed(graph.shape):
-    return graph.constant("kernel", array.numpy().reshape(graph.shape))
   if sum(not isinstance(n, int) for n in graph.shape) > 1 or 0 in graph.shape:
     return None
   sizes = [n if isinstance(n, int) else -1 for n in graph.shape]
@@ -116,17 +120,17 @@ def transposed(graph, var, order):
   x = graph.value(var)
   if list(order) == list(range(len(order))):
     return x
-  array = getattr(x, "const_value", None)
+  array = graph.array(var)
   if array is not None:
-    return graph.constant("kernel", np.ascontiguousarray(array.numpy().transpose(order)))
+    return graph.constant("kernel", np.ascontiguousarray(array.transpose(order)))
   return graph.add("Transpose", x, like=x, shape=[var.aval.shape[axis] for axis in order],
                    perm=list(order))
 
 
 def pad(graph):
-  """Of axes that are not the images', by nothing negative or in between."""
+  """At the ends; negative padding cuts, in ONNX too."""
   config = graph.eqn.params["padding_config"]
-  if any(low < 0 or high < 0 or between for low, high, between in config):
+  if any(between for _, _, between in config):
     return None
   lows, highs, _ = zip(*config, strict=True)
   x, fill = map(graph.value, graph.eqn.invars)
@@ -141,6 +145,9 @@ def divide(graph):
   return graph.value(x) if same else None
 
 
+# Of programs, whose own equations are translated.
+CONTAINERS = ("jit", "pjit", "closed_call", "scan", "while", "cond", "custom_vjp_call",
+              "custom_jvp_call")
 PRIMITIVES = {"custom_vjp_call": call, "custom_jvp_call": call, "reshape": reshape,
               "dot_general": dot_general, "pad": pad, "div": divide}
 
@@ -149,14 +156,30 @@ def is_fixed(shape) -> bool:
   return all(isinstance(n, int) for n in shape) and math.prod(shape) > 0
 
 
+def computed(graph):
+  """The result, an array, where everything that goes in is known: weights alone."""
+  eqn = graph.eqn
+  if len(eqn.outvars) != 1 or not is_fixed(graph.shape) or eqn.primitive.name in CONTAINERS:
+    return None
+  arrays = [graph.array(var) for var in eqn.invars]
+  if not arrays or any(array is None for array in arrays):
+    return None
+  return np.asarray(eqn.primitive.bind(*arrays, **eqn.params))
+
+
 class Translation(plugin_system.PrimitiveLeafPlugin):
-  """One of ours for a primitive, with jax2onnx's behind it."""
+  """One of ours for a primitive, or None, with jax2onnx's behind it."""
 
   def __init__(self, ours, theirs):
     self.ours, self.theirs = ours, theirs
 
   def lower(self, ctx, eqn):
-    out = self.ours(Graph(ctx, eqn))
+    graph = Graph(ctx, eqn)
+    array = computed(graph)
+    if array is not None:
+      ctx.bind_const_for_var(eqn.outvars[0], array)
+      return
+    out = self.ours and self.ours(graph)
     if out is None:
       self.theirs.lower(ctx, eqn)
     else:
@@ -170,7 +193,9 @@ def known():
   plugin_system.import_all_plugins()
   registry, theirs = plugin_system.PLUGIN_REGISTRY, dict(plugin_system.PLUGIN_REGISTRY)
   worlds, one_softmax = conversion_api._activate_plugin_worlds, jax.config.jax_softmax_custom_jvp
-  registry.update({name: Translation(ours, theirs[name]) for name, ours in PRIMITIVES.items()})
+  registry.update({name: Translation(PRIMITIVES.get(name), plugin)
+                   for name, plugin in theirs.items()
+                   if isinstance(plugin, plugin_system.PrimitiveLeafPlugin)})
   conversion_api._activate_plugin_worlds = contextlib.nullcontext
   jax.config.update("jax_softmax_custom_jvp", True)
   try:
