@@ -51,7 +51,7 @@ def tiles(call, query, key, value, rescore, device):
 
 
 def plain(call, query, key, value, rescore, device):
-  """The reference: two products around a softmax, as a graph for other runtimes should have them."""
+  """The reference: two products around a softmax, as other runtimes recognise them."""
   return reference.weigh(reference.maps(call, query, key, rescore), value)
 
 

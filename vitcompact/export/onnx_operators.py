@@ -79,8 +79,10 @@ def softmax(graph, x, *_):
   return graph.add("Softmax", x, like=x, shape=graph.shape, axis=-1) if last else None
 
 
+# {(file, function): its translation}
 CALLS = {(layers.__file__, "linear"): linear, (layers.__file__, "layer_norm"): layer_norm,
-         (layers.__file__, "gelu"): gelu, (jax.nn.softmax.__code__.co_filename, "_softmax"): softmax}
+         (layers.__file__, "gelu"): gelu,
+         (jax.nn.softmax.__code__.co_filename, "_softmax"): softmax}
 
 
 def call(graph):

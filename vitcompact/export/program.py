@@ -1,4 +1,4 @@
-"""What is exported: one function of images, with its weights inside, and what its file tells of it."""
+"""What is exported: a function of images with its weights inside, and what its file tells of it."""
 import dataclasses
 import json
 from collections.abc import Callable
