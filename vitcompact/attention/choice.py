@@ -22,8 +22,9 @@ def choose(device: Device, call, query, key, value, rescore=None, requested: str
   """The form for a `Core` and such arrays (or `jax.ShapeDtypeStruct`s), values spread already.
 
   Raises ValueError where the form asked for cannot run. Returns a Choice of
-    "einsum", all scores at once; "plain", the same as others recognise it; "images", one image after another; "tiled", tiles of queries,
-    whose memory is linear in tokens; "cudnn"; "splash"; "tokamax", which is only ever asked for;
+    "einsum", all scores at once; "plain", the same as others recognise it; "images", one image
+    after another; "tiled", tiles of queries, whose memory is linear in tokens; "cudnn"; "splash";
+    "tokamax", which is, like "plain", only ever asked for;
     for a block layout "block_sparse_cpu", "block_sparse_kernel", "block_sparse_gather" or
     "block_sparse_plain".
   """

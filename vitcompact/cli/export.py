@@ -36,7 +36,7 @@ def export(file, out, to, named, batch, pixels, half, calibration, count, tolera
   import vitcompact as vc
   from vitcompact import convert
   from vitcompact.cli import weights
-  from vitcompact.export import FORMATS
+  from vitcompact.export import FORMATS, checked_path
 
   if out and named:
     raise click.UsageError("OUT and --out name the same file: give one of them.")
@@ -46,6 +46,7 @@ def export(file, out, to, named, batch, pixels, half, calibration, count, tolera
     if to is None:
       raise click.UsageError("name the file to write, or its format with --to.")
     out = pathlib.Path(source).with_suffix(FORMATS[to].suffix).name
+  checked_path(out, to, force)
   model, variables = vc.load(source)
   preprocess = vc.preprocess(source)
   if not model.deploy:

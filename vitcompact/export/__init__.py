@@ -94,7 +94,7 @@ def export(model: nn.Module, variables, path, *, to: str | None = None, batch: i
     ValueError: something does not fit, is not installed, or the file computes something else. No
       file is left then.
   """
-  path, name = _checked_path(path, to, force)
+  path, name = checked_path(path, to, force)
   pre = preprocess_of(model) if preprocess is None else preprocess
   check_fitting(model, variables, image_shapes(model))
   _check_choices(name, model, batch, pixels, half, int8, classes)
@@ -119,9 +119,10 @@ def export(model: nn.Module, variables, path, *, to: str | None = None, batch: i
           runtimes.opened(partial)
       max_rel, agreement, count = _compare(program, run, images)
       if not max_rel <= tolerance:   # NaN is no agreement
-        raise ValueError(f"{path.name} differs from the model by {max_rel:.2g} of its largest logit "
-                         f"in {run.runtime}, more than tolerance={tolerance:g}; nothing was written. "
-                         "Two tokens that score alike may change places: give other images")
+        raise ValueError(f"{path.name} differs from the model by {max_rel:.2g} of its largest "
+                         f"logit in {run.runtime}, more than tolerance={tolerance:g}; nothing was "
+                         "written. Two tokens that score alike may change places: give other "
+                         "images")
       parts = [pathlib.Path(folder, p) for p in sorted(os.listdir(folder))]
       size, digest = sum(p.stat().st_size for p in parts), _digest(partial)
       for part in parts:
@@ -162,13 +163,18 @@ def _compare(program: Program, run: runtimes.Runner, images):
     if got.shape != wanted.shape:
       raise ValueError(f"in {run.runtime} the outputs of {size} images have shape {got.shape}, the "
                        f"model's {wanted.shape}; nothing was written")
+    if not np.isfinite(wanted).all():
+      raise ValueError("the model's own logits are NaN or infinite on the images compared: look at "
+                       "its variables, or give images")
     gap = np.abs(got.astype(np.float64) - wanted).max() / max(np.abs(wanted).max(), 1e-30)
     worst, count = float(np.maximum(worst, gap)), count + size   # maximum keeps NaN
     same += int((got.argmax(-1) == wanted.argmax(-1)).reshape(size, -1).all(axis=-1).sum())
   return worst, same / count, count
 
 
-def _checked_path(path, to, force) -> tuple[pathlib.Path, str]:
+def checked_path(path, to: str | None = None, force: bool = False) -> tuple[pathlib.Path, str]:
+  """The path of a file to write and its format; ValueError where the two do not go together, or
+  where something is there."""
   path = pathlib.Path(path)
   suffixes = {format.suffix: name for name, format in FORMATS.items()}
   if to is None:

@@ -6,7 +6,9 @@ name of their function), softmax, products of batches (it writes Einsum), and sh
 nothing but the number of images. Each returns None where the other translation is to be taken.
 """
 import contextlib
+import importlib
 import math
+import pkgutil
 
 import jax
 import numpy as np
@@ -140,6 +142,26 @@ def pad(graph):
   return graph.add("Pad", x, amounts, fill, like=x, shape=graph.shape, mode="constant")
 
 
+def window_sum(graph):
+  """Over the rows and columns of images (B, H, W, C): as AveragePool, times what it divides by."""
+  params = graph.eqn.params
+  window, strides = params["window_dimensions"], params["window_strides"]
+  around, dilated = params["padding"], {*params["base_dilation"], *params["window_dilation"]}
+  plain = len(window) == 4 and dilated == {1} and around[0] == around[3] == (0, 0) and \
+      {window[0], window[3], strides[0], strides[3]} == {1}
+  if not plain:
+    return None
+  batch, height, width, channels = graph.shape
+  images = transposed(graph, graph.eqn.invars[0], (0, 3, 1, 2))
+  (top, bottom), (left, right) = around[1:3]
+  means = graph.add("AveragePool", images, like=images, shape=(batch, channels, height, width),
+                    kernel_shape=list(window[1:3]), strides=list(strides[1:3]),
+                    pads=[top, left, bottom, right], count_include_pad=1)
+  area = graph.constant("area", np.array(math.prod(window), np.float32))
+  sums = graph.add("Mul", means, area, like=images, shape=(batch, channels, height, width))
+  return graph.add("Transpose", sums, like=images, shape=graph.shape, perm=[0, 2, 3, 1])
+
+
 def divide(graph):
   """Nothing, where it is by the number 1."""
   x, by = graph.eqn.invars
@@ -147,11 +169,14 @@ def divide(graph):
   return graph.value(x) if same else None
 
 
+# jax2onnx's translations of primitives; those of functions of other libraries take long to import.
+PRIMITIVES_OF = ("jax2onnx.plugins.jax.lax", "jax2onnx.plugins.jax.core")
 # Of programs, whose own equations are translated.
 CONTAINERS = ("jit", "pjit", "closed_call", "scan", "while", "cond", "custom_vjp_call",
               "custom_jvp_call")
 PRIMITIVES = {"custom_vjp_call": call, "custom_jvp_call": call, "reshape": reshape,
-              "dot_general": dot_general, "pad": pad, "div": divide}
+              "dot_general": dot_general, "pad": pad, "div": divide,
+              "reduce_window_sum": window_sum}
 
 
 def is_fixed(shape) -> bool:
@@ -192,7 +217,10 @@ class Translation(plugin_system.PrimitiveLeafPlugin):
 def known():
   """A context in which jax2onnx translates as above, and traces JAX's functions as they are: those
   that it would put in their place know less of a number of images that is left open."""
-  plugin_system.import_all_plugins()
+  for package in PRIMITIVES_OF:
+    home = importlib.import_module(package)
+    for module in pkgutil.iter_modules(home.__path__, f"{package}."):
+      importlib.import_module(module.name)
   registry, theirs = plugin_system.PLUGIN_REGISTRY, dict(plugin_system.PLUGIN_REGISTRY)
   worlds, one_softmax = conversion_api._activate_plugin_worlds, jax.config.jax_softmax_custom_jvp
   registry.update({name: Translation(PRIMITIVES.get(name), plugin)
