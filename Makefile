@@ -32,7 +32,8 @@ INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 	$(INSTALL) --no-deps -e .
 	@touch $@
 
-.venv/installed-dev: requirements-dev.txt requirements.txt pyproject.toml | .venv/bin/python
+.venv/installed-dev: requirements-dev.txt requirements-export.txt requirements.txt pyproject.toml | .venv/bin/python
 	$(INSTALL) -r requirements-dev.txt
+	$(INSTALL) --no-deps -r requirements-export.txt
 	$(INSTALL) --no-deps -e .
 	@touch $@ .venv/installed

@@ -17,7 +17,7 @@ _HOMES = {
     "from_torch": "convert", "to_torch": "convert", "save": "convert", "load": "convert",
     "classes_of": "convert", "pretrained": "hub", "push": "hub",
     "features": "features", "compact": "compact", "fold": "fold", "verify": "verify",
-    "count": "count", "tune": "tune", "measure": "measure", "Report": "report",
+    "count": "count", "tune": "tune", "measure": "measure", "Report": "report", "export": "export",
 }
 __all__ = sorted(_HOMES)
 

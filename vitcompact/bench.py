@@ -70,17 +70,18 @@ def compiled(function: Callable, *args) -> Compiled:
 
 
 def rounds_of(functions: Mapping[str, Callable[[], object] | Remote], *, rounds: int = 7,
-              min_seconds: float = 0.1, warmup_calls: int = 0) -> dict[str, list[float]]:
+              min_seconds: float = 0.1, warmup_calls: int = 0,
+              clock: Callable[[], float] | None = None) -> dict[str, list[float]]:
   """{name: seconds a call in each round}, of functions that take turns.
 
   Their order rotates from round to round. A function of no arguments returns arrays, which are
   waited for; its first call, which may compile, is not counted. A function is called as often in a
   round as takes `min_seconds`, at least once; min_seconds=0: once, without a call to find out. A
   turn begins with `warmup_calls` calls that are not counted: a large one pays for what the one
-  before it left, such as memory that went back to the system.
+  before it left, such as memory that went back to the system. clock: `now`, if no other.
   """
   names = list(functions)
-  timers = {name: getattr(function, "seconds", None) or _timer(function)
+  timers = {name: getattr(function, "seconds", None) or _timer(function, clock or now)
             for name, function in functions.items()}
   for name in names:
     timers[name](1)
@@ -99,16 +100,16 @@ def rounds_of(functions: Mapping[str, Callable[[], object] | Remote], *, rounds:
   return taken
 
 
-def _timer(function: Callable[[], object]) -> Callable[[int], float]:
+def _timer(function: Callable[[], object], clock) -> Callable[[int], float]:
   def seconds(calls: int) -> float:
-    start = now()
+    start = clock()
     for _ in range(calls):
       out = function()
       # A host that waits for each call costs an accelerator idle time between them.
       if clock_name() == "cpu":
         jax.block_until_ready(out)
     jax.block_until_ready(out)
-    return (now() - start) / calls
+    return (clock() - start) / calls
   return seconds
 
 

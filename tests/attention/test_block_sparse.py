@@ -92,7 +92,8 @@ def run(attend, *arrays):
   return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*arrays)
 
 
-@pytest.mark.parametrize("form", ["block_sparse_cpu", "block_sparse_gather", "block_sparse_kernel"])
+@pytest.mark.parametrize("form", ["block_sparse_cpu", "block_sparse_gather", "block_sparse_kernel",
+                                  "block_sparse_plain"])
 @pytest.mark.parametrize("name,sized", [("grid", False), ("padded", False), ("padded", True),
                                         ("coarser keys", True), ("survivors", True)])
 def test_every_form_is_the_reference_and_so_are_its_gradients(name, sized, form, monkeypatch):

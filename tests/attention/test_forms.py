@@ -78,14 +78,14 @@ def run(name, attend, dtype="float32"):
 @pytest.mark.parametrize("name", CASES)
 def test_every_form_is_the_reference_and_so_are_its_gradients(name, small_tiles):
   wanted = run(name, reference.attend)
-  for form, device in (("einsum", CPU), ("images", CPU), ("tiled", CPU), ("images", GPU),
-                       ("tiled", GPU)):
+  for form, device in (("einsum", CPU), ("plain", CPU), ("images", CPU), ("tiled", CPU),
+                       ("images", GPU), ("tiled", GPU)):
     with attention.using(form), attention.on(device):
       got = run(name, Core.__call__)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6), got, wanted)
 
 
-@pytest.mark.parametrize("form", ["einsum", "images", "tiled"])
+@pytest.mark.parametrize("form", ["einsum", "plain", "images", "tiled"])
 @pytest.mark.parametrize("name", ["size", "keep mask", "masked filter"])
 def test_in_bfloat16_every_form_is_near_the_reference_in_float32(form, name, small_tiles):
   with attention.using(form):

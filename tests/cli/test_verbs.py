@@ -115,8 +115,8 @@ def test_bench_times_models_alternately(compact):
                                                      ).splitlines()
   cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, dense, small)]
   assert len({len(row) for row in cells}) == 1
-  assert cells[1][0] == "dense" and cells[1][5:] == ["1", ""]
-  assert re.fullmatch(r"[\d.]+x \[[\d.]+, [\d.]+\]", cells[2][5]) and cells[2][6].endswith("%")
+  assert cells[1][:2] == ["dense", "XLA"] and cells[1][6:] == ["1", ""]
+  assert re.fullmatch(r"[\d.]+x \[[\d.]+, [\d.]+\]", cells[2][6]) and cells[2][7].endswith("%")
   assert "batch 2; CPU seconds, medians of 2 rounds" in about
 
 

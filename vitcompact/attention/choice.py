@@ -22,9 +22,11 @@ def choose(device: Device, call, query, key, value, rescore=None, requested: str
   """The form for a `Core` and such arrays (or `jax.ShapeDtypeStruct`s), values spread already.
 
   Raises ValueError where the form asked for cannot run. Returns a Choice of
-    "einsum", all scores at once; "images", one image after another; "tiled", tiles of queries,
-    whose memory is linear in tokens; "cudnn"; "splash"; "tokamax", which is only ever asked for;
-    for a block layout "block_sparse_cpu", "block_sparse_kernel" or "block_sparse_gather".
+    "einsum", all scores at once; "plain", the same as others recognise it; "images", one image
+    after another; "tiled", tiles of queries, whose memory is linear in tokens; "cudnn"; "splash";
+    "tokamax", which is, like "plain", only ever asked for;
+    for a block layout "block_sparse_cpu", "block_sparse_kernel", "block_sparse_gather" or
+    "block_sparse_plain".
   """
   if call.layout is not None and not (note := masked_dense(call, rescore)):
     return for_layout(device, call.layout, query, key, value, requested)
@@ -68,6 +70,8 @@ def masked_dense(call, rescore=None) -> str:
 
 def for_layout(device: Device, layout, query, key, value, requested: str | None = None) -> Choice:
   """The form for a block layout and nothing besides."""
+  if requested == "plain":
+    return Choice("block_sparse_plain")
   if device.loops_over_images:
     return Choice("block_sparse_cpu")
   if requested is not None:   # `count` does: it counts what all devices compute

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-FORMS = ("einsum", "images", "tiled", "cudnn", "splash", "tokamax")
+FORMS = ("einsum", "images", "tiled", "plain", "cudnn", "splash", "tokamax")
 _device = jax.make_user_context(None)
 _requested = jax.make_user_context(None)
 
@@ -56,7 +56,8 @@ def using(form: str | None):
 
   Only "einsum" has derivatives by forward mode. Vendors' forms know no masks, dropped tokens or
   filters over scores, which are left to "tiled". A block layout has forms of its own: asking for
-  any form leaves out its kernels only.
+  any form leaves out its kernels only. "plain" is for graphs that others run: no loops, and
+  products around a softmax that their compilers recognise.
   """
   if form is not None and form not in FORMS:
     raise ValueError(f"attention form {form!r}: must be one of {', '.join(FORMS)}, or None")

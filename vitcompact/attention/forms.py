@@ -50,6 +50,11 @@ def tiles(call, query, key, value, rescore, device):
   return attend(call, query, key, value)
 
 
+def plain(call, query, key, value, rescore, device):
+  """The reference: two products around a softmax, as other runtimes recognise them."""
+  return reference.weigh(reference.maps(call, query, key, rescore), value)
+
+
 def _vendors(attend):
   def form(call, query, key, value, rescore, device):
     with jax.named_scope(reference.SCOPE):
@@ -57,5 +62,5 @@ def _vendors(attend):
   return form
 
 
-COMPUTE = {"einsum": einsum, "images": images, "tiled": tiles,
+COMPUTE = {"einsum": einsum, "images": images, "tiled": tiles, "plain": plain,
            **{name: _vendors(getattr(vendor, name)) for name in vendor.FORMS}}

@@ -15,6 +15,7 @@ from vitcompact.cli import (
     convert,
     count,
     draw,
+    export,
     models,
     predict,
     prepare,
@@ -78,7 +79,7 @@ def main():
 
 for command in (models.models, count.count, convert.convert, predict.predict, bench.bench,
                 draw.draw, prepare.prepare, compare.compare, compact.measure, compact.compact,
-                compact.verify, push.push):
+                compact.verify, push.push, export.export):
   main.add_command(command)
   for verb in (command, *getattr(command, "commands", {}).values()):
     verb.params.append(verbose_option())

@@ -1,7 +1,24 @@
 """vitcompact bench: how fast compact models are on this machine, beside the dense one."""
+import pathlib
+import statistics
+import tempfile
+import time
+from typing import NamedTuple
+
 import click
 
-COLUMNS = ("model", "parameters", "MACs", "ms", "images/s", "speed", "of the MACs' ratio")
+COLUMNS = ("model", "runtime", "parameters", "MACs", "ms", "images/s", "speed, dense = 1",
+           "of the MACs' ratio")
+RUNTIMES = ("xla", "ort", "openvino")
+
+
+class Row(NamedTuple):
+  """What is timed: a deployed model (None: an exported file, of which nothing is counted) and a
+  function without arguments."""
+  label: str
+  runtime: str
+  model: object
+  call: object
 
 
 def candidates(name: str, plans, image_size: int | None) -> dict:
@@ -23,74 +40,144 @@ def candidates(name: str, plans, image_size: int | None) -> dict:
   return models
 
 
-def forward(model, batch: int):
-  """A function without arguments: inference of that many random images, with random weights."""
+def random_variables(model):
+  """Random weights, as quickly made; variances are positive."""
   import jax
   import jax.numpy as jnp
 
-  from vitcompact import bench
-  from vitcompact.doors import image_shapes, variable_shapes
+  from vitcompact.doors import variable_shapes
   from vitcompact.tune import random_arrays
 
-  images = random_arrays(image_shapes(model, batch))
   variables = random_arrays(variable_shapes(model))
-  if "batch_stats" in variables:    # variances are positive
+  if "batch_stats" in variables:
     variables["batch_stats"] = jax.tree.map(jnp.ones_like, variables["batch_stats"])
-  return bench.compiled(model.apply, variables, images).call
+  return variables
 
 
-def rows(models: dict, batch: int, rounds: int):
-  """(a row of COLUMNS for each model, the Timing of the first)."""
+def forward(model, batch: int, runtime: str = "xla", threads: int | None = None, folder=None):
+  """A function without arguments: inference of that many random images, with random weights.
+
+  folder: for the file that another runtime than XLA takes.
+  """
+  import vitcompact as vc
+  from vitcompact import bench, runtimes
+  from vitcompact.doors import image_shapes
+  from vitcompact.export import onnx_file
+  from vitcompact.export.program import Program
+  from vitcompact.tune import random_arrays
+
+  variables, images = random_variables(model), random_arrays(image_shapes(model, batch))
+  if runtime == "xla":
+    return bench.compiled(model.apply, variables, images).call
+  path = pathlib.Path(folder, f"{len(list(pathlib.Path(folder).iterdir()))}.onnx")
+  onnx_file.write(Program(model, variables, vc.preprocess(model)), path)
+  run = runtimes.opened(path, runtime, threads=threads)
+  return lambda: run(images)
+
+
+def exported(path, batch: int, runtime: str | None, threads: int | None) -> Row:
+  """A file of `vitcompact export`, on random images."""
+  import numpy as np
+
+  from vitcompact import runtimes
+
+  run = runtimes.opened(path, runtime, threads=threads)
+  images = np.random.default_rng(0).normal(size=(batch, *run.shape)).astype(run.dtype)
+  return Row(str(path), run.runtime, None, lambda: run(images))
+
+
+def timed(names, plans, image_size, batch, asked, threads, folder) -> list[Row]:
+  """What is timed: of each model the dense one and its plans in each runtime, then files."""
+  from vitcompact import runtimes
+
+  files = [name for name in names if pathlib.Path(name).suffix in (".onnx", ".xml", ".stablehlo")]
+  rows = []
+  for name in names:
+    if name in files:
+      fitting = [runtime for runtime in asked
+                 if pathlib.Path(name).suffix in runtimes.RUNTIMES[runtime]]
+      rows += [exported(name, batch, runtime, threads) for runtime in fitting or [None]]
+      continue
+    models = candidates(name, plans, image_size)
+    for runtime in asked:
+      rows += [Row(label if len(names) == 1 or label == name else f"{name}, {label}",
+                   runtimes.NAMES[runtime], model, forward(model, batch, runtime, threads, folder))
+               for label, model in models.items()]
+  return rows
+
+
+def table(rows: list[Row], batch: int, rounds: int, clock=None) -> list[tuple]:
+  """A row of COLUMNS for each; speed against the first of the same runtime, or else of all."""
   import vitcompact as vc
   from vitcompact import bench
 
-  counts = {label: vc.count(model) for label, model in models.items()}
-  timings = bench.paired({label: forward(model, batch) for label, model in models.items()},
-                         rounds=rounds)
-  first = next(iter(models))
-  out = []
-  for label, timing in timings.items():
-    count = counts[label]
+  # A label may come twice, in two runtimes.
+  seconds = bench.rounds_of({str(i): row.call for i, row in enumerate(rows)}, rounds=rounds,
+                            clock=clock)
+  taken = [seconds[str(i)] for i in range(len(rows))]
+  counts = [row.model and vc.count(row.model) for row in rows]
+  lines = []
+  for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+    first = next((j for j, other in enumerate(rows) if other.runtime == row.runtime), 0)
+    first = 0 if row.model is None else first
     speed, share = "1", ""
-    if label != first:
-      ratio = counts[first].macs / count.macs
-      speed = f"{timing.speedup:.2f}x [{timing.low:.2f}, {timing.high:.2f}]"
-      share = f"{100 * timing.speedup / ratio:.0f}%"
-    out.append((label, f"{count.params / 1e6:.2f} M", f"{count.macs / 1e9:.2f} G",
-                f"{1000 * timing.seconds:.1f}", f"{batch / timing.seconds:.1f}", speed, share))
-  return out, timings[first]
+    if i != first:
+      middle, low, high = bench.ratio(taken[first], taken[i])
+      speed = f"{middle:.2f}x [{low:.2f}, {high:.2f}]"
+      if count and counts[first]:
+        share = f"{100 * middle * count.macs / counts[first].macs:.0f}%"
+    middle = statistics.median(taken[i])
+    counted = (f"{count.params / 1e6:.2f} M", f"{count.macs / 1e9:.2f} G") if count else ("", "")
+    lines.append((row.label, row.runtime, *counted, f"{1000 * middle:.1f}",
+                  f"{batch / middle:.1f}", speed, share))
+  return lines
 
 
 @click.command()
-@click.argument("name")
+@click.argument("names", nargs=-1, required=True)
 @click.option("--plan", "plans", multiple=True,
               help="JSON, or a path to it (*.json); repeat it to compare several.")
 @click.option("--image-size", type=int, help="Pixels of a side.  [default: the model's own]")
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Images.")
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True,
               help="How often each model takes its turn.")
-def bench(name, plans, image_size, batch, rounds):
+@click.option("--runtime", default="xla", show_default=True,
+              help="xla, ort (ONNX Runtime), openvino; several with commas between.")
+@click.option("--threads", type=click.IntRange(1),
+              help="Of ONNX Runtime and OpenVINO.  [default: as many as they like]")
+@click.option("--wall", is_flag=True, help="Time by the clock, not by CPU seconds.")
+def bench(names, plans, image_size, batch, rounds, runtime, threads, wall):
   """Time a model under plans against the dense one, on this machine.
 
   \b
   vitcompact bench deit_small_patch16_224 --plan plan.json --image-size 224 --batch 8
-  vitcompact bench deploy.safetensors
+  vitcompact bench deploy.safetensors --runtime xla,ort,openvino
+  vitcompact bench dense.onnx small.onnx --runtime ort,openvino
 
-  NAME is a model, or a file, folder or hf-hub:org/name that vitcompact wrote, which has its own
-  plan. All are in their
-  deployed form, with random weights. They take turns: speed is the median over rounds of the
-  ratio to the dense model in the same round, with the least and the most in brackets. On a CPU the
-  clock counts the CPU seconds of this process; pin it to a core for steady numbers (taskset -c 0).
+  NAMES are models, or weights (files, folders, hf-hub:org/name) that vitcompact wrote, which have
+  their own plan; they are timed in their deployed form, with random weights, the dense one first.
+  Files of vitcompact export are timed as they are, the first of all counting as 1. All take turns:
+  speed is the median over rounds of the ratio to the dense model of the same runtime in the same
+  round, with the least and the most in brackets. On a CPU the clock counts the CPU seconds of this
+  process; pin it to a core for steady numbers (taskset -c 0).
   """
+  import os
+
   import jax
 
-  from vitcompact.bench import processor
+  from vitcompact.bench import clock_name, processor
 
-  lines, timing = rows(candidates(name, plans, image_size), batch, rounds)
+  asked = runtime.split(",")
+  if wrong := [name for name in asked if name not in RUNTIMES]:
+    raise ValueError(f"--runtime {wrong[0]!r}: must be of {', '.join(RUNTIMES)}")
+  load = os.getloadavg()[0]
+  with tempfile.TemporaryDirectory() as folder:
+    rows = timed(names, plans, image_size, batch, asked, threads, folder)
+    lines = table(rows, batch, rounds, time.perf_counter if wall else None)
   click.echo("\n".join(f"| {' | '.join(line)} |" for line in (
-      COLUMNS, ("---", *["---:"] * (len(COLUMNS) - 1)), *lines)))
-  clock, device = "CPU seconds", processor()
-  if timing.clock == "wall":
-    clock, device = "seconds", jax.devices()[0].device_kind
-  click.echo(f"\n{device}, jax {jax.__version__}, batch {batch}; {clock}, medians of {rounds} "
-             f"rounds, load {timing.load:.1f}.")
+      COLUMNS, ("---", "---", *["---:"] * (len(COLUMNS) - 2)), *lines)))
+  host = clock_name() == "cpu"
+  device = processor() if host else jax.devices()[0].device_kind
+  click.echo(f"\n{device}, jax {jax.__version__}, batch {batch}; "
+             f"{'CPU seconds' if host and not wall else 'seconds'}, medians of {rounds} rounds, "
+             f"load {load:.1f}.")

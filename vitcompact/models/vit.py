@@ -49,7 +49,7 @@ class AttentionPool(nn.Module):
     latent = self.param("latent", nn.initializers.normal(width ** -0.5), (1, 1, width))
     to_heads = functools.partial(layers.ToHeads, self.heads, width // self.heads, dtype=self.dtype)
     query, key, value = (to_heads(name=name) for name in ("query", "key", "value"))
-    query_bnhd = query(jnp.broadcast_to(latent, (len(x_bnw), 1, width)))
+    query_bnhd = query(jnp.broadcast_to(latent, (x_bnw.shape[0], 1, width)))
     out = layers.FromHeads(width, dtype=self.dtype, name="out")
     x = out(tokens.core()(query_bnhd, key(x_bnw), value(x_bnw)))
     fc1 = layers.dense(self.hidden * (2 if act in layers.GATED else 1), dtype=self.dtype)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from vitcompact import kernels
-from vitcompact.attention.block_sparse import heads, kernel
+from vitcompact.attention.block_sparse import heads, kernel, plain
 from vitcompact.attention.block_sparse.windows import Windows
 from vitcompact.attention.choice import for_layout
 from vitcompact.attention.device import current, requested_form
@@ -80,6 +80,8 @@ class BlockLayout(NamedTuple):
     form = form or for_layout(current(), self, *arrays, requested_form()).form
     if form == "block_sparse_kernel":
       return kernel.attend(self, kernels.block_attention(current().platform), *arrays, bias_bm)
+    if form == "block_sparse_plain":
+      return plain.attend(self, *arrays, bias_bm)
     return heads.attend(self, form == "block_sparse_cpu", *arrays, bias_bm)
 
   def scored_blocks(self):

@@ -28,7 +28,11 @@ def top_k_mask(x, k: int):
 
 
 def _top_k_mask(x, k: int):
-  order, kth = sortable_bits(x), kth_largest(x, k)
+  if attention.requested_form() == "plain":   # other runtimes have a top_k, and loops are slow
+    order = jax.lax.stop_gradient(x.astype(jnp.float32))
+    kth = jax.lax.top_k(order, k)[0][..., -1:]
+  else:
+    order, kth = sortable_bits(x), kth_largest(x, k)
   above, equal = order > kth, order == kth
   left = k - above.sum(axis=-1, keepdims=True)
   return above | (equal & (jnp.cumsum(equal, axis=-1) <= left))

@@ -1,0 +1,254 @@
+"""Exported files: the same function in each runtime, graphs that these recognise, and refusals."""
+import collections
+import json
+import os
+import re
+import warnings
+
+import jax
+import numpy as np
+import pytest
+
+import vitcompact as vc
+from tests import tiny
+from tests.cli import command
+from vitcompact import runtimes
+from vitcompact.export import onnx_file, stablehlo_file
+from vitcompact.export.program import Program
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("jax2onnx")
+
+NAME = "deit_tiny_patch16_224"
+SMALL = {"depth": 2, "width": 24, "heads": 2, "image_size": 64, "num_classes": 10}
+HEADS, FFN = vc.HMHSA(), vc.CFFN(branches=2)
+BLOCKS = vc.Sparsifiner(keep=0.5, granularity="block", min_tokens=4, window=2)
+PLANS = {
+    "heads, ffn": vc.Plan(heads=HEADS, ffn=FFN),
+    "grid, EViT, blocks": vc.Plan(tokens=vc.EViT(keep=0.7, blocks=(1,)), attention=BLOCKS),
+    "logits, DynamicViT": vc.Plan(heads=vc.HMHSA(site="logits"),
+                                  tokens=vc.DynamicViT(keep=0.7, blocks=(1,))),
+    "ToMe, tokens": vc.Plan(tokens=vc.ToMe(3), attention=vc.Sparsifiner(keep=0.5, min_tokens=4)),
+    "MCTF": vc.Plan(tokens=vc.MCTF(3)),
+}
+
+
+def model_of(plan=None, name=NAME, **fields):
+  """A small model in training form, with random leaves."""
+  model = vc.create_model(name, plan=plan or vc.Plan(), **{**SMALL, **fields})
+  return model, tiny.init(model)
+
+
+@pytest.fixture(scope="module")
+def small():
+  return model_of(PLANS["heads, ffn"])
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_onnx_files_compute_every_method(plan, tmp_path):
+  done = vc.export(*model_of(PLANS[plan]), tmp_path / "a.onnx")
+  assert done.max_rel < 3e-6 and done.images == 4 and done.folded and "Runtime" in done.runtime
+  assert os.listdir(tmp_path) == ["a.onnx"]
+
+
+@pytest.mark.parametrize("name,fields", [
+    ("pvt_v2_b0", {"image_size": 32, "depths": (1, 1, 1, 1)}),
+    ("nextvit_small", {"image_size": 32, "depths": (1, 2, 1, 1)}),
+    ("lvvit_t", {"image_size": 32, "depth": 1}),
+    ("vit_small_patch16_dinov3", {"image_size": 32, "depth": 1, "width": 24, "heads": 2}),
+    ("vit_base_patch16_siglip_224", {"image_size": 32, "depth": 1, "width": 24, "heads": 2})])
+def test_onnx_files_compute_every_family(name, fields, tmp_path):
+  model = vc.create_model(name, num_classes=10, **fields)
+  assert vc.export(model, tiny.init(model, spread=0.1), tmp_path / "a.onnx").max_rel < 5e-6
+
+
+def test_the_graph_of_a_dense_model_is_what_runtimes_have_kernels_for():
+  model, variables = model_of()
+  model, variables = vc.fold(model, variables)
+  graph = onnx_file.model_of(Program(model, variables, vc.preprocess(model))).graph
+  counts = collections.Counter(node.op_type for node in graph.node)
+  depth = model.depth
+  assert not counts.keys() & {"Einsum", "Loop", "Scan", "If", "Exp", "Erf", "ReduceMean"}
+  assert counts["LayerNormalization"] == 2 * depth + 1
+  assert (counts["Softmax"], counts["Gelu"], counts["Conv"]) == (depth, depth, 1)
+  assert counts["MatMul"] == 8 * depth + 1   # q, k, v, scores, weighing, out, two of the FFN; head
+  weights = {tensor.name: tensor.dims for tensor in graph.initializer}
+  products = [name for node in graph.node if node.op_type == "MatMul" for name in node.input
+              if name in weights]
+  assert len(products) == 6 * depth + 1 and all(len(weights[name]) == 2 for name in products)
+
+
+def test_token_reduction_and_block_links_need_no_loop():
+  plan = vc.Plan(heads=HEADS, tokens=vc.EViT(keep=0.7, blocks=(1,)), attention=BLOCKS)
+  model, variables = vc.fold(*model_of(plan))
+  graph = onnx_file.model_of(Program(model, variables, vc.preprocess(model))).graph
+  assert not {node.op_type for node in graph.node} & set(onnx_file.LOOPS)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".xml", ".stablehlo"])
+def test_pixels_and_what_the_file_tells(suffix, small, tmp_path):
+  if suffix == ".xml":
+    pytest.importorskip("openvino")
+  model, variables = small
+  path, names = tmp_path / f"a{suffix}", [f"class {i}" for i in range(10)]
+  done = vc.export(model, variables, path, pixels=True, classes=names)
+  run = runtimes.opened(path)
+  assert done.max_rel < 2e-6 and run.dtype == np.uint8 and run.shape == (64, 64, 3)
+  assert run.classes == names and run.about["model"] == NAME
+  assert vc.Plan.from_json(run.about["plan"]) == model.plan
+  assert run.preprocess == vc.preprocess(model)
+  pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+  wanted = jax.jit(model.apply)(variables, vc.preprocess(model).normalise(pixels))
+  np.testing.assert_allclose(run(pixels), wanted, atol=2e-5 * np.abs(wanted).max())
+
+
+def test_openvino_stores_matrices_in_half_the_bytes(small, tmp_path):
+  pytest.importorskip("openvino")
+  whole, half = (vc.export(*small, tmp_path / f"{half}.xml", half=half) for half in (False, True))
+  assert half.size < 0.95 * whole.size and whole.max_rel < 1e-5 < half.max_rel < 2e-2
+  assert sorted(os.listdir(tmp_path)) == ["False.bin", "False.xml", "True.bin", "True.xml"]
+
+
+def test_a_fixed_number_of_images(small, tmp_path):
+  vc.export(*small, tmp_path / "a.onnx", batch=2)
+  graph = onnx.load(tmp_path / "a.onnx").graph
+  shape = [size.dim_value for size in graph.input[0].type.tensor_type.shape.dim]
+  assert shape == [2, 64, 64, 3]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_weights_alone(suffix, small, tmp_path):
+  if suffix == ".pth":
+    pytest.importorskip("torch")
+  done = vc.export(*small, tmp_path / f"a{suffix}")
+  assert done.max_rel <= 1e-6
+  with pytest.raises(ValueError, match="holds weights, not a program"):
+    vc.export(*small, tmp_path / f"b{suffix}", pixels=True)
+
+
+def test_stablehlo_has_a_cpus_loops_once_and_its_weights_once():
+  model, variables = vc.fold(*model_of(image_size=160))   # 101 tokens: a CPU goes image by image
+  program = stablehlo_file.exported(Program(model, variables, vc.preprocess(model)))
+  assert set(program.platforms) == {"cpu", "cuda", "tpu"}
+  text = program.mlir_module()
+  # One loop over images a block, all of them in the CPU's branch.
+  assert len(re.findall(r"stablehlo\.while", text)) == model.depth
+  weights = sum(leaf.size for leaf in jax.tree.leaves(variables))
+  assert len(program.serialize()) < 1.5 * 4 * weights   # weights are there once
+
+
+def test_the_loader_of_stablehlo_is_the_one_that_is_written_down(small, tmp_path, monkeypatch):
+  model, variables = small
+  vc.export(model, variables, tmp_path / "model.stablehlo")
+  monkeypatch.chdir(tmp_path)
+  lines = [line[2:] for line in stablehlo_file.__doc__.splitlines() if line.startswith("  ")]
+  images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
+  names = {"images": images}
+  exec("\n".join(lines), names)
+  wanted = jax.jit(model.apply)(variables, images)
+  np.testing.assert_allclose(names["logits"], wanted, atol=1e-5 * np.abs(wanted).max())
+  assert not any("vitcompact" in line for line in lines)
+
+
+def test_int8_is_calibrated_and_says_what_it_loses(small, tmp_path):
+  model, variables = small
+  images = vc.preprocess(model).normalise(
+      np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), dtype=np.uint8))
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    done = vc.export(model, variables, tmp_path / "a.onnx", int8=images, images=images)
+  assert 1e-5 < done.max_rel < 0.2 and "differs by" in str(done)
+  graph = onnx.load(tmp_path / "a.onnx").graph
+  counts = collections.Counter(node.op_type for node in graph.node)
+  # Weights and activations of each product with weights; none of attention's, none of softmax'.
+  assert counts["QuantizeLinear"] > 0 and counts["Softmax"] == model.depth
+  quantised = {out for node in graph.node if node.op_type == "DequantizeLinear"
+               for out in node.output}
+  products = [node for node in graph.node if node.op_type == "MatMul"]
+  assert sum(set(node.input) <= quantised for node in products) == len(products) - 2 * model.depth
+  with pytest.raises(ValueError, match=r"more than tolerance=0\.0001; nothing was written"):
+    vc.export(model, variables, tmp_path / "b.onnx", int8=images, images=images, tolerance=1e-4)
+  with pytest.raises(ValueError, match=r"int8: images of shape \(2, 8, 8, 3\), wanted"):
+    vc.export(model, variables, tmp_path / "b.onnx", int8=images[:2, :8, :8])
+  assert os.listdir(tmp_path) == ["a.onnx"]
+
+
+def test_a_file_that_computes_something_else_is_not_left(small, tmp_path, monkeypatch):
+  real = runtimes.opened
+
+  def off(path, **options):
+    run = real(path, **options)
+    return runtimes.Runner(run.runtime, lambda images: run.call(images) * 1.001, run.about,
+                           run.shape, run.dtype)
+
+  monkeypatch.setattr(runtimes, "opened", off)
+  with pytest.raises(ValueError, match=r"differs from the model by 0\.001 of its largest logit"):
+    vc.export(*small, tmp_path / "a.onnx")
+  assert os.listdir(tmp_path) == []
+  assert vc.export(*small, tmp_path / "a.onnx", tolerance=0.01).max_rel == pytest.approx(
+      1e-3, rel=0.01)
+
+
+@pytest.mark.parametrize("options,said", [
+    ({"path": "a.bin"}, "its suffix names no format; end it in .onnx"),
+    ({"path": "a.onnx", "to": "tflite"}, "to='tflite': must be one of onnx"),
+    ({"path": "a.onnx", "to": "openvino"}, "a file for openvino ends in .xml"),
+    ({"path": "no/a.onnx"}, "there is no directory"),
+    ({"path": "there.onnx"}, "exists; give another name"),
+    ({"path": "a.onnx", "batch": 0}, "batch=0: must be a whole number"),
+    ({"path": "a.onnx", "half": True}, "half=True is for openvino, not onnx"),
+    ({"path": "a.xml", "int8": []}, "int8 is for onnx, not openvino"),
+    ({"path": "a.onnx", "classes": ["one"]}, "1 names of classes for a model with num_classes=10")])
+def test_what_does_not_fit_is_refused_before_anything_is_made(options, said, small, tmp_path):
+  (tmp_path / "there.onnx").write_text("mine")
+  options = {**options, "path": tmp_path / options["path"]}
+  with pytest.raises(ValueError, match=re.escape(said)) as error:
+    vc.export(*small, **options)
+  assert "\n" not in str(error.value)
+  assert (tmp_path / "there.onnx").read_text() == "mine" and len(os.listdir(tmp_path)) == 1
+
+
+def test_a_missing_extra_is_named(small, tmp_path, monkeypatch):
+  monkeypatch.setitem(__import__("sys").modules, "jax2onnx", None)
+  with pytest.raises(ValueError, match="need jax2onnx, which is not installed"):
+    vc.export(*small, tmp_path / "a.onnx")
+  assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name,runtime,said", [
+    ("a.txt", None, "no runtime reads no .txt files"),
+    ("a.onnx", "xla", "XLA reads no .onnx files; give one that ends in .stablehlo, .safetensors"),
+    ("a.onnx", "tvm", "runtime 'tvm': must be one of xla, ort, openvino"),
+    ("a.onnx", None, "ONNX Runtime does not take"),
+    ("a.stablehlo", None, "is no StableHLO file of `vitcompact export`")])
+def test_files_that_no_runtime_takes(name, runtime, said, tmp_path):
+  (tmp_path / name).write_text("nothing")
+  with pytest.raises(ValueError, match=re.escape(said)) as error:
+    runtimes.opened(tmp_path / name, runtime)
+  assert "\n" not in str(error.value)
+
+
+def test_the_command(small, tmp_path):
+  source, out = tmp_path / "a.safetensors", tmp_path / "a.onnx"
+  vc.save(source, *small, classes=[f"class {i}" for i in range(10)])
+  said = command.succeeds("export", source, out)
+  assert "differs by" in said and runtimes.opened(out).classes[9] == "class 9"
+  assert "exists; give another name" in command.fails("export", source, out)
+  command.succeeds("export", source, "--to", "stablehlo", "--out", tmp_path / "b.stablehlo")
+  head, _, *rows = command.succeeds("bench", source, out, "--runtime", "xla,ort", "--batch", 1,
+                                    "--rounds", 1, "--threads", 1).splitlines()
+  cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if row[:1] == "|"]
+  assert [row[1].split(" 1.")[0] for row in cells] == ["XLA", "XLA", "ONNX Runtime",
+                                                       "ONNX Runtime", "ONNX Runtime"]
+  assert all(len(row) == len(head.strip("|").split("|")) for row in cells)
+  assert [row[6] for row in cells[::2][:2]] == ["1", "1"] and cells[1][7].endswith("%")
+  assert "must be of xla" in command.fails("bench", source, "--runtime", "tensorrt")
+
+
+def test_metadata_is_json_that_others_read(small):
+  model, variables = vc.fold(*small)
+  about = Program(model, variables, vc.preprocess(model), classes=("a",) * 10).about()
+  told = json.loads(about["preprocess"])
+  assert told["image_size"] == [64, 64] and told["crop_mode"] == "center"
+  assert all(isinstance(value, str) for value in about.values())

@@ -1,0 +1,70 @@
+"""vitcompact export: a model as a file for another runtime."""
+import click
+
+
+@click.command()
+@click.argument("file")
+@click.argument("out", required=False)
+@click.option("--to", type=click.Choice(["onnx", "openvino", "stablehlo", "safetensors", "torch"]),
+              help="The format.  [default: as the suffix of OUT says]")
+@click.option("--out", "named", help="The file to write, the same as OUT.")
+@click.option("--batch", type=click.IntRange(1), help="Images at a time.  [default: any number]")
+@click.option("--pixels", is_flag=True, help="The file takes uint8 pixels, and normalises them.")
+@click.option("--half", is_flag=True, help="Weights of 16 bits (OpenVINO).")
+@click.option("--int8", "calibration", metavar="DATA", help="ONNX with matrices of 8 bits, "
+              "calibrated on images of DATA: folder:PATH, digits, ... as in training.")
+@click.option("--images", "count", type=click.IntRange(1), default=128, show_default=True,
+              help="How many images --int8 takes.")
+@click.option("--tolerance", type=click.FloatRange(0, min_open=True),
+              help="Of differences, as a share of the largest logit.  [default: 1e-5 for float32]")
+@click.option("--force", is_flag=True, help="Overwrite a file that exists.")
+def export(file, out, to, named, batch, pixels, half, calibration, count, tolerance, force):
+  """Write FILE as OUT for another runtime, and compare the two.
+
+  \b
+  vitcompact export deploy.safetensors deploy.onnx
+  vitcompact export deit_small_patch16_224 --to openvino --out deit.xml --half
+
+  FILE is a model that training or `vitcompact convert` wrote, or weights by name, as for predict. A
+  model in training form is folded. OUT ends in .onnx, .xml (OpenVINO), .stablehlo (JAX on CPUs,
+  GPUs and TPUs), .safetensors or .pth. The file is read back in its runtime and compared with the
+  model on photographs, one at a time and three; where it differs by more than the tolerance,
+  nothing is written and the exit code is 2.
+  """
+  import pathlib
+
+  import vitcompact as vc
+  from vitcompact import convert
+  from vitcompact.cli import weights
+  from vitcompact.export import FORMATS, checked_path
+
+  if out and named:
+    raise click.UsageError("OUT and --out name the same file: give one of them.")
+  source = weights.file_of(file)
+  out = out or named
+  if out is None:
+    if to is None:
+      raise click.UsageError("name the file to write, or its format with --to.")
+    out = pathlib.Path(source).with_suffix(FORMATS[to].suffix).name
+  checked_path(out, to, force)
+  model, variables = vc.load(source)
+  preprocess = vc.preprocess(source)
+  if not model.deploy:
+    click.echo(f"{file} is in training form: it is folded", err=True)
+  if pathlib.Path(out).suffix in (".onnx", ".xml"):
+    click.echo("translating (the first time, jax2onnx takes some seconds to start) ...", err=True)
+  int8 = calibration and images_of(source, model, calibration, count)
+  click.echo(vc.export(model, variables, out, to=to, batch=batch, pixels=pixels, half=half,
+                       classes=convert.classes_of(source), preprocess=preprocess, int8=int8,
+                       tolerance=tolerance, force=force))
+
+
+def images_of(file: str, model, name: str, count: int):
+  """Normalised images (n, H, W, C) of the training split of some data."""
+  from vitcompact.cli import compact
+  from vitcompact.run import path
+  from vitcompact.train import config as configs
+
+  compact.tell_classes(file, name)
+  config = configs.complete(compact.settings(file, name, compact={"images": max(8, count)}))
+  return path.calibration_images(config, path.preprocess_of(config, model))[:count]

@@ -1,0 +1,70 @@
+"""ONNX with matrices of 8 bits: weights by channel, activations by ranges seen on images.
+
+Products with weights are quantised, by ONNX Runtime's own tool; softmax, norms, GELU and the
+products of attention keep float32: they are few of the operations, and lose most.
+"""
+import pathlib
+
+import numpy as np
+
+from vitcompact.export.program import INPUT, Program
+
+BATCH = 8
+
+
+def write(path: pathlib.Path, program: Program, images):
+  """Quantises the ONNX file at a path in place, calibrated on normalised images."""
+  import logging
+
+  from onnxruntime import quantization
+
+  images = np.asarray(images, np.float32)
+  if images.shape[1:] != program.image_shape or not len(images):
+    raise ValueError(f"int8: images of shape {images.shape}, wanted (n, "
+                     f"{', '.join(map(str, program.image_shape))}), normalised")
+  if program.pixels:
+    raise ValueError("int8 with pixels=True: calibrate a file of normalised images; leave pixels "
+                     "out")
+  names = products_with_weights(path)
+  if not names:
+    raise ValueError("int8: the file has no product with weights to quantise")
+  done = path.with_suffix(".int8.onnx")
+  log = logging.getLogger()
+  level = log.level
+  log.setLevel(logging.ERROR)   # it advises a pre-processing that has been done
+  try:
+    quantization.quantize_static(
+        path, done, Images(images, program.batch), quant_format=quantization.QuantFormat.QDQ,
+        per_channel=True, nodes_to_quantize=names, activation_type=quantization.QuantType.QUInt8,
+        weight_type=quantization.QuantType.QInt8,
+        calibrate_method=quantization.CalibrationMethod.MinMax)
+  finally:
+    log.setLevel(level)
+  done.replace(path)
+
+
+def products_with_weights(path) -> list[str]:
+  """Names of the MatMul and Conv nodes of which one factor is a weight. Named first, where they are
+  not."""
+  import onnx
+
+  model = onnx.load(path)
+  weights = {tensor.name for tensor in model.graph.initializer}
+  for i, node in enumerate(model.graph.node):
+    node.name = node.name or f"{node.op_type}_{i}"
+  onnx.save(model, path)
+  return [node.name for node in model.graph.node
+          if node.op_type in ("MatMul", "Gemm", "Conv") and weights & set(node.input)]
+
+
+class Images:
+  """Batches, as ONNX Runtime's calibration asks for them."""
+
+  def __init__(self, images, batch: int | None):
+    size = batch or BATCH
+    self.batches = iter([images[i:i + size] for i in range(0, len(images) - size + 1, size)]
+                        or [np.resize(images, (size, *images.shape[1:]))])
+
+  def get_next(self):
+    batch = next(self.batches, None)
+    return None if batch is None else {INPUT: batch}

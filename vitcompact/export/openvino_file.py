@@ -1,0 +1,30 @@
+"""OpenVINO's files: NAME.xml and NAME.bin, made of an ONNX model."""
+import pathlib
+import tempfile
+
+from vitcompact.export import onnx_file
+from vitcompact.export.program import Program
+
+SUFFIX = ".xml"
+ABOUT = "vitcompact"   # the section of the file's own information that holds ours
+
+
+def write(program: Program, path: pathlib.Path, half: bool = False):
+  """Writes the program; half: weights are stored as float16, and computed as the device likes."""
+  try:
+    import openvino
+  except ImportError:
+    raise ValueError(f"OpenVINO's files need openvino, which is not installed; {onnx_file.EXTRA}"
+                     ) from None
+  with tempfile.TemporaryDirectory() as folder:
+    onnx_path = pathlib.Path(folder, "model.onnx")
+    onnx_file.write(program, onnx_path)
+    model = openvino.Core().read_model(onnx_path)
+    for key, value in program.about().items():
+      model.set_rt_info(value, [ABOUT, key])
+    openvino.save_model(model, path, compress_to_fp16=half)
+
+
+def files(path: pathlib.Path) -> list[pathlib.Path]:
+  """All that belongs to a file."""
+  return [path, path.with_suffix(".bin")]

@@ -1,0 +1,66 @@
+"""StableHLO by jax.export: one file for CPUs, GPUs and TPUs, that JAX alone runs.
+
+A zip archive of `program.jax_export`, what `jax.export` serialises, and `about.json`:
+
+  import io, json, zipfile
+  import jax.export
+
+  archive = zipfile.ZipFile("model.stablehlo")
+  about = json.loads(archive.read("about.json"))
+  program = jax.export.deserialize(bytearray(archive.read("program.jax_export")))
+  logits = program.call(images)    # normalised float32 (B, H, W, 3), see about["preprocess"]
+"""
+import json
+import pathlib
+import zipfile
+
+import jax
+import jax.export
+
+from vitcompact.attention import Device
+from vitcompact.export.program import PORTABLE, Program
+
+SUFFIX = ".stablehlo"
+PLATFORMS = ("cpu", "cuda", "tpu")
+PROGRAM, ABOUT = "program.jax_export", "about.json"
+
+
+def exported(program: Program) -> jax.export.Exported:
+  """The program for all platforms, each with the form of attention that fits it.
+
+  A CPU's loops over images would be slow on a GPU; what a GPU computes at once does not fit a CPU's
+  caches. Vendors' kernels depend on more than the platform, and stay out.
+  """
+  batch = "batch" if program.batch is None else program.batch
+  on_cpu, elsewhere = program.on(Device("cpu")), program.on(PORTABLE)
+
+  def run(images):
+    # Weights outside, so that they are in the file once.
+    return jax.lax.platform_dependent(program.variables, images, cpu=on_cpu, cuda=elsewhere,
+                                      tpu=elsewhere)
+
+  shape = jax.export.symbolic_shape(", ".join(map(str, (batch, *program.image_shape))))
+  return jax.export.export(jax.jit(run), platforms=PLATFORMS)(
+      jax.ShapeDtypeStruct(shape, program.dtype))
+
+
+def write(program: Program, path: pathlib.Path):
+  """Writes the program; needs flatbuffers."""
+  try:
+    data = exported(program).serialize()
+  except ImportError as error:
+    raise ValueError(f"StableHLO files need {error.name}, which is not installed; pip install "
+                     "flatbuffers") from None
+  with zipfile.ZipFile(path, "w") as archive:
+    archive.writestr(ABOUT, json.dumps(program.about()))
+    archive.writestr(PROGRAM, bytes(data))
+
+
+def read(path) -> tuple[jax.export.Exported, dict[str, str]]:
+  """(program, what the file tells); ValueError for other files."""
+  try:
+    with zipfile.ZipFile(path) as archive:
+      about = json.loads(archive.read(ABOUT))
+      return jax.export.deserialize(bytearray(archive.read(PROGRAM))), about
+  except (zipfile.BadZipFile, KeyError, ValueError) as error:
+    raise ValueError(f"{path} is no StableHLO file of `vitcompact export`: {error}") from None

@@ -1,0 +1,146 @@
+"""Files of models, opened in the runtime that they are for, as functions of images.
+
+A file tells what `export.program.Program.about` wrote: `Runner.about`.
+"""
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+
+RUNTIMES = {"xla": (".stablehlo", ".safetensors"), "ort": (".onnx",),
+            "openvino": (".xml", ".onnx")}
+NAMES = {"xla": "XLA", "ort": "ONNX Runtime", "openvino": "OpenVINO"}
+EXTRA = "pip install 'vitcompact[export]'"
+
+
+@dataclasses.dataclass(frozen=True)
+class Runner:
+  """images (B, H, W, C), as the file takes them -> logits (B, classes).
+
+  about: what the file tells; shape, dtype: of an image.
+  """
+  runtime: str
+  call: Callable
+  about: dict[str, str]
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+  def __call__(self, images) -> np.ndarray:
+    return np.asarray(self.call(np.ascontiguousarray(images, self.dtype)))
+
+  @property
+  def preprocess(self):
+    """How its images are prepared."""
+    from vitcompact.data.evaluation import Preprocess
+
+    told = json.loads(self.about["preprocess"])
+    return Preprocess(**{name: tuple(value) if isinstance(value, list) else value
+                         for name, value in told.items()})
+
+  @property
+  def classes(self) -> list[str] | None:
+    return json.loads(self.about["classes"]) if "classes" in self.about else None
+
+
+def opened(path, runtime: str | None = None, *, threads: int | None = None,
+           precision: str = "float32") -> Runner:
+  """A file as a function.
+
+  Args:
+    runtime: "xla", "ort" or "openvino"; None: the first that reads such files.
+    threads: of the runtime, None: as many as it likes. XLA follows the process' affinity.
+    precision: "float32" or "bfloat16", of OpenVINO's products.
+  Raises:
+    ValueError, FileNotFoundError: the file or the runtime is none, or does not go with the other.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f"{path}: no such file")
+  fitting = [name for name, suffixes in RUNTIMES.items() if path.suffix in suffixes]
+  if runtime is not None and runtime not in RUNTIMES:
+    raise ValueError(f"runtime {runtime!r}: must be one of {', '.join(RUNTIMES)}")
+  if not fitting or (runtime and runtime not in fitting):
+    wanted = ", ".join(RUNTIMES[runtime] if runtime else sum(RUNTIMES.values(), ()))
+    raise ValueError(f"{path}: {NAMES.get(runtime, 'no runtime')} reads no {path.suffix} files; "
+                     f"give one that ends in {wanted}")
+  if precision not in ("float32", "bfloat16"):
+    raise ValueError(f"precision {precision!r}: must be float32 or bfloat16")
+  runtime = runtime or fitting[0]
+  if precision != "float32" and runtime != "openvino":
+    raise ValueError(f"precision {precision}: {NAMES[runtime]} computes as its file says; OpenVINO "
+                     "takes both")
+  return {"xla": _xla, "ort": _ort, "openvino": _openvino}[runtime](path, threads, precision)
+
+
+def _xla(path, threads, precision) -> Runner:
+  import jax
+
+  if path.suffix == ".stablehlo":
+    from vitcompact.export import stablehlo_file
+
+    program, about = stablehlo_file.read(path)
+    (image,) = program.in_avals
+    return Runner(f"XLA on a {jax.default_backend()}", jax.jit(program.call), about,
+                  tuple(image.shape[1:]), np.dtype(image.dtype))
+  from vitcompact import convert
+  from vitcompact.export.program import Program
+  from vitcompact.preprocess import preprocess
+
+  model, variables = convert.load(path)
+  about = Program(model, variables, preprocess(path),
+                  classes=convert.classes_of(path)).about()
+  apply = jax.jit(model.apply)
+  shape = (*np.broadcast_to(model.image_size, 2).tolist(), model.in_chans)
+  return Runner(f"XLA on a {jax.default_backend()}", lambda images: apply(variables, images), about,
+                shape, np.dtype(np.float32))
+
+
+def _ort(path, threads, precision) -> Runner:
+  try:
+    import onnxruntime
+  except ImportError:
+    raise ValueError(f"ONNX Runtime is not installed; {EXTRA}") from None
+  options = onnxruntime.SessionOptions()
+  options.log_severity_level = 3   # errors; it warns of each constant that it folds
+  if threads:
+    options.intra_op_num_threads = threads
+  try:
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+  except Exception as error:   # of many classes of its own
+    raise ValueError(f"ONNX Runtime does not take {path}: {str(error).splitlines()[0]}") from None
+  image, names = session.get_inputs()[0], [out.name for out in session.get_outputs()]
+  dtype = np.dtype(np.uint8 if image.type == "tensor(uint8)" else np.float32)
+  return Runner(f"ONNX Runtime {onnxruntime.__version__}",
+                lambda images: session.run(names[:1], {image.name: images})[0],
+                dict(session.get_modelmeta().custom_metadata_map), tuple(image.shape[1:]), dtype)
+
+
+def _openvino(path, threads, precision) -> Runner:
+  try:
+    import openvino
+  except ImportError:
+    raise ValueError(f"OpenVINO is not installed; {EXTRA}") from None
+  from openvino import properties
+
+  # It takes bfloat16 by itself where the processor has it.
+  options = {properties.hint.inference_precision(): {
+      "float32": openvino.Type.f32, "bfloat16": openvino.Type.bf16}[precision]}
+  if threads:
+    options[properties.inference_num_threads()] = threads
+  core = openvino.Core()
+  try:
+    model = core.read_model(path)
+    compiled = core.compile_model(model, "CPU", options)
+  except RuntimeError as error:
+    raise ValueError(f"OpenVINO does not take {path}: {str(error).strip().splitlines()[-1]}"
+                     ) from None
+  image = model.inputs[0]
+  shape = tuple(size.get_length() for size in list(image.get_partial_shape())[1:])
+  about = model.get_rt_info(["vitcompact"]).astype(dict) if \
+      model.has_rt_info(["vitcompact"]) else {}
+  about = {key: str(getattr(value, "value", value)) for key, value in about.items()}
+  return Runner(f"OpenVINO {openvino.__version__.split('-')[0]}",
+                lambda images: compiled(images)[0], about, shape,
+                np.dtype(image.get_element_type().to_dtype()))
