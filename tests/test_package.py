@@ -72,5 +72,5 @@ def test_a_wheel_has_every_module_and_nothing_else(tmp_path):
     names = {name for name in file.namelist() if ".dist-info/" not in name}
     licence = file.read(f"vitcompact-{vc.__version__}.dist-info/licenses/LICENSE")
   assert names == {str(path.relative_to(ROOT)) for path in (ROOT / "vitcompact").rglob("*")
-                   if path.suffix in (".py", ".json")}
+                   if path.suffix in (".py", ".json", ".html")}
   assert licence == (ROOT / "LICENSE").read_bytes()

@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 
-from vitcompact.export.program import INPUT, OUTPUT, PORTABLE, Program
+from vitcompact.export.program import INPUT, PORTABLE, Program
 
 SUFFIX = ".onnx"
 OPSET = 20   # Gelu came with it; every runtime of the last years reads it
@@ -37,7 +37,7 @@ def model_of(program: Program):
     warnings.filterwarnings("ignore", message="Explicitly requested dtype")
     model = jax2onnx.to_onnx(lambda images: run(program.variables, images), [spec],
                              model_name=program.model.variant, opset=OPSET, input_names=[INPUT],
-                             output_names=[OUTPUT])
+                             output_names=program.outputs)
   for key, value in program.about().items():
     model.metadata_props.add(key=key, value=value)
   onnx.checker.check_model(model)

@@ -12,9 +12,11 @@ import numpy as np
 from vitcompact._version import __version__
 from vitcompact.attention import Device, on, using
 from vitcompact.data.evaluation import Preprocess
+from vitcompact.models.backbone import Isotropic
 
 PORTABLE = Device("any")   # neither a CPU's loops nor a vendor's kernels
 INPUT, OUTPUT = "images", "logits"
+KEPT = "kept"   # the second output of a program with `tokens`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +24,9 @@ class Program:
   """A deployed model as a function of images.
 
   batch: how many images it takes, None: any number. pixels: whether it takes uint8 pixels and
-  normalises them itself, else normalised float32. classes: their names, or None.
+  normalises them itself, else normalised float32. classes: their names, or None. tokens: whether it
+  also returns float32 (B, patches), 1 where a patch is still held by a token of its own right after
+  the last block, merged or not; of isotropic models whose plan reduces tokens.
   """
   model: nn.Module
   variables: Any
@@ -30,6 +34,15 @@ class Program:
   batch: int | None = None
   pixels: bool = False
   classes: tuple[str, ...] | None = None
+  tokens: bool = False
+
+  def __post_init__(self):
+    if self.tokens and not isinstance(self.model, Isotropic):
+      raise ValueError(f"tokens=True: {self.model.variant} is hierarchical, and a patch of its has "
+                       "no token up to the end; leave tokens out")
+    if self.tokens and self.model.plan.tokens is None:
+      raise ValueError(f"tokens=True: plan={self.model.plan.to_json()} reduces no tokens, so every "
+                       "patch survives; leave tokens out")
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -39,8 +52,14 @@ class Program:
   def dtype(self):
     return np.dtype(np.uint8 if self.pixels else np.float32)
 
+  @property
+  def outputs(self) -> list[str]:
+    """Their names."""
+    return [OUTPUT, KEPT] if self.tokens else [OUTPUT]
+
   def on(self, device: Device, form: str | None = None) -> Callable:
-    """(variables, images) -> logits (B, classes) float32, as traced for a device."""
+    """(variables, images) -> logits (B, classes) float32, as traced for a device; with `tokens`,
+    (logits, kept)."""
     mean, std = (np.asarray(x, np.float32) for x in (self.preprocess.mean, self.preprocess.std))
     mean, std = (x.reshape(1, 1, 1, -1) for x in (mean, std))
 
@@ -48,9 +67,15 @@ class Program:
       with on(device), using(form):
         if self.pixels:
           images = (images.astype(jnp.float32) / 255 - mean) / std
-        return self.model.apply(variables, images)
+        return self.with_kept(variables, images) if self.tokens else (
+            self.model.apply(variables, images))
 
     return run
+
+  def with_kept(self, variables, images):
+    """(logits, kept) of normalised images."""
+    logits, state = self.model.apply(variables, images, mutable=["tokens"])
+    return logits, state["tokens"][f"keep_mask_{self.model.depth - 1}"][0]
 
   def prepared(self, images) -> np.ndarray:
     """Images, as `Preprocess.resize` gives them, in the form that the program takes."""
@@ -70,6 +95,8 @@ class Program:
     told = {"vitcompact": __version__, "model": self.model.variant,
             "plan": self.model.plan.to_json(), "preprocess": json.dumps(pre),
             "input": "pixels" if self.pixels else "normalised"}
+    if self.tokens:
+      told["grid"] = json.dumps(self.model.grid)
     if self.classes is not None:
       told["classes"] = json.dumps(self.classes)
     return told
