@@ -50,6 +50,8 @@ def test_onnx_files_compute_every_method(plan, tmp_path):
   done = vc.export(*model_of(PLANS[plan]), tmp_path / "a.onnx")
   assert done.max_rel < 3e-6 and done.images == 4 and done.folded and "Runtime" in done.runtime
   assert os.listdir(tmp_path) == ["a.onnx"]
+  operators = {node.op_type for node in onnx.load(tmp_path / "a.onnx").graph.node}
+  assert bool(operators & {"Loop", "Scan", "If"}) == (plan == "MCTF")
 
 
 @pytest.mark.parametrize("name,fields", [
@@ -77,13 +79,6 @@ def test_the_graph_of_a_dense_model_is_what_runtimes_have_kernels_for():
   products = [name for node in graph.node if node.op_type == "MatMul" for name in node.input
               if name in weights]
   assert len(products) == 6 * depth + 1 and all(len(weights[name]) == 2 for name in products)
-
-
-def test_token_reduction_and_block_links_need_no_loop():
-  plan = vc.Plan(heads=HEADS, tokens=vc.EViT(keep=0.7, blocks=(1,)), attention=BLOCKS)
-  model, variables = vc.fold(*model_of(plan))
-  graph = onnx_file.model_of(Program(model, variables, vc.preprocess(model))).graph
-  assert not {node.op_type for node in graph.node} & set(onnx_file.LOOPS)
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".xml", ".stablehlo"])

@@ -10,7 +10,6 @@ from vitcompact.export.program import INPUT, PORTABLE, Program
 SUFFIX = ".onnx"
 OPSET = 20   # Gelu came with it; every runtime of the last years reads it
 EXTRA = "pip install 'vitcompact[export]'"
-LOOPS = ("Loop", "Scan", "If")
 
 
 def write(program: Program, path: pathlib.Path):
