@@ -1,0 +1,78 @@
+"""Deployed models in the runtimes that `vc.export` writes for, each against XLA and its own dense."""
+import pathlib
+import tempfile
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+import vitcompact as vc
+from experiments.benchmarks import measure
+from experiments.benchmarks.measure import Candidate, Setting
+from experiments.benchmarks.model import FEW, MODEL, PLANS
+from vitcompact import runtimes
+from vitcompact.export import onnx_file
+from vitcompact.export.program import Program
+
+BLOCKS = vc.Plan(attention=vc.Sparsifiner(keep=0.25, granularity="block"))
+
+
+class Case(NamedTuple):
+  """A model by name, how many images, and the plans that are timed of it."""
+  model: str
+  batch: int
+  plans: dict[str, vc.Plan]
+  fields: dict = {}
+
+
+SOME = {name: PLANS[name] for name in ("dense", "heads + ffn")}
+CASES = [
+    Case(MODEL, 8, {"dense": PLANS["dense"], "heads": PLANS["heads"], "ffn": PLANS["ffn"],
+                    **{name: PLANS[name] for name in FEW if name != "ffn both"}}),
+    Case("deit3_small_patch16_224", 8, SOME),
+    Case("vit_small_patch14_dinov2", 1, SOME),
+    Case(MODEL, 1, {"dense": PLANS["dense"], "block links 25%": BLOCKS}, {"image_size": 512}),
+]
+RUNTIMES = {"xla": "XLA", "ort": "ONNX Runtime", "openvino": "OpenVINO",
+            "openvino bf16": "OpenVINO, bfloat16"}
+PEERS = ("torch f32", "torch.compile f32", "torch bf16")
+
+
+def run(setting: Setting, cases=None, **sizes) -> Iterator[dict]:
+  """sizes: fields of the models that make them smaller, for tests."""
+  if not setting.on_host:
+    return
+  for case in cases or CASES:
+    with tempfile.TemporaryDirectory() as folder:
+      candidates = {}
+      for plan_name, plan in case.plans.items():
+        model = vc.create_model(case.model, plan=plan, deploy=True, **{**case.fields, **sizes})
+        candidates |= exits(model, case.batch, plan_name, pathlib.Path(folder))
+        if plan_name == "dense":
+          dense = model
+      if case is CASES[0]:
+        candidates |= measure.torch_candidates(setting, PEERS, dense, batch=case.batch)
+      about = {"model": case.model, "image_size": dense.image_size, "batch": case.batch}
+      yield from measure.rows(about, candidates, setting)
+      if setting.torch:
+        setting.torch.forget()
+
+
+def exits(model, batch: int, plan_name: str, folder: pathlib.Path) -> dict[str, Candidate]:
+  """{"runtime: plan": candidate} of a deployed model, with random weights."""
+  size = np.broadcast_to(model.image_size, 2).tolist()
+  images = measure.normal((batch, *size, model.in_chans))
+  variables = measure.drawn_variables(model, images[:1])
+  facts = {"macs": vc.count(model).macs, "plan": model.plan.to_json()}
+  out = {f"XLA: {plan_name}": measure.compiled(model.apply, variables, images, **facts)}
+  path = folder / f"{plan_name.replace(' ', '_')}.onnx"
+  onnx_file.write(Program(model, variables, vc.preprocess(model)), path)
+  shown, wanted = np.asarray(images), np.asarray(out[f"XLA: {plan_name}"].call())
+  for key, name in list(RUNTIMES.items())[1:]:
+    runtime, _, precision = key.partition(" ")
+    one = runtimes.opened(path, runtime, threads=1,
+                          precision="bfloat16" if precision else "float32")
+    gap = float(np.abs(one(shown) - wanted).max() / np.abs(wanted).max())
+    out[f"{name}: {plan_name}"] = Candidate(lambda one=one: one(shown), {
+        **facts, "runtime": one.runtime, "max_rel": gap})
+  return out
