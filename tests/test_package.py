@@ -18,8 +18,8 @@ NEEDED = [Requirement(line) for line in PROJECT["dependencies"]]
 EXTRAS = [Requirement(line) for lines in PROJECT["optional-dependencies"].values()
           for line in lines]
 # Packages whose modules have another name.
-PACKAGES = {"PIL": "pillow", "markdown_it": "markdown-it-py", "sklearn": "scikit-learn",
-            "absl": "absl-py", "orbax": "orbax-checkpoint"}
+PACKAGES = {"PIL": "pillow", "google": "protobuf", "markdown_it": "markdown-it-py",
+            "sklearn": "scikit-learn", "absl": "absl-py", "orbax": "orbax-checkpoint"}
 # Asked for by name, to whom it is of use: a vendor's kernels.
 NOT_DECLARED = {"tokamax"}
 

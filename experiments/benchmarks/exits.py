@@ -1,7 +1,8 @@
-"""Deployed models in the runtimes that `vc.export` writes for, each against XLA and its own dense."""
+"""Deployed models in the runtimes that `vc.export` writes for."""
 import pathlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ class Case(NamedTuple):
   model: str
   batch: int
   plans: dict[str, vc.Plan]
-  fields: dict = {}
+  fields: Mapping = MappingProxyType({})
 
 
 SOME = {name: PLANS[name] for name in ("dense", "heads + ffn")}

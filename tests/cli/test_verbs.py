@@ -20,8 +20,8 @@ from tests.cli import command
 from vitcompact import cli, convert
 
 ROOT = pathlib.Path(__file__).parents[2]
-VERBS = {"bench", "compact", "compare", "convert", "count", "draw", "measure", "models", "predict",
-         "prepare", "push", "verify"}
+VERBS = {"bench", "compact", "compare", "convert", "count", "draw", "export", "measure", "models",
+         "page", "predict", "prepare", "push", "verify"}
 
 
 @pytest.fixture(scope="module")

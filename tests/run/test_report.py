@@ -1,5 +1,6 @@
 """A finished run's receipt says what its deployed file does."""
 import errno
+import hashlib
 import json
 import types
 
@@ -36,6 +37,20 @@ def test_the_receipt_and_the_file_are_of_the_folded_model(built, tmp_path):
   assert correct == pytest.approx(round(correct), abs=1e-4) and correct > 0
   text = (tmp_path / "receipt.md").read_text()
   assert "same function" in text and "NOT" not in text and f"{rows[2]['params']:,}" in text
+
+
+def test_exported_files_are_listed_with_digest_proof_and_time(tmp_path):
+  pytest.importorskip("jax2onnx")
+  model = tiny.deit()
+  model, variables = vc.fold(model, tiny.init(model))
+  onnx, weights = report.exports(("onnx", "safetensors"), tmp_path, model, variables,
+                                 preprocess=vc.preprocess(model))
+  for told in (onnx, weights):
+    data = (tmp_path / told["file"]).read_bytes()
+    assert told["sha256"] == hashlib.sha256(data).hexdigest() and told["largest_difference"] < 1e-5
+  assert onnx["file"] == "deploy.onnx" and "ONNX Runtime" in onnx["runtime"]
+  middle, low, high = onnx["speed_xla_is_1"]
+  assert 0 < low <= middle <= high and "speed_xla_is_1" not in weights
 
 
 def test_a_report_that_finds_no_room_says_that_the_run_is_done(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from vitcompact.cli import (
     draw,
     export,
     models,
+    page,
     predict,
     prepare,
     push,
@@ -79,7 +80,7 @@ def main():
 
 for command in (models.models, count.count, convert.convert, predict.predict, bench.bench,
                 draw.draw, prepare.prepare, compare.compare, compact.measure, compact.compact,
-                compact.verify, push.push, export.export):
+                compact.verify, push.push, export.export, page.page):
   main.add_command(command)
   for verb in (command, *getattr(command, "commands", {}).values()):
     verb.params.append(verbose_option())

@@ -76,9 +76,11 @@ def steps_of(distil: str | None, data: str, batch_size: int) -> int:
 @click.option("--batch-size", type=int, default=64, show_default=True, help="Of distilling.")
 @click.option("--learning-rate", type=float, default=LEARNING_RATE, show_default=True,
               help="The peak of distilling.")
+@click.option("--export", "formats", multiple=True, metavar="FORMAT",
+              help="onnx, openvino, stablehlo or torch: a file of the deployed model; repeat it.")
 @click.option("--out", required=True, metavar="DIR", help="Where all stages leave their files.")
 def compact(file, data, macs, params, plan, distil, images, sensitivity, augment, batch_size,
-            learning_rate, out):
+            learning_rate, formats, out):
   """Make a dense model smaller, measured and proved.
 
   \b
@@ -101,7 +103,7 @@ def compact(file, data, macs, params, plan, distil, images, sensitivity, augment
   steps = steps_of(distil, data, batch_size)
   config = settings(
       file, data, eval_batch_size=64, batch_size=batch_size, total_steps=max(steps, 1),
-      plan=plan or "", data={"augment": augment if steps else "none"},
+      plan=plan or "", export=formats, data={"augment": augment if steps else "none"},
       compact={"macs": macs or 0.0, "params": params or 0.0, "images": images,
                "sensitivity": sensitivity, "distil": bool(steps)},
       checkpoint_every=max(1, steps // 4) or 1,

@@ -15,10 +15,12 @@ import click
               "calibrated on images of DATA: folder:PATH, digits, ... as in training.")
 @click.option("--images", "count", type=click.IntRange(1), default=128, show_default=True,
               help="How many images --int8 takes.")
+@click.option("--tokens", is_flag=True, help="A second output tells which patches survive (ONNX).")
 @click.option("--tolerance", type=click.FloatRange(0, min_open=True),
               help="Of differences, as a share of the largest logit.  [default: 1e-5 for float32]")
 @click.option("--force", is_flag=True, help="Overwrite a file that exists.")
-def export(file, out, to, named, batch, pixels, half, calibration, count, tolerance, force):
+def export(file, out, to, named, batch, pixels, half, calibration, count, tokens, tolerance,
+           force):
   """Write FILE as OUT for another runtime, and compare the two.
 
   \b
@@ -56,7 +58,7 @@ def export(file, out, to, named, batch, pixels, half, calibration, count, tolera
   int8 = calibration and images_of(source, model, calibration, count)
   click.echo(vc.export(model, variables, out, to=to, batch=batch, pixels=pixels, half=half,
                        classes=convert.classes_of(source), preprocess=preprocess, int8=int8,
-                       tolerance=tolerance, force=force))
+                       tokens=tokens, tolerance=tolerance, force=force))
 
 
 def images_of(file: str, model, name: str, count: int):

@@ -4,6 +4,7 @@
   onnx_file.py    ONNX, by jax2onnx; onnx_operators.py: its translation of our layers
   openvino_file.py  stablehlo_file.py  weights_file.py    the other formats
   int8.py         ONNX with matrices of 8 bits, calibrated on images
+  page.py         a page that runs ONNX files in a browser
 """
 import dataclasses
 import hashlib
@@ -72,7 +73,8 @@ class Exported:
 
 def export(model: nn.Module, variables, path, *, to: str | None = None, batch: int | None = None,
            pixels: bool = False, half: bool = False, classes=None, preprocess=None, images=None,
-           int8=None, tolerance: float | None = None, force: bool = False) -> Exported:
+           int8=None, tokens: bool = False, tolerance: float | None = None,
+           force: bool = False) -> Exported:
   """Writes a model as a file for another runtime, reads it back there, and compares the logits.
 
   Args:
@@ -87,6 +89,8 @@ def export(model: nn.Module, variables, path, *, to: str | None = None, batch: i
     preprocess: how images are prepared; None: `vc.preprocess(model)`.
     images: (n, H, W, C) normalised float32, on which the file is compared; None: two photographs.
     int8: normalised images on which an ONNX file with 8-bit matrices is calibrated; None: float32.
+    tokens: whether the file has a second output, `kept` (B, patches): 1 where a patch still has a
+      token at the end. Of isotropic models whose plan reduces tokens, to ONNX.
     tolerance: of differences, as a share of the largest logit; None: 1e-5 for float32, 2e-2 for
       half, and with int8 none: what is lost is told, not refused.
     force: overwrite a file that exists.
@@ -97,11 +101,12 @@ def export(model: nn.Module, variables, path, *, to: str | None = None, batch: i
   path, name = checked_path(path, to, force)
   pre = preprocess_of(model) if preprocess is None else preprocess
   check_fitting(model, variables, image_shapes(model))
-  _check_choices(name, model, batch, pixels, half, int8, classes)
+  _check_choices(name, model, batch, pixels, half, int8, tokens, classes)
   folded = not model.deploy
   if folded:
     model, variables = fold(model, variables)
-  program = Program(model, variables, pre, batch, pixels, classes and tuple(classes))
+  program = Program(model, variables, pre, batch, pixels, classes and tuple(classes),
+                    tokens)
   if tolerance is None:
     tolerance = np.inf if int8 is not None else TOLERANCE_HALF if half else TOLERANCE
   format = FORMATS[name]
@@ -194,13 +199,15 @@ def checked_path(path, to: str | None = None, force: bool = False) -> tuple[path
   return path, to
 
 
-def _check_choices(to, model, batch, pixels, half, int8, classes):
+def _check_choices(to, model, batch, pixels, half, int8, tokens, classes):
   """Refuses what a format does not have."""
   if batch is not None and not (type(batch) is int and batch > 0):
     raise ValueError(f"batch={batch!r}: must be a whole number of images, or None for any")
   weights_only = to in ("safetensors", "torch")
   if weights_only and (pixels or batch is not None):
     raise ValueError(f"a file for {to} holds weights, not a program: leave batch and pixels out")
+  if tokens and to != "onnx":
+    raise ValueError(f"tokens=True is for onnx, not {to}")
   if half and to != "openvino":
     raise ValueError(f"half=True is for openvino, not {to}; vitcompact convert --dtype float16 "
                      "writes smaller .safetensors")

@@ -5,10 +5,12 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import vitcompact as vc
-from vitcompact import bench, convert, trees
+from vitcompact import bench, convert, runtimes, trees
 from vitcompact.data import pipeline
+from vitcompact.export import FORMATS, export, photographs
 from vitcompact.methods import protocol
 from vitcompact.receipt import Receipt, Row, environment
 from vitcompact.run import loop
@@ -94,6 +96,26 @@ def write(directory: pathlib.Path, receipt: Receipt, files: dict, preprocess=Non
   except OSError as error:
     raise OSError(f"the run is done, but its report was not written: {error}. Then give the "
                   "same command again") from error
+
+
+def exports(formats, directory: pathlib.Path, model, variables, **about) -> list[dict]:
+  """Writes the deployed model in these formats; of each file its digest, its proof, and its speed
+  against XLA's, paired, on images of its own."""
+  found = []
+  for name in formats:
+    path = directory / f"deploy{FORMATS[name].suffix}"
+    done = export(model, variables, path, force=True, **about)
+    images = jnp.asarray(about["preprocess"].normalise(
+        photographs(about["preprocess"], TIMED_IMAGES)))
+    told = {"file": path.name, "runtime": done.runtime, "sha256": done.sha256,
+            "largest_difference": done.max_rel, "compared_on": done.images}
+    if name in ("onnx", "openvino"):   # the others are XLA, too
+      run, shown = runtimes.opened(path), np.asarray(images)
+      ours = functools.partial(jax.jit(model.apply), jax.device_put(variables), images)
+      timing = bench.paired({"XLA": ours, name: lambda run=run, shown=shown: run(shown)})[name]
+      told |= {"speed_xla_is_1": [timing.speedup, timing.low, timing.high], "clock": timing.clock}
+    found.append(told)
+  return found
 
 
 def method_facts(model, variables, images) -> dict[str, float]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
+from vitcompact.export import FORMATS
 from vitcompact.methods import METHODS, protocol
 from vitcompact.plan import Plan
 from vitcompact.settings import Setting, weight
@@ -69,6 +70,7 @@ KEYS = {
     "loss.logits": weight(),
     "loss.patches": weight(),
     "loss.patch_error": Setting("square", choices=PATCH_ERRORS),
+    "export": Setting(()),    # formats of `vc.export` that the end of a run writes
     "keep_start": Setting(False),   # of a run with init_from: end with its start if that is better
     "compact.macs": Setting(0.0, low=0, high=1),      # share of the dense model's for which a plan
     "compact.params": Setting(0.0, low=0, high=1),    # is chosen from data; 0: the plan as it is
@@ -189,6 +191,9 @@ def check(config: ConfigDict):
   if config.mesh.data == 0:
     raise ValueError("config.mesh.data=0: must be a number of devices, or -1 for all the rest")
   check_ramp(config, config.total_steps, f"config.total_steps={config.total_steps}")
+  if unknown := [name for name in config.export if name not in FORMATS]:
+    raise ValueError(f"config.export={config.export!r}: must be formats of {', '.join(FORMATS)}, "
+                     f"and {unknown[0]!r} is none")
   check_rates(config.optim.rates)
   for key, path in {"init_from": config.init_from, "teacher.file": config.teacher.file,
                     "data.name": config.data.name}.items():
