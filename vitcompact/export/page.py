@@ -19,6 +19,8 @@ TEMPLATE = pathlib.Path(__file__).with_name("page.html")
 VERSION = "1.30.0"   # of onnxruntime-web, the one that is tested
 GET = f"npm install onnxruntime-web@{VERSION} puts it in node_modules/onnxruntime-web/dist"
 SCRIPT, WEBASSEMBLY = "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"
+# Bytes in one element, a multiple of 3. Chromium's parser takes minutes over an element of 100 MB.
+PIECE = 3 << 16
 # Pillow's filters that page.html has.
 INTERPOLATIONS = ("box", "bilinear", "hamming", "bicubic", "lanczos")
 
@@ -37,15 +39,15 @@ def write(path, models: Mapping[str, str | os.PathLike], runtime, *, force: bool
     raise ValueError(f"{path} exists; give another name, or ask to overwrite it with force")
   if not models:
     raise ValueError("models={}: a page needs one at least, as {label: ONNX file}")
-  files = {id: _of_runtime(pathlib.Path(runtime), name)
-           for id, name in (("script", SCRIPT), ("webassembly", WEBASSEMBLY))}
+  files = {file: _of_runtime(pathlib.Path(runtime), name)
+           for file, name in (("script", SCRIPT), ("webassembly", WEBASSEMBLY))}
   told = []
   for label, file in models.items():
     content = _read(pathlib.Path(file))
     told.append({"label": label, "bytes": len(content), **_told(file, content)})
     files[f"model-{len(told) - 1}"] = content
   values = {"TITLE": html.escape(" and ".join(models)), "MODELS": _json(told),
-            "FILES": "\n".join(map(_element, files, files.values()))}
+            "FILES": "".join(map(_elements, files, files.values()))}
   text = re.sub("@(TITLE|MODELS|FILES)@", lambda found: values[found[1]],
                 TEMPLATE.read_text(encoding="utf-8"))
   partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
@@ -110,6 +112,8 @@ def _json(value) -> str:
   return json.dumps(value).replace("<", "\\u003c")
 
 
-def _element(id: str, content: bytes) -> str:
-  packed = base64.b64encode(gzip.compress(content, 6, mtime=0)).decode()
-  return f'<script type="text/plain" id="{id}">{packed}</script>'
+def _elements(file: str, content: bytes) -> str:
+  packed = gzip.compress(content, 1, mtime=0)   # weights hardly get smaller with more effort
+  pieces = (base64.b64encode(packed[i:i + PIECE]).decode() for i in range(0, len(packed), PIECE))
+  return "".join(f'<script type="text/plain" data-file="{file}">{piece}</script>\n'
+                 for piece in pieces)
