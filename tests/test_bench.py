@@ -11,6 +11,7 @@ import vitcompact as vc
 from experiments import bench as program
 from experiments.benchmarks import (
   data,
+  exits,
   gemm,
   goals,
   layer,
@@ -102,11 +103,13 @@ def measured(tmp_path_factory):
     patch.setattr(vc, "count", lambda model: Count(1, 1, 1, 1, 1))
     patch.setattr(startup, "_program", lambda *args: ())
     patch.setattr(startup, "_Compilation", lambda *args: Remote())
+    patch.setattr(exits, "exits", lambda _, batch, plan, folder: {
+        f"{name}: {plan}": Candidate(Remote(), {"macs": 1}) for name in exits.RUNTIMES.values()})
     setting = Setting("cpu", rounds=3, cores=(0, 1))
     suites = {
         "gemm": gemm.run(setting), "layer": layer.run(setting, width=8, heads=2),
         "model": model.run(setting, (8,), depth=10, **SMALL),
-        "train": train.run(setting, depth=1, **SMALL),
+        "exits": exits.run(setting), "train": train.run(setting, depth=1, **SMALL),
         "tokens": tokens.run(setting, (4, 6), width=8, heads=2),
         "startup": startup.run(setting, depth=1, **SMALL), "data": data.run(setting, images=1)}
     for name, rows in suites.items():
@@ -204,7 +207,7 @@ def test_tables_say_what_was_not_measured(measured):
   (measured / "part").mkdir(exist_ok=True)
   (measured / "part" / "gemm_gpu.json").write_text((measured / "gemm_cpu.json").read_text())
   assert tables.markdown(measured / "part").endswith(
-      "On GPU, suites model, layer, train, tokens, startup, data: **not measured**.\n\n"
+      "On GPU, suites model, exits, layer, train, tokens, startup, data: **not measured**.\n\n"
       "On CPU and TPU: **not measured**.")
   assert tables.markdown(measured / "nothing") == "On CPU and GPU and TPU: **not measured**."
 
@@ -214,7 +217,7 @@ def test_a_candidate_that_was_not_measured_leaves_the_others_their_rows(suite, m
   """It did not compile there, or is newer than the file."""
   path = tmp_path / f"{suite}_cpu.json"
   full = json.loads((measured / path.name).read_text())
-  keys = ("tokens", "batch", "pass", "what", "name", "product")
+  keys = ("model", "image_size", "tokens", "batch", "pass", "what", "name", "product")
   for number, row in enumerate(full["rows"]):
     failed = {key: row[key] for key in keys if key in row} | {
         "seconds": None, "rounds": None, "reason": "XlaRuntimeError: no memory"}

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from experiments.benchmarks import results
+from experiments.benchmarks.exits import RUNTIMES as EXITS
 from experiments.benchmarks.results import Rows, best, best_dense, cases, fewer_macs, over, speed
 
 SLACK = 1.05   # a goal is missed when the median is further away than noise is
@@ -178,7 +179,29 @@ def device_layer_goals(found: dict) -> Iterator[Goal]:
                    _median(rows, name, "dense, cudnn"), target)
 
 
+def exits_goals(found: dict) -> Iterator[Goal]:
+  """What a plan saves arrives in every runtime, and the fastest exit beats every dense peer."""
+  for (model, side), rows in cases(found, "model", "image_size").items():
+    plans = dict.fromkeys(name.partition(": ")[2] for name in rows if ": " in name)
+    for name in EXITS.values():
+      for plan in plans:
+        if plan == "dense":
+          continue
+        ratio = _median(rows, f"{name}: {plan}", f"{name}: dense")
+        macs = results.over(rows[f"{name}: dense"].get("macs"), rows[f"{name}: {plan}"].get("macs"))
+        if plan.startswith("block"):
+          yield Goal(f"{model} at {side}, {plan} in {name}", ratio, 1.3)
+        else:
+          yield Goal(f"{model} at {side}, {plan} in {name}, of the MACs' ratio",
+                     results.over(ratio, macs), 0.95)
+    for peer in (name for name in rows if ": " not in name):
+      for name in ("OpenVINO", "OpenVINO, bfloat16"):
+        yield Goal(f"heads + ffn both + EViT 0.7 in {name}, over dense {peer}",
+                   _median(rows, f"{name}: heads + ffn both + EViT 0.7", peer), 2.0)
+
+
 SUITES = {
-    "cpu": {"gemm": gemm_goals, "model": model_goals, "layer": layer_goals, "train": train_goals,
-            "tokens": tokens_goals, "startup": startup_goals, "data": data_goals},
+    "cpu": {"gemm": gemm_goals, "model": model_goals, "exits": exits_goals, "layer": layer_goals,
+            "train": train_goals, "tokens": tokens_goals, "startup": startup_goals,
+            "data": data_goals},
     "gpu": {"model": device_model_goals, "layer": device_layer_goals}}

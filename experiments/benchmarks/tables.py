@@ -4,6 +4,7 @@ import pathlib
 
 import vitcompact as vc
 from experiments.benchmarks import results
+from experiments.benchmarks.exits import RUNTIMES
 from experiments.benchmarks.layer import VARIANTS as LAYER_VARIANTS
 from experiments.benchmarks.model import MODEL, PLANS
 from experiments.benchmarks.model import VARIANTS as MODEL_VARIANTS
@@ -44,9 +45,13 @@ def front(folder: pathlib.Path = results.FOLDER, batch: int = 8) -> str:
   """The one table of the README: a row for each kind of plan, deployed."""
   found = results.load("model", "cpu", folder)
   rows = {case: rows for (case,), rows in cases(found, "batch").items()}[batch]
-  lines = ["| DeiT-S at 224 pixels, deployed | parameters | MACs | speed, dense = 1 | accuracy of "
-           "the method on digits, difference from dense |", "|---|---:|---:|---:|---|"]
+  lines = ["| DeiT-S at 224 pixels, deployed | parameters | MACs | speed, dense = 1 | fastest "
+           "exit, dense in XLA = 1 | accuracy of the method on digits, difference from dense |",
+           "|---|---:|---:|---:|---:|---|"]
   accuracies, dense = results.accuracies(folder), None
+  exits = results.load("exits", "cpu", folder) or {"rows": []}
+  by_model = {name: rows for (name, side), rows in cases(exits, "model", "image_size").items()
+              if side == vc.create_model(name).image_size}
   for name in FRONT:
     count = vc.count(vc.create_model(MODEL, plan=PLANS[name], deploy=True))
     dense = dense or count
@@ -55,14 +60,70 @@ def front(folder: pathlib.Path = results.FOLDER, batch: int = 8) -> str:
         f"| {name} | {_saved(count.params, dense.params, 1e6, 'M')} | "
         f"{_saved(count.macs, dense.macs, 1e9, 'G')} | "
         f"{_rate(rows, name, batch)} | "
+        f"{_fastest(by_model.get(MODEL), name)} | "
         f"{_accuracy(accuracy)} |")
   for title, name in OTHERS.items():
     few = {plan: vc.count(vc.create_model(name, plan=PLANS[plan], deploy=True)) for plan in COUNTED}
+    rows = by_model.get(name)
     lines += [f"| {title}, {plan} | {_saved(count.params, few['dense'].params, 1e6, 'M')} | "
-              f"{_saved(count.macs, few['dense'].macs, 1e9, 'G')} | {NO} | {NO} |"
+              f"{_saved(count.macs, few['dense'].macs, 1e9, 'G')} | "
+              f"{_in_xla(rows, plan)} | {_fastest(rows, plan)} | {NO} |"
               for plan, count in few.items()]
-  return "\n".join([*lines, "", f"Batch {batch}. {source(found)} Accuracies: small networks on "
-                    "1,797 digits, five folds, see results; on ImageNet none was measured."])
+  others = f" Exits, and the other models: {source(exits)}" if by_model else ""
+  return "\n".join([*lines, "", f"Batch {batch}. {source(found)}{others} Accuracies: small "
+                    "networks on 1,797 digits, five folds, see results; on ImageNet none was "
+                    "measured."])
+
+
+def _in_xla(rows, plan: str) -> str:
+  """A cell: images a second of the dense model, of another how many times as fast it is."""
+  if not rows:
+    return NO
+  dense, name = "XLA: dense", f"XLA: {plan}"
+  if plan != "dense":
+    return _speed(rows, name, dense)
+  seconds = rows[dense]["seconds"]
+  return NO if seconds is None else f"{rows[dense]['batch'] / seconds:.1f} img/s"
+
+
+def _fastest(rows, plan: str) -> str:
+  """A cell: the runtime in which a plan is fastest, in float32, against the dense model in XLA."""
+  ratios = {name: speed(rows, f"{name}: {plan}", "XLA: dense") for key, name in RUNTIMES.items()
+            if "bf16" not in key} if rows else {}
+  known = {name: ratio for name, ratio in ratios.items() if ratio}
+  if not known:
+    return NO
+  best = max(known, key=lambda name: known[name][0])
+  return f"{best} {_times(known[best])}"
+
+
+def exits_table(found: dict, folder: pathlib.Path) -> str:
+  lines = ["| exported | MACs, dense / this | " + " | ".join(RUNTIMES.values()) + " | in each, "
+           "against its own dense |", "|---|---:|" + "---:|" * len(RUNTIMES) + "---|"]
+  for (model, side, batch), rows in cases(found, "model", "image_size", "batch").items():
+    plans = dict.fromkeys(name.partition(": ")[2] for name in rows if ": " in name)
+    peers = [name for name in rows if ": " not in name]
+    for plan in plans:
+      cells = [_speed(rows, f"{name}: {plan}", "XLA: dense") for name in RUNTIMES.values()]
+      own = [speed(rows, f"{name}: {plan}", f"{name}: dense") for name in RUNTIMES.values()]
+      macs = results.over(rows["XLA: dense"].get("macs"), rows[f"XLA: {plan}"].get("macs"))
+      lines.append(
+          f"| {model} at {side}, batch {batch}: {plan} | {'' if macs is None else f'{macs:.2f}'} | "
+          f"{' | '.join(cells)} | " + ("" if plan == "dense" else ", ".join(
+              NO if ratio is None else f"{ratio[0]:.2f}x" for ratio in own)) + " |")
+    lines += [f"| {model} at {side}, batch {batch}: dense, {name} |  | "
+              f"{_speed(rows, name, 'XLA: dense')} |" + " |" * len(RUNTIMES) for name in peers]
+  text = ("How many times as fast as the dense model in XLA, in the same rounds; random weights. "
+          "Files were compared with XLA before: in float32 they differ by at most "
+          f"{_largest_gap(found, exact=True)} of the largest logit, in bfloat16 by "
+          f"{_largest_gap(found, exact=False)}.")
+  return "\n".join([*lines, "", f"{source(found)} {text}"])
+
+
+def _largest_gap(found: dict, exact: bool) -> str:
+  gaps = [row["max_rel"] for row in found["rows"]
+          if "max_rel" in row and ("bfloat16" not in row["name"]) == exact]
+  return f"{max(gaps):.0e}" if gaps else NO
 
 
 def _saved(value: int, dense: int, unit: float, letter: str) -> str:
@@ -201,8 +262,9 @@ def data_table(found: dict, folder: pathlib.Path) -> str:
   return "\n".join([*lines, "", source(found)])
 
 
-SUITES = {"gemm": gemm_table, "model": model_table, "layer": layer_table, "train": train_table,
-          "tokens": tokens_table, "startup": startup_table, "data": data_table}
+SUITES = {"gemm": gemm_table, "model": model_table, "exits": exits_table, "layer": layer_table,
+          "train": train_table, "tokens": tokens_table, "startup": startup_table,
+          "data": data_table}
 
 
 def _speed(rows, name: str, over: str) -> str:

@@ -218,7 +218,8 @@ def test_nothing_is_overwritten_without_force_and_nothing_half_written(files, no
   assert path.read_text() == "mine"
   page.write(path, files, no_runtime, force=True)
   assert "EViT &lt;0.6&gt;" in path.read_text()
-  assert max(map(len, path.read_text().split("<script"))) < 5e5, "browsers are slow over longer ones"
+  # Browsers are slow over longer ones.
+  assert max(map(len, path.read_text().split("<script"))) < 5e5
   path.unlink()
   path.mkdir()
   with pytest.raises(OSError, match=r"page\.html cannot be written.*name another place"):
