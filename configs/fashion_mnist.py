@@ -1,0 +1,33 @@
+"""A dense DeiT of six heads and six blocks on the 60,000 images of Fashion-MNIST.
+
+Command:  python main.py --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
+Data:     Debian's package (apt install dataset-fashion-mnist), or its four files in a folder that
+          FASHION_MNIST_DIR names. val is every tenth training image, and chose the recipe.
+Hardware: two CPU cores.
+Cost:     TODO TFLOP
+Result:   TODO
+"""
+from configs import base
+
+
+def get_config(argument=""):
+  options = base.parse(argument)
+  config = base.get_config()
+  config.total_steps = 6000
+  total = config.get_ref("total_steps")
+  config.batch_size = 64
+  config.eval_batch_size = 500
+  config.checkpoint_every = total // 6
+  config.ema_half_life = 0.0462
+  config.eval_params = "ema"
+  config.model.image_size = 28
+  config.model.patch_size = 4     # pixels: 49 tokens and the class token
+  config.model.width = 72
+  config.model.depth = 6
+  config.model.heads = 6
+  config.data.name = "fashion_mnist"
+  config.data.smoothing = 0.1
+  config.optim.learning_rate = 2e-3         # the peak
+  config.optim.warmup_steps = total // 10
+  config.optim.clip_norm = 1.0
+  return base.finish(config, options)
