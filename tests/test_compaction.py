@@ -1,5 +1,4 @@
 """The experiment of compacting: intervals are paired, and its page shows what was measured."""
-import json
 import pathlib
 
 import numpy as np
@@ -10,32 +9,32 @@ from experiments import compaction
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
-ROW = {"macs": 1.0, "accuracy": 0.5, "kl": 0.0, "margin": 0.25}
+ROW = {"macs": 1.0, "accuracy": 0.5, "kl": 0.0, "images": 100}
 
 
-def folds_with(*differences):
-  return [{"models": {"dense": {**ROW, "difference": 0.0},
-                      "measured, 50 %": {**ROW, "difference": difference}}, "spearman": 0.9}
-          for difference in differences]
+def folds_with(*pairs):
+  return [{"models": {"dense": {**ROW, "gained": 0, "lost": 0},
+                      "measured, 50 %": {**ROW, "gained": gained, "lost": lost}}, "spearman": 0.9}
+          for gained, lost in pairs]
 
 
-def test_an_interval_is_of_folds_or_of_the_images_of_one():
-  assert "| +1.00 ± 0.25 |" in compaction.table(folds_with(1.0))
-  # Deviation 2, over the root of 3 folds, times the quantile of two degrees of freedom.
-  assert f"| +0.00 ± {4.30265 * 2 / 3 ** 0.5:.2f} |" in compaction.table(folds_with(-2.0, 0.0, 2.0))
-  assert "narrower" not in compaction.table(folds_with(1.0))   # what was not run has no row
+def test_an_interval_is_of_pairs_over_the_images_of_all_folds():
+  # 14 pairs of 200 differ, 6 more lost than gained; half a pair is added to each side.
+  margin = 196 * (15 - 6 ** 2 / 202) ** 0.5 / 202
+  assert f"| -3.00 ± {margin:.2f} |" in compaction.table(folds_with((4, 5), (0, 5)))
+  assert "| +0.00 ± 1.92 |" in compaction.table(folds_with((0, 0)))   # none differs: not surely 0
+  assert "narrower" not in compaction.table(folds_with((0, 0)))       # what was not run has no row
 
 
 def test_a_judge_compares_image_by_image(monkeypatch):
-  """Two models of equal accuracy that err on other images differ by 0, and not surely."""
+  """Two models of equal accuracy that err on other images."""
   judge = object.__new__(compaction.Judge)
-  judge.labels, judge.macs = np.zeros(4, int), 2
+  judge.labels, judge.macs = np.zeros(4, int), 2 * vc.count(tiny.deit()).macs
   judge.dense = np.eye(2)[[0, 0, 1, 1]]
   monkeypatch.setattr(judge, "_logits", lambda *_: np.eye(2)[[1, 0, 0, 1]])
-  monkeypatch.setattr(compaction.vc, "count", lambda model: vc.count(tiny.deit())._replace(macs=1))
   found = judge(tiny.deit(), None)
-  assert (found["accuracy"], found["difference"], found["macs"]) == (0.5, 0, 0.5)
-  assert found["margin"] == pytest.approx(1.96 * 100 * 0.5 ** 0.5 / 4 ** 0.5)
+  assert (found["accuracy"], found["gained"], found["lost"]) == (0.5, 1, 1)
+  assert (found["images"], found["macs"]) == (4, 0.5)
 
 
 def test_a_fold_takes_the_place_of_the_one_of_its_data_and_seed(tmp_path):
@@ -49,7 +48,7 @@ def test_a_fold_takes_the_place_of_the_one_of_its_data_and_seed(tmp_path):
 
 @pytest.mark.parametrize("name", list(compaction.DATA))
 def test_the_page_shows_what_was_measured(name):
-  folds = json.loads(compaction.results_of(name).read_text())["folds"]
+  folds = compaction.load(compaction.results_of(name))
   assert f"\n{compaction.described(folds)}\n" in (ROOT / "docs/compaction.md").read_text()
 
 
@@ -67,7 +66,7 @@ def test_the_uniform_plan_and_the_narrow_model_are_of_about_half_of_the_macs(nam
 def test_the_committed_model_is_that_of_its_config():
   file = compaction.DATA["fashion_mnist"].file
   assert file.stat().st_size < 3e6
-  model, variables = vc.load(file)
+  model, _ = vc.load(file)
   sizes = compaction.DATA["fashion_mnist"].dense().model.to_dict()
   assert model == vc.create_model(sizes.pop("name"), num_classes=10, **sizes)
   assert vc.convert.classes_of(file)[9] == "Ankle boot"
