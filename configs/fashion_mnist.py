@@ -13,7 +13,7 @@ from configs import base
 def get_config(argument=""):
   options = base.parse(argument)
   config = base.get_config()
-  config.total_steps = 16_000     # 9.5 epochs
+  config.total_steps = 24_000     # 14.2 epochs
   total = config.get_ref("total_steps")
   config.batch_size = 32          # many small steps: 64 images a step learned half as fast
   config.eval_batch_size = 500
@@ -27,6 +27,7 @@ def get_config(argument=""):
   config.model.depth = 6
   config.model.heads = 6
   config.data.name = "fashion_mnist"
+  config.data.augment = "flip"
   config.data.smoothing = 0.1
   config.optim.learning_rate = 3e-3         # the peak
   config.optim.b2 = 0.99
