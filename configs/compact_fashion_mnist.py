@@ -6,8 +6,8 @@ Data:     see configs/fashion_mnist.py, of which the dense model is.
 Stages:   measured on 1,024 training images, a plan for half of the MACs chosen, compacted,
           distilled for a tenth of the dense model's steps at a twentieth of its rate, folded,
           verified and timed.
-Hardware: two CPU cores.
-Cost:     TODO TFLOP
+Hardware: one CPU core.
+Cost:     6.89 TFLOP, without the teacher's forward passes
 Result:   docs/compaction.md has a table.
 """
 from configs import base, fashion_mnist

@@ -3,9 +3,12 @@
 Command:  python main.py --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
 Data:     Debian's package (apt install dataset-fashion-mnist), or its four files in a folder that
           FASHION_MNIST_DIR names. val is every tenth training image, and chose the recipe.
-Hardware: two CPU cores.
-Cost:     TODO TFLOP
-Result:   TODO
+Hardware: one CPU core.
+Cost:     68.9 TFLOP, 43 minutes beside other work; the data take next to nothing of it.
+Result:   test accuracy 89.95 % [89.35, 90.52], val 90.72 % (results/fashion_mnist_dense.json, its
+          receipt.json). The weights are results/fashion_mnist_dense.safetensors, in float16:
+          vitcompact convert runs/fashion_mnist/trained.safetensors --dtype float16 \\
+            --out results/fashion_mnist_dense.safetensors
 """
 from configs import base
 
@@ -16,7 +19,7 @@ def get_config(argument=""):
   config.total_steps = 24_000     # 14.2 epochs
   total = config.get_ref("total_steps")
   config.batch_size = 32          # many small steps: 64 images a step learned half as fast
-  config.eval_batch_size = 500
+  config.eval_batch_size = 504    # divides among 8 devices
   config.checkpoint_every = total // 5
   config.log_every = 200          # steps
   config.ema_half_life = 0.0462

@@ -227,7 +227,7 @@ class Fold:
     self.row("narrower dense model", lambda: vc.load(trained(config, self.runs / "narrow")))
 
   def run(self):
-    """What needs no training first."""
+    """All plans; what needs no training first."""
     self.row("dense", lambda: (self.model, self.variables))
     self.plan("uniform, by order", UNIFORM)
     report = self.report()
@@ -238,7 +238,6 @@ class Fold:
     self.spearman(report)
     for name in reversed(plans):
       self.distil(name, plans[name])
-    self.narrow()
 
 
 def add(file: pathlib.Path, found: dict):
@@ -340,8 +339,10 @@ def main():
     name = data.names[fold]
     runs = arguments.workdir / f"{name.replace(':', '_')}_seed_{arguments.seed}"
     found = Fold(data, name, arguments.seed, runs)
-    found.time() if arguments.what == "time" else found.run()
-    add(results_of(arguments.data), found.found)
+    stages = {"run": [found.run, found.narrow], "time": [found.time]}
+    for stage in stages[arguments.what]:
+      stage()
+      add(results_of(arguments.data), found.found)   # at once: the next one may take long
 
 
 if __name__ == "__main__":
