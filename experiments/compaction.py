@@ -155,7 +155,8 @@ def timed(report, model, variables, images) -> dict[str, Any]:
 
 
 class Fold:
-  """One fold: its dense model, and what was found so far, in found.json after each row."""
+  """One fold: its dense model, and what was found so far, in found.json and results/ after each
+  row."""
 
   def __init__(self, data: Data, name: str, seed: int, runs: pathlib.Path):
     self.data, self.name, self.seed, self.runs = data, name, seed, runs
@@ -182,6 +183,7 @@ class Fold:
 
   def save(self):
     self.file.write_text(json.dumps(self.found, indent=1))
+    add(results_of(self.name.partition(":")[0]), self.found)
 
   def plan(self, name: str, plan: vc.Plan, images=None):
     """The row of a plan, compacted without training."""
@@ -227,17 +229,18 @@ class Fold:
     self.row("narrower dense model", lambda: vc.load(trained(config, self.runs / "narrow")))
 
   def run(self):
-    """All plans; what needs no training first."""
+    """What needs no training first."""
     self.row("dense", lambda: (self.model, self.variables))
     self.plan("uniform, by order", UNIFORM)
     report = self.report()
-    plans = {"uniform, from images": UNIFORM, "uniform, 50 %": self.data.half,
-             "measured, 80 %": report.plan(macs=0.8), "measured, 50 %": report.plan(macs=0.5)}
+    plans = {"uniform, from images": UNIFORM, "measured, 80 %": report.plan(macs=0.8),
+             "uniform, 50 %": self.data.half, "measured, 50 %": report.plan(macs=0.5)}
     for name, plan in plans.items():
       self.plan(name, plan, self.images)
     self.spearman(report)
-    for name in reversed(plans):
+    for name in reversed(plans):   # the small ones, which have most to gain, first
       self.distil(name, plans[name])
+    self.narrow()
 
 
 def add(file: pathlib.Path, found: dict):
@@ -292,7 +295,7 @@ def table(folds: list[dict]) -> str:
 
 def described(folds: list[dict]) -> str:
   """The table of a data set, and what else was measured there."""
-  ranks = ", ".join(f"{fold['spearman']:.3f}" for fold in folds)
+  ranks = ", ".join(f"{fold['spearman']:.3f}" for fold in folds if "spearman" in fold)
   lines = [table(folds), "",
            f"{len(folds)} dense model{'s' * (len(folds) > 1)}. Predicted and measured KL of "
            f"{RANDOM_PLANS} random plans have a rank correlation (Spearman) of {ranks}."]
@@ -339,10 +342,7 @@ def main():
     name = data.names[fold]
     runs = arguments.workdir / f"{name.replace(':', '_')}_seed_{arguments.seed}"
     found = Fold(data, name, arguments.seed, runs)
-    stages = {"run": [found.run, found.narrow], "time": [found.time]}
-    for stage in stages[arguments.what]:
-      stage()
-      add(results_of(arguments.data), found.found)   # at once: the next one may take long
+    found.time() if arguments.what == "time" else found.run()
 
 
 if __name__ == "__main__":

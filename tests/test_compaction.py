@@ -70,3 +70,14 @@ def test_the_committed_model_is_that_of_its_config():
   sizes = compaction.DATA["fashion_mnist"].dense().model.to_dict()
   assert model == vc.create_model(sizes.pop("name"), num_classes=10, **sizes)
   assert vc.convert.classes_of(file)[9] == "Ankle boot"
+
+
+def test_each_row_is_in_results_at_once(tmp_path, monkeypatch):
+  """A run takes an hour, and may be ended before its last row."""
+  monkeypatch.setattr(compaction, "ROOT", tmp_path)
+  (tmp_path / "results").mkdir()
+  fold = object.__new__(compaction.Fold)
+  fold.name, fold.file, fold.judge = "digits:0", tmp_path / "found.json", lambda *_: ROW
+  fold.found = {"data": "digits:0", "seed": 0, "models": {}}
+  fold.row("dense", lambda: (None, None))
+  assert compaction.load(compaction.results_of("digits"))[0]["models"] == {"dense": ROW}
