@@ -285,6 +285,7 @@ def table(folds: list[dict]) -> str:
   for name, shown in NAMES.items():
     rows = [fold["models"][name] for fold in folds if name in fold["models"]]
     if not rows:
+      lines.append(f"| {shown} |  | not run |  |  |")
       continue
     mean = {key: statistics.mean(row[key] for row in rows) for key in ("macs", "accuracy", "kl")}
     gap = "" if name == "dense" else difference(rows)
@@ -296,9 +297,11 @@ def table(folds: list[dict]) -> str:
 def described(folds: list[dict]) -> str:
   """The table of a data set, and what else was measured there."""
   ranks = ", ".join(f"{fold['spearman']:.3f}" for fold in folds if "spearman" in fold)
-  lines = [table(folds), "",
-           f"{len(folds)} dense model{'s' * (len(folds) > 1)}. Predicted and measured KL of "
-           f"{RANDOM_PLANS} random plans have a rank correlation (Spearman) of {ranks}."]
+  lines = [table(folds), "", f"{len(folds)} dense model{'s' * (len(folds) > 1)}."]
+  lines += [f"Rank correlation (Spearman) of predicted and measured KL over {RANDOM_PLANS} random "
+            f"plans: {ranks or 'not run'}."]
+  if not any("timed" in fold for fold in folds):
+    lines += ["A plan for a speedup: not timed."]
   for fold in folds:
     if found := fold.get("timed"):
       lines.append(

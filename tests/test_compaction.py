@@ -23,7 +23,6 @@ def test_an_interval_is_of_pairs_over_the_images_of_all_folds():
   margin = 196 * (15 - 6 ** 2 / 202) ** 0.5 / 202
   assert f"| -3.00 ± {margin:.2f} |" in compaction.table(folds_with((4, 5), (0, 5)))
   assert "| +0.00 ± 1.92 |" in compaction.table(folds_with((0, 0)))   # none differs: not surely 0
-  assert "narrower" not in compaction.table(folds_with((0, 0)))       # what was not run has no row
 
 
 def test_a_judge_compares_image_by_image(monkeypatch):
@@ -81,3 +80,9 @@ def test_each_row_is_in_results_at_once(tmp_path, monkeypatch):
   fold.found = {"data": "digits:0", "seed": 0, "models": {}}
   fold.row("dense", lambda: (None, None))
   assert compaction.load(compaction.results_of("digits"))[0]["models"] == {"dense": ROW}
+
+
+def test_what_was_not_run_is_said_to_be():
+  text = compaction.described([{"models": {"dense": {**ROW, "gained": 0, "lost": 0}}}])
+  assert "12 random plans: not run." in text and "A plan for a speedup: not timed." in text
+  assert "| narrower dense model, trained as long |  | not run |  |  |" in text
