@@ -1,35 +1,71 @@
-"""What compacting costs in accuracy, step by step, on digits: every image is a test image once.
+"""What compacting costs in accuracy, step by step: on digits, where every image is a test image
+once, and on the 10,000 test images of Fashion-MNIST.
 
-  python -m experiments.compaction --workdir runs/compaction --out results/compaction_digits.json
+  python -m experiments.compaction --data digits --workdir runs/compaction
+  python -m experiments.compaction --data fashion_mnist --workdir runs/compaction
+  python -m experiments.compaction tables         # into docs/compaction.md, from results/
 
-For each of five folds a dense model is trained, and measured on its training images. Then, without
-training: half of the heads and factors in every block (20 % fewer MACs), by order and weights, and
-from images; the measured plans of 80 and of 50 % of the MACs. Two of them are distilled for a tenth
-of the dense model's steps. Beside them a narrower dense model of about half of the MACs, trained as
-long as the dense one. And 12 random plans, whose predicted and measured KL are compared by rank.
-The test split chooses nothing. Run again, it goes on.
+A dense model (trained for each of five folds of digits; committed in results/ of Fashion-MNIST) is
+measured on training images. Then, without training: half of the heads and factors in every block
+(20 % fewer MACs), by order and weights, and from images; the same with stronger factors (50 %); the
+measured plans of 80 and of 50 % of the MACs. All but the first are distilled for a tenth of the
+dense model's steps. Beside them a narrower dense model of about half of the MACs, trained as long
+as the dense one. 12 random plans, whose predicted and measured KL are compared by rank. A plan for
+a speedup, predicted and timed. The test split chooses nothing. Run again, it goes on.
 """
 import argparse
 import json
 import pathlib
 import statistics
 import warnings
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from scipy.stats import spearmanr
 
 import vitcompact as vc
-from configs import compact_digits, digits
+from configs import compact_digits, compact_fashion_mnist, digits, fashion_mnist
+from vitcompact import bench
 from vitcompact.measure import divergence
 from vitcompact.receipt import environment
 from vitcompact.run import loop, path
 from vitcompact.train import config as configs
 
-UNIFORM = vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())
-NARROW = 44            # width of a dense model of about half of the MACs
+ROOT = pathlib.Path(__file__).parent.parent
+IMAGES = 1024          # for calibration
 RANDOM_PLANS = 12
-DISTILLED = ("uniform, from images", "measured, 50 %")
+BATCH = 500            # of test images
+WRITTEN = "written by `python -m experiments.compaction tables` from results/"
+TIMED = {"speedup": 1.5, "batch": 32}
+ROUNDS = 5
+
+
+class Data(NamedTuple):
+  """A data set, its dense model, and models of equal MACs.
+
+  dense: its config; compact: that of distilling; names: of its folds; file: of trained weights;
+  narrow: width of a dense model of about half of the MACs; half: the plan of that many, the same
+  for all blocks.
+  """
+  dense: Any
+  compact: Any
+  names: tuple[str, ...]
+  narrow: int
+  half: vc.Plan
+  file: pathlib.Path | None = None
+
+
+UNIFORM = vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())
+DATA = {
+    "digits": Data(lambda: digits.get_config("dense"), compact_digits.get_config,
+                   tuple(f"digits:{fold}" for fold in range(5)), 44,
+                   vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN(rank_ratio=0.25, factor="both"))),
+    "fashion_mnist": Data(fashion_mnist.get_config, compact_fashion_mnist.get_config,
+                          ("fashion_mnist",), 42,
+                          vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN(rank_ratio=0.25, factor="both")),
+                          ROOT / "results/fashion_mnist_dense.safetensors"),
+}
 
 
 def trained(config, directory: pathlib.Path) -> pathlib.Path:
@@ -41,9 +77,9 @@ def trained(config, directory: pathlib.Path) -> pathlib.Path:
   return out
 
 
-def dense_config(fold: int, seed: int, width: int | None = None):
-  config = digits.get_config("dense")
-  config.data.name, config.seed = f"digits:{fold}", seed
+def dense_config(data: Data, name: str, seed: int, width: int | None = None):
+  config = data.dense()
+  config.data.name, config.seed = name, seed
   if width:
     config.model.width = width
   return config
@@ -60,20 +96,23 @@ class Judge:
 
   def __init__(self, config, model, variables):
     self.images = images_of(config, model, "test", 10_000)
-    self.labels = np.asarray([example["label"] for example in self._examples(config, model)])
+    source = path.pipeline.source(config.data.name, "test", image_size=model.image_size)
+    self.labels = np.asarray([source[i]["label"] for i in range(len(source))])
     self.dense = self._logits(model, variables)
     self.macs = vc.count(model).macs
 
-  def _examples(self, config, model):
-    source = path.pipeline.source(config.data.name, "test", image_size=(model.image_size,) * 2)
-    return [source[i] for i in range(len(source))]
-
   def _logits(self, model, variables):
-    return np.asarray(jax.jit(model.apply)(variables, self.images))
+    apply = jax.jit(model.apply)
+    return np.concatenate([apply(variables, self.images[start:start + BATCH])
+                           for start in range(0, len(self.images), BATCH)])
 
-  def __call__(self, model, variables) -> dict[str, float]:
+  def __call__(self, model, variables) -> dict[str, Any]:
+    """accuracy, kl, macs; of how many test images, and how many of them this model alone has right
+    (gained) or the dense model alone (lost)."""
     logits = self._logits(model, variables)
-    return {"accuracy": float(np.mean(logits.argmax(-1) == self.labels)),
+    right, before = logits.argmax(-1) == self.labels, self.dense.argmax(-1) == self.labels
+    return {"accuracy": float(np.mean(right)), "images": len(right),
+            "gained": int(np.sum(right & ~before)), "lost": int(np.sum(before & ~right)),
             "kl": divergence(self.dense, logits),
             "macs": vc.count(model.clone(deploy=True)).macs / self.macs}
 
@@ -89,73 +128,224 @@ def random_plan(report, rng) -> vc.Plan:
   return vc.Plan(blocks=blocks)
 
 
-def distilled(fold: int, seed: int, start: pathlib.Path, dense: pathlib.Path, plan, directory):
-  config = configs.complete(compact_digits.get_config())
-  config.data.name, config.seed, config.plan = f"digits:{fold}", seed, plan.to_json()
+def distilled(config, start: pathlib.Path, dense: pathlib.Path, plan, directory):
+  """The file of a compact model, trained from the dense one as data.compact says."""
+  config = configs.complete(config)
+  config.plan = plan.to_json()
   config.init_from, config.teacher.file, config.keep_start = str(start), str(dense), True
   config.compact.macs = 0.0
   return trained(config, directory)
 
 
-def fold_of(fold: int, seed: int, runs: pathlib.Path) -> dict:
-  """{"models": {name: facts}, "spearman": ...} of one fold."""
-  config = dense_config(fold, seed)
-  dense = trained(config, runs / "dense")
-  model, variables = vc.load(dense)
-  judge, images = Judge(config, model, variables), images_of(config, model, "train", 1024)
-  if not (runs / "report.json").exists():
-    vc.measure(model, variables, images, "full").save(runs)
-  report = vc.Report.load(runs)
-  found = {"dense": judge(model, variables)}
-  narrow = trained(dense_config(fold, seed, NARROW), runs / "narrow")
-  found["narrower dense model"] = judge(*vc.load(narrow))
-  plans = {"uniform, by order": UNIFORM, "uniform, from images": UNIFORM,
-           "measured, 80 %": report.plan(macs=0.8), "measured, 50 %": report.plan(macs=0.5)}
-  for name, plan in plans.items():
-    small, fitted = vc.compact(model, variables, plan, None if "order" in name else images)
-    found[name] = judge(small, fitted)
-    if name in DISTILLED:
-      start = runs / f"{name}.safetensors"
-      vc.save(start, small, fitted, force=True)
-      end = distilled(fold, seed, start, dense, plan, runs / f"distilled, {name}")
-      found[f"{name}, distilled"] = judge(*vc.load(end))
-  rng, pairs = np.random.default_rng(fold), []
-  for _ in range(RANDOM_PLANS):
-    plan = random_plan(report, rng)
-    measured = judge(*vc.compact(model, variables, plan, images))["kl"]
-    pairs.append((report.explain(plan).kl, measured))
-  return {"models": found, "spearman": float(spearmanr(*zip(*pairs, strict=True)).statistic)}
+def timed(report, model, variables, images) -> dict[str, Any]:
+  """A plan for a speedup, as predicted and as timed in turn with the dense model."""
+  plan = report.plan(**TIMED)
+  batch = images[:TIMED["batch"]]
+  small = vc.fold(*vc.compact(model, variables, plan, images))
+  calls = {name: bench.compiled(one.apply, values, batch).call
+           for name, (one, values) in {"dense": (model, variables), "plan": small}.items()}
+  found = bench.paired(calls, rounds=ROUNDS)
+  predicted, seconds = report.milliseconds(plan, TIMED["batch"]), found["plan"].seconds
+  dense = 1e3 * report.times(TIMED["batch"]).dense
+  return {**TIMED, "plan": json.loads(plan.to_json()), "processor": bench.processor(),
+          "predicted_ms": predicted, "timed_ms": 1e3 * seconds, "dense_ms_of_the_prediction": dense,
+          "dense_ms": 1e3 * found["dense"].seconds, "predicted_speedup": dense / predicted,
+          "timed_speedup": found["plan"].speedup, "least": found["plan"].low,
+          "most": found["plan"].high, "clock": found["plan"].clock, "load": found["plan"].load}
+
+
+class Fold:
+  """One fold: its dense model, and what was found so far, in found.json and results/ after each
+  row."""
+
+  def __init__(self, data: Data, name: str, seed: int, runs: pathlib.Path):
+    self.data, self.name, self.seed, self.runs = data, name, seed, runs
+    runs.mkdir(parents=True, exist_ok=True)
+    config = dense_config(data, name, seed)
+    self.dense = data.file or trained(config, runs / "dense")
+    self.model, self.variables = vc.load(self.dense)
+    self.images = images_of(config, self.model, "train", IMAGES)
+    self.judge = Judge(config, self.model, self.variables)
+    self.file = runs / "found.json"
+    self.found = {"data": name, "seed": seed, "models": {}}
+    if self.file.exists():
+      self.found = json.loads(self.file.read_text())
+
+  def row(self, name: str, make, plan=None):
+    """Judges the model that `make` returns, where that was not done before."""
+    if name not in self.found["models"]:
+      facts = self.judge(*make())
+      if plan is not None:
+        facts["plan"] = json.loads(plan.to_json())
+      self.found["models"][name] = facts
+      print(f"{self.name} {name}: {facts}", flush=True)
+      self.save()
+
+  def save(self):
+    self.file.write_text(json.dumps(self.found, indent=1))
+    add(results_of(self.name.partition(":")[0]), self.found)
+
+  def plan(self, name: str, plan: vc.Plan, images=None):
+    """The row of a plan, compacted without training."""
+    start = self.start(name)
+    if not start.exists():
+      vc.save(start, *vc.compact(self.model, self.variables, plan, images))
+    self.row(name, lambda: vc.load(start), plan)
+
+  def distil(self, name: str, plan: vc.Plan):
+    """The row of such a model after training."""
+    config = self.data.compact()
+    config.data.name, config.seed = self.name, self.seed
+    self.row(f"{name}, distilled", lambda: vc.load(distilled(
+        config, self.start(name), self.dense, plan, self.runs / f"distilled, {name}")))
+
+  def start(self, name: str) -> pathlib.Path:
+    return self.runs / f"{name}.safetensors"
+
+  def report(self):
+    if not (self.runs / "report.json").exists():
+      vc.measure(self.model, self.variables, self.images, "full").save(self.runs)
+    return vc.Report.load(self.runs)
+
+  def spearman(self, report):
+    """Rank correlation of predicted and measured KL over random plans."""
+    if "spearman" in self.found:
+      return
+    rng, pairs = np.random.default_rng(self.seed), []
+    for _ in range(RANDOM_PLANS):
+      plan = random_plan(report, rng)
+      measured = self.judge(*vc.compact(self.model, self.variables, plan, self.images))["kl"]
+      pairs.append((report.explain(plan).kl, measured))
+    self.found |= {"spearman": float(spearmanr(*zip(*pairs, strict=True)).statistic),
+                   "kl_pairs": pairs}
+    self.save()
+
+  def time(self):
+    self.found["timed"] = timed(self.report(), self.model, self.variables, self.images)
+    self.save()
+
+  def narrow(self):
+    config = dense_config(self.data, self.name, self.seed, self.data.narrow)
+    self.row("narrower dense model", lambda: vc.load(trained(config, self.runs / "narrow")))
+
+  def run(self):
+    """What needs no training first."""
+    self.row("dense", lambda: (self.model, self.variables))
+    self.plan("uniform, by order", UNIFORM)
+    report = self.report()
+    plans = {"uniform, from images": UNIFORM, "measured, 80 %": report.plan(macs=0.8),
+             "uniform, 50 %": self.data.half, "measured, 50 %": report.plan(macs=0.5)}
+    for name, plan in plans.items():
+      self.plan(name, plan, self.images)
+    self.spearman(report)
+    for name in reversed(plans):   # the small ones, which have most to gain, first
+      self.distil(name, plans[name])
+    self.narrow()
+
+
+def add(file: pathlib.Path, found: dict):
+  """Writes a fold into a file of results, in the place of one of the same data and seed."""
+  folds = {(fold["data"], fold["seed"]): fold for fold in load(file)}
+  folds[found["data"], found["seed"]] = {**environment(), **found}
+  file.write_text(json.dumps({"folds": [folds[key] for key in sorted(folds)]}, indent=1) + "\n")
+
+
+def load(file: pathlib.Path) -> list[dict]:
+  return json.loads(file.read_text())["folds"] if file.exists() else []
+
+
+NAMES = {
+    "dense": "dense",
+    "narrower dense model": "narrower dense model, trained as long",
+    "uniform, by order": "half of the heads and factors everywhere, by order",
+    "uniform, from images": "the same, from 1,024 images",
+    "uniform, from images, distilled": "the same, distilled for a tenth of the steps",
+    "uniform, 50 %": "half of the heads and stronger factors everywhere, from images",
+    "uniform, 50 %, distilled": "the same, distilled",
+    "measured, 80 %": "measured plan of 80 %",
+    "measured, 80 %, distilled": "the same, distilled",
+    "measured, 50 %": "measured plan of 50 %",
+    "measured, 50 %, distilled": "the same, distilled",
+}
+
+
+def difference(rows: list[dict]) -> str:
+  """From dense, in points, with its 95 % interval over all test images, pair by pair (Agresti and
+  Min's, which is not empty where no pair differs)."""
+  images, gained, lost = (sum(row[key] for row in rows) for key in ("images", "gained", "lost"))
+  total = images + 2
+  gained, lost = gained + 0.5, lost + 0.5
+  margin = 1.96 * (gained + lost - (gained - lost) ** 2 / total) ** 0.5 / total
+  return f"{100 * (gained - lost) / images:+.2f} ± {100 * margin:.2f}"
 
 
 def table(folds: list[dict]) -> str:
   lines = ["| model | MACs | test accuracy | difference from dense, points | KL |",
            "|---|---:|---:|---:|---:|"]
-  for name in folds[0]["models"]:
-    rows = [(fold["models"][name], fold["models"]["dense"]) for fold in folds]
-    gaps = [100 * (row["accuracy"] - dense["accuracy"]) for row, dense in rows]
-    spread = f" ± {2.78 * statistics.stdev(gaps) / len(gaps) ** 0.5:.2f}" if len(gaps) == 5 else ""
-    mean = {key: statistics.mean(row[key] for row, _ in rows) for key in rows[0][0]}
-    lines.append(f"| {name} | {100 * mean['macs']:.1f} % | {100 * mean['accuracy']:.2f} % | "
-                 f"{statistics.mean(gaps):+.2f}{spread} | {mean['kl']:.2g} |")
-  ranks = ", ".join(f"{fold['spearman']:.3f}" for fold in folds)
-  return "\n".join([*lines, "", f"Spearman of predicted and measured KL over {RANDOM_PLANS} random "
-                    f"plans: {ranks}."])
+  for name, shown in NAMES.items():
+    rows = [fold["models"][name] for fold in folds if name in fold["models"]]
+    if not rows:
+      lines.append(f"| {shown} |  | not run |  |  |")
+      continue
+    mean = {key: statistics.mean(row[key] for row in rows) for key in ("macs", "accuracy", "kl")}
+    gap = "" if name == "dense" else difference(rows)
+    lines.append(f"| {shown} | {100 * mean['macs']:.1f} % | {100 * mean['accuracy']:.2f} % | "
+                 f"{gap} | {mean['kl']:.2g} |")
+  return "\n".join(lines)
+
+
+def described(folds: list[dict]) -> str:
+  """The table of a data set, and what else was measured there."""
+  ranks = ", ".join(f"{fold['spearman']:.3f}" for fold in folds if "spearman" in fold)
+  lines = [table(folds), "", f"{len(folds)} dense model{'s' * (len(folds) > 1)}."]
+  lines += [f"Rank correlation (Spearman) of predicted and measured KL over {RANDOM_PLANS} random "
+            f"plans: {ranks or 'not run'}."]
+  if not any("timed" in fold for fold in folds):
+    lines += ["A plan for a speedup: not timed."]
+  for fold in folds:
+    if found := fold.get("timed"):
+      lines.append(
+          f"A plan for {found['speedup']:.2f} times the speed at batch {found['batch']}: predicted "
+          f"{found['predicted_ms']:.1f} ms, timed {found['timed_ms']:.1f} ms of "
+          f"{found['clock']} time, {found['timed_speedup']:.2f}x "
+          f"[{found['least']:.2f}, {found['most']:.2f}] as fast as the dense model in {ROUNDS} "
+          f"paired rounds (load {found['load']:.1f}, {found['processor']}).")
+  return "\n".join(lines)
+
+
+def rewrite():
+  """Puts the tables into docs/compaction.md."""
+  page = ROOT / "docs/compaction.md"
+  text = page.read_text()
+  for name in DATA:
+    if folds := load(results_of(name)):
+      begin, end = f"<!-- {name}: {WRITTEN} -->\n", f"<!-- end of {name} -->"
+      start, stop = text.index(begin) + len(begin), text.index(end)
+      text = f"{text[:start]}{described(folds)}\n{text[stop:]}"
+  page.write_text(text)
+
+
+def results_of(name: str) -> pathlib.Path:
+  return ROOT / f"results/compaction_{name}.json"
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--workdir", required=True)
-  parser.add_argument("--out", required=True)
-  parser.add_argument("--folds", type=int, default=5)
+  parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+  parser.add_argument("what", nargs="?", choices=["run", "time", "tables"], default="run")
+  parser.add_argument("--data", choices=list(DATA), default="digits")
+  parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/compaction"))
+  parser.add_argument("--folds", type=int, nargs="+", help="all where not given")
   parser.add_argument("--seed", type=int, default=0)
   arguments = parser.parse_args()
+  if arguments.what == "tables":
+    return rewrite()
   warnings.filterwarnings("ignore", "blocks_|compact without")
-  runs, folds = pathlib.Path(arguments.workdir), []
-  for fold in range(arguments.folds):
-    folds.append(fold_of(fold, arguments.seed, runs / f"fold_{fold}_seed_{arguments.seed}"))
-    pathlib.Path(arguments.out).write_text(json.dumps(
-        {"seed": arguments.seed, **environment(), "folds": folds}, indent=1))
-    print(table(folds), flush=True)
+  data = DATA[arguments.data]
+  for fold in arguments.folds or range(len(data.names)):
+    name = data.names[fold]
+    runs = arguments.workdir / f"{name.replace(':', '_')}_seed_{arguments.seed}"
+    found = Fold(data, name, arguments.seed, runs)
+    found.time() if arguments.what == "time" else found.run()
 
 
 if __name__ == "__main__":

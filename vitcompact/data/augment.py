@@ -188,6 +188,7 @@ def _pad_crop(image, rng, image_size):
 # data.augment -> (image, rng, (height, width)) -> image of that size
 IMAGES = {
     "none": _as_evaluated,
+    "flip": lambda image, rng, size: flip(_as_evaluated(image, rng, size), rng),
     "digits": lambda image, rng, size: small_affine(_as_evaluated(image, rng, size), rng),
     "flip_crop": _flip_crop,
     "colour_jitter": lambda image, rng, size: colour_jitter(_flip_crop(image, rng, size), rng),

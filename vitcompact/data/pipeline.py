@@ -17,11 +17,12 @@ The keys of a config's `data` section (all must be there; nothing has a hidden d
 
 The last four are for `batch.py`, on the device; it mixes in groups that are the replicas.
 
-What `augment` does: "digits" turns, scales and shifts a little; "flip_crop" is a random resized
-crop and a flip; "randaugment" is these two and then RandAugment, which is DeiT's recipe up to
-normalising; "pad_crop" is the same with a shift by up to 4 pixels in place of the crop, for images
-of 32 pixels; "colour_jitter" is flip_crop with jitter; "token_labels" is LV-ViT's, with its labels
-of places (labels.py). "none" resizes and crops as in evaluation, without a margin.
+What `augment` does: "flip" mirrors every other image; "digits" turns, scales and shifts a little;
+"flip_crop" is a random resized crop and a flip; "randaugment" is these two and then RandAugment,
+which is DeiT's recipe up to normalising; "pad_crop" is the same with a shift by up to 4 pixels in
+place of the crop, for images of 32 pixels; "colour_jitter" is flip_crop with jitter; "token_labels"
+is LV-ViT's, with its labels of places (labels.py). "none" resizes and crops as in evaluation,
+without a margin.
 """
 import dataclasses
 from collections.abc import Iterable
