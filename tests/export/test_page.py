@@ -120,7 +120,7 @@ def test_an_image_is_classified_timed_and_its_survivors_drawn(opened, files, pro
     assert [row[i + 1] for row in seen[:5]] == [f"{CLASSES[k]}: {100 * chances[k]:.2f}%"
                                                 for k in order]
     if kept:
-      assert results[i]["kept"] == kept[0][0].tolist() and 0 < kept[0].sum() < 64
+      assert results[i]["kept"] == kept[0][0].tolist() and kept[0].sum() == 39   # 0.6 of 64
       # White over a patch makes it lighter: by how much is seen against the other model's picture.
       same, drawn = (np.array(opened.run(
           f"[...document.querySelectorAll('canvas')[{j}].getContext('2d')"
@@ -139,7 +139,7 @@ def test_an_image_is_classified_timed_and_its_survivors_drawn(opened, files, pro
 
 
 @pytest.mark.parametrize(("size", "mode", "fields"), [
-    ((100, 75), "RGB", {"crop": 0.875}), ((75, 100), "RGB", {"interpolation": "bilinear"}),
+    ((100, 74), "RGB", {"crop": 0.875}), ((75, 100), "RGB", {"interpolation": "bilinear"}),
     ((203, 100), "RGB", {"image_size": [48, 64], "crop": 0.9, "interpolation": "lanczos"}),
     ((100, 75), "L", {"mean": [0.5], "std": [0.5], "crop": 0.95, "interpolation": "box"}),
     ((100, 75), "RGB", {"mean": [0.5], "std": [0.5], "interpolation": "hamming"}),
@@ -204,9 +204,9 @@ def altered(file, folder, **metadata):
 
 @pytest.fixture
 def no_runtime(tmp_path):
-  """A folder that holds files of the right names."""
+  """A folder that holds files of the right names, large ones."""
   for name in (page.SCRIPT, page.WEBASSEMBLY):
-    (tmp_path / name).write_bytes(b"something")
+    (tmp_path / name).write_bytes(np.random.default_rng(0).bytes(1 << 20))
   return tmp_path
 
 
