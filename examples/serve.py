@@ -43,11 +43,13 @@ def classify(image):
 
 class Handler(http.server.BaseHTTPRequestHandler):
   def do_POST(self):
+    body = self.rfile.read(int(self.headers["Content-Length"] or 0))
     try:
-      body = self.rfile.read(int(self.headers["Content-Length"] or 0))
-      status, answer = 200, classify(Image.open(io.BytesIO(body)))
-    except (OSError, ValueError) as error:   # what Pillow raises of a damaged file
+      image = Image.open(io.BytesIO(body)).convert("RGB")
+    except Exception as error:   # there is no list of what a damaged file makes Pillow raise
       status, answer = 400, {"error": f"the body must be an image: {error}"}
+    else:
+      status, answer = 200, classify(image)
     self.send_response(status)
     self.send_header("Content-Type", "application/json")
     self.end_headers()

@@ -82,7 +82,7 @@ def test_what_is_no_image_is_said(served):
 
 
 @pytest.mark.parametrize(("size", "fields"), [
-    ((640, 427), {}), ((427, 640), {"interpolation": "bilinear"}), ((64, 64), {}),
+    ((640, 425), {}), ((425, 640), {"interpolation": "bilinear"}), ((64, 64), {}),
     ((640, 427), {"image_size": (48, 64), "crop": 0.9}), ((32, 32), {"image_size": (32, 32)}),
     ((640, 427), {"mean": (0.5,), "std": (0.25,)}),
 ])

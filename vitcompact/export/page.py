@@ -83,10 +83,9 @@ def _told(file, content: bytes) -> dict:
     import onnx
   except ImportError:
     raise ValueError(f"ONNX files need onnx, which is not installed; {EXTRA}") from None
-  from google.protobuf.message import DecodeError
   try:
     model = onnx.load_model_from_string(content)
-  except DecodeError:
+  except Exception:   # protobuf's own, of a package that onnx brings
     raise ValueError(f"{file} is no ONNX file; name one that vc.export wrote") from None
   about = {entry.key: entry.value for entry in model.metadata_props}
   outputs = [output.name for output in model.graph.output]
