@@ -49,9 +49,11 @@ def files(programs, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def runtime(request) -> pathlib.Path:
+def runtime(request, tmp_path_factory) -> pathlib.Path:
   """The two files of onnxruntime-web that a page holds; fetched once, kept in pytest's cache."""
-  folder = request.config.cache.mkdir("onnxruntime-web") / page.VERSION
+  cache = getattr(request.config, "cache", None)   # it can be turned off
+  place = cache.mkdir if cache else tmp_path_factory.mktemp
+  folder = place("onnxruntime-web") / page.VERSION
   if not folder.exists():
     if not shutil.which("npm"):
       pytest.skip("no npm on PATH, which fetches onnxruntime-web")
