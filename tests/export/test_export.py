@@ -204,6 +204,26 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(options, said, sma
   assert (tmp_path / "there.onnx").read_text() == "mine" and len(os.listdir(tmp_path)) == 1
 
 
+def test_what_onnx_lacks_is_told_with_the_block_that_needs_it(monkeypatch, tmp_path):
+  """As a method of somebody's own may."""
+  from jax2onnx.plugins import plugin_system
+
+  from vitcompact.export import onnx_operators
+
+  with onnx_operators.known():
+    pass   # translations are listed when first asked for
+  monkeypatch.delitem(plugin_system.PLUGIN_REGISTRY, "top_k")
+  with pytest.raises(ValueError, match=r"ONNX has no 'top_k', which blocks_0/links needs") as error:
+    vc.export(*model_of(PLANS["grid, EViT, blocks"]), tmp_path / "a.onnx")
+  assert "\n" not in str(error.value) and os.listdir(tmp_path) == []
+
+
+def test_weights_beyond_what_a_file_holds_are_refused(small, tmp_path, monkeypatch):
+  monkeypatch.setattr(onnx_file, "MOST", 1000)
+  with pytest.raises(ValueError, match=r"GB of weights, and an ONNX file holds 0\.0: export it to"):
+    vc.export(*small, tmp_path / "a.onnx")
+
+
 def test_a_missing_extra_is_named(small, tmp_path, monkeypatch):
   monkeypatch.setitem(__import__("sys").modules, "jax2onnx", None)
   with pytest.raises(ValueError, match="need jax2onnx, which is not installed"):

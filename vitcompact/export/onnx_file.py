@@ -1,14 +1,20 @@
 """ONNX files, made by jax2onnx."""
+import contextlib
 import logging
 import pathlib
+import re
 import warnings
+from typing import NamedTuple
 
+import jax
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 from vitcompact.export.program import INPUT, PORTABLE, Program
 
 SUFFIX = ".onnx"
 OPSET = 20   # Gelu came with it; every runtime of the last years reads it
+MOST = 2 ** 31 - 2 ** 20   # bytes: a protocol buffer's limit, and room for the graph
 EXTRA = "pip install 'vitcompact[export]'"
 
 
@@ -20,7 +26,11 @@ def write(program: Program, path: pathlib.Path):
 
 
 def model_of(program: Program):
-  """The `onnx.ModelProto` of a program, checked."""
+  """The `onnx.ModelProto` of a program, checked.
+
+  Raises ValueError, one line, where something is not installed, is too large, or has no form in
+  ONNX.
+  """
   try:
     import jax2onnx
     import onnx
@@ -28,37 +38,62 @@ def model_of(program: Program):
     from vitcompact.export import onnx_operators
   except ImportError as error:
     raise ValueError(f"ONNX files need {error.name}, which is not installed; {EXTRA}") from None
-  height, width, channels = program.image_shape
+  if (size := sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(program.variables))) > MOST:
+    raise ValueError(f"{program.model.variant} has {size / 1e9:.1f} GB of weights, and an ONNX "
+                     f"file holds {MOST / 1e9:.1f}: export it to .stablehlo")
   batch = "batch" if program.batch is None else program.batch
   run = program.on(PORTABLE, "plain")
-  spec = shape_of((batch, height, width, channels), program.dtype)
+  images = Images((batch, *program.image_shape), program.dtype)
   with warnings.catch_warnings(), quiet("onnx_ir"), onnx_operators.known():
     warnings.filterwarnings("ignore", message="Explicitly requested dtype")
-    model = jax2onnx.to_onnx(lambda images: run(program.variables, images), [spec],
-                             model_name=program.model.variant, opset=OPSET, input_names=[INPUT],
-                             output_names=program.outputs)
+    try:
+      model = jax2onnx.to_onnx(lambda images: run(program.variables, images), [images],
+                               model_name=program.model.variant, opset=OPSET,
+                               input_names=[INPUT], output_names=program.outputs)
+    except NotImplementedError as error:
+      raise ValueError(_refusal(program, str(error))) from error
   for key, value in program.about().items():
     model.metadata_props.add(key=key, value=value)
   onnx.checker.check_model(model)
   return model
 
 
-class shape_of:
-  """The shape and dtype of an array, some of whose axes are names."""
+class Images(NamedTuple):
+  """The shape of a batch, whose number may be a name, and its dtype."""
+  shape: tuple
+  dtype: np.dtype
 
-  def __init__(self, shape, dtype):
-    self.shape, self.dtype = shape, np.dtype(dtype)
+
+@contextlib.contextmanager
+def quiet(name: str):
+  """A context in which a library's log tells errors alone."""
+  log = logging.getLogger(name)
+  level = log.level
+  log.setLevel(logging.ERROR)
+  try:
+    yield
+  finally:
+    log.setLevel(level)
 
 
-class quiet:
-  """A context in which a library's log keeps its warnings."""
+def _refusal(program: Program, said: str) -> str:
+  """What has no form in ONNX, and which block needs it."""
+  named = re.search(r"primitive '(\S+?)'", said)
+  if named is None:
+    return f"ONNX: {said}; export to .stablehlo, which runs wherever JAX does"
+  images = jax.ShapeDtypeStruct((program.batch or 1, *program.image_shape), program.dtype)
+  traced = jax.make_jaxpr(program.on(PORTABLE, "plain"))(program.variables, images)
+  # The path of modules, without the model itself.
+  where = [path.partition("/")[2] for path in _users(traced.jaxpr, named[1]) if "/" in path]
+  return (f"ONNX has no {named[1]!r}, which {where[0] if where else program.model.variant} needs: "
+          "export to .stablehlo, which runs wherever JAX does, or make that block dense")
 
-  def __init__(self, name: str):
-    self.log = logging.getLogger(name)
 
-  def __enter__(self):
-    self.level = self.log.level
-    self.log.setLevel(logging.ERROR)
-
-  def __exit__(self, *_):
-    self.log.setLevel(self.level)
+def _users(jaxpr, primitive: str, path: str = ""):
+  """Paths of the modules that a primitive is used in."""
+  for eqn in jaxpr.eqns:
+    here = "/".join(filter(None, (path, str(eqn.source_info.name_stack))))
+    if eqn.primitive.name == primitive:
+      yield here
+    for inner in jaxprs_in_params(eqn.params):
+      yield from _users(inner, primitive, here)
