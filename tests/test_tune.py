@@ -8,7 +8,7 @@ from jax import export
 
 import vitcompact as vc
 from tests import tiny
-from vitcompact import attention, convert, trees
+from vitcompact import attention, bench, convert, trees
 
 tuning = importlib.import_module("vitcompact.tune")   # `vitcompact.tune` is the function
 PLAN = vc.Plan(heads=vc.HMHSA(), tokens=vc.ToMe(r=4),
@@ -194,3 +194,23 @@ def test_only_a_folded_model_is_tuned():
     vc.tune(model, {}, None)
   with pytest.raises(ValueError, match="rounds=0: must be a whole number of at least 1"):
     vc.tune(model.clone(deploy=True), {}, None, rounds=0)
+
+
+@pytest.mark.parametrize("low, merged", [(1.01, 2), (0.99, 0)])
+def test_factors_are_chosen_in_the_runtime_that_will_be_used(low, merged, monkeypatch):
+  """Both layers of a size together, where every round says that one matrix is faster."""
+  pytest.importorskip("jax2onnx")
+  model = tiny.deit(vc.Plan(ffn=vc.CFFN(branches=2)))
+  model, variables = vc.fold(model, tiny.init(model))
+  images, seen = tiny.images(model), []
+
+  def paired(calls, **_):
+    seen.extend(call() for call in calls.values())
+    return {name: bench.Timing(1.0, 1.5, low, 2.0, "cpu", 0.0) for name in calls}
+
+  monkeypatch.setattr(bench, "paired", paired)
+  chosen, own = vc.tune(model, variables, images, runtime="ort")
+  assert len(chosen.execution.merged) == merged and len(seen) == 2
+  wanted = model.apply(variables, images)
+  for logits in (*seen, chosen.apply(own, images)):
+    np.testing.assert_allclose(logits, wanted, atol=1e-5)

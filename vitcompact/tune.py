@@ -1,6 +1,9 @@
 """tune: choices between forms of one function, made by measuring them on this device."""
 import dataclasses
+import functools
 import importlib.util
+import pathlib
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -41,7 +44,7 @@ class AttentionCall(NamedTuple):
   sized: bool              # keys count as several
 
 
-def tune(deploy: nn.Module, variables, images, *, rounds: int = 5):
+def tune(deploy: nn.Module, variables, images, *, rounds: int = 5, runtime: str | None = None):
   """Returns (deployed model, its variables): the same function in the forms that run fastest here.
 
   For the batch: all of it at once, or in chunks (on a CPU). For every factorised layer of an FFN,
@@ -54,6 +57,8 @@ def tune(deploy: nn.Module, variables, images, *, rounds: int = 5):
   Args:
     deploy: a folded model; images: (B, H, W, C), normalised, in the batch size that is to be fast.
     rounds: of measurement, in which the forms alternate.
+    runtime: None: XLA, on this device. "ort" or "openvino": the model's factorised layers are two
+      factors or one matrix, whichever is faster in that runtime, for `vc.export`.
   """
   check_model(deploy)
   if not deploy.deploy:
@@ -63,6 +68,8 @@ def tune(deploy: nn.Module, variables, images, *, rounds: int = 5):
     raise ValueError(f"rounds={given(rounds)}: must be a whole number of at least 1; a "
                      "median wants 5")
   check_fitting(deploy, variables, images)
+  if runtime not in (None, "xla"):
+    return with_forms(deploy, variables, merged_in(runtime, deploy, variables, images, rounds))
   # What was chosen before, for another device perhaps, is no starting point.
   deploy = deploy.clone(execution=Execution(merged=deploy.execution.merged))
   deploy = with_chunk(deploy, best_chunk(deploy, variables, images, rounds))
@@ -70,6 +77,33 @@ def tune(deploy: nn.Module, variables, images, *, rounds: int = 5):
   best = {call: best_form(call, rounds) for call in dict.fromkeys(calls.values())}
   chosen = {path: best[call] for path, call in calls.items() if best[call]}
   return with_forms(deploy, variables, chosen)
+
+
+def merged_in(runtime: str, deploy: nn.Module, variables, images, rounds: int):
+  """{path: MATRIX} of the factorised layers that are faster as one matrix in a runtime.
+
+  Layers of one size are tried together, in the whole model: a runtime fuses what stands around one.
+  """
+  from vitcompact import runtimes
+  from vitcompact.export import onnx_file
+  from vitcompact.export.program import Program
+  from vitcompact.preprocess import preprocess
+
+  alike: dict[FactorisedCall, list] = {}
+  for path, call in calls_with_forms(deploy, variables, images).items():
+    if isinstance(call, FactorisedCall):
+      alike.setdefault(call, []).append(path)
+  tried = {None: {}, **{call: dict.fromkeys(paths, MATRIX) for call, paths in alike.items()}}
+  shown, calls = np.asarray(images, np.float32), {}
+  with tempfile.TemporaryDirectory() as folder:
+    for i, (call, chosen) in enumerate(tried.items()):
+      path = pathlib.Path(folder, f"{i}.onnx")
+      model, own = with_forms(deploy, variables, chosen)
+      onnx_file.write(Program(model, own, preprocess(model)), path)
+      calls[call] = functools.partial(runtimes.opened(path, runtime), shown)
+    timing = bench.paired(calls, rounds=rounds, min_seconds=0.05)
+  # Of a whole model: a gain of one kind of layer is small, but as sure as its rounds agree.
+  return {path: MATRIX for call, paths in alike.items() if timing[call].low > 1 for path in paths}
 
 
 def with_chunk(model: nn.Module, chunk: int | None) -> nn.Module:

@@ -251,11 +251,13 @@ def test_the_command(small, tmp_path):
   assert "differs by" in said and runtimes.opened(out).classes[9] == "class 9"
   assert "exists; give another name" in command.fails("export", source, out)
   command.succeeds("export", source, "--to", "stablehlo", "--out", tmp_path / "b.stablehlo")
+  assert "same class on 100%" in command.succeeds("export", source, tmp_path / "c.onnx", "--tune")
+  assert "--tune times ONNX Runtime and OpenVINO, which read .onnx, .xml" in command.fails(
+      "export", source, tmp_path / "d.stablehlo", "--tune")
   head, _, *rows = command.succeeds("bench", source, out, "--runtime", "xla,ort", "--batch", 1,
                                     "--rounds", 1, "--threads", 1).splitlines()
   cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if row[:1] == "|"]
-  assert [row[1].split(" 1.")[0] for row in cells] == ["XLA", "XLA", "ONNX Runtime",
-                                                       "ONNX Runtime", "ONNX Runtime"]
+  assert [row[1] for row in cells] == ["XLA", "XLA", *["ONNX Runtime"] * 3]
   assert all(len(row) == len(head.strip("|").split("|")) for row in cells)
   assert [row[6] for row in cells[::2][:2]] == ["1", "1"] and cells[1][7].endswith("%")
   assert "must be of xla" in command.fails("bench", source, "--runtime", "tensorrt")

@@ -9,7 +9,10 @@ import click
 
 COLUMNS = ("model", "runtime", "parameters", "MACs", "ms", "images/s", "speed, dense = 1",
            "of the MACs' ratio")
-RUNTIMES = ("xla", "ort", "openvino")
+# {as it is asked for: (the runtime, its precision, its name in the table)}
+RUNTIMES = {"xla": ("xla", "float32", "XLA"), "ort": ("ort", "float32", "ONNX Runtime"),
+            "openvino": ("openvino", "float32", "OpenVINO"),
+            "openvino-bf16": ("openvino", "bfloat16", "OpenVINO, bfloat16")}
 
 
 class Row(NamedTuple):
@@ -71,19 +74,21 @@ def forward(model, batch: int, runtime: str = "xla", threads: int | None = None,
     return bench.compiled(model.apply, variables, images).call
   path = pathlib.Path(folder, f"{len(list(pathlib.Path(folder).iterdir()))}.onnx")
   onnx_file.write(Program(model, variables, vc.preprocess(model)), path)
-  run = runtimes.opened(path, runtime, threads=threads)
+  runtime, precision, _ = RUNTIMES[runtime]
+  run = runtimes.opened(path, runtime, threads=threads, precision=precision)
   return lambda: run(images)
 
 
-def exported(path, batch: int, runtime: str | None, threads: int | None) -> Row:
+def exported(path, batch: int, runtime: str, threads: int | None) -> Row:
   """A file of `vitcompact export`, on random images."""
   import numpy as np
 
   from vitcompact import runtimes
 
-  run = runtimes.opened(path, runtime, threads=threads)
+  runtime, precision, name = RUNTIMES[runtime]
+  run = runtimes.opened(path, runtime, threads=threads, precision=precision)
   images = np.random.default_rng(0).normal(size=(batch, *run.shape)).astype(run.dtype)
-  return Row(str(path), run.runtime, None, lambda: run(images))
+  return Row(str(path), name, None, lambda: run(images))
 
 
 def timed(names, plans, image_size, batch, asked, threads, folder) -> list[Row]:
@@ -94,14 +99,16 @@ def timed(names, plans, image_size, batch, asked, threads, folder) -> list[Row]:
   rows = []
   for name in names:
     if name in files:
-      fitting = [runtime for runtime in asked
-                 if pathlib.Path(name).suffix in runtimes.RUNTIMES[runtime]]
-      rows += [exported(name, batch, runtime, threads) for runtime in fitting or [None]]
+      reads = {runtime: pathlib.Path(name).suffix in runtimes.RUNTIMES[RUNTIMES[runtime][0]]
+               for runtime in RUNTIMES}
+      fitting = [runtime for runtime in asked if reads[runtime]] or [
+          next(runtime for runtime in RUNTIMES if reads[runtime])]
+      rows += [exported(name, batch, runtime, threads) for runtime in fitting]
       continue
     models = candidates(name, plans, image_size)
     for runtime in asked:
       rows += [Row(label if len(names) == 1 or label == name else f"{name}, {label}",
-                   runtimes.NAMES[runtime], model, forward(model, batch, runtime, threads, folder))
+                   RUNTIMES[runtime][2], model, forward(model, batch, runtime, threads, folder))
                for label, model in models.items()]
   return rows
 
@@ -142,7 +149,7 @@ def table(rows: list[Row], batch: int, rounds: int, clock=None) -> list[tuple]:
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True,
               help="How often each model takes its turn.")
 @click.option("--runtime", default="xla", show_default=True,
-              help="xla, ort (ONNX Runtime), openvino; several with commas between.")
+              help="xla, ort (ONNX Runtime), openvino, openvino-bf16; several with commas between.")
 @click.option("--threads", type=click.IntRange(1),
               help="Of ONNX Runtime and OpenVINO.  [default: as many as they like]")
 @click.option("--wall", is_flag=True, help="Time by the clock, not by CPU seconds.")

@@ -1,6 +1,8 @@
 """vitcompact export: a model as a file for another runtime."""
 import click
 
+TUNED = {".onnx": "ort", ".xml": "openvino"}   # {suffix: the runtime in which --tune times}
+
 
 @click.command()
 @click.argument("file")
@@ -15,12 +17,14 @@ import click
               "calibrated on images of DATA: folder:PATH, digits, ... as in training.")
 @click.option("--images", "count", type=click.IntRange(1), default=128, show_default=True,
               help="How many images --int8 takes.")
-@click.option("--tokens", is_flag=True, help="A second output tells which patches survive (ONNX).")
+@click.option("--tokens", is_flag=True, help="A second output: which patches survive (ONNX).")
+@click.option("--tune", is_flag=True, help="Make factorised layers one matrix where that is faster "
+              "in the file's runtime.")
 @click.option("--tolerance", type=click.FloatRange(0, min_open=True),
               help="Of differences, as a share of the largest logit.  [default: 1e-5 for float32]")
 @click.option("--force", is_flag=True, help="Overwrite a file that exists.")
-def export(file, out, to, named, batch, pixels, half, calibration, count, tokens, tolerance,
-           force):
+def export(file, out, to, named, batch, pixels, half, calibration, count, tokens, tune,
+           tolerance, force):
   """Write FILE as OUT for another runtime, and compare the two.
 
   \b
@@ -49,16 +53,33 @@ def export(file, out, to, named, batch, pixels, half, calibration, count, tokens
       raise click.UsageError("name the file to write, or its format with --to.")
     out = pathlib.Path(source).with_suffix(FORMATS[to].suffix).name
   checked_path(out, to, force)
+  runtime = TUNED.get(pathlib.Path(out).suffix)
+  if tune and runtime is None:
+    raise ValueError(f"{out}: --tune times ONNX Runtime and OpenVINO, which read "
+                     f"{', '.join(TUNED)}; vc.tune chooses for XLA")
   model, variables = vc.load(source)
   preprocess = vc.preprocess(source)
   if not model.deploy:
     click.echo(f"{file} is in training form: it is folded", err=True)
   if pathlib.Path(out).suffix in (".onnx", ".xml"):
     click.echo("translating (the first time, jax2onnx takes some seconds to start) ...", err=True)
+  if tune:
+    model, variables = tuned(model, variables, preprocess, runtime, batch)
   int8 = calibration and images_of(source, model, calibration, count)
   click.echo(vc.export(model, variables, out, to=to, batch=batch, pixels=pixels, half=half,
                        classes=convert.classes_of(source), preprocess=preprocess, int8=int8,
                        tokens=tokens, tolerance=tolerance, force=force))
+
+
+def tuned(model, variables, preprocess, runtime: str, batch: int | None):
+  """The folded model in the forms that are fastest in a runtime, and its variables."""
+  import vitcompact as vc
+  from vitcompact.export import photographs
+
+  images = preprocess.normalise(photographs(preprocess, batch or 8))
+  model, variables = vc.tune(*vc.fold(model, variables), images, runtime=runtime)
+  click.echo(f"one matrix: {', '.join(model.execution.merged) or 'no layer'}", err=True)
+  return model, variables
 
 
 def images_of(file: str, model, name: str, count: int):
