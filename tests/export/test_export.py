@@ -169,6 +169,18 @@ def test_int8_is_calibrated_and_says_what_it_loses(small, tmp_path):
   assert os.listdir(tmp_path) == ["a.onnx"]
 
 
+def test_the_page_shows_what_8_bits_were_measured_to_cost():
+  from experiments import int8
+
+  page = (int8.ROOT / "docs/deploying.md").read_text()
+  assert int8.table(json.loads(int8.OUT.read_text())) in page
+  names = [f"node {i}" for i in range(14)]
+  found = int8.kinds(names, depth=2)
+  assert found["fc2"] == ["node 6", "node 12"] and found["head"] == ["node 13"]
+  assert sorted(name for kind, nodes in found.items() if kind != "all" for name in nodes) == sorted(
+      names)
+
+
 def test_a_file_that_computes_something_else_is_not_left(small, tmp_path, monkeypatch):
   real = runtimes.opened
 

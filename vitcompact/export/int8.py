@@ -1,7 +1,8 @@
 """ONNX with matrices of 8 bits: weights by channel, activations by ranges seen on images.
 
 Products with weights are quantised, by ONNX Runtime's own tool; softmax, norms, GELU and the
-products of attention keep float32: they are few of the operations, and lose most.
+products of attention keep float32. `python -m experiments.int8` measures what each kind of product
+loses.
 """
 import pathlib
 
@@ -12,8 +13,11 @@ from vitcompact.export.program import INPUT, Program
 BATCH = 8
 
 
-def write(path: pathlib.Path, program: Program, images):
-  """Quantises the ONNX file at a path in place, calibrated on normalised images."""
+def write(path: pathlib.Path, program: Program, images, names=None):
+  """Quantises the ONNX file at a path in place, calibrated on normalised images.
+
+  names: of the nodes; None: all of `products_with_weights`.
+  """
   import logging
 
   from onnxruntime import quantization
@@ -25,7 +29,8 @@ def write(path: pathlib.Path, program: Program, images):
   if program.pixels:
     raise ValueError("int8 with pixels=True: calibrate a file of normalised images; leave pixels "
                      "out")
-  names = products_with_weights(path)
+  found = products_with_weights(path)
+  names = found if names is None else names
   if not names:
     raise ValueError("int8: the file has no product with weights to quantise")
   done = path.with_suffix(".int8.onnx")

@@ -52,10 +52,31 @@ def model_of(program: Program):
                                input_names=[INPUT], output_names=program.outputs)
     except NotImplementedError as error:
       raise ValueError(_refusal(program, str(error))) from error
+  transpose_weights(model.graph)
   for key, value in program.about().items():
     model.metadata_props.add(key=key, value=value)
   onnx.checker.check_model(model)
   return model
+
+
+def transpose_weights(graph):
+  """Kernels of convolutions as they are used: quantisers look for weights, not for what is made of
+  them."""
+  from onnx import numpy_helper
+
+  weights = {tensor.name: tensor for tensor in graph.initializer}
+  for node in [node for node in graph.node if node.op_type == "Transpose"]:
+    if node.input[0] in weights:
+      order = next(list(attribute.ints) for attribute in node.attribute
+                   if attribute.name == "perm")
+      array = numpy_helper.to_array(weights[node.input[0]]).transpose(order)
+      graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array),
+                                                       node.output[0]))
+      graph.node.remove(node)
+  used = {name for node in graph.node for name in node.input}
+  for tensor in weights.values():
+    if tensor.name not in used:
+      graph.initializer.remove(tensor)
 
 
 class Images(NamedTuple):
