@@ -62,6 +62,7 @@ def turn(x_bnhd, angles_nd, neighbours: bool = False):
     first, second = jnp.split(x_bnhd.astype(jnp.float32), 2, axis=-1)
   turned = first * cos - second * sin, second * cos + first * sin
   if neighbours:
-    return jnp.stack(turned, axis=-1).reshape(x_bnhd.shape).astype(x_bnhd.dtype)
+    pairs = jnp.concatenate([x[..., None] for x in turned], axis=-1)   # ONNX files know no stack
+    return pairs.reshape(x_bnhd.shape).astype(x_bnhd.dtype)
   return jnp.concatenate(turned, axis=-1).astype(x_bnhd.dtype)
 

@@ -12,6 +12,7 @@ import numpy as np
 RUNTIMES = {"xla": (".stablehlo", ".safetensors"), "ort": (".onnx",),
             "openvino": (".xml", ".onnx")}
 NAMES = {"xla": "XLA", "ort": "ONNX Runtime", "openvino": "OpenVINO"}
+ORT_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 EXTRA = "pip install 'vitcompact[export]'"
 
 
@@ -19,15 +20,20 @@ EXTRA = "pip install 'vitcompact[export]'"
 class Runner:
   """images (B, H, W, C), as the file takes them -> logits (B, classes).
 
-  about: what the file tells; shape, dtype: of an image.
+  about: what the file tells; shape, dtype: of an image; batch: how many it takes at once, None: any
+  number.
   """
   runtime: str
   call: Callable
   about: dict[str, str]
   shape: tuple[int, ...]
   dtype: np.dtype
+  batch: int | None = None
 
   def __call__(self, images) -> np.ndarray:
+    if self.batch not in (None, len(images)):
+      raise ValueError(f"the file takes {self.batch} images at a time, and here are {len(images)}: "
+                       "give it as many, or export it with any number")
     return np.asarray(self.call(np.ascontiguousarray(images, self.dtype)))
 
   @property
@@ -82,8 +88,9 @@ def _xla(path, threads, precision) -> Runner:
 
     program, about = stablehlo_file.read(path)
     (image,) = program.in_avals
+    batch, *shape = image.shape
     return Runner(f"XLA on a {jax.default_backend()}", jax.jit(program.call), about,
-                  tuple(image.shape[1:]), np.dtype(image.dtype))
+                  tuple(shape), np.dtype(image.dtype), batch if isinstance(batch, int) else None)
   from vitcompact import convert
   from vitcompact.export.program import Program
   from vitcompact.preprocess import preprocess
@@ -110,11 +117,15 @@ def _ort(path, threads, precision) -> Runner:
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
   except Exception as error:   # of many classes of its own
     raise ValueError(f"ONNX Runtime does not take {path}: {str(error).splitlines()[0]}") from None
-  image, names = session.get_inputs()[0], [out.name for out in session.get_outputs()]
-  dtype = np.dtype(np.uint8 if image.type == "tensor(uint8)" else np.float32)
+  names = [out.name for out in session.get_outputs()]
+  image, *others = session.get_inputs()
+  batch, shape = _sizes(path, image.shape, len(others) + 1)
+  if image.type not in ORT_TYPES:
+    raise ValueError(f"{path} takes a {image.type}, and images are of {', '.join(ORT_TYPES)}")
   return Runner(f"ONNX Runtime {onnxruntime.__version__}",
                 lambda images: session.run(names[:1], {image.name: images})[0],
-                dict(session.get_modelmeta().custom_metadata_map), tuple(image.shape[1:]), dtype)
+                dict(session.get_modelmeta().custom_metadata_map), shape,
+                np.dtype(ORT_TYPES[image.type]), batch)
 
 
 def _openvino(path, threads, precision) -> Runner:
@@ -136,11 +147,25 @@ def _openvino(path, threads, precision) -> Runner:
   except RuntimeError as error:
     raise ValueError(f"OpenVINO does not take {path}: {str(error).strip().splitlines()[-1]}"
                      ) from None
-  image = model.inputs[0]
-  shape = tuple(size.get_length() for size in list(image.get_partial_shape())[1:])
+  image, *others = model.inputs
+  ranks = image.get_partial_shape()
+  sizes = [] if ranks.rank.is_dynamic else [
+      None if size.is_dynamic else size.get_length() for size in ranks]
+  batch, shape = _sizes(path, sizes, len(others) + 1)
   about = model.get_rt_info(["vitcompact"]).astype(dict) if \
       model.has_rt_info(["vitcompact"]) else {}
   about = {key: str(getattr(value, "value", value)) for key, value in about.items()}
   return Runner(f"OpenVINO {openvino.__version__.split('-')[0]}",
                 lambda images: compiled(images)[0], about, shape,
-                np.dtype(image.get_element_type().to_dtype()))
+                np.dtype(image.get_element_type().to_dtype()), batch)
+
+
+def _sizes(path, sizes, inputs: int) -> tuple[int | None, tuple[int, ...]]:
+  """(how many images, None: any number; the shape of one) of an input whose open sizes are no
+  numbers; ValueError where that is not all that a file takes."""
+  if inputs != 1:
+    raise ValueError(f"{path} takes {inputs} inputs, and images are one")
+  if not sizes or not all(isinstance(size, int) for size in sizes[1:]):
+    raise ValueError(f"{path} takes images of any size, and none is known to be right: give a file "
+                     "that says which, as those of `vitcompact export` do")
+  return sizes[0] if isinstance(sizes[0], int) else None, tuple(sizes[1:])

@@ -13,6 +13,8 @@ import vitcompact as vc
 from tests import tiny
 from tests.cli import command
 from vitcompact import runtimes
+from vitcompact.attention import Device
+from vitcompact.execution import Execution
 from vitcompact.export import onnx_file, stablehlo_file
 from vitcompact.export.program import Program
 
@@ -58,6 +60,7 @@ def test_onnx_files_compute_every_method(plan, tmp_path):
     ("pvt_v2_b0", {"image_size": 32, "depths": (1, 1, 1, 1)}),
     ("nextvit_small", {"image_size": 32, "depths": (1, 2, 1, 1)}),
     ("lvvit_t", {"image_size": 32, "depth": 1}),
+    ("eva02_tiny_patch14_224", {"image_size": 28, "depth": 1, "width": 24, "heads": 2}),
     ("vit_small_patch16_dinov3", {"image_size": 32, "depth": 1, "width": 24, "heads": 2}),
     ("vit_base_patch16_siglip_224", {"image_size": 32, "depth": 1, "width": 24, "heads": 2})])
 def test_onnx_files_compute_every_family(name, fields, tmp_path):
@@ -254,6 +257,66 @@ def test_files_that_no_runtime_takes(name, runtime, said, tmp_path):
   with pytest.raises(ValueError, match=re.escape(said)) as error:
     runtimes.opened(tmp_path / name, runtime)
   assert "\n" not in str(error.value)
+
+
+def test_what_was_tuned_for_one_device_is_not_in_a_file_for_others(tmp_path):
+  """Chunks and images one by one are loops, and a vendor's form is not everywhere."""
+  model, variables = vc.fold(*model_of())
+  tuned = model.clone(execution=Execution(attention={0: "images", 1: "cudnn"}, chunk=2))
+  assert vc.export(tuned, variables, tmp_path / "a.onnx", batch=5).max_rel < 3e-6
+  operators = {node.op_type for node in onnx.load(tmp_path / "a.onnx").graph.node}
+  assert not operators & {"Loop", "Scan", "If"}
+  program = Program(tuned, variables, vc.preprocess(tuned))
+  assert program.model_on(Device("cpu")).execution == Execution(attention={0: "images"}, chunk=2)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+def test_a_model_in_bfloat16_is_refused_where_runtimes_lack_it(suffix, tmp_path):
+  model, variables = model_of(dtype="bfloat16")
+  with pytest.raises(ValueError, match=r"computes in float32; give model\.clone\(dtype='float3"):
+    vc.export(model, variables, tmp_path / f"a{suffix}")
+  assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("taken", ["a.xml", "a.bin"])
+def test_a_directory_in_the_place_of_a_file_is_refused_at_once(taken, small, tmp_path):
+  (tmp_path / taken).mkdir()
+  with pytest.raises(ValueError, match=f"{taken} is a directory"):
+    vc.export(*small, tmp_path / "a.xml", force=True)
+  assert os.listdir(tmp_path) == [taken]
+
+
+def other_file(path, shape, element="FLOAT", inputs=1):
+  """An ONNX file made by somebody else."""
+  element = getattr(onnx.TensorProto, element)
+  values = [onnx.helper.make_tensor_value_info(name, element, shape) for name in "xyz"]
+  graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["z"])], "graph",
+                                 values[:inputs], values[2:])
+  onnx.save(onnx.helper.make_model(
+      graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), path)
+
+
+@pytest.mark.parametrize("runtime", ["ort", "openvino"])
+@pytest.mark.parametrize("shape,fields,said", [
+    ([1, 8, 8, 3], {}, "takes 1 images at a time: give --batch 1"),
+    (["n", "h", "w", 3], {}, "takes images of any size"),
+    (["n", 8, 8, 3], {"inputs": 2}, "takes 2 inputs"),
+    (["n", 8, 8, 3], {"element": "INT64"}, "takes a tensor(int64)")])
+def test_bench_refuses_files_of_others_in_one_line(shape, fields, said, runtime, tmp_path):
+  if runtime == "openvino":
+    pytest.importorskip("openvino")
+  other_file(tmp_path / "a.onnx", shape, **fields)
+  if (runtime, fields) == ("openvino", {"element": "INT64"}):   # it converts
+    command.succeeds("bench", tmp_path / "a.onnx", "--runtime", runtime, "--rounds", 1)
+  else:
+    assert said in command.fails("bench", tmp_path / "a.onnx", "--runtime", runtime, "--batch", 2)
+
+
+def test_a_fixed_number_of_images_is_told_where_others_are_given(small, tmp_path):
+  vc.export(*small, tmp_path / "a.stablehlo", batch=2)
+  run = runtimes.opened(tmp_path / "a.stablehlo")
+  with pytest.raises(ValueError, match="takes 2 images at a time, and here are 3"):
+    run(np.zeros((3, *run.shape)))
 
 
 def test_the_command(small, tmp_path):

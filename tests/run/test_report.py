@@ -5,6 +5,7 @@ import json
 import types
 
 import pytest
+from ml_collections import FrozenConfigDict
 
 import vitcompact as vc
 from tests import tiny
@@ -19,7 +20,8 @@ def test_the_receipt_and_the_file_are_of_the_folded_model(built, tmp_path):
   variables = tiny.init(model)
   metrics = {"test_accuracy": 0.5, "val_accuracy": 0.25,
              "params_digest": trees.digest(variables["params"])}
-  report.report(loop.Result(built.config, model, None, variables, metrics), tmp_path)
+  config = FrozenConfigDict({**built.config, "export": ("stablehlo", "safetensors")})
+  report.report(loop.Result(config, model, None, variables, metrics), tmp_path)
   receipt = json.loads((tmp_path / "receipt.json").read_text())
   assert receipt["fold"]["ok"] and receipt["fold"]["images"] == report.TIMED_IMAGES
   deploy, folded = vc.fold(model, variables)
@@ -29,6 +31,10 @@ def test_the_receipt_and_the_file_are_of_the_folded_model(built, tmp_path):
   assert receipt["classes"] == list("0123456789")
   assert trees.digest(loaded["params"]) == receipt["deploy_digest"] == trees.digest(
       folded["params"])
+  [program] = receipt["exports"]   # deploy.safetensors is there without being asked for
+  assert program["sha256"] == hashlib.sha256(
+      (tmp_path / "deploy.stablehlo").read_bytes()).hexdigest()
+  assert program["largest_difference"] < 1e-5
   rows = receipt["models"]
   assert [row["name"] for row in rows] == ["dense", "trained", "deployed"]
   assert rows[2]["params"] == trees.size(folded["params"]) < rows[0]["params"]

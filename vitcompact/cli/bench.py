@@ -87,6 +87,8 @@ def exported(path, batch: int, runtime: str, threads: int | None) -> Row:
 
   runtime, precision, name = RUNTIMES[runtime]
   run = runtimes.opened(path, runtime, threads=threads, precision=precision)
+  if run.batch not in (None, batch):
+    raise ValueError(f"{path} takes {run.batch} images at a time: give --batch {run.batch}")
   images = np.random.default_rng(0).normal(size=(batch, *run.shape)).astype(run.dtype)
   return Row(str(path), name, None, lambda: run(images))
 

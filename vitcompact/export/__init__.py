@@ -100,7 +100,9 @@ def export(model: nn.Module, variables, path, *, to: str | None = None, batch: i
   """
   path, name = checked_path(path, to, force)
   pre = preprocess_of(model) if preprocess is None else preprocess
-  check_fitting(model, variables, image_shapes(model))
+  # Here may be no device that has the forms it was tuned to.
+  anywhere = model.clone(execution=dataclasses.replace(model.execution, attention={}))
+  check_fitting(anywhere, variables, image_shapes(model))
   _check_choices(name, model, batch, pixels, half, int8, tokens, classes)
   folded = not model.deploy
   if folded:
@@ -193,6 +195,9 @@ def checked_path(path, to: str | None = None, force: bool = False) -> tuple[path
     raise ValueError(f"{path}: a file for {to} ends in {FORMATS[to].suffix}")
   if not path.parent.is_dir():
     raise ValueError(f"{path}: there is no directory {path.parent}; make it first")
+  taken = [p for p in (path, path.with_suffix(".bin") if to == "openvino" else path) if p.is_dir()]
+  if taken:
+    raise ValueError(f"{taken[0]} is a directory: give another name")
   others = [p for p in (path, path.with_suffix(".bin") if to == "openvino" else path) if p.exists()]
   if others and not force:
     raise ValueError(f"{others[0]} exists; give another name, or ask to overwrite it with force")
@@ -208,6 +213,9 @@ def _check_choices(to, model, batch, pixels, half, int8, tokens, classes):
     raise ValueError(f"a file for {to} holds weights, not a program: leave batch and pixels out")
   if tokens and to != "onnx":
     raise ValueError(f"tokens=True is for onnx, not {to}")
+  if model.dtype != "float32" and to in ("onnx", "openvino"):
+    raise ValueError(f"dtype={model.dtype!r}: a file for {to} computes in float32; give "
+                     "model.clone(dtype='float32')")
   if half and to != "openvino":
     raise ValueError(f"half=True is for openvino, not {to}; vitcompact convert --dtype float16 "
                      "writes smaller .safetensors")

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitcompact._version import __version__
-from vitcompact.attention import Device, on, using
+from vitcompact.attention import Device, on, using, vendor
 from vitcompact.data.evaluation import Preprocess
+from vitcompact.execution import Execution
 from vitcompact.models.backbone import Isotropic
 
 PORTABLE = Device("any")   # neither a CPU's loops nor a vendor's kernels
@@ -62,19 +63,31 @@ class Program:
     (logits, kept)."""
     mean, std = (np.asarray(x, np.float32) for x in (self.preprocess.mean, self.preprocess.std))
     mean, std = (x.reshape(1, 1, 1, -1) for x in (mean, std))
+    model = self.model_on(device)
 
     def run(variables, images):
       with on(device), using(form):
         if self.pixels:
           images = (images.astype(jnp.float32) / 255 - mean) / std
-        return self.with_kept(variables, images) if self.tokens else (
-            self.model.apply(variables, images))
+        return self.with_kept(model, variables, images) if self.tokens else (
+            model.apply(variables, images))
 
     return run
 
-  def with_kept(self, variables, images):
+  def model_on(self, device: Device) -> nn.Module:
+    """The model without what `tune` chose for other devices: forms of attention and chunks fit the
+    one on which they were measured, and a form of a block comes before one that is asked for."""
+    chosen = self.model.execution
+    if device.loops_over_images:
+      forms = {block: form for block, form in chosen.attention.items() if form not in vendor.FORMS}
+      chosen = dataclasses.replace(chosen, attention=forms)
+    else:
+      chosen = Execution(merged=chosen.merged)
+    return self.model.clone(execution=chosen)
+
+  def with_kept(self, model: nn.Module, variables, images):
     """(logits, kept) of normalised images."""
-    logits, state = self.model.apply(variables, images, mutable=["tokens"])
+    logits, state = model.apply(variables, images, mutable=["tokens"])
     return logits, state["tokens"][f"keep_mask_{self.model.depth - 1}"][0]
 
   def prepared(self, images) -> np.ndarray:
@@ -84,7 +97,7 @@ class Program:
 
   def logits(self, images) -> np.ndarray:
     """What the model itself computes of such images, here."""
-    model = self.model.apply
+    model = self.model_on(PORTABLE).apply
     normalised = self.preprocess.normalise(images) if self.pixels else images
     return np.asarray(jax.jit(model)(self.variables, normalised))
 

@@ -80,8 +80,18 @@ def report(result: loop.Result, workdir, *, before=None, facts=None,
       tuple(dataclasses.replace(row, timing=timings[row.name]) for row in rows),
       vc.verify(*float32, images), facts, tuple(classes), further)
   if jax.process_index() == 0:
-    write(pathlib.Path(workdir), receipt,
-          {name: (model, variables), "deploy": (deploy, folded)}, run.preprocess, source)
+    directory = pathlib.Path(workdir)
+    write(directory, receipt, {name: (model, variables), "deploy": (deploy, folded)},
+          run.preprocess, source)
+    if formats := [other for other in config.export if other != "safetensors"]:   # it is there
+      try:
+        found = exports(formats, directory, deploy.clone(dtype="float32"), folded,
+                        preprocess=run.preprocess, classes=classes or None)
+      except (ValueError, OSError) as error:
+        raise type(error)(f"the run is done, but its model was not exported: {error}. `vitcompact "
+                          f"export {directory / 'deploy.safetensors'}` exports it") from error
+      receipt = dataclasses.replace(receipt, facts={**receipt.facts, "exports": found})
+      receipt.write(directory)
   return receipt
 
 

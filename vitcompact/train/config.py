@@ -88,7 +88,8 @@ KEYS = {
 # These change where and how often, not what: a run may be resumed with others.
 # on_bad too: a run that stopped at a bad record may go on passing it over.
 FREE = ("mesh.data", "mesh.fsdp", "mesh.tensor", "data.workers", "data.on_bad", "data.max_bad",
-        "log_every", "checkpoint_every", "eval_batch_size", "keep_last", "optim.skip_nonfinite")
+        "log_every", "checkpoint_every", "eval_batch_size", "keep_last", "optim.skip_nonfinite",
+        "export")
 
 
 def flat(config: Mapping) -> dict:
