@@ -68,10 +68,10 @@ def tune(deploy: nn.Module, variables, images, *, rounds: int = 5, runtime: str 
     raise ValueError(f"rounds={given(rounds)}: must be a whole number of at least 1; a "
                      "median wants 5")
   check_fitting(deploy, variables, images)
-  if runtime not in (None, "xla"):
-    return with_forms(deploy, variables, merged_in(runtime, deploy, variables, images, rounds))
   # What was chosen before, for another device perhaps, is no starting point.
   deploy = deploy.clone(execution=Execution(merged=deploy.execution.merged))
+  if runtime not in (None, "xla"):
+    return with_forms(deploy, variables, merged_in(runtime, deploy, variables, images, rounds))
   deploy = with_chunk(deploy, best_chunk(deploy, variables, images, rounds))
   calls = calls_with_forms(deploy, variables, images)
   best = {call: best_form(call, rounds) for call in dict.fromkeys(calls.values())}

@@ -336,6 +336,8 @@ def test_the_command(small, tmp_path):
   assert all(len(row) == len(head.strip("|").split("|")) for row in cells)
   assert [row[6] for row in cells[::2][:2]] == ["1", "1"] and cells[1][7].endswith("%")
   assert "must be of xla" in command.fails("bench", source, "--runtime", "tensorrt")
+  assert "is read by ort, openvino, openvino-bf16, not by xla" in command.fails("bench", out)
+  assert "leave --plan and --image-size out" in command.fails("bench", out, "--image-size", 32)
 
 
 def test_metadata_is_json_that_others_read(small):

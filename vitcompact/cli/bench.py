@@ -103,8 +103,12 @@ def timed(names, plans, image_size, batch, asked, threads, folder) -> list[Row]:
     if name in files:
       reads = {runtime: pathlib.Path(name).suffix in runtimes.RUNTIMES[RUNTIMES[runtime][0]]
                for runtime in RUNTIMES}
-      fitting = [runtime for runtime in asked if reads[runtime]] or [
-          next(runtime for runtime in RUNTIMES if reads[runtime])]
+      fitting = [runtime for runtime in asked if reads[runtime]]
+      if plans or image_size:
+        raise ValueError(f"{name} has its own plan and size: leave --plan and --image-size out")
+      if not fitting:
+        raise ValueError(f"{name} is read by {', '.join(key for key in reads if reads[key])}, not "
+                         f"by {', '.join(asked)}: give --runtime")
       rows += [exported(name, batch, runtime, threads) for runtime in fitting]
       continue
     models = candidates(name, plans, image_size)

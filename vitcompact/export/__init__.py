@@ -52,7 +52,8 @@ class Exported:
 
   max_rel: largest difference of a logit, of the largest logit; top1_agreement: share of images on
   which the likeliest class is the model's; images: how many were compared; runtime: in which; size:
-  in bytes, with all that belongs to it; sha256: of the file; folded: whether the model had to be.
+  in bytes, with all that belongs to it; sha256: of the file, of OpenVINO's two .bin comes first;
+  folded: whether the model had to be.
   """
   path: str
   format: str
@@ -131,7 +132,7 @@ def export(model: nn.Module, variables, path, *, to: str | None = None, batch: i
                          "written. Two tokens that score alike may change places: give other "
                          "images")
       parts = [pathlib.Path(folder, p) for p in sorted(os.listdir(folder))]
-      size, digest = sum(p.stat().st_size for p in parts), _digest(partial)
+      size, digest = sum(p.stat().st_size for p in parts), _digest(parts)
       for part in parts:
         os.replace(part, path.parent / f"{path.stem}{part.suffix}")
   except OSError as error:
@@ -226,9 +227,14 @@ def _check_choices(to, model, batch, pixels, half, int8, tokens, classes):
                      f"num_classes={model.num_classes}")
 
 
-def _digest(path) -> str:
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(paths) -> str:
+  """Of files, one after another."""
+  digest = hashlib.sha256()
+  for path in paths:
+    with open(path, "rb") as file:
+      while block := file.read(1 << 20):
+        digest.update(block)
+  return digest.hexdigest()
 
 
 __all__ = ["Exported", "Program", "export", "photographs"]
