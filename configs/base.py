@@ -77,7 +77,7 @@ def get_config(argument=""):
   config.loss.patches = 0.0       # the teacher's patches, by `patch_error`
   config.loss.patch_error = "square"    # or "divergence", of LV-ViT's patch logits
 
-  config.export = ()              # formats of the deployed model, such as ("onnx", "openvino")
+  config.export = ""              # formats of the deployed model, such as "onnx,openvino"
   config.keep_start = False       # with init_from: end with the start where that is better on val
   config.compact = ConfigDict()   # from a dense model to a smaller one: vitcompact/run/path.py
   config.compact.macs = 0.0       # share of the dense model's for which a plan is chosen; 0: off

@@ -122,12 +122,24 @@ def _read_shards(index: pathlib.Path, ignore_records, allow):
   return state
 
 
-def _read_pickled(path, ignore_records, allow):
+def _torch(way_out: str):
+  """The library, which nothing but files needs."""
   try:
     import torch
   except ImportError:
-    raise ValueError(f"{path} is a PyTorch file: reading it needs torch (pip install torch); or "
-                     "save the weights as .safetensors where it is installed") from None
+    raise ValueError(way_out) from None
+  return torch
+
+
+def write_pickled(path, state: Mapping[str, np.ndarray]):
+  """Writes {name: array} as torch.save does."""
+  torch = _torch(f"{path}: writing it needs torch (pip install torch); or export to .safetensors")
+  torch.save({name: torch.from_numpy(array.copy()) for name, array in state.items()}, path)
+
+
+def _read_pickled(path, ignore_records, allow):
+  torch = _torch(f"{path} is a PyTorch file: reading it needs torch (pip install torch); or save "
+                 "the weights as .safetensors where it is installed")
   records = {name: cls for cls, name in map(stand_in, allow)}
   while True:
     allowed = [*harmless(), *[(cls, name) for name, cls in records.items()]]

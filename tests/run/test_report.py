@@ -20,7 +20,7 @@ def test_the_receipt_and_the_file_are_of_the_folded_model(built, tmp_path):
   variables = tiny.init(model)
   metrics = {"test_accuracy": 0.5, "val_accuracy": 0.25,
              "params_digest": trees.digest(variables["params"])}
-  config = FrozenConfigDict({**built.config, "export": ("stablehlo", "safetensors")})
+  config = FrozenConfigDict({**built.config, "export": "stablehlo,safetensors"})
   report.report(loop.Result(config, model, None, variables, metrics), tmp_path)
   receipt = json.loads((tmp_path / "receipt.json").read_text())
   assert receipt["fold"]["ok"] and receipt["fold"]["images"] == report.TIMED_IMAGES

@@ -69,7 +69,7 @@ OUT_OF_RANGE = {
     "compact.macs": (-0.1, 1.5, NAN), "compact.params": (-1, 2), "compact.images": (0, 7.5),
     "compact.sensitivity": ("none",), "compact.dense_steps": (-1,),
     "compact.dense_learning_rate": (-1e-3, INF), "compact.distil": (1,), "keep_start": ("yes",),
-    "export": ("onnx", ["tflite"]),
+    "export": (("onnx",), "onnx,tflite"),
     "optim.skip_nonfinite": (-1,), "optim.name": ("lamb",), "optim.schedule": ("cosine",),
     "optim.warmup_learning_rate": (-1.0,), "optim.final_learning_rate": (-1.0, NAN),
     "data.smoothing": (2, 1, -0.1, NAN), "data.erase": (5, -0.1, NAN, INF),

@@ -103,7 +103,7 @@ def compact(file, data, macs, params, plan, distil, images, sensitivity, augment
   steps = steps_of(distil, data, batch_size)
   config = settings(
       file, data, eval_batch_size=64, batch_size=batch_size, total_steps=max(steps, 1),
-      plan=plan or "", export=formats, data={"augment": augment if steps else "none"},
+      plan=plan or "", export=",".join(formats), data={"augment": augment if steps else "none"},
       compact={"macs": macs or 0.0, "params": params or 0.0, "images": images,
                "sensitivity": sensitivity, "distil": bool(steps)},
       checkpoint_every=max(1, steps // 4) or 1,

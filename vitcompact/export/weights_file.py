@@ -17,13 +17,7 @@ def write(program: Program, path: pathlib.Path):
 
 def write_torch(program: Program, path: pathlib.Path):
   """A .pth: PyTorch's state dict, with tensors of methods under names of ours."""
-  try:
-    import torch
-  except ImportError:
-    raise ValueError(f"{path.name} needs torch, which is not installed; pip install torch, or "
-                     "export to safetensors") from None
-  state = convert.to_torch(program.model, program.variables)
-  torch.save({name: torch.from_numpy(array.copy()) for name, array in state.items()}, path)
+  pytorch.write_pickled(path, convert.to_torch(program.model, program.variables))
 
 
 def read_torch(program: Program, path: pathlib.Path) -> Runner:

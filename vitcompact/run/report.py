@@ -16,6 +16,7 @@ from vitcompact.receipt import Receipt, Row, environment
 from vitcompact.run import loop
 from vitcompact.train import sharding, start
 from vitcompact.train import step as steps
+from vitcompact.train.config import formats_of
 from vitcompact.train.feature_step import make_feature_eval_step
 
 TIMED_IMAGES = 32
@@ -83,7 +84,7 @@ def report(result: loop.Result, workdir, *, before=None, facts=None,
     directory = pathlib.Path(workdir)
     write(directory, receipt, {name: (model, variables), "deploy": (deploy, folded)},
           run.preprocess, source)
-    if formats := [other for other in config.export if other != "safetensors"]:   # it is there
+    if formats := [other for other in formats_of(config) if other != "safetensors"]:   # it is there
       try:
         found = exports(formats, directory, deploy.clone(dtype="float32"), folded,
                         preprocess=run.preprocess, classes=classes or None)

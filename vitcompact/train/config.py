@@ -70,7 +70,7 @@ KEYS = {
     "loss.logits": weight(),
     "loss.patches": weight(),
     "loss.patch_error": Setting("square", choices=PATCH_ERRORS),
-    "export": Setting(()),    # formats of `vc.export` that the end of a run writes
+    "export": Setting(""),    # formats of `vc.export` that a run ends with, commas between
     "keep_start": Setting(False),   # of a run with init_from: end with its start if that is better
     "compact.macs": Setting(0.0, low=0, high=1),      # share of the dense model's for which a plan
     "compact.params": Setting(0.0, low=0, high=1),    # is chosen from data; 0: the plan as it is
@@ -192,13 +192,18 @@ def check(config: ConfigDict):
   if config.mesh.data == 0:
     raise ValueError("config.mesh.data=0: must be a number of devices, or -1 for all the rest")
   check_ramp(config, config.total_steps, f"config.total_steps={config.total_steps}")
-  if unknown := [name for name in config.export if name not in FORMATS]:
+  if unknown := [name for name in formats_of(config) if name not in FORMATS]:
     raise ValueError(f"config.export={config.export!r}: must be formats of {', '.join(FORMATS)}, "
                      f"and {unknown[0]!r} is none")
   check_rates(config.optim.rates)
   for key, path in {"init_from": config.init_from, "teacher.file": config.teacher.file,
                     "data.name": config.data.name}.items():
     check_local(f"config.{key}", path)
+
+
+def formats_of(config) -> list[str]:
+  """What the deployed model is exported to."""
+  return [name.strip() for name in config.export.split(",") if name.strip()]
 
 
 def check_ramp(config, steps: int, name: str):
