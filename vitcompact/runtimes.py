@@ -4,6 +4,7 @@ A file tells what `export.program.Program.about` wrote: `Runner.about`.
 """
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Callable
 
@@ -56,7 +57,7 @@ def opened(path, runtime: str | None = None, *, threads: int | None = None,
 
   Args:
     runtime: "xla", "ort" or "openvino"; None: the first that reads such files.
-    threads: of the runtime, None: as many as it likes. XLA follows the process' affinity.
+    threads: of the runtime, None: one for each core that the process may use, as XLA does.
     precision: "float32" or "bfloat16", of OpenVINO's products.
   Raises:
     ValueError, FileNotFoundError: the file or the runtime is none, or does not go with the other.
@@ -111,8 +112,8 @@ def _ort(path, threads, precision) -> Runner:
     raise ValueError(f"ONNX Runtime is not installed; {EXTRA}") from None
   options = onnxruntime.SessionOptions()
   options.log_severity_level = 3   # errors; it warns of each constant that it folds
-  if threads:
-    options.intra_op_num_threads = threads
+  # It counts the machine's cores by itself, and its idle threads would wait on those of others.
+  options.intra_op_num_threads = threads or _cores()
   try:
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
   except Exception as error:   # of many classes of its own
@@ -138,8 +139,7 @@ def _openvino(path, threads, precision) -> Runner:
   # It takes bfloat16 by itself where the processor has it.
   options = {properties.hint.inference_precision(): {
       "float32": openvino.Type.f32, "bfloat16": openvino.Type.bf16}[precision]}
-  if threads:
-    options[properties.inference_num_threads()] = threads
+  options[properties.inference_num_threads()] = threads or _cores()
   core = openvino.Core()
   try:
     model = core.read_model(path)
@@ -158,6 +158,11 @@ def _openvino(path, threads, precision) -> Runner:
   return Runner(f"OpenVINO {openvino.__version__.split('-')[0]}",
                 lambda images: compiled(images)[0], about, shape,
                 np.dtype(image.get_element_type().to_dtype()), batch)
+
+
+def _cores() -> int:
+  """That this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _sizes(path, sizes, inputs: int) -> tuple[int | None, tuple[int, ...]]:

@@ -157,7 +157,7 @@ def table(rows: list[Row], batch: int, rounds: int, clock=None) -> list[tuple]:
 @click.option("--runtime", default="xla", show_default=True,
               help="xla, ort (ONNX Runtime), openvino, openvino-bf16; several with commas between.")
 @click.option("--threads", type=click.IntRange(1),
-              help="Of ONNX Runtime and OpenVINO.  [default: as many as they like]")
+              help="Of ONNX Runtime and OpenVINO.  [default: one a core]")
 @click.option("--wall", is_flag=True, help="Time by the clock, not by CPU seconds.")
 def bench(names, plans, image_size, batch, rounds, runtime, threads, wall):
   """Time a model under plans against the dense one, on this machine.
