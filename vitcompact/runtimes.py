@@ -12,6 +12,10 @@ import numpy as np
 
 RUNTIMES = {"xla": (".stablehlo", ".safetensors"), "ort": (".onnx",),
             "openvino": (".xml", ".onnx")}
+# What is compared by `vitcompact bench`: {name: (the runtime, its precision, a title)}.
+TIMED = {"xla": ("xla", "float32", "XLA"), "ort": ("ort", "float32", "ONNX Runtime"),
+         "openvino": ("openvino", "float32", "OpenVINO"),
+         "openvino-bf16": ("openvino", "bfloat16", "OpenVINO, bfloat16")}
 NAMES = {"xla": "XLA", "ort": "ONNX Runtime", "openvino": "OpenVINO"}
 ORT_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 EXTRA = "pip install 'vitcompact[export]'"

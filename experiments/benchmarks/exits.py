@@ -34,8 +34,7 @@ CASES = [
     Case("vit_small_patch14_dinov2", 1, SOME),
     Case(MODEL, 1, {"dense": PLANS["dense"], "block links 25%": BLOCKS}, {"image_size": 512}),
 ]
-RUNTIMES = {"xla": "XLA", "ort": "ONNX Runtime", "openvino": "OpenVINO",
-            "openvino bf16": "OpenVINO, bfloat16"}
+RUNTIMES = {key: title for key, (_, _, title) in runtimes.TIMED.items()}
 PEERS = ("torch f32", "torch.compile f32", "torch bf16")
 
 
@@ -69,10 +68,8 @@ def exits(model, batch: int, plan_name: str, folder: pathlib.Path) -> dict[str, 
   path = folder / f"{plan_name.replace(' ', '_')}.onnx"
   onnx_file.write(Program(model, variables, vc.preprocess(model)), path)
   shown, wanted = np.asarray(images), np.asarray(out[f"XLA: {plan_name}"].call())
-  for key, name in list(RUNTIMES.items())[1:]:
-    runtime, _, precision = key.partition(" ")
-    one = runtimes.opened(path, runtime, threads=1,
-                          precision="bfloat16" if precision else "float32")
+  for runtime, precision, name in list(runtimes.TIMED.values())[1:]:
+    one = runtimes.opened(path, runtime, threads=1, precision=precision)
     gap = float(np.abs(one(shown) - wanted).max() / np.abs(wanted).max())
     out[f"{name}: {plan_name}"] = Candidate(lambda one=one: one(shown), {
         **facts, "runtime": one.runtime, "max_rel": gap})

@@ -28,6 +28,12 @@ def split() -> bool:
   return current().split
 
 
+def portable() -> bool:
+  """Whether the program is a graph that others run, in which a method too should have no loops and
+  few kinds of operations: see `device.using`."""
+  return requested_form() == "plain"
+
+
 def loops_over_images() -> bool:
   """Whether what a method computes for itself should also loop: see `Device`."""
   return current().loops_over_images

@@ -9,10 +9,6 @@ import click
 
 COLUMNS = ("model", "runtime", "parameters", "MACs", "ms", "images/s", "speed, dense = 1",
            "of the MACs' ratio")
-# {as it is asked for: (the runtime, its precision, its name in the table)}
-RUNTIMES = {"xla": ("xla", "float32", "XLA"), "ort": ("ort", "float32", "ONNX Runtime"),
-            "openvino": ("openvino", "float32", "OpenVINO"),
-            "openvino-bf16": ("openvino", "bfloat16", "OpenVINO, bfloat16")}
 
 
 class Row(NamedTuple):
@@ -74,7 +70,7 @@ def forward(model, batch: int, runtime: str = "xla", threads: int | None = None,
     return bench.compiled(model.apply, variables, images).call
   path = pathlib.Path(folder, f"{len(list(pathlib.Path(folder).iterdir()))}.onnx")
   onnx_file.write(Program(model, variables, vc.preprocess(model)), path)
-  runtime, precision, _ = RUNTIMES[runtime]
+  runtime, precision, _ = runtimes.TIMED[runtime]
   run = runtimes.opened(path, runtime, threads=threads, precision=precision)
   return lambda: run(images)
 
@@ -85,7 +81,7 @@ def exported(path, batch: int, runtime: str, threads: int | None) -> Row:
 
   from vitcompact import runtimes
 
-  runtime, precision, name = RUNTIMES[runtime]
+  runtime, precision, name = runtimes.TIMED[runtime]
   run = runtimes.opened(path, runtime, threads=threads, precision=precision)
   if run.batch not in (None, batch):
     raise ValueError(f"{path} takes {run.batch} images at a time: give --batch {run.batch}")
@@ -101,8 +97,8 @@ def timed(names, plans, image_size, batch, asked, threads, folder) -> list[Row]:
   rows = []
   for name in names:
     if name in files:
-      reads = {runtime: pathlib.Path(name).suffix in runtimes.RUNTIMES[RUNTIMES[runtime][0]]
-               for runtime in RUNTIMES}
+      reads = {runtime: pathlib.Path(name).suffix in runtimes.RUNTIMES[runtimes.TIMED[runtime][0]]
+               for runtime in runtimes.TIMED}
       fitting = [runtime for runtime in asked if reads[runtime]]
       if plans or image_size:
         raise ValueError(f"{name} has its own plan and size: leave --plan and --image-size out")
@@ -114,7 +110,8 @@ def timed(names, plans, image_size, batch, asked, threads, folder) -> list[Row]:
     models = candidates(name, plans, image_size)
     for runtime in asked:
       rows += [Row(label if len(names) == 1 or label == name else f"{name}, {label}",
-                   RUNTIMES[runtime][2], model, forward(model, batch, runtime, threads, folder))
+                   runtimes.TIMED[runtime][2], model,
+                   forward(model, batch, runtime, threads, folder))
                for label, model in models.items()]
   return rows
 
@@ -179,10 +176,11 @@ def bench(names, plans, image_size, batch, rounds, runtime, threads, wall):
   import jax
 
   from vitcompact.bench import clock_name, processor
+  from vitcompact.runtimes import TIMED
 
   asked = runtime.split(",")
-  if wrong := [name for name in asked if name not in RUNTIMES]:
-    raise ValueError(f"--runtime {wrong[0]!r}: must be of {', '.join(RUNTIMES)}")
+  if wrong := [name for name in asked if name not in TIMED]:
+    raise ValueError(f"--runtime {wrong[0]!r}: must be of {', '.join(TIMED)}")
   load = os.getloadavg()[0]
   with tempfile.TemporaryDirectory() as folder:
     rows = timed(names, plans, image_size, batch, asked, threads, folder)

@@ -4,6 +4,7 @@ import tempfile
 
 from vitcompact.export import onnx_file
 from vitcompact.export.program import Program
+from vitcompact.runtimes import EXTRA
 
 SUFFIX = ".xml"
 ABOUT = "vitcompact"   # the section of the file's own information that holds ours
@@ -14,7 +15,7 @@ def write(program: Program, path: pathlib.Path, half: bool = False):
   try:
     import openvino
   except ImportError:
-    raise ValueError(f"OpenVINO's files need openvino, which is not installed; {onnx_file.EXTRA}"
+    raise ValueError(f"OpenVINO's files need openvino, which is not installed; {EXTRA}"
                      ) from None
   with tempfile.TemporaryDirectory() as folder:
     onnx_path = pathlib.Path(folder, "model.onnx")

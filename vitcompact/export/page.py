@@ -12,8 +12,8 @@ import pathlib
 import re
 from collections.abc import Mapping
 
-from vitcompact.export.onnx_file import EXTRA
 from vitcompact.export.program import INPUT, KEPT, OUTPUT
+from vitcompact.runtimes import EXTRA
 
 TEMPLATE = pathlib.Path(__file__).with_name("page.html")
 VERSION = "1.30.0"   # of onnxruntime-web, the one that is tested

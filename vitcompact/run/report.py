@@ -84,13 +84,10 @@ def report(result: loop.Result, workdir, *, before=None, facts=None,
     directory = pathlib.Path(workdir)
     write(directory, receipt, {name: (model, variables), "deploy": (deploy, folded)},
           run.preprocess, source)
-    if formats := [other for other in formats_of(config) if other != "safetensors"]:   # it is there
-      try:
-        found = exports(formats, directory, deploy.clone(dtype="float32"), folded,
-                        preprocess=run.preprocess, classes=classes or None)
-      except (ValueError, OSError) as error:
-        raise type(error)(f"the run is done, but its model was not exported: {error}. `vitcompact "
-                          f"export {directory / 'deploy.safetensors'}` exports it") from error
+    # deploy.safetensors is there already.
+    if formats := [other for other in formats_of(config) if other != "safetensors"]:
+      found = exports(formats, directory, deploy.clone(dtype="float32"), folded,
+                      preprocess=run.preprocess, classes=classes or None)
       receipt = dataclasses.replace(receipt, facts={**receipt.facts, "exports": found})
       receipt.write(directory)
   return receipt
@@ -115,7 +112,11 @@ def exports(formats, directory: pathlib.Path, model, variables, **about) -> list
   found = []
   for name in formats:
     path = directory / f"deploy{FORMATS[name].suffix}"
-    done = export(model, variables, path, force=True, **about)
+    try:
+      done = export(model, variables, path, force=True, **about)
+    except (ValueError, OSError) as error:
+      raise type(error)(f"the run is done, but its model was not exported: {error}. `vitcompact "
+                        f"export {directory / 'deploy.safetensors'}` exports it") from error
     images = jnp.asarray(about["preprocess"].normalise(
         photographs(about["preprocess"], TIMED_IMAGES)))
     told = {"file": path.name, "runtime": done.runtime, "sha256": done.sha256,

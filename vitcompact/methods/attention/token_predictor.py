@@ -28,7 +28,7 @@ def top_k_mask(x, k: int):
 
 
 def _top_k_mask(x, k: int):
-  if attention.requested_form() == "plain":   # other runtimes have a top_k, and loops are slow
+  if attention.portable():   # other runtimes have a top_k, and loops are slow
     order = jax.lax.stop_gradient(x.astype(jnp.float32))
     kth = jax.lax.top_k(order, k)[0][..., -1:]
   else:

@@ -161,7 +161,7 @@ def filter_line(x_bnhrd, taps_hrk):
     """
     if step == 0:
       return x_bnhrd
-    if attention.requested_form() == "plain":
+    if attention.portable():
       return jax.lax.pad(x_bnhrd, jnp.zeros((), x_bnhrd.dtype),
                          [(-step, step, 0) if axis == 1 else (0, 0, 0) for axis in range(5)])
     kept = x_bnhrd[:, max(step, 0):max(tokens + min(step, 0), 0)]
