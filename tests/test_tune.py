@@ -202,7 +202,9 @@ def test_factors_are_chosen_in_the_runtime_that_will_be_used(low, merged, monkey
   pytest.importorskip("jax2onnx")
   model = tiny.deit(vc.Plan(ffn=vc.CFFN(branches=2)))
   model, variables = vc.fold(model, tiny.init(model))
-  images, seen = tiny.images(model), []
+  images, seen, tried, with_forms = tiny.images(model), [], [], tuning.with_forms
+  monkeypatch.setattr(tuning, "with_forms", lambda *args: (tried.append(args[2]),
+                                                           with_forms(*args))[1])
 
   def paired(calls, **_):
     seen.extend(call() for call in calls.values())
@@ -211,6 +213,7 @@ def test_factors_are_chosen_in_the_runtime_that_will_be_used(low, merged, monkey
   monkeypatch.setattr(bench, "paired", paired)
   chosen, own = vc.tune(model, variables, images, runtime="ort")
   assert len(chosen.execution.merged) == merged and len(seen) == 2
+  assert [len(forms) for forms in tried] == [0, 2, merged]   # as it is, as one matrix, the choice
   wanted = model.apply(variables, images)
   for logits in (*seen, chosen.apply(own, images)):
     np.testing.assert_allclose(logits, wanted, atol=1e-5)
