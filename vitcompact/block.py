@@ -1,13 +1,23 @@
 """One transformer block, composed as its plan says."""
 import contextlib
 import functools
+from fractions import Fraction
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from vitcompact import attention, rotary, token_state, torch_names
 from vitcompact.attention import Core
-from vitcompact.layers import DropPath, FromHeads, LayerNorm, LayerScale, Mlp, ToHeads, dense
+from vitcompact.layers import (
+  DropPath,
+  FromHeads,
+  LayerNorm,
+  LayerScale,
+  Mlp,
+  ToHeads,
+  apply_norm,
+  ffn_layer,
+)
 from vitcompact.methods import METHODS, protocol, surgery
 from vitcompact.methods.protocol import Site
 from vitcompact.plan import BlockMethods
@@ -33,7 +43,8 @@ class Attention(nn.Module):
     def project(heads, use_bias=site.qkv_bias):
       return ToHeads(heads, site.head_width, use_bias=use_bias, dtype=site.dtype)
 
-    self.query, self.value = project(scored), project(site.heads)
+    valued = site.heads if self.method is None else protocol.value_heads(self.method, site)
+    self.query, self.value = project(scored), project(valued)
     self.key = project(scored, site.qkv_bias and site.key_bias)
     if self.method is not None:
       setattr(self, protocol.scope_of(self.method), self.method.make(site, parent=None))
@@ -49,13 +60,17 @@ class Attention(nn.Module):
   def scored(self, x_bnw, keys_bmw, places=None):
     """The queries and keys (B, N, f, d) that scores are made of, normalised and turned where the
     site says so. places: of the tokens, see `rotary.places_of`; x is then its own keys."""
-    query, key = self.query(x_bnw), self.key(keys_bmw)
+    with self._needed():
+      query = self.query(x_bnw)
+    key = self.key(keys_bmw)
     if self.site.qk_norm is not None:
       query, key = self.query_norm(query), self.key_norm(key)
     if places is not None:
       reference = self.site.rotary_grid
       turned = rotary.angles(places, self.site.head_width, self.site.rotary, reference)
       query, key = (rotary.turn(x, turned, reference is not None) for x in (query, key))
+    if self.site.query_scale != 1:
+      query = query * self.site.query_scale
     return query, key
 
   def attend(self, query_bnfd, key_bmfd, value_bmhd, core: Core = attention.DENSE, x_bnw=None):
@@ -63,7 +78,20 @@ class Attention(nn.Module):
     # Not `using(None)`, which would undo what a caller asked for.
     form = self.site.form
     with attention.using(form) if form else contextlib.nullcontext():
-      return self.out(self._heads(query_bnfd, key_bmfd, value_bmhd, core, x_bnw))
+      heads_bnhd = self._heads(query_bnfd, key_bmfd, value_bmhd, core, x_bnw)
+      if core.local is not None:
+        heads_bnhd = heads_bnhd + core.local(value_bmhd, x_bnw)
+      with self._needed():
+        return self.out(heads_bnhd)
+
+  def _needed(self):
+    """A scope of what heads compute for tokens that do not use them, see `attention.share`."""
+    if self.method is None:
+      return contextlib.nullcontext()
+    active, valued = (ask(self.method, self.site)
+                      for ask in (protocol.active_heads, protocol.value_heads))
+    return contextlib.nullcontext() if active == valued else attention.share(
+        Fraction(active, valued))
 
   def _heads(self, query_bnfd, key_bmfd, value_bmhd, core: Core, x_bnw):
     if self.method is not None:
@@ -112,22 +140,16 @@ class Block(nn.Module):
       else:
         core = ahead(self._core(tokens, query, key))
       tokens = fused
-    y_bnw = self._scaled("ls1", attn.attend(query, key, attn.value(keys_bmw), core, x_bnw))
+    y_bnw = attn.attend(query, key, attn.value(keys_bmw), core, x_bnw)
+    y_bnw = y_bnw if site.layer_scale is None else LayerScale(site.layer_scale, name="ls1")(y_bnw)
     tokens = tokens.replace(x=tokens.x + drop(name="drop1")(y_bnw, train) / self.skip_lam)
     if step.after_attention is not None:
       tokens = step.after_attention(tokens, query, key, site.prefix)
-    mlp = make_ffn(site, self.methods.ffn, name="mlp")
-    y_bnw = self._scaled("ls2", mlp(norm(name="norm2")(tokens.x), train))
+    y_bnw = ffn_branch(site, self.methods, norm, tokens.x, tokens.paths, train)
     tokens = tokens.replace(x=tokens.x + drop(name="drop2")(y_bnw, train) / self.skip_lam)
     if step.after_block is not None:
       tokens = step.after_block(tokens, query, key, site.prefix)
     return tokens
-
-  @nn.nowrap
-  def _scaled(self, name: str, y_bnw):
-    """The output of a branch by its LayerScale, where there is one."""
-    initial = self.site.layer_scale
-    return y_bnw if initial is None else LayerScale(initial, name=name)(y_bnw)
 
   @nn.nowrap
   def _places(self, tokens: Tokens):
@@ -167,8 +189,31 @@ def make_ffn(site: Site, method, **kwargs) -> nn.Module:
   """The FFN of a block: the method's, or fc1 and fc2 as dense layers."""
   if method is not None:
     return method.make(site, **kwargs)
-  fc1, fc2 = (dense(width, dtype=site.dtype) for width in (site.fc1_width, site.ffn_width))
-  return Mlp(fc1=fc1, fc2=fc2, **site.between(), **kwargs)
+  layers = {name: ffn_layer(site, name) for name in ("fc1", "fc2")}
+  return Mlp(**layers, **site.between(), **kwargs)
+
+
+def ffn_branch(site: Site, methods: BlockMethods, norm, x, paths, train: bool):
+  """What the FFN adds to its input x (B, ..., ffn_width); in a compact call.
+
+  norm: makes the block's norms; None: they are folded into the layers behind them. paths: which
+  tokens take it, see `token_state.Paths`.
+  """
+  norm2 = norm and norm(name="norm2")
+  mlp = make_ffn(site, methods.ffn, name="mlp")
+  scale = None if site.layer_scale is None else LayerScale(site.layer_scale, name="ls2")
+
+  def full(x, train, mix=None):
+    # An FFN of another kind mixes no tokens.
+    mixes = {} if mix is None or not isinstance(mlp, Mlp) else {"mix": mix}
+    y = mlp(apply_norm(norm2, x, train), train, **mixes)
+    return y if scale is None else scale(y)
+
+  step = reduction(site, methods)
+  if step.ffn is None:
+    return full(x, train)
+  own = step.ffn(norm and norm(parent=None), dtype=site.dtype, name="fast_path")
+  return own(full, x.reshape(x.shape[0], -1, x.shape[-1]), paths, train).reshape(x.shape)
 
 
 def from_dense(site: Site, methods: BlockMethods, params, stats, seen=None):

@@ -10,7 +10,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vitcompact import attention
 from vitcompact.block import reduction
 from vitcompact.execution import Execution
 from vitcompact.token_state import NOTHING
@@ -28,7 +30,8 @@ class Seen(NamedTuple):
   queries, keys: (B, N, width), (B, M, width), the inputs of attention; query, key (B, N, h, d), of
     which scores are made; maps (B, h, N, M).
   attended: (B, N, width), what attention adds to the stream.
-  inputs, hidden: of the FFN's two layers, after norm and activation; ffn: what it adds.
+  inputs, hidden: of the FFN's two layers, after norm and activation; fc1: what the first one gives,
+    ffn: what it adds.
   wanted_attention, wanted_ffn: what the outputs should be: those of the dense model, and what the
     stream has lost so far, see `Calibration`.
   """
@@ -42,6 +45,7 @@ class Seen(NamedTuple):
   attended: Any = None
   inputs: Any = None
   hidden: Any = None
+  fc1: Any = None
   ffn: Any = None
   wanted_attention: Any = None
   wanted_ffn: Any = None
@@ -79,24 +83,33 @@ class Calibration:
     """(of the images to fit to, of those held out): sums over images of function(seen, *arguments),
     a tree of arrays; float64 of NumPy. function: of a module, not a lambda: it is compiled once; or
     a tuple of functions, with a tuple of arguments for each: one pass over the images."""
+    return self._pass(False, function, arguments)[1]
+
+  def outputs_and_sums(self, function: Callable, *arguments):
+    """(the block's output of all images, as `run` gives it; `sums` of the same pass)."""
+    return self._pass(True, function, arguments)
+
+  def _pass(self, outputs: bool, function, arguments):
     module, dense = Function(self.module), Function(self.dense)
     # The dense block on its own stream wants what it gives.
     own = self.dense_x is None and module == dense and self.params is self.dense_params
-    run = _summed(module, None if own else dense, function, self.dense_x is not None)
-    variables = {"params": self.params, "batch_stats": self.stats}
-    teacher = {"params": self.dense_params, "batch_stats": self.stats}
+    run = _summed(module, None if own else dense, function, self.dense_x is not None, outputs)
+    variables = everywhere({"params": self.params, "batch_stats": self.stats})
+    teacher = everywhere({"params": self.dense_params, "batch_stats": self.stats})
     images = len(jax.tree.leaves(self.x)[0])
     fitted = images - self.held
-    parts = []
+    outs, parts = [], []
     for start, stop in ((0, fitted), (fitted, images)):
       total = None
       for at in chunks(self.x, start, stop):
-        out = run(variables, teacher, take(self.x, at),
-                  None if self.dense_x is None else take(self.dense_x, at), *arguments)
-        out = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), out)
-        total = out if total is None else jax.tree.map(np.add, total, out)
+        out, sums = run(variables, teacher, split(take(self.x, at)),
+                        None if self.dense_x is None else split(take(self.dense_x, at)), *arguments)
+        outs.append(jax.tree.map(np.asarray, out))
+        sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)
+        total = sums if total is None else jax.tree.map(np.add, total, sums)
       parts.append(total)
-    return parts[0], parts[1] if self.held else parts[0]
+    return (jax.tree.map(lambda *few: np.concatenate(few), *outs),
+            (parts[0], parts[1] if self.held else parts[0]))
 
   def with_params(self, params) -> "Calibration":
     """The same with other parameters in the block: what it computes changes."""
@@ -118,13 +131,35 @@ def take(tree, at: slice):
 
 
 def chunks(x, start: int, stop: int):
-  """Slices of images, as many at a time as memory likes; of at most two lengths."""
-  leaf = max(jax.tree.leaves(x), key=np.size)
-  most = min(max(8, VALUES * len(leaf) // max(leaf.size, 1)), 256)
+  """Slices of images, as many at a time as the memory of all devices likes; of at most two lengths,
+  the first of which divides among the devices where there are enough images."""
+  leaf, devices = max(jax.tree.leaves(x), key=np.size), jax.local_device_count()
+  most = devices * min(max(8, VALUES * len(leaf) // max(leaf.size, 1)), 256)
   if stop > start:
     size = math.ceil((stop - start) / math.ceil((stop - start) / most))
+    if size >= devices:
+      size = math.ceil(size / devices) * devices
     for first in range(start, stop, size):
       yield slice(first, min(first + size, stop))
+
+
+def _over_devices(spec: PartitionSpec) -> NamedSharding:
+  return NamedSharding(Mesh(np.asarray(jax.local_devices()), ("images",)), spec)
+
+
+def split(tree):
+  """Leaves (images, ...) split among the devices of this process, where their number divides."""
+  devices = jax.local_device_count()
+  if devices == 1:
+    return tree
+  even = all(len(leaf) % devices == 0 for leaf in jax.tree.leaves(tree))
+  return jax.device_put(tree, _over_devices(PartitionSpec(*["images"] * even)))
+
+
+def everywhere(tree):
+  """A copy on each device of this process."""
+  return tree if jax.local_device_count() == 1 else jax.device_put(
+      tree, _over_devices(PartitionSpec()))
 
 
 def anonymous(block: nn.Module) -> nn.Module:
@@ -154,14 +189,15 @@ class Function:
 def run(block: nn.Module, variables, x):
   """The output of an unbound block for a tree of NumPy arrays, a few images at a time."""
   forward, images = _forward(Function(block)), len(jax.tree.leaves(x)[0])
-  outs = [jax.tree.map(np.asarray, forward(variables, take(x, at)))
+  variables = everywhere(variables)
+  outs = [jax.tree.map(np.asarray, forward(variables, split(take(x, at))))
           for at in chunks(x, 0, images)]
   return jax.tree.map(lambda *parts: np.concatenate(parts), *outs)
 
 
 @functools.lru_cache(maxsize=64)
 def _forward(block: Function):
-  return jax.jit(lambda variables, x: look(block.block, variables, x, maps=False)[0])
+  return jax.jit(lambda variables, x: _look(block.block, variables, x, maps=False)[0])
 
 
 def seen_by(block: nn.Module, variables, x) -> Seen:
@@ -214,11 +250,15 @@ def look(block: nn.Module, variables, x, maps: bool):
     if len(path) == 1 and path[0] in NORMS:
       found[NORMS[path[0]]] = _tokens(args[0])
     elif path == ("mlp", "fc1"):
-      found["inputs"] = args[0]
+      found["inputs"], found["fc1"] = args[0], out
     elif path == ("mlp", "fc2"):
       found["hidden"] = args[0]
     elif path in (("mlp",), ("ls2",)):   # LayerScale, where there is one, comes after
       found["ffn"] = out
+      found.setdefault("before_ffn", args[0])      # no norm stands between it and the stream
+    elif path == ("attn",):
+      found["attended"] = out
+      found.setdefault("before_attention", args[0])
     elif path == ("attn", "query"):
       found["queries"] = args[0]
     elif path == ("attn", "value"):
@@ -238,14 +278,21 @@ def look(block: nn.Module, variables, x, maps: bool):
   return out, Seen(**{**found, **tokens})
 
 
+def _look(block: nn.Module, variables, x, maps: bool):
+  """`look`, at images that lie on all devices of the process."""
+  with attention.split_over(jax.local_device_count()):
+    return look(block, variables, x, maps)
+
+
 def _tokens(x):
   """(B, H, W, C) -> (B, H W, C)."""
   return jax.lax.collapse(x, 1, x.ndim - 1) if x.ndim > 3 else x
 
 
 @functools.lru_cache(maxsize=64)
-def _summed(module: Function, dense: Function | None, function: Callable, paired: bool):
-  """The jitted sums over a chunk; what a function does not use is not computed."""
+def _summed(module: Function, dense: Function | None, function: Callable, paired: bool,
+            outputs: bool):
+  """(output, None unless asked for; sums) of a chunk, jitted; what is not used is not computed."""
   module, dense = module.block, dense and dense.block
   skip = getattr(module, "skip_lam", 1.0)
 
@@ -255,10 +302,12 @@ def _summed(module: Function, dense: Function | None, function: Callable, paired
     return function(seen, *arguments)
 
   def run(variables, teacher, x, dense_x, *arguments):
-    seen = look(module, variables, x, maps=True)[1]
+    out, seen = _look(module, variables, x, maps=True)
+    out = out if outputs else None
     if dense is None:
-      return apply(seen._replace(wanted_attention=seen.attended, wanted_ffn=seen.ffn), *arguments)
-    target = look(dense, teacher, dense_x if paired else x, maps=False)[1]
+      seen = seen._replace(wanted_attention=seen.attended, wanted_ffn=seen.ffn)
+      return out, apply(seen, *arguments)
+    target = _look(dense, teacher, dense_x if paired else x, maps=False)[1]
 
     def wanted(output, stream):
       """The teacher's output, and what the stream lacks: the branch makes good what earlier ones
@@ -273,7 +322,7 @@ def _summed(module: Function, dense: Function | None, function: Callable, paired
                            else seen.attended)
     # Where tokens go between attention and FFN, the teacher has others.
     same = seen.before_ffn.shape == target.before_ffn.shape and module.methods.tokens is None
-    return apply(seen._replace(wanted_ffn=wanted("ffn", "before_ffn") if same else seen.ffn),
-                 *arguments)
+    return out, apply(seen._replace(wanted_ffn=wanted("ffn", "before_ffn") if same else seen.ffn),
+                      *arguments)
 
   return jax.jit(run)

@@ -11,6 +11,7 @@ from vitcompact import block as blocks
 from vitcompact import trees
 from vitcompact.calibration import Calibration, held_last, run, take, through
 from vitcompact.doors import check_images, check_model, check_plan, check_values, check_variables
+from vitcompact.methods import protocol
 from vitcompact.plan import Plan
 
 FEW = 1.5   # times the error of the images fitted: beyond, those held out say that they were few
@@ -31,18 +32,20 @@ def compact(model: nn.Module, variables, plan: Plan, images=None,
   Layers that the plan leaves alone keep their names and bits.
 
   Args:
-    model: a dense model (its plan has no method); variables: {"params", "batch_stats"?}.
+    model: a dense model (its plan has no method), or one whose methods have a dense form that comes
+      close, as MoH does: that form is where it starts. variables: {"params", "batch_stats"?}.
     images: (B, H, W, C), normalised, of mixed classes: some 256 large or 1,024 small ones, of
       training data.
     progress: called after each block with its name and what its fits tell: {"heads": {"copied",
       "fitted", "held_out": relative squared errors of attention's output, "order"}, "ffn fc2":
       {"fitted", "held_out"}, ...}.
   Raises:
-    ValueError: the model is not dense, or is already folded.
+    ValueError: the model is not dense and has no dense form, or is already folded.
   """
   check_model(model)
   check_plan(plan)
-  if model.plan != Plan() or model.deploy:
+  densified = all(hasattr(method, "to_dense") for method in model.plan.methods())
+  if model.deploy or not densified:
     raise ValueError("compact starts from a dense, unfolded model; this one has "
                      f"plan={model.plan.to_json()}, deploy={model.deploy}")
   check_variables(model, variables)
@@ -50,6 +53,8 @@ def compact(model: nn.Module, variables, plan: Plan, images=None,
     check_images(model, images)
     check_values(images)
     jax.eval_shape(model.apply, variables, images)   # their size, in the model's own words
+  if model.plan != Plan():
+    model, variables = _dense_form(model, variables, images)
   small = model.clone(plan=plan)
   small.check()
   params, stats = dict(variables["params"]), dict(variables.get("batch_stats", {}))
@@ -70,6 +75,29 @@ def compact(model: nn.Module, variables, plan: Plan, images=None,
                   "images= it chooses and fits by what they show (docs/compaction.md)",
                   stacklevel=2)
   return small, {"params": params, **({"batch_stats": stats} if stats else {})}
+
+
+def _dense_form(model: nn.Module, variables, images):
+  """(dense model, its variables) of a model whose methods have dense forms."""
+  if images is None:
+    raise ValueError(f"the dense form of plan={model.plan.to_json()} follows from what its methods "
+                     "do on images; give images=")
+  params, stats = dict(variables["params"]), dict(variables.get("batch_stats", {}))
+
+  def on_block(name, block, x):
+    own = {"params": params[name], "batch_stats": stats.get(name, {})}
+    out = run(block, own, x)
+    for method in block.methods.present():
+      data = Calibration(block, own["params"], own["batch_stats"], x, block, own["params"], None, 0,
+                         {})
+      params[name], stats[name] = protocol.to_dense(method, block.site, params[name],
+                                                    stats.get(name, {}), data)
+    return out
+
+  through(model, variables, np.asarray(images, np.float32), on_block)
+  stats = {name: leaf for name, leaf in stats.items() if leaf}
+  return model.clone(plan=Plan()), {"params": params,
+                                    **({"batch_stats": stats} if stats else {})}
 
 
 def _fitted(model: nn.Module, small: nn.Module, variables, images, progress):

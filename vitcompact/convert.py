@@ -391,10 +391,12 @@ def _adapt_channels(model, arrays, wanted) -> list[str]:
 
 
 def _classifiers(model, shapes) -> list[str]:
-  """PyTorch names of the layers that end in classes, or would if the model had any."""
+  """PyTorch names of the layers that end in classes; of a model without classes, of all that it
+  would have if it had any, which may be a norm besides."""
   if not model.num_classes:
-    model = model.clone(num_classes=1)
-    shapes = variable_shapes(model)
+    own = {entry.torch for entry in model.torch_entries()}
+    return [entry.torch for entry in model.clone(num_classes=1).torch_entries()
+            if entry.torch not in own]
   rules = [(pattern, "classes" in leaf.axes) for pattern, leaf in model.parameter_rules()]
   leaves = trees.named_leaves(trees.first_match(rules, shapes["params"], may_be_idle=True))
   owners = {name.rsplit("/", 1)[0] for name, by_class in leaves.items() if by_class}

@@ -3,6 +3,7 @@
 Each refusal is one line: what was given, what is wanted, and what to do. Shapes alone are read, so
 that a verb can be traced.
 """
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -43,6 +44,11 @@ def describe(model) -> str:
 def variable_shapes(model):
   """The model's variables as shapes and dtypes."""
   check_model(model)
+  return jax.tree.map(lambda leaf: leaf, _traced_shapes(model, jax.config.jax_enable_x64))
+
+
+@functools.lru_cache(maxsize=64)   # every verb of the path asks, of the same two or three models
+def _traced_shapes(model, x64: bool):
   return jax.eval_shape(model.init, jax.random.key(0), image_shapes(model))
 
 

@@ -23,5 +23,10 @@ def features(model: nn.Module, variables, images, *, maps: bool = False) -> Feat
   kept = ["features", "maps"] if maps else ["features"]
   logits, state = model.apply(variables, images, mutable=kept)
   return Features(logits, {name: values[0] for name, values in state.get("features", {}).items()},
-                  {name.split("/")[0]: value
-                   for name, value in trees.named_leaves(state.get("maps", {})).items()})
+                  maps_of(state))
+
+
+def maps_of(state) -> dict[str, jax.Array]:
+  """Attention maps by the name of their block, of the collections that a model has sown."""
+  return {name.split("/")[0]: value
+          for name, value in trees.named_leaves(state.get("maps", {})).items()}

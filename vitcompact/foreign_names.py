@@ -371,7 +371,9 @@ SOURCES = [
         {r"(.+\.)?rope\.freqs_(cos|sin)": "the angles of rotary positions, which follow from sizes",
          r"(.+\.)?lm_head\..*": "the classifier of masked patches", **MASK_TOKEN},
            before=eva02_biases_and_norm),
-    Source("DINOv2's", r"(^|\.)(mask_token|register_tokens)$|\.mlp\.w12\.|(^|\.)blocks\.\d+\.\d+\.",
+    # Blocks in chunks, `blocks.0.5.`; those of stages are pairs, of DaViT.
+    Source("DINOv2's", r"(^|\.)(mask_token|register_tokens)$|\.mlp\.w12\.|"
+           r"(^|\.)(?<!stages\.\d\.)blocks\.\d+\.\d+\.",
            [Rule("register_tokens", "reg_token"), *TRAINED_BY_DINO], MASK_TOKEN,
            after=positions_of_patches_alone),
     Source("DeiT III's", r"(^|\.)blocks\.\d+\.gamma_[12]$"),

@@ -9,13 +9,12 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax.lax import optimization_barrier
 
+from vitcompact.convolution import grouped_conv
+from vitcompact.tracing import param, traced_once
 from vitcompact.trees import Leaf
 
 # Truncated at +-2 absolute, a normal of this spread is never cut (timm's trunc_normal_).
 weight_init = nn.initializers.normal(0.02)
-
-# A name scope: `count` counts the products of filters inside it, shifted multiply-adds, as MACs.
-SHIFT_AND_ADD = "vitcompact.shift_and_add"
 
 BATCH_EPSILON = 1e-5
 BatchNorm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=BATCH_EPSILON,
@@ -57,6 +56,7 @@ def _gelu_backward(x, dy):
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+gelu = traced_once(gelu)
 
 
 def gelu_tanh(x):
@@ -69,15 +69,41 @@ def quick_gelu(x):
   return x * jax.nn.sigmoid(1.702 * x)
 
 
-def swiglu(x):
-  """silu(gate) * value of (..., 2 m), the gate first: (..., m). Shazeer, arXiv 2002.05202."""
+def _gated(act: Callable, x):
   gate, value = jnp.split(x, 2, axis=-1)
-  return jax.nn.silu(gate) * value
+  return act(gate) * value
+
+
+def glu(x):
+  """sigmoid(gate) * value of (..., 2 m), the gate first: (..., m). Dauphin et al., 1612.08083."""
+  return _gated(jax.nn.sigmoid, x)
+
+
+def geglu(x):
+  """gelu(gate) * value. Shazeer, arXiv 2002.05202."""
+  return _gated(gelu, x)
+
+
+def swiglu(x):
+  """silu(gate) * value. Shazeer, arXiv 2002.05202."""
+  return _gated(jax.nn.silu, x)
+
+
+def reglu(x):
+  """relu(gate) * value. Shazeer, arXiv 2002.05202."""
+  return _gated(nn.relu, x)
+
+
+def bilinear(x):
+  """gate * value. Shazeer, arXiv 2002.05202."""
+  return _gated(lambda gate: gate, x)
 
 
 # Of an FFN's hidden layer, by name. Gated ones take twice as many inputs as they give.
 ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu, "swiglu": swiglu}
-GATED = (swiglu,)
+# Gated ones by the activation of the gate.
+GATES = {"sigmoid": glu, "gelu": geglu, "silu": swiglu, "relu": reglu, "identity": bilinear}
+GATED = tuple(GATES.values())
 
 
 @jax.custom_vjp
@@ -106,6 +132,7 @@ def _linear_backward(saved, dy):
 
 
 linear.defvjp(_linear_forward, _linear_backward)
+linear = traced_once(linear)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -144,6 +171,7 @@ def _layer_norm_backward(epsilon, saved, dy):
 
 
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+layer_norm = traced_once(layer_norm, static_argnames="epsilon")
 
 
 def fan_in_uniform(fan_in: int):
@@ -153,6 +181,10 @@ def fan_in_uniform(fan_in: int):
       key, shape, dtype, minval=-bound, maxval=bound)
 
 
+# The same for the weights of layers without a bias, whatever their fan-in.
+torch_conv_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
 class LayerNorm(nn.Module):
   """`layer_norm` with its scale and bias; the result has `dtype`."""
   epsilon: float
@@ -160,8 +192,8 @@ class LayerNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-    bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+    scale = param(self, "scale", nn.initializers.ones, (x.shape[-1],))
+    bias = param(self, "bias", nn.initializers.zeros, (x.shape[-1],))
     return layer_norm(x, scale, bias, self.epsilon).astype(self.dtype)
 
 
@@ -174,7 +206,7 @@ class LayerScale(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    gamma = self.param("gamma", nn.initializers.constant(self.initial), (x.shape[-1],))
+    gamma = param(self, "gamma", nn.initializers.constant(self.initial), (x.shape[-1],))
     return x * _along_last_axis(gamma, x).astype(x.dtype)
 
 
@@ -183,8 +215,8 @@ class Dense(nn.Dense):
 
   @nn.compact
   def __call__(self, x):
-    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
-    bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) \
+    kernel = param(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
+    bias = param(self, "bias", self.bias_init, (self.features,), self.param_dtype) \
         if self.use_bias else None
     return linear(*promote_dtype(x, kernel, bias, dtype=self.dtype))
 
@@ -204,8 +236,8 @@ class ToHeads(nn.Module):
   @nn.compact
   def __call__(self, x):
     shape = (self.heads, self.head_width)
-    kernel = self.param("kernel", weight_init, (x.shape[-1], *shape))
-    bias = self.param("bias", nn.initializers.zeros, shape) if self.use_bias else None
+    kernel = param(self, "kernel", weight_init, (x.shape[-1], *shape))
+    bias = param(self, "bias", nn.initializers.zeros, shape) if self.use_bias else None
     x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
     bias = None if bias is None else bias.reshape(-1)
     return linear(x, kernel.reshape(x.shape[-1], -1), bias).reshape(*x.shape[:-1], *shape)
@@ -218,8 +250,8 @@ class FromHeads(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    kernel = self.param("kernel", weight_init, (*x.shape[-2:], self.width))
-    bias = self.param("bias", nn.initializers.zeros, (self.width,))
+    kernel = param(self, "kernel", weight_init, (*x.shape[-2:], self.width))
+    bias = param(self, "bias", nn.initializers.zeros, (self.width,))
     x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
     return linear(jax.lax.collapse(x, x.ndim - 2), kernel.reshape(-1, self.width), bias)
 
@@ -262,6 +294,7 @@ class ConvNorm(nn.Module):
   stride: int = 1
   groups: int = 1
   kernel_init: Callable = weight_init
+  scale_init: Callable = nn.initializers.ones
   deploy: bool = False
   dtype: str = "float32"
 
@@ -270,10 +303,35 @@ class ConvNorm(nn.Module):
     x_bhwc = nn.Conv(
         self.features, (self.kernel_size,) * 2, strides=self.stride, padding=self.kernel_size // 2,
         feature_group_count=self.groups, use_bias=self.deploy, kernel_init=self.kernel_init,
-        dtype=self.dtype, name="conv")(x_bhwc)
+        conv_general_dilated=grouped_conv if self.groups > 1 else None, dtype=self.dtype,
+        name="conv")(x_bhwc)
     if self.deploy:
       return x_bhwc
-    return BatchNorm(dtype=self.dtype, name="norm")(x_bhwc, use_running_average=not train)
+    norm = BatchNorm(scale_init=self.scale_init, dtype=self.dtype, name="norm")
+    return norm(x_bhwc, use_running_average=not train)
+
+
+class DenseNorm(nn.Module):
+  """x W and batch norm, as a 1x1 `ConvNorm` computes it; deployed, x W + b: see `fold_dense_norm`.
+
+  Leaves: kernel (m, features) and those of norm; deployed, kernel and bias.
+  """
+  features: int
+  kernel_init: Callable = weight_init
+  scale_init: Callable = nn.initializers.ones
+  deploy: bool = False
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, x, train: bool = False):
+    kernel, bias = param(self, "kernel", self.kernel_init, (x.shape[-1], self.features)), None
+    if self.deploy:
+      bias = param(self, "bias", nn.initializers.zeros, (self.features,))
+    y = linear(*promote_dtype(x, kernel, bias, dtype=self.dtype))
+    if self.deploy:
+      return y
+    norm = BatchNorm(scale_init=self.scale_init, dtype=self.dtype, name="norm")
+    return norm(y, use_running_average=not train)
 
 
 def batch_affine(params, stats):
@@ -282,12 +340,32 @@ def batch_affine(params, stats):
   return scale, params["bias"] - stats["mean"] * scale
 
 
-def fold_conv_norm(params, stats):
-  """Parameters of the deployed ConvNorm."""
+def fold_dense_norm(params, stats):
+  """Parameters of the deployed DenseNorm; those of a layer that has no norm stay as they are."""
+  if "norm" not in params:
+    return params
   scale, shift = batch_affine(params["norm"], stats["norm"])
-  kernel = params["conv"]["kernel"]
-  return {"conv": {"kernel": kernel * scale.reshape((1,) * (kernel.ndim - 1) + (-1,)),
-                   "bias": shift}}
+  kernel = params["kernel"]
+  return {"kernel": kernel * scale.reshape((1,) * (kernel.ndim - 1) + (-1,)), "bias": shift}
+
+
+def unfold_dense_norm(params, stats, kernel, bias):
+  """Inverse of `fold_dense_norm`: parameters that compute x W + b with a layer's statistics."""
+  if "norm" not in params:
+    return {"kernel": kernel, "bias": bias}
+  mean, var = stats["norm"]["mean"], stats["norm"]["var"]
+  return {"kernel": kernel,
+          "norm": {"scale": jnp.sqrt(var + BATCH_EPSILON), "bias": bias + mean}}
+
+
+def fold_conv_norm(params, stats, skip: bool = False):
+  """Parameters of the deployed ConvNorm. skip: of one of odd size, of each channel by itself, whose
+  input is added to its output: the centre of its kernel takes that in."""
+  conv = fold_dense_norm({**params["conv"], "norm": params["norm"]}, stats)
+  if skip:
+    centre = conv["kernel"].shape[0] // 2
+    conv = {**conv, "kernel": conv["kernel"].at[centre, centre].add(1)}
+  return {"conv": conv}
 
 
 def fold_into_linear(params, scale_c, shift_c):
@@ -301,23 +379,43 @@ def fold_into_linear(params, scale_c, shift_c):
           "bias": bias + params["bias"] if "bias" in params else bias}
 
 
+def ffn_layer(site, name: str) -> nn.Module:
+  """The dense layer fc1 or fc2 of the FFN of a `protocol.Site`, not bound to a parent."""
+  width = site.fc1_width if name == "fc1" else site.ffn_width
+  if site.deploy or not site.ffn_batch_norm:
+    return dense(width, dtype=site.dtype)
+  # As a residual branch ends in it, it starts as nothing.
+  scale_init = nn.initializers.zeros if name == "fc2" else nn.initializers.ones
+  return DenseNorm(width, torch_conv_init, scale_init, dtype=site.dtype, parent=None)
+
+
 class Mlp(nn.Module):
   """fc2(norm(act(mixer(fc1 x)))): each fc a dense layer or a factorised one; no mixer and no norm
-  are the identity. A gated act halves what fc1 gives."""
+  are the identity. A gated act halves what fc1 gives.
+
+  mix: calls the mixer, (mixer, hidden) -> hidden, where x is not all tokens of the grid.
+  """
   fc1: nn.Module
   fc2: nn.Module
   act: Callable = gelu
   mixer: nn.Module | None = None
   norm: nn.Module | None = None
 
-  def __call__(self, x, train: bool = False):
+  def __call__(self, x, train: bool = False, mix: Callable | None = None):
     hidden = apply_linear(self.fc1, x, train)
     if self.mixer is not None:
-      hidden = self.mixer(hidden)
+      hidden = self.mixer(hidden) if mix is None else mix(self.mixer, hidden)
     hidden = self.act(hidden)
     if self.norm is not None:
       hidden = self.norm(hidden)
     return apply_linear(self.fc2, hidden, train)
+
+
+def apply_norm(norm: nn.Module | None, x, train: bool):
+  """A layer norm knows no train mode; batch norms do. None: x, as the norm is folded."""
+  if norm is None:
+    return x
+  return norm(x, use_running_average=not train) if isinstance(norm, nn.BatchNorm) else norm(x)
 
 
 def apply_linear(linear: nn.Module, x, train: bool):

@@ -33,6 +33,7 @@ SENSITIVITIES = ("none", "quick", "full")
 SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)   # of the keys that attention mass is told of
 LOOKED_AT = 32                               # images that the pictures are made of
 FEW_CLASSES = 0.5
+ROWS = 8                                     # times the hidden channels: tokens of a quick fit
 
 
 def measure(model: nn.Module, variables, images, sensitivity: str = "quick",
@@ -48,8 +49,9 @@ def measure(model: nn.Module, variables, images, sensitivity: str = "quick",
     model: dense; variables: {"params", "batch_stats"?}.
     images: (B, H, W, C), normalised, of mixed classes, or an iterable of such batches; some 256
       large or 1,024 small ones. A quarter is held out.
-    sensitivity: "quick" tries one option of each axis in each block, and infers the others from
-      estimates; "full" tries all; "none" tries none, and such a report proposes no plan.
+    sensitivity: "quick" tries one option of each method in each block, fitted to fewer images where
+      these are large, and infers the others from estimates; "full" tries all; "none" tries none,
+      and such a report proposes no plan.
     progress: called with a block's name, how many are done, and of how many.
   """
   check_model(model)
@@ -118,8 +120,6 @@ class _Measurement:
 
   def _block(self, rows, name, block, x):
     """The dense output; adds a row of the report."""
-    out = self._dense(name, block, x)
-    self.outputs[name] = take(out, self.tried)
     site, tables, options = self.modules[name].site, {}, []
     if "attention" in site.provides:
       prefix = site.prefix if "class token" in site.provides else 0
@@ -127,7 +127,8 @@ class _Measurement:
       tables |= attention_tables(seen, prefix)
     kinds = {(axis, kind): found for axis in BY_BLOCK for kind in METHODS[axis].values()
              if (found := self._legal(kind, axis, site))}
-    sums = self._sums(name, block, x, [kind for _, kind in kinds])
+    out, sums = self._sums(name, block, x, [kind for _, kind in kinds])
+    self.outputs[name] = take(out, self.tried)
     for (axis, kind), found in kinds.items():
       new, more = self._options(axis, found, name, block, x, *protocol.estimate(
           kind, found, site, sums.get(kind)))
@@ -151,16 +152,18 @@ class _Measurement:
         found.append(method)
     return found
 
-  def _sums(self, name, block, x, kinds) -> dict:
-    """{class: its statistics}, of those that have any, in one pass over the images."""
+  def _sums(self, name, block, x, kinds):
+    """(the dense output, {class: its statistics} of those that have any): one pass over the images.
+    """
     params, stats = self._variables(name).values()
     asked = {kind: asked for kind in kinds if (asked := protocol.statistics(kind, params))}
     if not asked:
-      return {}
+      return self._dense(name, block, x), {}
     data = Calibration(block, params, stats, x, block, params, None, self.held
                        if self.held < len(self.images) else 0, {})
     functions, arguments = zip(*asked.values(), strict=True)
-    return dict(zip(asked, data.sums(functions, *arguments)[0], strict=True))
+    out, (sums, _) = data.outputs_and_sums(functions, *arguments)
+    return out, dict(zip(asked, sums, strict=True))
 
   def _options(self, axis, methods, name, block, x, errors, tables):
     """([Option], {name: table}) of one class of methods in one block."""
@@ -184,10 +187,11 @@ class _Measurement:
 
   def _tried(self, name, block, axis, method, x) -> float:
     """KL of the logits with this method in this block alone, fitted to the images not held out."""
-    module, held = self.modules[name], self.held if self.held < len(self.images) else 0
+    module = self.modules[name]
     params, stats = self._variables(name).values()
     methods = BlockMethods(**{axis: method})
-    data = Calibration(block, params, stats, x, block, params, None, held, {})
+    few, held = self._to_fit(x, module.site)
+    data = Calibration(block, params, stats, few, block, params, None, held, {})
     new, new_stats = blocks.from_dense(module.site, methods, params, stats,
                                        lambda *_: data)
     changed = block.clone(methods=methods)
@@ -201,6 +205,19 @@ class _Measurement:
 
     logits = np.asarray(through(self.model, self.variables, self.images[self.tried], on_block))
     return self._kl(logits)
+
+  def _to_fit(self, x, site):
+    """(images to fit an option to, how many of them are held out): all, or of many tokens as many
+    as a quick look needs, evenly chosen."""
+    fitted = len(self.images) - self.held
+    if not fitted:
+      return x, 0
+    tokens = math.prod(max(jax.tree.leaves(x), key=np.size).shape[1:-1])
+    wanted = max(LOOKED_AT, math.ceil(ROWS * site.hidden / tokens))
+    step = max(fitted // wanted, 1) if self.sensitivity == "quick" else 1
+    at = np.concatenate([np.arange(0, fitted, step), np.arange(fitted, len(self.images), step)])
+    few = x if step == 1 else jax.tree.map(lambda leaf: leaf[at], x)
+    return few, len(np.arange(fitted, len(self.images), step))
 
   def _kl(self, logits) -> float:
     lost = divergence if self.model.num_classes else feature_error
@@ -263,7 +280,8 @@ def attention_tables(seen, prefix: int) -> dict[str, list]:
   flat = maps.transpose(1, 0, 2, 3).reshape(maps.shape[1], -1)
   flat = flat / np.linalg.norm(flat, axis=1, keepdims=True)
   patches = np.asarray(seen.before_attention, np.float32)[:, prefix:]
-  patches = patches / np.linalg.norm(patches, axis=-1, keepdims=True)
+  # Zeros, which windows are filled with where a map does not fill them, are like nothing.
+  patches = patches / np.maximum(np.linalg.norm(patches, axis=-1, keepdims=True), 1e-30)
   mean, count = patches.mean(axis=1), patches.shape[1]
   alike = (count * np.sum(mean * mean, axis=-1) - 1) / max(count - 1, 1)
   out = {"attention_mass": mass[_places(maps.shape[-1])].round(4).tolist(),

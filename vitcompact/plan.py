@@ -65,10 +65,11 @@ class Plan:
     object.__setattr__(self, "blocks", FrozenDict(sorted(blocks.items())))
 
   def methods(self) -> list:
-    """Every method of the plan, each once, in the order of the axes."""
+    """Every method of the plan, each once, in the order of the axes; a method before the one that
+    it is made around."""
     found = [getattr(self, axis) for axis in METHODS]
     found += [method for axes in self.blocks.values() for method in axes.values()]
-    return list(dict.fromkeys(method for method in found if method is not None))
+    return list(dict.fromkeys(each for method in found for each in _with_inner(method)))
 
   def parameter_rules(self, shared: list[tuple[str, Leaf]]) -> list[tuple[str, Leaf]]:
     """[(pattern, Leaf)]: those of its methods, then the shared ones, then one for the parameters of
@@ -126,7 +127,7 @@ class Plan:
     if given and "attention" not in site.provides:
       attending = [other.block for other in sites if "attention" in other.provides]
       raise ValueError(f"the plan gives block {site.block} a method of {given[0]}, but it has no "
-                       f"attention; blocks with attention: {attending}")
+                       f"attention between tokens; blocks with attention: {attending}")
 
   def map(self, change: Callable[[Any], Any]) -> "Plan":
     """The plan with `change(method)` in place of each method."""
@@ -173,7 +174,7 @@ class Plan:
 
   def tokens_left(self, block: int, depth: int, tokens: int, prefix: int) -> int:
     """How many of a number of tokens are left when a block begins."""
-    return tokens if self.tokens is None else _lengths(self, depth, tokens, prefix)[block]
+    return tokens if self.tokens is None else _lengths(self.tokens, depth, tokens, prefix)[block]
 
   def to_json(self) -> str:
     blocks = {str(block): {axis: _to_dict(axis, spec) for axis, spec in axes.items()}
@@ -260,17 +261,20 @@ def upgraded(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @functools.lru_cache
-def _lengths(plan: Plan, depth: int, tokens: int, prefix: int) -> list[int]:
+def _lengths(reducer, depth: int, tokens: int, prefix: int) -> list[int]:
   """Tokens before each block and after the last: the reductions followed, shapes only."""
   state, lengths = token_state.Tokens(jax.ShapeDtypeStruct((1, tokens, 8), "float32")), [tokens]
   for i in range(depth):
-    state = token_state.shapes_after(plan.reduction(i, depth), state, prefix)
+    state = token_state.shapes_after(reducer.reduction(i, depth), state, prefix)
     lengths.append(state.x.shape[1])
   return lengths
 
 
 def _check_needs(method, site: Site, gone, model: str):
-  for what, way_out in protocol.needs(method, site).items():
+  needs = protocol.needs(method, site)
+  if method.axis == "attention":   # a choice among all pairs; two of them would not be one
+    needs = {"full attention": "use attention=None there", **needs}
+  for what, way_out in needs.items():
     taker, first = gone.get(what, (method, 0))
     where = f"{describe_method(method)} in block {site.block} needs {CAPABILITIES[what]}, which"
     if what not in site.provides:
@@ -278,6 +282,11 @@ def _check_needs(method, site: Site, gone, model: str):
     if taker is not method:
       since = f"from block {first} on " if taker.axis == "tokens" else ""
       raise ValueError(f"{where} {since}{describe_method(taker)} takes away; {way_out}")
+
+
+def _with_inner(method) -> list:
+  """A method and those that it is made around; [] of None."""
+  return [] if method is None else [method, *_with_inner(protocol.inner(method))]
 
 
 def describe_method(method) -> str:
@@ -297,6 +306,7 @@ def _check_axes(axes: Mapping, where: str):
                        f"vitcompact.METHODS[{axis!r}][NAME] = CLASS)")
     if spec is not None:
       protocol.check_class(type(spec), axis)
+      _check_axes({axis: protocol.inner(spec)}, f"{where}, {type(spec).__name__}")
 
 
 def _check_names(got, known, where: str):
@@ -311,7 +321,8 @@ def _to_dict(axis: str, spec):
   if spec is None:
     return None
   name = next(name for name, kind in METHODS[axis].items() if type(spec) is kind)
-  return {"method": name, **dataclasses.asdict(spec)}
+  fields = {**dataclasses.asdict(spec), axis: _to_dict(axis, protocol.inner(spec))}
+  return {"method": name, **{field.name: fields[field.name] for field in dataclasses.fields(spec)}}
 
 
 def _from_dict(axis: str, spec):
@@ -326,7 +337,8 @@ def _from_dict(axis: str, spec):
   fields = {key: value for key, value in spec.items() if key != "method"}
   _check_names(fields, [field.name for field in dataclasses.fields(kind)], f"plan, {axis}")
   try:
-    method = kind(**{key: _tuples(value) for key, value in fields.items()})
+    method = kind(**{key: _from_dict(axis, value) if key == axis else _tuples(value)
+                     for key, value in fields.items()})
     hash(method)   # models are compared by their plans
   # Of methods of users' own too, whose checks may not expect what a file holds.
   except (TypeError, AttributeError, ArithmeticError) as error:

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitcompact import trees
-from vitcompact.calibration import Function, look, through
-from vitcompact.count import count, macs_of
+from vitcompact.calibration import Function, through
+from vitcompact.count import count, count_block
 from vitcompact.plan import BlockMethods, Plan
 from vitcompact.token_state import Tokens
 
@@ -86,11 +85,8 @@ def _stepped(block: nn.Module, x):
 
 @functools.lru_cache(maxsize=4096)
 def _counted(function: Function, tree, leaves) -> tuple[int, int]:
-  block = function.block
   x = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in leaves])
-  variables = jax.eval_shape(block.init, jax.random.key(0), x)
-  macs = macs_of(lambda variables, x: look(block, variables, x, maps=False)[0], variables, x)
-  return macs.total, trees.size(variables["params"])
+  return count_block(function.block, x)
 
 
 def combined(options: dict[str, list[Any]]) -> list[dict[str, Any]]:

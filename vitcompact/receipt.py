@@ -96,8 +96,10 @@ class Receipt:
     facts = dict(self.facts)
     if self.classes:
       facts["classes"] = describe(self.classes)
-    lines = [f"# {self.title}", "", *self._table(), "", *self._reading(), "", "| fact | value |",
-             "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in facts.items())]
+    exports = _exports(facts.pop("exports", ()))
+    lines = [f"# {self.title}", "", *self._table(), "", *self._reading(), *exports, "",
+             "| fact | value |", "|---|---|",
+             *(f"| {name} | {_cell(value)} |" for name, value in facts.items())]
     return "\n".join(lines) + "\n"
 
   def to_html(self) -> str:
@@ -173,6 +175,21 @@ def _commit() -> str:
     return git("rev-parse", "--short=12", "HEAD") + "+" * bool(changed)
   except (OSError, subprocess.CalledProcessError):
     return "unknown"
+
+
+def _exports(files) -> list[str]:
+  """The table of exported files, as `run.report.exports` tells of them; [] of none."""
+  if not files:
+    return []
+  lines = ["", "| exported file | read back in | largest difference from the model | "
+           "speed, XLA = 1 | SHA-256 |", "|---|---|---|---|---|"]
+  for file in files:
+    speed = "not run"
+    if "speed_xla_is_1" in file:
+      speed = "{:.2f} ({:.2f} to {:.2f})".format(*file["speed_xla_is_1"])
+    lines.append(f"| {file['file']} | {file['runtime']} | {file['largest_difference']:.2g} of the "
+                 f"largest logit, on {file['compared_on']} images | {speed} | {file['sha256']} |")
+  return lines
 
 
 def _change(value: int, base: int) -> str:

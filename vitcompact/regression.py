@@ -11,7 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 
+HIGH = jax.lax.Precision.HIGHEST
+WIDE = 1024     # columns of which products are worth computing in parts
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)   # tried, and chosen among by rows held out
 
 
@@ -32,12 +35,33 @@ class Sums(NamedTuple):
 
 def sums_of(x, y) -> Sums:
   """Of rows (..., p) and (..., q), in float32 on the device."""
+  x, y = _rows(x), y.reshape(-1, y.shape[-1]).astype(jnp.float32)
+  return Sums(gram(x), jnp.matmul(x.T, y, precision=HIGH), jnp.sum(y * y))
+
+
+def sums_of_layer(x, kernel, bias) -> Sums:
+  """`sums_of` of x and x @ kernel + bias, from the products of x alone."""
+  matrix = jnp.concatenate([bias[None], kernel]).astype(jnp.float32)
+  xx = gram(_rows(x))
+  xy = jnp.matmul(xx, matrix, precision=HIGH)
+  return Sums(xx, xy, jnp.sum(matrix * xy))
+
+
+def _rows(x):
+  """(rows, 1 + p), float32."""
   x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-  y = y.reshape(-1, y.shape[-1]).astype(jnp.float32)
-  x = jnp.concatenate([jnp.ones((len(x), 1)), x], axis=1)
-  high = jax.lax.Precision.HIGHEST
-  return Sums(jnp.matmul(x.T, x, precision=high), jnp.matmul(x.T, y, precision=high),
-              jnp.sum(y * y))
+  return jnp.concatenate([jnp.ones((len(x), 1)), x], axis=1)
+
+
+def gram(x):
+  """x^T x of (rows, p): of four parts of many columns, those above the diagonal, and no more."""
+  if x.shape[1] < WIDE:
+    return jnp.matmul(x.T, x, precision=HIGH)
+  parts = jnp.array_split(x, 4, axis=1)
+  above = {(i, j): jnp.matmul(parts[i].T, parts[j], precision=HIGH)
+           for i in range(4) for j in range(i, 4)}
+  return jnp.block([[above[i, j] if i <= j else above[j, i].T for j in range(4)]
+                    for i in range(4)])
 
 
 class Regression(NamedTuple):
@@ -122,10 +146,11 @@ def split(sums) -> tuple[Regression, Regression, Regression]:
 
 def spectrum(data: Regression) -> np.ndarray:
   """Relative squared error of y that factors of rank 1, 2, ... leave at best."""
-  metric = Metric.of(data.cov).stronger(data.strength(RIDGES[0]))
-  root = np.sqrt(metric.values)[:, None]
-  singular = np.linalg.svd(root * (metric.vectors.T @ metric.solve(data.cross)), compute_uv=False)
-  return np.maximum(data.energy - np.cumsum(singular ** 2), 0) / max(data.energy, 1e-30)
+  cov = data.cov + data.strength(RIDGES[0]) * np.eye(len(data.cov))
+  # The variances of the fitted y: singular values of its rows, squared, without its rows.
+  fitted = data.cross.T @ scipy.linalg.solve(cov, data.cross, assume_a="sym")
+  variances = np.maximum(np.linalg.eigvalsh(fitted)[::-1], 0)[:min(data.cross.shape)]
+  return np.maximum(data.energy - np.cumsum(variances), 0) / max(data.energy, 1e-30)
 
 
 def low_rank(sums, old, rank: int) -> tuple[Factors, Regression]:

@@ -109,6 +109,8 @@ class Report:
       share = 1 / asked if goal == "speedup" else asked / (1e3 * times.dense)
     best, most = None, 1.0
     for reducer, kl in self._reducers(axes):
+      if best is not None and kl >= best[0] - 1e-9:   # by itself it loses as much
+        break
       search = self._search(goal if times is None else "seconds", reducer, axes, batch)
       most = min(most, 1 - search.saved - search.knapsack.most() / search.total)
       need = (1 - share - search.saved) * search.total
@@ -189,9 +191,10 @@ class Report:
         raise ValueError(f"axes: unknown axis {axis!r}; use {', '.join((*BY_BLOCK, 'tokens'))}")
 
   def _reducers(self, axes):
+    """(reducer, its KL), none at first, then by what they lose."""
     yield None, 0.0
     if "tokens" in axes:
-      for option in self.tokens:
+      for option in sorted(self.tokens, key=lambda option: option.kl):
         yield option.method, option.kl
 
   def _kl_of(self, reducer) -> float:
@@ -210,6 +213,8 @@ class Report:
     for other, kl in self._reducers(("tokens",)):
       if other == reducer:
         continue
+      if best is not None and kl >= best[1]:
+        break
       again = self._search("macs", other, (*BY_BLOCK, "tokens"))
       found = again.knapsack.best(wanted - again.saved * again.total)
       if found is not None and (best is None or found[1] + kl < best[1]):
@@ -343,9 +348,22 @@ class Search:
       methods = {option.axis: option.method for option in few}
       return costs.saved(row["name"], methods, tokens, self.reducer) if few else (0, 0)
 
+    @functools.cache
+    def legal(*few) -> bool:
+      """Whether these go together, and with the reducer; each goes alone."""
+      methods = {option.axis: option.method for option in few}
+      plan = Plan(tokens=self.reducer, blocks={site.block: methods})
+      try:
+        costs.model.clone(plan=plan).check()
+      except ValueError:
+        return False
+      return True
+
     out = []
     for options in combined(by_axis):
       few = list(options.values())
+      if not legal(*(option for option in few if option.axis != "ffn")):
+        continue
       parts = [saved(*(option for option in few if option.axis != "ffn")),
                saved(*(option for option in few if option.axis == "ffn"))]
       macs, params = (sum(part) for part in zip(*parts, strict=True))

@@ -11,6 +11,21 @@ from vitcompact.attention import Core
 
 
 @flax.struct.dataclass
+class Paths:
+  """Which tokens take a block's whole FFN, and which a shorter path: from the block in which that
+  is decided to the last block of these tokens, or to the next decision.
+
+  In inference rows are gathered. full: (B, k) int32, those of the FFN; short: (B, N - k), the
+  others; place: (B, N), where each token is in [full, short].
+  In training both are computed. mask: (B, N) float32, 1 where a token takes the FFN.
+  """
+  full: jax.Array | None = None
+  short: jax.Array | None = None
+  place: jax.Array | None = None
+  mask: jax.Array | None = None
+
+
+@flax.struct.dataclass
 class Tokens:
   """Tokens between two blocks: prefix tokens first, then by ascending source, a fused one last.
 
@@ -23,12 +38,14 @@ class Tokens:
   remainder: (B, N) bool, which tokens are fused remainders, no patches any more; the last one is,
     an earlier one that was kept may be another; or None.
   proportional: whether attention counts a token `size` times.
+  paths: which tokens take the FFN, or None where all do.
   """
   x: jax.Array
   size: jax.Array | None = None
   source: jax.Array | None = None
   keep_mask: jax.Array | None = None
   remainder: jax.Array | None = None
+  paths: Paths | None = None
   proportional: bool = flax.struct.field(pytree_node=False, default=False)
 
   @property
@@ -50,6 +67,10 @@ class Reduction(NamedTuple):
     attention with these queries and keys, but over the new tokens' values; None: there is none, the
     new tokens have queries and keys of their own.
   after_attention: (tokens, query, key, prefix) -> tokens, before the FFN; after_block: after it.
+  ffn: makes a module (full, x, paths, train) -> y in the place of the FFN: x (B, N, width) is its
+    input before the norm, y what the branch gives; full(x, train, mix=None) is norm and FFN of any
+    rows of x, see `layers.Mlp`. Made with the block's kind of norm (None: folded), the parameters
+    are the block's `fast_path`.
 
   query, key: (B, N, heads, d) of the real heads; prefix: how many tokens are no patches.
   """
@@ -57,6 +78,7 @@ class Reduction(NamedTuple):
   fuse: Callable | None = None
   after_attention: Callable | None = None
   after_block: Callable | None = None
+  ffn: Callable[..., nn.Module] | None = None
 
 
 NOTHING = Reduction()

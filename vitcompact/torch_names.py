@@ -31,7 +31,8 @@ class Entry(NamedTuple):
   layout: how the arrays correspond:
     "same"        vectors, tokens, positions: equal shape
     "linear"      (out, in) <-> (in, out)
-    "conv"        (O, I/groups, kh, kw) <-> (kh, kw, I/groups, O), or (O, I, 1, 1) <-> (I, O)
+    "conv"        (O, I/groups, kh, kw) <-> (kh, kw, I/groups, O), or (O, I, 1, 1) <-> (I, O), or
+                  (O, I/groups, k) <-> (k, I/groups, O)
     "heads"       rows (heads * d, in), fused leaves below one another <-> each (in, heads, d)
     "heads_bias"  (heads * d,), fused likewise <-> each (heads, d)
     "out"         (out, heads * d) <-> (heads, d, out)
@@ -175,7 +176,8 @@ def to_tensor(layout: str, leaves: list[np.ndarray]) -> np.ndarray:
   if layout == "linear":
     return first.T
   if layout == "conv":
-    return first.T[:, :, None, None] if first.ndim == 2 else first.transpose(3, 2, 0, 1)
+    first = first[None, None] if first.ndim == 2 else first
+    return np.moveaxis(first, (-1, -2), (0, 1))
   if layout == "heads":
     return np.concatenate([leaf.reshape(len(leaf), -1).T for leaf in leaves])
   if layout == "heads_bias":
@@ -190,7 +192,7 @@ def to_leaves(layout: str, tensor: np.ndarray, shapes) -> list[np.ndarray]:
   if layout in ("linear", "out"):
     return [tensor.T.reshape(shapes[0])]
   if layout == "conv":
-    return [tensor.transpose(2, 3, 1, 0).reshape(shapes[0])]
+    return [np.moveaxis(tensor, (0, 1), (-1, -2)).reshape(shapes[0])]
   if layout in ("heads", "heads_bias"):
     rows = np.cumsum([np.prod(shape[-2:]) for shape in shapes])[:-1]
     return [part.T.reshape(shape)

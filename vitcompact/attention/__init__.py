@@ -8,6 +8,7 @@
 """
 # ruff: noqa: F401
 import flax.linen as nn
+import jax.numpy as jnp
 
 from vitcompact.attention.call import DENSE, Core
 from vitcompact.attention.choice import choose
@@ -42,6 +43,14 @@ def loops_over_images() -> bool:
 def wants_maps(module: nn.Module) -> bool:
   """Whether somebody asked for attention maps: they are formed, and sown as "maps", only then."""
   return module.is_mutable_collection("maps") and not module.is_initializing()
+
+
+def share_kept(collections) -> dict[str, float]:
+  """{"attention_kept": share of the pairs of tokens, or of blocks of them, that are scored}, of all
+  that was sown as "kept" in the collection "attention"; {} where nothing was."""
+  shares = [jnp.mean(seen["kept"][0]) for block in collections.get("attention", {}).values()
+            for seen in block.values() if "kept" in seen]
+  return {"attention_kept": float(sum(shares) / len(shares))} if shares else {}
 
 
 def wants_predictions(module: nn.Module) -> bool:

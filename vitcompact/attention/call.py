@@ -21,6 +21,8 @@ class Core(NamedTuple):
   """softmax(q k^T / sqrt(d)) v for each head, as the tokens of a block ask for it.
 
   size: (B, M) or None: a key counts as `size` equal keys (log size is added to its scores).
+  merge: (B, M, ...) -> (B, K, ...), applied to keys and values before the scores; `size` is then of
+    the K. Each result must be a mean, the same for both. None: keys are as they come.
   spread: applied to the values before, gather: to the outputs after; the identity, but where tokens
     are merged between the scores and the values. average: whether `gather` gives means of rows;
     else the outputs do not tell what it makes of the maps, which are then formed.
@@ -30,6 +32,9 @@ class Core(NamedTuple):
   scored: the share of the pairs of tokens that the mask leaves.
   layout: which blocks of tokens attend to which, or None.
   weighed: the share of the scored pairs whose values differ; a call sets it.
+  operator: takes the place of the softmax: (core, query, key, value) -> (B, N, h, e); its `maps`
+    (core, query, key) gives maps where it has some. local: (value of all heads, x) -> (B, N, h, d),
+    added to the heads' outputs; x (B, N, width), the input of the attention.
 
   A `rescore` changes the scores before the softmax: (B, f, N, M), edges -> (B, h, N, M). A row of
   its result may depend on `rescore.reach` rows before and after it, 0 beyond the ends. edges: these
@@ -37,6 +42,7 @@ class Core(NamedTuple):
   rows of the result.
   """
   size: jax.Array | None = None
+  merge: Callable | None = None
   spread: Callable = _identity
   gather: Callable = _identity
   average: bool = True
@@ -45,12 +51,19 @@ class Core(NamedTuple):
   scored: Fraction = Fraction(1)
   layout: BlockLayout | None = None
   weighed: Fraction = Fraction(1)
+  operator: Callable | None = None
+  local: Callable | None = None
 
   def __call__(self, query_bnhd, key_bmhd, value_bmhe, rescore: Callable | None = None):
     """(B, N, h, d), (B, M, h, d), (B, M, h, e) -> (B, N, h, e) in the values' dtype.
 
     e may differ from d. Nobody sees the maps, and most forms do not form them.
     """
+    if self.operator is not None:
+      return self.gather(self.operator(self, query_bnhd, key_bmhd, self.spread(value_bmhe)))
+    if self.merge is not None:
+      merged = self._replace(merge=None)
+      return merged(query_bnhd, self.merge(key_bmhd), self.merge(value_bmhe), rescore)
     if not self.average:
       return reference.weigh(self.merged(self.maps(query_bnhd, key_bmhd, rescore)), value_bmhe)
     count, value_bmhe = value_bmhe.shape[1], self.spread(value_bmhe)
@@ -65,7 +78,16 @@ class Core(NamedTuple):
 
   def maps(self, query_bnhd, key_bmhd, rescore: Callable | None = None, own_n=None,
            edges: bool = True):
-    """Attention maps (B, h, N, M), float32; see `reference.maps`."""
+    """Attention maps (B, h, N, M), float32; see `reference.maps`. Of merged keys, each has its
+    share of what their mean gets."""
+    if self.operator is not None:
+      return self.operator.maps(self, query_bnhd, key_bmhd)
+    if self.merge is not None:
+      merged = self._replace(merge=None)
+      maps_bhnk = merged.maps(query_bnhd, self.merge(key_bmhd), rescore, own_n, edges)
+      batch, count = key_bmhd.shape[:2]
+      share_bkm = self.merge(jnp.broadcast_to(jnp.eye(count), (batch, count, count)))
+      return jnp.einsum("bhnk,bkm->bhnm", maps_bhnk, share_bkm)
     return reference.maps(self, query_bnhd, key_bmhd, rescore, own_n, edges)
 
   def merged(self, maps_bhnm):
@@ -93,9 +115,14 @@ class Core(NamedTuple):
     """(B, M) float32 added to the scores of keys, or None."""
     return None if self.size is None else jnp.log(self.size.astype(jnp.float32))
 
+  def is_merged(self) -> bool:
+    """Whether tokens are merged between the scores and the values."""
+    return self.spread is not _identity or self.gather is not _identity
+
   def is_plain(self, rescore: Callable | None = None) -> bool:
     """Whether every query attends to every key, and nothing but a bias of keys changes scores."""
-    return all(x is None for x in (rescore, self.keep_mask, self.mask, self.layout))
+    return all(x is None for x in (rescore, self.keep_mask, self.mask, self.layout,
+                                   self.operator))
 
 
 DENSE = Core()   # all keys count alike

@@ -1,8 +1,8 @@
 """Every tuned constant of attention, with where and when it was measured.
 
 Commands: A `taskset -c 0 python -m experiments.attention_speed`, with `--gradients` for backward
-passes; B the same with `--layers dense sparse predictor`. Limits that hardware sets stand in
-`kernels`.
+passes; B the same with `--layers dense sparse predictor`, C with `--layers dense merged --keep
+0.5`, D with `--layers dense regions`. Limits that hardware sets stand in `kernels`.
 """
 # name = value             measured, by    what it is
 
@@ -18,6 +18,8 @@ ROW_ENTRIES = 2 ** 18    # 2026-11-21, A   scores of all heads, in a tile that i
 MIN_ROW_QUERIES = 16     # 2026-11-21, A   its queries, at least
 BLOCK_ENTRIES = 2 ** 16  # 2026-11-21, B   scores that block-sparse attention forms in one step
 BLOCK_MIN_TOKENS = 197   # 2026-11-21, B   block-sparse is 1.1 times as fast as dense, at keep 0.25
+MERGE_MIN_TOKENS = 325   # 2026-11-29, C   merging keys is 1.1 times as fast as dense, at keep 0.5
+REGION_MIN_TOKENS = 442  # 2026-11-29, D   7 x 7 regions are 1.08 times as fast, at keep 0.25
 
 # GPU and TPU: chosen for memory, by estimate; never measured.
 MAX_MAP_ENTRIES = 1024 ** 2   # not measured    scores of a head; beyond, in tiles

@@ -10,6 +10,7 @@ import click
 from vitcompact._version import __version__
 from vitcompact.cli import (
     bench,
+    card,
     compact,
     compare,
     convert,
@@ -80,7 +81,7 @@ def main():
 
 for command in (models.models, count.count, convert.convert, predict.predict, bench.bench,
                 draw.draw, prepare.prepare, compare.compare, compact.measure, compact.compact,
-                compact.verify, push.push, export.export, page.page):
+                compact.verify, push.push, card.card, export.export, page.page):
   main.add_command(command)
   for verb in (command, *getattr(command, "commands", {}).values()):
     verb.params.append(verbose_option())

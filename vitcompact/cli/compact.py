@@ -62,8 +62,8 @@ def steps_of(distil: str | None, data: str, batch_size: int) -> int:
 @click.command()
 @click.argument("file")
 @click.option("--data", required=True, metavar="NAME", help="folder:PATH, arrayrecord:PATH, "
-              "tfds:NAME, idx:PATH, fashion_mnist or digits; images of its train split are "
-              "measured on.")
+              "tfds:NAME, idx:PATH, hf:NAME, fashion_mnist or digits; images of its train "
+              "split are measured on.")
 @click.option("--macs", type=float, help="Share of the dense model's MACs to come to, such as 0.7.")
 @click.option("--params", type=float, help="Or of its parameters.")
 @click.option("--plan", help="A JSON plan, or a path to one, in place of one chosen from data.")

@@ -5,8 +5,22 @@ import click
 DEFAULT = '{"heads": {"method": "hmhsa"}, "ffn": {"method": "cffn"}}'
 
 
+def default_plan(name: str):
+  """(plan, why it is not the default): cFFN alone where a network refuses hallucinated heads."""
+  import vitcompact as vc
+
+  plan = vc.Plan.parse(DEFAULT)
+  vc.create_model(name)      # of an unknown name the error is that
+  try:
+    vc.create_model(name, plan=plan)
+  except ValueError as error:
+    return vc.Plan(ffn=plan.ffn), str(error)
+  return plan, ""
+
+
 def pairs(names, plan: str | None, image_size: int | None):
-  """Yields (name, dense model, compact model), deployed: of each model that matches, or file."""
+  """Yields (name, with what it was counted if not with the plan asked for, dense model, compact
+  model), deployed: of each model that matches, or file."""
   import vitcompact as vc
   from vitcompact import hub
   from vitcompact.cli import weights
@@ -18,13 +32,14 @@ def pairs(names, plan: str | None, image_size: int | None):
         raise ValueError(f"{name} has its own plan; leave --plan out")
       model = vc.load(weights.file_of(name))[0].clone(deploy=True, **fields)
       model.check()
-      yield name, model.clone(plan=vc.Plan()), model
+      yield name, "", model.clone(plan=vc.Plan()), model
       continue
     if not (found := vc.list_models(name) or vc.list_models(name, pretrained=True)):
       raise ValueError(f"no model matches {name!r}; known: {', '.join(vc.list_models())}")
-    plans = vc.Plan(), vc.Plan.parse(DEFAULT if plan is None else plan)
     for known in found:
-      yield known, *(vc.create_model(known, plan=p, deploy=True, **fields) for p in plans)
+      asked, why = default_plan(known) if plan is None else (vc.Plan.parse(plan), "")
+      yield known, why and " (cFFN alone)", *(
+          vc.create_model(known, plan=one, deploy=True, **fields) for one in (vc.Plan(), asked))
 
 
 def table(names, plan: str | None = None, image_size: int | None = None) -> str:
@@ -33,9 +48,9 @@ def table(names, plan: str | None = None, image_size: int | None = None) -> str:
 
   lines = ["| model, deployed | params, dense | compact | | MACs, dense | compact | |",
            "|---|---:|---:|---:|---:|---:|---:|"]
-  for name, *both in pairs(names, plan, image_size):
+  for name, less, *both in pairs(names, plan, image_size):
     dense, small = map(vc.count, both)
-    lines.append(f"| {name} | {dense.params / 1e6:.2f} M | {small.params / 1e6:.2f} M | "
+    lines.append(f"| {name}{less} | {dense.params / 1e6:.2f} M | {small.params / 1e6:.2f} M | "
                  f"{100 * (small.params / dense.params - 1):+.1f}% | {dense.macs / 1e9:.2f} G | "
                  f"{small.macs / 1e9:.2f} G | {100 * (small.macs / dense.macs - 1):+.1f}% |")
   return "\n".join(lines)
@@ -43,7 +58,8 @@ def table(names, plan: str | None = None, image_size: int | None = None) -> str:
 
 @click.command()
 @click.argument("names", nargs=-1)
-@click.option("--plan", help="JSON, or a path to it (*.json).  [default: hMHSA and cFFN]")
+@click.option("--plan", help="JSON, or a path to it (*.json).  [default: hMHSA and cFFN; cFFN "
+              "alone where a network refuses hMHSA]")
 @click.option("--image-size", type=int, help="Pixels of a side.  [default: the model's own]")
 def count(names, plan, image_size):
   """Count parameters and multiply-accumulates, dense and compact.

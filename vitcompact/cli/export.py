@@ -42,7 +42,7 @@ def export(file, out, to, named, batch, pixels, half, calibration, count, tokens
   import vitcompact as vc
   from vitcompact import convert
   from vitcompact.cli import weights
-  from vitcompact.export import FORMATS, checked_path
+  from vitcompact.export import FORMATS, check_choices, checked_path
 
   if out and named:
     raise click.UsageError("OUT and --out name the same file: give one of them.")
@@ -52,13 +52,15 @@ def export(file, out, to, named, batch, pixels, half, calibration, count, tokens
     if to is None:
       raise click.UsageError("name the file to write, or its format with --to.")
     out = pathlib.Path(source).with_suffix(FORMATS[to].suffix).name
-  checked_path(out, to, force)
+  _, name = checked_path(out, to, force)
   runtime = TUNED.get(pathlib.Path(out).suffix)
   if tune and runtime is None:
     raise ValueError(f"{out}: --tune times ONNX Runtime and OpenVINO, which read "
                      f"{', '.join(TUNED)}; vc.tune chooses for XLA")
   model, variables = vc.load(source)
   preprocess = vc.preprocess(source)
+  # Before minutes of tuning and calibrating.
+  check_choices(name, model, batch, pixels, half, calibration, tokens, convert.classes_of(source))
   if not model.deploy:
     click.echo(f"{file} is in training form: it is folded", err=True)
   if pathlib.Path(out).suffix in (".onnx", ".xml"):

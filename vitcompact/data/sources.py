@@ -7,14 +7,16 @@
   tfds:NAME[@all]   a set of TensorFlow Datasets that lies on this machine
   idx:PATH          IDX files of the MNIST family
   fashion_mnist     Debian's package of it, or the folder that FASHION_MNIST_DIR names
+  hf:NAME[@all]     parquet files of the Hugging Face hub, or of a folder
 """
 import difflib
 from typing import Protocol
 
-from vitcompact.data import folder, idx, records, tfds
+from vitcompact.data import folder, hf, idx, records, tfds
 from vitcompact.data.decode import Example
 from vitcompact.data.digits import FOLDS, Digits, split_indices
 from vitcompact.data.folder import Folder, list_files
+from vitcompact.data.hf import HfSource
 from vitcompact.data.idx import FASHION_CLASSES, Idx
 from vitcompact.data.records import Records
 from vitcompact.data.shapes import SIZES, Directions, Shapes
@@ -23,11 +25,12 @@ from vitcompact.data.tfds import TfdsSource
 SPLITS = ("train", "val", "test")
 KNOWN = ("digits", "digits:FOLD", "shapes", "shapes:COUNT", "directions",
          "directions:COUNT", "folder:PATH", "arrayrecord:PATH", "tfds:NAME", "idx:PATH",
-         "fashion_mnist")
+         "fashion_mnist", "hf:NAME")
 NEEDS = {"folder": "a path: 'folder:PATH' with PATH/train/CLASS/*.jpg",
          "arrayrecord": "a path: 'arrayrecord:PATH', as `vitcompact prepare` writes it",
          "tfds": "a name: 'tfds:imagenet2012', 'tfds:cifar10'",
-         "idx": "a path: 'idx:PATH' with PATH/train-images-idx3-ubyte.gz and its like"}
+         "idx": "a path: 'idx:PATH' with PATH/train-images-idx3-ubyte.gz and its like",
+         "hf": "a name or a folder: 'hf:org/name', 'hf:PATH' with PATH/train-*.parquet"}
 # Made at the size that the model takes, with something at every edge: evaluated whole, and only
 # these augmentations leave the label true (a mirrored scene has another, a mirrored 5 has none).
 ALLOWED = {"digits": ("none", "digits"), "shapes": ("none",),
@@ -89,6 +92,8 @@ def source(name: str, split: str, *, image_size: int | tuple[int, int], seed: in
     return Idx(argument, split)
   if kind == "fashion_mnist":
     return Idx(idx.fashion_mnist(), split, FASHION_CLASSES)
+  if kind == "hf":
+    return HfSource(argument, split)
   return {"folder": Folder, "arrayrecord": Records}[kind](argument, split, label_maps)
 
 
@@ -96,7 +101,7 @@ def class_names(name: str) -> tuple[str, ...]:
   """The names of a data set's classes: name k is of the label k, and of a model's output k."""
   kind, argument = parse(name)
   named = {"folder": folder.class_names, "arrayrecord": records.class_names,
-           "tfds": tfds.class_names, "idx": idx.class_names,
+           "tfds": tfds.class_names, "idx": idx.class_names, "hf": hf.class_names,
            "fashion_mnist": lambda _: FASHION_CLASSES}
   return named[kind](argument) if kind in named else {"digits": Digits, **DRAWN}[kind].class_names
 
@@ -119,4 +124,6 @@ def num_examples(name: str, split: str) -> int:
     return sum(shard["records"] for shard in records.shards_of(argument, split))
   if kind == "tfds":
     return len(tfds.choose(argument, split)[1])
+  if kind == "hf":
+    return len(hf.choose(argument, split)[1])
   return len(idx.choose(argument or idx.fashion_mnist(), split)[1])

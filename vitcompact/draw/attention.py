@@ -8,6 +8,7 @@ pairs hold at several keep rates, block by block, over the share of pairs that a
 Heads are those that are computed.
 """
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -17,7 +18,6 @@ import vitcompact as vc
 from vitcompact import convert
 from vitcompact.draw import pyplot
 from vitcompact.methods import protocol
-from vitcompact.methods.attention.sparsifiner import Sparsifiner
 
 DIMMED = 0.25     # brightness of a patch that is not attended to,
 BLUE = np.array([0.0, 0.0, 0.35])   # and what is added, or a black one would look like the others
@@ -33,7 +33,7 @@ def sparse_blocks(model) -> list[int]:
   if model.plan.tokens is not None:
     raise ValueError(f"tokens={model.plan.tokens}: patches are reduced, so a token has no "
                      "fixed place; draw a model without a token reducer")
-  blocks = [site.block for site in model.sites() if model.plan.at(site).attention is not None]
+  blocks = [site.block for site in model.sites() if is_sparse(model.plan.at(site).attention)]
   if not blocks:
     raise ValueError(f"plan={model.plan.to_json()}: no block has sparse attention, nothing to "
                      "draw")
@@ -58,21 +58,29 @@ def mass_kept(model, variables, image, keeps=KEEP_RATES) -> dict[int, list[tuple
   """
   out = {i: [] for i in sparse_blocks(model)}
   for keep in keeps:
-    sparse = with_predictors(model, keep=keep)
+    sparse = model.clone(plan=model.plan.map(functools.partial(at_keep, keep=keep)))
     _, state = jax.jit(lambda v, x, m=sparse: m.apply(v, x, mutable=["attention"]))(
         variables, image[None])
     for i, shares in out.items():
-      seen = state["attention"][f"blocks_{i}"][Sparsifiner.scope]
+      scope = protocol.scope_of(model.plan.planned(i).attention)
+      seen = state["attention"][f"blocks_{i}"][scope]
       target, kept = (np.asarray(seen[name][0]) for name in ("target", "kept"))
       shares.append((float(kept.mean()), float((target * kept).sum() / target.sum())))
   return out
 
 
-def with_predictors(model, **fields):
-  """The model with these fields in each of its Sparsifiners."""
-  return model.clone(plan=model.plan.map(
-      lambda method: dataclasses.replace(method, **fields)
-      if isinstance(method, Sparsifiner) else method))
+def is_sparse(method) -> bool:
+  return method is not None and method.axis == "attention" and hasattr(method, "at_keep")
+
+
+def at_keep(method, keep: float):
+  """A method of attention sparsity with another keep rate; any other as it is."""
+  return method.at_keep(keep) if is_sparse(method) else method
+
+
+def in_use(method):
+  """A method whose predictions are used, see `Sparsifiner.masked`."""
+  return dataclasses.replace(method, masked=True) if hasattr(method, "masked") else method
 
 
 def enlarged(image, grid: tuple[int, int]):
@@ -146,7 +154,7 @@ def run(checkpoint, image, out, *, queries=(), blocks=(), force=False) -> str:
   """Writes the drawings into folder `out`, returns a line that tells which."""
   model, variables = convert.load(checkpoint)
   # After the first phase of training, predictions are not used yet: what they would keep.
-  model = with_predictors(model, masked=True)
+  model = model.clone(plan=model.plan.map(in_use))
   known = sparse_blocks(model)
   for block in blocks:
     if block not in known:

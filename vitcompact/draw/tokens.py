@@ -1,7 +1,7 @@
 """Which patches of an image survive a token reducer or are merged, stage by stage.
 
-Patches that were dropped, or fused into a remainder, are white; patches that became one token have
-their mean colour and a line around them.
+Patches that were dropped, or fused into a remainder, are white, and so are those on a fast path;
+patches that became one token have their mean colour and a line around them.
 """
 import dataclasses
 import pathlib
@@ -21,16 +21,25 @@ OUTLINE = 0.15   # how dark the lines between groups are
 def stages(model, variables, image) -> list[tuple[str, np.ndarray]]:
   """[(title, (h, w) int)], after each block that reduces: the token that holds each patch.
 
-  DROPPED where a patch was dropped or fused into a remainder. image: (H, W, C), normalised.
+  DROPPED where a patch was dropped or fused into a remainder. Where none is, but some take a fast
+  path, the blocks that decide which, and DROPPED for these. image: (H, W, C), normalised.
   """
-  blocks = [i for i in range(model.depth) if model.plan.reduction(i, model.depth) != NOTHING]
+  sites = [site for site in model.sites() if model.plan.at(site).tokens is not None]
+  steps = {site.block: model.plan.reduction(site.block, model.depth) for site in sites}
+  deciding = {site.block: site.query_grid for site in sites
+              if steps[site.block].ffn and steps[site.block].predict}
+  blocks = list(deciding) or [block for block, step in steps.items() if step != NOTHING]
   if not blocks:
     raise ValueError(f"plan={model.plan.to_json()}: no block reduces tokens, nothing to draw; "
                      "give --plan")
   _, state = jax.jit(lambda v, x: model.apply(v, x, mutable=["tokens"]))(variables, image[None])
   sown = state["tokens"]
   out = []
-  for i in blocks:
+  for i, grid in deciding.items():
+    mask = np.asarray(sown[f"blocks_{i}"]["predict_tokens"]["keep_mask"][0])[0]
+    holder = np.where(mask, np.arange(mask.size), DROPPED).reshape(grid)
+    out.append((f"block {i}: FFN for {int(mask.sum())} of {mask.size}", holder))
+  for i in () if deciding else blocks:
     source = np.asarray(sown[f"source_{i}"][0])[0]
     keep_mask = np.asarray(sown[f"keep_mask_{i}"][0])[0]
     holder = np.where(keep_mask, source[-keep_mask.size:], DROPPED).reshape(model.grid)
@@ -58,18 +67,18 @@ def coloured_by_token(image, holder):
   return out
 
 
-def write_row(panels, path):
-  """Writes a row of (title, (H, W, 3)) pictures."""
-  plt, columns = pyplot(), min(len(panels), 4)
+def write_row(panels, path, columns: int = 4, fontsize: int = 9, **options):
+  """Writes rows of (title, (H, W, 3) or (H, W)) pictures. options: of matplotlib's savefig."""
+  plt, columns = pyplot(), min(len(panels), columns)
   rows = -(-len(panels) // columns)
   figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3.3 * rows), squeeze=False)
   for axis in axes.flat:
     axis.set_axis_off()
   for axis, (title, picture) in zip(axes.flat, panels, strict=False):
     axis.imshow(picture, interpolation="nearest")
-    axis.set_title(title, fontsize=9)
+    axis.set_title(title, fontsize=fontsize)
   figure.tight_layout()
-  figure.savefig(path, dpi=150)
+  figure.savefig(path, **{"dpi": 150, **options})
   plt.close(figure)
 
 
@@ -83,9 +92,10 @@ def load(checkpoint, plan: str | None = None):
   if plan is None:
     return model, variables
   tokens = vc.Plan.parse(plan).tokens
-  if isinstance(tokens, vc.DynamicViT) or isinstance(model.plan.tokens, vc.DynamicViT):
-    raise ValueError("--plan: DynamicViT's predictors are trained with the model; draw a "
-                     "checkpoint that has them, without --plan")
+  for reducer in (tokens, model.plan.tokens):
+    if isinstance(reducer, (vc.DynamicViT, vc.FastPath)):
+      raise ValueError(f"--plan: {type(reducer).__name__}'s predictors are trained with the model; "
+                       "draw a checkpoint that has them, without --plan")
   model = model.clone(plan=dataclasses.replace(model.plan, tokens=tokens))
   model.check()
   return model, variables

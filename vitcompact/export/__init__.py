@@ -104,7 +104,7 @@ def export(model: nn.Module, variables, path, *, to: str | None = None, batch: i
   # Here may be no device that has the forms it was tuned to.
   anywhere = model.clone(execution=dataclasses.replace(model.execution, attention={}))
   check_fitting(anywhere, variables, image_shapes(model))
-  _check_choices(name, model, batch, pixels, half, int8, tokens, classes)
+  check_choices(name, model, batch, pixels, half, int8, tokens, classes)
   folded = not model.deploy
   if folded:
     model, variables = fold(model, variables)
@@ -205,7 +205,7 @@ def checked_path(path, to: str | None = None, force: bool = False) -> tuple[path
   return path, to
 
 
-def _check_choices(to, model, batch, pixels, half, int8, tokens, classes):
+def check_choices(to, model, batch, pixels, half, int8, tokens, classes):
   """Refuses what a format does not have."""
   if batch is not None and not (type(batch) is int and batch > 0):
     raise ValueError(f"batch={batch!r}: must be a whole number of images, or None for any")

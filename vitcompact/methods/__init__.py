@@ -4,17 +4,27 @@
 
 What a method is: `protocol.py`.
 """
+from vitcompact.methods.attention.biformer import BiFormer
+from vitcompact.methods.attention.channels import ChannelAttention
+from vitcompact.methods.attention.inline import InLine
+from vitcompact.methods.attention.key_merging import KeyMerging
 from vitcompact.methods.attention.sparsifiner import Sparsifiner
 from vitcompact.methods.ffn.cffn import CFFN
+from vitcompact.methods.ffn.glu import GLU, ConvGLU
 from vitcompact.methods.heads.hmhsa import HMHSA
+from vitcompact.methods.heads.moh import MoH
+from vitcompact.methods.heads.pruning import HeadPruning
 from vitcompact.methods.tokens.dynamicvit import DynamicViT
 from vitcompact.methods.tokens.evit import EViT
+from vitcompact.methods.tokens.fastpath import FastPath
 from vitcompact.methods.tokens.mctf import MCTF
 from vitcompact.methods.tokens.tome import ToMe
 
 METHODS = {
-    "heads": {"hmhsa": HMHSA},
-    "attention": {"sparsifiner": Sparsifiner},
-    "tokens": {"evit": EViT, "dynamicvit": DynamicViT, "tome": ToMe, "mctf": MCTF},
-    "ffn": {"cffn": CFFN},
+    "heads": {"hmhsa": HMHSA, "head_pruning": HeadPruning, "moh": MoH},
+    "attention": {"sparsifiner": Sparsifiner, "biformer": BiFormer, "inline": InLine,
+                  "channel_attention": ChannelAttention, "key_merging": KeyMerging},
+    "tokens": {"evit": EViT, "dynamicvit": DynamicViT, "tome": ToMe, "mctf": MCTF,
+               "fastpath": FastPath},
+    "ffn": {"cffn": CFFN, "glu": GLU, "convglu": ConvGLU},
 }

@@ -4,7 +4,7 @@ from typing import Any
 import jax
 
 from vitcompact import attention, trees
-from vitcompact.methods.protocol import Site, scope_of, scored_heads
+from vitcompact.methods.protocol import Site, around, scope_of, scored_heads, value_heads
 from vitcompact.token_state import Reduction, Tokens
 from vitcompact.torch_names import Entry
 
@@ -28,20 +28,26 @@ def from_dense(method, site: Site, params, stats, data):
 
 
 def cut_heads(method, site: Site, params):
-  """A block's parameters with the queries and keys of the first `scored_heads` heads alone."""
-  real = scored_heads(method, site) if method.axis == "heads" else site.heads
-  if real == site.heads:
+  """A block's parameters with the queries and keys of the first `scored_heads` heads alone, the
+  values and outputs of the first `value_heads`."""
+  if method.axis != "heads":
     return params
-  cut = {name: {leaf: array[..., :real, :] for leaf, array in params["attn"][name].items()}
-         for name in ("query", "key")}
-  return {**params, "attn": {**params["attn"], **cut}}
+  scored, valued = scored_heads(method, site), value_heads(method, site)
+  attn = dict(params["attn"])
+  for name, kept in (("query", scored), ("key", scored), ("value", valued)):
+    if kept < site.heads:
+      attn[name] = {leaf: array[..., :kept, :] for leaf, array in attn[name].items()}
+  if valued < site.heads:
+    attn["out"] = {**attn["out"], "kernel": attn["out"]["kernel"][:valued]}
+  return {**params, "attn": attn}
 
 
 def fold(method, site: Site, params, stats):
   """(params, stats) of the deployed block."""
   if hasattr(method, "fold"):
     return method.fold(site, params, stats)
-  return params, stats
+  other, seen = around(method, site)
+  return (params, stats) if other is None else fold(other, seen, params, stats)
 
 
 def torch_entries(method, site: Site, torch: str, ours: str) -> list[Entry]:
@@ -67,7 +73,8 @@ def fresh(method, site: Site) -> tuple[tuple[str, ...], dict[str, Any]]:
   query, key = tokens(site.queries, scored, width), tokens(site.tokens, scored, width)
   if method.axis == "heads":
     place = ("attn", *place)
-    inputs = (query, key, tokens(site.tokens, site.heads, width), attention.DENSE,
+    valued = value_heads(method, site)
+    inputs = (query, key, tokens(site.tokens, valued, width), attention.DENSE,
               tokens(site.queries, site.width))
   elif method.axis == "attention":
     inputs = attention.DENSE, query, key

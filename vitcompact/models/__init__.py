@@ -7,12 +7,25 @@ from typing import Any
 import flax.linen as nn
 
 from vitcompact.execution import Execution
-from vitcompact.models import lvvit, nextvit, pvt, pvt_v2, tags, vit_variants
+from vitcompact.models import (
+  biformer,
+  davit,
+  inline_variants,
+  lvvit,
+  nextvit,
+  pvt,
+  pvt_v2,
+  shvit,
+  tags,
+  transnext,
+  vit_variants,
+)
 from vitcompact.models.variant import Variant
 from vitcompact.plan import Plan
 
 DTYPES = ("float32", "bfloat16")
-FAMILIES = (vit_variants, lvvit, nextvit, pvt, pvt_v2)
+FAMILIES = (vit_variants, lvvit, nextvit, pvt, pvt_v2, davit, shvit, biformer, transnext,
+            inline_variants)
 VARIANTS: dict[str, Variant] = {name: row for family in FAMILIES
                                 for name, row in family.VARIANTS.items()}
 
@@ -94,7 +107,8 @@ def create_model(name: str, **fields) -> nn.Module:
   """A linen Module of the named model, with fields overridden. `pretrained` gives one with weights.
 
   Args:
-    name: as in `list_models()`; timm's name where timm has the model. With a tag, as in
+    name: as in `list_models()`; timm's name where timm has the model. Where methods are part of
+      what it stands for, they are in the plan unless that has others. With a tag, as in
       `list_models(pretrained=True)`, classes, image size and preprocessing are its weights'.
     fields: plan, execution, num_classes (0: features), image_size (int or pair), in_chans,
       global_pool, drop_path_rate, dtype ("float32", "bfloat16": of the computation; parameters are
@@ -114,6 +128,11 @@ def create_model(name: str, **fields) -> nn.Module:
             for key, value in fields.items()}
   for field, value in fields.items():
     check_value(field, known[field], value)
+  if variant.plan:
+    own, plan = Plan.from_dict(variant.plan), fields.get("plan", Plan())
+    absent = {axis: method for axis in variant.plan if getattr(plan, axis) is None
+              and (method := getattr(own, axis))}
+    fields["plan"] = dataclasses.replace(plan, **absent)
   model = variant.kind(variant=name, **{**variant.sizes, **fields})
   model.check()
   return model

@@ -14,6 +14,7 @@ from vitcompact.models.backbone import Isotropic, check_images, chunked
 from vitcompact.models.variant import Variant
 from vitcompact.token_state import Tokens
 from vitcompact.torch_names import Entry, Positions
+from vitcompact.tracing import param
 from vitcompact.trees import Leaf
 
 EPSILON = 1e-5   # of every LayerNorm
@@ -153,9 +154,9 @@ class LVViT(Isotropic):
     return entries
 
   def setup(self):
-    self.cls_token = self.param("cls_token", layers.weight_init, (1, 1, self.width))
+    self.cls_token = param(self, "cls_token", layers.weight_init, (1, 1, self.width))
     count = 1 + self.grid[0] * self.grid[1]
-    self.pos_embed = self.param("pos_embed", layers.weight_init, (1, count, self.width))
+    self.pos_embed = param(self, "pos_embed", layers.weight_init, (1, count, self.width))
     for name, module in self.submodules().items():
       setattr(self, name, module)
     self.norm = layers.LayerNorm(epsilon=EPSILON, dtype=self.dtype)

@@ -165,7 +165,9 @@ class NextViT(Backbone):
     out = []
     for i, place in enumerate(self.places()):
       width, grid = self.widths[place.stage], self.grids[place.stage]
-      fields = {"query_grid": grid, "act": nn.relu, **self.site_fields(i)}
+      # Blocks that follow each other differ in width.
+      fields = {"query_grid": grid, "act": nn.relu, "first": i, "batch_norm": True,
+                **self.site_fields(i)}
       if not place.transformer:
         out.append(Site(width=width, ffn_width=width, hidden=width * CONV_MLP_RATIO,
                         provides=WITHOUT_ATTENTION, **fields))

@@ -21,6 +21,7 @@ from vitcompact.layers import (
 )
 from vitcompact.methods.protocol import Site
 from vitcompact.plan import BlockMethods
+from vitcompact.token_state import Tokens
 
 # Norms before a linear layer, which folding puts into it.
 FOLDED = ("norm1", "norm2", "key_norm")
@@ -104,14 +105,18 @@ class TransformerBlock(nn.Module):
   def __call__(self, x_bhwc, train: bool = False):
     site = self.site
     x = patch_embed(self, x_bhwc, train)
+    paths, step = None, block.reduction(site, self.methods)
+    if step.predict is not None:
+      predict = step.predict(dtype=site.dtype, name="predict_tokens")
+      paths = predict(Tokens(jax.lax.collapse(x, 1, 3)), site.prefix, train).paths
     x = x + DropPath(0.75 * self.drop_path, name="drop1")(self._attend(x, train), train)
     y = ConvNorm(site.ffn_width - site.width, 1, deploy=site.deploy, dtype=site.dtype,
                  name="projection")(x, train)
     mhca = ConvAttention(self.head_dim, site.deploy, site.dtype, name="mhca")
     y = y + DropPath(0.25 * self.drop_path, name="drop2")(mhca(y, train), train)
     z = jnp.concatenate([x, y], axis=-1)
-    mlp = block.make_ffn(site, self.methods.ffn, name="mlp")
-    out = mlp(norm(self, "norm2", z, train), train)
+    norms = None if site.deploy else functools.partial(BatchNorm, dtype=site.dtype)
+    out = block.ffn_branch(site, self.methods, norms, z, paths, train)
     return z + DropPath(self.drop_path, name="drop3")(out, train)
 
   @nn.nowrap

@@ -14,6 +14,7 @@ from vitcompact.models.backbone import chunked, record_stage
 from vitcompact.models.variant import Variant
 from vitcompact.token_state import Tokens
 from vitcompact.torch_names import Entry, Positions
+from vitcompact.tracing import param
 from vitcompact.trees import Leaf
 
 # Position embeddings decay, as in the authors' training; the class token does not.
@@ -28,19 +29,25 @@ class PyramidVisionTransformer(pyramid.Pyramid):
   """Four stages of patches, positions and blocks; a class token joins in the last.
 
   Images (B, H, W, in_chans), normalised float -> logits (B, num_classes) in float32;
-  num_classes=0 returns the class token (B, width). `image_size` is the size for which positions are
+  num_classes=0 returns the class token (B, width). Without a class token, the mean over the last
+  stage is in its place, and is not normed. `image_size` is the size for which positions are
   stored; images of another size that fits are taken too, with positions resized (bilinear).
   Collection "features" holds the maps (B, h, w, C) that leave each stage, as stage_1 ..
   """
   patch_size: int = 4
+  class_token: bool = True
 
   rules = RULES
-  prefix = 1   # tokens before the grid of the last stage
+
+  @property
+  def prefix(self) -> int:
+    """Tokens before the grid of the last stage."""
+    return int(self.class_token)
 
   @nn.nowrap
   def check(self):
     """Raises ValueError, one line, where the fields do not go together."""
-    if self.sr_ratios[-1:] != (1,):
+    if self.class_token and self.sr_ratios[-1:] != (1,):
       raise ValueError(f"sr_ratios={self.sr_ratios}: must end in 1, since the class token of the "
                        "last stage has no place on a grid that could be reduced")
     super().check()
@@ -82,12 +89,14 @@ class PyramidVisionTransformer(pyramid.Pyramid):
     stages, native = self.stages(image_size), self.stages()
     x = images_bhwc
     for s, stage in enumerate(stages):
-      prefix = int(stage is stages[-1])
-      x = self._embed(x, s, stage, native[s].grid, prefix)
+      prefix = self.prefix if stage is stages[-1] else 0
+      tokens = Tokens(self._embed(x, s, stage, native[s].grid, prefix))
       for i in stage.blocks:
-        x = blocks[f"blocks_{i}"].clone(parent=self, name=f"blocks_{i}")(Tokens(x), train).x
-      token, x = x[:, :prefix], pyramid.to_map(x[:, prefix:], stage.grid)
+        tokens = blocks[f"blocks_{i}"].clone(parent=self, name=f"blocks_{i}")(tokens, train)
+      token, x = tokens.x[:, :prefix], pyramid.to_map(tokens.x[:, prefix:], stage.grid)
       record_stage(self, s + 1, x)
+    if not self.class_token:
+      return pyramid.head(self, x.mean(axis=(1, 2)))
     norm = layers.LayerNorm(epsilon=pyramid.EPSILON, dtype=self.dtype, name="norm")
     return pyramid.head(self, norm(token[:, 0]))
 
@@ -98,27 +107,27 @@ class PyramidVisionTransformer(pyramid.Pyramid):
         stage.width, size=stride, stride=stride, padding=0, conv_init=fan_in_init,
         dtype=self.dtype, name=f"patch_embed_{s + 1}")(map_bhwc))
     if prefix:
-      token = self.param("cls_token", layers.weight_init, (1, 1, stage.width))
+      token = param(self, "cls_token", layers.weight_init, (1, 1, stage.width))
       token = jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, stage.width))
       x = jnp.concatenate([token, x], axis=1)
     shape = (1, prefix + math.prod(stored_grid), stage.width)
-    positions = self.param(f"pos_embed_{s + 1}", layers.weight_init, shape)
+    positions = param(self, f"pos_embed_{s + 1}", layers.weight_init, shape)
     return x + resize_positions(positions, stored_grid, stage.grid, prefix).astype(x.dtype)
 
   @nn.nowrap
   def torch_entries(self) -> list[Entry]:
     """Its tensors under the authors' names (timm does not have PVT v1)."""
-    entries = [Entry("cls_token", ("params/cls_token",))]
+    entries = [Entry("cls_token", ("params/cls_token",))] if self.class_token else []
     stages, blocks = self.stages(), self.submodules()
     for s, stage in enumerate(stages, 1):
-      positions = Positions(stage.grid, int(stage is stages[-1]), "bilinear")
+      positions = Positions(stage.grid, self.prefix if stage is stages[-1] else 0, "bilinear")
       entries.append(Entry(f"pos_embed{s}", (f"params/pos_embed_{s}",), positions=positions))
       entries += pyramid.conv_norm_entries(f"patch_embed{s}.proj", f"patch_embed{s}.norm",
                                            f"patch_embed_{s}")
       for i in stage.blocks:
         entries += pyramid.block_entries(blocks[f"blocks_{i}"], f"block{s}.{i - stage.blocks[0]}",
                                          f"blocks_{i}")
-    entries += torch_names.norm("norm", "norm")
+    entries += torch_names.norm("norm", "norm") if self.class_token else []
     return entries + (torch_names.linear("head", "head") if self.num_classes else [])
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitcompact import layers, torch_names
+from vitcompact.depthwise import Depthwise, over_grid
 from vitcompact.models import pyramid
 from vitcompact.models.backbone import chunked, record_stage
 from vitcompact.models.variant import Variant
@@ -79,10 +80,10 @@ class PyramidVisionTransformerV2(pyramid.Pyramid):
       size, stride = (7, 4) if s == 1 else (3, 2)
       x = pyramid.PatchEmbed(stage.width, size=size, stride=stride, padding=size // 2,
                              conv_init=fan_out_init, dtype=self.dtype, name=f"patch_embed_{s}")(x)
-      x = pyramid.to_tokens(x)
+      tokens = Tokens(pyramid.to_tokens(x))
       for i in stage.blocks:
-        x = blocks[f"blocks_{i}"].clone(parent=self, name=f"blocks_{i}")(Tokens(x), train).x
-      x = layers.LayerNorm(epsilon=pyramid.EPSILON, dtype=self.dtype, name=f"norm_{s}")(x)
+        tokens = blocks[f"blocks_{i}"].clone(parent=self, name=f"blocks_{i}")(tokens, train)
+      x = layers.LayerNorm(epsilon=pyramid.EPSILON, dtype=self.dtype, name=f"norm_{s}")(tokens.x)
       x = pyramid.to_map(x, stage.grid)
       record_stage(self, s, x)
     return pyramid.head(self, x.mean(axis=(1, 2)))
@@ -114,19 +115,18 @@ class PyramidVisionTransformerV2(pyramid.Pyramid):
 
 
 class DepthwiseConv(nn.Module):
-  """3 x 3 convolution of each channel over the grid: (B, N, C) -> (B, N, C); `relu` before it."""
+  """3 x 3 convolution of each channel over the grid: (B, N, C) -> (B, N, C); `relu` before it.
+
+  places: (B, k), where the tokens (B, k, C) are on the grid, if not all are there; others are 0.
+  """
   grid: tuple[int, int]
   relu: bool = False
   dtype: str = "float32"
 
   @nn.compact
-  def __call__(self, tokens_bnc):
-    chans = tokens_bnc.shape[-1]
-    kernel_init, bias_init = fan_out_init(3, 1, 1)
-    map_bhwc = pyramid.to_map(nn.relu(tokens_bnc) if self.relu else tokens_bnc, self.grid)
-    return pyramid.to_tokens(nn.Conv(
-        chans, (3, 3), padding=1, feature_group_count=chans, kernel_init=kernel_init,
-        bias_init=bias_init, dtype=self.dtype, name="conv")(map_bhwc))
+  def __call__(self, tokens_bnc, places_bk=None):
+    conv = Depthwise(3, *fan_out_init(3, 1, 1), dtype=self.dtype, name="conv")
+    return over_grid(conv, nn.relu(tokens_bnc) if self.relu else tokens_bnc, self.grid, places_bk)
 
 
 class PoolReduce(nn.Module):

@@ -122,7 +122,8 @@ class Pyramid(Backbone):
       out += [Site(width=stage.width, ffn_width=stage.width, hidden=stage.hidden,
                    heads=stage.heads, tokens=keys[0], tokens_left=keys[1], prefix=prefix,
                    query_grid=stage.grid, key_grid=self._key_grid(stage), provides=HIERARCHICAL,
-                   **self.ffn_fields(stage), **self.site_fields(i)) for i in stage.blocks]
+                   first=stage.blocks[0], **self.ffn_fields(stage), **self.site_fields(i))
+              for i in stage.blocks]
     return out
 
   @nn.nowrap

@@ -1,4 +1,6 @@
 """What a named model is: its class, its sizes, and how its images are prepared."""
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -9,7 +11,8 @@ class Variant(NamedTuple):
 
   kind: the linen Module; sizes: its fields; mean, std: of RGB in [0, 1]; crop: share of the resized
   image that the evaluation's central crop keeps, None: the whole image is warped; crop_384: from
-  384 pixels on, where it differs; crop_mode: timm's "center" or "squash".
+  384 pixels on, where it differs; crop_mode: timm's "center" or "squash". plan: methods that are
+  part of what the name stands for, as `Plan.from_dict` takes them.
   """
   kind: type
   sizes: dict[str, Any]
@@ -19,3 +22,4 @@ class Variant(NamedTuple):
   crop_384: float | None = None
   interpolation: str = "bicubic"
   crop_mode: str = "center"
+  plan: Mapping[str, Any] = MappingProxyType({})

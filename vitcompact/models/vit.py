@@ -15,6 +15,7 @@ from vitcompact.methods.protocol import Site
 from vitcompact.models.backbone import Isotropic, check_images, chunked
 from vitcompact.token_state import Tokens
 from vitcompact.torch_names import Entry, Positions
+from vitcompact.tracing import param
 from vitcompact.trees import Leaf
 
 RULES = [
@@ -46,7 +47,7 @@ class AttentionPool(nn.Module):
   @nn.compact
   def __call__(self, x_bnw, tokens: Tokens):
     width, act = x_bnw.shape[-1], layers.ACTIVATIONS[self.act]
-    latent = self.param("latent", nn.initializers.normal(width ** -0.5), (1, 1, width))
+    latent = param(self, "latent", nn.initializers.normal(width ** -0.5), (1, 1, width))
     to_heads = functools.partial(layers.ToHeads, self.heads, width // self.heads, dtype=self.dtype)
     query, key, value = (to_heads(name=name) for name in ("query", "key", "value"))
     query_bnhd = query(jnp.broadcast_to(latent, (x_bnw.shape[0], 1, width)))
@@ -211,14 +212,14 @@ class VisionTransformer(Isotropic):
   def setup(self):
     self.patch_embed = layers.PatchEmbed(self.width, self.patch_size, use_bias=not self.pre_norm,
                                          dtype=self.dtype)
-    tokens = [self.param(name, layers.weight_init, (1, 1, self.width))
+    tokens = [param(self, name, layers.weight_init, (1, 1, self.width))
               for name in self.class_tokens]
     if self.reg_tokens:
-      tokens.append(self.param("reg_token", layers.weight_init, (1, self.reg_tokens, self.width)))
+      tokens.append(param(self, "reg_token", layers.weight_init, (1, self.reg_tokens, self.width)))
     self.tokens = tokens
     if self.pos_embed_of != "none":
       prefix = self.prefix if self.pos_embed_of == "all" else 0
-      self.pos_embed = self.param("pos_embed", nn.initializers.normal(self.position_std),
+      self.pos_embed = param(self, "pos_embed", nn.initializers.normal(self.position_std),
                                   (1, prefix + self.grid[0] * self.grid[1], self.width))
     for name, module in self.submodules().items():
       setattr(self, name, module)

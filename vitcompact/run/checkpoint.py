@@ -253,6 +253,9 @@ class Checkpoints:
     try:
       yield
     except Exception as error:  # Orbax and TensorStore raise many kinds, a plain Exception too
+      # Orbax waits for all processes before a step counts as saved.
+      if processes.several() and isinstance(error, (TimeoutError, *processes.PEER_ERRORS)):
+        raise processes.PeerLost(f"step {self.saving} was not saved: {error}") from error
       good = [step for step in self.steps() if step != self.saving]
       intact = f"step {good[-1]} is intact" if good else "there is none before it"
       raise OSError(f"saving step {self.saving} in {self.directory} failed: "

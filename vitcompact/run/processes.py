@@ -87,8 +87,12 @@ def several() -> bool:
   return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-# What JAX raises in a process when another one went away in the middle of a collective.
-PEER_ERRORS = (jax.errors.JaxRuntimeError,)
+class PeerLost(RuntimeError):
+  """Another process did not come to where all of them wait for each other."""
+
+
+# What is raised in a process when another one went away: by JAX in the middle of a collective.
+PEER_ERRORS = (jax.errors.JaxRuntimeError, PeerLost)
 
 
 def lost(error: Exception) -> RuntimeError:

@@ -195,7 +195,8 @@ def objective_of(config, model, teacher, phase: phases.Phase):
 
 def make_teacher(config, model):
   """The model that is learnt from, or None: of the name given, or the dense form of `model`."""
-  weights = [key for key in ("hard", "soft", "logits", "patches") if config.loss[key]]
+  weights = [key for key in ("hard", "soft", "logits", "patches", "attention")
+             if config.loss[key]]
   if not config.teacher.file:
     if weights:
       raise ValueError(f"config.loss.{weights[0]}={config.loss[weights[0]]} learns from a teacher; "
@@ -203,7 +204,7 @@ def make_teacher(config, model):
     return None
   if not weights:
     raise ValueError(f"config.teacher.file={config.teacher.file!r} has nothing to teach: give "
-                     "config.loss.hard, soft, logits or patches a weight")
+                     "config.loss.hard, soft, logits, patches or attention a weight")
   if model.mixes_images:
     raise ValueError("a teacher sees images as they come, and MixToken mixes them inside the "
                      "student; set config.model.mix_token=False")

@@ -16,7 +16,7 @@ from vitcompact.methods import METHODS, protocol
 from vitcompact.plan import Plan
 from vitcompact.settings import Setting, weight
 
-OPTIMIZERS = ("adamw", "sgd")
+OPTIMIZERS = ("adamw", "muon", "sgd")
 SCHEDULES = ("step", "epoch", "late_epoch", "after_warmup")
 PATCH_ERRORS = ("square", "divergence")
 STEPS = 2 ** 31 - 1   # a step is counted in 32 bits
@@ -60,6 +60,7 @@ KEYS = {
     "optim.b2": Setting(0.999, low=0, below=1),
     "optim.eps": Setting(1e-8, above=0),
     "optim.clip_norm": Setting(0.0, low=0),                   # 0: no clipping
+    "optim.adaptive_clip": Setting(0.0, low=0),               # likewise
     "optim.skip_nonfinite": Setting(0, low=0, unit="of steps"),   # 0 stops at the first NaN
     "optim.rates": Setting(()),     # (pattern, factor of the rate, first step); the first match
     "loss.labels": weight(1.0),
@@ -70,6 +71,7 @@ KEYS = {
     "loss.logits": weight(),
     "loss.patches": weight(),
     "loss.patch_error": Setting("square", choices=PATCH_ERRORS),
+    "loss.attention": weight(),
     "export": Setting(""),    # formats of `vc.export` that a run ends with, commas between
     "keep_start": Setting(False),   # of a run with init_from: end with its start if that is better
     "compact.macs": Setting(0.0, low=0, high=1),      # share of the dense model's for which a plan

@@ -44,6 +44,17 @@ def token_divergence(student_bpk: jax.Array, teacher_bpk: jax.Array,
   return over_survivors(divergence(student_bpk, teacher_bpk), keep_bp)
 
 
+def mean_maps(student_bhnm: jax.Array, teacher_bhnm: jax.Array) -> jax.Array:
+  """|mean over heads of the student's maps - of the teacher's|^2 / |the teacher's|^2: (B,).
+
+  Of means, since heads change places, share maps and go where a model is made smaller. Ours.
+  """
+  mine_bnm, theirs_bnm = (maps.astype(jnp.float32).mean(axis=1)
+                          for maps in (student_bhnm, teacher_bhnm))
+  error_b = jnp.sum((mine_bnm - theirs_bnm) ** 2, axis=(1, 2))
+  return error_b / jnp.sum(theirs_bnm ** 2, axis=(1, 2))
+
+
 def over_survivors(loss_bp: jax.Array, keep_bp: jax.Array) -> jax.Array:
   """(B,), whose mean is the mean of `loss` over all patches of the batch with keep_mask = 1.
 

@@ -2,6 +2,7 @@
 import jax
 import jax.numpy as jnp
 
+from vitcompact.features import maps_of
 from vitcompact.methods import protocol
 from vitcompact.methods.protocol import FirstPhase, Pass
 from vitcompact.models.lvvit import TokenLogits
@@ -27,6 +28,8 @@ def make_objective(model, loss, teacher=None, second=None):
       class token's then learn from the labels only.
     logits: KL(teacher || student), of the class guess. patches: error of surviving patches,
       normalised features or patch logits, by `patch_error`: "square" or "divergence".
+    attention: error of attention maps (`losses.mean_maps`), the mean over blocks whose maps have as
+      many tokens as the teacher's; these are formed, which takes time and memory.
     Others are losses of the plan's methods, under their names.
   teacher: a model; in inference, on the same augmented and mixed images.
   second: the model under another plan. A second pass of it, with the same weights, learns from the
@@ -35,7 +38,7 @@ def make_objective(model, loss, teacher=None, second=None):
   asked = {name: (method, fn) for method in model.plan.methods()
            for name, fn in protocol.losses(method).items() if loss[name]}
   sown = {"tokens", *(name for method, _ in asked.values()
-                      for name in protocol.collections(method))}
+                      for name in protocol.collections(method)), *(["maps"] * bool(loss.attention))}
 
   def objective(params, batch_stats, teacher_variables, images, labels, targets, key):
     def passed(model, batch_stats, key):
@@ -130,7 +133,8 @@ def of_labels(out, targets, loss, distils: bool):
 def of_teacher(teacher, teacher_variables, images, out, guess, new, loss):
   """{term: mean} of what is learnt from the teacher. out, guess, new: of the student."""
   teacher_logits, seen = jax.lax.stop_gradient(
-      teacher.apply(teacher_variables, images, mutable=["tokens"]))
+      teacher.apply(teacher_variables, images,
+                    mutable=["tokens", *(["maps"] * bool(loss.attention))]))
   by_token = isinstance(out, TokenLogits)
   if by_token and "logits" in seen.get("tokens", {}):
     teacher_logits = seen["tokens"]["logits"][0]   # of the class token only, as the student's
@@ -147,4 +151,12 @@ def of_teacher(teacher, teacher_variables, images, out, guess, new, loss):
                    (new["tokens"][name][0] for name in ("patches", "keep_mask")))
     theirs = seen["tokens"]["token_logits" if by_token else "patches"][0]
     terms["patches"] = PATCH_ERRORS[loss.patch_error](mine, theirs, keep_mask).mean()
+  if loss.attention:
+    mine, theirs = maps_of(new), maps_of(seen)
+    errors = [losses.mean_maps(maps, theirs[name]).mean() for name, maps in mine.items()
+              if name in theirs and maps.shape[2:] == theirs[name].shape[2:]]
+    if not errors:
+      raise ValueError(f"config.loss.attention={loss.attention}: no block of the student has maps "
+                       "of the same tokens as the teacher's; set it to 0")
+    terms["attention"] = sum(errors) / len(errors)
   return terms

@@ -1,9 +1,11 @@
-"""AdamW or SGD, the published schedules, decay by name, and which parameters train when."""
+"""AdamW, Muon or SGD, the published schedules, decay by name, and which parameters train when."""
+import re
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
 from vitcompact import trees
 
@@ -58,15 +60,84 @@ def decay_mask(params, rules):
 
 
 def one_optimizer(optim, rate, mask) -> optax.GradientTransformation:
-  """p <- p - lr (update(g) + weight_decay p), where `mask` is true; the update is AdamW's or SGD's.
+  """p <- p - lr (update(g) + weight_decay p), where `mask` is true, of AdamW, Muon or SGD.
 
-  SGD has Nesterov momentum b1, and adds the decay to the gradient, as PyTorch's does.
+  Muon (Jordan et al., 2024) is for the matrices of blocks, all others have AdamW; its updates have
+  the root mean square of AdamW's, so that one rate is for both (Liu et al., arXiv 2502.16982,
+  section 2.2). SGD has Nesterov momentum b1, and adds the decay to the gradient, as PyTorch's does.
   """
+  adamw = optax.adamw(rate, b1=optim.b1, b2=optim.b2, eps=optim.eps,
+                      weight_decay=optim.weight_decay, mask=mask)
   if optim.name == "adamw":
-    return optax.adamw(rate, b1=optim.b1, b2=optim.b2, eps=optim.eps,
-                       weight_decay=optim.weight_decay, mask=mask)
+    return adamw
+  if optim.name == "muon":
+    muon = contrib.muon(rate, beta=optim.b1, eps=optim.eps, weight_decay=optim.weight_decay,
+                        weight_decay_mask=mask, muon_weight_dimension_numbers=of_matrices,
+                        consistent_rms=MUON_RMS)
+    return optax.partition({"muon": muon, "adamw": adamw}, lambda params: (
+        jax.tree_util.tree_map_with_path(
+            lambda path, x: "muon" if matrix(trees.name_of(path), x) else "adamw", params)))
   return optax.chain(optax.add_decayed_weights(optim.weight_decay, mask),
                      optax.sgd(rate, momentum=optim.b1, nesterov=True))
+
+
+# The least norm of a parameter that `adaptive_clip` counts: what starts at 0 has to move.
+LEAST_NORM = 1e-3
+# Kernels whose output is (heads, head width), their last two axes; whose input is, the first two.
+TO_HEADS = re.compile(r".*/(query|key|value)/kernel")
+FROM_HEADS = re.compile(r".*/out/kernel")
+# Matrices that Muon leaves to AdamW: those of classifiers.
+CLASSIFIERS = re.compile(r"(\w+_)?head(_\w+)?/.*")
+MUON_RMS = 0.2     # of AdamW's updates, about
+
+
+def unit_norms(name: str, x):
+  """The norm of each unit of a parameter or of its gradient, float32, in a shape that goes with x.
+
+  A unit is what one output takes: all of a kernel's axes but the last. Other leaves are one unit.
+  """
+  outputs = 0
+  if name.endswith("kernel"):
+    outputs = 2 if x.ndim == 3 and TO_HEADS.fullmatch(name) else 1
+  axes = tuple(range(x.ndim - outputs))
+  return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axes, keepdims=True))
+
+
+def matrix(name: str, x) -> contrib.MuonDimensionNumbers | None:
+  """Which axes of a parameter are the inputs of a block's matrix, and which its outputs; None of
+  what is no such matrix: vectors, convolutions, embeddings and classifiers."""
+  if not name.endswith("/kernel") or CLASSIFIERS.fullmatch(name):
+    return None
+  if x.ndim == 2:
+    return contrib.MuonDimensionNumbers(0, 1)
+  if x.ndim == 3 and TO_HEADS.fullmatch(name):
+    return contrib.MuonDimensionNumbers(0, (1, 2))
+  if x.ndim == 3 and FROM_HEADS.fullmatch(name):
+    return contrib.MuonDimensionNumbers((0, 1), 2)
+  return None
+
+
+def of_matrices(params):
+  """`matrix` of every parameter, a tree."""
+  return jax.tree_util.tree_map_with_path(lambda path, x: matrix(trees.name_of(path), x), params)
+
+
+def adaptive_clip(factor: float) -> optax.GradientTransformation:
+  """Scales down the gradient of each unit whose norm is above factor times that of its weights.
+
+  Brock et al., arXiv 2102.06171, section 4.1, over the units of timm's `adaptive_clip_grad`; optax
+  tells units by the number of axes, which is wrong of positions and of kernels over heads.
+  """
+  def clipped(path, gradient, parameter):
+    name = trees.name_of(path)
+    most = factor * jnp.maximum(unit_norms(name, parameter), LEAST_NORM)
+    scale = jnp.minimum(1, most / jnp.maximum(unit_norms(name, gradient), 1e-6))
+    return gradient * scale.astype(gradient.dtype)
+
+  def update(updates, state, params):
+    return jax.tree_util.tree_map_with_path(clipped, updates, params), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 class FirstGroup(NamedTuple):
@@ -127,9 +198,9 @@ def make_optimizers(optim, total_steps: int, params, mask,
 
   def partitioned(groups):
     update = optax.partition(groups, labels)
-    if not optim.clip_norm:
-      return update
-    return optax.chain(optax.clip_by_global_norm(optim.clip_norm), update)
+    clips = [clip(most) for clip, most in ((optax.clip_by_global_norm, optim.clip_norm),
+                                           (adaptive_clip, optim.adaptive_clip)) if most]
+    return optax.chain(*clips, update) if clips else update
 
   if first is None or first.label not in used:
     return Optimizers(partitioned(groups), None, main_rate)

@@ -56,6 +56,12 @@ class BlockLayout(NamedTuple):
     return jnp.concatenate([outer_bofd[:, :self.prefix], inner_bnfd, outer_bofd[:, self.prefix:]],
                            axis=1)
 
+  def means(self, windows, x_bnfd):
+    """Means over the tokens of each block: (B, N, f, d) -> (B, f, blocks, d), float32."""
+    if current().loops_over_images and self.order is None and windows.valid().all():
+      return windows.means_by_rows(x_bnfd, self.prefix)
+    return windows.means(self.inner(x_bnfd))
+
   def biases(self, bias_bm):
     """(B or 1, 1, blocks, area) added to scores of keys, or None; -inf in the padding."""
     valid = self.keys.valid()

@@ -18,19 +18,13 @@ from vitcompact import attention
 from vitcompact.attention import Core
 from vitcompact.attention.block_sparse.layout import BlockLayout
 from vitcompact.attention.block_sparse.windows import Windows, nearest_blocks, on_grid, on_line
+from vitcompact.tracing import param
 
 
 def choose(score_bfqk, own, count: int):
   """(B, f, q, count) int32: the best blocks of keys, `own` (q,) first; ties to the lowest index."""
   own = jnp.asarray(own)[:, None] == jnp.arange(score_bfqk.shape[-1])[None]
   return jax.lax.top_k(jnp.where(own[None, None], jnp.inf, score_bfqk), count)[1]
-
-
-def _means(layout: BlockLayout, windows: Windows, x_bnfd):
-  """Means over the tokens of each block: (B, f, blocks, d), float32."""
-  if attention.loops_over_images() and layout.order is None and windows.valid().all():
-    return windows.means_by_rows(x_bnfd, layout.prefix)
-  return windows.means(layout.inner(x_bnfd))
 
 
 def block_mass(maps_bfnm, layout: BlockLayout):
@@ -64,7 +58,7 @@ class BlockMaskPredictor(nn.Module):
     # The choice has no gradient, and reconstruction trains nothing but the predictor.
     query, key = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (query_bnfd, key_bmfd))
     layout = self._cut(query.shape[1], key.shape[1], source_bs, int(fused))
-    means = _means(layout, layout.queries, query), _means(layout, layout.keys, key)
+    means = layout.means(layout.queries, query), layout.means(layout.keys, key)
     score_bfqk = self._score(*means, layout)
     if attention.wants_predictions(self):
       own_bn = layout.inner(jnp.broadcast_to(jnp.arange(query.shape[1]), query.shape[:2]))
@@ -91,7 +85,7 @@ class BlockMaskPredictor(nn.Module):
 
     sizes = jnp.log(jnp.asarray(layout.keys.valid().sum(axis=1), jnp.float32))
     with jax.named_scope(attention.SCOPE):
-      query, key = (x @ self.param(name, identity, (width, self.spec.rank or width))
+      query, key = (x @ param(self, name, identity, (width, self.spec.rank or width))
                     for name, x in (("query", query_bfqd), ("key", key_bfkd)))
       score = jnp.einsum("bfqr,bfkr->bfqk", query, key)
     return score * width ** -0.5 + sizes[None, None, None]

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vitcompact import attention
 from vitcompact.attention import tuning
 from vitcompact.methods import surgery
 from vitcompact.methods.attention.block_predictor import BlockMaskPredictor
@@ -33,10 +34,10 @@ def attention_reconstruction(predictions) -> jax.Array:
     "attention" of `model.apply(..., mutable=["attention"])`: what each predictor would restore of
     the block's own dense attention, both (B, heads, N, M), of tokens or of blocks of them.
   """
-  if not predictions:
+  pairs = [block["links"] for block in predictions.values() if "links" in block]
+  if not pairs:
     raise ValueError("no block of this model has a mask predictor: give its plan "
                      "attention=Sparsifiner(...), with min_tokens below the tokens of its blocks")
-  pairs = [block["links"] for block in predictions.values()]
   errors = [jnp.sum((pair["score"][0] - pair["target"][0]) ** 2, axis=(1, 2, 3)) for pair in pairs]
   return sum(errors) / len(errors)
 
@@ -146,6 +147,10 @@ class Sparsifiner:
       return self.min_tokens
     return tuning.BLOCK_MIN_TOKENS if self.granularity == "block" else 0
 
+  def at_keep(self, keep: float) -> "Sparsifiner":
+    """The same with another keep rate. Its weights fit all of them."""
+    return dataclasses.replace(self, keep=keep)
+
   def budget(self, keys: int) -> int:
     """Keys kept by a query among `keys`; the rounding of 0.55 * 100 is not counted as one."""
     return math.ceil(self.keep * keys - 1e-9)
@@ -159,7 +164,9 @@ class Sparsifiner:
 
   def needs(self, site: Site) -> dict[str, str]:
     del site
-    return {"softmax": "use attention=None there"}
+    return {"softmax": "use attention=None there",
+            # Of windows there are many in an image, and the losses of predictors are an image's.
+            "full attention": "use attention=None there"}
 
   def removes(self, site: Site) -> tuple[str, ...]:
     del site
@@ -216,9 +223,7 @@ class Sparsifiner:
 
   def facts(self, collections) -> dict[str, float]:
     """"attention_kept": share of the pairs of tokens, or of blocks of them, that are scored."""
-    shares = [jnp.mean(block["links"]["kept"][0])
-              for block in collections.get("attention", {}).values()]
-    return {"attention_kept": float(sum(shares) / len(shares))} if shares else {}
+    return attention.share_kept(collections)
 
 
 def _is_count(value) -> bool:

@@ -17,6 +17,7 @@ from scipy.cluster.vq import kmeans2
 from vitcompact import attention
 from vitcompact.attention import Core
 from vitcompact.layers import nonzero, weight_init
+from vitcompact.tracing import param
 
 
 def top_k_mask(x, k: int):
@@ -185,7 +186,7 @@ class TokenMaskPredictor(nn.Module):
     shape = (self.tokens, self.spec.rank_of(self.tokens))
     for name in ("down", "up"):
       check_tied(self.get_variable("params", name), shape)
-    down, up = (self.param(name, weight_init, shape) for name in ("down", "up"))
+    down, up = (param(self, name, weight_init, shape) for name in ("down", "up"))
     if source_bs is None:
       return down, up
     return gather_rows(down, source_bs, keys)[0], gather_rows(up, source_bs, keys)[1]

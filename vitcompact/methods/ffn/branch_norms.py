@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.lax import optimization_barrier
 
+from vitcompact.tracing import param, traced_once
+
 EPSILON, MOMENTUM = 1e-5, 0.9
 
 
@@ -54,6 +56,7 @@ def _batch_norms_backward(saved, cotangents):
 
 
 batch_norms.defvjp(_batch_norms_forward, _batch_norms_backward)
+batch_norms = traced_once(batch_norms)
 
 
 class Norm(nn.Module):
@@ -63,8 +66,8 @@ class Norm(nn.Module):
 
   def setup(self):
     shape = (self.features,)
-    self.scale = self.param("scale", nn.initializers.constant(self.gamma), shape)
-    self.bias = self.param("bias", nn.initializers.zeros, shape)
+    self.scale = param(self, "scale", nn.initializers.constant(self.gamma), shape)
+    self.bias = param(self, "bias", nn.initializers.zeros, shape)
     self.mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
     self.var = self.variable("batch_stats", "var", jnp.ones, shape)
 

@@ -20,12 +20,28 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
 
-from vitcompact.layers import GATED, Dense, Mlp, dense, linear
+from vitcompact.layers import (
+  GATED,
+  Dense,
+  Mlp,
+  ffn_layer,
+  fold_dense_norm,
+  linear,
+  unfold_dense_norm,
+)
 from vitcompact.methods.ffn.branch_norms import EPSILON, Norm, norm_each
 from vitcompact.methods.protocol import Site
-from vitcompact.regression import Factors, Regression, low_rank, spectrum, sums_of
+from vitcompact.regression import (
+    Factors,
+    Regression,
+    low_rank,
+    spectrum,
+    sums_of,
+    sums_of_layer,
+)
 from vitcompact.torch_names import Entry
 from vitcompact.torch_names import linear as linear_entries
+from vitcompact.tracing import param
 from vitcompact.trees import Leaf
 
 
@@ -79,7 +95,12 @@ class CFFN:
 
   def factorised(self, site: Site) -> dict[str, "CompactDense"]:
     """{layer: its factorised form}, of those that are deployed as factors too."""
-    rms = 1.0 if site.ffn_norm else hidden_rms(site.act, site.mixer_gain * site.ffn_width)
+    if site.ffn_norm:
+      rms = 1.0
+    elif site.ffn_batch_norm:
+      rms = hidden_rms(site.act, UNIT_FAN_IN)
+    else:
+      rms = hidden_rms(site.act, site.ffn_width, site.mixer_gain)
     sizes = {"fc2": (site.ffn_width, rms)}
     if self.factor == "both":
       sizes["fc1"] = (site.fc1_width, 1.0)
@@ -105,23 +126,26 @@ class CFFN:
                       "rank_ratio", stacklevel=4)
 
   def make(self, site: Site, **kwargs) -> nn.Module:
-    layers = {"fc1": dense(site.fc1_width, dtype=site.dtype),
-              "fc2": dense(site.ffn_width, dtype=site.dtype), **self.factorised(site)}
+    layers = {name: ffn_layer(site, name) for name in ("fc1", "fc2")} | self.factorised(site)
     return Mlp(**layers, **site.between(), **kwargs)
 
   def from_dense(self, site: Site, params, stats, data):
-    """fc1 before fc2, which is fitted to the hidden layer that it will have."""
-    mlp, mlp_stats = params["mlp"], {}
+    """fc1 before fc2, which is fitted to the hidden layer that it will have. A batch norm after a
+    layer is taken in by its factors."""
+    mlp, mlp_stats = params["mlp"], dict(stats.get("mlp", {}))
     new = dict(mlp)
     for layer, module in sorted(self.factorised(site).items()):
-      fit = data and module.fit(mlp[layer], data.sums(SUMS[layer], mlp[layer]))
-      new[layer], seen = module.from_dense(mlp[layer], fit)
+      old_stats = mlp_stats.pop(layer, {})
+      old = fold_dense_norm(mlp[layer], old_stats)
+      fit = data and module.fit(old, data.sums(SUMS[layer], mlp[layer]))
+      new[layer], seen = module.from_dense(old, fit)
       mlp_stats |= {layer: seen} if seen else {}
       if fit is not None:
         data.note(f"ffn {layer}", fitted=fit.factors.fitted, held_out=fit.factors.held_out)
         a, b, bias = (jnp.asarray(x, jnp.float32) for x in fit.factors[:3])
-        mlp = {**mlp, layer: {"kernel": _matmul(a, b), "bias": bias}}
+        mlp = {**mlp, layer: unfold_dense_norm(mlp[layer], old_stats, _matmul(a, b), bias)}
         data = data.with_params({**params, "mlp": mlp})
+    stats = {name: leaf for name, leaf in stats.items() if name != "mlp"}
     return {**params, "mlp": new}, {**stats, "mlp": mlp_stats} if mlp_stats else stats
 
   @classmethod
@@ -186,16 +210,20 @@ class Kernel(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    return self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
+    return param(self, "kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
 
 
-def hidden_rms(act: Callable | None, fan_in: int) -> float:
-  """Root mean square of act(x W) for unit x and W ~ N(0, 0.02^2), by Gauss-Hermite quadrature."""
+def hidden_rms(act: Callable | None, fan_in: int, gain: float = 1) -> float:
+  """Root mean square of act(x W) for unit x and W ~ N(0, 0.02^2), by Gauss-Hermite quadrature.
+  gain: by how much a mixer between W and act grows the variance, of a gated act that of the gate.
+  """
   points, weights = np.polynomial.hermite_e.hermegauss(32)
+  spread = 0.02 * (gain * fan_in) ** 0.5
   if act in GATED:   # a gate and a value, independent of each other
     points = np.stack(np.meshgrid(points, points), axis=-1).reshape(-1, 2)
     weights = np.outer(weights, weights).reshape(-1, 1)
-  z = 0.02 * fan_in ** 0.5 * points
+    spread = np.array([[spread, 0.02 * fan_in ** 0.5]])
+  z = spread * points
   if act is not None:
     # Evaluated at trace time even inside jit: only the number is needed. Jitted, because a function
     # with a gradient of its own is else traced by a surrounding vmap.
@@ -234,11 +262,11 @@ class CompactDense(nn.Module):
     b_std = (n * self.rank) ** -0.5
     skip = None
     if self.avg_skip and m % self.rank == 0:
-      skip = self.param("alpha", nn.initializers.zeros, (self.rank,))
+      skip = param(self, "alpha", nn.initializers.zeros, (self.rank,))
     u = self._factor("a", x, self.rank, a_std, 1.0, train, skip=skip)
     bias = None
     if not normed:
-      bias = self.param("bias", nn.initializers.zeros, (self.features,))
+      bias = param(self, "bias", nn.initializers.zeros, (self.features,))
     return self._factor("b", u, self.features, b_std, spread / n ** 0.5, train, bias=bias)
 
   def _linear(self, name, features, use_bias=False):
@@ -251,13 +279,16 @@ class CompactDense(nn.Module):
     if self.rep == "bn":
       norms = [Norm(features, gamma, name=f"{factor}{i}_norm") for i in range(self.branches)]
       if train:
-        y = norm_each(_product(x, jnp.concatenate(kernels, axis=1), None, self.dtype), norms)
+        # Not joined along an axis that is sharded: for few tokens, the partitioner of jax 0.10 then
+        # computes something else.
+        side_by_side = jnp.stack(kernels, axis=1).reshape(x.shape[-1], -1)
+        y = norm_each(_product(x, side_by_side, None, self.dtype), norms)
         return y if skip is None else y + group_mean(x, features).astype(y.dtype) * _like(skip, y)
       affine = [norm.running() for norm in norms]
       kernels = [kernel * scale[None] for kernel, (scale, _) in zip(kernels, affine, strict=True)]
       bias = sum(shift for _, shift in affine)
     elif self.rep == "scale":
-      kernels = [kernel * self.param(f"{factor}{i}_scale", nn.initializers.ones, (features,))[None]
+      kernels = [kernel * param(self, f"{factor}{i}_scale", nn.initializers.ones, (features,))[None]
                  for i, kernel in enumerate(kernels)]
     # Nothing stands between branches and their sum: one product with the sum of the kernels.
     kernel = sum(kernels)
@@ -379,9 +410,14 @@ def _branched(layer: CompactDense, a, b, bias, moments):
 
 def first_sums(seen, params):
   """Of the inputs of fc1 and the dense layer's outputs."""
-  outputs = seen.inputs @ params["kernel"]
-  bias = params.get("bias", jnp.zeros(outputs.shape[-1]))
-  return sums_of(seen.inputs, outputs + _like(bias, outputs))
+  return _layer_sums(seen.inputs, seen.fc1, params)
+
+
+def _layer_sums(x, y, params):
+  if "norm" in params:
+    return sums_of(x, y)
+  bias = params.get("bias", jnp.zeros(params["kernel"].shape[-1]))
+  return sums_of_layer(x, params["kernel"], bias)
 
 
 def second_sums(seen, params):
@@ -397,10 +433,13 @@ def sampled(curve) -> list[list[float]]:
 
 
 def both_sums(seen, params):
-  return {layer: sums(seen, params[layer]) for layer, sums in SUMS.items()}
+  """Of both layers of a dense FFN and what they give."""
+  return {"fc1": first_sums(seen, params["fc1"]),
+          "fc2": _layer_sums(seen.hidden, seen.ffn, params["fc2"])}
 
 
 SUMS = {"fc1": first_sums, "fc2": second_sums}
+UNIT_FAN_IN = 0.02 ** -2   # with it a dense layer's outputs have unit variance, as normed ones do
 RATIOS = (0.125, 0.25, 0.375, 0.5, 0.625)   # of ranks to the width, that are proposed
 
 

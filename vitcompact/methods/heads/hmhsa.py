@@ -18,10 +18,11 @@ import numpy as np
 
 from vitcompact import attention
 from vitcompact.attention import Core
-from vitcompact.layers import SHIFT_AND_ADD
+from vitcompact.depthwise import SHIFT_AND_ADD
 from vitcompact.methods import surgery
 from vitcompact.methods.heads import refit
 from vitcompact.methods.protocol import Site
+from vitcompact.tracing import param
 from vitcompact.trees import Leaf
 
 
@@ -83,18 +84,20 @@ class HMHSA:
 
   def needs(self, site: Site) -> dict[str, str]:
     del site
-    out = {"softmax": "use heads=None there",
+    out = {"maps": "use heads=None there",
            "token order": "use order='position' in the method that reduces tokens"}
-    if self.layout == "grid":
-      out["grid"] = "use layout='map' there"
+    out |= ({"grid": "use layout='map' there"} if self.layout == "grid" else
+            {"token line": "use layout='grid' there"})
     if self.site == "logits":
-      out["all scores"] = "use site='probs', or granularity='token'"
+      out |= {"softmax": "use site='probs'",
+              "all scores": "use site='probs', or granularity='token'"}
     return out
 
   def from_dense(self, site: Site, params, stats, data):
-    """Without calibration images the first heads stay, and the others copy their maps in order."""
+    """Without calibration images, and where heads have their places, the first heads stay, and the
+    others copy their maps in order."""
     taps = {}
-    if data is not None:
+    if data is not None and not site.local:
       params, taps = refit.fitted(self, site, params, data)
     _, new = surgery.fresh(self, site)
     params = surgery.cut_heads(self, site, params)
@@ -104,7 +107,9 @@ class HMHSA:
   @classmethod
   def options(cls, site: Site) -> list["HMHSA"]:
     """From half of the heads real to all but one."""
-    return [cls(real_heads=real) for real in range((site.heads + 1) // 2, site.heads)]
+    layout = "map" if "token line" in site.provides else "grid"
+    return [cls(real_heads=real, layout=layout)
+            for real in range((site.heads + 1) // 2, site.heads)]
 
   @classmethod
   def statistics(cls, params):
@@ -321,7 +326,7 @@ class Hallucinate(nn.Module):
     spec = self.spec
     on_grid = spec.layout == "grid" and grid is not None
     shape = (hallucinated, spec.rank) + (spec.kernel,) * (2 if on_grid else 1)
-    taps = self.param(f"{side}_taps", terms_init(spread), shape)
+    taps = param(self, f"{side}_taps", terms_init(spread), shape)
     if not on_grid or not self.prefix:
       return taps, None
 
@@ -329,7 +334,7 @@ class Hallucinate(nn.Module):
       del key
       return jnp.full(shape, gain, dtype).at[:, 0].set(1)
 
-    return taps, self.param(f"{side}_gain", init, (hallucinated, spec.rank, self.prefix))
+    return taps, param(self, f"{side}_gain", init, (hallucinated, spec.rank, self.prefix))
 
   def _attend_mixed(self, query_bnfd, key_bmfd, value_bmhd, hallucinated: int, core: Core):
     real = query_bnfd.shape[2]
@@ -338,8 +343,8 @@ class Hallucinate(nn.Module):
       del key
       return jnp.eye(real, dtype=dtype)[:, jnp.arange(shape[1]) % real]
 
-    mix = self.param("mix", identity_columns, (real, hallucinated))
-    taps = self.param("taps", delta_init, (hallucinated, self.spec.kernel, self.spec.kernel))
+    mix = param(self, "mix", identity_columns, (real, hallucinated))
+    taps = param(self, "taps", delta_init, (hallucinated, self.spec.kernel, self.spec.kernel))
 
     rescore = ScoreFilter(mix, taps)
     if attention.wants_maps(self):

@@ -275,6 +275,16 @@ def _outputs(data: Regression, a, b, old_b, slices, ridge: float):
   return np.split(new, ends)
 
 
+def leaves(fit: Refit, attn):
+  """{"value", "out"}: the parameters of an attention `attn` as refitted."""
+  new = {"value": {"kernel": jnp.asarray(fit.values.transpose(1, 0, 2), jnp.float32)},
+         "out": {"kernel": jnp.asarray(fit.outputs, jnp.float32),
+                 "bias": jnp.asarray(fit.bias, jnp.float32)}}
+  if "bias" in attn["value"]:   # a constant, which the output's bias has taken in
+    new["value"]["bias"] = jnp.zeros_like(attn["value"]["bias"])
+  return new
+
+
 def fitted(spec, site, params, data):
   """(a dense block's parameters with its heads in the best order, values and outputs refitted; {}
   or the taps that go with them), under an `HMHSA`; data: a `calibration.Calibration`."""
@@ -300,9 +310,4 @@ def fitted(spec, site, params, data):
   fit = refit(sums, groups, values, outputs)
   data.note("heads", copied=fit.copied, fitted=fit.fitted, held_out=fit.held_out,
             order=list(chosen.order))
-  new = {"value": {"kernel": jnp.asarray(fit.values.transpose(1, 0, 2), jnp.float32)},
-         "out": {"kernel": jnp.asarray(fit.outputs, jnp.float32),
-                 "bias": jnp.asarray(fit.bias, jnp.float32)}}
-  if "bias" in attn["value"]:   # a constant, which the output's bias has taken in
-    new["value"]["bias"] = jnp.zeros_like(attn["value"]["bias"])
-  return {**params, "attn": {**attn, **new}}, taps
+  return {**params, "attn": {**attn, **leaves(fit, attn)}}, taps

@@ -5,38 +5,15 @@ import functools
 from typing import ClassVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from vitcompact import token_state
-from vitcompact.layers import LayerNorm, dense, gelu
 from vitcompact.methods import surgery
 from vitcompact.methods.protocol import Site
+from vitcompact.methods.tokens import predictor
 from vitcompact.settings import weight
 from vitcompact.token_state import Reduction, Tokens
-from vitcompact.torch_names import Entry, linear, norm
-from vitcompact.trees import Leaf
-
-EPSILON = 1e-5   # of the predictor's LayerNorm
-
-
-def kept_ratio(keep_masks, shares) -> jax.Array:
-  """Mean over stages s of (mean_i keep^s_i - shares_s)^2: (B,).
-
-  keep_masks: a list with (B, P) of each stage, 1 where a patch is kept; shares:
-  `DynamicViT.shares()`.
-  """
-  squares = [(jnp.mean(keep_bp, axis=1) - share) ** 2
-             for keep_bp, share in zip(keep_masks, shares, strict=True)]
-  return sum(squares) / len(squares)
-
-
-def stage_masks(tokens) -> list[jax.Array]:
-  """Of the collection "tokens": (B, P) for each stage, which patches it kept."""
-  found = {int(name.removeprefix("blocks_")): block["predict_tokens"]["keep_mask"][0]
-           for name, block in tokens.items() if name.startswith("blocks_")
-           and "predict_tokens" in block}
-  return [found[block] for block in sorted(found)]
+from vitcompact.torch_names import Entry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +28,7 @@ class DynamicViT:
   Filters of hallucinated heads thus meet dropped neighbours in training only.
   """
   axis: ClassVar[str] = "tokens"
-  rules: ClassVar = [
-      (r".*/predict_tokens/(in_proj|out\d)/kernel", Leaf(("embed", None), decay=True))]
+  rules: ClassVar = predictor.RULES
   settings: ClassVar = {"loss.kept_ratio": weight()}
   collections: ClassVar = ("tokens",)
 
@@ -69,8 +45,8 @@ class DynamicViT:
 
   @property
   def losses(self):
-    return {"kept_ratio": lambda seen: kept_ratio(stage_masks(seen.collections["tokens"]),
-                                                  self.shares())}
+    return {"kept_ratio": lambda seen: predictor.kept_ratio(
+        predictor.stage_masks(seen.collections["tokens"]), self.shares())}
 
   def check_training(self, config):
     if config.loss.kept_ratio and self.keep == 1:
@@ -92,14 +68,10 @@ class DynamicViT:
 
   def torch_entries(self, site: Site, torch: str, ours: str) -> list[Entry]:
     """Predictors are numbered, as the authors do."""
+    del torch
     if self.reduction(site.block, site.depth).predict is None:
       return []
-    torch, ours = f"score_predictor.{self.blocks.index(site.block)}", f"{ours}/predict_tokens"
-    return [*norm(f"{torch}.in_conv.0", f"{ours}/norm"),
-            *linear(f"{torch}.in_conv.1", f"{ours}/in_proj"),
-            *linear(f"{torch}.out_conv.0", f"{ours}/out1"),
-            *linear(f"{torch}.out_conv.2", f"{ours}/out2"),
-            *linear(f"{torch}.out_conv.4", f"{ours}/out3")]
+    return predictor.torch_entries(self.blocks.index(site.block), ours)
 
   def reduction(self, block: int, depth: int) -> Reduction:
     """What happens in this block."""
@@ -121,41 +93,14 @@ class PredictTokens(nn.Module):
 
   @nn.compact
   def __call__(self, tokens: Tokens, prefix: int, train: bool = False) -> Tokens:
-    x_bpw = tokens.x[:, prefix:]
-    width = x_bpw.shape[-1]
     keep_bp = token_state.kept_patches(tokens, prefix)
-
-    def layer(features, name):
-      return dense(features, dtype=self.dtype).clone(name=name, parent=self)
-
-    x_bpw = LayerNorm(epsilon=EPSILON, dtype=self.dtype, name="norm")(x_bpw)
-    x_bpw = with_mean(gelu(layer(width, "in_proj")(x_bpw)), keep_bp)
-    x_bpw = gelu(layer(width // 2, "out1")(x_bpw))
-    x_bpw = gelu(layer(width // 4, "out2")(x_bpw))
-    # (keep, drop) for each patch.
-    choice_bp2 = jax.nn.log_softmax(layer(2, "out3")(x_bpw).astype(jnp.float32))
+    choice_bp2 = predictor.log_choices(self, tokens.x[:, prefix:], keep_bp)
     if not train:
       patches = token_state.identity_source(tokens).shape[1] - prefix
-      count = max(1, int(patches * self.share + 1e-9))
+      count = predictor.budget(self.share, patches)
       return token_state.keep_best(tokens, choice_bp2[..., 0], count, prefix)
-    keep_bp = keep_bp * straight_through(self.make_rng("dropout"), choice_bp2)
+    keep_bp = keep_bp * predictor.straight_through(self.make_rng("dropout"), choice_bp2)
     if not self.is_initializing():
       self.sow("tokens", "keep_mask", keep_bp)
     first_bp = jnp.ones((keep_bp.shape[0], prefix))
     return tokens.replace(keep_mask=jnp.concatenate([first_bp, keep_bp], axis=1))
-
-
-def with_mean(x_bpw, keep_bp):
-  """The second half of the features becomes its mean over the kept patches: (B, P, width)."""
-  local, rest = jnp.split(x_bpw, [x_bpw.shape[-1] // 2], axis=-1)
-  keep_bp1 = keep_bp[..., None].astype(x_bpw.dtype)
-  # No kept patch is no reason for a NaN.
-  mean = (rest * keep_bp1).sum(1, keepdims=True) / jnp.maximum(keep_bp1.sum(1, keepdims=True), 1)
-  return jnp.concatenate([local, jnp.broadcast_to(mean, rest.shape)], axis=-1)
-
-
-def straight_through(key, choice_bp2):
-  """Draws 1 (keep) or 0 from log probabilities (B, P, 2); the gradient is a Gumbel softmax's."""
-  soft = jax.nn.softmax(choice_bp2 + jax.random.gumbel(key, choice_bp2.shape))[..., 0]
-  hard = (soft >= 0.5).astype(soft.dtype)
-  return hard + (soft - jax.lax.stop_gradient(soft))

@@ -65,11 +65,18 @@ class EViT:
   def needs(self, site: Site) -> dict[str, str]:
     del site
     return {"free tokens": "token reducers are for isotropic models such as DeiT and LV-ViT",
-            "class token": "use ToMe there"}
+            "class token": "use ToMe there",
+            "softmax": "it keeps patches by attention; use ToMe there"}
 
   def removes(self, site: Site) -> tuple[str, ...]:
     del site
     return ("grid",)
+
+  @classmethod
+  def options(cls, site: Site) -> list["EViT"]:
+    """Keep rates of nine tenths to a half, after one, two and three quarters of the depth."""
+    blocks = tuple(sorted({site.depth * quarter // 4 for quarter in (1, 2, 3)}))
+    return [cls(keep=keep, blocks=blocks) for keep in (0.9, 0.8, 0.7, 0.5)]
 
   def reduction(self, block: int, depth: int) -> Reduction:
     """What happens in this block."""

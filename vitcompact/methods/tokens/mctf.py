@@ -14,8 +14,7 @@ import numpy as np
 
 from vitcompact import attention, token_state
 from vitcompact.attention import Core
-from vitcompact.methods.protocol import Pass, Site
-from vitcompact.methods.tokens.merging import (
+from vitcompact.methods.merging import (
   Merge,
   alternating,
   best_rows,
@@ -23,6 +22,7 @@ from vitcompact.methods.tokens.merging import (
   merging,
   without_prefix,
 )
+from vitcompact.methods.protocol import Pass, Site
 from vitcompact.settings import Setting, weight
 from vitcompact.token_state import Reduction, Tokens, take
 
@@ -107,12 +107,20 @@ class MCTF:
 
   def needs(self, site: Site) -> dict[str, str]:
     return {"free tokens": "token reducers are for isotropic models such as DeiT and LV-ViT",
+            "softmax": "it fuses by attention; use ToMe there",
             "full attention": "it fuses by the attention that a token receives from all; use "
             f"blocks={{{site.block}: {{'attention': None}}}}, or ToMe"}
 
   def removes(self, site: Site) -> tuple[str, ...]:
     del site
     return ("grid",) if self.order == "position" else ("grid", "token order")
+
+  @classmethod
+  def options(cls, site: Site) -> list["MCTF"]:
+    """Fusing at a constant pace until three quarters, or half, of the patches are left."""
+    patches = site.tokens - site.prefix
+    paces = {round(patches * share / max(site.depth - 1, 1)) for share in (0.25, 0.5)}
+    return [cls(r=r) for r in sorted(paces - {0})]
 
   def reduction(self, block: int, depth: int) -> Reduction:
     """What happens in this block."""

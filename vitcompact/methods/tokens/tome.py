@@ -8,14 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from vitcompact import token_state
+from vitcompact.methods.merging import alternating, match, merging
 from vitcompact.methods.protocol import Site
-from vitcompact.methods.tokens.merging import (
-  alternating,
-  best_rows,
-  cosines,
-  merging,
-  without_prefix,
-)
 from vitcompact.token_state import Reduction, Tokens
 
 
@@ -89,13 +83,3 @@ class ToMe:
     return Tokens(merge.mean(tokens.x, size_bn), size=merge.total(size_bn),
                   source=token_state.follow(token_state.identity_source(tokens), merge.moved),
                   proportional=self.prop_attn)
-
-
-def match(metric_bnd, r: int, prefix: int):
-  """Bipartite matching: the r best pairs (from, into), indices (B, r) each.
-
-  Tokens at even positions each name their most similar one at an odd position; the r most similar
-  pairs are taken. The first `prefix` tokens are in no pair.
-  """
-  row_br, column_br = best_rows(without_prefix(cosines(metric_bnd), prefix), r)
-  return 2 * row_br, 2 * column_br + 1

@@ -71,11 +71,23 @@ def cosines(metric_bnd):
   return jnp.einsum("bmd,bnd->bmn", metric_bnd[:, ::2], metric_bnd[:, 1::2])
 
 
-def without_prefix(weight_bmn, prefix: int):
-  """-inf for pairs (even, odd) of which one is among the first `prefix` tokens."""
+def without_prefix(weight_bmn, prefix: int, last: int = 0):
+  """-inf for pairs (even, odd) of which one is among the first `prefix` tokens, or the `last`."""
   _, evens, odds = weight_bmn.shape
   free = jnp.arange(evens + odds) >= prefix
+  if last:
+    free = free.at[-last:].set(False)
   return jnp.where((free[::2, None] & free[None, 1::2])[None], weight_bmn, -jnp.inf)
+
+
+def match(metric_bnd, r: int, prefix: int, last: int = 0):
+  """Bipartite matching: the r best pairs (from, into), indices (B, r) each.
+
+  Tokens at even positions each name their most similar one at an odd position; the r most similar
+  pairs are taken. The first `prefix` tokens and the `last` ones are in no pair.
+  """
+  row_br, column_br = best_rows(without_prefix(cosines(metric_bnd), prefix, last), r)
+  return 2 * row_br, 2 * column_br + 1
 
 
 def best_rows(weight_bmn, r: int):

@@ -1,0 +1,80 @@
+"""vitcompact card: what a model is, what it costs and whose it is, on one page."""
+import pathlib
+import sys
+
+import click
+
+
+def of(name: str, plan: str | None, receipt: str | None) -> str:
+  """The card of a model's name, or of a file, folder or repository that vitcompact wrote."""
+  import vitcompact as vc
+  from vitcompact import hub
+  from vitcompact.cli import weights
+  from vitcompact.cli.count import default_plan
+  from vitcompact.hub import card
+
+  if not hub.is_model_name(name):
+    if plan is not None:
+      raise ValueError(f"{name} has its own plan; leave --plan out")
+    return card.of_file(weights.file_of(name), name, receipt)
+  if plan is not None:
+    return card.of_model(name, vc.Plan.parse(plan), receipt=receipt)
+  plan, why = default_plan(name)
+  note = why and (f"The default plan, hMHSA and cFFN, is refused for this network ({why}); this is "
+                  "cFFN without hMHSA.")
+  return card.of_model(name, plan, receipt=receipt, note=note)
+
+
+def write(path: pathlib.Path, text: str, force: bool):
+  if path.exists() and not force:
+    raise ValueError(f"{path} exists; give another name or --force")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(text, encoding="utf-8")
+
+
+@click.command()
+@click.argument("name", required=False, metavar="NAME|FILE")
+@click.option("--all", "everything", is_flag=True, help="Of every named model; with --out FOLDER.")
+@click.option("--plan", help="JSON, or a path to it (*.json); '' is dense.  [default: hMHSA and "
+              "cFFN]")
+@click.option("--receipt", metavar="PATH", help="receipt.json of the run that made it, or its "
+              "folder: the card takes the accuracy from it.  [default: of a file, NAME.json or "
+              "receipt.json beside it]")
+@click.option("--out", metavar="PATH", help="A file, of --all a folder.  [default: printed]")
+@click.option("--force", is_flag=True, help="Overwrite.")
+def card(name, everything, plan, receipt, out, force):
+  """Write a model card: what it costs, whose it is, its accuracy if measured.
+
+  \b
+  vitcompact card deit_small_patch16_224
+  vitcompact card pvt_v2_b2 --plan plan.json --out card.md
+  vitcompact card small/deploy.safetensors --receipt small
+  vitcompact card --all --out cards
+
+  A name of `vitcompact models`, with a tag or without, in the deployed form; or a file, folder or
+  hf-hub:org/name that vitcompact wrote, which has its own plan. Nothing is run: counts are read off
+  the traced program. `vitcompact push` writes the same card.
+  """
+  import vitcompact as vc
+
+  if everything == (name is not None):
+    raise ValueError("give one NAME or FILE, or --all" + " and no name" * everything)
+  if not everything:
+    text = of(name, plan, receipt)
+    if out is None:
+      click.echo(text, nl=False)
+    else:
+      write(pathlib.Path(out), text, force)
+      click.echo(out)
+    return
+  if out is None or receipt is not None:
+    raise ValueError("--all needs --out FOLDER" if out is None else
+                     "--receipt is of one model; leave it or --all out")
+  paths = {known: pathlib.Path(out) / f"{known}.md" for known in vc.list_models()}
+  if (there := [path for path in paths.values() if path.exists()]) and not force:
+    raise ValueError(f"{there[0]} exists; give another folder or --force")
+  with click.progressbar(paths.items(), label="cards", file=sys.stderr,
+                         item_show_func=lambda item: item and item[0]) as items:
+    for known, path in items:
+      write(path, of(known, plan, None), force)
+  click.echo(f"{out}: {len(paths)} cards")

@@ -1,0 +1,134 @@
+"""Gated FFNs of the same budget: GLU and its kin, and ConvGLU, whose gate sees its neighbours.
+
+    GLU:      y = (act(x W_g + b_g) * (x W_v + b_v)) W_o + b_o       Shazeer, arXiv 2002.05202
+    ConvGLU:  y = (act(DW3x3(x W_g + b_g)) * (x W_v + b_v)) W_o + b_o   Shi, arXiv 2311.17132
+
+Three matrices C x m' cost what the two C x m of a dense FFN do: m' = int(2 m / 3). fc1 holds
+[W_g, W_v], fc2 is W_o.
+"""
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+import flax.linen as nn
+
+from vitcompact.depthwise import GateConv
+from vitcompact.layers import GATED, GATES, Mlp, dense
+from vitcompact.methods import protocol, surgery
+from vitcompact.methods.protocol import Site
+from vitcompact.torch_names import Entry, conv, linear
+from vitcompact.trees import Leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class GLU:
+  """FFN axis: gate the hidden layer. Trained from scratch: no dense FFN is one.
+
+  act: of the gate: "sigmoid" (GLU), "gelu" (GEGLU), "silu" (SwiGLU), "relu" (ReGLU), "identity".
+  multiple: the hidden width is rounded to the nearest multiple of this number.
+  ffn: None, or the method that makes its layers, such as CFFN(), which factorises fc2.
+  """
+  axis: ClassVar[str] = "ffn"
+  rules: ClassVar = []   # those of fc1 and fc2 are shared
+
+  act: str = "silu"
+  multiple: int = 1
+  ffn: Any = None
+
+  def __post_init__(self):
+    name = type(self).__name__
+    if not isinstance(self.act, str) or self.act not in GATES:
+      raise ValueError(f"{name}(act={self.act!r}): must be one of {', '.join(GATES)}")
+    whole = isinstance(self.multiple, int) and not isinstance(self.multiple, bool)
+    if not whole or self.multiple < 1:
+      raise ValueError(f"{name}(multiple={self.multiple!r}): must be a whole number of at least 1")
+
+  def hidden(self, site: Site) -> int:
+    """m', the width of the gate and of the value."""
+    equal = int(2 * site.hidden / 3)
+    return max(1, int(equal / self.multiple + 0.5)) * self.multiple
+
+  def inside(self, site: Site) -> Site:
+    return site._replace(act=GATES[self.act], hidden=self.hidden(site))
+
+  def check(self, site: Site):
+    """Refuses FFNs that are gated already, and those with a mixer, which would be lost."""
+    if site.act in GATED:
+      raise ValueError(f"{self._where(site)}: the FFN is gated already; use ffn=None there, or "
+                       "CFFN(), which makes gated FFNs smaller")
+    self._check_mixer(site)
+    inner, inside = protocol.around(self, site)
+    if inner is not None:
+      self._check_inner(inner, inside)
+      protocol.check(inner, inside)
+
+  def _check_mixer(self, site: Site):
+    if site.mixer is not None:
+      raise ValueError(f"{self._where(site)}: this FFN has a convolution, by which the model knows "
+                       "positions, and a GLU has none; use ConvGLU()")
+
+  def _check_inner(self, inner, inside: Site):
+    pass
+
+  def _where(self, site: Site) -> str:
+    return f"{type(self).__name__} in block {site.block}"
+
+  def at_size(self, site: Site) -> "GLU":
+    inner, inside = protocol.around(self, site)
+    return self if inner is None else dataclasses.replace(self, ffn=protocol.at_size(inner, inside))
+
+  def make(self, site: Site, **kwargs) -> nn.Module:
+    inner, gated = protocol.around(self, site)
+    if inner is not None:
+      return inner.make(gated, **kwargs)
+    gated = self.inside(site)
+    return Mlp(fc1=dense(gated.fc1_width, dtype=site.dtype),
+               fc2=dense(gated.ffn_width, dtype=site.dtype), **gated.between(), **kwargs)
+
+  def from_dense(self, site: Site, params, stats, data):
+    del params, stats, data
+    raise ValueError(f"{self._where(site)}: a dense FFN cannot become a gated one, which is a "
+                     "product of two projections; train it from scratch: "
+                     "create_model(NAME, plan=plan)")
+
+  def torch_entries(self, site: Site, torch: str, ours: str) -> list[Entry]:
+    """fc1, the gate's rows first, and fc2; or those of the method inside."""
+    inner, inside = protocol.around(self, site)
+    if inner is not None:
+      return surgery.torch_entries(inner, inside, torch, ours)
+    return [entry for layer in ("fc1", "fc2")
+            for entry in linear(f"{torch}.mlp.{layer}", f"{ours}/mlp/{layer}")]
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvGLU(GLU):
+  """FFN axis: a GLU whose gate goes through a 3 x 3 depthwise convolution first. It takes the place
+  of an FFN with a convolution as well. Prefix tokens, which have no neighbours, skip it."""
+  rules: ClassVar = [(r".*/mlp/mixer/conv/kernel", Leaf((None, None, None, "mlp"), decay=True))]
+
+  act: str = "gelu"
+
+  def inside(self, site: Site) -> Site:
+    # Fresh weights have a variance of 2 / 9, and there are nine taps.
+    mixer = functools.partial(GateConv, site.query_grid, site.prefix, dtype=site.dtype)
+    return super().inside(site)._replace(mixer=mixer, mixer_gain=2)
+
+  def needs(self, site: Site) -> dict[str, str]:
+    inner, inside = protocol.around(self, site)
+    return {"grid": "use GLU() there",
+            **({} if inner is None else protocol.needs(inner, inside))}
+
+  def _check_mixer(self, site: Site):
+    """Its own convolution takes the other one's place."""
+
+  def _check_inner(self, inner, inside: Site):
+    if "fc1" in protocol.mergeable(inner, inside):
+      raise ValueError(f"{self._where(inside)}: only fc2 may be factorised, since gate and value "
+                       "would share the rank of fc1; use CFFN(factor='output')")
+
+  def torch_entries(self, site: Site, torch: str, ours: str) -> list[Entry]:
+    """And the convolution, where the model has none of its own to list."""
+    entries = super().torch_entries(site, torch, ours)
+    if site.mixer is not None:
+      return entries
+    return entries + conv(f"{torch}.mlp.dwconv", f"{ours}/mlp/mixer/conv")

@@ -1,0 +1,167 @@
+"""Head pruning: heads that are missed least are dropped from a block, for every image.
+
+Michel et al., arXiv 1905.10650, and many after them. Which heads go, and what the others then make
+up for, is ours: `HeadPruning.from_dense`.
+"""
+import dataclasses
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from vitcompact import attention
+from vitcompact.attention import Core
+from vitcompact.methods import protocol, surgery
+from vitcompact.methods.heads import importance, refit
+from vitcompact.methods.protocol import Site
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadPruning:
+  """Heads axis: `kept_heads` heads stay, with their queries, keys, values and outputs.
+
+  kept_heads: "half" (rounded up) or a number; a block with fewer heads is an error.
+  heads: None, or the method of this axis under which the heads that stay are computed, such as
+    HMHSA(), which then hallucinates half of them.
+  """
+  axis: ClassVar[str] = "heads"
+
+  kept_heads: str | int = "half"
+  heads: Any = None
+
+  def __post_init__(self):
+    kept = self.kept_heads
+    if kept != "half" and (not isinstance(kept, int) or isinstance(kept, bool) or kept < 1):
+      raise ValueError(f"HeadPruning(kept_heads={kept!r}): must be 'half' or a whole number of at "
+                       "least 1")
+
+  @property
+  def scope(self) -> str:
+    return "pruned" if self.heads is None else protocol.scope_of(self.heads)
+
+  def inside(self, site: Site) -> Site:
+    return site._replace(heads=self.value_heads(site), head_dim=site.head_width)
+
+  def value_heads(self, site: Site) -> int:
+    kept = (site.heads + 1) // 2 if self.kept_heads == "half" else self.kept_heads
+    if kept > site.heads:
+      raise ValueError(f"HeadPruning(kept_heads={kept}): block {site.block} has only {site.heads} "
+                       "heads")
+    return kept
+
+  def scored_heads(self, site: Site) -> int:
+    inner, inside = protocol.around(self, site)
+    return self.value_heads(site) if inner is None else protocol.scored_heads(inner, inside)
+
+  def acts(self, site: Site) -> bool:
+    return self.value_heads(site) < site.heads or protocol.around(self, site)[0] is not None
+
+  def check(self, site: Site):
+    if site.local:
+      raise ValueError(f"HeadPruning in block {site.block}: what this model adds to the outputs of "
+                       "its heads is as wide as all of them; use heads=None there")
+    inner, inside = protocol.around(self, site)
+    if inner is not None:
+      protocol.check(inner, inside)
+
+  def needs(self, site: Site) -> dict[str, str]:
+    inner, inside = protocol.around(self, site)
+    return {"maps": "use heads=None there",
+            **({} if inner is None else protocol.needs(inner, inside))}
+
+  def removes(self, site: Site) -> tuple[str, ...]:
+    inner, inside = protocol.around(self, site)
+    return ("all heads", *(() if inner is None else protocol.removes(inner, inside)))
+
+  def make(self, site: Site, **kwargs) -> nn.Module:
+    inner, inside = protocol.around(self, site)
+    return Kept(**kwargs) if inner is None else inner.make(inside, **kwargs)
+
+  def from_dense(self, site: Site, params, stats, data):
+    """The heads that stay, by what the attention's output would lose without the others.
+
+    Without calibration images: by the size of values through outputs, |V_i O_i|. With them: the set
+    of heads whose contributions vary most together, E |sum of what goes - its mean|^2 being least
+    (all sets are tried up to 20,000, else heads go one by one), then values and outputs of those
+    that stay are refitted to the dense output. What a dropped head always adds, the bias takes in.
+    """
+    kept, alone = self.value_heads(site), dataclasses.replace(self, heads=None)
+    order = importance.kept_first(importance.losses(params, data), kept)
+    params = refit.arranged(params, order)
+    always = constant(params["attn"], kept)
+    attn = surgery.cut_heads(alone, site, params)["attn"]
+    out = {**attn["out"], "bias": attn["out"]["bias"] + always}
+    params = {**params, "attn": {**attn, "out": out}}
+    if data is not None:
+      methods = data.module.methods._replace(heads=alone)
+      data = dataclasses.replace(data, module=data.module.clone(methods=methods), params=params)
+    inner, inside = protocol.around(self, site)
+    if inner is not None:
+      return surgery.from_dense(inner, inside, params, stats, data)
+    return (params if data is None else refitted(params, data, order)), stats
+
+  @classmethod
+  def options(cls, site: Site) -> list["HeadPruning"]:
+    """A quarter, half and three quarters of the heads."""
+    kept = {round(site.heads * share) for share in (0.25, 0.5, 0.75)}
+    return [cls(kept_heads=heads) for heads in sorted(kept - {0, site.heads})]
+
+  @classmethod
+  def statistics(cls, params):
+    return importance.statistics(params)
+
+  @classmethod
+  def estimate(cls, options, site: Site, sums):
+    """The share of the variance of the attention's output that goes with the heads, before others
+    make up for them."""
+    lost = importance.covariance(sums)
+    errors = []
+    for method in options:
+      kept = method.value_heads(site)
+      gone = list(importance.kept_first(lost, kept)[kept:])
+      errors.append(max(lost[np.ix_(gone, gone)].sum(), 0.0) / max(lost.sum(), 1e-30))
+    return errors, {}
+
+  def torch_entries(self, site: Site, torch: str, ours: str):
+    """The heads that stay have the names that all have; no tensor is its own."""
+    inner, inside = protocol.around(self, site)
+    return [] if inner is None else surgery.torch_entries(inner, inside, torch, ours)
+
+  def at_size(self, site: Site) -> "HeadPruning":
+    inner, inside = protocol.around(self, site)
+    return dataclasses.replace(
+        self, heads=None if inner is None else protocol.at_size(inner, inside))
+
+
+class Kept(nn.Module):
+  """Attention of the heads that stayed; no parameters."""
+
+  @nn.compact
+  def __call__(self, query_bnhd, key_bmhd, value_bmhd, core: Core = attention.DENSE, x_bnw=None):
+    """(B, N, h, d)."""
+    del x_bnw
+    if attention.wants_maps(self):
+      self.sow("maps", "maps", core.merged(core.maps(query_bnhd, key_bmhd)))
+    return core(query_bnhd, key_bmhd, value_bmhd)
+
+
+def constant(attn, kept: int):
+  """What the heads after the first `kept` add to every token: the bias of their values, since rows
+  of maps sum to 1; (width,)."""
+  if "bias" not in attn["value"]:
+    return jnp.zeros(attn["out"]["kernel"].shape[-1])
+  return jnp.einsum("hd,hdw->w", attn["value"]["bias"][kept:], attn["out"]["kernel"][kept:])
+
+
+def refitted(params, data, order):
+  """A pruned block's parameters with values and outputs refitted to the dense output."""
+  attn = params["attn"]
+  values = np.asarray(attn["value"]["kernel"], np.float64).transpose(1, 0, 2)
+  outputs = np.asarray(attn["out"]["kernel"], np.float64)
+  kept = len(values)
+  fit = refit.refit(data.sums(refit.copied_sums, jnp.zeros(kept)), [[h] for h in range(kept)],
+                    values, outputs)
+  data.note("heads", copied=fit.copied, fitted=fit.fitted, held_out=fit.held_out,
+            order=list(order))
+  return {**params, "attn": {**attn, **refit.leaves(fit, attn)}}

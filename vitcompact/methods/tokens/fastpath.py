@@ -1,0 +1,214 @@
+"""Asymmetric fast path: every token attends, a share of them takes the FFN (Rao et al., TPAMI 2023,
+arXiv 2207.01580: DynamicViT for hierarchical models, there Swin and ConvNeXt)."""
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitcompact import token_state
+from vitcompact.layers import apply_norm, batch_affine, dense, fold_into_linear
+from vitcompact.methods import surgery
+from vitcompact.methods.protocol import Site
+from vitcompact.methods.tokens import predictor
+from vitcompact.regression import low_rank, sums_of
+from vitcompact.settings import weight
+from vitcompact.token_state import Paths, Reduction, Tokens, take
+from vitcompact.torch_names import Entry, linear, norm
+from vitcompact.trees import Leaf
+
+STEP = 0.2   # by which the share falls from one decision to the next
+
+
+@dataclasses.dataclass(frozen=True)
+class FastPath:
+  """Tokens axis: x + FFN(norm x) for a share of the patches, x + linear(norm' x) for the others.
+
+  The s-th of `blocks` decides, by a predictor before it, which int(share_s * patches) patches take
+  the FFN: in it and in the blocks after it, up to the next decision, or to the last block whose
+  tokens are the same (of its stage). Each decision is among all patches. No token is lost, so it
+  fits models whose tokens must stay on their grid. Prefix tokens take the FFN.
+
+  keep: the share of the first decision, in (0, 1]; the next ones are 0.2 lower each. Or the shares,
+    one for each of `blocks`. 1 changes nothing, and has no predictor.
+  blocks: numbered from 0 over all stages. The published ones are blocks 1, 2, 3 of a third stage of
+    6 blocks, the default in PVT-S and PVT v2-B2; 2, 4, 6 or 3, 6, 9 of a deeper one: (9, 11, 13) in
+    PVT-M and PVT v2-B3, (14, 17, 20) in PVT-L and PVT v2-B4. Of Next-ViT, transformer blocks: each
+    decides for itself alone.
+
+  In training both paths are computed, and a straight-through Gumbel mask (rng "dropout") chooses;
+  how many patches take the FFN is for the loss `kept_ratio` to teach, as in DynamicViT. With equal
+  masks it is the function of inference. (The authors' is not: they carry on what the path not taken
+  would have given, and a patch that changes paths at the next decision goes on with that.)
+  PVT v2 convolves inside its FFN: there the patches on the fast path count as 0.
+  """
+  axis: ClassVar[str] = "tokens"
+  rules: ClassVar = [*predictor.RULES,
+                     (r".*/fast_path/linear/kernel", Leaf(("embed", None), decay=True))]
+  settings: ClassVar = {"loss.kept_ratio": weight()}
+  collections: ClassVar = ("tokens",)
+
+  keep: float | tuple[float, ...] = 0.7
+  blocks: tuple[int, ...] = (8, 9, 10)
+
+  def __post_init__(self):
+    object.__setattr__(self, "blocks", token_state.checked_blocks("FastPath", self.blocks))
+    if isinstance(self.keep, list):
+      object.__setattr__(self, "keep", tuple(self.keep))
+    shares = self.keep if isinstance(self.keep, tuple) else (self.keep,)
+    for share in shares:
+      token_state.check_keep("FastPath", share)
+    if isinstance(self.keep, tuple) and len(shares) != len(self.blocks):
+      raise ValueError(f"FastPath(keep={self.keep}, blocks={self.blocks}): must be one share for "
+                       f"each of the {len(self.blocks)} blocks, or a number")
+    if min(self.shares()) <= 0:
+      raise ValueError(f"FastPath(keep={self.keep}, blocks={self.blocks}): the share falls by "
+                       f"{STEP} from block to block, to {min(self.shares()):g}; give a larger one, "
+                       "or one for each block, such as keep=(0.5, 0.4, 0.3)")
+
+  def shares(self) -> tuple[float, ...]:
+    """The share of all patches that takes the FFN from each of `blocks` on."""
+    if isinstance(self.keep, tuple):
+      return self.keep
+    if self.keep == 1:
+      return (1,) * len(self.blocks)
+    # Rounded: 0.7 - 0.2 is below a half.
+    return tuple(round(self.keep - STEP * stage, 9) for stage in range(len(self.blocks)))
+
+  def stage(self, block: int) -> int | None:
+    """Which decision holds in a block; None: there is none yet, or all patches take the FFN."""
+    decided = [stage for stage, first in enumerate(self.blocks) if first <= block]
+    return decided[-1] if decided and self.shares()[decided[-1]] < 1 else None
+
+  @property
+  def losses(self):
+    shares = [share for share in self.shares() if share < 1]
+    return {"kept_ratio": lambda seen: predictor.kept_ratio(
+        predictor.stage_masks(seen.collections["tokens"]), shares)}
+
+  def check_training(self, config):
+    if config.loss.kept_ratio and min(self.shares()) == 1:
+      raise ValueError("config.loss.kept_ratio is for FastPath with keep < 1; set it to 0")
+
+  def acts(self, site: Site) -> bool:
+    """In blocks with a decision about tokens that are still the same."""
+    stage = self.stage(site.block)
+    return stage is not None and self.blocks[stage] >= site.first
+
+  def needs(self, site: Site) -> dict[str, str]:
+    del site
+    return {"paths": "name blocks with attention of a model such as DeiT, PVT, PVT v2 or Next-ViT"}
+
+  def reduction(self, block: int, depth: int) -> Reduction:
+    """What happens in this block, where it acts."""
+    del depth
+    stage = self.stage(block)
+    if stage is None:
+      return token_state.NOTHING
+    if block not in self.blocks:
+      return Reduction(ffn=TwoPaths)
+    return Reduction(predict=functools.partial(PredictPaths, stage, self.shares()[stage]),
+                     ffn=TwoPaths)
+
+  def from_dense(self, site: Site, params, stats, data):
+    """A freshly drawn predictor. The fast path starts with the FFN's norm; its linear layer is
+    fresh as well, or with calibration images the one that comes closest to the FFN."""
+    width = site.ffn_width
+    if data is None:
+      kernel = 0.02 * jax.random.normal(jax.random.key(site.block), (width, width))
+      own = {"kernel": kernel, "bias": jnp.zeros(width)}
+    else:
+      fit, _ = low_rank(data.sums(_ffn_sums), np.zeros((width, width)), width)
+      data.note("tokens fast_path", fitted=fit.fitted, held_out=fit.held_out)
+      own = {"kernel": jnp.asarray(fit.a @ fit.b, jnp.float32),
+             "bias": jnp.asarray(fit.bias, jnp.float32)}
+    # Copies: a training step gives up the buffers of its arguments, one by one.
+    own_norm = jax.tree.map(jnp.array, params["norm2"])
+    if site.batch_norm:
+      stats = {**stats, "fast_path": {"norm": jax.tree.map(jnp.array, stats["norm2"])}}
+    new = surgery.fresh_predictor(self.reduction(site.block, site.depth), site.width)
+    return {**params, **new, "fast_path": {"norm": own_norm, "linear": own}}, stats
+
+  def fold(self, site: Site, params, stats):
+    """A batch norm goes into the linear layer behind it."""
+    if not site.batch_norm:
+      return params, stats
+    own = params["fast_path"]
+    affine = batch_affine(own["norm"], stats["fast_path"]["norm"])
+    params = {**params, "fast_path": {"linear": fold_into_linear(own["linear"], *affine)}}
+    return params, {name: leaf for name, leaf in stats.items() if name != "fast_path"}
+
+  def torch_entries(self, site: Site, torch: str, ours: str) -> list[Entry]:
+    """Under the authors' names for Swin; predictors are numbered, as theirs."""
+    theirs, path = f"{torch}.fastmlp.fc1", f"{ours}/fast_path"
+    entries = linear(f"{theirs}.1", f"{path}/linear")
+    if not (site.batch_norm and site.deploy):
+      entries += norm(f"{theirs}.0", f"{path}/norm", running=site.batch_norm)
+    if site.block in self.blocks:
+      entries += predictor.torch_entries(self.stage(site.block), ours)
+    return entries
+
+
+def _ffn_sums(seen):
+  """For the regression of what the FFN should add on its normed input."""
+  return sums_of(seen.inputs, seen.wanted_ffn)
+
+
+class PredictPaths(nn.Module):
+  """Scores patches from their own features and the mean of all; decides which take the FFN.
+
+  stage: which predictor of the model this is, from 0. share: of the patches.
+  """
+  stage: int
+  share: float
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, tokens: Tokens, prefix: int, train: bool = False) -> Tokens:
+    patches_bpw = tokens.x[:, prefix:]
+    batch, patches, _ = patches_bpw.shape
+    choice_bp2 = predictor.log_choices(self, patches_bpw, jnp.ones((batch, patches)))
+    if train:
+      keep_bp = predictor.straight_through(self.make_rng("dropout"), choice_bp2)
+      first_bp = jnp.ones((batch, prefix), keep_bp.dtype)
+      paths = Paths(mask=jnp.concatenate([first_bp, keep_bp], axis=1))
+    else:
+      count = prefix + predictor.budget(self.share, patches)
+      # The prefix before all, then by score; of equal ones the first.
+      score_bn = jnp.pad(choice_bp2[..., 0], [(0, 0), (prefix, 0)], constant_values=jnp.inf)
+      order_bn = jnp.argsort(-score_bn, axis=1, stable=True).astype(jnp.int32)
+      place_bn = jnp.argsort(order_bn, axis=1).astype(jnp.int32)
+      paths = Paths(order_bn[:, :count], order_bn[:, count:], place_bn)
+      keep_bp = (place_bn[:, prefix:] < count).astype(jnp.float32)
+    if not self.is_initializing():
+      self.sow("tokens", "keep_mask", keep_bp)
+    return tokens.replace(paths=paths)
+
+
+class TwoPaths(nn.Module):
+  """What a block's FFN adds to its tokens: full(x) to some, linear(norm x) to the others.
+
+  norm: of the block's kind; None: it is folded into the linear layer.
+  """
+  norm: nn.Module | None
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, full: Callable, x_bnw, paths: Paths, train: bool = False):
+    linear = dense(x_bnw.shape[-1], dtype=self.dtype).clone(name="linear", parent=self)
+
+    def short(x):
+      return linear(apply_norm(self.norm, x, train))
+
+    if paths.mask is not None:
+      mask_bn1 = paths.mask[..., None].astype(x_bnw.dtype)
+      full_bnw = full(x_bnw, train, lambda mixer, hidden_bnm: mixer(hidden_bnm * mask_bn1))
+      return mask_bn1 * full_bnw + (1 - mask_bn1) * short(x_bnw)
+    y_bkw = full(take(x_bnw, paths.full), train,
+                 lambda mixer, hidden_bkm: mixer(hidden_bkm, paths.full))
+    # In the order of the decision; then each back to its place.
+    return take(jnp.concatenate([y_bkw, short(take(x_bnw, paths.short))], axis=1), paths.place)
