@@ -2,13 +2,19 @@
 CANDIDATES := python3.12 python3.11 python3 python
 PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test lint bench
+.PHONY: demo test test-all lint bench docs
 
 demo: .venv/installed
 	.venv/bin/python main.py --config=configs/compact_digits.py --workdir=runs/compact_digits
 
+# A worker that dies ends the run: pytest-xdist can wait for ever for the one in its place.
+PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 test: .venv/installed-dev
-	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+# And the others of the larger sizes, and every pair of methods exported.
+test-all: .venv/installed-dev
+	$(PYTEST) -m "slow or not slow"
 
 # Every figure of the README's section on speed, in about 20 minutes of one core. With a Python that
 # has torch for the peers: make bench TORCH=/path/to/python
@@ -19,6 +25,10 @@ bench: .venv/installed-dev
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .
+
+# The pages, in site/index.html; a warning is an error.
+docs: .venv/installed-docs
+	.venv/bin/python -m sphinx -q -E -W --keep-going docs site
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; install one or name it: make PYTHON=/path/to/python3.12"; exit 1; }
@@ -32,8 +42,12 @@ INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 	$(INSTALL) --no-deps -e .
 	@touch $@
 
-.venv/installed-dev: requirements-dev.txt requirements-export.txt requirements.txt pyproject.toml | .venv/bin/python
+.venv/installed-dev: requirements-dev.txt requirements-docs.txt requirements-export.txt requirements.txt pyproject.toml | .venv/bin/python
 	$(INSTALL) -r requirements-dev.txt
 	$(INSTALL) --no-deps -r requirements-export.txt
 	$(INSTALL) --no-deps -e .
 	@touch $@ .venv/installed
+
+.venv/installed-docs: requirements-docs.txt .venv/installed
+	$(INSTALL) -r requirements-docs.txt
+	@touch $@

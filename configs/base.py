@@ -53,7 +53,7 @@ def get_config(argument=""):
   config.data.max_bad = 0         # records that may be skipped
 
   config.optim = ConfigDict()
-  config.optim.name = "adamw"     # or "sgd", with Nesterov momentum b1
+  config.optim.name = "adamw"     # or "muon" or "sgd", of momentum b1
   config.optim.schedule = "step"  # "step", "epoch", "late_epoch" or "after_warmup"
   config.optim.epoch_steps = 1    # only "epoch" and "late_epoch" count them
   config.optim.learning_rate = 1e-3         # the peak
@@ -64,6 +64,7 @@ def get_config(argument=""):
   config.optim.weight_decay = 0.05
   config.optim.b1, config.optim.b2, config.optim.eps = 0.9, 0.999, 1e-8
   config.optim.clip_norm = 0.0    # global norm of the gradient; 0: no clipping
+  config.optim.adaptive_clip = 0.0   # of each output's gradient, over its weights' norm; 0: off
   config.optim.skip_nonfinite = 0 # steps that may change nothing for a NaN, before the run stops
   config.optim.rates = ()         # (pattern, factor of the rate, first step); first match
 
@@ -76,6 +77,7 @@ def get_config(argument=""):
   config.loss.logits = 0.0        # KL of the teacher's logits
   config.loss.patches = 0.0       # the teacher's patches, by `patch_error`
   config.loss.patch_error = "square"    # or "divergence", of LV-ViT's patch logits
+  config.loss.attention = 0.0     # its attention maps, means over heads
 
   config.export = ""              # formats of the deployed model, such as "onnx,openvino"
   config.keep_start = False       # with init_from: end with the start where that is better on val
@@ -130,8 +132,19 @@ SMALL = {   # {first letters of a model's name: its sizes with `runlocal`}
     "lvvit": {**SMALL_ISOTROPIC, "patch_size": 16, "image_size": 64, "stem_width": 4},
     "pvt": {"image_size": 64, "widths": (8, 8, 16, 16), "depths": (1, 1, 1, 1),
             "heads": (1, 1, 2, 2)},
+    "davit": {"image_size": 32, "widths": (8, 16, 16), "depths": (1, 1, 1), "heads": (2, 2, 4),
+              "window_size": 3},
+    "transnext": {"image_size": 64, "widths": (8, 8, 16, 16), "depths": (1, 1, 1, 1),
+                  "heads": (1, 1, 2, 2)},
     "nextvit": {"image_size": 64, "stem_widths": (8, 4, 8, 8), "widths": (8, 24, 24, 24),
                 "depths": (1, 1, 1, 1), "periods": (0, 1, 0, 1), "head_dim": 8},
+    "shvit": {"image_size": 64, "widths": (8, 12, 16), "depths": (1, 1, 1),
+              "partial_widths": (4, 6), "qk_width": 8},
+    "inline_deit": SMALL_ISOTROPIC,
+    "inline_pvt": {"image_size": 64, "widths": (8, 8, 16, 16), "depths": (1, 1, 1, 1),
+                   "heads": (1, 1, 2, 2)},
+    "biformer": {"image_size": 32, "widths": (8, 16), "depths": (1, 1), "top_ks": (1,),
+                 "head_dim": 8, "regions": 2},
 }
 
 

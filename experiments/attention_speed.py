@@ -4,13 +4,15 @@
   taskset -c 0 python -m experiments.attention_speed --sides 32 --batch 1 --gradients
   taskset -c 0 python -m experiments.attention_speed --forms auto einsum --layers dense
   taskset -c 0 python -m experiments.attention_speed --layers dense sparse predictor --keep 0.25
+  taskset -c 0 python -m experiments.attention_speed --layers dense merged --keep 0.5
 
 A layer is projections and attention of a class token and side x side patches, width 384, 6 heads,
-float32: dense, with half of the heads hallucinated (hmhsa; logits filters the scores), or
-block-sparse. "predictor" is the part of the block-sparse layer that chooses blocks, which has no
-gradient. Ratios are to the fastest dense row: medians over rounds that take turns, and the
-least and the most of these. Memory is what the compiled program keeps besides what goes in and out,
-as a multiple of that (parameters included).
+float32: dense, with half of the heads hallucinated (hmhsa; logits filters the scores), merged keys
+or block-sparse ("regions" are BiFormer's 7 x 7, "routed" its regions of about 8 x 8 patches, "lce"
+the same with local enhancement). "predictor" is the part of the block-sparse layer that chooses
+blocks, which has no gradient. Ratios are to the fastest dense row: medians over rounds that take
+turns, and the least and the most of these. Memory is what the compiled program keeps besides what
+goes in and out, as a multiple of that (parameters included).
 """
 import argparse
 import os
@@ -25,14 +27,19 @@ from vitcompact.bench import paired
 
 WIDTH, HEADS = 384, 6
 HMHSA, LOGITS = vc.HMHSA(), vc.HMHSA(site="logits")
-LAYERS = ("dense", "hmhsa", "logits", "sparse", "hmhsa+sparse", "predictor")
+LAYERS = ("dense", "hmhsa", "logits", "sparse", "hmhsa+sparse", "predictor", "regions", "routed",
+          "lce", "merged")
 
 
 def function_of(name: str, side: int, batch: int, keep: float, gradients: bool):
   """(function, arguments) of a layer, or of the predictor."""
   sparse = vc.Sparsifiner(keep=keep, granularity="block", min_tokens=0)
+  attending = {name: sparse for name in ("sparse", "hmhsa+sparse", "predictor")}
+  for kind, regions, lce in (("regions", 7, False), ("routed", None, False), ("lce", None, True)):
+    attending[kind] = vc.BiFormer(keep=keep, regions=regions, lce=lce, min_tokens=0)
+  attending["merged"] = vc.KeyMerging(keep=keep, min_tokens=0)
   plan = vc.Plan(heads={"hmhsa": HMHSA, "logits": LOGITS, "hmhsa+sparse": HMHSA}.get(name),
-                 attention=sparse if name in ("sparse", "hmhsa+sparse", "predictor") else None)
+                 attention=attending.get(name))
   layer = attention_layer(side, plan, width=WIDTH, heads=HEADS)
   x = jax.random.normal(jax.random.key(0), (batch, side * side + 1, WIDTH))
   variables, run = jax.jit(layer.init)(jax.random.key(1), x), layer.apply
@@ -85,7 +92,8 @@ def main():
   parser.add_argument("--layers", nargs="+", choices=LAYERS, default=["dense", "hmhsa"])
   parser.add_argument("--forms", nargs="+", choices=["auto", *attention.FORMS],
                       default=["auto"])
-  parser.add_argument("--keep", type=float, default=0.25, help="share of blocks that sparse keeps")
+  parser.add_argument("--keep", type=float, default=0.25,
+                      help="share of blocks that sparse keeps, of keys that merged does")
   parser.add_argument("--rounds", type=int, default=7)
   parser.add_argument("--gradients", action="store_true", help="time forward and backward")
   args = parser.parse_args()

@@ -6,7 +6,7 @@
   python -m experiments.bench goals                  # what was aimed at, and what was measured
 
 Suites: gemm (the device's ceiling), layer (attention), model (whole networks), exits (exported
-files), train (steps), tokens (growth), startup, data.
+files), train (steps), tokens (growth), methods (each at its default), startup, data.
 
 All candidates of a case take turns in one run, in an order that rotates, and every ratio is between
 turns of the same round: what else the machine does hits all alike. On a host the run is pinned to
@@ -24,7 +24,7 @@ import subprocess
 import sys
 
 RESULTS = pathlib.Path(__file__).parent.parent / "results"
-SUITES = ("gemm", "layer", "model", "exits", "train", "tokens", "startup", "data")
+SUITES = ("gemm", "layer", "model", "exits", "train", "tokens", "methods", "startup", "data")
 
 
 def find_platform() -> str:

@@ -3,17 +3,22 @@ once, and on the 10,000 test images of Fashion-MNIST.
 
   python -m experiments.compaction --data digits --workdir runs/compaction
   python -m experiments.compaction --data fashion_mnist --workdir runs/compaction
+  python -m experiments.compaction narrow --data fashion_mnist --workdir runs/compaction
   python -m experiments.compaction tables         # into docs/compaction.md, from results/
+
+`narrow` only trains the narrower models, beside the other or before it.
 
 A dense model (trained for each of five folds of digits; committed in results/ of Fashion-MNIST) is
 measured on training images. Then, without training: half of the heads and factors in every block
 (20 % fewer MACs), by order and weights, and from images; the same with stronger factors (50 %); the
 measured plans of 80 and of 50 % of the MACs. All but the first are distilled for a tenth of the
-dense model's steps. Beside them a narrower dense model of about half of the MACs, trained as long
-as the dense one. 12 random plans, whose predicted and measured KL are compared by rank. A plan for
-a speedup, predicted and timed. The test split chooses nothing. Run again, it goes on.
+dense model's steps. Beside them narrower dense models of about half and a quarter of the MACs,
+trained as long as the dense one. 12 random plans, whose predicted and measured KL are compared by
+rank. A plan for a speedup, predicted and timed. The test split chooses nothing. Run again, it goes
+on.
 """
 import argparse
+import functools
 import json
 import pathlib
 import statistics
@@ -45,24 +50,26 @@ class Data(NamedTuple):
   """A data set, its dense model, and models of equal MACs.
 
   dense: its config; compact: that of distilling; names: of its folds; file: of trained weights;
-  narrow: width of a dense model of about half of the MACs; half: the plan of that many, the same
-  for all blocks.
+  widths: of dense models of about half and a quarter of the MACs; half: the plan of half of them,
+  the same for all blocks.
   """
   dense: Any
   compact: Any
   names: tuple[str, ...]
-  narrow: int
+  widths: tuple[int, int]
   half: vc.Plan
   file: pathlib.Path | None = None
 
 
+# Results of the dense model of Fashion-MNIST that AdamW trained (at commit e88cbd3).
+ADAMW = "fashion_mnist_adamw"
 UNIFORM = vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())
 DATA = {
     "digits": Data(lambda: digits.get_config("dense"), compact_digits.get_config,
-                   tuple(f"digits:{fold}" for fold in range(5)), 44,
+                   tuple(f"digits:{fold}" for fold in range(5)), (44, 32),
                    vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN(rank_ratio=0.25, factor="both"))),
     "fashion_mnist": Data(fashion_mnist.get_config, compact_fashion_mnist.get_config,
-                          ("fashion_mnist",), 42,
+                          ("fashion_mnist",), (42, 30),
                           vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN(rank_ratio=0.25, factor="both")),
                           ROOT / "results/fashion_mnist_dense.safetensors"),
 }
@@ -224,9 +231,11 @@ class Fold:
     self.found["timed"] = timed(self.report(), self.model, self.variables, self.images)
     self.save()
 
-  def narrow(self):
-    config = dense_config(self.data, self.name, self.seed, self.data.narrow)
-    self.row("narrower dense model", lambda: vc.load(trained(config, self.runs / "narrow")))
+  def narrow(self) -> dict[str, pathlib.Path]:
+    """The files of the narrower dense models, trained where they are missing."""
+    return {name: trained(dense_config(self.data, self.name, self.seed, width),
+                          self.runs / f"{width} wide")
+            for name, width in zip(NARROWER, self.data.widths, strict=True)}
 
   def run(self):
     """What needs no training first."""
@@ -240,7 +249,8 @@ class Fold:
     self.spearman(report)
     for name in reversed(plans):   # the small ones, which have most to gain, first
       self.distil(name, plans[name])
-    self.narrow()
+    for name, file in self.narrow().items():
+      self.row(name, functools.partial(vc.load, file))
 
 
 def add(file: pathlib.Path, found: dict):
@@ -254,9 +264,11 @@ def load(file: pathlib.Path) -> list[dict]:
   return json.loads(file.read_text())["folds"] if file.exists() else []
 
 
+NARROWER = ("narrower dense model", "narrowest dense model")
 NAMES = {
     "dense": "dense",
-    "narrower dense model": "narrower dense model, trained as long",
+    NARROWER[0]: "narrower dense model of about half of the MACs, trained as long",
+    NARROWER[1]: "narrower dense model of about a quarter, trained as long",
     "uniform, by order": "half of the heads and factors everywhere, by order",
     "uniform, from images": "the same, from 1,024 images",
     "uniform, from images, distilled": "the same, distilled for a tenth of the steps",
@@ -317,7 +329,7 @@ def rewrite():
   """Puts the tables into docs/compaction.md."""
   page = ROOT / "docs/compaction.md"
   text = page.read_text()
-  for name in DATA:
+  for name in (*DATA, ADAMW):
     if folds := load(results_of(name)):
       begin, end = f"<!-- {name}: {WRITTEN} -->\n", f"<!-- end of {name} -->"
       start, stop = text.index(begin) + len(begin), text.index(end)
@@ -331,7 +343,7 @@ def results_of(name: str) -> pathlib.Path:
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-  parser.add_argument("what", nargs="?", choices=["run", "time", "tables"], default="run")
+  parser.add_argument("what", nargs="?", choices=["run", "narrow", "time", "tables"], default="run")
   parser.add_argument("--data", choices=list(DATA), default="digits")
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/compaction"))
   parser.add_argument("--folds", type=int, nargs="+", help="all where not given")
@@ -345,7 +357,7 @@ def main():
     name = data.names[fold]
     runs = arguments.workdir / f"{name.replace(':', '_')}_seed_{arguments.seed}"
     found = Fold(data, name, arguments.seed, runs)
-    found.time() if arguments.what == "time" else found.run()
+    {"run": found.run, "narrow": found.narrow, "time": found.time}[arguments.what]()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import re
 
 PATH = pathlib.Path(__file__).parents[1] / "vitcompact/models/pretrained.json"
 MODELS = re.compile(
-    r"deit3?_\w+|pvt_v2_\w+|nextvit_\w+|vit_(tiny|small|base|large|huge)_patch\d+_(224|384)"
+    r"deit3?_\w+|pvt_v2_\w+|nextvit_\w+|shvit_\w+|davit_(tiny|small|base)"
+    r"|vit_(tiny|small|base|large|huge)_patch\d+_(224|384)"
     r"|vit_[a-z]+_patch14_(reg4_)?dinov2|vit_[a-z0-9]+(_plus)?_patch16_dinov3"
     r"|vit_[a-z0-9]+_patch\d+_clip_(quickgelu_)?\d+|vit_[a-z0-9]+_patch\d+_siglip_(gap_)?\d+"
     r"|eva02_(tiny|small|base|large)_patch14_\d+")

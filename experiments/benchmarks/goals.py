@@ -209,9 +209,19 @@ def exits_goals(found: dict) -> Iterator[Goal]:
                    _median(rows, exit, peer), 2.0)
 
 
+def methods_goals(found: dict) -> Iterator[Goal]:
+  """What a method saves in MACs it saves in time, where it has room."""
+  for (model, pixels), rows in cases(found, "model", "image_size").items():
+    for name in ("HeadPruning", "InLine", "ChannelAttention", "BiFormer"):
+      if name in rows and (name == "HeadPruning" or pixels >= 512):
+        yield Goal(f"{name} in {model} at {pixels}, time's ratio of MACs' ratio",
+                   over(_median(rows, name, "dense"), fewer_macs(rows, name)), 0.9)
+    if "FastPath" in rows:
+      yield Goal(f"FastPath in {model} at {pixels}", _median(rows, "FastPath", "dense"), 1.15)
+
 
 SUITES = {
     "cpu": {"gemm": gemm_goals, "model": model_goals, "exits": exits_goals, "layer": layer_goals,
-            "train": train_goals, "tokens": tokens_goals, "startup": startup_goals,
-            "data": data_goals},
+            "train": train_goals, "tokens": tokens_goals, "methods": methods_goals,
+            "startup": startup_goals, "data": data_goals},
     "gpu": {"model": device_model_goals, "layer": device_layer_goals}}

@@ -3,7 +3,7 @@ import math
 import pathlib
 
 import vitcompact as vc
-from experiments.benchmarks import results
+from experiments.benchmarks import axis_tables, methods_tables, results
 from experiments.benchmarks.exits import RUNTIMES
 from experiments.benchmarks.layer import VARIANTS as LAYER_VARIANTS
 from experiments.benchmarks.model import MODEL, PLANS
@@ -27,9 +27,13 @@ def rewrite() -> str:
   """Puts the tables into README.md and results/README.md, draws the plots; says what it wrote."""
   put(ROOT / "README.md", "front", front())
   put(results.FOLDER / "README.md", "speed", markdown())
+  put(ROOT / "docs/methods.md", "costs", methods_table(results.load("methods", "cpu")))
+  put(ROOT / "docs/methods.md", "legal", methods_tables.legal())
+  for axis in vc.METHODS:
+    put(ROOT / f"docs/{axis}.md", axis, axis_tables.axis(axis))
   drawn = [str(plot(found, platform)) for platform in PLATFORMS
            if (found := results.load("tokens", platform))]
-  return "wrote the tables of README.md and results/README.md" + "".join(
+  return "wrote the tables of README.md, docs/ and results/README.md" + "".join(
       f", {path}" for path in drawn)
 
 
@@ -262,9 +266,13 @@ def data_table(found: dict, folder: pathlib.Path) -> str:
   return "\n".join([*lines, "", source(found)])
 
 
+def methods_table(found: dict | None, folder: pathlib.Path = results.FOLDER) -> str:
+  return f"{NO}." if found is None else f"{methods_tables.costs(found, folder)} {source(found)}"
+
+
 SUITES = {"gemm": gemm_table, "model": model_table, "exits": exits_table, "layer": layer_table,
-          "train": train_table, "tokens": tokens_table, "startup": startup_table,
-          "data": data_table}
+          "train": train_table, "tokens": tokens_table, "methods": methods_table,
+          "startup": startup_table, "data": data_table}
 
 
 def _speed(rows, name: str, over: str) -> str:

@@ -1,0 +1,374 @@
+"""Pictures of what the methods do to real images, with what to see in them: docs/gallery.md.
+
+  python -m experiments.gallery             # all, into docs/; some minutes of a core
+  python -m experiments.gallery --only pairs --only merging
+  python -m experiments.gallery page        # docs/gallery.md again, from results/gallery.json
+
+Garments are test images of Fashion-MNIST, and the network is the dense one that is committed in
+results/. DynamicViT and FastPath have predictors that are trained: here for --steps steps, from it.
+Photographs are the two of scikit-learn. No weights that were trained on photographs are here: on
+them the garments' network is used, enlarged, or random weights where nothing that was learned is
+to be seen. gallery.md, beside this file, has the captions, which say which; results/gallery.json
+their numbers.
+"""
+import argparse
+import functools
+import json
+import pathlib
+import tempfile
+import textwrap
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image
+
+import vitcompact as vc
+from configs import fashion_mnist
+from vitcompact import hub
+from vitcompact.data import pipeline
+from vitcompact.draw import attention, tokens
+from vitcompact.run import loop
+
+ROOT = pathlib.Path(__file__).parent.parent
+WEIGHTS, DATA = ROOT / "results/fashion_mnist_dense.safetensors", "fashion_mnist"
+RESULTS, PAGE = ROOT / "results/gallery.json", ROOT / "docs/gallery.md"
+PICTURES, CAPTIONS = ROOT / "docs/pictures", ROOT / "experiments/gallery.md"
+GARMENTS = ("T-shirt/top", "Dress", "Sneaker", "Bag")
+CALIBRATION = 512       # training images that compact fits by
+CROPS = 16              # of photographs, likewise
+COUNTED = 256           # test images that the numbers of captions are of
+BRIGHT = 0.1            # mean of a patch, of 1, from which on it shows the garment
+STAGES = (1, 3, 4)      # blocks of six that reduce; in the papers each quarter of the depth
+PHOTOGRAPHS = 84        # pixels on which the garments' network sees photographs: 21 x 21 patches
+RANDOM = "deit_tiny_patch16_224"
+DPI, FONT, QUALITY = 55, 14, 80
+
+
+class Scene(NamedTuple):
+  """A network and what it is shown. images: {name: normalised image}; calibration: more of them."""
+  model: Any
+  variables: Any
+  prepare: Any
+  images: dict[str, np.ndarray]
+  calibration: np.ndarray | None = None
+
+  def pixels(self, name: str) -> np.ndarray:
+    """The image as it is shown, in [0, 1]."""
+    return attention.enlarged(self.prepare.pixels(self.images[name]), self.model.grid)
+
+
+class Picture(NamedTuple):
+  """Panels in rows of `columns`: (title, picture); and numbers for the caption."""
+  panels: list[tuple[str, np.ndarray]]
+  columns: int
+  numbers: dict[str, float]
+
+
+def garments(weights=WEIGHTS, data=DATA, names=GARMENTS) -> Scene:
+  """The first test image of each of these classes."""
+  model, variables = vc.load(weights)
+  prepare = vc.preprocess(weights)
+  test = pipeline.source(data, "test", image_size=model.image_size)
+  first = {}
+  for example in map(test.__getitem__, range(len(test))):
+    first.setdefault(test.class_names[example["label"]], example["image"])
+    if set(names) <= first.keys():
+      break
+  train = pipeline.source(data, "train", image_size=model.image_size)
+  return Scene(model, variables, prepare, {name: prepare(first[name]) for name in names},
+               np.stack([prepare(train[i]["image"]) for i in range(min(CALIBRATION, len(train)))]))
+
+
+def counted(scene: Scene, data=DATA) -> np.ndarray:
+  test = pipeline.source(data, "test", image_size=scene.model.image_size)
+  return np.stack([scene.prepare(test[i]["image"]) for i in range(min(COUNTED, len(test)))])
+
+
+def photographs() -> dict[str, Image.Image]:
+  from sklearn.datasets import load_sample_images
+
+  return {name: Image.fromarray(image) for name, image in
+          zip(("temple", "flower"), load_sample_images().images, strict=True)}
+
+
+def enlarged_scene(weights=WEIGHTS, size=PHOTOGRAPHS, crops=CROPS) -> Scene:
+  """The garments' network on photographs, and crops of these for what is fitted."""
+  found, rng = hub.fetch(weights, image_size=size), np.random.default_rng(0)
+  pictures, few = photographs(), []
+  for i in range(crops):
+    picture, side = list(pictures.values())[i % 2], int(rng.integers(200, 420))
+    left, top = (int(rng.integers(0, length - side)) for length in picture.size)
+    few.append(found.preprocess(picture.crop((left, top, left + side, top + side))))
+  return Scene(found.model, found.variables, found.preprocess,
+               {name: found.preprocess(image) for name, image in pictures.items()}, np.stack(few))
+
+
+def enlarged(scene: Scene) -> Scene:
+  """Likewise, of a network that was made compact for garments."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / "small.safetensors"
+    vc.save(path, scene.model, scene.variables)
+    return enlarged_scene(path)
+
+
+def random_scene(seed: int, name=RANDOM, **fields) -> Scene:
+  model = vc.create_model(name, **fields)
+  shape = (1, *np.broadcast_to(model.image_size, 2), model.in_chans)
+  prepare = vc.preprocess(model)
+  return Scene(model, jax.jit(model.init)(jax.random.key(seed), np.zeros(shape, np.float32)),
+               prepare, {name: prepare(image) for name, image in photographs().items()})
+
+
+def under(scene: Scene, plan: vc.Plan) -> Scene:
+  """The scene's network made compact: fitted to the calibration images where there are some."""
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")       # of few images
+    small, variables = vc.compact(scene.model, scene.variables, plan, images=scene.calibration)
+  return scene._replace(model=small, variables=variables)
+
+
+def maps_of(scene: Scene, images) -> dict[int, np.ndarray]:
+  """{block: (B, heads, N, N)}."""
+  found = jax.jit(lambda v, x: vc.features(scene.model, v, x, maps=True).maps)(
+      scene.variables, np.asarray(images))
+  return {int(name.removeprefix("blocks_")): np.asarray(map_bhnm) for name, map_bhnm in
+          found.items()}
+
+
+def heat(values, share: float = 1.0) -> np.ndarray:
+  """(h, w) -> colours; above this share of the values all are the brightest."""
+  import matplotlib
+
+  most = np.quantile(values, share)
+  return matplotlib.colormaps["viridis"](np.clip(values / most, 0, 1))[..., :3]
+
+
+def on_garment(scene: Scene, images) -> np.ndarray:
+  """(B, patches) bool: which patches show more than the black background."""
+  grid, shown = scene.model.grid, np.stack([scene.prepare.pixels(image) for image in images])
+  (height, width), batch = shown.shape[1:3], len(shown)
+  means = shown.reshape(batch, grid[0], height // grid[0], grid[1], width // grid[1], -1)
+  return means.mean(axis=(2, 4, 5)).reshape(batch, -1) > BRIGHT
+
+
+# The pictures
+
+
+def class_token(scene: Scene, images=None, share: float = 1.0) -> Picture:
+  """Where the class token looks. images: those that are counted. share: see `heat`."""
+  prefix, grid = scene.model.sites()[0].prefix, scene.model.grid
+  shown = maps_of(scene, list(scene.images.values()))
+  panels = []
+  for row, name in enumerate(scene.images):
+    panels += [(name, scene.pixels(name))]
+    panels += [(f"block {block}", heat(map_bhnm[row, :, 0, prefix:].mean(axis=0).reshape(grid),
+                                       share)) for block, map_bhnm in shown.items()]
+  numbers = {}
+  if images is None:
+    return Picture(panels, 1 + len(shown), numbers)
+  mask = on_garment(scene, images)
+  for block, map_bhnm in maps_of(scene, images).items():
+    seen = map_bhnm[:, :, 0, prefix:].mean(axis=1)
+    share = (seen * mask).sum() / seen.sum()
+    numbers[f"on_garment_{block}"] = float(share / mask.mean())
+    centred = seen - seen.mean(axis=1, keepdims=True)
+    unit = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
+    alike = unit @ unit.T
+    numbers[f"alike_{block}"] = float(alike[~np.eye(len(alike), dtype=bool)].mean())
+  return Picture(panels, 1 + len(shown), numbers)
+
+
+def hallucinated(small: Scene, name: str, block: int, query=None) -> Picture:
+  """Computed maps, and below them those that are hallucinated from them: a row for each query, or
+  the rows of one query, (row, column) of its patch, on the grid. small: under hMHSA."""
+  site = small.model.sites()[block]
+  real = small.model.plan.heads.scored_heads(site)
+  map_hnm, = maps_of(small, [small.images[name]])[block]
+  panels, likeness = [], []
+  for head in range(real, len(map_hnm)):
+    source = (head - real) % real
+    both = [map_hnm[i][site.prefix:, site.prefix:] for i in (source, head)]
+    shown = both if query is None else [
+        map_nm[query[0] * small.model.grid[1] + query[1]].reshape(small.model.grid)
+        for map_nm in both]
+    # The root shows weak entries too; a filter may leave negative ones, which are shown as 0.
+    panels += [(f"head {source}, computed", heat(np.sqrt(shown[0]))),
+               (f"head {head}, hallucinated", heat(np.sqrt(np.maximum(shown[1], 0))))]
+    likeness.append(np.corrcoef(both[0].ravel(), both[1].ravel())[0, 1])
+  order = [*range(0, len(panels), 2), *range(1, len(panels), 2)]   # sources above their copies
+  return Picture([panels[i] for i in order], len(order) // 2,
+                 {"least_likeness": float(min(likeness)), "most_likeness": float(max(likeness))})
+
+
+def pairs(scene: Scene, names, blocks, keep: float = 0.25) -> Picture:
+  """Which patches a patch attends to: of Sparsifiner by token, the first head."""
+  small = under(scene, vc.Plan(attention=vc.Sparsifiner(keep=keep)))
+  row, column = (side // 2 for side in scene.model.grid)
+  prefix, panels, held = scene.model.sites()[0].prefix, [], {}
+  for name in names:
+    found = attention.pairs_of(small.model, small.variables, small.images[name])
+    panels += [(name, scene.pixels(name))]
+    panels += [(f"block {block}, head 0", attention.highlighted(
+        scene.pixels(name), found[block][0, prefix + row * scene.model.grid[1] + column,
+                                         prefix:].reshape(scene.model.grid), (row, column)))
+               for block in blocks]
+    for block, shares in attention.mass_kept(small.model, small.variables, small.images[name],
+                                             keeps=(keep,)).items():
+      held.setdefault(block, []).append(shares[0])
+  numbers = {f"held_{block}": float(np.mean([mass for _, mass in held[block]])) for block in held}
+  kept = [share for shares in held.values() for share, _ in shares]
+  return Picture(panels, 1 + len(blocks), {**numbers, "kept": float(np.mean(kept))})
+
+
+def granularities(scene: Scene, name: str, blocks, keep: float = 0.25) -> Picture:
+  """The same query under three methods of the attention axis."""
+  side = scene.model.grid[0] // 3
+  plans = {"by token": vc.Sparsifiner(keep=keep),
+           "by block": vc.Sparsifiner(
+               keep=keep, granularity="block", window=side, min_tokens=0),
+           "by region": vc.BiFormer(keep=keep, min_tokens=0)}
+  (height, width), prefix = scene.model.grid, scene.model.sites()[0].prefix
+  row, column, rows, numbers = height // 2, width // 2, [], {}
+  for title, method in plans.items():
+    small = under(scene, vc.Plan(attention=method))
+    found = attention.pairs_of(small.model, small.variables, small.images[name])
+    rows += [[(f"{title}; block {block}", attention.highlighted(
+        scene.pixels(name), found[block][0, prefix + row * width + column, prefix:].reshape(
+            height, width), (row, column))) for block in blocks]]
+    kept = [found[block][:, prefix:, prefix:].mean() for block in found]
+    numbers[f"kept_{type(method).__name__}_{getattr(method, 'granularity', 'region')}"] = float(
+        np.mean(kept))
+  return Picture([panel for line in zip(*rows, strict=True) for panel in line], len(plans), numbers)
+
+
+def survivors(scene: Scene, name: str, trained) -> Picture:
+  """A row for each reducer. trained: {title: (model, variables, accuracy)}, with predictors."""
+  plain = {"EViT": vc.EViT(keep=0.7, blocks=STAGES), "ToMe": vc.ToMe(r=6),
+           "MCTF": vc.MCTF(r=7)}
+  networks = {title: (scene.model.clone(plan=vc.Plan(tokens=reducer)), scene.variables)
+              for title, reducer in plain.items()}
+  networks |= {title: found[:2] for title, found in trained.items()}
+  panels, mask, numbers = [], on_garment(scene, [scene.images[name]])[0], {}
+  for title, (model, variables) in networks.items():
+    found = tokens.stages(model, variables, scene.images[name])
+    chosen = [found[i] for i in np.linspace(0, len(found) - 1, 3).round().astype(int)]
+    panels += [(title, scene.pixels(name))]
+    panels += [(stage, tokens.coloured_by_token(scene.pixels(name), holder))
+               for stage, holder in chosen]
+    left = chosen[-1][1].ravel() != tokens.DROPPED
+    if not left.all():
+      numbers[title] = float(mask[left].mean() / mask.mean())
+  numbers |= {f"{title}_accuracy": found[2] for title, found in trained.items()}
+  return Picture(panels, 4, numbers)
+
+
+def merging(scenes) -> Picture:
+  """Merged patches of photographs, after the last block."""
+  panels = []
+  for title, scene in scenes.items():
+    for name, image in scene.images.items():
+      stage, holder = tokens.stages(scene.model, scene.variables, image)[-1]
+      panels += [(f"{title}, {stage}", tokens.coloured_by_token(scene.pixels(name), holder))]
+  return Picture(panels, 4, {})
+
+
+def untrained(scenes) -> Picture:
+  """What EViT keeps under weights that nobody has trained."""
+  panels = []
+  for seed, scene in scenes.items():
+    for name, image in scene.images.items():
+      stage, holder = tokens.stages(scene.model, scene.variables, image)[-1]
+      panels += [(f"seed {seed}, {stage}", tokens.coloured_by_token(scene.pixels(name), holder))]
+  return Picture(panels, 4, {})
+
+
+def with_predictors(reducer, steps: int):
+  """(model, variables, accuracy on test) of the garments' network, trained on with a reducer's
+  predictors."""
+  config = fashion_mnist.get_config()
+  config.init_from, config.total_steps, config.checkpoint_every = str(WEIGHTS), steps, steps
+  config.optim.warmup_steps, config.optim.learning_rate = steps // 10, 5e-4
+  config.plan = json.loads(vc.Plan(tokens=reducer).to_json())
+  config.loss.kept_ratio = 2.0      # as in configs/dynamicvit_deit_s.py
+  with tempfile.TemporaryDirectory() as folder:
+    result = loop.train(config, folder)
+  return result.model, jax.device_get(result.variables), float(result.metrics["test_accuracy"])
+
+
+def drawings(steps: int):
+  """{name: function that draws}; scenes are made once, and only if a picture needs them."""
+  shop, outside = functools.cache(garments), functools.cache(enlarged_scene)
+  halved = functools.cache(lambda: under(shop(), vc.Plan(heads=vc.HMHSA())))
+  return {
+      "class_token": lambda: class_token(shop(), counted(shop())),
+      "hallucinated": lambda: hallucinated(halved(), "Bag", 0),
+      "pairs": lambda: pairs(shop(), GARMENTS, (0, 1, 3, 5)),
+      "survivors": lambda: survivors(shop(), "Dress", {
+          "DynamicViT": with_predictors(vc.DynamicViT(keep=0.7, blocks=STAGES), steps),
+          "FastPath": with_predictors(vc.FastPath(keep=0.7, blocks=STAGES), steps)}),
+      "photo_attention": lambda: class_token(outside(), share=0.99),
+      "photo_hallucinated": lambda: hallucinated(enlarged(halved()), "flower", 0, (10, 10)),
+      "granularities": lambda: granularities(outside(), "flower", (0, 3)),
+      "merging": lambda: merging({
+          "ToMe": random_scene(0, plan=vc.Plan(tokens=vc.ToMe(r=13))),
+          "MCTF": random_scene(0, plan=vc.Plan(tokens=vc.MCTF(r=16)))}),
+      "untrained": lambda: untrained({
+          seed: random_scene(seed, plan=vc.Plan(tokens=vc.EViT())) for seed in (0, 1)}),
+  }
+
+
+# The page
+
+def page(results: dict) -> str:
+  """docs/gallery.md: the captions of experiments/gallery.md with their numbers."""
+  accuracy = json.loads(WEIGHTS.with_suffix(".json").read_text())["models"][0]["test_accuracy"]
+  text = CAPTIONS.read_text().format(accuracy=accuracy, settings=results["settings"],
+                                     **results["pictures"])
+  return "\n\n".join(_wrapped(part) for part in text.rstrip("\n").split("\n\n")) + "\n"
+
+
+def _wrapped(part: str) -> str:
+  return part if part.startswith(("#", "!", "`" * 3)) else textwrap.fill(
+      part, 100, break_long_words=False, break_on_hyphens=False)
+
+
+def summed_up(numbers: dict) -> dict:
+  """Ends of the numbers that are of each block, for captions."""
+  held = [value for key, value in numbers.items() if key.startswith("held_")]
+  alike = [value for key, value in numbers.items() if key.startswith("alike_") and key[-1] != "2"]
+  return {**numbers, **({"least_held": min(held), "most_held": max(held)} if held else {}),
+          **({"alike_least": min(alike), "alike_most": max(alike)} if alike else {})}
+
+
+def write(picture: Picture, path: pathlib.Path):
+  tokens.write_row(picture.panels, path, columns=picture.columns, dpi=DPI, fontsize=FONT,
+                   bbox_inches="tight", pil_kwargs={"quality": QUALITY})
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser.add_argument("what", nargs="?", choices=["page"])
+  parser.add_argument("--only", action="append", help="a picture; may be repeated")
+  parser.add_argument("--steps", type=int, default=400, help="of training for predictors")
+  options = parser.parse_args()
+  made = drawings(options.steps)
+  if unknown := set(options.only or ()) - made.keys():
+    parser.error(f"no picture {unknown.pop()!r}; there are {', '.join(made)}")
+  results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"pictures": {}}
+  if not options.what:
+    results |= {"command": "python -m experiments.gallery", "settings": {
+        "calibration": CALIBRATION, "images": COUNTED, "crops": CROPS, "steps": options.steps}}
+  for name in () if options.what else options.only or made:
+    picture = made[name]()
+    write(picture, PICTURES / f"gallery_{name}.webp")
+    results["pictures"][name] = {key: round(value, 4) for key, value in
+                                 summed_up(picture.numbers).items()}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(name, flush=True)
+  PAGE.write_text(page(results))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,242 @@
+"""Accuracy against time of every setting of every method, before any training: a trained dense
+model of Fashion-MNIST (results/fashion_mnist_dense.safetensors), compacted from training images.
+Beside them what experiments.compaction has trained: narrower dense models, and distilled ones.
+
+  python -m experiments.compaction --data fashion_mnist --workdir runs/compaction
+  python -m experiments.one_shot judge --workdir runs/one_shot    # goes on where it was stopped
+  python -m experiments.one_shot time --workdir runs/one_shot     # on a machine that does no more
+  python -m experiments.one_shot tables           # into results/README.md, and the picture
+
+Each row is one plan, the same in every block, fitted by vc.compact to 1,024 training images, folded
+and judged on the 10,000 test images, image by image against the dense model. Its time is that of
+32 images on one core, in rounds in which it takes turns with the dense model. Methods that start
+from no dense weights, and those whose predictors have to be trained, are not here. The test split
+chooses nothing: every setting that was run is shown.
+"""
+import argparse
+import json
+import os
+import pathlib
+import warnings
+
+import numpy as np
+
+import vitcompact as vc
+from experiments.compaction import DATA, Judge, difference, images_of
+from vitcompact import bench
+from vitcompact.receipt import environment
+
+ROOT = pathlib.Path(__file__).parent.parent
+NAME = "fashion_mnist"
+FILE, PICTURE = (ROOT / f"results/one_shot_{NAME}.{suffix}" for suffix in ("json", "png"))
+WRITTEN = "written by `python -m experiments.one_shot tables` from results/"
+IMAGES, BATCH, ROUNDS = 1024, 32, 5
+THIRDS = (1, 3)          # a reducer's blocks, of six
+# {axis: {name: file in the folder of experiments.compaction}}.
+TRAINED = {
+    "narrower, trained": {f"{width} wide": f"{width} wide/trained.safetensors"
+                          for width in DATA[NAME].widths},
+    "chosen from data": {f"measured plan of {share} %": f"measured, {share} %.safetensors"
+                         for share in (80, 50)},
+    "distilled": {f"{shown}, distilled": f"distilled, {name}/trained.safetensors"
+                  for shown, name in {"hMHSA + cFFN": "uniform, from images",
+                                      "hMHSA + cFFN both, rank 0.25": "uniform, 50 %",
+                                      "measured plan of 80 %": "measured, 80 %",
+                                      "measured plan of 50 %": "measured, 50 %"}.items()}}
+
+
+def plans() -> dict[str, dict[str, vc.Plan]]:
+  """{axis: {setting: plan}}."""
+  def of(axis, **methods):
+    return {name: vc.Plan(**{axis: method}) for name, method in methods.items()}
+
+  half, both = vc.HMHSA(), vc.CFFN(factor="both")
+  return {
+      "heads": of("heads", **{
+          "hMHSA, 5 of 6 heads computed": vc.HMHSA(real_heads=5),
+          "hMHSA, 4 of 6": vc.HMHSA(real_heads=4), "hMHSA, 3 of 6": half,
+          "hMHSA, 3 of 6, rank 2": vc.HMHSA(rank=2), "hMHSA, 3 of 6, rank 3": vc.HMHSA(rank=3),
+          "hMHSA, 3 of 6, filters on the grid": vc.HMHSA(layout="grid"),
+          "hMHSA, 3 of 6, on scores": vc.HMHSA(site="logits"),
+          "5 of 6 heads stay": vc.HeadPruning(kept_heads=5),
+          "4 of 6 heads stay": vc.HeadPruning(kept_heads=4),
+          "3 of 6 heads stay": vc.HeadPruning(kept_heads=3),
+          "5 of 6 heads stay, 4 of them computed": vc.HeadPruning(
+              kept_heads=5, heads=vc.HMHSA(real_heads=4))}),
+      "ffn": of("ffn", **{
+          f"cFFN, {factor}, rank {rank}": vc.CFFN(rank_ratio=rank, factor=factor)
+          for factor in ("output", "both") for rank in (0.75, 0.5, 0.25)}),
+      "attention": of("attention", **{
+          **{f"Sparsifiner, by token, keep {keep}": vc.Sparsifiner(keep=keep, min_tokens=0)
+             for keep in (0.9, 0.5, 0.25, 0.1, 0.05)},
+          **{f"Sparsifiner, by block of 2 x 2, keep {keep}": vc.Sparsifiner(
+              keep=keep, granularity="block", window=2, min_tokens=0)
+             for keep in (0.75, 0.5, 0.25)},
+          **{f"BiFormer, 4 x 4 regions, keep {keep}": vc.BiFormer(
+              keep=keep, regions=4, min_tokens=0) for keep in (0.75, 0.5, 0.25)},
+          **{f"KeyMerging, keep {keep}": vc.KeyMerging(keep=keep, min_tokens=0)
+             for keep in (0.75, 0.5)}}),
+      "tokens": of("tokens", **{
+          **{f"EViT, keep {keep} twice": vc.EViT(keep=keep, blocks=THIRDS)
+             for keep in (0.9, 0.7, 0.5)},
+          **{f"ToMe, r = {r}": vc.ToMe(r=r) for r in (1, 2, 4)},
+          **{f"MCTF, r = {r}": vc.MCTF(r=r) for r in (1, 2, 4)}}),
+      "several": {
+          "hMHSA + cFFN": vc.Plan(heads=half, ffn=vc.CFFN()),
+          "hMHSA + cFFN both + ToMe 2": vc.Plan(heads=half, ffn=both, tokens=vc.ToMe(r=2)),
+          "cFFN both + ToMe 2": vc.Plan(ffn=both, tokens=vc.ToMe(r=2)),
+          "5 of 6 heads + cFFN both + ToMe 2": vc.Plan(
+              heads=vc.HeadPruning(kept_heads=5), ffn=both, tokens=vc.ToMe(r=2)),
+          "cFFN both + EViT 0.7": vc.Plan(ffn=both, tokens=vc.EViT(keep=0.7, blocks=THIRDS))}}
+
+
+def load() -> dict:
+  return json.loads(FILE.read_text()) if FILE.exists() else {"rows": {}}
+
+
+def judge(workdir: pathlib.Path, trained: pathlib.Path):
+  """Accuracy and counts of each setting; keeps the folded models in the workdir.
+
+  trained: the folder of what experiments.compaction has trained.
+  """
+  data, found = DATA[NAME], load()
+  config, (model, variables) = data.dense(), vc.load(data.file)
+  images = images_of(config, model, "train", IMAGES)
+  judged = Judge(config, model, variables)
+  workdir.mkdir(parents=True, exist_ok=True)
+  for axis, settings in {"": {"dense": None}, **plans(), **TRAINED}.items():
+    for name, made in settings.items():
+      if name in found["rows"] and (name == "dense" or file_of(workdir, name).exists()):
+        continue
+      small, fitted = model, variables
+      if name != "dense":
+        start = vc.load(trained / made) if axis in TRAINED else vc.compact(
+            model, variables, made, images)
+        small, fitted = vc.fold(*start)
+        vc.save(file_of(workdir, name), small, fitted, force=True)
+      count = vc.count(small, variables=fitted)
+      found["rows"][name] = {
+          "axis": axis, "plan": json.loads(small.plan.to_json()), **judged(small, fitted),
+          "params": count.params, "ideal_attention_macs": count.ideal_attention_macs}
+      found |= {**environment(), "calibration_images": IMAGES}
+      save(found)
+      print(name, found["rows"][name]["accuracy"], found["rows"][name]["macs"], flush=True)
+
+
+def time(workdir: pathlib.Path):
+  """Each in turn with the dense model."""
+  data, found = DATA[NAME], load()
+  model, variables = vc.load(data.file)
+  images = images_of(data.dense(), model, "train", BATCH)
+  dense = bench.compiled(model.apply, variables, images)
+  for name, row in found["rows"].items():
+    own = dense
+    if name != "dense":
+      small, fitted = vc.load(file_of(workdir, name))
+      own = bench.compiled(small.apply, fitted, images)
+    row["rounds"] = bench.rounds_of({"dense": dense.call, "this": own.call}, rounds=ROUNDS)
+    row["load"] = os.getloadavg()[0]
+    print(name, f"{speed(row)[0]:.2f}x", flush=True)
+  found["timed"] = {**environment(), "processor": bench.processor(), "batch": BATCH,
+                    "clock": bench.clock_name()}
+  save(found)
+
+
+def file_of(workdir: pathlib.Path, name: str) -> pathlib.Path:
+  return workdir / f"{name}.safetensors"
+
+
+def save(found: dict):
+  FILE.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def speed(row: dict) -> tuple[float, float, float]:
+  return bench.ratio(row["rounds"]["dense"], row["rounds"]["this"])
+
+
+def table(found: dict) -> str:
+  dense = found["rows"]["dense"]
+  lines = ["| axis | setting, in every block | MACs | attention MACs needed | speed, dense = 1 | "
+           "test accuracy | difference from dense, points |", "|---|---|---:|---:|---:|---:|---:|"]
+  for name, row in found["rows"].items():
+    middle, low, high = speed(row)
+    needed = row["ideal_attention_macs"] / dense["ideal_attention_macs"]
+    lines.append(
+        f"| {row['axis']} | {name} | {100 * row['macs']:.1f} % | {100 * needed:.1f} % | "
+        f"{middle:.2f}x [{low:.2f}, {high:.2f}] | {100 * row['accuracy']:.2f} % | "
+        f"{'' if name == 'dense' else difference([row])} |")
+  loads, timed = [row["load"] for row in found["rows"].values()], found["timed"]
+  better = above(found)
+  return "\n".join([*lines, "", (
+      f"Above the line of the dense models: {', '.join(better) if better else 'none'}."), "", (
+      f"One dense model, {found['calibration_images']:,} training images, "
+      f"{dense['images']:,} test images; intervals of 95 % are over test images alone, not over "
+      f"dense models. Time of {timed['batch']} images on one core of {timed['processor']}, "
+      f"{timed['clock']} seconds, {ROUNDS} paired rounds (least to most in brackets), load "
+      f"{min(loads):.1f} to {max(loads):.1f}, commit {timed['commit']}.")])
+
+
+def above(found: dict) -> list[str]:
+  """The settings that are more accurate than a dense model of their time would be: between the
+  widths on a straight line, and beyond them as the nearest."""
+  curve = next(iter(TRAINED))
+  dense = sorted((1 / speed(row)[0], row["accuracy"]) for row in found["rows"].values()
+                 if row["axis"] in ("", curve))
+  times, accuracies = zip(*dense, strict=True)
+  best = np.maximum.accumulate(accuracies)     # a wider model that is worse is no rival
+  return [name for name, row in found["rows"].items() if row["axis"] not in ("", curve)
+          and row["accuracy"] > np.interp(1 / speed(row)[0], times, best)]
+
+
+def picture(found: dict):
+  """Accuracy against time: what lies above and to the left of another beats it."""
+  import matplotlib
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+  figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+  curve, *others = TRAINED
+  looks = dict(zip([curve, *plans(), *others, ""], ["k.-", *"osD^P", "gX", "rh", "k*"],
+                   strict=True))
+  for axis, look in looks.items():
+    shown = {axis, ""} if axis == curve else {axis}
+    rows = [row for row in found["rows"].values() if row["axis"] in shown]
+    axes.plot([1 / speed(row)[0] for row in rows], [100 * row["accuracy"] for row in rows], look,
+              label=axis or "dense", markersize=12 if axis == "" else 6)
+  axes.set_xscale("log")
+  axes.set_xticks(ticks := [0.5, 0.7, 1, 1.5, 2, 3, 4], map(str, ticks), minor=False)
+  axes.minorticks_off()
+  axes.set_xlabel("time, dense = 1")
+  axes.set_ylabel("test accuracy, %")
+  axes.set_title("Fashion-MNIST: the line is what dense models of three widths do", fontsize=10)
+  axes.grid(alpha=0.3)
+  axes.legend()
+  figure.savefig(PICTURE, dpi=110)
+  pyplot.close(figure)
+
+
+def tables():
+  page, found = ROOT / "results/README.md", load()
+  text = page.read_text()
+  begin, end = f"<!-- one shot: {WRITTEN} -->\n", "<!-- end of one shot -->"
+  start, stop = text.index(begin) + len(begin), text.index(end)
+  page.write_text(f"{text[:start]}{table(found)}\n{text[stop:]}")
+  picture(found)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+  parser.add_argument("what", choices=["judge", "time", "tables"])
+  parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/one_shot"))
+  parser.add_argument("--trained", type=pathlib.Path, help="what experiments.compaction has made",
+                      default=pathlib.Path(f"runs/compaction/{NAME}_seed_0"))
+  arguments = parser.parse_args()
+  warnings.filterwarnings("ignore", "blocks_|.*are few")
+  if arguments.what == "tables":
+    return tables()
+  if arguments.what == "time":
+    return time(arguments.workdir)
+  judge(arguments.workdir, arguments.trained)
+
+
+if __name__ == "__main__":
+  main()

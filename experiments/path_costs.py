@@ -1,0 +1,99 @@
+"""What measuring and compacting a DeiT-S cost, in forward passes with attention maps over the same
+images.
+
+  python -m experiments.path_costs            # some 30 minutes of one core
+  python -m experiments.path_costs tables     # into docs/compaction.md, from results/
+
+256 random images of 224 pixels, random weights: cost alone is measured, no accuracy. CPU seconds of
+one pinned core; what a step compiles is counted with it, what the forward pass compiles is not.
+"""
+import argparse
+import json
+import os
+import pathlib
+import resource
+import time
+import warnings
+
+from experiments import bench as suites
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS, PAGE = ROOT / "results/path_costs_cpu.json", ROOT / "docs/compaction.md"
+MODEL, IMAGES, BATCH = "deit_small_patch16_224", 256, 32
+BEGIN = "<!-- costs: written by `python -m experiments.path_costs tables` from results/ -->\n"
+END = "<!-- end of costs -->"
+SHOWN = {"forward": "forward pass with maps", "statistics": "`measure(sensitivity=\"none\")`",
+         "quick": "`measure(sensitivity=\"quick\")`", "compact": "`compact` from images"}
+
+
+def measured() -> dict:
+  """{step: {"seconds", "peak_gib": of the process so far}}."""
+  import jax
+  import numpy as np
+
+  import vitcompact as vc
+  from experiments.benchmarks import measure
+  from vitcompact.receipt import environment
+
+  model = vc.create_model(MODEL, num_classes=1000)
+  images = np.asarray(measure.normal((IMAGES, 224, 224, 3)))
+  variables = measure.drawn_variables(model, images[:1])
+  found = {}
+
+  def step(name, call):
+    start = time.process_time()
+    result = call()
+    found[name] = {"seconds": time.process_time() - start,
+                   "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20}
+    print(name, found[name], flush=True)
+    return result
+
+  apply = jax.jit(lambda variables, x: model.apply(variables, x, mutable=["maps"]))
+
+  def forward():
+    for start in range(0, IMAGES, BATCH):
+      jax.block_until_ready(apply(variables, images[start:start + BATCH]))
+
+  jax.block_until_ready(apply(variables, images[:BATCH]))
+  step("forward", forward)
+  step("statistics", lambda: vc.measure(model, variables, images, "none"))
+  step("quick", lambda: vc.measure(model, variables, images, "quick"))
+  plan = vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())
+  step("compact", lambda: vc.compact(model, variables, plan, images=images))
+  from vitcompact import bench
+  return {**environment(), "command": "python -m experiments.path_costs", "model": MODEL,
+          "images": IMAGES, "processor": bench.processor(), "load": os.getloadavg()[0],
+          "steps": found}
+
+
+def described(found: dict) -> str:
+  """The table of docs/compaction.md."""
+  base = found["steps"]["forward"]["seconds"]
+  rows = [f"| {shown} | {step['seconds']:.0f} s | {step['seconds'] / base:.1f} | "
+          f"{step['peak_gib']:.1f} GiB |" if (step := found["steps"].get(name)) else
+          f"| {shown} | not run | | |" for name, shown in SHOWN.items()]
+  return "\n".join([
+      f"| {found['model']}, {found['images']} images | CPU time | forward passes | peak memory |",
+      "|---|---:|---:|---:|", *rows, "",
+      f"One core of {found['processor']}, load {found['load']:.1f}; compilation is counted in all "
+      "rows but the first."])
+
+
+def rewrite():
+  text = PAGE.read_text()
+  start, stop = text.index(BEGIN) + len(BEGIN), text.index(END)
+  PAGE.write_text(f"{text[:start]}{described(json.loads(RESULTS.read_text()))}\n{text[stop:]}")
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+  parser.add_argument("what", nargs="?", choices=["run", "tables"], default="run")
+  if parser.parse_args().what == "tables":
+    return rewrite()
+  warnings.filterwarnings("ignore", category=UserWarning)
+  suites.pin()
+  RESULTS.write_text(json.dumps(measured(), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+  main()
