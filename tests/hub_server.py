@@ -1,7 +1,8 @@
 """A server on this machine with the part of the Hugging Face hub's interface its library uses.
 
 Files below /resolve/ as the hub answers for them: the commit, and for large ones a redirect to
-where they lie, with their sha256; and what an upload asks for. Nothing leaves the machine.
+where they lie, with their sha256; the list of files of a data set; and what an upload asks for.
+Nothing leaves the machine.
 """
 import base64
 import hashlib
@@ -12,7 +13,7 @@ import urllib.parse
 
 import pytest
 
-LARGE = (".safetensors", ".bin", ".pth")
+LARGE = (".safetensors", ".bin", ".pth", ".parquet")
 
 
 @pytest.fixture
@@ -101,10 +102,14 @@ def _handler(hub: Hub):
           return self.answer(404)
         return self.send_file(hub.files[parts[1]])
       if "resolve" in parts:
-        return self.resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
+        at = parts.index("resolve")
+        return self.resolve("/".join(parts[:at]), parts[at + 1], "/".join(parts[at + 2:]))
+      if parts[:2] == ["api", "datasets"]:    # .../revision/NAME, .../tree/NAME
+        return self.describe("/".join(parts[1:4]), parts[4], "/".join(parts[5:]))
       return self.upload(path, body)
 
-    def resolve(self, repo, revision, name):
+    def found(self, repo, revision):
+      """(commit, its files), or None after the answer that there is none."""
       commits = hub.repos.get(repo)
       if commits is None:
         return self.answer(404, X_Error_Code="RepoNotFound")
@@ -114,12 +119,30 @@ def _handler(hub: Hub):
       commit = list(names)[-1] if revision == "main" else revision
       if commit not in names:
         return self.answer(404, X_Error_Code="RevisionNotFound")
-      if name not in names[commit]:
+      return commit, names[commit]
+
+    def describe(self, repo, what, revision):
+      if (found := self.found(repo, revision)) is None:
+        return
+      commit, files = found
+      if what == "revision":
+        self.reply(id=repo.partition("/")[2], sha=commit,
+                   siblings=[{"rfilename": name} for name in files])
+      else:
+        rows = [{"type": "file", "path": name, "size": len(data), "oid": _blob(data),
+                 **({"lfs": {"oid": _sha256(data), "size": len(data), "pointerSize": 1}}
+                    if name.endswith(LARGE) else {})} for name, data in files.items()]
+        self.answer(200, json.dumps(rows).encode(), Content_Type="application/json")
+
+    def resolve(self, repo, revision, name):
+      if (found := self.found(repo, revision)) is None:
+        return
+      commit, files = found
+      if name not in files:
         return self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
-      data = names[commit][name]
+      data = files[name]
       if not name.endswith(LARGE):
-        etag = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-        return self.send_file(data, ETag=f'"{etag}"', X_Repo_Commit=commit)
+        return self.send_file(data, ETag=f'"{_blob(data)}"', X_Repo_Commit=commit)
       return self.answer(302, X_Repo_Commit=commit, X_Linked_Etag=f'"{_sha256(data)}"',
                          X_Linked_Size=len(data), Location=f"{hub.other}/large/{_sha256(data)}")
 
@@ -152,6 +175,11 @@ def _handler(hub: Hub):
       pass
 
   return Handler
+
+
+def _blob(data: bytes) -> str:
+  """git's name of a file."""
+  return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def _sha256(data: bytes) -> str:

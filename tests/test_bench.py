@@ -5,6 +5,7 @@ import statistics
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import vitcompact as vc
@@ -16,6 +17,8 @@ from experiments.benchmarks import (
   goals,
   layer,
   measure,
+  methods,
+  methods_tables,
   model,
   peer,
   results,
@@ -25,6 +28,7 @@ from experiments.benchmarks import (
   train,
 )
 from experiments.benchmarks.measure import Candidate, Setting
+from tests import tiny
 from vitcompact import bench
 from vitcompact.count import Count, Macs
 
@@ -111,6 +115,7 @@ def measured(tmp_path_factory):
         "model": model.run(setting, (8,), depth=10, **SMALL),
         "exits": exits.run(setting), "train": train.run(setting, depth=1, **SMALL),
         "tokens": tokens.run(setting, (4, 6), width=8, heads=2),
+        "methods": methods.run(setting, ((224, 8),)),
         "startup": startup.run(setting, depth=1, **SMALL), "data": data.run(setting, images=1)}
     for name, rows in suites.items():
       about = {"suite": name, "platform": "cpu", "processor": "a processor", "dtype": "float32",
@@ -207,8 +212,8 @@ def test_tables_say_what_was_not_measured(measured):
   (measured / "part").mkdir(exist_ok=True)
   (measured / "part" / "gemm_gpu.json").write_text((measured / "gemm_cpu.json").read_text())
   assert tables.markdown(measured / "part").endswith(
-      "On GPU, suites model, exits, layer, train, tokens, startup, data: **not measured**.\n\n"
-      "On CPU and TPU: **not measured**.")
+      "On GPU, suites model, exits, layer, train, tokens, methods, startup, data: **not "
+      "measured**.\n\nOn CPU and TPU: **not measured**.")
   assert tables.markdown(measured / "nothing") == "On CPU and GPU and TPU: **not measured**."
 
 
@@ -248,7 +253,8 @@ def test_accuracy_is_in_the_row_of_speed_from_its_longest_measurement(measured):
 def test_the_tables_are_what_the_results_say(tmp_path):
   """Written again, they do not change."""
   for path, name, table in ((tables.ROOT / "README.md", "front", tables.front()),
-                            (results.FOLDER / "README.md", "speed", tables.markdown())):
+                            (results.FOLDER / "README.md", "speed", tables.markdown()),
+                            (tables.ROOT / "docs/methods.md", "legal", methods_tables.legal())):
     copy = tmp_path / f"{name}.md"
     copy.write_text(path.read_text())
     tables.put(copy, name, table)
@@ -333,3 +339,25 @@ def test_the_command_refuses_in_a_line(arguments, words):
 def test_every_suite_is_a_module_with_a_table_and_goals(name):
   assert callable(importlib.import_module(f"experiments.benchmarks.{name}").run)
   assert name in tables.SUITES and name in goals.SUITES["cpu"]
+
+
+# What the table of methods calls exact.
+EXACT = {"MoH": vc.MoH(active=1.0), "Sparsifiner": vc.Sparsifiner(keep=1.0),
+         "BiFormer": vc.BiFormer(keep=1.0, regions=2, min_tokens=0),
+         "KeyMerging": vc.KeyMerging(keep=1.0, min_tokens=0),
+         "EViT": vc.EViT(keep=1.0, blocks=(0,)), "DynamicViT": vc.DynamicViT(keep=1.0, blocks=(0,)),
+         "ToMe": vc.ToMe(r=0), "MCTF": vc.MCTF(r=0), "FastPath": vc.FastPath(keep=1, blocks=(0,))}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_what_is_said_to_start_exactly_from_dense_weights_does(name):
+  dense = tiny.deit()
+  variables, x = tiny.init(dense), tiny.images(dense)
+  model, got = vc.compact(dense, variables, vc.Plan(**{EXACT[name].axis: EXACT[name]}))
+  np.testing.assert_allclose(tiny.apply(model, got, x), tiny.apply(dense, variables, x), rtol=1e-4,
+                             atol=1e-5)
+
+
+def test_every_method_says_how_it_starts():
+  assert {kind.__name__ for kind in methods.kinds()} == methods.STARTS.keys()
+  assert {name for name, how in methods.STARTS.items() if how.startswith("exactly")} == EXACT.keys()

@@ -1,74 +1,94 @@
-"""Every pair and triple of axes, and all four, is a model that trains, folds and is counted."""
-import itertools
-
-import jax
-import jax.numpy as jnp
+"""Every pair of methods of two axes is counted, and trains and folds in a model with methods of the
+other axes, or is refused with a reason."""
 import numpy as np
 import pytest
 
 import vitcompact as vc
 from tests import tiny
-from vitcompact import trees
-from vitcompact.models.lvvit import TokenLogits
+from tests.combinations import (
+  CHOICES,
+  COVERING,
+  ILLEGAL,
+  LEGAL_PAIRS,
+  METHODS,
+  combined,
+  pairs_in,
+  plan_of,
+  words,
+)
+from vitcompact.count import macs_of
 
-METHODS = {
-    "heads": [vc.HMHSA()],
-    "attention": [vc.Sparsifiner(keep=0.5, rank=4),
-                  vc.Sparsifiner(keep=0.5, granularity="block", window=2, min_tokens=0)],
-    "tokens": [vc.EViT(keep=0.6, blocks=(0,)), vc.DynamicViT(keep=0.6, blocks=(1,)),
-               vc.ToMe(r=3), vc.MCTF(r=3)],
-    "ffn": [vc.CFFN()],
-}
-ALL = [dict(zip(axes, methods, strict=True))
-       for count in (2, 3, 4) for axes in itertools.combinations(METHODS, count)
-       for methods in itertools.product(*(METHODS[axis] for axis in axes))]
-# MCTF fuses by the attention that a token receives from all.
-ILLEGAL = [plan for plan in ALL if "attention" in plan and isinstance(plan.get("tokens"), vc.MCTF)]
-PLANS = [plan for plan in ALL if plan not in ILLEGAL]
+ON_GRID = {"heads": vc.HMHSA(layout="grid")}
 
 
-def words(plan):
-  return "-".join(getattr(spec, "granularity", type(spec).__name__) for spec in plan.values())
+def test_every_legal_pair_is_in_a_plan_that_trains():
+  held = set().union(*map(pairs_in, CHOICES))
+  assert held == set().union(*map(pairs_in, LEGAL_PAIRS)) and len(COVERING) < len(LEGAL_PAIRS) / 2
 
 
-def loss(model, variables, key):
-  out, _ = model.apply(variables, tiny.images(model), train=True, rngs={"dropout": key},
-                       mutable=["batch_stats"])
-  out = out.logits if isinstance(out, TokenLogits) else out
-  return jnp.sum(out ** 2)
-
-
-@pytest.mark.parametrize("plan", PLANS, ids=words)
+@pytest.mark.parametrize("plan", COVERING, ids=words)
 def test_it_trains_and_folds_to_the_same_function(plan):
-  """Not compiled as a whole: their operations are the same, and compile once for all of them."""
-  model = tiny.deit(vc.Plan(**plan))
+  model = combined(plan)
   variables = tiny.init(model)
-  grads = jax.grad(lambda params: loss(model, {**variables, "params": params},
-                                       jax.random.key(0)))(variables["params"])
-  for name, grad in trees.named_leaves(grads).items():
+  grads = tiny.gradients(model, variables, tiny.images(model))
+  for name, grad in grads.items():
     assert np.all(np.isfinite(grad)), name
-  assert all(np.any(grad) for name, grad in trees.named_leaves(grads).items()
+  assert all(np.any(grad) for name, grad in grads.items()
              if name.endswith("attn/value/kernel"))
   deploy, folded = vc.fold(model, variables)
-  np.testing.assert_allclose(deploy.apply(folded, tiny.images(model)),
-                             model.apply(variables, tiny.images(model)), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("plan", PLANS, ids=words)
-def test_what_the_axes_save_adds_up(plan):
-  """Of axes that do not change each other's work, the savings are the sum of their savings."""
-  count = vc.count(tiny.deit(vc.Plan(**plan)))
+  np.testing.assert_allclose(tiny.apply(deploy, folded, tiny.images(model)),
+                             tiny.apply(model, variables, tiny.images(model)), rtol=1e-4, atol=1e-4)
+  count = vc.count(model)
   assert 0 < count.ideal_macs <= count.macs
   assert 0 < count.ideal_attention_macs <= count.attention_macs <= count.macs
-  if set(plan) <= {"heads", "ffn"} or set(plan) == {"attention", "ffn"}:
-    dense = vc.count(tiny.deit())
-    each = [vc.count(tiny.deit(vc.Plan(**{axis: spec}))) for axis, spec in plan.items()]
-    for field in ("macs", "ideal_macs", "params"):
-      saved = sum(getattr(dense, field) - getattr(one, field) for one in each)
-      assert getattr(count, field) == getattr(dense, field) - saved
+  # `count` reads the program of `init`, which has to have the products of that of `apply`.
+  assert macs_of(model.apply, variables, tiny.images(model, 1)).total == count.macs
+
+
+@pytest.mark.parametrize("plan", [{**ON_GRID, "ffn": vc.CFFN()}, ON_GRID, {"ffn": vc.CFFN()}],
+                         ids=words)
+def test_a_backbone_that_routes_trains_and_folds_under_the_other_axes(plan):
+  model = tiny.biformer(vc.Plan(**plan))
+  variables = tiny.init(model)
+  grads = tiny.gradients(model, variables, tiny.images(model))
+  for name, grad in grads.items():
+    assert np.all(np.isfinite(grad)) and np.any(grad), name
+  deploy, folded = vc.fold(model, variables)
+  np.testing.assert_allclose(tiny.apply(deploy, folded, tiny.images(model)),
+                             tiny.apply(model, variables, tiny.images(model)), rtol=1e-4, atol=1e-4)
+
+
+# Of axes that do not change each other's work.
+ADDED = [plan for plan in map(plan_of, LEGAL_PAIRS)
+         if "ffn" in plan and plan.keys() & {"heads", "attention"}]
+
+
+@pytest.mark.parametrize("plan", ADDED, ids=words)
+def test_what_the_axes_save_adds_up(plan):
+  dense, both = vc.count(tiny.deit(depth=1)), vc.count(tiny.deit(vc.Plan(**plan), depth=1))
+  each = [vc.count(tiny.deit(vc.Plan(**{axis: spec}), depth=1)) for axis, spec in plan.items()]
+  for field in ("macs", "ideal_macs", "params"):
+    saved = sum(getattr(dense, field) - getattr(one, field) for one in each)
+    assert getattr(both, field) == getattr(dense, field) - saved
+
+
+def test_shvit_takes_heads_as_absent_and_ffns():
+  model = tiny.shvit(vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN()))
+  assert [model.plan.at(site).heads for site in model.sites()] == [None] * 3
+  assert vc.count(model).params != vc.count(tiny.shvit()).params
+
+
+@pytest.mark.parametrize("plan", [{axis: method} for axis in ("attention", "tokens")
+                                  for method in METHODS[axis]], ids=words)
+def test_shvit_refuses_what_it_has_no_place_for(plan):
+  with pytest.raises(ValueError, match=r"a single head there|may be dropped or merged|may pass by"
+                     ) as error:
+    tiny.shvit(vc.Plan(**plan))
+  assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("plan", ILLEGAL, ids=words)
 def test_what_does_not_compose_is_refused_with_the_reason(plan):
-  with pytest.raises(ValueError, match="MCTF"):
-    tiny.deit(vc.Plan(**plan))
+  with pytest.raises(ValueError, match=r"needs .* which .* takes away; ") as error:
+    combined(plan)
+  assert "\n" not in str(error.value)

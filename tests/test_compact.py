@@ -116,12 +116,12 @@ def fits():
   model = tiny.deit(drop_path_rate=0.0)
   variables, x = redundant(model), tiny.images(model, batch=96)
   new = tiny.images(model, batch=64, seed=9)
-  wanted = jax.jit(model.apply)(variables, new)
+  wanted = tiny.apply(model, variables, new)
   plan, out = vc.Plan(heads=vc.HMHSA()), {}
   for name, images in {"weights": None, "data": x}.items():
     notes = {}
     small, got = vc.compact(model, variables, plan, images=images, progress=notes.__setitem__)
-    error = jnp.linalg.norm(jax.jit(small.apply)(got, new) - wanted) / jnp.linalg.norm(wanted)
+    error = jnp.linalg.norm(tiny.apply(small, got, new) - wanted) / jnp.linalg.norm(wanted)
     out[name] = float(error), notes, got
   return out
 
@@ -165,7 +165,7 @@ def test_reducers_that_act_before_the_ffn_are_compacted_with_it(tokens):
   model = tiny.deit(drop_path_rate=0.0)
   variables, x = tiny.init(model, spread=0.5), tiny.images(model, batch=16)
   small, got = vc.compact(model, variables, vc.Plan(tokens=tokens, ffn=vc.CFFN()), images=x)
-  assert np.isfinite(jax.jit(small.apply)(got, x)).all()
+  assert np.isfinite(tiny.apply(small, got, x)).all()
 
 
 def test_features_behind_a_filter_of_more_terms_have_all_of_them():
@@ -207,11 +207,11 @@ def test_images_too_few_for_a_fit_do_no_harm_on_others(images):
   model = tiny.deit(drop_path_rate=0.0)
   variables, x = tiny.init(model, spread=0.5), tiny.images(model, batch=images)
   new = tiny.images(model, batch=64, seed=9)
-  wanted, plan = jax.jit(model.apply)(variables, new), vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())
+  wanted, plan = tiny.apply(model, variables, new), vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())
 
   def error(images):
     small, got = vc.compact(model, variables, plan, images=images)
-    return jnp.linalg.norm(jax.jit(small.apply)(got, new) - wanted)
+    return jnp.linalg.norm(tiny.apply(small, got, new) - wanted)
 
   with pytest.warns(UserWarning, match="too few to hold any out"):
     fitted = error(x)
@@ -235,7 +235,7 @@ def test_a_fitted_mask_keeps_more_of_the_dense_attention_than_a_fresh_one(varian
   plan, mass = vc.Plan(attention=vc.Sparsifiner(keep=0.25, variant=variant)), {}
   for name, images in {"fresh": None, "fitted": x}.items():
     small, got = vc.compact(model, variables, plan, images=images)
-    _, state = small.apply(got, new, mutable=["attention"])
+    _, state = tiny.apply(small, got, new, mutable=["attention"])
     kept = state["attention"]["blocks_0"]["links"]["kept"][0]
     mass[name] = float(jnp.mean(jnp.sum(jnp.where(kept, maps["blocks_0"][:, :, 1:], 0), axis=-1)))
   assert mass["fitted"] > 1.1 * mass["fresh"]

@@ -1,11 +1,12 @@
 """The experiment of compacting: intervals are paired, and its page shows what was measured."""
+import json
 import pathlib
 
 import numpy as np
 import pytest
 
 import vitcompact as vc
-from experiments import compaction
+from experiments import compaction, one_shot
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -45,21 +46,22 @@ def test_a_fold_takes_the_place_of_the_one_of_its_data_and_seed(tmp_path):
   assert all(fold["jax"] for fold in compaction.load(file))
 
 
-@pytest.mark.parametrize("name", list(compaction.DATA))
+@pytest.mark.parametrize("name", [*compaction.DATA, compaction.ADAMW])
 def test_the_page_shows_what_was_measured(name):
   folds = compaction.load(compaction.results_of(name))
   assert f"\n{compaction.described(folds)}\n" in (ROOT / "docs/compaction.md").read_text()
 
 
 @pytest.mark.parametrize("name", list(compaction.DATA))
-def test_the_uniform_plan_and_the_narrow_model_are_of_about_half_of_the_macs(name):
+def test_models_of_equal_cost_are_of_about_half_and_a_quarter_of_the_macs(name):
   data = compaction.DATA[name]
   sizes = {**data.dense().model.to_dict(), "num_classes": 10}
   variant = sizes.pop("name")
   dense = vc.count(vc.create_model(variant, **sizes)).macs
-  for changes in ({"width": data.narrow}, {"plan": data.half, "deploy": True}):
+  half, quarter = ({"width": width} for width in data.widths)
+  for changes, share in ((half, 0.5), ({"plan": data.half, "deploy": True}, 0.5), (quarter, 0.25)):
     macs = vc.count(vc.create_model(variant, **{**sizes, **changes})).macs
-    assert macs == pytest.approx(0.5 * dense, rel=0.07)
+    assert macs / dense == pytest.approx(share, abs=0.035)
 
 
 def test_the_committed_model_is_that_of_its_config():
@@ -85,4 +87,28 @@ def test_each_row_is_in_results_at_once(tmp_path, monkeypatch):
 def test_what_was_not_run_is_said_to_be():
   text = compaction.described([{"models": {"dense": {**ROW, "gained": 0, "lost": 0}}}])
   assert "12 random plans: not run." in text and "A plan for a speedup: not timed." in text
-  assert "| narrower dense model, trained as long |  | not run |  |  |" in text
+  assert "of about half of the MACs, trained as long |  | not run |  |  |" in text
+
+
+def test_the_table_of_settings_is_that_of_its_results():
+  found = one_shot.load()
+  assert one_shot.table(found) in (ROOT / "results/README.md").read_text()
+  assert set(found["rows"]) == {"dense"}.union(
+      *one_shot.plans().values(), *one_shot.TRAINED.values())
+  for settings in one_shot.plans().values():
+    for name, plan in settings.items():
+      assert vc.Plan.from_json(json.dumps(found["rows"][name]["plan"])) == plan, name
+
+
+def test_what_lies_above_the_line_of_dense_models_is_said():
+  """Of dense models of times 1, 0.5 and 0.25, the middle one is the best."""
+  def row(axis, time, accuracy):
+    return {"axis": axis, "accuracy": accuracy, "rounds": {"dense": [1.0] * 3, "this": [time] * 3}}
+
+  curve = next(iter(one_shot.TRAINED))
+  found = {"rows": {"dense": row("", 1.0, 0.90), "a": row(curve, 0.5, 0.91),
+                    "b": row(curve, 0.25, 0.81), "under": row("heads", 0.75, 0.905),
+                    "on the way": row("ffn", 0.375, 0.87), "slow": row("heads", 2.0, 0.908),
+                    "slow and better": row("tokens", 2.0, 0.911),
+                    "too fast": row("ffn", 0.1, 0.80)}}
+  assert one_shot.above(found) == ["on the way", "slow and better"]

@@ -126,10 +126,15 @@ def _drawn(rng, leaf):
 
 
 DISTILLED = "deit_tiny_distilled_patch16_224"
+# Their steps are of families that tests/models steps, or differ from others' in figures alone.
+ALIKE = ("base", "biformer", "cifar10", "compact_digits", "compact_fashion_mnist", "davit",
+         "deit_b_384", "dynamicvit_deit_s", "inline", "lvvit_s_384", "nextvit_384", "shapes",
+         "shvit", "sparse_shapes", "sparsifiner_lvvit_s", "tome_deit_s", "transnext")
 
 
 @pytest.mark.parametrize("name, argument", [
-    *((name, "") for name in NAMES), ("deit_s", DISTILLED), ("evit_deit_s", "scratch"),
+    *(pytest.param(name, "", marks=[pytest.mark.slow] * (name in ALIKE)) for name in NAMES),
+    ("deit_s", DISTILLED), ("evit_deit_s", "scratch"),
     ("sparsifiner_deit_s", "evit"), ("cifar10", "adamw"), ("digits", "dense")])
 def test_a_config_takes_a_step_of_each_phase_on_eight_devices(name, argument):
   """Configs that are the same at this size are compiled once."""
@@ -276,8 +281,14 @@ DEIT = (1024, 256, 3, 300, 1e-3, 1e-5, 0.05, 0, 0.1, 0.99996, 256, 224)
 DEIT_B = (1024, 64, *DEIT[2:])
 PVT = (1024, 128, 3, 300, 1e-3, 1e-5, 0.05, 0, 0.1, 0, 256, 224)
 PVT_DEEP = (*PVT[:7], 1, 0.3, 0, 256, 224)
+TRANSNEXT = {size: (*PVT[:7], 1, rate, 0, 256, 224) for size, rate in (
+    ("micro", 0.15), ("tiny", 0.25), ("small", 0.45), ("base", 0.6))}
 NEXTVIT = (2048, 256, 1, 300, 2e-3, 1e-5, 0.1, 5, 0.1, 0, 256, 224)
 NEXTVIT_384 = (1024, 128, 1, 30, 1e-5, 1e-5, 1e-8, 5, 0.1, 0, 438, 384)
+DAVIT = (1024, 128, 1, 310, 1e-3, 1e-5, 0.05, 1, 0.1, 0, 248, 224)
+SHVIT = (2048, 256, 3, 300, 4e-3, 1e-5, 0.025, 0, 0, 0.99996, 256, 224)
+INLINE = (4096, 512, 1, 300, 4e-3, 4e-5, 0.05, 5, 0.1, 0, 256, 224)
+INLINE_PVT = (1024, 128, 1, 300, 1e-3, 2e-5, 0.05, 0, 0.1, 0, 256, 224)
 SPARSIFINER = (1344, 168, 1, 50, 8e-5, 2e-6, 0.05, 0, 0, 0.9999, 256, 224)
 DYNAMICVIT = (1024, 128, 1, 30, 1e-3, 1e-6, 0.05, 0, 0, 0.9999, 256, 224)
 MCTF = (1024, 128, 3, 40, 3e-5, 1e-6, 0.05, 0, 0.1, 0.99996, 256, 224)
@@ -293,9 +304,24 @@ RECIPES = {
     "lvvit_s_384:lvvit_m": (512, 64, 1, 30, 5e-6, 5e-6, 1e-8, 0, 0.2, 0, 384, 384),
     "pvt": PVT, "pvt:pvt_tiny": PVT, "pvt:pvt_medium": PVT_DEEP, "pvt:pvt_large": PVT_DEEP,
     **{f"pvt:pvt_v2_b{i}": PVT if i < 3 else PVT_DEEP for i in range(6)},
+    "transnext": TRANSNEXT["tiny"],
+    **{f"transnext:transnext_{size}": row for size, row in TRANSNEXT.items()},
     "nextvit": NEXTVIT, "nextvit:nextvit_base": (*NEXTVIT[:8], 0.2, *NEXTVIT[9:]),
     "nextvit:nextvit_large": (*NEXTVIT[:8], 0.2, *NEXTVIT[9:]), "nextvit_384": NEXTVIT_384,
     "nextvit_384:nextvit_large": (*NEXTVIT_384[:8], 0.2, *NEXTVIT_384[9:]),
+    "davit": DAVIT, "davit:davit_small": (*DAVIT[:8], 0.2, *DAVIT[9:]),
+    "davit:davit_base": (*DAVIT[:8], 0.4, *DAVIT[9:]),
+    "shvit": SHVIT, "shvit:shvit_s2": (*SHVIT[:6], 0.032, *SHVIT[7:]),
+    "shvit:shvit_s3": (*SHVIT[:6], 0.035, *SHVIT[7:]),
+    "shvit:shvit_s4": (*SHVIT[:6], 0.03, *SHVIT[7:-2], 292, 256),
+    **{f"biformer:biformer_{size}": (*PVT[:8], rate, *DEIT[9:])
+       for size, rate in (("tiny", 0.1), ("small", 0.15), ("base", 0.4), ("stl", 0.1))},
+    "inline": INLINE,
+    "inline:inline_deit_small": (1024, 128, 1, 300, 1e-3, 1e-5, *INLINE[6:-2], 329, 288),
+    "inline:inline_deit_base": (512, 64, 1, 300, 5e-4, 5e-6, *INLINE[6:-2], 512, 448),
+    "inline:inline_pvt_tiny": INLINE_PVT, "inline:inline_pvt_small": INLINE_PVT,
+    "inline:inline_pvt_medium": (*INLINE_PVT[:8], 0.3, *INLINE_PVT[9:]),
+    "inline:inline_pvt_large": (*INLINE_PVT[:8], 0.3, *INLINE_PVT[9:]),
     "cifar10:cifar10@all": (768, 256, 3, 1000, 0.01, 1e-5, 1e-4, 0, 0, 0, 256, 224),
     "cifar10:cifar10@all,adamw": (768, 256, 3, 1000, 7.5e-6, 7.5e-6, 0.05, 0, 0.1, 0, 256, 224),
     "sparsifiner_deit_s": SPARSIFINER, "sparsifiner_lvvit_s": SPARSIFINER,
@@ -329,13 +355,20 @@ def test_a_config_has_the_numbers_of_its_recipe(name):
           pytest.approx(ema, abs=1e-7), resized, config.model.image_size) == RECIPES[name]
 
 
-# {epoch: learning rate of its first step}. DeiT, PVT, Next-ViT, EViT and MCTF set it an epoch late.
+def test_shvit_alone_clips_the_gradient_of_each_output_by_its_weights():
+  assert {name: clip for name in NAMES if (clip := load(name).get_config().optim.adaptive_clip)
+          } == {"shvit": 0.02}
+
+
+# {epoch: learning rate of its first step}. DeiT, PVT, Next-ViT, SHViT, EViT and MCTF set it late.
 RATES = {
     "deit_s": {0: 1e-6, 1: 1e-6, 2: 2.008e-4, 5: 8.002e-4, 6: 9.99322e-4, 151: 5.05e-4,
                299: 1.010854e-5},
     "deit_b_384": {0: 1e-6, 1: 1e-6, 2: 1.8e-6, 6: 5e-6, 29: 5e-6},
     "nextvit": {0: 1e-6, 1: 1e-6, 2: 1.0095e-4, 3: 2.009e-4, 20: 1.90005e-3, 21: 1.97826e-3},
+    "shvit": {0: 1e-6, 1: 1e-6, 2: 8.008e-4, 5: 3.2002e-3, 6: 3.99727e-3, 151: 2.005e-3},
     "nextvit_384": {0: 1e-5, 1: 1e-5, 29: 1e-5},
+    "davit": {0: 1e-6, 1: 2.008e-4, 5: 9.99322e-4, 150: 5.05e-4, 300: 1e-5, 309: 1e-5},
     "lvvit_s": {0: 1e-6, 1: 3.208e-4, 5: 1.598911e-3, 150: 8.05e-4, 300: 1e-5, 309: 1e-5},
     "lvvit_s_384": {0: 1e-6, 1: 1.8e-6, 4: 4.2e-6, 5: 5e-6, 29: 5e-6},
     "evit_deit_s": {0: 8e-5, 1: 8e-5, 16: 4.1e-5},

@@ -72,7 +72,8 @@ def test_a_dense_model_with_a_record_is_compacted_and_folds_as_it_says():
   assert [sorted(mlp[layer]) for mlp in mlps for layer in ("fc1", "fc2")] == [
       ["bias", "kernel"], ["a", "b"], ["a", "b"], ["bias", "kernel"]]
   plain, plain_folded = vc.fold(small.clone(execution=vc.Execution()), small_variables)
-  np.testing.assert_allclose(deploy.apply(folded, x), plain.apply(plain_folded, x), rtol=1e-5,
+  np.testing.assert_allclose(tiny.apply(deploy, folded, x), tiny.apply(plain, plain_folded, x),
+                             rtol=1e-5,
                              atol=1e-5)
 
 

@@ -71,9 +71,8 @@ def test_batch_norms_start_at_the_statistics_that_the_compact_model_has(fields):
   model = tiny.deit(drop_path_rate=0.0, remat=len(fields) > 1)
   variables, x = tiny.init(model, spread=0.5), tiny.images(model, batch=16)
   small, got = vc.compact(model, variables, vc.Plan(**{"ffn": vc.CFFN(), **fields}), images=x)
-  train, _ = jax.jit(lambda got, x: small.apply(got, x, train=True, mutable=["batch_stats"]))(
-      got, x)
-  logits = jax.jit(small.apply)(got, x)
+  train, _ = tiny.apply(small, got, x, train=True, mutable=["batch_stats"])
+  logits = tiny.apply(small, got, x)
   assert float(logits.std()) > 0.5
   np.testing.assert_allclose(train, logits, atol=1e-4)
 
@@ -82,15 +81,15 @@ def test_calibration_images_bring_the_compacted_model_nearer():
   model = tiny.deit()
   variables, x = tiny.init(model, spread=0.5), tiny.images(model, batch=16)
   plan = vc.Plan(ffn=vc.CFFN(rank_ratio=0.4))
-  wanted = jax.jit(model.apply)(variables, x)
+  wanted = tiny.apply(model, variables, x)
 
   def error(images):
     small, got = vc.compact(model, variables, plan, images=images)
-    return jnp.linalg.norm(jax.jit(small.apply)(got, x) - wanted), small, got
+    return jnp.linalg.norm(tiny.apply(small, got, x) - wanted), small, got
 
   with pytest.warns(UserWarning, match="without calibration images"):
     from_weights, _, _ = error(None)
   fitted, small, got = error(x)
   assert fitted < 0.9 * from_weights
   train, _ = small.clone(drop_path_rate=0.0).apply(got, x, train=True, mutable=["batch_stats"])
-  np.testing.assert_allclose(train, small.apply(got, x), rtol=0.02, atol=0.02)
+  np.testing.assert_allclose(train, tiny.apply(small, got, x), rtol=0.02, atol=0.02)

@@ -11,7 +11,7 @@ from vitcompact.methods import METHODS, protocol
 
 ROOT = pathlib.Path(__file__).parent.parent
 BASE = {"trees", "settings", "kernels", "torch_names", "token_state", "attention", "layers",
-        "regression", "rotary"}
+        "regression", "rotary", "convolution", "depthwise", "tracing"}
 MODELS = BASE | {"methods", "plan", "execution", "block", "models"}
 VERBS = {"calibration", "compact", "fold", "verify", "count", "features", "convert", "receipt",
          "preprocess", "bench", "latency", "measure", "planner", "report", "doors", "export",
@@ -20,8 +20,10 @@ VERBS = {"calibration", "compact", "fold", "verify", "count", "features", "conve
 # room -> the rooms it may import, besides itself. A room is a file or a folder of vitcompact/.
 MAY = {
     "trees": set(), "settings": set(), "kernels": set(), "torch_names": set(),
-    "regression": set(),
-    "attention": {"trees", "kernels"}, "layers": {"trees", "kernels"},
+    "regression": set(), "tracing": set(),
+    "attention": {"trees", "kernels"}, "depthwise": {"attention", "tracing"},
+    "convolution": {"depthwise"},
+    "layers": {"trees", "kernels", "convolution", "depthwise", "tracing"},
     "token_state": {"trees", "attention"}, "rotary": {"token_state"}, "execution": {"attention"},
     "methods": BASE,
     "plan": {"methods", "trees", "token_state"},
@@ -42,7 +44,9 @@ CORE = ["plan.py", "block.py", "execution.py", "convert.py", "fit.py", "foreign.
         "fold.py",
         "methods/protocol.py", "methods/surgery.py",
         *(f"train/{name}.py" for name in ("optim", "objective", "phases", "config", "build")),
-        *(f"models/{path.name}" for path in sorted((ROOT / "vitcompact/models").glob("*.py")))]
+        # Names of models that stand for a network with a method are a table beside the models.
+        *(f"models/{path.name}" for path in sorted((ROOT / "vitcompact/models").glob("*.py"))
+          if path.name != "inline_variants.py")]
 LISTED = [kind for kinds in METHODS.values() for kind in kinds.values()]
 
 
@@ -86,7 +90,7 @@ def test_a_method_imports_the_protocol_and_its_own_helpers_and_no_other_method()
       continue
     axis = home.rsplit(".", 1)[0]     # helpers of an axis lie in its folder
     for name in imports(path):
-      allowed = re.match(r"vitcompact\.methods\.(protocol|surgery)\b", name) or (
+      allowed = re.match(r"vitcompact\.methods\.(protocol|surgery|merging)\b", name) or (
           name.startswith(f"{axis}.") and name.rsplit(".", 1)[0] not in homes)
       if name.startswith("vitcompact.methods") and not allowed:
         wrong.append(f"{home} imports {name}")
@@ -100,7 +104,9 @@ def test_the_core_names_no_method(name):
   path = ROOT / "vitcompact" / name
   words = {kind.__name__ for kind in LISTED} | {key for kinds in METHODS.values() for key in kinds}
   words |= {protocol.scope_of(kind) for kind in LISTED if kind.axis in ("heads", "attention")}
-  assert not set(identifiers(path)) & words
+  # A family of models may be called as a method is.
+  modules = {p.stem for p in path.parent.glob("*.py")} if name == "models/__init__.py" else set()
+  assert not set(identifiers(path)) & words - modules
   assert not [text for text in strings(path) if set(re.findall(r"\w+", text)) & words]
   assert not [module for module in imports(path)
               if re.match(r"vitcompact\.methods\.(heads|attention|tokens|ffn)\b", module)]

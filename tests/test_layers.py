@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitcompact import layers
+from tests import tiny
+from vitcompact import convolution, layers
 from vitcompact.count import macs_of
 from vitcompact.methods.ffn import branch_norms
+from vitcompact.train import sharding
 
 
 def plain_gelu(x):
@@ -108,3 +110,42 @@ def test_an_ffn_step_has_three_products_for_each_forward_one():
 
   assert macs_of(mlp.apply, params, x).total == 2 * 3 * 4 * 16 * 2
   assert macs_of(jax.grad(loss, argnums=(0, 1)), params, x).total == 3 * 2 * 3 * 4 * 16 * 2
+
+
+@pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize("groups, features, stride", [(2, 6, 1), (8, 8, 2), (8, 16, 1)])
+def test_grouped_convolutions_have_their_gradients_also_where_devices_share_images(
+    mesh, groups, features, stride):
+  x, kernel = drawn([(8, 5, 6, 8), (3, 3, 8 // groups, features)])
+
+  def gradients(conv, placed=lambda x: x):
+    layer = nn.Conv(features, (3, 3), stride, padding=1, feature_group_count=groups,
+                    use_bias=False, conv_general_dilated=conv)
+
+    def total(kernel, x):
+      return jnp.sum(jnp.sin(layer.apply({"params": {"kernel": kernel}}, x)))
+
+    return jax.jit(jax.grad(total, argnums=(0, 1)))(kernel, placed(x))
+
+  wanted = gradients(None)
+  if mesh is None:
+    got = gradients(convolution.grouped_conv)
+  else:
+    mesh = sharding.make_mesh(mesh)
+    got = gradients(convolution.grouped_conv, lambda x: jax.device_put(x, sharding.batches(mesh)))
+  for one, other in zip(got, wanted, strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_dense_layer_and_its_norm_fold_into_one_and_unfold_again():
+  x, = drawn([(4, 3, 6)])
+  layer = layers.DenseNorm(5)
+  stats, params = tiny.randomised(jax.eval_shape(layer.init, jax.random.key(0), x)).values()
+  folded = layers.fold_dense_norm(params, stats)
+  wanted = layer.apply({"params": params, "batch_stats": stats}, x)
+  got = layers.DenseNorm(5, deploy=True).apply({"params": folded}, x)
+  np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+  again = layers.unfold_dense_norm(params, stats, **folded)
+  got = layer.apply({"params": again, "batch_stats": stats}, x)
+  np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+  assert layers.fold_dense_norm(folded, {}) is folded

@@ -35,7 +35,7 @@ def run(monkeypatch, tmp_path):
     (["--config=configs/digits.py", "--config.total_steps=many"],
      "config.total_steps='many': must be a whole number"),
     (["--config=configs/digts.py"],
-     "configs/digts.py: no such file; there are configs/base.py, configs/cifar10"),
+     "configs/digts.py: no such file; there are configs/base.py, configs/biformer"),
     (["--config=configs/sparse_digits.py:foo"], "sparse_digits.py:foo: KeyError: 'foo'; what foll"),
     (["--config=configs/evit_deit_s.py:half"],
      "'half' is no argument of this config, which takes scratch, runlocal"),

@@ -9,6 +9,7 @@ import pytest
 
 import vitcompact as vc
 from tests import tiny
+from vitcompact import calibration
 from vitcompact.measure import described_fields, divergence
 from vitcompact.methods import protocol
 from vitcompact.methods.ffn import cffn
@@ -37,7 +38,7 @@ def test_a_report_lists_options_of_every_axis_with_what_they_cost(measured):
     assert mass == sorted(mass) and mass[-1] == pytest.approx(1, abs=1e-3)
     assert np.diag(row["tables"]["head_cost"]).tolist() == [0] * 4
     assert np.allclose(np.diag(row["tables"]["map_likeness"]), 1, atol=1e-3)
-  assert {type(option.method).__name__ for option in report.tokens} == {"ToMe"}
+  assert {type(option.method).__name__ for option in report.tokens} == {"ToMe", "EViT", "MCTF"}
 
 
 def test_the_kl_of_an_option_is_that_of_the_model_with_it_alone(measured):
@@ -46,14 +47,15 @@ def test_the_kl_of_an_option_is_that_of_the_model_with_it_alone(measured):
   option = next(option for option in report.blocks[1]["options"] if option.axis == "ffn")
   small, got = vc.compact(model, variables, vc.Plan(blocks={1: {"ffn": option.method}}), images=x)
   held = x[3::4]
-  wanted = divergence(jax.jit(model.apply)(variables, held), jax.jit(small.apply)(got, held))
+  wanted = divergence(tiny.apply(model, variables, held), tiny.apply(small, got, held))
   assert option.kl == pytest.approx(wanted, rel=1e-3)
 
 
 def test_more_heads_and_higher_ranks_are_estimated_to_lose_less(measured):
   for row in measured[3].blocks:
-    heads = [option.error for option in row["options"] if option.axis == "heads"]
-    assert heads == sorted(heads, reverse=True)
+    for kind in (vc.HMHSA, vc.HeadPruning):
+      errors = [option.error for option in row["options"] if isinstance(option.method, kind)]
+      assert len(errors) > 1 and errors == sorted(errors, reverse=True)
     for factor in ("output", "both"):
       errors = [option.error for option in row["options"]
                 if option.axis == "ffn" and option.method.factor == factor]
@@ -65,14 +67,28 @@ def test_a_quick_report_infers_what_it_did_not_try(measured, monkeypatch):
   monkeypatch.setattr(cffn, "RATIOS", (0.25, 0.5))
   quick = vc.measure(model, variables, x, sensitivity="quick")
   for row, wanted in zip(quick.blocks, full.blocks, strict=True):
-    for axis in ("heads", "ffn"):
-      options = [option for option in row["options"] if option.axis == axis]
+    for kind in (vc.HMHSA, vc.HeadPruning, vc.CFFN):
+      options = [option for option in row["options"] if isinstance(option.method, kind)]
       assert sum(option.measured for option in options) == 1
       tried = next(option for option in options if option.measured)
       same = next(o for o in wanted["options"] if o.method == tried.method)
       assert tried.kl == pytest.approx(same.kl, rel=1e-3)
       for option in options:
         assert option.kl == pytest.approx(tried.kl * option.error / tried.error, rel=1e-6)
+
+
+def test_images_are_split_among_the_devices_and_give_the_same_as_on_one(measured, monkeypatch):
+  model, variables, x, report = measured
+  assert len(calibration.split(x[:16]).sharding.device_set) == 8 == jax.local_device_count()
+  assert {shard.data.shape[0] for shard in calibration.split(x[:16]).addressable_shards} == {2}
+  assert {shard.data.shape[0] for shard in calibration.split(x[:15]).addressable_shards} == {15}
+  monkeypatch.setattr(cffn, "RATIOS", (0.25, 0.5))
+  monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+  assert calibration.split(x) is x
+  alone = vc.measure(model, variables, x, sensitivity="none")
+  for row, wanted in zip(alone.blocks, report.blocks, strict=True):
+    for option, other in zip(row["options"], wanted["options"], strict=True):
+      assert option.error == pytest.approx(other.error, rel=1e-4), option
 
 
 @pytest.mark.parametrize("share", [0.85, 0.7, 0.55])
@@ -136,7 +152,7 @@ def test_costs_of_blocks_add_up_to_the_models(measured):
       report.costs.at("blocks_0", BlockMethods())[0] - saved)
 
 
-def options_of(model, kl=1e-3):
+def options_of(model, kl=1e-3, reducers=(vc.ToMe,)):
   """A report of a model with every option that it has, each of the same KL."""
   rows = []
   for name, module in model.submodules().items():
@@ -146,10 +162,38 @@ def options_of(model, kl=1e-3):
     rows.append({"name": name, "tokens": module.site.tokens, "options": tuple(options),
                  "tables": {}})
   site = next(iter(model.submodules().values())).site
-  reducers = tuple(Option("tokens", method, None, kl, True) for method in vc.ToMe.options(site))
+  reducers = tuple(Option("tokens", method, None, kl, True)
+                   for kind in reducers for method in protocol.options(kind, site))
   count = vc.count(model)
   return vc.Report("0", model.variant, described_fields(model), "0" * 64, 8, "", "full",
                    count.params, count.macs, tuple(rows), reducers)
+
+
+def test_reducers_that_are_passed_over_could_not_have_won(monkeypatch):
+  """Those that lose as much by themselves as the best plan so far are not searched."""
+  monkeypatch.setattr(cffn, "RATIOS", (0.25, 0.5))
+  rng, searched, asked = np.random.default_rng(0), [], 0
+  bare = options_of(tiny.deit(), reducers=(vc.ToMe, vc.EViT, vc.MCTF))
+
+  def drawn(options, scale):
+    return tuple(option._replace(kl=float(scale * rng.random())) for option in options)
+
+  search = vc.Report._search
+  monkeypatch.setattr(vc.Report, "_search", lambda self, *key: (
+      searched.append(key[1]), search(self, *key))[1])
+  for share in (0.9, 0.7, 0.5):
+    report = dataclasses.replace(bare, tokens=drawn(bare.tokens, 0.5), blocks=tuple(
+        {**row, "options": drawn(row["options"], 0.5)} for row in bare.blocks))
+    best = np.inf
+    for reducer, kl in ((None, 0.0), *((option.method, option.kl) for option in report.tokens)):
+      one = search(report, "macs", reducer, ("heads", "attention", "ffn", "tokens"))
+      found = one.knapsack.best((1 - share - one.saved) * one.total)
+      best = min(best, np.inf if found is None else found[1] + kl)
+    searched.clear()
+    plan = report.plan(macs=share)
+    asked += len(searched)
+    assert report.explain(plan).kl == pytest.approx(best, rel=1e-6)
+  assert 3 <= asked < 3 * (1 + len(bare.tokens))
 
 
 @pytest.mark.parametrize("share", [0.8, 0.6])
@@ -178,6 +222,24 @@ def test_under_a_reducer_an_option_that_no_longer_acts_saves_nothing():
   fewer = BlockMethods(attention=vc.Sparsifiner(granularity="block", min_tokens=0))
   at = report.costs.at
   assert 0 < at("blocks_0", fewer, tokens=100)[0] < at("blocks_0", fewer)[0]
+
+
+def test_what_does_not_go_together_is_no_choice():
+  """Regions need the whole grid, and take the line of tokens that filters of heads act along."""
+  model = vc.create_model("deit_tiny_patch16_224", depth=1, width=24, heads=4, num_classes=5)
+  report, pairs = options_of(model), {}
+  for reducer in (None, report.tokens[0].method):
+    few = report._search("macs", reducer, ("heads", "attention")).choices["blocks_0"]
+    pairs[reducer is None] = {tuple(type(option.method) for option in choice.options.values())
+                              for choice in few}
+    for choice in few:
+      methods = {axis: option.method for axis, option in choice.options.items()}
+      model.clone(plan=vc.Plan(tokens=reducer, blocks={0: methods})).check()
+  pruned = (vc.HeadPruning,)
+  assert pairs[True] == {(), (vc.HMHSA,), (vc.Sparsifiner,), (vc.BiFormer,), pruned,
+                         (vc.HMHSA, vc.Sparsifiner), (*pruned, vc.Sparsifiner),
+                         (*pruned, vc.BiFormer)}
+  assert (vc.BiFormer,) not in pairs[False]
 
 
 def test_heads_and_attention_are_counted_together():

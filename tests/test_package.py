@@ -41,7 +41,7 @@ def test_what_the_package_imports_is_declared():
 
 
 def test_pins_lie_in_the_ranges():
-  text = "".join((ROOT / name).read_text() for name in ("requirements.txt", "requirements-dev.txt"))
+  text = "".join((ROOT / f"requirements{kind}.txt").read_text() for kind in ("", "-dev", "-docs"))
   pins = {canonicalize_name(name): version
           for name, version in re.findall(r"^([\w.-]+)==([\w.]+)", text, re.M)}
   for needed in NEEDED:

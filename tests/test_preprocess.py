@@ -14,7 +14,9 @@ from tests import tiny
     ("deit_small_patch16_224", 224, 0.9, 0.485), ("deit_base_patch16_384", 384, 1.0, 0.485),
     ("vit_small_patch16_224", 224, 0.9, 0.5), ("nextvit_small", 224, 0.95, 0.485),
     ("nextvit_small", 384, 1.0, 0.485), ("pvt_small", 224, 0.875, 0.485),
-    ("pvt_v2_b2", 224, 0.9, 0.485), ("lvvit_s", 224, 0.9, 0.485), ("lvvit_m", 224, 1.0, 0.485)])
+    ("davit_base", 224, 0.95, 0.485), ("davit_tiny.msft_in1k", 224, 0.95, 0.485),
+    ("pvt_v2_b2", 224, 0.9, 0.485), ("lvvit_s", 224, 0.9, 0.485), ("lvvit_m", 224, 1.0, 0.485),
+    ("shvit_s1", 224, 0.875, 0.485), ("shvit_s4", 256, 0.875, 0.485)])
 def test_each_model_has_its_own_evaluation(name, size, crop, mean):
   pre = vc.preprocess(vc.create_model(name, image_size=size))
   assert (pre.image_size, pre.crop, pre.mean[0]) == ((size, size), crop, mean)

@@ -80,7 +80,8 @@ def test_inference_in_chunks_is_the_same_function_and_the_record_says_of_how_man
   assert found.features["block_0"].shape[0] == 7
 
 
-@pytest.mark.parametrize("name", ["lvvit_t", "pvt_tiny", "pvt_v2_b0", "nextvit_small"])
+@pytest.mark.parametrize("name", ["lvvit_t", "pvt_tiny", "pvt_v2_b0", "nextvit_small",
+                                  "davit_tiny", "shvit_s1"])
 def test_every_family_computes_in_chunks(name):
   model = vc.create_model(name, num_classes=5, execution=vc.Execution(chunk=2))
   images = jax.ShapeDtypeStruct((5, *vc.preprocess(model).image_size, 3), "float32")

@@ -1,18 +1,63 @@
 """Small models and random trees that many tests share."""
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import vitcompact as vc
+from vitcompact import doors, trees
 from vitcompact.data.evaluation import Preprocess
 from vitcompact.methods.protocol import CAPABILITIES, Site
 
 SIZES = {"width": 24, "depth": 2, "heads": 4, "image_size": 32, "patch_size": 8, "num_classes": 5}
 
 
+def named(rows, *always):
+  """Parameters of a test of every size of a family: but for `always`, of `make test-all` alone."""
+  return [name if name in always else pytest.param(name, marks=pytest.mark.slow) for name in rows]
+
+
 def deit(plan=None, name="deit_tiny_patch16_224", **fields):
   """A DeiT of two narrow blocks: 16 patches, 4 heads of 6."""
   return vc.create_model(name, plan=plan or vc.Plan(), **{**SIZES, **fields})
+
+
+# Hierarchical networks at their smallest, in which every kind of block is.
+NETWORKS = {
+    # Maps of 4 x 4 and 2 x 2, in windows that they do not fill.
+    "davit_tiny": {"image_size": 16, "widths": (8, 16), "depths": (1, 1), "heads": (2, 4),
+                   "window_size": 3},
+    "biformer_tiny": {"image_size": 32, "widths": (16, 24), "depths": (1, 1), "head_dim": 4,
+                      "regions": 2, "top_ks": (2,), "dense_heads": 4},
+    # One block a stage. Of 96 pixels grids are 6, 3 and 2 on a side; the squeezed widths of the two
+    # downsamplings are rounded, and parts that attend are odd and even.
+    "shvit_s1": {"image_size": 64, "widths": (8, 12, 20), "depths": (1, 1, 1),
+                 "partial_widths": (5, 8), "qk_width": 4},
+    # A stage of aggregated attention and one of attention over all.
+    "transnext_tiny": {"image_size": 8, "widths": (8, 16), "depths": (1, 1), "heads": (2, 4),
+                       "mlp_ratios": (3, 3), "sr_ratios": (2, 1), "pretrain_size": 32},
+}
+NETWORKS["biformer_stl"] = NETWORKS["biformer_tiny"]
+
+
+def biformer(plan=None, name="biformer_tiny", **fields):
+  """A BiFormer of two blocks: 8 x 8 patches in 4 regions, of which 2 are seen, then 4 x 4, all."""
+  return vc.create_model(name, plan=plan or vc.Plan(),
+                         **{**NETWORKS[name], "num_classes": 5, **fields})
+
+
+def shvit(plan=None, **fields):
+  """An SHViT of three narrow blocks, the last two of which attend."""
+  return vc.create_model("shvit_s1", plan=plan or vc.Plan(),
+                         **{**NETWORKS["shvit_s1"], "image_size": 96, "num_classes": 5, **fields})
+
+
+def transnext(plan=None, **fields):
+  """A TransNeXt of two narrow blocks, on grids of 6 x 10 and 3 x 5."""
+  return vc.create_model("transnext_tiny", plan=plan or vc.Plan(), **{
+      **NETWORKS["transnext_tiny"], "image_size": (24, 40), "num_classes": 5, **fields})
 
 
 def preprocess(image_size, crop=1.0, **fields):
@@ -51,5 +96,29 @@ def randomised(tree, seed=1, spread=0.3):
 
 def init(model, seed=1, spread=0.3):
   """Random variables for a model, without running it."""
-  shapes = jax.eval_shape(model.init, jax.random.key(0), images(model))
-  return randomised(shapes, seed, spread)
+  return randomised(doors.variable_shapes(model), seed, spread)
+
+
+def apply(model, variables, *args, rngs=None, mutable=False, **options):
+  """`model.apply`, compiled as a whole: its operations one by one compile five times as long."""
+  mutable = tuple(mutable) if isinstance(mutable, list) else mutable
+  return _applied(model, mutable, tuple(sorted(options.items())), variables, args, rngs)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _applied(model, mutable, options, variables, args, rngs):
+  return model.apply(variables, *args, rngs=rngs, mutable=mutable, **dict(options))
+
+
+def gradients(model, variables, images, key=0):
+  """Of the sum of squared logits in train mode, by name of parameter."""
+  return trees.named_leaves(_gradients(model, variables, images, jax.random.key(key)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(model, variables, images, key):
+  def loss(params):
+    out, _ = model.apply({**variables, "params": params}, images, train=True,
+                         rngs={"dropout": key}, mutable=["batch_stats"])
+    return jnp.sum(getattr(out, "logits", out) ** 2)
+  return jax.grad(loss)(variables["params"])

@@ -8,7 +8,6 @@ import sys
 import time
 import tomllib
 
-import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -20,8 +19,8 @@ from tests.cli import command
 from vitcompact import cli, convert
 
 ROOT = pathlib.Path(__file__).parents[2]
-VERBS = {"bench", "compact", "compare", "convert", "count", "draw", "export", "measure", "models",
-         "page", "predict", "prepare", "push", "verify"}
+VERBS = {"bench", "card", "compact", "compare", "convert", "count", "draw", "export", "measure",
+         "models", "page", "predict", "prepare", "push", "verify"}
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +109,13 @@ def test_a_file_is_counted_with_its_own_plan(compact):
   assert "has its own plan" in command.fails("count", compact, "--plan", "")
 
 
+def test_a_network_that_refuses_the_default_plan_is_counted_with_what_it_takes():
+  row = command.succeeds("count", "biformer_tiny").splitlines()[-1].split(" | ")
+  wanted = vc.count(vc.create_model("biformer_tiny", plan=vc.Plan(ffn=vc.CFFN()), deploy=True))
+  assert row[0] == "| biformer_tiny (cFFN alone)"
+  assert row[2] == f"{wanted.params / 1e6:.2f} M" and row[5] == f"{wanted.macs / 1e9:.2f} G"
+
+
 def test_bench_times_models_alternately(compact):
   head, _, dense, small, _, about = command.succeeds("bench", compact, "--batch", 2, "--rounds", 2
                                                      ).splitlines()
@@ -138,7 +144,7 @@ def test_predictions_are_those_of_the_model(compact, tmp_path):
   printed = command.succeeds("predict", compact, *paths, "--top", 2, "--labels", labels,
                              "--batch", 2)
   prepared = np.stack([vc.preprocess(model)(Image.open(path)) for path in paths])
-  logits = np.asarray(jax.jit(model.apply)(variables, prepared))
+  logits = np.asarray(tiny.apply(model, variables, prepared))
   for path, row, line in zip(paths, logits, printed.splitlines(), strict=True):
     name, *classes = line.split("\t")
     assert name == str(path)

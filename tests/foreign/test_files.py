@@ -5,7 +5,6 @@ import re
 import sys
 import types
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -59,7 +58,7 @@ def test_a_directory_of_transformers_is_converted_without_naming_the_model(folde
   assert convert.classes_of(out) == NAMES
   half = {name: value.astype(ml_dtypes.bfloat16) for name, value in VIT.state.items()}
   assert trees.digest(variables) == trees.digest(vc.from_torch(model, half))
-  got = jax.jit(model.apply)(variables, one_image(32))
+  got = tiny.apply(model, variables, one_image(32))
   np.testing.assert_allclose(got, VIT.wanted, atol=0.05)
   other = tmp_path / "other.safetensors"     # the index itself; other classes
   printed = command.succeeds("convert", folder / "model.safetensors.index.json", "--num-classes", 3,

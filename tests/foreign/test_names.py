@@ -2,11 +2,11 @@
 import re
 import warnings
 
-import jax
 import numpy as np
 import pytest
 
 import vitcompact as vc
+from tests import tiny
 from tests.foreign.cases import cases, one_image
 from tests.models import parity
 from vitcompact import convert, foreign, foreign_rules, trees
@@ -43,7 +43,7 @@ def test_what_their_model_computes_ours_computes(name):
   pool = {"global_pool": ""} if case.wanted.ndim == 3 else {}
   model = vc.create_model(case.model, **case.fields, **pool)
   variables = vc.from_torch(model, case.state)
-  got = jax.jit(model.apply)(variables, one_image(case.fields["image_size"]))
+  got = tiny.apply(model, variables, one_image(case.fields["image_size"]))
   np.testing.assert_allclose(got, case.wanted, atol=2e-5 * np.abs(case.wanted).max())
 
 

@@ -156,6 +156,28 @@ def nextvit():
   yield Case("nextvit_small", fields, ((64, 64), (40, 56)), build, probe, plain=plain)
 
 
+def shvit():
+  """timm's SHViT. Of the middle stage neither the width nor the part that attends is even, and the
+  squeezed widths of its two downsamplings are rounded up and down."""
+  from timm.models import shvit as theirs
+  fields = {"widths": [16, 28, 36], "depths": [1, 2, 1], "partial_widths": [9, 12], "qk_width": 8}
+
+  def build(image_size):
+    del image_size
+    return theirs.SHViT(num_classes=CLASSES, embed_dim=fields["widths"], depth=fields["depths"],
+                        partial_dim=(1, *fields["partial_widths"]), qk_dim=(8, 8, 8),
+                        types=("i", "s", "s"))
+
+  residual = r".*\.(pw2|proj\.1|conv3|[03]\.m|conv\.m)\.bn\.(weight|bias)"
+  # Variances of 1e-5, as large as epsilon, everywhere; means and activations to match.
+  probe = {r".*running_var": 1e-5, r".*running_mean": 3e-3,
+           r".*\.proj\.1\.bn\.(weight|bias)": 1e-5, residual: 3e-3,
+           r"patch_embed\.\d\.bn\.(weight|bias)": 3e-3,
+           r".*\.(pw1|qkv|conv[12])\.bn\.(weight|bias)": 3e-3}
+  # At 75 x 110 every side is odd somewhere.
+  yield Case("shvit_s1", fields, ((96, 96), (75, 110)), build, probe, plain={residual: 0.5})
+
+
 def lvvit():
   """The authors' LV-ViT: TOKEN_LABELING names a checkout of zihangJiang/TokenLabeling (GitHub)."""
   sys.path.insert(0, os.environ["TOKEN_LABELING"])
@@ -219,6 +241,105 @@ def pvt_v2():
     yield Case(name, PYRAMID, ((native, native), (45, 70)), build, probe)
 
 
+def inline():
+  """The authors' InLine-DeiT and InLine-PVT: INLINE names a checkout of LeapLabTHU/InLine."""
+  sys.path.insert(0, f"{os.environ['INLINE']}/models")
+  import inline_deit
+  import inline_pvt
+  norm = functools.partial(torch.nn.LayerNorm, eps=1e-6)
+
+  def deit(image_size):
+    return inline_deit.VisionTransformer(img_size=image_size[0], patch_size=8, embed_dim=24,
+                                         depth=2, num_heads=3, num_classes=CLASSES)
+
+  def pvt(image_size):
+    del image_size
+    return inline_pvt.PyramidVisionTransformer(
+        img_size=64, patch_size=4, qkv_bias=True, norm_layer=norm, la_sr_ratios="1111",
+        num_classes=CLASSES, **THEIRS)
+
+  fields = {"patch_size": 8, "width": 24, "depth": 2, "heads": 3}
+  # Their attention takes square grids only.
+  yield Case("inline_deit_tiny", fields, ((32, 32), (48, 48)), deit, DEIT_PROBE,
+             resized_positions(1))
+  probe = {r"pos_embed\d|patch_embed1\.proj\.weight": 3e-3,
+           r"patch_embed\d\.(proj\.bias|norm\..*)": 3e-3, **PYRAMID_PROBE}
+  yield Case("inline_pvt_tiny", PYRAMID, ((64, 64), (96, 32)), pvt, probe)
+
+
+def davit():
+  """timm's DaViT: windows that the map fills, windows with padding, maps of odd sides."""
+  import timm
+  fields = {"widths": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "heads": [1, 2, 3, 4]}
+  probe = {r"stem\..*|.*\.downsample\.conv\..*|.*\.cpe\d\.proj\.bias": 3e-3,
+           r".*\.(attn\.proj|mlp\.fc2)\..*": 3e-3}
+  for window in (7, 3):
+
+    def build(image_size, window=window):
+      del image_size
+      return timm.create_model("davit_tiny", num_classes=CLASSES, window_size=window,
+                               embed_dims=fields["widths"], depths=fields["depths"],
+                               num_heads=fields["heads"])
+
+    yield Case("davit_tiny", {**fields, "window_size": window}, ((56, 56), (45, 70)), build, probe)
+
+
+def biformer():
+  """The authors' BiFormer, and its Swin layout; BIFORMER names a checkout of rayleizhu/BiFormer,
+  which needs einops besides. What it imports of fairscale is used only when activations are not
+  kept."""
+  import types
+  sys.modules["fairscale"] = sys.modules["fairscale.nn"] = types.ModuleType("fairscale.nn")
+  sys.modules["fairscale.nn.checkpoint"] = types.SimpleNamespace(checkpoint_wrapper=None)
+  sys.path.insert(0, os.environ["BIFORMER"])
+  from models.biformer import BiFormer
+  from models.biformer_stl import BiFormerSTL
+  norm = torch.nn.BatchNorm2d
+  sizes = {"depth": [1, 1, 2, 1], "embed_dim": [16, 32, 32, 16], "num_classes": CLASSES,
+           "topks": [1, 2, 3, -2], "head_dim": 8}
+
+  def tiny(image_size):
+    del image_size
+    return BiFormer(n_win=2, kv_downsample_mode="identity", kv_per_wins=[-1] * 4,
+                    qk_dims=sizes["embed_dim"], mlp_ratios=[3] * 4, **sizes)
+
+  def stl(image_size):
+    del image_size
+    return BiFormerSTL(n_wins=(2,) * 4, mlp_ratios=[4] * 4, norm_layer=norm, **sizes)
+
+  fields = {"depths": [1, 1, 2, 1], "widths": [16, 32, 32, 16], "head_dim": 8, "regions": 2,
+            "top_ks": [1, 2, 3]}
+  # Variances of 1e-5, as large as epsilon, everywhere; means and activations to match.
+  probe = {r".*running_var": 1e-5, r".*running_mean": 3e-3,
+           r"downsample_layers\.\d\.\d\..*": 3e-3,
+           r"stages\..*\.(attn\.(wo|proj)|mlp\.[23]|pos_embed)\..*": 1e-3}
+  # At 64 x 96 regions are no squares.
+  for name, build in (("biformer_tiny", tiny), ("biformer_stl", stl)):
+    yield Case(name, fields, ((64, 64), (64, 96)), build, probe)
+
+
+def transnext():
+  """The authors' TransNeXt without its CUDA kernels; TRANSNEXT names a checkout of
+  DaiShiResearch/TransNeXt."""
+  import types
+  # Asked for by the file, to find out whether the kernels are installed: they are not.
+  absent = types.ModuleType("pkg_resources")
+  absent.DistributionNotFound = LookupError
+  absent.get_distribution = {}.__getitem__
+  sys.modules["pkg_resources"] = absent
+  sys.path.insert(0, f"{os.environ['TRANSNEXT']}/classification")
+  import transnext as theirs
+
+  def build(image_size):
+    norm = functools.partial(torch.nn.LayerNorm, eps=1e-6)   # as their named models have it
+    return theirs.TransNeXt(img_size=image_size[0], pretrain_size=64, patch_size=4, qkv_bias=True,
+                            norm_layer=norm, sr_ratios=[8, 4, 2, 1], num_classes=CLASSES, **THEIRS)
+
+  probe = {r"patch_embed\d\.(proj|norm)\..*": 3e-3, r".*\.attn\.sr\..*": 3e-3,
+           r".*\.(attn\.proj|mlp\.fc2)\..*": 3e-3}
+  yield Case("transnext_tiny", {**PYRAMID, "pretrain_size": 64}, ((64, 64), (96, 96)), build, probe)
+
+
 def compact_deit():
   """Our own PyTorch form of folded compact DeiTs: each site and layout of hallucinated heads."""
   sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
@@ -244,7 +365,8 @@ def compact_deit():
 
 
 FAMILIES = {"deit": deit, "vit": vit, "compact_deit": compact_deit, "lvvit": lvvit,
-            "nextvit": nextvit, "pvt": pvt, "pvt_v2": pvt_v2}
+            "nextvit": nextvit, "pvt": pvt, "pvt_v2": pvt_v2, "inline": inline, "davit": davit,
+            "shvit": shvit, "biformer": biformer, "transnext": transnext}
 
 
 @torch.no_grad()

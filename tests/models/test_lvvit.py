@@ -39,7 +39,7 @@ def runs():
   return parity.runs("lvvit")
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", tiny.named(ROWS, "lvvit_s"))
 def test_parameters_exactly_and_macs_to_a_thousandth(name):
   params = []
   for (wanted, gmacs), axes in zip(ROWS[name], ({}, HEADS, FFN, {**HEADS, **FFN}), strict=True):
@@ -103,8 +103,8 @@ def test_compact_to_all_heads_and_full_rank_is_the_dense_model():
 
 @functools.partial(jax.jit, static_argnums=0)
 def mixed(model, variables, x, key):
-  return model.apply(variables, x, train=True, mutable=["batch_stats"],
-                     rngs={"dropout": jax.random.key(key)})[0]
+  return tiny.apply(model, variables, x, train=True, mutable=["batch_stats"],
+                    rngs={"dropout": jax.random.key(key)})[0]
 
 
 def test_patch_logits_return_to_their_images():
@@ -154,8 +154,8 @@ def test_training_moves_statistics_and_gradients_are_finite():
   @jax.jit
   def grad(params):
     def loss(params):
-      out, new = model.apply({**variables, "params": params}, x, train=True,
-                             rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
+      out, new = tiny.apply(model, {**variables, "params": params}, x, train=True,
+                            rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
       return jnp.mean(out.logits ** 2) + jnp.mean(out.token_logits ** 2), new["batch_stats"]
     return jax.grad(loss, has_aux=True)(params)
 
@@ -218,7 +218,7 @@ def test_options_of_the_output_and_the_input(fields, shape):
 def test_features_are_returned_when_asked_for():
   model = small(depth=2)
   variables, x = tiny.init(model), tiny.images(model)
-  _, seen = jax.eval_shape(lambda: model.apply(variables, x, mutable=["features"]))
+  _, seen = jax.eval_shape(lambda: tiny.apply(model, variables, x, mutable=["features"]))
   shapes = {name: leaf[0].shape for name, leaf in seen["features"].items()}
   assert shapes == {"block_0": (3, 17, 24), "block_1": (3, 17, 24)}
 

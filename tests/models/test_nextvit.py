@@ -64,7 +64,7 @@ def norms_of(tree):
   return [name for name in trees.named_leaves(tree) if "norm" in name]
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", tiny.named(ROWS, "nextvit_small"))
 def test_parameters_exactly_and_macs_to_a_thousandth(name):
   dense = vc.create_model(name)
   shapes = shapes_of(dense)
@@ -212,8 +212,8 @@ def test_stochastic_depth_grows_linearly_and_is_split_as_the_channels_are():
 def gradients(model, variables, images):
   """Of a loss in training, and the statistics after it."""
   def loss(params):
-    out, state = model.apply({**variables, "params": params}, images, train=True,
-                             rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
+    out, state = tiny.apply(model, {**variables, "params": params}, images, train=True,
+                            rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
     return jnp.sum(out ** 2), state["batch_stats"]
 
   return jax.grad(loss, has_aux=True)(variables["params"])
@@ -247,7 +247,7 @@ def test_remat_changes_memory_not_results():
 def test_bfloat16_computes_near_float32():
   model = small(COMPACT, **HALF)
   variables, images = drawn_for(model)
-  wanted = jax.jit(model.apply)(variables, images)
+  wanted = tiny.apply(model, variables, images)
   got = jax.jit(model.clone(dtype="bfloat16").apply)(variables, images)
   assert got.dtype == jnp.float32
   assert 0 < jnp.abs(got - wanted).max() / jnp.abs(wanted).max() < 0.05

@@ -24,7 +24,7 @@ ROWS = {
 RUNS = parity.runs("pvt")
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", tiny.named(ROWS, "pvt_small"))
 def test_parameters_exactly_and_macs_to_a_thousandth(name):
   pyramids.check_counts(name, ROWS[name])
 
@@ -83,7 +83,7 @@ def test_without_classes_the_class_token_is_returned_normed():
   variables, x = tiny.init(model), tiny.images(model)
   assert "head" not in variables["params"]
   variables["params"]["norm"] = {"scale": jnp.ones(20), "bias": jnp.zeros(20)}
-  token = jax.jit(model.apply)(variables, x)
+  token = tiny.apply(model, variables, x)
   assert token.shape == (3, 20)
   np.testing.assert_allclose(token.mean(-1), 0, atol=1e-5)
   np.testing.assert_allclose(token.std(-1), 1, atol=1e-3)

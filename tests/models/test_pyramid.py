@@ -79,8 +79,8 @@ def test_stage_maps_are_handed_out_when_asked_for_and_cost_nothing_otherwise(nam
 
   @jax.jit
   def run(variables, x):
-    return model.apply(variables, x, mutable=["features", "intermediates"],
-                       capture_intermediates=record)
+    return tiny.apply(model, variables, x, mutable=["features", "intermediates"],
+                      capture_intermediates=record)
 
   logits, state = run(variables, x)
   maps = {stage: found[0] for stage, found in state["features"].items()}
@@ -102,8 +102,8 @@ def test_stage_maps_are_handed_out_when_asked_for_and_cost_nothing_otherwise(nam
 def gradient(model, variables, x):
   """Gradients of a loss in training, and the batch statistics that the step leaves."""
   def loss(params):
-    logits, new = model.apply({**variables, "params": params}, x, train=True,
-                              rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
+    logits, new = tiny.apply(model, {**variables, "params": params}, x, train=True,
+                             rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
     return jnp.sum(logits ** 2), new.get("batch_stats", {})
   return jax.grad(loss, has_aux=True)(variables["params"])
 
@@ -134,7 +134,7 @@ def test_remat_changes_memory_not_results():
 def test_bfloat16_computes_near_float32_and_answers_in_float32(name):
   model, low = (pvt(name, COMPACT, **SHORT, dtype=dtype) for dtype in ("float32", "bfloat16"))
   variables, x = tiny.init(model), tiny.images(model)
-  wanted, got = (jax.jit(m.apply)(variables, x) for m in (model, low))
+  wanted, got = (tiny.apply(m, variables, x) for m in (model, low))
   assert got.dtype == jnp.float32
   assert 0 < jnp.abs(got - wanted).max() / jnp.abs(wanted).max() < 0.05
   assert trees.differences(tiny.init(low), variables) == []

@@ -3,7 +3,6 @@ import functools
 import math
 import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -80,8 +79,8 @@ def test_images_that_patches_do_not_fill_lose_their_last_rows_and_columns():
   model = small("vit_so400m_patch14_siglip_384", image_size=37)
   variables, images = tiny.init(model), tiny.images(model)
   whole = model.clone(image_size=32)
-  np.testing.assert_array_equal(model.apply(variables, images),
-                                whole.apply(variables, images[:, :32, :32]))
+  np.testing.assert_array_equal(tiny.apply(model, variables, images),
+                                tiny.apply(whole, variables, images[:, :32, :32]))
   with pytest.raises(ValueError, match="37 is not a multiple of patch_size=8"):
     small("vit_so400m_patch14_siglip_378", image_size=37)
 
@@ -117,7 +116,7 @@ def test_with_every_patch_kept_rotary_positions_are_the_dense_ones():
   block = dense.submodules()["blocks_0"]
   np.testing.assert_allclose(block._places(kept), np.tile(block._places(tokens), (3, 1, 1)),
                              atol=1e-6)
-  assert np.ptp(dense.apply(variables, images)) > 0.1
+  assert np.ptp(tiny.apply(dense, variables, images)) > 0.1
 
 
 def small(name, **fields):
@@ -130,19 +129,14 @@ ALL = [vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN(), tokens=vc.ToMe(r=3)),
                attention=vc.Sparsifiner(keep=0.5, granularity="block", window=2, min_tokens=0))]
 
 
-@pytest.mark.parametrize("plan", ALL, ids=["token", "block"])
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name,plan", list(zip(PARTS, 3 * ALL, strict=True)),
+                         ids=PARTS)
 def test_all_axes_compact_train_fold_and_are_counted(name, plan, tmp_path):
   dense = small(name)
   variables, images = tiny.init(dense), tiny.images(dense, batch=9)
   model, compacted = vc.compact(dense, variables, plan, images=np.asarray(images))
 
-  def loss(params):
-    out, _ = model.apply({**compacted, "params": params}, images, train=True,
-                         rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
-    return jnp.sum(out ** 2)
-
-  grads = trees.named_leaves(jax.grad(loss)(compacted["params"]))
+  grads = tiny.gradients(model, compacted, images)
   assert all(np.all(np.isfinite(grad)) for grad in grads.values())
   for leaf in ("blocks_0/attn/value/kernel", "blocks_0/ls1/gamma", "reg_token", "norm_pre/scale",
                "attn_pool/latent"):
@@ -160,7 +154,7 @@ def test_all_axes_compact_train_fold_and_are_counted(name, plan, tmp_path):
 def test_registers_and_prefix_tokens_are_never_reduced():
   plan = vc.Plan(tokens=vc.EViT(keep=0.5, blocks=(0,)))
   model = small("vit_giant_patch14_reg4_dinov2", plan=plan)
-  _, state = model.apply(tiny.init(model), tiny.images(model), mutable=["tokens"])
+  _, state = tiny.apply(model, tiny.init(model), tiny.images(model), mutable=["tokens"])
   source = state["tokens"]["source_1"][0]
   np.testing.assert_array_equal(source[:, :5], np.tile(np.arange(5), (3, 1)))
   assert np.any(source[:, 5:] < 0) or source.max() < 20
@@ -173,7 +167,8 @@ def test_compact_takes_layer_scale_in_and_computes_the_same():
   plan = vc.Plan(ffn=vc.CFFN(rank_ratio=1.0, rep="none", branches=1, avg_skip=False))
   with pytest.warns(UserWarning):
     model, compacted = vc.compact(dense, variables, plan)
-  np.testing.assert_allclose(model.apply(compacted, images), dense.apply(variables, images),
+  np.testing.assert_allclose(tiny.apply(model, compacted, images),
+                             tiny.apply(dense, variables, images),
                              atol=1e-4)
   assert np.all(compacted["params"]["blocks_0"]["ls2"]["gamma"] == 1)
   np.testing.assert_array_equal(compacted["params"]["blocks_0"]["ls1"]["gamma"],
@@ -186,7 +181,8 @@ def test_what_is_fitted_from_images_is_what_layer_scale_lets_through():
   variables, images = tiny.init(dense), np.asarray(tiny.images(dense, batch=32))
   plan = vc.Plan(ffn=vc.CFFN(rank_ratio=1.0, rep="none", branches=1, avg_skip=False))
   model, compacted = vc.compact(dense, variables, plan, images=images)
-  np.testing.assert_allclose(model.apply(compacted, images), dense.apply(variables, images),
+  np.testing.assert_allclose(tiny.apply(model, compacted, images),
+                             tiny.apply(dense, variables, images),
                              atol=2e-2)
 
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vitcompact import trees
-from vitcompact.run import checkpoint
+from vitcompact.run import checkpoint, processes
 from vitcompact.run.checkpoint import Checkpoints
 from vitcompact.train import sharding
 
@@ -221,3 +221,14 @@ def test_a_damaged_step_is_set_aside_as_often_as_it_is_needed(store):
   assert store.steps() == []
   assert store.best() is None
   assert json.loads((store.directory / "scores.json").read_text())["scores"] == {"1": 0.1}
+
+
+@pytest.mark.parametrize("several,raised", [(True, processes.PeerLost), (False, OSError)])
+def test_a_save_that_waits_for_a_process_that_is_gone_says_so(store, monkeypatch, several, raised):
+  """The disk is not to blame, and the run can be started again."""
+  def save(*_, **__):
+    raise TimeoutError("Timed out while waiting for async_commit_complete barrier.")
+  monkeypatch.setattr(store.writer, "save", save)
+  monkeypatch.setattr(processes, "several", lambda: several)
+  with pytest.raises(raised, match=r"step 7.*async_commit_complete barrier"):
+    store.save(7, state_of(), {})

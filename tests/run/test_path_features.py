@@ -62,7 +62,7 @@ def test_a_model_without_a_classifier_goes_the_whole_path(features, tmp_path, fe
   pre = build.preprocess_of(configs.complete(features), deploy)
   count = pipeline.num_examples("digits", "test")
   images = pre.normalise(pipeline.sample(features.data, "test", count, pre))
-  got, wanted = deploy.apply(variables, images), vc.load(features.init_from)[0].apply(
+  got, wanted = tiny.apply(deploy, variables, images), vc.load(features.init_from)[0].apply(
       vc.load(features.init_from)[1], images)
   share = np.mean(np.sum((got - wanted) ** 2, -1) / np.sum(wanted ** 2, -1))
   assert share == pytest.approx(errors["deployed"], rel=1e-3)

@@ -43,6 +43,8 @@ def test_the_receipt_and_the_file_are_of_the_folded_model(built, tmp_path):
   assert correct == pytest.approx(round(correct), abs=1e-4) and correct > 0
   text = (tmp_path / "receipt.md").read_text()
   assert "same function" in text and "NOT" not in text and f"{rows[2]['params']:,}" in text
+  assert text.count(program["sha256"]) == 1 and "exports" not in text
+  assert f"| deploy.stablehlo | {program['runtime']} | " in text and "images | not run |" in text
 
 
 def test_exported_files_are_listed_with_digest_proof_and_time(tmp_path):
@@ -71,9 +73,10 @@ def test_a_report_that_finds_no_room_says_that_the_run_is_done(tmp_path, monkeyp
 
 @pytest.mark.parametrize("method, share", [
     (vc.Sparsifiner(keep=0.25, rank=4), 5 / 17),
-    (vc.Sparsifiner(keep=0.5, granularity="block", window=2, min_tokens=0), 2 / 4)])
+    (vc.Sparsifiner(keep=0.5, granularity="block", window=2, min_tokens=0), 2 / 4),
+    (vc.BiFormer(top_k=1, regions=2, min_tokens=0), 1 / 4)])
 def test_the_receipt_tells_what_methods_do(method, share):
-  """Of Sparsifiner the share of pairs that are scored."""
+  """Of Sparsifiner and BiFormer the share of pairs that are scored."""
   model = tiny.deit(vc.Plan(attention=method))
   [found] = report.method_facts(model, tiny.init(model), tiny.images(model)).values()
   assert found == pytest.approx(share, abs=0.06)   # the class token's row is dense

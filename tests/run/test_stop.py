@@ -154,9 +154,18 @@ def test_what_stopped_says_where():
 
 
 def test_who_stops_by_himself_is_not_ended_by_the_watcher():
-  before = signal.getsignal(signal.SIGTERM)
-  with preemption.on_signal() as stopping:
-    stopping.saved = False
-    signal.raise_signal(signal.SIGTERM)
-    assert stopping.requested()
-  assert signal.getsignal(signal.SIGTERM) == before
+  """In a process of its own, which has no other threads."""
+  program = """
+import signal
+from vitcompact.run import preemption
+before = signal.getsignal(signal.SIGTERM)
+with preemption.on_signal() as stopping:
+  stopping.saved = False
+  signal.raise_signal(signal.SIGTERM)
+  assert stopping.requested()
+assert signal.getsignal(signal.SIGTERM) == before
+print("by himself")
+"""
+  done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True,
+                        cwd=loop.pathlib.Path(main.__file__).parent)
+  assert (done.returncode, done.stdout) == (0, "by himself\n"), done.stderr

@@ -56,6 +56,7 @@ LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 SPARSE = {"attention": {"method": "sparsifiner"}}
 DYNAMICVIT = {"tokens": {"method": "dynamicvit"}}
 MCTF = {"tokens": {"method": "mctf"}}
+MOH = {"heads": {"method": "moh"}}
 EVIT = {"tokens": {"method": "evit"}}
 OUT_OF_RANGE = {
     "seed": (-1, 2 ** 63, 0.5, True), "total_steps": (0, -3, 1.5, "many", 2 ** 31),
@@ -64,6 +65,7 @@ OUT_OF_RANGE = {
     "log_every": (0,), "accumulate": (0,), "ema_half_life": (-1.0, NAN, INF),
     "eval_params": ("best",), "init_from": (3,), "optim.learning_rate": (-1e-3, NAN, INF),
     "optim.weight_decay": (-0.1, NAN), "optim.clip_norm": (-1.0, NAN, INF),
+    "optim.adaptive_clip": (-0.02, NAN, INF),
     "optim.warmup_steps": (-1, 2.5), "optim.cooldown_steps": (-1,), "optim.b1": (2, 1, -0.1, NAN),
     "optim.b2": (1.0, NAN), "optim.eps": (0, -1e-8), "optim.epoch_steps": (0, -1),
     "compact.macs": (-0.1, 1.5, NAN), "compact.params": (-1, 2), "compact.images": (0, 7.5),
@@ -77,12 +79,13 @@ OUT_OF_RANGE = {
     "data.eval_fit": ("squash",), "data.replicas": (0,), "data.repeats": (0,),
     "data.workers": (-1,), "data.on_bad": ("ignore",), "data.max_bad": (-1,),
     "loss.labels": (-1.0, NAN, INF), "loss.patch_labels": (NAN,), "loss.hard": (-0.5,),
-    "loss.soft": (NAN,), "loss.logits": (INF,), "loss.patches": (-1,),
+    "loss.soft": (NAN,), "loss.logits": (INF,), "loss.patches": (-1,), "loss.attention": (-1.0,),
     "loss.temperature": (0, -1.0, NAN, INF), "loss.patch_error": ("cosine",),
     "mesh.data": (-2,), "mesh.fsdp": (-2,), "mesh.tensor": ("all",),
 }
 OF_METHODS = {
     "loss.kept_ratio": (DYNAMICVIT, (-1.0, NAN)), "loss.consistency": (MCTF, (-1.0, INF)),
+    "loss.moh_balance": (MOH, (-1.0, NAN)),
     "loss.companion_r": (MCTF, (-1, 0.5)), "keep_warmup.start": (EVIT, (-1,)),
     "keep_warmup.steps": (EVIT, (-1, 0.5)), "reconstruct.steps": (SPARSE, (-1, NAN)),
     "reconstruct.weight": (SPARSE, (-1.0, NAN)), "reconstruct.learning_rate": (SPARSE, (-1.0,)),

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitcompact.methods.tokens.dynamicvit import kept_ratio
 from vitcompact.methods.tokens.mctf import consistency
+from vitcompact.methods.tokens.predictor import kept_ratio
 from vitcompact.train import losses
 
 STUDENT = jnp.array([[1.0, 0, -1], [0.5, 2, 0]])

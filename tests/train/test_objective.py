@@ -82,13 +82,35 @@ def test_distillation_teaches_only_the_second_head():
   (value, metrics), grads, student, teacher_variables = run(
       model, weights(labels=0.5, hard=0.5), teacher)
   images = tiny.images(model)
-  heads = model.apply(student, images, train=True, rngs={"dropout": jax.random.key(3)})
-  said = teacher.apply(teacher_variables, images)
+  heads = tiny.apply(model, student, images, train=True, rngs={"dropout": jax.random.key(3)})
+  said = tiny.apply(teacher, teacher_variables, images)
   labels = losses.cross_entropy(heads[0], jax.nn.one_hot(LABELS, 5)).mean()
   hard = losses.hard_distillation(heads[1], said).mean()
   assert value == pytest.approx(float(0.5 * labels + 0.5 * hard), rel=1e-5)
   assert set(metrics) == {"accuracy", "loss_labels", "loss_hard"}
   assert np.any(grads["head_dist"]["kernel"])
+
+
+def test_attention_maps_are_compared_as_means_over_heads_where_tokens_are_the_same():
+  """Two blocks: the second one's maps have fewer tokens in the student, and do not count."""
+  model = tiny.deit(vc.Plan(heads=vc.HMHSA(), tokens=vc.ToMe(r=4)), drop_path_rate=0.0)
+  teacher = model.clone(plan=vc.Plan())
+  (value, metrics), grads, student, teacher_variables = run(
+      model, weights(labels=1.0, attention=0.5), teacher)
+  mine, theirs = (vc.features(*pair, tiny.images(model), maps=True).maps["blocks_0"].mean(axis=1)
+                  for pair in ((model, student), (teacher, teacher_variables)))
+  error = np.sum((mine - theirs) ** 2, axis=(1, 2)) / np.sum(theirs ** 2, axis=(1, 2))
+  wanted = float(np.mean(error))
+  assert wanted > 0.01
+  assert metrics["loss_attention"] == pytest.approx(wanted, rel=1e-4)
+  assert value == pytest.approx(float(metrics["loss_labels"]) + 0.5 * wanted, rel=1e-5)
+  assert np.abs(grads["blocks_0"]["attn"]["query"]["kernel"]).max() > 0
+
+
+def test_attention_of_other_tokens_everywhere_is_refused():
+  model = deit()
+  with pytest.raises(ValueError, match=r"config.loss.attention=1.0: no block of the student has"):
+    run(model, weights(attention=1.0), deit(patch_size=16))
 
 
 @pytest.mark.parametrize("name, patch_error", [
@@ -103,9 +125,9 @@ def test_sparse_fine_tuning_is_labels_logits_and_patches_and_predictors_rest(nam
   assert value == pytest.approx(float(metrics["loss_labels"] + 0.5 * metrics["loss_logits"] +
                                       0.25 * metrics["loss_patches"]), rel=1e-5)
   # From the definitions: patch by patch, each with the teacher's at its own place.
-  out, mine = model.apply(student, tiny.images(model), train=True,
-                          rngs={"dropout": jax.random.key(3)}, mutable=["tokens", "batch_stats"])
-  said, theirs = teacher.apply(teacher_variables, tiny.images(model), mutable=["tokens"])
+  out, mine = tiny.apply(model, student, tiny.images(model), train=True,
+                         rngs={"dropout": jax.random.key(3)}, mutable=["tokens", "batch_stats"])
+  said, theirs = tiny.apply(teacher, teacher_variables, tiny.images(model), mutable=["tokens"])
   if name == "lvvit_t":
     guess, patches, theirs = out.logits, out.token_logits, theirs["tokens"]
     said, wanted = theirs["logits"][0], theirs["token_logits"][0]
@@ -145,7 +167,8 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it(name, token
 def test_dynamicvit_learns_how_many_patches_to_keep():
   model = deit(vc.Plan(tokens=vc.DynamicViT(keep=0.5, blocks=(0,))))
   (value, metrics), grads, student, _ = run(model, weights(kept_ratio=2.0))
-  _, new = model.apply(student, tiny.images(model), train=True, rngs={"dropout": jax.random.key(3)},
+  _, new = tiny.apply(model, student, tiny.images(model), train=True,
+                      rngs={"dropout": jax.random.key(3)},
                        mutable=["tokens"])
   kept = new["tokens"]["blocks_0"]["predict_tokens"]["keep_mask"][0].mean(axis=1)
   wanted = float(np.mean((kept - 0.5) ** 2))
@@ -160,7 +183,8 @@ def test_mctf_is_consistent_with_itself_and_not_with_a_pass_that_merges_less(r):
   second = model.clone(plan=vc.Plan(tokens=vc.MCTF(r=r, blocks=(0,))))
   student = tiny.init(model, 7)
   student["params"]["head"] = jax.tree.map(lambda leaf: 4 * leaf, student["params"]["head"])
-  passes = [net.apply(student, tiny.images(net), train=True, rngs={"dropout": jax.random.key(3)},
+  passes = [tiny.apply(net, student, tiny.images(net), train=True,
+                       rngs={"dropout": jax.random.key(3)},
                       mutable=["tokens"]) for net in (model, second)]
   labels = jnp.argmax(passes[0][0], axis=-1).at[0].set(jnp.argmin(passes[0][0][0]))
   (value, metrics), *_ = run(model, weights(labels=2.0, consistency=3.0), second=second,
@@ -188,7 +212,8 @@ def test_the_second_pass_comes_after_the_first_with_its_own_random_numbers():
   student, key, targets = tiny.init(model), jax.random.key(3), jax.nn.one_hot(LABELS, 5)
 
   def passed(model, stats, key):
-    logits, new = model.apply(variables(student["params"], stats), tiny.images(model), train=True,
+    logits, new = tiny.apply(model, variables(student["params"], stats), tiny.images(model),
+                             train=True,
                               rngs={"dropout": key}, mutable=["batch_stats"])
     return losses.cross_entropy(logits, targets).mean(), new["batch_stats"]
 
@@ -207,8 +232,9 @@ def test_soft_distillation_is_at_the_temperature_of_the_config():
   model, teacher = deit(name="deit_tiny_distilled_patch16_224"), deit()
   (value, metrics), _, student, teacher_variables = run(
       model, weights(soft=0.5, temperature=3.0), teacher)
-  heads = model.apply(student, tiny.images(model), train=True, rngs={"dropout": jax.random.key(3)})
-  said = teacher.apply(teacher_variables, tiny.images(model))
+  heads = tiny.apply(model, student, tiny.images(model), train=True,
+                     rngs={"dropout": jax.random.key(3)})
+  said = tiny.apply(teacher, teacher_variables, tiny.images(model))
   wanted = float(losses.soft_distillation(heads[1], said, 3.0).mean())
   assert metrics["loss_soft"] == pytest.approx(wanted, rel=1e-4)
   assert value == pytest.approx(0.5 * wanted, rel=1e-4)
@@ -237,7 +263,7 @@ def test_reconstruction_moves_predictors_and_nothing_else(granularity):
   (value, (stats, metrics)), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(
       student["params"])
   assert value > 0 and set(metrics) == {"accuracy"}
-  _, sown = jax.jit(lambda x: model.apply(student, x, mutable=["attention"]))(tiny.images(model))
+  _, sown = tiny.apply(model, student, tiny.images(model), mutable=["attention"])
   error = attention_reconstruction(sown["attention"]).mean()
   np.testing.assert_allclose(value, 0.01 * 3 * error, rtol=1e-5)   # the sum over three images
   for old, new in zip(*map(jax.tree.leaves, (student["batch_stats"], stats)), strict=True):

@@ -1,4 +1,4 @@
-"""AdamW, its schedule and its decay mask are DeiT's."""
+"""AdamW, its schedule and its decay mask are DeiT's; Muon and SGD."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +14,7 @@ SECTION = ConfigDict({
     "name": "adamw", "schedule": "step", "epoch_steps": 1, "cooldown_steps": 0, "rates": (),
     "learning_rate": 0.1, "warmup_steps": 0, "warmup_learning_rate": 0.1,
     "final_learning_rate": 0.1, "weight_decay": 0.05, "b1": 0.9, "b2": 0.999, "eps": 1e-8,
-    "clip_norm": 0.0})
+    "clip_norm": 0.0, "adaptive_clip": 0.0})
 
 
 def main_optimizer(section, params, mask):
@@ -80,6 +80,55 @@ def test_exactly_the_kernels_and_the_distillation_token_decay():
       "blocks_0/mlp/fc2/alpha"}
 
 
+def unit_norm(name, x):
+  """Of PyTorch's layouts: rows of a weight, all of anything else."""
+  if not name.endswith("kernel"):
+    return np.linalg.norm(x)
+  rows = x.reshape(len(x), -1) if "query" in name else x.reshape(-1, x.shape[-1])
+  return np.linalg.norm(rows, axis=0).reshape(x.shape[1:] if "query" in name else x.shape[-1])
+
+
+CLIPPED = {"pos_embed": (1, 5, 4), "attn/query/kernel": (4, 2, 3), "attn/query/bias": (2, 3),
+           "attn/out/kernel": (2, 3, 4), "conv/kernel": (3, 3, 1, 4), "fc/kernel": (4, 6),
+           "norm/scale": (4,), "small/kernel": (4, 6)}
+
+
+def test_adaptive_clipping_bounds_each_outputs_gradient_by_its_weights():
+  """As timm's adaptive_clip_grad: max(norm of the weights, 1e-3) times the factor."""
+  rng = np.random.default_rng(0)
+  params, gradients = ({name: rng.standard_normal(shape).astype(np.float32)
+                        for name, shape in CLIPPED.items()} for _ in range(2))
+  params["norm/scale"] *= 0
+  gradients["small/kernel"] *= 1e-3
+  clip = optim.adaptive_clip(0.02)
+  got, _ = clip.update(gradients, clip.init(params), params)
+  for name, gradient in gradients.items():
+    most = 0.02 * np.maximum(unit_norm(name, params[name]), 1e-3)
+    wanted = gradient * np.minimum(1, most / unit_norm(name, gradient))
+    np.testing.assert_allclose(got[name], wanted, rtol=1e-5, err_msg=name)
+    assert (name == "small/kernel") == np.array_equal(got[name], gradient)
+  assert np.linalg.norm(got["norm/scale"]) == pytest.approx(2e-5)
+  theirs = optax.adaptive_grad_clip(0.02)
+  theirs, _ = theirs.update(gradients, theirs.init(params), params)
+  for name in ("conv/kernel", "fc/kernel", "norm/scale", "small/kernel"):
+    np.testing.assert_allclose(got[name], theirs[name], rtol=1e-5, err_msg=name)
+
+
+def test_gradients_are_clipped_adaptively_before_adam_sees_them_and_by_default_not_at_all():
+  params, states = {"fc/kernel": jnp.ones((4, 1))}, {}
+  for factor in (0.0, 0.02):
+    section = SECTION.copy_and_resolve_references()
+    section.adaptive_clip = factor
+    optimizer = main_optimizer(section, params, {"fc/kernel": True})
+    _, states[factor] = optimizer.update({"fc/kernel": jnp.full((4, 1), 3.0)},
+                                         optimizer.init(params), params)
+  moment = {factor: optax.tree_utils.tree_get(state, "mu")["fc/kernel"][0, 0]
+            for factor, state in states.items()}
+  assert moment == {0.0: pytest.approx(0.1 * 3), 0.02: pytest.approx(0.1 * 0.02)}
+  # A run of before has a state without a place for clipping.
+  assert hasattr(states[0.0], "inner_states") and not hasattr(states[0.02], "inner_states")
+
+
 def test_weight_decay_does_not_reach_undecayed_leaves():
   params = {"kernel": jnp.full(3, 2.0), "taps": jnp.full(3, 2.0)}
   updated = {}
@@ -123,3 +172,44 @@ def test_sgd_has_nesterovs_momentum_and_adds_the_decay_to_the_gradient():
   [new] = two_updates(optimizer, params, [jax.tree.map(jnp.ones_like, params)])
   assert new["kernel"] == pytest.approx(2 - 0.1 * (1 + 0.5 * 2) * 1.9)
   assert new["taps"] == pytest.approx(2 - 0.1 * 1.9)
+
+
+HIDDEN = {"blocks_0/attn/query/kernel": (6, 2, 3), "blocks_0/attn/out/kernel": (2, 3, 6),
+          "blocks_0/mlp/fc1/kernel": (6, 12)}
+OTHERS = {"head/kernel": (6, 4), "aux_head/kernel": (6, 4), "blocks_0/attn/query/bias": (2, 3),
+          "patch_embed/proj/kernel": (2, 2, 3, 6), "pos_embed": (1, 5, 6), "norm/scale": (6,)}
+
+
+def test_muon_makes_updates_of_matrices_orthogonal_and_leaves_all_others_to_adamw():
+  """Singular values of a matrix's update are alike, its root mean square that of AdamW's times
+  0.2; each by the shape (inputs, outputs)."""
+  section = SECTION.copy_and_resolve_references()
+  section.update(name="muon", weight_decay=0.0)
+  rng = np.random.default_rng(0)
+  params, gradients = ({name: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+                        for name, shape in (HIDDEN | OTHERS).items()} for _ in range(2))
+  params, gradients = trees.nested(params), trees.nested(gradients)
+  optimizer = main_optimizer(section, params, jax.tree.map(lambda _: True, params))
+  [new] = two_updates(optimizer, params, [gradients])
+  updates = trees.named_leaves(jax.tree.map(jnp.subtract, new, params))
+  for name in HIDDEN:
+    matrix = np.asarray(updates[name]).reshape((6, -1) if name.count("out") == 0 else (-1, 6))
+    values = np.linalg.svd(matrix, compute_uv=False)
+    assert values.max() < 2 * values.min(), name    # the gradient's: 15 and more
+    assert np.sqrt(np.mean(matrix ** 2)) == pytest.approx(0.1 * 0.2, rel=0.25), name
+    assert np.sum(matrix * np.asarray(trees.named_leaves(gradients)[name]).reshape(
+        matrix.shape)) < 0, name
+  for name in OTHERS:
+    np.testing.assert_allclose(np.abs(updates[name]), 0.1, rtol=1e-4, err_msg=name)
+
+
+def test_muon_decays_what_decays_and_nothing_else():
+  section = SECTION.copy_and_resolve_references()
+  section.update(name="muon", weight_decay=0.5)
+  params = trees.nested({name: jnp.full(shape, 2.0) for name, shape in (HIDDEN | OTHERS).items()})
+  mask = jax.tree.map(lambda x: x.ndim > 1, params)
+  [new] = two_updates(main_optimizer(section, params, mask), params,
+                      [jax.tree.map(jnp.zeros_like, params)])
+  for name, leaf in trees.named_leaves(new).items():
+    np.testing.assert_allclose(leaf, 2.0 * (1 - 0.1 * 0.5 * (leaf.ndim > 1)), rtol=1e-6,
+                               err_msg=name)

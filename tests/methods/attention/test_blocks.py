@@ -49,8 +49,8 @@ def test_keeping_every_block_is_dense_attention():
   dense = tiny.deit()
   params = {name: {k: v for k, v in part.items() if k != "links"} if name.startswith("blocks")
             else part for name, part in variables["params"].items()}
-  np.testing.assert_allclose(jax.jit(model.apply)(variables, x),
-                             jax.jit(dense.apply)({"params": params}, x), atol=1e-6)
+  np.testing.assert_allclose(tiny.apply(model, variables, x),
+                             tiny.apply(dense, {"params": params}, x), atol=1e-6)
 
 
 def test_phase_2_gives_predictors_no_gradient_and_phase_1_reconstructs_the_mass_of_blocks():
@@ -59,13 +59,13 @@ def test_phase_2_gives_predictors_no_gradient_and_phase_1_reconstructs_the_mass_
   variables, x = tiny.init(sparse), tiny.images(sparse)
 
   def phase_1(params):
-    _, state = dense.apply({"params": params}, x, mutable=["attention", "maps"])
+    _, state = tiny.apply(dense, {"params": params}, x, mutable=["attention", "maps"])
     return attention_reconstruction(state["attention"]).sum(), state
 
   @jax.jit
   def gradients(params):
     return (jax.grad(phase_1, has_aux=True)(params),
-            jax.grad(lambda p: jnp.sum(sparse.apply({"params": p}, x) ** 2))(params))
+            jax.grad(lambda p: jnp.sum(tiny.apply(sparse, {"params": p}, x) ** 2))(params))
 
   (first, state), second = gradients(variables["params"])
   for name, leaf in trees.named_leaves(second).items():
@@ -91,7 +91,7 @@ def test_blocks_compose_and_equal_masked_dense_attention_in_a_model(plan, monkey
   variables, x = tiny.init(model), tiny.images(model)
   deploy, folded = vc.fold(model, variables)
   assert trees.differences(folded, jax.eval_shape(deploy.init, jax.random.key(0), x)) == []
-  got = jax.jit(lambda v, x: model.apply(v, x))(variables, x)
+  got = tiny.apply(model, variables, x)
 
   def masked(self, query, key, value, bias=None, form=None):
     size = None if bias is None else jnp.exp(bias)

@@ -144,8 +144,8 @@ def test_keeping_every_pair_is_dense_attention():
   for variant in ("paper", "code"):
     model = tiny.deit(vc.Plan(attention=vc.Sparsifiner(keep=1.0, variant=variant)))
     variables, x = tiny.init(model), tiny.images(model)
-    np.testing.assert_allclose(jax.jit(model.apply)(variables, x),
-                               jax.jit(dense.apply)(without_predictors(variables), x), atol=1e-6)
+    np.testing.assert_allclose(tiny.apply(model, variables, x),
+                               tiny.apply(dense, without_predictors(variables), x), atol=1e-6)
 
 
 def without_predictors(variables):
@@ -162,17 +162,17 @@ def test_phase_2_gives_predictors_no_gradient_and_phase_1_nothing_else():
   @jax.jit
   @jax.grad
   def phase_1(params):
-    _, state = dense.apply({"params": params}, x, mutable=["attention"])
+    _, state = tiny.apply(dense, {"params": params}, x, mutable=["attention"])
     return attention_reconstruction(state["attention"]).sum()
 
-  phase_2 = jax.jit(jax.grad(lambda p: jnp.sum(sparse.apply({"params": p}, x) ** 2)))
+  phase_2 = jax.jit(jax.grad(lambda p: jnp.sum(tiny.apply(sparse, {"params": p}, x) ** 2)))
   for name, leaf in trees.named_leaves(phase_2(variables["params"])).items():
     assert bool((leaf == 0).all()) == ("/links/" in name), name
   for name, leaf in trees.named_leaves(phase_1(variables["params"])).items():
     assert bool((leaf == 0).all()) == ("/links/" not in name), name
-  logits, state = jax.jit(lambda x: dense.apply(variables, x, mutable=["attention", "maps"]))(x)
+  logits, state = tiny.apply(dense, variables, x, mutable=["attention", "maps"])
   plain = tiny.deit()
-  wanted = jax.jit(plain.apply)(without_predictors(variables), x)
+  wanted = tiny.apply(plain, without_predictors(variables), x)
   np.testing.assert_allclose(logits, wanted, atol=1e-6)
   block = state["attention"]["blocks_1"]["links"]
   maps = state["maps"]["blocks_1"]["attn"]["maps"][0]

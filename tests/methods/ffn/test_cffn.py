@@ -7,13 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import vitcompact as vc
 from tests import tiny
-from vitcompact import trees
+from vitcompact import attention, trees
 from vitcompact.layers import gelu
 from vitcompact.methods.ffn.cffn import CompactDense, hidden_rms, truncated_factors
 from vitcompact.regression import sums_of
+from vitcompact.train import sharding
 
 M, D, RANK = 12, 8, 4
 
@@ -53,7 +56,7 @@ def test_fold_keeps_the_function_and_names_the_right_tree(rep, avg_skip, n):
   assert left == {}
   assert trees.differences({"params": folded},
                            jax.eval_shape(deploy.init, jax.random.key(0), x)) == []
-  out = jax.jit(deploy.apply)({"params": folded}, x)
+  out = tiny.apply(deploy, {"params": folded}, x)
   np.testing.assert_allclose(out, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -153,3 +156,26 @@ def test_a_wrong_option_is_refused_with_its_value(fields):
   (name, value), = fields.items()
   with pytest.raises(ValueError, match=rf"CFFN\({name}={value!r}\): must be"):
     vc.CFFN(**fields)
+
+
+def test_branches_of_few_tokens_are_the_same_on_a_mesh_as_on_one_device():
+  """Kernels that are joined along a sharded axis were not, in jax 0.10."""
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+  site = tiny.site(ffn_width=16, hidden=32, prefix=0, query_grid=(1, 1), tokens=1)
+  module = vc.CFFN().make(site, parent=None)
+  x = jax.random.normal(jax.random.key(0), (16, 1, 16))
+  variables = tiny.randomised(jax.eval_shape(module.init, jax.random.key(0), x))
+  rules = tiny.deit(vc.Plan(ffn=vc.CFFN())).parameter_rules()
+  placed = sharding.parameters({"blocks_0": {"mlp": variables["params"]}}, rules, mesh)
+  params = jax.device_put(variables["params"], placed["blocks_0"]["mlp"])
+  stats = jax.device_put(variables["batch_stats"], NamedSharding(mesh, P()))
+
+  def run(params, stats, x):
+    return module.apply({"params": params, "batch_stats": stats}, x, True,
+                        mutable=["batch_stats"])[0]
+
+  one = jax.jit(run)(variables["params"], variables["batch_stats"], x)
+  with attention.split_over(8):
+    eight = jax.jit(run)(params, stats, jax.device_put(
+        x, NamedSharding(mesh, P(("data", "fsdp")))))
+  np.testing.assert_allclose(eight, one, rtol=1e-4, atol=1e-5 * np.abs(one).max())

@@ -199,7 +199,7 @@ def test_compacted_heads_are_the_first_ones_and_copies():
       attn[name] = {leaf: jnp.concatenate([a[..., :2, :]] * 2, axis=-2)
                     for leaf, a in attn[name].items()}
   x = tiny.images(model)
-  np.testing.assert_allclose(jax.jit(small.apply)(got, x), jax.jit(model.apply)(copied, x),
+  np.testing.assert_allclose(tiny.apply(small, got, x), tiny.apply(model, copied, x),
                              atol=1e-5)
   assert trees.differences(got, jax.eval_shape(small.init, jax.random.key(0), x)) == []
 

@@ -112,3 +112,24 @@ def mctf(tokens, query_nhd, key_nhd, prefix, r, spec):
     ahead = [np.average(held, axis=1, weights=by[groups[i]])
              for i, held in zip(kept, rows, strict=True)]
   return merged(tokens, groups, kept, by, spec.pooling), np.stack(ahead, axis=1)
+
+
+def predicted(params, x_pw, keep_mask_p):
+  """DynamicViT: log pi (P, 2) of (keep, drop), float64, by one image's patches x (P, width)."""
+  p = {name: {leaf: np.asarray(array, float) for leaf, array in layer.items()}
+       for name, layer in params.items()}
+
+  def linear(x, name):
+    return x @ p[name]["kernel"] + p[name]["bias"]
+
+  def gelu(x):
+    return x * (1 + np.vectorize(math.erf)(x / 2 ** 0.5)) / 2
+
+  x = x_pw - x_pw.mean(-1, keepdims=True)
+  x = x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-5) * p["norm"]["scale"] + p["norm"]["bias"]
+  u = gelu(linear(x, "in_proj"))
+  half = u.shape[1] // 2
+  mean = (u[:, half:] * keep_mask_p[:, None]).sum(0) / keep_mask_p.sum()
+  u = np.concatenate([u[:, :half], np.tile(mean, (len(u), 1))], axis=1)
+  z = linear(gelu(linear(gelu(linear(u, "out1")), "out2")), "out3")
+  return z - np.log(np.exp(z).sum(-1, keepdims=True))

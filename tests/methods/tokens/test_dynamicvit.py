@@ -1,15 +1,15 @@
 """DynamicViT: predictors, straight-through masks in training, gathers in inference."""
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import vitcompact as vc
 from tests import tiny
+from tests.methods.tokens import reference
 from vitcompact import attention, trees
 from vitcompact.attention import Core
 from vitcompact.methods.tokens import dynamicvit
+from vitcompact.methods.tokens import predictor as predictors
 from vitcompact.token_state import Tokens
 
 PREFIX, PATCHES, WIDTH = 2, 12, 8
@@ -27,33 +27,13 @@ def predictor():
   return module, tiny.randomised(shapes, spread=0.5), tokens
 
 
-def scores_by_hand(params, x_pw, keep_mask_p):
-  """log pi of (keep, drop): the published equations, float64."""
-  p = jax.tree.map(lambda a: np.asarray(a, float), params)
-
-  def linear(x, name):
-    return x @ p[name]["kernel"] + p[name]["bias"]
-
-  def gelu(x):
-    return x * (1 + np.vectorize(math.erf)(x / 2 ** 0.5)) / 2
-
-  x = x_pw - x_pw.mean(-1, keepdims=True)
-  x = x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-5) * p["norm"]["scale"] + p["norm"]["bias"]
-  u = gelu(linear(x, "in_proj"))
-  half = u.shape[1] // 2
-  mean = (u[:, half:] * keep_mask_p[:, None]).sum(0) / keep_mask_p.sum()
-  u = np.concatenate([u[:, :half], np.tile(mean, (len(u), 1))], axis=1)
-  z = linear(gelu(linear(gelu(linear(u, "out1")), "out2")), "out3")
-  return z - np.log(np.exp(z).sum(-1, keepdims=True))
-
-
 def test_inference_keeps_the_best_by_the_published_score_in_their_order():
   module, variables, tokens = predictor()
   out = jax.jit(lambda v, t: module.apply(v, t, PREFIX))(variables, tokens)
   assert out.x.shape == (3, PREFIX + 6, WIDTH)
   for image in range(3):
     x = np.asarray(tokens.x[image], float)
-    score = scores_by_hand(variables["params"], x[PREFIX:], np.ones(PATCHES))[:, 0]
+    score = reference.predicted(variables["params"], x[PREFIX:], np.ones(PATCHES))[:, 0]
     kept = [0, 1, *sorted(PREFIX + np.argsort(-score)[:6])]
     np.testing.assert_array_equal(out.x[image], tokens.x[image, np.array(kept)])
     source = np.full(PREFIX + PATCHES, -1)
@@ -79,15 +59,16 @@ def test_training_masks_by_chance_among_those_kept_and_tells_the_loss():
   assert set(np.unique(keep_mask)) == {0, 1} and (keep_mask[:, :, :PREFIX] == 1).all()
   assert not keep_mask[:, :, -5:].any()
   for image in range(3):
-    log_pi = scores_by_hand(variables["params"], np.asarray(tokens.x[image, PREFIX:], float),
-                            np.asarray(before[image, PREFIX:]))
+    log_pi = reference.predicted(variables["params"],
+                                 np.asarray(tokens.x[image, PREFIX:], float),
+                                 np.asarray(before[image, PREFIX:]))
     np.testing.assert_allclose(keep_mask[:, image, PREFIX:-5].mean(axis=0), np.exp(log_pi[:-5, 0]),
                                atol=0.07)
 
 
 def test_the_global_half_is_the_mean_of_those_kept():
   x, keep_mask = drawn(0, 2, 5, 6), jnp.array([[1.0, 0, 1, 1, 0], [0, 0, 0, 0, 0]])
-  out = dynamicvit.with_mean(x, keep_mask)
+  out = predictors.with_mean(x, keep_mask)
   np.testing.assert_array_equal(out[..., :3], x[..., :3])
   np.testing.assert_allclose(out[0, :, 3:], np.tile(x[0, np.array([0, 2, 3]), 3:].mean(0), (5, 1)),
                              rtol=1e-5)
@@ -102,7 +83,7 @@ def test_the_gradient_of_a_mask_is_that_of_a_gumbel_softmax():
         choice + jax.random.gumbel(key, choice.shape))[..., 0])
 
   def hard(choice):
-    mask = dynamicvit.straight_through(key, choice)
+    mask = predictors.straight_through(key, choice)
     return jnp.sum(jnp.sin(jnp.arange(5.0))[None] * mask)
 
   np.testing.assert_allclose(jax.grad(hard)(choice), jax.grad(soft)(choice), atol=1e-6)
@@ -146,7 +127,7 @@ def test_training_reaches_every_predictor_through_the_ratio_and_the_logits():
     logits, sown = run.apply({"params": params}, x, train=True, mutable=["tokens"],
                              rngs={"dropout": jax.random.key(3)})
     masks = [sown["tokens"][f"blocks_{i}"]["predict_tokens"]["keep_mask"][0] for i in TOKENS.blocks]
-    ratio = dynamicvit.kept_ratio(masks, TOKENS.shares()).mean()
+    ratio = predictors.kept_ratio(masks, TOKENS.shares()).mean()
     return jnp.stack([ratio, jnp.mean(logits ** 2)]), (masks, sown["tokens"]["keep_mask"][0])
 
   jacobian, (masks, last) = jax.jit(jax.jacrev(losses_of, has_aux=True))(variables["params"])
@@ -198,7 +179,7 @@ def test_dropped_patches_do_not_enter_the_pooled_features():
 
   @jax.jit
   def run(params):
-    out, sown = net.apply({"params": params}, x, train=True, mutable=["tokens", "features"],
+    out, sown = tiny.apply(net, {"params": params}, x, train=True, mutable=["tokens", "features"],
                           rngs={"dropout": jax.random.key(1)})
     keep_mask = sown["tokens"]["blocks_0"]["predict_tokens"]["keep_mask"][0]
     return out, keep_mask, sown["features"]["block_0"][0]

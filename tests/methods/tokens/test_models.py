@@ -42,9 +42,9 @@ def test_gradients_are_finite_and_prefix_tokens_stay_themselves(plan):
   variables, x = tiny.init(model), tiny.images(model)
 
   def loss(params):
-    heads, sown = model.apply({**variables, "params": params}, x, train=True,
-                              mutable=["batch_stats", "tokens", "features"],
-                              rngs={"dropout": jax.random.key(0)})
+    heads, sown = tiny.apply(model, {**variables, "params": params}, x, train=True,
+                             mutable=["batch_stats", "tokens", "features"],
+                             rngs={"dropout": jax.random.key(0)})
     return sum(jnp.mean(jnp.sin(logits)) for logits in heads), sown
 
   grads, sown = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
@@ -71,8 +71,8 @@ def test_bfloat16_and_remat_in_training_and_inference(plan):
   variables = jax.eval_shape(model.init, jax.random.key(0), x)
 
   def run(variables, train):
-    return model.apply(variables, x, train=train, rngs={"dropout": jax.random.key(0)},
-                       mutable=["features", "tokens", "batch_stats"])
+    return tiny.apply(model, variables, x, train=train, rngs={"dropout": jax.random.key(0)},
+                      mutable=["features", "tokens", "batch_stats"])
 
   for train in (False, True):
     out, sown = jax.eval_shape(functools.partial(run, train=train), variables)
@@ -83,7 +83,7 @@ def test_bfloat16_and_remat_in_training_and_inference(plan):
 
 def test_bfloat16_runs_to_finite_logits():
   model = tiny.deit(vc.Plan(tokens=vc.MCTF(r=4, blocks=(0,))), dtype="bfloat16", depth=1)
-  assert np.isfinite(jax.jit(model.apply)(tiny.init(model), tiny.images(model))).all()
+  assert np.isfinite(tiny.apply(model, tiny.init(model), tiny.images(model))).all()
 
 
 @pytest.mark.parametrize("tokens", [
@@ -100,11 +100,11 @@ def test_nothing_to_reduce_is_the_dense_program(tokens):
 def test_a_block_that_cannot_lose_tokens_leaves_them_as_they_are():
   dense = tiny.deit(depth=1, image_size=24)      # 9 patches and the class token
   variables, x = tiny.init(dense), tiny.images(dense)
-  wanted = jax.jit(dense.apply)(variables, x)
+  wanted = tiny.apply(dense, variables, x)
   for tokens in (vc.MCTF(r=4, blocks=(0,)), vc.EViT(keep=0.9, blocks=(0,))):
     model = tiny.deit(vc.Plan(tokens=tokens), depth=1, image_size=24)
     assert model.plan.tokens_left(1, 1, 10, 1) == 10
-    np.testing.assert_array_equal(jax.jit(model.apply)(variables, x), wanted)
+    np.testing.assert_array_equal(tiny.apply(model, variables, x), wanted)
 
 
 def test_maps_are_those_of_the_merged_tokens():
@@ -127,7 +127,7 @@ def aux_by_hand(params, patches):
 def test_lvvit_takes_the_maximum_over_surviving_patches():
   model = lvvit_model(vc.EViT(keep=0.5, blocks=(0, 1)))
   variables, x = tiny.init(model), tiny.images(model)
-  logits, sown = jax.jit(lambda v, x: model.apply(v, x, mutable=["tokens"]))(variables, x)
+  logits, sown = tiny.apply(model, variables, x, mutable=["tokens"])
   seen, params = sown["tokens"], variables["params"]
   aux = aux_by_hand(params, seen["patches"][0])
   aux = np.where(np.asarray(seen["keep_mask"][0])[..., None] > 0, aux, -np.inf)
@@ -206,6 +206,8 @@ def test_plans_with_reducers_go_to_json_and_back(tokens):
      "dropped or merged, which pvt_v2_b1 does not have; token reducers are for isotropic"),
     (lambda: vc.create_model("nextvit_small", plan=vc.Plan(tokens=vc.ToMe())),
      "dropped or merged, which nextvit_small does not have; token reducers are for isotropic"),
+    (lambda: vc.create_model("davit_tiny", plan=vc.Plan(tokens=vc.DynamicViT(blocks=(2,)))),
+     "dropped or merged, which davit_tiny does not have; token reducers are for isotropic"),
     (lambda: vc.Plan.from_json('{"tokens": {"method": "mctff"}}'), "did you mean 'mctf'")])
 def test_wrong_reducers_are_refused_in_one_line(make, words):
   with pytest.raises(ValueError) as error:

@@ -10,7 +10,8 @@ import vitcompact as vc
 from tests.methods.tokens import reference
 from vitcompact import attention, token_state
 from vitcompact.attention import Core
-from vitcompact.methods.tokens import mctf, merging, tome
+from vitcompact.methods import merging
+from vitcompact.methods.tokens import mctf
 from vitcompact.token_state import Tokens
 
 BATCH, COUNT, WIDTH = 2, 20, 6
@@ -217,7 +218,7 @@ def test_tokens_of_zeros_match_without_nan():
   zero = Tokens(jnp.zeros((1, COUNT, WIDTH)))
   flat = jnp.zeros((1, COUNT, 1, 4))
   x, chosen = jax.jit(lambda: (vc.MCTF(r=5).fuse(zero, flat, flat, 1)[0].x,
-                               tome.match(flat[:, :, 0], 9, 1)[0]))()
+                               merging.match(flat[:, :, 0], 9, 1)[0]))()
   assert np.isfinite(x).all() and len(set(np.asarray(chosen[0]).tolist())) == 9
 
 

@@ -1,0 +1,313 @@
+"""Hugging Face's sets are read from parquet alone, of a folder or the hub; nothing else is run."""
+import io
+import json
+import pickle
+import sys
+
+import ml_collections
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+from vitcompact.data import hf, pipeline
+from vitcompact.data.decode import BadRecord
+
+NAMES = ("cat", "dog", "fish")
+TRAIN = "data/train-00000-of-00001.parquet"
+
+
+def png(red, green=0) -> bytes:
+  file = io.BytesIO()
+  Image.new("RGB", (6, 4), (red, green, 0)).save(file, "PNG")
+  return file.getvalue()
+
+
+def table(count, *, first=0, green=0, names=NAMES, image="image", label="label", labels=None,
+          columns=()):
+  """Image i has the red `first` + i, and the label of that modulo 3."""
+  reds = range(first, first + count)
+  values = [red % 3 for red in reds] if labels is None else labels
+  made = pa.table({image: pa.array([{"bytes": png(red, green), "path": f"{red}.png"}
+                                    for red in reds]),
+                   label: pa.array(values), **{name: pa.array(found) for name, found in columns}})
+  if names is None:
+    return made
+  features = {image: {"_type": "Image"}, label: {"names": list(names), "_type": "ClassLabel"}}
+  return made.replace_schema_metadata({
+      b"huggingface": json.dumps({"info": {"features": features}}).encode()})
+
+
+def content(made, rows=4) -> bytes:
+  """A parquet file, with few rows in a group."""
+  file = io.BytesIO()
+  parquet.write_table(made, file, row_group_size=rows)
+  return file.getvalue()
+
+
+def write(folder, files):
+  for name, made in files.items():
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(made if isinstance(made, bytes) else content(made))
+  return f"hf:{folder}"
+
+
+def reds(name, split):
+  source = pipeline.source(name, split, image_size=8)
+  examples = [source[i] for i in range(len(source))]
+  assert all(e["image"].shape == (4, 6, 3) and e["image"].dtype == np.uint8 for e in examples)
+  assert all(e["label"] == e["image"][0, 0, 0] % 3 for e in examples)
+  return [int(e["image"][0, 0, 0]) for e in examples]
+
+
+def one_line(error) -> str:
+  assert "\n" not in str(error.value)
+  return str(error.value)
+
+
+# Splits
+
+
+def test_splits_are_those_that_the_files_names_tell(tmp_path):
+  name = write(tmp_path, {
+      "data/train-00000-of-00002.parquet": table(9),
+      "data/train-00001-of-00002-0b6b0d1e8e6a3f4c.parquet": table(6, first=9),
+      "data/validation-00000-of-00001.parquet": table(5, first=60),
+      "data/test-00000-of-00001.parquet": table(7, first=90),
+      "data/extra-00000-of-00001.parquet": table(3, first=120)})
+  assert [reds(name, split) for split in pipeline.SPLITS] == [
+      list(range(15)), list(range(60, 65)), list(range(90, 97))]
+  assert [pipeline.num_examples(name, split) for split in pipeline.SPLITS] == [15, 5, 7]
+  assert pipeline.class_names(name) == NAMES
+  with pytest.raises(ValueError, match="split='extra' is not one of"):
+    pipeline.source(name, "extra", image_size=8)
+
+
+def test_a_folder_may_name_the_split(tmp_path):
+  """As the hub has what it converted: SUBSET/SPLIT/0000.parquet."""
+  name = write(tmp_path, {"plain/train/0000.parquet": table(4),
+                          "plain/train/0001.parquet": table(4, first=4),
+                          "plain/test/0000.parquet": table(3, first=90)})
+  assert reds(f"{name}@all", "train") == list(range(8)) and reds(name, "test") == [90, 91, 92]
+
+
+def test_without_a_validation_split_a_tenth_of_train_is_held_out(tmp_path, caplog):
+  name = write(tmp_path, {TRAIN: table(30), "data/test-00000-of-00001.parquet": table(4, first=90)})
+  train, val, test = (reds(name, split) for split in pipeline.SPLITS)
+  assert val == [9, 19, 29] and sorted(train + val) == list(range(30)) and test[0] == 90
+  assert not caplog.text
+  everything = [reds(f"{name}@all", split) for split in pipeline.SPLITS]
+  assert everything == [list(range(30)), test, test]
+  assert "test serves as both val and test" in caplog.text
+
+
+def test_a_test_split_whose_labels_are_hidden_is_replaced(tmp_path, caplog):
+  name = write(tmp_path, {
+      TRAIN: table(6), "data/validation-00000-of-00001.parquet": table(3, first=60),
+      "data/test-00000-of-00001.parquet": table(3, first=90, labels=[-1] * 3)})
+  assert reds(name, "test") == reds(name, "val") == [60, 61, 62]
+  assert "has no test: val serves as both val and test" in caplog.text
+
+
+def test_one_of_several_subsets_is_named(tmp_path):
+  name = write(tmp_path, {"a/train-00000-of-00001.parquet": table(4),
+                          "b/train-00000-of-00001.parquet": table(4, first=30)})
+  with pytest.raises(ValueError, match=rf"several subsets; name one, as in '{name}/a': a, b") as e:
+    pipeline.source(name, "train", image_size=8)
+  one_line(e)
+  assert reds(f"{name}/b", "train") == list(range(30, 34))
+
+
+# Columns
+
+
+def test_without_metadata_classes_are_called_by_their_numbers(tmp_path):
+  name = write(tmp_path, {"train.parquet": table(12, names=None)})
+  assert pipeline.class_names(name) == ("0", "1", "2") and len(reds(name, "train")) == 11
+
+
+@pytest.mark.parametrize(("image", "label"), [("img", "labels"), ("photo", "fine_label")])
+def test_columns_are_found_by_what_they_are(tmp_path, image, label):
+  """CIFAR-100 calls them img and fine_label, and has a coarse label beside."""
+  made = table(6, image=image, label=label, columns=[("coarse_label", [0] * 6), ("id", [0] * 6)])
+  features = {image: {"_type": "Image"}, "coarse_label": {"names": ["all"], "_type": "ClassLabel"},
+              label: {"names": list(NAMES), "_type": "ClassLabel"}}
+  made = made.replace_schema_metadata({
+      b"huggingface": json.dumps({"info": {"features": features}}).encode()})
+  name = write(tmp_path, {TRAIN: made})
+  assert hf.columns(str(tmp_path))[:2] == (image, label)
+  assert reds(name, "train") == list(range(6))
+
+
+# Access
+
+
+def test_images_are_read_at_random_whatever_is_kept_in_memory(tmp_path, monkeypatch):
+  name = write(tmp_path, {TRAIN: table(20), "data/test-00000-of-00001.parquet": table(3)})
+  order = np.random.default_rng(0).permutation(18)
+  whole = pipeline.source(name, "train", image_size=8)
+  assert whole.rows.group.cache_info().maxsize is None
+  monkeypatch.setattr(hf, "IN_MEMORY", 0)
+  monkeypatch.setattr(hf, "ROW_GROUPS", 1)
+  little = pipeline.source(name, "train", image_size=8)
+  for i in order:
+    np.testing.assert_array_equal(whole[i]["image"], little[i]["image"])
+  assert little.rows.group.cache_info().currsize == 1   # of five
+  again = pickle.loads(pickle.dumps(little))    # in a worker process the files are opened again
+  np.testing.assert_array_equal(again[5]["image"], whole[5]["image"])
+
+
+def test_batches_come_from_worker_processes_too(tmp_path):
+  name = write(tmp_path, {TRAIN: table(20)})
+
+  def first(workers):
+    data = ml_collections.ConfigDict({
+        "name": name, "augment": "flip_crop", "workers": workers, "replicas": 2, "repeats": 1,
+        "on_bad": "stop", "max_bad": 0})
+    stream = pipeline.train_batches(data, image_size=8, batch_size=4, seed=0)
+    batch = next(stream)
+    stream.close()
+    return batch
+  np.testing.assert_array_equal(first(0)["image"], first(1)["image"])
+
+
+# What is refused
+
+
+def test_a_bad_image_is_named(tmp_path):
+  made = table(4).to_pydict()
+  made["image"][1] = {"bytes": None, "path": "/elsewhere/1.png"}
+  made["image"][2]["bytes"] = made["image"][2]["bytes"][:40]
+  made["label"][3] = 3
+  source = pipeline.source(write(tmp_path, {TRAIN: pa.table(made).replace_schema_metadata(
+      table(1).schema.metadata)}), "train", image_size=8)
+  for index, words in ((1, "only a path to it is stored"), (2, "image 2 of train in hf:"),
+                       (3, r"its label 3 is not in 0\.\.2")):
+    with pytest.raises(BadRecord, match=words) as error:
+      source[index]
+    assert f"image {index} of train in hf:{tmp_path}" in one_line(error)
+
+
+@pytest.mark.parametrize(("files", "message"), [
+    ({"readme.txt": b""}, r"has no parquet files$"),
+    ({"photos.py": b""}, r"no parquet files but a script, photos\.py, which is not run: .*'hf:org/"
+                         r"name@refs/convert/parquet'"),
+    ({"data/test-00000-of-00001.parquet": table(2), "data/more-00000-of-00001.parquet": table(1)},
+     r"has the splits more, test; 'train' is needed"),
+    ({"data/train-00001-of-00003.parquet": table(2), "data/train-00002-of-00003.parquet": table(2)},
+     r"there are 2 files like data/train-00001.*, which tells of 3; fetch the others"),
+    ({TRAIN: pa.table({"text": ["a"], "label": [0]})},
+     r"has no column that is an image, .* its columns are text \(string\), label \(int64\)"),
+    ({TRAIN: table(2, label="number", names=None)},
+     r"has no column that is a label, .* image \(struct\), number \(int64\)"),
+    ({TRAIN: table(2, labels=["cat", "dog"])}, r"no column that is a label.* label \(string\)"),
+    ({TRAIN: table(2, labels=[0.0, 1.0])}, r"no column that is a label.* label \(double\)"),
+    ({TRAIN: table(2, labels=[0, None])}, r"parquet: 1 of its labels are missing"),
+    ({TRAIN: b"PAR1 but no more"}, r"cannot read .*train-00000-of-00001\.parquet: "),
+    ({TRAIN: table(2), "data/test-00000-of-00001.parquet": table(2, names=("dog", "cat", "fish"))},
+     r"test-00000-of-00001\.parquet has other classes than train's"),
+    ({TRAIN: table(2), "data/test-00000-of-00001.parquet": table(2, label="y")},
+     r"test-00000-of-00001\.parquet has no column 'label', as train's")])
+def test_what_cannot_be_read_is_told_in_one_line(tmp_path, files, message):
+  with pytest.raises(ValueError, match=message) as error:
+    pipeline.source(write(tmp_path, files), "train", image_size=8)
+  assert str(tmp_path) in one_line(error)
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("hf", r"data\.name='hf' needs a name or a folder: 'hf:org/name', 'hf:PATH'"),
+    ("hf:/no/such/folder", r"'hf:/no/such/folder': no such folder$"),
+    ("hf:mnist", r"'hf:mnist': no such folder, and no name of the hub: org/name"),
+    ("hf:a/b/c/d", r"no name of the hub: org/name, or org/name/SUBSET")])
+def test_a_name_that_is_none_is_refused(name, message):
+  with pytest.raises(ValueError, match=message) as error:
+    pipeline.source(name, "train", image_size=8)
+  one_line(error)
+
+
+def test_all_of_a_set_that_is_train_alone_is_refused(tmp_path):
+  name = write(tmp_path, {TRAIN: table(20)})
+  assert len(reds(name, "train")) == 18
+  with pytest.raises(ValueError, match="leave @all out"):
+    pipeline.num_examples(f"{name}@all", "train")
+
+
+@pytest.mark.parametrize("module", ["pyarrow", "huggingface_hub"])
+def test_without_the_extra_the_error_says_what_to_install(tmp_path, monkeypatch, module):
+  name = write(tmp_path, {TRAIN: table(2)}) if module == "pyarrow" else "hf:org/extra"
+  monkeypatch.setitem(sys.modules, module, None)
+  with pytest.raises(ValueError, match=rf"needs {module}, .*pip install 'vitcompact\[hf\]'") as e:
+    pipeline.source(name, "train", image_size=8)
+  one_line(e)
+
+
+# The hub
+
+
+@pytest.fixture
+def repo(server):
+  forget()
+  server.add("datasets/org/name", **{TRAIN: content(table(20)), "README__md": b"# A set"})
+  return server
+
+
+def forget():
+  for cached in (hf.place, hf.columns, hf.labels, hf.choose):
+    cached.cache_clear()
+
+
+def test_a_set_of_the_hub_is_downloaded_once(repo, monkeypatch):
+  from huggingface_hub import constants
+
+  assert reds("hf:org/name", "val") == [9, 19]
+  assert repo.gets("README") == 0 and repo.gets("/large/") == 1
+  forget()
+  assert len(reds("hf:org/name", "train")) == 18 and repo.gets("/large/") == 1
+  forget()
+  monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+  asked = len(repo.asked)
+  assert reds("hf:org/name", "val") == [9, 19] and len(repo.asked) == asked
+  with pytest.raises(FileNotFoundError, match=r"hf download org/other --repo-type dataset") as e:
+    pipeline.num_examples("hf:org/other", "train")
+  one_line(e)
+
+
+def test_without_an_answer_the_cache_is_taken(repo):
+  assert reds("hf:org/name", "val") == [9, 19]
+  forget()
+  repo.close()
+  assert reds("hf:org/name", "val") == [9, 19]
+
+
+def test_a_revision_stays_what_it_was(repo):
+  first = repo.commit("datasets/org/name", 0)
+  repo.add("datasets/org/name", **{TRAIN: content(table(10, first=60))})
+  assert reds("hf:org/name", "val") == [69] and reds(f"hf:org/name@{first}", "val") == [9, 19]
+  assert reds(f"hf:org/name@{first}", "test") == [9, 19]
+  with pytest.raises(ValueError, match=r"the set has no revision 'v9'; leave it out"):
+    pipeline.num_examples("hf:org/name@v9", "train")
+
+
+def test_of_several_subsets_one_is_downloaded(repo):
+  repo.add("datasets/org/sets", **{f"{name}/train-00000-of-00001.parquet": content(
+      table(10, first=10 * i)) for i, name in enumerate("ab")})
+  with pytest.raises(ValueError, match=r"name one, as in 'hf:org/sets/a': a, b"):
+    pipeline.num_examples("hf:org/sets", "train")
+  assert repo.gets("/large/") == 0
+  assert reds("hf:org/sets/b", "val") == [19] and repo.gets("/large/") == 1
+  with pytest.raises(ValueError, match=r"has no subset 'c', but a, b"):
+    pipeline.num_examples("hf:org/sets/c", "train")
+
+
+def test_what_the_hub_does_not_have_is_told_apart(repo):
+  repo.add("datasets/org/script", **{"script.py": b"raise SystemExit", "README__md": b""})
+  repo.add("datasets/org/gated", **{TRAIN: content(table(2))})
+  repo.gated.add("datasets/org/gated")
+  for name, words in (("hf:org/script", r"a script, script\.py, which is not run"),
+                      ("hf:org/gated", "wants its licence accepted"),
+                      ("hf:org/none", "no such set on the hub, or a private one")):
+    with pytest.raises(ValueError, match=words) as error:
+      pipeline.num_examples(name, "train")
+    one_line(error)

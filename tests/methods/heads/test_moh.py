@@ -1,0 +1,288 @@
+"""MoH: the router's equations, exactness from dense weights, capacity, the way to fewer heads."""
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vitcompact as vc
+from tests import tiny
+from vitcompact import attention
+from vitcompact.attention import Core
+from vitcompact.methods import protocol
+from vitcompact.methods.heads import moh
+from vitcompact.methods.protocol import Pass
+
+HEADS, SHARED, ACTIVE, WIDTH, TOKENS = 5, 2, 4, 12, 7
+
+
+def drawn(*shape, seed=0):
+  return jnp.asarray(np.random.default_rng((seed, *shape)).standard_normal(shape), jnp.float32)
+
+
+def routers(heads=HEADS, shared=SHARED):
+  return {name: drawn(*shape) for name, shape in moh.router_shapes(WIDTH, heads, shared).items()}
+
+
+def reference(x_nw, routers, shared: int, active: int):
+  """(N, heads), token by token as the paper states it."""
+  def softmax(x):
+    return np.exp(x - x.max()) / np.exp(x - x.max()).sum()
+
+  rows = []
+  for x in np.asarray(x_nw, np.float64):
+    routed = softmax(x @ routers["routed_router"])
+    kept = np.zeros_like(routed)
+    best = np.argsort(-routed, kind="stable")[:active - shared]
+    kept[best] = routed[best]
+    of_shared = (shared * softmax(x @ routers["shared_router"]) if shared > 1 else np.ones(1))
+    first, second = 2 * softmax(x @ routers["between_router"])
+    rows.append(np.concatenate([first * of_shared,
+                                second * (active - shared) * kept / kept.sum()]))
+  return np.stack(rows)
+
+
+@pytest.mark.parametrize("shared", [1, 2])
+def test_weights_are_those_of_the_paper(shared):
+  x_bnw, own = drawn(2, TOKENS, WIDTH), routers(shared=shared)
+  got, _, chosen = moh.weights(x_bnw, own, shared, ACTIVE)
+  for image, rows in zip(x_bnw, got, strict=True):
+    np.testing.assert_allclose(rows, reference(image, own, shared, ACTIVE), rtol=1e-5, atol=1e-6)
+  used = np.asarray(got[..., shared:] != 0)
+  assert (used.sum(axis=-1) == ACTIVE - shared).all()
+  np.testing.assert_array_equal(used, chosen == 1)
+
+
+def test_weights_sum_to_the_active_heads_where_as_many_are_shared_as_routed():
+  got, _, _ = moh.weights(drawn(2, TOKENS, WIDTH), routers(), SHARED, 2 * SHARED)
+  np.testing.assert_allclose(got.sum(axis=-1), 2 * SHARED, rtol=1e-5)
+
+
+def test_equal_scores_choose_the_first_heads():
+  np.testing.assert_array_equal(moh.chosen(jnp.array([[[1.0, 2.0, 2.0, 1.0, 2.0]]]), 2)[0, 0],
+                                [0, 1, 1, 0, 0])
+
+
+def test_the_balance_loss_is_the_number_of_routed_heads_at_its_least():
+  """All heads alike: k. All tokens on one head: more. A token's gradient comes by what it chose."""
+  even = jnp.full((2, 6, 3), 1 / 3)
+  chosen = jnp.asarray(np.eye(3)[np.arange(12) % 3].reshape(2, 6, 3), jnp.float32)
+  assert float(moh.balance(even, chosen)) == pytest.approx(1)
+  assert float(moh.balance(even, jnp.ones_like(chosen))) == pytest.approx(3)
+  one = jnp.zeros_like(even).at[..., 0].set(1)
+  assert float(moh.balance(one, one)) == pytest.approx(3)
+
+
+def test_the_loss_of_a_model_is_the_mean_over_blocks():
+  model = tiny.deit(vc.Plan(heads=vc.MoH(), blocks={0: {"heads": vc.MoH(active=3, shared=1)}}))
+  variables = tiny.init(model)
+  _, sown = tiny.apply(model, variables, tiny.images(model), mutable=["mixtures"])
+  values = jax.tree.leaves(sown)
+  assert len(values) == 2
+  loss = protocol.losses(vc.MoH())["moh_balance"]
+  got = loss(Pass(sown, None, None))
+  assert float(got) == pytest.approx(float(sum(values)) / 2)
+  assert protocol.settings(vc.MoH())["loss.moh_balance"].default == 0.01
+
+
+def test_unused_heads_get_no_gradient_and_routers_do():
+  module = vc.MoH().make(tiny.site(), parent=None)
+  query, key, value = (drawn(1, 17, 4, 6, seed=seed) for seed in range(3))
+  x = drawn(1, 17, 24)
+  params = tiny.randomised(module.init(jax.random.key(0), query, key, value, attention.DENSE, x),
+                           spread=1.0)
+
+  def out(params, value):
+    return module.apply(params, query, key, value, attention.DENSE, x)
+
+  weights, _, _ = moh.weights(x, params["params"], *vc.MoH().split(tiny.site()))
+  got = out(params, value)
+  np.testing.assert_array_equal((got != 0).any(axis=-1), weights != 0)
+  grads = jax.grad(lambda params: jnp.sum(out(params, value) ** 2))(params)["params"]
+  assert grads.keys() == {"routed_router", "between_router"}   # one shared head: no choice
+  assert all(np.any(grad) for grad in grads.values())
+
+
+@pytest.mark.parametrize("images", [None, 8])
+@pytest.mark.parametrize("spec", [vc.MoH(active=4, shared=2), vc.MoH(active=1.0, capacity=1.0)])
+def test_with_all_heads_it_is_the_dense_model(spec, images):
+  dense = tiny.deit()
+  variables = tiny.init(dense)
+  data = None if images is None else np.asarray(tiny.images(dense, images))
+  model, got = vc.compact(dense, variables, vc.Plan(heads=spec), images=data)
+  x = tiny.images(dense)
+  np.testing.assert_allclose(tiny.apply(model, got, x), tiny.apply(dense, variables, x), rtol=1e-5,
+                             atol=1e-5)
+
+
+def test_heads_that_have_their_places_keep_them():
+  """TransNeXt's have parameters of their own besides queries, keys and values."""
+  dense = tiny.transnext()
+  variables, x = tiny.init(dense), tiny.images(dense)
+  model, got = vc.compact(dense, variables, vc.Plan(heads=vc.MoH(active=1.0)))
+  np.testing.assert_allclose(tiny.apply(model, got, x), tiny.apply(dense, variables, x), rtol=1e-4,
+                             atol=1e-4)
+
+
+def test_heads_that_matter_most_are_shared():
+  dense = tiny.deit()
+  variables = tiny.init(dense)
+  attn = variables["params"]["blocks_1"]["attn"]
+  attn["out"]["kernel"] = attn["out"]["kernel"].at[2].multiply(10.0)
+  for images in (None, np.asarray(tiny.images(dense, 8))):
+    _, got = vc.compact(dense, variables, vc.Plan(heads=vc.MoH(active=2, shared=1)), images=images)
+    np.testing.assert_array_equal(got["params"]["blocks_1"]["attn"]["out"]["kernel"][0],
+                                  attn["out"]["kernel"][2])
+
+
+@pytest.mark.parametrize("core", [Core(), Core(size=jnp.ones((1, 17)).at[0, 3].set(2.0)),
+                                  Core(mask=jnp.asarray(np.random.default_rng(0).random(
+                                      (1, 4, 17, 17)) < 0.7).at[..., 0].set(True))])
+@pytest.mark.parametrize("capacity", [0.5, 1.0, 4.0])
+def test_capacity_keeps_the_tokens_that_want_a_head_most(core, capacity):
+  """Rows gathered, or all rows and some dropped where a call cannot: one function."""
+  spec = vc.MoH(active=2, shared=1, capacity=capacity)
+  site = tiny.site()
+  query, key, value = (drawn(1, 17, 4, 6, seed=seed) for seed in range(3))
+  x = drawn(1, 17, 24)
+  module, free = (method.make(site, parent=None)
+                  for method in (spec, dataclasses.replace(spec, capacity=None)))
+  params = tiny.randomised(module.init(jax.random.key(0), query, key, value, attention.DENSE, x),
+                           spread=1.0)
+  got, wanted = (m.apply(params, query, key, value, core, x) for m in (module, free))
+  weights, _, _ = moh.weights(x, params["params"], 1, 2)
+  wanted, rows = np.array(wanted), min(int(np.ceil(capacity * 17 / 3)), 17)
+  for head in range(1, 4):
+    last = np.argsort(-np.asarray(weights[0, :, head]), kind="stable")[rows:]
+    wanted[0, last, head] = 0
+  np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+  served = (np.asarray(got[0, :, 1:]) != 0).any(axis=-1).sum(axis=0)
+  assert (served <= rows).all()
+  if capacity == 0.5:
+    assert served.sum() < 17
+
+
+def test_counts_of_the_specification():
+  """K and V of all heads are needed, queries, scores and outputs of those that a token uses."""
+  dense = vc.count(vc.create_model("deit_small_patch16_224"))
+  spec = vc.MoH(active=4, shared=2)
+  got = vc.count(vc.create_model("deit_small_patch16_224", plan=vc.Plan(heads=spec)))
+  assert got.params - dense.params == 36_864
+  by_routers = 36_864 * 197
+  assert got.macs == dense.macs + by_routers
+  assert (got.ideal_macs - by_routers) / 1e9 == pytest.approx(4.2473, abs=5e-5)
+  base = vc.count(vc.create_model("deit_base_patch16_224",
+                                  plan=vc.Plan(heads=vc.MoH(active=8, shared=4))))
+  by_routers = 12 * 768 * (8 + 4 + 2) * 197
+  assert (base.ideal_macs - by_routers) / 1e9 == pytest.approx(16.3958, abs=5e-5)
+  gathered = vc.count(vc.create_model("deit_small_patch16_224", plan=vc.Plan(
+      heads=dataclasses.replace(spec, capacity=1.0))))
+  assert gathered.macs < dense.macs
+  assert gathered.ideal_macs == pytest.approx(got.ideal_macs, rel=1e-3)
+
+
+@pytest.mark.parametrize("heads,depths,shared,routed,wanted", [
+    ((3, 6, 12, 24), (5, 5, 22, 5), (3, 6, 3, 8), (0, 0, 6, 12), 343 / 429),
+    ((3, 6, 12, 24), (5, 5, 22, 5), (3, 6, 3, 4), (0, 0, 6, 12), 323 / 429),
+    ((4, 8, 16, 32), (5, 5, 23, 5), (4, 8, 4, 5), (0, 0, 8, 16), 441 / 588),
+    ((4, 8, 16, 32), (5, 5, 23, 5), (2, 2, 2, 4), (2, 4, 6, 8), 294 / 588)])
+def test_active_heads_of_the_published_models(heads, depths, shared, routed, wanted):
+  active = total = 0
+  for count, depth, s, k in zip(heads, depths, shared, routed, strict=True):
+    spec = vc.MoH(active=s + k, shared=s)
+    active += depth * spec.active_heads(tiny.site(heads=count, width=24 * count))
+    total += depth * count
+  assert active / total == pytest.approx(wanted)
+
+
+def constant_routers(variables, active):
+  """Every token chooses the same heads: a channel after norm1 is the same for all."""
+  for name in ("blocks_0", "blocks_1"):
+    block = variables["params"][name]
+    block["norm1"]["scale"] = block["norm1"]["scale"].at[0].set(0)
+    block["norm1"]["bias"] = block["norm1"]["bias"].at[0].set(1)
+    for leaf, router in block["attn"]["moh"].items():
+      block["attn"]["moh"][leaf] = jnp.zeros_like(router).at[0].set(router[0])
+  return variables
+
+
+def test_a_mixture_that_does_not_depend_on_the_token_becomes_dense_and_pruned_exactly():
+  model = tiny.deit(vc.Plan(heads=vc.MoH(active=3, shared=1)))
+  variables = constant_routers(tiny.init(model), 3)
+  images = np.asarray(tiny.images(model, 16))
+  wanted = tiny.apply(model, variables, images)
+  dense, got = vc.compact(model, variables, vc.Plan(), images=images)
+  assert dense.plan == vc.Plan()
+  np.testing.assert_allclose(tiny.apply(dense, got, images), wanted, rtol=1e-4, atol=1e-5)
+  pruned, got = vc.compact(model, variables, vc.Plan(heads=vc.HeadPruning(kept_heads=3)),
+                           images=images)
+  np.testing.assert_allclose(tiny.apply(pruned, got, images), wanted, rtol=1e-3, atol=1e-4)
+  assert vc.count(pruned).params < vc.count(dense).params
+
+
+def test_around_hallucinated_heads_its_weights_come_last():
+  """The weight of a head is per query, after the filter over queries."""
+  model = tiny.deit(vc.Plan(heads=vc.MoH(active=3, shared=1, heads=vc.HMHSA())), depth=1)
+  variables = tiny.init(model)
+  plain = model.clone(plan=vc.Plan(heads=vc.HMHSA()))
+  own = variables["params"]["blocks_0"]["attn"]["hallucinate"]
+  assert own.keys() == {"query_taps", "key_taps", "routed_router", "between_router"}
+  heads = {}
+
+  def watch(next_fun, args, kwargs, context):
+    out = next_fun(*args, **kwargs)
+    if context.module.name == "hallucinate" and context.method_name == "__call__":
+      heads[type(context.module).__name__] = out, args[4]
+    return out
+
+  with nn.intercept_methods(watch):
+    model.apply(variables, tiny.images(model))
+    hallucinated = {**own}
+    for router in ("routed_router", "between_router"):
+      hallucinated.pop(router)
+    attn = {**variables["params"]["blocks_0"]["attn"], "hallucinate": hallucinated}
+    params = {**variables["params"], "blocks_0": {**variables["params"]["blocks_0"], "attn": attn}}
+    plain.apply({"params": params}, tiny.images(model))
+  mixed, x = heads["Mixture"]
+  weights, _, _ = moh.weights(x, own, 1, 3)
+  np.testing.assert_allclose(mixed, heads["Hallucinate"][0] * weights[..., None], rtol=1e-5,
+                             atol=1e-6)
+
+
+def test_weights_go_to_pytorch_and_back_under_the_authors_names():
+  model = tiny.deit(vc.Plan(heads=vc.MoH(active=3, shared=2)))
+  variables = tiny.init(model)
+  state = vc.to_torch(model, variables)
+  assert state["blocks.0.attn.wg.weight"].shape == (2, 24)
+  assert state["blocks.0.attn.wg_0.weight"].shape == (2, 24)
+  assert state["blocks.0.attn.wg_1.weight"].shape == (2, 24)
+  back = vc.from_torch(model, state)
+  assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), variables, back))
+
+
+@pytest.mark.parametrize("fields,message", [
+    ({"active": 0}, "active=0"), ({"active": 1.5}, "active=1.5"), ({"shared": True}, "shared=True"),
+    ({"capacity": 0}, "capacity=0"), ({"capacity": 1.0, "heads": vc.HMHSA()}, "use capacity=None")])
+def test_settings_that_cannot_be_are_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    vc.MoH(**fields)
+
+
+@pytest.mark.parametrize("spec,message", [
+    (vc.MoH(active=5), "of the 4 heads of block 0 5 would be active"),
+    (vc.MoH(active=2, shared=3), "2 would be active and 3 shared"),
+    (vc.MoH(heads=vc.HeadPruning(kept_heads=2)), "put the mixture inside instead")])
+def test_plans_that_do_not_fit_a_block_are_refused(spec, message):
+  with pytest.raises(ValueError, match=message):
+    tiny.deit(vc.Plan(heads=spec))
+
+
+def test_no_dense_form_without_images_or_around_hallucinated_heads():
+  model = tiny.deit(vc.Plan(heads=vc.MoH()))
+  with pytest.raises(ValueError, match="give images="):
+    vc.compact(model, tiny.init(model), vc.Plan())
+  model = tiny.deit(vc.Plan(heads=vc.MoH(heads=vc.HMHSA())))
+  with pytest.raises(ValueError, match="starts from a dense"):
+    vc.compact(model, tiny.init(model), vc.Plan(), images=np.asarray(tiny.images(model)))
