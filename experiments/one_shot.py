@@ -87,7 +87,10 @@ def plans() -> dict[str, dict[str, vc.Plan]]:
           "cFFN both + ToMe 2": vc.Plan(ffn=both, tokens=vc.ToMe(r=2)),
           "5 of 6 heads + cFFN both + ToMe 2": vc.Plan(
               heads=vc.HeadPruning(kept_heads=5), ffn=both, tokens=vc.ToMe(r=2)),
-          "cFFN both + EViT 0.7": vc.Plan(ffn=both, tokens=vc.EViT(keep=0.7, blocks=THIRDS))}}
+          "cFFN both + EViT 0.7": vc.Plan(ffn=both, tokens=vc.EViT(keep=0.7, blocks=THIRDS)),
+          "all four axes": vc.Plan(
+              heads=vc.HMHSA(real_heads=5), ffn=both, tokens=vc.ToMe(r=2), attention=vc.Sparsifiner(
+                  keep=0.5, granularity="block", window=2, min_tokens=0))}}
 
 
 def load() -> dict:

@@ -1,0 +1,192 @@
+"""What each setting of each method loses on Fashion-MNIST after a short training, over three seeds.
+
+  python -m experiments.fine_tuning run --workdir runs/fine_tuning   # goes on where it was stopped
+  python -m experiments.fine_tuning tables        # into results/README.md, from results/
+
+Every model starts as experiments.one_shot compacts it from the trained dense model, and is
+distilled from that model for 480 steps, a fiftieth of its own; the dense model is trained alike. A
+seed draws the order and the flips of the training images; the dense model, the calibration images
+and the test images are the same for all. The test split chooses nothing: every setting that was run
+is shown.
+"""
+import argparse
+import json
+import pathlib
+import statistics
+import warnings
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+
+import vitcompact as vc
+from experiments import one_shot
+from experiments.accuracy import interval
+from experiments.compaction import DATA, Judge, images_of, trained
+from vitcompact.receipt import environment
+from vitcompact.train import config as configs
+
+NAME = one_shot.NAME
+FILE = one_shot.ROOT / f"results/fine_tuning_{NAME}.json"
+WRITTEN = "written by `python -m experiments.fine_tuning tables` from results/"
+STEPS, SEEDS = 480, 3
+FROZEN_COPIES = {"optim.rates": ((r".*/hallucinate/.*", 0.0, 0),)}
+COSTS = ("macs", "ideal_attention_macs")
+
+
+class Setting(NamedTuple):
+  """A plan that experiments.one_shot has, by its name there: its deployed form and its time. plan:
+  where what is trained differs from it; config: what its training changes."""
+  deployed: str
+  plan: vc.Plan | None = None
+  config: Mapping[str, Any] = MappingProxyType({})
+
+
+def settings() -> dict[str, dict[str, Setting]]:
+  """{question: {shown name: setting}}."""
+  def as_they_are(*names):
+    return {name: Setting(name) for name in names}
+
+  half = "hMHSA, 3 of 6"
+  plain = vc.CFFN(branches=1, rep="none", avg_skip=False)
+  return {
+      "": as_they_are("dense"),
+      "both papers' methods": {
+          **as_they_are(half, "cFFN, output, rank 0.5", "hMHSA + cFFN"),
+          "hMHSA + cFFN, one branch without a norm": Setting(
+              "hMHSA + cFFN", vc.Plan(heads=vc.HMHSA(), ffn=plain)),
+          **as_they_are("Sparsifiner, by token, keep 0.25", "all four axes")},
+      "hMHSA": {
+          f"{half}, frozen copies": Setting(half, config=FROZEN_COPIES),
+          **as_they_are("hMHSA, 4 of 6", "hMHSA, 5 of 6 heads computed", f"{half}, rank 2",
+                        f"{half}, filters on the grid", f"{half}, on scores")},
+      "cFFN": {
+          "cFFN, output, rank 0.5, learned scales": Setting(
+              "cFFN, output, rank 0.5", vc.Plan(ffn=vc.CFFN(rep="scale"))),
+          "cFFN, output, rank 0.5, one branch without a norm": Setting(
+              "cFFN, output, rank 0.5", vc.Plan(ffn=plain)),
+          **as_they_are("cFFN, output, rank 0.25", "cFFN, both, rank 0.5",
+                        "cFFN, both, rank 0.25")},
+      "attention sparsity": as_they_are(
+          "Sparsifiner, by token, keep 0.1", "Sparsifiner, by block of 2 x 2, keep 0.25"),
+      "token reduction": as_they_are("EViT, keep 0.7 twice", "EViT, keep 0.5 twice", "ToMe, r = 4",
+                                     "cFFN both + EViT 0.7"),
+  }
+
+
+class Start:
+  """The dense model, and what every setting starts from."""
+
+  def __init__(self, workdir: pathlib.Path):
+    self.data, self.workdir = DATA[NAME], workdir
+    config = self.data.dense()
+    self.model, self.variables = vc.load(self.data.file)
+    self.images = images_of(config, self.model, "train", one_shot.IMAGES)
+    self.judge = Judge(config, self.model, self.variables)
+    self.plans = {name: plan for few in one_shot.plans().values() for name, plan in few.items()}
+
+  def file(self, name: str, setting: Setting) -> pathlib.Path:
+    """Of a compacted model, made where it is missing."""
+    out = self.workdir / f"{name}.safetensors"
+    if not out.exists():
+      small = self.model, self.variables
+      if name != "dense":
+        small = vc.compact(*small, setting.plan or self.plans[setting.deployed], self.images)
+      vc.save(out, *small)
+    return out
+
+  def config(self, name: str, setting: Setting, seed: int, steps: int):
+    config = configs.complete(self.data.compact())
+    start = self.file(name, setting)
+    config.plan = vc.load(start)[0].plan.to_json()
+    config.seed, config.total_steps, config.checkpoint_every = seed, steps, steps
+    config.optim.warmup_steps = steps // 10
+    config.compact.macs = 0.0
+    config.init_from, config.teacher.file = str(start), str(self.data.file)
+    config.update_from_flattened_dict(setting.config)
+    return config
+
+
+def run(workdir: pathlib.Path, only=None, steps: int = STEPS, seeds: int = SEEDS):
+  """Trains and judges what the file of results does not have, seed by seed."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
+  start, found = Start(workdir), load()
+  for seed in range(seeds):
+    for question, few in settings().items():
+      for name, setting in few.items():
+        row = found["rows"].setdefault(name, {"question": question, "seeds": {}})
+        if str(seed) in row["seeds"] or (only and name not in only):
+          continue
+        file = start.file(name, setting)
+        if "before" not in row:
+          row["before"] = start.judge(*vc.load(file))["accuracy"]
+          row["plan"] = json.loads(vc.load(file)[0].plan.to_json())
+        done = trained(start.config(name, setting, seed, steps), workdir / f"{name}, seed {seed}")
+        row["seeds"][str(seed)] = start.judge(*vc.load(done))
+        found |= {**environment(), "steps": steps, "calibration_images": one_shot.IMAGES}
+        FILE.write_text(json.dumps(found, indent=1) + "\n")
+        print(seed, name, row["before"], row["seeds"][str(seed)]["accuracy"], flush=True)
+
+
+def load() -> dict:
+  return json.loads(FILE.read_text()) if FILE.exists() else {"rows": {}}
+
+
+def differences(found: dict, name: str) -> list[float]:
+  """From the dense model trained with the same seed, in points."""
+  dense = found["rows"]["dense"]["seeds"]
+  return [100 * (row["accuracy"] - dense[seed]["accuracy"])
+          for seed, row in found["rows"][name]["seeds"].items()]
+
+
+def table(found: dict) -> str:
+  lines = ["| | setting, in every block | MACs | speed, dense = 1 | before training | "
+           "after training | difference from dense, points | 95 % |",
+           "|---|---|---:|---:|---:|---:|---:|---:|"]
+  timed = one_shot.load()["rows"]
+  for question, few in settings().items():
+    for name, setting in few.items():
+      row = found["rows"].get(name)
+      if not row or len(row["seeds"]) < SEEDS:
+        lines.append(f"| {question} | {name} | | | | not run | | |")
+        continue
+      rows, gaps = list(row["seeds"].values()), differences(found, name)
+      after, macs = (statistics.mean(one[key] for one in rows) for key in ("accuracy", "macs"))
+      gap, margin = statistics.mean(gaps), interval(gaps)
+      shown = ("", "") if name == "dense" else (
+          f"{gap:+.2f}", f"[{gap - margin:+.2f}, {gap + margin:+.2f}]")
+      lines.append(f"| {question} | {name} | {100 * macs:.1f} % | "
+                   f"{one_shot.speed(timed[setting.deployed])[0]:.2f}x | "
+                   f"{100 * row['before']:.2f} % | {100 * after:.2f} % | {' | '.join(shown)} |")
+  images = found["rows"]["dense"]["seeds"]["0"]["images"]
+  return "\n".join([*lines, "", (
+      f"{found['steps']} steps, {SEEDS} seeds of training from one dense model, "
+      f"{found['calibration_images']:,} calibration images, {images:,} test images; intervals "
+      "(Student's t) are over seeds. Speeds are those of the table above, of the same deployed "
+      "forms.")])
+
+
+def tables():
+  page = one_shot.ROOT / "results/README.md"
+  text, found = page.read_text(), load()
+  begin, end = f"<!-- fine-tuning: {WRITTEN} -->\n", "<!-- end of fine-tuning -->"
+  start, stop = text.index(begin) + len(begin), text.index(end)
+  page.write_text(f"{text[:start]}{table(found)}\n{text[stop:]}")
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+  parser.add_argument("what", choices=["run", "tables"])
+  parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/fine_tuning"))
+  parser.add_argument("--only", nargs="+", help="names of settings; all where not given")
+  arguments = parser.parse_args()
+  warnings.filterwarnings("ignore", "blocks_|.*are few")
+  if arguments.what == "tables":
+    return tables()
+  run(arguments.workdir, arguments.only)
+
+
+if __name__ == "__main__":
+  main()
