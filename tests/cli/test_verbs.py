@@ -3,9 +3,9 @@ import importlib
 import importlib.metadata
 import pathlib
 import re
+import resource
 import subprocess
 import sys
-import time
 import tomllib
 
 import numpy as np
@@ -37,15 +37,14 @@ def test_help_lists_all_verbs_at_once_and_loads_no_jax():
           "from vitcompact.cli import main\n"
           "try: main()\n"
           "finally: assert not {'jax', 'numpy', 'PIL'} & set(sys.modules)")
-  seconds = []
-  for _ in range(3):    # the machine may be busy
-    start = time.perf_counter()
-    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True,
-                           cwd=ROOT).stdout
-    seconds.append(time.perf_counter() - start)
+  spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+  shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True,
+                         cwd=ROOT).stdout
+  after = resource.getrusage(resource.RUSAGE_CHILDREN)
+  seconds = after.ru_utime + after.ru_stime - spent.ru_utime - spent.ru_stime
   listed = shown.partition("Commands:")[2]
   assert set(re.findall(r"^  (\w+)", listed, re.M)) == VERBS == set(cli.main.commands)
-  assert min(seconds) < 0.5, seconds    # 0.1 on an idle one
+  assert seconds < 1.0    # of a processor, which a busy machine does not change much; 0.1 is usual
 
 
 def test_without_arguments_it_is_help():

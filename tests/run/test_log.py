@@ -2,7 +2,7 @@
 import io
 import json
 import struct
-import time
+import threading
 
 import numpy as np
 import pytest
@@ -24,30 +24,40 @@ def test_a_clock_that_is_set_back_changes_no_rate(monkeypatch):
   assert all(np.isfinite(value) for value in meter.read().values())
 
 
-class Busy:
-  """What a device is through with after some seconds."""
+@pytest.mark.parametrize("busy, waited", [
+    (None, 0.1),     # nothing to do: all of it
+    (0.0, 0.1),
+    (0.07, 0.03),    # from when the step was over
+    (0.5, 0.0)])     # still computing when the batch came: the devices lacked nothing
+def test_waiting_for_data_counts_where_the_devices_wait(busy, waited, monkeypatch):
+  """The batch comes 0.1 seconds after it was asked for; by a clock that no other work disturbs."""
+  now, over, noted = [0.0], threading.Event(), threading.Event()
+  monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
+  real = log.ended
 
-  def __init__(self, seconds):
-    self.end = time.perf_counter() + seconds
+  def ended(running):
+    assert over.wait(60)
+    try:
+      return real(running)
+    finally:
+      noted.set()
 
-  def block_until_ready(self):
-    time.sleep(max(0.0, self.end - time.perf_counter()))
+  monkeypatch.setattr(log, "ended", ended)
 
-
-@pytest.mark.parametrize("busy, least, most", [
-    (None, 0.1, 1.0),     # nothing to do: all of it
-    (0.0, 0.08, 1.0),
-    (0.07, 0.01, 0.08),   # from when the step was over
-    (0.5, 0.0, 0.0)])     # still computing when the batch came: the devices lacked nothing
-def test_waiting_for_data_counts_where_the_devices_wait(busy, least, most):
   def batches():
-    time.sleep(0.1)
+    if busy is not None and busy < 0.1:
+      now[0] = busy
+      over.set()
+      assert noted.wait(60)
+      meter.watcher.submit(int).result()    # and its result is there
+    now[0] = 0.1
     yield "batch"
 
   meter = log.Meter()
-  running = None if busy is None else {"loss": Busy(busy)}
+  running = None if busy is None else {"loss": np.zeros(1)}
   assert meter.next_batch(batches(), running) == "batch"
-  assert least <= meter.waited <= most
+  over.set()
+  assert meter.waited == pytest.approx(waited)
 
 
 def test_half_a_line_that_a_kill_left_is_cut_off(tmp_path):
