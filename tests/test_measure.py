@@ -1,5 +1,6 @@
 """measure, reports and the plans that they propose."""
 import dataclasses
+import importlib
 import itertools
 import json
 
@@ -75,6 +76,45 @@ def test_a_quick_report_infers_what_it_did_not_try(measured, monkeypatch):
       assert tried.kl == pytest.approx(same.kl, rel=1e-3)
       for option in options:
         assert option.kl == pytest.approx(tried.kl * option.error / tried.error, rel=1e-6)
+
+
+def test_a_quick_report_infers_blocks_that_it_passed_over(monkeypatch):
+  """KL of an error of 1 grows e-fold a block here, and twice as fast after the middle one."""
+  looking = importlib.import_module("vitcompact.measure")
+  model = tiny.deit(depth=6, drop_path_rate=0.0)
+  depths = dict(zip((f"blocks_{i}" for i in range(6)), (0, 1, 2, 4, 6, 8), strict=True))
+  tried = []
+
+  def known(self, name, block, axis, method, x):
+    tried.append((name, type(method)))
+    site = self.modules[name].site
+    sums = self._sums(name, block, x, [type(method)])[1]
+    (error,), _ = protocol.estimate(type(method), [method], site, sums[type(method)])
+    return error * np.exp(depths[name])
+
+  monkeypatch.setattr(looking._Measurement, "_tried", known)
+  monkeypatch.setattr(cffn, "RATIOS", (0.25, 0.5))
+  report = vc.measure(model, tiny.init(model, spread=0.5), np.asarray(tiny.images(model, batch=8)))
+  assert {name for name, _ in tried} == {"blocks_0", "blocks_2", "blocks_5"}
+  assert len(tried) == len(set(tried)) == 9
+  for row in report.blocks:
+    for option in row["options"]:
+      assert option.kl == pytest.approx(option.error * np.exp(depths[row["name"]]), rel=1e-4)
+
+
+def test_a_quick_report_tries_one_reducer_of_a_class(measured, monkeypatch):
+  looking = importlib.import_module("vitcompact.measure")
+  model, variables, x, _ = measured
+  monkeypatch.setattr(looking._Measurement, "_tried", lambda *_: 1.0)
+  monkeypatch.setattr(looking._Measurement, "_reduced", lambda *_: 1.0)
+  found = vc.measure(model, variables, x).tokens
+  for kind in (vc.ToMe, vc.EViT, vc.MCTF):
+    options = [option for option in found if isinstance(option.method, kind)]
+    assert [option.kl for option in options if option.measured] == [1.0]
+    assert len({option.kl for option in options}) == len(options)
+  evit = {option.method.keep: option.kl for option in found if isinstance(option.method, vc.EViT)}
+  # 16 patches, in both blocks: 13 and 11 are left of 0.7, 9 and 6 of 0.5, the fused one with them.
+  assert evit[0.5] / evit[0.7] == pytest.approx((17 / 8) ** looking.GROWTH)
 
 
 def test_images_are_split_among_the_devices_and_give_the_same_as_on_one(measured, monkeypatch):
