@@ -1,5 +1,8 @@
 """The experiment of compacting: intervals are paired, and its page shows what was measured."""
+import importlib
+import itertools
 import json
+import math
 import pathlib
 
 import numpy as np
@@ -71,6 +74,23 @@ def test_the_committed_model_is_that_of_its_config():
   sizes = compaction.DATA["fashion_mnist"].dense().model.to_dict()
   assert model == vc.create_model(sizes.pop("name"), num_classes=10, **sizes)
   assert vc.convert.classes_of(file)[9] == "Ankle boot"
+
+
+def test_kl_grows_with_the_tokens_that_go_as_a_quick_look_takes_it_to():
+  """Of each reducer, from one of its rates to the next; docs/compaction.md has the least and most.
+  """
+  looking = importlib.import_module("vitcompact.measure")
+  rows = one_shot.load()["rows"]
+  site = vc.load(one_shot.DATA[one_shot.NAME].file)[0].submodules()["blocks_0"].site
+  found = {}
+  for name, plan in one_shot.plans()["tokens"].items():
+    found.setdefault(type(plan.tokens), []).append(
+        (looking._gone(plan.tokens, site), rows[name]["kl"]))
+  powers = [math.log(more / kl) / math.log(most / gone) for few in found.values()
+            for (gone, kl), (most, more) in itertools.pairwise(few)]
+  assert min(powers) < looking.GROWTH < max(powers)
+  text = f"between {min(powers):.2f} and {max(powers):.2f}"
+  assert text in (ROOT / "docs/compaction.md").read_text()
 
 
 def test_each_row_is_in_results_at_once(tmp_path, monkeypatch):
