@@ -3,7 +3,7 @@ model of Fashion-MNIST (results/fashion_mnist_dense.safetensors), compacted from
 Beside them what experiments.compaction has trained: narrower dense models, and distilled ones.
 
   python -m experiments.compaction --data fashion_mnist --workdir runs/compaction
-  python -m experiments.one_shot judge --workdir runs/one_shot    # goes on where it was stopped
+  python -m experiments.one_shot judge --workdir runs/one_shot    # what results/ does not have yet
   python -m experiments.one_shot time --workdir runs/one_shot     # on a machine that does no more
   python -m experiments.one_shot tables           # into results/README.md, and the picture
 
@@ -109,7 +109,7 @@ def judge(workdir: pathlib.Path, trained: pathlib.Path):
   workdir.mkdir(parents=True, exist_ok=True)
   for axis, settings in {"": {"dense": None}, **plans(), **TRAINED}.items():
     for name, made in settings.items():
-      if name in found["rows"] and (name == "dense" or file_of(workdir, name).exists()):
+      if name in found["rows"]:
         continue
       small, fitted = model, variables
       if name != "dense":
@@ -127,13 +127,18 @@ def judge(workdir: pathlib.Path, trained: pathlib.Path):
 
 
 def time(workdir: pathlib.Path):
-  """Each in turn with the dense model."""
+  """Each of which the workdir has the folded model, in turn with the dense model."""
   data, found = DATA[NAME], load()
+  if found.get("timed", {}).get("processor", bench.processor()) != bench.processor():
+    raise SystemExit(f"timed on {found['timed']['processor']}, and this is {bench.processor()}: "
+                     f"remove {FILE.name}, and judge and time all here")
   model, variables = vc.load(data.file)
   images = images_of(data.dense(), model, "train", BATCH)
   dense = bench.compiled(model.apply, variables, images)
   for name, row in found["rows"].items():
     own = dense
+    if name != "dense" and not file_of(workdir, name).exists():
+      continue
     if name != "dense":
       small, fitted = vc.load(file_of(workdir, name))
       own = bench.compiled(small.apply, fitted, images)
