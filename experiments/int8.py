@@ -1,17 +1,22 @@
 """What 8 bits cost, kind of product by kind, and what they save: on Fashion-MNIST.
 
-  python -m experiments.int8            # results/int8_fashion_mnist.json, a minute of one core
-  python -m experiments.int8 tables     # into docs/deploying.md, from results/
+  python -m experiments.int8                # results/int8_fashion_mnist.json, a minute of one core
+  python -m experiments.int8 quantisers     # the same file: NNCF beside ONNX Runtime's quantiser
+  python -m experiments.int8 tables         # into docs/deploying.md, from results/
 
 The dense model of results/ is exported to ONNX, and calibrated on training images. Accuracies are
-of the 10,000 test images, which choose nothing.
+of the 10,000 test images, which choose nothing. `quantisers` needs nncf, which is no dependency
+(pip install nncf); without it, it measures nothing.
 """
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
 import shutil
 import tempfile
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,14 +26,14 @@ from experiments.benchmarks.tables import ROOT
 from vitcompact import bench, runtimes
 from vitcompact.data import pipeline
 from vitcompact.export import int8, onnx_file
-from vitcompact.export.program import Program
+from vitcompact.export.program import INPUT, Program
 from vitcompact.measure import divergence
 from vitcompact.receipt import environment
 from vitcompact.train import config as configs
 
 FILE = ROOT / "results/fashion_mnist_dense.safetensors"
 OUT = ROOT / "results/int8_fashion_mnist.json"
-CALIBRATION, BATCH = 512, 500
+CALIBRATION, BATCH, ROUNDS = 512, 500, 15
 BLOCK = ("queries, keys, values", "queries, keys, values", "queries, keys, values", "out", "fc1",
          "fc2")
 WRITTEN = "written by `python -m experiments.int8 tables` from results/"
@@ -43,17 +48,23 @@ def kinds(names: list[str], depth: int) -> dict[str, list[str]]:
   return found
 
 
-def run(folder: pathlib.Path, count: int | None = None):
-  """(rows, how many images): of the file in float32, of all products in 8 bits, of each kind alone,
-  and of all but it. count: of batches of test images, None: all."""
+class Subject(NamedTuple):
+  """program: of the dense model; path: its ONNX file in float32; shown: images to calibrate on;
+  images, labels: of the test split."""
+  program: Program
+  path: pathlib.Path
+  shown: np.ndarray
+  images: np.ndarray
+  labels: np.ndarray
+
+
+def subject(folder: pathlib.Path, count: int | None = None) -> Subject:
+  """count: of batches of test images, None: all."""
   model, variables = vc.fold(*vc.load(FILE))
   program = Program(model, variables, vc.preprocess(FILE))
-  whole = folder / "whole.onnx"
-  onnx_file.write(program, whole)
-  names = int8.products_with_weights(whole)
-  groups = kinds(names, model.depth)
-  groups |= {f"all but {kind}": [name for name in names if name not in nodes]
-             for kind, nodes in groups.items() if kind != "all"}
+  path = folder / "float32.onnx"
+  onnx_file.write(program, path)
+  int8.products_with_weights(path)   # names the nodes
   data = configs.complete(fashion_mnist.get_config()).data
   shown = program.preprocess.normalise(
       pipeline.sample(data, "train", CALIBRATION, program.preprocess))
@@ -61,7 +72,22 @@ def run(folder: pathlib.Path, count: int | None = None):
       data, "test", program.preprocess, batch_size=BATCH), strict=False)]
   images, labels, mask = (np.concatenate([batch[key] for batch in batches])
                           for key in ("image", "label", "mask"))
-  images, labels = program.preprocess.normalise(images[mask > 0]), labels[mask > 0]
+  return Subject(program, path, shown, program.preprocess.normalise(images[mask > 0]),
+                 labels[mask > 0])
+
+
+def logits_of(one: runtimes.Runner, images) -> np.ndarray:
+  return np.concatenate([one(images[i:i + BATCH]) for i in range(0, len(images), BATCH)])
+
+
+def run(folder: pathlib.Path, count: int | None = None):
+  """(rows, how many images): of the file in float32, of all products in 8 bits, of each kind alone,
+  and of all but it. count: of batches of test images, None: all."""
+  program, whole, shown, images, labels = subject(folder, count)
+  names = int8.products_with_weights(whole)
+  groups = kinds(names, program.model.depth)
+  groups |= {f"all but {kind}": [name for name in names if name not in nodes]
+             for kind, nodes in groups.items() if kind != "all"}
   calls, rows, exact = {}, {}, None
   for kind, nodes in {"none": [], **groups}.items():
     path = folder / f"{len(calls)}.onnx"
@@ -69,7 +95,7 @@ def run(folder: pathlib.Path, count: int | None = None):
     if nodes:
       int8.write(path, program, shown, nodes)
     one = runtimes.opened(path, "ort", threads=1)
-    logits = np.concatenate([one(images[i:i + BATCH]) for i in range(0, len(images), BATCH)])
+    logits = logits_of(one, images)
     exact = logits if kind == "none" else exact
     rows[kind] = {"quantised": kind, "accuracy": float((logits.argmax(-1) == labels).mean()),
                   "kl": divergence(exact, logits), "bytes": path.stat().st_size}
@@ -77,6 +103,82 @@ def run(folder: pathlib.Path, count: int | None = None):
   for kind, timing in bench.paired(calls).items():
     rows[kind] |= {"speed": [timing.speedup, timing.low, timing.high]}
   return list(rows.values()), len(images)
+
+
+def nncf_files(given: Subject, folder: pathlib.Path) -> dict[str, pathlib.Path]:
+  """{title: file} by NNCF: its choice of what to quantise in a transformer, with and without its
+  smoothing of activations, and ONNX Runtime's choice; of the ONNX file and of OpenVINO's."""
+  import nncf
+  import onnx
+  import openvino
+
+  products = int8.products_with_weights(given.path)
+  others = [node.name for node in onnx.load(given.path).graph.node if node.name not in products]
+  ways = {"NNCF": {}, "NNCF, without smoothing": {"smooth": False},
+          "NNCF, the same products": {"smooth": False, "ignored": others}}
+  files = {}
+  for kind, suffix in (("ONNX", ".onnx"), ("OpenVINO", ".xml")):
+    for way, how in ways.items():
+      if how.get("ignored") and kind == "OpenVINO":
+        continue   # its nodes have other names
+      path = folder / f"{kind} {way}{suffix}".replace(", ", "_").replace(" ", "_")
+      smoothing = nncf.AdvancedSmoothQuantParameters() if how.get("smooth", True) else \
+          nncf.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)
+      options = {
+          "model_type": nncf.ModelType.TRANSFORMER, "subset_size": len(given.shown),
+          "advanced_parameters": nncf.AdvancedQuantizationParameters(
+              smooth_quant_alphas=smoothing),
+          "ignored_scope": nncf.IgnoredScope(names=how.get("ignored", []), validate=False)}
+      shown = [{INPUT: image[None]} for image in given.shown]
+      source = onnx.load(given.path) if kind == "ONNX" else openvino.Core().read_model(given.path)
+      done = nncf.quantize(source, nncf.Dataset(shown), **options)
+      if kind == "ONNX":
+        onnx.save(done, path)
+      else:
+        openvino.save_model(done, path, compress_to_fp16=False)
+      files[f"{way}, {kind} file"] = path
+  return files
+
+
+def quantisers(folder: pathlib.Path, count: int | None = None):
+  """(rows, how many images): of each quantiser's file in each runtime that reads it."""
+  given = subject(folder, count)
+  own = folder / "own.onnx"
+  shutil.copy(given.path, own)
+  int8.write(own, given.program, given.shown)
+  files = {"float32": given.path, "ONNX Runtime's": own, **nncf_files(given, folder)}
+  rows, calls, exact = {}, {}, logits_of(runtimes.opened(given.path, "ort", threads=1),
+                                         given.images)
+  for title, path in files.items():
+    for runtime in ("ort", "openvino"):
+      if path.suffix not in runtimes.RUNTIMES[runtime]:
+        continue
+      one = runtimes.opened(path, runtime, threads=1)
+      logits = logits_of(one, given.images)
+      rows[title, runtime] = {
+          "quantiser": title, "runtime": one.runtime,
+          "accuracy": float((logits.argmax(-1) == given.labels).mean()),
+          "kl": divergence(exact, logits),
+          "bytes": sum(part.stat().st_size for part in path.parent.glob(f"{path.stem}.*"))}
+      calls[title, runtime] = lambda one=one: one(given.images[:8])
+  taken = bench.rounds_of(calls, rounds=ROUNDS)
+  for key, row in rows.items():
+    row["speed"] = bench.ratio(taken["float32", key[1]], taken[key])
+  return list(rows.values()), len(given.images)
+
+
+def quantiser_table(found: dict) -> str:
+  lines = ["| quantiser | runs in | test accuracy | KL to float32 | file | speed, float32 = 1 |",
+           "|---|---|---:|---:|---:|---:|"]
+  for row in found["rows"]:
+    middle, low, high = row["speed"]
+    lines.append(f"| {row['quantiser']} | {row['runtime']} | {100 * row['accuracy']:.2f} % | "
+                 f"{row['kl']:.1g} | {row['bytes'] / 1e6:.2f} MB | {middle:.2f}x [{low:.2f}, "
+                 f"{high:.2f}] |")
+  return "\n".join([*lines, "", f"`{found['command']}`: NNCF {found['nncf']}, the same model and "
+                    f"images, calibrated on {found['calibration']} training images, one thread of "
+                    f"{found['processor']}, batch 8, CPU seconds, medians of {found['rounds']} "
+                    f"rounds, load {found['load']:.1f}."])
 
 
 def table(found: dict) -> str:
@@ -93,25 +195,39 @@ def table(found: dict) -> str:
 
 def rewrite():
   path = ROOT / "docs/deploying.md"
-  text = path.read_text(encoding="utf-8")
-  begin, end = f"<!-- int8: {WRITTEN} -->", "<!-- end of int8 -->"
-  start, stop = text.index(begin), text.index(end)
-  found = json.loads(OUT.read_text())
-  path.write_text(f"{text[:start]}{begin}\n{table(found)}\n{text[stop:]}", encoding="utf-8")
+  text, found = path.read_text(encoding="utf-8"), json.loads(OUT.read_text())
+  tables = {"int8": table(found)}
+  if found.get("quantisers"):
+    tables["quantisers"] = quantiser_table(found["quantisers"])
+  for name, lines in tables.items():
+    begin, end = f"<!-- {name}: {WRITTEN} -->", f"<!-- end of {name} -->"
+    start, stop = text.index(begin), text.index(end)
+    text = f"{text[:start]}{begin}\n{lines}\n{text[stop:]}"
+  path.write_text(text, encoding="utf-8")
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("what", nargs="?", choices=["run", "tables"], default="run")
-  if parser.parse_args().what == "tables":
-    rewrite()
+  parser.add_argument("what", nargs="?", choices=["run", "quantisers", "tables"], default="run")
+  what = parser.parse_args().what
+  if what == "quantisers" and importlib.util.find_spec("nncf") is None:
+    print("quantisers: skipped, nncf is not installed; pip install nncf")
     return
-  load = os.getloadavg()[0]
-  with tempfile.TemporaryDirectory() as folder:
-    rows, images = run(pathlib.Path(folder))
-  about = {**environment(), "command": "python -m experiments.int8", "data": "Fashion-MNIST",
-           "processor": bench.processor(), "images": images, "load": load}
-  OUT.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+  if what != "tables":
+    old = json.loads(OUT.read_text()) if OUT.exists() else {}
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder:
+      rows, images = {"run": run, "quantisers": quantisers}[what](pathlib.Path(folder))
+    command = "python -m experiments.int8" + ("" if what == "run" else f" {what}")
+    about = {**environment(), "command": command, "data": "Fashion-MNIST",
+             "processor": bench.processor(), "images": images, "load": load}
+    if what == "run":
+      new = {**about, "rows": rows, "quantisers": old.get("quantisers")}
+    else:
+      about |= {"nncf": importlib.metadata.version("nncf"), "calibration": CALIBRATION,
+                "rounds": ROUNDS}
+      new = {**old, "quantisers": {**about, "rows": rows}}
+    OUT.write_text(json.dumps(new, indent=1) + "\n")
   rewrite()
 
 

@@ -26,9 +26,8 @@ def write(path: pathlib.Path, program: Program, images, names=None):
   if images.shape[1:] != program.image_shape or not len(images):
     raise ValueError(f"int8: images of shape {images.shape}, wanted (n, "
                      f"{', '.join(map(str, program.image_shape))}), normalised")
-  if program.pixels:
-    raise ValueError("int8 with pixels=True: calibrate a file of normalised images; leave pixels "
-                     "out")
+  if program.pixels:   # the file takes what these images were normalised from
+    images = np.rint(255 * program.preprocess.pixels(images)).astype(np.uint8)
   found = products_with_weights(path)
   names = found if names is None else names
   if not names:
