@@ -24,8 +24,9 @@ import vitcompact as vc
 from configs import fashion_mnist
 from experiments.benchmarks.tables import ROOT
 from vitcompact import bench, runtimes
+from vitcompact.cli.bench import random_variables
 from vitcompact.data import pipeline
-from vitcompact.export import int8, onnx_file
+from vitcompact.export import int8, onnx_file, photographs
 from vitcompact.export.program import INPUT, Program
 from vitcompact.measure import divergence
 from vitcompact.receipt import environment
@@ -33,7 +34,8 @@ from vitcompact.train import config as configs
 
 FILE = ROOT / "results/fashion_mnist_dense.safetensors"
 OUT = ROOT / "results/int8_fashion_mnist.json"
-CALIBRATION, BATCH, ROUNDS = 512, 500, 15
+CALIBRATION, BATCH, ROUNDS = 512, 500, 9
+SMALL = "deit_small_patch16_224"
 BLOCK = ("queries, keys, values", "queries, keys, values", "queries, keys, values", "out", "fc1",
          "fc2")
 WRITTEN = "written by `python -m experiments.int8 tables` from results/"
@@ -105,80 +107,95 @@ def run(folder: pathlib.Path, count: int | None = None):
   return list(rows.values()), len(images)
 
 
-def nncf_files(given: Subject, folder: pathlib.Path) -> dict[str, pathlib.Path]:
-  """{title: file} by NNCF: its choice of what to quantise in a transformer, with and without its
-  smoothing of activations, and ONNX Runtime's choice; of the ONNX file and of OpenVINO's."""
+def small() -> Program:
+  """A model of usual size, with random weights: to time."""
+  model = vc.create_model(SMALL, deploy=True)
+  return Program(model, random_variables(model), vc.preprocess(model))
+
+
+def quantised(program: Program, path: pathlib.Path, shown) -> dict[str, pathlib.Path]:
+  """{title: file} beside the ONNX file at a path: ONNX Runtime's quantiser as `export` calls it,
+  and with the results of products quantised as well; NNCF's choice of what to quantise in a
+  transformer, with and without its smoothing of activations, and ONNX Runtime's choice."""
   import nncf
   import onnx
   import openvino
 
-  products = int8.products_with_weights(given.path)
-  others = [node.name for node in onnx.load(given.path).graph.node if node.name not in products]
-  ways = {"NNCF": {}, "NNCF, without smoothing": {"smooth": False},
-          "NNCF, the same products": {"smooth": False, "ignored": others}}
-  files = {}
-  for kind, suffix in (("ONNX", ".onnx"), ("OpenVINO", ".xml")):
-    for way, how in ways.items():
-      if how.get("ignored") and kind == "OpenVINO":
-        continue   # its nodes have other names
-      path = folder / f"{kind} {way}{suffix}".replace(", ", "_").replace(" ", "_")
-      smoothing = nncf.AdvancedSmoothQuantParameters() if how.get("smooth", True) else \
-          nncf.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)
-      options = {
-          "model_type": nncf.ModelType.TRANSFORMER, "subset_size": len(given.shown),
-          "advanced_parameters": nncf.AdvancedQuantizationParameters(
-              smooth_quant_alphas=smoothing),
-          "ignored_scope": nncf.IgnoredScope(names=how.get("ignored", []), validate=False)}
-      shown = [{INPUT: image[None]} for image in given.shown]
-      source = onnx.load(given.path) if kind == "ONNX" else openvino.Core().read_model(given.path)
-      done = nncf.quantize(source, nncf.Dataset(shown), **options)
-      if kind == "ONNX":
-        onnx.save(done, path)
-      else:
-        openvino.save_model(done, path, compress_to_fp16=False)
-      files[f"{way}, {kind} file"] = path
+  files = {"none": path}
+  for title, outputs in (("ONNX Runtime", False), ("ONNX Runtime, results too", True)):
+    files[title] = path.with_name(f"ort{outputs}.onnx")
+    shutil.copy(path, files[title])
+    int8.write(files[title], program, shown, outputs=outputs)
+  products = int8.products_with_weights(path)
+  others = [node.name for node in onnx.load(path).graph.node if node.name not in products]
+  # Names of nodes are those of the ONNX file.
+  ways = {"NNCF": ("onnx", 0.95, []), "NNCF, no smoothing": ("onnx", -1, []),
+          "NNCF, the same products": ("onnx", -1, others), "NNCF on OpenVINO": ("xml", 0.95, []),
+          "NNCF on OpenVINO, no smoothing": ("xml", -1, [])}
+  for i, (title, (suffix, smoothing, ignored)) in enumerate(ways.items()):
+    source = onnx.load(path) if suffix == "onnx" else openvino.Core().read_model(path)
+    done = nncf.quantize(
+        source, nncf.Dataset([{INPUT: image[None]} for image in shown]),
+        model_type=nncf.ModelType.TRANSFORMER, subset_size=len(shown),
+        ignored_scope=nncf.IgnoredScope(names=ignored, validate=False),
+        advanced_parameters=nncf.AdvancedQuantizationParameters(
+            smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=smoothing)))
+    files[title] = path.with_name(f"nncf{i}.{suffix}")
+    if suffix == "onnx":
+      onnx.save(done, files[title])
+    else:
+      openvino.save_model(done, files[title], compress_to_fp16=False)
   return files
+
+
+def opened(files) -> dict[tuple[str, str], runtimes.Runner]:
+  """{(title, runtime): a function of images} of each file in each runtime that reads it."""
+  return {(title, runtime): runtimes.opened(path, runtime, threads=1)
+          for title, path in files.items() for runtime in ("ort", "openvino")
+          if path.suffix in runtimes.RUNTIMES[runtime]}
+
+
+def speeds(runners, images) -> dict[tuple[str, str], tuple[float, float, float]]:
+  """How much faster each is than float32 in the same runtime."""
+  taken = bench.rounds_of({key: lambda one=one: one(images) for key, one in runners.items()},
+                          rounds=ROUNDS)
+  return {key: bench.ratio(taken["none", key[1]], taken[key]) for key in runners}
 
 
 def quantisers(folder: pathlib.Path, count: int | None = None):
   """(rows, how many images): of each quantiser's file in each runtime that reads it."""
-  given = subject(folder, count)
-  own = folder / "own.onnx"
-  shutil.copy(given.path, own)
-  int8.write(own, given.program, given.shown)
-  files = {"float32": given.path, "ONNX Runtime's": own, **nncf_files(given, folder)}
-  rows, calls, exact = {}, {}, logits_of(runtimes.opened(given.path, "ort", threads=1),
-                                         given.images)
-  for title, path in files.items():
-    for runtime in ("ort", "openvino"):
-      if path.suffix not in runtimes.RUNTIMES[runtime]:
-        continue
-      one = runtimes.opened(path, runtime, threads=1)
-      logits = logits_of(one, given.images)
-      rows[title, runtime] = {
-          "quantiser": title, "runtime": one.runtime,
-          "accuracy": float((logits.argmax(-1) == given.labels).mean()),
-          "kl": divergence(exact, logits),
-          "bytes": sum(part.stat().st_size for part in path.parent.glob(f"{path.stem}.*"))}
-      calls[title, runtime] = lambda one=one: one(given.images[:8])
-  taken = bench.rounds_of(calls, rounds=ROUNDS)
-  for key, row in rows.items():
-    row["speed"] = bench.ratio(taken["float32", key[1]], taken[key])
-  return list(rows.values()), len(given.images)
+  given, program = subject(folder, count), small()
+  files = quantised(given.program, given.path, given.shown)
+  (folder / "small").mkdir()
+  path = folder / "small/float32.onnx"
+  onnx_file.write(program, path)
+  shown = program.preprocess.normalise(photographs(program.preprocess, 8))
+  runners = opened(files)
+  of_both = [speeds(runners, given.images[:8]),
+             speeds(opened(quantised(program, path, shown)), shown[:1])]
+  exact, rows = logits_of(runners["none", "ort"], given.images), []
+  for (title, runtime), one in runners.items():
+    logits, path = logits_of(one, given.images), files[title]
+    rows.append({"quantiser": title, "runtime": runtimes.NAMES[runtime],
+                 "accuracy": float((logits.argmax(-1) == given.labels).mean()),
+                 "kl": divergence(exact, logits),
+                 "bytes": sum(part.stat().st_size for part in path.parent.glob(f"{path.stem}.*")),
+                 "speed": of_both[0][title, runtime], "speed_small": of_both[1][title, runtime]})
+  return rows, len(given.images)
 
 
 def quantiser_table(found: dict) -> str:
-  lines = ["| quantiser | runs in | test accuracy | KL to float32 | file | speed, float32 = 1 |",
-           "|---|---|---:|---:|---:|---:|"]
+  lines = ["| quantiser | runs in | test accuracy | KL to float32 | file | speed, float32 = 1 | "
+           f"speed of {SMALL} |", "|---|---|---:|---:|---:|---:|---:|"]
   for row in found["rows"]:
-    middle, low, high = row["speed"]
+    times = ["{:.2f}x [{:.2f}, {:.2f}]".format(*row[key]) for key in ("speed", "speed_small")]
     lines.append(f"| {row['quantiser']} | {row['runtime']} | {100 * row['accuracy']:.2f} % | "
-                 f"{row['kl']:.1g} | {row['bytes'] / 1e6:.2f} MB | {middle:.2f}x [{low:.2f}, "
-                 f"{high:.2f}] |")
-  return "\n".join([*lines, "", f"`{found['command']}`: NNCF {found['nncf']}, the same model and "
-                    f"images, calibrated on {found['calibration']} training images, one thread of "
-                    f"{found['processor']}, batch 8, CPU seconds, medians of {found['rounds']} "
-                    f"rounds, load {found['load']:.1f}."])
+                 f"{row['kl']:.1g} | {row['bytes'] / 1e6:.2f} MB | {' | '.join(times)} |")
+  return "\n".join([*lines, "", f"`{found['command']}`: the same model, batch 8, and "
+                    f"`{SMALL}` with random weights, batch 1; NNCF {found['nncf']}, calibrated on "
+                    f"{found['calibration']} training images and on 8 photographs; one thread of "
+                    f"{found['processor']}, CPU seconds, medians of {found['rounds']} rounds, load "
+                    f"{found['load']:.1f}."])
 
 
 def table(found: dict) -> str:

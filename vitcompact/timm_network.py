@@ -3,6 +3,8 @@
 PyTorch has no network of a compact plan: `refusal` says of which models there is one. `import_timm`
 uses nothing of this package, so that a Python that has PyTorch alone can load this file.
 """
+import os
+import sys
 from collections.abc import Callable
 
 INSTALL = "pip install torch timm"
@@ -33,6 +35,10 @@ def import_timm():
 
 def installed():
   """(torch, timm), or ValueError that says how to get them."""
+  if "torch" not in sys.modules:
+    # OpenMP reads it when it is loaded. Threads that spin while they wait count as CPU seconds of
+    # whatever is timed, and on cores that others use too they made a network 20 times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
   try:
     return import_timm()
   except ImportError as error:
@@ -70,6 +76,8 @@ def forward(model, variables, batch: int, *, threads: int | None = None,
 
   from vitcompact.runtimes import cores
 
+  if compiled:   # else it forks workers, which a process with JAX's threads in it must not do
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
   torch, _ = installed()
   torch.set_num_threads(threads or cores())
   dtype = getattr(torch, precision)

@@ -225,6 +225,10 @@ def test_the_page_shows_what_8_bits_were_measured_to_cost():
 
   page, found = (int8.ROOT / "docs/deploying.md").read_text(), json.loads(int8.OUT.read_text())
   assert int8.table(found) in page and int8.quantiser_table(found["quantisers"]) in page
+  for runtime in ("ONNX Runtime", "OpenVINO"):
+    losses = {row["quantiser"]: row["kl"] for row in found["quantisers"]["rows"]
+              if row["runtime"] == runtime and row["quantiser"] != "none"}
+    assert min(losses, key=losses.get) == "ONNX Runtime" and len(losses) > 3
   names = [f"node {i}" for i in range(14)]
   found = int8.kinds(names, depth=2)
   assert found["fc2"] == ["node 6", "node 12"] and found["head"] == ["node 13"]
