@@ -4,6 +4,7 @@ PyTorch is not installed where these tests run, so most of them see a double of 
 """
 import contextlib
 import importlib.util
+import os
 import sys
 import types
 
@@ -13,7 +14,7 @@ import pytest
 import vitcompact as vc
 from tests import tiny
 from tests.cli import command
-from vitcompact import bench, timm_network
+from vitcompact import bench, cli, timm_network
 from vitcompact.execution import Execution
 
 NAME = "deit_tiny_patch16_224"
@@ -104,6 +105,16 @@ def test_sizes_in_which_a_file_differs_from_its_name_are_passed_on(asked, tmp_pa
                  ) == [["dense", "PyTorch"], [str(path), "PyTorch"]]
   assert asked["networks"][-1] == {"name": NAME, "img_size": 32, "patch_size": 8, "embed_dim": 24,
                                    "depth": 2, "num_heads": 4}
+
+
+def test_the_number_of_threads_is_told_to_xla_while_it_starts_only(monkeypatch):
+  name = cli.bench.XLA_THREADS
+  for before in (None, "7"):
+    monkeypatch.delenv(name, raising=False) if before is None else monkeypatch.setenv(name, before)
+    for count, wanted in ((2, "2"), (None, before)):
+      with cli.bench.xla_threads(count):
+        assert os.environ.get(name) == wanted
+      assert os.environ.get(name) == before
 
 
 def test_what_timm_has_a_network_of(asked):
