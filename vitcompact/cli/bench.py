@@ -93,7 +93,9 @@ def exported(path, batch: int, runtime: str, threads: int | None) -> Row:
   run = runtimes.opened(path, runtime, threads=threads, precision=precision)
   if run.batch not in (None, batch):
     raise ValueError(f"{path} takes {run.batch} images at a time: give --batch {run.batch}")
-  images = np.random.default_rng(0).normal(size=(batch, *run.shape)).astype(run.dtype)
+  rng, shape = np.random.default_rng(0), (batch, *run.shape)
+  images = rng.integers(0, 256, shape, np.uint8) if run.dtype == np.uint8 else \
+      rng.normal(size=shape).astype(run.dtype)
   return Row(str(path), name, None, lambda: run(images))
 
 
