@@ -1,17 +1,22 @@
 """What 8 bits cost, kind of product by kind, and what they save: on Fashion-MNIST.
 
-  python -m experiments.int8            # results/int8_fashion_mnist.json, a minute of one core
-  python -m experiments.int8 tables     # into docs/deploying.md, from results/
+  python -m experiments.int8                # results/int8_fashion_mnist.json, a minute of one core
+  python -m experiments.int8 quantisers     # the same file: NNCF beside ONNX Runtime's quantiser
+  python -m experiments.int8 tables         # into docs/deploying.md, from results/
 
 The dense model of results/ is exported to ONNX, and calibrated on training images. Accuracies are
-of the 10,000 test images, which choose nothing.
+of the 10,000 test images, which choose nothing. `quantisers` needs nncf, which is no dependency
+(pip install nncf); without it, it measures nothing.
 """
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
 import shutil
 import tempfile
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,16 +24,18 @@ import vitcompact as vc
 from configs import fashion_mnist
 from experiments.benchmarks.tables import ROOT
 from vitcompact import bench, runtimes
+from vitcompact.cli.bench import random_variables
 from vitcompact.data import pipeline
-from vitcompact.export import int8, onnx_file
-from vitcompact.export.program import Program
+from vitcompact.export import int8, onnx_file, photographs
+from vitcompact.export.program import INPUT, Program
 from vitcompact.measure import divergence
 from vitcompact.receipt import environment
 from vitcompact.train import config as configs
 
 FILE = ROOT / "results/fashion_mnist_dense.safetensors"
 OUT = ROOT / "results/int8_fashion_mnist.json"
-CALIBRATION, BATCH = 512, 500
+CALIBRATION, BATCH, ROUNDS = 512, 500, 9
+SMALL = "deit_small_patch16_224"
 BLOCK = ("queries, keys, values", "queries, keys, values", "queries, keys, values", "out", "fc1",
          "fc2")
 WRITTEN = "written by `python -m experiments.int8 tables` from results/"
@@ -43,17 +50,23 @@ def kinds(names: list[str], depth: int) -> dict[str, list[str]]:
   return found
 
 
-def run(folder: pathlib.Path, count: int | None = None):
-  """(rows, how many images): of the file in float32, of all products in 8 bits, of each kind alone,
-  and of all but it. count: of batches of test images, None: all."""
+class Subject(NamedTuple):
+  """program: of the dense model; path: its ONNX file in float32; shown: images to calibrate on;
+  images, labels: of the test split."""
+  program: Program
+  path: pathlib.Path
+  shown: np.ndarray
+  images: np.ndarray
+  labels: np.ndarray
+
+
+def subject(folder: pathlib.Path, count: int | None = None) -> Subject:
+  """count: of batches of test images, None: all."""
   model, variables = vc.fold(*vc.load(FILE))
   program = Program(model, variables, vc.preprocess(FILE))
-  whole = folder / "whole.onnx"
-  onnx_file.write(program, whole)
-  names = int8.products_with_weights(whole)
-  groups = kinds(names, model.depth)
-  groups |= {f"all but {kind}": [name for name in names if name not in nodes]
-             for kind, nodes in groups.items() if kind != "all"}
+  path = folder / "float32.onnx"
+  onnx_file.write(program, path)
+  int8.products_with_weights(path)   # names the nodes
   data = configs.complete(fashion_mnist.get_config()).data
   shown = program.preprocess.normalise(
       pipeline.sample(data, "train", CALIBRATION, program.preprocess))
@@ -61,7 +74,22 @@ def run(folder: pathlib.Path, count: int | None = None):
       data, "test", program.preprocess, batch_size=BATCH), strict=False)]
   images, labels, mask = (np.concatenate([batch[key] for batch in batches])
                           for key in ("image", "label", "mask"))
-  images, labels = program.preprocess.normalise(images[mask > 0]), labels[mask > 0]
+  return Subject(program, path, shown, program.preprocess.normalise(images[mask > 0]),
+                 labels[mask > 0])
+
+
+def logits_of(one: runtimes.Runner, images) -> np.ndarray:
+  return np.concatenate([one(images[i:i + BATCH]) for i in range(0, len(images), BATCH)])
+
+
+def run(folder: pathlib.Path, count: int | None = None):
+  """(rows, how many images): of the file in float32, of all products in 8 bits, of each kind alone,
+  and of all but it. count: of batches of test images, None: all."""
+  program, whole, shown, images, labels = subject(folder, count)
+  names = int8.products_with_weights(whole)
+  groups = kinds(names, program.model.depth)
+  groups |= {f"all but {kind}": [name for name in names if name not in nodes]
+             for kind, nodes in groups.items() if kind != "all"}
   calls, rows, exact = {}, {}, None
   for kind, nodes in {"none": [], **groups}.items():
     path = folder / f"{len(calls)}.onnx"
@@ -69,7 +97,7 @@ def run(folder: pathlib.Path, count: int | None = None):
     if nodes:
       int8.write(path, program, shown, nodes)
     one = runtimes.opened(path, "ort", threads=1)
-    logits = np.concatenate([one(images[i:i + BATCH]) for i in range(0, len(images), BATCH)])
+    logits = logits_of(one, images)
     exact = logits if kind == "none" else exact
     rows[kind] = {"quantised": kind, "accuracy": float((logits.argmax(-1) == labels).mean()),
                   "kl": divergence(exact, logits), "bytes": path.stat().st_size}
@@ -77,6 +105,97 @@ def run(folder: pathlib.Path, count: int | None = None):
   for kind, timing in bench.paired(calls).items():
     rows[kind] |= {"speed": [timing.speedup, timing.low, timing.high]}
   return list(rows.values()), len(images)
+
+
+def small() -> Program:
+  """A model of usual size, with random weights: to time."""
+  model = vc.create_model(SMALL, deploy=True)
+  return Program(model, random_variables(model), vc.preprocess(model))
+
+
+def quantised(program: Program, path: pathlib.Path, shown) -> dict[str, pathlib.Path]:
+  """{title: file} beside the ONNX file at a path: ONNX Runtime's quantiser as `export` calls it,
+  and with the results of products quantised as well; NNCF's choice of what to quantise in a
+  transformer, with and without its smoothing of activations, and ONNX Runtime's choice."""
+  import nncf
+  import onnx
+  import openvino
+
+  files = {"none": path}
+  for title, outputs in (("ONNX Runtime", False), ("ONNX Runtime, results too", True)):
+    files[title] = path.with_name(f"ort{outputs}.onnx")
+    shutil.copy(path, files[title])
+    int8.write(files[title], program, shown, outputs=outputs)
+  products = int8.products_with_weights(path)
+  others = [node.name for node in onnx.load(path).graph.node if node.name not in products]
+  # Names of nodes are those of the ONNX file.
+  ways = {"NNCF": ("onnx", 0.95, []), "NNCF, no smoothing": ("onnx", -1, []),
+          "NNCF, the same products": ("onnx", -1, others), "NNCF on OpenVINO": ("xml", 0.95, []),
+          "NNCF on OpenVINO, no smoothing": ("xml", -1, [])}
+  for i, (title, (suffix, smoothing, ignored)) in enumerate(ways.items()):
+    source = onnx.load(path) if suffix == "onnx" else openvino.Core().read_model(path)
+    done = nncf.quantize(
+        source, nncf.Dataset([{INPUT: image[None]} for image in shown]),
+        model_type=nncf.ModelType.TRANSFORMER, subset_size=len(shown),
+        ignored_scope=nncf.IgnoredScope(names=ignored, validate=False),
+        advanced_parameters=nncf.AdvancedQuantizationParameters(
+            smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=smoothing)))
+    files[title] = path.with_name(f"nncf{i}.{suffix}")
+    if suffix == "onnx":
+      onnx.save(done, files[title])
+    else:
+      openvino.save_model(done, files[title], compress_to_fp16=False)
+  return files
+
+
+def opened(files) -> dict[tuple[str, str], runtimes.Runner]:
+  """{(title, runtime): a function of images} of each file in each runtime that reads it."""
+  return {(title, runtime): runtimes.opened(path, runtime, threads=1)
+          for title, path in files.items() for runtime in ("ort", "openvino")
+          if path.suffix in runtimes.RUNTIMES[runtime]}
+
+
+def speeds(runners, images) -> dict[tuple[str, str], tuple[float, float, float]]:
+  """How much faster each is than float32 in the same runtime."""
+  taken = bench.rounds_of({key: lambda one=one: one(images) for key, one in runners.items()},
+                          rounds=ROUNDS)
+  return {key: bench.ratio(taken["none", key[1]], taken[key]) for key in runners}
+
+
+def quantisers(folder: pathlib.Path, count: int | None = None):
+  """(rows, how many images): of each quantiser's file in each runtime that reads it."""
+  given, program = subject(folder, count), small()
+  files = quantised(given.program, given.path, given.shown)
+  (folder / "small").mkdir()
+  path = folder / "small/float32.onnx"
+  onnx_file.write(program, path)
+  shown = program.preprocess.normalise(photographs(program.preprocess, 8))
+  runners = opened(files)
+  of_both = [speeds(runners, given.images[:8]),
+             speeds(opened(quantised(program, path, shown)), shown[:1])]
+  exact, rows = logits_of(runners["none", "ort"], given.images), []
+  for (title, runtime), one in runners.items():
+    logits, path = logits_of(one, given.images), files[title]
+    rows.append({"quantiser": title, "runtime": runtimes.NAMES[runtime],
+                 "accuracy": float((logits.argmax(-1) == given.labels).mean()),
+                 "kl": divergence(exact, logits),
+                 "bytes": sum(part.stat().st_size for part in path.parent.glob(f"{path.stem}.*")),
+                 "speed": of_both[0][title, runtime], "speed_small": of_both[1][title, runtime]})
+  return rows, len(given.images)
+
+
+def quantiser_table(found: dict) -> str:
+  lines = ["| quantiser | runs in | test accuracy | KL to float32 | file | speed, float32 = 1 | "
+           f"speed of {SMALL} |", "|---|---|---:|---:|---:|---:|---:|"]
+  for row in found["rows"]:
+    times = ["{:.2f}x [{:.2f}, {:.2f}]".format(*row[key]) for key in ("speed", "speed_small")]
+    lines.append(f"| {row['quantiser']} | {row['runtime']} | {100 * row['accuracy']:.2f} % | "
+                 f"{row['kl']:.1g} | {row['bytes'] / 1e6:.2f} MB | {' | '.join(times)} |")
+  return "\n".join([*lines, "", f"`{found['command']}`: the same model, batch 8, and "
+                    f"`{SMALL}` with random weights, batch 1; NNCF {found['nncf']}, calibrated on "
+                    f"{found['calibration']} training images and on 8 photographs; one thread of "
+                    f"{found['processor']}, CPU seconds, medians of {found['rounds']} rounds, load "
+                    f"{found['load']:.1f}."])
 
 
 def table(found: dict) -> str:
@@ -93,25 +212,39 @@ def table(found: dict) -> str:
 
 def rewrite():
   path = ROOT / "docs/deploying.md"
-  text = path.read_text(encoding="utf-8")
-  begin, end = f"<!-- int8: {WRITTEN} -->", "<!-- end of int8 -->"
-  start, stop = text.index(begin), text.index(end)
-  found = json.loads(OUT.read_text())
-  path.write_text(f"{text[:start]}{begin}\n{table(found)}\n{text[stop:]}", encoding="utf-8")
+  text, found = path.read_text(encoding="utf-8"), json.loads(OUT.read_text())
+  tables = {"int8": table(found)}
+  if found.get("quantisers"):
+    tables["quantisers"] = quantiser_table(found["quantisers"])
+  for name, lines in tables.items():
+    begin, end = f"<!-- {name}: {WRITTEN} -->", f"<!-- end of {name} -->"
+    start, stop = text.index(begin), text.index(end)
+    text = f"{text[:start]}{begin}\n{lines}\n{text[stop:]}"
+  path.write_text(text, encoding="utf-8")
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("what", nargs="?", choices=["run", "tables"], default="run")
-  if parser.parse_args().what == "tables":
-    rewrite()
+  parser.add_argument("what", nargs="?", choices=["run", "quantisers", "tables"], default="run")
+  what = parser.parse_args().what
+  if what == "quantisers" and importlib.util.find_spec("nncf") is None:
+    print("quantisers: skipped, nncf is not installed; pip install nncf")
     return
-  load = os.getloadavg()[0]
-  with tempfile.TemporaryDirectory() as folder:
-    rows, images = run(pathlib.Path(folder))
-  about = {**environment(), "command": "python -m experiments.int8", "data": "Fashion-MNIST",
-           "processor": bench.processor(), "images": images, "load": load}
-  OUT.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+  if what != "tables":
+    old = json.loads(OUT.read_text()) if OUT.exists() else {}
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder:
+      rows, images = {"run": run, "quantisers": quantisers}[what](pathlib.Path(folder))
+    command = "python -m experiments.int8" + ("" if what == "run" else f" {what}")
+    about = {**environment(), "command": command, "data": "Fashion-MNIST",
+             "processor": bench.processor(), "images": images, "load": load}
+    if what == "run":
+      new = {**about, "rows": rows, "quantisers": old.get("quantisers")}
+    else:
+      about |= {"nncf": importlib.metadata.version("nncf"), "calibration": CALIBRATION,
+                "rounds": ROUNDS}
+      new = {**old, "quantisers": {**about, "rows": rows}}
+    OUT.write_text(json.dumps(new, indent=1) + "\n")
   rewrite()
 
 

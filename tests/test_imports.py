@@ -16,7 +16,7 @@ MODELS = BASE | {"methods", "plan", "execution", "block", "models"}
 VERBS = {"calibration", "compact", "fold", "verify", "count", "features", "convert", "receipt",
          "preprocess", "bench", "latency", "measure", "planner", "report", "doors", "export",
          "runtimes", "tune", "files", "fit", "foreign", "foreign_config", "foreign_names",
-         "foreign_rules", "foreign_tensors", "compare", "draw", "pytorch", "hub"}
+         "foreign_rules", "foreign_tensors", "compare", "draw", "pytorch", "timm_network", "hub"}
 # room -> the rooms it may import, besides itself. A room is a file or a folder of vitcompact/.
 MAY = {
     "trees": set(), "settings": set(), "kernels": set(), "torch_names": set(),

@@ -12,10 +12,15 @@ import numpy as np
 
 RUNTIMES = {"xla": (".stablehlo", ".safetensors"), "ort": (".onnx",),
             "openvino": (".xml", ".onnx")}
-# What is compared by `vitcompact bench`: {name: (the runtime, its precision, a title)}.
-TIMED = {"xla": ("xla", "float32", "XLA"), "ort": ("ort", "float32", "ONNX Runtime"),
+# What is compared by `vitcompact bench`: {name: (the runtime, its precision, a title)}. PyTorch
+# reads none of our files: it runs timm's own network of a dense model, see `timm_network`.
+TIMED = {"xla": ("xla", "float32", "XLA"), "xla-bf16": ("xla", "bfloat16", "XLA, bfloat16"),
+         "ort": ("ort", "float32", "ONNX Runtime"),
          "openvino": ("openvino", "float32", "OpenVINO"),
-         "openvino-bf16": ("openvino", "bfloat16", "OpenVINO, bfloat16")}
+         "openvino-bf16": ("openvino", "bfloat16", "OpenVINO, bfloat16"),
+         "torch": ("torch", "float32", "PyTorch"),
+         "torch-bf16": ("torch", "bfloat16", "PyTorch, bfloat16"),
+         "torch-compile": ("torch", "float32", "PyTorch, compiled")}
 NAMES = {"xla": "XLA", "ort": "ONNX Runtime", "openvino": "OpenVINO"}
 ORT_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 EXTRA = "pip install 'vitcompact[export]'"
@@ -117,7 +122,7 @@ def _ort(path, threads, precision) -> Runner:
   options = onnxruntime.SessionOptions()
   options.log_severity_level = 3   # errors; it warns of each constant that it folds
   # It counts the machine's cores by itself, and its idle threads would wait on those of others.
-  options.intra_op_num_threads = threads or _cores()
+  options.intra_op_num_threads = threads or cores()
   try:
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
   except Exception as error:   # of many classes of its own
@@ -143,8 +148,12 @@ def _openvino(path, threads, precision) -> Runner:
   # It takes bfloat16 by itself where the processor has it.
   options = {properties.hint.inference_precision(): {
       "float32": openvino.Type.f32, "bfloat16": openvino.Type.bf16}[precision]}
-  options[properties.inference_num_threads()] = threads or _cores()
+  options[properties.inference_num_threads()] = threads or cores()
   core = openvino.Core()
+  if precision == "bfloat16" and "BF16" not in core.get_property(
+      "CPU", properties.device.capabilities()):
+    raise ValueError("precision bfloat16: this processor has none, and OpenVINO would compute in "
+                     "float32 without saying so; ask for float32")
   try:
     model = core.read_model(path)
     compiled = core.compile_model(model, "CPU", options)
@@ -164,7 +173,7 @@ def _openvino(path, threads, precision) -> Runner:
                 np.dtype(image.get_element_type().to_dtype()), batch)
 
 
-def _cores() -> int:
+def cores() -> int:
   """That this process may use."""
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -1,10 +1,11 @@
 """A DeiT in PyTorch as its users run it, built and timed on request: the other end of `peer.py`.
 
-Reads a JSON object a line, answers with one. Needs torch, nothing of vitcompact or JAX; kinds with
-"timm" need timm as well.
+Reads a JSON object a line, answers with one. Needs torch, nothing of JAX; kinds with "timm" need
+timm as well.
 """
-import contextlib
 import json
+import pathlib
+import runpy
 import sys
 import time
 
@@ -66,13 +67,9 @@ class DeiT(nn.Module):
 
 
 def from_timm(image_size, depth, width, heads):
-  # Operators that torchvision's compiled part would declare: enough to import timm without it.
-  library = torch.library.Library("torchvision", "FRAGMENT")
-  for name in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-               "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"):
-    with contextlib.suppress(RuntimeError):   # declared already
-      library.define(name)
-  import timm
+  # The file alone: its package imports JAX, which this Python does not have.
+  path = pathlib.Path(__file__).parents[2] / "vitcompact/timm_network.py"
+  _, timm = runpy.run_path(str(path))["import_timm"]()
   return timm.create_model("deit_small_patch16_224", img_size=image_size, depth=depth,
                            embed_dim=width, num_heads=heads)
 

@@ -202,11 +202,33 @@ def test_int8_is_calibrated_and_says_what_it_loses(small, tmp_path):
   assert os.listdir(tmp_path) == ["a.onnx"]
 
 
+def test_int8_of_a_file_that_takes_pixels_is_that_of_one_that_takes_normalised_images(
+    small, tmp_path):
+  model, variables = small
+  pixels = np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), dtype=np.uint8)
+  images = vc.preprocess(model).normalise(pixels)
+  logits = {}
+  for name, given in (("normalised", images), ("pixels", pixels)):
+    path = tmp_path / f"{name}.onnx"
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")
+      done = vc.export(model, variables, path, int8=images, pixels=name == "pixels")
+    assert 1e-5 < done.max_rel < 0.2
+    logits[name] = runtimes.opened(path)(given)
+  # A value at the edge of a step may round to either side.
+  most = np.abs(logits["normalised"]).max()
+  np.testing.assert_allclose(logits["pixels"], logits["normalised"], atol=0.02 * most)
+
+
 def test_the_page_shows_what_8_bits_were_measured_to_cost():
   from experiments import int8
 
-  page = (int8.ROOT / "docs/deploying.md").read_text()
-  assert int8.table(json.loads(int8.OUT.read_text())) in page
+  page, found = (int8.ROOT / "docs/deploying.md").read_text(), json.loads(int8.OUT.read_text())
+  assert int8.table(found) in page and int8.quantiser_table(found["quantisers"]) in page
+  for runtime in ("ONNX Runtime", "OpenVINO"):
+    losses = {row["quantiser"]: row["kl"] for row in found["quantisers"]["rows"]
+              if row["runtime"] == runtime and row["quantiser"] != "none"}
+    assert min(losses, key=losses.get) == "ONNX Runtime" and len(losses) > 3
   names = [f"node {i}" for i in range(14)]
   found = int8.kinds(names, depth=2)
   assert found["fc2"] == ["node 6", "node 12"] and found["head"] == ["node 13"]

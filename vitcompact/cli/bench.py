@@ -1,4 +1,6 @@
 """vitcompact bench: how fast compact models are on this machine, beside the dense one."""
+import contextlib
+import os
 import pathlib
 import statistics
 import tempfile
@@ -9,6 +11,7 @@ import click
 
 COLUMNS = ("model", "runtime", "parameters", "MACs", "ms", "images/s", "speed, dense = 1",
            "of the MACs' ratio")
+XLA_THREADS = "PJRT_NPROC"   # which XLA reads when it starts on a CPU
 
 
 class Row(NamedTuple):
@@ -59,18 +62,23 @@ def forward(model, batch: int, runtime: str = "xla", threads: int | None = None,
   folder: for the file that another runtime than XLA takes.
   """
   import vitcompact as vc
-  from vitcompact import bench, runtimes
+  from vitcompact import bench, runtimes, timm_network
   from vitcompact.doors import image_shapes
   from vitcompact.export import onnx_file
   from vitcompact.export.program import Program
   from vitcompact.tune import random_arrays
 
+  compiled = runtime == "torch-compile"
+  runtime, precision, _ = runtimes.TIMED[runtime]
   variables, images = random_variables(model), random_arrays(image_shapes(model, batch))
   if runtime == "xla":
-    return bench.compiled(model.apply, variables, images).call
+    half = model.clone(dtype=precision) if precision != "float32" else model
+    return bench.compiled(half.apply, variables, images).call
+  if runtime == "torch":
+    return timm_network.forward(model, variables, batch, threads=threads, precision=precision,
+                                compiled=compiled)
   path = pathlib.Path(folder, f"{len(list(pathlib.Path(folder).iterdir()))}.onnx")
   onnx_file.write(Program(model, variables, vc.preprocess(model)), path)
-  runtime, precision, _ = runtimes.TIMED[runtime]
   run = runtimes.opened(path, runtime, threads=threads, precision=precision)
   return lambda: run(images)
 
@@ -85,35 +93,55 @@ def exported(path, batch: int, runtime: str, threads: int | None) -> Row:
   run = runtimes.opened(path, runtime, threads=threads, precision=precision)
   if run.batch not in (None, batch):
     raise ValueError(f"{path} takes {run.batch} images at a time: give --batch {run.batch}")
-  images = np.random.default_rng(0).normal(size=(batch, *run.shape)).astype(run.dtype)
+  rng, shape = np.random.default_rng(0), (batch, *run.shape)
+  images = rng.integers(0, 256, shape, np.uint8) if run.dtype == np.uint8 else \
+      rng.normal(size=shape).astype(run.dtype)
   return Row(str(path), name, None, lambda: run(images))
 
 
-def timed(names, plans, image_size, batch, asked, threads, folder) -> list[Row]:
-  """What is timed: of each model the dense one and its plans in each runtime, then files."""
+def reads(runtime: str, path: str) -> bool:
+  """Whether a row of this runtime can be of a file, which XLA computes in the file's precision."""
   from vitcompact import runtimes
 
+  name, precision, _ = runtimes.TIMED[runtime]
+  return (pathlib.Path(path).suffix in runtimes.RUNTIMES.get(name, ())
+          and (name, precision) != ("xla", "bfloat16"))
+
+
+def timed(names, plans, image_size, batch, asked, threads, folder) -> tuple[list[Row], list[str]]:
+  """(What is timed: of each model the dense one and its plans in each runtime, then files; which
+  models PyTorch has no network of, and why)."""
+  from vitcompact import runtimes, timm_network
+
   files = [name for name in names if pathlib.Path(name).suffix in (".onnx", ".xml", ".stablehlo")]
-  rows = []
+  torch = [runtime for runtime in asked if runtimes.TIMED[runtime][0] == "torch"]
+  if torch and set(names) - set(files):
+    timm_network.installed()   # before minutes of compiling for the other runtimes
+  rows, left = [], {}
   for name in names:
     if name in files:
-      reads = {runtime: pathlib.Path(name).suffix in runtimes.RUNTIMES[runtimes.TIMED[runtime][0]]
-               for runtime in runtimes.TIMED}
-      fitting = [runtime for runtime in asked if reads[runtime]]
+      fitting = [runtime for runtime in asked if reads(runtime, name)]
       if plans or image_size:
         raise ValueError(f"{name} has its own plan and size: leave --plan and --image-size out")
       if not fitting:
-        raise ValueError(f"{name} is read by {', '.join(key for key in reads if reads[key])}, not "
-                         f"by {', '.join(asked)}: give --runtime")
+        known = [runtime for runtime in runtimes.TIMED if reads(runtime, name)]
+        raise ValueError(f"{name} is read by {', '.join(known)}, not by {', '.join(asked)}: give "
+                         "--runtime")
       rows += [exported(name, batch, runtime, threads) for runtime in fitting]
       continue
-    models = candidates(name, plans, image_size)
+    models = {label if len(names) == 1 or label == name else f"{name}, {label}": model
+              for label, model in candidates(name, plans, image_size).items()}
+    refused = {label: why for label, model in models.items()
+               if torch and (why := timm_network.refusal(model))}
+    left |= refused
     for runtime in asked:
-      rows += [Row(label if len(names) == 1 or label == name else f"{name}, {label}",
-                   runtimes.TIMED[runtime][2], model,
+      rows += [Row(label, runtimes.TIMED[runtime][2], model,
                    forward(model, batch, runtime, threads, folder))
-               for label, model in models.items()]
-  return rows
+               for label, model in models.items() if runtime not in torch or label not in refused]
+  lines = [f"PyTorch has no row for {label}: {why}" for label, why in left.items()]
+  if not rows:
+    raise ValueError(f"{lines[0]}; give --runtime xla, ort or openvino")
+  return rows, lines
 
 
 def table(rows: list[Row], batch: int, rounds: int, clock=None) -> list[tuple]:
@@ -143,6 +171,22 @@ def table(rows: list[Row], batch: int, rounds: int, clock=None) -> list[tuple]:
   return lines
 
 
+@contextlib.contextmanager
+def xla_threads(count: int | None):
+  """A context in which XLA, where it has not started yet, starts with this many threads on a CPU;
+  None: one for each core."""
+  before = os.environ.get(XLA_THREADS)
+  if count is not None:
+    os.environ[XLA_THREADS] = str(count)
+  try:
+    yield
+  finally:
+    if before is None:
+      os.environ.pop(XLA_THREADS, None)
+    else:
+      os.environ[XLA_THREADS] = before
+
+
 @click.command()
 @click.argument("names", nargs=-1, required=True)
 @click.option("--plan", "plans", multiple=True,
@@ -152,9 +196,9 @@ def table(rows: list[Row], batch: int, rounds: int, clock=None) -> list[tuple]:
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True,
               help="How often each model takes its turn.")
 @click.option("--runtime", default="xla", show_default=True,
-              help="xla, ort (ONNX Runtime), openvino, openvino-bf16; several with commas between.")
-@click.option("--threads", type=click.IntRange(1),
-              help="Of ONNX Runtime and OpenVINO.  [default: one a core]")
+              help="xla, xla-bf16, ort (ONNX Runtime), openvino, openvino-bf16, torch, torch-bf16, "
+              "torch-compile; several with commas between.")
+@click.option("--threads", type=click.IntRange(1), help="Of each runtime.  [default: one a core]")
 @click.option("--wall", is_flag=True, help="Time by the clock, not by CPU seconds.")
 def bench(names, plans, image_size, batch, rounds, runtime, threads, wall):
   """Time a model under plans against the dense one, on this machine.
@@ -163,16 +207,16 @@ def bench(names, plans, image_size, batch, rounds, runtime, threads, wall):
   vitcompact bench deit_small_patch16_224 --plan plan.json --image-size 224 --batch 8
   vitcompact bench deploy.safetensors --runtime xla,ort,openvino
   vitcompact bench dense.onnx small.onnx --runtime ort,openvino
+  vitcompact bench deit_small_patch16_224 --plan plan.json --runtime xla,ort,openvino,torch
 
   NAMES are models, or weights (files, folders, hf-hub:org/name) that vitcompact wrote, which have
   their own plan; they are timed in their deployed form, with random weights, the dense one first.
   Files of vitcompact export are timed as they are, the first of all counting as 1. All take turns:
   speed is the median over rounds of the ratio to the dense model of the same runtime in the same
-  round, with the least and the most in brackets. On a CPU the clock counts the CPU seconds of this
-  process; pin it to a core for steady numbers (taskset -c 0).
+  round, with the least and the most in brackets. PyTorch runs timm's own network: of the dense
+  model, and of a plan whose factorised layers are all merged. On a CPU the clock counts the CPU
+  seconds of this process; pin it to a core for steady numbers (taskset -c 0).
   """
-  import os
-
   import jax
 
   from vitcompact.bench import clock_name, processor
@@ -182,8 +226,8 @@ def bench(names, plans, image_size, batch, rounds, runtime, threads, wall):
   if wrong := [name for name in asked if name not in TIMED]:
     raise ValueError(f"--runtime {wrong[0]!r}: must be of {', '.join(TIMED)}")
   load = os.getloadavg()[0]
-  with tempfile.TemporaryDirectory() as folder:
-    rows = timed(names, plans, image_size, batch, asked, threads, folder)
+  with tempfile.TemporaryDirectory() as folder, xla_threads(threads):
+    rows, left = timed(names, plans, image_size, batch, asked, threads, folder)
     lines = table(rows, batch, rounds, time.perf_counter if wall else None)
   click.echo("\n".join(f"| {' | '.join(line)} |" for line in (
       COLUMNS, ("---", "---", *["---:"] * (len(COLUMNS) - 2)), *lines)))
@@ -191,4 +235,6 @@ def bench(names, plans, image_size, batch, rounds, runtime, threads, wall):
   device = processor() if host else jax.devices()[0].device_kind
   click.echo(f"\n{device}, jax {jax.__version__}, batch {batch}; "
              f"{'CPU seconds' if host and not wall else 'seconds'}, medians of {rounds} rounds, "
-             f"load {load:.1f}.")
+             f"{f'threads {threads}, ' if threads else ''}load {load:.1f}.")
+  for line in left:
+    click.echo(line)

@@ -2,7 +2,7 @@
 
 Products with weights are quantised, by ONNX Runtime's own tool; softmax, norms, GELU and the
 products of attention keep float32. `python -m experiments.int8` measures what each kind of product
-loses.
+loses, `python -m experiments.int8 quantisers` what NNCF does instead.
 """
 import pathlib
 
@@ -13,10 +13,11 @@ from vitcompact.export.program import INPUT, Program
 BATCH = 8
 
 
-def write(path: pathlib.Path, program: Program, images, names=None):
+def write(path: pathlib.Path, program: Program, images, names=None, outputs: bool = False):
   """Quantises the ONNX file at a path in place, calibrated on normalised images.
 
-  names: of the nodes; None: all of `products_with_weights`.
+  names: of the nodes; None: all of `products_with_weights`. outputs: whether the results of matrix
+  products are quantised as well. It costs accuracy and, in OpenVINO, speed: a bias is added next.
   """
   import logging
 
@@ -26,9 +27,8 @@ def write(path: pathlib.Path, program: Program, images, names=None):
   if images.shape[1:] != program.image_shape or not len(images):
     raise ValueError(f"int8: images of shape {images.shape}, wanted (n, "
                      f"{', '.join(map(str, program.image_shape))}), normalised")
-  if program.pixels:
-    raise ValueError("int8 with pixels=True: calibrate a file of normalised images; leave pixels "
-                     "out")
+  if program.pixels:   # the file takes what these images were normalised from
+    images = np.rint(255 * program.preprocess.pixels(images)).astype(np.uint8)
   found = products_with_weights(path)
   names = found if names is None else names
   if not names:
@@ -42,7 +42,8 @@ def write(path: pathlib.Path, program: Program, images, names=None):
         path, done, Images(images, program.batch), quant_format=quantization.QuantFormat.QDQ,
         per_channel=True, nodes_to_quantize=names, activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8,
-        calibrate_method=quantization.CalibrationMethod.MinMax)
+        calibrate_method=quantization.CalibrationMethod.MinMax, extra_options={
+            "OpTypesToExcludeOutputQuantization": [] if outputs else ["MatMul", "Gemm"]})
   finally:
     log.setLevel(level)
   done.replace(path)

@@ -1,0 +1,163 @@
+"""PyTorch in `vitcompact bench`: timm's own network where there is one, and words where not.
+
+PyTorch is not installed where these tests run, so most of them see a double of it and of timm.
+"""
+import contextlib
+import importlib.util
+import os
+import sys
+import types
+
+import numpy as np
+import pytest
+
+import vitcompact as vc
+from tests import tiny
+from tests.cli import command
+from vitcompact import bench, cli, timm_network
+from vitcompact.execution import Execution
+
+NAME = "deit_tiny_patch16_224"
+EVIT = '{"tokens": {"method": "evit", "keep": 0.5}}'
+FACTORS = vc.Plan(ffn=vc.CFFN(factor="both"))
+
+
+class Tensor(np.ndarray):
+  """An array that can be asked for in another precision."""
+
+  def to(self, dtype):
+    return self
+
+
+class Network:
+  """Takes the weights of a model whose names and shapes it knows."""
+
+  def __init__(self, wanted):
+    self.wanted = wanted
+
+  def load_state_dict(self, state):
+    if {name: array.shape for name, array in state.items()} != self.wanted:
+      raise RuntimeError("Error(s) in loading state_dict:\n\tMissing key(s)")
+
+  def eval(self):
+    return self
+
+  def to(self, dtype):
+    return self
+
+  def __call__(self, images):
+    return images
+
+
+@pytest.fixture
+def asked(monkeypatch):
+  """What doubles of PyTorch and timm, which knows DeiTs alone, were asked for."""
+  seen = {"threads": [], "networks": [], "compiled": 0}
+
+  def create_model(name, *, pretrained, num_classes, in_chans, img_size=224, **sizes):
+    assert not pretrained
+    seen["networks"].append({"name": name, "img_size": img_size, **sizes})
+    names = {"embed_dim": "width", "num_heads": "heads"}
+    model = vc.create_model(name, num_classes=num_classes, in_chans=in_chans, image_size=img_size,
+                            deploy=True, **{names.get(key, key): n for key, n in sizes.items()})
+    return Network(timm_network._tensors(model))
+
+  def compile(network):
+    seen["compiled"] += 1
+    return network
+
+  torch, timm = types.ModuleType("torch"), types.ModuleType("timm")
+  torch.float32, torch.bfloat16, torch.compile = "float32", "bfloat16", compile
+  torch.set_num_threads, torch.inference_mode = seen["threads"].append, contextlib.nullcontext
+  torch.from_numpy = lambda array: array
+  torch.randn = lambda *shape: np.zeros(shape, np.float32).view(Tensor)
+  timm.is_model, timm.create_model = lambda name: name.startswith("deit_"), create_model
+  monkeypatch.setitem(sys.modules, "torch", torch)
+  monkeypatch.setitem(sys.modules, "timm", timm)
+  return seen
+
+
+def rows_of(printed: str) -> list[list[str]]:
+  """The first two cells of each row of the table."""
+  return [[cell.strip() for cell in line.strip("|").split("|")][:2]
+          for line in printed.splitlines()[2:] if line.startswith("|")]
+
+
+def test_dense_models_are_timed_and_plans_without_a_network_are_named(asked):
+  printed = command.succeeds(
+      "bench", NAME, "--plan", EVIT, "--image-size", 32, "--batch", 1, "--rounds", 1, "--threads",
+      1, "--runtime", "xla,torch,torch-bf16,torch-compile")
+  assert rows_of(printed) == [
+      ["dense", "XLA"], [EVIT, "XLA"], ["dense", "PyTorch"], ["dense", "PyTorch, bfloat16"],
+      ["dense", "PyTorch, compiled"]]
+  about, note = printed.splitlines()[-2:]
+  assert "threads 1" in about
+  assert note == f"PyTorch has no row for {EVIT}: timm has no network of its plan"
+  assert set(asked["threads"]) == {1} and asked["compiled"] == 1
+  assert asked["networks"] == 3 * [{"name": NAME, "img_size": 32}]
+
+
+def test_sizes_in_which_a_file_differs_from_its_name_are_passed_on(asked, tmp_path):
+  model = tiny.deit()
+  path = tmp_path / "dense.safetensors"
+  vc.save(path, *vc.fold(model, tiny.init(model)))
+  assert rows_of(command.succeeds("bench", path, "--batch", 1, "--rounds", 1, "--runtime", "torch")
+                 ) == [["dense", "PyTorch"], [str(path), "PyTorch"]]
+  assert asked["networks"][-1] == {"name": NAME, "img_size": 32, "patch_size": 8, "embed_dim": 24,
+                                   "depth": 2, "num_heads": 4}
+
+
+def test_the_number_of_threads_is_told_to_xla_while_it_starts_only(monkeypatch):
+  name = cli.bench.XLA_THREADS
+  for before in (None, "7"):
+    monkeypatch.delenv(name, raising=False) if before is None else monkeypatch.setenv(name, before)
+    for count, wanted in ((2, "2"), (None, before)):
+      with cli.bench.xla_threads(count):
+        assert os.environ.get(name) == wanted
+      assert os.environ.get(name) == before
+
+
+def test_what_timm_has_a_network_of(asked):
+  """EViT has the dense model's weights, and computes something else."""
+  refusal = timm_network.refusal
+  assert refusal(tiny.deit(deploy=True)) is None
+  for plan in (vc.Plan(tokens=vc.EViT(keep=0.5, blocks=(1,))), vc.Plan(heads=vc.HMHSA()), FACTORS):
+    assert refusal(tiny.deit(plan, deploy=True)) == "timm has no network of its plan"
+  merged = tuple(f"blocks_{i}/mlp/{layer}" for i in range(2) for layer in ("fc1", "fc2"))
+  half, whole = (tiny.deit(FACTORS, deploy=True, execution=Execution(merged=merged[:end]))
+                 for end in (3, 4))
+  assert refusal(half) == "timm has no network of its plan" and refusal(whole) is None
+  timm_network.forward(whole, tiny.init(whole), 1)
+  assert "has no network named" in refusal(vc.create_model("lvvit_s"))
+  assert refusal(tiny.deit(layer_scale=0.1)) == (
+      f"timm's network of {NAME} has no option for layer_scale=0.1")
+
+
+def test_nothing_left_to_time_is_an_error(asked):
+  assert ("timm has no network named lvvit_s; give --runtime xla, ort "
+          "or openvino") in command.fails("bench", "lvvit_s", "--runtime", "torch")
+
+
+@pytest.mark.parametrize("name", ["torch", "timm"])
+def test_what_is_missing_is_named_before_anything_is_compiled(name, asked, monkeypatch):
+  monkeypatch.setitem(sys.modules, name, None)
+  monkeypatch.setattr(bench, "compiled", None)
+  assert (f"needs {name}, which is not installed; pip install torch timm"
+          ) in command.fails("bench", NAME, "--runtime", "xla,torch")
+
+
+@pytest.mark.parametrize("name,fields", [
+    (NAME, {}), (NAME, {"image_size": 48, "in_chans": 1, "num_classes": 7, "depth": 2}),
+    ("deit3_small_patch16_224", {"depth": 2}), ("vit_small_patch14_dinov2", {"depth": 1})])
+def test_timms_network_computes_the_same_logits(name, fields):
+  if not all(importlib.util.find_spec(name) for name in ("torch", "timm")):
+    pytest.skip("no torch, or no timm")
+  torch, _ = timm_network.import_timm()
+  model = vc.create_model(name, deploy=True, **fields)
+  variables = tiny.init(model, spread=0.05)
+  shape = (2, *np.broadcast_to(model.image_size, 2), model.in_chans)
+  images = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+  with torch.inference_mode():
+    got = timm_network.network(model, variables)(torch.from_numpy(images.transpose(0, 3, 1, 2)))
+  wanted = tiny.apply(model, variables, images)
+  np.testing.assert_allclose(got.numpy(), wanted, atol=1e-4 * np.abs(wanted).max())
