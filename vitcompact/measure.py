@@ -190,42 +190,47 @@ class _Measurement:
     """([Option], {name: table}) of one class of methods in one block; what is not tried has no KL
     yet at a quick look."""
     tried = methods if self.sensitivity == "full" else []
-    if self.sensitivity == "quick" and errors is not None:
-      # The middle one, by its error: the others are inferred from it.
-      middle = methods[int(np.argsort(errors, kind="stable")[len(errors) // 2])]
-      tried = [middle] if self._to_try(name, type(middle)) else []
-    elif self.sensitivity == "quick":
-      tried = [method for method in methods if self._to_try(name, method)]
+    if self.sensitivity == "quick":
+      # The middle one, by its error where there is one; without errors all of them once.
+      order = range(len(methods)) if errors is None else np.argsort(errors, kind="stable")
+      middle = methods[int(order[len(methods) // 2])]
+      tried = [method for method in methods if (
+          method == middle and name in self.sampled) or self._never_tried(name, method, errors)]
     found = {method: self._tried(name, block, axis, method, x) for method in tried}
     return [Option(axis, method, None if errors is None else float(errors[i]), found.get(method),
                    method in found) for i, method in enumerate(methods)], tables
 
-  def _to_try(self, name: str, key) -> bool:
-    """Whether a quick look tries it here: in the blocks chosen, and where none before in this stage
-    could have it."""
-    first = (self.stages[name], key) not in self.known
-    self.known.add((self.stages[name], key))
-    return first or name in self.sampled
+  def _never_tried(self, name: str, method, errors) -> bool:
+    """Whether a quick look tries something of its kind for the first time in the stage."""
+    key = self.stages[name], method if errors is None else type(method)
+    first = key not in self.known
+    self.known.add(key)
+    return first
 
   def _infer(self, rows):
-    """Gives every option of a quick look its KL: that of its class here, in proportion to the
-    errors; in blocks that were passed over, between the nearest two of the stage (the logarithm of
-    the KL, of one unit of error where there are errors, is taken to be linear in depth)."""
-    known = {}   # {(stage, class or option): {place: log KL of a unit}}
+    """Gives every option of a quick look its KL, that of a unit times its units. Units are the
+    method's errors or, where it has none, KL in the first block of the stage that could have it.
+    The KL of a unit is that of the option tried in this block; in blocks that were passed over its
+    logarithm is taken to be linear in depth, between the nearest two of the stage."""
+    units, known = {}, {}   # {(stage, option): KL}; {(stage, class): {place: log KL of a unit}}
+
+    def unit(stage, option):
+      return units[stage, option.method] if option.error is None else max(option.error, TINY)
+
     for place, row in enumerate(rows):
+      stage = self.stages[row["name"]]
       for option in row["options"]:
         if option.measured:
-          known.setdefault(self._key(row, option), {})[place] = math.log(
-              max(option.kl, TINY) / _unit(option))
+          kl = max(option.kl, TINY)
+          units.setdefault((stage, option.method), kl)
+          known.setdefault((stage, type(option.method)), {})[place] = math.log(
+              kl / unit(stage, option))
     for place, row in enumerate(rows):
+      stage = self.stages[row["name"]]
       row["options"] = tuple(
-          option if option.measured else option._replace(kl=_unit(option) * math.exp(np.interp(
-              place, *zip(*known[self._key(row, option)].items(), strict=True))))
+          option if option.measured else option._replace(kl=unit(stage, option) * math.exp(
+              np.interp(place, *zip(*known[stage, type(option.method)].items(), strict=True))))
           for option in row["options"])
-
-  def _key(self, row, option):
-    return (self.stages[row["name"]],
-            option.method if option.error is None else type(option.method))
 
   def _tried(self, name, block, axis, method, x) -> float:
     """KL of the logits with this method in this block alone, fitted to the images not held out."""
@@ -307,10 +312,6 @@ class _Measurement:
       warnings.warn(f"the {len(logits)} images are of few classes: the model sees {classes} of "
                     f"{logits.shape[-1]}; shuffle the data, or are the images not normalised as "
                     "vc.preprocess(model) does?", stacklevel=4)
-
-
-def _unit(option) -> float:
-  return 1.0 if option.error is None else max(option.error, TINY)
 
 
 def _gone(reducer, site) -> float:
