@@ -1,4 +1,5 @@
 """measure, reports and the plans that they propose."""
+import collections
 import dataclasses
 import importlib
 import itertools
@@ -79,27 +80,38 @@ def test_a_quick_report_infers_what_it_did_not_try(measured, monkeypatch):
 
 
 def test_a_quick_report_infers_blocks_that_it_passed_over(monkeypatch):
-  """KL of an error of 1 grows e-fold a block here, and twice as fast after the middle one."""
+  """KL of a unit grows e-fold a block here, and twice as fast after the third one; pruned heads
+  are taken to have no estimate."""
   looking = importlib.import_module("vitcompact.measure")
   model = tiny.deit(depth=6, drop_path_rate=0.0)
   depths = dict(zip((f"blocks_{i}" for i in range(6)), (0, 1, 2, 4, 6, 8), strict=True))
-  tried = []
+  tried, estimate = [], protocol.estimate
+
+  def units(method, error):
+    return 0.01 / method.kept_heads if isinstance(method, vc.HeadPruning) else error
 
   def known(self, name, block, axis, method, x):
     tried.append((name, type(method)))
-    site = self.modules[name].site
     sums = self._sums(name, block, x, [type(method)])[1]
-    (error,), _ = protocol.estimate(type(method), [method], site, sums[type(method)])
-    return error * np.exp(depths[name])
+    (error,), _ = estimate(type(method), [method], self.modules[name].site, sums[type(method)])
+    return units(method, error) * np.exp(depths[name])
+
+  def estimated(kind, *rest):
+    return (None, {}) if kind is vc.HeadPruning else estimate(kind, *rest)
 
   monkeypatch.setattr(looking._Measurement, "_tried", known)
+  monkeypatch.setattr(protocol, "estimate", estimated)
   monkeypatch.setattr(cffn, "RATIOS", (0.25, 0.5))
   report = vc.measure(model, tiny.init(model, spread=0.5), np.asarray(tiny.images(model, batch=8)))
-  assert {name for name, _ in tried} == {"blocks_0", "blocks_2", "blocks_5"}
-  assert len(tried) == len(set(tried)) == 9
+  pruned = len(protocol.options(vc.HeadPruning, model.submodules()["blocks_0"].site))
+  times = {(name, kind): 1 for name in ("blocks_0", "blocks_2", "blocks_5")
+           for kind in (vc.HMHSA, vc.HeadPruning, vc.CFFN)}
+  assert pruned > 1 and collections.Counter(tried) == {
+      **times, ("blocks_0", vc.HeadPruning): pruned}
   for row in report.blocks:
     for option in row["options"]:
-      assert option.kl == pytest.approx(option.error * np.exp(depths[row["name"]]), rel=1e-4)
+      wanted = units(option.method, option.error) * np.exp(depths[row["name"]])
+      assert option.kl == pytest.approx(wanted, rel=1e-4)
 
 
 def test_a_quick_report_tries_one_reducer_of_a_class(measured, monkeypatch):

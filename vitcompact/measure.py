@@ -194,14 +194,16 @@ class _Measurement:
       # The middle one, by its error where there is one; without errors all of them once.
       order = range(len(methods)) if errors is None else np.argsort(errors, kind="stable")
       middle = methods[int(order[len(methods) // 2])]
-      tried = [method for method in methods if (
-          method == middle and name in self.sampled) or self._never_tried(name, method, errors)]
+      tried = [method for method in (methods if errors is None else [middle])
+               if self._never_tried(name, method, errors)
+               or (method == middle and name in self.sampled)]
     found = {method: self._tried(name, block, axis, method, x) for method in tried}
     return [Option(axis, method, None if errors is None else float(errors[i]), found.get(method),
                    method in found) for i, method in enumerate(methods)], tables
 
   def _never_tried(self, name: str, method, errors) -> bool:
-    """Whether a quick look tries something of its kind for the first time in the stage."""
+    """Whether a quick look tries the option, or any of its class where errors tell them apart, for
+    the first time in the stage."""
     key = self.stages[name], method if errors is None else type(method)
     first = key not in self.known
     self.known.add(key)
