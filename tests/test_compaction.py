@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import vitcompact as vc
-from experiments import compaction, one_shot
+from experiments import compaction, fine_tuning, one_shot
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -118,6 +118,40 @@ def test_the_table_of_settings_is_that_of_its_results():
   for settings in one_shot.plans().values():
     for name, plan in settings.items():
       assert vc.Plan.from_json(json.dumps(found["rows"][name]["plan"])) == plan, name
+
+
+def test_the_table_of_short_trainings_is_that_of_its_results():
+  found, page = fine_tuning.load(), (ROOT / "results/README.md").read_text()
+  assert f"\n{fine_tuning.table(found)}\n" in page
+  settings = {name: setting for few in fine_tuning.settings().values()
+              for name, setting in few.items()}
+  plans = {name: plan for few in one_shot.plans().values() for name, plan in few.items()}
+  assert {"dense"} < found["rows"].keys() <= settings.keys()
+  for name, row in found["rows"].items():
+    setting = settings[name]
+    wanted = setting.plan or plans.get(setting.deployed, vc.Plan())
+    assert vc.Plan.from_json(json.dumps(row["plan"])) == wanted, name
+  for name, setting in settings.items():   # what is trained is deployed in the form that was timed
+    if setting.plan:
+      model = vc.load(one_shot.DATA[one_shot.NAME].file)[0]
+      macs = [vc.count(model.clone(plan=plan, deploy=True)).macs
+              for plan in (setting.plan, plans[setting.deployed])]
+      assert macs[0] == macs[1], name
+
+
+def test_a_short_training_is_compared_with_the_dense_model_of_its_seed():
+  """Differences of -1, -2 and -3 points: Student's t of two degrees of freedom, 4.303."""
+  def row(*accuracies):
+    return {"before": 0.5, "seeds": {
+        str(seed): {"accuracy": accuracy, "macs": 0.5, "images": 100}
+        for seed, accuracy in enumerate(accuracies)}}
+
+  found = {"rows": {"dense": row(0.9, 0.8, 0.7), "ToMe, r = 4": row(0.89, 0.78, 0.67),
+                    "hMHSA, 3 of 6": row(0.9)}, "steps": 9, "calibration_images": 8}
+  text = fine_tuning.table(found)
+  margin = 4.3027 / 3 ** 0.5
+  assert f"| 78.00 % | -2.00 | [{-2 - margin:+.2f}, {-2 + margin:+.2f}] |" in text
+  assert "| hMHSA, 3 of 6 | | | | not run | | |" in text
 
 
 def test_what_lies_above_the_line_of_dense_models_is_said():
