@@ -143,10 +143,10 @@ def time(workdir: pathlib.Path):
       small, fitted = vc.load(file_of(workdir, name))
       own = bench.compiled(small.apply, fitted, images)
     row["rounds"] = bench.rounds_of({"dense": dense.call, "this": own.call}, rounds=ROUNDS)
-    row["load"] = os.getloadavg()[0]
+    row["load"], row["commit"] = os.getloadavg()[0], environment()["commit"]
     print(name, f"{speed(row)[0]:.2f}x", flush=True)
-  found["timed"] = {**environment(), "processor": bench.processor(), "batch": BATCH,
-                    "clock": bench.clock_name()}
+  found.setdefault("timed", {"processor": bench.processor(), "batch": BATCH,
+                             "clock": bench.clock_name()})
   save(found)
 
 
@@ -174,6 +174,7 @@ def table(found: dict) -> str:
         f"{middle:.2f}x [{low:.2f}, {high:.2f}] | {100 * row['accuracy']:.2f} % | "
         f"{'' if name == 'dense' else difference([row])} |")
   loads, timed = [row["load"] for row in found["rows"].values()], found["timed"]
+  commits = dict.fromkeys(row["commit"] for row in found["rows"].values())
   better = above(found)
   return "\n".join([*lines, "", (
       f"Above the line of the dense models: {', '.join(better) if better else 'none'}."), "", (
@@ -181,7 +182,7 @@ def table(found: dict) -> str:
       f"{dense['images']:,} test images; intervals of 95 % are over test images alone, not over "
       f"dense models. Time of {timed['batch']} images on one core of {timed['processor']}, "
       f"{timed['clock']} seconds, {ROUNDS} paired rounds (least to most in brackets), load "
-      f"{min(loads):.1f} to {max(loads):.1f}, commit {timed['commit']}.")])
+      f"{min(loads):.1f} to {max(loads):.1f}, commit {' and '.join(commits)}.")])
 
 
 def above(found: dict) -> list[str]:
