@@ -116,8 +116,10 @@ def run(workdir: pathlib.Path, only=None, steps: int = STEPS, seeds: int = SEEDS
   for seed in range(seeds):
     for question, few in settings().items():
       for name, setting in few.items():
+        if only and name not in only:
+          continue
         row = found["rows"].setdefault(name, {"question": question, "seeds": {}})
-        if str(seed) in row["seeds"] or (only and name not in only):
+        if str(seed) in row["seeds"]:
           continue
         file = start.file(name, setting)
         if "before" not in row:
