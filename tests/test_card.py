@@ -175,5 +175,5 @@ def test_what_is_said_of_weights_is_what_the_table_has(name):
 def test_the_default_plan_is_that_of_count(monkeypatch):
   asked = []
   monkeypatch.setattr(card, "of_model", lambda name, plan, **_: asked.append(plan))
-  cli_card.of("pvt_v2_b0", None, None)
+  cli_card.card_text("pvt_v2_b0", None, None)
   assert asked == [vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())]

@@ -34,12 +34,14 @@ def check_fit(what, model, shapes, wanted, heads, got):
     hints = ["none of its names is the model's"]
   raise ValueError("\n".join([
       "; ".join([first, *hints]),
-      *_few("missing", [f"missing {name} {wanted[name]}" for name in missing]),
-      *_few("unexpected", [f"unexpected {name} {shapes[name]}" for name in unexpected]),
-      *_few("misshapen", [f"{name} is {shapes[name]}, not {wanted[name]}" for name in misshapen])]))
+      *_shortened("missing", [f"missing {name} {wanted[name]}" for name in missing]),
+      *_shortened("unexpected", [f"unexpected {name} {shapes[name]}" for name in unexpected]),
+      *_shortened("misshapen", [f"{name} is {shapes[name]}, not {wanted[name]}"
+                                for name in misshapen])]))
 
 
-def _few(what, lines):
+def _shortened(what, lines):
+  """The first lines, and how many more there are."""
   more = len(lines) - MANY
   return [*lines[:MANY], *([f"and {more} more {what}"] if more > 0 else [])]
 

@@ -70,7 +70,7 @@ class Told(NamedTuple):
     return f"config.json: {self.model}{', ' * bool(fields)}{fields}"
 
 
-def beside(path) -> Told:
+def read_beside(path) -> Told:
   """What the config.json in the directory of a file tells; ValueError where it is not enough."""
   way_out = f"give the model, as in --model deit_small_patch16_224; known: {', '.join(VARIANTS)}"
   file = pathlib.Path(path).parent / "config.json"
@@ -78,14 +78,14 @@ def beside(path) -> Told:
     raise ValueError(f"--model is missing, and no config.json is beside {path}: {way_out}")
   try:
     config = json.loads(file.read_text(encoding="utf-8"))
-    return of(config)
+    return told_by(config)
   except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError,
           RecursionError) as error:
     raise ValueError(f"{file} tells no model that is known here: {str(error)[:300]}; {way_out}"
                      ) from None
 
 
-def of(config: Mapping[str, Any]) -> Told:
+def told_by(config: Mapping[str, Any]) -> Told:
   """What a config.json of timm or transformers tells; ValueError where it is not enough."""
   if "architecture" in config:
     return _of_timm(config)

@@ -225,7 +225,7 @@ def from_checkpoint(checkpoint, name: str | None, out, *, reset_head: bool = Fal
         preprocess = dataclasses.replace(preprocess, crop=vc.preprocess(model).crop)
   else:
     if name is None:
-      told = foreign_config.beside(path)
+      told = foreign_config.read_beside(path)
       name, fields = told.model, {**told.fields, **fields}
       lines.append(told.line())
     state = read_checkpoint(path, ignore_records=ignore_records, allow=allow)

@@ -5,7 +5,7 @@ import sys
 import click
 
 
-def of(name: str, plan: str | None, receipt: str | None) -> str:
+def card_text(name: str, plan: str | None, receipt: str | None) -> str:
   """The card of a model's name, or of a file, folder or repository that vitcompact wrote."""
   import vitcompact as vc
   from vitcompact import hub
@@ -60,7 +60,7 @@ def card(name, everything, plan, receipt, out, force):
   if everything == (name is not None):
     raise ValueError("give one NAME or FILE, or --all" + " and no name" * everything)
   if not everything:
-    text = of(name, plan, receipt)
+    text = card_text(name, plan, receipt)
     if out is None:
       click.echo(text, nl=False)
     else:
@@ -76,5 +76,5 @@ def card(name, everything, plan, receipt, out, force):
   with click.progressbar(paths.items(), label="cards", file=sys.stderr,
                          item_show_func=lambda item: item and item[0]) as items:
     for known, path in items:
-      write(path, of(known, plan, None), force)
+      write(path, card_text(known, plan, None), force)
   click.echo(f"{out}: {len(paths)} cards")

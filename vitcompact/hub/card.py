@@ -138,7 +138,7 @@ def of_file(path: str | os.PathLike, place: str = "", receipt=None) -> str:
   NAME.json or receipt.json, if it tells of this model."""
   path = pathlib.Path(path)
   model, variables = convert.load(path)
-  accuracy = (_beside(path, model, variables) if receipt is None else
+  accuracy = (_accuracy_beside(path, model, variables) if receipt is None else
               accuracy_in(receipt, model, variables))
   weights = Weights(place or str(path), variables,
                     source=convert.read_metadata(path).get("source", ""))
@@ -180,7 +180,7 @@ def accuracy_in(receipt, model, variables=None, where: str = "") -> Accuracy:
   return Accuracy(rows[-1], where, about.get("data", ""), remark)
 
 
-def _beside(path: pathlib.Path, model, variables) -> Accuracy | None:
+def _accuracy_beside(path: pathlib.Path, model, variables) -> Accuracy | None:
   for other in (path.with_suffix(".json"), path.with_name(RECEIPT)):
     try:
       return accuracy_in(other, model, variables, other.name)

@@ -48,10 +48,10 @@ def push(folder: str | os.PathLike, model: nn.Module, variables: Mapping[str, An
   if folder.exists() and not folder.is_dir():
     raise ValueError(f"{folder} is a file; name a folder")
   library = download.library() if repo is not None else None
-  prepare = preprocess if preprocess is not None else _own(model)
-  if prepare.image_size != _own(model).image_size:
+  prepare = preprocess if preprocess is not None else _preprocess_of(model)
+  if prepare.image_size != _preprocess_of(model).image_size:
     raise ValueError(f"preprocess makes images of {prepare.image_size}, and the model takes "
-                     f"{_own(model).image_size}")
+                     f"{_preprocess_of(model).image_size}")
   told = None if receipt is None else cards.told(receipt)
   accuracy = told and cards.accuracy_in(told, model, variables)
   names = [WEIGHTS, config.CONFIG, *([CARD] if card else []), *([RECEIPT] if told else [])]
@@ -82,7 +82,7 @@ def push(folder: str | os.PathLike, model: nn.Module, variables: Mapping[str, An
   return folder
 
 
-def _own(model) -> Preprocess:
+def _preprocess_of(model) -> Preprocess:
   return preprocess(model)
 
 

@@ -62,7 +62,7 @@ def check_value(field: str, kind, value):
 
   kind: the field's annotation.
   """
-  def whole(number):
+  def is_whole(number):
     return isinstance(number, int) and not isinstance(number, bool) and number >= least
 
   least = 0 if field in ("num_classes", "depth", "depths", "periods", "reg_tokens") else 1
@@ -83,13 +83,13 @@ def check_value(field: str, kind, value):
   elif kind is Execution:
     fits, rule = isinstance(value, Execution), "an Execution, which tune returns in a model"
   elif kind is int:
-    fits, rule = whole(value), f"a whole number of at least {least}"
+    fits, rule = is_whole(value), f"a whole number of at least {least}"
   elif kind == int | tuple[int, int]:
     pair = isinstance(value, tuple) and len(value) == 2
-    fits = all(map(whole, value)) if pair else whole(value)
+    fits = all(map(is_whole, value)) if pair else is_whole(value)
     rule = "a whole number of at least 1, or a pair of them"
   elif kind == tuple[int, ...]:
-    fits = isinstance(value, tuple) and all(map(whole, value))
+    fits = isinstance(value, tuple) and all(map(is_whole, value))
     rule = f"whole numbers of at least {least}, one for each stage"
   else:
     return
