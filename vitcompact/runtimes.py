@@ -21,7 +21,7 @@ TIMED = {"xla": ("xla", "float32", "XLA"), "xla-bf16": ("xla", "bfloat16", "XLA,
          "torch": ("torch", "float32", "PyTorch"),
          "torch-bf16": ("torch", "bfloat16", "PyTorch, bfloat16"),
          "torch-compile": ("torch", "float32", "PyTorch, compiled")}
-NAMES = {"xla": "XLA", "ort": "ONNX Runtime", "openvino": "OpenVINO"}
+NAMES = {name: TIMED[name][2] for name in RUNTIMES}
 ORT_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 EXTRA = "pip install 'vitcompact[export]'"
 
@@ -41,6 +41,11 @@ class Runner:
   batch: int | None = None
 
   def __call__(self, images) -> np.ndarray:
+    images = np.asarray(images)
+    if (images.shape[1:], images.dtype.kind in "iu") != (self.shape, self.dtype.kind in "iu"):
+      raise ValueError(f"images of shape {images.shape} and {images.dtype}: the file takes (n, "
+                       f"{', '.join(map(str, self.shape))}) of {self.dtype}; prepare them as "
+                       "`preprocess` says")
     if self.batch not in (None, len(images)):
       raise ValueError(f"the file takes {self.batch} images at a time, and here are {len(images)}: "
                        "give it as many, or export it with any number")
@@ -66,7 +71,8 @@ def opened(path, runtime: str | None = None, *, threads: int | None = None,
 
   Args:
     runtime: "xla", "ort" or "openvino"; None: the first that reads such files.
-    threads: of the runtime, None: one for each core that the process may use, as XLA does.
+    threads: of ONNX Runtime or OpenVINO, None: one for each core that the process may use, as XLA
+      does.
     precision: "float32" or "bfloat16", of OpenVINO's products.
   Raises:
     ValueError, FileNotFoundError: the file or the runtime is none, or does not go with the other.
@@ -79,15 +85,16 @@ def opened(path, runtime: str | None = None, *, threads: int | None = None,
     raise ValueError(f"runtime {runtime!r}: must be one of {', '.join(RUNTIMES)}")
   if not fitting or (runtime and runtime not in fitting):
     wanted = ", ".join(RUNTIMES[runtime] if runtime else sum(RUNTIMES.values(), ()))
-    raise ValueError(f"{path}: {NAMES.get(runtime, 'no runtime')} reads no {path.suffix} files; "
-                     f"give one that ends in {wanted}")
+    who = f"{NAMES[runtime]} reads no" if runtime else "no runtime reads"
+    raise ValueError(f"{path}: {who} {path.suffix} files; give one that ends in {wanted}")
   if precision not in ("float32", "bfloat16"):
     raise ValueError(f"precision {precision!r}: must be float32 or bfloat16")
   runtime = runtime or fitting[0]
   if precision != "float32" and runtime != "openvino":
     raise ValueError(f"precision {precision}: {NAMES[runtime]} computes as its file says; OpenVINO "
                      "takes both")
-  return {"xla": _xla, "ort": _ort, "openvino": _openvino}[runtime](path, threads, precision)
+  return {"xla": _xla, "ort": _ort, "openvino": _openvino}[runtime](
+      path, thread_count(threads), precision)
 
 
 def _xla(path, threads, precision) -> Runner:
@@ -122,7 +129,7 @@ def _ort(path, threads, precision) -> Runner:
   options = onnxruntime.SessionOptions()
   options.log_severity_level = 3   # errors; it warns of each constant that it folds
   # It counts the machine's cores by itself, and its idle threads would wait on those of others.
-  options.intra_op_num_threads = threads or cores()
+  options.intra_op_num_threads = threads
   try:
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
   except Exception as error:   # of many classes of its own
@@ -148,7 +155,7 @@ def _openvino(path, threads, precision) -> Runner:
   # It takes bfloat16 by itself where the processor has it.
   options = {properties.hint.inference_precision(): {
       "float32": openvino.Type.f32, "bfloat16": openvino.Type.bf16}[precision]}
-  options[properties.inference_num_threads()] = threads or cores()
+  options[properties.inference_num_threads()] = threads
   core = openvino.Core()
   if precision == "bfloat16" and "BF16" not in core.get_property(
       "CPU", properties.device.capabilities()):
@@ -171,6 +178,14 @@ def _openvino(path, threads, precision) -> Runner:
   return Runner(f"OpenVINO {openvino.__version__.split('-')[0]}",
                 lambda images: compiled(images)[0], about, shape,
                 np.dtype(image.get_element_type().to_dtype()), batch)
+
+
+def thread_count(threads: int | None) -> int:
+  """The number asked for, checked; None: one for each core that the process may use."""
+  most = os.cpu_count() or 1
+  if threads is not None and not 1 <= threads <= most:   # each takes memory, thousands all of it
+    raise ValueError(f"threads={threads}: must be from 1 to {most}, the cores of this machine")
+  return threads or cores()
 
 
 def cores() -> int:

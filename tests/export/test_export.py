@@ -3,7 +3,9 @@ import collections
 import json
 import os
 import re
+import sys
 import warnings
+import zipfile
 
 import jax
 import numpy as np
@@ -13,10 +15,10 @@ import vitcompact as vc
 from tests import tiny
 from tests.cli import command
 from tests.combinations import COVERING, combined, words
-from vitcompact import runtimes
+from vitcompact import bench, runtimes
 from vitcompact.attention import Device
 from vitcompact.execution import Execution
-from vitcompact.export import onnx_file, stablehlo_file
+from vitcompact.export import int8, onnx_file, stablehlo_file
 from vitcompact.export.program import Program
 
 onnx = pytest.importorskip("onnx")
@@ -184,7 +186,8 @@ def test_int8_is_calibrated_and_says_what_it_loses(small, tmp_path):
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     done = vc.export(model, variables, tmp_path / "a.onnx", int8=images, images=images)
-  assert 1e-5 < done.max_rel < 0.2 and "differs by" in str(done)
+  assert 1e-5 < done.max_rel < 0.2
+  assert "differs by" in str(done) and "at most" not in str(done)   # nothing was refused
   graph = onnx.load(tmp_path / "a.onnx").graph
   counts = collections.Counter(node.op_type for node in graph.node)
   # Weights and activations of each product with weights; none of attention's, none of softmax'.
@@ -197,7 +200,7 @@ def test_int8_is_calibrated_and_says_what_it_loses(small, tmp_path):
   assert sum(set(node.input) <= quantised for node in products) == len(products) - 2 * model.depth
   with pytest.raises(ValueError, match=r"more than tolerance=0\.0001; nothing was written"):
     vc.export(model, variables, tmp_path / "b.onnx", int8=images, images=images, tolerance=1e-4)
-  with pytest.raises(ValueError, match=r"int8: images of shape \(2, 8, 8, 3\), wanted"):
+  with pytest.raises(ValueError, match=r"int8: an array of shape \(2, 8, 8, 3\), wanted"):
     vc.export(model, variables, tmp_path / "b.onnx", int8=images[:2, :8, :8])
   assert os.listdir(tmp_path) == ["a.onnx"]
 
@@ -220,17 +223,37 @@ def test_int8_of_a_file_that_takes_pixels_is_that_of_one_that_takes_normalised_i
   np.testing.assert_allclose(logits["pixels"], logits["normalised"], atol=0.02 * most)
 
 
-def test_the_page_shows_what_8_bits_were_measured_to_cost():
-  from experiments import int8
+@pytest.mark.parametrize("count,batch,sizes", [
+    (20, None, [8, 8, 8]), (3, None, [8]), (8, None, [8]), (3, 2, [2, 2]), (3, 4, [4])])
+def test_int8_is_calibrated_on_every_image(count, batch, sizes):
+  """Where the last batch is not full, its images come again: that changes no range."""
+  batches = list(iter(int8.Images(np.arange(float(count)).reshape(-1, 1, 1, 1), batch).get_next,
+                      None))
+  assert [len(batch["images"]) for batch in batches] == sizes
+  assert {x for batch in batches for x in batch["images"].flat} == set(range(count))
 
-  page, found = (int8.ROOT / "docs/deploying.md").read_text(), json.loads(int8.OUT.read_text())
-  assert int8.table(found) in page and int8.quantiser_table(found["quantisers"]) in page
+
+def test_the_page_shows_what_8_bits_were_measured_to_cost():
+  from experiments import int8 as experiment
+
+  page = (experiment.ROOT / "docs/deploying.md").read_text()
+  found = json.loads(experiment.OUT.read_text())
+  assert experiment.table(found) in page and experiment.quantiser_table(found["quantisers"]) in page
   for runtime in ("ONNX Runtime", "OpenVINO"):
     losses = {row["quantiser"]: row["kl"] for row in found["quantisers"]["rows"]
               if row["runtime"] == runtime and row["quantiser"] != "none"}
     assert min(losses, key=losses.get) == "ONNX Runtime" and len(losses) > 3
+  for key in ("speed", "speed_small"):   # the median; the range
+    speeds = {(row["quantiser"], row["runtime"]): row[key] for row in found["quantisers"]["rows"]}
+    ours = {runtime: speeds["ONNX Runtime", runtime] for runtime in ("ONNX Runtime", "OpenVINO")}
+    others = {runtime: [speed for (title, where), speed in speeds.items()
+                        if where == runtime and title.startswith("NNCF")] for runtime in ours}
+    assert ours["ONNX Runtime"][0] > max(speed[0] for speed in others["ONNX Runtime"])
+    assert ours["OpenVINO"][2] >= max(others["OpenVINO"])[1]
+    for runtime in ours:
+      assert ours[runtime][0] > speeds["ONNX Runtime, results too", runtime][0]
   names = [f"node {i}" for i in range(14)]
-  found = int8.kinds(names, depth=2)
+  found = experiment.kinds(names, depth=2)
   assert found["fc2"] == ["node 6", "node 12"] and found["head"] == ["node 13"]
   assert sorted(name for kind, nodes in found.items() if kind != "all" for name in nodes) == sorted(
       names)
@@ -261,12 +284,20 @@ def test_a_file_that_computes_something_else_is_not_left(small, tmp_path, monkey
     ({"path": "a.onnx", "batch": 0}, "batch=0: must be a whole number"),
     ({"path": "a.onnx", "half": True}, "half=True is for openvino, not onnx"),
     ({"path": "a.xml", "int8": []}, "int8 is for onnx, not openvino"),
+    ({"path": "a.onnx", "int8": []}, "int8: an array of shape (0,), wanted (n, 64, 64, 3)"),
+    ({"path": "a.onnx", "images": np.zeros((0, 64, 64, 3))}, "images: an array of shape (0, 64"),
+    ({"path": "a.onnx", "images": np.zeros((64, 64, 3))}, "images: an array of shape (64, 64, 3)"),
+    ({"path": "a.onnx", "images": [], "pixels": True}, "leave images out"),
+    ({"path": "a.onnx", "tolerance": -1.0}, "tolerance=-1.0: must be 0 or more"),
+    ({"path": "a.onnx", "tolerance": float("nan")}, "tolerance=nan: must be 0 or more"),
     ({"path": "a.onnx", "classes": ["one"]}, "1 names of classes for a model with num_classes=10")])
 def test_what_does_not_fit_is_refused_before_anything_is_made(options, said, small, tmp_path):
   (tmp_path / "there.onnx").write_text("mine")
   options = {**options, "path": tmp_path / options["path"]}
-  with pytest.raises(ValueError, match=re.escape(said)) as error:
-    vc.export(*small, **options)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(onnx_file, "model_of", None)
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+      vc.export(*small, **options)
   assert "\n" not in str(error.value)
   assert (tmp_path / "there.onnx").read_text() == "mine" and len(os.listdir(tmp_path)) == 1
 
@@ -298,8 +329,43 @@ def test_a_missing_extra_is_named(small, tmp_path, monkeypatch):
   assert os.listdir(tmp_path) == []
 
 
+def test_int8_names_a_missing_extra(small, tmp_path, monkeypatch):
+  images = np.zeros((8, 64, 64, 3), np.float32)
+  monkeypatch.setitem(sys.modules, "onnxruntime", None)
+  with pytest.raises(ValueError, match=r"int8 needs onnxruntime, which is not installed; pip inst"):
+    vc.export(*small, tmp_path / "a.onnx", int8=images)
+  assert os.listdir(tmp_path) == []
+
+
+def test_stablehlo_without_flatbuffers_is_said_of_files_read_and_written(
+    small, tmp_path, monkeypatch):
+  def lacking(*_):
+    raise ImportError("Please install 'flatbuffers' in order to use Exported serialization")
+
+  path = tmp_path / "a.stablehlo"
+  vc.export(*small, path)
+  monkeypatch.setattr(jax.export, "deserialize", lacking)
+  monkeypatch.setattr(jax.export.Exported, "serialize", lacking)
+  said = "StableHLO files need flatbuffers, which is not installed; pip install flatbuffers"
+  assert command.fails("bench", path) == f"error: {said}"
+  with pytest.raises(ValueError, match=said):
+    vc.export(*small, tmp_path / "b.stablehlo")
+  assert os.listdir(tmp_path) == ["a.stablehlo"]
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_stablehlo_file_that_is_cut_is_refused_in_one_line(share, small, tmp_path):
+  whole, cut = tmp_path / "a.stablehlo", tmp_path / "b.stablehlo"
+  vc.export(*small, whole)
+  with zipfile.ZipFile(whole) as archive, zipfile.ZipFile(cut, "w") as other:
+    for name in archive.namelist():
+      data = archive.read(name)
+      other.writestr(name, data if name.endswith(".json") else data[:int(share * len(data))])
+  assert "is no StableHLO file of `vitcompact export`" in command.fails("bench", cut)
+
+
 @pytest.mark.parametrize("name,runtime,said", [
-    ("a.txt", None, "no runtime reads no .txt files"),
+    ("a.txt", None, ": no runtime reads .txt files; give one that ends in .stablehlo"),
     ("a.onnx", "xla", "XLA reads no .onnx files; give one that ends in .stablehlo, .safetensors"),
     ("a.onnx", "tvm", "runtime 'tvm': must be one of xla, ort, openvino"),
     ("a.onnx", None, "ONNX Runtime does not take"),
@@ -371,6 +437,29 @@ def test_a_fixed_number_of_images_is_told_where_others_are_given(small, tmp_path
     run(np.zeros((3, *run.shape)))
 
 
+@pytest.mark.parametrize("pixels", [False, True])
+@pytest.mark.parametrize("suffix", [".onnx", ".xml", ".stablehlo"])
+def test_images_of_another_kind_are_refused(suffix, pixels, small, tmp_path):
+  """Normalised images cast to uint8, or pixels to float32, would give logits of nothing."""
+  if suffix == ".xml":
+    pytest.importorskip("openvino")
+  vc.export(*small, tmp_path / f"a{suffix}", pixels=pixels)
+  run = runtimes.opened(tmp_path / f"a{suffix}")
+  right, other = (np.uint8, np.float32) if pixels else (np.float64, np.uint8)
+  for images in (np.zeros((1, 64, 64, 3), other), np.zeros((1, 8, 8, 3), right)):
+    with pytest.raises(ValueError, match=r"the file takes \(n, 64, 64, 3\) of (uint8|float32)"):
+      run(images)
+  assert run(np.zeros((1, 64, 64, 3), right)).shape == (1, 10)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 10 ** 5])
+def test_a_number_of_threads_that_no_machine_has_is_refused(threads, tmp_path):
+  """ONNX Runtime takes 0 for all cores, and memory for each of 10 ** 5 threads."""
+  (tmp_path / "a.stablehlo").write_text("nothing")   # XLA would start none for it
+  with pytest.raises(ValueError, match=rf"threads={threads}: must be from 1 to {os.cpu_count()}"):
+    runtimes.opened(tmp_path / "a.stablehlo", threads=threads)
+
+
 def test_a_runtime_has_a_thread_for_each_core_of_the_process(small, tmp_path, monkeypatch):
   import onnxruntime
 
@@ -406,7 +495,14 @@ def test_the_command(small, tmp_path):
   assert [row[6] for row in cells[::2][:2]] == ["1", "1"] and cells[1][7].endswith("%")
   assert "must be of xla" in command.fails("bench", source, "--runtime", "tensorrt")
   assert "is read by ort, openvino, openvino-bf16, not by xla" in command.fails("bench", out)
-  assert "leave --plan and --image-size out" in command.fails("bench", out, "--image-size", 32)
+  for size in (0, 32):
+    assert "leave --plan and --image-size out" in command.fails(
+        "bench", out, "--image-size", size, "--runtime", "ort")
+  with pytest.MonkeyPatch.context() as patch:   # said before anything is compiled
+    patch.setattr(bench, "compiled", None)
+    assert "threads=9999: must be from 1 to" in command.fails("bench", source, "--threads", 9999)
+  rows = command.succeeds("bench", out, "--runtime", "ort,ort", "--batch", 1, "--rounds", 1)
+  assert rows.count("ONNX Runtime") == 1
 
 
 def test_metadata_is_json_that_others_read(small):

@@ -121,7 +121,7 @@ def timed(names, plans, image_size, batch, asked, threads, folder) -> tuple[list
   for name in names:
     if name in files:
       fitting = [runtime for runtime in asked if reads(runtime, name)]
-      if plans or image_size:
+      if plans or image_size is not None:
         raise ValueError(f"{name} has its own plan and size: leave --plan and --image-size out")
       if not fitting:
         known = [runtime for runtime in runtimes.TIMED if reads(runtime, name)]
@@ -220,11 +220,12 @@ def bench(names, plans, image_size, batch, rounds, runtime, threads, wall):
   import jax
 
   from vitcompact.bench import clock_name, processor
-  from vitcompact.runtimes import TIMED
+  from vitcompact.runtimes import TIMED, thread_count
 
-  asked = runtime.split(",")
+  asked = list(dict.fromkeys(runtime.split(",")))
   if wrong := [name for name in asked if name not in TIMED]:
     raise ValueError(f"--runtime {wrong[0]!r}: must be of {', '.join(TIMED)}")
+  thread_count(threads)
   load = os.getloadavg()[0]
   with tempfile.TemporaryDirectory() as folder, xla_threads(threads):
     rows, left = timed(names, plans, image_size, batch, asked, threads, folder)

@@ -67,9 +67,10 @@ class Exported:
   folded: bool = False
 
   def __str__(self):
+    allowed = "" if self.tolerance == np.inf else f" (at most {self.tolerance:g})"
     return (f"{self.path}: {self.size / 1e6:.1f} MB, {self.runtime} differs by {self.max_rel:.1e} "
-            f"of the largest logit on {self.images} images (at most {self.tolerance:g}), the same "
-            f"class on {100 * self.top1_agreement:.0f}%")
+            f"of the largest logit on {self.images} images{allowed}, the same class on "
+            f"{100 * self.top1_agreement:.0f}%")
 
 
 def export(model: nn.Module, variables, path, *, to: str | None = None, batch: int | None = None,
@@ -110,8 +111,23 @@ def export(model: nn.Module, variables, path, *, to: str | None = None, batch: i
     model, variables = fold(model, variables)
   program = Program(model, variables, pre, batch, pixels, classes and tuple(classes),
                     tokens)
+  if images is not None:
+    if pixels:
+      raise ValueError("images are normalised, and with pixels=True the file normalises pixels "
+                       "itself; leave images out")
+    images = program.normalised("images", images)
+  if int8 is not None:
+    int8 = program.normalised("int8", int8)
   if tolerance is None:
     tolerance = np.inf if int8 is not None else TOLERANCE_HALF if half else TOLERANCE
+  if not tolerance >= 0:
+    raise ValueError(f"{tolerance=}: must be 0 or more")
+  return _written(program, path, name, half, images, int8, tolerance, folded)
+
+
+def _written(program: Program, path: pathlib.Path, name: str, half: bool, images, int8,
+             tolerance: float, folded: bool) -> Exported:
+  """A file of the format of that name, once it computes what the program does."""
   format = FORMATS[name]
   home = importlib.import_module(f"vitcompact.export.{format.home}")
   try:
@@ -157,16 +173,11 @@ def photographs(preprocess, count: int) -> np.ndarray:
 
 def _compare(program: Program, run: runtimes.Runner, images):
   """(largest difference, share of equal classes, images) of a file and its model."""
-  if images is not None:
-    if program.pixels:
-      raise ValueError("images are normalised, and with pixels=True the file normalises pixels "
-                       "itself; leave images out")
-    given = np.asarray(images, np.float32)
   sizes = BATCHES if program.batch is None else (program.batch,)
   worst, same, count = 0.0, 0, 0
   for size in sizes:
     some = program.prepared(photographs(program.preprocess, size)) if images is None else \
-        np.resize(given, (size, *given.shape[1:]))
+        np.resize(images, (size, *images.shape[1:]))
     wanted, got = program.logits(some), np.asarray(run(some))
     if got.shape != wanted.shape:
       raise ValueError(f"in {run.runtime} the outputs of {size} images have shape {got.shape}, the "

@@ -9,24 +9,23 @@ import pathlib
 import numpy as np
 
 from vitcompact.export.program import INPUT, Program
+from vitcompact.runtimes import EXTRA
 
 BATCH = 8
 
 
 def write(path: pathlib.Path, program: Program, images, names=None, outputs: bool = False):
-  """Quantises the ONNX file at a path in place, calibrated on normalised images.
+  """Quantises the ONNX file at a path in place, calibrated on images of `program.normalised`.
 
   names: of the nodes; None: all of `products_with_weights`. outputs: whether the results of matrix
-  products are quantised as well. It costs accuracy and, in OpenVINO, speed: a bias is added next.
+  products are quantised as well: logits change more, and it is slower, as a bias is added next.
   """
   import logging
 
-  from onnxruntime import quantization
-
-  images = np.asarray(images, np.float32)
-  if images.shape[1:] != program.image_shape or not len(images):
-    raise ValueError(f"int8: images of shape {images.shape}, wanted (n, "
-                     f"{', '.join(map(str, program.image_shape))}), normalised")
+  try:
+    from onnxruntime import quantization
+  except ImportError as error:
+    raise ValueError(f"int8 needs {error.name}, which is not installed; {EXTRA}") from None
   if program.pixels:   # the file takes what these images were normalised from
     images = np.rint(255 * program.preprocess.pixels(images)).astype(np.uint8)
   found = products_with_weights(path)
@@ -64,12 +63,13 @@ def products_with_weights(path) -> list[str]:
 
 
 class Images:
-  """Batches, as ONNX Runtime's calibration asks for them."""
+  """Batches of one size, as ONNX Runtime's calibration asks for them; images of the last one come
+  again where it is not full."""
 
   def __init__(self, images, batch: int | None):
     size = batch or BATCH
-    self.batches = iter([images[i:i + size] for i in range(0, len(images) - size + 1, size)]
-                        or [np.resize(images, (size, *images.shape[1:]))])
+    self.batches = (np.resize(images[i:i + size], (size, *images.shape[1:]))
+                    for i in range(0, len(images), size))
 
   def get_next(self):
     batch = next(self.batches, None)

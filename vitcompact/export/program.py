@@ -90,6 +90,15 @@ class Program:
     logits, state = model.apply(variables, images, mutable=["tokens"])
     return logits, state["tokens"][f"keep_mask_{self.model.depth - 1}"][0]
 
+  def normalised(self, name: str, images) -> np.ndarray:
+    """Normalised images that a caller gave as an argument of this name; ValueError where they do
+    not fit the model."""
+    images = np.asarray(images, np.float32)
+    if images.shape[1:] != self.image_shape or not len(images):
+      raise ValueError(f"{name}: an array of shape {images.shape}, wanted (n, "
+                       f"{', '.join(map(str, self.image_shape))}), normalised, with n at least 1")
+    return images
+
   def prepared(self, images) -> np.ndarray:
     """Images, as `Preprocess.resize` gives them, in the form that the program takes."""
     images = np.asarray(images)

@@ -12,6 +12,7 @@ A zip archive of `program.jax_export`, what `jax.export` serialises, and `about.
 """
 import json
 import pathlib
+import struct
 import zipfile
 
 import jax
@@ -20,7 +21,7 @@ import jax.export
 from vitcompact.attention import Device
 from vitcompact.export.program import PORTABLE, Program
 
-SUFFIX = ".stablehlo"
+LACKS = "StableHLO files need flatbuffers, which is not installed; pip install flatbuffers"
 PLATFORMS = ("cpu", "cuda", "tpu")
 PROGRAM, ABOUT = "program.jax_export", "about.json"
 
@@ -48,9 +49,8 @@ def write(program: Program, path: pathlib.Path):
   """Writes the program; needs flatbuffers."""
   try:
     data = exported(program).serialize()
-  except ImportError as error:
-    raise ValueError(f"StableHLO files need {error.name}, which is not installed; pip install "
-                     "flatbuffers") from None
+  except ImportError:
+    raise ValueError(LACKS) from None
   with zipfile.ZipFile(path, "w") as archive:
     archive.writestr(ABOUT, json.dumps(program.about()))
     archive.writestr(PROGRAM, bytes(data))
@@ -62,5 +62,8 @@ def read(path) -> tuple[jax.export.Exported, dict[str, str]]:
     with zipfile.ZipFile(path) as archive:
       about = json.loads(archive.read(ABOUT))
       return jax.export.deserialize(bytearray(archive.read(PROGRAM))), about
-  except (zipfile.BadZipFile, KeyError, ValueError) as error:
+  except ImportError:
+    raise ValueError(LACKS) from None
+  except (zipfile.BadZipFile, KeyError, ValueError, TypeError, IndexError, struct.error) as error:
+    # The last ones come of a program that is cut off.
     raise ValueError(f"{path} is no StableHLO file of `vitcompact export`: {error}") from None
