@@ -41,9 +41,12 @@ def installed():
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
   try:
     return import_timm()
-  except ImportError as error:
+  except ModuleNotFoundError as error:
     raise ValueError(f"timing in PyTorch needs {error.name}, which is not installed; {INSTALL}"
                      ) from None
+  except ImportError as error:   # of versions that do not go together, or half an installation
+    raise ValueError(f"PyTorch or timm is installed and does not import ({error}); "
+                     f"{INSTALL.replace('install', 'install --upgrade')}") from None
 
 
 def refusal(model) -> str | None:
@@ -54,10 +57,13 @@ def refusal(model) -> str | None:
   if any(methods.heads or methods.attention or methods.tokens for methods in acting):
     return "timm has no network of its plan"
   # Factorised layers that are merged have the dense layers' names and shapes.
-  if _tensors(model) != _tensors(model.clone(plan=Plan(), execution=type(model.execution)())):
+  dense = model.clone(plan=Plan(), execution=type(model.execution)())
+  if _tensors(model) != _tensors(dense):
     return "timm has no network of its plan"
   if not installed()[1].is_model(model.variant.partition(".")[0]):
     return f"timm has no network named {model.variant}"
+  if _tensors(dense) != _tensors(dense.clone(deploy=False)):
+    return "timm has no network of its deployed form, whose norms are folded into other layers"
   try:
     _options(model)
   except ValueError as error:
@@ -74,12 +80,12 @@ def forward(model, variables, batch: int, *, threads: int | None = None,
   """
   import numpy as np
 
-  from vitcompact.runtimes import cores
+  from vitcompact.runtimes import thread_count
 
   if compiled:   # else it forks workers, which a process with JAX's threads in it must not do
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
   torch, _ = installed()
-  torch.set_num_threads(threads or cores())
+  torch.set_num_threads(thread_count(threads))
   dtype = getattr(torch, precision)
   module = network(model, variables).to(dtype)
   size = np.broadcast_to(model.image_size, 2).tolist()

@@ -133,6 +133,14 @@ def test_what_timm_has_a_network_of(asked):
       f"timm's network of {NAME} has no option for layer_scale=0.1")
 
 
+@pytest.mark.parametrize("name", ["shvit_s1", "nextvit_small"])
+def test_models_whose_deployed_form_timm_lacks_are_named(name, asked, monkeypatch):
+  monkeypatch.setattr(sys.modules["timm"], "is_model", lambda _: True)
+  assert timm_network.refusal(vc.create_model(name, deploy=True)) == (
+      "timm has no network of its deployed form, whose norms are folded into other layers")
+  assert timm_network.refusal(vc.create_model("pvt_v2_b0", deploy=True)) is None
+
+
 def test_nothing_left_to_time_is_an_error(asked):
   assert ("timm has no network named lvvit_s; give --runtime xla, ort "
           "or openvino") in command.fails("bench", "lvvit_s", "--runtime", "torch")
@@ -144,6 +152,16 @@ def test_what_is_missing_is_named_before_anything_is_compiled(name, asked, monke
   monkeypatch.setattr(bench, "compiled", None)
   assert (f"needs {name}, which is not installed; pip install torch timm"
           ) in command.fails("bench", NAME, "--runtime", "xla,torch")
+
+
+def test_a_pytorch_that_does_not_import_is_not_called_missing(asked, monkeypatch):
+  def broken():
+    raise ImportError("cannot import name 'Mlp' from 'timm.layers'", name="timm.layers")
+
+  monkeypatch.setattr(timm_network, "import_timm", broken)
+  assert ("PyTorch or timm is installed and does not import (cannot import name 'Mlp' from "
+          "'timm.layers'); pip install --upgrade torch timm"
+          ) in command.fails("bench", NAME, "--runtime", "torch")
 
 
 @pytest.mark.parametrize("name,fields", [
