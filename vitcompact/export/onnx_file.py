@@ -13,7 +13,6 @@ from jax.extend.core import jaxprs_in_params
 from vitcompact.export.program import INPUT, PORTABLE, Program
 from vitcompact.runtimes import EXTRA
 
-SUFFIX = ".onnx"
 OPSET = 20   # Gelu came with it; every runtime of the last years reads it
 MOST = 2 ** 31 - 2 ** 20   # bytes: a protocol buffer's limit, and room for the graph
 

@@ -6,7 +6,6 @@ from vitcompact.export import onnx_file
 from vitcompact.export.program import Program
 from vitcompact.runtimes import EXTRA
 
-SUFFIX = ".xml"
 ABOUT = "vitcompact"   # the section of the file's own information that holds ours
 
 
@@ -24,8 +23,3 @@ def write(program: Program, path: pathlib.Path, half: bool = False):
     for key, value in program.about().items():
       model.set_rt_info(value, [ABOUT, key])
     openvino.save_model(model, path, compress_to_fp16=half)
-
-
-def files(path: pathlib.Path) -> list[pathlib.Path]:
-  """All that belongs to a file."""
-  return [path, path.with_suffix(".bin")]
