@@ -301,6 +301,8 @@ def table(folds: list[dict]) -> str:
       continue
     mean = {key: statistics.mean(row[key] for row in rows) for key in ("macs", "accuracy", "kl")}
     gap = "" if name == "dense" else difference(rows)
+    if len(rows) < len(folds):
+      shown += f" ({len(rows)} of {len(folds)} dense models)"
     lines.append(f"| {shown} | {100 * mean['macs']:.1f} % | {100 * mean['accuracy']:.2f} % | "
                  f"{gap} | {mean['kl']:.2g} |")
   return "\n".join(lines)

@@ -104,6 +104,12 @@ def test_each_row_is_in_results_at_once(tmp_path, monkeypatch):
   assert compaction.load(compaction.results_of("digits"))[0]["models"] == {"dense": ROW}
 
 
+def test_a_row_that_some_folds_lack_says_how_many_have_it():
+  whole, part = folds_with((0, 0), (0, 0))
+  del part["models"]["measured, 50 %"]
+  assert "| measured plan of 50 % (1 of 2 dense models) |" in compaction.table([whole, part])
+
+
 def test_what_was_not_run_is_said_to_be():
   text = compaction.described([{"models": {"dense": {**ROW, "gained": 0, "lost": 0}}}])
   assert "12 random plans: not run." in text and "A plan for a speedup: not timed." in text
