@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import vitcompact as vc
-from experiments import compaction, fine_tuning, one_shot
+from experiments import compaction, fine_tuning, one_shot, path_costs
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -108,6 +108,14 @@ def test_a_row_that_some_folds_lack_says_how_many_have_it():
   whole, part = folds_with((0, 0), (0, 0))
   del part["models"]["measured, 50 %"]
   assert "| measured plan of 50 % (1 of 2 dense models) |" in compaction.table([whole, part])
+
+
+def test_the_page_shows_what_measuring_and_compacting_cost():
+  found = json.loads(path_costs.RESULTS.read_text())
+  page = (ROOT / "docs/compaction.md").read_text()
+  assert f"{path_costs.BEGIN}{path_costs.described(found)}\n{path_costs.END}" in page
+  assert "| `compact` from images | not run | | |" in path_costs.described(
+      {**found, "steps": {"forward": found["steps"]["forward"]}})
 
 
 def test_what_was_not_run_is_said_to_be():
