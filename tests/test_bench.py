@@ -217,6 +217,15 @@ def test_tables_say_what_was_not_measured(measured):
   assert tables.markdown(measured / "nothing") == "On CPU and GPU and TPU: **not measured**."
 
 
+def test_another_processor_has_a_table_of_its_own(measured, tmp_path):
+  found = json.loads((measured / "gemm_cpu.json").read_text())
+  for name, processor in (("gemm_cpu", "One"), ("gemm_cpu_other", "Another")):
+    (tmp_path / f"{name}.json").write_text(json.dumps({**found, "processor": processor}))
+  text = tables.markdown(tmp_path)
+  assert text.count("The ceiling here") == 2
+  assert text.index("one core of One") < text.index("one core of Another")
+
+
 @pytest.mark.parametrize("suite", program.SUITES)
 def test_a_candidate_that_was_not_measured_leaves_the_others_their_rows(suite, measured, tmp_path):
   """It did not compile there, or is newer than the file."""

@@ -17,8 +17,10 @@ class Rows(dict):
 def load(suite: str, platform: str, folder: pathlib.Path = FOLDER) -> dict | None:
   """Results of a suite on a platform, or None where it was not measured."""
   path = folder / f"{suite}_{platform}.json"
-  if not path.exists():
-    return None
+  return read(path) if path.exists() else None
+
+
+def read(path: pathlib.Path) -> dict:
   try:
     return json.loads(path.read_text())
   except json.JSONDecodeError as error:

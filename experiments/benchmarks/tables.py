@@ -140,7 +140,10 @@ def markdown(folder: pathlib.Path = results.FOLDER) -> str:
   tables, missing = [], []
   for platform, title in PLATFORMS.items():
     found = {suite: results.load(suite, platform, folder) for suite in SUITES}
-    tables += [SUITES[suite](known, folder) for suite, known in found.items() if known]
+    for suite, known in found.items():
+      # And on other processors, in files of longer names: layer_cpu_amd.json.
+      others = [results.read(path) for path in sorted(folder.glob(f"{suite}_{platform}_*.json"))]
+      tables += [SUITES[suite](one, folder) for one in (known, *others) if one]
     unknown = [suite for suite, known in found.items() if not known]
     if len(unknown) == len(SUITES):
       missing.append(title)
