@@ -9,7 +9,7 @@ import pytest
 import vitcompact as vc
 from tests import tiny
 from vitcompact import regression
-from vitcompact.calibration import Calibration, Seen, run, seen_by
+from vitcompact.calibration import Calibration, Seen, run, seen_by, taught
 from vitcompact.methods.attention.token_predictor import clustered
 from vitcompact.methods.heads import refit
 from vitcompact.token_state import Tokens
@@ -35,9 +35,8 @@ def test_no_factors_of_a_rank_are_closer_than_those_in_the_metric_of_the_inputs(
   x = rng.standard_normal((500, 6)) * 3.0 ** -np.arange(6)
   y = x @ rng.standard_normal((6, 4)) + 0.1 * rng.standard_normal((500, 4))
   data = regression.Regression.of(jax.tree.map(np.float64, regression.sums_of(x, y)))
-  metric = regression.Metric.of(data.cov)
   full = np.linalg.solve(data.cov, data.cross)
-  a, b = metric.factors(full, 2)
+  a, b = regression.closest_factors(full, data.cross, 2)
   best = data.error(a @ b)
   for _ in range(200):     # neighbours
     da, db = 0.02 * rng.standard_normal(a.shape), 0.02 * rng.standard_normal(b.shape)
@@ -191,14 +190,15 @@ def test_nothing_is_fitted_twice_where_nothing_is_held_out(monkeypatch):
   called = []
   for module, name in ((regression, "_low_rank"), (refit, "_descend")):
     fit = getattr(module, name)
-    monkeypatch.setattr(module, name, lambda *given, fit=fit: called.append(fit) or fit(*given))
+    monkeypatch.setattr(module, name, lambda *given, fit=fit, **sweeps: (
+        called.append((fit, sweeps)) or fit(*given, **sweeps)))
   factors, both = regression.low_rank((sums, sums), old, 3)
   assert len(called) == 1
-  again = called[0](both, regression.Metric.of(both.cov), old, 3, regression.RIDGES[-1])
+  again = called[0][0](both, old, 3, regression.RIDGES[-1])
   assert np.array_equal(factors.a, again[0]) and np.array_equal(factors.b, again[1])
   values, outputs = rng.standard_normal((2, 4, 2)), rng.standard_normal((2, 2, 6))
   refit.refit((sums, sums), [[0], [1]], values, outputs)
-  assert len(called) == 2
+  assert sum(sweeps["sweeps"] for _, sweeps in called[1:]) == refit.SWEEPS
 
 
 @pytest.mark.parametrize("images", [1, 4])
@@ -261,7 +261,7 @@ def test_what_a_branch_is_wanted_to_give_leads_to_the_dense_stream():
   rng = np.random.default_rng(5)
   dense_x, x = (Tokens(rng.standard_normal((3, 17, 24)).astype(np.float32)) for _ in range(2))
   variables = tiny.randomised(jax.eval_shape(block.init, jax.random.key(0), dense_x))
-  data = Calibration(block, variables["params"], {}, x, block, variables["params"], dense_x, 0, {})
+  data = Calibration(block, variables["params"], {}, x, taught(block, variables, dense_x)[1], 0, {})
   after_attention, after_ffn = data.sums(block_outputs)[0]
   seen = seen_by(block, variables, dense_x)
   np.testing.assert_allclose(after_attention, seen.before_ffn, atol=1e-4)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vitcompact import attention
+from vitcompact import attention, regression
 from vitcompact.block import reduction
 from vitcompact.execution import Execution
 from vitcompact.token_state import NOTHING
@@ -20,6 +20,7 @@ from vitcompact.token_state import NOTHING
 NORMS = {"norm1": "before_attention", "norm2": "before_ffn", "norm": "before_ffn"}
 _innermost = contextvars.ContextVar("the walk through a model that is under way", default=None)
 
+ROWS = 8           # times the hidden channels: rows that a regression is made of
 VALUES = 2 ** 22   # of the residual stream in one chunk of images: about 50 of DeiT-S
 
 
@@ -32,8 +33,8 @@ class Seen(NamedTuple):
   attended: (B, N, width), what attention adds to the stream.
   inputs, hidden: of the FFN's two layers, after norm and activation; fc1: what the first one gives,
     ffn: what it adds.
-  wanted_attention, wanted_ffn: what the outputs should be: those of the dense model, and what the
-    stream has lost so far, see `Calibration`.
+  wanted_attention, wanted_ffn: what the outputs should be, see `Teacher`.
+  step: from one token to the next that a regression takes.
   """
   before_attention: Any = None
   before_ffn: Any = None
@@ -49,6 +50,15 @@ class Seen(NamedTuple):
   ffn: Any = None
   wanted_attention: Any = None
   wanted_ffn: Any = None
+  step: int = 1
+
+
+class Teacher(NamedTuple):
+  """The stream of the dense model after each branch of a block, NumPy arrays (images, N, width),
+  before what a residual factor divides them by; None where there is no such branch. What a branch
+  of the compact block should add is this without its own stream: it makes good what was lost."""
+  after_attention: Any = None
+  after_ffn: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +68,8 @@ class Calibration:
   module: the block as it is so far, not bound: the methods of other axes are in place already.
   params, stats: its variables.
   x: its input, a tree of NumPy arrays (images, ...), from the compact blocks before it.
-  dense, dense_params: the block of the dense model, its teacher. dense_x: the dense model's own
-    input of this block; None where the compact model has other tokens by now: the teacher then sees
-    x.
+  teacher: the dense block on the dense model's own stream, or on x where the compact model has
+    other tokens by now; None: what the block itself adds is wanted.
   held: how many of the images, the last ones, are held out: fits are chosen by them.
   notes: what fits tell, {axis: {...}}.
   """
@@ -68,9 +77,7 @@ class Calibration:
   params: Any
   stats: Any
   x: Any
-  dense: nn.Module
-  dense_params: Any
-  dense_x: Any
+  teacher: Teacher | None
   held: int
   notes: dict
 
@@ -90,26 +97,43 @@ class Calibration:
     return self._pass(True, function, arguments)
 
   def _pass(self, outputs: bool, function, arguments):
-    module, dense = Function(self.module), Function(self.dense)
-    # The dense block on its own stream wants what it gives.
-    own = self.dense_x is None and module == dense and self.params is self.dense_params
-    run = _summed(module, None if own else dense, function, self.dense_x is not None, outputs)
+    run = _summed(Function(self.module), function, outputs, self._step())
     variables = everywhere({"params": self.params, "batch_stats": self.stats})
-    teacher = everywhere({"params": self.dense_params, "batch_stats": self.stats})
     images = len(jax.tree.leaves(self.x)[0])
     fitted = images - self.held
     outs, parts = [], []
     for start, stop in ((0, fitted), (fitted, images)):
       total = None
       for at in chunks(self.x, start, stop):
-        out, sums = run(variables, teacher, split(take(self.x, at)),
-                        None if self.dense_x is None else split(take(self.dense_x, at)), *arguments)
+        x, teacher = split((take(self.x, at), take(self.teacher, at)))
+        out, sums = run(variables, x, teacher, *arguments)
         outs.append(jax.tree.map(np.asarray, out))
         sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)
         total = sums if total is None else jax.tree.map(np.add, total, sums)
       parts.append(total)
     return (jax.tree.map(lambda *few: np.concatenate(few), *outs),
             (parts[0], parts[1] if self.held else parts[0]))
+
+  def _step(self) -> int:
+    """Of many channels, whose sums are dear, so that enough rows are left; without a divisor in
+    common with the number of tokens, so that they are of all columns of the grid."""
+    site = self.module.site
+    if site.hidden < regression.WIDE:
+      return 1
+    images, *grid = max(jax.tree.leaves(self.x), key=np.size).shape[:-1]
+    tokens = math.prod(grid)
+    step = max(images * tokens // (ROWS * site.hidden), 1)
+    while math.gcd(step, tokens - site.prefix) > 1:
+      step -= 1
+    return step
+
+  def fewer(self, tokens: int) -> "Calibration":
+    """On images chosen evenly, none of them held out, of so many tokens where there are as many:
+    enough for sums of few numbers."""
+    images = len(jax.tree.leaves(self.x)[0]) - self.held
+    step = max(images * self.module.site.tokens // tokens, 1)
+    at = slice(0, images, step)
+    return dataclasses.replace(self, x=take(self.x, at), teacher=take(self.teacher, at), held=0)
 
   def with_params(self, params) -> "Calibration":
     """The same with other parameters in the block: what it computes changes."""
@@ -188,8 +212,11 @@ class Function:
 
 def run(block: nn.Module, variables, x):
   """The output of an unbound block for a tree of NumPy arrays, a few images at a time."""
-  forward, images = _forward(Function(block)), len(jax.tree.leaves(x)[0])
-  variables = everywhere(variables)
+  return _in_chunks(_forward(Function(block)), variables, x)
+
+
+def _in_chunks(forward, variables, x):
+  variables, images = everywhere(variables), len(jax.tree.leaves(x)[0])
   outs = [jax.tree.map(np.asarray, forward(variables, split(take(x, at))))
           for at in chunks(x, 0, images)]
   return jax.tree.map(lambda *parts: np.concatenate(parts), *outs)
@@ -290,10 +317,9 @@ def _tokens(x):
 
 
 @functools.lru_cache(maxsize=64)
-def _summed(module: Function, dense: Function | None, function: Callable, paired: bool,
-            outputs: bool):
+def _summed(module: Function, function: Callable, outputs: bool, step: int):
   """(output, None unless asked for; sums) of a chunk, jitted; what is not used is not computed."""
-  module, dense = module.block, dense and dense.block
+  module = module.block
   skip = getattr(module, "skip_lam", 1.0)
 
   def apply(seen, *arguments):
@@ -301,28 +327,38 @@ def _summed(module: Function, dense: Function | None, function: Callable, paired
       return tuple(one(seen, *few) for one, few in zip(function, arguments, strict=True))
     return function(seen, *arguments)
 
-  def run(variables, teacher, x, dense_x, *arguments):
+  def wanted(after, before, adds):
+    """Where a reducer has left other tokens, and without a teacher, what the branch adds."""
+    if after is None or module.methods.tokens is not None or after.shape != before.shape:
+      return adds
+    return after - skip * before
+
+  def run(variables, x, teacher, *arguments):
     out, seen = _look(module, variables, x, maps=True)
-    out = out if outputs else None
-    if dense is None:
-      seen = seen._replace(wanted_attention=seen.attended, wanted_ffn=seen.ffn)
-      return out, apply(seen, *arguments)
-    target = _look(dense, teacher, dense_x if paired else x, maps=False)[1]
+    teacher = teacher or Teacher()
+    seen = seen._replace(
+        wanted_attention=wanted(teacher.after_attention, seen.before_attention, seen.attended),
+        wanted_ffn=wanted(teacher.after_ffn, seen.before_ffn, seen.ffn), step=step)
+    return out if outputs else None, apply(seen, *arguments)
 
-    def wanted(output, stream):
-      """The teacher's output, and what the stream lacks: the branch makes good what earlier ones
-      lost."""
-      lost = getattr(target, stream) - getattr(seen, stream)
-      return getattr(target, output) + skip * lost
+  return jax.jit(run)
 
-    if seen.attended is not None:
-      alike = (seen.before_attention.shape == target.before_attention.shape
-               and module.methods.tokens is None)
-      seen = seen._replace(wanted_attention=wanted("attended", "before_attention") if alike
-                           else seen.attended)
-    # Where tokens go between attention and FFN, the teacher has others.
-    same = seen.before_ffn.shape == target.before_ffn.shape and module.methods.tokens is None
-    return out, apply(seen._replace(wanted_ffn=wanted("ffn", "before_ffn") if same else seen.ffn),
-                      *arguments)
+
+def taught(block: nn.Module, variables, x) -> tuple[Any, Teacher]:
+  """(output, `Teacher`) of a dense block, not bound, for a tree of NumPy arrays."""
+  return _in_chunks(_teaching(Function(block)), variables, x)
+
+
+@functools.lru_cache(maxsize=64)
+def _teaching(block: Function):
+  skip = getattr(block.block, "skip_lam", 1.0)
+
+  def after(before, adds):
+    return None if adds is None else adds + skip * before
+
+  def run(variables, x):
+    out, seen = _look(block.block, variables, x, maps=False)
+    return out, Teacher(after(seen.before_attention, seen.attended),
+                        after(seen.before_ffn, seen.ffn))
 
   return jax.jit(run)

@@ -1,4 +1,5 @@
 """compact: a trained dense model's weights brought to a smaller plan."""
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 
 from vitcompact import block as blocks
 from vitcompact import trees
-from vitcompact.calibration import Calibration, held_last, run, take, through
+from vitcompact.calibration import Calibration, held_last, run, take, taught, through
 from vitcompact.doors import check_images, check_model, check_plan, check_values, check_variables
 from vitcompact.methods import protocol
 from vitcompact.plan import Plan
@@ -88,8 +89,7 @@ def _dense_form(model: nn.Module, variables, images):
     own = {"params": params[name], "batch_stats": stats.get(name, {})}
     out = run(block, own, x)
     for method in block.methods.present():
-      data = Calibration(block, own["params"], own["batch_stats"], x, block, own["params"], None, 0,
-                         {})
+      data = Calibration(block, own["params"], own["batch_stats"], x, None, 0, {})
       params[name], stats[name] = protocol.to_dense(method, block.site, params[name],
                                                     stats.get(name, {}), data)
     return out
@@ -113,14 +113,14 @@ def _fitted(model: nn.Module, small: nn.Module, variables, images, progress):
 
   def on_block(name, dense, x):
     paired = len(jax.tree.leaves(x)[0]) == 2 * len(images)
-    dense_x = take(x, slice(len(images), None)) if paired else None
-    found[name], out, notes = _fit_block(dense, modules[name], params[name], stats.get(name, {}),
-                                         take(x, slice(len(images))), dense_x, held)
-    told[name] = notes
+    own = {"params": params[name], "batch_stats": stats.get(name, {})}
+    dense_out, teacher = taught(dense, own, take(x, slice(len(images), None)) if paired else x)
+    data = Calibration(dense, *own.values(), take(x, slice(len(images))), teacher, held, {})
+    found[name], out = _fit_block(modules[name], data)
+    told[name] = data.notes
     if progress is not None:
-      progress(name, notes)
+      progress(name, data.notes)
     if paired and modules[name].methods.tokens is None:
-      dense_out = run(dense, {"params": params[name], "batch_stats": stats.get(name, {})}, dense_x)
       out = jax.tree.map(lambda *halves: np.concatenate(halves), out, dense_out)
     return out
 
@@ -129,20 +129,20 @@ def _fitted(model: nn.Module, small: nn.Module, variables, images, progress):
   return found
 
 
-def _fit_block(dense: nn.Module, block: nn.Module, params, stats, x, dense_x, held: int):
-  """((params, stats), output, notes) of a block, fitted to its inputs.
+def _fit_block(block: nn.Module, data: Calibration):
+  """((params, stats), output) of a block, fitted to its inputs.
 
-  dense: at the size of these inputs; block: under the plan, at the model's size.
+  block: under the plan, at the model's size; data: its dense form, at the size of these inputs.
   """
-  notes = {}
+  dense = data.module
 
-  def seen(methods, new_params, new_stats):
-    return Calibration(dense.clone(methods=methods), new_params, new_stats, x, dense, params,
-                       dense_x, held, notes)
+  def seen(methods, params, stats):
+    return dataclasses.replace(data, module=dense.clone(methods=methods), params=params,
+                               stats=stats)
 
-  new = blocks.from_dense(block.site, block.methods, params, stats, seen)
-  out = run(dense.clone(methods=block.methods), {"params": new[0], "batch_stats": new[1]}, x)
-  return new, out, notes
+  new = blocks.from_dense(block.site, block.methods, data.params, data.stats, seen)
+  return new, run(dense.clone(methods=block.methods), dict(zip(("params", "batch_stats"), new,
+                                                               strict=True)), data.x)
 
 
 def _warn_of_few(notes: dict[str, dict], images: int):

@@ -14,12 +14,14 @@ from vitcompact import block as blocks
 from vitcompact import trees
 from vitcompact._version import __version__
 from vitcompact.calibration import (
+    ROWS,
     VALUES,
     Calibration,
     held_last,
     run,
     seen_by,
     take,
+    taught,
     through,
 )
 from vitcompact.doors import check_images, check_model, check_values, check_variables
@@ -34,7 +36,6 @@ SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)   # of the keys that attention mass i
 LOOKED_AT = 32                               # images that the pictures are made of
 FEW_CLASSES = 0.5
 TINY = 1e-12
-ROWS = 8                                     # times the hidden channels: tokens of a quick fit
 EVERY = 4                                    # blocks from one that a quick look tries to the next
 GROWTH = 1.5    # KL grows with this power of the tokens that go: 0.96 to 1.93 on Fashion-MNIST
 
@@ -180,8 +181,8 @@ class _Measurement:
     asked = {kind: asked for kind in kinds if (asked := protocol.statistics(kind, params))}
     if not asked:
       return self._dense(name, block, x), {}
-    data = Calibration(block, params, stats, x, block, params, None, self.held
-                       if self.held < len(self.images) else 0, {})
+    data = Calibration(block, params, stats, x, None,
+                       self.held if self.held < len(self.images) else 0, {})
     functions, arguments = zip(*asked.values(), strict=True)
     out, (sums, _) = data.outputs_and_sums(functions, *arguments)
     return out, dict(zip(asked, sums, strict=True))
@@ -240,7 +241,8 @@ class _Measurement:
     params, stats = self._variables(name).values()
     methods = BlockMethods(**{axis: method})
     few, held = self._to_fit(x, module.site)
-    data = Calibration(block, params, stats, few, block, params, None, held, {})
+    _, teacher = taught(block, self._variables(name), few)
+    data = Calibration(block, params, stats, few, teacher, held, {})
     new, new_stats = blocks.from_dense(module.site, methods, params, stats,
                                        lambda *_: data)
     changed = block.clone(methods=methods)

@@ -33,24 +33,34 @@ class Sums(NamedTuple):
     return Sums(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-def sums_of(x, y) -> Sums:
-  """Of rows (..., p) and (..., q), in float32 on the device."""
-  x, y = _rows(x), y.reshape(-1, y.shape[-1]).astype(jnp.float32)
-  return Sums(gram(x), jnp.matmul(x.T, y, precision=HIGH), jnp.sum(y * y))
+def sums_of(x, y, step: int = 1) -> Sums:
+  """Of rows (..., p) and (..., q), in float32 on the device; of every `step`-th token where these
+  are (images, tokens, ...)."""
+  x, y = _rows(x, step), _rows(y, step)
+  cross = jnp.concatenate([jnp.sum(y, axis=0, keepdims=True),
+                           jnp.matmul(x.T, y, precision=HIGH)])
+  return Sums(_moments(x), cross, jnp.sum(y * y))
 
 
-def sums_of_layer(x, kernel, bias) -> Sums:
+def sums_of_layer(x, kernel, bias, step: int = 1) -> Sums:
   """`sums_of` of x and x @ kernel + bias, from the products of x alone."""
   matrix = jnp.concatenate([bias[None], kernel]).astype(jnp.float32)
-  xx = gram(_rows(x))
+  xx = _moments(_rows(x, step))
   xy = jnp.matmul(xx, matrix, precision=HIGH)
   return Sums(xx, xy, jnp.sum(matrix * xy))
 
 
-def _rows(x):
-  """(rows, 1 + p), float32."""
-  x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-  return jnp.concatenate([jnp.ones((len(x), 1)), x], axis=1)
+def _rows(x, step: int):
+  """(rows, p), float32. Every image keeps as many, so that those on a device stay there."""
+  x = x if step == 1 else x[:, ::step]
+  return x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+
+
+def _moments(x):
+  """(1 + p, 1 + p) of rows that the constant 1 is put in front of."""
+  total = jnp.sum(x, axis=0)
+  return jnp.block([[jnp.full((1, 1), len(x), jnp.float32), total[None]],
+                    [total[:, None], gram(x)]])
 
 
 def gram(x):
@@ -98,27 +108,25 @@ class Regression(NamedTuple):
     return ridge * max(float(np.trace(self.cov)) / len(self.cov), np.finfo(np.float32).tiny)
 
 
-class Metric(NamedTuple):
-  """The covariance of x, with its ridge, by eigenvalues: a product of matrices then solves."""
-  values: np.ndarray
-  vectors: np.ndarray
-
-  @classmethod
-  def of(cls, cov) -> "Metric":
+def solver(cov, ridge: float):
+  """A function right -> (cov + ridge)^-1 right."""
+  eye = ridge * np.eye(len(cov))
+  try:
+    factor = scipy.linalg.cho_factor(cov + eye)
+  except np.linalg.LinAlgError:   # sums in float32 are positive but for rounding
     values, vectors = np.linalg.eigh(cov)
-    return cls(np.maximum(values, 0), vectors)
+    factor = scipy.linalg.cho_factor((vectors * np.maximum(values, 0)) @ vectors.T + eye)
+  return lambda right: scipy.linalg.cho_solve(factor, right)
 
-  def stronger(self, ridge: float) -> "Metric":
-    return self._replace(values=self.values + ridge)
 
-  def solve(self, right) -> np.ndarray:
-    return self.vectors @ ((self.vectors.T @ right) / self.values[:, None])
+def closest_factors(matrix, seen, rank: int) -> tuple[np.ndarray, np.ndarray]:
+  """A (p, rank), B (rank, q) whose product is closest to M (p, q) in the metric C of x.
 
-  def factors(self, matrix, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """A (p, rank), B (rank, q) whose product is closest to M in this metric."""
-    root = np.sqrt(self.values)[:, None]
-    left, singular, right = np.linalg.svd(root * (self.vectors.T @ matrix), full_matrices=False)
-    return balanced(self.vectors @ (left[:, :rank] * singular[:rank] / root), right[:rank])
+  seen: C M. M is projected on the leading eigenvectors of M^T C M, the moments of its outputs.
+  """
+  outputs = matrix.T @ seen
+  leading = np.linalg.eigh((outputs + outputs.T) / 2)[1][:, -rank:]
+  return balanced(matrix @ leading, leading.T)
 
 
 def balanced(a, b) -> tuple[np.ndarray, np.ndarray]:
@@ -153,27 +161,43 @@ def spectrum(data: Regression) -> np.ndarray:
   return np.maximum(data.energy - np.cumsum(variances), 0) / max(data.energy, 1e-30)
 
 
+def chosen(sums, fit):
+  """(error on the rows held out, ridge, factors) of the ridge that does best there.
+
+  fit: a function of a ridge that gives factors and the matrix that they make, from the first of
+  `sums`. The error falls with the ridge and then rises: what comes after is not tried.
+  """
+  first, held, _ = split(sums)
+  best = None
+  for ridge in ridges(sums):
+    factors, matrix = fit(ridge)
+    error = held.error(matrix, first.bias(matrix))
+    if best is not None and error >= best[0]:
+      break
+    best = error, ridge, factors
+  return best
+
+
 def low_rank(sums, old, rank: int) -> tuple[Factors, Regression]:
   """The fit of a rank to y, pulled towards `old` (p, q) as strongly as held-out rows want it, and
   the moments of all rows, of which it is made.
 
   sums: (of the rows to fit, of those to choose the ridge by), as `Calibration.sums` returns them.
   """
-  fit, held, both = split(sums)
-  metric, best = Metric.of(fit.cov), None
-  for ridge in ridges(sums):
-    a, b = factors = _low_rank(fit, metric, old, rank, ridge)
-    matrix = a @ b
-    held_out = held.error(matrix, fit.bias(matrix))
-    if best is None or held_out < best[0]:
-      best = held_out, fit.error(matrix), ridge, factors
-  held_out, fitted, ridge, (a, b) = best
+  fit, _, both = split(sums)
+
+  def fitted(ridge):
+    a, b = _low_rank(fit, old, rank, ridge)
+    return (a, b), a @ b
+
+  held_out, ridge, (a, b) = chosen(sums, fitted)
+  error = fit.error(a @ b)
   if both is not fit:   # else these are the factors of all rows already
-    a, b = _low_rank(both, Metric.of(both.cov), old, rank, ridge)
-  return Factors(a, b, both.bias(a @ b), fitted, held_out), both
+    a, b = _low_rank(both, old, rank, ridge)
+  return Factors(a, b, both.bias(a @ b), error, held_out), both
 
 
-def _low_rank(data: Regression, metric: Metric, old, rank: int, ridge: float):
+def _low_rank(data: Regression, old, rank: int, ridge: float):
   ridge = data.strength(ridge)
-  metric = metric.stronger(ridge)
-  return metric.factors(metric.solve(data.cross + ridge * old), rank)
+  right = data.cross + ridge * old
+  return closest_factors(solver(data.cov, ridge)(right), right, rank)

@@ -410,20 +410,20 @@ def _branched(layer: CompactDense, a, b, bias, moments):
 
 def first_sums(seen, params):
   """Of the inputs of fc1 and the dense layer's outputs."""
-  return _layer_sums(seen.inputs, seen.fc1, params)
+  return _layer_sums(seen.inputs, seen.fc1, params, seen.step)
 
 
-def _layer_sums(x, y, params):
+def _layer_sums(x, y, params, step: int):
   if "norm" in params:
-    return sums_of(x, y)
+    return sums_of(x, y, step)
   bias = params.get("bias", jnp.zeros(params["kernel"].shape[-1]))
-  return sums_of_layer(x, params["kernel"], bias)
+  return sums_of_layer(x, params["kernel"], bias, step)
 
 
 def second_sums(seen, params):
   """Of the inputs of fc2 and what the FFN is to give."""
   del params
-  return sums_of(seen.hidden, seen.wanted_ffn)
+  return sums_of(seen.hidden, seen.wanted_ffn, seen.step)
 
 
 def sampled(curve) -> list[list[float]]:
@@ -435,7 +435,7 @@ def sampled(curve) -> list[list[float]]:
 def both_sums(seen, params):
   """Of both layers of a dense FFN and what they give."""
   return {"fc1": first_sums(seen, params["fc1"]),
-          "fc2": _layer_sums(seen.hidden, seen.ffn, params["fc2"])}
+          "fc2": _layer_sums(seen.hidden, seen.ffn, params["fc2"], seen.step)}
 
 
 SUMS = {"fc1": first_sums, "fc2": second_sums}

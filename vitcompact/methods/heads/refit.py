@@ -13,10 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from vitcompact.regression import Metric, Regression, Sums, balanced, ridges, split, sums_of
+from vitcompact.regression import (
+  Regression,
+  Sums,
+  balanced,
+  chosen,
+  closest_factors,
+  solver,
+  split,
+  sums_of,
+)
 
 SETS = 20_000        # sets of real heads that are all tried; beyond, heads are dropped greedily
 SWEEPS = 3
+TOKENS = 8192        # that costs of heads and filters are summed over
 FEATURES = 4608      # heads x width up to which filters are fitted: their sums are its square
 
 
@@ -171,7 +181,7 @@ def copied_sums(seen, places) -> Sums:
   places: (f,), only its length counts.
   """
   made = jnp.einsum("bhnm,bmw->bnhw", seen.maps[:, :places.shape[0]], seen.keys)
-  return sums_of(jax.lax.collapse(made, 2), seen.wanted_attention)
+  return sums_of(jax.lax.collapse(made, 2), seen.wanted_attention, seen.step)
 
 
 def filtered_sums(seen, query_taps, key_taps) -> Sums:
@@ -187,7 +197,8 @@ def filtered_sums(seen, query_taps, key_taps) -> Sums:
       rows = jnp.einsum("bnm,bmw->bnw", seen.maps[:, g % real], keys)
       made += sum(shifted(rows, s - taps // 2) * query_taps[g, r, s] for s in range(taps))
     features.append(made[:, :, None])
-  return sums_of(jax.lax.collapse(jnp.concatenate(features, axis=2), 2), seen.wanted_attention)
+  made = jax.lax.collapse(jnp.concatenate(features, axis=2), 2)
+  return sums_of(made, seen.wanted_attention, seen.step)
 
 
 class Refit(NamedTuple):
@@ -210,63 +221,69 @@ def refit(sums, groups, values, outputs) -> Refit:
   fit, held, both = split(sums)
   old = [np.concatenate([values[h] for h in group], axis=1) for group in groups], \
       [np.concatenate([outputs[h] for h in group], axis=0) for group in groups]
-  copied = np.concatenate([a @ b for a, b in zip(*old, strict=True)])
-  best = held.error(copied, fit.bias(copied)), fit.error(copied), None, (*old, copied)
-  metrics = _metrics(fit, len(groups))
-  for ridge in ridges(sums):
-    found = _descend(fit, metrics, old, ridge)
-    matrix = found[2]
+  matrix = copied = _product(old)
+  copied_error = held.error(copied, fit.bias(copied))
+
+  def descended(ridge):
+    factors = _descend(fit, old, old, ridge, sweeps=1)
+    return factors, _product(factors)
+
+  held_out, ridge, factors = chosen(sums, descended)
+  if held_out < copied_error:
+    factors = _descend(fit, old, factors, ridge, sweeps=SWEEPS - 1)
+    matrix = _product(factors)
     held_out = held.error(matrix, fit.bias(matrix))
-    if held_out < best[0]:
-      best = held_out, fit.error(matrix), ridge, found
-  held_out, fitted, ridge, (a, b, matrix) = best
-  if ridge is not None and both is not fit:   # else they are of all rows already
-    a, b, matrix = _descend(both, _metrics(both, len(groups)), old, ridge)
+  if held_out >= copied_error:   # none is better than the dense ones
+    factors, matrix, held_out = old, copied, copied_error
+  fitted = fit.error(matrix, fit.bias(matrix))
+  if factors is not old and both is not fit:   # else they are of all rows already
+    factors = _descend(both, old, factors, ridge, sweeps=1)
+    matrix = _product(factors)
   new_values, new_outputs = np.empty_like(values), np.empty_like(outputs)
   width = values.shape[2]
-  for group, left, right in zip(groups, a, b, strict=True):
+  for group, left, right in zip(groups, *factors, strict=True):
+    if factors is not old:
+      left, right = balanced(left, right)
     for place, head in enumerate(group):
       new_values[head] = left[:, place * width:(place + 1) * width]
       new_outputs[head] = right[place * width:(place + 1) * width]
-  return Refit(new_values, new_outputs, both.bias(matrix), fitted, held_out,
-               held.error(copied, fit.bias(copied)))
+  return Refit(new_values, new_outputs, both.bias(matrix), fitted, held_out, copied_error)
 
 
-def _metrics(data: Regression, groups: int) -> list[Metric]:
-  size = len(data.cov) // groups
-  return [Metric.of(data.cov[at:at + size, at:at + size]) for at in range(0, len(data.cov), size)]
+def _product(factors):
+  return np.concatenate([left @ right for left, right in zip(*factors, strict=True)])
 
 
-def _descend(data: Regression, metrics, old, ridge: float):
-  """(values, outputs of each group, their matrix)."""
-  ridge = data.strength(ridge)
-  metrics = [metric.stronger(ridge) for metric in metrics]
-  size = len(data.cov) // len(metrics)
-  slices = [slice(g * size, (g + 1) * size) for g in range(len(metrics))]
-  a, b = list(old[0]), list(old[1])
-  before = np.concatenate([left @ right for left, right in zip(*old, strict=True)])
-  b = _outputs(data, a, b, old[1], slices, ridge)
-  matrix = np.concatenate([left @ right for left, right in zip(a, b, strict=True)])
-  for _ in range(SWEEPS):
-    for at, metric, g in zip(slices, metrics, range(len(a)), strict=True):
+def _descend(data: Regression, old, start, ridge: float, sweeps: int):
+  """(values, outputs) of each group, after so many sweeps over the groups.
+
+  Both old and start are such pairs; the fit is pulled towards the old ones.
+  """
+  ridge, size = data.strength(ridge), len(data.cov) // len(old[0])
+  slices = [slice(at, at + size) for at in range(0, len(data.cov), size)]
+  solvers = [solver(data.cov[at, at], ridge) for at in slices]
+  before = [ridge * (left @ right) for left, right in zip(*old, strict=True)]
+  a, b = map(list, start)
+  seen = [data.cov[:, at] @ left for left, at in zip(a, slices, strict=True)]   # C A of each group
+  if start is old:
+    b = _outputs(data, a, seen, b, slices, ridge)
+  for _ in range(sweeps):
+    for g, at in enumerate(slices):
       # What the other groups leave to this one.
-      rest = data.cross[at] - data.cov[at] @ matrix + data.cov[at, at] @ matrix[at]
-      wanted = metric.solve(rest + ridge * before[at])
-      a[g], b[g] = metric.factors(wanted, a[g].shape[1])
-      matrix[at] = a[g] @ b[g]
-    b = _outputs(data, a, b, b, slices, ridge)
-    a, b = map(list, zip(*map(balanced, a, b), strict=True))
-    matrix = np.concatenate([left @ right for left, right in zip(a, b, strict=True)])
-  return a, b, matrix
+      others = [seen[k][at] @ b[k] for k in range(len(a)) if k != g]
+      right = data.cross[at] - sum(others) + before[g]
+      a[g], b[g] = closest_factors(solvers[g](right), right, a[g].shape[1])
+      seen[g] = data.cov[:, at] @ a[g]
+    b = _outputs(data, a, seen, b, slices, ridge)
+  return a, b
 
 
-def _outputs(data: Regression, a, b, old_b, slices, ridge: float):
+def _outputs(data: Regression, a, seen, old_b, slices, ridge: float):
   """The outputs of all groups at once, for values that stay."""
   made_cross = np.concatenate([left.T @ data.cross[at] for left, at in
                                zip(a, slices, strict=True)])
-  cov_a = np.concatenate([data.cov[:, at] @ left for left, at in zip(a, slices, strict=True)],
-                         axis=1)
-  made = np.concatenate([left.T @ cov_a[at] for left, at in zip(a, slices, strict=True)])
+  seen = np.concatenate(seen, axis=1)
+  made = np.concatenate([left.T @ seen[at] for left, at in zip(a, slices, strict=True)])
   # In units of the features: the strength is relative to the variance of what is regressed on.
   relative = ridge / max(np.trace(data.cov) / len(data.cov), 1e-30)
   pull = relative * np.trace(made) / len(made)
@@ -290,7 +307,7 @@ def fitted(spec, site, params, data):
   or the taps that go with them), under an `HMHSA`; data: a `calibration.Calibration`."""
   real = spec.scored_heads(site)
   function, arguments = spec.statistics(params)
-  costs, tokens = data.sums(function, *arguments)[0]
+  costs, tokens = data.fewer(TOKENS).sums(function, *arguments)[0]
   chosen = arrange(costs / tokens, real)
   params = arranged(params, chosen.order)
   data, attn = data.with_params(params), params["attn"]
@@ -298,8 +315,8 @@ def fitted(spec, site, params, data):
   values = values.transpose(1, 0, 2)
   taps, groups = {}, [[h, *range(real + h, site.heads, real)] for h in range(real)]
   if spec.site == "probs" and spec.layout == "map" and site.heads * site.width <= FEATURES:
-    sums = data.sums(tap_sums, attn["value"]["kernel"], attn["out"]["kernel"][real:],
-                     jnp.zeros(spec.kernel))[0]
+    sums = data.fewer(TOKENS).sums(tap_sums, attn["value"]["kernel"],
+                                   attn["out"]["kernel"][real:], jnp.zeros(spec.kernel))[0]
     query, key = fitted_taps(*sums, spec.kernel, spec.rank)
     taps = {"query_taps": jnp.asarray(query, jnp.float32),
             "key_taps": jnp.asarray(key, jnp.float32)}

@@ -155,7 +155,7 @@ class FastPath:
 
 def _ffn_sums(seen):
   """For the regression of what the FFN should add on its normed input."""
-  return sums_of(seen.inputs, seen.wanted_ffn)
+  return sums_of(seen.inputs, seen.wanted_ffn, seen.step)
 
 
 class PredictPaths(nn.Module):
