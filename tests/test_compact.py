@@ -1,5 +1,6 @@
 """compact from calibration images: choices and closed forms against slow references."""
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,8 @@ import pytest
 
 import vitcompact as vc
 from tests import tiny
-from vitcompact import regression
-from vitcompact.calibration import Calibration, Seen, run, seen_by, taught
+from vitcompact import calibration, regression
+from vitcompact.calibration import ROWS, Calibration, Seen, run, seen_by, take, taught
 from vitcompact.methods.attention.token_predictor import clustered
 from vitcompact.methods.heads import refit
 from vitcompact.token_state import Tokens
@@ -253,6 +254,30 @@ def block_outputs(seen):
   """Per image, what the stream is after each branch where the branch gives what is wanted."""
   return (seen.before_attention + seen.wanted_attention / 2,
           seen.before_ffn + seen.wanted_ffn / 2)
+
+
+def rows(seen):
+  return regression.sums_of(seen.hidden, seen.wanted_ffn, seen.step)
+
+
+def test_regressions_of_wide_layers_pass_over_tokens_of_every_image(monkeypatch):
+  """Eight rows a hidden channel are left, of all columns of the grid; and no image is missed."""
+  block = tiny.deit(drop_path_rate=0.0, depth=1).submodules()["blocks_0"]
+  x = Tokens(np.random.default_rng(5).standard_normal((150, 17, 24)).astype(np.float32))
+  variables = tiny.randomised(jax.eval_shape(block.init, jax.random.key(0), take(x, slice(1))))
+  data = Calibration(block, variables["params"], {}, x, None, 50, {})
+  counted = [part.xx[0, 0] for part in data.sums(rows)]
+  assert counted == [100 * 17, 50 * 17]
+  monkeypatch.setattr(regression, "WIDE", block.site.hidden)
+  least = ROWS * block.site.hidden
+  assert 3 * least < 150 * 17 < 4 * least
+  counted = [part.xx[0, 0] for part in data.sums(rows)]
+  assert counted == [100 * 6, 50 * 6]   # tokens 0, 3, ..., 15
+  few = data.fewer(500).x.x
+  assert len(few) == math.ceil(100 / (100 * 17 // 500)) and few.shape[1:] == (17, 24)
+  np.testing.assert_array_equal(few[1], x.x[3])
+  monkeypatch.setattr(calibration, "ROWS", ROWS // 2)   # every sixth: they share columns of 4 x 4
+  assert data.sums(rows)[1].xx[0, 0] == 50 * 4
 
 
 def test_what_a_branch_is_wanted_to_give_leads_to_the_dense_stream():

@@ -35,3 +35,29 @@ def test_the_spectrum_is_what_the_best_factors_leave():
             / np.sum(target ** 2) for rank in range(1, 6)]
   curve = regression.spectrum(regression.Regression.of(sums))
   np.testing.assert_allclose(curve, wanted, atol=2e-4)   # a ridge of 1e-4 is in it
+
+
+def test_a_solution_stands_where_rounding_left_a_variance_below_zero():
+  """More so than the ridge makes good: that variance is taken as none."""
+  turn = np.linalg.qr(np.random.default_rng(0).standard_normal((3, 3)))[0]
+  cov, right = (turn * [2.0, 1.0, -0.5]) @ turn.T, np.arange(6.0).reshape(3, 2)
+  wanted = np.linalg.solve((turn * [2.1, 1.1, 0.1]) @ turn.T, right)
+  np.testing.assert_allclose(regression.solver(cov, 0.1)(right), wanted, rtol=1e-9)
+
+
+@pytest.mark.parametrize("best", range(len(regression.RIDGES)))
+def test_the_ridge_is_the_best_on_rows_held_out_and_none_is_tried_beyond(best):
+  rng = np.random.default_rng(0)
+  x, matrix = rng.standard_normal((60, 4)), rng.standard_normal((4, 2))
+  held = regression.Sums(*(np.asarray(part, np.float64) for part in regression.sums_of(
+      jnp.asarray(x[40:]), jnp.asarray(x[40:] @ matrix))))
+  sums = regression.Sums(*(2 * part for part in held)), held
+  tried = []
+
+  def fit(ridge):
+    tried.append(ridge)
+    return ridge, matrix * (1 + 0.1 * abs(regression.RIDGES.index(ridge) - best))
+
+  error, ridge, factors = regression.chosen(sums, fit)
+  assert ridge == factors == regression.RIDGES[best] and error == pytest.approx(0, abs=1e-6)
+  assert tried == list(regression.RIDGES[:best + 2])
