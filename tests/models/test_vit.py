@@ -132,7 +132,8 @@ ALL = [vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN(), tokens=vc.ToMe(r=3)),
 @pytest.mark.parametrize("name,plan", list(zip(PARTS, 3 * ALL, strict=True)),
                          ids=PARTS)
 def test_all_axes_compact_train_fold_and_are_counted(name, plan, tmp_path):
-  dense = small(name)
+  """Of one block; of two where a block after the merging one finds its places rotated."""
+  dense = small(name, depth=2 if name == "vit_small_plus_patch16_dinov3" else 1)
   variables, images = tiny.init(dense), tiny.images(dense, batch=9)
   model, compacted = vc.compact(dense, variables, plan, images=np.asarray(images))
 
@@ -187,7 +188,8 @@ def test_what_is_fitted_from_images_is_what_layer_scale_lets_through():
 
 
 def test_a_model_without_a_classifier_is_measured_by_its_features(monkeypatch):
-  model = small("vit_small_patch14_dinov2", patch_size=8, num_classes=0)
+  tiny.few_options(monkeypatch)
+  model = small("vit_small_patch14_dinov2", patch_size=8, num_classes=0, depth=1)
   variables, images = tiny.init(model), np.asarray(tiny.images(model, batch=16))
   asked = []
   # By its module: vc.measure is the function.
