@@ -12,7 +12,7 @@ PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder 
 test: .venv/installed-dev
 	$(PYTEST)
 
-# And the others of the larger sizes, and every pair of methods exported.
+# And the larger sizes, every pair of methods exported, and cases whose parts other cases have.
 test-all: .venv/installed-dev
 	$(PYTEST) -m "slow or not slow"
 

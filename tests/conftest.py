@@ -28,6 +28,8 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tracing makes millions of small objects that live: collecting at every 700 of them was a tenth.
+gc.set_threshold(200_000, 20, 50)
 
 from tests.hub_server import server  # noqa: E402, F401
 from tests.tiny_run import built, built_on_one, config, shared, uninterrupted  # noqa: E402, F401

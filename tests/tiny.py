@@ -9,6 +9,7 @@ import pytest
 import vitcompact as vc
 from vitcompact import doors, trees
 from vitcompact.data.evaluation import Preprocess
+from vitcompact.methods.ffn import cffn
 from vitcompact.methods.protocol import CAPABILITIES, Site
 
 SIZES = {"width": 24, "depth": 2, "heads": 4, "image_size": 32, "patch_size": 8, "num_classes": 5}
@@ -58,6 +59,13 @@ def transnext(plan=None, **fields):
   """A TransNeXt of two narrow blocks, on grids of 6 x 10 and 3 x 5."""
   return vc.create_model("transnext_tiny", plan=plan or vc.Plan(), **{
       **NETWORKS["transnext_tiny"], "image_size": (24, 40), "num_classes": 5, **fields})
+
+
+def few_options(patch):
+  """Leaves little to `measure`: each option of a plan is a program to compile."""
+  patch.setattr(cffn, "RATIOS", (0.25,))
+  for kind, options in ((vc.ToMe, []), (vc.MCTF, []), (vc.EViT, [vc.EViT(blocks=(0,))])):
+    patch.setattr(kind, "options", classmethod(lambda _, site, options=options: options))
 
 
 def preprocess(image_size, crop=1.0, **fields):

@@ -203,7 +203,8 @@ def test_what_is_fitted_to_images_window_by_window_comes_closer_than_what_is_not
   assert errors[1] < 0.5 * errors[0]
 
 
-def test_a_report_of_padded_windows_is_finite_and_proposes_a_plan():
+def test_a_report_of_padded_windows_is_finite_and_proposes_a_plan(monkeypatch):
+  tiny.few_options(monkeypatch)
   model = small(**HALF)
   report = vc.measure(model, tiny.init(model), tiny.images(model, batch=12))
   tables = [block["tables"] for block in report.blocks]

@@ -32,12 +32,16 @@ FAMILIES = {   # the parameters that are its own, and how they are split over a 
     "transnext_tiny": ("blocks_0/cosine/tokens", P("tensor", None, None))}
 
 
+# Without blocks that are as those of the stage before.
+SHORTER = {"davit_tiny": {"depths": (1, 0)}, "shvit_s1": {"depths": (1, 1, 0)}}
+
+
 @functools.cache
 def built(name: str, devices: int) -> loop.Run:
   """A run of one block under a plan; on 8 devices 2 each for data, parameters and heads."""
   config = tiny_run.tiny_config()
   if name in tiny.NETWORKS:
-    config.model = {"name": name, **tiny.NETWORKS[name]}
+    config.model = {"name": name, **tiny.NETWORKS[name], **SHORTER.get(name, {})}
     if name.startswith("biformer"):   # regions are of the grid
       config.plan = config.plan.replace('"hmhsa"', '"hmhsa", "layout": "grid"')
     if name.startswith("transnext"):   # its heads have parameters of their own
@@ -86,7 +90,15 @@ def test_its_own_parameters_are_split_over_a_mesh(name):
   assert trees.named_leaves(run.shardings.params)[leaf].spec == wanted
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ALIKE])
+# Stepped by default: LayerScale, registers and SwiGLU (the giant), a pooling attention (SigLIP),
+# rotated positions and a norm within the FFN (EVA-02), a norm before the blocks (CLIP), and each
+# network of stages. What these have besides is a mean over the tokens or one of those again.
+LIKE_OTHERS = ("deit3_small_patch16_224", "vit_base_patch16_224", "vit_small_plus_patch16_dinov3")
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_OTHERS))
+    for name in FAMILIES if name not in ALIKE])
 def test_eight_devices_take_the_same_step_as_one_and_the_folded_model_lowers(name):
   run = built(name, 8)
   state, eight = stepped(run)

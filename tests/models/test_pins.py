@@ -7,6 +7,7 @@ import pytest
 import vitcompact as vc
 from vitcompact import trees
 from vitcompact.models.backbone import Isotropic
+from vitcompact.models.nextvit import NextViT
 
 PINS = {
     "biformer_base": 56_804_968,
@@ -153,19 +154,28 @@ def test_every_named_model_is_pinned():
   assert sorted(PINS) == vc.list_models()
 
 
-def parameters(name, **fields) -> int:
+def sizes(name, **fields) -> dict[str, int]:
+  """Parameters of each module at the top, and of each array there."""
   model = vc.create_model(name, **fields)
   size = np.broadcast_to(model.image_size, 2).tolist()
   variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *size, 3)))
   assert variables.keys() <= {"params", "batch_stats"}
-  return trees.size(variables["params"])
+  return {name: trees.size(tree) for name, tree in variables["params"].items()}
 
 
 @pytest.mark.parametrize("name", PINS)
 def test_parameters(name):
+  """The blocks of a stage are equal but for the first, in all but Next-ViT: two tell of all."""
   model = vc.create_model(name)
-  if isinstance(model, Isotropic) and model.depth > 2:   # equal blocks: two tell of all, sooner
-    one, two = (parameters(name, depth=depth) for depth in (1, 2))
-    assert one + (model.depth - 1) * (two - one) == PINS[name]
-  else:
-    assert parameters(name) == PINS[name]
+  if isinstance(model, NextViT):
+    assert sum(sizes(name).values()) == PINS[name]
+    return
+  depths = (model.depth,) if isinstance(model, Isotropic) else model.depths
+  few = tuple(min(depth, 2) for depth in depths)
+  of = sizes(name, **({"depth": few[0]} if isinstance(model, Isotropic) else {"depths": few}))
+  each = len([name for name in of if name.startswith("blocks_")]) // sum(few)   # DaViT's are pairs
+  total = sum(of.values())
+  for stage, depth in enumerate(depths):
+    end = each * sum(few[:stage + 1])
+    total += (depth - few[stage]) * sum(of[f"blocks_{i}"] for i in range(end - each, end))
+  assert total == PINS[name]

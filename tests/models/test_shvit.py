@@ -142,8 +142,8 @@ def test_a_new_block_is_the_identity_and_initialisation_is_torchs():
   modules = model.submodules()
   for i, side in enumerate((6, 3, 2)):
     x = jax.random.normal(jax.random.key(i), (2, side, side, model.widths[i]))
-    out = modules[f"blocks_{i}"].apply(
-        {kind: variables[kind][f"blocks_{i}"] for kind in variables}, x)
+    out = tiny.apply(modules[f"blocks_{i}"],
+                     {kind: variables[kind][f"blocks_{i}"] for kind in variables}, x)
     np.testing.assert_array_equal(out, x)
   silent = (r"conv/norm", r"attn/proj/norm", r"mlp/fc2/norm", r"mlp1/fc2/norm", r"mlp2/fc2/norm")
   for name, leaf in trees.named_leaves(variables["params"]).items():
@@ -167,7 +167,7 @@ def attention(side=3, part=5, width=12):
   site = tiny.shvit().sites()[1]
   module = shvit_blocks.SingleHeadAttention(site, 4)
   x = jax.random.normal(jax.random.key(0), (2, side, side, width))
-  return module, tiny.randomised(module.init(jax.random.key(0), x)), x
+  return module, tiny.randomised(jax.eval_shape(module.init, jax.random.key(0), x)), x
 
 
 def test_attention_is_what_its_equations_say():
@@ -190,7 +190,7 @@ def test_attention_is_what_its_equations_say():
   attended = np.einsum("bnm,bme->bne", jax.nn.softmax(scores, -1), value)
   joined = np.concatenate([attended, x[..., 5:].reshape(2, 9, 7)], axis=-1)
   wanted = batch_normed("proj", np.maximum(joined, 0).reshape(18, 12)).reshape(x.shape)
-  np.testing.assert_allclose(module.apply(variables, x), wanted, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(tiny.apply(module, variables, x), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_channels_that_do_not_attend_reach_the_projection_untouched():
@@ -207,10 +207,11 @@ def test_channels_that_do_not_attend_reach_the_projection_untouched():
   np.testing.assert_array_equal(seen["norm"], x[..., :5])
   np.testing.assert_array_equal(seen["proj"][..., 5:], np.maximum(x[..., 5:], 0))
   far = x.at[:, 0, 0, 5:].add(1.0)     # they mix no places
-  changed = np.any(module.apply(variables, far) != module.apply(variables, x), axis=(0, 3))
+  out = tiny.apply(module, variables, x)
+  changed = np.any(tiny.apply(module, variables, far) != out, axis=(0, 3))
   assert changed.sum() == 1 and changed[0, 0]
   far = x.at[:, 0, 0, 0].add(1.0)
-  assert np.any(module.apply(variables, far) != module.apply(variables, x), axis=(0, 3)).all()
+  assert np.any(tiny.apply(module, variables, far) != out, axis=(0, 3)).all()
 
 
 def test_squeezed_widths_are_rounded_as_timms():
@@ -268,8 +269,8 @@ def test_stochastic_depth_drops_each_branch_of_a_block_for_an_image_and_is_off_b
   block = model.clone(drop_path_rate=0.999).submodules()["blocks_2"]
   x = jax.random.normal(jax.random.key(0), (3, 2, 2, 20))
   variables = tiny.randomised(jax.eval_shape(block.init, jax.random.key(0), x))
-  out, _ = block.apply(variables, x, train=True, rngs={"dropout": jax.random.key(0)},
-                       mutable=["batch_stats"])
+  out, _ = tiny.apply(block, variables, x, train=True, rngs={"dropout": jax.random.key(0)},
+                      mutable=["batch_stats"])
   np.testing.assert_array_equal(out, x)
 
 

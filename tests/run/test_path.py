@@ -7,8 +7,8 @@ import pytest
 
 import vitcompact as vc
 from configs import compact_digits
+from tests import tiny
 from vitcompact import trees
-from vitcompact.methods.ffn import cffn
 from vitcompact.run import loop, path
 from vitcompact.train import config as configs
 
@@ -19,9 +19,8 @@ def walked(tmp_path_factory):
   workdir, said = tmp_path_factory.mktemp("path") / "run", []
   config = compact_digits.get_config("runlocal")
   config.model.depth, config.compact.macs = 1, 0.8
-  with pytest.MonkeyPatch.context() as patch:   # few options: each is a program to compile
-    patch.setattr(cffn, "RATIOS", (0.25,))
-    patch.setattr(vc.ToMe, "options", classmethod(lambda kind, site: []))
+  with pytest.MonkeyPatch.context() as patch:
+    tiny.few_options(patch)
     receipt = path.run(config, workdir, said.append)
   return config, workdir, receipt, said
 

@@ -9,7 +9,6 @@ from configs import compact_digits
 from tests import tiny
 from vitcompact import convert
 from vitcompact.data import pipeline
-from vitcompact.methods.ffn import cffn
 from vitcompact.run import loop, path
 from vitcompact.train import build
 from vitcompact.train import config as configs
@@ -18,13 +17,6 @@ NAME = "vit_small_patch14_reg4_dinov2"
 SIZES = {"image_size": 16, "patch_size": 8, "width": 16, "depth": 1, "heads": 2, "num_classes": 0}
 
 SOURCE = {"source": f"hf-hub:timm/{NAME}.lvd142m@0123", "source_sha256": "4567"}
-
-
-@pytest.fixture
-def few_options(monkeypatch):
-  """Each option is a program to compile."""
-  monkeypatch.setattr(cffn, "RATIOS", (0.25,))
-  monkeypatch.setattr(vc.ToMe, "options", classmethod(lambda kind, site: []))
 
 
 @pytest.fixture
@@ -42,7 +34,8 @@ def features(tmp_path):
   return config
 
 
-def test_a_model_without_a_classifier_goes_the_whole_path(features, tmp_path, few_options):
+def test_a_model_without_a_classifier_goes_the_whole_path(features, tmp_path, monkeypatch):
+  tiny.few_options(monkeypatch)
   receipt = path.run(features, tmp_path / "run", lambda line: None)
   told = json.loads((tmp_path / "run" / "receipt.json").read_text())
   assert [row.name for row in receipt.rows] == ["dense", "compacted", "distilled", "deployed"]

@@ -6,7 +6,7 @@ import pytest
 
 import vitcompact as vc
 from tests import tiny
-from tests.models.pyramids import pvt
+from tests.models.pyramids import SHORT, pvt
 from vitcompact import attention, trees
 from vitcompact.attention import Core, vendor
 from vitcompact.methods import protocol
@@ -165,7 +165,7 @@ def test_it_acts_by_the_number_of_keys():
 def test_queries_stay_where_keys_are_others(name):
   plan = vc.Plan(attention=HALF, heads=vc.HMHSA(), ffn=vc.CFFN())
   if name == "pvt_small":
-    model = pvt(name, plan, drop_path_rate=0.0)
+    model = pvt(name, plan, **{**SHORT, "drop_path_rate": 0.0})
   else:
     model = vc.create_model(name, plan=plan, image_size=48, num_classes=5, head_dim=8,
                             stem_widths=(8, 4, 8, 8), widths=(8, 24, 24, 24), depths=(1, 1, 1, 0),

@@ -91,8 +91,8 @@ def test_unused_heads_get_no_gradient_and_routers_do():
   module = vc.MoH().make(tiny.site(), parent=None)
   query, key, value = (drawn(1, 17, 4, 6, seed=seed) for seed in range(3))
   x = drawn(1, 17, 24)
-  params = tiny.randomised(module.init(jax.random.key(0), query, key, value, attention.DENSE, x),
-                           spread=1.0)
+  params = tiny.randomised(jax.eval_shape(
+      lambda: module.init(jax.random.key(0), query, key, value, attention.DENSE, x)), spread=1.0)
 
   def out(params, value):
     return module.apply(params, query, key, value, attention.DENSE, x)
@@ -149,8 +149,8 @@ def test_capacity_keeps_the_tokens_that_want_a_head_most(core, capacity):
   x = drawn(1, 17, 24)
   module, free = (method.make(site, parent=None)
                   for method in (spec, dataclasses.replace(spec, capacity=None)))
-  params = tiny.randomised(module.init(jax.random.key(0), query, key, value, attention.DENSE, x),
-                           spread=1.0)
+  params = tiny.randomised(jax.eval_shape(
+      lambda: module.init(jax.random.key(0), query, key, value, attention.DENSE, x)), spread=1.0)
   got, wanted = (m.apply(params, query, key, value, core, x) for m in (module, free))
   weights, _, _ = moh.weights(x, params["params"], 1, 2)
   wanted, rows = np.array(wanted), min(int(np.ceil(capacity * 17 / 3)), 17)
