@@ -1,7 +1,7 @@
 """What measuring and compacting a DeiT-S cost, in forward passes with attention maps over the same
 images.
 
-  python -m experiments.path_costs            # 17 minutes of one core
+  python -m experiments.path_costs            # 12 minutes of one core
   python -m experiments.path_costs tables     # into docs/compaction.md, from results/
 
 256 random images of 224 pixels, random weights: cost alone is measured, no accuracy. CPU seconds of
