@@ -367,8 +367,10 @@ def test_factors_are_fitted_to_what_the_normed_layers_give():
   block = tiny.shvit().submodules()["blocks_1"]
   x = np.random.default_rng(0).standard_normal((32, 3, 3, 12), np.float32)
   stats, params = tiny.randomised(jax.eval_shape(block.init, jax.random.key(0), x)).values()
-  wanted = calibration.seen_by(block, {"params": params, "batch_stats": stats}, x)
-  data = calibration.Calibration(block, params, stats, x, block, params, None, 8, {})
+  variables = {"params": params, "batch_stats": stats}
+  wanted = calibration.seen_by(block, variables, x)
+  _, teacher = calibration.taught(block, variables, x)
+  data = calibration.Calibration(block, params, stats, x, teacher, 8, {})
   methods = BlockMethods(ffn=vc.CFFN(factor="both"))
   new, new_stats = blocks.from_dense(block.site, methods, params, stats, lambda *_: data)
   got = calibration.seen_by(block.clone(methods=methods),
