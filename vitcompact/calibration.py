@@ -54,9 +54,9 @@ class Seen(NamedTuple):
 
 
 class Teacher(NamedTuple):
-  """The stream of the dense model after each branch of a block, NumPy arrays (images, N, width),
-  before what a residual factor divides them by; None where there is no such branch. What a branch
-  of the compact block should add is this without its own stream: it makes good what was lost."""
+  """The stream of the dense model after each branch of a block, before a residual factor divides
+  it: NumPy arrays (images, values), or None where there is no such branch. What a branch of the
+  compact block should add is this without its own stream: it makes good what was lost."""
   after_attention: Any = None
   after_ffn: Any = None
 
@@ -114,14 +114,17 @@ class Calibration:
     return (jax.tree.map(lambda *few: np.concatenate(few), *outs),
             (parts[0], parts[1] if self.held else parts[0]))
 
+  def _size(self) -> tuple[int, int]:
+    """(images, tokens of each)."""
+    images, *grid = max(jax.tree.leaves(self.x), key=np.size).shape[:-1]
+    return images, math.prod(grid)
+
   def _step(self) -> int:
     """Of many channels, whose sums are dear, so that enough rows are left; without a divisor in
     common with the number of tokens, so that they are of all columns of the grid."""
-    site = self.module.site
+    site, (images, tokens) = self.module.site, self._size()
     if site.hidden < regression.WIDE:
       return 1
-    images, *grid = max(jax.tree.leaves(self.x), key=np.size).shape[:-1]
-    tokens = math.prod(grid)
     step = max(images * tokens // (ROWS * site.hidden), 1)
     while math.gcd(step, tokens - site.prefix) > 1:
       step -= 1
@@ -130,9 +133,9 @@ class Calibration:
   def fewer(self, tokens: int) -> "Calibration":
     """On images chosen evenly, none of them held out, of so many tokens where there are as many:
     enough for sums of few numbers."""
-    images = len(jax.tree.leaves(self.x)[0]) - self.held
-    step = max(images * self.module.site.tokens // tokens, 1)
-    at = slice(0, images, step)
+    images, each = self._size()
+    fitted = images - self.held
+    at = slice(0, fitted, max(fitted * each // tokens, 1))
     return dataclasses.replace(self, x=take(self.x, at), teacher=take(self.teacher, at), held=0)
 
   def with_params(self, params) -> "Calibration":
@@ -329,9 +332,9 @@ def _summed(module: Function, function: Callable, outputs: bool, step: int):
 
   def wanted(after, before, adds):
     """Where a reducer has left other tokens, and without a teacher, what the branch adds."""
-    if after is None or module.methods.tokens is not None or after.shape != before.shape:
+    if after is None or module.methods.tokens is not None or after.size != before.size:
       return adds
-    return after - skip * before
+    return after.reshape(before.shape) - skip * before
 
   def run(variables, x, teacher, *arguments):
     out, seen = _look(module, variables, x, maps=True)
@@ -353,11 +356,13 @@ def taught(block: nn.Module, variables, x) -> tuple[Any, Teacher]:
 def _teaching(block: Function):
   skip = getattr(block.block, "skip_lam", 1.0)
 
-  def after(before, adds):
-    return None if adds is None else adds + skip * before
-
   def run(variables, x):
     out, seen = _look(block.block, variables, x, maps=False)
+    images = len(jax.tree.leaves(x)[0])
+
+    def after(before, adds):   # of whole images, whatever windows they are cut into
+      return None if adds is None else (adds + skip * before).reshape(images, -1)
+
     return out, Teacher(after(seen.before_attention, seen.attended),
                         after(seen.before_ffn, seen.ffn))
 

@@ -327,3 +327,22 @@ def test_a_file_brings_back_a_compact_model(tmp_path):
   vc.save(tmp_path / "a.safetensors", model, variables)
   again, loaded = vc.load(tmp_path / "a.safetensors")
   assert again == model and trees.digest(loaded) == trees.digest(variables)
+
+
+def wanted_streams(seen):
+  return (seen.before_attention + seen.wanted_attention, seen.before_ffn + seen.wanted_ffn)
+
+
+def test_the_teacher_of_windows_is_that_of_the_images():
+  """From another stream: what is wanted leads to the dense one, chunk by chunk of images."""
+  block = small(**HALF).submodules()["blocks_0"]
+  rng = np.random.default_rng(5)
+  dense_x, x = rng.standard_normal((2, 4, 5, 8, block.site.width)).astype(np.float32)
+  variables = tiny.randomised(jax.eval_shape(block.init, jax.random.key(0), x))
+  _, teacher = calibration.taught(block, variables, dense_x)
+  data = calibration.Calibration(block, variables["params"], {}, x, teacher, 2, {})
+  after_attention, after_ffn = map(np.concatenate, zip(*data.sums(wanted_streams), strict=True))
+  seen = calibration.seen_by(block, variables, dense_x)
+  assert len(seen.attended) > len(x)   # windows
+  np.testing.assert_allclose(after_attention, seen.before_attention + seen.attended, atol=1e-4)
+  np.testing.assert_allclose(after_ffn, seen.before_ffn + seen.ffn, atol=1e-4)

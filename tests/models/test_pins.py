@@ -172,10 +172,11 @@ def test_parameters(name):
     return
   depths = (model.depth,) if isinstance(model, Isotropic) else model.depths
   few = tuple(min(depth, 2) for depth in depths)
-  of = sizes(name, **({"depth": few[0]} if isinstance(model, Isotropic) else {"depths": few}))
-  each = len([name for name in of if name.startswith("blocks_")]) // sum(few)   # DaViT's are pairs
-  total = sum(of.values())
+  found = sizes(name, **({"depth": few[0]} if isinstance(model, Isotropic) else {"depths": few}))
+  blocks = [name for name in found if name.startswith("blocks_")]
+  each = len(blocks) // sum(few)   # of DaViT there are pairs
+  total = sum(found.values())
   for stage, depth in enumerate(depths):
     end = each * sum(few[:stage + 1])
-    total += (depth - few[stage]) * sum(of[f"blocks_{i}"] for i in range(end - each, end))
+    total += (depth - few[stage]) * sum(found[f"blocks_{i}"] for i in range(end - each, end))
   assert total == PINS[name]
