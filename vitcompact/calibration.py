@@ -21,6 +21,7 @@ NORMS = {"norm1": "before_attention", "norm2": "before_ffn", "norm": "before_ffn
 _innermost = contextvars.ContextVar("the walk through a model that is under way", default=None)
 
 ROWS = 8           # times the hidden channels: rows that a regression is made of
+TOKENS = 8192      # that sums of few numbers, such as the costs of heads, are taken over
 VALUES = 2 ** 22   # of the residual stream in one chunk of images: about 50 of DeiT-S
 
 
@@ -35,6 +36,7 @@ class Seen(NamedTuple):
     ffn: what it adds.
   wanted_attention, wanted_ffn: what the outputs should be, see `Teacher`.
   step: from one token to the next that a regression takes.
+  image_step: from one image to the next that sums of few numbers take, see `of_fewer_images`.
   """
   before_attention: Any = None
   before_ffn: Any = None
@@ -51,6 +53,12 @@ class Seen(NamedTuple):
   wanted_attention: Any = None
   wanted_ffn: Any = None
   step: int = 1
+  image_step: int = 1
+
+  def of_fewer_images(self) -> "Seen":
+    """The same of every image_step-th image: enough for sums of few numbers."""
+    return Seen(*(leaf if isinstance(leaf, int) or leaf is None else leaf[::self.image_step]
+                  for leaf in self))
 
 
 class Teacher(NamedTuple):
@@ -97,7 +105,7 @@ class Calibration:
     return self._pass(True, function, arguments)
 
   def _pass(self, outputs: bool, function, arguments):
-    run = _summed(Function(self.module), function, outputs, self._step())
+    run = _summed(Function(self.module), function, outputs, self._step(), self._image_step())
     variables = everywhere({"params": self.params, "batch_stats": self.stats})
     images = len(jax.tree.leaves(self.x)[0])
     fitted = images - self.held
@@ -130,12 +138,15 @@ class Calibration:
       step -= 1
     return step
 
-  def fewer(self, tokens: int) -> "Calibration":
-    """On images chosen evenly, none of them held out, of so many tokens where there are as many:
-    enough for sums of few numbers."""
-    images, each = self._size()
-    fitted = images - self.held
-    at = slice(0, fitted, max(fitted * each // tokens, 1))
+  def _image_step(self) -> int:
+    """So that about `TOKENS` tokens of the images to fit to are left."""
+    images, tokens = self._size()
+    return max((images - self.held) * tokens // TOKENS, 1)
+
+  def fewer(self) -> "Calibration":
+    """About `TOKENS` tokens of images chosen evenly, none of them held out: enough for sums of few
+    numbers."""
+    at = slice(0, len(jax.tree.leaves(self.x)[0]) - self.held, self._image_step())
     return dataclasses.replace(self, x=take(self.x, at), teacher=take(self.teacher, at), held=0)
 
   def with_params(self, params) -> "Calibration":
@@ -320,7 +331,7 @@ def _tokens(x):
 
 
 @functools.lru_cache(maxsize=64)
-def _summed(module: Function, function: Callable, outputs: bool, step: int):
+def _summed(module: Function, function: Callable, outputs: bool, step: int, image_step: int):
   """(output, None unless asked for; sums) of a chunk, jitted; what is not used is not computed."""
   module = module.block
   skip = getattr(module, "skip_lam", 1.0)
@@ -341,7 +352,8 @@ def _summed(module: Function, function: Callable, outputs: bool, step: int):
     teacher = teacher or Teacher()
     seen = seen._replace(
         wanted_attention=wanted(teacher.after_attention, seen.before_attention, seen.attended),
-        wanted_ffn=wanted(teacher.after_ffn, seen.before_ffn, seen.ffn), step=step)
+        wanted_ffn=wanted(teacher.after_ffn, seen.before_ffn, seen.ffn), step=step,
+        image_step=image_step)
     return out if outputs else None, apply(seen, *arguments)
 
   return jax.jit(run)

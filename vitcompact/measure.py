@@ -15,6 +15,7 @@ from vitcompact import trees
 from vitcompact._version import __version__
 from vitcompact.calibration import (
     ROWS,
+    TOKENS,
     VALUES,
     Calibration,
     held_last,
@@ -24,6 +25,7 @@ from vitcompact.calibration import (
     taught,
     through,
 )
+from vitcompact.curvature import kl_per_error
 from vitcompact.doors import check_images, check_model, check_values, check_variables
 from vitcompact.methods import METHODS, protocol
 from vitcompact.models import fields_of
@@ -36,7 +38,7 @@ SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)   # of the keys that attention mass i
 LOOKED_AT = 32                               # images that the pictures are made of
 FEW_CLASSES = 0.5
 TINY = 1e-12
-EVERY = 4                                    # blocks from one that a quick look tries to the next
+EVERY = 12                                   # blocks, of which a quick report tries one
 GROWTH = 1.5    # KL grows with this power of the tokens that go: 0.96 to 1.93 on Fashion-MNIST
 
 
@@ -88,9 +90,14 @@ class _Measurement:
     self.held = held or len(self.images)
     self.modules = {name: module for name, module in model.submodules().items()
                     if hasattr(module, "methods")}
-    self.done, self.outputs, self.known = [], {}, set()
-    self.stages, self.sampled = self._stages()
-    tried = min(self.held, max(32, VALUES // max(math.prod(self._stream()), 1)))
+    self.done, self.outputs, self.known, self.fitting = [], {}, set(), (None, None)
+    self.legal = {name: {kind: found for axis in BY_BLOCK for kind in METHODS[axis].values()
+                         if (found := self._legal(kind, axis, site))}
+                  for name, site in self._sites()}
+    self.stages = self._stages()
+    self.sampled = self._sampled_blocks()
+    values = VALUES // 2 if sensitivity == "quick" else VALUES
+    tried = min(self.held, max(32, values // max(math.prod(self._stream()), 1)))
     self.tried = slice(len(self.images) - tried, None)
 
   def _stream(self) -> tuple[int, int]:
@@ -98,19 +105,28 @@ class _Measurement:
     return max(((module.site.queries, module.site.ffn_width) for module in self.modules.values()),
                key=math.prod)
 
-  def _stages(self) -> tuple[dict[str, int], set[str]]:
-    """({block: which stage of equal blocks it is of}, the blocks in which options are tried: all,
-    or at a quick look the first, the last and some between of each stage)."""
-    stages = {}
-    for name, module in self.modules.items():
-      site = module.site
-      kind = site.tokens, site.heads, site.ffn_width, "attention" in site.provides
-      stages.setdefault(kind, []).append(name)
-    sampled = set(self.modules)
-    if self.sensitivity == "quick":
-      sampled = {names[round(at)] for names in stages.values()
-                 for at in np.linspace(0, len(names) - 1, 1 + math.ceil((len(names) - 1) / EVERY))}
-    return {name: i for i, names in enumerate(stages.values()) for name in names}, sampled
+  def _stages(self) -> dict[str, int]:
+    """{block: number of its stage}; the blocks of a stage are equal."""
+    kinds = {name: (site.tokens, site.heads, site.ffn_width, "attention" in site.provides)
+             for name, site in self._sites()}
+    order = list(dict.fromkeys(kinds.values()))
+    return {name: order.index(kind) for name, kind in kinds.items()}
+
+  def _sites(self):
+    return [(name, module.site) for name, module in self.modules.items()]
+
+  def _sampled_blocks(self) -> set[tuple[str, type]]:
+    """{(block, class of methods)} that a quick report tries: of the blocks of a stage that can have
+    the class, the middle one of every `EVERY`."""
+    able = {}
+    for name, kinds in self.legal.items():
+      for kind in kinds:
+        able.setdefault((self.stages[name], kind), []).append(name)
+    sampled = set()
+    for (_, kind), names in able.items():
+      count = math.ceil(len(names) / EVERY)
+      sampled |= {(names[int((i + 0.5) * len(names) / count)], kind) for i in range(count)}
+    return sampled
 
   def report(self) -> Report:
     model = self.model
@@ -147,12 +163,11 @@ class _Measurement:
       prefix = site.prefix if "class token" in site.provides else 0
       seen = seen_by(block, self._variables(name), take(x, slice(LOOKED_AT)))
       tables |= attention_tables(seen, prefix)
-    kinds = {(axis, kind): found for axis in BY_BLOCK for kind in METHODS[axis].values()
-             if (found := self._legal(kind, axis, site))}
-    out, sums = self._sums(name, block, x, [kind for _, kind in kinds])
+    kinds = self.legal[name]
+    out, sums = self._sums(name, block, x, list(kinds))
     self.outputs[name] = take(out, self.tried)
-    for (axis, kind), found in kinds.items():
-      new, more = self._options(axis, found, name, block, x, *protocol.estimate(
+    for kind, found in kinds.items():
+      new, more = self._options(found, name, block, x, *protocol.estimate(
           kind, found, site, sums.get(kind)))
       options += new
       tables |= more
@@ -187,35 +202,32 @@ class _Measurement:
     out, (sums, _) = data.outputs_and_sums(functions, *arguments)
     return out, dict(zip(asked, sums, strict=True))
 
-  def _options(self, axis, methods, name, block, x, errors, tables):
+  def _options(self, methods, name, block, x, errors, tables):
     """([Option], {name: table}) of one class of methods in one block; what is not tried has no KL
-    yet at a quick look."""
+    yet in a quick report."""
     tried = methods if self.sensitivity == "full" else []
-    if self.sensitivity == "quick":
-      # The middle one, by its error where there is one; without errors all of them once.
+    if self.sensitivity == "quick" and (name, type(methods[0])) in self.sampled:
       order = range(len(methods)) if errors is None else np.argsort(errors, kind="stable")
-      middle = methods[int(order[len(methods) // 2])]
-      tried = [method for method in (methods if errors is None else [middle])
-               if self._never_tried(name, method, errors)
-               or (method == middle and name in self.sampled)]
-    found = {method: self._tried(name, block, axis, method, x) for method in tried}
-    return [Option(axis, method, None if errors is None else float(errors[i]), found.get(method),
-                   method in found) for i, method in enumerate(methods)], tables
-
-  def _never_tried(self, name: str, method, errors) -> bool:
-    """Whether a quick look tries the option, or any of its class where errors tell them apart, for
-    the first time in the stage."""
-    key = self.stages[name], method if errors is None else type(method)
-    first = key not in self.known
-    self.known.add(key)
-    return first
+      tried = [methods[int(order[len(methods) // 2])]]
+      if errors is None and (key := (self.stages[name], type(methods[0]))) not in self.known:
+        self.known.add(key)
+        tried = methods   # nothing but their KLs tells them apart
+    found = {method: self._tried(name, block, method, x) for method in tried}
+    return [Option(method.axis, method, None if errors is None else float(errors[i]),
+                   found.get(method), method in found) for i, method in enumerate(methods)], tables
 
   def _infer(self, rows):
-    """Gives every option of a quick look its KL, that of a unit times its units. Units are the
-    method's errors or, where it has none, KL in the first block of the stage that could have it.
-    The KL of a unit is that of the option tried in this block; in blocks that were passed over its
-    logarithm is taken to be linear in depth, between the nearest two of the stage."""
-    units, known = {}, {}   # {(stage, option): KL}; {(stage, class): {place: log KL of a unit}}
+    """Gives every option of a quick report its KL: a unit of the option times the scale of its
+    block and axis (`curvature.kl_per_error`), times what an option of its class that was tried has
+    more. The logarithm of this factor is linear in depth between the blocks of the stage where it
+    is known. Units are the method's errors or, where it has none, its KL over the scale where it
+    was tried."""
+    costs = kl_per_error(self.model, self.variables, self.images[self.tried],
+                         math.prod(self._stream()))
+    units, factors = {}, {}   # {(stage, option): unit}; {(stage, class): {place: log factor}}
+
+    def scale(row, option):
+      return max(costs[row["name"]].get(option.axis, 1.0), TINY)
 
     def unit(stage, option):
       return units[stage, option.method] if option.error is None else max(option.error, TINY)
@@ -224,25 +236,24 @@ class _Measurement:
       stage = self.stages[row["name"]]
       for option in row["options"]:
         if option.measured:
-          kl = max(option.kl, TINY)
+          kl = max(option.kl, TINY) / scale(row, option)
           units.setdefault((stage, option.method), kl)
-          known.setdefault((stage, type(option.method)), {})[place] = math.log(
+          factors.setdefault((stage, type(option.method)), {})[place] = math.log(
               kl / unit(stage, option))
     for place, row in enumerate(rows):
       stage = self.stages[row["name"]]
       row["options"] = tuple(
-          option if option.measured else option._replace(kl=unit(stage, option) * math.exp(
-              np.interp(place, *zip(*known[stage, type(option.method)].items(), strict=True))))
+          option if option.measured else option._replace(
+              kl=unit(stage, option) * scale(row, option) * math.exp(np.interp(
+                  place, *zip(*factors[stage, type(option.method)].items(), strict=True))))
           for option in row["options"])
 
-  def _tried(self, name, block, axis, method, x) -> float:
+  def _tried(self, name, block, method, x) -> float:
     """KL of the logits with this method in this block alone, fitted to the images not held out."""
     module = self.modules[name]
     params, stats = self._variables(name).values()
-    methods = BlockMethods(**{axis: method})
-    few, held = self._to_fit(x, module.site)
-    _, teacher = taught(block, self._variables(name), few)
-    data = Calibration(block, params, stats, few, teacher, held, {})
+    methods = BlockMethods(**{method.axis: method})
+    data = self._calibration(name, block, x)
     new, new_stats = blocks.from_dense(module.site, methods, params, stats,
                                        lambda *_: data)
     changed = block.clone(methods=methods)
@@ -257,6 +268,15 @@ class _Measurement:
     logits = np.asarray(through(self.model, self.variables, self.images[self.tried], on_block))
     return self._kl(logits)
 
+  def _calibration(self, name, block, x) -> Calibration:
+    """What options of a block are fitted to; the block before it is forgotten."""
+    if self.fitting[0] != name:
+      inputs, held = self._to_fit(x, self.modules[name].site)
+      variables = self._variables(name)
+      _, teacher = taught(block, variables, inputs)
+      self.fitting = name, Calibration(block, *variables.values(), inputs, teacher, held, {})
+    return self.fitting[1]
+
   def _to_fit(self, x, site):
     """(images to fit an option to, how many of them are held out): all, or of many tokens as many
     as a quick look needs, evenly chosen."""
@@ -264,7 +284,7 @@ class _Measurement:
     if not fitted:
       return x, 0
     tokens = math.prod(max(jax.tree.leaves(x), key=np.size).shape[1:-1])
-    wanted = max(LOOKED_AT, math.ceil(ROWS * site.hidden / tokens))
+    wanted = max(LOOKED_AT, math.ceil(max(ROWS * site.hidden, TOKENS) / tokens))
     step = max(fitted // wanted, 1) if self.sensitivity == "quick" else 1
     at = np.concatenate([np.arange(0, fitted, step), np.arange(fitted, len(self.images), step)])
     few = x if step == 1 else jax.tree.map(lambda leaf: leaf[at], x)

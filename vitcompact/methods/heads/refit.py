@@ -26,7 +26,6 @@ from vitcompact.regression import (
 
 SETS = 20_000        # sets of real heads that are all tried; beyond, heads are dropped greedily
 SWEEPS = 3
-TOKENS = 8192        # that costs of heads and filters are summed over
 FEATURES = 4608      # heads x width up to which filters are fitted: their sums are its square
 
 
@@ -44,7 +43,7 @@ def head_costs(seen, value, bias, out):
   value (D, h, d), bias (h, d), out (h, d, D): of the dense block.
   """
   high = jax.lax.Precision.HIGHEST
-  heads = value.shape[1]
+  seen, heads = seen.of_fewer_images(), value.shape[1]
 
   def behind(j):
     """Head j's values under every map."""
@@ -307,7 +306,7 @@ def fitted(spec, site, params, data):
   or the taps that go with them), under an `HMHSA`; data: a `calibration.Calibration`."""
   real = spec.scored_heads(site)
   function, arguments = spec.statistics(params)
-  costs, tokens = data.fewer(TOKENS).sums(function, *arguments)[0]
+  costs, tokens = data.fewer().sums(function, *arguments)[0]
   chosen = arrange(costs / tokens, real)
   params = arranged(params, chosen.order)
   data, attn = data.with_params(params), params["attn"]
@@ -315,7 +314,7 @@ def fitted(spec, site, params, data):
   values = values.transpose(1, 0, 2)
   taps, groups = {}, [[h, *range(real + h, site.heads, real)] for h in range(real)]
   if spec.site == "probs" and spec.layout == "map" and site.heads * site.width <= FEATURES:
-    sums = data.fewer(TOKENS).sums(tap_sums, attn["value"]["kernel"],
+    sums = data.fewer().sums(tap_sums, attn["value"]["kernel"],
                                    attn["out"]["kernel"][real:], jnp.zeros(spec.kernel))[0]
     query, key = fitted_taps(*sums, spec.kernel, spec.rank)
     taps = {"query_taps": jnp.asarray(query, jnp.float32),
