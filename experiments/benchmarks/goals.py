@@ -1,4 +1,4 @@
-"""What was aimed at, and what was measured. Ratios are of the same rounds."""
+"""Compares goals with measurements. Ratios are between measurements of the same rounds."""
 import pathlib
 import statistics
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from experiments.benchmarks import results
 from experiments.benchmarks.exits import RUNTIMES as EXITS
 from experiments.benchmarks.results import Rows, best, best_dense, cases, fewer_macs, over, speed
 
-SLACK = 1.05   # a goal is missed when the median is further away than noise is
+SLACK = 1.05   # a median within this factor of the target may have missed it by noise
 TORCH_F32 = ("torch f32", "torch f32, SDPA")
 ALL = "heads + ffn both + EViT 0.7"
 MODEL_TARGETS = {"heads": 1.10, "ffn": 1.08, "ffn both": 1.18, "heads + ffn": 1.22,
@@ -16,8 +16,8 @@ MODEL_TARGETS = {"heads": 1.10, "ffn": 1.08, "ffn both": 1.18, "heads + ffn": 1.
 
 
 class Goal(NamedTuple):
-  """least: the measured value is to be at least the target; else at most. measured: None: it was
-  not."""
+  """A target. least: the measured value should be at least the target, otherwise at most.
+  measured: None if it was not measured."""
   what: str
   measured: float | None
   target: float
@@ -52,7 +52,7 @@ def _median(rows: Rows, name: str, other: str) -> float | None:
 
 
 def gemm_goals(found: dict) -> Iterator[Goal]:
-  """Goals against PyTorch have to be read together with these products."""
+  """Yields the goals of matrix products, which bound every ratio to PyTorch."""
   rows = cases(found, "what").get(("FFN forward and backward",), results.Rows())
   yield Goal("FFN forward and backward, over three times its forward products",
              _median(rows, "three times the products", "ours"), 1.15, least=False)
@@ -115,7 +115,7 @@ def _growth(by_case) -> Iterator[Goal]:
 
 
 def _at(by_case, name: str, which: str) -> list[dict]:
-  """Rows at 1025 and at 4097 tokens; "dense" is the faster of ours."""
+  """Returns the rows at 1025 and at 4097 tokens; "dense" is the fastest of our dense layers."""
   out = []
   for tokens in (1025, 4097):
     rows = by_case[tokens, which]
@@ -188,7 +188,8 @@ EXIT_PEERS = (
 
 
 def exits_goals(found: dict) -> Iterator[Goal]:
-  """What a plan saves arrives in every runtime, and the fastest exit beats every dense peer."""
+  """Yields two kinds of goals: a plan's saving in MACs is a saving in time in every runtime, and
+  the fastest runtime beats every dense peer."""
   for (model, side), rows in cases(found, "model", "image_size").items():
     plans = dict.fromkeys(name.partition(": ")[2] for name in rows if ": " in name)
     for name in EXITS.values():
@@ -210,7 +211,8 @@ def exits_goals(found: dict) -> Iterator[Goal]:
 
 
 def methods_goals(found: dict) -> Iterator[Goal]:
-  """What a method saves in MACs it saves in time, where it has room."""
+  """Yields the goals of methods: where a method has enough tokens, it saves as much time as MACs.
+  """
   for (model, pixels), rows in cases(found, "model", "image_size").items():
     for name in ("HeadPruning", "InLine", "ChannelAttention", "BiFormer"):
       if name in rows and (name == "HeadPruning" or pixels >= 512):
