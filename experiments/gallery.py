@@ -80,7 +80,7 @@ def garments(weights=WEIGHTS, data=DATA, names=GARMENTS) -> Scene:
                np.stack([prepare(train[i]["image"]) for i in range(min(CALIBRATION, len(train)))]))
 
 
-def counted(scene: Scene, data=DATA) -> np.ndarray:
+def counted_images(scene: Scene, data=DATA) -> np.ndarray:
   test = pipeline.source(data, "test", image_size=scene.model.image_size)
   return np.stack([scene.prepare(test[i]["image"]) for i in range(min(COUNTED, len(test)))])
 
@@ -121,7 +121,7 @@ def random_scene(seed: int, name=RANDOM, **fields) -> Scene:
                prepare, {name: prepare(image) for name, image in photographs().items()})
 
 
-def under(scene: Scene, plan: vc.Plan) -> Scene:
+def compacted(scene: Scene, plan: vc.Plan) -> Scene:
   """Returns the scene with its network compacted, fitted to the calibration images if any."""
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")       # about too few images
@@ -204,7 +204,7 @@ def hallucinated(small: Scene, name: str, block: int, query=None) -> Picture:
 
 def pairs(scene: Scene, names, blocks, keep: float = 0.25) -> Picture:
   """Draws which patches a patch attends to under Sparsifiner by token, in the first head."""
-  small = under(scene, vc.Plan(attention=vc.Sparsifiner(keep=keep)))
+  small = compacted(scene, vc.Plan(attention=vc.Sparsifiner(keep=keep)))
   row, column = (side // 2 for side in scene.model.grid)
   prefix, panels, held = scene.model.sites()[0].prefix, [], {}
   for name in names:
@@ -232,7 +232,7 @@ def granularities(scene: Scene, name: str, blocks, keep: float = 0.25) -> Pictur
   (height, width), prefix = scene.model.grid, scene.model.sites()[0].prefix
   row, column, rows, numbers = height // 2, width // 2, [], {}
   for title, method in plans.items():
-    small = under(scene, vc.Plan(attention=method))
+    small = compacted(scene, vc.Plan(attention=method))
     found = attention.pairs_of(small.model, small.variables, small.images[name])
     rows += [[(f"{title}; block {block}", attention.highlighted(
         scene.pixels(name), found[block][0, prefix + row * width + column, prefix:].reshape(
@@ -301,9 +301,9 @@ def with_predictors(reducer, steps: int):
 def drawings(steps: int):
   """Returns {name: function that draws}; scenes are built once, when a picture first needs them."""
   garment_scene, photo_scene = functools.cache(garments), functools.cache(enlarged_scene)
-  halved = functools.cache(lambda: under(garment_scene(), vc.Plan(heads=vc.HMHSA())))
+  halved = functools.cache(lambda: compacted(garment_scene(), vc.Plan(heads=vc.HMHSA())))
   return {
-      "class_token": lambda: class_token(garment_scene(), counted(garment_scene())),
+      "class_token": lambda: class_token(garment_scene(), counted_images(garment_scene())),
       "hallucinated": lambda: hallucinated(halved(), "Bag", 0),
       "pairs": lambda: pairs(garment_scene(), GARMENTS, (0, 1, 3, 5)),
       "survivors": lambda: survivors(garment_scene(), "Dress", {

@@ -38,7 +38,7 @@ def measured() -> dict:
 
   model = vc.create_model(MODEL, num_classes=1000)
   images = np.asarray(measure.normal((IMAGES, 224, 224, 3)))
-  variables = measure.drawn_variables(model, images[:1])
+  variables = measure.random_variables(model, images[:1])
   found = {}
 
   def step(name, call):

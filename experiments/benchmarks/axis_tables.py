@@ -1,7 +1,7 @@
 """Builds the tables of docs/heads.md, attention.md, tokens.md and ffn.md from all results."""
 import vitcompact as vc
 from experiments.benchmarks import methods, methods_tables, results
-from experiments.benchmarks.results import best_dense, cases, over, speed
+from experiments.benchmarks.results import best_dense, cases, quotient, speed
 
 NO = "not measured"
 # Rows of the suite `model` that belong to one axis only.
@@ -25,7 +25,7 @@ def axis(name: str, folder=results.FOLDER, platform: str = "cpu") -> str:
   from experiments.benchmarks.tables import source
   parts = []
   for suite, table in (("methods", at_default), ("model", by_setting), ("tokens", by_tokens),
-                       ("layer", of_a_layer)):
+                       ("layer", by_layer)):
     found = results.load(suite, platform, folder)
     rows = table(name, found) if found else [f"Suite {suite}: **{NO}**."]
     if rows:
@@ -72,7 +72,7 @@ def by_tokens(name: str, found: dict) -> list[str]:
                   for (tokens,), rows in cases(found, "tokens").items()]
 
 
-def of_a_layer(name: str, found: dict) -> list[str]:
+def by_layer(name: str, found: dict) -> list[str]:
   if name not in LAYERS:
     return []
   lines = ["| one attention layer | pass | " + " | ".join(LAYERS[name]) + " |",
@@ -101,7 +101,7 @@ def accuracy(name: str, folder) -> list[str]:
 
 
 def _ratio(dense: dict, row: dict) -> str:
-  ratio = over(dense.get("macs"), row.get("macs"))
+  ratio = quotient(dense.get("macs"), row.get("macs"))
   return NO if ratio is None else f"{ratio:.2f}"
 
 

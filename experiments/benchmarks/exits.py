@@ -63,7 +63,7 @@ def exits(model, batch: int, plan_name: str, folder: pathlib.Path) -> dict[str, 
   """Returns {"runtime: plan": candidate} for a deployed model with random weights."""
   size = np.broadcast_to(model.image_size, 2).tolist()
   images = measure.normal((batch, *size, model.in_chans))
-  variables = measure.drawn_variables(model, images[:1])
+  variables = measure.random_variables(model, images[:1])
   facts = {"macs": vc.count(model).macs, "plan": model.plan.to_json()}
   out = {f"XLA: {plan_name}": measure.compiled(model.apply, variables, images, **facts)}
   path = folder / f"{plan_name.replace(' ', '_')}.onnx"

@@ -42,7 +42,7 @@ def ffn(sizes: tuple[int, int, int]) -> dict[str, Candidate]:
   x, cotangent = (measure.normal((tokens, width), "float32", seed=seed) for seed in (0, 1))
   kernels = measure.normal((width, hidden), "float32"), measure.normal((hidden, width), "float32")
   mlp = Mlp(dense(hidden, dtype="float32"), dense(width, dtype="float32"))
-  variables = measure.drawn_variables(mlp, x)
+  variables = measure.random_variables(mlp, x)
 
   def gradients(variables, x, cotangent):
     y, back = jax.vjp(lambda variables, x: mlp.apply(variables, x, train=True), variables, x)

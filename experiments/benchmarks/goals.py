@@ -6,7 +6,15 @@ from typing import NamedTuple
 
 from experiments.benchmarks import results
 from experiments.benchmarks.exits import RUNTIMES as EXITS
-from experiments.benchmarks.results import Rows, best, best_dense, cases, fewer_macs, over, speed
+from experiments.benchmarks.results import (
+  Rows,
+  best,
+  best_dense,
+  cases,
+  macs_ratio,
+  quotient,
+  speed,
+)
 
 SLACK = 1.05   # a median within this factor of the target may have missed it by noise
 TORCH_F32 = ("torch f32", "torch f32, SDPA")
@@ -71,7 +79,7 @@ def model_goals(found: dict) -> Iterator[Goal]:
     yield Goal(f"{ALL} over torch f32, batch {batch}", _median(rows, ALL, torch), 3.5)
     yield Goal(f"{ALL} over torch bf16, batch {batch}", _median(rows, ALL, "torch bf16"), 1)
     yield Goal(f"EViT 0.7, time's ratio of MACs' ratio, batch {batch}",
-               over(_median(rows, "EViT 0.7", "dense"), fewer_macs(rows, "EViT 0.7")), 0.93)
+               quotient(_median(rows, "EViT 0.7", "dense"), macs_ratio(rows, "EViT 0.7")), 0.93)
 
 
 def layer_goals(found: dict) -> Iterator[Goal]:
@@ -92,7 +100,7 @@ def layer_goals(found: dict) -> Iterator[Goal]:
     if rows := by_case.get((tokens, "forward")):
       base, other = rows[best_dense(rows)], rows["hMHSA, logits site"]
       yield Goal(f"hMHSA, logits site, temporary memory over dense, {tokens} tokens",
-                 over(other.get("temporary_bytes"), base.get("temporary_bytes")), 1.5,
+                 quotient(other.get("temporary_bytes"), base.get("temporary_bytes")), 1.5,
                  least=False)
   if (1025, "forward") in by_case and (4097, "forward") in by_case:
     yield from _growth(by_case)
@@ -100,17 +108,18 @@ def layer_goals(found: dict) -> Iterator[Goal]:
 
 def _growth(by_case) -> Iterator[Goal]:
   for name, target in (("dense", 3.0), ("hMHSA", 2.9), ("block-sparse 25%", 2.3)):
-    per_token = [over(row["seconds"], row.get("tokens")) for row in _at(by_case, name, "forward")]
-    yield Goal(f"{name}: time per token, 4097 over 1025", over(per_token[1], per_token[0]), target,
-               least=False)
+    per_token = [quotient(row["seconds"], row.get("tokens"))
+                 for row in _at(by_case, name, "forward")]
+    yield Goal(f"{name}: time per token, 4097 over 1025", quotient(per_token[1], per_token[0]),
+               target, least=False)
   for which, target in (("forward", 3.0), ("forward and backward", 6.0)):
     for name in ("dense", "hMHSA", "block-sparse 25%"):
       short, long = _at(by_case, name, which)
       yield Goal(f"{name}: temporary memory over input and output, 4097 tokens, {which}",
-                 over(long.get("temporary_bytes"), long.get("inputs_and_outputs_bytes")), target,
-                 least=False)
+                 quotient(long.get("temporary_bytes"), long.get("inputs_and_outputs_bytes")),
+                 target, least=False)
       yield Goal(f"{name}: temporary memory, 4097 over 1025 tokens, {which}",
-                 over(long.get("temporary_bytes"), short.get("temporary_bytes")), 4.6,
+                 quotient(long.get("temporary_bytes"), short.get("temporary_bytes")), 4.6,
                  least=False)
 
 
@@ -131,7 +140,7 @@ def train_goals(found: dict) -> Iterator[Goal]:
   for name, row in rows.items():
     if "macs" in row and name != "dense":
       yield Goal(f"step, {name}: time's ratio of MACs' ratio",
-                 over(_median(rows, name, "dense"), fewer_macs(rows, name)), 0.9)
+                 quotient(_median(rows, name, "dense"), macs_ratio(rows, name)), 0.9)
 
 
 def tokens_goals(found: dict) -> Iterator[Goal]:
@@ -197,12 +206,12 @@ def exits_goals(found: dict) -> Iterator[Goal]:
         if plan == "dense":
           continue
         ratio = _median(rows, f"{name}: {plan}", f"{name}: dense")
-        macs = results.over(rows[f"{name}: dense"].get("macs"), rows[f"{name}: {plan}"].get("macs"))
+        macs = quotient(rows[f"{name}: dense"].get("macs"), rows[f"{name}: {plan}"].get("macs"))
         if plan.startswith("block"):
           yield Goal(f"{model} at {side}, {plan} in {name}", ratio, 1.3)
         else:
           yield Goal(f"{model} at {side}, {plan} in {name}, of the MACs' ratio",
-                     results.over(ratio, macs), 0.95)
+                     quotient(ratio, macs), 0.95)
     for dtype, names, peers in EXIT_PEERS:
       if MOST in plans:
         peer, exit = best(rows, *peers), best(rows, *(f"{name}: {MOST}" for name in names))
@@ -217,7 +226,7 @@ def methods_goals(found: dict) -> Iterator[Goal]:
     for name in ("HeadPruning", "InLine", "ChannelAttention", "BiFormer"):
       if name in rows and (name == "HeadPruning" or pixels >= 512):
         yield Goal(f"{name} in {model} at {pixels}, time's ratio of MACs' ratio",
-                   over(_median(rows, name, "dense"), fewer_macs(rows, name)), 0.9)
+                   quotient(_median(rows, name, "dense"), macs_ratio(rows, name)), 0.9)
     if "FastPath" in rows:
       yield Goal(f"FastPath in {model} at {pixels}", _median(rows, "FastPath", "dense"), 1.15)
 

@@ -51,7 +51,7 @@ def run(setting: Setting, shapes=None, width: int = 384, heads: int = 6) -> Iter
       candidates = {}
       by_name = layers(side, width, heads, setting.dtype, setting.platform)
       for name, layer in by_name.items():
-        params = measure.drawn(layer.params)
+        params = measure.random_weights(layer.params)
         facts = {"macs": macs_of(layer.run, params, x).total // batch}
         if x.shape[1] > 2000 and name == "hMHSA, logits site":
           candidates[name] = measure.Candidate(None, {"reason": "no goal at this length"})

@@ -85,7 +85,7 @@ def torch_candidates(setting: Setting, names, model, **what) -> dict[str, Candid
   return out
 
 
-def drawn(shapes, dtype: str = "float32"):
+def random_weights(shapes, dtype: str = "float32"):
   """Returns weights for timing, without running an init: N(0, 0.02^2); scales and variances are 1.
   """
   rng = np.random.default_rng(0)
@@ -98,8 +98,8 @@ def drawn(shapes, dtype: str = "float32"):
   return trees.nested({name: draw(name, leaf) for name, leaf in trees.named_leaves(shapes).items()})
 
 
-def drawn_variables(model, images, dtype: str = "float32"):
-  return drawn(jax.eval_shape(model.init, jax.random.key(0), images), dtype)
+def random_variables(model, images, dtype: str = "float32"):
+  return random_weights(jax.eval_shape(model.init, jax.random.key(0), images), dtype)
 
 
 def normal(shape, dtype: str = "float32", seed: int = 0):

@@ -104,7 +104,7 @@ def run(setting: Setting, shapes=None, **sizes) -> Iterator[dict]:
       deployed = vc.create_model(model, plan=plan, image_size=pixels, deploy=True,
                                  dtype=setting.dtype, **sizes)
       images = measure.normal((batch, pixels, pixels, 3), setting.dtype)
-      variables = measure.drawn_variables(deployed, images[:1], setting.dtype)
+      variables = measure.random_variables(deployed, images[:1], setting.dtype)
       count = vc.count(deployed)
       candidates[name] = measure.compiled(
           deployed.apply, variables, images, plan=plan.to_json(), macs=count.macs,

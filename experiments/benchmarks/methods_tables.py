@@ -1,7 +1,7 @@
 """Builds the tables of docs/methods.md: what methods cost, from results, and which combine, from
 trying to build a model with each combination."""
 from experiments.benchmarks import methods, results
-from experiments.benchmarks.results import cases, over, speed
+from experiments.benchmarks.results import cases, macs_ratio, speed
 
 NO = "not measured"
 ACCURACY = {"HMHSA": "heads", "CFFN": "ffn", "EViT": "evit", "ToMe": "tome", "MCTF": "mctf",
@@ -41,7 +41,7 @@ def _cell(rows, name: str) -> str:
   if name == "dense":
     seconds = rows["dense"]["seconds"]
     return NO if seconds is None else f"{1e3 * seconds / rows['dense']['batch']:.0f} ms per image"
-  macs, ratio = over(rows["dense"].get("macs"), rows[name].get("macs")), speed(rows, name, "dense")
+  macs, ratio = macs_ratio(rows, name), speed(rows, name, "dense")
   return NO if macs is None or ratio is None else f"{macs:.2f}; {_times(ratio)}"
 
 

@@ -52,7 +52,7 @@ def run(setting: Setting, batches=None, **sizes) -> Iterator[dict]:
       model = vc.create_model(MODEL, plan=plan, execution=execution, deploy=True,
                               dtype=setting.dtype, **sizes)
       images = measure.normal((batch, model.image_size, model.image_size, 3), setting.dtype)
-      variables = measure.drawn_variables(model, images[:1], setting.dtype)
+      variables = measure.random_variables(model, images[:1], setting.dtype)
       candidates[name] = measure.compiled(model.apply, variables, images,
                                           macs=vc.count(model).macs, plan=plan.to_json())
       if name == "dense":

@@ -42,12 +42,12 @@ def speed(rows: Rows, name: str, over: str) -> tuple[float, float, float] | None
   return None if None in pair else bench.ratio(*pair)
 
 
-def fewer_macs(rows: Rows, name: str) -> float | None:
+def macs_ratio(rows: Rows, name: str) -> float | None:
   """Returns the dense row's MACs over those of `name`, or None if they were not counted."""
-  return over(rows["dense"].get("macs"), rows[name].get("macs"))
+  return quotient(rows["dense"].get("macs"), rows[name].get("macs"))
 
 
-def over(first: float | None, other: float | None) -> float | None:
+def quotient(first: float | None, other: float | None) -> float | None:
   """Returns the quotient of two measurements, or None if one is missing."""
   return None if first is None or other is None else first / other
 

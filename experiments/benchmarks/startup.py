@@ -45,7 +45,7 @@ def _compilations(setting: Setting, **sizes) -> Iterator[dict]:
   for what in ("forward", "training step"):
     candidates = {}
     for name, model in (("plain Linen", plain), ("ours", dense)):
-      variables = measure.drawn_variables(model, images[:1])
+      variables = measure.random_variables(model, images[:1])
       candidates[name] = Candidate(_Compilation(*_program(model, variables, images, what)), {})
     yield from measure.rows({"what": f"compile a {what}", "batch": BATCH}, candidates, setting,
                         min_seconds=0)

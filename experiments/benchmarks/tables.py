@@ -8,7 +8,7 @@ from experiments.benchmarks.exits import RUNTIMES
 from experiments.benchmarks.layer import VARIANTS as LAYER_VARIANTS
 from experiments.benchmarks.model import MODEL, PLANS
 from experiments.benchmarks.model import VARIANTS as MODEL_VARIANTS
-from experiments.benchmarks.results import best_dense, cases, fewer_macs, speed
+from experiments.benchmarks.results import best_dense, cases, macs_ratio, speed
 from experiments.benchmarks.tokens import VARIANTS as TOKENS_VARIANTS
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -114,7 +114,7 @@ def exits_table(found: dict, folder: pathlib.Path) -> str:
     for plan in plans:
       cells = [_speed(rows, f"{name}: {plan}", "XLA: dense") for name in RUNTIMES.values()]
       own = [speed(rows, f"{name}: {plan}", f"{name}: dense") for name in RUNTIMES.values()]
-      macs = results.over(rows["XLA: dense"].get("macs"), rows[f"XLA: {plan}"].get("macs"))
+      macs = results.quotient(rows["XLA: dense"].get("macs"), rows[f"XLA: {plan}"].get("macs"))
       lines.append(
           f"| {model} at {side}, batch {batch}: {plan} | {'' if macs is None else f'{macs:.2f}'} | "
           f"{' | '.join(cells)} | " + ("" if plan == "dense" else ", ".join(
@@ -304,7 +304,7 @@ def _rate(rows, name: str, batch: int) -> str:
 def _by_macs(rows, name: str, accuracies) -> tuple[str, str, str]:
   """Cells of a row, empty for peers: the dense model's MACs over this one's, the share of that
   ratio that its speedup reaches, and its accuracy."""
-  macs, ratio = fewer_macs(rows, name), speed(rows, name, "dense")
+  macs, ratio = macs_ratio(rows, name), speed(rows, name, "dense")
   if not macs:
     return "", "", ""
   share = f"{100 * ratio[0] / macs:.0f}%" if ratio and name != "dense" else ""

@@ -35,7 +35,7 @@ def run(setting: Setting, sides=SIDES, depth: int = 4, **sizes) -> Iterator[dict
       model = vc.create_model(MODEL, plan=plan, deploy=True, dtype=setting.dtype, depth=depth,
                               image_size=16 * side, patch_size=16, **sizes)
       images = measure.normal((batch, 16 * side, 16 * side, 3), setting.dtype)
-      variables = measure.drawn_variables(model, images[:1], setting.dtype)
+      variables = measure.random_variables(model, images[:1], setting.dtype)
       candidates[name] = measure.compiled(model.apply, variables, images,
                                           macs=vc.count(model).macs)
       if name == "dense":

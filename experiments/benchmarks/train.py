@@ -76,7 +76,7 @@ def _candidate(model, optimizer, batch: int, size: int, **facts):
   """Returns a candidate whose steps continue from each other, as in a run: the state is donated."""
   images = measure.normal((batch, size, size, 3), getattr(model, "dtype", "float32"))
   labels, key = jnp.arange(batch), jax.random.key(0)
-  variables = measure.drawn_variables(model, images[:1])
+  variables = measure.random_variables(model, images[:1])
   state = [variables, jax.jit(optimizer.init)(variables["params"])]
   start = measure.bench.now()
   step = jax.jit(train_step(model, optimizer), donate_argnums=(0, 1))
