@@ -157,11 +157,12 @@ def table(found: dict) -> str:
       rows, gaps = list(row["seeds"].values()), differences(found, name)
       after, macs = (statistics.mean(one[key] for one in rows) for key in ("accuracy", "macs"))
       gap, margin = statistics.mean(gaps), interval(gaps)
-      shown = ("", "") if name == "dense" else (
+      gap_cells = ("", "") if name == "dense" else (
           f"{gap:+.2f}", f"[{gap - margin:+.2f}, {gap + margin:+.2f}]")
       lines.append(f"| {question} | {name} | {100 * macs:.1f} % | "
                    f"{one_shot.speed(timed[setting.deployed])[0]:.2f}x | "
-                   f"{100 * row['before']:.2f} % | {100 * after:.2f} % | {' | '.join(shown)} |")
+                   f"{100 * row['before']:.2f} % | {100 * after:.2f} % | "
+                   f"{' | '.join(gap_cells)} |")
   images = found["rows"]["dense"]["seeds"]["0"]["images"]
   return "\n".join([*lines, "", (
       f"{found['steps']} steps, {SEEDS} seeds of training from one dense model, "

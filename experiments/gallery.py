@@ -147,9 +147,9 @@ def heat(values, share: float = 1.0) -> np.ndarray:
 
 def on_garment(scene: Scene, images) -> np.ndarray:
   """Returns (B, patches) bool: which patches show more than the black background."""
-  grid, shown = scene.model.grid, np.stack([scene.prepare.pixels(image) for image in images])
-  (height, width), batch = shown.shape[1:3], len(shown)
-  means = shown.reshape(batch, grid[0], height // grid[0], grid[1], width // grid[1], -1)
+  grid, pixels = scene.model.grid, np.stack([scene.prepare.pixels(image) for image in images])
+  (height, width), batch = pixels.shape[1:3], len(pixels)
+  means = pixels.reshape(batch, grid[0], height // grid[0], grid[1], width // grid[1], -1)
   return means.mean(axis=(2, 4, 5)).reshape(batch, -1) > BRIGHT
 
 
@@ -159,25 +159,25 @@ def on_garment(scene: Scene, images) -> np.ndarray:
 def class_token(scene: Scene, images=None, share: float = 1.0) -> Picture:
   """Draws where the class token looks. images: those for the numbers. share: see `heat`."""
   prefix, grid = scene.model.sites()[0].prefix, scene.model.grid
-  shown = maps_of(scene, list(scene.images.values()))
+  maps = maps_of(scene, list(scene.images.values()))
   panels = []
   for row, name in enumerate(scene.images):
     panels += [(name, scene.pixels(name))]
     panels += [(f"block {block}", heat(map_bhnm[row, :, 0, prefix:].mean(axis=0).reshape(grid),
-                                       share)) for block, map_bhnm in shown.items()]
+                                       share)) for block, map_bhnm in maps.items()]
   numbers = {}
   if images is None:
-    return Picture(panels, 1 + len(shown), numbers)
+    return Picture(panels, 1 + len(maps), numbers)
   mask = on_garment(scene, images)
   for block, map_bhnm in maps_of(scene, images).items():
-    seen = map_bhnm[:, :, 0, prefix:].mean(axis=1)
-    share = (seen * mask).sum() / seen.sum()
+    weight_bp = map_bhnm[:, :, 0, prefix:].mean(axis=1)
+    share = (weight_bp * mask).sum() / weight_bp.sum()
     numbers[f"on_garment_{block}"] = float(share / mask.mean())
-    centred = seen - seen.mean(axis=1, keepdims=True)
+    centred = weight_bp - weight_bp.mean(axis=1, keepdims=True)
     unit = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
-    alike = unit @ unit.T
-    numbers[f"alike_{block}"] = float(alike[~np.eye(len(alike), dtype=bool)].mean())
-  return Picture(panels, 1 + len(shown), numbers)
+    correlation = unit @ unit.T
+    numbers[f"alike_{block}"] = float(correlation[~np.eye(len(unit), dtype=bool)].mean())
+  return Picture(panels, 1 + len(maps), numbers)
 
 
 def hallucinated(small: Scene, name: str, block: int, query=None) -> Picture:
@@ -190,12 +190,12 @@ def hallucinated(small: Scene, name: str, block: int, query=None) -> Picture:
   for head in range(real, len(map_hnm)):
     source = (head - real) % real
     both = [map_hnm[i][site.prefix:, site.prefix:] for i in (source, head)]
-    shown = both if query is None else [
+    drawn_maps = both if query is None else [
         map_nm[query[0] * small.model.grid[1] + query[1]].reshape(small.model.grid)
         for map_nm in both]
     # Square roots make small entries visible; filters may give negative ones, shown as 0.
-    panels += [(f"head {source}, computed", heat(np.sqrt(shown[0]))),
-               (f"head {head}, hallucinated", heat(np.sqrt(np.maximum(shown[1], 0))))]
+    panels += [(f"head {source}, computed", heat(np.sqrt(drawn_maps[0]))),
+               (f"head {head}, hallucinated", heat(np.sqrt(np.maximum(drawn_maps[1], 0))))]
     likeness.append(np.corrcoef(both[0].ravel(), both[1].ravel())[0, 1])
   order = [*range(0, len(panels), 2), *range(1, len(panels), 2)]   # sources above their copies
   return Picture([panels[i] for i in order], len(order) // 2,

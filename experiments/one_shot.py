@@ -210,8 +210,8 @@ def picture(found: dict):
   looks = dict(zip([curve, *plans(), *others, ""], ["k.-", *"osD^P", "gX", "rh", "k*"],
                    strict=True))
   for axis, look in looks.items():
-    shown = {axis, ""} if axis == curve else {axis}
-    rows = [row for row in found["rows"].values() if row["axis"] in shown]
+    axes_of_line = {axis, ""} if axis == curve else {axis}
+    rows = [row for row in found["rows"].values() if row["axis"] in axes_of_line]
     axes.plot([1 / speed(row)[0] for row in rows], [100 * row["accuracy"] for row in rows], look,
               label=axis or "dense", markersize=12 if axis == "" else 6)
   axes.set_xscale("log")

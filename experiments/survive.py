@@ -50,12 +50,12 @@ def start(arguments, directory: pathlib.Path, devices: int = 1) -> subprocess.Po
 
 def read_until(process: subprocess.Popen, words) -> str:
   """Returns the first line of a process's output that contains one of the words."""
-  seen = []
+  lines = []
   for line in process.stdout:
-    seen.append(line)
+    lines.append(line)
     if any(word in line for word in words):
       return line
-  raise RuntimeError(f"exit code {process.wait()} before {words}: {''.join(seen[-5:])}")
+  raise RuntimeError(f"exit code {process.wait()} before {words}: {''.join(lines[-5:])}")
 
 
 def kill(processes):

@@ -70,8 +70,8 @@ def timed(kind: str, root: str, batch: str, count: str, *cores: str):
 
 
 def cpu_seconds() -> float:
-  own = psutil.Process()
-  times = [process.cpu_times() for process in (own, *own.children(recursive=True))]
+  this = psutil.Process()
+  times = [process.cpu_times() for process in (this, *this.children(recursive=True))]
   return sum(t.user + t.system for t in times)
 
 
