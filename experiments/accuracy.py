@@ -122,8 +122,8 @@ def summarise(kind: str, pairs: list[dict[str, dict]], steps: int | None = None)
 
 
 def table(rows) -> str:
-  lines = ["| model | test accuracy % | against tuned | 95 % interval | attention MACs needed |"
-           " executed | all MACs executed |", "|---|---|---|---|---|---|---|"]
+  lines = ["| model | test accuracy % | difference from tuned | 95 % interval | attention MACs "
+           "needed | executed | all MACs executed |", "|---|---|---|---|---|---|---|"]
   for row in rows:
     low, high = (100 * (row["difference"] + sign * row["interval"]) for sign in (-1, 1))
     shares = " | ".join(f"{row[key]:.2f}x" for key in SHARES)

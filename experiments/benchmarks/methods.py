@@ -24,12 +24,15 @@ SETTINGS = {"BiFormer": {"min_tokens": 0}, "KeyMerging": {"min_tokens": 0},
 # How a method starts from a dense model's weights. "exactly": the same function at the settings
 # named; "fitted": from calibration images; "no": it has to be trained.
 STARTS = {
-    "HMHSA": "fitted", "HeadPruning": "fitted", "MoH": "exactly with active=1.0, else nearly",
+    "HMHSA": "fitted", "HeadPruning": "fitted",
+    "MoH": "exactly with active=1.0, else approximately",
     "Sparsifiner": "exactly with keep=1, else fitted", "BiFormer": "exactly with all regions",
-    "KeyMerging": "exactly with keep=1, else nearly", "InLine": "shapes, not the function",
-    "ChannelAttention": "shapes, not the function", "EViT": "exactly with keep=1, else nearly",
-    "DynamicViT": "exactly with keep=1, else train", "ToMe": "exactly with r=0, else nearly",
-    "MCTF": "exactly with r=0, else nearly", "FastPath": "exactly with keep=1, else train",
+    "KeyMerging": "exactly with keep=1, else approximately",
+    "InLine": "same shapes, another function", "ChannelAttention": "same shapes, another function",
+    "EViT": "exactly with keep=1, else approximately",
+    "DynamicViT": "exactly with keep=1, else to be trained",
+    "ToMe": "exactly with r=0, else approximately", "MCTF": "exactly with r=0, else approximately",
+    "FastPath": "exactly with keep=1, else to be trained",
     "CFFN": "fitted", "GLU": "no", "ConvGLU": "no"}
 
 
