@@ -58,7 +58,7 @@ def trained(config, directory: pathlib.Path) -> tuple[pathlib.Path, dict]:
   return path, json.loads(facts.read_text())
 
 
-def fitted(path: pathlib.Path, config) -> pathlib.Path:
+def with_patch_size(path: pathlib.Path, config) -> pathlib.Path:
   """Returns a file of the same model with the config's patch size, after resizing if it differs."""
   model, variables = convert.load(path)
   if model.patch_size == config.model.patch_size:
@@ -85,7 +85,7 @@ def pair(kind: str, index: int, runs: pathlib.Path, variants, steps: int | None 
     if kind == "digits":
       config.data.name = f"digits:{index}"
     if path is not None:
-      config.init_from = str(fitted(path, config))
+      config.init_from = str(with_patch_size(path, config))
     if name in variants:
       config.teacher.file = config.init_from
       if steps:

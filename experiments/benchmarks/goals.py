@@ -109,12 +109,12 @@ def layer_goals(found: dict) -> Iterator[Goal]:
 def _growth(by_case) -> Iterator[Goal]:
   for name, target in (("dense", 3.0), ("hMHSA", 2.9), ("block-sparse 25%", 2.3)):
     per_token = [quotient(row["seconds"], row.get("tokens"))
-                 for row in _at(by_case, name, "forward")]
+                 for row in _short_and_long(by_case, name, "forward")]
     yield Goal(f"{name}: time per token, 4097 over 1025", quotient(per_token[1], per_token[0]),
                target, least=False)
   for which, target in (("forward", 3.0), ("forward and backward", 6.0)):
     for name in ("dense", "hMHSA", "block-sparse 25%"):
-      short, long = _at(by_case, name, which)
+      short, long = _short_and_long(by_case, name, which)
       yield Goal(f"{name}: temporary memory over input and output, 4097 tokens, {which}",
                  quotient(long.get("temporary_bytes"), long.get("inputs_and_outputs_bytes")),
                  target, least=False)
@@ -123,7 +123,7 @@ def _growth(by_case) -> Iterator[Goal]:
                  least=False)
 
 
-def _at(by_case, name: str, which: str) -> list[dict]:
+def _short_and_long(by_case, name: str, which: str) -> list[dict]:
   """Returns the rows at 1025 and at 4097 tokens; "dense" is the fastest of our dense layers."""
   out = []
   for tokens in (1025, 4097):

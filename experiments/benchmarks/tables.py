@@ -363,7 +363,7 @@ def plot(found: dict, platform: str, folder: pathlib.Path = results.FOLDER) -> p
   for name in next(iter(by_tokens.values())):
     points = [(tokens, 1e3 * rows[name]["seconds"] / rows[name]["batch"])
               for (tokens,), rows in by_tokens.items() if rows[name]["seconds"]]
-    ours = rows_are_ours(next(iter(by_tokens.values()))[name])
+    ours = is_ours(next(iter(by_tokens.values()))[name])
     if points:
       axes.loglog(*zip(*points, strict=True), "-o" if ours else "--s", markersize=3, label=name)
   ticks = [tokens for (tokens,) in by_tokens]
@@ -381,6 +381,6 @@ def plot(found: dict, platform: str, folder: pathlib.Path = results.FOLDER) -> p
   return path
 
 
-def rows_are_ours(row: dict) -> bool:
+def is_ours(row: dict) -> bool:
   """Returns whether a row is one of our models: peers' MACs are not counted."""
   return "macs" in row
