@@ -137,7 +137,7 @@ def test_a_model_of_imagenets_classes_without_names_has_imagenets(folder, tmp_pa
   row, = objects(done.stdout)
   assert [item["name"] for item in row["classes"]] == [
       imagenet_1k()[item["index"]] for item in row["classes"]]
-  assert f"{path} tells no names of classes: they are ImageNet-1k's" in done.stderr
+  assert f"{path} has no class names: using those of ImageNet-1k" in done.stderr
   vc.save(path, model, variables, classes=[f"c{i}" for i in range(1000)], force=True)
   done = CliRunner().invoke(cli.main, ["predict", str(path), image])
   assert "\tc" in done.stdout and not done.stderr
