@@ -308,7 +308,7 @@ def test_what_is_no_path_is_refused():
     assert "wanted: the path of a file" in refusal(vc.load, value)
   assert "a path that ends in .safetensors" in refusal(vc.save, None, MODEL, VARIABLES)
   assert "dict was given, wanted: a model" in refusal(vc.save, "a.safetensors", VARIABLES, MODEL)
-  with pytest.raises(ValueError, match=r"the parameters alone: give \{'params': \.\.\.\}"):
+  with pytest.raises(ValueError, match=r"only the parameters: give \{'params': \.\.\.\}"):
     vc.save("a.safetensors", MODEL, VARIABLES["params"])
 
 
