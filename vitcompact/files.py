@@ -1,4 +1,4 @@
-"""Files of named arrays: .safetensors written whole and checked when read, and what others hold."""
+"""Files of named arrays: .safetensors, written atomically and checked on reading, and others."""
 import hashlib
 import json
 import os
@@ -15,27 +15,27 @@ import safetensors.numpy
 
 from vitcompact import trees
 
-CONVERT = "vitcompact convert"   # the command that makes our files of others'
+CONVERT = "vitcompact convert"   # the command that converts other files to ours
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 DIGEST = "sha256"                           # its key in a file's metadata
 PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl")
-INDEX = ".index.json"   # ends the name of a file that tells which tensors are in which files
-# What transformers, timm and open_clip call their weights in a directory, the preferred first.
+INDEX = ".index.json"   # suffix of an index, which lists the tensors in each of several files
+# Names of weights in a directory, as transformers, timm and open_clip write them, preferred first.
 USUAL = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json",
          "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 KINDS = {
     "pytorch": "a PyTorch file", "npz": "a NumPy .npz file", "zip": "a zip archive",
     "hdf5": "an HDF5 file", "gzip": "compressed by gzip", "empty": "empty",
     "lfs": "a Git LFS pointer, which stands for the file (git lfs pull fetches it)",
-    "html": "a web page, as a download that failed leaves", "text": "text", "unknown": "none known",
+    "html": "a web page, as a failed download leaves", "text": "text", "unknown": "of unknown kind",
 }
 
 
 def write_safetensors(path, arrays: Mapping[str, Any], about: Mapping[str, str], *,
                       force: bool = False):
-  """Writes {name: array} and string metadata; a file of that name is whole at every moment.
+  """Writes {name: array} and string metadata atomically.
 
-  The metadata get a digest of everything in the file, which `read_safetensors` checks.
+  A digest of everything in the file is added to the metadata; `read_safetensors` checks it.
   """
   path = _path(path, "a path that ends in .safetensors")
   if path.suffix != ".safetensors":
@@ -46,7 +46,7 @@ def write_safetensors(path, arrays: Mapping[str, Any], about: Mapping[str, str],
   partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
   try:
     partial.touch()
-    mode = partial.stat().st_mode   # the umask's: safetensors lets nobody but the owner read
+    mode = partial.stat().st_mode   # by umask: safetensors would let only the owner read
     safetensors.numpy.save_file(arrays, partial,
                                 metadata={**about, DIGEST: _digest(arrays, about)})
     partial.chmod(mode)
@@ -58,9 +58,9 @@ def write_safetensors(path, arrays: Mapping[str, Any], about: Mapping[str, str],
 
 
 def read_safetensors(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-  """({name: array}, metadata) of a .safetensors file; refused if it is not as it was written.
+  """({name: array}, metadata) of a .safetensors file; ValueError if it does not match its digest.
 
-  A file without our digest, others' or an old one, is read unchecked.
+  A file without our digest, old or from another program, is read unchecked.
   """
   with _opened(path) as file:
     about = file.metadata() or {}
@@ -73,14 +73,14 @@ def read_safetensors(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def read_header(path) -> tuple[list[str], dict[str, str]]:
-  """(names, metadata) of a .safetensors file; the arrays stay unread and unchecked."""
+  """(names, metadata) of a .safetensors file; the arrays are neither read nor checked."""
   with _opened(path) as file:
     return list(file.keys()), {key: value for key, value in (file.metadata() or {}).items()
                                if key != DIGEST}
 
 
 def check_ours(path, names, about):
-  """Refuses PyTorch's .safetensors, timm's and the ones that `to_torch` makes, in one line."""
+  """Raises ValueError for .safetensors with PyTorch's names, such as timm's or `to_torch`'s."""
   ours = {"model", "fields", "plan"} <= about.keys()
   if not ours or (names and not any(name.startswith("params/") for name in names)):
     has = f"its metadata has {sorted(about)}, not model, fields, plan"
@@ -90,7 +90,7 @@ def check_ours(path, names, about):
 
 
 def classes_in(path, about) -> list[str] | None:
-  """The names of classes in the metadata of one of our files."""
+  """The class names in the metadata of one of our files, or None."""
   if "classes" not in about:
     return None
   try:
@@ -101,7 +101,7 @@ def classes_in(path, about) -> list[str] | None:
 
 
 def crop_in(path, about) -> float | None:
-  """The crop in the metadata of one of our files: a share, or None where images are warped."""
+  """The crop in the metadata of one of our files: a share, or None if images are warped."""
   try:
     crop = json.loads(about["crop"])
   except (ValueError, RecursionError):
@@ -112,7 +112,7 @@ def crop_in(path, about) -> float | None:
 
 
 def checked_classes(classes, count: int) -> list[str]:
-  """Names of classes, refused if they are not as many as there are logits."""
+  """The class names as a list; ValueError unless there is one for each of `count` logits."""
   if isinstance(classes, (str, Mapping)) or not all(isinstance(name, str) for name in classes):
     raise ValueError("classes must be a sequence of names, in the order of the logits")
   if len(classes) != count:
@@ -121,10 +121,10 @@ def checked_classes(classes, count: int) -> list[str]:
 
 
 def weights_in(path) -> pathlib.Path:
-  """The file of weights, or the index of several, that a path stands for: itself, or in a directory
-  the one of a usual name or the only one.
+  """The file of weights, or the index of several, that a path stands for.
 
-  Raises ValueError where a directory leaves the choice open, or where a file is one of several.
+  For a directory, it is the file with a usual name, or the only one. Raises ValueError if a
+  directory leaves the choice open, or if the file is one of several.
   """
   path = _path(path, "the path of a file")
   if path.is_dir():
@@ -142,7 +142,7 @@ def weights_in(path) -> pathlib.Path:
 
 
 def shards_of(index) -> dict[str, list[str]]:
-  """{name of a file beside an index: names of its tensors}."""
+  """{name of a file in the index's directory: names of its tensors}."""
   index = _path(index, "the path of an index")
   try:
     files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
@@ -169,7 +169,7 @@ def _weights_inside(path) -> list[str]:
 def kind_of(path) -> str:
   """What a file is, by its first bytes and then its suffix: "safetensors" or a key of `KINDS`.
 
-  Raises ValueError or FileNotFoundError, one line, where it is no file.
+  Raises ValueError or FileNotFoundError, one line, if it is not a file.
   """
   path = _path(path, "the path of a file")
   if path.is_dir():
@@ -197,9 +197,9 @@ def kind_of(path) -> str:
   return "empty" if not start else "text" if _is_text(start) else "unknown"
 
 
-def _path(path, wanted) -> pathlib.Path:
+def _path(path, expected) -> pathlib.Path:
   if not isinstance(path, (str, os.PathLike)):
-    raise ValueError(f"{type(path).__name__} given, wanted: {wanted}")
+    raise ValueError(f"{type(path).__name__} given, wanted: {expected}")
   return pathlib.Path(path)
 
 
@@ -207,7 +207,7 @@ def _kind_of_zip(path, start):
   try:
     with zipfile.ZipFile(path) as archive:
       names = archive.namelist()
-  except zipfile.BadZipFile:   # its end is missing
+  except zipfile.BadZipFile:   # truncated
     names = ["data.pkl"] if b"data.pkl" in start or path.suffix in PICKLED else []
   if any(name.endswith("data.pkl") for name in names):
     return "pytorch"
@@ -224,8 +224,8 @@ def _opened(path):
     raise ValueError(f"{path} is {KINDS[kind]}, wanted: a .safetensors file of ours; `{CONVERT} "
                      f"{path} --model NAME --out NEW.safetensors` makes it")
   if kind in ("text", "unknown", "empty"):
-    told = KINDS[kind] if kind != "unknown" else "its first bytes are not of one"
-    raise ValueError(f"{path} is no whole .safetensors file: {told}")
+    reason = KINDS[kind] if kind != "unknown" else "its first bytes are not those of one"
+    raise ValueError(f"{path} is no whole .safetensors file: {reason}")
   if kind != "safetensors":
     raise ValueError(f"{path} is {KINDS[kind]}, wanted: a .safetensors file")
   try:
@@ -238,14 +238,14 @@ def _tensor(path, file, name):
   try:
     return file.get_tensor(name)
   except (AttributeError, TypeError, safetensors.SafetensorError) as error:
-    # NumPy has no float8, for one.
+    # For example float8, which NumPy does not have.
     dtype = file.get_slice(name).get_dtype()
     raise ValueError(f"{path}: {name} is {dtype}, which cannot be read; save it as float32, "
                      f"float16 or bfloat16 ({error})") from None
 
 
 def _digest(arrays, about) -> str:
-  """Of names, dtypes, shapes, values and metadata."""
+  """sha256 of names, dtypes, shapes, values and metadata."""
   sha = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode())
   sha.update(trees.digest(arrays).encode())
   return sha.hexdigest()

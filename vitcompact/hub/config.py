@@ -32,7 +32,7 @@ def read(where: str, config: Mapping, processor: Mapping | None = None) -> Descr
   where: what the file is of, for errors. processor: transformers' preprocessor_config.json.
   """
   try:
-    told = foreign_config.told_by(config)
+    told = foreign_config.model_spec(config)
     if "architecture" not in config:
       return Described(told.model, told.fields, told.classes, _images(processor or {}))
     return _of_timm(config, told)
