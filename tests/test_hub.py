@@ -228,7 +228,7 @@ def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
 def test_another_number_of_classes_keeps_the_backbone_and_says_so(server):
   _, variables, file = network()
   server.add(REPO, model__safetensors=file)
-  with pytest.warns(UserWarning, match="the one of 1000 classes was left out, that of 5 is "):
+  with pytest.warns(UserWarning, match="the one of 1000 classes was left out; a new one of 5 "):
     model, weights = vc.pretrained(NAME, num_classes=5, **SIZES)
   assert model.num_classes == 5 and weights["params"]["head"]["kernel"].shape == (24, 5)
   assert not trees.differences(weights, tiny.init(model))
@@ -341,7 +341,7 @@ def test_a_folder_is_read_as_a_repository(tmp_path):
     named, weights = vc.pretrained(tmp_path / "model.safetensors", model=NAME, num_classes=3,
                                    **SIZES)
   assert named == model and same(weights, variables)
-  with pytest.warns(UserWarning, match="that of 4 is initialised anew"):
+  with pytest.warns(UserWarning, match="a new one of 4 classes is initialised"):
     vc.pretrained(tmp_path / "model.safetensors", model=NAME, num_classes=4, **SIZES)
   (tmp_path / "config.json").unlink()
   with pytest.raises(ValueError, match="does not say which model it is of"):
