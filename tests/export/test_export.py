@@ -433,7 +433,7 @@ def test_bench_refuses_files_of_others_in_one_line(shape, fields, said, runtime,
 def test_a_fixed_number_of_images_is_told_where_others_are_given(small, tmp_path):
   vc.export(*small, tmp_path / "a.stablehlo", batch=2)
   run = runtimes.opened(tmp_path / "a.stablehlo")
-  with pytest.raises(ValueError, match="takes 2 images at a time, and here are 3"):
+  with pytest.raises(ValueError, match="takes 2 images at a time, but 3 were given"):
     run(np.zeros((3, *run.shape)))
 
 
