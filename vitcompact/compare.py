@@ -23,7 +23,7 @@ def read(workdir) -> dict[str, dict[int, float]]:
       line["step"]
     except (ValueError, TypeError, KeyError, RecursionError):
       raise ValueError(f"{path} line {number} is no JSON object with a step: {text[:80]!r}; it is "
-                       "no log of a run") from None
+                       "not the log of a run") from None
     for name, value in line.items():
       if name != "step" and isinstance(value, (int, float)):
         out.setdefault(name, {})[line["step"]] = value

@@ -73,7 +73,8 @@ class Loaded(NamedTuple):
     if self.prefix:
       lines.append(f"prefix taken off the names: {self.prefix}")
     lines += [f"left out, {what}: {trees.some(names, 2)}" for what, names in self.left.items()]
-    for what, names in (("dropped", self.dropped), ("left out, no part of the model", self.outside),
+    for what, names in (("dropped", self.dropped),
+                        ("left out, not part of the model", self.outside),
                         ("resized", self.resized), ("made for other channels", self.adapted),
                         ("initialised anew", self.reset)):
       lines += [f"{what}: {trees.some(names, 8)}"] if names else []
@@ -295,7 +296,7 @@ def _described(path, about):
     return model, variable_shapes(model)
   # A file may hold anything: deeply nested JSON raises RecursionError.
   except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-    raise ValueError(f"{path}: its metadata describes no model: {error}") from None
+    raise ValueError(f"{path}: its metadata does not describe a model: {error}") from None
 
 
 def read_metadata(path) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Checks of the arguments of every verb: that it was given a model, its variables, and images.
 
-Each error is one line: what was given, what is wanted, and what to do. Only shapes and dtypes are
+Each error is one line: what was given, what is expected, and what to do. Only shapes and dtypes are
 read, except in `check_values`, so that a verb can be traced.
 """
 import functools
@@ -16,7 +16,7 @@ from vitcompact.plan import Plan
 
 LARGEST_VALUE = 50.0   # of normalised images; pixels in 0..255 exceed it
 MANY = 3   # mismatches are shown, the others counted
-VARIABLES = "wanted: {'params': ..., 'batch_stats': ...} as model.init gives"
+VARIABLES = "expected {'params': ..., 'batch_stats': ...} as model.init gives"
 IMAGES = "normalised float, as vc.preprocess(model) makes them"
 
 
@@ -33,7 +33,7 @@ def check_model(model, what: str = "model"):
   """Raises ValueError unless `model` is a model of ours."""
   if isinstance(model, type) or not all(hasattr(model, name) for name in ("submodules", "variant")):
     where = "" if what == "model" else f"{what}: "
-    raise ValueError(f"{where}{given(model)} was given, wanted: a model, such as "
+    raise ValueError(f"{where}{given(model)} was given, expected a model, such as "
                      "create_model(NAME)")
 
 
@@ -97,16 +97,16 @@ def check_images(model, images, what: str = "images"):
 
   Their height and width are checked by the model itself.
   """
-  wanted = f"wanted: (B, height, width, {model.in_chans}), {IMAGES}"
+  expected = f"expected (B, height, width, {model.in_chans}), {IMAGES}"
   shape, dtype = (getattr(images, name, None) for name in ("shape", "dtype"))
   if shape is None or dtype is None:
-    raise ValueError(f"{what}: {given(images)} was given, {wanted}")
+    raise ValueError(f"{what}: {given(images)} was given, {expected}")
   if len(shape) != 4 or shape[-1] != model.in_chans:
-    raise ValueError(f"{what} of shape {tuple(shape)}, {wanted}")
+    raise ValueError(f"{what} of shape {tuple(shape)}, {expected}")
   if not jnp.issubdtype(dtype, jnp.floating):
-    raise ValueError(f"{what} of {dtype}, {wanted}")
+    raise ValueError(f"{what} of {dtype}, {expected}")
   if shape[0] == 0:
-    raise ValueError(f"no {what} were given: shape {tuple(shape)}, {wanted}")
+    raise ValueError(f"no {what} were given: shape {tuple(shape)}, {expected}")
 
 
 def check_values(images):
@@ -122,7 +122,7 @@ def check_values(images):
 def check_plan(plan):
   """Raises ValueError unless `plan` is a Plan."""
   if not isinstance(plan, Plan):
-    raise ValueError(f"plan: {given(plan)} was given, wanted: a Plan; Plan.parse reads a dict, "
+    raise ValueError(f"plan: {given(plan)} was given, expected a Plan; Plan.parse reads a dict, "
                      "JSON or a path to it")
 
 

@@ -84,9 +84,10 @@ def check_ours(path, names, about):
   ours = {"model", "fields", "plan"} <= about.keys()
   if not ours or (names and not any(name.startswith("params/") for name in names)):
     has = f"its metadata has {sorted(about)}, not model, fields, plan"
-    raise ValueError(f"{path} is no file of ours: {has if not ours else 'it has PyTorch names'}; "
-                     f"`{CONVERT} {path} --model {about.get('model', 'NAME')} --out "
-                     "NEW.safetensors` makes one of PyTorch weights")
+    raise ValueError(f"{path} is not one of our files: "
+                     f"{has if not ours else 'it has PyTorch names'}; `{CONVERT} {path} --model "
+                     f"{about.get('model', 'NAME')} --out NEW.safetensors` makes one of PyTorch "
+                     "weights")
 
 
 def classes_in(path, about) -> list[str] | None:
@@ -97,7 +98,7 @@ def classes_in(path, about) -> list[str] | None:
     return checked_classes(json.loads(about["classes"]),
                             json.loads(about["fields"])["num_classes"])
   except (ValueError, TypeError, KeyError, RecursionError) as error:
-    raise ValueError(f"{path}: its metadata names no classes: {error}") from None
+    raise ValueError(f"{path}: its metadata has no valid class names: {error}") from None
 
 
 def crop_in(path, about) -> float | None:
@@ -107,7 +108,8 @@ def crop_in(path, about) -> float | None:
   except (ValueError, RecursionError):
     crop = about["crop"]
   if crop is not None and not (type(crop) in (int, float) and 0 < crop <= 1):
-    raise ValueError(f"{path}: its metadata tells no crop: {str(crop)[:60]!r}; make the file again")
+    raise ValueError(f"{path}: its metadata has no valid crop: {str(crop)[:60]!r}; make the file "
+                     "again")
   return crop
 
 
@@ -149,12 +151,13 @@ def shards_of(index) -> dict[str, list[str]]:
   except FileNotFoundError:
     raise FileNotFoundError(f"{index}: no such file") from None
   except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-    raise ValueError(f"{index} is no index of weights, {{'weight_map': {{tensor: file}}}}: "
+    raise ValueError(f"{index} is not an index of weights, {{'weight_map': {{tensor: file}}}}: "
                      f"{type(error).__name__} {error}") from None
   shards = {}
   for tensor, file in files:
     if not isinstance(file, str) or file in ("", ".", "..") or pathlib.PurePath(file).name != file:
-      raise ValueError(f"{index}: {tensor} is in {str(file)[:60]!r}, which names no file beside it")
+      raise ValueError(f"{index}: {tensor} is in {str(file)[:60]!r}, which is not the name of a "
+                       "file in its directory")
     shards.setdefault(file, []).append(tensor)
   if not shards:
     raise ValueError(f"{index}: its weight_map is empty")
@@ -199,7 +202,7 @@ def kind_of(path) -> str:
 
 def _path(path, expected) -> pathlib.Path:
   if not isinstance(path, (str, os.PathLike)):
-    raise ValueError(f"{type(path).__name__} given, wanted: {expected}")
+    raise ValueError(f"{type(path).__name__} given, expected {expected}")
   return pathlib.Path(path)
 
 
@@ -221,17 +224,17 @@ def _is_text(start):
 def _opened(path):
   kind = kind_of(path)
   if kind in ("pytorch", "npz"):
-    raise ValueError(f"{path} is {KINDS[kind]}, wanted: a .safetensors file of ours; `{CONVERT} "
+    raise ValueError(f"{path} is {KINDS[kind]}, expected a .safetensors file of ours; `{CONVERT} "
                      f"{path} --model NAME --out NEW.safetensors` makes it")
   if kind in ("text", "unknown", "empty"):
     reason = KINDS[kind] if kind != "unknown" else "its first bytes are not those of one"
-    raise ValueError(f"{path} is no whole .safetensors file: {reason}")
+    raise ValueError(f"{path} is not a complete .safetensors file: {reason}")
   if kind != "safetensors":
-    raise ValueError(f"{path} is {KINDS[kind]}, wanted: a .safetensors file")
+    raise ValueError(f"{path} is {KINDS[kind]}, expected a .safetensors file")
   try:
     return safetensors.safe_open(path, framework="numpy")
   except safetensors.SafetensorError as error:
-    raise ValueError(f"{path} is no whole .safetensors file: {error}") from None
+    raise ValueError(f"{path} is not a complete .safetensors file: {error}") from None
 
 
 def _tensor(path, file, name):

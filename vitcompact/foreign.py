@@ -60,7 +60,7 @@ def find(checkpoint, known: set[str], choice: str | None = None, *,
     groups += [(hits, weights._replace(source=new.source, left=new.left))
                for hits, weights in _groups(path, new.state, known, least)]
   if not groups:
-    raise ValueError(f"no tensors in the checkpoint, only {_contents(checkpoint)}; wanted: "
+    raise ValueError(f"no tensors in the checkpoint, only {_contents(checkpoint)}; expected "
                      "{name: array}")
   most = max(hits for hits, _ in groups)
   sets = [weights for hits, weights in groups if 2 * hits >= most]
@@ -85,7 +85,7 @@ def whose(names) -> str | None:
 
 
 def _check_given(checkpoint):
-  expected = "wanted: a state dict, {name: array}"
+  expected = "expected a state dict, {name: array}"
   if isinstance(checkpoint, (str, bytes, os.PathLike)):
     raise ValueError(f"a path was given, {str(checkpoint)!r}; {expected}, such as "
                      "torch.load(path, map_location='cpu', weights_only=True) or "

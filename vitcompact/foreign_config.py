@@ -75,13 +75,13 @@ def spec_next_to(path) -> ModelSpec:
   way_out = f"give the model, as in --model deit_small_patch16_224; known: {', '.join(VARIANTS)}"
   file = pathlib.Path(path).parent / "config.json"
   if not file.is_file():
-    raise ValueError(f"--model is missing, and no config.json is beside {path}: {way_out}")
+    raise ValueError(f"--model is missing, and there is no config.json next to {path}: {way_out}")
   try:
     config = json.loads(file.read_text(encoding="utf-8"))
     return model_spec(config)
   except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError,
           RecursionError) as error:
-    raise ValueError(f"{file} tells no model that is known here: {str(error)[:300]}; {way_out}"
+    raise ValueError(f"{file} does not describe a known model: {str(error)[:300]}; {way_out}"
                      ) from None
 
 
@@ -106,7 +106,7 @@ def _of_timm(config):
     if key not in TIMM or TIMM[key] not in known:
       if key == "global_pool":   # the model has only one kind
         continue
-      raise ValueError(f"its model_args have {key}={value!r}, which is no option of {name}")
+      raise ValueError(f"its model_args have {key}={value!r}, which is not an option of {name}")
     fields[TIMM[key]] = _plain(TIMM[key], value)
   fields = {key: value for key, value in fields.items() if value != known[key]}
   names = config.get("label_names") or cfg.get("label_names") or config.get("labels")

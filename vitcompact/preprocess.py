@@ -55,6 +55,6 @@ def _of_file(path) -> Preprocess:
       mean, std = (tuple(map(float, pixels[name])) for name in ("mean", "std"))
       pre = dataclasses.replace(pre, **{**pixels, "mean": mean, "std": std})
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-      raise ValueError(f"{path}: its metadata tells no mean and std ({error!r}); make the file "
+      raise ValueError(f"{path}: its metadata has no valid mean and std ({error!r}); make the file "
                        "again") from None
   return dataclasses.replace(pre, crop=files.crop_in(path, about)) if "crop" in about else pre

@@ -113,8 +113,8 @@ def _read_shards(index: pathlib.Path, ignore_records, allow):
   for name, listed in files.shards_of(index).items():
     shard = index.parent / name
     if not shard.is_file():
-      raise FileNotFoundError(f"{shard}: no such file, but {index.name} tells that it holds "
-                              f"{len(listed)} tensors; fetch it into the same directory")
+      raise FileNotFoundError(f"{shard}: no such file, but {index.name} lists {len(listed)} "
+                              "tensors in it; fetch it into the same directory")
     found = _read_file(shard, ignore_records, allow)
     if missing := [tensor for tensor in listed if tensor not in found]:
       raise ValueError(f"{shard} holds no {trees.some(missing)}, though {index.name} lists it; "

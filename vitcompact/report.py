@@ -262,7 +262,7 @@ class Report:
       report._check_contents()
       return report
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-      raise ValueError(f"no report of vitcompact.measure: {error}; measure again") from None
+      raise ValueError(f"not a report of vitcompact.measure: {error}; measure again") from None
 
   def _check_contents(self):
     """Raises ValueError if a report holds what cannot have been measured."""
@@ -304,7 +304,7 @@ class Report:
     try:
       return cls.from_json(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-      raise ValueError(f"{path}: no report of vitcompact.measure: {error}") from None
+      raise ValueError(f"{path}: not a report of vitcompact.measure: {error}") from None
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from None
 

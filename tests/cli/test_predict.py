@@ -125,7 +125,7 @@ def test_other_labels_are_used_and_told_but_not_the_same_in_another_order(folder
   said = command.fails("predict", named, image, "--labels", labels)
   assert "output 0 is 'ant' there and 'elk'" in said and "in another order" in said
   labels.write_bytes(b"caf\xe9\n" * 5)
-  assert "is no UTF-8 text" in command.fails("predict", named, image, "--labels", labels)
+  assert "is not UTF-8 text" in command.fails("predict", named, image, "--labels", labels)
 
 
 def test_a_model_of_imagenets_classes_without_names_has_imagenets(folder, tmp_path):

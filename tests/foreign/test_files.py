@@ -77,15 +77,15 @@ def test_a_shard_alone_names_its_index_and_what_is_missing_is_named(folder):
   assert said.startswith(f"{shard} holds no vit.") and "fetch both again" in said
   shard.unlink()
   said = refusal(pytorch.read_checkpoint, folder)
-  assert said.startswith(f"{shard}: no such file, but model.safetensors.index.json tells")
+  assert said.startswith(f"{shard}: no such file, but model.safetensors.index.json lists")
 
 
 @pytest.mark.parametrize("text, words", [
-    ("{", "is no index of weights"), ("[]", "is no index of weights"), ("{}", "KeyError"),
-    ('{"weight_map": {}}', "its weight_map is empty"), ('{"weight_map": 3}', "is no index"),
-    ('{"weight_map": {"a": "../b.safetensors"}}', "'../b.safetensors', which names no file beside"),
-    ('{"weight_map": {"a": "/etc/passwd"}}', "names no file beside it"),
-    ('{"weight_map": {"a": 3}}', "names no file beside it")])
+    ("{", "is not an index of weights"), ("[]", "is not an index of weights"), ("{}", "KeyError"),
+    ('{"weight_map": {}}', "its weight_map is empty"), ('{"weight_map": 3}', "is not an index"),
+    ('{"weight_map": {"a": "../b.safetensors"}}', "'../b.safetensors', which is not the name of"),
+    ('{"weight_map": {"a": "/etc/passwd"}}', "is not the name of a file in its directory"),
+    ('{"weight_map": {"a": 3}}', "is not the name of a file in its directory")])
 def test_an_index_that_tells_nothing_or_leads_elsewhere_is_refused(folder, text, words):
   path = folder / "model.safetensors.index.json"
   path.write_text(text)
@@ -151,15 +151,16 @@ def test_published_configs_tell_published_models():
     ('{"model_type": "swin"}', "no model here is of model_type 'swin'"),
     ('{"model_type": "vit", "hidden_act": "relu"}', "its hidden_act is 'relu'"),
     ('{"architecture": "resnet50"}', "unknown model 'resnet50'"),
-    ('{"architecture": "pvt_v2_b0", "model_args": {"linear": true}}', "which is no option of pvt")])
+    ('{"architecture": "pvt_v2_b0", "model_args": {"linear": true}}', "is not an option of pvt")])
 def test_a_config_that_tells_no_model_is_refused_with_the_way_out(folder, config, words):
   (folder / "config.json").write_text(config)
   said = refusal(pytorch.from_checkpoint, folder, None, folder / "out.safetensors")
-  assert said.startswith(f"{folder / 'config.json'} tells no model") and words in said
+  assert said.startswith(f"{folder / 'config.json'} does not describe a known model")
+  assert words in said
   assert "as in --model deit_small_patch16_224" in said
   (folder / "config.json").unlink()
   said = refusal(pytorch.from_checkpoint, folder, None, folder / "out.safetensors")
-  assert said.startswith("--model is missing, and no config.json is beside")
+  assert said.startswith("--model is missing, and there is no config.json next to")
 
 
 def test_an_npz_of_google_is_read_in_bfloat16_and_for_another_size(tmp_path):

@@ -227,7 +227,7 @@ def bench(names, plans, image_size, batch, rounds, runtime, threads, wall):
 
   chosen = list(dict.fromkeys(runtime.split(",")))
   if wrong := [name for name in chosen if name not in TIMED]:
-    raise ValueError(f"--runtime {wrong[0]!r}: must be of {', '.join(TIMED)}")
+    raise ValueError(f"--runtime {wrong[0]!r}: must be one of {', '.join(TIMED)}")
   thread_count(threads)
   load = os.getloadavg()[0]
   with tempfile.TemporaryDirectory() as folder, xla_threads(threads):

@@ -87,7 +87,7 @@ def labels_in(path: str, count: int) -> list[str]:
   try:
     names = pathlib.Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()
   except UnicodeDecodeError as error:
-    raise ValueError(f"{path} is no UTF-8 text: {error.reason} at byte {error.start}") from None
+    raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
   if len(names) != count:
     raise ValueError(f"{path} has {len(names)} lines, and the model {count} classes")
   return names

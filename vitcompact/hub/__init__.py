@@ -112,8 +112,8 @@ def find(name, *, model: str | None = None, revision: str | None = None, cache_d
   """The files of weights, downloaded if they are not cached, with their digests checked."""
   text = os.fspath(name) if isinstance(name, str | os.PathLike) else name
   if not isinstance(text, str) or not text:
-    raise ValueError(f"{name!r} is no name of weights; list_models(pretrained=True) lists those "
-                     "that are known, and hf-hub:org/name, a path or an address are taken")
+    raise ValueError(f"{name!r} is not a name of weights; use one of list_models(pretrained=True), "
+                     "hf-hub:org/name, a path or a URL")
   if text.startswith(REPOSITORY):
     repo, _, commit = text.partition(":")[2].partition("@")
     if revision and commit:
@@ -127,7 +127,8 @@ def find(name, *, model: str | None = None, revision: str | None = None, cache_d
     return _of_repository(row["hub"], model, sha256, revision=revision, cache_dir=cache_dir,
                           offline=offline)
   if revision:
-    raise ValueError(f"revision={revision!r}: {text} is no repository, and has none; leave it out")
+    raise ValueError(f"revision={revision!r}: {text} is not a repository, and has no revisions; "
+                     "leave it out")
   if text.startswith(ADDRESS) or row:
     file = download.from_address(row.get("url", text), cache_dir=cache_dir, offline=offline,
                                  sha256=sha256)

@@ -38,7 +38,7 @@ def read(where: str, config: Mapping, processor: Mapping | None = None) -> Descr
     return _of_timm(config, spec)
   except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError,
           RecursionError) as error:
-    raise ValueError(f"{where}: its {CONFIG} tells no model that is known here: "
+    raise ValueError(f"{where}: its {CONFIG} does not describe a known model: "
                      f"{str(error)[:300]}; name it with model=NAME") from None
 
 
@@ -96,7 +96,7 @@ def prepared(model: nn.Module, overrides: Mapping[str, Any]) -> Preprocess:
       values[key] = numbers
     return dataclasses.replace(own, **values)
   except (ValueError, TypeError, ZeroDivisionError) as error:
-    raise ValueError(f"{CONFIG} tells no preparation of images that is known ({error}): "
+    raise ValueError(f"{CONFIG} has unknown settings for preparing images ({error}): "
                      f"{dict(overrides)}") from None
 
 
@@ -124,7 +124,7 @@ def load(path) -> Mapping:
   try:
     config = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
   except (ValueError, RecursionError) as error:
-    raise ValueError(f"{path} is no JSON: {error}") from None
+    raise ValueError(f"{path} is not JSON: {error}") from None
   if not isinstance(config, Mapping):
-    raise ValueError(f"{path} holds a {type(config).__name__}, wanted: an object")
+    raise ValueError(f"{path} holds a {type(config).__name__}, expected an object")
   return config

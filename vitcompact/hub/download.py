@@ -109,7 +109,7 @@ def from_hub(repo: str, names: Sequence[str], *, revision: str | None = None, ca
     except errors.EntryNotFoundError:
       continue
     except errors.HFValidationError:
-      raise ValueError(f"hf-hub:{repo}: no name of a repository; wanted: "
+      raise ValueError(f"hf-hub:{repo}: not a name of a repository; expected "
                        "hf-hub:org/name, or hf-hub:org/name@revision") from None
     except errors.HfHubHTTPError as error:
       raise OSError(f"hf-hub:{repo}: {first_line(error)}; try again later") from None
