@@ -23,14 +23,14 @@ def compact(model: nn.Module, variables, plan: Plan, images=None,
             progress: Callable[[str, dict], Any] | None = None):
   """Returns (small model, its variables): `model` under `plan`, with weights fitted to `model`'s.
 
-  With calibration images, every block is fitted in closed form, without training (our own work, not
-  the papers'). Blocks are fitted one after another: the input is the residual stream of the compact
-  blocks before it, the target that of the dense model. This chooses which heads stay real and which
-  of these each hallucinated head copies, refits values and outputs, finds the factors with the
-  least output error and the mask predictors that restore the dense maps, and sets the statistics of
-  batch norms. A quarter of the images is held out to regularise the fits. Without images,
-  hallucinated heads copy the real ones in order, factors are truncated singular value
-  decompositions, and mask predictors are newly initialised.
+  With calibration images, blocks are fitted one after another in closed form, without training (our
+  own work, not the papers'). A block's input is the residual stream of the compact blocks before
+  it; its target is the dense model's stream. The fit chooses which heads stay and which of these
+  each hallucinated head copies, refits values and outputs, finds the factors with the least output
+  error and the mask predictors that restore the dense maps, and sets batch norm statistics. A
+  quarter of the images is held out to regularise the fits. Without images, hallucinated heads copy
+  the real ones in order, factors are truncated singular value decompositions, and mask predictors
+  are newly initialised.
 
   Layers that the plan does not change keep their names and their exact values.
 
@@ -110,7 +110,7 @@ def _fitted(model: nn.Module, small: nn.Module, variables, images, progress):
   second the dense teacher's. Once a reducer acts, the two have different tokens: only the compact
   half continues, and a block's teacher is the dense block applied to that block's own input.
   """
-  images, held = held_last(images)
+  images, held_out = held_last(images)
   modules = small.clone(remat=False).submodules()
   params, stats, fitted, notes = variables["params"], variables.get("batch_stats", {}), {}, {}
 
@@ -118,7 +118,7 @@ def _fitted(model: nn.Module, small: nn.Module, variables, images, progress):
     paired = len(jax.tree.leaves(x)[0]) == 2 * len(images)
     own = {"params": params[name], "batch_stats": stats.get(name, {})}
     dense_out, teacher = taught(dense, own, take(x, slice(len(images), None)) if paired else x)
-    data = Calibration(dense, *own.values(), take(x, slice(len(images))), teacher, held, {})
+    data = Calibration(dense, *own.values(), take(x, slice(len(images))), teacher, held_out, {})
     fitted[name], out = _fit_block(modules[name], data)
     notes[name] = data.notes
     if progress is not None:

@@ -113,8 +113,8 @@ def _walk(jaxpr, scope: str = "", folded: Mapping | None = None) -> Macs:
   total = Macs()
   for eqn in jaxpr.eqns:
     # The name stack of an equation inside scan or jit is relative to that of its caller.
-    here = f"{scope}/{eqn.source_info.name_stack}"
-    total += _products(eqn, here).times(_needed(here, folded)) + _inner(eqn, here, folded)
+    path = f"{scope}/{eqn.source_info.name_stack}"
+    total += _products(eqn, path).times(_needed(path, folded)) + _inner_programs(eqn, path, folded)
   return total
 
 
@@ -150,7 +150,7 @@ def _needed(scope: str, folded: Mapping | None):
   return math.prod(shares)
 
 
-def _inner(eqn, scope: str, folded) -> Macs:
+def _inner_programs(eqn, scope: str, folded) -> Macs:
   name = eqn.primitive.name
   if name == "while":
     if (macs := _sum(eqn.params["body_jaxpr"], scope, folded)).total:

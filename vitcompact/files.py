@@ -62,7 +62,7 @@ def read_safetensors(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
   A file without our digest, old or from another program, is read unchecked.
   """
-  with _opened(path) as file:
+  with _open(path) as file:
     about = file.metadata() or {}
     arrays = {name: _tensor(path, file, name) for name in file.keys()}  # noqa: SIM118
   digest = about.pop(DIGEST, None)
@@ -74,7 +74,7 @@ def read_safetensors(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 def read_header(path) -> tuple[list[str], dict[str, str]]:
   """(names, metadata) of a .safetensors file; the arrays are neither read nor checked."""
-  with _opened(path) as file:
+  with _open(path) as file:
     return list(file.keys()), {key: value for key, value in (file.metadata() or {}).items()
                                if key != DIGEST}
 
@@ -221,7 +221,7 @@ def _is_text(start):
   return all(byte >= 32 or byte in b"\t\n\r" for byte in start)
 
 
-def _opened(path):
+def _open(path):
   kind = kind_of(path)
   if kind in ("pytorch", "npz"):
     raise ValueError(f"{path} is {KINDS[kind]}, expected a .safetensors file of ours; `{CONVERT} "

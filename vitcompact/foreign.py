@@ -76,7 +76,7 @@ def find(checkpoint, known: set[str], choice: str | None = None, *,
   return first, names
 
 
-def whose(names) -> str | None:
+def owner_hint(names) -> str | None:
   """A line that says whose names these are and what to do, if they are a known unsupported kind."""
   for pattern, owner, advice in OWNERS:
     if any(re.search(pattern, name) for name in names):

@@ -167,10 +167,10 @@ def _nearest(family, sizes):
   return name, found[name]
 
 
-def _same(one, other) -> bool:
+def _same(a, b) -> bool:
   """Whether two values are equal; floats to a tolerance, as configs round ratios to five digits."""
-  both = isinstance(one, float) and isinstance(other, (int, float))
-  return bool(np.isclose(one, other, rtol=1e-4, atol=0) if both else np.array_equal(one, other))
+  numbers = isinstance(a, float) and isinstance(b, (int, float))
+  return bool(np.isclose(a, b, rtol=1e-4, atol=0) if numbers else np.array_equal(a, b))
 
 
 def _plain(field, value):

@@ -47,8 +47,8 @@ def rows(parts):
 
 def rows_or_zeros(parts):
   """An absent part becomes zero, such as the bias of the keys, which some models do not have."""
-  some = next(part for part in parts if part is not None)
-  return np.concatenate([np.zeros_like(some) if part is None else part for part in parts])
+  present = next(part for part in parts if part is not None)
+  return np.concatenate([np.zeros_like(present) if part is None else part for part in parts])
 
 
 def token(parts):
@@ -105,11 +105,11 @@ def masked_biases(state):
 def eva02_biases_and_norm(state):
   """EVA-02 stores biases separately from their projections, and in masked pre-training calls the
   norm of pooled features its last norm; timm does neither."""
-  apart = any(name.endswith(".attn.q_proj.weight") for name in state)
+  separate = any(name.endswith(".attn.q_proj.weight") for name in state)
   pretrained = not any(re.search(r"(^|\.)(head|fc_norm)\.weight$", name) for name in state)
 
   def renamed(name):
-    name = re.sub(r"\.attn\.([qv])_bias$", r".attn.\1_proj.bias", name) if apart else name
+    name = re.sub(r"\.attn\.([qv])_bias$", r".attn.\1_proj.bias", name) if separate else name
     return re.sub(r"(^|\.)norm\.(weight|bias)$", r"\1fc_norm.\2", name) if pretrained else name
 
   return {renamed(name): value for name, value in state.items()}

@@ -36,27 +36,27 @@ class Times:
     self.costs, self.batch = costs, batch
     self.file = pathlib.Path(file) if file else default_file()
     self.known = self._read()
-    self.dense = self._timed(Plan())[0]
+    self.dense = self._time_plan(Plan())[0]
     self.equal = {}
     for name, block in costs.blocks().items():
       self.equal.setdefault(Function(block).text, []).append(name)
 
   def total(self, reducer) -> float:
     """Seconds of the dense model under a reducer."""
-    return self.dense / self._timed(Plan(tokens=reducer))[1]
+    return self.dense / self._time_plan(Plan(tokens=reducer))[1]
 
   def saved(self, name: str, axis: str, method, tokens: int | None = None, reducer=None) -> float:
     """Seconds that a block saves with one method, given `tokens` tokens."""
     blocks = self.costs.blocks()
     group = self.equal[Function(blocks[name]).text]
     plan = Plan(blocks={blocks[other].site.block: {axis: method} for other in group})
-    seconds = self.dense * (1 - 1 / self._timed(plan)[1]) / len(group)
+    seconds = self.dense * (1 - 1 / self._time_plan(plan)[1]) / len(group)
     if reducer is None:
       return seconds
     macs = self.costs.saved(name, {axis: method}, tokens, reducer)[0]
     return seconds * macs / max(self.costs.saved(name, {axis: method})[0], 1)
 
-  def _timed(self, plan: Plan) -> tuple[float, float]:
+  def _time_plan(self, plan: Plan) -> tuple[float, float]:
     """(seconds of the dense model, speedup under a plan)."""
     model = self.costs.model
 

@@ -95,8 +95,8 @@ class Plan:
   def check(self, sites: Sequence[Site], model: str):
     """Raises ValueError, with the reason, if the plan does not fit a model with these blocks."""
     depth = len(sites)
-    named = [*self.blocks, *(getattr(self.tokens, "blocks", None) or ())]
-    if missing := [block for block in named if block >= depth]:
+    named_blocks = [*self.blocks, *(getattr(self.tokens, "blocks", None) or ())]
+    if missing := [block for block in named_blocks if block >= depth]:
       raise ValueError(f"the plan names block {missing[0]}, but the model has blocks 0 to "
                        f"{depth - 1}")
     removed = {}   # by reducers in earlier blocks: {capability: (method, first block)}

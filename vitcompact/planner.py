@@ -64,7 +64,7 @@ class Costs:
       native = x.x.shape[1]
       source = jax.ShapeDtypeStruct((1, native), jnp.int32) if tokens != native else None
       x = Tokens(jax.ShapeDtypeStruct((1, tokens, x.x.shape[2]), x.x.dtype), source=source)
-    return _counted(Function(block.clone(methods=methods)), jax.tree.structure(x),
+    return _cached_count(Function(block.clone(methods=methods)), jax.tree.structure(x),
                     tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(x)))
 
   def saved(self, name: str, methods: dict, tokens: int | None = None,
@@ -83,12 +83,12 @@ def _zero_output(block: nn.Module, x):
 
 
 @functools.lru_cache(maxsize=4096)
-def _counted(function: Function, tree, leaves) -> tuple[int, int]:
+def _cached_count(function: Function, tree, leaves) -> tuple[int, int]:
   x = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in leaves])
   return count_block(function.block, x)
 
 
-def combined(options: dict[str, list[Any]]) -> list[dict[str, Any]]:
+def combinations(options: dict[str, list[Any]]) -> list[dict[str, Any]]:
   """Every combination with at most one option of each axis."""
   found = [{}]
   for axis, choices in options.items():

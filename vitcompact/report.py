@@ -14,7 +14,7 @@ from vitcompact.latency import Times
 from vitcompact.methods import protocol
 from vitcompact.models import create_model
 from vitcompact.plan import BY_BLOCK, BlockMethods, Plan, describe_method
-from vitcompact.planner import Choice, Costs, Knapsack, combined
+from vitcompact.planner import Choice, Costs, Knapsack, combinations
 
 
 class Option(NamedTuple):
@@ -103,7 +103,7 @@ class Report:
       latency_ms: milliseconds for a batch of `batch` images on this device, at most.
       axes: axes that the plan may use.
     Raises:
-      ValueError: no plan of these axes meets the goal; the error says how far one can go.
+      ValueError: no plan of these axes meets the goal; the error says how close plans come.
     """
     goal, target = self._goal(macs=macs, params=params, speedup=speedup, latency_ms=latency_ms)
     self._check(axes)
@@ -156,7 +156,7 @@ class Report:
       choice = search.choices[name][i]
       kl += choice.kl
       if choice.options:
-        steps.append(Step(name, _named(choice), choice.saved / search.total, choice.kl,
+        steps.append(Step(name, _describe_choice(choice), choice.saved / search.total, choice.kl,
                           all(option.measured for option in choice.options.values()),
                           *search.runner_up(picks, name)))
     params = sum(search.choices[name][i].params for name, i in picks.items())
@@ -213,7 +213,7 @@ class Report:
   def _without(self, reducer, picks, search) -> tuple[str, float]:
     """(the best other reducer, or none, how much the KL grows) for the same savings in MACs."""
     need = search.saved * search.total + search.knapsack.saved(picks)
-    here, best = self._kl_of(reducer) + search.kl(picks), None
+    current, best = self._kl_of(reducer) + search.kl(picks), None
     for other, kl in self._reducers(("tokens",)):
       if other == reducer:
         continue
@@ -223,7 +223,9 @@ class Report:
       found = again.knapsack.best(need - again.saved * again.total)
       if found is not None and (best is None or found[1] + kl < best[1]):
         best = ("no reducer" if other is None else describe_method(other)), found[1] + kl
-    return ("nothing else reaches it", float("inf")) if best is None else (best[0], best[1] - here)
+    if best is None:
+      return "nothing else reaches it", float("inf")
+    return best[0], best[1] - current
 
   @functools.cached_property
   def _searches(self) -> dict:
@@ -242,9 +244,9 @@ class Report:
 
   def to_json(self) -> str:
     out = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-    out["blocks"] = [{**row, "options": [_packed(option) for option in row["options"]]}
+    out["blocks"] = [{**row, "options": [_option_to_dict(option) for option in row["options"]]}
                      for row in self.blocks]
-    out["tokens"] = [_packed(option) for option in self.tokens]
+    out["tokens"] = [_option_to_dict(option) for option in self.tokens]
     return json.dumps(out, indent=1)
 
   @classmethod
@@ -255,9 +257,9 @@ class Report:
       known = {field.name for field in dataclasses.fields(cls)}
       if not isinstance(tree, dict) or set(tree) != known:
         raise ValueError(f"it does not have the keys {', '.join(sorted(known))}")
-      tree["blocks"] = tuple({**row, "options": tuple(map(_unpacked, row["options"]))}
+      tree["blocks"] = tuple({**row, "options": tuple(map(_option_from_dict, row["options"]))}
                              for row in tree["blocks"])
-      tree["tokens"] = tuple(map(_unpacked, tree["tokens"]))
+      tree["tokens"] = tuple(map(_option_from_dict, tree["tokens"]))
       report = cls(**tree)
       report._check_contents()
       return report
@@ -363,7 +365,7 @@ class Search:
       return True
 
     out = []
-    for combination in combined(by_axis):
+    for combination in combinations(by_axis):
       options = list(combination.values())
       if not legal(*(option for option in options if option.axis != "ffn")):
         continue
@@ -409,22 +411,23 @@ class Search:
     other = self.knapsack.best(self.knapsack.saved(picks), forbidden=(name, picks[name]))
     if other is None:
       return "nothing else reaches it", float("inf")
-    return _named(self.choices[name][other[0][name]]) or "dense", other[1] - self.kl(picks)
+    choice = self.choices[name][other[0][name]]
+    return _describe_choice(choice) or "dense", other[1] - self.kl(picks)
 
   def kl(self, picks: dict[str, int]) -> float:
     return sum(self.choices[name][i].kl for name, i in picks.items())
 
 
-def _named(choice: Choice) -> str:
+def _describe_choice(choice: Choice) -> str:
   return " + ".join(describe_method(option.method) for option in choice.options.values())
 
 
-def _packed(option: Option) -> dict:
+def _option_to_dict(option: Option) -> dict:
   tree = json.loads(Plan(**({"tokens": option.method} if option.axis == "tokens" else
                             {option.axis: option.method})).to_json())
   return {**option._asdict(), "method": tree[option.axis]}
 
 
-def _unpacked(tree: Mapping) -> Option:
+def _option_from_dict(tree: Mapping) -> Option:
   plan = Plan.from_dict({tree["axis"]: tree["method"]})
   return Option(**{**tree, "method": getattr(plan, tree["axis"])})

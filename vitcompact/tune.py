@@ -90,11 +90,12 @@ def merged_in(runtime: str, deploy: nn.Module, variables, images, rounds: int):
   from vitcompact.export.program import Program
   from vitcompact.preprocess import preprocess
 
-  alike: dict[FactorisedCall, list] = {}
+  paths_by_call: dict[FactorisedCall, list] = {}
   for path, call in calls_with_forms(deploy, variables, images).items():
     if isinstance(call, FactorisedCall):
-      alike.setdefault(call, []).append(path)
-  candidates = {None: {}, **{call: dict.fromkeys(paths, MATRIX) for call, paths in alike.items()}}
+      paths_by_call.setdefault(call, []).append(path)
+  candidates = {None: {}, **{call: dict.fromkeys(paths, MATRIX)
+                             for call, paths in paths_by_call.items()}}
   inputs, calls = np.asarray(images, np.float32), {}
   with tempfile.TemporaryDirectory() as folder:
     for i, (call, chosen) in enumerate(candidates.items()):
@@ -104,7 +105,8 @@ def merged_in(runtime: str, deploy: nn.Module, variables, images, rounds: int):
       calls[call] = functools.partial(runtimes.opened(path, runtime), inputs)
     timing = bench.paired(calls, rounds=rounds, min_seconds=0.05)
   # No MARGIN: in a whole model the gain of one kind of layer is small, so all rounds must agree.
-  return {path: MATRIX for call, paths in alike.items() if timing[call].low > 1 for path in paths}
+  return {path: MATRIX for call, paths in paths_by_call.items() if timing[call].low > 1
+          for path in paths}
 
 
 def with_chunk(model: nn.Module, chunk: int | None) -> nn.Module:

@@ -83,7 +83,7 @@ def forward(model, batch: int, runtime: str = "xla", threads: int | None = None,
   return lambda: run(images)
 
 
-def exported(path, batch: int, runtime: str, threads: int | None) -> Row:
+def exported_row(path, batch: int, runtime: str, threads: int | None) -> Row:
   """The row of a file that `vitcompact export` wrote, run on random images."""
   import numpy as np
 
@@ -99,7 +99,7 @@ def exported(path, batch: int, runtime: str, threads: int | None) -> Row:
   return Row(str(path), name, None, lambda: run(images))
 
 
-def reads(runtime: str, path: str) -> bool:
+def can_read(runtime: str, path: str) -> bool:
   """Whether this runtime can time a file. XLA computes in the file's own precision."""
   from vitcompact import runtimes
 
@@ -108,7 +108,8 @@ def reads(runtime: str, path: str) -> bool:
           and (name, precision) != ("xla", "bfloat16"))
 
 
-def timed(names, plans, image_size, batch, chosen, threads, folder) -> tuple[list[Row], list[str]]:
+def rows_to_time(names, plans, image_size, batch, chosen, threads,
+                 folder) -> tuple[list[Row], list[str]]:
   """(rows to time: each model dense and under its plans in each runtime, then exported files;
   which models PyTorch has no network for, and why)."""
   from vitcompact import runtimes, timm_network
@@ -117,28 +118,28 @@ def timed(names, plans, image_size, batch, chosen, threads, folder) -> tuple[lis
   torch = [runtime for runtime in chosen if runtimes.TIMED[runtime][0] == "torch"]
   if torch and set(names) - set(files):
     timm_network.installed()   # before minutes of compiling for the other runtimes
-  rows, left = [], {}
+  rows, refusals = [], {}
   for name in names:
     if name in files:
-      fitting = [runtime for runtime in chosen if reads(runtime, name)]
+      fitting = [runtime for runtime in chosen if can_read(runtime, name)]
       if plans or image_size is not None:
         raise ValueError(f"{name} has its own plan and size: leave --plan and --image-size out")
       if not fitting:
-        known = [runtime for runtime in runtimes.TIMED if reads(runtime, name)]
+        known = [runtime for runtime in runtimes.TIMED if can_read(runtime, name)]
         raise ValueError(f"{name} is read by {', '.join(known)}, not by {', '.join(chosen)}: give "
                          "--runtime")
-      rows += [exported(name, batch, runtime, threads) for runtime in fitting]
+      rows += [exported_row(name, batch, runtime, threads) for runtime in fitting]
       continue
     models = {label if len(names) == 1 or label == name else f"{name}, {label}": model
               for label, model in candidates(name, plans, image_size).items()}
     refused = {label: why for label, model in models.items()
                if torch and (why := timm_network.refusal(model))}
-    left |= refused
+    refusals |= refused
     for runtime in chosen:
       rows += [Row(label, runtimes.TIMED[runtime][2], model,
                    forward(model, batch, runtime, threads, folder))
                for label, model in models.items() if runtime not in torch or label not in refused]
-  lines = [f"PyTorch has no row for {label}: {why}" for label, why in left.items()]
+  lines = [f"PyTorch has no row for {label}: {why}" for label, why in refusals.items()]
   if not rows:
     raise ValueError(f"{lines[0]}; give --runtime xla, ort or openvino")
   return rows, lines
@@ -153,7 +154,7 @@ def table(rows: list[Row], batch: int, rounds: int, clock=None) -> list[tuple]:
   # The same label may appear in two runtimes.
   seconds = bench.rounds_of({str(i): row.call for i, row in enumerate(rows)}, rounds=rounds,
                             clock=clock)
-  taken = [seconds[str(i)] for i in range(len(rows))]
+  times = [seconds[str(i)] for i in range(len(rows))]
   counts = [row.model and vc.count(row.model) for row in rows]
   lines = []
   for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
@@ -161,11 +162,11 @@ def table(rows: list[Row], batch: int, rounds: int, clock=None) -> list[tuple]:
     first = 0 if row.model is None else first
     speed, share = "1", ""
     if i != first:
-      middle, low, high = bench.ratio(taken[first], taken[i])
+      middle, low, high = bench.ratio(times[first], times[i])
       speed = f"{middle:.2f}x [{low:.2f}, {high:.2f}]"
       if count and counts[first]:
         share = f"{100 * middle * count.macs / counts[first].macs:.0f}%"
-    middle = statistics.median(taken[i])
+    middle = statistics.median(times[i])
     counted = (f"{count.params / 1e6:.2f} M", f"{count.macs / 1e9:.2f} G") if count else ("", "")
     lines.append((row.label, row.runtime, *counted, f"{1000 * middle:.1f}",
                   f"{batch / middle:.1f}", speed, share))
@@ -231,7 +232,7 @@ def bench(names, plans, image_size, batch, rounds, runtime, threads, wall):
   thread_count(threads)
   load = os.getloadavg()[0]
   with tempfile.TemporaryDirectory() as folder, xla_threads(threads):
-    rows, left = timed(names, plans, image_size, batch, chosen, threads, folder)
+    rows, skipped = rows_to_time(names, plans, image_size, batch, chosen, threads, folder)
     lines = table(rows, batch, rounds, time.perf_counter if wall else None)
   click.echo("\n".join(f"| {' | '.join(line)} |" for line in (
       COLUMNS, ("---", "---", *["---:"] * (len(COLUMNS) - 2)), *lines)))
@@ -240,5 +241,5 @@ def bench(names, plans, image_size, batch, rounds, runtime, threads, wall):
   click.echo(f"\n{device}, jax {jax.__version__}, batch {batch}; "
              f"{'CPU seconds' if host and not wall else 'seconds'}, medians of {rounds} rounds, "
              f"{f'threads {threads}, ' if threads else ''}load {load:.1f}.")
-  for line in left:
+  for line in skipped:
     click.echo(line)

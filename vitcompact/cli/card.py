@@ -72,8 +72,8 @@ def card(name, everything, plan, receipt, out, force):
     raise ValueError("--all needs --out FOLDER" if out is None else
                      "--receipt is for one model; leave it or --all out")
   paths = {known: pathlib.Path(out) / f"{known}.md" for known in vc.list_models()}
-  if (there := [path for path in paths.values() if path.exists()]) and not force:
-    raise ValueError(f"{there[0]} exists; give another folder or --force")
+  if (existing := [path for path in paths.values() if path.exists()]) and not force:
+    raise ValueError(f"{existing[0]} exists; give another folder or --force")
   with click.progressbar(paths.items(), label="cards", file=sys.stderr,
                          item_show_func=lambda item: item and item[0]) as items:
     for known, path in items:

@@ -37,9 +37,9 @@ def pairs(names, plan: str | None, image_size: int | None):
     if not (found := vc.list_models(name) or vc.list_models(name, pretrained=True)):
       raise ValueError(f"no model matches {name!r}; known: {', '.join(vc.list_models())}")
     for known in found:
-      asked, why = default_plan(known) if plan is None else (vc.Plan.parse(plan), "")
+      small_plan, why = default_plan(known) if plan is None else (vc.Plan.parse(plan), "")
       yield known, why and " (cFFN alone)", *(
-          vc.create_model(known, plan=one, deploy=True, **fields) for one in (vc.Plan(), asked))
+          vc.create_model(known, plan=p, deploy=True, **fields) for p in (vc.Plan(), small_plan))
 
 
 def table(names, plan: str | None = None, image_size: int | None = None) -> str:

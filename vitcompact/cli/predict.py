@@ -20,8 +20,8 @@ def paths_of(given) -> list[str]:
 
   paths = []
   for name in given:
-    there = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True)) or [name]
-    for path in there:
+    found = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True)) or [name]
+    for path in found:
       below = folder.images_below(path) if os.path.isdir(path) else [path]
       if not below:
         raise ValueError(f"no images in {printable(path)}: name the files, or another folder")

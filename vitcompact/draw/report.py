@@ -79,17 +79,17 @@ def _percent(share: float | None) -> str:
   return "–" if share is None else f"{share:.1%}"
 
 
-def _known(options: Iterable[Option]) -> list[Option]:
+def _with_kl(options: Iterable[Option]) -> list[Option]:
   return [option for option in options if option.kl is not None and math.isfinite(option.kl)]
 
 
 def _cheapest(options: Iterable[Option]) -> Option | None:
-  return min(_known(options), key=lambda option: option.kl, default=None)
+  return min(_with_kl(options), key=lambda option: option.kl, default=None)
 
 
 def _half_saving(options: Iterable[Option], block: str, saved) -> Option | None:
   """The option whose saving is closest to half of the largest."""
-  shares = [(saved[block, option.axis, option.method], option) for option in _known(options)
+  shares = [(saved[block, option.axis, option.method], option) for option in _with_kl(options)
             if (block, option.axis, option.method) in saved]
   most = max((share for share, _ in shares), default=0.0)
   return min(shares, key=lambda pair: abs(pair[0] - most / 2), default=(0.0, None))[1]
@@ -105,7 +105,7 @@ def _head(report: Report) -> str:
 
 
 def _summary(report: Report) -> str:
-  known = [(option, row["name"]) for row in report.blocks for option in _known(row["options"])]
+  known = [(option, row["name"]) for row in report.blocks for option in _with_kl(row["options"])]
   if not known:
     return (f"This report holds the methods' own estimates, but no {report.unit}: it shows where "
             "to look, and proposes no plan.")
@@ -121,7 +121,7 @@ def _summary(report: Report) -> str:
 def _overview(report: Report, saved) -> str:
   names = [row["name"] for row in report.blocks]
   axes = [axis for axis in BY_BLOCK if any(option.axis == axis for row in report.blocks
-                                           for option in _known(row["options"]))]
+                                           for option in _with_kl(row["options"]))]
   cheapest, half = [], []
   for row in report.blocks:
     by_axis = [[option for option in row["options"] if option.axis == axis] for axis in axes]

@@ -138,7 +138,7 @@ def of_file(path: str | os.PathLike, place: str = "", receipt=None) -> str:
   if it is of this model."""
   path = pathlib.Path(path)
   model, variables = convert.load(path)
-  accuracy = (_accuracy_beside(path, model, variables) if receipt is None else
+  accuracy = (_accuracy_next_to(path, model, variables) if receipt is None else
               accuracy_in(receipt, model, variables))
   weights = Weights(place or str(path), variables,
                     source=convert.read_metadata(path).get("source", ""))
@@ -180,7 +180,7 @@ def accuracy_in(receipt, model, variables=None, where: str = "") -> Accuracy:
   return Accuracy(rows[-1], where, about.get("data", ""), remark)
 
 
-def _accuracy_beside(path: pathlib.Path, model, variables) -> Accuracy | None:
+def _accuracy_next_to(path: pathlib.Path, model, variables) -> Accuracy | None:
   for other in (path.with_suffix(".json"), path.with_name(RECEIPT)):
     try:
       return accuracy_in(other, model, variables, other.name)
