@@ -111,8 +111,8 @@ def from_torch(model: nn.Module, state_dict: Mapping[str, Any], *, reset_head: b
                   f"{trees.some([repr(name) for name in others])}; weights= chooses",
                   stacklevel=2)
   if loaded.outside:
-    warnings.warn(f"{len(loaded.outside)} tensors without the prefix {loaded.prefix!r} are no part "
-                  f"of {model.variant} and were left out: {trees.some(loaded.outside)}",
+    warnings.warn(f"{len(loaded.outside)} tensors without the prefix {loaded.prefix!r} are not "
+                  f"part of {model.variant} and were left out: {trees.some(loaded.outside)}",
                   stacklevel=2)
   return loaded.variables
 

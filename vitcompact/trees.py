@@ -85,8 +85,8 @@ def check_finite(what: str, tree):
   if counts := nonfinite(tree):
     name, count = next(iter(counts.items()))
     more = f", and {len(counts) - 1} more of its arrays" if len(counts) > 1 else ""
-    raise ValueError(f"{what}: {name} has {count} values that are NaN or infinite{more}; a run "
-                     "that diverged, or damage? allow_nonfinite accepts them")
+    raise ValueError(f"{what}: {name} has {count} values that are NaN or infinite{more}: "
+                     "the run diverged, or the file is damaged; allow_nonfinite accepts them")
 
 
 def size(tree) -> int:

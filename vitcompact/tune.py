@@ -66,7 +66,7 @@ def tune(deploy: nn.Module, variables, images, *, rounds: int = 5, runtime: str 
                      "give it what vc.fold returns")
   if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
     raise ValueError(f"rounds={given(rounds)}: must be a whole number of at least 1; a "
-                     "median wants 5")
+                     "median needs about 5")
   check_fitting(deploy, variables, images)
   # Ignores earlier choices, which may be for another device.
   deploy = deploy.clone(execution=Execution(merged=deploy.execution.merged))

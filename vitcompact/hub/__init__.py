@@ -208,7 +208,8 @@ def _read(found: WeightFiles, fields, weights, reset_head, allow_nonfinite) -> F
   """The model and weights in the files, with these fields."""
   path, source = found.file.path, found.file.source
   if "plan" in fields or "deploy" in fields:
-    raise ValueError("plan and deploy are the weights' own: load them, then vc.compact and vc.fold")
+    raise ValueError("plan and deploy are those of the weights: load them, then use vc.compact and "
+                     "vc.fold")
   if pytorch.is_ours(path):
     return _read_ours(found, fields, reset_head, allow_nonfinite)
   if found.described is None:

@@ -179,7 +179,7 @@ def _download(address: str, path: pathlib.Path, digest_file: pathlib.Path, expec
       shutil.copyfileobj(answer, file, 1 << 20)
       length = answer.headers.get("Content-Length")
     if length is not None and partial.stat().st_size != int(length):
-      raise OSError(f"{partial.stat().st_size} of {length} bytes came")
+      raise OSError(f"only {partial.stat().st_size} of {length} bytes arrived")
     digest = _digest(partial, expected, address, "it was not kept; check the address")
     digest_file.write_text(f"{digest}\n")
     os.replace(partial, path)
