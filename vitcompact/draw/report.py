@@ -113,7 +113,7 @@ def _summary(report: Report) -> str:
   cheap = sum(option.kl < SMALL for option, _ in known)
   small = f"less than {SMALL}{' nats per image' if report.unit == 'KL' else ''}"
   outputs = "logits by a KL" if report.unit == "KL" else "features by an error"
-  return (f"{cheap} of {len(known)} changes, each alone in one block, move the {outputs} of "
+  return (f"{cheap} of {len(known)} changes, each made alone in one block, move the {outputs} of "
           f"{small}. The cheapest is {describe_method(option.method)} in "
           f"{block}, with {number(option.kl)}.")
 
