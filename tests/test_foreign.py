@@ -214,11 +214,11 @@ def test_variables_of_flax_are_no_state_dict():
 
 @pytest.mark.parametrize("given, words", [
     (None, "a NoneType was given; expected a state dict"),
-    ("deit.pth", "a path was given, 'deit.pth'; wanted"),
-    (pathlib.Path("deit.pth"), "a path was given, 'deit.pth'; wanted"),
-    ([("norm.bias", np.ones(3))], "a list was given; wanted"), ({}, "the state dict is empty"),
+    ("deit.pth", "a path was given, 'deit.pth'; expected"),
+    (pathlib.Path("deit.pth"), "a path was given, 'deit.pth'; expected"),
+    ([("norm.bias", np.ones(3))], "a list was given; expected"), ({}, "the state dict is empty"),
     ({"epoch": 3, "model": None}, r"no tensors .*'epoch' \(a int\), 'model' \(a NoneType\)"),
-    ({"model": {}}, "no tensors"), (tiny.deit(), "a VisionTransformer was given; wanted")])
+    ({"model": {}}, "no tensors"), (tiny.deit(), "a VisionTransformer was given; expected")])
 def test_what_is_no_state_dict_is_refused_in_a_line(given, words):
   said = refusal(MODEL, given)
   assert re.search(words, said) and "\n" not in said
