@@ -20,7 +20,7 @@ from vitcompact.planner import Choice, Costs, Knapsack, combinations
 class Option(NamedTuple):
   """A method that could be used in one block or, for the tokens axis, in the whole model.
 
-  error: the method's own relative estimate; kl: divergence of the logits with this option alone, in
+  error: the method's estimate of its relative error; kl: of the logits with this option alone, in
   nats per image (for a model without a classifier, the error of its features, see `measure`);
   measured: True if `kl` was measured, False if it was inferred from another option.
   """
