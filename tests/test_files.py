@@ -74,7 +74,7 @@ def test_a_change_of_the_metadata_is_seen(ours):
   fields = json.loads(about["fields"])
   whole["fields"] = json.dumps({**fields, "drop_path_rate": 0.5})
   safetensors.numpy.save_file(arrays, ours, metadata=whole)
-  assert "is damaged: its contents are not those whose sha256" in refusal(vc.load, ours)
+  assert "is damaged: its contents do not match the sha256" in refusal(vc.load, ours)
 
 
 def test_a_file_may_be_read_by_whom_other_files_may_be_read(ours):

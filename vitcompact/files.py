@@ -67,7 +67,7 @@ def read_safetensors(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     arrays = {name: _tensor(path, file, name) for name in file.keys()}  # noqa: SIM118
   digest = about.pop(DIGEST, None)
   if digest not in (None, _digest(arrays, about)):
-    raise ValueError(f"{path} is damaged: its contents are not those whose {DIGEST} was written "
+    raise ValueError(f"{path} is damaged: its contents do not match the {DIGEST} that was written "
                      "with them; copy or make the file again")
   return arrays, about
 
