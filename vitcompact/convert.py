@@ -46,8 +46,8 @@ class Loaded(NamedTuple):
   dropped: counters and records. outside: tensors that are not part of the network. container: the
   set of weights that was taken, "" if the checkpoint is itself one; containers: all sets in it.
   prefix: the prefix removed from the names. adapted: RGB kernels adapted to other channels.
-  source: whose naming was translated, "" for timm's and the authors'; left: {what: names} of other
-  parts in such files, such as a text encoder.
+  source: whose naming was translated, "" for timm's and the authors'; left_out: {what: names} of
+  other parts in such files, such as a text encoder.
   """
   variables: dict[str, Any]
   dropped: list[str]
@@ -59,7 +59,7 @@ class Loaded(NamedTuple):
   outside: Sequence[str] = ()
   adapted: Sequence[str] = ()
   source: str = ""
-  left: Mapping[str, Sequence[str]] = types.MappingProxyType({})
+  left_out: Mapping[str, Sequence[str]] = types.MappingProxyType({})
 
   def lines(self) -> list[str]:
     """What was done, one line for each kind of change, to print."""
@@ -72,7 +72,7 @@ class Loaded(NamedTuple):
       lines.append(f"names: {self.source}, read as timm's")
     if self.prefix:
       lines.append(f"prefix taken off the names: {self.prefix}")
-    lines += [f"left out, {what}: {trees.some(names, 2)}" for what, names in self.left.items()]
+    lines += [f"left out, {what}: {trees.some(names, 2)}" for what, names in self.left_out.items()]
     for what, names in (("dropped", self.dropped),
                         ("left out, not part of the model", self.outside),
                         ("resized", self.resized), ("made for other channels", self.adapted),
@@ -181,7 +181,7 @@ def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False,
   check_fit(what, model, _shapes_of(arrays) | unexpected, expected, heads, got)
   variables = trees.nested(leaves_of(entries, arrays, flat_shapes))
   return Loaded(variables, dropped, resized, reset, found.name, containers, found.prefix, outside,
-                adapted, found.source, found.left)
+                adapted, found.source, found.left_out)
 
 
 def resized(model: nn.Module, variables, **sizes) -> tuple[nn.Module, dict[str, Any]]:

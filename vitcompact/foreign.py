@@ -32,14 +32,14 @@ class Weights(NamedTuple):
   name: where it is, such as "model_ema" or "state_dict.teacher"; "" for the checkpoint itself.
   state: {name: value}. prefix: the prefix removed from the names. outside: {name: value} left out
   because they have neither the prefix nor a name of the model. source: whose naming was translated,
-  "" for timm's and the authors'; left: {what: names} of other parts, such as a text encoder.
+  "" for timm's and the authors'; left_out: {what: names} of other parts, such as a text encoder.
   """
   name: str
   state: dict[str, Any]
   prefix: str = ""
   outside: Mapping[str, Any] = types.MappingProxyType({})
   source: str = ""
-  left: Mapping[str, Sequence[str]] = types.MappingProxyType({})
+  left_out: Mapping[str, Sequence[str]] = types.MappingProxyType({})
 
 
 def find(checkpoint, known: set[str], choice: str | None = None, *,
@@ -57,7 +57,7 @@ def find(checkpoint, known: set[str], choice: str | None = None, *,
   groups = []
   for path, state in _states(checkpoint):
     new = translated(state, known)
-    groups += [(hits, weights._replace(source=new.source, left=new.left))
+    groups += [(hits, weights._replace(source=new.source, left_out=new.left_out))
                for hits, weights in _groups(path, new.state, known, least)]
   if not groups:
     raise ValueError(f"no tensors in the checkpoint, only {_contents(checkpoint)}; expected "

@@ -28,14 +28,14 @@ class Source(NamedTuple):
   """A library or training code whose names we read.
 
   name: whose the names are. sign: a regular expression that matches part of one of its names.
-  left: {regular expression of whole names: what they are} of parts that no model here has.
+  left_out: {regular expression of whole names: what they are} of parts that no model here has.
   before, after: functions of the whole state dict, called before and after the rules.
   refusal: why it is not supported, and what to do; "" if it is.
   """
   name: str
   sign: str
   rules: Sequence[Rule] = ()
-  left: Mapping[str, str] = {}
+  left_out: Mapping[str, str] = {}
   before: Callable[[dict[str, Any]], dict[str, Any]] | None = None
   after: Callable[[dict[str, Any]], dict[str, Any]] | None = None
   refusal: str = ""
@@ -364,7 +364,7 @@ SOURCES = [
         {r"(.+\.)?rope_embed\.periods": "the periods of rotary positions, which follow from sizes",
          r"(.+\.)?local_cls_norm\..*": "a norm of training", **MASK_TOKEN}, after=masked_biases),
     Source("MAE's", r"(^|\.)decoder_(blocks|embed|pred)\.",
-           left={r"(.+\.)?decoder_.*": "the decoder", **MASK_TOKEN}),
+           left_out={r"(.+\.)?decoder_.*": "the decoder", **MASK_TOKEN}),
     Source("EVA-02's", r"(^|\.)rope\.freqs_(cos|sin)$|\.mlp\.ffn_ln\.", named({
         "blocks.{i}.mlp.w12": "blocks.{i}.mlp.fc1", "blocks.{i}.mlp.w1": "blocks.{i}.mlp.fc1_g",
         "blocks.{i}.mlp.w2": "blocks.{i}.mlp.fc1_x", "blocks.{i}.mlp.w3": "blocks.{i}.mlp.fc2",

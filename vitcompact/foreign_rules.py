@@ -13,10 +13,10 @@ from vitcompact.foreign_tensors import is_tensor, to_float32
 
 class Translated(NamedTuple):
   """state: under timm's names. source: whose names they were, "" if timm's or unknown.
-  left: {what: names} of parts that no model here has."""
+  left_out: {what: names} of parts that no model here has."""
   state: dict[str, Any]
   source: str = ""
-  left: Mapping[str, Sequence[str]] = types.MappingProxyType({})
+  left_out: Mapping[str, Sequence[str]] = types.MappingProxyType({})
 
 
 def translated(state: Mapping[str, Any], known: set[str]) -> Translated:
@@ -30,15 +30,15 @@ def translated(state: Mapping[str, Any], known: set[str]) -> Translated:
     return Translated(resolved(state, known))
   if source.refusal:
     raise ValueError(f"the names are {source.name}: {source.refusal}")
-  left = {}
+  left_out = {}
   for name in state:
     if what := _left_out(source, name):
-      left.setdefault(what, []).append(name)
-  dropped = {name for names in left.values() for name in names}
+      left_out.setdefault(what, []).append(name)
+  dropped = {name for names in left_out.values() for name in names}
   rest = {name: value for name, value in state.items() if name not in dropped}
   new = _by_rules(source, source.before(rest) if source.before else rest)
-  new = resolved(source.after(new) if source.after else new, known, left)
-  return Translated(new, source.name if left or new.keys() != state.keys() else "", left)
+  new = resolved(source.after(new) if source.after else new, known, left_out)
+  return Translated(new, source.name if left_out or new.keys() != state.keys() else "", left_out)
 
 
 def renamed(state: Mapping[str, Any], rename) -> dict[str, Any]:
@@ -53,16 +53,17 @@ def renamed(state: Mapping[str, Any], rename) -> dict[str, Any]:
   return out
 
 
-def resolved(state, known: set[str], left: dict[str, list[str]] | None = None) -> dict[str, Any]:
+def resolved(state, known: set[str],
+             left_out: dict[str, list[str]] | None = None) -> dict[str, Any]:
   """The state with timm's alternative names and forms replaced by those that the model looks for.
 
-  left: receives the names of zero biases that the model does not have.
+  left_out: receives the names of zero biases that the model does not have.
   """
   state = renamed(state, lambda name: _synonym(name, known))
   out = {}
   for name, value in state.items():
     found = re.fullmatch(r"(.+\.)??(blocks\.\d+\.attn\.)qkv\.bias", name)
-    if (left is None or not found or f"{found[2]}qkv.bias" in known or not is_tensor(value)
+    if (left_out is None or not found or f"{found[2]}qkv.bias" in known or not is_tensor(value)
         or value.shape[0] % 3):
       out[name] = value
       continue
@@ -73,7 +74,7 @@ def resolved(state, known: set[str], left: dict[str, list[str]] | None = None) -
     elif query.any() or key.any() or value_.any():
       out[name] = value
     else:
-      left.setdefault("biases that are zero", []).append(name)
+      left_out.setdefault("biases that are zero", []).append(name)
   return out
 
 
@@ -86,7 +87,8 @@ def _synonym(name, known):
 
 
 def _left_out(source: Source, name: str) -> str | None:
-  return next((what for pattern, what in source.left.items() if re.fullmatch(pattern, name)), None)
+  return next((what for pattern, what in source.left_out.items()
+               if re.fullmatch(pattern, name)), None)
 
 
 def _by_rules(source, state):
