@@ -244,7 +244,7 @@ def test_no_classes_leave_the_classifier_out_in_silence(server):
 
 def test_a_plan_is_not_for_weights(server):
   server.add(REPO, model__safetensors=network()[2])
-  with pytest.raises(ValueError, match=r"load them, then vc\.compact"):
+  with pytest.raises(ValueError, match=r"load them, then use vc\.compact"):
     vc.pretrained(NAME, plan=vc.Plan(heads=vc.HMHSA()), **SIZES)
 
 

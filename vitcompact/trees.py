@@ -85,7 +85,7 @@ def check_finite(what: str, tree):
   if counts := nonfinite(tree):
     name, count = next(iter(counts.items()))
     more = f", and {len(counts) - 1} more of its arrays" if len(counts) > 1 else ""
-    raise ValueError(f"{what}: {name} has {count} values that are NaN or infinite{more}: "
+    raise ValueError(f"{what}: {name} has {count} values that are NaN or infinite{more}; "
                      "the run diverged, or the file is damaged; allow_nonfinite accepts them")
 
 
