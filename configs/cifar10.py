@@ -1,4 +1,4 @@
-"""DeiT-S from ImageNet to CIFAR-10: 1000 epochs of SGD, the authors' transfer.
+"""DeiT-S transferred from ImageNet to CIFAR-10: 1000 epochs of SGD, as by the authors.
 
 Command:  vitcompact convert deit_small.safetensors --num-classes 10 --reset-head \\
             --out deit_small_10.safetensors
@@ -7,22 +7,22 @@ Command:  vitcompact convert deit_small.safetensors --num-classes 10 --reset-hea
           with configs/cifar10.py:cifar100 for CIFAR-100 (and --num-classes 100),
           configs/cifar10.py:cifar10@all to train on all images, as the authors do, or
           configs/cifar10.py:adamw for AdamW with ImageNet's weight decay, drop path and random
-          erasing, the transfer that the authors published for sibling models.
+          erasing, the transfer recipe that the authors published for related models.
 Data:     tfds:cifar10, read without TensorFlow; val is a tenth of the train images, or with @all
           the test images.
-Hardware: the authors do not say; 3 GPUs with 256 images each would give their batch.
+Hardware: not stated; 3 GPUs with 256 images each would give the authors' batch.
 Cost:     1.23 EFLOP, forward and backward of 44.5 M images through the dense model.
 Result:   not run here. The authors report 99.1 % (CIFAR-10) and 90.8 % (CIFAR-100) for DeiT-B,
           by SGD.
 
-Whether the authors' learning rate of 0.01 is before or after scaling with the batch is not stated;
-here it is what is used. With AdamW they left the last rate at 1e-5, above the peak, so that their
-cosine rises from 7.5e-6; here it ends where it peaks: constant after the warm-up.
+The authors do not state whether their learning rate of 0.01 is before or after scaling with the
+batch size; here it is used without scaling. With AdamW they left the final rate at 1e-5, above the
+peak, so their cosine rises from 7.5e-6; here the rate is constant after the warm-up.
 """
 from configs import base, deit_s
 
-STEPS_PER_EPOCH = 58              # 45,000 images, cut to 44,800, in batches of 768
-STEPS_OF_ALL = 65                 # 50,000 images, cut to 49,920
+STEPS_PER_EPOCH = 58              # 45,000 images, truncated to 44,800, in batches of 768
+STEPS_OF_ALL = 65                 # 50,000 images, truncated to 49,920
 
 
 def get_config(argument=""):

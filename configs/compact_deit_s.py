@@ -1,16 +1,17 @@
-"""A smaller DeiT-S from a dense one, the whole path: measured, compacted, distilled for 30 epochs.
+"""The whole path from a dense DeiT-S to a smaller one: measure, compact, distil for 30 epochs.
 
 Command:  python main.py --config=configs/compact_deit_s.py --workdir=runs/compact_deit_s \\
             --config.init_from=deit_small.safetensors
           with configs/compact_deit_s.py:deit_tiny_patch16_224 for T, or
           configs/compact_deit_s.py:deit_base_patch16_224 for B. --config.compact.macs=0.7 is the
-          share of the dense model's MACs to come to. Heads and FFNs compact by plan from scratch,
-          configs/deit_s.py in all but the plan: configs/compact_deit_s.py:scratch
-Stages:   vitcompact/run/path.py. The dense model is measured on 512 training images, a plan chosen,
-          the model compacted, and distilled from the dense one at a twentieth of its rate.
+          target share of the dense model's MACs. To train a fixed plan of compact heads and FFNs
+          from scratch with the recipe of configs/deit_s.py: configs/compact_deit_s.py:scratch
+Stages:   see vitcompact/run/path.py. The dense model is measured on 512 training images, a plan is
+          chosen, and the model is compacted and distilled from the dense one at a twentieth of its
+          learning rate.
 Hardware: as configs/deit_s.py.
 Cost:     1.06 EFLOP of distilling, forward and backward of 38.4 M images through the dense model
-          (T: 0.289, B: 4.05; from scratch ten times these); its forward pass as a teacher on top.
+          (T: 0.289, B: 4.05; from scratch ten times these), plus the teacher's forward pass.
 Result:   not run.
 """
 from configs import base, deit_s

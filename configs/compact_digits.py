@@ -1,12 +1,13 @@
-"""From a dense model to a smaller one, the whole path on real images in a few minutes.
+"""The whole path from a dense model to a smaller one, on real images in a few minutes.
 
 Command:  python main.py --config=configs/compact_digits.py --workdir=runs/compact_digits
 Data:     the 1,797 handwritten digits that scikit-learn ships; no download.
-Stages:   a dense model is trained (configs/digits.py:dense), measured on 1,024 training images, a
-          plan for half of its MACs chosen, the model compacted, distilled from the dense one for a
-          tenth of its steps at a twentieth of its rate, folded, verified and timed.
-Cost:     about three minutes of processor time, one of them for compiling.
-Result:   see the receipt that it writes.
+Stages:   a dense model is trained (configs/digits.py:dense) and measured on 1,024 training images;
+          a plan for half of its MACs is chosen; the model is compacted, distilled from the dense
+          one for a tenth of its steps at a twentieth of its learning rate, folded, verified and
+          timed.
+Cost:     about three minutes of CPU time, one of them for compilation.
+Result:   see the receipt that the run writes.
 """
 from configs import base, digits
 

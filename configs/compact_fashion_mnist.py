@@ -1,13 +1,13 @@
-"""From the dense model of Fashion-MNIST to a smaller one, the whole path.
+"""The whole path from the dense model of Fashion-MNIST to a smaller one.
 
 Command:  python main.py --config=configs/compact_fashion_mnist.py --workdir=runs/compact_fashion \\
             --config.init_from=results/fashion_mnist_dense.safetensors
-Data:     see configs/fashion_mnist.py, of which the dense model is.
-Stages:   measured on 1,024 training images, a plan for half of the MACs chosen, compacted,
-          distilled for a tenth of the dense model's steps at a twentieth of its rate, folded,
-          verified and timed.
+Data:     see configs/fashion_mnist.py, which trained the dense model.
+Stages:   the dense model is measured on 1,024 training images; a plan for half of its MACs is
+          chosen; the model is compacted, distilled for a tenth of the dense model's steps at a
+          twentieth of its learning rate, folded, verified and timed.
 Hardware: one CPU core.
-Cost:     6.89 TFLOP, without the teacher's forward passes
+Cost:     6.89 TFLOP, without the teacher's forward passes.
 Result:   docs/compaction.md has a table.
 """
 from configs import base, fashion_mnist

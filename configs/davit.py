@@ -6,7 +6,8 @@ Hardware: the authors used 8 GPUs with 128 images each.
 Cost:     10.8 EFLOP, forward and backward of 397 M images through the dense model.
 Result:   not run here. The authors publish 82.8, 84.2 and 84.6 % top-1 for T, S and B.
 
-The authors give T's command. Drop path of S and B is that of OpenMMLab's configs, the rest T's.
+The authors give only T's command. S and B differ from it in the drop path, taken from OpenMMLab's
+configs.
 """
 from configs import base, deit_s
 
@@ -20,7 +21,7 @@ def get_config(argument=""):
   config.ema_half_life = 0.0
   config.model.name = options.model
   config.model.drop_path_rate = {"davit_small": 0.2, "davit_base": 0.4}.get(options.model, 0.1)
-  config.data.eval_crop = 0.9     # the authors'; timm's is another
+  config.data.eval_crop = 0.9     # the authors'; timm's differs
   config.data.replicas = 8
   config.data.repeats = 1
   config.optim.schedule = "epoch"

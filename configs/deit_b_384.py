@@ -1,4 +1,4 @@
-"""DeiT-B at 384 pixels: 30 epochs from the model trained at 224.
+"""DeiT-B fine-tuned at 384 pixels for 30 epochs, from the model trained at 224.
 
 Command:  vitcompact convert runs/deit_b/trained.safetensors \\
             --image-size 384 --out deit_b_384.safetensors
@@ -18,7 +18,7 @@ def get_config(argument=""):
   config.batch_size = 512
   config.total_steps = 30 * STEPS_PER_EPOCH
   config.checkpoint_every = 5 * STEPS_PER_EPOCH
-  config.ema_half_life = 0.2309   # of the run: a decay of 0.99996 a step
+  config.ema_half_life = 0.2309   # of the run: a decay of 0.99996 per step
   config.model.name = "deit_base_patch16_384"
   config.model.image_size = 384
   config.model.drop_path_rate = 0.0         # published models were fine-tuned in eval mode

@@ -1,17 +1,17 @@
-"""DynamicViT on DeiT-S, from a trained dense one, which also teaches: 30 epochs (NeurIPS 2021).
+"""DynamicViT on DeiT-S: 30 epochs from a trained dense model, also the teacher (NeurIPS 2021).
 
 Command:  python main.py --config=configs/dynamicvit_deit_s.py --workdir=runs/dynamicvit_deit_s \\
             --config.init_from=deit_small.safetensors --config.teacher.file=deit_small.safetensors
           with --config.plan.tokens.keep=0.5 for another keep rate,
           configs/dynamicvit_deit_s.py:deit_base_patch16_224 for DeiT-B.
 Data:     ImageNet-1k, as configs/deit_s.py.
-Hardware: the authors used 8 GPUs with 128 images each; every token is kept in training.
+Hardware: the authors used 8 GPUs with 128 images each; training computes every token.
 Cost:     1.06 EFLOP, forward and backward of 38.4 M images through the dense model; a third as much
           for the teacher.
 Result:   not run here. The authors publish 79.32 % top-1 for DeiT-S (dense: 79.8 %) and 81.43 %
-          for DeiT-B (dense: 81.8 %) at keep 0.7. They evaluate the averages too: --mode=eval
+          for DeiT-B (dense: 81.8 %) at keep 0.7. They also evaluate the averages: --mode=eval
           --config.eval_params=ema.
-At 384:   the authors evaluate the whole image, its aspect ratio lost: convert the file with
+At 384:   the authors evaluate the whole image, distorting its aspect ratio: convert the file with
           --image-size 384, then --config.model.image_size=384 --config.data.eval_fit=warp.
 """
 from configs import base, deit_s
@@ -25,7 +25,7 @@ def get_config(argument=""):
   config = deit_s.get_config()
   config.total_steps = 30 * STEPS_PER_EPOCH
   config.checkpoint_every = STEPS_PER_EPOCH
-  config.ema_half_life = 0.1847   # of the run: a decay of 0.9999 a step
+  config.ema_half_life = 0.1847   # of the run: a decay of 0.9999 per step
   config.plan = {"tokens": {"method": "dynamicvit", "keep": 0.7, "blocks": (3, 6, 9)}}
   config.model.name = options.model
   config.model.drop_path_rate = 0.2 if is_base else 0.0

@@ -1,4 +1,4 @@
-"""DynamicViT on LV-ViT-S: configs/dynamicvit_deit_s.py, but patches learn from logits by KL.
+"""DynamicViT on LV-ViT-S: as configs/dynamicvit_deit_s.py, but with KL between patch logits.
 
 Command:  python main.py --config=configs/dynamicvit_lvvit_s.py \\
             --workdir=runs/dynamicvit_lvvit_s \\
@@ -20,6 +20,6 @@ def get_config(argument=""):
   config.plan.tokens.blocks = (5, 10, 15) if options.model == "lvvit_m" else (4, 8, 12)
   config.model.name = options.model
   config.model.mix_token = False  # mixup and cutmix instead: the teacher sees the mixed image
-  config.loss.patch_labels = 0.0  # patches learn from the teacher alone
+  config.loss.patch_labels = 0.0  # patches learn from the teacher only
   config.loss.patch_error = "divergence"
   return base.finish(config, options)

@@ -3,9 +3,9 @@
 Command:  python main.py --config=configs/inline.py --workdir=runs/inline_deit_tiny
           with configs/inline.py:inline_deit_small, :inline_deit_base, :inline_pvt_tiny,
           :inline_pvt_small, :inline_pvt_medium or :inline_pvt_large for the others.
-Hardware: the authors used 8 GPUs, for DeiT-T with 512 images each, for B with 64, else with 128.
+Hardware: the authors used 8 GPUs, with 512 images each for DeiT-T, 64 for B and 128 otherwise.
 Cost:     2.55 EFLOP, forward and backward of 384 M images.
-Result:   not run here. The authors publish 74.5, 80.2 and 82.3 % top-1 for DeiT-T, S and B, of 224,
+Result:   not run here. The authors publish 74.5, 80.2 and 82.3 % top-1 for DeiT-T, S and B, at 224,
           288 and 448 pixels; 78.2, 82.0, 83.2 and 83.6 % for PVT-Tiny, Small, Medium and Large.
 """
 from configs import base, deit_s
@@ -33,7 +33,7 @@ def get_config(argument=""):
   config.data.replicas = GPUS
   config.data.repeats = 1
 
-  # Rates for 512 images; a pyramid's warm-up is shorter, and its gradients are not clipped.
+  # Rates are for 512 images; the PVTs have a shorter warm-up and no gradient clipping.
   pyramid, scale = "pvt" in options.model, config.batch_size / 512
   config.optim.schedule = "step"
   config.optim.learning_rate = 5e-4 * scale

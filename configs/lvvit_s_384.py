@@ -1,4 +1,4 @@
-"""LV-ViT-S at 384 pixels: 30 epochs at a constant learning rate from the model trained at 224.
+"""LV-ViT-S fine-tuned at 384 pixels: 30 epochs, constant learning rate, from the model at 224.
 
 Command:  vitcompact convert runs/lvvit_s/trained.safetensors \\
             --image-size 384 --out lvvit_s_384.safetensors
@@ -10,7 +10,7 @@ Hardware: the authors used 8 GPUs with 64 images each.
 Cost:     5.05 EFLOP, forward and backward of 38.4 M images through the dense model.
 Result:   not run here. The authors publish 84.4 and 85.4 % top-1 for S and M.
 
-The authors' command names no number of epochs: 30 are DeiT's. It keeps no averages.
+The authors' command does not give the number of epochs; we use DeiT's 30. It keeps no averages.
 """
 from configs import base, lvvit_s
 

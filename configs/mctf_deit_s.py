@@ -1,20 +1,20 @@
-"""MCTF on DeiT-S, from a trained dense one: 30 epochs and 10 of cool-down (CVPR 2024).
+"""MCTF on DeiT-S from a trained dense model: 30 epochs and 10 of cool-down (CVPR 2024).
 
 Command:  python main.py --config=configs/mctf_deit_s.py --workdir=runs/mctf_deit_s \\
             --config.init_from=deit_small.safetensors
           with configs/mctf_deit_s.py:deit_tiny_patch16_224 for DeiT-T.
-Data:     ImageNet-1k, as configs/deit_s.py, neither mixup nor cutmix.
-Hardware: the authors used 8 GPUs with 128 images each; two passes a step.
-Cost:     1.41 EFLOP, forward and backward of 51.2 M images through the dense model; the second pass
-          comes on top.
+Data:     ImageNet-1k as in configs/deit_s.py, but without mixup and cutmix.
+Hardware: the authors used 8 GPUs with 128 images each; each step has two passes.
+Cost:     1.41 EFLOP, forward and backward of 51.2 M images through the dense model, plus the second
+          pass.
 Result:   not run here. The authors publish 80.1 % top-1 for S (dense: 79.8 %) and 72.7 % for T
-          (dense: 72.2 %), with order="code", another function of the same weights than this plan's.
-At 384:   from 320 pixels on, the authors evaluate the whole image, its aspect ratio lost: convert
-          the file with --image-size 384, then --config.model.image_size=384
+          (dense: 72.2 %), with order="code", which is not the same function as this plan's.
+At 384:   at 320 pixels or more, the authors evaluate the whole image, distorting its aspect ratio:
+          convert the file with --image-size 384, then --config.model.image_size=384
           --config.data.eval_fit=warp.
 
-Each step draws how many tokens the second pass merges; the authors draw on each GPU. The eight
-numbers are eight programs to compile.
+The number of tokens that the second pass merges is drawn at each step; the authors draw it on each
+GPU. Its eight values are eight programs to compile.
 """
 from configs import base, deit_s
 
@@ -25,7 +25,7 @@ def get_config(argument=""):
   options = base.parse(argument, model="deit_small_patch16_224")
   config = deit_s.get_config()
   config.total_steps = 40 * STEPS_PER_EPOCH
-  config.ema_half_life = 0.3463   # of the run: a decay of 0.99996 a step
+  config.ema_half_life = 0.3463   # of the run: a decay of 0.99996 per step
   config.plan = {"tokens": {"method": "mctf", "r": 16}}
   config.model.name = options.model
   config.data.replicas = 8        # of 128 images
@@ -36,5 +36,5 @@ def get_config(argument=""):
   config.optim.final_learning_rate = 1e-6
   config.optim.cooldown_steps = 10 * STEPS_PER_EPOCH
   config.loss.consistency = 3.0
-  config.loss.companion_r = 7     # the second pass merges 0 to 7 tokens a block
+  config.loss.companion_r = 7     # the second pass merges 0 to 7 tokens per block
   return base.finish(config, options)

@@ -2,7 +2,7 @@
 
 Command:  python main.py --config=configs/nextvit.py --workdir=runs/nextvit_small
           with configs/nextvit.py:nextvit_base or :nextvit_large for the others.
-Hardware: the authors used 8 GPUs with 256 images each; batch norms see those.
+Hardware: the authors used 8 GPUs with 256 images each; batch norms are per GPU.
 Cost:     13.4 EFLOP, forward and backward of 384 M images through the dense model.
 Result:   not run here. The authors publish 82.5, 83.2 and 83.6 % top-1 for S, B and L.
 """

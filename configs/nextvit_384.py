@@ -1,4 +1,4 @@
-"""Next-ViT at 384 pixels: 30 epochs at a constant learning rate from the model trained at 224.
+"""Next-ViT fine-tuned at 384 pixels: 30 epochs, constant learning rate, from the model at 224.
 
 Command:  python main.py --config=configs/nextvit_384.py --workdir=runs/nextvit_384 \\
             --config.init_from=runs/nextvit_small/trained.safetensors

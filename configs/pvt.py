@@ -10,7 +10,7 @@ Result:   not run here. The authors publish 75.1, 79.8, 81.2 and 81.7 % top-1 fo
 """
 from configs import base, deit_s
 
-# PVT's own did not converge with a drop path of 0.1 from the start; v2's are the authors' too.
+# PVT's deep models did not converge with a drop path of 0.1; v2's rates are the authors'.
 DEEP = ("pvt_medium", "pvt_large", "pvt_v2_b3", "pvt_v2_b4", "pvt_v2_b5")
 
 

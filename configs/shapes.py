@@ -1,9 +1,9 @@
 """A compact DeiT on drawn scenes whose label relates two distant objects; any size, no download.
 
 Command:  python main.py --config=configs/shapes.py --workdir=runs/shapes
-Larger:   --config.model.image_size=192 gives 577 tokens; objects grow with the image.
+Larger:   --config.model.image_size=192 gives 577 tokens; objects scale with the image.
 Cost:     62 TFLOP, forward and backward of 384,000 images through the dense model.
-Result:   not run to its end.
+Result:   not run to completion.
 """
 from configs import base, digits
 

@@ -1,8 +1,8 @@
 """SHViT on ImageNet-1k from scratch: 300 epochs of batches of 2048.
 
 Command:  python main.py --config=configs/shvit.py --workdir=runs/shvit_s1
-          with configs/shvit.py:shvit_s2, :shvit_s3 or :shvit_s4 for the others; S4 has 256 pixels.
-Hardware: the authors used 8 GPUs with 256 images each; batch norms see those.
+          with configs/shvit.py:shvit_s2, :shvit_s3 or :shvit_s4 for the others; S4 uses 256 pixels.
+Hardware: the authors used 8 GPUs with 256 images each; batch norms are per GPU.
 Cost:     0.556 EFLOP, forward and backward of 384 M images through the dense model.
 Result:   not run here. The authors publish 72.8, 75.2, 77.4 and 79.4 % top-1 for S1 to S4.
 """
@@ -18,7 +18,7 @@ def get_config(argument=""):
   config.batch_size = 2048
   config.total_steps = 300 * STEPS_PER_EPOCH
   config.checkpoint_every = 10 * STEPS_PER_EPOCH
-  config.ema_half_life = 0.09242  # of the run: a decay of 0.99996 a step; as DeiT, not evaluated
+  config.ema_half_life = 0.09242  # of the run: decay 0.99996 per step; not evaluated, as in DeiT
   config.model.name = options.model
   config.model.image_size = 256 if options.model == "shvit_s4" else 224
   config.model.drop_path_rate = 0.0

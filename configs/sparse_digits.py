@@ -1,13 +1,14 @@
-"""Every axis by itself and with others, fine-tuned on digits from a dense model that also teaches.
+"""Every axis alone and combined, fine-tuned on digits from a dense model, also the teacher.
 
 Command:  python main.py --config=configs/sparse_digits.py:dense --workdir=runs/dense
           python main.py --config=configs/sparse_digits.py:token --workdir=runs/token \\
             --config.init_from=runs/dense/trained.safetensors \\
             --config.teacher.file=runs/dense/trained.safetensors
-          with any other of PLANS below in place of token; tuned is dense, fine-tuned alike.
+          with any other of PLANS below instead of token; tuned is the dense model, fine-tuned in
+          the same way.
 Data:     the 1,797 handwritten digits that scikit-learn ships; no download.
-Cost:     about two minutes of processor time for the dense model, one for each other.
-Result:   python -m experiments.accuracy digits trains them all in five folds, and prints a table.
+Cost:     about two minutes of CPU time for the dense model, one for each of the others.
+Result:   python -m experiments.accuracy digits trains all of them on five folds and prints a table.
 """
 from configs import base, digits
 
@@ -20,7 +21,7 @@ BLOCK = {"attention": {**SPARSE, "granularity": "block", "window": 2, "min_token
 EVIT = {"tokens": {"method": "evit", "keep": 0.7, "blocks": (1, 2)}}
 EVIT_HALF = {"tokens": {"method": "evit", "keep": 0.5, "blocks": (1, 2)}}
 DYNAMICVIT = {"tokens": {"method": "dynamicvit", "keep": 0.7, "blocks": (1, 2)}}
-# Of 36 patches in 3 blocks about the share that 13 and 16 are of 196 in 12.
+# About the same share of 36 patches in 3 blocks as 13 and 16 of 196 patches in 12 blocks.
 TOME = {"tokens": {"method": "tome", "r": 8}}
 MCTF = {"tokens": {"method": "mctf", "r": 9}}
 
@@ -52,7 +53,7 @@ def get_config(argument=""):
 
 
 def fine_tune(config, steps, learning_rate):
-  """`steps` of fine-tuning; with Sparsifiner, after a fifth as many of reconstruction."""
+  """Sets up `steps` of fine-tuning; Sparsifiner first gets a fifth as many of reconstruction."""
   config.total_steps = steps
   config.checkpoint_every = steps
   config.ema_half_life = 0.1455   # of the run
@@ -68,7 +69,7 @@ def fine_tune(config, steps, learning_rate):
     config.loss.kept_ratio = 2.0
   if tokens == "mctf":
     config.loss.consistency = 3.0
-    config.loss.companion_r = 3   # the second pass merges 0 to 3 tokens a block
+    config.loss.companion_r = 3   # the second pass merges 0 to 3 tokens per block
   if "attention" in config.plan:
     config.reconstruct = base.ConfigDict()
     config.reconstruct.steps = steps // 5

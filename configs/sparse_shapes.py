@@ -1,4 +1,4 @@
-"""Sparse attention, fewer tokens, or both at 577 tokens, on drawn scenes, from a dense model.
+"""Sparse attention, token reduction, or both at 577 tokens, on drawn scenes, from a dense model.
 
 Command:  python main.py --config=configs/sparse_shapes.py:coarse --workdir=runs/coarse
           vitcompact convert runs/coarse/trained.safetensors --patch-size 2 \\
@@ -8,13 +8,15 @@ Command:  python main.py --config=configs/sparse_shapes.py:coarse --workdir=runs
           python main.py --config=configs/sparse_shapes.py:block --workdir=runs/block \\
             --config.init_from=runs/dense/trained.safetensors \\
             --config.teacher.file=runs/dense/trained.safetensors
-          with token, evit, sparsif_evit or tuned (dense, fine-tuned alike) in place of block.
-Data:     drawn scenes whose label is where one object lies as seen from another; no download.
-          Relations are learnt in minutes among 36 coarse patches, not in hours among 576: so there
-          first, and the kernel of patches and the positions are resized.
+          with token, evit, sparsif_evit or tuned (dense, fine-tuned in the same way) instead of
+          block.
+Data:     drawn scenes whose label is the direction of one object from another; no download.
+          With 36 coarse patches the relations are learnt in minutes, with 576 not in hours. So the
+          model is trained with coarse patches first, and its patch kernel and positions resized.
 Cost:     11.1 TFLOP, forward and backward of 8,640 images through the dense model; a third as much
           for the teacher.
-Result:   python -m experiments.accuracy shapes trains all with three seeds, and prints a table.
+Result:   python -m experiments.accuracy shapes trains all of them with three seeds and prints a
+          table.
 """
 from configs import base, shapes
 from configs.sparse_digits import SPARSE, TOKEN, fine_tune

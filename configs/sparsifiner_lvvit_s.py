@@ -1,5 +1,5 @@
-"""Sparsifiner on LV-ViT-S, from a trained dense one: configs/sparsifiner_deit_s.py, but what the
-dense model teaches of patches are their logits.
+"""Sparsifiner on LV-ViT-S from a trained dense model: as configs/sparsifiner_deit_s.py, but patches
+are distilled through their logits.
 
 Command:  python main.py --config=configs/sparsifiner_lvvit_s.py \\
             --workdir=runs/sparsifiner_lvvit_s \\
@@ -16,5 +16,5 @@ def get_config(argument=""):
   config = sparsifiner_deit_s.get_config()
   config.model.name = "lvvit_s"
   config.model.mix_token = False  # mixup and cutmix instead: the teacher sees the mixed image
-  config.loss.patch_labels = 0.0  # patches learn from the teacher alone
+  config.loss.patch_labels = 0.0  # patches learn from the teacher only
   return base.finish(config, base.parse(argument))

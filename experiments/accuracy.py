@@ -1,14 +1,16 @@
-"""What attention and token sparsity cost in accuracy: trains the same models, pair by pair.
+"""Measures what each axis costs in accuracy, with paired training runs.
 
   python -m experiments.accuracy digits --out results/accuracy_digits.json --workdir runs/accuracy
   python -m experiments.accuracy shapes --out results/accuracy_shapes.json --workdir runs/accuracy
 
-For each fold of digits a dense model is trained, for all seeds on shapes (their directions, at 577
-tokens) one, on coarse patches first, where a step takes a twentieth of the time. Then, from it and
-with it as teacher, every variant for equally many steps, the dense one ("tuned") among them. Seeds
-differ in the order of images alone: scenes, test and fresh predictors are the same. The table has
-each one's test accuracy, and its difference to the tuned one of the same fold or seed, with a 95 %
-interval (Student's t over the pairs). The test split chooses nothing. Run again, it goes on.
+On digits a dense model is trained for each fold. On shapes (their directions, at 577 tokens) one
+dense model is trained for all seeds, on coarse patches first, where a step takes a twentieth of the
+time. Then every variant is trained from the dense model, with it as teacher and for the same number
+of steps; one of them is the dense model itself ("tuned"). Seeds only change the order of images:
+scenes, test images and the initial predictors are the same. The table has the test accuracy of each
+variant, and its difference from the tuned model of the same fold or seed, with a 95 % interval
+(Student's t over the pairs). The test split chooses nothing. Running the command again continues
+where it stopped.
 """
 import argparse
 import json
@@ -24,11 +26,11 @@ from vitcompact import convert
 from vitcompact.receipt import environment
 from vitcompact.run import loop, workdir
 
-# {data: (configs, dense models that are trained one from the other, pairs)}
+# {data: (configs, dense models in order, each trained from the one before, number of pairs)}
 DATA = {"digits": (sparse_digits, ("dense",), 5),
         "shapes": (sparse_shapes, ("coarse", "dense"), 3)}
 
-# Of the dense model's: what the method needs, what the traced program executes.
+# As shares of the dense model's: what the method needs, what the traced program executes.
 SHARES = ("ideal_attention_macs", "attention_macs", "macs")
 
 
@@ -38,7 +40,8 @@ def variants_of(kind: str) -> list[str]:
 
 
 def trained(config, directory: pathlib.Path) -> tuple[pathlib.Path, dict]:
-  """(file of the trained model, {test accuracy, attention MACs...}) of a run, made if missing."""
+  """Returns (file of the trained model, {test accuracy, attention MACs...}) of a run, after
+  training it if it is missing."""
   path, facts = directory / "trained.safetensors", directory / "facts.json"
   workdir.check_claim(directory, loop.resolve(config))
   if not facts.exists():
@@ -55,8 +58,8 @@ def trained(config, directory: pathlib.Path) -> tuple[pathlib.Path, dict]:
   return path, json.loads(facts.read_text())
 
 
-def fitted(path: pathlib.Path, config) -> pathlib.Path:
-  """A file of the same model for the size of patches that a config has, made if it is another."""
+def with_patch_size(path: pathlib.Path, config) -> pathlib.Path:
+  """Returns a file of the same model with the config's patch size, after resizing if it differs."""
   model, variables = convert.load(path)
   if model.patch_size == config.model.patch_size:
     return path
@@ -72,7 +75,7 @@ def tokens(model) -> int:
 
 def pair(kind: str, index: int, runs: pathlib.Path, variants, steps: int | None = None
          ) -> dict[str, dict]:
-  """{variant: facts} of one fold or seed. steps: of fine-tuning, if not the config's."""
+  """Returns {variant: facts} for one fold or seed. steps: of fine-tuning, if not the config's."""
   configs, stages, _ = DATA[kind]
   path, found = None, {}
   for name in (*stages, *variants):
@@ -82,21 +85,21 @@ def pair(kind: str, index: int, runs: pathlib.Path, variants, steps: int | None 
     if kind == "digits":
       config.data.name = f"digits:{index}"
     if path is not None:
-      config.init_from = str(fitted(path, config))
+      config.init_from = str(with_patch_size(path, config))
     if name in variants:
       config.teacher.file = config.init_from
       if steps:
         config = sparse_digits.fine_tune(config, steps, config.optim.learning_rate)
     directory = runs / kind / ("shared" if shared else str(index)) / (
         f"{name}_{steps}" if steps and name in variants else name)
-    made, found[name] = trained(config, directory)
-    path = made if name in stages else path
+    file, found[name] = trained(config, directory)
+    path = file if name in stages else path
     print(f"{kind} {index} {name}: {100 * found[name]['accuracy']:.2f} %", flush=True)
   return found
 
 
 def interval(differences) -> float:
-  """Half of the 95 % interval of a mean, Student's t; infinite for one pair."""
+  """Returns half of the 95 % interval of a mean (Student's t); infinite for one pair."""
   count = len(differences)
   if count < 2:
     return float("inf")
@@ -105,7 +108,7 @@ def interval(differences) -> float:
 
 
 def summarise(kind: str, pairs: list[dict[str, dict]], steps: int | None = None) -> list[dict]:
-  """A row for each variant that every pair has."""
+  """Returns a row for each variant, averaged over pairs."""
   rows = []
   for name in pairs[0]:
     accuracies = [found[name]["accuracy"] for found in pairs]
@@ -119,8 +122,8 @@ def summarise(kind: str, pairs: list[dict[str, dict]], steps: int | None = None)
 
 
 def table(rows) -> str:
-  lines = ["| model | test accuracy % | against tuned | 95 % interval | attention MACs needed |"
-           " executed | all MACs executed |", "|---|---|---|---|---|---|---|"]
+  lines = ["| model | test accuracy % | difference from tuned | 95 % interval | attention MACs "
+           "needed | executed | all MACs executed |", "|---|---|---|---|---|---|---|"]
   for row in rows:
     low, high = (100 * (row["difference"] + sign * row["interval"]) for sign in (-1, 1))
     shares = " | ".join(f"{row[key]:.2f}x" for key in SHARES)
@@ -133,9 +136,9 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("data", choices=sorted(DATA))
-  parser.add_argument("--workdir", required=True, help="of all runs; made ones are used")
+  parser.add_argument("--workdir", required=True, help="of all runs; existing ones are reused")
   parser.add_argument("--out", help="a JSON file for the rows")
-  parser.add_argument("--pairs", type=int, help="how many folds or seeds (default: 5, 3)")
+  parser.add_argument("--pairs", type=int, help="number of folds or seeds (default: 5, 3)")
   parser.add_argument("--steps", type=int, help="of fine-tuning (default: the config's)")
   parser.add_argument("--variants", help="names of PLANS in the config of the data (default: all)")
   args = parser.parse_args()
@@ -144,13 +147,13 @@ def main():
   variants = args.variants.split(",") if args.variants else known
   if unknown := {*variants, "tuned"} - {*known} or {"tuned"} - {*variants}:
     parser.error(f"--variants={args.variants}: {sorted(unknown)}; give tuned, to compare with, and "
-                 f"others of {', '.join(known)}")
+                 f"others from {', '.join(known)}")
   count = DATA[args.data][2] if args.pairs is None else args.pairs
   if count < 1 or (args.data == "digits" and count > DATA["digits"][2]):
     parser.error(f"--pairs={count}: must be at least 1, and digits have 5 folds")
   if args.steps is not None and args.steps < 1:
     parser.error(f"--steps={args.steps}: must be at least 1")
-  if args.out:   # what cannot be written is not trained first
+  if args.out:   # fail before training if the file cannot be written
     pathlib.Path(args.out).parent.mkdir(parents=True, exist_ok=True)
   # Folds and seeds run the same programs.
   jax.config.update("jax_compilation_cache_dir", str(runs / "compiled"))

@@ -1,4 +1,4 @@
-"""The attention of one block of a DeiT, as a layer that can be timed by itself."""
+"""The attention of one DeiT block, as a layer that can be timed separately."""
 import flax.linen as nn
 
 import vitcompact as vc
@@ -22,7 +22,8 @@ class AttentionLayer(nn.Module):
 
 
 def attention_layer(side: int, plan: vc.Plan, **fields) -> AttentionLayer:
-  """Of a class token and side x side patches, deployed; fields: of the model, such as width."""
+  """Returns a deployed layer for a class token and side x side patches; fields: of the model, such
+  as width."""
   model = vc.create_model("deit_small_patch16_224", image_size=16 * side, depth=1, deploy=True,
                           plan=plan, **fields)
   site, = model.sites()

@@ -1,4 +1,4 @@
-"""Attention layers, dense and compact, timed in one run in each form.
+"""Times attention layers, dense and compact, in each form in one run.
 
   taskset -c 0 python -m experiments.attention_speed
   taskset -c 0 python -m experiments.attention_speed --sides 32 --batch 1 --gradients
@@ -6,13 +6,13 @@
   taskset -c 0 python -m experiments.attention_speed --layers dense sparse predictor --keep 0.25
   taskset -c 0 python -m experiments.attention_speed --layers dense merged --keep 0.5
 
-A layer is projections and attention of a class token and side x side patches, width 384, 6 heads,
-float32: dense, with half of the heads hallucinated (hmhsa; logits filters the scores), merged keys
-or block-sparse ("regions" are BiFormer's 7 x 7, "routed" its regions of about 8 x 8 patches, "lce"
-the same with local enhancement). "predictor" is the part of the block-sparse layer that chooses
-blocks, which has no gradient. Ratios are to the fastest dense row: medians over rounds that take
-turns, and the least and the most of these. Memory is what the compiled program keeps besides what
-goes in and out, as a multiple of that (parameters included).
+A layer has projections and attention over a class token and side x side patches, width 384, 6
+heads, float32. It is dense, has half of its heads hallucinated (hmhsa; logits filters the scores),
+merges keys, or is block-sparse ("regions" are BiFormer's 7 x 7, "routed" its regions of about 8 x 8
+patches, "lce" the same with local enhancement). "predictor" is the part of the block-sparse layer
+that chooses blocks; it has no gradient. Ratios are relative to the fastest dense row: median,
+minimum and maximum over rounds in which candidates take turns. Memory is the compiled program's
+temporary memory as a multiple of its inputs and outputs (parameters included).
 """
 import argparse
 import os
@@ -32,14 +32,14 @@ LAYERS = ("dense", "hmhsa", "logits", "sparse", "hmhsa+sparse", "predictor", "re
 
 
 def function_of(name: str, side: int, batch: int, keep: float, gradients: bool):
-  """(function, arguments) of a layer, or of the predictor."""
+  """Returns (function, arguments) of a layer or of the predictor."""
   sparse = vc.Sparsifiner(keep=keep, granularity="block", min_tokens=0)
-  attending = {name: sparse for name in ("sparse", "hmhsa+sparse", "predictor")}
+  methods = {name: sparse for name in ("sparse", "hmhsa+sparse", "predictor")}
   for kind, regions, lce in (("regions", 7, False), ("routed", None, False), ("lce", None, True)):
-    attending[kind] = vc.BiFormer(keep=keep, regions=regions, lce=lce, min_tokens=0)
-  attending["merged"] = vc.KeyMerging(keep=keep, min_tokens=0)
+    methods[kind] = vc.BiFormer(keep=keep, regions=regions, lce=lce, min_tokens=0)
+  methods["merged"] = vc.KeyMerging(keep=keep, min_tokens=0)
   plan = vc.Plan(heads={"hmhsa": HMHSA, "logits": LOGITS, "hmhsa+sparse": HMHSA}.get(name),
-                 attention=attending.get(name))
+                 attention=methods.get(name))
   layer = attention_layer(side, plan, width=WIDTH, heads=HEADS)
   x = jax.random.normal(jax.random.key(0), (batch, side * side + 1, WIDTH))
   variables, run = jax.jit(layer.init)(jax.random.key(1), x), layer.apply
@@ -50,13 +50,13 @@ def function_of(name: str, side: int, batch: int, keep: float, gradients: bool):
                   for seed in (2, 3))
     return (lambda *args: predictor.apply(variables, attention.DENSE, *args).layout.chosen,
             (query, key))
-  # A sum of squares: the gradient that comes in is an array.
+  # The gradient of a sum of squares, so that the cotangent is a full array.
   fn = jax.grad(lambda *args: jnp.sum(run(*args) ** 2), (0, 1)) if gradients else run
   return fn, (variables, x)
 
 
 def compiled(name: str, form: str, side: int, batch: int, keep: float, gradients: bool):
-  """(a call without arguments, temporary memory over inputs and outputs)."""
+  """Returns (a call without arguments, temporary memory over inputs and outputs)."""
   fn, arguments = function_of(name, side, batch, keep, gradients)
   with attention.using(None if form == "auto" else form):
     program = jax.jit(fn).lower(*arguments).compile()
@@ -67,13 +67,13 @@ def compiled(name: str, form: str, side: int, batch: int, keep: float, gradients
 
 def table(names, forms, side: int, batch: int, keep: float, gradients: bool, rounds: int
           ) -> list[str]:
-  """A row for each layer and form."""
+  """Returns a row for each layer and form."""
   rows = [(name, form) for name in names for form in forms]
   programs = {row: compiled(*row, side, batch, keep, gradients) for row in rows}
   timing = paired({row: programs[row][0] for row in rows}, rounds=rounds)
   dense = min((row for row in rows if row[0] == "dense"), default=rows[0],
               key=lambda row: timing[row].seconds)
-  # `paired` compares with its first: the fastest dense row.
+  # `paired` compares with the first candidate: time again with the fastest dense row first.
   timing = paired({row: programs[row][0] for row in [dense] + [r for r in rows if r != dense]},
                   rounds=rounds)
   return [f"| {side * side + 1} | {batch} | {name} | {form} | "
@@ -86,20 +86,20 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--sides", type=int, nargs="+", default=[14, 24, 32, 64],
-                      help="patches on a side")
+                      help="patches per side")
   parser.add_argument("--batch", type=int, nargs="+", default=[8, 2, 1, 1],
                       help="images, for each of --sides")
   parser.add_argument("--layers", nargs="+", choices=LAYERS, default=["dense", "hmhsa"])
   parser.add_argument("--forms", nargs="+", choices=["auto", *attention.FORMS],
                       default=["auto"])
   parser.add_argument("--keep", type=float, default=0.25,
-                      help="share of blocks that sparse keeps, of keys that merged does")
+                      help="share of blocks that sparse keeps, and of keys that merged keeps")
   parser.add_argument("--rounds", type=int, default=7)
   parser.add_argument("--gradients", action="store_true", help="time forward and backward")
   args = parser.parse_args()
   if len(args.batch) != len(args.sides):
     args.batch = args.batch[:1] * len(args.sides)
-  print("| tokens | images | layer | form | ms | faster than dense | memory |\n"
+  print("| tokens | images | layer | form | ms | speedup over dense | memory |\n"
         "|---:|---:|---|---|---:|---|---:|", flush=True)
   try:
     for side, batch in zip(args.sides, args.batch, strict=True):

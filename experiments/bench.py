@@ -1,18 +1,20 @@
-"""How fast it really is: suites of paired measurements, and the README's tables from their results.
+"""Runs suites of paired speed measurements, and writes the tables from their results.
 
   python -m experiments.bench layer --out results/layer_cpu.json
-  python -m experiments.bench all --torch PYTHON     # all suites, about 20 minutes of one core
-  python -m experiments.bench tables                 # the README's tables and the plot
-  python -m experiments.bench goals                  # what was aimed at, and what was measured
+  python -m experiments.bench all --torch PYTHON     # all suites, about 20 minutes on one core
+  python -m experiments.bench tables                 # writes the tables and the plot
+  python -m experiments.bench goals                  # compares goals with measurements
 
 Suites: gemm (the device's ceiling), layer (attention), model (whole networks), exits (exported
-files), train (steps), tokens (growth), methods (each at its default), startup, data.
+files), train (steps), tokens (scaling with their number), methods (each at its default), startup,
+data.
 
-All candidates of a case take turns in one run, in an order that rotates, and every ratio is between
-turns of the same round: what else the machine does hits all alike. On a host the run is pinned to
-one core and CPU seconds are counted; on an accelerator, seconds until the device is done. Compiling
-is apart. --torch names a Python that has torch (and, for one more peer, timm); it is driven over a
-pipe and takes turns like the others. Results hold every round, the device, versions and the commit.
+All candidates of a case take turns in one run, in rotating order, and every ratio is between turns
+of the same round, so other load on the machine affects all candidates alike. On a host the run is
+pinned to one core and CPU seconds are counted; on an accelerator, wall seconds until the device is
+done. Compilation is measured separately. --torch names a Python that has torch (and, for one more
+peer, timm); it is driven over a pipe and takes turns like the others. Results contain every round,
+the device, versions and the commit.
 """
 import argparse
 import datetime
@@ -28,15 +30,15 @@ SUITES = ("gemm", "layer", "model", "exits", "train", "tokens", "methods", "star
 
 
 def find_platform() -> str:
-  """JAX's platform here. Asked in another process: ours must not start threads before it is pinned.
-  """
+  """Returns JAX's platform, from another process: this one must not start threads before it is
+  pinned."""
   code = "import jax; print(jax.default_backend())"
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
   return done.stdout.split()[-1]
 
 
 def pin() -> tuple[int, ...]:
-  """Keeps this process, and all that it starts, on one core; the cores that it had before."""
+  """Pins this process and its children to one core. Returns the cores that it had before."""
   if not hasattr(os, "sched_setaffinity"):
     raise ValueError("this system cannot pin a process to a core: run it on Linux, where the "
                      "figures mean something")
@@ -46,7 +48,7 @@ def pin() -> tuple[int, ...]:
 
 
 def measure_suite(name: str, setting, command: str) -> dict:
-  """The results of one suite, with where they come from."""
+  """Returns the results of one suite, and the environment that they come from."""
   from vitcompact import bench
   from vitcompact.receipt import environment
   suite = importlib.import_module(f"experiments.benchmarks.{name}")
@@ -64,7 +66,7 @@ def measure_suite(name: str, setting, command: str) -> dict:
 
 
 def write(path: pathlib.Path, results: dict):
-  """A row a line; the file is whole at every moment."""
+  """Writes one row per line; the file is complete at every moment."""
   rows = ",\n  ".join(json.dumps(row) for row in results["rows"])
   head = json.dumps({key: value for key, value in results.items() if key != "rows"}, indent=1)
   partial = path.with_name(f"{path.name}.partial")
@@ -112,10 +114,10 @@ def main():
       print(tables.rewrite() if args.suite == "tables" else goals.table())
       return
     if args.out and args.suite == "all":
-      raise ValueError("--out names one file, but all suites write one each; leave it out")
+      raise ValueError("--out names one file, but every suite writes its own; leave it out")
     if args.rounds < 1:
-      raise ValueError(f"--rounds={args.rounds}: must be at least 1; a median wants 5")
-    if args.out:   # what cannot be written is not measured first
+      raise ValueError(f"--rounds={args.rounds}: must be at least 1; use 5 for a good median")
+    if args.out:   # fail before measuring if the file cannot be written
       pathlib.Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     run(SUITES if args.suite == "all" else [args.suite], args.out, args.rounds, args.torch)
   except (ValueError, OSError) as error:

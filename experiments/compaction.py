@@ -1,21 +1,21 @@
-"""What compacting costs in accuracy, step by step: on digits, where every image is a test image
-once, and on the 10,000 test images of Fashion-MNIST.
+"""Measures what compacting costs in accuracy, stage by stage: on digits, where every image is a
+test image once, and on the 10,000 test images of Fashion-MNIST.
 
   python -m experiments.compaction --data digits --workdir runs/compaction
   python -m experiments.compaction --data fashion_mnist --workdir runs/compaction
   python -m experiments.compaction narrow --data fashion_mnist --workdir runs/compaction
   python -m experiments.compaction tables         # into docs/compaction.md, from results/
 
-`narrow` only trains the narrower models, beside the other or before it.
+`narrow` only trains the narrower models; it can run before the main command or in parallel with it.
 
-A dense model (trained for each of five folds of digits; committed in results/ of Fashion-MNIST) is
-measured on training images. Then, without training: half of the heads and factors in every block
-(20 % fewer MACs), by order and weights, and from images; the same with stronger factors (50 %); the
-measured plans of 80 and of 50 % of the MACs. All but the first are distilled for a tenth of the
-dense model's steps. Beside them narrower dense models of about half and a quarter of the MACs,
-trained as long as the dense one. 12 random plans, whose predicted and measured KL are compared by
-rank. A plan for a speedup, predicted and timed. The test split chooses nothing. Run again, it goes
-on.
+A dense model is measured on training images: one is trained for each of five folds of digits, and
+that of Fashion-MNIST is committed in results/. Then the following are compacted without training:
+half of the heads and factors in every block (20 % fewer MACs), first without images and then fitted
+to images; the same with stronger factors (50 %); the measured plans for 80 and 50 % of the MACs.
+All but the first are distilled for a tenth of the dense model's steps. For comparison, narrower
+dense models with about half and a quarter of the MACs are trained as long as the dense one. For 12
+random plans, the ranks of predicted and measured KL are compared. A plan for a speedup is predicted
+and timed. The test split chooses nothing. Running the command again continues where it stopped.
 """
 import argparse
 import functools
@@ -40,18 +40,19 @@ from vitcompact.train import config as configs
 ROOT = pathlib.Path(__file__).parent.parent
 IMAGES = 1024          # for calibration
 RANDOM_PLANS = 12
-BATCH = 500            # of test images
+BATCH = 500            # test images
 WRITTEN = "written by `python -m experiments.compaction tables` from results/"
 TIMED = {"speedup": 1.5, "batch": 32}
 ROUNDS = 5
 
 
 class Data(NamedTuple):
-  """A data set, its dense model, and models of equal MACs.
+  """A data set, its dense model, and models with equal MACs.
 
-  dense: its config; compact: that of distilling; names: of its folds; file: of trained weights;
-  widths: of dense models of about half and a quarter of the MACs; half: the plan of half of them,
-  the same for all blocks.
+  dense: makes the dense model's config; compact: makes the config of distillation; names: the folds
+  as data sets; file: trained dense weights, or None to train them; widths: those of dense models
+  with about half and a quarter of the MACs; half: a plan with half of the MACs, the same in all
+  blocks.
   """
   dense: Any
   compact: Any
@@ -61,7 +62,7 @@ class Data(NamedTuple):
   file: pathlib.Path | None = None
 
 
-# Results of the dense model of Fashion-MNIST that AdamW trained (at commit e88cbd3).
+# Results for the dense model of Fashion-MNIST that was trained with AdamW (at commit e88cbd3).
 ADAMW = "fashion_mnist_adamw"
 UNIFORM = vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())
 DATA = {
@@ -76,7 +77,7 @@ DATA = {
 
 
 def trained(config, directory: pathlib.Path) -> pathlib.Path:
-  """The file of a run's model, trained where it is missing."""
+  """Returns the file of a run's model, after training it if the file is missing."""
   out = directory / "trained.safetensors"
   if not out.exists():
     result = loop.train(config, directory)
@@ -99,7 +100,7 @@ def images_of(config, model, split: str, count: int):
 
 
 class Judge:
-  """Accuracy on test and KL from the dense model there."""
+  """Computes a model's test accuracy, and its KL from the dense model on test images."""
 
   def __init__(self, config, model, variables):
     self.images = images_of(config, model, "test", 10_000)
@@ -114,29 +115,30 @@ class Judge:
                            for start in range(0, len(self.images), BATCH)])
 
   def __call__(self, model, variables) -> dict[str, Any]:
-    """accuracy, kl, macs; of how many test images, and how many of them this model alone has right
-    (gained) or the dense model alone (lost)."""
+    """Returns accuracy, kl, macs, the number of test images, and how many of them only this model
+    classifies correctly (gained) or only the dense model does (lost)."""
     logits = self._logits(model, variables)
-    right, before = logits.argmax(-1) == self.labels, self.dense.argmax(-1) == self.labels
-    return {"accuracy": float(np.mean(right)), "images": len(right),
-            "gained": int(np.sum(right & ~before)), "lost": int(np.sum(before & ~right)),
+    correct, dense_correct = (x.argmax(-1) == self.labels for x in (logits, self.dense))
+    return {"accuracy": float(np.mean(correct)), "images": len(correct),
+            "gained": int(np.sum(correct & ~dense_correct)),
+            "lost": int(np.sum(dense_correct & ~correct)),
             "kl": divergence(self.dense, logits),
             "macs": vc.count(model.clone(deploy=True)).macs / self.macs}
 
 
 def random_plan(report, rng) -> vc.Plan:
-  """One option or none for each axis of each block."""
+  """Draws one option or none for each axis of each block."""
   blocks = {}
   for number, row in enumerate(report.blocks):
     for axis in ("heads", "ffn"):
-      few = [None, *(option.method for option in row["options"] if option.axis == axis)]
-      if (method := few[rng.integers(len(few))]) is not None:
+      methods = [None, *(option.method for option in row["options"] if option.axis == axis)]
+      if (method := methods[rng.integers(len(methods))]) is not None:
         blocks.setdefault(number, {})[axis] = method
   return vc.Plan(blocks=blocks)
 
 
 def distilled(config, start: pathlib.Path, dense: pathlib.Path, plan, directory):
-  """The file of a compact model, trained from the dense one as data.compact says."""
+  """Returns the file of a compact model, distilled from the dense one with this config."""
   config = configs.complete(config)
   config.plan = plan.to_json()
   config.init_from, config.teacher.file, config.keep_start = str(start), str(dense), True
@@ -145,7 +147,8 @@ def distilled(config, start: pathlib.Path, dense: pathlib.Path, plan, directory)
 
 
 def timed(report, model, variables, images) -> dict[str, Any]:
-  """A plan for a speedup, as predicted and as timed in turn with the dense model."""
+  """Returns a plan for a speedup, with predicted times and times measured in turns with the dense
+  model."""
   plan = report.plan(**TIMED)
   batch = images[:TIMED["batch"]]
   small = vc.fold(*vc.compact(model, variables, plan, images))
@@ -162,8 +165,8 @@ def timed(report, model, variables, images) -> dict[str, Any]:
 
 
 class Fold:
-  """One fold: its dense model, and what was found so far, in found.json and results/ after each
-  row."""
+  """One fold: its dense model, and the results so far, which are written to found.json and results/
+  after each row."""
 
   def __init__(self, data: Data, name: str, seed: int, runs: pathlib.Path):
     self.data, self.name, self.seed, self.runs = data, name, seed, runs
@@ -179,7 +182,7 @@ class Fold:
       self.found = json.loads(self.file.read_text())
 
   def row(self, name: str, make, plan=None):
-    """Judges the model that `make` returns, where that was not done before."""
+    """Adds a row: judges the model that `make` returns, unless the row exists."""
     if name not in self.found["models"]:
       facts = self.judge(*make())
       if plan is not None:
@@ -193,14 +196,14 @@ class Fold:
     add(results_of(self.name.partition(":")[0]), self.found)
 
   def plan(self, name: str, plan: vc.Plan, images=None):
-    """The row of a plan, compacted without training."""
+    """Adds the row of a plan that is compacted without training."""
     start = self.start(name)
     if not start.exists():
       vc.save(start, *vc.compact(self.model, self.variables, plan, images))
     self.row(name, lambda: vc.load(start), plan)
 
   def distil(self, name: str, plan: vc.Plan):
-    """The row of such a model after training."""
+    """Adds the row of the same model after distillation."""
     config = self.data.compact()
     config.data.name, config.seed = self.name, self.seed
     self.row(f"{name}, distilled", lambda: vc.load(distilled(
@@ -215,7 +218,7 @@ class Fold:
     return vc.Report.load(self.runs)
 
   def spearman(self, report):
-    """Rank correlation of predicted and measured KL over random plans."""
+    """Computes the rank correlation of predicted and measured KL over random plans."""
     if "spearman" in self.found:
       return
     rng, pairs = np.random.default_rng(self.seed), []
@@ -232,13 +235,13 @@ class Fold:
     self.save()
 
   def narrow(self) -> dict[str, pathlib.Path]:
-    """The files of the narrower dense models, trained where they are missing."""
+    """Returns the files of the narrower dense models, after training those that are missing."""
     return {name: trained(dense_config(self.data, self.name, self.seed, width),
                           self.runs / f"{width} wide")
             for name, width in zip(NARROWER, self.data.widths, strict=True)}
 
   def run(self):
-    """What needs no training first."""
+    """Adds all rows; those that need no training come first."""
     self.row("dense", lambda: (self.model, self.variables))
     self.plan("uniform, by order", UNIFORM)
     report = self.report()
@@ -247,14 +250,14 @@ class Fold:
     for name, plan in plans.items():
       self.plan(name, plan, self.images)
     self.spearman(report)
-    for name in reversed(plans):   # the small ones, which have most to gain, first
+    for name in reversed(plans):   # the smallest models first: distillation helps them most
       self.distil(name, plans[name])
     for name, file in self.narrow().items():
       self.row(name, functools.partial(vc.load, file))
 
 
 def add(file: pathlib.Path, found: dict):
-  """Writes a fold into a file of results, in the place of one of the same data and seed."""
+  """Writes a fold into a file of results, and replaces one with the same data and seed."""
   folds = {(fold["data"], fold["seed"]): fold for fold in load(file)}
   folds[found["data"], found["seed"]] = {**environment(), **found}
   file.write_text(json.dumps({"folds": [folds[key] for key in sorted(folds)]}, indent=1) + "\n")
@@ -267,12 +270,12 @@ def load(file: pathlib.Path) -> list[dict]:
 NARROWER = ("narrower dense model", "narrowest dense model")
 NAMES = {
     "dense": "dense",
-    NARROWER[0]: "narrower dense model of about half of the MACs, trained as long",
-    NARROWER[1]: "narrower dense model of about a quarter, trained as long",
-    "uniform, by order": "half of the heads and factors everywhere, by order",
-    "uniform, from images": "the same, from 1,024 images",
+    NARROWER[0]: "narrower dense model with about half of the MACs, trained as long",
+    NARROWER[1]: "narrower dense model with about a quarter of the MACs, trained as long",
+    "uniform, by order": "half of the heads and factors in every block, without images",
+    "uniform, from images": "the same, fitted to 1,024 images",
     "uniform, from images, distilled": "the same, distilled for a tenth of the steps",
-    "uniform, 50 %": "half of the heads and stronger factors everywhere, from images",
+    "uniform, 50 %": "half of the heads and stronger factors in every block, fitted to images",
     "uniform, 50 %, distilled": "the same, distilled",
     "measured, 80 %": "measured plan of 80 %",
     "measured, 80 %, distilled": "the same, distilled",
@@ -282,8 +285,8 @@ NAMES = {
 
 
 def difference(rows: list[dict]) -> str:
-  """From dense, in points, with its 95 % interval over all test images, pair by pair (Agresti and
-  Min's, which is not empty where no pair differs)."""
+  """Returns the difference from dense in points, with its paired 95 % interval over all test images
+  (Agresti and Min's, whose width is not 0 if no pair differs)."""
   images, gained, lost = (sum(row[key] for row in rows) for key in ("images", "gained", "lost"))
   total = images + 2
   gained, lost = gained + 0.5, lost + 0.5
@@ -309,7 +312,7 @@ def table(folds: list[dict]) -> str:
 
 
 def described(folds: list[dict]) -> str:
-  """The table of a data set, and what else was measured there."""
+  """Returns the table of a data set, followed by the other measurements on it."""
   ranks = ", ".join(f"{fold['spearman']:.3f}" for fold in folds if "spearman" in fold)
   lines = [table(folds), "", f"{len(folds)} dense model{'s' * (len(folds) > 1)}."]
   lines += [f"Rank correlation (Spearman) of predicted and measured KL over {RANDOM_PLANS} random "
@@ -319,8 +322,8 @@ def described(folds: list[dict]) -> str:
   for fold in folds:
     if found := fold.get("timed"):
       lines.append(
-          f"A plan for {found['speedup']:.2f} times the speed at batch {found['batch']}: predicted "
-          f"{found['predicted_ms']:.1f} ms, timed {found['timed_ms']:.1f} ms of "
+          f"A plan for a speedup of {found['speedup']:.2f}x at batch {found['batch']}: predicted "
+          f"{found['predicted_ms']:.1f} ms, measured {found['timed_ms']:.1f} ms of "
           f"{found['clock']} time, {found['timed_speedup']:.2f}x "
           f"[{found['least']:.2f}, {found['most']:.2f}] as fast as the dense model in {ROUNDS} "
           f"paired rounds (load {found['load']:.1f}, {found['processor']}).")
@@ -328,7 +331,7 @@ def described(folds: list[dict]) -> str:
 
 
 def rewrite():
-  """Puts the tables into docs/compaction.md."""
+  """Writes the tables into docs/compaction.md."""
   page = ROOT / "docs/compaction.md"
   text = page.read_text()
   for name in (*DATA, ADAMW):
@@ -348,7 +351,7 @@ def main():
   parser.add_argument("what", nargs="?", choices=["run", "narrow", "time", "tables"], default="run")
   parser.add_argument("--data", choices=list(DATA), default="digits")
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/compaction"))
-  parser.add_argument("--folds", type=int, nargs="+", help="all where not given")
+  parser.add_argument("--folds", type=int, nargs="+", help="default: all")
   parser.add_argument("--seed", type=int, default=0)
   arguments = parser.parse_args()
   if arguments.what == "tables":

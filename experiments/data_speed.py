@@ -1,16 +1,16 @@
-"""How fast training images are made: against a bare loop, and by worker processes.
+"""Times the production of training images, compared with a bare loop and by worker processes.
 
   python -m experiments.data_speed
   python -m experiments.data_speed --name arrayrecord:OUT --augment randaugment --rounds 9
 
 Without --name, 96 noisy JPEG images of 500 x 375 are written to a temporary folder. The bare loop
-opens a file, decodes, crops, resizes and flips it with Pillow, as our pipeline does at the same
-draws; rounds of both alternate in this one process, and the ratio is of their processor time. It
-reads files, so it needs --name=folder:PATH or none.
+opens a file, decodes, crops, resizes and flips it with Pillow, with the same random draws as our
+pipeline; rounds of both alternate in this process, and the ratio is that of their CPU times. The
+bare loop reads files, so this needs --name=folder:PATH or no --name.
 
-For 1, 2, ... worker processes it tells images a second by the clock, and processor time an image
-of the workers and of the process that takes the batches: on as many idle cores, 2 workers are twice
-as fast as 1 as far as these two do not grow.
+For 1, 2, ... worker processes it prints images per second of wall time, and CPU time per image of
+the workers and of the process that consumes the batches. If neither CPU time grows, 2 workers on
+idle cores are twice as fast as 1.
 """
 import argparse
 import pathlib
@@ -48,7 +48,7 @@ def config(name: str, augmentation: str, workers: int):
 
 
 def bare_loop(images: Folder, order, step: int, size: int) -> None:
-  """A batch with nothing around Pillow's calls; the draws cost what they cost us."""
+  """Makes a batch with Pillow's calls only, and with the same random draws as ours."""
   for row in range(BATCH):
     place = order.place(step, row)
     rng = order.generator(place)
@@ -61,7 +61,8 @@ def bare_loop(images: Folder, order, step: int, size: int) -> None:
 
 
 def against_bare(name: str, size: int, rounds: int, batches: int = 3) -> str:
-  """Processor time of the bare loop over ours, the median of rounds that alternate."""
+  """Returns a line with the CPU time of the bare loop over ours, the median of alternating rounds.
+  """
   stream = pipeline.train_batches(config(name, "flip_crop", 0), image_size=size, batch_size=BATCH,
                                   seed=0)
   order = pipeline.train_order(config(name, "flip_crop", 0), BATCH, seed=0)
@@ -81,32 +82,33 @@ def against_bare(name: str, size: int, rounds: int, batches: int = 3) -> str:
     if i >= 0:
       pairs.append((both[bare], both[ours]))
   ratios = [bare / ours for bare, ours in pairs]
-  return (f"bare loop {1e3 * statistics.median(p[0] for p in pairs):.3f} ms an image, "
+  return (f"bare loop {1e3 * statistics.median(p[0] for p in pairs):.3f} ms per image, "
           f"ours {1e3 * statistics.median(p[1] for p in pairs):.3f} ms: "
           f"{statistics.median(ratios):.3f}x its speed ({min(ratios):.3f} to {max(ratios):.3f})")
 
 
 def with_workers(name: str, augmentation: str, size: int, workers: int, batches: int = 24) -> str:
-  """Images a second by the clock, and where processor time goes."""
+  """Returns a line with images per second of wall time, and where the CPU time goes."""
   stream = pipeline.train_batches(config(name, augmentation, workers), image_size=size,
                                   batch_size=BATCH, seed=0)
   this = psutil.Process()
 
-  def used():
-    """Processor seconds so far: of this process, of its children."""
+  def cpu_seconds():
+    """Returns the CPU seconds of this process and of its children."""
     seconds = [p.cpu_times().user + p.cpu_times().system
                for p in (this, *this.children(recursive=True))]
     return np.array([seconds[0], sum(seconds[1:])])
 
-  for _ in range(4 * workers):  # they start, import and fill their buffers
+  for _ in range(4 * workers):  # until the workers have started and filled their buffers
     next(stream)
-  start, before = time.perf_counter(), used()
+  start, before = time.perf_counter(), cpu_seconds()
   for _ in range(batches):
     next(stream)
-  elapsed, (taker, makers) = time.perf_counter() - start, 1e3 * (used() - before) / batches / BATCH
+  elapsed = time.perf_counter() - start
+  consumer, producers = 1e3 * (cpu_seconds() - before) / batches / BATCH
   stream.close()
-  return (f"{workers} workers: {batches * BATCH / elapsed:.0f} images a second; processor time an "
-          f"image: workers {makers:.3f} ms, the process that takes batches {taker:.3f} ms")
+  return (f"{workers} workers: {batches * BATCH / elapsed:.0f} images per second; CPU time per "
+          f"image: workers {producers:.3f} ms, consuming process {consumer:.3f} ms")
 
 
 def main():

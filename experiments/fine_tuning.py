@@ -1,13 +1,13 @@
-"""What each setting of each method loses on Fashion-MNIST after a short training, over three seeds.
+"""Measures what each setting loses on Fashion-MNIST after a short training, over three seeds.
 
-  python -m experiments.fine_tuning run --workdir runs/fine_tuning   # goes on where it was stopped
+  python -m experiments.fine_tuning run --workdir runs/fine_tuning   # resumes where it stopped
   python -m experiments.fine_tuning tables        # into results/README.md, from results/
 
 Every model starts as experiments.one_shot compacts it from the trained dense model, and is
-distilled from that model for 480 steps, a fiftieth of its own; the dense model is trained alike. A
-seed draws the order and the flips of the training images; the dense model, the calibration images
-and the test images are the same for all. The test split chooses nothing: every setting that was run
-is shown.
+distilled from that model for 480 steps, a fiftieth of the dense model's; the dense model is trained
+in the same way. A seed determines the order and the flips of the training images; the dense model,
+the calibration images and the test images are the same for all. The test split chooses nothing:
+every setting that was run is shown.
 """
 import argparse
 import json
@@ -36,47 +36,47 @@ COSTS = ("macs", "ideal_attention_macs")
 
 
 class Setting(NamedTuple):
-  """A plan that experiments.one_shot has, by its name there: its deployed form and its time. plan:
-  where what is trained differs from it; config: what its training changes."""
+  """A setting to train. deployed: the name in experiments.one_shot of its deployed form, whose time
+  is shown; plan: the plan to train, if it differs; config: config keys to change."""
   deployed: str
   plan: vc.Plan | None = None
   config: Mapping[str, Any] = MappingProxyType({})
 
 
 def settings() -> dict[str, dict[str, Setting]]:
-  """{question: {shown name: setting}}."""
-  def as_they_are(*names):
+  """Returns {question: {name in the table: setting}}."""
+  def unchanged(*names):
     return {name: Setting(name) for name in names}
 
   half = "hMHSA, 3 of 6"
   plain = vc.CFFN(branches=1, rep="none", avg_skip=False)
   return {
-      "": as_they_are("dense"),
+      "": unchanged("dense"),
       "both papers' methods": {
-          **as_they_are(half, "cFFN, output, rank 0.5", "hMHSA + cFFN"),
+          **unchanged(half, "cFFN, output, rank 0.5", "hMHSA + cFFN"),
           "hMHSA + cFFN, one branch without a norm": Setting(
               "hMHSA + cFFN", vc.Plan(heads=vc.HMHSA(), ffn=plain)),
-          **as_they_are("Sparsifiner, by token, keep 0.25", "all four axes")},
+          **unchanged("Sparsifiner, by token, keep 0.25", "all four axes")},
       "hMHSA": {
           f"{half}, frozen copies": Setting(half, config=FROZEN_COPIES),
-          **as_they_are("hMHSA, 4 of 6", "hMHSA, 5 of 6 heads computed", f"{half}, rank 2",
-                        f"{half}, filters on the grid", f"{half}, on scores")},
+          **unchanged("hMHSA, 4 of 6", "hMHSA, 5 of 6 heads computed", f"{half}, rank 2",
+                      f"{half}, filters on the grid", f"{half}, on scores")},
       "cFFN": {
           "cFFN, output, rank 0.5, learned scales": Setting(
               "cFFN, output, rank 0.5", vc.Plan(ffn=vc.CFFN(rep="scale"))),
           "cFFN, output, rank 0.5, one branch without a norm": Setting(
               "cFFN, output, rank 0.5", vc.Plan(ffn=plain)),
-          **as_they_are("cFFN, output, rank 0.25", "cFFN, both, rank 0.5",
-                        "cFFN, both, rank 0.25")},
-      "attention sparsity": as_they_are(
+          **unchanged("cFFN, output, rank 0.25", "cFFN, both, rank 0.5",
+                      "cFFN, both, rank 0.25")},
+      "attention sparsity": unchanged(
           "Sparsifiner, by token, keep 0.1", "Sparsifiner, by block of 2 x 2, keep 0.25"),
-      "token reduction": as_they_are("EViT, keep 0.7 twice", "EViT, keep 0.5 twice", "ToMe, r = 4",
-                                     "cFFN both + EViT 0.7"),
+      "token reduction": unchanged("EViT, keep 0.7 twice", "EViT, keep 0.5 twice", "ToMe, r = 4",
+                                   "cFFN both + EViT 0.7"),
   }
 
 
 class Start:
-  """The dense model, and what every setting starts from."""
+  """The dense model, and the compacted models that training starts from."""
 
   def __init__(self, workdir: pathlib.Path):
     self.data, self.workdir = DATA[NAME], workdir
@@ -84,10 +84,10 @@ class Start:
     self.model, self.variables = vc.load(self.data.file)
     self.images = images_of(config, self.model, "train", one_shot.IMAGES)
     self.judge = Judge(config, self.model, self.variables)
-    self.plans = {name: plan for few in one_shot.plans().values() for name, plan in few.items()}
+    self.plans = {name: plan for plans in one_shot.plans().values() for name, plan in plans.items()}
 
   def file(self, name: str, setting: Setting) -> pathlib.Path:
-    """Of a compacted model, made where it is missing."""
+    """Returns the file of a compacted model, after writing it if it is missing."""
     out = self.workdir / f"{name}.safetensors"
     if not out.exists():
       small = self.model, self.variables
@@ -109,13 +109,13 @@ class Start:
 
 
 def run(workdir: pathlib.Path, only=None, steps: int = STEPS, seeds: int = SEEDS):
-  """Trains and judges what the file of results does not have, seed by seed."""
+  """Trains and evaluates what the results file does not have yet, seed by seed."""
   workdir.mkdir(parents=True, exist_ok=True)
   jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
   start, found = Start(workdir), load()
   for seed in range(seeds):
-    for question, few in settings().items():
-      for name, setting in few.items():
+    for question, by_name in settings().items():
+      for name, setting in by_name.items():
         if only and name not in only:
           continue
         row = found["rows"].setdefault(name, {"question": question, "seeds": {}})
@@ -137,7 +137,7 @@ def load() -> dict:
 
 
 def differences(found: dict, name: str) -> list[float]:
-  """From the dense model trained with the same seed, in points."""
+  """Returns the differences from the dense model trained with the same seed, in points."""
   dense = found["rows"]["dense"]["seeds"]
   return [100 * (row["accuracy"] - dense[seed]["accuracy"])
           for seed, row in found["rows"][name]["seeds"].items()]
@@ -148,8 +148,8 @@ def table(found: dict) -> str:
            "after training | difference from dense, points | 95 % |",
            "|---|---|---:|---:|---:|---:|---:|---:|"]
   timed = one_shot.load()["rows"]
-  for question, few in settings().items():
-    for name, setting in few.items():
+  for question, by_name in settings().items():
+    for name, setting in by_name.items():
       row = found["rows"].get(name)
       if not row or len(row["seeds"]) < SEEDS:
         lines.append(f"| {question} | {name} | | | | not run | | |")
@@ -157,17 +157,18 @@ def table(found: dict) -> str:
       rows, gaps = list(row["seeds"].values()), differences(found, name)
       after, macs = (statistics.mean(one[key] for one in rows) for key in ("accuracy", "macs"))
       gap, margin = statistics.mean(gaps), interval(gaps)
-      shown = ("", "") if name == "dense" else (
+      gap_cells = ("", "") if name == "dense" else (
           f"{gap:+.2f}", f"[{gap - margin:+.2f}, {gap + margin:+.2f}]")
       lines.append(f"| {question} | {name} | {100 * macs:.1f} % | "
                    f"{one_shot.speed(timed[setting.deployed])[0]:.2f}x | "
-                   f"{100 * row['before']:.2f} % | {100 * after:.2f} % | {' | '.join(shown)} |")
+                   f"{100 * row['before']:.2f} % | {100 * after:.2f} % | "
+                   f"{' | '.join(gap_cells)} |")
   images = found["rows"]["dense"]["seeds"]["0"]["images"]
   return "\n".join([*lines, "", (
       f"{found['steps']} steps, {SEEDS} seeds of training from one dense model, "
       f"{found['calibration_images']:,} calibration images, {images:,} test images; intervals "
-      "(Student's t) are over seeds. Speeds are those of the table above, of the same deployed "
-      "forms.")])
+      "(Student's t) are over seeds. Speeds are those of the same deployed forms in the table "
+      "above.")])
 
 
 def tables():
@@ -182,7 +183,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
   parser.add_argument("what", choices=["run", "tables"])
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/fine_tuning"))
-  parser.add_argument("--only", nargs="+", help="names of settings; all where not given")
+  parser.add_argument("--only", nargs="+", help="names of settings (default: all)")
   arguments = parser.parse_args()
   warnings.filterwarnings("ignore", "blocks_|.*are few")
   if arguments.what == "tables":

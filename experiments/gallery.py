@@ -1,15 +1,14 @@
-"""Pictures of what the methods do to real images, with what to see in them: docs/gallery.md.
+"""Draws what the methods do to real images, and writes docs/gallery.md.
 
-  python -m experiments.gallery             # all, into docs/; some minutes of a core
+  python -m experiments.gallery             # everything, into docs/; a few minutes on one core
   python -m experiments.gallery --only pairs --only merging
-  python -m experiments.gallery page        # docs/gallery.md again, from results/gallery.json
+  python -m experiments.gallery page        # rewrites docs/gallery.md from results/gallery.json
 
-Garments are test images of Fashion-MNIST, and the network is the dense one that is committed in
-results/. DynamicViT and FastPath have predictors that are trained: here for --steps steps, from it.
-Photographs are the two of scikit-learn. No weights that were trained on photographs are here: on
-them the garments' network is used, enlarged, or random weights where nothing that was learned is
-to be seen. gallery.md, beside this file, has the captions, which say which; results/gallery.json
-their numbers.
+The garments are test images of Fashion-MNIST, and the network is the dense one in results/.
+DynamicViT and FastPath need trained predictors: they are trained from it for --steps steps. The
+photographs are the two of scikit-learn. There are no weights trained on photographs here: they are
+shown to the garments' network, enlarged, or to random weights if nothing learned is to be seen. The
+captions, in gallery.md beside this file, say which; their numbers are in results/gallery.json.
 """
 import argparse
 import functools
@@ -36,18 +35,18 @@ WEIGHTS, DATA = ROOT / "results/fashion_mnist_dense.safetensors", "fashion_mnist
 RESULTS, PAGE = ROOT / "results/gallery.json", ROOT / "docs/gallery.md"
 PICTURES, CAPTIONS = ROOT / "docs/pictures", ROOT / "experiments/gallery.md"
 GARMENTS = ("T-shirt/top", "Dress", "Sneaker", "Bag")
-CALIBRATION = 512       # training images that compact fits by
-CROPS = 16              # of photographs, likewise
-COUNTED = 256           # test images that the numbers of captions are of
-BRIGHT = 0.1            # mean of a patch, of 1, from which on it shows the garment
-STAGES = (1, 3, 4)      # blocks of six that reduce; in the papers each quarter of the depth
-PHOTOGRAPHS = 84        # pixels on which the garments' network sees photographs: 21 x 21 patches
+CALIBRATION = 512       # training images for compact
+CROPS = 16              # crops of the photographs for compact
+COUNTED = 256           # test images from which the numbers in captions are computed
+BRIGHT = 0.1            # a patch with a larger mean (of 1) counts as garment
+STAGES = (1, 3, 4)      # blocks of six that reduce; in the papers at each quarter of the depth
+PHOTOGRAPHS = 84        # pixels of photographs for the garments' network: 21 x 21 patches
 RANDOM = "deit_tiny_patch16_224"
 DPI, FONT, QUALITY = 55, 14, 80
 
 
 class Scene(NamedTuple):
-  """A network and what it is shown. images: {name: normalised image}; calibration: more of them."""
+  """A network and its images. images: {name: normalised image}; calibration: images for compact."""
   model: Any
   variables: Any
   prepare: Any
@@ -55,19 +54,19 @@ class Scene(NamedTuple):
   calibration: np.ndarray | None = None
 
   def pixels(self, name: str) -> np.ndarray:
-    """The image as it is shown, in [0, 1]."""
+    """Returns the image for display, in [0, 1]."""
     return attention.enlarged(self.prepare.pixels(self.images[name]), self.model.grid)
 
 
 class Picture(NamedTuple):
-  """Panels in rows of `columns`: (title, picture); and numbers for the caption."""
+  """Panels (title, picture) in rows of `columns`, and numbers for the caption."""
   panels: list[tuple[str, np.ndarray]]
   columns: int
   numbers: dict[str, float]
 
 
 def garments(weights=WEIGHTS, data=DATA, names=GARMENTS) -> Scene:
-  """The first test image of each of these classes."""
+  """Returns a scene with the first test image of each of these classes."""
   model, variables = vc.load(weights)
   prepare = vc.preprocess(weights)
   test = pipeline.source(data, "test", image_size=model.image_size)
@@ -81,7 +80,7 @@ def garments(weights=WEIGHTS, data=DATA, names=GARMENTS) -> Scene:
                np.stack([prepare(train[i]["image"]) for i in range(min(CALIBRATION, len(train)))]))
 
 
-def counted(scene: Scene, data=DATA) -> np.ndarray:
+def counted_images(scene: Scene, data=DATA) -> np.ndarray:
   test = pipeline.source(data, "test", image_size=scene.model.image_size)
   return np.stack([scene.prepare(test[i]["image"]) for i in range(min(COUNTED, len(test)))])
 
@@ -94,19 +93,20 @@ def photographs() -> dict[str, Image.Image]:
 
 
 def enlarged_scene(weights=WEIGHTS, size=PHOTOGRAPHS, crops=CROPS) -> Scene:
-  """The garments' network on photographs, and crops of these for what is fitted."""
+  """Returns the garments' network with the photographs, and crops of them for calibration."""
   found, rng = hub.fetch(weights, image_size=size), np.random.default_rng(0)
-  pictures, few = photographs(), []
+  pictures, calibration = photographs(), []
   for i in range(crops):
     picture, side = list(pictures.values())[i % 2], int(rng.integers(200, 420))
     left, top = (int(rng.integers(0, length - side)) for length in picture.size)
-    few.append(found.preprocess(picture.crop((left, top, left + side, top + side))))
+    calibration.append(found.preprocess(picture.crop((left, top, left + side, top + side))))
   return Scene(found.model, found.variables, found.preprocess,
-               {name: found.preprocess(image) for name, image in pictures.items()}, np.stack(few))
+               {name: found.preprocess(image) for name, image in pictures.items()},
+               np.stack(calibration))
 
 
 def enlarged(scene: Scene) -> Scene:
-  """Likewise, of a network that was made compact for garments."""
+  """Returns the same for a network that was compacted on garments."""
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "small.safetensors"
     vc.save(path, scene.model, scene.variables)
@@ -121,16 +121,16 @@ def random_scene(seed: int, name=RANDOM, **fields) -> Scene:
                prepare, {name: prepare(image) for name, image in photographs().items()})
 
 
-def under(scene: Scene, plan: vc.Plan) -> Scene:
-  """The scene's network made compact: fitted to the calibration images where there are some."""
+def compacted(scene: Scene, plan: vc.Plan) -> Scene:
+  """Returns the scene with its network compacted, fitted to the calibration images if any."""
   with warnings.catch_warnings():
-    warnings.simplefilter("ignore")       # of few images
+    warnings.simplefilter("ignore")       # about too few images
     small, variables = vc.compact(scene.model, scene.variables, plan, images=scene.calibration)
   return scene._replace(model=small, variables=variables)
 
 
 def maps_of(scene: Scene, images) -> dict[int, np.ndarray]:
-  """{block: (B, heads, N, N)}."""
+  """Returns {block: attention maps (B, heads, N, N)}."""
   found = jax.jit(lambda v, x: vc.features(scene.model, v, x, maps=True).maps)(
       scene.variables, np.asarray(images))
   return {int(name.removeprefix("blocks_")): np.asarray(map_bhnm) for name, map_bhnm in
@@ -138,7 +138,7 @@ def maps_of(scene: Scene, images) -> dict[int, np.ndarray]:
 
 
 def heat(values, share: float = 1.0) -> np.ndarray:
-  """(h, w) -> colours; above this share of the values all are the brightest."""
+  """Maps values (h, w) to colours; values above the quantile `share` all get the brightest."""
   import matplotlib
 
   most = np.quantile(values, share)
@@ -146,10 +146,10 @@ def heat(values, share: float = 1.0) -> np.ndarray:
 
 
 def on_garment(scene: Scene, images) -> np.ndarray:
-  """(B, patches) bool: which patches show more than the black background."""
-  grid, shown = scene.model.grid, np.stack([scene.prepare.pixels(image) for image in images])
-  (height, width), batch = shown.shape[1:3], len(shown)
-  means = shown.reshape(batch, grid[0], height // grid[0], grid[1], width // grid[1], -1)
+  """Returns (B, patches) bool: which patches show more than the black background."""
+  grid, pixels = scene.model.grid, np.stack([scene.prepare.pixels(image) for image in images])
+  (height, width), batch = pixels.shape[1:3], len(pixels)
+  means = pixels.reshape(batch, grid[0], height // grid[0], grid[1], width // grid[1], -1)
   return means.mean(axis=(2, 4, 5)).reshape(batch, -1) > BRIGHT
 
 
@@ -157,32 +157,32 @@ def on_garment(scene: Scene, images) -> np.ndarray:
 
 
 def class_token(scene: Scene, images=None, share: float = 1.0) -> Picture:
-  """Where the class token looks. images: those that are counted. share: see `heat`."""
+  """Draws where the class token looks. images: those for the numbers. share: see `heat`."""
   prefix, grid = scene.model.sites()[0].prefix, scene.model.grid
-  shown = maps_of(scene, list(scene.images.values()))
+  maps = maps_of(scene, list(scene.images.values()))
   panels = []
   for row, name in enumerate(scene.images):
     panels += [(name, scene.pixels(name))]
     panels += [(f"block {block}", heat(map_bhnm[row, :, 0, prefix:].mean(axis=0).reshape(grid),
-                                       share)) for block, map_bhnm in shown.items()]
+                                       share)) for block, map_bhnm in maps.items()]
   numbers = {}
   if images is None:
-    return Picture(panels, 1 + len(shown), numbers)
+    return Picture(panels, 1 + len(maps), numbers)
   mask = on_garment(scene, images)
   for block, map_bhnm in maps_of(scene, images).items():
-    seen = map_bhnm[:, :, 0, prefix:].mean(axis=1)
-    share = (seen * mask).sum() / seen.sum()
+    weight_bp = map_bhnm[:, :, 0, prefix:].mean(axis=1)
+    share = (weight_bp * mask).sum() / weight_bp.sum()
     numbers[f"on_garment_{block}"] = float(share / mask.mean())
-    centred = seen - seen.mean(axis=1, keepdims=True)
+    centred = weight_bp - weight_bp.mean(axis=1, keepdims=True)
     unit = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
-    alike = unit @ unit.T
-    numbers[f"alike_{block}"] = float(alike[~np.eye(len(alike), dtype=bool)].mean())
-  return Picture(panels, 1 + len(shown), numbers)
+    correlation = unit @ unit.T
+    numbers[f"alike_{block}"] = float(correlation[~np.eye(len(unit), dtype=bool)].mean())
+  return Picture(panels, 1 + len(maps), numbers)
 
 
 def hallucinated(small: Scene, name: str, block: int, query=None) -> Picture:
-  """Computed maps, and below them those that are hallucinated from them: a row for each query, or
-  the rows of one query, (row, column) of its patch, on the grid. small: under hMHSA."""
+  """Draws computed maps and, below them, the maps hallucinated from them: all queries, or one query
+  (row, column) laid out on the grid. small: a scene compacted with hMHSA."""
   site = small.model.sites()[block]
   real = small.model.plan.heads.scored_heads(site)
   map_hnm, = maps_of(small, [small.images[name]])[block]
@@ -190,12 +190,12 @@ def hallucinated(small: Scene, name: str, block: int, query=None) -> Picture:
   for head in range(real, len(map_hnm)):
     source = (head - real) % real
     both = [map_hnm[i][site.prefix:, site.prefix:] for i in (source, head)]
-    shown = both if query is None else [
+    drawn_maps = both if query is None else [
         map_nm[query[0] * small.model.grid[1] + query[1]].reshape(small.model.grid)
         for map_nm in both]
-    # The root shows weak entries too; a filter may leave negative ones, which are shown as 0.
-    panels += [(f"head {source}, computed", heat(np.sqrt(shown[0]))),
-               (f"head {head}, hallucinated", heat(np.sqrt(np.maximum(shown[1], 0))))]
+    # Square roots make small entries visible; filters may give negative ones, shown as 0.
+    panels += [(f"head {source}, computed", heat(np.sqrt(drawn_maps[0]))),
+               (f"head {head}, hallucinated", heat(np.sqrt(np.maximum(drawn_maps[1], 0))))]
     likeness.append(np.corrcoef(both[0].ravel(), both[1].ravel())[0, 1])
   order = [*range(0, len(panels), 2), *range(1, len(panels), 2)]   # sources above their copies
   return Picture([panels[i] for i in order], len(order) // 2,
@@ -203,8 +203,8 @@ def hallucinated(small: Scene, name: str, block: int, query=None) -> Picture:
 
 
 def pairs(scene: Scene, names, blocks, keep: float = 0.25) -> Picture:
-  """Which patches a patch attends to: of Sparsifiner by token, the first head."""
-  small = under(scene, vc.Plan(attention=vc.Sparsifiner(keep=keep)))
+  """Draws which patches a patch attends to under Sparsifiner by token, in the first head."""
+  small = compacted(scene, vc.Plan(attention=vc.Sparsifiner(keep=keep)))
   row, column = (side // 2 for side in scene.model.grid)
   prefix, panels, held = scene.model.sites()[0].prefix, [], {}
   for name in names:
@@ -223,7 +223,7 @@ def pairs(scene: Scene, names, blocks, keep: float = 0.25) -> Picture:
 
 
 def granularities(scene: Scene, name: str, blocks, keep: float = 0.25) -> Picture:
-  """The same query under three methods of the attention axis."""
+  """Draws the same query under three methods of the attention axis."""
   side = scene.model.grid[0] // 3
   plans = {"by token": vc.Sparsifiner(keep=keep),
            "by block": vc.Sparsifiner(
@@ -232,7 +232,7 @@ def granularities(scene: Scene, name: str, blocks, keep: float = 0.25) -> Pictur
   (height, width), prefix = scene.model.grid, scene.model.sites()[0].prefix
   row, column, rows, numbers = height // 2, width // 2, [], {}
   for title, method in plans.items():
-    small = under(scene, vc.Plan(attention=method))
+    small = compacted(scene, vc.Plan(attention=method))
     found = attention.pairs_of(small.model, small.variables, small.images[name])
     rows += [[(f"{title}; block {block}", attention.highlighted(
         scene.pixels(name), found[block][0, prefix + row * width + column, prefix:].reshape(
@@ -244,7 +244,8 @@ def granularities(scene: Scene, name: str, blocks, keep: float = 0.25) -> Pictur
 
 
 def survivors(scene: Scene, name: str, trained) -> Picture:
-  """A row for each reducer. trained: {title: (model, variables, accuracy)}, with predictors."""
+  """Draws a row for each reducer. trained: {title: (model, variables, accuracy)} of those with
+  predictors."""
   plain = {"EViT": vc.EViT(keep=0.7, blocks=STAGES), "ToMe": vc.ToMe(r=6),
            "MCTF": vc.MCTF(r=7)}
   networks = {title: (scene.model.clone(plan=vc.Plan(tokens=reducer)), scene.variables)
@@ -265,7 +266,7 @@ def survivors(scene: Scene, name: str, trained) -> Picture:
 
 
 def merging(scenes) -> Picture:
-  """Merged patches of photographs, after the last block."""
+  """Draws the merged patches of photographs after the last block."""
   panels = []
   for title, scene in scenes.items():
     for name, image in scene.images.items():
@@ -275,7 +276,7 @@ def merging(scenes) -> Picture:
 
 
 def untrained(scenes) -> Picture:
-  """What EViT keeps under weights that nobody has trained."""
+  """Draws what EViT keeps with untrained weights."""
   panels = []
   for seed, scene in scenes.items():
     for name, image in scene.images.items():
@@ -285,8 +286,8 @@ def untrained(scenes) -> Picture:
 
 
 def with_predictors(reducer, steps: int):
-  """(model, variables, accuracy on test) of the garments' network, trained on with a reducer's
-  predictors."""
+  """Returns (model, variables, test accuracy) of the garments' network after further training with
+  a reducer's predictors."""
   config = fashion_mnist.get_config()
   config.init_from, config.total_steps, config.checkpoint_every = str(WEIGHTS), steps, steps
   config.optim.warmup_steps, config.optim.learning_rate = steps // 10, 5e-4
@@ -298,19 +299,19 @@ def with_predictors(reducer, steps: int):
 
 
 def drawings(steps: int):
-  """{name: function that draws}; scenes are made once, and only if a picture needs them."""
-  shop, outside = functools.cache(garments), functools.cache(enlarged_scene)
-  halved = functools.cache(lambda: under(shop(), vc.Plan(heads=vc.HMHSA())))
+  """Returns {name: function that draws}; scenes are built once, when a picture first needs them."""
+  garment_scene, photo_scene = functools.cache(garments), functools.cache(enlarged_scene)
+  halved = functools.cache(lambda: compacted(garment_scene(), vc.Plan(heads=vc.HMHSA())))
   return {
-      "class_token": lambda: class_token(shop(), counted(shop())),
+      "class_token": lambda: class_token(garment_scene(), counted_images(garment_scene())),
       "hallucinated": lambda: hallucinated(halved(), "Bag", 0),
-      "pairs": lambda: pairs(shop(), GARMENTS, (0, 1, 3, 5)),
-      "survivors": lambda: survivors(shop(), "Dress", {
+      "pairs": lambda: pairs(garment_scene(), GARMENTS, (0, 1, 3, 5)),
+      "survivors": lambda: survivors(garment_scene(), "Dress", {
           "DynamicViT": with_predictors(vc.DynamicViT(keep=0.7, blocks=STAGES), steps),
           "FastPath": with_predictors(vc.FastPath(keep=0.7, blocks=STAGES), steps)}),
-      "photo_attention": lambda: class_token(outside(), share=0.99),
+      "photo_attention": lambda: class_token(photo_scene(), share=0.99),
       "photo_hallucinated": lambda: hallucinated(enlarged(halved()), "flower", 0, (10, 10)),
-      "granularities": lambda: granularities(outside(), "flower", (0, 3)),
+      "granularities": lambda: granularities(photo_scene(), "flower", (0, 3)),
       "merging": lambda: merging({
           "ToMe": random_scene(0, plan=vc.Plan(tokens=vc.ToMe(r=13))),
           "MCTF": random_scene(0, plan=vc.Plan(tokens=vc.MCTF(r=16)))}),
@@ -322,7 +323,7 @@ def drawings(steps: int):
 # The page
 
 def page(results: dict) -> str:
-  """docs/gallery.md: the captions of experiments/gallery.md with their numbers."""
+  """Returns docs/gallery.md: the captions of experiments/gallery.md with their numbers."""
   accuracy = json.loads(WEIGHTS.with_suffix(".json").read_text())["models"][0]["test_accuracy"]
   text = CAPTIONS.read_text().format(accuracy=accuracy, settings=results["settings"],
                                      **results["pictures"])
@@ -335,7 +336,7 @@ def _wrapped(part: str) -> str:
 
 
 def summed_up(numbers: dict) -> dict:
-  """Ends of the numbers that are of each block, for captions."""
+  """Returns the numbers with the minimum and maximum over blocks, for captions."""
   held = [value for key, value in numbers.items() if key.startswith("held_")]
   alike = [value for key, value in numbers.items() if key.startswith("alike_") and key[-1] != "2"]
   return {**numbers, **({"least_held": min(held), "most_held": max(held)} if held else {}),
@@ -351,17 +352,17 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("what", nargs="?", choices=["page"])
   parser.add_argument("--only", action="append", help="a picture; may be repeated")
-  parser.add_argument("--steps", type=int, default=400, help="of training for predictors")
+  parser.add_argument("--steps", type=int, default=400, help="training steps for predictors")
   options = parser.parse_args()
-  made = drawings(options.steps)
-  if unknown := set(options.only or ()) - made.keys():
-    parser.error(f"no picture {unknown.pop()!r}; there are {', '.join(made)}")
+  pictures = drawings(options.steps)
+  if unknown := set(options.only or ()) - pictures.keys():
+    parser.error(f"no picture {unknown.pop()!r}; there are {', '.join(pictures)}")
   results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"pictures": {}}
   if not options.what:
     results |= {"command": "python -m experiments.gallery", "settings": {
         "calibration": CALIBRATION, "images": COUNTED, "crops": CROPS, "steps": options.steps}}
-  for name in () if options.what else options.only or made:
-    picture = made[name]()
+  for name in () if options.what else options.only or pictures:
+    picture = pictures[name]()
     write(picture, PICTURES / f"gallery_{name}.webp")
     results["pictures"][name] = {key: round(value, 4) for key, value in
                                  summed_up(picture.numbers).items()}

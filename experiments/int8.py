@@ -1,12 +1,12 @@
-"""What 8 bits cost, kind of product by kind, and what they save: on Fashion-MNIST.
+"""Measures what 8 bits cost and save on Fashion-MNIST, for each kind of matrix product.
 
-  python -m experiments.int8                # results/int8_fashion_mnist.json, a minute of one core
-  python -m experiments.int8 quantisers     # the same file: NNCF beside ONNX Runtime's quantiser
+  python -m experiments.int8                # results/int8_fashion_mnist.json, a minute on one core
+  python -m experiments.int8 quantisers     # the same file: NNCF and ONNX Runtime's quantiser
   python -m experiments.int8 tables         # into docs/deploying.md, from results/
 
-The dense model of results/ is exported to ONNX, and calibrated on training images. Accuracies are
-of the 10,000 test images, which choose nothing. `quantisers` needs nncf, which is no dependency
-(pip install nncf); without it, it measures nothing.
+The dense model of results/ is exported to ONNX and calibrated on training images. Accuracies are
+measured on the 10,000 test images, which choose nothing. `quantisers` needs nncf, which is not a
+dependency (pip install nncf); without it nothing is measured.
 """
 import argparse
 import importlib.metadata
@@ -42,7 +42,7 @@ WRITTEN = "written by `python -m experiments.int8 tables` from results/"
 
 
 def kinds(names: list[str], depth: int) -> dict[str, list[str]]:
-  """{kind: nodes} of the products of a dense model, which come in the order of its layers."""
+  """Returns {kind: nodes} for the products of a dense model, given in the order of its layers."""
   first, *blocks, last = names
   found = {"all": names, "patch embedding": [first], "head": [last]}
   for kind, name in zip(BLOCK * depth, blocks, strict=True):
@@ -51,30 +51,30 @@ def kinds(names: list[str], depth: int) -> dict[str, list[str]]:
 
 
 class Subject(NamedTuple):
-  """program: of the dense model; path: its ONNX file in float32; shown: images to calibrate on;
-  images, labels: of the test split."""
+  """The dense model as a program and as an ONNX file in float32, with its calibration images and
+  the images and labels of the test split."""
   program: Program
   path: pathlib.Path
-  shown: np.ndarray
+  calibration: np.ndarray
   images: np.ndarray
   labels: np.ndarray
 
 
 def subject(folder: pathlib.Path, count: int | None = None) -> Subject:
-  """count: of batches of test images, None: all."""
+  """Returns the subject; its file is written to the folder. count: test batches, None: all."""
   model, variables = vc.fold(*vc.load(FILE))
   program = Program(model, variables, vc.preprocess(FILE))
   path = folder / "float32.onnx"
   onnx_file.write(program, path)
   int8.products_with_weights(path)   # names the nodes
   data = configs.complete(fashion_mnist.get_config()).data
-  shown = program.preprocess.normalise(
+  calibration = program.preprocess.normalise(
       pipeline.sample(data, "train", CALIBRATION, program.preprocess))
   batches = [next_batch for _, next_batch in zip(range(count or 10 ** 9), pipeline.eval_batches(
       data, "test", program.preprocess, batch_size=BATCH), strict=False)]
   images, labels, mask = (np.concatenate([batch[key] for batch in batches])
                           for key in ("image", "label", "mask"))
-  return Subject(program, path, shown, program.preprocess.normalise(images[mask > 0]),
+  return Subject(program, path, calibration, program.preprocess.normalise(images[mask > 0]),
                  labels[mask > 0])
 
 
@@ -83,19 +83,19 @@ def logits_of(one: runtimes.Runner, images) -> np.ndarray:
 
 
 def run(folder: pathlib.Path, count: int | None = None):
-  """(rows, how many images): of the file in float32, of all products in 8 bits, of each kind alone,
-  and of all but it. count: of batches of test images, None: all."""
-  program, whole, shown, images, labels = subject(folder, count)
-  names = int8.products_with_weights(whole)
+  """Returns (rows, number of test images): a row for float32, for all products in 8 bits, for each
+  kind alone, and for all kinds but one. count: test batches, None: all."""
+  program, float32_path, calibration, images, labels = subject(folder, count)
+  names = int8.products_with_weights(float32_path)
   groups = kinds(names, program.model.depth)
   groups |= {f"all but {kind}": [name for name in names if name not in nodes]
              for kind, nodes in groups.items() if kind != "all"}
   calls, rows, exact = {}, {}, None
   for kind, nodes in {"none": [], **groups}.items():
     path = folder / f"{len(calls)}.onnx"
-    shutil.copy(whole, path)
+    shutil.copy(float32_path, path)
     if nodes:
-      int8.write(path, program, shown, nodes)
+      int8.write(path, program, calibration, nodes)
     one = runtimes.opened(path, "ort", threads=1)
     logits = logits_of(one, images)
     exact = logits if kind == "none" else exact
@@ -108,15 +108,18 @@ def run(folder: pathlib.Path, count: int | None = None):
 
 
 def small() -> Program:
-  """A model of usual size, with random weights: to time."""
+  """Returns a model of common size with random weights, for timing."""
   model = vc.create_model(SMALL, deploy=True)
   return Program(model, random_variables(model), vc.preprocess(model))
 
 
-def quantised(program: Program, path: pathlib.Path, shown) -> dict[str, pathlib.Path]:
-  """{title: file} beside the ONNX file at a path: ONNX Runtime's quantiser as `export` calls it,
-  and with the results of products quantised as well; NNCF's choice of what to quantise in a
-  transformer, with and without its smoothing of activations, and ONNX Runtime's choice."""
+def quantised(program: Program, path: pathlib.Path, calibration) -> dict[str, pathlib.Path]:
+  """Returns {title: file}; the files are written to the folder of the ONNX file `path`.
+
+  ONNX Runtime's quantiser is used as `export` calls it, and with the outputs of products quantised
+  as well. NNCF quantises its own choice of nodes in a transformer, with and without its smoothing
+  of activations, and the nodes that ONNX Runtime's quantiser chooses.
+  """
   import nncf
   import onnx
   import openvino
@@ -125,18 +128,18 @@ def quantised(program: Program, path: pathlib.Path, shown) -> dict[str, pathlib.
   for title, outputs in (("ONNX Runtime", False), ("ONNX Runtime, results too", True)):
     files[title] = path.with_name(f"ort{outputs}.onnx")
     shutil.copy(path, files[title])
-    int8.write(files[title], program, shown, outputs=outputs)
+    int8.write(files[title], program, calibration, outputs=outputs)
   products = int8.products_with_weights(path)
   others = [node.name for node in onnx.load(path).graph.node if node.name not in products]
-  # Names of nodes are those of the ONNX file.
-  ways = {"NNCF": ("onnx", 0.95, []), "NNCF, no smoothing": ("onnx", -1, []),
+  # {title: (input format, smoothing, ignored nodes)}; nodes have the names of the ONNX file.
+  variants = {"NNCF": ("onnx", 0.95, []), "NNCF, no smoothing": ("onnx", -1, []),
           "NNCF, the same products": ("onnx", -1, others), "NNCF on OpenVINO": ("xml", 0.95, []),
           "NNCF on OpenVINO, no smoothing": ("xml", -1, [])}
-  for i, (title, (suffix, smoothing, ignored)) in enumerate(ways.items()):
+  for i, (title, (suffix, smoothing, ignored)) in enumerate(variants.items()):
     source = onnx.load(path) if suffix == "onnx" else openvino.Core().read_model(path)
     done = nncf.quantize(
-        source, nncf.Dataset([{INPUT: image[None]} for image in shown]),
-        model_type=nncf.ModelType.TRANSFORMER, subset_size=len(shown),
+        source, nncf.Dataset([{INPUT: image[None]} for image in calibration]),
+        model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calibration),
         ignored_scope=nncf.IgnoredScope(names=ignored, validate=False),
         advanced_parameters=nncf.AdvancedQuantizationParameters(
             smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=smoothing)))
@@ -149,39 +152,41 @@ def quantised(program: Program, path: pathlib.Path, shown) -> dict[str, pathlib.
 
 
 def opened(files) -> dict[tuple[str, str], runtimes.Runner]:
-  """{(title, runtime): a function of images} of each file in each runtime that reads it."""
+  """Returns {(title, runtime): a function of images}, for each file in each runtime that reads it.
+  """
   return {(title, runtime): runtimes.opened(path, runtime, threads=1)
           for title, path in files.items() for runtime in ("ort", "openvino")
           if path.suffix in runtimes.RUNTIMES[runtime]}
 
 
 def speeds(runners, images) -> dict[tuple[str, str], tuple[float, float, float]]:
-  """How much faster each is than float32 in the same runtime."""
+  """Returns the speedup of each over float32 in the same runtime."""
   taken = bench.rounds_of({key: lambda one=one: one(images) for key, one in runners.items()},
                           rounds=ROUNDS)
   return {key: bench.ratio(taken["none", key[1]], taken[key]) for key in runners}
 
 
 def quantisers(folder: pathlib.Path, count: int | None = None):
-  """(rows, how many images): of each quantiser's file in each runtime that reads it."""
-  given, program = subject(folder, count), small()
-  files = quantised(given.program, given.path, given.shown)
+  """Returns (rows, number of test images): a row for each quantiser in each runtime."""
+  trained, program = subject(folder, count), small()
+  files = quantised(trained.program, trained.path, trained.calibration)
   (folder / "small").mkdir()
   path = folder / "small/float32.onnx"
   onnx_file.write(program, path)
-  shown = program.preprocess.normalise(photographs(program.preprocess, 8))
+  photos = program.preprocess.normalise(photographs(program.preprocess, 8))
   runners = opened(files)
-  of_both = [speeds(runners, given.images[:8]),
-             speeds(opened(quantised(program, path, shown)), shown[:1])]
-  exact, rows = logits_of(runners["none", "ort"], given.images), []
+  trained_speeds = speeds(runners, trained.images[:8])
+  small_speeds = speeds(opened(quantised(program, path, photos)), photos[:1])
+  exact, rows = logits_of(runners["none", "ort"], trained.images), []
   for (title, runtime), one in runners.items():
-    logits, path = logits_of(one, given.images), files[title]
+    logits, path = logits_of(one, trained.images), files[title]
     rows.append({"quantiser": title, "runtime": runtimes.NAMES[runtime],
-                 "accuracy": float((logits.argmax(-1) == given.labels).mean()),
+                 "accuracy": float((logits.argmax(-1) == trained.labels).mean()),
                  "kl": divergence(exact, logits),
                  "bytes": sum(part.stat().st_size for part in path.parent.glob(f"{path.stem}.*")),
-                 "speed": of_both[0][title, runtime], "speed_small": of_both[1][title, runtime]})
-  return rows, len(given.images)
+                 "speed": trained_speeds[title, runtime],
+                 "speed_small": small_speeds[title, runtime]})
+  return rows, len(trained.images)
 
 
 def quantiser_table(found: dict) -> str:

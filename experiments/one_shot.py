@@ -1,17 +1,19 @@
-"""Accuracy against time of every setting of every method, before any training: a trained dense
-model of Fashion-MNIST (results/fashion_mnist_dense.safetensors), compacted from training images.
-Beside them what experiments.compaction has trained: narrower dense models, and distilled ones.
+"""Measures accuracy and time of every setting of every method, before any training.
+
+A trained dense model of Fashion-MNIST (results/fashion_mnist_dense.safetensors) is compacted from
+training images. The models that experiments.compaction has trained, narrower dense ones and
+distilled ones, are shown for comparison.
 
   python -m experiments.compaction --data fashion_mnist --workdir runs/compaction
   python -m experiments.one_shot judge --workdir runs/one_shot    # what results/ does not have yet
-  python -m experiments.one_shot time --workdir runs/one_shot     # on a machine that does no more
+  python -m experiments.one_shot time --workdir runs/one_shot     # on an otherwise idle machine
   python -m experiments.one_shot tables           # into results/README.md, and the picture
 
 Each row is one plan, the same in every block, fitted by vc.compact to 1,024 training images, folded
-and judged on the 10,000 test images, image by image against the dense model. Its time is that of
-32 images on one core, in rounds in which it takes turns with the dense model. Methods that start
-from no dense weights, and those whose predictors have to be trained, are not here. The test split
-chooses nothing: every setting that was run is shown.
+and evaluated on the 10,000 test images, paired with the dense model image by image. Its time is
+that of 32 images on one core, in rounds in which it takes turns with the dense model. Methods that
+cannot start from dense weights, or whose predictors have to be trained, are left out. The test
+split chooses nothing: every setting that was run is shown.
 """
 import argparse
 import json
@@ -46,13 +48,13 @@ TRAINED = {
 
 
 def plans() -> dict[str, dict[str, vc.Plan]]:
-  """{axis: {setting: plan}}."""
-  def of(axis, **methods):
+  """Returns {axis: {setting: plan}}."""
+  def one_axis(axis, **methods):
     return {name: vc.Plan(**{axis: method}) for name, method in methods.items()}
 
   half, both = vc.HMHSA(), vc.CFFN(factor="both")
   return {
-      "heads": of("heads", **{
+      "heads": one_axis("heads", **{
           "hMHSA, 5 of 6 heads computed": vc.HMHSA(real_heads=5),
           "hMHSA, 4 of 6": vc.HMHSA(real_heads=4), "hMHSA, 3 of 6": half,
           "hMHSA, 3 of 6, rank 2": vc.HMHSA(rank=2), "hMHSA, 3 of 6, rank 3": vc.HMHSA(rank=3),
@@ -63,10 +65,10 @@ def plans() -> dict[str, dict[str, vc.Plan]]:
           "3 of 6 heads stay": vc.HeadPruning(kept_heads=3),
           "5 of 6 heads stay, 4 of them computed": vc.HeadPruning(
               kept_heads=5, heads=vc.HMHSA(real_heads=4))}),
-      "ffn": of("ffn", **{
+      "ffn": one_axis("ffn", **{
           f"cFFN, {factor}, rank {rank}": vc.CFFN(rank_ratio=rank, factor=factor)
           for factor in ("output", "both") for rank in (0.75, 0.5, 0.25)}),
-      "attention": of("attention", **{
+      "attention": one_axis("attention", **{
           **{f"Sparsifiner, by token, keep {keep}": vc.Sparsifiner(keep=keep, min_tokens=0)
              for keep in (0.9, 0.5, 0.25, 0.1, 0.05)},
           **{f"Sparsifiner, by block of 2 x 2, keep {keep}": vc.Sparsifiner(
@@ -76,7 +78,7 @@ def plans() -> dict[str, dict[str, vc.Plan]]:
               keep=keep, regions=4, min_tokens=0) for keep in (0.75, 0.5, 0.25)},
           **{f"KeyMerging, keep {keep}": vc.KeyMerging(keep=keep, min_tokens=0)
              for keep in (0.75, 0.5)}}),
-      "tokens": of("tokens", **{
+      "tokens": one_axis("tokens", **{
           **{f"EViT, keep {keep} twice": vc.EViT(keep=keep, blocks=THIRDS)
              for keep in (0.9, 0.7, 0.5)},
           **{f"ToMe, r = {r}": vc.ToMe(r=r) for r in (1, 2, 4)},
@@ -98,9 +100,9 @@ def load() -> dict:
 
 
 def judge(workdir: pathlib.Path, trained: pathlib.Path):
-  """Accuracy and counts of each setting; keeps the folded models in the workdir.
+  """Computes accuracy and counts of each setting; keeps the folded models in the workdir.
 
-  trained: the folder of what experiments.compaction has trained.
+  trained: the folder of the models that experiments.compaction has trained.
   """
   data, found = DATA[NAME], load()
   config, (model, variables) = data.dense(), vc.load(data.file)
@@ -108,14 +110,14 @@ def judge(workdir: pathlib.Path, trained: pathlib.Path):
   judged = Judge(config, model, variables)
   workdir.mkdir(parents=True, exist_ok=True)
   for axis, settings in {"": {"dense": None}, **plans(), **TRAINED}.items():
-    for name, made in settings.items():
+    for name, plan_or_file in settings.items():
       if name in found["rows"]:
         continue
       small, fitted = model, variables
       if name != "dense":
-        start = vc.load(trained / made) if axis in TRAINED else vc.compact(
-            model, variables, made, images)
-        small, fitted = vc.fold(*start)
+        unfolded = vc.load(trained / plan_or_file) if axis in TRAINED else vc.compact(
+            model, variables, plan_or_file, images)
+        small, fitted = vc.fold(*unfolded)
         vc.save(file_of(workdir, name), small, fitted, force=True)
       count = vc.count(small, variables=fitted)
       found["rows"][name] = {
@@ -127,22 +129,23 @@ def judge(workdir: pathlib.Path, trained: pathlib.Path):
 
 
 def time(workdir: pathlib.Path):
-  """Each of which the workdir has the folded model, in turn with the dense model."""
+  """Times each setting whose folded model is in the workdir, in turns with the dense model."""
   data, found = DATA[NAME], load()
   if found.get("timed", {}).get("processor", bench.processor()) != bench.processor():
-    raise SystemExit(f"timed on {found['timed']['processor']}, and this is {bench.processor()}: "
-                     f"remove {FILE.name}, and judge and time all here")
+    raise SystemExit(f"other rows were timed on {found['timed']['processor']}, but this is "
+                     f"{bench.processor()}: remove {FILE.name}, then judge and time everything "
+                     "here")
   model, variables = vc.load(data.file)
   images = images_of(data.dense(), model, "train", BATCH)
   dense = bench.compiled(model.apply, variables, images)
   for name, row in found["rows"].items():
-    own = dense
+    program = dense
     if name != "dense" and not file_of(workdir, name).exists():
       continue
     if name != "dense":
       small, fitted = vc.load(file_of(workdir, name))
-      own = bench.compiled(small.apply, fitted, images)
-    row["rounds"] = bench.rounds_of({"dense": dense.call, "this": own.call}, rounds=ROUNDS)
+      program = bench.compiled(small.apply, fitted, images)
+    row["rounds"] = bench.rounds_of({"dense": dense.call, "this": program.call}, rounds=ROUNDS)
     row["load"], row["commit"] = os.getloadavg()[0], environment()["commit"]
     print(name, f"{speed(row)[0]:.2f}x", flush=True)
   found.setdefault("timed", {"processor": bench.processor(), "batch": BATCH,
@@ -179,26 +182,26 @@ def table(found: dict) -> str:
   return "\n".join([*lines, "", (
       f"Above the line of the dense models: {', '.join(better) if better else 'none'}."), "", (
       f"One dense model, {found['calibration_images']:,} training images, "
-      f"{dense['images']:,} test images; intervals of 95 % are over test images alone, not over "
+      f"{dense['images']:,} test images; 95 % intervals are over test images only, not over "
       f"dense models. Time of {timed['batch']} images on one core of {timed['processor']}, "
-      f"{timed['clock']} seconds, {ROUNDS} paired rounds (least to most in brackets), load "
+      f"{timed['clock']} seconds, {ROUNDS} paired rounds (range in brackets), load "
       f"{min(loads):.1f} to {max(loads):.1f}, commit {' and '.join(commits)}.")])
 
 
 def above(found: dict) -> list[str]:
-  """The settings that are more accurate than a dense model of their time would be: between the
-  widths on a straight line, and beyond them as the nearest."""
+  """Returns the settings that are more accurate than a dense model with the same time would be,
+  interpolated linearly between the measured widths and constant beyond them."""
   curve = next(iter(TRAINED))
   dense = sorted((1 / speed(row)[0], row["accuracy"]) for row in found["rows"].values()
                  if row["axis"] in ("", curve))
   times, accuracies = zip(*dense, strict=True)
-  best = np.maximum.accumulate(accuracies)     # a wider model that is worse is no rival
+  best = np.maximum.accumulate(accuracies)     # a wider model that is worse does not count
   return [name for name, row in found["rows"].items() if row["axis"] not in ("", curve)
           and row["accuracy"] > np.interp(1 / speed(row)[0], times, best)]
 
 
 def picture(found: dict):
-  """Accuracy against time: what lies above and to the left of another beats it."""
+  """Plots accuracy against time: a point above and to the left of another is better."""
   import matplotlib
   matplotlib.use("Agg")
   from matplotlib import pyplot
@@ -207,8 +210,8 @@ def picture(found: dict):
   looks = dict(zip([curve, *plans(), *others, ""], ["k.-", *"osD^P", "gX", "rh", "k*"],
                    strict=True))
   for axis, look in looks.items():
-    shown = {axis, ""} if axis == curve else {axis}
-    rows = [row for row in found["rows"].values() if row["axis"] in shown]
+    axes_of_line = {axis, ""} if axis == curve else {axis}
+    rows = [row for row in found["rows"].values() if row["axis"] in axes_of_line]
     axes.plot([1 / speed(row)[0] for row in rows], [100 * row["accuracy"] for row in rows], look,
               label=axis or "dense", markersize=12 if axis == "" else 6)
   axes.set_xscale("log")
@@ -216,7 +219,7 @@ def picture(found: dict):
   axes.minorticks_off()
   axes.set_xlabel("time, dense = 1")
   axes.set_ylabel("test accuracy, %")
-  axes.set_title("Fashion-MNIST: the line is what dense models of three widths do", fontsize=10)
+  axes.set_title("Fashion-MNIST: the line shows dense models of three widths", fontsize=10)
   axes.grid(alpha=0.3)
   axes.legend()
   figure.savefig(PICTURE, dpi=110)
@@ -236,7 +239,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
   parser.add_argument("what", choices=["judge", "time", "tables"])
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/one_shot"))
-  parser.add_argument("--trained", type=pathlib.Path, help="what experiments.compaction has made",
+  parser.add_argument("--trained", type=pathlib.Path, help="models of experiments.compaction",
                       default=pathlib.Path(f"runs/compaction/{NAME}_seed_0"))
   arguments = parser.parse_args()
   warnings.filterwarnings("ignore", "blocks_|.*are few")

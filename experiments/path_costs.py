@@ -1,11 +1,12 @@
-"""What measuring and compacting a DeiT-S cost, in forward passes with attention maps over the same
-images.
+"""Measures the cost of measuring and compacting a DeiT-S, in units of forward passes with attention
+maps over the same images.
 
-  python -m experiments.path_costs            # 12 minutes of one core
+  python -m experiments.path_costs            # 12 minutes on one core
   python -m experiments.path_costs tables     # into docs/compaction.md, from results/
 
-256 random images of 224 pixels, random weights: cost alone is measured, no accuracy. CPU seconds of
-one pinned core; what a step compiles is counted with it, what the forward pass compiles is not.
+With 256 random images of 224 pixels and random weights, only the cost is measured, not accuracy.
+Times are CPU seconds of one pinned core. They include each step's compilation, except for the
+forward pass, which is compiled beforehand.
 """
 import argparse
 import json
@@ -27,7 +28,7 @@ SHOWN = {"forward": "forward pass with maps", "statistics": "`measure(sensitivit
 
 
 def measured() -> dict:
-  """{step: {"seconds", "peak_gib": of the process so far}}."""
+  """Returns the results: for each step "seconds", and the process's "peak_gib" up to its end."""
   import jax
   import numpy as np
 
@@ -37,7 +38,7 @@ def measured() -> dict:
 
   model = vc.create_model(MODEL, num_classes=1000)
   images = np.asarray(measure.normal((IMAGES, 224, 224, 3)))
-  variables = measure.drawn_variables(model, images[:1])
+  variables = measure.random_variables(model, images[:1])
   found = {}
 
   def step(name, call):
@@ -67,7 +68,7 @@ def measured() -> dict:
 
 
 def described(found: dict) -> str:
-  """The table of docs/compaction.md."""
+  """Returns the table of docs/compaction.md."""
   base = found["steps"]["forward"]["seconds"]
   rows = [f"| {shown} | {step['seconds']:.0f} s | {step['seconds'] / base:.1f} | "
           f"{step['peak_gib']:.1f} GiB |" if (step := found["steps"].get(name)) else
@@ -75,8 +76,8 @@ def described(found: dict) -> str:
   return "\n".join([
       f"| {found['model']}, {found['images']} images | CPU time | forward passes | peak memory |",
       "|---|---:|---:|---:|", *rows, "",
-      f"One core of {found['processor']}, load {found['load']:.1f}; compilation is counted in all "
-      "rows but the first."])
+      f"One core of {found['processor']}, load {found['load']:.1f}; all rows but the first include "
+      "compilation."])
 
 
 def rewrite():

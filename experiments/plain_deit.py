@@ -1,9 +1,9 @@
-"""A DeiT in plain Flax Linen and Optax, as a user would write it: the peer of our benchmarks.
+"""A DeiT in plain Flax Linen and Optax, as a user would write it: the baseline of our benchmarks.
 
   python -m experiments.plain_deit        # checks that it computes what ours does
 
-Only stock layers: nn.Dense, nn.MultiHeadDotProductAttention, nn.LayerNorm, nn.gelu (the exact
-form). Its parameters have the names and shapes of ours, so both run on the same weights.
+It has only stock layers: nn.Dense, nn.MultiHeadDotProductAttention, nn.LayerNorm, nn.gelu (the
+exact form). Its parameters have the names and shapes of ours, so both run on the same weights.
 """
 import flax.linen as nn
 import jax
@@ -74,9 +74,9 @@ class PlainDeiT(nn.Module):
 
 
 def train_step(model: nn.Module, optimizer: optax.GradientTransformation):
-  """A function (params, opt_state, images, labels, key) -> (params, opt_state, loss).
+  """Returns a function (params, opt_state, images, labels, key) -> (params, opt_state, loss).
 
-  To be jitted with its first two arguments donated. Serves any model without batch statistics.
+  Jit it with its first two arguments donated. It works for any model without batch statistics.
   """
   def step(params, opt_state, images, labels, key):
     def mean_loss(params):

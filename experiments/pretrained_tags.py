@@ -1,12 +1,14 @@
-"""Writes vitcompact/models/pretrained.json: where weights of named models are, and their images.
+"""Writes vitcompact/models/pretrained.json: where to find pretrained weights, and their
+preprocessing.
 
 python -m experiments.pretrained_tags      # with a Python that has timm (1.0.31 made the file)
 
-{model: {tag: row}}, a model's default tag first. A row has "hub" (a repository of the Hugging Face
-hub) or "url" (the authors' file), num_classes, image_size, mean, std, crop, crop_mode where it is
-not "center", interpolation, and license where timm tells it. Facts of timm's table; those of PVT v1
-and LV-ViT are from the authors' READMEs (github.com/whai362/PVT, zihangJiang/TokenLabeling). These
-have no tags: they are called as timm calls PVT v2's and Next-ViT's.
+The file has {model: {tag: row}}, with each model's default tag first. A row has "hub" (a repository
+of the Hugging Face hub) or "url" (the authors' file), num_classes, image_size, mean, std, crop,
+crop_mode if it is not "center", interpolation, and license if timm gives it. The values come from
+timm; those of PVT v1 and LV-ViT come from the authors' READMEs (github.com/whai362/PVT,
+zihangJiang/TokenLabeling), which define no tags: ours are named like timm's for PVT v2 and
+Next-ViT.
 """
 import json
 import pathlib
@@ -42,7 +44,7 @@ def main():
 def timm_models():
   import torch
 
-  # A CPU build of torch beside torchvision of another build: only these two are missing.
+  # With a CPU build of torch and another build of torchvision, only these two ops are missing.
   library = torch.library.Library("torchvision", "DEF")
   library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
   library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -52,7 +54,7 @@ def timm_models():
 
 
 def timm_tags(name: str) -> dict[str, dict]:
-  """{tag: row} of timm's model: those with weights on the hub, its default first."""
+  """Returns {tag: row} for timm's model: tags with weights on the hub, its default first."""
   from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
   configs = {config.tag: config for config in get_arch_pretrained_cfgs(name).values()
@@ -78,7 +80,7 @@ def authors(url: str, image_size: int = 224, crop: float = 0.9) -> dict:
 
 
 def text(table) -> str:
-  """JSON with a line for each tag, so that changes can be read."""
+  """Returns JSON with one line per tag, so that diffs are readable."""
   models = []
   for name, tags in sorted(table.items()):
     rows = ",\n".join(f"  {json.dumps(tag)}: {json.dumps(row)}" for tag, row in tags.items())

@@ -1,16 +1,16 @@
-"""How training survives: kills at random moments, flipped bits, restarts; prints counts.
+"""Tests how training survives kills at random moments, flipped bits and restarts; prints counts.
 
   python -m experiments.survive --kills 50
   python -m experiments.survive --flips 100
   python -m experiments.survive --resume       # 40 steps = 20, kill -9, and the rest, bit for bit
 
 Kills: main.py trains a tiny model that saves, evaluates and cleans up after every second step, and
-is killed (-9) at a random moment. Then every checkpoint that is visible must restore whole, what
-was visible before must be there or have given way to newer ones, and the next start must go on from
-the newest. Flips: one random bit of one file of a checkpoint, which must then be refused, or
-restore what was saved. Resume: digits and an image folder, with 0 and 2 worker processes, on 1 and
-on 8 pretended devices, and in 2 processes; some are stopped by SIGTERM instead. All on the
-processor.
+is killed (-9) at a random moment. After that every visible checkpoint must restore completely,
+every checkpoint seen before must still exist or have been replaced by newer ones, and the next
+start must resume from the newest. Flips: one random bit in one file of a checkpoint is flipped; the
+checkpoint must then be refused, or restore what was saved. Resume: digits and an image folder, with
+0 and 2 worker processes, on 1 and 8 simulated devices, and in 2 processes; some runs are stopped by
+SIGTERM instead. Everything runs on the CPU.
 """
 import argparse
 import collections
@@ -33,7 +33,8 @@ TINY = ("--config=configs/digits.py", "--config.model.image_size=8", "--config.m
 
 
 def environment(directory: pathlib.Path, devices: int) -> dict:
-  """Few optimisations, and nothing is compiled twice: starting is most of the time."""
+  """Returns environment variables for fast starts, which take most of the time: few optimisations,
+  and a compilation cache."""
   return os.environ | {
       "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONUNBUFFERED": "1",
@@ -48,13 +49,13 @@ def start(arguments, directory: pathlib.Path, devices: int = 1) -> subprocess.Po
 
 
 def read_until(process: subprocess.Popen, words) -> str:
-  """The first line of a process's output that has one of the words."""
-  seen = []
+  """Returns the first line of a process's output that contains one of the words."""
+  lines = []
   for line in process.stdout:
-    seen.append(line)
+    lines.append(line)
     if any(word in line for word in words):
       return line
-  raise RuntimeError(f"exit code {process.wait()} before {words}: {''.join(seen[-5:])}")
+  raise RuntimeError(f"exit code {process.wait()} before {words}: {''.join(lines[-5:])}")
 
 
 def kill(processes):
@@ -65,7 +66,7 @@ def kill(processes):
 
 
 class Reader:
-  """Reads the checkpoints of a workdir as main.py would, and changes nothing there."""
+  """Reads the checkpoints of a workdir as main.py would, without changing anything."""
 
   def __init__(self, workdir: pathlib.Path):
     from ml_collections import FrozenConfigDict
@@ -79,7 +80,7 @@ class Reader:
     return self._opened(lambda store: store.steps())
 
   def restore(self, step: int) -> tuple:
-    """(bytes of every leaf by name, progress)."""
+    """Returns (bytes of every leaf by name, progress)."""
     import jax
     import numpy as np
 
@@ -102,41 +103,42 @@ class Reader:
 
 
 def try_kills(count: int, directory: pathlib.Path, rng: random.Random) -> dict:
-  """Kills main.py `count` times: {what happened: how often}."""
-  workdir, seen, reader = directory / "kills", collections.Counter(), None
+  """Kills main.py `count` times. Returns {what happened: how often}."""
+  workdir, counts, reader = directory / "kills", collections.Counter(), None
   arguments = [*TINY, f"--workdir={workdir}", "--config.total_steps=1000000",
                "--config.checkpoint_every=2", "--config.log_every=2"]
-  newest, leavings = 0, collections.Counter()
+  newest, leftovers = 0, collections.Counter()
   for _ in range(count):
     process = start(arguments, directory)
     if newest:
       line = read_until(process, ["resumed at step"])
-      seen["restarts that went on from the newest"] += f"resumed at step {newest} " in line
+      counts["restarts that resumed from the newest"] += f"resumed at step {newest} " in line
     read_until(process, ["val_accuracy"])
     time.sleep(rng.uniform(0, 1))
-    there = [int(path.name) for path in (workdir / "checkpoints").iterdir()
-             if path.name.isdecimal()]
+    visible = [int(path.name) for path in (workdir / "checkpoints").iterdir()
+               if path.name.isdecimal()]
     kill([process])
-    leavings.update({path.name.strip("0123456789") for path in
-                     (workdir / "checkpoints").iterdir()} - {"", "scores.json"})
-    seen["kills"] += 1
+    leftovers.update({path.name.strip("0123456789") for path in
+                      (workdir / "checkpoints").iterdir()} - {"", "scores.json"})
+    counts["kills"] += 1
     reader = reader or Reader(workdir)
     for step in reader.steps():
       try:
         reader.restore(step)
-        seen["checkpoints restored whole"] += 1
+        counts["checkpoints restored completely"] += 1
       except ValueError as error:
         print(f"step {step}: {error}", flush=True)
-        seen["corrupt"] += 1
+        counts["corrupt"] += 1
     newest = max(reader.steps(), default=0)
-    seen["lost"] += newest < max(there, default=0)
-  return {"kills": 0, "corrupt": 0, "lost": 0, **seen,
-          **{f"kills that left {name}": times for name, times in leavings.items()}}
+    counts["lost"] += newest < max(visible, default=0)
+  return {"kills": 0, "corrupt": 0, "lost": 0, **counts,
+          **{f"kills that left {name}": times for name, times in leftovers.items()}}
 
 
 def try_flips(count: int, directory: pathlib.Path, rng: random.Random) -> dict:
-  """Flips bits, one after another, in the files of one checkpoint."""
-  workdir, seen = directory / "flips", collections.Counter()
+  """Flips `count` bits, one at a time, in the files of one checkpoint. Returns {result: how often}.
+  """
+  workdir, counts = directory / "flips", collections.Counter()
   process = start([*TINY, f"--workdir={workdir}", "--config.total_steps=1000000",
                    "--config.checkpoint_every=50"], directory)
   read_until(process, ["step 100/"])
@@ -148,7 +150,7 @@ def try_flips(count: int, directory: pathlib.Path, rng: random.Random) -> dict:
                  path.stat().st_size and path.relative_to(workdir / "checkpoints").parts[0] in
                  (str(step), "scores.json"))
   sizes = [path.stat().st_size for path in files]
-  for turn in range(count):   # any file, then any byte, with equal probability
+  for turn in range(count):   # in turn, each file or each byte is equally likely
     path = rng.choice(files) if turn % 2 else rng.choices(files, sizes)[0]
     raw = path.read_bytes()
     at, bit = rng.randrange(len(raw)), rng.randrange(8)
@@ -163,16 +165,16 @@ def try_flips(count: int, directory: pathlib.Path, rng: random.Random) -> dict:
       print(f"{name} byte {at} bit {bit}: {type(error).__name__}: {error}", flush=True)
     finally:
       path.write_bytes(raw)
-    seen[result] += 1
+    counts[result] += 1
     if result == "SILENT":
       print(f"{name} byte {at} bit {bit}: restored something else", flush=True)
   if reader.restore(step) != good:
-    raise RuntimeError("the checkpoint is another without a flip: the counts mean nothing")
-  return {"flips": count, "SILENT": 0, **seen}
+    raise RuntimeError("the checkpoint changed without a flip: the counts are meaningless")
+  return {"flips": count, "SILENT": 0, **counts}
 
 
 def write_folder(directory: pathlib.Path) -> pathlib.Path:
-  """Digits as class folders of PNG files."""
+  """Writes digits as class folders of PNG files."""
   import numpy as np
   from PIL import Image
 
@@ -196,11 +198,11 @@ def free_port() -> int:
 
 
 def group(arguments, directory, processes: int, devices: int) -> list[subprocess.Popen]:
-  """main.py in several processes that are one run."""
+  """Starts main.py in several processes that form one run."""
   if processes == 1:
     return [start(arguments, directory, devices)]
-  where = [f"--coordinator=localhost:{free_port()}", f"--num_processes={processes}"]
-  return [start([*arguments, *where, f"--process_id={index}"], directory, devices)
+  shared = [f"--coordinator=localhost:{free_port()}", f"--num_processes={processes}"]
+  return [start([*arguments, *shared, f"--process_id={index}"], directory, devices)
           for index in range(processes)]
 
 
@@ -209,7 +211,8 @@ def last_line(workdir: pathlib.Path) -> dict:
 
 
 def interrupt(running, how: str):
-  """Ends a run: kill -9 to all of its processes, or SIGTERM to the last, which ends all with 75."""
+  """Ends a run with kill -9 to all of its processes, or with SIGTERM to the last one, after which
+  all exit with 75."""
   if how == "kill -9":
     return kill(running)
   running[-1].terminate()
@@ -221,7 +224,8 @@ def interrupt(running, how: str):
 
 def resumes_exactly(name: str, arguments, directory, processes: int, devices: int,
                     how: str) -> bool:
-  """Whether 40 steps are 20 and a little, an interruption, and the rest, in every bit."""
+  """Returns whether a run of 40 steps that is interrupted after step 21 and resumed ends with
+  exactly the bits of an uninterrupted one."""
   arguments = [*TINY, "--config.total_steps=40", "--config.checkpoint_every=20",
                "--config.log_every=1", *arguments]
   ends = []
@@ -233,7 +237,7 @@ def resumes_exactly(name: str, arguments, directory, processes: int, devices: in
       read_until(running[0], ["step 21/40"])
       interrupt(running, how)
       if (workdir / "checkpoints" / "40").exists():
-        raise RuntimeError(f"{name}: killed too late to say anything")
+        raise RuntimeError(f"{name}: interrupted too late, the run had already finished")
     running = group(call, directory, processes, devices)
     outputs = [process.communicate()[0] for process in running]
     if any(process.returncode for process in running):
@@ -268,7 +272,7 @@ def main():
   parser.add_argument("--kills", type=int, default=0)
   parser.add_argument("--flips", type=int, default=0)
   parser.add_argument("--resume", action="store_true")
-  parser.add_argument("--seed", type=int, default=0, help="of moments and bits")
+  parser.add_argument("--seed", type=int, default=0, help="of the random moments and bits")
   arguments = parser.parse_args()
   if not (arguments.kills or arguments.flips or arguments.resume):
     parser.error("give --kills, --flips or --resume")

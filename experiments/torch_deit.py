@@ -1,4 +1,4 @@
-"""A DeiT, dense or compact, in plain PyTorch: what `--to-torch` wrote, for users who stay there.
+"""A DeiT, dense or compact, in plain PyTorch: loads what `--to-torch` wrote, for PyTorch users.
 
   vitcompact convert compact.safetensors --to-torch --out compact_torch.safetensors
   python -m experiments.torch_deit compact_torch.safetensors        # counts its parameters
@@ -6,8 +6,8 @@
   from experiments.torch_deit import load
   model = load("compact_torch.safetensors")     # images (B, C, H, W) -> logits (B, classes)
 
-Needs torch and safetensors, nothing of vitcompact: sizes and plan are in the file's metadata.
-Inference only. Tensors have timm's names; those of compact layers are listed in
+Needs torch and safetensors but not vitcompact: sizes and plan are in the file's metadata. For
+inference only. Tensors have timm's names; those of compact layers are listed in
 vitcompact/torch_names.py, function `block`.
 """
 import json
@@ -20,8 +20,8 @@ from torch import nn
 
 
 def filter_tokens(x_bgrnd, taps, gain, grid):
-  """Correlates tokens n with taps (g, r, K) along their order, or (g, r, K, K) on their grid, whose
-  prefix tokens are scaled by gain (g, r, prefix)."""
+  """Correlates tokens n with taps: (g, r, K) along the order of tokens, or (g, r, K, K) on their
+  grid, in which case the prefix tokens are scaled by gain (g, r, prefix)."""
   b, g, r, n, d = x_bgrnd.shape
   planes = x_bgrnd.permute(0, 4, 1, 2, 3).reshape(b * d, g * r, n)
   half = taps.shape[-1] // 2
@@ -37,9 +37,9 @@ def filter_tokens(x_bgrnd, taps, gain, grid):
 
 
 class Hallucinate(nn.Module):
-  """Attention in which heads beyond the real ones use filtered maps of real heads.
+  """Attention in which the hallucinated heads use filtered maps of real heads.
 
-  A filter along keys acts on the values, a filter along queries on the output.
+  The filter along keys is applied to the values, the filter along queries to the output.
   """
 
   def __init__(self, spec, real, heads, grid, prefix):
@@ -65,7 +65,7 @@ class Hallucinate(nn.Module):
       return torch.cat([scores_bfnm, extra], dim=1).softmax(-1) @ value_bhmd
     maps = scores_bfnm.softmax(-1)
     real = maps.shape[1]
-    # What correlates the map's key axis with taps correlates the values with the reversed taps.
+    # Correlating the map's key axis with taps equals correlating the values with reversed taps.
     reversed_taps = self.key_taps.flip(list(range(2, self.key_taps.ndim)))
     value = value_bhmd[:, real:, None].expand(-1, -1, self.key_taps.shape[1], -1, -1)
     spread = filter_tokens(value, reversed_taps, self.key_gain, self.grid)
@@ -76,7 +76,7 @@ class Hallucinate(nn.Module):
 
 
 class Attention(nn.Module):
-  """Queries and keys of the real heads, values of all."""
+  """Attention with queries and keys of the real heads only, and values of all heads."""
 
   def __init__(self, width, heads, spec, grid, prefix):
     super().__init__()
@@ -147,7 +147,7 @@ class PatchEmbed(nn.Module):
 
 
 class CompactDeiT(nn.Module):
-  """The network that `fields` (of our VisionTransformer) and `plan` (its JSON, parsed) describe."""
+  """The network described by `fields` (of our VisionTransformer) and `plan` (its parsed JSON)."""
 
   def __init__(self, fields, plan):
     super().__init__()
@@ -190,7 +190,7 @@ class CompactDeiT(nn.Module):
 
 
 def plan_at(plan, block):
-  """{"heads": spec or None, "ffn": spec or None} of one block."""
+  """Returns {"heads": spec or None, "ffn": spec or None} for one block."""
   default = {"heads": plan.get("heads"), "ffn": plan.get("ffn")}
   return {**default, **plan.get("blocks", {}).get(str(block), {})}
 
@@ -202,7 +202,7 @@ def count_real(spec, heads):
 
 
 def load(path):
-  """The network of a file that `--to-torch` wrote, with its weights, in eval mode."""
+  """Returns the network of a file that `--to-torch` wrote, with its weights, in eval mode."""
   with safe_open(path, framework="pt") as file:
     about = file.metadata() or {}
     if not {"fields", "plan"} <= about.keys():

@@ -102,7 +102,7 @@ def measured(tmp_path_factory):
         Remote(), {**one.facts, **facts}))
     patch.setattr(train, "_candidate", lambda *args, **facts: Candidate(Remote(), facts))
     patch.setattr(measure, "Child", lambda *args, **kwargs: Remote())
-    patch.setattr(measure, "drawn_variables", lambda *args: {})
+    patch.setattr(measure, "random_variables", lambda *args: {})
     patch.setattr(layer, "macs_of", lambda *args: Macs(1))
     patch.setattr(vc, "count", lambda model: Count(1, 1, 1, 1, 1))
     patch.setattr(startup, "_program", lambda *args: ())

@@ -136,7 +136,7 @@ def test_mistakes_are_named(file, tmp_path):
   for arguments, words in (
       ((), "give one NAME or FILE, or --all"), (("resnet50",), "unknown model 'resnet50'"),
       (("deit_tiny_patch16_224", "--all"), "--all and no name"), (("--all",), "--out FOLDER"),
-      (("--all", "--out", tmp_path, "--receipt", file), "--receipt is of one model"),
+      (("--all", "--out", tmp_path, "--receipt", file), "--receipt is for one model"),
       ((file, "--plan", "{}"), "has its own plan"), (("/no/file.safetensors",), "/no/file"),
       (("pvt_tiny", "--plan", '{"tokens": {"method": "evit"}}'), "the plan names block 9")):
     assert words in command.fails("card", *arguments)

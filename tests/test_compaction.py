@@ -121,7 +121,7 @@ def test_the_page_shows_what_measuring_and_compacting_cost():
 def test_what_was_not_run_is_said_to_be():
   text = compaction.described([{"models": {"dense": {**ROW, "gained": 0, "lost": 0}}}])
   assert "12 random plans: not run." in text and "A plan for a speedup: not timed." in text
-  assert "of about half of the MACs, trained as long |  | not run |  |  |" in text
+  assert "with about half of the MACs, trained as long |  | not run |  |  |" in text
 
 
 def test_the_table_of_settings_is_that_of_its_results():

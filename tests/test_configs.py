@@ -44,7 +44,7 @@ def test_words_of_an_argument_are_switches_or_the_one_text_and_no_typo_passes():
   parse = load("base").parse
   chosen = parse("b,large,runlocal", model="a", large=False, deep=False)
   assert chosen.to_dict() == {"model": "b", "large": True, "deep": False, "runlocal": True}
-  with pytest.raises(ValueError, match=r"'lrage' is no argument .* takes large, runlocal"):
+  with pytest.raises(ValueError, match=r"'lrage' is not an argument .* takes large, runlocal"):
     parse("lrage", large=False)
 
 

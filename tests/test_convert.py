@@ -270,17 +270,17 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
   header = struct.pack("<Q", 2 ** 62) + data[8:]      # a header longer than the file
   for broken in (data[:100], data[:-4], b"", b"text", header):
     path.write_bytes(broken)
-    with pytest.raises(ValueError, match=r"bad\.safetensors is no whole \.safetensors file"):
+    with pytest.raises(ValueError, match=r"bad\.safetensors is not a complete \.safetensors file"):
       convert.load(path)
   arrays, about = convert.read_safetensors(whole)
   for metadata, words in (
-      (None, "is no file of ours"), ({**about, "model": "os.system"}, "unknown model"),
-      ({**about, "fields": "[1]"}, "describes no model"),
-      ({**about, "fields": '{"width": "wide"}'}, "describes no model"),
+      (None, "is not one of our files"), ({**about, "model": "os.system"}, "unknown model"),
+      ({**about, "fields": "[1]"}, "does not describe a model"),
+      ({**about, "fields": '{"width": "wide"}'}, "does not describe a model"),
       ({**about, "plan": "{]"}, "must be JSON"),
-      ({**about, "plan": "[" * 100_000}, "describes no model"),
-      ({**about, "fields": '{"num_classes": -3}'}, "describes no model"),
-      ({**about, "fields": '{"dtype": "float33"}'}, "describes no model"),
+      ({**about, "plan": "[" * 100_000}, "does not describe a model"),
+      ({**about, "fields": '{"num_classes": -3}'}, "does not describe a model"),
+      ({**about, "fields": '{"dtype": "float33"}'}, "does not describe a model"),
       ({**about, "fields": json.dumps({**json.loads(about["fields"]), "depth": 1})},
        "unexpected params/blocks_1")):
     safetensors.numpy.save_file(arrays, path, metadata=metadata)

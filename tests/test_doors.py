@@ -53,16 +53,16 @@ def door(request):
 
 def test_a_name_is_no_model(door):
   verb, model, variables, images = door
-  assert "'deit' was given, wanted: a model" in refusal(verb, "deit", variables, images)
-  assert "wanted: a model" in refusal(verb, type(model), variables, images)
+  assert "'deit' was given, expected a model" in refusal(verb, "deit", variables, images)
+  assert "expected a model" in refusal(verb, type(model), variables, images)
 
 
 def test_swapped_arguments_are_named(door):
   verb, model, variables, images = door
-  assert "dict was given, wanted: a model" in refusal(verb, variables, model, images)
+  assert "dict was given, expected a model" in refusal(verb, variables, model, images)
   said = refusal(verb, model, images, variables)
-  assert "of shape (3, 32, 32, 3) was given, wanted: {'params': ...," in said
-  assert "5 was given, wanted: {'params'" in refusal(verb, model, 5, images)
+  assert "of shape (3, 32, 32, 3) was given, expected {'params': ...," in said
+  assert "5 was given, expected {'params'" in refusal(verb, model, 5, images)
 
 
 def test_bare_parameters_are_recognised(door):
@@ -108,7 +108,7 @@ def test_images_are_a_batch_of_normalised_floats(images, said):
 @pytest.mark.parametrize("plan", [PLAN.to_json(), {"ffn": {"method": "cffn"}}, None, vc.CFFN()])
 def test_compact_wants_a_plan(plan):
   dense, variables, *_ = three_forms()
-  assert "wanted: a Plan; Plan.parse reads" in refusal(vc.compact, dense, variables, plan)
+  assert "expected a Plan; Plan.parse reads" in refusal(vc.compact, dense, variables, plan)
 
 
 def test_what_is_left_of_the_verbs_arguments():

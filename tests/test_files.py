@@ -74,7 +74,7 @@ def test_a_change_of_the_metadata_is_seen(ours):
   fields = json.loads(about["fields"])
   whole["fields"] = json.dumps({**fields, "drop_path_rate": 0.5})
   safetensors.numpy.save_file(arrays, ours, metadata=whole)
-  assert "is damaged: its contents are not those whose sha256" in refusal(vc.load, ours)
+  assert "is damaged: its contents do not match the sha256" in refusal(vc.load, ours)
 
 
 def test_a_file_may_be_read_by_whom_other_files_may_be_read(ours):
@@ -153,8 +153,8 @@ def test_names_of_classes_travel_with_the_file(tmp_path, ours):
   arrays, about = convert.read_safetensors(path)
   for wrong in ('["a"]', "{]", "3", '{"a": 1}'):
     safetensors.numpy.save_file(arrays, path, metadata={**about, "classes": wrong})
-    assert "names no classes" in refusal(vc.load, path)
-    assert "names no classes" in refusal(convert.classes_of, path)
+    assert "no valid class names" in refusal(vc.load, path)
+    assert "no valid class names" in refusal(convert.classes_of, path)
 
 
 @pytest.mark.parametrize("crop", [0.5, 1, None])
@@ -184,7 +184,7 @@ def test_a_crop_that_is_none_is_refused_in_a_line(ours, crop):
   arrays, about = convert.read_safetensors(ours)
   safetensors.numpy.save_file(arrays, ours, metadata={**about, "crop": crop})
   for read in (vc.load, vc.preprocess):
-    assert "its metadata tells no crop" in refusal(read, ours)
+    assert "its metadata has no valid crop" in refusal(read, ours)
 
 
 def test_names_of_classes_go_from_file_to_file_through_every_verb(tmp_path):
@@ -261,7 +261,7 @@ def cut(path):
 
 
 @pytest.mark.parametrize("name, write, words", [
-    ("deit.pth", pickled, "is a PyTorch file, wanted: a .safetensors file of ours; "
+    ("deit.pth", pickled, "is a PyTorch file, expected a .safetensors file of ours; "
      "`vitcompact convert"),
     ("deit.pth", zipped, "is a PyTorch file"), ("deit.safetensors", zipped, "is a PyTorch file"),
     ("deit.ckpt", cut, "is a PyTorch file"), ("deit.pth", lambda path: path.write_bytes(b"old"),
@@ -272,9 +272,9 @@ def cut(path):
      "is a Git LFS pointer"),
     ("a.safetensors", lambda path: path.write_text("\n<!doctype html><html>"), "is a web page"),
     ("a.h5", lambda path: path.write_bytes(b"\x89HDF\r\n"), "is an HDF5 file"),
-    ("a.safetensors", lambda path: path.write_text("weights"), "no whole .safetensors file: text"),
-    ("a.safetensors", lambda path: path.touch(), "no whole .safetensors file: empty"),
-    ("a.safetensors", lambda path: path.write_bytes(b"\0\1\2\3"), "no whole .safetensors file"),
+    ("a.safetensors", lambda path: path.write_text("weights"), "complete .safetensors file: text"),
+    ("a.safetensors", lambda path: path.touch(), "is not a complete .safetensors file: empty"),
+    ("a.safetensors", lambda path: path.write_bytes(b"\0\1\2\3"), "not a complete .safetensors"),
     ("a.safetensors", lambda path: None, "a.safetensors: no such file"),
     ("dir", lambda path: (path.mkdir(), (path / "trained.safetensors").touch()),
      "is a directory, not a file of weights; in it: trained.safetensors"),
@@ -305,17 +305,17 @@ def test_whatever_bytes_a_file_has_it_is_refused_in_a_line(tmp_path_factory, sta
 
 def test_what_is_no_path_is_refused():
   for value in (None, 3, VARIABLES):
-    assert "wanted: the path of a file" in refusal(vc.load, value)
+    assert "expected the path of a file" in refusal(vc.load, value)
   assert "a path that ends in .safetensors" in refusal(vc.save, None, MODEL, VARIABLES)
-  assert "dict was given, wanted: a model" in refusal(vc.save, "a.safetensors", VARIABLES, MODEL)
-  with pytest.raises(ValueError, match=r"the parameters alone: give \{'params': \.\.\.\}"):
+  assert "dict was given, expected a model" in refusal(vc.save, "a.safetensors", VARIABLES, MODEL)
+  with pytest.raises(ValueError, match=r"only the parameters: give \{'params': \.\.\.\}"):
     vc.save("a.safetensors", MODEL, VARIABLES["params"])
 
 
 def test_safetensors_with_pytorch_names_say_how_to_convert_them(tmp_path, theirs, ours):
   for load in (vc.load, convert.classes_of):
     said = refusal(load, theirs)
-    assert f"{theirs} is no file of ours: its metadata has ['format']" in said
+    assert f"{theirs} is not one of our files: its metadata has ['format']" in said
     assert f"`vitcompact convert {theirs} --model NAME --out NEW.safetensors`" in said
   home = tmp_path / "home.safetensors"
   program.to_torch(ours, home)

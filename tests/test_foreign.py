@@ -129,7 +129,7 @@ def test_a_classifier_beside_its_backbone_belongs_to_the_model_and_others_are_le
   assert digest(beside) == WANTED
   loaded = convert.read_state_dict(MODEL, {**beside, "loss.centre": np.ones((1, 9))})
   assert loaded.outside == ["loss.centre"]
-  assert "left out, no part of the model: loss.centre" in loaded.lines()
+  assert "left out, not part of the model: loss.centre" in loaded.lines()
   with pytest.warns(UserWarning, match="1 tensors without the prefix 'backbone.' .*loss.centre"):
     assert digest({**beside, "loss.centre": np.ones((1, 9))}) == WANTED
 
@@ -174,7 +174,7 @@ def test_networks_side_by_side_are_chosen_by_a_part_of_their_prefix():
     assert digest(both) == WANTED
   assert [str(one.message).split(":")[0] for one in caught] == [
       "the checkpoint holds several sets of weights",
-      "1 tensors without the prefix 'teacher.backbone.' are no part of deit_tiny_patch16_224 and "
+      "1 tensors without the prefix 'teacher.backbone.' are not part of deit_tiny_patch16_224 and "
       "were left out"]
   loaded = convert.read_state_dict(MODEL, both, weights="student")
   assert (loaded.container, loaded.prefix) == ("student.backbone", "student.backbone.")
@@ -209,24 +209,24 @@ def test_names_that_are_not_read_are_recognised_in_one_line(names, words):
 
 def test_variables_of_flax_are_no_state_dict():
   for variables in (tiny.init(MODEL), tiny.init(MODEL)["params"]):
-    assert refusal(MODEL, variables).startswith("variables of Flax were given; wanted: a state")
+    assert refusal(MODEL, variables).startswith("variables of Flax were given; expected a state")
 
 
 @pytest.mark.parametrize("given, words", [
-    (None, "a NoneType was given; wanted: a state dict"),
-    ("deit.pth", "a path was given, 'deit.pth'; wanted"),
-    (pathlib.Path("deit.pth"), "a path was given, 'deit.pth'; wanted"),
-    ([("norm.bias", np.ones(3))], "a list was given; wanted"), ({}, "the state dict is empty"),
+    (None, "a NoneType was given; expected a state dict"),
+    ("deit.pth", "a path was given, 'deit.pth'; expected"),
+    (pathlib.Path("deit.pth"), "a path was given, 'deit.pth'; expected"),
+    ([("norm.bias", np.ones(3))], "a list was given; expected"), ({}, "the state dict is empty"),
     ({"epoch": 3, "model": None}, r"no tensors .*'epoch' \(a int\), 'model' \(a NoneType\)"),
-    ({"model": {}}, "no tensors"), (tiny.deit(), "a VisionTransformer was given; wanted")])
+    ({"model": {}}, "no tensors"), (tiny.deit(), "a VisionTransformer was given; expected")])
 def test_what_is_no_state_dict_is_refused_in_a_line(given, words):
   said = refusal(MODEL, given)
   assert re.search(words, said) and "\n" not in said
 
 
 def test_what_is_no_model_is_refused_in_a_line():
-  assert refusal("deit_small", STATE).startswith("'deit_small' was given, wanted: a model")
-  assert refusal(STATE, MODEL).startswith("a dict was given, wanted: a model")
+  assert refusal("deit_small", STATE).startswith("'deit_small' was given, expected a model")
+  assert refusal(STATE, MODEL).startswith("a dict was given, expected a model")
   module = type("Module", (), {"state_dict": lambda self: STATE})()
   assert refusal(MODEL, module).endswith("pass its .state_dict()")
 

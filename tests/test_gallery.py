@@ -72,7 +72,7 @@ def test_even_attention_is_on_the_garment_as_often_as_elsewhere(scene, tmp_path)
 
 
 def test_before_it_is_fitted_a_hallucinated_map_is_its_source(scene):
-  small = gallery.under(scene, vc.Plan(heads=vc.HMHSA()))
+  small = gallery.compacted(scene, vc.Plan(heads=vc.HMHSA()))
   picture = gallery.hallucinated(small, "left", 0)
   assert picture.numbers["least_likeness"] == pytest.approx(1, abs=1e-5)
   titles = [title for title, _ in picture.panels]

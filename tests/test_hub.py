@@ -103,7 +103,7 @@ def test_names_are_listed_with_their_tags_and_each_can_be_created():
     ("deit_tiny_patch16_224.fb_in2k", "did you mean deit_tiny_patch16_224.fb_in1k"),
     ("vit_small_patch16_224.augreg", "augreg_in21k_ft_in1k, augreg_in1k, augreg_in21k, dino"),
     ("deit_tini_patch16_224.fb_in1k", "did you mean deit_tiny_patch16_224"),
-    ("deit", "unknown model"), ("", "no name of weights"), (3, "no name of weights")])
+    ("deit", "unknown model"), ("", "not a name of weights"), (3, "not a name of weights")])
 def test_an_unknown_name_or_tag_is_refused_with_those_that_are(name, words):
   with pytest.raises(ValueError, match=re.escape(words)) as error:
     vc.pretrained(name)
@@ -213,7 +213,7 @@ def test_what_is_not_there_is_told_apart(server):
   server.gated.add("org/name")
   with pytest.raises(ValueError, match="wants its licence accepted"):
     vc.pretrained("hf-hub:org/name")
-  with pytest.raises(ValueError, match="wanted: hf-hub:org/name"):
+  with pytest.raises(ValueError, match="expected hf-hub:org/name"):
     vc.pretrained("hf-hub:org name")
   with pytest.raises(ValueError, match="two revisions"):
     vc.pretrained("hf-hub:org/name@a", revision="b")
@@ -228,7 +228,7 @@ def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
 def test_another_number_of_classes_keeps_the_backbone_and_says_so(server):
   _, variables, file = network()
   server.add(REPO, model__safetensors=file)
-  with pytest.warns(UserWarning, match="the one of 1000 classes was left out, that of 5 is "):
+  with pytest.warns(UserWarning, match="the one of 1000 classes was left out; a new one of 5 "):
     model, weights = vc.pretrained(NAME, num_classes=5, **SIZES)
   assert model.num_classes == 5 and weights["params"]["head"]["kernel"].shape == (24, 5)
   assert not trees.differences(weights, tiny.init(model))
@@ -244,7 +244,7 @@ def test_no_classes_leave_the_classifier_out_in_silence(server):
 
 def test_a_plan_is_not_for_weights(server):
   server.add(REPO, model__safetensors=network()[2])
-  with pytest.raises(ValueError, match=r"load them, then vc\.compact"):
+  with pytest.raises(ValueError, match=r"load them, then use vc\.compact"):
     vc.pretrained(NAME, plan=vc.Plan(heads=vc.HMHSA()), **SIZES)
 
 
@@ -257,7 +257,7 @@ def test_weights_in_parts_are_fetched_and_checked_one_by_one(server):
   assert found.parts[0].digest == hashlib.sha256(b"one").hexdigest()
   bad = json.dumps({"weight_map": {"a": "../secret.safetensors"}})
   server.add("org/bad", **{"model.safetensors.index.json": bad.encode()})
-  with pytest.raises(ValueError, match="names no file beside it"):
+  with pytest.raises(ValueError, match="is not the name of a file in its directory"):
     hub.find("hf-hub:org/bad", model=NAME)
 
 
@@ -310,7 +310,7 @@ def test_authors_weights_come_from_their_address(server, monkeypatch):
   assert row["url"].startswith("https://github.com/whai362/PVT/releases/download/")
   monkeypatch.setitem(row, "url", f"{server.address}/files/pvt_tiny.safetensors")
   assert same(vc.pretrained("pvt_tiny", **sizes)[1], variables)
-  with pytest.raises(ValueError, match="is no repository, and has none"):
+  with pytest.raises(ValueError, match="is not a repository, and has no revisions"):
     vc.pretrained("pvt_tiny", revision="main")
 
 
@@ -341,7 +341,7 @@ def test_a_folder_is_read_as_a_repository(tmp_path):
     named, weights = vc.pretrained(tmp_path / "model.safetensors", model=NAME, num_classes=3,
                                    **SIZES)
   assert named == model and same(weights, variables)
-  with pytest.warns(UserWarning, match="that of 4 is initialised anew"):
+  with pytest.warns(UserWarning, match="a new one of 4 classes is initialised"):
     vc.pretrained(tmp_path / "model.safetensors", model=NAME, num_classes=4, **SIZES)
   (tmp_path / "config.json").unlink()
   with pytest.raises(ValueError, match="does not say which model it is of"):
@@ -367,7 +367,7 @@ def test_squashed_images_and_channels_are_understood():
 @pytest.mark.parametrize("change, words", [
     ({"architecture": "resnet50"}, "unknown model 'resnet50'"),
     ({"model_args": {"qk_norm": True}}, "qk_norm=True"),
-    ({"pretrained_cfg": {"mean": "white"}}, "tells no preparation of images"),
+    ({"pretrained_cfg": {"mean": "white"}}, "has unknown settings for preparing images"),
     ({"pretrained_cfg": []}, "config.json")])
 def test_a_config_that_is_not_understood_is_refused_in_one_line(tmp_path, change, words):
   (tmp_path / "config.json").write_bytes(timm_config(**change))
@@ -442,7 +442,7 @@ def test_means_of_others_weights_go_with_the_model_through_the_path(tmp_path):
   arrays, about = convert.read_safetensors(first)
   for pixels in ("{", "[1]", '{"mean": "x", "std": [1], "interpolation": "bicubic"}'):
     convert.write_safetensors(other, arrays, {**about, "pixels": pixels}, force=True)
-    with pytest.raises(ValueError, match="its metadata tells no mean and std"):
+    with pytest.raises(ValueError, match="its metadata has no valid mean and std"):
       vc.preprocess(other)
 
 

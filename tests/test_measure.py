@@ -320,10 +320,10 @@ def test_a_report_goes_to_json_and_back(measured):
 def test_a_spoilt_report_is_one_clear_error(measured, spoil):
   tree = json.loads(measured[3].to_json())
   spoil(tree)
-  with pytest.raises(ValueError, match="no report of vitcompact") as error:
+  with pytest.raises(ValueError, match="not a report of vitcompact") as error:
     vc.Report.from_json(json.dumps(tree))
   assert "\n" not in str(error.value)
-  with pytest.raises(ValueError, match="no report"):
+  with pytest.raises(ValueError, match="not a report"):
     vc.Report.from_json("[" * 100_000)
 
 

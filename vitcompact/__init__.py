@@ -27,7 +27,7 @@ __all__ = sorted(_HOMES)
 
 
 def _listed_method(name: str) -> type:
-  """The class of this name in METHODS: a method that is listed there needs no line here."""
+  """The class of this name in METHODS, so that listed methods need no entry in `_HOMES`."""
   methods = importlib.import_module("vitcompact.methods").METHODS
   for kinds in methods.values():
     for kind in kinds.values():
@@ -37,8 +37,8 @@ def _listed_method(name: str) -> type:
 
 
 class _Package(types.ModuleType):
-  """Finds public names when first asked for, and keeps them: importing the submodule `fold` must
-  not hide the function of the same name."""
+  """Imports public names on first use, and keeps them: importing the submodule `fold` must not hide
+  the function of the same name."""
 
   def __getattr__(self, name):
     if name in _HOMES:

@@ -1,4 +1,4 @@
-"""`python -m vitcompact`: the command, where the package is not installed."""
+"""`python -m vitcompact`: the command, for use without installing the package."""
 from vitcompact.cli import main
 
 main()

@@ -1,2 +1,2 @@
-"""The version of the package: pyproject.toml reads it here, and so does `vc.__version__`."""
+"""The version of the package, which pyproject.toml and `vc.__version__` read."""
 __version__ = "0.2.0.dev0"

@@ -1,4 +1,4 @@
-"""compact: a trained dense model's weights brought to a smaller plan."""
+"""compact: carries a trained dense model's weights over to a smaller plan."""
 import dataclasses
 import warnings
 from collections.abc import Callable
@@ -15,29 +15,32 @@ from vitcompact.doors import check_images, check_model, check_plan, check_values
 from vitcompact.methods import protocol
 from vitcompact.plan import Plan
 
-FEW = 1.5   # times the error of the images fitted: beyond, those held out say that they were few
+# Held-out error over fitted error: above this, warn that there are too few calibration images.
+OVERFIT_RATIO = 1.5
 
 
 def compact(model: nn.Module, variables, plan: Plan, images=None,
             progress: Callable[[str, dict], Any] | None = None):
-  """Returns (small model, its variables): `model` under `plan`, with weights that come closest.
+  """Returns (small model, its variables): `model` under `plan`, with weights fitted to `model`'s.
 
-  With calibration images, every choice is made by them, block after block, each on the stream of
-  the compact blocks before it, towards the stream of the dense model: which heads stay, which one
-  each other head copies, values and outputs refitted; factors that minimise the error of the
-  outputs; mask predictors that restore the dense maps; statistics of batch norms. In closed form,
-  without training (our own work, not the papers'). A quarter of the images is held out, by which
-  the fits are regularised. Without images, hallucinated heads copy the real ones by order, factors
-  are truncated singular value decompositions, and predictors are new.
+  With calibration images, blocks are fitted one after another in closed form, without training (our
+  own work, not the papers'). A block's input is the residual stream of the compact blocks before
+  it; its target is the dense model's stream. The fit chooses which heads stay and which of these
+  each hallucinated head copies, refits values and outputs, finds the factors with the least output
+  error and the mask predictors that restore the dense maps, and sets batch norm statistics. A
+  quarter of the images is held out to regularise the fits. Without images, hallucinated heads copy
+  the real ones in order, factors are truncated singular value decompositions, and mask predictors
+  are newly initialised.
 
-  Layers that the plan leaves alone keep their names and bits.
+  Layers that the plan does not change keep their names and their exact values.
 
   Args:
-    model: a dense model (its plan has no method), or one whose methods have a dense form that comes
-      close, as MoH does: that form is where it starts. variables: {"params", "batch_stats"?}.
-    images: (B, H, W, C), normalised, of mixed classes: some 256 large or 1,024 small ones, of
-      training data.
-    progress: called after each block with its name and what its fits tell: {"heads": {"copied",
+    model: a dense model (its plan has no method), or one whose methods have an approximate dense
+      form, such as MoH; the fit then starts from that form.
+    variables: {"params", "batch_stats"?}.
+    images: (B, H, W, C), normalised training images of mixed classes: about 256 large or 1,024
+      small ones.
+    progress: called after each block with its name and the errors of its fits: {"heads": {"copied",
       "fitted", "held_out": relative squared errors of attention's output, "order"}, "ffn fc2":
       {"fitted", "held_out"}, ...}.
   Raises:
@@ -53,7 +56,7 @@ def compact(model: nn.Module, variables, plan: Plan, images=None,
   if images is not None:
     check_images(model, images)
     check_values(images)
-    jax.eval_shape(model.apply, variables, images)   # their size, in the model's own words
+    jax.eval_shape(model.apply, variables, images)   # the model itself checks their size
   if model.plan != Plan():
     model, variables = _dense_form(model, variables, images)
   small = model.clone(plan=plan)
@@ -71,18 +74,18 @@ def compact(model: nn.Module, variables, plan: Plan, images=None,
   stats = {name: leaf for name, leaf in stats.items() if leaf}
   if images is None and any(method.axis != "tokens" for method in plan.methods()):
     new_norms = trees.named_leaves(stats).keys() - old_stats.keys()
-    warnings.warn("compact without calibration images chooses by order and fits to weights alone"
-                  f"{', and new batch norms start without statistics' if new_norms else ''}; with "
-                  "images= it chooses and fits by what they show (docs/compaction.md)",
+    warnings.warn("compact without calibration images chooses and fits by the weights alone"
+                  f"{', and new batch norms start without statistics' if new_norms else ''}; "
+                  "with images= it uses activations (docs/compaction.md)",
                   stacklevel=2)
   return small, {"params": params, **({"batch_stats": stats} if stats else {})}
 
 
 def _dense_form(model: nn.Module, variables, images):
-  """(dense model, its variables) of a model whose methods have dense forms."""
+  """(dense model, its variables) for a model whose methods have dense forms."""
   if images is None:
-    raise ValueError(f"the dense form of plan={model.plan.to_json()} follows from what its methods "
-                     "do on images; give images=")
+    raise ValueError(f"the dense form of plan={model.plan.to_json()} depends on activations; give "
+                     "images=")
   params, stats = dict(variables["params"]), dict(variables.get("batch_stats", {}))
 
   def on_block(name, block, x):
@@ -103,21 +106,21 @@ def _dense_form(model: nn.Module, variables, images):
 def _fitted(model: nn.Module, small: nn.Module, variables, images, progress):
   """{name: (params, stats)} of the blocks under a plan, fitted one after another.
 
-  The dense model runs on the images twice over, as one batch: in every block one half is the
-  compact model's stream, the other its teacher's. Once a reducer leaves the compact model with
-  other tokens, its half goes on alone, and the teacher of a block is the dense block on its input.
+  Each image is in the batch twice: the first half carries the compact model's residual stream, the
+  second the dense teacher's. Once a reducer acts, the two have different tokens: only the compact
+  half continues, and a block's teacher is the dense block applied to that block's own input.
   """
-  images, held = held_last(images)
+  images, held_out = held_last(images)
   modules = small.clone(remat=False).submodules()
-  params, stats, found, told = variables["params"], variables.get("batch_stats", {}), {}, {}
+  params, stats, fitted, notes = variables["params"], variables.get("batch_stats", {}), {}, {}
 
   def on_block(name, dense, x):
     paired = len(jax.tree.leaves(x)[0]) == 2 * len(images)
     own = {"params": params[name], "batch_stats": stats.get(name, {})}
     dense_out, teacher = taught(dense, own, take(x, slice(len(images), None)) if paired else x)
-    data = Calibration(dense, *own.values(), take(x, slice(len(images))), teacher, held, {})
-    found[name], out = _fit_block(modules[name], data)
-    told[name] = data.notes
+    data = Calibration(dense, *own.values(), take(x, slice(len(images))), teacher, held_out, {})
+    fitted[name], out = _fit_block(modules[name], data)
+    notes[name] = data.notes
     if progress is not None:
       progress(name, data.notes)
     if paired and modules[name].methods.tokens is None:
@@ -125,36 +128,36 @@ def _fitted(model: nn.Module, small: nn.Module, variables, images, progress):
     return out
 
   through(model, variables, np.concatenate([images, images]), on_block)
-  _warn_of_few(told, len(images))
-  return found
+  _warn_if_too_few(notes, len(images))
+  return fitted
 
 
 def _fit_block(block: nn.Module, data: Calibration):
-  """((params, stats), output) of a block, fitted to its inputs.
+  """((params, stats), output) of a block, fitted on calibration inputs.
 
-  block: under the plan, at the model's size; data: its dense form, at the size of these inputs.
+  block: under the plan, at the model's image size; data: of its dense form, at the inputs' size.
   """
   dense = data.module
 
-  def seen(methods, params, stats):
+  def calibration_of(methods, params, stats):
     return dataclasses.replace(data, module=dense.clone(methods=methods), params=params,
                                stats=stats)
 
-  new = blocks.from_dense(block.site, block.methods, data.params, data.stats, seen)
+  new = blocks.from_dense(block.site, block.methods, data.params, data.stats, calibration_of)
   return new, run(dense.clone(methods=block.methods), dict(zip(("params", "batch_stats"), new,
                                                                strict=True)), data.x)
 
 
-def _warn_of_few(notes: dict[str, dict], images: int):
-  """Once, of the fit that tells most clearly that there were too few images."""
+def _warn_if_too_few(notes: dict[str, dict], images: int):
+  """Warns once, naming the fit that overfits most."""
   if images < 8:
     warnings.warn(f"{images} calibration images are too few to hold any out: a fit may be worse "
-                  "than none; give some hundred", stacklevel=3)
+                  "than none; give a few hundred", stacklevel=3)
   fits = [(fit["held_out"] / max(fit["fitted"], 1e-9), name, part, fit)
           for name, block in notes.items() for part, fit in block.items()
           if fit["held_out"] > 0.01]
-  if fits and max(fits, key=lambda fit: fit[0])[0] > FEW:
+  if fits and max(fits, key=lambda fit: fit[0])[0] > OVERFIT_RATIO:
     _, name, part, fit = max(fits, key=lambda fit: fit[0])
     warnings.warn(f"{images} calibration images are few: in {name}, {part}, the relative error is "
-                  f"{fit['held_out']:.2g} on those held out, {fit['fitted']:.2g} on those fitted; "
+                  f"{fit['held_out']:.2g} on held-out images, {fit['fitted']:.2g} on fitted ones; "
                   "give more images", stacklevel=3)

@@ -1,4 +1,4 @@
-"""Runs side by side, read from the metrics.jsonl of their workdirs: curves, and how each ended."""
+"""Compares runs by the metrics.jsonl in their workdirs: curves, and a table of final metrics."""
 import json
 import math
 import pathlib
@@ -11,8 +11,8 @@ FINAL_METRICS = ("step", "val_accuracy", "test_accuracy", "best_val_accuracy", "
 
 
 def read(workdir) -> dict[str, dict[int, float]]:
-  """{metric: {step: value}} of a run. What was logged twice, before and after a kill, counts once:
-  the later."""
+  """{metric: {step: value}} of a run. If a step was logged again after a restart, the later value
+  counts."""
   path = pathlib.Path(workdir) / "metrics.jsonl"
   if not path.is_file():
     raise ValueError(f"{path} is not there: name the --workdir of a run")
@@ -23,7 +23,7 @@ def read(workdir) -> dict[str, dict[int, float]]:
       line["step"]
     except (ValueError, TypeError, KeyError, RecursionError):
       raise ValueError(f"{path} line {number} is no JSON object with a step: {text[:80]!r}; it is "
-                       "no log of a run") from None
+                       "not the log of a run") from None
     for name, value in line.items():
       if name != "step" and isinstance(value, (int, float)):
         out.setdefault(name, {})[line["step"]] = value
@@ -32,15 +32,16 @@ def read(workdir) -> dict[str, dict[int, float]]:
   return {name: dict(sorted(values.items())) for name, values in out.items()}
 
 
-def panels(runs: dict, asked) -> list[str]:
-  """The metrics to plot: those asked for, or all that were logged twice, the usual ones first."""
-  known = {name for metrics in runs.values() for name in metrics}
-  if unknown := [name for name in asked or () if name not in known]:
+def panels(runs: dict, metrics) -> list[str]:
+  """The metrics to plot: `metrics`, or all that were logged more than once, the usual ones first.
+  """
+  known = {name for logged in runs.values() for name in logged}
+  if unknown := [name for name in metrics or () if name not in known]:
     raise ValueError(f"--metric: no run has {', '.join(unknown)}; there are "
                      f"{', '.join(sorted(known))}")
-  if asked:
-    return list(asked)
-  several = {name for metrics in runs.values() for name, values in metrics.items()
+  if metrics:
+    return list(metrics)
+  several = {name for logged in runs.values() for name, values in logged.items()
              if len(values) > 1}
   if not several:
     raise ValueError("no number was logged twice: nothing to plot; name some with --metric")
@@ -48,7 +49,7 @@ def panels(runs: dict, asked) -> list[str]:
 
 
 def plot(runs: dict, names: list[str], out):
-  """Writes a picture with a panel for each metric: its values over steps, a line for each run."""
+  """Writes a picture with a panel for each metric: its values over steps, one curve per run."""
   pyplot, columns = draw.pyplot(), min(3, len(names))
   rows = math.ceil(len(names) / columns)
   figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 3.2 * rows), squeeze=False)
@@ -68,7 +69,7 @@ def plot(runs: dict, names: list[str], out):
 
 
 def table(runs: dict) -> str:
-  """What each run ended with."""
+  """A text table of the final metrics of each run."""
   rows = [("run", *FINAL_METRICS)]
   for run, metrics in runs.items():
     ends = {name: list(values.values())[-1] for name, values in metrics.items()}

@@ -1,4 +1,4 @@
-"""count: parameters, and multiply-accumulates read off the traced inference program."""
+"""count: parameters, and multiply-accumulates of the traced inference program."""
 import functools
 import math
 import re
@@ -30,11 +30,13 @@ class Macs(NamedTuple):
 
 
 class Count(NamedTuple):
-  """Of one image. Multiply-accumulates of matrix products and convolutions, and one for each tap of
-  a token filter; `macs` are executed by the traced program, `ideal_macs` are what the method needs
-  (its folded form; pairs that are scored, coefficients and basis entries that are not 0; see
-  `attention.share` and `layers.nonzero`). `attention_macs` are the score and value products among
-  them, those of mask predictors included."""
+  """Parameters, and the cost of one image.
+
+  Multiply-accumulates are counted for matrix products and convolutions, and one for each tap of a
+  token filter. `macs` are those that the traced program executes; `ideal_macs` those that the
+  method needs: its folded form, only the pairs that are scored, only coefficients and basis entries
+  that are not 0 (see `attention.share` and `layers.nonzero`). The `attention_macs` are the score
+  and value products among them, including those of mask predictors."""
   params: int
   macs: int
   ideal_macs: int
@@ -46,11 +48,11 @@ def count(model: nn.Module, image_size: int | tuple[int, int] | None = None,
           variables=None) -> Count:
   """Counts a model without running it; `image_size` defaults to the model's own.
 
-  variables: of the model; with them the share of entries that are not 0, where a method needs no
-    others, is that of the weights, else it is 1.
+  variables: the model's; if given, `ideal_macs` counts only the entries that are not 0 in them,
+    for methods that need no others. Otherwise all entries count.
   """
   check_model(model)
-  # Of the model as it was made: its positions have one size.
+  # Before the image size changes: the positions in `variables` have the model's own size.
   folded = {} if variables is None else fold(model, variables)[1]["params"]
   if image_size is not None:
     check_value("image_size", int | tuple[int, int], image_size)
@@ -68,11 +70,12 @@ def _pair(size) -> tuple[int, int]:
   return tuple(np.broadcast_to(size, 2).tolist())
 
 
-@functools.lru_cache(maxsize=16)   # the dense model is counted beside each compact one
+@functools.lru_cache(maxsize=16)   # the dense model is counted again with each compact one
 def _trace(model):
-  """(number of parameters, jaxpr of inference): of `init`, which computes the outputs too.
+  """(number of parameters, jaxpr of inference).
 
-  Drawing parameters takes no products, and one trace is half the time of two.
+  Both come from one trace of `init`, which also computes the outputs: initialising parameters takes
+  no products, and one trace takes half the time of two.
   """
   return _traced(model, image_shapes(model))
 
@@ -83,7 +86,7 @@ def _traced(module: nn.Module, x):
 
 
 def count_block(block: nn.Module, x) -> tuple[int, int]:
-  """(multiply-accumulates, parameters) of an unbound block at an input, a tree of shapes."""
+  """(multiply-accumulates, parameters) of an unbound block for an input x, a tree of shapes."""
   params, jaxpr = _traced(block, x)
   return _walk(jaxpr).total, params
 
@@ -94,21 +97,24 @@ def macs_of(fn, *args) -> Macs:
 
 
 def _program(fn, *args):
-  """(jaxpr, shapes of the results), as every device computes it: a kernel's own padding is not
-  counted."""
+  """(jaxpr, shapes of the results) of the device-independent program: attention is traced as
+  einsums, so that the padding of a kernel is not counted."""
   with attention.using("einsum"):
     jaxpr, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
   return jaxpr.jaxpr, shapes
 
 
 def _walk(jaxpr, scope: str = "", folded: Mapping | None = None) -> Macs:
-  """folded: None counts what is executed; a mapping, perhaps of deployed parameters, what the
-  method needs."""
+  """Sums the products of a jaxpr.
+
+  folded: None counts what is executed; a mapping counts what the method needs, by the deployed
+    parameters in it (it may be empty).
+  """
   total = Macs()
   for eqn in jaxpr.eqns:
     # The name stack of an equation inside scan or jit is relative to that of its caller.
-    here = f"{scope}/{eqn.source_info.name_stack}"
-    total += _products(eqn, here).times(_needed(here, folded)) + _inner(eqn, here, folded)
+    path = f"{scope}/{eqn.source_info.name_stack}"
+    total += _products(eqn, path).times(_needed(path, folded)) + _inner_programs(eqn, path, folded)
   return total
 
 
@@ -118,7 +124,7 @@ def _products(eqn, scope: str) -> Macs:
     (contracted, _), _ = eqn.params["dimension_numbers"]
     n = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
   elif name == "conv_general_dilated":
-    # A kernel's entries, its output channels aside, are what one output element takes.
+    # One output element takes as many products as the kernel has entries per output channel.
     kernel = eqn.invars[1].aval.shape
     n = math.prod(kernel) // kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
   elif name == "mul" and SHIFT_AND_ADD in scope:
@@ -130,13 +136,13 @@ def _products(eqn, scope: str) -> Macs:
 
 
 def _needed(scope: str, folded: Mapping | None):
-  """The share of a product that the method needs, by the scopes it stands in."""
+  """The share of a product that the method needs, according to its name scopes."""
   if folded is None:
     return 1
   shares = [Fraction(int(part), int(whole)) for part, whole in
             re.findall(r"vitcompact\.share\((\d+):(\d+)\)", scope)]
   for leaf in re.findall(r"vitcompact\.nonzero\(([\w.]+)\)", scope):
-    # Scopes name modules, and their methods after a dot: blocks_3._core/links.
+    # Scopes name a module and, after a dot, its method: blocks_3._core/links.
     block = next((name for name in re.split("[/.]", scope) if name in folded), None)
     if block is not None:
       entries = trees.named_leaves(folded[block])[leaf.replace(".", "/")]
@@ -144,12 +150,12 @@ def _needed(scope: str, folded: Mapping | None):
   return math.prod(shares)
 
 
-def _inner(eqn, scope: str, folded) -> Macs:
+def _inner_programs(eqn, scope: str, folded) -> Macs:
   name = eqn.primitive.name
   if name == "while":
     if (macs := _sum(eqn.params["body_jaxpr"], scope, folded)).total:
       raise ValueError(f"the program has products in a while loop of unknown length ({macs.total} "
-                       "a turn); write it as a scan to count it")
+                       "an iteration); write it as a scan to count it")
     return Macs()
   if name == "cond":
     return max((_sum(jaxpr, scope, folded) for jaxpr in eqn.params["branches"]), default=Macs())

@@ -1,7 +1,7 @@
-"""What every verb checks at its door: that it was given a model, its variables, and images.
+"""Checks of the arguments of every verb: that it was given a model, its variables, and images.
 
-Each refusal is one line: what was given, what is wanted, and what to do. Shapes alone are read, so
-that a verb can be traced.
+Each error is one line: what was given, what is expected, and what to do. Only shapes and dtypes are
+read, except in `check_values`, so that a verb can be traced.
 """
 import functools
 from collections.abc import Mapping
@@ -14,14 +14,14 @@ from vitcompact import trees
 from vitcompact.methods import METHODS, protocol
 from vitcompact.plan import Plan
 
-MOST = 50.0   # of a normalised value: pixels of 0..255 are beyond
-MANY = 3   # misfits are shown, the others counted
-VARIABLES = "wanted: {'params': ..., 'batch_stats': ...} as model.init gives"
+LARGEST_VALUE = 50.0   # of normalised images; pixels in 0..255 exceed it
+MANY = 3   # mismatches are shown, the others counted
+VARIABLES = "expected {'params': ..., 'batch_stats': ...} as model.init gives"
 IMAGES = "normalised float, as vc.preprocess(model) makes them"
 
 
 def given(value) -> str:
-  """A value as an error names it."""
+  """How an error names a value."""
   text = repr(value)
   if isinstance(value, (str, int, float, type(None))) and len(text) < 60:
     return text
@@ -30,10 +30,10 @@ def given(value) -> str:
 
 
 def check_model(model, what: str = "model"):
-  """Refuses what is no model of ours."""
+  """Raises ValueError unless `model` is a model of ours."""
   if isinstance(model, type) or not all(hasattr(model, name) for name in ("submodules", "variant")):
     where = "" if what == "model" else f"{what}: "
-    raise ValueError(f"{where}{given(model)} was given, wanted: a model, such as "
+    raise ValueError(f"{where}{given(model)} was given, expected a model, such as "
                      "create_model(NAME)")
 
 
@@ -47,7 +47,7 @@ def variable_shapes(model):
   return jax.tree.map(lambda leaf: leaf, _traced_shapes(model, jax.config.jax_enable_x64))
 
 
-@functools.lru_cache(maxsize=64)   # every verb of the path asks, of the same two or three models
+@functools.lru_cache(maxsize=64)   # every verb of the path asks for the same two or three models
 def _traced_shapes(model, x64: bool):
   return jax.eval_shape(model.init, jax.random.key(0), image_shapes(model))
 
@@ -59,65 +59,70 @@ def image_shapes(model, batch: int = 1):
 
 
 def check_variables(model, variables, what: str = "variables", shapes=None):
-  """Refuses variables that are not the model's, by names and shapes.
+  """Raises ValueError unless the variables have the model's names and shapes.
 
-  Other collections may come along, and mask predictors of blocks in which nothing is masked.
-  shapes: those of the model, where they are known.
+  Other collections are ignored, and so are mask predictors of blocks that mask nothing.
+  shapes: the model's `variable_shapes`, if already known.
   """
   if not isinstance(variables, Mapping):
     raise ValueError(f"{what}: {given(variables)} was given, {VARIABLES}")
-  wanted = _shapes(variable_shapes(model) if shapes is None else shapes)
+  expected = _shapes(variable_shapes(model) if shapes is None else shapes)
   if "params" not in variables:
-    if {f"params/{name}" for name in _named(variables)} & wanted.keys():
-      raise ValueError(f"{what}: these are the parameters alone: give {{'params': ...}}, with "
-                       "'batch_stats' where the model has them")
+    if {f"params/{name}" for name in _named(variables)} & expected.keys():
+      raise ValueError(f"{what}: these are only the parameters: give {{'params': ...}}, with "
+                       "'batch_stats' if the model has any")
     raise ValueError(f"{what}: a dict of {trees.some(sorted(map(repr, variables)), MANY)} was "
                      f"given, {VARIABLES}")
   got = _shapes({name: variables[name] for name in ("params", "batch_stats") if name in variables})
-  # Predictors of blocks that are dense now, at another size perhaps; fold leaves them out.
+  # Predictors may belong to blocks that are dense at this image size; fold drops them.
   scopes = {protocol.scope_of(kind) for kind in METHODS["attention"].values()}
   got = {name: shape for name, shape in got.items()
-         if name in wanted or not scopes & set(name.split("/"))}
-  if got != wanted:
-    raise ValueError(f"{what} do not fit {describe(model)}: {_why(model, got, wanted)}")
+         if name in expected or not scopes & set(name.split("/"))}
+  if got != expected:
+    raise ValueError(f"{what} do not fit {describe(model)}: {_mismatches(model, got, expected)}")
 
 
 def check_fitting(model, variables, images, what: str = ""):
-  """Refuses a model, its variables and images that do not go together. what: before their names."""
+  """Raises ValueError unless a model, its variables and images go together.
+
+  what: prefix of their names in the error.
+  """
   check_model(model, f"{what}model" if what else "model")
   check_variables(model, variables, f"{what}variables")
   check_images(model, images)
 
 
 def check_images(model, images, what: str = "images"):
-  """Refuses what is no batch of normalised images for the model; sizes it checks itself."""
-  wanted = f"wanted: (B, height, width, {model.in_chans}), {IMAGES}"
+  """Raises ValueError unless `images` is a batch of normalised images for the model.
+
+  Their height and width are checked by the model itself.
+  """
+  expected = f"expected (B, height, width, {model.in_chans}), {IMAGES}"
   shape, dtype = (getattr(images, name, None) for name in ("shape", "dtype"))
   if shape is None or dtype is None:
-    raise ValueError(f"{what}: {given(images)} was given, {wanted}")
+    raise ValueError(f"{what}: {given(images)} was given, {expected}")
   if len(shape) != 4 or shape[-1] != model.in_chans:
-    raise ValueError(f"{what} of shape {tuple(shape)}, {wanted}")
+    raise ValueError(f"{what} of shape {tuple(shape)}, {expected}")
   if not jnp.issubdtype(dtype, jnp.floating):
-    raise ValueError(f"{what} of {dtype}, {wanted}")
+    raise ValueError(f"{what} of {dtype}, {expected}")
   if shape[0] == 0:
-    raise ValueError(f"no {what} were given: shape {tuple(shape)}, {wanted}")
+    raise ValueError(f"no {what} were given: shape {tuple(shape)}, {expected}")
 
 
 def check_values(images):
-  """Refuses images with NaN or infinity, which would spoil every sum over them, and those that were
-  not normalised."""
+  """Raises ValueError if images hold NaN or infinity, or were not normalised."""
   bad = int(jnp.sum(~jnp.isfinite(jnp.asarray(images)).all(axis=(1, 2, 3))))
   if bad:
     raise ValueError(f"{bad} of {len(images)} images hold NaN or infinity; leave them out")
-  most = float(jnp.max(jnp.abs(jnp.asarray(images))))
-  if most > MOST:
-    raise ValueError(f"values of the images reach {most:.3g}: give them {IMAGES}")
+  largest = float(jnp.max(jnp.abs(jnp.asarray(images))))
+  if largest > LARGEST_VALUE:
+    raise ValueError(f"values of the images reach {largest:.3g}: give them {IMAGES}")
 
 
 def check_plan(plan):
-  """Refuses what is no plan."""
+  """Raises ValueError unless `plan` is a Plan."""
   if not isinstance(plan, Plan):
-    raise ValueError(f"plan: {given(plan)} was given, wanted: a Plan; Plan.parse reads a dict, "
+    raise ValueError(f"plan: {given(plan)} was given, expected a Plan; Plan.parse reads a dict, "
                      "JSON or a path to it")
 
 
@@ -130,18 +135,18 @@ def _shapes(tree) -> dict:
           for name, leaf in _named(tree).items()}
 
 
-def _why(model, got, wanted) -> str:
+def _mismatches(model, got, expected) -> str:
   other = model.clone(deploy=not model.deploy)
   if got == _shapes(variable_shapes(other)):
     if model.deploy:
       return "they are the training form's: vc.fold(model, variables) gives the deployed ones"
     return "they are the deployed form's: give the deployed model, which vc.fold returned with them"
-  # A collection of which nothing is there is one misfit.
-  absent = {name.split("/")[0] for name in wanted} - {name.split("/")[0] for name in got}
+  # A collection that is entirely absent is reported once.
+  absent = {name.split("/")[0] for name in expected} - {name.split("/")[0] for name in got}
   lines = [f"no {name!r}" for name in sorted(absent, reverse=True)]
-  lines += [f"missing {name} {wanted[name]}" for name in wanted
+  lines += [f"missing {name} {expected[name]}" for name in expected
             if name not in got and name.split("/")[0] not in absent]
-  lines += [f"unexpected {name} {got[name]}" for name in got if name not in wanted]
-  lines += [f"{name} is {got[name]}, not {wanted[name]}" for name in wanted
-            if name in got and got[name] != wanted[name]]
+  lines += [f"unexpected {name} {got[name]}" for name in got if name not in expected]
+  lines += [f"{name} is {got[name]}, not {expected[name]}" for name in expected
+            if name in got and got[name] != expected[name]]
   return trees.some(lines, MANY, joint="; ")

@@ -13,10 +13,10 @@ MERGED = re.compile(r"blocks_(\d+)/mlp/(\w+)")
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-  """Choices that `tune` makes by measuring on a device; a model carries them beside its plan.
+  """Choices that `tune` makes by measuring on a device; a model has one, separate from its plan.
 
-  attention: {block: form}, one of `attention.FORMS`; a block that is absent leaves it to the core.
-  chunk: inference computes a batch in chunks of as many images; None: all at once.
+  attention: {block: form}, one of `attention.FORMS`; for an absent block the core chooses.
+  chunk: inference computes a batch in chunks of `chunk` images; None: all at once.
   merged: paths such as "blocks_3/mlp/fc2" of factorised layers that are deployed as one matrix A B.
 
   >>> Execution(attention={3: "tiled"}, chunk=8)
@@ -46,14 +46,14 @@ class Execution:
     object.__setattr__(self, "merged", tuple(sorted(set(self.merged))))
 
   def merged_in(self, block: int) -> tuple[str, ...]:
-    """Layers of a block's FFN that are one matrix."""
+    """Layers of a block's FFN that are merged into one matrix."""
     found = [MERGED.fullmatch(path).groups() for path in self.merged]
     return tuple(layer for number, layer in found if int(number) == block)
 
   def check(self, mergeable: Sequence[Collection[str]]):
-    """Raises ValueError when it names what a model does not have.
+    """Raises ValueError if this names blocks or layers that a model does not have.
 
-    mergeable: for each block, the layers of its FFN that may be merged.
+    mergeable: the layers of each block's FFN that may be merged.
     """
     named = [*self.attention, *(int(MERGED.fullmatch(path)[1]) for path in self.merged)]
     if missing := [block for block in named if block >= len(mergeable)]:
@@ -61,9 +61,9 @@ class Execution:
                        f"{len(mergeable) - 1}")
     for block, layers in enumerate(mergeable):
       wrong = set(self.merged_in(block)) - set(layers)
-      if layers and wrong:   # a dense block may become a compact one
+      if layers and wrong:   # not for dense blocks, which may be compacted later
         raise ValueError(f"Execution(merged=('blocks_{block}/mlp/{min(wrong)}',)): the plan does "
-                         f"not factorise this layer; of block {block} it does {sorted(layers)}")
+                         f"not factorise this layer; in block {block} it does {sorted(layers)}")
 
   def to_json(self) -> str:
     out = {"attention": {str(block): form for block, form in self.attention.items()},

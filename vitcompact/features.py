@@ -1,4 +1,4 @@
-"""features: what a model computes on the way to its logits, for dense tasks and for looking."""
+"""features: intermediate features and attention maps, for dense tasks and for inspection."""
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -9,16 +9,16 @@ from vitcompact.doors import check_fitting
 
 
 class Features(NamedTuple):
-  """logits (B, num_classes); features: {"stage_1": (B, h, w, C), ...} of hierarchical models (the
-  pyramid), {"block_0": (B, N, width), ...} of isotropic ones; maps: {"blocks_0": (B, heads, N, M),
-  ...} where a block attends and maps were asked for, hallucinated heads after the real ones."""
+  """logits (B, num_classes); features: {"stage_1": (B, h, w, C), ...} for hierarchical models (the
+  pyramid), {"block_0": (B, N, width), ...} for isotropic ones; maps: {"blocks_0": (B, heads, N, M),
+  ...} for the blocks with attention, if requested, with hallucinated heads after the real ones."""
   logits: jax.Array
   features: dict[str, jax.Array]
   maps: dict[str, jax.Array]
 
 
 def features(model: nn.Module, variables, images, *, maps: bool = False) -> Features:
-  """Runs inference and keeps what it passes. Attention maps are formed only if asked for."""
+  """Runs inference and returns its features, and its attention maps if `maps` is set."""
   check_fitting(model, variables, images)
   kept = ["features", "maps"] if maps else ["features"]
   logits, state = model.apply(variables, images, mutable=kept)
@@ -27,6 +27,6 @@ def features(model: nn.Module, variables, images, *, maps: bool = False) -> Feat
 
 
 def maps_of(state) -> dict[str, jax.Array]:
-  """Attention maps by the name of their block, of the collections that a model has sown."""
+  """{name of a block: its attention map}, from the collections that a model has sown."""
   return {name.split("/")[0]: value
           for name, value in trees.named_leaves(state.get("maps", {})).items()}

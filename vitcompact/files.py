@@ -1,4 +1,4 @@
-"""Files of named arrays: .safetensors written whole and checked when read, and what others hold."""
+"""Files of named arrays: .safetensors, written atomically and checked on reading, and others."""
 import hashlib
 import json
 import os
@@ -15,27 +15,27 @@ import safetensors.numpy
 
 from vitcompact import trees
 
-CONVERT = "vitcompact convert"   # the command that makes our files of others'
+CONVERT = "vitcompact convert"   # the command that converts other files to ours
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 DIGEST = "sha256"                           # its key in a file's metadata
 PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl")
-INDEX = ".index.json"   # ends the name of a file that tells which tensors are in which files
-# What transformers, timm and open_clip call their weights in a directory, the preferred first.
+INDEX = ".index.json"   # suffix of an index, which lists the tensors in each of several files
+# Names of weights in a directory, as transformers, timm and open_clip write them, preferred first.
 USUAL = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json",
          "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 KINDS = {
     "pytorch": "a PyTorch file", "npz": "a NumPy .npz file", "zip": "a zip archive",
     "hdf5": "an HDF5 file", "gzip": "compressed by gzip", "empty": "empty",
     "lfs": "a Git LFS pointer, which stands for the file (git lfs pull fetches it)",
-    "html": "a web page, as a download that failed leaves", "text": "text", "unknown": "none known",
+    "html": "a web page, as a failed download leaves", "text": "text", "unknown": "of unknown kind",
 }
 
 
 def write_safetensors(path, arrays: Mapping[str, Any], about: Mapping[str, str], *,
                       force: bool = False):
-  """Writes {name: array} and string metadata; a file of that name is whole at every moment.
+  """Writes {name: array} and string metadata atomically.
 
-  The metadata get a digest of everything in the file, which `read_safetensors` checks.
+  A digest of everything in the file is added to the metadata; `read_safetensors` checks it.
   """
   path = _path(path, "a path that ends in .safetensors")
   if path.suffix != ".safetensors":
@@ -46,7 +46,7 @@ def write_safetensors(path, arrays: Mapping[str, Any], about: Mapping[str, str],
   partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
   try:
     partial.touch()
-    mode = partial.stat().st_mode   # the umask's: safetensors lets nobody but the owner read
+    mode = partial.stat().st_mode   # by umask: safetensors would let only the owner read
     safetensors.numpy.save_file(arrays, partial,
                                 metadata={**about, DIGEST: _digest(arrays, about)})
     partial.chmod(mode)
@@ -58,61 +58,63 @@ def write_safetensors(path, arrays: Mapping[str, Any], about: Mapping[str, str],
 
 
 def read_safetensors(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-  """({name: array}, metadata) of a .safetensors file; refused if it is not as it was written.
+  """({name: array}, metadata) of a .safetensors file; ValueError if it does not match its digest.
 
-  A file without our digest, others' or an old one, is read unchecked.
+  A file without our digest, old or from another program, is read unchecked.
   """
-  with _opened(path) as file:
+  with _open(path) as file:
     about = file.metadata() or {}
     arrays = {name: _tensor(path, file, name) for name in file.keys()}  # noqa: SIM118
   digest = about.pop(DIGEST, None)
   if digest not in (None, _digest(arrays, about)):
-    raise ValueError(f"{path} is damaged: its contents are not those whose {DIGEST} was written "
+    raise ValueError(f"{path} is damaged: its contents do not match the {DIGEST} that was written "
                      "with them; copy or make the file again")
   return arrays, about
 
 
 def read_header(path) -> tuple[list[str], dict[str, str]]:
-  """(names, metadata) of a .safetensors file; the arrays stay unread and unchecked."""
-  with _opened(path) as file:
+  """(names, metadata) of a .safetensors file; the arrays are neither read nor checked."""
+  with _open(path) as file:
     return list(file.keys()), {key: value for key, value in (file.metadata() or {}).items()
                                if key != DIGEST}
 
 
 def check_ours(path, names, about):
-  """Refuses PyTorch's .safetensors, timm's and the ones that `to_torch` makes, in one line."""
+  """Raises ValueError for .safetensors with PyTorch's names, such as timm's or `to_torch`'s."""
   ours = {"model", "fields", "plan"} <= about.keys()
   if not ours or (names and not any(name.startswith("params/") for name in names)):
     has = f"its metadata has {sorted(about)}, not model, fields, plan"
-    raise ValueError(f"{path} is no file of ours: {has if not ours else 'it has PyTorch names'}; "
-                     f"`{CONVERT} {path} --model {about.get('model', 'NAME')} --out "
-                     "NEW.safetensors` makes one of PyTorch weights")
+    raise ValueError(f"{path} is not one of our files: "
+                     f"{has if not ours else 'it has PyTorch names'}; `{CONVERT} {path} --model "
+                     f"{about.get('model', 'NAME')} --out NEW.safetensors` makes one of PyTorch "
+                     "weights")
 
 
 def classes_in(path, about) -> list[str] | None:
-  """The names of classes in the metadata of one of our files."""
+  """The class names in the metadata of one of our files, or None."""
   if "classes" not in about:
     return None
   try:
     return checked_classes(json.loads(about["classes"]),
                             json.loads(about["fields"])["num_classes"])
   except (ValueError, TypeError, KeyError, RecursionError) as error:
-    raise ValueError(f"{path}: its metadata names no classes: {error}") from None
+    raise ValueError(f"{path}: its metadata has no valid class names: {error}") from None
 
 
 def crop_in(path, about) -> float | None:
-  """The crop in the metadata of one of our files: a share, or None where images are warped."""
+  """The crop in the metadata of one of our files: a share, or None if images are warped."""
   try:
     crop = json.loads(about["crop"])
   except (ValueError, RecursionError):
     crop = about["crop"]
   if crop is not None and not (type(crop) in (int, float) and 0 < crop <= 1):
-    raise ValueError(f"{path}: its metadata tells no crop: {str(crop)[:60]!r}; make the file again")
+    raise ValueError(f"{path}: its metadata has no valid crop: {str(crop)[:60]!r}; make the file "
+                     "again")
   return crop
 
 
 def checked_classes(classes, count: int) -> list[str]:
-  """Names of classes, refused if they are not as many as there are logits."""
+  """The class names as a list; ValueError unless there is one for each of `count` logits."""
   if isinstance(classes, (str, Mapping)) or not all(isinstance(name, str) for name in classes):
     raise ValueError("classes must be a sequence of names, in the order of the logits")
   if len(classes) != count:
@@ -121,10 +123,10 @@ def checked_classes(classes, count: int) -> list[str]:
 
 
 def weights_in(path) -> pathlib.Path:
-  """The file of weights, or the index of several, that a path stands for: itself, or in a directory
-  the one of a usual name or the only one.
+  """The file of weights, or the index of several, that a path stands for.
 
-  Raises ValueError where a directory leaves the choice open, or where a file is one of several.
+  For a directory, it is the file with a usual name, or the only one. Raises ValueError if a
+  directory leaves the choice open, or if the file is one of several.
   """
   path = _path(path, "the path of a file")
   if path.is_dir():
@@ -142,19 +144,20 @@ def weights_in(path) -> pathlib.Path:
 
 
 def shards_of(index) -> dict[str, list[str]]:
-  """{name of a file beside an index: names of its tensors}."""
+  """{name of a file in the index's directory: names of its tensors}."""
   index = _path(index, "the path of an index")
   try:
     files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
   except FileNotFoundError:
     raise FileNotFoundError(f"{index}: no such file") from None
   except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-    raise ValueError(f"{index} is no index of weights, {{'weight_map': {{tensor: file}}}}: "
+    raise ValueError(f"{index} is not an index of weights, {{'weight_map': {{tensor: file}}}}: "
                      f"{type(error).__name__} {error}") from None
   shards = {}
   for tensor, file in files:
     if not isinstance(file, str) or file in ("", ".", "..") or pathlib.PurePath(file).name != file:
-      raise ValueError(f"{index}: {tensor} is in {str(file)[:60]!r}, which names no file beside it")
+      raise ValueError(f"{index}: {tensor} is in {str(file)[:60]!r}, which is not the name of a "
+                       "file in its directory")
     shards.setdefault(file, []).append(tensor)
   if not shards:
     raise ValueError(f"{index}: its weight_map is empty")
@@ -169,7 +172,7 @@ def _weights_inside(path) -> list[str]:
 def kind_of(path) -> str:
   """What a file is, by its first bytes and then its suffix: "safetensors" or a key of `KINDS`.
 
-  Raises ValueError or FileNotFoundError, one line, where it is no file.
+  Raises ValueError or FileNotFoundError, one line, if it is not a file.
   """
   path = _path(path, "the path of a file")
   if path.is_dir():
@@ -197,9 +200,9 @@ def kind_of(path) -> str:
   return "empty" if not start else "text" if _is_text(start) else "unknown"
 
 
-def _path(path, wanted) -> pathlib.Path:
+def _path(path, expected) -> pathlib.Path:
   if not isinstance(path, (str, os.PathLike)):
-    raise ValueError(f"{type(path).__name__} given, wanted: {wanted}")
+    raise ValueError(f"{type(path).__name__} given, expected {expected}")
   return pathlib.Path(path)
 
 
@@ -207,7 +210,7 @@ def _kind_of_zip(path, start):
   try:
     with zipfile.ZipFile(path) as archive:
       names = archive.namelist()
-  except zipfile.BadZipFile:   # its end is missing
+  except zipfile.BadZipFile:   # truncated
     names = ["data.pkl"] if b"data.pkl" in start or path.suffix in PICKLED else []
   if any(name.endswith("data.pkl") for name in names):
     return "pytorch"
@@ -218,34 +221,34 @@ def _is_text(start):
   return all(byte >= 32 or byte in b"\t\n\r" for byte in start)
 
 
-def _opened(path):
+def _open(path):
   kind = kind_of(path)
   if kind in ("pytorch", "npz"):
-    raise ValueError(f"{path} is {KINDS[kind]}, wanted: a .safetensors file of ours; `{CONVERT} "
+    raise ValueError(f"{path} is {KINDS[kind]}, expected a .safetensors file of ours; `{CONVERT} "
                      f"{path} --model NAME --out NEW.safetensors` makes it")
   if kind in ("text", "unknown", "empty"):
-    told = KINDS[kind] if kind != "unknown" else "its first bytes are not of one"
-    raise ValueError(f"{path} is no whole .safetensors file: {told}")
+    reason = KINDS[kind] if kind != "unknown" else "its first bytes are not those of one"
+    raise ValueError(f"{path} is not a complete .safetensors file: {reason}")
   if kind != "safetensors":
-    raise ValueError(f"{path} is {KINDS[kind]}, wanted: a .safetensors file")
+    raise ValueError(f"{path} is {KINDS[kind]}, expected a .safetensors file")
   try:
     return safetensors.safe_open(path, framework="numpy")
   except safetensors.SafetensorError as error:
-    raise ValueError(f"{path} is no whole .safetensors file: {error}") from None
+    raise ValueError(f"{path} is not a complete .safetensors file: {error}") from None
 
 
 def _tensor(path, file, name):
   try:
     return file.get_tensor(name)
   except (AttributeError, TypeError, safetensors.SafetensorError) as error:
-    # NumPy has no float8, for one.
+    # For example float8, which NumPy does not have.
     dtype = file.get_slice(name).get_dtype()
     raise ValueError(f"{path}: {name} is {dtype}, which cannot be read; save it as float32, "
                      f"float16 or bfloat16 ({error})") from None
 
 
 def _digest(arrays, about) -> str:
-  """Of names, dtypes, shapes, values and metadata."""
+  """sha256 of names, dtypes, shapes, values and metadata."""
   sha = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode())
   sha.update(trees.digest(arrays).encode())
   return sha.hexdigest()

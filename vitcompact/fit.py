@@ -24,7 +24,7 @@ def check_fit(what, model, shapes, wanted, heads, got):
     return
   first = (f"{what} does not fit {describe(model)}: {len(missing)} missing, "
            f"{len(unexpected)} unexpected, {len(misshapen)} misshapen")
-  if len(missing) > 0.9 * len(wanted) and (line := foreign.whose(got)):
+  if len(missing) > 0.9 * len(wanted) and (line := foreign.owner_hint(got)):
     raise ValueError(f"{first}: {line}")
   hints = _hints(model, missing, unexpected, misshapen, shapes, wanted, heads)
   own = _overlap(shapes.items(), wanted.items())

@@ -1,4 +1,4 @@
-"""fold: the deployed form of a model, with nothing left that only training needs."""
+"""fold: the deployed form of a model, without anything that only training needs."""
 import flax.linen as nn
 
 from vitcompact.doors import check_model, check_variables
@@ -7,9 +7,9 @@ from vitcompact.doors import check_model, check_variables
 def fold(model: nn.Module, variables):
   """Returns (deployed model, its variables): the same function, re-parameterised.
 
-  Branches, their norms and skips become one factor pair. Pure in the variables (it can be traced),
-  idempotent, never timed. Give it the EMA of parameters and of batch statistics where these are
-  what is evaluated.
+  Branches, their norms and skips become one factor pair. `fold` is pure in the variables (it can be
+  traced), idempotent, and measures no times. If you evaluate the EMA of parameters and batch
+  statistics, pass these.
   """
   check_model(model)
   check_variables(model, variables)

@@ -1,4 +1,4 @@
-"""Others' checkpoints: which sets of weights one holds, under which names, and their values."""
+"""Finds the sets of weights in another program's checkpoint, their names and their values."""
 import os
 import re
 import types
@@ -11,13 +11,13 @@ from vitcompact.files import CONVERT
 from vitcompact.foreign_rules import renamed, translated
 from vitcompact.foreign_tensors import is_tensor
 
-# Where checkpoints keep weights, the preferred first: averages before what is averaged, as timm.
+# Keys under which checkpoints keep weights, preferred first: averaged weights first, as in timm.
 CONTAINERS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "params_ema",
               "state_dict", "model_state_dict", "model", "net", "network", "weights", "params",
               "teacher", "student")
-OUTER = ("module.", "_orig_mod.")   # what data parallel and compiled models put before each name
-INNER = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")   # or within one
-# Names that are not read: pattern, owner, what to do. Those that are stand in `foreign_names`.
+OUTER = ("module.", "_orig_mod.")   # prefixes that data parallel and compiled models add to names
+INNER = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")   # inside names
+# Names that are not supported: (pattern, owner, what to do). Supported ones are in `foreign_names`.
 OWNERS = (
     (r"(^|\.)layers\.\d+\.(ln1|ffn\.layers)\.", "OpenMMLab's",
      "timm has the same weights under names that are read here: "
@@ -30,41 +30,41 @@ class Weights(NamedTuple):
   """One set of weights in a checkpoint.
 
   name: where it is, such as "model_ema" or "state_dict.teacher"; "" for the checkpoint itself.
-  state: {name: value}. prefix: taken off the names. outside: {name: value} left out, which neither
-  have the prefix nor are a model's. source: whose the names were, where not timm's or the authors';
-  left: {what: names} that were left out with them, such as a text encoder's.
+  state: {name: value}. prefix: the prefix removed from the names. outside: {name: value} left out
+  because they have neither the prefix nor a name of the model. source: whose naming was translated,
+  "" for timm's and the authors'; left_out: {what: names} of other parts, such as a text encoder.
   """
   name: str
   state: dict[str, Any]
   prefix: str = ""
   outside: Mapping[str, Any] = types.MappingProxyType({})
   source: str = ""
-  left: Mapping[str, Sequence[str]] = types.MappingProxyType({})
+  left_out: Mapping[str, Sequence[str]] = types.MappingProxyType({})
 
 
 def find(checkpoint, known: set[str], choice: str | None = None, *,
          least: int = 1) -> tuple[Weights, list[str]]:
-  """The set of weights to take, and the names of all that there are.
+  """(the set of weights to take, the names of all sets in the checkpoint).
 
   Args:
-    checkpoint: a state dict, or mappings that hold some, however deep.
-    known: the names that a model looks for. A set counts if it has half as many of them as the
-      fullest one, under whatever prefix.
-    choice: the name of a set, or part of it. Without: the first in the order of `CONTAINERS`.
-    least: how many known names a prefix has to stand before to be taken off.
+    checkpoint: a state dict, or mappings that contain some, at any depth.
+    known: the names that the model looks for. Under any prefix, a set counts if it has at least
+      half as many of them as the set with the most.
+    choice: the name of a set, or part of it. Default: the first in the order of `CONTAINERS`.
+    least: a prefix is removed only if at least this many known names have it.
   """
   _check_given(checkpoint)
   groups = []
   for path, state in _states(checkpoint):
     new = translated(state, known)
-    groups += [(hits, weights._replace(source=new.source, left=new.left))
+    groups += [(hits, weights._replace(source=new.source, left_out=new.left_out))
                for hits, weights in _groups(path, new.state, known, least)]
   if not groups:
-    raise ValueError(f"no tensors in the checkpoint, only {_contents(checkpoint)}; wanted: "
+    raise ValueError(f"no tensors in the checkpoint, only {_contents(checkpoint)}; expected "
                      "{name: array}")
   most = max(hits for hits, _ in groups)
   sets = [weights for hits, weights in groups if 2 * hits >= most]
-  if not most:   # nobody's names: the largest is what the error should speak of
+  if not most:   # no known names: the error should be about the largest set
     sets = [max(sets, key=lambda weights: len(weights.state))]
   names = [weights.name for weights in sets]
   if choice is not None:
@@ -76,8 +76,8 @@ def find(checkpoint, known: set[str], choice: str | None = None, *,
   return first, names
 
 
-def whose(names) -> str | None:
-  """A line on whose names these are and what to do, if they are known and not read here."""
+def owner_hint(names) -> str | None:
+  """A line that says whose names these are and what to do, if they are a known unsupported kind."""
   for pattern, owner, advice in OWNERS:
     if any(re.search(pattern, name) for name in names):
       return f"the names are {owner}, not timm's or the authors'; {advice}"
@@ -85,18 +85,18 @@ def whose(names) -> str | None:
 
 
 def _check_given(checkpoint):
-  wanted = "wanted: a state dict, {name: array}"
+  expected = "expected a state dict, {name: array}"
   if isinstance(checkpoint, (str, bytes, os.PathLike)):
-    raise ValueError(f"a path was given, {str(checkpoint)!r}; {wanted}, such as "
+    raise ValueError(f"a path was given, {str(checkpoint)!r}; {expected}, such as "
                      "torch.load(path, map_location='cpu', weights_only=True) or "
                      f"safetensors.numpy.load_file(path); `{CONVERT}` reads files")
   if not isinstance(checkpoint, Mapping):
     also = "; pass its .state_dict()" if hasattr(checkpoint, "state_dict") else ""
-    raise ValueError(f"a {type(checkpoint).__name__} was given; {wanted}{also}")
+    raise ValueError(f"a {type(checkpoint).__name__} was given; {expected}{also}")
   if not checkpoint:
-    raise ValueError(f"the state dict is empty; {wanted}")
+    raise ValueError(f"the state dict is empty; {expected}")
   if _has_kernel(checkpoint):
-    raise ValueError(f"variables of Flax were given; {wanted}. Ours need no conversion: apply, "
+    raise ValueError(f"variables of Flax were given; {expected}. Ours need no conversion: apply, "
                      "vitcompact.save and vitcompact.load take them")
 
 
@@ -115,17 +115,17 @@ def _text(key):
 
 
 def _states(mapping, path=()):
-  """(path, {name: value}) of each mapping with tensors, names without what wrappers add."""
+  """Yields (path, {name: value}) for each mapping with tensors; names without wrapper prefixes."""
   items = [(_text(key), value) for key, value in mapping.items()
            if isinstance(key, (str, bytes))]
   if any(is_tensor(value) for _, value in items):
-    yield path, renamed(dict(items), _bare)
+    yield path, renamed(dict(items), _without_wrappers)
   for key, value in items:
     if isinstance(value, Mapping) and len(path) < 4:
       yield from _states(value, (*path, key))
 
 
-def _bare(name):
+def _without_wrappers(name):
   for wrapper in INNER:
     name = re.sub(rf"(^|\.){re.escape(wrapper)}", r"\1", name)
   while name.startswith(OUTER):
@@ -134,9 +134,9 @@ def _bare(name):
 
 
 def _groups(path, state, known, least):
-  """[(number of known names, Weights)]: one for each prefix under which a model may be.
+  """[(number of known names, Weights)]: one for each prefix under which a network is.
 
-  Under several prefixes are several networks, named by them.
+  If there are several, each is named by its prefix.
   """
   hits = Counter(prefix for name in state for prefix in _prefixes(name, known))
   most = max(hits.values(), default=0)
@@ -148,31 +148,31 @@ def _groups(path, state, known, least):
     inside = {name.removeprefix(prefix): value for name, value in state.items()
               if name.startswith(prefix)}
     others = [name for name in state if not name.startswith(tuple(prefixes))]
-    # A classifier, say, beside the backbone.
-    beside = {name: full for full in others for name in _below(full, prefix)
-              if name in known and name not in inside}
+    # Tensors outside the prefix may belong to the model too, such as a classifier.
+    extra = {name: full for full in others for name in _without_prefix(full, prefix)
+             if name in known and name not in inside}
     parts = [part for part in prefix.split(".") if part and f"{part}." not in OUTER]
     out.append((hits[prefix], Weights(
         ".".join([*path, *parts] if len(prefixes) > 1 else path),
-        inside | {name: state[full] for name, full in beside.items()}, prefix,
-        {name: state[name] for name in others if name not in beside.values()})))
+        inside | {name: state[full] for name, full in extra.items()}, prefix,
+        {name: state[name] for name in others if name not in extra.values()})))
   return out
 
 
-def _below(name, prefix):
-  """A name without each prefix of the prefix: what a network beside the backbone calls it."""
+def _without_prefix(name, prefix):
+  """A name without each leading part of the prefix that it starts with."""
   ends = [0, *(found.end() for found in re.finditer(r"\.", prefix))]
   return [name[end:] for end in ends if name.startswith(prefix[:end])]
 
 
 def _prefixes(name, known):
-  """What stands before a known name."""
+  """The prefixes without which `name` is a known name."""
   starts = [0, *(found.end() for found in re.finditer(r"\.", name))]
   return [name[:start] for start in starts if name[start:] in known]
 
 
 def _rank(weights):
-  """What is preferred has the smallest: by its most preferred part, then by all of them."""
+  """Sort key of preference: by the most preferred part of a set's name, then by all parts."""
   order = [CONTAINERS.index(part) if part in CONTAINERS else len(CONTAINERS)
            for part in weights.name.split(".")] if weights.name else [-1]
   return min(order), sum(order)

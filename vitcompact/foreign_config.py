@@ -1,4 +1,4 @@
-"""What the config.json beside others' weights tells: which model they are of, and its classes."""
+"""Reads the model and its classes from the config.json that timm or transformers wrote."""
 import fnmatch
 import json
 import pathlib
@@ -10,7 +10,7 @@ import numpy as np
 
 from vitcompact.models import VARIANTS, create_model, fields_of
 
-# timm's and transformers' words for fields of ours.
+# {timm's or transformers' key: our field}
 TIMM = {"img_size": "image_size", "embed_dim": "width", "depth": "depth", "num_heads": "heads",
         "patch_size": "patch_size", "mlp_ratio": "mlp_ratio", "in_chans": "in_chans",
         "global_pool": "global_pool", "num_classes": "num_classes"}
@@ -27,13 +27,13 @@ _BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
 _PYRAMID = {"depths": [2, 2, 2, 2], "image_size": 224, "num_channels": 3}
 
 
-# Activations of transformers, as ours are called.
+# {transformers' activation: our name}
 ACTS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 class Family(NamedTuple):
-  """models: pattern of our names; defaults: what transformers takes where its config is silent;
-  words: of sizes; classifies: whether its classifier is that of our model."""
+  """models: pattern of our model names; defaults: transformers' defaults for absent keys; words:
+  {transformers' key: our field} of sizes; classifies: whether its classifier is our model's."""
   models: str
   defaults: Mapping[str, Any]
   words: Mapping[str, str] = ISOTROPIC
@@ -59,8 +59,8 @@ FAMILIES = {
 }
 
 
-class Told(NamedTuple):
-  """model, fields: as `create_model` takes them; classes: names in the order of the logits."""
+class ModelSpec(NamedTuple):
+  """model, fields: arguments of `create_model`; classes: names in the order of the logits."""
   model: str
   fields: dict[str, Any]
   classes: list[str] | None = None
@@ -70,23 +70,23 @@ class Told(NamedTuple):
     return f"config.json: {self.model}{', ' * bool(fields)}{fields}"
 
 
-def read_beside(path) -> Told:
-  """What the config.json in the directory of a file tells; ValueError where it is not enough."""
+def spec_next_to(path) -> ModelSpec:
+  """The model in the config.json in a file's directory; ValueError if it does not name one."""
   way_out = f"give the model, as in --model deit_small_patch16_224; known: {', '.join(VARIANTS)}"
   file = pathlib.Path(path).parent / "config.json"
   if not file.is_file():
-    raise ValueError(f"--model is missing, and no config.json is beside {path}: {way_out}")
+    raise ValueError(f"--model is missing, and there is no config.json next to {path}: {way_out}")
   try:
     config = json.loads(file.read_text(encoding="utf-8"))
-    return told_by(config)
+    return model_spec(config)
   except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError,
           RecursionError) as error:
-    raise ValueError(f"{file} tells no model that is known here: {str(error)[:300]}; {way_out}"
+    raise ValueError(f"{file} does not describe a known model: {str(error)[:300]}; {way_out}"
                      ) from None
 
 
-def told_by(config: Mapping[str, Any]) -> Told:
-  """What a config.json of timm or transformers tells; ValueError where it is not enough."""
+def model_spec(config: Mapping[str, Any]) -> ModelSpec:
+  """The model in a config.json of timm or transformers; ValueError if it does not name one."""
   if "architecture" in config:
     return _of_timm(config)
   if "model_type" in config:
@@ -104,13 +104,13 @@ def _of_timm(config):
           **config.get("model_args", {})}
   for key, value in args.items():
     if key not in TIMM or TIMM[key] not in known:
-      if key == "global_pool":   # of a model that has but one
+      if key == "global_pool":   # the model has only one kind
         continue
-      raise ValueError(f"its model_args have {key}={value!r}, which is no option of {name}")
+      raise ValueError(f"its model_args have {key}={value!r}, which is not an option of {name}")
     fields[TIMM[key]] = _plain(TIMM[key], value)
   fields = {key: value for key, value in fields.items() if value != known[key]}
   names = config.get("label_names") or cfg.get("label_names") or config.get("labels")
-  return Told(name, fields, _names(names))
+  return ModelSpec(name, fields, _names(names))
 
 
 def _of_transformers(config):
@@ -134,11 +134,11 @@ def _of_transformers(config):
   count = (len(classes) or config.get("num_labels", 2)) if has_classifier else projection
   if count != fields_of(create_model(name))["num_classes"]:
     fields["num_classes"] = count
-  return Told(name, fields, _names(classes) if has_classifier else None)
+  return ModelSpec(name, fields, _names(classes) if has_classifier else None)
 
 
 def _ffn(sizes) -> dict[str, Any]:
-  """Activation and width of the FFN as our models have them."""
+  """The fields for the FFN's activation and width, under our names."""
   act, width = sizes.get("hidden_act", "gelu"), sizes.get("hidden_size")
   if sizes.get("use_swiglu_ffn"):   # DINOv2: two thirds of the width, in multiples of 8
     hidden = -(-int(int(width * sizes["mlp_ratio"]) * 2 / 3) // 8) * 8
@@ -153,7 +153,7 @@ def _ffn(sizes) -> dict[str, Any]:
 
 
 def _nearest(family, sizes):
-  """The named model that differs in the fewest sizes, and in which."""
+  """(the named model that differs in the fewest sizes, {field: value} that differ)."""
   found = {}
   for name in VARIANTS:
     if re.fullmatch(family.models, name):
@@ -167,14 +167,14 @@ def _nearest(family, sizes):
   return name, found[name]
 
 
-def _same(one, other) -> bool:
-  """Ratios are written in five digits."""
-  both = isinstance(one, float) and isinstance(other, (int, float))
-  return bool(np.isclose(one, other, rtol=1e-4, atol=0) if both else np.array_equal(one, other))
+def _same(a, b) -> bool:
+  """Whether two values are equal; floats to a tolerance, as configs round ratios to five digits."""
+  numbers = isinstance(a, float) and isinstance(b, (int, float))
+  return bool(np.isclose(a, b, rtol=1e-4, atol=0) if numbers else np.array_equal(a, b))
 
 
 def _plain(field, value):
-  """Lists as tuples, and a square image or patch as its side."""
+  """A config's value in our form: lists as tuples, and a square image or patch as its side."""
   if field == "image_size" and isinstance(value, Mapping):   # PVT v2's
     value = [value["height"], value["width"]]
   if field in ("image_size", "patch_size") and isinstance(value, list) and len({*value}) == 1:
@@ -183,7 +183,7 @@ def _plain(field, value):
 
 
 def _names(labels):
-  """Names of classes, in a list or by their number, unless they only count."""
+  """Class names from a list or from {number: name}; None for placeholders such as LABEL_0."""
   if isinstance(labels, Mapping):
     labels = [labels[key] for key in sorted(labels, key=int)]
   if not labels or not all(isinstance(label, str) for label in labels):

@@ -1,10 +1,10 @@
-"""Others' names of the weights we read: a table of sources, each a list of rules.
+"""Other libraries' names of weights: a table of sources, each a list of rules.
 
-A rule tells what a name becomes under timm's names (the authors' for PVT), and how its values are
-laid out there. A name may have any prefix before what the rule says, which stays. In a rule
+A rule maps a name to timm's (the authors' for PVT), and its values to timm's layout. A name may
+have any prefix before the part that the rule matches; the prefix is kept. In a rule
 
   {i}          is a number, and {p} is weight or bias: the same on both sides
-  {q|k|v}      are parts of one tensor, in the order in which they are joined
+  {q|k|v}      are parts of one tensor, joined in this order
 """
 import functools
 import re
@@ -18,24 +18,24 @@ from vitcompact.torch_names import to_tensor
 
 
 class Rule(NamedTuple):
-  """old -> new; join: of [array] for the parts, None where one is absent; None: as it is."""
+  """old -> new; join: maps the list of parts (None for an absent one) to the array; None: as is."""
   old: str
   new: str
   join: Callable[[list[np.ndarray | None]], np.ndarray] | None = None
 
 
 class Source(NamedTuple):
-  """Where weights come from.
+  """A library or training code whose names we read.
 
-  name: whose the names are. sign: a regular expression that is found in one of them.
-  left: {regular expression of whole names: what they are}, which no model here has.
-  before, after: change the whole state dict before and after the rules.
-  refusal: why none of it is read, and what to do.
+  name: whose the names are. sign: a regular expression that matches part of one of its names.
+  left_out: {regular expression of whole names: what they are} of parts that no model here has.
+  before, after: functions of the whole state dict, called before and after the rules.
+  refusal: why it is not supported, and what to do; "" if it is.
   """
   name: str
   sign: str
   rules: Sequence[Rule] = ()
-  left: Mapping[str, str] = {}
+  left_out: Mapping[str, str] = {}
   before: Callable[[dict[str, Any]], dict[str, Any]] | None = None
   after: Callable[[dict[str, Any]], dict[str, Any]] | None = None
   refusal: str = ""
@@ -46,9 +46,9 @@ def rows(parts):
 
 
 def rows_or_zeros(parts):
-  """A part that is absent is zero, as the bias of the keys that some models do without."""
-  some = next(part for part in parts if part is not None)
-  return np.concatenate([np.zeros_like(some) if part is None else part for part in parts])
+  """An absent part becomes zero, such as the bias of the keys, which some models do not have."""
+  present = next(part for part in parts if part is not None)
+  return np.concatenate([np.zeros_like(present) if part is None else part for part in parts])
 
 
 def token(parts):
@@ -74,12 +74,13 @@ def last_thirds(parts):
 
 
 def flax(layout: str):
-  """Leaves of Flax as the tensor that PyTorch has, see `torch_names.Entry`."""
+  """A join from a Flax leaf to PyTorch's tensor, see `torch_names.Entry`."""
   return functools.partial(to_tensor, layout)
 
 
-def positions_of_patches_alone(state):
-  """The class token's position becomes a part of it where there are registers, which have none."""
+def patch_positions_only(state):
+  """Adds the class token's position to the token itself in models with registers: there timm has
+  positions of patches only."""
   out = dict(state)
   for name in state:
     prefix, found, _ = name.rpartition("reg_token")
@@ -92,7 +93,7 @@ def positions_of_patches_alone(state):
 
 
 def masked_biases(state):
-  """DINOv3 keeps the bias of its keys at zero by a mask that it multiplies with."""
+  """Applies the masks by which DINOv3 keeps the bias of its keys at zero."""
   out = {name: value for name, value in state.items() if not name.endswith(".qkv.bias_mask")}
   for name in state.keys() - out.keys():
     bias = name.removesuffix("_mask")
@@ -102,27 +103,27 @@ def masked_biases(state):
 
 
 def eva02_biases_and_norm(state):
-  """EVA-02 keeps biases apart from the projections that have one each in timm; and the last norm of
-  masked pre-training is that of pooled features there."""
-  apart = any(name.endswith(".attn.q_proj.weight") for name in state)
+  """EVA-02 stores biases separately from their projections, and in masked pre-training calls the
+  norm of pooled features its last norm; timm does neither."""
+  separate = any(name.endswith(".attn.q_proj.weight") for name in state)
   pretrained = not any(re.search(r"(^|\.)(head|fc_norm)\.weight$", name) for name in state)
 
   def renamed(name):
-    name = re.sub(r"\.attn\.([qv])_bias$", r".attn.\1_proj.bias", name) if apart else name
+    name = re.sub(r"\.attn\.([qv])_bias$", r".attn.\1_proj.bias", name) if separate else name
     return re.sub(r"(^|\.)norm\.(weight|bias)$", r"\1fc_norm.\2", name) if pretrained else name
 
   return {renamed(name): value for name, value in state.items()}
 
 
 def bias_of_projection(state):
-  """CLIP projects without a bias; timm has this as its classifier, with one of zeros."""
+  """CLIP's projection has no bias; timm has it as the classifier, with a zero bias."""
   heads = [name.removesuffix("weight") for name in state if re.search(r"(^|\.)head\.weight$", name)]
   return {f"{head}bias": np.zeros(state[f"{head}weight"].shape[0], np.float32)
           for head in heads} | state
 
 
 def unstacked(state):
-  """Blocks of a scanned encoder one by one, as those of an encoder that is not."""
+  """Splits the stacked blocks of a scanned encoder into separate blocks."""
   out = {}
   for name, value in state.items():
     front, found, rest = name.partition("Transformer/encoderblock/")
@@ -134,14 +135,14 @@ def unstacked(state):
 
 
 def named(pairs: Mapping[str, str]) -> list[Rule]:
-  """Rules for layers whose weights and biases only have other names."""
+  """Rules for layers whose weights and biases are only renamed."""
   return [Rule(f"{old}.{{p}}", f"{new}.{{p}}") for old, new in pairs.items()]
 
 
 TRANSFORMERS = "transformers'"
 MASK_TOKEN = {r"(.+\.)?mask_token": "the token of masked patches"}
 
-# Version 5 of transformers has other names in memory than in its files.
+# transformers 5 uses other names in memory than in its files.
 _VIT_BLOCK = "(?:encoder.layer|layers).{i}"
 VIT = [
     Rule("embeddings.cls_token", "cls_token"),
@@ -277,7 +278,7 @@ CLIP = [
 ]
 
 TRAINED_BY_DINO = [
-    # Blocks in chunks, for FSDP: the second number counts over all of them.
+    # Blocks grouped for FSDP: the second number is the block's, over all groups.
     Rule(r"blocks.\d+.{i}.mlp.w12.{p}", "blocks.{i}.mlp.fc1.{p}"),
     Rule(r"blocks.\d+.{i}.mlp.w3.{p}", "blocks.{i}.mlp.fc2.{p}"),
     Rule(r"blocks.\d+.{i}.(?P<rest>\D.*)", "blocks.{i}.{rest}"),
@@ -285,7 +286,7 @@ TRAINED_BY_DINO = [
     Rule("blocks.{i}.mlp.w3.{p}", "blocks.{i}.mlp.fc2.{p}"),
 ]
 
-# Of Flax: our own leaves have these layouts. The numbers of norms depend on how old the code is.
+# Flax: our own leaves have these layouts. The numbers in norms' names depend on the code's version.
 _ENCODER = "(?:opt/target/|params/)?(?:img/)?"
 _BLOCK = f"{_ENCODER}Transformer/encoderblock_{{i}}"
 _ATTENTION = rf"{_BLOCK}/MultiHeadDotProductAttention_\d"
@@ -336,7 +337,7 @@ SOURCES = [
         r"(params/)?(txt/.*|t|b)": "the text encoder"}, before=unstacked),
     Source(TRANSFORMERS, r"(^|\.)embeddings\.patch_embeddings\.projection\.", VIT, {
         r"(.+\.)?decoder\..*": "the decoder", r"(.+\.)?pooler\.dense\..*": "the pooler",
-        **MASK_TOKEN}, after=positions_of_patches_alone),
+        **MASK_TOKEN}, after=patch_positions_only),
     Source(TRANSFORMERS, r"(^|\.)layer\.\d+\.mlp\.gate_proj\.", [*DINOV3, *DINOV3_GATED],
            MASK_TOKEN),
     Source(TRANSFORMERS, r"(^|\.)embeddings\.patch_embeddings\.weight$", [*DINOV3, *DINOV3_PLAIN],
@@ -363,7 +364,7 @@ SOURCES = [
         {r"(.+\.)?rope_embed\.periods": "the periods of rotary positions, which follow from sizes",
          r"(.+\.)?local_cls_norm\..*": "a norm of training", **MASK_TOKEN}, after=masked_biases),
     Source("MAE's", r"(^|\.)decoder_(blocks|embed|pred)\.",
-           left={r"(.+\.)?decoder_.*": "the decoder", **MASK_TOKEN}),
+           left_out={r"(.+\.)?decoder_.*": "the decoder", **MASK_TOKEN}),
     Source("EVA-02's", r"(^|\.)rope\.freqs_(cos|sin)$|\.mlp\.ffn_ln\.", named({
         "blocks.{i}.mlp.w12": "blocks.{i}.mlp.fc1", "blocks.{i}.mlp.w1": "blocks.{i}.mlp.fc1_g",
         "blocks.{i}.mlp.w2": "blocks.{i}.mlp.fc1_x", "blocks.{i}.mlp.w3": "blocks.{i}.mlp.fc2",
@@ -371,14 +372,14 @@ SOURCES = [
         {r"(.+\.)?rope\.freqs_(cos|sin)": "the angles of rotary positions, which follow from sizes",
          r"(.+\.)?lm_head\..*": "the classifier of masked patches", **MASK_TOKEN},
            before=eva02_biases_and_norm),
-    # Blocks in chunks, `blocks.0.5.`; those of stages are pairs, of DaViT.
+    # Grouped blocks, `blocks.0.5.`; but `stages.0.blocks.0.5.` is a pair in DaViT.
     Source("DINOv2's", r"(^|\.)(mask_token|register_tokens)$|\.mlp\.w12\.|"
            r"(^|\.)(?<!stages\.\d\.)blocks\.\d+\.\d+\.",
            [Rule("register_tokens", "reg_token"), *TRAINED_BY_DINO], MASK_TOKEN,
-           after=positions_of_patches_alone),
+           after=patch_positions_only),
     Source("DeiT III's", r"(^|\.)blocks\.\d+\.gamma_[12]$"),
 ]
 
-# One and the same under two names of timm's, of which a model has one: (pattern, replacement).
+# Parameters for which timm has two names; a model has one of them: (pattern, replacement).
 SYNONYMS = [(re.compile(r"(blocks\.\d+)\.ls([12])\.gamma"), r"\1.gamma_\2"),
             (re.compile(r"(blocks\.\d+)\.gamma_([12])"), r"\1.ls\2.gamma")]

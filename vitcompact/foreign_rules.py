@@ -1,4 +1,4 @@
-"""Brings others' names and layouts to timm's, by the rules of `foreign_names`."""
+"""Translates other libraries' names and layouts to timm's, by the rules of `foreign_names`."""
 import functools
 import re
 import types
@@ -13,36 +13,36 @@ from vitcompact.foreign_tensors import is_tensor, to_float32
 
 class Translated(NamedTuple):
   """state: under timm's names. source: whose names they were, "" if timm's or unknown.
-  left: {what: names} that no model here has."""
+  left_out: {what: names} of parts that no model here has."""
   state: dict[str, Any]
   source: str = ""
-  left: Mapping[str, Sequence[str]] = types.MappingProxyType({})
+  left_out: Mapping[str, Sequence[str]] = types.MappingProxyType({})
 
 
 def translated(state: Mapping[str, Any], known: set[str]) -> Translated:
-  """A state dict under timm's names, whosever they are; known: the names that a model looks for.
+  """A state dict under timm's names. known: the names that the model looks for.
 
-  ValueError where a source is refused, or where two tensors have one name.
+  Raises ValueError if its source is not supported, or if two tensors get the same name.
   """
   source = next((source for source in SOURCES
                  if any(re.search(source.sign, name) for name in state)), None)
   if source is None:
-    return Translated(settled(state, known))
+    return Translated(resolved(state, known))
   if source.refusal:
     raise ValueError(f"the names are {source.name}: {source.refusal}")
-  left = {}
+  left_out = {}
   for name in state:
     if what := _left_out(source, name):
-      left.setdefault(what, []).append(name)
-  dropped = {name for names in left.values() for name in names}
+      left_out.setdefault(what, []).append(name)
+  dropped = {name for names in left_out.values() for name in names}
   rest = {name: value for name, value in state.items() if name not in dropped}
   new = _by_rules(source, source.before(rest) if source.before else rest)
-  new = settled(source.after(new) if source.after else new, known, left)
-  return Translated(new, source.name if left or new.keys() != state.keys() else "", left)
+  new = resolved(source.after(new) if source.after else new, known, left_out)
+  return Translated(new, source.name if left_out or new.keys() != state.keys() else "", left_out)
 
 
 def renamed(state: Mapping[str, Any], rename) -> dict[str, Any]:
-  """{rename(name): value}; ValueError where two names become one."""
+  """{rename(name): value}; ValueError if two names become the same."""
   out, origin = {}, {}
   for name, value in state.items():
     new = rename(name)
@@ -53,16 +53,17 @@ def renamed(state: Mapping[str, Any], rename) -> dict[str, Any]:
   return out
 
 
-def settled(state, known: set[str], left: dict[str, list[str]] | None = None) -> dict[str, Any]:
-  """Of what has two names or forms in timm, the one that the model looks for.
+def resolved(state, known: set[str],
+             left_out: dict[str, list[str]] | None = None) -> dict[str, Any]:
+  """The state with timm's alternative names and forms replaced by those that the model looks for.
 
-  left: gets the names of biases that are zero and that the model does without.
+  left_out: receives the names of zero biases that the model does not have.
   """
   state = renamed(state, lambda name: _synonym(name, known))
   out = {}
   for name, value in state.items():
     found = re.fullmatch(r"(.+\.)??(blocks\.\d+\.attn\.)qkv\.bias", name)
-    if (left is None or not found or f"{found[2]}qkv.bias" in known or not is_tensor(value)
+    if (left_out is None or not found or f"{found[2]}qkv.bias" in known or not is_tensor(value)
         or value.shape[0] % 3):
       out[name] = value
       continue
@@ -73,7 +74,7 @@ def settled(state, known: set[str], left: dict[str, list[str]] | None = None) ->
     elif query.any() or key.any() or value_.any():
       out[name] = value
     else:
-      left.setdefault("biases that are zero", []).append(name)
+      left_out.setdefault("biases that are zero", []).append(name)
   return out
 
 
@@ -86,11 +87,12 @@ def _synonym(name, known):
 
 
 def _left_out(source: Source, name: str) -> str | None:
-  return next((what for pattern, what in source.left.items() if re.fullmatch(pattern, name)), None)
+  return next((what for pattern, what in source.left_out.items()
+               if re.fullmatch(pattern, name)), None)
 
 
 def _by_rules(source, state):
-  """What the rules say; names that no rule has stay."""
+  """Applies a source's rules; names without a rule stay."""
   out, origin = {}, {}
   targets: dict[str, tuple[Rule, dict[int, str]]] = {}   # timm's name: the rule, {part: old name}
   for name, value in state.items():
@@ -98,7 +100,7 @@ def _by_rules(source, state):
     for new, rule, part in matches:
       parts = targets.setdefault(new, (rule, {}))[1]
       if part in parts:
-        raise _one_name(parts[part], name, new)
+        raise _same_name(parts[part], name, new)
       parts[part] = name
     if not matches:
       out[name], origin[name] = value, name
@@ -111,22 +113,22 @@ def _by_rules(source, state):
                 for i in range(count)]
       try:
         value = rule.join(arrays)
-      except (ValueError, IndexError, AttributeError, TypeError):   # parts that are missing, or odd
+      except (ValueError, IndexError, AttributeError, TypeError):   # parts missing or misshapen
         out |= {name: state[name] for name in parts.values()}
         continue
     if new in out:
-      raise _one_name(origin[new], parts[min(parts)], new)
+      raise _same_name(origin[new], parts[min(parts)], new)
     out[new] = value
   return out
 
 
-def _one_name(first, second, new):
+def _same_name(first, second, new):
   return ValueError(f"two tensors of one name, {first!r} and {second!r} are both {new}; "
                     "take one out")
 
 
 def _matches(source, name) -> list[tuple[str, Rule, int]]:
-  """[(timm's name, rule, which part)]: more than one where a tensor is split."""
+  """[(timm's name, rule, index of the part)]: several if a tensor is split."""
   found = []
   for rule in source.rules:
     if found and rule.old != found[0][1].old:
@@ -143,7 +145,7 @@ def _matches(source, name) -> list[tuple[str, Rule, int]]:
 
 @functools.cache
 def _compiled(old: str) -> tuple[re.Pattern, int]:
-  """(pattern of whole names, number of parts) of a rule."""
+  """(regular expression of whole names, number of parts) of a rule."""
   parts = re.search(r"\{(\w+(?:\|\w+)+)\}", old)
   text = re.sub(r"(?<!\\)\.(?![*+])", r"\.", old)
   text = text.replace("{i}", r"(?P<i>\d+)").replace("{p}", "(?P<p>weight|bias)")

@@ -1,11 +1,11 @@
-"""Values in others' checkpoints: which are weights, and as which arrays we take them."""
+"""Values in other programs' checkpoints: tells weights from records, and converts them to NumPy."""
 import jax.numpy as jnp
 import numpy as np
 
 
 def is_tensor(value) -> bool:
-  """Whether a value is an array, not a record such as an epoch, an accuracy or the decay of an
-  average: no parameter of a model is a single number."""
+  """Whether a value is an array with at least one dimension: no parameter is a single number, but
+  records are, such as an epoch, an accuracy or the decay of an average."""
   return hasattr(value, "dtype") and bool(getattr(value, "shape", ()))
 
 
@@ -19,7 +19,8 @@ def is_float(value) -> bool:
 
 
 def to_float32(name: str, value) -> np.ndarray:
-  """A tensor's values; ValueError, one line, where it is none or has to be converted first."""
+  """A tensor as a float32 array; ValueError, one line, if it is not a plain floating point tensor.
+  """
   if not is_tensor(value):
     raise ValueError(f"{name} is a {type(value).__name__}, not an array of floating point numbers")
   if getattr(value, "is_quantized", False):
@@ -33,12 +34,12 @@ def to_float32(name: str, value) -> np.ndarray:
     raise ValueError(f"{name} is {value.dtype}, not an array of floating point numbers; quantized "
                      "weights have to be dequantized first")
   try:
-    # NumPy has no bfloat16 of PyTorch's, and takes nothing with a gradient or from another device.
+    # NumPy cannot read PyTorch's bfloat16, nor tensors with gradients or on another device.
     if hasattr(value, "detach"):
       value = value.detach().cpu().float().numpy()
-    with np.errstate(over="ignore"):   # to infinity, which is looked for
+    with np.errstate(over="ignore"):   # overflow gives infinity, which is checked later
       return np.asarray(value).astype(np.float32, copy=False)
-  except Exception as error:  # of whatever library the tensor is
+  except Exception as error:  # the tensor may be from any library
     reason = str(error).split("\n")[0]
     raise ValueError(f"{name}, a {type(value).__name__} of {value.dtype}, cannot become a NumPy "
                      f"array: {reason}") from error

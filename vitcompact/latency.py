@@ -1,4 +1,4 @@
-"""Times of blocks on this device, measured where they are first asked for and kept in a file."""
+"""Times of blocks on this device, measured on first use and cached in a file."""
 import json
 import os
 import pathlib
@@ -24,40 +24,40 @@ def default_file() -> pathlib.Path:
 
 
 class Times:
-  """Seconds a batch that the blocks of a model save under its options, as `Costs` tells MACs.
+  """Seconds per batch that options save in a model's blocks; the counterpart of `Costs` for MACs.
 
-  Timed are whole models, in turn with the dense one: each reducer, and each option in all blocks
-  that are equal, which then share what it saves; a block alone, its weights always in the cache,
-  would promise too much. Under a reducer, an option saves in proportion to its MACs. What was
-  measured is kept in `file`, by device, versions, model and plan.
+  Whole models are timed, alternating with the dense one: each reducer, and each option in all equal
+  blocks at once, which share the savings. Timing a single block would promise too much, as its
+  weights stay in the cache. Under a reducer, an option saves in proportion to its MACs. Times are
+  cached in `file` by device, versions, model and plan.
   """
 
   def __init__(self, costs: Costs, batch: int = 1, file=None):
     self.costs, self.batch = costs, batch
     self.file = pathlib.Path(file) if file else default_file()
     self.known = self._read()
-    self.dense = self._timed(Plan())[0]
+    self.dense = self._time_plan(Plan())[0]
     self.equal = {}
     for name, block in costs.blocks().items():
       self.equal.setdefault(Function(block).text, []).append(name)
 
   def total(self, reducer) -> float:
     """Seconds of the dense model under a reducer."""
-    return self.dense / self._timed(Plan(tokens=reducer))[1]
+    return self.dense / self._time_plan(Plan(tokens=reducer))[1]
 
   def saved(self, name: str, axis: str, method, tokens: int | None = None, reducer=None) -> float:
-    """Seconds that a block saves by one method, where that many tokens come to it."""
+    """Seconds that a block saves with one method, given `tokens` tokens."""
     blocks = self.costs.blocks()
     group = self.equal[Function(blocks[name]).text]
     plan = Plan(blocks={blocks[other].site.block: {axis: method} for other in group})
-    seconds = self.dense * (1 - 1 / self._timed(plan)[1]) / len(group)
+    seconds = self.dense * (1 - 1 / self._time_plan(plan)[1]) / len(group)
     if reducer is None:
       return seconds
-    here = self.costs.saved(name, {axis: method}, tokens, reducer)[0]
-    return seconds * here / max(self.costs.saved(name, {axis: method})[0], 1)
+    macs = self.costs.saved(name, {axis: method}, tokens, reducer)[0]
+    return seconds * macs / max(self.costs.saved(name, {axis: method})[0], 1)
 
-  def _timed(self, plan: Plan) -> tuple[float, float]:
-    """(seconds of the dense model, how much faster it is under a plan)."""
+  def _time_plan(self, plan: Plan) -> tuple[float, float]:
+    """(seconds of the dense model, speedup under a plan)."""
     model = self.costs.model
 
     def measure():
@@ -67,7 +67,7 @@ class Times:
       timing = list(bench.paired(calls, rounds=ROUNDS).values())
       return [timing[0].seconds, timing[-1].speedup]
 
-    return tuple(self._once(f"{model!r} under {plan.to_json()}", measure))
+    return tuple(self._cached(f"{model!r} under {plan.to_json()}", measure))
 
   def _call(self, model):
     variables = random_arrays(variable_shapes(model))
@@ -76,9 +76,9 @@ class Times:
     images = random_arrays(image_shapes(model, self.batch))
     return bench.compiled(model.apply, variables, images).call
 
-  def _once(self, key: str, measure) -> list[float]:
+  def _cached(self, key: str, measure) -> list[float]:
     device = jax.devices()[0]
-    # Functions are written with their place in memory.
+    # Removes the memory addresses that the repr of functions contains.
     key = re.sub(r" at 0x[0-9a-f]+", "", f"{device.device_kind} {os.cpu_count()} {jax.__version__} "
                  f"{vitcompact.__version__} {self.batch}: {key}")
     if key not in self.known:
@@ -91,7 +91,7 @@ class Times:
       tree = json.loads(self.file.read_text(encoding="utf-8"))
       return tree if isinstance(tree, dict) else {}
     except (OSError, ValueError, RecursionError):
-      return {}    # a cache: what is lost is measured again
+      return {}    # only a cache: what is lost is measured again
 
   def _write(self):
     self.file.parent.mkdir(parents=True, exist_ok=True)

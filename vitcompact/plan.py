@@ -15,12 +15,12 @@ from vitcompact.methods import METHODS, protocol
 from vitcompact.methods.protocol import CAPABILITIES, Site
 from vitcompact.trees import Leaf
 
-# A method of the tokens axis acts on the whole sequence of blocks, and names its own.
+# The tokens axis has no per-block entry: a reducer names the blocks that it acts in.
 BY_BLOCK = ("heads", "attention", "ffn")
 
 
 class BlockMethods(NamedTuple):
-  """The methods of one block; None is dense."""
+  """The methods of one block; None means dense."""
   heads: Any = None
   attention: Any = None
   tokens: Any = None
@@ -34,10 +34,10 @@ class BlockMethods(NamedTuple):
 class Plan:
   """A method for each axis; `Plan()` is the dense model.
 
-  heads, attention, ffn: the default of every block; None is dense.
-  tokens: a reducer, which carries the blocks that it acts in; None keeps every token.
-  blocks: {block: {axis: method or None}}, overrides; an axis that is absent has the default.
-    Blocks are numbered 0..depth-1 over all stages in order.
+  heads, attention, ffn: the default for every block; None means dense.
+  tokens: a reducer, which names the blocks that it acts in; None keeps every token.
+  blocks: {block: {axis: method or None}}, overrides for single blocks; an absent axis has the
+    default. Blocks are numbered 0..depth-1 over all stages in order.
 
   >>> Plan(heads=HMHSA(), ffn=CFFN(rank_ratio=0.5), blocks={0: {"heads": None}})
   """
@@ -65,22 +65,22 @@ class Plan:
     object.__setattr__(self, "blocks", FrozenDict(sorted(blocks.items())))
 
   def methods(self) -> list:
-    """Every method of the plan, each once, in the order of the axes; a method before the one that
-    it is made around."""
-    found = [getattr(self, axis) for axis in METHODS]
-    found += [method for axes in self.blocks.values() for method in axes.values()]
-    return list(dict.fromkeys(each for method in found for each in _with_inner(method)))
+    """Every distinct method of the plan, in the order of the axes; a method that wraps another
+    comes before it."""
+    methods = [getattr(self, axis) for axis in METHODS]
+    methods += [method for axes in self.blocks.values() for method in axes.values()]
+    return list(dict.fromkeys(nested for method in methods for nested in _with_inner(method)))
 
   def parameter_rules(self, shared: list[tuple[str, Leaf]]) -> list[tuple[str, Leaf]]:
-    """[(pattern, Leaf)]: those of its methods, then the shared ones, then one for the parameters of
-    each method that gives none."""
+    """[(pattern, Leaf)]: the rules of its methods, then the shared ones, then a default rule for
+    each method that has none of its own."""
     methods = self.methods()
     return [*(rule for method in methods for rule in getattr(method, "rules", ())), *shared,
             *((rf"(.*/)?{protocol.scope_of(method)}/.*", Leaf()) for method in methods
               if not hasattr(method, "rules"))]
 
   def planned(self, block: int) -> BlockMethods:
-    """What the plan names for a block, whether or not it acts there."""
+    """The methods that the plan names for a block, whether or not they act there."""
     axes = {axis: getattr(self, axis) for axis in METHODS}
     return BlockMethods(**{**axes, **self.blocks.get(block, {})})
 
@@ -93,13 +93,13 @@ class Plan:
                           for method in methods))
 
   def check(self, sites: Sequence[Site], model: str):
-    """Raises ValueError where the plan does not fit a model of these blocks, with the reason."""
+    """Raises ValueError, with the reason, if the plan does not fit a model with these blocks."""
     depth = len(sites)
-    named = [*self.blocks, *(getattr(self.tokens, "blocks", None) or ())]
-    if missing := [block for block in named if block >= depth]:
+    named_blocks = [*self.blocks, *(getattr(self.tokens, "blocks", None) or ())]
+    if missing := [block for block in named_blocks if block >= depth]:
       raise ValueError(f"the plan names block {missing[0]}, but the model has blocks 0 to "
                        f"{depth - 1}")
-    gone = {}   # what blocks no longer have: {capability: (method that took it, first block)}
+    removed = {}   # by reducers in earlier blocks: {capability: (method, first block)}
     for site in sites:
       self._check_attends(site, sites)
       methods = self.at(site)
@@ -107,21 +107,25 @@ class Plan:
         methods = methods._replace(tokens=None)
       for method in methods.present():
         protocol.check(method, site)
-      taken = {what: (method, site.block) for method in methods.present()
-               for what in protocol.removes(method, site)}
+      removed_here = {what: (method, site.block) for method in methods.present()
+                      for what in protocol.removes(method, site)}
       for method in methods.present():
-        _check_needs(method, site, {**taken, **gone}, model)
+        _check_needs(method, site, {**removed_here, **removed}, model)
       if methods.tokens is not None:
-        gone = {**{what: by for what, by in taken.items() if by[0] is methods.tokens}, **gone}
+        removed = {**{what: by for what, by in removed_here.items() if by[0] is methods.tokens},
+                   **removed}
 
   def mergeable(self, sites: Sequence[Site]) -> list[tuple[str, ...]]:
-    """For each block, the layers of its FFN that may be deployed as one matrix."""
+    """The layers of each block's FFN that may be deployed as one matrix."""
     methods = [self.at(site).ffn for site in sites]
     return [() if method is None else protocol.mergeable(method, site)
             for method, site in zip(methods, sites, strict=True)]
 
   def _check_attends(self, site: Site, sites):
-    """A method of attention, given to a block without any, is a mistake; a default is not."""
+    """Raises ValueError if `blocks` gives an attention method to a block without attention.
+
+    A default of the plan is simply not used there.
+    """
     given = [axis for axis in ("heads", "attention")
              if self.blocks.get(site.block, {}).get(axis) is not None]
     if given and "attention" not in site.provides:
@@ -138,9 +142,9 @@ class Plan:
     return Plan(**{axis: changed(getattr(self, axis)) for axis in METHODS}, blocks=blocks)
 
   def written_out(self, sites: Sequence[Site]) -> "Plan":
-    """The plan in which a method that does not act in one of these blocks is None there.
+    """The plan with an explicit None in each block where a method does not act.
 
-    So it stays the same method block by block where more tokens are left.
+    The blocks then keep their methods when more tokens reach them.
     """
     blocks = {block: dict(axes) for block, axes in self.blocks.items()}
     for site in sites:
@@ -151,8 +155,7 @@ class Plan:
     return dataclasses.replace(self, blocks=blocks)
 
   def at_size(self, sites: Sequence[Site]) -> "Plan":
-    """The plan with sizes that would follow the image, such as ranks, as they are in these blocks.
-    """
+    """The plan with sizes that depend on the image size, such as ranks, fixed for these blocks."""
     blocks = {site.block: dict(self.blocks.get(site.block, {})) for site in sites}
     for site in sites:
       for axis in BY_BLOCK:
@@ -161,7 +164,7 @@ class Plan:
     plan, defaults = dataclasses.replace(self, blocks=blocks), {}
     for axis in BY_BLOCK:
       kinds = {getattr(plan.planned(block), axis) for block in blocks}
-      if len(kinds) == 1:   # one for all blocks is the default
+      if len(kinds) == 1:   # the same method in all blocks becomes the default
         defaults[axis] = kinds.pop()
     blocks = {block: {axis: method for axis, method in axes.items()
                       if axis not in defaults} for block, axes in blocks.items()}
@@ -173,7 +176,7 @@ class Plan:
     return token_state.NOTHING if self.tokens is None else self.tokens.reduction(block, depth)
 
   def tokens_left(self, block: int, depth: int, tokens: int, prefix: int) -> int:
-    """How many of a number of tokens are left when a block begins."""
+    """How many of `tokens` tokens are left at the start of a block."""
     return tokens if self.tokens is None else _lengths(self.tokens, depth, tokens, prefix)[block]
 
   def to_json(self) -> str:
@@ -195,7 +198,7 @@ class Plan:
 
   @classmethod
   def from_dict(cls, tree: Mapping[str, Any]) -> "Plan":
-    """A plan from what its JSON says, {} or None in place of a method meaning none."""
+    """A plan from parsed JSON; {} or None in place of a method means dense."""
     if not isinstance(tree, Mapping):
       raise ValueError(f"a plan must be a dict of axes, got {tree!r}")
     tree, _ = upgraded(tree)
@@ -214,8 +217,7 @@ class Plan:
 
   @classmethod
   def parse(cls, value: str | Mapping[str, Any]) -> "Plan":
-    """A plan from a config's value: a dict, or text: "" is dense; a path that ends in .json; JSON.
-    """
+    """A plan from a config value: a dict, JSON, a path that ends in .json, or "" (dense)."""
     if isinstance(value, Mapping):
       return cls.from_dict(value)
     if not isinstance(value, str):
@@ -233,8 +235,10 @@ class Plan:
 
 
 def upgraded(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-  """(a plan's dict in today's words, what an old one says of execution): in files of before the
-  axis of attention is called "links", and forms of execution stand in the plan."""
+  """(a plan's dict in the current format, the execution settings that an old plan contained).
+
+  Older files call the attention axis "links" and keep execution settings in the plan.
+  """
   tree, execution = dict(tree), {}
   for old, new in (("backends", "attention"), ("at_a_time", "chunk")):
     if tree.get(old):
@@ -262,7 +266,7 @@ def upgraded(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @functools.lru_cache
 def _lengths(reducer, depth: int, tokens: int, prefix: int) -> list[int]:
-  """Tokens before each block and after the last: the reductions followed, shapes only."""
+  """Number of tokens before each block and after the last, computed from shapes only."""
   state, lengths = token_state.Tokens(jax.ShapeDtypeStruct((1, tokens, 8), "float32")), [tokens]
   for i in range(depth):
     state = token_state.shapes_after(reducer.reduction(i, depth), state, prefix)
@@ -270,27 +274,27 @@ def _lengths(reducer, depth: int, tokens: int, prefix: int) -> list[int]:
   return lengths
 
 
-def _check_needs(method, site: Site, gone, model: str):
+def _check_needs(method, site: Site, removed, model: str):
   needs = protocol.needs(method, site)
-  if method.axis == "attention":   # a choice among all pairs; two of them would not be one
+  if method.axis == "attention":   # selects among all pairs: two such methods cannot combine
     needs = {"full attention": "use attention=None there", **needs}
   for what, way_out in needs.items():
-    taker, first = gone.get(what, (method, 0))
+    remover, first = removed.get(what, (method, 0))
     where = f"{describe_method(method)} in block {site.block} needs {CAPABILITIES[what]}, which"
     if what not in site.provides:
       raise ValueError(f"{where} {model or 'this model'} does not have; {way_out}")
-    if taker is not method:
-      since = f"from block {first} on " if taker.axis == "tokens" else ""
-      raise ValueError(f"{where} {since}{describe_method(taker)} takes away; {way_out}")
+    if remover is not method:
+      since = f"from block {first} on " if remover.axis == "tokens" else ""
+      raise ValueError(f"{where} {since}{describe_method(remover)} takes away; {way_out}")
 
 
 def _with_inner(method) -> list:
-  """A method and those that it is made around; [] of None."""
+  """[method, the method it wraps, ...]; [] for None."""
   return [] if method is None else [method, *_with_inner(protocol.inner(method))]
 
 
 def describe_method(method) -> str:
-  """A method with the fields that are not at their defaults: "HMHSA(layout='grid')"."""
+  """A method's name and the fields that differ from their defaults: "HMHSA(layout='grid')"."""
   fields = [f"{field.name}={value!r}" for field in dataclasses.fields(method)
             if (value := getattr(method, field.name)) != field.default]
   return f"{type(method).__name__}({', '.join(fields)})"
@@ -302,7 +306,7 @@ def _check_axes(axes: Mapping, where: str):
     if spec is not None and type(spec) not in METHODS[axis].values():
       known = ", ".join(kind.__name__ for kind in METHODS[axis].values())
       raise ValueError(f"{where}: {axis}={spec!r} is not a method of this axis; use {known}(...) "
-                       "or None (list a method of your own first: "
+                       "or None (to use your own method, list it first: "
                        f"vitcompact.METHODS[{axis!r}][NAME] = CLASS)")
     if spec is not None:
       protocol.check_class(type(spec), axis)
@@ -340,9 +344,9 @@ def _from_dict(axis: str, spec):
     method = kind(**{key: _from_dict(axis, value) if key == axis else _tuples(value)
                      for key, value in fields.items()})
     hash(method)   # models are compared by their plans
-  # Of methods of users' own too, whose checks may not expect what a file holds.
+  # A user's own method may not check for what a file contains.
   except (TypeError, AttributeError, ArithmeticError) as error:
-    raise ValueError(f"plan, {axis}: {kind.__name__} takes no such values: {fields}: "
+    raise ValueError(f"plan, {axis}: {kind.__name__} does not accept these values: {fields}: "
                      f"{error}") from None
   return method
 

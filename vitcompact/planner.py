@@ -1,4 +1,4 @@
-"""The search of a plan: what each option costs and saves, and a knapsack over blocks and axes."""
+"""The search for a plan: what each option costs and saves, and a knapsack over blocks and axes."""
 import functools
 from typing import Any, NamedTuple
 
@@ -12,13 +12,13 @@ from vitcompact.count import count, count_block
 from vitcompact.plan import BlockMethods, Plan
 from vitcompact.token_state import Tokens
 
-BINS = 2000          # of what there is to save: options save whole numbers of them, rounded down
-EQUAL = 1e-6         # KLs below are rounding, and count as none
-SMALLER = 1e-9       # what a parameter less is worth, in KL per share: it breaks ties
+BINS = 2000          # of the dense model's total: savings are rounded down to whole bins
+EQUAL = 1e-6         # smaller KLs are rounding errors, and count as 0
+SMALLER = 1e-9       # tie-breaker: KL per share of the parameters that could be saved
 
 
 class Choice(NamedTuple):
-  """What one block may become: its options, {axis: Option}, the KL they cost and what they save."""
+  """A combination of options for one block, {axis: Option}, the KL they cost and what they save."""
   options: dict
   kl: float
   saved: float
@@ -26,11 +26,10 @@ class Choice(NamedTuple):
 
 
 class Costs:
-  """What blocks of a model cost under its options: multiply-accumulates and parameters of the
-  deployed form, counted; each method's difference to the dense block, of one image.
+  """MACs and parameters of a model's blocks under options, in deployed form, for one image.
 
-  Those of the FFN add to those of attention; heads and who attends to whom are counted together,
-  and all with the reducer in place.
+  What an option saves is the difference to the dense block. Savings of the FFN and of attention
+  add up; methods of the heads and attention axes are counted together; the reducer always acts.
   """
 
   def __init__(self, model: nn.Module):
@@ -39,12 +38,12 @@ class Costs:
     self._inputs = self._shapes()
 
   def _shapes(self):
-    """{block: shape of its input}, of one image."""
+    """{block: shape of its input} for one image."""
     shapes = {}
 
     def on_block(name, block, x):
       shapes[name] = x
-      return _stepped(block, x)
+      return _zero_output(block, x)
 
     images = jnp.zeros((1, *np.broadcast_to(self.model.image_size, 2).tolist(),
                         self.model.in_chans))
@@ -59,49 +58,50 @@ class Costs:
             if hasattr(module, "methods")}
 
   def at(self, name: str, methods: BlockMethods, tokens: int | None = None) -> tuple[int, int]:
-    """(MACs, parameters) of a block under methods, for that many tokens (isotropic models)."""
+    """(MACs, parameters) of a block under methods, at `tokens` tokens (isotropic models)."""
     block, x = self.blocks()[name], self._inputs[name]
     if tokens is not None:
       native = x.x.shape[1]
       source = jax.ShapeDtypeStruct((1, native), jnp.int32) if tokens != native else None
       x = Tokens(jax.ShapeDtypeStruct((1, tokens, x.x.shape[2]), x.x.dtype), source=source)
-    return _counted(Function(block.clone(methods=methods)), jax.tree.structure(x),
+    return _cached_count(Function(block.clone(methods=methods)), jax.tree.structure(x),
                     tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(x)))
 
   def saved(self, name: str, methods: dict, tokens: int | None = None,
             reducer=None) -> tuple[int, int]:
-    """(MACs, parameters) that a block saves by {axis: method}, where a reducer acts as well."""
+    """(MACs, parameters) that a block saves with {axis: method}, with the reducer acting too."""
     dense = BlockMethods(tokens=reducer)
     before = self.at(name, dense, tokens)
     after = self.at(name, dense._replace(**methods), tokens)
     return before[0] - after[0], before[1] - after[1]
 
 
-def _stepped(block: nn.Module, x):
-  """Zeros of the shape of a block's output."""
+def _zero_output(block: nn.Module, x):
+  """Zeros in the shape of a block's output."""
   out = jax.eval_shape(lambda x: block.init_with_output(jax.random.key(0), x)[0], x)
   return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), out)
 
 
 @functools.lru_cache(maxsize=4096)
-def _counted(function: Function, tree, leaves) -> tuple[int, int]:
+def _cached_count(function: Function, tree, leaves) -> tuple[int, int]:
   x = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in leaves])
   return count_block(function.block, x)
 
 
-def combined(options: dict[str, list[Any]]) -> list[dict[str, Any]]:
-  """Every way to take at most one option of each axis."""
+def combinations(options: dict[str, list[Any]]) -> list[dict[str, Any]]:
+  """Every combination with at most one option of each axis."""
   found = [{}]
-  for axis, few in options.items():
-    found = [{**base, **more} for base in found for more in [{}, *({axis: one} for one in few)]]
+  for axis, choices in options.items():
+    found = [{**base, **more} for base in found
+             for more in [{}, *({axis: choice} for choice in choices)]]
   return found
 
 
 class Knapsack:
-  """Which choice of each block loses least, for at least as much saved in all.
+  """Finds the choice for each block that costs the least KL and saves at least a given total.
 
-  choices: {block: [Choice]}, the first of each the dense one. Deterministic: among equals the one
-  with fewer parameters, then the first.
+  choices: {block: [Choice]}, the dense one first. Deterministic: ties go to the choice with fewer
+  parameters, then to the first.
   """
 
   def __init__(self, choices: dict[str, list[Choice]], scale: float):
@@ -109,47 +109,48 @@ class Knapsack:
 
   def most(self) -> float:
     """The most that can be saved, in whole bins."""
-    return self.bin * sum(max(self._bins(choice) for choice in few)
-                          for few in self.choices.values())
+    return self.bin * sum(max(self._bins(choice) for choice in choices)
+                          for choices in self.choices.values())
 
   def saved(self, picks: dict[str, int]) -> float:
-    """What a choice of each block saves, in whole bins."""
+    """What {block: index of its choice} saves, in whole bins."""
     return self.bin * sum(self._bins(self.choices[name][i]) for name, i in picks.items())
 
   def _bins(self, choice: Choice) -> int:
     return int(np.floor(choice.saved / self.bin + 1e-9))
 
   def best(self, need: float, forbidden: tuple[str, int] | None = None):
-    """({block: index of its choice}, KL), or None where it cannot be met."""
+    """({block: index of its choice}, KL), or None if `need` cannot be saved."""
     bins = max(0, int(np.ceil(need / self.bin - 1e-9)))
-    cost = np.full(bins + 1, np.inf)     # of having saved at least j bins so far
+    cost = np.full(bins + 1, np.inf)     # of saving at least j bins in the blocks so far
     cost[0] = 0
-    taken = []
-    most = max(1, sum(max(choice.params for choice in few) for few in self.choices.values()))
-    for name, few in self.choices.items():
-      table = np.full((len(few), bins + 1), np.inf)
-      for i, choice in enumerate(few):
+    best_choices = []
+    most = max(1, sum(max(choice.params for choice in choices)
+                      for choices in self.choices.values()))
+    for name, choices in self.choices.items():
+      table = np.full((len(choices), bins + 1), np.inf)
+      for i, choice in enumerate(choices):
         if forbidden == (name, i):
           continue
         step = self._bins(choice)
         kl = 0.0 if choice.kl < EQUAL else choice.kl
-        here = _moved(cost, step)
-        table[i] = here + kl - SMALLER * choice.params / most
-      pick = table.argmin(axis=0)
-      taken.append((name, pick))
-      cost = table[pick, np.arange(bins + 1)]
+        before = _shifted(cost, step)
+        table[i] = before + kl - SMALLER * choice.params / most
+      best = table.argmin(axis=0)
+      best_choices.append((name, best))
+      cost = table[best, np.arange(bins + 1)]
     if not np.isfinite(cost[bins]):
       return None
-    picks, at = {}, bins
-    for name, pick in reversed(taken):
-      picks[name] = int(pick[at])
-      at = max(0, at - self._bins(self.choices[name][picks[name]]))
+    picks, left = {}, bins
+    for name, best in reversed(best_choices):
+      picks[name] = int(best[left])
+      left = max(0, left - self._bins(self.choices[name][picks[name]]))
     picks = dict(reversed(picks.items()))
     return picks, sum(self.choices[name][i].kl for name, i in picks.items())
 
 
-def _moved(cost: np.ndarray, step: int) -> np.ndarray:
-  """The cost of having saved at least j, after a choice that saves `step` (or costs, if below 0).
+def _shifted(cost: np.ndarray, step: int) -> np.ndarray:
+  """The cost of saving at least j bins once a choice has saved `step` bins (or added, if negative).
   """
   if step >= 0:
     return cost[np.maximum(np.arange(len(cost)) - step, 0)]

@@ -1,12 +1,12 @@
 """preprocess: how a named model's evaluation prepares an image.
 
-It is timm's evaluation, of files as timm's loader opens them, to one grey level. Where it is not,
-on purpose: 16-bit grey keeps its upper 8 bits, as in training here, and not whatever Pillow's
-conversion leaves (nearly all of it white); pixels whose range is unknown, 32-bit integers and
-floats, are refused; small images of a model's own size are left whole; and a model of one channel
-is normalised by one number. What is as in timm, and may surprise: transparency is dropped, of
-several frames the first counts, and an orientation in the EXIF data is not applied unless
-`exif_transpose` asks for it (but Pillow itself turns a TIFF).
+It equals timm's evaluation, on files as timm's loader opens them, to within one grey level. It
+differs on purpose in four cases: 16-bit grey keeps its upper 8 bits, as in training here (Pillow's
+conversion makes nearly all of it white); pixels of unknown range (32-bit integers and floats) are
+refused; small images of a model's own size are not cropped; and the images of a model with one
+channel are normalised by one number. As in timm, transparency is dropped, only the first of several
+frames is used, and the EXIF orientation is ignored unless `exif_transpose` is set (but Pillow
+itself rotates a TIFF).
 """
 import dataclasses
 import json
@@ -22,12 +22,13 @@ from vitcompact.models import variant_of
 
 
 def preprocess(model: nn.Module | str | os.PathLike) -> Preprocess:
-  """The evaluation of the named model (timm's where timm has the model), at `model.image_size`; or,
-  given the path of a file of ours, that of the run that wrote it, whose crop may be another. Other
-  names of weights, such as "hf-hub:org/name" or a folder, are taken as by `pretrained`.
+  """How images are prepared for a model, at `model.image_size` (as in timm if timm has the model).
 
-  A model of another number of channels than three is normalised by the mean of mean and of std in
-  each; one of a single channel is shown images in grey.
+  Given the path of a file of ours, it is the evaluation of the run that wrote it, whose crop may
+  differ. Other names of weights, such as "hf-hub:org/name" or a folder, work as in `pretrained`.
+
+  If a model does not have three channels, each is normalised by the average mean and std; a model
+  with a single channel gets grey images.
   """
   if isinstance(model, str | os.PathLike):
     if not os.fspath(model).endswith(".safetensors"):
@@ -46,14 +47,14 @@ def preprocess(model: nn.Module | str | os.PathLike) -> Preprocess:
 
 
 def _of_file(path) -> Preprocess:
-  """As `preprocess`; files of before do not tell a crop, and have their model's."""
+  """As `preprocess`, for a file; older files have no crop, and get their model's."""
   pre, about = preprocess(convert.read_model(path)), convert.read_metadata(path)
-  if "pixels" in about:   # weights of others may have been trained on other means than the model's
+  if "pixels" in about:   # pretrained weights may use another mean and std than the model
     try:
-      told = json.loads(about["pixels"])
-      mean, std = (tuple(map(float, told[name])) for name in ("mean", "std"))
-      pre = dataclasses.replace(pre, **{**told, "mean": mean, "std": std})
+      pixels = json.loads(about["pixels"])
+      mean, std = (tuple(map(float, pixels[name])) for name in ("mean", "std"))
+      pre = dataclasses.replace(pre, **{**pixels, "mean": mean, "std": std})
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-      raise ValueError(f"{path}: its metadata tells no mean and std ({error!r}); make the file "
+      raise ValueError(f"{path}: its metadata has no valid mean and std ({error!r}); make the file "
                        "again") from None
   return dataclasses.replace(pre, crop=files.crop_in(path, about)) if "crop" in about else pre

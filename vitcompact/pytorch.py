@@ -1,8 +1,8 @@
-"""Files of others' weights: read safely, converted to our files, and written back.
+"""Reads other programs' files of weights safely, converts them to our files, and writes them back.
 
-.safetensors and .npz files are read as they are; .pth, .pt, .bin, .ckpt and .tar through torch,
-which has to be installed, as weights only: a file that would run code is refused, or read without
-the objects that are no tensors. Weights in several files are read by their index.
+.safetensors and .npz files are read directly; .pth, .pt, .bin, .ckpt and .tar through torch, which
+must be installed, as weights only: a file that would run code is refused, or read without its
+objects that are not tensors. Weights in several files are read through their index.
 """
 import argparse
 import collections
@@ -24,7 +24,7 @@ WAY_OUT = ("where it was made, torch.save({'model': model.state_dict()}, 'weight
 
 
 class Record:
-  """Stands for an object of a class that is not looked for: what a file has of it is dropped."""
+  """Placeholder for an object in a pickle whose class is not imported; its content is dropped."""
 
   def __new__(cls, *_, **__):
     return super().__new__(cls)
@@ -37,47 +37,48 @@ class Record:
 
 
 class Dict(Record):
-  """Stands for a class of dicts, whose items are kept."""
+  """Placeholder for an object of a dict class; its items are kept."""
 
   def __new__(cls, *_, **__):
     return collections.OrderedDict()
 
 
 class List(Record):
-  """Stands for a class of lists, likewise."""
+  """Placeholder for an object of a list class; its items are kept."""
 
   def __new__(cls, *_, **__):
     return []
 
 
-def harmless() -> list:
-  """Classes that checkpoints keep plain records in, with the names that files have for them."""
+def safe_classes() -> list:
+  """Classes of plain records that checkpoints may contain, some as (class, name in the file)."""
   core = np._core.multiarray
   numpy = [(getattr(core, name), f"numpy.{home}.multiarray.{name}")
            for name in ("scalar", "_reconstruct") for home in ("_core", "core")]
   numbers = [type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"]
   plain = [dict, list, tuple, set, frozenset, bool, int, float, complex, str, slice,
            datetime.datetime, datetime.date, datetime.timedelta]
-  # DeiT's own checkpoints keep their command line as a Namespace.
+  # DeiT's own checkpoints hold their command line as a Namespace.
   return [argparse.Namespace, np.ndarray, np.dtype, *numbers, *numpy, *plain,
           stand_in("collections.defaultdict", Dict), stand_in("collections.deque", List),
           *[stand_in(f"pathlib.{name}") for name in ("Path", "PosixPath", "WindowsPath")]]
 
 
 def stand_in(name: str, kind: type[Record] = Record) -> tuple[type, str]:
-  """(a class, the name of that which it stands for): nothing of that name is imported or run."""
-  name = name if "." in name else f"builtins.{name}"   # as torch's errors have it
+  """(a placeholder class, the name of the class it replaces, which is neither imported nor run)."""
+  name = name if "." in name else f"builtins.{name}"   # as in torch's errors
   return type(name, (kind,), {"__module__": "stands for"}), name
 
 
 def read_checkpoint(path: str, *, ignore_records: bool = False,
                     allow: Sequence[str] = ()) -> Mapping:
-  """What a checkpoint holds: a state dict, or containers of some. ValueError where it cannot be
-  read.
+  """The content of a checkpoint: a state dict, or a dict that contains some.
 
   path: of a file, of the index of several (model.safetensors.index.json), or of a directory.
-  ignore_records: read a PyTorch file without its objects that are no tensors; allow: without those
-    of these classes, such as omegaconf.dictconfig.DictConfig. Their code is never run.
+  ignore_records: skip all objects in a PyTorch file that are not tensors.
+  allow: skip the objects of these classes, such as omegaconf.dictconfig.DictConfig. Their code is
+    never run.
+  Raises ValueError if it cannot be read.
   """
   path = files.weights_in(path)
   if path.name.endswith(files.INDEX):
@@ -103,27 +104,27 @@ def _read_file(path, ignore_records, allow):
 
 
 def _bfloat16(array):
-  """NumPy writes bfloat16 as two bytes of no type."""
+  """Restores bfloat16, which NumPy writes as two untyped bytes."""
   return array.view(ml_dtypes.bfloat16) if array.dtype == "V2" else array
 
 
 def _read_shards(index: pathlib.Path, ignore_records, allow):
   state = {}
-  for name, wanted in files.shards_of(index).items():
+  for name, listed in files.shards_of(index).items():
     shard = index.parent / name
     if not shard.is_file():
-      raise FileNotFoundError(f"{shard}: no such file, but {index.name} tells that it holds "
-                              f"{len(wanted)} tensors; fetch it into the same directory")
+      raise FileNotFoundError(f"{shard}: no such file, but {index.name} lists {len(listed)} "
+                              "tensors in it; fetch it into the same directory")
     found = _read_file(shard, ignore_records, allow)
-    if missing := [tensor for tensor in wanted if tensor not in found]:
-      raise ValueError(f"{shard} holds no {trees.some(missing)}, though {index.name} tells so; "
+    if missing := [tensor for tensor in listed if tensor not in found]:
+      raise ValueError(f"{shard} holds no {trees.some(missing)}, though {index.name} lists it; "
                        "fetch both again")
-    state |= {tensor: found[tensor] for tensor in wanted}
+    state |= {tensor: found[tensor] for tensor in listed}
   return state
 
 
 def _torch(way_out: str):
-  """The library, which nothing but files needs."""
+  """The torch module, or ValueError(way_out)."""
   try:
     import torch
   except ImportError:
@@ -142,39 +143,41 @@ def _read_pickled(path, ignore_records, allow):
                  "the weights as .safetensors where it is installed")
   records = {name: cls for cls, name in map(stand_in, allow)}
   while True:
-    allowed = [*harmless(), *[(cls, name) for name, cls in records.items()]]
+    allowed = [*safe_classes(), *[(cls, name) for name, cls in records.items()]]
     try:
       with torch.serialization.safe_globals(allowed):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
       break
     except Exception as error:  # a broken or hostile file may raise anything
-      if not _another_record(path, str(error), records, ignore_records):
+      if not _add_placeholder(path, str(error), records, ignore_records):
         raise _refusal(torch, path, error, allowed) from None
   if not isinstance(checkpoint, Mapping):
     raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a dict of tensors")
   return checkpoint
 
 
-def _another_record(path, said: str, records, ignore_records) -> bool:
-  """Whether reading may go on: with one more class that is stood for, or one as another kind."""
-  odd = re.search(r"[Cc]an only (SETITEM|append|extend).* got <class 'stands for\.([\w.]+)'", said)
+def _add_placeholder(path, message: str, records, ignore_records) -> bool:
+  """Whether to read again: adds a placeholder for the class in torch's error, or changes its kind.
+  """
+  odd = re.search(r"[Cc]an only (SETITEM|append|extend).* got <class 'stands for\.([\w.]+)'",
+                  message)
   if odd and records.get(odd[2], Dict).__mro__[1] is Record:
     records[odd[2]] = stand_in(odd[2], Dict if odd[1] == "SETITEM" else List)[0]
     return True
-  found = re.search(r"Unsupported global: GLOBAL ([\w.]+)", said)
-  if not found or not ignore_records or "blocked" in said:
+  found = re.search(r"Unsupported global: GLOBAL ([\w.]+)", message)
+  if not found or not ignore_records or "blocked" in message:
     return False
   cls, name = stand_in(found[1])
   return records.setdefault(name, cls) is cls
 
 
 def _refusal(torch, path, error, allowed):
-  # torch's own text recommends to switch the protection off.
+  # Not torch's own message, which recommends switching the protection off.
   name = re.search(r"(?:Unsupported global: )?GLOBAL ([\w.]+)", str(error))
   if not name:
     return ValueError(f"{path}: refused: damaged, or more than weights ({type(error).__name__}); "
                       f"{WAY_OUT}")
-  if "blocked" in str(error):   # modules that torch never reads a name of, such as os
+  if "blocked" in str(error):   # modules that torch never allows, such as os
     return ValueError(f"{path}: refused: it holds more than weights, {name[1]}; {WAY_OUT}")
   try:
     with torch.serialization.safe_globals(allowed):
@@ -188,8 +191,8 @@ def _refusal(torch, path, error, allowed):
 
 
 def is_ours(path) -> bool:
-  """Whether `vc.save` wrote a file. What `to_torch` wrote says which model it is of too, but has
-  PyTorch's names."""
+  """Whether `vc.save` wrote a file. Files from `to_torch` also name their model, but have PyTorch's
+  names."""
   path = pathlib.Path(path)
   if path.suffix != ".safetensors" or path.is_dir() or files.kind_of(path) != "safetensors":
     return False
@@ -201,12 +204,12 @@ def from_checkpoint(checkpoint, name: str | None, out, *, reset_head: bool = Fal
                     force: bool = False, weights: str | None = None, dtype: str = "float32",
                     classes=None, allow_nonfinite: bool = False, ignore_records: bool = False,
                     allow: Sequence[str] = (), **fields) -> list[str]:
-  """Writes the model of a checkpoint to `out`; returns lines that tell what was done.
+  """Writes the model of a checkpoint to `out`; returns lines that say what was done.
 
   checkpoint, allow, ignore_records: see `read_checkpoint`.
-  name: of the model that the weights are of; None for a file that `vc.save` wrote, which says so
-    itself, and where timm's or transformers' config.json lies beside them.
-  weights: which of several sets a checkpoint holds, such as "model" or "model_ema".
+  name: of the model; None for a file that `vc.save` wrote, which names its model, and for weights
+    with timm's or transformers' config.json in the same directory.
+  weights: which set to take if the checkpoint has several, such as "model" or "model_ema".
   dtype, classes: see `convert.save`. fields: as in `vc.create_model`, such as image_size=384.
   """
   path = files.weights_in(checkpoint)
@@ -221,17 +224,17 @@ def from_checkpoint(checkpoint, name: str | None, out, *, reset_head: bool = Fal
       classes = convert.classes_of(path)
     if "crop" in convert.read_metadata(path):
       preprocess = vc.preprocess(path)
-      if model.image_size != source.image_size:   # a run's own crop is of its size of images
+      if model.image_size != source.image_size:   # the run's crop is for its own image size
         preprocess = dataclasses.replace(preprocess, crop=vc.preprocess(model).crop)
   else:
     if name is None:
-      told = foreign_config.read_beside(path)
-      name, fields = told.model, {**told.fields, **fields}
-      lines.append(told.line())
+      spec = foreign_config.spec_next_to(path)
+      name, fields = spec.model, {**spec.fields, **fields}
+      lines.append(spec.line())
     state = read_checkpoint(path, ignore_records=ignore_records, allow=allow)
     model = vc.create_model(name, **fields)
-    if lines and classes is None and told.classes and not reset_head:
-      classes = told.classes if len(told.classes) == model.num_classes else None
+    if lines and classes is None and spec.classes and not reset_head:
+      classes = spec.classes if len(spec.classes) == model.num_classes else None
   loaded = convert.read_state_dict(model, state, reset_head=reset_head, source=source,
                                    weights=weights, allow_nonfinite=allow_nonfinite)
   convert.save(out, model, loaded.variables, force=force, dtype=dtype, classes=classes,
@@ -241,12 +244,13 @@ def from_checkpoint(checkpoint, name: str | None, out, *, reset_head: bool = Fal
 
 
 def read_for(model, path) -> dict:
-  """Variables of `model` from a file of others', as `vc.from_torch` takes it and warns."""
+  """Variables of `model` from another program's file, read and warned about as in `vc.from_torch`.
+  """
   return vc.from_torch(model, read_checkpoint(path))
 
 
 def to_torch(checkpoint, out, *, names: str = "timm", force: bool = False) -> list[str]:
-  """Writes the PyTorch state dict of one of our files; returns lines that tell what was done."""
+  """Writes the PyTorch state dict of one of our files; returns lines that say what was done."""
   model, variables = convert.load(checkpoint)
   state = vc.to_torch(model, variables, names=names)
   classes = convert.classes_of(checkpoint)

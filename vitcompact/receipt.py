@@ -1,4 +1,4 @@
-"""receipt: one page with every number of a run, and how each was come by."""
+"""receipt: one page with every number of a run, and how each was obtained."""
 import dataclasses
 import html
 import importlib.metadata
@@ -34,7 +34,7 @@ td, th {{border: 1px solid #767676; padding: .2em .6em; text-align: left}}</styl
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One model of a receipt. accuracy: share of `tested` test images, None where it was not run."""
+  """One model of a receipt. accuracy: share of `tested` test images, None if it was not run."""
   name: str
   count: Count
   accuracy: float | None
@@ -42,20 +42,20 @@ class Row:
   tested: int = 0
 
   def interval(self) -> tuple[float, float] | None:
-    """95 % interval of the accuracy (Wilson), by the number of test images."""
+    """95 % interval of the accuracy (Wilson), from the number of test images."""
     if self.accuracy is None or not self.tested:
       return None
-    right = round(self.accuracy * self.tested)
-    found = binomtest(right, self.tested).proportion_ci(method="wilson")
-    return float(found.low), float(found.high)
+    correct = round(self.accuracy * self.tested)
+    interval = binomtest(correct, self.tested).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 @dataclasses.dataclass(frozen=True)
 class Receipt:
-  """The first row is the dense model, which the others are compared with.
+  """The results of a run; the first row is the dense model, with which the others are compared.
 
-  classes: the name of each output, in order; () where nobody gave them. further: {condition: Proof}
-  of the same two models, such as on random images or in the dtype they are deployed in.
+  classes: the name of each output, in order; () if unknown. further: {condition: Proof} of the same
+  two models, such as on random images or in the dtype they are deployed in.
   """
   title: str
   rows: tuple[Row, ...]
@@ -70,7 +70,7 @@ class Receipt:
     return self.proof.ok and all(proof.ok for proof in self.further.values())
 
   def write(self, directory) -> tuple[pathlib.Path, ...]:
-    """Writes receipt.json, receipt.md and receipt.html; each is whole at every moment."""
+    """Writes receipt.json, receipt.md and receipt.html, each atomically."""
     directory = pathlib.Path(directory)
     paths = tuple(directory / f"receipt.{kind}" for kind in ("json", "md", "html"))
     for path, text in zip(paths, (self.to_json(), self.to_markdown(), self.to_html()), strict=True):
@@ -84,10 +84,10 @@ class Receipt:
              "test_images": row.tested, "accuracy_interval": row.interval(),
              "timing": row.timing and row.timing._asdict()} for row in self.rows]
 
-    def told(proof):
+    def as_dict(proof):
       return {**dataclasses.asdict(proof), "ok": proof.ok}
 
-    proof = {**told(self.proof), **{name: told(other) for name, other in self.further.items()}}
+    proof = {**as_dict(self.proof), **{name: as_dict(p) for name, p in self.further.items()}}
     classes = {"classes": list(self.classes)} if self.classes else {}
     return json.dumps({"title": self.title, **self.facts, **classes, "models": rows,
                        "fold": proof}, indent=2)
@@ -103,7 +103,7 @@ class Receipt:
     return "\n".join(lines) + "\n"
 
   def to_html(self) -> str:
-    """The page of `to_markdown`, to be read in a browser."""
+    """`to_markdown` as an HTML page."""
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(self.to_markdown())
     return HTML.format(title=html.escape(self.title), body=body)
 
@@ -129,7 +129,7 @@ class Receipt:
     verdict = "same function" if proof.ok else "NOT the same function"
     lines = [f"Folding: {verdict}. On {proof.images} images the logits differ by at most "
              f"{proof.max_abs:.2g} ({proof.max_rel:.2g} of the largest; allowed "
-             f"{proof.tolerance:.0e}), and {100 * proof.top1_agreement:.2f}% of the first classes "
+             f"{proof.tolerance:.0e}), and {100 * proof.top1_agreement:.2f}% of the top-1 classes "
              "agree."]
     if proof.first_difference:
       lines.append(f"A difference first arises in {proof.first_difference}.")
@@ -144,13 +144,13 @@ class Receipt:
       lines.append(f"Speed: the deployed model runs at {timing.speedup:.2f} times the dense one's "
                    f"{timing.clock} speed{verdict}; median of paired rounds, lowest and highest in "
                    f"brackets, load {timing.load:.1f} at the start.")
-    lines.append("MACs are multiply-accumulates of one image, read off the traced program. hMHSA "
-                 "and cFFN are our reconstruction of arXiv 2306.10875.")
+    lines.append("MACs are multiply-accumulates for one image, counted in the traced program. "
+                 "hMHSA and cFFN are our reconstruction of arXiv 2306.10875.")
     return lines
 
 
 def environment() -> dict[str, object]:
-  """Where numbers were made: versions, device, commit."""
+  """Where the numbers were measured: command, versions, device, commit."""
   device = jax.devices()[0]
   return {"command": " ".join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
           "vitcompact": __version__, "commit": _commit(), "python": platform.python_version(),
@@ -160,8 +160,11 @@ def environment() -> dict[str, object]:
 
 
 def _commit() -> str:
-  """Of the checkout that this file is in; "unknown" outside one, "+" when its programs have changes
-  (results, which programs write, change nothing)."""
+  """The commit of the checkout that contains this file, or "unknown".
+
+  "+" is appended if there are uncommitted changes; those in results/, which programs write, do not
+  count.
+  """
   package = pathlib.Path(__file__).resolve().parent
 
   def git(*words):
@@ -178,7 +181,7 @@ def _commit() -> str:
 
 
 def _exports(files) -> list[str]:
-  """The table of exported files, as `run.report.exports` tells of them; [] of none."""
+  """The table of exported files, from what `run.report.exports` returns; [] if there are none."""
   if not files:
     return []
   lines = ["", "| exported file | read back in | largest difference from the model | "

@@ -1,4 +1,4 @@
-"""Report: what `measure` found, to JSON and back, and the plans that it proposes."""
+"""Report: what `measure` found, its JSON form, and the plans that it proposes."""
 import dataclasses
 import functools
 import json
@@ -14,15 +14,15 @@ from vitcompact.latency import Times
 from vitcompact.methods import protocol
 from vitcompact.models import create_model
 from vitcompact.plan import BY_BLOCK, BlockMethods, Plan, describe_method
-from vitcompact.planner import Choice, Costs, Knapsack, combined
+from vitcompact.planner import Choice, Costs, Knapsack, combinations
 
 
 class Option(NamedTuple):
-  """What may be done in one block, or, of the tokens axis, in the whole model.
+  """A method that could be used in one block or, for the tokens axis, in the whole model.
 
-  error: what the method's estimate says, in proportion; kl: of the logits when it is done alone, in
-  nats an image (of a model without a classifier, the error of its features, see `measure`);
-  measured: whether that was tried, or inferred from another option.
+  error: the method's estimate of its relative error; kl: of the logits with this option alone, in
+  nats per image (for a model without a classifier, the error of its features, see `measure`);
+  measured: True if `kl` was measured, False if it was inferred from another option.
   """
   axis: str
   method: Any
@@ -33,10 +33,10 @@ class Option(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """Why a plan has what it has in a block: a row of `Report.explain`.
+  """Why a plan uses a method in a block: a row of `Report.explain`.
 
-  saves: share of the dense model's MACs; runner_up: what the block would have if this were
-  forbidden, and more: the KL that the best plan would then have more.
+  saves: share of the dense model's MACs; runner_up: what the best plan would use in this block
+  instead; more: how much the KL would grow then.
   """
   block: str
   method: str
@@ -49,8 +49,8 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-  """What a plan is predicted to be. macs, params: share of the dense model's; kl: the sum over its
-  options, in nats an image, of changes measured one by one; unit: what it is."""
+  """What a plan is predicted to cost. macs, params: shares of the dense model's; kl: sum over its
+  options of their changes, each measured alone, in nats per image; unit: name of that measure."""
   plan: Plan
   macs: float
   params: float
@@ -71,7 +71,7 @@ class Explanation:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """Measured slack of one dense model.
+  """The measured redundancy of one dense model.
 
   model, fields: how it is built; digest: of its variables. blocks: [{"name", "tokens", "options",
   "tables"}]; tokens: options for the whole model. params, macs: of the dense model.
@@ -91,25 +91,29 @@ class Report:
   def plan(self, *, macs: float | None = None, params: float | None = None,
            speedup: float | None = None, latency_ms: float | None = None, batch: int = 1,
            axes=("heads", "attention", "ffn", "tokens")) -> Plan:
-    """The plan that loses least and has at most this share of the dense model's MACs or parameters,
-    or runs so many times as fast, or a batch of images in so many milliseconds, on this device.
+    """The plan with the least predicted loss that meets one goal.
 
-    Blocks are timed where they were not before: see `latency.Times`; on a CPU in CPU seconds. A
-    knapsack over blocks and axes; sums of KLs are what a plan is predicted to lose. Reducers are
-    tried one by one, each with what is left to save in the blocks at the tokens that it leaves.
+    A knapsack over blocks and axes: the predicted loss is the sum of the options' KLs. Reducers are
+    tried one by one; for each, blocks are searched with the tokens that it leaves them. Blocks that
+    were not timed before are timed now: see `latency.Times`; on a CPU, in CPU seconds.
 
+    Args:
+      macs, params: share of the dense model's MACs or parameters, at most.
+      speedup: how many times as fast as the dense model on this device, at least.
+      latency_ms: milliseconds for a batch of `batch` images on this device, at most.
+      axes: axes that the plan may use.
     Raises:
-      ValueError: no plan of these axes meets it; the error says how far one can go.
+      ValueError: no plan of these axes meets the goal; the error says how close plans come.
     """
-    goal, asked = self._goal(macs=macs, params=params, speedup=speedup, latency_ms=latency_ms)
+    goal, target = self._goal(macs=macs, params=params, speedup=speedup, latency_ms=latency_ms)
     self._check(axes)
-    times, share = None, asked
+    times, share = None, target
     if goal in ("speedup", "latency_ms"):
       times = self.times(batch)
-      share = 1 / asked if goal == "speedup" else asked / (1e3 * times.dense)
+      share = 1 / target if goal == "speedup" else target / (1e3 * times.dense)
     best, most = None, 1.0
     for reducer, kl in self._reducers(axes):
-      if best is not None and kl >= best[0] - 1e-9:   # by itself it loses as much
+      if best is not None and kl >= best[0] - 1e-9:   # the reducer alone loses as much
         break
       search = self._search(goal if times is None else "seconds", reducer, axes, batch)
       most = min(most, 1 - search.saved - search.knapsack.most() / search.total)
@@ -119,8 +123,8 @@ class Report:
         best = found[1] + kl, search.plan(found[0])
     if best is None:
       nearest = {"speedup": f"above speedup={0.999 / max(most, 1e-9):.3f}"}.get(
-          goal, f"below {goal}={(most + 5e-4) * (asked / share):.3f}")
-      raise ValueError(f"{goal}={asked}: no plan of {', '.join(axes)} goes {nearest}")
+          goal, f"below {goal}={(most + 5e-4) * (target / share):.3f}")
+      raise ValueError(f"{goal}={target}: no plan of {', '.join(axes)} goes {nearest}")
     return best[1]
 
   def times(self, batch: int = 1) -> Times:
@@ -130,14 +134,14 @@ class Report:
     return self._times[batch]
 
   def milliseconds(self, plan: Plan, batch: int = 1) -> float:
-    """What a batch is predicted to take under a plan, on this device."""
+    """Predicted time of a batch under a plan, on this device."""
     search = self._search("seconds", plan.tokens, (*BY_BLOCK, "tokens"), batch)
     picks = search.picks(plan)
     saved = sum(search.choices[name][i].saved for name, i in picks.items())
     return 1e3 * (self.times(batch).total(plan.tokens) - saved)
 
   def explain(self, plan: Plan) -> Explanation:
-    """What a plan is predicted to cost, this report's own or one edited by hand."""
+    """What a plan is predicted to cost; the plan may be this report's or edited by hand."""
     self._check(())
     self.costs.model.clone(plan=plan, deploy=False).check()
     axes = (*BY_BLOCK, "tokens")
@@ -152,7 +156,7 @@ class Report:
       choice = search.choices[name][i]
       kl += choice.kl
       if choice.options:
-        steps.append(Step(name, _named(choice), choice.saved / search.total, choice.kl,
+        steps.append(Step(name, _describe_choice(choice), choice.saved / search.total, choice.kl,
                           all(option.measured for option in choice.options.values()),
                           *search.runner_up(picks, name)))
     params = sum(search.choices[name][i].params for name, i in picks.items())
@@ -161,7 +165,7 @@ class Report:
 
   @property
   def unit(self) -> str:
-    """What `kl` is, in a word: "KL" of logits, or "error" of features."""
+    """Name of what `kl` holds: "KL" of logits, or "error" of features."""
     return "KL" if self.fields.get("num_classes", 1) else "error"
 
   @functools.cached_property
@@ -184,14 +188,14 @@ class Report:
 
   def _check(self, axes):
     if self.sensitivity == "none":
-      raise ValueError("this report was made with sensitivity='none': it knows no option's cost; "
-                       "measure again with sensitivity='quick'")
+      raise ValueError("this report was made with sensitivity='none', without the cost of any "
+                       "option; measure again with sensitivity='quick'")
     for axis in axes:
       if axis not in (*BY_BLOCK, "tokens"):
         raise ValueError(f"axes: unknown axis {axis!r}; use {', '.join((*BY_BLOCK, 'tokens'))}")
 
   def _reducers(self, axes):
-    """(reducer, its KL), none at first, then by what they lose."""
+    """Yields (reducer, its KL): no reducer first, then by increasing KL."""
     yield None, 0.0
     if "tokens" in axes:
       for option in sorted(self.tokens, key=lambda option: option.kl):
@@ -207,19 +211,21 @@ class Report:
     return known[reducer]
 
   def _without(self, reducer, picks, search) -> tuple[str, float]:
-    """The best plan with another reducer, or none, of the same MACs."""
-    wanted = search.saved * search.total + search.knapsack.saved(picks)
-    here, best = self._kl_of(reducer) + search.kl(picks), None
+    """(the best other reducer, or none, how much the KL grows) for the same savings in MACs."""
+    need = search.saved * search.total + search.knapsack.saved(picks)
+    current, best = self._kl_of(reducer) + search.kl(picks), None
     for other, kl in self._reducers(("tokens",)):
       if other == reducer:
         continue
       if best is not None and kl >= best[1]:
         break
       again = self._search("macs", other, (*BY_BLOCK, "tokens"))
-      found = again.knapsack.best(wanted - again.saved * again.total)
+      found = again.knapsack.best(need - again.saved * again.total)
       if found is not None and (best is None or found[1] + kl < best[1]):
         best = ("no reducer" if other is None else describe_method(other)), found[1] + kl
-    return ("nothing else reaches it", float("inf")) if best is None else (best[0], best[1] - here)
+    if best is None:
+      return "nothing else reaches it", float("inf")
+    return best[0], best[1] - current
 
   @functools.cached_property
   def _searches(self) -> dict:
@@ -235,34 +241,33 @@ class Report:
       self._searches[key] = Search(self, *key)
     return self._searches[key]
 
-  # To files and back.
 
   def to_json(self) -> str:
     out = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-    out["blocks"] = [{**row, "options": [_packed(option) for option in row["options"]]}
+    out["blocks"] = [{**row, "options": [_option_to_dict(option) for option in row["options"]]}
                      for row in self.blocks]
-    out["tokens"] = [_packed(option) for option in self.tokens]
+    out["tokens"] = [_option_to_dict(option) for option in self.tokens]
     return json.dumps(out, indent=1)
 
   @classmethod
   def from_json(cls, text: str) -> "Report":
-    """Inverse of `to_json`; ValueError, one line, for what is no report."""
+    """Inverse of `to_json`; ValueError, one line, if `text` is no report."""
     try:
       tree = json.loads(text)
       known = {field.name for field in dataclasses.fields(cls)}
       if not isinstance(tree, dict) or set(tree) != known:
         raise ValueError(f"it does not have the keys {', '.join(sorted(known))}")
-      tree["blocks"] = tuple({**row, "options": tuple(map(_unpacked, row["options"]))}
+      tree["blocks"] = tuple({**row, "options": tuple(map(_option_from_dict, row["options"]))}
                              for row in tree["blocks"])
-      tree["tokens"] = tuple(map(_unpacked, tree["tokens"]))
+      tree["tokens"] = tuple(map(_option_from_dict, tree["tokens"]))
       report = cls(**tree)
       report._check_contents()
       return report
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-      raise ValueError(f"no report of vitcompact.measure: {error}; measure again") from None
+      raise ValueError(f"not a report of vitcompact.measure: {error}; measure again") from None
 
   def _check_contents(self):
-    """Raises ValueError where what was read cannot have been measured."""
+    """Raises ValueError if a report holds what cannot have been measured."""
     from vitcompact.measure import SENSITIVITIES
 
     model = create_model(self.model, **self.fields)
@@ -282,7 +287,7 @@ class Report:
       raise ValueError("params and macs must be whole numbers above 0")
 
   def save(self, path) -> pathlib.Path:
-    """Writes report.json and report.html into a folder; each is whole at every moment."""
+    """Writes report.json and report.html into a folder, each atomically."""
     from vitcompact.draw.report import page
 
     folder = pathlib.Path(path)
@@ -295,20 +300,20 @@ class Report:
 
   @classmethod
   def load(cls, path) -> "Report":
-    """The report of a folder, or of a report.json."""
+    """The report in a folder or a report.json."""
     path = pathlib.Path(path)
     path = path / "report.json" if path.is_dir() else path
     try:
       return cls.from_json(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-      raise ValueError(f"{path}: no report of vitcompact.measure: {error}") from None
+      raise ValueError(f"{path}: not a report of vitcompact.measure: {error}") from None
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from None
 
   def check_of(self, model, digest: str):
     """Raises ValueError unless the report was made of this model and these weights."""
-    mine = create_model(self.model, **self.fields)
-    same = mine == model.clone(plan=Plan(), execution=Execution())
+    reported = create_model(self.model, **self.fields)
+    same = reported == model.clone(plan=Plan(), execution=Execution())
     if not same or self.digest != digest:
       raise ValueError(f"this report is of {self.model} with weights {self.digest[:12]}, not of "
                        f"{model.variant} with {digest[:12]}; measure again")
@@ -344,14 +349,14 @@ class Search:
                for axis in BY_BLOCK if axis in axes}
 
     @functools.cache
-    def saved(*few) -> tuple[int, int]:
-      methods = {option.axis: option.method for option in few}
-      return costs.saved(row["name"], methods, tokens, self.reducer) if few else (0, 0)
+    def saved(*options) -> tuple[int, int]:
+      methods = {option.axis: option.method for option in options}
+      return costs.saved(row["name"], methods, tokens, self.reducer) if options else (0, 0)
 
     @functools.cache
-    def legal(*few) -> bool:
-      """Whether these go together, and with the reducer; each goes alone."""
-      methods = {option.axis: option.method for option in few}
+    def legal(*options) -> bool:
+      """Whether these options can be combined with each other and with the reducer."""
+      methods = {option.axis: option.method for option in options}
       plan = Plan(tokens=self.reducer, blocks={site.block: methods})
       try:
         costs.model.clone(plan=plan).check()
@@ -360,18 +365,18 @@ class Search:
       return True
 
     out = []
-    for options in combined(by_axis):
-      few = list(options.values())
-      if not legal(*(option for option in few if option.axis != "ffn")):
+    for combination in combinations(by_axis):
+      options = list(combination.values())
+      if not legal(*(option for option in options if option.axis != "ffn")):
         continue
-      parts = [saved(*(option for option in few if option.axis != "ffn")),
-               saved(*(option for option in few if option.axis == "ffn"))]
+      parts = [saved(*(option for option in options if option.axis != "ffn")),
+               saved(*(option for option in options if option.axis == "ffn"))]
       macs, params = (sum(part) for part in zip(*parts, strict=True))
       gain = {"macs": macs, "params": params}.get(self.goal)
       if gain is None:
         gain = sum(self.times.saved(row["name"], option.axis, option.method, tokens, self.reducer)
-                   for option in few)
-      out.append(Choice(options, sum(option.kl for option in few), gain, params))
+                   for option in options)
+      out.append(Choice(combination, sum(option.kl for option in options), gain, params))
     return out
 
   def plan(self, picks: dict[str, int]) -> Plan:
@@ -382,45 +387,47 @@ class Search:
     return Plan(tokens=self.reducer, blocks=blocks)
 
   def picks(self, plan: Plan) -> dict[str, int]:
-    """The choice of each block that a plan makes; ValueError where the report has none."""
+    """{block: index of the choice that a plan makes}; ValueError if the report has no such choice.
+    """
     found = {}
-    for name, few in self.choices.items():
+    for name, choices in self.choices.items():
       site = self.report.costs.blocks()[name].site
-      wanted = plan.at(site)._asdict() | {"tokens": None}
-      for i, choice in enumerate(few):
+      planned = plan.at(site)._asdict() | {"tokens": None}
+      for i, choice in enumerate(choices):
         methods = {axis: option.method for axis, option in choice.options.items()}
-        if BlockMethods(**methods)._asdict() == wanted:
+        if BlockMethods(**methods)._asdict() == planned:
           found[name] = i
           break
       else:
-        methods = ", ".join(describe_method(method) for method in wanted.values()
+        methods = ", ".join(describe_method(method) for method in planned.values()
                             if method is not None)
         raise ValueError(f"{name}: this report has not tried {methods}; edit the plan to options "
                          "that it lists, or measure again")
     return found
 
   def runner_up(self, picks: dict[str, int], name: str) -> tuple[str, float]:
-    """What would be done in a block if its choice were forbidden, for as much saved in all, and the
-    KL that costs more; below 0 where a plan by hand is not the best."""
+    """(what the best plan would use in a block if its choice were forbidden, how much the KL grows)
+    for the same total savings. The growth is negative if a plan by hand is not the best."""
     other = self.knapsack.best(self.knapsack.saved(picks), forbidden=(name, picks[name]))
     if other is None:
       return "nothing else reaches it", float("inf")
-    return _named(self.choices[name][other[0][name]]) or "dense", other[1] - self.kl(picks)
+    choice = self.choices[name][other[0][name]]
+    return _describe_choice(choice) or "dense", other[1] - self.kl(picks)
 
   def kl(self, picks: dict[str, int]) -> float:
     return sum(self.choices[name][i].kl for name, i in picks.items())
 
 
-def _named(choice: Choice) -> str:
+def _describe_choice(choice: Choice) -> str:
   return " + ".join(describe_method(option.method) for option in choice.options.values())
 
 
-def _packed(option: Option) -> dict:
+def _option_to_dict(option: Option) -> dict:
   tree = json.loads(Plan(**({"tokens": option.method} if option.axis == "tokens" else
                             {option.axis: option.method})).to_json())
   return {**option._asdict(), "method": tree[option.axis]}
 
 
-def _unpacked(tree: Mapping) -> Option:
+def _option_from_dict(tree: Mapping) -> Option:
   plan = Plan.from_dict({tree["axis"]: tree["method"]})
   return Option(**{**tree, "method": getattr(plan, tree["axis"])})

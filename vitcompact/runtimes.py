@@ -1,6 +1,6 @@
-"""Files of models, opened in the runtime that they are for, as functions of images.
+"""Opens exported models in their runtime, as functions of images.
 
-A file tells what `export.program.Program.about` wrote: `Runner.about`.
+`Runner.about` holds the metadata that `export.program.Program.about` wrote.
 """
 import dataclasses
 import json
@@ -12,8 +12,8 @@ import numpy as np
 
 RUNTIMES = {"xla": (".stablehlo", ".safetensors"), "ort": (".onnx",),
             "openvino": (".xml", ".onnx")}
-# What is compared by `vitcompact bench`: {name: (the runtime, its precision, a title)}. PyTorch
-# reads none of our files: it runs timm's own network of a dense model, see `timm_network`.
+# What `vitcompact bench` compares: {name: (runtime, its precision, title)}. PyTorch reads none of
+# our files: it runs timm's own network for a dense model, see `timm_network`.
 TIMED = {"xla": ("xla", "float32", "XLA"), "xla-bf16": ("xla", "bfloat16", "XLA, bfloat16"),
          "ort": ("ort", "float32", "ONNX Runtime"),
          "openvino": ("openvino", "float32", "OpenVINO"),
@@ -30,8 +30,7 @@ EXTRA = "pip install 'vitcompact[export]'"
 class Runner:
   """images (B, H, W, C), as the file takes them -> logits (B, classes).
 
-  about: what the file tells; shape, dtype: of an image; batch: how many it takes at once, None: any
-  number.
+  about: the file's metadata; shape, dtype: of an image; batch: the batch size, None: any.
   """
   runtime: str
   call: Callable
@@ -47,18 +46,18 @@ class Runner:
                        f"{', '.join(map(str, self.shape))}) of {self.dtype}; prepare them as "
                        "`preprocess` says")
     if self.batch not in (None, len(images)):
-      raise ValueError(f"the file takes {self.batch} images at a time, and here are {len(images)}: "
-                       "give it as many, or export it with any number")
+      raise ValueError(f"the file takes {self.batch} images at a time, but {len(images)} were "
+                       "given: use its batch size, or export without --batch")
     return np.asarray(self.call(np.ascontiguousarray(images, self.dtype)))
 
   @property
   def preprocess(self):
-    """How its images are prepared."""
+    """How images are prepared for it."""
     from vitcompact.data.evaluation import Preprocess
 
-    told = json.loads(self.about["preprocess"])
+    settings = json.loads(self.about["preprocess"])
     return Preprocess(**{name: tuple(value) if isinstance(value, list) else value
-                         for name, value in told.items()})
+                         for name, value in settings.items()})
 
   @property
   def classes(self) -> list[str] | None:
@@ -67,15 +66,16 @@ class Runner:
 
 def opened(path, runtime: str | None = None, *, threads: int | None = None,
            precision: str = "float32") -> Runner:
-  """A file as a function.
+  """A model file as a function.
 
   Args:
-    runtime: "xla", "ort" or "openvino"; None: the first that reads such files.
-    threads: of ONNX Runtime or OpenVINO, None: one for each core that the process may use, as XLA
-      does.
-    precision: "float32" or "bfloat16", of OpenVINO's products.
+    runtime: "xla", "ort" or "openvino"; None: the first that reads files with this suffix.
+    threads: of ONNX Runtime or OpenVINO. None: one for each core that the process may use, as in
+      XLA.
+    precision: of OpenVINO's products, "float32" or "bfloat16".
   Raises:
-    ValueError, FileNotFoundError: the file or the runtime is none, or does not go with the other.
+    ValueError, FileNotFoundError: the file does not exist, the runtime is unknown or not installed,
+      or it does not read the file.
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -84,9 +84,9 @@ def opened(path, runtime: str | None = None, *, threads: int | None = None,
   if runtime is not None and runtime not in RUNTIMES:
     raise ValueError(f"runtime {runtime!r}: must be one of {', '.join(RUNTIMES)}")
   if not fitting or (runtime and runtime not in fitting):
-    wanted = ", ".join(RUNTIMES[runtime] if runtime else sum(RUNTIMES.values(), ()))
+    suffixes = ", ".join(RUNTIMES[runtime] if runtime else sum(RUNTIMES.values(), ()))
     who = f"{NAMES[runtime]} reads no" if runtime else "no runtime reads"
-    raise ValueError(f"{path}: {who} {path.suffix} files; give one that ends in {wanted}")
+    raise ValueError(f"{path}: {who} {path.suffix} files; give one that ends in {suffixes}")
   if precision not in ("float32", "bfloat16"):
     raise ValueError(f"precision {precision!r}: must be float32 or bfloat16")
   runtime = runtime or fitting[0]
@@ -127,18 +127,18 @@ def _ort(path, threads, precision) -> Runner:
   except ImportError:
     raise ValueError(f"ONNX Runtime is not installed; {EXTRA}") from None
   options = onnxruntime.SessionOptions()
-  options.log_severity_level = 3   # errors; it warns of each constant that it folds
-  # It counts the machine's cores by itself, and its idle threads would wait on those of others.
+  options.log_severity_level = 3   # errors only; it would warn about each constant that it folds
+  # By default it uses all cores of the machine, even those that this process may not use.
   options.intra_op_num_threads = threads
   try:
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-  except Exception as error:   # of many classes of its own
+  except Exception as error:   # ONNX Runtime has many exception classes
     raise ValueError(f"ONNX Runtime does not take {path}: {str(error).splitlines()[0]}") from None
   names = [out.name for out in session.get_outputs()]
   image, *others = session.get_inputs()
   batch, shape = _sizes(path, image.shape, len(others) + 1)
   if image.type not in ORT_TYPES:
-    raise ValueError(f"{path} takes a {image.type}, and images are of {', '.join(ORT_TYPES)}")
+    raise ValueError(f"{path} takes a {image.type}, but images are of {', '.join(ORT_TYPES)}")
   return Runner(f"ONNX Runtime {onnxruntime.__version__}",
                 lambda images: session.run(names[:1], {image.name: images})[0],
                 dict(session.get_modelmeta().custom_metadata_map), shape,
@@ -152,7 +152,7 @@ def _openvino(path, threads, precision) -> Runner:
     raise ValueError(f"OpenVINO is not installed; {EXTRA}") from None
   from openvino import properties
 
-  # It takes bfloat16 by itself where the processor has it.
+  # By default it computes in bfloat16 if the processor has it.
   options = {properties.hint.inference_precision(): {
       "float32": openvino.Type.f32, "bfloat16": openvino.Type.bf16}[precision]}
   options[properties.inference_num_threads()] = threads
@@ -181,24 +181,24 @@ def _openvino(path, threads, precision) -> Runner:
 
 
 def thread_count(threads: int | None) -> int:
-  """The number asked for, checked; None: one for each core that the process may use."""
+  """The number of threads, checked; None: one for each core that the process may use."""
   most = os.cpu_count() or 1
-  if threads is not None and not 1 <= threads <= most:   # each takes memory, thousands all of it
+  if threads is not None and not 1 <= threads <= most:   # thousands would use up the memory
     raise ValueError(f"threads={threads}: must be from 1 to {most}, the cores of this machine")
   return threads or cores()
 
 
 def cores() -> int:
-  """That this process may use."""
+  """Number of cores that this process may use."""
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _sizes(path, sizes, inputs: int) -> tuple[int | None, tuple[int, ...]]:
-  """(how many images, None: any number; the shape of one) of an input whose open sizes are no
-  numbers; ValueError where that is not all that a file takes."""
+  """(batch size, None: any; the shape of an image) of a file's input, where sizes that are no int
+  are dynamic; ValueError unless the file has one input of fixed image size."""
   if inputs != 1:
-    raise ValueError(f"{path} takes {inputs} inputs, and images are one")
+    raise ValueError(f"{path} takes {inputs} inputs, but images are one")
   if not sizes or not all(isinstance(size, int) for size in sizes[1:]):
-    raise ValueError(f"{path} takes images of any size, and none is known to be right: give a file "
-                     "that says which, as those of `vitcompact export` do")
+    raise ValueError(f"{path} takes images of any size, so the right one is unknown: give a file "
+                     "with a fixed image size, as `vitcompact export` writes")
   return sizes[0] if isinstance(sizes[0], int) else None, tuple(sizes[1:])

@@ -1,4 +1,4 @@
-"""A setting of a training config: its default, and the values that it may have."""
+"""A setting of a training config: its default and its allowed values."""
 import math
 from typing import Any, NamedTuple
 
@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 class Setting(NamedTuple):
   """One key of a config. Its type is that of its default; a float may be given as a whole number.
 
-  low, high: bounds that a number may reach; above, below: bounds that it may not. choices: the
-  values allowed, where there are few. unit: in words, for the error. is_weight: of a part of the
-  loss.
+  low, high: inclusive bounds; above, below: exclusive bounds. choices: the allowed values, if they
+  are listed. unit: in words, for errors. is_weight: whether it is the weight of a loss term.
   """
   default: Any
   low: float | None = None
@@ -20,12 +19,12 @@ class Setting(NamedTuple):
   is_weight: bool = False
 
   def check(self, key: str, value):
-    """Raises ValueError, one line, for a value that this key cannot have."""
+    """Raises ValueError, one line, for a value that is not allowed."""
     if not self._fits(value):
       raise ValueError(f"config.{key}={value!r}: must be {self.rule()}")
 
   def rule(self) -> str:
-    """The values allowed, in words."""
+    """The allowed values, in words."""
     if self.choices:
       return f"one of {self.choices}"
     kind = {bool: "True or False", int: "a whole number", float: "a number", str: "text",
@@ -56,5 +55,5 @@ class Setting(NamedTuple):
 
 
 def weight(default: float = 0.0) -> Setting:
-  """The weight of a part of the loss; 0 leaves it out."""
+  """The weight of a loss term; 0 drops the term."""
   return Setting(default, low=0, is_weight=True)

@@ -1,18 +1,18 @@
-"""timm's own network of a dense model, as a function that is timed in PyTorch.
+"""timm's own network for a dense model, as a function to time in PyTorch.
 
-PyTorch has no network of a compact plan: `refusal` says of which models there is one. `import_timm`
-uses nothing of this package, so that a Python that has PyTorch alone can load this file.
+timm has no networks for compact plans: `refusal` says which models it has. `import_timm` uses
+nothing else of this package, so that a Python with only PyTorch can load this file.
 """
 import os
 import sys
 from collections.abc import Callable
 
 INSTALL = "pip install torch timm"
-# {field of an isotropic model: timm's option}, for those that differ from the named model's.
+# {field of an isotropic model: timm's option}, passed if it differs from the named model's.
 OPTIONS = {"image_size": "img_size", "patch_size": "patch_size", "width": "embed_dim",
            "depth": "depth", "heads": "num_heads", "mlp_ratio": "mlp_ratio",
            "global_pool": "global_pool"}
-# Always passed, or without effect on a dense model's inference.
+# Fields that are always passed, or that do not affect a dense model's inference.
 OTHERS = {"num_classes", "in_chans", "plan", "execution", "deploy", "drop_path_rate", "dtype",
           "remat", "position_std"}
 
@@ -24,8 +24,8 @@ def import_timm():
   try:
     import timm
   except RuntimeError:
-    # "operator torchvision::nms does not exist": the compiled part of torchvision is of another
-    # torch. timm needs its transforms alone, which import once these operators are declared.
+    # "operator torchvision::nms does not exist": torchvision was compiled for another torch. timm
+    # needs only its transforms, which import once these operators are declared.
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
       library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -34,29 +34,29 @@ def import_timm():
 
 
 def installed():
-  """(torch, timm), or ValueError that says how to get them."""
+  """(torch, timm), or a ValueError that says how to install them."""
   if "torch" not in sys.modules:
-    # OpenMP reads it when it is loaded. Threads that spin while they wait count as CPU seconds of
-    # whatever is timed, and on cores that others use too they made a network 20 times slower.
+    # OpenMP reads it when it is loaded. Threads that spin while waiting add CPU seconds to what is
+    # timed, and on shared cores they made a network 20 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
   try:
     return import_timm()
   except ModuleNotFoundError as error:
     raise ValueError(f"timing in PyTorch needs {error.name}, which is not installed; {INSTALL}"
                      ) from None
-  except ImportError as error:   # of versions that do not go together, or half an installation
+  except ImportError as error:   # incompatible versions, or an incomplete installation
     raise ValueError(f"PyTorch or timm is installed and does not import ({error}); "
                      f"{INSTALL.replace('install', 'install --upgrade')}") from None
 
 
 def refusal(model) -> str | None:
-  """Why timm has no network that computes what a deployed model does; None: it has one."""
+  """Why timm has no network equivalent to a deployed model; None if it has one."""
   from vitcompact.plan import Plan
 
   acting = [model.plan.at(site) for site in model.sites()]
   if any(methods.heads or methods.attention or methods.tokens for methods in acting):
     return "timm has no network of its plan"
-  # Factorised layers that are merged have the dense layers' names and shapes.
+  # Merged factorised layers have the dense layers' names and shapes.
   dense = model.clone(plan=Plan(), execution=type(model.execution)())
   if _tensors(model) != _tensors(dense):
     return "timm has no network of its plan"
@@ -73,16 +73,17 @@ def refusal(model) -> str | None:
 
 def forward(model, variables, batch: int, *, threads: int | None = None,
             precision: str = "float32", compiled: bool = False) -> Callable[[], object]:
-  """A function without arguments: timm's network of a deployed model, on random images, on the CPU.
+  """A function without arguments that runs timm's network for a deployed model on the CPU, on
+  random images.
 
   threads: None: one for each core that the process may use. precision: "float32" or "bfloat16".
-  compiled: by torch.compile, before this returns.
+  compiled: use torch.compile, and compile before this returns.
   """
   import numpy as np
 
   from vitcompact.runtimes import thread_count
 
-  if compiled:   # else it forks workers, which a process with JAX's threads in it must not do
+  if compiled:   # otherwise it forks workers, which is unsafe in a process with JAX's threads
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
   torch, _ = installed()
   torch.set_num_threads(thread_count(threads))
@@ -99,7 +100,7 @@ def forward(model, variables, batch: int, *, threads: int | None = None,
   if compiled:
     try:
       run()
-    except Exception as error:   # of many classes of its own, most often for want of a compiler
+    except Exception as error:   # many exception classes; most often there is no compiler
       raise ValueError(f"torch.compile fails here ({type(error).__name__}: "
                        f"{(str(error).splitlines() or [''])[0]}); install a C++ compiler, or leave "
                        "torch-compile out") from None
@@ -107,7 +108,7 @@ def forward(model, variables, batch: int, *, threads: int | None = None,
 
 
 def network(model, variables):
-  """timm's module with the weights of a dense deployed model, in evaluation mode."""
+  """timm's module in evaluation mode, with the weights of a dense deployed model."""
   from vitcompact import convert
 
   torch, timm = installed()
@@ -116,7 +117,7 @@ def network(model, variables):
   state = {name: torch.from_numpy(array.copy())
            for name, array in convert.to_torch(model, variables).items()}
   try:
-    module.load_state_dict(state)   # strict: the same network has the same names and shapes
+    module.load_state_dict(state)   # strict: names and shapes must match
   except RuntimeError as error:
     raise ValueError(f"timm's network of {model.variant} does not take its weights: "
                      f"{' '.join(str(error).split())[:200]}; leave torch out of --runtime"
@@ -125,7 +126,7 @@ def network(model, variables):
 
 
 def _options(model) -> dict:
-  """timm's options for the sizes in which a model differs from the one of its name."""
+  """timm's options for the fields in which a model differs from the named one."""
   from vitcompact.models import create_model, fields_of
   from vitcompact.models.backbone import Isotropic
 
@@ -149,7 +150,7 @@ def _tensors(model) -> dict[str, tuple[int, ...]]:
   leaves = trees.named_leaves(variable_shapes(model))
   shapes = {name: leaf.shape for name, leaf in leaves.items()}
   entries = model.torch_entries()
-  held = {leaf for entry in entries for leaf in entry.leaves}
-  own = {name: shape for name, shape in shapes.items() if name not in held}
+  covered = {leaf for entry in entries for leaf in entry.leaves}
+  own = {name: shape for name, shape in shapes.items() if name not in covered}
   return {entry.torch: entry.shape(shapes) for entry in entries
           if set(entry.leaves) <= shapes.keys()} | own

@@ -1,4 +1,4 @@
-"""The language in which a model tells the names and layouts of its PyTorch weights."""
+"""Describes the names and layouts of a model's PyTorch weights, and converts between layouts."""
 from typing import NamedTuple
 
 import jax
@@ -6,14 +6,13 @@ import numpy as np
 
 
 class Positions(NamedTuple):
-  """Rows (1, prefix + h * w, D) or (prefix + h * w, D), one for each position: an image of another
-  size has others.
+  """How to resize rows (1, prefix + h * w, D) or (prefix + h * w, D), one for each position, to the
+  grid of another image size.
 
-  grid: (h, w) of this model; prefix: rows before the grid's; method: "bicubic", "bilinear" or
-  "antialiased" (bicubic, as timm), the rule for a grid of another size. summed: the rows are
-  weights of a sum over tokens, so they shrink as tokens become more. tied: a state dict does not
-  tell the grid that they are of; they are resized only where the model that they come from is
-  known.
+  grid: (h, w) of this model; prefix: number of rows before the grid's; method: interpolation,
+  "bicubic", "bilinear" or "antialiased" (bicubic, as in timm). summed: the rows are weights of a
+  sum over tokens, and shrink as the number of tokens grows. tied: the original grid cannot be
+  inferred from a state dict; they are resized only if their original model is known.
   """
   grid: tuple[int, int]
   prefix: int = 0
@@ -25,19 +24,19 @@ class Positions(NamedTuple):
 class Entry(NamedTuple):
   """One tensor of a PyTorch state dict and the leaves of ours that it holds.
 
-  torch: its name, timm's where timm has the model, else the authors'.
-  leaves: names in our variables, collection first: "params/blocks_0/attn/query/kernel". More than
-    one where PyTorch fuses what we keep apart; then in the order of the fused rows.
+  torch: its name: timm's if timm has the model, else the authors'.
+  leaves: names in our variables, collection first: "params/blocks_0/attn/query/kernel". Several if
+    PyTorch fuses what we keep separate, in the order of the fused rows.
   layout: how the arrays correspond:
     "same"        vectors, tokens, positions: equal shape
     "linear"      (out, in) <-> (in, out)
     "conv"        (O, I/groups, kh, kw) <-> (kh, kw, I/groups, O), or (O, I, 1, 1) <-> (I, O), or
                   (O, I/groups, k) <-> (k, I/groups, O)
-    "heads"       rows (heads * d, in), fused leaves below one another <-> each (in, heads, d)
+    "heads"       rows (heads * d, in), fused leaves stacked by rows <-> each (in, heads, d)
     "heads_bias"  (heads * d,), fused likewise <-> each (heads, d)
     "out"         (out, heads * d) <-> (heads, d, out)
-  positions: what to know to resize it, if it holds positions of a grid.
-  patches: it is the kernel that patches are embedded with, which other patch sizes can be made of.
+  positions: how to resize it, if it holds one row per position of a grid.
+  patches: whether it is the patch embedding's kernel, which can be resampled to other patch sizes.
   part: (i, n): it holds the i-th of n equal parts of its leaf, along the last axis.
   """
   torch: str
@@ -48,18 +47,18 @@ class Entry(NamedTuple):
   part: tuple[int, int] | None = None
 
   def shape(self, shapes) -> tuple[int, ...]:
-    """Of the tensor; shapes: {leaf: shape}."""
-    held = [tuple(shapes[leaf]) for leaf in self.leaves]
+    """The tensor's shape, from {leaf: shape}."""
+    leaf_shapes = [tuple(shapes[leaf]) for leaf in self.leaves]
     if self.part is not None:
-      held = [(*shape[:-1], shape[-1] // self.part[1]) for shape in held]
-    return torch_shape(self.layout, held)
+      leaf_shapes = [(*shape[:-1], shape[-1] // self.part[1]) for shape in leaf_shapes]
+    return torch_shape(self.layout, leaf_shapes)
 
   def tensor(self, arrays) -> np.ndarray:
-    """From {leaf: array}."""
-    held = [np.asarray(arrays[leaf]) for leaf in self.leaves]
+    """The tensor, from {leaf: array}."""
+    leaves = [np.asarray(arrays[leaf]) for leaf in self.leaves]
     if self.part is not None:
-      held = [np.split(array, self.part[1], axis=-1)[self.part[0]] for array in held]
-    return np.ascontiguousarray(to_tensor(self.layout, held))
+      leaves = [np.split(array, self.part[1], axis=-1)[self.part[0]] for array in leaves]
+    return np.ascontiguousarray(to_tensor(self.layout, leaves))
 
 
 def leaves_of(entries: list[Entry], tensors, shapes) -> dict[str, np.ndarray]:
@@ -68,8 +67,8 @@ def leaves_of(entries: list[Entry], tensors, shapes) -> dict[str, np.ndarray]:
   out, parts = {}, {}
   for entry in entries:
     count = 1 if entry.part is None else entry.part[1]
-    held = [(*shapes[leaf][:-1], shapes[leaf][-1] // count) for leaf in entry.leaves]
-    arrays = to_leaves(entry.layout, tensors[entry.torch], held)
+    part_shapes = [(*shapes[leaf][:-1], shapes[leaf][-1] // count) for leaf in entry.leaves]
+    arrays = to_leaves(entry.layout, tensors[entry.torch], part_shapes)
     for leaf, array in zip(entry.leaves, arrays, strict=True):
       parts.setdefault(leaf, []).append(array)
   for leaf, arrays in parts.items():
@@ -84,7 +83,7 @@ def linear(torch: str, ours: str, *, use_bias: bool = True) -> list[Entry]:
 
 
 def linear_in_parts(torch: list[str], ours: str) -> list[Entry]:
-  """Entries of one linear layer of ours that is several of PyTorch's side by side."""
+  """Entries of one linear layer of ours that is several in PyTorch, joined along their outputs."""
   if len(torch) == 1:
     return linear(torch[0], ours)
   return [entry._replace(part=(i, len(torch))) for i, name in enumerate(torch)
@@ -97,7 +96,7 @@ def conv(torch: str, ours: str, *, use_bias: bool = True) -> list[Entry]:
 
 
 def patches(torch: str, ours: str, *, use_bias: bool = True) -> list[Entry]:
-  """Entries of the convolution that embeds patches."""
+  """Entries of the patch embedding's convolution."""
   kernel, *bias = conv(torch, ours, use_bias=use_bias)
   return [kernel._replace(patches=True), *bias]
 
@@ -124,7 +123,7 @@ def conv_norm(conv_torch: str, norm_torch: str, ours: str) -> list[Entry]:
 
 
 def heads(torch: str, ours: str, names: tuple[str, ...], *, use_bias: bool = True) -> list[Entry]:
-  """Entries of a projection to heads that fuses modules `names` of `ours`, as qkv does."""
+  """Entries of a projection to heads that fuses the modules `names` of `ours`, as qkv does."""
   kernels = tuple(f"params/{ours}/{name}/kernel" for name in names)
   biases = tuple(f"params/{ours}/{name}/bias" for name in names)
   bias = [Entry(f"{torch}.bias", biases, "heads_bias")] if use_bias else []
@@ -133,8 +132,8 @@ def heads(torch: str, ours: str, names: tuple[str, ...], *, use_bias: bool = Tru
 
 def qkv(torch: str, ours: str, *, fused: bool = True, use_bias: bool = True,
         key_bias: bool = True) -> list[Entry]:
-  """Entries of the projections to queries, keys and values, as timm calls them: one tensor, or
-  (fused=False) three. Where keys have no bias, biases are apart from fused kernels."""
+  """Entries of the projections to queries, keys and values, under timm's names: one fused tensor,
+  or (fused=False) three. If keys have no bias, the other biases are separate tensors."""
   names = ("query", "key", "value")
   if not fused:
     return [entry for name in names
@@ -148,7 +147,7 @@ def qkv(torch: str, ours: str, *, fused: bool = True, use_bias: bool = True,
 
 
 def out(torch: str, ours: str) -> list[Entry]:
-  """Entries of the projection of joined heads."""
+  """Entries of the output projection of attention."""
   return [Entry(f"{torch}.weight", (f"params/{ours}/kernel",), "out"),
           Entry(f"{torch}.bias", (f"params/{ours}/bias",))]
 
@@ -204,8 +203,7 @@ def resize_positions(rows: np.ndarray, stored: tuple[int, int], positions: Posit
   """(..., prefix + H * W, D) -> (..., prefix + h * w, D): rows of the `stored` grid (H, W) resized.
 
   As torch's interpolate with align_corners=False: "bicubic" (a = -0.75, edges clamped) or
-  "bilinear" without antialiasing, "antialiased" with it (bicubic, a = -0.5). Rows of the prefix are
-  kept.
+  "bilinear" without antialiasing, "antialiased" with it (bicubic, a = -0.5). Prefix rows are kept.
   """
   grid, prefix = positions.grid, positions.prefix
   lines, columns = (resize_matrix(old, new, positions.method)
@@ -220,10 +218,10 @@ def resize_positions(rows: np.ndarray, stored: tuple[int, int], positions: Posit
 
 
 def resize_patches(kernel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """(O, I, h, w) -> (O, I, *size): the kernel for patches of another size.
+  """(O, I, h, w) -> (O, I, *size): the kernel resampled for patches of another size.
 
-  The one whose response to a resized patch is, in least squares over all patches, that of the old
-  kernel to the patch itself: pinv(B^T) w for the matrix B that resizes (bicubic, antialiased).
+  Its response to a resized patch is closest, in least squares over all patches, to that of the old
+  kernel to the original patch: pinv(B^T) w for the resizing matrix B (bicubic, antialiased).
   FlexiViT, arXiv 2212.08013, section 3.4.
   """
   rows, columns = (np.asarray(jax.image.resize(np.eye(old, dtype=np.float32), (new, old), "cubic"),
@@ -235,10 +233,10 @@ def resize_patches(kernel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
-  """(O, 3, h, w) -> (O, channels, h, w): a kernel of RGB for images of other channels.
+  """(O, 3, h, w) -> (O, channels, h, w): an RGB kernel adapted to another number of channels.
 
-  As timm: of one, the sum over RGB (a grey image gives what it gives as RGB); of others, RGB over
-  and over, scaled by 3 / channels.
+  As in timm: for one channel, the sum over RGB (a grey image gives the same output as in RGB); for
+  others, RGB repeated and scaled by 3 / channels.
   """
   if channels == 1:
     return kernel.sum(axis=1, keepdims=True)
@@ -246,7 +244,7 @@ def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
 
 
 def resize_matrix(old: int, new: int, method: str) -> np.ndarray:
-  """(new, old) weights that resample a line of points."""
+  """(new, old) weights that resample a line of `old` points to `new`."""
   if method == "antialiased":
     return _antialiased(old, new)
   centre = (np.arange(new) + 0.5) * old / new - 0.5
@@ -260,7 +258,7 @@ def resize_matrix(old: int, new: int, method: str) -> np.ndarray:
 
 
 def _antialiased(old: int, new: int) -> np.ndarray:
-  """Of a kernel as wide as a new point, where these are fewer; beyond the edges is nothing."""
+  """As `resize_matrix`, with a kernel that widens when downsampling, normalised at the edges."""
   step = old / new
   distance = np.arange(old) + 0.5 - (np.arange(new)[:, None] + 0.5) * step
   weights = _cubic(distance / max(step, 1), a=-0.5)

@@ -1,4 +1,4 @@
-"""What tracing a model need not do again for each of its blocks."""
+"""Makes tracing faster: avoids work that would be repeated for each block."""
 import functools
 
 import flax.linen as nn
@@ -6,16 +6,16 @@ import jax
 import numpy as np
 from flax.errors import ScopeParamShapeError
 
-# A function of arrays alone is traced once for all who call it with arrays of the same shapes, and
-# then written out in each: the program is the same, made in less time.
+# A function of arrays only is traced once for all calls with the same shapes, then inlined into
+# each caller: the program is the same, but tracing takes less time.
 traced_once = functools.partial(jax.jit, inline=True)
 
 
 def param(module: nn.Module, name: str, init, shape, *dtype):
-  """`module.param(name, init, shape, *dtype)`: the leaf, or in `init` a new one that `init` draws.
+  """A faster `module.param(name, init, shape, *dtype)`.
 
   To check a leaf's shape, Linen traces `init` in every `apply`, which is close to half of the time
-  that tracing a DeiT takes. Here the shape is compared as it is given.
+  that tracing a DeiT takes. Here the shape is compared directly.
   """
   if not module.has_variable("params", name):
     return module.param(name, init, shape, *dtype)

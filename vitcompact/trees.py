@@ -1,4 +1,4 @@
-"""Names of leaves: the one language that decay, sharding, loading and surgery speak.
+"""Names of leaves, by which weight decay, sharding, loading and surgery select parameters.
 
 A variable tree is a nested dict of arrays; a leaf's name is its path joined with "/", as in
 `blocks_3/attn/query/kernel`.
@@ -12,10 +12,10 @@ import numpy as np
 
 
 class Leaf(NamedTuple):
-  """What a parameter is to a trainer: the meaning of its axes, and whether weight decay applies.
+  """How training treats a parameter: the meaning of its axes, and whether weight decay applies.
 
   `axes` has one entry per dimension, a logical name such as "embed" or None; mesh axes are chosen
-  from these in `train/sharding.py`. An empty `axes` means: whatever the rank, nothing to shard.
+  from these in `train/sharding.py`. An empty `axes` fits any rank and means: not sharded.
   """
   axes: tuple[str | None, ...] = ()
   decay: bool = False
@@ -31,9 +31,9 @@ def named_leaves(tree) -> dict[str, Any]:
 
 
 def first_match(rules, tree, *, may_be_idle=False):
-  """Maps each leaf of `tree` to the value of the first rule whose pattern is its whole name.
+  """Maps each leaf of `tree` to the value of the first rule whose pattern matches its full name.
 
-  rules: [(regular expression, value)]. A leaf without a rule is an error; so is a rule without a
+  rules: [(regular expression, value)]. A leaf without a rule is an error. So is a rule without a
   leaf (a typo should fail at the start), unless `may_be_idle`, for lists that serve many models.
   """
   used = set()
@@ -49,26 +49,26 @@ def first_match(rules, tree, *, may_be_idle=False):
   out = jax.tree_util.tree_map_with_path(pick, tree)
   idle = [pattern for pattern, _ in rules if pattern not in used]
   if idle and not may_be_idle:
-    raise ValueError(f"rules that match no parameter: {idle}; the names are like "
+    raise ValueError(f"rules that match no parameter: {idle}; names look like "
                      f"{list(named_leaves(tree))[:3]}")
   return out
 
 
-def differences(got, wanted) -> list[str]:
-  """One line for each leaf by which `got` is not a tree of `wanted`'s names, shapes and dtypes."""
-  got, wanted = named_leaves(got), named_leaves(wanted)
-  lines = [f"missing {name} {wanted[name].shape}" for name in wanted if name not in got]
-  lines += [f"unexpected {name} {got[name].shape}" for name in got if name not in wanted]
-  for name in wanted.keys() & got.keys():
-    if got[name].shape != wanted[name].shape:
-      lines.append(f"{name} is {got[name].shape}, not {wanted[name].shape}")
-    elif got[name].dtype != wanted[name].dtype:
-      lines.append(f"{name} is {got[name].dtype}, not {wanted[name].dtype}")
+def differences(got, expected) -> list[str]:
+  """One line for each leaf in which `got` differs from `expected` by name, shape or dtype."""
+  got, expected = named_leaves(got), named_leaves(expected)
+  lines = [f"missing {name} {expected[name].shape}" for name in expected if name not in got]
+  lines += [f"unexpected {name} {got[name].shape}" for name in got if name not in expected]
+  for name in expected.keys() & got.keys():
+    if got[name].shape != expected[name].shape:
+      lines.append(f"{name} is {got[name].shape}, not {expected[name].shape}")
+    elif got[name].dtype != expected[name].dtype:
+      lines.append(f"{name} is {got[name].dtype}, not {expected[name].dtype}")
   return sorted(lines)
 
 
 def some(lines, most: int = 4, *, joint: str = ", ") -> str:
-  """The first few of many lines or names, and how many more there are."""
+  """The first `most` lines or names, and how many more there are."""
   more = [f"and {len(lines) - most} more"] if len(lines) > most else []
   return joint.join([*map(str, lines[:most]), *more])
 
@@ -81,12 +81,12 @@ def nonfinite(tree) -> dict[str, int]:
 
 
 def check_finite(what: str, tree):
-  """Raises ValueError for NaN or infinity, with the first leaf and how many there are."""
+  """Raises ValueError for NaN or infinity, naming the first leaf and how many more have any."""
   if counts := nonfinite(tree):
     name, count = next(iter(counts.items()))
     more = f", and {len(counts) - 1} more of its arrays" if len(counts) > 1 else ""
-    raise ValueError(f"{what}: {name} has {count} values that are NaN or infinite{more}; a run "
-                     "that diverged, or damage? allow_nonfinite takes them as they are")
+    raise ValueError(f"{what}: {name} has {count} values that are NaN or infinite{more}; "
+                     "the run diverged, or the file is damaged; allow_nonfinite accepts them")
 
 
 def size(tree) -> int:
@@ -107,7 +107,7 @@ def nested(leaves: dict[str, Any]) -> dict[str, Any]:
 
 
 def digest(tree) -> str:
-  """sha256 over names, dtypes, shapes and bytes of all leaves, whatever the order of the dicts."""
+  """sha256 of the names, dtypes, shapes and bytes of all leaves, independent of dict order."""
   sha = hashlib.sha256()
   for name, leaf in sorted(named_leaves(tree).items()):
     array = np.ascontiguousarray(jax.device_get(leaf))

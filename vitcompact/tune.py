@@ -1,4 +1,4 @@
-"""tune: choices between forms of one function, made by measuring them on this device."""
+"""tune: chooses between equivalent forms of a model by timing them on this device."""
 import dataclasses
 import functools
 import importlib.util
@@ -20,9 +20,9 @@ from vitcompact.execution import Execution
 from vitcompact.layers import dense
 from vitcompact.methods.ffn.cffn import CompactDense, merge_factors
 
-# A form that is chosen is at least this much faster than the one that fold gives: less is noise.
+# A form is chosen only if it is at least this much faster than fold's: less is noise.
 MARGIN = 1.02
-# Images of a chunk that are tried, where that has ever been faster.
+# Chunk sizes to try, on devices where chunks have ever been faster.
 CHUNKS = {"cpu": (4, 8, 16)}
 FORMS = {"cpu": ("einsum", "images", "tiled"), "gpu": ("einsum", "tiled", "cudnn"),
          "tpu": ("einsum", "tiled", "splash")}
@@ -30,7 +30,7 @@ MATRIX = "one matrix"
 
 
 class FactorisedCall(NamedTuple):
-  """A factorised layer as a model calls it; calls that are equal in this take equally long."""
+  """A factorised layer as a model calls it; equal calls take equally long."""
   features: int
   rank: int
   shape: tuple[int, ...]   # of its input
@@ -38,27 +38,27 @@ class FactorisedCall(NamedTuple):
 
 
 class AttentionCall(NamedTuple):
-  """A call of `Attention.attend`: the module without a place, and its queries, keys and values."""
+  """A call of `Attention.attend`: the module without its position in the model, and the shapes of
+  queries, keys and values."""
   module: Attention
   shapes: tuple[tuple[int, ...], ...]
-  sized: bool              # keys count as several
+  sized: bool              # whether keys have sizes (a key may stand for several tokens)
 
 
 def tune(deploy: nn.Module, variables, images, *, rounds: int = 5, runtime: str | None = None):
   """Returns (deployed model, its variables): the same function in the forms that run fastest here.
 
-  For the batch: all of it at once, or in chunks (on a CPU). For every factorised layer of an FFN,
-  on inputs of the size that these cause: two factors, or one matrix A B. For every block that
-  attends to all tokens: how attention is computed. What is chosen is the model's `execution`, so
-  files of it hold it and `fold` repeats it without measuring. A layer that is merged has lost its
-  factors and stays so.
-  The outputs are equal to rounding in float32.
+  It chooses for the batch (on a CPU): all at once, or in chunks; for each factorised FFN layer: two
+  factors, or one matrix A B; for each block that attends to all tokens: how attention is computed.
+  The choices are the model's `execution`: they are saved with it, and `fold` keeps them without
+  measuring. A merged layer has lost its factors and stays merged. The outputs are equal up to
+  rounding in float32.
 
   Args:
-    deploy: a folded model; images: (B, H, W, C), normalised, in the batch size that is to be fast.
-    rounds: of measurement, in which the forms alternate.
-    runtime: None: XLA, on this device. "ort" or "openvino": the model's factorised layers are two
-      factors or one matrix, whichever is faster in that runtime, for `vc.export`.
+    deploy: a folded model. images: (B, H, W, C), normalised, in the batch size to optimise for.
+    rounds: of measurement; each times every form once.
+    runtime: None: XLA on this device. "ort" or "openvino": only chooses between two factors and one
+      matrix for factorised layers, by time in that runtime, for `vc.export`.
   """
   check_model(deploy)
   if not deploy.deploy:
@@ -66,9 +66,9 @@ def tune(deploy: nn.Module, variables, images, *, rounds: int = 5, runtime: str 
                      "give it what vc.fold returns")
   if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
     raise ValueError(f"rounds={given(rounds)}: must be a whole number of at least 1; a "
-                     "median wants 5")
+                     "median needs about 5")
   check_fitting(deploy, variables, images)
-  # What was chosen before, for another device perhaps, is no starting point.
+  # Ignores earlier choices, which may be for another device.
   deploy = deploy.clone(execution=Execution(merged=deploy.execution.merged))
   if runtime not in (None, "xla"):
     return with_forms(deploy, variables, merged_in(runtime, deploy, variables, images, rounds))
@@ -82,47 +82,49 @@ def tune(deploy: nn.Module, variables, images, *, rounds: int = 5, runtime: str 
 def merged_in(runtime: str, deploy: nn.Module, variables, images, rounds: int):
   """{path: MATRIX} of the factorised layers that are faster as one matrix in a runtime.
 
-  Layers of one size are tried together, in the whole model: a runtime fuses what stands around one.
+  Layers of the same size are tried together, in the whole model, as a runtime fuses a layer with
+  its neighbours.
   """
   from vitcompact import runtimes
   from vitcompact.export import onnx_file
   from vitcompact.export.program import Program
   from vitcompact.preprocess import preprocess
 
-  alike: dict[FactorisedCall, list] = {}
+  paths_by_call: dict[FactorisedCall, list] = {}
   for path, call in calls_with_forms(deploy, variables, images).items():
     if isinstance(call, FactorisedCall):
-      alike.setdefault(call, []).append(path)
-  tried = {None: {}, **{call: dict.fromkeys(paths, MATRIX) for call, paths in alike.items()}}
-  shown, calls = np.asarray(images, np.float32), {}
+      paths_by_call.setdefault(call, []).append(path)
+  candidates = {None: {}, **{call: dict.fromkeys(paths, MATRIX)
+                             for call, paths in paths_by_call.items()}}
+  inputs, calls = np.asarray(images, np.float32), {}
   with tempfile.TemporaryDirectory() as folder:
-    for i, (call, chosen) in enumerate(tried.items()):
+    for i, (call, chosen) in enumerate(candidates.items()):
       path = pathlib.Path(folder, f"{i}.onnx")
       model, own = with_forms(deploy, variables, chosen)
       onnx_file.write(Program(model, own, preprocess(model)), path)
-      calls[call] = functools.partial(runtimes.opened(path, runtime), shown)
+      calls[call] = functools.partial(runtimes.opened(path, runtime), inputs)
     timing = bench.paired(calls, rounds=rounds, min_seconds=0.05)
-  # Of a whole model: a gain of one kind of layer is small, but as sure as its rounds agree.
-  return {path: MATRIX for call, paths in alike.items() if timing[call].low > 1 for path in paths}
+  # No MARGIN: in a whole model the gain of one kind of layer is small, so all rounds must agree.
+  return {path: MATRIX for call, paths in paths_by_call.items() if timing[call].low > 1
+          for path in paths}
 
 
 def with_chunk(model: nn.Module, chunk: int | None) -> nn.Module:
-  """The model that computes a batch in chunks of as many images."""
+  """The model that computes a batch in chunks of `chunk` images."""
   return model.clone(execution=dataclasses.replace(model.execution, chunk=chunk))
 
 
 def best_chunk(deploy: nn.Module, variables, images, rounds: int) -> int | None:
-  """The size of chunks that takes the least time; None: all at once."""
-  tried = [chunk for chunk in CHUNKS.get(jax.default_backend(), ()) if chunk < len(images)]
-  if not tried:
+  """The fastest chunk size; None: all at once."""
+  sizes = [chunk for chunk in CHUNKS.get(jax.default_backend(), ()) if chunk < len(images)]
+  if not sizes:
     return None
   return fastest_of({chunk: bench.compiled(with_chunk(deploy, chunk).apply, variables, images).call
-                   for chunk in (None, *tried)}, rounds)
+                   for chunk in (None, *sizes)}, rounds)
 
 
 def fastest_of(calls: Mapping[Any, Callable], rounds: int):
-  """The name of the call that takes the least time; None, the first, where the gain may be noise.
-  """
+  """The name of the fastest call, or None (the first) if its gain may be noise."""
   timing = bench.paired(calls, rounds=rounds, min_seconds=0.05)
   best = max(timing, key=lambda name: timing[name].speedup)
   return best if timing[best].speedup > MARGIN else None
@@ -130,9 +132,9 @@ def fastest_of(calls: Mapping[Any, Callable], rounds: int):
 
 def calls_with_forms(deploy: nn.Module, variables, images
                      ) -> dict[tuple[str, ...], FactorisedCall | AttentionCall]:
-  """{path: call} of every part of inference that has several forms; nothing is run.
+  """{path: call} for every part of inference that has several forms; nothing is run.
 
-  Of several calls the first: a batch in chunks ends in one with the images that are left over.
+  If a part is called several times, the first call counts: the last chunk may be smaller.
   """
   found = {}
 
@@ -145,7 +147,7 @@ def calls_with_forms(deploy: nn.Module, variables, images
       core = args[3] if len(args) > 3 else kwargs.get("core", attention.DENSE)
       if core.is_plain() and core.spread is attention.DENSE.spread:
         found.setdefault(module.path, AttentionCall(
-            without_place(module), tuple(x.shape for x in args[:3]), core.size is not None))
+            timing_key(module), tuple(x.shape for x in args[:3]), core.size is not None))
     return next_fun(*args, **kwargs)
 
   with nn.intercept_methods(watch):
@@ -153,26 +155,26 @@ def calls_with_forms(deploy: nn.Module, variables, images
   return found
 
 
-def without_place(module: Attention) -> Attention:
-  """The module without what does not change its time: calls that are equal take equally long."""
+def timing_key(module: Attention) -> Attention:
+  """The module without its position and other fields that do not affect its time."""
   site = module.site._replace(block=0, tokens_left=0, act=None, mixer=None, merged=())
   return module.clone(parent=None, name=None, site=site)
 
 
 def best_form(call: FactorisedCall | AttentionCall, rounds: int) -> str | None:
-  """The name of the form that takes the least time; None: the one that fold gives."""
+  """The name of the fastest form; None: fold's."""
   compiled = {}
   for name, make in forms(call).items():
     try:
       compiled[name] = bench.compiled(*make()).call
-    except Exception:   # a form that this device or dtype does not have is no candidate
+    except Exception:   # this device or dtype does not support the form
       if name is None:
         raise
   return fastest_of(compiled, rounds)
 
 
 def forms(call: FactorisedCall | AttentionCall) -> Mapping[str | None, Callable[[], tuple]]:
-  """{name: a function that gives (what to compile, its arguments)}; the first is fold's."""
+  """{name: a function that returns (what to compile, *its arguments)}; the first is fold's form."""
   if isinstance(call, FactorisedCall):
     factors = CompactDense(call.features, call.rank, deploy=True, dtype=call.dtype)
     x = random_arrays(jax.ShapeDtypeStruct(call.shape, call.dtype))
@@ -193,7 +195,7 @@ def forms(call: FactorisedCall | AttentionCall) -> Mapping[str | None, Callable[
 
 
 def _call(module: nn.Module, method: str, *arrays, **fixed) -> tuple[Any, ...]:
-  """(function, its arguments): a method of a module, on drawn parameters."""
+  """(function, *its arguments): a method of a module, with random parameters."""
   def init(*arrays):
     return module.init(jax.random.key(0), *arrays, method=method, **fixed)
 
@@ -204,7 +206,7 @@ def _call(module: nn.Module, method: str, *arrays, **fixed) -> tuple[Any, ...]:
 
 
 def random_arrays(shapes):
-  """Small normal numbers of these shapes."""
+  """Arrays of small normal numbers in these shapes."""
   rng = np.random.default_rng(0)
   return jax.tree.map(
       lambda leaf: jnp.asarray(0.1 * rng.standard_normal(leaf.shape, np.float32), leaf.dtype),
@@ -212,7 +214,7 @@ def random_arrays(shapes):
 
 
 def with_forms(deploy: nn.Module, variables, chosen: Mapping[tuple[str, ...], str]):
-  """(model, variables) with the calls at these paths in these forms, recorded in the execution."""
+  """(model, variables) with {path: form} applied, and recorded in the model's execution."""
   params, forms, merged = dict(variables["params"]), {}, set(deploy.execution.merged)
   for (name, *path), form in chosen.items():
     if form != MATRIX:

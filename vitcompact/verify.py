@@ -1,4 +1,4 @@
-"""verify: two models compute the same function, shown on images."""
+"""verify: checks on images that two models compute the same function."""
 import dataclasses
 
 import flax.linen as nn
@@ -10,10 +10,10 @@ from vitcompact.doors import check_fitting, given
 
 @dataclasses.dataclass(frozen=True)
 class Proof:
-  """How far two models' outputs are apart.
+  """How much two models' outputs differ.
 
   max_abs: largest absolute difference of logits; max_rel: that over the largest absolute logit;
-  top1_agreement: share of images with the same first class; images: how many were compared;
+  top1_agreement: share of images with the same top-1 class; images: how many were compared;
   first_difference: name of the first block whose outputs differ by more than `tolerance` of their
   largest value, or None.
   """
@@ -36,22 +36,22 @@ def verify(model: nn.Module, variables, deploy: nn.Module, deploy_variables, ima
   check_fitting(model, variables, images)
   check_fitting(deploy, deploy_variables, images, "deploy ")
   if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or tolerance < 0:
-    raise ValueError(f"tolerance: {given(tolerance)} was given, wanted: a number of at least 0")
-  wanted, wanted_blocks = _run(model, variables, images)
-  got, got_blocks = _run(deploy, deploy_variables, images)
-  if got.shape != wanted.shape:
-    raise ValueError(f"the models' outputs have shapes {wanted.shape} and {got.shape}: only models "
-                     "of as many classes can compute the same function")
-  max_abs, max_rel = _apart(got, wanted)
+    raise ValueError(f"tolerance: {given(tolerance)} was given, expected a number of at least 0")
+  reference, reference_blocks = _run(model, variables, images)
+  logits, logits_blocks = _run(deploy, deploy_variables, images)
+  if logits.shape != reference.shape:
+    raise ValueError(f"the models' outputs have shapes {reference.shape} and {logits.shape}: to "
+                     "compute the same function they must have the same number of classes")
+  max_abs, max_rel = _difference(logits, reference)
   # Not `> tolerance`, which is false for NaN.
-  first = next((name for name in wanted_blocks if name in got_blocks
-                and not _apart(got_blocks[name], wanted_blocks[name])[1] <= tolerance), None)
-  return Proof(max_abs, max_rel, float(np.mean(got.argmax(-1) == wanted.argmax(-1))),
+  first = next((name for name in reference_blocks if name in logits_blocks and not
+                _difference(logits_blocks[name], reference_blocks[name])[1] <= tolerance), None)
+  return Proof(max_abs, max_rel, float(np.mean(logits.argmax(-1) == reference.argmax(-1))),
                len(images), tolerance, first)
 
 
 def _run(model, variables, images):
-  """Logits, and {block: its output}."""
+  """(logits, {block: its output})."""
   names = tuple(model.submodules())
   paths = {(name,) for name in names}
 
@@ -67,7 +67,8 @@ def _run(model, variables, images):
   return np.asarray(logits), dict(zip(names, map(np.asarray, outputs), strict=True))
 
 
-def _apart(got, wanted) -> tuple[float, float]:
-  got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
-  max_abs = float(np.max(np.abs(got - wanted)))
-  return max_abs, max_abs / max(float(np.max(np.abs(wanted))), np.finfo(np.float32).tiny)
+def _difference(x, reference) -> tuple[float, float]:
+  """(largest absolute difference, that over the largest absolute value of the reference)."""
+  x, reference = np.asarray(x, np.float64), np.asarray(reference, np.float64)
+  max_abs = float(np.max(np.abs(x - reference)))
+  return max_abs, max_abs / max(float(np.max(np.abs(reference))), np.finfo(np.float32).tiny)

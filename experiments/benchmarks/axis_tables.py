@@ -1,14 +1,14 @@
-"""The tables of docs/heads.md, attention.md, tokens.md and ffn.md: one axis, from all results."""
+"""Builds the tables of docs/heads.md, attention.md, tokens.md and ffn.md from all results."""
 import vitcompact as vc
 from experiments.benchmarks import methods, methods_tables, results
-from experiments.benchmarks.results import best_dense, cases, over, speed
+from experiments.benchmarks.results import best_dense, cases, quotient, speed
 
 NO = "not measured"
-# Rows of each suite that belong to one axis alone.
+# Rows of the suite `model` that belong to one axis only.
 SETTINGS = {"heads": (), "attention": (), "tokens": ("EViT 0.7", "EViT 0.5", "ToMe 13", "MCTF 16",
             "DynamicViT 0.7"), "ffn": ("ffn", "ffn both")}
 LAYERS = {"heads": ("hMHSA", "hMHSA, logits site"), "attention": ("block-sparse 25%",)}
-# {name of `experiments.accuracy`: what it is}
+# {axis: {variant of `experiments.accuracy`: its name in the table}}
 ACCURACIES = {
     "heads": {"heads": "`HMHSA()`, one of two heads"},
     "attention": {"token": "Sparsifiner, keep 0.25, by token",
@@ -20,12 +20,12 @@ ACCURACIES = {
 
 
 def axis(name: str, folder=results.FOLDER, platform: str = "cpu") -> str:
-  """Everything between the marks of the page of one axis."""
-  # Here, not above: `tables` writes these tables with its own.
+  """Returns the generated section of an axis's page."""
+  # Imported here because `tables` imports this module.
   from experiments.benchmarks.tables import source
   parts = []
   for suite, table in (("methods", at_default), ("model", by_setting), ("tokens", by_tokens),
-                       ("layer", of_a_layer)):
+                       ("layer", by_layer)):
     found = results.load(suite, platform, folder)
     rows = table(name, found) if found else [f"Suite {suite}: **{NO}**."]
     if rows:
@@ -35,7 +35,7 @@ def axis(name: str, folder=results.FOLDER, platform: str = "cpu") -> str:
 
 def at_default(name: str, found: dict) -> list[str]:
   kinds = [kind.__name__ for kind in vc.METHODS[name].values()]
-  lines = ["| method at its default, deployed | in | pixels | parameters, difference from dense | "
+  lines = ["| method at its default, deployed | model | pixels | parameters, relative to dense | "
            "MACs, dense / this | speed, dense = 1 |", "|---|---|---:|---:|---:|---:|"]
   by_case = cases(found, "model", "image_size")
   for kind in kinds:
@@ -72,7 +72,7 @@ def by_tokens(name: str, found: dict) -> list[str]:
                   for (tokens,), rows in cases(found, "tokens").items()]
 
 
-def of_a_layer(name: str, found: dict) -> list[str]:
+def by_layer(name: str, found: dict) -> list[str]:
   if name not in LAYERS:
     return []
   lines = ["| one attention layer | pass | " + " | ".join(LAYERS[name]) + " |",
@@ -96,12 +96,12 @@ def accuracy(name: str, folder) -> list[str]:
             if kind.__name__ not in (*methods_tables.ACCURACY, "Sparsifiner")]
   return [*lines, "", f"Accuracy of {', '.join(others)}: not run. Differences are from "
           "the dense model fine-tuned for as many steps, with 95% intervals; `python -m "
-          "experiments.accuracy`, see [results](../results/README.md#accuracy). On ImageNet none "
-          "was measured."]
+          "experiments.accuracy`, see [results](../results/README.md#accuracy). None was measured "
+          "on ImageNet."]
 
 
 def _ratio(dense: dict, row: dict) -> str:
-  ratio = over(dense.get("macs"), row.get("macs"))
+  ratio = quotient(dense.get("macs"), row.get("macs"))
   return NO if ratio is None else f"{ratio:.2f}"
 
 

@@ -1,4 +1,4 @@
-"""Images a second of one core: the training pipeline compared with a plain loop over PIL."""
+"""Times the training pipeline on one core, compared with a plain loop over PIL."""
 import itertools
 import os
 import pathlib
@@ -15,26 +15,26 @@ from experiments.benchmarks import measure
 from experiments.benchmarks.measure import Candidate, Setting
 from vitcompact.data import augment, pipeline
 
-IMAGES, SIZE, BATCH = 96, (500, 375), 32   # SIZE: of a usual ImageNet photograph
+IMAGES, SIZE, BATCH = 96, (500, 375), 32   # SIZE: that of a typical ImageNet photograph
 CODE = "import sys; from experiments.benchmarks import data; data.timed(*sys.argv[1:])"
 
 
 def run(setting: Setting, images: int = IMAGES, batch: int = BATCH,
         count: int = 12) -> Iterator[dict]:
-  """count: batches that a turn takes."""
+  """Times all variants. count: batches per turn."""
   with tempfile.TemporaryDirectory() as root:
     write_jpegs(pathlib.Path(root) / "train" / "one", images)
     write_jpegs(pathlib.Path(root) / "val" / "one", 1)
 
     def child(kind, *cores):
-      # A process of its own, fresh each turn: a buffer that fills while another candidate is timed
-      # would be work that is not timed.
+      # A new process for each turn: filling a buffer while another candidate is being timed would
+      # be work that nobody times.
       words = (kind, root, batch, count, *cores)
       return Candidate(measure.Child(CODE, *map(str, words)), {})
 
     case = {"what": "CPU seconds of a batch", "batch": batch}
-    own = {kind: child(kind) for kind in ("PIL loop", "threads", "2 workers")}
-    yield from measure.rows(case, own, setting, min_seconds=0)
+    one_core = {kind: child(kind) for kind in ("PIL loop", "threads", "2 workers")}
+    yield from measure.rows(case, one_core, setting, min_seconds=0)
     workers = {kind: child(kind, *setting.cores) for kind in ("1 worker", "2 workers")}
     if len(setting.cores) < 2:
       workers = {kind: Candidate(None, {"reason": "the run had one core"}) for kind in workers}
@@ -43,7 +43,8 @@ def run(setting: Setting, images: int = IMAGES, batch: int = BATCH,
 
 
 def timed(kind: str, root: str, batch: str, count: str, *cores: str):
-  """Prints seconds a batch: CPU seconds of all processes that make it; on `cores`, wall seconds."""
+  """Prints seconds per batch: CPU seconds of all processes involved, or with `cores` wall seconds.
+  """
   if cores:
     os.sched_setaffinity(0, map(int, cores))
   batch, count = int(batch), int(count)
@@ -55,8 +56,8 @@ def timed(kind: str, root: str, batch: str, count: str, *cores: str):
     data.update({"name": f"folder:{root}", "augment": "flip_crop", "workers": workers,
                  "replicas": 1, "repeats": 1})
     batches = pipeline.train_batches(data, image_size=224, batch_size=batch, seed=0)
-  # The buffers are empty when the clock starts, as they are when it stops: taking a batch
-  # is faster than making one.
+  # The buffers are empty when the clock starts and when it stops, because taking a batch is faster
+  # than producing one.
   for _ in range(count):
     next(batches)
   now = time.perf_counter if cores else cpu_seconds
@@ -69,13 +70,13 @@ def timed(kind: str, root: str, batch: str, count: str, *cores: str):
 
 
 def cpu_seconds() -> float:
-  own = psutil.Process()
-  times = [process.cpu_times() for process in (own, *own.children(recursive=True))]
+  this = psutil.Process()
+  times = [process.cpu_times() for process in (this, *this.children(recursive=True))]
   return sum(t.user + t.system for t in times)
 
 
 def write_jpegs(folder: pathlib.Path, count: int) -> list[pathlib.Path]:
-  """JPEGs of about the size and the detail of photographs: smooth shapes and some noise."""
+  """Writes JPEGs with about the size and detail of photographs: smooth shapes with some noise."""
   folder.mkdir(parents=True)
   rng, paths = np.random.default_rng(0), []
   for i in range(count):
@@ -87,7 +88,7 @@ def write_jpegs(folder: pathlib.Path, count: int) -> list[pathlib.Path]:
 
 
 def pil_loop(files, batch: int):
-  """What anybody would write: decode, random resized crop, flip, stack; without end."""
+  """Yields batches forever, the obvious way: decode, random resized crop, flip, stack."""
   rng, paths = np.random.default_rng(0), itertools.cycle(files)
   while True:
     images = []

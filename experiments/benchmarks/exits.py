@@ -1,4 +1,4 @@
-"""Deployed models in the runtimes that `vc.export` writes for."""
+"""Times deployed models in the runtimes that `vc.export` writes for."""
 import pathlib
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ import numpy as np
 import vitcompact as vc
 from experiments.benchmarks import measure
 from experiments.benchmarks.measure import Candidate, Setting
-from experiments.benchmarks.model import FEW, MODEL, PLANS
+from experiments.benchmarks.model import LARGE_BATCH_PLANS, MODEL, PLANS
 from vitcompact import runtimes
 from vitcompact.export import onnx_file
 from vitcompact.export.program import Program
@@ -19,19 +19,19 @@ BLOCKS = vc.Plan(attention=vc.Sparsifiner(keep=0.25, granularity="block"))
 
 
 class Case(NamedTuple):
-  """A model by name, how many images, and the plans that are timed of it."""
+  """A model by name, the batch size, and the plans to time."""
   model: str
   batch: int
   plans: dict[str, vc.Plan]
   fields: Mapping = MappingProxyType({})
 
 
-SOME = {name: PLANS[name] for name in ("dense", "heads + ffn")}
+TWO_PLANS = {name: PLANS[name] for name in ("dense", "heads + ffn")}
 CASES = [
     Case(MODEL, 8, {"dense": PLANS["dense"], "heads": PLANS["heads"], "ffn": PLANS["ffn"],
-                    **{name: PLANS[name] for name in FEW if name != "ffn both"}}),
-    Case("deit3_small_patch16_224", 8, SOME),
-    Case("vit_small_patch14_dinov2", 1, SOME),
+                    **{name: PLANS[name] for name in LARGE_BATCH_PLANS if name != "ffn both"}}),
+    Case("deit3_small_patch16_224", 8, TWO_PLANS),
+    Case("vit_small_patch14_dinov2", 1, TWO_PLANS),
     Case(MODEL, 1, {"dense": PLANS["dense"], "block links 25%": BLOCKS}, {"image_size": 512}),
 ]
 EXITS = ("ort", "openvino", "openvino-bf16")
@@ -40,7 +40,7 @@ PEERS = ("torch f32", "torch.compile f32", "torch bf16")
 
 
 def run(setting: Setting, cases=None, **sizes) -> Iterator[dict]:
-  """sizes: fields of the models that make them smaller, for tests."""
+  """Times every case. sizes: fields of the models that make them smaller, for tests."""
   if not setting.on_host:
     return
   for case in cases or CASES:
@@ -60,22 +60,22 @@ def run(setting: Setting, cases=None, **sizes) -> Iterator[dict]:
 
 
 def exits(model, batch: int, plan_name: str, folder: pathlib.Path) -> dict[str, Candidate]:
-  """{"runtime: plan": candidate} of a deployed model, with random weights."""
+  """Returns {"runtime: plan": candidate} for a deployed model with random weights."""
   size = np.broadcast_to(model.image_size, 2).tolist()
   images = measure.normal((batch, *size, model.in_chans))
-  variables = measure.drawn_variables(model, images[:1])
+  variables = measure.random_variables(model, images[:1])
   facts = {"macs": vc.count(model).macs, "plan": model.plan.to_json()}
   out = {f"XLA: {plan_name}": measure.compiled(model.apply, variables, images, **facts)}
   path = folder / f"{plan_name.replace(' ', '_')}.onnx"
   onnx_file.write(Program(model, variables, vc.preprocess(model)), path)
-  shown, wanted = np.asarray(images), np.asarray(out[f"XLA: {plan_name}"].call())
+  inputs, logits = np.asarray(images), np.asarray(out[f"XLA: {plan_name}"].call())
   for runtime, precision, name in map(runtimes.TIMED.get, EXITS):
     try:
       one = runtimes.opened(path, runtime, threads=1, precision=precision)
     except ValueError as error:   # a processor without bfloat16
       out[f"{name}: {plan_name}"] = Candidate(None, {**facts, "reason": str(error)})
       continue
-    gap = float(np.abs(one(shown) - wanted).max() / np.abs(wanted).max())
-    out[f"{name}: {plan_name}"] = Candidate(lambda one=one: one(shown), {
+    gap = float(np.abs(one(inputs) - logits).max() / np.abs(logits).max())
+    out[f"{name}: {plan_name}"] = Candidate(lambda one=one: one(inputs), {
         **facts, "runtime": one.runtime, "max_rel": gap})
   return out

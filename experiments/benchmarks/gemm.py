@@ -1,8 +1,8 @@
-"""The ceiling of a device: one matrix product, of the sizes of a DeiT-S's FFN at batch 8.
+"""Times the ceiling of a device: one matrix product, with the sizes of DeiT-S's FFN at batch 8.
 
-No network can be faster than its products are here, and no ratio to PyTorch larger than theirs.
-How near a layer comes to it: an FFN forward and backward, compared with three times its forward
-products.
+No network can be faster than its matrix products, and no ratio to PyTorch larger than theirs. To
+show how close a layer comes to this ceiling, an FFN's forward and backward pass is compared with
+its forward products repeated three times.
 """
 from collections.abc import Iterator
 
@@ -36,12 +36,13 @@ def run(setting: Setting, sizes: tuple[int, int, int] = SIZES) -> Iterator[dict]
 
 
 def ffn(sizes: tuple[int, int, int]) -> dict[str, Candidate]:
-  """An FFN with its gradients; and the two products of its forward pass, three times."""
+  """Returns two candidates: an FFN with its gradients, and its two forward products three times.
+  """
   tokens, width, hidden = sizes
   x, cotangent = (measure.normal((tokens, width), "float32", seed=seed) for seed in (0, 1))
   kernels = measure.normal((width, hidden), "float32"), measure.normal((hidden, width), "float32")
   mlp = Mlp(dense(hidden, dtype="float32"), dense(width, dtype="float32"))
-  variables = measure.drawn_variables(mlp, x)
+  variables = measure.random_variables(mlp, x)
 
   def gradients(variables, x, cotangent):
     y, back = jax.vjp(lambda variables, x: mlp.apply(variables, x, train=True), variables, x)

@@ -1,4 +1,4 @@
-"""What was aimed at, and what was measured. Ratios are of the same rounds."""
+"""Compares goals with measurements. Ratios are between measurements of the same rounds."""
 import pathlib
 import statistics
 from collections.abc import Iterator
@@ -6,9 +6,17 @@ from typing import NamedTuple
 
 from experiments.benchmarks import results
 from experiments.benchmarks.exits import RUNTIMES as EXITS
-from experiments.benchmarks.results import Rows, best, best_dense, cases, fewer_macs, over, speed
+from experiments.benchmarks.results import (
+  Rows,
+  best,
+  best_dense,
+  cases,
+  macs_ratio,
+  quotient,
+  speed,
+)
 
-SLACK = 1.05   # a goal is missed when the median is further away than noise is
+SLACK = 1.05   # a median within this factor of the target may have missed it by noise
 TORCH_F32 = ("torch f32", "torch f32, SDPA")
 ALL = "heads + ffn both + EViT 0.7"
 MODEL_TARGETS = {"heads": 1.10, "ffn": 1.08, "ffn both": 1.18, "heads + ffn": 1.22,
@@ -16,8 +24,8 @@ MODEL_TARGETS = {"heads": 1.10, "ffn": 1.08, "ffn both": 1.18, "heads + ffn": 1.
 
 
 class Goal(NamedTuple):
-  """least: the measured value is to be at least the target; else at most. measured: None: it was
-  not."""
+  """A target. least: the measured value should be at least the target, otherwise at most.
+  measured: None if it was not measured."""
   what: str
   measured: float | None
   target: float
@@ -52,7 +60,7 @@ def _median(rows: Rows, name: str, other: str) -> float | None:
 
 
 def gemm_goals(found: dict) -> Iterator[Goal]:
-  """Goals against PyTorch have to be read together with these products."""
+  """Yields the goals of matrix products, which bound every ratio to PyTorch."""
   rows = cases(found, "what").get(("FFN forward and backward",), results.Rows())
   yield Goal("FFN forward and backward, over three times its forward products",
              _median(rows, "three times the products", "ours"), 1.15, least=False)
@@ -71,7 +79,7 @@ def model_goals(found: dict) -> Iterator[Goal]:
     yield Goal(f"{ALL} over torch f32, batch {batch}", _median(rows, ALL, torch), 3.5)
     yield Goal(f"{ALL} over torch bf16, batch {batch}", _median(rows, ALL, "torch bf16"), 1)
     yield Goal(f"EViT 0.7, time's ratio of MACs' ratio, batch {batch}",
-               over(_median(rows, "EViT 0.7", "dense"), fewer_macs(rows, "EViT 0.7")), 0.93)
+               quotient(_median(rows, "EViT 0.7", "dense"), macs_ratio(rows, "EViT 0.7")), 0.93)
 
 
 def layer_goals(found: dict) -> Iterator[Goal]:
@@ -92,7 +100,7 @@ def layer_goals(found: dict) -> Iterator[Goal]:
     if rows := by_case.get((tokens, "forward")):
       base, other = rows[best_dense(rows)], rows["hMHSA, logits site"]
       yield Goal(f"hMHSA, logits site, temporary memory over dense, {tokens} tokens",
-                 over(other.get("temporary_bytes"), base.get("temporary_bytes")), 1.5,
+                 quotient(other.get("temporary_bytes"), base.get("temporary_bytes")), 1.5,
                  least=False)
   if (1025, "forward") in by_case and (4097, "forward") in by_case:
     yield from _growth(by_case)
@@ -100,22 +108,23 @@ def layer_goals(found: dict) -> Iterator[Goal]:
 
 def _growth(by_case) -> Iterator[Goal]:
   for name, target in (("dense", 3.0), ("hMHSA", 2.9), ("block-sparse 25%", 2.3)):
-    per_token = [over(row["seconds"], row.get("tokens")) for row in _at(by_case, name, "forward")]
-    yield Goal(f"{name}: time per token, 4097 over 1025", over(per_token[1], per_token[0]), target,
-               least=False)
+    per_token = [quotient(row["seconds"], row.get("tokens"))
+                 for row in _short_and_long(by_case, name, "forward")]
+    yield Goal(f"{name}: time per token, 4097 over 1025", quotient(per_token[1], per_token[0]),
+               target, least=False)
   for which, target in (("forward", 3.0), ("forward and backward", 6.0)):
     for name in ("dense", "hMHSA", "block-sparse 25%"):
-      short, long = _at(by_case, name, which)
+      short, long = _short_and_long(by_case, name, which)
       yield Goal(f"{name}: temporary memory over input and output, 4097 tokens, {which}",
-                 over(long.get("temporary_bytes"), long.get("inputs_and_outputs_bytes")), target,
-                 least=False)
+                 quotient(long.get("temporary_bytes"), long.get("inputs_and_outputs_bytes")),
+                 target, least=False)
       yield Goal(f"{name}: temporary memory, 4097 over 1025 tokens, {which}",
-                 over(long.get("temporary_bytes"), short.get("temporary_bytes")), 4.6,
+                 quotient(long.get("temporary_bytes"), short.get("temporary_bytes")), 4.6,
                  least=False)
 
 
-def _at(by_case, name: str, which: str) -> list[dict]:
-  """Rows at 1025 and at 4097 tokens; "dense" is the faster of ours."""
+def _short_and_long(by_case, name: str, which: str) -> list[dict]:
+  """Returns the rows at 1025 and at 4097 tokens; "dense" is the fastest of our dense layers."""
   out = []
   for tokens in (1025, 4097):
     rows = by_case[tokens, which]
@@ -131,7 +140,7 @@ def train_goals(found: dict) -> Iterator[Goal]:
   for name, row in rows.items():
     if "macs" in row and name != "dense":
       yield Goal(f"step, {name}: time's ratio of MACs' ratio",
-                 over(_median(rows, name, "dense"), fewer_macs(rows, name)), 0.9)
+                 quotient(_median(rows, name, "dense"), macs_ratio(rows, name)), 0.9)
 
 
 def tokens_goals(found: dict) -> Iterator[Goal]:
@@ -188,7 +197,8 @@ EXIT_PEERS = (
 
 
 def exits_goals(found: dict) -> Iterator[Goal]:
-  """What a plan saves arrives in every runtime, and the fastest exit beats every dense peer."""
+  """Yields two kinds of goals: a plan's saving in MACs is a saving in time in every runtime, and
+  the fastest runtime beats every dense peer."""
   for (model, side), rows in cases(found, "model", "image_size").items():
     plans = dict.fromkeys(name.partition(": ")[2] for name in rows if ": " in name)
     for name in EXITS.values():
@@ -196,12 +206,12 @@ def exits_goals(found: dict) -> Iterator[Goal]:
         if plan == "dense":
           continue
         ratio = _median(rows, f"{name}: {plan}", f"{name}: dense")
-        macs = results.over(rows[f"{name}: dense"].get("macs"), rows[f"{name}: {plan}"].get("macs"))
+        macs = quotient(rows[f"{name}: dense"].get("macs"), rows[f"{name}: {plan}"].get("macs"))
         if plan.startswith("block"):
           yield Goal(f"{model} at {side}, {plan} in {name}", ratio, 1.3)
         else:
           yield Goal(f"{model} at {side}, {plan} in {name}, of the MACs' ratio",
-                     results.over(ratio, macs), 0.95)
+                     quotient(ratio, macs), 0.95)
     for dtype, names, peers in EXIT_PEERS:
       if MOST in plans:
         peer, exit = best(rows, *peers), best(rows, *(f"{name}: {MOST}" for name in names))
@@ -210,12 +220,13 @@ def exits_goals(found: dict) -> Iterator[Goal]:
 
 
 def methods_goals(found: dict) -> Iterator[Goal]:
-  """What a method saves in MACs it saves in time, where it has room."""
+  """Yields the goals of methods: where a method has enough tokens, it saves as much time as MACs.
+  """
   for (model, pixels), rows in cases(found, "model", "image_size").items():
     for name in ("HeadPruning", "InLine", "ChannelAttention", "BiFormer"):
       if name in rows and (name == "HeadPruning" or pixels >= 512):
         yield Goal(f"{name} in {model} at {pixels}, time's ratio of MACs' ratio",
-                   over(_median(rows, name, "dense"), fewer_macs(rows, name)), 0.9)
+                   quotient(_median(rows, name, "dense"), macs_ratio(rows, name)), 0.9)
     if "FastPath" in rows:
       yield Goal(f"FastPath in {model} at {pixels}", _median(rows, "FastPath", "dense"), 1.15)
 

@@ -1,4 +1,4 @@
-"""One attention layer, projections and predictors included: dense, hallucinated, block-sparse."""
+"""Times one attention layer with projections and predictors: dense, hallucinated, block-sparse."""
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,13 +18,13 @@ VARIANTS = {"hMHSA": "heads", "block-sparse 25%": "block"}   # see model.VARIANT
 
 
 class Layer(NamedTuple):
-  """run: (params, x) -> output; params: arrays or their shapes."""
+  """A function run(params, x) -> output, and its params: arrays or their shapes."""
   run: Callable
   params: Any
 
 
 def layers(side: int, width: int, heads: int, dtype: str, platform: str) -> dict[str, Layer]:
-  """The candidates of one shape, with shapes for parameters."""
+  """Returns the candidates for one input shape; their params are shapes."""
   x = jax.ShapeDtypeStruct((1, side * side + 1, width), dtype)
 
   def make(form: str | None = None, **plan) -> Layer:
@@ -35,7 +35,7 @@ def layers(side: int, width: int, heads: int, dtype: str, platform: str) -> dict
     return Layer(lambda params, x: layer.apply({"params": params}, x), params)
 
   sparse = vc.Sparsifiner(keep=0.25, granularity="block", min_tokens=0)
-  # "dense" is what the library chooses by itself.
+  # "dense" is the form that the library chooses by default.
   forced = {f"dense, {name}": make(name) for name in FORMS[platform]}
   return {"dense": make(), **forced, "hMHSA": make(heads=vc.HMHSA()),
           "hMHSA, logits site": make(heads=vc.HMHSA(site="logits")),
@@ -45,13 +45,13 @@ def layers(side: int, width: int, heads: int, dtype: str, platform: str) -> dict
 def run(setting: Setting, shapes=None, width: int = 384, heads: int = 6) -> Iterator[dict]:
   for side, batch in shapes or (HOST_SHAPES if setting.on_host else DEVICE_SHAPES):
     x = measure.normal((batch, side * side + 1, width), setting.dtype)
-    # Not the gradient of a sum, whose cotangent of ones the compiler may simplify away.
+    # A random cotangent: the compiler could simplify away the ones of a sum's gradient.
     cotangent = measure.normal(x.shape, setting.dtype, seed=1)
     for backward in (False, True):
       candidates = {}
-      of_shape = layers(side, width, heads, setting.dtype, setting.platform)
-      for name, layer in of_shape.items():
-        params = measure.drawn(layer.params)
+      by_name = layers(side, width, heads, setting.dtype, setting.platform)
+      for name, layer in by_name.items():
+        params = measure.random_weights(layer.params)
         facts = {"macs": macs_of(layer.run, params, x).total // batch}
         if x.shape[1] > 2000 and name == "hMHSA, logits site":
           candidates[name] = measure.Candidate(None, {"reason": "no goal at this length"})

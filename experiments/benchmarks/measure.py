@@ -1,4 +1,4 @@
-"""What all suites share: where they run, candidates, and rows of results."""
+"""What all suites share: the setting, the candidates, and the rows of results."""
 import json
 import statistics
 import subprocess
@@ -16,9 +16,9 @@ from vitcompact import bench, trees
 
 
 class Setting(NamedTuple):
-  """Where and how carefully a suite runs.
+  """Where a suite runs, and for how many rounds.
 
-  torch: a peer to take turns with, or None. cores: that the process had before it was pinned.
+  torch: a peer to take turns with, or None. cores: those available before the process was pinned.
   """
   platform: str
   rounds: int = 5
@@ -34,24 +34,25 @@ class Setting(NamedTuple):
     return "float32" if self.on_host else "bfloat16"
 
 
-# {name of a row: kind of the peer}: PyTorch as its users run it.
+# {name of a row: kind of the peer}
 PEERS = {"torch f32": "f32", "torch f32, SDPA": "f32 sdpa", "torch bf16": "bf16 sdpa",
          "torch.compile f32": "f32 sdpa compile", "torch.compile bf16": "bf16 sdpa compile",
          "timm f32": "f32 timm", "timm bf16": "bf16 timm"}
 
 
 class Candidate(NamedTuple):
-  """call: a function or a remote, or None with a reason why it is not measured; facts: for its row.
-  """
+  """Something to time. call: a function or a remote, or None if it cannot be measured; facts:
+  further entries of its row, such as the "reason" why it is not measured."""
   call: Callable[[], Any] | bench.Remote | None
   facts: Mapping[str, Any]
 
 
 def compiled(function: Callable, *args, **facts) -> Candidate:
-  """A function compiled ahead, with what that took; one that does not compile here says why."""
+  """Returns a candidate compiled ahead of time, with the compile time as a fact; if it does not
+  compile, one without a call but with the reason."""
   try:
     program = bench.compiled(function, *args)
-  except Exception as error:   # of one candidate: the others are still worth the run
+  except Exception as error:   # the other candidates are still worth measuring
     return Candidate(None, {"reason": f"{type(error).__name__}: {str(error).splitlines()[:1]}"})
   return Candidate(program.call, {"compile_seconds": program.seconds,
                                   "temporary_bytes": program.temporary, **facts})
@@ -59,7 +60,8 @@ def compiled(function: Callable, *args, **facts) -> Candidate:
 
 def rows(case: Mapping[str, Any], candidates: Mapping[str, Candidate], setting: Setting,
          min_seconds: float = 0.1, warmup_calls: int = 0) -> Iterator[dict]:
-  """A row for each candidate of a case, timed alternately; every round is kept, for any ratio."""
+  """Yields a row for each candidate of a case. Candidates take turns; every round is kept, so that
+  any ratio can be computed later."""
   calls = {name: candidate.call for name, candidate in candidates.items() if candidate.call}
   taken = {} if not calls else bench.rounds_of(
       calls, rounds=setting.rounds, min_seconds=min_seconds, warmup_calls=warmup_calls)
@@ -70,7 +72,7 @@ def rows(case: Mapping[str, Any], candidates: Mapping[str, Candidate], setting: 
 
 
 def torch_candidates(setting: Setting, names, model, **what) -> dict[str, Candidate]:
-  """PyTorch's forms of a dense DeiT of the sizes of `model`; what: batch, train."""
+  """Returns PyTorch's versions of a dense DeiT with the sizes of `model`; what: batch, train."""
   out = {}
   for name in names:
     if setting.torch is None:
@@ -83,8 +85,9 @@ def torch_candidates(setting: Setting, names, model, **what) -> dict[str, Candid
   return out
 
 
-def drawn(shapes, dtype: str = "float32"):
-  """Weights to time with, without running an init: N(0, 0.02^2), scales and variances one."""
+def random_weights(shapes, dtype: str = "float32"):
+  """Returns weights for timing, without running an init: N(0, 0.02^2); scales and variances are 1.
+  """
   rng = np.random.default_rng(0)
 
   def draw(name, leaf):
@@ -95,8 +98,8 @@ def drawn(shapes, dtype: str = "float32"):
   return trees.nested({name: draw(name, leaf) for name, leaf in trees.named_leaves(shapes).items()})
 
 
-def drawn_variables(model, images, dtype: str = "float32"):
-  return drawn(jax.eval_shape(model.init, jax.random.key(0), images), dtype)
+def random_variables(model, images, dtype: str = "float32"):
+  return random_weights(jax.eval_shape(model.init, jax.random.key(0), images), dtype)
 
 
 def normal(shape, dtype: str = "float32", seed: int = 0):
@@ -104,7 +107,7 @@ def normal(shape, dtype: str = "float32", seed: int = 0):
 
 
 class Child:
-  """A fresh Python that prints the seconds it took; timed alternately with others."""
+  """A new Python process that prints the seconds it took; it takes turns with other candidates."""
 
   def __init__(self, code: str, *arguments: str, clear_cache: bool = False):
     self.command, self.cache = [sys.executable, "-c", code, *arguments], clear_cache

@@ -1,6 +1,7 @@
-"""The tables of docs/methods.md: what methods cost, from results; which go together, by asking."""
+"""Builds the tables of docs/methods.md: what methods cost, from results, and which combine, from
+trying to build a model with each combination."""
 from experiments.benchmarks import methods, results
-from experiments.benchmarks.results import cases, over, speed
+from experiments.benchmarks.results import cases, macs_ratio, speed
 
 NO = "not measured"
 ACCURACY = {"HMHSA": "heads", "CFFN": "ffn", "EViT": "evit", "ToMe": "tome", "MCTF": "mctf",
@@ -8,12 +9,12 @@ ACCURACY = {"HMHSA": "heads", "CFFN": "ffn", "EViT": "evit", "ToMe": "tome", "MC
 
 
 def costs(found: dict, folder=results.FOLDER) -> str:
-  """A row for each method, deployed, beside the dense model that it is in."""
+  """Returns a table with a row for each method, deployed, and for the dense models."""
   by_shape = cases(found, "model", "image_size", "batch")
   models = list(dict.fromkeys(model for model, _, _ in by_shape))
   sizes = list(dict.fromkeys((pixels, batch) for _, pixels, batch in by_shape))
   known = results.accuracies(folder)
-  lines = ["| method | in | parameters | MACs executed (needed) | "
+  lines = ["| method | model | parameters | MACs executed (needed) | "
            + " | ".join(f"{pixels} px: MACs, dense / this; speed, dense = 1"
                         for pixels, _ in sizes)
            + " | starts from dense weights | accuracy on digits, difference from dense |",
@@ -39,8 +40,8 @@ def costs(found: dict, folder=results.FOLDER) -> str:
 def _cell(rows, name: str) -> str:
   if name == "dense":
     seconds = rows["dense"]["seconds"]
-    return NO if seconds is None else f"{1e3 * seconds / rows['dense']['batch']:.0f} ms an image"
-  macs, ratio = over(rows["dense"].get("macs"), rows[name].get("macs")), speed(rows, name, "dense")
+    return NO if seconds is None else f"{1e3 * seconds / rows['dense']['batch']:.0f} ms per image"
+  macs, ratio = macs_ratio(rows, name), speed(rows, name, "dense")
   return NO if macs is None or ratio is None else f"{macs:.2f}; {_times(ratio)}"
 
 
@@ -49,7 +50,7 @@ def _times(ratio) -> str:
 
 
 def legal() -> str:
-  """Two tables: methods by model, and methods by methods; reasons below them."""
+  """Returns two tables, methods by model and methods by methods, with the reasons below them."""
   by_family, pairs = methods.legal()
   names, reasons = [kind.__name__ for kind in methods.kinds()], {}
 
@@ -66,14 +67,14 @@ def legal() -> str:
   together = {frozenset(row["methods"]): row["refused"] for row in pairs}
   axis = {kind.__name__: kind.axis for kind in methods.kinds()}
   columns = [name for name in names if axis[name] != "heads"]
-  lines += ["", "| together | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+  lines += ["", "| combined with | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
   for name in names:
     if axis[name] == "ffn":
       continue
     row = [" " if axis[other] == axis[name] or names.index(other) < names.index(name) else
            cell(together[frozenset((name, other))]) for other in columns]
     lines.append(f"| {name} | {' | '.join(row)} |")
-  lines += ["", "Methods of one axis are chosen block by block, not together, but for those that "
-            "are made around another. Why not, in the words of the error:", ""]
+  lines += ["", "Methods of the same axis cannot be combined in one block, except for those that "
+            "wrap another. A number refers to the error message that says why:", ""]
   lines += [f"{number}. {reason}" for reason, number in reasons.items()]
   return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""PyTorch as a peer: another Python, driven over a pipe, so that both sides take turns."""
+"""Runs PyTorch as a peer in another Python, driven over a pipe, so that both sides take turns."""
 import json
 import os
 import pathlib
@@ -8,10 +8,10 @@ SCRIPT = pathlib.Path(__file__).with_name("torch_peer.py")
 
 
 class TorchPeer:
-  """A process of `python` that builds PyTorch networks and times them when told to.
+  """A process of `python` that builds PyTorch networks and times them on request.
 
-  Idle it waits on its pipe and costs nothing; it shares the core that its parent is pinned to.
-  about: {"torch": version, ...}; raises ValueError where that Python has no torch.
+  When idle it waits on its pipe and uses no CPU; it shares the core that its parent is pinned to.
+  about: {"torch": version, ...}; raises ValueError if that Python has no torch.
   """
 
   def __init__(self, python: str):
@@ -29,7 +29,7 @@ class TorchPeer:
       raise ValueError(f"--torch={python}: {self.about['error']}")
 
   def build(self, **what):
-    """(something with `seconds(calls)`, None), or (None, the reason why there is none)."""
+    """Returns (an object with `seconds(calls)`, None), or (None, the reason for a failure)."""
     answer = self._ask({"do": "build", **what})
     if "error" in answer:
       return None, answer["error"]

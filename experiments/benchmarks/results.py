@@ -1,4 +1,4 @@
-"""Reads results: files, cases, ratios of the same rounds."""
+"""Reads result files, groups their rows into cases, and computes ratios within rounds."""
 import json
 import pathlib
 
@@ -8,14 +8,14 @@ FOLDER = pathlib.Path(__file__).parent.parent.parent / "results"
 
 
 class Rows(dict):
-  """{name: row} of one case; a name that has none was not measured, and says so as others do."""
+  """{name: row} of one case; a missing name gets the row of a candidate that was not measured."""
 
   def __missing__(self, name: str) -> dict:
     return {"seconds": None, "rounds": None}
 
 
 def load(suite: str, platform: str, folder: pathlib.Path = FOLDER) -> dict | None:
-  """Results of a suite on a platform, or None where it was not measured."""
+  """Returns the results of a suite on a platform, or None if it was not measured."""
   path = folder / f"{suite}_{platform}.json"
   return read(path) if path.exists() else None
 
@@ -28,7 +28,7 @@ def read(path: pathlib.Path) -> dict:
 
 
 def cases(results: dict, *keys: str) -> dict[tuple, Rows]:
-  """{values of the keys: rows by name}, in the order in which they were measured."""
+  """Returns {values of the keys: rows by name}, in the order of measurement."""
   out = {}
   for row in results["rows"]:
     out.setdefault(tuple(row[key] for key in keys), Rows())[row["name"]] = row
@@ -36,36 +36,38 @@ def cases(results: dict, *keys: str) -> dict[tuple, Rows]:
 
 
 def speed(rows: Rows, name: str, over: str) -> tuple[float, float, float] | None:
-  """How much faster one is than another, (median, least, most) over rounds; None: not measured."""
+  """Returns the speedup of `name` over `over` as (median, minimum, maximum) over rounds, or None if
+  one was not measured."""
   pair = [rows[key]["rounds"] for key in (over, name)]
   return None if None in pair else bench.ratio(*pair)
 
 
-def fewer_macs(rows: Rows, name: str) -> float | None:
-  """MACs of the dense one over those of this one; None: not counted."""
-  return over(rows["dense"].get("macs"), rows[name].get("macs"))
+def macs_ratio(rows: Rows, name: str) -> float | None:
+  """Returns the dense row's MACs over those of `name`, or None if they were not counted."""
+  return quotient(rows["dense"].get("macs"), rows[name].get("macs"))
 
 
-def over(first: float | None, other: float | None) -> float | None:
-  """Their quotient; None where one was not measured."""
+def quotient(first: float | None, other: float | None) -> float | None:
+  """Returns the quotient of two measurements, or None if one is missing."""
   return None if first is None or other is None else first / other
 
 
 def best(rows: Rows, *names: str) -> str:
-  """The fastest of these that were measured; "" if none was."""
+  """Returns the fastest of these names that were measured, or "" if none was."""
   known = {name: rows[name]["seconds"] for name in names if rows[name]["seconds"]}
   return min(known, key=known.get, default="")
 
 
 def best_dense(rows: Rows) -> str:
-  """Of an attention layer: the fastest of our dense ones."""
+  """Returns the name of our fastest dense attention layer."""
   return best(rows, *(name for name in rows if name.startswith("dense")))
 
 
 def accuracies(folder: pathlib.Path = FOLDER) -> dict[str, list[dict]]:
-  """{name of a plan: a row of each data set}, of all results/accuracy_*.json that with most steps.
+  """Returns {name of a plan: one row per data set}, from all results/accuracy_*.json.
 
-  A row without steps is of as many as its config has.
+  Of several rows for one data set, that with the most steps is taken. A row without steps used
+  those of its config.
   """
   rows = [row for path in sorted(folder.glob("accuracy_*.json"))
           for row in json.loads(path.read_text())["rows"]]

@@ -1,4 +1,5 @@
-"""What a user waits for before the first result: imports, compilation, a start from the cache."""
+"""Times what a user waits for before the first result: imports, compilation, the compilation cache.
+"""
 import json
 import tempfile
 import time
@@ -37,21 +38,21 @@ def _imports(setting: Setting) -> Iterator[dict]:
 
 
 def _compilations(setting: Setting, **sizes) -> Iterator[dict]:
-  """Tracing and compiling, every cache of JAX emptied before."""
+  """Times tracing and compiling, with all of JAX's caches cleared."""
   dense = vc.create_model(MODEL, dtype=setting.dtype, **sizes)
   plain = PlainDeiT(dense.width, dense.depth, dense.heads, patch_size=dense.patch_size)
   images = measure.normal((BATCH, dense.image_size, dense.image_size, 3), setting.dtype)
   for what in ("forward", "training step"):
     candidates = {}
     for name, model in (("plain Linen", plain), ("ours", dense)):
-      variables = measure.drawn_variables(model, images[:1])
+      variables = measure.random_variables(model, images[:1])
       candidates[name] = Candidate(_Compilation(*_program(model, variables, images, what)), {})
     yield from measure.rows({"what": f"compile a {what}", "batch": BATCH}, candidates, setting,
                         min_seconds=0)
 
 
 def _program(model, variables, images, what: str):
-  """(function, arguments)."""
+  """Returns (function, arguments) of a forward pass or a training step."""
   if what == "forward":
     return model.apply, (variables, images)
   optimizer = optax.adamw(1e-3, weight_decay=0.05)
@@ -74,8 +75,9 @@ class _Compilation:
 
 
 def _starts(setting: Setting, **sizes) -> Iterator[dict]:
-  """From the end of imports until a forward is through and a step compiled, which is not run: that
-  takes as long however one starts. With an empty persistent cache, and with a full one."""
+  """Times a start after the imports, with an empty and with a filled persistent cache: one forward
+  pass is run and a training step is compiled. The step is not run, because its time does not depend
+  on the cache."""
   code = ("import sys; from experiments.benchmarks import startup; "
           "startup.first_results(*sys.argv[1:])")
   with tempfile.TemporaryDirectory() as full:
@@ -87,8 +89,8 @@ def _starts(setting: Setting, **sizes) -> Iterator[dict]:
 
 
 def first_results(dtype: str, sizes: str, cache: str):
-  """Prints the seconds from the end of imports until a forward is through and a step compiled,
-  through `cache`."""
+  """Prints the seconds after the imports that a forward pass and compiling a training step take,
+  with the compilation cache in the directory `cache`."""
   clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
   start = clock()
   for option, value in (("jax_compilation_cache_dir", cache),

@@ -1,4 +1,4 @@
-"""The tables of speed and the plot of growth, from results/*.json; parameters are counted."""
+"""Writes the tables of speed and draws the scaling plot, from results/*.json; counts parameters."""
 import math
 import pathlib
 
@@ -8,14 +8,14 @@ from experiments.benchmarks.exits import RUNTIMES
 from experiments.benchmarks.layer import VARIANTS as LAYER_VARIANTS
 from experiments.benchmarks.model import MODEL, PLANS
 from experiments.benchmarks.model import VARIANTS as MODEL_VARIANTS
-from experiments.benchmarks.results import best_dense, cases, fewer_macs, speed
+from experiments.benchmarks.results import best_dense, cases, macs_ratio, speed
 from experiments.benchmarks.tokens import VARIANTS as TOKENS_VARIANTS
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-# {file: what is written between its marks}
+# Part of the comment that marks the start of a generated section.
 WRITTEN = "written by `python -m experiments.bench tables` from results/"
 FRONT = ("dense", "heads", "ffn", "heads + ffn", "EViT 0.7", "heads + ffn both + EViT 0.7")
-# Other models in the README's table, and the plans that are counted of them.
+# Other models in the README's table, and the plans that are shown for them.
 OTHERS = {"DeiT III-S at 224": "deit3_small_patch16_224",
           "DINOv2-S at 518": "vit_small_patch14_dinov2"}
 COUNTED = ("dense", "heads + ffn")
@@ -24,7 +24,10 @@ NO = "not measured"
 
 
 def rewrite() -> str:
-  """Puts the tables into README.md and results/README.md, draws the plots; says what it wrote."""
+  """Writes the tables into README.md, docs/ and results/README.md, and draws the plots.
+
+  Returns a message that says what was written.
+  """
   put(ROOT / "README.md", "front", front())
   put(results.FOLDER / "README.md", "speed", markdown())
   put(ROOT / "docs/methods.md", "costs", methods_table(results.load("methods", "cpu")))
@@ -38,7 +41,7 @@ def rewrite() -> str:
 
 
 def put(path: pathlib.Path, name: str, table: str):
-  """Replaces what stands between the marks of this name."""
+  """Replaces the generated section of this name in a file."""
   text = path.read_text(encoding="utf-8")
   begin, end = f"<!-- {name}: {WRITTEN} -->", f"<!-- end of {name} -->"
   start, stop = text.index(begin), text.index(end)
@@ -46,11 +49,11 @@ def put(path: pathlib.Path, name: str, table: str):
 
 
 def front(folder: pathlib.Path = results.FOLDER, batch: int = 8) -> str:
-  """The one table of the README: a row for each kind of plan, deployed."""
+  """Returns the README's table: a row for each kind of plan, deployed."""
   found = results.load("model", "cpu", folder)
   rows = {case: rows for (case,), rows in cases(found, "batch").items()}[batch]
   lines = ["| DeiT-S at 224 pixels, deployed | parameters | MACs | speed, dense = 1 | fastest "
-           "exit, dense in XLA = 1 | accuracy of the method on digits, difference from dense |",
+           "runtime, dense in XLA = 1 | accuracy of the method on digits, difference from dense |",
            "|---|---:|---:|---:|---:|---|"]
   accuracies, dense = results.accuracies(folder), None
   exits = results.load("exits", "cpu", folder) or {"rows": []}
@@ -67,20 +70,21 @@ def front(folder: pathlib.Path = results.FOLDER, batch: int = 8) -> str:
         f"{_fastest(by_model.get(MODEL), name)} | "
         f"{_accuracy(accuracy)} |")
   for title, name in OTHERS.items():
-    few = {plan: vc.count(vc.create_model(name, plan=PLANS[plan], deploy=True)) for plan in COUNTED}
+    counts = {plan: vc.count(vc.create_model(name, plan=PLANS[plan], deploy=True))
+              for plan in COUNTED}
     rows = by_model.get(name)
-    lines += [f"| {title}, {plan} | {_saved(count.params, few['dense'].params, 1e6, 'M')} | "
-              f"{_saved(count.macs, few['dense'].macs, 1e9, 'G')} | "
+    lines += [f"| {title}, {plan} | {_saved(count.params, counts['dense'].params, 1e6, 'M')} | "
+              f"{_saved(count.macs, counts['dense'].macs, 1e9, 'G')} | "
               f"{_in_xla(rows, plan)} | {_fastest(rows, plan)} | {NO} |"
-              for plan, count in few.items()]
-  others = f" Exits, and the other models: {source(exits)}" if by_model else ""
-  return "\n".join([*lines, "", f"Batch {batch}. {source(found)}{others} Accuracies: small "
-                    "networks on 1,797 digits, five folds, see results; on ImageNet none was "
-                    "measured."])
+              for plan, count in counts.items()]
+  others = f" Other runtimes and models: {source(exits)}" if by_model else ""
+  return "\n".join([*lines, "", f"Batch {batch}. {source(found)}{others} Accuracies are those of "
+                    "small networks on 1,797 digits, five folds (see results); none was measured "
+                    "on ImageNet."])
 
 
 def _in_xla(rows, plan: str) -> str:
-  """A cell: images a second of the dense model, of another how many times as fast it is."""
+  """A cell: images per second of the dense model, or the speedup of another plan."""
   if not rows:
     return NO
   dense, name = "XLA: dense", f"XLA: {plan}"
@@ -91,7 +95,7 @@ def _in_xla(rows, plan: str) -> str:
 
 
 def _fastest(rows, plan: str) -> str:
-  """A cell: the runtime in which a plan is fastest, in float32, against the dense model in XLA."""
+  """A cell: a plan's fastest runtime in float32, and its speedup over the dense model in XLA."""
   ratios = {name: speed(rows, f"{name}: {plan}", "XLA: dense") for key, name in RUNTIMES.items()
             if "bf16" not in key} if rows else {}
   known = {name: ratio for name, ratio in ratios.items() if ratio}
@@ -103,23 +107,23 @@ def _fastest(rows, plan: str) -> str:
 
 def exits_table(found: dict, folder: pathlib.Path) -> str:
   lines = ["| exported | MACs, dense / this | " + " | ".join(RUNTIMES.values()) + " | in each, "
-           "against its own dense |", "|---|---:|" + "---:|" * len(RUNTIMES) + "---|"]
+           "relative to its own dense |", "|---|---:|" + "---:|" * len(RUNTIMES) + "---|"]
   for (model, side, batch), rows in cases(found, "model", "image_size", "batch").items():
     plans = dict.fromkeys(name.partition(": ")[2] for name in rows if ": " in name)
     peers = [name for name in rows if ": " not in name]
     for plan in plans:
       cells = [_speed(rows, f"{name}: {plan}", "XLA: dense") for name in RUNTIMES.values()]
       own = [speed(rows, f"{name}: {plan}", f"{name}: dense") for name in RUNTIMES.values()]
-      macs = results.over(rows["XLA: dense"].get("macs"), rows[f"XLA: {plan}"].get("macs"))
+      macs = results.quotient(rows["XLA: dense"].get("macs"), rows[f"XLA: {plan}"].get("macs"))
       lines.append(
           f"| {model} at {side}, batch {batch}: {plan} | {'' if macs is None else f'{macs:.2f}'} | "
           f"{' | '.join(cells)} | " + ("" if plan == "dense" else ", ".join(
               NO if ratio is None else f"{ratio[0]:.2f}x" for ratio in own)) + " |")
     lines += [f"| {model} at {side}, batch {batch}: dense, {name} |  | "
               f"{_speed(rows, name, 'XLA: dense')} |" + " |" * len(RUNTIMES) for name in peers]
-  text = ("How many times as fast as the dense model in XLA, in the same rounds; random weights. "
-          "Files were compared with XLA before: in float32 they differ by at most "
-          f"{_largest_gap(found, exact=True)} of the largest logit, in bfloat16 by "
+  text = ("Speedups over the dense model in XLA, in the same rounds; random weights. The files' "
+          "logits were first compared with XLA's: in float32 they differ by at most "
+          f"{_largest_gap(found, exact=True)} of the largest logit, in bfloat16 by at most "
           f"{_largest_gap(found, exact=False)}.")
   return "\n".join([*lines, "", f"{source(found)} {text}"])
 
@@ -136,12 +140,12 @@ def _saved(value: int, dense: int, unit: float, letter: str) -> str:
 
 
 def markdown(folder: pathlib.Path = results.FOLDER) -> str:
-  """Everything between the marks: a platform after the other, and which were not measured."""
+  """Returns the section `speed`: the tables of each platform, and what was not measured."""
   tables, missing = [], []
   for platform, title in PLATFORMS.items():
     found = {suite: results.load(suite, platform, folder) for suite in SUITES}
     for suite, known in found.items():
-      # And on other processors, in files of longer names: layer_cpu_amd.json.
+      # Results of other processors are in files with longer names: layer_cpu_amd.json.
       others = [results.read(path) for path in sorted(folder.glob(f"{suite}_{platform}_*.json"))]
       tables += [SUITES[suite](one, folder) for one in (known, *others) if one]
     unknown = [suite for suite, known in found.items() if not known]
@@ -155,12 +159,12 @@ def markdown(folder: pathlib.Path = results.FOLDER) -> str:
 
 
 def source(found: dict) -> str:
-  """Where a table comes from, in a sentence."""
+  """Returns a sentence on where a table comes from."""
   where = (f"one core of {found['processor']}" if found["platform"] == "cpu" else found["device"])
   clock = "CPU seconds" if found["clock"] == "cpu" else "seconds"
   peer = f", torch {found['torch']['torch']}" if found["torch"] else ""
   return (f"`{found['command']}`: {where}, {found['dtype']}, jax {found['jax']}{peer}; {clock}, "
-          f"medians of {found['rounds']} paired rounds (least to most in brackets), load "
+          f"medians of {found['rounds']} paired rounds (range in brackets), load "
           f"{found['load'][0]:.1f}, commit {found['commit']}, {found['date'][:10]}.")
 
 
@@ -173,9 +177,10 @@ def gemm_table(found: dict, folder: pathlib.Path) -> str:
   size = " x ".join(map(str, next(iter(products.values()))["product"]))
   rows = by_what.get("FFN forward and backward", results.Rows())
   ffn = speed(rows, "three times the products", "ours")
-  return (f"The ceiling here, one {size} product: {', '.join(rates)}. For as many MACs no ratio "
-          "to PyTorch can be much larger than that of the products. An FFN of these sizes, forward "
-          f"and backward, takes {_times(ffn)} of three times its forward products. {source(found)}")
+  return (f"The ceiling here, one {size} matrix product: {', '.join(rates)}. At equal MACs, no "
+          "ratio to PyTorch can be much larger than that of these products. An FFN of these sizes "
+          f"takes, forward and backward, {_times(ffn)} the time of its forward products repeated "
+          f"three times. {source(found)}")
 
 
 def model_table(found: dict, folder: pathlib.Path) -> str:
@@ -184,21 +189,22 @@ def model_table(found: dict, folder: pathlib.Path) -> str:
   middle = by_batch[middle_batch]
   accuracies = results.accuracies(folder)
   batches = " | ".join(f"batch {batch}" for batch in by_batch)
-  lines = [f"| DeiT-S at 224, deployed | MACs, dense / this | {batches} | of the MACs' ratio, "
-           f"batch {middle_batch} | accuracy |",
+  lines = [f"| DeiT-S at 224, deployed | MACs, dense / this | {batches} | share of the MACs' "
+           f"ratio, batch {middle_batch} | accuracy |",
            "|---|---:|" + "---:|" * len(by_batch) + "---:|---|"]
   for name in dict.fromkeys(name for rows in by_batch.values() for name in rows):
     macs, share, accuracy = _by_macs(middle, name, accuracies)
     cells = [_rate(rows, name, batch) for batch, rows in by_batch.items()]
     lines.append(f"| {name} | {macs} | {' | '.join(cells)} | {share} | {accuracy} |")
-  text = ("Dense is in images a second; the others say how many times as fast as it they are, in "
-          "the same rounds. Accuracies are those of the same methods in the small networks of "
-          "`experiments.accuracy`, in brackets against the dense one fine-tuned alike, for as many "
-          "steps as said or as their config has; on ImageNet none was measured.")
+  text = ("The dense row has images per second, the other rows speedups over it in the same "
+          "rounds. Accuracies are those of the same methods in the small networks of "
+          "`experiments.accuracy`; brackets have the difference from the dense network fine-tuned "
+          "in the same way, for the steps shown or those of its config. None was measured on "
+          "ImageNet.")
   for batch, rows in by_batch.items():
-    if (turn := rows["dense"].get("chunk", rows["dense"].get("at_a_time", batch))) != batch:
-      text += (f" Of batch {batch}, ours are computed {turn} images at a time, but in the row that "
-               "says otherwise.")
+    if (chunk := rows["dense"].get("chunk", rows["dense"].get("at_a_time", batch))) != batch:
+      text += (f" At batch {batch}, our models compute {chunk} images at a time, except in the row "
+               "that says otherwise.")
   return "\n".join([*lines, "", f"{source(found)} {text}"])
 
 
@@ -212,16 +218,16 @@ def layer_table(found: dict, folder: pathlib.Path) -> str:
     cells = [_speed(rows, name, dense) for name in names]
     lines.append(f"| {tokens} tokens, batch {batch} | {which} | {_milliseconds(rows[dense])} | "
                  f"{' | '.join(cells)} | {memory} |")
-  text = ("Width 384, 6 heads, projections and predictors included; how many times as fast as the "
-          "faster dense layer of ours. Memory of dense, hMHSA and block-sparse, in sizes of input "
-          f"and output together. {_accuracies(folder, LAYER_VARIANTS)}")
+  text = ("Width 384, 6 heads, projections and predictors included; speedups over the fastest of "
+          "our dense layers. Temporary memory of dense, hMHSA and block-sparse, as a multiple of "
+          f"input plus output. {_accuracies(folder, LAYER_VARIANTS)}")
   return "\n".join([*lines, "", f"{source(found)} {text}"])
 
 
 def train_table(found: dict, folder: pathlib.Path) -> str:
   ((batch,), rows), = cases(found, "batch").items()
   lines = ["| training step, DeiT-S at 224, AdamW | MACs, dense / this | speed, dense = 1 | "
-           "of the MACs' ratio | accuracy |", "|---|---:|---:|---:|---|"]
+           "share of the MACs' ratio | accuracy |", "|---|---:|---:|---:|---|"]
   accuracies = results.accuracies(folder)
   for name in rows:
     macs, share, accuracy = _by_macs(rows, name, accuracies)
@@ -233,32 +239,33 @@ def train_table(found: dict, folder: pathlib.Path) -> str:
 def tokens_table(found: dict, folder: pathlib.Path) -> str:
   by_tokens = {tokens: rows for (tokens,), rows in cases(found, "tokens").items()}
   names = list(next(iter(by_tokens.values())))
-  lines = ["| ms an image | " + " | ".join(f"{n}" for n in by_tokens) + " |",
+  lines = ["| ms per image | " + " | ".join(f"{n}" for n in by_tokens) + " |",
            "|---|" + "---:|" * len(by_tokens)]
   for name in names:
     cells = [_milliseconds(rows[name], rows[name].get("batch", 1)) for rows in by_tokens.values()]
     lines.append(f"| {name} | {' | '.join(cells)} |")
-  text = ("Columns are numbers of tokens, class token included; the network is a DeiT-S of four "
+  text = ("Columns are numbers of tokens, class token included; the network is a DeiT-S with four "
           "blocks, in the last three of which EViT keeps 0.7; `attention` is block-sparse "
-          "attention, a quarter of the blocks, where there are enough tokens for it to pay. "
+          "attention with a quarter of the blocks, where there are enough tokens for it to pay "
+          "off. "
           f"{_accuracies(folder, TOKENS_VARIANTS)}")
   image = f"![milliseconds by number of tokens](tokens_{found['platform']}.png)"
   return "\n".join([image, "", *lines, "", f"{source(found)} {text}"])
 
 
 def startup_table(found: dict, folder: pathlib.Path) -> str:
-  lines = ["| before the first result | seconds | against | |", "|---|---:|---|---:|"]
+  lines = ["| before the first result | seconds | compared with | |", "|---|---:|---|---:|"]
   for (what,), rows in cases(found, "what").items():
     first, *others = rows
     for name in others:
-      ratio = speed(rows, first, name)   # how many times as long
+      ratio = speed(rows, first, name)   # the time of `name` over that of `first`
       lines.append(f"| {what}: {name} | {_seconds(rows[name])} | {first}: "
                    f"{_seconds(rows[first])} | {_times(ratio)} |")
   return "\n".join([*lines, "", source(found)])
 
 
 def data_table(found: dict, folder: pathlib.Path) -> str:
-  lines = ["| JPEG to batches of 224 pixels | images a second | against the first |",
+  lines = ["| JPEG to batches of 224 pixels | images per second | relative to the first |",
            "|---|---:|---:|"]
   for (what, batch), rows in cases(found, "what", "batch").items():
     first, unit = next(iter(rows)), "of CPU time" if what.startswith("CPU") else "of wall time"
@@ -288,16 +295,16 @@ def _times(ratio) -> str:
 
 
 def _rate(rows, name: str, batch: int) -> str:
-  """A cell: images a second of the dense model, of another how many times as fast it is."""
+  """A cell: images per second of the dense model, or the speedup of another."""
   if name != "dense":
     return _speed(rows, name, "dense")
   return NO if rows[name]["seconds"] is None else f"{batch / rows[name]['seconds']:.1f} img/s"
 
 
 def _by_macs(rows, name: str, accuracies) -> tuple[str, str, str]:
-  """Cells of a row of ours, empty for peers: the dense model's MACs over its own, the share of that
-  ratio that its speed reaches, and its accuracy."""
-  macs, ratio = fewer_macs(rows, name), speed(rows, name, "dense")
+  """Cells of a row, empty for peers: the dense model's MACs over this one's, the share of that
+  ratio that its speedup reaches, and its accuracy."""
+  macs, ratio = macs_ratio(rows, name), speed(rows, name, "dense")
   if not macs:
     return "", "", ""
   share = f"{100 * ratio[0] / macs:.0f}%" if ratio and name != "dense" else ""
@@ -319,7 +326,7 @@ def _memory(row: dict) -> str:
 
 
 def _accuracy(rows) -> str:
-  """A cell: accuracy on each data set it was measured on, and the difference from dense."""
+  """A cell: accuracy on each data set that was measured, and the difference from dense."""
   if not rows:
     return NO
   return "; ".join(f"{100 * row['accuracy']:.2f}% on {row['data']}" + _difference(row)
@@ -327,14 +334,17 @@ def _accuracy(rows) -> str:
 
 
 def _accuracies(folder: pathlib.Path, variants: dict[str, str | None]) -> str:
-  """A sentence of the accuracies of all rows of a table."""
+  """Returns a sentence with the accuracies of all rows of a table."""
   known = results.accuracies(folder)
   return "Accuracies as above: " + "; ".join(
       f"{name} {_accuracy(known.get(variant))}" for name, variant in variants.items()) + "."
 
 
 def _difference(row: dict) -> str:
-  """Of a compact model; interval: half of the 95% interval, infinite for a single pair."""
+  """Returns the difference of a compact model from dense, in brackets, for a cell.
+
+  row["interval"] is half of the 95% interval, infinite for a single pair.
+  """
   if row["name"] == "dense" or row.get("difference") is None:
     return ""
   interval = row.get("interval")
@@ -344,7 +354,7 @@ def _difference(row: dict) -> str:
 
 
 def plot(found: dict, platform: str, folder: pathlib.Path = results.FOLDER) -> pathlib.Path:
-  """Milliseconds by tokens, both logarithmic: growth is a slope."""
+  """Plots milliseconds by tokens, both logarithmic, so that the growth rate is a slope."""
   import matplotlib
   matplotlib.use("Agg")
   from matplotlib import pyplot
@@ -353,14 +363,14 @@ def plot(found: dict, platform: str, folder: pathlib.Path = results.FOLDER) -> p
   for name in next(iter(by_tokens.values())):
     points = [(tokens, 1e3 * rows[name]["seconds"] / rows[name]["batch"])
               for (tokens,), rows in by_tokens.items() if rows[name]["seconds"]]
-    ours = rows_are_ours(next(iter(by_tokens.values()))[name])
+    ours = is_ours(next(iter(by_tokens.values()))[name])
     if points:
       axes.loglog(*zip(*points, strict=True), "-o" if ours else "--s", markersize=3, label=name)
   ticks = [tokens for (tokens,) in by_tokens]
   axes.set_xticks(ticks, ticks)
   axes.minorticks_off()
   axes.set_xlabel("tokens")
-  axes.set_ylabel("milliseconds an image")
+  axes.set_ylabel("milliseconds per image")
   axes.set_title(f"DeiT-S, four blocks: {found['processor']}, {found['dtype']}"
                  if platform == "cpu" else f"DeiT-S, four blocks: {found['device']}", fontsize=9)
   axes.grid(alpha=0.3)
@@ -371,6 +381,6 @@ def plot(found: dict, platform: str, folder: pathlib.Path = results.FOLDER) -> p
   return path
 
 
-def rows_are_ours(row: dict) -> bool:
-  """Peers' MACs are not counted."""
+def is_ours(row: dict) -> bool:
+  """Returns whether a row is one of our models: peers' MACs are not counted."""
   return "macs" in row

@@ -1,7 +1,7 @@
-"""Growth with the number of tokens, 50 to 4097: every axis, all together, and dense peers.
+"""Times scaling with the number of tokens, 50 to 4097: each axis, all four, and dense peers.
 
-The network is a DeiT-S of four blocks, in the last three of which EViT reduces: a third of the
-depth and of the schedule of the whole one.
+The network is a DeiT-S with four blocks, in the last three of which EViT reduces tokens: a third of
+DeiT-S's depth, with EViT's schedule scaled to match.
 """
 from collections.abc import Iterator
 
@@ -13,14 +13,14 @@ from experiments.plain_deit import PlainDeiT
 
 SIDES = (7, 10, 14, 20, 24, 32, 45, 64)   # patches; with the class token 50 to 4097 tokens
 SPARSE = vc.Sparsifiner(keep=0.25, granularity="block")
-FEWER = vc.EViT(keep=0.7, blocks=(1, 2, 3))
+EVIT = vc.EViT(keep=0.7, blocks=(1, 2, 3))
 PLANS = {
     "dense": vc.Plan(),
     "heads": vc.Plan(heads=vc.HMHSA()),
     "attention": vc.Plan(attention=SPARSE),
-    "tokens": vc.Plan(tokens=FEWER),
+    "tokens": vc.Plan(tokens=EVIT),
     "ffn": vc.Plan(ffn=BOTH),
-    "all four": vc.Plan(heads=vc.HMHSA(), attention=SPARSE, tokens=FEWER, ffn=BOTH),
+    "all four": vc.Plan(heads=vc.HMHSA(), attention=SPARSE, tokens=EVIT, ffn=BOTH),
 }
 VARIANTS = {"heads": "heads", "attention": "block", "tokens": "evit", "ffn": "ffn_both",
             "all four": None}   # see model.VARIANTS
@@ -35,7 +35,7 @@ def run(setting: Setting, sides=SIDES, depth: int = 4, **sizes) -> Iterator[dict
       model = vc.create_model(MODEL, plan=plan, deploy=True, dtype=setting.dtype, depth=depth,
                               image_size=16 * side, patch_size=16, **sizes)
       images = measure.normal((batch, 16 * side, 16 * side, 3), setting.dtype)
-      variables = measure.drawn_variables(model, images[:1], setting.dtype)
+      variables = measure.random_variables(model, images[:1], setting.dtype)
       candidates[name] = measure.compiled(model.apply, variables, images,
                                           macs=vc.count(model).macs)
       if name == "dense":

@@ -1,7 +1,7 @@
 """A DeiT in PyTorch as its users run it, built and timed on request: the other end of `peer.py`.
 
-Reads a JSON object a line, answers with one. Needs torch, nothing of JAX; kinds with "timm" need
-timm as well.
+Reads one JSON object per line and answers each with one. Needs torch but not JAX; kinds with "timm"
+also need timm.
 """
 import json
 import pathlib
@@ -67,7 +67,7 @@ class DeiT(nn.Module):
 
 
 def from_timm(image_size, depth, width, heads):
-  # The file alone: its package imports JAX, which this Python does not have.
+  # Run as a file, because importing its package would import JAX, which this Python does not have.
   path = pathlib.Path(__file__).parents[2] / "vitcompact/timm_network.py"
   _, timm = runpy.run_path(str(path))["import_timm"]()
   return timm.create_model("deit_small_patch16_224", img_size=image_size, depth=depth,
@@ -82,8 +82,8 @@ def product(sizes, half):
 
 
 def build(kind, batch=1, image_size=224, depth=12, width=384, heads=6, train=False, **more):
-  """A function of no arguments. kind: words of f32, bf16, sdpa, compile, timm, gemm (of the sizes
-  `product`)."""
+  """Returns a function without arguments. kind: any of the words f32, bf16, sdpa, compile, timm and
+  gemm (with the sizes `product`)."""
   words = set(kind.split())
   if "gemm" in words:
     return product(more["product"], "bf16" in words)
@@ -116,7 +116,7 @@ def build(kind, batch=1, image_size=224, depth=12, width=384, heads=6, train=Fal
 
 
 def clock():
-  """CPU seconds on a host, as its parent counts them; on a GPU seconds until it is done."""
+  """Returns CPU seconds on a host, like the parent process, or wall seconds once a GPU is done."""
   if DEVICE == "cpu":
     return time.process_time()
   torch.cuda.synchronize()
@@ -142,13 +142,13 @@ def answer(question, functions):
 
 def main():
   torch.set_num_threads(1)
-  # Answers have the pipe to themselves: libraries print to the terminal instead.
+  # Only answers go to the pipe; what libraries print goes to stderr.
   pipe, sys.stdout = sys.stdout, sys.stderr
   functions = []
   for line in sys.stdin:
     try:
       out = answer(json.loads(line), functions)
-    except Exception as error:   # any failure of a peer's is an answer, not the end of a run
+    except Exception as error:   # a failing peer is reported and does not end the run
       out = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
     print(json.dumps(out), file=pipe, flush=True)
 

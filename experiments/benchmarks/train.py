@@ -1,4 +1,4 @@
-"""A training step of a DeiT-S, AdamW: dense, compact, plain Linen + Optax, and PyTorch."""
+"""Times a training step of DeiT-S with AdamW: dense, compact, plain Linen + Optax, and PyTorch."""
 from collections.abc import Iterator
 
 import jax
@@ -44,7 +44,8 @@ def run(setting: Setting, batch: int | None = None, **sizes) -> Iterator[dict]:
 
 
 def training_macs(model) -> int:
-  """Of the forward pass of training, an image: branches that inference sums are computed apart."""
+  """Returns the MACs of a training forward pass per image: branches that folding sums are computed
+  separately in training."""
   def forward(variables, images):
     return model.apply(variables, images, train=True, mutable=["batch_stats"],
                        rngs={"dropout": jax.random.key(0)})[0]
@@ -54,7 +55,8 @@ def training_macs(model) -> int:
 
 
 def train_step(model, optimizer):
-  """(variables, optimiser's state, images, labels, key) -> (variables, state, loss)."""
+  """Returns a function (variables, opt_state, images, labels, key) -> (variables, opt_state, loss).
+  """
   def step(variables, opt_state, images, labels, key):
     stats = {name: tree for name, tree in variables.items() if name != "params"}
 
@@ -71,10 +73,10 @@ def train_step(model, optimizer):
 
 
 def _candidate(model, optimizer, batch: int, size: int, **facts):
-  """Steps that go on from one another, as in a run: the state is donated."""
+  """Returns a candidate whose steps continue from each other, as in a run: the state is donated."""
   images = measure.normal((batch, size, size, 3), getattr(model, "dtype", "float32"))
   labels, key = jnp.arange(batch), jax.random.key(0)
-  variables = measure.drawn_variables(model, images[:1])
+  variables = measure.random_variables(model, images[:1])
   state = [variables, jax.jit(optimizer.init)(variables["params"])]
   start = measure.bench.now()
   step = jax.jit(train_step(model, optimizer), donate_argnums=(0, 1))

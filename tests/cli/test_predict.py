@@ -125,7 +125,7 @@ def test_other_labels_are_used_and_told_but_not_the_same_in_another_order(folder
   said = command.fails("predict", named, image, "--labels", labels)
   assert "output 0 is 'ant' there and 'elk'" in said and "in another order" in said
   labels.write_bytes(b"caf\xe9\n" * 5)
-  assert "is no UTF-8 text" in command.fails("predict", named, image, "--labels", labels)
+  assert "is not UTF-8 text" in command.fails("predict", named, image, "--labels", labels)
 
 
 def test_a_model_of_imagenets_classes_without_names_has_imagenets(folder, tmp_path):
@@ -137,7 +137,7 @@ def test_a_model_of_imagenets_classes_without_names_has_imagenets(folder, tmp_pa
   row, = objects(done.stdout)
   assert [item["name"] for item in row["classes"]] == [
       imagenet_1k()[item["index"]] for item in row["classes"]]
-  assert f"{path} tells no names of classes: they are ImageNet-1k's" in done.stderr
+  assert f"{path} has no class names: using those of ImageNet-1k" in done.stderr
   vc.save(path, model, variables, classes=[f"c{i}" for i in range(1000)], force=True)
   done = CliRunner().invoke(cli.main, ["predict", str(path), image])
   assert "\tc" in done.stdout and not done.stderr

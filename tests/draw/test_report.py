@@ -155,13 +155,13 @@ def test_the_page_says_what_the_report_holds(report, text):
   for fact in ("deit_tiny_patch16_224", "0123456789ab", "1,024", "quick", "1.2.3"):
     assert fact in head
   assert "2 of 6 changes" in head and "CFFN(rank_ratio=0.25) in blocks_0, with 0.004" in head
-  assert "Lowest: head 0 in the place of head 1 (0.03); highest: head 3 in the place of head 2" in (
+  assert "Lowest: head 0 in place of head 1 (0.03); highest: head 3 in place of head 2" in (
       main)
   assert "fc1 has an error below 0.01 from 100% of the rank; fc2 has an error below 0.01 from" in (
       main)
   assert "Patches are most alike in blocks_1: 0.41." in main
   assert "a quarter of the keys holds 43%" in main
-  assert "inferred" in main and "A picture and no planner" in main
+  assert "inferred" in main and "Not used for planning" in main
   assert plan.to_json() in main and f"{report.explain(plan).macs:.1%} of the MACs" in main
 
 
@@ -201,7 +201,7 @@ def test_a_head_that_adds_nothing_does_not_spoil_the_others(report):
   row = {"name": "blocks_0", "tokens": 17, "options": (),
          "tables": {"head_cost": costs, "map_likeness": [[float("nan")] * 3] * 3}}
   seen = Page(page(without_plans(report, blocks=(row,))))
-  assert "Lowest: head 2 in the place of head 0 (0.12)" in seen.text()
+  assert "Lowest: head 2 in place of head 0 (0.12)" in seen.text()
   assert "No value is finite." in seen.text() and len(seen.all("rect")) == 18
 
 

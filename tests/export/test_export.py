@@ -433,7 +433,7 @@ def test_bench_refuses_files_of_others_in_one_line(shape, fields, said, runtime,
 def test_a_fixed_number_of_images_is_told_where_others_are_given(small, tmp_path):
   vc.export(*small, tmp_path / "a.stablehlo", batch=2)
   run = runtimes.opened(tmp_path / "a.stablehlo")
-  with pytest.raises(ValueError, match="takes 2 images at a time, and here are 3"):
+  with pytest.raises(ValueError, match="takes 2 images at a time, but 3 were given"):
     run(np.zeros((3, *run.shape)))
 
 
@@ -493,7 +493,7 @@ def test_the_command(small, tmp_path):
   assert [row[1] for row in cells] == ["XLA", "XLA", *["ONNX Runtime"] * 3]
   assert all(len(row) == len(head.strip("|").split("|")) for row in cells)
   assert [row[6] for row in cells[::2][:2]] == ["1", "1"] and cells[1][7].endswith("%")
-  assert "must be of xla" in command.fails("bench", source, "--runtime", "tensorrt")
+  assert "must be one of xla" in command.fails("bench", source, "--runtime", "tensorrt")
   assert "is read by ort, openvino, openvino-bf16, not by xla" in command.fails("bench", out)
   for size in (0, 32):
     assert "leave --plan and --image-size out" in command.fails(

@@ -77,15 +77,15 @@ def test_a_shard_alone_names_its_index_and_what_is_missing_is_named(folder):
   assert said.startswith(f"{shard} holds no vit.") and "fetch both again" in said
   shard.unlink()
   said = refusal(pytorch.read_checkpoint, folder)
-  assert said.startswith(f"{shard}: no such file, but model.safetensors.index.json tells")
+  assert said.startswith(f"{shard}: no such file, but model.safetensors.index.json lists")
 
 
 @pytest.mark.parametrize("text, words", [
-    ("{", "is no index of weights"), ("[]", "is no index of weights"), ("{}", "KeyError"),
-    ('{"weight_map": {}}', "its weight_map is empty"), ('{"weight_map": 3}', "is no index"),
-    ('{"weight_map": {"a": "../b.safetensors"}}', "'../b.safetensors', which names no file beside"),
-    ('{"weight_map": {"a": "/etc/passwd"}}', "names no file beside it"),
-    ('{"weight_map": {"a": 3}}', "names no file beside it")])
+    ("{", "is not an index of weights"), ("[]", "is not an index of weights"), ("{}", "KeyError"),
+    ('{"weight_map": {}}', "its weight_map is empty"), ('{"weight_map": 3}', "is not an index"),
+    ('{"weight_map": {"a": "../b.safetensors"}}', "'../b.safetensors', which is not the name of"),
+    ('{"weight_map": {"a": "/etc/passwd"}}', "is not the name of a file in its directory"),
+    ('{"weight_map": {"a": 3}}', "is not the name of a file in its directory")])
 def test_an_index_that_tells_nothing_or_leads_elsewhere_is_refused(folder, text, words):
   path = folder / "model.safetensors.index.json"
   path.write_text(text)
@@ -108,7 +108,7 @@ def test_the_usual_name_is_taken_in_a_directory_and_no_choice_is_made_otherwise(
 @pytest.mark.parametrize("name", TOLD)
 def test_a_config_of_transformers_tells_model_and_sizes(name):
   case = CASES[name]
-  told = foreign_config.told_by(case.config)
+  told = foreign_config.model_spec(case.config)
   got, wanted = (fields_of(vc.create_model(model, **fields)) for model, fields in (
       (told.model, told.fields), (case.model, case.fields)))
   assert {**got, "drop_path_rate": 0} == {**wanted, "drop_path_rate": 0}
@@ -119,31 +119,31 @@ def test_published_configs_tell_published_models():
   base = {"model_type": "vit", "architectures": ["ViTForImageClassification"], "hidden_size": 768,
           "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
           "image_size": 320, "id2label": {"1": "b", "0": "a"}, "hidden_act": "gelu"}
-  told = foreign_config.told_by(base)
+  told = foreign_config.model_spec(base)
   assert told == ("vit_base_patch16_224", {"image_size": 320, "num_classes": 2}, ["a", "b"])
-  assert foreign_config.told_by({"model_type": "vit", "architectures": ["ViTModel"]}) == (
+  assert foreign_config.model_spec({"model_type": "vit", "architectures": ["ViTModel"]}) == (
       "vit_base_patch16_224", {"num_classes": 0}, None)
   timm = {"architecture": "deit_small_patch16_224", "num_classes": 3, "global_pool": "avg",
           "model_args": {"img_size": 384}, "label_names": ["x", "y", "z"],
           "pretrained_cfg": {"input_size": [3, 224, 224]}}
-  assert foreign_config.told_by(timm) == (
+  assert foreign_config.model_spec(timm) == (
       "deit_small_patch16_224", {"image_size": 384, "num_classes": 3, "global_pool": "avg"},
       ["x", "y", "z"])
   timm |= {"label_names": {"2": "z", "10": "w", "0": "x"}}   # by number, as numbers are ordered
-  assert foreign_config.told_by(timm).classes == ["x", "z", "w"]
+  assert foreign_config.model_spec(timm).classes == ["x", "z", "w"]
   pyramid = {"model_type": "pvt_v2", "image_size": {"height": 224, "width": 320},
              "hidden_act": "gelu", "mlp_ratios": [8, 8, 4, 4], "depths": [2, 2, 2, 2],
              "hidden_sizes": [32, 64, 160, 256], "num_attention_heads": [1, 2, 5, 8],
              "sr_ratios": [8, 4, 2, 1], "architectures": ["PvtV2Model"]}
-  assert foreign_config.told_by(pyramid) == (
+  assert foreign_config.model_spec(pyramid) == (
       "pvt_v2_b0", {"image_size": (224, 320), "num_classes": 0}, None)
   # Its classifier reads class token and mean together, which our model does not.
   dino = {"model_type": "dinov2", "architectures": ["Dinov2ForImageClassification"],
           "id2label": {"0": "a", "1": "b"}}
-  told = foreign_config.told_by(dino)
+  told = foreign_config.model_spec(dino)
   assert told.classes is None and "num_classes" not in told.fields
   pvt = {"architecture": "pvt_v2_b0", "num_classes": 1000, "global_pool": "avg"}
-  assert foreign_config.told_by(pvt) == ("pvt_v2_b0", {}, None)
+  assert foreign_config.model_spec(pvt) == ("pvt_v2_b0", {}, None)
 
 
 @pytest.mark.parametrize("config, words", [
@@ -151,15 +151,16 @@ def test_published_configs_tell_published_models():
     ('{"model_type": "swin"}', "no model here is of model_type 'swin'"),
     ('{"model_type": "vit", "hidden_act": "relu"}', "its hidden_act is 'relu'"),
     ('{"architecture": "resnet50"}', "unknown model 'resnet50'"),
-    ('{"architecture": "pvt_v2_b0", "model_args": {"linear": true}}', "which is no option of pvt")])
+    ('{"architecture": "pvt_v2_b0", "model_args": {"linear": true}}', "is not an option of pvt")])
 def test_a_config_that_tells_no_model_is_refused_with_the_way_out(folder, config, words):
   (folder / "config.json").write_text(config)
   said = refusal(pytorch.from_checkpoint, folder, None, folder / "out.safetensors")
-  assert said.startswith(f"{folder / 'config.json'} tells no model") and words in said
+  assert said.startswith(f"{folder / 'config.json'} does not describe a known model")
+  assert words in said
   assert "as in --model deit_small_patch16_224" in said
   (folder / "config.json").unlink()
   said = refusal(pytorch.from_checkpoint, folder, None, folder / "out.safetensors")
-  assert said.startswith("--model is missing, and no config.json is beside")
+  assert said.startswith("--model is missing, and there is no config.json next to")
 
 
 def test_an_npz_of_google_is_read_in_bfloat16_and_for_another_size(tmp_path):

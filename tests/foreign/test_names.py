@@ -91,7 +91,7 @@ def test_names_in_memory_are_read_as_those_in_files(name):
 def test_whose_names_and_what_was_left_out_is_told(name):
   case = CASES[name]
   got = foreign.find(case.state, set(case.timm or ()))[0]
-  assert sorted(got.left) == sorted(LEFT[name])
+  assert sorted(got.left_out) == sorted(LEFT[name])
   if case.model in vc.list_models():
     model = vc.create_model(case.model, **case.fields)
     lines = convert.read_state_dict(model, case.state).lines()
@@ -109,7 +109,7 @@ def test_no_name_of_a_model_of_ours_is_taken_for_anothers(name):
   for names in (timms, [model.authors_name(name) for name in timms]):
     state = dict.fromkeys(names, np.float32([0]))
     got = foreign_rules.translated(state, set(timms))
-    assert got.state.keys() == state.keys() and not got.source and not got.left
+    assert got.state.keys() == state.keys() and not got.source and not got.left_out
 
 
 def test_layer_scale_and_biases_come_under_the_name_that_the_model_has():
@@ -121,7 +121,7 @@ def test_layer_scale_and_biases_come_under_the_name_that_the_model_has():
   def names(known, bias=bias):
     given = {**state, "x.blocks.0.attn.qkv.bias": bias}
     got = foreign_rules.translated(given, known)
-    return got.state, got.left
+    return got.state, got.left_out
 
   got, _ = names({"blocks.0.gamma_1", "blocks.0.attn.q_bias", "blocks.0.attn.v_bias"})
   assert set(got) == {"x.blocks.0.gamma_1", "x.blocks.0.attn.q_bias", "x.blocks.0.attn.v_bias",

@@ -40,7 +40,7 @@ def test_dino_gives_its_teacher_without_the_projection_head():
   assert digest == WANTED
   assert lines == ["weights: teacher, not student (--weights chooses)",
                    "prefix taken off the names: backbone.",
-                   "left out, no part of the model: head.mlp.0.weight, head.last_layer.weight_g"]
+                   "left out, not part of the model: head.mlp.0.weight, head.last_layer.weight_g"]
   assert read(file, weights="student")[0] == trees.digest(vc.from_torch(MODEL, OTHER))
 
 
@@ -55,7 +55,7 @@ def test_dinov2_gives_its_teacher_from_blocks_in_chunks(numbers):
     assert digest == WANTED
     assert "names: DINOv2's, read as timm's" in lines
     assert any(line.startswith("left out, the token of masked patches: ") for line in lines)
-    assert any(line.startswith("left out, no part of the model: ") for line in lines)
+    assert any(line.startswith("left out, not part of the model: ") for line in lines)
 
 
 def test_two_blocks_of_one_number_are_refused():

@@ -1,7 +1,7 @@
-"""The `vitcompact` command: a file for each verb.
+"""The `vitcompact` command, with one file per verb.
 
-A verb imports what it needs when it runs, JAX above all, so that --help is there at once. What a
-user can cause is told in one line, with exit code 2; --verbose shows the whole traceback.
+A verb imports its dependencies, above all JAX, only when it runs, so that --help answers at once.
+User errors are reported in one line, with exit code 2; --verbose shows the whole traceback.
 """
 import sys
 
@@ -24,7 +24,7 @@ from vitcompact.cli import (
     push,
 )
 
-MAX_ERROR_LINES = 5    # of an error of many lines, such as one for each parameter that does not fit
+MAX_ERROR_LINES = 5    # shown of a longer error, such as one line per parameter that does not fit
 
 
 def _set_verbose(context: click.Context, _, value: bool):
@@ -33,20 +33,20 @@ def _set_verbose(context: click.Context, _, value: bool):
 
 
 def verbose_option() -> click.Option:
-  """For the command and for each verb: it may stand before or after the verb's name."""
+  """--verbose, for the command and for each verb, so that it works before or after the verb."""
   return click.Option(["--verbose", "--traceback"], is_flag=True, is_eager=True,
                       expose_value=False, callback=_set_verbose,
-                      help="Show where an error came from.")
+                      help="Show the full traceback of an error.")
 
 
 class Program(click.Group):
-  """A group of verbs whose errors are one line."""
+  """A group of verbs that reports errors in one line."""
 
   def main(self, args=None, prog_name=None, **_):
     args = list(sys.argv[1:] if args is None else args) or ["--help"]
-    asked = {"verbose": False}
+    options = {"verbose": False}
     try:
-      code = super().main(args, prog_name="vitcompact", standalone_mode=False, obj=asked)
+      code = super().main(args, prog_name="vitcompact", standalone_mode=False, obj=options)
     except click.UsageError as error:
       where = error.ctx.command_path if error.ctx else "vitcompact"
       _fail(f"{error.format_message()} See '{where} --help'.")
@@ -55,7 +55,7 @@ class Program(click.Group):
     except click.Abort:
       sys.exit(130)    # Ctrl-C
     except (ValueError, OSError) as error:
-      if asked["verbose"]:
+      if options["verbose"]:
         raise
       _fail(str(error) or type(error).__name__)
     sys.exit(code or 0)
@@ -75,7 +75,7 @@ def _fail(text: str):
 def main():
   """Compact vision transformers: count, convert, time, draw and use them.
 
-  Training has a program of its own, main.py of the repository.
+  To train, run main.py in the repository.
   """
 
 

@@ -1,4 +1,4 @@
-"""vitcompact card: what a model is, what it costs and whose it is, on one page."""
+"""vitcompact card: a page on what a model is, what it costs and who published it."""
 import pathlib
 import sys
 
@@ -6,7 +6,7 @@ import click
 
 
 def card_text(name: str, plan: str | None, receipt: str | None) -> str:
-  """The card of a model's name, or of a file, folder or repository that vitcompact wrote."""
+  """The card of a named model, or of a file, folder or repository that vitcompact wrote."""
   import vitcompact as vc
   from vitcompact import hub
   from vitcompact.cli import weights
@@ -34,16 +34,17 @@ def write(path: pathlib.Path, text: str, force: bool):
 
 @click.command()
 @click.argument("name", required=False, metavar="NAME|FILE")
-@click.option("--all", "everything", is_flag=True, help="Of every named model; with --out FOLDER.")
+@click.option("--all", "everything", is_flag=True,
+              help="Write a card for every named model; needs --out FOLDER.")
 @click.option("--plan", help="JSON, or a path to it (*.json); '' is dense.  [default: hMHSA and "
               "cFFN]")
-@click.option("--receipt", metavar="PATH", help="receipt.json of the run that made it, or its "
-              "folder: the card takes the accuracy from it.  [default: of a file, NAME.json or "
-              "receipt.json beside it]")
-@click.option("--out", metavar="PATH", help="A file, of --all a folder.  [default: printed]")
+@click.option("--receipt", metavar="PATH", help="receipt.json of the run that made the model, or "
+              "its folder; the card takes the accuracy from it.  [default: NAME.json or "
+              "receipt.json in the folder of FILE]")
+@click.option("--out", metavar="PATH", help="A file, or with --all a folder.  [default: print]")
 @click.option("--force", is_flag=True, help="Overwrite.")
 def card(name, everything, plan, receipt, out, force):
-  """Write a model card: what it costs, whose it is, its accuracy if measured.
+  """Write a model card: cost, source, and accuracy if measured.
 
   \b
   vitcompact card deit_small_patch16_224
@@ -51,9 +52,9 @@ def card(name, everything, plan, receipt, out, force):
   vitcompact card small/deploy.safetensors --receipt small
   vitcompact card --all --out cards
 
-  A name of `vitcompact models`, with a tag or without, in the deployed form; or a file, folder or
-  hf-hub:org/name that vitcompact wrote, which has its own plan. Nothing is run: counts are read off
-  the traced program. `vitcompact push` writes the same card.
+  NAME is one of `vitcompact models`, with or without a tag; the card is of its deployed form. FILE
+  is a file, folder or hf-hub:org/name that vitcompact wrote, which has its own plan. The model is
+  not run: counts come from the traced program. `vitcompact push` writes the same card.
   """
   import vitcompact as vc
 
@@ -69,10 +70,10 @@ def card(name, everything, plan, receipt, out, force):
     return
   if out is None or receipt is not None:
     raise ValueError("--all needs --out FOLDER" if out is None else
-                     "--receipt is of one model; leave it or --all out")
+                     "--receipt is for one model; leave it or --all out")
   paths = {known: pathlib.Path(out) / f"{known}.md" for known in vc.list_models()}
-  if (there := [path for path in paths.values() if path.exists()]) and not force:
-    raise ValueError(f"{there[0]} exists; give another folder or --force")
+  if (existing := [path for path in paths.values() if path.exists()]) and not force:
+    raise ValueError(f"{existing[0]} exists; give another folder or --force")
   with click.progressbar(paths.items(), label="cards", file=sys.stderr,
                          item_show_func=lambda item: item and item[0]) as items:
     for known, path in items:

@@ -3,12 +3,12 @@ import re
 
 import click
 
-LEARNING_RATE = 5e-5   # of distilling, at the end of its warm-up: a twentieth of a usual dense one
+LEARNING_RATE = 5e-5   # peak of distilling: a twentieth of what is usual for a dense model
 
 
 def settings(file: str, name: str, **sections):
-  """A config for a dense model's file and the data of this name, with these values. Images are cut
-  as the file says."""
+  """A config for a dense model's file and a data set's name, with these sections. Images are
+  cropped as the file says."""
   from ml_collections import ConfigDict
 
   import vitcompact as vc
@@ -18,9 +18,9 @@ def settings(file: str, name: str, **sections):
   fields = fields_of(model)
   for key in ("plan", "execution", "deploy"):
     fields.pop(key)
-  if model.num_classes:   # the data's; without a classifier, 0 says so
+  if model.num_classes:   # the data set sets the number; 0 means no classifier, and stays
     fields.pop("num_classes")
-  if "mix_token" in fields:   # a teacher sees images as they come
+  if "mix_token" in fields:   # a teacher sees unmixed images
     fields["mix_token"] = False
   config = ConfigDict({"init_from": file, "model": {"name": model.variant, **fields},
                        "data": {"name": name}, "plan": ""})
@@ -37,17 +37,17 @@ def settings(file: str, name: str, **sections):
   return config
 
 
-def tell_classes(file: str, data: str):
-  """Says where a model's classes are not the data's, for verbs that use images without labels."""
+def note_classes(file: str, data: str):
+  """Prints a note if the model's classes differ from the data's, for verbs that use no labels."""
   from vitcompact import convert
   from vitcompact.data import classes, pipeline
 
   if other := classes.difference(file, convert.classes_of(file), pipeline.class_names(data)):
-    click.echo(f"note: {other}. The images are used all the same, without their labels", err=True)
+    click.echo(f"note: {other}. Only the images are used, not their labels", err=True)
 
 
 def steps_of(distil: str | None, data: str, batch_size: int) -> int:
-  """Steps from "5ep" or "2000"; 0 where nothing is asked for."""
+  """Number of steps from "5ep" (epochs) or "2000" (steps); 0 for None."""
   from vitcompact.data import pipeline
 
   if distil is None:
@@ -62,23 +62,26 @@ def steps_of(distil: str | None, data: str, batch_size: int) -> int:
 @click.command()
 @click.argument("file")
 @click.option("--data", required=True, metavar="NAME", help="folder:PATH, arrayrecord:PATH, "
-              "tfds:NAME, idx:PATH, hf:NAME, fashion_mnist or digits; images of its train "
-              "split are measured on.")
-@click.option("--macs", type=float, help="Share of the dense model's MACs to come to, such as 0.7.")
-@click.option("--params", type=float, help="Or of its parameters.")
-@click.option("--plan", help="A JSON plan, or a path to one, in place of one chosen from data.")
-@click.option("--distil", metavar="5ep", help="Train from the dense model for that many epochs, or "
-              "steps.")
-@click.option("--images", type=int, default=512, show_default=True, help="For calibration.")
+              "tfds:NAME, idx:PATH, hf:NAME, fashion_mnist or digits. Calibration images come from "
+              "its train split.")
+@click.option("--macs", type=float, help="Target share of the dense model's MACs, such as 0.7.")
+@click.option("--params", type=float, help="Target share of the dense model's parameters.")
+@click.option("--plan", help="A JSON plan, or a path to one, instead of one chosen from data.")
+@click.option("--distil", metavar="5ep", help="Distil from the dense model: epochs (5ep) or steps "
+              "(2000).")
+@click.option("--images", type=int, default=512, show_default=True,
+              help="Number of calibration images.")
 @click.option("--sensitivity", type=click.Choice(["quick", "full"]), default="quick",
-              show_default=True, help="How many options are tried.")
-@click.option("--augment", default="flip_crop", show_default=True, help="Of distilling.")
-@click.option("--batch-size", type=int, default=64, show_default=True, help="Of distilling.")
+              show_default=True, help="How many options to try.")
+@click.option("--augment", default="flip_crop", show_default=True,
+              help="Augmentation for distilling.")
+@click.option("--batch-size", type=int, default=64, show_default=True,
+              help="Batch size for distilling.")
 @click.option("--learning-rate", type=float, default=LEARNING_RATE, show_default=True,
-              help="The peak of distilling.")
+              help="Peak learning rate for distilling.")
 @click.option("--export", "formats", multiple=True, metavar="FORMAT",
-              help="onnx, openvino, stablehlo or torch: a file of the deployed model; repeat it.")
-@click.option("--out", required=True, metavar="DIR", help="Where all stages leave their files.")
+              help="Also export to onnx, openvino, stablehlo or torch. Repeatable.")
+@click.option("--out", required=True, metavar="DIR", help="Folder for the files of all stages.")
 def compact(file, data, macs, params, plan, distil, images, sensitivity, augment, batch_size,
             learning_rate, formats, out):
   """Make a dense model smaller, measured and proved.
@@ -87,12 +90,12 @@ def compact(file, data, macs, params, plan, distil, images, sensitivity, augment
   vitcompact compact deit.safetensors --data folder:imagenet --macs 0.7 --out small
   vitcompact compact deit.safetensors --data folder:imagenet --macs 0.7 --distil 5ep --out small
 
-  Measures what each block can do without (report.html), chooses a plan (plan.json and its reasons,
-  plan.txt), fits the smaller model to the dense one without training, distils if asked, folds,
-  verifies, times, and writes deploy.safetensors and a receipt. The same command goes on where it
-  stopped; edit plan.json and remove compact.safetensors to have another plan. FILE may be weights
-  by name, such as deit_small_patch16_224.fb_in1k or hf-hub:org/name. The exit code is 1
-  where the deployed form does not compute the same function.
+  Measures what each block can do without (report.html), chooses a plan (plan.json, with reasons in
+  plan.txt), fits the smaller model to the dense one without training, distils it if asked, folds,
+  verifies and times it, and writes deploy.safetensors and a receipt. Run the same command again to
+  resume. To change the plan, edit plan.json and remove compact.safetensors. FILE may also be a name
+  of pretrained weights, such as deit_small_patch16_224.fb_in1k or hf-hub:org/name. The exit code is
+  1 if the deployed form does not compute the same function.
   """
   from vitcompact.cli import weights
   from vitcompact.run import path
@@ -118,11 +121,12 @@ def compact(file, data, macs, params, plan, distil, images, sensitivity, augment
 
 @click.command()
 @click.argument("file")
-@click.option("--data", required=True, metavar="NAME", help="As of compact.")
-@click.option("--images", type=int, default=512, show_default=True)
+@click.option("--data", required=True, metavar="NAME", help="As for vitcompact compact.")
+@click.option("--images", type=int, default=512, show_default=True,
+              help="Number of calibration images.")
 @click.option("--sensitivity", type=click.Choice(["none", "quick", "full"]), default="quick",
-              show_default=True)
-@click.option("--out", required=True, metavar="DIR", help="For report.json and report.html.")
+              show_default=True, help="How many options to try.")
+@click.option("--out", required=True, metavar="DIR", help="Folder for report.json and report.html.")
 def measure(file, data, images, sensitivity, out):
   """Measure what each block of a dense model can do without."""
   import vitcompact as vc
@@ -133,7 +137,7 @@ def measure(file, data, images, sensitivity, out):
   file = weights.file_of(file)
   model, variables = vc.load(file)
   config = configs.complete(settings(file, data, compact={"images": images}))
-  tell_classes(file, data)
+  note_classes(file, data)
   with path.Bar("measure") as progress:
     report = vc.measure(model, variables, path.calibration_images(
         config, path.preprocess_of(config, model)), sensitivity, progress)
@@ -150,15 +154,17 @@ def measure(file, data, images, sensitivity, out):
 @click.argument("first")
 @click.argument("second")
 @click.option("--images", type=click.IntRange(1), default=32, show_default=True,
-              help="Random ones, or of --data.")
-@click.option("--data", metavar="NAME", help="As of compact; its val split. Default: random.")
+              help="Number of images.")
+@click.option("--data", metavar="NAME", help="As for vitcompact compact, but uses the val split.  "
+              "[default: random images]")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32",
-              show_default=True, help="Of the second model's computation.")
-@click.option("--tolerance", type=float, help="Of the largest logit. Default: 1e-5, bfloat16 0.05.")
+              show_default=True, help="In which the second model computes.")
+@click.option("--tolerance", type=float, help="Largest difference allowed, as a share of the "
+              "largest logit.  [default: 1e-5, with bfloat16 0.05]")
 def verify(first, second, images, data, dtype, tolerance):
-  """Show that two files compute the same function.
+  """Check that two files compute the same function.
 
-  The exit code is 1 where they do not.
+  The exit code is 1 if they do not.
   """
   import jax
   import numpy as np
@@ -172,24 +178,24 @@ def verify(first, second, images, data, dtype, tolerance):
   from vitcompact.train import config as configs
 
   first, second = weights.file_of(first), weights.file_of(second)
-  (one, its), (other, own) = vc.load(first), vc.load(second)
-  named = convert.classes_of(first), convert.classes_of(second)
-  if difference := classes.difference(first, *named, second):
+  (model, variables), (other, other_variables) = vc.load(first), vc.load(second)
+  names = convert.classes_of(first), convert.classes_of(second)
+  if difference := classes.difference(first, *names, second):
     click.echo(f"note: {difference}. Outputs are compared by their number", err=True)
   if data:
-    tell_classes(first, data)
+    note_classes(first, data)
     config = configs.complete(settings(first, data, compact={"images": max(8, images)}))
-    shown = path.calibration_images(config, path.preprocess_of(config, one), "val")[:images]
+    inputs = path.calibration_images(config, path.preprocess_of(config, model), "val")[:images]
   else:
-    shape = image_shapes(one, images).shape
-    shown = np.asarray(jax.random.normal(jax.random.key(0), shape))
+    shape = image_shapes(model, images).shape
+    inputs = np.asarray(jax.random.normal(jax.random.key(0), shape))
   tolerance = tolerance or (1e-5 if dtype == "float32" else 0.05)
-  proof = vc.verify(one.clone(dtype="float32"), its, other.clone(dtype=dtype), own, shown,
-                    tolerance=tolerance)
+  proof = vc.verify(model.clone(dtype="float32"), variables, other.clone(dtype=dtype),
+                    other_variables, inputs, tolerance=tolerance)
   click.echo(f"{'same function' if proof.ok else 'NOT the same function'}: on {proof.images} "
              f"{'images of ' + data if data else 'random images'} the logits differ by at most "
              f"{proof.max_rel:.2g} of the largest (allowed {tolerance:.0e}), "
-             f"{100 * proof.top1_agreement:.2f}% of the first classes agree"
+             f"{100 * proof.top1_agreement:.2f}% of the top-1 classes agree"
              + (f"; a difference first arises in {proof.first_difference}"
                 if proof.first_difference else ""))
   if not proof.ok:

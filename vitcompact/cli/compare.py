@@ -4,13 +4,13 @@ import click
 
 @click.command()
 @click.argument("workdirs", nargs=-1, required=True)
-@click.option("--out", required=True, help="Of the picture, such as curves.png.")
+@click.option("--out", required=True, help="File of the picture, such as curves.png.")
 @click.option("--metric", "metrics", multiple=True,
-              help="May be repeated.  [default: all that were logged more than once]")
+              help="Repeatable.  [default: all that were logged more than once]")
 def compare(workdirs, out, metrics):
-  """Plot runs side by side, and print what each ended with.
+  """Plot runs side by side, and print the final metrics of each.
 
-  Reads the metrics.jsonl of each of WORKDIRS. The picture has a panel for each metric, over steps.
+  Reads metrics.jsonl in each of WORKDIRS. The picture has a panel for each metric, over steps.
   Needs matplotlib.
   """
   from vitcompact import compare

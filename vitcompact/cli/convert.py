@@ -1,4 +1,4 @@
-"""vitcompact convert: others' checkpoints to our files, and our models back to PyTorch."""
+"""vitcompact convert: other libraries' checkpoints to our files, and our models to PyTorch."""
 import click
 
 
@@ -29,31 +29,34 @@ def sides(ctx, option, value):
 @click.command(cls=Sizes)
 @click.argument("checkpoint")
 @click.option("--out", required=True, help="A name that ends in .safetensors.")
-@click.option("--model", help="What others' weights are of; see: vitcompact models. Without: "
-              "what config.json beside them tells.")
-@click.option("--image-size", callback=sides, metavar="PIXELS", help="A side, or height and width; "
+@click.option("--model", help="The model that the weights belong to; see: vitcompact models.  "
+              "[default: read from config.json in the same folder]")
+@click.option("--image-size", callback=sides, metavar="PIXELS", help="Side, or height and width; "
               "position embeddings are interpolated to it.")
-@click.option("--patch-size", type=int, help="The patch embedding's kernel is resampled to it.")
-@click.option("--num-classes", type=int, help="0: features, without a classifier.")
-@click.option("--in-chans", type=int, help="The kernel of RGB is made for as many channels.")
+@click.option("--patch-size", type=int, help="Resample the patch embedding's kernel to this size.")
+@click.option("--num-classes", type=int, help="Number of classes; 0 gives features, without a "
+              "classifier.")
+@click.option("--in-chans", type=int, help="Adapt the kernel of RGB to this many channels.")
 @click.option("--global-pool", help="avg for weights with fc_norm instead of norm (MAE).")
-@click.option("--weights", help="Which of several sets, such as model, model_ema or teacher.")
+@click.option("--weights", help="Which set to take if the checkpoint has several, such as model, "
+              "model_ema or teacher.")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32",
-              show_default=True, help="Of the file; it is loaded as float32 all the same.")
-@click.option("--classes", type=click.File(), help="Names, a line each, as the logits.")
-@click.option("--allow-nonfinite", is_flag=True, help="Take NaN and infinity.")
+              show_default=True, help="Of the values in the file; loading gives float32.")
+@click.option("--classes", type=click.File(), help="A file of class names, one per line, in the "
+              "order of the logits.")
+@click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinity.")
 @click.option("--ignore-records", is_flag=True,
-              help="Read a PyTorch file without its objects that are no tensors.")
-@click.option("--allow", multiple=True, metavar="CLASS", help="Read a PyTorch file without its "
-              "objects of this class, such as omegaconf.dictconfig.DictConfig.")
-@click.option("--reset-head", is_flag=True, help="Keep all but the classifier, and initialise that "
-              "anew, for another number of classes.")
-@click.option("--to-torch", is_flag=True, help="From our file to PyTorch's names.")
+              help="Skip all objects in a PyTorch file that are not tensors.")
+@click.option("--allow", multiple=True, metavar="CLASS", help="Skip the objects of this class in a "
+              "PyTorch file, such as omegaconf.dictconfig.DictConfig. Repeatable.")
+@click.option("--reset-head", is_flag=True, help="Keep all but the classifier, and initialise a "
+              "new one, for a different number of classes.")
+@click.option("--to-torch", is_flag=True, help="Convert our file to PyTorch's names.")
 @click.option("--names", type=click.Choice(["timm", "authors"]), default="timm", show_default=True,
-              help="Of --to-torch: whose.")
+              help="Whose names --to-torch writes.")
 @click.option("--force", is_flag=True, help="Overwrite.")
 def convert(checkpoint, out, model, to_torch, names, force, classes, **options):
-  """Convert a checkpoint of others to our format, or back, or to another size.
+  """Convert another library's checkpoint to our format, or back, or resize one.
 
   \b
   vitcompact convert deit.pth --model deit_small_patch16_224 --out deit.safetensors
@@ -69,15 +72,15 @@ def convert(checkpoint, out, model, to_torch, names, force, classes, **options):
 
   vitcompact convert DIRECTORY --out mine.safetensors
 
-  CHECKPOINT is .safetensors, .npz, or .pth, .pt, .bin, .ckpt, .tar, which are read through torch
-  (which has to be installed) as weights only: a file that would run code is refused; or the index
-  of several files (model.safetensors.index.json), or a directory with weights and config.json.
-  Names may be timm's, the authors', transformers', torchvision's, CLIP's, or Google's of a .npz; or
-  those of training code: Lightning, averages, DINO, DINOv2, DINOv3, MAE, DeiT III.
+  CHECKPOINT is a .safetensors or .npz file; or .pth, .pt, .bin, .ckpt or .tar, which need torch and
+  are read as weights only (a file that would run code is refused); or the index of several files
+  (model.safetensors.index.json); or a directory with weights and config.json. Its names may be
+  timm's, the authors', transformers', torchvision's, CLIP's, Google's (.npz), or those of training
+  code: Lightning, averaged models, DINO, DINOv2, DINOv3, MAE, DeiT III.
 
-  A file that vitcompact wrote needs no --model; it is converted for another size of images or
-  patches (mask predictors keep their rank), or goes --to-torch: a dense model under timm's or the
-  authors' names, a folded compact DeiT under names of our own.
+  A file that vitcompact wrote needs no --model. It can be converted to another image or patch size
+  (mask predictors keep their rank), or with --to-torch to PyTorch: a dense model under timm's or
+  the authors' names, a folded compact DeiT under our own.
   """
   from vitcompact import hub, pytorch
   from vitcompact.cli import weights
@@ -91,7 +94,7 @@ def convert(checkpoint, out, model, to_torch, names, force, classes, **options):
     if hub.is_file_name(checkpoint):
       lines = pytorch.from_checkpoint(checkpoint, model, out, **options)
     else:
-      for key in ("ignore_records", "allow"):   # of files of the user's own
+      for key in ("ignore_records", "allow"):   # only for the user's own files
         options.pop(key, None)
       lines = hub.write(checkpoint, out, model=model, **options)
   click.echo("\n".join(lines))

@@ -6,11 +6,11 @@ DEFAULT = '{"heads": {"method": "hmhsa"}, "ffn": {"method": "cffn"}}'
 
 
 def default_plan(name: str):
-  """(plan, why it is not the default): cFFN alone where a network refuses hallucinated heads."""
+  """(plan, why it is not the default or ""): cFFN alone if the network refuses hMHSA."""
   import vitcompact as vc
 
   plan = vc.Plan.parse(DEFAULT)
-  vc.create_model(name)      # of an unknown name the error is that
+  vc.create_model(name)      # an unknown name raises here
   try:
     vc.create_model(name, plan=plan)
   except ValueError as error:
@@ -19,8 +19,8 @@ def default_plan(name: str):
 
 
 def pairs(names, plan: str | None, image_size: int | None):
-  """Yields (name, with what it was counted if not with the plan asked for, dense model, compact
-  model), deployed: of each model that matches, or file."""
+  """Yields (name, a remark if the plan is not the default, dense model, compact model) for each
+  file or matching model; both models are in deployed form."""
   import vitcompact as vc
   from vitcompact import hub
   from vitcompact.cli import weights
@@ -37,13 +37,13 @@ def pairs(names, plan: str | None, image_size: int | None):
     if not (found := vc.list_models(name) or vc.list_models(name, pretrained=True)):
       raise ValueError(f"no model matches {name!r}; known: {', '.join(vc.list_models())}")
     for known in found:
-      asked, why = default_plan(known) if plan is None else (vc.Plan.parse(plan), "")
+      small_plan, why = default_plan(known) if plan is None else (vc.Plan.parse(plan), "")
       yield known, why and " (cFFN alone)", *(
-          vc.create_model(known, plan=one, deploy=True, **fields) for one in (vc.Plan(), asked))
+          vc.create_model(known, plan=p, deploy=True, **fields) for p in (vc.Plan(), small_plan))
 
 
 def table(names, plan: str | None = None, image_size: int | None = None) -> str:
-  """A row for each model: dense, compact, and the change; both folded, as the header says."""
+  """A Markdown row for each model: dense, compact, and the change; both folded."""
   import vitcompact as vc
 
   lines = ["| model, deployed | params, dense | compact | | MACs, dense | compact | |",
@@ -59,14 +59,14 @@ def table(names, plan: str | None = None, image_size: int | None = None) -> str:
 @click.command()
 @click.argument("names", nargs=-1)
 @click.option("--plan", help="JSON, or a path to it (*.json).  [default: hMHSA and cFFN; cFFN "
-              "alone where a network refuses hMHSA]")
-@click.option("--image-size", type=int, help="Pixels of a side.  [default: the model's own]")
+              "alone if the network refuses hMHSA]")
+@click.option("--image-size", type=int, help="Side in pixels.  [default: the model's own]")
 def count(names, plan, image_size):
   """Count parameters and multiply-accumulates, dense and compact.
 
   NAMES are models, patterns such as 'deit_*', or files, folders and hf-hub:org/name that vitcompact
-  wrote, which have their own plan. Without names, all models are counted. Both columns are of the
-  deployed form, in which norms and branches are folded (nextvit_small has 31.73 M parameters then,
-  and 31.76 M in training), at one image, read off the traced program; nothing is run.
+  wrote, which have their own plan. Without names, all models are counted. Both columns are for one
+  image and the deployed form, in which norms and branches are folded (nextvit_small then has 31.73
+  M parameters, and 31.76 M in training). Counts come from the traced program; nothing is run.
   """
   click.echo(table(names or ("*",), plan, image_size))

@@ -1,27 +1,30 @@
-"""vitcompact export: a model as a file for another runtime."""
+"""vitcompact export: writes a model as a file for another runtime."""
 import click
 
-TUNED = {".onnx": "ort", ".xml": "openvino"}   # {suffix: the runtime in which --tune times}
+TUNED = {".onnx": "ort", ".xml": "openvino"}   # {suffix: the runtime that --tune times}
 
 
 @click.command()
 @click.argument("file")
 @click.argument("out", required=False)
 @click.option("--to", type=click.Choice(["onnx", "openvino", "stablehlo", "safetensors", "torch"]),
-              help="The format.  [default: as the suffix of OUT says]")
-@click.option("--out", "named", help="The file to write, the same as OUT.")
-@click.option("--batch", type=click.IntRange(1), help="Images at a time.  [default: any number]")
-@click.option("--pixels", is_flag=True, help="The file takes uint8 pixels, and normalises them.")
-@click.option("--half", is_flag=True, help="Weights of 16 bits (OpenVINO).")
-@click.option("--int8", "calibration", metavar="DATA", help="ONNX with matrices of 8 bits, "
+              help="The format.  [default: by the suffix of OUT]")
+@click.option("--out", "named", help="The file to write; the same as OUT.")
+@click.option("--batch", type=click.IntRange(1), help="Fix the batch size.  [default: any]")
+@click.option("--pixels", is_flag=True,
+              help="Take uint8 pixels as input, and normalise them in the file.")
+@click.option("--half", is_flag=True, help="Store 16-bit weights (OpenVINO).")
+@click.option("--int8", "calibration", metavar="DATA", help="Quantise matrices to 8 bits (ONNX), "
               "calibrated on images of DATA: folder:PATH, digits, ... as in training.")
 @click.option("--images", "count", type=click.IntRange(1), default=128, show_default=True,
-              help="How many images --int8 takes.")
-@click.option("--tokens", is_flag=True, help="A second output: which patches survive (ONNX).")
-@click.option("--tune", is_flag=True, help="Make factorised layers one matrix where that is faster "
-              "in the file's runtime.")
+              help="Number of calibration images for --int8.")
+@click.option("--tokens", is_flag=True,
+              help="Add a second output: which patches survive (ONNX).")
+@click.option("--tune", is_flag=True, help="Merge factorised layers into one matrix where that is "
+              "faster in the file's runtime.")
 @click.option("--tolerance", type=click.FloatRange(0, min_open=True),
-              help="Of differences, as a share of the largest logit.  [default: 1e-5 for float32]")
+              help="Largest difference allowed, as a share of the largest logit.  [default: 1e-5 "
+              "for float32]")
 @click.option("--force", is_flag=True, help="Overwrite a file that exists.")
 def export(file, out, to, named, batch, pixels, half, calibration, count, tokens, tune,
            tolerance, force):
@@ -31,11 +34,11 @@ def export(file, out, to, named, batch, pixels, half, calibration, count, tokens
   vitcompact export deploy.safetensors deploy.onnx
   vitcompact export deit_small_patch16_224 --to openvino --out deit.xml --half
 
-  FILE is a model that training or `vitcompact convert` wrote, or weights by name, as for predict. A
-  model in training form is folded. OUT ends in .onnx, .xml (OpenVINO), .stablehlo (JAX on CPUs,
-  GPUs and TPUs), .safetensors or .pth. The file is read back in its runtime and compared with the
-  model on photographs, one at a time and three; where it differs by more than the tolerance,
-  nothing is written and the exit code is 2.
+  FILE is a model that training or `vitcompact convert` wrote, or the name of pretrained weights, as
+  for predict. A model in training form is folded. OUT ends in .onnx, .xml (OpenVINO), .stablehlo
+  (JAX on CPUs, GPUs and TPUs), .safetensors or .pth. The file is read back in its runtime and
+  compared with the model on photographs, in batches of one and of three; if it differs by more than
+  the tolerance, nothing is written and the exit code is 2.
   """
   import pathlib
 
@@ -59,10 +62,10 @@ def export(file, out, to, named, batch, pixels, half, calibration, count, tokens
                      f"{', '.join(TUNED)}; vc.tune chooses for XLA")
   model, variables = vc.load(source)
   preprocess = vc.preprocess(source)
-  # Before minutes of tuning and calibrating.
+  # Fails here, before minutes of tuning and calibrating.
   check_choices(name, model, batch, pixels, half, calibration, tokens, convert.classes_of(source))
   if not model.deploy:
-    click.echo(f"{file} is in training form: it is folded", err=True)
+    click.echo(f"{file} is in training form: folding it", err=True)
   if pathlib.Path(out).suffix in (".onnx", ".xml"):
     click.echo("translating (the first time, jax2onnx takes some seconds to start) ...", err=True)
   if tune:
@@ -74,7 +77,7 @@ def export(file, out, to, named, batch, pixels, half, calibration, count, tokens
 
 
 def tuned(model, variables, preprocess, runtime: str, batch: int | None):
-  """The folded model in the forms that are fastest in a runtime, and its variables."""
+  """(the folded model in the forms that are fastest in a runtime, its variables)."""
   import vitcompact as vc
   from vitcompact.export import photographs
 
@@ -85,11 +88,11 @@ def tuned(model, variables, preprocess, runtime: str, batch: int | None):
 
 
 def images_of(file: str, model, name: str, count: int):
-  """Normalised images (n, H, W, C) of the training split of some data."""
+  """Normalised images (n, H, W, C) from the training split of a data set."""
   from vitcompact.cli import compact
   from vitcompact.run import path
   from vitcompact.train import config as configs
 
-  compact.tell_classes(file, name)
+  compact.note_classes(file, name)
   config = configs.complete(compact.settings(file, name, compact={"images": max(8, count)}))
   return path.calibration_images(config, path.preprocess_of(config, model))[:count]

@@ -6,18 +6,18 @@ import click
 @click.argument("out")
 @click.argument("models", nargs=-1, required=True, metavar="[LABEL=]FILE.onnx...")
 @click.option("--runtime", required=True, metavar="DIR",
-              help="The folder dist of the npm package onnxruntime-web.")
+              help="The dist folder of the npm package onnxruntime-web.")
 @click.option("--force", is_flag=True, help="Overwrite a page that exists.")
 def page(out, models, runtime, force):
-  """Write a page of one file that runs exported models in a browser.
+  """Write a single-file page that runs exported models in a browser.
 
   \b
   vitcompact page compare.html dense=dense.onnx small=small.onnx \\
     --runtime node_modules/onnxruntime-web/dist
 
   The page works offline: images that are dropped on it stay on the reader's machine. It shows the
-  likeliest classes, the time of each model beside the first one's, and which patches survive, of
-  files that `vitcompact export --tokens` wrote.
+  most probable classes, the time of each model compared with the first, and, for files that
+  `vitcompact export --tokens` wrote, which patches survive.
   """
   import pathlib
 

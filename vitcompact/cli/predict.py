@@ -7,20 +7,21 @@ import sys
 
 import click
 
-IMAGENET_NOTE = "{file} tells no names of classes: they are ImageNet-1k's; --labels gives others"
+IMAGENET_NOTE = "{file} has no class names: using those of ImageNet-1k; --labels gives others"
 SAME_NAMES = "Give the names in the order of the file, or leave --labels out"
 
 
 def paths_of(given) -> list[str]:
-  """The files that arguments stand for: a directory for the images in it and below, a pattern that
-  no shell has expanded for what it matches. What is not there stays, to be named later."""
+  """Expands arguments to files: a directory to all images in it and below, and a pattern, if the
+  shell did not expand it, to what it matches. Missing files stay in the list, to be reported later.
+  """
   from vitcompact.data import folder
   from vitcompact.data.decode import printable
 
   paths = []
   for name in given:
-    there = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True)) or [name]
-    for path in there:
+    found = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True)) or [name]
+    for path in found:
       below = folder.images_below(path) if os.path.isdir(path) else [path]
       if not below:
         raise ValueError(f"no images in {printable(path)}: name the files, or another folder")
@@ -29,15 +30,15 @@ def paths_of(given) -> list[str]:
 
 
 def probabilities(model, variables, preprocess, paths, batch: int):
-  """Yields (path, float32 (classes,)), computed a batch at a time; or (path, the reason as a
-  BadRecord) where an image cannot be read."""
+  """Yields (path, float32 (classes,)), computed in batches, or (path, BadRecord) for an image that
+  cannot be read."""
   import jax
   import numpy as np
 
   from vitcompact.data.decode import BadRecord
 
   forward = jax.jit(lambda v, x: jax.nn.softmax(model.apply(v, x).astype("float32")))
-  size = min(batch, len(paths))   # of every batch, the last one too: another would be compiled
+  size = min(batch, len(paths))   # of every batch: a smaller last one would compile again
   images = np.zeros((size, *preprocess.image_size, model.in_chans), np.float32)
   for start in range(0, len(paths), size):
     some, bad = paths[start:start + size], {}
@@ -46,28 +47,28 @@ def probabilities(model, variables, preprocess, paths, batch: int):
         images[i] = preprocess(path)
       except BadRecord as error:
         bad[i] = error
-    chances = np.asarray(forward(variables, images)) if len(bad) < len(some) else None
+    probs = np.asarray(forward(variables, images)) if len(bad) < len(some) else None
     for i, path in enumerate(some):
-      yield path, bad[i] if i in bad else chances[i]
+      yield path, bad[i] if i in bad else probs[i]
 
 
-def class_names(file: str, model, told: list[str] | None, labels: str | None
+def class_names(file: str, model, stored: list[str] | None, labels: str | None
                 ) -> tuple[list[str], str]:
-  """(the names of the classes in order, what the user should know of them or "").
+  """(the names of the classes in order, a note for the user or "").
 
-  told: those in the model's file; labels: a file of others, one in each line.
+  stored: the names in the model's file; labels: a file with other names, one per line.
   """
   import vitcompact as vc
   from vitcompact.data import classes
 
   if labels is not None:
     names = labels_in(labels, model.num_classes)
-    if told and sorted(told) == sorted(names):
-      classes.check_classes(file, told, names, SAME_NAMES, labels)
-    other = classes.difference(file, told, names, labels)
+    if stored and sorted(stored) == sorted(names):
+      classes.check_classes(file, stored, names, SAME_NAMES, labels)
+    other = classes.difference(file, stored, names, labels)
     return names, f"{other}. The latter are shown" if other else ""
-  if told:
-    return told, ""
+  if stored:
+    return stored, ""
   count = vc.create_model(model.variant).num_classes
   if _of_imagenet(model.variant) and model.num_classes == count == len(classes.imagenet_1k()):
     return list(classes.imagenet_1k()), IMAGENET_NOTE.format(file=file)
@@ -75,25 +76,25 @@ def class_names(file: str, model, told: list[str] | None, labels: str | None
 
 
 def _of_imagenet(variant: str) -> bool:
-  """Whether a model of so many classes has ImageNet's: its tag says so, or it has none and is of a
-  family that is published with these. CLIP's are projections into the space of texts, too."""
+  """Whether a model's classes are ImageNet's: its tag says so, or it has no tag and its family is
+  published with these classes. The outputs of CLIP models are text embeddings instead."""
   name, _, tag = variant.partition(".")
   return "in1k" in tag if tag else "_clip_" not in name
 
 
 def labels_in(path: str, count: int) -> list[str]:
-  """The lines of a file, of which there must be `count`; empty ones at the end do not count."""
+  """The lines of a file, which must be `count`, not counting empty lines at the end."""
   try:
     names = pathlib.Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()
   except UnicodeDecodeError as error:
-    raise ValueError(f"{path} is no UTF-8 text: {error.reason} at byte {error.start}") from None
+    raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
   if len(names) != count:
     raise ValueError(f"{path} has {len(names)} lines, and the model {count} classes")
   return names
 
 
 def as_json(path: str, best) -> str:
-  """best: (number of the class, its name, its probability), the most probable first."""
+  """best: (class index, name, probability), the most probable first."""
   keys = ("index", "name", "probability")
   return json.dumps({"image": path, "classes": [dict(zip(keys, row, strict=True))
                                                 for row in best]})
@@ -117,13 +118,15 @@ def as_table(path: str, best) -> str:
 @click.argument("file")
 @click.argument("images", nargs=-1, required=True)
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True,
-              help="How many classes are shown.")
-@click.option("--labels", metavar="FILE", help="Names of the classes, one in each line, instead of "
-              "those that the model's file tells.")
+              help="How many classes to show.")
+@click.option("--labels", metavar="FILE", help="Names of the classes, one per line, instead of "
+              "those in the model's file.")
 @click.option("--json", "json_lines", is_flag=True,
-              help="A JSON object a line, one for each image.")
-@click.option("--exif-transpose", is_flag=True, help="Turn photographs as their EXIF data say.")
-@click.option("--batch", type=click.IntRange(1), default=32, show_default=True)
+              help="Print JSON, one object per line for each image.")
+@click.option("--exif-transpose", is_flag=True,
+              help="Rotate photographs as their EXIF data say.")
+@click.option("--batch", type=click.IntRange(1), default=32, show_default=True,
+              help="Images per batch.")
 def predict(file, images, top, labels, json_lines, exif_transpose, batch):
   """Print the most probable classes of IMAGES.
 
@@ -131,14 +134,14 @@ def predict(file, images, top, labels, json_lines, exif_transpose, batch):
   vitcompact predict deploy.safetensors cat.jpg
   vitcompact predict deploy.safetensors photos --json
 
-  FILE is a model that training or `vitcompact convert` wrote (deploy.safetensors), or weights by
-  name: deit_small_patch16_224.fb_in1k, hf-hub:org/name, a folder that push wrote. IMAGES are files,
-  folders of them, or patterns; they are resized, cropped and normalised as in the evaluation of the
-  run that wrote FILE, or of the model. In a pipe, each image is a line: its path, then
-  classes with their probability in percent, separated by tabs.
+  FILE is a model that training or `vitcompact convert` wrote (deploy.safetensors), a folder that
+  push wrote, or the name of pretrained weights: deit_small_patch16_224.fb_in1k, hf-hub:org/name.
+  IMAGES are files, folders or patterns; they are resized, cropped and normalised as in the
+  evaluation of the run that wrote FILE, or by default of the model. If the output is a pipe, each
+  image is one line: its path, then classes with their probability in percent, separated by tabs.
 
-  An image that cannot be read is named, and the others are predicted; the exit code is then 1, or 2
-  where none could be read.
+  If an image cannot be read, it is reported and the others are still predicted; the exit code is
+  then 1, or 2 if none could be read.
   """
   import dataclasses
 
@@ -149,27 +152,27 @@ def predict(file, images, top, labels, json_lines, exif_transpose, batch):
 
   file = weights.file_of(file)
   model, variables = vc.load(file)
-  told, preprocess = convert.classes_of(file), vc.preprocess(file)
+  stored, preprocess = convert.classes_of(file), vc.preprocess(file)
   if not model.num_classes:
     raise ValueError(f"{file} gives features: it has no classifier")
-  names, note = class_names(file, model, told, labels)
+  names, note = class_names(file, model, stored, labels)
   paths = paths_of(images)
   if note:
     click.echo(f"note: {note}", err=True)
   if json_lines:
-    written = as_json
+    formatted = as_json
   else:
-    written = as_table if sys.stdout.isatty() else as_line
+    formatted = as_table if sys.stdout.isatty() else as_line
   preprocess = dataclasses.replace(preprocess, exif_transpose=exif_transpose)
   failed = 0
-  for path, chances in probabilities(model, variables, preprocess, paths, batch):
-    if isinstance(chances, BadRecord):
+  for path, probs in probabilities(model, variables, preprocess, paths, batch):
+    if isinstance(probs, BadRecord):
       failed += 1
-      click.echo(f"error: {chances}", err=True)
+      click.echo(f"error: {probs}", err=True)
       if json_lines:
-        click.echo(json.dumps({"image": path, "error": str(chances)}))
+        click.echo(json.dumps({"image": path, "error": str(probs)}))
       continue
-    best = (-chances).argsort()[:top]
-    click.echo(written(path, [(int(i), names[i], float(chances[i])) for i in best]))
+    best = (-probs).argsort()[:top]
+    click.echo(formatted(path, [(int(i), names[i], float(probs[i])) for i in best]))
   if failed:
     raise click.exceptions.Exit(1 if failed < len(paths) else 2)

@@ -1,9 +1,10 @@
-"""What the verbs take for a file: also a model's name with its tag, hf-hub:org/name, a folder."""
+"""Resolves what verbs accept as a file: a path, a folder, a model's name with tag, hf-hub:org/name.
+"""
 import click
 
 
 def file_of(name: str) -> str:
-  """The path of a file of ours; weights by name are downloaded and converted into the cache."""
+  """The path of a file of ours; named weights are downloaded and converted into the cache."""
   from vitcompact import hub
 
   return hub.as_file(name, say=lambda line: click.echo(line, err=True))

@@ -2,7 +2,7 @@
 
 
 def pyplot():
-  """matplotlib's pyplot, drawing into files."""
+  """matplotlib's pyplot, set up to draw into files."""
   try:
     import matplotlib
   except ImportError:

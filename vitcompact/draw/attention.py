@@ -1,11 +1,11 @@
-"""Which pairs of tokens attend in a model with attention sparsity, and how much they matter.
+"""Draws which tokens attend to which in a model with attention sparsity, and how much that keeps.
 
-In the folder that `run` writes: query_ROW_COLUMN.png for each chosen patch, the patches that it
-attends to (others are dark blue) for each block and head; matrices.png, which query (rows) attends
-to which key (columns), class token first; mass.png, the share of dense attention that the kept
-pairs hold at several keep rates, block by block, over the share of pairs that a rate really keeps
-(where there are few blocks of tokens it is not the rate itself), with the same numbers in mass.csv.
-Heads are those that are computed.
+`run` writes into a folder: query_ROW_COLUMN.png for each chosen patch, with the patches that it
+attends to (others are dark blue) in each block and head; matrices.png, with which query (rows)
+attends to which key (columns), class token first; mass.png, with the share of dense attention that
+the kept pairs hold, for each block, over the share of pairs kept at several keep rates (with few
+blocks of tokens that share differs from the rate); and the same numbers in mass.csv. Only heads
+that are computed are drawn.
 """
 import dataclasses
 import functools
@@ -19,16 +19,17 @@ from vitcompact import convert
 from vitcompact.draw import pyplot
 from vitcompact.methods import protocol
 
-DIMMED = 0.25     # brightness of a patch that is not attended to,
-BLUE = np.array([0.0, 0.0, 0.35])   # and what is added, or a black one would look like the others
-MIN_PATCH_SIDE = 16      # pixels, a side of a patch that is drawn
+# A patch that is not attended to is darkened, and made bluish so that a black patch differs too.
+DIMMED = 0.25
+BLUE = np.array([0.0, 0.0, 0.35])
+MIN_PATCH_SIDE = 16      # pixels of a side of a drawn patch
 KEEP_RATES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 
 def sparse_blocks(model) -> list[int]:
-  """The blocks that have a predictor; raises ValueError where there is nothing to draw."""
+  """The blocks that have a mask predictor; raises ValueError if there are none to draw."""
   if not hasattr(model, "grid"):
-    raise ValueError(f"{model.variant or 'this model'} is hierarchical: its keys are no patches; "
+    raise ValueError(f"{model.variant or 'this model'} is hierarchical: its keys are not patches; "
                      "draw a DeiT or an LV-ViT")
   if model.plan.tokens is not None:
     raise ValueError(f"tokens={model.plan.tokens}: patches are reduced, so a token has no "
@@ -41,20 +42,20 @@ def sparse_blocks(model) -> list[int]:
 
 
 def pairs_of(model, variables, image) -> dict[int, np.ndarray]:
-  """{block: (heads, N, N) bool}, which query attends to which key. image: (H, W, C)."""
+  """{block: (heads, N, N) bool}: which query attends to which key. image: (H, W, C)."""
   maps = jax.jit(lambda v, x: vc.features(model, v, x, maps=True).maps)(variables, image[None])
   sites = model.sites()
-  # What is masked has weight 0 exactly; hallucinated maps follow the computed ones.
+  # Masked pairs have a weight of exactly 0; hallucinated maps come after the computed ones.
   scored = {i: sites[i].heads if (heads := model.plan.at(sites[i]).heads) is None else
             protocol.scored_heads(heads, sites[i]) for i in sparse_blocks(model)}
   return {i: np.asarray(maps[f"blocks_{i}"][0][:count]) > 0 for i, count in scored.items()}
 
 
 def mass_kept(model, variables, image, keeps=KEEP_RATES) -> dict[int, list[tuple[float, float]]]:
-  """{block: for each keep rate, the share of pairs really kept, and the share of the block's own
-  dense attention that they hold}.
+  """{block: [(share of pairs kept, share of the block's own dense attention that they hold)]}, one
+  pair for each keep rate.
 
-  Of patch queries; at block granularity, of the attention on patches.
+  Only queries of patches count; at block granularity, also only the attention on patches.
   """
   out = {i: [] for i in sparse_blocks(model)}
   for keep in keeps:
@@ -63,8 +64,8 @@ def mass_kept(model, variables, image, keeps=KEEP_RATES) -> dict[int, list[tuple
         variables, image[None])
     for i, shares in out.items():
       scope = protocol.scope_of(model.plan.planned(i).attention)
-      seen = state["attention"][f"blocks_{i}"][scope]
-      target, kept = (np.asarray(seen[name][0]) for name in ("target", "kept"))
+      sown = state["attention"][f"blocks_{i}"][scope]
+      target, kept = (np.asarray(sown[name][0]) for name in ("target", "kept"))
       shares.append((float(kept.mean()), float((target * kept).sum() / target.sum())))
   return out
 
@@ -74,29 +75,29 @@ def is_sparse(method) -> bool:
 
 
 def at_keep(method, keep: float):
-  """A method of attention sparsity with another keep rate; any other as it is."""
+  """A method of attention sparsity with another keep rate; other methods unchanged."""
   return method.at_keep(keep) if is_sparse(method) else method
 
 
-def in_use(method):
-  """A method whose predictions are used, see `Sparsifiner.masked`."""
+def with_masking(method):
+  """A method that applies its predicted mask, see `Sparsifiner.masked`."""
   return dataclasses.replace(method, masked=True) if hasattr(method, "masked") else method
 
 
 def enlarged(image, grid: tuple[int, int]):
-  """The image, its pixels repeated where patches are so small that a frame would cover them."""
+  """The image, with pixels repeated if patches are so small that a frame would cover them."""
   times = max(1, -(-MIN_PATCH_SIDE * grid[0] // image.shape[0]))
   return image.repeat(times, axis=0).repeat(times, axis=1)
 
 
 def highlighted(image, kept, query: tuple[int, int]):
-  """The image with patches that are not kept dark blue and a red frame around the query's.
+  """The image with patches that are not kept in dark blue, and a red frame around the query's.
 
   image: (H, W, 3) in [0, 1]; kept: (h, w) bool.
   """
   height, width = image.shape[0] // kept.shape[0], image.shape[1] // kept.shape[1]
-  seen = np.kron(kept, np.ones((height, width)))[..., None] > 0
-  out = np.where(seen, image, DIMMED * image + BLUE)
+  mask = np.kron(kept, np.ones((height, width)))[..., None] > 0
+  out = np.where(mask, image, DIMMED * image + BLUE)
   y, x = query[0] * height, query[1] * width
   red = np.array([1.0, 0.0, 0.0])
   for edge in (np.s_[y, x:x + width], np.s_[y + height - 1, x:x + width],
@@ -151,32 +152,32 @@ def draw_mass(mass, path):
 
 
 def run(checkpoint, image, out, *, queries=(), blocks=(), force=False) -> str:
-  """Writes the drawings into folder `out`, returns a line that tells which."""
+  """Writes the drawings into folder `out`, and returns a line that names them."""
   model, variables = convert.load(checkpoint)
-  # After the first phase of training, predictions are not used yet: what they would keep.
-  model = model.clone(plan=model.plan.map(in_use))
+  # After the first training phase masks are not applied yet: draws what they would keep.
+  model = model.clone(plan=model.plan.map(with_masking))
   known = sparse_blocks(model)
   for block in blocks:
     if block not in known:
-      raise ValueError(f"--block {block} has no sparse attention; those that have: {known}")
+      raise ValueError(f"--block {block} has no sparse attention; blocks that have: {known}")
   places = parse_queries(queries, model.grid)
   out = pathlib.Path(out)
   names = [*(f"query_{row}_{column}.png" for row, column in places), "matrices.png", "mass.png",
            "mass.csv"]
-  there = [name for name in names if (out / name).exists()]
-  if there and not force:
-    raise ValueError(f"{out / there[0]} exists; give another folder or --force")
+  existing = [name for name in names if (out / name).exists()]
+  if existing and not force:
+    raise ValueError(f"{out / existing[0]} exists; give another folder or --force")
   out.mkdir(parents=True, exist_ok=True)
   preprocess = vc.preprocess(checkpoint)
   normalised = preprocess(image)
-  shown = enlarged(preprocess.pixels(normalised), model.grid)
+  picture = enlarged(preprocess.pixels(normalised), model.grid)
   pairs = pairs_of(model, variables, normalised)
   pairs = {block: pairs[block] for block in blocks or known}
   prefix = model.sites()[0].prefix
   for (row, column), name in zip(places, names, strict=False):
     at = prefix + row * model.grid[1] + column
     draw_rows({f"block {i}": [
-        highlighted(shown, kept[at, prefix:].reshape(model.grid), (row, column))
+        highlighted(picture, kept[at, prefix:].reshape(model.grid), (row, column))
         for kept in heads] for i, heads in pairs.items()}, out / name)
   draw_rows({f"block {i}": list(heads) for i, heads in pairs.items()}, out / "matrices.png",
             cmap="gray")

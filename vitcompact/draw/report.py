@@ -1,6 +1,6 @@
-"""report.html: what a Report says, as one page without scripts that needs no network and no extra.
+"""report.html: a Report as a single page, without scripts, network access or extra packages.
 
-Every picture says its finding in words, and has its numbers in a table below it.
+Every picture states its finding in words, and has its numbers in a table below it.
 """
 import math
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from vitcompact.draw.tables import SMALL, safe, table
 from vitcompact.plan import BY_BLOCK, Plan, describe_method
 from vitcompact.report import Option, Report
 
-BUDGETS = (0.8, 0.65, 0.5)   # of the MACs, for which plans are proposed
+BUDGETS = (0.8, 0.65, 0.5)   # shares of the MACs for which plans are proposed
 STYLE = """
 :root{color:#1a1a1a;background:#fff;font:16px/1.5 system-ui,sans-serif}
 body{max-width:70rem;margin:0 auto;padding:0 1rem 3rem;overflow-wrap:anywhere}
@@ -38,7 +38,7 @@ text-align:left;vertical-align:top;overflow-wrap:normal}thead th{background:#eee
 def page(report: Report) -> str:
   """The text of report.html.
 
-  Plans are searched for three budgets of MACs, which takes as long as `report.plan` does.
+  It searches plans for each of BUDGETS, which takes as long as `report.plan` does.
   """
   name = safe(report.model or "this model")
   saved = _saved(report)
@@ -64,8 +64,8 @@ def page(report: Report) -> str:
 
 
 def _saved(report: Report) -> dict[tuple, float]:
-  """{(block, axis, method): share of the dense model's MACs that it saves}; {} of a model that
-  cannot be built here."""
+  """{(block, axis, method): share of the dense model's MACs that it saves}; {} if the model cannot
+  be built here."""
   try:
     costs = report.costs
   except (ValueError, TypeError):
@@ -79,17 +79,17 @@ def _percent(share: float | None) -> str:
   return "–" if share is None else f"{share:.1%}"
 
 
-def _known(options: Iterable[Option]) -> list[Option]:
+def _with_kl(options: Iterable[Option]) -> list[Option]:
   return [option for option in options if option.kl is not None and math.isfinite(option.kl)]
 
 
 def _cheapest(options: Iterable[Option]) -> Option | None:
-  return min(_known(options), key=lambda option: option.kl, default=None)
+  return min(_with_kl(options), key=lambda option: option.kl, default=None)
 
 
-def _half(options: Iterable[Option], block: str, saved) -> Option | None:
-  """The option that saves closest to half of the most that one of them saves."""
-  shares = [(saved[block, option.axis, option.method], option) for option in _known(options)
+def _half_saving(options: Iterable[Option], block: str, saved) -> Option | None:
+  """The option whose saving is closest to half of the largest."""
+  shares = [(saved[block, option.axis, option.method], option) for option in _with_kl(options)
             if (block, option.axis, option.method) in saved]
   most = max((share for share, _ in shares), default=0.0)
   return min(shares, key=lambda pair: abs(pair[0] - most / 2), default=(0.0, None))[1]
@@ -98,22 +98,22 @@ def _half(options: Iterable[Option], block: str, saved) -> Option | None:
 def _head(report: Report) -> str:
   facts = {"Model": report.model, "Weights": report.digest[:12], "Images": f"{report.images:,}",
            "Parameters": f"{report.params / 1e6:,.2f} million",
-           "MACs an image": f"{report.macs / 1e6:,.1f} million",
+           "MACs per image": f"{report.macs / 1e6:,.1f} million",
            "Sensitivity": report.sensitivity, "vitcompact": report.vitcompact}
   rows = "".join(f"<dt>{safe(name)}</dt><dd>{safe(value)}</dd>" for name, value in facts.items())
   return f"<p>{safe(_summary(report))}</p><dl>{rows}</dl>"
 
 
 def _summary(report: Report) -> str:
-  known = [(option, row["name"]) for row in report.blocks for option in _known(row["options"])]
+  known = [(option, row["name"]) for row in report.blocks for option in _with_kl(row["options"])]
   if not known:
-    return (f"This report holds what the methods estimate, and no {report.unit}: it tells where "
+    return (f"This report holds the methods' own estimates, but no {report.unit}: it shows where "
             "to look, and proposes no plan.")
   option, block = min(known, key=lambda pair: pair[0].kl)
-  few = sum(option.kl < SMALL for option, _ in known)
-  small = f"less than {SMALL}{' nats an image' if report.unit == 'KL' else ''}"
+  cheap = sum(option.kl < SMALL for option, _ in known)
+  small = f"less than {SMALL}{' nats per image' if report.unit == 'KL' else ''}"
   outputs = "logits by a KL" if report.unit == "KL" else "features by an error"
-  return (f"{few} of {len(known)} changes, each alone in one block, move the {outputs} of "
+  return (f"{cheap} of {len(known)} changes, each made alone in one block, move the {outputs} of "
           f"{small}. The cheapest is {describe_method(option.method)} in "
           f"{block}, with {number(option.kl)}.")
 
@@ -121,12 +121,12 @@ def _summary(report: Report) -> str:
 def _overview(report: Report, saved) -> str:
   names = [row["name"] for row in report.blocks]
   axes = [axis for axis in BY_BLOCK if any(option.axis == axis for row in report.blocks
-                                           for option in _known(row["options"]))]
+                                           for option in _with_kl(row["options"]))]
   cheapest, half = [], []
   for row in report.blocks:
     by_axis = [[option for option in row["options"] if option.axis == axis] for axis in axes]
-    cheapest.append([_cheapest(few) for few in by_axis])
-    half.append([_half(few, row["name"], saved) for few in by_axis])
+    cheapest.append([_cheapest(options) for options in by_axis])
+    half.append([_half_saving(options, row["name"], saved) for options in by_axis])
   unit = report.unit[0].upper() + report.unit[1:]
   kls = [option.kl for grid in (cheapest, half) for row in grid for option in row if option]
   figures = []
@@ -141,19 +141,19 @@ def _overview(report: Report, saved) -> str:
       figures.append(tables.heat_map(
           f"overview-{id}", title, [[option and option.kl for option in row] for row in grid],
           names, axes, tables.extremes(found), numbers, log=True, limits=svg.bounds(kls, log=True)))
-  what = ("KL of the logits, in nats an image," if report.unit == "KL" else
+  what = ("KL of the logits, in nats per image," if report.unit == "KL" else
           "Squared error of the features, as a share of their variance,")
-  about = (f"{what} when one option is applied in one block alone. "
+  about = (f"{what} when one option is applied in one block only. "
            "“Half” is half of the most MACs that the axis can save in that block. The heat maps "
-           "share their colours, on a log scale.")
+           "share one log colour scale.")
   if not figures:
     about = f"No option here has a known {report.unit}."
-  alike = [(i, row["tables"]["token_similarity"]) for i, row in enumerate(report.blocks)
-           if tables.is_number(row["tables"].get("token_similarity"))]
-  if len(alike) > 1:
-    i, most = max(alike, key=lambda point: point[1])
+  similarity = [(i, row["tables"]["token_similarity"]) for i, row in enumerate(report.blocks)
+                if tables.is_number(row["tables"].get("token_similarity"))]
+  if len(similarity) > 1:
+    i, most = max(similarity, key=lambda point: point[1])
     figures.append(tables.curves("overview-tokens", "Token similarity",
-                                 {"mean cosine of two patches": alike},
+                                 {"mean cosine of two patches": similarity},
                                  f"Patches are most alike in {names[i]}: {number(most)}.",
                                  "block"))
   return f'<p>{about}</p><div class="figures">{"".join(figures)}</div>'
@@ -161,7 +161,7 @@ def _overview(report: Report, saved) -> str:
 
 def _plans(report: Report) -> str:
   if report.sensitivity == "none":
-    return ("<p>This report was made with sensitivity “none”, so it knows what no option costs. "
+    return ("<p>This report was made with sensitivity “none”, so the cost of options is unknown. "
             "Measure again with “quick” or “full”.</p>")
   return "".join(f"<h3>At most {share:.0%} of the MACs</h3>{_plan(report, share)}"
                  for share in BUDGETS)
@@ -170,16 +170,16 @@ def _plans(report: Report) -> str:
 def _plan(report: Report, share: float) -> str:
   try:
     found = report.explain(report.plan(macs=share))
-  except (ValueError, TypeError) as error:   # TypeError: of fields that the model does not have
+  except (ValueError, TypeError) as error:   # TypeError: fields that the model does not have
     return f"<p>No plan: {safe(error)}</p>"
   rows = ((step.block, step.method, _percent(step.saves), number(step.kl),
            "measured" if step.measured else "inferred", step.runner_up,
            number(step.more if math.isfinite(step.more) else None)) for step in found.steps)
   return (f"<p>{found.macs:.1%} of the MACs and {found.params:.1%} of the parameters, for a "
-          f"predicted {report.unit} of {number(found.kl)}: a sum of changes tried one by one.</p>" +
+          f"predicted {report.unit} of {number(found.kl)}: the sum of changes tried alone.</p>" +
           table(f"Why, at {share:.0%}", ["block", "method", "saves", report.unit,
                                          f"the {report.unit} is", "runner-up",
-                                         f"more {report.unit}"], rows) +
+                                         f"extra {report.unit}"], rows) +
           f"<details><summary>The plan at {share:.0%} as JSON</summary>"
           f"<pre>{safe(found.plan.to_json())}</pre></details>")
 

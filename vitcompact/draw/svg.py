@@ -1,4 +1,4 @@
-"""Heat maps and curves as inline SVG, titled and described in words. Needs no extra package."""
+"""Heat maps and curves as inline SVG, with a title and a description. Needs no extra package."""
 import html
 import math
 import re
@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 LINES = (("#0b4a8f", ""), ("#b34700", "7 3"), ("#4d4d4d", "2 3"))
 UNKNOWN = (221, 221, 221)
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 320, 220, 58, 14, 12, 42   # of curves; a phone's width
-CELL, ROW, LETTER = 41, 26, 7.2   # pixels, the last of one letter of a label
-FEW = 10                          # points of a curve that are marked, if there are less
-LEAST = 1e-5                      # log axes end here: what is below is rounding
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 320, 220, 58, 14, 12, 42   # of curves: fits a phone
+CELL, ROW, LETTER = 41, 26, 7.2   # pixels: sides of a cell, width of a label's letter
+MARKED = 10                       # a curve with fewer points has a mark at each
+LEAST = 1e-5                      # log axes end here: smaller values are rounding errors
 
 
 def number(x: float | None) -> str:
-  """Two digits, in few letters."""
+  """A number with two significant digits, as short as possible."""
   if x is None:
     return "–"
   if x == 0 or not math.isfinite(x):
@@ -23,33 +23,33 @@ def number(x: float | None) -> str:
 
 
 def bounds(values, log: bool = False) -> tuple[float, float]:
-  """(lowest, highest) of what can be drawn; (1, 1) if nothing can."""
+  """(lowest, highest) of the values that can be drawn; (1, 1) if there are none."""
   known = [x for x in values if x is not None and math.isfinite(x) and (x > 0 or not log)]
   return (min(known), max(known)) if known else (1.0, 1.0)
 
 
 def colour(share: float) -> tuple[int, int, int]:
-  """Viridis: dark blue at 0, yellow at 1, told apart by lightness alone."""
+  """Viridis: dark blue at 0, yellow at 1, distinguishable by lightness alone."""
   place = min(max(share, 0.0), 1.0) * (len(VIRIDIS) - 1)
   i = min(int(place), len(VIRIDIS) - 2)
   return tuple(round(a + (b - a) * (place - i)) for a, b in zip(*VIRIDIS[i:i + 2], strict=True))
 
 
 def luminance(rgb) -> float:
-  """As WCAG defines it."""
+  """Relative luminance as WCAG defines it."""
   parts = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
   return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
 
 
 def ink(rgb) -> str:
-  """Black or white, whichever has contrast 4.5 on a colour."""
+  """Black or white, whichever has a contrast of 4.5 on a colour."""
   return "#000" if luminance(rgb) > 0.179 else "#fff"
 
 
 def heat_map(values: Sequence[Sequence[float | None]], rows: Sequence[str], columns: Sequence[str],
              *, id: str, title: str, desc: str, log: bool = False, column_title: str = "",
              limits: tuple[float, float] | None = None) -> str:
-  """A cell for each value with its number in it, dark is low; None is grey."""
+  """A grid of cells with the values' numbers in them; dark is low, None is grey."""
   low, high = limits or bounds((x for row in values for x in row), log)
   scale = math.log10 if log else float
   cells = [[number(x) for x in row] for row in values]
@@ -77,7 +77,7 @@ def heat_map(values: Sequence[Sequence[float | None]], rows: Sequence[str], colu
 
 def curves(series: Mapping[str, Sequence[tuple[float, float]]], *, id: str, title: str, desc: str,
            x_title: str = "", log: bool = False, limits: tuple[float, float] | None = None) -> str:
-  """A line for each series, told apart by dashes as well; no more than three."""
+  """One curve for each series, at most three, distinguished by colour and dashes."""
   series = {name: [(x, max(y, LEAST) if log else y) for x, y in points
                    if math.isfinite(x) and math.isfinite(y)] for name, points in series.items()}
   xs, ys = zip(*(point for points in series.values() for point in points), strict=True)
@@ -110,7 +110,7 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], *, id: str, titl
     line = f'fill="none" stroke="{stroke}" stroke-width="2" stroke-dasharray="{dash}"'
     places = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points))
     out.append(f'<polyline points="{places}" {line}/><path d="M{LEFT} {10 + 16 * i}h30" {line}/>')
-    if len(points) < FEW:
+    if len(points) < MARKED:
       out += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{stroke}"/>'
               for x, y in (at(*point) for point in points)]
     out.append(_text(LEFT + 36, 14 + 16 * i, name, "start"))
@@ -122,7 +122,7 @@ def width_of(picture: str) -> int:
 
 
 def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
-  """Five of equal distance; some six whole numbers."""
+  """Five equally spaced ticks; if `whole`, about six whole numbers."""
   if whole:
     return list(range(int(low), int(high) + 1, -(-int(high - low) // 6)))
   return [low + (high - low) * i / 4 for i in range(5)]

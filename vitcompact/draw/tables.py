@@ -1,4 +1,4 @@
-"""Tables of a report as HTML: data tables, and figures that say what they show."""
+"""Tables of a report as HTML: data tables, and figures with their findings."""
 import html
 import json
 import math
@@ -9,9 +9,9 @@ from vitcompact.draw import svg
 from vitcompact.draw.svg import number
 from vitcompact.measure import SHARES
 
-SMALL = 0.01    # an error, or a KL in nats an image, that we call small
+SMALL = 0.01    # an error, or a KL in nats per image, below this is called small
 NARROW = 290    # pixels that fit a phone: wider heat maps scroll
-SHORT = 14      # letters of a cell that is not broken into lines
+SHORT = 14      # cells with at most this many letters are not broken into lines
 
 
 def safe(text: Any) -> str:
@@ -19,7 +19,7 @@ def safe(text: Any) -> str:
 
 
 def table(caption: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-  """A table whose first column names its rows; it scrolls by itself where it does not fit."""
+  """A table whose first column names its rows; it scrolls if it does not fit."""
   head = "".join(f'<th scope="col">{safe(name)}</th>' for name in columns)
   body = "".join(f'<tr><th scope="row">{safe(first)}</th>{"".join(map(_cell, rest))}</tr>'
                  for first, *rest in rows)
@@ -32,7 +32,7 @@ def _cell(text: str) -> str:
 
 
 def _scrolling(label: str, inner: str) -> str:
-  """Scrolls sideways, also by keyboard."""
+  """A container that scrolls sideways, also by keyboard."""
   return f'<div class="wide" tabindex="0" role="group" aria-label="{safe(label)}">{inner}</div>'
 
 
@@ -44,7 +44,7 @@ def _figure(title: str, finding: str, picture: str, numbers: str) -> str:
 
 def heat_map(id: str, title: str, values, rows, columns, finding: str, numbers: str = "",
              **look) -> str:
-  """numbers: the data table, where the values alone do not tell enough."""
+  """A figure with a heat map. numbers: the data table, if it should hold more than the values."""
   desc = f"{finding} Dark is low, bright is high; each cell holds its number."
   picture = svg.heat_map(values, rows, columns, id=id, title=title, desc=desc, **look)
   if svg.width_of(picture) > NARROW:
@@ -65,7 +65,7 @@ def curves(id: str, title: str, series: Mapping, finding: str, x_title: str, **l
 
 
 def extremes(found: Iterable[tuple[float, str]]) -> str:
-  """A sentence about (value, what it is of)."""
+  """A sentence with the lowest and highest of [(value, what it belongs to)]."""
   found = [pair for pair in found if math.isfinite(pair[0])]
   if not found:
     return "No value is finite."
@@ -75,65 +75,66 @@ def extremes(found: Iterable[tuple[float, str]]) -> str:
 
 def of_block(id: str, tables: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
   """[(heading, figures)] of one block's tables: those that `measure` and our methods make, then
-  any others. What does not look as expected is shown as text."""
-  left = dict(tables)
-  known = [("Attention", _attention(id, left)), ("FFN", _ffn(id, left))]
-  more = [_unknown(f"{id}-more-{k}", name, value) for k, (name, value) in enumerate(left.items())]
+  any others. A table of unexpected form is shown as text."""
+  remaining = dict(tables)
+  known = [("Attention", _attention(id, remaining)), ("FFN", _ffn(id, remaining))]
+  more = [_unknown(f"{id}-more-{k}", name, value)
+          for k, (name, value) in enumerate(remaining.items())]
   return [(heading, found) for heading, found in (*known, ("More tables", more)) if found]
 
 
-def _attention(id: str, left: dict) -> list[str]:
-  """Takes its tables out of `left`."""
+def _attention(id: str, remaining: dict) -> list[str]:
+  """Figures of the attention tables, which it removes from `remaining`."""
   out = []
-  for name, title, say, note, column_title in (
-      ("head_cost", "Head i in the place of head j", "head {} in the place of head {}",
-       "Squared error of what head j adds if it takes the map of head i, in proportion to what it "
-       "adds.", "in the place of head"),
-      ("map_likeness", "Likeness of attention maps", "heads {} and {}",
-       "A picture and no planner: maps that look alike may still cost much after their values.",
-       "head")):
-    if _square(left.get(name)):
+  for name, title, pair, note, column_title in (
+      ("head_cost", "Head i in place of head j", "head {} in place of head {}",
+       "Relative squared error of head j's contribution if it uses the map of head i.",
+       "in place of head"),
+      ("map_likeness", "Similarity of attention maps", "heads {} and {}",
+       "Not used for planning: replacing a map by a similar one may still cost much, because of "
+       "the values.", "head")):
+    if _square(remaining.get(name)):
       values = [[None if i == j else x for j, x in enumerate(row)]
-                for i, row in enumerate(left.pop(name))]
-      others = [(x, say.format(i, j)) for i, row in enumerate(values) for j, x in enumerate(row)
+                for i, row in enumerate(remaining.pop(name))]
+      others = [(x, pair.format(i, j)) for i, row in enumerate(values) for j, x in enumerate(row)
                 if i != j]
       finding = f"{extremes(others) if others else 'There is one head.'} {note}"
       heads = [str(i) for i in range(len(values))]
       out.append(heat_map(f"{id}-{name}", title, values, [f"head {i}" for i in heads], heads,
                           finding, column_title=column_title))
-  series = {label: list(zip(SHARES, left.pop(name), strict=True))
+  series = {label: list(zip(SHARES, remaining.pop(name), strict=True))
             for name, label in (("attention_mass", "of all queries, on all keys"),
                                 ("class_attention_mass", "of the class token, on patches"))
-            if _numbers(left.get(name), len(SHARES))}
+            if _numbers(remaining.get(name), len(SHARES))}
   if series:
     finding = "; ".join(f"{label}: a quarter of the keys holds {dict(points)[0.25]:.0%}"
                         for label, points in series.items())
     out.append(curves(f"{id}-mass", "Attention kept by the strongest keys", series,
                       f"Attention {finding}.", "share of the keys", limits=(0.0, 1.0)))
-  if is_number(left.get("token_similarity")):
-    out.append(f"<p>Token similarity: {number(left.pop('token_similarity'))}, the mean cosine of "
-               "two patches that enter the attention.</p>")
+  if is_number(remaining.get("token_similarity")):
+    out.append(f"<p>Token similarity: {number(remaining.pop('token_similarity'))}, the mean cosine "
+               "of two patches that enter the attention.</p>")
   return out
 
 
-def _ffn(id: str, left: dict) -> list[str]:
-  """Takes its tables out of `left`."""
-  series = {name: left.pop(f"{name}_error") for name in ("fc1", "fc2")
-            if _pairs(left.get(f"{name}_error"))}
+def _ffn(id: str, remaining: dict) -> list[str]:
+  """Figures of the FFN tables, which it removes from `remaining`."""
+  series = {name: remaining.pop(f"{name}_error") for name in ("fc1", "fc2")
+            if _pairs(remaining.get(f"{name}_error"))}
   if not series:
     return []
-  said = []
+  findings = []
   for name, points in series.items():
     enough = [x for x, y in points if y < SMALL]
-    said.append(f"{name} has an error below {SMALL} " +
-                (f"from {min(enough):.0%} of the rank" if enough else "at no rank"))
+    findings.append(f"{name} has an error below {SMALL} " +
+                    (f"from {min(enough):.0%} of the rank" if enough else "at no rank"))
   return [curves(f"{id}-ffn", "Error of low-rank FFN layers", series,
-                 f"{'; '.join(said)}. Squared error of the layer's output, in proportion; what is "
-                 f"below {svg.LEAST:g} is drawn there.", "share of the rank", log=True)]
+                 f"{'; '.join(findings)}. Relative squared error of the layer's output; values "
+                 f"below {svg.LEAST:g} are drawn there.", "share of the rank", log=True)]
 
 
 def _unknown(id: str, name: str, value: Any) -> str:
-  """A table of a user's method; two rows of two are a matrix, and no curve."""
+  """A table of a user's method; two rows of two count as a matrix, not as a curve."""
   title = str(name).replace("_", " ")
   if _square(value) and (len(value) == 2 or not _pairs(value)):
     names = [str(i) for i in range(len(value))]
@@ -160,6 +161,6 @@ def _pairs(value: Any) -> bool:
 
 
 def _square(value: Any) -> bool:
-  """A dead head makes some of its costs infinite or no number."""
+  """Whether `value` is a square matrix of numbers; a dead head makes some infinite or NaN."""
   return isinstance(value, list | tuple) and bool(value) and all(
       _numbers(row, len(value), finite=False) for row in value)

@@ -1,7 +1,7 @@
-"""Which patches of an image survive a token reducer or are merged, stage by stage.
+"""Draws which patches of an image survive a token reducer or are merged, stage by stage.
 
-Patches that were dropped, or fused into a remainder, are white, and so are those on a fast path;
-patches that became one token have their mean colour and a line around them.
+Patches that were dropped, or fused into the remainder, are white, and so are those on a fast path;
+patches that were merged into one token have their mean colour and an outline.
 """
 import dataclasses
 import pathlib
@@ -15,14 +15,15 @@ from vitcompact.draw import pyplot
 from vitcompact.token_state import NOTHING
 
 DROPPED = -1
-OUTLINE = 0.15   # how dark the lines between groups are
+OUTLINE = 0.15   # grey level of the outlines
 
 
 def stages(model, variables, image) -> list[tuple[str, np.ndarray]]:
-  """[(title, (h, w) int)], after each block that reduces: the token that holds each patch.
+  """[(title, (h, w) int)] after each block that reduces: the index of the token of each patch.
 
-  DROPPED where a patch was dropped or fused into a remainder. Where none is, but some take a fast
-  path, the blocks that decide which, and DROPPED for these. image: (H, W, C), normalised.
+  It is DROPPED for a patch that was dropped or fused into the remainder. If the reducer has a fast
+  path instead, the stages are the blocks that choose it, and its patches are DROPPED. image: (H, W,
+  C), normalised.
   """
   sites = [site for site in model.sites() if model.plan.at(site).tokens is not None]
   steps = {site.block: model.plan.reduction(site.block, model.depth) for site in sites}
@@ -51,24 +52,24 @@ def stages(model, variables, image) -> list[tuple[str, np.ndarray]]:
 def coloured_by_token(image, holder):
   """The image with each token's patches in their mean colour: (H, W, 3) in [0, 1].
 
-  image: (H, W, 3) in [0, 1]; holder: (h, w) int, as `stages` returns. A token of one patch shows
-  it as it is, more have a line around them; patches that are DROPPED are white.
+  image: (H, W, 3) in [0, 1]; holder: (h, w) int, as `stages` returns. A token of one patch is
+  unchanged, tokens of several have an outline; DROPPED patches are white.
   """
   height, width = image.shape[0] // holder.shape[0], image.shape[1] // holder.shape[1]
-  whose = np.kron(holder, np.ones((height, width), int))
-  out, merged = image.copy(), np.zeros(whose.shape, bool)
-  out[whose == DROPPED] = 1
+  ids = np.kron(holder, np.ones((height, width), int))
+  out, merged = image.copy(), np.zeros(ids.shape, bool)
+  out[ids == DROPPED] = 1
   for token in np.unique(holder[holder != DROPPED]):
     if (holder == token).sum() > 1:
-      merged |= whose == token
-      out[whose == token] = image[whose == token].mean(axis=0)
-  out[1:][(whose[1:] != whose[:-1]) & (merged[1:] | merged[:-1])] = OUTLINE
-  out[:, 1:][(whose[:, 1:] != whose[:, :-1]) & (merged[:, 1:] | merged[:, :-1])] = OUTLINE
+      merged |= ids == token
+      out[ids == token] = image[ids == token].mean(axis=0)
+  out[1:][(ids[1:] != ids[:-1]) & (merged[1:] | merged[:-1])] = OUTLINE
+  out[:, 1:][(ids[:, 1:] != ids[:, :-1]) & (merged[:, 1:] | merged[:, :-1])] = OUTLINE
   return out
 
 
 def write_row(panels, path, columns: int = 4, fontsize: int = 9, **options):
-  """Writes rows of (title, (H, W, 3) or (H, W)) pictures. options: of matplotlib's savefig."""
+  """Writes (title, (H, W, 3) or (H, W)) panels in rows. options: of matplotlib's savefig."""
   plt, columns = pyplot(), min(len(panels), columns)
   rows = -(-len(panels) // columns)
   figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3.3 * rows), squeeze=False)
@@ -85,7 +86,7 @@ def write_row(panels, path, columns: int = 4, fontsize: int = 9, **options):
 def load(checkpoint, plan: str | None = None):
   """(model, variables) of one of our files.
 
-  plan: JSON or a path to it; its tokens axis replaces the model's. Only for a reducer without
+  plan: JSON or a path to it; its tokens axis replaces the model's. Only for reducers without
     parameters (EViT, ToMe, MCTF).
   """
   model, variables = convert.load(checkpoint)
@@ -102,7 +103,7 @@ def load(checkpoint, plan: str | None = None):
 
 
 def run(checkpoint, image, out, *, plan=None, force=False) -> str:
-  """Writes `out`, returns a line that tells what was drawn."""
+  """Writes `out`, and returns a line that says what was drawn."""
   out = pathlib.Path(out)
   if out.suffix != ".png":
     raise ValueError(f"--out={out}: must end in .png")
@@ -111,8 +112,8 @@ def run(checkpoint, image, out, *, plan=None, force=False) -> str:
   model, variables = load(checkpoint, plan)
   preprocess = vc.preprocess(checkpoint)
   normalised = preprocess(image)
-  seen = stages(model, variables, normalised)
+  drawn = stages(model, variables, normalised)
   plain = preprocess.pixels(normalised)
-  panels = [(title, coloured_by_token(plain, holder)) for title, holder in seen]
+  panels = [(title, coloured_by_token(plain, holder)) for title, holder in drawn]
   write_row([("image", plain), *panels], out)
-  return f"{out}: " + "; ".join(title for title, _ in seen)
+  return f"{out}: " + "; ".join(title for title, _ in drawn)

@@ -1,11 +1,11 @@
-"""Weights by name: `pretrained` gets a model with them, `push` writes a folder that it reads back.
+"""Pretrained weights by name: `pretrained` loads a model with them, and folders that `push` writes.
 
-Where they may come from:
+Names may be:
   "deit_small_patch16_224"            a model of `list_models(pretrained=True)`: its default weights
-  "deit_small_patch16_224.fb_in1k"    those of a tag
-  "hf-hub:org/name", "...@revision"   a repository of the hub: timm's, transformers' or `push`'s
-  "local-dir:PATH", or PATH           such a folder, or a file
-  "https://.../name-cd65a155.pth"     a file of authors'; name the model with model=
+  "deit_small_patch16_224.fb_in1k"    the weights of a tag
+  "hf-hub:org/name", "...@revision"   a repository on the hub: timm's, transformers' or `push`'s
+  "local-dir:PATH", or PATH           a folder with such files, or a single file
+  "https://.../name-cd65a155.pth"     an authors' file; name the model with model=
 """
 import hashlib
 import json
@@ -37,8 +37,8 @@ PROCESSOR = "preprocessor_config.json"
 class Fetched(NamedTuple):
   """A model with its weights, and where they are from.
 
-  preprocess: how their evaluation prepares images. source: "hf-hub:org/name@commit", an address or
-  a path. digest: sha256 of the file of weights. lines: what was dropped, resized or made anew.
+  preprocess: how images were prepared in their evaluation. source: "hf-hub:org/name@commit", a URL
+  or a path. digest: sha256 of the file of weights. lines: what was dropped, resized or initialised.
   """
   model: nn.Module
   variables: dict[str, Any]
@@ -49,8 +49,9 @@ class Fetched(NamedTuple):
   lines: Sequence[str] = ()
 
 
-class Found(NamedTuple):
-  """Weights that are here: the file, the others that it names, and what a config.json tells."""
+class WeightFiles(NamedTuple):
+  """Local files of weights: the file, the parts that an index names, and the model described by a
+  config.json."""
   file: File
   parts: Sequence[File]
   described: Described | None
@@ -67,25 +68,25 @@ def pretrained(name: str | os.PathLike, *, model: str | None = None, revision: s
                cache_dir: str | os.PathLike | None = None, offline: bool | None = None,
                sha256: str | None = None, weights: str | None = None,
                **fields) -> tuple[nn.Module, dict[str, Any]]:
-  """(model, variables) of weights that are known by a name, see the top of `vitcompact/hub`.
+  """(model, variables) of pretrained weights by name, see the top of `vitcompact/hub`.
 
   Args:
-    name: a model's, with a tag or without; "hf-hub:org/name", "local-dir:PATH", a path, an address.
-    model: whose weights a file or repository holds, where it does not say so itself.
-    revision: branch, tag or commit of the repository. `fetch` tells the commit that was taken.
-    cache_dir: where files are kept, in place of the hub's cache and ~/.cache/vitcompact.
-    offline: take what is in the caches, ask nobody. Default: HF_HUB_OFFLINE of the environment.
-    sha256: of the file of weights, or its first 8 digits at least. The digests that the hub or the
-      file's name tell are checked anyway.
-    weights: which set of a training checkpoint, see `from_torch`.
-    fields: as in `create_model`, but for the plan. With other num_classes the backbone is kept and
-      the classifier initialised anew, which a warning says; 0 leaves it out.
+    name: a model's name, with or without a tag; "hf-hub:org/name", "local-dir:PATH", a path, a URL.
+    model: the model's name, if the file or repository does not contain it.
+    revision: branch, tag or commit of the repository. `fetch` returns the commit that was used.
+    cache_dir: where files are kept, instead of the hub's cache and ~/.cache/vitcompact.
+    offline: use only cached files. Default: the environment variable HF_HUB_OFFLINE.
+    sha256: of the file of weights, or at least its first 8 digits. Digests from the hub or in the
+      file's name are always checked.
+    weights: which set of a training checkpoint to take, see `from_torch`.
+    fields: as in `create_model`, except the plan. With a different num_classes the backbone is kept
+      and the classifier initialised anew, with a warning; 0 drops the classifier.
   Returns:
     The model, dense unless `push` wrote a compact one, and float32 variables, nested dicts of numpy
     arrays.
   Raises:
-    ValueError or OSError, one line: nothing is known by the name, a file is missing, damaged or not
-    the model's, or the package huggingface_hub is.
+    ValueError or OSError, one line: the name is unknown; a file is missing, damaged or not the
+    model's; or the package huggingface_hub is not installed.
   """
   found = fetch(name, model=model, revision=revision, cache_dir=cache_dir, offline=offline,
                 sha256=sha256, weights=weights, **fields)
@@ -97,9 +98,9 @@ def pretrained(name: str | os.PathLike, *, model: str | None = None, revision: s
 
 def fetch(name, *, weights: str | None = None, reset_head: bool = False,
           allow_nonfinite: bool = False, **options) -> Fetched:
-  """As `pretrained`, and tells where the weights are from and how their images are prepared.
+  """As `pretrained`, but also returns where the weights are from and how images are prepared.
 
-  reset_head: initialise the classifier anew, whatever its number of classes.
+  reset_head: initialise the classifier anew, even if the number of classes is the same.
   """
   places = ("model", "revision", "cache_dir", "offline", "sha256")
   found = find(name, **{key: options.pop(key) for key in places if key in options})
@@ -107,12 +108,12 @@ def fetch(name, *, weights: str | None = None, reset_head: bool = False,
 
 
 def find(name, *, model: str | None = None, revision: str | None = None, cache_dir=None,
-         offline: bool | None = None, sha256: str | None = None) -> Found:
-  """The files of weights, downloaded where they are not here, their digests checked."""
+         offline: bool | None = None, sha256: str | None = None) -> WeightFiles:
+  """The files of weights, downloaded if they are not cached, with their digests checked."""
   text = os.fspath(name) if isinstance(name, str | os.PathLike) else name
   if not isinstance(text, str) or not text:
-    raise ValueError(f"{name!r} is no name of weights; list_models(pretrained=True) lists those "
-                     "that are known, and hf-hub:org/name, a path or an address are taken")
+    raise ValueError(f"{name!r} is not a name of weights; use one of list_models(pretrained=True), "
+                     "hf-hub:org/name, a path or a URL")
   if text.startswith(REPOSITORY):
     repo, _, commit = text.partition(":")[2].partition("@")
     if revision and commit:
@@ -121,20 +122,21 @@ def find(name, *, model: str | None = None, revision: str | None = None, cache_d
                           cache_dir=cache_dir, offline=offline)
   row = {}
   if is_model_name(text):
-    model, text, row = _known(text, model)
+    model, text, row = _tagged(text, model)
   if "hub" in row:
     return _of_repository(row["hub"], model, sha256, revision=revision, cache_dir=cache_dir,
                           offline=offline)
   if revision:
-    raise ValueError(f"revision={revision!r}: {text} is no repository, and has none; leave it out")
+    raise ValueError(f"revision={revision!r}: {text} is not a repository, and has no revisions; "
+                     "leave it out")
   if text.startswith(ADDRESS) or row:
     file = download.from_address(row.get("url", text), cache_dir=cache_dir, offline=offline,
                                  sha256=sha256)
-    return Found(file, (), model and Described(model, {}))
+    return WeightFiles(file, (), model and Described(model, {}))
   return _of_path(pathlib.Path(text.removeprefix(FOLDER)).expanduser(), model, sha256)
 
 
-def _known(name: str, model: str | None) -> tuple[str, str, dict]:
+def _tagged(name: str, model: str | None) -> tuple[str, str, dict]:
   """(name with its tag, the same, row) of a model in the table of weights."""
   if model is not None:
     raise ValueError(f"model={model!r}: {name!r} is a model already; leave one out")
@@ -145,25 +147,25 @@ def _known(name: str, model: str | None) -> tuple[str, str, dict]:
 
 
 def is_file_name(text: str) -> bool:
-  """Whether it is the path of a file, be it there or not: no folder, no place, no model."""
+  """Whether `text` is the path of a file, existing or not; not a folder, a source or a model."""
   return not text.startswith((*REPOSITORY, FOLDER, *ADDRESS)) and not os.path.isdir(text) and (
       os.path.exists(text) or os.sep in text or text.lower().endswith(download.SUFFIXES))
 
 
 def is_model_name(text: str) -> bool:
-  """Whether it can only be a model's name, with a tag or without."""
+  """Whether `text` can only be a model's name, with or without a tag."""
   return not (text.startswith((*REPOSITORY, FOLDER, *ADDRESS)) or os.path.isdir(text)
               or is_file_name(text))
 
 
-def _of_repository(repo: str, model: str | None, sha256, **options) -> Found:
+def _of_repository(repo: str, model: str | None, sha256, **options) -> WeightFiles:
   described = model and Described(model, {})
   if described is None:
     described = _described_by_hub(repo, options)
   file = download.from_hub(repo, download.WEIGHTS, **options)
   parts = download.parts_from_hub(file, repo, **options)
   file = download.checked_of_hub(file, repo, [sha256] if sha256 else [])
-  return Found(file, [download.checked_of_hub(part, repo) for part in parts], described)
+  return WeightFiles(file, [download.checked_of_hub(part, repo) for part in parts], described)
 
 
 def _described_by_hub(repo: str, options) -> Described:
@@ -178,7 +180,7 @@ def _described_by_hub(repo: str, options) -> Described:
   return config.read(where, about, processor)
 
 
-def _of_path(path: pathlib.Path, model: str | None, sha256) -> Found:
+def _of_path(path: pathlib.Path, model: str | None, sha256) -> WeightFiles:
   if not path.exists():
     raise FileNotFoundError(f"{path}: no such file or folder")
   described = model and Described(model, {})
@@ -191,7 +193,7 @@ def _of_path(path: pathlib.Path, model: str | None, sha256) -> Found:
       if not pytorch.is_ours(path / names[0]):
         described = config.read(str(path), about, config.load(other) if other.is_file() else None)
     path /= names[0]
-  way_out = "give the file that was meant"
+  way_out = "give the intended file"
   file = download.checked(File(path, str(path)), [sha256] if sha256 else [], way_out)
   parts = []
   if path.name.endswith(".index.json"):
@@ -199,22 +201,23 @@ def _of_path(path: pathlib.Path, model: str | None, sha256) -> Found:
       if not (path.parent / name).is_file():
         raise FileNotFoundError(f"{path.parent / name}: no such file, and {path.name} names it")
       parts.append(download.checked(File(path.parent / name, str(path)), [], way_out))
-  return Found(file, parts, described)
+  return WeightFiles(file, parts, described)
 
 
-def _read(found: Found, fields, weights, reset_head, allow_nonfinite) -> Fetched:
-  """The model of the files, with these fields."""
+def _read(found: WeightFiles, fields, weights, reset_head, allow_nonfinite) -> Fetched:
+  """The model and weights in the files, with these fields."""
   path, source = found.file.path, found.file.source
   if "plan" in fields or "deploy" in fields:
-    raise ValueError("plan and deploy are the weights' own: load them, then vc.compact and vc.fold")
+    raise ValueError("plan and deploy are those of the weights: load them, then use vc.compact and "
+                     "vc.fold")
   if pytorch.is_ours(path):
     return _read_ours(found, fields, reset_head, allow_nonfinite)
   if found.described is None:
     raise ValueError(f"{source} does not say which model it is of; name it with model=NAME "
                      "(list_models() lists them)")
-  name, told, classes, shown = found.described
-  stored = create_model(name, **told)
-  model = create_model(name, **{**told, **fields})
+  name, config_fields, classes, images = found.described
+  stored = create_model(name, **config_fields)
+  model = create_model(name, **{**config_fields, **fields})
   other = reset_head or model.num_classes != stored.num_classes
   state = pytorch.read_checkpoint(str(path))
 
@@ -222,21 +225,21 @@ def _read(found: Found, fields, weights, reset_head, allow_nonfinite) -> Fetched
     return convert.read_state_dict(model, state, reset_head=reset_head, weights=weights,
                                    allow_nonfinite=allow_nonfinite)
 
-  if other and not reset_head and name in VARIANTS and "num_classes" not in told:
-    try:   # nobody has said how many classes a file has: it may be those that are asked for
+  if other and not reset_head and name in VARIANTS and "num_classes" not in config_fields:
+    try:   # the file's number of classes is unknown: it may be the one in `fields`
       loaded, other = read(False), False
     except ValueError:
       loaded = read(True)
   else:
     loaded = read(other)
-  fields_told = [f"{key}={value}" for key, value in told.items()]
-  lines = [*([f"{config.CONFIG}: {', '.join([name, *fields_told])}"] if told else []),
+  settings = [f"{key}={value}" for key, value in config_fields.items()]
+  lines = [*([f"{config.CONFIG}: {', '.join([name, *settings])}"] if config_fields else []),
            *_about_head(stored, model, other), *loaded.lines()]
-  return Fetched(model, loaded.variables, None if other else classes, config.prepared(model, shown),
-                 source, found.digest, lines)
+  return Fetched(model, loaded.variables, None if other else classes,
+                 config.prepared(model, images), source, found.digest, lines)
 
 
-def _read_ours(found: Found, fields, reset_head, allow_nonfinite) -> Fetched:
+def _read_ours(found: WeightFiles, fields, reset_head, allow_nonfinite) -> Fetched:
   path = found.file.path
   stored, variables = convert.load(path, allow_nonfinite=allow_nonfinite)
   classes, pre, lines, model = convert.classes_of(path), preprocess(path), [], stored
@@ -254,16 +257,17 @@ def _read_ours(found: Found, fields, reset_head, allow_nonfinite) -> Fetched:
 def _about_head(stored, model, other: bool) -> list[str]:
   if not other or not model.num_classes:
     return []
-  had = f"of {stored.num_classes} classes was left out" if stored.num_classes else "was not there"
-  return [f"classifier: the one {had}, that of {model.num_classes} is initialised anew and has to "
+  old = (f"the one of {stored.num_classes} classes was left out" if stored.num_classes else
+         "the weights have none")
+  return [f"classifier: {old}; a new one of {model.num_classes} classes is initialised and has to "
           "be trained; the backbone's weights are kept"]
 
 
 def write(name, out, *, force: bool = False, dtype: str = "float32",
           classes: Sequence[str] | None = None, **options) -> list[str]:
-  """Writes weights by name as a file of ours; returns lines that tell what was done.
+  """Writes named weights as a file of ours; returns lines that say what was done.
 
-  Its metadata name the source, with the commit and the digest. options: see `fetch`.
+  The file's metadata hold the source, with its commit and digest. options: see `fetch`.
   """
   found = fetch(name, **options)
   _save(out, found, force=force, dtype=dtype, classes=classes)
@@ -278,10 +282,10 @@ def _save(out, found: Fetched, classes=None, **options):
 
 
 def as_file(name, say=None, **options) -> str:
-  """The path of a file of ours for any name: a file's own path, or that of one in the cache.
+  """The path of a file of ours for any name: a given file, or a converted one in the cache.
 
-  A file is taken as it is; who reads it says whether it is ours. say: called with lines that tell
-  what was done, where the file is made. options: see `find`.
+  The path of a file is returned unchanged and unchecked. say: called with each line that says what
+  was done, if the file is made now. options: see `find`.
   """
   text = os.fspath(name)
   if is_file_name(text):

@@ -1,4 +1,4 @@
-"""Model cards: what a model is, what it costs, whose it is. For `push` and `vitcompact card`."""
+"""Model cards for `push` and `vitcompact card`: what a model is, what it costs, and its source."""
 import fnmatch
 import json
 import os
@@ -23,7 +23,7 @@ from vitcompact.receipt import Receipt
 RECEIPT = "receipt.json"
 NOT_OF_THE_NETWORK = ("plan", "execution", "deploy", "dtype", "remat", "drop_path_rate")
 
-# {names of models: whose network it is}; the first that fits.
+# {pattern of model names: the network and its paper}; the first match counts.
 NETWORKS = {
     "inline_*": "InLine (Han et al., arXiv 2412.06590), a network of linear attention",
     "deit3_*": "DeiT III (Touvron et al., arXiv 2204.07118)",
@@ -46,34 +46,35 @@ NETWORKS = {
     "transnext_*": "TransNeXt (Shi, arXiv 2311.17132)",
 }
 
-# {method: (whose it is, what of it is ours)}, as docs/provenance.md says at length.
+# {method: (its paper, what of it is ours)}; details in docs/provenance.md.
 METHODS = {
-    "HMHSA": ("arXiv 2306.10875, of which only the abstract is public", "our reconstruction: all "
-              "but that half of the maps are hallucinated from the others"),
-    "HeadPruning": ("arXiv 1905.10650 and others", "which heads go, and the refit, are ours"),
+    "HMHSA": ("arXiv 2306.10875, of which only the abstract is public", "our reconstruction: "
+              "everything except that half of the maps are hallucinated from the others"),
+    "HeadPruning": ("arXiv 1905.10650 and others", "the choice of heads and the refit are ours"),
     "MoH": ("arXiv 2410.11842, as released", "`capacity` is ours"),
-    "Sparsifiner": ("arXiv 2303.13755", 'granularity="block", and fits from images, are ours'),
+    "Sparsifiner": ("arXiv 2303.13755", 'granularity="block" and fitting from images are ours'),
     "BiFormer": ("arXiv 2303.08810", "`regions=None` and prefix tokens are ours"),
-    "KeyMerging": ("the matching of ToMe, arXiv 2210.09461", "that keys and values are merged and "
-                   "queries are not is ours"),
-    "InLine": ("arXiv 2412.06590", "as a method for other networks it is ours"),
-    "ChannelAttention": ("arXiv 2204.03645", "as a method for other networks it is ours"),
+    "KeyMerging": ("the matching of ToMe, arXiv 2210.09461", "merging keys and values but not "
+                   "queries is ours"),
+    "InLine": ("arXiv 2412.06590", "its use in other networks is ours"),
+    "ChannelAttention": ("arXiv 2204.03645", "its use in other networks is ours"),
     "EViT": ("arXiv 2202.07800", "how the keep rate falls in training is ours"),
-    "DynamicViT": ("arXiv 2106.02034", "what happens beside other methods is ours"),
-    "ToMe": ("arXiv 2210.09461, written from the equations", "that tokens stay in the order of "
+    "DynamicViT": ("arXiv 2106.02034", "how it combines with other methods is ours"),
+    "ToMe": ("arXiv 2210.09461, written from the equations", "keeping tokens in the order of "
              "their positions is ours"),
-    "MCTF": ("arXiv 2403.10030, written from the equations", "that tokens stay in the order of "
+    "MCTF": ("arXiv 2403.10030, written from the equations", "keeping tokens in the order of "
              "their positions is ours"),
-    "FastPath": ("arXiv 2207.01580", "for PVT, PVT v2, Next-ViT and plain ViTs it is ours"),
-    "CFFN": ("arXiv 2306.10875, of which only the abstract is public", "our reconstruction: all "
-             "but that the output matrix is factorised and trained with re-parameterisation"),
-    "GLU": ("arXiv 2002.05202", "in the place of a dense FFN it is ours"),
-    "ConvGLU": ("arXiv 2311.17132", "in the place of a dense FFN it is ours"),
+    "FastPath": ("arXiv 2207.01580", "its use in PVT, PVT v2, Next-ViT and plain ViTs is ours"),
+    "CFFN": ("arXiv 2306.10875, of which only the abstract is public", "our reconstruction: "
+             "everything except that the output matrix is factorised and trained with "
+             "re-parameterisation"),
+    "GLU": ("arXiv 2002.05202", "its use in place of a dense FFN is ours"),
+    "ConvGLU": ("arXiv 2311.17132", "its use in place of a dense FFN is ours"),
 }
 
 
 class Accuracy(NamedTuple):
-  """A receipt's row of a model, and where that stands."""
+  """A receipt's row for a model, and the receipt's file name."""
   row: Mapping[str, Any]
   where: str
   data: str = ""
@@ -81,7 +82,7 @@ class Accuracy(NamedTuple):
 
 
 class Weights(NamedTuple):
-  """What a card says of a file of weights. place: what `pretrained` is given."""
+  """What a card says about a file of weights. place: the name to give `pretrained`."""
   place: str
   variables: Mapping[str, Any]
   file_digest: str = ""
@@ -91,7 +92,7 @@ class Weights(NamedTuple):
 def page(title: str, model: nn.Module, prepare: Preprocess, *, weights: Weights | None = None,
          classes: Sequence[str] | None = None, accuracy: Accuracy | None = None,
          note: str = "") -> str:
-  """A card, in Markdown. weights: None of a model that is known by its name alone."""
+  """A card in Markdown. weights: None for a named model without a file of its own."""
   published = Plan.from_dict(variant_of(model.variant).plan)
   changed = model.plan != published
   counts = {"this model": count(model)}
@@ -107,7 +108,7 @@ def page(title: str, model: nn.Module, prepare: Preprocess, *, weights: Weights 
   if changed:
     lines += ["```json", json.dumps(json.loads(model.plan.to_json()), indent=1), "```", ""]
   lines += [*([note, ""] if note else []),
-            "| | parameters | multiply-accumulates of an image, executed | needed |",
+            "| | parameters | multiply-accumulates per image, executed | needed |",
             "|---|---:|---:|---:|",
             *(f"| {what} | {found.params:,} | {found.macs:,} | {found.ideal_macs:,} |"
               for what, found in counts.items()), "",
@@ -126,19 +127,18 @@ def page(title: str, model: nn.Module, prepare: Preprocess, *, weights: Weights 
 
 def of_model(name: str, plan: Plan | None = None, *, receipt=None, note: str = "",
              **fields) -> str:
-  """The card of a named model under a plan, in the form that is deployed. fields: as in
-  `create_model`."""
+  """The card of a named model under a plan, in deployed form. fields: as in `create_model`."""
   model = create_model(name, **({} if plan is None else {"plan": plan}), deploy=True, **fields)
   return page(name, model, preprocess(model), note=note,
               accuracy=None if receipt is None else accuracy_in(receipt, model))
 
 
 def of_file(path: str | os.PathLike, place: str = "", receipt=None) -> str:
-  """The card of a file of ours. receipt: without one, that which lies beside the file counts:
-  NAME.json or receipt.json, if it tells of this model."""
+  """The card of a file of ours. receipt: by default NAME.json or receipt.json in the same folder,
+  if it is of this model."""
   path = pathlib.Path(path)
   model, variables = convert.load(path)
-  accuracy = (_accuracy_beside(path, model, variables) if receipt is None else
+  accuracy = (_accuracy_next_to(path, model, variables) if receipt is None else
               accuracy_in(receipt, model, variables))
   weights = Weights(place or str(path), variables,
                     source=convert.read_metadata(path).get("source", ""))
@@ -146,8 +146,8 @@ def of_file(path: str | os.PathLike, place: str = "", receipt=None) -> str:
               classes=convert.classes_of(path), accuracy=accuracy)
 
 
-def told(receipt) -> dict:
-  """What a receipt says: a Receipt, its dict, or a path to its file or folder."""
+def receipt_dict(receipt) -> dict:
+  """A receipt as a dict, from a Receipt, a dict, or the path of its file or folder."""
   if isinstance(receipt, Receipt):
     return json.loads(receipt.to_json())
   if isinstance(receipt, str | os.PathLike):
@@ -157,8 +157,8 @@ def told(receipt) -> dict:
 
 
 def accuracy_in(receipt, model, variables=None, where: str = "") -> Accuracy:
-  """The receipt's row of this model, which has its parameters and multiply-accumulates."""
-  about, found = told(receipt), count(model)
+  """The receipt's row for this model, found by its parameters and multiply-accumulates."""
+  about, found = receipt_dict(receipt), count(model)
   try:
     rows = [row for row in about["models"]
             if (row["params"], row["macs"]) == (found.params, found.macs)]
@@ -180,11 +180,11 @@ def accuracy_in(receipt, model, variables=None, where: str = "") -> Accuracy:
   return Accuracy(rows[-1], where, about.get("data", ""), remark)
 
 
-def _accuracy_beside(path: pathlib.Path, model, variables) -> Accuracy | None:
+def _accuracy_next_to(path: pathlib.Path, model, variables) -> Accuracy | None:
   for other in (path.with_suffix(".json"), path.with_name(RECEIPT)):
     try:
       return accuracy_in(other, model, variables, other.name)
-    except (ValueError, OSError):     # there is none, or it is of another model
+    except (ValueError, OSError):     # it does not exist, or is of another model
       continue
   return None
 
@@ -218,7 +218,7 @@ def _classes(model, classes) -> str:
 
 
 def network_of(name: str) -> str:
-  return next(whose for pattern, whose in NETWORKS.items() if fnmatch.fnmatch(name, pattern))
+  return next(paper for pattern, paper in NETWORKS.items() if fnmatch.fnmatch(name, pattern))
 
 
 def _provenance(model, weights: Weights | None) -> list[str]:
@@ -227,15 +227,15 @@ def _provenance(model, weights: Weights | None) -> list[str]:
   named = fields_of(create_model(model.variant))
   if other := [f"{key}={value!r}" for key, value in fields_of(model).items()
                if key not in NOT_OF_THE_NETWORK and value != named[key]]:
-    lines += [f"* It differs from what its name stands for: {', '.join(other)}."]
+    lines += [f"* It differs from the named model: {', '.join(other)}."]
   if weights:
     lines += [f"* Weights: from {weights.source}; their licence is that of their source."
               if weights.source else "* Weights: the file names no source; whoever trained them "
               "decides on their licence."]
   elif rows := tags.table().get(name, {}):
-    known = [f"`{each}` ({row.get('hub') or row['url']}; licence "
-             f"{row.get('license') or 'not stated'})" for each, row in rows.items()
-             if tag in ("", each)]
+    known = [f"`{row_tag}` ({row.get('hub') or row['url']}; licence "
+             f"{row.get('license') or 'not stated'})" for row_tag, row in rows.items()
+             if tag in ("", row_tag)]
     lines += [f"* Weights that load by name: {', '.join(known)}. They are their authors', none of "
               "them ours, and the licences are as timm states them."]
   else:
@@ -245,9 +245,9 @@ def _provenance(model, weights: Weights | None) -> list[str]:
 
 
 def _method_lines(model) -> list[str]:
-  """What acts in some block, and what the plan names for nothing."""
-  acting = {each for site in model.sites() for method in model.plan.at(site).present()
-            for each in _with_inner(method)}
+  """A line for each method of the plan; it says so if the method acts in no block."""
+  acting = {nested for site in model.sites() for method in model.plan.at(site).present()
+            for nested in _with_inner(method)}
   lines = []
   for method in model.plan.methods():
     kind = type(method).__name__
@@ -286,13 +286,13 @@ def _use(model, weights: Weights | None) -> list[str]:
 def _limits(model, found, changed: bool, weights: Weights | None) -> list[str]:
   lines = []
   if changed and not weights:
-    lines += ["* What `vc.compact` fits is a start: a compact model has to be trained, best by "
-              "distillation, before it is used."]
+    lines += ["* What `vc.compact` fits is a starting point: a compact model has to be trained, "
+              "preferably by distillation, before it is used."]
   if found.ideal_macs < found.macs:
     lines += ["* The program executes more multiply-accumulates than the methods need: the table "
               "has both."]
   return lines + [
-      "* Another image size is chosen when the model is made, with `image_size=`; positions are "
-      "resized then.",
-      "* No time is told here: `vitcompact bench` measures it on your machine.",
-      "* Nobody has examined here what biases the images of its training left in the weights."]
+      "* To use another image size, create the model with `image_size=`; position embeddings are "
+      "then resized.",
+      "* No times are given here: `vitcompact bench` measures them on your machine.",
+      "* We have not examined which biases its training images left in the weights."]

@@ -1,4 +1,4 @@
-"""What a config.json says of a model: timm's, transformers', and how ours is written."""
+"""Reads the model that a config.json of timm or transformers describes, and writes ours."""
 import dataclasses
 import json
 import pathlib
@@ -18,8 +18,8 @@ RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}   # Pillow'
 
 
 class Described(NamedTuple):
-  """A model as a config.json describes it: its name, with a tag where that is known; fields for
-  `create_model`; names of the classes; and what is told of {mean, std, crop, interpolation}."""
+  """A model as a config.json describes it: its name, with a tag if it is known; fields for
+  `create_model`; class names; and those of {mean, std, crop, interpolation} that it has."""
   name: str
   fields: dict[str, Any]
   classes: list[str] | None = None
@@ -27,28 +27,28 @@ class Described(NamedTuple):
 
 
 def read(where: str, config: Mapping, processor: Mapping | None = None) -> Described:
-  """The model of a config.json; ValueError, one line, where it is none of ours.
+  """The model in a config.json; ValueError, one line, if it is none of ours.
 
-  where: what the file is of, for errors. processor: transformers' preprocessor_config.json.
+  where: the file's source, for errors. processor: transformers' preprocessor_config.json.
   """
   try:
-    told = foreign_config.told_by(config)
+    spec = foreign_config.model_spec(config)
     if "architecture" not in config:
-      return Described(told.model, told.fields, told.classes, _images(processor or {}))
-    return _of_timm(config, told)
+      return Described(spec.model, spec.fields, spec.classes, _images(processor or {}))
+    return _of_timm(config, spec)
   except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError,
           RecursionError) as error:
-    raise ValueError(f"{where}: its {CONFIG} tells no model that is known here: "
+    raise ValueError(f"{where}: its {CONFIG} does not describe a known model: "
                      f"{str(error)[:300]}; name it with model=NAME") from None
 
 
-def _of_timm(config: Mapping, told) -> Described:
-  """Adds to what `foreign_config` reads: the tag, and how images are prepared."""
-  about = config.get("pretrained_cfg", config)   # beside the rest before timm 0.9
-  name, tag = told.model, about.get("tag")
-  # The tag's own number of classes and image size may be others than the model's.
+def _of_timm(config: Mapping, spec) -> Described:
+  """Adds the tag and how images are prepared to what `foreign_config` reads."""
+  about = config.get("pretrained_cfg", config)   # at the top level before timm 0.9
+  name, tag = spec.model, about.get("tag")
+  # The tag's number of classes and image size may differ from the model's.
   fields = {**{key: getattr(create_model(name), key) for key in ("num_classes", "image_size")},
-            **told.fields}
+            **spec.fields}
   if tag in tags.table().get(name, ()):
     name = f"{name}.{tag}"
   if "input_size" in about and "in_chans" not in fields:
@@ -56,13 +56,13 @@ def _of_timm(config: Mapping, told) -> Described:
   images = {ours: about[key] for key, ours in
             (("mean", "mean"), ("std", "std"), ("interpolation", "interpolation"),
              ("crop_pct", "crop"), ("crop_mode", "crop_mode")) if about.get(key) is not None}
-  # Names that are not as many as the logits are of other data.
-  known = told.classes if len(told.classes or ()) == fields["num_classes"] else None
+  # If there are not as many names as logits, they belong to other data.
+  known = spec.classes if len(spec.classes or ()) == fields["num_classes"] else None
   return Described(name, fields, known, images)
 
 
 def _images(processor: Mapping) -> dict[str, Any]:
-  """Of transformers' preprocessor_config.json: what it tells."""
+  """The settings in transformers' preprocessor_config.json, under our names."""
   images = {ours: tuple(processor[key]) for key, ours in
             (("image_mean", "mean"), ("image_std", "std")) if processor.get(key)}
   if processor.get("resample") in RESAMPLE:
@@ -74,21 +74,21 @@ def _images(processor: Mapping) -> dict[str, Any]:
       crop = crop.get("height")
     if processor.get("do_center_crop") and shortest and crop:
       images["crop"] = crop / shortest
-    elif "height" in size:   # resized to both sides, whatever the aspect ratio
+    elif "height" in size:   # resized to both sides, ignoring the aspect ratio
       images["crop"] = None
   return images
 
 
 def settings(prepare: Preprocess) -> dict[str, Any]:
-  """How images are prepared, whatever their size: mean, std, crop, interpolation, ..."""
+  """How images are prepared, except their size: {mean, std, crop, interpolation, ...}."""
   return {key: value for key, value in dataclasses.asdict(prepare).items() if key != "image_size"}
 
 
-def prepared(model: nn.Module, told: Mapping[str, Any]) -> Preprocess:
-  """As `preprocess(model)`, but for what is told."""
+def prepared(model: nn.Module, overrides: Mapping[str, Any]) -> Preprocess:
+  """`preprocess(model)` with these settings replaced."""
   own = preprocess(model)
   try:
-    values = {**settings(own), **told}
+    values = {**settings(own), **overrides}
     for key in ("mean", "std"):
       numbers = tuple(map(float, values[key]))
       if len(numbers) != model.in_chans:   # of RGB, as in `preprocess`
@@ -96,13 +96,13 @@ def prepared(model: nn.Module, told: Mapping[str, Any]) -> Preprocess:
       values[key] = numbers
     return dataclasses.replace(own, **values)
   except (ValueError, TypeError, ZeroDivisionError) as error:
-    raise ValueError(f"{CONFIG} tells no preparation of images that is known ({error}): "
-                     f"{dict(told)}") from None
+    raise ValueError(f"{CONFIG} has unknown settings for preparing images ({error}): "
+                     f"{dict(overrides)}") from None
 
 
 def write(model: nn.Module, preprocess: Preprocess, classes: Sequence[str] | None,
           source: str = "") -> str:
-  """config.json of a folder that `push` writes: timm's keys, and ours under "vitcompact"."""
+  """The config.json for `push`: timm's keys, and ours under "vitcompact"."""
   name, _, tag = model.variant.partition(".")
   height, width = preprocess.image_size
   about = {"mean": preprocess.mean, "std": preprocess.std,
@@ -120,11 +120,11 @@ def write(model: nn.Module, preprocess: Preprocess, classes: Sequence[str] | Non
 
 
 def load(path) -> Mapping:
-  """The object in a JSON file; ValueError, one line, where there is none."""
+  """The object in a JSON file; ValueError, one line, if it holds none."""
   try:
     config = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
   except (ValueError, RecursionError) as error:
-    raise ValueError(f"{path} is no JSON: {error}") from None
+    raise ValueError(f"{path} is not JSON: {error}") from None
   if not isinstance(config, Mapping):
-    raise ValueError(f"{path} holds a {type(config).__name__}, wanted: an object")
+    raise ValueError(f"{path} holds a {type(config).__name__}, expected an object")
   return config

@@ -1,7 +1,7 @@
-"""Files of weights on this machine: from the Hugging Face hub, an address, or a folder.
+"""Downloads files of weights from the Hugging Face hub or a URL, and checks their digests.
 
-Files of the hub lie in its own cache (HF_HOME), those of other addresses in ~/.cache/vitcompact
-(VITCOMPACT_CACHE). Nothing is sent but the names of what is asked for.
+Files of the hub are kept in its own cache (HF_HOME), others in ~/.cache/vitcompact
+(VITCOMPACT_CACHE). Nothing is sent except the names of the requested files.
 """
 import hashlib
 import os
@@ -17,18 +17,18 @@ from typing import NamedTuple
 from vitcompact.files import PICKLED, shards_of
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-           "pytorch_model.bin.index.json")   # in a folder or a repository, the preferred first
+           "pytorch_model.bin.index.json")   # in a folder or a repository, preferred first
 SUFFIXES = (".safetensors", ".npz", *PICKLED)
 TIMEOUT = 30   # seconds without an answer
-# The start of a file's sha256, in its name as torch.hub reads it: deit_small-cd65a155.pth.
+# The first digits of a file's sha256 in its name, torch.hub's convention: deit_small-cd65a155.pth.
 IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+$")
 ASK_OFFLINE = "HF_HUB_OFFLINE"
 
 
 class File(NamedTuple):
-  """A file that is here, and where it is from.
+  """A local file, and where it is from.
 
-  source: "hf-hub:org/repo@commit", an address, or a path. digest: its sha256, once it was checked.
+  source: "hf-hub:org/repo@commit", a URL, or a path. digest: its sha256, once it has been checked.
   """
   path: pathlib.Path
   source: str
@@ -36,19 +36,19 @@ class File(NamedTuple):
 
 
 def is_offline(offline: bool | None) -> bool:
-  """What was asked for; without, whether the environment says so."""
+  """The argument, or if it is None, the setting in the environment."""
   if offline is not None:
     return offline
   return os.environ.get(ASK_OFFLINE, "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def endpoint() -> str | None:
-  """Where the hub is, if not where its library says: HF_ENDPOINT as it is now."""
+  """The current value of HF_ENDPOINT, the hub's URL; None for the library's default."""
   return os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
 
 
 def cache_folder(cache_dir=None) -> pathlib.Path:
-  """Where files lie that are not of the hub, and what was made of weights."""
+  """Folder for files that are not from the hub, and for converted weights."""
   home = os.environ.get("VITCOMPACT_CACHE")
   if home is None:
     home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "vitcompact"
@@ -60,17 +60,17 @@ def sha256(path) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def checked(file: File, wanted: Sequence[str], way_out: str) -> File:
-  """The file with its digest; ValueError where that does not start as one of `wanted` says."""
-  return file._replace(digest=_digest(file.path, wanted, str(file.path), way_out))
+def checked(file: File, expected: Sequence[str], way_out: str) -> File:
+  """The file with its digest; ValueError unless that starts with each of `expected`."""
+  return file._replace(digest=_digest(file.path, expected, str(file.path), way_out))
 
 
-def _digest(path, wanted: Sequence[str], what: str, way_out: str) -> str:
-  for start in wanted:
+def _digest(path, expected: Sequence[str], what: str, way_out: str) -> str:
+  for start in expected:
     if not re.fullmatch("[0-9a-f]{8,64}", start.lower()):
       raise ValueError(f"sha256={start!r}: must be 8 to 64 hexadecimal digits")
   digest = sha256(path)
-  for start in wanted:
+  for start in expected:
     if not digest.startswith(start.lower()):
       raise ValueError(f"{what} is damaged, or another file: its sha256 is {digest}, not {start}; "
                        f"{way_out}")
@@ -79,9 +79,9 @@ def _digest(path, wanted: Sequence[str], what: str, way_out: str) -> str:
 
 def from_hub(repo: str, names: Sequence[str], *, revision: str | None = None, cache_dir=None,
              offline: bool | None = None) -> File:
-  """The first of these files that a repository of the hub has, as its cache keeps it.
+  """The first of these files that a repository on the hub has, in the hub's cache.
 
-  Its source names the commit. Raises one line that says what is missing and how to fetch it.
+  Its source names the commit. Errors are one line: what is missing and how to fetch it.
   """
   hub = library()
   from huggingface_hub import errors
@@ -89,7 +89,7 @@ def from_hub(repo: str, names: Sequence[str], *, revision: str | None = None, ca
   offline, missing = is_offline(offline), None
   for name in names:
     try:
-      # One that cannot be asked is asked once: the library tries for half a minute.
+      # A hub that does not answer is tried only once: the library waits for half a minute.
       path = pathlib.Path(hub.hf_hub_download(
           repo, name, revision=revision, cache_dir=cache_dir, endpoint=endpoint(),
           local_files_only=offline or missing is not None))
@@ -109,7 +109,7 @@ def from_hub(repo: str, names: Sequence[str], *, revision: str | None = None, ca
     except errors.EntryNotFoundError:
       continue
     except errors.HFValidationError:
-      raise ValueError(f"hf-hub:{repo}: no name of a repository; wanted: "
+      raise ValueError(f"hf-hub:{repo}: not a name of a repository; expected "
                        "hf-hub:org/name, or hf-hub:org/name@revision") from None
     except errors.HfHubHTTPError as error:
       raise OSError(f"hf-hub:{repo}: {first_line(error)}; try again later") from None
@@ -124,17 +124,17 @@ def from_hub(repo: str, names: Sequence[str], *, revision: str | None = None, ca
                           f"this fetches it: {' '.join(command)}")
 
 
-def checked_of_hub(file: File, repo: str, wanted: Sequence[str] = ()) -> File:
-  """As `checked`, with the digest that the hub told: its cache names large files by it."""
-  # One link alone: what is shared by several caches may lie elsewhere, under another name.
+def checked_of_hub(file: File, repo: str, expected: Sequence[str] = ()) -> File:
+  """As `checked`, also with the hub's digest, by which its cache names large files."""
+  # Follows one link only: a file shared by several caches may be elsewhere, under another name.
   blob = pathlib.Path(os.readlink(file.path)).name if file.path.is_symlink() else ""
-  told = [blob] if re.fullmatch("[0-9a-f]{64}", blob) else []
-  return checked(file, [*wanted, *told], f"`hf download {repo} {file.path.name} --force-download` "
-                 "fetches it again")
+  hub_digest = [blob] if re.fullmatch("[0-9a-f]{64}", blob) else []
+  return checked(file, [*expected, *hub_digest], f"`hf download {repo} {file.path.name} "
+                 "--force-download` fetches it again")
 
 
 def parts_from_hub(file: File, repo: str, **options) -> list[File]:
-  """The other files of weights that are in several: an index names them."""
+  """The files of weights that an index names; [] if the file is not an index."""
   if not file.path.name.endswith(".index.json"):
     return []
   commit = file.source.rpartition("@")[2]
@@ -144,34 +144,34 @@ def parts_from_hub(file: File, repo: str, **options) -> list[File]:
 
 def from_address(address: str, *, cache_dir=None, offline: bool | None = None,
                  sha256: str | None = None) -> File:
-  """The file of an http, https or file address, downloaded once; its digest is checked each time.
+  """The file at an http, https or file URL, downloaded once; its digest is checked each time.
 
-  sha256: of the file; without, the start of it that may stand in its name.
+  sha256: of the file; by default the first digits that its name may contain.
   """
   parsed = urllib.parse.urlsplit(address)
   name = pathlib.PurePosixPath(urllib.parse.unquote(parsed.path)).name
   if not name.lower().endswith(SUFFIXES):
     raise ValueError(f"{address}: must end in {', '.join(SUFFIXES)}")
-  wanted = [sha256] if sha256 else IN_NAME.findall(name)
+  expected = [sha256] if sha256 else IN_NAME.findall(name)
   if parsed.scheme == "file":
     path = pathlib.Path(urllib.request.url2pathname(parsed.path))
     if not path.is_file():
       raise FileNotFoundError(f"{address}: no such file")
-    return checked(File(path, address), wanted, "give the file that was meant")
+    return checked(File(path, address), expected, "give the intended file")
   folder = cache_folder(cache_dir) / "files" / hashlib.sha256(address.encode()).hexdigest()[:16]
-  path, told = folder / name, folder / f"{name}.sha256"
+  path, digest_file = folder / name, folder / f"{name}.sha256"
   if not path.exists():
     if is_offline(offline):
       raise FileNotFoundError(f"{name} is not in the cache, and offline; with a network this "
                               f"fetches it: curl -L --create-dirs -o {path} {address}")
-    _download(address, path, told, wanted)
-  elif told.exists():
-    wanted = [*wanted, told.read_text().strip()]
-  return checked(File(path, address), wanted, f"remove it to download {address} again")
+    _download(address, path, digest_file, expected)
+  elif digest_file.exists():
+    expected = [*expected, digest_file.read_text().strip()]
+  return checked(File(path, address), expected, f"remove it to download {address} again")
 
 
-def _download(address: str, path: pathlib.Path, told: pathlib.Path, wanted):
-  """Writes the file and, beside it, its digest; the file is whole or not there."""
+def _download(address: str, path: pathlib.Path, digest_file: pathlib.Path, expected):
+  """Writes the file atomically, and its digest to `digest_file`."""
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
   try:
@@ -179,9 +179,9 @@ def _download(address: str, path: pathlib.Path, told: pathlib.Path, wanted):
       shutil.copyfileobj(answer, file, 1 << 20)
       length = answer.headers.get("Content-Length")
     if length is not None and partial.stat().st_size != int(length):
-      raise OSError(f"{partial.stat().st_size} of {length} bytes came")
-    digest = _digest(partial, wanted, address, "it was not kept; check the address")
-    told.write_text(f"{digest}\n")
+      raise OSError(f"only {partial.stat().st_size} of {length} bytes arrived")
+    digest = _digest(partial, expected, address, "it was not kept; check the address")
+    digest_file.write_text(f"{digest}\n")
     os.replace(partial, path)
   except urllib.error.HTTPError as error:
     raise ValueError(f"{address}: {error.code} {error.reason}; check the address") from None

@@ -1,4 +1,4 @@
-"""push: a folder with a model, what it computes and how to load it, here or on the hub."""
+"""push: writes a folder with a model and its card, and uploads it to the hub."""
 import json
 import os
 import pathlib
@@ -25,24 +25,24 @@ def push(folder: str | os.PathLike, model: nn.Module, variables: Mapping[str, An
          source: str = "") -> pathlib.Path:
   """Writes a folder that `pretrained` reads back bit for bit, and uploads it if a `repo` is named.
 
-  In it: model.safetensors (as `vc.save` writes it, the plan included), config.json (timm's keys,
+  It contains model.safetensors (as `vc.save` writes it, with the plan), config.json (timm's keys,
   and the plan), README.md (a card) and receipt.json.
 
   Args:
-    folder: made if it is not there; other files in it are left alone.
+    folder: created if it does not exist; other files in it are left alone.
     classes: names, in the order of the logits.
-    preprocess: how evaluation prepares images, where not as `vc.preprocess(model)`.
+    preprocess: how evaluation prepares images, if not as `vc.preprocess(model)` does.
     receipt: of the run that made the model, or the path of its receipt.json; the card takes the
-      accuracy from it, and states none without.
+      accuracy from it. Without one, the card states no accuracy.
     card: write README.md.
-    force: overwrite what stands in the folder under these names.
-    repo: "org/name" on the Hugging Face hub, made if it is not there; wants `hf auth login`.
-    private: make it a private one.
+    force: overwrite existing files of these names.
+    repo: "org/name" on the Hugging Face hub, created if it does not exist; needs `hf auth login`.
+    private: create a private repository.
     source: where the weights are from, for the card.
   Returns:
     The folder's path.
   Raises:
-    ValueError or OSError, one line; nothing is uploaded then.
+    ValueError or OSError, one line; nothing is uploaded in that case.
   """
   folder = pathlib.Path(folder)
   if folder.exists() and not folder.is_dir():
@@ -50,22 +50,22 @@ def push(folder: str | os.PathLike, model: nn.Module, variables: Mapping[str, An
   library = download.library() if repo is not None else None
   prepare = preprocess if preprocess is not None else _preprocess_of(model)
   if prepare.image_size != _preprocess_of(model).image_size:
-    raise ValueError(f"preprocess makes images of {prepare.image_size}, and the model takes "
+    raise ValueError(f"preprocess makes images of {prepare.image_size}, but the model takes "
                      f"{_preprocess_of(model).image_size}")
-  told = None if receipt is None else cards.told(receipt)
-  accuracy = told and cards.accuracy_in(told, model, variables)
-  names = [WEIGHTS, config.CONFIG, *([CARD] if card else []), *([RECEIPT] if told else [])]
-  if (there := [name for name in names if (folder / name).exists()]) and not force:
-    raise ValueError(f"{folder} has {', '.join(there)} already; name another folder, or overwrite "
-                     "with force")
+  facts = None if receipt is None else cards.receipt_dict(receipt)
+  accuracy = facts and cards.accuracy_in(facts, model, variables)
+  names = [WEIGHTS, config.CONFIG, *([CARD] if card else []), *([RECEIPT] if facts else [])]
+  if (existing := [name for name in names if (folder / name).exists()]) and not force:
+    raise ValueError(f"{folder} has {', '.join(existing)} already; name another folder, or "
+                     "overwrite with force")
   partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
   try:
     partial.mkdir(parents=True)
     convert.save(partial / WEIGHTS, model, variables, classes=classes, preprocess=prepare,
                  about={"source": source} if source else None)
     _write(partial / config.CONFIG, config.write(model, prepare, classes, source))
-    if told:
-      _write(partial / RECEIPT, json.dumps(told, indent=1) + "\n")
+    if facts:
+      _write(partial / RECEIPT, json.dumps(facts, indent=1) + "\n")
     if card:
       digest = download.sha256(partial / WEIGHTS)
       place = str(folder) if repo is None else f"hf-hub:{repo}"

@@ -11,7 +11,7 @@ from vitcompact.token_state import Reduction
 
 @dataclasses.dataclass(frozen=True)
 class KeepLargest:
-  """After each of `blocks`, the share `keep` of the patches goes on: those of largest norm."""
+  """After each of `blocks`, keeps the share `keep` of the patches, those with the largest norms."""
   axis: ClassVar = "tokens"
   keep: float = 0.7
   blocks: tuple[int, ...] = (3, 6, 9)

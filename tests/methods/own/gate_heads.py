@@ -10,14 +10,14 @@ from vitcompact.settings import weight
 
 
 def balance(seen) -> jax.Array:
-  """How unequally the heads of a block are used, mean over blocks: (B,)."""
+  """Returns how unequally the heads of a block are used, averaged over blocks: (B,)."""
   gates = jax.tree.leaves(seen.collections["gates"])   # (B, N, heads) of each block
   return sum(jnp.var(gate_bnh.mean(axis=1), axis=-1) for gate_bnh in gates) / len(gates)
 
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-  """A token weighs its heads by 2 sigmoid(x W + b); at first by 1, like a dense model."""
+  """Each token weights its heads by 2 sigmoid(x W + b): initially by 1, like a dense model."""
   axis: ClassVar = "heads"
   settings: ClassVar = {"loss.gate_balance": weight(0.1)}
   losses: ClassVar = {"gate_balance": balance}

@@ -1,4 +1,4 @@
-"""A ViT whose patches overlap, with positions that have no parameters and no class token."""
+"""A ViT with overlapping patches, sinusoidal positions without parameters, and no class token."""
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ RULES = [(r"patches/kernel", Leaf((None, None, None, "embed"), decay=True)),
 
 
 def sines(grid, width: int):
-  """(rows * columns, width): sines and cosines of row and column, of falling frequency."""
+  """Returns sines and cosines of row and column, of decreasing frequency: (rows * cols, width)."""
   places_pa = np.indices(grid).reshape(2, -1).T[..., None] / 100 ** np.linspace(0, 1, width // 4)
   return np.concatenate([np.sin(places_pa), np.cos(places_pa)], axis=-1).reshape(-1, width)
 
