@@ -245,7 +245,7 @@ def test_the_dense_stage_takes_methods_of_the_attention_axis():
     (lambda: tiny.biformer(vc.Plan(attention=vc.BiFormer(min_tokens=0))),
      "in block 0 needs every token to attend to all"),
     (lambda: tiny.biformer(vc.Plan(heads=vc.HMHSA())),
-     "in block 0 needs keys in one line of tokens, which biformer_tiny does not have; use layout"),
+     "in block 0 needs keys in one sequence, which biformer_tiny does not have; use layout"),
     (lambda: tiny.biformer(vc.Plan(heads=vc.HMHSA(site="logits"))), "in block 0 needs "),
     (lambda: tiny.biformer(vc.Plan(tokens=vc.ToMe(r=3))), "needs tokens that may be dropped"),
     (lambda: tiny.biformer().init(jax.random.key(0), jnp.zeros((1, 48, 32, 3))), "(B, 32, 32, 3)"),

@@ -4,7 +4,7 @@ from typing import Any
 import jax
 
 from vitcompact import attention, trees
-from vitcompact.methods.protocol import Site, around, scope_of, scored_heads, value_heads
+from vitcompact.methods.protocol import Site, inner_and_site, scope_of, scored_heads, value_heads
 from vitcompact.token_state import Reduction, Tokens
 from vitcompact.torch_names import Entry
 
@@ -46,7 +46,7 @@ def fold(method, site: Site, params, stats):
   """(params, stats) of the deployed block."""
   if hasattr(method, "fold"):
     return method.fold(site, params, stats)
-  other, seen = around(method, site)
+  other, seen = inner_and_site(method, site)
   return (params, stats) if other is None else fold(other, seen, params, stats)
 
 

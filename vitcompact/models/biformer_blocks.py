@@ -107,7 +107,7 @@ class RoutedBlock(nn.Module):
                                 name="position")(x_bnw)
     attn = block.Attention(site, self.methods.heads, name="attn")
     normed_bnw = norm(name="norm1")(x_bnw)
-    query, key = attn.scored(normed_bnw, normed_bnw)
+    query, key = attn.queries_and_keys(normed_bnw, normed_bnw)
     core = attention.DENSE._replace(local=self._local())
     if self.top_k:
       windows = regions_of(site.query_grid, self.regions)

@@ -108,7 +108,7 @@ class Block(nn.Module):
       real = to_windows(jnp.ones((1, *size, 1), tokens.dtype), side)
       tokens = (tokens.reshape(batch, *real.shape[:2], chans) * real[None]).reshape(tokens.shape)
     attn = block.Attention(site, self.methods.heads, name="attn")
-    query, key = attn.scored(tokens, tokens)
+    query, key = attn.queries_and_keys(tokens, tokens)
     core = block.restrict(site, self.methods.attention, attention.DENSE, query, key)
     out = attn.attend(query, key, attn.value(tokens), core, tokens)
     return from_windows(out, side, *size)

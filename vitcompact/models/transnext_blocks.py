@@ -121,7 +121,7 @@ class TransNeXtBlock(nn.Module):
     if self.pooled is not None:
       pooled = Pool(site.query_grid, self.pooled, site.dtype, name="pool")(x_bnc)
       keys_bmc = jnp.concatenate([x_bnc, pooled], axis=1)
-    query, key = attn.scored(x_bnc, keys_bmc)
+    query, key = attn.queries_and_keys(x_bnc, keys_bmc)
     core = attention.DENSE._replace(operator=self.cosine(name="cosine")())
     return attn.attend(query, key, attn.value(keys_bmc), core, x_bnc)
 

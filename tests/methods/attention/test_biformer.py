@@ -338,7 +338,7 @@ def pyramid(**fields):
     (lambda: tiny.deit(vc.Plan(attention=ROUTED(), tokens=vc.ToMe(r=3))),
      "needs the whole grid of tokens, which from block 0 on ToMe(r=3) takes away; its regions"),
     (lambda: tiny.deit(vc.Plan(attention=ROUTED(), heads=vc.HMHSA())),
-     "needs keys in one line of tokens, which BiFormer(regions=2, min_tokens=0) takes away; use "
+     "needs keys in one sequence, which BiFormer(regions=2, min_tokens=0) takes away; use "
      "layout='grid' there"),
 ])
 def test_what_does_not_fit_is_refused_in_one_line(make, words):

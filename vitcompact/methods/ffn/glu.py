@@ -57,7 +57,7 @@ class GLU:
       raise ValueError(f"{self._where(site)}: the FFN is gated already; use ffn=None there, or "
                        "CFFN(), which makes gated FFNs smaller")
     self._check_mixer(site)
-    inner, inside = protocol.around(self, site)
+    inner, inside = protocol.inner_and_site(self, site)
     if inner is not None:
       self._check_inner(inner, inside)
       protocol.check(inner, inside)
@@ -74,11 +74,11 @@ class GLU:
     return f"{type(self).__name__} in block {site.block}"
 
   def at_size(self, site: Site) -> "GLU":
-    inner, inside = protocol.around(self, site)
+    inner, inside = protocol.inner_and_site(self, site)
     return self if inner is None else dataclasses.replace(self, ffn=protocol.at_size(inner, inside))
 
   def make(self, site: Site, **kwargs) -> nn.Module:
-    inner, gated = protocol.around(self, site)
+    inner, gated = protocol.inner_and_site(self, site)
     if inner is not None:
       return inner.make(gated, **kwargs)
     gated = self.inside(site)
@@ -93,7 +93,7 @@ class GLU:
 
   def torch_entries(self, site: Site, torch: str, ours: str) -> list[Entry]:
     """fc1, the gate's rows first, and fc2; or those of the method inside."""
-    inner, inside = protocol.around(self, site)
+    inner, inside = protocol.inner_and_site(self, site)
     if inner is not None:
       return surgery.torch_entries(inner, inside, torch, ours)
     return [entry for layer in ("fc1", "fc2")
@@ -114,7 +114,7 @@ class ConvGLU(GLU):
     return super().inside(site)._replace(mixer=mixer, mixer_gain=2)
 
   def needs(self, site: Site) -> dict[str, str]:
-    inner, inside = protocol.around(self, site)
+    inner, inside = protocol.inner_and_site(self, site)
     return {"grid": "use GLU() there",
             **({} if inner is None else protocol.needs(inner, inside))}
 

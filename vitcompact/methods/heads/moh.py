@@ -86,14 +86,14 @@ class MoH:
     return shared, active
 
   def active_heads(self, site: Site) -> int:
-    return self.split(site)[1] if protocol.around(self, site)[0] is None else site.heads
+    return self.split(site)[1] if protocol.inner_and_site(self, site)[0] is None else site.heads
 
   def acts(self, site: Site) -> bool:
     return site.heads > 1
 
   def check(self, site: Site):
     self.split(site)
-    inner, _ = protocol.around(self, site)
+    inner, _ = protocol.inner_and_site(self, site)
     if inner is not None and protocol.value_heads(inner, site) < site.heads:
       raise ValueError(f"MoH(heads={inner!r}): a mixture weighs all heads of block {site.block}; "
                        "put the mixture inside instead")
@@ -101,7 +101,7 @@ class MoH:
       protocol.check(inner, site)
 
   def make(self, site: Site, **kwargs) -> nn.Module:
-    inner, _ = protocol.around(self, site)
+    inner, _ = protocol.inner_and_site(self, site)
     module = None if inner is None else inner.make(site, parent=None)
     return Mixture(site.width, site.heads, *self.split(site), self.capacity, module, **kwargs)
 
@@ -114,7 +114,7 @@ class MoH:
       lost = importance.losses(params, data if importance.has_maps(site, data) else None)
       order = importance.kept_first(lost, shared)
       params = refit.arranged(params, order)
-    inner, _ = protocol.around(self, site)
+    inner, _ = protocol.inner_and_site(self, site)
     if inner is not None:
       data = data and data.with_params(params)
       params, stats = surgery.from_dense(inner, site, params, stats, data)
@@ -136,7 +136,7 @@ class MoH:
 
   def torch_entries(self, site: Site, torch: str, ours: str) -> list[Entry]:
     """Routers under the authors' names, transposed as linear layers are."""
-    inner, _ = protocol.around(self, site)
+    inner, _ = protocol.inner_and_site(self, site)
     found = [] if inner is None else surgery.torch_entries(inner, site, torch, ours)
     names = router_shapes(site.width, site.heads, self.split(site)[0])
     return found + [Entry(f"{torch}.attn.{AUTHORS[name]}.weight",

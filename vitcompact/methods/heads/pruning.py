@@ -51,31 +51,31 @@ class HeadPruning:
     return kept
 
   def scored_heads(self, site: Site) -> int:
-    inner, inside = protocol.around(self, site)
+    inner, inside = protocol.inner_and_site(self, site)
     return self.value_heads(site) if inner is None else protocol.scored_heads(inner, inside)
 
   def acts(self, site: Site) -> bool:
-    return self.value_heads(site) < site.heads or protocol.around(self, site)[0] is not None
+    return self.value_heads(site) < site.heads or protocol.inner_and_site(self, site)[0] is not None
 
   def check(self, site: Site):
     if site.local:
       raise ValueError(f"HeadPruning in block {site.block}: what this model adds to the outputs of "
                        "its heads is as wide as all of them; use heads=None there")
-    inner, inside = protocol.around(self, site)
+    inner, inside = protocol.inner_and_site(self, site)
     if inner is not None:
       protocol.check(inner, inside)
 
   def needs(self, site: Site) -> dict[str, str]:
-    inner, inside = protocol.around(self, site)
+    inner, inside = protocol.inner_and_site(self, site)
     return {"maps": "use heads=None there",
             **({} if inner is None else protocol.needs(inner, inside))}
 
   def removes(self, site: Site) -> tuple[str, ...]:
-    inner, inside = protocol.around(self, site)
+    inner, inside = protocol.inner_and_site(self, site)
     return ("all heads", *(() if inner is None else protocol.removes(inner, inside)))
 
   def make(self, site: Site, **kwargs) -> nn.Module:
-    inner, inside = protocol.around(self, site)
+    inner, inside = protocol.inner_and_site(self, site)
     return Kept(**kwargs) if inner is None else inner.make(inside, **kwargs)
 
   def from_dense(self, site: Site, params, stats, data):
@@ -96,7 +96,7 @@ class HeadPruning:
     if data is not None:
       methods = data.module.methods._replace(heads=alone)
       data = dataclasses.replace(data, module=data.module.clone(methods=methods), params=params)
-    inner, inside = protocol.around(self, site)
+    inner, inside = protocol.inner_and_site(self, site)
     if inner is not None:
       return surgery.from_dense(inner, inside, params, stats, data)
     return (params if data is None else refitted(params, data, order)), stats
@@ -125,11 +125,11 @@ class HeadPruning:
 
   def torch_entries(self, site: Site, torch: str, ours: str):
     """The heads that stay have the names that all have; no tensor is its own."""
-    inner, inside = protocol.around(self, site)
+    inner, inside = protocol.inner_and_site(self, site)
     return [] if inner is None else surgery.torch_entries(inner, inside, torch, ours)
 
   def at_size(self, site: Site) -> "HeadPruning":
-    inner, inside = protocol.around(self, site)
+    inner, inside = protocol.inner_and_site(self, site)
     return dataclasses.replace(
         self, heads=None if inner is None else protocol.at_size(inner, inside))
 
