@@ -67,8 +67,8 @@ class Attention(nn.Module):
       query, key = self.query_norm(query), self.key_norm(key)
     if places is not None:
       reference = self.site.rotary_grid
-      turned = rotary.angles(places, self.site.head_width, self.site.rotary, reference)
-      query, key = (rotary.turn(x, turned, reference is not None) for x in (query, key))
+      angles = rotary.angles(places, self.site.head_width, self.site.rotary, reference)
+      query, key = (rotary.rotate(x, angles, reference is not None) for x in (query, key))
     if self.site.query_scale != 1:
       query = query * self.site.query_scale
     return query, key
