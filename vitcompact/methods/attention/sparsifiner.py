@@ -18,7 +18,7 @@ from vitcompact.methods import surgery
 from vitcompact.methods.attention.block_predictor import BlockMaskPredictor
 from vitcompact.methods.attention.token_predictor import (
   TokenMaskPredictor,
-  fitted,
+  fit_predictor,
   sparse_basis,
 )
 from vitcompact.methods.protocol import FirstPhase, Site
@@ -188,11 +188,11 @@ class Sparsifiner:
 
   def from_dense(self, site: Site, params, stats, data):
     """Adds a fresh predictor. With calibration images, a token predictor is fitted to the dense
-    maps, see `token_predictor.fitted`. A block predictor always starts from the scores of the
+    maps, see `fit_predictor`. A block predictor always starts from the scores of the
     blocks' means."""
     own = surgery.fresh(self, site)[1]["params"]
     if data is not None and self.granularity == "token":
-      own = fitted(self, site, own, data)
+      own = fit_predictor(self, site, own, data)
     return {**params, self.scope: own}, stats
 
   def fold(self, site: Site, params, stats):

@@ -29,7 +29,7 @@ from vitcompact.layers import (
   linear,
   unfold_dense_norm,
 )
-from vitcompact.methods.ffn.branch_norms import EPSILON, Norm, norm_each
+from vitcompact.methods.ffn.branch_norms import EPSILON, Norm, sum_of_norms
 from vitcompact.methods.protocol import Site
 from vitcompact.regression import (
     Factors,
@@ -285,7 +285,7 @@ class CompactDense(nn.Module):
         # Not concatenated along a sharded axis: for few tokens, the partitioner of jax 0.10 would
         # compute a wrong result.
         joined = jnp.stack(kernels, axis=1).reshape(x.shape[-1], -1)
-        y = norm_each(_product(x, joined, None, self.dtype), norms)
+        y = sum_of_norms(_product(x, joined, None, self.dtype), norms)
         return y if skip is None else y + group_mean(x, features).astype(y.dtype) * _like(skip, y)
       affine = [norm.running() for norm in norms]
       kernels = [kernel * scale[None] for kernel, (scale, _) in zip(kernels, affine, strict=True)]
