@@ -17,7 +17,7 @@ import numpy as np
 from vitcompact import attention
 from vitcompact.attention import Core
 from vitcompact.attention.block_sparse.layout import BlockLayout
-from vitcompact.attention.block_sparse.windows import Windows, nearest_blocks, on_grid, on_line
+from vitcompact.attention.block_sparse.windows import Windows, nearest_blocks, on_grid, on_sequence
 from vitcompact.tracing import param
 
 
@@ -97,14 +97,14 @@ class BlockMaskPredictor(nn.Module):
     if source_bs is None:
       return BlockLayout(None, self._windows(self.query_grid, queries - self.prefix),
                         self._windows(self.key_grid, keys - self.prefix), prefix=self.prefix)
-    windows = on_line(keys - self.prefix - fused, self.spec.window ** 2)
+    windows = on_sequence(keys - self.prefix - fused, self.spec.window ** 2)
     order = self._window_order(source_bs, keys)[:, self.prefix:keys - fused]
     return BlockLayout(None, windows, windows, order=jnp.argsort(order, axis=1),
                       prefix=self.prefix, fused=fused)
 
   def _windows(self, grid, tokens: int) -> Windows:
     window = self.spec.window
-    return on_line(tokens, window ** 2) if grid is None else on_grid(grid, window)
+    return on_sequence(tokens, window ** 2) if grid is None else on_grid(grid, window)
 
   def _window_order(self, source_bs, tokens: int):
     """Returns (B, tokens): for each remaining token, the place of its first source token in the
