@@ -160,7 +160,7 @@ class VisionTransformer(Isotropic):
 
   @nn.nowrap
   def sites(self) -> list[Site]:
-    """Its blocks, as methods see them."""
+    """Returns its blocks, as methods see them."""
     without = frozenset() if self.class_token else frozenset({"class token"})
     return [site._replace(provides=site.provides - without, qkv_bias=self.qkv_bias,
                           key_bias=self.key_bias, act=layers.ACTIVATIONS[self.act],
