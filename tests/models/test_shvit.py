@@ -416,8 +416,8 @@ HEADS = {"heads": vc.HMHSA()}
      "values of width 5, which takes no method of the axis heads; use heads=None"),
     (lambda: tiny.shvit(vc.Plan(blocks={0: HEADS})), "blocks with attention: [1, 2]"),
     (lambda: vc.create_model("shvit_s3", plan=vc.Plan(attention=vc.Sparsifiner())),
-     "Sparsifiner() in block 3: shvit_s3 has a single head there, with queries and keys of "
-     "width 16 and values of width 75, which takes no method of the axis attention; use attention=None"),
+     "Sparsifiner() in block 3: shvit_s3 has a single head there, with queries and keys of width "
+     "16 and values of width 75, which takes no method of the axis attention; use attention=None"),
     (lambda: tiny.shvit(vc.Plan(tokens=vc.EViT(blocks=(1,)))),
      "tokens that may be dropped or merged, which shvit_s1 does not have"),
     (lambda: tiny.shvit(widths=(12, 12, 20)), "12, of stage 1, must be a multiple of 8, as the "

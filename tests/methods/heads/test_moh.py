@@ -271,7 +271,7 @@ def test_settings_that_cannot_be_are_refused(fields, message):
 
 
 @pytest.mark.parametrize("spec,message", [
-    (vc.MoH(active=5), "of the 4 heads of block 0 5 would be active"),
+    (vc.MoH(active=5), "of the 4 heads of block 0, 5 would be active"),
     (vc.MoH(active=2, shared=3), "2 would be active and 3 shared"),
     (vc.MoH(heads=vc.HeadPruning(kept_heads=2)), "put the mixture inside the")])
 def test_plans_that_do_not_fit_a_block_are_refused(spec, message):
