@@ -85,7 +85,8 @@ class Attention(nn.Module):
         return self.out(heads_bnhd)
 
   def _active_share(self):
-    """A scope that tells `count` which share of the heads a token uses, see `attention.share`."""
+    """Returns a scope that tells `count` which share of the heads a token uses, see
+    `attention.share`."""
     if self.method is None:
       return contextlib.nullcontext()
     active = protocol.active_heads(self.method, self.site)
@@ -152,7 +153,7 @@ class Block(nn.Module):
 
   @nn.nowrap
   def _places(self, tokens: Tokens):
-    """Where the tokens lie in the image, for rotary positions; None if the site has none."""
+    """Returns where tokens lie in the image, for rotary positions; None if the site has none."""
     site = self.site
     if site.rotary is None:
       return None
@@ -160,7 +161,8 @@ class Block(nn.Module):
 
   @nn.nowrap
   def _core(self, tokens: Tokens, query, key) -> Core:
-    """The attention over these tokens: their sizes, which are kept, which pairs are scored."""
+    """Returns the attention over these tokens: their sizes, which are kept, which pairs are scored.
+    """
     return restrict(self.site, self.methods.attention, tokens.core(), query, key, tokens.source,
                     tokens.fused)
 
@@ -263,7 +265,7 @@ def fold(site: Site, methods: BlockMethods, params, stats):
 
 
 def method_entries(site: Site, methods: BlockMethods, torch: str, ours: str, fc1=("fc1",)):
-  """The tensors in a PyTorch file of a block's methods and of fc1 and fc2.
+  """Returns entries of the tensors of a block's methods, and of fc1 and fc2.
 
   fc1: the names of its layer; several names hold equal parts of its output.
   """
@@ -279,7 +281,7 @@ def method_entries(site: Site, methods: BlockMethods, torch: str, ours: str, fc1
 
 def block_entries(block: Block, torch: str, ours: str, layer_scale: str = "ls{}.gamma",
                   fc1=("fc1",), fused: bool = True):
-  """The tensors of a `Block` under timm's names; those of its methods have names of their own.
+  """Returns entries of the tensors of a `Block` under timm's names; those of methods have our own.
   layer_scale: timm's name of LayerScale, {} being its number; fc1: see `method_entries`; fused:
   whether queries, keys and values are one tensor."""
   site, entries = block.site, []

@@ -30,8 +30,8 @@ RULES = [
 
 
 def nonzero(leaf: str):
-  """A name scope for `count`: of the products inside, the method needs only those with the nonzero
-  entries of a parameter. leaf: its name in the block, with dots, such as "links.up"."""
+  """Returns a name scope for `count`: of the products inside, the method needs only those with the
+  nonzero entries of a parameter. leaf: its name in the block, with dots, such as "links.up"."""
   return jax.named_scope(f"vitcompact.nonzero({leaf})")
 
 
@@ -145,7 +145,7 @@ def layer_norm(x, scale_c, bias_c, epsilon: float):
 
 
 def _along_last_axis(vector_c, x):
-  """The vector in float32, with leading axes of size 1 to match the rank of x."""
+  """Returns the vector in float32, with leading axes of size 1 to match the rank of x."""
   return vector_c.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
@@ -175,7 +175,8 @@ layer_norm = traced_once(layer_norm, static_argnames="epsilon")
 
 
 def fan_in_uniform(fan_in: int):
-  """PyTorch's default init of convolution weights and biases: uniform in +-1/sqrt(fan_in)."""
+  """Returns PyTorch's default initialiser of convolutions and biases: uniform in +-1/sqrt(fan_in).
+  """
   bound = fan_in ** -0.5
   return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
       key, shape, dtype, minval=-bound, maxval=bound)

@@ -52,7 +52,7 @@ def tiles(call, query, key, value, rescore, device):
 
 
 def plain(call, query, key, value, rescore, device):
-  """The reference: two products and a softmax, a pattern that other runtimes recognise."""
+  """Computes the reference: two products and a softmax, a pattern that other runtimes recognise."""
   return reference.weigh(reference.maps(call, query, key, rescore), value)
 
 

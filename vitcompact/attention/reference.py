@@ -16,13 +16,13 @@ KEEP_EPSILON = 1e-6   # DynamicViT's
 
 
 def share(part: float | Fraction):
-  """A name scope for `count`: the method needs only this part of the products inside."""
+  """Returns a name scope for `count`: the method needs only this part of the products inside."""
   part = Fraction(part).limit_denominator(10 ** 9)
   return jax.named_scope(f"vitcompact.share({part.numerator}:{part.denominator})")
 
 
 def attend(call, query_bnhd, key_bmhd, value_bmhe, rescore=None):
-  """(B, N, h, d), (B, M, h, d), (B, M, h, e) -> (B, N, h, e)."""
+  """Computes a `Core`: (B, N, h, d), (B, M, h, d), (B, M, h, e) -> (B, N, h, e)."""
   maps_bhnm = maps(call, query_bnhd, key_bmhd, rescore)
   return call.gather(weigh(maps_bhnm, call.spread(value_bmhe)))
 
@@ -59,7 +59,7 @@ def scores(query_bnhd, key_bmhd):
 
 
 def softmax_kept(scores_bhnm, keep_bm, own_n=None):
-  """Softmax in which a dropped token (keep_mask = 0) is hidden from all queries but its own.
+  """Computes a softmax that hides dropped tokens (keep_mask = 0) from all queries but their own.
 
   a_ij = (e_ij g_ij + eps / M) / (sum_k e_ik g_ik + eps), g_ij = keep_mask_j, or 1 for i = j. As in
   DynamicViT, including eps. Float32; gradients reach keep_mask (B, M). own_n: (N,) or (B, N), the

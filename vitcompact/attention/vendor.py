@@ -40,7 +40,8 @@ def _padded(x_bnhd, axis: int, size: int):
 
 
 def cudnn(query_bnhd, key_bmhd, value_bmhe, bias_bm=None):
-  """cuDNN's, through jax.nn, which needs a common width: narrower arrays are padded with zeros."""
+  """Calls cuDNN through jax.nn, which needs a common width: narrower arrays are padded with zeros.
+  """
   scale, width = query_bnhd.shape[-1] ** -0.5, value_bmhe.shape[-1]
   common = channels(query_bnhd.shape[-1], width, bias_bm is not None)
   query, key = with_bias_channels(query_bnhd, key_bmhd, bias_bm)
@@ -50,7 +51,7 @@ def cudnn(query_bnhd, key_bmhd, value_bmhe, bias_bm=None):
 
 
 def splash(query_bnhd, key_bmhd, value_bmhe, bias_bm=None, *, interpret: bool = False):
-  """JAX's kernel for TPUs; lengths are padded to its blocks, and the padding is masked."""
+  """Calls JAX's kernel for TPUs; lengths are padded to its blocks, and the padding is masked."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
   queries, keys, heads = *(x.shape[1] for x in (query_bnhd, key_bmhd)), query_bnhd.shape[2]
@@ -69,7 +70,7 @@ def splash(query_bnhd, key_bmhd, value_bmhe, bias_bm=None, *, interpret: bool = 
 
 
 def tokamax(query_bnhd, key_bmhd, value_bmhe, bias_bm=None):
-  """The kernel of the tokamax library, if it is installed."""
+  """Calls the tokamax library, if it is installed."""
   try:
     import tokamax as library
   except ImportError:

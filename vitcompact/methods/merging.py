@@ -26,14 +26,14 @@ class Merge(NamedTuple):
     return take(array_bn, self.kept)
 
   def largest(self, array_bn):
-    """As `total`, with the maximum instead of the sum."""
+    """Takes the maximum instead of the sum of `total`."""
     rows = jnp.arange(array_bn.shape[0])[:, None]
     for from_br, into_br in self.pairs:
       array_bn = array_bn.at[rows, into_br].max(take(array_bn, from_br))
     return take(array_bn, self.kept)
 
   def mean(self, array_bn, weight_bn):
-    """As `total`, with the mean weighted by (B, N) instead of the sum; computed in float32."""
+    """Takes the mean, weighted by (B, N), instead of the sum of `total`; computed in float32."""
     ones = (1,) * (array_bn.ndim - 2)
     weighted_bn = array_bn.astype(jnp.float32) * weight_bn.reshape(*weight_bn.shape, *ones)
     total_bk = self.total(weight_bn)
@@ -82,7 +82,7 @@ def exclude_ends(weight_bmn, prefix: int, last: int = 0):
 
 
 def match(metric_bnd, r: int, prefix: int, last: int = 0):
-  """Bipartite matching: returns the r best pairs (from, into), indices (B, r) each.
+  """Matches tokens in two groups; returns the r best pairs (from, into), indices (B, r) each.
 
   Each token at an even position is paired with the most similar one at an odd position, and the r
   most similar pairs are taken. The first `prefix` and the last `last` tokens are in no pair.

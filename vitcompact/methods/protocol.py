@@ -175,11 +175,11 @@ class Site(NamedTuple):
 
   @property
   def fc1_width(self) -> int:
-    """Outputs of fc1: twice the hidden layer where its activation is gated."""
+    """Outputs of fc1: twice the hidden width if the activation is gated."""
     return self.hidden * (2 if self.act in GATED else 1)
 
   def between(self) -> dict[str, Any]:
-    """The activation, mixer and norm of an `Mlp`; modules are not bound to a parent."""
+    """Returns the activation, mixer and norm of an `Mlp`; modules are not bound to a parent."""
     norm = self.ffn_norm and LayerNorm(self.ffn_norm, self.dtype, parent=None)
     return {"act": self.act, "mixer": self.mixer and self.mixer(parent=None), "norm": norm}
 
@@ -230,7 +230,7 @@ def check_class(kind: type, axis: str):
 
 
 def scope_of(method) -> str:
-  """The name under which a method, or its class, has its parameters."""
+  """Returns the name under which a method, or its class, has its parameters."""
   if method.axis in ("tokens", "ffn"):
     return {"tokens": "predict_tokens", "ffn": "mlp"}[method.axis]
   kind = method if isinstance(method, type) else type(method)
@@ -238,13 +238,13 @@ def scope_of(method) -> str:
 
 
 def inner(method):
-  """The method of the same axis that a method wraps, or None."""
+  """Returns the method of the same axis that a method wraps, or None."""
   return getattr(method, method.axis, None)
 
 
 def inner_and_site(method, site: Site):
-  """(the method that this one wraps, the block as the inner method sees it); (None, site) if there
-  is no inner method or it does nothing in this block."""
+  """Returns (the method that this one wraps, the block as the inner method sees it); (None, site)
+  if there is no inner method or it does nothing in this block."""
   wrapped, inner_site = inner(method), inside(method, site)
   if wrapped is not None and acts(wrapped, inner_site):
     return wrapped, inner_site
@@ -261,7 +261,7 @@ def _call_member(member: str, default: Callable):
 
 
 def _call_member_or_inner(member: str, default: Callable):
-  """As `_call_member`, for members (site) that a method inherits from its inner method."""
+  """Returns the same for members (site) that a method inherits from its inner method."""
   def call_inner(method, site):
     wrapped, inner_site = inner_and_site(method, site)
     return default(method, site) if wrapped is None else call(wrapped, inner_site)

@@ -16,7 +16,7 @@ TABLE = pathlib.Path(__file__).with_name("pretrained.json")
 
 @functools.cache
 def table() -> dict[str, dict[str, dict[str, Any]]]:
-  """All tags, including those of models that `create_model` does not know."""
+  """Returns all tags, including those of models that `create_model` does not know."""
   return json.loads(TABLE.read_text(encoding="utf-8"))
 
 

@@ -114,7 +114,7 @@ class Aggregation(NamedTuple):
 
 
 def reference(call: Aggregation, query_bnhd, key_bmhd, value_bmhe):
-  """The definition: copies the neighbours, concatenates all scores, and applies one softmax."""
+  """Computes the definition: copies neighbours, concatenates all scores, applies one softmax."""
   unit, query, keys, pooled = call.split(query_bnhd, key_bmhd)
   values, pooled_values = call.parts(value_bmhe.swapaxes(1, 2))
   scores = call.pooled_scores(query, pooled)
@@ -137,9 +137,9 @@ def copied_scores(call: Aggregation, query_bhnd, key_bhnd):
 
 
 def shifted(call: Aggregation, query_bnhd, key_bmhd, value_bmhe):
-  """The same by multiply-adds of shifted maps. The pooled part is divided by the sum of the softmax
-  after the product with the values, which has fewer entries. (MACs are counted in the reference.)
-  """
+  """Computes the same by multiply-adds of shifted maps. The pooled part is divided by the sum of
+  the softmax after the product with the values, which has fewer entries. (MACs are counted in the
+  reference.)"""
   unit, query, keys, pooled = call.split(query_bnhd, key_bmhd)
   values, pooled_values = call.parts(value_bmhe.swapaxes(1, 2))
   scores = call.pooled_scores(query, pooled)

@@ -55,14 +55,14 @@ class Windows(NamedTuple):
     return sums_bfijd.reshape(*sums_bfijd.shape[:2], self.blocks, -1) / self.area
 
   def _sums(self, x):
-    """(..., height, columns, width, f, d) -> (..., columns, f, d), float32."""
+    """Sums blocks, in float32: (..., height, columns, width, f, d) -> (..., columns, f, d)."""
     # Summed line by line in place: a single reduction over both axes takes half as long again.
     x = x.astype(jnp.float32)
     lines = sum(x[..., i, :, :, :, :] for i in range(self.sides[0]))
     return sum(lines[..., i, :, :] for i in range(self.sides[1]))
 
   def _split(self, x_bnfd):
-    """(B, n, f, d) -> (B, rows of blocks, height, columns of blocks, width, f, d)."""
+    """Splits (B, n, f, d) into (B, rows of blocks, height, columns of blocks, width, f, d)."""
     batch, _, heads, width = x_bnfd.shape
     grid = x_bnfd.reshape(batch, *self.grid, heads, width)
     missing = [(0, count * side - n) for n, side, count in

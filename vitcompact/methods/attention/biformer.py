@@ -123,7 +123,7 @@ class BiFormer:
 
   @classmethod
   def options(cls, site: Site) -> list["BiFormer"]:
-    """Shares of the regions, if these are faster than dense attention here."""
+    """Returns several shares of the regions, if they are faster than dense attention here."""
     found = [cls(keep=keep, regions=None) for keep in (0.25, 0.5, 0.75)]
     grids = None not in (site.query_grid, site.key_grid)
     return [method for method in found if grids and method.acts(site)]
@@ -138,13 +138,13 @@ class BiFormer:
     return {**params, self.scope: {"lce": own}}, stats
 
   def torch_entries(self, site: Site, torch: str, ours: str) -> list[Entry]:
-    """Entries of the local enhancement, under the authors' name."""
+    """Returns entries of the local enhancement, under the authors' name."""
     del site
     return conv(f"{torch}.attn.lepe", f"{ours}/{self.scope}/lce") if self.lce else []
 
   def facts(self, collections) -> dict[str, float]:
-    """"attention_kept": the share of pairs of regions, or of tokens, that are scored, mean over the
-    blocks with sparse attention."""
+    """Returns "attention_kept": the share of pairs of regions, or of tokens, that are scored, mean
+    over the blocks with sparse attention."""
     return attention.share_kept(collections)
 
 

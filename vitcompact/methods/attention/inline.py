@@ -68,7 +68,7 @@ class InLine:
     return Linear(self, site.heads, site.head_width, site.prefix, site.query_grid, **kwargs)
 
   def torch_entries(self, site: Site, torch: str, ours: str) -> list[Entry]:
-    """Entries under the authors' names."""
+    """Returns entries under the authors' names."""
     names = enumerate(("0", "2"), start=1) if self.local else ()
     return [entry._replace(leaves=tuple(leaf.replace("/kernel", f"/kernel{i}")
                                         .replace("/bias", f"/bias{i}") for leaf in entry.leaves))

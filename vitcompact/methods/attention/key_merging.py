@@ -70,7 +70,7 @@ class KeyMerging:
 
   @classmethod
   def options(cls, site: Site) -> list["KeyMerging"]:
-    """Half and three quarters of the keys, if that is faster than dense attention here."""
+    """Returns keep=0.5 and keep=0.75, if that is faster than dense attention here."""
     return [method for method in (cls(keep=0.5), cls(keep=0.75)) if method.acts(site)]
 
   def make(self, site: Site, **kwargs) -> nn.Module:

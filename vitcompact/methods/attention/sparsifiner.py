@@ -182,7 +182,7 @@ class Sparsifiner:
 
   @classmethod
   def options(cls, site: Site) -> list["Sparsifiner"]:
-    """Keep rates at block granularity, if that is faster than dense attention here."""
+    """Returns keep rates at block granularity, if that is faster than dense attention here."""
     found = [cls(keep=keep, granularity="block") for keep in (0.25, 0.5, 0.75)]
     return [method for method in found if method.acts(site)]
 
@@ -209,7 +209,7 @@ class Sparsifiner:
     return dataclasses.replace(self, rank=self.rank_of(site.tokens))
 
   def torch_entries(self, site: Site, torch: str, ours: str) -> list[Entry]:
-    """Entries under the authors' names, or our own at block granularity, which they do not have."""
+    """Returns entries under the authors' names; for block granularity, under our own."""
     torch, ours = f"{torch}.attn.mask_predictor", f"{ours}/links"
     if self.granularity == "block":
       return [Entry(f"{torch}.{name}", (f"params/{ours}/{name}",)) for name in ("query", "key")]
@@ -224,7 +224,8 @@ class Sparsifiner:
     return entries
 
   def facts(self, collections) -> dict[str, float]:
-    """"attention_kept": the share of pairs of tokens, or of blocks of tokens, that are scored."""
+    """Returns "attention_kept": the share of pairs of tokens, or blocks of tokens, that are scored.
+    """
     return attention.share_kept(collections)
 
 

@@ -151,7 +151,7 @@ class CFFN:
 
   @classmethod
   def options(cls, site: Site) -> list["CFFN"]:
-    """Ranks, for the output matrix and for both, that save at least a tenth of a matrix."""
+    """Returns ranks, for the output matrix and for both, that save at least a tenth of a matrix."""
     m, d = site.hidden, site.ffn_width
     ranks = {ratio: cls(rank_ratio=ratio).rank(d) for ratio in RATIOS}
     return [cls(rank_ratio=ratio, factor=factor) for factor in ("output", "both")
@@ -159,13 +159,13 @@ class CFFN:
 
   @classmethod
   def statistics(cls, params):
-    """Sums over the inputs and outputs of both layers."""
+    """Returns the function that sums over inputs and outputs of both layers."""
     return dense_layer_sums, (params["mlp"],)
 
   @classmethod
   def estimate(cls, options, site: Site, sums):
-    """Errors of the layers' outputs at each rank, summed if both are factorised; and the curves of
-    error over rank, as a share of full rank."""
+    """Returns errors of the layers' outputs at each rank, summed if both are factorised; and the
+    curves of error over rank, as a share of full rank."""
     curves = {layer: spectrum(Regression.of(part)) for layer, part in sums.items()}
     errors = [sum(curves[layer][method.rank(site.ffn_width) - 1]
                   for layer in (("fc1", "fc2") if method.factor == "both" else ("fc2",)))
@@ -180,7 +180,7 @@ class CFFN:
     return {**params, "mlp": mlp}, {name: leaf for name, leaf in stats.items() if name != "mlp"}
 
   def torch_entries(self, site: Site, torch: str, ours: str) -> list[Entry]:
-    """Entries of the factors as linear layers, of which only the second has a bias."""
+    """Returns entries of the factors as linear layers, of which only the second has a bias."""
     factors = self.factorised(site) if site.deploy else {}
     entries = []
     for layer in ("fc1", "fc2"):
@@ -409,13 +409,12 @@ class Fit(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _to_branches(layer: CompactDense, a, b, bias, moments):
-  """Jitted, so that layers of equal blocks share one program instead of compiling each operation.
-  """
+  """Jits the method, so that equal blocks share one program instead of compiling each operation."""
   return layer._to_branches(a, b, bias, moments)
 
 
 def fc1_sums(seen, params):
-  """Sums over the inputs of fc1 and the dense layer's outputs."""
+  """Returns sums over the inputs of fc1 and the dense layer's outputs."""
   return _layer_sums(seen.inputs, seen.fc1, params, seen.step)
 
 
@@ -427,7 +426,7 @@ def _layer_sums(x, y, params, step: int):
 
 
 def fc2_sums(seen, params):
-  """Sums over the inputs of fc2 and the target outputs of the FFN."""
+  """Returns sums over the inputs of fc2 and the target outputs of the FFN."""
   del params
   return sums_of(seen.hidden, seen.wanted_ffn, seen.step)
 
@@ -439,7 +438,7 @@ def sample_curve(curve) -> list[list[float]]:
 
 
 def dense_layer_sums(seen, params):
-  """Sums over the inputs and outputs of both layers of a dense FFN."""
+  """Returns sums over the inputs and outputs of both layers of a dense FFN."""
   return {"fc1": fc1_sums(seen, params["fc1"]),
           "fc2": _layer_sums(seen.hidden, seen.ffn, params["fc2"], seen.step)}
 
@@ -467,10 +466,10 @@ def _product(x, kernel, bias, dtype):
 
 
 def _matmul(x, y):
-  """A product in full float32, for folding and factorising, whatever the platform's default."""
+  """Multiplies in full float32, for folding and factorising, whatever the platform's default."""
   return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
 
 def _like(vector, x):
-  """The vector in the dtype of x, with leading axes of size 1 to match its rank."""
+  """Returns the vector in the dtype of x, with leading axes of size 1 to match its rank."""
   return vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))

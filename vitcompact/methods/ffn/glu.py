@@ -92,7 +92,7 @@ class GLU:
                      "create_model(NAME, plan=plan)")
 
   def torch_entries(self, site: Site, torch: str, ours: str) -> list[Entry]:
-    """Entries of fc1, the gate's rows first, and fc2; or those of the inner method."""
+    """Returns entries of fc1, the gate's rows first, and fc2; or those of the inner method."""
     inner, inside = protocol.inner_and_site(self, site)
     if inner is not None:
       return surgery.torch_entries(inner, inside, torch, ours)
@@ -119,7 +119,7 @@ class ConvGLU(GLU):
             **({} if inner is None else protocol.needs(inner, inside))}
 
   def _check_mixer(self, site: Site):
-    """A mixer is allowed: this method's convolution replaces it."""
+    """Allows a mixer: this method's convolution replaces it."""
 
   def _check_inner(self, inner, inside: Site):
     if "fc1" in protocol.mergeable(inner, inside):
@@ -127,7 +127,7 @@ class ConvGLU(GLU):
                        "would share the rank of fc1; use CFFN(factor='output')")
 
   def torch_entries(self, site: Site, torch: str, ours: str) -> list[Entry]:
-    """Also the convolution, if the model does not list one of its own."""
+    """Adds the convolution, unless the model lists its own."""
     entries = super().torch_entries(site, torch, ours)
     if site.mixer is not None:
       return entries

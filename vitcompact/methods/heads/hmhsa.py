@@ -106,22 +106,22 @@ class HMHSA:
 
   @classmethod
   def options(cls, site: Site) -> list["HMHSA"]:
-    """From half of the heads real up to all but one."""
+    """Returns numbers of real heads from half of the heads to all but one."""
     layout = "map" if "token line" in site.provides else "grid"
     return [cls(real_heads=real, layout=layout)
             for real in range((site.heads + 1) // 2, site.heads)]
 
   @classmethod
   def statistics(cls, params):
-    """Sums for the error of each head as a replacement of each other."""
+    """Returns the sums for the error of each head as a replacement of each other."""
     value, out = params["attn"]["value"], params["attn"]["out"]["kernel"]
     bias = value.get("bias", jnp.zeros(out.shape[:2]))
     return refit.head_costs, (value["kernel"], bias, out)
 
   @classmethod
   def estimate(cls, options, site: Site, sums):
-    """Relative errors of the attention's output with copied maps, and the table head_cost: [i][j]
-    is the error of head i as a replacement of head j."""
+    """Returns relative errors of the attention's output with copied maps, and the table head_cost:
+    [i][j] is the error of head i as a replacement of head j."""
     costs, _ = sums
     total = np.trace(costs)
     errors = [refit.arrange(costs, method.count_real(site.heads)).cost / total
@@ -138,7 +138,7 @@ def is_count(value) -> bool:
 
 
 def shifted_sum(x, taps, axes: tuple[int, ...]):
-  """Depthwise correlation along `axes`: the sum over t of taps[t] * (x shifted by t), zero-padded.
+  """Sums taps[t] * (x shifted by t) over t, zero-padded: a depthwise correlation along `axes`.
 
   Args:
     x: any array.
@@ -196,7 +196,7 @@ def filter_grid(x_bnhrd, taps_hrkk, gain_hrp, grid: tuple[int, int]):
 
 def attend_hallucinated(core: Core, query_bnfd, key_bmfd, value_bmhd, key_filter: Callable,
                         query_filter: Callable):
-  """Attention in which the hallucinated heads use filtered maps, without forming these maps.
+  """Computes attention in which hallucinated heads use filtered maps, without forming these maps.
 
   The source of hallucinated head g is real head g mod f.
 
@@ -250,7 +250,7 @@ class ScoreFilter(NamedTuple):
     return self.taps.shape[-1] // 2
 
   def __call__(self, scores_bfnm, edges: bool = True):
-    """(B, f, N, M) -> (B, h, N, M); edges: see `attention.Core`."""
+    """Filters scores, (B, f, N, M) -> (B, h, N, M); edges: see `attention.Core`."""
     reach, (_, _, rows, keys) = self.reach, scores_bfnm.shape
     padding = reach if edges else 0
     with jax.named_scope(SHIFT_AND_ADD):

@@ -137,7 +137,7 @@ class MoH:
     return {**params, "attn": {**attn, "out": out}}, stats
 
   def torch_entries(self, site: Site, torch: str, ours: str) -> list[Entry]:
-    """Entries of the routers under the authors' names, transposed as linear layers are."""
+    """Returns entries of the routers under the authors' names, transposed as linear layers are."""
     inner, _ = protocol.inner_and_site(self, site)
     entries = [] if inner is None else surgery.torch_entries(inner, site, torch, ours)
     names = router_shapes(site.width, site.heads, self.split(site)[0])

@@ -104,7 +104,7 @@ class HeadPruning:
 
   @classmethod
   def options(cls, site: Site) -> list["HeadPruning"]:
-    """A quarter, half and three quarters of the heads."""
+    """Returns a quarter, half and three quarters of the heads."""
     kept = {round(site.heads * share) for share in (0.25, 0.5, 0.75)}
     return [cls(kept_heads=heads) for heads in sorted(kept - {0, site.heads})]
 
@@ -114,8 +114,8 @@ class HeadPruning:
 
   @classmethod
   def estimate(cls, options, site: Site, sums):
-    """The share of the variance of the attention's output that is lost with the dropped heads,
-    before the others are refitted."""
+    """Returns the share of the variance of the attention's output that is lost with the dropped
+    heads, before the others are refitted."""
     loss_hh = importance.covariance(sums)
     errors = []
     for method in options:
@@ -125,7 +125,7 @@ class HeadPruning:
     return errors, {}
 
   def torch_entries(self, site: Site, torch: str, ours: str):
-    """No entries of its own: the kept heads are part of the block's tensors."""
+    """Returns no entries of its own: the kept heads are part of the block's tensors."""
     inner, inside = protocol.inner_and_site(self, site)
     return [] if inner is None else surgery.torch_entries(inner, inside, torch, ours)
 

@@ -67,7 +67,7 @@ class DynamicViT:
     return {**params, **new}, stats
 
   def torch_entries(self, site: Site, torch: str, ours: str) -> list[Entry]:
-    """Entries of the predictor, numbered as the authors do."""
+    """Returns entries of the predictor, numbered as the authors do."""
     del torch
     if self.reduction(site.block, site.depth).predict is None:
       return []

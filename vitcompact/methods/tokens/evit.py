@@ -18,7 +18,7 @@ WARMUP_RATES = 8
 
 @dataclasses.dataclass(frozen=True)
 class EViT:
-  """Tokens axis: after the attention of each of `blocks`, ceil(keep * patches) patches go on.
+  """Tokens axis: after the attention of each of `blocks`, keeps ceil(keep * patches) patches.
 
   keep: in (0, 1]; 1 changes nothing. blocks: numbered from 0. fuse: adds one token, the sum of the
   other patches weighted by the class token's attention.
@@ -74,7 +74,7 @@ class EViT:
 
   @classmethod
   def options(cls, site: Site) -> list["EViT"]:
-    """Keep rates from 0.9 to 0.5, at one, two and three quarters of the depth."""
+    """Returns keep rates from 0.9 to 0.5, at one, two and three quarters of the depth."""
     blocks = tuple(sorted({site.depth * quarter // 4 for quarter in (1, 2, 3)}))
     return [cls(keep=keep, blocks=blocks) for keep in (0.9, 0.8, 0.7, 0.5)]
 

@@ -96,7 +96,7 @@ class FastPath:
       raise ValueError("config.loss.kept_ratio is for FastPath with keep < 1; set it to 0")
 
   def acts(self, site: Site) -> bool:
-    """In blocks with a decision that was made about the same tokens."""
+    """Whether there is a valid decision, made about the same tokens."""
     stage = self.stage(site.block)
     return stage is not None and self.blocks[stage] >= site.first
 
@@ -144,7 +144,7 @@ class FastPath:
     return params, {name: leaf for name, leaf in stats.items() if name != "fast_path"}
 
   def torch_entries(self, site: Site, torch: str, ours: str) -> list[Entry]:
-    """Entries under the authors' names for Swin; predictors are numbered as theirs."""
+    """Returns entries under the authors' names for Swin; predictors are numbered as theirs."""
     theirs, path = f"{torch}.fastmlp.fc1", f"{ours}/fast_path"
     entries = linear(f"{theirs}.1", f"{path}/linear")
     if not (site.batch_norm and site.deploy):

@@ -120,7 +120,7 @@ class MCTF:
 
   @classmethod
   def options(cls, site: Site) -> list["MCTF"]:
-    """Fusing a constant number per block, until three quarters or half of the patches are left."""
+    """Returns constant numbers per block that leave three quarters or half of the patches."""
     patches = site.tokens - site.prefix
     per_block = {round(patches * share / max(site.depth - 1, 1)) for share in (0.25, 0.5)}
     return [cls(r=r) for r in sorted(per_block - {0})]
@@ -211,8 +211,8 @@ class MCTF:
 
 def consistency(student_bw: jax.Array, teacher_bw: jax.Array, student_bk: jax.Array,
                 labels_b: jax.Array, threshold: float = 0.4) -> jax.Array:
-  """MCTF's consistency loss: squared error of normalised class tokens, where the student is right:
-  (B,).
+  """Returns MCTF's consistency loss (B,): the squared error of normalised class tokens, for images
+  that the student classifies correctly.
 
   Its mean is the mean over the images for which the student gives the true class a probability
   above `threshold`, 0 if there are none. The teacher (the same network with less fusion) gets no

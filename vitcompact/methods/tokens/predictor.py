@@ -73,7 +73,7 @@ def stage_masks(tokens) -> list[jax.Array]:
 
 
 def torch_entries(stage: int, ours: str) -> list[Entry]:
-  """Entries of the predictor of a stage, in block `ours`, under the authors' numbered names."""
+  """Returns entries of the predictor of a stage, in block `ours`, under the authors' names."""
   torch, ours = f"score_predictor.{stage}", f"{ours}/predict_tokens"
   return [*norm(f"{torch}.in_conv.0", f"{ours}/norm"),
           *linear(f"{torch}.in_conv.1", f"{ours}/in_proj"),

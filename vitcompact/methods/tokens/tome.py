@@ -56,7 +56,7 @@ class ToMe:
 
   @classmethod
   def options(cls, site: Site) -> list["ToMe"]:
-    """Merging a constant number per block, until 3/4, 1/2 or 1/4 of the patches are left."""
+    """Returns constant numbers per block that leave 3/4, 1/2 or 1/4 of the patches."""
     patches = site.tokens - site.prefix
     per_block = {round(patches * share / site.depth) for share in (0.25, 0.5, 0.75)}
     return [cls(r=r) for r in sorted(per_block - {0})]
