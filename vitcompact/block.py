@@ -215,8 +215,8 @@ def ffn_branch(site: Site, methods: BlockMethods, norm, x, paths, train: bool):
   step = reduction(site, methods)
   if step.ffn is None:
     return full(x, train)
-  own = step.ffn(norm and norm(parent=None), dtype=site.dtype, name="fast_path")
-  return own(full, x.reshape(x.shape[0], -1, x.shape[-1]), paths, train).reshape(x.shape)
+  two_paths = step.ffn(norm and norm(parent=None), dtype=site.dtype, name="fast_path")
+  return two_paths(full, x.reshape(x.shape[0], -1, x.shape[-1]), paths, train).reshape(x.shape)
 
 
 def from_dense(site: Site, methods: BlockMethods, params, stats, calibrate=None):

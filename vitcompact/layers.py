@@ -69,34 +69,34 @@ def quick_gelu(x):
   return x * jax.nn.sigmoid(1.702 * x)
 
 
-def _gated(act: Callable, x):
+def _gate(act: Callable, x):
   gate, value = jnp.split(x, 2, axis=-1)
   return act(gate) * value
 
 
 def glu(x):
   """sigmoid(gate) * value: (..., 2 m), gate first -> (..., m). Dauphin et al., arXiv 1612.08083."""
-  return _gated(jax.nn.sigmoid, x)
+  return _gate(jax.nn.sigmoid, x)
 
 
 def geglu(x):
   """gelu(gate) * value. Shazeer, arXiv 2002.05202."""
-  return _gated(gelu, x)
+  return _gate(gelu, x)
 
 
 def swiglu(x):
   """silu(gate) * value. Shazeer, arXiv 2002.05202."""
-  return _gated(jax.nn.silu, x)
+  return _gate(jax.nn.silu, x)
 
 
 def reglu(x):
   """relu(gate) * value. Shazeer, arXiv 2002.05202."""
-  return _gated(nn.relu, x)
+  return _gate(nn.relu, x)
 
 
 def bilinear(x):
   """gate * value. Shazeer, arXiv 2002.05202."""
-  return _gated(lambda gate: gate, x)
+  return _gate(lambda gate: gate, x)
 
 
 # Activations of an FFN's hidden layer. A gated one takes twice as many inputs as it has outputs.

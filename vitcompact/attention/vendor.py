@@ -35,7 +35,7 @@ def with_bias_channels(query_bnhd, key_bmhd, bias_bm):
           jnp.concatenate([key_bmhd, extra_bmh2], axis=-1))
 
 
-def _padded(x_bnhd, axis: int, size: int):
+def _pad(x_bnhd, axis: int, size: int):
   return jnp.pad(x_bnhd, [(0, size - x_bnhd.shape[axis] if i == axis else 0) for i in range(4)])
 
 
@@ -45,7 +45,7 @@ def cudnn(query_bnhd, key_bmhd, value_bmhe, bias_bm=None):
   scale, width = query_bnhd.shape[-1] ** -0.5, value_bmhe.shape[-1]
   common = channels(query_bnhd.shape[-1], width, bias_bm is not None)
   query, key = with_bias_channels(query_bnhd, key_bmhd, bias_bm)
-  out = jax.nn.dot_product_attention(*(_padded(x, 3, common) for x in (query, key, value_bmhe)),
+  out = jax.nn.dot_product_attention(*(_pad(x, 3, common) for x in (query, key, value_bmhe)),
                                      scale=scale, implementation="cudnn")
   return out[..., :width]
 
@@ -63,7 +63,7 @@ def splash(query_bnhd, key_bmhd, value_bmhe, bias_bm=None, *, interpret: bool = 
         masks.MultiHeadMask([masks.FullMask((rows, columns))] * heads), interpret=interpret)
   segments = kernel.SegmentIds(jnp.zeros(rows, jnp.int32),
                                (jnp.arange(columns) >= keys).astype(jnp.int32))
-  arrays = [_padded(x, 1, n).swapaxes(1, 2) for x, n in
+  arrays = [_pad(x, 1, n).swapaxes(1, 2) for x, n in
             ((scaled, rows), (key, columns), (value_bmhe, columns))]
   out_bhne = jax.vmap(lambda *one: attend(*one, segment_ids=segments))(*arrays)
   return out_bhne.swapaxes(1, 2)[:, :queries].astype(value_bmhe.dtype)

@@ -225,8 +225,8 @@ def check_class(kind: type, axis: str):
           not dataclasses.is_dataclass(kind) or not kind.__dataclass_params__.frozen,
       f"must have axis = {axis!r}": getattr(kind, "axis", None) != axis,
       f"must have a method {maker}, see vitcompact/methods/protocol.py": not hasattr(kind, maker)}
-  if found := [fault for fault, here in faults.items() if here]:
-    raise ValueError(f"{kind.__name__}, listed in METHODS[{axis!r}]: {found[0]}")
+  if failed := [fault for fault, fails in faults.items() if fails]:
+    raise ValueError(f"{kind.__name__}, listed in METHODS[{axis!r}]: {failed[0]}")
 
 
 def scope_of(method) -> str:

@@ -54,7 +54,7 @@ def variant_of(name: str) -> Variant:
     raise ValueError(f"unknown model {name!r}; {hint}")
   if name == model:
     return VARIANTS[name]
-  return tags.tagged(VARIANTS[model], tags.row_of(model, tag)[1])
+  return tags.with_tag(VARIANTS[model], tags.row_of(model, tag)[1])
 
 
 def check_value(field: str, kind, value):
@@ -131,9 +131,9 @@ def create_model(name: str, **fields) -> nn.Module:
   for field, value in fields.items():
     check_value(field, known[field], value)
   if variant.plan:
-    own, plan = Plan.from_dict(variant.plan), fields.get("plan", Plan())
+    named_plan, plan = Plan.from_dict(variant.plan), fields.get("plan", Plan())
     absent = {axis: method for axis in variant.plan if getattr(plan, axis) is None
-              and (method := getattr(own, axis))}
+              and (method := getattr(named_plan, axis))}
     fields["plan"] = dataclasses.replace(plan, **absent)
   model = variant.kind(variant=name, **{**variant.sizes, **fields})
   model.check()

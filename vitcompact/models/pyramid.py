@@ -117,9 +117,9 @@ class Pyramid(Backbone):
     """
     out = []
     native = self.stages()
-    for stage, own in zip(self.stages(image_size), native, strict=True):
-      prefix = self.prefix if own is native[-1] else 0
-      keys = [prefix + math.prod(self._key_grid(at)) for at in (stage, own)]
+    for stage, native_stage in zip(self.stages(image_size), native, strict=True):
+      prefix = self.prefix if native_stage is native[-1] else 0
+      keys = [prefix + math.prod(self._key_grid(s)) for s in (stage, native_stage)]
       out += [Site(width=stage.width, ffn_width=stage.width, hidden=stage.hidden,
                    heads=stage.heads, tokens=keys[0], tokens_left=keys[1], prefix=prefix,
                    query_grid=stage.grid, key_grid=self._key_grid(stage), provides=HIERARCHICAL,

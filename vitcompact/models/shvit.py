@@ -115,9 +115,10 @@ class SHViT(Backbone):
       if len(getattr(self, field)) != entries:
         raise ValueError(f"{field}={getattr(self, field)}: must have {entries} entries")
     if self.widths[0] % 8:
-      near = max(1, round(self.widths[0] / 8)) * 8
+      nearest = max(1, round(self.widths[0] / 8)) * 8
       raise ValueError(f"widths={self.widths}: {self.widths[0]}, of stage 1, must be a multiple of "
-                       f"8, as the stem begins with an eighth of it; the nearest that is: {near}")
+                       "8, as the stem begins with an eighth of it; the nearest that is: "
+                       f"{nearest}")
     for stage, (part, width) in enumerate(zip(self.partial_widths, self.widths[1:], strict=True)):
       if part > width:
         raise ValueError(f"partial_widths={self.partial_widths} and widths={self.widths}: "

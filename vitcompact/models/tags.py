@@ -35,7 +35,7 @@ def row_of(model: str, tag: str = "") -> tuple[str, dict[str, Any]]:
   return tag, rows[tag]
 
 
-def tagged(variant: Variant, row: dict[str, Any]) -> Variant:
+def with_tag(variant: Variant, row: dict[str, Any]) -> Variant:
   """Returns a model's variant with the classes, image size and preprocessing of these weights."""
   size = row["image_size"]
   return variant._replace(

@@ -115,9 +115,9 @@ class TransNeXt(pyramid.Pyramid):
     """Returns its blocks at an image size, as methods see them; keys are those of the grid, then
     the pooled ones."""
     out = []
-    for stage, own in zip(self.stages(image_size), self.stages(), strict=True):
-      keys = [math.prod(at.grid) + (math.prod(pooled(at)) if at.reduction > 1 else 0)
-              for at in (stage, own)]
+    for stage, native_stage in zip(self.stages(image_size), self.stages(), strict=True):
+      keys = [math.prod(s.grid) + (math.prod(pooled_grid(s)) if s.reduction > 1 else 0)
+              for s in (stage, native_stage)]
       out += [Site(width=stage.width, ffn_width=stage.width, heads=stage.heads, tokens=keys[0],
                    tokens_left=keys[1], query_grid=stage.grid,
                    key_grid=stage.grid if stage.reduction == 1 else None, provides=PROVIDES,
@@ -133,7 +133,7 @@ class TransNeXt(pyramid.Pyramid):
         self.stages(image_size), self.stages(self.pretrain_size), strict=True)
               for _ in stage.blocks]
     return {f"blocks_{site.block}": kind(
-        site, self.plan.at(site), reference, pooled(stage) if stage.reduction > 1 else None,
+        site, self.plan.at(site), reference, pooled_grid(stage) if stage.reduction > 1 else None,
         drop_path=rate, parent=None) for site, (stage, reference), rate in zip(
             self.sites(image_size), places, self.drop_path_rates(), strict=True)}
 
@@ -177,7 +177,7 @@ class TransNeXt(pyramid.Pyramid):
     return entries + (torch_names.linear("head", "head") if self.num_classes else [])
 
 
-def pooled(stage: pyramid.Stage) -> tuple[int, int]:
+def pooled_grid(stage: pyramid.Stage) -> tuple[int, int]:
   """Returns the grid of a stage's pooled keys."""
   return tuple(side // stage.reduction for side in stage.grid)
 

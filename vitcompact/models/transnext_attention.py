@@ -78,10 +78,10 @@ class Aggregation(NamedTuple):
   def split(self, query_bnhd, key_bmhd):
     """Returns (unit queries, scaled queries, unit keys of the grid or None, pooled unit keys), each
     (B, h, tokens, d), with heads before tokens."""
-    unit_bhnd = normalised(query_bnhd.swapaxes(1, 2))
+    unit_bhnd = normalise(query_bnhd.swapaxes(1, 2))
     sharpness_hn1 = jax.nn.softplus(self.temperature) * jnp.asarray(self.lengths()[None, :, None])
     scaled = (unit_bhnd + self.embedding[None]) * sharpness_hn1[None]
-    keys, pooled = self.parts(normalised(key_bmhd.swapaxes(1, 2)))
+    keys, pooled = self.parts(normalise(key_bmhd.swapaxes(1, 2)))
     dtype = query_bnhd.dtype
     return (unit_bhnd.astype(dtype), scaled.astype(dtype),
             None if keys is None else keys.astype(dtype), pooled.astype(dtype))
@@ -119,21 +119,21 @@ def reference(call: Aggregation, query_bnhd, key_bmhd, value_bmhe):
   values, pooled_values = call.parts(value_bmhe.swapaxes(1, 2))
   scores = call.pooled_scores(query, pooled)
   if call.local is None:
-    return _weighed("bhnp,bhpe->bnhe", jax.nn.softmax(scores, axis=-1), pooled_values)
+    return _weigh("bhnp,bhpe->bnhe", jax.nn.softmax(scores, axis=-1), pooled_values)
   scores = jnp.concatenate([copied_scores(call, query, keys), scores], axis=-1)
   near, far = jnp.split(jax.nn.softmax(scores, axis=-1), [len(NEIGHBOURS)], axis=-1)
-  copies = _stacked(shifts(values, call.grid), 3)
-  return (_weighed("bhnj,bhnje->bnhe", near + call.extra(unit), copies)
-          + _weighed("bhnp,bhpe->bnhe", far, pooled_values))
+  copies = _stack(shifts(values, call.grid), 3)
+  return (_weigh("bhnj,bhnje->bnhe", near + call.extra(unit), copies)
+          + _weigh("bhnp,bhpe->bnhe", far, pooled_values))
 
 
 def copied_scores(call: Aggregation, query_bhnd, key_bhnd):
   """Returns the scores of neighbours (B, h, N, 9), float32; -inf beyond the edge."""
-  copies = _stacked(shifts(key_bhnd, call.grid), 3)
+  copies = _stack(shifts(key_bhnd, call.grid), 3)
   with jax.named_scope(attention.SCOPE):
     scores = jnp.einsum("bhnd,bhnjd->bhnj", query_bhnd, copies,
                         preferred_element_type=jnp.float32)
-  return _masked(call, scores)
+  return _mask_scores(call, scores)
 
 
 def shifted(call: Aggregation, query_bnhd, key_bmhd, value_bmhe):
@@ -145,8 +145,8 @@ def shifted(call: Aggregation, query_bnhd, key_bmhd, value_bmhe):
   scores = call.pooled_scores(query, pooled)
   top = scores.max(axis=-1, keepdims=True)
   if call.local is not None:
-    near = _masked(call, _stacked((_summed(_product(query, key))
-                                   for key in shifts(keys, call.grid)), -1))
+    near = _mask_scores(call, _stack((_sum_channels(_product(query, key))
+                                      for key in shifts(keys, call.grid)), -1))
     top = jnp.maximum(top, near.max(axis=-1, keepdims=True))
   top = jax.lax.stop_gradient(top)
   far = jnp.exp(scores - top)
@@ -154,7 +154,7 @@ def shifted(call: Aggregation, query_bnhd, key_bmhd, value_bmhe):
   if call.local is not None:
     near = jnp.exp(near - top)
     total = total + near.sum(axis=-1, keepdims=True)
-  out_bhne = _weighed("bhnp,bhpe->bhne", far, pooled_values) / total
+  out_bhne = _weigh("bhnp,bhpe->bhne", far, pooled_values) / total
   if call.local is not None:
     weights = near / total + call.extra(unit)
     for j, value in enumerate(shifts(values, call.grid)):
@@ -167,7 +167,7 @@ def _product(x, y):
   return x.astype(jnp.float32) * y.astype(jnp.float32)
 
 
-def _summed(x):
+def _sum_channels(x):
   """Sums over the last axis."""
   if attention.current().platform != "cpu" or attention.requested_form() in REFERENCE:
     return x.sum(axis=-1)
@@ -175,25 +175,25 @@ def _summed(x):
   return x @ jnp.ones(x.shape[-1], x.dtype)
 
 
-def _stacked(arrays, axis: int):
+def _stack(arrays, axis: int):
   """jnp.stack, using only operations that ONNX has."""
   return jnp.concatenate([jnp.expand_dims(x, axis) for x in arrays], axis)
 
 
-def _weighed(equation: str, weights, values):
+def _weigh(equation: str, weights, values):
   with jax.named_scope(attention.SCOPE):
     return jnp.einsum(equation, weights.astype(values.dtype), values)
 
 
-def _masked(call: Aggregation, scores_bhnj):
+def _mask_scores(call: Aggregation, scores_bhnj):
   scores_bhnj = scores_bhnj + call.local.bias[None, :, None]
   return jnp.where(inside(call.grid)[None, None], scores_bhnj, -jnp.inf)
 
 
-def normalised(x):
+def normalise(x):
   """Returns x / |x| over the last axis, float32."""
   wide = x.astype(jnp.float32)
-  square = _summed(wide * wide)[..., None]
+  square = _sum_channels(wide * wide)[..., None]
   return wide * jax.lax.rsqrt(jnp.maximum(square, SQUARE_EPSILON))
 
 
@@ -239,7 +239,7 @@ def bias(table_rch, grid: tuple[int, int], keys: tuple[int, int]):
   for axis, side, count in ((2, grid[1], keys[1]), (1, grid[0], keys[0])):
     cells = side // count
     starts = [(count - 1 - key) * cells for key in range(count)]
-    table = _stacked((jax.lax.slice_in_dim(table, start, start + side, axis=axis)
-                      for start in starts), -1)
+    table = _stack((jax.lax.slice_in_dim(table, start, start + side, axis=axis)
+                    for start in starts), -1)
   # (h, height, width, key column, key row)
   return table.swapaxes(-1, -2).reshape(table.shape[0], math.prod(grid), math.prod(keys))

@@ -141,13 +141,13 @@ class TransNeXtBlock(nn.Module):
   @nn.nowrap
   def torch_entries(self, torch: str, ours: str) -> list[Entry]:
     """Returns entries of the tensors of the block under the authors' names."""
-    theirs, own = f"{torch}.attn", f"{ours}/attn"
+    theirs, attn = f"{torch}.attn", f"{ours}/attn"
     leaves = {"temperature": "temperature", "query_embedding": "query_embedding"}
     if self.pooled is None:
-      entries = torch_names.heads(f"{theirs}.qkv", own, ("query", "key", "value"))
+      entries = torch_names.heads(f"{theirs}.qkv", attn, ("query", "key", "value"))
     else:
-      entries = torch_names.heads(f"{theirs}.q", own, ("query",))
-      entries += torch_names.heads(f"{theirs}.kv", own, ("key", "value"))
+      entries = torch_names.heads(f"{theirs}.q", attn, ("query",))
+      entries += torch_names.heads(f"{theirs}.kv", attn, ("key", "value"))
       entries += torch_names.conv(f"{theirs}.sr", f"{ours}/pool/proj")
       entries += torch_names.norm(f"{theirs}.norm", f"{ours}/pool/norm")
       leaves |= {"relative_pos_bias_local": "local_bias", "learnable_tokens": "tokens",
@@ -157,6 +157,6 @@ class TransNeXtBlock(nn.Module):
     for i in (1, 2):
       entries += torch_names.norm(f"{torch}.norm{i}", f"{ours}/norm{i}")
       entries += torch_names.linear(f"{theirs}.cpb_fc{i}", f"{ours}/cosine/position_{i}")
-    entries += torch_names.out(f"{theirs}.proj", f"{own}/out")
+    entries += torch_names.out(f"{theirs}.proj", f"{attn}/out")
     entries += torch_names.conv(f"{torch}.mlp.dwconv.dwconv", f"{ours}/mlp/mixer/conv")
     return entries + block.method_entries(self.site, self.methods, torch, ours)

@@ -261,9 +261,9 @@ class VisionTransformer(Isotropic):
     for i in range(self.depth):
       tokens = getattr(self, f"blocks_{i}")(tokens, train)
       token_state.record(self, i, tokens, self.prefix)
-    return self._head(self._pooled(tokens), train)
+    return self._head(self._pool(tokens), train)
 
-  def _pooled(self, tokens: Tokens):
+  def _pool(self, tokens: Tokens):
     """Returns the input of the classifiers: (B, class tokens, width); (B, width) for "avg" and
     "map"; (B, N, width) without pooling."""
     if not self.norm_after_pooling:

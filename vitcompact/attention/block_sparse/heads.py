@@ -144,12 +144,12 @@ def _attend_group(query_gad, chosen, outer) -> State:
     with jax.named_scope(SCOPE):
       return jnp.einsum(axes, x, y, preferred_element_type=jnp.float32)
 
-  def scored(axes, key, _, bias):
+  def scores_of(axes, key, _, bias):
     scores = product(f"gad,{axes}d->ga{axes[-1]}", query_gad, key)
     return scores if bias is None else scores + bias.reshape(-1, 1, bias.shape[-1])
 
   sides = [("gm", *chosen), ("o", *outer)] if len(outer[0]) else [("gm", *chosen)]
-  scores = [scored(*side) for side in sides]
+  scores = [scores_of(*side) for side in sides]
   # With one top for both, neither state has to be rescaled.
   top = jnp.stack([row_max(x) for x in scores]).max(axis=0)
   states = [tile(x, lambda exps, axes=axes, value=value: product(

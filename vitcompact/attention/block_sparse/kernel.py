@@ -15,9 +15,10 @@ def attend(layout, kernel, query, key, value, bias):
   out, log_sum = kernel(*blocks, layout.biases(bias), layout.chosen)
   out_outer = outer[2]   # has no tokens
   if layout.prefix + layout.fused:
-    chosen = State(log_sum[..., None], jnp.ones_like(log_sum)[..., None], out)
-    rest = _all_pairs(layout.inner(query), *outer[1:], None if bias is None else layout.outer(bias))
-    out = chosen.combine(State(*map(layout.queries.cut, rest))).attention()
+    chosen_state = State(log_sum[..., None], jnp.ones_like(log_sum)[..., None], out)
+    outer_bias = None if bias is None else layout.outer(bias)
+    outer_state = _all_pairs(layout.inner(query), *outer[1:], outer_bias)
+    out = chosen_state.combine(State(*map(layout.queries.cut, outer_state))).attention()
     out_outer = _all_pairs(outer[0], key, value, bias).attention()
   return layout.join(layout.queries, out, out_outer).astype(value.dtype)
 

@@ -124,9 +124,9 @@ class BiFormer:
   @classmethod
   def options(cls, site: Site) -> list["BiFormer"]:
     """Returns several shares of the regions, if they are faster than dense attention here."""
-    found = [cls(keep=keep, regions=None) for keep in (0.25, 0.5, 0.75)]
+    candidates = [cls(keep=keep, regions=None) for keep in (0.25, 0.5, 0.75)]
     grids = None not in (site.query_grid, site.key_grid)
-    return [method for method in found if grids and method.acts(site)]
+    return [method for method in candidates if grids and method.acts(site)]
 
   def from_dense(self, site: Site, params, stats, data):
     """Keeps the dense block's queries, keys, values and outputs; the local enhancement is zero."""
@@ -134,8 +134,8 @@ class BiFormer:
     if not self.lce:
       return params, stats
     width = site.heads * site.head_width
-    own = {"kernel": jnp.zeros((LCE_SIZE, LCE_SIZE, 1, width)), "bias": jnp.zeros(width)}
-    return {**params, self.scope: {"lce": own}}, stats
+    leaves = {"kernel": jnp.zeros((LCE_SIZE, LCE_SIZE, 1, width)), "bias": jnp.zeros(width)}
+    return {**params, self.scope: {"lce": leaves}}, stats
 
   def torch_entries(self, site: Site, torch: str, ours: str) -> list[Entry]:
     """Returns entries of the local enhancement, under the authors' name."""

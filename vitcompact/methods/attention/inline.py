@@ -141,8 +141,9 @@ class Linear(nn.Module):
     """Filters the values by kernels that depend on x (B, N, heads * d); returns (B, N, h, d)."""
     batch, tokens, heads, _ = value_bnhd.shape
     mean_bhd = optimization_barrier(x_bnw).mean(axis=1).reshape(batch, heads, -1)
-    hidden_bhd = gelu(self._grouped(mean_bhd, self.kernel1, self.bias1))
-    taps_bct = self._grouped(hidden_bhd, self.kernel2, self.bias2).reshape(batch, -1, TAPS ** 2)
+    hidden_bhd = gelu(self._linear_per_head(mean_bhd, self.kernel1, self.bias1))
+    taps_bct = self._linear_per_head(hidden_bhd, self.kernel2, self.bias2)
+    taps_bct = taps_bct.reshape(batch, -1, TAPS ** 2)
     reach, (height, width) = TAPS // 2, self.grid
     planes = value_bnhd[:, self.prefix:].reshape(batch, height, width, -1)
     # Channels last, padded once: a CPU then reads whole vectors.
@@ -156,7 +157,7 @@ class Linear(nn.Module):
                        [(0, 0), (self.prefix, 0), (0, 0)])
     return filtered.reshape(value_bnhd.shape)
 
-  def _grouped(self, x_bhd, kernel, bias):
+  def _linear_per_head(self, x_bhd, kernel, bias):
     """Applies a linear layer of its own to each head: (B, h, d) -> (B, h, out)."""
     kernel_dhk = kernel[0].reshape(self.head_width, self.heads, -1).astype(x_bhd.dtype)
     return jnp.einsum("bhd,dhk->bhk", x_bhd, kernel_dhk) + \

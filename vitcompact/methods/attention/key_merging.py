@@ -42,8 +42,8 @@ class KeyMerging:
     if not number or not 0.5 <= self.keep <= 1:
       raise ValueError(f"KeyMerging(keep={self.keep!r}): must be a share of the keys in [0.5, 1]; "
                        "a matching merges at most half of them")
-    whole = isinstance(self.min_tokens, int) and not isinstance(self.min_tokens, bool)
-    if self.min_tokens is not None and not (whole and self.min_tokens >= 0):
+    is_int = isinstance(self.min_tokens, int) and not isinstance(self.min_tokens, bool)
+    if self.min_tokens is not None and not (is_int and self.min_tokens >= 0):
       raise ValueError(f"KeyMerging(min_tokens={self.min_tokens!r}): must be a whole number of "
                        "tokens, 0 or more, or None")
 

@@ -183,17 +183,17 @@ class Sparsifiner:
   @classmethod
   def options(cls, site: Site) -> list["Sparsifiner"]:
     """Returns keep rates at block granularity, if that is faster than dense attention here."""
-    found = [cls(keep=keep, granularity="block") for keep in (0.25, 0.5, 0.75)]
-    return [method for method in found if method.acts(site)]
+    candidates = [cls(keep=keep, granularity="block") for keep in (0.25, 0.5, 0.75)]
+    return [method for method in candidates if method.acts(site)]
 
   def from_dense(self, site: Site, params, stats, data):
     """Adds a fresh predictor. With calibration images, a token predictor is fitted to the dense
     maps, see `fit_predictor`. A block predictor always starts from the scores of the
     blocks' means."""
-    own = surgery.fresh(self, site)[1]["params"]
+    predictor = surgery.fresh(self, site)[1]["params"]
     if data is not None and self.granularity == "token":
-      own = fit_predictor(self, site, own, data)
-    return {**params, self.scope: own}, stats
+      predictor = fit_predictor(self, site, predictor, data)
+    return {**params, self.scope: predictor}, stats
 
   def fold(self, site: Site, params, stats):
     """Replaces the basis by the one that inference uses, in which small entries are 0."""

@@ -79,8 +79,8 @@ class CFFN:
     number = isinstance(self.rank_ratio, (int, float)) and not isinstance(self.rank_ratio, bool)
     if not number or not 0 < self.rank_ratio <= 1:
       raise ValueError(f"CFFN(rank_ratio={self.rank_ratio!r}): must be in (0, 1]")
-    whole = isinstance(self.branches, int) and not isinstance(self.branches, bool)
-    if not whole or self.branches < 1:
+    is_int = isinstance(self.branches, int) and not isinstance(self.branches, bool)
+    if not is_int or self.branches < 1:
       raise ValueError(f"CFFN(branches={self.branches!r}): must be a whole number of at least 1")
     for field, allowed in (("rep", ("bn", "scale", "none")), ("avg_skip", (True, False)),
                            ("apply_to", ("all", "attention_blocks")),

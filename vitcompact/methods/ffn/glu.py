@@ -39,8 +39,8 @@ class GLU:
     name = type(self).__name__
     if not isinstance(self.act, str) or self.act not in GATES:
       raise ValueError(f"{name}(act={self.act!r}): must be one of {', '.join(GATES)}")
-    whole = isinstance(self.multiple, int) and not isinstance(self.multiple, bool)
-    if not whole or self.multiple < 1:
+    is_int = isinstance(self.multiple, int) and not isinstance(self.multiple, bool)
+    if not is_int or self.multiple < 1:
       raise ValueError(f"{name}(multiple={self.multiple!r}): must be a whole number of at least 1")
 
   def hidden(self, site: Site) -> int:

@@ -101,8 +101,8 @@ class HMHSA:
       params, taps = refit.fitted(self, site, params, data)
     _, new = surgery.fresh(self, site)
     params = surgery.cut_heads(self, site, params)
-    own = {**new["params"], **taps}
-    return {**params, "attn": {**params["attn"], self.scope: own}}, stats
+    leaves = {**new["params"], **taps}
+    return {**params, "attn": {**params["attn"], self.scope: leaves}}, stats
 
   @classmethod
   def options(cls, site: Site) -> list["HMHSA"]:

@@ -120,11 +120,12 @@ class MoH:
     if inner is not None:
       data = data and data.with_params(params)
       params, stats = surgery.from_dense(inner, site, params, stats, data)
-    drawn = surgery.fresh(dataclasses.replace(self, heads=None), site)[1]["params"]
-    own = {name: leaf if name == "routed_router" and active < site.heads else jnp.zeros_like(leaf)
-           for name, leaf in drawn.items()}
+    fresh = surgery.fresh(dataclasses.replace(self, heads=None), site)[1]["params"]
+    routers = {
+        name: leaf if name == "routed_router" and active < site.heads else jnp.zeros_like(leaf)
+        for name, leaf in fresh.items()}
     attn = params["attn"]
-    return {**params, "attn": {**attn, self.scope: {**attn.get(self.scope, {}), **own}}}, stats
+    return {**params, "attn": {**attn, self.scope: {**attn.get(self.scope, {}), **routers}}}, stats
 
   def to_dense(self, site: Site, params, stats, data):
     """Returns the dense block in which every head has its mean weight over calibration images."""

@@ -121,26 +121,26 @@ class FastPath:
     width = site.ffn_width
     if data is None:
       kernel = 0.02 * jax.random.normal(jax.random.key(site.block), (width, width))
-      own = {"kernel": kernel, "bias": jnp.zeros(width)}
+      linear_params = {"kernel": kernel, "bias": jnp.zeros(width)}
     else:
       fit, _ = low_rank(data.sums(_ffn_sums), np.zeros((width, width)), width)
       data.note("tokens fast_path", fitted=fit.fitted, held_out=fit.held_out)
-      own = {"kernel": jnp.asarray(fit.a @ fit.b, jnp.float32),
+      linear_params = {"kernel": jnp.asarray(fit.a @ fit.b, jnp.float32),
              "bias": jnp.asarray(fit.bias, jnp.float32)}
     # Copied, because a training step donates the buffer of each leaf.
-    own_norm = jax.tree.map(jnp.array, params["norm2"])
+    norm_params = jax.tree.map(jnp.array, params["norm2"])
     if site.batch_norm:
       stats = {**stats, "fast_path": {"norm": jax.tree.map(jnp.array, stats["norm2"])}}
     new = surgery.fresh_predictor(self.reduction(site.block, site.depth), site.width)
-    return {**params, **new, "fast_path": {"norm": own_norm, "linear": own}}, stats
+    return {**params, **new, "fast_path": {"norm": norm_params, "linear": linear_params}}, stats
 
   def fold(self, site: Site, params, stats):
     """Folds a batch norm into the linear layer after it."""
     if not site.batch_norm:
       return params, stats
-    own = params["fast_path"]
-    affine = batch_affine(own["norm"], stats["fast_path"]["norm"])
-    params = {**params, "fast_path": {"linear": fold_into_linear(own["linear"], *affine)}}
+    fast_path = params["fast_path"]
+    affine = batch_affine(fast_path["norm"], stats["fast_path"]["norm"])
+    params = {**params, "fast_path": {"linear": fold_into_linear(fast_path["linear"], *affine)}}
     return params, {name: leaf for name, leaf in stats.items() if name != "fast_path"}
 
   def torch_entries(self, site: Site, torch: str, ours: str) -> list[Entry]:

@@ -66,10 +66,10 @@ def kept_ratio(keep_masks, shares) -> jax.Array:
 
 def stage_masks(tokens) -> list[jax.Array]:
   """Returns the keep mask (B, P) of each stage, from the collection "tokens"."""
-  found = {int(name.removeprefix("blocks_")): block["predict_tokens"]["keep_mask"][0]
+  masks = {int(name.removeprefix("blocks_")): block["predict_tokens"]["keep_mask"][0]
            for name, block in tokens.items() if name.startswith("blocks_")
            and "predict_tokens" in block}
-  return [found[block] for block in sorted(found)]
+  return [masks[block] for block in sorted(masks)]
 
 
 def torch_entries(stage: int, ours: str) -> list[Entry]:
