@@ -421,7 +421,7 @@ HEADS = {"heads": vc.HMHSA()}
     (lambda: tiny.shvit(vc.Plan(tokens=vc.EViT(blocks=(1,)))),
      "tokens that may be dropped or merged, which shvit_s1 does not have"),
     (lambda: tiny.shvit(widths=(12, 12, 20)), "12, of stage 1, must be a multiple of 8, as the "
-     "stem begins with an eighth of it; the nearest that is: 16"),
+     "stem begins with an eighth of it; the nearest multiple: 16"),
     (lambda: tiny.shvit(partial_widths=(5, 21)),
      "attention in stage 3 would act on 21 channels, and there are only 20"),
     (lambda: tiny.shvit(partial_widths=(5, 8, 8)), "partial_widths=(5, 8, 8): must have 2 entries"),

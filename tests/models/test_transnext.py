@@ -406,8 +406,8 @@ class Fewer(vc.HMHSA):
 
 @pytest.mark.parametrize("make,words", [
     (lambda: tiny.transnext(image_size=(24, 36)), "image_size=(24, 36): 36 is not a multiple of 8 "
-     "(stages of [4, 8] pixels a token, keys pooled by (2, 1)); the nearest that is: 32"),
-    (lambda: vc.create_model("transnext_tiny", image_size=100), "the nearest that is: 96"),
+     "(stages of [4, 8] pixels a token, keys pooled by (2, 1)); the nearest multiple: 32"),
+    (lambda: vc.create_model("transnext_tiny", image_size=100), "the nearest multiple: 96"),
     (lambda: vc.create_model("transnext_tiny", pretrain_size=32), "needs two tokens on a side, "
      "which are 64 pixels"),
     (lambda: tiny.transnext(heads=(3, 4)), "3 does not divide 8"),

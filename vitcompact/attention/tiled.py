@@ -105,8 +105,8 @@ def _join_tiles(x_tn, count: int):
 
 
 def attend_any(of_tile: Callable, call, query_bnhd, key_bmhd, value_bmhe, rescore=None):
-  """Computes any `call.Core` in tiles; gradients are those of `of_tile`, which takes the arguments
-  of `forms.einsum`.
+  """Computes any `call.Core` in tiles, by autodiff of `of_tile`, which takes the arguments of
+  `forms.einsum`.
 
   Each tile includes the halo of rows that `rescore` needs.
   """

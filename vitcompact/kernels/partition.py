@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def over_images(function: Callable) -> Callable:
-  """Makes `function`, whose arguments and results have images as their first axis, split them.
+  """Lets `function` be split over images, the first axis of its arguments and results.
 
   If the arrays are also split along another axis, such as heads, they are gathered first.
   """

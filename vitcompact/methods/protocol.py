@@ -20,7 +20,7 @@ What it computes
     reduction(block, depth) -> Reduction  tokens: what happens in a block, see `token_state`
     scored_heads(site) -> int             heads: how many have queries and keys (default: all)
     active_heads(site) -> int             heads: how many of those with values each token uses
-                                          (default: all); `count` takes the others as not needed
+                                          (default: all); see `ideal_macs` of `count`
     value_heads(site) -> int              heads: how many have values and outputs (default: all)
     scope                                 name of its parameters: attn/SCOPE for heads, SCOPE in the
                                           block for attention (default: the method's name)
@@ -49,8 +49,7 @@ Its parameters
                                           `calibration.Calibration`, or None
     to_dense(site, params, stats, data) -> (params, stats)
                                           the closest dense block, from which `compact` may start;
-                                          data: a `calibration.Calibration` (default: the block is
-                                          dense already)
+                                          data: a `calibration.Calibration` (default: unchanged)
     options(site) -> [method, ...]        candidates for `measure` and a report's plan; for the
                                           tokens axis, the candidates for the whole model, given its
                                           first block (a class method; default: none, so that it is
@@ -114,8 +113,8 @@ CAPABILITIES = {
 class Site(NamedTuple):
   """One block of one model, as a method sees it.
 
-  block: its number out of `depth`, counted over all stages. first: the first block of those up to
-    this one between which tokens keep their grid and width.
+  block: its number out of `depth`, counted over all stages. first: the earliest block since which
+    tokens have had the same grid and width.
   tokens: number of keys before any token reduction, the first `prefix` of which are not patches;
     tokens_left: that number when the block begins, at the model's image size.
   query_grid, key_grid: (height, width) of the patches among queries and keys; None: no grid.

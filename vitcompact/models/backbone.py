@@ -122,7 +122,7 @@ class Isotropic(Backbone):
       if side < self.patch_size or refused:
         nearest = max(1, round(side / self.patch_size)) * self.patch_size
         raise ValueError(f"image_size={self.image_size}: {side} is not a multiple of "
-                         f"patch_size={self.patch_size}; the nearest that is: {nearest}")
+                         f"patch_size={self.patch_size}; the nearest multiple: {nearest}")
     if self.width % self.heads:
       raise ValueError(f"heads={self.heads} does not divide width={self.width}; heads that do: "
                        f"{[h for h in range(1, 33) if self.width % h == 0]}")

@@ -60,7 +60,7 @@ class PyramidVisionTransformer(pyramid.Pyramid):
     for side in np.broadcast_to(image_size, 2).tolist():
       if side < unit or side % unit:
         raise ValueError(f"{what}: {side} is not a multiple of {unit} (stages of {strides} pixels "
-                         f"a token, keys reduced by {self.sr_ratios}); the nearest that is: "
+                         f"a token, keys reduced by {self.sr_ratios}); the nearest multiple: "
                          f"{max(1, round(side / unit)) * unit}")
 
   @nn.nowrap

@@ -117,7 +117,7 @@ class SHViT(Backbone):
     if self.widths[0] % 8:
       nearest = max(1, round(self.widths[0] / 8)) * 8
       raise ValueError(f"widths={self.widths}: {self.widths[0]}, of stage 1, must be a multiple of "
-                       "8, as the stem begins with an eighth of it; the nearest that is: "
+                       "8, as the stem begins with an eighth of it; the nearest multiple: "
                        f"{nearest}")
     for stage, (part, width) in enumerate(zip(self.partial_widths, self.widths[1:], strict=True)):
       if part > width:

@@ -90,7 +90,7 @@ class TransNeXt(pyramid.Pyramid):
     for side in np.broadcast_to(image_size, 2).tolist():
       if side < unit or side % unit:
         raise ValueError(f"{what}: {side} is not a multiple of {unit} (stages of {strides} pixels "
-                         f"a token, keys pooled by {self.sr_ratios}); the nearest that is: "
+                         f"a token, keys pooled by {self.sr_ratios}); the nearest multiple: "
                          f"{max(1, round(side / unit)) * unit}")
 
   @nn.nowrap
@@ -160,8 +160,8 @@ class TransNeXt(pyramid.Pyramid):
     size = np.broadcast_to(self.image_size, 2).tolist()
     if self.deploy and list(images_bhwc.shape[1:3]) != size:
       raise ValueError(f"images of shape {images_bhwc.shape}: this folded model stores position "
-                       f"biases for {size[0]} x {size[1]} pixels; fold a model with another "
-                       "image_size=, or run the unfolded one")
+                       f"biases for {size[0]} x {size[1]} pixels; fold a model with the "
+                       "image_size= of these images, or run the unfolded one")
 
   @nn.nowrap
   def torch_entries(self) -> list[Entry]:

@@ -82,8 +82,8 @@ class MCTF:
   def __post_init__(self):
     whole_or_share = isinstance(self.r, int) or (isinstance(self.r, float) and self.r < 1)
     if isinstance(self.r, bool) or not whole_or_share or self.r < 0:
-      raise ValueError(f"MCTF(r={self.r!r}): must be a whole number of tokens, or a share of them "
-                       "below 1")
+      raise ValueError(f"MCTF(r={self.r!r}): must be a whole number of tokens, or a share below "
+                       "1")
     if self.blocks is not None:
       object.__setattr__(self, "blocks", token_state.checked_blocks("MCTF", self.blocks))
     for field in ("tau_sim", "tau_info", "tau_size"):
