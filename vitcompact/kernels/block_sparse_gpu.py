@@ -21,7 +21,7 @@ from vitcompact.kernels.block_sparse import attention
 from vitcompact.kernels.pairs import pairs_by_key
 
 AREA = 64       # tokens in a tile: the rows of one matrix instruction of a warpgroup
-SLOTS = 2       # tiles in flight; with 2, four programs and more fit on one multiprocessor
+SLOTS = 2       # tiles in flight; with 2, at least four programs fit on one multiprocessor
 LOWEST = -1e30  # below every score, and finite: the difference of two infinities is NaN
 LOG2_E = math.log2(math.e)
 
@@ -141,7 +141,7 @@ def _launch(body, tiles: int, out, scratch, interpret):
 
 
 def _forward(query, key, value, bias, chosen, interpret):
-  """(Q, a, d), (K, c, d), (K, c, e), (K, c), (Q, s) -> (Q, a, e), (Q, a)."""
+  """Computes (Q, a, d), (K, c, d), (K, c, e), (K, c), (Q, s) -> (Q, a, e), (Q, a)."""
   tiles, count = chosen.shape
   out = [jax.ShapeDtypeStruct((*query.shape[:2], value.shape[-1]), value.dtype),
          jax.ShapeDtypeStruct(query.shape[:2], jnp.float32)]
@@ -206,7 +206,7 @@ def _d_query(query, d_out, log_sum, shift, key, value, bias, chosen, interpret):
     _copy_in([ref.at[tile] for ref in (query_ref, d_out_ref, log_sum_ref, shift_ref)],
              [query_s, d_out_s, log_sum_s, shift_s], own)
     d_query = _for_each(count, fetch, ready, own, step, jnp.zeros(query_s.shape, jnp.float32))
-    query_s[...] = d_query.astype(query_s.dtype)  # read for the last time
+    query_s[...] = d_query.astype(query_s.dtype)  # it is not read again
     _copy_out([query_s], [d_query_ref.at[tile]])
 
   scratch = [*_buffers([query, d_out, log_sum, shift]), *_buffers([key, value, bias], SLOTS),
@@ -253,7 +253,7 @@ def _d_key_value(query, d_out, log_sum, shift, key, value, bias, chosen_by_key, 
     start = [jnp.zeros(buffer.shape, jnp.float32) for buffer in (key_s, value_s)]
     count = spans_ref[tile, 1] - first
     d_key, d_value = _for_each(count, fetch, ready, own, step, tuple(start))
-    key_s[...] = d_key.astype(key_s.dtype)        # read for the last time
+    key_s[...] = d_key.astype(key_s.dtype)        # it is not read again
     value_s[...] = d_value.astype(value_s.dtype)
     _copy_out([key_s, value_s], [d_key_ref.at[tile], d_value_ref.at[tile]])
 

@@ -58,7 +58,7 @@ def _product(a, b):
 
 
 def _product_transposed(a, b):
-  """a b^T."""
+  """Returns a b^T."""
   return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 

@@ -43,8 +43,8 @@ class Backbone(nn.Module):
   deploy: bool = False
 
   rules: ClassVar[list[tuple[str, Leaf]]]           # for parameters that only this model has
-  teaches: ClassVar[frozenset[str]] = frozenset()   # what it offers as a teacher besides logits:
-  #                                                   "patch features", "patch logits"
+  # What it offers as a teacher besides logits: "patch features", "patch logits".
+  teaches: ClassVar[frozenset[str]] = frozenset()
   mixes_images: ClassVar[bool] = False              # whether training mixes images of a batch
 
   @nn.nowrap

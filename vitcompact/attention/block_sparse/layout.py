@@ -1,7 +1,6 @@
-"""Block-sparse attention: blocks of queries attend to the blocks of keys chosen for each.
+"""Block-sparse attention: each block of queries attends to the blocks of keys chosen for it.
 
-Pairs of blocks that are not chosen are not computed, and memory grows with the number of tokens,
-not with its square.
+Only the chosen pairs of blocks are computed, and memory is linear in the number of tokens.
 """
 from typing import NamedTuple
 

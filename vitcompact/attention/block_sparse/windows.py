@@ -32,7 +32,7 @@ class Windows(NamedTuple):
     return split.reshape(*split.shape[:2], self.blocks, self.area, split.shape[-1])
 
   def means(self, x_bnfd):
-    """Means over the tokens of each block: (B, n, f, d) -> (B, f, blocks, d), float32."""
+    """Returns means over the tokens of each block: (B, n, f, d) -> (B, f, blocks, d), float32."""
     sums_bijfd = self._sums(self._split(x_bnfd))
     sums_bfkd = sums_bijfd.reshape(-1, self.blocks, *x_bnfd.shape[2:]).swapaxes(1, 2)
     return sums_bfkd / jnp.asarray(self.valid().sum(axis=1), jnp.float32)[None, None, :, None]
