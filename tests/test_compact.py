@@ -11,7 +11,7 @@ import vitcompact as vc
 from tests import tiny
 from vitcompact import calibration, regression
 from vitcompact.calibration import ROWS, Calibration, Seen, run, seen_by, take, taught
-from vitcompact.methods.attention.token_predictor import clustered
+from vitcompact.methods.attention.token_predictor import cluster_means
 from vitcompact.methods.heads import refit
 from vitcompact.token_state import Tokens
 
@@ -244,7 +244,7 @@ def test_a_fitted_mask_keeps_more_of_the_dense_attention_than_a_fresh_one(varian
 
 def test_keys_that_get_attention_from_the_same_queries_are_one_cluster():
   rows = np.repeat(np.eye(3)[[2, 0, 1]], [4, 2, 3], axis=0)
-  down = clustered(rows + 0.01 * np.random.default_rng(0).standard_normal(rows.shape), 3)
+  down = cluster_means(rows + 0.01 * np.random.default_rng(0).standard_normal(rows.shape), 3)
   np.testing.assert_allclose(down.sum(axis=0), 1)
   assert {tuple(np.flatnonzero(column)) for column in down.T} == {
       (0, 1, 2, 3), (4, 5), (6, 7, 8)}

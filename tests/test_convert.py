@@ -324,7 +324,7 @@ def test_the_command_converts_both_ways(tmp_path):
     ("--patch-size", 0, "patch_size=0: must be a whole number of at least 1"),
     ("--patch-size", -8, "patch_size=-8: must be a whole number of at least 1"),
     ("--image-size", 0, "image_size=0: must be a whole number of at least 1"),
-    ("--image-size", 36, "36 is not a multiple of patch_size=8; the nearest that is: 32"),
+    ("--image-size", 36, "36 is not a multiple of patch_size=8; the nearest multiple: 32"),
     ("--num-classes", -1, "num_classes=-1: must be a whole number of at least 0")])
 def test_sizes_that_cannot_be_are_refused_in_a_line(tmp_path, option, value, words):
   model, path = tiny.deit(depth=1), tmp_path / "a.safetensors"

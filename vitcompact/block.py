@@ -1,4 +1,4 @@
-"""One transformer block, composed as its plan says."""
+"""One transformer block, composed according to its plan."""
 import contextlib
 import functools
 from fractions import Fraction
@@ -28,24 +28,24 @@ from vitcompact.torch_names import Entry
 class Attention(nn.Module):
   """Multi-head attention of x over `keys` (default: x itself).
 
-  Leaves: query/key/value/out kernels (width, heads, head width) and (heads, head width, width);
-  those of `method`, which makes the output of all heads, under its scope. Queries and keys exist
-  for the heads that it scores. query_norm and key_norm, over a head's width, where the site has
-  them.
+  Leaves: query/key/value kernels (width, heads, head width), out kernel (heads, head width, width),
+  query_norm and key_norm over a head's width if the site has them, and under its scope those of
+  `method`, which computes the output of all heads. Queries and keys exist only for its
+  `scored_heads`.
   """
   site: Site
   method: object = None   # of the heads axis
 
   def setup(self):
     site = self.site
-    scored = site.heads if self.method is None else protocol.scored_heads(self.method, site)
+    scored_heads = site.heads if self.method is None else protocol.scored_heads(self.method, site)
 
     def project(heads, use_bias=site.qkv_bias):
       return ToHeads(heads, site.head_width, use_bias=use_bias, dtype=site.dtype)
 
-    valued = site.heads if self.method is None else protocol.value_heads(self.method, site)
-    self.query, self.value = project(scored), project(valued)
-    self.key = project(scored, site.qkv_bias and site.key_bias)
+    value_heads = site.heads if self.method is None else protocol.value_heads(self.method, site)
+    self.query, self.value = project(scored_heads), project(value_heads)
+    self.key = project(scored_heads, site.qkv_bias and site.key_bias)
     if self.method is not None:
       setattr(self, protocol.scope_of(self.method), self.method.make(site, parent=None))
     self.out = FromHeads(site.width, dtype=site.dtype)
@@ -54,44 +54,44 @@ class Attention(nn.Module):
 
   def __call__(self, x_bnw, keys_bmw=None):
     keys_bmw = x_bnw if keys_bmw is None else keys_bmw
-    query, key = self.scored(x_bnw, keys_bmw)
+    query, key = self.queries_and_keys(x_bnw, keys_bmw)
     return self.attend(query, key, self.value(keys_bmw), x_bnw=x_bnw)
 
-  def scored(self, x_bnw, keys_bmw, places=None):
-    """The queries and keys (B, N, f, d) that scores are made of, normalised and turned where the
-    site says so. places: of the tokens, see `rotary.places_of`; x is then its own keys."""
-    with self._needed():
+  def queries_and_keys(self, x_bnw, keys_bmw, places=None):
+    """Returns queries and keys (B, N, f, d) for the scores, normalised and rotated if the site says
+    so. places: where the tokens lie, see `rotary.places_of`; then keys must be x itself."""
+    with self._active_share():
       query = self.query(x_bnw)
     key = self.key(keys_bmw)
     if self.site.qk_norm is not None:
       query, key = self.query_norm(query), self.key_norm(key)
     if places is not None:
       reference = self.site.rotary_grid
-      turned = rotary.angles(places, self.site.head_width, self.site.rotary, reference)
-      query, key = (rotary.turn(x, turned, reference is not None) for x in (query, key))
+      angles = rotary.angles(places, self.site.head_width, self.site.rotary, reference)
+      query, key = (rotary.rotate(x, angles, reference is not None) for x in (query, key))
     if self.site.query_scale != 1:
       query = query * self.site.query_scale
     return query, key
 
   def attend(self, query_bnfd, key_bmfd, value_bmhd, core: Core = attention.DENSE, x_bnw=None):
-    """The output from queries and keys of the scored heads, and values of all."""
-    # Not `using(None)`, which would undo what a caller asked for.
+    """Returns the output, given queries and keys of the scored heads and values of all heads."""
+    # `using(None)` would undo the form that a caller asked for.
     form = self.site.form
     with attention.using(form) if form else contextlib.nullcontext():
       heads_bnhd = self._heads(query_bnfd, key_bmfd, value_bmhd, core, x_bnw)
       if core.local is not None:
         heads_bnhd = heads_bnhd + core.local(value_bmhd, x_bnw)
-      with self._needed():
+      with self._active_share():
         return self.out(heads_bnhd)
 
-  def _needed(self):
-    """A scope of what heads compute for tokens that do not use them, see `attention.share`."""
+  def _active_share(self):
+    """Returns a scope that tells `count` which share of the heads a token uses, see
+    `attention.share`."""
     if self.method is None:
       return contextlib.nullcontext()
-    active, valued = (ask(self.method, self.site)
-                      for ask in (protocol.active_heads, protocol.value_heads))
-    return contextlib.nullcontext() if active == valued else attention.share(
-        Fraction(active, valued))
+    active = protocol.active_heads(self.method, self.site)
+    total = protocol.value_heads(self.method, self.site)
+    return contextlib.nullcontext() if active == total else attention.share(Fraction(active, total))
 
   def _heads(self, query_bnfd, key_bmfd, value_bmhd, core: Core, x_bnw):
     if self.method is not None:
@@ -103,11 +103,11 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-  """Pre-norm residual block: x + attn(norm1 x) / skip_lam, then x + mlp(norm2 x) / skip_lam; where
-  the site has a LayerScale, ls1 and ls2 scale what the two branches give.
+  """Pre-norm residual block: x + attn(norm1 x) / skip_lam, then x + mlp(norm2 x) / skip_lam. If the
+  site has a LayerScale, ls1 and ls2 scale the outputs of the two branches.
 
-  reduce: makes the module that makes fewer keys and values of the normed tokens (hierarchical
-  models); None: attention over all.
+  reduce: makes the module that turns the normed tokens into fewer keys and values (hierarchical
+  models); None: attention over all tokens.
   """
   site: Site
   methods: BlockMethods = BlockMethods()
@@ -120,7 +120,7 @@ class Block(nn.Module):
   def __call__(self, tokens: Tokens, train: bool = False) -> Tokens:
     site, step = self.site, reduction(self.site, self.methods)
     norm = functools.partial(LayerNorm, epsilon=self.epsilon, dtype=site.dtype)
-    # Two modules, so that the two branches of a block are dropped independently.
+    # Two modules, so that the two branches are dropped independently.
     drop = functools.partial(DropPath, self.drop_path)
     attn, norm1 = Attention(site, self.methods.heads, name="attn"), norm(name="norm1")
     if step.predict is not None:
@@ -128,14 +128,14 @@ class Block(nn.Module):
       tokens = predict(tokens, site.prefix, train)
     x_bnw = norm1(tokens.x)
     keys_bmw = x_bnw if self.reduce is None else self.reduce(name="reduce")(x_bnw)
-    query, key = attn.scored(x_bnw, keys_bmw, self._places(tokens))
+    query, key = attn.queries_and_keys(x_bnw, keys_bmw, self._places(tokens))
     if step.fuse is None:
       core = self._core(tokens, query, key)
     else:
       fused, ahead = step.fuse(tokens, query, key, site.prefix)
       x_bnw = keys_bmw = norm1(fused.x)
       if ahead is None:
-        query, key = attn.scored(x_bnw, keys_bmw, self._places(fused))
+        query, key = attn.queries_and_keys(x_bnw, keys_bmw, self._places(fused))
         core = self._core(fused, query, key)
       else:
         core = ahead(self._core(tokens, query, key))
@@ -153,7 +153,7 @@ class Block(nn.Module):
 
   @nn.nowrap
   def _places(self, tokens: Tokens):
-    """Where the tokens lie in the image, for rotary positions; None without these."""
+    """Returns where tokens lie in the image, for rotary positions; None if the site has none."""
     site = self.site
     if site.rotary is None:
       return None
@@ -161,32 +161,34 @@ class Block(nn.Module):
 
   @nn.nowrap
   def _core(self, tokens: Tokens, query, key) -> Core:
-    """The attention over these tokens: sizes, which are kept, and which pairs are scored."""
+    """Returns the attention over these tokens: their sizes, which are kept, which pairs are scored.
+    """
     return restrict(self.site, self.methods.attention, tokens.core(), query, key, tokens.source,
                     tokens.fused)
 
   @nn.nowrap
   def fold(self, params, stats):
-    """(params, stats) of the deployed block."""
+    """Returns (params, stats) of the deployed block."""
     return fold(self.site, self.methods, params, stats)
 
 
 def reduction(site: Site, methods: BlockMethods) -> Reduction:
-  """What the method of the tokens axis does in a block."""
+  """Returns what the method of the tokens axis does in a block."""
   if methods.tokens is None:
     return token_state.NOTHING
   return methods.tokens.reduction(site.block, site.depth)
 
 
 def restrict(site: Site, method, core: Core, query, key, source=None, fused: bool = False) -> Core:
-  """The attention of a call as the method of the attention axis leaves it; in a compact call."""
+  """Returns the attention as restricted by the method of the attention axis. Must be called from an
+  `nn.compact` method."""
   if method is None:
     return core
   return method.make(site, name=protocol.scope_of(method))(core, query, key, source, fused)
 
 
 def make_ffn(site: Site, method, **kwargs) -> nn.Module:
-  """The FFN of a block: the method's, or fc1 and fc2 as dense layers."""
+  """Makes the FFN of a block: the method's, or fc1 and fc2 as dense layers."""
   if method is not None:
     return method.make(site, **kwargs)
   layers = {name: ffn_layer(site, name) for name in ("fc1", "fc2")}
@@ -194,17 +196,18 @@ def make_ffn(site: Site, method, **kwargs) -> nn.Module:
 
 
 def ffn_branch(site: Site, methods: BlockMethods, norm, x, paths, train: bool):
-  """What the FFN adds to its input x (B, ..., ffn_width); in a compact call.
+  """Returns what the FFN adds to its input x (B, ..., ffn_width). Must be called from an
+  `nn.compact` method.
 
-  norm: makes the block's norms; None: they are folded into the layers behind them. paths: which
-  tokens take it, see `token_state.Paths`.
+  norm: makes the block's norms; None: they are folded into the layers after them. paths: which
+  tokens take the FFN, see `token_state.Paths`.
   """
   norm2 = norm and norm(name="norm2")
   mlp = make_ffn(site, methods.ffn, name="mlp")
   scale = None if site.layer_scale is None else LayerScale(site.layer_scale, name="ls2")
 
   def full(x, train, mix=None):
-    # An FFN of another kind mixes no tokens.
+    # Only an Mlp mixes tokens.
     mixes = {} if mix is None or not isinstance(mlp, Mlp) else {"mix": mix}
     y = mlp(apply_norm(norm2, x, train), train, **mixes)
     return y if scale is None else scale(y)
@@ -212,35 +215,35 @@ def ffn_branch(site: Site, methods: BlockMethods, norm, x, paths, train: bool):
   step = reduction(site, methods)
   if step.ffn is None:
     return full(x, train)
-  own = step.ffn(norm and norm(parent=None), dtype=site.dtype, name="fast_path")
-  return own(full, x.reshape(x.shape[0], -1, x.shape[-1]), paths, train).reshape(x.shape)
+  two_paths = step.ffn(norm and norm(parent=None), dtype=site.dtype, name="fast_path")
+  return two_paths(full, x.reshape(x.shape[0], -1, x.shape[-1]), paths, train).reshape(x.shape)
 
 
-def from_dense(site: Site, methods: BlockMethods, params, stats, seen=None):
-  """(params, stats) of a block from a dense one's, method by method.
+def from_dense(site: Site, methods: BlockMethods, params, stats, calibrate=None):
+  """Converts (params, stats) of a dense block to a block with these methods, one after the other.
 
-  seen: None, or a function (methods in place, params, stats) -> `calibration.Calibration`. Who
-  attends to whom comes first, then the heads that do; what reaches the FFN follows from both.
+  calibrate: None, or a function (methods in place, params, stats) -> `calibration.Calibration`. The
+  attention axis comes first, then the heads; the input of the FFN depends on both.
   """
-  here = BlockMethods()
+  in_place = BlockMethods()
   params = without_layer_scale(params, attention=methods.heads is not None,
                                ffn=methods.ffn is not None)
   for axis in ("attention", "heads", "tokens", "ffn"):
     method = getattr(methods, axis)
     if method is not None:
-      data = seen and seen(here, params, stats)
+      data = calibrate and calibrate(in_place, params, stats)
       params, stats = surgery.from_dense(method, site, params, stats, data)
-      here = here._replace(**{axis: method})
+      in_place = in_place._replace(**{axis: method})
   return params, stats
 
 
 def without_layer_scale(params, attention: bool = True, ffn: bool = True):
-  """A dense block's parameters in which LayerScale is 1: the layers before it have taken it in. So
-  what is fitted to their outputs is fitted to what the residual stream gets."""
+  """Returns a dense block's parameters with LayerScale 1, folded into the layers before it. A fit
+  to the outputs of these layers is then a fit to what the residual stream receives."""
   new = dict(params)
   branches = ("ls1", "attn", "out", attention), ("ls2", "mlp", "fc2", ffn)
-  for scale, branch, layer, wanted in branches:
-    if wanted and scale in params:
+  for scale, branch, layer, folded in branches:
+    if folded and scale in params:
       gamma = params[scale]["gamma"]
       scaled = {name: leaf * gamma.reshape((1,) * (leaf.ndim - 1) + (-1,))
                 for name, leaf in params[branch][layer].items()}
@@ -249,22 +252,22 @@ def without_layer_scale(params, attention: bool = True, ffn: bool = True):
 
 
 def fold(site: Site, methods: BlockMethods, params, stats):
-  """(params, stats) of a deployed block, method by method.
+  """Returns (params, stats) of a deployed block, folded one method after the other.
 
-  Parameters of an attention method that does not act here are left out: its predictors may come
-  from a plan under which it did.
+  Parameters of attention methods that do not act in this block are left out: they may come from a
+  plan under which one did.
   """
   for method in methods.present():
     params, stats = surgery.fold(method, site, params, stats)
-  here = methods.attention and protocol.scope_of(methods.attention)
-  absent = {protocol.scope_of(kind) for kind in METHODS["attention"].values()} - {here}
+  used = methods.attention and protocol.scope_of(methods.attention)
+  absent = {protocol.scope_of(kind) for kind in METHODS["attention"].values()} - {used}
   return {name: leaf for name, leaf in params.items() if name not in absent}, stats
 
 
 def method_entries(site: Site, methods: BlockMethods, torch: str, ours: str, fc1=("fc1",)):
-  """A block's tensors in a PyTorch file that are its methods', and fc1 and fc2.
+  """Returns entries of the tensors of a block's methods, and of fc1 and fc2.
 
-  fc1: the names of its layer; several hold equal parts of what it gives.
+  fc1: the names of its layer; several names hold equal parts of its output.
   """
   inner = torch_names.norm(f"{torch}.mlp.norm", f"{ours}/mlp/norm") if site.ffn_norm else []
   entries = [entry for method in methods.present()
@@ -278,9 +281,9 @@ def method_entries(site: Site, methods: BlockMethods, torch: str, ours: str, fc1
 
 def block_entries(block: Block, torch: str, ours: str, layer_scale: str = "ls{}.gamma",
                   fc1=("fc1",), fused: bool = True):
-  """The tensors of a `Block` under timm's names; those of its methods under names of their own.
-  layer_scale: what timm calls LayerScale, {} its number; fc1: see `method_entries`; fused: whether
-  queries, keys and values are one tensor."""
+  """Returns entries of the tensors of a `Block` under timm's names; those of methods have our own.
+  layer_scale: timm's name of LayerScale, {} being its number; fc1: see `method_entries`; fused:
+  whether queries, keys and values are one tensor."""
   site, entries = block.site, []
   if site.qk_norm is not None:
     for name, theirs in (("query_norm", "q_norm"), ("key_norm", "k_norm")):

@@ -284,7 +284,7 @@ def look(block: nn.Module, variables, x, maps: bool):
   def watch(next_fun, args, kwargs, context):
     out = next_fun(*args, **kwargs)
     path = context.module.path
-    if path == ("attn",) and context.method_name == "scored":
+    if path == ("attn",) and context.method_name == "queries_and_keys":
       found["query"], found["key"] = out
     if context.method_name != "__call__":
       return out

@@ -1,4 +1,4 @@
-"""Layers every backbone shares: maths as functions, modules thin."""
+"""Layers that all backbones share: the maths as functions, and thin modules around them."""
 import functools
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from vitcompact.convolution import grouped_conv
 from vitcompact.tracing import param, traced_once
 from vitcompact.trees import Leaf
 
-# Truncated at +-2 absolute, a normal of this spread is never cut (timm's trunc_normal_).
+# timm's trunc_normal_ cuts at +-2 absolute, which a normal with this std practically never reaches.
 weight_init = nn.initializers.normal(0.02)
 
 BATCH_EPSILON = 1e-5
@@ -30,25 +30,25 @@ RULES = [
 
 
 def nonzero(leaf: str):
-  """A name scope: of the products inside, the method needs the share of entries of a parameter that
-  are not 0. leaf: its name in the block, with dots, such as "links.up"; `count` reads it."""
+  """Returns a name scope for `count`: of the products inside, the method needs only those with the
+  nonzero entries of a parameter. leaf: its name in the block, with dots, such as "links.up"."""
   return jax.named_scope(f"vitcompact.nonzero({leaf})")
 
 
-# The backward passes below are written out, because XLA:CPU fuses what autodiff gives it into every
-# consumer: a pointwise chain, back to the last product or sum, then runs once for each of them, and
-# through the residual stream that chain grows with depth. A barrier makes it run once. They have no
-# forward-mode derivative.
+# The backward passes below are written by hand, because XLA:CPU fuses what autodiff produces into
+# every consumer: a chain of pointwise operations since the last product or sum then runs once per
+# consumer, and in the residual stream that chain grows with depth. A barrier makes it run once.
+# They have no forward-mode derivative.
 
 
 @jax.custom_vjp
 def gelu(x):
-  """x Phi(x), the exact form: through erf, which XLA:CPU runs faster than jax.nn's erfc."""
+  """x Phi(x), the exact GELU, using erf, which XLA:CPU runs faster than jax.nn's erfc."""
   return 0.5 * x * (1 + jax.lax.erf(x * 2 ** -0.5))
 
 
 def _gelu_backward(x, dy):
-  # Not the forward pass' erf: keeping it costs more memory, and time, than computing it.
+  # Recomputes erf: saving it from the forward pass costs more memory, and more time.
   wide = optimization_barrier(x).astype(jnp.float32)
   density = jnp.exp(-0.5 * wide * wide) * (2 * math.pi) ** -0.5
   slope = 0.5 * (1 + jax.lax.erf(wide * 2 ** -0.5)) + wide * density
@@ -60,55 +60,55 @@ gelu = traced_once(gelu)
 
 
 def gelu_tanh(x):
-  """GELU's approximation by a tanh, as some SigLIP models were trained with."""
+  """The tanh approximation of GELU, with which some SigLIP models were trained."""
   return jax.nn.gelu(x, approximate=True)
 
 
 def quick_gelu(x):
-  """x sigmoid(1.702 x): GELU as OpenAI's CLIP was trained with."""
+  """x sigmoid(1.702 x): the approximate GELU with which OpenAI's CLIP was trained."""
   return x * jax.nn.sigmoid(1.702 * x)
 
 
-def _gated(act: Callable, x):
+def _gate(act: Callable, x):
   gate, value = jnp.split(x, 2, axis=-1)
   return act(gate) * value
 
 
 def glu(x):
-  """sigmoid(gate) * value of (..., 2 m), the gate first: (..., m). Dauphin et al., 1612.08083."""
-  return _gated(jax.nn.sigmoid, x)
+  """sigmoid(gate) * value: (..., 2 m), gate first -> (..., m). Dauphin et al., arXiv 1612.08083."""
+  return _gate(jax.nn.sigmoid, x)
 
 
 def geglu(x):
   """gelu(gate) * value. Shazeer, arXiv 2002.05202."""
-  return _gated(gelu, x)
+  return _gate(gelu, x)
 
 
 def swiglu(x):
   """silu(gate) * value. Shazeer, arXiv 2002.05202."""
-  return _gated(jax.nn.silu, x)
+  return _gate(jax.nn.silu, x)
 
 
 def reglu(x):
   """relu(gate) * value. Shazeer, arXiv 2002.05202."""
-  return _gated(nn.relu, x)
+  return _gate(nn.relu, x)
 
 
 def bilinear(x):
   """gate * value. Shazeer, arXiv 2002.05202."""
-  return _gated(lambda gate: gate, x)
+  return _gate(lambda gate: gate, x)
 
 
-# Of an FFN's hidden layer, by name. Gated ones take twice as many inputs as they give.
+# Activations of an FFN's hidden layer. A gated one takes twice as many inputs as it has outputs.
 ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu, "swiglu": swiglu}
-# Gated ones by the activation of the gate.
+# The gated ones, by the activation of their gate.
 GATES = {"sigmoid": glu, "gelu": geglu, "silu": swiglu, "relu": reglu, "identity": bilinear}
 GATED = tuple(GATES.values())
 
 
 @jax.custom_vjp
 def linear(x, kernel_mk, bias_k=None):
-  """x W + b over the last axis: (..., m) -> (..., k), as one product of two matrices."""
+  """x W + b over the last axis, as a single matrix product: (..., m) -> (..., k)."""
   y_nk = x.reshape(-1, x.shape[-1]) @ kernel_mk
   y_nk = y_nk if bias_k is None else y_nk + bias_k[None]
   return y_nk.reshape(*x.shape[:-1], kernel_mk.shape[1])
@@ -123,7 +123,7 @@ def _linear_backward(saved, dy):
   dy_nk = optimization_barrier(dy).reshape(-1, dy.shape[-1])
   x_nm = x.reshape(-1, x.shape[-1])
   if kernel_mk.shape[0] > kernel_mk.shape[1]:
-    # XLA:CPU multiplies faster when it is the narrow matrix that it has to transpose.
+    # XLA:CPU multiplies faster if the matrix that it transposes is the narrow one.
     dkernel_mk = optimization_barrier(dy_nk.T @ x_nm).T
   else:
     dkernel_mk = x_nm.T @ dy_nk
@@ -145,7 +145,7 @@ def layer_norm(x, scale_c, bias_c, epsilon: float):
 
 
 def _along_last_axis(vector_c, x):
-  """A float32 vector over the last axis, shaped to go with x."""
+  """Returns the vector in float32, with leading axes of size 1 to match the rank of x."""
   return vector_c.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
@@ -175,18 +175,19 @@ layer_norm = traced_once(layer_norm, static_argnames="epsilon")
 
 
 def fan_in_uniform(fan_in: int):
-  """torch's default for convolutions, weight and bias alike: uniform in +-1/sqrt(fan_in)."""
+  """Returns PyTorch's default initialiser of convolutions and biases: uniform in +-1/sqrt(fan_in).
+  """
   bound = fan_in ** -0.5
   return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
       key, shape, dtype, minval=-bound, maxval=bound)
 
 
-# The same for the weights of layers without a bias, whatever their fan-in.
+# The same for weights alone, with the fan-in taken from their shape.
 torch_conv_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class LayerNorm(nn.Module):
-  """`layer_norm` with its scale and bias; the result has `dtype`."""
+  """`layer_norm` with a learned scale and bias; the output has `dtype`."""
   epsilon: float
   dtype: str = "float32"
 
@@ -198,7 +199,7 @@ class LayerNorm(nn.Module):
 
 
 class LayerScale(nn.Module):
-  """x * gamma: a residual branch's output, each channel by a factor that is learned.
+  """x * gamma: scales each channel of a residual branch's output by a learned factor.
 
   Touvron et al., arXiv 2103.17239.
   """
@@ -222,12 +223,13 @@ class Dense(nn.Dense):
 
 
 def dense(features: int, *, dtype, use_bias: bool = True) -> Dense:
-  """A Dense with the ViT's init, not yet bound to a parent."""
+  """Makes a Dense with the ViT's init, not bound to a parent."""
   return Dense(features, use_bias=use_bias, kernel_init=weight_init, dtype=dtype, parent=None)
 
 
 class ToHeads(nn.Module):
-  """nn.DenseGeneral to heads, with the backward pass of `linear`: (..., w) -> (..., heads, d)."""
+  """Splits into heads, (..., w) -> (..., heads, d): nn.DenseGeneral with `linear`'s backward pass.
+  """
   heads: int
   head_width: int
   use_bias: bool = True
@@ -244,7 +246,7 @@ class ToHeads(nn.Module):
 
 
 class FromHeads(nn.Module):
-  """nn.DenseGeneral over heads, with the backward pass of `linear`: (..., heads, d) -> (..., w)."""
+  """Joins heads, (..., heads, d) -> (..., w): nn.DenseGeneral with `linear`'s backward pass."""
   width: int
   dtype: str = "float32"
 
@@ -257,7 +259,8 @@ class FromHeads(nn.Module):
 
 
 class DropPath(nn.Module):
-  """Stochastic depth: drops a residual branch for a sample, scales the kept ones by 1/(1-rate)."""
+  """Stochastic depth: drops a residual branch for random samples, and scales the others by
+  1 / (1 - rate)."""
   rate: float
 
   @nn.compact
@@ -270,7 +273,7 @@ class DropPath(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-  """Non-overlapping patches to tokens: (B, H, W, C) -> (B, H/p, W/p, width)."""
+  """Embeds non-overlapping patches as tokens: (B, H, W, C) -> (B, H/p, W/p, width)."""
   width: int
   patch_size: int
   use_bias: bool = True
@@ -285,9 +288,10 @@ class PatchEmbed(nn.Module):
 
 
 class ConvNorm(nn.Module):
-  """k x k convolution and batch norm; deployed, one convolution with a bias: see `fold_conv_norm`.
+  """k x k convolution and batch norm; when deployed, one convolution with a bias, see
+  `fold_conv_norm`.
 
-  Padded by k // 2 on every side, as PyTorch does; "SAME" would not be symmetric at stride 2.
+  Pads by k // 2 on every side, as PyTorch does; "SAME" would not be symmetric at stride 2.
   """
   features: int
   kernel_size: int
@@ -312,9 +316,10 @@ class ConvNorm(nn.Module):
 
 
 class DenseNorm(nn.Module):
-  """x W and batch norm, as a 1x1 `ConvNorm` computes it; deployed, x W + b: see `fold_dense_norm`.
+  """x W and batch norm, the same as a 1x1 `ConvNorm`; when deployed, x W + b, see
+  `fold_dense_norm`.
 
-  Leaves: kernel (m, features) and those of norm; deployed, kernel and bias.
+  Leaves: kernel (m, features) and those of norm; when deployed, kernel and bias.
   """
   features: int
   kernel_init: Callable = weight_init
@@ -335,13 +340,13 @@ class DenseNorm(nn.Module):
 
 
 def batch_affine(params, stats):
-  """scale, shift (C,) of the affine map that a batch norm is in inference."""
+  """Returns scale, shift (C,): the affine map that a batch norm computes in inference."""
   scale = params["scale"] / jnp.sqrt(stats["var"] + BATCH_EPSILON)
   return scale, params["bias"] - stats["mean"] * scale
 
 
 def fold_dense_norm(params, stats):
-  """Parameters of the deployed DenseNorm; those of a layer that has no norm stay as they are."""
+  """Returns the parameters of the deployed DenseNorm; those of a layer without a norm unchanged."""
   if "norm" not in params:
     return params
   scale, shift = batch_affine(params["norm"], stats["norm"])
@@ -350,7 +355,8 @@ def fold_dense_norm(params, stats):
 
 
 def unfold_dense_norm(params, stats, kernel, bias):
-  """Inverse of `fold_dense_norm`: parameters that compute x W + b with a layer's statistics."""
+  """Inverse of `fold_dense_norm`: returns parameters that, with a layer's statistics, compute
+  x W + b."""
   if "norm" not in params:
     return {"kernel": kernel, "bias": bias}
   mean, var = stats["norm"]["mean"], stats["norm"]["var"]
@@ -359,8 +365,8 @@ def unfold_dense_norm(params, stats, kernel, bias):
 
 
 def fold_conv_norm(params, stats, skip: bool = False):
-  """Parameters of the deployed ConvNorm. skip: of one of odd size, of each channel by itself, whose
-  input is added to its output: the centre of its kernel takes that in."""
+  """Returns the parameters of the deployed ConvNorm. skip: also folds the addition of the input to
+  the output into the centre of the kernel, which must be depthwise and of odd size."""
   conv = fold_dense_norm({**params["conv"], "norm": params["norm"]}, stats)
   if skip:
     centre = conv["kernel"].shape[0] // 2
@@ -369,9 +375,9 @@ def fold_conv_norm(params, stats, skip: bool = False):
 
 
 def fold_into_linear(params, scale_c, shift_c):
-  """Parameters with which a linear layer gives for x what it gave for x * scale + shift.
+  """Folds x * scale + shift into the linear layer after it, and returns that layer's parameters.
 
-  params: kernel (C, ...), bias or none; the result always has a bias.
+  params: kernel (C, ...), with or without a bias; the result always has a bias.
   """
   kernel = params["kernel"]
   bias = jnp.tensordot(shift_c, kernel, axes=1, precision=jax.lax.Precision.HIGHEST)
@@ -380,20 +386,20 @@ def fold_into_linear(params, scale_c, shift_c):
 
 
 def ffn_layer(site, name: str) -> nn.Module:
-  """The dense layer fc1 or fc2 of the FFN of a `protocol.Site`, not bound to a parent."""
+  """Makes the dense layer fc1 or fc2 of the FFN of a `protocol.Site`, not bound to a parent."""
   width = site.fc1_width if name == "fc1" else site.ffn_width
   if site.deploy or not site.ffn_batch_norm:
     return dense(width, dtype=site.dtype)
-  # As a residual branch ends in it, it starts as nothing.
+  # A residual branch that ends in a batch norm starts at zero.
   scale_init = nn.initializers.zeros if name == "fc2" else nn.initializers.ones
   return DenseNorm(width, torch_conv_init, scale_init, dtype=site.dtype, parent=None)
 
 
 class Mlp(nn.Module):
-  """fc2(norm(act(mixer(fc1 x)))): each fc a dense layer or a factorised one; no mixer and no norm
-  are the identity. A gated act halves what fc1 gives.
+  """fc2(norm(act(mixer(fc1 x)))). fc1 and fc2 are dense or factorised; mixer and norm may be None.
+  A gated act halves the channels.
 
-  mix: calls the mixer, (mixer, hidden) -> hidden, where x is not all tokens of the grid.
+  mix: (mixer, hidden) -> hidden, calls the mixer if x holds only some tokens of the grid.
   """
   fc1: nn.Module
   fc2: nn.Module
@@ -412,12 +418,12 @@ class Mlp(nn.Module):
 
 
 def apply_norm(norm: nn.Module | None, x, train: bool):
-  """A layer norm knows no train mode; batch norms do. None: x, as the norm is folded."""
+  """Applies a norm, of which only a batch norm has a train mode; None returns x: it is folded."""
   if norm is None:
     return x
   return norm(x, use_running_average=not train) if isinstance(norm, nn.BatchNorm) else norm(x)
 
 
 def apply_linear(linear: nn.Module, x, train: bool):
-  """nn.Dense knows no train mode; layers that a plan puts in its place do."""
+  """Applies a layer: an nn.Dense has no train mode, layers that replace it in a plan have one."""
   return linear(x) if isinstance(linear, nn.Dense) else linear(x, train)

@@ -1,4 +1,4 @@
-"""Tokens: what goes from block to block, and where each token came from."""
+"""Tokens: the state that goes from block to block, including where each token came from."""
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,12 +12,12 @@ from vitcompact.attention import Core
 
 @flax.struct.dataclass
 class Paths:
-  """Which tokens take a block's whole FFN, and which a shorter path: from the block in which that
-  is decided to the last block of these tokens, or to the next decision.
+  """Which tokens take a block's whole FFN, and which take a shorter path. A decision is valid from
+  the block that makes it until the next decision or until the tokens change.
 
-  In inference rows are gathered. full: (B, k) int32, those of the FFN; short: (B, N - k), the
-  others; place: (B, N), where each token is in [full, short].
-  In training both are computed. mask: (B, N) float32, 1 where a token takes the FFN.
+  Inference gathers rows. full: (B, k) int32, the tokens that take the FFN; short: (B, N - k), the
+  others; place: (B, N), the index of each token in [full, short].
+  Training computes both paths. mask: (B, N) float32, 1 for tokens that take the FFN.
   """
   full: jax.Array | None = None
   short: jax.Array | None = None
@@ -27,18 +27,19 @@ class Paths:
 
 @flax.struct.dataclass
 class Tokens:
-  """Tokens between two blocks: prefix tokens first, then by ascending source, a fused one last.
+  """Tokens between two blocks: prefix tokens, then patches in ascending source order, then a fused
+  token if there is one.
 
   x: (B, N, width).
-  size: (B, N) float32, how many source tokens each holds, or None where nothing was merged.
-  source: (B, S) int32, for each of the S tokens at the start the index of the one that holds it
-    now, -1 where it was dropped; or None where no token was reduced yet.
-  keep_mask: (B, N) float32, 0 where a token counts as dropped but is still there, so that the
+  size: (B, N) float32, how many source tokens each token holds; None: nothing was merged.
+  source: (B, S) int32, for each of the S tokens before the first block, the index of the token that
+    holds it now, or -1 if it was dropped; None: no token was reduced yet.
+  keep_mask: (B, N) float32, 0 for tokens that count as dropped but are still there, so that the
     choice has a gradient (DynamicViT in training); or None.
-  remainder: (B, N) bool, which tokens are fused remainders, no patches any more; the last one is,
-    an earlier one that was kept may be another; or None.
+  remainder: (B, N) bool, which tokens are fused remainders instead of patches: the last one, and
+    earlier ones that were kept; or None.
   proportional: whether attention counts a token `size` times.
-  paths: which tokens take the FFN, or None where all do.
+  paths: which tokens take the FFN; None: all of them.
   """
   x: jax.Array
   size: jax.Array | None = None
@@ -54,25 +55,26 @@ class Tokens:
     return self.remainder is not None
 
   def core(self) -> Core:
-    """Attention over these tokens as keys."""
+    """Returns the attention with these tokens as keys."""
     return Core(size=self.size if self.proportional else None, keep_mask=self.keep_mask)
 
 
 class Reduction(NamedTuple):
-  """What the tokens axis does in one block; None where it does nothing.
+  """What a method of the tokens axis does at each point of one block; None: nothing.
 
   predict: makes a module (tokens, prefix, train) -> tokens that runs before the block; its
     parameters are the block's `predict_tokens`.
-  fuse: (tokens, query, key, prefix) -> (tokens, ahead), before the values. ahead: Core -> Core, the
-    attention with these queries and keys, but over the new tokens' values; None: there is none, the
-    new tokens have queries and keys of their own.
-  after_attention: (tokens, query, key, prefix) -> tokens, before the FFN; after_block: after it.
-  ffn: makes a module (full, x, paths, train) -> y in the place of the FFN: x (B, N, width) is its
-    input before the norm, y what the branch gives; full(x, train, mix=None) is norm and FFN of any
-    rows of x, see `layers.Mlp`. Made with the block's kind of norm (None: folded), the parameters
-    are the block's `fast_path`.
+  fuse: (tokens, query, key, prefix) -> (tokens, ahead), runs before the values are computed. ahead:
+    Core -> Core, the attention with these queries and keys over the values of the new tokens; None:
+    queries and keys of the new tokens are computed.
+  after_attention: (tokens, query, key, prefix) -> tokens, runs before the FFN; after_block: the
+    same, runs after the FFN.
+  ffn: makes a module (full, x, paths, train) -> y that replaces the FFN branch: x (B, N, width) is
+    its input before the norm, y its output; full(x, train, mix=None) applies norm and FFN to any
+    rows of x, see `layers.Mlp`. It is made with the block's kind of norm (None: folded); its
+    parameters are the block's `fast_path`.
 
-  query, key: (B, N, heads, d) of the real heads; prefix: how many tokens are no patches.
+  query, key: (B, N, heads, d) of the real heads; prefix: the number of tokens before the patches.
   """
   predict: Callable[..., nn.Module] | None = None
   fuse: Callable | None = None
@@ -85,7 +87,7 @@ NOTHING = Reduction()
 
 
 def shapes_after(reduction: Reduction, tokens: Tokens, prefix: int) -> Tokens:
-  """The shapes of tokens after a block; nothing is computed."""
+  """Returns the shapes of the tokens after a block, without computing anything."""
   def run(tokens):
     if reduction.predict is not None:
       module = reduction.predict(parent=None)
@@ -100,13 +102,14 @@ def shapes_after(reduction: Reduction, tokens: Tokens, prefix: int) -> Tokens:
 
 
 def check_keep(method: str, keep):
-  """Raises ValueError unless `keep` is a share of tokens."""
+  """Raises ValueError unless `keep` is a number in (0, 1]."""
   if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1:
     raise ValueError(f"{method}(keep={keep!r}): must be a number in (0, 1]; 1 keeps every token")
 
 
 def checked_blocks(method: str, blocks) -> tuple[int, ...]:
-  """The blocks in ascending order; ValueError unless they are different block numbers."""
+  """Returns the blocks in ascending order; raises ValueError unless they are different block
+  numbers."""
   numbers = tuple(blocks) if isinstance(blocks, tuple | list) else None
   if (not numbers or
       not all(isinstance(b, int) and not isinstance(b, bool) and b >= 0 for b in numbers) or
@@ -117,13 +120,13 @@ def checked_blocks(method: str, blocks) -> tuple[int, ...]:
 
 
 def take(array_bn, index_bk):
-  """Rows of (B, N, ...) by an index (B, K) for each image: (B, K, ...)."""
+  """Gathers rows of (B, N, ...) by an index (B, K) for each image: (B, K, ...)."""
   index = index_bk.reshape(*index_bk.shape, *(1,) * (array_bn.ndim - 2))
   return jnp.take_along_axis(array_bn, index, axis=1)
 
 
 def identity_source(tokens: Tokens):
-  """The source map, made where there is none yet."""
+  """Returns the source map; the identity if no token was reduced yet."""
   if tokens.source is not None:
     return tokens.source
   batch, count = tokens.x.shape[:2]
@@ -131,12 +134,12 @@ def identity_source(tokens: Tokens):
 
 
 def follow(source_bs, moved_bn):
-  """The source map after token i went to moved[i] (-1: dropped)."""
+  """Updates a source map after token i moved to index moved[i] (-1: dropped)."""
   return jnp.where(source_bs < 0, -1, jnp.take_along_axis(moved_bn, jnp.maximum(source_bs, 0), 1))
 
 
 def keep_best(tokens: Tokens, score_bp, count: int, prefix: int) -> Tokens:
-  """The prefix and the `count` patches of highest score, in their order; the others are gone."""
+  """Keeps the prefix and the `count` patches of highest score, in their order; drops the others."""
   batch, patches = score_bp.shape
   kept_bk = prefix + jnp.sort(jax.lax.top_k(score_bp, count)[1], axis=1)
   first_bp = jnp.broadcast_to(jnp.arange(prefix, dtype=kept_bk.dtype), (batch, prefix))
@@ -148,26 +151,27 @@ def keep_best(tokens: Tokens, score_bp, count: int, prefix: int) -> Tokens:
 
 
 def unmerge(tokens: Tokens):
-  """(B, S, width): every source token with the features of the one that holds it, 0 if dropped."""
+  """Returns (B, S, width): for each source token, the features of the token that holds it, 0 if it
+  was dropped."""
   source = identity_source(tokens)
   features = take(tokens.x, jnp.maximum(source, 0))
   return jnp.where(source[..., None] < 0, 0, features)
 
 
 def kept_patches(tokens: Tokens, prefix: int):
-  """(B, N - prefix) float32: which of the tokens after the prefix count."""
+  """Returns (B, N - prefix) float32: 1 for tokens after the prefix that do not count as dropped."""
   if tokens.keep_mask is None:
     return jnp.ones((tokens.x.shape[0], tokens.x.shape[1] - prefix))
   return tokens.keep_mask[:, prefix:]
 
 
 def by_patch(rows_bp, tokens: Tokens, prefix: int):
-  """What each patch of the start has of `rows`, and whether it still is a patch of its own right.
+  """Maps rows of tokens back to the source patches, and says which of these are left.
 
   rows_bp: (B, N - prefix, ...), a row for each of `tokens` after the prefix.
   Returns:
-    (B, P, ...), 0 where a patch was dropped or went into a fused remainder, and (B, P) float32, 0
-    there and 1 elsewhere. A merged patch has the row of the token that it is part of.
+    (B, P, ...), the row of the token that holds each patch, 0 if the patch was dropped or went into
+    a fused remainder; and (B, P) float32, 0 for these patches and 1 for the others.
   """
   if tokens.source is None:
     return rows_bp, kept_patches(tokens, prefix)
@@ -181,7 +185,7 @@ def by_patch(rows_bp, tokens: Tokens, prefix: int):
 
 
 def mean_of_patches(tokens: Tokens, prefix: int):
-  """(B, width): the mean over tokens after the prefix, each as often as it is there."""
+  """Returns (B, width): the mean over tokens after the prefix, weighted by size or keep mask."""
   x_bpw, weight_bn = tokens.x[:, prefix:], tokens.keep_mask
   if tokens.size is not None:
     weight_bn = tokens.size
@@ -192,11 +196,10 @@ def mean_of_patches(tokens: Tokens, prefix: int):
 
 
 def record(model: nn.Module, block: int, tokens: Tokens, prefix: int):
-  """Sows what a block passes on: "features" block_{i}; "tokens" source_{i} (B, S), and
-  keep_mask_{i} (B, P), which patches of the start are there in their own right.
+  """Sows the output of a block: in "features" block_{i}; in "tokens" source_{i} (B, S) and
+  keep_mask_{i} (B, P), which of the source patches are left, see `by_patch`.
 
-  Everything is mutable in init, whose variables are no place for it. The name blocks_{i} is the
-  module's.
+  Does nothing in init, in which every collection is mutable and would end up among the variables.
   """
   if model.is_initializing():
     return
@@ -207,8 +210,8 @@ def record(model: nn.Module, block: int, tokens: Tokens, prefix: int):
 
 
 def record_last(model: nn.Module, x_bnw, tokens: Tokens, prefix: int):
-  """Sows in "tokens" what losses compare: x, the `tokens` normalised, as prefix (B, prefix, width),
-  patches (B, P, width) and keep_mask (B, P), each patch where it was at the start; see `by_patch`.
+  """Sows in "tokens" what losses compare: x, the normalised features of `tokens`, as prefix
+  (B, prefix, width), patches (B, P, width) and keep_mask (B, P); see `by_patch`.
   """
   if model.is_initializing() or not model.is_mutable_collection("tokens"):
     return

@@ -12,7 +12,7 @@ from tests.kernels import cases
 from vitcompact import attention, kernels
 from vitcompact.attention import Core, Device, choose, reference, tuning
 from vitcompact.attention.block_sparse.layout import BlockLayout
-from vitcompact.attention.block_sparse.windows import Windows, nearest_blocks, on_grid, on_line
+from vitcompact.attention.block_sparse.windows import Windows, nearest_blocks, on_grid, on_sequence
 
 BATCH, HEADS, WIDTH = 2, 3, 4
 HOPPER = Device("gpu", capability="9.0")
@@ -61,14 +61,14 @@ def test_the_block_of_keys_nearest_is_its_own_on_one_grid_and_above_it_on_a_coar
   np.testing.assert_array_equal(nearest_blocks(fine, fine), np.arange(16))
   np.testing.assert_array_equal(nearest_blocks(fine, Windows((4, 4), (2, 2))),
                                 [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3])
-  np.testing.assert_array_equal(nearest_blocks(Windows((2, 2), (1, 2)), on_line(6, 3)), [0, 1])
+  np.testing.assert_array_equal(nearest_blocks(Windows((2, 2), (1, 2)), on_sequence(6, 3)), [0, 1])
 
 
 CASES = {
     "grid": BlockLayout(None, Windows((4, 4), (2, 2)), Windows((4, 4), (2, 2)), prefix=1),
     "padded": BlockLayout(None, Windows((3, 5), (2, 2)), Windows((3, 5), (2, 2))),
     "coarser keys": BlockLayout(None, Windows((4, 4), (2, 2)), Windows((2, 3), (1, 2)), prefix=2),
-    "survivors": BlockLayout(None, on_line(11, 4), on_line(11, 4), prefix=1, fused=1,
+    "survivors": BlockLayout(None, on_sequence(11, 4), on_sequence(11, 4), prefix=1, fused=1,
                              order=jnp.argsort(draw(BATCH, 11, seed=5), axis=1)),
 }
 
@@ -160,7 +160,7 @@ def test_the_form_of_a_layout_by_device_and_why_no_kernel_runs():
   assert choose(Device("cpu"), call, *qkv) == ("block_sparse_cpu", "")
   assert choose(HOPPER, call, *qkv) == ("block_sparse_kernel", "")
   assert choose(Device("tpu"), call, *qkv) == ("block_sparse_kernel", "")
-  for device, requested, words in ((HOPPER, "einsum", "'einsum' was asked for"),
+  for device, requested, words in ((HOPPER, "einsum", "'einsum' was requested"),
                                (Device("tpu", count=4), None, "over 4 devices"),
                                (Device("gpu", capability="8.0"), None, "not for gpu 8.0"),
                                (Device("cpu", split=True), None, "not for cpu")):

@@ -228,7 +228,7 @@ def test_a_bias_is_two_channels_of_the_keys_exact_in_float32_and_near_in_bfloat1
 
 
 @pytest.mark.parametrize("name,device,dtype,words", [
-    ("cudnn", CPU, "bfloat16", "'cudnn' runs on NVIDIA GPUs, not on a cpu; ask for another"),
+    ("cudnn", CPU, "bfloat16", "'cudnn' runs on NVIDIA GPUs, not on a cpu; request another"),
     ("cudnn", GPU, "float32", "'cudnn' takes 16 bits and up to 128 channels, not float32 and 8"),
     ("splash", CPU, "float32", "'splash' runs on TPUs, not on a cpu"),
     ("splash", GPU, "float32", "'splash' runs on TPUs, not on a gpu")])

@@ -233,8 +233,8 @@ def test_the_dense_stage_takes_methods_of_the_attention_axis():
 
 @pytest.mark.parametrize("make,words", [
     (lambda: vc.create_model("biformer_tiny", image_size=256),
-     "256 pixels make grids of [64, 32, 16, 8] in the stages, and 7 regions must divide the first "
-     "3; the nearest that fits: 224"),
+     "256 pixels make grids of [64, 32, 16, 8] in the stages, the first 3 of which must be "
+     "multiples of regions=7; the nearest size that fits: 224"),
     (lambda: tiny.biformer(top_ks=(5,)), "none above regions ** 2 = 4"),
     (lambda: tiny.biformer(depths=(1,)), "each needs one entry for each stage"),
     (lambda: tiny.biformer(head_dim=5), "16 must be a multiple of head_dim=5"),
@@ -245,7 +245,7 @@ def test_the_dense_stage_takes_methods_of_the_attention_axis():
     (lambda: tiny.biformer(vc.Plan(attention=vc.BiFormer(min_tokens=0))),
      "in block 0 needs every token to attend to all"),
     (lambda: tiny.biformer(vc.Plan(heads=vc.HMHSA())),
-     "in block 0 needs keys in one line of tokens, which biformer_tiny does not have; use layout"),
+     "in block 0 needs keys in one sequence, which biformer_tiny does not have; use layout"),
     (lambda: tiny.biformer(vc.Plan(heads=vc.HMHSA(site="logits"))), "in block 0 needs "),
     (lambda: tiny.biformer(vc.Plan(tokens=vc.ToMe(r=3))), "needs tokens that may be dropped"),
     (lambda: tiny.biformer().init(jax.random.key(0), jnp.zeros((1, 48, 32, 3))), "(B, 32, 32, 3)"),
@@ -257,7 +257,7 @@ def test_what_does_not_fit_is_refused_in_one_line(make, words):
 
 
 def test_the_nearest_image_size_that_fits_is_named_and_works():
-  with pytest.raises(ValueError, match="nearest that fits: 224"):
+  with pytest.raises(ValueError, match="nearest size that fits: 224"):
     vc.create_model("biformer_stl", image_size=(224, 215))
   model = vc.create_model("biformer_tiny", image_size=112, depths=(1, 1, 1, 1))
   assert jax.eval_shape(model.apply, shapes_of(model), tiny.images(model)).shape == (3, 1000)

@@ -219,7 +219,7 @@ def test_every_leaf_has_one_rule_and_matrices_and_the_distillation_token_decay(n
 @pytest.mark.parametrize("make,words", [
     (lambda: vc.create_model("deit_smal_patch16_224"), "did you mean deit_small_patch16_224"),
     (lambda: vc.create_model("resnet50"), "unknown model 'resnet50'"),
-    (lambda: vc.create_model("deit_tiny_patch16_224", image_size=225), "the nearest that is: 224"),
+    (lambda: vc.create_model("deit_tiny_patch16_224", image_size=225), "the nearest multiple: 224"),
     (lambda: vc.create_model("deit_tiny_patch16_224", heads=5), "does not divide width=192"),
     (lambda: vc.create_model("deit_tiny_patch16_224", heads=0), "heads=0: must be a whole number"),
     (lambda: vc.create_model("deit_tiny_patch16_224", image_size=(8, 8, 8)), "or a pair of them"),

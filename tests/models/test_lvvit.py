@@ -224,7 +224,7 @@ def test_features_are_returned_when_asked_for():
 
 
 @pytest.mark.parametrize("fields,words", [
-    ({"image_size": 36}, "36 is not a multiple of patch_size=8; the nearest that is: 32"),
+    ({"image_size": 36}, "36 is not a multiple of patch_size=8; the nearest multiple: 32"),
     ({"patch_size": 7}, "patch_size=7: must be even"),
     ({"heads": 5}, "does not divide width=24")])
 def test_what_does_not_fit_is_refused_in_one_line(fields, words):

@@ -278,7 +278,7 @@ def test_every_leaf_has_one_rule_and_only_kernels_decay():
 
 @pytest.mark.parametrize("make,words", [
     (lambda: vc.create_model("nextvit_small", image_size=24), "stage 2 has 3 x 3 tokens, and a key "
-     "there averages 16; the smallest square that fits is 25"),
+     "there averages 16; the smallest side of a square image that fits is 25"),
     (lambda: vc.create_model("nextvit_small", widths=(96, 192, 400, 768)),
      "400, of stage 3, must be a multiple of 96"),
     (lambda: vc.create_model("nextvit_small", depths=(3, 4, 10)), "must have 4 entries"),

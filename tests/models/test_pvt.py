@@ -97,7 +97,7 @@ def test_rates_of_stochastic_depth_are_the_authors():
 @pytest.mark.parametrize("make,words", [
     (lambda: vc.create_model("pvt_tiny", image_size=230),
      "image_size=230: 230 is not a multiple of 32"),
-    (lambda: vc.create_model("pvt_tiny", image_size=(224, 16)), "nearest that is: 32"),
+    (lambda: vc.create_model("pvt_tiny", image_size=(224, 16)), "nearest multiple: 32"),
     (lambda: vc.create_model("pvt_tiny", sr_ratios=(8, 4, 2, 2)), "must end in 1"),
     (lambda: pyramids.pvt().init(jax.random.key(0), jnp.zeros((1, 64, 60, 3))),
      "images of shape (1, 64, 60, 3): 60 is not a multiple of 32"),

@@ -215,7 +215,7 @@ def test_channels_that_do_not_attend_reach_the_projection_untouched():
 
 
 def test_squeezed_widths_are_rounded_as_timms():
-  assert [shvit_blocks.squeezed(4 * width) for width in (128, 224, 308, 352, 20, 2)] == [
+  assert [shvit_blocks.squeezed_width(4 * width) for width in (128, 224, 308, 352, 20, 2)] == [
       128, 224, 312, 352, 24, 8]
 
 
@@ -412,18 +412,18 @@ HEADS = {"heads": vc.HMHSA()}
 
 @pytest.mark.parametrize("make, words", [
     (lambda: tiny.shvit(vc.Plan(blocks={1: HEADS})),
-     "HMHSA() in block 1: shvit_s1 has a single head there, of queries and keys 4 wide and values "
-     "5 wide, which takes no method of the axis heads; use heads=None"),
+     "HMHSA() in block 1: shvit_s1 has a single head there, with queries and keys of width 4 and "
+     "values of width 5, which takes no method of the axis heads; use heads=None"),
     (lambda: tiny.shvit(vc.Plan(blocks={0: HEADS})), "blocks with attention: [1, 2]"),
     (lambda: vc.create_model("shvit_s3", plan=vc.Plan(attention=vc.Sparsifiner())),
-     "Sparsifiner() in block 3: shvit_s3 has a single head there, of queries and keys 16 wide and "
-     "values 75 wide, which takes no method of the axis attention; use attention=None"),
+     "Sparsifiner() in block 3: shvit_s3 has a single head there, with queries and keys of width "
+     "16 and values of width 75, which takes no method of the axis attention; use attention=None"),
     (lambda: tiny.shvit(vc.Plan(tokens=vc.EViT(blocks=(1,)))),
      "tokens that may be dropped or merged, which shvit_s1 does not have"),
     (lambda: tiny.shvit(widths=(12, 12, 20)), "12, of stage 1, must be a multiple of 8, as the "
-     "stem begins with an eighth of it; the nearest that is: 16"),
+     "stem begins with an eighth of it; the nearest multiple: 16"),
     (lambda: tiny.shvit(partial_widths=(5, 21)),
-     "attention in stage 3 sees 21 channels, more than the 20 that there are"),
+     "attention in stage 3 would act on 21 channels, and there are only 20"),
     (lambda: tiny.shvit(partial_widths=(5, 8, 8)), "partial_widths=(5, 8, 8): must have 2 entries"),
     (lambda: tiny.shvit(depths=(1, 1)), "depths=(1, 1): must have 3 entries"),
     (lambda: tiny.shvit(vc.Plan(blocks={3: {"ffn": None}})), "blocks 0 to 2"),

@@ -295,7 +295,7 @@ def test_folding_keeps_the_function_and_leaves_no_network_of_positions(plan, tmp
     vc.save(tmp_path / f"{some.deploy}.safetensors", some, values)
     loaded, values_again = vc.load(tmp_path / f"{some.deploy}.safetensors")
     assert loaded == some and trees.digest(values_again) == trees.digest(values)
-  with pytest.raises(ValueError, match="holds the biases of positions for 24 x 40 pixels; fold"):
+  with pytest.raises(ValueError, match="stores position biases for 24 x 40 pixels; fold"):
     tiny.apply(deploy, folded, x[:, :, :24])
 
 
@@ -406,8 +406,8 @@ class Fewer(vc.HMHSA):
 
 @pytest.mark.parametrize("make,words", [
     (lambda: tiny.transnext(image_size=(24, 36)), "image_size=(24, 36): 36 is not a multiple of 8 "
-     "(stages of [4, 8] pixels a token, keys pooled by (2, 1)); the nearest that is: 32"),
-    (lambda: vc.create_model("transnext_tiny", image_size=100), "the nearest that is: 96"),
+     "(stages of [4, 8] pixels a token, keys pooled by (2, 1)); the nearest multiple: 32"),
+    (lambda: vc.create_model("transnext_tiny", image_size=100), "the nearest multiple: 96"),
     (lambda: vc.create_model("transnext_tiny", pretrain_size=32), "needs two tokens on a side, "
      "which are 64 pixels"),
     (lambda: tiny.transnext(heads=(3, 4)), "3 does not divide 8"),
@@ -438,8 +438,8 @@ class Masks(vc.Sparsifiner):
 def test_methods_that_leave_out_heads_or_change_who_is_attended_to_are_refused(monkeypatch):
   monkeypatch.setitem(vc.METHODS["heads"], "fewer", Fewer)
   monkeypatch.setitem(vc.METHODS["attention"], "masks", Masks)
-  with pytest.raises(ValueError, match="block 0 of transnext_tiny has parameters of its own for "
-                                       "each of its 2 heads"):
+  with pytest.raises(ValueError, match="block 0 of transnext_tiny has its own parameters for each "
+                                       "of its 2 heads"):
     tiny.transnext(vc.Plan(heads=Fewer()))
   with pytest.raises(ValueError, match="needs every token to attend to all, which transnext_tiny"):
     tiny.transnext(vc.Plan(attention=Masks(min_tokens=0)))

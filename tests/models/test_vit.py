@@ -71,7 +71,7 @@ def test_angles_of_eva02_count_patches_of_the_grid_it_was_trained_on():
                 for k in range(2)]
       np.testing.assert_allclose(got[1 + row * 3 + column], wanted, rtol=1e-5)
   x = np.arange(8, dtype=np.float32).reshape(1, 1, 1, 8)
-  turned = np.asarray(rotary.turn(x, np.float32([[np.pi / 2, 0, 0, np.pi]]), neighbours=True))
+  turned = np.asarray(rotary.rotate(x, np.float32([[np.pi / 2, 0, 0, np.pi]]), neighbours=True))
   np.testing.assert_allclose(turned[0, 0, 0], [-1, 0, 2, 3, 4, 5, -6, -7], atol=1e-5)
 
 
@@ -90,7 +90,7 @@ def test_scores_follow_from_how_far_apart_two_tokens_lie():
   query, key = (rng.standard_normal((1, 1, 2, 8)).astype(np.float32) for _ in range(2))
 
   def score(place, other):
-    turned = [rotary.turn(x, rotary.angles(np.float32([at]), 8, 100.0))
+    turned = [rotary.rotate(x, rotary.angles(np.float32([at]), 8, 100.0))
               for x, at in ((query, place), (key, other))]
     return np.einsum("bnhd,bnhd->h", *turned)
 
@@ -208,8 +208,8 @@ def test_a_model_without_a_classifier_is_measured_by_its_features(monkeypatch):
 
 @pytest.mark.parametrize("fields,message", [
     ({"class_token": False}, "global_pool='token' needs class_token=True"),
-    ({"class_token": False, "distilled": True, "global_pool": "avg"}, "beside a class token"),
-    ({"rotary": 100.0, "width": 18, "heads": 3}, "must divide by 4"),
+    ({"class_token": False, "distilled": True, "global_pool": "avg"}, "needs a class token"),
+    ({"rotary": 100.0, "width": 18, "heads": 3}, "must be a multiple of 4"),
     ({"rotary": -1.0}, "rotary=-1.0: must be above 0"),
     ({"rotary_grid": 16}, "rotary=None has none; give rotary=10000.0"),
     ({"act": "relu"}, "act='relu': must be one of 'gelu'"),

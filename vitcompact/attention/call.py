@@ -1,4 +1,4 @@
-"""The data of one call of attention, and the call itself."""
+"""`Core`: one call of attention and its options."""
 import warnings
 from collections.abc import Callable
 from fractions import Fraction
@@ -18,28 +18,28 @@ def _identity(x):
 
 
 class Core(NamedTuple):
-  """softmax(q k^T / sqrt(d)) v for each head, as the tokens of a block ask for it.
+  """softmax(q k^T / sqrt(d)) v for each head, with options that depend on the tokens of a block.
 
   size: (B, M) or None: a key counts as `size` equal keys (log size is added to its scores).
-  merge: (B, M, ...) -> (B, K, ...), applied to keys and values before the scores; `size` is then of
-    the K. Each result must be a mean, the same for both. None: keys are as they come.
-  spread: applied to the values before, gather: to the outputs after; the identity, but where tokens
-    are merged between the scores and the values. average: whether `gather` gives means of rows;
-    else the outputs do not tell what it makes of the maps, which are then formed.
+  merge: (B, M, ...) -> (B, K, ...), applied to keys and values before the scores; `size` then has
+    shape (B, K). Each of the K must be a mean, the same one of keys and values. None: no merging.
+  spread: applied to the values before attention, and gather to the outputs after it, if tokens are
+    merged between scores and values; else the identity. average: whether `gather` returns means of
+    rows; if not, the maps are formed, because its effect on them does not follow from the outputs.
   keep_mask: (B, M) or None: see `reference.softmax_kept`.
-  mask: (B, h, N, M) or None: where it is false a key gets nothing from a query. `rescore` may make
-    more heads than there are queries; head i then has the mask of head i modulo h.
-  scored: the share of the pairs of tokens that the mask leaves.
+  mask: (B, h, N, M) or None: if false, the query does not attend to the key. If `rescore` returns
+    more heads than that, head i has the mask of head i modulo h.
+  scored: the share of the pairs of tokens that the mask keeps.
   layout: which blocks of tokens attend to which, or None.
-  weighed: the share of the scored pairs whose values differ; a call sets it.
-  operator: takes the place of the softmax: (core, query, key, value) -> (B, N, h, e); its `maps`
-    (core, query, key) gives maps where it has some. local: (value of all heads, x) -> (B, N, h, d),
-    added to the heads' outputs; x (B, N, width), the input of the attention.
+  weighed: the share of the scored pairs whose values differ; set by the call itself.
+  operator: replaces the softmax: (core, query, key, value) -> (B, N, h, e); its `maps` (core,
+    query, key) returns maps if it has any. local: (value of all heads, x) -> (B, N, h, d), added to
+    the heads' outputs; x (B, N, width) is the input of the attention.
 
   A `rescore` changes the scores before the softmax: (B, f, N, M), edges -> (B, h, N, M). A row of
-  its result may depend on `rescore.reach` rows before and after it, 0 beyond the ends. edges: these
-  are all rows; False: the first and the last `reach` are there for the others' sake, and are no
-  rows of the result.
+  its result may depend on `rescore.reach` rows before and after it, with zeros beyond the ends.
+  edges=True: the scores are all rows. edges=False: the first and last `reach` rows are a halo, and
+  not rows of the result.
   """
   size: jax.Array | None = None
   merge: Callable | None = None
@@ -57,7 +57,7 @@ class Core(NamedTuple):
   def __call__(self, query_bnhd, key_bmhd, value_bmhe, rescore: Callable | None = None):
     """(B, N, h, d), (B, M, h, d), (B, M, h, e) -> (B, N, h, e) in the values' dtype.
 
-    e may differ from d. Nobody sees the maps, and most forms do not form them.
+    e may differ from d. Most forms do not form the maps.
     """
     if self.operator is not None:
       return self.gather(self.operator(self, query_bnhd, key_bmhd, self.spread(value_bmhe)))
@@ -78,8 +78,8 @@ class Core(NamedTuple):
 
   def maps(self, query_bnhd, key_bmhd, rescore: Callable | None = None, own_n=None,
            edges: bool = True):
-    """Attention maps (B, h, N, M), float32; see `reference.maps`. Of merged keys, each has its
-    share of what their mean gets."""
+    """Returns attention maps (B, h, N, M), float32; see `reference.maps`. Merged keys share the
+    weight of their mean."""
     if self.operator is not None:
       return self.operator.maps(self, query_bnhd, key_bmhd)
     if self.merge is not None:
@@ -91,7 +91,8 @@ class Core(NamedTuple):
     return reference.maps(self, query_bnhd, key_bmhd, rescore, own_n, edges)
 
   def merged(self, maps_bhnm):
-    """The maps as the tokens that values come from and outputs go to see them."""
+    """Converts maps of the tokens that are scored to maps of the tokens that have values and
+    outputs, if tokens are merged in between."""
     if self.spread is _identity:
       return maps_bhnm
     rows_bnhm = maps_bhnm.swapaxes(1, 2)
@@ -102,17 +103,17 @@ class Core(NamedTuple):
     return self.gather(rows_bnhk).swapaxes(1, 2)
 
   def of_heads(self, start: int, stop: int) -> "Core":
-    """The attention of some of the heads."""
+    """Returns the attention of heads `start` to `stop`."""
     if self.layout is not None:
       return self._replace(layout=self.layout.of_heads(start, stop))
     return self if self.mask is None else self._replace(mask=self.mask[:, start:stop])
 
   def masked(self) -> "Core":
-    """This call with a mask of tokens in the place of its layout."""
+    """Returns the same attention with a mask of tokens instead of a layout of blocks."""
     return self if self.layout is None else self._replace(mask=self.layout.mask(), layout=None)
 
   def bias(self):
-    """(B, M) float32 added to the scores of keys, or None."""
+    """Returns (B, M) float32 to add to the scores of keys, or None."""
     return None if self.size is None else jnp.log(self.size.astype(jnp.float32))
 
   def is_merged(self) -> bool:
@@ -120,9 +121,9 @@ class Core(NamedTuple):
     return self.spread is not _identity or self.gather is not _identity
 
   def is_plain(self, rescore: Callable | None = None) -> bool:
-    """Whether every query attends to every key, and nothing but a bias of keys changes scores."""
+    """Whether every query attends to every key, and only a bias on keys changes the scores."""
     return all(x is None for x in (rescore, self.keep_mask, self.mask, self.layout,
                                    self.operator))
 
 
-DENSE = Core()   # all keys count alike
+DENSE = Core()   # full attention, all keys alike

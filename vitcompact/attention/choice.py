@@ -1,4 +1,4 @@
-"""Which form computes a call of attention: one function of the device and the call."""
+"""Chooses the form that computes a call of attention, given the device and the call."""
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from vitcompact.attention.device import Device
 
 
 class Choice(NamedTuple):
-  """A form by name, and what a reader of a receipt should know about it, if anything."""
+  """The name of a form, and a note for the receipt, if there is one."""
   form: str
   note: str = ""
 
@@ -19,14 +19,15 @@ class Choice(NamedTuple):
 
 
 def choose(device: Device, call, query, key, value, rescore=None, requested: str | None = None):
-  """The form for a `Core` and such arrays (or `jax.ShapeDtypeStruct`s), values spread already.
+  """Chooses the form for a `Core` and its arrays (or `jax.ShapeDtypeStruct`s), after `spread`.
 
-  Raises ValueError where the form asked for cannot run. Returns a Choice of
-    "einsum", all scores at once; "plain", the same as others recognise it; "images", one image
-    after another; "tiled", tiles of queries, whose memory is linear in tokens; "cudnn"; "splash";
-    "tokamax", which is, like "plain", only ever asked for;
-    for a block layout "block_sparse_cpu", "block_sparse_kernel", "block_sparse_gather" or
+  Returns a Choice of
+    "einsum": all scores at once; "plain": the same, in the pattern that other runtimes recognise;
+    "images": one image after another; "tiled": tiles of queries, with memory linear in the number
+    of tokens; "cudnn"; "splash"; "tokamax". "plain" and "tokamax" are used only on request.
+    For a block layout: "block_sparse_cpu", "block_sparse_kernel", "block_sparse_gather" or
     "block_sparse_plain".
+  Raises ValueError if the requested form cannot run.
   """
   if call.layout is not None and not (note := masked_dense(call, rescore)):
     return for_layout(device, call.layout, query, key, value, requested)
@@ -36,14 +37,14 @@ def choose(device: Device, call, query, key, value, rescore=None, requested: str
     return Choice(requested or _portable_form(device, query, key), note)
   width = vendor.channels(query.shape[-1], value.shape[-1], call.size is not None)
   if why := refusal(requested, device, value.dtype, width):
-    raise ValueError(f"attention form {requested!r} {why}; ask for another, or for none (in an "
-                     "Execution, attention={}): then the one that fits is taken")
+    raise ValueError(f"attention form {requested!r} {why}; request another form, or none (in an "
+                     "Execution, attention={}) to let the library choose")
   if requested is not None:
     return Choice(requested)
   if not device.loops_over_images:
     if not refusal("cudnn", device, value.dtype, width):
       return Choice("cudnn")
-    # XLA cannot split its kernel over several TPUs.
+    # XLA cannot split the splash kernel over several TPUs.
     if device.platform == "tpu" and device.count == 1 and key.shape[1] >= tuning.MIN_SPLASH_KEYS:
       return Choice("splash")
   return Choice(_portable_form(device, query, key))
@@ -59,8 +60,8 @@ def _portable_form(device: Device, query, key) -> str:
 
 
 def masked_dense(call, rescore=None) -> str:
-  """Why a block layout is masked dense attention, of which all scores are formed; empty: it is not.
-  """
+  """Returns why a block layout must be computed as masked dense attention, with all scores; empty
+  if it need not be."""
   if rescore is None and call.keep_mask is None:
     return ""
   return "block layout computed as masked dense attention: " + (
@@ -69,19 +70,20 @@ def masked_dense(call, rescore=None) -> str:
 
 
 def for_layout(device: Device, layout, query, key, value, requested: str | None = None) -> Choice:
-  """The form for a block layout and nothing besides."""
+  """Chooses the form for a block layout without a keep mask or a filter over scores."""
   if requested == "plain":
     return Choice("block_sparse_plain")
   if device.loops_over_images:
     return Choice("block_sparse_cpu")
-  if requested is not None:   # `count` does: it counts what all devices compute
-    return Choice("block_sparse_gather", f"no kernel: {requested!r} was asked for")
+  if requested is not None:   # as `count` does, to count what every device can compute
+    return Choice("block_sparse_gather", f"no kernel: {requested!r} was requested")
   why = kernels.refusal(device, *layout.block_shapes(query, key, value), layout.chosen)
   return Choice("block_sparse_gather", why) if why else Choice("block_sparse_kernel")
 
 
 def refusal(form: str | None, device: Device, dtype, width: int) -> str:
-  """Why a vendor's form does not compute such attention; empty: it does, or it is none of these."""
+  """Returns why a vendor's form cannot compute attention with this dtype and width; empty if it
+  can, or if the form is not a vendor's."""
   if form == "splash" and device.platform != "tpu":
     return f"runs on TPUs, not on a {device.platform}"
   if form == "cudnn" and device.platform != "gpu":

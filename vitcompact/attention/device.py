@@ -1,7 +1,7 @@
-"""Where a program will run, and which form of attention was asked for.
+"""The device that a program is for, and the requested form of attention.
 
-Read once a call, while it is traced, and part of the cache keys of `jax.jit`: a function compiled
-for one device or form is traced again for another.
+Both are read while a call is traced, and are part of the cache keys of `jax.jit`: a function
+compiled for one device or form is traced again for another.
 """
 from typing import NamedTuple
 
@@ -13,8 +13,8 @@ _requested = jax.make_user_context(None)
 
 
 class Device(NamedTuple):
-  """platform: "cpu", "gpu" or "tpu". count: how many there are. capability: of an NVIDIA GPU, "9.0"
-  for Hopper. split: whether the images of a batch lie on several devices."""
+  """platform: "cpu", "gpu" or "tpu". count: number of devices. capability: of an NVIDIA GPU, "9.0"
+  for Hopper. split: whether the images of a batch are split over several devices."""
   platform: str
   count: int = 1
   capability: str = ""
@@ -22,19 +22,19 @@ class Device(NamedTuple):
 
   @property
   def hopper(self) -> bool:
-    """A GPU of that generation or a later one."""
+    """Whether it is a Hopper GPU or a later one."""
     major = self.capability.split(".")[0]
     return major.isdecimal() and int(major) >= 9
 
   @property
   def loops_over_images(self) -> bool:
-    """Whether images are computed one after another, which fits the cache of a CPU. Not where they
-    are split over devices: a loop cannot be, and each device would run all of it."""
+    """Whether to compute one image after another, which fits the cache of a CPU. Not if images are
+    split over devices: a loop cannot be split, so each device would run all of it."""
     return self.platform == "cpu" and not self.split
 
 
 def current() -> Device:
-  """The device that the program being traced is for."""
+  """Returns the device that the program being traced is for."""
   if _device.value is not None:
     return _device.value
   capability = getattr(jax.devices()[0], "compute_capability", "")
@@ -42,22 +42,23 @@ def current() -> Device:
 
 
 def on(device: Device):
-  """A context in which programs are traced for this device, present or not."""
+  """Returns a context in which programs are traced for this device, whether it is present or not.
+  """
   return _device(device)
 
 
 def split_over(devices: int):
-  """A context in which the images of a batch lie on this many devices."""
+  """Returns a context in which the images of a batch are split over this many devices."""
   return on(current()._replace(split=devices > 1))
 
 
 def using(form: str | None):
-  """A context in which attention is computed in this form; None: in the one that fits best.
+  """Returns a context in which attention is computed in this form; None: the form that fits best.
 
-  Only "einsum" has derivatives by forward mode. Vendors' forms know no masks, dropped tokens or
-  filters over scores, which are left to "tiled". A block layout has forms of its own: asking for
-  any form leaves out its kernels only. "plain" is for graphs that others run: no loops, and
-  products around a softmax that their compilers recognise.
+  Only "einsum" has forward-mode derivatives. Vendors' forms do not support masks, dropped tokens or
+  filters over scores, which fall back to "tiled". A block layout has its own forms: any requested
+  form only disables its kernels. "plain" is for graphs that other runtimes execute: it has no
+  loops, and products and a softmax in the pattern that their compilers recognise.
   """
   if form is not None and form not in FORMS:
     raise ValueError(f"attention form {form!r}: must be one of {', '.join(FORMS)}, or None")
@@ -65,5 +66,5 @@ def using(form: str | None):
 
 
 def requested_form() -> str | None:
-  """The form that was asked for, if any."""
+  """Returns the requested form, or None."""
   return _requested.value

@@ -1,7 +1,7 @@
-"""The forms of attention between tokens, by name: each equals the reference.
+"""The forms of attention between tokens, by name; each computes the same as the reference.
 
-Each computes a `call.Core` (its mask resolved, its values spread) of queries (B, N, h, d), keys
-(B, M, h, d) and values (B, M, h, e) on a device: (B, N, h, e) in the values' dtype.
+Each takes a `call.Core` (with `masked` and `spread` already applied), queries (B, N, h, d), keys
+(B, M, h, d), values (B, M, h, e) and a device, and returns (B, N, h, e) in the values' dtype.
 """
 import functools
 
@@ -13,7 +13,7 @@ from vitcompact.attention import cpu, online_softmax, reference, tiled, vendor
 
 def einsum(call, query_bnhd, key_bmhd, value_bmhe, rescore=None, device=None, own_n=None,
            edges: bool = True):
-  """All scores of these queries formed. own_n, edges: see `reference.maps`."""
+  """Forms all scores of these queries at once. own_n, edges: see `reference.maps`."""
   needed = call.scored * call.weighed
   if call.keep_mask is not None:
     maps_bhnm = reference.maps(call, query_bnhd, key_bmhd, rescore, own_n, edges)
@@ -31,7 +31,7 @@ def einsum(call, query_bnhd, key_bmhd, value_bmhe, rescore=None, device=None, ow
 
 
 def images(call, query, key, value, rescore, device):
-  """One image after another, where the device is one on which that pays; no map is kept."""
+  """Computes one image after another, if that is faster on the device; no map is kept."""
   loops = device.loops_over_images
   if call.is_plain(rescore):
     return tiled.attend(query, key, value, call.bias(), loop="images" if loops else None)
@@ -41,7 +41,8 @@ def images(call, query, key, value, rescore, device):
 
 
 def tiles(call, query, key, value, rescore, device):
-  """Tiles of queries, computed again in the backward pass: memory is linear in tokens."""
+  """Computes tiles of queries, and recomputes them in the backward pass: memory is linear in the
+  number of tokens."""
   loops = device.loops_over_images
   if call.is_plain(rescore):
     return tiled.attend(query, key, value, call.bias(), loop="heads" if loops else None)
@@ -51,11 +52,11 @@ def tiles(call, query, key, value, rescore, device):
 
 
 def plain(call, query, key, value, rescore, device):
-  """The reference: two products around a softmax, as other runtimes recognise them."""
+  """Computes the reference: two products and a softmax, a pattern that other runtimes recognise."""
   return reference.weigh(reference.maps(call, query, key, rescore), value)
 
 
-def _vendors(attend):
+def _vendor_form(attend):
   def form(call, query, key, value, rescore, device):
     with jax.named_scope(reference.SCOPE):
       return attend(query, key, value, call.bias())
@@ -63,4 +64,4 @@ def _vendors(attend):
 
 
 COMPUTE = {"einsum": einsum, "images": images, "tiled": tiles, "plain": plain,
-           **{name: _vendors(getattr(vendor, name)) for name in vendor.FORMS}}
+           **{name: _vendor_form(getattr(vendor, name)) for name in vendor.FORMS}}

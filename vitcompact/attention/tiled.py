@@ -1,5 +1,4 @@
-"""Tiles of queries: of their scores none is kept, so memory does not grow with all pairs of tokens.
-"""
+"""Attention in tiles of queries: keeps no scores, so memory is linear in the number of tokens."""
 import functools
 from collections.abc import Callable
 
@@ -11,10 +10,10 @@ from vitcompact.attention.reference import SCOPE
 
 
 def attend(query_bnhd, key_bmhd, value_bmhe, bias_bm=None, *, loop: str | None):
-  """softmax(q k^T / sqrt(d) + bias) v, with a backward pass of its own.
+  """softmax(q k^T / sqrt(d) + bias) v, with a custom backward pass.
 
-  loop: on a CPU over "images", all heads of one together, or over "heads" (and in the forward pass
-    over tiles of keys as well); None: images and heads together.
+  loop: on a CPU, over "images", with all heads of one together, or over "heads" (and in the forward
+    pass also over tiles of keys); None: all images and heads together.
   """
   with jax.named_scope(SCOPE):
     return _attend(loop, query_bnhd * query_bnhd.shape[-1] ** -0.5, key_bmhd, value_bmhe, bias_bm)
@@ -35,16 +34,16 @@ def _forward(loop, query_bnhd, key_bmhd, value_bmhe, bias_bm):
       return state.attention().astype(value_me.dtype), state.log_sum()
     if len(query_nd) <= most:
       return tile(query_nd)
-    return jax.tree.map(lambda x: _joined(x, len(query_nd)),
-                        jax.lax.map(tile, _tiles(query_nd, most)))
+    return jax.tree.map(lambda x: _join_tiles(x, len(query_nd)),
+                        jax.lax.map(tile, _split_tiles(query_nd, most)))
 
-  out_bnhe, log_sum_bnh1 = _of_heads(head, loop)(arrays, bias_bm)
+  out_bnhe, log_sum_bnh1 = _over_heads(head, loop)(arrays, bias_bm)
   return out_bnhe, (*arrays, bias_bm, out_bnhe, log_sum_bnh1)
 
 
 def _backward(loop, residuals, d_out_bnhe):
   query_bnhd, key_bmhd, value_bmhe, bias_bm, out_bnhe, log_sum_bnh1 = residuals
-  *gradients, d_bias_bmh = _of_heads(_head_backward, loop)(
+  *gradients, d_bias_bmh = _over_heads(_head_backward, loop)(
       (query_bnhd, key_bmhd, value_bmhe, out_bnhe, log_sum_bnh1, d_out_bnhe), bias_bm)
   return *gradients, None if bias_bm is None else d_bias_bmh.sum(axis=-1)
 
@@ -53,7 +52,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _head_backward(query_nd, key_md, value_me, out_ne, log_sum_n1, d_out_ne, bias_m):
-  """Gradients of query, key, value and bias; those of the keys are summed tile by tile."""
+  """Returns gradients of query, key, value and bias; those of the keys are summed over tiles."""
   count, keys = query_nd.shape[0], (key_md, value_me, bias_m)
   shift_n1 = jnp.sum(out_ne.astype(jnp.float32) * d_out_ne, axis=-1, keepdims=True)
 
@@ -68,14 +67,15 @@ def _head_backward(query_nd, key_md, value_me, out_ne, log_sum_n1, d_out_ne, bia
   if count <= most:
     sums, d_query_nd = step(sums, arrays)
   else:
-    sums, d_query_tnd = jax.lax.scan(step, sums, [_tiles(x, most) for x in arrays])
-    d_query_nd = _joined(d_query_tnd, count)
+    sums, d_query_tnd = jax.lax.scan(step, sums, [_split_tiles(x, most) for x in arrays])
+    d_query_nd = _join_tiles(d_query_tnd, count)
   return d_query_nd, *(None if x is None else total.astype(x.dtype)
                        for x, total in zip(keys, sums, strict=True))
 
 
-def _of_heads(head: Callable, loop: str | None) -> Callable:
-  """`head` of arrays (N, ...) and a bias (M,), for arrays (B, N, h, ...) and biases (B, M)."""
+def _over_heads(head: Callable, loop: str | None) -> Callable:
+  """Turns a function of arrays (N, ...) and a bias (M,) into one of arrays (B, N, h, ...) and
+  biases (B, M)."""
   if loop == "heads":
     return cpu.loop_over_heads(head)
 
@@ -88,40 +88,41 @@ def _of_heads(head: Callable, loop: str | None) -> Callable:
 
 
 def _most_rows(keys: int) -> int:
-  """Queries of a tile over all keys."""
+  """Returns how many queries a tile over all keys may have."""
   return max(tuning.MIN_TILE_QUERIES, tuning.TILE_ENTRIES // keys)
 
 
-def _tiles(x_n, most: int):
-  """(N, ...) -> (tiles, rows, ...), as even as can be, zeros after the last."""
+def _split_tiles(x_n, most: int):
+  """Splits (N, ...) into equal tiles of at most `most` rows, zero-padded: (tiles, rows, ...)."""
   tiles = -(-len(x_n) // most)
   rows = -(-len(x_n) // tiles)
   padded = jnp.pad(x_n, [(0, tiles * rows - len(x_n))] + [(0, 0)] * (x_n.ndim - 1))
   return padded.reshape(tiles, rows, *x_n.shape[1:])
 
 
-def _joined(x_tn, count: int):
+def _join_tiles(x_tn, count: int):
   return x_tn.reshape(-1, *x_tn.shape[2:])[:count]
 
 
 def attend_any(of_tile: Callable, call, query_bnhd, key_bmhd, value_bmhe, rescore=None):
-  """Any `call.Core`, by autodiff of `of_tile`: see `forms.einsum`, whose arguments it has.
+  """Computes any `call.Core` in tiles, by autodiff of `of_tile`, which takes the arguments of
+  `forms.einsum`.
 
-  A tile takes the rows around it that `rescore` reaches for.
+  Each tile includes the halo of rows that `rescore` needs.
   """
   queries, keys, heads = *(x.shape[1] for x in (query_bnhd, key_bmhd)), value_bmhe.shape[2]
   tiles = -(-queries // max(tuning.MIN_ROW_QUERIES, tuning.ROW_ENTRIES // (keys * heads)))
   rows, reach = -(-queries // tiles), 0 if rescore is None else rescore.reach
   start_t1 = rows * jnp.arange(tiles)[:, None]
   missing = tiles * rows - queries
-  around_tr = start_t1 + jnp.arange(rows + 2 * reach)[None]
+  with_halo_tr = start_t1 + jnp.arange(rows + 2 * reach)[None]
   padded = jnp.pad(query_bnhd, [(0, 0), (reach, reach + missing), (0, 0), (0, 0)])
   mask = call.mask
   if mask is not None:
     mask = jnp.pad(mask, [(0, 0), (0, 0), (0, missing), (0, 0)], constant_values=True)
     mask = jnp.moveaxis(mask.reshape(*mask.shape[:2], tiles, rows, keys), 2, 0)
 
-  # Laid out as products want them, which XLA:CPU would do anew for each tile.
+  # In the layout that products need; else XLA:CPU would transpose them for each tile.
   key_bhdm, value_bhme = key_bmhd.transpose(0, 2, 3, 1), value_bmhe.swapaxes(1, 2)
 
   @jax.checkpoint
@@ -130,7 +131,7 @@ def attend_any(of_tile: Callable, call, query_bnhd, key_bmhd, value_bmhe, rescor
     return of_tile(call._replace(mask=mask), query_bnhd, key_bhdm.transpose(0, 3, 1, 2),
                    value_bhme.swapaxes(1, 2), rescore, own_n=own_n, edges=False)
 
-  out_tbnhe = jax.lax.map(tile, (jnp.moveaxis(padded[:, around_tr], 1, 0),
+  out_tbnhe = jax.lax.map(tile, (jnp.moveaxis(padded[:, with_halo_tr], 1, 0),
                                  start_t1 + jnp.arange(rows)[None], mask))
   out_btnhe = jnp.moveaxis(out_tbnhe, 0, 1)
   return out_btnhe.reshape(-1, tiles * rows, *out_btnhe.shape[3:])[:, :queries]

@@ -1,7 +1,7 @@
-"""Attention as others compute it: cuDNN, JAX's splash kernel for TPUs, the tokamax library.
+"""Fused attention of others: cuDNN, JAX's splash kernel for TPUs, the tokamax library.
 
 Each takes queries (B, N, h, d), keys (B, M, h, d), values (B, M, h, e) and a bias (B, M) of the
-keys or None, and gives (B, N, h, e) in the values' dtype.
+keys or None, and returns (B, N, h, e) in the values' dtype.
 """
 import math
 
@@ -9,18 +9,19 @@ import jax
 import jax.numpy as jnp
 
 FORMS = ("cudnn", "splash", "tokamax")
-LANES = 128   # of a TPU; splash's blocks are as long
+LANES = 128   # of a TPU, and the length of splash's blocks
 
 
 def channels(query_width: int, value_width: int, biased: bool) -> int:
-  """The one width of queries, keys and values that cuDNN is called with, a multiple of 8."""
+  """Returns the common width of queries, keys and values for cuDNN, a multiple of 8."""
   return -(-max(query_width + 2 * biased, value_width) // 8) * 8
 
 
 def with_bias_channels(query_bnhd, key_bmhd, bias_bm):
-  """Queries and keys whose scores, by the same scale, hold the bias: no map of it is formed.
+  """Adds two channels to queries and keys so that their scores, at the same scale, include the bias
+  without forming a map of it.
 
-  Two channels more: 1 of the queries meets the bias of the keys, and what its dtype cut off.
+  Queries have 1 in both; keys have the bias in one, and its rounding error in the other.
   """
   if bias_bm is None:
     return query_bnhd, key_bmhd
@@ -34,22 +35,23 @@ def with_bias_channels(query_bnhd, key_bmhd, bias_bm):
           jnp.concatenate([key_bmhd, extra_bmh2], axis=-1))
 
 
-def _padded(x_bnhd, axis: int, size: int):
+def _pad(x_bnhd, axis: int, size: int):
   return jnp.pad(x_bnhd, [(0, size - x_bnhd.shape[axis] if i == axis else 0) for i in range(4)])
 
 
 def cudnn(query_bnhd, key_bmhd, value_bmhe, bias_bm=None):
-  """cuDNN's, through jax.nn, which wants one width: the narrower arrays get channels of zeros."""
+  """Calls cuDNN through jax.nn, which needs a common width: narrower arrays are padded with zeros.
+  """
   scale, width = query_bnhd.shape[-1] ** -0.5, value_bmhe.shape[-1]
   common = channels(query_bnhd.shape[-1], width, bias_bm is not None)
   query, key = with_bias_channels(query_bnhd, key_bmhd, bias_bm)
-  out = jax.nn.dot_product_attention(*(_padded(x, 3, common) for x in (query, key, value_bmhe)),
+  out = jax.nn.dot_product_attention(*(_pad(x, 3, common) for x in (query, key, value_bmhe)),
                                      scale=scale, implementation="cudnn")
   return out[..., :width]
 
 
 def splash(query_bnhd, key_bmhd, value_bmhe, bias_bm=None, *, interpret: bool = False):
-  """JAX's kernel for TPUs; lengths are padded to its blocks, and the padding is hidden."""
+  """Calls JAX's kernel for TPUs; lengths are padded to its blocks, and the padding is masked."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
   queries, keys, heads = *(x.shape[1] for x in (query_bnhd, key_bmhd)), query_bnhd.shape[2]
@@ -61,14 +63,14 @@ def splash(query_bnhd, key_bmhd, value_bmhe, bias_bm=None, *, interpret: bool = 
         masks.MultiHeadMask([masks.FullMask((rows, columns))] * heads), interpret=interpret)
   segments = kernel.SegmentIds(jnp.zeros(rows, jnp.int32),
                                (jnp.arange(columns) >= keys).astype(jnp.int32))
-  arrays = [_padded(x, 1, n).swapaxes(1, 2) for x, n in
+  arrays = [_pad(x, 1, n).swapaxes(1, 2) for x, n in
             ((scaled, rows), (key, columns), (value_bmhe, columns))]
   out_bhne = jax.vmap(lambda *one: attend(*one, segment_ids=segments))(*arrays)
   return out_bhne.swapaxes(1, 2)[:, :queries].astype(value_bmhe.dtype)
 
 
 def tokamax(query_bnhd, key_bmhd, value_bmhe, bias_bm=None):
-  """The tokamax library's, if it is installed."""
+  """Calls the tokamax library, if it is installed."""
   try:
     import tokamax as library
   except ImportError:

@@ -1,18 +1,17 @@
-"""Pallas kernels, each beside the reference that it must equal.
+"""Pallas kernels for block-sparse attention.
 
-A kernel is imported when it is asked for: on most machines none is.
+A kernel is imported only when it is needed: on most machines none is.
 """
 from collections.abc import Callable
 
 HOPPER = "9.0"
-LIST_BYTES = 2 ** 19  # of scalar memory, which holds the lists of an image
+LIST_BYTES = 2 ** 19  # of scalar memory, for the lists of chosen blocks of an image
 
 
 def refusal(device, query_bfqad, key_bfkcd, value_bfkce, chosen_bfqs) -> str:
-  """Why no kernel computes block-sparse attention of such arrays; empty: one does.
+  """Returns why no kernel can compute block-sparse attention of these arrays; empty if one can.
 
-  device: its platform, how many there are (count) and the capability of a GPU, see
-  `attention.Device`. The arrays may be `jax.ShapeDtypeStruct`s.
+  device: an `attention.Device`. The arrays may be `jax.ShapeDtypeStruct`s.
   """
   dtypes = {str(x.dtype) for x in (query_bfqad, key_bfkcd, value_bfkce)}
   if device.platform == "tpu":
@@ -47,7 +46,7 @@ def _tpu_refusal(query, key, value, chosen, dtypes):
 
 
 def block_attention(platform: str) -> Callable:
-  """The kernel for what `refusal` does not refuse; see `block_sparse.attention`."""
+  """Returns the platform's kernel, for arrays without a `refusal`; see `block_sparse.attention`."""
   if platform == "tpu":
     from vitcompact.kernels import block_sparse_tpu as kernels
   else:

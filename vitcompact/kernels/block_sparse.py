@@ -1,4 +1,4 @@
-"""What the kernels of all platforms have in common: their arguments, gradients and devices."""
+"""What the kernels of all platforms share: arguments, gradients and the split over devices."""
 import functools
 from collections.abc import Callable
 
@@ -9,10 +9,10 @@ from vitcompact.kernels.partition import over_images
 
 
 def attention(forward: Callable, backward: Callable) -> Callable:
-  """The differentiable function of two kernels.
+  """Makes a differentiable function of two kernels.
 
-  forward(interpret, query, key, value, bias, chosen) gives (out, log_sum); bias is (B, 1, k, c).
-  backward(interpret, query, key, value, bias, chosen, log_sum, shift, d_out) gives the gradients
+  forward(interpret, query, key, value, bias, chosen) returns (out, log_sum); bias is (B, 1, k, c).
+  backward(interpret, query, key, value, bias, chosen, log_sum, shift, d_out) returns the gradients
   of query, key and value, where weights = exp(scores - log_sum) and
   d_scores = weights (d_weights + shift).
   """
@@ -22,9 +22,10 @@ def attention(forward: Callable, backward: Callable) -> Callable:
 
     Args:
       query_bfqad, key_bfkcd, value_bfkce: q blocks of `a` scaled queries, k blocks of c keys.
-      bias: (B or 1, 1, k, c) float32 added to the scores, -inf hides a key, no gradient; or None.
+      bias: (B or 1, 1, k, c) float32 added to the scores, without a gradient; -inf masks a key. Or
+        None.
       chosen_bfqs: int32, s different blocks of keys for each block of queries.
-      interpret: what `interpret` of the platform's kernels may be; runs them on any machine.
+      interpret: the `interpret` argument of the platform's kernels, which runs them on any machine.
     Returns:
       (B, f, q, a, e) and the log of the sum of exponentials (B, f, q, a), float32.
     """
@@ -52,7 +53,7 @@ def attention(forward: Callable, backward: Callable) -> Callable:
 
 
 def _bias_per_image(bias, key_bfkcd):
-  """(B, 1, k, c) float32."""
+  """Returns the bias as (B, 1, k, c) float32."""
   batch, _, keys, area, _ = key_bfkcd.shape
   if bias is None:
     return jnp.zeros((batch, 1, keys, area), jnp.float32)

@@ -1,12 +1,12 @@
 """Block-sparse attention on NVIDIA Hopper: Pallas on Mosaic GPU, forward and backward.
 
-One program (a warpgroup of 128 threads) owns one tile of 64 tokens and walks its list of chosen
-tiles, which the tensor memory accelerator brings to shared memory while the ones before are used.
-Images and heads are joined: a kernel sees nothing but tiles and lists of tiles. Several programs
-share a multiprocessor and hide each other's waits, so none of them is divided into roles.
+One program (a warpgroup of 128 threads) owns one tile of 64 tokens and iterates over its list of
+chosen tiles. The tensor memory accelerator copies the next tiles to shared memory while the
+previous ones are used. Images and heads are flattened: a kernel sees only tiles and lists of tiles.
+Several programs share a multiprocessor and hide each other's latency, so they need no warp
+specialisation.
 
-Exponentials are taken to base 2, which is what the hardware has: scores, biases and log sums are
-multiplied by log2(e) once, outside.
+Exponentials are to base 2, as in hardware: scores, biases and log sums are multiplied by log2(e).
 """
 import functools
 import math
@@ -21,15 +21,15 @@ from vitcompact.kernels.block_sparse import attention
 from vitcompact.kernels.pairs import pairs_by_key
 
 AREA = 64       # tokens in a tile: the rows of one matrix instruction of a warpgroup
-SLOTS = 2       # tiles in flight; with 2, four programs and more fit on one multiprocessor
-LOWEST = -1e30  # under every score, and finite: of two infinities the difference is not a number
+SLOTS = 2       # tiles in flight; with 2, at least four programs fit on one multiprocessor
+LOWEST = -1e30  # below every score, and finite: the difference of two infinities is NaN
 LOG2_E = math.log2(math.e)
 
 
 def forward(interpret, query, key, value, bias, chosen):
   """See `block_sparse.attention`; bfloat16, a = c = 64, d = 64, e = 64 or 128."""
   out, log_sum = _forward(_tiles(query), _tiles(key), _tiles(value), _bias(bias, key),
-                          _tiles(_numbered(chosen, key.shape[2])), interpret)
+                          _tiles(_global_index(chosen, key.shape[2])), interpret)
   return out.reshape(*query.shape[:4], value.shape[-1]), log_sum.reshape(query.shape[:4])
 
 
@@ -37,11 +37,11 @@ def backward(interpret, query, key, value, bias, chosen, log_sum, shift, d_out):
   keys, queries = key.shape[2], query.shape[2]
   rows = [_tiles(x) for x in (query, d_out, log_sum * LOG2_E, shift)]
   columns = [_tiles(key), _tiles(value), _bias(bias, key)]
-  d_query = _d_query(*rows, *columns, _tiles(_numbered(chosen, keys)), interpret)
+  d_query = _d_query(*rows, *columns, _tiles(_global_index(chosen, keys)), interpret)
   chosen_by_key, first = pairs_by_key(chosen, keys)
-  first = _numbered(first, chosen_by_key.shape[-1])
+  first = _global_index(first, chosen_by_key.shape[-1])
   spans = jnp.stack([first[..., :-1], first[..., 1:]], axis=-1).reshape(-1, 2)
-  chosen_by_key = _numbered(chosen_by_key, queries).reshape(-1)
+  chosen_by_key = _global_index(chosen_by_key, queries).reshape(-1)
   d_key, d_value = _d_key_value(*rows, *columns, chosen_by_key, spans, interpret)
   return d_query.reshape(query.shape), d_key.reshape(key.shape), d_value.reshape(value.shape)
 
@@ -50,26 +50,28 @@ attend = attention(forward, backward)
 
 
 def _tiles(x_bfq):
-  """Images, heads and blocks joined."""
+  """Flattens images, heads and blocks into one axis of tiles."""
   return x_bfq.reshape(-1, *x_bfq.shape[3:])
 
 
-def _numbered(index_bf, count: int):
-  """Indices below `count` of each image and head as indices into all tiles."""
+def _global_index(index_bf, count: int):
+  """Converts indices below `count` within each image and head to indices into all tiles."""
   batch, heads, *rest = index_bf.shape
   start = count * jnp.arange(batch * heads, dtype=jnp.int32)
   return index_bf.astype(jnp.int32) + start.reshape(batch, heads, *(1,) * len(rest))
 
 
 def _bias(bias_b1kc, key_bfkcd):
-  """(tiles, c), to base 2."""
+  """Returns the bias (tiles, c), to base 2."""
   return _tiles(jnp.broadcast_to(bias_b1kc * LOG2_E, key_bfkcd.shape[:4]))
 
 
 def _product(a, b, interpret, transposed: bool = False):
-  """a b or a b^T on the tensor cores, float32. a is in registers or shared memory, b in the latter.
+  """a b or a b^T on the tensor cores, float32; a is in registers or shared memory, b in shared
+  memory.
 
-  The interpreter has no operands in registers (jax 0.10 and 0.11): there it is a plain product.
+  The interpreter does not support operands in registers (jax 0.10 and 0.11), and gets a plain
+  product.
   """
   if interpret is not None:
     return lax.dot_general(a[...], b[...], (((1,), (int(transposed),)), ((), ())),
@@ -92,9 +94,10 @@ def _column(x_a, like_ac):
 
 
 def _for_each(count, fetch, ready, own, step, start):
-  """carry = step(slot, carry) for `count` tiles, of which `fetch(number, slot)` brings each.
+  """Repeats carry = step(slot, carry) for `count` tiles, which `fetch(number, slot)` copies.
 
-  ready: the barriers of the slots; own: of what was requested before, which all steps read.
+  ready: the barriers of the slots; own: the barrier of the program's own arrays, which every step
+  reads.
   """
   for slot in range(SLOTS):
     pl.when(slot < count)(functools.partial(fetch, slot, slot))
@@ -104,20 +107,20 @@ def _for_each(count, fetch, ready, own, step, start):
     slot = lax.rem(number, jnp.int32(SLOTS))
     plgpu.barrier_wait(ready.at[slot])
     carry = step(slot, carry)
-    plgpu.commit_smem()  # all four warps have read the slot before it is filled again
+    plgpu.commit_smem()  # all four warps must have read the slot before it is refilled
     pl.when(number + SLOTS < count)(lambda: fetch(number + SLOTS, slot))
     return carry
 
   return lax.fori_loop(jnp.int32(0), jnp.int32(count), body, start)
 
 
-def _request(refs, buffers, ready):
-  """Copies to shared memory, which arrive at a barrier."""
+def _copy_in(refs, buffers, ready):
+  """Starts copies to shared memory, which arrive at a barrier."""
   for ref, buffer in zip(refs, buffers, strict=True):
     plgpu.copy_gmem_to_smem(ref, buffer, ready)
 
 
-def _write(buffers, refs):
+def _copy_out(buffers, refs):
   plgpu.commit_smem()
   for buffer, ref in zip(buffers, refs, strict=True):
     plgpu.copy_smem_to_gmem(buffer, ref)
@@ -125,7 +128,7 @@ def _write(buffers, refs):
 
 
 def _buffers(arrays, *slots: int):
-  """Shared memory for a tile of each array."""
+  """Returns shared memory for a tile of each array."""
   return [plgpu.SMEM((*slots, *x.shape[1:]), x.dtype) for x in arrays]
 
 
@@ -138,7 +141,7 @@ def _launch(body, tiles: int, out, scratch, interpret):
 
 
 def _forward(query, key, value, bias, chosen, interpret):
-  """(Q, a, d), (K, c, d), (K, c, e), (K, c), (Q, s) -> (Q, a, e), (Q, a)."""
+  """Computes (Q, a, d), (K, c, d), (K, c, e), (K, c), (Q, s) -> (Q, a, e), (Q, a)."""
   tiles, count = chosen.shape
   out = [jax.ShapeDtypeStruct((*query.shape[:2], value.shape[-1]), value.dtype),
          jax.ShapeDtypeStruct(query.shape[:2], jnp.float32)]
@@ -150,7 +153,7 @@ def _forward(query, key, value, bias, chosen, interpret):
 
     def fetch(number, slot):
       block = chosen_ref[tile, number]
-      _request([ref.at[block] for ref in (key_ref, value_ref, bias_ref)],
+      _copy_in([ref.at[block] for ref in (key_ref, value_ref, bias_ref)],
                [buffer.at[slot] for buffer in (key_s, value_s, bias_s)], ready.at[slot])
 
     def step(slot, carry):
@@ -164,13 +167,13 @@ def _forward(query, key, value, bias, chosen, interpret):
       added = _product(weights.astype(value.dtype), value_s.at[slot], interpret)
       return summed * _column(shrink, summed) + added, higher, total
 
-    _request([query_ref.at[tile]], [query_s], own)
+    _copy_in([query_ref.at[tile]], [query_s], own)
     start = (jnp.zeros(out_s.shape, jnp.float32), jnp.full(log_sum_s.shape, LOWEST, jnp.float32),
              jnp.zeros(log_sum_s.shape, jnp.float32))
     summed, top, total = _for_each(count, fetch, ready, own, step, start)
     out_s[...] = (summed / _column(total, summed)).astype(out_s.dtype)
     log_sum_s[...] = top * (1 / LOG2_E) + jnp.log(total)
-    _write([out_s, log_sum_s], [out_ref.at[tile], log_sum_ref.at[tile]])
+    _copy_out([out_s, log_sum_s], [out_ref.at[tile], log_sum_ref.at[tile]])
 
   scratch = [*_buffers([query]), *_buffers([key, value, bias], SLOTS), *_buffers(out),
              plgpu.Barrier(), plgpu.Barrier(num_arrivals=3, num_barriers=SLOTS)]
@@ -179,7 +182,7 @@ def _forward(query, key, value, bias, chosen, interpret):
 
 
 def _d_query(query, d_out, log_sum, shift, key, value, bias, chosen, interpret):
-  """Gradient of queries (Q, a, d): a program owns a tile of queries, as forward."""
+  """Returns the gradient of queries (Q, a, d); as in forward, a program owns a tile of queries."""
   tiles, count = chosen.shape
 
   def block_sparse_d_query(query_ref, d_out_ref, log_sum_ref, shift_ref, key_ref, value_ref,
@@ -189,7 +192,7 @@ def _d_query(query, d_out, log_sum, shift, key, value, bias, chosen, interpret):
 
     def fetch(number, slot):
       block = chosen_ref[tile, number]
-      _request([ref.at[block] for ref in (key_ref, value_ref, bias_ref)],
+      _copy_in([ref.at[block] for ref in (key_ref, value_ref, bias_ref)],
                [buffer.at[slot] for buffer in (key_s, value_s, bias_s)], ready.at[slot])
 
     def step(slot, summed):
@@ -200,11 +203,11 @@ def _d_query(query, d_out, log_sum, shift, key, value, bias, chosen, interpret):
       d_scores = weights * (d_weights + _column(shift_s[...], scores))
       return summed + _product(d_scores.astype(key.dtype), key_s.at[slot], interpret)
 
-    _request([ref.at[tile] for ref in (query_ref, d_out_ref, log_sum_ref, shift_ref)],
-          [query_s, d_out_s, log_sum_s, shift_s], own)
+    _copy_in([ref.at[tile] for ref in (query_ref, d_out_ref, log_sum_ref, shift_ref)],
+             [query_s, d_out_s, log_sum_s, shift_s], own)
     d_query = _for_each(count, fetch, ready, own, step, jnp.zeros(query_s.shape, jnp.float32))
-    query_s[...] = d_query.astype(query_s.dtype)  # read for the last time
-    _write([query_s], [d_query_ref.at[tile]])
+    query_s[...] = d_query.astype(query_s.dtype)  # it is not read again
+    _copy_out([query_s], [d_query_ref.at[tile]])
 
   scratch = [*_buffers([query, d_out, log_sum, shift]), *_buffers([key, value, bias], SLOTS),
              plgpu.Barrier(num_arrivals=4), plgpu.Barrier(num_arrivals=3, num_barriers=SLOTS)]
@@ -214,23 +217,23 @@ def _d_query(query, d_out, log_sum, shift, key, value, bias, chosen, interpret):
 
 
 def _d_key_value(query, d_out, log_sum, shift, key, value, bias, chosen_by_key, spans, interpret):
-  """Gradients of keys and values: a program owns a tile of keys, whose scores are transposed.
+  """Returns the gradients of keys and values; a program owns a tile of keys, and its scores are
+  transposed.
 
-  chosen_by_key: tiles of queries; spans (K, 2): from where to where those of each tile of keys
-  stand.
+  chosen_by_key: tiles of queries; spans (K, 2): start and end of each key tile's part of it.
   """
   tiles = key.shape[0]
 
   def block_sparse_d_key_value(query_ref, d_out_ref, log_sum_ref, shift_ref, key_ref, value_ref,
-                               bias_ref, linked_ref, spans_ref, d_key_ref, d_value_ref, query_s,
+                               bias_ref, chosen_ref, spans_ref, d_key_ref, d_value_ref, query_s,
                                d_out_s, log_sum_s, shift_s, key_s, value_s, bias_s, own,
                                ready):
     tile = lax.axis_index("tile")
     first = spans_ref[tile, 0]
 
     def fetch(number, slot):
-      block = linked_ref[first + number]
-      _request([ref.at[block] for ref in (query_ref, d_out_ref, log_sum_ref, shift_ref)],
+      block = chosen_ref[first + number]
+      _copy_in([ref.at[block] for ref in (query_ref, d_out_ref, log_sum_ref, shift_ref)],
                [buffer.at[slot] for buffer in (query_s, d_out_s, log_sum_s, shift_s)],
                ready.at[slot])
 
@@ -245,14 +248,14 @@ def _d_key_value(query, d_out, log_sum, shift, key, value, bias, chosen_by_key, 
       d_key = d_key + _product(d_scores.astype(key.dtype), query_s.at[slot], interpret)
       return d_key, d_value
 
-    _request([ref.at[tile] for ref in (key_ref, value_ref, bias_ref)], [key_s, value_s, bias_s],
-          own)
+    _copy_in([ref.at[tile] for ref in (key_ref, value_ref, bias_ref)], [key_s, value_s, bias_s],
+             own)
     start = [jnp.zeros(buffer.shape, jnp.float32) for buffer in (key_s, value_s)]
     count = spans_ref[tile, 1] - first
     d_key, d_value = _for_each(count, fetch, ready, own, step, tuple(start))
-    key_s[...] = d_key.astype(key_s.dtype)        # read for the last time
+    key_s[...] = d_key.astype(key_s.dtype)        # it is not read again
     value_s[...] = d_value.astype(value_s.dtype)
-    _write([key_s, value_s], [d_key_ref.at[tile], d_value_ref.at[tile]])
+    _copy_out([key_s, value_s], [d_key_ref.at[tile], d_value_ref.at[tile]])
 
   scratch = [*_buffers([query, d_out, log_sum, shift], SLOTS), *_buffers([key, value, bias]),
              plgpu.Barrier(num_arrivals=3), plgpu.Barrier(num_arrivals=4, num_barriers=SLOTS)]

@@ -1,9 +1,9 @@
 """Block-sparse attention on TPU: Pallas on Mosaic TPU, forward and backward.
 
-One step of the grid owns a block of queries (for the gradients of keys and values: of keys) and
-walks its list of chosen blocks, which is in scalar memory. The other side of a head stays in vector
-memory for all steps of that head: it is read from HBM once, and a block is picked by its number.
-One image is computed after another, for scalar memory holds the lists of one, not of a batch.
+One step of the grid owns a block of queries (for the gradients of keys and values, a block of keys)
+and iterates over its list of chosen blocks, which is in scalar memory. The arrays of the other side
+stay in vector memory for all steps of a head: they are read from HBM once, and blocks are indexed.
+Images are computed one after another, because scalar memory holds only the lists of one image.
 """
 import jax
 import jax.numpy as jnp
@@ -15,21 +15,21 @@ from vitcompact.kernels.block_sparse import attention
 from vitcompact.kernels.pairs import pairs_by_key
 
 LANES = 128
-# Of a head's keys and values (or queries and their gradients), twice: the next head's are on their
-# way. Leaves room for the rest in the 16 MiB that a kernel may use by default.
+# For keys and values (or queries and their gradients) of two heads, as the next head is prefetched.
+# Leaves room for the rest in the 16 MiB that a kernel may use by default.
 RESIDENT_BYTES = 12 * 2 ** 20
-LOWEST = -1e30  # under every score, and finite: of two infinities the difference is not a number
+LOWEST = -1e30  # below every score, and finite: the difference of two infinities is NaN
 
 
 def resident_bytes(tokens: int, d: int, e: int, itemsize: int) -> int:
-  """Vector memory that `tokens` take, in which rows fill whole lanes."""
+  """Returns the bytes of vector memory for `tokens`, whose rows are padded to whole lanes."""
   return 2 * tokens * itemsize * sum(LANES * -(-width // LANES) for width in (d, e))
 
 
 def forward(interpret, query, key, value, bias, chosen):
   """See `block_sparse.attention`."""
   out, log_sum = lax.map(lambda image: _forward(*image, interpret),
-                         (query, key, value, bias.swapaxes(1, 2), _listed(chosen)))
+                         (query, key, value, bias.swapaxes(1, 2), _flatten_lists(chosen)))
   return out, log_sum[..., 0, :]
 
 
@@ -41,15 +41,15 @@ def backward(interpret, query, key, value, bias, chosen, log_sum, shift, d_out):
 
   rows = (query, d_out.astype(value.dtype), log_sum[..., None, :], shift[..., None, :])
   columns = (key, value, bias.swapaxes(1, 2))
-  lists = [_listed(x) for x in (chosen, *pairs_by_key(chosen, key.shape[2]))]
+  lists = [_flatten_lists(x) for x in (chosen, *pairs_by_key(chosen, key.shape[2]))]
   return lax.map(of_image, (rows, columns, *lists))
 
 
 attend = attention(forward, backward)
 
 
-def _listed(index_b):
-  """The numbers of an image in one row."""
+def _flatten_lists(index_b):
+  """Flattens the lists of each image into one row."""
   return index_b.reshape(len(index_b), -1)
 
 
@@ -57,8 +57,8 @@ def _product(a, b):
   return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _transposed(a, b):
-  """a b^T."""
+def _product_transposed(a, b):
+  """Returns a b^T."""
   return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
@@ -68,7 +68,7 @@ def _diagonal(size: int):
 
 
 def _as_column(row_1a):
-  """(a, 1), by means that lower on every version."""
+  """Returns (a, 1), using only operations that lower on every version."""
   return jnp.sum(jnp.where(_diagonal(row_1a.shape[1]), row_1a, 0.0), axis=1, keepdims=True)
 
 
@@ -77,13 +77,13 @@ def _as_row(column_a1):
 
 
 def _block_spec(array_fq):
-  """A block of a head for each step of the grid."""
+  """Returns the spec of one block of a head for each step of the grid."""
   shape = (None, None, *array_fq.shape[2:])
   return pl.BlockSpec(shape, lambda head, block, *_: (head, block, 0, 0))
 
 
 def _head_spec(array_fk):
-  """All blocks of a head."""
+  """Returns the spec of all blocks of a head."""
   return pl.BlockSpec((None, *array_fk.shape[1:]), lambda head, block, *_: (head, 0, 0, 0))
 
 
@@ -109,7 +109,7 @@ def _forward(query, key, value, bias, chosen, interpret):
     def step(number, carry):
       summed, top, total = carry
       block = chosen_ref[start + number]
-      scores = _transposed(query_ref[...], key_ref[block]) + bias_ref[block]
+      scores = _product_transposed(query_ref[...], key_ref[block]) + bias_ref[block]
       higher = jnp.maximum(top, scores.max(axis=1, keepdims=True))
       weights = jnp.exp(scores - higher)
       shrink = jnp.exp(top - higher)
@@ -133,7 +133,7 @@ def _bias_spec(array_k):
 
 
 def _d_query(query, d_out, log_sum, shift, key, value, bias, chosen, interpret):
-  """Gradient of queries (f, q, a, d): a step owns a block of queries, as forward."""
+  """Returns the gradient of queries (f, q, a, d); as in forward, a step owns a block of queries."""
   heads, queries = query.shape[:2]
   count = chosen.size // (heads * queries)
 
@@ -144,8 +144,8 @@ def _d_query(query, d_out, log_sum, shift, key, value, bias, chosen, interpret):
 
     def step(number, summed):
       block = chosen_ref[start + number]
-      scores = _transposed(query_ref[...], key_ref[block]) + bias_ref[block]
-      d_weights = _transposed(d_out_ref[...], value_ref[block])
+      scores = _product_transposed(query_ref[...], key_ref[block]) + bias_ref[block]
+      d_weights = _product_transposed(d_out_ref[...], value_ref[block])
       d_scores = jnp.exp(scores - log_sum) * (d_weights + shift)
       return summed + _product(d_scores.astype(key.dtype), key_ref[block])
 
@@ -160,7 +160,8 @@ def _d_query(query, d_out, log_sum, shift, key, value, bias, chosen, interpret):
 
 
 def _d_key_value(query, d_out, log_sum, shift, key, value, bias, chosen_by_key, first, interpret):
-  """Gradients of keys and values: a step owns a block of keys, whose scores are transposed.
+  """Returns the gradients of keys and values; a step owns a block of keys, and its scores are
+  transposed.
 
   chosen_by_key (f q s), first (f (k + 1)): see `pairs_by_key`.
   """
@@ -176,10 +177,10 @@ def _d_key_value(query, d_out, log_sum, shift, key, value, bias, chosen_by_key, 
     def step(number, carry):
       d_key, d_value = carry
       block = chosen_ref[head * pairs + number]
-      scores = _transposed(key_ref[...], query_ref[block]) + bias
+      scores = _product_transposed(key_ref[...], query_ref[block]) + bias
       weights = jnp.exp(scores - log_sum_ref[block])
       d_value = d_value + _product(weights.astype(value.dtype), d_out_ref[block])
-      d_weights = _transposed(value_ref[...], d_out_ref[block])
+      d_weights = _product_transposed(value_ref[...], d_out_ref[block])
       d_scores = weights * (d_weights + shift_ref[block])
       return d_key + _product(d_scores.astype(key.dtype), query_ref[block]), d_value
 

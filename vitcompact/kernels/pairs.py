@@ -1,17 +1,17 @@
-"""The list of chosen blocks, read from the side of the keys."""
+"""The list of chosen blocks, sorted by keys instead of queries."""
 import jax
 import jax.numpy as jnp
 
 
 def pairs_by_key(chosen_bfqs, keys: int):
-  """Chosen pairs of blocks in the order of their keys: what the gradient of a key is summed over.
+  """Sorts the chosen pairs of blocks by their keys, as the gradients of keys are summed over them.
 
   Args:
     chosen_bfqs: int32, the blocks of keys chosen for each block of queries.
-    keys: how many blocks of keys there are.
+    keys: number of blocks of keys.
   Returns:
     query (B, f, q s) and first (B, f, keys + 1), int32: block k of keys was chosen for the blocks
-    of queries query[first[k]:first[k + 1]], in ascending order. Some block may be chosen for none.
+    of queries query[first[k]:first[k + 1]], in ascending order, which may be none.
   """
   batch, heads, queries, count = chosen_bfqs.shape
   key = chosen_bfqs.astype(jnp.int32).reshape(batch, heads, -1)

@@ -1,7 +1,7 @@
-"""Kernels on many devices: each computes its own images.
+"""Kernels on several devices: each computes its own images.
 
-The compiler splits a program over devices, but cannot look into a kernel: on GPUs every device
-would compute all images. (On TPUs it is an error, and what is done here is not supported.)
+The compiler splits a program over devices, but cannot see inside a kernel: on GPUs, every device
+would compute all images. (On TPUs that is an error, and custom partitioning is not supported.)
 """
 from collections.abc import Callable
 
@@ -11,15 +11,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def over_images(function: Callable) -> Callable:
-  """`function` of arrays with images in front, to such arrays; its images may be spread.
+  """Lets `function` be split over images, the first axis of its arguments and results.
 
-  Whatever else the arrays are split by (heads, say) is gathered before.
+  If the arrays are also split along another axis, such as heads, they are gathered first.
   """
   def partition(mesh, arguments, results):
     spec = arguments[0].sharding.spec
-    spread = NamedSharding(mesh, PartitionSpec(spec[0] if spec else None))
-    return (mesh, function, jax.tree.map(lambda _: spread, results),
-            jax.tree.map(lambda _: spread, arguments))
+    by_image = NamedSharding(mesh, PartitionSpec(spec[0] if spec else None))
+    return (mesh, function, jax.tree.map(lambda _: by_image, results),
+            jax.tree.map(lambda _: by_image, arguments))
 
   def rule(mesh, arguments, results):
     del mesh
@@ -30,6 +30,6 @@ def over_images(function: Callable) -> Callable:
     return (", ".join(sides[:len(arguments)]) + " -> " + ", ".join(sides[len(arguments):]),
             {"need_replication_factors": replicated})
 
-  spread = custom_partitioning(function)
-  spread.def_partition(partition, sharding_rule=rule)
-  return spread
+  partitioned = custom_partitioning(function)
+  partitioned.def_partition(partition, sharding_rule=rule)
+  return partitioned

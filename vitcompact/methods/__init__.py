@@ -1,8 +1,8 @@
-"""The list of methods: axis -> {name in files: class}. A method of your own is one line here:
+"""The list of methods: axis -> {name in files: class}. To add a method of your own:
 
   vitcompact.METHODS["heads"]["gate"] = Gate
 
-What a method is: `protocol.py`.
+`protocol.py` defines what a method is.
 """
 from vitcompact.methods.attention.biformer import BiFormer
 from vitcompact.methods.attention.channels import ChannelAttention

@@ -1,4 +1,4 @@
-"""Merging tokens into tokens: decided once as a `Merge`, then applied to whatever goes along."""
+"""Merging of tokens: decided once as a `Merge`, then applied to every array of the tokens."""
 from typing import NamedTuple
 
 import jax
@@ -8,31 +8,32 @@ from vitcompact.token_state import take
 
 
 class Merge(NamedTuple):
-  """Of N tokens, K remain; the others are part of one of these.
+  """A merge of N tokens into K of them.
 
-  pairs: [(from (B, r), into (B, r))], old indices, one list after the other; kept: (B, K), old
-  indices of the remaining, in their new order; moved: (B, N), new index of each token's holder.
+  pairs: [(from (B, r), into (B, r)), ...], old indices; the merges are applied one after the other.
+  kept: (B, K), old indices of the remaining tokens, in their new order.
+  moved: (B, N), the new index of the token that holds each old one.
   """
   pairs: tuple[tuple[jax.Array, jax.Array], ...]
   kept: jax.Array
   moved: jax.Array
 
   def total(self, array_bn):
-    """Sums over the tokens that each remaining one holds: (B, N, ...) -> (B, K, ...)."""
+    """Sums over the tokens that each remaining token holds: (B, N, ...) -> (B, K, ...)."""
     rows = jnp.arange(array_bn.shape[0])[:, None]
     for from_br, into_br in self.pairs:
       array_bn = array_bn.at[rows, into_br].add(take(array_bn, from_br))
     return take(array_bn, self.kept)
 
   def largest(self, array_bn):
-    """As `total`, the largest entry instead of the sum."""
+    """Takes the maximum instead of the sum of `total`."""
     rows = jnp.arange(array_bn.shape[0])[:, None]
     for from_br, into_br in self.pairs:
       array_bn = array_bn.at[rows, into_br].max(take(array_bn, from_br))
     return take(array_bn, self.kept)
 
   def mean(self, array_bn, weight_bn):
-    """Means weighted by (B, N), in float32 inside: (B, N, ...) -> (B, K, ...)."""
+    """Takes the mean, weighted by (B, N), instead of the sum of `total`; computed in float32."""
     ones = (1,) * (array_bn.ndim - 2)
     weighted_bn = array_bn.astype(jnp.float32) * weight_bn.reshape(*weight_bn.shape, *ones)
     total_bk = self.total(weight_bn)
@@ -40,16 +41,16 @@ class Merge(NamedTuple):
     return mean_bk.astype(array_bn.dtype)
 
 
-def merging(pairs, rank_bn) -> Merge:
-  """The Merge of these pairs; the remaining tokens are sorted by rank (B, N), int, stable."""
+def merge_of(pairs, rank_bn) -> Merge:
+  """Makes the Merge of these pairs; the remaining tokens are sorted by rank (B, N), int, stable."""
   batch, count = rank_bn.shape
   index_bn = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (batch, count))
   holder_bn = index_bn
-  for from_br, into_br in pairs:   # by comparing: a scatter takes far longer to compile
+  for from_br, into_br in pairs:   # comparisons, because a scatter takes far longer to compile
     leaves_bnr = holder_bn[:, :, None] == from_br[:, None, :]
     target_bn = jnp.where(leaves_bnr, into_br[:, None, :], 0).sum(axis=2, dtype=jnp.int32)
     holder_bn = jnp.where(leaves_bnr.any(axis=2), target_bn, holder_bn)
-  # Merged tokens go last, and are cut off.
+  # Merged tokens are sorted last, and cut off.
   last = jnp.iinfo(jnp.int32).max
   order_bn = jnp.argsort(jnp.where(holder_bn == index_bn, rank_bn, last), axis=1, stable=True)
   place_bn = jnp.argsort(order_bn, axis=1)
@@ -57,22 +58,22 @@ def merging(pairs, rank_bn) -> Merge:
   return Merge(tuple(pairs), order_bn[:, :kept], take(place_bn, holder_bn))
 
 
-def alternating(count: int, prefix: int):
-  """Ranks (count,) that put even positions before odd ones, the prefix before all."""
+def even_first(count: int, prefix: int):
+  """Returns ranks (count,) that sort the prefix first, then even positions, then odd ones."""
   index = jnp.arange(count)
   return jnp.where(index < prefix, index, index + count * (1 + index % 2))
 
 
 def cosines(metric_bnd):
-  """(B, even, odd) cosines between tokens at even and at odd positions, in float32."""
+  """Returns (B, even, odd) cosines between tokens at even and at odd positions, in float32."""
   metric_bnd = metric_bnd.astype(jnp.float32)
   norm = jnp.linalg.norm(metric_bnd, axis=-1, keepdims=True)
   metric_bnd = metric_bnd / jnp.maximum(norm, 1e-12)
   return jnp.einsum("bmd,bnd->bmn", metric_bnd[:, ::2], metric_bnd[:, 1::2])
 
 
-def without_prefix(weight_bmn, prefix: int, last: int = 0):
-  """-inf for pairs (even, odd) of which one is among the first `prefix` tokens, or the `last`."""
+def exclude_ends(weight_bmn, prefix: int, last: int = 0):
+  """Sets pairs (even, odd) that contain one of the first `prefix` or last `last` tokens to -inf."""
   _, evens, odds = weight_bmn.shape
   free = jnp.arange(evens + odds) >= prefix
   if last:
@@ -81,16 +82,16 @@ def without_prefix(weight_bmn, prefix: int, last: int = 0):
 
 
 def match(metric_bnd, r: int, prefix: int, last: int = 0):
-  """Bipartite matching: the r best pairs (from, into), indices (B, r) each.
+  """Matches tokens in two groups; returns the r best pairs (from, into), indices (B, r) each.
 
-  Tokens at even positions each name their most similar one at an odd position; the r most similar
-  pairs are taken. The first `prefix` tokens and the `last` ones are in no pair.
+  Each token at an even position is paired with the most similar one at an odd position, and the r
+  most similar pairs are taken. The first `prefix` and the last `last` tokens are in no pair.
   """
-  row_br, column_br = best_rows(without_prefix(cosines(metric_bnd), prefix, last), r)
+  row_br, column_br = best_rows(exclude_ends(cosines(metric_bnd), prefix, last), r)
   return 2 * row_br, 2 * column_br + 1
 
 
 def best_rows(weight_bmn, r: int):
-  """The r rows of largest maximum, and the column of each: (B, r), (B, r)."""
+  """Returns the r rows of largest maximum, and the column of each maximum: (B, r), (B, r)."""
   row_br = jax.lax.top_k(weight_bmn.max(axis=-1), r)[1]
   return row_br, jnp.take_along_axis(weight_bmn.argmax(axis=-1), row_br, axis=1)

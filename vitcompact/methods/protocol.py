@@ -1,85 +1,87 @@
-"""What a method is: everything that the library asks of one, and what it does where a method is
-silent.
+"""The interface of a method: every member that the library looks for, and its default.
 
 A method makes one axis of a transformer block smaller. It is a frozen dataclass of settings, listed
-once in `methods.METHODS` under its axis and name; plans, blocks, models, counting, conversion and
-training loop over these members and know no method by name. Only `axis` and the makers are
-required.
+once in `methods.METHODS` under its axis and name. Plans, blocks, models, counting, conversion and
+training use only the members below and know no method by name. Only `axis` and `make` (`reduction`
+on the tokens axis) are required.
 
     axis                                  "heads", "attention", "tokens" or "ffn"
 
 What it computes
     make(site, **kwargs) -> nn.Module     the module of one block; kwargs are Linen's name and
-                                          parent. By axis it is called as
-      heads      (query, key, value, core, x) -> (B, N, heads, e); queries and keys are those of
-                 `scored_heads` heads, x (B, N, width) is the input of the attention; where maps are
-                 to be looked at (`attention.wants_maps`) it sows its own as "maps"
-      attention  (core, query, key, source, fused) -> core, the attention of this call restricted,
-                 or with another operator or a local term, see `attention.Core`
-      ffn        (x, train) -> y; takes the place of the whole FFN. Where a method of the tokens
-                 axis gives it some of the tokens only, a `layers.Mlp` is told how to mix these
+                                          parent. The block calls it according to the axis:
+      heads      (query, key, value, core, x) -> (B, N, heads, e); queries and keys have
+                 `scored_heads` heads, x (B, N, width) is the input of the attention; if
+                 `attention.wants_maps`, the module sows its attention maps as "maps"
+      attention  (core, query, key, source, fused) -> core: the same attention restricted to some
+                 pairs, or with another operator or a local term, see `attention.Core`
+      ffn        (x, train) -> y; replaces the whole FFN. If it is a `layers.Mlp` and x holds only
+                 some of the tokens, it also gets `mix`
     reduction(block, depth) -> Reduction  tokens: what happens in a block, see `token_state`
     scored_heads(site) -> int             heads: how many have queries and keys (default: all)
-    active_heads(site) -> int             heads: how many serve a token, of those with values
-                                          (default: all); what others compute is not needed
+    active_heads(site) -> int             heads: how many of those with values each token uses
+                                          (default: all); see `ideal_macs` of `count`
     value_heads(site) -> int              heads: how many have values and outputs (default: all)
     scope                                 name of its parameters: attn/SCOPE for heads, SCOPE in the
                                           block for attention (default: the method's name)
-    heads, ffn                            a field of this name, the axis' own, holds None or another
-                                          method of the axis that it is made around (`inner`). Where
-                                          it says nothing itself of check, heads, needs, removes,
-                                          mergeable and fold, that one is asked
-    inside(site) -> Site                  the block as the method inside sees it (default: the same)
+    heads, ffn                            a field named after the method's own axis holds another
+                                          method of that axis that this one wraps (`inner`), or
+                                          None. Of check, the numbers of heads, needs, removes,
+                                          mergeable and fold, it inherits what it does not define
+    inside(site) -> Site                  the block as the inner method sees it (default: the same)
     acts(site) -> bool                    whether it does anything in this block (default: yes)
-    check(site)                           raises ValueError or warns where it does not fit a block
+    check(site)                           raises ValueError or warns if it does not fit a block
 
 Which plans are legal
-    needs(site) -> {what: way out}        of CAPABILITIES; the way out ends the error's sentence;
-                                          the attention axis needs "full attention" besides
-    removes(site) -> (what, ...)          what others in this block no longer have; of a method of
-                                          the tokens axis, nor in the blocks after it
+    needs(site) -> {capability: hint}     keys of CAPABILITIES that the block must have; the hint
+                                          ends the error message. Every method of the attention axis
+                                          also needs "full attention"
+    removes(site) -> (capability, ...)    what the other methods of this block no longer have; for
+                                          the tokens axis, also those of all later blocks
 
 Its parameters
     rules                                 [(pattern, trees.Leaf)]: sharding and weight decay
                                           (default: those that all models share, else neither)
     from_dense(site, params, stats, data) -> (params, stats)
-                                          a block's trees from a dense block's (default: what has
-                                          the same name and shape is kept, the rest freshly drawn);
-                                          data: the block on calibration images, see
+                                          a block's trees from a dense block's (default: keep leaves
+                                          of the same name and shape, draw the others at random);
+                                          data: the block on calibration images, a
                                           `calibration.Calibration`, or None
     to_dense(site, params, stats, data) -> (params, stats)
-                                          the dense block that comes closest, from which `compact`
-                                          may start; data: a `calibration.Calibration` (default: it
-                                          has none)
-    options(site) -> [method, ...]        from which `measure` and a report's plan choose; of the
-                                          tokens axis, for the whole model, from its first block
-                                          (a class method; default: none, it is not proposed)
+                                          the closest dense block, from which `compact` may start;
+                                          data: a `calibration.Calibration` (default: unchanged)
+    options(site) -> [method, ...]        candidates for `measure` and a report's plan; for the
+                                          tokens axis, the candidates for the whole model, given its
+                                          first block (a class method; default: none, so that it is
+                                          never proposed)
     statistics(params) -> (function, arguments)
-                                          sums over calibration images that an estimate is made of,
-                                          see `calibration.Calibration.sums` (a class method)
+                                          sums over calibration images that `estimate` needs, see
+                                          `calibration.Calibration.sums` (a class method)
     estimate(options, site, sums) -> ([error, ...], {name: table})
-                                          what each option loses here, in proportion, without any
-                                          training; and tables for a report (a class method;
-                                          default: each is tried)
+                                          relative error of each option in this block without
+                                          training, and tables for a report (a class method;
+                                          default: each option is run and measured)
     fold(site, params, stats) -> (params, stats)
-                                          the deployed block's (default: unchanged)
+                                          those of the deployed block (default: unchanged)
     torch_entries(site, torch, ours) -> [Entry]
                                           names and layouts in PyTorch files (default: our own); a
-                                          method of the ffn axis lists fc1 and fc2 as well
+                                          method of the ffn axis also lists fc1 and fc2
     mergeable(site) -> (layer, ...)       ffn: layers that may be deployed as one matrix, see
                                           `Site.merged`
-    at_size(site) -> method               itself with sizes that would follow the image written out
+    at_size(site) -> method               the same method, with sizes that would otherwise depend on
+                                          the image size fixed at those of this site
 
-How it trains; `settings` are a config's keys, absent ones have these defaults
+How it trains; `settings` are keys of a config, with defaults for absent ones
     settings                              {key: Setting}
     losses                                {name: function(Pass) -> () or (B,)}; the weight of a loss
                                           is the setting loss.NAME
-    losses_across                         names of those in which the images of a batch meet
+    losses_across                         names of the losses that mix the images of a batch
     collections                           Linen collections that its losses or facts read
-    at_step(config, step) -> method       what trains at a step of the main phase
-    second_pass(config, step) -> method   of a second forward pass with the same weights, or None
+    at_step(config, step) -> method       the method to train with at a step of the main phase
+    second_pass(config, step) -> method   the method of a second forward pass with the same weights,
+                                          or None
     first_phase                           a FirstPhase (default: None)
-    check_training(config)                raises ValueError where settings do not go together
+    check_training(config)                raises ValueError if settings contradict each other
     facts(collections) -> {name: number}  for the receipt, from one batch of inference
 """
 import dataclasses
@@ -91,7 +93,7 @@ import jax
 
 from vitcompact.layers import GATED, LayerNorm, gelu
 
-# What a block may have and a method may need or remove.
+# {capability: how an error names it}: what a block may provide, and a method may need or remove.
 CAPABILITIES = {
     "attention": "attention",
     "maps": "attention maps over tokens",
@@ -101,34 +103,35 @@ CAPABILITIES = {
     "all heads": "the values of all heads",
     "grid": "the whole grid of tokens",
     "token order": "tokens in the order of their positions",
-    "token line": "keys in one line of tokens",
+    "token line": "keys in one sequence",
     "class token": "a class token",
     "free tokens": "tokens that may be dropped or merged",
-    "paths": "an FFN that some tokens may pass by",
+    "paths": "an FFN that some tokens may bypass",
 }
 
 
 class Site(NamedTuple):
   """One block of one model, as a method sees it.
 
-  block: its number, of `depth`, counted over all stages. first: the block from which on tokens
-    come here as they are, on the same grid and as wide.
-  tokens: keys before any token is reduced, the first `prefix` of which are no patches; tokens_left:
-    when the block begins, at the image size that the model was made for.
-  query_grid, key_grid: (height, width) of the patches on each side; None where a side has no grid.
-  ffn_width: of the FFN's input and output; hidden: of its hidden layer, the input of fc2.
+  block: its number out of `depth`, counted over all stages. first: the earliest block since which
+    tokens have had the same grid and width.
+  tokens: number of keys before any token reduction, the first `prefix` of which are not patches;
+    tokens_left: that number when the block begins, at the model's image size.
+  query_grid, key_grid: (height, width) of the patches among queries and keys; None: no grid.
+  ffn_width: channels of the FFN's input and output; hidden: of its hidden layer, the input of fc2.
   head_dim: channels of a head; None: width / heads.
-  mixer: makes the module between fc1 and its activation, whose output has mixer_gain times the
-    variance, of a gated activation the gate. It is called with all tokens of the grid (B, N,
-    hidden), or with some (B, k, hidden) and their places (B, k): then the others are 0, and only
-    these come out.
-  key_bias: whether keys have one, where qkv_bias says that queries and values do.
+  mixer: makes the module between fc1 and its activation. It multiplies the variance (of the gate,
+    if the activation is gated) by mixer_gain. It is called with all tokens of the grid (B, N,
+    hidden), or with some of them (B, k, hidden) and their places (B, k): then it takes the others
+    as 0 and returns only these.
+  key_bias: whether keys have a bias, if qkv_bias is set.
   qk_norm: epsilon of the norms of queries and keys; rotary: temperature of rotary positions,
-    rotary_grid: their reference (see `rotary`); layer_scale: initial factor of what each branch
-    gives; ffn_norm: epsilon of the norm of the FFN's hidden layer; None: it has none.
+    rotary_grid: their reference (see `rotary`); layer_scale: initial LayerScale of each branch;
+    ffn_norm: epsilon of the norm of the FFN's hidden layer. Each may be None: the block has none.
   ffn_batch_norm: whether fc1 and fc2 each end in a batch norm, which is folded into them.
-  query_scale: a factor of queries, besides 1 / sqrt(head_width) of scores. local: whether something
-    of as many channels is added to what the heads give, so that heads cannot change places.
+  query_scale: a factor on queries, on top of the scores' 1 / sqrt(head_width). local: whether a
+    local term with the channels of the heads is added to their output, so that the heads cannot be
+    reordered.
   merged: layers of the FFN that are deployed as one matrix, see `execution.Execution`.
   batch_norm: whether its norms are batch norms, which folding removes.
   """
@@ -171,27 +174,27 @@ class Site(NamedTuple):
 
   @property
   def fc1_width(self) -> int:
-    """Outputs of fc1: twice the hidden layer where its activation is gated."""
+    """Outputs of fc1: twice the hidden width if the activation is gated."""
     return self.hidden * (2 if self.act in GATED else 1)
 
   def between(self) -> dict[str, Any]:
-    """What an `Mlp` has between its two layers; modules are not bound to a parent."""
+    """Returns the activation, mixer and norm of an `Mlp`; modules are not bound to a parent."""
     norm = self.ffn_norm and LayerNorm(self.ffn_norm, self.dtype, parent=None)
     return {"act": self.act, "mixer": self.mixer and self.mixer(parent=None), "norm": norm}
 
   @property
   def queries(self) -> int:
-    """Tokens that attend."""
+    """Number of tokens that attend."""
     if self.query_grid is None:
       return self.tokens
     return self.prefix + self.query_grid[0] * self.query_grid[1]
 
 
 class Pass(NamedTuple):
-  """What a loss sees of one forward pass in training.
+  """The arguments of a loss: one forward pass in training.
 
-  collections: what was sown; logits (B, K) of the class guess; labels (B,) int; second: the Pass of
-  the second forward pass, None without one.
+  collections: what was sown; logits (B, K) of the classifier; labels (B,) int; second: the Pass of
+  the second forward pass, or None.
   """
   collections: Mapping[str, Any]
   logits: jax.Array
@@ -200,11 +203,11 @@ class Pass(NamedTuple):
 
 
 class FirstPhase(NamedTuple):
-  """A phase before the main one, in which a method's own parameters learn and nothing else does.
+  """A phase before the main one, in which only a method's own parameters are trained.
 
-  section: of the config; it holds `steps`, `weight` and the learning rates. parameters: the method
-    trains those that this pattern matches, in this phase only.
-  method: maps the method to its form in this phase; every token is kept in it.
+  section: of the config; it holds `steps`, `weight` and the learning rates. parameters: a pattern;
+    the parameters that match it are trained in this phase and in no other.
+  method: maps the method to its form in this phase, in which every token is kept.
   loss: function(collections) -> (B,).
   """
   section: str
@@ -214,19 +217,19 @@ class FirstPhase(NamedTuple):
 
 
 def check_class(kind: type, axis: str):
-  """Raises ValueError, one line, where a listed class is no method of this axis."""
+  """Raises a one-line ValueError if a listed class is not a method of this axis."""
   maker = "reduction" if axis == "tokens" else "make"
   faults = {
       "must be a frozen dataclass: @dataclasses.dataclass(frozen=True)":
           not dataclasses.is_dataclass(kind) or not kind.__dataclass_params__.frozen,
       f"must have axis = {axis!r}": getattr(kind, "axis", None) != axis,
       f"must have a method {maker}, see vitcompact/methods/protocol.py": not hasattr(kind, maker)}
-  if found := [fault for fault, here in faults.items() if here]:
-    raise ValueError(f"{kind.__name__}, listed in METHODS[{axis!r}]: {found[0]}")
+  if failed := [fault for fault, fails in faults.items() if fails]:
+    raise ValueError(f"{kind.__name__}, listed in METHODS[{axis!r}]: {failed[0]}")
 
 
 def scope_of(method) -> str:
-  """Where the own parameters of a method, or of its class, lie."""
+  """Returns the name under which a method, or its class, has its parameters."""
   if method.axis in ("tokens", "ffn"):
     return {"tokens": "predict_tokens", "ffn": "mlp"}[method.axis]
   kind = method if isinstance(method, type) else type(method)
@@ -234,61 +237,62 @@ def scope_of(method) -> str:
 
 
 def inner(method):
-  """The method of its own axis that a method is made around, or None."""
+  """Returns the method of the same axis that a method wraps, or None."""
   return getattr(method, method.axis, None)
 
 
-def around(method, site: Site):
-  """(the method that this one is made around, the block as that one sees it); (None, site) where
-  there is none, or none that acts."""
-  other, seen = inner(method), inside(method, site)
-  return (other, seen) if other is not None and acts(other, seen) else (None, site)
+def inner_and_site(method, site: Site):
+  """Returns (the method that this one wraps, the block as the inner method sees it); (None, site)
+  if there is no inner method or it does nothing in this block."""
+  wrapped, inner_site = inner(method), inside(method, site)
+  if wrapped is not None and acts(wrapped, inner_site):
+    return wrapped, inner_site
+  return None, site
 
 
-def _asked(member: str, default: Callable):
-  """A function (method, ...) that calls a member of a method, or the default where it has none."""
-  def ask(method, *arguments):
+def _call_member(member: str, default: Callable):
+  """Returns a function (method, ...) that calls this member, or the default if it is missing."""
+  def call(method, *arguments):
     if hasattr(method, member):
       return getattr(method, member)(*arguments)
     return default(method, *arguments)
-  return ask
+  return call
 
 
-def _asked_of_both(member: str, default: Callable):
-  """The same of members (site); a method that lacks it answers as the one that it is made around.
-  """
-  def otherwise(method, site):
-    other, seen = around(method, site)
-    return default(method, site) if other is None else ask(other, seen)
-  ask = _asked(member, otherwise)
-  return ask
+def _call_member_or_inner(member: str, default: Callable):
+  """Returns the same for members (site) that a method inherits from its inner method."""
+  def call_inner(method, site):
+    wrapped, inner_site = inner_and_site(method, site)
+    return default(method, site) if wrapped is None else call(wrapped, inner_site)
+  call = _call_member(member, call_inner)
+  return call
 
 
-def _told(member: str, default):
-  """A function of a method, or of its class, that reads a member, or gives the default."""
+def _read_member(member: str, default):
+  """Returns a function that reads this member of a method or its class, or gives the default."""
   return lambda method: getattr(method, member, default)
 
 
-acts = _asked("acts", lambda method, site: True)
-inside = _asked("inside", lambda method, site: site)
-check = _asked_of_both("check", lambda method, site: None)
-scored_heads = _asked_of_both("scored_heads", lambda method, site: site.heads)
-value_heads = _asked_of_both("value_heads", lambda method, site: site.heads)
-active_heads = _asked("active_heads", lambda method, site: value_heads(method, site))
-needs = _asked_of_both("needs", lambda method, site: {})
-removes = _asked_of_both("removes", lambda method, site: ())
-options = _asked("options", lambda kind, site: [])
-statistics = _asked("statistics", lambda kind, params: None)
-estimate = _asked("estimate", lambda kind, options, site, sums: (None, {}))
-to_dense = _asked("to_dense", lambda method, site, params, stats, data: (params, stats))
-mergeable = _asked_of_both("mergeable", lambda method, site: ())
-at_size = _asked("at_size", lambda method, site: method)
-at_step = _asked("at_step", lambda method, config, step: method)
-second_pass = _asked("second_pass", lambda method, config, step: None)
-check_training = _asked("check_training", lambda method, config: None)
-facts = _asked("facts", lambda method, collections: {})
-settings = _told("settings", {})
-losses = _told("losses", {})
-losses_across = _told("losses_across", ())
-collections = _told("collections", ())
-first_phase = _told("first_phase", None)
+acts = _call_member("acts", lambda method, site: True)
+inside = _call_member("inside", lambda method, site: site)
+check = _call_member_or_inner("check", lambda method, site: None)
+scored_heads = _call_member_or_inner("scored_heads", lambda method, site: site.heads)
+value_heads = _call_member_or_inner("value_heads", lambda method, site: site.heads)
+active_heads = _call_member("active_heads", lambda method, site: value_heads(method, site))
+needs = _call_member_or_inner("needs", lambda method, site: {})
+removes = _call_member_or_inner("removes", lambda method, site: ())
+options = _call_member("options", lambda kind, site: [])
+statistics = _call_member("statistics", lambda kind, params: None)
+estimate = _call_member("estimate", lambda kind, options, site, sums: (None, {}))
+to_dense = _call_member("to_dense", lambda method, site, params, stats, data: (params, stats))
+mergeable = _call_member_or_inner("mergeable", lambda method, site: ())
+at_size = _call_member("at_size", lambda method, site: method)
+at_step = _call_member("at_step", lambda method, config, step: method)
+second_pass = _call_member("second_pass", lambda method, config, step: None)
+check_training = _call_member("check_training", lambda method, config: None)
+facts = _call_member("facts", lambda method, collections: {})
+settings = _read_member("settings", {})
+losses = _read_member("losses", {})
+losses_across = _read_member("losses_across", ())
+collections = _read_member("collections", ())
+first_phase = _read_member("first_phase", None)

@@ -31,10 +31,10 @@ VARIANTS: dict[str, Variant] = {name: row for family in FAMILIES
 
 
 def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
-  """Names of models, by a shell pattern such as "deit_*", in alphabetical order.
+  """Lists names of models that match a shell pattern such as "deit_*", in alphabetical order.
 
-  pretrained: names with tags, "deit_small_patch16_224.fb_in1k", one for each set of weights that
-    `pretrained` gets; the pattern is for the name with its tag or without.
+  pretrained: lists names with tags, such as "deit_small_patch16_224.fb_in1k", one for each set of
+    weights that `pretrained` can get; the pattern may match the name with or without its tag.
   """
   if not pretrained:
     return sorted(fnmatch.filter(VARIANTS, pattern))
@@ -43,10 +43,10 @@ def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
 
 
 def variant_of(name: str) -> Variant:
-  """The table's row, with a tag that of its weights; an unknown name or tag raises ValueError with
-  the closest ones."""
+  """Returns the variant of this name, with a tag that of its weights; an unknown name or tag raises
+  a ValueError that suggests the closest ones."""
   if not isinstance(name, str):
-    raise ValueError(f"{name!r} is no name of a model; list_models() lists them")
+    raise ValueError(f"{name!r} is not the name of a model; list_models() lists them")
   model, _, tag = name.partition(".")
   if model not in VARIANTS:
     close = difflib.get_close_matches(model, VARIANTS, n=3, cutoff=0.4)
@@ -54,11 +54,12 @@ def variant_of(name: str) -> Variant:
     raise ValueError(f"unknown model {name!r}; {hint}")
   if name == model:
     return VARIANTS[name]
-  return tags.tagged(VARIANTS[model], tags.row_of(model, tag)[1])
+  return tags.with_tag(VARIANTS[model], tags.row_of(model, tag)[1])
 
 
 def check_value(field: str, kind, value):
-  """Refuses what no field of this type can be; how values go together is for the model's `check`.
+  """Raises ValueError if the value does not suit the field's type; the model's `check` looks at
+  combinations of values.
 
   kind: the field's annotation.
   """
@@ -98,17 +99,18 @@ def check_value(field: str, kind, value):
 
 
 def fields_of(model: nn.Module) -> dict[str, Any]:
-  """What `create_model` takes besides the name to build a model again."""
+  """Returns the fields that, with the name, make `create_model` build the same model again."""
   return {field.name: getattr(model, field.name) for field in dataclasses.fields(model)
           if field.name not in ("parent", "name", "variant")}
 
 
 def create_model(name: str, **fields) -> nn.Module:
-  """A linen Module of the named model, with fields overridden. `pretrained` gives one with weights.
+  """Creates the Linen module of a named model, with some fields overridden. `pretrained` also loads
+  weights.
 
   Args:
-    name: as in `list_models()`; timm's name where timm has the model. Where methods are part of
-      what it stands for, they are in the plan unless that has others. With a tag, as in
+    name: as in `list_models()`; timm's name if timm has the model. If methods are part of the named
+      model, they are added to the plan, unless it has others on their axis. With a tag, as in
       `list_models(pretrained=True)`, classes, image size and preprocessing are its weights'.
     fields: plan, execution, num_classes (0: features), image_size (int or pair), in_chans,
       global_pool, drop_path_rate, dtype ("float32", "bfloat16": of the computation; parameters are
@@ -123,15 +125,15 @@ def create_model(name: str, **fields) -> nn.Module:
       close = difflib.get_close_matches(field, known, n=1)
       hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}"
       raise ValueError(f"{name} has no option {field!r}; {hint}")
-  # Lists, as JSON has them, would make the module unhashable.
+  # Lists, which come from JSON, would make the module unhashable.
   fields = {key: tuple(value) if isinstance(value, list) else value
             for key, value in fields.items()}
   for field, value in fields.items():
     check_value(field, known[field], value)
   if variant.plan:
-    own, plan = Plan.from_dict(variant.plan), fields.get("plan", Plan())
+    named_plan, plan = Plan.from_dict(variant.plan), fields.get("plan", Plan())
     absent = {axis: method for axis in variant.plan if getattr(plan, axis) is None
-              and (method := getattr(own, axis))}
+              and (method := getattr(named_plan, axis))}
     fields["plan"] = dataclasses.replace(plan, **absent)
   model = variant.kind(variant=name, **{**variant.sizes, **fields})
   model.check()

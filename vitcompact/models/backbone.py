@@ -1,4 +1,4 @@
-"""The contract of a backbone, and what the backbones share."""
+"""The interface of a backbone, and what all backbones share."""
 import functools
 from typing import Any, ClassVar
 
@@ -22,13 +22,14 @@ WITHOUT_ATTENTION = frozenset({"grid", "token order"})
 
 
 class Backbone(nn.Module):
-  """What the library asks of a model: these fields, and the methods below.
+  """The fields and methods that the library requires of a model.
 
   Called with images (B, H, W, in_chans), normalised float, it returns logits (B, num_classes) in
-  float32. It sows "features", and what its docstring says besides.
+  float32. It sows "features", and whatever else its docstring mentions.
 
   variant: its name in the table of models. num_classes: 0 for features. dtype: of the computation.
-  deploy: the folded form.
+  remat: whether the backward pass recomputes the activations of blocks. deploy: whether it is the
+  folded form.
   """
   variant: str = ""
   image_size: int | tuple[int, int] = 224
@@ -41,63 +42,65 @@ class Backbone(nn.Module):
   execution: Execution = Execution()
   deploy: bool = False
 
-  rules: ClassVar[list[tuple[str, Leaf]]]           # of the parameters that only it has
-  teaches: ClassVar[frozenset[str]] = frozenset()   # of "patch features", "patch logits"
-  mixes_images: ClassVar[bool] = False              # a batch's with each other, in training
+  rules: ClassVar[list[tuple[str, Leaf]]]           # for parameters that only this model has
+  # What it offers as a teacher besides logits: "patch features", "patch logits".
+  teaches: ClassVar[frozenset[str]] = frozenset()
+  mixes_images: ClassVar[bool] = False              # whether training mixes images of a batch
 
   @nn.nowrap
   def check(self):
-    """Raises ValueError, one line, where the fields do not go together."""
+    """Raises a one-line ValueError if the fields contradict each other."""
     sites = self.sites()
     self.plan.check(sites, self.variant)
     self.execution.check(self.plan.mergeable(sites))
 
   @nn.nowrap
   def sites(self) -> list[Site]:
-    """Its blocks in order, as methods see them."""
+    """Returns its blocks in order, as methods see them."""
     raise NotImplementedError
 
   @nn.nowrap
   def submodules(self) -> dict[str, nn.Module]:
-    """{name: module} that a plan changes or that fold, not bound to a parent. Each has
-    `fold(params, stats)`, which returns (params, stats); those that a plan changes also `site` and
-    `methods`."""
+    """Returns {name: module} of those that a plan changes or that fold, not bound to a parent. Each
+    has `fold(params, stats)`, which returns (params, stats); those that a plan changes also have
+    `site` and `methods`."""
     raise NotImplementedError
 
   @nn.nowrap
   def torch_entries(self) -> list[Entry]:
-    """Every tensor of its PyTorch state dict, under timm's names where timm has the model."""
+    """Returns an Entry for every tensor of its PyTorch state dict, under timm's names if timm has
+    the model."""
     raise NotImplementedError
 
   @nn.nowrap
   def authors_name(self, name: str) -> str:
-    """The authors' name of a tensor, from that of `torch_entries`."""
+    """Returns the authors' name of a tensor, given its name in `torch_entries`."""
     return name
 
   @nn.nowrap
   def parameter_rules(self) -> list[tuple[str, Leaf]]:
-    """[(pattern, Leaf)] for every parameter, see `trees.first_match`."""
+    """Returns [(pattern, Leaf)] for every parameter, see `trees.first_match`."""
     return [*self.rules, *self.plan.parameter_rules(layers.RULES)]
 
   @nn.nowrap
   def site_fields(self, block: int) -> dict[str, Any]:
-    """Fields of a block's Site that follow from the model's own."""
+    """Returns the fields of a block's Site that follow from those of the model."""
     return {"block": block, "depth": self.depth, "form": self.execution.attention.get(block),
             "merged": self.execution.merged_in(block), "deploy": self.deploy, "dtype": self.dtype}
 
   @nn.nowrap
   def drop_path_rates(self) -> list[float]:
-    """Stochastic depth's rate of each block: linear from 0 to the model's."""
+    """Returns the stochastic depth rate of each block, rising linearly from 0 to the model's."""
     return np.linspace(0, self.drop_path_rate, self.depth).tolist()
 
   @nn.nowrap
   def block_class(self, kind: type[nn.Module]) -> type[nn.Module]:
-    """The class of a block; with `remat` its backward pass computes its activations again."""
+    """Returns the class of a block; with `remat`, its backward pass recomputes its activations."""
     return nn.remat(kind, static_argnums=(2,)) if self.remat else kind
 
 
 class Isotropic(Backbone):
-  """A backbone of equal blocks over the tokens of one grid, with prefix tokens before them."""
+  """A backbone of equal blocks over prefix tokens and the patches of one grid."""
   patch_size: int = 16
   width: int = 384
   depth: int = 12
@@ -113,13 +116,13 @@ class Isotropic(Backbone):
 
   @nn.nowrap
   def check(self):
-    """Raises ValueError, one line, unless patches fill the image and heads divide the width."""
+    """Raises a one-line ValueError unless patches fill the image and heads divide the width."""
     for side in np.broadcast_to(self.image_size, 2).tolist():
-      over = side % self.patch_size and not getattr(self, "ragged", False)
-      if side < self.patch_size or over:
-        near = max(1, round(side / self.patch_size)) * self.patch_size
+      refused = side % self.patch_size and not getattr(self, "ragged", False)
+      if side < self.patch_size or refused:
+        nearest = max(1, round(side / self.patch_size)) * self.patch_size
         raise ValueError(f"image_size={self.image_size}: {side} is not a multiple of "
-                         f"patch_size={self.patch_size}; the nearest that is: {near}")
+                         f"patch_size={self.patch_size}; the nearest multiple: {nearest}")
     if self.width % self.heads:
       raise ValueError(f"heads={self.heads} does not divide width={self.width}; heads that do: "
                        f"{[h for h in range(1, 33) if self.width % h == 0]}")
@@ -127,7 +130,7 @@ class Isotropic(Backbone):
 
   @nn.nowrap
   def sites(self) -> list[Site]:
-    """Its blocks, as methods see them."""
+    """Returns its blocks, as methods see them."""
     count = self.prefix + self.grid[0] * self.grid[1]
     return [Site(width=self.width, ffn_width=self.width, hidden=int(self.width * self.mlp_ratio),
                  heads=self.heads, tokens=count, prefix=self.prefix, query_grid=self.grid,
@@ -137,7 +140,7 @@ class Isotropic(Backbone):
 
   @nn.nowrap
   def blocks(self, **fields) -> dict[str, nn.Module]:
-    """{name: block}, with these fields besides, not bound to a parent."""
+    """Returns {name: block}, not bound to a parent; `fields` are further fields of each block."""
     block = self.block_class(Block)
     return {f"blocks_{site.block}": block(site, self.plan.at(site), drop_path=rate, parent=None,
                                           **fields)
@@ -145,7 +148,7 @@ class Isotropic(Backbone):
 
 
 def check_images(model, images_bhwc):
-  """Raises ValueError, one line, where images are not of the one size that a model takes."""
+  """Raises a one-line ValueError if the images do not have the shape that the model takes."""
   height, width, channels = *np.broadcast_to(model.image_size, 2), model.in_chans
   if images_bhwc.shape[1:] != (height, width, channels):
     raise ValueError(f"images of shape {images_bhwc.shape}: this model takes (B, {height}, "
@@ -153,19 +156,19 @@ def check_images(model, images_bhwc):
 
 
 def record_stage(model, stage: int, map_bhwc):
-  """Sows in "features" the map that leaves a stage."""
-  # Everything is mutable in init, whose variables are no place for features.
+  """Sows the output of a stage in "features"."""
+  # In init every collection is mutable, and features would end up among the variables.
   if not model.is_initializing():
     model.sow("features", f"stage_{stage}", map_bhwc)
 
 
 def chunked(call):
-  """A model's `__call__`, which in inference computes a batch in chunks of `execution.chunk`
-  images: what these need may fit a processor's caches.
+  """Wraps a model's `__call__`, so that inference computes a batch in chunks of `execution.chunk`
+  images, whose activations may fit a processor's caches.
 
-  The same function of each image. Training, whose batch norms see a batch, calls from which
-  something is collected besides the logits, such as features, batches that lie on several devices
-  and those of no fixed size (`jax.export`) run all at once.
+  Each image gets the same result. A batch is not chunked in training (batch norms see the whole
+  batch), if collections such as features are asked for, if it is split over several devices, or if
+  its size is not fixed (`jax.export`).
   """
   @functools.wraps(call)
   def wrapped(self, images_bhwc, train: bool = False):
@@ -173,13 +176,13 @@ def chunked(call):
     at_once = train or self.is_initializing() or self.scope.mutable or attention.split()
     if chunk is None or at_once or not isinstance(batch, int) or batch <= chunk:
       return call(self, images_bhwc, train)
-    whole, unbound = batch - batch % chunk, self.clone(parent=None, name=None)
+    divisible, unbound = batch - batch % chunk, self.clone(parent=None, name=None)
 
     def apply(images):
       return unbound.apply(self.variables, images)
 
-    chunks = jax.lax.map(apply, images_bhwc[:whole].reshape(-1, chunk, *images_bhwc.shape[1:]))
-    out = chunks.reshape(whole, *chunks.shape[2:])
-    return out if whole == batch else jnp.concatenate([out, apply(images_bhwc[whole:])])
+    chunks = jax.lax.map(apply, images_bhwc[:divisible].reshape(-1, chunk, *images_bhwc.shape[1:]))
+    out = chunks.reshape(divisible, *chunks.shape[2:])
+    return out if divisible == batch else jnp.concatenate([out, apply(images_bhwc[divisible:])])
 
   return wrapped

@@ -1,9 +1,10 @@
-"""BiFormer: a pyramid whose attention is routed between regions, with local enhancement.
+"""BiFormer: a hierarchical model with attention routed between regions, and local enhancement.
 
-Zhu et al., CVPR 2023, arXiv 2303.08810; the authors' code is rayleizhu/BiFormer. Where their code
-and the paper differ, this is the code, which their weights were trained with: scores are scaled by
-1 / sqrt(width) in routed blocks, and the last stage attends densely with 8 heads, 1 / sqrt(head
-width), no bias of queries, keys and values, and local enhancement of the block's normed input.
+Zhu et al., CVPR 2023, arXiv 2303.08810; the authors' code is rayleizhu/BiFormer. If their code and
+the paper differ, this follows the code, with which their weights were trained: scores are scaled by
+1 / sqrt(width) in routed blocks; and the last stage has dense attention with 8 heads, scale
+1 / sqrt(head width), no bias of queries, keys and values, and local enhancement of the block's
+normed input.
 """
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from vitcompact.models.variant import Variant
 from vitcompact.torch_names import Entry
 from vitcompact.trees import Leaf
 
-# A routed block has chosen who attends to whom, by regions of two dimensions.
+# A routed block already restricts attention, to regions of the grid.
 DENSE = HIERARCHICAL - {"paths"}
 ROUTED = DENSE - {"full attention", "all scores", "token line"}
 
@@ -39,8 +40,8 @@ RULES = [
 
 
 class Stage(NamedTuple):
-  """One stage. top_k: of the regions, 0: attention is dense. blocks: their numbers over all stages.
-  """
+  """One stage. top_k: number of regions to attend to; 0: dense attention. blocks: the numbers of
+  its blocks, counted over all stages."""
   width: int
   heads: int
   grid: tuple[int, int]
@@ -54,10 +55,10 @@ class RoutedPyramid(Backbone):
   Images (B, H, W, in_chans), normalised float -> logits (B, num_classes) in float32; num_classes=0
   returns the pooled features. Sows "features": the maps (B, h, w, C) of `stage_1` .. `stage_4`.
 
-  regions: on each side of a routed stage's grid. top_ks: for each of the first stages, how many of
-  them a region attends to; later stages attend densely, with `dense_heads` heads. head_dim: of
-  routed blocks. swin_layout: that of the authors' ablations: patches of 4 x 4, then 2 x 2 cells, no
-  convolution for positions.
+  regions: number per side of a routed stage's grid. top_ks: for each of the first stages, how many
+  regions a region attends to; later stages have dense attention, with `dense_heads` heads.
+  head_dim: of routed blocks. swin_layout: the layout of the authors' ablations, with patches of
+  4 x 4 pixels, then 2 x 2 cells, and no convolution for positions.
   """
   widths: tuple[int, ...] = (64, 128, 256, 512)
   depths: tuple[int, ...] = (2, 2, 8, 2)
@@ -76,7 +77,7 @@ class RoutedPyramid(Backbone):
 
   @nn.nowrap
   def check(self):
-    """Raises ValueError, one line, where the fields do not go together."""
+    """Raises a one-line ValueError if the fields contradict each other."""
     if len(self.depths) != len(self.widths):
       raise ValueError(f"depths={self.depths} and widths={self.widths}: each needs one entry for "
                        "each stage")
@@ -97,13 +98,15 @@ class RoutedPyramid(Backbone):
         fit = next(other for step in range(1, unit + 1) for other in (side + step, side - step)
                    if other > 0 and self._fits(other))
         raise ValueError(f"image_size={self.image_size}: {side} pixels make grids of "
-                         f"{self._sides(side)} in the stages, and {self.regions} regions must "
-                         f"divide the first {len(self.top_ks)}; the nearest that fits: {fit}")
+                         f"{self._sides(side)} in the stages, the first {len(self.top_ks)} of "
+                         f"which must be multiples of regions={self.regions}; the nearest size "
+                         f"that fits: {fit}")
     super().check()
 
   @nn.nowrap
   def _sides(self, side: int) -> list[int]:
-    """Of an image's, in each stage: convolutions of 3 are padded, those of 4 and 2 are not."""
+    """Returns the side of the grid in each stage: 3 x 3 convolutions are padded, those of side 4
+    and 2 are not."""
     first = side // 4 if self.swin_layout else -(-side // 4)
     out = [first]
     for _ in self.widths[1:]:
@@ -128,7 +131,7 @@ class RoutedPyramid(Backbone):
 
   @nn.nowrap
   def sites(self) -> list[Site]:
-    """Its blocks, as methods see them."""
+    """Returns its blocks, as methods see them."""
     out = []
     for stage in self.stages():
       tokens, routed = stage.grid[0] * stage.grid[1], bool(stage.top_k)
@@ -142,7 +145,7 @@ class RoutedPyramid(Backbone):
 
   @nn.nowrap
   def submodules(self) -> dict[str, nn.Module]:
-    """{name: module}, everything: a plan or folding changes all of it; not bound to a parent."""
+    """Returns {name: module}, all of which a plan or folding changes; not bound to a parent."""
     fields = {"deploy": self.deploy, "dtype": self.dtype, "parent": None}
     out = {"stem": Stem(self.widths[0], self.swin_layout, **fields)}
     size = 2 if self.swin_layout else 3
@@ -158,7 +161,8 @@ class RoutedPyramid(Backbone):
 
   @nn.nowrap
   def torch_entries(self) -> list[Entry]:
-    """Every tensor of the authors' state dict; those of methods under names of their own."""
+    """Returns entries of every tensor of the authors' state dict; those of methods have our own
+    names."""
     out, sites = [], self.sites()
     for i in range(1 if self.swin_layout else 2):
       out += _embed_entries(f"downsample_layers.0.{3 * i}", f"downsample_layers.0.{3 * i + 1}",

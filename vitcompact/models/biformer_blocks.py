@@ -1,4 +1,4 @@
-"""The parts of BiFormer: strided convolutions with batch norms, and the block that routes."""
+"""The parts of BiFormer: strided convolutions with batch norms, and the routed block."""
 import functools
 
 import flax.linen as nn
@@ -20,8 +20,8 @@ POSITION_SIZE, ENHANCEMENT_SIZE = 3, 5    # sides of the depthwise kernels
 
 class Embed(nn.Module):
   """Strided convolution with a bias, and a batch norm after or before it: (B, H, W, C) -> (B, h, w,
-  width). A 3 x 3 kernel is padded by 1 on every side, an even one not at all; deployed, it is the
-  convolution alone."""
+  width). A 3 x 3 kernel is padded by 1 on every side, an even one not at all. When deployed, it is
+  the convolution alone."""
   width: int
   size: int
   stride: int
@@ -41,12 +41,12 @@ class Embed(nn.Module):
 
   @nn.nowrap
   def fold(self, params, stats):
-    """(params, {}) of the deployed convolution."""
+    """Returns (params, {}) of the deployed convolution."""
     if self.deploy:
       return params, stats
     scale_c, shift_c = batch_affine(params["norm"], stats["norm"])
     kernel, bias = params["conv"]["kernel"], params["conv"]["bias"]
-    if self.norm_first:   # at the edges too: nothing is padded
+    if self.norm_first:   # exact at the edges, too, as there is no padding
       bias = bias + jnp.einsum("hwco,c->o", kernel, shift_c, precision=jax.lax.Precision.HIGHEST)
       return {"conv": {"kernel": kernel * scale_c[None, None, :, None], "bias": bias}}, {}
     return {"conv": {"kernel": kernel * scale_c[None, None, None],
@@ -54,8 +54,8 @@ class Embed(nn.Module):
 
 
 class Stem(nn.Module):
-  """Images to the first stage's map, a quarter as high and wide: two 3 x 3 convolutions with a GELU
-  between, or one of 4 x 4 pixels."""
+  """Embeds images as the map of the first stage, at a quarter of the resolution: two 3 x 3
+  convolutions with a GELU in between, or one 4 x 4 convolution."""
   width: int
   swin_layout: bool = False
   deploy: bool = False
@@ -85,9 +85,9 @@ class Stem(nn.Module):
 class RoutedBlock(nn.Module):
   """x = x + position(x), then x + attn(norm1 x), then x + mlp(norm2 x), of tokens (B, N, C).
 
-  regions: on each side of the grid; top_k: how many of them a region attends to, 0: attention is
-  dense. Local enhancement is of the values, in dense attention of what they are made of.
-  position: whether there is a convolution for it.
+  regions: number per side of the grid; top_k: how many of them a region attends to, 0: dense
+  attention. Local enhancement acts on the values, in dense attention on the normed input.
+  position: whether there is a position convolution.
   """
   site: Site
   methods: BlockMethods
@@ -107,7 +107,7 @@ class RoutedBlock(nn.Module):
                                 name="position")(x_bnw)
     attn = block.Attention(site, self.methods.heads, name="attn")
     normed_bnw = norm(name="norm1")(x_bnw)
-    query, key = attn.scored(normed_bnw, normed_bnw)
+    query, key = attn.queries_and_keys(normed_bnw, normed_bnw)
     core = attention.DENSE._replace(local=self._local())
     if self.top_k:
       windows = regions_of(site.query_grid, self.regions)
@@ -130,5 +130,5 @@ class RoutedBlock(nn.Module):
 
   @nn.nowrap
   def fold(self, params, stats):
-    """(params, stats) of the deployed block."""
+    """Returns (params, stats) of the deployed block."""
     return block.fold(self.site, self.methods, params, stats)

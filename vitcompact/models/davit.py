@@ -1,5 +1,5 @@
-"""DaViT: attention within windows, and attention between channels, in turn (Ding et al., ECCV 2022,
-arXiv 2204.03645)."""
+"""DaViT: alternates attention within windows and between channels (Ding et al., ECCV 2022, arXiv
+2204.03645)."""
 import functools
 import re
 from typing import NamedTuple
@@ -27,8 +27,8 @@ from vitcompact.torch_names import Entry
 from vitcompact.trees import Leaf
 
 EPSILON = 1e-5
-STEM_STRIDE = 4   # then each stage halves the map
-# A window is a grid of its own, but its tokens attend to no others.
+STEM_STRIDE = 4   # each further stage halves the map
+# Each window is a grid, but its tokens attend only to one another.
 WINDOWS = HIERARCHICAL - {"full attention", "paths"}
 
 RULES = [
@@ -39,25 +39,26 @@ RULES = [
 
 
 class Place(NamedTuple):
-  """Where a block stands: its stage, and its number there."""
+  """The place of a block: its stage, and its number in the stage."""
   stage: int
   number: int
 
   @property
   def windows(self) -> bool:
-    """Whether it attends within windows; the other one of a pair attends between channels."""
+    """Whether it attends within windows; the other block of a pair attends between channels."""
     return self.number % 2 == 0
 
 
-def filled(x_bhwc, unit: int):
-  """The map with zeros below and to the right, to sides that are multiples of `unit`."""
+def pad_to_multiple(x_bhwc, unit: int):
+  """Pads a map with zeros below and to the right, to sides that are multiples of `unit`."""
   bottom, right = (-side % unit for side in x_bhwc.shape[1:3])
   return jnp.pad(x_bhwc, ((0, 0), (0, bottom), (0, right), (0, 0))) if bottom or right else x_bhwc
 
 
 def to_windows(x_bhwc, side: int):
-  """(B, H, W, C) -> (B ceil(H / side) ceil(W / side), side^2, C): windows, filled with zeros."""
-  x_bhwc = filled(x_bhwc, side)
+  """Cuts a zero-padded map into windows: (B, H, W, C) -> (B ceil(H / side) ceil(W / side), side^2,
+  C)."""
+  x_bhwc = pad_to_multiple(x_bhwc, side)
   batch, height, width, chans = x_bhwc.shape
   x = x_bhwc.reshape(batch, height // side, side, width // side, side, chans).swapaxes(2, 3)
   return x.reshape(-1, side * side, chans)
@@ -71,7 +72,7 @@ def from_windows(x_bnc, side: int, height: int, width: int):
 
 
 def position_conv(x_bhwc, dtype: str, name: str):
-  """x + conv(x), 3 x 3 and depthwise: (B, H, W, C) -> (B, H, W, C). It tells where tokens are."""
+  """Encodes positions by x + conv(x), 3 x 3 and depthwise: (B, H, W, C) -> (B, H, W, C)."""
   init = layers.fan_in_uniform(9)
   return x_bhwc + Depthwise(3, init, init, dtype, name=name)(x_bhwc)
 
@@ -79,7 +80,7 @@ def position_conv(x_bhwc, dtype: str, name: str):
 class Block(nn.Module):
   """x = cpe1 x;  x = x + attn(norm1 x);  x = cpe2 x;  x + mlp(norm2 x), of maps (B, H, W, C).
 
-  Attention is within windows, or, where the site provides none between tokens, between channels.
+  Attention is within windows, or, if the site provides no attention, between channels.
   """
   site: Site
   methods: BlockMethods
@@ -100,15 +101,14 @@ class Block(nn.Module):
   def _within_windows(self, x_bhwc):
     site, (batch, *size, chans) = self.site, x_bhwc.shape
     side = site.key_grid[0]
-    # Partitioned before the norm, so that the stream is seen as attention sees it, see
-    # `calibration.look`.
+    # Partitioned before the norm, so that `calibration.look` finds the residual stream in windows.
     tokens = LayerNorm(EPSILON, site.dtype, name="norm1")(to_windows(x_bhwc, side))
     if any(n % side for n in size):
-      # Zeros of the padding stay zeros, and keys, as in timm: they are not masked.
+      # As in timm, the zeros of the padding stay zeros, and are keys: they are not masked.
       real = to_windows(jnp.ones((1, *size, 1), tokens.dtype), side)
       tokens = (tokens.reshape(batch, *real.shape[:2], chans) * real[None]).reshape(tokens.shape)
     attn = block.Attention(site, self.methods.heads, name="attn")
-    query, key = attn.scored(tokens, tokens)
+    query, key = attn.queries_and_keys(tokens, tokens)
     core = block.restrict(site, self.methods.attention, attention.DENSE, query, key)
     out = attn.attend(query, key, attn.value(tokens), core, tokens)
     return from_windows(out, side, *size)
@@ -123,13 +123,13 @@ class Block(nn.Module):
 
   @nn.nowrap
   def fold(self, params, stats):
-    """(params, stats) of the deployed block."""
+    """Returns (params, stats) of the deployed block."""
     return block.fold(self.site, self.methods, params, stats)
 
 
 class Embed(nn.Module):
-  """A convolution to a coarser map, filled with zeros where it does not divide; and a norm, after
-  it in the stem, before it between stages: (B, H, W, C) -> (B, h, w, width), sizes rounded up."""
+  """A strided convolution of the zero-padded map, with a norm after it (stem) or before it (between
+  stages): (B, H, W, C) -> (B, h, w, width), sizes rounded up."""
   width: int
   stem: bool
   dtype: str = "float32"
@@ -138,7 +138,7 @@ class Embed(nn.Module):
   def __call__(self, x_bhwc):
     norm = LayerNorm(EPSILON, self.dtype, name="norm")
     size, stride, padding = (7, STEM_STRIDE, 3) if self.stem else (2, 2, 0)
-    x_bhwc = filled(x_bhwc if self.stem else norm(x_bhwc), stride)
+    x_bhwc = pad_to_multiple(x_bhwc if self.stem else norm(x_bhwc), stride)
     init = layers.fan_in_uniform(size ** 2 * x_bhwc.shape[-1])
     x_bhwc = nn.Conv(self.width, (size, size), strides=stride, padding=padding, kernel_init=init,
                      bias_init=init, dtype=self.dtype, name="conv")(x_bhwc)
@@ -150,14 +150,14 @@ class DaViT(Backbone):
 
   Images (B, H, W, in_chans), normalised float, of any size, not only `image_size` -> logits
   (B, num_classes) in float32; num_classes=0 returns the normed mean (B, width). Sows "features":
-  the maps (B, h, w, C) that leave each stage, as stage_1 ..
+  the output maps (B, h, w, C) of the stages, stage_1 ..
 
-  depths: pairs of blocks in each stage. The first of a pair attends within windows of `window_size`
-  tokens on a side; where the map does not fill them, zeros do, which are keys as others are (as in
-  timm). Its maps, where asked for, are (B windows, heads, N, N). The second attends between the
-  channels of each head.
-  Stochastic depth grows block by block, as in the authors' training; timm's is the same for both
-  blocks of a pair.
+  depths: number of pairs of blocks in each stage. The first block of a pair attends within windows
+  of `window_size` tokens per side; if the map does not fill them, it is padded with zeros, which
+  are keys like all others (as in timm). Its attention maps are (B windows, heads, N, N). The second
+  block attends between the channels of each head.
+  The stochastic depth rate grows from block to block, as in the authors' training; in timm it is
+  the same for both blocks of a pair.
   """
   widths: tuple[int, ...] = (96, 192, 384, 768)
   depths: tuple[int, ...] = (1, 1, 3, 1)
@@ -180,13 +180,13 @@ class DaViT(Backbone):
 
   @nn.nowrap
   def places(self) -> list[Place]:
-    """Every block in order."""
+    """Returns the place of every block in order."""
     return [Place(stage, number) for stage, pairs in enumerate(self.depths)
             for number in range(2 * pairs)]
 
   @nn.nowrap
   def check(self):
-    """Raises ValueError, one line, where the fields do not go together."""
+    """Raises a one-line ValueError if the fields contradict each other."""
     sizes = {name: getattr(self, name) for name in ("widths", "depths", "heads")}
     if len({len(values) for values in sizes.values()}) > 1:
       raise ValueError(f"{sizes}: each needs one entry for each stage")
@@ -198,22 +198,23 @@ class DaViT(Backbone):
 
   @nn.nowrap
   def sites(self) -> list[Site]:
-    """Its blocks, as methods see them: an FFN each, and attention between tokens in every second.
-    """
+    """Returns its blocks, as methods see them; all have an FFN, every second one attention between
+    tokens."""
     window, count, out = (self.window_size,) * 2, self.window_size ** 2, []
     for i, place in enumerate(self.places()):
       width = self.widths[place.stage]
-      seen = {"tokens": count, "tokens_left": count, "query_grid": window, "key_grid": window,
-              "provides": WINDOWS}
+      fields = {"tokens": count, "tokens_left": count, "query_grid": window, "key_grid": window,
+                "provides": WINDOWS}
       if not place.windows:
-        seen = {"query_grid": self.grids[place.stage], "provides": WITHOUT_ATTENTION}
+        fields = {"query_grid": self.grids[place.stage], "provides": WITHOUT_ATTENTION}
       out.append(Site(width=width, ffn_width=width, hidden=int(width * self.mlp_ratio),
-                      heads=self.heads[place.stage], **seen, **self.site_fields(i)))
+                      heads=self.heads[place.stage], **fields, **self.site_fields(i)))
     return out
 
   @nn.nowrap
   def submodules(self) -> dict[str, nn.Module]:
-    """{name: block}, the modules that a plan changes or that fold, not bound to a parent."""
+    """Returns {name: block}, the modules that a plan changes or that fold, not bound to a parent.
+    """
     kind = self.block_class(Block)
     return {f"blocks_{site.block}": kind(site, self.plan.at(site), drop_path=rate, parent=None)
             for site, rate in zip(self.sites(), self.drop_path_rates(), strict=True)}
@@ -236,7 +237,7 @@ class DaViT(Backbone):
 
   @nn.nowrap
   def torch_entries(self) -> list[Entry]:
-    """Every tensor of timm's state dict; those of methods under names of their own."""
+    """Returns entries of every tensor of timm's state dict; those of methods have our own names."""
     out = []
     for s in range(len(self.widths)):
       torch, ours = (f"stages.{s}.downsample", f"downsample_{s + 1}") if s else ("stem", "stem")
@@ -252,7 +253,7 @@ class DaViT(Backbone):
 
   @nn.nowrap
   def authors_name(self, name: str) -> str:
-    """timm's name of a tensor -> the authors'."""
+    """Converts timm's name of a tensor to the authors'."""
     for timm, authors in ((r"^stem\.", "stages.0.downsample."), (r"^head\.norm\.", "norms."),
                           (r"^head\.fc\.", "head."),
                           (r"^stages\.(\d+)\.downsample\.", r"patch_embeds.\1."),
@@ -264,7 +265,7 @@ class DaViT(Backbone):
 
 
 def _variant(depths, width: int) -> Variant:
-  """Stages of growing width, in heads of 32 channels."""
+  """Makes a variant with stages of doubling width and heads of 32 channels."""
   widths = tuple(width * 2 ** stage for stage in range(4))
   return Variant(DaViT, {"depths": depths, "widths": widths,
                          "heads": tuple(width // 32 for width in widths)}, crop=0.95)

@@ -1,7 +1,7 @@
 """InLine's DeiT and PVT (Han et al., arXiv 2412.06590), under the authors' names.
 
-Networks of other sizes than their namesakes': more heads, and what linear attention saves is spent
-on resolution. The attention is that of the plan that belongs to these names.
+Their sizes differ from those of the original DeiT and PVT: they have more heads, and use what
+linear attention saves for a higher resolution. The attention is the method in PLAN.
 """
 from vitcompact.models.pvt import PyramidVisionTransformer
 from vitcompact.models.variant import Variant

@@ -1,4 +1,4 @@
-"""LV-ViT: an isotropic transformer on a convolutional stem, trained with token labels.
+"""LV-ViT: an isotropic transformer with a convolutional stem, trained with token labels.
 
 Jiang et al., arXiv 2104.10858 (token labelling, MixToken).
 """
@@ -30,14 +30,17 @@ RULES = [
 
 @flax.struct.dataclass
 class TokenLogits:
-  """What LV-ViT returns in training.
+  """The output of LV-ViT in training.
 
-  logits (B, K) of the class token, whose target is share * t + (1 - share) * t[::-1]; token_logits
-  (B, N, K), each where its patch was in its own image, so that targets of patches need no mixing;
-  share, (): the part of the grid that stayed with its own image; keep_mask (B, N): 0 for patches
-  that a reducer dropped or fused away, whose token_logits say nothing, else 1 (a merged patch has
-  the logits of the token that it is part of). loss = soft cross entropy of logits + weight * mean
-  over kept patches of that of token_logits (the authors' weight is 1).
+  logits: (B, K) of the class token, whose target is share * t + (1 - share) * t[::-1].
+  token_logits: (B, N, K), each at the place of its patch in its own image, so that the targets of
+    patches need no mixing.
+  share: (), the part of the grid that stayed with its own image.
+  keep_mask: (B, N), 0 for patches that a reducer dropped or fused, whose token_logits are
+    meaningless, else 1 (a merged patch has the logits of the token that holds it).
+
+  loss = soft cross entropy of logits + weight * mean over kept patches of the soft cross entropy of
+  token_logits (the authors' weight is 1).
   """
   logits: jax.Array
   token_logits: jax.Array
@@ -46,8 +49,9 @@ class TokenLogits:
 
 
 def draw_box(key, grid: tuple[int, int]):
-  """bool (h, w), true in a box drawn as CutMix draws it: the share lam outside is U(0, 1), the
-  centre uniform; cells beyond the edge are lost, and one where a side is odd."""
+  """Draws a box as CutMix does; returns bool (h, w), true in the box. The share outside is U(0, 1)
+  and the centre is uniform. Cells beyond the edge are cut off, and sides are rounded down to even
+  numbers."""
   lam_key, *centre_keys = jax.random.split(key, 3)
   cut = jnp.sqrt(1 - jax.random.uniform(lam_key))
   inside = []
@@ -60,7 +64,7 @@ def draw_box(key, grid: tuple[int, int]):
 
 
 def swap(x_bhwc, box_hw):
-  """The box's cells exchanged with those of the reversed batch; its own inverse."""
+  """Exchanges the cells of the box with those of the reversed batch; its own inverse."""
   return jnp.where(box_hw[None, :, :, None], x_bhwc[::-1], x_bhwc)
 
 
@@ -89,7 +93,7 @@ class Stem(nn.Module):
 
   @nn.nowrap
   def fold(self, params, stats):
-    """(params, {}) of the deployed stem: its batch norms inside its convolutions."""
+    """Returns (params, {}) of the deployed stem, with batch norms folded into the convolutions."""
     if self.deploy:
       return params, stats
     folded = {name: layers.fold_conv_norm(params[name], stats[name]) for name in STEM}
@@ -99,10 +103,10 @@ class Stem(nn.Module):
 class LVViT(Isotropic):
   """Convolutional stem, class token, learned positions, pre-norm blocks, two linear heads.
 
-  Images (B, H, W, in_chans), normalised float -> logits (B, num_classes) in float32: of the class
-  token, plus half the largest over patches of the second head's. In training `TokenLogits`;
-  mix_token: patches are exchanged between the images of a batch, a box drawn from the "dropout"
-  key. num_classes=0 returns the class token's features (B, width).
+  Images (B, H, W, in_chans), normalised float -> logits (B, num_classes) in float32: those of the
+  class token, plus half the maximum over patches of the second head's. In training it returns
+  `TokenLogits`. mix_token: whether training exchanges a box of patches, drawn from the "dropout"
+  key, between the images of a batch. num_classes=0 returns the class token's features (B, width).
   """
   depth: int = 16
   mlp_ratio: float = 3.0
@@ -119,27 +123,27 @@ class LVViT(Isotropic):
 
   @nn.nowrap
   def check(self):
-    """Raises ValueError, one line, where the fields do not go together."""
+    """Raises a one-line ValueError if the fields contradict each other."""
     if self.patch_size < 2 or self.patch_size % 2:
-      raise ValueError(f"patch_size={self.patch_size}: must be even, the stem halves the image "
-                       "before it cuts patches")
+      raise ValueError(f"patch_size={self.patch_size}: must be even, because the stem halves the "
+                       "image before it cuts patches")
     super().check()
 
   @nn.nowrap
   def sites(self) -> list[Site]:
-    """Its blocks, as methods see them."""
+    """Returns its blocks, as methods see them."""
     return [site._replace(qkv_bias=False) for site in super().sites()]
 
   @nn.nowrap
   def submodules(self) -> dict[str, nn.Module]:
-    """{name: module}, what a plan changes or what folds, not bound to a parent."""
+    """Returns {name: module} of those that a plan changes or that fold, not bound to a parent."""
     stem = Stem(self.width, self.patch_size, self.stem_width, deploy=self.deploy, dtype=self.dtype,
                 parent=None)
     return {"stem": stem, **self.blocks(epsilon=EPSILON, skip_lam=self.skip_lam)}
 
   @nn.nowrap
   def torch_entries(self) -> list[Entry]:
-    """The authors' state dict of the dense model, one Entry a tensor."""
+    """Returns one Entry for each tensor of the authors' state dict of the dense model."""
     entries = [Entry("cls_token", ("params/cls_token",)),
                Entry("pos_embed", ("params/pos_embed",), positions=Positions(self.grid, 1))]
     for i, name in enumerate(STEM, start=1):
@@ -195,13 +199,13 @@ class LVViT(Isotropic):
                        self._unmix(jax.lax.stop_gradient(keep_mask)[..., None], box)[..., 0])
 
   def _record_logits(self, logits, token_logits, tokens: Tokens):
-    """Sows in "tokens" what a teacher tells of each token: "logits" and "token_logits"."""
+    """Sows in "tokens" a teacher's targets: "logits" and "token_logits" of each source patch."""
     if self.is_mutable_collection("tokens") and not self.is_initializing():
       self.sow("tokens", "logits", logits)
       self.sow("tokens", "token_logits", token_state.by_patch(token_logits, tokens, 1)[0])
 
   def _unmix(self, rows_bpk, box_hw):
-    """Rows of patches (B, P, K) put back where the patches were before MixToken."""
+    """Moves rows of patches (B, P, K) back to where the patches were before MixToken."""
     rows_bhwk = rows_bpk.reshape(-1, *self.grid, rows_bpk.shape[-1])
     return swap(rows_bhwk, box_hw).reshape(rows_bpk.shape)
 

@@ -1,6 +1,6 @@
-"""Next-ViT: convolutional blocks, and a transformer block at the end of each group of them.
+"""Next-ViT: groups of convolutional blocks, each ending in a transformer block.
 
-Li et al., arXiv 2207.05501. Batch norms and ReLU only, no position embedding and no class token.
+Li et al., arXiv 2207.05501. Only batch norms and ReLU, no position embedding and no class token.
 """
 from typing import NamedTuple
 
@@ -39,7 +39,7 @@ RULES = [
 
 
 class Place(NamedTuple):
-  """Where a block stands: its stage, its number there, and what it does to the map."""
+  """The place of a block: its stage, its number in the stage, its kind, input width and stride."""
   stage: int
   number: int
   transformer: bool
@@ -67,14 +67,14 @@ class Stem(nn.Module):
 
 
 class Head(nn.Module):
-  """Batch norm, mean over the map, linear; without classes, the mean is the result."""
+  """Batch norm, mean over the map, linear layer; without classes, returns the mean."""
   num_classes: int
   deploy: bool = False
   dtype: str = "float32"
 
   @nn.compact
   def __call__(self, x_bhwc, train: bool = False):
-    # Without a linear layer to take it in, the norm stays when deployed.
+    # Without a linear layer into which it could fold, the norm stays when deployed.
     if not (self.deploy and self.num_classes):
       x_bhwc = layers.BatchNorm(dtype=self.dtype, name="norm")(
           x_bhwc, use_running_average=not train)
@@ -86,7 +86,7 @@ class Head(nn.Module):
 
   @nn.nowrap
   def fold(self, params, stats):
-    """The norm commutes with the mean, so it folds into the linear layer after it."""
+    """Folds the norm, which commutes with the mean, into the linear layer."""
     if not self.num_classes:
       return params, stats
     affine = layers.batch_affine(params["norm"], stats["norm"])
@@ -99,9 +99,9 @@ class NextViT(Backbone):
   Images (B, H, W, in_chans), normalised float -> logits (B, num_classes) in float32; num_classes=0
   returns the pooled features. Sows "features": the maps (B, h, w, C) of `stage_1` .. `stage_4`.
 
-  widths: per stage, of the convolutional blocks and of the attention; a transformer block adds a
-  third of it in a convolutional branch, so its output is 4/3 as wide. periods: per stage, every
-  how many blocks one is a transformer block; 0 is never.
+  widths: for each stage, the width of convolutional blocks and of attention; a transformer block
+  adds a convolutional branch with a third of it, so its output is 4/3 as wide. periods: for each
+  stage, p if every p-th block is a transformer block; 0 if none is.
   """
   stem_widths: tuple[int, ...] = (64, 32, 64, 64)
   widths: tuple[int, ...] = (96, 192, 384, 768)
@@ -123,7 +123,7 @@ class NextViT(Backbone):
 
   @nn.nowrap
   def places(self) -> list[Place]:
-    """Every block in order."""
+    """Returns the place of every block in order."""
     out, in_width = [], self.stem_widths[-1]
     for stage, (depth, period) in enumerate(zip(self.depths, self.periods, strict=True)):
       for i in range(depth):
@@ -134,7 +134,7 @@ class NextViT(Backbone):
 
   @nn.nowrap
   def check(self):
-    """Raises ValueError, one line, where the fields do not go together."""
+    """Raises a one-line ValueError if the fields contradict each other."""
     for field in ("stem_widths", "widths", "depths", "periods"):
       if len(getattr(self, field)) != 4:
         raise ValueError(f"{field}={getattr(self, field)}: must have 4 entries")
@@ -149,30 +149,30 @@ class NextViT(Backbone):
       height, width = self.grids[stage]
       if hybrid and (min(height, width) < 1 or height * width < POOLS[stage]):
         raise ValueError(f"image_size={self.image_size}: stage {stage + 1} has {height} x {width} "
-                         f"tokens, and a key there averages {POOLS[stage]}; the smallest square "
-                         f"that fits is {self._smallest_side(places)}")
+                         f"tokens, and a key there averages {POOLS[stage]}; the smallest side of a "
+                         f"square image that fits is {self._smallest_side(places)}")
     super().check()
 
   @nn.nowrap
   def _smallest_side(self, places) -> int:
-    # A stage of w x w tokens begins at images of (w - 1) * stride + 1, as sizes are rounded up.
+    # The smallest image with w x w tokens in a stage has side (w - 1) * stride + 1: sizes round up.
     return max((int(np.ceil(POOLS[place.stage] ** 0.5)) - 1) * 2 ** (2 + place.stage) + 1
                for place in places if place.transformer)
 
   @nn.nowrap
   def sites(self) -> list[Site]:
-    """Its blocks, as methods see them: an FFN each, and attention in transformer blocks."""
+    """Returns its blocks, as methods see them; all have an FFN, transformer blocks attention."""
     out = []
     for i, place in enumerate(self.places()):
       width, grid = self.widths[place.stage], self.grids[place.stage]
-      # Blocks that follow each other differ in width.
+      # "first" is the block itself, as consecutive blocks differ in width.
       fields = {"query_grid": grid, "act": nn.relu, "first": i, "batch_norm": True,
                 **self.site_fields(i)}
       if not place.transformer:
         out.append(Site(width=width, ffn_width=width, hidden=width * CONV_MLP_RATIO,
                         provides=WITHOUT_ATTENTION, **fields))
         continue
-      # Pooled keys are runs of tokens, which have no grid.
+      # Pooled keys average consecutive tokens, and so have no grid.
       pool, ffn_width = POOLS[place.stage], width + width // 3
       keys = max(1, grid[0] * grid[1] // pool)
       out.append(Site(width=width, ffn_width=ffn_width, hidden=ffn_width * TRANSFORMER_MLP_RATIO,
@@ -182,7 +182,7 @@ class NextViT(Backbone):
 
   @nn.nowrap
   def submodules(self) -> dict[str, nn.Module]:
-    """{name: module}, everything: a plan or folding changes all of it; not bound to a parent."""
+    """Returns {name: module}, all of which a plan or folding changes; not bound to a parent."""
     out = {"stem": Stem(self.stem_widths, self.deploy, self.dtype, parent=None)}
     for site, place, rate in zip(self.sites(), self.places(), self.drop_path_rates(), strict=True):
       kind = self.block_class(TransformerBlock if place.transformer else ConvBlock)
@@ -194,7 +194,7 @@ class NextViT(Backbone):
 
   @nn.nowrap
   def torch_entries(self) -> list[Entry]:
-    """Every tensor of timm's state dict; those of methods under names of their own."""
+    """Returns entries of every tensor of timm's state dict; those of methods have our own names."""
     out = []
     for i in range(4):
       out += torch_names.conv_norm(f"stem.{i}.conv", f"stem.{i}.norm", f"stem/conv{i}")
@@ -232,7 +232,7 @@ class NextViT(Backbone):
 
   @nn.nowrap
   def authors_name(self, name: str) -> str:
-    """timm's name -> the authors', who number blocks over all stages."""
+    """Converts timm's name to the authors', who number blocks over all stages."""
     first, *rest = name.split(".")
     if first == "head":
       return ".".join(["proj_head", "0", *rest[1:]])

@@ -1,7 +1,7 @@
 """The two blocks of Next-ViT: convolutional, and transformer with a convolutional branch.
 
-Maps are (B, H, W, C). Everything is normalised by batch norms; folding removes each of them, those
-after a convolution and those before a linear layer alike.
+Maps are (B, H, W, C). All norms are batch norms; folding removes both those after a convolution and
+those before a linear layer.
 """
 import functools
 
@@ -23,21 +23,21 @@ from vitcompact.methods.protocol import Site
 from vitcompact.plan import BlockMethods
 from vitcompact.token_state import Tokens
 
-# Norms before a linear layer, which folding puts into it.
+# Norms before a linear layer, into which they are folded.
 FOLDED = ("norm1", "norm2", "key_norm")
 
 
 def halve(x_bhwc):
-  """2x2 means at stride 2; at an odd edge, of the cells that exist."""
+  """Averages 2x2 cells at stride 2; at an odd edge, only the existing ones."""
   _, height, width, _ = x_bhwc.shape
   return nn.avg_pool(x_bhwc, (2, 2), strides=(2, 2), count_include_pad=False,
                      padding=((0, height % 2), (0, width % 2)))
 
 
 def pool_tokens(x_bnc, window: int):
-  """Means of `window` tokens one after another, a remainder dropped: (B, N // window, C).
+  """Averages `window` consecutive tokens, and drops the remainder: (B, N // window, C).
 
-  Row-major order, so windows run along the rows of the grid and wrap: not a pool over squares.
+  In row-major order, so windows run along the rows of the grid and wrap; they are not squares.
   """
   batch, tokens, width = x_bnc.shape
   kept = tokens // window
@@ -78,7 +78,7 @@ class ConvBlock(nn.Module):
 
   @nn.nowrap
   def fold(self, params, stats):
-    """(params, {}) of the deployed block."""
+    """Returns (params, {}) of the deployed block."""
     affine = batch_affine(params["norm"], stats["norm"])
     params, _ = block.fold(self.site, self.methods, params, stats)
     mlp = fold_norm_into_mlp(affine, params["mlp"])
@@ -86,13 +86,13 @@ class ConvBlock(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-  """NTB: attention on `width` channels beside convolution on `side_width` more, then the MLP.
+  """NTB: attention on `width` channels, convolution on `ffn_width - width` more, then the MLP.
 
       x = embed(x);  x = x + attn(norm1 x);  y = proj(x);  y = y + mhca(y);
       z = [x, y];  z + mlp(norm2 z)
 
-  Keys and values are means of `pool` tokens each, normalised once more where pool > 1. The rate of
-  stochastic depth is split as the channels are: 3/4 on attention, 1/4 on the convolution.
+  Keys and values are means of `pool` tokens each, normalised again if pool > 1. The stochastic
+  depth rate is split like the channels: 3/4 for attention, 1/4 for the convolution.
   """
   site: Site
   methods: BlockMethods
@@ -132,7 +132,7 @@ class TransformerBlock(nn.Module):
 
   @nn.nowrap
   def fold(self, params, stats):
-    """(params, {}) of the deployed block."""
+    """Returns (params, {}) of the deployed block."""
     scale, shift = batch_affine(params["norm1"], stats["norm1"])
     params, _ = block.fold(self.site, self.methods, params, stats)
     attn = {**params["attn"], "query": fold_into_linear(params["attn"]["query"], scale, shift)}
@@ -148,7 +148,7 @@ class TransformerBlock(nn.Module):
 
 
 def patch_embed(module: nn.Module, x_bhwc, train: bool):
-  """The map at the block's stride and width; nothing, without parameters, where it is already."""
+  """Brings the map to the block's stride and width; without parameters if it has these already."""
   site = module.site
   if module.stride == 1 and x_bhwc.shape[-1] == site.width:
     return x_bhwc
@@ -159,7 +159,7 @@ def patch_embed(module: nn.Module, x_bhwc, train: bool):
 
 
 def norm(module: nn.Module, name: str, x, train: bool):
-  """Batch norm in front of a linear layer, which has taken it in once deployed."""
+  """Applies the batch norm before a linear layer; when deployed, it is folded into that layer."""
   if module.site.deploy:
     return x
   return BatchNorm(dtype=module.site.dtype, parent=module, name=name)(
@@ -167,7 +167,7 @@ def norm(module: nn.Module, name: str, x, train: bool):
 
 
 def fold_convolutions(params, stats):
-  """The block's convolutions, each with its norm folded in; without the norms before linears."""
+  """Returns the parameters of the block's convolutions, with their norms folded in."""
   out = {name: fold_conv_norm(params[name], stats[name])
          for name in ("patch_embed", "projection") if name in params}
   mhca = params["mhca"]
@@ -176,11 +176,11 @@ def fold_convolutions(params, stats):
 
 
 def fold_norm_into_mlp(affine, folded):
-  """Parameters of a deployed MLP that has taken in the (scale, shift) in front of it."""
+  """Folds the (scale, shift) before a deployed MLP into its parameters, and returns these."""
   fc1 = folded["fc1"]
   if "a" not in fc1:
     return {**folded, "fc1": fold_into_linear(fc1, *affine)}
-  # Two factors: the first takes the scale, and hands its share of the shift on to the second.
+  # Two factors: the first takes the scale, the bias of the second takes the shift.
   first = fold_into_linear(fc1["a"], *affine)
   bias = fc1["b"]["bias"] + jnp.matmul(first["bias"], fc1["b"]["kernel"],
                                        precision=jax.lax.Precision.HIGHEST)

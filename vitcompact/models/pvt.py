@@ -17,7 +17,7 @@ from vitcompact.torch_names import Entry, Positions
 from vitcompact.tracing import param
 from vitcompact.trees import Leaf
 
-# Position embeddings decay, as in the authors' training; the class token does not.
+# Position embeddings have weight decay, as in the authors' training; the class token has none.
 RULES = [
     (r"cls_token", Leaf((None, None, "embed"))),
     (r"pos_embed_\d+", Leaf((None, None, "embed"), decay=True)),
@@ -26,13 +26,13 @@ RULES = [
 
 
 class PyramidVisionTransformer(pyramid.Pyramid):
-  """Four stages of patches, positions and blocks; a class token joins in the last.
+  """Four stages of patches, positions and blocks; the last one has a class token.
 
   Images (B, H, W, in_chans), normalised float -> logits (B, num_classes) in float32;
   num_classes=0 returns the class token (B, width). Without a class token, the mean over the last
-  stage is in its place, and is not normed. `image_size` is the size for which positions are
-  stored; images of another size that fits are taken too, with positions resized (bilinear).
-  Collection "features" holds the maps (B, h, w, C) that leave each stage, as stage_1 ..
+  stage is used instead, without a norm. Positions are stored for `image_size`, and resized
+  (bilinear) for images of another size that fits.
+  Sows "features": the output maps (B, h, w, C) of the stages, stage_1 ..
   """
   patch_size: int = 4
   class_token: bool = True
@@ -41,15 +41,15 @@ class PyramidVisionTransformer(pyramid.Pyramid):
 
   @property
   def prefix(self) -> int:
-    """Tokens before the grid of the last stage."""
+    """Number of tokens before the grid of the last stage."""
     return int(self.class_token)
 
   @nn.nowrap
   def check(self):
-    """Raises ValueError, one line, where the fields do not go together."""
+    """Raises a one-line ValueError if the fields contradict each other."""
     if self.class_token and self.sr_ratios[-1:] != (1,):
-      raise ValueError(f"sr_ratios={self.sr_ratios}: must end in 1, since the class token of the "
-                       "last stage has no place on a grid that could be reduced")
+      raise ValueError(f"sr_ratios={self.sr_ratios}: must end in 1, because the class token of the "
+                       "last stage is not on the grid that would be reduced")
     super().check()
 
   @nn.nowrap
@@ -60,7 +60,7 @@ class PyramidVisionTransformer(pyramid.Pyramid):
     for side in np.broadcast_to(image_size, 2).tolist():
       if side < unit or side % unit:
         raise ValueError(f"{what}: {side} is not a multiple of {unit} (stages of {strides} pixels "
-                         f"a token, keys reduced by {self.sr_ratios}); the nearest that is: "
+                         f"a token, keys reduced by {self.sr_ratios}); the nearest multiple: "
                          f"{max(1, round(side / unit)) * unit}")
 
   @nn.nowrap
@@ -69,13 +69,13 @@ class PyramidVisionTransformer(pyramid.Pyramid):
 
   @nn.nowrap
   def grids(self, image_size) -> list[tuple[int, int]]:
-    """(height, width) of the map in each stage."""
+    """Returns (height, width) of the map in each stage."""
     height, width = np.broadcast_to(image_size, 2).tolist()
     return [(height // s, width // s) for s in self._strides()]
 
   @nn.nowrap
   def make_reduce(self, stage: pyramid.Stage) -> Callable[..., nn.Module] | None:
-    """Makes the module that reduces the keys of a stage; None where there is none."""
+    """Returns a function that makes the module which reduces the keys of a stage, or None."""
     if stage.reduction == 1:
       return None
     return functools.partial(pyramid.Reduce, stage.grid, stage.reduction, conv_init=fan_in_init,
@@ -101,7 +101,7 @@ class PyramidVisionTransformer(pyramid.Pyramid):
     return pyramid.head(self, norm(token[:, 0]))
 
   def _embed(self, map_bhwc, s: int, stage: pyramid.Stage, stored_grid, prefix: int):
-    """Tokens of stage s: patches, the class token before them if there is a prefix, positions."""
+    """Returns the tokens of stage s: patches plus positions, after a class token if prefix is 1."""
     stride = 2 if s else self.patch_size
     x = pyramid.to_tokens(pyramid.PatchEmbed(
         stage.width, size=stride, stride=stride, padding=0, conv_init=fan_in_init,
@@ -116,7 +116,7 @@ class PyramidVisionTransformer(pyramid.Pyramid):
 
   @nn.nowrap
   def torch_entries(self) -> list[Entry]:
-    """Its tensors under the authors' names (timm does not have PVT v1)."""
+    """Returns entries of its tensors under the authors' names (timm does not have PVT v1)."""
     entries = [Entry("cls_token", ("params/cls_token",))] if self.class_token else []
     stages, blocks = self.stages(), self.submodules()
     for s, stage in enumerate(stages, 1):
@@ -132,18 +132,18 @@ class PyramidVisionTransformer(pyramid.Pyramid):
 
 
 def fan_in_init(size: int, chans: int, features: int):
-  """Initialisers of kernel and bias of a convolution: torch's defaults."""
+  """Returns PyTorch's default initialisers of kernel and bias of a convolution."""
   del features
   init = layers.fan_in_uniform(size ** 2 * chans)
   return init, init
 
 
 def resize_positions(positions_1nw, stored: tuple[int, int], grid: tuple[int, int], prefix: int):
-  """Position embeddings of a grid brought to another one; the prefix rows stay.
+  """Resizes the position embeddings of a grid to another grid; those of the prefix are unchanged.
 
-  Bilinear between cell centres, without antialiasing, as the authors' model does it. (They skip it
-  whenever the token count is that of the stored first stage, whatever the shape; that is not
-  followed.)
+  Bilinear between cell centres, without antialiasing, as in the authors' model. (Their model skips
+  it whenever the number of tokens is that of the stored first stage, even if the shape differs;
+  this one does not.)
   """
   if stored == grid:
     return positions_1nw

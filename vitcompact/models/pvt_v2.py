@@ -17,7 +17,7 @@ from vitcompact.token_state import Tokens
 from vitcompact.torch_names import Entry
 from vitcompact.trees import Leaf
 
-POOLED = 7   # side of the linear variant's key grid, whatever the image
+POOLED = 7   # side of the linear variant's key grid, for every image size
 
 RULES = [
     (r".*/mlp/mixer/conv/kernel", Leaf((None, None, None, "mlp"), decay=True)),
@@ -26,12 +26,13 @@ RULES = [
 
 
 class PyramidVisionTransformerV2(pyramid.Pyramid):
-  """Four stages of overlapping patches and blocks, each ended by a norm; mean of the last.
+  """Four stages of overlapping patches, blocks and a norm; then the mean of the last map.
 
   Images (B, H, W, in_chans), normalised float, of any size that fits, not only `image_size` ->
   logits (B, num_classes) in float32; num_classes=0 returns the mean of the tokens (B, width).
-  linear: keys are pooled to 7 x 7 in every stage, so that attention costs a fixed share per token.
-  Collection "features" holds the normed maps (B, h, w, C) that leave each stage, as stage_1 ..
+  linear: pools keys to 7 x 7 in every stage, so that the cost of attention is linear in the number
+    of tokens.
+  Sows "features": the normed output maps (B, h, w, C) of the stages, stage_1 ..
   """
   linear: bool = False
 
@@ -39,7 +40,7 @@ class PyramidVisionTransformerV2(pyramid.Pyramid):
 
   @nn.nowrap
   def check_size(self, image_size, what: str):
-    """Raises ValueError unless every stage's grid holds a window of its reduction."""
+    """Raises ValueError unless the grid of every stage holds a window of its reduction."""
     ratios = [1] * len(self.widths) if self.linear else self.sr_ratios
     smallest = max(4 * 2 ** s * (ratio - 1) + 1 for s, ratio in enumerate(ratios))
     for side in np.broadcast_to(image_size, 2).tolist():
@@ -49,20 +50,20 @@ class PyramidVisionTransformerV2(pyramid.Pyramid):
 
   @nn.nowrap
   def grids(self, image_size) -> list[tuple[int, int]]:
-    """(height, width) of the map in each stage; convolutions are padded: a started patch counts."""
+    """Returns (height, width) of the map in each stage, rounded up, as convolutions are padded."""
     sides = np.broadcast_to(image_size, 2)
     return [tuple((-(-sides // (4 * 2 ** s))).tolist()) for s in range(len(self.widths))]
 
   @nn.nowrap
   def ffn_fields(self, stage: pyramid.Stage) -> dict[str, Any]:
-    """Fields of a Site that say what the FFN of a stage is, besides its width."""
+    """Returns the fields of a Site that describe the FFN of a stage, except its width."""
     mixer = functools.partial(DepthwiseConv, stage.grid, relu=self.linear, dtype=self.dtype)
-    # By how much the variance of centred, independent inputs grows under fresh weights.
+    # mixer_gain: the factor on the variance of centred, independent inputs with initial weights.
     return {"mixer": mixer, "mixer_gain": 1 if self.linear else 2}
 
   @nn.nowrap
   def make_reduce(self, stage: pyramid.Stage) -> Callable[..., nn.Module] | None:
-    """Makes the module that reduces the keys of a stage; None where there is none."""
+    """Returns a function that makes the module which reduces the keys of a stage, or None."""
     if self.linear:
       return functools.partial(PoolReduce, stage.grid, dtype=self.dtype)
     if stage.reduction == 1:
@@ -90,7 +91,7 @@ class PyramidVisionTransformerV2(pyramid.Pyramid):
 
   @nn.nowrap
   def torch_entries(self) -> list[Entry]:
-    """Its tensors under timm's names."""
+    """Returns entries of its tensors under timm's names."""
     entries, blocks = [], self.submodules()
     for s, stage in enumerate(self.stages()):
       embed = f"stages.{s}.downsample" if s else "patch_embed"
@@ -105,7 +106,7 @@ class PyramidVisionTransformerV2(pyramid.Pyramid):
 
   @nn.nowrap
   def authors_name(self, name: str) -> str:
-    """timm's name of a tensor -> the authors'."""
+    """Converts timm's name of a tensor to the authors'."""
     name = re.sub(r"^patch_embed\.", "patch_embed1.", name)
     for timm, authors in ((r"downsample\.", "patch_embed{}."), (r"blocks\.", "block{}."),
                           (r"norm\.", "norm{}.")):
@@ -115,9 +116,10 @@ class PyramidVisionTransformerV2(pyramid.Pyramid):
 
 
 class DepthwiseConv(nn.Module):
-  """3 x 3 convolution of each channel over the grid: (B, N, C) -> (B, N, C); `relu` before it.
+  """3 x 3 depthwise convolution over the grid: (B, N, C) -> (B, N, C).
 
-  places: (B, k), where the tokens (B, k, C) are on the grid, if not all are there; others are 0.
+  relu: applies a ReLU before it. places: (B, k), the places of tokens (B, k, C), if these are only
+  some of the grid; the others count as 0.
   """
   grid: tuple[int, int]
   relu: bool = False
@@ -130,7 +132,8 @@ class DepthwiseConv(nn.Module):
 
 
 class PoolReduce(nn.Module):
-  """Keys of the linear variant: averaged to 7 x 7, 1 x 1 convolution, norm, GELU."""
+  """Reduces the keys of the linear variant: mean over 7 x 7 windows, 1 x 1 convolution, norm, GELU.
+  """
   grid: tuple[int, int]
   dtype: str = "float32"
 
@@ -147,10 +150,10 @@ class PoolReduce(nn.Module):
 
 
 def adaptive_average(map_bhwc, side: int):
-  """Means over side x side windows that cover the map: (B, H, W, C) -> (B, side, side, C).
+  """Averages over side x side windows that cover the map: (B, H, W, C) -> (B, side, side, C).
 
-  Window i of an axis of n cells is floor(i n / side) to ceil((i + 1) n / side): windows overlap
-  where `side` does not divide n.
+  Window i of an axis of n cells is floor(i n / side) to ceil((i + 1) n / side): windows overlap if
+  `side` does not divide n.
   """
   batch, height, width, chans = map_bhwc.shape
   if height % side == 0 and width % side == 0:
@@ -164,7 +167,7 @@ def adaptive_average(map_bhwc, side: int):
 
 
 def fan_out_init(size: int, chans: int, features: int):
-  """Initialisers of kernel and bias of a convolution: N(0, 2 / fan_out), zeros.
+  """Returns initialisers of kernel and bias of a convolution: N(0, 2 / fan_out), zeros.
 
   features: output channels of one group.
   """

@@ -1,4 +1,5 @@
-"""What PVT v1 and v2 share: stages of shrinking grids, attention over spatially reduced keys."""
+"""What hierarchical models share: stages of shrinking grids, attention over spatially reduced keys.
+"""
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -16,9 +17,9 @@ from vitcompact.models.backbone import HIERARCHICAL, Backbone
 from vitcompact.torch_names import Entry
 from vitcompact.trees import Leaf
 
-# Mixed, as the published weights were trained.
-EPSILON = 1e-6        # of the norms in front of attention and FFN, and at the end
-CONV_EPSILON = 1e-5   # of the norms that follow a convolution
+# The published weights were trained with two different values.
+EPSILON = 1e-6        # of the norms before attention and FFN, and of the last one
+CONV_EPSILON = 1e-5   # of the norms after a convolution
 
 RULES = [
     (r"patch_embed_\d+/proj/kernel", Leaf((None, None, None, "embed"), decay=True)),
@@ -31,7 +32,7 @@ ConvInit = Callable[[int, int, int], tuple[Callable, Callable]]
 
 
 class Stage(NamedTuple):
-  """One stage at one image size. `blocks`: its blocks' numbers, counted over all stages."""
+  """One stage at one image size. blocks: the numbers of its blocks, counted over all stages."""
   width: int
   heads: int
   hidden: int
@@ -41,7 +42,7 @@ class Stage(NamedTuple):
 
 
 class Pyramid(Backbone):
-  """Stages of shrinking grids; images of every size that fits are taken, not only `image_size`."""
+  """Stages of shrinking grids. Images may have any size that fits, not only `image_size`."""
   widths: tuple[int, ...] = (64, 128, 320, 512)
   depths: tuple[int, ...] = (3, 4, 6, 3)
   heads: tuple[int, ...] = (1, 2, 5, 8)
@@ -56,7 +57,7 @@ class Pyramid(Backbone):
 
   @nn.nowrap
   def check(self):
-    """Raises ValueError, one line, where the fields do not go together."""
+    """Raises a one-line ValueError if the fields contradict each other."""
     sizes = {name: getattr(self, name)
              for name in ("widths", "depths", "heads", "mlp_ratios", "sr_ratios")}
     if len({len(values) for values in sizes.values()}) > 1:
@@ -70,28 +71,28 @@ class Pyramid(Backbone):
 
   @nn.nowrap
   def check_size(self, image_size, what: str):
-    """Raises ValueError, one line that begins with `what`, for an image size that does not fit."""
+    """Raises a one-line ValueError that begins with `what` if an image size does not fit."""
     raise NotImplementedError
 
   @nn.nowrap
   def grids(self, image_size) -> list[tuple[int, int]]:
-    """(height, width) of the map in each stage."""
+    """Returns (height, width) of the map in each stage."""
     raise NotImplementedError
 
   @nn.nowrap
   def make_reduce(self, stage: Stage) -> Callable[..., nn.Module] | None:
-    """Makes the module that reduces the keys of a stage; None where there is none."""
+    """Returns a function that makes the module which reduces the keys of a stage, or None."""
     raise NotImplementedError
 
   @nn.nowrap
   def ffn_fields(self, stage: Stage) -> dict[str, Any]:
-    """Fields of a Site that say what the FFN of a stage is, besides its width."""
+    """Returns the fields of a Site that describe the FFN of a stage, except its width."""
     del stage
     return {}
 
   @nn.nowrap
   def checked_size(self, images_bhwc) -> tuple[int, int]:
-    """(height, width) of a batch that fits the model; raises ValueError, one line, where not."""
+    """Returns (height, width) of a batch; raises a one-line ValueError if it does not fit."""
     if images_bhwc.ndim != 4 or images_bhwc.shape[-1] != self.in_chans:
       raise ValueError(f"images of shape {images_bhwc.shape}: this model takes (B, height, width, "
                        f"{self.in_chans}); create it with in_chans=")
@@ -101,7 +102,7 @@ class Pyramid(Backbone):
 
   @nn.nowrap
   def stages(self, image_size=None) -> list[Stage]:
-    """The stages at an image size, by default the model's own."""
+    """Returns the stages at an image size, by default that of the model."""
     ends = np.cumsum(self.depths).tolist()
     rows = zip(self.widths, self.heads, self.mlp_ratios, self.sr_ratios,
                self.grids(image_size or self.image_size), self.depths, ends, strict=True)
@@ -110,15 +111,15 @@ class Pyramid(Backbone):
 
   @nn.nowrap
   def sites(self, image_size=None) -> list[Site]:
-    """Its blocks at an image size, as methods see them.
+    """Returns its blocks at an image size, as methods see them.
 
-    Whether a method acts in a block follows from the model's own image size, whatever images come.
+    Whether a method acts in a block depends only on the model's own image size.
     """
     out = []
     native = self.stages()
-    for stage, own in zip(self.stages(image_size), native, strict=True):
-      prefix = self.prefix if own is native[-1] else 0
-      keys = [prefix + math.prod(self._key_grid(at)) for at in (stage, own)]
+    for stage, native_stage in zip(self.stages(image_size), native, strict=True):
+      prefix = self.prefix if native_stage is native[-1] else 0
+      keys = [prefix + math.prod(self._key_grid(s)) for s in (stage, native_stage)]
       out += [Site(width=stage.width, ffn_width=stage.width, hidden=stage.hidden,
                    heads=stage.heads, tokens=keys[0], tokens_left=keys[1], prefix=prefix,
                    query_grid=stage.grid, key_grid=self._key_grid(stage), provides=HIERARCHICAL,
@@ -128,7 +129,8 @@ class Pyramid(Backbone):
 
   @nn.nowrap
   def submodules(self, image_size=None) -> dict[str, nn.Module]:
-    """{name: block}, the modules that a plan changes or that fold, not bound to a parent."""
+    """Returns {name: block}, the modules that a plan changes or that fold, not bound to a parent.
+    """
     block = self.block_class(Block)
     reductions = [self.make_reduce(stage) for stage in self.stages(image_size)
                   for _ in stage.blocks]
@@ -139,7 +141,7 @@ class Pyramid(Backbone):
 
   @nn.nowrap
   def _key_grid(self, stage: Stage) -> tuple[int, int]:
-    """The grid on which the keys of a stage lie."""
+    """Returns the grid of the keys of a stage."""
     reduce = self.make_reduce(stage)
     return stage.grid if reduce is None else reduce(parent=None).key_grid
 
@@ -154,9 +156,10 @@ def to_tokens(map_bhwc):
 
 def conv_norm(map_bhwc, width: int, size: int, *, stride: int, padding: int, conv_init: ConvInit,
               dtype: str):
-  """Convolution `proj`, then `norm`, of the calling module: (B, H, W, C) -> (B, h, w, width).
+  """Applies submodules `proj`, a convolution, and `norm` of the calling module: (B, H, W, C) ->
+  (B, h, w, width).
 
-  Padded by `padding` on every side, as PyTorch does ("SAME" is lopsided at stride 2).
+  Pads by `padding` on every side, as PyTorch does ("SAME" is not symmetric at stride 2).
   """
   kernel_init, bias_init = conv_init(size, map_bhwc.shape[-1], width)
   out = nn.Conv(width, (size, size), strides=stride, padding=padding, kernel_init=kernel_init,
@@ -165,7 +168,7 @@ def conv_norm(map_bhwc, width: int, size: int, *, stride: int, padding: int, con
 
 
 class PatchEmbed(nn.Module):
-  """Images or the map of the stage before to the map of a stage, normed."""
+  """Embeds images, or the map of the previous stage, as the normed map of a stage."""
   width: int
   size: int
   stride: int
@@ -180,9 +183,9 @@ class PatchEmbed(nn.Module):
 
 
 class Reduce(nn.Module):
-  """Keys on a grid coarser by `ratio`, by a strided convolution: (B, N, C) -> (B, N/ratio^2, C).
+  """Reduces keys by a strided convolution, `ratio` per side: (B, N, C) -> (B, N/ratio^2, C).
 
-  Rows and columns that do not fill a window are left out, as in PyTorch.
+  Rows and columns that do not fill a window are dropped, as in PyTorch.
   """
   grid: tuple[int, int]
   ratio: int
@@ -201,7 +204,7 @@ class Reduce(nn.Module):
 
 
 def head(model: nn.Module, pooled_bc):
-  """Logits, or the pooled features where the model has no classes, in float32."""
+  """Returns logits in float32, or the pooled features if the model has no classes."""
   if model.num_classes:
     pooled_bc = nn.Dense(model.num_classes, kernel_init=weight_init, dtype=model.dtype,
                          name="head")(pooled_bc)
@@ -209,12 +212,12 @@ def head(model: nn.Module, pooled_bc):
 
 
 def conv_norm_entries(conv: str, norm: str, ours: str) -> list[Entry]:
-  """The tensors of a `conv_norm` in module `ours`."""
+  """Returns entries of the tensors of a `conv_norm` in module `ours`."""
   return torch_names.conv(conv, f"{ours}/proj") + torch_names.norm(norm, f"{ours}/norm")
 
 
 def block_entries(block: Block, torch: str, ours: str) -> list[Entry]:
-  """The tensors of a block; PVT v2 has a depthwise convolution besides."""
+  """Returns entries of the tensors of a block; PVT v2 also has a depthwise convolution."""
   entries = torch_names.norm(f"{torch}.norm1", f"{ours}/norm1")
   entries += torch_names.heads(f"{torch}.attn.q", f"{ours}/attn", ("query",))
   entries += torch_names.heads(f"{torch}.attn.kv", f"{ours}/attn", ("key", "value"))

@@ -1,4 +1,4 @@
-"""SHViT: patches of 16 x 16, three stages, attention of one head over a part of the channels.
+"""SHViT: 16 x 16 patches, three stages, single-head attention over some of the channels.
 
 Yun and Ro, arXiv 2401.16456. Batch norms and ReLU, no position embedding and no class token.
 """
@@ -37,7 +37,7 @@ RULES = [
 
 
 class Stem(nn.Module):
-  """Four 3x3 convolutions of stride 2, ReLU between them: (B, H, W, C) -> (B, H/16, W/16, width),
+  """Four 3x3 convolutions of stride 2 with ReLU in between: (B, H, W, C) -> (B, H/16, W/16, width),
   sides rounded up."""
   width: int
   deploy: bool = False
@@ -77,14 +77,14 @@ class Head(nn.Module):
 
 
 class SHViT(Backbone):
-  """Stem, three stages of blocks with a downsampling between two, mean, batch norm, linear head.
+  """Stem, three stages of blocks with downsampling in between, mean, batch norm, linear head.
 
   Images (B, H, W, in_chans) of any size, normalised float -> logits (B, num_classes) in float32;
   num_classes=0 returns the pooled features, before the norm. Sows "features": the maps (B, h, w, C)
   of `stage_1` .. `stage_3`.
 
-  partial_widths: of stages 2 and 3, the channels that attention sees; stage 1 has none. qk_width:
-  of its queries and keys. drop_path_rate: the authors use none.
+  partial_widths: number of channels that attention acts on in stages 2 and 3; stage 1 has no
+  attention. qk_width: of queries and keys. drop_path_rate: the authors use 0.
   """
   widths: tuple[int, ...] = (128, 224, 320)
   depths: tuple[int, ...] = (2, 4, 5)
@@ -105,30 +105,32 @@ class SHViT(Backbone):
 
   @nn.nowrap
   def places(self) -> list[tuple[int, int]]:
-    """(stage, number in it) of every block in order."""
+    """Returns (stage, number in the stage) of every block in order."""
     return [(stage, i) for stage, depth in enumerate(self.depths) for i in range(depth)]
 
   @nn.nowrap
   def check(self):
-    """Raises ValueError, one line, where the fields do not go together."""
+    """Raises a one-line ValueError if the fields contradict each other."""
     for field, entries in (("widths", 3), ("depths", 3), ("partial_widths", 2)):
       if len(getattr(self, field)) != entries:
         raise ValueError(f"{field}={getattr(self, field)}: must have {entries} entries")
     if self.widths[0] % 8:
-      near = max(1, round(self.widths[0] / 8)) * 8
+      nearest = max(1, round(self.widths[0] / 8)) * 8
       raise ValueError(f"widths={self.widths}: {self.widths[0]}, of stage 1, must be a multiple of "
-                       f"8, as the stem begins with an eighth of it; the nearest that is: {near}")
+                       "8, as the stem begins with an eighth of it; the nearest multiple: "
+                       f"{nearest}")
     for stage, (part, width) in enumerate(zip(self.partial_widths, self.widths[1:], strict=True)):
       if part > width:
         raise ValueError(f"partial_widths={self.partial_widths} and widths={self.widths}: "
-                         f"attention in stage {stage + 2} sees {part} channels, more than the "
-                         f"{width} that there are")
+                         f"attention in stage {stage + 2} would act on {part} channels, and there "
+                         f"are only {width}")
     self._check_attention()
     super().check()
 
   @nn.nowrap
   def _check_attention(self):
-    """Refuses methods that would change what attention is; a default that does not act is none."""
+    """Raises ValueError if a method would change attention; a default that does not act is ignored.
+    """
     for site in self.sites():
       named, acting = self.plan.blocks.get(site.block, {}), self.plan.at(site)
       for axis in ("heads", "attention") if "attention" in site.provides else ():
@@ -136,12 +138,13 @@ class SHViT(Backbone):
         if method is not None:
           raise ValueError(
               f"{describe_method(method)} in block {site.block}: {self.variant or 'this model'} "
-              f"has a single head there, of queries and keys {self.qk_width} wide and values "
-              f"{site.width} wide, which takes no method of the axis {axis}; use {axis}=None")
+              f"has a single head there, with queries and keys of width {self.qk_width} and values "
+              f"of width {site.width}, which takes no method of the axis {axis}; use {axis}=None")
 
   @nn.nowrap
   def sites(self) -> list[Site]:
-    """Its blocks, as methods see them: an FFN each, and attention in stages 2 and 3."""
+    """Returns its blocks, as methods see them; all have an FFN, those of stages 2 and 3 attention.
+    """
     out = []
     for i, (stage, _) in enumerate(self.places()):
       width, grid = self.widths[stage], self.grids[stage]
@@ -157,7 +160,7 @@ class SHViT(Backbone):
 
   @nn.nowrap
   def submodules(self) -> dict[str, nn.Module]:
-    """{name: module}, everything: a plan or folding changes all of it; not bound to a parent."""
+    """Returns {name: module}, all of which a plan or folding changes; not bound to a parent."""
     fields = {"deploy": self.deploy, "dtype": self.dtype, "parent": None}
     out = {"stem": Stem(self.widths[0], **fields)}
     blocks, rates = self.sites(), self.drop_path_rates()
@@ -174,8 +177,8 @@ class SHViT(Backbone):
 
   @nn.nowrap
   def torch_entries(self) -> list[Entry]:
-    """Every tensor of timm's state dict, deployed of its fused form; those of methods under names
-    of their own."""
+    """Returns entries of every tensor of timm's state dict, or of its fused form when deployed;
+    those of methods have our own names."""
     out = []
     for i in range(PATCH_STRIDES):
       out += self._conv(f"patch_embed.{2 * i}", f"stem/conv{i}", "conv/")
@@ -191,7 +194,7 @@ class SHViT(Backbone):
             *torch_names.linear("head.l", "head/fc")]
 
   def _conv(self, torch: str, ours: str, inner: str = "") -> list[Entry]:
-    """A convolution and its norm. inner: what our names have before the kernel's."""
+    """Returns entries of a convolution and its norm. inner: the part of our names before kernel."""
     kernel = f"{ours}/{inner}".rstrip("/")
     if self.deploy:
       return torch_names.conv(torch, kernel)
@@ -199,7 +202,7 @@ class SHViT(Backbone):
             *torch_names.norm(f"{torch}.bn", f"{ours}/norm", running=True)]
 
   def _residual(self, torch: str, ours: str) -> list[Entry]:
-    """A depthwise convolution with its skip, which is one convolution when deployed."""
+    """Returns entries of a depthwise convolution with a skip; one convolution when deployed."""
     return self._conv(torch if self.deploy else f"{torch}.m", ours, "conv/")
 
   def _mlp(self, torch: str, ours: str) -> list[Entry]:
@@ -229,7 +232,7 @@ class SHViT(Backbone):
 
   @nn.nowrap
   def authors_name(self, name: str) -> str:
-    """timm's name -> the authors', who count the parts of a downsampling as blocks."""
+    """Converts timm's name to the authors', who count the parts of a downsampling as blocks."""
     first, *rest = name.split(".")
     if first != "stages":
       return name

@@ -1,7 +1,7 @@
-"""What SHViT is made of: its block, attention of one head in it, and what joins two stages.
+"""The parts of SHViT: its block, single-head attention, and the downsampling between stages.
 
-Maps are (B, H, W, C). Each convolution ends in a batch norm, which folding puts into it; so do the
-skips around depthwise convolutions. Those of size 1x1 are dense layers of each place.
+Maps are (B, H, W, C). Each convolution ends in a batch norm. Folding puts it, and the skip around a
+depthwise convolution, into the convolution. 1x1 convolutions are dense layers.
 """
 import contextlib
 import functools
@@ -31,7 +31,7 @@ zeros, ones = nn.initializers.zeros, nn.initializers.ones
 
 
 class SingleHeadAttention(nn.Module):
-  """SHSA: one head of attention over some of the channels, and a projection of all.
+  """SHSA: single-head attention over some of the channels, and a projection of all channels.
 
       x1, x2 = split(x);  q, k, v = qkv(norm(x1));  y = proj(relu([softmax(q k^T / sqrt(d)) v, x2]))
 
@@ -53,7 +53,7 @@ class SingleHeadAttention(nn.Module):
     query, key, value = (x[:, :, None] for x in jnp.split(qkv, [d, 2 * d], axis=-1))
     if attention.wants_maps(self):
       self.sow("maps", "maps", attention.DENSE.maps(query, key))
-    # Not `using(None)`, which would undo what a caller asked for.
+    # `using(None)` would undo the form that a caller asked for.
     with attention.using(site.form) if site.form else contextlib.nullcontext():
       attended = attention.DENSE(query, key, value).reshape(part.shape)
     joined = nn.relu(jnp.concatenate([attended, rest], axis=-1))
@@ -83,7 +83,7 @@ class SHViTBlock(nn.Module):
 
   @nn.nowrap
   def fold(self, params, stats):
-    """(params, {}) of the deployed block."""
+    """Returns (params, {}) of the deployed block."""
     folded, _ = block.fold(self.site, self.methods, params, stats)
     out = {"conv": fold_conv_norm(params["conv"], stats["conv"], skip=True),
            "mlp": fold_layers(folded["mlp"], stats.get("mlp", {}))}
@@ -93,7 +93,7 @@ class SHViTBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-  """Between two stages: (B, H, W, C) -> (B, H/2, W/2, features), sides rounded up.
+  """The downsampling between two stages: (B, H, W, C) -> (B, H/2, W/2, features), rounded up.
 
       x = x + conv1(x);  x = x + mlp1(x);  x = merge(x);  x = x + conv2(x);  x + mlp2(x)
   """
@@ -103,12 +103,12 @@ class Downsample(nn.Module):
 
   @nn.compact
   def __call__(self, x_bhwc, train: bool = False):
-    x = self._mixed(1, x_bhwc, train)
+    x = self._conv_and_mlp(1, x_bhwc, train)
     x = PatchMerging(self.features, self.deploy, self.dtype, name="merge")(x, train)
-    return self._mixed(2, x, train)
+    return self._conv_and_mlp(2, x, train)
 
   @nn.nowrap
-  def _mixed(self, i: int, x_bhwc, train: bool):
+  def _conv_and_mlp(self, i: int, x_bhwc, train: bool):
     conv = depthwise(x_bhwc, self.deploy, self.dtype, name=f"conv{i}")(x_bhwc, train)
     x = conv if self.deploy else x_bhwc + conv
     width = x.shape[-1]
@@ -143,13 +143,13 @@ class PatchMerging(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-  """x sigmoid(fc2(relu(fc1(mean x)))), the mean over places. Hu et al., arXiv 1709.01507."""
+  """x sigmoid(fc2(relu(fc1(mean x)))), with the mean over the map. Hu et al., arXiv 1709.01507."""
   dtype: str = "float32"
 
   @nn.compact
   def __call__(self, x_bhwc):
     width = x_bhwc.shape[-1]
-    hidden = squeezed(width)
+    hidden = squeezed_width(width)
 
     def dense(features, fan_in, name):
       init = fan_in_uniform(fan_in)
@@ -159,19 +159,19 @@ class SqueezeExcite(nn.Module):
     return x_bhwc * nn.sigmoid(dense(width, hidden, "fc2")(gate))[:, None, None]
 
 
-def squeezed(width: int) -> int:
-  """A quarter of the width, to the nearest multiple of 8: as timm."""
+def squeezed_width(width: int) -> int:
+  """Returns a quarter of the width, rounded to the nearest multiple of 8, as in timm."""
   return max(8, (width // 4 + 4) // 8 * 8)
 
 
 def depthwise(x_bhwc, deploy: bool, dtype: str, scale_init=ones, **kwargs) -> ConvNorm:
-  """A 3x3 convolution of each channel of x by itself, which deployed adds x too."""
+  """Makes a 3x3 depthwise convolution of x, which also adds x when deployed."""
   width = x_bhwc.shape[-1]
   return ConvNorm(width, 3, groups=width, kernel_init=torch_conv_init, scale_init=scale_init,
                   deploy=deploy, dtype=dtype, **kwargs)
 
 
 def fold_layers(params, stats):
-  """Parameters in which each layer that ends in a norm is deployed; others stay as they are."""
+  """Returns the parameters with all norms folded into their layers; other layers are unchanged."""
   return {name: fold_conv_norm(leaf, stats[name]) if "conv" in leaf
           else fold_dense_norm(leaf, stats.get(name, {})) for name, leaf in params.items()}

@@ -1,7 +1,7 @@
-"""Tags: which weights of a named model, as in timm's "vit_small_patch16_224.augreg_in1k".
+"""Tags name the weights of a model, as in timm's "vit_small_patch16_224.augreg_in1k".
 
-`pretrained.json` has them, {model: {tag: row}}, a model's default tag first;
-experiments/pretrained_tags.py writes it and says what a row has.
+`pretrained.json` lists them, {model: {tag: row}}, the default tag of a model first;
+experiments/pretrained_tags.py writes it and says what a row contains.
 """
 import difflib
 import functools
@@ -16,17 +16,17 @@ TABLE = pathlib.Path(__file__).with_name("pretrained.json")
 
 @functools.cache
 def table() -> dict[str, dict[str, dict[str, Any]]]:
-  """All of them, also of models that `create_model` does not know."""
+  """Returns all tags, including those of models that `create_model` does not know."""
   return json.loads(TABLE.read_text(encoding="utf-8"))
 
 
 def row_of(model: str, tag: str = "") -> tuple[str, dict[str, Any]]:
-  """(tag, row) of a model's weights; without a tag, of its default.
+  """Returns (tag, row) of a model's weights; without a tag, those of the default tag.
 
-  Raises ValueError, one line with the tags that there are, for any other."""
+  Raises a one-line ValueError that lists the tags, if there is no such tag."""
   rows = table().get(model, {})
   if not rows:
-    raise ValueError(f"{model} has no weights that are known by name; load a file of them instead")
+    raise ValueError(f"{model} has no weights known by name; load a file of weights instead")
   if tag and tag not in rows:
     close = difflib.get_close_matches(tag, rows, n=1, cutoff=0.0)
     raise ValueError(f"{model} has no weights tagged {tag!r}, but {', '.join(rows)}; did you mean "
@@ -35,8 +35,8 @@ def row_of(model: str, tag: str = "") -> tuple[str, dict[str, Any]]:
   return tag, rows[tag]
 
 
-def tagged(variant: Variant, row: dict[str, Any]) -> Variant:
-  """A model's variant with the classes, size and images of these weights."""
+def with_tag(variant: Variant, row: dict[str, Any]) -> Variant:
+  """Returns a model's variant with the classes, image size and preprocessing of these weights."""
   size = row["image_size"]
   return variant._replace(
       sizes={**variant.sizes, "num_classes": row["num_classes"], "image_size": size},

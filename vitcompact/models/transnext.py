@@ -1,6 +1,6 @@
-"""TransNeXt: aggregated attention in three stages, attention over all in the last, ConvGLUs.
+"""TransNeXt: aggregated attention in three stages, attention over all tokens in the last, ConvGLUs.
 
-Shi, arXiv 2311.17132. Without a plan it is the published network: its FFNs are ConvGLUs.
+Shi, arXiv 2311.17132. The published network, with ConvGLUs as its FFNs, needs no plan.
 """
 import functools
 import math
@@ -21,8 +21,8 @@ from vitcompact.models.variant import Variant
 from vitcompact.torch_names import Entry
 from vitcompact.trees import Leaf
 
-# No maps and no softmax that methods could share, mask or filter: every head has parameters of its
-# own for its scores, and a token sees its neighbours' keys, each query others.
+# There are no maps and no softmax that methods could share, mask or filter: each head has its own
+# parameters for its scores, and each query has other keys, those of its neighbours.
 PROVIDES = WITHOUT_ATTENTION | {"attention"}
 
 RULES = [
@@ -40,15 +40,16 @@ RULES = [
 
 
 class TransNeXt(pyramid.Pyramid):
-  """Four stages of overlapping patches and blocks, each ended by a norm; mean of the last.
+  """Four stages of overlapping patches, blocks and a norm; then the mean of the last map.
 
   Images (B, H, W, in_chans), normalised float, of any size that fits, not only `image_size` ->
   logits (B, num_classes) in float32; num_classes=0 returns the mean of the tokens (B, width). A
-  folded model takes images of its `image_size` only, for which it holds the biases of positions.
-  sr_ratios: cells of a side that a pooled key averages; 1: attention over all tokens.
-  mlp_ratios: of an FFN of the same budget; the hidden layer has two thirds of it.
-  pretrain_size: of the images that positions were trained for; of others the distances are scaled.
-  Collection "features" holds the normed maps (B, h, w, C) that leave each stage, as stage_1 ..
+  folded model only takes images of its `image_size`, for which it stores the position biases.
+  sr_ratios: side of the window of cells that a pooled key averages; 1: attention over all tokens.
+  mlp_ratios: of an ungated FFN of the same cost; the hidden layer has two thirds of that width.
+  pretrain_size: size of the images with which positions were trained; for other sizes, distances
+    are scaled.
+  Sows "features": the normed output maps (B, h, w, C) of the stages, stage_1 ..
   """
   widths: tuple[int, ...] = (72, 144, 288, 576)
   depths: tuple[int, ...] = (2, 2, 15, 2)
@@ -59,7 +60,7 @@ class TransNeXt(pyramid.Pyramid):
 
   @nn.nowrap
   def check(self):
-    """Raises ValueError, one line, where the fields do not go together."""
+    """Raises a one-line ValueError if the fields contradict each other."""
     super().check()
     smallest = 2 * self._strides()[-1]
     for side in np.broadcast_to(self.pretrain_size, 2).tolist():
@@ -75,21 +76,21 @@ class TransNeXt(pyramid.Pyramid):
     heads = methods.heads
     if heads is not None and {protocol.scored_heads(heads, site),
                               protocol.value_heads(heads, site)} != {site.heads}:
-      raise ValueError(f"{where} has parameters of its own for each of its {site.heads} heads, "
-                       f"which {heads} would leave over; use heads=None")
+      raise ValueError(f"{where} has its own parameters for each of its {site.heads} heads, and "
+                       f"{heads} would remove heads; use heads=None")
     if "fc1" in factorised:
       raise ValueError(f"{where} has a gated FFN: only fc2 may be factorised, since gate and value "
                        "would share the rank of fc1; use factor='output'")
 
   @nn.nowrap
   def check_size(self, image_size, what: str):
-    """Raises ValueError unless every patch and every cell of every pooled key is filled."""
+    """Raises ValueError unless every patch and every window of a pooled key is filled."""
     strides = self._strides()
     unit = math.lcm(*(s * ratio for s, ratio in zip(strides, self.sr_ratios, strict=True)))
     for side in np.broadcast_to(image_size, 2).tolist():
       if side < unit or side % unit:
         raise ValueError(f"{what}: {side} is not a multiple of {unit} (stages of {strides} pixels "
-                         f"a token, keys pooled by {self.sr_ratios}); the nearest that is: "
+                         f"a token, keys pooled by {self.sr_ratios}); the nearest multiple: "
                          f"{max(1, round(side / unit)) * unit}")
 
   @nn.nowrap
@@ -98,24 +99,25 @@ class TransNeXt(pyramid.Pyramid):
 
   @nn.nowrap
   def grids(self, image_size) -> list[tuple[int, int]]:
-    """(height, width) of the map in each stage."""
+    """Returns (height, width) of the map in each stage."""
     height, width = np.broadcast_to(image_size, 2).tolist()
     return [(height // s, width // s) for s in self._strides()]
 
   @nn.nowrap
   def ffn_fields(self, stage: pyramid.Stage) -> dict[str, Any]:
-    """Fields of a Site that say what the FFN of a stage is, besides its width."""
+    """Returns the fields of a Site that describe the FFN of a stage, except its width."""
     mixer = functools.partial(GateConv, stage.grid, dtype=self.dtype)
     return {"hidden": int(2 * stage.hidden / 3), "act": layers.geglu, "mixer": mixer,
             "mixer_gain": 2}
 
   @nn.nowrap
   def sites(self, image_size=None) -> list[Site]:
-    """Its blocks at an image size, as methods see them: keys are a grid's, then the pooled ones."""
+    """Returns its blocks at an image size, as methods see them; keys are those of the grid, then
+    the pooled ones."""
     out = []
-    for stage, own in zip(self.stages(image_size), self.stages(), strict=True):
-      keys = [math.prod(at.grid) + (math.prod(pooled(at)) if at.reduction > 1 else 0)
-              for at in (stage, own)]
+    for stage, native_stage in zip(self.stages(image_size), self.stages(), strict=True):
+      keys = [math.prod(s.grid) + (math.prod(pooled_grid(s)) if s.reduction > 1 else 0)
+              for s in (stage, native_stage)]
       out += [Site(width=stage.width, ffn_width=stage.width, heads=stage.heads, tokens=keys[0],
                    tokens_left=keys[1], query_grid=stage.grid,
                    key_grid=stage.grid if stage.reduction == 1 else None, provides=PROVIDES,
@@ -124,13 +126,14 @@ class TransNeXt(pyramid.Pyramid):
 
   @nn.nowrap
   def submodules(self, image_size=None) -> dict[str, nn.Module]:
-    """{name: block}, the modules that a plan changes or that fold, not bound to a parent."""
+    """Returns {name: block}, the modules that a plan changes or that fold, not bound to a parent.
+    """
     kind = self.block_class(TransNeXtBlock)
     places = [(stage, reference.grid) for stage, reference in zip(
         self.stages(image_size), self.stages(self.pretrain_size), strict=True)
               for _ in stage.blocks]
     return {f"blocks_{site.block}": kind(
-        site, self.plan.at(site), reference, pooled(stage) if stage.reduction > 1 else None,
+        site, self.plan.at(site), reference, pooled_grid(stage) if stage.reduction > 1 else None,
         drop_path=rate, parent=None) for site, (stage, reference), rate in zip(
             self.sites(image_size), places, self.drop_path_rates(), strict=True)}
 
@@ -156,13 +159,13 @@ class TransNeXt(pyramid.Pyramid):
   def _check_deployed(self, images_bhwc):
     size = np.broadcast_to(self.image_size, 2).tolist()
     if self.deploy and list(images_bhwc.shape[1:3]) != size:
-      raise ValueError(f"images of shape {images_bhwc.shape}: this folded model holds the biases "
-                       f"of positions for {size[0]} x {size[1]} pixels; fold a model of that "
-                       "image_size=, or run the unfolded one")
+      raise ValueError(f"images of shape {images_bhwc.shape}: this folded model stores position "
+                       f"biases for {size[0]} x {size[1]} pixels; fold a model with the "
+                       "image_size= of these images, or run the unfolded one")
 
   @nn.nowrap
   def torch_entries(self) -> list[Entry]:
-    """Its tensors under the authors' names (timm does not have TransNeXt)."""
+    """Returns entries of its tensors under the authors' names (timm does not have TransNeXt)."""
     entries, blocks = [], self.submodules()
     for s, stage in enumerate(self.stages(), 1):
       entries += pyramid.conv_norm_entries(f"patch_embed{s}.proj", f"patch_embed{s}.norm",
@@ -174,14 +177,14 @@ class TransNeXt(pyramid.Pyramid):
     return entries + (torch_names.linear("head", "head") if self.num_classes else [])
 
 
-def pooled(stage: pyramid.Stage) -> tuple[int, int]:
-  """The grid of a stage's pooled keys."""
+def pooled_grid(stage: pyramid.Stage) -> tuple[int, int]:
+  """Returns the grid of a stage's pooled keys."""
   return tuple(side // stage.reduction for side in stage.grid)
 
 
 def _variant(rate: float, width: int, depths) -> Variant:
   widths = tuple(width * 2 ** s for s in range(4))
-  # At 384 pixels the authors' evaluation warps the whole image.
+  # At 384 pixels, the authors' evaluation warps the whole image.
   return Variant(TransNeXt, {"widths": widths, "depths": depths,
                              "heads": tuple(width // 24 for width in widths),
                              "drop_path_rate": rate}, crop=0.875, crop_384=1.0)

@@ -16,14 +16,14 @@ from vitcompact.plan import BlockMethods
 from vitcompact.torch_names import Entry
 from vitcompact.tracing import param
 
-POSITION_WIDTH = 512   # of the hidden layer of the network that makes position biases
+POSITION_WIDTH = 512   # hidden width of the network that computes position biases
 LOCAL_STD = 4e-4
 # softplus(x) is 1 / 0.24.
 TEMPERATURE = math.log(math.expm1(1 / 0.24))
 
 
 class Pool(nn.Module):
-  """Pooled tokens: (B, N, C) -> (B, P, C), norm(mean of cells(gelu(proj x)))."""
+  """Pools tokens, (B, N, C) -> (B, P, C): norm(mean of cells(gelu(proj x)))."""
   grid: tuple[int, int]
   keys: tuple[int, int]
   dtype: str = "float32"
@@ -41,12 +41,12 @@ class Pool(nn.Module):
 
 
 class Cosine(nn.Module):
-  """Makes the attention's operator: `Aggregation` over these keys, local as well where `local`.
+  """Makes the attention's operator: `Aggregation` over these keys, and if `local` over neighbours.
 
   Leaves: temperature (h, 1, 1), query_embedding (h, 1, d); position_1 and position_2, the network
-  that makes biases of distances; local_bias (h, 9), tokens (h, d, 9), token_bias (h, 1, 9).
-  Deployed, `positions` (rows, columns, h) is what the network gives for the grid: it knows no
-  image.
+  that maps distances to biases; local_bias (h, 9), tokens (h, d, 9), token_bias (h, 1, 9). When
+  deployed, `positions` (rows, columns, h) is the output of the network for the grid, which does not
+  depend on the image.
   """
   heads: int
   head_width: int
@@ -82,7 +82,7 @@ class Cosine(nn.Module):
 
   @nn.nowrap
   def fold(self, params):
-    """The deployed module's parameters."""
+    """Returns the parameters of the deployed module."""
     if self.deploy:
       return params
     table = distances(self.grid, self.keys, self.reference)
@@ -96,8 +96,9 @@ class Cosine(nn.Module):
 class TransNeXtBlock(nn.Module):
   """x + attn(norm1 x), then x + mlp(norm2 x), of tokens (B, N, C).
 
-  reference: the grid of this stage at the size that positions were trained for. pooled: the grid of
-  the pooled keys, beside which every token sees its neighbours; None: it attends to all tokens.
+  reference: the grid of this stage at the image size with which positions were trained. pooled: the
+  grid of the pooled keys, if tokens attend to these and to their neighbours; None: they attend to
+  all tokens.
   """
   site: Site
   methods: BlockMethods
@@ -121,7 +122,7 @@ class TransNeXtBlock(nn.Module):
     if self.pooled is not None:
       pooled = Pool(site.query_grid, self.pooled, site.dtype, name="pool")(x_bnc)
       keys_bmc = jnp.concatenate([x_bnc, pooled], axis=1)
-    query, key = attn.scored(x_bnc, keys_bmc)
+    query, key = attn.queries_and_keys(x_bnc, keys_bmc)
     core = attention.DENSE._replace(operator=self.cosine(name="cosine")())
     return attn.attend(query, key, attn.value(keys_bmc), core, x_bnc)
 
@@ -133,20 +134,20 @@ class TransNeXtBlock(nn.Module):
 
   @nn.nowrap
   def fold(self, params, stats):
-    """(params, stats) of the deployed block."""
+    """Returns (params, stats) of the deployed block."""
     params, stats = block.fold(self.site, self.methods, params, stats)
     return {**params, "cosine": self.cosine(parent=None).fold(params["cosine"])}, stats
 
   @nn.nowrap
   def torch_entries(self, torch: str, ours: str) -> list[Entry]:
-    """The tensors of the block under the authors' names."""
-    theirs, own = f"{torch}.attn", f"{ours}/attn"
+    """Returns entries of the tensors of the block under the authors' names."""
+    theirs, attn = f"{torch}.attn", f"{ours}/attn"
     leaves = {"temperature": "temperature", "query_embedding": "query_embedding"}
     if self.pooled is None:
-      entries = torch_names.heads(f"{theirs}.qkv", own, ("query", "key", "value"))
+      entries = torch_names.heads(f"{theirs}.qkv", attn, ("query", "key", "value"))
     else:
-      entries = torch_names.heads(f"{theirs}.q", own, ("query",))
-      entries += torch_names.heads(f"{theirs}.kv", own, ("key", "value"))
+      entries = torch_names.heads(f"{theirs}.q", attn, ("query",))
+      entries += torch_names.heads(f"{theirs}.kv", attn, ("key", "value"))
       entries += torch_names.conv(f"{theirs}.sr", f"{ours}/pool/proj")
       entries += torch_names.norm(f"{theirs}.norm", f"{ours}/pool/norm")
       leaves |= {"relative_pos_bias_local": "local_bias", "learnable_tokens": "tokens",
@@ -156,6 +157,6 @@ class TransNeXtBlock(nn.Module):
     for i in (1, 2):
       entries += torch_names.norm(f"{torch}.norm{i}", f"{ours}/norm{i}")
       entries += torch_names.linear(f"{theirs}.cpb_fc{i}", f"{ours}/cosine/position_{i}")
-    entries += torch_names.out(f"{theirs}.proj", f"{own}/out")
+    entries += torch_names.out(f"{theirs}.proj", f"{attn}/out")
     entries += torch_names.conv(f"{torch}.mlp.dwconv.dwconv", f"{ours}/mlp/mixer/conv")
     return entries + block.method_entries(self.site, self.methods, torch, ours)

@@ -1,4 +1,4 @@
-"""What a named model is: its class, its sizes, and how its images are prepared."""
+"""The definition of a named model: its class, its sizes, and how its images are preprocessed."""
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -9,10 +9,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Variant(NamedTuple):
   """A row of a table of models.
 
-  kind: the linen Module; sizes: its fields; mean, std: of RGB in [0, 1]; crop: share of the resized
-  image that the evaluation's central crop keeps, None: the whole image is warped; crop_384: from
-  384 pixels on, where it differs; crop_mode: timm's "center" or "squash". plan: methods that are
-  part of what the name stands for, as `Plan.from_dict` takes them.
+  kind: the Linen module; sizes: its fields; mean, std: of RGB in [0, 1]; crop: share of the resized
+  image that the central crop of evaluation keeps, None: the whole image, warped to a square;
+  crop_384: crop at 384 pixels and above, if it differs; crop_mode: timm's "center" or "squash";
+  plan: methods that are part of the named model, as `Plan.from_dict` takes them.
   """
   kind: type
   sizes: dict[str, Any]

@@ -1,4 +1,4 @@
-"""The plain vision transformer, and what DeiT, CLIP, SigLIP, DINOv2, DINOv3 and EVA-02 change.
+"""The plain vision transformer, with options for DeiT, CLIP, SigLIP, DINOv2, DINOv3 and EVA-02.
 
 arXiv 2010.11929 (ViT), 2012.12877 (DeiT), 2204.07118 (DeiT III), 2103.00020 (CLIP), 2303.15343
 (SigLIP), 2304.07193 (DINOv2), 2309.16588 (registers), 2508.10104 (DINOv3), 2303.11331 (EVA-02).
@@ -20,12 +20,12 @@ from vitcompact.trees import Leaf
 
 RULES = [
     (r"(cls_token|reg_token|pos_embed|attn_pool/latent)", Leaf((None, None, "embed"))),
-    # It decays, as in the authors' training; timm exempts it since.
+    # It has weight decay, as in the authors' training; timm now exempts it.
     (r"dist_token", Leaf((None, None, "embed"), decay=True)),
     (r"patch_embed/proj/kernel", Leaf((None, None, None, "embed"), decay=True)),
     (r"head(_dist)?/kernel", Leaf(("embed", "classes"), decay=True)),
 ]
-# What a field may be, where it is one of a few.
+# The allowed values of fields.
 CHOICES = {
     "global_pool": ("token", "avg", "map", ""),
     "pos_embed_of": ("all", "patches", "none"),
@@ -65,13 +65,13 @@ class VisionTransformer(Isotropic):
   model returns (class logits, distillation logits) in training, their mean in inference.
   num_classes=0 returns the pooled features (B, width).
 
-  class_token, distilled, reg_tokens: the prefix: a class token, a distillation token, and how many
-    registers, in this order.
-  pos_embed_of: which tokens have a learned position: "all", "patches", "none".
-  rotary: temperature of rotary positions, which turn queries and keys of patches (see `rotary`), or
-    None. rotary_grid: patches on a side of the grid that they were trained on, for EVA-02's form of
-    them; None: DINOv3's.
-  pre_norm: a norm before the blocks, and no bias in the patch embedding (CLIP).
+  class_token, distilled, reg_tokens: the prefix tokens: whether there is a class token and a
+    distillation token, and the number of registers, in this order.
+  pos_embed_of: which tokens have a learned position embedding: "all", "patches", "none".
+  rotary: temperature of rotary positions, which rotate queries and keys of patches (see `rotary`),
+    or None. rotary_grid: None for DINOv3's form; for EVA-02's, the side in patches of the grid on
+    which they were trained.
+  pre_norm: whether there is a norm before the blocks, and no bias in the patch embedding (CLIP).
   layer_scale: initial factor of each residual branch's channels, or None for no such factors.
   act: of the FFN: "gelu", "gelu_tanh", "quick_gelu" or "swiglu", whose fc1 is twice as wide.
   qkv_bias: of queries, keys and values; key_bias=False: of queries and values alone (EVA-02).
@@ -79,14 +79,14 @@ class VisionTransformer(Isotropic):
   ffn_norm: the hidden layer of FFNs is normalised before fc2 (EVA-02, base and large).
   epsilon: of every LayerNorm.
   global_pool: "token" (class token), "avg" (mean of the patch tokens), "map" (`AttentionPool`), ""
-    (no pooling: every token). norm_pooled: whether the last norm comes after pooling; None: for
-    "avg" alone, as in timm, which calls it fc_norm.
-  position_std: of positions before training. DeiT's 0.02 is far below what patches bring: a narrow
-    model that has to relate distant places may not learn to for thousands of steps, and does with
-    0.5 in hundreds. antialias: learned positions are resized for other images as timm does; DeiT's
-    authors do not antialias.
-  ragged: images whose sides are no multiple of the patch size are taken, and lose their last rows
-    and columns, as in timm; else they are refused.
+    (no pooling: every token). norm_pooled: whether the last norm comes after pooling; None: only
+    for "avg", as in timm, which calls that norm fc_norm.
+  position_std: standard deviation of the initial position embeddings. DeiT's 0.02 is small next to
+    the patch embeddings: a narrow model that has to relate distant places may not learn to for
+    thousands of steps; with 0.5 it does in hundreds. antialias: whether to antialias when position
+    embeddings are resized, as timm does and DeiT's authors do not.
+  ragged: accepts images whose sides are not multiples of the patch size, and drops the last rows
+    and columns, as timm does; else such images are refused.
   """
   class_token: bool = True
   distilled: bool = False
@@ -112,7 +112,7 @@ class VisionTransformer(Isotropic):
 
   @property
   def teaches(self) -> frozenset[str]:
-    """Features that are normalised after pooling leave no patch with any to compare."""
+    """If the last norm comes after pooling, there are no normalised patch features to compare."""
     return frozenset() if self.norm_after_pooling else frozenset({"patch features"})
 
   @property
@@ -121,7 +121,7 @@ class VisionTransformer(Isotropic):
 
   @property
   def class_tokens(self) -> list[str]:
-    """Names of the tokens that the classifiers read."""
+    """Names of the tokens that classifiers read."""
     return ["cls_token"] * self.class_token + ["dist_token"] * self.distilled
 
   @property
@@ -130,7 +130,7 @@ class VisionTransformer(Isotropic):
 
   @nn.nowrap
   def check(self):
-    """Raises ValueError, one line, where the fields do not go together."""
+    """Raises a one-line ValueError if the fields contradict each other."""
     for field, choices in CHOICES.items():
       if getattr(self, field) not in choices:
         raise ValueError(f"{field}={getattr(self, field)!r}: must be one of "
@@ -143,23 +143,24 @@ class VisionTransformer(Isotropic):
       if value is not None and not value > 0:
         raise ValueError(f"{field}={value}: must be above 0")
     if self.distilled and not self.class_token:
-      raise ValueError("distilled=True: a distillation token stands beside a class token; give "
+      raise ValueError("distilled=True: a distillation token needs a class token; give "
                        "class_token=True")
     if self.distilled and self.global_pool == "map":
       raise ValueError("global_pool='map' gives one vector, and distilled=True has two classifiers")
     if self.global_pool == "token" and not self.class_token:
       raise ValueError("global_pool='token' needs class_token=True; 'avg' and 'map' do not")
     if self.rotary is None and self.rotary_grid is not None:
-      raise ValueError(f"rotary_grid={self.rotary_grid} is of rotary positions, and rotary=None "
-                       "has none; give rotary=10000.0, as EVA-02 has it, or leave it out")
+      raise ValueError(f"rotary_grid={self.rotary_grid} needs rotary positions, and rotary=None "
+                       "has none; give rotary=10000.0, as in EVA-02, or leave it out")
     if self.rotary is not None and self.width // self.heads % 4:
-      raise ValueError(f"rotary={self.rotary} turns a quarter of each head's width by rows and by "
-                       f"columns: width / heads = {self.width // self.heads} must divide by 4")
+      raise ValueError(f"rotary={self.rotary} rotates a quarter of each head's width by rows and a "
+                       f"quarter by columns: width / heads = {self.width // self.heads} must be a "
+                       "multiple of 4")
     super().check()
 
   @nn.nowrap
   def sites(self) -> list[Site]:
-    """Its blocks, as methods see them."""
+    """Returns its blocks, as methods see them."""
     without = frozenset() if self.class_token else frozenset({"class token"})
     return [site._replace(provides=site.provides - without, qkv_bias=self.qkv_bias,
                           key_bias=self.key_bias, act=layers.ACTIVATIONS[self.act],
@@ -170,12 +171,14 @@ class VisionTransformer(Isotropic):
 
   @nn.nowrap
   def submodules(self) -> dict[str, nn.Module]:
-    """{name: block}, the modules that a plan changes or that fold, not bound to a parent."""
+    """Returns {name: block}, the modules that a plan changes or that fold, not bound to a parent.
+    """
     return self.blocks(epsilon=self.epsilon)
 
   @nn.nowrap
   def torch_entries(self) -> list[Entry]:
-    """timm's state dict, one Entry a tensor; a folded compact model's, with names of our own."""
+    """Returns one Entry for each tensor of timm's state dict; tensors of a folded compact model
+    that timm does not have get names of our own."""
     tokens = [*self.class_tokens, *["reg_token"] * bool(self.reg_tokens)]
     entries = [Entry(name, (f"params/{name}",)) for name in tokens]
     if self.pos_embed_of != "none":
@@ -185,8 +188,8 @@ class VisionTransformer(Isotropic):
     entries += torch_names.patches("patch_embed.proj", "patch_embed/proj",
                                    use_bias=not self.pre_norm)
     entries += torch_names.norm("norm_pre", "norm_pre") if self.pre_norm else []
-    # With rotary positions a model is an Eva in timm, which has names of its own; of EVA-02, where
-    # nothing is normalised inside the FFN, gate and value are one tensor.
+    # timm implements rotary positions in its Eva model, with other names; EVA-02 models without a
+    # norm inside the FFN have gate and value in one tensor.
     names, eva02 = {}, self.rotary_grid is not None
     if self.rotary is not None:
       apart = self.act == "swiglu" and (self.ffn_norm or not eva02)
@@ -229,7 +232,7 @@ class VisionTransformer(Isotropic):
 
     if self.pre_norm:
       self.norm_pre = norm()
-    # A norm after pooling has a name of its own in timm.
+    # timm has another name for a norm after pooling.
     if self.norm_after_pooling:
       self.fc_norm = norm()
     else:
@@ -258,11 +261,11 @@ class VisionTransformer(Isotropic):
     for i in range(self.depth):
       tokens = getattr(self, f"blocks_{i}")(tokens, train)
       token_state.record(self, i, tokens, self.prefix)
-    return self._head(self._pooled(tokens), train)
+    return self._head(self._pool(tokens), train)
 
-  def _pooled(self, tokens: Tokens):
-    """What the classifiers read: (B, class tokens, width), or (B, 1, width) of a mean or a map;
-    (B, N, width) without pooling."""
+  def _pool(self, tokens: Tokens):
+    """Returns the input of the classifiers: (B, class tokens, width); (B, width) for "avg" and
+    "map"; (B, N, width) without pooling."""
     if not self.norm_after_pooling:
       tokens = tokens.replace(x=self.norm(tokens.x))
       token_state.record_last(self, tokens.x, tokens, self.prefix)

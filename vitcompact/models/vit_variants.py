@@ -1,4 +1,4 @@
-"""The named isotropic models on plain patches, as timm names and sizes them."""
+"""The named isotropic models with plain patch embeddings, with timm's names and sizes."""
 from vitcompact.models.variant import Variant
 from vitcompact.models.vit import VisionTransformer
 
@@ -13,7 +13,7 @@ _SIZES = {   # width, depth, heads
 
 def _vit(size: str, patch_size: int = 16, image_size: int = 224, *, crop: float = 0.9, mean=None,
          std=None, crop_mode: str = "center", **fields) -> Variant:
-  """A row of the table; fields: those of `VisionTransformer` that differ from its defaults."""
+  """Makes a variant; fields: of `VisionTransformer`, where they differ from its defaults."""
   width, depth, heads = _SIZES[size]
   sizes = {"width": width, "depth": depth, "heads": heads, "patch_size": patch_size,
            "image_size": image_size, **fields}
@@ -30,7 +30,7 @@ def _clip(size: str, patch_size: int, image_size: int = 224, **options) -> Varia
 
 def _siglip(size: str, patch_size: int, image_size: int, **options) -> Variant:
   ratio = {"mlp_ratio": 3.7362} if size == "so400m" else {}
-  # Of the widest, timm runs those with patches of 16 pixels with GELU's approximation.
+  # For the widest models with patches of 16 pixels, timm uses GELU's tanh approximation.
   act = {"act": "gelu_tanh"} if (size, patch_size) == ("so400m", 16) else {}
   ragged = {"ragged": True} if image_size % patch_size else {}
   return _vit(size, patch_size, image_size, num_classes=0, **ragged,
@@ -76,7 +76,7 @@ _VIT = {f"vit_{size}_patch{patch}_{pixels}":
             ("small", 32, 224), ("small", 32, 384), ("base", 16, 224), ("base", 16, 384),
             ("base", 32, 224), ("base", 32, 384), ("base", 8, 224), ("large", 16, 224),
             ("large", 16, 384), ("large", 32, 384), ("large", 14, 224))}
-# What these were trained as has no classifier.
+# These were trained without a classifier.
 _FEATURES = {
     "vit_small_patch8_224": _vit("small", 8, num_classes=0),
     "vit_large_patch32_224": _vit("large", 32, num_classes=0, **HALF),
@@ -88,7 +88,7 @@ _CLIP = {
     "vit_large_patch14_clip_336": _clip("large", 14, 336, crop=1.0, crop_mode="squash", **HALF),
     "vit_huge_patch14_clip_224": _clip("huge", 14, crop=1.0),
     "vit_huge_patch14_clip_336": _clip("huge", 14, 336, crop=1.0, crop_mode="squash"),
-    # OpenAI's activation; the head is CLIP's projection into the space of images and texts.
+    # OpenAI's activation; the head is CLIP's projection into the joint space of images and texts.
     "vit_base_patch32_clip_quickgelu_224": _clip("base", 32, act="quick_gelu", num_classes=512),
     "vit_base_patch16_clip_quickgelu_224": _clip("base", 16, act="quick_gelu", num_classes=512,
                                                  crop=1.0),

@@ -325,20 +325,20 @@ def pyramid(**fields):
     (lambda: vc.BiFormer(keep=True), "must be a share"),
     (lambda: vc.BiFormer(top_k=0), "top_k=0): must be a whole number of at least 1"),
     (lambda: vc.BiFormer(regions=7.0), "regions=7.0): must be a whole number"),
-    (lambda: vc.BiFormer(keep=0.5, top_k=4), "both say how many regions are kept; give one"),
+    (lambda: vc.BiFormer(keep=0.5, top_k=4), "both set the number of kept regions; give one"),
     (lambda: vc.BiFormer(lce=1), "lce=1): must be True or False"),
     (lambda: vc.BiFormer(min_tokens=-1), "min_tokens=-1): must be"),
     (lambda: tiny.deit(vc.Plan(attention=ROUTED(top_k=5))),
      "BiFormer(top_k=5): block 0 has only 4 regions of keys"),
-    (lambda: pyramid(lce=True), "in block 0 values lie on a grid of (2, 2), queries on one of "
+    (lambda: pyramid(lce=True), "in block 0 the grid of values is (2, 2), that of queries "
      "(16, 16); use lce=False there"),
     (lambda: vc.create_model("nextvit_small", image_size=64,
                              plan=vc.Plan(attention=ROUTED())),
-     "the keys of block 6 are runs of tokens and have no grid to cut into regions; use blocks="),
+     "the keys of block 6 have no grid to cut into regions; use blocks="),
     (lambda: tiny.deit(vc.Plan(attention=ROUTED(), tokens=vc.ToMe(r=3))),
      "needs the whole grid of tokens, which from block 0 on ToMe(r=3) takes away; its regions"),
     (lambda: tiny.deit(vc.Plan(attention=ROUTED(), heads=vc.HMHSA())),
-     "needs keys in one line of tokens, which BiFormer(regions=2, min_tokens=0) takes away; use "
+     "needs keys in one sequence, which BiFormer(regions=2, min_tokens=0) takes away; use "
      "layout='grid' there"),
 ])
 def test_what_does_not_fit_is_refused_in_one_line(make, words):

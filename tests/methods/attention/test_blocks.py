@@ -11,7 +11,7 @@ from tests import tiny
 from vitcompact import trees
 from vitcompact.attention import Core
 from vitcompact.attention.block_sparse.layout import BlockLayout
-from vitcompact.attention.block_sparse.windows import on_line
+from vitcompact.attention.block_sparse.windows import on_sequence
 from vitcompact.block import Attention
 from vitcompact.methods.attention.block_predictor import BlockMaskPredictor
 from vitcompact.methods.attention.sparsifiner import attention_reconstruction
@@ -116,7 +116,7 @@ def test_survivors_are_cut_into_blocks_in_the_order_of_the_first_windows():
   layout = module.apply({"params": weights}, Core(), x, x, jnp.asarray(source)[None]).layout
   windows = [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
   assert [keep_mask[i] for i in layout.order[0]] == [i for i in windows if i in keep_mask]
-  assert layout.queries == layout.keys == on_line(13, 4) and layout.chosen.shape[-1] == 2
+  assert layout.queries == layout.keys == on_sequence(13, 4) and layout.chosen.shape[-1] == 2
 
 
 def test_executed_products_are_those_of_the_chosen_blocks():

@@ -64,7 +64,7 @@ def test_alike_keys_become_one_that_counts_as_often(keep, prefix, fused, sized):
   got = core(query, key, value)
   for image in range(2):
     groups = groups_of(spec, key[image], prefix, int(fused))
-    assert len(groups) == core.size.shape[1] == 14 - spec.merged_of(14 - prefix - fused)
+    assert len(groups) == core.size.shape[1] == 14 - spec.merged_count(14 - prefix - fused)
     assert all([i] in groups for i in [*range(prefix), *[13] * fused])
     weights = np.ones(14) if size is None else np.asarray(size[image])
     wanted = by_loops(groups, weights, query[image], key[image], value[image])

@@ -122,8 +122,8 @@ def test_fitted_factors_lose_less_on_the_data_and_plain_ones_less_in_the_weights
 
 
 def test_layers_of_equal_blocks_share_a_program(monkeypatch):
-  traced, make = [], CompactDense._branched
-  monkeypatch.setattr(CompactDense, "_branched",
+  traced, make = [], CompactDense._to_branches
+  monkeypatch.setattr(CompactDense, "_to_branches",
                       lambda self, *given: traced.append(self) or make(self, *given))
   kernel = jax.random.normal(jax.random.key(0), (M, D))
   x = jax.random.normal(jax.random.key(2), (256, M))

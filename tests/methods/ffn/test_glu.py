@@ -301,8 +301,8 @@ def eva(plan):
     (lambda: eva(vc.Plan(ffn=vc.GLU())), "GLU in block 0: the FFN is gated already; use ffn=None"),
     (lambda: tiny.deit(vc.Plan(ffn=vc.GLU(ffn=vc.GLU()))), "the FFN is gated already"),
     (lambda: pyramids.pvt("pvt_v2_b2", vc.Plan(ffn=vc.GLU())),
-     "GLU in block 0: this FFN has a convolution, by which the model knows positions, and a GLU "
-     "has none; use ConvGLU()"),
+     "GLU in block 0: this FFN has a convolution, from which the model learns positions, and "
+     "a GLU has none; use ConvGLU()"),
     (lambda: tiny.deit(vc.Plan(ffn=vc.ConvGLU(), tokens=vc.EViT(0.5, blocks=(0,)))),
      "ConvGLU() in block 0 needs the whole grid of tokens, which from block 0 on "
      "EViT(keep=0.5, blocks=(0,)) takes away; use GLU() there"),

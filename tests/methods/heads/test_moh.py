@@ -61,7 +61,7 @@ def test_weights_sum_to_the_active_heads_where_as_many_are_shared_as_routed():
 
 
 def test_equal_scores_choose_the_first_heads():
-  np.testing.assert_array_equal(moh.chosen(jnp.array([[[1.0, 2.0, 2.0, 1.0, 2.0]]]), 2)[0, 0],
+  np.testing.assert_array_equal(moh.top_k_choice(jnp.array([[[1.0, 2.0, 2.0, 1.0, 2.0]]]), 2)[0, 0],
                                 [0, 1, 1, 0, 0])
 
 
@@ -271,9 +271,9 @@ def test_settings_that_cannot_be_are_refused(fields, message):
 
 
 @pytest.mark.parametrize("spec,message", [
-    (vc.MoH(active=5), "of the 4 heads of block 0 5 would be active"),
+    (vc.MoH(active=5), "of the 4 heads of block 0, 5 would be active"),
     (vc.MoH(active=2, shared=3), "2 would be active and 3 shared"),
-    (vc.MoH(heads=vc.HeadPruning(kept_heads=2)), "put the mixture inside instead")])
+    (vc.MoH(heads=vc.HeadPruning(kept_heads=2)), "put the mixture inside the")])
 def test_plans_that_do_not_fit_a_block_are_refused(spec, message):
   with pytest.raises(ValueError, match=message):
     tiny.deit(vc.Plan(heads=spec))

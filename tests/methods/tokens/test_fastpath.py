@@ -500,11 +500,11 @@ def test_the_picture_tells_which_patches_take_the_ffn():
 @pytest.mark.parametrize("make,words", [
     (lambda: vc.FastPath(keep=0), "(0, 1]"), (lambda: vc.FastPath(keep=(0.5, 1.2, 0.3)), "(0, 1]"),
     (lambda: vc.FastPath(keep=(0.5, 0.4)), "one share for each of the 3 blocks"),
-    (lambda: vc.FastPath(keep=0.4), "to 0; give a larger one"),
+    (lambda: vc.FastPath(keep=0.4), "to 0; give a larger share"),
     (lambda: vc.FastPath(blocks=(2, 2)), "different block numbers"),
     (lambda: pvt("pvt_small", vc.Plan(tokens=vc.FastPath())), "names block 8"),
     (lambda: vc.create_model("nextvit_small", plan=vc.Plan(tokens=vc.FastPath())),
-     "block 8 needs an FFN that some tokens may pass by, which nextvit_small does not have"),
+     "block 8 needs an FFN that some tokens may bypass, which nextvit_small does not have"),
     (lambda: drawing.load("no file", '{"tokens": {"method": "fastpath"}}'), "no file"),
     (lambda: vc.Plan.from_json('{"tokens": {"method": "fastpaths"}}'), "did you mean 'fastpath'")])
 def test_what_cannot_be_is_refused_in_one_line(make, words):

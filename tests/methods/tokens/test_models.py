@@ -192,7 +192,7 @@ def test_plans_with_reducers_go_to_json_and_back(tokens):
     (lambda: vc.DynamicViT(blocks=(3, 3)), "different block numbers"),
     (lambda: vc.EViT(blocks=3), "such as (3, 6, 9)"), (lambda: vc.EViT(fuse="no"), "True or False"),
     (lambda: vc.ToMe(r=-1), "0 or more"), (lambda: vc.ToMe(order="id"), "one of"),
-    (lambda: vc.ToMe(prop_attn=1), "True or False"), (lambda: vc.MCTF(r=1.5), "share of them"),
+    (lambda: vc.ToMe(prop_attn=1), "True or False"), (lambda: vc.MCTF(r=1.5), "or a share below"),
     (lambda: vc.MCTF(r=-2), "whole number"), (lambda: vc.MCTF(tau_info=0), "above 0"),
     (lambda: vc.MCTF(pooling="sum"), "size_mean"), (lambda: vc.MCTF(blocks=("3",)), "(3, 6, 9)"),
     (lambda: vc.MCTF(one_step_ahead=3), "(0, 1, 2)"),

@@ -142,8 +142,8 @@ def test_what_keys_receive_is_summed_in_tiles(monkeypatch):
   query, key = heads(1, COUNT)
   size = jnp.arange(1.0, COUNT + 1)[None].repeat(BATCH, 0)
   wanted = Core(size=size).maps(query, key).mean(axis=(1, 2))
-  np.testing.assert_allclose(mctf.received(query, key, size), wanted, atol=1e-6)
-  shapes = [v.aval.shape for eqn in jax.make_jaxpr(mctf.received)(query, key).jaxpr.eqns
+  np.testing.assert_allclose(mctf.received_attention(query, key, size), wanted, atol=1e-6)
+  shapes = [v.aval.shape for eqn in jax.make_jaxpr(mctf.received_attention)(query, key).jaxpr.eqns
             for v in eqn.outvars]
   assert (BATCH, 3, COUNT, COUNT) not in shapes
 
@@ -228,7 +228,7 @@ def test_what_is_merged_is_decided_without_a_scatter():
   rank = jnp.broadcast_to(jnp.arange(COUNT), (BATCH, COUNT))
 
   def merge(weight):
-    return merging.merging(mctf.pairings(weight, 6, bidirectional=True)[0], rank)
+    return merging.merge_of(mctf.pairings(weight, 6, bidirectional=True)[0], rank)
 
   traced = jax.make_jaxpr(merge)(drawn(1, BATCH, COUNT // 2, COUNT // 2))
   assert " = scatter" not in str(traced)

@@ -1,9 +1,9 @@
-"""Block-sparse attention, head by head: cut into blocks, attended, put together again.
+"""Block-sparse attention, head by head: cuts tokens into blocks, attends, and joins the blocks.
 
-On a CPU one head follows another, in steps of some blocks of queries, whose scores stay in the
-cache (an allocation above 32 MB, moreover, is zeroed by the system at every call). Elsewhere all
-heads are computed together, a block of queries each. Tokens outside the blocks are keys beside the
-chosen blocks; as queries they see all tokens.
+On a CPU, one head is computed after another, in steps of a few blocks of queries, whose scores stay
+in the cache (also, the system would zero an allocation above 32 MB at every call). Elsewhere all
+heads are computed together, in steps of one block of queries. Tokens outside the blocks are keys in
+addition to the chosen blocks; as queries, they attend to all tokens.
 """
 import functools
 
@@ -16,7 +16,7 @@ from vitcompact.attention.reference import SCOPE
 
 
 def attend(layout, loops: bool, query_bnfd, key_bmfd, value_bmfe, bias_bm):
-  """As `layout.BlockLayout.attend`; loops: whether one head follows another."""
+  """Computes `layout.BlockLayout.attend`; loops: whether to compute one head after another."""
   chosen = layout.chosen.reshape(-1, *layout.chosen.shape[2:]) if loops else layout.chosen
   return _attend(layout._replace(chosen=None, order=None), loops,
                  (query_bnfd, key_bmfd, value_bmfe), (bias_bm, layout.order), chosen)
@@ -29,12 +29,12 @@ def _attend(layout, loops, tokens, of_image, chosen):
 
 def _forward(layout, loops, tokens, of_image, chosen):
   def head(tokens, of_image, chosen_qs):
-    one, seen, queries, *keys = _cut(layout, tokens, of_image)
+    image_layout, all_keys, queries, *keys = _cut(layout, tokens, of_image)
     with jax.named_scope(SCOPE):
-      outer = online_softmax.attend(queries[1], *seen)
+      outer = online_softmax.attend(queries[1], *all_keys)
     inner = _attend_blocks(loops, queries[0], keys, chosen_qs)
     out, log_sum = zip(inner, (outer.attention(), outer.log_sum()), strict=True)
-    return [_joined(one, one.queries, *out)], log_sum
+    return [_join(image_layout, image_layout.queries, *out)], log_sum
 
   query_bnfd, _, value_bmfe = tokens
   like = jax.ShapeDtypeStruct((*query_bnfd.shape[:3], value_bmfe.shape[3]), value_bmfe.dtype)
@@ -47,16 +47,18 @@ def _backward(layout, loops, residuals, d_out_bnfe):
 
   def head(tokens, of_image, of_head):
     (*tokens, out_n, d_out_n), (chosen_qs, log_sum) = tokens, of_head
-    one, seen, queries, *keys = _cut(layout, tokens, of_image)
+    image_layout, all_keys, queries, *keys = _cut(layout, tokens, of_image)
+    query_windows, key_windows = image_layout.queries, image_layout.keys
     out_n, d_out_n = out_n.astype(jnp.float32), d_out_n.astype(jnp.float32)
     shift_n1 = jnp.sum(out_n * d_out_n, axis=-1, keepdims=True)
-    rows, outer_rows = zip(queries, log_sum, *(_split(one, one.queries, x)
+    rows, outer_rows = zip(queries, log_sum, *(_split(image_layout, query_windows, x)
                                                for x in (shift_n1, d_out_n)), strict=True)
-    d_query_outer, *d_seen, _ = online_softmax.gradients(*seen, *outer_rows)
+    d_query_outer, *d_all_keys, _ = online_softmax.gradients(*all_keys, *outer_rows)
     d_query, *d_keys = _blocks_backward(keys, chosen_qs, rows)
-    d_query_n = _joined(one, one.queries, d_query, d_query_outer) * tokens[0].shape[-1] ** -0.5
-    return [d_query_n, *(_joined(one, one.keys, *x) + d
-                         for x, d in zip(d_keys, d_seen, strict=True))], None
+    d_query_n = _join(image_layout, query_windows, d_query, d_query_outer)
+    return [d_query_n * tokens[0].shape[-1] ** -0.5,
+            *(_join(image_layout, key_windows, *x) + d
+              for x, d in zip(d_keys, d_all_keys, strict=True))], None
 
   gradients, _ = _each_head(head, loops, (*tokens, out_bnfe, d_out_bnfe), of_image,
                             (chosen, log_sum), tokens)
@@ -67,16 +69,16 @@ _attend.defvjp(_forward, _backward)
 
 
 def _each_head(head, loops, tokens_bnfd, of_image_b, of_head_bf, like_bnfd):
-  """`head` of arrays (N, d), those of its image and its own, for those of all heads. It gives
-  arrays (N, d), put together as those of `like`, and others. of_head: (B, f, ...), and (B f, ...)
-  where heads follow one another."""
+  """Applies `head` to every head: to its arrays (N, d), those of its image, and its own others. The
+  arrays (N, d) that it returns are stacked in the shapes of `like`. of_head: (B, f, ...), or
+  (B f, ...) if loops."""
   if not loops:
     of_heads = jax.vmap(head, (1, None, 0), (1, 0))
     arrays, others = jax.vmap(of_heads)(tokens_bnfd, of_image_b, of_head_bf)
     return [x.astype(like.dtype) for x, like in zip(arrays, like_bnfd, strict=True)], others
   batch, _, heads, _ = tokens_bnfd[0].shape
 
-  def step(together, index):
+  def step(results, index):
     start = (index // heads, 0, index % heads, 0)
     tokens = [jax.lax.dynamic_slice(x, start, (1, x.shape[1], 1, x.shape[3]))[0, :, 0]
               for x in tokens_bnfd]
@@ -84,15 +86,15 @@ def _each_head(head, loops, tokens_bnfd, of_image_b, of_head_bf, like_bnfd):
         tokens, jax.tree.map(lambda x: x[index // heads], of_image_b),
         jax.tree.map(lambda x: x[index], of_head_bf))
     return [jax.lax.dynamic_update_slice(x, new.astype(x.dtype)[None, :, None], start)
-            for x, new in zip(together, arrays_nd, strict=True)], others
+            for x, new in zip(results, arrays_nd, strict=True)], others
 
   empty = [jnp.zeros(x.shape, x.dtype) for x in like_bnfd]
   return jax.lax.scan(step, empty, jnp.arange(batch * heads))
 
 
 def _cut(layout, tokens, of_image):
-  """One head's layout; its keys, values and bias as they are; then in blocks and outside of them,
-  pairs (k, c, ...), (o, ...): scaled queries, keys, values, bias or (None, None)."""
+  """Returns the layout of one image; all keys, values and biases of one head; then pairs of those
+  in blocks (k, c, ...) and outside (o, ...): scaled queries, keys, values, bias or (None, None)."""
   (query, key, value), (bias, order) = tokens, of_image
   if order is not None:
     layout = layout._replace(order=order[None])
@@ -107,18 +109,19 @@ def _cut(layout, tokens, of_image):
 
 
 def _split(layout, windows, x_nd):
-  """What is in blocks (k, c, d), and outside of them (o, d)."""
+  """Splits tokens into those in blocks (k, c, d) and those outside (o, d)."""
   blocks_11kcd, outer_1o1d = layout.split(windows, x_nd[None, :, None])
   return blocks_11kcd[0, 0], outer_1o1d[0, :, 0]
 
 
-def _joined(layout, windows, blocks_kcd, outer_od):
+def _join(layout, windows, blocks_kcd, outer_od):
   """Inverse of `_split`: (N, d)."""
   return layout.join(windows, blocks_kcd[None, None], outer_od[None, :, None])[0, :, 0]
 
 
 def _attend_blocks(loops, query_qad, keys, chosen_qs):
-  """Attention of queries in blocks (q, a, e), and its `log_sum` (q, a, 1); keys: see `_cut`."""
+  """Returns the attention of queries in blocks (q, a, e), and its `log_sum` (q, a, 1); keys: see
+  `_cut`."""
   inner, outer = zip(*keys, strict=True)
   blocks, area, _ = query_qad.shape
   most = tuning.BLOCK_ENTRIES // (area * chosen_qs.shape[1] * inner[0].shape[1]) if loops else 1
@@ -126,7 +129,7 @@ def _attend_blocks(loops, query_qad, keys, chosen_qs):
 
   def step(arrays):
     query_gad, chosen_gs = arrays
-    state = _attend_group(query_gad, _chosen(inner, chosen_gs), outer)
+    state = _attend_group(query_gad, _gather_blocks(inner, chosen_gs), outer)
     return state.attention(), state.log_sum()
 
   groups = [x.reshape(-1, group, *x.shape[1:]) for x in (query_qad, chosen_qs)]
@@ -135,19 +138,19 @@ def _attend_blocks(loops, query_qad, keys, chosen_qs):
 
 
 def _attend_group(query_gad, chosen, outer) -> State:
-  """The state of blocks of queries over keys (g, m, d), values (g, m, e) and bias (g, m) or None
-  that were chosen, and over those outside the blocks, the same without g."""
+  """Returns the state of blocks of queries over chosen keys (g, m, d), values (g, m, e) and bias
+  (g, m) or None, and over those outside the blocks, which have no axis g."""
   def product(axes, x, y):
     with jax.named_scope(SCOPE):
       return jnp.einsum(axes, x, y, preferred_element_type=jnp.float32)
 
-  def scored(axes, key, _, bias):
+  def scores_of(axes, key, _, bias):
     scores = product(f"gad,{axes}d->ga{axes[-1]}", query_gad, key)
     return scores if bias is None else scores + bias.reshape(-1, 1, bias.shape[-1])
 
   sides = [("gm", *chosen), ("o", *outer)] if len(outer[0]) else [("gm", *chosen)]
-  scores = [scored(*side) for side in sides]
-  # One top for both: neither state has to be scaled.
+  scores = [scores_of(*side) for side in sides]
+  # With one top for both, neither state has to be rescaled.
   top = jnp.stack([row_max(x) for x in scores]).max(axis=0)
   states = [tile(x, lambda exps, axes=axes, value=value: product(
       f"ga{axes[-1]},{axes}e->gae", exps.astype(value.dtype), value), top)
@@ -155,28 +158,29 @@ def _attend_group(query_gad, chosen, outer) -> State:
   return State(top, sum(x.total for x in states), sum(x.out for x in states))
 
 
-def _chosen(blocks, chosen_gs):
-  """Of arrays of blocks (k, c, ...) the chosen ones, one after another: (g, s c, ...)."""
+def _gather_blocks(blocks, chosen_gs):
+  """Gathers the chosen blocks of arrays (k, c, ...) and concatenates them: (g, s c, ...)."""
   groups, chosen = chosen_gs.shape
   return jax.tree.map(lambda x: x[chosen_gs].reshape(groups, chosen * x.shape[1], *x.shape[2:]),
                       blocks)
 
 
 def _blocks_backward(keys, chosen_qs, rows):
-  """Gradients of queries in blocks, and pairs of those of keys and values, summed block by block.
+  """Returns gradients of queries in blocks, and pairs of gradients of keys and values in blocks and
+  outside, summed block by block.
 
-  Not by a scan's own transpose, which would add a whole array of keys for every block of queries.
-  rows: of queries in blocks, the last arguments of `online_softmax.gradients`.
+  The transpose of a scan would add a whole array of keys for every block of queries. rows: for
+  queries in blocks, the last arguments of `online_softmax.gradients`.
   """
   inner, outer = zip(*keys, strict=True)
 
   def step(sums, arrays):
     chosen_s, *rows = arrays
-    seen = jax.tree.map(lambda x: x[0], _chosen(inner, chosen_s[None]))
-    d_query, *d_seen, _ = online_softmax.gradients(*seen, *rows)
+    chosen = jax.tree.map(lambda x: x[0], _gather_blocks(inner, chosen_s[None]))
+    d_query, *d_chosen, _ = online_softmax.gradients(*chosen, *rows)
     d_query_outer, *d_outer, _ = online_softmax.gradients(*outer, *rows)
     return [(total.at[chosen_s].add(d.reshape(-1, *total.shape[1:]), unique_indices=True), end + e)
-            for (total, end), d, e in zip(sums, d_seen, d_outer, strict=True)
+            for (total, end), d, e in zip(sums, d_chosen, d_outer, strict=True)
             ], d_query + d_query_outer
 
   zeros = [tuple(jnp.zeros(x.shape, jnp.float32) for x in pair) for pair in keys[:2]]

@@ -1,7 +1,5 @@
-"""Block-sparse attention without a loop: a gather, and two products around a softmax.
-
-All blocks of queries at once, as a graph for other runtimes should have it.
-"""
+"""Block-sparse attention without a loop, for other runtimes: a gather, two products and a softmax,
+for all blocks of queries at once."""
 import jax
 import jax.numpy as jnp
 
@@ -10,15 +8,16 @@ from vitcompact.attention.reference import SCOPE
 
 
 def attend(layout, query_bnfd, key_bmfd, value_bmfe, bias_bm):
-  """As `layout.BlockLayout.attend`."""
+  """Computes `layout.BlockLayout.attend`."""
   windows = layout.queries, layout.keys, layout.keys
   blocks, outer = zip(*map(layout.split, windows, (query_bnfd, key_bmfd, value_bmfe)), strict=True)
-  key, value = (_seen(layout.chosen, *sides) for sides in list(zip(blocks, outer, strict=True))[1:])
+  key, value = (_gather_keys(layout.chosen, *sides)
+                for sides in list(zip(blocks, outer, strict=True))[1:])
   scores = _product(blocks[0] * query_bnfd.shape[-1] ** -0.5, key.swapaxes(-1, -2))
   if (bias := _bias(layout, bias_bm)) is not None:
     scores = scores + bias
   out = _product(jax.nn.softmax(scores, axis=-1), value)
-  out_outer = outer[2]   # of no tokens
+  out_outer = outer[2]   # has no tokens
   if layout.prefix + layout.fused:
     dense = reference.scores(outer[0], key_bmfd)
     dense = dense if bias_bm is None else dense + bias_bm[:, None, None]
@@ -31,21 +30,22 @@ def _product(x, y):
     return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
 
-def _seen(chosen_bfqs, blocks_bfkcd, outer_bofd):
-  """The tokens that each block of queries sees, those outside the blocks last: (B, f, q, m, d)."""
+def _gather_keys(chosen_bfqs, blocks_bfkcd, outer_bofd):
+  """Gathers the tokens to which each block of queries attends, those outside the blocks last:
+  (B, f, q, m, d)."""
   batch, heads, count, area, width = blocks_bfkcd.shape
-  groups, some = chosen_bfqs.shape[2:]
+  queries, kept = chosen_bfqs.shape[2:]
   first_bf11 = count * jnp.arange(batch * heads).reshape(batch, heads, 1, 1)
   flat = blocks_bfkcd.reshape(-1, area * width)
-  seen = flat[(chosen_bfqs + first_bf11).reshape(-1)]
-  seen = seen.reshape(batch, heads, groups, some * area, width)
-  others = outer_bofd.swapaxes(1, 2)[:, :, None]
-  return jnp.concatenate([seen, jnp.broadcast_to(
-      others, (batch, heads, groups, *others.shape[3:]))], axis=3)
+  inner = flat[(chosen_bfqs + first_bf11).reshape(-1)]
+  inner = inner.reshape(batch, heads, queries, kept * area, width)
+  outer = outer_bofd.swapaxes(1, 2)[:, :, None]
+  return jnp.concatenate([inner, jnp.broadcast_to(
+      outer, (batch, heads, queries, *outer.shape[3:]))], axis=3)
 
 
 def _bias(layout, bias_bm):
-  """(B, f, q, 1, m) of the keys that a block of queries sees, or None."""
+  """Returns the bias (B, f, q, 1, m) of the keys of each block of queries, or None."""
   inner = layout.biases(bias_bm)
   if inner is None:
     return None
@@ -54,4 +54,4 @@ def _bias(layout, bias_bm):
   outer = jnp.zeros((batch, layout.prefix + layout.fused)) if bias_bm is None else \
       layout.outer(bias_bm)
   outer = jnp.broadcast_to(outer[..., None, None], (*outer.shape, heads, 1))
-  return _seen(layout.chosen, inner, outer)[..., 0][..., None, :]
+  return _gather_keys(layout.chosen, inner, outer)[..., 0][..., None, :]

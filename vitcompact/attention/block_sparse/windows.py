@@ -1,4 +1,4 @@
-"""Windows: the tokens of a grid cut into blocks that lie together in the image."""
+"""Windows: the tokens of a grid, cut into rectangular blocks."""
 import math
 from typing import NamedTuple
 
@@ -8,13 +8,13 @@ import numpy as np
 
 
 class Windows(NamedTuple):
-  """A grid of tokens (rows, columns) in blocks of `sides`; what the last ones lack is padding."""
+  """A grid of tokens (rows, columns) cut into blocks of `sides`; the last blocks are padded."""
   grid: tuple[int, int]
   sides: tuple[int, int]
 
   @property
   def counts(self) -> tuple[int, int]:
-    """Blocks along each side."""
+    """Number of blocks along each side."""
     return tuple(-(-n // side) for n, side in zip(self.grid, self.sides, strict=True))
 
   @property
@@ -23,24 +23,25 @@ class Windows(NamedTuple):
 
   @property
   def area(self) -> int:
-    """Slots of a block."""
+    """Number of slots of a block, including padding."""
     return math.prod(self.sides)
 
   def cut(self, x_bnfd):
-    """(B, n, f, d) -> (B, f, blocks, area, d), zeros in the padding."""
+    """Cuts tokens into blocks: (B, n, f, d) -> (B, f, blocks, area, d), zeros in the padding."""
     split = self._split(x_bnfd).transpose(0, 5, 1, 3, 2, 4, 6)
     return split.reshape(*split.shape[:2], self.blocks, self.area, split.shape[-1])
 
   def means(self, x_bnfd):
-    """Means over the tokens of each block: (B, n, f, d) -> (B, f, blocks, d), float32."""
+    """Returns means over the tokens of each block: (B, n, f, d) -> (B, f, blocks, d), float32."""
     sums_bijfd = self._sums(self._split(x_bnfd))
     sums_bfkd = sums_bijfd.reshape(-1, self.blocks, *x_bnfd.shape[2:]).swapaxes(1, 2)
     return sums_bfkd / jnp.asarray(self.valid().sum(axis=1), jnp.float32)[None, None, :, None]
 
   def means_by_rows(self, x_bnfd, first: int):
-    """`means` of the tokens from the first on, one row of blocks after another, without padding.
+    """Returns `means` of the tokens after the first `first`, one row of blocks after another; the
+    grid must need no padding.
 
-    A CPU then writes no array of all heads that lacks the tokens before the first.
+    A CPU then need not copy all heads to leave out the first tokens.
     """
     (rows, columns), (height, width) = self.counts, self.sides
     tokens = height * columns * width
@@ -54,14 +55,14 @@ class Windows(NamedTuple):
     return sums_bfijd.reshape(*sums_bfijd.shape[:2], self.blocks, -1) / self.area
 
   def _sums(self, x):
-    """(..., height, columns, width, f, d) -> (..., columns, f, d), float32."""
-    # Line by line, where they lie: one reduction over both axes takes half as long again.
+    """Sums blocks, in float32: (..., height, columns, width, f, d) -> (..., columns, f, d)."""
+    # Summed line by line in place: a single reduction over both axes takes half as long again.
     x = x.astype(jnp.float32)
     lines = sum(x[..., i, :, :, :, :] for i in range(self.sides[0]))
     return sum(lines[..., i, :, :] for i in range(self.sides[1]))
 
   def _split(self, x_bnfd):
-    """(B, n, f, d) -> (B, rows of blocks, height, columns of blocks, width, f, d)."""
+    """Splits (B, n, f, d) into (B, rows of blocks, height, columns of blocks, width, f, d)."""
     batch, _, heads, width = x_bnfd.shape
     grid = x_bnfd.reshape(batch, *self.grid, heads, width)
     missing = [(0, count * side - n) for n, side, count in
@@ -80,40 +81,41 @@ class Windows(NamedTuple):
     return grid.reshape(batch, -1, heads, width)
 
   def valid(self) -> np.ndarray:
-    """(blocks, area): which slots hold a token."""
+    """Returns (blocks, area): which slots hold a token."""
     (i, j), (h, w) = self.counts, self.sides
     inside = np.zeros((i * h, j * w), bool)
     inside[:self.grid[0], :self.grid[1]] = True
     return inside.reshape(i, h, j, w).transpose(0, 2, 1, 3).reshape(self.blocks, self.area)
 
   def block_of(self) -> np.ndarray:
-    """(n,): the block that each token is in."""
+    """Returns (n,): the block of each token."""
     rows, columns = np.indices(self.grid).reshape(2, -1)
     return rows // self.sides[0] * self.counts[1] + columns // self.sides[1]
 
   def slot_of(self) -> np.ndarray:
-    """(n,): each token's place in the order of blocks."""
+    """Returns (n,): the place of each token in the order of blocks."""
     rows, columns = np.indices(self.grid).reshape(2, -1)
     inside = rows % self.sides[0] * self.sides[1] + columns % self.sides[1]
     return self.block_of() * self.area + inside
 
   def centres(self) -> np.ndarray:
-    """(blocks, 2): centres of the blocks, as shares of the sides of the grid."""
+    """Returns (blocks, 2): centres of the blocks, as shares of the sides of the grid."""
     return (np.indices(self.counts).reshape(2, -1).T + 0.5) / np.array(self.counts)
 
 
 def on_grid(grid: tuple[int, int], window: int) -> Windows:
-  """Blocks of about window x window tokens."""
+  """Returns blocks of about window x window tokens."""
   return Windows(tuple(grid), tuple(_side(n, window) for n in grid))
 
 
-def on_line(tokens: int, area: int) -> Windows:
-  """Blocks of `area` tokens that follow one another; a line goes down the image."""
+def on_sequence(tokens: int, area: int) -> Windows:
+  """Returns blocks of `area` consecutive tokens: the grid is a single column."""
   return Windows((tokens, 1), (min(tokens, area), 1))
 
 
 def _side(n: int, window: int) -> int:
-  """The divisor of n nearest to `window`, the larger of two; if none is near, padding is less."""
+  """Returns the divisor of n nearest to `window`, the larger one of two; if none is near, the side
+  of blocks that need padding."""
   best = min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - window), -d))
   if abs(best - window) <= window // 4:
     return best
@@ -121,6 +123,7 @@ def _side(n: int, window: int) -> int:
 
 
 def nearest_blocks(queries: Windows, keys: Windows) -> np.ndarray:
-  """(blocks of queries,): the block of keys whose centre is nearest, its own on one grid."""
-  apart = np.abs(queries.centres()[:, None] - keys.centres()[None]).sum(axis=-1)
-  return apart.argmin(axis=1)
+  """Returns (blocks of queries,): the block of keys with the nearest centre, which is the block
+  itself if both have the same grid."""
+  distance = np.abs(queries.centres()[:, None] - keys.centres()[None]).sum(axis=-1)
+  return distance.argmin(axis=1)

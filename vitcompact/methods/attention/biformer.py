@@ -1,5 +1,5 @@
-"""Bi-level routing attention (BiFormer): regions of queries attend to the few regions of keys that
-they score best (Zhu et al., CVPR 2023, arXiv 2303.08810)."""
+"""Bi-level routing attention (BiFormer): each region of queries attends to the regions of keys with
+the highest scores (Zhu et al., CVPR 2023, arXiv 2303.08810)."""
 import dataclasses
 from typing import Any, ClassVar
 
@@ -19,28 +19,30 @@ from vitcompact.methods.protocol import Site
 from vitcompact.torch_names import Entry, conv
 from vitcompact.trees import Leaf
 
-LCE_SIZE = 5     # a side of the local enhancement's kernel
-WINDOW = 8       # patches on a side of a region, about, where their number follows the grid
+LCE_SIZE = 5     # side of the kernel of the local context enhancement
+WINDOW = 8       # about the side of a region in patches, with regions=None
 KEEP = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
 class BiFormer:
-  """Attention axis: the patches of a region attend to those of the k regions that its mean query
-  scores best against their mean keys, one choice for all heads.
+  """Attention axis: the patches of a region attend to the patches of k regions, those whose mean
+  keys have the highest scores with its mean query; one choice for all heads.
 
-  keep: k as a share of the regions, in (0, 1], rounded, at least one; top_k: k itself. One of the
-    two; neither is keep=0.25. With all regions attention is dense, and nothing is routed.
-  regions: how many on each side of the grid, 7 in the paper; where they do not divide it, the last
-    ones are padded, and the padding is masked. None: as many as have about 8 x 8 patches, which is
-    what block-sparse attention runs fastest with.
-  lce: whether a depthwise 5 x 5 convolution of the values, with bias, is added to what the heads
-    give; it starts at zero where the weights come from a dense block.
+  keep: k as a share of the regions, in (0, 1], rounded, at least one region; top_k: k itself. Give
+    at most one of them; the default is keep=0.25. If k is all regions, attention is dense and
+    nothing is routed.
+  regions: number of regions per side of the grid, 7 in the paper; if it does not divide the grid,
+    the last regions are padded, and the padding is masked. None: regions of about 8 x 8 patches,
+    with which block-sparse attention is fastest.
+  lce: whether to add a depthwise 5 x 5 convolution of the values, with bias, to the heads' outputs
+    (local context enhancement); it starts at zero if the weights come from a dense block.
   min_tokens: blocks of the network with fewer keys stay dense; None: the measured crossover.
 
-  Ours: the class token and other prefix tokens attend to all and are seen by all; they are in no
-  region and have no local enhancement. Scores keep the scale 1 / sqrt(head width) of the model; the
-  paper's own network has 1 / sqrt(width). A region need not attend to itself, as in the paper.
+  Ours: prefix tokens such as the class token attend to all tokens, and all attend to them; they are
+  in no region and have no local enhancement. Scores keep the scale 1 / sqrt(head width) of the
+  model; the paper's own network has 1 / sqrt(width). As in the paper, a region need not attend to
+  itself.
   """
   axis: ClassVar[str] = "attention"
   scope: ClassVar[str] = "bra"
@@ -64,8 +66,8 @@ class BiFormer:
       if getattr(self, field) is not None and not _is_count(getattr(self, field)):
         refuse(field, "a whole number of at least 1, or None")
     if self.keep is not None and self.top_k is not None:
-      raise ValueError(f"BiFormer(keep={self.keep}, top_k={self.top_k}): both say how many regions "
-                       "are kept; give one of them")
+      raise ValueError(f"BiFormer(keep={self.keep}, top_k={self.top_k}): both set the number of "
+                       "kept regions; give one of them")
     if not isinstance(self.lce, bool):
       refuse("lce", "True or False")
     if self.min_tokens is not None and self.min_tokens != 0 and not _is_count(self.min_tokens):
@@ -73,21 +75,21 @@ class BiFormer:
 
   @property
   def least_tokens(self) -> int:
-    """`min_tokens`, resolved."""
+    """`min_tokens`, with None replaced by its default."""
     if self.min_tokens is not None:
       return self.min_tokens
     return tuning.BLOCK_MIN_TOKENS if self.regions is None else tuning.REGION_MIN_TOKENS
 
   def at_keep(self, keep: float) -> "BiFormer":
-    """The same with this share of the regions."""
+    """Returns the method with another share of the regions."""
     return dataclasses.replace(self, keep=keep, top_k=None)
 
   def windows(self, grid: tuple[int, int]) -> Windows:
-    """The regions of a grid."""
+    """Returns the regions of a grid."""
     return on_grid(grid, WINDOW) if self.regions is None else routing.regions(grid, self.regions)
 
   def count(self, keys: Windows) -> int:
-    """Regions of keys that a region of queries attends to."""
+    """Returns how many regions of keys a region of queries attends to."""
     if self.top_k is not None:
       return self.top_k
     return max(1, round((self.keep or KEEP) * keys.blocks))
@@ -97,21 +99,20 @@ class BiFormer:
 
   def check(self, site: Site):
     if site.key_grid is None:
-      raise ValueError(f"BiFormer: the keys of block {site.block} are runs of tokens and have no "
-                       f"grid to cut into regions; use blocks={{{site.block}: {{'attention': None"
-                       "}}")
+      raise ValueError(f"BiFormer: the keys of block {site.block} have no grid to cut into "
+                       f"regions; use blocks={{{site.block}: {{'attention': None}}}}")
     if self.lce and site.key_grid != site.query_grid:
-      raise ValueError(f"BiFormer(lce=True): in block {site.block} values lie on a grid of "
-                       f"{site.key_grid}, queries on one of {site.query_grid}; use lce=False there")
+      raise ValueError(f"BiFormer(lce=True): in block {site.block} the grid of values is "
+                       f"{site.key_grid}, that of queries {site.query_grid}; use lce=False there")
     keys = self.windows(site.key_grid)
     if self.top_k is not None and self.top_k > keys.blocks:
       raise ValueError(f"BiFormer(top_k={self.top_k}): block {site.block} has only {keys.blocks} "
-                       "regions of keys; give at most so many, or keep=")
+                       "regions of keys; give at most that, or keep=")
 
   def needs(self, site: Site) -> dict[str, str]:
     del site
     return {"softmax": "use attention=None there",
-            "grid": "its regions are of the grid; use attention=None there"}
+            "grid": "its regions are parts of the grid; use attention=None there"}
 
   def removes(self, site: Site) -> tuple[str, ...]:
     del site
@@ -122,34 +123,34 @@ class BiFormer:
 
   @classmethod
   def options(cls, site: Site) -> list["BiFormer"]:
-    """Shares of the regions, where these are faster than dense attention."""
-    found = [cls(keep=keep, regions=None) for keep in (0.25, 0.5, 0.75)]
+    """Returns several shares of the regions, if they are faster than dense attention here."""
+    candidates = [cls(keep=keep, regions=None) for keep in (0.25, 0.5, 0.75)]
     grids = None not in (site.query_grid, site.key_grid)
-    return [method for method in found if grids and method.acts(site)]
+    return [method for method in candidates if grids and method.acts(site)]
 
   def from_dense(self, site: Site, params, stats, data):
-    """Queries, keys, values and outputs are the dense block's; the local enhancement is zero."""
+    """Keeps the dense block's queries, keys, values and outputs; the local enhancement is zero."""
     del data
     if not self.lce:
       return params, stats
     width = site.heads * site.head_width
-    own = {"kernel": jnp.zeros((LCE_SIZE, LCE_SIZE, 1, width)), "bias": jnp.zeros(width)}
-    return {**params, self.scope: {"lce": own}}, stats
+    leaves = {"kernel": jnp.zeros((LCE_SIZE, LCE_SIZE, 1, width)), "bias": jnp.zeros(width)}
+    return {**params, self.scope: {"lce": leaves}}, stats
 
   def torch_entries(self, site: Site, torch: str, ours: str) -> list[Entry]:
-    """The local enhancement under the authors' name."""
+    """Returns entries of the local enhancement, under the authors' name."""
     del site
     return conv(f"{torch}.attn.lepe", f"{ours}/{self.scope}/lce") if self.lce else []
 
   def facts(self, collections) -> dict[str, float]:
-    """"attention_kept": share of the pairs of regions, or of tokens, that are scored; of all blocks
-    that score fewer than all."""
+    """Returns "attention_kept": the share of pairs of regions, or of tokens, that are scored, mean
+    over the blocks with sparse attention."""
     return attention.share_kept(collections)
 
 
 class BiLevelRouting(nn.Module):
-  """The routing of one block: gives the attention of a call its layout of regions, and the local
-  enhancement. Leaves: lce/kernel (5, 5, 1, width), lce/bias (width,), where there is one."""
+  """The routing of one block: adds the layout of regions and the local enhancement to its
+  attention. Leaves, with local enhancement: lce/kernel (5, 5, 1, width), lce/bias (width,)."""
   spec: Any   # a BiFormer
   site: Site
 
@@ -159,16 +160,16 @@ class BiLevelRouting(nn.Module):
                            self.site.prefix, self.site.dtype)
 
   def __call__(self, core: Core, query_bnfd, key_bmfd, source_bs=None, fused: bool = False) -> Core:
-    """`core` that scores the chosen regions. Tokens are those of the whole grid."""
+    """Returns `core` restricted to the chosen regions. Needs the tokens of the whole grid."""
     del source_bs, fused
     site, windows = self.site, self.spec.windows
     layout = BlockLayout(None, windows(site.query_grid), windows(site.key_grid),
                          prefix=site.prefix)
     count = self.spec.count(layout.keys)
     if self.spec.lce:
-      core = core._replace(local=_added(core.local, self._enhanced))
-    whole = count == layout.keys.blocks
-    if not whole:
+      core = core._replace(local=_sum_terms(core.local, self._local_enhancement))
+    dense = count == layout.keys.blocks
+    if not dense:
       layout = routing.route(layout, query_bnfd, key_bmfd, count)
     if attention.wants_predictions(self):
       query, key = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (query_bnfd, key_bmfd))
@@ -176,10 +177,10 @@ class BiLevelRouting(nn.Module):
       maps = core.maps(layout.inner(query), key, own_n=own_bn)
       self.sow("attention", "target", block_mass(maps, layout))
       self.sow("attention", "kept",
-               jnp.ones((1, 1, 1, 1), bool) if whole else layout.scored_blocks())
-    return core if whole else core._replace(layout=layout)
+               jnp.ones((1, 1, 1, 1), bool) if dense else layout.scored_blocks())
+    return core if dense else core._replace(layout=layout)
 
-  def _enhanced(self, value_bmhd, x_bnw):
+  def _local_enhancement(self, value_bmhd, x_bnw):
     if value_bmhd.shape[2] != self.site.heads:
       raise ValueError(f"BiFormer(lce=True): block {self.site.block} has values of "
                        f"{value_bmhd.shape[2]} heads of {self.site.heads}; use lce=False there, or "
@@ -187,8 +188,8 @@ class BiLevelRouting(nn.Module):
     return self.lce.of_heads(value_bmhd, x_bnw)
 
 
-def _added(first, second):
-  """Both local terms, or the only one."""
+def _sum_terms(first, second):
+  """Returns the sum of two local terms, the first of which may be None."""
   return second if first is None else lambda value, x: first(value, x) + second(value, x)
 
 

@@ -1,11 +1,11 @@
 """Sparsifiner's predictor at block granularity: mean queries and keys of blocks rank the blocks.
 
-Ours, not the authors': their map of low rank is tied to positions, of which few are left when
-blocks are what is ranked. Here the low rank is in the channels,
+Ours, not the authors': their low-rank map is tied to positions, of which there are few when blocks
+are ranked. Here the low rank is in the channels,
 
-    score = (Q_mean W_query) (K_mean W_key)^T / sqrt(d) + log(tokens in the block of keys),
+    score = (Q_mean W_query) (K_mean W_key)^T / sqrt(d) + log(tokens in the block of keys).
 
-which at its start, W = 1, is the score of the means, and which fits any number of tokens.
+With its initial W = 1 this is the score of the means. It works for any number of tokens.
 """
 from typing import Any
 
@@ -17,20 +17,21 @@ import numpy as np
 from vitcompact import attention
 from vitcompact.attention import Core
 from vitcompact.attention.block_sparse.layout import BlockLayout
-from vitcompact.attention.block_sparse.windows import Windows, nearest_blocks, on_grid, on_line
+from vitcompact.attention.block_sparse.windows import Windows, nearest_blocks, on_grid, on_sequence
 from vitcompact.tracing import param
 
 
 def choose(score_bfqk, own, count: int):
-  """(B, f, q, count) int32: the best blocks of keys, `own` (q,) first; ties to the lowest index."""
+  """Returns (B, f, q, count) int32, the blocks of keys with the highest scores, each query block's
+  own (q,) first; ties go to the lowest index."""
   own = jnp.asarray(own)[:, None] == jnp.arange(score_bfqk.shape[-1])[None]
   return jax.lax.top_k(jnp.where(own[None, None], jnp.inf, score_bfqk), count)[1]
 
 
 def block_mass(maps_bfnm, layout: BlockLayout):
-  """How much of each query block's attention each block of keys gets, of that on all blocks.
+  """Returns the share of each query block's attention to blocks that goes to each block of keys.
 
-  maps_bfnm: dense maps of the queries that are in blocks, in their order, over all keys.
+  maps_bfnm: dense maps over all keys, of the queries in blocks, in the order of the blocks.
   """
   maps_bfnm = layout.inner(maps_bfnm.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
   rows, columns = (jax.nn.one_hot(windows.block_of(), windows.blocks)
@@ -40,11 +41,11 @@ def block_mass(maps_bfnm, layout: BlockLayout):
 
 
 class BlockMaskPredictor(nn.Module):
-  """The predictor of one block of the network: gives the attention of a call its layout of blocks.
+  """The predictor of one block of the network: adds a layout of blocks of tokens to its attention.
 
   Leaves: query, key (head width, rank), shared by the heads.
-  tokens: keys at the start, before any token is reduced, of which the first `prefix` are no
-  patches; query_grid, key_grid: of the patches on each side, None for a line of them.
+  tokens: number of keys before any token reduction; the first `prefix` are not patches.
+  query_grid, key_grid: (height, width) of the patches among queries and keys; None: a sequence.
   """
   spec: Any   # a Sparsifiner
   tokens: int
@@ -54,10 +55,11 @@ class BlockMaskPredictor(nn.Module):
 
   @nn.compact
   def __call__(self, core: Core, query_bnfd, key_bmfd, source_bs=None, fused: bool = False) -> Core:
-    """`core` that scores the chosen blocks. source_bs, fused: as in `tokens.token_state.Tokens`."""
-    # The choice has no gradient, and reconstruction trains nothing but the predictor.
+    """Returns `core` restricted to the chosen blocks. source_bs, fused: as in `token_state.Tokens`.
+    """
+    # The choice has no gradient, and the reconstruction loss trains only the predictor.
     query, key = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (query_bnfd, key_bmfd))
-    layout = self._cut(query.shape[1], key.shape[1], source_bs, int(fused))
+    layout = self._layout(query.shape[1], key.shape[1], source_bs, int(fused))
     means = layout.means(layout.queries, query), layout.means(layout.keys, key)
     score_bfqk = self._score(*means, layout)
     if attention.wants_predictions(self):
@@ -90,22 +92,23 @@ class BlockMaskPredictor(nn.Module):
       score = jnp.einsum("bfqr,bfkr->bfqk", query, key)
     return score * width ** -0.5 + sizes[None, None, None]
 
-  def _cut(self, queries: int, keys: int, source_bs, fused: int) -> BlockLayout:
-    """The blocks, of which none is chosen yet."""
+  def _layout(self, queries: int, keys: int, source_bs, fused: int) -> BlockLayout:
+    """Cuts the tokens into blocks; none is chosen yet."""
     if source_bs is None:
       return BlockLayout(None, self._windows(self.query_grid, queries - self.prefix),
                         self._windows(self.key_grid, keys - self.prefix), prefix=self.prefix)
-    windows = on_line(keys - self.prefix - fused, self.spec.window ** 2)
-    order = self._survivors(source_bs, keys)[:, self.prefix:keys - fused]
+    windows = on_sequence(keys - self.prefix - fused, self.spec.window ** 2)
+    order = self._window_order(source_bs, keys)[:, self.prefix:keys - fused]
     return BlockLayout(None, windows, windows, order=jnp.argsort(order, axis=1),
                       prefix=self.prefix, fused=fused)
 
   def _windows(self, grid, tokens: int) -> Windows:
     window = self.spec.window
-    return on_line(tokens, window ** 2) if grid is None else on_grid(grid, window)
+    return on_sequence(tokens, window ** 2) if grid is None else on_grid(grid, window)
 
-  def _survivors(self, source_bs, tokens: int):
-    """(B, tokens): the place, in the order of the first blocks, of the first source of each."""
+  def _window_order(self, source_bs, tokens: int):
+    """Returns (B, tokens): for each remaining token, the place of its first source token in the
+    order of the blocks of the whole grid."""
     slots = self._windows(self.key_grid, self.tokens - self.prefix).slot_of()
     slots = jnp.asarray(np.concatenate([np.arange(self.prefix), self.prefix + slots]), jnp.int32)
     batch = source_bs.shape[0]

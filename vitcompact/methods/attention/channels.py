@@ -1,5 +1,4 @@
-"""Attention between channels in the place of attention between tokens (DaViT, see
-`attention.channel`)."""
+"""Attention between channels instead of tokens (DaViT, see `attention.channel`)."""
 import dataclasses
 from typing import ClassVar, NamedTuple
 
@@ -14,14 +13,15 @@ from vitcompact.methods.protocol import Site
 class ChannelAttention:
   """Attention axis: within each head, channels attend to channels over all tokens.
 
-  Ding et al., arXiv 2204.03645. Keys and values make a map of d x d, which queries are averaged by;
-  the cost is linear in the number of tokens. DaViT alternates it with attention between tokens:
-  blocks={0: {"attention": None}, ...}.
+  Ding et al., arXiv 2204.03645. Keys and values give a d x d map, with which the channels of
+  queries are averaged; the cost is linear in the number of tokens. DaViT alternates it with
+  attention between tokens: blocks={0: {"attention": None}, ...}.
 
-  scale: of the scores: "width", d^-0.5 as in DaViT, with which they grow with the number of tokens;
-    "tokens", N^-0.5, with which they do not.
+  scale: of the scores: "width", d^-0.5 as in DaViT, so that they grow with the number of tokens;
+    "tokens", N^-0.5, so that they do not.
 
-  Queries, keys, values and outputs have a dense block's shapes, but not its function: train it.
+  Queries, keys, values and outputs have the shapes of a dense block, but compute another function:
+  train it.
   """
   axis: ClassVar[str] = "attention"
 
@@ -41,21 +41,21 @@ class ChannelAttention:
 
   def check(self, site: Site):
     if site.queries != site.tokens:
-      raise ValueError(f"ChannelAttention() in block {site.block}: {site.queries} queries and "
-                       f"{site.tokens} keys; what averages channels of queries wants as many keys: "
-                       "use attention=None there")
+      raise ValueError(f"ChannelAttention() in block {site.block}: needs as many keys as queries, "
+                       f"and there are {site.queries} queries and {site.tokens} keys; use "
+                       "attention=None there")
 
   def make(self, site: Site, **kwargs) -> nn.Module:
     return Channels(self.scale, **kwargs)
 
 
 class Operator(NamedTuple):
-  """In the place of the softmax, see `attention.Core`."""
+  """The operator that replaces the softmax, see `attention.Core`."""
   scale: str
 
   def __call__(self, core: Core, query_bnhd, key_bmhd, value_bmhd):
     tokens, width = key_bmhd.shape[1], key_bmhd.shape[-1]
-    for weight_bm in (core.size, core.keep_mask):   # of several tokens in one, and of none
+    for weight_bm in (core.size, core.keep_mask):   # for merged and for hidden tokens
       if weight_bm is not None:
         key_bmhd = key_bmhd * weight_bm[..., None, None].astype(key_bmhd.dtype)
     return channel(query_bnhd, key_bmhd, value_bmhd,
@@ -63,11 +63,11 @@ class Operator(NamedTuple):
 
 
 class Channels(nn.Module):
-  """Makes a call of attention one between channels; no parameters."""
+  """Replaces attention between tokens by attention between channels; has no parameters."""
   scale: str
 
   @nn.compact
   def __call__(self, core: Core, query_bnhd, key_bmhd, source_bs=None, fused: bool = False) -> Core:
-    """`core` with another operator."""
+    """Returns `core` with the operator between channels."""
     del query_bnhd, key_bmhd, source_bs, fused
     return core._replace(operator=Operator(self.scale))

@@ -1,12 +1,12 @@
-"""Key merging: the queries stay, similar keys and their values become one (ours, after ToMe: Bolya
+"""Key merging: keeps all queries, and merges similar keys and their values (ours, after ToMe: Bolya
 et al., ICLR 2023, arXiv 2210.09461).
 
-With keys and values the means k_j, v_j of s_j tokens each,
+With k_j, v_j the means of keys and values of s_j tokens each,
 
     out_i = sum_j softmax_j(q_i . k_j / sqrt(d) + log s_j) v_j,
 
-which is dense attention where the members of each mean are equal. No token is lost: it fits models
-whose tokens must stay on their grid, and needs no training.
+which equals dense attention if all members of a mean are equal. No token is lost, so it fits models
+whose tokens must stay on their grid. It needs no training.
 """
 import dataclasses
 from typing import ClassVar
@@ -16,21 +16,21 @@ import jax
 import jax.numpy as jnp
 
 from vitcompact.attention import Core, tuning
-from vitcompact.methods.merging import match, merging
+from vitcompact.methods.merging import match, merge_of
 from vitcompact.methods.protocol import Site
 
 
 @dataclasses.dataclass(frozen=True)
 class KeyMerging:
-  """Attention axis: each query is scored against means of keys, a share `keep` as many as keys.
+  """Attention axis: each query is scored against a share `keep` of the keys, by merging keys.
 
-  keep: in [0.5, 1]; of M keys floor((1 - keep) M) are merged into others, those that a bipartite
-    matching by the cosines of keys (mean over the real heads) finds most alike; 1 changes nothing.
-    Prefix tokens, and a remainder that EViT fused, are merged with none, and not counted.
+  keep: in [0.5, 1]; of M keys, floor((1 - keep) M) are merged into others, chosen by a bipartite
+    matching on the cosines of keys (mean over the real heads); 1 changes nothing. Prefix tokens and
+    EViT's fused remainder are not merged, and not counted.
   min_tokens: blocks of the network with fewer keys stay dense; None: the measured crossover.
 
-  A hallucinated head's filters act on the map over all keys, in which members of a mean share its
-  attention. While DynamicViT trains, which hides tokens where it will drop them, none are merged.
+  A hallucinated head's filters act on the map over all keys, in which the members of a mean share
+  its attention. Nothing is merged while DynamicViT trains, which then only hides dropped tokens.
   """
   axis: ClassVar[str] = "attention"
 
@@ -42,23 +42,23 @@ class KeyMerging:
     if not number or not 0.5 <= self.keep <= 1:
       raise ValueError(f"KeyMerging(keep={self.keep!r}): must be a share of the keys in [0.5, 1]; "
                        "a matching merges at most half of them")
-    whole = isinstance(self.min_tokens, int) and not isinstance(self.min_tokens, bool)
-    if self.min_tokens is not None and not (whole and self.min_tokens >= 0):
+    is_int = isinstance(self.min_tokens, int) and not isinstance(self.min_tokens, bool)
+    if self.min_tokens is not None and not (is_int and self.min_tokens >= 0):
       raise ValueError(f"KeyMerging(min_tokens={self.min_tokens!r}): must be a whole number of "
                        "tokens, 0 or more, or None")
 
   @property
   def least_tokens(self) -> int:
-    """`min_tokens`, resolved."""
+    """`min_tokens`, with None replaced by its default."""
     return tuning.MERGE_MIN_TOKENS if self.min_tokens is None else self.min_tokens
 
-  def merged_of(self, keys: int) -> int:
-    """How many of a number of keys that may merge are merged into others."""
+  def merged_count(self, keys: int) -> int:
+    """Returns how many of `keys` mergeable keys are merged into others."""
     return min(int((1 - self.keep) * keys + 1e-9), keys // 2)
 
   def acts(self, site: Site) -> bool:
     return (site.tokens_left >= self.least_tokens and
-            self.merged_of(site.tokens_left - site.prefix) > 0)
+            self.merged_count(site.tokens_left - site.prefix) > 0)
 
   def needs(self, site: Site) -> dict[str, str]:
     del site
@@ -70,7 +70,7 @@ class KeyMerging:
 
   @classmethod
   def options(cls, site: Site) -> list["KeyMerging"]:
-    """Half and three quarters of the keys, where that is faster than dense attention."""
+    """Returns keep=0.5 and keep=0.75, if that is faster than dense attention here."""
     return [method for method in (cls(keep=0.5), cls(keep=0.75)) if method.acts(site)]
 
   def make(self, site: Site, **kwargs) -> nn.Module:
@@ -78,18 +78,18 @@ class KeyMerging:
 
 
 class MergeKeys(nn.Module):
-  """Gives the attention of a call its means of keys; without parameters."""
+  """Adds the merging of keys to the attention of a block; has no parameters."""
   spec: KeyMerging
   prefix: int
 
   def __call__(self, core: Core, query_bnfd, key_bmfd, source_bs=None, fused: bool = False) -> Core:
-    """`core` over merged keys. source_bs, fused: as in `tokens.token_state.Tokens`."""
+    """Returns `core` over merged keys. source_bs, fused: as in `token_state.Tokens`."""
     del query_bnfd, source_bs
     batch, count = key_bmfd.shape[:2]
-    r = self.spec.merged_of(count - self.prefix - fused)
+    r = self.spec.merged_count(count - self.prefix - fused)
     if not r or core.keep_mask is not None:
       return core
     pair = match(jax.lax.stop_gradient(key_bmfd.mean(axis=2)), r, self.prefix, int(fused))
-    merge = merging([pair], jnp.broadcast_to(jnp.arange(count), (batch, count)))
+    merge = merge_of([pair], jnp.broadcast_to(jnp.arange(count), (batch, count)))
     size_bm = jnp.ones((batch, count)) if core.size is None else core.size
     return core._replace(merge=lambda x_bm: merge.mean(x_bm, size_bm), size=merge.total(size_bm))

@@ -1,8 +1,8 @@
-"""Sparsifiner: score only those pairs of tokens that a cheap mask predictor chooses (Wei et al.,
-CVPR 2023, arXiv 2303.13755).
+"""Sparsifiner: score only the pairs of tokens that a cheap mask predictor chooses (Wei et al., CVPR
+2023, arXiv 2303.13755).
 
-Token granularity (`token_predictor.py`) is the paper's method and a reference: dense attention,
-masked, no faster than dense. Block granularity (`block_predictor.py`, ours) is the fast one.
+Token granularity (`token_predictor.py`) is the paper's method and a reference: masked dense
+attention, no faster than dense. Block granularity (`block_predictor.py`, ours) is the fast one.
 """
 import dataclasses
 import math
@@ -18,7 +18,7 @@ from vitcompact.methods import surgery
 from vitcompact.methods.attention.block_predictor import BlockMaskPredictor
 from vitcompact.methods.attention.token_predictor import (
   TokenMaskPredictor,
-  fitted,
+  fit_predictor,
   sparse_basis,
 )
 from vitcompact.methods.protocol import FirstPhase, Site
@@ -31,8 +31,8 @@ def attention_reconstruction(predictions) -> jax.Array:
   """(1 / L) sum over L blocks, heads, queries, keys of (score - target)^2: (B,).
 
   predictions: {block: {"links": {"score": (array,), "target": (array,)}}}, the collection
-    "attention" of `model.apply(..., mutable=["attention"])`: what each predictor would restore of
-    the block's own dense attention, both (B, heads, N, M), of tokens or of blocks of them.
+    "attention" of `model.apply(..., mutable=["attention"])`. score is each predictor's estimate of
+    the block's dense attention, target; both (B, heads, N, M), over tokens or blocks of tokens.
   """
   pairs = [block["links"] for block in predictions.values() if "links" in block]
   if not pairs:
@@ -46,37 +46,39 @@ def attention_reconstruction(predictions) -> jax.Array:
 class Sparsifiner:
   """Attention axis: each query is scored against a share `keep` of the keys.
 
-  keep: in (0, 1]; a query keeps exactly ceil(keep * keys) of them, ties go to the lowest index.
-    Class tokens attend to everything.
-  variant: "paper", as drawn: scale 1 / sqrt(head width). "code", as released: queries and keys are
-    first projected to half the head width, and the scale is 1 / sqrt(heads), of those computed.
-  granularity: "token": pairs of tokens; masked dense attention, a reference that is slower than
-    dense. "block": pairs of blocks of about `window` x `window` patches; a query block keeps
-    max(1, round(keep * blocks)) of them, its own included, and what is not kept is not computed.
-    After DynamicViT, whose training only masks what it drops, the blocks of training are those of
-    the whole grid; those of inference are cut from the survivors.
-  masked: whether attention is restricted. False is the first phase of training: attention is dense
+  keep: in (0, 1]; a query keeps exactly ceil(keep * keys) keys; ties go to the lowest index. Class
+    tokens attend to everything.
+  variant: "paper" follows the paper: scale 1 / sqrt(head width). "code" follows the released code:
+    queries and keys are first projected to half the head width, and the scale is 1 / sqrt(heads),
+    counting the scored heads.
+  granularity: "token": chooses pairs of tokens by masking dense attention, a reference slower than
+    dense. "block": chooses pairs of blocks of about `window` x `window` patches; a query block
+    keeps max(1, round(keep * blocks)) of them, its own included, and the others are not computed.
+    DynamicViT only masks dropped tokens in training: training then uses blocks of the whole grid,
+    and inference uses blocks of the remaining tokens.
+  masked: whether attention is restricted. False in the first phase of training: attention is dense
     while predictors learn. Whenever "attention" is a mutable collection, each predictor sows there
-    its "score", the "target" to reconstruct and what is "kept".
-  min_tokens: blocks of the network with fewer keys have no predictor and stay dense; None: 0 for
-    tokens, the measured crossover for blocks.
-  window: block granularity: side of a block, in patches.
+    its "score", the "target" to reconstruct and which pairs are "kept".
+  min_tokens: blocks of the network with fewer keys have no predictor and stay dense; None: 0 at
+    token granularity, the measured crossover at block granularity.
+  window: at block granularity, the side of a block in patches.
 
-  Of the token predictor:
-  reduce_n: its rank is keys // reduce_n, unless `rank` gives it (which lets weights move to another
-    image size; at block granularity, it is the rank of the scores, None for all channels).
-  coefficients: how many of the rank coefficients count: a whole number of the largest (the
-    released configuration), or a threshold in (0, 1) (the paper's figure).
-  basis_threshold: entries of W_up no larger than it in magnitude count as 0.
-  basis: "signed" keeps the sign with which W_up was trained, "magnitude" drops it, as the released
-    code does, so that strong negative weights are kept; None: by variant, "magnitude" for code.
-  fit: what reconstruction trains: "dense", all coefficients and the whole signed W_up, as
-    published, though the mask is then chosen by other values; "used", the values that choose it,
-    with the gradient passed straight through to the entries of W_up that the threshold cuts off.
+  Fields of the token predictor:
+  reduce_n: its rank is keys // reduce_n, unless `rank` is given, so that weights fit another image
+    size. At block granularity, `rank` is the rank of the scores; None uses all channels.
+  coefficients: how many of the rank coefficients are used: a whole number of the largest (as in the
+    released configuration), or those above a threshold in (0, 1) (as in the paper's figure).
+  basis_threshold: entries of W_up no larger than this in magnitude count as 0.
+  basis: "signed" keeps the sign with which W_up was trained; "magnitude" drops it, as the released
+    code does, so that large negative weights count as large; None: "magnitude" for variant="code",
+    else "signed".
+  fit: which values the reconstruction loss trains. "dense": all coefficients and the whole signed
+    W_up, as published, although other values choose the mask. "used": the values that choose the
+    mask, with a straight-through gradient to the entries of W_up below the threshold.
 
-  Of the released code are not followed: an unmasked copy of every map is kept (here on demand), the
-  budget changes from call to call with the first image, pruned tokens still get mass from the class
-  token (here they are gone), and equal scores are broken arbitrarily.
+  Differences from the released code. There, an unmasked copy of every map is kept (here on demand),
+  the budget depends on the first image of each call, pruned tokens still get mass from the class
+  token (here they are removed), and ties are broken arbitrarily.
   """
   axis: ClassVar[str] = "attention"
   scope: ClassVar[str] = "links"
@@ -142,21 +144,21 @@ class Sparsifiner:
 
   @property
   def least_tokens(self) -> int:
-    """`min_tokens`, resolved."""
+    """`min_tokens`, with None replaced by its default."""
     if self.min_tokens is not None:
       return self.min_tokens
     return tuning.BLOCK_MIN_TOKENS if self.granularity == "block" else 0
 
   def at_keep(self, keep: float) -> "Sparsifiner":
-    """The same with another keep rate. Its weights fit all of them."""
+    """Returns the method with another keep rate; the same weights fit every keep rate."""
     return dataclasses.replace(self, keep=keep)
 
   def budget(self, keys: int) -> int:
-    """Keys kept by a query among `keys`; the rounding of 0.55 * 100 is not counted as one."""
+    """Returns how many of `keys` a query keeps; the rounding error of 0.55 * 100 adds no key."""
     return math.ceil(self.keep * keys - 1e-9)
 
   def rank_of(self, keys: int) -> int:
-    """Rank of the token predictor."""
+    """Returns the rank of the token predictor."""
     return self.rank or max(1, keys // self.reduce_n)
 
   def acts(self, site: Site) -> bool:
@@ -165,7 +167,7 @@ class Sparsifiner:
   def needs(self, site: Site) -> dict[str, str]:
     del site
     return {"softmax": "use attention=None there",
-            # Of windows there are many in an image, and the losses of predictors are an image's.
+            # An image has many windows, but the losses of predictors are per image.
             "full attention": "use attention=None there"}
 
   def removes(self, site: Site) -> tuple[str, ...]:
@@ -180,34 +182,34 @@ class Sparsifiner:
 
   @classmethod
   def options(cls, site: Site) -> list["Sparsifiner"]:
-    """Shares of the blocks, where these are faster than dense attention."""
-    found = [cls(keep=keep, granularity="block") for keep in (0.25, 0.5, 0.75)]
-    return [method for method in found if method.acts(site)]
+    """Returns keep rates at block granularity, if that is faster than dense attention here."""
+    candidates = [cls(keep=keep, granularity="block") for keep in (0.25, 0.5, 0.75)]
+    return [method for method in candidates if method.acts(site)]
 
   def from_dense(self, site: Site, params, stats, data):
-    """A fresh predictor; with calibration images, one of tokens that restores the dense maps as
-    well as it can without training: see `token_predictor.fitted`. Blocks start at the scores of
-    their means all the same."""
-    own = surgery.fresh(self, site)[1]["params"]
+    """Adds a fresh predictor. With calibration images, a token predictor is fitted to the dense
+    maps, see `fit_predictor`. A block predictor always starts from the scores of the
+    blocks' means."""
+    predictor = surgery.fresh(self, site)[1]["params"]
     if data is not None and self.granularity == "token":
-      own = fitted(self, site, own, data)
-    return {**params, self.scope: own}, stats
+      predictor = fit_predictor(self, site, predictor, data)
+    return {**params, self.scope: predictor}, stats
 
   def fold(self, site: Site, params, stats):
-    """The basis as it is used: its small entries are 0."""
+    """Replaces the basis by the one that inference uses, in which small entries are 0."""
     links = params["links"]
     if site.deploy or self.granularity == "block":
       return params, stats
     return {**params, "links": {**links, "up": sparse_basis(self, links["up"])}}, stats
 
   def at_size(self, site: Site) -> "Sparsifiner":
-    """Itself with the rank that it has here, whatever the number of tokens becomes."""
+    """Fixes the rank at that of this site, whatever the number of tokens becomes."""
     if self.granularity == "block":
       return self
     return dataclasses.replace(self, rank=self.rank_of(site.tokens))
 
   def torch_entries(self, site: Site, torch: str, ours: str) -> list[Entry]:
-    """Under the authors' names; those of blocks, which they do not have, are ours."""
+    """Returns entries under the authors' names; for block granularity, under our own."""
     torch, ours = f"{torch}.attn.mask_predictor", f"{ours}/links"
     if self.granularity == "block":
       return [Entry(f"{torch}.{name}", (f"params/{ours}/{name}",)) for name in ("query", "key")]
@@ -222,7 +224,8 @@ class Sparsifiner:
     return entries
 
   def facts(self, collections) -> dict[str, float]:
-    """"attention_kept": share of the pairs of tokens, or of blocks of them, that are scored."""
+    """Returns "attention_kept": the share of pairs of tokens, or blocks of tokens, that are scored.
+    """
     return attention.share_kept(collections)
 
 

@@ -1,4 +1,4 @@
-"""Batch norms of branches that are summed: one pass over all, and a backward pass of its own."""
+"""Batch norms of branches that are summed: computed in one pass, with a custom backward pass."""
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,16 +11,16 @@ EPSILON, MOMENTUM = 1e-5, 0.9
 
 @jax.custom_vjp
 def batch_norms(z_nk, gamma_br, beta_br):
-  """sum over b of batch norms over n of the equal slices of z's last axis, k = branches r.
+  """Splits z's last axis, k = branches * r, into branches, normalises each over n, and sums them.
 
-  Returns y (n, r), in z's dtype, and mean and var (branches, r), which pass no gradient on. All is
+  Returns y (n, r), in z's dtype, and mean and var (branches, r), which have no gradient. All is
   computed in float32.
   """
   return _batch_norms_forward(z_nk, gamma_br, beta_br)[0]
 
 
 def _branches(z_nk, branches: int):
-  """The branches, as slices: XLA:CPU is several times slower over an axis of two."""
+  """Returns the branches as slices: XLA:CPU is several times slower with an axis of size two."""
   return [part.astype(jnp.float32) for part in jnp.split(z_nk, branches, axis=1)]
 
 
@@ -60,7 +60,7 @@ batch_norms = traced_once(batch_norms)
 
 
 class Norm(nn.Module):
-  """The leaves of one branch's batch norm, under the names that nn.BatchNorm gives them."""
+  """The leaves of one branch's batch norm, with the names of nn.BatchNorm."""
   features: int
   gamma: float
 
@@ -72,26 +72,26 @@ class Norm(nn.Module):
     self.var = self.variable("batch_stats", "var", jnp.ones, shape)
 
   def affine(self):
-    """(scale, bias) of training."""
+    """Returns (scale, bias) as used in training."""
     return self.scale, self.bias
 
   def running(self):
-    """(scale, shift) of the map that it is in inference."""
+    """Returns (scale, shift) of the affine map that it computes in inference."""
     scale = self.scale / jnp.sqrt(self.var.value + EPSILON)
     return scale, self.bias - self.mean.value * scale
 
-  def see(self, mean, var):
-    """Moves the running statistics towards a batch's."""
+  def update(self, mean, var):
+    """Moves the running statistics towards those of a batch."""
     if not self.is_initializing():
       self.mean.value = MOMENTUM * self.mean.value + (1 - MOMENTUM) * mean
       self.var.value = MOMENTUM * self.var.value + (1 - MOMENTUM) * var
 
 
-def norm_each(z, norms):
-  """The sum of the batch norms of the equal slices of z's last axis, in training."""
+def sum_of_norms(z, norms):
+  """Applies one batch norm to each equal slice of z's last axis, in training; returns the sum."""
   gamma_br, beta_br = (jnp.stack(leaves) for leaves in zip(*(norm.affine() for norm in norms),
                                                            strict=True))
   y_nr, mean_br, var_br = batch_norms(z.reshape(-1, z.shape[-1]), gamma_br, beta_br)
   for norm, mean, var in zip(norms, mean_br, var_br, strict=True):
-    norm.see(mean, var)
+    norm.update(mean, var)
   return y_nr.reshape(*z.shape[:-1], y_nr.shape[1])

@@ -1,4 +1,4 @@
-"""cFFN: the FFN's output matrix factorised, trained as several branches, deployed as two matrices.
+"""cFFN: factorises the FFN's output matrix; trains several branches, deploys two matrices.
 
 Our reconstruction of compact-FFN (Xu et al., arXiv 2306.10875), of which only the abstract is
 public. With H the activated hidden layer (m wide), r the rank and d the output width:
@@ -6,7 +6,7 @@ public. With H the activated hidden layer (m wide), r the rank and d the output 
     train:   u = sum_i BN_i(H A_i) + mean_groups(H) * alpha,    y = sum_j BN'_j(u B_j)
     deploy:  y = (H A) B + b
 
-No activation stands between the factors, so every branch folds into A, B and b.
+There is no activation between the factors, so every branch folds into A, B and b.
 """
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ from vitcompact.layers import (
   linear,
   unfold_dense_norm,
 )
-from vitcompact.methods.ffn.branch_norms import EPSILON, Norm, norm_each
+from vitcompact.methods.ffn.branch_norms import EPSILON, Norm, sum_of_norms
 from vitcompact.methods.protocol import Site
 from vitcompact.regression import (
     Factors,
@@ -50,13 +50,14 @@ class CFFN:
   """FFN axis: factorise, re-parameterise.
 
   rank_ratio: rank / width of the block, in (0, 1].
-  branches: parallel copies of each factor in training; folded into one to deploy.
-  rep: what follows each branch: "bn" batch norm, "scale" a learned scale, "none" nothing (without
-    it, parallel branches represent nothing new).
-  avg_skip: adds group averages of the hidden layer, scaled by alpha, to the bottleneck (only where
-    the rank divides the hidden width).
-  apply_to: "all" blocks, or "attention_blocks" only (hybrids have blocks without attention).
-  factor: "output" matrix, or "both" (ours: the input matrix as well, at the same rank).
+  branches: number of parallel copies of each factor in training; folded into one for deployment.
+  rep: what follows each branch: "bn" batch norm, "scale" a learned scale, "none" nothing (parallel
+    branches then add no expressive power).
+  avg_skip: adds group averages of the hidden layer, scaled by alpha, to the bottleneck (only if the
+    rank divides the hidden width).
+  apply_to: "all" blocks, or only "attention_blocks" (hybrids have blocks without attention).
+  factor: which matrices to factorise: "output", or "both" (ours: the input matrix too, at the same
+    rank).
   """
   axis: ClassVar[str] = "ffn"
   rules: ClassVar = [
@@ -78,8 +79,8 @@ class CFFN:
     number = isinstance(self.rank_ratio, (int, float)) and not isinstance(self.rank_ratio, bool)
     if not number or not 0 < self.rank_ratio <= 1:
       raise ValueError(f"CFFN(rank_ratio={self.rank_ratio!r}): must be in (0, 1]")
-    whole = isinstance(self.branches, int) and not isinstance(self.branches, bool)
-    if not whole or self.branches < 1:
+    is_int = isinstance(self.branches, int) and not isinstance(self.branches, bool)
+    if not is_int or self.branches < 1:
       raise ValueError(f"CFFN(branches={self.branches!r}): must be a whole number of at least 1")
     for field, allowed in (("rep", ("bn", "scale", "none")), ("avg_skip", (True, False)),
                            ("apply_to", ("all", "attention_blocks")),
@@ -94,7 +95,7 @@ class CFFN:
     return self.apply_to == "all" or "attention" in site.provides
 
   def factorised(self, site: Site) -> dict[str, "CompactDense"]:
-    """{layer: its factorised form}, of those that are deployed as factors too."""
+    """Returns {layer: its factorised form}, without layers that are deployed as one matrix."""
     if site.ffn_norm:
       rms = 1.0
     elif site.ffn_batch_norm:
@@ -115,7 +116,7 @@ class CFFN:
     return ("fc1", "fc2") if self.factor == "both" else ("fc2",)
 
   def check(self, site: Site):
-    """Warns of factors m x r and r x d that are no smaller than one m x d: r >= m d / (m + d)."""
+    """Warns if factors m x r and r x d are no smaller than m x d: r >= m d / (m + d)."""
     rank, m = self.rank(site.ffn_width), site.ffn_width
     for layer in self.factorised(site):
       d = site.fc1_width if layer == "fc1" else site.hidden
@@ -130,16 +131,16 @@ class CFFN:
     return Mlp(**layers, **site.between(), **kwargs)
 
   def from_dense(self, site: Site, params, stats, data):
-    """fc1 before fc2, which is fitted to the hidden layer that it will have. A batch norm after a
-    layer is taken in by its factors."""
+    """Factorises fc1 before fc2, so that fc2 is fitted to the hidden layer that it will get. A
+    batch norm after a layer is folded into its factors."""
     mlp, mlp_stats = params["mlp"], dict(stats.get("mlp", {}))
     new = dict(mlp)
     for layer, module in sorted(self.factorised(site).items()):
       old_stats = mlp_stats.pop(layer, {})
       old = fold_dense_norm(mlp[layer], old_stats)
       fit = data and module.fit(old, data.sums(SUMS[layer], mlp[layer]))
-      new[layer], seen = module.from_dense(old, fit)
-      mlp_stats |= {layer: seen} if seen else {}
+      new[layer], new_stats = module.from_dense(old, fit)
+      mlp_stats |= {layer: new_stats} if new_stats else {}
       if fit is not None:
         data.note(f"ffn {layer}", fitted=fit.factors.fitted, held_out=fit.factors.held_out)
         a, b, bias = (jnp.asarray(x, jnp.float32) for x in fit.factors[:3])
@@ -150,7 +151,7 @@ class CFFN:
 
   @classmethod
   def options(cls, site: Site) -> list["CFFN"]:
-    """Ranks of the output matrix and of both that save at least a tenth of what they replace."""
+    """Returns ranks, for the output matrix and for both, that save at least a tenth of a matrix."""
     m, d = site.hidden, site.ffn_width
     ranks = {ratio: cls(rank_ratio=ratio).rank(d) for ratio in RATIOS}
     return [cls(rank_ratio=ratio, factor=factor) for factor in ("output", "both")
@@ -158,28 +159,28 @@ class CFFN:
 
   @classmethod
   def statistics(cls, params):
-    """Of both layers."""
-    return both_sums, (params["mlp"],)
+    """Returns the function that sums over inputs and outputs of both layers."""
+    return dense_layer_sums, (params["mlp"],)
 
   @classmethod
   def estimate(cls, options, site: Site, sums):
-    """Errors of the layers' outputs at each rank, added where both are factorised; and the curves,
-    over the share of the rank."""
+    """Returns errors of the layers' outputs at each rank, summed if both are factorised; and the
+    curves of error over rank, as a share of full rank."""
     curves = {layer: spectrum(Regression.of(part)) for layer, part in sums.items()}
     errors = [sum(curves[layer][method.rank(site.ffn_width) - 1]
                   for layer in (("fc1", "fc2") if method.factor == "both" else ("fc2",)))
               for method in options]
-    return errors, {f"{layer}_error": sampled(curve) for layer, curve in curves.items()}
+    return errors, {f"{layer}_error": sample_curve(curve) for layer, curve in curves.items()}
 
   def fold(self, site: Site, params, stats):
-    mlp, seen = params["mlp"], stats.get("mlp", {})
+    mlp, mlp_stats = params["mlp"], stats.get("mlp", {})
     for layer, module in self.factorised(site).items():
-      folded, _ = module.fold(mlp[layer], seen.get(layer, {}))
+      folded, _ = module.fold(mlp[layer], mlp_stats.get(layer, {}))
       mlp = {**mlp, layer: merge_factors(folded) if layer in site.merged else folded}
     return {**params, "mlp": mlp}, {name: leaf for name, leaf in stats.items() if name != "mlp"}
 
   def torch_entries(self, site: Site, torch: str, ours: str) -> list[Entry]:
-    """Factors as linear layers, of which only the second has a bias."""
+    """Returns entries of the factors as linear layers, of which only the second has a bias."""
     factors = self.factorised(site) if site.deploy else {}
     entries = []
     for layer in ("fc1", "fc2"):
@@ -193,18 +194,18 @@ class CFFN:
 
 
 def group_mean(x, groups: int):
-  """Means over equal groups of neighbouring channels: (..., m) -> (..., groups)."""
+  """Returns means over equal groups of neighbouring channels: (..., m) -> (..., groups)."""
   return x.reshape(*x.shape[:-1], groups, -1).mean(axis=-1)
 
 
 def skip_kernel(alpha_r, m: int):
-  """(m, r): x times this is group_mean(x, r) * alpha."""
+  """Returns the matrix (m, r) for which x times it is group_mean(x, r) * alpha."""
   r = alpha_r.shape[0]
   return jnp.repeat(jnp.diag(alpha_r) * (r / m), m // r, axis=0)
 
 
 class Kernel(nn.Module):
-  """The matrix of one branch, as a leaf."""
+  """Owns the matrix of one branch, and returns it."""
   features: int
   std: float
 
@@ -214,8 +215,9 @@ class Kernel(nn.Module):
 
 
 def hidden_rms(act: Callable | None, fan_in: int, gain: float = 1) -> float:
-  """Root mean square of act(x W) for unit x and W ~ N(0, 0.02^2), by Gauss-Hermite quadrature.
-  gain: by how much a mixer between W and act grows the variance, of a gated act that of the gate.
+  """Returns the root mean square of act(x W) for x of unit variance and W ~ N(0, 0.02^2), by
+  Gauss-Hermite quadrature. gain: the factor by which a mixer between W and act multiplies the
+  variance (of the gate, if act is gated).
   """
   points, weights = np.polynomial.hermite_e.hermegauss(32)
   spread = 0.02 * (gain * fan_in) ** 0.5
@@ -225,21 +227,21 @@ def hidden_rms(act: Callable | None, fan_in: int, gain: float = 1) -> float:
     spread = np.array([[spread, 0.02 * fan_in ** 0.5]])
   z = spread * points
   if act is not None:
-    # Evaluated at trace time even inside jit: only the number is needed. Jitted, because a function
-    # with a gradient of its own is else traced by a surrounding vmap.
+    # Evaluated at trace time even inside jit: only the number is needed. Jitted, because otherwise
+    # a surrounding vmap would trace a function with a custom gradient.
     with jax.ensure_compile_time_eval():
       z = np.asarray(jax.jit(act)(jnp.asarray(z, jnp.float32)))
   return float(np.sqrt(np.sum(weights * z ** 2) / np.sum(weights)))
 
 
 class CompactDense(nn.Module):
-  """y = (x A) B + b: branches of A and of B to train, one of each once folded (`deploy`).
+  """y = (x A) B + b: several branches of A and B in training, one of each once folded (`deploy`).
 
-  Leaves: a0.. and b0.. kernels with a0_norm.., a0_scale.. as `rep` says, alpha, bias;
+  Leaves: a0.. and b0.. kernels with a0_norm.. or a0_scale.. depending on `rep`, alpha, bias; when
   deployed: a/kernel, b/kernel, b/bias.
 
-  `input_rms` is the expected root mean square of the input: a fresh layer's output then has the
-  spread of a dense layer with weights N(0, 0.02^2).
+  input_rms: the expected root mean square of the input, with which a fresh layer's output has the
+    same standard deviation as that of a dense layer with weights N(0, 0.02^2).
   """
   features: int
   rank: int
@@ -255,9 +257,10 @@ class CompactDense(nn.Module):
     if self.deploy:
       return self._linear("b", self.features, use_bias=True)(self._linear("a", self.rank)(x))
     m, n = x.shape[-1], self.branches
-    spread = 0.02 * m ** 0.5 * self.input_rms      # of a dense layer's output
+    spread = 0.02 * m ** 0.5 * self.input_rms      # std of a dense layer's output
     normed = self.rep == "bn"
-    # Batch norm sets the spread by its scale; its statistics start at what they will find.
+    # The scale of the batch norm sets the std; with this a_std, its input has unit variance, as its
+    # initial statistics say.
     a_std = 1 / (m ** 0.5 * self.input_rms) if normed else 0.02 / n ** 0.5
     b_std = (n * self.rank) ** -0.5
     skip = None
@@ -274,15 +277,15 @@ class CompactDense(nn.Module):
                  kernel_init=nn.initializers.normal(0.02))
 
   def _factor(self, factor, x, features, std, gamma, train, skip=None, bias=None):
-    """The sum of the branches of one factor, and of the group means of x times `skip`."""
+    """Returns the sum of the branches of one factor, plus the group means of x times `skip`."""
     kernels = [Kernel(features, std, name=f"{factor}{i}")(x) for i in range(self.branches)]
     if self.rep == "bn":
       norms = [Norm(features, gamma, name=f"{factor}{i}_norm") for i in range(self.branches)]
       if train:
-        # Not joined along an axis that is sharded: for few tokens, the partitioner of jax 0.10 then
-        # computes something else.
-        side_by_side = jnp.stack(kernels, axis=1).reshape(x.shape[-1], -1)
-        y = norm_each(_product(x, side_by_side, None, self.dtype), norms)
+        # Not concatenated along a sharded axis: for few tokens, the partitioner of jax 0.10 would
+        # compute a wrong result.
+        joined = jnp.stack(kernels, axis=1).reshape(x.shape[-1], -1)
+        y = sum_of_norms(_product(x, joined, None, self.dtype), norms)
         return y if skip is None else y + group_mean(x, features).astype(y.dtype) * _like(skip, y)
       affine = [norm.running() for norm in norms]
       kernels = [kernel * scale[None] for kernel, (scale, _) in zip(kernels, affine, strict=True)]
@@ -290,35 +293,36 @@ class CompactDense(nn.Module):
     elif self.rep == "scale":
       kernels = [kernel * param(self, f"{factor}{i}_scale", nn.initializers.ones, (features,))[None]
                  for i, kernel in enumerate(kernels)]
-    # Nothing stands between branches and their sum: one product with the sum of the kernels.
+    # The branches are summed directly: one product with the sum of the kernels.
     kernel = sum(kernels)
     return _product(x, kernel if skip is None else kernel + skip_kernel(skip, x.shape[-1]), bias,
                     self.dtype)
 
   @nn.nowrap
   def fold(self, params, stats):
-    """Branches summed into one A, one B and one bias: (params, {}) of the deployed module."""
+    """Sums the branches into one A, one B and one bias; returns (params, {}) of the deployed
+    module."""
     if self.deploy:
       return params, stats
-    a, a_shift = self._summed("a", params, stats)
-    b, b_shift = self._summed("b", params, stats)
+    a, a_shift = self._sum_branches("a", params, stats)
+    b, b_shift = self._sum_branches("b", params, stats)
     if "alpha" in params:
       m = a.shape[0]
       a = a + skip_kernel(params["alpha"], m)
     bias = _matmul(a_shift, b) + b_shift + params.get("bias", 0)
     return {"a": {"kernel": a}, "b": {"kernel": b, "bias": bias}}, {}
 
-  def _summed(self, factor, params, stats):
-    """sum_i K_i diag(s_i), and the shift sum_i (beta_i - mean_i s_i) that goes with it."""
+  def _sum_branches(self, factor, params, stats):
+    """Returns sum_i K_i diag(s_i), and the shift sum_i (beta_i - mean_i s_i)."""
     kernel, shift = 0, 0
     for i in range(self.branches):
       name = f"{factor}{i}"
       branch = params[name]["kernel"]
       if self.rep == "bn":
-        norm, seen = params[f"{name}_norm"], stats[f"{name}_norm"]
-        scale = norm["scale"] / jnp.sqrt(seen["var"] + EPSILON)
+        norm, norm_stats = params[f"{name}_norm"], stats[f"{name}_norm"]
+        scale = norm["scale"] / jnp.sqrt(norm_stats["var"] + EPSILON)
         branch = branch * scale[None]
-        shift = shift + norm["bias"] - seen["mean"] * scale
+        shift = shift + norm["bias"] - norm_stats["mean"] * scale
       elif self.rep == "scale":
         branch = branch * params[f"{name}_scale"][None]
       kernel = kernel + branch
@@ -326,21 +330,21 @@ class CompactDense(nn.Module):
 
   @nn.nowrap
   def fit(self, params, sums) -> "Fit":
-    """The factors that come closest to a layer's wanted outputs; sums: (fit, held), see
-    `calibration.Calibration`."""
+    """Returns the factors that come closest to a layer's target outputs. sums: (of the images to
+    fit to, of the held-out images), see `calibration.Calibration.sums`."""
     old = np.asarray(params["kernel"], np.float64)
     factors, both = low_rank(sums, old, min(self.rank, *old.shape))
     return Fit(factors, both.mean_x, both.cov)
 
   @nn.nowrap
   def from_dense(self, params, fit=None):
-    """(params, stats) that compute an approximation of a dense layer at this rank.
+    """Returns (params, stats) that approximate a dense layer at this rank.
 
     Args:
       params: {"kernel": (m, d), "bias": (d,) or absent}.
-      fit: from `fit`. Without it, the truncated singular value decomposition, and the running
-        variance of batch norms is set to 1 - epsilon, so that inference is exact and training
-        differs at first; with it, they start at the statistics they will see.
+      fit: the result of `fit`, whose input statistics also initialise the batch norms. None: uses
+        the truncated singular value decomposition, and batch norms with running variance
+        1 - epsilon, so that inference is exact, but training differs at first.
     """
     kernel = params["kernel"]
     if fit is None:
@@ -352,11 +356,12 @@ class CompactDense(nn.Module):
       return {"a": {"kernel": a}, "b": {"kernel": b, "bias": bias}}, {}
     moments = None if fit is None else tuple(jnp.asarray(x, jnp.float32)
                                              for x in (fit.mean, fit.cov))
-    return _branched(self.clone(parent=None, name=None), a, b, bias, moments)
+    return _to_branches(self.clone(parent=None, name=None), a, b, bias, moments)
 
   @nn.nowrap
-  def _branched(self, a, b, bias, moments):
-    """(params, stats) in training that compute x A B + b; moments: mean and covariance of x."""
+  def _to_branches(self, a, b, bias, moments):
+    """Returns (params, stats) of the training form of x A B + b; moments: mean and covariance of x.
+    """
     mean = cov = u_mean = u_cov = None
     if moments is not None:
       mean, cov = moments
@@ -376,7 +381,7 @@ class CompactDense(nn.Module):
 
   @nn.nowrap
   def _split(self, factor, kernel, mean, cov):
-    """Branches that sum to `kernel`, apart by noise (equal branches would stay equal)."""
+    """Splits `kernel` into branches that sum to it, with noise, as equal ones would stay equal."""
     n, out, stats = self.branches, {}, {}
     noise = jax.random.normal(jax.random.key(0), (n, *kernel.shape), kernel.dtype)
     noise = (noise - noise.mean(axis=0, keepdims=True)) * kernel.std() if n > 1 else noise * 0
@@ -396,20 +401,20 @@ class CompactDense(nn.Module):
 
 
 class Fit(NamedTuple):
-  """Factors of a layer, and the mean (m,) and covariance (m, m) of its inputs."""
+  """The factors of a layer, and the mean (m,) and covariance (m, m) of its inputs."""
   factors: Factors
   mean: np.ndarray
   cov: np.ndarray
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _branched(layer: CompactDense, a, b, bias, moments):
-  """As one program, which the layers of equal blocks share: op by op, each would be compiled."""
-  return layer._branched(a, b, bias, moments)
+def _to_branches(layer: CompactDense, a, b, bias, moments):
+  """Jits the method, so that equal blocks share one program instead of compiling each operation."""
+  return layer._to_branches(a, b, bias, moments)
 
 
-def first_sums(seen, params):
-  """Of the inputs of fc1 and the dense layer's outputs."""
+def fc1_sums(seen, params):
+  """Returns sums over the inputs of fc1 and the dense layer's outputs."""
   return _layer_sums(seen.inputs, seen.fc1, params, seen.step)
 
 
@@ -420,38 +425,38 @@ def _layer_sums(x, y, params, step: int):
   return sums_of_layer(x, params["kernel"], bias, step)
 
 
-def second_sums(seen, params):
-  """Of the inputs of fc2 and what the FFN is to give."""
+def fc2_sums(seen, params):
+  """Returns sums over the inputs of fc2 and the target outputs of the FFN."""
   del params
   return sums_of(seen.hidden, seen.wanted_ffn, seen.step)
 
 
-def sampled(curve) -> list[list[float]]:
-  """[[share of the rank, error], ...], at some 32 ranks."""
+def sample_curve(curve) -> list[list[float]]:
+  """Returns [[share of full rank, error], ...] at about 32 ranks."""
   ranks = np.unique(np.linspace(1, len(curve), 33, dtype=int)).tolist()
   return [[round(rank / len(curve), 4), float(f"{curve[rank - 1]:.3g}")] for rank in ranks]
 
 
-def both_sums(seen, params):
-  """Of both layers of a dense FFN and what they give."""
-  return {"fc1": first_sums(seen, params["fc1"]),
+def dense_layer_sums(seen, params):
+  """Returns sums over the inputs and outputs of both layers of a dense FFN."""
+  return {"fc1": fc1_sums(seen, params["fc1"]),
           "fc2": _layer_sums(seen.hidden, seen.ffn, params["fc2"], seen.step)}
 
 
-SUMS = {"fc1": first_sums, "fc2": second_sums}
-UNIT_FAN_IN = 0.02 ** -2   # with it a dense layer's outputs have unit variance, as normed ones do
-RATIOS = (0.125, 0.25, 0.375, 0.5, 0.625)   # of ranks to the width, that are proposed
+SUMS = {"fc1": fc1_sums, "fc2": fc2_sums}
+UNIT_FAN_IN = 0.02 ** -2   # the fan-in for which outputs have unit variance, as after a norm
+RATIOS = (0.125, 0.25, 0.375, 0.5, 0.625)   # rank / width of the proposed options
 
 
 def truncated_factors(kernel, rank: int):
-  """A (m, r), B (r, d) minimising ||W - A B||."""
+  """Returns A (m, r) and B (r, d) that minimise ||W - A B||."""
   left, singular, right = jnp.linalg.svd(kernel, full_matrices=False)
   root = jnp.sqrt(singular[:rank])
   return left[:, :rank] * root[None], root[:, None] * right[:rank]
 
 
 def merge_factors(params):
-  """The parameters of one dense layer from those of a deployed factor pair."""
+  """Returns the parameters of one dense layer that computes what two deployed factors do."""
   kernel = _matmul(params["a"]["kernel"], params["b"]["kernel"])
   return {"kernel": kernel, "bias": params["b"]["bias"]}
 
@@ -461,10 +466,10 @@ def _product(x, kernel, bias, dtype):
 
 
 def _matmul(x, y):
-  """Folding and factorising stay in float32 where the platform's default would not."""
+  """Multiplies in full float32, for folding and factorising, whatever the platform's default."""
   return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
 
 def _like(vector, x):
-  """A vector over the last axis, shaped and typed to go with x."""
+  """Returns the vector in the dtype of x, with leading axes of size 1 to match its rank."""
   return vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))

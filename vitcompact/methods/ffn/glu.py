@@ -1,10 +1,10 @@
-"""Gated FFNs of the same budget: GLU and its kin, and ConvGLU, whose gate sees its neighbours.
+"""Gated FFNs at equal cost: GLU and its variants, and ConvGLU, whose gate has a convolution.
 
     GLU:      y = (act(x W_g + b_g) * (x W_v + b_v)) W_o + b_o       Shazeer, arXiv 2002.05202
     ConvGLU:  y = (act(DW3x3(x W_g + b_g)) * (x W_v + b_v)) W_o + b_o   Shi, arXiv 2311.17132
 
-Three matrices C x m' cost what the two C x m of a dense FFN do: m' = int(2 m / 3). fc1 holds
-[W_g, W_v], fc2 is W_o.
+Three C x m' matrices cost as much as the two C x m matrices of a dense FFN: m' = int(2 m / 3). fc1
+holds [W_g, W_v], fc2 is W_o.
 """
 import dataclasses
 import functools
@@ -22,14 +22,14 @@ from vitcompact.trees import Leaf
 
 @dataclasses.dataclass(frozen=True)
 class GLU:
-  """FFN axis: gate the hidden layer. Trained from scratch: no dense FFN is one.
+  """FFN axis: gates the hidden layer. Train it from scratch: a dense FFN cannot be converted.
 
   act: of the gate: "sigmoid" (GLU), "gelu" (GEGLU), "silu" (SwiGLU), "relu" (ReGLU), "identity".
   multiple: the hidden width is rounded to the nearest multiple of this number.
   ffn: None, or the method that makes its layers, such as CFFN(), which factorises fc2.
   """
   axis: ClassVar[str] = "ffn"
-  rules: ClassVar = []   # those of fc1 and fc2 are shared
+  rules: ClassVar = []   # fc1 and fc2 have shared rules
 
   act: str = "silu"
   multiple: int = 1
@@ -39,33 +39,33 @@ class GLU:
     name = type(self).__name__
     if not isinstance(self.act, str) or self.act not in GATES:
       raise ValueError(f"{name}(act={self.act!r}): must be one of {', '.join(GATES)}")
-    whole = isinstance(self.multiple, int) and not isinstance(self.multiple, bool)
-    if not whole or self.multiple < 1:
+    is_int = isinstance(self.multiple, int) and not isinstance(self.multiple, bool)
+    if not is_int or self.multiple < 1:
       raise ValueError(f"{name}(multiple={self.multiple!r}): must be a whole number of at least 1")
 
   def hidden(self, site: Site) -> int:
-    """m', the width of the gate and of the value."""
-    equal = int(2 * site.hidden / 3)
-    return max(1, int(equal / self.multiple + 0.5)) * self.multiple
+    """Returns m', the width of the gate and of the value."""
+    width = int(2 * site.hidden / 3)
+    return max(1, int(width / self.multiple + 0.5)) * self.multiple
 
   def inside(self, site: Site) -> Site:
     return site._replace(act=GATES[self.act], hidden=self.hidden(site))
 
   def check(self, site: Site):
-    """Refuses FFNs that are gated already, and those with a mixer, which would be lost."""
+    """Raises ValueError if the FFN is gated already, or has a mixer, which would be lost."""
     if site.act in GATED:
       raise ValueError(f"{self._where(site)}: the FFN is gated already; use ffn=None there, or "
                        "CFFN(), which makes gated FFNs smaller")
     self._check_mixer(site)
-    inner, inside = protocol.around(self, site)
+    inner, inside = protocol.inner_and_site(self, site)
     if inner is not None:
       self._check_inner(inner, inside)
       protocol.check(inner, inside)
 
   def _check_mixer(self, site: Site):
     if site.mixer is not None:
-      raise ValueError(f"{self._where(site)}: this FFN has a convolution, by which the model knows "
-                       "positions, and a GLU has none; use ConvGLU()")
+      raise ValueError(f"{self._where(site)}: this FFN has a convolution, from which the model "
+                       "learns positions, and a GLU has none; use ConvGLU()")
 
   def _check_inner(self, inner, inside: Site):
     pass
@@ -74,11 +74,11 @@ class GLU:
     return f"{type(self).__name__} in block {site.block}"
 
   def at_size(self, site: Site) -> "GLU":
-    inner, inside = protocol.around(self, site)
+    inner, inside = protocol.inner_and_site(self, site)
     return self if inner is None else dataclasses.replace(self, ffn=protocol.at_size(inner, inside))
 
   def make(self, site: Site, **kwargs) -> nn.Module:
-    inner, gated = protocol.around(self, site)
+    inner, gated = protocol.inner_and_site(self, site)
     if inner is not None:
       return inner.make(gated, **kwargs)
     gated = self.inside(site)
@@ -92,8 +92,8 @@ class GLU:
                      "create_model(NAME, plan=plan)")
 
   def torch_entries(self, site: Site, torch: str, ours: str) -> list[Entry]:
-    """fc1, the gate's rows first, and fc2; or those of the method inside."""
-    inner, inside = protocol.around(self, site)
+    """Returns entries of fc1, the gate's rows first, and fc2; or those of the inner method."""
+    inner, inside = protocol.inner_and_site(self, site)
     if inner is not None:
       return surgery.torch_entries(inner, inside, torch, ours)
     return [entry for layer in ("fc1", "fc2")
@@ -102,24 +102,24 @@ class GLU:
 
 @dataclasses.dataclass(frozen=True)
 class ConvGLU(GLU):
-  """FFN axis: a GLU whose gate goes through a 3 x 3 depthwise convolution first. It takes the place
-  of an FFN with a convolution as well. Prefix tokens, which have no neighbours, skip it."""
+  """FFN axis: a GLU with a 3 x 3 depthwise convolution before the activation of its gate. It can
+  also replace an FFN with a convolution. Prefix tokens, which have no neighbours, skip it."""
   rules: ClassVar = [(r".*/mlp/mixer/conv/kernel", Leaf((None, None, None, "mlp"), decay=True))]
 
   act: str = "gelu"
 
   def inside(self, site: Site) -> Site:
-    # Fresh weights have a variance of 2 / 9, and there are nine taps.
+    # The gain is 2: there are nine taps, whose initial weights have a variance of 2 / 9.
     mixer = functools.partial(GateConv, site.query_grid, site.prefix, dtype=site.dtype)
     return super().inside(site)._replace(mixer=mixer, mixer_gain=2)
 
   def needs(self, site: Site) -> dict[str, str]:
-    inner, inside = protocol.around(self, site)
+    inner, inside = protocol.inner_and_site(self, site)
     return {"grid": "use GLU() there",
             **({} if inner is None else protocol.needs(inner, inside))}
 
   def _check_mixer(self, site: Site):
-    """Its own convolution takes the other one's place."""
+    """Allows a mixer: this method's convolution replaces it."""
 
   def _check_inner(self, inner, inside: Site):
     if "fc1" in protocol.mergeable(inner, inside):
@@ -127,7 +127,7 @@ class ConvGLU(GLU):
                        "would share the rank of fc1; use CFFN(factor='output')")
 
   def torch_entries(self, site: Site, torch: str, ours: str) -> list[Entry]:
-    """And the convolution, where the model has none of its own to list."""
+    """Adds the convolution, unless the model lists its own."""
     entries = super().torch_entries(site, torch, ours)
     if site.mixer is not None:
       return entries

@@ -1,11 +1,11 @@
-"""hMHSA: half of the attention maps are computed, the rest hallucinated from them.
+"""hMHSA: compute half of the attention maps, hallucinate the others from them.
 
 Our reconstruction of hallucinated-MHSA (Xu et al., arXiv 2306.10875), of which only the abstract
-is public. A hallucinated map is its source map filtered by a small separable kernel over (query,
-key), A^ = sum_r U_r A W_r with U, W banded. It is linear in A, so A^ V = sum_r U_r (A (W_r V)): the
-key-side filter moves onto the values, the query-side filter onto the output, and no N x M map is
-formed for a hallucinated head. A real head and its partners share one softmax, as one attention
-with wider values.
+is public. A hallucinated map is the map of a real head, its source, filtered by a small separable
+kernel over (query, key): A^ = sum_r U_r A W_r with U, W banded. It is linear in A, so
+A^ V = sum_r U_r (A (W_r V)): the key-side filter moves onto the values, the query-side filter onto
+the output, and no N x M map is formed for a hallucinated head. A real head and the heads that use
+its map share one softmax: one attention with wider values.
 """
 import dataclasses
 from collections.abc import Callable
@@ -30,17 +30,17 @@ from vitcompact.trees import Leaf
 class HMHSA:
   """Heads axis: compute `real_heads` attention maps, hallucinate the others.
 
-  site: "probs" filters the maps after the softmax (folded onto values and outputs: fast);
-    "logits" mixes and filters the scores before it (maps are formed: a reference, slower).
+  site: "probs" filters the maps after the softmax (moved onto values and outputs: fast);
+    "logits" mixes and filters the scores before the softmax (forms maps: a slower reference).
   rank: number of separable terms, 1 to `kernel`; `kernel` terms give any kernel x kernel filter.
-  kernel: taps on a side, odd.
-  layout: "map" filters along token order, class token included; "grid" filters over the 2-D grid
-    of patches on each side, with one gain for each prefix token.
-  real_heads: "half" (rounded up) or a number; heads beyond it are hallucinated.
+  kernel: number of taps per side, odd.
+  layout: "map" filters along the order of tokens, class token included; "grid" filters over the 2-D
+    grids of query and key patches, with one gain for each prefix token.
+  real_heads: "half" (rounded up) or a number; the other heads are hallucinated.
   """
   axis: ClassVar[str] = "heads"
   scope: ClassVar[str] = "hallucinate"
-  # Taps start as a delta that weight decay would pull to zero.
+  # No weight decay: it would pull the taps, initially a delta, to zero.
   rules: ClassVar = [(r".*/hallucinate/(query_taps|key_taps|query_gain|key_gain|mix|taps)", Leaf())]
 
   site: str = "probs"
@@ -67,7 +67,7 @@ class HMHSA:
                        "logits site has one full filter over the map; use layout='map', rank=1")
 
   def count_real(self, heads: int) -> int:
-    """Number of computed maps among `heads`; a single head has no other to copy and stays real."""
+    """Returns how many of `heads` have a computed map; a single head is always real."""
     if heads == 1:
       return 1
     if self.real_heads == "half":
@@ -94,34 +94,34 @@ class HMHSA:
     return out
 
   def from_dense(self, site: Site, params, stats, data):
-    """Without calibration images, and where heads have their places, the first heads stay, and the
-    others copy their maps in order."""
+    """Chooses and fits the heads on calibration images. Without these, or if a local term fixes the
+    order of heads, the first heads are real and the others copy their maps in order."""
     taps = {}
     if data is not None and not site.local:
       params, taps = refit.fitted(self, site, params, data)
     _, new = surgery.fresh(self, site)
     params = surgery.cut_heads(self, site, params)
-    own = {**new["params"], **taps}
-    return {**params, "attn": {**params["attn"], self.scope: own}}, stats
+    leaves = {**new["params"], **taps}
+    return {**params, "attn": {**params["attn"], self.scope: leaves}}, stats
 
   @classmethod
   def options(cls, site: Site) -> list["HMHSA"]:
-    """From half of the heads real to all but one."""
+    """Returns numbers of real heads from half of the heads to all but one."""
     layout = "map" if "token line" in site.provides else "grid"
     return [cls(real_heads=real, layout=layout)
             for real in range((site.heads + 1) // 2, site.heads)]
 
   @classmethod
   def statistics(cls, params):
-    """Costs of heads in the place of others."""
+    """Returns the sums for the error of each head as a replacement of each other."""
     value, out = params["attn"]["value"], params["attn"]["out"]["kernel"]
     bias = value.get("bias", jnp.zeros(out.shape[:2]))
     return refit.head_costs, (value["kernel"], bias, out)
 
   @classmethod
   def estimate(cls, options, site: Site, sums):
-    """Errors of copied maps behind values and outputs, in sums over heads; and the table of them,
-    [i][j] of head i in the place of j."""
+    """Returns relative errors of the attention's output with copied maps, and the table head_cost:
+    [i][j] is the error of head i as a replacement of head j."""
     costs, _ = sums
     total = np.trace(costs)
     errors = [refit.arrange(costs, method.count_real(site.heads)).cost / total
@@ -138,12 +138,12 @@ def is_count(value) -> bool:
 
 
 def shifted_sum(x, taps, axes: tuple[int, ...]):
-  """sum over t of taps[t] * x shifted by t, zeros outside: a depthwise correlation along `axes`.
+  """Sums taps[t] * (x shifted by t) over t, zero-padded: a depthwise correlation along `axes`.
 
   Args:
     x: any array.
     taps: {offsets: array that broadcasts against x}, one entry for each tap.
-    axes: the axes of x that the offsets (one each) move along.
+    axes: the axes of x to shift, one for each offset of a tap.
   """
   reach = max(abs(step) for offsets in taps for step in offsets)
   padded = jnp.pad(x, [(reach, reach) if axis in axes else (0, 0) for axis in range(x.ndim)])
@@ -162,8 +162,7 @@ def filter_line(x_bnhrd, taps_hrk):
   half, tokens = taps_hrk.shape[-1] // 2, x_bnhrd.shape[1]
 
   def ahead(step):
-    """Each token's successor, `step` places on; by joining, which XLA:CPU runs faster than padding.
-    """
+    """Shifts tokens by `step`; concatenates, which XLA:CPU runs faster than padding."""
     if step == 0:
       return x_bnhrd
     if attention.portable():
@@ -197,14 +196,14 @@ def filter_grid(x_bnhrd, taps_hrkk, gain_hrp, grid: tuple[int, int]):
 
 def attend_hallucinated(core: Core, query_bnfd, key_bmfd, value_bmhd, key_filter: Callable,
                         query_filter: Callable):
-  """Attention in which heads beyond the real ones use filtered maps, without forming these.
+  """Computes attention in which hallucinated heads use filtered maps, without forming these maps.
 
-  Hallucinated head g has real head g mod f as its source.
+  The source of hallucinated head g is real head g mod f.
 
   Args:
     core: the attention of one call.
-    query_bnfd, key_bmfd: (B, N, f, d), (B, M, f, d), the f real heads.
-    value_bmhd: (B, M, h, d), all heads: the real ones, then the hallucinated ones.
+    query_bnfd, key_bmfd: (B, N, f, d), (B, M, f, d) of the f real heads.
+    value_bmhd: (B, M, h, d) of all heads: the real ones, then the hallucinated ones.
     key_filter: (B, M, g, d) values of the hallucinated heads -> (B, M, g, rank, d).
     query_filter: (B, N, g, rank, d) -> (B, N, g, d).
   Returns:
@@ -215,13 +214,13 @@ def attend_hallucinated(core: Core, query_bnfd, key_bmfd, value_bmhd, key_filter
     return core(query_bnfd, key_bmfd, value_bmhd)
   spread_bmgrd = key_filter(value_bmhd[:, :, real:])
   rank = spread_bmgrd.shape[3]
-  partners = -(-(heads - real) // real)
-  full = heads - real - (partners - 1) * real      # real heads that have all their partners
+  partners = -(-(heads - real) // real)            # hallucinated heads of a real head, at most
+  full = heads - real - (partners - 1) * real      # number of real heads with that many partners
   real_out, partner_out = [], [[] for _ in range(partners)]
   for start, stop, count in ((0, full, partners), (full, real, partners - 1)):
     if start == stop:
       continue
-    # Real heads with fewer partners make a second, narrower call: values are never padded.
+    # Real heads with one partner less make a second, narrower call, so that no values are padded.
     values = [value_bmhd[:, :, start:stop]]
     for p in range(count):
       spread = spread_bmgrd[:, :, p * real + start:p * real + stop]
@@ -237,7 +236,8 @@ def attend_hallucinated(core: Core, query_bnfd, key_bmfd, value_bmhd, key_filter
 
 
 class ScoreFilter(NamedTuple):
-  """Scores of the real heads -> those of all: heads mixed, then K x K correlated over the map.
+  """Scores of the real heads -> scores of all heads: mixes heads, then filters each map with K x K
+  taps.
 
   mix (f, g); taps (g, K, K).
   """
@@ -246,33 +246,35 @@ class ScoreFilter(NamedTuple):
 
   @property
   def reach(self) -> int:
-    """Rows before and after those asked for that the filter needs."""
+    """Halo: how many rows before and after those of the result the filter needs."""
     return self.taps.shape[-1] // 2
 
   def __call__(self, scores_bfnm, edges: bool = True):
-    """(B, f, N, M) -> (B, h, N, M); edges: see `attention.Core`."""
+    """Filters scores, (B, f, N, M) -> (B, h, N, M); edges: see `attention.Core`."""
     reach, (_, _, rows, keys) = self.reach, scores_bfnm.shape
-    around = reach if edges else 0
+    padding = reach if edges else 0
     with jax.named_scope(SHIFT_AND_ADD):
-      # A product of matrices this narrow costs more than the sum.
+      # Summing costs less than a product of matrices this narrow.
       x_bgnm = sum(scores_bfnm[:, i, None] * self.mix[i][None, :, None, None]
                    for i in range(self.mix.shape[0]))
-      x_bgnm = jnp.pad(x_bgnm, [(0, 0), (0, 0), (around, around), (reach, reach)])
-      rows, steps = rows + 2 * (around - reach), range(2 * reach + 1)
-      made_bgnm = sum(x_bgnm[:, :, s:s + rows, t:t + keys] * self.taps[None, :, s, t, None, None]
-                      for s in steps for t in steps)
-    inside = scores_bfnm if edges else scores_bfnm[:, :, reach:reach + rows]
-    return jnp.concatenate([inside, made_bgnm], axis=1)
+      x_bgnm = jnp.pad(x_bgnm, [(0, 0), (0, 0), (padding, padding), (reach, reach)])
+      rows, steps = rows + 2 * (padding - reach), range(2 * reach + 1)
+      filtered_bgnm = sum(
+          x_bgnm[:, :, s:s + rows, t:t + keys] * self.taps[None, :, s, t, None, None]
+          for s in steps for t in steps)
+    real_bfnm = scores_bfnm if edges else scores_bfnm[:, :, reach:reach + rows]
+    return jnp.concatenate([real_bfnm, filtered_bgnm], axis=1)
 
 
 def delta_init(key, shape, dtype=jnp.float32):
-  """A centred delta in each of shape[0] kernels."""
+  """Initialises each of shape[0] kernels as a centred delta."""
   del key
   return jnp.zeros(shape, dtype).at[:, *(k // 2 for k in shape[1:])].set(1)
 
 
 def terms_init(spread: float):
-  """Kernels (heads, rank, ...): the first term a centred delta, the others N(0, spread^2)."""
+  """Makes an initialiser of kernels (heads, rank, ...): the first term is a centred delta, the
+  others are N(0, spread^2)."""
   def init(key, shape, dtype=jnp.float32):
     draws = spread * jax.random.normal(key, shape, dtype)
     return draws.at[:, 0].set(delta_init(key, (shape[0], *shape[2:]), dtype))
@@ -280,10 +282,10 @@ def terms_init(spread: float):
 
 
 class Hallucinate(nn.Module):
-  """Attention over real and hallucinated heads; owns the taps.
+  """Attention with real and hallucinated heads; owns the taps.
 
-  `query_grid`, `key_grid`: (height, width) of the patches on each side, or None where a side has
-  no grid; `prefix`: tokens before a grid. They matter to layout="grid" only.
+  query_grid, key_grid: (height, width) of the patches among queries and keys, or None without a
+    grid; prefix: number of tokens before the patches. Only layout="grid" uses them.
   """
   spec: HMHSA
   query_grid: tuple[int, int] | None = None
@@ -292,18 +294,18 @@ class Hallucinate(nn.Module):
 
   @nn.compact
   def __call__(self, query_bnfd, key_bmfd, value_bmhd, core: Core = attention.DENSE, x_bnw=None):
-    """(B, N, h, d); the input x of the attention decides nothing here."""
+    """Returns (B, N, h, d); x is not used."""
     del x_bnw
     spec, real = self.spec, query_bnfd.shape[2]
     hallucinated = value_bmhd.shape[2] - real
     if spec.site == "logits":
       return self._attend_mixed(query_bnfd, key_bmfd, value_bmhd, hallucinated, core)
-    # A further term is silent at first by its query side alone (u = 0, gain 0): with both sides at
-    # zero it would never move.
+    # Further terms start at zero on the query side only (u = 0, gain 0): with both sides at zero
+    # they would get no gradient.
     key_taps, key_gain = self._taps("key", hallucinated, self.key_grid, spread=0.1, gain=1.0)
     query_taps, query_gain = self._taps("query", hallucinated, self.query_grid, spread=0.0,
                                         gain=0.0)
-    # Cross-correlating the map's key axis is correlating the values with the reversed taps.
+    # Correlating the key axis of the map equals correlating the values with the reversed taps.
     reversed_taps = jnp.flip(key_taps, range(2, key_taps.ndim))
 
     def key_filter(value_bmgd):
@@ -317,12 +319,13 @@ class Hallucinate(nn.Module):
       maps_bgnm = maps_bfnm[:, jnp.arange(hallucinated) % real]
       by_key = filter_side(maps_bgnm.transpose(0, 3, 1, 2)[:, :, :, None], key_taps, key_gain,
                            self.key_grid)
-      made = query_filter(by_key.transpose(0, 4, 2, 3, 1)).transpose(0, 2, 1, 3)
-      self.sow("maps", "maps", jnp.concatenate([maps_bfnm, made], axis=1))
+      filtered_bgnm = query_filter(by_key.transpose(0, 4, 2, 3, 1)).transpose(0, 2, 1, 3)
+      self.sow("maps", "maps", jnp.concatenate([maps_bfnm, filtered_bgnm], axis=1))
     return attend_hallucinated(core, query_bnfd, key_bmfd, value_bmhd, key_filter, query_filter)
 
   def _taps(self, side: str, hallucinated: int, grid, spread: float, gain: float):
-    """Taps, and the gains of prefix tokens or None; `spread`, `gain`: of terms after the first."""
+    """Returns the taps, and the gains of prefix tokens or None; `spread` and `gain` initialise the
+    terms after the first."""
     spec = self.spec
     on_grid = spec.layout == "grid" and grid is not None
     shape = (hallucinated, spec.rank) + (spec.kernel,) * (2 if on_grid else 1)
@@ -353,7 +356,7 @@ class Hallucinate(nn.Module):
 
 
 def filter_side(x_bnhrd, taps, gain, grid):
-  """`filter_line` or `filter_grid`, as the rank of the taps says."""
+  """Applies `filter_line` or `filter_grid`, depending on the rank of the taps."""
   taps = taps.astype(x_bnhrd.dtype)
   if taps.ndim == 3:
     return filter_line(x_bnhrd, taps)

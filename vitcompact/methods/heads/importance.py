@@ -1,4 +1,4 @@
-"""What the attention's output would lose without some of its heads. Ours."""
+"""How much the attention's output would lose without some of its heads. Ours."""
 import itertools
 import math
 
@@ -12,11 +12,11 @@ from vitcompact.regression import HIGH, gram
 
 
 def losses(params, data=None) -> np.ndarray:
-  """(h, h): without a set of heads, the sum of its rows and columns is lost, in mean squares of the
-  attention's output.
+  """Returns (h, h): the sum over the rows and columns of a set of heads is the mean square that the
+  attention's output loses without the set.
 
-  From calibration images, the covariance of what heads contribute; what a head always adds, a bias
-  can make up for. Without them, |V_i O_i|^2, as if heads contributed independently.
+  With calibration images, it is the covariance of the heads' contributions, as a bias can replace
+  their constant part. Without them, it is |V_i O_i|^2, as if contributions were independent.
   """
   value, out = params["attn"]["value"], params["attn"]["out"]["kernel"]
   if data is None:
@@ -27,57 +27,58 @@ def losses(params, data=None) -> np.ndarray:
 
 
 def statistics(params):
-  """(`contributions`, its arguments) of a block without methods of its heads."""
+  """Returns (`contributions`, its arguments) of a block without methods of the heads axis."""
   value, out = params["attn"]["value"], params["attn"]["out"]["kernel"]
   bias = value.get("bias", jnp.zeros(out.shape[:2]))
   return contributions, (value["kernel"], bias, out)
 
 
 def covariance(sums) -> np.ndarray:
-  """(h, h) of what heads add, summed over the width, from sums of `contributions`."""
+  """Returns the covariance (h, h) of the heads' contributions, summed over the width, from sums of
+  `contributions`."""
   products, totals, tokens = sums
   return products / tokens - totals @ totals.T / tokens ** 2
 
 
 def has_maps(site: Site, data) -> bool:
-  """Whether the block that calibration images go through has attention maps."""
+  """Whether the block has attention maps on calibration images."""
   method = None if data is None else data.module.methods.attention
-  taken = () if method is None else protocol.removes(method, site)
-  return data is not None and "maps" in site.provides and "maps" not in taken
+  removed = () if method is None else protocol.removes(method, site)
+  return data is not None and "maps" in site.provides and "maps" not in removed
 
 
 def contributions(seen, value, bias, out):
-  """Sums over tokens of c_i . c_j (h, h) and of c_i (h, width), and their number; c_i = A_i V_i O_i
-  is what head i adds to the attention's output.
+  """Returns sums over tokens of c_i . c_j (h, h) and of c_i (h, width), and the number of tokens;
+  c_i = A_i V_i O_i is the contribution of head i to the attention's output.
 
-  value (width, h, d), bias (h, d), out (h, d, width): of a block without methods of its heads.
+  value (width, h, d), bias (h, d), out (h, d, width): of a block without methods of the heads axis.
   """
   seen = seen.of_fewer_images()
   values_bmhd = jnp.einsum("bmw,whd->bmhd", seen.keys, value) + bias[None, None]
-  made_bnhd = jnp.einsum("bhnm,bmhd->bnhd", seen.maps, values_bmhd).astype(jnp.float32)
-  heads, width = made_bnhd.shape[2:]
-  # Behind the outputs they are as wide as the stream, head by head; their products need not be.
-  products = gram(made_bnhd.reshape(-1, heads * width)).reshape(heads, width, heads, width)
+  out_bnhd = jnp.einsum("bhnm,bmhd->bnhd", seen.maps, values_bmhd).astype(jnp.float32)
+  heads, width = out_bnhd.shape[2:]
+  # Products are summed before the output matrices, after which each head is as wide as the stream.
+  products = gram(out_bnhd.reshape(-1, heads * width)).reshape(heads, width, heads, width)
   return (jnp.einsum("hdge,hdw,gew->hg", products, out, out, precision=HIGH),
-          jnp.einsum("hd,hdw->hw", made_bnhd.sum(axis=(0, 1)), out, precision=HIGH),
-          jnp.asarray(made_bnhd.shape[0] * made_bnhd.shape[1], jnp.float32))
+          jnp.einsum("hd,hdw->hw", out_bnhd.sum(axis=(0, 1)), out, precision=HIGH),
+          jnp.asarray(out_bnhd.shape[0] * out_bnhd.shape[1], jnp.float32))
 
 
-def kept_first(lost: np.ndarray, kept: int) -> tuple[int, ...]:
-  """The heads in an order in which the set of those that stay comes first, each set by number.
+def kept_first(loss_hh: np.ndarray, kept: int) -> tuple[int, ...]:
+  """Returns an order of the heads: the set of kept heads, then the dropped ones, each ascending.
 
-  lost: from `losses`. The set that goes is the one without which least is lost; of too many sets to
-  try all, heads go one by one.
+  loss_hh: from `losses`. Drops the set with the least loss; if there are too many sets to try,
+  drops heads one by one.
   """
-  heads = len(lost)
+  heads = len(loss_hh)
 
-  def cost(gone):
-    return lost[np.ix_(gone, gone)].sum()
+  def cost(dropped):
+    return loss_hh[np.ix_(dropped, dropped)].sum()
 
   if math.comb(heads, kept) <= refit.SETS:
-    gone = min(itertools.combinations(range(heads), heads - kept), key=cost)
+    dropped = min(itertools.combinations(range(heads), heads - kept), key=cost)
   else:
-    gone = ()
-    while len(gone) < heads - kept:
-      gone += (min(set(range(heads)) - set(gone), key=lambda head: cost((*gone, head))),)
-  return (*(head for head in range(heads) if head not in gone), *sorted(gone))
+    dropped = ()
+    while len(dropped) < heads - kept:
+      dropped += (min(set(range(heads)) - set(dropped), key=lambda head: cost((*dropped, head))),)
+  return (*(head for head in range(heads) if head not in dropped), *sorted(dropped))

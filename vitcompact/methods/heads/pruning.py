@@ -1,7 +1,7 @@
-"""Head pruning: heads that are missed least are dropped from a block, for every image.
+"""Head pruning: drops the least important heads of a block, the same for every image.
 
-Michel et al., arXiv 1905.10650, and many after them. Which heads go, and what the others then make
-up for, is ours: `HeadPruning.from_dense`.
+Michel et al., arXiv 1905.10650, and many after them. How heads are chosen, and how the others are
+refitted to compensate, is ours: `HeadPruning.from_dense`.
 """
 import dataclasses
 from typing import Any, ClassVar
@@ -19,11 +19,11 @@ from vitcompact.methods.protocol import Site
 
 @dataclasses.dataclass(frozen=True)
 class HeadPruning:
-  """Heads axis: `kept_heads` heads stay, with their queries, keys, values and outputs.
+  """Heads axis: keeps `kept_heads` heads, with their queries, keys, values and outputs.
 
   kept_heads: "half" (rounded up) or a number; a block with fewer heads is an error.
-  heads: None, or the method of this axis under which the heads that stay are computed, such as
-    HMHSA(), which then hallucinates half of them.
+  heads: None, or another method of this axis for the kept heads, such as HMHSA(), which then
+    hallucinates half of them.
   """
   axis: ClassVar[str] = "heads"
 
@@ -51,59 +51,60 @@ class HeadPruning:
     return kept
 
   def scored_heads(self, site: Site) -> int:
-    inner, inside = protocol.around(self, site)
+    inner, inside = protocol.inner_and_site(self, site)
     return self.value_heads(site) if inner is None else protocol.scored_heads(inner, inside)
 
   def acts(self, site: Site) -> bool:
-    return self.value_heads(site) < site.heads or protocol.around(self, site)[0] is not None
+    return self.value_heads(site) < site.heads or protocol.inner_and_site(self, site)[0] is not None
 
   def check(self, site: Site):
     if site.local:
-      raise ValueError(f"HeadPruning in block {site.block}: what this model adds to the outputs of "
-                       "its heads is as wide as all of them; use heads=None there")
-    inner, inside = protocol.around(self, site)
+      raise ValueError(f"HeadPruning in block {site.block}: this model adds a local term to the "
+                       "outputs of all heads, so none can be dropped; use heads=None there")
+    inner, inside = protocol.inner_and_site(self, site)
     if inner is not None:
       protocol.check(inner, inside)
 
   def needs(self, site: Site) -> dict[str, str]:
-    inner, inside = protocol.around(self, site)
+    inner, inside = protocol.inner_and_site(self, site)
     return {"maps": "use heads=None there",
             **({} if inner is None else protocol.needs(inner, inside))}
 
   def removes(self, site: Site) -> tuple[str, ...]:
-    inner, inside = protocol.around(self, site)
+    inner, inside = protocol.inner_and_site(self, site)
     return ("all heads", *(() if inner is None else protocol.removes(inner, inside)))
 
   def make(self, site: Site, **kwargs) -> nn.Module:
-    inner, inside = protocol.around(self, site)
-    return Kept(**kwargs) if inner is None else inner.make(inside, **kwargs)
+    inner, inside = protocol.inner_and_site(self, site)
+    return KeptHeads(**kwargs) if inner is None else inner.make(inside, **kwargs)
 
   def from_dense(self, site: Site, params, stats, data):
-    """The heads that stay, by what the attention's output would lose without the others.
+    """Keeps the heads without which the attention's output would lose most.
 
-    Without calibration images: by the size of values through outputs, |V_i O_i|. With them: the set
-    of heads whose contributions vary most together, E |sum of what goes - its mean|^2 being least
-    (all sets are tried up to 20,000, else heads go one by one), then values and outputs of those
-    that stay are refitted to the dense output. What a dropped head always adds, the bias takes in.
+    Without calibration images, heads are ranked by the size of their products of value and output
+    matrices, |V_i O_i|. With them, the dropped set is the one with the least variance of its summed
+    contributions, E |sum - mean|^2 (all sets are tried up to 20,000, else heads are dropped one by
+    one); then values and outputs of the kept heads are refitted to the dense output. The constant
+    part of a dropped head's contribution is added to the bias.
     """
-    kept, alone = self.value_heads(site), dataclasses.replace(self, heads=None)
+    kept, pruning = self.value_heads(site), dataclasses.replace(self, heads=None)
     order = importance.kept_first(importance.losses(params, data), kept)
     params = refit.arranged(params, order)
-    always = constant(params["attn"], kept)
-    attn = surgery.cut_heads(alone, site, params)["attn"]
-    out = {**attn["out"], "bias": attn["out"]["bias"] + always}
+    constant = constant_contribution(params["attn"], kept)
+    attn = surgery.cut_heads(pruning, site, params)["attn"]
+    out = {**attn["out"], "bias": attn["out"]["bias"] + constant}
     params = {**params, "attn": {**attn, "out": out}}
     if data is not None:
-      methods = data.module.methods._replace(heads=alone)
+      methods = data.module.methods._replace(heads=pruning)
       data = dataclasses.replace(data, module=data.module.clone(methods=methods), params=params)
-    inner, inside = protocol.around(self, site)
+    inner, inside = protocol.inner_and_site(self, site)
     if inner is not None:
       return surgery.from_dense(inner, inside, params, stats, data)
-    return (params if data is None else refitted(params, data, order)), stats
+    return (params if data is None else refit_kept_heads(params, data, order)), stats
 
   @classmethod
   def options(cls, site: Site) -> list["HeadPruning"]:
-    """A quarter, half and three quarters of the heads."""
+    """Returns a quarter, half and three quarters of the heads."""
     kept = {round(site.heads * share) for share in (0.25, 0.5, 0.75)}
     return [cls(kept_heads=heads) for heads in sorted(kept - {0, site.heads})]
 
@@ -113,49 +114,49 @@ class HeadPruning:
 
   @classmethod
   def estimate(cls, options, site: Site, sums):
-    """The share of the variance of the attention's output that goes with the heads, before others
-    make up for them."""
-    lost = importance.covariance(sums)
+    """Returns the share of the variance of the attention's output that is lost with the dropped
+    heads, before the others are refitted."""
+    loss_hh = importance.covariance(sums)
     errors = []
     for method in options:
       kept = method.value_heads(site)
-      gone = list(importance.kept_first(lost, kept)[kept:])
-      errors.append(max(lost[np.ix_(gone, gone)].sum(), 0.0) / max(lost.sum(), 1e-30))
+      dropped = list(importance.kept_first(loss_hh, kept)[kept:])
+      errors.append(max(loss_hh[np.ix_(dropped, dropped)].sum(), 0.0) / max(loss_hh.sum(), 1e-30))
     return errors, {}
 
   def torch_entries(self, site: Site, torch: str, ours: str):
-    """The heads that stay have the names that all have; no tensor is its own."""
-    inner, inside = protocol.around(self, site)
+    """Returns no entries of its own: the kept heads are part of the block's tensors."""
+    inner, inside = protocol.inner_and_site(self, site)
     return [] if inner is None else surgery.torch_entries(inner, inside, torch, ours)
 
   def at_size(self, site: Site) -> "HeadPruning":
-    inner, inside = protocol.around(self, site)
+    inner, inside = protocol.inner_and_site(self, site)
     return dataclasses.replace(
         self, heads=None if inner is None else protocol.at_size(inner, inside))
 
 
-class Kept(nn.Module):
-  """Attention of the heads that stayed; no parameters."""
+class KeptHeads(nn.Module):
+  """Attention of the kept heads; has no parameters."""
 
   @nn.compact
   def __call__(self, query_bnhd, key_bmhd, value_bmhd, core: Core = attention.DENSE, x_bnw=None):
-    """(B, N, h, d)."""
+    """Returns (B, N, h, d)."""
     del x_bnw
     if attention.wants_maps(self):
       self.sow("maps", "maps", core.merged(core.maps(query_bnhd, key_bmhd)))
     return core(query_bnhd, key_bmhd, value_bmhd)
 
 
-def constant(attn, kept: int):
-  """What the heads after the first `kept` add to every token: the bias of their values, since rows
-  of maps sum to 1; (width,)."""
+def constant_contribution(attn, kept: int):
+  """Returns (width,), what the heads after the first `kept` add to every token: the bias of their
+  values times their outputs, since rows of maps sum to 1."""
   if "bias" not in attn["value"]:
     return jnp.zeros(attn["out"]["kernel"].shape[-1])
   return jnp.einsum("hd,hdw->w", attn["value"]["bias"][kept:], attn["out"]["kernel"][kept:])
 
 
-def refitted(params, data, order):
-  """A pruned block's parameters with values and outputs refitted to the dense output."""
+def refit_kept_heads(params, data, order):
+  """Refits values and outputs of a pruned block to the dense output; returns its parameters."""
   attn = params["attn"]
   values = np.asarray(attn["value"]["kernel"], np.float64).transpose(1, 0, 2)
   outputs = np.asarray(attn["out"]["kernel"], np.float64)

@@ -1,4 +1,4 @@
-"""DynamicViT: small predictors tell which patches go on (Rao et al., NeurIPS 2021,
+"""DynamicViT: small predictors choose the patches to keep (Rao et al., NeurIPS 2021,
 arXiv 2106.02034)."""
 import dataclasses
 import functools
@@ -22,10 +22,10 @@ class DynamicViT:
 
   keep: in (0, 1]; 1 changes nothing, and has no predictors. blocks: numbered from 0.
 
-  In inference the other patches are gone. In training every token stays, those dropped are hidden
-  from the others by a straight-through Gumbel mask (rng "dropout"), and how many are is for the
-  loss to teach: `kept_ratio`, on the masks sown as blocks_{i}/predict_tokens/keep_mask in "tokens".
-  Filters of hallucinated heads thus meet dropped neighbours in training only.
+  Inference removes the other patches. Training keeps every token, and a straight-through Gumbel
+  mask (rng "dropout") hides dropped tokens from the others. How many are dropped is learned from
+  the loss `kept_ratio`, on the masks sown as blocks_{i}/predict_tokens/keep_mask in "tokens". In
+  training, unlike in inference, the filters of hallucinated heads still see dropped neighbours.
   """
   axis: ClassVar[str] = "tokens"
   rules: ClassVar = predictor.RULES
@@ -40,7 +40,7 @@ class DynamicViT:
     object.__setattr__(self, "blocks", token_state.checked_blocks("DynamicViT", self.blocks))
 
   def shares(self) -> tuple[float, ...]:
-    """The share of all patches that each of `blocks` is to keep."""
+    """Returns the share of all patches that each of `blocks` should keep."""
     return tuple(self.keep ** stage for stage in range(1, len(self.blocks) + 1))
 
   @property
@@ -61,20 +61,20 @@ class DynamicViT:
     return ("grid",)
 
   def from_dense(self, site: Site, params, stats, data):
-    """A freshly drawn predictor, each stage's another."""
+    """Adds a freshly initialised predictor, a different one in each stage."""
     del data
     new = surgery.fresh_predictor(self.reduction(site.block, site.depth), site.width)
     return {**params, **new}, stats
 
   def torch_entries(self, site: Site, torch: str, ours: str) -> list[Entry]:
-    """Predictors are numbered, as the authors do."""
+    """Returns entries of the predictor, numbered as the authors do."""
     del torch
     if self.reduction(site.block, site.depth).predict is None:
       return []
     return predictor.torch_entries(self.blocks.index(site.block), ours)
 
   def reduction(self, block: int, depth: int) -> Reduction:
-    """What happens in this block."""
+    """Returns what happens in this block."""
     del depth
     if block not in self.blocks or self.keep == 1:
       return token_state.NOTHING
@@ -83,9 +83,9 @@ class DynamicViT:
 
 
 class PredictTokens(nn.Module):
-  """Scores patches from their own features and the mean of those kept; keeps a share of all.
+  """Scores patches by their own features and the mean of the kept ones; keeps a share of them.
 
-  stage: which predictor of the model this is, from 0. share: of the patches at the start.
+  stage: the number of this predictor in the model, from 0. share: of the source patches.
   """
   stage: int
   share: float

@@ -12,20 +12,19 @@ from vitcompact.methods.protocol import Site
 from vitcompact.settings import Setting
 from vitcompact.token_state import Reduction, Tokens, follow, identity_source, take
 
-# Keep rates that a warm-up goes through, the first (1) and the last included: each is a program of
-# its own to compile.
+# Number of keep rates in a warm-up, including 1 and the final one: each compiles its own program.
 WARMUP_RATES = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class EViT:
-  """Tokens axis: after the attention of each of `blocks`, ceil(keep * patches) patches go on.
+  """Tokens axis: after the attention of each of `blocks`, keeps ceil(keep * patches) patches.
 
-  keep: in (0, 1]; 1 changes nothing. blocks: numbered from 0. fuse: the others are summed, weighted
-  by the class token's attention, into one further token.
+  keep: in (0, 1]; 1 changes nothing. blocks: numbered from 0. fuse: adds one token, the sum of the
+  other patches weighted by the class token's attention.
   """
   axis: ClassVar[str] = "tokens"
-  # The keep rate is 1 for `start` steps of the main phase, then falls to `keep` in `steps`.
+  # The keep rate is 1 for `start` steps of the main phase, then falls to `keep` over `steps` steps.
   settings: ClassVar = {"keep_warmup.start": Setting(0, low=0, unit="of steps"),
                         "keep_warmup.steps": Setting(0, low=0, unit="of steps")}
 
@@ -40,23 +39,24 @@ class EViT:
     object.__setattr__(self, "blocks", token_state.checked_blocks("EViT", self.blocks))
 
   def at_keep(self, keep: float) -> "EViT":
-    """The same with another keep rate. It has no parameters: weights fit all of them."""
+    """Returns the method with another keep rate; it has no parameters, so weights fit every rate.
+    """
     return dataclasses.replace(self, keep=keep)
 
   def at_epoch(self, epoch: float, *, start: float = 10.0, length: float = 100.0) -> "EViT":
-    """What trains at this (fractional) epoch when the keep rate is warmed up.
+    """Returns the method to train with at this (fractional) epoch of a keep rate warm-up.
 
-    The authors' rate is 1 before `start`, a half cosine down to `keep` over `length` epochs, then
-    `keep`. Here it is rounded to the nearest of WARMUP_RATES even steps from 1 to `keep`.
+    The authors' rate is 1 before `start`, falls to `keep` as a half cosine over `length` epochs,
+    and stays there. Here it is rounded to the nearest of WARMUP_RATES even steps from 1 to `keep`.
     """
-    done = min(max((epoch - start) / length, 0.0), 1.0)
-    lost = (1 - math.cos(math.pi * done)) / 2
-    step = round(lost * (WARMUP_RATES - 1))
+    progress = min(max((epoch - start) / length, 0.0), 1.0)
+    fraction = (1 - math.cos(math.pi * progress)) / 2
+    step = round(fraction * (WARMUP_RATES - 1))
     return self.at_keep(self.keep if step == WARMUP_RATES - 1 else
                         1 - (1 - self.keep) * step / (WARMUP_RATES - 1))
 
   def at_step(self, config, step: int) -> "EViT":
-    """What trains at a step of the main phase."""
+    """Returns the method to train with at a step of the main phase."""
     warmup = config.keep_warmup
     if not (warmup.start or warmup.steps):
       return self
@@ -66,7 +66,7 @@ class EViT:
     del site
     return {"free tokens": "token reducers are for isotropic models such as DeiT and LV-ViT",
             "class token": "use ToMe there",
-            "softmax": "it keeps patches by attention; use ToMe there"}
+            "softmax": "it chooses patches by their attention; use ToMe there"}
 
   def removes(self, site: Site) -> tuple[str, ...]:
     del site
@@ -74,19 +74,19 @@ class EViT:
 
   @classmethod
   def options(cls, site: Site) -> list["EViT"]:
-    """Keep rates of nine tenths to a half, after one, two and three quarters of the depth."""
+    """Returns keep rates from 0.9 to 0.5, at one, two and three quarters of the depth."""
     blocks = tuple(sorted({site.depth * quarter // 4 for quarter in (1, 2, 3)}))
     return [cls(keep=keep, blocks=blocks) for keep in (0.9, 0.8, 0.7, 0.5)]
 
   def reduction(self, block: int, depth: int) -> Reduction:
-    """What happens in this block."""
+    """Returns what happens in this block."""
     del depth
     if block not in self.blocks or self.keep == 1:
       return token_state.NOTHING
     return Reduction(after_attention=self.reduce)
 
   def reduce(self, tokens: Tokens, query_bnhd, key_bnhd, prefix: int) -> Tokens:
-    """Tokens after attention, with the queries and keys that it used (real heads)."""
+    """Reduces tokens after attention, given the queries and keys that it used (real heads)."""
     patches = tokens.x.shape[1] - prefix
     count = math.ceil(self.keep * patches - 1e-9)
     if count == patches:
@@ -95,7 +95,7 @@ class EViT:
     kept_bk = jnp.sort(jax.lax.top_k(score_bp, count)[1], axis=1)
     batch = score_bp.shape[0]
     rows = jnp.arange(batch)[:, None]
-    # A dropped patch moves into the fused token, which comes last, or nowhere.
+    # A dropped patch moves into the fused token, which comes last, or is gone (-1).
     moved_bp = jnp.full((batch, patches), prefix + count if self.fuse else -1, jnp.int32)
     moved_bp = moved_bp.at[rows, kept_bk].set(jnp.arange(prefix, prefix + count)[None])
     first_bp = jnp.broadcast_to(jnp.arange(prefix, dtype=jnp.int32), (batch, prefix))
@@ -114,5 +114,5 @@ class EViT:
 
 
 def class_scores(query_bnhd, key_bnhd):
-  """The class token's attention, mean over heads: (B, N). One row of scores, never a map."""
+  """Returns the class token's attention (B, N), mean over heads: one row of scores, not a map."""
   return attention.DENSE.maps(query_bnhd[:, :1], key_bnhd).mean(axis=(1, 2))

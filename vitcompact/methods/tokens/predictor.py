@@ -1,4 +1,4 @@
-"""The small network of DynamicViT that scores patches, and how its choice is trained (Rao et al.,
+"""DynamicViT's small network that scores patches, and the training of its choice (Rao et al.,
 NeurIPS 2021, arXiv 2106.02034)."""
 import flax.linen as nn
 import jax
@@ -14,10 +14,11 @@ RULES = [(r".*/predict_tokens/(in_proj|out\d)/kernel", Leaf(("embed", None), dec
 
 
 def log_choices(module: nn.Module, x_bpw, keep_bp):
-  """Log probabilities (B, P, 2) of (keep, drop) for each patch, float32, from its own features and
-  the mean of those with keep = 1.
+  """Returns log probabilities (B, P, 2) of (keep, drop) for each patch, float32, computed from its
+  own features and the mean of the patches with keep = 1.
 
-  Called in a compact method of `module`, which owns the layers: norm, in_proj, out1, out2, out3.
+  Must be called from an `nn.compact` method of `module`, which owns the layers: norm, in_proj,
+  out1, out2, out3.
   """
   width = x_bpw.shape[-1]
 
@@ -32,31 +33,31 @@ def log_choices(module: nn.Module, x_bpw, keep_bp):
 
 
 def with_mean(x_bpw, keep_bp):
-  """The second half of the features becomes its mean over the kept patches: (B, P, width)."""
+  """Replaces the second half of the features by its mean over the kept patches: (B, P, width)."""
   local, rest = jnp.split(x_bpw, [x_bpw.shape[-1] // 2], axis=-1)
   keep_bp1 = keep_bp[..., None].astype(x_bpw.dtype)
-  # No kept patch is no reason for a NaN.
+  # The maximum avoids NaN if no patch is kept.
   mean = (rest * keep_bp1).sum(1, keepdims=True) / jnp.maximum(keep_bp1.sum(1, keepdims=True), 1)
   return jnp.concatenate([local, jnp.broadcast_to(mean, rest.shape)], axis=-1)
 
 
 def straight_through(key, choice_bp2):
-  """Draws 1 (keep) or 0 from log probabilities (B, P, 2); the gradient is a Gumbel softmax's."""
+  """Draws 1 (keep) or 0 from log probabilities (B, P, 2), with the gradient of a Gumbel softmax."""
   soft = jax.nn.softmax(choice_bp2 + jax.random.gumbel(key, choice_bp2.shape))[..., 0]
   hard = (soft >= 0.5).astype(soft.dtype)
   return hard + (soft - jax.lax.stop_gradient(soft))
 
 
 def budget(share: float, patches: int) -> int:
-  """How many of `patches` a share is, rounded down, at least 1; 0.3 * 10 is 3."""
+  """Returns share * patches, rounded down, at least 1; 0.3 * 10 is 3 despite its rounding error."""
   return max(1, int(patches * share + 1e-9))
 
 
 def kept_ratio(keep_masks, shares) -> jax.Array:
-  """Mean over stages s of (mean_i keep^s_i - shares_s)^2: (B,).
+  """Returns the mean over stages s of (mean_i keep^s_i - shares_s)^2: (B,).
 
-  keep_masks: a list with (B, P) of each stage, 1 where a patch is kept; shares: of all patches,
-  what each stage is to keep.
+  keep_masks: a list with a (B, P) mask of each stage, 1 for kept patches; shares: the share of all
+  patches that each stage should keep.
   """
   squares = [(jnp.mean(keep_bp, axis=1) - share) ** 2
              for keep_bp, share in zip(keep_masks, shares, strict=True)]
@@ -64,15 +65,15 @@ def kept_ratio(keep_masks, shares) -> jax.Array:
 
 
 def stage_masks(tokens) -> list[jax.Array]:
-  """Of the collection "tokens": (B, P) for each stage, which patches it kept."""
-  found = {int(name.removeprefix("blocks_")): block["predict_tokens"]["keep_mask"][0]
+  """Returns the keep mask (B, P) of each stage, from the collection "tokens"."""
+  masks = {int(name.removeprefix("blocks_")): block["predict_tokens"]["keep_mask"][0]
            for name, block in tokens.items() if name.startswith("blocks_")
            and "predict_tokens" in block}
-  return [found[block] for block in sorted(found)]
+  return [masks[block] for block in sorted(masks)]
 
 
 def torch_entries(stage: int, ours: str) -> list[Entry]:
-  """The tensors of the predictor of a stage, in block `ours`; the authors number them."""
+  """Returns entries of the predictor of a stage, in block `ours`, under the authors' names."""
   torch, ours = f"score_predictor.{stage}", f"{ours}/predict_tokens"
   return [*norm(f"{torch}.in_conv.0", f"{ours}/norm"),
           *linear(f"{torch}.in_conv.1", f"{ours}/in_proj"),

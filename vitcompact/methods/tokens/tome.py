@@ -1,4 +1,4 @@
-"""ToMe: merge the most similar tokens of every block, pair by pair (Bolya et al., ICLR 2023,
+"""ToMe: merge pairs of the most similar tokens in every block (Bolya et al., ICLR 2023,
 arXiv 2210.09461). Written from the paper's equations; needs no training."""
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from vitcompact import token_state
-from vitcompact.methods.merging import alternating, match, merging
+from vitcompact.methods.merging import even_first, match, merge_of
 from vitcompact.methods.protocol import Site
 from vitcompact.token_state import Reduction, Tokens
 
@@ -17,11 +17,11 @@ from vitcompact.token_state import Reduction, Tokens
 class ToMe:
   """Tokens axis: between attention and FFN of every block, r tokens are merged into others.
 
-  r: tokens a block loses, at most half of those that may merge; 0 changes nothing.
+  r: number of tokens that a block removes, at most half of the mergeable ones; 0 changes nothing.
   schedule: "constant", or "decreasing": linearly from 2 r in the first block to 0 in the last.
-  prop_attn: attention counts a token as many times as it has merged ones.
-  order: "position", tokens stay in ascending position; "code", those at even positions come first,
-    as in the authors' implementation.
+  prop_attn: attention counts a token as many times as the number of source tokens that it holds.
+  order: "position" keeps tokens in ascending position; "code" puts even positions first, as in the
+    authors' implementation.
   """
   axis: ClassVar[str] = "tokens"
 
@@ -41,7 +41,7 @@ class ToMe:
         raise ValueError(f"ToMe({field}={getattr(self, field)!r}): must be one of {allowed}")
 
   def merged_in(self, block: int, depth: int) -> int:
-    """How many tokens a block loses, if it has enough."""
+    """Returns how many tokens a block removes, if it has enough."""
     if self.schedule == "constant" or depth == 1:
       return self.r
     return int(2 * self.r - 2 * self.r * block / (depth - 1) + 1e-9)
@@ -56,29 +56,28 @@ class ToMe:
 
   @classmethod
   def options(cls, site: Site) -> list["ToMe"]:
-    """Merging at a constant pace until three quarters, half, or a quarter of the patches are left.
-    """
+    """Returns constant numbers per block that leave 3/4, 1/2 or 1/4 of the patches."""
     patches = site.tokens - site.prefix
-    paces = {round(patches * share / site.depth) for share in (0.25, 0.5, 0.75)}
-    return [cls(r=r) for r in sorted(paces - {0})]
+    per_block = {round(patches * share / site.depth) for share in (0.25, 0.5, 0.75)}
+    return [cls(r=r) for r in sorted(per_block - {0})]
 
   def reduction(self, block: int, depth: int) -> Reduction:
-    """What happens in this block."""
+    """Returns what happens in this block."""
     r = self.merged_in(block, depth)
     if not r:
       return token_state.NOTHING
     return Reduction(after_attention=functools.partial(self.reduce, r))
 
   def reduce(self, r: int, tokens: Tokens, query_bnhd, key_bnhd, prefix: int) -> Tokens:
-    """Tokens after attention, with the keys that it used (real heads, averaged)."""
+    """Merges tokens after attention, given the keys that it used (real heads, averaged)."""
     del query_bnhd
     batch, count, _ = tokens.x.shape
     r = min(r, (count - prefix) // 2)
     if not r:
       return tokens
     pair = match(jax.lax.stop_gradient(key_bnhd.mean(axis=2)), r, prefix)
-    rank_n = alternating(count, prefix) if self.order == "code" else jnp.arange(count)
-    merge = merging([pair], jnp.broadcast_to(rank_n, (batch, count)))
+    rank_n = even_first(count, prefix) if self.order == "code" else jnp.arange(count)
+    merge = merge_of([pair], jnp.broadcast_to(rank_n, (batch, count)))
     size_bn = jnp.ones((batch, count)) if tokens.size is None else tokens.size
     return Tokens(merge.mean(tokens.x, size_bn), size=merge.total(size_bn),
                   source=token_state.follow(token_state.identity_source(tokens), merge.moved),
