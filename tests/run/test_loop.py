@@ -162,7 +162,7 @@ def test_a_damaged_checkpoint_is_passed_over_only_when_told_to(config, uninterru
 def test_without_a_good_checkpoint_nothing_starts_over(config, copy):
   for path in (copy / "checkpoints").glob("*/meta/metadata"):
     path.write_text("{}")
-  with pytest.raises(ValueError, match=r"none of the checkpoints \[20, 40\] of .* is good"):
+  with pytest.raises(ValueError, match=r"none of the checkpoints \[20, 40\] of .* is intact"):
     loop.train(config, copy, restore_from="last_good")
 
 

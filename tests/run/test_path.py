@@ -182,7 +182,7 @@ def test_calibration_images_are_spread_over_the_classes(walked):
     ({"start": (0.9, 0.1), "end": (0.9, 0.1)}, "start")])
 def test_a_run_ends_with_the_better_of_its_start_and_its_end(monkeypatch, scores, kept):
   monkeypatch.setattr(loop, "fresh_state", lambda run: types.SimpleNamespace(teacher={}))
-  monkeypatch.setattr(loop.steps, "selected", lambda state, which: "start")
+  monkeypatch.setattr(loop.steps, "eval_variables", lambda state, which: "start")
   monkeypatch.setattr(loop, "evaluate_split", lambda run, variables, split, stopping, teacher: dict(
       zip(("val_accuracy", "val_loss"), scores[variables], strict=True)))
   run = types.SimpleNamespace(config=types.SimpleNamespace(eval_params="raw"))

@@ -18,7 +18,7 @@ from vitcompact.train.config import complete, method_settings
 from vitcompact.train.feature_step import make_feature_eval_step
 from vitcompact.train.objective import (
     by_replica,
-    looks_across,
+    couples_images,
     make_first_phase,
     make_objective,
 )
@@ -82,7 +82,7 @@ def build(config: FrozenConfigDict, classes: int | None = None) -> Run:
                                config.accumulate, getattr(model, "grid", None))
 
   groups = 1
-  if config.data.replicas > 1 and looks_across(model, shapes.batch_stats, config.loss):
+  if config.data.replicas > 1 and couples_images(model, shapes.batch_stats, config.loss):
     if config.data.replicas % config.accumulate:
       raise ValueError(f"config.data.replicas={config.data.replicas} must be a multiple of config."
                        f"accumulate={config.accumulate}: what an image teaches depends on the "
