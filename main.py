@@ -90,7 +90,7 @@ def train(config, stopping):
   watching = watch.Watching(PROFILE.value, WANDB.value, PEAK_TFLOPS.value)
   options = {"stopping": stopping, "restore_from": RESTORE.value, "watching": watching,
              "allow": ALLOW.value}
-  if path.asked(config):
+  if path.budget_of(config):
     receipt = path.run(config, WORKDIR.value, **options)
   else:
     result = loop.train(config, WORKDIR.value, **options)
