@@ -308,7 +308,7 @@ def test_what_onnx_lacks_is_told_with_the_block_that_needs_it(monkeypatch, tmp_p
 
   from vitcompact.export import onnx_operators
 
-  with onnx_operators.known():
+  with onnx_operators.translations():
     pass   # translations are listed when first asked for
   monkeypatch.delitem(plugin_system.PLUGIN_REGISTRY, "top_k")
   with pytest.raises(ValueError, match=r"ONNX has no 'top_k', which blocks_0/links needs") as error:
@@ -317,7 +317,7 @@ def test_what_onnx_lacks_is_told_with_the_block_that_needs_it(monkeypatch, tmp_p
 
 
 def test_weights_beyond_what_a_file_holds_are_refused(small, tmp_path, monkeypatch):
-  monkeypatch.setattr(onnx_file, "MOST", 1000)
+  monkeypatch.setattr(onnx_file, "MAX_BYTES", 1000)
   with pytest.raises(ValueError, match=r"GB of weights, and an ONNX file holds 0\.0: export it to"):
     vc.export(*small, tmp_path / "a.onnx")
 
@@ -361,7 +361,7 @@ def test_a_stablehlo_file_that_is_cut_is_refused_in_one_line(share, small, tmp_p
     for name in archive.namelist():
       data = archive.read(name)
       other.writestr(name, data if name.endswith(".json") else data[:int(share * len(data))])
-  assert "is no StableHLO file of `vitcompact export`" in command.fails("bench", cut)
+  assert "is not a StableHLO file of `vitcompact export`" in command.fails("bench", cut)
 
 
 @pytest.mark.parametrize("name,runtime,said", [
@@ -369,7 +369,7 @@ def test_a_stablehlo_file_that_is_cut_is_refused_in_one_line(share, small, tmp_p
     ("a.onnx", "xla", "XLA reads no .onnx files; give one that ends in .stablehlo, .safetensors"),
     ("a.onnx", "tvm", "runtime 'tvm': must be one of xla, ort, openvino"),
     ("a.onnx", None, "ONNX Runtime does not take"),
-    ("a.stablehlo", None, "is no StableHLO file of `vitcompact export`")])
+    ("a.stablehlo", None, "is not a StableHLO file of `vitcompact export`")])
 def test_files_that_no_runtime_takes(name, runtime, said, tmp_path):
   (tmp_path / name).write_text("nothing")
   with pytest.raises(ValueError, match=re.escape(said)) as error:
@@ -485,7 +485,7 @@ def test_the_command(small, tmp_path):
       "export", source, tmp_path / "d.stablehlo", "--tune")
   with pytest.MonkeyPatch.context() as patch:   # what a format lacks is said before it is tuned
     patch.setattr(vc, "tune", None)
-    assert "half=True is for openvino" in command.fails(
+    assert "half=True is only for openvino" in command.fails(
         "export", source, tmp_path / "d.onnx", "--tune", "--half")
   head, _, *rows = command.succeeds("bench", source, out, "--runtime", "xla,ort", "--batch", 1,
                                     "--rounds", 1, "--threads", 1).splitlines()
