@@ -231,7 +231,7 @@ def test_nothing_is_overwritten_without_force_and_nothing_half_written(files, no
 
 @pytest.mark.parametrize(("metadata", "said"), [
     ({"preprocess": None}, "does not say how its images are prepared.*vc.export"),
-    ({"preprocess": json.dumps({"interpolation": "nearest"})}, "'nearest', and the page has only box"),
+    ({"preprocess": json.dumps({"interpolation": "nearest"})}, "'nearest', and the page has only"),
 ])
 def test_a_file_that_the_page_cannot_serve_is_refused(files, no_runtime, metadata, said):
   file = altered(files["dense"], no_runtime, **metadata)
