@@ -74,7 +74,7 @@ def test_a_model_of_one_channel_is_shown_grey_images_normalised_by_the_mean_of_t
 def test_other_numbers_of_channels_have_their_means_and_no_image_files():
   pre = vc.preprocess(tiny.deit(in_chans=5))
   assert len(pre.mean) == len(pre.std) == 5
-  with pytest.raises(ValueError, match="a model of 5 channels takes no image files"):
+  with pytest.raises(ValueError, match="a model with 5 channels cannot take image files"):
     pre(np.zeros((8, 8, 3), np.uint8))
 
 

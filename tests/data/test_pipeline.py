@@ -254,7 +254,7 @@ def test_a_mistake_in_the_config_is_named_with_the_way_out(changes, message):
 def test_sizes_that_cannot_be_are_refused():
   with pytest.raises(ValueError, match="batch_size=2000 is more than the 1257 training images"):
     batches(config(), batch_size=2000)
-  with pytest.raises(ValueError, match=r"1257 training images, cut to 1024 for data\.repeats=3"):
+  with pytest.raises(ValueError, match=r"1257 training images, of which data\.repeats=3 uses 1024"):
     batches(config(repeats=3), batch_size=1200)
   with pytest.raises(ValueError, match="batch_size=100 must be divisible by process_count=3"):
     batches(config(), process_count=3)
