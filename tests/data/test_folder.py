@@ -174,7 +174,7 @@ def test_names_of_any_bytes_are_read_prepared_and_shown(folder, tmp_path):
   with pytest.raises(ValueError, match=r"image 0, .*/caf\\xe9/\\xe9t\\xe9\\n\.png: ") as e:
     pipeline.source(f"folder:{folder}", "train", image_size=8)[0]
   assert str(e.value).isprintable()
-  with pytest.raises(ValueError, match=r"xe9t\\xe9\\n\.png \(0 bytes\) is no image") as e:
+  with pytest.raises(ValueError, match=r"xe9t\\xe9\\n\.png \(0 bytes\) is not an image") as e:
     prepare.prepare_folder(folder, tmp_path / "again", **silent)
   assert str(e.value).isprintable()
 
