@@ -36,7 +36,7 @@ def run(monkeypatch, tmp_path):
      "config.total_steps='many': must be a whole number"),
     (["--config=configs/digts.py"],
      "configs/digts.py: no such file; there are configs/base.py, configs/biformer"),
-    (["--config=configs/sparse_digits.py:foo"], "sparse_digits.py:foo: KeyError: 'foo'; what foll"),
+    (["--config=configs/sparse_digits.py:foo"], "sparse_digits.py:foo: KeyError: 'foo'; the text"),
     (["--config=configs/evit_deit_s.py:half"],
      "'half' is no argument of this config, which takes scratch, runlocal"),
     (["--config=configs/digits.py:x"],
@@ -111,7 +111,7 @@ def test_what_orbax_logs_before_it_raises_it_is_not_shown():
     ("def get_config():\n  return {'totl_steps': 3}", "unknown key config.totl_steps"),
     ("def get_config():\n  return {'data': 3}", "unknown key config.data; did you mean"),
     ("def get_config():\n  return {'total_steps': 3}", "missing config.model.name"),
-    ("\0", "no Python"),
+    ("\0", "not Python"),
 ])
 def test_a_file_that_is_no_config_is_named(run, capsys, tmp_path, text, words):
   (tmp_path / "mine.py").write_text(text)
