@@ -55,7 +55,7 @@ def leave(code: int):
   processes = sys.modules.get("vitcompact.run.processes")
   if processes and processes.several():
     sys.stdout.flush()
-    preemption.leave(code)
+    preemption.exit_now(code)
   sys.exit(code)
 
 

@@ -104,7 +104,7 @@ def test_what_orbax_logs_before_it_raises_it_is_not_shown():
 
 
 @pytest.mark.parametrize("text, words", [
-    ("def get_config(:", "no Python: invalid syntax, line 1"),
+    ("def get_config(:", "not Python: invalid syntax, line 1"),
     ("import nowhere_at_all", "ModuleNotFoundError: No module named 'nowhere_at_all'"),
     ("x = 1", "has no attribute 'get_config'"),
     ("def get_config():\n  return 3", "TypeError: "),
@@ -154,7 +154,7 @@ def test_the_mode_the_overrides_and_the_result_reach_the_library(run, monkeypatc
 
 
 @pytest.mark.parametrize("error, code, words", [
-    (preemption.Stopped(7), preemption.STOPPED, "stopped at step 7; saved. The same command"),
+    (preemption.Stopped(7), preemption.STOPPED, "stopped at step 7; saved. Run the same command"),
     (MemoryError("Unable to allocate 1 TiB"), 2, "error: Unable to allocate 1 TiB"),
     (FloatingPointError("loss is nan"), 2, "error: loss is nan")])
 def test_how_a_run_ended_is_in_the_exit_code(run, monkeypatch, capsys, error, code, words):

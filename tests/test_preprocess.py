@@ -119,7 +119,7 @@ def test_a_crop_of_more_than_the_image_is_refused_at_once():
     (np.zeros((8, 8, 4), np.uint8), r"\(8, 8, 4\).* its channels to red, green and blue"),
     (np.zeros((0, 8, 3), np.uint8), r"got uint8 \(0, 8, 3\)"),
     (Image.new("F", (8, 8), 300), r"cannot read the image: its pixels are numbers of mode F"),
-    (Image.new("I", (8, 8), 300), r"numbers of mode I, whose range is not known: scale them"),
+    (Image.new("I", (8, 8), 300), r"numbers of mode I, whose range is unknown: scale them"),
     ("nowhere.png", r"cannot read nowhere\.png: No such file or directory"),
     (None, r"must be a path, a PIL image")])
 def test_what_has_no_known_range_or_form_is_refused_in_one_line(image, message):

@@ -138,7 +138,7 @@ def test_without_fashion_mnist_the_error_says_how_to_get_it(tmp_path, monkeypatc
   monkeypatch.delenv(idx.FASHION_VARIABLE, raising=False)
   monkeypatch.setattr(idx, "FASHION_FOLDERS", (str(tmp_path / "no"),))
   assert len(pipeline.class_names("fashion_mnist")) == 10
-  way_out = r"`apt install dataset-fashion-mnist`, .* four files .* name it in FASHION_MNIST_DIR"
+  way_out = r"`apt install dataset-fashion-mnist`, .* four files .* set FASHION_MNIST_DIR to it"
   with pytest.raises(ValueError, match=way_out):
     pipeline.num_examples("fashion_mnist", "train")
   monkeypatch.setenv(idx.FASHION_VARIABLE, str(tmp_path / "typo"))

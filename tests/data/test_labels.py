@@ -187,7 +187,7 @@ def test_labels_of_a_folder_come_with_its_batches(tmp_path):
   with pytest.raises(ValueError, match=r"map of image 2, .*2\.npy: it is float16 \(2, 5, 18\)"):
     first()
   data.name = "shapes:8"
-  with pytest.raises(ValueError, match="'token_labels' would change what shapes mean"):
+  with pytest.raises(ValueError, match="'token_labels' would change the meaning of shapes"):
     first()
 
 

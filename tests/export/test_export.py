@@ -276,15 +276,15 @@ def test_a_file_that_computes_something_else_is_not_left(small, tmp_path, monkey
 
 
 @pytest.mark.parametrize("options,said", [
-    ({"path": "a.bin"}, "its suffix names no format; end it in .onnx"),
+    ({"path": "a.bin"}, "its suffix is not that of a format; end it in .onnx"),
     ({"path": "a.onnx", "to": "tflite"}, "to='tflite': must be one of onnx"),
     ({"path": "a.onnx", "to": "openvino"}, "a file for openvino ends in .xml"),
     ({"path": "no/a.onnx"}, "there is no directory"),
     ({"path": "there.onnx"}, "exists; give another name"),
     ({"path": "a.onnx", "batch": 0}, "batch=0: must be a whole number"),
-    ({"path": "a.onnx", "half": True}, "half=True is for openvino, not onnx"),
-    ({"path": "a.xml", "int8": []}, "int8 is for onnx, not openvino"),
-    ({"path": "a.onnx", "int8": []}, "int8: an array of shape (0,), wanted (n, 64, 64, 3)"),
+    ({"path": "a.onnx", "half": True}, "half=True is only for openvino, not onnx"),
+    ({"path": "a.xml", "int8": []}, "int8 is only for onnx, not openvino"),
+    ({"path": "a.onnx", "int8": []}, "int8: must be normalised images of shape (n, 64, 64, 3)"),
     ({"path": "a.onnx", "images": np.zeros((0, 64, 64, 3))}, "images: an array of shape (0, 64"),
     ({"path": "a.onnx", "images": np.zeros((64, 64, 3))}, "images: an array of shape (64, 64, 3)"),
     ({"path": "a.onnx", "images": [], "pixels": True}, "leave images out"),

@@ -104,7 +104,7 @@ def test_a_log_of_something_else_is_refused_by_its_line(tmp_path, text):
 def test_a_bucket_is_no_workdir_and_nothing_is_made_of_its_address(config, tmp_path, monkeypatch,
                                                                   start):
   monkeypatch.chdir(tmp_path)
-  with pytest.raises(ValueError, match="--workdir=gs://bucket/run: only paths of mounted disks"):
+  with pytest.raises(ValueError, match="--workdir=gs://bucket/run: must be a path on a mounted disk"):
     start(config, "gs://bucket/run")
   assert not list(tmp_path.iterdir())
 

@@ -135,7 +135,7 @@ def test_values_that_contradict_are_refused(changes, words):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"loss.labels": 0.0}, "every weight of config.loss that counts for deit_tiny.* is 0"),
+    ({"loss.labels": 0.0}, "every weight of config.loss that affects deit_tiny.* is 0"),
     ({"model.in_chans": 1}, "config.model.in_chans=1: must be 3, as .*--in-chans 1`"),
     ({"model.depth": 0}, "depth=0"), 
     ({"model.depth": -1}, "depth=-1"),

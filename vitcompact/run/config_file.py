@@ -72,9 +72,9 @@ def override(config: ConfigDict, key: str, text: str):
       section = section[part]
     old = section.get(name)
     new = text if isinstance(old, str) and key != "plan" else value_of(text)
+    # Checked here already, because other keys may be computed from a number.
     if isinstance(old, (int, float)) and not isinstance(new, (int, float)):
       kinds = {bool: "True or False", int: "a whole number"}
-      # Checked here already, because other keys may be computed from it.
       raise ValueError(f"config.{key}={text!r}: must be {kinds.get(type(old), 'a number')}")
     section[name] = ConfigDict(new) if isinstance(new, dict) else new
 
