@@ -169,8 +169,8 @@ def test_without_a_good_checkpoint_nothing_starts_over(config, copy):
 def test_a_workdir_of_another_config_is_refused_and_not_touched(config, copy):
   before = contents(copy)
   config.optim.weight_decay, config.data.mixup = 0.1, 0.0
-  with pytest.raises(ValueError, match=r"data.mixup is 0.8 there and 0.0 here; "
-                                       r"optim.weight_decay is 0.05 there and 0.1 here"):
+  with pytest.raises(ValueError, match=r"data.mixup was 0.8 and is now 0.0; "
+                                       r"optim.weight_decay was 0.05 and is now 0.1"):
     loop.train(config, copy)
   assert contents(copy) == before
 

@@ -171,9 +171,9 @@ def test_of_a_method_that_neither_has_no_setting_counts_and_of_others_each():
   assert configs.differences(old, new) == []
   plan = json.dumps(SPARSE)
   assert configs.differences({**old, "plan": plan}, {**new, "plan": plan}) == [
-      "reconstruct.learning_rate is 5.0 there and 6.0 here"]
+      "reconstruct.learning_rate was 5.0 and is now 6.0"]
   [line] = configs.differences({**old, "plan": ""}, {**new, "plan": '{"ffn": {"method": "cffn"}}'})
-  assert line.startswith("plan is '{}' there and ")
+  assert line.startswith("plan was '{}' and is now ")
   assert configs.differences(old, {**old, "log_every": 7, "checkpoint_every": 3}) == []
 
 

@@ -39,10 +39,10 @@ def difference(where: str, wanted: Sequence[str] | None, got: Sequence[str] | No
   wanted, got = tuple(wanted), tuple(got)
   first = next((i for i, (a, b) in enumerate(zip(wanted, got, strict=False)) if a != b),
                min(len(wanted), len(got)))
-  there, here = (repr(names[first]) if first < len(names) else "no class"
-                 for names in (wanted, got))
-  return (f"{where} has other classes than {what}: output {first} is {there} there and {here} in "
-          f"{what} ({_names_that_differ(wanted, got, what)})")
+  expected, actual = (repr(names[first]) if first < len(names) else "no class"
+                      for names in (wanted, got))
+  return (f"{where} has other classes than {what}: output {first} is {expected} there and {actual} "
+          f"in {what} ({_names_that_differ(wanted, got, what)})")
 
 
 def _names_that_differ(wanted: tuple[str, ...], got: tuple[str, ...], what: str) -> str:

@@ -103,15 +103,16 @@ def has_split(root: str, split: str) -> bool:
 def split_folder(root: str, split: str) -> pathlib.Path:
   """The folder of a split; see `other_split`."""
   path = pathlib.Path(root)
-  there = [entry.name for entry in _entries(path) if os.path.isdir(entry)] if path.is_dir() else []
+  subfolders = ([entry.name for entry in _entries(path) if os.path.isdir(entry)]
+                if path.is_dir() else [])
   if not (path / "train").is_dir():
-    holds = f" (PATH holds {printable(', '.join(there[:5]))}{', ...' * (len(there) > 5)})"
+    holds = f" (PATH holds {printable(', '.join(subfolders[:5]))}{', ...' * (len(subfolders) > 5)})"
     raise ValueError(f"no folder {_shown(path / 'train')}: 'folder:PATH' needs PATH/train/CLASS/"
-                     f"*.jpg and PATH/val or PATH/test of the same form{holds * bool(there)}")
+                     f"*.jpg and PATH/val or PATH/test of the same form{holds * bool(subfolders)}")
   if split == "train" or has_split(root, split):
     return path / split
   other = {"val": "test", "test": "val"}[split]
-  hints = [f"{name} is not read: rename it to {split}" for name in there
+  hints = [f"{name} is not read: rename it to {split}" for name in subfolders
            if name != split and name.lower() in (split, *OTHER_NAMES[split])]
   hints += [f"{name} holds no class folders" for name in (split, other)
             if (path / name).is_dir() and not has_split(root, name)]

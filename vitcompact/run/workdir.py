@@ -57,8 +57,8 @@ def check_claim(workdir: pathlib.Path, config, *, allow: Sequence[str] = (),
   except (ValueError, RecursionError) as error:
     raise ValueError(f"{path} is not the config of a run ({error}); use another --workdir"
                      ) from None
-  lines = {key: f"{key} is {there!r} there and {here!r} here"
-           for key, (there, here) in changed.items() if key not in free}
+  lines = {key: f"{key} was {before!r} and is now {after!r}"
+           for key, (before, after) in changed.items() if key not in free}
   if "data.name" in lines and "data.name" not in allow:
     if why := _other_images(workdir, *changed["data.name"]):
       lines["data.name"] += f" ({why})"
@@ -78,12 +78,12 @@ def _check_classes(workdir: pathlib.Path, name: str):
   if not path.exists():   # the workdir of an older version
     return
   try:
-    wanted = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
+    names = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(names, list) or not all(isinstance(entry, str) for entry in names):
       raise ValueError("it is not a list of names")
   except (ValueError, RecursionError) as error:
     raise ValueError(f"{path} holds no names of classes ({error}); use another --workdir") from None
-  check_classes(f"--workdir={workdir}", wanted, pipeline.class_names(name),
+  check_classes(f"--workdir={workdir}", names, pipeline.class_names(name),
                 "Use the data of that run, or another --workdir")
 
 
@@ -99,7 +99,7 @@ def _other_images(workdir: pathlib.Path, old: str, new: str) -> str:
   except (ValueError, RecursionError):
     return "data.json is damaged"
   facts = images_at(new)
-  return "" if facts and facts == known else f"the images differ: {known} there, {facts} here"
+  return "" if facts and facts == known else f"the images differ: {known} and {facts}"
 
 
 def images_at(name: str) -> dict:

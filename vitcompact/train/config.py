@@ -242,8 +242,8 @@ def check_local(name: str, path: str):
 def differences(old: Mapping, new: Mapping, free=FREE) -> list[str]:
   """One line for each key, except the free ones, in which two flat configs differ. An absent key
   has its default; settings of methods that are in neither plan are ignored."""
-  return [f"{key} is {there!r} there and {here!r} here"
-          for key, (there, here) in changes(old, new).items() if key not in free]
+  return [f"{key} was {before!r} and is now {after!r}"
+          for key, (before, after) in changes(old, new).items() if key not in free]
 
 
 def changes(old: Mapping, new: Mapping) -> dict[str, tuple]:
