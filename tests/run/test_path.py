@@ -165,7 +165,7 @@ def test_a_config_without_a_budget_is_no_path():
   config = compact_digits.get_config()
   assert path.budget_of(config) == {"macs": 0.5}
   config.compact.macs = 0.0
-  assert path.budget_of(config) == {} and path.asked(configs.ConfigDict()) == {}
+  assert path.budget_of(config) == {} and path.budget_of(configs.ConfigDict()) == {}
 
 
 def test_calibration_images_are_spread_over_the_classes(walked):

@@ -196,8 +196,8 @@ def check(config: ConfigDict):
     raise ValueError("config.mesh.data=0: must be a number of devices, or -1 for the rest")
   check_ramp(config, config.total_steps, f"config.total_steps={config.total_steps}")
   if unknown := [name for name in formats_of(config) if name not in FORMATS]:
-    raise ValueError(f"config.export={config.export!r}: {unknown[0]!r} is not one of the formats "
-                     f"{', '.join(FORMATS)}")
+    raise ValueError(f"config.export={config.export!r}: must be formats from {', '.join(FORMATS)}; "
+                     f"{unknown[0]!r} is not one of them")
   check_rates(config.optim.rates)
   for key, path in {"init_from": config.init_from, "teacher.file": config.teacher.file,
                     "data.name": config.data.name}.items():
