@@ -278,15 +278,15 @@ def test_a_file_that_computes_something_else_is_not_left(small, tmp_path, monkey
 @pytest.mark.parametrize("options,said", [
     ({"path": "a.bin"}, "its suffix is not that of a format; end it in .onnx"),
     ({"path": "a.onnx", "to": "tflite"}, "to='tflite': must be one of onnx"),
-    ({"path": "a.onnx", "to": "openvino"}, "a file for openvino ends in .xml"),
+    ({"path": "a.onnx", "to": "openvino"}, "a file for openvino must end in .xml"),
     ({"path": "no/a.onnx"}, "there is no directory"),
     ({"path": "there.onnx"}, "exists; give another name"),
-    ({"path": "a.onnx", "batch": 0}, "batch=0: must be a whole number"),
+    ({"path": "a.onnx", "batch": 0}, "batch=0: must be a positive whole number"),
     ({"path": "a.onnx", "half": True}, "half=True is only for openvino, not onnx"),
     ({"path": "a.xml", "int8": []}, "int8 is only for onnx, not openvino"),
     ({"path": "a.onnx", "int8": []}, "int8: must be normalised images of shape (n, 64, 64, 3)"),
-    ({"path": "a.onnx", "images": np.zeros((0, 64, 64, 3))}, "images: an array of shape (0, 64"),
-    ({"path": "a.onnx", "images": np.zeros((64, 64, 3))}, "images: an array of shape (64, 64, 3)"),
+    ({"path": "a.onnx", "images": np.zeros((0, 64, 64, 3))}, "is an array of shape (0, 64"),
+    ({"path": "a.onnx", "images": np.zeros((64, 64, 3))}, "is an array of shape (64, 64, 3)"),
     ({"path": "a.onnx", "images": [], "pixels": True}, "leave images out"),
     ({"path": "a.onnx", "tolerance": -1.0}, "tolerance=-1.0: must be 0 or more"),
     ({"path": "a.onnx", "tolerance": float("nan")}, "tolerance=nan: must be 0 or more"),
@@ -318,7 +318,7 @@ def test_what_onnx_lacks_is_told_with_the_block_that_needs_it(monkeypatch, tmp_p
 
 def test_weights_beyond_what_a_file_holds_are_refused(small, tmp_path, monkeypatch):
   monkeypatch.setattr(onnx_file, "MAX_BYTES", 1000)
-  with pytest.raises(ValueError, match=r"GB of weights, and an ONNX file holds 0\.0: export it to"):
+  with pytest.raises(ValueError, match=r"GB of weights, and an ONNX file holds at most 0\.0: export"):
     vc.export(*small, tmp_path / "a.onnx")
 
 

@@ -236,7 +236,7 @@ def check_choices(to, model, batch, pixels, half, int8, tokens, classes):
   if int8 is not None and to != "onnx":
     raise ValueError(f"int8 is only for onnx, not {to}; OpenVINO reads ONNX files, too")
   if classes is not None and len(classes) != model.num_classes:
-    raise ValueError(f"{len(classes)} class names for a model with "
+    raise ValueError(f"{len(classes)} names of classes for a model with "
                      f"num_classes={model.num_classes}")
 
 
