@@ -56,7 +56,7 @@ def leave(code: int):
   processes = sys.modules.get("vitcompact.run.processes")
   if processes and processes.several():
     sys.stdout.flush()
-    preemption.leave(code)
+    preemption.exit_now(code)
   sys.exit(code)
 
 
@@ -92,7 +92,7 @@ def train(config, stopping):
   watching = watch.Watching(PROFILE.value, WANDB.value, PEAK_TFLOPS.value)
   options = {"stopping": stopping, "restore_from": RESTORE.value, "watching": watching,
              "allow": ALLOW.value}
-  if path.asked(config):
+  if path.budget_of(config):
     receipt = path.run(config, WORKDIR.value, **options)
   else:
     result = loop.train(config, WORKDIR.value, **options)

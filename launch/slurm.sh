@@ -1,10 +1,10 @@
 #!/bin/bash
-# Trains under SLURM, one process a node with all of its GPUs; goes on by itself when it is stopped.
+# Trains under SLURM, with one process per node and all of its GPUs; requeues itself when stopped.
 #
-#   sbatch --nodes=2 --gpus-per-node=8 launch/slurm.sh configs/deit_s.py WORKDIR [other flags]
+#   sbatch --nodes=2 --gpus-per-node=8 launch/slurm.sh configs/deit_s.py WORKDIR [more flags]
 #
 # SLURM sends SIGTERM two minutes before the time limit, and when a job of higher priority takes the
-# nodes; main.py saves and leaves with 75, and the job queues itself again.
+# nodes. main.py then saves and exits with code 75, and the job requeues itself.
 #SBATCH --job-name=vitcompact
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=64
@@ -18,7 +18,7 @@ config=$1 workdir=$2
 shift 2
 coordinator=()
 [ "${SLURM_NNODES:-1}" -gt 1 ] && coordinator=(--coordinator=auto)
-# srun takes the cores of a task from sbatch in some versions of SLURM, and in others gives it one.
+# Some versions of SLURM do not pass the cores per task from sbatch to srun, which then uses one.
 srun --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" .venv/bin/python main.py --config="$config" --workdir="$workdir" \
   "${coordinator[@]}" "$@"
 code=$?

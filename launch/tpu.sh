@@ -1,13 +1,13 @@
 #!/bin/bash
 # Trains on Cloud TPU: one host or a whole slice, on demand or spot. Run it on your own machine.
 #
-#   launch/tpu.sh NAME ZONE TYPE CONFIG WORKDIR [main.py's other flags]
+#   launch/tpu.sh NAME ZONE TYPE CONFIG WORKDIR [more flags of main.py]
 #   launch/tpu.sh deit us-central2-b v4-32 configs/deit_s.py /mnt/runs/deit_s
 #
-# SPOT=1 asks for a spot slice, AUTOCHECKPOINT=1 for SIGTERM before maintenance. WORKDIR and data
-# must be directories that every host of the slice sees (docs/scale.md). Asks again for a slice
-# that was taken away, and starts again what was stopped; gives up after three failures in a row
-# within five minutes each, which are no accident.
+# SPOT=1 requests a spot slice, AUTOCHECKPOINT=1 a SIGTERM before maintenance. WORKDIR and data must
+# be directories that every host of the slice sees (docs/scale.md). The script requests a preempted
+# slice again and restarts a run that was stopped. It gives up after three consecutive failures
+# within five minutes each.
 set -euo pipefail
 if [ $# -lt 5 ]; then sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; fi
 name=$1 zone=$2 type=$3 config=$4 workdir=$5
@@ -30,7 +30,7 @@ state() {
 }
 
 prepare() {
-  # The system's own Python is 3.10 on some images: uv brings one that will do.
+  # Some images have Python 3.10, which is too old: uv installs 3.12.
   on_all_hosts "
     set -e
     [ -d vitcompact ] || git clone --quiet '$repository' vitcompact
@@ -43,7 +43,7 @@ prepare() {
 
 failures=0
 prepared=
-more=$([ $# = 0 ] || printf ' %q' "$@")   # quoted once more for the shells of the hosts
+more=$([ $# = 0 ] || printf ' %q' "$@")   # quoted again for the shells of the hosts
 while true; do
   case $(state) in
     READY) ;;
@@ -68,7 +68,7 @@ while true; do
     exit 0
   fi
   if ((SECONDS - begin < 300)); then failures=$((failures + 1)); else failures=0; fi
-  if ((failures == 3)); then echo "ended with $code three times; see above"; exit "$code"; fi
-  echo "ended with $code; going on from the newest checkpoint"
+  if ((failures == 3)); then echo "failed three times, last with exit code $code"; exit "$code"; fi
+  echo "ended with exit code $code; resuming from the newest checkpoint"
   sleep "${PAUSE:-10}"
 done

@@ -223,7 +223,7 @@ def test_runlocal_needs_no_file_and_little_of_anything(name, argument):
   assert full.total_steps == 20 and full.batch_size == 32 and full.data.workers == 0
   assert full.data.name in ("digits", "shapes", "directions")
   # A path brings its teacher.
-  assert bool(path.asked(full)) == teaches(full) and not full.teacher.file
+  assert bool(path.budget_of(full)) == teaches(full) and not full.teacher.file
   sizes = full.model.to_dict()
   model = vc.create_model(**{**sizes, "plan": vc.Plan.parse(full.plan), "num_classes": 10})
   assert vc.count(model.clone(plan=vc.Plan())).params < 200_000

@@ -36,7 +36,7 @@ def run(monkeypatch, tmp_path):
      "config.total_steps='many': must be a whole number"),
     (["--config=configs/digts.py"],
      "configs/digts.py: no such file; there are configs/base.py, configs/biformer"),
-    (["--config=configs/sparse_digits.py:foo"], "sparse_digits.py:foo: KeyError: 'foo'; what foll"),
+    (["--config=configs/sparse_digits.py:foo"], "sparse_digits.py:foo: KeyError: 'foo'; the text"),
     (["--config=configs/evit_deit_s.py:half"],
      "'half' is not an argument of this config, which takes scratch, runlocal"),
     (["--config=configs/digits.py:x"],
@@ -52,7 +52,7 @@ def run(monkeypatch, tmp_path):
     ([DIGITS, "--config.eval_batch_size=100000000000000"], "eval_batch_size=100000000000000: must"),
     ([DIGITS, "--config.reconstruct.steps=5"], "is a setting of Sparsifiner, which the plan does"),
     ([DIGITS, "--config.optim.warmup_steps=1001"], "longer than config.total_steps=1000"),
-    ([DIGITS, "--allow=totl_steps"], "--allow=totl_steps is no key of a config"),
+    ([DIGITS, "--allow=totl_steps"], "--allow=totl_steps is not a key of a config"),
     ([DIGITS, "--workdr=x"], "Did you mean: workdir"),
     ([DIGITS, "config.total_steps=3"], "unexpected arguments ['config.total_steps=3']"),
     ([DIGITS, "--config.model.name=deit_tny_patch16_224"], "deit_tiny_patch16_224"),
@@ -76,7 +76,7 @@ def run(monkeypatch, tmp_path):
     ([DIGITS, "--mode=eval"], "holds no checkpoints"),
     ([DIGITS, "--mode=memory"], "--mode=memory and --devices=N"),
     ([DIGITS, "--devices=4"], "--mode=memory and --devices=N"),
-    ([DIGITS, "--profile=5"], "--profile='5' is not START:STEPS"),
+    ([DIGITS, "--profile=5"], "--profile='5' must be START:STEPS"),
     ([DIGITS, "--restore=oldest"], "newest|last_good"),
     ([DIGITS, "--process_id=1"], "need --coordinator=HOST:PORT"),
     ([DIGITS, "--coordinator=here"], "--coordinator='here' is neither 'auto' nor HOST:PORT"),
@@ -104,14 +104,14 @@ def test_what_orbax_logs_before_it_raises_it_is_not_shown():
 
 
 @pytest.mark.parametrize("text, words", [
-    ("def get_config(:", "no Python: invalid syntax, line 1"),
+    ("def get_config(:", "not Python: invalid syntax, line 1"),
     ("import nowhere_at_all", "ModuleNotFoundError: No module named 'nowhere_at_all'"),
     ("x = 1", "has no attribute 'get_config'"),
     ("def get_config():\n  return 3", "TypeError: "),
     ("def get_config():\n  return {'totl_steps': 3}", "unknown key config.totl_steps"),
     ("def get_config():\n  return {'data': 3}", "unknown key config.data; did you mean"),
     ("def get_config():\n  return {'total_steps': 3}", "missing config.model.name"),
-    ("\0", "no Python"),
+    ("\0", "not Python"),
 ])
 def test_a_file_that_is_no_config_is_named(run, capsys, tmp_path, text, words):
   (tmp_path / "mine.py").write_text(text)
@@ -154,7 +154,7 @@ def test_the_mode_the_overrides_and_the_result_reach_the_library(run, monkeypatc
 
 
 @pytest.mark.parametrize("error, code, words", [
-    (preemption.Stopped(7), preemption.STOPPED, "stopped at step 7; saved. The same command"),
+    (preemption.Stopped(7), preemption.STOPPED, "stopped at step 7; saved. Run the same command"),
     (MemoryError("Unable to allocate 1 TiB"), 2, "error: Unable to allocate 1 TiB"),
     (FloatingPointError("loss is nan"), 2, "error: loss is nan")])
 def test_how_a_run_ended_is_in_the_exit_code(run, monkeypatch, capsys, error, code, words):

@@ -74,7 +74,7 @@ def test_a_model_of_one_channel_is_shown_grey_images_normalised_by_the_mean_of_t
 def test_other_numbers_of_channels_have_their_means_and_no_image_files():
   pre = vc.preprocess(tiny.deit(in_chans=5))
   assert len(pre.mean) == len(pre.std) == 5
-  with pytest.raises(ValueError, match="a model of 5 channels takes no image files"):
+  with pytest.raises(ValueError, match="a model with 5 channels cannot take image files"):
     pre(np.zeros((8, 8, 3), np.uint8))
 
 
@@ -119,7 +119,7 @@ def test_a_crop_of_more_than_the_image_is_refused_at_once():
     (np.zeros((8, 8, 4), np.uint8), r"\(8, 8, 4\).* its channels to red, green and blue"),
     (np.zeros((0, 8, 3), np.uint8), r"got uint8 \(0, 8, 3\)"),
     (Image.new("F", (8, 8), 300), r"cannot read the image: its pixels are numbers of mode F"),
-    (Image.new("I", (8, 8), 300), r"numbers of mode I, whose range is not known: scale them"),
+    (Image.new("I", (8, 8), 300), r"numbers of mode I, whose range is unknown: scale them"),
     ("nowhere.png", r"cannot read nowhere\.png: No such file or directory"),
     (None, r"must be a path, a PIL image")])
 def test_what_has_no_known_range_or_form_is_refused_in_one_line(image, message):

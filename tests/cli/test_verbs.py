@@ -174,7 +174,7 @@ def test_images_are_prepared_and_read_back(tmp_path):
   out = tmp_path / "out"
   printed = command.succeeds("prepare", "folder", "--path", tmp_path, "--out", out)
   assert "{'train': 2, 'val': 2}, 2 classes" in printed
-  assert "train: 2 images are as they were written" in command.succeeds(
+  assert "train: 2 images are unchanged since" in command.succeeds(
       "prepare", "verify", "--out", out, "--decode")
 
 

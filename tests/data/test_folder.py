@@ -56,8 +56,8 @@ def test_what_is_left_out_is_counted_and_named(folder, caplog):
   picture(folder / "train" / "stray.png")
   assert count(folder) == 2
   assert ("train: 2 images; left out: 1 *.db (cat/Thumbs.db), 2 *.txt (cat/a.txt, ...), 1 folder "
-          "inside a class (cat/more), 3 hidden (cat/._0.png, ...), 1 outside of the class folders "
-          "(stray.png), 1 without an ending (cat/nothing)") in caplog.text
+          "inside a class (cat/more), 3 hidden (cat/._0.png, ...), 1 outside the class folders "
+          "(stray.png), 1 without a suffix (cat/nothing)") in caplog.text
   caplog.clear()
   count(folder, "val")
   assert not caplog.text
@@ -93,7 +93,7 @@ def test_an_unlabelled_test_beside_a_good_val_is_passed_over_and_said(folder, tm
 def test_an_unlabelled_test_in_a_folder_of_its_own_has_a_way_out(folder):
   picture(folder / "test" / "unknown" / "0.png")
   with pytest.raises(ValueError, match=r"test/unknown is a class that .*/train does not have: .* "
-                                       r"if nobody knows the classes of its images, move .*/test"):
+                                       r"if the classes of its images are unknown, move .*/test"):
     count(folder, "test")
 
 
@@ -131,7 +131,7 @@ def test_links_count_as_what_they_lead_to_and_links_to_nothing_stop(folder):
   other = folder / "other"
   picture(other / "train" / "cat" / "0.png")
   os.symlink(folder / "gone", other / "train" / "bird")
-  with pytest.raises(ValueError, match=r"train/bird is a link to nothing: mend or remove it"):
+  with pytest.raises(ValueError, match=r"train/bird is a link to nothing: repair or remove it"):
     pipeline.class_names(f"folder:{other}")
 
 
@@ -149,9 +149,9 @@ def test_a_loop_beside_the_splits_is_no_traceback(folder):
 def test_classes_that_differ_in_case_alone_are_pointed_out(folder, caplog):
   picture(folder / "train" / "Cat" / "0.png")
   assert pipeline.class_names(f"folder:{folder}") == ("Cat", "cat", "dog")
-  assert "names differ in case" in caplog.text and "'Cat', 'cat'" in caplog.text
+  assert "names differ only in case" in caplog.text and "'Cat', 'cat'" in caplog.text
   picture(folder / "val" / "DOG" / "0.png")
-  with pytest.raises(ValueError, match=r"val/DOG is a class that .*: rename it to 'dog', as it is"):
+  with pytest.raises(ValueError, match=r"val/DOG is a class that .*: rename it to 'dog', as in"):
     count(folder, "val")
 
 
@@ -174,7 +174,7 @@ def test_names_of_any_bytes_are_read_prepared_and_shown(folder, tmp_path):
   with pytest.raises(ValueError, match=r"image 0, .*/caf\\xe9/\\xe9t\\xe9\\n\.png: ") as e:
     pipeline.source(f"folder:{folder}", "train", image_size=8)[0]
   assert str(e.value).isprintable()
-  with pytest.raises(ValueError, match=r"xe9t\\xe9\\n\.png \(0 bytes\) is no image") as e:
+  with pytest.raises(ValueError, match=r"xe9t\\xe9\\n\.png \(0 bytes\) is not an image") as e:
     prepare.prepare_folder(folder, tmp_path / "again", **silent)
   assert str(e.value).isprintable()
 

@@ -197,7 +197,7 @@ def test_a_bad_image_is_named(tmp_path):
     ({"data/test-00000-of-00001.parquet": table(2), "data/more-00000-of-00001.parquet": table(1)},
      r"has the splits more, test; 'train' is needed"),
     ({"data/train-00001-of-00003.parquet": table(2), "data/train-00002-of-00003.parquet": table(2)},
-     r"there are 2 files like data/train-00001.*, which tells of 3; fetch the others"),
+     r"there are 2 files like data/train-00001.*, which says there are 3; download"),
     ({TRAIN: pa.table({"text": ["a"], "label": [0]})},
      r"has no column that is an image, .* its columns are text \(string\), label \(int64\)"),
     ({TRAIN: table(2, label="number", names=None)},
@@ -209,7 +209,7 @@ def test_a_bad_image_is_named(tmp_path):
     ({TRAIN: table(2), "data/test-00000-of-00001.parquet": table(2, names=("dog", "cat", "fish"))},
      r"test-00000-of-00001\.parquet has other classes than train's"),
     ({TRAIN: table(2), "data/test-00000-of-00001.parquet": table(2, label="y")},
-     r"test-00000-of-00001\.parquet has no column 'label', as train's")])
+     r"test-00000-of-00001\.parquet has no column 'label', unlike train's")])
 def test_what_cannot_be_read_is_told_in_one_line(tmp_path, files, message):
   with pytest.raises(ValueError, match=message) as error:
     pipeline.source(write(tmp_path, files), "train", image_size=8)
@@ -219,8 +219,8 @@ def test_what_cannot_be_read_is_told_in_one_line(tmp_path, files, message):
 @pytest.mark.parametrize(("name", "message"), [
     ("hf", r"data\.name='hf' needs a name or a folder: 'hf:org/name', 'hf:PATH'"),
     ("hf:/no/such/folder", r"'hf:/no/such/folder': no such folder$"),
-    ("hf:mnist", r"'hf:mnist': no such folder, and no name of the hub: org/name"),
-    ("hf:a/b/c/d", r"no name of the hub: org/name, or org/name/SUBSET")])
+    ("hf:mnist", r"'hf:mnist': no such folder, and not a hub name: org/name"),
+    ("hf:a/b/c/d", r"not a hub name: org/name, or org/name/SUBSET")])
 def test_a_name_that_is_none_is_refused(name, message):
   with pytest.raises(ValueError, match=message) as error:
     pipeline.source(name, "train", image_size=8)
@@ -230,7 +230,7 @@ def test_a_name_that_is_none_is_refused(name, message):
 def test_all_of_a_set_that_is_train_alone_is_refused(tmp_path):
   name = write(tmp_path, {TRAIN: table(20)})
   assert len(reds(name, "train")) == 18
-  with pytest.raises(ValueError, match="leave @all out"):
+  with pytest.raises(ValueError, match="without @all"):
     pipeline.num_examples(f"{name}@all", "train")
 
 
@@ -286,7 +286,7 @@ def test_a_revision_stays_what_it_was(repo):
   repo.add("datasets/org/name", **{TRAIN: content(table(10, first=60))})
   assert reds("hf:org/name", "val") == [69] and reds(f"hf:org/name@{first}", "val") == [9, 19]
   assert reds(f"hf:org/name@{first}", "test") == [9, 19]
-  with pytest.raises(ValueError, match=r"the set has no revision 'v9'; leave it out"):
+  with pytest.raises(ValueError, match=r"the data set has no revision 'v9'; leave it out"):
     pipeline.num_examples("hf:org/name@v9", "train")
 
 
@@ -297,7 +297,7 @@ def test_of_several_subsets_one_is_downloaded(repo):
     pipeline.num_examples("hf:org/sets", "train")
   assert repo.gets("/large/") == 0
   assert reds("hf:org/sets/b", "val") == [19] and repo.gets("/large/") == 1
-  with pytest.raises(ValueError, match=r"has no subset 'c', but a, b"):
+  with pytest.raises(ValueError, match=r"has no subset 'c'; it has a, b"):
     pipeline.num_examples("hf:org/sets/c", "train")
 
 
@@ -306,8 +306,8 @@ def test_what_the_hub_does_not_have_is_told_apart(repo):
   repo.add("datasets/org/gated", **{TRAIN: content(table(2))})
   repo.gated.add("datasets/org/gated")
   for name, words in (("hf:org/script", r"a script, script\.py, which is not run"),
-                      ("hf:org/gated", "wants its licence accepted"),
-                      ("hf:org/none", "no such set on the hub, or a private one")):
+                      ("hf:org/gated", "requires accepting its licence"),
+                      ("hf:org/none", "no such data set on the hub, or a private one")):
     with pytest.raises(ValueError, match=words) as error:
       pipeline.num_examples(name, "train")
     one_line(error)

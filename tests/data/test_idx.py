@@ -54,7 +54,7 @@ def test_val_files_are_val_and_serve_as_test_where_there_is_none(tmp_path, caplo
 def test_one_of_several_sets_in_a_folder_is_named(tmp_path):
   for first, value in (("emnist-digits-", 0), ("emnist-letters-", 60)):
     write(write(tmp_path, "train", 10, first=first, value=value), "test", 3, first=first)
-  with pytest.raises(ValueError, match=r"several sets; name one, as in 'idx:.*/emnist-letters': "
+  with pytest.raises(ValueError, match=r"data sets; name one, as in 'idx:.*/emnist-letters': "
                                        r"emnist-digits, emnist-letters"):
     pipeline.source(f"idx:{tmp_path}", "train", image_size=28)
   assert greys(f"idx:{tmp_path}/emnist-letters", "train")[0] == list(range(60, 69))
@@ -75,15 +75,15 @@ def change(path, edit):
 
 @pytest.mark.parametrize(("file", "edit", "message"), [
     ("train-images-idx3-ubyte", lambda raw: raw[:-1],
-     r"train-images-idx3-ubyte says that it holds 10 x 6 x 5 bytes, and holds 299: it is cut"),
+     r"train-images-idx3-ubyte should have 10 x 6 x 5 bytes of data, and has 299: it is truncated"),
     ("train-labels-idx1-ubyte", lambda raw: raw + b"\0",
-     r"train-labels-idx1-ubyte says that it holds 10 bytes, and holds 11"),
+     r"train-labels-idx1-ubyte should have 10 bytes of data, and has 11"),
     ("train-images-idx3-ubyte", lambda raw: b"\x89PNG" + raw,
-     r"is no IDX file of images: it begins with 89504e47, not 00000803"),
+     r"is not an IDX file of images: it begins with 89504e47, not 00000803"),
     ("train-labels-idx1-ubyte", lambda raw: b"", r"of labels: it begins with nothing"),
     ("train-labels-idx1-ubyte", lambda raw: content(np.arange(9)),
-     r"holds 10 images, and train-labels-idx1-ubyte 9 labels"),
-    ("train-images-idx3-ubyte", lambda raw: content(np.zeros((10, 0, 5))), r"holds no pixels"),
+     r"has 10 images, and train-labels-idx1-ubyte 9 labels"),
+    ("train-images-idx3-ubyte", lambda raw: content(np.zeros((10, 0, 5))), r"has no pixels"),
     ("t10k-labels-idx1-ubyte", lambda raw: content(np.array([0, 1, 12])),
      r"t10k-labels-idx1-ubyte has the label 12, and there are 10 classes \(train's are 0..9\)")])
 def test_a_damaged_file_is_named_in_one_line(tmp_path, file, edit, message):
@@ -99,7 +99,7 @@ def test_a_damaged_file_is_named_in_one_line(tmp_path, file, edit, message):
 def test_a_damaged_gz_is_named(tmp_path, edit):
   write(tmp_path, "train", 10)
   change(tmp_path / "train-images-idx3-ubyte.gz", edit)
-  with pytest.raises(ValueError, match=r"cannot read .*train-images.*gz: .*; fetch it again"):
+  with pytest.raises(ValueError, match=r"cannot read .*train-images.*gz: .*; download it again"):
     pipeline.source(f"idx:{tmp_path}", "train", image_size=28)
 
 
@@ -138,7 +138,7 @@ def test_without_fashion_mnist_the_error_says_how_to_get_it(tmp_path, monkeypatc
   monkeypatch.delenv(idx.FASHION_VARIABLE, raising=False)
   monkeypatch.setattr(idx, "FASHION_FOLDERS", (str(tmp_path / "no"),))
   assert len(pipeline.class_names("fashion_mnist")) == 10
-  way_out = r"`apt install dataset-fashion-mnist`, .* four files .* name it in FASHION_MNIST_DIR"
+  way_out = r"`apt install dataset-fashion-mnist`, .* four files .* set FASHION_MNIST_DIR to it"
   with pytest.raises(ValueError, match=way_out):
     pipeline.num_examples("fashion_mnist", "train")
   monkeypatch.setenv(idx.FASHION_VARIABLE, str(tmp_path / "typo"))

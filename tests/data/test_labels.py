@@ -187,7 +187,7 @@ def test_labels_of_a_folder_come_with_its_batches(tmp_path):
   with pytest.raises(ValueError, match=r"map of image 2, .*2\.npy: it is float16 \(2, 5, 18\)"):
     first()
   data.name = "shapes:8"
-  with pytest.raises(ValueError, match="'token_labels' would change what shapes mean"):
+  with pytest.raises(ValueError, match="'token_labels' would change the meaning of shapes"):
     first()
 
 
@@ -237,7 +237,7 @@ def test_label_maps_numbered_otherwise_are_pointed_out(tmp_path, caplog, moved):
       "name": f"folder:{tmp_path}", "augment": "token_labels", "workers": 0, "replicas": 1,
       "repeats": 1, "on_bad": "stop", "max_bad": 0})
   pipeline.train_batches(data, image_size=16, batch_size=2, seed=0)
-  said = "name the class of the image itself in only 0 of 4 images: were they made for classes"
+  said = "contain the class of their image in only 0 of 4 images: were they made for classes"
   assert (said in caplog.text) == bool(moved)
 
 

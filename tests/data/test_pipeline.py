@@ -232,7 +232,7 @@ def test_the_only_other_split_serves_as_test_and_says_so(folder, caplog):
     ({"name": "digits:5"}, "needs a fold from 0 to 4"),
     ({"name": "digit"}, r"data\.name='digit' is not one of digits"),
     ({"name": "shapes:many"}, r"data\.name='shapes:many' needs a number of scenes"),
-    ({"name": "shapes", "augment": "digits"}, r"would change what shapes mean; use.* none"),
+    ({"name": "shapes", "augment": "digits"}, r"would change the meaning of shapes; use.* none"),
     ({"name": "folder"}, r"data\.name='folder' needs a path"),
     ({"name": "arrayrecord:"}, r"data\.name='arrayrecord:' needs a path"),
     ({"name": "arrayrecord:/nowhere"}, r"no /nowhere/manifest\.json.*vitcompact prepare"),
@@ -241,10 +241,10 @@ def test_the_only_other_split_serves_as_test_and_says_so(folder, caplog):
     ({"max_bad": -1}, r"data\.max_bad=-1 must be 0 or more"),
     ({"replicas": 0}, r"data\.replicas=0 and data\.repeats=1 must be 1 or more"),
     ({"replicas": 3}, r"batch_size=100 must be divisible by data\.replicas=3"),
-    ({"augment": "token_labels"}, r"'token_labels' would change what digits mean"),
+    ({"augment": "token_labels"}, r"'token_labels' would change the meaning of digits"),
     ({"name": "folder:/nowhere"}, r"no folder /nowhere/train"),
     ({"augment": "randaug"}, r"data\.augment='randaug' is not one of randaugment"),
-    ({"augment": "flip_crop"}, r"'flip_crop' would change what digits mean; use one of none"),
+    ({"augment": "flip_crop"}, r"'flip_crop' would change the meaning of digits; use one of none"),
 ])
 def test_a_mistake_in_the_config_is_named_with_the_way_out(changes, message):
   with pytest.raises(ValueError, match=message):
@@ -254,7 +254,7 @@ def test_a_mistake_in_the_config_is_named_with_the_way_out(changes, message):
 def test_sizes_that_cannot_be_are_refused():
   with pytest.raises(ValueError, match="batch_size=2000 is more than the 1257 training images"):
     batches(config(), batch_size=2000)
-  with pytest.raises(ValueError, match=r"1257 training images, cut to 1024 for data\.repeats=3"):
+  with pytest.raises(ValueError, match=r"1257 training images, of which data\.repeats=3 uses 1024"):
     batches(config(repeats=3), batch_size=1200)
   with pytest.raises(ValueError, match="batch_size=100 must be divisible by process_count=3"):
     batches(config(), process_count=3)

@@ -137,15 +137,15 @@ def test_official_tars_are_known_by_their_sums(tars, tmp_path, monkeypatch):
   import hashlib
   sums = {name: hashlib.md5((tars / name).read_bytes()).hexdigest() for name in prepare.MD5}
   monkeypatch.setattr(prepare, "MD5", sums)
-  with pytest.raises(ValueError, match=r"holds \{'train': 15, 'val': 7\} images and should hold"):
+  with pytest.raises(ValueError, match=r"has \{'train': 15, 'val': 7\} images and should have"):
     prepare.prepare_imagenet(tars, tmp_path / "out", **silent)
   with pytest.raises(ValueError, match="is not complete"):
     pipeline.num_classes(f"arrayrecord:{tmp_path / 'out'}")
 
 
 @pytest.mark.parametrize(("name", "keep", "message"), [
-    (prepare.TRAIN, 0.6, r"train\.tar.* is damaged|cut off"),
-    (prepare.VAL, 0.3, r"holds 4 files, and .* says what 7 are"),
+    (prepare.TRAIN, 0.6, r"train\.tar.* is damaged|truncated"),
+    (prepare.VAL, 0.3, r"has 4 files, and .* has labels for 7"),
     (prepare.DEVKIT, 0.6, r"devkit.* is damaged"), (prepare.VAL, None, r"no file .*val\.tar")])
 def test_tars_that_are_cut_off_or_missing_are_named(tars, tmp_path, name, keep, message):
   whole = (tars / name).read_bytes()
@@ -179,7 +179,7 @@ def test_a_folder_and_its_records_give_the_same_batches(folder, tmp_path, small_
   out = tmp_path / "out"
   prepare.prepare_folder(folder, out, **silent)
   assert prepare.verify(out) == 1
-  assert "1 images stand under more than one label" in capsys.readouterr().out
+  assert "1 images have more than one label" in capsys.readouterr().out
   streams = []
   for name, workers in ((f"folder:{folder}", 0), (f"arrayrecord:{out}", 0),
                         (f"arrayrecord:{out}", 2)):
@@ -202,12 +202,12 @@ def test_what_is_prepared_is_not_mixed_with_other_data(folder, tmp_path):
   np.save(folder / "label_maps" / "train" / "a" / "9.npy", np.zeros(labels.SHAPE, np.float16))
   from vitcompact.data.folder import list_files
   list_files.cache_clear()
-  with pytest.raises(ValueError, match=r"holds \{'train': 7, 'test': 2\} images and should hold"):
+  with pytest.raises(ValueError, match=r"has \{'train': 7, 'test': 2\} images and should have"):
     prepare.prepare_folder(folder, tmp_path / "out", **silent)
   with pytest.raises(ValueError, match="prepared from other data"):
     prepare.write(tmp_path / "out", "imagenet", ["a", "b"], [], **silent)
   (folder / "train" / "a" / "9.jpg").write_bytes(b"nothing")
-  with pytest.raises(ValueError, match=r"a/9\.jpg \(7 bytes\) is no image"):
+  with pytest.raises(ValueError, match=r"a/9\.jpg \(7 bytes\) is not an image"):
     prepare.prepare_folder(folder, tmp_path / "new", **silent)
 
 
@@ -219,7 +219,7 @@ def test_records_that_changed_on_the_disk_are_noticed(folder, tmp_path):
   where = data.find(b"label_map") + 3000
   data[where] ^= 4
   path.write_bytes(data)
-  with pytest.raises(ValueError, match="has another sha256"):
+  with pytest.raises(ValueError, match="does not have the sha256"):
     prepare.verify(out, **silent)
   train = pipeline.source(f"arrayrecord:{out}", "train", image_size=8)
   with pytest.raises(ValueError, match=r"cannot read record \d of train in .*'skip'"):

@@ -200,7 +200,7 @@ def test_int8_is_calibrated_and_says_what_it_loses(small, tmp_path):
   assert sum(set(node.input) <= quantised for node in products) == len(products) - 2 * model.depth
   with pytest.raises(ValueError, match=r"more than tolerance=0\.0001; nothing was written"):
     vc.export(model, variables, tmp_path / "b.onnx", int8=images, images=images, tolerance=1e-4)
-  with pytest.raises(ValueError, match=r"int8: an array of shape \(2, 8, 8, 3\), wanted"):
+  with pytest.raises(ValueError, match=r"int8: must be .* and is an array of shape \(2, 8, 8, 3\)"):
     vc.export(model, variables, tmp_path / "b.onnx", int8=images[:2, :8, :8])
   assert os.listdir(tmp_path) == ["a.onnx"]
 
@@ -276,17 +276,17 @@ def test_a_file_that_computes_something_else_is_not_left(small, tmp_path, monkey
 
 
 @pytest.mark.parametrize("options,said", [
-    ({"path": "a.bin"}, "its suffix names no format; end it in .onnx"),
+    ({"path": "a.bin"}, "its suffix is not that of a format; end it in .onnx"),
     ({"path": "a.onnx", "to": "tflite"}, "to='tflite': must be one of onnx"),
-    ({"path": "a.onnx", "to": "openvino"}, "a file for openvino ends in .xml"),
+    ({"path": "a.onnx", "to": "openvino"}, "a file for openvino must end in .xml"),
     ({"path": "no/a.onnx"}, "there is no directory"),
     ({"path": "there.onnx"}, "exists; give another name"),
-    ({"path": "a.onnx", "batch": 0}, "batch=0: must be a whole number"),
-    ({"path": "a.onnx", "half": True}, "half=True is for openvino, not onnx"),
-    ({"path": "a.xml", "int8": []}, "int8 is for onnx, not openvino"),
-    ({"path": "a.onnx", "int8": []}, "int8: an array of shape (0,), wanted (n, 64, 64, 3)"),
-    ({"path": "a.onnx", "images": np.zeros((0, 64, 64, 3))}, "images: an array of shape (0, 64"),
-    ({"path": "a.onnx", "images": np.zeros((64, 64, 3))}, "images: an array of shape (64, 64, 3)"),
+    ({"path": "a.onnx", "batch": 0}, "batch=0: must be a positive whole number"),
+    ({"path": "a.onnx", "half": True}, "half=True is only for openvino, not onnx"),
+    ({"path": "a.xml", "int8": []}, "int8 is only for onnx, not openvino"),
+    ({"path": "a.onnx", "int8": []}, "int8: must be normalised images of shape (n, 64, 64, 3)"),
+    ({"path": "a.onnx", "images": np.zeros((0, 64, 64, 3))}, "is an array of shape (0, 64"),
+    ({"path": "a.onnx", "images": np.zeros((64, 64, 3))}, "is an array of shape (64, 64, 3)"),
     ({"path": "a.onnx", "images": [], "pixels": True}, "leave images out"),
     ({"path": "a.onnx", "tolerance": -1.0}, "tolerance=-1.0: must be 0 or more"),
     ({"path": "a.onnx", "tolerance": float("nan")}, "tolerance=nan: must be 0 or more"),
@@ -308,7 +308,7 @@ def test_what_onnx_lacks_is_told_with_the_block_that_needs_it(monkeypatch, tmp_p
 
   from vitcompact.export import onnx_operators
 
-  with onnx_operators.known():
+  with onnx_operators.translations():
     pass   # translations are listed when first asked for
   monkeypatch.delitem(plugin_system.PLUGIN_REGISTRY, "top_k")
   with pytest.raises(ValueError, match=r"ONNX has no 'top_k', which blocks_0/links needs") as error:
@@ -317,8 +317,8 @@ def test_what_onnx_lacks_is_told_with_the_block_that_needs_it(monkeypatch, tmp_p
 
 
 def test_weights_beyond_what_a_file_holds_are_refused(small, tmp_path, monkeypatch):
-  monkeypatch.setattr(onnx_file, "MOST", 1000)
-  with pytest.raises(ValueError, match=r"GB of weights, and an ONNX file holds 0\.0: export it to"):
+  monkeypatch.setattr(onnx_file, "MAX_BYTES", 1000)
+  with pytest.raises(ValueError, match=r"weights, and an ONNX file holds at most 0\.0: export"):
     vc.export(*small, tmp_path / "a.onnx")
 
 
@@ -361,7 +361,7 @@ def test_a_stablehlo_file_that_is_cut_is_refused_in_one_line(share, small, tmp_p
     for name in archive.namelist():
       data = archive.read(name)
       other.writestr(name, data if name.endswith(".json") else data[:int(share * len(data))])
-  assert "is no StableHLO file of `vitcompact export`" in command.fails("bench", cut)
+  assert "is not a StableHLO file of `vitcompact export`" in command.fails("bench", cut)
 
 
 @pytest.mark.parametrize("name,runtime,said", [
@@ -369,7 +369,7 @@ def test_a_stablehlo_file_that_is_cut_is_refused_in_one_line(share, small, tmp_p
     ("a.onnx", "xla", "XLA reads no .onnx files; give one that ends in .stablehlo, .safetensors"),
     ("a.onnx", "tvm", "runtime 'tvm': must be one of xla, ort, openvino"),
     ("a.onnx", None, "ONNX Runtime does not take"),
-    ("a.stablehlo", None, "is no StableHLO file of `vitcompact export`")])
+    ("a.stablehlo", None, "is not a StableHLO file of `vitcompact export`")])
 def test_files_that_no_runtime_takes(name, runtime, said, tmp_path):
   (tmp_path / name).write_text("nothing")
   with pytest.raises(ValueError, match=re.escape(said)) as error:
@@ -485,7 +485,7 @@ def test_the_command(small, tmp_path):
       "export", source, tmp_path / "d.stablehlo", "--tune")
   with pytest.MonkeyPatch.context() as patch:   # what a format lacks is said before it is tuned
     patch.setattr(vc, "tune", None)
-    assert "half=True is for openvino" in command.fails(
+    assert "half=True is only for openvino" in command.fails(
         "export", source, tmp_path / "d.onnx", "--tune", "--half")
   head, _, *rows = command.succeeds("bench", source, out, "--runtime", "xla,ort", "--batch", 1,
                                     "--rounds", 1, "--threads", 1).splitlines()

@@ -130,7 +130,7 @@ def test_an_image_is_classified_timed_and_its_survivors_drawn(opened, files, pro
       np.testing.assert_array_equal(same, np.asarray(image))
       dimmed = np.abs(drawn - same).sum(-1).reshape(8, 8, 8, 8).sum((1, 3)).reshape(-1) > 0
       np.testing.assert_array_equal(dimmed, 1 - kept[0][0])
-      assert seen[7] == ["survivors", "not told", f"{int(kept[0].sum())} of 64 patches"]
+      assert seen[7] == ["survivors", "not recorded", f"{int(kept[0].sum())} of 64 patches"]
     else:
       assert results[i]["kept"] is None
   medians = [np.median(result["times"]) for result in results]
@@ -170,7 +170,7 @@ def test_what_is_no_image_is_said(opened, tmp_path):
   (tmp_path / "text.png").write_text("text")
   opened.choose("#files", tmp_path / "text.png")
   opened.wait("notice.className === 'error'")
-  assert opened.run("notice.textContent").startswith("text.png is no image that this browser can")
+  assert opened.run("notice.textContent").startswith("This browser cannot read text.png as an")
   assert opened.run("notice.getAttribute('role')") == "status"
 
 
@@ -224,14 +224,14 @@ def test_nothing_is_overwritten_without_force_and_nothing_half_written(files, no
   assert max(map(len, path.read_text().split("<script"))) < 5e5
   path.unlink()
   path.mkdir()
-  with pytest.raises(OSError, match=r"page\.html cannot be written.*name another place"):
+  with pytest.raises(OSError, match=r"page\.html cannot be written.*give another path"):
     page.write(path, files, no_runtime, force=True)
   assert not list(no_runtime.glob("*.partial-*"))
 
 
 @pytest.mark.parametrize(("metadata", "said"), [
-    ({"preprocess": None}, "does not tell how images are prepared.*vc.export"),
-    ({"preprocess": json.dumps({"interpolation": "nearest"})}, "'nearest', and the page has box, "),
+    ({"preprocess": None}, "does not say how its images are prepared.*vc.export"),
+    ({"preprocess": json.dumps({"interpolation": "nearest"})}, "'nearest', and the page has only"),
 ])
 def test_a_file_that_the_page_cannot_serve_is_refused(files, no_runtime, metadata, said):
   file = altered(files["dense"], no_runtime, **metadata)
@@ -249,10 +249,10 @@ def test_other_mistakes_are_one_line_with_a_way_out(files, no_runtime, tmp_path_
   for given, said in (
       ((path, files, empty), f"npm install onnxruntime-web@{page.VERSION}"),
       ((path.with_suffix(".txt"), files, no_runtime), "must end in .html"),
-      ((path, {}, no_runtime), "needs one at least"),
+      ((path, {}, no_runtime), "must have at least one"),
       ((path, {"it": empty / "none.onnx"}, no_runtime), "none.onnx cannot be read: No such file"),
-      ((path, {"it": empty / "text.onnx"}, no_runtime), "text.onnx is no ONNX file; name one"),
-      ((path, {"it": empty / "fixed.onnx"}, no_runtime), "takes 8 images at a time.*with 1")):
+      ((path, {"it": empty / "text.onnx"}, no_runtime), "text.onnx is not an ONNX file; give one"),
+      ((path, {"it": empty / "fixed.onnx"}, no_runtime), "has batch=8.*or batch=1")):
     with pytest.raises(ValueError, match=said) as caught:
       page.write(*given)
     assert "\n" not in str(caught.value) and not path.exists()

@@ -130,7 +130,7 @@ def test_json_of_which_a_digit_changed_is_refused(store, tmp_path, part):
   text = path.read_text()
   path.write_text(text.replace("37", "36") if "37" in text else text.replace("0.25", "0.35"))
   assert path.read_text() != text
-  with pytest.raises(checkpoint.Damaged, match="is damaged: its sha256 is another"):
+  with pytest.raises(checkpoint.Damaged, match="is damaged: its sha256 does not match"):
     Checkpoints(tmp_path, keep_last=2).restore(3, *shapes_and_places(state_of()))
 
 

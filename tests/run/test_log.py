@@ -33,16 +33,16 @@ def test_waiting_for_data_counts_where_the_devices_wait(busy, waited, monkeypatc
   """The batch comes 0.1 seconds after it was asked for; by a clock that no other work disturbs."""
   now, over, noted = [0.0], threading.Event(), threading.Event()
   monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
-  real = log.ended
+  real = log.end_time
 
-  def ended(running):
+  def end_time(running):
     assert over.wait(60)
     try:
       return real(running)
     finally:
       noted.set()
 
-  monkeypatch.setattr(log, "ended", ended)
+  monkeypatch.setattr(log, "end_time", end_time)
 
   def batches():
     if busy is not None and busy < 0.1:

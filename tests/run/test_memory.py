@@ -19,10 +19,10 @@ def test_what_a_device_holds_is_what_is_there_once_the_state_exists(config):
   assert sizes["optimiser"] == on_first(state.opt_state)
   assert sizes["averages"] == on_first(state.ema_params)
   assert sum(size for what, size in sizes.items() if what not in (
-      "batch", "working memory", "in all")) == on_first(state)
+      "batch", "working memory", "total")) == on_first(state)
   assert sizes["batch"] == 16 // 8 * (8 * 8 * 3 + 4)
   assert sizes["working memory"] > sizes["parameters"]    # gradients at the least
-  assert sizes["in all"] == sum(sizes.values()) - sizes["in all"]
+  assert sizes["total"] == sum(sizes.values()) - sizes["total"]
 
 
 def test_eight_devices_compute_an_eighth_each(config, monkeypatch):
@@ -59,4 +59,4 @@ def test_the_table_needs_no_data(config, monkeypatch):
   text = memory.table(config)
   assert "on 8 devices (data 4 x fsdp 2 x tensor 1)" in text
   assert "parameters                         3.0 MiB" in text
-  assert "folder:/not/here is not here: 1000 classes are assumed." in text
+  assert "folder:/not/here is not available here: 1000 classes are assumed." in text

@@ -100,7 +100,7 @@ def test_a_report_of_another_model_is_refused(walked, tmp_path):
 def test_another_request_in_the_same_workdir_is_refused(walked, change):
   config = configs.complete(walked[0])
   config.update_from_flattened_dict(change)
-  with pytest.raises(ValueError, match="was begun otherwise: "):
+  with pytest.raises(ValueError, match="began with other settings: "):
     path.prepare(config, walked[1], lambda line: None)
 
 
@@ -163,9 +163,9 @@ def test_what_is_no_path_is_refused(tmp_path, change, words):
 
 def test_a_config_without_a_budget_is_no_path():
   config = compact_digits.get_config()
-  assert path.asked(config) == {"macs": 0.5}
+  assert path.budget_of(config) == {"macs": 0.5}
   config.compact.macs = 0.0
-  assert path.asked(config) == {} and path.asked(configs.ConfigDict()) == {}
+  assert path.budget_of(config) == {} and path.budget_of(configs.ConfigDict()) == {}
 
 
 def test_calibration_images_are_spread_over_the_classes(walked):
@@ -182,7 +182,7 @@ def test_calibration_images_are_spread_over_the_classes(walked):
     ({"start": (0.9, 0.1), "end": (0.9, 0.1)}, "start")])
 def test_a_run_ends_with_the_better_of_its_start_and_its_end(monkeypatch, scores, kept):
   monkeypatch.setattr(loop, "fresh_state", lambda run: types.SimpleNamespace(teacher={}))
-  monkeypatch.setattr(loop.steps, "selected", lambda state, which: "start")
+  monkeypatch.setattr(loop.steps, "eval_variables", lambda state, which: "start")
   monkeypatch.setattr(loop, "evaluate_split", lambda run, variables, split, stopping, teacher: dict(
       zip(("val_accuracy", "val_loss"), scores[variables], strict=True)))
   run = types.SimpleNamespace(config=types.SimpleNamespace(eval_params="raw"))

@@ -62,9 +62,9 @@ def test_a_model_without_a_classifier_goes_the_whole_path(features, tmp_path, mo
 
 
 @pytest.mark.parametrize("change,message", [
-    ({"loss.logits": 1.0}, r"config.loss.logits=1.0 wants a classifier.*config.loss.patches"),
+    ({"loss.logits": 1.0}, r"config.loss.logits=1.0 needs a classifier.*config.loss.patches"),
     ({"model.num_classes": 7}, r"num_classes=7, and digits has 10 classes; leave it out"),
-    ({"init_from": "", "compact.dense_steps": 2}, r"config.loss.labels=1.0 wants a classifier")])
+    ({"init_from": "", "compact.dense_steps": 2}, r"config.loss.labels=1.0 needs a classifier")])
 def test_what_needs_a_classifier_is_refused(features, tmp_path, change, message):
   features.update_from_flattened_dict(change)
   with pytest.raises(ValueError, match=message):

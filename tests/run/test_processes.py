@@ -27,7 +27,7 @@ main.app.run(main.main, flags_parser=main.parse)
 """
 
 
-SAYS = {processes.LOST: "error: process 0 of 2 cannot go on",
+SAYS = {processes.LOST: "error: process 0 of 2 cannot continue",
         -signal.SIGABRT: "This most likely indicates that another task died"}
 
 

@@ -96,8 +96,8 @@ def test_a_signal_is_heard_while_the_main_thread_is_in_the_compiler(saved, numbe
   process.send_signal(number)
   _, error = process.communicate(timeout=60)
   assert process.returncode == preemption.STOPPED
-  first = "stopping; Ctrl-C again leaves at once\n" * (number == signal.SIGINT)
-  assert error == first + "stopped; nothing is lost. The same command goes on\n"
+  first = "stopping; press Ctrl-C again to exit immediately\n" * (number == signal.SIGINT)
+  assert error == first + "stopped; nothing is lost. Run the same command again to resume\n"
 
 
 def test_a_second_ctrl_c_leaves_at_once_what_is_not_saved():
@@ -106,11 +106,11 @@ def test_a_second_ctrl_c_leaves_at_once_what_is_not_saved():
                              cwd=loop.pathlib.Path(main.__file__).parent, stderr=subprocess.PIPE)
   assert process.stdout.readline() == "ready\n"
   process.send_signal(signal.SIGINT)
-  assert process.stderr.readline() == "stopping; Ctrl-C again leaves at once\n"
+  assert process.stderr.readline() == "stopping; press Ctrl-C again to exit immediately\n"
   process.send_signal(signal.SIGINT)
   _, error = process.communicate(timeout=60)
   assert process.returncode == preemption.ABANDONED
-  assert error.startswith("left at once; steps since the last checkpoint are lost")
+  assert error.startswith("exited immediately; steps since the last checkpoint are lost")
 
 
 def test_what_workers_shared_is_removed_without_a_word():
@@ -126,7 +126,7 @@ def test_what_workers_shared_is_removed_without_a_word():
   name = process.stdout.readline().strip()
   process.send_signal(signal.SIGTERM)
   _, error = process.communicate(timeout=60)   # the tracker holds the pipe until it is done
-  assert error == "stopped; nothing is lost. The same command goes on\n"
+  assert error == "stopped; nothing is lost. Run the same command again to resume\n"
   assert not loop.pathlib.Path("/dev/shm", name).exists()
 
 

@@ -14,7 +14,7 @@ from vitcompact.run import loop, watch
 
 @pytest.mark.parametrize("text", ["5", "5:", ":5", "0:5", "5:0", "a:b", "-1:5"])
 def test_a_profile_that_cannot_be_is_refused(text):
-  with pytest.raises(ValueError, match="is not START:STEPS"):
+  with pytest.raises(ValueError, match="must be START:STEPS"):
     watch.Watching(profile=text)
 
 

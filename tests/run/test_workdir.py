@@ -21,7 +21,7 @@ def test_a_workdir_is_made_with_its_parents_and_claimed_once(config, tmp_path):
   workdir.claim(directory, config)
   assert {path.name for path in directory.iterdir()} == {"config.json", "classes.json"}
   config.seed = 1
-  with pytest.raises(ValueError, match=r"seed is 0 there and 1 here.*Use another --workdir"):
+  with pytest.raises(ValueError, match=r"seed was 0 and is now 1.*Use another --workdir"):
     workdir.claim(directory, config)
   assert (directory / "config.json").read_text() == text
 
@@ -37,7 +37,7 @@ def test_a_workdir_that_is_a_file_is_refused(config, tmp_path):
     '{"a": ' * 3000 + "1" + "}" * 3000])
 def test_a_config_json_that_is_none_is_refused_in_one_line(config, tmp_path, text):
   (tmp_path / "config.json").write_text(text)
-  with pytest.raises(ValueError, match=r"config.json is no config of a run \(") as error:
+  with pytest.raises(ValueError, match=r"config.json is not the config of a run \(") as error:
     workdir.claim(tmp_path, config)
   assert "\n" not in str(error.value) and len(str(error.value)) < 1000
 
@@ -104,7 +104,7 @@ def test_a_log_of_something_else_is_refused_by_its_line(tmp_path, text):
 def test_a_bucket_is_no_workdir_and_nothing_is_made_of_its_address(config, tmp_path, monkeypatch,
                                                                   start):
   monkeypatch.chdir(tmp_path)
-  with pytest.raises(ValueError, match="--workdir=gs://bucket/run: only paths of mounted disks"):
+  with pytest.raises(ValueError, match="--workdir=gs://bucket/run: must be a path on a mounted"):
     start(config, "gs://bucket/run")
   assert not list(tmp_path.iterdir())
 
@@ -112,13 +112,13 @@ def test_a_bucket_is_no_workdir_and_nothing_is_made_of_its_address(config, tmp_p
 def test_what_changes_the_run_is_allowed_by_name_and_then_is_its_config(config, tmp_path):
   workdir.claim(tmp_path, config)
   config.total_steps, config.optim.b1 = 60, 0.8
-  with pytest.raises(ValueError, match=r"optim.b1 is 0.9 there and 0.8 here. Use .*; or, to go on "
-                                       r"from it all the same, --allow=optim.b1,total_steps$"):
+  with pytest.raises(ValueError, match=r"optim.b1 was 0.9 and is now 0.8. Use .*; or, to "
+                                       r"resume it anyway, --allow=optim.b1,total_steps$"):
     workdir.check_claim(tmp_path, config, allow=["total_steps"])
   assert workdir.claim(tmp_path, config, ["total_steps", "optim.b1"]) == [
-      "optim.b1 is 0.9 there and 0.8 here", "total_steps is 40 there and 60 here"]
+      "optim.b1 was 0.9 and is now 0.8", "total_steps was 40 and is now 60"]
   assert workdir.claim(tmp_path, config) == []
-  with pytest.raises(ValueError, match=r"--allow=totl_steps is no key .* mean total_steps"):
+  with pytest.raises(ValueError, match=r"--allow=totl_steps is not a key .* mean total_steps"):
     workdir.check_claim(tmp_path, config, allow=["totl_steps"])
 
 
@@ -161,13 +161,13 @@ def test_the_same_images_may_lie_elsewhere_and_others_may_not(config, tmp_path):
   config.data.name = f"folder:{tmp_path / 'b'}"
   assert workdir.claim(tmp_path / "run", config) == []
   config.data.name = f"folder:{tmp_path / 'c'}"
-  with pytest.raises(ValueError, match=r"data.name is .*/a' there and .*/c' here \(the images are"):
+  with pytest.raises(ValueError, match=r"data.name was .*/a' and is now .*/c' \(the images differ"):
     workdir.check_claim(tmp_path / "run", config)
   assert contents(tmp_path / "run") == before
   assert len(workdir.check_claim(tmp_path / "run", config, allow=["data.name"])) == 1
   (tmp_path / "run" / "data.json").unlink()      # of a run that older code began
   config.data.name = f"folder:{tmp_path / 'b'}"
-  with pytest.raises(ValueError, match=r"no data.json says which .*--allow=data.name"):
+  with pytest.raises(ValueError, match=r"no data.json to say which .*--allow=data.name"):
     workdir.check_claim(tmp_path / "run", config)
   config.data.name = f"folder:{tmp_path / 'a'}"
   workdir.claim(tmp_path / "run", config)
@@ -182,12 +182,12 @@ def test_a_longer_run_goes_on_when_allowed_and_a_shorter_one_than_was_run_does_n
   monkeypatch.setattr(loop, "fit", lambda run_state, state, stop: seen.append(
       (int(state.step), stop)) or state)
   monkeypatch.setattr(loop, "finish", lambda run, state, *_: None)
-  with pytest.raises(ValueError, match=r"total_steps is 40 there and 60 here.*--allow=total_steps"):
+  with pytest.raises(ValueError, match=r"total_steps was 40 and is now 60.*--allow=total_steps"):
     loop.train(config, directory)
   loop.train(config, directory, allow=["total_steps"])
   loop.train(config, directory)
   assert seen == [(40, 60), (40, 60)]
-  assert lines(directory)[-1]["changed"] == "total_steps is 40 there and 60 here"
+  assert lines(directory)[-1]["changed"] == "total_steps was 40 and is now 60"
   assert json.loads((directory / "config.json").read_text())["total_steps"] == 60
   config.total_steps = 30
   with pytest.raises(ValueError, match=r"is at step 40 already, after config.total_steps=30"):
@@ -233,7 +233,7 @@ def test_a_lack_of_permission_is_found_before_anything_is_computed(config, tmp_p
   """The system is made to say no: who runs tests as root is permitted everything."""
   monkeypatch.setattr(workdir.os, "access", lambda path, mode: path != tmp_path)
   monkeypatch.setattr(loop, "build", lambda config: pytest.fail("built already"))
-  with pytest.raises(ValueError, match=f"cannot be written: {tmp_path} gives no permission"):
+  with pytest.raises(ValueError, match=f"cannot be written: no write permission in {tmp_path}"):
     loop.train(config, tmp_path / "new" / "run")
 
 

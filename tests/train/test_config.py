@@ -118,9 +118,9 @@ def test_every_number_of_a_config_has_a_range_that_is_tested():
     ({"optim.rates": (("(", 1.0, 0),)}, "with a regular expression: missing"),
     ({"optim.rates": ((".*", 1.0),)}, r"must be \(pattern, factor, first step\)"),
     ({"optim.rates": (".*",)}, r"must be \(pattern, factor, first step\)"),
-    ({"optim.rates": ((".*", NAN, 0),)}, "the factor a number of at least 0"),
-    ({"optim.rates": ((".*", 1.0, -1),)}, "the step a whole one"),
-    ({"init_from": "gs://bucket/x.safetensors"}, "config.init_from=gs://.*no addresses of buckets"),
+    ({"optim.rates": ((".*", NAN, 0),)}, "with a factor of at least 0"),
+    ({"optim.rates": ((".*", 1.0, -1),)}, "and a whole number of steps"),
+    ({"init_from": "gs://bucket/x.safetensors"}, "config.init_from=gs://.*not the address of a"),
     ({"teacher.file": "s3://bucket/x.safetensors"}, "config.teacher.file=s3://"),
     ({"data.name": "folder:gs://bucket/images"}, "config.data.name=folder:gs://"),
     ({"data.name": "arrayrecord:gs://bucket/r"}, "config.data.name=arrayrecord:gs://"),
@@ -135,7 +135,7 @@ def test_values_that_contradict_are_refused(changes, words):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"loss.labels": 0.0}, "every weight of config.loss that counts for deit_tiny.* is 0"),
+    ({"loss.labels": 0.0}, "every weight of config.loss that affects deit_tiny.* is 0"),
     ({"model.in_chans": 1}, "config.model.in_chans=1: must be 3, as .*--in-chans 1`"),
     ({"model.depth": 0}, "depth=0"), 
     ({"model.depth": -1}, "depth=-1"),
@@ -171,9 +171,9 @@ def test_of_a_method_that_neither_has_no_setting_counts_and_of_others_each():
   assert configs.differences(old, new) == []
   plan = json.dumps(SPARSE)
   assert configs.differences({**old, "plan": plan}, {**new, "plan": plan}) == [
-      "reconstruct.learning_rate is 5.0 there and 6.0 here"]
+      "reconstruct.learning_rate was 5.0 and is now 6.0"]
   [line] = configs.differences({**old, "plan": ""}, {**new, "plan": '{"ffn": {"method": "cffn"}}'})
-  assert line.startswith("plan is '{}' there and ")
+  assert line.startswith("plan was '{}' and is now ")
   assert configs.differences(old, {**old, "log_every": 7, "checkpoint_every": 3}) == []
 
 

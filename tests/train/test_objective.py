@@ -13,10 +13,10 @@ from vitcompact.models.lvvit import TokenLogits
 from vitcompact.train import losses
 from vitcompact.train.objective import (
   by_replica,
-  looks_across,
+  couples_images,
+  label_terms,
   make_first_phase,
   make_objective,
-  of_labels,
   variables,
 )
 
@@ -46,11 +46,11 @@ def run(model, loss, teacher=None, second=None, student=None, labels=LABELS):
 
 
 def test_two_heads_have_the_same_loss_without_a_teacher():
-  metrics, logits = of_labels((STUDENT, TEACHER), TARGETS, weights(labels=1.0), distils=False)
+  metrics, logits = label_terms((STUDENT, TEACHER), TARGETS, weights(labels=1.0), distils=False)
   each = [losses.cross_entropy(head, TARGETS).mean() for head in (STUDENT, TEACHER)]
   assert metrics["labels"] == pytest.approx(float(sum(each)) / 2)
   np.testing.assert_allclose(logits, (STUDENT + TEACHER) / 2)
-  distilled, _ = of_labels((STUDENT, TEACHER), TARGETS, weights(labels=1.0), distils=True)
+  distilled, _ = label_terms((STUDENT, TEACHER), TARGETS, weights(labels=1.0), distils=True)
   assert distilled["labels"] == pytest.approx(float(each[0]))
 
 
@@ -58,7 +58,7 @@ def test_mixed_tokens_teach_the_class_token_the_mixture_and_each_patch_its_own_i
   tokens = jnp.stack([STUDENT, 2 * STUDENT, TEACHER], axis=1)
   keep_mask = jnp.array([[1.0, 1, 0], [1, 1, 1]])
   out = TokenLogits(STUDENT, tokens, jnp.float32(0.75), keep_mask)
-  metrics, logits = of_labels(out, TARGETS, weights(patch_labels=0.5), distils=False)
+  metrics, logits = label_terms(out, TARGETS, weights(patch_labels=0.5), distils=False)
   mixed = 0.75 * TARGETS + 0.25 * TARGETS[jnp.array([1, 0])]
   each = np.stack([losses.cross_entropy(tokens[:, i], TARGETS) for i in range(3)], axis=1)
   assert metrics["labels"] == pytest.approx(float(losses.cross_entropy(STUDENT, mixed).mean()))
@@ -70,7 +70,7 @@ def test_patches_have_targets_of_their_own_where_there_are_labels_of_places():
   tokens = jnp.stack([STUDENT, TEACHER], axis=1)
   of_patches = jnp.stack([TARGETS, TARGETS[::-1]], axis=1)
   out = TokenLogits(STUDENT, tokens, jnp.float32(1), jnp.ones((2, 2)))
-  metrics, _ = of_labels(out, (TARGETS, of_patches), weights(patch_labels=1.0), distils=False)
+  metrics, _ = label_terms(out, (TARGETS, of_patches), weights(patch_labels=1.0), distils=False)
   wanted = [losses.cross_entropy(tokens[:, i], of_patches[:, i]).mean() for i in (0, 1)]
   assert metrics["labels"] == pytest.approx(float(losses.cross_entropy(STUDENT, TARGETS).mean()))
   assert metrics["patch_labels"] == pytest.approx(float(np.mean(wanted)))
@@ -240,14 +240,14 @@ def test_soft_distillation_is_at_the_temperature_of_the_config():
   assert value == pytest.approx(0.5 * wanted, rel=1e-4)
 
 
-def test_looks_across_where_the_images_of_a_batch_meet():
+def test_couples_images_where_the_images_of_a_batch_meet():
   mctf = deit(vc.Plan(tokens=vc.MCTF(r=3, blocks=(0,))))
   for model, stats, loss, wanted in [
       (deit(), {}, weights(labels=1.0, logits=1.0), False), (deit(), {"a": 1}, weights(), True),
       (deit(), {}, weights(patches=1.0), True), (mctf, {}, weights(labels=1.0), False),
       (mctf, {}, weights(consistency=1.0), True),
       (deit(name="lvvit_t"), {}, weights(labels=1.0), True)]:
-    assert looks_across(model, stats, loss) == wanted
+    assert couples_images(model, stats, loss) == wanted
 
 
 @pytest.mark.parametrize("granularity", ["token", "block"])

@@ -69,7 +69,7 @@ SMALL_BLOCKS = vc.Sparsifiner(granularity="block", min_tokens=100)
 
 @pytest.mark.parametrize("changes, plan, words", [
     ({"reconstruct.steps": 5}, vc.Plan(), "setting of Sparsifiner, which the plan does not have"),
-    ({"reconstruct.steps": 40}, vc.Plan(attention=SPARSE), "must leave some"),
+    ({"reconstruct.steps": 40}, vc.Plan(attention=SPARSE), "must be less than"),
     ({"reconstruct.steps": 5, "reconstruct.warmup_steps": 6}, vc.Plan(attention=SPARSE),
      r"reconstruct.warmup_steps=6 is longer than config.reconstruct.steps=5"),
     ({"reconstruct.steps": 36}, vc.Plan(attention=SPARSE),
@@ -90,7 +90,7 @@ def test_training_that_a_plan_does_not_have_is_refused(config, changes, plan, wo
 
 @pytest.mark.parametrize("loss, teacher, fields, words", [
     ("logits", "", {}, "learns from a teacher; give config.teacher.file"),
-    (None, "x.safetensors", {}, "has nothing to teach"),
+    (None, "x.safetensors", {}, "is not used by any loss"),
     ("logits", "x.safetensors", {"name": "lvvit_t"}, "MixToken"),
 ])
 def test_a_teacher_and_its_weights_go_together(config, loss, teacher, fields, words):
@@ -197,7 +197,7 @@ def test_a_block_without_a_predictor_gains_none_when_every_token_is_kept():
   """Also where the method is in its first phase's form already, and nothing but tokens changes."""
   method = dataclasses.replace(SPARSE, masked=False)
   model = tiny.deit(vc.Plan(attention=method, tokens=vc.EViT(0.3, blocks=(0,))))
-  student = model.clone(plan=phases.in_first_phase(model, vc.Sparsifiner.first_phase))
+  student = model.clone(plan=phases.plan_of_first_phase(model, vc.Sparsifiner.first_phase))
   for network in (model, student):
     attends = [network.plan.at(site).attention is not None for site in network.sites()]
     assert attends == [True, False]

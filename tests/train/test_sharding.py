@@ -23,8 +23,8 @@ def test_a_mesh_takes_all_devices_and_keeps_axes_automatic():
 @pytest.mark.parametrize("sizes, words", [
     ({"data": 3, "fsdp": 1}, "does not multiply out to 8 devices"),
     ({"data": -1, "fsdp": 3}, "does not multiply out to 8 devices"),
-    ({"data": -1, "fsdp": -1}, "at most one is -1"),
-    ({"data": 0, "fsdp": 1}, "sizes are positive"),
+    ({"data": -1, "fsdp": -1}, "at most one may be -1"),
+    ({"data": 0, "fsdp": 1}, "sizes must be positive"),
     ({"data": 8, "pipe": 1}, "unknown axes"),
 ])
 def test_a_mesh_that_cannot_be_is_refused(sizes, words):

@@ -103,7 +103,7 @@ def test_the_path_and_the_command_take_a_repository(dense, server, monkeypatch, 
     patch.setattr(path, "run", lambda config, out, say: asked.append(config) or receipt)
     command.succeeds("compact", REPO, "--data", "digits", "--macs", "0.7", "--out", tmp_path / "a")
   assert trees.digest(vc.load(asked[0].init_from)[1]) == trees.digest(dense[1])
-  monkeypatch.setattr(path, "fit", lambda config, directory, *_: [
+  monkeypatch.setattr(path, "measure_plan_compact", lambda config, directory, *_: [
       (directory / name).write_text("{}") for name in ("plan.json", "plan.txt",
                                                        "compact.safetensors")])
   config.init_from, config.compact.macs = REPO, 0.7

@@ -1,9 +1,9 @@
-"""What happens to one image on the host: PIL and a numpy Generator, uint8 in and uint8 out.
+"""Augmentation of one image on the host, with PIL and a numpy Generator: uint8 in, uint8 out.
 
-The DeiT recipe's order is: random resized crop, flip, RandAugment (`randaugment.py`), all here;
-then normalising, random erasing and mixing per batch on the device (`batch.py`). `IMAGES` names the
-augmentations that a config may ask for; LV-ViT's, which labels of places go through with their
-image, is in `labels.py`.
+The order of DeiT's recipe is: random resized crop, flip and RandAugment (`randaugment.py`), here;
+then normalising, random erasing and mixing of a batch, on the device (`batch.py`). `IMAGES` lists
+the values of `data.augment`, except LV-ViT's, which transforms an image and its label map together
+and is in `labels.py`.
 """
 import math
 
@@ -14,24 +14,24 @@ from vitcompact.data.randaugment import randaugment
 
 BICUBIC = Image.Resampling.BICUBIC
 CROP_MODES = ("center", "squash", "border")   # timm's names
-SMALL = 32         # pixels: images of a model's own size up to this are not cut in evaluation
-MUCH_LARGER = 64   # times the pixels that are needed: more than that is not resized whole
+SMALL = 32         # pixels: up to this size, images of the model's own size are not cropped
+MUCH_LARGER = 64   # an image is not resized as a whole to more than 64 times the needed pixels
 
 
 def evaluation(image: Image.Image, image_size: tuple[int, int], crop: float | None,
                interpolation: str, crop_mode: str = "center", fill=0) -> Image.Image:
-  """Resizes, then cuts image_size = (height, width) out of the centre; as timm, to the grey level.
+  """Resizes, then takes the central crop of image_size = (height, width); equals timm exactly.
 
-  crop_mode: what is resized to image_size / crop (rounded down). "center": the shorter side, or if
-  image_size is not square, the image until it just covers both sides; "squash": both sides, so that
-  the aspect ratio is lost; "border": the image until it just fits, with `fill` (a colour of the
-  image's mode) around it. crop=None is "squash" with all of the image. Sizes and offsets are
-  rounded as timm does.
+  crop_mode: how the image is resized to image_size / crop (rounded down). "center": until its
+  shorter side fits, or if image_size is not square, until it just covers both sides; "squash": to
+  both sides, changing the aspect ratio; "border": until the whole image fits, with `fill` (a colour
+  of the image's mode) around it. crop=None is "squash" without a crop. Sizes and offsets are
+  rounded like timm's.
 
-  Two exceptions. An image of up to 32 pixels that has the model's size is left whole, as published
-  for CIFAR. Of an image that "center" would make more than 64 times as long as wide only what is
-  kept is computed, the same to within rounding: resized whole, 6000 x 1 pixels would take a
-  gigabyte.
+  There are two exceptions. An image of up to 32 pixels that has the model's size is not cropped, as
+  published for CIFAR. For an image that "center" would make more than 64 times as long as wide,
+  only the crop is computed, the same to within rounding: resizing all of 6000 x 1 pixels would take
+  a gigabyte.
   """
   if image.size == image_size[::-1] and max(image_size) <= SMALL:
     return image
@@ -44,19 +44,19 @@ def evaluation(image: Image.Image, image_size: tuple[int, int], crop: float | No
   need = int(height / crop), int(width / crop)
   new_w, new_h = _resized_size(image.size, need, crop_mode)
   left, top = round((new_w - width) / 2), round((new_h - height) / 2)
-  kept = left, top, left + width, top + height
+  box = left, top, left + width, top + height
   if new_w * new_h > MUCH_LARGER * need[0] * need[1]:
-    return _resized_part(image, (new_w, new_h), kept, resample)
+    return _resized_part(image, (new_w, new_h), box, resample)
   image = image.resize((new_w, new_h), resample)
   if crop_mode == "border":
-    return _on_ground(image, image_size, fill)
-  return image.crop(kept)
+    return _padded_crop(image, image_size, fill)
+  return image.crop(box)
 
 
 def _resized_size(size: tuple[int, int], need: tuple[int, int], crop_mode: str) -> tuple[int, int]:
-  """(width, height) to resize an image of `size` = (width, height) to; need: (height, width).
+  """(width, height) to resize an image of `size` = (width, height) to; need = (height, width).
 
-  Rounded down for a square and to the nearest for other sizes, because timm uses two functions.
+  Rounded down for a square and to the nearest for other sizes, as in timm's two functions.
   """
   (w, h), (need_h, need_w) = size, need
   if crop_mode == "squash":
@@ -68,21 +68,22 @@ def _resized_size(size: tuple[int, int], need: tuple[int, int], crop_mode: str) 
   return max(1, round(w / ratio)), max(1, round(h / ratio))
 
 
-def _on_ground(image: Image.Image, image_size: tuple[int, int], fill) -> Image.Image:
-  """The centre of the image, with `fill` where it is smaller than image_size = (height, width)."""
+def _padded_crop(image: Image.Image, image_size: tuple[int, int], fill) -> Image.Image:
+  """The central crop of image_size = (height, width), padded with `fill` if the image is smaller.
+  """
   height, width = image_size
-  ground = Image.new(image.mode, (max(width, image.width), max(height, image.height)), fill)
-  ground.paste(image, ((ground.width - image.width) // 2, (ground.height - image.height) // 2))
-  left, top = round((ground.width - width) / 2), round((ground.height - height) / 2)
-  return ground.crop((left, top, left + width, top + height))
+  canvas = Image.new(image.mode, (max(width, image.width), max(height, image.height)), fill)
+  canvas.paste(image, ((canvas.width - image.width) // 2, (canvas.height - image.height) // 2))
+  left, top = round((canvas.width - width) / 2), round((canvas.height - height) / 2)
+  return canvas.crop((left, top, left + width, top + height))
 
 
 def _resized_part(image: Image.Image, size: tuple[int, int], part, resample) -> Image.Image:
-  """`part` (left, top, right, bottom) of the image as resized to `size`, and no more of it."""
+  """Only `part` (left, top, right, bottom) of the image resized to `size`."""
   left, top, right, bottom = part
   x, y = image.width / size[0], image.height / size[1]
-  # Pillow keeps a box in float32, too coarse for one far from the corner: the neighbourhood is cut
-  # out first, as wide as any of its filters reaches.
+  # Pillow stores a box in float32, too coarse far from the corner: so a neighbourhood is cropped
+  # first, as large as the widest filter needs.
   reach_x, reach_y = (math.ceil(4 * max(1, scale)) for scale in (x, y))
   first_x, first_y = (max(0, math.floor(left * x) - reach_x), max(0, math.floor(top * y) - reach_y))
   near = image.crop((first_x, first_y, min(image.width, math.ceil(right * x) + reach_x),
@@ -93,7 +94,7 @@ def _resized_part(image: Image.Image, size: tuple[int, int], part, resample) -> 
 
 
 def check_crop(crop: float | None) -> None:
-  """Refuses what would show black borders."""
+  """Raises ValueError for a crop ratio that is not in (0, 1]: above 1, there would be borders."""
   if crop is not None and not 0 < crop <= 1:
     raise ValueError(f"{crop=} must be above 0 and at most 1: the share of the resized image that "
                      "is kept (0.875 resizes to 256 for 224)")
@@ -105,9 +106,9 @@ def check_crop_mode(crop_mode: str) -> None:
 
 
 def crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-  """(left, top, right, bottom) of 8-100 % of the area, with aspect 3/4 to 4/3; ten attempts.
+  """A random (left, top, right, bottom): 8-100 % of the area, aspect 3/4 to 4/3, ten attempts.
 
-  If all attempts stick out, the centre: the whole image, cut to the nearest allowed aspect.
+  If none of them fits into the image: the largest central box of the nearest allowed aspect.
   """
   for _ in range(10):
     area = rng.uniform(0.08, 1) * width * height
@@ -127,31 +128,31 @@ def crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, in
 
 def resized_crop(image: Image.Image, box, image_size: tuple[int, int],
                  resample=BICUBIC) -> Image.Image:
-  """The box, resized to image_size = (height, width); no pixel from outside the box counts."""
+  """The box, resized to image_size = (height, width); pixels outside the box have no influence."""
   return image.crop(box).resize(image_size[::-1], resample)
 
 
 def pad_crop(image: Image.Image, rng: np.random.Generator, pixels: int = 4) -> Image.Image:
-  """Shifted by up to `pixels` in both directions, black where nothing is left."""
+  """Shifts by up to `pixels` in each direction; the uncovered margin is black."""
   left, top = (int(shift) for shift in rng.integers(-pixels, pixels + 1, size=2))
   return image.crop((left, top, left + image.width, top + image.height))
 
 
 def flip(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-  """Left and right exchanged, with probability 1/2."""
+  """Mirrors left and right, with probability 1/2."""
   return ImageOps.mirror(image) if rng.random() < 0.5 else image
 
 
 def small_affine(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-  """Turns by up to 12 degrees, scales by 0.9 to 1.1, shifts by up to 8 %; black from outside.
+  """Rotates by up to 12 degrees, scales by 0.9 to 1.1, shifts by up to 8 %, and pads with black.
 
-  Small enough that a digit stays the digit it was: no flip, and a 6 does not become a 9.
+  Small enough to preserve the label of a digit: no flip, and a 6 does not become a 9.
   """
   w, h = image.size
   angle, scale = math.radians(rng.uniform(-12, 12)), rng.uniform(0.9, 1.1)
   shift_x, shift_y = rng.uniform(-0.08, 0.08, size=2) * (w, h)
   cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
-  # PIL maps output to input. The centre of the image goes to the centre plus the shift.
+  # PIL maps output to input. The centre of the image moves to the centre plus the shift.
   matrix = (cos, sin, w / 2 - cos * (w / 2 + shift_x) - sin * (h / 2 + shift_y),
             -sin, cos, h / 2 + sin * (w / 2 + shift_x) - cos * (h / 2 + shift_y))
   return image.transform((w, h), Image.Transform.AFFINE, matrix, resample=BICUBIC)
@@ -159,7 +160,7 @@ def small_affine(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 def colour_jitter(image: Image.Image, rng: np.random.Generator,
                   strength: float = 0.3) -> Image.Image:
-  """Brightness, contrast and saturation by factors of 1 +- strength, in random order.
+  """Changes brightness, contrast and saturation by factors of 1 +- strength, in random order.
 
   No published recipe here uses it: DeiT's asks for 0.3, but RandAugment switches it off.
   """
@@ -169,7 +170,7 @@ def colour_jitter(image: Image.Image, rng: np.random.Generator,
   return image
 
 
-def _as_evaluated(image, rng, image_size):
+def _without_augmentation(image, rng, image_size):
   return image if image.size == image_size[::-1] else evaluation(image, image_size, 1.0, "bicubic")
 
 
@@ -179,17 +180,17 @@ def _flip_crop(image, rng, image_size):
 
 def _pad_crop(image, rng, image_size):
   if image.size != image_size[::-1]:
-    raise ValueError(f"data.augment='pad_crop' takes images as they are, and one of width and "
-                     f"height {image.size} came for a model of {image_size[::-1]}; set "
+    raise ValueError(f"data.augment='pad_crop' does not resize images, and one of width and height "
+                     f"{image.size} came for a model of {image_size[::-1]}; set "
                      "config.model.image_size, or use 'randaugment'")
   return randaugment(flip(pad_crop(image, rng), rng), rng)
 
 
 # data.augment -> (image, rng, (height, width)) -> image of that size
 IMAGES = {
-    "none": _as_evaluated,
-    "flip": lambda image, rng, size: flip(_as_evaluated(image, rng, size), rng),
-    "digits": lambda image, rng, size: small_affine(_as_evaluated(image, rng, size), rng),
+    "none": _without_augmentation,
+    "flip": lambda image, rng, size: flip(_without_augmentation(image, rng, size), rng),
+    "digits": lambda image, rng, size: small_affine(_without_augmentation(image, rng, size), rng),
     "flip_crop": _flip_crop,
     "colour_jitter": lambda image, rng, size: colour_jitter(_flip_crop(image, rng, size), rng),
     "randaugment": lambda image, rng, size: randaugment(_flip_crop(image, rng, size), rng),

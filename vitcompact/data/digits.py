@@ -1,4 +1,4 @@
-"""The 1,797 hand-written digits that scikit-learn carries: real images, no download."""
+"""The 1,797 handwritten digits that come with scikit-learn: real images, no download."""
 import functools
 
 import numpy as np
@@ -19,15 +19,15 @@ def _images_and_labels() -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def split_indices(split: str, fold: int = 0) -> np.ndarray:
-  """Which of the 1,797 images are in a split: 1,257 train, 180 val, 360 test, fixed for ever.
+  """The indices of the images in a split: 1,257 train, 180 val, 360 test, fixed for ever.
 
-  Images are put in order by class (keeping scikit-learn's order inside a class). Of each ten
-  neighbours, numbers 0 and 5 are test, number 2 is val and the others train, so that the classes
-  have the same shares in all three to within one image. Who wrote which digit is not recorded, so
-  a hand is likely to appear in all three: the test is of new images, not of new writers.
+  Images are sorted by class (keeping scikit-learn's order within a class). Of each ten consecutive
+  ones, numbers 0 and 5 are test, number 2 is val and the others train, so that class frequencies
+  are the same in all three to within one image. The writers are not recorded, and probably appear
+  in all three splits: test has new images, but not new writers.
 
-  Folds 1 to 4 have all these numbers so much later: each image is in the test of one of the five
-  folds, whose sizes differ by an image or two.
+  Fold k shifts these numbers by k: each image is in the test split of one of the five folds, whose
+  sizes differ by an image or two.
   """
   by_class = np.argsort(_images_and_labels()[1], kind="stable")
   tenth = np.arange(len(by_class)) % 10

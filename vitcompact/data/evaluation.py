@@ -1,4 +1,4 @@
-"""How an image comes to a model in evaluation, calibration and serving: this one way for all."""
+"""How images are prepared for a model, the same in evaluation, calibration and serving."""
 import dataclasses
 import os
 
@@ -14,10 +14,10 @@ class Preprocess:
   uint8 array (H, W, 3) or (H, W).
 
   mean, std: of RGB in [0, 1], or of grey for a model of one channel; crop: share of the resized
-  image that the crop keeps, None: the whole image is warped, its aspect ratio lost; interpolation:
-  PIL's name, antialiased; image_size: (height, width) of the result; crop_mode: timm's "center",
-  "squash" or "border", see `augment.evaluation`; exif_transpose: whether a file is turned as its
-  EXIF data say, which neither timm nor training does.
+  image that the crop keeps, None: the whole image is warped to the size; interpolation: PIL's name,
+  antialiased; image_size: (height, width) of the result; crop_mode: timm's "center", "squash" or
+  "border", see `augment.evaluation`; exif_transpose: whether to rotate a file according to its EXIF
+  data, which neither timm nor training does.
   """
   mean: tuple[float, ...]
   std: tuple[float, ...]
@@ -36,11 +36,11 @@ class Preprocess:
     return self.normalise(self.resize(image))
 
   def resize(self, image) -> np.ndarray:
-    """Returns uint8 (height, width, 3 or 1): the image read, turned if asked, resized and cut."""
+    """Returns uint8 (height, width, 3 or 1): the decoded, resized and cropped image."""
     channels = len(self.mean)
     if channels not in (1, 3):
-      raise ValueError(f"a model of {channels} channels takes no image files, which have 1 or 3: "
-                       "scale and normalise its arrays yourself")
+      raise ValueError(f"a model with {channels} channels cannot take image files, which have 1 or "
+                       "3: scale and normalise its arrays yourself")
     image = _opened(image, self.exif_transpose)
     fill = tuple(round(255 * value) for value in self.mean)
     if channels == 1:
@@ -55,12 +55,12 @@ class Preprocess:
     return (shares - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
   def pixels(self, normalised) -> np.ndarray:
-    """The inverse of the normalisation: values in [0, 1]."""
+    """Inverts the normalisation: values in [0, 1]."""
     return np.clip(normalised * np.asarray(self.std) + np.asarray(self.mean), 0, 1)
 
 
 def _opened(image, exif_transpose: bool) -> Image.Image:
-  """RGB, of whatever stands for an image."""
+  """Decodes a path, a PIL image or an array to an RGB image."""
   name, way_out = "the image", "check the file"
   if isinstance(image, str | os.PathLike):
     return decode.rgb(image, decode.printable(os.fspath(image)), way_out, exif_transpose)

@@ -1,13 +1,13 @@
-"""Images in class folders: PATH/train/CLASS/*.jpg, with PATH/val and PATH/test beside train.
+"""Images in class folders: PATH/train/CLASS/*.jpg, PATH/val/CLASS/*.jpg, PATH/test/CLASS/*.jpg.
 
-The class folders of train, sorted by name as text, are the classes: 1, 10, 2. Images are the files
-that end like one (`decode.SUFFIXES`, in either case) and lie directly in a class folder. All else
-is left out, and a warning counts and names it: hidden files and folders, what other programs leave
-behind (.ipynb_checkpoints, __MACOSX), files that end otherwise, folders inside of a class. A val or
-test without class folders is not labelled, and counts as not there.
+The classes are the class folders of train, sorted by name as text: 1, 10, 2. Images are the files
+directly in a class folder that have a known suffix (`decode.SUFFIXES`, in either case). Everything
+else is left out, and a warning counts and names it: hidden files and folders, leftovers of other
+programs (.ipynb_checkpoints, __MACOSX), files with other suffixes, folders inside a class. A val or
+test folder without class folders has no labels, and is treated as missing.
 
-Labels of places, for data.augment="token_labels", are looked for in PATH/label_maps/train/CLASS,
-one .npy of float16 (2, 5, 18, 18) under the name of each image.
+Label maps, for data.augment="token_labels", are read from PATH/label_maps/train/CLASS/NAME.npy,
+float16 (2, 5, 18, 18), where NAME is the name of the image without its suffix.
 """
 import functools
 import os
@@ -39,10 +39,10 @@ def _warn(text: str) -> None:
 
 
 def other_split(split: str, where: str, why: str = "") -> str:
-  """Where only one of val and test exists it serves as both, and a line says so, once.
+  """If only one of val and test exists, it serves as both; returns its name and warns once.
 
-  That is ImageNet's custom, and it means that nothing is held out: a checkpoint chosen by its
-  accuracy on val has then been chosen on the images that it is reported on.
+  This is common practice for ImageNet, and it means that nothing is held out: a checkpoint chosen
+  by its accuracy on val is chosen on the same images on which it is reported.
   """
   other = {"val": "test", "test": "val"}[split]
   _warn(f"{printable(where)} has no {split}{why}: {other} serves as both val and test")
@@ -54,13 +54,13 @@ def _shown(path) -> str:
 
 
 def _entries(folder: pathlib.Path) -> list[os.DirEntry]:
-  """What lies in a folder, by name."""
+  """The entries of a folder, sorted by name."""
   try:
     with os.scandir(folder) as entries:
       return sorted(entries, key=lambda entry: entry.name)
   except OSError as error:
-    raise ValueError(f"cannot list {_shown(folder)}: {error.strerror}; mend it, or remove it from "
-                     "the data set") from error
+    raise ValueError(f"cannot list {_shown(folder)}: {error.strerror}; repair it, or remove it "
+                     "from the data set") from error
 
 
 def _hidden(name: str) -> bool:
@@ -68,7 +68,7 @@ def _hidden(name: str) -> bool:
 
 
 def images_below(folder: str) -> list[str]:
-  """Paths of the images in a folder and in those below it, by name; hidden ones are passed over."""
+  """Paths of the images in a folder and its subfolders, sorted by name, without hidden ones."""
   found = []
   for entry in _entries(pathlib.Path(folder)):
     if _hidden(entry.name):
@@ -81,21 +81,21 @@ def images_below(folder: str) -> list[str]:
 
 
 def _class_folders(folder: pathlib.Path) -> tuple[str, ...]:
-  """Names as they are on the disk, by which they are sorted."""
+  """The sorted names of the class folders, as they are on disk."""
   names = []
   for entry in _entries(folder):
     if _hidden(entry.name):
       continue
     if entry.is_symlink() and not os.path.exists(entry.path):
-      raise ValueError(f"{_shown(entry.path)} is a link to nothing: mend or remove it (without its "
-                       "folder a class would be missing, and the others be numbered anew)")
+      raise ValueError(f"{_shown(entry.path)} is a link to nothing: repair or remove it (without "
+                       "its folder a class would be missing, and the others would be renumbered)")
     if os.path.isdir(entry):
       names.append(entry.name)
   return tuple(names)
 
 
 def has_split(root: str, split: str) -> bool:
-  """Whether PATH/split is there and labelled, that is with class folders."""
+  """Whether PATH/split exists and has class folders."""
   path = pathlib.Path(root) / split
   return path.is_dir() and bool(_class_folders(path))
 
@@ -103,30 +103,31 @@ def has_split(root: str, split: str) -> bool:
 def split_folder(root: str, split: str) -> pathlib.Path:
   """The folder of a split; see `other_split`."""
   path = pathlib.Path(root)
-  there = [entry.name for entry in _entries(path) if os.path.isdir(entry)] if path.is_dir() else []
+  subfolders = ([entry.name for entry in _entries(path) if os.path.isdir(entry)]
+                if path.is_dir() else [])
   if not (path / "train").is_dir():
-    holds = f" (PATH holds {printable(', '.join(there[:5]))}{', ...' * (len(there) > 5)})"
+    holds = f" (PATH holds {printable(', '.join(subfolders[:5]))}{', ...' * (len(subfolders) > 5)})"
     raise ValueError(f"no folder {_shown(path / 'train')}: 'folder:PATH' needs PATH/train/CLASS/"
-                     f"*.jpg and PATH/val or PATH/test of the same form{holds * bool(there)}")
+                     f"*.jpg and PATH/val or PATH/test of the same form{holds * bool(subfolders)}")
   if split == "train" or has_split(root, split):
     return path / split
   other = {"val": "test", "test": "val"}[split]
-  hints = [f"{name} is not read: rename it to {split}" for name in there
+  hints = [f"{name} is not read: rename it to {split}" for name in subfolders
            if name != split and name.lower() in (split, *OTHER_NAMES[split])]
   hints += [f"{name} holds no class folders" for name in (split, other)
             if (path / name).is_dir() and not has_split(root, name)]
   why = f" ({'; '.join(hints)})" * bool(hints)
   if not has_split(root, other):
     raise ValueError(f"no folder {_shown(path / split)}, nor {_shown(path / other)}, with classes"
-                     f"{why}: one of them must hold CLASS/*.jpg")
+                     f"{why}: one of them must have CLASS/*.jpg")
   return path / other_split(split, str(path), why)
 
 
 @functools.cache
 def list_classes(root: str) -> tuple[str, ...]:
-  """The names of the class folders of train, sorted; their order is the numbering of labels.
+  """The sorted names of the class folders of train, in the order of their labels.
 
-  As they are on the disk; `class_names` has them as text.
+  These are the names on disk; `class_names` has them as text.
   """
   train = split_folder(root, "train")
   names = _class_folders(train)
@@ -142,8 +143,8 @@ def list_classes(root: str) -> tuple[str, ...]:
   for name in names:
     alike.setdefault(_folded(name), []).append(printable(name))
   for pair in (pair for pair in alike.values() if len(pair) > 1):
-    _warn(f"{_shown(train)} has classes whose names differ in case or accents' form alone: "
-          f"{', '.join(map(repr, pair))}; if they are one class, merge them")
+    _warn(f"{_shown(train)} has classes whose names differ only in case or in the encoding of "
+          f"accents: {', '.join(map(repr, pair))}; if they are one class, merge them")
   return names
 
 
@@ -152,12 +153,12 @@ def _folded(name: str) -> str:
 
 
 def class_names(root: str) -> tuple[str, ...]:
-  """The classes in the order of their numbers, as text that any file can carry."""
+  """The names of the classes in the order of their labels, as text that is safe to write."""
   return tuple(map(printable, list_classes(root)))
 
 
 class LeftOut:
-  """What a listing does not use: how much of each kind, and the first of it."""
+  """The files that a listing does not use: the count and the first name of each kind."""
 
   def __init__(self):
     self.kinds: dict[str, tuple[int, str]] = {}
@@ -172,7 +173,7 @@ class LeftOut:
 
 
 def _images(folder: pathlib.Path, left_out: LeftOut) -> list[str]:
-  """The names of the images of a class, sorted."""
+  """The sorted names of the images of a class."""
   names = []
   for entry in _entries(folder):
     name, suffix = entry.name, os.path.splitext(entry.name)[1].lower()
@@ -183,23 +184,23 @@ def _images(folder: pathlib.Path, left_out: LeftOut) -> list[str]:
     elif suffix in SUFFIXES:
       names.append(name)
     else:
-      left_out.add(f"*{printable(suffix)}" if suffix else "without an ending",
+      left_out.add(f"*{printable(suffix)}" if suffix else "without a suffix",
                    f"{folder.name}/{name}")
   return names
 
 
 def _no_images(left_out: LeftOut) -> str:
-  there = f", only {left_out}" if left_out.kinds else ""
-  return f"holds no images (*.jpg, *.png, *.tif and others){there}"
+  others = f", only {left_out}" if left_out.kinds else ""
+  return f"holds no images (*.jpg, *.png, *.tif and others){others}"
 
 
-def _check_known(folder: pathlib.Path, there, root: str, classes: tuple[str, ...]) -> None:
-  """Refuses a split with classes that train does not have."""
-  unknown = sorted(set(there) - set(classes))
+def _check_known(folder: pathlib.Path, names, root: str, classes: tuple[str, ...]) -> None:
+  """Raises ValueError for a split with classes that train does not have."""
+  unknown = sorted(set(names) - set(classes))
   if unknown:
     close = [name for name in classes if _folded(name) == _folded(unknown[0])]
-    way_out = (f"rename it to {printable(close[0])!r}, as it is there" if close else
-               "add its training images, or remove it; if nobody knows the classes of its images, "
+    way_out = (f"rename it to {printable(close[0])!r}, as in train" if close else
+               "add its training images, or remove it; if the classes of its images are unknown, "
                f"move {_shown(folder)} elsewhere")
     raise ValueError(f"{_shown(folder / unknown[0])} is a class that {printable(root)}/train does "
                      f"not have: {way_out}")
@@ -207,21 +208,21 @@ def _check_known(folder: pathlib.Path, there, root: str, classes: tuple[str, ...
 
 @functools.cache
 def list_files(root: str, split: str) -> tuple[pathlib.Path, np.ndarray, np.ndarray]:
-  """The folder of a split; its images' names, bytes, sorted by class and name; labels, int32.
+  """(folder of a split, names of its images as bytes, sorted by class and name, labels int32).
 
-  Names are without the class, in one array: a million objects would have to be sent to each worker.
+  Names are without the class and in one array: a million objects would be slow to send to workers.
   """
   folder, classes = split_folder(root, split), list_classes(root)
-  there = set(_class_folders(folder))
-  _check_known(folder, there, root, classes)
+  class_folders = set(_class_folders(folder))
+  _check_known(folder, class_folders, root, classes)
   left_out, files, numbers, empty = LeftOut(), [], [], []
   for entry in _entries(folder):
     if _hidden(entry.name):
       left_out.add("hidden", entry.name)
-    elif entry.name not in there:
-      left_out.add("outside of the class folders", entry.name)
+    elif entry.name not in class_folders:
+      left_out.add("outside the class folders", entry.name)
   for label, name in enumerate(classes):
-    found = _images(folder / name, left_out) if name in there else []
+    found = _images(folder / name, left_out) if name in class_folders else []
     if not found:
       empty.append(name)
     files += map(os.fsencode, found)
@@ -229,7 +230,7 @@ def list_files(root: str, split: str) -> tuple[pathlib.Path, np.ndarray, np.ndar
   if empty and split == "train":
     _images(folder / empty[0], left_out := LeftOut())
     raise ValueError(f"{_shown(folder / empty[0])} {_no_images(left_out)}: add some, or remove the "
-                     "folder if it is no class")
+                     "folder if it is not a class")
   if not files:
     raise ValueError(f"{_shown(folder)} {_no_images(left_out)}: expected {_shown(folder)}/CLASS/"
                      "*.jpg")
@@ -244,9 +245,9 @@ def list_files(root: str, split: str) -> tuple[pathlib.Path, np.ndarray, np.ndar
 class Folder:
   """Random access to one split: folder[i] -> {"image": uint8 (h, w, 3), "label": int}.
 
-  Images keep the size that they have on disk. One that cannot be decoded whole is a BadRecord that
-  names it: half an image under a true label would be learned in silence.
-  label_maps: whether labels of places are read, if the folder has any.
+  Images keep the size that they have on disk. An image that cannot be decoded completely raises
+  BadRecord: training on half an image would go unnoticed.
+  label_maps: whether to read label maps, if the folder has any.
   """
 
   def __init__(self, root: str, split: str, label_maps: bool = True):
@@ -259,8 +260,8 @@ class Folder:
       self._check_names()
 
   def _check_names(self) -> None:
-    """Refuses two images of a class that would share one label map."""
-    seen, last = {}, None   # of one class: they are sorted by class
+    """Raises ValueError for two images of a class that would share one label map."""
+    seen, last = {}, None   # of the current class: files are sorted by class
     for index, (label, file) in enumerate(zip(self.labels.tolist(), self.files, strict=True)):
       if label != last:
         seen, last = {}, label
@@ -286,7 +287,7 @@ class Folder:
     return Example(image, int(self.labels[index]), self.label_map(index))
 
   def label_map(self, index: int) -> np.ndarray | None:
-    """The image's labels of places, or None where the folder has none at all."""
+    """The image's label map, or None if the folder has no label maps."""
     if self.maps is None:
       return None
     path = self.map_path(index)
@@ -294,8 +295,8 @@ class Folder:
       return labels.checked(np.load(path, allow_pickle=False), self.num_classes)
     except Exception as error:  # numpy raises many
       raise BadRecord(f"cannot read the label map of image {index}, {_shown(path)}: "
-                      f"{reason(error)}; make it anew for these data, use data.augment="
-                      "'randaugment', or pass over some with data.on_bad='skip'") from error
+                      f"{reason(error)}; make it again for these data, use data.augment="
+                      "'randaugment', or skip bad records with data.on_bad='skip'") from error
 
   def __getitem__(self, index: int) -> dict:
     return as_arrays(self.open(index))

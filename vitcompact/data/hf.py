@@ -1,19 +1,20 @@
-"""Hugging Face's image classification sets: parquet files, read without running a loading script.
+"""Hugging Face image classification data: parquet files, read without running a loading script.
 
-  hf:org/name[/SUBSET][@REVISION]   of the hub: from its cache, or downloaded into it
-  hf:PATH                           a folder with such files; a folder goes before a name of the hub
+  hf:org/name[/SUBSET][@REVISION]   from the hub: read from its cache, or downloaded into it
+  hf:PATH                           a folder with such files; takes precedence over a hub name
 
-Whose images a file holds is told by its name, or its folder's, as on the hub:
-train-00000-of-00002.parquet, data/test-00000-of-00001.parquet, SUBSET/validation/0000.parquet.
-An image is a struct {bytes, path}, a label the number of a class, whose names are in the file's
-metadata if `datasets` wrote it; else classes are called by their numbers.
+The name of a file or of its folder gives the split, as on the hub: train-00000-of-00002.parquet,
+data/test-00000-of-00001.parquet, SUBSET/validation/0000.parquet. An image is a struct {bytes,
+path}, and a label the number of a class. Class names are read from the file's metadata if
+`datasets` wrote it; else the names are the numbers.
 
-val is the set's "validation" where it has one. Else every tenth image of its train is held out,
-and train is the others. test is the set's "test" where that has labels (hidden ones are -1), else
-what val is. With @all at the end nothing is held out: train is the whole, and test serves as val.
+val is the data set's "validation" split. If it has none, every tenth image of "train" is held out
+as val, and train is the rest; with @all at the end nothing is held out: train is all of "train",
+and test serves as val. test is the "test" split if that has labels (hidden ones are -1), else the
+same as val.
 
-Files of a split are kept in memory where they have less than 1 GiB; of larger ones the row groups
-that were read last are.
+The files of a split stay in memory if they are smaller than 1 GiB in total; of larger ones, only
+the most recently used row groups do.
 """
 import functools
 import io
@@ -33,18 +34,18 @@ from vitcompact.data.folder import other_split
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test",
           "eval": "test", "evaluation": "test", "val": "val", "valid": "val", "validation": "val",
           "dev": "val"}
-# train-00000-of-00002.parquet; older files have the start of a digest after that.
+# train-00000-of-00002.parquet; older files have part of a digest before the suffix.
 FILE = re.compile(r"(?P<split>[a-z]+)(?:-(?P<number>\d+)-of-(?P<count>\d+)(?:-[0-9a-f]+)?)?"
                   r"\.parquet")
-IMAGES, LABELS = ("image", "img"), ("label", "labels", "fine_label")   # of several, these
-PLAIN_FOLDERS = ("", "data")    # which are no subset's
-CONVERTED = "refs/convert/parquet"    # where the hub keeps what it made of other files
+IMAGES, LABELS = ("image", "img"), ("label", "labels", "fine_label")   # preferred column names
+PLAIN_FOLDERS = ("", "data")    # folders that are not subsets
+CONVERTED = "refs/convert/parquet"    # the revision with the hub's own conversions to parquet
 IN_MEMORY = 1 << 30     # bytes of a split's files
-ROW_GROUPS = 8          # of larger ones, kept by each process
+ROW_GROUPS = 8          # kept by each process if the files are larger
 
 
 def _library(name: str, argument: str):
-  """The extra's packages, imported by who uses them."""
+  """Imports a package of the extra `hf`."""
   try:
     if name == "pyarrow":
       from pyarrow import parquet
@@ -57,45 +58,46 @@ def _library(name: str, argument: str):
 
 
 class Place(NamedTuple):
-  """Where a set lies: {split: files}, in their order, and the splits that are none of ours."""
+  """The files of a data set: {split: files in order}, and the names of other splits."""
   files: dict[str, tuple[pathlib.Path, ...]]
   others: tuple[str, ...]
 
 
-def _parted(argument: str) -> tuple[str, bool]:
-  """(argument without @all, whether it had it)."""
+def _without_all(argument: str) -> tuple[str, bool]:
+  """(the argument without @all, whether it had @all)."""
   return argument.removesuffix("@all"), argument.endswith("@all")
 
 
 @functools.cache
 def place(argument: str) -> Place:
-  """The files of what stands after `hf:`, without @all; downloaded where they are not here."""
+  """The files of the data set named after `hf:` (without @all), downloaded if necessary."""
   folder = pathlib.Path(argument).expanduser()
   if folder.is_dir():
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet"))
     scripts = sorted(path.name for path in folder.glob("*.py"))
-    return _sorted_by_split(argument, folder, _chosen(argument, names, scripts))
+    return _sorted_by_split(argument, folder, _files_of_subset(argument, names, scripts))
   repo, _, revision = argument.partition("@")
   parts = repo.split("/")
   if argument.startswith(("/", ".", "~")) or len(parts) not in (2, 3) or not all(parts):
     raise ValueError(f"data.name='hf:{printable(argument)}': no such folder"
                      + ("" if argument.startswith(("/", ".", "~")) else
-                        ", and no name of the hub: org/name, or org/name/SUBSET"))
-  return _of_hub(argument, "/".join(parts[:2]), "".join(parts[2:]), revision or None)
+                        ", and not a hub name: org/name, or org/name/SUBSET"))
+  return _from_hub(argument, "/".join(parts[:2]), "".join(parts[2:]), revision or None)
 
 
-def _chosen(argument: str, names: Sequence[str], scripts: Sequence[str], subset: str = ""):
-  """Of the names of parquet files those of the one subset."""
+def _files_of_subset(argument: str, names: Sequence[str], scripts: Sequence[str],
+                     subset: str = ""):
+  """The names of a subset's parquet files; without `subset`, there must be only one subset."""
   subsets: dict[str, list[str]] = {}
   for name in names:
     subsets.setdefault(_subset_of(name), []).append(name)
   shown = f"data.name='hf:{printable(argument)}'"
   if not names:
-    why = (f" but a script, {scripts[0]}, which is not run: if the hub has converted the set, "
-           f"'hf:org/name@{CONVERTED}' reads that" if scripts else "")
+    why = (f" but a script, {scripts[0]}, which is not run: if the hub has converted the data "
+           f"set, 'hf:org/name@{CONVERTED}' reads the result" if scripts else "")
     raise ValueError(f"{shown} has no parquet files{why}")
   if subset and subset not in subsets:
-    raise ValueError(f"{shown} has no subset {subset!r}, but "
+    raise ValueError(f"{shown} has no subset {subset!r}; it has "
                      f"{', '.join(filter(None, subsets)) or 'none'}")
   if not subset and len(subsets) > 1:
     named = sorted(filter(None, subsets))
@@ -112,13 +114,13 @@ def _with_subset(argument: str, subset: str) -> str:
 def _subset_of(name: str) -> str:
   """"" of data/train-00000-of-00001.parquet, "a" of a/train-... and of a/train/0000.parquet."""
   folder, _, last = name.rpartition("/")
-  if _own_split(last) is None and folder.rpartition("/")[2]:
+  if _split_in_name(last) is None and folder.rpartition("/")[2]:
     folder = folder.rpartition("/")[0]
   return "" if folder in PLAIN_FOLDERS else folder
 
 
-def _own_split(file: str) -> str | None:
-  """The split that a file's name tells."""
+def _split_in_name(file: str) -> str | None:
+  """The split in a file's name, or None."""
   match = FILE.fullmatch(file)
   return match["split"] if match else None
 
@@ -127,29 +129,29 @@ def _sorted_by_split(argument: str, folder: pathlib.Path, names: Sequence[str]) 
   found: dict[str, list[str]] = {}
   others = set()
   for name in sorted(names):
-    above, _, last = name.rpartition("/")
-    own = _own_split(last) or above.rpartition("/")[2]
-    if own in SPLITS:
-      found.setdefault(SPLITS[own], []).append(name)
+    parent, _, last = name.rpartition("/")
+    split = _split_in_name(last) or parent.rpartition("/")[2]
+    if split in SPLITS:
+      found.setdefault(SPLITS[split], []).append(name)
     else:
-      others.add(own or last)
+      others.add(split or last)
   shown = f"data.name='hf:{printable(argument)}'"
   for files in found.values():
     counts = {int(match["count"]) for name in files
               if (match := FILE.fullmatch(name.rpartition("/")[2])) and match["count"]}
     if counts and counts != {len(files)}:
-      raise ValueError(f"{shown}: there are {len(files)} files like {files[0]}, which tells of "
-                       f"{' and of '.join(map(str, sorted(counts)))}; fetch the others, or remove "
-                       "those of another version")
+      raise ValueError(f"{shown}: there are {len(files)} files like {files[0]}, which says there "
+                       f"are {' and '.join(map(str, sorted(counts)))}; download the others, or "
+                       "remove those of another version")
   if "train" not in found:
-    there = sorted([*found, *others])
-    raise ValueError(f"{shown} has the splits {printable(', '.join(there))}; 'train' is needed, as "
+    names = sorted([*found, *others])
+    raise ValueError(f"{shown} has the splits {printable(', '.join(names))}; 'train' is needed, as "
                      "in train-00000-of-00001.parquet or train/0000.parquet")
   return Place({split: tuple(folder / name for name in files) for split, files in found.items()},
                tuple(sorted(others)))
 
 
-def _of_hub(argument: str, repo: str, subset: str, revision: str | None) -> Place:
+def _from_hub(argument: str, repo: str, subset: str, revision: str | None) -> Place:
   hub = _library("huggingface_hub", argument)
   from huggingface_hub import errors
 
@@ -160,71 +162,72 @@ def _of_hub(argument: str, repo: str, subset: str, revision: str | None) -> Plac
   command = " ".join(["hf download", repo, "--repo-type dataset",
                       *([f"--revision {revision}"] if revision else [])])
   try:
-    there = _listed(hub.HfApi(endpoint=endpoint), where)
-    if there is not None:   # refused before anything is downloaded
-      _chosen(argument, [name for name in there if name.endswith(".parquet")],
-              [name for name in there if name.endswith(".py")], subset)
+    listing = _list_repository(hub.HfApi(endpoint=endpoint), where)
+    if listing is not None:   # raises errors before anything is downloaded
+      _files_of_subset(argument, [name for name in listing if name.endswith(".parquet")],
+                       [name for name in listing if name.endswith(".py")], subset)
     root = pathlib.Path(hub.snapshot_download(
-        **where, allow_patterns=[pattern], endpoint=endpoint, local_files_only=there is None))
+        **where, allow_patterns=[pattern], endpoint=endpoint, local_files_only=listing is None))
   except errors.LocalEntryNotFoundError:
-    raise FileNotFoundError(f"{shown} is not in the hub's cache, or not whole, and there is no "
-                            f"answer from the hub; with a network this fetches it: {command}"
+    raise FileNotFoundError(f"{shown} is not completely in the hub's cache, and the hub does not "
+                            f"answer; with a network connection, download it by: {command}"
                             ) from None
   except errors.RevisionNotFoundError:
-    raise ValueError(f"{shown}: the set has no revision {revision!r}; leave it out for the newest, "
-                     "or give a branch, a tag or a commit") from None
+    raise ValueError(f"{shown}: the data set has no revision {revision!r}; leave it out for the "
+                     "newest, or give a branch, a tag or a commit") from None
   except errors.GatedRepoError:
-    raise ValueError(f"{shown} wants its licence accepted: do so on its page, then `hf auth login`"
-                     ) from None
+    raise ValueError(f"{shown} requires accepting its licence: do so on its page, then `hf auth "
+                     "login`") from None
   except errors.RepositoryNotFoundError:
-    raise ValueError(f"{shown}: no such folder, and no such set on the hub, or a private one; "
+    raise ValueError(f"{shown}: no such folder, and no such data set on the hub, or a private one; "
                      "check the name, or `hf auth login`") from None
   except errors.HFValidationError:
-    raise ValueError(f"{shown}: no such folder, and no name of the hub: org/name, or "
-                     "org/name/SUBSET") from None
+    raise ValueError(f"{shown}: no such folder, and not a hub name: org/name, or org/name/SUBSET"
+                     ) from None
   except errors.HfHubHTTPError as error:
     raise OSError(f"{shown}: {str(error).strip().splitlines()[0]}; try again later") from None
   names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.parquet"))
-  return _sorted_by_split(argument, root, _chosen(argument, names, (), subset))
+  return _sorted_by_split(argument, root, _files_of_subset(argument, names, (), subset))
 
 
-def _listed(api, where) -> list[str] | None:
-  """The names of a repository's files; None where the hub gives no answer, or is not to be asked.
+def _list_repository(api, where) -> list[str] | None:
+  """The names of a repository's files; None if the hub does not answer, or in offline mode.
 
-  What the hub does answer, such as that there is no such set, is raised.
+  Errors that the hub itself answers, such as an unknown name, are raised.
   """
   from huggingface_hub import errors
   try:
     return api.list_repo_files(**where)
   except (errors.HfHubHTTPError, errors.HFValidationError):
     raise
-  except Exception as error:   # of whichever library asks: offline, no address, no connection
+  except Exception as error:   # from any library below: offline mode, no address, no connection
     logging.info("no answer from the hub: %s", error)
     return None
 
 
 class Columns(NamedTuple):
-  """A set's columns, and the names of its classes where they are told."""
+  """The columns of a data set, and the names of its classes if they are known."""
   image: str
   label: str
   names: tuple[str, ...] | None
 
 
-def _told_features(schema) -> dict[str, dict]:
-  """{column: feature} that `datasets` wrote into a file's metadata."""
+def _features(schema) -> dict[str, dict]:
+  """{column: feature} that `datasets` wrote into a file's metadata; {} if there is none."""
   try:
-    told = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    return {key: value for key, value in told.items() if isinstance(value, dict)}
+    features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    return {key: value for key, value in features.items() if isinstance(value, dict)}
   except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
     return {}
 
 
-def _one(argument: str, what: str, found: list[str], known: Sequence[str], schema) -> str:
-  best = [name for name in known if name in found] or found
+def _choose_column(argument: str, what: str, found: list[str], preferred: Sequence[str],
+                   schema) -> str:
+  best = [name for name in preferred if name in found] or found
   if not best or (len(found) > 1 and best is found):
-    wanted = {"image": "an image, {bytes, path}", "label": "a label, the number of a class"}[what]
+    kind = {"image": "an image, {bytes, path}", "label": "a label, the number of a class"}[what]
     how = "several columns that could be" if found else "no column that is"
-    raise ValueError(f"data.name='hf:{printable(argument)}' has {how} {wanted}: its columns are "
+    raise ValueError(f"data.name='hf:{printable(argument)}' has {how} {kind}: its columns are "
                      + ", ".join(f"{field.name} ({_short(field.type)})" for field in schema))
   return best[0]
 
@@ -235,20 +238,20 @@ def _short(kind) -> str:
 
 @functools.cache
 def columns(argument: str) -> Columns:
-  """Read off the metadata of train's first file; no image is read."""
+  """The columns, from the metadata of train's first file; reads no image."""
   import pyarrow.types as kinds
   schema = _opened(argument, place(argument).files["train"][0]).schema_arrow
-  told = _told_features(schema)
+  features = _features(schema)
   images = [field.name for field in schema if kinds.is_struct(field.type)
             and {inner.name for inner in field.type} >= {"bytes", "path"}
-            and told.get(field.name, {}).get("_type", "Image") == "Image"]
-  image = _one(argument, "image", images, IMAGES, schema)
-  whole = [field.name for field in schema if kinds.is_integer(field.type)]
-  labels = [name for name in whole if told.get(name, {}).get("_type") == "ClassLabel"]
-  # Without metadata a number may be anything: only a column that is called a label is one.
-  label = _one(argument, "label", labels or [name for name in whole if name in LABELS], LABELS,
-               schema)
-  names = told.get(label, {}).get("names")
+            and features.get(field.name, {}).get("_type", "Image") == "Image"]
+  image = _choose_column(argument, "image", images, IMAGES, schema)
+  integers = [field.name for field in schema if kinds.is_integer(field.type)]
+  labels = [name for name in integers if features.get(name, {}).get("_type") == "ClassLabel"]
+  # Without metadata an integer may be anything: only columns named like a label are used.
+  label = _choose_column(argument, "label",
+                         labels or [name for name in integers if name in LABELS], LABELS, schema)
+  names = features.get(label, {}).get("names")
   return Columns(image, label, tuple(map(printable, names)) if names else None)
 
 
@@ -256,24 +259,24 @@ def _opened(argument: str, path: pathlib.Path):
   parquet = _library("pyarrow", argument)
   try:
     return parquet.ParquetFile(path, memory_map=True)
-  except Exception as error:   # of Arrow, some of them OSErrors of many lines
+  except Exception as error:   # from Arrow, some of them OSErrors with long texts
     raise ValueError(f"cannot read {printable(str(path))}: {str(error).strip().splitlines()[0]}; "
-                     "fetch it again") from None
+                     "download it again") from None
 
 
 @functools.cache
 def labels(argument: str, split: str) -> np.ndarray:
-  """All labels of one of the set's own splits, int64."""
+  """All labels of one of the data set's own splits, int64."""
   column, parts = columns(argument).label, []
   for path in place(argument).files[split]:
     file = _opened(argument, path)
     if column not in file.schema_arrow.names:
-      raise ValueError(f"{printable(str(path))} has no column {column!r}, as train's files have: "
-                       "they are of two sets")
-    told = _told_features(file.schema_arrow).get(column, {}).get("names")
-    if (tuple(map(printable, told)) if told else None) != columns(argument).names:
+      raise ValueError(f"{printable(str(path))} has no column {column!r}, unlike train's files: "
+                       "they are of different data sets")
+    names = _features(file.schema_arrow).get(column, {}).get("names")
+    if (tuple(map(printable, names)) if names else None) != columns(argument).names:
       raise ValueError(f"{printable(str(path))} has other classes than train's first file: they "
-                       "are of two sets")
+                       "are of different data sets")
     found = file.read([column])[column]
     if found.null_count:
       raise ValueError(f"{printable(str(path))}: {found.null_count} of its labels are missing; "
@@ -283,8 +286,8 @@ def labels(argument: str, split: str) -> np.ndarray:
 
 
 def class_names(argument: str) -> tuple[str, ...]:
-  """argument: with or without @all."""
-  argument, _ = _parted(argument)
+  """The names of a data set's classes. argument: with or without @all."""
+  argument, _ = _without_all(argument)
   _library("pyarrow", argument)
   names = columns(argument).names
   return names or tuple(map(str, range(int(labels(argument, "train").max()) + 1)))
@@ -292,18 +295,18 @@ def class_names(argument: str) -> tuple[str, ...]:
 
 @functools.cache
 def choose(argument: str, split: str) -> tuple[str, np.ndarray]:
-  """(the set's own split, which of its images) for train, val or test."""
-  argument, everything = _parted(argument)
+  """(the data set's own split, indices of its images) for train, val or test."""
+  argument, use_all = _without_all(argument)
   _library("pyarrow", argument)
   files = place(argument).files
   has = {key: key in files and labels(argument, key).size > 0 for key in ("train", "val", "test")}
   has["test"] = has["test"] and bool((labels(argument, "test") >= 0).all())
   if not has["train"]:
     raise ValueError(f"data.name='hf:{printable(argument)}' has no images in train")
-  if everything and not (has["val"] or has["test"]):
+  if use_all and not (has["val"] or has["test"]):
     raise ValueError(f"data.name='hf:{printable(argument)}@all' has neither a validation nor a "
-                     "labelled test; leave @all out, and a tenth of train is held out")
-  hold_out = not has["val"] and not everything
+                     "labelled test split; without @all, a tenth of train is held out")
+  hold_out = not has["val"] and not use_all
   chosen = split
   if split == "test" and not has["test"]:
     chosen = other_split(split, f"hf:{argument}")
@@ -316,7 +319,7 @@ def choose(argument: str, split: str) -> tuple[str, np.ndarray]:
 
 
 class Rows:
-  """Random access to the images of some parquet files, as they are encoded."""
+  """Random access to the encoded images of some parquet files."""
 
   def __init__(self, argument: str, files: Sequence[pathlib.Path], column: str):
     self.column, self.files = column, [_opened(argument, path) for path in files]
@@ -325,8 +328,8 @@ class Rows:
               for group in range(file.metadata.num_row_groups)]
     self.groups = [(number, group) for number, group, _ in groups]
     self.ends = np.cumsum([rows for _, _, rows in groups])
-    small = sum(path.stat().st_size for path in files) <= IN_MEMORY
-    self.group = functools.lru_cache(None if small else ROW_GROUPS)(self._group)
+    fits = sum(path.stat().st_size for path in files) <= IN_MEMORY
+    self.group = functools.lru_cache(None if fits else ROW_GROUPS)(self._group)
 
   def _group(self, at: int):
     number, group = self.groups[at]
@@ -346,7 +349,7 @@ class HfSource:
     self.split, self.index = choose(argument, split)
     self.class_names = class_names(argument)
     self.num_classes = len(self.class_names)
-    self.name, _ = _parted(argument)
+    self.name, _ = _without_all(argument)
     self.labels = labels(self.name, self.split)
     self.rows = Rows(self.name, place(self.name).files[self.split], columns(self.name).image)
 
@@ -358,12 +361,12 @@ class HfSource:
     what = f"image {number} of {self.split} in hf:{printable(self.name)}"
     try:
       encoded = self.rows[number]
-    except Exception as error:  # of Arrow
-      raise BadRecord(f"cannot read {what}: {str(error).strip().splitlines()[0]}; fetch its file "
-                      "again, or pass over some with data.on_bad='skip'") from error
+    except Exception as error:  # from Arrow
+      raise BadRecord(f"cannot read {what}: {str(error).strip().splitlines()[0]}; download its "
+                      "file again, or skip bad records with data.on_bad='skip'") from error
     if encoded is None:
-      raise BadRecord(f"cannot read {what}: only a path to it is stored; write the set with its "
-                      "images in it, or pass over some with data.on_bad='skip'")
+      raise BadRecord(f"cannot read {what}: only a path to it is stored; write the data set with "
+                      "the images in it, or skip bad records with data.on_bad='skip'")
     label = check_label(int(self.labels[number]), self.num_classes, what)
     return Example(rgb(io.BytesIO(encoded), what), label)
 

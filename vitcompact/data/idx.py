@@ -1,11 +1,11 @@
 """IDX files, the format of MNIST and its family: Fashion-MNIST, KMNIST, EMNIST.
 
-PATH holds train-images-idx3-ubyte and train-labels-idx1-ubyte, and for the test t10k-... or
-test-...; with .gz or without. A folder of several sets (EMNIST's) has a name before each file:
-`idx:PATH/emnist-digits` then means the files emnist-digits-train-images-idx3-ubyte and so on.
+PATH contains train-images-idx3-ubyte and train-labels-idx1-ubyte, and for the test split t10k-...
+or test-..., each with or without .gz. In a folder of several data sets (EMNIST's) file names have a
+prefix: `idx:PATH/emnist-digits` means the files emnist-digits-train-images-idx3-ubyte and so on.
 
-val is val-... where those files are there. Else every tenth image of train is held out, and train
-is the others. Images are grey, one byte a pixel, and are shown as RGB.
+val is read from val-... if those files exist; else every tenth image of train is held out as val,
+and train is the rest. Images are grey, one byte per pixel, and are converted to RGB.
 """
 import functools
 import gzip
@@ -38,7 +38,7 @@ FASHION_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sanda
 
 
 def fashion_mnist() -> str:
-  """The folder of Fashion-MNIST's four files: the environment variable's, or Debian's."""
+  """The folder of Fashion-MNIST's four files: that of the environment variable, or Debian's."""
   given = os.environ.get(FASHION_VARIABLE)
   for folder in (given,) if given else FASHION_FOLDERS:
     if pathlib.Path(folder).is_dir():
@@ -46,11 +46,11 @@ def fashion_mnist() -> str:
   where = f"{FASHION_VARIABLE}={given}" if given else FASHION_FOLDERS[0]
   raise ValueError(f"data.name='fashion_mnist': no folder {where}; on Debian and Ubuntu `apt "
                    "install dataset-fashion-mnist`, elsewhere put the four files of github.com/"
-                   f"zalandoresearch/fashion-mnist into a folder and name it in {FASHION_VARIABLE}")
+                   f"zalandoresearch/fashion-mnist into a folder and set {FASHION_VARIABLE} to it")
 
 
 def _place(path: str) -> tuple[pathlib.Path, str | None]:
-  """(folder, name of a set in it or None) of what stands after `idx:`."""
+  """(folder, name of a data set in it or None) of the path after `idx:`."""
   folder = pathlib.Path(path)
   if folder.is_dir():
     return folder, None
@@ -63,10 +63,10 @@ def _place(path: str) -> tuple[pathlib.Path, str | None]:
 
 @functools.cache
 def files(path: str) -> dict[tuple[str, str], pathlib.Path]:
-  """{(split, "images" | "labels"): file}, of the splits that are there with both."""
+  """{(split, "images" | "labels"): file}; raises ValueError if a split has only one of both."""
   folder, name = _place(path)
   found, sets = {}, set()
-  for entry in sorted(os.listdir(folder)):   # x before x.gz, which says the same
+  for entry in sorted(os.listdir(folder)):   # x comes before x.gz, which has the same content
     match = FILE.fullmatch(entry)
     if not match or (name is not None and match["set"] != name):
       continue
@@ -74,54 +74,55 @@ def files(path: str) -> dict[tuple[str, str], pathlib.Path]:
     found.setdefault((SPLITS[match["split"]], match["what"]), folder / entry)
   if len(sets) > 1:
     named = sorted(one or "" for one in sets)
-    raise ValueError(f"data.name='idx:{printable(path)}' holds several sets; name one, as in "
+    raise ValueError(f"data.name='idx:{printable(path)}' has several data sets; name one, as in "
                      f"'idx:{printable(path)}/{named[-1]}': {', '.join(filter(None, named))}")
   for split in ("train", "val", "test"):
-    there = [what for what in DIMENSIONS if (split, what) in found]
-    if len(there) == 1 or (split == "train" and not there):
-      lacks = next(what for what in DIMENSIONS if what not in there)
-      first = "t10k" if split == "test" else split
-      raise ValueError(f"data.name='idx:{printable(path)}' has no file of {split}'s {lacks}: "
-                       f"{first}-{lacks}-idx{DIMENSIONS[lacks]}-ubyte, or the same with .gz, is "
-                       "needed")
+    present = [what for what in DIMENSIONS if (split, what) in found]
+    if len(present) == 1 or (split == "train" and not present):
+      missing = next(what for what in DIMENSIONS if what not in present)
+      prefix = "t10k" if split == "test" else split
+      raise ValueError(f"data.name='idx:{printable(path)}' has no file of {split}'s {missing}: "
+                       f"{prefix}-{missing}-idx{DIMENSIONS[missing]}-ubyte, or the same with .gz, "
+                       "is needed")
   return found
 
 
 def read(file: pathlib.Path, what: str) -> np.ndarray:
-  """uint8 (n, height, width) of images, (n,) of labels. ValueError where the file is damaged."""
+  """uint8 (n, height, width) of images, (n,) of labels. ValueError if the file is damaged."""
   try:
     with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as opened:
       content = opened.read()
   except (OSError, EOFError, zlib.error) as error:
-    raise ValueError(f"cannot read {printable(str(file))}: {error}; fetch it again") from None
+    raise ValueError(f"cannot read {printable(str(file))}: {error}; download it again") from None
   rank = DIMENSIONS[what]
   if len(content) < 4 * (1 + rank) or content[:4] != bytes((0, 0, UNSIGNED_BYTE, rank)):
-    raise ValueError(f"{printable(str(file))} is no IDX file of {what}: it begins with "
+    raise ValueError(f"{printable(str(file))} is not an IDX file of {what}: it begins with "
                      f"{content[:4].hex() or 'nothing'}, not 000008{rank:02x}")
   shape = struct.unpack(f">{rank}I", content[4:4 * (1 + rank)])
   values = np.frombuffer(content, np.uint8, offset=4 * (1 + rank))
   if len(values) != math.prod(shape):
-    raise ValueError(f"{printable(str(file))} says that it holds {' x '.join(map(str, shape))} "
-                     f"bytes, and holds {len(values)}: it is cut or damaged; fetch it again")
+    raise ValueError(f"{printable(str(file))} should have {' x '.join(map(str, shape))} bytes of "
+                     f"data, and has {len(values)}: it is truncated or damaged; download it again")
   return values.reshape(shape)
 
 
 @functools.cache
 def load(path: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-  """(images, labels) of a split that has files; labels and images are checked to be as many."""
+  """(images, labels) of a split that has files; raises ValueError if their numbers differ."""
   found = files(path)
   images, labels = (read(found[split, what], what) for what in DIMENSIONS)
   if len(images) != len(labels):
-    raise ValueError(f"{printable(str(found[split, 'images']))} holds {len(images)} images, and "
-                     f"{found[split, 'labels'].name} {len(labels)} labels: they are of two sets")
+    raise ValueError(f"{printable(str(found[split, 'images']))} has {len(images)} images, and "
+                     f"{found[split, 'labels'].name} {len(labels)} labels: they are of different "
+                     "data sets")
   if not images.size:
-    raise ValueError(f"{printable(str(found[split, 'images']))} holds no pixels: {images.shape}")
+    raise ValueError(f"{printable(str(found[split, 'images']))} has no pixels: {images.shape}")
   return images, labels
 
 
 @functools.cache
 def classes(path: str) -> int:
-  """One more than train's largest label."""
+  """The number of classes: train's largest label plus 1."""
   return int(load(path, "train")[1].max()) + 1
 
 
@@ -130,7 +131,7 @@ def class_names(path: str) -> tuple[str, ...]:
 
 
 def choose(path: str, split: str) -> tuple[str, np.ndarray]:
-  """(whose files, which of their images) for train, val or test."""
+  """(split whose files are read, indices of the images in them) for train, val or test."""
   found = files(path)
   own_val = ("val", "images") in found
   chosen = split
@@ -154,9 +155,9 @@ class Idx:
     chosen, index = choose(path, split)
     images, labels = load(path, chosen)
     if labels.max() >= self.num_classes:
-      there = f"train's are 0..{classes(path) - 1}" if not names else ", ".join(names)
+      known = f"train's are 0..{classes(path) - 1}" if not names else ", ".join(names)
       raise ValueError(f"{printable(str(files(path)[chosen, 'labels']))} has the label "
-                       f"{labels.max()}, and there are {self.num_classes} classes ({there})")
+                       f"{labels.max()}, and there are {self.num_classes} classes ({known})")
     self.images, self.labels = images[index], labels[index]
 
   def __len__(self) -> int:

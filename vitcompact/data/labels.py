@@ -1,15 +1,15 @@
-"""LV-ViT's labels of places, on the host: they move with their image, and the crop is remembered.
+"""LV-ViT's token labels, on the host: a label map is augmented together with its image.
 
-A label map is float16 (2, 5, 18, 18): at each of 18 x 18 places of the whole image the five highest
-logits of an annotating network, and their classes (whole numbers up to 2048 are exact in float16).
-Outside of the image everything is 0, which after the softmax of `batch.label_targets` favours no
-class.
+A label map is float16 (2, 5, 18, 18): for each of 18 x 18 positions of the whole image, the five
+highest logits of an annotating network and their classes (whole numbers up to 2048 are exact in
+float16). Outside the image all values are 0, which favours no class after the softmax of
+`batch.label_targets`.
 
 The published order differs from DeiT's: flip, RandAugment on the image in its full size, then the
-random resized crop, each time with bilinear or bicubic resampling at random. Flips and moves act on
-the map too (nearest place); the crop does not, its box goes along instead. The authors hand their
-box (top, left, height, width) to a function that takes (x1, y1, x2, y2), so that the window of the
-map is not that of the image. Here it is (left, top, right, bottom).
+random resized crop, each with bilinear or bicubic resampling at random. Flips and affine operations
+are applied to the map too (nearest position); the crop is not: its box is returned instead. The
+authors pass their box (top, left, height, width) to a function that takes (x1, y1, x2, y2), so that
+the map and the image are cropped differently. Here the box is (left, top, right, bottom).
 """
 import numpy as np
 from PIL import Image, ImageOps
@@ -18,15 +18,15 @@ from vitcompact.data import augment, randaugment
 from vitcompact.data.decode import Example
 
 SHAPE = (2, 5, 18, 18)
-MAX_CLASSES = 2049  # 0 to 2048: from there on float16 rounds to another class
+MAX_CLASSES = 2049  # 0 to 2048: float16 rounds larger numbers to other classes
 RESAMPLE = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
 
 
 def move_map(label_map: np.ndarray, matrix, width: int, height: int) -> np.ndarray:
-  """The map (..., h, w) of an image whose pixel (x, y) now comes from matrix * (x, y)."""
+  """The map (..., h, w) of a transformed image, whose pixel (x, y) comes from matrix * (x, y)."""
   h, w = label_map.shape[-2:]
   a, b, c, d, e, f = matrix
-  y, x = np.mgrid[:h, :w] + 0.5  # centres of places, in places
+  y, x = np.mgrid[:h, :w] + 0.5  # centres of positions
   x, y = x * (width / w), y * (height / h)
   x, y = a * x + b * y + c, d * x + e * y + f
   column, row = (np.floor(v * n / size).astype(int) for v, n, size in ((x, w, width),
@@ -37,7 +37,7 @@ def move_map(label_map: np.ndarray, matrix, width: int, height: int) -> np.ndarr
 
 
 def augment_both(example: Example, rng: np.random.Generator, image_size: tuple[int, int]) -> dict:
-  """{"image", "label_map", "label_box"}: the box in shares of the whole image, float32 (4,)."""
+  """{"image", "label_map", "label_box"}; label_box: float32 (4,), in shares of the whole image."""
   image, label_map = example.image, example.label_map
   if rng.random() < 0.5:
     image, label_map = ImageOps.mirror(image), label_map[..., ::-1]
@@ -54,19 +54,19 @@ def augment_both(example: Example, rng: np.random.Generator, image_size: tuple[i
 
 
 def names_class(label_map: np.ndarray, label: int) -> bool:
-  """Whether a class is among those of the map, at any place."""
+  """Whether a label map contains a class, at any position."""
   return bool(((label_map[1] == label) & (label_map[0] != 0)).any())
 
 
 def checked(label_map: np.ndarray, num_classes: int = MAX_CLASSES) -> np.ndarray:
-  """The map, if it is one of a data set with this many classes; else a ValueError."""
+  """Returns the map if it fits a data set with `num_classes` classes, else raises ValueError."""
   if label_map.shape != SHAPE or label_map.dtype != np.float16:
     raise ValueError(f"it is {label_map.dtype} {label_map.shape}, not float16 {SHAPE}")
   if not np.isfinite(label_map).all():
-    raise ValueError("it holds numbers that are not finite")
+    raise ValueError("it has values that are not finite")
   classes = label_map[1]
   if (classes != np.floor(classes)).any() or classes.min() < 0 or classes.max() >= num_classes:
     wrong = next(c for c in classes.flat if c != np.floor(c) or not 0 <= c < num_classes)
-    raise ValueError(f"it names the class {wrong:g}, and the data have 0..{num_classes - 1}: it "
+    raise ValueError(f"it contains the class {wrong:g}, and the data have 0..{num_classes - 1}: it "
                      "was made for other classes")
   return label_map

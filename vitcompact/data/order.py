@@ -1,18 +1,18 @@
-"""Which image stands where: the order of training, for any step, without going through the others.
+"""The order of training images, which can be computed for any step on its own.
 
 A run has `replicas` logical replicas, whatever its hardware: as many as the published recipe had
-processes. A global batch holds their shares one after another: the k-th image of replica r is at
-r * (batch_size / replicas) + k. So mixing in `replicas` groups, and statistics over them, act
-within replicas; process i of P reads the i-th of P equal parts of each batch.
+processes. A global batch is the concatenation of their parts: the k-th image of replica r is at
+r * (batch_size / replicas) + k. Mixing and statistics over `replicas` groups therefore stay within
+replicas; process i of P reads the i-th of P equal parts of each batch.
 
-* One replica, no repeats: a plain shuffle, drawn from the seed and the epoch. Epochs follow one
-  another without a gap; each sees each image exactly once, and a batch may straddle two.
-* Else, as the published samplers: one order for each epoch number, the same in every run; each
-  entry `repeats` times in a row; replica r takes the positions r, r + replicas, ... and an epoch is
-  as many whole batches as there are. With repeats the line is first cut to N // 256 * 256 entries,
-  so an epoch sees about N / repeats of the images. (The published samplers fill the line up to a
-  multiple of the replicas with its own beginning. That makes a batch more only where fewer than
-  `replicas` images are missing from it; here images are never used twice to fill up.)
+* One replica, no repeats: a plain shuffle, drawn from the seed and the epoch. Each epoch shows each
+  image exactly once, and the next one follows without a gap: a batch may span two epochs.
+* Otherwise, like the published samplers: the order depends on the epoch number but not on the seed;
+  each image is repeated `repeats` times in a row; replica r takes the positions r, r + replicas,
+  ..., and an epoch ends after its last whole batch. With repeats, an epoch uses the first
+  N // 256 * 256 entries of the repeated order, and so sees about N / repeats of the images. (The
+  published samplers pad the order to a multiple of the replicas with its own beginning. That gives
+  one more batch only if it lacks fewer than `replicas` images; here no image is used as padding.)
 """
 import dataclasses
 import functools
@@ -22,22 +22,22 @@ import numpy as np
 
 
 class Place(NamedTuple):
-  """What stands at a place of the line: which showing of which image. It keys all randomness."""
+  """Image `index` in its repetition `copy` of an epoch; seeds all randomness of that image."""
   epoch: int
   index: int
   copy: int
 
 
-@functools.lru_cache(maxsize=4)  # a batch straddles two epochs at most, and threads run ahead
+@functools.lru_cache(maxsize=4)  # a batch spans at most two epochs, and threads run ahead
 def shuffled(count: int, *key: int) -> np.ndarray:
-  """0..count-1 in the order that `key` draws, int32 (int64 for more than fit)."""
+  """A permutation of 0..count-1 drawn from `key`, int32 (int64 if it does not fit)."""
   order = np.random.default_rng(key).permutation(count)
   return order.astype(np.int32) if count < 2**31 else order
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-  """The line of a run. ValueError where the numbers cannot be."""
+  """The order of images in a run. ValueError for inconsistent numbers."""
   count: int
   batch_size: int
   replicas: int
@@ -50,13 +50,14 @@ class Order:
                        "or more")
     if self.batch_size % self.replicas:
       raise ValueError(f"batch_size={self.batch_size} must be divisible by data.replicas="
-                       f"{self.replicas}, whose shares it holds")
+                       f"{self.replicas}: a batch holds equally many images of each")
     if self.seed < 0:
       raise ValueError(f"seed={self.seed} must be 0 or more")
     if not self.steps_per_epoch:
-      what = f", cut to {self._entries()} for data.repeats={self.repeats}" * (self.repeats > 1)
+      note = (f", of which data.repeats={self.repeats} uses {self._entries()}" *
+              (self.repeats > 1))
       raise ValueError(f"batch_size={self.batch_size} is more than the {self.count} training "
-                       f"images{what}: use a smaller batch")
+                       f"images{note}: use a smaller batch")
 
   @property
   def plain(self) -> bool:
@@ -67,11 +68,11 @@ class Order:
 
   @property
   def steps_per_epoch(self) -> int:
-    """Whole batches of an epoch (of a plain shuffle: rounded down)."""
+    """Whole batches in an epoch (rounded down for a plain shuffle)."""
     return self._entries() // self.replicas // (self.batch_size // self.replicas)
 
   def position(self, step: int, slot: int) -> tuple[int, int]:
-    """(epoch, position in the epoch's line) of an image of the global batch `step`."""
+    """(epoch, position in the epoch) of image `slot` in the global batch `step`."""
     if self.plain:
       return divmod(step * self.batch_size + slot, self.count)
     epoch, step = divmod(step, self.steps_per_epoch)
@@ -86,5 +87,5 @@ class Order:
     return Place(epoch, int(shuffled(self.count, *key)[index]), copy)
 
   def generator(self, place: Place) -> np.random.Generator:
-    """The random numbers of one showing of an image, whoever asks for them."""
+    """The random generator of one repetition of an image, the same in every process."""
     return np.random.default_rng((self.seed, *place))

@@ -1,28 +1,32 @@
-"""From the name of a data set to batches of uint8 images, the same ones whenever asked again.
+"""From the name of a data set to batches of uint8 images, reproducible from the seed.
 
 The keys of a config's `data` section (all must be there; nothing has a hidden default):
 
   name      which data set, see sources.py
-  augment   of training images, on the host: see below
+  augment   augmentation of training images on the host, see below
   workers   worker processes that decode and augment; 0: threads of this process
-  on_bad    a record that cannot be used: "stop", or "skip" for the next one in its place
-  max_bad   records that may be passed over at the most, by each process since its start
-  replicas  of the recipe, not of the hardware: who shares a mix, see order.py  (DeiT-S: 4)
-  repeats   showings of an image in a row                                       (DeiT: 3)
-  eval_fit  in evaluation, "crop", or "warp" the whole image to the model's size
-  eval_crop share of the image that evaluation crops, 0: the model's own        (DeiT: 0.875)
-  erase     probability of random erasing                                       (DeiT: 0.25)
-  smoothing label smoothing                                                     (DeiT: 0.1)
-  mixup, cutmix     the alphas of the two mixes, 0: off                         (DeiT: 0.8, 1.0)
+  on_bad    what to do about an unusable record: "stop", or "skip" to use the next one instead
+  max_bad   how many records each process may skip after its start
+  replicas  logical replicas of the recipe, not devices: mixing groups, see order.py (DeiT-S: 4)
+  repeats   how many times in a row each image is shown: repeated augmentation      (DeiT: 3)
+  eval_fit  in evaluation: "crop", or "warp" the whole image to the model's size
+  eval_crop crop ratio in evaluation, 0: the model's own                            (DeiT: 0.875)
+  erase     probability of random erasing                                           (DeiT: 0.25)
+  smoothing label smoothing                                                         (DeiT: 0.1)
+  mixup, cutmix     alpha of each, 0: off                                           (DeiT: 0.8, 1.0)
 
-The last four are for `batch.py`, on the device; it mixes in groups that are the replicas.
+The last four are for `batch.py`, on the device, which mixes images within replicas.
 
-What `augment` does: "flip" mirrors every other image; "digits" turns, scales and shifts a little;
-"flip_crop" is a random resized crop and a flip; "randaugment" is these two and then RandAugment,
-which is DeiT's recipe up to normalising; "pad_crop" is the same with a shift by up to 4 pixels in
-place of the crop, for images of 32 pixels; "colour_jitter" is flip_crop with jitter; "token_labels"
-is LV-ViT's, with its labels of places (labels.py). "none" resizes and crops as in evaluation,
-without a margin.
+Values of `augment`:
+
+  none          resizes and crops as in evaluation, with a crop ratio of 1
+  flip          mirrors half of the images
+  digits        rotates, scales and shifts a little
+  flip_crop     random resized crop and flip
+  randaugment   flip_crop, then RandAugment: DeiT's recipe up to normalising
+  pad_crop      randaugment with a shift by up to 4 pixels instead of the crop, for 32-pixel images
+  colour_jitter flip_crop with colour jitter
+  token_labels  LV-ViT's, with its token labels (labels.py)
 """
 import dataclasses
 from collections.abc import Iterable
@@ -51,7 +55,7 @@ from vitcompact.data.sources import num_classes as num_classes
 
 AUGMENTS = (*aug.IMAGES, "token_labels")
 ENDLESS = 2**40  # batches
-TRIES = 100      # records in a row that cannot be used
+TRIES = 100      # unusable records in a row that are an error
 MAPS = 16        # label maps that are compared with the labels before training
 
 
@@ -60,7 +64,7 @@ def _pair(image_size) -> tuple[int, int]:
 
 
 def _rows(batch_size: int, process_index: int, process_count: int) -> range:
-  """Which images of each batch a process reads: one of as many equal parts as there are."""
+  """The rows of each batch that a process reads: the batch is split evenly over processes."""
   if batch_size % process_count:
     raise ValueError(f"{batch_size=} must be divisible by {process_count=}")
   share = batch_size // process_count
@@ -68,9 +72,9 @@ def _rows(batch_size: int, process_index: int, process_count: int) -> range:
 
 
 def stack(examples: Iterable[dict], count: int) -> dict:
-  """`count` times {name: array} -> {name: array (count, ...)}; images may still be PIL's.
+  """`count` examples {name: array} -> {name: array (count, ...)}; images may be PIL images.
 
-  Each is written to its place at once: images that wait for each other cost fresh memory.
+  Each example is copied at once, so that only one is held outside the batch.
   """
   batch = {}
   for i, example in enumerate(examples):
@@ -83,9 +87,9 @@ def stack(examples: Iterable[dict], count: int) -> dict:
 
 
 def read(images: Source, index: int, on_bad: str) -> tuple[Example, list[int]]:
-  """Image `index`, or where it cannot be used and may be skipped the next; and those passed over.
+  """(image `index`, []), or (the next usable image, indices of the skipped ones) with "skip".
 
-  The next one is mostly of the same class, so that the classes keep their shares.
+  The next image is usually of the same class, so that class frequencies stay about the same.
   """
   bad = []
   while True:
@@ -97,13 +101,13 @@ def read(images: Source, index: int, on_bad: str) -> tuple[Example, list[int]]:
       bad.append(index)
       if len(bad) == min(TRIES, len(images)):
         raise ValueError(f"{len(bad)} records in a row cannot be used; the last: {error}") from None
-      logging.warning("passed over: %s", error)
+      logging.warning("skipped: %s", error)
       index = (index + 1) % len(images)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainBatch:
-  """Batch `step`: a function, so that any process can make any batch."""
+  """Makes batch `step`, in any process."""
   images: Source
   order: Order
   rows: range
@@ -117,8 +121,8 @@ class TrainBatch:
     return stack(examples, len(self.rows)) | {BAD: tuple(bad)}
 
   def _example(self, place: Place, bad: list[int]) -> dict:
-    example, passed_over = read(self.images, place.index, self.on_bad)
-    bad += passed_over
+    example, skipped = read(self.images, place.index, self.on_bad)
+    bad += skipped
     return self._augmented(example, self.order.generator(place))
 
   def _augmented(self, example: Example, rng: np.random.Generator) -> dict:
@@ -130,12 +134,12 @@ class TrainBatch:
 
 
 def train_order(data, batch_size: int, seed: int) -> Order:
-  """Which image stands where in a run. ValueError where there is no whole batch."""
+  """The order of images in a run. ValueError if there are fewer than one batch."""
   return Order(num_examples(data.name, "train"), batch_size, data.replicas, data.repeats, seed)
 
 
 def steps_per_epoch(data, batch_size: int) -> int:
-  """Whole batches of an epoch: of ImageNet with repeats, in batches of 1024, 1251."""
+  """Whole batches in an epoch, for example 1251 for ImageNet with repeats in batches of 1024."""
   return train_order(data, batch_size, seed=0).steps_per_epoch
 
 
@@ -146,35 +150,35 @@ def _check(data) -> None:
   if data.max_bad < 0:
     raise ValueError(f"data.max_bad={data.max_bad} must be 0 or more")
   if data.augment not in ALLOWED.get(kind, (data.augment,)):
-    raise ValueError(f"data.augment={data.augment!r} would change what {kind} mean; "
+    raise ValueError(f"data.augment={data.augment!r} would change the meaning of {kind}; "
                      f"use one of {', '.join(ALLOWED[kind])}")
 
 
 def _check_maps(data, images: Source) -> None:
   if images.num_classes > labels.MAX_CLASSES:
-    raise ValueError(f"data.augment='token_labels' takes up to {labels.MAX_CLASSES} classes, whose "
-                     f"numbers float16 can hold, and {data.name} has {images.num_classes}; use "
+    raise ValueError(f"data.augment='token_labels' takes at most {labels.MAX_CLASSES} classes, as "
+                     f"float16 cannot count further, and {data.name} has {images.num_classes}; use "
                      "'randaugment'")
   if read(images, 0, data.on_bad)[0].label_map is None:
-    raise ValueError(f"data.augment='token_labels' needs labels of places, and {data.name} has "
-                     "none: see vitcompact/data/labels.py, or use 'randaugment'")
-  some = [read(images, int(index), data.on_bad)[0]
-          for index in np.linspace(0, len(images), min(MAPS, len(images)), endpoint=False)]
-  known = sum(labels.names_class(example.label_map, example.label) for example in some)
-  if known < len(some) / 2:
-    logging.warning("the label maps of %s name the class of the image itself in only %d of %d "
-                    "images: were they made for classes in another order?", data.name, known,
-                    len(some))
+    raise ValueError(f"data.augment='token_labels' needs label maps, and {data.name} has none: see "
+                     "vitcompact/data/labels.py, or use 'randaugment'")
+  samples = [read(images, int(index), data.on_bad)[0]
+             for index in np.linspace(0, len(images), min(MAPS, len(images)), endpoint=False)]
+  matches = sum(labels.names_class(example.label_map, example.label) for example in samples)
+  if matches < len(samples) / 2:
+    logging.warning("the label maps of %s contain the class of their image in only %d of %d "
+                    "images: were they made for classes in another order?", data.name, matches,
+                    len(samples))
 
 
 def train_batches(data, *, image_size, batch_size: int, seed: int, process_index: int = 0,
                   process_count: int = 1) -> Batches:
-  """Endless batches {"image": uint8 (b, H, W, 3), "label": int32 (b,)}, b of this process.
+  """Endless batches {"image": uint8 (b, H, W, 3), "label": int32 (b,)}, b images of this process.
 
   With augment="token_labels" also "label_map", float16 (b, 2, 5, 18, 18), and "label_box",
-  float32 (b, 4). `order.py` says which image stands where: a global batch is the same, augmentation
-  included, whatever the number of processes, workers or restarts; process i of P makes the i-th of
-  P equal parts of it.
+  float32 (b, 4). `order.py` defines the order of images: a global batch is the same, augmentation
+  included, for any number of processes, workers or restarts; process i of P makes the i-th of P
+  equal parts of it.
   """
   _check(data)
   rows, size = _rows(batch_size, process_index, process_count), _pair(image_size)
@@ -189,7 +193,7 @@ def train_batches(data, *, image_size, batch_size: int, seed: int, process_index
 
 @dataclasses.dataclass(frozen=True)
 class EvalBatch:
-  """Batch `step` of an evaluation."""
+  """Makes batch `step` of an evaluation."""
   images: Source
   batch_size: int
   rows: range
@@ -203,7 +207,7 @@ class EvalBatch:
     return stack(examples, len(self.rows)) | {BAD: tuple(bad)}
 
   def _example(self, index: int, bad: list[int]) -> dict:
-    """Image `index`; or black with mask 0 beyond the last, and for a bad record that is skipped."""
+    """Image `index`; past the last one, or for a skipped record, a black image with mask 0."""
     try:
       if index < len(self.images):
         image, label, _ = self.images.open(index)
@@ -212,14 +216,14 @@ class EvalBatch:
     except BadRecord as error:
       if self.on_bad == "stop":
         raise
-      logging.warning("passed over: %s", error)
+      logging.warning("skipped: %s", error)
       bad.append(index)
     shape = *self.preprocess.image_size, len(self.preprocess.mean)
     return {"image": np.zeros(shape, np.uint8), "label": np.int32(0), "mask": np.float32(0)}
 
 
 def shows_whole(name: str) -> bool:
-  """Whether the images of a data set are made at the model's size, so that no crop may cut them."""
+  """Whether a data set generates images of the model's size, which evaluation must not crop."""
   return parse(name)[0] in ALLOWED
 
 
@@ -235,10 +239,10 @@ def eval_batches(data, split: str, preprocess: Preprocess, *, batch_size: int,
                  process_index: int = 0, process_count: int = 1) -> Batches:
   """One pass in order: {"image": uint8 (b, H, W, C), "label": int32 (b,), "mask": float32 (b,)}.
 
-  Images are as `preprocess.resize` gives them: those of a file served by `vc.preprocess` are the
-  same. The last batch is filled with black images whose mask is 0, and so is a bad record that is
-  skipped; every process yields equally many. Generated images (digits, shapes) come at the model's
-  size and are shown whole, whatever the crop.
+  Images are resized by `preprocess.resize`, exactly as `vc.preprocess` does when serving. Black
+  images with mask 0 fill up the last batch and replace skipped records; every process yields the
+  same number of batches. Generated images (digits, shapes) have the model's size and are never
+  cropped.
   """
   make_batch = _eval_batch(data, split, preprocess, batch_size,
                            _rows(batch_size, process_index, process_count))
@@ -247,9 +251,9 @@ def eval_batches(data, split: str, preprocess: Preprocess, *, batch_size: int,
 
 
 def sample(data, split: str, count: int, preprocess: Preprocess) -> np.ndarray:
-  """uint8 (n, H, W, C): `count` images (or all, if there are fewer) as `eval_batches` shows them.
+  """uint8 (n, H, W, C): `count` images (or all, if there are fewer), prepared as for evaluation.
 
-  Evenly spread over the split: the first ones of a split are often all of one class.
+  They are evenly spread over the split, as the first images of a split are often of one class.
   """
   make_batch = _eval_batch(data, split, preprocess, 1, range(1))
   total = len(make_batch.images)

@@ -1,22 +1,21 @@
-"""Images into a few large files that are read at random: for data.name="arrayrecord:OUT".
+"""Writes images into a few large files with random access, for data.name="arrayrecord:OUT".
 
   vitcompact prepare imagenet --tars DIR --out OUT
   vitcompact prepare folder --path PATH --out OUT
   vitcompact prepare verify --out OUT --decode
 
-`imagenet` takes the official files as they come, without unpacking them: ILSVRC2012_img_train.tar
-(a tar of each class inside), ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, which says
-what the val images are. Their md5 sums and the numbers of images must be the published ones; with
---unofficial, for a subset of the same form, they need not be. Classes are numbered in the order of
-their WordNet ids, as is usual. The 50,000 validation images become the split val, which then serves
-as test too.
+`imagenet` reads the official files without unpacking them: ILSVRC2012_img_train.tar (which contains
+a tar for each class), ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, which has the labels
+of the val images. Their md5 sums and the numbers of images must be the published ones, except with
+--unofficial, for a subset of the same form. Classes are numbered in the order of their WordNet ids,
+as usual. The 50,000 validation images become the split val, which then serves as test too.
 
-`folder` takes PATH/train/CLASS/*.jpg with PATH/val or PATH/test, and the labels of places that
-vitcompact/data/folder.py describes, if they are there. The bytes of the images stay as they are.
+`folder` reads PATH/train/CLASS/*.jpg with PATH/val or PATH/test, and label maps, if there are any
+(see vitcompact/data/folder.py). The bytes of the images are not changed.
 
-Both write a file at a time and go on where they were stopped: run the same command again.
-`verify` reads everything: sums, numbers of records, labels, whether each image is one (with
---decode, whether it decodes to its end), and how many images stand under two labels.
+Both write one file at a time. If they were stopped, run the same command again to resume.
+`verify` reads everything: it checks sums, numbers of records, labels, and that each record is an
+image (with --decode, that it decodes completely), and counts the images that have two labels.
 """
 import hashlib
 import io
@@ -39,23 +38,23 @@ TRAIN, VAL, DEVKIT = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar",
 MD5 = {TRAIN: "1d675b47d978889d74fa0da5fadfb00e", VAL: "29b22e2961454d5413ddabcf34fc5622",
        DEVKIT: "fa75699e90414af021442c21a62c3abf"}
 COUNTS = {"train": 1_281_167, "val": 50_000}
-CLASSES_PER_FILE = 10       # 100 files for train: a reader keeps them all open
-IMAGES_PER_FILE = 5_000     # where images come one by one
+CLASSES_PER_FILE = 10       # 100 files for train: a reader keeps all of them open
+IMAGES_PER_FILE = 5_000     # except for ImageNet's train split
 
 
 class Shard(NamedTuple):
-  """A file to write: the split it belongs to, and a function that yields its records."""
+  """A file to write: its split, its name, and a function that yields its records."""
   split: str
   file: str
   records: Callable[[], Iterator[bytes]]
 
 
 def checked_image(data: bytes, name: str) -> bytes:
-  """Refuses what is no image, by its first bytes: a wrong file is better found now."""
+  """Returns the data if its first bytes are those of an image, else raises ValueError."""
   try:
     Image.open(io.BytesIO(data)).close()
   except Exception as error:
-    raise ValueError(f"{decode.printable(name)} ({len(data)} bytes) is no image: "
+    raise ValueError(f"{decode.printable(name)} ({len(data)} bytes) is not an image: "
                      f"{decode.reason(error)}; replace or delete it") from error
   return data
 
@@ -75,12 +74,12 @@ def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
   data = tar.extractfile(member).read()
   if len(data) != member.size:
     raise ValueError(f"{member.name} ends after {len(data)} of its {member.size} bytes: the tar is "
-                     "cut off; download it again")
+                     "truncated; download it again")
   return checked_image(data, member.name)
 
 
 def files_of(tar: tarfile.TarFile, where) -> list[tarfile.TarInfo]:
-  """The files in a tar, by name; a tar that ends early is an error, not a shorter list."""
+  """The files in a tar, sorted by name; raises ValueError for a truncated tar."""
   try:
     return sorted((m for m in tar.getmembers() if m.isfile()), key=lambda m: m.name)
   except (tarfile.TarError, EOFError) as error:
@@ -97,8 +96,8 @@ def validation_classes(path) -> list[str]:
       synsets = loadmat(io.BytesIO(tar.extractfile(members["meta.mat"]).read()),
                         squeeze_me=True)["synsets"]
     except KeyError as error:
-      raise ValueError(f"{path} holds no {error.args[0]}: is it the kit of tasks 1 and 2?"
-                       ) from None
+      raise ValueError(f"{path} does not contain {error.args[0]}: is it the development kit of "
+                       "tasks 1 and 2?") from None
   names = {int(number): str(name)
            for number, name in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)}
   return [names[int(number)] for number in numbers]
@@ -121,54 +120,54 @@ def val_records(path, members, labels: list[int]) -> Iterator[bytes]:
 
 
 def imagenet_shards(tars: pathlib.Path) -> tuple[list[str], list[Shard]]:
-  """(classes, files to write) of the three official files."""
+  """(classes, files to write) from the three official files."""
   with open_tar(tars / TRAIN) as outer:
     classes = [m.name.removesuffix(".tar") for m in files_of(outer, tars / TRAIN)]
   names = {name: label for label, name in enumerate(classes)}
   shards = []
   for i in range(0, len(classes), CLASSES_PER_FILE):
-    some = classes[i:i + CLASSES_PER_FILE]
+    part = classes[i:i + CLASSES_PER_FILE]
     shards.append(Shard("train", f"train-{len(shards):03d}.arrayrecord",
-                        lambda some=some: train_records(tars / TRAIN, some, names)))
-  truth = validation_classes(tars / DEVKIT)
-  if unknown := sorted(set(truth) - set(names)):
-    raise ValueError(f"{tars / DEVKIT} says that a validation image is of {unknown[0]}, a class "
-                     f"that {tars / TRAIN} does not have")
-  labels = [names[name] for name in truth]
+                        lambda part=part: train_records(tars / TRAIN, part, names)))
+  val_classes = validation_classes(tars / DEVKIT)
+  if unknown := sorted(set(val_classes) - set(names)):
+    raise ValueError(f"{tars / DEVKIT} labels a validation image as {unknown[0]}, a class that "
+                     f"{tars / TRAIN} does not have")
+  labels = [names[name] for name in val_classes]
   with open_tar(tars / VAL) as tar:
     members = files_of(tar, tars / VAL)
   if len(members) != len(labels):
-    raise ValueError(f"{tars / VAL} holds {len(members)} files, and {tars / DEVKIT} says what "
-                     f"{len(labels)} are")
+    raise ValueError(f"{tars / VAL} has {len(members)} files, and {tars / DEVKIT} has labels for "
+                     f"{len(labels)}")
   for i in range(0, len(members), IMAGES_PER_FILE):
-    some = members[i:i + IMAGES_PER_FILE]
+    part = members[i:i + IMAGES_PER_FILE]
     shards.append(Shard("val", f"val-{i // IMAGES_PER_FILE:03d}.arrayrecord",
-                        lambda some=some: val_records(tars / VAL, some, labels)))
+                        lambda part=part: val_records(tars / VAL, part, labels)))
   return classes, shards
 
 
 def check_md5(tars: pathlib.Path, out: pathlib.Path, say) -> None:
-  """Compares the sums of the official files; a file once found right is not read again."""
+  """Checks the md5 sums of the official files; a file that has passed is not read again."""
   known = out / "tars.json"
   try:
-    right = dict(json.loads(known.read_text())) if known.is_file() else {}
+    verified = dict(json.loads(known.read_text())) if known.is_file() else {}
   except (ValueError, TypeError, RecursionError):
-    right = {}   # damaged: the sums are computed again
+    verified = {}   # damaged: the sums are computed again
   for name, wanted in MD5.items():
     path = tars / name
     if not path.is_file():
       raise ValueError(f"no file {path}: --tars needs {', '.join(MD5)}")
-    seen = [path.stat().st_size, path.stat().st_mtime_ns]
-    if right.get(name) == seen:
+    stamp = [path.stat().st_size, path.stat().st_mtime_ns]
+    if verified.get(name) == stamp:
       continue
     say(f"{path}: computing its md5 sum")
     with open(path, "rb") as file:
       md5 = hashlib.file_digest(file, "md5").hexdigest()
     if md5 != wanted:
       raise ValueError(f"{path} has the md5 sum {md5}, the official file {wanted}: download it "
-                       "again, or give --unofficial for a set of the same form")
-    right[name] = seen
-    write_whole(known, right)
+                       "again, or give --unofficial for a data set of the same form")
+    verified[name] = stamp
+    write_json(known, verified)
 
 
 # Folders.
@@ -198,8 +197,8 @@ def folder_shards(path: str) -> tuple[list[str], list[Shard], dict[str, int]]:
 
 # Writing.
 
-def write_whole(path: pathlib.Path, value: dict) -> None:
-  """JSON, in place of what was there only when all of it is on the disk."""
+def write_json(path: pathlib.Path, value: dict) -> None:
+  """Writes JSON; replaces an existing file only when the new one is completely on disk."""
   partial = path.with_name(path.name + ".partial")
   with open(partial, "w") as file:
     json.dump(value, file, indent=1)
@@ -209,20 +208,20 @@ def write_whole(path: pathlib.Path, value: dict) -> None:
 
 
 def begin(out: pathlib.Path, source: str, classes: list[str]) -> dict:
-  """The manifest to go on with: new, or of a run of the same command that was stopped."""
+  """The manifest to continue from: a new one, or that of an earlier run of the same command."""
   path = out / records.MANIFEST
   new = {"format": records.FORMAT, "source": source, "complete": False, "class_names": classes,
          "splits": {}}
   if not path.is_file():
     if any(out.glob("*.arrayrecord")):
-      raise ValueError(f"{out} holds ArrayRecord files but no {records.MANIFEST}: choose another "
+      raise ValueError(f"{out} has ArrayRecord files but no {records.MANIFEST}: choose another "
                        "--out, or remove them")
     return new
   try:
     manifest = dict(json.loads(path.read_text()))
   except (ValueError, TypeError, RecursionError) as error:
-    raise ValueError(f"{path} is damaged or of another program ({error}): choose another --out"
-                     ) from None
+    raise ValueError(f"{path} is damaged, or another program wrote it ({error}): choose another "
+                     "--out") from None
   for key in ("format", "source"):
     if manifest.get(key) != new[key]:
       raise ValueError(f"{out} was prepared from other data (its {key} differs): choose another "
@@ -234,27 +233,28 @@ def begin(out: pathlib.Path, source: str, classes: list[str]) -> dict:
 
 def write(out: pathlib.Path, source: str, classes: list[str], shards: list[Shard], say,
           counts: dict[str, int] | None = None) -> dict:
-  """Writes what is missing, a file at a time; returns the manifest. counts: what must come out."""
+  """Writes the missing files, one at a time, and returns the manifest. counts: the number of images
+  that each split must have in the end."""
   out.mkdir(parents=True, exist_ok=True)
   manifest = begin(out, source, classes)
   for number, shard in enumerate(shards, 1):
     lines = manifest["splits"].setdefault(shard.split, [])
-    there = next((line for line in lines if line["file"] == shard.file), None)
+    existing = next((line for line in lines if line["file"] == shard.file), None)
     path = out / shard.file
-    if there and path.is_file() and path.stat().st_size == there["bytes"]:
+    if existing and path.is_file() and path.stat().st_size == existing["bytes"]:
       continue
     manifest["complete"] = False
     line = records.write_shard(path, shard.records())
-    lines[:] = sorted([*(old for old in lines if old is not there), line],
+    lines[:] = sorted([*(old for old in lines if old is not existing), line],
                       key=lambda line: line["file"])
-    write_whole(out / records.MANIFEST, manifest)
+    write_json(out / records.MANIFEST, manifest)
     say(f"{number}/{len(shards)} {shard.file}: {line['records']} images")
   found = {split: sum(line["records"] for line in lines)
            for split, lines in manifest["splits"].items()}
   if counts and found != counts:
-    raise ValueError(f"{out} holds {found} images and should hold {counts}: choose another --out")
+    raise ValueError(f"{out} has {found} images and should have {counts}: choose another --out")
   manifest["complete"] = True
-  write_whole(out / records.MANIFEST, manifest)
+  write_json(out / records.MANIFEST, manifest)
   say(f"{decode.printable(str(out))}: {found}, {len(classes)} classes")
   return manifest
 
@@ -275,7 +275,8 @@ def prepare_folder(path, out, *, say=print) -> dict:
 
 
 def verify(out, *, whole_images: bool = False, say=print) -> int:
-  """Reads everything back; ValueError at what is wrong. Returns how many images have two labels."""
+  """Reads everything back and raises ValueError for an error. Returns the number of images that
+  have more than one label."""
   records.read_manifest.cache_clear()
   manifest, out = records.read_manifest(str(out)), pathlib.Path(out)
   labels_of = {}
@@ -283,7 +284,7 @@ def verify(out, *, whole_images: bool = False, say=print) -> int:
     for line in lines:
       path = out / line["file"]
       if records.sha256(path) != line["sha256"]:
-        raise ValueError(f"{path} has another sha256 than the manifest says: remove it and prepare "
+        raise ValueError(f"{path} does not have the sha256 of the manifest: remove it and prepare "
                          "it again")
     images = records.Records(str(out), split)
     for i in range(len(images)):
@@ -294,7 +295,7 @@ def verify(out, *, whole_images: bool = False, say=print) -> int:
       else:
         checked_image(data, name)
       labels_of.setdefault(hashlib.blake2b(data, digest_size=16).digest(), set()).add(label)
-    say(f"{split}: {len(images)} images are as they were written")
+    say(f"{split}: {len(images)} images are unchanged since they were written")
   ambiguous = sum(len(labels) > 1 for labels in labels_of.values())
-  say(f"{ambiguous} images stand under more than one label")
+  say(f"{ambiguous} images have more than one label")
   return ambiguous

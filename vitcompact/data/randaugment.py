@@ -1,7 +1,7 @@
-"""RandAugment `rand-m9-mstd0.5-inc1`: two of fifteen operations, each applied half of the time.
+"""RandAugment `rand-m9-mstd0.5-inc1`: two of fifteen operations, each with probability 1/2.
 
-Source: the augmentation of timm as DeiT's recipe calls it: magnitude 9 of 10 with Gaussian noise
-of standard deviation 0.5, the set of operations whose strength increases with the magnitude.
+This is timm's augmentation as used by DeiT's recipe: magnitude 9 of 10 with Gaussian noise of
+standard deviation 0.5, and the set of operations whose strength increases with the magnitude.
 """
 import math
 from typing import NamedTuple
@@ -11,11 +11,11 @@ from PIL import Image, ImageEnhance, ImageOps
 
 MAGNITUDE, MAGNITUDE_STD, OPS_PER_IMAGE, PROBABILITY = 9.0, 0.5, 2, 0.5
 BICUBIC = Image.Resampling.BICUBIC
-FILL = (124, 116, 104)  # round(255 * ImageNet's mean): what is pulled in from outside the image
+FILL = (124, 116, 104)  # round(255 * ImageNet's mean): the colour outside the image
 
 
 def rotate(degrees, width, height):
-  """Counter-clockwise about the centre. Rounded as Pillow's own rotation is."""
+  """Rotation about the centre, counter-clockwise. Rounded like Pillow's own."""
   angle = -math.radians(degrees)
   cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
   x, y = width / 2, height / 2
@@ -39,17 +39,17 @@ def translate_y(fraction, width, height):
 
 
 def solarize_add(image, add):
-  """Dark values (below 128) become lighter by `add`."""
+  """Adds `add` to dark values (below 128)."""
   return image.point([min(255, v + add) if v < 128 else v for v in range(256)] * 3)
 
 
 def posterize(image, bits):
-  """Keeps the top bits. Not ImageOps.posterize, which since Pillow 13 refuses 0 bits."""
+  """Keeps the top bits. ImageOps.posterize is not used: since Pillow 13 it refuses 0 bits."""
   return image.point([v & ~(2 ** (8 - bits) - 1) for v in range(256)] * 3)
 
 
 def posterize_bits(m):
-  """Bits that are kept: at m = 10 none, which is a black image, in the published recipe too."""
+  """The number of bits kept. For m = 10 it is 0, a black image, as in the published recipe."""
   return 4 - int(m / 10 * 4)
 
 
@@ -58,11 +58,11 @@ def solarize_threshold(m):
 
 
 class Op(NamedTuple):
-  """Changes colours, or moves pixels: one of `colours` and `matrix` is None."""
-  argument: callable     # magnitude in 0..10 -> argument; rounded as timm's, m / 10 first
+  """An operation that changes colours or moves pixels: one of `colours` and `matrix` is None."""
+  argument: callable     # magnitude in 0..10 -> argument; rounded like timm's, m / 10 first
   colours: callable = None   # (image, argument) -> image
   matrix: callable = None    # (argument, width, height) -> (a, b, c, d, e, f), see `move`
-  signed: bool = False   # whether the magnitude is negated half of the time
+  signed: bool = False   # whether the magnitude is negated with probability 1/2
 
 
 def _enhance(enhancer) -> Op:
@@ -91,7 +91,7 @@ NAMES = tuple(OPS)
 
 
 def draw(rng: np.random.Generator) -> list[tuple[str, float]]:
-  """The operations for one image, in order, with their magnitudes (negative: the other way)."""
+  """The operations for one image, in order, with their magnitudes, some of them negative."""
   drawn = []
   for name in rng.choice(NAMES, OPS_PER_IMAGE):
     if rng.random() < PROBABILITY:
@@ -101,13 +101,13 @@ def draw(rng: np.random.Generator) -> list[tuple[str, float]]:
 
 
 def move(image: Image.Image, matrix, resample) -> Image.Image:
-  """matrix (a, b, c, d, e, f): the pixel at (x, y) comes from (ax + by + c, dx + ey + f)."""
+  """Affine transform by (a, b, c, d, e, f): pixel (x, y) comes from (ax + by + c, dx + ey + f)."""
   return image.transform(image.size, Image.Transform.AFFINE, matrix, resample=resample,
                          fillcolor=FILL)
 
 
 def apply(name: str, argument, image: Image.Image, resample=BICUBIC) -> Image.Image:
-  """One operation with its argument (degrees, bits, a factor, ...)."""
+  """Applies one operation with its argument (degrees, bits, a factor, ...)."""
   op = OPS[name]
   if op.matrix:
     return move(image, op.matrix(argument, *image.size), resample)

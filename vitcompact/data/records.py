@@ -1,11 +1,11 @@
-"""Images in a few large files, ArrayRecord, written by `vitcompact prepare`.
+"""Images in a few large ArrayRecord files, written by `vitcompact prepare`.
 
-  PATH/manifest.json              classes, and of each file its records, bytes and sha256
-  PATH/train-000.arrayrecord      a record is a msgpack dict: "image", the bytes of an image file as
-                                  they came; "label"; "name", for messages; and where there are
-                                  labels of places "label_map", float16 (2, 5, 18, 18) as bytes
+  PATH/manifest.json              the classes, and the records, bytes and sha256 of each file
+  PATH/train-000.arrayrecord      a record is a msgpack dict: "image", the unchanged bytes of an
+                                  image file; "label"; "name", for messages; and, with token labels,
+                                  "label_map", float16 (2, 5, 18, 18) as bytes
 
-The files carry check sums of their own for each record: a flipped bit is noticed when it is read.
+ArrayRecord has a checksum for each record: a flipped bit is detected when the record is read.
 """
 import functools
 import hashlib
@@ -35,7 +35,7 @@ SPLITS = ("train", "val", "test")
 
 
 def pack(image: bytes, label: int, name: str, label_map: np.ndarray | None = None) -> bytes:
-  """name: for messages; a path may be of any bytes."""
+  """The bytes of a record. name: of the image, for messages; it may have any characters."""
   record = {"image": image, "label": label, "name": printable(name)}
   if label_map is not None:
     record["label_map"] = labels.checked(label_map).astype("<f2").tobytes()
@@ -43,9 +43,9 @@ def pack(image: bytes, label: int, name: str, label_map: np.ndarray | None = Non
 
 
 def unpack(record: bytes, num_classes: int = labels.MAX_CLASSES, label_maps: bool = True):
-  """What `pack` was given: (image, label, name, label map or None); all else is a ValueError.
+  """The inverse of `pack`: (image, label, name, label map or None); ValueError for other bytes.
 
-  num_classes: of the data, whose labels of places must be; label_maps=False passes over them."""
+  num_classes: of the data, which limits the label maps; label_maps=False leaves them out."""
   try:
     fields = msgpack.unpackb(record)
     label_map = fields.get("label_map") if label_maps else None
@@ -62,13 +62,13 @@ def sha256(path) -> str:
 
 
 def reader(paths):
-  """Random access to the bytes of the records of some files; imported when it is needed."""
+  """Random access to the bytes of all records of some files."""
   from array_record.python import array_record_data_source
   return array_record_data_source.ArrayRecordDataSource([str(path) for path in paths])
 
 
 def write_shard(path: pathlib.Path, records) -> dict:
-  """Writes a file whole or not at all: its line of the manifest."""
+  """Writes a file completely or not at all, and returns its entry of the manifest."""
   from array_record.python import array_record_module
   partial = path.with_name(path.name + ".partial")
   writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
@@ -90,13 +90,13 @@ def write_shard(path: pathlib.Path, records) -> dict:
 
 @functools.cache
 def read_manifest(root: str) -> dict:
-  """The manifest of a directory, checked against the files that are there."""
+  """The manifest of a directory, checked against the sizes of its files."""
   root = pathlib.Path(root)
   way_out = "write it with `vitcompact prepare`"
   try:
     manifest = json.loads((root / MANIFEST).read_text())
   except FileNotFoundError:
-    raise ValueError(f"no {root / MANIFEST}: 'arrayrecord:PATH' needs a PATH that was prepared; "
+    raise ValueError(f"no {root / MANIFEST}: 'arrayrecord:PATH' needs prepared files in PATH; "
                      f"{way_out}") from None
   except (ValueError, OSError, RecursionError) as error:
     raise ValueError(f"{root / MANIFEST} is damaged: {reason(error)}; {way_out}") from None
@@ -107,7 +107,7 @@ def read_manifest(root: str) -> dict:
     raise ValueError(f"{root / MANIFEST} does not name its classes in class_names; {way_out}")
   if not manifest["complete"]:
     raise ValueError(f"{root} is not complete: run the same `vitcompact prepare` again, "
-                     "it goes on where it stopped")
+                     "it continues where it stopped")
   for shard in (shard for shards in manifest["splits"].values() for shard in shards):
     path = root / shard["file"]
     size = path.stat().st_size if path.is_file() else None
@@ -118,7 +118,7 @@ def read_manifest(root: str) -> dict:
 
 
 def shards_of(root: str, split: str) -> list[dict]:
-  """The manifest's lines of a split. Where only one of val and test exists it serves as both."""
+  """The manifest's entries of a split. If only one of val and test exists, it serves as both."""
   splits = read_manifest(root)["splits"]
   if not splits.get(split) and split != "train":
     split = other_split(split, root)
@@ -134,7 +134,7 @@ def class_names(root: str) -> tuple[str, ...]:
 class Records:
   """Random access to one split: records[i] -> {"image": uint8 (h, w, 3), "label": int}.
 
-  label_maps: whether labels of places are read, if the records have any.
+  label_maps: whether to read label maps, if the records have any.
   """
 
   def __init__(self, root: str, split: str, label_maps: bool = True):
@@ -157,7 +157,7 @@ class Records:
       return unpack(self.records[index], self.num_classes, self.label_maps)
     except Exception as error:  # array_record raises RuntimeError, IndexError and others
       raise BadRecord(f"cannot read record {index} of {self.split} in {self.root}: "
-                      f"{reason(error)}; prepare it anew, or pass over some with "
+                      f"{reason(error)}; prepare it again, or skip bad records with "
                       "data.on_bad='skip'") from error
 
   def open(self, index: int) -> Example:

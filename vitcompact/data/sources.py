@@ -1,13 +1,13 @@
 """From the name of a data set to its images, one at a time.
 
-  digits[:FOLD]     1,797 real images that scikit-learn ships; FOLD is 0 to 4, "digits" is fold 0
-  shapes[:COUNT]    drawn scenes, COUNT of them for training
+  digits[:FOLD]     1,797 real images that come with scikit-learn; FOLD: 0 (default) to 4
+  shapes[:COUNT]    generated scenes, COUNT of them for training
   folder:PATH       PATH/train/CLASS/*.jpg, PATH/val, PATH/test
-  arrayrecord:PATH  what `vitcompact prepare` wrote
-  tfds:NAME[@all]   a set of TensorFlow Datasets that lies on this machine
+  arrayrecord:PATH  files that `vitcompact prepare` wrote
+  tfds:NAME[@all]   a data set of TensorFlow Datasets, prepared on this machine
   idx:PATH          IDX files of the MNIST family
-  fashion_mnist     Debian's package of it, or the folder that FASHION_MNIST_DIR names
-  hf:NAME[@all]     parquet files of the Hugging Face hub, or of a folder
+  fashion_mnist     Debian's package of it, or the folder $FASHION_MNIST_DIR
+  hf:NAME[@all]     parquet files of the Hugging Face hub or of a folder
 """
 import difflib
 from typing import Protocol
@@ -31,8 +31,8 @@ NEEDS = {"folder": "a path: 'folder:PATH' with PATH/train/CLASS/*.jpg",
          "tfds": "a name: 'tfds:imagenet2012', 'tfds:cifar10'",
          "idx": "a path: 'idx:PATH' with PATH/train-images-idx3-ubyte.gz and its like",
          "hf": "a name or a folder: 'hf:org/name', 'hf:PATH' with PATH/train-*.parquet"}
-# Made at the size that the model takes, with something at every edge: evaluated whole, and only
-# these augmentations leave the label true (a mirrored scene has another, a mirrored 5 has none).
+# Data generated at the model's size, with content up to the edges: never cropped, and only these
+# augmentations preserve the label (a mirrored scene has another label, a mirrored 5 has none).
 ALLOWED = {"digits": ("none", "digits"), "shapes": ("none",),
            "directions": ("none",)}
 DRAWN = {"shapes": Shapes, "directions": Directions}
@@ -45,11 +45,11 @@ class Source(Protocol):
 
   def __len__(self) -> int: ...
   def __getitem__(self, index: int) -> dict: ...
-  def open(self, index: int) -> Example: ...   # without turning the image into an array
+  def open(self, index: int) -> Example: ...   # without converting the image to an array
 
 
 def choose(what: str, value: str, known) -> None:
-  """Refuses a value that is not known; the close ones come first."""
+  """Raises ValueError for a value that is not in `known`, listing the most similar ones first."""
   if value not in known:
     close = difflib.get_close_matches(value, known, n=3, cutoff=0.4)
     rest = [name for name in known if name not in close]
@@ -57,7 +57,7 @@ def choose(what: str, value: str, known) -> None:
 
 
 def parse(name: str) -> tuple[str, str]:
-  """"folder:PATH" -> ("folder", PATH); "shapes" -> ("shapes", "20000"), how many it draws."""
+  """"folder:PATH" -> ("folder", PATH); "shapes" -> ("shapes", "20000"), the number of scenes."""
   kind, _, argument = name.partition(":")
   if kind in NEEDS and not argument:
     raise ValueError(f"data.name={name!r} needs {NEEDS[kind]}")
@@ -76,9 +76,9 @@ def parse(name: str) -> tuple[str, str]:
 
 def source(name: str, split: str, *, image_size: int | tuple[int, int], seed: int = 0,
            label_maps: bool = True) -> Source:
-  """One split of a data set. image_size (int or (height, width)) is that of generated images;
-  other images keep their own until a transform. seed: which scenes "shapes" draws. label_maps:
-  whether labels of places are read, where there are any."""
+  """One split of a data set. image_size: int or (height, width) of generated images; other images
+  keep their own size. seed: of the scenes that "shapes" generates. label_maps: whether to read
+  label maps, if there are any."""
   kind, argument = parse(name)
   choose("split", split, SPLITS)
   size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
@@ -98,12 +98,13 @@ def source(name: str, split: str, *, image_size: int | tuple[int, int], seed: in
 
 
 def class_names(name: str) -> tuple[str, ...]:
-  """The names of a data set's classes: name k is of the label k, and of a model's output k."""
+  """The names of a data set's classes: name k belongs to label k, and to output k of a model."""
   kind, argument = parse(name)
-  named = {"folder": folder.class_names, "arrayrecord": records.class_names,
-           "tfds": tfds.class_names, "idx": idx.class_names, "hf": hf.class_names,
-           "fashion_mnist": lambda _: FASHION_CLASSES}
-  return named[kind](argument) if kind in named else {"digits": Digits, **DRAWN}[kind].class_names
+  readers = {"folder": folder.class_names, "arrayrecord": records.class_names,
+             "tfds": tfds.class_names, "idx": idx.class_names, "hf": hf.class_names,
+             "fashion_mnist": lambda _: FASHION_CLASSES}
+  return (readers[kind](argument) if kind in readers
+          else {"digits": Digits, **DRAWN}[kind].class_names)
 
 
 def num_classes(name: str) -> int:
@@ -111,7 +112,7 @@ def num_classes(name: str) -> int:
 
 
 def num_examples(name: str, split: str) -> int:
-  """How many images a split has, without decoding any."""
+  """The number of images in a split, without decoding any."""
   kind, argument = parse(name)
   choose("split", split, SPLITS)
   if kind == "digits":

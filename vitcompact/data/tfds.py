@@ -1,12 +1,12 @@
-"""Image classification sets of TensorFlow Datasets, read without TensorFlow.
+"""Image classification data of TensorFlow Datasets, read without TensorFlow.
 
-The set must lie in TFDS_DATA_DIR (or ~/tensorflow_datasets) as ArrayRecord. TFDS itself writes it:
-`tfds build NAME --file_format=array_record`, on a machine that has TensorFlow for most sets.
+The data set must be in TFDS_DATA_DIR (or ~/tensorflow_datasets) as ArrayRecord. TFDS itself writes
+it: `tfds build NAME --file_format=array_record`, for most data sets on a machine with TensorFlow.
 
-val is the set's "validation" where it has one. Else every tenth image of its train is held out,
-and train is the others. With NAME@all nothing is held out: train is the whole, and test serves as
-val too. test is the set's "test" where that has labels (imagenet2012's has none), else its
-validation: then nothing is held out beside the set that is reported.
+val is the data set's "validation" split. If it has none, every tenth image of "train" is held out
+as val, and train is the rest; with NAME@all nothing is held out: train is all of "train", and test
+serves as val too. test is the "test" split if that has labels (imagenet2012's has none), else
+"validation", which then serves as val and test.
 """
 import functools
 import io
@@ -26,7 +26,7 @@ def _builder(name: str):
                      "install tensorflow-datasets importlib-resources") from None
   try:
     builder = tensorflow_datasets.builder(name)
-  except Exception as error:  # each of TFDS's own, some of them of many lines
+  except Exception as error:  # TFDS has many kinds, some with long texts
     raise ValueError(f"data.name='tfds:{name}': {str(error).strip().splitlines()[0]}") from None
   if not builder.data_path.exists():
     raise ValueError(f"data.name='tfds:{name}' is not in {builder.data_path}: set TFDS_DATA_DIR, "
@@ -35,14 +35,14 @@ def _builder(name: str):
 
 
 def image_and_label(info) -> tuple[str, str]:
-  """The names of a set's image and class label: those that it is known for, where it has several
-  (cifar100 has a coarse label too), else its only ones."""
+  """The names of a data set's image and class label: its supervised keys if those are an image and
+  a class label (cifar100 has a coarse label too), else its only image and only class label."""
   features = {key: type(feature).__name__ for key, feature in info.features.items()}
-  known = tuple(key for key in info.supervised_keys or () if isinstance(key, str))   # or a dict
-  if [features.get(key) for key in known] == ["Image", "ClassLabel"]:
-    return known
+  supervised = tuple(key for key in info.supervised_keys or () if isinstance(key, str))  # or a dict
+  if [features.get(key) for key in supervised] == ["Image", "ClassLabel"]:
+    return supervised
   found = [[key for key in features if features[key] == kind] for kind in ("Image", "ClassLabel")]
-  if any(len(these) != 1 for these in found):
+  if any(len(names) != 1 for names in found):
     raise ValueError(f"data.name='tfds:{info.name}' is not image classification: its features are "
                      f"{', '.join(features)}")
   return found[0][0], found[1][0]
@@ -54,26 +54,26 @@ def keys(name: str) -> tuple[str, str]:
 
 
 def open_split(name: str, split: str):
-  """TFDS's data source of one of its own splits; images are left as they were encoded."""
+  """TFDS's data source of one of its own splits, with encoded images."""
   import tensorflow_datasets
   try:
     return _builder(name).as_data_source(
         split, decoders={keys(name)[0]: tensorflow_datasets.decode.SkipDecoding()})
   except Exception as error:
-    raise ValueError(f"data.name='tfds:{name}' cannot be read at random: "
+    raise ValueError(f"data.name='tfds:{name}' does not support random access: "
                      f"{str(error).strip().splitlines()[0]}; write it with "
                      f"`tfds build {name} --file_format=array_record`") from None
 
 
 def class_names(name: str) -> tuple[str, ...]:
-  """name: with or without @all."""
+  """The names of a data set's classes. name: with or without @all."""
   name = name.partition("@")[0]
   return tuple(_builder(name).info.features[keys(name)[1]].names)
 
 
 @functools.cache
 def has_labels(name: str, split: str) -> bool:
-  """Whether a split exists and is labelled: hidden labels are -1."""
+  """Whether a split exists and has labels: hidden labels are -1."""
   if split not in _builder(name).info.splits:
     return False
   return int(open_split(name, split)[0][keys(name)[1]]) >= 0
@@ -81,10 +81,10 @@ def has_labels(name: str, split: str) -> bool:
 
 @functools.cache
 def choose(name: str, split: str) -> tuple[str, np.ndarray]:
-  """(TFDS's own split, which of its images) for train, val or test."""
-  name, _, more = name.partition("@")
-  if more not in ("", "all"):
-    raise ValueError(f"data.name='tfds:{name}@{more}': only '@all' may follow the name")
+  """(TFDS's own split, indices of its images) for train, val or test."""
+  name, _, option = name.partition("@")
+  if option not in ("", "all"):
+    raise ValueError(f"data.name='tfds:{name}@{option}': only '@all' may follow the name")
   splits = _builder(name).info.splits
   own = {"train": "train", "val": "validation", "test": "test"}
   has = {key: own[key] in splits for key in ("train", "val")}
@@ -92,7 +92,7 @@ def choose(name: str, split: str) -> tuple[str, np.ndarray]:
   if not has["train"] or not (has["val"] or has["test"]):
     raise ValueError(f"data.name='tfds:{name}' has the splits {', '.join(splits)}; 'train' is "
                      "needed, and 'validation' or a labelled 'test'")
-  hold_out = not has["val"] and not more
+  hold_out = not has["val"] and not option
   if split == "val" and hold_out:
     chosen = "train"
   else:
@@ -123,8 +123,8 @@ class TfdsSource:
     what = f"image {number} of {self.split} in tfds:{self.name}"
     try:
       record = self.records[number]
-    except Exception as error:  # of array_record, or of TFDS's own decoding
-      raise BadRecord(f"cannot read {what}: {error}; pass over some with "
+    except Exception as error:  # from array_record, or from TFDS's own decoding
+      raise BadRecord(f"cannot read {what}: {error}; skip bad records with "
                       "data.on_bad='skip'") from error
     label = check_label(int(record[self.label_key]), self.num_classes, what)
     return Example(rgb(io.BytesIO(record[self.image_key]), what), label)
@@ -133,5 +133,5 @@ class TfdsSource:
     return as_arrays(self.open(index))
 
   def __reduce__(self):
-    """A worker process opens the set again."""
+    """A worker process opens the data set again."""
     return TfdsSource, self.arguments

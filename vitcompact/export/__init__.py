@@ -1,10 +1,10 @@
-"""export: a model as a file for another runtime, which is read back and compared before it counts.
+"""export: writes a model as a file for another runtime, then reads the file back and compares it.
 
-  program.py      what is exported: a function of images, and what its file tells
-  onnx_file.py    ONNX, by jax2onnx; onnx_operators.py: its translation of our layers
+  program.py      what is exported: a function of images, and the metadata of its file
+  onnx_file.py    ONNX, by jax2onnx; onnx_operators.py: how our layers become ONNX operators
   openvino_file.py  stablehlo_file.py  weights_file.py    the other formats
-  int8.py         ONNX with matrices of 8 bits, calibrated on images
-  page.py         a page that runs ONNX files in a browser
+  int8.py         ONNX with 8-bit matrices, calibrated on images
+  page.py         an HTML page that runs ONNX files in a browser
 """
 import dataclasses
 import hashlib
@@ -24,14 +24,14 @@ from vitcompact.export.program import Program
 from vitcompact.fold import fold
 from vitcompact.preprocess import preprocess as preprocess_of
 
-TOLERANCE = 1e-5        # of the largest logit, float32
-TOLERANCE_HALF = 2e-2   # weights of 16 bits
-BATCHES = (1, 3)        # sizes at which a file is compared
+TOLERANCE = 1e-5        # as a share of the largest logit, float32
+TOLERANCE_HALF = 2e-2   # the same for 16-bit weights
+BATCHES = (1, 3)        # batch sizes with which a file is compared
 
 
 class Format(NamedTuple):
-  """home: the module with its writer; suffix: of the file; write: the writer's name; read: of the
-  function that makes it a function of images, where no runtime does."""
+  """home: the module of the format; suffix: of its files; write: the name of the function that
+  writes one; read: of the function that makes it a `Runner`, if no runtime opens the format."""
   home: str
   suffix: str
   write: str = "write"
@@ -48,12 +48,12 @@ FORMATS = {
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-  """A file that computes what the model does.
+  """An exported file and how well it agrees with the model.
 
-  max_rel: largest difference of a logit, of the largest logit; top1_agreement: share of images on
-  which the likeliest class is the model's; images: how many were compared; runtime: in which; size:
-  in bytes, with all that belongs to it; sha256: of the file, of OpenVINO's two .bin comes first;
-  folded: whether the model had to be.
+  max_rel: the largest difference of a logit, as a share of the largest logit; top1_agreement: the
+  share of images for which both predict the same class; images: the number of images compared;
+  runtime: the one that ran the file; size: in bytes, of all its parts; sha256: of the file, or of
+  OpenVINO's .bin followed by its .xml; folded: whether export folded the model.
   """
   path: str
   format: str
@@ -77,34 +77,34 @@ def export(model: nn.Module, variables, path, *, to: str | None = None, batch: i
            pixels: bool = False, half: bool = False, classes=None, preprocess=None, images=None,
            int8=None, tokens: bool = False, tolerance: float | None = None,
            force: bool = False) -> Exported:
-  """Writes a model as a file for another runtime, reads it back there, and compares the logits.
+  """Writes a model as a file for another runtime, runs the file there, and compares the logits.
 
   Args:
-    model, variables: in training form they are folded first.
+    model, variables: a model in training form is folded first.
     path: of the file.
-    to: "onnx", "openvino", "stablehlo", "safetensors" or "torch"; None: as the path's suffix says.
-    batch: images that the file takes at once; None: any number.
-    pixels: whether the file takes uint8 pixels (B, H, W, C), resized and cut, and normalises them
-      itself; else normalised float32.
-    half: weights stored as float16 (OpenVINO).
-    classes: names of the classes, in the order of the logits, which the file then tells.
+    to: "onnx", "openvino", "stablehlo", "safetensors" or "torch"; None: according to the suffix.
+    batch: the batch size that the file takes; None: any.
+    pixels: whether the file takes resized and cropped uint8 pixels (B, H, W, C) and normalises them
+      itself; else it takes normalised float32.
+    half: store weights as float16 (OpenVINO only).
+    classes: names of the classes in the order of the logits, stored in the file.
     preprocess: how images are prepared; None: `vc.preprocess(model)`.
     images: (n, H, W, C) normalised float32, on which the file is compared; None: two photographs.
-    int8: normalised images on which an ONNX file with 8-bit matrices is calibrated; None: float32.
+    int8: normalised calibration images for an ONNX file with 8-bit matrices; None: float32.
     tokens: whether the file has a second output, `kept` (B, patches): 1 where a patch still has a
-      token at the end. Of isotropic models whose plan reduces tokens, to ONNX.
+      token at the end. Only to ONNX, and for isotropic models whose plan reduces tokens.
     tolerance: of differences, as a share of the largest logit; None: 1e-5 for float32, 2e-2 for
-      half, and with int8 none: what is lost is told, not refused.
-    force: overwrite a file that exists.
+      half, and no limit for int8, whose error is only reported.
+    force: overwrite an existing file.
   Raises:
-    ValueError: something does not fit, is not installed, or the file computes something else. No
-      file is left then.
+    ValueError: the arguments do not fit together, a package is not installed, or the file's logits
+      differ by more than the tolerance. In each case no file is left.
   """
   path, name = checked_path(path, to, force)
   pre = preprocess_of(model) if preprocess is None else preprocess
-  # Here may be no device that has the forms it was tuned to.
-  anywhere = model.clone(execution=dataclasses.replace(model.execution, attention={}))
-  check_fitting(anywhere, variables, image_shapes(model))
+  # This machine may lack the device whose forms of attention `tune` chose.
+  untuned = model.clone(execution=dataclasses.replace(model.execution, attention={}))
+  check_fitting(untuned, variables, image_shapes(model))
   check_choices(name, model, batch, pixels, half, int8, tokens, classes)
   folded = not model.deploy
   if folded:
@@ -113,8 +113,8 @@ def export(model: nn.Module, variables, path, *, to: str | None = None, batch: i
                     tokens)
   if images is not None:
     if pixels:
-      raise ValueError("images are normalised, and with pixels=True the file normalises pixels "
-                       "itself; leave images out")
+      raise ValueError("images are normalised, but with pixels=True the file takes pixels; leave "
+                       "images out")
     images = program.normalised("images", images)
   if int8 is not None:
     int8 = program.normalised("int8", int8)
@@ -122,16 +122,16 @@ def export(model: nn.Module, variables, path, *, to: str | None = None, batch: i
     tolerance = np.inf if int8 is not None else TOLERANCE_HALF if half else TOLERANCE
   if not tolerance >= 0:
     raise ValueError(f"{tolerance=}: must be 0 or more")
-  return _written(program, path, name, half, images, int8, tolerance, folded)
+  return _write_checked(program, path, name, half, images, int8, tolerance, folded)
 
 
-def _written(program: Program, path: pathlib.Path, name: str, half: bool, images, int8,
-             tolerance: float, folded: bool) -> Exported:
-  """A file of the format of that name, once it computes what the program does."""
+def _write_checked(program: Program, path: pathlib.Path, name: str, half: bool, images, int8,
+                   tolerance: float, folded: bool) -> Exported:
+  """Writes a file of the format `name`, and leaves it only if it agrees with the program."""
   format = FORMATS[name]
   home = importlib.import_module(f"vitcompact.export.{format.home}")
   try:
-    # Beside the file, so that it can be moved to its place at once.
+    # In the same directory, so that the finished file can be moved into place by a rename.
     with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
       partial = pathlib.Path(folder, path.stem + format.suffix)
       getattr(home, format.write)(program, partial, **({"half": True} if half else {}))
@@ -142,24 +142,25 @@ def _written(program: Program, path: pathlib.Path, name: str, half: bool, images
       run = getattr(home, format.read)(program, partial) if format.read else \
           runtimes.opened(partial)
       max_rel, agreement, count = _compare(program, run, images)
-      if not max_rel <= tolerance:   # NaN is no agreement
+      if not max_rel <= tolerance:   # also true for NaN
         raise ValueError(f"{path.name} differs from the model by {max_rel:.2g} of its largest "
                          f"logit in {run.runtime}, more than tolerance={tolerance:g}; nothing was "
-                         "written. Two tokens that score alike may change places: give other "
-                         "images")
+                         "written. Rounding may swap two tokens with nearly equal scores: try "
+                         "other images")
       parts = [pathlib.Path(folder, p) for p in sorted(os.listdir(folder))]
       size, digest = sum(p.stat().st_size for p in parts), _digest(parts)
       for part in parts:
         os.replace(part, path.parent / f"{path.stem}{part.suffix}")
   except OSError as error:
-    raise OSError(f"{path} cannot be written: {error}; make room, or name another place") from error
+    raise OSError(f"{path} cannot be written: {error}; free some space, or give another path"
+                  ) from error
   return Exported(str(path), name, run.runtime, max_rel, agreement, count, tolerance, size, digest,
                   folded)
 
 
 def photographs(preprocess, count: int) -> np.ndarray:
-  """uint8 (count, H, W, C): scikit-learn's photographs and their mirror images, prepared; of models
-  that take no photographs, noise."""
+  """uint8 (count, H, W, C): scikit-learn's photographs and their mirror images, resized and
+  cropped; noise for models that do not take 1 or 3 channels."""
   if len(preprocess.mean) not in (1, 3):
     shape = (count, *preprocess.image_size, len(preprocess.mean))
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
@@ -172,74 +173,75 @@ def photographs(preprocess, count: int) -> np.ndarray:
 
 
 def _compare(program: Program, run: runtimes.Runner, images):
-  """(largest difference, share of equal classes, images) of a file and its model."""
+  """(largest relative difference, share of equal classes, number of images) of a file and its
+  model."""
   sizes = BATCHES if program.batch is None else (program.batch,)
   worst, same, count = 0.0, 0, 0
   for size in sizes:
-    some = program.prepared(photographs(program.preprocess, size)) if images is None else \
+    batch = program.prepared(photographs(program.preprocess, size)) if images is None else \
         np.resize(images, (size, *images.shape[1:]))
-    wanted, got = program.logits(some), np.asarray(run(some))
-    if got.shape != wanted.shape:
-      raise ValueError(f"in {run.runtime} the outputs of {size} images have shape {got.shape}, the "
-                       f"model's {wanted.shape}; nothing was written")
-    if not np.isfinite(wanted).all():
-      raise ValueError("the model's own logits are NaN or infinite on the images compared: look at "
-                       "its variables, or give images")
-    gap = np.abs(got.astype(np.float64) - wanted).max() / max(np.abs(wanted).max(), 1e-30)
-    worst, count = float(np.maximum(worst, gap)), count + size   # maximum keeps NaN
-    same += int((got.argmax(-1) == wanted.argmax(-1)).reshape(size, -1).all(axis=-1).sum())
+    expected, got = program.logits(batch), np.asarray(run(batch))
+    if got.shape != expected.shape:
+      raise ValueError(f"in {run.runtime} the logits of {size} images have shape {got.shape}, the "
+                       f"model's {expected.shape}; nothing was written")
+    if not np.isfinite(expected).all():
+      raise ValueError("the model's own logits are NaN or infinite on the images compared: check "
+                       "its variables, or give other images")
+    gap = np.abs(got.astype(np.float64) - expected).max() / max(np.abs(expected).max(), 1e-30)
+    worst, count = float(np.maximum(worst, gap)), count + size   # np.maximum keeps NaN
+    same += int((got.argmax(-1) == expected.argmax(-1)).reshape(size, -1).all(axis=-1).sum())
   return worst, same / count, count
 
 
 def checked_path(path, to: str | None = None, force: bool = False) -> tuple[pathlib.Path, str]:
-  """The path of a file to write and its format; ValueError where the two do not go together, or
-  where something is there."""
+  """(path, format) of a file to write; ValueError if they do not match or the file exists."""
   path = pathlib.Path(path)
   suffixes = {format.suffix: name for name, format in FORMATS.items()}
   if to is None:
     if path.suffix not in suffixes:
-      raise ValueError(f"{path}: its suffix names no format; end it in {', '.join(suffixes)}, or "
-                       "give to=")
+      raise ValueError(f"{path}: its suffix is not that of a format; end it in "
+                       f"{', '.join(suffixes)}, or give to=")
     to = suffixes[path.suffix]
   if to not in FORMATS:
     raise ValueError(f"to={to!r}: must be one of {', '.join(FORMATS)}")
   if path.suffix != FORMATS[to].suffix:
-    raise ValueError(f"{path}: a file for {to} ends in {FORMATS[to].suffix}")
+    raise ValueError(f"{path}: a file for {to} must end in {FORMATS[to].suffix}")
   if not path.parent.is_dir():
-    raise ValueError(f"{path}: there is no directory {path.parent}; make it first")
-  taken = [p for p in (path, path.with_suffix(".bin") if to == "openvino" else path) if p.is_dir()]
-  if taken:
-    raise ValueError(f"{taken[0]} is a directory: give another name")
-  others = [p for p in (path, path.with_suffix(".bin") if to == "openvino" else path) if p.exists()]
-  if others and not force:
-    raise ValueError(f"{others[0]} exists; give another name, or ask to overwrite it with force")
+    raise ValueError(f"{path}: there is no directory {path.parent}; create it first")
+  dirs = [p for p in (path, path.with_suffix(".bin") if to == "openvino" else path) if p.is_dir()]
+  if dirs:
+    raise ValueError(f"{dirs[0]} is a directory: give another name")
+  existing = [p for p in (path, path.with_suffix(".bin") if to == "openvino" else path)
+              if p.exists()]
+  if existing and not force:
+    raise ValueError(f"{existing[0]} exists; give another name, or overwrite it with force")
   return path, to
 
 
 def check_choices(to, model, batch, pixels, half, int8, tokens, classes):
-  """Refuses what a format does not have."""
+  """Raises ValueError for options that the format `to` does not support."""
   if batch is not None and not (type(batch) is int and batch > 0):
-    raise ValueError(f"batch={batch!r}: must be a whole number of images, or None for any")
+    raise ValueError(f"batch={batch!r}: must be a positive whole number, or None for any")
   weights_only = to in ("safetensors", "torch")
   if weights_only and (pixels or batch is not None):
     raise ValueError(f"a file for {to} holds weights, not a program: leave batch and pixels out")
   if tokens and to != "onnx":
-    raise ValueError(f"tokens=True is for onnx, not {to}")
+    raise ValueError(f"tokens=True is only for onnx, not {to}")
   if model.dtype != "float32" and to in ("onnx", "openvino"):
     raise ValueError(f"dtype={model.dtype!r}: a file for {to} computes in float32; give "
                      "model.clone(dtype='float32')")
   if half and to != "openvino":
-    raise ValueError(f"half=True is for openvino, not {to}; vitcompact convert --dtype float16 "
-                     "writes smaller .safetensors")
+    raise ValueError(f"half=True is only for openvino, not {to}; vitcompact convert --dtype "
+                     "float16 writes smaller .safetensors")
   if int8 is not None and to != "onnx":
-    raise ValueError(f"int8 is for onnx, not {to}; OpenVINO reads that file, too")
+    raise ValueError(f"int8 is only for onnx, not {to}; OpenVINO reads ONNX files, too")
   if classes is not None and len(classes) != model.num_classes:
     raise ValueError(f"{len(classes)} names of classes for a model with "
                      f"num_classes={model.num_classes}")
 
 
 def _digest(paths) -> str:
-  """Of files, one after another."""
+  """The sha256 of the concatenated files."""
   digest = hashlib.sha256()
   for path in paths:
     with open(path, "rb") as file:

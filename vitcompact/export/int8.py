@@ -1,8 +1,8 @@
-"""ONNX with matrices of 8 bits: weights by channel, activations by ranges seen on images.
+"""ONNX with 8-bit matrices: weights quantised per channel, activations by calibrated ranges.
 
-Products with weights are quantised, by ONNX Runtime's own tool; softmax, norms, GELU and the
-products of attention keep float32. `python -m experiments.int8` measures what each kind of product
-loses, `python -m experiments.int8 quantisers` what NNCF does instead.
+ONNX Runtime's own tool quantises the products with weights; softmax, norms, GELU and the products
+of attention stay in float32. `python -m experiments.int8` measures what each kind of product loses,
+`python -m experiments.int8 quantisers` compares NNCF.
 """
 import pathlib
 
@@ -17,8 +17,8 @@ BATCH = 8
 def write(path: pathlib.Path, program: Program, images, names=None, outputs: bool = False):
   """Quantises the ONNX file at a path in place, calibrated on images of `program.normalised`.
 
-  names: of the nodes; None: all of `products_with_weights`. outputs: whether the results of matrix
-  products are quantised as well: logits change more, and it is slower, as a bias is added next.
+  names: the nodes to quantise; None: all of `products_with_weights`. outputs: whether to quantise
+  the results of matrix products as well. That changes logits more and is slower, as a bias follows.
   """
   import logging
 
@@ -26,31 +26,32 @@ def write(path: pathlib.Path, program: Program, images, names=None, outputs: boo
     from onnxruntime import quantization
   except ImportError as error:
     raise ValueError(f"int8 needs {error.name}, which is not installed; {EXTRA}") from None
-  if program.pixels:   # the file takes what these images were normalised from
+  if program.pixels:   # the file takes pixels: undo the normalisation
     images = np.rint(255 * program.preprocess.pixels(images)).astype(np.uint8)
   found = products_with_weights(path)
   names = found if names is None else names
   if not names:
     raise ValueError("int8: the file has no product with weights to quantise")
-  done = path.with_suffix(".int8.onnx")
+  quantised = path.with_suffix(".int8.onnx")
   log = logging.getLogger()
   level = log.level
-  log.setLevel(logging.ERROR)   # it advises a pre-processing that has been done
+  log.setLevel(logging.ERROR)   # hides the advice to pre-process the model, which is done already
   try:
     quantization.quantize_static(
-        path, done, Images(images, program.batch), quant_format=quantization.QuantFormat.QDQ,
+        path, quantised, Images(images, program.batch),
+        quant_format=quantization.QuantFormat.QDQ,
         per_channel=True, nodes_to_quantize=names, activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8,
         calibrate_method=quantization.CalibrationMethod.MinMax, extra_options={
             "OpTypesToExcludeOutputQuantization": [] if outputs else ["MatMul", "Gemm"]})
   finally:
     log.setLevel(level)
-  done.replace(path)
+  quantised.replace(path)
 
 
 def products_with_weights(path) -> list[str]:
-  """Names of the MatMul and Conv nodes of which one factor is a weight. Named first, where they are
-  not."""
+  """Names of the MatMul, Gemm and Conv nodes with a weight as input. Nodes without a name are given
+  one, in the file."""
   import onnx
 
   model = onnx.load(path)
@@ -63,8 +64,8 @@ def products_with_weights(path) -> list[str]:
 
 
 class Images:
-  """Batches of one size, as ONNX Runtime's calibration asks for them; images of the last one come
-  again where it is not full."""
+  """Batches of one size, with the interface that ONNX Runtime's calibration asks for. A last batch
+  that is not full repeats its images."""
 
   def __init__(self, images, batch: int | None):
     size = batch or BATCH

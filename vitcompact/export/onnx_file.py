@@ -13,12 +13,12 @@ from jax.extend.core import jaxprs_in_params
 from vitcompact.export.program import INPUT, PORTABLE, Program
 from vitcompact.runtimes import EXTRA
 
-OPSET = 20   # Gelu came with it; every runtime of the last years reads it
-MOST = 2 ** 31 - 2 ** 20   # bytes: a protocol buffer's limit, and room for the graph
+OPSET = 20   # the first one with Gelu; every recent runtime reads it
+MAX_BYTES = 2 ** 31 - 2 ** 20   # of weights: a protocol buffer's limit, less some for the graph
 
 
 def write(program: Program, path: pathlib.Path):
-  """Writes the program with its weights; OSError where there is no room."""
+  """Writes the program with its weights; OSError if the disk is full."""
   import onnx
 
   onnx.save(model_of(program), path)
@@ -27,8 +27,8 @@ def write(program: Program, path: pathlib.Path):
 def model_of(program: Program):
   """The `onnx.ModelProto` of a program, checked.
 
-  Raises ValueError, one line, where something is not installed, is too large, or has no form in
-  ONNX.
+  Raises ValueError if a package is not installed, the weights are too large, or an operation has no
+  equivalent in ONNX.
   """
   try:
     import jax2onnx
@@ -37,13 +37,14 @@ def model_of(program: Program):
     from vitcompact.export import onnx_operators
   except ImportError as error:
     raise ValueError(f"ONNX files need {error.name}, which is not installed; {EXTRA}") from None
-  if (size := sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(program.variables))) > MOST:
+  size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(program.variables))
+  if size > MAX_BYTES:
     raise ValueError(f"{program.model.variant} has {size / 1e9:.1f} GB of weights, and an ONNX "
-                     f"file holds {MOST / 1e9:.1f}: export it to .stablehlo")
+                     f"file holds at most {MAX_BYTES / 1e9:.1f}: export it to .stablehlo")
   batch = "batch" if program.batch is None else program.batch
   run = program.on(PORTABLE, "plain")
   images = Images((batch, *program.image_shape), program.dtype)
-  with warnings.catch_warnings(), quiet("onnx_ir"), onnx_operators.known():
+  with warnings.catch_warnings(), errors_only("onnx_ir"), onnx_operators.translations():
     warnings.filterwarnings("ignore", message="Explicitly requested dtype")
     try:
       model = jax2onnx.to_onnx(lambda images: run(program.variables, images), [images],
@@ -59,8 +60,8 @@ def model_of(program: Program):
 
 
 def transpose_weights(graph):
-  """Kernels of convolutions as they are used: quantisers look for weights, not for what is made of
-  them."""
+  """Stores transposed weights, such as the kernels of convolutions, in the layout in which they are
+  used: quantisers find only weights that are used directly."""
   from onnx import numpy_helper
 
   weights = {tensor.name: tensor for tensor in graph.initializer}
@@ -79,14 +80,14 @@ def transpose_weights(graph):
 
 
 class Images(NamedTuple):
-  """The shape of a batch, whose number may be a name, and its dtype."""
+  """The shape of a batch, whose first dimension may be a name, and its dtype."""
   shape: tuple
   dtype: np.dtype
 
 
 @contextlib.contextmanager
-def quiet(name: str):
-  """A context in which a library's log tells errors alone."""
+def errors_only(name: str):
+  """A context in which the logger `name` logs only errors."""
   log = logging.getLogger(name)
   level = log.level
   log.setLevel(logging.ERROR)
@@ -96,24 +97,25 @@ def quiet(name: str):
     log.setLevel(level)
 
 
-def _refusal(program: Program, said: str) -> str:
-  """What has no form in ONNX, and which block needs it."""
-  named = re.search(r"primitive '(\S+?)'", said)
+def _refusal(program: Program, message: str) -> str:
+  """An error text that names the operation without an ONNX equivalent and the block that uses it.
+  """
+  named = re.search(r"primitive '(\S+?)'", message)
   if named is None:
-    return f"ONNX: {said}; export to .stablehlo, which runs wherever JAX does"
+    return f"ONNX: {message}; export to .stablehlo, which runs wherever JAX does"
   images = jax.ShapeDtypeStruct((program.batch or 1, *program.image_shape), program.dtype)
   traced = jax.make_jaxpr(program.on(PORTABLE, "plain"))(program.variables, images)
-  # The path of modules, without the model itself.
-  where = [path.partition("/")[2] for path in _users(traced.jaxpr, named[1]) if "/" in path]
-  return (f"ONNX has no {named[1]!r}, which {where[0] if where else program.model.variant} needs: "
+  # The path of the module, without the model itself.
+  paths = [path.partition("/")[2] for path in _modules_using(traced.jaxpr, named[1]) if "/" in path]
+  return (f"ONNX has no {named[1]!r}, which {paths[0] if paths else program.model.variant} needs: "
           "export to .stablehlo, which runs wherever JAX does, or make that block dense")
 
 
-def _users(jaxpr, primitive: str, path: str = ""):
-  """Paths of the modules that a primitive is used in."""
+def _modules_using(jaxpr, primitive: str, path: str = ""):
+  """Yields the paths of the modules that use a primitive."""
   for eqn in jaxpr.eqns:
     here = "/".join(filter(None, (path, str(eqn.source_info.name_stack))))
     if eqn.primitive.name == primitive:
       yield here
     for inner in jaxprs_in_params(eqn.params):
-      yield from _users(inner, primitive, here)
+      yield from _modules_using(inner, primitive, here)

@@ -1,9 +1,9 @@
-"""How jax2onnx translates what our models consist of: one node for a layer where ONNX has one.
+"""Translations of JAX primitives for jax2onnx, which map a layer to one ONNX node if there is one.
 
-jax2onnx walks the primitives of a traced program. Here are ours for those from which it makes a
-graph that runtimes do not recognise: layers with a backward pass of their own (calls, known by the
-name of their function), softmax, products of batches (it writes Einsum), and shapes that depend on
-nothing but the number of images. Each returns None where the other translation is to be taken.
+jax2onnx walks the primitives of a traced program. The functions here replace its translations that
+give graphs which runtimes do not recognise and fuse: layers with a custom derivative (calls,
+identified by the name of their function), softmax, batched products (jax2onnx writes Einsum), and
+shapes that depend on the batch size only. They return None to fall back to jax2onnx's translation.
 """
 import contextlib
 import importlib
@@ -30,7 +30,7 @@ class Graph:
     return self.ctx.get_value_for_var(var)
 
   def array(self, var):
-    """What a variable is, where it is known; else None."""
+    """The value of a variable if it is a constant, else None."""
     if isinstance(var, Literal):
       return np.asarray(var.val, var.aval.dtype)
     known = getattr(self.value(var), "const_value", None)
@@ -40,7 +40,7 @@ class Graph:
     return self.ctx.builder.add_initializer_from_array(self.ctx.fresh_name(name), array)
 
   def add(self, operator: str, *inputs, like, shape, **attributes):
-    """A node with one output, of the type of `like`."""
+    """Adds a node with one output, of the type of `like`, and returns the output."""
     out = getattr(self.ctx.builder, operator)(
         *inputs, _outputs=[self.ctx.fresh_name(operator)], **attributes)
     out.type = like.type
@@ -49,7 +49,7 @@ class Graph:
 
   @property
   def shape(self):
-    """Of the equation's output."""
+    """The shape of the equation's output."""
     return self.eqn.outvars[0].aval.shape
 
 
@@ -59,7 +59,7 @@ def linear(graph, x, kernel, bias=None):
 
 
 def layer_norm(graph, x, scale, bias):
-  # The program adds nothing else by a number: epsilon is no argument of it.
+  # Epsilon is not an argument of the call, but the only literal that its program adds.
   added = [eqn.invars[1] for eqn in graph.eqn.params["call_jaxpr"].jaxpr.eqns
            if eqn.primitive.name == "add"]
   epsilons = [float(var.val) for var in added if isinstance(var, Literal)]
@@ -74,28 +74,28 @@ def gelu(graph, x):
 
 
 def softmax(graph, x, *_):
-  """Over the last axis, as all of ours are."""
+  """Softmax over the last axis; all of ours are."""
   reduced = next(eqn for eqn in graph.eqn.params["call_jaxpr"].jaxpr.eqns
                  if eqn.primitive.name == "reduce_max")
   last = reduced.params["axes"] == (len(graph.shape) - 1,)
   return graph.add("Softmax", x, like=x, shape=graph.shape, axis=-1) if last else None
 
 
-# {(file, function): its translation}
+# {(file, function): translation}
 CALLS = {(layers.__file__, "linear"): linear, (layers.__file__, "layer_norm"): layer_norm,
          (layers.__file__, "gelu"): gelu,
          (jax.nn.softmax.__code__.co_filename, "_softmax"): softmax}
 
 
 def call(graph):
-  """A function with derivatives of its own."""
+  """A call of a function with a custom derivative."""
   name, _, where = graph.eqn.params["call_jaxpr"].jaxpr.debug_info.func_src_info.partition(" at ")
   operator = CALLS.get((where.rpartition(":")[0], name))
   return operator and operator(graph, *map(graph.value, graph.eqn.invars))
 
 
 def reshape(graph):
-  """With -1 for the number of images."""
+  """Reshape, with -1 for the batch size."""
   x = graph.value(graph.eqn.invars[0])
   if sum(not isinstance(n, int) for n in graph.shape) > 1 or 0 in graph.shape:
     return None
@@ -105,18 +105,18 @@ def reshape(graph):
 
 
 def dot_general(graph):
-  """As MatMul of transposed arrays, where each side has one axis of its own, or the left one many
-  and no axis is shared."""
+  """MatMul of transposed arrays, if each operand has one free axis, or the left one several and
+  there is no batch axis."""
   (left_sum, right_sum), (left_batch, right_batch) = graph.eqn.params["dimension_numbers"]
   left, right = (var.aval for var in graph.eqn.invars)
-  own_left, own_right = ([axis for axis in range(x.ndim) if axis not in (*summed, *batch)]
-                         for x, summed, batch in ((left, left_sum, left_batch),
-                                                  (right, right_sum, right_batch)))
-  lefts_fit = len(own_left) == 1 or (own_left and not left_batch)
-  if len(left_sum) != 1 or len(own_right) != 1 or not lefts_fit or left.dtype != right.dtype:
+  free_left, free_right = ([axis for axis in range(x.ndim) if axis not in (*summed, *batch)]
+                           for x, summed, batch in ((left, left_sum, left_batch),
+                                                    (right, right_sum, right_batch)))
+  left_fits = len(free_left) == 1 or (free_left and not left_batch)
+  if len(left_sum) != 1 or len(free_right) != 1 or not left_fits or left.dtype != right.dtype:
     return None
-  x = transposed(graph, graph.eqn.invars[0], (*left_batch, *own_left, *left_sum))
-  y = transposed(graph, graph.eqn.invars[1], (*right_batch, *right_sum, *own_right))
+  x = transposed(graph, graph.eqn.invars[0], (*left_batch, *free_left, *left_sum))
+  y = transposed(graph, graph.eqn.invars[1], (*right_batch, *right_sum, *free_right))
   return graph.add("MatMul", x, y, like=x, shape=graph.shape)
 
 
@@ -132,9 +132,9 @@ def transposed(graph, var, order):
 
 
 def pad(graph):
-  """At the ends; negative padding cuts, in ONNX too."""
+  """Padding at the ends of axes; negative padding crops, in ONNX too."""
   config = graph.eqn.params["padding_config"]
-  if any(between for _, _, between in config):
+  if any(interior for _, _, interior in config):
     return None
   lows, highs, _ = zip(*config, strict=True)
   x, fill = map(graph.value, graph.eqn.invars)
@@ -143,17 +143,17 @@ def pad(graph):
 
 
 def window_sum(graph):
-  """Over the rows and columns of images (B, H, W, C): as AveragePool, times what it divides by."""
+  """A sum over windows of images (B, H, W, C): AveragePool times the size of the window."""
   params = graph.eqn.params
   window, strides = params["window_dimensions"], params["window_strides"]
-  around, dilated = params["padding"], {*params["base_dilation"], *params["window_dilation"]}
-  plain = len(window) == 4 and dilated == {1} and around[0] == around[3] == (0, 0) and \
+  padding, dilations = params["padding"], {*params["base_dilation"], *params["window_dilation"]}
+  spatial_only = len(window) == 4 and dilations == {1} and padding[0] == padding[3] == (0, 0) and \
       {window[0], window[3], strides[0], strides[3]} == {1}
-  if not plain:
+  if not spatial_only:
     return None
   batch, height, width, channels = graph.shape
   images = transposed(graph, graph.eqn.invars[0], (0, 3, 1, 2))
-  (top, bottom), (left, right) = around[1:3]
+  (top, bottom), (left, right) = padding[1:3]
   means = graph.add("AveragePool", images, like=images, shape=(batch, channels, height, width),
                     kernel_shape=list(window[1:3]), strides=list(strides[1:3]),
                     pads=[top, left, bottom, right], count_include_pad=1)
@@ -163,15 +163,16 @@ def window_sum(graph):
 
 
 def divide(graph):
-  """Nothing, where it is by the number 1."""
-  x, by = graph.eqn.invars
-  same = isinstance(by, Literal) and np.ndim(by.val) == 0 and by.val == 1
-  return graph.value(x) if same else None
+  """Division by the literal 1 becomes no node at all."""
+  x, divisor = graph.eqn.invars
+  by_one = isinstance(divisor, Literal) and np.ndim(divisor.val) == 0 and divisor.val == 1
+  return graph.value(x) if by_one else None
 
 
-# jax2onnx's translations of primitives; those of functions of other libraries take long to import.
+# jax2onnx's translations of primitives. We skip those of other libraries' functions, which are slow
+# to import.
 PRIMITIVES_OF = ("jax2onnx.plugins.jax.lax", "jax2onnx.plugins.jax.core")
-# Of programs, whose own equations are translated.
+# Primitives that hold programs, whose equations are translated one by one.
 CONTAINERS = ("jit", "pjit", "closed_call", "scan", "while", "cond", "custom_vjp_call",
               "custom_jvp_call")
 PRIMITIVES = {"custom_vjp_call": call, "custom_jvp_call": call, "reshape": reshape,
@@ -183,8 +184,8 @@ def is_fixed(shape) -> bool:
   return all(isinstance(n, int) for n in shape) and math.prod(shape) > 0
 
 
-def computed(graph):
-  """The result, an array, where everything that goes in is known: weights alone."""
+def constant_result(graph):
+  """The equation's result as an array if all of its inputs are constants (weights), else None."""
   eqn = graph.eqn
   if len(eqn.outvars) != 1 or not is_fixed(graph.shape) or eqn.primitive.name in CONTAINERS:
     return None
@@ -195,14 +196,14 @@ def computed(graph):
 
 
 class Translation(plugin_system.PrimitiveLeafPlugin):
-  """One of ours for a primitive, or None, with jax2onnx's behind it."""
+  """Translates a primitive by our function, or by jax2onnx's if ours is None or returns None."""
 
   def __init__(self, ours, theirs):
     self.ours, self.theirs = ours, theirs
 
   def lower(self, ctx, eqn):
     graph = Graph(ctx, eqn)
-    array = computed(graph)
+    array = constant_result(graph)
     if array is not None:
       ctx.bind_const_for_var(eqn.outvars[0], array)
       return
@@ -214,15 +215,15 @@ class Translation(plugin_system.PrimitiveLeafPlugin):
 
 
 @contextlib.contextmanager
-def known():
-  """A context in which jax2onnx translates as above, and traces JAX's functions as they are: those
-  that it would put in their place know less of a number of images that is left open."""
+def translations():
+  """A context in which jax2onnx uses the translations above and traces JAX's own functions: its
+  replacements for them do not fully support an unknown batch size."""
   for package in PRIMITIVES_OF:
     home = importlib.import_module(package)
     for module in pkgutil.iter_modules(home.__path__, f"{package}."):
       importlib.import_module(module.name)
   registry, theirs = plugin_system.PLUGIN_REGISTRY, dict(plugin_system.PLUGIN_REGISTRY)
-  worlds, one_softmax = conversion_api._activate_plugin_worlds, jax.config.jax_softmax_custom_jvp
+  worlds, custom_jvp = conversion_api._activate_plugin_worlds, jax.config.jax_softmax_custom_jvp
   registry.update({name: Translation(PRIMITIVES.get(name), plugin)
                    for name, plugin in theirs.items()
                    if isinstance(plugin, plugin_system.PrimitiveLeafPlugin)})
@@ -233,4 +234,4 @@ def known():
   finally:
     registry.update(theirs)
     conversion_api._activate_plugin_worlds = worlds
-    jax.config.update("jax_softmax_custom_jvp", one_softmax)
+    jax.config.update("jax_softmax_custom_jvp", custom_jvp)

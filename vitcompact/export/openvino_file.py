@@ -1,4 +1,4 @@
-"""OpenVINO's files: NAME.xml and NAME.bin, made of an ONNX model."""
+"""OpenVINO files: NAME.xml and NAME.bin, converted from an ONNX model."""
 import pathlib
 import tempfile
 
@@ -6,16 +6,15 @@ from vitcompact.export import onnx_file
 from vitcompact.export.program import Program
 from vitcompact.runtimes import EXTRA
 
-ABOUT = "vitcompact"   # the section of the file's own information that holds ours
+ABOUT = "vitcompact"   # our section of the file's metadata
 
 
 def write(program: Program, path: pathlib.Path, half: bool = False):
-  """Writes the program; half: weights are stored as float16, and computed as the device likes."""
+  """Writes the program; half: stores weights as float16. The device chooses how it computes."""
   try:
     import openvino
   except ImportError:
-    raise ValueError(f"OpenVINO's files need openvino, which is not installed; {EXTRA}"
-                     ) from None
+    raise ValueError(f"OpenVINO files need openvino, which is not installed; {EXTRA}") from None
   with tempfile.TemporaryDirectory() as folder:
     onnx_path = pathlib.Path(folder, "model.onnx")
     onnx_file.write(program, onnx_path)

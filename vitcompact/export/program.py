@@ -1,4 +1,4 @@
-"""What is exported: a function of images with its weights inside, and what its file tells of it."""
+"""What is exported: a function of images, with its weights, and the metadata of its file."""
 import dataclasses
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from vitcompact.data.evaluation import Preprocess
 from vitcompact.execution import Execution
 from vitcompact.models.backbone import Isotropic
 
-PORTABLE = Device("any")   # neither a CPU's loops nor a vendor's kernels
+PORTABLE = Device("any")   # no loops over images (CPU) and no vendor kernels
 INPUT, OUTPUT = "images", "logits"
 KEPT = "kept"   # the second output of a program with `tokens`
 
@@ -24,10 +24,10 @@ KEPT = "kept"   # the second output of a program with `tokens`
 class Program:
   """A deployed model as a function of images.
 
-  batch: how many images it takes, None: any number. pixels: whether it takes uint8 pixels and
-  normalises them itself, else normalised float32. classes: their names, or None. tokens: whether it
-  also returns float32 (B, patches), 1 where a patch is still held by a token of its own right after
-  the last block, merged or not; of isotropic models whose plan reduces tokens.
+  batch: the batch size, None: any. pixels: whether it takes uint8 pixels and normalises them
+  itself, else it takes normalised float32. classes: their names, or None. tokens: whether it also
+  returns float32 (B, patches): 1 where a patch still has a token of its own right after the last
+  block, merged or not; only for isotropic models whose plan reduces tokens.
   """
   model: nn.Module
   variables: Any
@@ -39,8 +39,8 @@ class Program:
 
   def __post_init__(self):
     if self.tokens and not isinstance(self.model, Isotropic):
-      raise ValueError(f"tokens=True: {self.model.variant} is hierarchical, and a patch of its has "
-                       "no token up to the end; leave tokens out")
+      raise ValueError(f"tokens=True: {self.model.variant} is hierarchical, so no patch has a "
+                       "token up to the end; leave tokens out")
     if self.tokens and self.model.plan.tokens is None:
       raise ValueError(f"tokens=True: plan={self.model.plan.to_json()} reduces no tokens, so every "
                        "patch survives; leave tokens out")
@@ -55,12 +55,12 @@ class Program:
 
   @property
   def outputs(self) -> list[str]:
-    """Their names."""
+    """The names of the outputs."""
     return [OUTPUT, KEPT] if self.tokens else [OUTPUT]
 
   def on(self, device: Device, form: str | None = None) -> Callable:
-    """(variables, images) -> logits (B, classes) float32, as traced for a device; with `tokens`,
-    (logits, kept)."""
+    """The function (variables, images) -> logits (B, classes) float32, traced for a device; with
+    `tokens` it returns (logits, kept)."""
     mean, std = (np.asarray(x, np.float32) for x in (self.preprocess.mean, self.preprocess.std))
     mean, std = (x.reshape(1, 1, 1, -1) for x in (mean, std))
     model = self.model_on(device)
@@ -75,15 +75,16 @@ class Program:
     return run
 
   def model_on(self, device: Device) -> nn.Module:
-    """The model without what `tune` chose for other devices: forms of attention and chunks fit the
-    one on which they were measured, and a form of a block comes before one that is asked for."""
-    chosen = self.model.execution
+    """The model without the choices of `tune` that hold only for the device they were measured on:
+    chunks and forms of attention, which would take precedence over the form requested here."""
+    execution = self.model.execution
     if device.loops_over_images:
-      forms = {block: form for block, form in chosen.attention.items() if form not in vendor.FORMS}
-      chosen = dataclasses.replace(chosen, attention=forms)
+      forms = {block: form for block, form in execution.attention.items()
+               if form not in vendor.FORMS}
+      execution = dataclasses.replace(execution, attention=forms)
     else:
-      chosen = Execution(merged=chosen.merged)
-    return self.model.clone(execution=chosen)
+      execution = Execution(merged=execution.merged)
+    return self.model.clone(execution=execution)
 
   def with_kept(self, model: nn.Module, variables, images):
     """(logits, kept) of normalised images."""
@@ -91,34 +92,35 @@ class Program:
     return logits, state["tokens"][f"keep_mask_{self.model.depth - 1}"][0]
 
   def normalised(self, name: str, images) -> np.ndarray:
-    """Normalised images that a caller gave as an argument of this name; ValueError where they do
-    not fit the model."""
+    """Checks the normalised images that a caller passed as the argument `name`; ValueError if they
+    do not fit the model."""
     images = np.asarray(images, np.float32)
     if images.shape[1:] != self.image_shape or not len(images):
-      raise ValueError(f"{name}: an array of shape {images.shape}, wanted (n, "
-                       f"{', '.join(map(str, self.image_shape))}), normalised, with n at least 1")
+      raise ValueError(f"{name}: must be normalised images of shape (n, "
+                       f"{', '.join(map(str, self.image_shape))}) with n at least 1, and is an "
+                       f"array of shape {images.shape}")
     return images
 
   def prepared(self, images) -> np.ndarray:
-    """Images, as `Preprocess.resize` gives them, in the form that the program takes."""
+    """Images that `Preprocess.resize` returned, normalised if the program takes such images."""
     images = np.asarray(images)
     return images if self.pixels else self.preprocess.normalise(images)
 
   def logits(self, images) -> np.ndarray:
-    """What the model itself computes of such images, here."""
+    """The model's logits for such images, computed by JAX on this machine."""
     model = self.model_on(PORTABLE).apply
     normalised = self.preprocess.normalise(images) if self.pixels else images
     return np.asarray(jax.jit(model)(self.variables, normalised))
 
   def about(self) -> dict[str, str]:
-    """What the file tells: the model, its plan, its classes, and how its images are prepared."""
+    """The file's metadata: the model, its plan, its classes, and how its images are prepared."""
     pre = {name: value for name, value in dataclasses.asdict(self.preprocess).items()
            if name != "exif_transpose"}
-    told = {"vitcompact": __version__, "model": self.model.variant,
-            "plan": self.model.plan.to_json(), "preprocess": json.dumps(pre),
-            "input": "pixels" if self.pixels else "normalised"}
+    metadata = {"vitcompact": __version__, "model": self.model.variant,
+                "plan": self.model.plan.to_json(), "preprocess": json.dumps(pre),
+                "input": "pixels" if self.pixels else "normalised"}
     if self.tokens:
-      told["grid"] = json.dumps(self.model.grid)
+      metadata["grid"] = json.dumps(self.model.grid)
     if self.classes is not None:
-      told["classes"] = json.dumps(self.classes)
-    return told
+      metadata["classes"] = json.dumps(self.classes)
+    return metadata

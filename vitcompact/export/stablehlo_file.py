@@ -1,6 +1,6 @@
-"""StableHLO by jax.export: one file for CPUs, GPUs and TPUs, that JAX alone runs.
+"""StableHLO by jax.export: one file for CPUs, GPUs and TPUs, which JAX runs without this library.
 
-A zip archive of `program.jax_export`, what `jax.export` serialises, and `about.json`:
+A zip archive of `program.jax_export`, serialised by `jax.export`, and the metadata `about.json`:
 
   import io, json, zipfile
   import jax.export
@@ -27,16 +27,16 @@ PROGRAM, ABOUT = "program.jax_export", "about.json"
 
 
 def exported(program: Program) -> jax.export.Exported:
-  """The program for all platforms, each with the form of attention that fits it.
+  """The program for all platforms, each with the form of attention that suits it.
 
-  A CPU's loops over images would be slow on a GPU; what a GPU computes at once does not fit a CPU's
-  caches. Vendors' kernels depend on more than the platform, and stay out.
+  Loops over images, for CPUs, would be slow on a GPU, and what a GPU computes at once does not fit
+  into a CPU's caches. Vendor kernels are left out: they depend on more than the platform.
   """
   batch = "batch" if program.batch is None else program.batch
   on_cpu, elsewhere = program.on(Device("cpu")), program.on(PORTABLE)
 
   def run(images):
-    # Weights outside, so that they are in the file once.
+    # Passing the weights in here puts them into the file once, not once per platform.
     return jax.lax.platform_dependent(program.variables, images, cpu=on_cpu, cuda=elsewhere,
                                       tpu=elsewhere)
 
@@ -57,7 +57,7 @@ def write(program: Program, path: pathlib.Path):
 
 
 def read(path) -> tuple[jax.export.Exported, dict[str, str]]:
-  """(program, what the file tells); ValueError for other files."""
+  """(program, metadata); ValueError for other files."""
   try:
     with zipfile.ZipFile(path) as archive:
       about = json.loads(archive.read(ABOUT))
@@ -65,5 +65,5 @@ def read(path) -> tuple[jax.export.Exported, dict[str, str]]:
   except ImportError:
     raise ValueError(LACKS) from None
   except (zipfile.BadZipFile, KeyError, ValueError, TypeError, IndexError, struct.error) as error:
-    # The last ones come of a program that is cut off.
-    raise ValueError(f"{path} is no StableHLO file of `vitcompact export`: {error}") from None
+    # The last three: a truncated program.
+    raise ValueError(f"{path} is not a StableHLO file of `vitcompact export`: {error}") from None

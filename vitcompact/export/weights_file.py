@@ -1,4 +1,4 @@
-"""Weights alone: a .safetensors of ours, or under PyTorch's names for timm and the authors."""
+"""Files of weights: our .safetensors, or a .pth with PyTorch's names for timm and the authors."""
 import pathlib
 
 import jax
@@ -10,18 +10,18 @@ from vitcompact.runtimes import Runner
 
 
 def write(program: Program, path: pathlib.Path):
-  """A file that `vc.load` reads."""
+  """Writes a file that `vc.load` reads."""
   convert.save(path, program.model, program.variables, classes=program.classes,
                preprocess=program.preprocess)
 
 
 def write_torch(program: Program, path: pathlib.Path):
-  """A .pth: PyTorch's state dict, with tensors of methods under names of ours."""
+  """Writes a .pth: PyTorch's state dict, in which tensors of methods have our names."""
   pytorch.write_pickled(path, convert.to_torch(program.model, program.variables))
 
 
 def read_torch(program: Program, path: pathlib.Path) -> Runner:
-  """The program with the weights of a .pth."""
+  """Runs the program with the weights of a .pth."""
   variables = convert.from_torch(program.model, pytorch.read_checkpoint(path))
   apply = jax.jit(program.model.apply)
   return Runner("XLA, of the weights read back", lambda images: apply(variables, images),

@@ -1,13 +1,13 @@
 """Checkpoints with Orbax: WORKDIR/checkpoints/STEP/, written in the background, restored exactly.
 
-Orbax makes a step visible by a rename, so a killed save leaves nothing that looks whole. It casts
-silently to another dtype, though, and restores flipped bits without a word: so every checkpoint
-carries names, shapes, dtypes and a checksum of each leaf, and restoring compares all of them. What
-is JSON here carries a sha256 of itself. Steps are renamed before they are deleted, so a kill leaves
-each whole or gone.
+Orbax makes a step visible by a rename, so a killed save never looks complete. But it silently casts
+to another dtype and restores flipped bits without an error. Therefore every checkpoint stores the
+name, shape, dtype and checksum of each leaf, and restoring compares all of them; JSON files contain
+their own sha256. Steps are renamed before they are deleted, so that a kill leaves each of them
+either complete or gone.
 
   checkpoints/STEP/state, meta     a step: the arrays; progress and checksums
-  checkpoints/scores.json          accuracy on val of the steps that are there
+  checkpoints/scores.json          accuracy on val of the existing steps
   checkpoints/damaged.STEP         set aside by --restore=last_good; never read, never deleted
 """
 import contextlib
@@ -29,18 +29,18 @@ from vitcompact import trees
 from vitcompact.run import processes
 
 ITEMS = ("state", "meta")
-TEMPORARY = ".orbax-checkpoint-tmp"   # in the name of a save under way
-REMOVED = "removed."                  # before the name of a step that is being deleted
+TEMPORARY = ".orbax-checkpoint-tmp"   # part of the name of an unfinished save
+REMOVED = "removed."                  # prefix of the name of a step that is being deleted
 
 
 class Damaged(ValueError):
-  """A checkpoint that is not what was written; another one may be."""
+  """A checkpoint differs from what was written; another one may be intact."""
 
 
 def checksum(array: jax.Array) -> jax.Array:
-  """uint32: the sum of an array's bits times an odd weight by position, modulo 2**32.
+  """uint32: the sum of an array's bits, each element times an odd weight by position, mod 2**32.
 
-  Integers, so it is the same on any number of devices; a single flipped bit always changes it.
+  Integer sums are the same on any number of devices, and a single flipped bit always changes it.
   """
   if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
     array = jax.random.key_data(array)
@@ -63,21 +63,21 @@ def describe(state) -> dict:
           for name, leaf in trees.named_leaves(state).items()}
 
 
-def leaf_differences(found: dict, wanted) -> list[str]:
-  """How the leaves that a checkpoint describes differ from a state's shapes and dtypes."""
+def leaf_differences(found: dict, expected) -> list[str]:
+  """How the leaves in a checkpoint's description differ from a state's shapes and dtypes."""
   found = {name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in found.items()}
-  wanted = {name: f"{leaf.dtype}{list(leaf.shape)}"
-            for name, leaf in trees.named_leaves(wanted).items()}
-  lines = [f"{name} {wanted[name]} is missing" for name in wanted if name not in found]
-  lines += [f"{name} {found[name]} is unknown" for name in found if name not in wanted]
-  lines += [f"{name} is {found[name]}, not {wanted[name]}"
-            for name in wanted if name in found and found[name] != wanted[name]]
+  expected = {name: f"{leaf.dtype}{list(leaf.shape)}"
+              for name, leaf in trees.named_leaves(expected).items()}
+  lines = [f"{name} {expected[name]} is missing" for name in expected if name not in found]
+  lines += [f"{name} {found[name]} is unknown" for name in found if name not in expected]
+  lines += [f"{name} is {found[name]}, not {expected[name]}"
+            for name in expected if name in found and found[name] != expected[name]]
   return lines
 
 
 def without_closed_loop_errors(hook):
-  """An excepthook without one complaint: of TensorStore's reads that were still under way in its
-  own threads, dozens of them, when another one had failed and was reported (orbax 0.12)."""
+  """An excepthook that suppresses one error: after a read has failed and was reported, TensorStore
+  raises it in its own threads for dozens of unfinished reads (orbax 0.12)."""
   def filtered(kind, error, trace):
     if str(error) != "Event loop is closed":
       hook(kind, error, trace)
@@ -85,18 +85,18 @@ def without_closed_loop_errors(hook):
 
 
 def with_digest(values: dict) -> dict:
-  """JSON values with a sha256 of themselves beside them. Keys are strings, as JSON reads them."""
+  """JSON values with their own sha256 added. Keys must be strings, as JSON reads them back."""
   text = json.dumps(values, sort_keys=True).encode()
   return {**values, "sha256": hashlib.sha256(text).hexdigest()}
 
 
 def read_with_digest(path: pathlib.Path) -> dict:
-  """What `with_digest` wrote to a file; raises Damaged if one bit of it is another."""
+  """The values of a file written by `with_digest`; raises Damaged if a single bit has changed."""
   try:
     values = json.loads(path.read_bytes())
-    seal = values.pop("sha256")
-    if with_digest(values)["sha256"] != seal:
-      raise ValueError("its sha256 is another")
+    digest = values.pop("sha256")
+    if with_digest(values)["sha256"] != digest:
+      raise ValueError("its sha256 does not match")
   except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
     raise Damaged(f"{path} is damaged: {processes.first_line(error)}") from error
   return values
@@ -105,7 +105,7 @@ def read_with_digest(path: pathlib.Path) -> dict:
 class Checkpoints:
   """The checkpoints of one run: the last `keep_last`, and the best by accuracy on val.
 
-  clean: also removes what a kill left behind. For the one run that writes here, not for readers.
+  clean: whether to remove what a killed run left behind; only for the run that writes here.
   on_saved: called, from another thread, whenever a save has reached the disk.
   """
 
@@ -125,19 +125,19 @@ class Checkpoints:
     self.scores = self._read_scores()
 
   def steps(self) -> list[int]:
-    """The steps that can be restored, as far as their directories tell."""
+    """The steps whose directories are complete."""
     return sorted(int(path.name) for path in self._numbered() if is_complete(path))
 
   def best(self) -> tuple[int, float] | None:
-    """(step, accuracy on val) of the best of the steps that are still there."""
-    there = [(self.scores[step], step) for step in self.steps() if step in self.scores]
-    return max(there)[::-1] if there else None
+    """(step, accuracy on val) of the best step that still exists."""
+    scored = [(self.scores[step], step) for step in self.steps() if step in self.scores]
+    return max(scored)[::-1] if scored else None
 
   def save(self, step: int, state, progress: dict):
-    """Returns once the state is copied; what follows in the background ends with `wait`.
+    """Returns once the state is copied; the save finishes in the background, see `wait`.
 
-    progress: JSON values that go with the state, such as the position in the data. They are the
-    same in every process, so that a run may go on with another number of them.
+    progress: JSON values stored with the state, such as the position in the data. They are the same
+    in every process, so that a run may be resumed with another number of processes.
     """
     self.wait()
     self.saving = step
@@ -147,7 +147,7 @@ class Checkpoints:
           state=ocp_args.StandardSave(state), meta=ocp_args.JsonSave(meta)))
 
   def score(self, step: int, accuracy: float):
-    """Waits for the save, notes the accuracy of its step, and removes what is not kept."""
+    """Waits for the save, stores the accuracy of its step, and removes steps that are not kept."""
     self.wait()
     steps = self.steps()
     self.scores = {known: value for known, value in self.scores.items() if known in steps}
@@ -160,45 +160,45 @@ class Checkpoints:
           self._remove(old)
 
   def restore(self, step: int, shapes, shardings) -> tuple:
-    """(state laid out as `shardings`, progress) of a step."""
-    where = self.directory / str(step)
-    meta = read_with_digest(where / "meta" / "metadata")
+    """(state sharded as in `shardings`, progress) of a step."""
+    path = self.directory / str(step)
+    meta = read_with_digest(path / "meta" / "metadata")
     if lines := leaf_differences(meta["leaves"], shapes):
-      raise ValueError(f"{where} holds another state: {trees.some(lines, 3, joint='; ')}. Use the "
+      raise ValueError(f"{path} holds another state: {trees.some(lines, 3, joint='; ')}. Use the "
                        "config that it was trained with, or another --workdir")
     target = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)
     hook = sys.excepthook
-    # It stays so after a failure, as other reads end later.
+    # After a failure the filter stays in place, as other reads end later.
     sys.excepthook = without_closed_loop_errors(hook)
     try:
-      found = self.writer.restore(where, args=ocp_args.Composite(
+      found = self.writer.restore(path, args=ocp_args.Composite(
           state=ocp_args.StandardRestore(target)))
     except Exception as error:  # Orbax passes on whatever its reader raised, a plain Exception too
       cause = processes.first_line(error.__cause__ or error)[:200]
-      raise Damaged(f"{where} cannot be read, {type(error).__name__}: {cause}") from error
+      raise Damaged(f"{path} cannot be read, {type(error).__name__}: {cause}") from error
     sys.excepthook = hook
     read = describe(found.state)
     if damaged := [name for name in read if read[name] != meta["leaves"][name]]:
-      raise Damaged(f"{where} is damaged: {trees.some(damaged, 3, joint='; ')} changed since it "
+      raise Damaged(f"{path} is damaged: {trees.some(damaged, 3, joint='; ')} changed since it "
                     "was written")
     return found.state, meta["progress"]
 
   def set_aside(self, step: int) -> pathlib.Path:
-    """Renames a damaged step, so that it is neither read nor in the way, and returns its name."""
-    taken = len(list(self.directory.glob(f"damaged.{step}*")))
-    aside = self.directory / f"damaged.{step}{f'.{taken}' if taken else ''}"
+    """Renames a damaged step, so that it is never read again, and returns its new path."""
+    count = len(list(self.directory.glob(f"damaged.{step}*")))
+    aside = self.directory / f"damaged.{step}{f'.{count}' if count else ''}"
     if jax.process_index() == 0:
       (self.directory / str(step)).rename(aside)
     return aside
 
   def wait(self):
-    """Until all that was saved is on disk; raises what went wrong in the background."""
+    """Waits until everything is on disk; raises errors of the background save."""
     with self._named_save_errors():
       self.writer.wait_until_finished()
 
   def close(self):
-    """Without a complaint about a save that failed: `wait` is where that is said."""
+    """Closes the writer. Errors of a failed save are suppressed here, as `wait` raises them."""
     with contextlib.suppress(Exception):
       self.writer.close()
 
@@ -214,8 +214,8 @@ class Checkpoints:
     try:
       return {int(step): value for step, value in read_with_digest(path)["scores"].items()}
     except Damaged as error:
-      raise Damaged(f"{error}; delete it, and the best checkpoint will be chosen among the coming "
-                    "ones alone") from error
+      raise Damaged(f"{error}; delete it, and only later checkpoints will be considered for the "
+                    "best one") from error
 
   def _write_scores(self):
     path = self.directory / "scores.json"
@@ -226,24 +226,24 @@ class Checkpoints:
       new.replace(path)
     except OSError as error:
       raise OSError(f"{path} cannot be written: {error.strerror}; step {self.steps()[-1]} is "
-                    "intact. Make room and give the same command again") from error
+                    "intact. Free some space and run the same command again") from error
 
   def _clean(self):
-    """Removes what killed saves and removals left; a step without a part that no newer one
-    replaces is set aside instead."""
+    """Removes what killed saves and removals left behind; sets aside an incomplete step if there is
+    no newer one."""
     for path in self.directory.iterdir():
       if path.name.startswith(REMOVED) or TEMPORARY in path.name:
         shutil.rmtree(path)
     newest = max(self.steps(), default=-1)
     for path in self._numbered():
       if not is_complete(path) and int(path.name) < newest:
-        logging.warning("%s was half deleted; now it is gone", path)
+        logging.warning("%s was partly deleted; removed the rest", path)
         self._remove(int(path.name))
       elif not is_complete(path):
-        logging.warning("%s lacks a part; set aside as %s", path, self.set_aside(int(path.name)))
+        logging.warning("%s is incomplete; set aside as %s", path, self.set_aside(int(path.name)))
 
   def _remove(self, step: int):
-    """Renamed first, so that a kill leaves the step whole or gone."""
+    """Removes a step. It is renamed first, so that a kill leaves it complete or gone."""
     trash = self.directory / f"{REMOVED}{step}"
     os.replace(self.directory / str(step), trash)
     shutil.rmtree(trash)
@@ -257,10 +257,10 @@ class Checkpoints:
       if processes.several() and isinstance(error, (TimeoutError, *processes.PEER_ERRORS)):
         raise processes.PeerLost(f"step {self.saving} was not saved: {error}") from error
       good = [step for step in self.steps() if step != self.saving]
-      intact = f"step {good[-1]} is intact" if good else "there is none before it"
+      intact = f"step {good[-1]} is intact" if good else "there is no earlier step"
       raise OSError(f"saving step {self.saving} in {self.directory} failed: "
-                    f"{type(error).__name__}: {processes.first_line(error)}; {intact}. Make room "
-                    "and give the same command again") from error
+                    f"{type(error).__name__}: {processes.first_line(error)}; {intact}. Free some "
+                    "space and run the same command again") from error
 
 
 def is_complete(path: pathlib.Path) -> bool:

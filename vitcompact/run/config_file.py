@@ -1,7 +1,7 @@
 """A config from its file and the command line: --config=FILE:ARGUMENT and --config.KEY=VALUE.
 
-Imports no JAX. Which keys and values there may be is checked later, by `train/config.py`: a key
-that the file leaves out can be given all the same.
+Imports no JAX. `train/config.py` checks keys and values later, so the command line may give keys
+that are not in the file.
 """
 import ast
 import importlib.util
@@ -15,7 +15,7 @@ FLAG, NEGATED = "--config.", "--noconfig."
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-  """(the other arguments, [(key, text)] of the --config.KEY=VALUE among them)."""
+  """Splits arguments into (the others, [(key, text)] of each --config.KEY=VALUE)."""
   rest, overrides, argv = [], [], list(argv)
   while argv:
     argument = argv.pop(0)
@@ -26,18 +26,19 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
       rest.append(argument)
     elif equals:
       overrides.append((name.removeprefix(FLAG), text))
-    else:   # --config.KEY VALUE, or of a switch --config.KEY
+    else:   # --config.KEY VALUE, or --config.KEY for True
       value = argv.pop(0) if argv and not argv[0].startswith("--") else "true"
       overrides.append((name.removeprefix(FLAG), value))
   return rest, overrides
 
 
 def load(where: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
-  """What `get_config(ARGUMENT)` of a FILE or FILE:ARGUMENT returns, with these keys changed."""
+  """The config that `get_config(ARGUMENT)` in FILE returns, for FILE or FILE:ARGUMENT, with the
+  overrides applied."""
   path, colon, argument = where.partition(":")
   if not pathlib.Path(path).is_file():
-    there = sorted(str(path) for path in pathlib.Path("configs").glob("*.py"))
-    raise ValueError(f"--config={path}: no such file; there are {', '.join(there)}")
+    existing = sorted(str(path) for path in pathlib.Path("configs").glob("*.py"))
+    raise ValueError(f"--config={path}: no such file; there are {', '.join(existing)}")
   try:
     spec = importlib.util.spec_from_file_location("config_file", path)
     module = importlib.util.module_from_spec(spec)
@@ -48,10 +49,10 @@ def load(where: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
     elif not isinstance(config, ConfigDict):
       config = ConfigDict(dict(config))
   except SyntaxError as error:
-    raise ValueError(f"--config={path}: no Python: {error.msg}, line {error.lineno}") from error
-  except Exception as error:   # of a user's program, whatever it raises
+    raise ValueError(f"--config={path}: not Python: {error.msg}, line {error.lineno}") from error
+  except Exception as error:   # a user's program may raise anything
     what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    hint = "; what follows the colon is for the file's get_config, see its docstring"
+    hint = "; the text after the colon is the argument of the file's get_config, see its docstring"
     raise ValueError(f"--config={where}: {what}{hint if colon else ''}") from error
   for key, text in overrides:
     override(config, key, text)
@@ -59,7 +60,7 @@ def load(where: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
 
 
 def override(config: ConfigDict, key: str, text: str):
-  """Sets "optim.b1" or "plan.tokens.keep" from text; sections that are missing are made."""
+  """Sets "optim.b1" or "plan.tokens.keep" from text; missing sections are created."""
   *sections, name = key.split(".")
   section = config
   with config.unlocked(), config.ignore_type():
@@ -71,14 +72,15 @@ def override(config: ConfigDict, key: str, text: str):
       section = section[part]
     old = section.get(name)
     new = text if isinstance(old, str) and key != "plan" else value_of(text)
-    if isinstance(old, (int, float)) and not isinstance(new, (int, float)):   # others follow it
+    # Checked here already, because other keys may be computed from a number.
+    if isinstance(old, (int, float)) and not isinstance(new, (int, float)):
       kinds = {bool: "True or False", int: "a whole number"}
       raise ValueError(f"config.{key}={text!r}: must be {kinds.get(type(old), 'a number')}")
     section[name] = ConfigDict(new) if isinstance(new, dict) else new
 
 
 def value_of(text: str):
-  """The value of JSON or of a literal of Python; the text itself where it is neither."""
+  """The value of JSON or of a Python literal; the text itself if it is neither."""
   for read in (json.loads, ast.literal_eval):
     try:
       return read(text)
@@ -88,7 +90,7 @@ def value_of(text: str):
 
 
 def plan_from(text: str) -> dict:
-  """The dict of a config's plan that is text: a path to JSON, JSON, or "" for the dense model."""
+  """The dict of a plan given as text: a path to JSON, JSON, or "" for the dense model."""
   if text.endswith(".json"):
     try:
       text = pathlib.Path(text).read_text(encoding="utf-8")
@@ -96,6 +98,6 @@ def plan_from(text: str) -> dict:
       raise ValueError(f"config.plan={text!r} cannot be read: {error}") from error
   plan = value_of(text or "{}")
   if not isinstance(plan, dict):
-    raise ValueError(f"config.plan={text[:60]!r} is no JSON object, so --config.plan.AXIS.KEY has "
-                     "nothing to change")
+    raise ValueError(f"config.plan={text[:60]!r} is not a JSON object, so --config.plan.AXIS.KEY "
+                     "cannot change it")
   return plan

@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl, TensorBoard events, and a progress bar or plain lines."""
+"""The log of a run: metrics.jsonl, TensorBoard events, and a progress bar or plain lines."""
 import contextlib
 import json
 import os
@@ -14,21 +14,21 @@ import rich.progress
 from tensorboardX import record_writer, summary
 from tensorboardX.proto.event_pb2 import Event
 
-# A rate measured over fewer seconds than that says more about the clock than about the run.
+# Lower bound of a measured time, which avoids dividing by 0.
 MIN_SECONDS = 1e-9
-FLUSH = 30    # seconds after which TensorBoard sees what was written
+FLUSH = 30    # seconds after which TensorBoard sees new events
 
 
-def ended(running) -> float:
-  """When the devices were through with something."""
+def end_time(running) -> float:
+  """Waits for arrays and returns the time when the devices had computed them."""
   jax.block_until_ready(running)
   return time.perf_counter()
 
 
 class Meter:
-  """Images a second, and the share of the time in which the devices waited for data.
+  """Measures images per second, and the share of the time in which devices wait for data.
 
-  By a clock that only goes forward: a date that is set anew changes nothing.
+  It uses a monotonic clock, which setting the system's date does not affect.
   """
 
   def __init__(self):
@@ -39,18 +39,18 @@ class Meter:
     self.start, self.waited, self.images = time.perf_counter(), 0.0, 0
 
   def next_batch(self, batches, running=None):
-    """next(batches), timed from when the devices are through with `running`, their newest step.
+    """next(batches). Waiting is counted once the devices have finished `running`, the last step.
 
-    Until then they lack nothing, however long this takes: the threads that make later batches hold
-    Python's lock for milliseconds, and on a busy machine more.
+    Until then the devices are busy, however long this takes: the threads that make later batches
+    hold Python's global lock for milliseconds, and for longer on a busy machine.
     """
     begin = time.perf_counter()
-    idle = self.watcher.submit(ended, running) if running is not None else None
+    idle = self.watcher.submit(end_time, running) if running is not None else None
     batch = next(batches)
     end = time.perf_counter()
     if idle is None:
       self.waited += end - begin
-    elif idle.done() and not idle.exception():   # an error of the step is raised where it is read
+    elif idle.done() and not idle.exception():   # an error of the step is raised by its reader
       self.waited += max(0.0, end - max(begin, idle.result()))
     return batch
 
@@ -60,8 +60,9 @@ class Meter:
 
 
 class Events:
-  """TensorBoard's file. tensorboardX's own writer writes in a thread: where that dies of a full
-  disk, the run waits for it for ever. Named by nanoseconds: two starts may fall into one second."""
+  """A TensorBoard file. tensorboardX's own writer is not used: it writes in a thread, and if that
+  fails on a full disk, the run hangs. The name has nanoseconds: a run may restart within a second.
+  """
 
   def __init__(self, workdir: pathlib.Path):
     self.path = workdir / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
@@ -70,8 +71,8 @@ class Events:
     self._write(file_version="brain.Event:2")
 
   def add(self, step: int, *summaries):
-    for one in summaries:
-      self._write(step=step, summary=one)
+    for value in summaries:
+      self._write(step=step, summary=value)
     if time.perf_counter() - self.flushed > FLUSH:
       self.file.flush()
       self.flushed = time.perf_counter()
@@ -85,19 +86,19 @@ class Events:
 
 @contextlib.contextmanager
 def named_write_errors(path: pathlib.Path):
-  """Says which file a full disk or a lack of permission was met in, and what to do."""
+  """Adds the file's path and a way out to errors such as a full disk or a lack of permission."""
   try:
     yield
   except OSError as error:
-    raise OSError(f"{path} cannot be written: {error.strerror}. Checkpoints are as they were; make "
-                  "room and give the same command again") from error
+    raise OSError(f"{path} cannot be written: {error.strerror}. Checkpoints are not affected; free "
+                  "some space and run the same command again") from error
 
 
 class Log:
-  """Writes scalars at steps. Only the process with `active` writes; the others say nothing.
+  """Logs the metrics of steps. Only the process with `active` writes or prints anything.
 
-  A run that was killed and resumed repeats steps in metrics.jsonl; the later line counts.
-  mirror: gets the numbers too: an object with W&B's `log(values, step=)` and `finish()`.
+  A run that was killed and resumed repeats steps in metrics.jsonl; the later line is valid.
+  mirror: also gets the numbers: an object with W&B's `log(values, step=)` and `finish()`.
   """
 
   def __init__(self, workdir, total_steps: int, *, active: bool = True, mirror=None):
@@ -119,7 +120,7 @@ class Log:
       self.bar.start()
 
   def say(self, text: str):
-    """A line for the reader, above the bar where there is one."""
+    """Prints a line, above the progress bar if there is one."""
     if self.bar:
       self.bar.console.print(text, markup=False, highlight=False)
     elif self.active:
@@ -130,7 +131,7 @@ class Log:
       self.bar.update(self.task, completed=step)
 
   def write(self, step: int, values: dict):
-    """One line of metrics.jsonl, numbers to TensorBoard, and a line of text."""
+    """Writes a line of metrics.jsonl, numbers to TensorBoard, and prints a line of text."""
     if not self.active:
       return
     self._append(json.dumps({"step": step, **values}))
@@ -146,7 +147,7 @@ class Log:
     self.say(f"step {step}/{self.total_steps} {shown}")
 
   def picture(self, step: int, name: str, image):
-    """uint8 (H, W, 3) to TensorBoard."""
+    """Writes an image, uint8 (H, W, 3), to TensorBoard."""
     if self.active:
       with named_write_errors(self.events.path):
         self.events.add(step, summary.image(name, image, dataformats="HWC"))
@@ -160,11 +161,11 @@ class Log:
     if self.bar:
       self.bar.stop()
     if self.active:
-      with contextlib.suppress(OSError):   # said already, when the line was written
+      with contextlib.suppress(OSError):   # already raised when the line was written
         self.lines.close()
       try:
         self.events.close()
-      except OSError as error:             # the run itself may well be whole
+      except OSError as error:             # only a warning: the run itself may be complete
         print(f"WARNING: {self.events.path} lacks its last numbers: {error.strerror}",
               file=sys.stderr, flush=True)
     if self.mirror:
@@ -172,6 +173,6 @@ class Log:
 
 
 def drop_partial_line(path: pathlib.Path):
-  """Cuts off a last line without an end, which a kill or a full disk left: it is not JSON."""
+  """Removes an incomplete last line, which a kill or a full disk leaves: it is not JSON."""
   if path.exists() and not (text := path.read_bytes()).endswith(b"\n"):
     os.truncate(path, text.rfind(b"\n") + 1)

@@ -1,4 +1,4 @@
-"""A run: go on from its newest checkpoint, train, evaluate, say how it went."""
+"""A training run: resume from the newest checkpoint, train, evaluate and return the result."""
 import contextlib
 import dataclasses
 import json
@@ -26,7 +26,7 @@ RESTORE = ("newest", "last_good")
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What a run ended with. `variables` are those that the config's `eval_params` names."""
+  """The result of a run. `variables` are those that the config's `eval_params` selects."""
   config: FrozenConfigDict
   model: Any
   state: steps.TrainState
@@ -36,10 +36,10 @@ class Result:
 
 @dataclasses.dataclass
 class RunState:
-  """What a run in progress holds besides its TrainState.
+  """The state of a run in progress, besides its TrainState.
 
-  per_image: the utilisation of the devices at one image a second; skipped: steps without an update
-  since the run began.
+  per_image: device utilisation at one image a second; skipped: the number of steps without an
+  update since the run began.
   """
   run: Run
   directory: pathlib.Path
@@ -52,7 +52,7 @@ class RunState:
   skipped: int = 0
 
   def progress(self) -> dict:
-    """What a checkpoint holds besides the state."""
+    """The part of a checkpoint that is not the TrainState."""
     return {"data": self.data.get_state(), "skipped": self.skipped}
 
 
@@ -64,8 +64,8 @@ def evaluate_split(run: Run, variables, split: str, stopping: Stop | None = None
                    ) -> dict[str, float]:
   """{"val_accuracy", "val_loss"}: means over exactly the images of a split.
 
-  Of a model without a classifier "val_loss" alone, of the features beside those of a teacher, whose
-  variables are given; {} without a teacher.
+  A model without a classifier has only "val_loss", the error of its features against those of the
+  teacher with the variables `teacher`; without a teacher the result is {}.
   """
   names = ("accuracy", "loss") if run.model.num_classes else ("loss",)
   if not run.model.num_classes:
@@ -85,14 +85,14 @@ def evaluate_split(run: Run, variables, split: str, stopping: Stop | None = None
 
 
 def score(scores: dict[str, float]) -> float:
-  """What a higher value of is better: the accuracy on val, or the error of features, negated."""
+  """The number that selects checkpoints, higher is better: val accuracy, or minus the val loss."""
   return scores.get("val_accuracy", -scores.get("val_loss", 0.0))
 
 
 def fit(run_state: RunState, state, stop: int):
-  """Trains from the state's step to `stop`, saving and evaluating on the way and at the end."""
+  """Trains from the state's step to `stop`, saving and evaluating along the way and at the end."""
   run, config, start = run_state.run, run_state.run.config, int(state.step)
-  if start in not_evaluated(run_state, stop):          # stopped before its evaluation was through
+  if start in unscored_steps(run_state, stop):   # the last run stopped during this evaluation
     evaluate_saved(run_state, start, state)
   pending, meter = [], Meter()
   for step in range(start + 1, stop + 1):
@@ -102,20 +102,20 @@ def fit(run_state: RunState, state, stop: int):
     try:
       batch = meter.next_batch(run_state.data, pending[-1] if pending else None)
     except Exception:
-      if run_state.stopping.requested():   # the signal reached the workers too: they went first
+      if run_state.stopping.requested():   # the signal also reached the workers and ended them
         save_and_stop(run_state, step - 1, state, pending, meter)
       raise
     if step == 1:
       run_state.log.picture(1, "augmented", watch.augmented(run, state.key, batch))
     batch = sharding.put_batch(batch, run.mesh)
-    if len(pending) > 1:  # steps are dispatched ahead of the device, but not without end
+    if len(pending) > 1:  # limits how many steps are dispatched ahead of the device
       jax.block_until_ready(pending[-2])
     state, metrics = run.step_at(step - 1)(state, batch)
-    run_state.stopping.saved = False   # not before: the first step compiles for minutes
+    run_state.stopping.saved = False   # set after the call: the first step compiles for minutes
     pending.append(metrics)
     meter.images += config.batch_size
     run_state.log.progress(step)
-    if step == start + 1:  # compilation is not speed
+    if step == start + 1:  # exclude compilation from the measured speed
       jax.block_until_ready(metrics)
       meter.reset()
     save = step % config.checkpoint_every == 0 or step == stop
@@ -130,29 +130,29 @@ def fit(run_state: RunState, state, stop: int):
   return state
 
 
-def not_evaluated(run_state: RunState, stop: int) -> list[int]:
-  """The step that is the newest on disk, if it shall have a score and has none."""
+def unscored_steps(run_state: RunState, stop: int) -> list[int]:
+  """[the newest step on disk] if it is due for evaluation and has no score yet, else []."""
   checkpoints = run_state.checkpoints
   return [step for step in checkpoints.steps()[-1:] if step not in checkpoints.scores and
           (step % run_state.run.config.checkpoint_every == 0 or step == stop)]
 
 
 def log_metrics(run_state: RunState, step: int, pending: list, meter: Meter):
-  """Checks and writes what the last steps measured."""
+  """Checks the metrics of the pending steps for NaNs, and logs them."""
   fetched = jax.device_get(pending)
   nonfinite.check(run_state, step - len(fetched) + 1, fetched)
   rates = meter.read()
   if run_state.per_image:
     rates["mfu"] = run_state.per_image * rates["images_per_second"]
-  if run_state.run.config.data.on_bad == "skip":   # those that this process met since it started
+  if run_state.run.config.data.on_bad == "skip":   # counted by this process since it started
     rates["bad_records"] = len(run_state.data.bad_records)
   run_state.log.write(step, summary(fetched, run_state.skipped) | rates)
 
 
 def summary(metrics: list[dict], skipped: int) -> dict[str, float]:
-  """Means since the last line over steps that were not skipped; of the learning rate the last."""
+  """Means of metrics over the steps that were not skipped, and the last learning rate."""
   counted = [values for values in metrics if not values.get("skipped")]
-  # Phases of one run differ in what they measure; a line has what its last step measured.
+  # The metrics differ between phases of a run; a line has those of its last step.
   means = {name: sum(float(values[name]) for values in counted if name in values) /
                  sum(name in values for values in counted)
            for name in metrics[-1] if any(name in values for values in counted)}
@@ -161,18 +161,18 @@ def summary(metrics: list[dict], skipped: int) -> dict[str, float]:
 
 
 def save_checkpoint(run_state: RunState, step: int, state):
-  """Saves in the background; never a NaN."""
+  """Saves in the background; raises FloatingPointError if the state is not finite."""
   if not steps.all_finite((state.params, state.batch_stats, state.opt_state)):
     raise FloatingPointError(f"the state after step {step} is not finite; it was not saved")
   run_state.checkpoints.save(step, state, run_state.progress())
 
 
 def evaluate_saved(run_state: RunState, step: int, state):
-  """Evaluates a saved state on val, while it may still be on its way to the disk.
+  """Evaluates a state on val, possibly while it is still being written to disk.
 
-  The score chooses the best checkpoint.
+  The score selects the best checkpoint.
   """
-  variables = steps.selected(state, run_state.run.config.eval_params)
+  variables = steps.eval_variables(state, run_state.run.config.eval_params)
   try:
     scores = evaluate_split(run_state.run, variables, "val", run_state.stopping,
                             teacher=state.teacher)
@@ -184,7 +184,7 @@ def evaluate_saved(run_state: RunState, step: int, state):
 
 
 def save_and_stop(run_state: RunState, step: int, state, pending: list, meter: Meter):
-  """Saves what is not on disk, and ends the run as it was asked to."""
+  """Logs and saves what is not on disk yet, then raises Stopped."""
   if pending:
     log_metrics(run_state, step, pending, meter)
   if step not in run_state.checkpoints.steps() and step:
@@ -195,8 +195,8 @@ def save_and_stop(run_state: RunState, step: int, state, pending: list, meter: M
 
 def finish(run: Run, state, checkpoints: Checkpoints, log: Log, mode: str,
            stopping: Stop | None = None) -> Result:
-  """Evaluates a finished state on test, which has chosen nothing, and writes the last line."""
-  variables = steps.selected(state, run.config.eval_params)
+  """Evaluates a finished state on val and on test, which chose nothing, and logs the last line."""
+  variables = steps.eval_variables(state, run.config.eval_params)
   metrics = {"mode": mode, "eval_params": run.config.eval_params}
   if run.config.keep_start and run.config.init_from and mode == "train":
     variables, kept = better_of_start_and_end(run, variables, stopping)
@@ -214,70 +214,71 @@ def finish(run: Run, state, checkpoints: Checkpoints, log: Log, mode: str,
 
 
 def better_of_start_and_end(run: Run, variables, stopping):
-  """(variables, {"kept": "start" or "end", both scores}): the better ones on val, by accuracy and
-  then by loss; training never makes a start worse."""
+  """(variables, {"kept": "start" or "end", both scores}) of the better ones on val, by accuracy and
+  then by loss, so that a run never ends with a worse model than it started from."""
   fresh = fresh_state(run)
-  begun = steps.selected(fresh, run.config.eval_params)
-  scores = {name: evaluate_split(run, ours, "val", stopping, teacher=fresh.teacher)
-            for name, ours in (("start", begun), ("end", variables))}
+  start_variables = steps.eval_variables(fresh, run.config.eval_params)
+  scores = {name: evaluate_split(run, candidate, "val", stopping, teacher=fresh.teacher)
+            for name, candidate in (("start", start_variables), ("end", variables))}
   kept = max(scores, key=lambda name: (score(scores[name]), -scores[name]["val_loss"],
                                        name == "start"))
-  told = {"kept": kept, **{f"{name}_{key}": value for name, values in scores.items()
-                           for key, value in values.items()}}
-  return (begun if kept == "start" else variables), told
+  metrics = {"kept": kept, **{f"{name}_{key}": value for name, values in scores.items()
+                              for key, value in values.items()}}
+  return (start_variables if kept == "start" else variables), metrics
 
 
 def restore(checkpoints: Checkpoints, run: Run, which: str, log: Log, *, set_aside: bool):
-  """(state, progress, step) of the newest checkpoint, or (None, None, 0) where there is none.
+  """(state, progress, step) of the newest checkpoint, or (None, None, 0) if there is none.
 
-  which: with "last_good" damaged ones are passed over, loudly; with "newest" they are an error.
+  which: "last_good" skips damaged checkpoints with a warning; with "newest" they are an error.
   """
-  steps_there = checkpoints.steps()
-  for step in reversed(steps_there):
+  saved_steps = checkpoints.steps()
+  for step in reversed(saved_steps):
     try:
       return *checkpoints.restore(step, run.shapes, run.shardings), step
     except Damaged as error:
       if which == "newest":
-        older = [known for known in steps_there if known < step]
-        there = f" (there is step {older[-1]})" if older else ""
-        raise Damaged(f"{error}. Go on from the checkpoint before it{there} with "
+        older = [known for known in saved_steps if known < step]
+        previous = f" (step {older[-1]})" if older else ""
+        raise Damaged(f"{error}. To resume from the previous checkpoint{previous}, use "
                       "--restore=last_good") from error
       where = f"; set aside as {checkpoints.set_aside(step)}" if set_aside else ""
-      warning = f"WARNING: {error}{where}; falling back to the checkpoint before it"
+      warning = f"WARNING: {error}{where}; falling back to the previous checkpoint"
       print(warning, file=sys.stderr, flush=True)
       log.write(step, {"fallback": warning})
-      if jax.process_count() > 1:   # what one could not read, others may have waited for
+      if jax.process_count() > 1:   # the others may be waiting for this process in the read
         raise Damaged(f"{error}{where}. Start all processes again") from error
-  if steps_there:
-    raise Damaged(f"none of the checkpoints {steps_there} of {checkpoints.directory} is good; to "
-                  "start anew, use another --workdir")
+  if saved_steps:
+    raise Damaged(f"none of the checkpoints {saved_steps} of {checkpoints.directory} is intact; to "
+                  "start from scratch, use another --workdir")
   return None, None, 0
 
 
 def check_start(config, directory: pathlib.Path, which: str):
-  """Refuses what no run can begin with, processes that were started differently among it."""
+  """Raises ValueError for missing data, an unknown `which`, or processes that were started with
+  different configs."""
   if which not in RESTORE:
-    raise ValueError(f"restore={which!r} is none of {', '.join(RESTORE)}")
+    raise ValueError(f"restore={which!r}: must be one of {', '.join(RESTORE)}")
   images = {f"images of {split}": pipeline.num_examples(config.data.name, split)
-            for split in pipeline.SPLITS}   # val and test too: not first when they are needed
+            for split in pipeline.SPLITS}   # val and test too, so that missing ones fail now
   processes.check_agreement({**configs.flat(json.loads(config.to_json())),
                              "--workdir": str(directory), "--restore": which, **images})
 
 
 def check_first_step(run: Run):
-  """Raises what the first step would, by tracing it: before a workdir belongs to this config."""
+  """Traces the first step, so that its errors are raised before the workdir is claimed."""
   jax.eval_shape(run.step_at(0), run.shapes, batch_shapes(run))
 
 
 def train(config, directory, *, until: int | None = None, stopping: Stop | None = None,
           restore_from: str = "newest", watching: watch.Watching | None = None,
           allow: Sequence[str] = ()) -> Result:
-  """Runs a config to its `total_steps` in a workdir; called again, goes on where it stopped.
+  """Runs a config to its `total_steps` in a workdir; called again, it resumes where it stopped.
 
-  until: stops after that step, once it is saved (for tests, and before a machine is taken away).
-  stopping: asked before each batch; when it says so, saves and raises Stopped.
-  restore_from: "last_good" passes over damaged checkpoints, loudly; "newest" refuses them.
-  allow: keys of the config by which the run may differ from how it began, such as "total_steps".
+  until: the step after which to stop, once it is saved (for tests, or when time is limited).
+  stopping: checked before each batch; when a stop is requested, saves and raises Stopped.
+  restore_from: "last_good" skips damaged checkpoints with a warning; "newest" raises an error.
+  allow: config keys whose values may differ from those the run began with, such as "total_steps".
   """
   config, directory = resolve(config), workdir.path_of(directory)
   check_start(config, directory, restore_from)
@@ -287,7 +288,7 @@ def train(config, directory, *, until: int | None = None, stopping: Stop | None 
   data = pipeline.train_batches(
       config.data, image_size=run.preprocess.image_size, batch_size=config.batch_size,
       seed=config.seed, **process_ids())
-  # A file to start from that is missing or does not fit is refused before anything is written.
+  # A missing or unsuitable init_from file is refused before anything is written.
   new = not (directory / "checkpoints").is_dir()
   if new or changed:
     phases.check_end(config, run.model)
@@ -322,9 +323,9 @@ def train(config, directory, *, until: int | None = None, stopping: Stop | None 
       log.say(f"resumed at step {step} from {checkpoints.directory / str(step)}")
       if step > config.total_steps:
         raise ValueError(f"--workdir={directory} is at step {step} already, after config."
-                         f"total_steps={config.total_steps}; give at least as many")
+                         f"total_steps={config.total_steps}; set total_steps to at least {step}")
       for line in changed:
-        log.say(f"goes on differently: {line}")
+        log.say(f"resumed with a changed config: {line}")
       if changed:
         log.write(step, {"changed": "; ".join(changed)})
     elif state is None:  # killed before its first checkpoint
@@ -335,17 +336,17 @@ def train(config, directory, *, until: int | None = None, stopping: Stop | None 
 
 
 def check_shared(directory: pathlib.Path):
-  """Refuses processes that do not see one and the same workdir: each would save its own part."""
+  """Raises ValueError unless all processes share the workdir: each would save only its own part."""
   processes.barrier("process 0 holds the lock")
-  seen = processes.gathered(workdir.holder(directory))
-  if others := [index for index, there in enumerate(seen) if there != seen[0]]:
-    raise ValueError(f"--workdir={directory} of process 0 is not the one that processes {others} "
-                     "see; name a directory that all of them share")
+  holders = processes.gathered(workdir.holder(directory))
+  if others := [index for index, holder in enumerate(holders) if holder != holders[0]]:
+    raise ValueError(f"--workdir={directory} of process 0 is not the directory that processes "
+                     f"{others} see; use a directory that all of them share")
 
 
 def evaluate(config, directory, *, restore_from: str = "newest",
              allow: Sequence[str] = ()) -> Result:
-  """Evaluates the newest checkpoint of a workdir on val and test; changes nothing but the log."""
+  """Evaluates the newest checkpoint of a workdir on val and test; only the log changes."""
   config, directory = resolve(config), workdir.path_of(directory)
   check_start(config, directory, restore_from)
   workdir.check_claim(directory, config, allow=allow, free=(*configs.FREE, "eval_params"))

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: a run stops at them and keeps the batch, or skips such steps."""
+"""Non-finite losses and gradients: a run stops and keeps the batch, or skips such steps."""
 import math
 import pathlib
 
@@ -9,17 +9,17 @@ WATCHED = ("loss", "grad_norm")
 
 
 def check(run_state, first_step: int, metrics: list[dict]):
-  """Stops at the first step whose loss or gradient is not a number that can be trained on.
+  """Raises FloatingPointError at the first step whose loss or gradient is not finite.
 
-  run_state: a `loop.RunState`. With config.optim.skip_nonfinite, such steps changed nothing, and
-  that many are let pass.
+  run_state: a `loop.RunState`. config.optim.skip_nonfinite: the number of such steps that are
+  skipped first; they changed nothing.
   """
-  most, skips = run_state.run.config.optim.skip_nonfinite, 0
+  limit, skips = run_state.run.config.optim.skip_nonfinite, 0
   bad = first_bad(first_step, metrics)
   for step, values in enumerate(metrics, first_step):
     skips += int(values.get("skipped", 0))
-    if run_state.skipped + skips > most and values.get("skipped"):
-      bad = step, f"loss or gradient is not finite at step {step}, and {most} were skipped"
+    if run_state.skipped + skips > limit and values.get("skipped"):
+      bad = step, f"loss or gradient is not finite at step {step}, and {limit} were skipped"
       break
   run_state.skipped += skips
   if bad:
@@ -33,7 +33,7 @@ def check(run_state, first_step: int, metrics: list[dict]):
 
 
 def first_bad(first_step: int, metrics: list[dict]) -> tuple[int, str] | None:
-  """(step, what) of the first loss or gradient that cannot be trained on and was not skipped."""
+  """(step, message) of the first non-finite loss or gradient that was not skipped."""
   for step, values in enumerate(metrics, first_step):
     for name in WATCHED:
       if not values.get("skipped") and not math.isfinite(values[name]):
@@ -42,10 +42,10 @@ def first_bad(first_step: int, metrics: list[dict]) -> tuple[int, str] | None:
 
 
 def keep_batch(directory: pathlib.Path, step: int, data) -> pathlib.Path:
-  """Writes this process's share of a step's batch to nan_step_STEP.npz, as it left the host.
+  """Writes this process's part of a step's batch, before device augmentation, to nan_step_STEP.npz.
 
-  Steps are found out to be bad when their batch is long gone. Data are deterministic, so they are
-  read again; `data` stands elsewhere afterwards.
+  A bad step is detected when its batch has long been freed. Data are deterministic, so the batch is
+  read again, which changes the position of `data`.
   """
   index = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
   path = directory / f"nan_step_{step}{index}.npz"

@@ -1,11 +1,11 @@
-"""From a dense model to a smaller deployed one: train or take it, measure, plan, compact, distil,
-fold, verify, time. Each stage leaves a file in the workdir, and is passed over where that is there:
+"""From a dense model to a smaller deployed one: train or load it, measure, plan, compact, distil,
+fold, verify, time. Each stage writes a file to the workdir, and is skipped if that file exists:
 
-    dense/              a run of its own, where the config gives no file to start from
-    dense.safetensors   our file of others' weights, where it gives these
-    report.json, .html  what `measure` found
-    plan.json, plan.txt the plan and its reasons; edit plan.json to have another
-    compact.safetensors the compacted model, where training begins
+    dense/              the run that trains the dense model, if config.init_from is empty
+    dense.safetensors   init_from converted to our format, if it is a file from another library
+    report.json, .html  the report of `measure`
+    plan.json, plan.txt the plan and its reasons; edit plan.json to use another plan
+    compact.safetensors the compacted model, from which training starts
 """
 import copy
 import functools
@@ -33,31 +33,32 @@ from vitcompact.train import start
 from vitcompact.train.build import model_of, preprocess_of
 
 GOALS = ("macs", "params")
-REQUEST = "request.json"   # with what the stages were begun
+REQUEST = "request.json"   # the budget, plan, data and measurement that the stages began with
 
 
 class Start(NamedTuple):
-  """Where the last stage begins. config: of that run; dense: the file of the dense model."""
+  """What the last stage starts from. config: of its run; dense: the file of the dense model; facts:
+  for the receipt."""
   config: ConfigDict
   dense: pathlib.Path
   facts: dict[str, Any]
 
 
-def asked(config) -> dict[str, float]:
-  """{"macs": share} of a config whose plan is to be chosen from data; {} where it is no path."""
+def budget_of(config) -> dict[str, float]:
+  """{"macs": share} or {"params": share} of a config that compacts a dense model, else {}."""
   section = config.get("compact", {})
   return {goal: section[goal] for goal in GOALS if section.get(goal)}
 
 
 def run(config, directory, say: Callable[[str], Any] = print, **options):
-  """Runs all stages of a config in a workdir, and writes the receipt; called again, goes on.
+  """Runs all stages of a config in a workdir and writes the receipt; called again, it resumes.
 
   options: of `loop.train`, for the two stages that train.
   """
   directory = workdir.path_of(directory)
   last = prepare(config, directory, say, **options)
   if not last.config.compact.distil:
-    result = untrained(last.config, directory, vc.load(last.dense)[1])
+    result = evaluate_compacted(last.config, directory, vc.load(last.dense)[1])
   else:
     result = loop.train(last.config, directory, **options)
   rows = {"dense": vc.load(last.dense)}
@@ -67,9 +68,9 @@ def run(config, directory, say: Callable[[str], Any] = print, **options):
   return report.report(result, directory, before=rows, facts=last.facts, name="distilled")
 
 
-def untrained(config, directory, dense) -> loop.Result:
-  """The result of a run of no steps: the compacted model, evaluated. dense: variables of the model
-  that it was made of."""
+def evaluate_compacted(config, directory, dense) -> loop.Result:
+  """Evaluates the compacted model as the result of a run without training. dense: the variables of
+  the dense model."""
   config = loop.resolve(config)
   built = loop.build(config)
   _, variables = vc.load(directory / "compact.safetensors")
@@ -81,14 +82,14 @@ def untrained(config, directory, dense) -> loop.Result:
 
 
 def prepare(config, directory: pathlib.Path, say=print, **options) -> Start:
-  """Every stage before the last one's training."""
+  """Runs every stage before the last one's training."""
   config = configs.complete(config)
-  goal = asked(config)
-  if len(goal) != 1:
-    raise ValueError(f"config.compact: give one of {', '.join(GOALS)}, a share of the dense "
-                     f"model's; got {goal}")
+  budget = budget_of(config)
+  if len(budget) != 1:
+    raise ValueError(f"config.compact: give one of {', '.join(GOALS)}, as a share of the dense "
+                     f"model's; got {budget}")
   if directory.exists() and not directory.is_dir():
-    raise ValueError(f"{directory} is a file; name a directory")
+    raise ValueError(f"{directory} is a file; give a directory")
   directory.mkdir(parents=True, exist_ok=True)
   if not config.init_from:
     dense = train_dense(config, directory / "dense", say, **options)
@@ -97,52 +98,51 @@ def prepare(config, directory: pathlib.Path, say=print, **options) -> Start:
   else:
     dense = convert_dense(config, dense, directory / "dense.safetensors", say)
   if jax.process_index() == 0:
-    fit(config, directory, dense, goal, say)
+    measure_plan_compact(config, directory, dense, budget, say)
   processes.barrier("the model is compacted")
   plan = Plan.parse(str(directory / "plan.json"))
-  after = copy.deepcopy(config)
-  after.plan, after.init_from = plan.to_json(), str(directory / "compact.safetensors")
+  last = copy.deepcopy(config)
+  last.plan, last.init_from = plan.to_json(), str(directory / "compact.safetensors")
   if config.compact.distil:
-    after.keep_start, after.teacher.file = True, str(dense)
+    last.keep_start, last.teacher.file = True, str(dense)
   else:
-    labels = float(asked_model(config).num_classes > 0)
-    after.loss.update(labels=labels, logits=0.0, patches=0.0, hard=0.0, soft=0.0)
+    labels = float(dense_model_of(config).num_classes > 0)
+    last.loss.update(labels=labels, logits=0.0, patches=0.0, hard=0.0, soft=0.0)
   facts = {"compacted_from": str(dense), "dense_sha256": sha256(dense), **start.source_of(dense),
-           "compact_sha256": sha256(directory / "compact.safetensors"), "budget": goal,
+           "compact_sha256": sha256(directory / "compact.safetensors"), "budget": budget,
            "plan_reasons": (directory / "plan.txt").read_text(encoding="utf-8").splitlines()}
-  # The budget has been spent: what goes on is a run of this plan.
+  # The last stage is an ordinary run of this plan: it has no budget.
   for name in GOALS:
-    after.compact[name] = 0.0
-  return Start(configs.complete(after), dense, facts)
+    last.compact[name] = 0.0
+  return Start(configs.complete(last), dense, facts)
 
 
 def train_dense(config, directory, say, **options) -> pathlib.Path:
-  """The file of the dense model, trained first where it is not there."""
+  """The file of the dense model, which is trained first if there is none."""
   path = directory / "trained.safetensors"
   if path.exists():
     return path
   if not config.compact.dense_steps:
-    raise ValueError("config.init_from is empty: give the dense model's .safetensors, or config."
-                     "compact.dense_steps, for which it is trained first")
+    raise ValueError("config.init_from is empty: give the dense model's .safetensors, or set "
+                     "config.compact.dense_steps to train it first")
   say(f"dense model: {config.compact.dense_steps} steps, in {directory}")
-  first = copy.deepcopy(config)
-  first.plan, first.total_steps = "", config.compact.dense_steps
-  first.optim.learning_rate = config.compact.dense_learning_rate
-  first.optim.warmup_steps = first.total_steps // 10
-  first.checkpoint_every = max(1, first.total_steps // 4)
-  first.loss.update(labels=1.0, logits=0.0, patches=0.0, hard=0.0, soft=0.0)
+  dense = copy.deepcopy(config)
+  dense.plan, dense.total_steps = "", config.compact.dense_steps
+  dense.optim.learning_rate = config.compact.dense_learning_rate
+  dense.optim.warmup_steps = dense.total_steps // 10
+  dense.checkpoint_every = max(1, dense.total_steps // 4)
+  dense.loss.update(labels=1.0, logits=0.0, patches=0.0, hard=0.0, soft=0.0)
   for name in GOALS:
-    first.compact[name] = 0.0
-  result = loop.train(first, directory, **options)
+    dense.compact[name] = 0.0
+  result = loop.train(dense, directory, **options)
   report.report(result, directory)
   return path
 
 
 def convert_dense(config, path: pathlib.Path, out: pathlib.Path, say) -> pathlib.Path:
-  """Our file of others' weights, which have to be of the model and classes that a config asks for.
-  """
+  """Converts another library's weights of the config's model and classes to a file of ours."""
   if jax.process_index() == 0:
-    model = asked_model(config)
+    model = dense_model_of(config)
     loaded = convert.read_state_dict(model, pytorch.read_checkpoint(path))
     convert.save(out, model, loaded.variables, force=True,
                  about={"source": str(path), "source_sha256": sha256(path)})
@@ -152,14 +152,14 @@ def convert_dense(config, path: pathlib.Path, out: pathlib.Path, say) -> pathlib
   return out
 
 
-def fit(config, directory, dense: pathlib.Path, goal, say):
-  """Measures, plans and compacts, each where its file is not there yet."""
+def measure_plan_compact(config, directory, dense: pathlib.Path, budget, say):
+  """Measures, plans and compacts, skipping each stage whose file exists."""
   model, variables = vc.load(dense)
   check_dense(config, dense, model)
-  wanted = Plan.parse(config.plan)
-  if wanted != Plan():
-    model.clone(plan=wanted).check()
-  check_request(directory, {**goal, "plan": config.plan, "data": config.data.name,
+  given_plan = Plan.parse(config.plan)
+  if given_plan != Plan():
+    model.clone(plan=given_plan).check()
+  check_request(directory, {**budget, "plan": config.plan, "data": config.data.name,
                             **{key: config.compact[key] for key in ("images", "sensitivity")}})
 
   @functools.cache
@@ -176,30 +176,30 @@ def fit(config, directory, dense: pathlib.Path, goal, say):
     found.save(directory)
     say(f"measured on {found.images} images: {directory / 'report.html'}")
   if not (directory / "plan.json").exists():
-    plan = wanted if wanted != Plan() else found.plan(**goal)
+    plan = given_plan if given_plan != Plan() else found.plan(**budget)
     write(directory / "plan.json", json.dumps(json.loads(plan.to_json()), indent=1) + "\n")
   try:
     plan = Plan.parse(str(directory / "plan.json"))
     model.clone(plan=plan).check()
   except ValueError as error:
-    raise ValueError(f"{directory / 'plan.json'}: {error}; mend it, or remove it to have a new "
+    raise ValueError(f"{directory / 'plan.json'}: {error}; correct it, or remove it to get a new "
                      "one") from None
   reasons = reasons_of(found, plan)
   write(directory / "plan.txt", reasons + "\n")
   say(f"plan: {reasons.splitlines()[0]}")
   compacted = directory / "compact.safetensors"
   if compacted.exists():
-    there, about = vc.load(compacted)[0].plan, convert.read_metadata(compacted)
-    if there != plan or about.get("dense") != digest:
-      raise ValueError(f"{compacted} is of another plan or another dense model; remove it to make "
-                       "it anew, or use another workdir")
+    its_plan, about = vc.load(compacted)[0].plan, convert.read_metadata(compacted)
+    if its_plan != plan or about.get("dense") != digest:
+      raise ValueError(f"{compacted} is of another plan or another dense model; remove it to have "
+                       "it made again, or use another workdir")
     return
   with Bar("compact") as progress:
-    done = []
+    blocks_done = []
 
     def step(name, notes):
-      done.append(name)
-      progress(name, len(done), len(found.blocks))
+      blocks_done.append(name)
+      progress(name, len(blocks_done), len(found.blocks))
 
     small, fitted = vc.compact(model, variables, plan, calibration(), step)
   names = pipeline.class_names(config.data.name) if model.num_classes else ()
@@ -209,43 +209,43 @@ def fit(config, directory, dense: pathlib.Path, goal, say):
 
 
 def check_dense(config, path: pathlib.Path, model):
-  """Refuses a file that is no dense model, or of another model or other classes than the run's."""
+  """Raises ValueError unless the file holds the run's dense model, with the run's classes."""
   if model.plan != Plan() or model.deploy:
     raise ValueError(f"{path} holds plan={model.plan.to_json()}, deploy={model.deploy}: the path "
                      "starts from a dense, unfolded model")
-  names, wanted = pipeline.class_names(config.data.name), asked_model(config)
-  if model.variant.partition(".")[0] == wanted.variant:   # weights have a tag, the config need not
-    wanted = wanted.clone(variant=model.variant)
+  names, expected = pipeline.class_names(config.data.name), dense_model_of(config)
+  if model.variant.partition(".")[0] == expected.variant:   # the config may leave the tag out
+    expected = expected.clone(variant=model.variant)
   free = {"drop_path_rate": 0.0, "dtype": "float32", "remat": False}
   free |= {"mix_token": False} if hasattr(model, "mix_token") else {}
-  if wanted.clone(**free) != model.clone(**free, execution=wanted.execution):
-    other = {key: (value, fields_of(wanted).get(key)) for key, value in fields_of(model).items()
-             if value != fields_of(wanted).get(key) and key not in (*free, "execution")}
+  if expected.clone(**free) != model.clone(**free, execution=expected.execution):
+    other = {key: (value, fields_of(expected).get(key)) for key, value in fields_of(model).items()
+             if value != fields_of(expected).get(key) and key not in (*free, "execution")}
     raise ValueError(f"{path} holds {model.variant}, not what config.model and config.data ask for"
-                     f": (there, asked for) are {other or wanted.variant}")
+                     f": (in the file, asked for) are {other or expected.variant}")
   check_classes(str(path), convert.classes_of(path), names, start.WAY_OUT)
 
 
-def asked_model(config):
-  """The dense model of a config and its data."""
+def dense_model_of(config):
+  """The dense model that a config and its data ask for."""
   return model_of(config, pipeline.num_classes(config.data.name))
 
 
 def check_request(directory: pathlib.Path, request: dict):
-  """Refuses a workdir that was begun with another budget, plan, data or measurement."""
+  """Raises ValueError for a workdir that began with another budget, plan, data or measurement."""
   path = directory / REQUEST
   if not path.exists():
     write(path, json.dumps(request, indent=1) + "\n")
     return
   try:
     old = json.loads(path.read_text(encoding="utf-8"))
-    other = [f"{key} was {old.get(key)!r} and is {request.get(key)!r}"
-             for key in sorted({*old, *request}) if old.get(key) != request.get(key)]
+    changes = [f"{key} was {old.get(key)!r} and is {request.get(key)!r}"
+               for key in sorted({*old, *request}) if old.get(key) != request.get(key)]
   except (ValueError, AttributeError, RecursionError) as error:
     raise ValueError(f"{path}: {error}; use another directory") from None
-  if other:
-    raise ValueError(f"{directory} was begun otherwise: {'; '.join(other)}. Use another directory, "
-                     "or edit its plan.json and remove compact.safetensors")
+  if changes:
+    raise ValueError(f"{directory} began with other settings: {'; '.join(changes)}. Use another "
+                     "directory, or edit its plan.json and remove compact.safetensors")
 
 
 def reasons_of(found: Report, plan: Plan) -> str:
@@ -256,15 +256,15 @@ def reasons_of(found: Report, plan: Plan) -> str:
 
 
 def distillation(file) -> dict[str, float]:
-  """Weights of the loss by which a smaller model learns from that of a file: from its logits, and
-  from its patches where it has features of them."""
+  """Loss weights for distilling from the model in a file: from its logits if it has a classifier,
+  and from its patches if it has patch features."""
   model = convert.read_model(file)
   return {"labels": 0.0, "logits": float(model.num_classes > 0),
           "patches": float(bool(model.teaches))}
 
 
 def calibration_images(config, preprocess, split: str = "train") -> np.ndarray:
-  """As many images as the config asks for: see `start.calibration_images`."""
+  """`config.compact.images` calibration images, see `start.calibration_images`."""
   return start.calibration_images(config, preprocess, split, config.compact.images)
 
 
@@ -280,7 +280,7 @@ def write(path: pathlib.Path, text: str):
 
 
 class Bar:
-  """A progress bar with the time that is left, as a callback (name, done, total)."""
+  """A progress bar with the remaining time, as a callback (name, done, total)."""
 
   def __init__(self, title: str):
     import rich.progress

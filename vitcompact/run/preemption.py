@@ -1,10 +1,10 @@
-"""Leaving when asked to: SIGTERM and Ctrl-C are noticed at once, and cost at most a step.
+"""Stops a run on SIGTERM or Ctrl-C: signals are noticed at once, and lose at most one step.
 
 Imports no JAX, so that main.py can listen before it loads anything.
 
-A flag that a loop reads is not enough: Python's own handler waits until the compiler returns, which
-can take minutes, and a machine that is taken away gives seconds. So a thread reads the signal from
-a pipe, and where everything is on disk already, it ends the process there and then.
+A flag that the loop reads is not enough: Python runs its signal handlers only after the compiler
+returns, which can take minutes, while preemption gives a notice of seconds. So a thread reads the
+signal from a pipe, and ends the process immediately if everything is on disk already.
 """
 import contextlib
 import multiprocessing
@@ -14,23 +14,23 @@ import sys
 import threading
 from multiprocessing import resource_tracker
 
-STOPPED = 75    # exit code: asked to leave, all is saved; the same command goes on (EX_TEMPFAIL)
-ABANDONED = 130 # exit code: left at a second Ctrl-C, as a shell would have it
+STOPPED = 75    # exit code: stopped on request, saved; the same command resumes (EX_TEMPFAIL)
+ABANDONED = 130 # exit code: ended by a second Ctrl-C, as is usual in a shell
 POLL = 0.05     # seconds
 
 
 class Stopped(Exception):
-  """The run was asked to leave; where `step` is given, everything up to it is on disk."""
+  """The run was asked to stop; if `step` is given, everything up to it is on disk."""
 
   def __init__(self, step: int | None = None):
     where = "in an evaluation" if step is None else f"at step {step}"
-    super().__init__(f"stopped {where}; saved. The same command goes on from it")
+    super().__init__(f"stopped {where}; saved. Run the same command again to resume")
 
 
 class Stop:
-  """Whether the run shall end, and whether ending at once would lose anything.
+  """Whether a stop was requested, and whether stopping immediately would lose anything.
 
-  saved: set by the training loop: nothing has been computed that is not on disk.
+  saved: set by the training loop when everything it has computed is on disk.
   """
 
   def __init__(self):
@@ -39,11 +39,11 @@ class Stop:
     self.ticks = 0
 
   def requested(self) -> bool:
-    """Asked at the same places by every process: before a step and before a batch of evaluation.
+    """Whether to stop. Called before each step and each batch of evaluation, in every process.
 
-    With several processes all of them get the same answer, whichever was signalled.
+    With several processes all of them get the same answer, whichever of them got the signal.
     """
-    import jax  # late: see above
+    import jax  # not at the top, see the module's docstring
     if jax.process_count() == 1:
       return self.signalled
     from jax.experimental import multihost_utils
@@ -51,23 +51,23 @@ class Stop:
     return multihost_utils.reached_preemption_sync_point(self.ticks)
 
 
-def leave(code: int):
-  """Ends the process from any thread, and the data's workers with it: nobody else would."""
+def exit_now(code: int):
+  """Ends the process from any thread, after killing its data workers, which would stay alive."""
   for child in multiprocessing.active_children():
     child.kill()
   os._exit(code)
 
 
 def second_ctrl_c():
-  print("left at once; steps since the last checkpoint are lost. The same command goes on from it",
-        file=sys.stderr, flush=True)
-  leave(ABANDONED)
+  print("exited immediately; steps since the last checkpoint are lost. Run the same command again "
+        "to resume from it", file=sys.stderr, flush=True)
+  exit_now(ABANDONED)
 
 
 def start_tracker():
-  """Starts Python's tracker of shared memory. `leave` leaves to it what the data's workers had: it
-  removes that, and shall not warn of each."""
-  sys.warnoptions.append("ignore:resource_tracker:UserWarning")   # which it is started with
+  """Starts Python's tracker of shared memory, without its warnings. After `exit_now` it removes the
+  shared memory of the data workers."""
+  sys.warnoptions.append("ignore:resource_tracker:UserWarning")   # inherited by the tracker
   try:
     resource_tracker.ensure_running()
   finally:
@@ -76,48 +76,49 @@ def start_tracker():
 
 @contextlib.contextmanager
 def on_signal():
-  """A Stop that SIGTERM or Ctrl-C triggers; a second Ctrl-C leaves at once.
+  """A context with a Stop that SIGTERM or Ctrl-C triggers; a second Ctrl-C exits immediately.
 
-  Of one process; in a group of several JAX itself listens for SIGTERM, to which Ctrl-C is turned.
+  This is for one process. With several, JAX itself listens for SIGTERM, and Ctrl-C becomes SIGTERM.
   """
-  stop, asked, over = Stop(), threading.Event(), threading.Event()
+  stop, stop_event, over = Stop(), threading.Event(), threading.Event()
   read, write = os.pipe()
   os.set_blocking(write, False)
 
   def listen():
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     presses = 0
-    while got := os.read(read, 1):      # empty: the pipe was closed, the run is over
-      if got[0] == signal.SIGTERM:      # others are of a child that ended, say
+    while number := os.read(read, 1):   # empty if the pipe was closed: the run is over
+      if number[0] == signal.SIGTERM:   # ignores other signals, such as SIGCHLD
         stop.signalled = True
-        asked.set()
-      elif got[0] == signal.SIGINT:
+        stop_event.set()
+      elif number[0] == signal.SIGINT:
         presses += 1
         if presses > 1:
           second_ctrl_c()
-        print("stopping; Ctrl-C again leaves at once", file=sys.stderr, flush=True)
+        print("stopping; press Ctrl-C again to exit immediately", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
 
-  def leave_when_saved():
-    asked.wait()
-    while not stop.saved and not over.is_set():   # the loop is on its way to saving
+  def exit_when_saved():
+    stop_event.wait()
+    while not stop.saved and not over.is_set():   # the loop is about to save
       over.wait(POLL)
-    if not over.is_set():               # else who catches Stopped decides how to leave
-      print("stopped; nothing is lost. The same command goes on", file=sys.stderr, flush=True)
-      leave(STOPPED)
+    if not over.is_set():               # else the handler of Stopped decides how to exit
+      print("stopped; nothing is lost. Run the same command again to resume", file=sys.stderr,
+            flush=True)
+      exit_now(STOPPED)
 
   def handler(number, _):
     if number == signal.SIGTERM:
       stop.signalled = True
 
-  # A terminal sends Ctrl-C to the data's workers too, who inherit that it is blocked: they would go
-  # first, each with a traceback. One thread of this process hears it. (Python 3.11's tracker of
-  # shared memory unblocks it in who starts that one, so it is started before.)
+  # A terminal sends Ctrl-C to the data workers too, which would end first, each with a traceback.
+  # So SIGINT is blocked, which workers inherit, and only one thread of this process receives it.
+  # (Starting Python 3.11's tracker of shared memory unblocks SIGINT, so it is started before.)
   start_tracker()
   signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
   old = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
   old_pipe = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-  threads = [threading.Thread(target=target, daemon=True) for target in (listen, leave_when_saved)]
+  threads = [threading.Thread(target=target, daemon=True) for target in (listen, exit_when_saved)]
   for thread in threads:
     thread.start()
   try:
@@ -128,7 +129,7 @@ def on_signal():
     for number, before in old.items():
       signal.signal(number, before)
     over.set()
-    asked.set()
+    stop_event.set()
     os.close(write)
     for thread in threads:
       thread.join()

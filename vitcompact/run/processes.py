@@ -1,4 +1,4 @@
-"""Several processes as one run: how they meet, agree, and notice that one of them is gone."""
+"""Several processes as one run: how they connect, agree, and notice that one of them has died."""
 import json
 
 import jax
@@ -7,17 +7,17 @@ from jax.experimental import multihost_utils
 
 from vitcompact import trees
 
-LOST = 76         # exit code: another process of the run is gone; start all of them again
-HEARTBEAT = 60    # seconds without a sign of life after which JAX ends the others
+LOST = 76         # exit code: another process of the run has died; start all of them again
+HEARTBEAT = 60    # seconds without a heartbeat after which JAX ends the other processes
 
 
 def connect(coordinator: str, process_id: int | None = None, num_processes: int | None = None,
             patience: int = 300):
-  """Joins the processes of a run, before any of them uses a device.
+  """Connects the processes of a run; to be called before any of them uses a device.
 
-  coordinator: "" (one process), "auto" (Cloud TPU, SLURM, Open MPI: the environment says all), or
-    HOST:PORT of process 0, where each process says its number and how many there are.
-  patience: seconds to wait for the others.
+  coordinator: "" (one process), "auto" (Cloud TPU, SLURM or Open MPI, read from the environment),
+    or HOST:PORT of process 0; then process_id and num_processes are required.
+  patience: seconds to wait for the other processes.
   """
   if not coordinator:
     if process_id is not None or num_processes is not None:
@@ -26,12 +26,12 @@ def connect(coordinator: str, process_id: int | None = None, num_processes: int 
   waits = {"heartbeat_timeout_seconds": HEARTBEAT, "initialization_timeout": patience}
   if coordinator == "auto":
     if process_id is not None or num_processes is not None:
-      raise ValueError("--coordinator=auto finds out by itself: leave out --process_id and "
-                       "--num_processes")
+      raise ValueError("--coordinator=auto reads them from the environment: leave out --process_id "
+                       "and --num_processes")
     try:
       jax.distributed.initialize(**waits)
     except ValueError as error:
-      raise ValueError("--coordinator=auto found no Cloud TPU, SLURM or Open MPI around it; give "
+      raise ValueError("--coordinator=auto found no Cloud TPU, SLURM or Open MPI environment; give "
                        "--coordinator=HOST:PORT --process_id=I --num_processes=N") from error
     return
   host, _, port = coordinator.rpartition(":")
@@ -40,13 +40,13 @@ def connect(coordinator: str, process_id: int | None = None, num_processes: int 
   if process_id is None or num_processes is None:
     raise ValueError(f"--coordinator={coordinator} needs --process_id and --num_processes")
   if not 0 <= process_id < num_processes:
-    raise ValueError(f"--process_id={process_id} must be 0 to {num_processes - 1}, one less than "
+    raise ValueError(f"--process_id={process_id} must be 0 to {num_processes - 1}, less than "
                      f"--num_processes={num_processes}")
   try:
     jax.distributed.initialize(coordinator, num_processes, process_id,
                                cluster_detection_method="deactivate", **waits)
   except jax.errors.JaxRuntimeError as error:
-    raise ValueError(f"process {process_id} of {num_processes} did not meet the others at "
+    raise ValueError(f"process {process_id} of {num_processes} could not connect to the others at "
                      f"{coordinator} within {patience} s: {first_line(error)}") from error
 
 
@@ -55,7 +55,7 @@ def first_line(error: Exception) -> str:
 
 
 def gathered(value) -> list:
-  """The JSON value of every process, in their order."""
+  """A list of the JSON values of all processes, by process number."""
   if jax.process_count() == 1:
     return [value]
   text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -67,7 +67,7 @@ def gathered(value) -> list:
 
 
 def check_agreement(facts: dict):
-  """Refuses processes whose facts ({name: JSON value}) differ; every process names who and what."""
+  """Raises ValueError in every process if their facts ({name: JSON value}) differ."""
   first, *others = gathered({"jax": jax.__version__, **facts})
   lines = [f"{key} is {first.get(key)!r} in process 0 and {other.get(key)!r} in process {index}"
            for index, other in enumerate(others, 1) for key in sorted(first.keys() | other.keys())
@@ -78,7 +78,7 @@ def check_agreement(facts: dict):
 
 
 def barrier(name: str):
-  """Until every process is here."""
+  """Waits until every process has called it."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 
@@ -88,16 +88,16 @@ def several() -> bool:
 
 
 class PeerLost(RuntimeError):
-  """Another process did not come to where all of them wait for each other."""
+  """Another process did not arrive where all of them wait for each other."""
 
 
-# What is raised in a process when another one went away: by JAX in the middle of a collective.
+# Raised in a process when another one has died; the first one by JAX, during a collective.
 PEER_ERRORS = (jax.errors.JaxRuntimeError, PeerLost)
 
 
 def lost(error: Exception) -> RuntimeError:
-  """What to say when a collective failed."""
+  """The error to raise when a collective has failed."""
   return RuntimeError(
-      f"process {jax.process_index()} of {jax.process_count()} cannot go on: {first_line(error)}. "
-      "If another process ended, its own output says why. Saved checkpoints are whole: start all "
-      "processes again, and they go on from the newest")
+      f"process {jax.process_index()} of {jax.process_count()} cannot continue: "
+      f"{first_line(error)}. If another process ended, its own output says why. Saved checkpoints "
+      "are intact: start all processes again, and they resume from the newest one")

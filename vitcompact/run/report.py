@@ -1,4 +1,4 @@
-"""The end of a run: fold, verify, evaluate and time the deployed model, write it and a receipt."""
+"""The end of a run: folds, verifies, evaluates and times the model; writes it with a receipt."""
 import dataclasses
 import functools
 import pathlib
@@ -20,25 +20,25 @@ from vitcompact.train.config import formats_of
 from vitcompact.train.feature_step import make_feature_eval_step
 
 TIMED_IMAGES = 32
-HALF_TOLERANCE = 0.05   # of bfloat16, which rounds two forms of one function apart
+HALF_TOLERANCE = 0.05   # for bfloat16, in which two forms of one function round differently
 
 
 def report(result: loop.Result, workdir, *, before=None, facts=None,
            name: str = "trained") -> Receipt:
-  """Writes trained.safetensors (what another run may start from), deploy.safetensors, receipt.json
-  and receipt.md of a finished run into its workdir.
+  """Writes trained.safetensors (from which another run may start), deploy.safetensors, receipt.json
+  and receipt.md of a finished run to its workdir.
 
-  before: {name: (model, variables)} of the stages before this run, such as the dense model, which
-  are evaluated as well; facts: further ones for the receipt; name: of the model of this run.
+  before: {name: (model, variables)} of earlier stages, such as the dense model, which are evaluated
+  as well; facts: more facts for the receipt; name: of this run's model.
 
-  The deployed model is evaluated on the test images itself: its accuracy is not taken over. Folding
-  is verified in float32: bfloat16 rounds two forms of one function apart by far more.
+  The deployed model is evaluated on the test images itself, as it need not have the trained model's
+  accuracy. Folding is verified in float32: in bfloat16, two forms of one function differ much more.
   """
   config, model = result.config, result.model
   run = loop.build(config)
   variables = jax.device_get(sharding.gather(result.variables, run.mesh))
   deploy, folded = vc.fold(model, variables)
-  # On the device: it is the model that is timed, not the way there.
+  # On the device, so that the timings do not include the transfer.
   images = jnp.asarray(start.calibration_images(config, run.preprocess, "val", TIMED_IMAGES))
   tested = pipeline.num_examples(config.data.name, "test")
   models = {**(before or {}), name: (model, variables), "deployed": (deploy, folded)}
@@ -47,13 +47,13 @@ def report(result: loop.Result, workdir, *, before=None, facts=None,
     models = {"dense": (dense, None), **models}
   rows, errors = [], {}
   teacher = models["dense"][1] if "dense" in models else None
-  for row, (its, own) in models.items():
-    scores = {} if own is None else (
-        result.metrics if row == name else _test_scores(run, its, own, teacher))
+  for row, (row_model, row_variables) in models.items():
+    scores = {} if row_variables is None else (
+        result.metrics if row == name else _test_scores(run, row_model, row_variables, teacher))
     if not model.num_classes and "test_loss" in scores:
       errors[row] = scores["test_loss"]
     accuracy = scores.get("test_accuracy")
-    rows.append(Row(row, vc.count(its, variables=own), accuracy,
+    rows.append(Row(row, vc.count(row_model, variables=row_variables), accuracy,
                     tested=0 if accuracy is None else tested))
   timings = _time(rows, models, images)
   random = jax.random.normal(jax.random.key(config.seed), images.shape)
@@ -62,7 +62,7 @@ def report(result: loop.Result, workdir, *, before=None, facts=None,
   if model.dtype != "float32":
     further[model.dtype] = vc.verify(model, variables, deploy, folded, images,
                                      tolerance=HALF_TOLERANCE)
-  # Of a file: of weights by name the newest commit may be another by now.
+  # Read from a file only: weights by name may have a newer commit by now.
   source = start.source_of(config.init_from)
   facts = {
       "model": config.model.name, "plan": config.plan, "data": config.data.name,
@@ -84,7 +84,7 @@ def report(result: loop.Result, workdir, *, before=None, facts=None,
     directory = pathlib.Path(workdir)
     write(directory, receipt, {name: (model, variables), "deploy": (deploy, folded)},
           run.preprocess, source)
-    # deploy.safetensors is there already.
+    # deploy.safetensors has been written already.
     if formats := [other for other in formats_of(config) if other != "safetensors"]:
       found = exports(formats, directory, deploy.clone(dtype="float32"), folded,
                       preprocess=run.preprocess, classes=classes or None)
@@ -94,21 +94,21 @@ def report(result: loop.Result, workdir, *, before=None, facts=None,
 
 
 def write(directory: pathlib.Path, receipt: Receipt, files: dict, preprocess=None, source=None):
-  """files: {name: (model, variables)}. preprocess: of the run's evaluation, which they keep, as
-  they do the source of the weights that the run began with, see `start.source_of`."""
+  """Writes the receipt and the files {name: (model, variables)}, whose metadata get `preprocess`,
+  the run's evaluation, and `source`, that of its initial weights (see `start.source_of`)."""
   try:
     for name, (model, variables) in files.items():
       convert.save(directory / f"{name}.safetensors", model, variables, force=True,
                    classes=receipt.classes or None, preprocess=preprocess, about=source)
     receipt.write(directory)
   except OSError as error:
-    raise OSError(f"the run is done, but its report was not written: {error}. Then give the "
+    raise OSError(f"the run is done, but its report was not written: {error}. Then run the "
                   "same command again") from error
 
 
 def exports(formats, directory: pathlib.Path, model, variables, **about) -> list[dict]:
-  """Writes the deployed model in these formats; of each file its digest, its proof, and its speed
-  against XLA's, paired, on images of its own."""
+  """Exports the deployed model to `formats`; returns each file's digest, its largest difference,
+  and its speed relative to XLA, by paired timing."""
   found = []
   for name in formats:
     path = directory / f"deploy{FORMATS[name].suffix}"
@@ -119,29 +119,30 @@ def exports(formats, directory: pathlib.Path, model, variables, **about) -> list
                         f"export {directory / 'deploy.safetensors'}` exports it") from error
     images = jnp.asarray(about["preprocess"].normalise(
         photographs(about["preprocess"], TIMED_IMAGES)))
-    told = {"file": path.name, "runtime": done.runtime, "sha256": done.sha256,
-            "largest_difference": done.max_rel, "compared_on": done.images}
-    if name in ("onnx", "openvino"):   # the others are XLA, too
-      run, shown = runtimes.opened(path), np.asarray(images)
-      ours = functools.partial(jax.jit(model.apply), jax.device_put(variables), images)
-      timing = bench.paired({"XLA": ours, name: lambda run=run, shown=shown: run(shown)})[name]
-      told |= {"speed_xla_is_1": [timing.speedup, timing.low, timing.high], "clock": timing.clock}
-    found.append(told)
+    facts = {"file": path.name, "runtime": done.runtime, "sha256": done.sha256,
+             "largest_difference": done.max_rel, "compared_on": done.images}
+    if name in ("onnx", "openvino"):   # the other formats run in XLA
+      run, batch = runtimes.opened(path), np.asarray(images)
+      xla = functools.partial(jax.jit(model.apply), jax.device_put(variables), images)
+      timing = bench.paired({"XLA": xla, name: lambda run=run, batch=batch: run(batch)})[name]
+      facts |= {"speed_xla_is_1": [timing.speedup, timing.low, timing.high], "clock": timing.clock}
+    found.append(facts)
   return found
 
 
 def method_facts(model, variables, images) -> dict[str, float]:
-  """What the plan's methods tell of a batch of inference, such as the share of pairs scored."""
+  """Facts that the plan's methods report about a batch, such as the share of pairs scored."""
   sown = sorted({name for method in model.plan.methods() for name in protocol.collections(method)})
-  telling = [method for method in model.plan.methods() if hasattr(method, "facts")]
-  if not telling:
+  methods = [method for method in model.plan.methods() if hasattr(method, "facts")]
+  if not methods:
     return {}
   _, new = jax.jit(functools.partial(model.apply, mutable=sown))(variables, images)
-  return {name: value for method in telling for name, value in protocol.facts(method, new).items()}
+  return {name: value for method in methods for name, value in protocol.facts(method, new).items()}
 
 
 def _test_scores(run: loop.Run, model, variables, teacher) -> dict[str, float]:
-  """teacher: variables of the dense model, which features are compared with; None without any."""
+  """Metrics of a model on test. teacher: variables of the dense model, with whose features those of
+  a model without a classifier are compared, or None."""
   images = run.preprocess.mean, run.preprocess.std
   if model.num_classes:
     eval_step = steps.make_eval_step(model, *images)
@@ -153,7 +154,7 @@ def _test_scores(run: loop.Run, model, variables, teacher) -> dict[str, float]:
 
 
 def _time(rows, models, images) -> dict[str, bench.Timing]:
-  """Forward passes of the rows' models, in one paired run; an untrained one times as well."""
+  """Times the rows' models in one paired run; a model without variables is initialised first."""
   calls = {}
   for row in rows:
     model, variables = models[row.name]

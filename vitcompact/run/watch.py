@@ -1,4 +1,4 @@
-"""Watching a run: how much of the device it uses, a profile of some steps, mirrors of its log."""
+"""Watching a run: device utilisation, a profile of some steps, sample images, Weights & Biases."""
 import dataclasses
 import importlib
 import json
@@ -13,7 +13,7 @@ import numpy as np
 import vitcompact as vc
 
 # Dense bfloat16 TFLOP/s of one JAX device, by the first words of its `device_kind`, from the
-# makers' data sheets. A v2 or v3 chip is two devices. What is not here needs --peak_tflops.
+# vendors' data sheets. A v2 or v3 chip is two devices. Other devices need --peak_tflops.
 PEAK_TFLOPS = {
     "TPU v2": 22.5, "TPU v3": 61.5, "TPU v4": 275, "TPU v5 lite": 197, "TPU v5e": 197,
     "TPU v5p": 459, "TPU v5": 459, "TPU v6 lite": 918, "TPU v6e": 918,
@@ -24,7 +24,8 @@ PICTURES = 16
 
 @dataclasses.dataclass(frozen=True)
 class Watching:
-  """What else a run shall show. profile: "START:STEPS"; wandb: a project's name."""
+  """Options for watching a run. profile: "START:STEPS"; wandb: the name of a project; peak_tflops:
+  of one device, 0: that of PEAK_TFLOPS."""
   profile: str = ""
   wandb: str = ""
   peak_tflops: float = 0.0
@@ -36,32 +37,33 @@ class Watching:
 
 
 def profiled_steps(profile: str) -> range:
-  """The steps that "START:STEPS" names; empty for ""."""
+  """The range of steps in "START:STEPS"; empty for ""."""
   if not profile:
     return range(0)
   start, _, count = profile.partition(":")
   if not (start.isdecimal() and count.isdecimal() and int(start) and int(count)):
-    raise ValueError(f"--profile={profile!r} is not START:STEPS, as in --profile=100:5")
+    raise ValueError(f"--profile={profile!r} must be START:STEPS, as in --profile=100:5")
   return range(int(start), int(start) + int(count))
 
 
 class Profile:
-  """Traces some steps into WORKDIR/profile, for TensorBoard or Perfetto. Process 0 alone."""
+  """Traces some steps into WORKDIR/profile, for TensorBoard or Perfetto; only in process 0."""
 
   def __init__(self, steps: range, directory: pathlib.Path):
     self.steps, self.directory, self.running = steps, directory, False
 
   def before(self, step: int, state) -> float:
-    """To be called before each step, with the state that is waited for at both ends.
+    """Starts or stops the trace; to be called before each step.
 
-    Returns the seconds that beginning or writing a trace took, which the run's speed is without.
+    state: waited for before a start or stop. Returns the seconds that it took, to be left out of
+    the measured speed.
     """
-    begins = step in self.steps and not self.running and jax.process_index() == 0
-    if not begins and not (self.running and step not in self.steps):
+    starts = step in self.steps and not self.running and jax.process_index() == 0
+    if not starts and not (self.running and step not in self.steps):
       return 0.0
     jax.block_until_ready(state)
     start = time.perf_counter()
-    if begins:
+    if starts:
       jax.profiler.start_trace(str(self.directory / "profile"))
       self.running = True
     else:
@@ -75,16 +77,16 @@ class Profile:
 
 
 def peak_tflops_of(kind: str) -> float | None:
-  """TFLOP/s of a device kind, by the longest name that it begins with; None where unknown."""
+  """TFLOP/s of a device kind, by the longest known name that it begins with; None if unknown."""
   known = [name for name in PEAK_TFLOPS if kind.startswith(name)]
   return PEAK_TFLOPS[max(known, key=len)] if known else None
 
 
 def utilisation(run, peak_tflops: float) -> float:
-  """Model FLOP/s utilisation at one image a second; 0 where the device's peak is not known.
+  """Model FLOP/s utilisation at one image per second; 0 if the device's peak is unknown.
 
-  A multiply-accumulate is 2 FLOP, and backward takes twice forward; what a rematerialised block
-  computes again does not count.
+  A multiply-accumulate counts as 2 FLOP, and the backward pass as twice the forward pass;
+  recomputation in rematerialised blocks does not count.
   """
   devices = run.mesh.devices.ravel()
   tflops = peak_tflops or peak_tflops_of(devices[0].device_kind)
@@ -94,7 +96,7 @@ def utilisation(run, peak_tflops: float) -> float:
 
 
 def montage(images: np.ndarray) -> np.ndarray:
-  """uint8 (n, H, W, 3) -> one picture, in rows of ceil(sqrt n)."""
+  """uint8 (n, H, W, 3) -> one picture with ceil(sqrt n) images in a row."""
   count, height, width, channels = images.shape
   columns = math.ceil(math.sqrt(count))
   rows = math.ceil(count / columns)
@@ -105,19 +107,19 @@ def montage(images: np.ndarray) -> np.ndarray:
 
 
 def augmented(run, key, batch: dict) -> np.ndarray:
-  """A picture of some images of a batch as the first step sees them: erased, mixed, in pixels.
+  """A picture of some images of a batch after device augmentation (erased and mixed), as pixels.
 
-  batch: this process's share. Some images of it alone are mixed here, so the pairs are others.
+  batch: this process's part. Only these images are mixed here, so the pairs differ from the step's.
   """
-  some = {name: array[:PICTURES] for name, array in batch.items()}
-  images = np.asarray(jax.jit(run.augment)(key, some)[0])
+  part = {name: array[:PICTURES] for name, array in batch.items()}
+  images = np.asarray(jax.jit(run.augment)(key, part)[0])
   return montage((255 * run.preprocess.pixels(images)).round().astype(np.uint8))
 
 
 def wandb_mirror(project: str, config, directory: pathlib.Path):
-  """A run of Weights & Biases in `project`, the same one when the workdir is resumed.
+  """A Weights & Biases run in `project`, the same one when the workdir is resumed.
 
-  Its id lies in the workdir, whose name alone others may have too.
+  Its id is stored in the workdir, as the name of the workdir need not be unique.
   """
   try:
     wandb = importlib.import_module("wandb")

@@ -1,6 +1,5 @@
-"""The directory of a run: it belongs to one config, which lies in it as config.json, to the classes
-of classes.json, and to one set of images, of which data.json tells enough to know them again at
-another path."""
+"""The directory of a run. It belongs to one config (config.json), one list of classes
+(classes.json), and one set of images, which data.json identifies even at another path."""
 import contextlib
 import difflib
 import fcntl
@@ -25,30 +24,30 @@ SAMPLED = 16                         # images of a split whose pixels are compar
 
 
 def path_of(workdir) -> pathlib.Path:
-  """The absolute path of --workdir; ValueError for the address of a bucket."""
+  """The absolute path of --workdir; raises ValueError for the address of a bucket."""
   configs.check_local("--workdir", workdir)
   return pathlib.Path(workdir).absolute()
 
 
 def check_claim(workdir: pathlib.Path, config, *, allow: Sequence[str] = (),
                 free=configs.FREE) -> list[str]:
-  """Refuses a workdir of another config, naming the keys that differ.
+  """Raises ValueError for a workdir of another config, naming the keys that differ.
 
-  free: keys that may differ; data.name may where the images are the same ones. allow: further ones,
-  named by the user. Returns a line for each difference that is allowed by these alone.
+  free: keys that may differ; data.name may differ if the images are the same. allow: more keys that
+  may differ, named by the user. Returns a line for each difference that needed `allow`.
   """
   for key in allow:
     if key not in (known := [*configs.KEYS, *configs.all_settings(), "plan"]) and (
         not key.startswith("model.")):
       close = difflib.get_close_matches(key, known) or ["total_steps"]
-      raise ValueError(f"--allow={key} is no key of a config; did you mean {close[0]}?")
+      raise ValueError(f"--allow={key} is not a key of a config; did you mean {close[0]}?")
   path = workdir / "config.json"
   if workdir.exists() and not workdir.is_dir():
     raise ValueError(f"--workdir={workdir} is a file; name a directory")
   if not path.exists():
     if any((workdir / "checkpoints").glob("*")):
       raise ValueError(f"--workdir={workdir} holds checkpoints but no config.json, which says "
-                       "whose they are: put that run's back, or use another --workdir")
+                       "whose they are: restore that run's file, or use another --workdir")
     return []
   _check_classes(workdir, config.data.name)
   new = configs.flat(json.loads(config.to_json()))
@@ -56,9 +55,10 @@ def check_claim(workdir: pathlib.Path, config, *, allow: Sequence[str] = (),
     old = configs.from_text(path.read_text(encoding="utf-8"))
     changed = configs.changes(old, new)
   except (ValueError, RecursionError) as error:
-    raise ValueError(f"{path} is no config of a run ({error}); use another --workdir") from None
-  lines = {key: f"{key} is {there!r} there and {here!r} here"
-           for key, (there, here) in changed.items() if key not in free}
+    raise ValueError(f"{path} is not the config of a run ({error}); use another --workdir"
+                     ) from None
+  lines = {key: f"{key} was {before!r} and is now {after!r}"
+           for key, (before, after) in changed.items() if key not in free}
   if "data.name" in lines and "data.name" not in allow:
     if why := _other_images(workdir, *changed["data.name"]):
       lines["data.name"] += f" ({why})"
@@ -67,44 +67,44 @@ def check_claim(workdir: pathlib.Path, config, *, allow: Sequence[str] = (),
   if refused := [line for key, line in lines.items() if key not in allow]:
     keys = ",".join(key for key in lines)
     raise ValueError(f"--workdir={workdir} holds a run of another config: {'; '.join(refused)}. "
-                     "Use another --workdir, or the config of that run; or, to go on from it all "
-                     f"the same, --allow={keys}")
+                     "Use another --workdir, or the config of that run; or, to resume it anyway, "
+                     f"--allow={keys}")
   return list(lines.values())
 
 
 def _check_classes(workdir: pathlib.Path, name: str):
-  """Refuses data whose classes are not those that the outputs of this run stand for."""
+  """Raises ValueError for data with other classes than those of the workdir."""
   path = workdir / CLASSES
-  if not path.exists():   # runs of before
+  if not path.exists():   # the workdir of an older version
     return
   try:
-    wanted = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
-      raise ValueError("it is no list of names")
+    names = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(names, list) or not all(isinstance(entry, str) for entry in names):
+      raise ValueError("it is not a list of names")
   except (ValueError, RecursionError) as error:
     raise ValueError(f"{path} holds no names of classes ({error}); use another --workdir") from None
-  check_classes(f"--workdir={workdir}", wanted, pipeline.class_names(name),
+  check_classes(f"--workdir={workdir}", names, pipeline.class_names(name),
                 "Use the data of that run, or another --workdir")
 
 
 def _other_images(workdir: pathlib.Path, old: str, new: str) -> str:
-  """Why data of another name are not known to be the same images; "" where they are."""
+  """Why data under another name may not be the same images; "" if they are the same."""
   path = workdir / "data.json"
   if not isinstance(old, str) or old.partition(":")[0] != new.partition(":")[0]:
     return "another kind of data"
   if not path.exists():
-    return "no data.json says which images they were"
+    return "there is no data.json to say which images they were"
   try:
     known = json.loads(path.read_text(encoding="utf-8"))
   except (ValueError, RecursionError):
     return "data.json is damaged"
   facts = images_at(new)
-  return "" if facts and facts == known else f"the images are others: {known} there, {facts} here"
+  return "" if facts and facts == known else f"the images differ: {known} and {facts}"
 
 
 def images_at(name: str) -> dict:
-  """What tells whether data on a disk are the same ones: how many images and classes, and a digest
-  of the pixels and labels of a few of each split. {} for data that have no path."""
+  """Facts that identify data on disk: the numbers of images and classes, and a digest of the pixels
+  and labels of a few images of each split. {} for data that have no path."""
   if name.partition(":")[0] not in ON_DISK:
     return {}
   facts, digest = {"classes": pipeline.num_classes(name)}, hashlib.sha256()
@@ -114,7 +114,7 @@ def images_at(name: str) -> dict:
     for index in np.unique(np.linspace(0, len(images) - 1, SAMPLED).astype(int)):
       try:
         example = images[int(index)]
-      except BadRecord:   # as bad at another path
+      except BadRecord:   # it is as bad at another path
         digest.update(b"bad")
         continue
       digest.update(np.asarray(example["image"]).tobytes())
@@ -123,12 +123,12 @@ def images_at(name: str) -> dict:
 
 
 def check_writable(workdir: pathlib.Path) -> None:
-  """Refuses, before anything is computed, a workdir that cannot be made or written to."""
-  there = workdir
-  while not there.exists() and there != there.parent:
-    there = there.parent
-  if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-    raise ValueError(f"--workdir={workdir} cannot be written: {there} gives no permission to")
+  """Raises ValueError if the workdir cannot be made or written, before anything is computed."""
+  existing = workdir
+  while not existing.exists() and existing != existing.parent:
+    existing = existing.parent
+  if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    raise ValueError(f"--workdir={workdir} cannot be written: no write permission in {existing}")
 
 
 def make(workdir: pathlib.Path) -> None:
@@ -139,9 +139,9 @@ def make(workdir: pathlib.Path) -> None:
 
 
 def claim(workdir: pathlib.Path, config, allow: Sequence[str] = ()) -> list[str]:
-  """Makes the directory, and writes config.json and data.json unless the run is there already.
+  """Makes the directory, and writes config.json, classes.json and data.json unless they exist.
 
-  With differences that are allowed by `allow` alone, config.json is written anew; returns these.
+  If `allow` permits differences, config.json is rewritten. Returns the differences.
   """
   changed = check_claim(workdir, config, allow=allow)
   path = workdir / "config.json"
@@ -159,7 +159,7 @@ def claim(workdir: pathlib.Path, config, allow: Sequence[str] = ()) -> list[str]
 
 
 def _write(path: pathlib.Path, values: dict | list):
-  """JSON, renamed into its place, so that a kill leaves no half of it."""
+  """Writes JSON by a rename, so that a kill cannot leave a partial file."""
   new = path.with_suffix(".tmp")
   new.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
   new.replace(path)
@@ -167,7 +167,7 @@ def _write(path: pathlib.Path, values: dict | list):
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path):
-  """Refuses a second run that would write into the same workdir; a kill frees it."""
+  """Locks the workdir; raises ValueError if another run writes there. A kill releases the lock."""
   with open(workdir / "lock", "a", encoding="utf-8") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -175,7 +175,7 @@ def locked(workdir: pathlib.Path):
       raise ValueError(f"--workdir={workdir} is being written by another run, {holder(workdir)}; "
                        "wait for it, or use another --workdir") from error
     except OSError:
-      pass   # a file system without locks: then nobody can be told
+      pass   # a file system without locks: a second run cannot be detected
     file.truncate(0)
     file.write(f"process {os.getpid()} of {socket.gethostname()} since {time.ctime()}")
     file.flush()
@@ -183,6 +183,6 @@ def locked(workdir: pathlib.Path):
 
 
 def holder(workdir: pathlib.Path) -> str:
-  """Who wrote into this workdir last, as `locked` noted it."""
+  """The process that last locked this workdir, as written by `locked`."""
   path = workdir / "lock"
   return path.read_text() if path.exists() else "nobody"

@@ -1,4 +1,4 @@
-"""All that is fixed before the first step of a run, made from its config."""
+"""Builds everything that is fixed before the first step of a run, from its config."""
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from vitcompact.train.config import complete, method_settings
 from vitcompact.train.feature_step import make_feature_eval_step
 from vitcompact.train.objective import (
     by_replica,
-    looks_across,
+    couples_images,
     make_first_phase,
     make_objective,
 )
@@ -26,7 +26,7 @@ from vitcompact.train.objective import (
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """All that is fixed before the first step."""
+  """Everything that is fixed before the first step."""
   config: FrozenConfigDict
   mesh: jax.sharding.Mesh
   model: Any
@@ -34,21 +34,21 @@ class Run:
   init: Callable
   shapes: steps.TrainState
   shardings: steps.TrainState
-  step_at: Callable[[int], Callable]   # the jitted step of step 0, 1, ...: a program of its own
+  step_at: Callable[[int], Callable]   # step 0, 1, ... -> the jitted train step of its phase
   eval_step: Callable
-  augment: Callable     # (key, batch) -> (float images, targets) of a few images, as one replica
+  augment: Callable     # (key, batch) -> (float images, targets), mixed as in one replica
 
 
 def resolve(config) -> FrozenConfigDict:
-  """A checked, frozen and complete copy whose plan is JSON text: a file that it names may change
-  later."""
+  """A checked, complete and frozen copy. Its plan is JSON text, as a plan's file may change later.
+  """
   return FrozenConfigDict(complete(config))
 
 
 def build(config: FrozenConfigDict, classes: int | None = None) -> Run:
-  """The model, the mesh, and the jitted functions; nothing is computed or written.
+  """Builds the model, the mesh and the jitted functions; nothing is computed or written.
 
-  classes: where the data are not here to count theirs.
+  classes: their number, if the data are not available.
   """
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch("config.batch_size / accumulate", config.batch_size // config.accumulate,
@@ -62,8 +62,8 @@ def build(config: FrozenConfigDict, classes: int | None = None) -> Run:
                      "train but the classifier")
   if model.in_chans != 3:
     raise ValueError(f"config.model.in_chans={model.in_chans}: must be 3, as training decodes "
-                     "every image to RGB, grey ones too; leave it out, and make the trained file "
-                     f"one for other channels: `{files.CONVERT} FILE --in-chans {model.in_chans}`")
+                     "every image to RGB, grey ones too; leave it out, and convert the trained "
+                     f"file afterwards: `{files.CONVERT} FILE --in-chans {model.in_chans}`")
   preprocess, rules = preprocess_of(config, model), model.parameter_rules()
   image_shape = (*preprocess.image_size, 3)
   teacher = make_teacher(config, model)
@@ -82,11 +82,11 @@ def build(config: FrozenConfigDict, classes: int | None = None) -> Run:
                                config.accumulate, getattr(model, "grid", None))
 
   groups = 1
-  if config.data.replicas > 1 and looks_across(model, shapes.batch_stats, config.loss):
+  if config.data.replicas > 1 and couples_images(model, shapes.batch_stats, config.loss):
     if config.data.replicas % config.accumulate:
       raise ValueError(f"config.data.replicas={config.data.replicas} must be a multiple of config."
-                       f"accumulate={config.accumulate}: what an image teaches depends on the "
-                       "others of its replica, so a microbatch has whole ones")
+                       f"accumulate={config.accumulate}: the gradient of an image depends on the "
+                       "other images of its replica, so microbatches cannot split replicas")
     groups = config.data.replicas // config.accumulate
 
   @functools.cache
@@ -112,20 +112,20 @@ def build(config: FrozenConfigDict, classes: int | None = None) -> Run:
 
 
 def model_of(config, classes: int):
-  """The dense model of a config, for data of so many classes; config.model.num_classes=0 leaves the
-  classifier out."""
+  """The dense model of a config, for data with `classes` classes; config.model.num_classes=0 leaves
+  the classifier out."""
   sizes = config.model.to_dict()
-  asked = sizes.pop("num_classes", classes)
-  if asked not in (0, classes):
-    raise ValueError(f"config.model.num_classes={asked}, and {config.data.name} has {classes} "
-                     "classes; leave it out, or give 0 for a model without a classifier")
-  return vc.create_model(sizes.pop("name"), num_classes=asked, **sizes)
+  num_classes = sizes.pop("num_classes", classes)
+  if num_classes not in (0, classes):
+    raise ValueError(f"config.model.num_classes={num_classes}, and {config.data.name} has "
+                     f"{classes} classes; leave it out, or give 0 for a model without a classifier")
+  return vc.create_model(sizes.pop("name"), num_classes=num_classes, **sizes)
 
 
 def preprocess_of(config, model):
-  """How images come to the model in evaluation: its own way, or the crop that the config asks for;
-  whole where they are made at its size. Weights that were trained on other means than the named
-  model's keep theirs.
+  """How images are prepared in evaluation: the model's own way, with the crop of the config if that
+  gives one, and without a crop for images generated at the model's size. If the file `init_from`
+  was trained with another mean and std, these are kept.
   """
   own = vc.preprocess(model)
   file = config.init_from and start.file_of("init_from", config.init_from)
@@ -138,7 +138,7 @@ def preprocess_of(config, model):
 
 
 def batch_shapes(run: Run) -> dict:
-  """The batch that the train step takes, without its values."""
+  """The shapes, dtypes and sharding of the batch that the train step takes."""
   size, place = run.config.batch_size, sharding.batches(run.mesh)
   shapes = {"image": ((*run.preprocess.image_size, 3), np.uint8), "label": ((), np.int32)}
   if run.config.data.augment == "token_labels":
@@ -148,35 +148,35 @@ def batch_shapes(run: Run) -> dict:
 
 
 def check_labels(config, model):
-  """Refuses labels of places where there is nothing that they could teach, and weights of the loss
-  of which none counts."""
+  """Raises ValueError if the model cannot learn from token labels, or if no weight of the loss has
+  an effect."""
   of_classes = [name for name in ("labels", "hard", "soft", "logits") if config.loss[name]]
   if of_classes and not model.num_classes:
-    raise ValueError(f"config.loss.{of_classes[0]}={config.loss[of_classes[0]]} wants a "
+    raise ValueError(f"config.loss.{of_classes[0]}={config.loss[of_classes[0]]} needs a "
                      "classifier, and config.model.num_classes=0 leaves it out; set it to 0, and "
                      "learn from features with config.loss.patches and a teacher")
   if not model.num_classes and not config.compact.distil:
-    return   # compacted and not trained
+    return   # the model is compacted but not trained
   weights = {f"loss.{name}" for name in ("labels", "hard", "soft", "logits", "patches")}
   weights |= {key for key, setting in method_settings(model.plan.methods()).items()
               if setting.is_weight and key.startswith("loss.")}
   if "patch logits" in model.teaches:
     weights.add("loss.patch_labels")
   if not any(config.loss[key.removeprefix("loss.")] for key in weights):
-    raise ValueError(f"every weight of config.loss that counts for {model.variant} is 0: nothing "
+    raise ValueError(f"every weight of config.loss that affects {model.variant} is 0: nothing "
                      f"would be learnt; set one of {', '.join(sorted(weights))}")
   if config.data.augment != "token_labels":
     return
   if "patch logits" not in model.teaches:
-    raise ValueError(f"config.data.augment='token_labels' teaches patches of LV-ViT, and "
-                     f"{model.variant} has no classifier of patches; use 'randaugment'")
+    raise ValueError(f"config.data.augment='token_labels' needs the patch logits of LV-ViT, and "
+                     f"{model.variant} has none; use 'randaugment'")
   if config.data.mixup or config.data.cutmix:
-    raise ValueError("config.data.augment='token_labels' goes with MixToken, not with mixup or "
+    raise ValueError("config.data.augment='token_labels' is used with MixToken, not with mixup or "
                      "cutmix: set config.data.mixup and config.data.cutmix to 0")
 
 
 def first_group(config, model) -> optim.FirstGroup | None:
-  """What a method's first phase trains, if the plan has such a method."""
+  """The parameters that a method's first phase trains; None if the plan has no such method."""
   if (found := phases.first_phase(model.plan)) is None:
     return None
   scope, phase = found
@@ -184,7 +184,7 @@ def first_group(config, model) -> optim.FirstGroup | None:
 
 
 def objective_of(config, model, teacher, phase: phases.Phase):
-  """What a phase minimises."""
+  """The objective that a phase minimises."""
   student = model.clone(plan=phase.plan)
   if phase.first is not None:
     return make_first_phase(student, phase.first, config[phase.first.section].weight,
@@ -194,7 +194,7 @@ def objective_of(config, model, teacher, phase: phases.Phase):
 
 
 def make_teacher(config, model):
-  """The model that is learnt from, or None: of the name given, or the dense form of `model`."""
+  """The teacher, or None: the model `config.teacher.name`, or the dense form of `model`."""
   weights = [key for key in ("hard", "soft", "logits", "patches", "attention")
              if config.loss[key]]
   if not config.teacher.file:
@@ -203,17 +203,17 @@ def make_teacher(config, model):
                        "give config.teacher.file=FILE.safetensors, or set it to 0")
     return None
   if not weights:
-    raise ValueError(f"config.teacher.file={config.teacher.file!r} has nothing to teach: give "
+    raise ValueError(f"config.teacher.file={config.teacher.file!r} is not used by any loss: give "
                      "config.loss.hard, soft, logits, patches or attention a weight")
   if model.mixes_images:
-    raise ValueError("a teacher sees images as they come, and MixToken mixes them inside the "
-                     "student; set config.model.mix_token=False")
+    raise ValueError("MixToken mixes images inside the student, and the teacher would see them "
+                     "unmixed; set config.model.mix_token=False")
   if config.loss.patches and not model.teaches:
     raise ValueError(f"config.loss.patches={config.loss.patches} needs the patches of DeiT or "
                      f"LV-ViT before pooling, and {model.variant} has none; set it to 0")
   if config.loss.patch_error == "divergence" and "patch logits" not in model.teaches:
-    raise ValueError("config.loss.patch_error='divergence' is of LV-ViT's patch logits, and "
-                     f"{model.variant} has features there; use 'square'")
+    raise ValueError("config.loss.patch_error='divergence' is for LV-ViT's patch logits, and "
+                     f"{model.variant} has patch features; use 'square'")
   if not config.teacher.name:
     return model.clone(plan=vc.Plan())
   if config.loss.patches:
@@ -223,24 +223,25 @@ def make_teacher(config, model):
                             image_size=model.image_size, dtype=model.dtype)
   ours, theirs = vc.preprocess(model), vc.preprocess(teacher)
   if (ours.mean, ours.std) != (theirs.mean, theirs.std):
-    raise ValueError(f"config.teacher.name={config.teacher.name!r} takes images of mean "
-                     f"{theirs.mean} and std {theirs.std}, and {model.variant} of {ours.mean} and "
-                     f"{ours.std}: both see the same; use another teacher")
+    raise ValueError(f"config.teacher.name={config.teacher.name!r} takes images with mean "
+                     f"{theirs.mean} and std {theirs.std}, and {model.variant} with {ours.mean} "
+                     f"and {ours.std}, but both see the same images; use another teacher")
   return teacher
 
 
 def fresh_state(run: Run) -> steps.TrainState:
-  """Drawn from the seed, or from the file that `config.init_from` names; with its teacher."""
+  """The state before step 1: parameters drawn from the seed or read from `config.init_from`, and
+  the teacher's variables."""
   config, state = run.config, run.init(jax.random.key(run.config.seed))
   classes = pipeline.class_names(config.data.name)
   if config.teacher.file:
-    learnt_from = start.load_teacher(config.teacher.file, make_teacher(config, run.model), classes)
-    state = state.replace(teacher=jax.device_put(learnt_from, run.shardings.teacher))
+    teacher = start.load_teacher(config.teacher.file, make_teacher(config, run.model), classes)
+    state = state.replace(teacher=jax.device_put(teacher, run.shardings.teacher))
   first = phases.first_phase(run.model.plan)
   if first and not phases.first_steps(config, run.model.plan) and (
       not config.init_from or start.is_dense(config.init_from)):
     scope, phase = first
-    raise ValueError(f"the parameters of the plan's {scope} are freshly drawn, and only their "
+    raise ValueError(f"the parameters of the plan's {scope} are newly initialised, and only their "
                      f"first phase trains them; set config.{phase.section}.steps, or start from a "
                      "file that has trained ones")
   if not config.init_from:

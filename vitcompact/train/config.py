@@ -1,7 +1,8 @@
-"""What a config may hold: every key with its default and the values that it may have.
+"""The keys of a config, with their defaults and allowed values, and the checks of a config.
 
-A key that is absent has its default, so that a new key breaks no run that was begun before. Keys of
-methods (their losses' weights, their phases) are the methods' own, and count where a plan has them.
+An absent key has its default, so that a new key does not break runs that began before it existed.
+Methods define keys of their own (weights of their losses, their phases), which are allowed in a
+config whose plan has the method.
 """
 import difflib
 import json
@@ -19,20 +20,20 @@ from vitcompact.settings import Setting, weight
 OPTIMIZERS = ("adamw", "muon", "sgd")
 SCHEDULES = ("step", "epoch", "late_epoch", "after_warmup")
 PATCH_ERRORS = ("square", "divergence")
-STEPS = 2 ** 31 - 1   # a step is counted in 32 bits
+STEPS = 2 ** 31 - 1   # steps are counted in 32 bits
 
 KEYS = {
     "seed": Setting(0, low=0, high=2 ** 63 - 1),
     "init_from": Setting(""),        # weights to start from, a file or a name (docs/weights.md);
-                                     # dense ones are made compact first
+                                     # dense ones are compacted first
     "total_steps": Setting(1000, low=1, high=STEPS, unit="of steps"),
-    "batch_size": Setting(64, low=1, unit="of images"),   # of all devices and microbatches together
+    "batch_size": Setting(64, low=1, unit="of images"),   # over all devices and microbatches
     "accumulate": Setting(1, low=1, unit="of microbatches"),
     "eval_batch_size": Setting(64, low=1, high=2 ** 16, unit="of images"),
     "checkpoint_every": Setting(1000, low=1, high=STEPS, unit="of steps"),
-    "keep_last": Setting(2, low=1, unit="of checkpoints"),   # besides the best on val
+    "keep_last": Setting(2, low=1, unit="of checkpoints"),   # and the best on val
     "log_every": Setting(50, low=1, unit="of steps"),
-    "ema_half_life": Setting(0.0, low=0),   # of the run; 0: no averages
+    "ema_half_life": Setting(0.0, low=0),   # as a fraction of the run; 0: no averages
     "eval_params": Setting("raw", choices=("raw", "ema")),
     "data.name": Setting("digits"),
     "data.augment": Setting("none"),
@@ -43,8 +44,8 @@ KEYS = {
     "data.cutmix": Setting(0.0, low=0),                       # alpha
     "data.eval_fit": Setting("crop", choices=("crop", "warp")),
     "data.eval_crop": Setting(0.0, low=0, high=1),            # 0: the model's own
-    "data.replicas": Setting(1, low=1),     # of the recipe, not of the hardware: each mixes alone
-    "data.repeats": Setting(1, low=1),      # showings of an image in a row
+    "data.replicas": Setting(1, low=1),     # of the recipe, not of the hardware: mixing groups
+    "data.repeats": Setting(1, low=1),      # how many times in a row an image is shown
     "data.on_bad": Setting("stop", choices=("stop", "skip")),
     "data.max_bad": Setting(0, low=0, unit="of records"),
     "optim.name": Setting("adamw", choices=OPTIMIZERS),
@@ -52,7 +53,7 @@ KEYS = {
     "optim.epoch_steps": Setting(1, low=1, unit="of steps"),
     "optim.learning_rate": Setting(1e-3, low=0),              # the peak
     "optim.warmup_steps": Setting(0, low=0, unit="of steps"),
-    "optim.warmup_learning_rate": Setting(1e-6, low=0),       # of step 0
+    "optim.warmup_learning_rate": Setting(1e-6, low=0),       # at step 0
     "optim.final_learning_rate": Setting(1e-5, low=0),
     "optim.cooldown_steps": Setting(0, low=0, unit="of steps"),
     "optim.weight_decay": Setting(0.05, low=0),
@@ -60,11 +61,11 @@ KEYS = {
     "optim.b2": Setting(0.999, low=0, below=1),
     "optim.eps": Setting(1e-8, above=0),
     "optim.clip_norm": Setting(0.0, low=0),                   # 0: no clipping
-    "optim.adaptive_clip": Setting(0.0, low=0),               # likewise
+    "optim.adaptive_clip": Setting(0.0, low=0),               # 0: no clipping
     "optim.skip_nonfinite": Setting(0, low=0, unit="of steps"),   # 0 stops at the first NaN
-    "optim.rates": Setting(()),     # (pattern, factor of the rate, first step); the first match
+    "optim.rates": Setting(()),     # (pattern, factor of the rate, first step); first match counts
     "loss.labels": weight(1.0),
-    "loss.patch_labels": weight(1.0),       # of models with patch logits
+    "loss.patch_labels": weight(1.0),       # only for models with patch logits
     "loss.hard": weight(),
     "loss.soft": weight(),
     "loss.temperature": Setting(1.0, above=0),
@@ -72,23 +73,23 @@ KEYS = {
     "loss.patches": weight(),
     "loss.patch_error": Setting("square", choices=PATCH_ERRORS),
     "loss.attention": weight(),
-    "export": Setting(""),    # formats of `vc.export` that a run ends with, commas between
-    "keep_start": Setting(False),   # of a run with init_from: end with its start if that is better
-    "compact.macs": Setting(0.0, low=0, high=1),      # share of the dense model's for which a plan
-    "compact.params": Setting(0.0, low=0, high=1),    # is chosen from data; 0: the plan as it is
+    "export": Setting(""),    # formats of `vc.export` to write at the end, separated by commas
+    "keep_start": Setting(False),   # with init_from: keep the initial weights if they are better
+    "compact.macs": Setting(0.0, low=0, high=1),      # share of the dense model's: a plan is chosen
+    "compact.params": Setting(0.0, low=0, high=1),    # from data; both 0: config.plan is used
     "compact.images": Setting(512, low=8, unit="of images"),
     "compact.sensitivity": Setting("quick", choices=("quick", "full")),
-    "compact.distil": Setting(True),        # then, for total_steps
-    "compact.dense_steps": Setting(0, low=0, unit="of steps"),    # where init_from is empty
+    "compact.distil": Setting(True),        # train the compacted model for total_steps
+    "compact.dense_steps": Setting(0, low=0, unit="of steps"),    # if init_from is empty
     "compact.dense_learning_rate": Setting(1e-3, low=0),
     "teacher.file": Setting(""),
     "teacher.name": Setting(""),            # "": the dense form of the model itself
-    "mesh.data": Setting(-1, low=-1, unit="of devices"),      # -1: all the rest
+    "mesh.data": Setting(-1, low=-1, unit="of devices"),      # -1: all remaining devices
     "mesh.fsdp": Setting(1, low=1, unit="of devices"),
     "mesh.tensor": Setting(1, low=1, unit="of devices"),
 }
-# These change where and how often, not what: a run may be resumed with others.
-# on_bad too: a run that stopped at a bad record may go on passing it over.
+# A run may be resumed with other values of these: they do not change what is computed, except for
+# on_bad, so that a run that stopped at a bad record may be resumed and skip it.
 FREE = ("mesh.data", "mesh.fsdp", "mesh.tensor", "data.workers", "data.on_bad", "data.max_bad",
         "log_every", "checkpoint_every", "eval_batch_size", "keep_last", "optim.skip_nonfinite",
         "export")
@@ -106,7 +107,7 @@ def flat(config: Mapping) -> dict:
 
 
 def empty(config: Mapping, prefix: str = "") -> list[str]:
-  """The keys whose value is an empty section, of which `flat` has none."""
+  """The keys whose value is an empty section, which `flat` leaves out."""
   keys = []
   for key, value in config.items():
     if isinstance(value, (ConfigDict, dict)) and prefix + key != "plan":
@@ -115,7 +116,7 @@ def empty(config: Mapping, prefix: str = "") -> list[str]:
 
 
 def nested(values: Mapping) -> dict:
-  """Inverse of `flat`."""
+  """The inverse of `flat`."""
   tree = {}
   for key, value in values.items():
     *sections, name = key.split(".")
@@ -127,42 +128,42 @@ def nested(values: Mapping) -> dict:
 
 
 def plain(value):
-  """A config's value without the classes of ml_collections."""
+  """A config's value without ml_collections classes."""
   return value.to_dict() if isinstance(value, ConfigDict) else value
 
 
 def method_settings(methods) -> dict[str, Setting]:
-  """The keys of these methods, or classes of them."""
+  """The keys of methods, or of classes of methods."""
   return {key: setting for method in methods for key, setting in protocol.settings(method).items()}
 
 
 def all_settings() -> dict[str, Setting]:
-  """Every key of every method that is listed."""
+  """The keys of all methods in METHODS."""
   return method_settings(kind for kinds in METHODS.values() for kind in kinds.values())
 
 
 def complete(config: Mapping) -> ConfigDict:
-  """A checked config in which every key stands: those that are absent have their defaults, and
-  those of methods that the plan does not have are gone. Its plan is JSON text.
+  """A checked config with every key: absent keys get their defaults, and keys of methods that are
+  not in the plan are dropped. Its plan is JSON text.
 
-  Raises ValueError, one line, for keys that are unknown or of other methods, and for values that a
-  key cannot have.
+  Raises ValueError for unknown keys, for non-default settings of methods that are not in the plan,
+  and for values that a key cannot have.
   """
   given, plan = flat(config), Plan.parse(plain(config.get("plan", "")))
-  own, others = {**KEYS, **method_settings(plan.methods())}, all_settings()
+  known, optional = {**KEYS, **method_settings(plan.methods())}, all_settings()
   out = {"plan": plan.to_json()}
-  given |= {key: {} for key in empty(config) if key in own or key in others}
+  given |= {key: {} for key in empty(config) if key in known or key in optional}
   for key, value in given.items():
-    if key in own or key == "plan" or key.startswith("model."):
+    if key in known or key == "plan" or key.startswith("model."):
       continue
-    if key not in others:
-      close = difflib.get_close_matches(key, [*own, *others]) or sorted(own)[:3]
+    if key not in optional:
+      close = difflib.get_close_matches(key, [*known, *optional]) or sorted(known)[:3]
       raise ValueError(f"unknown key config.{key}; did you mean {', '.join(close)}?")
-    others[key].check(key, value)
-    if value != others[key].default:
+    optional[key].check(key, value)
+    if value != optional[key].default:
       raise ValueError(f"config.{key}={value!r} is a setting of {' or '.join(owners(key))}, which "
                        f"the plan does not have (it has {plan.to_json()}): leave it out, or add it")
-  for key, setting in own.items():
+  for key, setting in known.items():
     out[key] = given.get(key, setting.default)
     setting.check(key, out[key])
   out |= {key: value for key, value in given.items() if key.startswith("model.")}
@@ -175,13 +176,13 @@ def complete(config: Mapping) -> ConfigDict:
 
 
 def owners(key: str) -> list[str]:
-  """Names of the methods that a key belongs to."""
+  """The names of the methods that have a key."""
   return [kind.__name__ for kinds in METHODS.values() for kind in kinds.values()
           if key in protocol.settings(kind)]
 
 
 def check(config: ConfigDict):
-  """Raises ValueError where values, each of which may be, do not go together."""
+  """Raises ValueError for combinations of values that do not go together."""
   if config.eval_params == "ema" and not config.ema_half_life:
     raise ValueError("config.eval_params='ema' needs averages: set config.ema_half_life > 0")
   if config.batch_size % config.accumulate:
@@ -190,13 +191,13 @@ def check(config: ConfigDict):
   mixes = config.data.mixup or config.data.cutmix
   if mixes and config.data.replicas % config.accumulate:
     raise ValueError(f"config.data.replicas={config.data.replicas} must be a multiple of "
-                     f"config.accumulate={config.accumulate}: a microbatch mixes within itself")
+                     f"config.accumulate={config.accumulate}: images are mixed within a microbatch")
   if config.mesh.data == 0:
-    raise ValueError("config.mesh.data=0: must be a number of devices, or -1 for all the rest")
+    raise ValueError("config.mesh.data=0: must be a number of devices, or -1 for the rest")
   check_ramp(config, config.total_steps, f"config.total_steps={config.total_steps}")
   if unknown := [name for name in formats_of(config) if name not in FORMATS]:
-    raise ValueError(f"config.export={config.export!r}: must be formats of {', '.join(FORMATS)}, "
-                     f"and {unknown[0]!r} is none")
+    raise ValueError(f"config.export={config.export!r}: must be formats from {', '.join(FORMATS)}; "
+                     f"{unknown[0]!r} is not one of them")
   check_rates(config.optim.rates)
   for key, path in {"init_from": config.init_from, "teacher.file": config.teacher.file,
                     "data.name": config.data.name}.items():
@@ -204,12 +205,12 @@ def check(config: ConfigDict):
 
 
 def formats_of(config) -> list[str]:
-  """What the deployed model is exported to."""
+  """The formats to which the deployed model is exported."""
   return [name.strip() for name in config.export.split(",") if name.strip()]
 
 
 def check_ramp(config, steps: int, name: str):
-  """Refuses a warm-up and a cool-down that do not fit into the steps of a phase."""
+  """Raises ValueError if warm-up and cool-down do not fit into the steps of a phase."""
   optim = config.optim
   if optim.warmup_steps + optim.cooldown_steps > steps:
     raise ValueError(f"config.optim.warmup_steps={optim.warmup_steps} and config.optim."
@@ -217,7 +218,7 @@ def check_ramp(config, steps: int, name: str):
 
 
 def check_rates(rates):
-  """Refuses what are no (pattern, factor, first step)."""
+  """Raises ValueError for rates that are not (pattern, factor, first step)."""
   for rate in rates:
     try:
       pattern, factor, first = rate
@@ -227,32 +228,32 @@ def check_rates(rates):
                        f"regular expression: {error}") from None
     numeric = isinstance(factor, (int, float)) and math.isfinite(factor) and factor >= 0
     if not numeric or not isinstance(first, int) or first < 0:
-      raise ValueError(f"config.optim.rates: {rate!r} must be (pattern, factor, first step), the "
-                       "factor a number of at least 0 and the step a whole one")
+      raise ValueError(f"config.optim.rates: {rate!r} must be (pattern, factor, first step), with "
+                       "a factor of at least 0 and a whole number of steps")
 
 
 def check_local(name: str, path: str):
-  """Refuses the address of a bucket: all files of a run are on disks that the machine mounts."""
+  """Raises ValueError for the address of a bucket: all files of a run are on mounted disks."""
   if re.search(r"(^|:)[a-z][a-z0-9+.-]*://", str(path)):
-    raise ValueError(f"{name}={path}: only paths of mounted disks are read and written, no "
-                     "addresses of buckets; mount it (docs/scale.md), and give the path")
+    raise ValueError(f"{name}={path}: must be a path on a mounted disk, not the address of a "
+                     "bucket; mount it (docs/scale.md), and give the path")
 
 
 def differences(old: Mapping, new: Mapping, free=FREE) -> list[str]:
-  """One line for each key, except the free ones, by which two flat configs differ; a key that one
-  of them lacks has its default there. Settings of methods that neither plan has do not count."""
-  return [f"{key} is {there!r} there and {here!r} here"
-          for key, (there, here) in changes(old, new).items() if key not in free]
+  """One line for each key, except the free ones, in which two flat configs differ. An absent key
+  has its default; settings of methods that are in neither plan are ignored."""
+  return [f"{key} was {before!r} and is now {after!r}"
+          for key, (before, after) in changes(old, new).items() if key not in free]
 
 
 def changes(old: Mapping, new: Mapping) -> dict[str, tuple]:
-  """{key: (old value, new value)} of the keys by which two flat configs differ, see above."""
+  """{key: (old value, new value)} of the keys in which two flat configs differ, see above."""
   plans = [Plan.parse(plain(config.get("plan", ""))) for config in (old, new)]
-  others, own = all_settings(), {**KEYS, **method_settings(
+  optional, known = all_settings(), {**KEYS, **method_settings(
       method for plan in plans for method in plan.methods())}
-  values = [{**{key: _comparable(setting.default) for key, setting in own.items()},
+  values = [{**{key: _comparable(setting.default) for key, setting in known.items()},
              **{key: _comparable(value) for key, value in config.items()
-                if key in own or key not in others}, "plan": plan.to_json()}
+                if key in known or key not in optional}, "plan": plan.to_json()}
             for config, plan in zip((old, new), plans, strict=True)]
   pairs = {key: tuple(side.get(key, "nothing") for side in values)
            for key in sorted(values[0].keys() | values[1].keys())}
@@ -260,16 +261,16 @@ def changes(old: Mapping, new: Mapping) -> dict[str, tuple]:
 
 
 def _comparable(value):
-  """Lists and tuples alike, as JSON has no tuples."""
+  """Converts tuples to lists, as JSON has no tuples."""
   return [_comparable(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def from_text(text: str) -> dict:
-  """A flat config from the JSON of a workdir's config.json; ValueError where it is none."""
+  """A flat config from the JSON of a workdir's config.json; ValueError for other text."""
   try:
     tree = json.loads(text)
   except RecursionError as error:
     raise ValueError(str(error)) from None
   if not isinstance(tree, dict):
-    raise ValueError(f"it holds a {type(tree).__name__}, not an object")
+    raise ValueError(f"it has a {type(tree).__name__}, not an object")
   return flat(tree)

@@ -1,13 +1,13 @@
-"""Steps whose loss or gradient is not a number, and which then change nothing."""
+"""Skips the updates of steps whose loss or gradient is not finite."""
 import jax
 import jax.numpy as jnp
 
 
 def keep_finite(train_step):
-  """The same train step, which changes nothing where its loss or gradient is not finite.
+  """A train step that changes only the step number if its loss or gradient is not finite.
 
-  The step's number moves on all the same, and with it the data and all randomness. Metrics gain
-  "skipped": 1 for such a step, else 0.
+  As the step number advances, so do the data and all randomness. Metrics get "skipped": 1 for such
+  a step, else 0.
   """
   def guarded(state, batch):
     new, metrics = train_step(state, batch)

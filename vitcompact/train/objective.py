@@ -1,4 +1,4 @@
-"""What a step minimises: labels, a teacher, and what the methods of a plan ask for besides."""
+"""What a step minimises: losses of labels, of a teacher, and of the plan's methods."""
 import jax
 import jax.numpy as jnp
 
@@ -12,7 +12,7 @@ PATCH_ERRORS = {"square": losses.token_square, "divergence": losses.token_diverg
 
 
 def variables(params, batch_stats):
-  """What `model.apply` takes; models without batch norm have no such collection."""
+  """The variables that `model.apply` takes; without batch norm there are no batch statistics."""
   return {"params": params} | ({"batch_stats": batch_stats} if batch_stats else {})
 
 
@@ -21,85 +21,87 @@ def make_objective(model, loss, teacher=None, second=None):
   (batch statistics, {"accuracy", and every term of the loss before its weight})). A model without
   a classifier has no accuracy, and no terms of labels or logits.
 
-  loss: the config's section, of weights. Of terms of weight 0 only `labels` is computed.
-    labels: cross entropy with the targets. patch_labels: of patch logits (LV-ViT), with targets of
-      their own where `targets` is a pair, else with those of their image.
-    hard, soft: DeiT's distillation, of the distillation token's logits where there is one; the
-      class token's then learn from the labels only.
-    logits: KL(teacher || student), of the class guess. patches: error of surviving patches,
-      normalised features or patch logits, by `patch_error`: "square" or "divergence".
+  loss: the config's section of weights. A term of weight 0 is not computed, except `labels`.
+    labels: cross entropy with the targets. patch_labels: cross entropy of patch logits (LV-ViT)
+      with the patches' own targets if `targets` is a pair, else with those of their image.
+    hard, soft: DeiT's distillation. If there is a distillation token, its logits learn from the
+      teacher and the class token's from the labels only.
+    logits: KL(teacher || student) of the predicted classes. patches: error of the surviving
+      patches' normalised features or patch logits; `patch_error`: "square" or "divergence".
     attention: error of attention maps (`losses.mean_maps`), the mean over blocks whose maps have as
-      many tokens as the teacher's; these are formed, which takes time and memory.
-    Others are losses of the plan's methods, under their names.
-  teacher: a model; in inference, on the same augmented and mixed images.
-  second: the model under another plan. A second pass of it, with the same weights, learns from the
-    labels as well, and losses of methods may compare the two.
+      many tokens as the teacher's. The maps are materialised, which takes time and memory.
+    Other keys are losses of the plan's methods, by name.
+  teacher: a model, run in inference mode on the same augmented and mixed images.
+  second: the model under another plan, for a second forward pass with the same weights. It learns
+    from the labels as well, and losses of methods may compare the two passes.
   """
-  asked = {name: (method, fn) for method in model.plan.methods()
-           for name, fn in protocol.losses(method).items() if loss[name]}
-  sown = {"tokens", *(name for method, _ in asked.values()
+  method_losses = {name: (method, fn) for method in model.plan.methods()
+                   for name, fn in protocol.losses(method).items() if loss[name]}
+  sown = {"tokens", *(name for method, _ in method_losses.values()
                       for name in protocol.collections(method)), *(["maps"] * bool(loss.attention))}
 
   def objective(params, batch_stats, teacher_variables, images, labels, targets, key):
-    def passed(model, batch_stats, key):
+    def forward(model, batch_stats, key):
       return model.apply(variables(params, batch_stats), images, train=True,
                          rngs={"dropout": key}, mutable=["batch_stats", *sorted(sown)])
 
-    out, new = passed(model, batch_stats, key)
+    out, new = forward(model, batch_stats, key)
     distils = bool(loss.hard or loss.soft)
-    terms, logits = of_labels(out, targets, loss, distils) if model.num_classes else ({}, out)
+    terms, logits = label_terms(out, targets, loss, distils) if model.num_classes else ({}, out)
     if teacher is not None:
-      terms |= of_teacher(teacher, teacher_variables, images, out, logits, new, loss)
-    seen = Pass(new, logits, labels)
+      terms |= teacher_terms(teacher, teacher_variables, images, out, logits, new, loss)
+    first_pass = Pass(new, logits, labels)
     if second is not None:
-      other, other_new = passed(second, new.get("batch_stats", {}), jax.random.fold_in(key, 1))
-      other_terms, other_logits = (of_labels(other, targets, loss, distils) if model.num_classes
+      other, other_new = forward(second, new.get("batch_stats", {}), jax.random.fold_in(key, 1))
+      other_terms, other_logits = (label_terms(other, targets, loss, distils) if model.num_classes
                                    else ({}, other))
-      # The second pass weighs like the first one.
+      # Its terms have the same weights as those of the first pass.
       terms |= {f"{name}_second": term for name, term in other_terms.items()}
-      seen = seen._replace(second=Pass(other_new, other_logits, labels))
+      first_pass = first_pass._replace(second=Pass(other_new, other_logits, labels))
       new = {**new, "batch_stats": other_new.get("batch_stats", {})}
-    terms |= {name: jnp.mean(fn(seen)) for name, (_, fn) in asked.items()}
+    terms |= {name: jnp.mean(fn(first_pass)) for name, (_, fn) in method_losses.items()}
     total = sum(loss[name.removesuffix("_second")] * term for name, term in terms.items())
-    shown = {f"loss_{name}": term for name, term in terms.items()} if len(terms) > 1 else {}
+    metrics = {f"loss_{name}": term for name, term in terms.items()} if len(terms) > 1 else {}
     if model.num_classes:
-      shown["accuracy"] = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
-    return total, (new.get("batch_stats", {}), shown)
+      metrics["accuracy"] = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
+    return total, (new.get("batch_stats", {}), metrics)
 
   return objective
 
 
 def by_replica(objective, groups: int):
-  """The objective of each of `groups` equal runs of a batch, and the means of what comes of them.
+  """An objective that splits the batch into `groups` equal slices and averages their results.
 
-  As on `groups` processes that average their gradients: batch statistics, MixToken's box and means
-  over surviving patches are of one run. (There, one process's running statistics are kept.)
+  It equals `groups` processes that average their gradients: batch statistics, MixToken's box and
+  means over surviving patches are those of one slice. (Here running statistics are averaged as
+  well, while those processes would keep the statistics of one of them.)
   """
   if groups == 1:
     return objective
 
   def grouped(params, batch_stats, teacher_variables, images, labels, targets, key):
-    runs = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), (images, labels, targets))
+    slices = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), (images, labels, targets))
     out = jax.vmap(objective, in_axes=(None, None, None, 0, 0, 0, 0))(
-        params, batch_stats, teacher_variables, *runs, jax.random.split(key, groups))
+        params, batch_stats, teacher_variables, *slices, jax.random.split(key, groups))
     return jax.tree.map(lambda x: jnp.mean(x, axis=0), out)
 
   return grouped
 
 
-def looks_across(model, batch_stats, loss) -> bool:
-  """Whether what an image teaches depends on the others of its replica."""
+def couples_images(model, batch_stats, loss) -> bool:
+  """Whether the gradient of an image depends on the other images of its replica."""
   by_method = any(loss[name] for method in model.plan.methods()
                   for name in protocol.losses_across(method))
   return bool(batch_stats or model.mixes_images or loss.patches or by_method)
 
 
 def make_first_phase(model, phase: FirstPhase, weight: float, images_summed: int):
-  """The same kind of function for a method's first phase: `weight` times its loss.
+  """The objective of a method's first phase: `weight` times the phase's loss, and no other term.
 
-  images_summed: the loss is summed over the images of a replica, as published (Sparsifiner).
+  images_summed: the number of images over which the loss is summed, a replica's, as published
+    (Sparsifiner).
 
-  Nothing else has a gradient: the network runs as in inference, and its statistics stay.
+  The network runs in inference mode, and its batch statistics do not change.
   """
   sown = sorted({name for method in model.plan.methods() if protocol.first_phase(method) is phase
                  for name in protocol.collections(method)})
@@ -114,8 +116,8 @@ def make_first_phase(model, phase: FirstPhase, weight: float, images_summed: int
   return objective
 
 
-def of_labels(out, targets, loss, distils: bool):
-  """({term: mean}, logits of the class guess)."""
+def label_terms(out, targets, loss, distils: bool):
+  """({loss term of the labels: mean}, logits of the predicted classes)."""
   if isinstance(out, TokenLogits):
     targets, patch_targets = targets if isinstance(targets, tuple) else (targets, targets[:, None])
     mixed = out.share * targets + (1 - out.share) * targets[::-1]
@@ -130,33 +132,35 @@ def of_labels(out, targets, loss, distils: bool):
   return {"labels": labels}, sum(logits.astype(jnp.float32) for logits in heads) / len(heads)
 
 
-def of_teacher(teacher, teacher_variables, images, out, guess, new, loss):
-  """{term: mean} of what is learnt from the teacher. out, guess, new: of the student."""
-  teacher_logits, seen = jax.lax.stop_gradient(
+def teacher_terms(teacher, teacher_variables, images, out, student_logits, student_sown, loss):
+  """{loss term of the teacher: mean}. out, student_logits, student_sown: the student's output, its
+  logits of the predicted classes, and the collections that it sowed."""
+  teacher_logits, teacher_sown = jax.lax.stop_gradient(
       teacher.apply(teacher_variables, images,
                     mutable=["tokens", *(["maps"] * bool(loss.attention))]))
   by_token = isinstance(out, TokenLogits)
-  if by_token and "logits" in seen.get("tokens", {}):
-    teacher_logits = seen["tokens"]["logits"][0]   # of the class token only, as the student's
-  last = out[-1] if isinstance(out, tuple) and not by_token else guess
+  if by_token and "logits" in teacher_sown.get("tokens", {}):
+    teacher_logits = teacher_sown["tokens"]["logits"][0]   # class token only, as in the student
+  last = out[-1] if isinstance(out, tuple) and not by_token else student_logits
   terms = {}
   if loss.hard:
     terms["hard"] = losses.hard_distillation(last, teacher_logits).mean()
   if loss.soft:
     terms["soft"] = losses.soft_distillation(last, teacher_logits, loss.temperature).mean()
   if loss.logits:
-    terms["logits"] = losses.divergence(guess, teacher_logits).mean()
+    terms["logits"] = losses.divergence(student_logits, teacher_logits).mean()
   if loss.patches:
-    mine, keep_mask = ((out.token_logits, out.keep_mask) if by_token else
-                   (new["tokens"][name][0] for name in ("patches", "keep_mask")))
-    theirs = seen["tokens"]["token_logits" if by_token else "patches"][0]
-    terms["patches"] = PATCH_ERRORS[loss.patch_error](mine, theirs, keep_mask).mean()
+    student, keep_mask = ((out.token_logits, out.keep_mask) if by_token else
+                          (student_sown["tokens"][name][0] for name in ("patches", "keep_mask")))
+    target = teacher_sown["tokens"]["token_logits" if by_token else "patches"][0]
+    terms["patches"] = PATCH_ERRORS[loss.patch_error](student, target, keep_mask).mean()
   if loss.attention:
-    mine, theirs = maps_of(new), maps_of(seen)
-    errors = [losses.mean_maps(maps, theirs[name]).mean() for name, maps in mine.items()
-              if name in theirs and maps.shape[2:] == theirs[name].shape[2:]]
+    student_maps, teacher_maps = maps_of(student_sown), maps_of(teacher_sown)
+    errors = [losses.mean_maps(maps, teacher_maps[name]).mean()
+              for name, maps in student_maps.items()
+              if name in teacher_maps and maps.shape[2:] == teacher_maps[name].shape[2:]]
     if not errors:
       raise ValueError(f"config.loss.attention={loss.attention}: no block of the student has maps "
-                       "of the same tokens as the teacher's; set it to 0")
+                       "over the same tokens as the teacher's; set it to 0")
     terms["attention"] = sum(errors) / len(errors)
   return terms

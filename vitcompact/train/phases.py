@@ -1,8 +1,8 @@
-"""Which phase of training a step is in: a run compiles one program for each.
+"""Which training phase a step is in; a run compiles one program for each phase.
 
-A method may have a phase of its own first, in which its parameters alone learn, attention is dense
-and every token is kept; then the plan itself is trained, in which a method may change with the
-steps, and which may have a second pass under another plan.
+A method may have a first phase, in which only its own parameters learn, attention is dense and
+every token is kept. In the main phase the plan itself is trained: a method may change with the
+step, and may ask for a second forward pass under another plan.
 """
 import dataclasses
 from typing import Any, NamedTuple
@@ -16,8 +16,8 @@ from vitcompact.train.config import check_ramp, flat
 class Phase(NamedTuple):
   """What one jitted step trains.
 
-  plan: of the model. second: of a second pass with the same weights, or None. first: the phase in
-  which a method's own parameters learn and nothing else does, or None.
+  plan: the model's. second: the plan of a second pass with the same weights, or None. first: the
+  method's first phase if the step is in it, else None.
   """
   plan: Plan
   second: Plan | None = None
@@ -25,7 +25,7 @@ class Phase(NamedTuple):
 
 
 def first_phase(plan: Plan) -> tuple[str, FirstPhase] | None:
-  """(scope, phase) of the method that has a phase of its own before the others train."""
+  """(scope, phase) of the method that has a first phase; None if no method has one."""
   found = {protocol.scope_of(method): phase for method in plan.methods()
            if (phase := protocol.first_phase(method)) is not None}
   if len(found) > 1:
@@ -35,18 +35,18 @@ def first_phase(plan: Plan) -> tuple[str, FirstPhase] | None:
 
 
 def first_steps(config, plan: Plan) -> int:
-  """Steps of the first phase."""
+  """The number of steps in the first phase."""
   found = first_phase(plan)
   return config[found[1].section].steps if found else 0
 
 
 def check(config, model):
-  """Raises ValueError where the config asks for a training that its model's plan does not have."""
+  """Raises ValueError if the phases of the config do not fit the model's plan."""
   found, steps = first_phase(model.plan), first_steps(config, model.plan)
   if steps:
     scope, phase = found
     if not steps < config.total_steps:
-      raise ValueError(f"config.{phase.section}.steps={steps} must leave some of "
+      raise ValueError(f"config.{phase.section}.steps={steps} must be less than "
                        f"config.total_steps={config.total_steps}")
     check_ramp(config, config.total_steps - steps, "the main phase (config.total_steps="
                f"{config.total_steps} less config.{phase.section}.steps={steps})")
@@ -62,8 +62,8 @@ def check(config, model):
 
 
 def check_end(config, model):
-  """Raises ValueError where the run is over before a method has become what the plan says. Not for
-  runs that began so: they may go on."""
+  """Raises ValueError if the run ends while a method still differs from the plan. Not to be called
+  for resumed runs: one that began like this may continue."""
   last_step = config.total_steps - first_steps(config, model.plan) - 1
   for method in model.plan.methods():
     if (last := protocol.at_step(method, config, last_step)) != method:
@@ -74,30 +74,29 @@ def check_end(config, model):
 
 
 def phase_at(config, model, step: int) -> Phase:
-  """The phase of step 0, 1, ... of a run; a checked config, and its model."""
-  plan, before = model.plan, first_steps(config, model.plan)
-  if step < before:
-    _, phase = first_phase(plan)
-    return Phase(in_first_phase(model, phase), first=phase)
-  step -= before
-  now = changed(model, lambda method: protocol.at_step(method, config, step))
-  seconds = {method: protocol.second_pass(method, config, step) for method in now.methods()}
+  """The phase of step 0, 1, ... of a run, from its checked config and its model."""
+  first = first_steps(config, model.plan)
+  if step < first:
+    _, phase = first_phase(model.plan)
+    return Phase(plan_of_first_phase(model, phase), first=phase)
+  step -= first
+  plan = map_methods(model, lambda method: protocol.at_step(method, config, step))
+  seconds = {method: protocol.second_pass(method, config, step) for method in plan.methods()}
   if not any(seconds.values()):
-    return Phase(now)
-  return Phase(now, second=now.map(lambda method: seconds[method] or method))
+    return Phase(plan)
+  return Phase(plan, second=plan.map(lambda method: seconds[method] or method))
 
 
-def in_first_phase(model, phase: FirstPhase) -> Plan:
-  """A model's plan as it is in a method's first phase: its other methods as they are, but every
-  token is kept."""
-  plan = changed(model, lambda method: phase.method(method)
-                 if protocol.first_phase(method) is phase else method, written_out=True)
+def plan_of_first_phase(model, phase: FirstPhase) -> Plan:
+  """The plan in a method's first phase: all tokens are kept, other methods are unchanged."""
+  plan = map_methods(model, lambda method: phase.method(method)
+                     if protocol.first_phase(method) is phase else method, written_out=True)
   return dataclasses.replace(plan, tokens=None)
 
 
-def changed(model, change, written_out: bool = False) -> Plan:
-  """The model's plan with `change(method)` for each method; in blocks in which a method does not
-  act, as few tokens are left, it does not, though more of them may be left now."""
+def map_methods(model, change, written_out: bool = False) -> Plan:
+  """The model's plan with `change(method)` for each method. Each method acts in the same blocks as
+  before, even if the change leaves more tokens in blocks that had too few for it."""
   plan: Any = model.plan
   if plan.tokens is not None and (written_out or plan.map(change) != plan):
     plan = plan.written_out(model.sites())

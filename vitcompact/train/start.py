@@ -1,4 +1,4 @@
-"""Where a run starts: fresh parameters, or those of a file, made compact where the plan asks."""
+"""Loads the variables that a run starts from, compacts dense ones, and loads the teacher."""
 import functools
 import json
 import pathlib
@@ -19,14 +19,14 @@ WAY_OUT = (f"Use data of the same classes in the same order, or give the file an
 
 
 def file_of(key: str, name: str) -> pathlib.Path:
-  """The file of weights that a config's key names: a path, of a file or of a folder with one, or
-  weights by name (a model's with its tag, hf-hub:org/name, a folder with a config.json that tells
-  which model it holds), of which a file of ours is made in the cache.
+  """The file of weights that a config's key names: the path of a file or of a folder with one, or
+  weights by name (a model with its tag, hf-hub:org/name, or a folder whose config.json names its
+  model), which are converted to a file of ours in the cache.
 
-  Weights by name are looked up once in a process, so that all of a run sees one commit of them.
+  Weights by name are looked up once in a process, so that a run uses one commit throughout.
   """
   try:
-    if hub.is_file_name(name) or (pathlib.Path(name).is_dir() and not _tells_its_model(name)):
+    if hub.is_file_name(name) or (pathlib.Path(name).is_dir() and not _names_its_model(name)):
       return files.weights_in(name)
     return pathlib.Path(by_name(name))
   except (ValueError, OSError) as error:
@@ -37,17 +37,17 @@ def file_of(key: str, name: str) -> pathlib.Path:
 by_name = functools.lru_cache(lambda name: hub.as_file(name, print))
 
 
-def _tells_its_model(folder: str) -> bool:
+def _names_its_model(folder: str) -> bool:
   try:
-    told = json.loads((pathlib.Path(folder) / hub.config.CONFIG).read_text(encoding="utf-8"))
-    return bool({"architecture", "model_type"} & told.keys())
+    config = json.loads((pathlib.Path(folder) / hub.config.CONFIG).read_text(encoding="utf-8"))
+    return bool({"architecture", "model_type"} & config.keys())
   except (OSError, ValueError, AttributeError):
     return False
 
 
 def source_of(path) -> dict[str, str]:
-  """What a file of ours tells of the weights that it was made of: {"source": "hf-hub:org/name@
-  commit", "source_sha256"}; {} where it tells nothing, or is none."""
+  """The source of the weights, from the metadata of a file of ours: {"source": "hf-hub:org/name@
+  commit", "source_sha256"}; {} for a file without it, or another kind of file."""
   path = pathlib.Path(path)
   if not path.is_file() or not pytorch.is_ours(path):
     return {}
@@ -57,11 +57,11 @@ def source_of(path) -> dict[str, str]:
 
 def load_variables(path: str, model, calibration, classes=None):
   """Variables for `model` from a file that `vitcompact convert` or a run wrote, from weights by
-  name, or from weights of others, as `vitcompact convert` reads them; path: see `file_of`.
+  name, or from another library's weights, as `vitcompact convert` reads them; path: see `file_of`.
 
-  classes: names of the data's classes in order, which have to be the file's, if it has any.
-  A dense model's are made compact for the model's plan, fitted on the images that `calibration()`
-  returns (normalised).
+  A dense model's variables are compacted for the model's plan, with the normalised calibration
+  images that `calibration()` returns.
+  classes: names of the data's classes in order, which must be the file's, if it has any.
   """
   source = model
   if is_dense(path):
@@ -73,7 +73,7 @@ def load_variables(path: str, model, calibration, classes=None):
 
 
 def is_dense(path: str) -> bool:
-  """Whether a file is of a dense model, as all of others are."""
+  """Whether a file holds a dense model; all files of other libraries do."""
   path = file_of("init_from", path)
   if not pytorch.is_ours(path):
     return True
@@ -82,12 +82,12 @@ def is_dense(path: str) -> bool:
 
 
 def load_teacher(path: str, teacher, classes=None):
-  """Variables of a teacher from such a file; classes: see `load_variables`."""
+  """Variables of a teacher from a file of its model; classes: see `load_variables`."""
   return _fitting("teacher.file", path, teacher, classes)
 
 
 def _fitting(key: str, name: str, model, classes):
-  """Variables of a file, refused unless they are of this model and these classes."""
+  """Reads variables from a file; raises ValueError unless they fit the model and the classes."""
   what, path = f"{key}={name!r}", file_of(key, name)
   if not pytorch.is_ours(path):
     try:
@@ -104,15 +104,15 @@ def _fitting(key: str, name: str, model, classes):
 
 def _check_fits(what: str, found, variables, model):
   if lines := trees.differences(variables, variable_shapes(model)):
-    raise ValueError(f"{what} holds {found.variant} with plan={found.plan.to_json()}, "
+    raise ValueError(f"{what} is {found.variant} with plan={found.plan.to_json()}, "
                      f"which does not fit {model.variant}: {trees.some(lines, 3, joint='; ')}. "
                      f"`{files.CONVERT}` resizes positions and replaces a classifier")
 
 
 def state_with_variables(state: TrainState, variables, shardings: TrainState) -> TrainState:
-  """A fresh state with these variables in place of its own, averages included."""
+  """The state with these variables as parameters, batch statistics and averages."""
   trees = variables["params"], variables.get("batch_stats", {})
-  # jnp.copy: the step donates its state, and no buffer may be given away twice. A fitted batch norm
+  # jnp.copy: the step donates its state, and no buffer may be donated twice. A fitted batch norm
   # has one array as its bias and its mean.
   params, stats = jax.tree.map(jnp.copy, trees)
   averages = jax.tree.map(jnp.copy, trees) if state.ema_params else ({}, {})
@@ -122,5 +122,5 @@ def state_with_variables(state: TrainState, variables, shardings: TrainState) ->
 
 
 def calibration_images(config, preprocess, split: str = "train", count: int = CALIBRATION_IMAGES):
-  """Normalised images of a split, as evaluation sees them, evenly spread over it: (B, H, W, C)."""
+  """Calibration images (B, H, W, C): normalised, as in evaluation, evenly spread over a split."""
   return preprocess.normalise(pipeline.sample(config.data, split, count, preprocess))

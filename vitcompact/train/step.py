@@ -1,7 +1,7 @@
-"""One step of training and one of evaluation, as functions of arrays; jitted over a mesh.
+"""One training step and one evaluation step, as functions of arrays, jitted over a mesh.
 
-All randomness of a step is folded from one key and the step's number, and every accumulated
-statistic is part of TrainState: the state, and the position in the data, are the whole run.
+All randomness in a step comes from one key and the step number, and TrainState holds every
+accumulated statistic: the state and the position in the data determine the rest of the run.
 """
 from typing import Any
 
@@ -20,8 +20,8 @@ from vitcompact.train.objective import variables
 class TrainState:
   """Everything that a step reads and writes. The averages are {} in a run without EMA.
 
-  teacher: variables of the model that is learnt from, {} without one; no step changes them, but a
-    run that goes on needs the same ones.
+  teacher: the teacher's variables, {} without one. No step changes them, but a resumed run needs
+    the same ones.
   """
   step: jax.Array
   params: Any
@@ -33,20 +33,21 @@ class TrainState:
   teacher: Any
 
 
-def selected(state: TrainState, eval_params: str):
-  """The variables that `eval_params` ("raw" or "ema") names."""
+def eval_variables(state: TrainState, eval_params: str):
+  """The variables to evaluate: the trained ones for "raw", their averages for "ema"."""
   if eval_params == "ema":
     return variables(state.ema_params, state.ema_batch_stats)
   return variables(state.params, state.batch_stats)
 
 
 def make_init(model, optimizer, image_shape, *, ema: bool, teacher=None):
-  """A function key -> TrainState; image_shape: (H, W, 3). A teacher's variables are all 0."""
+  """A function key -> TrainState, in which the teacher's variables are 0. image_shape: (H, W, 3).
+  """
   def init(key):
     init_key, step_key = jax.random.split(key)
     new = model.init(init_key, jnp.zeros((1, *image_shape)))
     params, stats = new["params"], new.get("batch_stats", {})
-    # Copies, because the step donates its state and no buffer may be given away twice.
+    # Copies, because the step donates its state and no buffer may be donated twice.
     averages = jax.tree.map(jnp.copy, (params, stats)) if ema else ({}, {})
     teacher_variables = {}
     if teacher is not None:
@@ -58,7 +59,7 @@ def make_init(model, optimizer, image_shape, *, ema: bool, teacher=None):
 
 
 def state_shardings(shapes: TrainState, rules, optimizer, mesh, teacher_rules=()) -> TrainState:
-  """Where every leaf of a state lies, from its shapes (`jax.eval_shape` of an init)."""
+  """The sharding of every leaf of a state, from its shapes (`jax.eval_shape` of an init)."""
   params = sharding.parameters(shapes.params, rules, mesh)
   everywhere = sharding.replicated(mesh)
 
@@ -78,9 +79,8 @@ def state_shardings(shapes: TrainState, rules, optimizer, mesh, teacher_rules=()
 def make_augment(data, mean, std, num_classes: int, accumulate: int, grid=None):
   """A function (key, batch) -> (float images, targets) of one microbatch.
 
-  data: the config's section. The order is the published one: each of two mixed images was erased
-  before they were mixed. With labels of places, targets are a pair, of images and of the patches of
-  `grid`.
+  data: the config's section. As published, random erasing comes before mixing. With token labels,
+  the targets are a pair: those of the images and those of the patches of `grid`.
   """
   def augment(key, batch):
     erase_key, mix_key = jax.random.split(key)
@@ -97,10 +97,10 @@ def make_augment(data, mean, std, num_classes: int, accumulate: int, grid=None):
 
 
 def make_gradients(objective, augment, accumulate: int, groups: int = 1):
-  """A function (state, batch, key) -> (gradients, batch statistics, metrics), the loss among these.
+  """A function (state, batch, key) -> (gradients, batch statistics, metrics with the loss).
 
-  Means over `accumulate` microbatches, which batch statistics see one after another. Each
-  is made of whole groups, of which the batch has `groups`.
+  Gradients and metrics are means over `accumulate` microbatches; batch statistics are updated by
+  one microbatch after another. The batch has `groups` groups, and no microbatch splits one.
   """
   def loss_with_aux(params, state, batch_stats, batch, key):
     augment_key, dropout_key = jax.random.split(key)
@@ -109,7 +109,7 @@ def make_gradients(objective, augment, accumulate: int, groups: int = 1):
                                              batch["label"], targets, dropout_key)
     return loss, (batch_stats, {"loss": loss, **metrics})
 
-  def one(state, batch_stats, batch, key):
+  def microbatch_gradients(state, batch_stats, batch, key):
     (_, (batch_stats, metrics)), grads = jax.value_and_grad(loss_with_aux, has_aux=True)(
         state.params, state, batch_stats, batch, key)
     return batch_stats, (grads, metrics)
@@ -117,17 +117,18 @@ def make_gradients(objective, augment, accumulate: int, groups: int = 1):
   def gradients(state, batch, key):
     microbatches = device_batch.microbatches(batch, accumulate, groups)
     if accumulate == 1:
-      batch_stats, (grads, metrics) = one(state, state.batch_stats,
-                                          jax.tree.map(lambda x: x[0], microbatches),
-                                          jax.random.fold_in(key, 0))
+      batch_stats, (grads, metrics) = microbatch_gradients(
+          state, state.batch_stats, jax.tree.map(lambda x: x[0], microbatches),
+          jax.random.fold_in(key, 0))
       return grads, batch_stats, metrics
     first = jax.tree.map(lambda x: x[0], microbatches)
-    shapes = jax.eval_shape(one, state, state.batch_stats, first, key)
+    shapes = jax.eval_shape(microbatch_gradients, state, state.batch_stats, first, key)
 
-    def add(carry, part):
+    def add(carry, indexed):
       batch_stats, total = carry
-      index, part_batch = part
-      batch_stats, new = one(state, batch_stats, part_batch, jax.random.fold_in(key, index))
+      index, microbatch = indexed
+      batch_stats, new = microbatch_gradients(state, batch_stats, microbatch,
+                                              jax.random.fold_in(key, index))
       return (batch_stats, jax.tree.map(jnp.add, total, new)), None
 
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[1])
@@ -141,7 +142,7 @@ def make_gradients(objective, augment, accumulate: int, groups: int = 1):
 
 def make_train_step(objective, optimizer, rate, augment, *, accumulate: int, ema_decay: float,
                     groups: int = 1):
-  """A function (state, batch) -> (state, metrics). ema_decay 0: no averages are kept."""
+  """A function (state, batch) -> (state, metrics). With ema_decay=0 no averages are kept."""
   gradients = make_gradients(objective, augment, accumulate, groups)
 
   def average(old, new):
@@ -165,7 +166,7 @@ def make_train_step(objective, optimizer, rate, augment, *, accumulate: int, ema
 
 
 def make_eval_step(model, mean, std):
-  """A function (variables, batch) -> sums over the images that `mask` counts."""
+  """A function (variables, batch) -> {metric: sum over the images whose `mask` is 1}."""
   def eval_step(model_variables, batch):
     logits = model.apply(model_variables, device_batch.normalise(batch["image"], mean, std))
     targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
@@ -176,16 +177,16 @@ def make_eval_step(model, mean, std):
 
 
 def jit_init(init, shardings):
-  """Parameters are born where they will live: no device ever holds the whole state.
+  """Jits `init` so that every leaf is created sharded: no device ever holds the whole state.
 
-  It runs once, so the compiler need not try hard: that takes longer than it saves.
+  It runs once, so it is compiled with few optimisations: they would take longer than they save.
   """
   return jax.jit(init, out_shardings=shardings,
                  compiler_options={"xla_backend_optimization_level": 0})
 
 
 def split_over(mesh, step):
-  """The step, traced as one whose images lie on the devices of a mesh."""
+  """The step, traced with its images split over the devices of a mesh."""
   def traced(*arguments):
     with attention.split_over(mesh.size):
       return step(*arguments)
@@ -193,19 +194,19 @@ def split_over(mesh, step):
 
 
 def jit_train_step(train_step, shardings, mesh):
-  """The state is donated: use only the one that comes back."""
+  """The jitted step. It donates its state: use only the one that it returns."""
   return jax.jit(split_over(mesh, train_step), in_shardings=(shardings, sharding.batches(mesh)),
                  out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0)
 
 
 def jit_eval_step(eval_step, mesh):
-  """Variables lie as they come, as parameters and averages do in training."""
+  """The jitted evaluation step. Variables keep the sharding that they come with."""
   return jax.jit(split_over(mesh, eval_step), in_shardings=(None, sharding.batches(mesh)),
                  out_shardings=sharding.replicated(mesh))
 
 
 @jax.jit
 def all_finite(tree) -> jax.Array:
-  """Whether no leaf holds a NaN or an infinity."""
+  """Whether all floats of a tree are finite."""
   floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
   return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
