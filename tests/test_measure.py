@@ -106,7 +106,7 @@ def test_a_quick_report_infers_blocks_that_it_passed_over(monkeypatch):
 
   monkeypatch.setattr(looking, "EVERY", 3)
   monkeypatch.setattr(looking, "kl_per_error", lambda *_: scales)
-  monkeypatch.setattr(looking._Measurement, "_tried", known)
+  monkeypatch.setattr(looking._Measurement, "_kl_of_option", known)
   monkeypatch.setattr(protocol, "estimate", estimated)
   monkeypatch.setattr(cffn, "RATIOS", (0.25, 0.5))
   report = vc.measure(model, tiny.init(model, spread=0.5), np.asarray(tiny.images(model, batch=8)))
@@ -124,8 +124,8 @@ def test_a_quick_report_infers_blocks_that_it_passed_over(monkeypatch):
 def test_a_quick_report_tries_one_reducer_of_a_class(measured, monkeypatch):
   looking = importlib.import_module("vitcompact.measure")
   model, variables, x, _ = measured
-  monkeypatch.setattr(looking._Measurement, "_tried", lambda *_: 1.0)
-  monkeypatch.setattr(looking._Measurement, "_reduced", lambda *_: 1.0)
+  monkeypatch.setattr(looking._Measurement, "_kl_of_option", lambda *_: 1.0)
+  monkeypatch.setattr(looking._Measurement, "_kl_of_reducer", lambda *_: 1.0)
   found = vc.measure(model, variables, x).tokens
   for kind in (vc.ToMe, vc.EViT, vc.MCTF):
     options = [option for option in found if isinstance(option.method, kind)]
@@ -138,12 +138,13 @@ def test_a_quick_report_tries_one_reducer_of_a_class(measured, monkeypatch):
 
 def test_images_are_split_among_the_devices_and_give_the_same_as_on_one(measured, monkeypatch):
   model, variables, x, report = measured
-  assert len(calibration.split(x[:16]).sharding.device_set) == 8 == jax.local_device_count()
-  assert {shard.data.shape[0] for shard in calibration.split(x[:16]).addressable_shards} == {2}
-  assert {shard.data.shape[0] for shard in calibration.split(x[:15]).addressable_shards} == {15}
+  assert len(calibration.shard_images(x[:16]).sharding.device_set) == 8 == jax.local_device_count()
+  even, odd = (calibration.shard_images(x[:count]) for count in (16, 15))
+  assert {shard.data.shape[0] for shard in even.addressable_shards} == {2}
+  assert {shard.data.shape[0] for shard in odd.addressable_shards} == {15}
   monkeypatch.setattr(cffn, "RATIOS", (0.25, 0.5))
   monkeypatch.setattr(jax, "local_device_count", lambda: 1)
-  assert calibration.split(x) is x
+  assert calibration.shard_images(x) is x
   alone = vc.measure(model, variables, x, sensitivity="none")
   for row, wanted in zip(alone.blocks, report.blocks, strict=True):
     for option, other in zip(row["options"], wanted["options"], strict=True):

@@ -165,4 +165,4 @@ def refit_kept_heads(params, data, order):
                     values, outputs)
   data.note("heads", copied=fit.copied, fitted=fit.fitted, held_out=fit.held_out,
             order=list(order))
-  return {**params, "attn": {**attn, **refit.leaves(fit, attn)}}
+  return {**params, "attn": {**attn, **refit.refitted_params(fit, attn)}}
