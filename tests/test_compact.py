@@ -69,7 +69,7 @@ def test_heads_in_another_order_are_the_same_function():
   model = tiny.deit(drop_path_rate=0.0)
   variables, x = tiny.init(model), tiny.images(model)
   params = dict(variables["params"])
-  params["blocks_0"] = refit.arranged(params["blocks_0"], (2, 0, 3, 1))
+  params["blocks_0"] = refit.reorder_heads(params["blocks_0"], (2, 0, 3, 1))
   run = jax.jit(model.apply)
   np.testing.assert_allclose(run({"params": params}, x), run(variables, x), atol=1e-5)
 
@@ -197,7 +197,7 @@ def test_nothing_is_fitted_twice_where_nothing_is_held_out(monkeypatch):
   x, old = rng.standard_normal((64, 8)), rng.standard_normal((8, 6))
   sums = jax.tree.map(np.float64, regression.sums_of(x, x @ old))
   called = []
-  for module, name in ((regression, "_low_rank"), (refit, "_descend")):
+  for module, name in ((regression, "_low_rank_factors"), (refit, "_descend")):
     fit = getattr(module, name)
     monkeypatch.setattr(module, name, lambda *given, fit=fit, **sweeps: (
         called.append((fit, sweeps)) or fit(*given, **sweeps)))

@@ -30,7 +30,8 @@ def kl_per_error(model: nn.Module, variables, images, size: int) -> dict[str, di
   model = model.clone(execution=Execution(), remat=False)
   names = [name for name, module in model.submodules().items() if hasattr(module, "methods")]
   paths = {(*name.split("/"), *branch) for name in names for branch in BRANCHES.values()}
-  step = max(VALUES // (SHARE * max(size, 1)), 1)
+  step = min(max(VALUES // (SHARE * size), 1), len(images))
+  images = images[:len(images) // step * step]   # chunks of one size are one program
   run = jax.jit(functools.partial(_gradients, model, paths))
   totals, key = {}, jax.random.key(0)
   for number, start in enumerate(range(0, len(images), step)):

@@ -157,9 +157,12 @@ def fit_held_out_and_all(sums) -> tuple[Regression, Regression, Regression]:
 def spectrum(data: Regression) -> np.ndarray:
   """Returns the least relative squared error of y with factors of rank 1, 2, ...."""
   cov = data.cov + data.strength(RIDGES[0]) * np.eye(len(data.cov))
-  # Eigenvalues of the fitted y's covariance: the squared singular values of its rows.
-  fitted = data.cross.T @ scipy.linalg.solve(cov, data.cross, assume_a="sym")
-  variances = np.maximum(np.linalg.eigvalsh(fitted)[::-1], 0)[:min(data.cross.shape)]
+  # Eigenvalues of the fitted y's covariance, from the smaller of two matrices that share them.
+  if data.cross.shape[0] < data.cross.shape[1]:
+    variances = scipy.linalg.eigh(data.cross @ data.cross.T, cov, eigvals_only=True)
+  else:
+    variances = np.linalg.eigvalsh(data.cross.T @ solver(cov, 0)(data.cross))
+  variances = np.maximum(variances[::-1], 0)
   return np.maximum(data.energy - np.cumsum(variances), 0) / max(data.energy, 1e-30)
 
 

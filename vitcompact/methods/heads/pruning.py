@@ -89,7 +89,7 @@ class HeadPruning:
     """
     kept, pruning = self.value_heads(site), dataclasses.replace(self, heads=None)
     order = importance.kept_first(importance.losses(params, data), kept)
-    params = refit.arranged(params, order)
+    params = refit.reorder_heads(params, order)
     constant = constant_contribution(params["attn"], kept)
     attn = surgery.cut_heads(pruning, site, params)["attn"]
     out = {**attn["out"], "bias": attn["out"]["bias"] + constant}
