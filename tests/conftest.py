@@ -5,12 +5,16 @@ level of optimisation. What one process compiled, the others of the same call of
 workers and what tests start.
 """
 import ctypes
+import functools
 import gc
 import os
 import pathlib
 import shutil
 import tempfile
+import threading
 
+# Tracing makes millions of small objects that live: collecting at every 700 of them was a tenth.
+gc.set_threshold(200_000, 20, 50)
 # Read by XLA when the first device is asked for, so before any test imports the library. A worker
 # has those of the process that started it: each is there once (tests/old/common.py compares them).
 FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0",
@@ -26,10 +30,20 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax._src.interpreters import mlir  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Tracing makes millions of small objects that live: collecting at every 700 of them was a tenth.
-gc.set_threshold(200_000, 20, 50)
+
+
+@functools.cache
+def context_of(thread, make=mlir.make_ir_context):
+  return make()
+
+
+# JAX makes a context for every program and loads all dialects into it, which is a sixth of what an
+# operation on its own costs to compile. Here a thread has one for all programs of a module of tests
+# (`forgets`): a context keeps the constants of its programs.
+mlir.make_ir_context = lambda: context_of(threading.get_ident())
 
 from tests.hub_server import server  # noqa: E402, F401
 from tests.tiny_run import built, built_on_one, config, shared, uninterrupted  # noqa: E402, F401
@@ -37,6 +51,7 @@ from tests.tiny_run import built, built_on_one, config, shared, uninterrupted  #
 
 def pytest_unconfigure():
   """Of the process that made the folder, after its workers have ended."""
+  gc.freeze()   # what is left ends with the process: pytest would look through gigabytes of it
   if COMPILED:
     shutil.rmtree(COMPILED, ignore_errors=True)
 
@@ -46,6 +61,7 @@ def forgets(request):
   """Above 6 GB, what a process compiled is dropped after a module. Not after those of whole runs: a
   worker has died of a segmentation fault there, with threads of an ended run still about."""
   yield
+  context_of.cache_clear()
   if request.path.parent.name == "run":
     return
   statm = pathlib.Path("/proc/self/statm")    # of Linux

@@ -232,7 +232,7 @@ def test_a_fitted_mask_keeps_more_of_the_dense_attention_than_a_fresh_one(varian
   model = tiny.deit(drop_path_rate=0.0)
   variables, x = tiny.init(model, spread=0.5), tiny.images(model, batch=32)
   new = tiny.images(model, batch=16, seed=9)
-  maps = vc.features(model, variables, new, maps=True).maps
+  maps = tiny.features(model, variables, new, True).maps
   plan, mass = vc.Plan(attention=vc.Sparsifiner(keep=0.25, variant=variant)), {}
   for name, images in {"fresh": None, "fitted": x}.items():
     small, got = vc.compact(model, variables, plan, images=images)
