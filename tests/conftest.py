@@ -5,13 +5,11 @@ level of optimisation. What one process compiled, the others of the same call of
 workers and what tests start.
 """
 import ctypes
-import functools
 import gc
 import os
 import pathlib
 import shutil
 import tempfile
-import threading
 
 # Tracing makes millions of small objects that live: collecting at every 700 of them was a tenth.
 gc.set_threshold(200_000, 20, 50)
@@ -30,20 +28,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
-from jax._src.interpreters import mlir  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-
-@functools.cache
-def context_of(thread, make=mlir.make_ir_context):
-  return make()
-
-
-# JAX makes a context for every program and loads all dialects into it, which is a sixth of what an
-# operation on its own costs to compile. Here a thread has one for all programs of a module of tests
-# (`forgets`): a context keeps the constants of its programs.
-mlir.make_ir_context = lambda: context_of(threading.get_ident())
 
 from tests.hub_server import server  # noqa: E402, F401
 from tests.tiny_run import built, built_on_one, config, shared, uninterrupted  # noqa: E402, F401
@@ -61,7 +47,6 @@ def forgets(request):
   """Above 6 GB, what a process compiled is dropped after a module. Not after those of whole runs: a
   worker has died of a segmentation fault there, with threads of an ended run still about."""
   yield
-  context_of.cache_clear()
   if request.path.parent.name == "run":
     return
   statm = pathlib.Path("/proc/self/statm")    # of Linux
