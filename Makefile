@@ -8,7 +8,8 @@ demo: .venv/installed
 	.venv/bin/python main.py --config=configs/compact_digits.py --workdir=runs/compact_digits
 
 # A worker that dies ends the run: pytest-xdist can wait for ever for the one in its place.
-PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+# Python keeps what it compiled, whatever the environment says: each worker would compile all again.
+PYTEST = PYTHONDONTWRITEBYTECODE= .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 test: .venv/installed-dev
 	$(PYTEST)
 

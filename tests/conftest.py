@@ -11,6 +11,8 @@ import pathlib
 import shutil
 import tempfile
 
+# Tracing makes millions of small objects that live: collecting at every 700 of them was a tenth.
+gc.set_threshold(200_000, 20, 50)
 # Read by XLA when the first device is asked for, so before any test imports the library. A worker
 # has those of the process that started it: each is there once (tests/old/common.py compares them).
 FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0",
@@ -28,8 +30,6 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Tracing makes millions of small objects that live: collecting at every 700 of them was a tenth.
-gc.set_threshold(200_000, 20, 50)
 
 from tests.hub_server import server  # noqa: E402, F401
 from tests.tiny_run import built, built_on_one, config, shared, uninterrupted  # noqa: E402, F401
@@ -37,6 +37,7 @@ from tests.tiny_run import built, built_on_one, config, shared, uninterrupted  #
 
 def pytest_unconfigure():
   """Of the process that made the folder, after its workers have ended."""
+  gc.freeze()   # what is left ends with the process: pytest would look through gigabytes of it
   if COMPILED:
     shutil.rmtree(COMPILED, ignore_errors=True)
 

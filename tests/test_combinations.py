@@ -45,7 +45,10 @@ def test_it_trains_and_folds_to_the_same_function(plan):
   assert macs_of(model.apply, variables, tiny.images(model, 1)).total == count.macs
 
 
-@pytest.mark.parametrize("plan", [{**ON_GRID, "ffn": vc.CFFN()}, ON_GRID, {"ffn": vc.CFFN()}],
+# Both axes at once by default, and each alone besides.
+@pytest.mark.parametrize("plan", [
+    {**ON_GRID, "ffn": vc.CFFN()},
+    *(pytest.param(plan, marks=pytest.mark.slow) for plan in (ON_GRID, {"ffn": vc.CFFN()}))],
                          ids=words)
 def test_a_backbone_that_routes_trains_and_folds_under_the_other_axes(plan):
   model = tiny.biformer(vc.Plan(**plan))

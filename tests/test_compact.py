@@ -1,6 +1,5 @@
 """compact from calibration images: choices and closed forms against slow references."""
 import itertools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from vitcompact.calibration import (
   take_images,
 )
 from vitcompact.methods.attention.token_predictor import cluster_means
-from vitcompact.methods.heads import refit
+from vitcompact.methods.heads import importance, refit
 from vitcompact.token_state import Tokens
 
 
@@ -240,7 +239,7 @@ def test_a_fitted_mask_keeps_more_of_the_dense_attention_than_a_fresh_one(varian
   model = tiny.deit(drop_path_rate=0.0)
   variables, x = tiny.init(model, spread=0.5), tiny.images(model, batch=32)
   new = tiny.images(model, batch=16, seed=9)
-  maps = vc.features(model, variables, new, maps=True).maps
+  maps = tiny.features(model, variables, new, True).maps
   plan, mass = vc.Plan(attention=vc.Sparsifiner(keep=0.25, variant=variant)), {}
   for name, images in {"fresh": None, "fitted": x}.items():
     small, got = vc.compact(model, variables, plan, images=images)
@@ -282,11 +281,32 @@ def test_regressions_of_wide_layers_pass_over_tokens_of_every_image(monkeypatch)
   assert 3 * least < 150 * 17 < 4 * least
   counted = [part.xx[0, 0] for part in data.sums(rows)]
   assert counted == [100 * 6, 50 * 6]   # tokens 0, 3, ..., 15
-  few = data.fewer(500).x.x
-  assert len(few) == math.ceil(100 / (100 * 17 // 500)) and few.shape[1:] == (17, 24)
-  np.testing.assert_array_equal(few[1], x.x[3])
   monkeypatch.setattr(calibration, "ROWS", ROWS // 2)   # every sixth: they share columns of 4 x 4
   assert data.sums(rows)[1].xx[0, 0] == 50 * 4
+
+
+def test_sums_of_few_numbers_use_every_third_image(monkeypatch):
+  """Those over a smaller calibration, and those that share a pass with sums over all images."""
+  block = tiny.deit(drop_path_rate=0.0, depth=1).submodules()["blocks_0"]
+  x = Tokens(np.random.default_rng(5).standard_normal((60, 17, 24)).astype(np.float32))
+  one = take_images(x, slice(1))
+  variables = tiny.randomised(jax.eval_shape(block.init, jax.random.key(0), one))
+  data = Calibration(block, variables["params"], {}, x, None, 20, {})
+  function, arguments = vc.HMHSA.statistics(variables["params"])
+  for step, tokens in ((1, 40 * 17), (3, 14 * 17)):
+    monkeypatch.setattr(calibration, "TOKENS", 40 * 17 // step)
+    few = data.fewer()
+    np.testing.assert_array_equal(few.x.x, x.x[:40:step])
+    costs, count = data.sums(function, *arguments)[0]
+    assert count == tokens
+    np.testing.assert_allclose(costs, few.sums(function, *arguments)[0][0], rtol=1e-4)
+    assert data.sums(rows)[0].xx[0, 0] == 40 * 17
+    assert importance_count(data, variables["params"]) == tokens
+
+
+def importance_count(data, params):
+  function, arguments = importance.statistics(params)
+  return data.sums(function, *arguments)[0][2]
 
 
 def test_what_a_branch_is_wanted_to_give_leads_to_the_dense_stream():

@@ -118,6 +118,12 @@ def _applied(model, mutable, options, variables, args, rngs):
   return model.apply(variables, *args, rngs=rngs, mutable=mutable, **dict(options))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def features(model, variables, images, maps=False):
+  """`vc.features`, compiled as a whole."""
+  return vc.features(model, variables, images, maps=maps)
+
+
 def gradients(model, variables, images, key=0):
   """Of the sum of squared logits in train mode, by name of parameter."""
   return trees.named_leaves(_gradients(model, variables, images, jax.random.key(key)))

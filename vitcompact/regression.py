@@ -109,15 +109,20 @@ class Regression(NamedTuple):
     return ridge * max(float(np.trace(self.cov)) / len(self.cov), np.finfo(np.float32).tiny)
 
 
-def solver(cov, ridge: float):
-  """Returns the function right -> (cov + ridge)^-1 right."""
+def cholesky(cov, ridge: float) -> np.ndarray:
+  """Returns the lower Cholesky factor of cov + ridge; negative eigenvalues of cov count as 0."""
   eye = ridge * np.eye(len(cov))
   try:
-    factor = scipy.linalg.cho_factor(cov + eye)
+    return scipy.linalg.cholesky(cov + eye, lower=True)
   except np.linalg.LinAlgError:   # rounding of float32 sums can make it indefinite
     values, vectors = np.linalg.eigh(cov)
-    factor = scipy.linalg.cho_factor((vectors * np.maximum(values, 0)) @ vectors.T + eye)
-  return lambda right: scipy.linalg.cho_solve(factor, right)
+    return scipy.linalg.cholesky((vectors * np.maximum(values, 0)) @ vectors.T + eye, lower=True)
+
+
+def solver(cov, ridge: float):
+  """Returns the function right -> (cov + ridge)^-1 right."""
+  factor = cholesky(cov, ridge)
+  return lambda right: scipy.linalg.cho_solve((factor, True), right)
 
 
 def closest_factors(matrix, cov_matrix, rank: int) -> tuple[np.ndarray, np.ndarray]:
@@ -156,13 +161,11 @@ def fit_held_out_and_all(sums) -> tuple[Regression, Regression, Regression]:
 
 def spectrum(data: Regression) -> np.ndarray:
   """Returns the least relative squared error of y with factors of rank 1, 2, ...."""
-  cov = data.cov + data.strength(RIDGES[0]) * np.eye(len(data.cov))
+  half = scipy.linalg.solve_triangular(cholesky(data.cov, data.strength(RIDGES[0])), data.cross,
+                                       lower=True)
   # Eigenvalues of the fitted y's covariance, from the smaller of two matrices that share them.
-  if data.cross.shape[0] < data.cross.shape[1]:
-    variances = scipy.linalg.eigh(data.cross @ data.cross.T, cov, eigvals_only=True)
-  else:
-    variances = np.linalg.eigvalsh(data.cross.T @ solver(cov, 0)(data.cross))
-  variances = np.maximum(variances[::-1], 0)
+  product = half @ half.T if half.shape[0] < half.shape[1] else half.T @ half
+  variances = np.maximum(np.linalg.eigvalsh(product)[::-1], 0)
   return np.maximum(data.energy - np.cumsum(variances), 0) / max(data.energy, 1e-30)
 
 

@@ -185,7 +185,7 @@ def test_options_for_heads_filter_over_the_grid():
 def test_maps_show_which_regions_are_attended_to():
   model = tiny.biformer()
   variables, images = drawn_for(model)
-  maps = jax.jit(lambda v, x: vc.features(model, v, x, maps=True).maps)(variables, images)
+  maps = tiny.features(model, variables, images, True).maps
   assert ((maps["blocks_0"] > 0).sum(axis=-1) == 32).all()     # 2 of 4 regions of 16
   assert (maps["blocks_1"] > 0).all()
   regions = (maps["blocks_0"] > 0).any(axis=1).reshape(3, 2, 4, 2, 4, 2, 4, 2, 4)
@@ -223,7 +223,7 @@ def test_the_dense_stage_takes_methods_of_the_attention_axis():
   model = tiny.biformer(plan)
   variables, images = drawn_for(model)
   assert variables["params"]["blocks_1"]["bra"]["lce"]["kernel"].shape == (5, 5, 1, 24)
-  maps = vc.features(model, variables, images, maps=True).maps["blocks_1"]
+  maps = tiny.features(model, variables, images, True).maps["blocks_1"]
   assert ((maps > 0).sum(axis=-1) == 4).all()
   without = {**variables, "params": jax.tree.map(lambda leaf: leaf, variables["params"])}
   del without["params"]["blocks_1"]["bra"]

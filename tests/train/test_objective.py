@@ -97,7 +97,7 @@ def test_attention_maps_are_compared_as_means_over_heads_where_tokens_are_the_sa
   teacher = model.clone(plan=vc.Plan())
   (value, metrics), grads, student, teacher_variables = run(
       model, weights(labels=1.0, attention=0.5), teacher)
-  mine, theirs = (vc.features(*pair, tiny.images(model), maps=True).maps["blocks_0"].mean(axis=1)
+  mine, theirs = (tiny.features(*pair, tiny.images(model), True).maps["blocks_0"].mean(axis=1)
                   for pair in ((model, student), (teacher, teacher_variables)))
   error = np.sum((mine - theirs) ** 2, axis=(1, 2)) / np.sum(theirs ** 2, axis=(1, 2))
   wanted = float(np.mean(error))

@@ -29,11 +29,13 @@ def basis_of(density: float, name: str):
   return variables
 
 
-@pytest.mark.parametrize("name,depth,column", [("deit_small_patch16_224", 12, DEIT_S),
-                                               ("lvvit_s", 16, LVVIT_S)])
+# The blocks of LV-ViT are those of DeiT-S: the same formula, four more times.
+@pytest.mark.parametrize("name,depth,column", [
+    ("deit_small_patch16_224", 12, DEIT_S),
+    pytest.param("lvvit_s", 16, LVVIT_S, marks=pytest.mark.slow)])
 def test_the_ideal_count_is_the_published_column_within_a_tenth(name, depth, column):
   variables = basis_of(DENSITY[name], name)
-  keeps = sorted(column) if depth == 16 else [1.0, 0.5, 0.3, 0.01]
+  keeps = sorted(column) if depth == 16 else [0.5, 0.01]
   for keep in keeps:
     model = vc.create_model(name, plan=vc.Plan(attention=Sparsifiner(keep=keep)))
     count = vc.count(model, variables=variables)

@@ -161,7 +161,9 @@ def test_it_acts_by_the_number_of_keys():
       tiny.site(tokens=577, tokens_left=577))] == [0.5, 0.75]
 
 
-@pytest.mark.parametrize("name", ["pvt_small", "nextvit_small"])
+# The blocks of Next-ViT take their keys from a smaller grid as those of PVT do.
+@pytest.mark.parametrize("name", ["pvt_small",
+                                  pytest.param("nextvit_small", marks=pytest.mark.slow)])
 def test_queries_stay_where_keys_are_others(name):
   plan = vc.Plan(attention=HALF, heads=vc.HMHSA(), ffn=vc.CFFN())
   if name == "pvt_small":

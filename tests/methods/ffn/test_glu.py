@@ -171,7 +171,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+# A class token beside a map is in "deit, convglu" as in PVT v1, another grid in PVT v2.
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] * (name == "pvt")) for name in MODELS])
 def test_it_trains_folds_is_saved_and_goes_to_pytorch_in_every_family(name, tmp_path):
   model = MODELS[name](drop_path_rate=0.0)
   variables, x = tiny.init(model), tiny.images(model)

@@ -18,6 +18,10 @@ from vitcompact.methods.protocol import Pass
 HEADS, SHARED, ACTIVE, WIDTH, TOKENS = 5, 2, 4, 12, 7
 
 
+# At once: each operation on its own is a program to compile.
+weights_of = jax.jit(moh.weights, static_argnums=(2, 3))
+
+
 def drawn(*shape, seed=0):
   return jnp.asarray(np.random.default_rng((seed, *shape)).standard_normal(shape), jnp.float32)
 
@@ -47,7 +51,7 @@ def reference(x_nw, routers, shared: int, active: int):
 @pytest.mark.parametrize("shared", [1, 2])
 def test_weights_are_those_of_the_paper(shared):
   x_bnw, own = drawn(2, TOKENS, WIDTH), routers(shared=shared)
-  got, _, chosen = moh.weights(x_bnw, own, shared, ACTIVE)
+  got, _, chosen = weights_of(x_bnw, own, shared, ACTIVE)
   for image, rows in zip(x_bnw, got, strict=True):
     np.testing.assert_allclose(rows, reference(image, own, shared, ACTIVE), rtol=1e-5, atol=1e-6)
   used = np.asarray(got[..., shared:] != 0)
@@ -56,7 +60,7 @@ def test_weights_are_those_of_the_paper(shared):
 
 
 def test_weights_sum_to_the_active_heads_where_as_many_are_shared_as_routed():
-  got, _, _ = moh.weights(drawn(2, TOKENS, WIDTH), routers(), SHARED, 2 * SHARED)
+  got, _, _ = weights_of(drawn(2, TOKENS, WIDTH), routers(), SHARED, 2 * SHARED)
   np.testing.assert_allclose(got.sum(axis=-1), 2 * SHARED, rtol=1e-5)
 
 
@@ -94,13 +98,14 @@ def test_unused_heads_get_no_gradient_and_routers_do():
   params = tiny.randomised(jax.eval_shape(
       lambda: module.init(jax.random.key(0), query, key, value, attention.DENSE, x)), spread=1.0)
 
+  @jax.jit
   def out(params, value):
     return module.apply(params, query, key, value, attention.DENSE, x)
 
-  weights, _, _ = moh.weights(x, params["params"], *vc.MoH().split(tiny.site()))
+  weights, _, _ = weights_of(x, params["params"], *vc.MoH().split(tiny.site()))
   got = out(params, value)
   np.testing.assert_array_equal((got != 0).any(axis=-1), weights != 0)
-  grads = jax.grad(lambda params: jnp.sum(out(params, value) ** 2))(params)["params"]
+  grads = jax.jit(jax.grad(lambda params: jnp.sum(out(params, value) ** 2)))(params)["params"]
   assert grads.keys() == {"routed_router", "between_router"}   # one shared head: no choice
   assert all(np.any(grad) for grad in grads.values())
 
@@ -151,8 +156,9 @@ def test_capacity_keeps_the_tokens_that_want_a_head_most(core, capacity):
                   for method in (spec, dataclasses.replace(spec, capacity=None)))
   params = tiny.randomised(jax.eval_shape(
       lambda: module.init(jax.random.key(0), query, key, value, attention.DENSE, x)), spread=1.0)
-  got, wanted = (m.apply(params, query, key, value, core, x) for m in (module, free))
-  weights, _, _ = moh.weights(x, params["params"], 1, 2)
+  got, wanted = (jax.jit(lambda params, m=m: m.apply(params, query, key, value, core, x))(params)
+                 for m in (module, free))
+  weights, _, _ = weights_of(x, params["params"], 1, 2)
   wanted, rows = np.array(wanted), min(int(np.ceil(capacity * 17 / 3)), 17)
   for head in range(1, 4):
     last = np.argsort(-np.asarray(weights[0, :, head]), kind="stable")[rows:]
@@ -246,7 +252,7 @@ def test_around_hallucinated_heads_its_weights_come_last():
     params = {**variables["params"], "blocks_0": {**variables["params"]["blocks_0"], "attn": attn}}
     plain.apply({"params": params}, tiny.images(model))
   mixed, x = heads["Mixture"]
-  weights, _, _ = moh.weights(x, own, 1, 3)
+  weights, _, _ = weights_of(x, own, 1, 3)
   np.testing.assert_allclose(mixed, heads["Hallucinate"][0] * weights[..., None], rtol=1e-5,
                              atol=1e-6)
 

@@ -25,9 +25,16 @@ def names(plans):
 
 
 @pytest.mark.parametrize("plan,left", list(zip(PLANS, LEFT, strict=True)), ids=names(PLANS))
-def test_folded_with_every_leaf_random_it_is_the_same_function(plan, left):
-  model = tiny.deit(plan)
+def test_a_plan_tells_how_many_tokens_are_left(plan, left):
   assert plan.tokens_left(2, 2, 17, 1) == left
+
+
+# The others fold beside heads and FFNs in tests/test_combinations.py too, with random leaves.
+@pytest.mark.parametrize("plan", [
+    pytest.param(plan, marks=[pytest.mark.slow] * (plan.heads.site != "logits"))
+    for plan in PLANS], ids=names(PLANS))
+def test_folded_with_every_leaf_random_it_is_the_same_function(plan):
+  model = tiny.deit(plan)
   variables, x = tiny.init(model), tiny.images(model)
   deploy, folded = vc.fold(model, variables)
   asked = jax.eval_shape(deploy.init, jax.random.key(0), x)
