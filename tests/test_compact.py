@@ -1,6 +1,5 @@
 """compact from calibration images: choices and closed forms against slow references."""
 import itertools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +9,17 @@ import pytest
 import vitcompact as vc
 from tests import tiny
 from vitcompact import calibration, regression
-from vitcompact.calibration import ROWS, Calibration, Seen, run, seen_by, take, taught
+from vitcompact.calibration import (
+  ROWS,
+  Calibration,
+  Seen,
+  observe_jitted,
+  run,
+  run_teacher,
+  take_images,
+)
 from vitcompact.methods.attention.token_predictor import cluster_means
-from vitcompact.methods.heads import refit
+from vitcompact.methods.heads import importance, refit
 from vitcompact.token_state import Tokens
 
 
@@ -20,7 +27,7 @@ def test_moments_and_their_errors_are_those_of_least_squares():
   rng = np.random.default_rng(0)
   x, y = rng.standard_normal((200, 5)) + 2, rng.standard_normal((200, 3))
   y += x @ rng.standard_normal((5, 3)) + 1
-  data = regression.Regression.of(jax.tree.map(np.float64, regression.sums_of(x, y)))
+  data = regression.Regression.from_sums(jax.tree.map(np.float64, regression.sums_of(x, y)))
   matrix = rng.standard_normal((5, 3))
   bias = data.bias(matrix)
   miss = np.mean(np.sum((y - x @ matrix - bias) ** 2, axis=1))
@@ -35,7 +42,7 @@ def test_no_factors_of_a_rank_are_closer_than_those_in_the_metric_of_the_inputs(
   rng = np.random.default_rng(1)
   x = rng.standard_normal((500, 6)) * 3.0 ** -np.arange(6)
   y = x @ rng.standard_normal((6, 4)) + 0.1 * rng.standard_normal((500, 4))
-  data = regression.Regression.of(jax.tree.map(np.float64, regression.sums_of(x, y)))
+  data = regression.Regression.from_sums(jax.tree.map(np.float64, regression.sums_of(x, y)))
   full = np.linalg.solve(data.cov, data.cross)
   a, b = regression.closest_factors(full, data.cross, 2)
   best = data.error(a @ b)
@@ -61,7 +68,7 @@ def test_heads_in_another_order_are_the_same_function():
   model = tiny.deit(drop_path_rate=0.0)
   variables, x = tiny.init(model), tiny.images(model)
   params = dict(variables["params"])
-  params["blocks_0"] = refit.arranged(params["blocks_0"], (2, 0, 3, 1))
+  params["blocks_0"] = refit.reorder_heads(params["blocks_0"], (2, 0, 3, 1))
   run = jax.jit(model.apply)
   np.testing.assert_allclose(run({"params": params}, x), run(variables, x), atol=1e-5)
 
@@ -178,7 +185,7 @@ def test_features_behind_a_filter_of_more_terms_have_all_of_them():
     made = made + query[0, r, s] * key[0, r, t] * around[:, s:s + 5, t:t + 5]
   features = np.concatenate([maps[:, 0] @ keys, made @ keys], axis=2).reshape(-1, 6)
   seen = Seen(maps=jnp.asarray(maps, jnp.float32), keys=jnp.asarray(keys, jnp.float32),
-              wanted_attention=jnp.zeros((2, 5, 3)))
+              target_attention=jnp.zeros((2, 5, 3)))
   sums = refit.filtered_sums(seen, *(jnp.asarray(taps, jnp.float32) for taps in (query, key)))
   np.testing.assert_allclose(sums.xx[1:, 1:], features.T @ features, rtol=1e-4, atol=1e-4)
 
@@ -189,7 +196,7 @@ def test_nothing_is_fitted_twice_where_nothing_is_held_out(monkeypatch):
   x, old = rng.standard_normal((64, 8)), rng.standard_normal((8, 6))
   sums = jax.tree.map(np.float64, regression.sums_of(x, x @ old))
   called = []
-  for module, name in ((regression, "_low_rank"), (refit, "_descend")):
+  for module, name in ((regression, "_low_rank_factors"), (refit, "_descend")):
     fit = getattr(module, name)
     monkeypatch.setattr(module, name, lambda *given, fit=fit, **sweeps: (
         called.append((fit, sweeps)) or fit(*given, **sweeps)))
@@ -252,19 +259,20 @@ def test_keys_that_get_attention_from_the_same_queries_are_one_cluster():
 
 def block_outputs(seen):
   """Per image, what the stream is after each branch where the branch gives what is wanted."""
-  return (seen.before_attention + seen.wanted_attention / 2,
-          seen.before_ffn + seen.wanted_ffn / 2)
+  return (seen.before_attention + seen.target_attention / 2,
+          seen.before_ffn + seen.target_ffn / 2)
 
 
 def rows(seen):
-  return regression.sums_of(seen.hidden, seen.wanted_ffn, seen.step)
+  return regression.sums_of(seen.hidden, seen.target_ffn, seen.step)
 
 
 def test_regressions_of_wide_layers_pass_over_tokens_of_every_image(monkeypatch):
   """Eight rows a hidden channel are left, of all columns of the grid; and no image is missed."""
   block = tiny.deit(drop_path_rate=0.0, depth=1).submodules()["blocks_0"]
   x = Tokens(np.random.default_rng(5).standard_normal((150, 17, 24)).astype(np.float32))
-  variables = tiny.randomised(jax.eval_shape(block.init, jax.random.key(0), take(x, slice(1))))
+  one = take_images(x, slice(1))
+  variables = tiny.randomised(jax.eval_shape(block.init, jax.random.key(0), one))
   data = Calibration(block, variables["params"], {}, x, None, 50, {})
   counted = [part.xx[0, 0] for part in data.sums(rows)]
   assert counted == [100 * 17, 50 * 17]
@@ -273,11 +281,32 @@ def test_regressions_of_wide_layers_pass_over_tokens_of_every_image(monkeypatch)
   assert 3 * least < 150 * 17 < 4 * least
   counted = [part.xx[0, 0] for part in data.sums(rows)]
   assert counted == [100 * 6, 50 * 6]   # tokens 0, 3, ..., 15
-  few = data.fewer(500).x.x
-  assert len(few) == math.ceil(100 / (100 * 17 // 500)) and few.shape[1:] == (17, 24)
-  np.testing.assert_array_equal(few[1], x.x[3])
   monkeypatch.setattr(calibration, "ROWS", ROWS // 2)   # every sixth: they share columns of 4 x 4
   assert data.sums(rows)[1].xx[0, 0] == 50 * 4
+
+
+def test_sums_of_few_numbers_use_every_third_image(monkeypatch):
+  """Those over a smaller calibration, and those that share a pass with sums over all images."""
+  block = tiny.deit(drop_path_rate=0.0, depth=1).submodules()["blocks_0"]
+  x = Tokens(np.random.default_rng(5).standard_normal((60, 17, 24)).astype(np.float32))
+  one = take_images(x, slice(1))
+  variables = tiny.randomised(jax.eval_shape(block.init, jax.random.key(0), one))
+  data = Calibration(block, variables["params"], {}, x, None, 20, {})
+  function, arguments = vc.HMHSA.statistics(variables["params"])
+  for step, tokens in ((1, 40 * 17), (3, 14 * 17)):
+    monkeypatch.setattr(calibration, "TOKENS", 40 * 17 // step)
+    few = data.fewer()
+    np.testing.assert_array_equal(few.x.x, x.x[:40:step])
+    costs, count = data.sums(function, *arguments)[0]
+    assert count == tokens
+    np.testing.assert_allclose(costs, few.sums(function, *arguments)[0][0], rtol=1e-4)
+    assert data.sums(rows)[0].xx[0, 0] == 40 * 17
+    assert importance_count(data, variables["params"]) == tokens
+
+
+def importance_count(data, params):
+  function, arguments = importance.statistics(params)
+  return data.sums(function, *arguments)[0][2]
 
 
 def test_what_a_branch_is_wanted_to_give_leads_to_the_dense_stream():
@@ -286,8 +315,9 @@ def test_what_a_branch_is_wanted_to_give_leads_to_the_dense_stream():
   rng = np.random.default_rng(5)
   dense_x, x = (Tokens(rng.standard_normal((3, 17, 24)).astype(np.float32)) for _ in range(2))
   variables = tiny.randomised(jax.eval_shape(block.init, jax.random.key(0), dense_x))
-  data = Calibration(block, variables["params"], {}, x, taught(block, variables, dense_x)[1], 0, {})
+  _, teacher = run_teacher(block, variables, dense_x)
+  data = Calibration(block, variables["params"], {}, x, teacher, 0, {})
   after_attention, after_ffn = data.sums(block_outputs)[0]
-  seen = seen_by(block, variables, dense_x)
+  seen = observe_jitted(block, variables, dense_x)
   np.testing.assert_allclose(after_attention, seen.before_ffn, atol=1e-4)
   np.testing.assert_allclose(after_ffn, run(block, variables, dense_x).x, atol=1e-4)

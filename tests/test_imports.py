@@ -13,9 +13,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 BASE = {"trees", "settings", "kernels", "torch_names", "token_state", "attention", "layers",
         "regression", "rotary", "convolution", "depthwise", "tracing"}
 MODELS = BASE | {"methods", "plan", "execution", "block", "models"}
-VERBS = {"calibration", "compact", "fold", "verify", "count", "features", "convert", "receipt",
-         "preprocess", "bench", "latency", "measure", "planner", "report", "doors", "export",
-         "runtimes", "tune", "files", "fit", "foreign", "foreign_config", "foreign_names",
+VERBS = {"calibration", "curvature", "compact", "fold", "verify", "count", "features", "convert",
+         "receipt", "preprocess", "bench", "latency", "measure", "planner", "report", "doors",
+         "export", "runtimes", "tune", "files", "fit", "foreign", "foreign_config", "foreign_names",
          "foreign_rules", "foreign_tensors", "compare", "draw", "pytorch", "timm_network", "hub"}
 # room -> the rooms it may import, besides itself. A room is a file or a folder of vitcompact/.
 MAY = {
@@ -40,8 +40,8 @@ MAY = {
 # What loops over methods, and knows none.
 CORE = ["plan.py", "block.py", "execution.py", "convert.py", "fit.py", "foreign.py", "files.py",
         "foreign_config.py", "foreign_names.py", "foreign_rules.py", "foreign_tensors.py",
-        "count.py", "calibration.py", "compact.py", "measure.py", "planner.py", "report.py",
-        "fold.py",
+        "count.py", "calibration.py", "curvature.py", "compact.py", "measure.py", "planner.py",
+        "report.py", "fold.py",
         "methods/protocol.py", "methods/surgery.py",
         *(f"train/{name}.py" for name in ("optim", "objective", "phases", "config", "build")),
         # Names of models that stand for a network with a method are a table beside the models.

@@ -12,6 +12,7 @@ import pytest
 import vitcompact as vc
 from tests import tiny
 from vitcompact import calibration
+from vitcompact.curvature import kl_per_error
 from vitcompact.measure import described_fields, divergence
 from vitcompact.methods import protocol
 from vitcompact.methods.ffn import cffn
@@ -68,57 +69,63 @@ def test_a_quick_report_infers_what_it_did_not_try(measured, monkeypatch):
   model, variables, x, full = measured
   monkeypatch.setattr(cffn, "RATIOS", (0.25, 0.5))
   quick = vc.measure(model, variables, x, sensitivity="quick")
-  for row, wanted in zip(quick.blocks, full.blocks, strict=True):
-    for kind in (vc.HMHSA, vc.HeadPruning, vc.CFFN):
-      options = [option for option in row["options"] if isinstance(option.method, kind)]
-      assert sum(option.measured for option in options) == 1
-      tried = next(option for option in options if option.measured)
-      same = next(o for o in wanted["options"] if o.method == tried.method)
-      assert tried.kl == pytest.approx(same.kl, rel=1e-3)
-      for option in options:
-        assert option.kl == pytest.approx(tried.kl * option.error / tried.error, rel=1e-6)
+  scales = kl_per_error(model, variables, np.concatenate([x[3::4]]), 17 * 16)
+  for kind in (vc.HMHSA, vc.HeadPruning, vc.CFFN):
+    options = {row["name"]: [option for option in row["options"] if isinstance(option.method, kind)]
+               for row in quick.blocks}
+    (tried,) = (option for few in options.values() for option in few if option.measured)
+    assert tried in options["blocks_1"]   # the middle one of two, rounded up
+    same = next(o for o in full.blocks[1]["options"] if o.method == tried.method)
+    assert tried.kl == pytest.approx(same.kl, rel=1e-3)
+    for name, few in options.items():
+      scale = scales[name][tried.axis] / scales["blocks_1"][tried.axis]
+      for option in few:
+        assert option.kl == pytest.approx(tried.kl * option.error / tried.error * scale, rel=1e-4)
 
 
 def test_a_quick_report_infers_blocks_that_it_passed_over(monkeypatch):
-  """KL of a unit grows e-fold a block here, and twice as fast after the third one; pruned heads
-  are taken to have no estimate."""
+  """Beyond what the curvature of its block says, KL grows e-fold a block between the two that are
+  tried, and not outside; pruned heads are taken to have no estimate."""
   looking = importlib.import_module("vitcompact.measure")
   model = tiny.deit(depth=6, drop_path_rate=0.0)
-  depths = dict(zip((f"blocks_{i}" for i in range(6)), (0, 1, 2, 4, 6, 8), strict=True))
+  depths = dict(zip((f"blocks_{i}" for i in range(6)), (1, 1, 2, 3, 4, 4), strict=True))
+  scales = {f"blocks_{i}": {"heads": 1.0 + i, "ffn": 0.5 ** i} for i in range(6)}
   tried, estimate = [], protocol.estimate
 
   def units(method, error):
     return 0.01 / method.kept_heads if isinstance(method, vc.HeadPruning) else error
 
-  def known(self, name, block, axis, method, x):
+  def known(self, name, block, method, x):
     tried.append((name, type(method)))
     sums = self._sums(name, block, x, [type(method)])[1]
     (error,), _ = estimate(type(method), [method], self.modules[name].site, sums[type(method)])
-    return units(method, error) * np.exp(depths[name])
+    return units(method, error) * scales[name][method.axis] * np.exp(depths[name])
 
   def estimated(kind, *rest):
     return (None, {}) if kind is vc.HeadPruning else estimate(kind, *rest)
 
-  monkeypatch.setattr(looking._Measurement, "_tried", known)
+  monkeypatch.setattr(looking, "EVERY", 3)
+  monkeypatch.setattr(looking, "kl_per_error", lambda *_: scales)
+  monkeypatch.setattr(looking._Measurement, "_kl_of_option", known)
   monkeypatch.setattr(protocol, "estimate", estimated)
   monkeypatch.setattr(cffn, "RATIOS", (0.25, 0.5))
   report = vc.measure(model, tiny.init(model, spread=0.5), np.asarray(tiny.images(model, batch=8)))
   pruned = len(protocol.options(vc.HeadPruning, model.submodules()["blocks_0"].site))
-  times = {(name, kind): 1 for name in ("blocks_0", "blocks_2", "blocks_5")
+  times = {(name, kind): 1 for name in ("blocks_1", "blocks_4")
            for kind in (vc.HMHSA, vc.HeadPruning, vc.CFFN)}
   assert pruned > 1 and collections.Counter(tried) == {
-      **times, ("blocks_0", vc.HeadPruning): pruned}
+      **times, ("blocks_1", vc.HeadPruning): pruned}
   for row in report.blocks:
     for option in row["options"]:
       wanted = units(option.method, option.error) * np.exp(depths[row["name"]])
-      assert option.kl == pytest.approx(wanted, rel=1e-4)
+      assert option.kl == pytest.approx(wanted * scales[row["name"]][option.axis], rel=1e-4)
 
 
 def test_a_quick_report_tries_one_reducer_of_a_class(measured, monkeypatch):
   looking = importlib.import_module("vitcompact.measure")
   model, variables, x, _ = measured
-  monkeypatch.setattr(looking._Measurement, "_tried", lambda *_: 1.0)
-  monkeypatch.setattr(looking._Measurement, "_reduced", lambda *_: 1.0)
+  monkeypatch.setattr(looking._Measurement, "_kl_of_option", lambda *_: 1.0)
+  monkeypatch.setattr(looking._Measurement, "_kl_of_reducer", lambda *_: 1.0)
   found = vc.measure(model, variables, x).tokens
   for kind in (vc.ToMe, vc.EViT, vc.MCTF):
     options = [option for option in found if isinstance(option.method, kind)]
@@ -131,12 +138,13 @@ def test_a_quick_report_tries_one_reducer_of_a_class(measured, monkeypatch):
 
 def test_images_are_split_among_the_devices_and_give_the_same_as_on_one(measured, monkeypatch):
   model, variables, x, report = measured
-  assert len(calibration.split(x[:16]).sharding.device_set) == 8 == jax.local_device_count()
-  assert {shard.data.shape[0] for shard in calibration.split(x[:16]).addressable_shards} == {2}
-  assert {shard.data.shape[0] for shard in calibration.split(x[:15]).addressable_shards} == {15}
+  assert len(calibration.shard_images(x[:16]).sharding.device_set) == 8 == jax.local_device_count()
+  even, odd = (calibration.shard_images(x[:count]) for count in (16, 15))
+  assert {shard.data.shape[0] for shard in even.addressable_shards} == {2}
+  assert {shard.data.shape[0] for shard in odd.addressable_shards} == {15}
   monkeypatch.setattr(cffn, "RATIOS", (0.25, 0.5))
   monkeypatch.setattr(jax, "local_device_count", lambda: 1)
-  assert calibration.split(x) is x
+  assert calibration.shard_images(x) is x
   alone = vc.measure(model, variables, x, sensitivity="none")
   for row, wanted in zip(alone.blocks, report.blocks, strict=True):
     for option, other in zip(row["options"], wanted["options"], strict=True):

@@ -33,7 +33,7 @@ def test_the_spectrum_is_what_the_best_factors_leave():
   left, singular, right = np.linalg.svd(fitted, full_matrices=False)
   wanted = [np.sum((target - left[:, :rank] * singular[:rank] @ right[:rank]) ** 2)
             / np.sum(target ** 2) for rank in range(1, 6)]
-  curve = regression.spectrum(regression.Regression.of(sums))
+  curve = regression.spectrum(regression.Regression.from_sums(sums))
   np.testing.assert_allclose(curve, wanted, atol=2e-4)   # a ridge of 1e-4 is in it
 
 
@@ -58,6 +58,6 @@ def test_the_ridge_is_the_best_on_rows_held_out_and_none_is_tried_beyond(best):
     tried.append(ridge)
     return ridge, matrix * (1 + 0.1 * abs(regression.RIDGES.index(ridge) - best))
 
-  error, ridge, factors = regression.chosen(sums, fit)
+  error, ridge, factors = regression.choose_ridge(sums, fit)
   assert ridge == factors == regression.RIDGES[best] and error == pytest.approx(0, abs=1e-6)
   assert tried == list(regression.RIDGES[:best + 2])

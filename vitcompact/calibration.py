@@ -1,4 +1,4 @@
-"""A block of a dense model on calibration images, as the methods that change it see it."""
+"""One block of a model on calibration images: what a method fits its parameters to."""
 import contextvars
 import dataclasses
 import functools
@@ -18,23 +18,25 @@ from vitcompact.execution import Execution
 from vitcompact.token_state import NOTHING
 
 NORMS = {"norm1": "before_attention", "norm2": "before_ffn", "norm": "before_ffn"}
-_innermost = contextvars.ContextVar("the walk through a model that is under way", default=None)
+_innermost = contextvars.ContextVar("the innermost run_blocks", default=None)
 
-ROWS = 8           # times the hidden channels: rows that a regression is made of
-VALUES = 2 ** 22   # of the residual stream in one chunk of images: about 50 of DeiT-S
+ROWS = 8           # of a regression, per hidden channel
+TOKENS = 8192      # for sums of few numbers, such as the costs of heads
+VALUES = 2 ** 22   # of the residual stream in one chunk of images: about 50 images of DeiT-S
 
 
 class Seen(NamedTuple):
-  """What a block computes for a few images; None where it has no such part.
+  """What a block computes for a few images; None for parts that it does not have.
 
   before_attention, before_ffn: the residual stream (B, N, width) that each branch is added to.
-  queries, keys: (B, N, width), (B, M, width), the inputs of attention; query, key (B, N, h, d), of
-    which scores are made; maps (B, h, N, M).
+  queries, keys: (B, N, width), (B, M, width), the inputs of attention; query, key (B, N, h, d), the
+    factors of the scores; maps (B, h, N, M).
   attended: (B, N, width), what attention adds to the stream.
-  inputs, hidden: of the FFN's two layers, after norm and activation; fc1: what the first one gives,
-    ffn: what it adds.
-  wanted_attention, wanted_ffn: what the outputs should be, see `Teacher`.
-  step: from one token to the next that a regression takes.
+  inputs, hidden: inputs of the FFN's first and second layer; fc1: output of the first layer; ffn:
+    what the FFN adds to the stream.
+  target_attention, target_ffn: what the two branches should add, see `Teacher`.
+  step: a regression uses every `step`-th token.
+  image_step: sums of few numbers use every `image_step`-th image, see `of_fewer_images`.
   """
   before_attention: Any = None
   before_ffn: Any = None
@@ -48,30 +50,39 @@ class Seen(NamedTuple):
   hidden: Any = None
   fc1: Any = None
   ffn: Any = None
-  wanted_attention: Any = None
-  wanted_ffn: Any = None
+  target_attention: Any = None
+  target_ffn: Any = None
   step: int = 1
+  image_step: int = 1
+
+  def of_fewer_images(self) -> "Seen":
+    """Returns the values of every image_step-th image: enough for sums of few numbers."""
+    return Seen(*(leaf if isinstance(leaf, int) or leaf is None else leaf[::self.image_step]
+                  for leaf in self))
 
 
 class Teacher(NamedTuple):
-  """The stream of the dense model after each branch of a block, before a residual factor divides
-  it: NumPy arrays (images, values), or None where there is no such branch. What a branch of the
-  compact block should add is this without its own stream: it makes good what was lost."""
+  """The dense model's residual stream after each branch of a block, before division by a residual
+  factor: NumPy arrays (images, values), or None if there is no such branch.
+
+  The target of a compact branch is this minus the compact model's own stream, so each branch also
+  corrects the error left by the blocks before it.
+  """
   after_attention: Any = None
   after_ffn: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-  """Calibration images at one block: what `from_dense` of a method may fit itself to.
+  """Calibration images at one block, to which `from_dense` of a method may fit parameters.
 
-  module: the block as it is so far, not bound: the methods of other axes are in place already.
+  module: the unbound block, with the methods of those axes that were fitted before.
   params, stats: its variables.
-  x: its input, a tree of NumPy arrays (images, ...), from the compact blocks before it.
-  teacher: the dense block on the dense model's own stream, or on x where the compact model has
-    other tokens by now; None: what the block itself adds is wanted.
-  held: how many of the images, the last ones, are held out: fits are chosen by them.
-  notes: what fits tell, {axis: {...}}.
+  x: its input from the compact blocks before it, a tree of NumPy arrays (images, ...).
+  teacher: the dense block on the dense model's own stream, or on x once the compact model has fewer
+    tokens; None: the target is the block's own output.
+  held: how many images, the last ones, are held out to choose between fits.
+  notes: the errors that fits report, {axis: {...}}.
   """
   module: nn.Module
   params: Any
@@ -82,30 +93,33 @@ class Calibration:
   notes: dict
 
   def note(self, axis: str, **facts):
-    """Keeps what a fit tells of itself: relative errors of the branch's output, "fitted" and
-    "held_out", and others."""
+    """Records facts about a fit: the relative errors "fitted" and "held_out" of the branch's
+    output, and others."""
     self.notes[axis] = facts
 
   def sums(self, function: Callable, *arguments):
-    """(of the images to fit to, of those held out): sums over images of function(seen, *arguments),
-    a tree of arrays; float64 of NumPy. function: of a module, not a lambda: it is compiled once; or
-    a tuple of functions, with a tuple of arguments for each: one pass over the images."""
+    """Returns sums over images of function(seen, *arguments), a tree of float64 NumPy arrays, as
+    (those of the images to fit, those of the images held out).
+
+    function: defined in a module, not a lambda, so that it is compiled once; or a tuple of
+    functions, each with a tuple of arguments, for a single pass over the images.
+    """
     return self._pass(False, function, arguments)[1]
 
   def outputs_and_sums(self, function: Callable, *arguments):
-    """(the block's output of all images, as `run` gives it; `sums` of the same pass)."""
+    """Returns (the block's output for all images, as `run` does; `sums` of the same pass)."""
     return self._pass(True, function, arguments)
 
   def _pass(self, outputs: bool, function, arguments):
-    run = _summed(Function(self.module), function, outputs, self._step())
-    variables = everywhere({"params": self.params, "batch_stats": self.stats})
+    run = _jitted_sums(Function(self.module), function, outputs, self._step(), self._image_step())
+    variables = replicate({"params": self.params, "batch_stats": self.stats})
     images = len(jax.tree.leaves(self.x)[0])
     fitted = images - self.held
     outs, parts = [], []
     for start, stop in ((0, fitted), (fitted, images)):
       total = None
       for at in chunks(self.x, start, stop):
-        x, teacher = split((take(self.x, at), take(self.teacher, at)))
+        x, teacher = shard_images((take_images(self.x, at), take_images(self.teacher, at)))
         out, sums = run(variables, x, teacher, *arguments)
         outs.append(jax.tree.map(np.asarray, out))
         sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)
@@ -115,13 +129,13 @@ class Calibration:
             (parts[0], parts[1] if self.held else parts[0]))
 
   def _size(self) -> tuple[int, int]:
-    """(images, tokens of each)."""
+    """Returns (number of images, tokens of an image)."""
     images, *grid = max(jax.tree.leaves(self.x), key=np.size).shape[:-1]
     return images, math.prod(grid)
 
   def _step(self) -> int:
-    """Of many channels, whose sums are dear, so that enough rows are left; without a divisor in
-    common with the number of tokens, so that they are of all columns of the grid."""
+    """Returns a step above 1 for wide layers, whose sums are expensive, that leaves enough rows. It
+    shares no divisor with the number of tokens, so that all columns of the grid are used."""
     site, (images, tokens) = self.module.site, self._size()
     if site.hidden < regression.WIDE:
       return 1
@@ -130,36 +144,40 @@ class Calibration:
       step -= 1
     return step
 
-  def fewer(self, tokens: int) -> "Calibration":
-    """On images chosen evenly, none of them held out, of so many tokens where there are as many:
+  def _image_step(self) -> int:
+    """Returns the step that leaves about `TOKENS` tokens of the images to fit."""
+    images, tokens = self._size()
+    return max((images - self.held) * tokens // TOKENS, 1)
+
+  def fewer(self) -> "Calibration":
+    """Returns the calibration on evenly chosen images with about `TOKENS` tokens, none held out:
     enough for sums of few numbers."""
-    images, each = self._size()
-    fitted = images - self.held
-    at = slice(0, fitted, max(fitted * each // tokens, 1))
-    return dataclasses.replace(self, x=take(self.x, at), teacher=take(self.teacher, at), held=0)
+    at = slice(0, len(jax.tree.leaves(self.x)[0]) - self.held, self._image_step())
+    x, teacher = (take_images(tree, at) for tree in (self.x, self.teacher))
+    return dataclasses.replace(self, x=x, teacher=teacher, held=0)
 
   def with_params(self, params) -> "Calibration":
-    """The same with other parameters in the block: what it computes changes."""
+    """Returns the calibration of the same block with other parameters."""
     return dataclasses.replace(self, params=params)
 
 
-def held_last(images) -> tuple[np.ndarray, int]:
-  """(images with every fourth put last, how many these are): to be held out. Not the last quarter,
-  so that images in the order of their classes do no harm."""
+def hold_out_last(images) -> tuple[np.ndarray, int]:
+  """Returns (images with every fourth one moved to the end, how many were moved): those are held
+  out. The last quarter would be of few classes if the images are ordered by class."""
   images = np.asarray(images, np.float32)
   if len(images) < 8:
     return images, 0
-  late = np.arange(len(images)) % 4 == 3
-  return np.concatenate([images[~late], images[late]]), int(late.sum())
+  held_out = np.arange(len(images)) % 4 == 3
+  return np.concatenate([images[~held_out], images[held_out]]), int(held_out.sum())
 
 
-def take(tree, at: slice):
+def take_images(tree, at: slice):
   return jax.tree.map(lambda leaf: leaf[at], tree)
 
 
 def chunks(x, start: int, stop: int):
-  """Slices of images, as many at a time as the memory of all devices likes; of at most two lengths,
-  the first of which divides among the devices where there are enough images."""
+  """Yields slices of images that fit in the memory of all devices. There are at most two lengths;
+  the first is a multiple of the number of devices if there are enough images."""
   leaf, devices = max(jax.tree.leaves(x), key=np.size), jax.local_device_count()
   most = devices * min(max(8, VALUES * len(leaf) // max(leaf.size, 1)), 256)
   if stop > start:
@@ -170,37 +188,37 @@ def chunks(x, start: int, stop: int):
       yield slice(first, min(first + size, stop))
 
 
-def _over_devices(spec: PartitionSpec) -> NamedSharding:
+def _image_sharding(spec: PartitionSpec) -> NamedSharding:
   return NamedSharding(Mesh(np.asarray(jax.local_devices()), ("images",)), spec)
 
 
-def split(tree):
-  """Leaves (images, ...) split among the devices of this process, where their number divides."""
+def shard_images(tree):
+  """Splits leaves (images, ...) among the devices of this process if their number divides."""
   devices = jax.local_device_count()
   if devices == 1:
     return tree
   even = all(len(leaf) % devices == 0 for leaf in jax.tree.leaves(tree))
-  return jax.device_put(tree, _over_devices(PartitionSpec(*["images"] * even)))
+  return jax.device_put(tree, _image_sharding(PartitionSpec(*["images"] * even)))
 
 
-def everywhere(tree):
-  """A copy on each device of this process."""
+def replicate(tree):
+  """Copies a tree to each device of this process."""
   return tree if jax.local_device_count() == 1 else jax.device_put(
-      tree, _over_devices(PartitionSpec()))
+      tree, _image_sharding(PartitionSpec()))
 
 
 def anonymous(block: nn.Module) -> nn.Module:
-  """The block without what is its own but no part of its function in inference, so that equal
-  blocks share one compiled program."""
+  """Returns the block without its name, number and other fields that inference does not depend on,
+  so that equal blocks share one compiled program."""
   site, methods = block.site._replace(form=None, merged=()), block.methods
-  if reduction(site, methods) == NOTHING:   # else it acts by the number of the block
+  if reduction(site, methods) == NOTHING:   # a reducer depends on the number of the block
     site, methods = site._replace(block=0, tokens_left=site.tokens), methods._replace(tokens=None)
   return block.clone(site=site, methods=methods, drop_path=0.0, parent=None, name=None)
 
 
 class Function:
-  """A block as a key of compiled programs: two blocks are the same where they read the same. Their
-  own equality fails where makers of modules, such as partials, are among their fields."""
+  """A block as the key of its compiled program. Blocks are compared by their text, because their
+  own equality fails if their fields include functions that make modules, such as partials."""
 
   def __init__(self, block: nn.Module):
     self.block = anonymous(block)
@@ -214,45 +232,45 @@ class Function:
 
 
 def run(block: nn.Module, variables, x):
-  """The output of an unbound block for a tree of NumPy arrays, a few images at a time."""
-  return _in_chunks(_forward(Function(block)), variables, x)
+  """Returns the output of an unbound block for a tree of NumPy arrays, computed in chunks."""
+  return _in_chunks(_jitted_forward(Function(block)), variables, x)
 
 
 def _in_chunks(forward, variables, x):
-  variables, images = everywhere(variables), len(jax.tree.leaves(x)[0])
-  outs = [jax.tree.map(np.asarray, forward(variables, split(take(x, at))))
+  variables, images = replicate(variables), len(jax.tree.leaves(x)[0])
+  outs = [jax.tree.map(np.asarray, forward(variables, shard_images(take_images(x, at))))
           for at in chunks(x, 0, images)]
   return jax.tree.map(lambda *parts: np.concatenate(parts), *outs)
 
 
 @functools.lru_cache(maxsize=64)
-def _forward(block: Function):
-  return jax.jit(lambda variables, x: _look(block.block, variables, x, maps=False)[0])
+def _jitted_forward(block: Function):
+  return jax.jit(lambda variables, x: _observe(block.block, variables, x, maps=False)[0])
 
 
-def seen_by(block: nn.Module, variables, x) -> Seen:
-  """What an unbound block computes for a few images, maps among it; all at once."""
-  return _looking(Function(block))(variables, x)
+def observe_jitted(block: nn.Module, variables, x) -> Seen:
+  """Returns what an unbound block computes for a few images, with maps; not in chunks."""
+  return _jitted_observe(Function(block))(variables, x)
 
 
 @functools.lru_cache(maxsize=64)
-def _looking(block: Function):
-  return jax.jit(lambda variables, x: look(block.block, variables, x, maps=True)[1])
+def _jitted_observe(block: Function):
+  return jax.jit(lambda variables, x: observe(block.block, variables, x, maps=True)[1])
 
 
-def through(model: nn.Module, variables, images, on_block: Callable[[str, nn.Module, Any], Any]):
-  """The logits of a model in which on_block(name, unbound block, input) gives the output of each
-  block that a plan can change; input and output are trees of NumPy arrays, of all images.
+def run_blocks(model: nn.Module, variables, images, on_block: Callable[[str, nn.Module, Any], Any]):
+  """Returns the logits of a model in which on_block(name, unbound block, input) computes the output
+  of each block that a plan can change. Input and output are trees of NumPy arrays of all images.
 
-  What stands between the blocks is computed as it is, for as many images as come.
+  The layers between blocks are computed for all images at once.
   """
-  # No images in chunks, and nothing computed twice.
+  # on_block must be called once for each block, with all images.
   model = model.clone(execution=Execution(), remat=False)
   names = {name for name, module in model.submodules().items() if hasattr(module, "methods")}
 
   def watch(next_fun, args, kwargs, context):
     name = "/".join(context.module.path) if context.method_name == "__call__" else ""
-    if name not in names or walk is not _innermost.get():   # on_block may walk through it as well
+    if name not in names or walk is not _innermost.get():   # on_block may call run_blocks itself
       return next_fun(*args, **kwargs)
     block = context.module.clone(parent=None, name=None)
     return jax.tree.map(jnp.asarray, on_block(name, block, jax.tree.map(np.asarray, args[0])))
@@ -266,8 +284,8 @@ def through(model: nn.Module, variables, images, on_block: Callable[[str, nn.Mod
     _innermost.reset(outer)
 
 
-def look(block: nn.Module, variables, x, maps: bool):
-  """(output, Seen) of an unbound block; maps: whether attention maps are formed and among it."""
+def observe(block: nn.Module, variables, x, maps: bool):
+  """Returns (output, Seen) of an unbound block; maps: whether to form attention maps."""
   found = {}
 
   def watch(next_fun, args, kwargs, context):
@@ -283,9 +301,9 @@ def look(block: nn.Module, variables, x, maps: bool):
       found["inputs"], found["fc1"] = args[0], out
     elif path == ("mlp", "fc2"):
       found["hidden"] = args[0]
-    elif path in (("mlp",), ("ls2",)):   # LayerScale, where there is one, comes after
+    elif path in (("mlp",), ("ls2",)):   # a LayerScale comes after the branch
       found["ffn"] = out
-      found.setdefault("before_ffn", args[0])      # no norm stands between it and the stream
+      found.setdefault("before_ffn", args[0])      # for blocks without a norm there
     elif path == ("attn",):
       found["attended"] = out
       found.setdefault("before_attention", args[0])
@@ -308,10 +326,10 @@ def look(block: nn.Module, variables, x, maps: bool):
   return out, Seen(**{**found, **tokens})
 
 
-def _look(block: nn.Module, variables, x, maps: bool):
-  """`look`, at images that lie on all devices of the process."""
+def _observe(block: nn.Module, variables, x, maps: bool):
+  """`observe` for images that are split among the devices of the process."""
   with attention.split_over(jax.local_device_count()):
-    return look(block, variables, x, maps)
+    return observe(block, variables, x, maps)
 
 
 def _tokens(x):
@@ -320,8 +338,9 @@ def _tokens(x):
 
 
 @functools.lru_cache(maxsize=64)
-def _summed(module: Function, function: Callable, outputs: bool, step: int):
-  """(output, None unless asked for; sums) of a chunk, jitted; what is not used is not computed."""
+def _jitted_sums(module: Function, function: Callable, outputs: bool, step: int, image_step: int):
+  """Returns the jitted function that computes (output or None, sums) of a chunk. XLA removes what
+  they do not need."""
   module = module.block
   skip = getattr(module, "skip_lam", 1.0)
 
@@ -330,37 +349,38 @@ def _summed(module: Function, function: Callable, outputs: bool, step: int):
       return tuple(one(seen, *few) for one, few in zip(function, arguments, strict=True))
     return function(seen, *arguments)
 
-  def wanted(after, before, adds):
-    """Where a reducer has left other tokens, and without a teacher, what the branch adds."""
+  def target(after, before, adds):
+    """The target of a branch: what it adds itself if tokens were removed or there is no teacher."""
     if after is None or module.methods.tokens is not None or after.size != before.size:
       return adds
     return after.reshape(before.shape) - skip * before
 
   def run(variables, x, teacher, *arguments):
-    out, seen = _look(module, variables, x, maps=True)
+    out, seen = _observe(module, variables, x, maps=True)
     teacher = teacher or Teacher()
     seen = seen._replace(
-        wanted_attention=wanted(teacher.after_attention, seen.before_attention, seen.attended),
-        wanted_ffn=wanted(teacher.after_ffn, seen.before_ffn, seen.ffn), step=step)
+        target_attention=target(teacher.after_attention, seen.before_attention, seen.attended),
+        target_ffn=target(teacher.after_ffn, seen.before_ffn, seen.ffn), step=step,
+        image_step=image_step)
     return out if outputs else None, apply(seen, *arguments)
 
   return jax.jit(run)
 
 
-def taught(block: nn.Module, variables, x) -> tuple[Any, Teacher]:
-  """(output, `Teacher`) of a dense block, not bound, for a tree of NumPy arrays."""
-  return _in_chunks(_teaching(Function(block)), variables, x)
+def run_teacher(block: nn.Module, variables, x) -> tuple[Any, Teacher]:
+  """Returns (output, `Teacher`) of an unbound dense block for a tree of NumPy arrays."""
+  return _in_chunks(_jitted_teacher(Function(block)), variables, x)
 
 
 @functools.lru_cache(maxsize=64)
-def _teaching(block: Function):
+def _jitted_teacher(block: Function):
   skip = getattr(block.block, "skip_lam", 1.0)
 
   def run(variables, x):
-    out, seen = _look(block.block, variables, x, maps=False)
+    out, seen = _observe(block.block, variables, x, maps=False)
     images = len(jax.tree.leaves(x)[0])
 
-    def after(before, adds):   # of whole images, whatever windows they are cut into
+    def after(before, adds):   # by image: the block may work on windows
       return None if adds is None else (adds + skip * before).reshape(images, -1)
 
     return out, Teacher(after(seen.before_attention, seen.attended),

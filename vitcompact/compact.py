@@ -10,7 +10,14 @@ import numpy as np
 
 from vitcompact import block as blocks
 from vitcompact import trees
-from vitcompact.calibration import Calibration, held_last, run, take, taught, through
+from vitcompact.calibration import (
+  Calibration,
+  hold_out_last,
+  run,
+  run_blocks,
+  run_teacher,
+  take_images,
+)
 from vitcompact.doors import check_images, check_model, check_plan, check_values, check_variables
 from vitcompact.methods import protocol
 from vitcompact.plan import Plan
@@ -97,7 +104,7 @@ def _dense_form(model: nn.Module, variables, images):
                                                     stats.get(name, {}), data)
     return out
 
-  through(model, variables, np.asarray(images, np.float32), on_block)
+  run_blocks(model, variables, np.asarray(images, np.float32), on_block)
   stats = {name: leaf for name, leaf in stats.items() if leaf}
   return model.clone(plan=Plan()), {"params": params,
                                     **({"batch_stats": stats} if stats else {})}
@@ -110,15 +117,17 @@ def _fitted(model: nn.Module, small: nn.Module, variables, images, progress):
   second the dense teacher's. Once a reducer acts, the two have different tokens: only the compact
   half continues, and a block's teacher is the dense block applied to that block's own input.
   """
-  images, held_out = held_last(images)
+  images, held_out = hold_out_last(images)
   modules = small.clone(remat=False).submodules()
   params, stats, fitted, notes = variables["params"], variables.get("batch_stats", {}), {}, {}
 
   def on_block(name, dense, x):
     paired = len(jax.tree.leaves(x)[0]) == 2 * len(images)
     own = {"params": params[name], "batch_stats": stats.get(name, {})}
-    dense_out, teacher = taught(dense, own, take(x, slice(len(images), None)) if paired else x)
-    data = Calibration(dense, *own.values(), take(x, slice(len(images))), teacher, held_out, {})
+    dense_x = take_images(x, slice(len(images), None)) if paired else x
+    dense_out, teacher = run_teacher(dense, own, dense_x)
+    own_x = take_images(x, slice(len(images)))
+    data = Calibration(dense, *own.values(), own_x, teacher, held_out, {})
     fitted[name], out = _fit_block(modules[name], data)
     notes[name] = data.notes
     if progress is not None:
@@ -127,7 +136,7 @@ def _fitted(model: nn.Module, small: nn.Module, variables, images, progress):
       out = jax.tree.map(lambda *halves: np.concatenate(halves), out, dense_out)
     return out
 
-  through(model, variables, np.concatenate([images, images]), on_block)
+  run_blocks(model, variables, np.concatenate([images, images]), on_block)
   _warn_if_too_few(notes, len(images))
   return fitted
 

@@ -1,4 +1,4 @@
-"""measure: where a dense model has slack, block by block and axis by axis, on the user's images."""
+"""measure: what each block of a dense model could do without, on the user's images."""
 import hashlib
 import math
 import warnings
@@ -14,16 +14,18 @@ from vitcompact import block as blocks
 from vitcompact import trees
 from vitcompact._version import __version__
 from vitcompact.calibration import (
-    ROWS,
-    VALUES,
-    Calibration,
-    held_last,
-    run,
-    seen_by,
-    take,
-    taught,
-    through,
+  ROWS,
+  TOKENS,
+  VALUES,
+  Calibration,
+  hold_out_last,
+  observe_jitted,
+  run,
+  run_blocks,
+  run_teacher,
+  take_images,
 )
+from vitcompact.curvature import kl_per_error
 from vitcompact.doors import check_images, check_model, check_values, check_variables
 from vitcompact.methods import METHODS, protocol
 from vitcompact.models import fields_of
@@ -32,32 +34,32 @@ from vitcompact.planner import Costs
 from vitcompact.report import Option, Report
 
 SENSITIVITIES = ("none", "quick", "full")
-SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)   # of the keys that attention mass is told of
-LOOKED_AT = 32                               # images that the pictures are made of
+SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)   # of the keys, for attention mass
+TABLE_IMAGES = 32                            # for the tables of attention and tokens
 FEW_CLASSES = 0.5
 TINY = 1e-12
-EVERY = 4                                    # blocks from one that a quick look tries to the next
-GROWTH = 1.5    # KL grows with this power of the tokens that go: 0.96 to 1.93 on Fashion-MNIST
+EVERY = 12                                   # a quick report tries one block of this many
+GROWTH = 1.5    # power of the removed tokens with which KL grows; 0.96 to 1.93 on Fashion-MNIST
 
 
 def measure(model: nn.Module, variables, images, sensitivity: str = "quick",
             progress: Callable[[str, int, int], Any] | None = None) -> Report:
   """Returns a Report of what each block of a dense model could do without, and what that costs.
 
-  For every block and axis: what the methods' own estimates say, statistics of its attention and
+  For every block and axis it contains the methods' own estimates, statistics of attention and
   tokens, and sensitivities: KL(model || model with this one change) of the logits, in nats per
-  image, on images held out, after the change was fitted as `compact` fits it. Of a model without a
-  classifier it is the squared error of the features, as a share of their variance over images.
+  image, on held-out images, after the change was fitted as `compact` does it. For a model without a
+  classifier it is the squared error of the features, relative to their variance over images.
 
   Args:
     model: dense; variables: {"params", "batch_stats"?}.
-    images: (B, H, W, C), normalised, of mixed classes, or an iterable of such batches; some 256
-      large or 1,024 small ones. A quarter is held out.
-    sensitivity: "quick" tries one option of each method in about every fourth block, fitted to
-      fewer images where these are large, and infers the others: from the method's estimates, and
-      between blocks by the ratio of KL to estimate; "full" tries all; "none" tries none, and such a
-      report proposes no plan.
-    progress: called with a block's name, how many are done, and of how many.
+    images: (B, H, W, C), normalised, of mixed classes, or an iterable of such batches; about 256
+      large or 1,024 small images. A quarter is held out.
+    sensitivity: "full" tries every option in every block. "quick" tries one option of each method
+      in one of twelve equal blocks and infers the others from the methods' estimates and from the
+      curvature of the KL in each block (`curvature.kl_per_error`). "none" tries nothing, so the
+      report cannot propose a plan.
+    progress: called with a block's name, the number of blocks done, and the number of all blocks.
   """
   check_model(model)
   if sensitivity not in SENSITIVITIES:
@@ -73,52 +75,65 @@ def measure(model: nn.Module, variables, images, sensitivity: str = "quick",
     images = np.concatenate(batches) if batches else None
   check_images(model, images)
   check_values(images)
-  jax.eval_shape(model.apply, variables, images)   # their size, in the model's own words
-  looking = _Measurement(model, variables, images, sensitivity, progress)
-  return looking.report()
+  jax.eval_shape(model.apply, variables, images)   # raises the model's own error about sizes
+  return _Measurement(model, variables, images, sensitivity, progress).report()
 
 
 class _Measurement:
-  """One call of `measure`: the dense stream of every block, and what it is asked."""
+  """One call of `measure`: all options of each block are evaluated on its dense input."""
 
   def __init__(self, model, variables, images, sensitivity, progress):
     self.model, self.variables, self.sensitivity = model, variables, sensitivity
     self.progress = progress or (lambda name, done, total: None)
-    self.images, held = held_last(images)
+    self.images, held = hold_out_last(images)
     self.held = held or len(self.images)
     self.modules = {name: module for name, module in model.submodules().items()
                     if hasattr(module, "methods")}
-    self.done, self.outputs, self.known = [], {}, set()
-    self.stages, self.sampled = self._stages()
-    tried = min(self.held, max(32, VALUES // max(math.prod(self._stream()), 1)))
-    self.tried = slice(len(self.images) - tried, None)
+    self.done, self.outputs, self.known, self.fitting = [], {}, set(), (None, None)
+    self.legal = {name: {kind: found for axis in BY_BLOCK for kind in METHODS[axis].values()
+                         if (found := self._legal(kind, axis, site))}
+                  for name, site in self._sites()}
+    self.stages = self._stages()
+    self.sampled = self._sampled_blocks()
+    values = VALUES // 2 if sensitivity == "quick" else VALUES
+    count = min(self.held, max(32, values // max(math.prod(self._largest_stream()), 1)))
+    self.kl_images = slice(len(self.images) - count, None)
 
-  def _stream(self) -> tuple[int, int]:
-    """(tokens, width) where the stream is largest."""
+  def _largest_stream(self) -> tuple[int, int]:
+    """Returns (tokens, width) of the block with the largest residual stream."""
     return max(((module.site.queries, module.site.ffn_width) for module in self.modules.values()),
                key=math.prod)
 
-  def _stages(self) -> tuple[dict[str, int], set[str]]:
-    """({block: which stage of equal blocks it is of}, the blocks in which options are tried: all,
-    or at a quick look the first, the last and some between of each stage)."""
-    stages = {}
-    for name, module in self.modules.items():
-      site = module.site
-      kind = site.tokens, site.heads, site.ffn_width, "attention" in site.provides
-      stages.setdefault(kind, []).append(name)
-    sampled = set(self.modules)
-    if self.sensitivity == "quick":
-      sampled = {names[round(at)] for names in stages.values()
-                 for at in np.linspace(0, len(names) - 1, 1 + math.ceil((len(names) - 1) / EVERY))}
-    return {name: i for i, names in enumerate(stages.values()) for name in names}, sampled
+  def _stages(self) -> dict[str, int]:
+    """Returns {block: number of its stage}; the blocks of a stage have equal sizes."""
+    kinds = {name: (site.tokens, site.heads, site.ffn_width, "attention" in site.provides)
+             for name, site in self._sites()}
+    order = list(dict.fromkeys(kinds.values()))
+    return {name: order.index(kind) for name, kind in kinds.items()}
+
+  def _sites(self):
+    return [(name, module.site) for name, module in self.modules.items()]
+
+  def _sampled_blocks(self) -> set[tuple[str, type]]:
+    """Returns the {(block, class of methods)} that a quick report tries: the middle one of every
+    `EVERY` blocks of a stage that can have the class."""
+    blocks_of = {}
+    for name, kinds in self.legal.items():
+      for kind in kinds:
+        blocks_of.setdefault((self.stages[name], kind), []).append(name)
+    sampled = set()
+    for (_, kind), names in blocks_of.items():
+      count = math.ceil(len(names) / EVERY)
+      sampled |= {(names[int((i + 0.5) * len(names) / count)], kind) for i in range(count)}
+    return sampled
 
   def report(self) -> Report:
     model = self.model
     self.logits = None
     if self.sensitivity != "none":
-      self.logits = np.asarray(through(model, self.variables, self.images[self.tried], self._dense))
+      self.logits = self._run(self._dense)
     rows = []
-    logits = through(model, self.variables, self.images,
+    logits = run_blocks(model, self.variables, self.images,
                      lambda name, block, x: self._block(rows, name, block, x))
     if model.num_classes and not isinstance(logits, tuple):
       self._check_classes(np.asarray(logits))
@@ -133,6 +148,10 @@ class _Measurement:
         sensitivity=self.sensitivity, params=costs.dense.params, macs=costs.dense.macs,
         blocks=tuple(rows), tokens=tuple(kept))
 
+  def _run(self, on_block):
+    """Returns the logits on the images for the KL."""
+    return np.asarray(run_blocks(self.model, self.variables, self.images[self.kl_images], on_block))
+
   def _dense(self, name, block, x):
     return run(block, self._variables(name), x)
 
@@ -141,18 +160,17 @@ class _Measurement:
             "batch_stats": self.variables.get("batch_stats", {}).get(name, {})}
 
   def _block(self, rows, name, block, x):
-    """The dense output; adds a row of the report."""
+    """Returns the dense output and adds the block's row to the report."""
     site, tables, options = self.modules[name].site, {}, []
     if "attention" in site.provides:
       prefix = site.prefix if "class token" in site.provides else 0
-      seen = seen_by(block, self._variables(name), take(x, slice(LOOKED_AT)))
+      seen = observe_jitted(block, self._variables(name), take_images(x, slice(TABLE_IMAGES)))
       tables |= attention_tables(seen, prefix)
-    kinds = {(axis, kind): found for axis in BY_BLOCK for kind in METHODS[axis].values()
-             if (found := self._legal(kind, axis, site))}
-    out, sums = self._sums(name, block, x, [kind for _, kind in kinds])
-    self.outputs[name] = take(out, self.tried)
-    for (axis, kind), found in kinds.items():
-      new, more = self._options(axis, found, name, block, x, *protocol.estimate(
+    kinds = self.legal[name]
+    out, sums = self._sums(name, block, x, list(kinds))
+    self.outputs[name] = take_images(out, self.kl_images)
+    for kind, found in kinds.items():
+      new, more = self._options(found, name, block, x, *protocol.estimate(
           kind, found, site, sums.get(kind)))
       options += new
       tables |= more
@@ -162,7 +180,7 @@ class _Measurement:
     return out
 
   def _legal(self, kind, axis: str, site):
-    """The options of a class that this block can have."""
+    """Returns the options of a class of methods that this block can have."""
     found = []
     for method in protocol.options(kind, site):
       plan = Plan(blocks={site.block: {axis: method}})
@@ -175,8 +193,7 @@ class _Measurement:
     return found
 
   def _sums(self, name, block, x, kinds):
-    """(the dense output, {class: its statistics} of those that have any): one pass over the images.
-    """
+    """Returns (dense output, {class: statistics} of the classes that have any), in one pass."""
     params, stats = self._variables(name).values()
     asked = {kind: asked for kind in kinds if (asked := protocol.statistics(kind, params))}
     if not asked:
@@ -187,35 +204,34 @@ class _Measurement:
     out, (sums, _) = data.outputs_and_sums(functions, *arguments)
     return out, dict(zip(asked, sums, strict=True))
 
-  def _options(self, axis, methods, name, block, x, errors, tables):
-    """([Option], {name: table}) of one class of methods in one block; what is not tried has no KL
-    yet at a quick look."""
+  def _options(self, methods, name, block, x, errors, tables):
+    """Returns ([Option], {name: table}) of one class of methods in one block. Options that a quick
+    report does not try have no KL yet."""
     tried = methods if self.sensitivity == "full" else []
-    if self.sensitivity == "quick":
-      # The middle one, by its error where there is one; without errors all of them once.
+    if self.sensitivity == "quick" and (name, type(methods[0])) in self.sampled:
       order = range(len(methods)) if errors is None else np.argsort(errors, kind="stable")
-      middle = methods[int(order[len(methods) // 2])]
-      tried = [method for method in (methods if errors is None else [middle])
-               if self._never_tried(name, method, errors)
-               or (method == middle and name in self.sampled)]
-    found = {method: self._tried(name, block, axis, method, x) for method in tried}
-    return [Option(axis, method, None if errors is None else float(errors[i]), found.get(method),
-                   method in found) for i, method in enumerate(methods)], tables
-
-  def _never_tried(self, name: str, method, errors) -> bool:
-    """Whether a quick look tries the option, or any of its class where errors tell them apart, for
-    the first time in the stage."""
-    key = self.stages[name], method if errors is None else type(method)
-    first = key not in self.known
-    self.known.add(key)
-    return first
+      tried = [methods[int(order[len(methods) // 2])]]
+      if errors is None and (key := (self.stages[name], type(methods[0]))) not in self.known:
+        self.known.add(key)
+        tried = methods   # nothing but their KLs tells them apart
+    found = {method: self._kl_of_option(name, block, method, x) for method in tried}
+    return [Option(method.axis, method, None if errors is None else float(errors[i]),
+                   found.get(method), method in found) for i, method in enumerate(methods)], tables
 
   def _infer(self, rows):
-    """Gives every option of a quick look its KL, that of a unit times its units. Units are the
-    method's errors or, where it has none, KL in the first block of the stage that could have it.
-    The KL of a unit is that of the option tried in this block; in blocks that were passed over its
-    logarithm is taken to be linear in depth, between the nearest two of the stage."""
-    units, known = {}, {}   # {(stage, option): KL}; {(stage, class): {place: log KL of a unit}}
+    """Infers the KL of the options that a quick report did not try: KL = unit x scale x factor.
+
+    unit: the method's estimate of the option's error or, without estimates, its KL / scale where it
+    was tried. scale: of the block and axis, from `curvature.kl_per_error`. factor: KL / (unit x
+    scale) of the class where it was tried; its logarithm is interpolated linearly over the blocks
+    of the stage.
+    """
+    costs = kl_per_error(self.model, self.variables, self.images[self.kl_images],
+                         math.prod(self._largest_stream()))
+    units, factors = {}, {}   # {(stage, option): unit}; {(stage, class): {place: log factor}}
+
+    def scale(row, option):
+      return max(costs[row["name"]].get(option.axis, 1.0), TINY)
 
     def unit(stage, option):
       return units[stage, option.method] if option.error is None else max(option.error, TINY)
@@ -224,25 +240,24 @@ class _Measurement:
       stage = self.stages[row["name"]]
       for option in row["options"]:
         if option.measured:
-          kl = max(option.kl, TINY)
+          kl = max(option.kl, TINY) / scale(row, option)
           units.setdefault((stage, option.method), kl)
-          known.setdefault((stage, type(option.method)), {})[place] = math.log(
+          factors.setdefault((stage, type(option.method)), {})[place] = math.log(
               kl / unit(stage, option))
     for place, row in enumerate(rows):
       stage = self.stages[row["name"]]
       row["options"] = tuple(
-          option if option.measured else option._replace(kl=unit(stage, option) * math.exp(
-              np.interp(place, *zip(*known[stage, type(option.method)].items(), strict=True))))
+          option if option.measured else option._replace(
+              kl=unit(stage, option) * scale(row, option) * math.exp(np.interp(
+                  place, *zip(*factors[stage, type(option.method)].items(), strict=True))))
           for option in row["options"])
 
-  def _tried(self, name, block, axis, method, x) -> float:
-    """KL of the logits with this method in this block alone, fitted to the images not held out."""
+  def _kl_of_option(self, name, block, method, x) -> float:
+    """Returns the KL of the logits with this method in this block alone, fitted as by `compact`."""
     module = self.modules[name]
     params, stats = self._variables(name).values()
-    methods = BlockMethods(**{axis: method})
-    few, held = self._to_fit(x, module.site)
-    _, teacher = taught(block, self._variables(name), few)
-    data = Calibration(block, params, stats, few, teacher, held, {})
+    methods = BlockMethods(**{method.axis: method})
+    data = self._calibration(name, block, x)
     new, new_stats = blocks.from_dense(module.site, methods, params, stats,
                                        lambda *_: data)
     changed = block.clone(methods=methods)
@@ -254,17 +269,26 @@ class _Measurement:
         return self.outputs[other]
       return self._dense(other, dense, x)
 
-    logits = np.asarray(through(self.model, self.variables, self.images[self.tried], on_block))
-    return self._kl(logits)
+    return self._kl(self._run(on_block))
 
-  def _to_fit(self, x, site):
-    """(images to fit an option to, how many of them are held out): all, or of many tokens as many
-    as a quick look needs, evenly chosen."""
+  def _calibration(self, name, block, x) -> Calibration:
+    """Returns the calibration that all options of a block are fitted to; kept until the next block.
+    """
+    if self.fitting[0] != name:
+      inputs, held = self._images_to_fit(x, self.modules[name].site)
+      variables = self._variables(name)
+      _, teacher = run_teacher(block, variables, inputs)
+      self.fitting = name, Calibration(block, *variables.values(), inputs, teacher, held, {})
+    return self.fitting[1]
+
+  def _images_to_fit(self, x, site):
+    """Returns (images to fit an option to, how many of them are held out). A quick report uses only
+    as many images, evenly chosen, as give enough tokens."""
     fitted = len(self.images) - self.held
     if not fitted:
       return x, 0
     tokens = math.prod(max(jax.tree.leaves(x), key=np.size).shape[1:-1])
-    wanted = max(LOOKED_AT, math.ceil(ROWS * site.hidden / tokens))
+    wanted = max(TABLE_IMAGES, math.ceil(max(ROWS * site.hidden, TOKENS) / tokens))
     step = max(fitted // wanted, 1) if self.sensitivity == "quick" else 1
     at = np.concatenate([np.arange(0, fitted, step), np.arange(fitted, len(self.images), step)])
     few = x if step == 1 else jax.tree.map(lambda leaf: leaf[at], x)
@@ -274,9 +298,9 @@ class _Measurement:
     lost = divergence if self.model.num_classes else feature_error
     return lost(self.logits, logits)
 
-  def _reducers(self):
-    """[Option] of the tokens axis, each tried on the whole model; at a quick look the middle one of
-    each class, from which the others are inferred."""
+  def _reducers(self) -> list[Option]:
+    """Returns the options of the tokens axis, each tried on the whole model. A quick report tries
+    the middle one of each class and infers the others."""
     found, site = [], next(iter(self.modules.values())).site
     for kind in METHODS["tokens"].values():
       legal = {}
@@ -287,27 +311,26 @@ class _Measurement:
         except ValueError:
           continue
         legal[method] = small.clone(remat=False).submodules()
-      gone = {method: _gone(method, site) for method in legal}
+      removed = {method: _removed_share(method, site) for method in legal}
       tried = list(legal)
       if self.sensitivity == "quick":
-        tried = sorted(legal, key=gone.get)[len(legal) // 2:][:1]
-      kl = {method: self._reduced(legal[method]) for method in tried}
+        tried = sorted(legal, key=removed.get)[len(legal) // 2:][:1]
+      kl = {method: self._kl_of_reducer(legal[method]) for method in tried}
       for method in legal:
         if method not in kl:
-          kl[method] = kl[tried[0]] * (gone[method] / gone[tried[0]]) ** GROWTH
+          kl[method] = kl[tried[0]] * (removed[method] / removed[tried[0]]) ** GROWTH
         found.append(Option("tokens", method, None, kl[method], method in tried))
       self.progress(kind.__name__, len(self.done), len(self.modules))
     return found
 
-  def _reduced(self, reduced) -> float:
-    """KL of the logits with the reducer of these blocks, {name: module}; those that are offered
-    need no parameters."""
+  def _kl_of_reducer(self, reduced) -> float:
+    """Returns the KL of the logits with the reducers of these blocks, {name: module}. Reducers that
+    are offered have no parameters."""
     def on_block(name, block, x):
       return run(block.clone(methods=reduced[name].methods, site=block.site._replace(
           tokens_left=reduced[name].site.tokens_left)), self._variables(name), x)
 
-    return self._kl(np.asarray(through(self.model, self.variables, self.images[self.tried],
-                                       on_block)))
+    return self._kl(self._run(on_block))
 
   def _check_classes(self, logits):
     classes = len(np.unique(logits.argmax(-1)))
@@ -318,60 +341,60 @@ class _Measurement:
                     "vc.preprocess(model) does?", stacklevel=4)
 
 
-def _gone(reducer, site) -> float:
-  """The share of tokens that a reducer has taken, after each block in the mean."""
+def _removed_share(reducer, site) -> float:
+  """Returns the share of tokens that a reducer has removed, averaged over the blocks."""
   plan = Plan(tokens=reducer)
   left = [plan.tokens_left(i + 1, site.depth, site.tokens, site.prefix) for i in range(site.depth)]
   return max(1 - sum(left) / (site.depth * site.tokens), TINY)
 
 
 def divergence(wanted, got) -> float:
-  """Mean KL(wanted || got) of logits (B, K), in float64."""
+  """Returns the mean KL(wanted || got) of logits (B, K), in float64."""
   wanted, got = (log_softmax(np.asarray(x, np.float64), axis=-1) for x in (wanted, got))
   return max(float(np.mean(np.sum(np.exp(wanted) * (wanted - got), axis=-1))), 0.0)
 
 
 def feature_error(wanted, got) -> float:
-  """E|got - wanted|^2 / E|wanted - mean|^2 of features (B, ..., C), means over images."""
+  """Returns E|got - wanted|^2 / E|wanted - mean|^2 of features (B, ..., C), means over images."""
   wanted, got = (np.asarray(x, np.float64) for x in (wanted, got))
   variance = np.mean((wanted - wanted.mean(axis=0)) ** 2)
   return float(np.mean((got - wanted) ** 2) / max(variance, np.finfo(np.float32).tiny))
 
 
 def attention_tables(seen, prefix: int) -> dict[str, list]:
-  """What attention is like on a few images. attention_mass: what the strongest keys of each query
-  get, by the share of the keys; class_attention_mass: the same of the class token's patches;
-  map_likeness: cosines between the maps of heads; token_similarity: mean cosine of two patches.
+  """Returns statistics of attention and tokens on a few images.
 
-  By NumPy: XLA sorts slowly on a CPU.
+  attention_mass: the attention that the strongest keys of a query receive, by share of the keys;
+  class_attention_mass: the same for the class token's attention to patches; map_likeness: cosines
+  between the maps of heads; token_similarity: mean cosine of two patches.
   """
-  maps = np.asarray(seen.maps)
+  maps = np.asarray(seen.maps)   # NumPy, because XLA sorts slowly on a CPU
   ordered = -np.sort(-maps, axis=-1)
   mass = np.cumsum(ordered.mean(axis=(0, 1, 2)))
   flat = maps.transpose(1, 0, 2, 3).reshape(maps.shape[1], -1)
   flat = flat / np.linalg.norm(flat, axis=1, keepdims=True)
   patches = np.asarray(seen.before_attention, np.float32)[:, prefix:]
-  # Zeros, which windows are filled with where a map does not fill them, are like nothing.
+  # Padding of windows is zero and must not become NaN.
   patches = patches / np.maximum(np.linalg.norm(patches, axis=-1, keepdims=True), 1e-30)
   mean, count = patches.mean(axis=1), patches.shape[1]
   alike = (count * np.sum(mean * mean, axis=-1) - 1) / max(count - 1, 1)
-  out = {"attention_mass": mass[_places(maps.shape[-1])].round(4).tolist(),
+  out = {"attention_mass": mass[_last_keys(maps.shape[-1])].round(4).tolist(),
          "map_likeness": (flat @ flat.T).round(4).tolist(),
          "token_similarity": round(float(alike.mean()), 4)}
   if prefix:
     by_class = -np.sort(-maps[:, :, 0, prefix:].mean(axis=1), axis=-1)
     by_class = np.cumsum((by_class / by_class.sum(axis=-1, keepdims=True)).mean(axis=0))
-    out["class_attention_mass"] = by_class[_places(count)].round(4).tolist()
+    out["class_attention_mass"] = by_class[_last_keys(count)].round(4).tolist()
   return out
 
 
-def _places(keys: int) -> list[int]:
-  """The last of each share of the keys."""
+def _last_keys(keys: int) -> list[int]:
+  """Returns the index of the last key of each share."""
   return [max(1, math.ceil(share * keys - 1e-9)) - 1 for share in SHARES]
 
 
 def described_fields(model) -> dict[str, Any]:
-  """A dense model's fields, as JSON has them."""
+  """Returns a dense model's fields as JSON values."""
   own = {key: value for key, value in fields_of(model).items()
          if key not in ("plan", "execution", "deploy")}
   return {key: list(value) if isinstance(value, tuple) else value for key, value in own.items()}

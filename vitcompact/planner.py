@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitcompact.calibration import Function, through
+from vitcompact.calibration import Function, run_blocks
 from vitcompact.count import count, count_block
 from vitcompact.plan import BlockMethods, Plan
 from vitcompact.token_state import Tokens
@@ -49,7 +49,7 @@ class Costs:
                         self.model.in_chans))
     variables = jax.eval_shape(self.model.init, jax.random.key(0), images)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables)
-    through(self.model, zeros, images, on_block)
+    run_blocks(self.model, zeros, images, on_block)
     return {name: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
             for name, x in shapes.items()}
 

@@ -2,9 +2,9 @@
 
     y ~ x M + b,   x (rows, p), y (rows, q)
 
-A ridge pulls M towards a matrix that is known already, such as the weights of a dense layer, with
-a strength relative to the mean variance of x. The best matrix of a low rank is the best one *in the
-metric of x*: errors count as they show in the outputs.
+A ridge pulls M towards a known matrix, such as the weights of a dense layer; its strength is
+relative to the mean variance of x. The best matrix of a low rank is the best one *in the metric of
+x*: it minimises the error of the outputs.
 """
 from typing import NamedTuple
 
@@ -14,17 +14,17 @@ import numpy as np
 import scipy.linalg
 
 HIGH = jax.lax.Precision.HIGHEST
-WIDE = 1024     # columns of which products are worth computing in parts
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)   # tried, and chosen among by rows held out
+WIDE = 1024     # from this many columns on, x^T x is computed in parts
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)   # candidates; held-out rows decide
 
 
-def ridges(sums) -> tuple[float, ...]:
-  """Those to try for (fit, held): where nothing is held out to choose by, the strongest alone."""
+def candidate_ridges(sums) -> tuple[float, ...]:
+  """Returns the ridges to try for (fit, held out): only the strongest if no rows are held out."""
   return RIDGES if sums[0] is not sums[1] else RIDGES[-1:]
 
 
 class Sums(NamedTuple):
-  """Over the rows of x and y, which come with the constant 1 in front."""
+  """Sums over the rows of x, with a constant 1 as its first column, and of y."""
   xx: jax.Array   # (1 + p, 1 + p)
   xy: jax.Array   # (1 + p, q)
   yy: jax.Array   # ()
@@ -34,8 +34,8 @@ class Sums(NamedTuple):
 
 
 def sums_of(x, y, step: int = 1) -> Sums:
-  """Of rows (..., p) and (..., q), in float32 on the device; of every `step`-th token where these
-  are (images, tokens, ...)."""
+  """Returns `Sums` of x (..., p) and y (..., q), in float32 on the device. With a step, both are
+  (images, tokens, channels), and only every `step`-th token is used."""
   x, y = _rows(x, step), _rows(y, step)
   cross = jnp.concatenate([jnp.sum(y, axis=0, keepdims=True),
                            jnp.matmul(x.T, y, precision=HIGH)])
@@ -43,7 +43,7 @@ def sums_of(x, y, step: int = 1) -> Sums:
 
 
 def sums_of_layer(x, kernel, bias, step: int = 1) -> Sums:
-  """`sums_of` of x and x @ kernel + bias, from the products of x alone."""
+  """Returns `sums_of(x, x @ kernel + bias)`, computed from the products of x alone."""
   matrix = jnp.concatenate([bias[None], kernel]).astype(jnp.float32)
   xx = _moments(_rows(x, step))
   xy = jnp.matmul(xx, matrix, precision=HIGH)
@@ -51,20 +51,21 @@ def sums_of_layer(x, kernel, bias, step: int = 1) -> Sums:
 
 
 def _rows(x, step: int):
-  """(rows, p), float32. Every image keeps as many, so that those on a device stay there."""
+  """Returns x as (rows, p), float32. Tokens are skipped within images, so that no rows move between
+  devices."""
   x = x if step == 1 else x[:, ::step]
   return x.reshape(-1, x.shape[-1]).astype(jnp.float32)
 
 
 def _moments(x):
-  """(1 + p, 1 + p) of rows that the constant 1 is put in front of."""
+  """Returns x^T x (1 + p, 1 + p) of rows with a constant 1 in front."""
   total = jnp.sum(x, axis=0)
   return jnp.block([[jnp.full((1, 1), len(x), jnp.float32), total[None]],
                     [total[:, None], gram(x)]])
 
 
 def gram(x):
-  """x^T x of (rows, p): of four parts of many columns, those above the diagonal, and no more."""
+  """Returns x^T x of (rows, p); for many columns in 4 x 4 parts, of which 10 are computed."""
   if x.shape[1] < WIDE:
     return jnp.matmul(x.T, x, precision=HIGH)
   parts = jnp.array_split(x, 4, axis=1)
@@ -75,7 +76,7 @@ def gram(x):
 
 
 class Regression(NamedTuple):
-  """Means and centred second moments of x and y: what every fit below needs."""
+  """Means and centred second moments of x and y, from which all fits below are computed."""
   rows: float
   mean_x: np.ndarray    # (p,)
   mean_y: np.ndarray    # (q,)
@@ -84,7 +85,7 @@ class Regression(NamedTuple):
   energy: float         # E |y - mean|^2
 
   @classmethod
-  def of(cls, sums: Sums) -> "Regression":
+  def from_sums(cls, sums: Sums) -> "Regression":
     rows = float(sums.xx[0, 0])
     second, cross = sums.xx / rows, sums.xy / rows
     mean_x, mean_y = second[0, 1:], cross[0]
@@ -93,44 +94,49 @@ class Regression(NamedTuple):
                max(float(sums.yy / rows - mean_y @ mean_y), 0.0))
 
   def bias(self, matrix) -> np.ndarray:
-    """The b that goes with M."""
+    """Returns the best b for a given M."""
     return self.mean_y - self.mean_x @ matrix
 
   def error(self, matrix, bias=None) -> float:
-    """E |y - x M - b|^2 / E |y - mean|^2; without a bias, with the best one."""
+    """Returns E |y - x M - b|^2 / E |y - mean|^2; bias=None: with the best b."""
     miss = self.energy - 2 * np.sum(matrix * self.cross) + np.sum(matrix * (self.cov @ matrix))
     if bias is not None:
       miss += np.sum((self.bias(matrix) - bias) ** 2)
     return max(float(miss), 0.0) / max(self.energy, np.finfo(np.float32).tiny)
 
   def strength(self, ridge: float) -> float:
-    """What a relative ridge adds to each variance of x."""
+    """Returns what a relative ridge adds to each variance of x."""
     return ridge * max(float(np.trace(self.cov)) / len(self.cov), np.finfo(np.float32).tiny)
 
 
-def solver(cov, ridge: float):
-  """A function right -> (cov + ridge)^-1 right."""
+def cholesky(cov, ridge: float) -> np.ndarray:
+  """Returns the lower Cholesky factor of cov + ridge; negative eigenvalues of cov count as 0."""
   eye = ridge * np.eye(len(cov))
   try:
-    factor = scipy.linalg.cho_factor(cov + eye)
-  except np.linalg.LinAlgError:   # sums in float32 are positive but for rounding
+    return scipy.linalg.cholesky(cov + eye, lower=True)
+  except np.linalg.LinAlgError:   # rounding of float32 sums can make it indefinite
     values, vectors = np.linalg.eigh(cov)
-    factor = scipy.linalg.cho_factor((vectors * np.maximum(values, 0)) @ vectors.T + eye)
-  return lambda right: scipy.linalg.cho_solve(factor, right)
+    return scipy.linalg.cholesky((vectors * np.maximum(values, 0)) @ vectors.T + eye, lower=True)
 
 
-def closest_factors(matrix, seen, rank: int) -> tuple[np.ndarray, np.ndarray]:
-  """A (p, rank), B (rank, q) whose product is closest to M (p, q) in the metric C of x.
+def solver(cov, ridge: float):
+  """Returns the function right -> (cov + ridge)^-1 right."""
+  factor = cholesky(cov, ridge)
+  return lambda right: scipy.linalg.cho_solve((factor, True), right)
 
-  seen: C M. M is projected on the leading eigenvectors of M^T C M, the moments of its outputs.
+
+def closest_factors(matrix, cov_matrix, rank: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns A (p, rank), B (rank, q) whose product is closest to M (p, q) in the metric C of x.
+
+  cov_matrix: C M. M is projected on the leading eigenvectors of M^T C M, its outputs' moments.
   """
-  outputs = matrix.T @ seen
+  outputs = matrix.T @ cov_matrix
   leading = np.linalg.eigh((outputs + outputs.T) / 2)[1][:, -rank:]
   return balanced(matrix @ leading, leading.T)
 
 
 def balanced(a, b) -> tuple[np.ndarray, np.ndarray]:
-  """The factors of A B with the least entries: in float32, large ones that cancel lose digits."""
+  """Returns factors of A B with small entries: large ones that cancel lose digits in float32."""
   (left, r), (right, s) = np.linalg.qr(a), np.linalg.qr(b.T)
   u, singular, v = np.linalg.svd(r @ s.T)
   half = np.sqrt(singular)
@@ -138,7 +144,7 @@ def balanced(a, b) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Factors(NamedTuple):
-  """x A B + b; fitted, held_out: relative errors, the second on rows that A and B never saw."""
+  """x A B + b; fitted, held_out: relative errors on the rows of the fit and on those held out."""
   a: np.ndarray
   b: np.ndarray
   bias: np.ndarray
@@ -146,30 +152,32 @@ class Factors(NamedTuple):
   held_out: float
 
 
-def split(sums) -> tuple[Regression, Regression, Regression]:
-  """Of the rows to fit, of those held out, and of both together; alike where none are held out."""
-  fit, held = (Regression.of(part) for part in sums)
-  return fit, held, fit if sums[0] is sums[1] else Regression.of(sums[0] + sums[1])
+def fit_held_out_and_all(sums) -> tuple[Regression, Regression, Regression]:
+  """Returns the `Regression` of the rows to fit, of those held out, and of both together. All three
+  are the same if none are held out."""
+  fit, held = (Regression.from_sums(part) for part in sums)
+  return fit, held, fit if sums[0] is sums[1] else Regression.from_sums(sums[0] + sums[1])
 
 
 def spectrum(data: Regression) -> np.ndarray:
-  """Relative squared error of y that factors of rank 1, 2, ... leave at best."""
-  cov = data.cov + data.strength(RIDGES[0]) * np.eye(len(data.cov))
-  # The variances of the fitted y: singular values of its rows, squared, without its rows.
-  fitted = data.cross.T @ scipy.linalg.solve(cov, data.cross, assume_a="sym")
-  variances = np.maximum(np.linalg.eigvalsh(fitted)[::-1], 0)[:min(data.cross.shape)]
+  """Returns the least relative squared error of y with factors of rank 1, 2, ...."""
+  half = scipy.linalg.solve_triangular(cholesky(data.cov, data.strength(RIDGES[0])), data.cross,
+                                       lower=True)
+  # Eigenvalues of the fitted y's covariance, from the smaller of two matrices that share them.
+  product = half @ half.T if half.shape[0] < half.shape[1] else half.T @ half
+  variances = np.maximum(np.linalg.eigvalsh(product)[::-1], 0)
   return np.maximum(data.energy - np.cumsum(variances), 0) / max(data.energy, 1e-30)
 
 
-def chosen(sums, fit):
-  """(error on the rows held out, ridge, factors) of the ridge that does best there.
+def choose_ridge(sums, fit):
+  """Returns (error, ridge, factors) of the ridge with the least error on the held-out rows.
 
-  fit: a function of a ridge that gives factors and the matrix that they make, from the first of
-  `sums`. The error falls with the ridge and then rises: what comes after is not tried.
+  fit: a function ridge -> (factors, their product), fitted to the first of `sums`. The error falls
+  with the ridge and then rises, so the search ends at the first ridge that does worse.
   """
-  first, held, _ = split(sums)
+  first, held, _ = fit_held_out_and_all(sums)
   best = None
-  for ridge in ridges(sums):
+  for ridge in candidate_ridges(sums):
     factors, matrix = fit(ridge)
     error = held.error(matrix, first.bias(matrix))
     if best is not None and error >= best[0]:
@@ -179,25 +187,25 @@ def chosen(sums, fit):
 
 
 def low_rank(sums, old, rank: int) -> tuple[Factors, Regression]:
-  """The fit of a rank to y, pulled towards `old` (p, q) as strongly as held-out rows want it, and
-  the moments of all rows, of which it is made.
+  """Returns (factors of rank `rank` fitted to y, moments of all rows). The ridge that does best on
+  the held-out rows pulls the fit towards `old` (p, q).
 
-  sums: (of the rows to fit, of those to choose the ridge by), as `Calibration.sums` returns them.
+  sums: `Sums` (of the rows to fit, of those held out), as `Calibration.sums` returns them.
   """
-  fit, _, both = split(sums)
+  fit, _, both = fit_held_out_and_all(sums)
 
   def fitted(ridge):
-    a, b = _low_rank(fit, old, rank, ridge)
+    a, b = _low_rank_factors(fit, old, rank, ridge)
     return (a, b), a @ b
 
-  held_out, ridge, (a, b) = chosen(sums, fitted)
+  held_out, ridge, (a, b) = choose_ridge(sums, fitted)
   error = fit.error(a @ b)
-  if both is not fit:   # else these are the factors of all rows already
-    a, b = _low_rank(both, old, rank, ridge)
+  if both is not fit:   # finally fit all rows
+    a, b = _low_rank_factors(both, old, rank, ridge)
   return Factors(a, b, both.bias(a @ b), error, held_out), both
 
 
-def _low_rank(data: Regression, old, rank: int, ridge: float):
+def _low_rank_factors(data: Regression, old, rank: int, ridge: float):
   ridge = data.strength(ridge)
   right = data.cross + ridge * old
   return closest_factors(solver(data.cov, ridge)(right), right, rank)

@@ -122,7 +122,7 @@ def test_outputs_of_hallucinated_heads_are_those_of_their_maps_within_each_windo
   if spec.layout == "grid":
     assert params["attn"]["hallucinate"]["key_taps"].shape == (2, 2, 3, 3)
   x = np.random.default_rng(0).standard_normal((2, 3, 4, 16), np.float32)
-  seen = calibration.seen_by(block, {"params": params, "batch_stats": {}}, x)
+  seen = calibration.observe_jitted(block, {"params": params, "batch_stats": {}}, x)
   assert seen.maps.shape == (2 * 2, 4, 9, 9) and seen.before_attention.shape == (4, 9, 16)
   value, out = (jax.tree.map(np.asarray, params["attn"][name]) for name in ("value", "out"))
   values = np.einsum("bmw,whd->bmhd", seen.keys, value["kernel"]) + value["bias"]
@@ -331,7 +331,7 @@ def test_a_file_brings_back_a_compact_model(tmp_path):
 
 
 def wanted_streams(seen):
-  return (seen.before_attention + seen.wanted_attention, seen.before_ffn + seen.wanted_ffn)
+  return (seen.before_attention + seen.target_attention, seen.before_ffn + seen.target_ffn)
 
 
 def test_the_teacher_of_windows_is_that_of_the_images():
@@ -340,10 +340,10 @@ def test_the_teacher_of_windows_is_that_of_the_images():
   rng = np.random.default_rng(5)
   dense_x, x = rng.standard_normal((2, 4, 5, 8, block.site.width)).astype(np.float32)
   variables = tiny.randomised(jax.eval_shape(block.init, jax.random.key(0), x))
-  _, teacher = calibration.taught(block, variables, dense_x)
+  _, teacher = calibration.run_teacher(block, variables, dense_x)
   data = calibration.Calibration(block, variables["params"], {}, x, teacher, 2, {})
   after_attention, after_ffn = map(np.concatenate, zip(*data.sums(wanted_streams), strict=True))
-  seen = calibration.seen_by(block, variables, dense_x)
+  seen = calibration.observe_jitted(block, variables, dense_x)
   assert len(seen.attended) > len(x)   # windows
   np.testing.assert_allclose(after_attention, seen.before_attention + seen.attended, atol=1e-4)
   np.testing.assert_allclose(after_ffn, seen.before_ffn + seen.ffn, atol=1e-4)

@@ -368,12 +368,12 @@ def test_factors_are_fitted_to_what_the_normed_layers_give():
   x = np.random.default_rng(0).standard_normal((32, 3, 3, 12), np.float32)
   stats, params = tiny.randomised(jax.eval_shape(block.init, jax.random.key(0), x)).values()
   variables = {"params": params, "batch_stats": stats}
-  wanted = calibration.seen_by(block, variables, x)
-  _, teacher = calibration.taught(block, variables, x)
+  wanted = calibration.observe_jitted(block, variables, x)
+  _, teacher = calibration.run_teacher(block, variables, x)
   data = calibration.Calibration(block, params, stats, x, teacher, 8, {})
   methods = BlockMethods(ffn=vc.CFFN(factor="both"))
   new, new_stats = blocks.from_dense(block.site, methods, params, stats, lambda *_: data)
-  got = calibration.seen_by(block.clone(methods=methods),
+  got = calibration.observe_jitted(block.clone(methods=methods),
                             {"params": new, "batch_stats": new_stats}, x)
   for told, one, other in (("ffn fc1", got.fc1, wanted.fc1), ("ffn fc2", got.ffn, wanted.ffn)):
     one, other = (np.asarray(y[:24]).reshape(-1, y.shape[-1]) for y in (one, other))
@@ -390,7 +390,7 @@ def test_a_report_proposes_ffns_alone_and_estimates_what_the_normed_layers_give(
   assert [set(block["tables"]) >= {"attention_mass", "token_similarity"}
           for block in report.blocks] == [True, True]
   own = {kind: variables[kind]["blocks_0"] for kind in variables}
-  seen = calibration.seen_by(model.submodules()["blocks_0"], own,
+  seen = calibration.observe_jitted(model.submodules()["blocks_0"], own,
                              np.repeat(images[:2, :3, :3, :1], 12, axis=-1))
   assert seen.before_ffn.shape == seen.ffn.shape == seen.before_attention.shape == (2, 9, 12)
   np.testing.assert_allclose(seen.hidden, np.maximum(seen.fc1, 0), rtol=1e-4, atol=1e-6)

@@ -101,7 +101,7 @@ class Block(nn.Module):
   def _within_windows(self, x_bhwc):
     site, (batch, *size, chans) = self.site, x_bhwc.shape
     side = site.key_grid[0]
-    # Partitioned before the norm, so that `calibration.look` finds the residual stream in windows.
+    # Partitioned before the norm, so that `calibration.observe` sees the stream in windows.
     tokens = LayerNorm(EPSILON, site.dtype, name="norm1")(to_windows(x_bhwc, side))
     if any(n % side for n in size):
       # As in timm, the zeros of the padding stay zeros, and are keys: they are not masked.

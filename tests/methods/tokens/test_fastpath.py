@@ -136,7 +136,7 @@ def test_kept_patches_take_the_ffn_and_the_others_the_fast_path(name):
   variables = tiny.randomised(shapes, spread=0.5)
   got = jax.jit(module.apply)(variables, x)
   dense = module.clone(methods=BlockMethods())
-  stream = np.asarray(calibration.seen_by(dense, variables, x).before_ffn, float)
+  stream = np.asarray(calibration.observe_jitted(dense, variables, x).before_ffn, float)
   count = predictor.budget(module.methods.tokens.shares()[-1], site.queries - site.prefix)
   assert 1 < count < site.queries - site.prefix
   for image in range(2):

@@ -166,7 +166,7 @@ class CFFN:
   def estimate(cls, options, site: Site, sums):
     """Returns errors of the layers' outputs at each rank, summed if both are factorised; and the
     curves of error over rank, as a share of full rank."""
-    curves = {layer: spectrum(Regression.of(part)) for layer, part in sums.items()}
+    curves = {layer: spectrum(Regression.from_sums(part)) for layer, part in sums.items()}
     errors = [sum(curves[layer][method.rank(site.ffn_width) - 1]
                   for layer in (("fc1", "fc2") if method.factor == "both" else ("fc2",)))
               for method in options]
@@ -428,7 +428,7 @@ def _layer_sums(x, y, params, step: int):
 def fc2_sums(seen, params):
   """Returns sums over the inputs of fc2 and the target outputs of the FFN."""
   del params
-  return sums_of(seen.hidden, seen.wanted_ffn, seen.step)
+  return sums_of(seen.hidden, seen.target_ffn, seen.step)
 
 
 def sample_curve(curve) -> list[list[float]]:

@@ -98,7 +98,7 @@ class HMHSA:
     order of heads, the first heads are real and the others copy their maps in order."""
     taps = {}
     if data is not None and not site.local:
-      params, taps = refit.fitted(self, site, params, data)
+      params, taps = refit.fit_hallucinated(self, site, params, data)
     _, new = surgery.fresh(self, site)
     params = surgery.cut_heads(self, site, params)
     leaves = {**new["params"], **taps}

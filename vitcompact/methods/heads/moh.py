@@ -115,7 +115,7 @@ class MoH:
     if not site.local and "maps" in site.provides:   # else heads cannot be reordered
       loss_hh = importance.losses(params, data if importance.has_maps(site, data) else None)
       order = importance.kept_first(loss_hh, shared)
-      params = refit.arranged(params, order)
+      params = refit.reorder_heads(params, order)
     inner, _ = protocol.inner_and_site(self, site)
     if inner is not None:
       data = data and data.with_params(params)

@@ -89,7 +89,7 @@ class HeadPruning:
     """
     kept, pruning = self.value_heads(site), dataclasses.replace(self, heads=None)
     order = importance.kept_first(importance.losses(params, data), kept)
-    params = refit.arranged(params, order)
+    params = refit.reorder_heads(params, order)
     constant = constant_contribution(params["attn"], kept)
     attn = surgery.cut_heads(pruning, site, params)["attn"]
     out = {**attn["out"], "bias": attn["out"]["bias"] + constant}
@@ -165,4 +165,4 @@ def refit_kept_heads(params, data, order):
                     values, outputs)
   data.note("heads", copied=fit.copied, fitted=fit.fitted, held_out=fit.held_out,
             order=list(order))
-  return {**params, "attn": {**attn, **refit.leaves(fit, attn)}}
+  return {**params, "attn": {**attn, **refit.refitted_params(fit, attn)}}

@@ -1,8 +1,9 @@
 """Which heads stay real, which one each other head copies, and the values and outputs that then
 come closest to the dense attention: in closed form, from calibration images.
 
-Ours. What a head may be replaced by is told by the error *behind* its values and outputs: on small
-trained models, likeness of the maps themselves chose two to three times worse in KL of the logits.
+Our own work. Head i can stand in for head j if the error *after* the values and outputs of head j
+is small. On small trained models, choosing by the similarity of the maps themselves gave two to
+three times the KL of the logits.
 """
 import itertools
 import math
@@ -17,22 +18,21 @@ from vitcompact.regression import (
   Regression,
   Sums,
   balanced,
-  chosen,
+  choose_ridge,
   closest_factors,
+  fit_held_out_and_all,
   solver,
-  split,
   sums_of,
 )
 
-SETS = 20_000        # sets of real heads that are all tried; beyond, heads are dropped greedily
+SETS = 20_000        # up to this many sets of real heads, all are tried; else heads go greedily
 SWEEPS = 3
-TOKENS = 8192        # that costs of heads and filters are summed over
-FEATURES = 4608      # heads x width up to which filters are fitted: their sums are its square
+FEATURES = 4608      # filters are fitted up to this heads x width: the sums are its square in size
 
 
 class Arrangement(NamedTuple):
-  """A head's old number for each new place: the real heads, then those that copy them, place f + g
-  copying place g mod f; and what it costs, E |error|^2 of the attention's output."""
+  """order: the old number of the head at each new place. The f real heads come first; place f + g
+  copies place g mod f. cost: E |error|^2 of the attention's output."""
   order: tuple[int, ...]
   cost: float
 
@@ -44,10 +44,10 @@ def head_costs(seen, value, bias, out):
   value (D, h, d), bias (h, d), out (h, d, D): of the dense block.
   """
   high = jax.lax.Precision.HIGHEST
-  heads = value.shape[1]
+  seen, heads = seen.of_fewer_images(), value.shape[1]
 
-  def behind(j):
-    """Head j's values under every map."""
+  def costs_of_copies(j):
+    """(h,): the error of head j's output with each head's map in the place of its own."""
     values_bmd = seen.keys @ value[:, j] + bias[j][None, None]
     made_bhnd = jnp.einsum("bhnm,bmd->bhnd", seen.maps, values_bmd)
     gram_dd = jnp.matmul(out[j], out[j].T, precision=high)
@@ -56,35 +56,35 @@ def head_costs(seen, value, bias, out):
                            made_bhnd - own_bnd[:, None])
     return jnp.einsum("bhnd,de,bhne->h", error_bhnd, gram_dd, error_bhnd)
 
-  costs_jh = jax.lax.map(behind, jnp.arange(heads))
+  costs_jh = jax.lax.map(costs_of_copies, jnp.arange(heads))
   return costs_jh.T, jnp.asarray(seen.maps.shape[0] * seen.maps.shape[2], jnp.float32)
 
 
 def arrange(cost: np.ndarray, real: int) -> Arrangement:
   """The cheapest choice of `real` heads and of the heads that copy each.
 
-  cost: (h, h), [i, j] of head i in the place of j. Every real head has as many copies as another,
-  or one more, which is how the heads of `HMHSA` are laid out.
+  cost: (h, h), [i, j] of head i in the place of j. The numbers of copies of real heads differ by
+  at most one, as in the layout of `HMHSA`.
   """
   heads = len(cost)
   if math.comb(heads, real) <= SETS:
     return min((_partners(cost, kept) for kept in itertools.combinations(range(heads), real)),
                key=lambda found: found.cost)
   kept = list(range(heads))
-  while len(kept) > real:   # what is missed least goes
-    def after(head):
+  while len(kept) > real:   # remove the head whose loss costs least
+    def cost_without(head):
       rest = [other for other in kept if other != head]
       return sum(cost[rest, j].min() for j in range(heads) if j not in rest)
-    kept.remove(min(kept, key=after))
+    kept.remove(min(kept, key=cost_without))
   return _partners(cost, tuple(kept))
 
 
 def _partners(cost, kept: tuple[int, ...]) -> Arrangement:
-  """The cheapest assignment of the other heads to these."""
+  """Returns the cheapest assignment of the other heads to the `kept` ones."""
   real, others = len(kept), [j for j in range(len(cost)) if j not in kept]
   share, extra = divmod(len(others), real)
-  # Places that must be taken, `share` of each real head; and one more of each, of which `extra` are
-  # taken by heads and the rest by nobody.
+  # Each real head has `share` places that must be filled and one more that may be: `extra` of these
+  # get a head, the others stay empty.
   columns = [i for i in kept for _ in range(share)] + list(kept)
   table = np.full((len(others) + real - extra if extra else len(others),
                    len(columns) if extra else share * real), np.inf)
@@ -103,8 +103,8 @@ def _partners(cost, kept: tuple[int, ...]) -> Arrangement:
   return Arrangement((*ordered, *hallucinated), float(total))
 
 
-def arranged(params, order):
-  """A block's parameters with its heads in another order: the same function."""
+def reorder_heads(params, order):
+  """Returns a block's parameters with its heads in another order; its function is the same."""
   attn, order = params["attn"], np.asarray(order)
   new = {name: {leaf: jnp.asarray(array)[..., order, :] for leaf, array in attn[name].items()}
          for name in ("query", "key", "value")}
@@ -113,17 +113,16 @@ def arranged(params, order):
 
 
 def tap_sums(seen, value, out, steps):
-  """Normal equations of a filter for each hallucinated head, behind values and outputs.
+  """Normal equations of each hallucinated head's filter, with errors after values and outputs.
 
-  Heads are in order already, the real ones first: seen.maps (B, f + g, N, M), value (D, f + g, d);
-  out (g, d, D), of the hallucinated ones. steps: (K,), of which only the length counts. Returns
-  (g, K^2, K^2) and (g, K^2).
+  The real heads come first: seen.maps (B, f + g, N, M), value (D, f + g, d); out (g, d, D) holds
+  only the hallucinated heads. steps: any array (K,) for K taps. Returns (g, K^2, K^2) and (g, K^2).
   """
   high = jax.lax.Precision.HIGHEST
   heads, taps = value.shape[1], steps.shape[0]
   real = heads - out.shape[0]
 
-  def of_head(g):
+  def sums_of_head(g):
     j = real + g
     values_bmd = seen.keys @ value[:, j]
     source_bnm = jnp.take(seen.maps, g % real, axis=1)
@@ -133,15 +132,15 @@ def tap_sums(seen, value, out, steps):
     made = [jnp.einsum("bnm,bmd->bnd", source_bnm, shifted(values_bmd, -(t - taps // 2)))
             for t in range(taps)]
     rows_kbnd = jnp.stack([shifted(x, s - taps // 2) for s in range(taps) for x in made])
-    behind_kbnd = jnp.einsum("kbnd,de->kbne", rows_kbnd, gram_dd)
-    return (jnp.einsum("kbnd,lbnd->kl", behind_kbnd, rows_kbnd, precision=high),
-            jnp.einsum("kbnd,bnd->k", behind_kbnd, wanted_bnd, precision=high))
+    weighted_kbnd = jnp.einsum("kbnd,de->kbne", rows_kbnd, gram_dd)
+    return (jnp.einsum("kbnd,lbnd->kl", weighted_kbnd, rows_kbnd, precision=high),
+            jnp.einsum("kbnd,bnd->k", weighted_kbnd, wanted_bnd, precision=high))
 
-  return jax.lax.map(of_head, jnp.arange(heads - real))
+  return jax.lax.map(sums_of_head, jnp.arange(heads - real))
 
 
 def shifted(x_bnd, step: int):
-  """Row n is row n + step, 0 outside."""
+  """Row n of the result is row n + step of x, or 0 outside."""
   if step == 0:
     return x_bnd
   none = jnp.zeros_like(x_bnd[:, :abs(step)])
@@ -150,9 +149,10 @@ def shifted(x_bnd, step: int):
 
 
 def fitted_taps(gram: np.ndarray, cross: np.ndarray, taps: int, rank: int):
-  """query_taps, key_taps (g, rank, K) whose filters come closest, from `tap_sums`.
+  """Returns the best query_taps and key_taps (g, rank, K), from `tap_sums`.
 
-  One term is refined by alternating least squares; more are singular vectors of the free filter.
+  For rank 1 by alternating least squares; higher ranks are singular vectors of the unconstrained
+  filter.
   """
   query, key = [], []
   for g, c in zip(gram, cross, strict=True):
@@ -176,17 +176,17 @@ def _alternated(g_stuv, c_st, u_s, v_t, turns: int = 30):
 
 
 def copied_sums(seen, places) -> Sums:
-  """Of the features A_i X of the real heads (those first in order) and the wanted output.
+  """Returns `Sums` of the features A_i X of the real heads, which come first, and the target.
 
-  places: (f,), only its length counts.
+  places: any array (f,) for f real heads.
   """
   made = jnp.einsum("bhnm,bmw->bnhw", seen.maps[:, :places.shape[0]], seen.keys)
-  return sums_of(jax.lax.collapse(made, 2), seen.wanted_attention, seen.step)
+  return sums_of(jax.lax.collapse(made, 2), seen.target_attention, seen.step)
 
 
 def filtered_sums(seen, query_taps, key_taps) -> Sums:
-  """Of the features of all heads, the hallucinated ones through their filters, and the wanted
-  output; taps (g, rank, K)."""
+  """Returns `Sums` of the features of all heads, the hallucinated ones filtered, and the target;
+  taps (g, rank, K)."""
   hallucinated, rank, taps = query_taps.shape
   real = seen.maps.shape[1] - hallucinated
   features = [jnp.einsum("bhnm,bmw->bnhw", seen.maps[:, :real], seen.keys)]
@@ -198,12 +198,15 @@ def filtered_sums(seen, query_taps, key_taps) -> Sums:
       made += sum(shifted(rows, s - taps // 2) * query_taps[g, r, s] for s in range(taps))
     features.append(made[:, :, None])
   made = jax.lax.collapse(jnp.concatenate(features, axis=2), 2)
-  return sums_of(made, seen.wanted_attention, seen.step)
+  return sums_of(made, seen.target_attention, seen.step)
 
 
 class Refit(NamedTuple):
-  """Values (h, D, d), outputs (h, d, D) and the output's bias; fitted, held_out: relative errors of
-  the attention's output on the images fitted and held out; copied: without a refit."""
+  """Values (h, D, d), outputs (h, d, D) and the bias of the output.
+
+  fitted, held_out: relative squared errors of the attention's output on the images used for the fit
+  and on those held out; copied: the error on the latter with the dense values and outputs.
+  """
   values: np.ndarray
   outputs: np.ndarray
   bias: np.ndarray
@@ -213,12 +216,13 @@ class Refit(NamedTuple):
 
 
 def refit(sums, groups, values, outputs) -> Refit:
-  """Values and outputs of all heads, together, by block coordinate descent over groups of heads.
+  """Refits the values and outputs of all heads by block coordinate descent over groups of heads.
 
-  sums: (fit, held) of the features, D for each group. groups: which heads share one; a group of g
-  heads has rank g d. values (h, D, d), outputs (h, d, D): the dense ones, heads in order.
+  sums: `Sums` (of the images to fit, of those held out), with D features for each group. groups:
+  the heads that share the same features; a group of g heads has rank g d. values (h, D, d), outputs
+  (h, d, D): those of the dense block, real heads first.
   """
-  fit, held, both = split(sums)
+  fit, held, both = fit_held_out_and_all(sums)
   old = [np.concatenate([values[h] for h in group], axis=1) for group in groups], \
       [np.concatenate([outputs[h] for h in group], axis=0) for group in groups]
   matrix = copied = _product(old)
@@ -228,15 +232,15 @@ def refit(sums, groups, values, outputs) -> Refit:
     factors = _descend(fit, old, old, ridge, sweeps=1)
     return factors, _product(factors)
 
-  held_out, ridge, factors = chosen(sums, descended)
+  held_out, ridge, factors = choose_ridge(sums, descended)
   if held_out < copied_error:
     factors = _descend(fit, old, factors, ridge, sweeps=SWEEPS - 1)
     matrix = _product(factors)
     held_out = held.error(matrix, fit.bias(matrix))
-  if held_out >= copied_error:   # none is better than the dense ones
+  if held_out >= copied_error:   # no fit is better than the dense values and outputs
     factors, matrix, held_out = old, copied, copied_error
   fitted = fit.error(matrix, fit.bias(matrix))
-  if factors is not old and both is not fit:   # else they are of all rows already
+  if factors is not old and both is not fit:   # finally fit all images
     factors = _descend(both, old, factors, ridge, sweeps=1)
     matrix = _product(factors)
   new_values, new_outputs = np.empty_like(values), np.empty_like(outputs)
@@ -255,9 +259,9 @@ def _product(factors):
 
 
 def _descend(data: Regression, old, start, ridge: float, sweeps: int):
-  """(values, outputs) of each group, after so many sweeps over the groups.
+  """Returns (values, outputs) of each group after `sweeps` sweeps over the groups.
 
-  Both old and start are such pairs; the fit is pulled towards the old ones.
+  old: the pair that the ridge pulls towards; start: the pair to start from.
   """
   ridge, size = data.strength(ridge), len(data.cov) // len(old[0])
   slices = [slice(at, at + size) for at in range(0, len(data.cov), size)]
@@ -269,7 +273,7 @@ def _descend(data: Regression, old, start, ridge: float, sweeps: int):
     b = _outputs(data, a, seen, b, slices, ridge)
   for _ in range(sweeps):
     for g, at in enumerate(slices):
-      # What the other groups leave to this one.
+      # The target minus what the other groups give.
       others = [seen[k][at] @ b[k] for k in range(len(a)) if k != g]
       right = data.cross[at] - sum(others) + before[g]
       a[g], b[g] = closest_factors(solvers[g](right), right, a[g].shape[1])
@@ -279,12 +283,12 @@ def _descend(data: Regression, old, start, ridge: float, sweeps: int):
 
 
 def _outputs(data: Regression, a, seen, old_b, slices, ridge: float):
-  """The outputs of all groups at once, for values that stay."""
+  """Solves for the outputs of all groups at once, with their values fixed."""
   made_cross = np.concatenate([left.T @ data.cross[at] for left, at in
                                zip(a, slices, strict=True)])
   seen = np.concatenate(seen, axis=1)
   made = np.concatenate([left.T @ seen[at] for left, at in zip(a, slices, strict=True)])
-  # In units of the features: the strength is relative to the variance of what is regressed on.
+  # The ridge is relative to the variance of the regressors, which are now the values.
   relative = ridge / max(np.trace(data.cov) / len(data.cov), 1e-30)
   pull = relative * np.trace(made) / len(made)
   new = np.linalg.solve(made + pull * np.eye(len(made)), made_cross + pull * np.concatenate(old_b))
@@ -292,30 +296,30 @@ def _outputs(data: Regression, a, seen, old_b, slices, ridge: float):
   return np.split(new, ends)
 
 
-def leaves(fit: Refit, attn):
-  """{"value", "out"}: the parameters of an attention `attn` as refitted."""
+def refitted_params(fit: Refit, attn):
+  """Returns {"value", "out"}: the refitted parameters of an attention `attn`."""
   new = {"value": {"kernel": jnp.asarray(fit.values.transpose(1, 0, 2), jnp.float32)},
          "out": {"kernel": jnp.asarray(fit.outputs, jnp.float32),
                  "bias": jnp.asarray(fit.bias, jnp.float32)}}
-  if "bias" in attn["value"]:   # a constant, which the output's bias has taken in
+  if "bias" in attn["value"]:   # the bias of the output contains this constant
     new["value"]["bias"] = jnp.zeros_like(attn["value"]["bias"])
   return new
 
 
-def fitted(spec, site, params, data):
-  """(a dense block's parameters with its heads in the best order, values and outputs refitted; {}
-  or the taps that go with them), under an `HMHSA`; data: a `calibration.Calibration`."""
+def fit_hallucinated(spec, site, params, data):
+  """Returns (a dense block's parameters with heads in the best order, values and outputs refitted;
+  its taps, {} if they are not fitted) for an `HMHSA`. data: a `calibration.Calibration`."""
   real = spec.scored_heads(site)
   function, arguments = spec.statistics(params)
-  costs, tokens = data.fewer(TOKENS).sums(function, *arguments)[0]
+  costs, tokens = data.fewer().sums(function, *arguments)[0]
   chosen = arrange(costs / tokens, real)
-  params = arranged(params, chosen.order)
+  params = reorder_heads(params, chosen.order)
   data, attn = data.with_params(params), params["attn"]
   values, outputs = (np.asarray(attn[name]["kernel"], np.float64) for name in ("value", "out"))
   values = values.transpose(1, 0, 2)
   taps, groups = {}, [[h, *range(real + h, site.heads, real)] for h in range(real)]
   if spec.site == "probs" and spec.layout == "map" and site.heads * site.width <= FEATURES:
-    sums = data.fewer(TOKENS).sums(tap_sums, attn["value"]["kernel"],
+    sums = data.fewer().sums(tap_sums, attn["value"]["kernel"],
                                    attn["out"]["kernel"][real:], jnp.zeros(spec.kernel))[0]
     query, key = fitted_taps(*sums, spec.kernel, spec.rank)
     taps = {"query_taps": jnp.asarray(query, jnp.float32),
@@ -327,4 +331,4 @@ def fitted(spec, site, params, data):
   fit = refit(sums, groups, values, outputs)
   data.note("heads", copied=fit.copied, fitted=fit.fitted, held_out=fit.held_out,
             order=list(chosen.order))
-  return {**params, "attn": {**attn, **leaves(fit, attn)}}, taps
+  return {**params, "attn": {**attn, **refitted_params(fit, attn)}}, taps

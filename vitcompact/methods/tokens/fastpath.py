@@ -156,7 +156,7 @@ class FastPath:
 
 def _ffn_sums(seen):
   """Returns sums for the regression of the FFN's target output on its normed input."""
-  return sums_of(seen.inputs, seen.wanted_ffn, seen.step)
+  return sums_of(seen.inputs, seen.target_ffn, seen.step)
 
 
 class PredictPaths(nn.Module):
