@@ -16,7 +16,8 @@ to images; the same with stronger factors (50 %); the measured plans for 80 and 
 from a full report and from a quick one. All but the first and the last are distilled for a tenth of
 the dense model's steps. For comparison, narrower dense models with about half and a quarter of the
 MACs are trained as long as the dense one. For 12 random plans, the ranks of predicted and measured
-KL are compared. A plan for a speedup is predicted and timed. The test split chooses nothing. Running the command again continues where it stopped.
+KL are compared. A plan for a speedup is predicted and timed. The test split chooses nothing.
+Running the command again continues where it stopped.
 """
 import argparse
 import functools

@@ -87,7 +87,7 @@ def test_kl_grows_with_the_tokens_that_go_as_a_quick_look_takes_it_to():
   found = {}
   for name, plan in one_shot.plans()["tokens"].items():
     found.setdefault(type(plan.tokens), []).append(
-        (looking._gone(plan.tokens, site), rows[name]["kl"]))
+        (looking._removed_share(plan.tokens, site), rows[name]["kl"]))
   powers = [math.log(more / kl) / math.log(most / gone) for few in found.values()
             for (gone, kl), (most, more) in itertools.pairwise(few)]
   assert min(powers) < looking.GROWTH < max(powers)
