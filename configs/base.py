@@ -152,7 +152,7 @@ SMALL = {   # {prefix of a model's name: its sizes with `runlocal`}
 
 def local(config):
   """Shrinks a config to a narrow, shallow model on embedded data and 20 steps. Every part stays
-  except the teacher, which would need a file, and patch labels, which the data do not have."""
+  except the teacher, which would need a file, and token labels, which the data do not have."""
   steps = 20
   config.update(total_steps=steps, batch_size=32, accumulate=1, eval_batch_size=120,
                 checkpoint_every=10, log_every=5)

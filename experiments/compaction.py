@@ -4,6 +4,7 @@ test image once, and on the 10,000 test images of Fashion-MNIST.
   python -m experiments.compaction --data digits --workdir runs/compaction
   python -m experiments.compaction --data fashion_mnist --workdir runs/compaction
   python -m experiments.compaction narrow --data fashion_mnist --workdir runs/compaction
+  python -m experiments.compaction quick --data fashion_mnist --workdir runs/compaction
   python -m experiments.compaction tables         # into docs/compaction.md, from results/
 
 `narrow` only trains the narrower models; it can run before the main command or in parallel with it.
@@ -11,11 +12,12 @@ test image once, and on the 10,000 test images of Fashion-MNIST.
 A dense model is measured on training images: one is trained for each of five folds of digits, and
 that of Fashion-MNIST is committed in results/. Then the following are compacted without training:
 half of the heads and factors in every block (20 % fewer MACs), first without images and then fitted
-to images; the same with stronger factors (50 %); the measured plans for 80 and 50 % of the MACs.
-All but the first are distilled for a tenth of the dense model's steps. For comparison, narrower
-dense models with about half and a quarter of the MACs are trained as long as the dense one. For 12
-random plans, the ranks of predicted and measured KL are compared. A plan for a speedup is predicted
-and timed. The test split chooses nothing. Running the command again continues where it stopped.
+to images; the same with stronger factors (50 %); the measured plans for 80 and 50 % of the MACs,
+from a full report and from a quick one. All but the first and the last are distilled for a tenth of
+the dense model's steps. For comparison, narrower dense models with about half and a quarter of the
+MACs are trained as long as the dense one. For 12 random plans, the ranks of predicted and measured
+KL are compared. A plan for a speedup is predicted and timed. The test split chooses nothing.
+Running the command again continues where it stopped.
 """
 import argparse
 import functools
@@ -164,6 +166,16 @@ def timed(report, model, variables, images) -> dict[str, Any]:
           "most": found["plan"].high, "clock": found["plan"].clock, "load": found["plan"].load}
 
 
+def agreement(quick, full) -> dict[str, Any]:
+  """Returns the rank correlation of the KLs that a quick report inferred for options of one block
+  with those that a full report measured, and their number."""
+  pairs = [(option.kl, measured.kl)
+           for row, measured_row in zip(quick.blocks, full.blocks, strict=True)
+           for option, measured in zip(row["options"], measured_row["options"], strict=True)
+           if not option.measured]
+  return {"spearman": float(spearmanr(*zip(*pairs, strict=True)).statistic), "options": len(pairs)}
+
+
 class Fold:
   """One fold: its dense model, and the results so far, which are written to found.json and results/
   after each row."""
@@ -212,10 +224,11 @@ class Fold:
   def start(self, name: str) -> pathlib.Path:
     return self.runs / f"{name}.safetensors"
 
-  def report(self):
-    if not (self.runs / "report.json").exists():
-      vc.measure(self.model, self.variables, self.images, "full").save(self.runs)
-    return vc.Report.load(self.runs)
+  def report(self, sensitivity: str = "full"):
+    directory = self.runs if sensitivity == "full" else self.runs / sensitivity
+    if not (directory / "report.json").exists():
+      vc.measure(self.model, self.variables, self.images, sensitivity).save(directory)
+    return vc.Report.load(directory)
 
   def spearman(self, report):
     """Computes the rank correlation of predicted and measured KL over random plans."""
@@ -228,6 +241,14 @@ class Fold:
       pairs.append((report.explain(plan).kl, measured))
     self.found |= {"spearman": float(spearmanr(*zip(*pairs, strict=True)).statistic),
                    "kl_pairs": pairs}
+    self.save()
+
+  def quick(self):
+    """Adds the rows of plans from a quick report, and how well it ranks what it did not try."""
+    report = self.report("quick")
+    for share in (80, 50):
+      self.plan(f"measured quickly, {share} %", report.plan(macs=share / 100), self.images)
+    self.found["quick"] = agreement(report, self.report())
     self.save()
 
   def time(self):
@@ -250,6 +271,7 @@ class Fold:
     for name, plan in plans.items():
       self.plan(name, plan, self.images)
     self.spearman(report)
+    self.quick()
     for name in reversed(plans):   # the smallest models first: distillation helps them most
       self.distil(name, plans[name])
     for name, file in self.narrow().items():
@@ -277,6 +299,8 @@ NAMES = {
     "uniform, from images, distilled": "the same, distilled for a tenth of the steps",
     "uniform, 50 %": "half of the heads and stronger factors in every block, fitted to images",
     "uniform, 50 %, distilled": "the same, distilled",
+    "measured quickly, 80 %": "plan of 80 % from a quick report",
+    "measured quickly, 50 %": "plan of 50 % from a quick report",
     "measured, 80 %": "measured plan of 80 %",
     "measured, 80 %, distilled": "the same, distilled",
     "measured, 50 %": "measured plan of 50 %",
@@ -317,6 +341,10 @@ def described(folds: list[dict]) -> str:
   lines = [table(folds), "", f"{len(folds)} dense model{'s' * (len(folds) > 1)}."]
   lines += [f"Rank correlation (Spearman) of predicted and measured KL over {RANDOM_PLANS} random "
             f"plans: {ranks or 'not run'}."]
+  inferred = [fold["quick"] for fold in folds if "quick" in fold]
+  shown = ", ".join(f"{one['spearman']:.3f} over {one['options']} options" for one in inferred)
+  lines += ["Rank correlation of the KLs that a quick report infers with those that a full one "
+            f"measures: {shown or 'not run'}."]
   if not any("timed" in fold for fold in folds):
     lines += ["A plan for a speedup: not timed."]
   for fold in folds:
@@ -348,7 +376,8 @@ def results_of(name: str) -> pathlib.Path:
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-  parser.add_argument("what", nargs="?", choices=["run", "narrow", "time", "tables"], default="run")
+  parser.add_argument("what", nargs="?", default="run",
+                      choices=["run", "narrow", "quick", "time", "tables"])
   parser.add_argument("--data", choices=list(DATA), default="digits")
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/compaction"))
   parser.add_argument("--folds", type=int, nargs="+", help="default: all")
@@ -362,7 +391,7 @@ def main():
     name = data.names[fold]
     runs = arguments.workdir / f"{name.replace(':', '_')}_seed_{arguments.seed}"
     found = Fold(data, name, arguments.seed, runs)
-    {"run": found.run, "narrow": found.narrow, "time": found.time}[arguments.what]()
+    getattr(found, arguments.what)()
 
 
 if __name__ == "__main__":

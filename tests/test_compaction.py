@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import pathlib
+import types
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 import vitcompact as vc
 from experiments import compaction, fine_tuning, one_shot, path_costs
 from tests import tiny
+from vitcompact.report import Option
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROW = {"macs": 1.0, "accuracy": 0.5, "kl": 0.0, "images": 100}
@@ -85,7 +87,7 @@ def test_kl_grows_with_the_tokens_that_go_as_a_quick_look_takes_it_to():
   found = {}
   for name, plan in one_shot.plans()["tokens"].items():
     found.setdefault(type(plan.tokens), []).append(
-        (looking._gone(plan.tokens, site), rows[name]["kl"]))
+        (looking._removed_share(plan.tokens, site), rows[name]["kl"]))
   powers = [math.log(more / kl) / math.log(most / gone) for few in found.values()
             for (gone, kl), (most, more) in itertools.pairwise(few)]
   assert min(powers) < looking.GROWTH < max(powers)
@@ -180,3 +182,17 @@ def test_what_lies_above_the_line_of_dense_models_is_said():
                     "slow and better": row("tokens", 2.0, 0.911),
                     "too fast": row("ffn", 0.1, 0.80)}}
   assert one_shot.above(found) == ["on the way", "slow and better"]
+
+
+def test_a_quick_report_is_compared_by_what_it_inferred():
+  def report(*options):
+    return types.SimpleNamespace(blocks=[{"options": [Option("ffn", None, None, kl, tried)
+                                                      for kl, tried in options]}])
+
+  full = report((1.0, True), (2.0, True), (3.0, True), (9.0, True))
+  quick = report((1.5, False), (3.0, False), (2.0, False), (0.0, True))
+  found = compaction.agreement(quick, full)
+  assert found == {"spearman": pytest.approx(0.5), "options": 3}
+  row = {"data": "digits:0", "seed": 0, "models": {}}
+  assert "0.500 over 3 options" in compaction.described([{**row, "quick": found}])
+  assert "a full one measures: not run" in compaction.described([row])

@@ -77,7 +77,7 @@ def test_a_config_builds_and_its_rules_cover_every_parameter(name, imagenet):
 
 
 def toy(name, argument=""):
-  """A config with `runlocal`, with what that leaves out: a teacher, and labels of places."""
+  """A config with `runlocal`, with what that leaves out: a teacher, and token labels."""
   words = ",".join(filter(None, (argument, "runlocal")))
   config, shipped = load(name).get_config(words), load(name).get_config(argument)
   config.update(batch_size=16, ema_half_life=0.0, seed=0, eval_params="raw")

@@ -1,4 +1,4 @@
-"""LV-ViT's labels of places follow their image: flipped, moved, cut like it."""
+"""LV-ViT's label maps follow their image: flipped, moved and cut like it."""
 import jax
 import jax.numpy as jnp
 import ml_collections

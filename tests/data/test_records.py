@@ -158,7 +158,7 @@ def test_tars_that_are_cut_off_or_missing_are_named(tars, tmp_path, name, keep, 
 
 @pytest.fixture
 def folder(tmp_path):
-  """Two classes, 4 and 3 training images with labels of places, one of which stands in both."""
+  """Two classes, 4 and 3 training images with label maps, one of which stands in both."""
   root = tmp_path / "images"
   for split, counts in (("train", (4, 3)), ("test", (1, 1))):
     for label, count in enumerate(counts):
