@@ -196,7 +196,7 @@ class Fold:
   def row(self, name: str, make, plan=None):
     """Adds a row: judges the model that `make` returns, unless the row exists."""
     if name not in self.found["models"]:
-      facts = self.judge(*make())
+      facts = {**self.judge(*make()), "commit": environment()["commit"]}
       if plan is not None:
         facts["plan"] = json.loads(plan.to_json())
       self.found["models"][name] = facts
@@ -279,9 +279,14 @@ class Fold:
 
 
 def add(file: pathlib.Path, found: dict):
-  """Writes a fold into a file of results, and replaces one with the same data and seed."""
+  """Writes what was found into the fold of the same data and seed in a file of results. What this
+  run has not measured stays there, each row with the commit that measured it."""
   folds = {(fold["data"], fold["seed"]): fold for fold in load(file)}
-  folds[found["data"], found["seed"]] = {**environment(), **found}
+  before = folds.get((found["data"], found["seed"]), {})
+  rows = {name: {"commit": before["commit"], **row}
+          for name, row in before.get("models", {}).items()}
+  folds[found["data"], found["seed"]] = {
+      **before, **environment(), **found, "models": rows | found.get("models", {})}
   file.write_text(json.dumps({"folds": [folds[key] for key in sorted(folds)]}, indent=1) + "\n")
 
 

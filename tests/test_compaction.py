@@ -42,13 +42,18 @@ def test_a_judge_compares_image_by_image(monkeypatch):
   assert (found["images"], found["macs"]) == (4, 0.5)
 
 
-def test_a_fold_takes_the_place_of_the_one_of_its_data_and_seed(tmp_path):
-  file = tmp_path / "found.json"
-  for data, seed, mark in (("digits:1", 0, "a"), ("digits:0", 0, "b"), ("digits:1", 0, "c"),
-                           ("digits:1", 1, "d")):
-    compaction.add(file, {"data": data, "seed": seed, "mark": mark})
-  assert [fold["mark"] for fold in compaction.load(file)] == ["b", "c", "d"]
-  assert all(fold["jax"] for fold in compaction.load(file))
+def test_a_fold_is_updated_and_keeps_rows_that_were_not_measured_again(tmp_path, monkeypatch):
+  file, commits = tmp_path / "found.json", iter("vwxyz")
+  monkeypatch.setattr(compaction, "environment", lambda: {"commit": next(commits)})
+  for data, seed, mark, rows in (("digits:1", 0, "a", {"dense": 1, "narrow": 2}),
+                                 ("digits:0", 0, "b", {}), ("digits:1", 0, "c", {"dense": 3}),
+                                 ("digits:1", 1, "d", {"dense": 4})):
+    models = {name: {"kl": kl} for name, kl in rows.items()}
+    compaction.add(file, {"data": data, "seed": seed, "mark": mark, "models": models})
+  folds = compaction.load(file)
+  assert [fold["mark"] for fold in folds] == ["b", "c", "d"]
+  assert folds[1]["models"] == {"dense": {"kl": 3}, "narrow": {"kl": 2, "commit": "v"}}
+  assert folds[2]["models"] == {"dense": {"kl": 4}}
 
 
 @pytest.mark.parametrize("name", [*compaction.DATA, compaction.ADAMW])
@@ -103,7 +108,8 @@ def test_each_row_is_in_results_at_once(tmp_path, monkeypatch):
   fold.name, fold.file, fold.judge = "digits:0", tmp_path / "found.json", lambda *_: ROW
   fold.found = {"data": "digits:0", "seed": 0, "models": {}}
   fold.row("dense", lambda: (None, None))
-  assert compaction.load(compaction.results_of("digits"))[0]["models"] == {"dense": ROW}
+  (found,) = compaction.load(compaction.results_of("digits"))
+  assert found["models"] == {"dense": {**ROW, "commit": found["commit"]}}
 
 
 def test_a_row_that_some_folds_lack_says_how_many_have_it():

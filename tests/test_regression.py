@@ -58,6 +58,7 @@ def test_the_ridge_is_the_best_on_rows_held_out_and_none_is_tried_beyond(best):
     tried.append(ridge)
     return ridge, matrix * (1 + 0.1 * abs(regression.RIDGES.index(ridge) - best))
 
-  error, ridge, factors = regression.choose_ridge(sums, fit)
+  data = (regression.Regression.from_sums(part) for part in sums)
+  error, ridge, factors = regression.choose_ridge(*data, fit)
   assert ridge == factors == regression.RIDGES[best] and error == pytest.approx(0, abs=1e-6)
   assert tried == list(regression.RIDGES[:best + 2])

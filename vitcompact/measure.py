@@ -230,8 +230,10 @@ class _Measurement:
                          math.prod(self._largest_stream()))
     units, factors = {}, {}   # {(stage, option): unit}; {(stage, class): {place: log factor}}
 
+    most = max((cost for row in costs.values() for cost in row.values()), default=0.0) or 1.0
+
     def scale(row, option):
-      return max(costs[row["name"]].get(option.axis, 1.0), TINY)
+      return max(costs[row["name"]].get(option.axis, most) / most, TINY)
 
     def unit(stage, option):
       return units[stage, option.method] if option.error is None else max(option.error, TINY)

@@ -18,11 +18,6 @@ WIDE = 1024     # from this many columns on, x^T x is computed in parts
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)   # candidates; held-out rows decide
 
 
-def candidate_ridges(sums) -> tuple[float, ...]:
-  """Returns the ridges to try for (fit, held out): only the strongest if no rows are held out."""
-  return RIDGES if sums[0] is not sums[1] else RIDGES[-1:]
-
-
 class Sums(NamedTuple):
   """Sums over the rows of x, with a constant 1 as its first column, and of y."""
   xx: jax.Array   # (1 + p, 1 + p)
@@ -155,8 +150,10 @@ class Factors(NamedTuple):
 def fit_held_out_and_all(sums) -> tuple[Regression, Regression, Regression]:
   """Returns the `Regression` of the rows to fit, of those held out, and of both together. All three
   are the same if none are held out."""
-  fit, held = (Regression.from_sums(part) for part in sums)
-  return fit, held, fit if sums[0] is sums[1] else Regression.from_sums(sums[0] + sums[1])
+  fit = Regression.from_sums(sums[0])
+  if sums[0] is sums[1]:
+    return fit, fit, fit
+  return fit, Regression.from_sums(sums[1]), Regression.from_sums(sums[0] + sums[1])
 
 
 def spectrum(data: Regression) -> np.ndarray:
@@ -169,17 +166,17 @@ def spectrum(data: Regression) -> np.ndarray:
   return np.maximum(data.energy - np.cumsum(variances), 0) / max(data.energy, 1e-30)
 
 
-def choose_ridge(sums, fit):
-  """Returns (error, ridge, factors) of the ridge with the least error on the held-out rows.
+def choose_ridge(data: Regression, held: Regression, fit):
+  """Returns (error, ridge, factors) of the ridge with the least error on the held-out rows; of the
+  strongest ridge if no rows are held out (`held` is `data`).
 
-  fit: a function ridge -> (factors, their product), fitted to the first of `sums`. The error falls
-  with the ridge and then rises, so the search ends at the first ridge that does worse.
+  fit: a function ridge -> (factors, their product), fitted to `data`. The error falls with ridges
+  and then rises, so the search ends at the first one that does worse.
   """
-  first, held, _ = fit_held_out_and_all(sums)
   best = None
-  for ridge in candidate_ridges(sums):
+  for ridge in RIDGES if held is not data else RIDGES[-1:]:
     factors, matrix = fit(ridge)
-    error = held.error(matrix, first.bias(matrix))
+    error = held.error(matrix, data.bias(matrix))
     if best is not None and error >= best[0]:
       break
     best = error, ridge, factors
@@ -192,13 +189,13 @@ def low_rank(sums, old, rank: int) -> tuple[Factors, Regression]:
 
   sums: `Sums` (of the rows to fit, of those held out), as `Calibration.sums` returns them.
   """
-  fit, _, both = fit_held_out_and_all(sums)
+  fit, held, both = fit_held_out_and_all(sums)
 
   def fitted(ridge):
     a, b = _low_rank_factors(fit, old, rank, ridge)
     return (a, b), a @ b
 
-  held_out, ridge, (a, b) = choose_ridge(sums, fitted)
+  held_out, ridge, (a, b) = choose_ridge(fit, held, fitted)
   error = fit.error(a @ b)
   if both is not fit:   # finally fit all rows
     a, b = _low_rank_factors(both, old, rank, ridge)

@@ -232,7 +232,7 @@ def refit(sums, groups, values, outputs) -> Refit:
     factors = _descend(fit, old, old, ridge, sweeps=1)
     return factors, _product(factors)
 
-  held_out, ridge, factors = choose_ridge(sums, descended)
+  held_out, ridge, factors = choose_ridge(fit, held, descended)
   if held_out < copied_error:
     factors = _descend(fit, old, factors, ridge, sweeps=SWEEPS - 1)
     matrix = _product(factors)
