@@ -1,11 +1,11 @@
-"""Writes tests/data/references/preprocessed.npz: odd files, and what timm's evaluation makes of
-them.
+"""Writes tests/data/references/preprocessed.npz: unusual files, and what timm's evaluation
+transform makes of them.
 
   python tests/data/make_preprocessed.py     # with a Python that has torch, timm and torchvision
 
-"file/NAME" holds the bytes of a file, "NAME/MODE/CROP/INTERPOLATION/HEIGHTxWIDTH" the uint8 pixels
-that timm's transform gives for what timm's loader opens, before they are normalised. MEAN is also
-the colour of "border".
+"file/NAME" holds the bytes of a file; "NAME/MODE/CROP/INTERPOLATION/HEIGHTxWIDTH" holds the uint8
+pixels, before normalisation, that timm's transform gives for the image that timm's loader opens.
+MEAN is also the colour used by "border".
 """
 import io
 import itertools
@@ -32,7 +32,7 @@ EVERY = tuple(itertools.product(("center", "squash", "border"), (0.875, 0.9, 0.9
 
 
 def drawn(width, height, channels, seed) -> np.ndarray:
-  """uint8 (height, width, channels): waves, some noise, something at every edge."""
+  """Returns uint8 (height, width, channels): waves, some noise, and something at every edge."""
   rng = np.random.default_rng(seed)
   y, x = np.mgrid[:height, :width]
   planes = []
@@ -61,7 +61,7 @@ def turned(orientation) -> Image.Exif:
 
 
 def files():
-  """(name, image, options of save)."""
+  """Yields (name, image, save options)."""
   jpeg = {"quality": 90}
   for i in range(1, 9):
     yield f"exif{i}.jpg", image("RGB", 31, 23, i), {"exif": turned(i), **jpeg}
@@ -69,7 +69,7 @@ def files():
     yield f"exif6.{kind}", image("RGB", 31, 23, 9), {"exif": turned(6)}
   yield "progressive.jpg", image("RGB", 41, 30, 10), {"progressive": True, **jpeg}
   yield "grey.jpg", image("L", 41, 30, 11), jpeg
-  yield "cmyk.jpg", image("CMYK", 41, 30, 12), jpeg   # Pillow writes it as Adobe does, inverted
+  yield "cmyk.jpg", image("CMYK", 41, 30, 12), jpeg   # Pillow writes it inverted, as Adobe does
   yield "cmyk.tif", image("CMYK", 41, 30, 13), {}
   yield "grey16.png", image("I;16", 41, 30, 14), {}
   yield "palette.png", image("P", 41, 30, 15), {}

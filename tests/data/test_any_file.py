@@ -1,4 +1,4 @@
-"""Any file that a user may have: training and serving read the same, or both name it."""
+"""Any file a user may have: training and serving read it identically, or both name it."""
 import io
 import pathlib
 import tempfile
@@ -16,7 +16,7 @@ from tests import tiny
 from vitcompact.data import pipeline
 
 PRE = vc.preprocess(tiny.deit())
-# What the formats of a mode are, of those that Pillow writes.
+# The formats that each mode can be stored in, among those that Pillow writes.
 FORMATS = {"1": ("PNG", "TIFF", "BMP", "GIF", "PPM"), "L": ("PNG", "JPEG", "TIFF", "GIF", "WEBP"),
            "LA": ("PNG", "TIFF"), "P": ("PNG", "GIF", "TIFF", "BMP"),
            "RGB": ("PNG", "JPEG", "TIFF", "BMP", "PPM", "WEBP", "GIF", "TGA", "JPEG2000"),
@@ -28,7 +28,7 @@ SEVERAL = {"GIF", "TIFF", "PNG", "WEBP"}
 
 
 def drawn(mode, width, height, seed):
-  """Random pixels of a mode."""
+  """Returns an image of a mode with random pixels."""
   rng = np.random.default_rng(seed)
   if mode.startswith("I;16"):
     pixels = rng.integers(0, 2**16, (height, width), np.uint16)
@@ -47,7 +47,7 @@ def drawn(mode, width, height, seed):
 
 @st.composite
 def encoded(draw):
-  """(bytes, the mode that was written, whether they are whole)."""
+  """Returns (bytes, the mode that was written, whether the file is complete)."""
   mode = draw(st.sampled_from(sorted(FORMATS)))
   kind = draw(st.sampled_from(FORMATS[mode]))
   side, other = draw(st.integers(1, 40)), draw(st.sampled_from((1, 2, 31, 32, 33, 700)))
@@ -87,7 +87,7 @@ def config(root, augment="none"):
 
 
 def outcome(function):
-  """What a function returns, or the text of its ValueError; anything else is a failure."""
+  """Returns a function's result, or the text of its ValueError; other exceptions are failures."""
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     try:
@@ -97,7 +97,7 @@ def outcome(function):
 
 
 @given(encoded(), st.sampled_from(("png", "JPG", "tif", "gif")))
-def test_training_and_serving_read_any_file_alike_or_name_it(file, suffix):
+def test_training_and_serving_read_any_file_identically_or_name_it(file, suffix):
   data, mode, whole = file
   with tempfile.TemporaryDirectory() as root:
     for split in ("train", "val"):
@@ -116,7 +116,7 @@ def test_training_and_serving_read_any_file_alike_or_name_it(file, suffix):
         assert text.isprintable()
       return
     with Image.open(path) as image:
-      image.load()   # turns a TIFF by its orientation
+      image.load()   # applies the orientation of a TIFF
       assert seen.shape == (image.height, image.width, 3)
       if whole and not image.mode.startswith("I"):
         np.testing.assert_array_equal(seen, image.convert("RGB"))
@@ -128,7 +128,7 @@ def test_training_and_serving_read_any_file_alike_or_name_it(file, suffix):
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B"])
-def test_16_bits_of_either_byte_order_keep_the_upper_eight(tmp_path, mode):
+def test_16_bit_images_of_either_byte_order_keep_the_upper_8_bits(tmp_path, mode):
   image = drawn(mode, 9, 5, 0)
   image.save(tmp_path / "x.tif")
   wanted = np.frombuffer(image.tobytes(), ">u2" if mode == "I;16B" else "<u2").reshape(5, 9) >> 8
@@ -139,8 +139,8 @@ def test_16_bits_of_either_byte_order_keep_the_upper_eight(tmp_path, mode):
   np.testing.assert_array_equal(got, np.repeat(wanted[..., None], 3, -1))
 
 
-def test_a_grey_map_of_16_bits_is_read_as_its_header_says(tmp_path):
-  """PGM says its largest value, and Pillow scales to 16 bits."""
+def test_16_bit_pgm_is_scaled_by_the_maximum_in_its_header(tmp_path):
+  """A PGM header states the maximum value, and Pillow scales to 16 bits."""
   path = tmp_path / "x.pgm"
   path.write_bytes(b"P5 2 1 4095\n" + np.array([0, 4095], ">u2").tobytes())
   pre = vc.preprocess(tiny.deit(image_size=(32, 64)))
@@ -148,7 +148,7 @@ def test_a_grey_map_of_16_bits_is_read_as_its_header_says(tmp_path):
   assert pixels.min() < 1 and pixels.max() > 254
 
 
-def test_transparency_is_dropped_and_the_stored_colour_stays(tmp_path):
+def test_transparency_is_dropped_and_the_stored_colour_is_kept(tmp_path):
   for mode, colour in (("RGBA", (200, 10, 20, 0)), ("LA", (200, 0))):
     Image.new(mode, (8, 8), colour).save(tmp_path / "x.png")
     pixels = (PRE(tmp_path / "x.png") * PRE.std + PRE.mean) * 255

@@ -1,4 +1,4 @@
-"""Hugging Face's sets are read from parquet alone, of a folder or the hub; nothing else is run."""
+"""Hugging Face data sets are read from parquet files only, local or on the hub; no code is run."""
 import io
 import json
 import pickle
@@ -26,7 +26,7 @@ def png(red, green=0) -> bytes:
 
 def table(count, *, first=0, green=0, names=NAMES, image="image", label="label", labels=None,
           columns=()):
-  """Image i has the red `first` + i, and the label of that modulo 3."""
+  """Builds a table where image i has red value `first` + i, and label that value modulo 3."""
   reds = range(first, first + count)
   values = [red % 3 for red in reds] if labels is None else labels
   made = pa.table({image: pa.array([{"bytes": png(red, green), "path": f"{red}.png"}
@@ -40,7 +40,7 @@ def table(count, *, first=0, green=0, names=NAMES, image="image", label="label",
 
 
 def content(made, rows=4) -> bytes:
-  """A parquet file, with few rows in a group."""
+  """Returns the bytes of a parquet file with few rows per row group."""
   file = io.BytesIO()
   parquet.write_table(made, file, row_group_size=rows)
   return file.getvalue()
@@ -70,7 +70,7 @@ def one_line(error) -> str:
 # Splits
 
 
-def test_splits_are_those_that_the_files_names_tell(tmp_path):
+def test_splits_are_inferred_from_file_names(tmp_path):
   name = write(tmp_path, {
       "data/train-00000-of-00002.parquet": table(9),
       "data/train-00001-of-00002-0b6b0d1e8e6a3f4c.parquet": table(6, first=9),
@@ -85,8 +85,8 @@ def test_splits_are_those_that_the_files_names_tell(tmp_path):
     pipeline.source(name, "extra", image_size=8)
 
 
-def test_a_folder_may_name_the_split(tmp_path):
-  """As the hub has what it converted: SUBSET/SPLIT/0000.parquet."""
+def test_folder_name_may_name_the_split(tmp_path):
+  """SUBSET/SPLIT/0000.parquet, as in the hub's own conversions."""
   name = write(tmp_path, {"plain/train/0000.parquet": table(4),
                           "plain/train/0001.parquet": table(4, first=4),
                           "plain/test/0000.parquet": table(3, first=90)})
@@ -103,7 +103,7 @@ def test_without_a_validation_split_a_tenth_of_train_is_held_out(tmp_path, caplo
   assert "test serves as both val and test" in caplog.text
 
 
-def test_a_test_split_whose_labels_are_hidden_is_replaced(tmp_path, caplog):
+def test_test_split_with_hidden_labels_is_replaced(tmp_path, caplog):
   name = write(tmp_path, {
       TRAIN: table(6), "data/validation-00000-of-00001.parquet": table(3, first=60),
       "data/test-00000-of-00001.parquet": table(3, first=90, labels=[-1] * 3)})
@@ -111,7 +111,7 @@ def test_a_test_split_whose_labels_are_hidden_is_replaced(tmp_path, caplog):
   assert "has no test: val serves as both val and test" in caplog.text
 
 
-def test_one_of_several_subsets_is_named(tmp_path):
+def test_one_of_several_subsets_must_be_named(tmp_path):
   name = write(tmp_path, {"a/train-00000-of-00001.parquet": table(4),
                           "b/train-00000-of-00001.parquet": table(4, first=30)})
   with pytest.raises(ValueError, match=rf"several subsets; name one, as in '{name}/a': a, b") as e:
@@ -123,14 +123,14 @@ def test_one_of_several_subsets_is_named(tmp_path):
 # Columns
 
 
-def test_without_metadata_classes_are_called_by_their_numbers(tmp_path):
+def test_without_metadata_classes_are_named_by_their_numbers(tmp_path):
   name = write(tmp_path, {"train.parquet": table(12, names=None)})
   assert pipeline.class_names(name) == ("0", "1", "2") and len(reds(name, "train")) == 11
 
 
 @pytest.mark.parametrize(("image", "label"), [("img", "labels"), ("photo", "fine_label")])
-def test_columns_are_found_by_what_they_are(tmp_path, image, label):
-  """CIFAR-100 calls them img and fine_label, and has a coarse label beside."""
+def test_columns_are_found_by_their_types(tmp_path, image, label):
+  """CIFAR-100 names them img and fine_label, and also has a coarse label."""
   made = table(6, image=image, label=label, columns=[("coarse_label", [0] * 6), ("id", [0] * 6)])
   features = {image: {"_type": "Image"}, "coarse_label": {"names": ["all"], "_type": "ClassLabel"},
               label: {"names": list(NAMES), "_type": "ClassLabel"}}
@@ -141,10 +141,10 @@ def test_columns_are_found_by_what_they_are(tmp_path, image, label):
   assert reds(name, "train") == list(range(6))
 
 
-# Access
+# Reading
 
 
-def test_images_are_read_at_random_whatever_is_kept_in_memory(tmp_path, monkeypatch):
+def test_random_access_gives_the_same_images_however_little_is_cached(tmp_path, monkeypatch):
   name = write(tmp_path, {TRAIN: table(20), "data/test-00000-of-00001.parquet": table(3)})
   order = np.random.default_rng(0).permutation(18)
   whole = pipeline.source(name, "train", image_size=8)
@@ -154,12 +154,12 @@ def test_images_are_read_at_random_whatever_is_kept_in_memory(tmp_path, monkeypa
   little = pipeline.source(name, "train", image_size=8)
   for i in order:
     np.testing.assert_array_equal(whole[i]["image"], little[i]["image"])
-  assert little.rows.group.cache_info().currsize == 1   # of five
-  again = pickle.loads(pickle.dumps(little))    # in a worker process the files are opened again
+  assert little.rows.group.cache_info().currsize == 1   # of five row groups
+  again = pickle.loads(pickle.dumps(little))    # a worker process opens the files again
   np.testing.assert_array_equal(again[5]["image"], whole[5]["image"])
 
 
-def test_batches_come_from_worker_processes_too(tmp_path):
+def test_batches_can_come_from_worker_processes(tmp_path):
   name = write(tmp_path, {TRAIN: table(20)})
 
   def first(workers):
@@ -173,10 +173,10 @@ def test_batches_come_from_worker_processes_too(tmp_path):
   np.testing.assert_array_equal(first(0)["image"], first(1)["image"])
 
 
-# What is refused
+# Errors
 
 
-def test_a_bad_image_is_named(tmp_path):
+def test_bad_image_is_named(tmp_path):
   made = table(4).to_pydict()
   made["image"][1] = {"bytes": None, "path": "/elsewhere/1.png"}
   made["image"][2]["bytes"] = made["image"][2]["bytes"][:40]
@@ -210,7 +210,7 @@ def test_a_bad_image_is_named(tmp_path):
      r"test-00000-of-00001\.parquet has other classes than train's"),
     ({TRAIN: table(2), "data/test-00000-of-00001.parquet": table(2, label="y")},
      r"test-00000-of-00001\.parquet has no column 'label', unlike train's")])
-def test_what_cannot_be_read_is_told_in_one_line(tmp_path, files, message):
+def test_unreadable_data_raises_one_line_errors(tmp_path, files, message):
   with pytest.raises(ValueError, match=message) as error:
     pipeline.source(write(tmp_path, files), "train", image_size=8)
   assert str(tmp_path) in one_line(error)
@@ -221,13 +221,13 @@ def test_what_cannot_be_read_is_told_in_one_line(tmp_path, files, message):
     ("hf:/no/such/folder", r"'hf:/no/such/folder': no such folder$"),
     ("hf:mnist", r"'hf:mnist': no such folder, and not a hub name: org/name"),
     ("hf:a/b/c/d", r"not a hub name: org/name, or org/name/SUBSET")])
-def test_a_name_that_is_none_is_refused(name, message):
+def test_invalid_name_is_rejected(name, message):
   with pytest.raises(ValueError, match=message) as error:
     pipeline.source(name, "train", image_size=8)
   one_line(error)
 
 
-def test_all_of_a_set_that_is_train_alone_is_refused(tmp_path):
+def test_using_all_of_a_train_only_set_is_rejected(tmp_path):
   name = write(tmp_path, {TRAIN: table(20)})
   assert len(reds(name, "train")) == 18
   with pytest.raises(ValueError, match="without @all"):
@@ -235,7 +235,7 @@ def test_all_of_a_set_that_is_train_alone_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("module", ["pyarrow", "huggingface_hub"])
-def test_without_the_extra_the_error_says_what_to_install(tmp_path, monkeypatch, module):
+def test_missing_extra_raises_an_error_that_says_what_to_install(tmp_path, monkeypatch, module):
   name = write(tmp_path, {TRAIN: table(2)}) if module == "pyarrow" else "hf:org/extra"
   monkeypatch.setitem(sys.modules, module, None)
   with pytest.raises(ValueError, match=rf"needs {module}, .*pip install 'vitcompact\[hf\]'") as e:
@@ -258,7 +258,7 @@ def forget():
     cached.cache_clear()
 
 
-def test_a_set_of_the_hub_is_downloaded_once(repo, monkeypatch):
+def test_hub_data_set_is_downloaded_once(repo, monkeypatch):
   from huggingface_hub import constants
 
   assert reds("hf:org/name", "val") == [9, 19]
@@ -274,14 +274,14 @@ def test_a_set_of_the_hub_is_downloaded_once(repo, monkeypatch):
   one_line(e)
 
 
-def test_without_an_answer_the_cache_is_taken(repo):
+def test_cache_is_used_when_the_hub_does_not_answer(repo):
   assert reds("hf:org/name", "val") == [9, 19]
   forget()
   repo.close()
   assert reds("hf:org/name", "val") == [9, 19]
 
 
-def test_a_revision_stays_what_it_was(repo):
+def test_revision_is_pinned(repo):
   first = repo.commit("datasets/org/name", 0)
   repo.add("datasets/org/name", **{TRAIN: content(table(10, first=60))})
   assert reds("hf:org/name", "val") == [69] and reds(f"hf:org/name@{first}", "val") == [9, 19]
@@ -290,7 +290,7 @@ def test_a_revision_stays_what_it_was(repo):
     pipeline.num_examples("hf:org/name@v9", "train")
 
 
-def test_of_several_subsets_one_is_downloaded(repo):
+def test_only_the_named_subset_is_downloaded(repo):
   repo.add("datasets/org/sets", **{f"{name}/train-00000-of-00001.parquet": content(
       table(10, first=10 * i)) for i, name in enumerate("ab")})
   with pytest.raises(ValueError, match=r"name one, as in 'hf:org/sets/a': a, b"):
@@ -301,7 +301,7 @@ def test_of_several_subsets_one_is_downloaded(repo):
     pipeline.num_examples("hf:org/sets/c", "train")
 
 
-def test_what_the_hub_does_not_have_is_told_apart(repo):
+def test_different_kinds_of_missing_hub_data_give_different_errors(repo):
   repo.add("datasets/org/script", **{"script.py": b"raise SystemExit", "README__md": b""})
   repo.add("datasets/org/gated", **{TRAIN: content(table(2))})
   repo.gated.add("datasets/org/gated")
