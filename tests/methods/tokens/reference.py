@@ -1,7 +1,7 @@
-"""What each reducer does to the tokens of one image, in plain loops over lists: the definitions.
+"""What each reducer does to the tokens of one image, from the definitions, by loops over lists.
 
-A token is {"x": features, "size": number, "of": source positions it holds, "patch": bool}, "patch"
-False for a fused remainder.
+A token is {"x": features, "size": number, "of": source positions it holds, "patch": bool}, where
+"patch" is False for a fused remainder.
 """
 import math
 
@@ -13,7 +13,7 @@ def start(x_nw):
 
 
 def maps(query_nhd, key_nhd, size_n=None):
-  """(h, N, M) attention, float64."""
+  """Returns (h, N, M) attention, float64."""
   scores = np.einsum("nhd,mhd->hnm", query_nhd, key_nhd) / query_nhd.shape[-1] ** 0.5
   weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
   weights = weights * (1 if size_n is None else np.asarray(size_n)[None, None])
@@ -34,7 +34,7 @@ def evit(tokens, query_nhd, key_nhd, prefix, keep, fuse):
 
 
 def merged(tokens, groups, order, weight=None, pooling="mean"):
-  """groups: {kept index: all indices it holds}; order: kept indices."""
+  """groups: {kept index: all indices merged into it}; order: kept indices."""
   out = []
   for i in order:
     held = [tokens[j] for j in groups[i]]
@@ -52,7 +52,7 @@ def cosine(a, b):
 
 
 def code_order(kept, prefix, late=lambda i: i):
-  """Prefix, even positions, odd positions by `late`."""
+  """Returns prefix, then even positions, then odd positions sorted by `late`."""
   return ([i for i in kept if i < prefix] + [i for i in kept if i >= prefix and i % 2 == 0] +
           sorted((i for i in kept if i >= prefix and i % 2), key=late))
 
@@ -71,10 +71,10 @@ def tome(tokens, key_nhd, prefix, r, order):
 
 
 def mctf(tokens, query_nhd, key_nhd, prefix, r, spec):
-  """Returns (tokens, attention): the fusion of one image, and its maps (h, K, K) one step ahead.
+  """Returns (tokens, attention): one image's fused tokens and its maps (h, K, K) one step ahead.
 
-  Columns of the maps A of the tokens before are summed over each fused token; then rows are pooled
-  as the features are.
+  Columns of the maps A before fusion are summed over each fused token; then rows are pooled in the
+  same way as the features.
   """
   size = np.array([t["size"] for t in tokens])
   before = maps(query_nhd, key_nhd, size if spec.prop_attn else None)
@@ -115,7 +115,7 @@ def mctf(tokens, query_nhd, key_nhd, prefix, r, spec):
 
 
 def predicted(params, x_pw, keep_mask_p):
-  """DynamicViT: log pi (P, 2) of (keep, drop), float64, by one image's patches x (P, width)."""
+  """DynamicViT: log pi (P, 2) of (keep, drop), float64, for one image's patches x (P, width)."""
   p = {name: {leaf: np.asarray(array, float) for leaf, array in layer.items()}
        for name, layer in params.items()}
 

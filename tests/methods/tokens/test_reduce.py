@@ -1,4 +1,4 @@
-"""What goes on to the next block is what the definitions say, over several reductions."""
+"""The tokens passed to the next block match the definitions, over several reductions."""
 import dataclasses
 
 import jax
@@ -26,7 +26,7 @@ def heads(seed, count):
 
 
 def chained(step, steps=2):
-  """Tokens after each of several reductions step(tokens, query, key), and these queries, keys."""
+  """Returns tokens after each of several step(tokens, query, key), with the queries and keys."""
   tokens, out = Tokens(drawn(0, BATCH, COUNT, WIDTH)), []
   for i in range(steps):
     query, key = heads(i + 1, tokens.x.shape[1])
@@ -50,7 +50,7 @@ def assert_same(tokens, image, wanted):
 
 
 def assert_follows(chain, redo):
-  """redo(tokens of the reference, query, key) -> tokens."""
+  """Checks a chain against redo(tokens of the reference, query, key) -> tokens."""
   for image in range(BATCH):
     wanted = reference.start(np.asarray(drawn(0, BATCH, COUNT, WIDTH)[image], float))
     for tokens, query, key in chain:
@@ -66,8 +66,8 @@ def test_evit_keeps_what_the_class_token_attends_to(keep, fuse, prefix):
   assert chain[-1][0].fused == fuse
 
 
-def test_a_remainder_that_is_kept_stays_no_patch():
-  """The second reduction finds the remainder of the first to be what the class token wants."""
+def test_kept_remainder_still_does_not_count_as_a_patch():
+  """In the second reduction, the class token attends most to the remainder of the first."""
   spec = vc.EViT(keep=0.5)
   query, key = heads(2, 12)
 
@@ -87,7 +87,7 @@ def test_a_remainder_that_is_kept_stays_no_patch():
 
 @pytest.mark.parametrize("order", ["position", "code"])
 @pytest.mark.parametrize("prefix", [1, 2])
-def test_tome_merges_the_most_similar(order, prefix):
+def test_tome_merges_the_most_similar_tokens(order, prefix):
   spec = vc.ToMe(r=4, order=order)
   chain = chained(lambda t, q, k: spec.reduce(4, t, q, k, prefix))
   assert_follows(chain, lambda t, q, k: reference.tome(t, k, prefix, 4, order))
@@ -109,7 +109,7 @@ def test_mctf_fuses_by_its_three_criteria(prefix, fields):
                                     {"pooling": "max"}, {"pooling": "max", "order": "code"},
                                     {"pooling": "mean", "bidirectional": False}])
 def test_mctf_attends_one_step_ahead_as_if_its_maps_were_merged(fields):
-  """A'V', with A' formed, its rows pooled as the features are; those of means sum to 1."""
+  """A'V' with A' formed and its rows pooled as the features are; rows pooled by means sum to 1."""
   spec, prefix = vc.MCTF(r=5, **fields), 1
   size = 1.0 + jax.random.randint(jax.random.key(9), (BATCH, 15), 0, 4)
   first = Tokens(drawn(0, BATCH, 15, WIDTH), size=size, proportional=True)
@@ -137,8 +137,8 @@ def test_mctf_attends_one_step_ahead_as_if_its_maps_were_merged(fields):
                                atol=1e-5)
 
 
-def test_what_keys_receive_is_summed_in_tiles(monkeypatch):
-  monkeypatch.setattr(mctf, "TILE", 7)      # 20 queries are three tiles, the last one padded
+def test_received_attention_is_summed_in_tiles(monkeypatch):
+  monkeypatch.setattr(mctf, "TILE", 7)      # 20 queries make three tiles, the last one padded
   query, key = heads(1, COUNT)
   size = jnp.arange(1.0, COUNT + 1)[None].repeat(BATCH, 0)
   wanted = Core(size=size).maps(query, key).mean(axis=(1, 2))
@@ -149,7 +149,7 @@ def test_what_keys_receive_is_summed_in_tiles(monkeypatch):
 
 
 def pairs_of_twins():
-  """The class token, a single one, then nine pairs of equal neighbours."""
+  """The class token, an unpaired token, then nine pairs of equal neighbours."""
   x = drawn(0, BATCH, COUNT // 2, WIDTH)
   return Tokens(jnp.repeat(x, 2, axis=1).at[:, 0].set(3.0))
 
@@ -161,7 +161,7 @@ def test_merging_then_unmerging_identical_tokens_is_the_identity(spec):
     same = tokens.x[:, :, None]
     fewer = jax.jit(lambda t: spec.reduce(9, t, same, same, 1))(tokens)
   else:
-    flat = jnp.zeros((BATCH, COUNT, 1, 4))      # everybody receives the same attention
+    flat = jnp.zeros((BATCH, COUNT, 1, 4))      # all tokens receive the same attention
     fewer = jax.jit(lambda t: spec.fuse(t, flat, flat, 1)[0])(tokens)
   assert fewer.x.shape[1] == COUNT - 9 and set(np.unique(fewer.size)) == {1, 2}
   np.testing.assert_allclose(token_state.unmerge(fewer), tokens.x, atol=1e-6)
@@ -175,8 +175,8 @@ def test_attention_with_sizes_is_attention_over_repeated_tokens():
   np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
-def test_precise_attention_over_equal_tokens_is_one_step_ahead():
-  """Where only equal tokens are fused, A' is the attention of the fused tokens themselves."""
+def test_recomputed_attention_over_equal_tokens_equals_one_step_ahead():
+  """If only equal tokens are fused, A' is the attention of the fused tokens."""
   tokens, weight = pairs_of_twins(), drawn(5, WIDTH, 8)
   spec = vc.MCTF(r=9, tau_info=1e9)     # by similarity only
 
@@ -214,7 +214,7 @@ def test_no_gradient_flows_through_a_choice():
   assert np.isfinite(fused).all() and np.abs(fused).min() > 0
 
 
-def test_tokens_of_zeros_match_without_nan():
+def test_all_zero_tokens_match_without_nan():
   zero = Tokens(jnp.zeros((1, COUNT, WIDTH)))
   flat = jnp.zeros((1, COUNT, 1, 4))
   x, chosen = jax.jit(lambda: (vc.MCTF(r=5).fuse(zero, flat, flat, 1)[0].x,
@@ -222,8 +222,8 @@ def test_tokens_of_zeros_match_without_nan():
   assert np.isfinite(x).all() and len(set(np.asarray(chosen[0]).tolist())) == 9
 
 
-def test_what_is_merged_is_decided_without_a_scatter():
-  """XLA took 28 s to compile the 11 fusions of DeiT-S, a quarter of them for the scatters of
+def test_merge_decisions_use_no_scatter():
+  """XLA took 28 s to compile the 11 fusions of DeiT-S, a quarter of it for scatters of
   indices."""
   rank = jnp.broadcast_to(jnp.arange(COUNT), (BATCH, COUNT))
 
