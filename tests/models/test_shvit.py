@@ -1,4 +1,4 @@
-"""SHViT: the published counts, timm's logits, what folds and what does not, its FFNs factorised."""
+"""SHViT: the published counts, timm's logits, what folds and what does not, factorised FFNs."""
 import functools
 
 import flax.linen as nn
@@ -15,7 +15,7 @@ from vitcompact import calibration, layers, trees
 from vitcompact.models import shvit_blocks
 from vitcompact.plan import BlockMethods
 
-# Parameters in training and deployed, MACs / 1e6 of the deployed form: specification.
+# Parameters in training and deployed, MACs / 1e6 of the deployed form: from the specification.
 ROWS = {"shvit_s1": (6_330_808, 6_308_660, 241.3), "shvit_s2": (11_483_072, 11_453_508, 365.4),
         "shvit_s3": (14_245_273, 14_210_010, 600.6), "shvit_s4": (16_588_484, 16_546_248, 986.2)}
 FFN = vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())
@@ -38,7 +38,7 @@ def logits(model, variables, images):
 
 
 @pytest.mark.parametrize("name", tiny.named(ROWS, "shvit_s1", "shvit_s4"))
-def test_parameters_exactly_and_macs_to_a_thousandth(name):
+def test_parameter_counts_are_exact_and_macs_match_to_a_thousandth(name):
   train, deployed, mmacs = ROWS[name]
   model = vc.create_model(name)
   assert trees.size(shapes_of(model)["params"]) == train
@@ -48,7 +48,7 @@ def test_parameters_exactly_and_macs_to_a_thousandth(name):
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
-def test_logits_equal_those_of_timm_folded_and_not(run):
+def test_logits_match_timm_folded_and_unfolded(run):
   assert parity.difference(run) < 1e-5
   variables = vc.from_torch(run.model, run.state)
   got = logits(run.model.clone(deploy=True), folded(run.model, variables), run.images)
@@ -58,7 +58,7 @@ def test_logits_equal_those_of_timm_folded_and_not(run):
 @pytest.mark.parametrize("module, name, wrong", [
     (layers, "BatchNorm", functools.partial(layers.BatchNorm, epsilon=1e-6)),
     (shvit_blocks, "GROUP_EPSILON", 1e-6)])
-def test_a_wrong_epsilon_shows_in_the_probed_reference(module, name, wrong, monkeypatch):
+def test_probe_reference_detects_a_wrong_epsilon(module, name, wrong, monkeypatch):
   monkeypatch.setattr(module, name, wrong)
   probed = next(run for run in RUNS if run.name.endswith("probed"))
   assert parity.difference(probed, retrace=True) > 1e-3
@@ -66,7 +66,7 @@ def test_a_wrong_epsilon_shows_in_the_probed_reference(module, name, wrong, monk
 
 @pytest.mark.parametrize("deploy", [False, True])
 @pytest.mark.parametrize("names", ["timm", "authors"])
-def test_weights_travel_both_ways_bit_for_bit(names, deploy):
+def test_weights_round_trip_through_pytorch_bit_for_bit(names, deploy):
   model = RUNS[0].model.clone(deploy=deploy)
   variables = jax.tree.map(np.asarray, tiny.init(model))
   state = vc.to_torch(model, variables, names=names)
@@ -79,7 +79,7 @@ def test_weights_travel_both_ways_bit_for_bit(names, deploy):
         name: value.shape for name, value in theirs.items()}
 
 
-def test_the_authors_count_the_parts_of_a_downsampling_as_blocks():
+def test_authors_files_number_the_parts_of_a_downsampling_as_blocks():
   model = vc.create_model("shvit_s1")
   renamed = {entry.torch: model.authors_name(entry.torch) for entry in model.torch_entries()}
   assert len(set(renamed.values())) == len(renamed) == 397
@@ -94,7 +94,7 @@ def test_the_authors_count_the_parts_of_a_downsampling_as_blocks():
     assert renamed[f"{timm}.weight"] == f"{authors}.weight"
 
 
-def test_the_deployed_form_has_the_names_of_timms_fused_model():
+def test_deployed_form_has_the_names_of_timms_fused_model():
   names = {entry.torch for entry in vc.create_model("shvit_s1", deploy=True).torch_entries()}
   assert len(names) == 174
   assert names >= {f"{name}.{leaf}" for leaf in ("weight", "bias") for name in (
@@ -105,7 +105,7 @@ def test_the_deployed_form_has_the_names_of_timms_fused_model():
 
 
 @pytest.mark.parametrize("plan", [vc.Plan(), FFN, BOTH], ids=["dense", "ffn", "both"])
-def test_folding_keeps_the_function_and_leaves_no_norm_but_that_of_attention(plan):
+def test_folding_keeps_the_function_and_leaves_only_the_norm_of_attention(plan):
   model = tiny.shvit(plan)
   variables, images = tiny.init(model), tiny.images(model)
   deploy, new = model.clone(deploy=True), folded(model, variables)
@@ -119,7 +119,7 @@ def test_folding_keeps_the_function_and_leaves_no_norm_but_that_of_attention(pla
   assert again == deploy and trees.digest(twice) == trees.digest(new)
 
 
-def test_without_classes_the_pooled_features_come_without_the_norm_and_published_files_load():
+def test_without_a_classifier_features_are_unnormalised_and_published_files_load():
   run = RUNS[0]
   model = run.model.clone(num_classes=0)
   variables = vc.from_torch(model, run.state)
@@ -136,7 +136,7 @@ def test_without_classes_the_pooled_features_come_without_the_norm_and_published
   assert reset["head"]["fc"]["kernel"].shape == (36, 3)
 
 
-def test_a_new_block_is_the_identity_and_initialisation_is_torchs():
+def test_new_block_is_the_identity_and_initialisation_matches_torch():
   model = tiny.shvit(widths=(16, 32, 64))
   variables = jax.jit(model.init)(jax.random.key(0), tiny.images(model))
   modules = model.submodules()
@@ -163,14 +163,14 @@ def test_a_new_block_is_the_identity_and_initialisation_is_torchs():
 
 
 def attention(side=3, part=5, width=12):
-  """(module, variables, input) of attention over 5 of 12 channels."""
+  """Returns (module, variables, input) of attention over 5 of 12 channels."""
   site = tiny.shvit().sites()[1]
   module = shvit_blocks.SingleHeadAttention(site, 4)
   x = jax.random.normal(jax.random.key(0), (2, side, side, width))
   return module, tiny.randomised(jax.eval_shape(module.init, jax.random.key(0), x)), x
 
 
-def test_attention_is_what_its_equations_say():
+def test_attention_matches_its_equations():
   module, variables, x = attention()
   params, stats = variables["params"], variables["batch_stats"]
   part = x[..., :5]
@@ -193,7 +193,7 @@ def test_attention_is_what_its_equations_say():
   np.testing.assert_allclose(tiny.apply(module, variables, x), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_channels_that_do_not_attend_reach_the_projection_untouched():
+def test_channels_without_attention_reach_the_projection_unchanged():
   module, variables, x = attention()
   seen = {}
 
@@ -206,7 +206,7 @@ def test_channels_that_do_not_attend_reach_the_projection_untouched():
     module.apply(variables, x)
   np.testing.assert_array_equal(seen["norm"], x[..., :5])
   np.testing.assert_array_equal(seen["proj"][..., 5:], np.maximum(x[..., 5:], 0))
-  far = x.at[:, 0, 0, 5:].add(1.0)     # they mix no places
+  far = x.at[:, 0, 0, 5:].add(1.0)     # they do not mix positions
   out = tiny.apply(module, variables, x)
   changed = np.any(tiny.apply(module, variables, far) != out, axis=(0, 3))
   assert changed.sum() == 1 and changed[0, 0]
@@ -214,14 +214,14 @@ def test_channels_that_do_not_attend_reach_the_projection_untouched():
   assert np.any(tiny.apply(module, variables, far) != out, axis=(0, 3)).all()
 
 
-def test_squeezed_widths_are_rounded_as_timms():
+def test_squeezed_widths_are_rounded_as_in_timm():
   assert [shvit_blocks.squeezed_width(4 * width) for width in (128, 224, 308, 352, 20, 2)] == [
       128, 224, 312, 352, 24, 8]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def gradients(model, variables, images):
-  """Of a loss in training, and the statistics after it."""
+  """Returns gradients of a training loss, and the statistics after the step."""
   def loss(params):
     out, state = tiny.apply(model, {**variables, "params": params}, images, train=True,
                             rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
@@ -230,7 +230,7 @@ def gradients(model, variables, images):
   return jax.grad(loss, has_aux=True)(variables["params"])
 
 
-def test_training_moves_every_statistic_and_every_parameter():
+def test_training_updates_every_statistic_and_every_parameter():
   model = tiny.shvit(FFN, drop_path_rate=0.0)
   variables = tiny.init(model)
   grads, stats = gradients(model, variables, tiny.images(model, batch=4))
@@ -252,7 +252,7 @@ def test_remat_changes_memory_not_results():
     np.testing.assert_allclose(leaf, wanted[name], rtol=1e-3, atol=rounding, err_msg=name)
 
 
-def test_stochastic_depth_drops_each_branch_of_a_block_for_an_image_and_is_off_by_default():
+def test_stochastic_depth_drops_branches_per_image_and_is_off_by_default():
   model = tiny.shvit(vc.Plan(), depths=(1, 1, 1), drop_path_rate=0.5)
   rates = {}
 
@@ -274,7 +274,7 @@ def test_stochastic_depth_drops_each_branch_of_a_block_for_an_image_and_is_off_b
   np.testing.assert_array_equal(out, x)
 
 
-def test_bfloat16_computes_near_float32():
+def test_bfloat16_is_close_to_float32():
   model = tiny.shvit(FFN)
   variables, images = tiny.init(model, spread=0.1), tiny.images(model)
   wanted = logits(model, variables, images)
@@ -283,7 +283,7 @@ def test_bfloat16_computes_near_float32():
   assert 0 < jnp.abs(got - wanted).max() / jnp.abs(wanted).max() < 0.05
 
 
-def test_images_of_every_size_make_features_of_each_stage_and_maps_where_there_is_attention():
+def test_any_image_size_gives_stage_features_and_maps_where_there_is_attention():
   def shapes(size):
     model = tiny.shvit(FFN, image_size=size, in_chans=1)
     out = jax.eval_shape(functools.partial(vc.features, model, maps=True), shapes_of(model),
@@ -298,7 +298,7 @@ def test_images_of_every_size_make_features_of_each_stage_and_maps_where_there_i
                        {"blocks_1": (3, 1, 1, 1), "blocks_2": (3, 1, 1, 1)})
 
 
-def test_the_form_of_attention_is_the_executions():
+def test_execution_sets_the_form_of_attention():
   seen = []
   model = tiny.shvit(execution=vc.Execution(attention={1: "tiled"}))
 
@@ -332,19 +332,19 @@ def test_every_leaf_has_one_rule_and_only_kernels_decay():
   dense = tiny.shvit()
   own = {name: leaf for name, leaf in trees.named_leaves(shapes_of(dense)["params"]).items()
          if name.endswith("kernel") and ("/fc" not in name or "head" in name)}
-  trees.first_match(dense.rules, own)   # no rule of its own is idle
+  trees.first_match(dense.rules, own)   # each of its own rules matches something
 
 
 @pytest.fixture(scope="module")
 def dense():
-  """A model of two blocks, for what computes op by op."""
+  """A model of two blocks, for tests that run op by op."""
   model = tiny.shvit(depths=(0, 1, 1))
   return model, tiny.init(model), np.asarray(tiny.images(model, batch=16))
 
 
 @pytest.mark.filterwarnings("ignore:.*saves nothing", "ignore:.*calibration images")
 @pytest.mark.parametrize("given", [False, True], ids=["weights", "images"])
-def test_compacting_to_full_rank_takes_the_norms_in_and_changes_nothing(given, dense):
+def test_compacting_to_full_rank_absorbs_the_norms_and_changes_nothing(given, dense):
   model, variables, images = dense
   plan = vc.Plan(ffn=vc.CFFN(rank_ratio=1.0, factor="both", rep="scale"),
                  blocks={1: {"ffn": vc.CFFN(rank_ratio=1.0)}})
@@ -362,8 +362,8 @@ def test_compacting_to_full_rank_takes_the_norms_in_and_changes_nothing(given, d
   assert vc.verify(small, new, deploy, folds, images, tolerance=3e-5).ok
 
 
-def test_factors_are_fitted_to_what_the_normed_layers_give():
-  """The error of the FFN's outputs is the one that the fit tells."""
+def test_factors_are_fitted_to_the_output_of_the_normed_layers():
+  """The error of the FFN's outputs equals the one that the fit reports."""
   block = tiny.shvit().submodules()["blocks_1"]
   x = np.random.default_rng(0).standard_normal((32, 3, 3, 12), np.float32)
   stats, params = tiny.randomised(jax.eval_shape(block.init, jax.random.key(0), x)).values()
@@ -383,7 +383,7 @@ def test_factors_are_fitted_to_what_the_normed_layers_give():
 
 
 @pytest.mark.filterwarnings("ignore:.*few classes", "ignore:.*calibration images")
-def test_a_report_proposes_ffns_alone_and_estimates_what_the_normed_layers_give(dense):
+def test_report_proposes_only_ffns_and_estimates_the_output_of_normed_layers(dense):
   model, variables, images = dense
   report = vc.measure(model, variables, images, sensitivity="none")
   assert {option.axis for block in report.blocks for option in block["options"]} == {"ffn"}
@@ -398,7 +398,7 @@ def test_a_report_proposes_ffns_alone_and_estimates_what_the_normed_layers_give(
                              atol=1e-5)
 
 
-def test_files_keep_every_form(tmp_path):
+def test_every_form_is_restored_from_its_file(tmp_path):
   for model in (tiny.shvit(FFN), tiny.shvit(BOTH, deploy=True)):
     variables = tiny.init(model)
     path = tmp_path / f"{model.deploy}.safetensors"
@@ -429,13 +429,13 @@ HEADS = {"heads": vc.HMHSA()}
     (lambda: tiny.shvit(vc.Plan(blocks={3: {"ffn": None}})), "blocks 0 to 2"),
     (lambda: tiny.shvit().init(jax.random.key(0), jnp.zeros((1, 96, 64, 3))), "(B, 96, 96, 3)"),
 ])
-def test_what_does_not_fit_is_refused_in_one_line(make, words):
+def test_incompatible_settings_raise_one_line_errors(make, words):
   with pytest.raises(ValueError) as error:
     make()
   assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_hallucinated_heads_as_a_plans_default_are_absent():
+def test_default_plan_with_hallucinated_heads_has_none_in_a_single_head_model():
   model = tiny.shvit(vc.Plan(heads=vc.HMHSA(), blocks={1: {"heads": None}}))
   assert shapes_of(model)["params"].keys() == shapes_of(tiny.shvit())["params"].keys()
   assert trees.differences(shapes_of(model), shapes_of(tiny.shvit())) == []

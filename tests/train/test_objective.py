@@ -1,4 +1,4 @@
-"""What a step minimises is what the papers write, and nothing else moves."""
+"""A step minimises the objectives of the papers, and changes nothing else."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +31,7 @@ def deit(plan=None, **fields):
 
 
 def run(model, loss, teacher=None, second=None, student=None, labels=LABELS):
-  """(loss and metrics, gradients, student's variables, teacher's), on three images."""
+  """Returns (loss and metrics, gradients, student's variables, teacher's), for three images."""
   student = student or tiny.init(model)
   teacher_variables = {} if teacher is None else tiny.init(teacher, seed=2)
   targets = jax.nn.one_hot(labels, 5)
@@ -45,7 +45,7 @@ def run(model, loss, teacher=None, second=None, student=None, labels=LABELS):
   return (value, metrics), grads, student, teacher_variables
 
 
-def test_two_heads_have_the_same_loss_without_a_teacher():
+def test_without_a_teacher_the_label_loss_averages_both_heads():
   metrics, logits = label_terms((STUDENT, TEACHER), TARGETS, weights(labels=1.0), distils=False)
   each = [losses.cross_entropy(head, TARGETS).mean() for head in (STUDENT, TEACHER)]
   assert metrics["labels"] == pytest.approx(float(sum(each)) / 2)
@@ -54,7 +54,7 @@ def test_two_heads_have_the_same_loss_without_a_teacher():
   assert distilled["labels"] == pytest.approx(float(each[0]))
 
 
-def test_mixed_tokens_teach_the_class_token_the_mixture_and_each_patch_its_own_image():
+def test_mixtoken_targets_mix_for_the_class_token_and_follow_images_for_patches():
   tokens = jnp.stack([STUDENT, 2 * STUDENT, TEACHER], axis=1)
   keep_mask = jnp.array([[1.0, 1, 0], [1, 1, 1]])
   out = TokenLogits(STUDENT, tokens, jnp.float32(0.75), keep_mask)
@@ -66,7 +66,7 @@ def test_mixed_tokens_teach_the_class_token_the_mixture_and_each_patch_its_own_i
   np.testing.assert_array_equal(logits, STUDENT)
 
 
-def test_patches_have_targets_of_their_own_where_there_are_labels_of_places():
+def test_label_maps_give_each_patch_its_own_target():
   tokens = jnp.stack([STUDENT, TEACHER], axis=1)
   of_patches = jnp.stack([TARGETS, TARGETS[::-1]], axis=1)
   out = TokenLogits(STUDENT, tokens, jnp.float32(1), jnp.ones((2, 2)))
@@ -76,7 +76,7 @@ def test_patches_have_targets_of_their_own_where_there_are_labels_of_places():
   assert metrics["patch_labels"] == pytest.approx(float(np.mean(wanted)))
 
 
-def test_distillation_teaches_only_the_second_head():
+def test_distillation_trains_only_the_second_head():
   model = deit(name="deit_tiny_distilled_patch16_224")
   teacher = deit()
   (value, metrics), grads, student, teacher_variables = run(
@@ -91,8 +91,8 @@ def test_distillation_teaches_only_the_second_head():
   assert np.any(grads["head_dist"]["kernel"])
 
 
-def test_attention_maps_are_compared_as_means_over_heads_where_tokens_are_the_same():
-  """Two blocks: the second one's maps have fewer tokens in the student, and do not count."""
+def test_attention_maps_are_compared_as_head_means_in_blocks_with_equal_tokens():
+  """In the second of two blocks the student has fewer tokens, so its maps are not compared."""
   model = tiny.deit(vc.Plan(heads=vc.HMHSA(), tokens=vc.ToMe(r=4)), drop_path_rate=0.0)
   teacher = model.clone(plan=vc.Plan())
   (value, metrics), grads, student, teacher_variables = run(
@@ -107,7 +107,7 @@ def test_attention_maps_are_compared_as_means_over_heads_where_tokens_are_the_sa
   assert np.abs(grads["blocks_0"]["attn"]["query"]["kernel"]).max() > 0
 
 
-def test_attention_of_other_tokens_everywhere_is_refused():
+def test_attention_loss_without_any_block_of_equal_tokens_is_rejected():
   model = deit()
   with pytest.raises(ValueError, match=r"config.loss.attention=1.0: no block of the student has"):
     run(model, weights(attention=1.0), deit(patch_size=16))
@@ -115,7 +115,7 @@ def test_attention_of_other_tokens_everywhere_is_refused():
 
 @pytest.mark.parametrize("name, patch_error", [
     ("deit_tiny_patch16_224", "square"), ("lvvit_t", "square"), ("lvvit_t", "divergence")])
-def test_sparse_fine_tuning_is_labels_logits_and_patches_and_predictors_rest(name, patch_error):
+def test_sparse_fine_tuning_uses_labels_logits_and_patches_not_predictors(name, patch_error):
   plan = vc.Plan(attention=vc.Sparsifiner(keep=0.3, rank=4))
   fields = {"mix_token": False} if name == "lvvit_t" else {}
   model = deit(plan, name=name, **fields)
@@ -124,7 +124,7 @@ def test_sparse_fine_tuning_is_labels_logits_and_patches_and_predictors_rest(nam
       model, weights(labels=1.0, logits=0.5, patches=0.25, patch_error=patch_error), teacher)
   assert value == pytest.approx(float(metrics["loss_labels"] + 0.5 * metrics["loss_logits"] +
                                       0.25 * metrics["loss_patches"]), rel=1e-5)
-  # From the definitions: patch by patch, each with the teacher's at its own place.
+  # From the definitions: patch by patch, each against the teacher's at the same position.
   out, mine = tiny.apply(model, student, tiny.images(model), train=True,
                          rngs={"dropout": jax.random.key(3)}, mutable=["tokens", "batch_stats"])
   said, theirs = tiny.apply(teacher, teacher_variables, tiny.images(model), mutable=["tokens"])
@@ -138,15 +138,15 @@ def test_sparse_fine_tuning_is_labels_logits_and_patches_and_predictors_rest(nam
   error = ((patches - wanted) ** 2 if patch_error == "square" else
            losses.divergence(patches, wanted))
   assert metrics["loss_patches"] == pytest.approx(float(error.mean()), rel=1e-4)
-  assert np.abs(patches - patches[:, ::-1]).max() > 0.01   # or the order would not show
+  assert np.abs(patches - patches[:, ::-1]).max() > 0.01   # otherwise the order would not show
   for leaf, grad in trees.named_leaves(grads).items():
     assert np.any(grad) != ("/links/" in leaf), leaf
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "lvvit_t"])
 @pytest.mark.parametrize("tokens", [None, vc.EViT(keep=0.5, blocks=(0,))])
-def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it(name, tokens):
-  """Nor where patches were dropped after the last attention: the others are as the teacher's."""
+def test_student_equal_to_its_teacher_has_no_distillation_loss(name, tokens):
+  """Nor if patches are dropped after the last attention, since the others equal the teacher's."""
   fields = {"mix_token": False} if name == "lvvit_t" else {}
   model = deit(vc.Plan(tokens=tokens), name=name, **fields)
   student = tiny.init(model)
@@ -157,7 +157,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it(name, token
   _, (_, metrics) = jax.jit(objective)(
       student["params"], stats, teacher_variables, tiny.images(model), LABELS,
       jax.nn.one_hot(LABELS, 5), jax.random.key(0))
-  if name == "lvvit_t":   # its batch norms see the batch in training
+  if name == "lvvit_t":   # in training, its batch norms use batch statistics
     assert np.isfinite(metrics["loss_patches"])
   else:
     assert abs(metrics["loss_logits"]) < 1e-6
@@ -178,7 +178,7 @@ def test_dynamicvit_learns_how_many_patches_to_keep():
 
 
 @pytest.mark.parametrize("r", [3, 0])
-def test_mctf_is_consistent_with_itself_and_not_with_a_pass_that_merges_less(r):
+def test_mctf_is_consistent_with_itself_but_not_with_a_pass_that_merges_less(r):
   model = deit(vc.Plan(tokens=vc.MCTF(r=3, blocks=(0,))))
   second = model.clone(plan=vc.Plan(tokens=vc.MCTF(r=r, blocks=(0,))))
   student = tiny.init(model, 7)
@@ -195,7 +195,7 @@ def test_mctf_is_consistent_with_itself_and_not_with_a_pass_that_merges_less(r):
   for name, (logits, _) in zip(("loss_labels", "loss_labels_second"), passes, strict=True):
     wanted = losses.cross_entropy(logits, jax.nn.one_hot(labels, 5)).mean()
     assert metrics[name] == pytest.approx(float(wanted), rel=1e-4)
-  # The first image, which it gets wrong, does not count; of the others the class tokens' distance.
+  # The first image is misclassified and excluded; the others count the class tokens' distance.
   sure = jax.nn.softmax(passes[0][0])[jnp.arange(3), labels] > 0.4
   assert not sure[0] and sure.any()
   mine, other = (new["tokens"]["prefix"][0][:, 0] for _, new in passes)
@@ -204,8 +204,8 @@ def test_mctf_is_consistent_with_itself_and_not_with_a_pass_that_merges_less(r):
   assert (wanted > 1e-6) == (r != 3)
 
 
-def test_the_second_pass_comes_after_the_first_with_its_own_random_numbers():
-  """It starts from the first one's batch statistics, and its own are kept."""
+def test_second_pass_follows_the_first_with_its_own_random_numbers():
+  """It starts from the first pass's batch statistics, and its own are kept."""
   plan = vc.Plan(tokens=vc.MCTF(r=3, blocks=(0,)), ffn=vc.CFFN())
   model = tiny.deit(plan, drop_path_rate=0.5)
   second = model.clone(plan=vc.Plan(tokens=vc.MCTF(r=1, blocks=(0,)), ffn=vc.CFFN()))
@@ -228,7 +228,7 @@ def test_the_second_pass_comes_after_the_first_with_its_own_random_numbers():
     np.testing.assert_allclose(mine, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_soft_distillation_is_at_the_temperature_of_the_config():
+def test_soft_distillation_uses_the_temperature_of_the_config():
   model, teacher = deit(name="deit_tiny_distilled_patch16_224"), deit()
   (value, metrics), _, student, teacher_variables = run(
       model, weights(soft=0.5, temperature=3.0), teacher)
@@ -240,7 +240,7 @@ def test_soft_distillation_is_at_the_temperature_of_the_config():
   assert value == pytest.approx(0.5 * wanted, rel=1e-4)
 
 
-def test_couples_images_where_the_images_of_a_batch_meet():
+def test_couples_images_is_true_if_images_of_a_batch_interact():
   mctf = deit(vc.Plan(tokens=vc.MCTF(r=3, blocks=(0,))))
   for model, stats, loss, wanted in [
       (deit(), {}, weights(labels=1.0, logits=1.0), False), (deit(), {"a": 1}, weights(), True),
@@ -251,7 +251,7 @@ def test_couples_images_where_the_images_of_a_batch_meet():
 
 
 @pytest.mark.parametrize("granularity", ["token", "block"])
-def test_reconstruction_moves_predictors_and_nothing_else(granularity):
+def test_reconstruction_trains_only_the_predictors(granularity):
   method = vc.Sparsifiner(granularity=granularity, min_tokens=0, rank=4, window=2, masked=False)
   model = deit(vc.Plan(attention=method, ffn=vc.CFFN()))
   student = tiny.init(model)
@@ -265,14 +265,14 @@ def test_reconstruction_moves_predictors_and_nothing_else(granularity):
   assert value > 0 and set(metrics) == {"accuracy"}
   _, sown = tiny.apply(model, student, tiny.images(model), mutable=["attention"])
   error = attention_reconstruction(sown["attention"]).mean()
-  np.testing.assert_allclose(value, 0.01 * 3 * error, rtol=1e-5)   # the sum over three images
+  np.testing.assert_allclose(value, 0.01 * 3 * error, rtol=1e-5)   # summed over three images
   for old, new in zip(*map(jax.tree.leaves, (student["batch_stats"], stats)), strict=True):
     np.testing.assert_array_equal(old, new)
   for leaf, grad in trees.named_leaves(grads).items():
     assert np.any(grad) == ("/links/" in leaf), leaf
 
 
-def test_replicas_have_statistics_and_losses_of_their_own():
+def test_replicas_have_separate_statistics_and_losses():
   model = deit(vc.Plan(ffn=vc.CFFN()))
   student, objective = tiny.init(model), make_objective(model, weights(labels=1.0))
   images = tiny.images(model, batch=4)
@@ -291,7 +291,7 @@ def test_replicas_have_statistics_and_losses_of_their_own():
   assert abs(together - whole) > 1e-4
 
 
-def test_replicas_draw_each_their_own():
+def test_replicas_have_separate_random_numbers():
   def drawn(params, batch_stats, teacher, images, labels, targets, key):
     return jax.random.uniform(key), ({}, {})
 

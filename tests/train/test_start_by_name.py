@@ -1,4 +1,4 @@
-"""Runs start from weights by name, and learn from them, as from a file of ours."""
+"""Runs can start from weights by name, and use them as teacher, like our own files."""
 import dataclasses
 import json
 import types
@@ -22,7 +22,7 @@ DIGITS = list("0123456789")
 
 @pytest.fixture
 def dense(built, server):
-  """(model, variables) of the tiny run's dense model, which the server has as timm would."""
+  """Returns (model, variables) of the tiny run's dense model, served in timm's format."""
   model = built.model.clone(plan=vc.Plan(), drop_path_rate=0.0)
   variables = tiny.init(model)
   about = {"architecture": NAME, "num_classes": 10, "label_names": DIGITS, "model_args": ARGS,
@@ -33,7 +33,7 @@ def dense(built, server):
   return model, variables
 
 
-def test_a_run_starts_from_a_repository_and_learns_from_one(built, dense, server, config):
+def test_run_starts_from_a_repository_and_uses_one_as_teacher(built, dense, server, config):
   model, variables = dense
   config.init_from = REPO
   assert build.preprocess_of(config, built.model).mean == (0.5, 0.4, 0.3)
@@ -46,11 +46,11 @@ def test_a_run_starts_from_a_repository_and_learns_from_one(built, dense, server
   asked = len(server.asked)
   server.add("me/digits", **{"model.safetensors": b"another"})
   start.load_teacher(REPO, model, DIGITS)
-  assert len(server.asked) == asked    # a run sees one commit
+  assert len(server.asked) == asked    # a run uses a single commit
 
 
 @pytest.mark.parametrize("tag", ["", ".fb_in1k"])
-def test_a_run_starts_from_a_models_name(built, dense, server, monkeypatch, tag):
+def test_run_starts_from_a_model_name(built, dense, server, monkeypatch, tag):
   model, variables = dense
   sizes = {"width": 16, "depth": 2, "heads": 2, "patch_size": 4, "image_size": 8}
   monkeypatch.setitem(models.VARIANTS, NAME, models.VARIANTS[NAME]._replace(sizes=sizes))
@@ -62,7 +62,7 @@ def test_a_run_starts_from_a_models_name(built, dense, server, monkeypatch, tag)
 
 
 @pytest.mark.parametrize("written_by", ["push", "others", "others without config.json"])
-def test_a_run_starts_from_a_folder(dense, tmp_path, config, written_by):
+def test_run_starts_from_a_folder(dense, tmp_path, config, written_by):
   model, variables = dense
   told = dataclasses.replace(vc.preprocess(model), mean=(0.1, 0.2, 0.3))
   folder = tmp_path / "folder"
@@ -76,7 +76,7 @@ def test_a_run_starts_from_a_folder(dense, tmp_path, config, written_by):
       (folder / "config.json").write_text(json.dumps({
           "architecture": NAME, "num_classes": 10, "model_args": ARGS,
           "pretrained_cfg": {"mean": told.mean}}))
-    else:    # another program's: it tells nothing of a model
+    else:    # another program's, with no information on a model
       (folder / "config.json").write_text('{"learning_rate": 0.1}')
   assert trees.digest(start.load_teacher(str(folder), model)) == trees.digest(variables)
   config.init_from = str(folder)
@@ -84,7 +84,7 @@ def test_a_run_starts_from_a_folder(dense, tmp_path, config, written_by):
   assert mean == (vc.preprocess(model).mean if "without" in written_by else told.mean)
 
 
-def test_other_classes_and_unknown_names_are_refused_in_one_line(built, dense, server):
+def test_other_classes_and_unknown_names_raise_one_line_errors(built, dense, server):
   model, _ = dense
   with pytest.raises(ValueError, match=r"init_from='hf-hub:me/digits'.*output 0 is '0' there"):
     start.load_variables(REPO, model, None, DIGITS[::-1])
@@ -95,7 +95,7 @@ def test_other_classes_and_unknown_names_are_refused_in_one_line(built, dense, s
   assert "\n" not in str(error.value)
 
 
-def test_the_path_and_the_command_take_a_repository(dense, server, monkeypatch, tmp_path, config):
+def test_path_and_compact_command_accept_a_repository(dense, server, monkeypatch, tmp_path, config):
   """The dense model is the cached file, and nothing is converted a second time."""
   asked = []
   receipt = types.SimpleNamespace(ok=True, to_markdown=lambda: "# a receipt")
