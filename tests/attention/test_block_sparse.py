@@ -51,9 +51,9 @@ def test_each_block_is_a_square_of_the_image():
 
 def test_block_means_average_the_tokens_of_a_block():
   x, windows = draw(BATCH, 1 + 48 + 2, HEADS, WIDTH), Windows((6, 8), (3, 2))
-  wanted = windows.cut(x[:, 1:49]).mean(axis=3)
+  expected = windows.cut(x[:, 1:49]).mean(axis=3)
   for means in (windows.means(x[:, 1:49]), windows.means_by_rows(x, 1)):
-    np.testing.assert_allclose(means, wanted, atol=1e-6)
+    np.testing.assert_allclose(means, expected, atol=1e-6)
 
 
 def test_nearest_key_block_is_itself_or_the_one_covering_it_on_a_coarser_grid():
@@ -104,8 +104,8 @@ def test_every_form_and_its_gradients_match_the_reference(name, sized, form, mon
   inner = mask[:, :, layout.prefix:, layout.prefix:]
   assert not inner.all(axis=-1).all() and mask.any(axis=-1).all()
   got = run(lambda *qkv: layout.attend(*qkv, Core(size).bias(), form), *arrays)
-  wanted = run(lambda *qkv: reference.attend(Core(size, mask=mask), *qkv), *arrays)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), got, wanted)
+  expected = run(lambda *qkv: reference.attend(Core(size, mask=mask), *qkv), *arrays)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), got, expected)
   dense = run(lambda *qkv: reference.attend(Core(size), *qkv), *arrays)
   assert np.abs(got[1] - dense[1]).max() > 0.1
 
@@ -147,10 +147,10 @@ def test_bfloat16_output_stays_bfloat16_and_close_to_the_reference(device):
   with attention.on(device):
     got = run(Core(layout=layout), *arrays)
   assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype(jnp.bfloat16)}
-  wanted = run(lambda *qkv: reference.attend(Core(layout=layout), *qkv),
-               *(x.astype(jnp.float32) for x in arrays))
+  expected = run(lambda *qkv: reference.attend(Core(layout=layout), *qkv),
+                 *(x.astype(jnp.float32) for x in arrays))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(
-      np.float32(a), b, atol=0.03 * max(1, np.abs(b).max())), got, wanted)
+      np.float32(a), b, atol=0.03 * max(1, np.abs(b).max())), got, expected)
 
 
 def test_form_chosen_per_device_and_the_reason_for_using_no_kernel():
@@ -181,5 +181,5 @@ def test_unsupported_calls_fall_back_to_masked_dense_attention_with_a_warning(wh
   assert choose(Device("cpu"), core, *arrays, rescore).form == "einsum"
   with pytest.warns(UserWarning, match=f"masked dense attention: {words}"):
     got = core(*arrays, rescore)
-  wanted = reference.attend(Core(keep_mask=core.keep_mask, mask=layout.mask()), *arrays, rescore)
-  np.testing.assert_allclose(got, wanted, atol=1e-6)
+  expected = reference.attend(Core(keep_mask=core.keep_mask, mask=layout.mask()), *arrays, rescore)
+  np.testing.assert_allclose(got, expected, atol=1e-6)

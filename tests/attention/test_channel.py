@@ -80,8 +80,8 @@ def test_florence2_form_is_the_same_function_with_its_arguments_swapped():
   """In Florence-2, queries and keys form the map, with scale N ** -0.5, and values are averaged."""
   query, key, value = qkv()
   scores = np.einsum("bnhd,bnhe->bhde", query, key) * N ** -0.5
-  wanted = np.einsum("bhde,bnhe->bnhd", np.asarray(jax.nn.softmax(scores)), value)
-  np.testing.assert_allclose(channel(value, query, key, N ** -0.5), wanted, atol=1e-6)
+  expected = np.einsum("bhde,bnhe->bnhd", np.asarray(jax.nn.softmax(scores)), value)
+  np.testing.assert_allclose(channel(value, query, key, N ** -0.5), expected, atol=1e-6)
 
 
 def test_bfloat16_inputs_are_summed_over_tokens_in_float32():

@@ -77,12 +77,12 @@ def run(name, attend, dtype="float32"):
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_form_and_its_gradients_match_the_reference(name, small_tiles):
-  wanted = run(name, reference.attend)
+  expected = run(name, reference.attend)
   for form, device in (("einsum", CPU), ("plain", CPU), ("images", CPU), ("tiled", CPU),
                        ("images", GPU), ("tiled", GPU)):
     with attention.using(form), attention.on(device):
       got = run(name, Core.__call__)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6), got, wanted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6), got, expected)
 
 
 @pytest.mark.parametrize("form", ["einsum", "plain", "images", "tiled"])
@@ -102,8 +102,8 @@ def test_reference_matches_a_loop_over_queries(name):
   scores = np.einsum("bnhd,bmhd->bhnm", query, key) / WIDTH ** 0.5
   if filtered:
     scores = np.asarray(FILTER(jnp.asarray(scores, jnp.float32)), np.float64)
-  wanted = np.zeros((BATCH, queries, heads, value.shape[-1]))
-  for b, i, h in np.ndindex(wanted.shape[:3]):
+  expected = np.zeros((BATCH, queries, heads, value.shape[-1]))
+  for b, i, h in np.ndindex(expected.shape[:3]):
     exps = np.exp(scores[b, h, i]) * np.asarray(fields.get("size", np.ones((BATCH, KEYS))))[b]
     if name == "mask":
       exps = exps * np.asarray(MASK)[b, h, i]
@@ -112,10 +112,10 @@ def test_reference_matches_a_loop_over_queries(name):
       top = (scores[b, h, i] + np.log(np.asarray(SIZE)[b])).max()
       seen = exps * np.exp(-top) * np.where(np.arange(KEYS) == i, 1, np.asarray(KEEP)[b])
       weights = (seen + 1e-6 / KEYS) / (seen.sum() + 1e-6)
-    wanted[b, i, h] = weights @ value[b, :, h]
+    expected[b, i, h] = weights @ value[b, :, h]
   rescore = FILTER if filtered else None
   got = reference.attend(Core(**fields), *arrays(queries, heads=heads), rescore)
-  np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_maps_of_selected_queries_are_rows_of_the_full_maps_given_own_n():
@@ -148,7 +148,7 @@ def test_cpu_loops_over_images_or_heads_unless_the_batch_is_split_over_devices()
   assert (loops("images", 8), loops("tiled", 8)) == ([], [])
 
 
-@pytest.mark.parametrize("device,dtype,queries,keys,wide,wanted", [
+@pytest.mark.parametrize("device,dtype,queries,keys,wide,expected", [
     (CPU, "float32", 50, 50, 64, "einsum"),
     (CPU, "float32", 197, 197, 64, "images"),
     (CPU, "float32", 257, 257, 64, "tiled"),
@@ -164,18 +164,18 @@ def test_cpu_loops_over_images_or_heads_unless_the_batch_is_split_over_devices()
     (TPU, "float32", 577, 577, 64, "splash"),
     (TPU._replace(count=8), "float32", 577, 577, 64, "einsum"),
     (TPU, "bfloat16", 197, 197, 64, "einsum")])
-def test_form_chosen_by_device_length_and_dtype(device, dtype, queries, keys, wide, wanted):
-  assert choose(device, Core(), *shapes(queries, keys, dtype, wide)).form == wanted
+def test_form_chosen_by_device_length_and_dtype(device, dtype, queries, keys, wide, expected):
+  assert choose(device, Core(), *shapes(queries, keys, dtype, wide)).form == expected
 
 
-@pytest.mark.parametrize("device,requested,tokens,wanted", [
+@pytest.mark.parametrize("device,requested,tokens,expected", [
     (CPU, None, 197, "images"), (GPU, None, 577, "einsum"), (GPU, None, 4097, "tiled"),
     (TPU, None, 4097, "tiled"), (GPU, "cudnn", 577, "tiled"), (TPU, "splash", 577, "tiled"),
     (GPU, "images", 577, "images")])
-def test_calls_that_vendor_kernels_cannot_do_use_another_form(device, requested, tokens, wanted):
+def test_calls_that_vendor_kernels_cannot_do_use_another_form(device, requested, tokens, expected):
   call, qkv = Core(keep_mask=jnp.ones((2, tokens))), shapes(tokens, tokens, "bfloat16")
-  assert choose(device, call, *qkv, requested=requested).form == wanted
-  assert choose(device, Core(), *qkv, rescore=FILTER, requested=requested).form == wanted
+  assert choose(device, call, *qkv, requested=requested).form == expected
+  assert choose(device, Core(), *qkv, rescore=FILTER, requested=requested).form == expected
 
 
 def test_requesting_a_form_retraces_a_function_already_compiled():
@@ -217,14 +217,14 @@ def test_memory_is_a_small_multiple_of_inputs_and_outputs(gradients, most):
 def test_bias_as_two_key_channels_is_exact_in_float32_and_close_in_bfloat16():
   query, key, _ = arrays()
   bias = jnp.log(SIZE)
-  wanted = attention.scores(query, key) + bias[:, None, None]
+  expected = attention.scores(query, key) + bias[:, None, None]
   scale = WIDTH ** -0.5
   for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 1e-4)):
     wide = vendor.with_bias_channels(query.astype(dtype), key.astype(dtype), bias)
     got = jnp.einsum("bnhd,bmhd->bhnm", *wide, preferred_element_type=jnp.float32) * scale
     plain = jnp.einsum("bnhd,bmhd->bhnm", query.astype(dtype), key.astype(dtype),
                        preferred_element_type=jnp.float32) * scale
-    np.testing.assert_allclose(got - plain, wanted - attention.scores(query, key), atol=tolerance)
+    np.testing.assert_allclose(got - plain, expected - attention.scores(query, key), atol=tolerance)
 
 
 @pytest.mark.parametrize("name,device,dtype,words", [

@@ -131,12 +131,12 @@ def test_training_and_serving_read_any_file_identically_or_name_it(file, suffix)
 def test_16_bit_images_of_either_byte_order_keep_the_upper_8_bits(tmp_path, mode):
   image = drawn(mode, 9, 5, 0)
   image.save(tmp_path / "x.tif")
-  wanted = np.frombuffer(image.tobytes(), ">u2" if mode == "I;16B" else "<u2").reshape(5, 9) >> 8
+  expected = np.frombuffer(image.tobytes(), ">u2" if mode == "I;16B" else "<u2").reshape(5, 9) >> 8
   for split in ("train", "val"):
     (tmp_path / split / "a").mkdir(parents=True)
     image.save(tmp_path / split / "a" / "x.tif")
   got = pipeline.source(f"folder:{tmp_path}", "val", image_size=8)[0]["image"]
-  np.testing.assert_array_equal(got, np.repeat(wanted[..., None], 3, -1))
+  np.testing.assert_array_equal(got, np.repeat(expected[..., None], 3, -1))
 
 
 def test_16_bit_pgm_is_scaled_by_the_maximum_in_its_header(tmp_path):

@@ -93,7 +93,7 @@ def check_text(text, root):
   text.encode("utf-8")
 
 
-def expected(root, split, classes):
+def list_by_walking(root, split, classes):
   """Returns [(path, label)] and the number of skipped entries, by walking, without the library."""
   used, left = [], 0
   for entry in os.listdir(root / split):
@@ -123,11 +123,11 @@ def test_any_layout_is_read_as_it_is_or_rejected_in_one_line(layout):
       assert pipeline.class_names(name) == tuple(map(printable, classes))
       for split in pipeline.SPLITS:
         images = pipeline.source(name, split, image_size=8)
-        used, left = expected(root, images.folder.name, classes)
+        used, left = list_by_walking(root, images.folder.name, classes)
         assert [(images.path(i), int(images.labels[i])) for i in range(len(images))] == used
-        said = [text for text in texts if text.startswith(f"{images.folder}: ")]
-        assert len(said) == (left > 0)
-        assert left == sum(int(count) for text in said
+        messages = [text for text in texts if text.startswith(f"{images.folder}: ")]
+        assert len(messages) == (left > 0)
+        assert left == sum(int(count) for text in messages
                            for count in re.findall(r"(?:left out:|\),) (\d+) ", text))
         read_all(images, used)
       for text in texts:
@@ -164,9 +164,9 @@ def test_any_layout_is_prepared_as_it_is_read_or_rejected_in_one_line(layout):
       event("refused")
     else:
       event("prepared")
-      folder, made = f"folder:{root}/in", f"arrayrecord:{root}/out"
-      assert pipeline.class_names(folder) == pipeline.class_names(made)
+      folder, records = f"folder:{root}/in", f"arrayrecord:{root}/out"
+      assert pipeline.class_names(folder) == pipeline.class_names(records)
       for split in pipeline.SPLITS:
-        a, b = (pipeline.source(n, split, image_size=8) for n in (folder, made))
+        a, b = (pipeline.source(n, split, image_size=8) for n in (folder, records))
         assert [int(label) for label in a.labels] == [b[i]["label"] for i in range(len(b))]
     assert contents(root / "in") == before

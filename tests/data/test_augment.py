@@ -72,8 +72,8 @@ def test_rotation_matches_pillow_at_odd_sizes(size):
   pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
   image = Image.fromarray(pixels)
   for degrees in (27, -27, 30, 28.6, -24.123, 1.5):
-    wanted = image.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=FILL)
-    assert sha(apply("rotate", degrees, image)) == sha(wanted), degrees
+    expected = image.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=FILL)
+    assert sha(apply("rotate", degrees, image)) == sha(expected), degrees
 
 
 def test_arguments_are_rounded_as_in_timm():
@@ -143,9 +143,9 @@ def test_evaluation_at_a_rectangular_size_covers_it():
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_evaluation_without_a_crop_warps_the_whole_image_as_pil_does(interpolation):
-  wanted = IMAGE_C.resize((20, 24), Image.Resampling[interpolation.upper()])
-  assert sha(augment.evaluation(IMAGE_C, (24, 20), None, interpolation)) == sha(wanted)
-  assert sha(augment.evaluation(IMAGE_C, (24, 20), 1.0, interpolation)) != sha(wanted)
+  expected = IMAGE_C.resize((20, 24), Image.Resampling[interpolation.upper()])
+  assert sha(augment.evaluation(IMAGE_C, (24, 20), None, interpolation)) == sha(expected)
+  assert sha(augment.evaluation(IMAGE_C, (24, 20), 1.0, interpolation)) != sha(expected)
 
 
 def test_random_crops_stay_inside_with_the_given_areas_and_aspects():
@@ -249,9 +249,9 @@ def test_resizing_only_the_kept_part_of_a_noise_strip_differs_by_rounding(size, 
   image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
   left, top = ((side - 24) // 2 for side in resized)
   part = left, top, left + 24, top + 24
-  wanted = image.resize(resized, resample).crop(part)
+  expected = image.resize(resized, resample).crop(part)
   got = augment._resized_part(image, resized, part, resample)
-  assert np.abs(np.subtract(got, wanted, dtype=np.int16)).max() <= 1
+  assert np.abs(np.subtract(got, expected, dtype=np.int16)).max() <= 1
 
 
 @pytest.mark.parametrize("shape", [(6000, 1), (1, 6000), (6000, 40), (1, 1), (1, 20000)])

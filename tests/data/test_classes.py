@@ -21,12 +21,12 @@ def test_output_k_has_the_name_of_label_k_in_every_data_set(tmp_path):
   months = [str(month) for month in range(1, 13)]
   write_images(tmp_path / "images", months)
   prepare.prepare_folder(tmp_path / "images", tmp_path / "records", say=lambda text: None)
-  wanted = ("1", "10", "11", "12", "2", "3", "4", "5", "6", "7", "8", "9")
+  expected = ("1", "10", "11", "12", "2", "3", "4", "5", "6", "7", "8", "9")
   for name in (f"folder:{tmp_path}/images", f"arrayrecord:{tmp_path}/records"):
-    assert pipeline.class_names(name) == wanted
+    assert pipeline.class_names(name) == expected
     for split in pipeline.SPLITS:
       source = pipeline.source(name, split, image_size=8)
-      assert [source.class_names[source[i]["label"]] for i in range(12)] == list(wanted)
+      assert [source.class_names[source[i]["label"]] for i in range(12)] == list(expected)
   assert pipeline.class_names("digits:3") == tuple("0123456789")
   assert pipeline.class_names("shapes:9")[:2] == ("right-different", "right-same")
   assert pipeline.class_names("directions") == ("right", "below", "left", "above")
@@ -41,7 +41,7 @@ def test_numeric_class_names_sorted_as_text_are_reported(tmp_path, caplog):
   assert not caplog.text
 
 
-@pytest.mark.parametrize(("wanted", "got", "message"), [
+@pytest.mark.parametrize(("expected", "got", "message"), [
     (("a", "b", "c"), ("a", "c", "b"),
      r"output 1 is 'b' there and 'c' in the data \(the same names in another order\)"),
     (("a", "b"), (".ipynb_checkpoints", "a", "b"),
@@ -50,12 +50,12 @@ def test_numeric_class_names_sorted_as_text_are_reported(tmp_path, caplog):
     (("a", "b"), ("a",), r"output 1 is 'b' there and no class in the data \(2 classes there, 1 "
                          r"here; 1 not in the data, the first 'b'\)"),
     (("cat",), ("dog",), r"output 0 is 'cat' there and 'dog' in the data")])
-def test_first_class_mismatch_is_named_with_a_way_out(wanted, got, message):
+def test_first_class_mismatch_is_named_with_a_way_out(expected, got, message):
   message = rf"^runs/a has other classes than the data: {message}.*\. Use the data that it was made"
   with pytest.raises(ValueError, match=message) as error:
-    check_classes("runs/a", wanted, got)
+    check_classes("runs/a", expected, got)
   assert "\n" not in str(error.value)
-  assert digest(wanted) != digest(got)
+  assert digest(expected) != digest(got)
 
 
 def test_equal_class_names_and_files_without_names_are_accepted():

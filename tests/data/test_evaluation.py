@@ -37,8 +37,8 @@ def evaluation(key) -> Preprocess:
                     crop_mode)
 
 
-def difference(got, wanted) -> int:
-  return np.abs(got.astype(int) - wanted).max()
+def difference(got, expected) -> int:
+  return np.abs(got.astype(int) - expected).max()
 
 
 def test_every_crop_mode_matches_timm():
@@ -80,10 +80,10 @@ def test_photograph_is_rotated_by_its_orientation_tag_on_request(orientation, tm
   (tmp_path / name).write_bytes(file(name).getvalue())
   turning = dataclasses.replace(evaluation(key), exif_transpose=True)
   with Image.open(tmp_path / name) as image:
-    wanted = evaluation(key).resize(np.asarray(ImageOps.exif_transpose(image)))
-    np.testing.assert_array_equal(turning.resize(image), wanted)
-  np.testing.assert_array_equal(turning.resize(tmp_path / name), wanted)
-  assert (difference(wanted, STORED[key]) > 1) == (orientation > 1)
+    expected = evaluation(key).resize(np.asarray(ImageOps.exif_transpose(image)))
+    np.testing.assert_array_equal(turning.resize(image), expected)
+  np.testing.assert_array_equal(turning.resize(tmp_path / name), expected)
+  assert (difference(expected, STORED[key]) > 1) == (orientation > 1)
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B"])

@@ -44,11 +44,11 @@ def test_label_map_moves_with_its_image(example, name, argument, monkeypatch):
   got = labels.move_map(example.label_map, randaugment.OPS[name].matrix(argument, WIDTH, HEIGHT),
                         WIDTH, HEIGHT)
   assert got.dtype == np.float16 and got.shape == labels.SHAPE
-  wanted = map_of(moved)
-  close = np.abs(got - wanted)[0, 0] < 14  # colours within a cell differ by up to 12
-  borders = (got[0, 0] == 0) != (wanted[0, 0] == 0)
+  expected = map_of(moved)
+  close = np.abs(got - expected)[0, 0] < 14  # colours within a cell differ by up to 12
+  borders = (got[0, 0] == 0) != (expected[0, 0] == 0)
   assert close[~borders].mean() > 0.99 and borders.mean() < 0.05
-  assert (np.abs(wanted - example.label_map)[0, 0] >= 14).mean() > 0.05  # the map really moved
+  assert (np.abs(expected - example.label_map)[0, 0] >= 14).mean() > 0.05  # the map really moved
 
 
 def test_label_box_matches_the_flips_and_crops_of_the_image(example):

@@ -39,8 +39,8 @@ def of_split(split):
   return [(images[i]["image"].tobytes(), images[i]["label"]) for i in range(len(images))]
 
 
-def assert_same(got, wanted):
-  for a, b in zip(got, wanted, strict=True):
+def assert_same(got, expected):
+  for a, b in zip(got, expected, strict=True):
     np.testing.assert_array_equal(a["image"], b["image"])
     np.testing.assert_array_equal(a["label"], b["label"])
 
@@ -216,8 +216,8 @@ def test_evaluation_can_warp_folder_images_instead(folder):
                                      tiny.preprocess((16, 24), None), batch_size=1))
   with Image.open(folder / "val" / "cat" / "0.png") as image:
     assert image.size == (40, 30)
-    wanted = image.convert("RGB").resize((24, 16), Image.Resampling.BICUBIC)
-  np.testing.assert_array_equal(batch["image"][0], wanted)
+    expected = image.convert("RGB").resize((24, 16), Image.Resampling.BICUBIC)
+  np.testing.assert_array_equal(batch["image"][0], expected)
 
 
 def test_only_other_split_serves_as_test_with_a_message(folder, caplog):

@@ -48,9 +48,9 @@ def results(attend, arrays, fixed, gradients):
 def assert_equals_the_reference(attend, arrays, fixed, gradients, tolerance: float):
   """Checks the largest difference relative to the largest entry. The reference uses float32."""
   got = results(attend, arrays, fixed, gradients)
-  wanted = results(reference, [x.astype(jnp.float32) for x in arrays], fixed, gradients)
+  expected = results(reference, [x.astype(jnp.float32) for x in arrays], fixed, gradients)
   for name, a, b in zip(("out", "log_sum", "d_query", "d_key", "d_value"), jax.tree.leaves(got),
-                        jax.tree.leaves(wanted), strict=True):
+                        jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max(), err_msg=name)
 
 

@@ -15,8 +15,8 @@ def test_each_key_block_lists_the_query_blocks_that_chose_it(queries, keys, coun
   assert query.shape == (2, 3, queries * count) and first.shape == (2, 3, keys + 1)
   for b, f in np.ndindex(2, 3):
     for k in range(keys):
-      wanted = [q for q in range(queries) if k in np.asarray(chosen[b, f, q])]
-      assert query[b, f, first[b, f, k]:first[b, f, k + 1]].tolist() == wanted
+      expected = [q for q in range(queries) if k in np.asarray(chosen[b, f, q])]
+      assert query[b, f, first[b, f, k]:first[b, f, k + 1]].tolist() == expected
 
 
 def test_key_block_chosen_by_no_query_block_has_an_empty_list():

@@ -101,8 +101,8 @@ def test_its_loss_is_added_with_its_weight():
   assert "loss_gate_balance" not in metrics and weighted["loss_gate_balance"] > 0
   np.testing.assert_allclose(total, without + 3 * weighted["loss_gate_balance"], rtol=1e-6)
   gates = [2 / (1 + np.exp(-gate_scores(variables, i))) for i in range(2)]
-  wanted = np.mean([np.var(gate.mean(axis=1), axis=-1).mean() for gate in gates])
-  np.testing.assert_allclose(weighted["loss_gate_balance"], wanted, rtol=1e-4)
+  expected = np.mean([np.var(gate.mean(axis=1), axis=-1).mean() for gate in gates])
+  np.testing.assert_allclose(weighted["loss_gate_balance"], expected, rtol=1e-4)
   assert complete(config).loss.gate_balance == 0.1
   with pytest.raises(ValueError, match=r"gate_balance.*is a setting of Gate, which the plan does"):
     complete({**config, "plan": "", "loss.gate_balance": 1.0})

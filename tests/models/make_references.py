@@ -52,13 +52,13 @@ class Case(NamedTuple):
 def resized_positions(prefix: int) -> Callable:
   """The authors' rule for `pos_embed`: prefix rows kept, the grid bicubic without antialiasing."""
   def adapt(state, module):
-    old, wanted = state["pos_embed"], module.pos_embed
+    old, expected = state["pos_embed"], module.pos_embed
     side = int((old.shape[1] - prefix) ** 0.5)
     grid = old[:, prefix:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
     grid = torch.nn.functional.interpolate(grid, size=module.patch_embed.grid_size, mode="bicubic",
                                            align_corners=False)
     new = torch.cat([old[:, :prefix], grid.flatten(2).transpose(1, 2)], dim=1)
-    assert new.shape == wanted.shape
+    assert new.shape == expected.shape
     return {**state, "pos_embed": new}
   return adapt
 

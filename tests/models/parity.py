@@ -12,12 +12,12 @@ from tests.models import drawn
 
 
 class Run(NamedTuple):
-  """One image size of one small model, with PyTorch's logits `wanted` for drawn weights."""
+  """One image size of one small model, with PyTorch's logits `expected` for drawn weights."""
   name: str
   model: Any
   state: dict[str, np.ndarray]
   images: np.ndarray
-  wanted: np.ndarray
+  expected: np.ndarray
 
 
 def runs(family: str) -> list[Run]:
@@ -50,4 +50,4 @@ def difference(run: Run, *, retrace: bool = False) -> float:
   apply = jax.jit(lambda *args: run.model.apply(*args)) if retrace else functools.partial(
       _logits, run.model)
   got = apply(vc.from_torch(run.model, run.state), run.images)
-  return float(np.max(np.abs(np.asarray(got) - run.wanted)))
+  return float(np.max(np.abs(np.asarray(got) - run.expected)))

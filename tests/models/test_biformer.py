@@ -44,7 +44,7 @@ def test_parameter_counts_are_exact_and_macs_match_to_a_thousandth(name):
 
 @pytest.mark.parametrize("run", parity.runs("biformer"), ids=lambda run: run.name)
 def test_logits_match_the_authors_code(run):
-  assert parity.difference(run) < 1e-6 * max(1, 1.5 * np.abs(run.wanted).max())
+  assert parity.difference(run) < 1e-6 * max(1, 1.5 * np.abs(run.expected).max())
 
 
 @pytest.mark.parametrize("place", [(layers, "BATCH_EPSILON", 1e-6),
@@ -110,10 +110,10 @@ def test_compacting_keeps_the_head_order_and_everything_the_plan_does_not_touch(
   assert trees.differences(one, shapes_of(model)) == []
   kept, new = trees.named_leaves(variables), trees.named_leaves(one)
   for name in kept:
-    wanted = kept[name]
+    expected = kept[name]
     if "/query/" in name or "/key/" in name:
-      wanted = wanted[..., :2, :]
-    np.testing.assert_array_equal(new[name], wanted, err_msg=name)
+      expected = expected[..., :2, :]
+    np.testing.assert_array_equal(new[name], expected, err_msg=name)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -143,9 +143,9 @@ def test_remat_changes_memory_not_results():
 def test_bfloat16_is_close_to_float32():
   model = tiny.biformer()
   variables, images = tiny.init(model, spread=0.1), tiny.images(model)
-  wanted, got = (logits(m, variables, images) for m in (model, model.clone(dtype="bfloat16")))
+  expected, got = (logits(m, variables, images) for m in (model, model.clone(dtype="bfloat16")))
   assert got.dtype == jnp.float32
-  assert 0 < jnp.abs(got - wanted).max() / jnp.abs(wanted).max() < 0.05
+  assert 0 < jnp.abs(got - expected).max() / jnp.abs(expected).max() < 0.05
 
 
 def test_stochastic_depth_grows_linearly():

@@ -58,7 +58,7 @@ def test_parameters_and_macs_match_to_the_last_digit(name):
 
 @pytest.mark.parametrize("run", parity.runs("davit"), ids=lambda run: run.name)
 def test_logits_match_timm(run):
-  assert parity.difference(run) < 1e-5 * np.abs(run.wanted).max()
+  assert parity.difference(run) < 1e-5 * np.abs(run.expected).max()
 
 
 def test_probe_reference_detects_a_wrong_epsilon(monkeypatch):
@@ -127,8 +127,8 @@ def test_hallucinated_heads_apply_their_maps_within_each_window(spec):
   value, out = (jax.tree.map(np.asarray, params["attn"][name]) for name in ("value", "out"))
   values = np.einsum("bmw,whd->bmhd", seen.keys, value["kernel"]) + value["bias"]
   heads = np.einsum("bhnm,bmhd->bnhd", seen.maps, values)
-  wanted = np.einsum("bnhd,hdw->bnw", heads, out["kernel"]) + out["bias"]
-  np.testing.assert_allclose(seen.attended, wanted, atol=1e-5)
+  expected = np.einsum("bnhd,hdw->bnw", heads, out["kernel"]) + out["bias"]
+  np.testing.assert_allclose(seen.attended, expected, atol=1e-5)
 
 
 def test_attention_methods_are_rejected_because_windows_fix_who_attends(monkeypatch):
@@ -198,9 +198,9 @@ def test_compacting_with_full_rank_and_all_heads_real_changes_nothing():
 def test_fitting_to_images_window_by_window_reduces_the_error():
   dense = small(**HALF)
   variables, images = tiny.init(dense), tiny.images(dense, batch=32)
-  wanted = tiny.apply(dense, variables, images)
+  expected = tiny.apply(dense, variables, images)
   errors = [np.abs(tiny.apply(*vc.compact(dense, variables, COMPACT, images=given), images)
-                   - wanted).max() for given in (None, images)]
+                   - expected).max() for given in (None, images)]
   assert errors[1] < 0.5 * errors[0]
 
 
@@ -229,8 +229,8 @@ def test_images_of_another_size_give_what_a_model_of_that_size_gives():
   model, other = small(), small(image_size=(9, 33))
   variables, x = tiny.init(model), tiny.images(other)
   assert trees.differences(variables, shapes_of(other)) == []
-  got, wanted = (tiny.apply(m, variables, x) for m in (model, other))
-  np.testing.assert_array_equal(got, wanted)
+  got, expected = (tiny.apply(m, variables, x) for m in (model, other))
+  np.testing.assert_array_equal(got, expected)
   assert vc.count(model, (9, 33)).macs == vc.count(other).macs
 
 
@@ -239,10 +239,10 @@ def test_without_a_classifier_the_output_is_the_normalised_mean():
   variables, x = tiny.init(model), tiny.images(model)
   out = tiny.features(model, variables, x)
   norm = variables["params"]["norm"]
-  wanted = layers.layer_norm(out.features["stage_2"].mean(axis=(1, 2)), norm["scale"],
-                             norm["bias"], 1e-5)
+  expected = layers.layer_norm(out.features["stage_2"].mean(axis=(1, 2)), norm["scale"],
+                               norm["bias"], 1e-5)
   assert out.logits.shape == (3, 16)
-  np.testing.assert_allclose(out.logits, wanted, atol=1e-6)
+  np.testing.assert_allclose(out.logits, expected, atol=1e-6)
 
 
 def test_initialisation_matches_the_published_one():
@@ -302,9 +302,9 @@ def test_training_gives_every_leaf_a_gradient_and_remat_changes_only_memory():
 def test_bfloat16_is_close_to_float32_with_float32_outputs():
   model, low = (small(COMPACT, dtype=dtype) for dtype in ("float32", "bfloat16"))
   variables, x = tiny.init(model), tiny.images(model)
-  wanted, got = (tiny.apply(m, variables, x) for m in (model, low))
+  expected, got = (tiny.apply(m, variables, x) for m in (model, low))
   assert got.dtype == jnp.float32
-  assert 0 < jnp.abs(got - wanted).max() / jnp.abs(wanted).max() < 0.05
+  assert 0 < jnp.abs(got - expected).max() / jnp.abs(expected).max() < 0.05
   assert trees.differences(tiny.init(low), variables) == []
   seen = jax.eval_shape(functools.partial(vc.features, low), variables, x).features
   assert {leaf.dtype for leaf in seen.values()} == {jnp.dtype("bfloat16")}

@@ -82,9 +82,9 @@ def plain_vit(params, images, heads, patch, distilled):
 def test_logits_match_an_independent_implementation(name):
   model = tiny.deit(name=name)
   variables, x = tiny.init(model), tiny.images(model)
-  wanted = jax.jit(plain_vit, static_argnums=(2, 3, 4))(variables["params"], x, 4, 8,
-                                                        "distilled" in name)
-  np.testing.assert_allclose(tiny.apply(model, variables, x), wanted, atol=1e-4)
+  expected = jax.jit(plain_vit, static_argnums=(2, 3, 4))(variables["params"], x, 4, 8,
+                                                          "distilled" in name)
+  np.testing.assert_allclose(tiny.apply(model, variables, x), expected, atol=1e-4)
 
 
 def test_empty_plan_is_the_dense_model_bit_for_bit():
@@ -189,17 +189,17 @@ def test_remat_changes_memory_not_results():
       return jnp.sum(out ** 2), stats
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
 
-  for got, wanted in zip(jax.tree.leaves(grad(remat)), jax.tree.leaves(grad(model)), strict=True):
-    np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-4)
+  for got, expected in zip(jax.tree.leaves(grad(remat)), jax.tree.leaves(grad(model)), strict=True):
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_bfloat16_is_close_to_float32():
   plan = vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())
   model = tiny.deit(plan)
   variables, x = tiny.init(model), tiny.images(model)
-  wanted = tiny.apply(model, variables, x)
+  expected = tiny.apply(model, variables, x)
   got = jax.jit(tiny.deit(plan, dtype="bfloat16").apply)(variables, x)
-  assert 0 < jnp.abs(got - wanted).max() / jnp.abs(wanted).max() < 0.05
+  assert 0 < jnp.abs(got - expected).max() / jnp.abs(expected).max() < 0.05
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
@@ -212,8 +212,8 @@ def test_every_leaf_has_one_rule_and_matrices_and_distillation_token_decay(name)
     decayed = [n for n, leaf in trees.named_leaves(jax.tree.map(
         lambda leaf: leaf.decay, leaves, is_leaf=lambda x: isinstance(x, trees.Leaf))).items()
         if leaf]
-    wanted = [n for n in trees.named_leaves(params) if n.endswith("/kernel") or n == "dist_token"]
-    assert decayed == wanted
+    expected = [n for n in trees.named_leaves(params) if n.endswith("/kernel") or n == "dist_token"]
+    assert decayed == expected
 
 
 @pytest.mark.parametrize("make,words", [

@@ -85,9 +85,9 @@ ALIKE = ("vit_small_patch16_224", "vit_small_patch14_dinov2", "vit_small_patch14
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family_specific_parameters_are_split_over_a_mesh(name):
   run = built(name, 8)
-  leaf, wanted = FAMILIES[name]
+  leaf, expected = FAMILIES[name]
   assert dict(run.mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-  assert trees.named_leaves(run.shardings.params)[leaf].spec == wanted
+  assert trees.named_leaves(run.shardings.params)[leaf].spec == expected
 
 
 # These run a step by default: LayerScale, registers and SwiGLU (the giant), attention pooling

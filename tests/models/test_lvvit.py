@@ -42,9 +42,9 @@ def runs():
 @pytest.mark.parametrize("name", tiny.named(ROWS, "lvvit_s"))
 def test_parameter_counts_are_exact_and_macs_match_to_a_thousandth(name):
   params = []
-  for (wanted, gmacs), axes in zip(ROWS[name], ({}, HEADS, FFN, {**HEADS, **FFN}), strict=True):
+  for (expected, gmacs), axes in zip(ROWS[name], ({}, HEADS, FFN, {**HEADS, **FFN}), strict=True):
     count = vc.count(vc.create_model(name, plan=vc.Plan(**axes), deploy=True))
-    assert count.params == wanted - STEM_NORMS
+    assert count.params == expected - STEM_NORMS
     assert abs(count.macs / 1e9 / gmacs - 1) < 1e-3
     params.append(count.params)
   assert (params[0], params[-1]) == DEPLOYED[name]

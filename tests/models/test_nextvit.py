@@ -235,11 +235,11 @@ def test_remat_changes_memory_not_results():
   variables, images = drawn_for(model)
   remat = model.clone(remat=True)
   assert "remat" in str(jax.make_jaxpr(lambda v: gradients(remat, v, images))(variables))
-  wanted = jax.tree.leaves(gradients(model, variables, images))
+  expected = jax.tree.leaves(gradients(model, variables, images))
   got = jax.tree.leaves(gradients(remat, variables, images))
   # A key bias does not change a softmax: its gradient is the others' rounding error.
-  rounding = 3e-6 * max(np.abs(leaf).max() for leaf in wanted)
-  for one, other in zip(got, wanted, strict=True):
+  rounding = 3e-6 * max(np.abs(leaf).max() for leaf in expected)
+  for one, other in zip(got, expected, strict=True):
     np.testing.assert_allclose(one, other, rtol=1e-3, atol=max(1e-3 * np.abs(other).max(),
                                                                rounding))
 
@@ -247,10 +247,10 @@ def test_remat_changes_memory_not_results():
 def test_bfloat16_is_close_to_float32():
   model = small(COMPACT, **HALF)
   variables, images = drawn_for(model)
-  wanted = tiny.apply(model, variables, images)
+  expected = tiny.apply(model, variables, images)
   got = jax.jit(model.clone(dtype="bfloat16").apply)(variables, images)
   assert got.dtype == jnp.float32
-  assert 0 < jnp.abs(got - wanted).max() / jnp.abs(wanted).max() < 0.05
+  assert 0 < jnp.abs(got - expected).max() / jnp.abs(expected).max() < 0.05
 
 
 def test_features_of_every_stage_and_maps_over_pooled_keys_on_request():

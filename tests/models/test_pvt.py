@@ -55,7 +55,7 @@ def test_positions_are_resized_at_run_time_as_they_are_at_loading():
   assert native.images.shape != other.images.shape
   variables = vc.from_torch(native.model, native.state)
   got = jax.jit(native.model.apply)(variables, other.images)
-  np.testing.assert_allclose(got, other.wanted, atol=1e-4)
+  np.testing.assert_allclose(got, other.expected, atol=1e-4)
   # At twice the size, stage 2 has as many patches as stage 1 has stored positions.
   images = jnp.tile(native.images, (1, 2, 2, 1))
   assert jax.eval_shape(native.model.apply, variables, images).shape == (2, 7)

@@ -98,8 +98,8 @@ def test_initialisation_matches_the_published_one():
       # Convolutions: 2 / (kernel area * output channels per group); depthwise groups have one.
       area = leaf.shape[0] * leaf.shape[1]
       conv = (2 / (area * (1 if "mixer" in name else leaf.shape[-1]))) ** 0.5
-      wanted = conv if leaf.ndim == 4 else 0.02
-      assert 0.85 * wanted < leaf.std() < 1.15 * wanted, name
+      expected = conv if leaf.ndim == 4 else 0.02
+      assert 0.85 * expected < leaf.std() < 1.15 * expected, name
 
 
 def test_stochastic_depth_rates_match_the_authors():

@@ -126,17 +126,17 @@ def test_remat_changes_memory_not_results():
   variables, x = tiny.init(model), tiny.images(model)
   assert trees.differences(tiny.init(remat), variables) == []
   grads, again = (gradient(m, variables, x)[0] for m in (model, remat))
-  for got, wanted in zip(jax.tree.leaves(again), jax.tree.leaves(grads), strict=True):
-    np.testing.assert_allclose(got, wanted, atol=1e-3 * np.abs(wanted).max() + 1e-4)
+  for got, expected in zip(jax.tree.leaves(again), jax.tree.leaves(grads), strict=True):
+    np.testing.assert_allclose(got, expected, atol=1e-3 * np.abs(expected).max() + 1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES[::2])
 def test_bfloat16_is_close_to_float32_with_float32_outputs(name):
   model, low = (pvt(name, COMPACT, **SHORT, dtype=dtype) for dtype in ("float32", "bfloat16"))
   variables, x = tiny.init(model), tiny.images(model)
-  wanted, got = (tiny.apply(m, variables, x) for m in (model, low))
+  expected, got = (tiny.apply(m, variables, x) for m in (model, low))
   assert got.dtype == jnp.float32
-  assert 0 < jnp.abs(got - wanted).max() / jnp.abs(wanted).max() < 0.05
+  assert 0 < jnp.abs(got - expected).max() / jnp.abs(expected).max() < 0.05
   assert trees.differences(tiny.init(low), variables) == []
 
 

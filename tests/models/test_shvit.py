@@ -52,7 +52,7 @@ def test_logits_match_timm_folded_and_unfolded(run):
   assert parity.difference(run) < 1e-5
   variables = vc.from_torch(run.model, run.state)
   got = logits(run.model.clone(deploy=True), folded(run.model, variables), run.images)
-  assert np.abs(got - run.wanted).max() < 1e-5
+  assert np.abs(got - run.expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("module, name, wrong", [
@@ -189,8 +189,8 @@ def test_attention_matches_its_equations():
   scores = np.einsum("bnd,bmd->bnm", query, key) / 2
   attended = np.einsum("bnm,bme->bne", jax.nn.softmax(scores, -1), value)
   joined = np.concatenate([attended, x[..., 5:].reshape(2, 9, 7)], axis=-1)
-  wanted = batch_normed("proj", np.maximum(joined, 0).reshape(18, 12)).reshape(x.shape)
-  np.testing.assert_allclose(tiny.apply(module, variables, x), wanted, rtol=1e-4, atol=1e-5)
+  expected = batch_normed("proj", np.maximum(joined, 0).reshape(18, 12)).reshape(x.shape)
+  np.testing.assert_allclose(tiny.apply(module, variables, x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_channels_without_attention_reach_the_projection_unchanged():
@@ -246,10 +246,10 @@ def test_remat_changes_memory_not_results():
   variables, images = tiny.init(model), tiny.images(model)
   remat = model.clone(remat=True)
   assert "remat" in str(jax.make_jaxpr(lambda v: gradients(remat, v, images))(variables))
-  wanted = trees.named_leaves(gradients(model, variables, images))
-  rounding = 1e-5 * max(np.abs(leaf).max() for leaf in wanted.values())
+  expected = trees.named_leaves(gradients(model, variables, images))
+  rounding = 1e-5 * max(np.abs(leaf).max() for leaf in expected.values())
   for name, leaf in trees.named_leaves(gradients(remat, variables, images)).items():
-    np.testing.assert_allclose(leaf, wanted[name], rtol=1e-3, atol=rounding, err_msg=name)
+    np.testing.assert_allclose(leaf, expected[name], rtol=1e-3, atol=rounding, err_msg=name)
 
 
 def test_stochastic_depth_drops_branches_per_image_and_is_off_by_default():
@@ -277,10 +277,10 @@ def test_stochastic_depth_drops_branches_per_image_and_is_off_by_default():
 def test_bfloat16_is_close_to_float32():
   model = tiny.shvit(FFN)
   variables, images = tiny.init(model, spread=0.1), tiny.images(model)
-  wanted = logits(model, variables, images)
+  expected = logits(model, variables, images)
   got = logits(model.clone(dtype="bfloat16"), variables, images)
   assert got.dtype == jnp.float32
-  assert 0 < jnp.abs(got - wanted).max() / jnp.abs(wanted).max() < 0.05
+  assert 0 < jnp.abs(got - expected).max() / jnp.abs(expected).max() < 0.05
 
 
 def test_any_image_size_gives_stage_features_and_maps_where_there_is_attention():
@@ -368,14 +368,14 @@ def test_factors_are_fitted_to_the_output_of_the_normed_layers():
   x = np.random.default_rng(0).standard_normal((32, 3, 3, 12), np.float32)
   stats, params = tiny.randomised(jax.eval_shape(block.init, jax.random.key(0), x)).values()
   variables = {"params": params, "batch_stats": stats}
-  wanted = calibration.observe_jitted(block, variables, x)
+  expected = calibration.observe_jitted(block, variables, x)
   _, teacher = calibration.run_teacher(block, variables, x)
   data = calibration.Calibration(block, params, stats, x, teacher, 8, {})
   methods = BlockMethods(ffn=vc.CFFN(factor="both"))
   new, new_stats = blocks.from_dense(block.site, methods, params, stats, lambda *_: data)
   got = calibration.observe_jitted(block.clone(methods=methods),
                             {"params": new, "batch_stats": new_stats}, x)
-  for told, one, other in (("ffn fc1", got.fc1, wanted.fc1), ("ffn fc2", got.ffn, wanted.ffn)):
+  for told, one, other in (("ffn fc1", got.fc1, expected.fc1), ("ffn fc2", got.ffn, expected.ffn)):
     one, other = (np.asarray(y[:24]).reshape(-1, y.shape[-1]) for y in (one, other))
     error = np.sum((one - other) ** 2) / np.sum((other - other.mean(0)) ** 2)
     assert error == pytest.approx(data.notes[told]["fitted"], rel=0.02), told

@@ -77,7 +77,7 @@ def test_macs_of_equal_blocks_add_up():
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 def test_logits_match_the_authors_code(run, form):
   with attention.using(form):
-    assert parity.difference(run) < 1e-5 * np.abs(run.wanted).max()
+    assert parity.difference(run) < 1e-5 * np.abs(run.expected).max()
 
 
 @pytest.mark.parametrize("epsilon,wrong", [("EPSILON", 1e-5), ("CONV_EPSILON", 1e-6)])
@@ -155,16 +155,16 @@ def by_definition(call, query, key, value):
 @pytest.mark.parametrize("local,value_width", [(True, WIDTH), (False, WIDTH), (True, 3)])
 def test_both_forms_match_the_definition(local, value_width):
   call, *arrays = call_of(local, value_width=value_width)
-  wanted, maps = by_definition(call, *arrays)
+  expected, maps = by_definition(call, *arrays)
   for form in (transnext_attention.reference, transnext_attention.shifted):
-    np.testing.assert_allclose(jax.jit(functools.partial(form, call))(*arrays), wanted, atol=2e-5)
+    np.testing.assert_allclose(jax.jit(functools.partial(form, call))(*arrays), expected, atol=2e-5)
   np.testing.assert_allclose(call.maps(attention.DENSE, *arrays[:2]), maps, atol=1e-5)
   np.testing.assert_allclose(call.maps(attention.DENSE, *arrays[:2]).sum(-1), 1, atol=1e-6)
   # As a core, image by image as on a CPU, and with sums as on accelerators.
   core = attention.DENSE._replace(operator=call)
   for device in ("cpu", "gpu"):
     with attention.on(attention.Device(device)):
-      np.testing.assert_allclose(core(*arrays), wanted, atol=2e-5)
+      np.testing.assert_allclose(core(*arrays), expected, atol=2e-5)
 
 
 def test_forms_have_equal_gradients_and_scores_of_any_size_do_not_overflow():
@@ -211,8 +211,8 @@ def test_distances_are_log_spaced_and_biases_match_query_and_key_positions():
   for i, p in np.ndindex(24, 6):
     for axis, (q, k) in enumerate(zip(divmod(i, 6), divmod(p, 3), strict=True)):
       x = 8 * (q - (2 * k + 0.5)) / (reference[axis] - 1)      # a key averages two cells
-      wanted = np.sign(x) * np.log2(abs(x) + 1) / 3
-      np.testing.assert_allclose(out[axis, i, p], wanted, atol=1e-6)
+      expected = np.sign(x) * np.log2(abs(x) + 1) / 3
+      np.testing.assert_allclose(out[axis, i, p], expected, atol=1e-6)
 
 
 def test_pooled_keys_are_cell_means_taken_before_the_norm():
@@ -222,9 +222,9 @@ def test_pooled_keys_are_cell_means_taken_before_the_norm():
   proj = variables["params"]["proj"]
   hidden = layers.gelu(x @ proj["kernel"] + proj["bias"][None, None]).reshape(2, 2, 2, 3, 2, 8)
   norm = variables["params"]["norm"]
-  wanted = layers.layer_norm(hidden.mean(axis=(2, 4)).reshape(2, 6, 8), norm["scale"],
-                             norm["bias"], 1e-5)
-  np.testing.assert_allclose(module.apply(variables, x), wanted, atol=1e-5)
+  expected = layers.layer_norm(hidden.mean(axis=(2, 4)).reshape(2, 6, 8), norm["scale"],
+                               norm["bias"], 1e-5)
+  np.testing.assert_allclose(module.apply(variables, x), expected, atol=1e-5)
 
 
 # The model.
@@ -252,14 +252,14 @@ def test_initialisation_matches_the_published_one():
       assert (leaf == 0).all(), name
     else:
       # Convolutions: 2 / (kernel area * output channels per group).
-      wanted = 4e-4 if "local_bias" in name else 0.02
+      expected = 4e-4 if "local_bias" in name else 0.02
       if leaf.ndim == 4:
         area = leaf.shape[0] * leaf.shape[1]
-        wanted = (2 / (area * (1 if "mixer" in name else leaf.shape[-1]))) ** 0.5
+        expected = (2 / (area * (1 if "mixer" in name else leaf.shape[-1]))) ** 0.5
       elif name.endswith("pool/proj/kernel"):
-        wanted = (2 / 64) ** 0.5
+        expected = (2 / 64) ** 0.5
       slack = 0.15 if leaf.size > 300 else 0.6
-      assert 1 - slack < leaf.std() / wanted < 1 + slack, name
+      assert 1 - slack < leaf.std() / expected < 1 + slack, name
 
 
 def test_images_of_any_valid_size_run_without_another_model():
@@ -375,9 +375,9 @@ def test_stochastic_depth_grows_linearly_over_all_stages():
 def test_bfloat16_is_close_to_float32_with_float32_outputs():
   model, low = tiny.transnext(), tiny.transnext(dtype="bfloat16")
   variables, x = drawn_for(model)
-  wanted, got = (tiny.apply(some, variables, x) for some in (model, low))
+  expected, got = (tiny.apply(some, variables, x) for some in (model, low))
   assert got.dtype == jnp.float32
-  assert 0 < jnp.abs(got - wanted).max() / jnp.abs(wanted).max() < 0.05
+  assert 0 < jnp.abs(got - expected).max() / jnp.abs(expected).max() < 0.05
 
 
 def test_every_leaf_has_one_rule_and_decays_as_in_the_authors_code():

@@ -56,8 +56,9 @@ def test_angles_match_the_definition():
   for row in range(2):
     for column in range(3):
       y, x = 2 * (row + 0.5) / 2 - 1, 2 * (column + 0.5) / 3 - 1
-      wanted = [2 * math.pi * place / temperature ** (k / 2) for place in (y, x) for k in range(2)]
-      np.testing.assert_allclose(got[2 + row * 3 + column], wanted, rtol=1e-5)
+      expected = [2 * math.pi * place / temperature ** (k / 2)
+                  for place in (y, x) for k in range(2)]
+      np.testing.assert_allclose(got[2 + row * 3 + column], expected, rtol=1e-5)
 
 
 def test_angles_of_eva02_are_scaled_to_the_grid_of_its_pretraining():
@@ -67,9 +68,9 @@ def test_angles_of_eva02_are_scaled_to_the_grid_of_its_pretraining():
   assert not got[0].any()
   for row in range(2):
     for column in range(3):
-      wanted = [place / temperature ** (k / 2) for place in (row / 2 * 16, column / 3 * 16)
-                for k in range(2)]
-      np.testing.assert_allclose(got[1 + row * 3 + column], wanted, rtol=1e-5)
+      expected = [place / temperature ** (k / 2) for place in (row / 2 * 16, column / 3 * 16)
+                  for k in range(2)]
+      np.testing.assert_allclose(got[1 + row * 3 + column], expected, rtol=1e-5)
   x = np.arange(8, dtype=np.float32).reshape(1, 1, 1, 8)
   turned = np.asarray(rotary.rotate(x, np.float32([[np.pi / 2, 0, 0, np.pi]]), neighbours=True))
   np.testing.assert_allclose(turned[0, 0, 0], [-1, 0, 2, 3, 4, 5, -6, -7], atol=1e-5)
@@ -103,8 +104,9 @@ def test_tokens_keep_their_positions_and_merged_ones_get_the_mean():
   places = rotary.places((2, 2), prefix=1)
   source = jnp.array([[0, 1, -1, 2, 2], [0, -1, 1, -1, 2]])   # dropped, kept, merged
   got = rotary.places_of(Tokens(jnp.zeros((2, 3, 4)), source=source), places)
-  wanted = [[places[0], places[1], (places[3] + places[4]) / 2], [places[0], places[2], places[4]]]
-  np.testing.assert_allclose(got, wanted, atol=1e-6)
+  expected = [[places[0], places[1], (places[3] + places[4]) / 2],
+              [places[0], places[2], places[4]]]
+  np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
 def test_with_all_patches_kept_rotary_positions_equal_the_dense_ones():
@@ -202,8 +204,8 @@ def test_model_without_a_classifier_is_measured_by_its_features(monkeypatch):
   assert measured and set(measured) <= set(asked)
   assert report.unit == "error" and "error" in str(report.explain(report.plan(macs=0.9)))
   assert "nats" not in page(report)
-  wanted = np.asarray([[1.0, 2.0], [3.0, 6.0]])   # variances 1 and 4
-  assert feature_error(wanted, wanted + 0.5) == pytest.approx(0.25 / 2.5)
+  expected = np.asarray([[1.0, 2.0], [3.0, 6.0]])   # variances 1 and 4
+  assert feature_error(expected, expected + 0.5) == pytest.approx(0.25 / 2.5)
 
 
 @pytest.mark.parametrize("fields,message", [

@@ -44,8 +44,8 @@ def test_divergence_is_kl_from_the_teacher():
 
 def test_kept_ratio_is_the_squared_error_of_each_stage_and_image():
   keep_mask = [jnp.array([[1.0, 1, 1, 0], [1, 0, 0, 0]]), jnp.array([[1.0, 1, 0, 0], [0, 0, 0, 0]])]
-  wanted = [(0.05 ** 2 + 0.01 ** 2) / 2, (0.45 ** 2 + 0.49 ** 2) / 2]
-  np.testing.assert_allclose(kept_ratio(keep_mask, (0.7, 0.49)), wanted, rtol=1e-5)
+  expected = [(0.05 ** 2 + 0.01 ** 2) / 2, (0.45 ** 2 + 0.49 ** 2) / 2]
+  np.testing.assert_allclose(kept_ratio(keep_mask, (0.7, 0.49)), expected, rtol=1e-5)
   with pytest.raises(ValueError):
     kept_ratio(keep_mask, (0.7,))
 
@@ -57,8 +57,8 @@ def test_token_losses_are_means_over_surviving_tokens_of_the_batch():
   square = losses.token_square(jnp.array(student), jnp.array(teacher), jnp.array(keep_mask))
   assert square.mean() == pytest.approx(((student - teacher)[held] ** 2).mean(), rel=1e-5)
   kl = losses.token_divergence(jnp.array(student), jnp.array(teacher), jnp.array(keep_mask))
-  wanted = losses.divergence(jnp.array(student[held]), jnp.array(teacher[held])).mean()
-  assert kl.mean() == pytest.approx(float(wanted), rel=1e-5)
+  expected = losses.divergence(jnp.array(student[held]), jnp.array(teacher[held])).mean()
+  assert kl.mean() == pytest.approx(float(expected), rel=1e-5)
   assert not losses.token_square(jnp.array(student), jnp.array(teacher), jnp.zeros((2, 4))).any()
 
 

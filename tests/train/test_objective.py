@@ -71,9 +71,9 @@ def test_label_maps_give_each_patch_its_own_target():
   of_patches = jnp.stack([TARGETS, TARGETS[::-1]], axis=1)
   out = TokenLogits(STUDENT, tokens, jnp.float32(1), jnp.ones((2, 2)))
   metrics, _ = label_terms(out, (TARGETS, of_patches), weights(patch_labels=1.0), distils=False)
-  wanted = [losses.cross_entropy(tokens[:, i], of_patches[:, i]).mean() for i in (0, 1)]
+  expected = [losses.cross_entropy(tokens[:, i], of_patches[:, i]).mean() for i in (0, 1)]
   assert metrics["labels"] == pytest.approx(float(losses.cross_entropy(STUDENT, TARGETS).mean()))
-  assert metrics["patch_labels"] == pytest.approx(float(np.mean(wanted)))
+  assert metrics["patch_labels"] == pytest.approx(float(np.mean(expected)))
 
 
 def test_distillation_trains_only_the_second_head():
@@ -100,10 +100,10 @@ def test_attention_maps_are_compared_as_head_means_in_blocks_with_equal_tokens()
   mine, theirs = (tiny.features(*pair, tiny.images(model), True).maps["blocks_0"].mean(axis=1)
                   for pair in ((model, student), (teacher, teacher_variables)))
   error = np.sum((mine - theirs) ** 2, axis=(1, 2)) / np.sum(theirs ** 2, axis=(1, 2))
-  wanted = float(np.mean(error))
-  assert wanted > 0.01
-  assert metrics["loss_attention"] == pytest.approx(wanted, rel=1e-4)
-  assert value == pytest.approx(float(metrics["loss_labels"]) + 0.5 * wanted, rel=1e-5)
+  expected = float(np.mean(error))
+  assert expected > 0.01
+  assert metrics["loss_attention"] == pytest.approx(expected, rel=1e-4)
+  assert value == pytest.approx(float(metrics["loss_labels"]) + 0.5 * expected, rel=1e-5)
   assert np.abs(grads["blocks_0"]["attn"]["query"]["kernel"]).max() > 0
 
 
@@ -130,13 +130,13 @@ def test_sparse_fine_tuning_uses_labels_logits_and_patches_not_predictors(name, 
   said, theirs = tiny.apply(teacher, teacher_variables, tiny.images(model), mutable=["tokens"])
   if name == "lvvit_t":
     guess, patches, theirs = out.logits, out.token_logits, theirs["tokens"]
-    said, wanted = theirs["logits"][0], theirs["token_logits"][0]
+    said, expected = theirs["logits"][0], theirs["token_logits"][0]
   else:
-    guess, patches, wanted = out, *(new["tokens"]["patches"][0] for new in (mine, theirs))
+    guess, patches, expected = out, *(new["tokens"]["patches"][0] for new in (mine, theirs))
   assert metrics["loss_logits"] == pytest.approx(float(losses.divergence(guess, said).mean()),
                                                  rel=1e-4)
-  error = ((patches - wanted) ** 2 if patch_error == "square" else
-           losses.divergence(patches, wanted))
+  error = ((patches - expected) ** 2 if patch_error == "square" else
+           losses.divergence(patches, expected))
   assert metrics["loss_patches"] == pytest.approx(float(error.mean()), rel=1e-4)
   assert np.abs(patches - patches[:, ::-1]).max() > 0.01   # otherwise the order would not show
   for leaf, grad in trees.named_leaves(grads).items():
@@ -171,9 +171,9 @@ def test_dynamicvit_learns_how_many_patches_to_keep():
                       rngs={"dropout": jax.random.key(3)},
                        mutable=["tokens"])
   kept = new["tokens"]["blocks_0"]["predict_tokens"]["keep_mask"][0].mean(axis=1)
-  wanted = float(np.mean((kept - 0.5) ** 2))
-  assert metrics["loss_kept_ratio"] == pytest.approx(wanted, rel=1e-5)
-  assert value == pytest.approx(2 * wanted, rel=1e-5)
+  expected = float(np.mean((kept - 0.5) ** 2))
+  assert metrics["loss_kept_ratio"] == pytest.approx(expected, rel=1e-5)
+  assert value == pytest.approx(2 * expected, rel=1e-5)
   assert np.any(grads["blocks_0"]["predict_tokens"]["out3"]["kernel"])
 
 
@@ -193,15 +193,15 @@ def test_mctf_is_consistent_with_itself_but_not_with_a_pass_that_merges_less(r):
       2 * metrics["loss_labels"] + 2 * metrics["loss_labels_second"] +
       3 * metrics["loss_consistency"]), rel=1e-5)
   for name, (logits, _) in zip(("loss_labels", "loss_labels_second"), passes, strict=True):
-    wanted = losses.cross_entropy(logits, jax.nn.one_hot(labels, 5)).mean()
-    assert metrics[name] == pytest.approx(float(wanted), rel=1e-4)
+    expected = losses.cross_entropy(logits, jax.nn.one_hot(labels, 5)).mean()
+    assert metrics[name] == pytest.approx(float(expected), rel=1e-4)
   # The first image is misclassified and excluded; the others count the class tokens' distance.
   sure = jax.nn.softmax(passes[0][0])[jnp.arange(3), labels] > 0.4
   assert not sure[0] and sure.any()
   mine, other = (new["tokens"]["prefix"][0][:, 0] for _, new in passes)
-  wanted = float(((mine - other) ** 2).mean(axis=-1)[sure].mean())
-  assert metrics["loss_consistency"] == pytest.approx(wanted, rel=1e-4)
-  assert (wanted > 1e-6) == (r != 3)
+  expected = float(((mine - other) ** 2).mean(axis=-1)[sure].mean())
+  assert metrics["loss_consistency"] == pytest.approx(expected, rel=1e-4)
+  assert (expected > 1e-6) == (r != 3)
 
 
 def test_second_pass_follows_the_first_with_its_own_random_numbers():
@@ -224,8 +224,8 @@ def test_second_pass_follows_the_first_with_its_own_random_numbers():
                                          tiny.images(model), LABELS, targets, key)
   assert metrics["loss_labels"] == pytest.approx(float(first), rel=1e-4)
   assert metrics["loss_labels_second"] == pytest.approx(float(other), rel=1e-4)
-  for mine, wanted in zip(*map(jax.tree.leaves, (got, stats)), strict=True):
-    np.testing.assert_allclose(mine, wanted, rtol=1e-4, atol=1e-5)
+  for mine, expected in zip(*map(jax.tree.leaves, (got, stats)), strict=True):
+    np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_soft_distillation_uses_the_temperature_of_the_config():
@@ -235,19 +235,19 @@ def test_soft_distillation_uses_the_temperature_of_the_config():
   heads = tiny.apply(model, student, tiny.images(model), train=True,
                      rngs={"dropout": jax.random.key(3)})
   said = tiny.apply(teacher, teacher_variables, tiny.images(model))
-  wanted = float(losses.soft_distillation(heads[1], said, 3.0).mean())
-  assert metrics["loss_soft"] == pytest.approx(wanted, rel=1e-4)
-  assert value == pytest.approx(0.5 * wanted, rel=1e-4)
+  expected = float(losses.soft_distillation(heads[1], said, 3.0).mean())
+  assert metrics["loss_soft"] == pytest.approx(expected, rel=1e-4)
+  assert value == pytest.approx(0.5 * expected, rel=1e-4)
 
 
 def test_couples_images_is_true_if_images_of_a_batch_interact():
   mctf = deit(vc.Plan(tokens=vc.MCTF(r=3, blocks=(0,))))
-  for model, stats, loss, wanted in [
+  for model, stats, loss, expected in [
       (deit(), {}, weights(labels=1.0, logits=1.0), False), (deit(), {"a": 1}, weights(), True),
       (deit(), {}, weights(patches=1.0), True), (mctf, {}, weights(labels=1.0), False),
       (mctf, {}, weights(consistency=1.0), True),
       (deit(name="lvvit_t"), {}, weights(labels=1.0), True)]:
-    assert couples_images(model, stats, loss) == wanted
+    assert couples_images(model, stats, loss) == expected
 
 
 @pytest.mark.parametrize("granularity", ["token", "block"])
@@ -285,8 +285,8 @@ def test_replicas_have_separate_statistics_and_losses():
   whole, (stats, metrics) = of(by_replica(objective, 2), slice(0, 4))
   halves = [of(objective, part) for part in (slice(0, 2), slice(2, 4))]
   mean = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
-  for got, wanted in zip(*map(jax.tree.leaves, ((whole, (stats, metrics)), mean)), strict=True):
-    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+  for got, expected in zip(*map(jax.tree.leaves, ((whole, (stats, metrics)), mean)), strict=True):
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
   together, _ = of(objective, slice(0, 4))
   assert abs(together - whole) > 1e-4
 
@@ -297,6 +297,6 @@ def test_replicas_have_separate_random_numbers():
 
   key, rows = jax.random.key(3), jnp.zeros((4, 1))
   loss, _ = by_replica(drawn, 2)({}, {}, {}, rows, rows, rows, key)
-  wanted = np.mean([jax.random.uniform(one) for one in jax.random.split(key, 2)])
-  np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+  expected = np.mean([jax.random.uniform(one) for one in jax.random.split(key, 2)])
+  np.testing.assert_allclose(loss, expected, rtol=1e-6)
   assert loss != jax.random.uniform(jax.random.split(key, 2)[0])

@@ -104,8 +104,8 @@ def test_adaptive_clipping_bounds_each_outputs_gradient_by_its_weights():
   got, _ = clip.update(gradients, clip.init(params), params)
   for name, gradient in gradients.items():
     most = 0.02 * np.maximum(unit_norm(name, params[name]), 1e-3)
-    wanted = gradient * np.minimum(1, most / unit_norm(name, gradient))
-    np.testing.assert_allclose(got[name], wanted, rtol=1e-5, err_msg=name)
+    expected = gradient * np.minimum(1, most / unit_norm(name, gradient))
+    np.testing.assert_allclose(got[name], expected, rtol=1e-5, err_msg=name)
     assert (name == "small/kernel") == np.array_equal(got[name], gradient)
   assert np.linalg.norm(got["norm/scale"]) == pytest.approx(2e-5)
   theirs = optax.adaptive_grad_clip(0.02)
@@ -158,8 +158,8 @@ def test_schedule_has_the_given_rates_and_ends_with_its_cool_down(name, values):
   section.update(schedule=name, learning_rate=1.0, warmup_learning_rate=0.0, epoch_steps=10,
                  final_learning_rate=0.0, warmup_steps=20, cooldown_steps=10)
   rate = optim.schedule(section, 110)
-  for step, wanted in values.items():
-    assert rate(step) == pytest.approx(wanted, rel=1e-3, abs=1e-6), step
+  for step, expected in values.items():
+    assert rate(step) == pytest.approx(expected, rel=1e-3, abs=1e-6), step
   late = 10 * (name == "late_epoch")
   assert rate(99 + late) > 0 and rate(100 + late) == pytest.approx(0, abs=1e-6) == rate(109 + late)
 

@@ -157,8 +157,8 @@ def test_each_phase_has_its_own_learning_rate(config):
       "reconstruct.final_learning_rate": 1.0}).reconstruct
   rate = optim.make_optimizers(config.optim, 34, PARAMS, jax.tree.map(lambda _: True, PARAMS),
                                optim.FirstGroup("links", r"(.*/)?links/.*", section)).rate
-  for step, wanted in {0: 2, 5: 1.5, 10: 4, 20: 2, 30: 0, 33: 0}.items():
-    assert rate(step) == pytest.approx(wanted, abs=1e-6), step
+  for step, expected in {0: 2, 5: 1.5, 10: 4, 20: 2, 30: 0, 33: 0}.items():
+    assert rate(step) == pytest.approx(expected, abs=1e-6), step
 
 
 def test_after_a_first_phase_steps_are_counted_from_zero_again(config):

@@ -25,12 +25,12 @@ def test_dense_file_is_compacted_with_training_images(built, dense):
   images = start.calibration_images(built.config, built.preprocess)
   assert images.shape == (128, 8, 8, 3)
   got = start.load_variables(path, built.model, lambda: images)
-  _, wanted = vc.compact(model, variables, built.model.plan, images=images)
-  assert trees.digest(got) == trees.digest(wanted)
+  _, expected = vc.compact(model, variables, built.model.plan, images=images)
+  assert trees.digest(got) == trees.digest(expected)
   state = start.state_with_variables(built.init(jax.random.key(0)), got, built.shardings)
   for tree in (state.params, state.ema_params):
-    assert trees.digest(tree) == trees.digest(wanted["params"])
-  assert trees.digest(state.ema_batch_stats) == trees.digest(wanted["batch_stats"])
+    assert trees.digest(tree) == trees.digest(expected["params"])
+  assert trees.digest(state.ema_batch_stats) == trees.digest(expected["batch_stats"])
   placed = jax.tree.map(lambda leaf, sharding: leaf.sharding == sharding, state, built.shardings)
   assert all(jax.tree.leaves(placed)) and int(state.step) == 0
 
@@ -118,8 +118,8 @@ def test_other_programs_weights_are_read_for_the_runs_model(built, tmp_path):
     assert start.is_dense(name)
     assert trees.digest(start.load_teacher(name, model)) == trees.digest(variables)
   got = start.load_variables(str(path), built.model, lambda: images)
-  _, wanted = vc.compact(model, variables, built.model.plan, images=images)
-  assert trees.digest(got) == trees.digest(wanted)
+  _, expected = vc.compact(model, variables, built.model.plan, images=images)
+  assert trees.digest(got) == trees.digest(expected)
   np.savez(path, **{name: value for name, value in state.items() if "norm1" not in name})
   with pytest.raises(ValueError, match=r"init_from=.*npz': the state dict does not fit") as error:
     start.load_variables(str(path), built.model, None)

@@ -33,7 +33,7 @@ def region_of(grid, side):
   return (rows[:, None] * (columns[-1] + 1) + columns).reshape(-1)
 
 
-def expected(query, key, value, grids, side, prefix, top_k, scale):
+def routing_by_definition(query, key, value, grids, side, prefix, top_k, scale):
   """Bi-level routing attention from its equations, one query at a time."""
   query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
   regions = [region_of(grid, side) for grid in grids]
@@ -71,7 +71,8 @@ def test_query_sees_the_prefix_and_the_top_scoring_regions_of_its_own_region(gri
   assert core.layout.chosen.shape[1:] == (HEADS, region_of(grids[0], side).max() + 1, top_k)
   np.testing.assert_allclose(
       core(query, key, value),
-      expected(query, key, value, grids, side, prefix, top_k, WIDTH ** -0.5), atol=2e-6)
+      routing_by_definition(query, key, value, grids, side, prefix, top_k, WIDTH ** -0.5),
+      atol=2e-6)
 
 
 def test_queries_see_64_patches_in_the_first_three_stages_of_the_paper():
@@ -86,10 +87,10 @@ def test_queries_see_64_patches_in_the_first_three_stages_of_the_paper():
 def test_routing_to_all_regions_is_dense_attention():
   dense, x = tiny.deit(), tiny.images(tiny.deit())
   variables = tiny.init(dense)
-  wanted = tiny.apply(dense, variables, x)
+  expected = tiny.apply(dense, variables, x)
   for method in (ROUTED(top_k=4), ROUTED(keep=1)):
     model = tiny.deit(vc.Plan(attention=method))
-    np.testing.assert_array_equal(tiny.apply(model, variables, x), wanted)
+    np.testing.assert_array_equal(tiny.apply(model, variables, x), expected)
   assert vc.count(model) == vc.count(dense)
   query, key, value = (draw(BATCH, 17, HEADS, WIDTH, seed=seed) for seed in range(3))
   windows = routing.regions((4, 4), 2)
@@ -150,12 +151,12 @@ ROWS = {("deit_small_patch16_224", 16): (4.3715, 4.3941),
     row if row == ("deit_small_patch16_224", 16) else pytest.param(*row, marks=pytest.mark.slow)
     for row in ROWS])
 def test_multiply_adds_and_parameters_match_the_paper(name, top_k):
-  for lce, wanted in zip((False, True), ROWS[name, top_k], strict=True):
+  for lce, expected in zip((False, True), ROWS[name, top_k], strict=True):
     method = vc.BiFormer(top_k=top_k, lce=lce, min_tokens=0)
     count = vc.count(vc.create_model(name, plan=vc.Plan(attention=method)))
     dense = vc.count(vc.create_model(name))
     width = vc.create_model(name).width
-    assert round(count.macs / 1e9, 4) == wanted and count.ideal_macs == count.macs
+    assert round(count.macs / 1e9, 4) == expected and count.ideal_macs == count.macs
     assert count.params - dense.params == lce * 12 * 26 * width
     pairs = 196 * (4 * top_k + 1) + 197
     assert count.attention_macs == 12 * (2 * pairs + 49 ** 2) * width
@@ -187,10 +188,10 @@ def test_local_enhancement_convolves_the_values_and_skips_the_class_token():
   kernel, bias = (np.asarray(params["bra"]["lce"][name]) for name in ("kernel", "bias"))
   padded = np.pad(np.asarray(value[:, 1:]).reshape(BATCH, 4, 4, 24),
                   [(0, 0), (2, 2), (2, 2), (0, 0)])
-  wanted = np.zeros((BATCH, 4, 4, 24)) + bias
+  expected = np.zeros((BATCH, 4, 4, 24)) + bias
   for i, j in itertools.product(range(5), repeat=2):
-    wanted += padded[:, i:i + 4, j:j + 4] * kernel[i, j, 0]
-  np.testing.assert_allclose((out - plain)[:, 1:].reshape(wanted.shape), wanted, atol=1e-5)
+    expected += padded[:, i:i + 4, j:j + 4] * kernel[i, j, 0]
+  np.testing.assert_allclose((out - plain)[:, 1:].reshape(expected.shape), expected, atol=1e-5)
 
 
 def test_compacting_a_dense_model_changes_only_the_routing():
@@ -229,13 +230,13 @@ def test_new_local_enhancement_is_initialised_has_gradients_and_has_rules():
 
 def test_files_and_folding_keep_the_function(tmp_path):
   model, variables, x = enhanced()
-  wanted = tiny.apply(model, variables, x)
+  expected = tiny.apply(model, variables, x)
   state = vc.to_torch(model, variables)
   assert state["blocks.0.attn.lepe.weight"].shape == (24, 1, 5, 5)
   assert trees.differences(vc.from_torch(model, state), variables) == []
   jax.tree.map(np.testing.assert_array_equal, vc.from_torch(model, state), variables)
   deploy, folded = vc.fold(model, variables)
-  np.testing.assert_allclose(tiny.apply(deploy, folded, x), wanted, atol=1e-5)
+  np.testing.assert_allclose(tiny.apply(deploy, folded, x), expected, atol=1e-5)
   vc.save(tmp_path / "a.safetensors", model, variables)
   loaded, restored = vc.load(tmp_path / "a.safetensors")
   assert loaded == model
@@ -259,9 +260,9 @@ def test_heads_hallucinated_on_the_grid_have_the_filtered_map_of_the_routed_head
   maps = np.asarray(bound.variables["maps"]["hallucinate"]["maps"][0])
   assert maps.shape[1] == 4 and ((maps[:, :2] == 0) & (maps[:, 2:] != 0)).any()
   heads = np.einsum("bhnm,bmhd->bnhd", maps, value)
-  wanted = np.einsum("bnhd,hdw->bnw", heads, params["attn"]["out"]["kernel"])
-  wanted = wanted + np.asarray(params["attn"]["out"]["bias"])
-  np.testing.assert_allclose(out, wanted, rtol=1e-4, atol=1e-5)
+  expected = np.einsum("bnhd,hdw->bnw", heads, params["attn"]["out"]["kernel"])
+  expected = expected + np.asarray(params["attn"]["out"]["bias"])
+  np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_blocks_below_the_crossover_stay_dense_and_get_no_options():

@@ -73,7 +73,7 @@ def test_local_term_convolves_each_image_with_its_own_kernel(prefix):
       lambda: module.init(jax.random.key(0), Core(), value, value)))
   got = module.apply(params, value, x, method="local_term")
   own = {name: np.asarray(leaf) for name, leaf in params["params"].items()}
-  wanted = np.zeros((2, tokens, channels))
+  expected = np.zeros((2, tokens, channels))
   for image in range(2):
     mean = np.asarray(x[image]).mean(axis=0)
     hidden, kernels = np.zeros(channels), np.zeros((channels, 3, 3))
@@ -88,8 +88,8 @@ def test_local_term_convolves_each_image_with_its_own_kernel(prefix):
     for row in range(height):
       for column in range(width):
         window = plane[row:row + 3, column:column + 3]
-        wanted[image, prefix + row * width + column] = np.einsum("stc,cst->c", window, kernels)
-  np.testing.assert_allclose(got.reshape(wanted.shape), wanted, rtol=1e-4, atol=1e-5)
+        expected[image, prefix + row * width + column] = np.einsum("stc,cst->c", window, kernels)
+  np.testing.assert_allclose(got.reshape(expected.shape), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("heads,image_size,width,params,macs", [

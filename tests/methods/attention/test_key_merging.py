@@ -67,8 +67,8 @@ def test_similar_keys_merge_into_one_weighted_by_its_size(keep, prefix, fused, s
     assert len(groups) == core.size.shape[1] == 14 - spec.merged_count(14 - prefix - fused)
     assert all([i] in groups for i in [*range(prefix), *[13] * fused])
     weights = np.ones(14) if size is None else np.asarray(size[image])
-    wanted = by_loops(groups, weights, query[image], key[image], value[image])
-    np.testing.assert_allclose(got[image], wanted, atol=2e-6)
+    expected = by_loops(groups, weights, query[image], key[image], value[image])
+    np.testing.assert_allclose(got[image], expected, atol=2e-6)
     np.testing.assert_allclose(core.size[image].sum(), weights.sum())
 
 
@@ -117,8 +117,8 @@ def test_matching_has_no_gradient_but_the_means_do():
     return lambda key, value: jnp.sum(jnp.sin(core_of(key)(query, key, value)))
 
   got = jax.grad(loss(lambda key: merged(HALF, Core(), query, key)), (0, 1))(key, value)
-  wanted = jax.grad(loss(lambda key: fixed), (0, 1))(key, value)
-  for a, b in zip(got, wanted, strict=True):
+  expected = jax.grad(loss(lambda key: fixed), (0, 1))(key, value)
+  for a, b in zip(got, expected, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6)
     assert (np.abs(a).max(axis=(2, 3)) > 0).all()
 
@@ -133,9 +133,9 @@ def test_no_keys_are_merged_while_tokens_are_hidden():
 def test_every_attention_form_supports_merged_keys(form):
   query, key, value = arrays()
   core = merged(HALF, Core(), query, key)
-  wanted = core(query, key, value)
+  expected = core(query, key, value)
   with attention.using(form):
-    np.testing.assert_allclose(core(query, key, value), wanted, atol=2e-6)
+    np.testing.assert_allclose(core(query, key, value), expected, atol=2e-6)
 
 
 # In models.
@@ -194,10 +194,10 @@ def test_token_reducer_uses_all_keys_and_passes_its_sizes_on():
 
 def test_keeping_half_of_the_keys_halves_the_products():
   dense, model = tiny.deit(depth=1), tiny.deit(vc.Plan(attention=HALF), depth=1)
-  wanted, got = vc.count(dense), vc.count(model)
+  expected, got = vc.count(dense), vc.count(model)
   # 8 of 16 patches and the class token for 17 queries, plus cosines of 9 and 8 keys of width 6.
-  assert wanted.attention_macs == 2 * 17 * 17 * 24 and got.attention_macs == 2 * 17 * 9 * 24
-  assert got.macs - wanted.macs == got.attention_macs - wanted.attention_macs + 9 * 8 * 6
+  assert expected.attention_macs == 2 * 17 * 17 * 24 and got.attention_macs == 2 * 17 * 9 * 24
+  assert got.macs - expected.macs == got.attention_macs - expected.attention_macs + 9 * 8 * 6
   assert got.ideal_macs == got.macs
 
 

@@ -71,11 +71,11 @@ def test_kept_pairs_match_the_definition_with_exactly_k_per_row(spec):
   module, variables = predictor(spec)
   query, key = query_key()
   core = module.apply(variables, Core(), query, key)
-  wanted = masks_by_loops(spec, variables["params"], query, key)
-  np.testing.assert_array_equal(core.mask, wanted)
+  expected = masks_by_loops(spec, variables["params"], query, key)
+  np.testing.assert_array_equal(core.mask, expected)
   finite = np.isfinite(reference.masked_scores(core, query, key)).sum(axis=-1)
   assert (finite[:, :, PREFIX:] == spec.budget(TOKENS)).all() and (finite[:, :, 0] == TOKENS).all()
-  assert float(core.scored) == pytest.approx(wanted.mean())
+  assert float(core.scored) == pytest.approx(expected.mean())
 
 
 def test_ties_keep_the_lowest_index_and_exactly_k():
@@ -172,8 +172,8 @@ def test_phase_2_trains_everything_but_predictors_and_phase_1_only_predictors():
     assert bool((leaf == 0).all()) == ("/links/" not in name), name
   logits, state = tiny.apply(dense, variables, x, mutable=["attention", "maps"])
   plain = tiny.deit()
-  wanted = tiny.apply(plain, without_predictors(variables), x)
-  np.testing.assert_allclose(logits, wanted, atol=1e-6)
+  expected = tiny.apply(plain, without_predictors(variables), x)
+  np.testing.assert_allclose(logits, expected, atol=1e-6)
   block = state["attention"]["blocks_1"]["links"]
   maps = state["maps"]["blocks_1"]["attn"]["maps"][0]
   np.testing.assert_allclose(block["target"][0], maps[:, :, 1:], atol=1e-6)
@@ -258,8 +258,8 @@ def test_compact_initialises_predictors_reproducibly():
                  blocks={1: {"heads": vc.HMHSA()}})
   small, first = vc.compact(model, variables, plan)
   assert trees.digest(first) == trees.digest(vc.compact(model, variables, plan)[1])
-  wanted = jax.eval_shape(small.init, jax.random.key(0), tiny.images(small))
-  assert trees.differences(first, wanted) == []
+  expected = jax.eval_shape(small.init, jax.random.key(0), tiny.images(small))
+  assert trees.differences(first, expected) == []
   assert first["params"]["blocks_0"]["attn"] is variables["params"]["blocks_0"]["attn"]
   assert 0.01 < first["params"]["blocks_0"]["links"]["up"].std() < 0.03
 

@@ -49,15 +49,15 @@ def test_fold_keeps_the_function_and_gives_the_deployed_tree(rep, avg_skip, n):
   module = CompactDense(D, RANK, branches=n, rep=rep, avg_skip=avg_skip)
   variables = tiny.randomised(jax.eval_shape(module.init, jax.random.key(0), x))
   params, stats = variables["params"], variables.get("batch_stats", {})
-  wanted = branches_by_definition(params, stats, x, n, rep, avg_skip)
-  np.testing.assert_allclose(jax.jit(module.apply)(variables, x), wanted, rtol=1e-4, atol=1e-5)
+  expected = branches_by_definition(params, stats, x, n, rep, avg_skip)
+  np.testing.assert_allclose(jax.jit(module.apply)(variables, x), expected, rtol=1e-4, atol=1e-5)
   deploy = module.clone(deploy=True)
   folded, left = module.fold(params, stats)
   assert left == {}
   assert trees.differences({"params": folded},
                            jax.eval_shape(deploy.init, jax.random.key(0), x)) == []
   out = tiny.apply(deploy, {"params": folded}, x)
-  np.testing.assert_allclose(out, wanted, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_skip_is_absent_if_the_rank_does_not_divide_the_width():

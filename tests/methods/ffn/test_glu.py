@@ -75,8 +75,8 @@ def test_glu_output_is_the_gate_times_the_value(act):
 def test_convglu_convolves_the_gate_over_the_grid_and_skips_prefix_tokens(act, prefix, grid):
   site = tiny.site(prefix=prefix, query_grid=grid, tokens=prefix + grid[0] * grid[1])
   module, variables, x = ffn(vc.ConvGLU(act), site)
-  wanted = by_definition(variables["params"], x, ACTS[act], prefix, grid)
-  np.testing.assert_allclose(jax.jit(module.apply)(variables, x), wanted, atol=1e-5)
+  expected = by_definition(variables["params"], x, ACTS[act], prefix, grid)
+  np.testing.assert_allclose(jax.jit(module.apply)(variables, x), expected, atol=1e-5)
   if prefix == 0:      # hybrid models pass maps
     map_bhwc = x.reshape(2, *grid, -1)
     np.testing.assert_array_equal(module.apply(variables, map_bhwc).reshape(x.shape),
@@ -129,8 +129,9 @@ def test_initialisation_matches_the_published_one():
     if name.endswith("bias"):
       assert not leaf.any(), name
     else:
-      wanted = (2 / 9) ** 0.5 if "conv" in name else 0.02
-      assert 0.95 * wanted < leaf.std() < 1.05 * wanted and abs(leaf.mean()) < 0.1 * wanted, name
+      expected = (2 / 9) ** 0.5 if "conv" in name else 0.02
+      assert 0.95 * expected < leaf.std() < 1.05 * expected, name
+      assert abs(leaf.mean()) < 0.1 * expected, name
 
 
 @pytest.mark.parametrize("method", [vc.GLU("gelu"), vc.ConvGLU()])
@@ -149,8 +150,8 @@ def test_new_factorised_fc2_has_the_output_spread_of_the_dense_one(method):
 def test_spread_of_a_gated_layer_includes_the_gain_of_the_mixer():
   rng = np.random.default_rng(0)
   gate, value = 0.02 * 96 ** 0.5 * rng.standard_normal((2, 200_000))
-  wanted = np.sqrt(np.mean((ACTS["silu"](2 ** 0.5 * gate) * value) ** 2))
-  np.testing.assert_allclose(hidden_rms(layers.swiglu, 96, 2), wanted, rtol=0.02)
+  expected = np.sqrt(np.mean((ACTS["silu"](2 ** 0.5 * gate) * value) ** 2))
+  np.testing.assert_allclose(hidden_rms(layers.swiglu, 96, 2), expected, rtol=0.02)
 
 
 # Every kind of block that contains an FFN: prefix tokens, another grid, maps between batch norms.
@@ -235,9 +236,9 @@ def test_bfloat16_is_close_to_float32():
   model, low = (tiny.deit(vc.Plan(ffn=vc.ConvGLU()), dtype=dtype)
                 for dtype in ("float32", "bfloat16"))
   variables, x = tiny.init(model), tiny.images(model)
-  wanted, got = (tiny.apply(some, variables, x) for some in (model, low))
+  expected, got = (tiny.apply(some, variables, x) for some in (model, low))
   assert got.dtype == jnp.float32
-  assert 0 < jnp.abs(got - wanted).max() / jnp.abs(wanted).max() < 0.05
+  assert 0 < jnp.abs(got - expected).max() / jnp.abs(expected).max() < 0.05
   conv = jax.eval_shape(functools.partial(
       low.apply, mutable=["intermediates"],
       capture_intermediates=lambda module, _: module.name == "conv"), variables, x)[1]

@@ -70,8 +70,9 @@ def test_folding_onto_values_equals_forming_the_maps(layout, rank, real, heads):
   module = hmhsa.Hallucinate(spec, GRID, GRID, PREFIX)
   q, k, v = qkv(real, heads)
   params = tiny.randomised(jax.eval_shape(module.init, jax.random.key(0), q, k, v))["params"]
-  wanted = maps_formed(params, q, k, v)
-  np.testing.assert_allclose(jax.jit(module.apply)({"params": params}, q, k, v), wanted, atol=1e-5)
+  expected = maps_formed(params, q, k, v)
+  np.testing.assert_allclose(jax.jit(module.apply)({"params": params}, q, k, v), expected,
+                             atol=1e-5)
 
 
 @pytest.mark.parametrize("layout,rank", [("map", 1), ("map", 2), ("grid", 1), ("grid", 3)])
@@ -83,9 +84,9 @@ def test_gradients_equal_those_with_maps_formed(layout, rank):
   def loss(fn):
     return jax.jit(jax.grad(lambda args: jnp.sum(jnp.sin(fn(params, *args)))))(args)
 
-  for got, wanted in zip(loss(lambda p, *a: module.apply({"params": p}, *a)), loss(maps_formed),
-                         strict=True):
-    np.testing.assert_allclose(got, wanted, atol=1e-5)
+  for got, expected in zip(loss(lambda p, *a: module.apply({"params": p}, *a)), loss(maps_formed),
+                           strict=True):
+    np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["map", "grid"])

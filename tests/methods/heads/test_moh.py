@@ -156,14 +156,14 @@ def test_capacity_keeps_the_tokens_that_weigh_a_head_most(core, capacity):
                   for method in (spec, dataclasses.replace(spec, capacity=None)))
   params = tiny.randomised(jax.eval_shape(
       lambda: module.init(jax.random.key(0), query, key, value, attention.DENSE, x)), spread=1.0)
-  got, wanted = (jax.jit(lambda params, m=m: m.apply(params, query, key, value, core, x))(params)
-                 for m in (module, free))
+  got, expected = (jax.jit(lambda params, m=m: m.apply(params, query, key, value, core, x))(params)
+                   for m in (module, free))
   weights, _, _ = weights_of(x, params["params"], 1, 2)
-  wanted, rows = np.array(wanted), min(int(np.ceil(capacity * 17 / 3)), 17)
+  expected, rows = np.array(expected), min(int(np.ceil(capacity * 17 / 3)), 17)
   for head in range(1, 4):
     last = np.argsort(-np.asarray(weights[0, :, head]), kind="stable")[rows:]
-    wanted[0, last, head] = 0
-  np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+    expected[0, last, head] = 0
+  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
   served = (np.asarray(got[0, :, 1:]) != 0).any(axis=-1).sum(axis=0)
   assert (served <= rows).all()
   if capacity == 0.5:
@@ -189,18 +189,18 @@ def test_counts_match_the_specification():
   assert gathered.ideal_macs == pytest.approx(got.ideal_macs, rel=1e-3)
 
 
-@pytest.mark.parametrize("heads,depths,shared,routed,wanted", [
+@pytest.mark.parametrize("heads,depths,shared,routed,expected", [
     ((3, 6, 12, 24), (5, 5, 22, 5), (3, 6, 3, 8), (0, 0, 6, 12), 343 / 429),
     ((3, 6, 12, 24), (5, 5, 22, 5), (3, 6, 3, 4), (0, 0, 6, 12), 323 / 429),
     ((4, 8, 16, 32), (5, 5, 23, 5), (4, 8, 4, 5), (0, 0, 8, 16), 441 / 588),
     ((4, 8, 16, 32), (5, 5, 23, 5), (2, 2, 2, 4), (2, 4, 6, 8), 294 / 588)])
-def test_published_models_have_the_stated_active_heads(heads, depths, shared, routed, wanted):
+def test_published_models_have_the_stated_active_heads(heads, depths, shared, routed, expected):
   active = total = 0
   for count, depth, s, k in zip(heads, depths, shared, routed, strict=True):
     spec = vc.MoH(active=s + k, shared=s)
     active += depth * spec.active_heads(tiny.site(heads=count, width=24 * count))
     total += depth * count
-  assert active / total == pytest.approx(wanted)
+  assert active / total == pytest.approx(expected)
 
 
 def constant_routers(variables, active):
@@ -218,13 +218,13 @@ def test_constant_mixture_converts_exactly_to_dense_and_to_pruned_heads():
   model = tiny.deit(vc.Plan(heads=vc.MoH(active=3, shared=1)))
   variables = constant_routers(tiny.init(model), 3)
   images = np.asarray(tiny.images(model, 16))
-  wanted = tiny.apply(model, variables, images)
+  expected = tiny.apply(model, variables, images)
   dense, got = vc.compact(model, variables, vc.Plan(), images=images)
   assert dense.plan == vc.Plan()
-  np.testing.assert_allclose(tiny.apply(dense, got, images), wanted, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(tiny.apply(dense, got, images), expected, rtol=1e-4, atol=1e-5)
   pruned, got = vc.compact(model, variables, vc.Plan(heads=vc.HeadPruning(kept_heads=3)),
                            images=images)
-  np.testing.assert_allclose(tiny.apply(pruned, got, images), wanted, rtol=1e-3, atol=1e-4)
+  np.testing.assert_allclose(tiny.apply(pruned, got, images), expected, rtol=1e-3, atol=1e-4)
   assert vc.count(pruned).params < vc.count(dense).params
 
 

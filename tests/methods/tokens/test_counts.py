@@ -34,10 +34,10 @@ TOKENS = [
 ]
 
 
-@pytest.mark.parametrize("tokens,wanted", TOKENS)
-def test_tokens_after_every_block_match(tokens, wanted):
+@pytest.mark.parametrize("tokens,expected", TOKENS)
+def test_tokens_after_every_block_match(tokens, expected):
   plan = vc.Plan(tokens=tokens)
-  assert [plan.tokens_left(block + 1, 12, 197, 1) for block in range(12)] == wanted
+  assert [plan.tokens_left(block + 1, 12, 197, 1) for block in range(12)] == expected
 
 
 @functools.cache

@@ -95,8 +95,8 @@ def test_hidden_tokens_act_as_if_removed():
   living = np.array([0, 1, 4, 5, 8])
   keep_mask = jnp.zeros((2, 9)).at[:, living].set(1)
   got = Core(keep_mask=keep_mask)(query, key, value)
-  wanted = attention.DENSE(*(x[:, living] for x in (query, key, value)))
-  np.testing.assert_allclose(got[:, living], wanted, atol=1e-4)
+  expected = attention.DENSE(*(x[:, living] for x in (query, key, value)))
+  np.testing.assert_allclose(got[:, living], expected, atol=1e-4)
   maps = Core(keep_mask=keep_mask).maps(query, key)
   np.testing.assert_allclose(maps.sum(axis=-1), 1, atol=1e-5)
   # A hidden token is seen only by itself, but sees the kept ones too.
@@ -109,9 +109,9 @@ def test_hidden_tokens_are_weighted_as_published():
   keep_mask = np.array([1.0, 0, 1, 0])
   exp = np.exp(np.asarray(attention.scores(query, key), float)[0, 0])
   exp = exp / exp.max(axis=-1, keepdims=True) * np.where(np.eye(4), 1, keep_mask)
-  wanted = (exp + 1e-6 / 4) / (exp.sum(axis=-1, keepdims=True) + 1e-6)
-  np.testing.assert_allclose(Core(keep_mask=jnp.array([keep_mask])).maps(query, key)[0, 0], wanted,
-                             rtol=1e-5)
+  expected = (exp + 1e-6 / 4) / (exp.sum(axis=-1, keepdims=True) + 1e-6)
+  np.testing.assert_allclose(Core(keep_mask=jnp.array([keep_mask])).maps(query, key)[0, 0],
+                             expected, rtol=1e-5)
 
 
 def model():
@@ -189,7 +189,7 @@ def test_dropped_patches_are_excluded_from_the_pooled_features():
   mean = (patches * keep_mask[..., None]).sum(1) / keep_mask.sum(1)[:, None]
   source, norm = mean, params["fc_norm"]
   source = source - source.mean(-1, keepdims=True)
-  wanted = source / jnp.sqrt((source ** 2).mean(-1, keepdims=True) + 1e-6)
-  wanted = wanted * norm["scale"][None] + norm["bias"][None]
-  np.testing.assert_allclose(out, wanted, atol=1e-4)
+  expected = source / jnp.sqrt((source ** 2).mean(-1, keepdims=True) + 1e-6)
+  expected = expected * norm["scale"][None] + norm["bias"][None]
+  np.testing.assert_allclose(out, expected, atol=1e-4)
   assert 0 < keep_mask.sum() < keep_mask.size

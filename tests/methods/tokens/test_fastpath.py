@@ -144,9 +144,9 @@ def test_kept_patches_take_the_ffn_and_the_others_the_fast_path(name):
                                 np.asarray(x.x[image, site.prefix:], float),
                                 np.ones(site.queries - site.prefix))[:, 0]
     kept = [*range(site.prefix), *(site.prefix + np.argsort(-score)[:count]).tolist()]
-    wanted = stream[image] + by_loops(variables["params"], stream[image], set(kept),
-                                      site.query_grid)
-    np.testing.assert_allclose(got.x[image], wanted, atol=3e-5)
+    expected = stream[image] + by_loops(variables["params"], stream[image], set(kept),
+                                        site.query_grid)
+    np.testing.assert_allclose(got.x[image], expected, atol=3e-5)
     assert sorted(np.asarray(got.paths.full[image])) == sorted(kept)
     both = np.concatenate([got.paths.full[image], got.paths.short[image]])
     np.testing.assert_array_equal(both[np.asarray(got.paths.place[image])], np.arange(site.queries))
@@ -168,8 +168,8 @@ def test_probabilities_are_as_published_where_the_epsilon_of_the_norm_matters():
                            spread=0.5)["params"]
   got = Scores().apply({"params": params}, x, keep)
   for image in range(2):
-    wanted = reference.predicted(params, np.asarray(x[image], float), np.asarray(keep[image]))
-    np.testing.assert_allclose(got[image], wanted, atol=1e-5)
+    expected = reference.predicted(params, np.asarray(x[image], float), np.asarray(keep[image]))
+    np.testing.assert_allclose(got[image], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name,fields", [
@@ -195,12 +195,12 @@ def test_with_all_patches_kept_masking_and_gathering_equal_the_dense_block():
   x = Tokens(jax.random.normal(jax.random.key(0), (2, 16, 20)))
   variables = tiny.randomised(jax.eval_shape(
       module.init, jax.random.key(0), x.replace(paths=Paths(mask=jnp.ones((2, 16))))))
-  wanted = module.clone(methods=BlockMethods()).apply(variables, x)
+  expected = module.clone(methods=BlockMethods()).apply(variables, x)
   order = jnp.stack([jax.random.permutation(jax.random.key(i), 16) for i in range(2)])
   for paths in (Paths(mask=jnp.ones((2, 16))),
                 Paths(order, order[:, :0], jnp.argsort(order, axis=1))):
     got = module.apply(variables, x.replace(paths=paths))
-    np.testing.assert_allclose(got.x, wanted.x, atol=2e-6)
+    np.testing.assert_allclose(got.x, expected.x, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", ["pvt_small", "pvt_v2_b2"])
@@ -249,9 +249,9 @@ def test_prefix_tokens_always_take_the_ffn():
   _, state = applied(model, variables, x, mutable=["features"])
   dense = model.clone(plan=vc.Plan())
   _, whole = applied(dense, variables, x, mutable=["features"])
-  got, wanted = (np.asarray(s["features"]["block_0"][0]) for s in (state, whole))
-  np.testing.assert_allclose(got[:, 0], wanted[:, 0], atol=1e-5)
-  alike = np.isclose(got, wanted, atol=1e-4).all(axis=-1)
+  got, expected = (np.asarray(s["features"]["block_0"][0]) for s in (state, whole))
+  np.testing.assert_allclose(got[:, 0], expected[:, 0], atol=1e-5)
+  alike = np.isclose(got, expected, atol=1e-4).all(axis=-1)
   assert alike.sum(axis=1).tolist() == [2, 2, 2]     # plus one patch
 
 
@@ -467,12 +467,12 @@ def test_compact_initialises_the_fast_path_from_the_ffn(name):
     dense = nextvit(tokens=None)
     plan = vc.Plan(tokens=HYBRID)
   variables, x = tiny.init(dense, spread=0.2), tiny.images(dense, batch=16)
-  wanted, lost, notes = applied(dense, variables, x), {}, {}
+  expected, lost, notes = applied(dense, variables, x), {}, {}
   for kind, images in (("fresh", None), ("fitted", x)):
     small, got = vc.compact(dense, variables, plan, images=images, progress=notes.__setitem__)
     asked = jax.eval_shape(small.init, jax.random.key(0), x)
     assert trees.differences(got, asked) == []
-    lost[kind] = float(np.square(applied(small, got, x) - wanted).mean())
+    lost[kind] = float(np.square(applied(small, got, x) - expected).mean())
     old = trees.named_leaves(variables["params"])
     new = trees.named_leaves(got["params"])
     assert all(new[leaf] is old[leaf] for leaf in old)

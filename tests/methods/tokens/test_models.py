@@ -107,11 +107,11 @@ def test_reducing_nothing_is_the_dense_program(tokens):
 def test_block_too_small_to_reduce_leaves_its_tokens_unchanged():
   dense = tiny.deit(depth=1, image_size=24)      # 9 patches and the class token
   variables, x = tiny.init(dense), tiny.images(dense)
-  wanted = tiny.apply(dense, variables, x)
+  expected = tiny.apply(dense, variables, x)
   for tokens in (vc.MCTF(r=4, blocks=(0,)), vc.EViT(keep=0.9, blocks=(0,))):
     model = tiny.deit(vc.Plan(tokens=tokens), depth=1, image_size=24)
     assert model.plan.tokens_left(1, 1, 10, 1) == 10
-    np.testing.assert_array_equal(tiny.apply(model, variables, x), wanted)
+    np.testing.assert_array_equal(tiny.apply(model, variables, x), expected)
 
 
 def test_maps_are_those_of_the_merged_tokens():
@@ -139,8 +139,8 @@ def test_lvvit_takes_the_maximum_over_surviving_patches():
   aux = aux_by_hand(params, seen["patches"][0])
   aux = np.where(np.asarray(seen["keep_mask"][0])[..., None] > 0, aux, -np.inf)
   head = params["head"]
-  wanted = np.asarray(seen["prefix"][0])[:, 0] @ np.asarray(head["kernel"]) + head["bias"][None]
-  np.testing.assert_allclose(logits, wanted + 0.5 * aux.max(axis=1), atol=1e-4)
+  expected = np.asarray(seen["prefix"][0])[:, 0] @ np.asarray(head["kernel"]) + head["bias"][None]
+  np.testing.assert_allclose(logits, expected + 0.5 * aux.max(axis=1), atol=1e-4)
 
 
 @pytest.mark.parametrize("tokens,living", [

@@ -35,27 +35,27 @@ def chained(step, steps=2):
   return out
 
 
-def assert_same(tokens, image, wanted):
-  np.testing.assert_allclose(tokens.x[image], [t["x"] for t in wanted], atol=2e-5)
+def assert_same(tokens, image, expected):
+  np.testing.assert_allclose(tokens.x[image], [t["x"] for t in expected], atol=2e-5)
   if tokens.size is not None:
-    np.testing.assert_allclose(tokens.size[image], [t["size"] for t in wanted])
+    np.testing.assert_allclose(tokens.size[image], [t["size"] for t in expected])
     assert float(tokens.size[image].sum()) == COUNT
   source = np.full(COUNT, -1)
-  for index, token in enumerate(wanted):
+  for index, token in enumerate(expected):
     source[token["of"]] = index
   np.testing.assert_array_equal(tokens.source[image], source)
-  patch = [t["patch"] for t in wanted]
-  remainder = np.zeros(len(wanted), bool) if tokens.remainder is None else tokens.remainder[image]
+  patch = [t["patch"] for t in expected]
+  remainder = np.zeros(len(expected), bool) if tokens.remainder is None else tokens.remainder[image]
   np.testing.assert_array_equal(remainder, np.logical_not(patch))
 
 
 def assert_follows(chain, redo):
   """Checks a chain against redo(tokens of the reference, query, key) -> tokens."""
   for image in range(BATCH):
-    wanted = reference.start(np.asarray(drawn(0, BATCH, COUNT, WIDTH)[image], float))
+    expected = reference.start(np.asarray(drawn(0, BATCH, COUNT, WIDTH)[image], float))
     for tokens, query, key in chain:
-      wanted = redo(wanted, query[image], key[image])
-      assert_same(tokens, image, wanted)
+      expected = redo(expected, query[image], key[image])
+      assert_same(tokens, image, expected)
 
 
 @pytest.mark.parametrize("keep,fuse,prefix", [(0.7, True, 1), (0.7, False, 2), (0.9, True, 2)])
@@ -141,8 +141,8 @@ def test_received_attention_is_summed_in_tiles(monkeypatch):
   monkeypatch.setattr(mctf, "TILE", 7)      # 20 queries make three tiles, the last one padded
   query, key = heads(1, COUNT)
   size = jnp.arange(1.0, COUNT + 1)[None].repeat(BATCH, 0)
-  wanted = Core(size=size).maps(query, key).mean(axis=(1, 2))
-  np.testing.assert_allclose(mctf.received_attention(query, key, size), wanted, atol=1e-6)
+  expected = Core(size=size).maps(query, key).mean(axis=(1, 2))
+  np.testing.assert_allclose(mctf.received_attention(query, key, size), expected, atol=1e-6)
   shapes = [v.aval.shape for eqn in jax.make_jaxpr(mctf.received_attention)(query, key).jaxpr.eqns
             for v in eqn.outvars]
   assert (BATCH, 3, COUNT, COUNT) not in shapes
@@ -171,8 +171,8 @@ def test_attention_with_sizes_is_attention_over_repeated_tokens():
   query, key, value = (drawn(i, BATCH, 7, 3, 4) for i in range(3))
   size = [1, 3, 2, 1, 1, 4, 2]
   got = Core(size=jnp.broadcast_to(jnp.array(size, float), (BATCH, 7)))(query, key, value)
-  wanted = attention.DENSE(query, *(jnp.repeat(x, np.array(size), axis=1) for x in (key, value)))
-  np.testing.assert_allclose(got, wanted, atol=1e-5)
+  expected = attention.DENSE(query, *(jnp.repeat(x, np.array(size), axis=1) for x in (key, value)))
+  np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_recomputed_attention_over_equal_tokens_equals_one_step_ahead():
