@@ -22,7 +22,7 @@ def draw(*shape, seed=0):
   return jax.random.normal(jax.random.key(seed), shape)
 
 
-def choice(queries, keys, count, seed=1):
+def random_choice(queries, keys, count, seed=1):
   """Draws `count` different key blocks for each query block."""
   order = jnp.argsort(draw(BATCH, HEADS, queries.blocks, keys.blocks, seed=seed), axis=-1)
   return order[..., :count].astype(jnp.int32)
@@ -76,7 +76,7 @@ CASES = {
 def case(name, dtype="float32"):
   """Returns (the layout with blocks chosen, query, key, value)."""
   layout = CASES[name]
-  layout = layout._replace(chosen=choice(layout.queries, layout.keys, 2))
+  layout = layout._replace(chosen=random_choice(layout.queries, layout.keys, 2))
   around = layout.prefix + layout.fused
   queries, keys = (np.prod(windows.grid) + around for windows in (layout.queries, layout.keys))
   arrays = (draw(BATCH, queries, HEADS, WIDTH), draw(BATCH, keys, HEADS, WIDTH, seed=2),
@@ -113,10 +113,10 @@ def test_every_form_and_its_gradients_match_the_reference(name, sized, form, mon
 @pytest.mark.parametrize("entries", [1, 64])
 def test_processing_query_blocks_together_gives_the_same_output(entries, monkeypatch):
   layout, *arrays = case("grid")
-  apart = run(lambda *qkv: layout.attend(*qkv, form="block_sparse_cpu"), *arrays)
+  separate = run(lambda *qkv: layout.attend(*qkv, form="block_sparse_cpu"), *arrays)
   monkeypatch.setattr(tuning, "BLOCK_ENTRIES", entries)
-  together = run(lambda *qkv: layout.attend(*qkv, form="block_sparse_cpu"), *arrays)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), together, apart)
+  joint = run(lambda *qkv: layout.attend(*qkv, form="block_sparse_cpu"), *arrays)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), joint, separate)
 
 
 @pytest.mark.parametrize("name", ["padded", "survivors"])
@@ -125,7 +125,7 @@ def test_batch_split_over_devices_needs_no_communication(name):
   layout = CASES[name]
   tokens = np.prod(layout.keys.grid) + layout.prefix + layout.fused
   order = None if layout.order is None else jnp.tile(jnp.arange(11)[::-1], (8, 1))
-  chosen = jnp.tile(choice(layout.queries, layout.keys, 2)[:1], (8, 1, 1, 1))
+  chosen = jnp.tile(random_choice(layout.queries, layout.keys, 2)[:1], (8, 1, 1, 1))
   images = NamedSharding(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)), P("data"))
 
   def loss(qkv, chosen, order):

@@ -10,16 +10,16 @@ from vitcompact.count import macs_of
 B, N, H, D, E = 2, 7, 3, 4, 5
 
 
-def drawn(*shapes, spread=1.0):
+def draw(*shapes, spread=1.0):
   rng = np.random.default_rng(0)
   return [spread * rng.standard_normal(shape).astype(np.float32) for shape in shapes]
 
 
 def qkv(tokens=N, width=D):
-  return drawn(*[(B, tokens, H, width)] * 3)
+  return draw(*[(B, tokens, H, width)] * 3)
 
 
-def explicit(query, key, value, scale):
+def by_loops(query, key, value, scale):
   """Computes one image and head at a time, in float64."""
   query, key, value = (x.astype(np.float64) for x in (query, key, value))
   out = np.zeros((*query.shape[:3], key.shape[3]))
@@ -32,10 +32,10 @@ def explicit(query, key, value, scale):
 
 
 def test_keys_and_values_form_the_map_and_queries_are_averaged():
-  query, key, value = drawn((B, N, H, E), (B, 9, H, D), (B, 9, H, E))
+  query, key, value = draw((B, N, H, E), (B, 9, H, D), (B, 9, H, E))
   got = channel(query, key, value, 0.3)
   assert got.shape == (B, N, H, D)
-  np.testing.assert_allclose(got, explicit(query, key, value, 0.3), atol=2e-6)
+  np.testing.assert_allclose(got, by_loops(query, key, value, 0.3), atol=2e-6)
 
 
 def test_each_row_of_the_map_sums_to_one():

@@ -200,8 +200,8 @@ def test_function_traced_for_one_device_is_retraced_for_another():
   assert "custom_vjp" in attend.trace(x, x, x).jaxpr.pretty_print()   # the "images" form
 
 
-@pytest.mark.parametrize("gradients,most", [(False, 3), (True, 6)])
-def test_memory_is_a_small_multiple_of_inputs_and_outputs(gradients, most):
+@pytest.mark.parametrize("gradients,multiple", [(False, 3), (True, 6)])
+def test_memory_is_a_small_multiple_of_inputs_and_outputs(gradients, multiple):
   """Temporary memory of the compiled core at 4097 tokens, where one head's map takes 67 MB."""
   x = jax.ShapeDtypeStruct((1, 4097, 6, 64), jnp.float32)
 
@@ -210,7 +210,7 @@ def test_memory_is_a_small_multiple_of_inputs_and_outputs(gradients, most):
 
   fn = run if not gradients else jax.grad(lambda *qkv: jnp.sum(run(*qkv) ** 2), (0, 1, 2))
   memory = jax.jit(fn).lower(x, x, x).compile().memory_analysis()
-  assert memory.temp_size_in_bytes <= most * (
+  assert memory.temp_size_in_bytes <= multiple * (
       memory.argument_size_in_bytes + memory.output_size_in_bytes)
 
 
@@ -263,10 +263,10 @@ def test_interpreted_splash_kernel_matches_the_reference():
 def test_no_attention_map_is_saved_for_the_backward_pass(form):
   x = jax.ShapeDtypeStruct((2, 197, 3, 8), jnp.float32)
 
-  def kept(*qkv):
+  def saved_residuals(*qkv):
     return jax.tree.leaves(jax.vjp(lambda *qkv: Core(size=jnp.ones((2, 197)))(*qkv), *qkv)[1])
 
   with attention.using(form):
-    assert max(array.size for array in jax.eval_shape(kept, x, x, x)) == x.size
+    assert max(array.size for array in jax.eval_shape(saved_residuals, x, x, x)) == x.size
   with attention.using("einsum"):
-    assert max(array.size for array in jax.eval_shape(kept, x, x, x)) == 2 * 3 * 197 ** 2
+    assert max(array.size for array in jax.eval_shape(saved_residuals, x, x, x)) == 2 * 3 * 197 ** 2

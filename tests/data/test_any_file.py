@@ -27,7 +27,7 @@ REFUSED = {"I", "F"}
 SEVERAL = {"GIF", "TIFF", "PNG", "WEBP"}
 
 
-def drawn(mode, width, height, seed):
+def random_image(mode, width, height, seed):
   """Returns an image of a mode with random pixels."""
   rng = np.random.default_rng(seed)
   if mode.startswith("I;16"):
@@ -64,9 +64,9 @@ def encoded(draw):
     options["exif"] = exif
   if kind in SEVERAL and mode in ("L", "RGB", "P", "RGBA") and draw(st.booleans()):
     options.pop("transparency", None)
-    options |= {"save_all": True, "append_images": [drawn(mode, width, height, seed + 1)]}
+    options |= {"save_all": True, "append_images": [random_image(mode, width, height, seed + 1)]}
   file = io.BytesIO()
-  drawn(mode, width, height, seed).save(file, kind, **options)
+  random_image(mode, width, height, seed).save(file, kind, **options)
   data = file.getvalue()
   damage = draw(st.sampled_from(("no", "no", "no", "cut", "flipped", "empty", "text")))
   event(f"{kind} {mode}")
@@ -98,7 +98,7 @@ def outcome(function):
 
 @given(encoded(), st.sampled_from(("png", "JPG", "tif", "gif")))
 def test_training_and_serving_read_any_file_identically_or_name_it(file, suffix):
-  data, mode, whole = file
+  data, mode, is_complete = file
   with tempfile.TemporaryDirectory() as root:
     for split in ("train", "val"):
       path = pathlib.Path(root) / split / "cat" / f"0.{suffix}"
@@ -107,7 +107,7 @@ def test_training_and_serving_read_any_file_identically_or_name_it(file, suffix)
     images = pipeline.source(f"folder:{root}", "val", image_size=32)
     seen, error = outcome(lambda: images[0]["image"])
     served, refused = outcome(lambda: PRE(path))
-    if whole:
+    if is_complete:
       assert (error is None) == (mode not in REFUSED), error
     if error:
       assert refused
@@ -118,7 +118,7 @@ def test_training_and_serving_read_any_file_identically_or_name_it(file, suffix)
     with Image.open(path) as image:
       image.load()   # applies the orientation of a TIFF
       assert seen.shape == (image.height, image.width, 3)
-      if whole and not image.mode.startswith("I"):
+      if is_complete and not image.mode.startswith("I"):
         np.testing.assert_array_equal(seen, image.convert("RGB"))
     batch = next(pipeline.eval_batches(config(root), "val", PRE, batch_size=1))
     np.testing.assert_array_equal(served, PRE.normalise(batch["image"][0]))
@@ -129,7 +129,7 @@ def test_training_and_serving_read_any_file_identically_or_name_it(file, suffix)
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B"])
 def test_16_bit_images_of_either_byte_order_keep_the_upper_8_bits(tmp_path, mode):
-  image = drawn(mode, 9, 5, 0)
+  image = random_image(mode, 9, 5, 0)
   image.save(tmp_path / "x.tif")
   expected = np.frombuffer(image.tobytes(), ">u2" if mode == "I;16B" else "<u2").reshape(5, 9) >> 8
   for split in ("train", "val"):

@@ -99,13 +99,13 @@ def test_magnitudes_map_to_the_published_levels():
 
 def test_zero_one_or_two_operations_have_probability_quarter_half_quarter():
   rng, n = np.random.default_rng(0), 20_000
-  drawn = [draw(rng) for _ in range(n)]
-  counts = np.bincount([len(ops) for ops in drawn], minlength=3)
+  draws = [draw(rng) for _ in range(n)]
+  counts = np.bincount([len(ops) for ops in draws], minlength=3)
   expected = n * np.array([0.25, 0.5, 0.25])
   assert np.all(np.abs(counts - expected) < 3 * np.sqrt(expected * (1 - expected / n)))
-  ops = [op for image in drawn for op in image]
-  each = np.array([sum(name == op for op, _ in ops) for name in NAMES])
-  assert np.all(np.abs(each - len(ops) / 15) < 4 * np.sqrt(len(ops) / 15))
+  ops = [op for image in draws for op in image]
+  op_counts = np.array([sum(name == op for op, _ in ops) for name in NAMES])
+  assert np.all(np.abs(op_counts - len(ops) / 15) < 4 * np.sqrt(len(ops) / 15))
   magnitudes = np.array([m for _, m in ops])
   assert abs(np.abs(magnitudes).mean() - 9) < 0.03 and np.abs(magnitudes).max() == 10
   signed = [m for op, m in ops if OPS[op].signed]
@@ -222,7 +222,7 @@ def test_jitter_scales_brightness_contrast_and_saturation_up_to_its_strength():
   assert sha(augment.colour_jitter(IMAGE_C, rng, 0.0)) == sha(IMAGE_C)
 
 
-def smooth(width, height, seed):
+def smooth_image(width, height, seed):
   """An image as smooth as a photograph, with a little noise."""
   rng = np.random.default_rng(seed)
   coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
@@ -234,12 +234,12 @@ def smooth(width, height, seed):
                                                (9, 7)])
 @pytest.mark.parametrize(("size", "crop"), [((224, 224), 0.9), ((64, 96), 0.875), ((96, 96), 1.0)])
 def test_resizing_only_the_kept_region_differs_by_rounding(monkeypatch, width, height, size, crop):
-  image = smooth(width, height, width)
-  whole = augment.evaluation(image, size, crop, "bicubic")
+  image = smooth_image(width, height, width)
+  full = augment.evaluation(image, size, crop, "bicubic")
   monkeypatch.setattr(augment, "MUCH_LARGER", 0)
   part = augment.evaluation(image, size, crop, "bicubic")
-  assert part.size == whole.size
-  assert np.abs(np.subtract(part, whole, dtype=np.int16)).max() <= 1
+  assert part.size == full.size
+  assert np.abs(np.subtract(part, full, dtype=np.int16)).max() <= 1
 
 
 @pytest.mark.parametrize(("size", "resized"), [((3, 3000), (24, 24000)), ((3000, 7), (10285, 24))])
@@ -260,7 +260,7 @@ def test_extreme_image_takes_at_most_64_times_the_pixels_that_are_kept(monkeypat
   resize = Image.Image.resize
   monkeypatch.setattr(Image.Image, "resize", lambda self, s, *a: pixels.append(s[0] * s[1]) or
                       resize(self, s, *a))
-  image = smooth(*shape, 0)
+  image = smooth_image(*shape, 0)
   assert augment.evaluation(image, (224, 224), 0.9, "bicubic").size == (224, 224)
   rng = np.random.default_rng(0)
   assert augment.IMAGES["randaugment"](image, rng, (224, 224)).size == (224, 224)
@@ -271,8 +271,8 @@ def test_extreme_image_takes_at_most_64_times_the_pixels_that_are_kept(monkeypat
 def test_extreme_image_shows_its_centre():
   """Columns 0 to 5999 go from black to white; the centre crop keeps the middle of the ramp."""
   ramp = Image.fromarray(np.linspace(0, 255, 6000).astype(np.uint8)[None]).convert("RGB")
-  kept = np.asarray(augment.evaluation(ramp, (224, 224), 0.9, "bicubic"))
-  assert np.ptp(kept) <= 1 and abs(int(kept[0, 0, 0]) - 127) <= 1
+  centre = np.asarray(augment.evaluation(ramp, (224, 224), 0.9, "bicubic"))
+  assert np.ptp(centre) <= 1 and abs(int(centre[0, 0, 0]) - 127) <= 1
 
 
 @pytest.mark.parametrize("crop", [0, -0.5, 1.14, 256 / 224])

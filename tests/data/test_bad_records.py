@@ -56,7 +56,7 @@ def test_truncated_file_is_rejected_unless_its_pixels_are_complete(kind):
   """A PNG without its last checksum still has all of its pixels."""
   image = NOISE.crop((0, 0, 12, 12))
   data = encoded(image, kind)
-  whole = np.asarray(rgb(io.BytesIO(data), "it"))
+  full = np.asarray(rgb(io.BytesIO(data), "it"))
   accepted = 0
   for length in range(len(data)):
     try:
@@ -64,7 +64,7 @@ def test_truncated_file_is_rejected_unless_its_pixels_are_complete(kind):
     except BadRecord as error:
       assert len(str(error).splitlines()) == 1
     else:
-      np.testing.assert_array_equal(got, whole)
+      np.testing.assert_array_equal(got, full)
       accepted += 1
   assert accepted <= 20
 

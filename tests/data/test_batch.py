@@ -34,7 +34,7 @@ def test_cutmix_boxes_match_the_published_ones(lam, centre, box, kept):
   assert 1 - float(batch.box_mask(*got, 224, 224).mean()) == pytest.approx(kept, abs=1e-6)
 
 
-def painted(b, size=16):
+def constant_images(b, size=16):
   """Every pixel of image i is i, and its target is class i, so the output shows what was mixed."""
   images = jnp.broadcast_to(jnp.arange(b, dtype=jnp.float32)[:, None, None, None],
                             (b, size, size, 3))
@@ -45,16 +45,16 @@ GROUPS, BATCH = 8, 32
 
 
 @pytest.fixture(scope="module")
-def mixed():
+def mixed_batches():
   """40 batches in 8 groups of 4: (keys, B, H, W, C) and (keys, B, K)."""
-  images, targets = painted(BATCH)
+  images, targets = constant_images(BATCH)
   run = jax.jit(jax.vmap(lambda key: batch.mix(
       key, images, targets, mixup_alpha=0.8, cutmix_alpha=1.0, groups=GROUPS)))
   return tuple(np.asarray(x) for x in run(jax.random.split(jax.random.key(0), 40)))
 
 
-def test_targets_equal_each_images_share_of_pixels(mixed):
-  images, targets = mixed
+def test_targets_equal_each_images_share_of_pixels(mixed_batches):
+  images, targets = mixed_batches
   np.testing.assert_allclose(targets.sum(-1), 1, atol=1e-6)
   size = BATCH // GROUPS
   for i in range(BATCH):
@@ -65,16 +65,16 @@ def test_targets_equal_each_images_share_of_pixels(mixed):
     np.testing.assert_allclose(targets[:, i, partner], 1 - share, atol=2e-5)
 
 
-def test_draws_are_shared_within_a_group_and_differ_between_groups(mixed):
-  targets = mixed[1]
+def test_draws_are_shared_within_a_group_and_differ_between_groups(mixed_batches):
+  targets = mixed_batches[1]
   own = np.diagonal(targets, axis1=1, axis2=2).reshape(40, GROUPS, -1)
   np.testing.assert_allclose(own - own[..., :1], 0, atol=1e-6)
   assert own[:, :, 0].std(axis=1).min() > 0.05 and own[:, :, 0].std(axis=0).min() > 0.05
 
 
-def test_cutmix_is_as_frequent_as_mixup(mixed):
+def test_cutmix_is_as_frequent_as_mixup(mixed_batches):
   """Only cutmix leaves some pixels of the image unchanged."""
-  images, _ = mixed
+  images, _ = mixed_batches
   first = images[:, ::BATCH // GROUPS]  # one image of each group
   own = np.arange(0, BATCH, BATCH // GROUPS).reshape(1, -1, 1, 1, 1)
   cut = np.isin(first - own, (0, BATCH // GROUPS - 1)).all(axis=(2, 3, 4)).mean()
@@ -92,7 +92,7 @@ def test_cutmix_keeps_0682_on_average_because_boxes_are_clipped():
 
 
 def test_enabling_only_one_kind_of_mixing_never_applies_the_other():
-  images, targets = painted(4)
+  images, targets = constant_images(4)
   images /= 3  # scaled to 0..1: a value strictly between was blended from two images
   keys = jax.random.split(jax.random.key(2), 20)
   for alphas, blends in (({"mixup_alpha": 0.8, "cutmix_alpha": 0.0}, True),
@@ -105,7 +105,7 @@ def test_enabling_only_one_kind_of_mixing_never_applies_the_other():
 
 
 def test_middle_image_of_an_odd_group_has_no_partner():
-  images, targets = painted(6)
+  images, targets = constant_images(6)
   for groups in (2, 4):
     with pytest.raises(ValueError, match=rf"batch of 6 in groups={groups}"):
       batch.mix(jax.random.key(0), images, targets, mixup_alpha=0.8, cutmix_alpha=1.0,

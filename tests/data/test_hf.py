@@ -29,28 +29,28 @@ def table(count, *, first=0, green=0, names=NAMES, image="image", label="label",
   """Builds a table where image i has red value `first` + i, and label that value modulo 3."""
   reds = range(first, first + count)
   values = [red % 3 for red in reds] if labels is None else labels
-  made = pa.table({image: pa.array([{"bytes": png(red, green), "path": f"{red}.png"}
+  data = pa.table({image: pa.array([{"bytes": png(red, green), "path": f"{red}.png"}
                                     for red in reds]),
                    label: pa.array(values), **{name: pa.array(found) for name, found in columns}})
   if names is None:
-    return made
+    return data
   features = {image: {"_type": "Image"}, label: {"names": list(names), "_type": "ClassLabel"}}
-  return made.replace_schema_metadata({
+  return data.replace_schema_metadata({
       b"huggingface": json.dumps({"info": {"features": features}}).encode()})
 
 
-def content(made, rows=4) -> bytes:
+def parquet_bytes(data, rows=4) -> bytes:
   """Returns the bytes of a parquet file with few rows per row group."""
   file = io.BytesIO()
-  parquet.write_table(made, file, row_group_size=rows)
+  parquet.write_table(data, file, row_group_size=rows)
   return file.getvalue()
 
 
 def write(folder, files):
-  for name, made in files.items():
+  for name, data in files.items():
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(made if isinstance(made, bytes) else content(made))
+    path.write_bytes(data if isinstance(data, bytes) else parquet_bytes(data))
   return f"hf:{folder}"
 
 
@@ -131,12 +131,12 @@ def test_without_metadata_classes_are_named_by_their_numbers(tmp_path):
 @pytest.mark.parametrize(("image", "label"), [("img", "labels"), ("photo", "fine_label")])
 def test_columns_are_found_by_their_types(tmp_path, image, label):
   """CIFAR-100 names them img and fine_label, and also has a coarse label."""
-  made = table(6, image=image, label=label, columns=[("coarse_label", [0] * 6), ("id", [0] * 6)])
+  rows = table(6, image=image, label=label, columns=[("coarse_label", [0] * 6), ("id", [0] * 6)])
   features = {image: {"_type": "Image"}, "coarse_label": {"names": ["all"], "_type": "ClassLabel"},
               label: {"names": list(NAMES), "_type": "ClassLabel"}}
-  made = made.replace_schema_metadata({
+  rows = rows.replace_schema_metadata({
       b"huggingface": json.dumps({"info": {"features": features}}).encode()})
-  name = write(tmp_path, {TRAIN: made})
+  name = write(tmp_path, {TRAIN: rows})
   assert hf.columns(str(tmp_path))[:2] == (image, label)
   assert reds(name, "train") == list(range(6))
 
@@ -147,16 +147,16 @@ def test_columns_are_found_by_their_types(tmp_path, image, label):
 def test_random_access_gives_the_same_images_however_little_is_cached(tmp_path, monkeypatch):
   name = write(tmp_path, {TRAIN: table(20), "data/test-00000-of-00001.parquet": table(3)})
   order = np.random.default_rng(0).permutation(18)
-  whole = pipeline.source(name, "train", image_size=8)
-  assert whole.rows.group.cache_info().maxsize is None
+  all_rows = pipeline.source(name, "train", image_size=8)
+  assert all_rows.rows.group.cache_info().maxsize is None
   monkeypatch.setattr(hf, "IN_MEMORY", 0)
   monkeypatch.setattr(hf, "ROW_GROUPS", 1)
-  little = pipeline.source(name, "train", image_size=8)
+  cached_rows = pipeline.source(name, "train", image_size=8)
   for i in order:
-    np.testing.assert_array_equal(whole[i]["image"], little[i]["image"])
-  assert little.rows.group.cache_info().currsize == 1   # of five row groups
-  again = pickle.loads(pickle.dumps(little))    # a worker process opens the files again
-  np.testing.assert_array_equal(again[5]["image"], whole[5]["image"])
+    np.testing.assert_array_equal(all_rows[i]["image"], cached_rows[i]["image"])
+  assert cached_rows.rows.group.cache_info().currsize == 1   # of five row groups
+  again = pickle.loads(pickle.dumps(cached_rows))    # a worker process opens the files again
+  np.testing.assert_array_equal(again[5]["image"], all_rows[5]["image"])
 
 
 def test_batches_can_come_from_worker_processes(tmp_path):
@@ -177,11 +177,11 @@ def test_batches_can_come_from_worker_processes(tmp_path):
 
 
 def test_bad_image_is_named(tmp_path):
-  made = table(4).to_pydict()
-  made["image"][1] = {"bytes": None, "path": "/elsewhere/1.png"}
-  made["image"][2]["bytes"] = made["image"][2]["bytes"][:40]
-  made["label"][3] = 3
-  source = pipeline.source(write(tmp_path, {TRAIN: pa.table(made).replace_schema_metadata(
+  columns = table(4).to_pydict()
+  columns["image"][1] = {"bytes": None, "path": "/elsewhere/1.png"}
+  columns["image"][2]["bytes"] = columns["image"][2]["bytes"][:40]
+  columns["label"][3] = 3
+  source = pipeline.source(write(tmp_path, {TRAIN: pa.table(columns).replace_schema_metadata(
       table(1).schema.metadata)}), "train", image_size=8)
   for index, words in ((1, "only a path to it is stored"), (2, "image 2 of train in hf:"),
                        (3, r"its label 3 is not in 0\.\.2")):
@@ -248,12 +248,12 @@ def test_missing_extra_raises_an_error_that_says_what_to_install(tmp_path, monke
 
 @pytest.fixture
 def repo(server):
-  forget()
-  server.add("datasets/org/name", **{TRAIN: content(table(20)), "README__md": b"# A set"})
+  clear_caches()
+  server.add("datasets/org/name", **{TRAIN: parquet_bytes(table(20)), "README__md": b"# A set"})
   return server
 
 
-def forget():
+def clear_caches():
   for cached in (hf.place, hf.columns, hf.labels, hf.choose):
     cached.cache_clear()
 
@@ -263,12 +263,12 @@ def test_hub_data_set_is_downloaded_once(repo, monkeypatch):
 
   assert reds("hf:org/name", "val") == [9, 19]
   assert repo.gets("README") == 0 and repo.gets("/large/") == 1
-  forget()
+  clear_caches()
   assert len(reds("hf:org/name", "train")) == 18 and repo.gets("/large/") == 1
-  forget()
+  clear_caches()
   monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-  asked = len(repo.asked)
-  assert reds("hf:org/name", "val") == [9, 19] and len(repo.asked) == asked
+  requests = len(repo.asked)
+  assert reds("hf:org/name", "val") == [9, 19] and len(repo.asked) == requests
   with pytest.raises(FileNotFoundError, match=r"hf download org/other --repo-type dataset") as e:
     pipeline.num_examples("hf:org/other", "train")
   one_line(e)
@@ -276,14 +276,14 @@ def test_hub_data_set_is_downloaded_once(repo, monkeypatch):
 
 def test_cache_is_used_when_the_hub_does_not_answer(repo):
   assert reds("hf:org/name", "val") == [9, 19]
-  forget()
+  clear_caches()
   repo.close()
   assert reds("hf:org/name", "val") == [9, 19]
 
 
 def test_revision_is_pinned(repo):
   first = repo.commit("datasets/org/name", 0)
-  repo.add("datasets/org/name", **{TRAIN: content(table(10, first=60))})
+  repo.add("datasets/org/name", **{TRAIN: parquet_bytes(table(10, first=60))})
   assert reds("hf:org/name", "val") == [69] and reds(f"hf:org/name@{first}", "val") == [9, 19]
   assert reds(f"hf:org/name@{first}", "test") == [9, 19]
   with pytest.raises(ValueError, match=r"the data set has no revision 'v9'; leave it out"):
@@ -291,7 +291,7 @@ def test_revision_is_pinned(repo):
 
 
 def test_only_the_named_subset_is_downloaded(repo):
-  repo.add("datasets/org/sets", **{f"{name}/train-00000-of-00001.parquet": content(
+  repo.add("datasets/org/sets", **{f"{name}/train-00000-of-00001.parquet": parquet_bytes(
       table(10, first=10 * i)) for i, name in enumerate("ab")})
   with pytest.raises(ValueError, match=r"name one, as in 'hf:org/sets/a': a, b"):
     pipeline.num_examples("hf:org/sets", "train")
@@ -303,7 +303,7 @@ def test_only_the_named_subset_is_downloaded(repo):
 
 def test_different_kinds_of_missing_hub_data_give_different_errors(repo):
   repo.add("datasets/org/script", **{"script.py": b"raise SystemExit", "README__md": b""})
-  repo.add("datasets/org/gated", **{TRAIN: content(table(2))})
+  repo.add("datasets/org/gated", **{TRAIN: parquet_bytes(table(2))})
   repo.gated.add("datasets/org/gated")
   for name, words in (("hf:org/script", r"a script, script\.py, which is not run"),
                       ("hf:org/gated", "requires accepting its licence"),

@@ -9,7 +9,7 @@ import pytest
 from vitcompact.data import idx, pipeline
 
 
-def content(values: np.ndarray) -> bytes:
+def idx_bytes(values: np.ndarray) -> bytes:
   """Returns the content of an IDX file of bytes."""
   return bytes((0, 0, 8, values.ndim)) + struct.pack(f">{values.ndim}I", *values.shape) + (
       values.astype(np.uint8).tobytes())
@@ -21,7 +21,7 @@ def write(folder, split, count, *, first="", gz=True, value=0, classes=10, label
   images = np.broadcast_to(np.arange(count)[:, None, None] + value, (count, 6, 5))
   found = np.arange(count) % classes if labels is None else np.asarray(labels)
   for what, values in (("images-idx3", images), ("labels-idx1", found)):
-    raw, name = content(values), f"{first}{split}-{what}-ubyte"
+    raw, name = idx_bytes(values), f"{first}{split}-{what}-ubyte"
     (folder / (name + ".gz" * gz)).write_bytes(gzip.compress(raw) if gz else raw)
   return folder
 
@@ -81,10 +81,10 @@ def change(path, edit):
     ("train-images-idx3-ubyte", lambda raw: b"\x89PNG" + raw,
      r"is not an IDX file of images: it begins with 89504e47, not 00000803"),
     ("train-labels-idx1-ubyte", lambda raw: b"", r"of labels: it begins with nothing"),
-    ("train-labels-idx1-ubyte", lambda raw: content(np.arange(9)),
+    ("train-labels-idx1-ubyte", lambda raw: idx_bytes(np.arange(9)),
      r"has 10 images, and train-labels-idx1-ubyte 9 labels"),
-    ("train-images-idx3-ubyte", lambda raw: content(np.zeros((10, 0, 5))), r"has no pixels"),
-    ("t10k-labels-idx1-ubyte", lambda raw: content(np.array([0, 1, 12])),
+    ("train-images-idx3-ubyte", lambda raw: idx_bytes(np.zeros((10, 0, 5))), r"has no pixels"),
+    ("t10k-labels-idx1-ubyte", lambda raw: idx_bytes(np.array([0, 1, 12])),
      r"t10k-labels-idx1-ubyte has the label 12, and there are 10 classes \(train's are 0..9\)")])
 def test_damaged_file_is_named_in_one_line(tmp_path, file, edit, message):
   write(write(tmp_path, "train", 10, gz=False), "t10k", 3, gz=False)
@@ -103,12 +103,12 @@ def test_damaged_gz_is_named(tmp_path, edit):
     pipeline.source(f"idx:{tmp_path}", "train", image_size=28)
 
 
-@pytest.mark.parametrize(("gone", "message"), [
+@pytest.mark.parametrize(("missing", "message"), [
     ("train-labels-idx1-ubyte", r"no file of train's labels: train-labels-idx1-ubyte, or the same"),
     ("t10k-images-idx3-ubyte", r"no file of test's images: t10k-images-idx3-ubyte, or the same")])
-def test_missing_file_is_named(tmp_path, gone, message):
+def test_missing_file_is_named(tmp_path, missing, message):
   write(write(tmp_path, "train", 10, gz=False), "t10k", 3, gz=False)
-  (tmp_path / gone).unlink()
+  (tmp_path / missing).unlink()
   with pytest.raises(ValueError, match=message):
     pipeline.num_examples(f"idx:{tmp_path}", "train")
 

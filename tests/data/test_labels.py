@@ -71,11 +71,11 @@ def test_images_keep_their_full_size_until_the_crop(example, monkeypatch):
   monkeypatch.setattr(randaugment, "draw", lambda _: [("shear_x", 9.0), ("invert", 9.0)])
   apply = randaugment.apply
 
-  def noted(name, argument, image, resample):
+  def apply_and_record(name, argument, image, resample):
     sizes.append((image.size, resample))
     return apply(name, argument, image, resample)
 
-  monkeypatch.setattr(randaugment, "apply", noted)
+  monkeypatch.setattr(randaugment, "apply", apply_and_record)
   for seed in range(20):
     fields = labels.augment_both(example, np.random.default_rng(seed), (16, 16))
   assert fields["image"].size == (16, 16)
@@ -191,10 +191,10 @@ def test_label_maps_of_a_folder_arrive_with_its_batches(tmp_path):
     first()
 
 
-@pytest.mark.parametrize(("label", "told"), [(500, "the class 500"), (2, "the class 2"),
-                                             (-1, "the class -1"), (0.5, r"the class 0\.5")])
+@pytest.mark.parametrize(("label", "text"), [(500, "the class 500"), (2, "the class 2"),
+                                            (-1, "the class -1"), (0.5, r"the class 0\.5")])
 @pytest.mark.parametrize("kind", ["folder", "arrayrecord"])
-def test_label_maps_for_other_classes_are_rejected(tmp_path, kind, label, told):
+def test_label_maps_for_other_classes_are_rejected(tmp_path, kind, label, text):
   """Their targets would be flat, because no class of the data has a logit."""
   for path in ("train/a", "train/b", "val/a", "label_maps/train/a", "label_maps/train/b"):
     (tmp_path / path).mkdir(parents=True)
@@ -210,14 +210,14 @@ def test_label_maps_for_other_classes_are_rejected(tmp_path, kind, label, told):
       patch.setattr(labels, "checked", lambda label_map, *_: label_map)
       np.save(tmp_path / "label_maps" / "train" / "b" / "0.npy", constant_map(9, label))
       prepare.prepare_folder(tmp_path, tmp_path / "out", say=lambda text: None)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=text):
       prepare.verify(tmp_path / "out", say=lambda text: None)
   else:
     np.save(tmp_path / "label_maps" / "train" / "b" / "0.npy", constant_map(9, label))
   data = ml_collections.ConfigDict({
       "name": name, "augment": "token_labels", "workers": 0, "replicas": 1, "repeats": 1,
       "on_bad": "stop", "max_bad": 0})
-  with pytest.raises(ValueError, match=rf"{told}, and the data have 0\.\.1: it was made for other"):
+  with pytest.raises(ValueError, match=rf"{text}, and the data have 0\.\.1: it was made for other"):
     next(pipeline.train_batches(data, image_size=16, batch_size=2, seed=0))
   data.augment = "flip_crop"   # label maps are not read then
   next(pipeline.train_batches(data, image_size=16, batch_size=2, seed=0))
@@ -237,8 +237,8 @@ def test_label_maps_with_another_class_numbering_are_pointed_out(tmp_path, caplo
       "name": f"folder:{tmp_path}", "augment": "token_labels", "workers": 0, "replicas": 1,
       "repeats": 1, "on_bad": "stop", "max_bad": 0})
   pipeline.train_batches(data, image_size=16, batch_size=2, seed=0)
-  said = "contain the class of their image in only 0 of 4 images: were they made for classes"
-  assert (said in caplog.text) == bool(moved)
+  message = "contain the class of their image in only 0 of 4 images: were they made for classes"
+  assert (message in caplog.text) == bool(moved)
 
 
 @pytest.mark.parametrize("write", [

@@ -22,18 +22,18 @@ def epoch_of(line, epoch=0):
 
 
 # The published sampler, unshuffled, for 612 images repeated three times.
-@pytest.mark.parametrize(("replicas", "each", "start"), [
+@pytest.mark.parametrize(("replicas", "per_replica", "start"), [
     (4, 128, [0, 1, 2, 4, 5, 6]), (8, 64, [0, 2, 5, 8, 10, 13]), (2, 256, [0, 0, 1, 2, 2, 3])])
-def test_repeated_augmentation_deals_out_the_published_positions(replicas, each, start):
+def test_repeated_augmentation_deals_out_the_published_positions(replicas, per_replica, start):
   line = Order(count=612, batch_size=32, replicas=replicas, repeats=3, seed=0)
   positions = epoch_of(line)
-  assert positions.shape == (replicas, each)
+  assert positions.shape == (replicas, per_replica)
   assert (positions[0] // 3)[:6].tolist() == start
   assert sorted(positions.flat) == list(range(512))  # first 512 entries of the repeated line
   images = positions // 3
   assert len(np.unique(images)) == 171
   if replicas >= 3:
-    assert all(len(np.unique(row)) == each for row in images)
+    assert all(len(np.unique(row)) == per_replica for row in images)
   np.testing.assert_array_equal(positions, epoch_of(line, epoch=7))
 
 

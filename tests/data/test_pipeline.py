@@ -48,8 +48,8 @@ def assert_same(got, expected):
 def test_splits_are_disjoint_complete_and_stratified_by_class():
   sizes = {split: pipeline.num_examples("digits", split) for split in pipeline.SPLITS}
   assert sizes == {"train": 1257, "val": 180, "test": 360}
-  together = np.concatenate([split_indices(split) for split in pipeline.SPLITS])
-  assert sorted(together.tolist()) == list(range(1797))
+  joined = np.concatenate([split_indices(split) for split in pipeline.SPLITS])
+  assert sorted(joined.tolist()) == list(range(1797))
   total = np.bincount([label for split in pipeline.SPLITS for _, label in of_split(split)])
   for split in pipeline.SPLITS:
     counts = np.bincount([label for _, label in of_split(split)], minlength=10)
@@ -79,7 +79,7 @@ def test_each_epoch_has_every_training_image_once_in_a_new_order():
 def test_resuming_mid_epoch_equals_the_uninterrupted_run():
   """Through JSON, as a checkpoint stores it; across the end of an epoch; with worker processes."""
   data = config(augment="digits")
-  whole = take(batches(data), 16)
+  uninterrupted = take(batches(data), 16)
   interrupted = batches(data)
   take(interrupted, 9)
   state = json.dumps(interrupted.get_state())
@@ -87,10 +87,10 @@ def test_resuming_mid_epoch_equals_the_uninterrupted_run():
     resumed = batches(config(augment="digits", workers=workers))
     next(resumed)  # prefetched batches are dropped
     resumed.set_state(json.loads(state))
-    assert_same(take(resumed, 7), whole[9:])
+    assert_same(take(resumed, 7), uninterrupted[9:])
     resumed.close()
   take(interrupted, 1)  # and closing it did not disturb the iterator that continues
-  assert_same(take(interrupted, 6), whole[10:])
+  assert_same(take(interrupted, 6), uninterrupted[10:])
 
 
 @pytest.mark.parametrize("changes", [{}, {"replicas": 4, "repeats": 3}])
@@ -99,9 +99,9 @@ def test_processes_read_parts_of_one_global_batch_including_augmentation(changes
   one = take(batches(data), 14)  # into the second epoch
   two = [take(batches(data, process_index=i, process_count=2), 14) for i in (0, 1)]
   assert two[0][0]["image"].shape == (50, 8, 8, 3)
-  together = [{name: np.concatenate([a[name], b[name]]) for name in a}
-              for a, b in zip(*two, strict=True)]
-  assert_same(together, one)
+  joined = [{name: np.concatenate([a[name], b[name]]) for name in a}
+            for a, b in zip(*two, strict=True)]
+  assert_same(joined, one)
 
 
 def test_resuming_with_another_process_count_shows_each_image_of_the_epoch_once():
@@ -147,9 +147,9 @@ def test_evaluation_counts_each_image_once_and_masks_the_padding(process_count):
     assert batch["image"].shape == (b, 8, 8, 3) and batch["mask"].shape == (b,)
     assert (batch["image"].dtype, batch["label"].dtype, batch["mask"].dtype) == (
         np.uint8, np.int32, np.float32)
-    kept = batch["mask"] == 1
-    real += contents([{"image": batch["image"][kept], "label": batch["label"][kept]}])
-    assert not batch["image"][~kept].any() and not batch["mask"][~kept].any()
+    valid = batch["mask"] == 1
+    real += contents([{"image": batch["image"][valid], "label": batch["label"][valid]}])
+    assert not batch["image"][~valid].any() and not batch["mask"][~valid].any()
   assert collections.Counter(real) == collections.Counter(of_split("val"))
 
 
@@ -206,9 +206,9 @@ def test_evaluation_crop_applies_to_folders_but_not_to_generated_images(folder):
                                       batch_size=1))["image"]
   assert not np.array_equal(first(f"folder:{folder}", 0.5), first(f"folder:{folder}", 1.0))
   for size in (16, 40):
-    whole = first("digits", 1.0, size)
+    uncropped = first("digits", 1.0, size)
     for crop in (0.5, None):
-      np.testing.assert_array_equal(first("digits", crop, size), whole)
+      np.testing.assert_array_equal(first("digits", crop, size), uncropped)
 
 
 def test_evaluation_can_warp_folder_images_instead(folder):

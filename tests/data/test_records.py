@@ -17,7 +17,7 @@ silent = {"say": lambda text: None}
 
 
 @pytest.fixture(autouse=True)
-def fresh():
+def clear_manifest_cache():
   """Clears the cached manifests: they are read once per process, but change during these tests."""
   records.read_manifest.cache_clear()
   yield
@@ -104,11 +104,11 @@ def test_imagenet_tars_become_records_with_the_right_labels(tars, tmp_path, smal
 
 def test_interrupted_preparation_resumes(tars, tmp_path, small_files, monkeypatch):
   """Stopped in its third file: complete files are not rewritten, and the result is the same."""
-  whole, out = tmp_path / "whole", tmp_path / "out"
-  imagenet(tars, whole)
+  complete, out = tmp_path / "whole", tmp_path / "out"
+  imagenet(tars, complete)
   write_shard, written = records.write_shard, []
 
-  def stops(path, lines):
+  def stop_in_third_file(path, lines):
     written.append(path.name)
     if len(written) == 3:
       write_shard(path.with_name("torn"), lines)
@@ -116,7 +116,7 @@ def test_interrupted_preparation_resumes(tars, tmp_path, small_files, monkeypatc
       raise KeyboardInterrupt
     return write_shard(path, lines)
 
-  monkeypatch.setattr(records, "write_shard", stops)
+  monkeypatch.setattr(records, "write_shard", stop_in_third_file)
   with pytest.raises(KeyboardInterrupt):
     imagenet(tars, out)
   with pytest.raises(ValueError, match=r"is not complete: run the same .* again"):
@@ -125,7 +125,7 @@ def test_interrupted_preparation_resumes(tars, tmp_path, small_files, monkeypatc
   assert written == ["train-000.arrayrecord", "train-001.arrayrecord", "val-000.arrayrecord",
                      "val-000.arrayrecord", "val-001.arrayrecord", "val-002.arrayrecord"]
   assert json.loads((out / "manifest.json").read_text()) == json.loads(
-      (whole / "manifest.json").read_text())
+      (complete / "manifest.json").read_text())
   assert prepare.verify(out, **silent) == 0
   imagenet(tars, out)
   assert len(written) == 6  # nothing left to do
@@ -148,10 +148,10 @@ def test_official_tars_are_recognised_by_their_checksums(tars, tmp_path, monkeyp
     (prepare.VAL, 0.3, r"has 4 files, and .* has labels for 7"),
     (prepare.DEVKIT, 0.6, r"devkit.* is damaged"), (prepare.VAL, None, r"no file .*val\.tar")])
 def test_truncated_or_missing_tars_are_named(tars, tmp_path, name, keep, message):
-  whole = (tars / name).read_bytes()
+  content = (tars / name).read_bytes()
   (tars / name).unlink()
   if keep:
-    (tars / name).write_bytes(whole[:int(keep * len(whole))])
+    (tars / name).write_bytes(content[:int(keep * len(content))])
   with pytest.raises(ValueError, match=message):
     imagenet(tars, tmp_path / "out")
 

@@ -26,7 +26,7 @@ def test_each_device_gets_its_kernel(device, attend):
   assert kernels.block_attention(device.platform) is attend
 
 
-@pytest.mark.parametrize("device,changes,said", [
+@pytest.mark.parametrize("device,changes,reason", [
     (CPU, {}, "for TPUs and for GPUs"),
     (BLACKWELL, {}, "compute capability 9.0"),
     (HOPPER, {"dtype": jnp.float32}, "not for .'float32'"),
@@ -36,8 +36,8 @@ def test_each_device_gets_its_kernel(device, attend):
     (TPU, {"dtype": jnp.float16}, "not for .'float16'"),
     (TPU, {"blocks": 193}, "12352 tokens of it need"),
     (TPU, {"blocks": 128, "count": 171}, "these have 525312")])
-def test_unsupported_calls_are_rejected_with_the_reason(device, changes, said):
-  assert re.search(said, kernels.refusal(device, *arrays(**changes)))
+def test_unsupported_calls_are_rejected_with_the_reason(device, changes, reason):
+  assert re.search(reason, kernels.refusal(device, *arrays(**changes)))
 
 
 def test_gpu_kernel_is_split_over_devices_and_tpu_kernel_is_not():

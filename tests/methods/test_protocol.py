@@ -43,7 +43,7 @@ AXES = pytest.mark.parametrize("axis", OWN)
 
 
 @pytest.fixture(autouse=True)
-def listed(monkeypatch):
+def list_own_methods(monkeypatch):
   for axis, (name, kind) in OWN.items():
     monkeypatch.setitem(vc.METHODS[axis], name, kind)
 
@@ -123,8 +123,8 @@ def test_own_method_folds_to_the_same_function_and_the_expected_tree(axis):
   deploy, folded = vc.fold(model, variables)
   np.testing.assert_allclose(tiny.apply(deploy, folded, x), tiny.apply(model, variables, x),
                              atol=1e-5)
-  asked = jax.eval_shape(deploy.init, jax.random.key(0), x)
-  assert trees.differences(folded, asked) == []
+  shapes = jax.eval_shape(deploy.init, jax.random.key(0), x)
+  assert trees.differences(folded, shapes) == []
 
 
 def test_own_method_is_counted():
@@ -230,18 +230,18 @@ def test_it_is_rejected_with_the_reason_where_its_needs_are_not_met(make, words)
   assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def of_class(axis, frozen=True, **members):
+def a_class(axis, frozen=True, **members):
   kind = types.new_class("Mine", exec_body=lambda space: space.update(
       {"axis": axis, "__annotations__": {}, **members}))
   return dataclasses.dataclass(frozen=frozen)(kind)
 
 
 @pytest.mark.parametrize("axis,kind,words", [
-    ("heads", of_class("heads"), "must have a method make, see vitcompact/methods/protocol.py"),
-    ("ffn", of_class("ffn"), "must have a method make"),
-    ("tokens", of_class("tokens", make=lambda *args: None), "must have a method reduction"),
-    ("heads", of_class("ffn", make=lambda *args: None), "must have axis = 'heads'"),
-    ("heads", of_class("heads", frozen=False, make=lambda *args: None), "be a frozen dataclass"),
+    ("heads", a_class("heads"), "must have a method make, see vitcompact/methods/protocol.py"),
+    ("ffn", a_class("ffn"), "must have a method make"),
+    ("tokens", a_class("tokens", make=lambda *args: None), "must have a method reduction"),
+    ("heads", a_class("ffn", make=lambda *args: None), "must have axis = 'heads'"),
+    ("heads", a_class("heads", frozen=False, make=lambda *args: None), "be a frozen dataclass"),
     ("heads", type("Mine", (), {"axis": "heads", "make": None}), "must be a frozen dataclass"),
 ])
 def test_class_with_a_missing_member_is_rejected_in_one_line(

@@ -25,7 +25,7 @@ def shapes_of(model):
 
 
 @functools.cache
-def drawn_for(model):
+def random_inputs(model):
   return tiny.init(model), tiny.images(model)
 
 
@@ -71,7 +71,7 @@ def test_weights_round_trip_through_pytorch_bit_for_bit():
 
 def test_compact_model_is_restored_from_its_file(tmp_path):
   model = tiny.biformer(COMPACT)
-  variables, _ = drawn_for(model)
+  variables, _ = random_inputs(model)
   vc.save(tmp_path / "a.safetensors", model, variables)
   loaded, restored = vc.load(tmp_path / "a.safetensors")
   assert loaded == model and trees.digest(restored) == trees.digest(variables)
@@ -80,7 +80,7 @@ def test_compact_model_is_restored_from_its_file(tmp_path):
 @pytest.mark.parametrize("name", ["biformer_tiny", "biformer_stl"])
 def test_folding_keeps_the_function_and_leaves_no_batch_norm(name):
   model = tiny.biformer(COMPACT, name)
-  variables, images = drawn_for(model)
+  variables, images = random_inputs(model)
   deploy, folded = model.clone(deploy=True), jax.jit(lambda v: vc.fold(model, v)[1])(variables)
   assert folded.keys() == {"params"} and trees.differences(folded, shapes_of(deploy)) == []
   left = {name.split("/")[-2] for name in trees.named_leaves(folded) if "norm" in name}
@@ -93,7 +93,7 @@ def test_folding_keeps_the_function_and_leaves_no_batch_norm(name):
 
 def test_without_a_classifier_the_norm_of_the_pooled_features_remains():
   model = tiny.biformer(num_classes=0)
-  variables, images = drawn_for(model)
+  variables, images = random_inputs(model)
   deploy, folded = vc.fold(model, variables)
   np.testing.assert_allclose(logits(deploy, folded, images), logits(model, variables, images),
                              rtol=1e-4, atol=1e-4)
@@ -103,14 +103,14 @@ def test_without_a_classifier_the_norm_of_the_pooled_features_remains():
 def test_compacting_keeps_the_head_order_and_everything_the_plan_does_not_touch():
   """With or without images, because parts added channel by channel fix the order of heads."""
   dense = tiny.biformer()
-  variables, images = drawn_for(dense)
+  variables, images = random_inputs(dense)
   plan = vc.Plan(heads=vc.HMHSA(layout="grid"))
   (model, one), (_, other) = (vc.compact(dense, variables, plan, images=x) for x in (None, images))
   assert trees.digest(one) == trees.digest(other)
   assert trees.differences(one, shapes_of(model)) == []
-  kept, new = trees.named_leaves(variables), trees.named_leaves(one)
-  for name in kept:
-    expected = kept[name]
+  old, new = trees.named_leaves(variables), trees.named_leaves(one)
+  for name in old:
+    expected = old[name]
     if "/query/" in name or "/key/" in name:
       expected = expected[..., :2, :]
     np.testing.assert_array_equal(new[name], expected, err_msg=name)
@@ -129,7 +129,7 @@ def gradients(model, variables, images):
 
 def test_remat_changes_memory_not_results():
   model = tiny.biformer(drop_path_rate=0.5)
-  variables, images = drawn_for(model)
+  variables, images = random_inputs(model)
   remat = model.clone(remat=True)
   assert "remat" in str(jax.make_jaxpr(lambda v: gradients(remat, v, images))(variables))
   for one, other in zip(*(jax.tree.leaves(gradients(m, variables, images)) for m in (model, remat)),
@@ -175,16 +175,16 @@ def test_features_maps_and_image_sizes_that_divide_into_regions():
 
 def test_proposed_head_methods_filter_over_the_grid():
   model = tiny.biformer()
-  report = vc.measure(model, *drawn_for(model), sensitivity="none")
+  report = vc.measure(model, *random_inputs(model), sensitivity="none")
   heads = [[option.method for option in row["options"] if option.axis == "heads"]
            for row in report.blocks]
-  assert [{method.layout for method in few} for few in heads] == [{"grid"}, {"map"}]
+  assert [{method.layout for method in options} for options in heads] == [{"grid"}, {"map"}]
   assert not [option for option in report.blocks[0]["options"] if option.axis == "attention"]
 
 
 def test_maps_show_which_regions_are_attended_to():
   model = tiny.biformer()
-  variables, images = drawn_for(model)
+  variables, images = random_inputs(model)
   maps = tiny.features(model, variables, images, True).maps
   assert ((maps["blocks_0"] > 0).sum(axis=-1) == 32).all()     # 2 of 4 regions of 16 tokens
   assert (maps["blocks_1"] > 0).all()
@@ -221,7 +221,7 @@ def test_every_leaf_has_one_rule_and_only_kernels_decay():
 def test_stage_with_dense_attention_accepts_methods_of_the_attention_axis():
   plan = vc.Plan(blocks={1: {"attention": vc.BiFormer(top_k=1, regions=2, lce=True, min_tokens=0)}})
   model = tiny.biformer(plan)
-  variables, images = drawn_for(model)
+  variables, images = random_inputs(model)
   assert variables["params"]["blocks_1"]["bra"]["lce"]["kernel"].shape == (5, 5, 1, 24)
   maps = tiny.features(model, variables, images, True).maps["blocks_1"]
   assert ((maps > 0).sum(axis=-1) == 4).all()

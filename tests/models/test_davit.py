@@ -199,8 +199,8 @@ def test_fitting_to_images_window_by_window_reduces_the_error():
   dense = small(**HALF)
   variables, images = tiny.init(dense), tiny.images(dense, batch=32)
   expected = tiny.apply(dense, variables, images)
-  errors = [np.abs(tiny.apply(*vc.compact(dense, variables, COMPACT, images=given), images)
-                   - expected).max() for given in (None, images)]
+  errors = [np.abs(tiny.apply(*vc.compact(dense, variables, COMPACT, images=x), images)
+                   - expected).max() for x in (None, images)]
   assert errors[1] < 0.5 * errors[0]
 
 
@@ -330,7 +330,7 @@ def test_compact_model_is_restored_from_its_file(tmp_path):
   assert again == model and trees.digest(loaded) == trees.digest(variables)
 
 
-def wanted_streams(seen):
+def target_streams(seen):
   return (seen.before_attention + seen.target_attention, seen.before_ffn + seen.target_ffn)
 
 
@@ -342,7 +342,7 @@ def test_branch_targets_over_windows_lead_to_the_dense_stream():
   variables = tiny.randomised(jax.eval_shape(block.init, jax.random.key(0), x))
   _, teacher = calibration.run_teacher(block, variables, dense_x)
   data = calibration.Calibration(block, variables["params"], {}, x, teacher, 2, {})
-  after_attention, after_ffn = map(np.concatenate, zip(*data.sums(wanted_streams), strict=True))
+  after_attention, after_ffn = map(np.concatenate, zip(*data.sums(target_streams), strict=True))
   seen = calibration.observe_jitted(block, variables, dense_x)
   assert len(seen.attended) > len(x)   # counts windows
   np.testing.assert_allclose(after_attention, seen.before_attention + seen.attended, atol=1e-4)

@@ -37,7 +37,7 @@ SHORTER = {"davit_tiny": {"depths": (1, 0)}, "shvit_s1": {"depths": (1, 1, 0)}}
 
 
 @functools.cache
-def built(name: str, devices: int) -> loop.Run:
+def build_run(name: str, devices: int) -> loop.Run:
   """Builds a run of one block with a plan; 8 devices are 2 each for data, parameters and heads."""
   config = tiny_run.tiny_config()
   if name in tiny.NETWORKS:
@@ -56,12 +56,12 @@ def built(name: str, devices: int) -> loop.Run:
   if devices > 1:
     config.mesh.fsdp = config.mesh.tensor = 2
   with pytest.MonkeyPatch.context() as patch:
-    own = jax.devices()[:devices]
-    patch.setattr(jax, "devices", lambda: own)
+    visible = jax.devices()[:devices]
+    patch.setattr(jax, "devices", lambda: visible)
     return loop.build(loop.resolve(config))
 
 
-def stepped(run: loop.Run):
+def take_step(run: loop.Run):
   """Returns (state, gradients, metrics) after a step from random variables, as NumPy arrays."""
   state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype),
                        run.shapes.replace(key=np.zeros(())))
@@ -84,7 +84,7 @@ ALIKE = ("vit_small_patch16_224", "vit_small_patch14_dinov2", "vit_small_patch14
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family_specific_parameters_are_split_over_a_mesh(name):
-  run = built(name, 8)
+  run = build_run(name, 8)
   leaf, expected = FAMILIES[name]
   assert dict(run.mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
   assert trees.named_leaves(run.shardings.params)[leaf].spec == expected
@@ -100,9 +100,9 @@ LIKE_OTHERS = ("deit3_small_patch16_224", "vit_base_patch16_224", "vit_small_plu
     pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_OTHERS))
     for name in FAMILIES if name not in ALIKE])
 def test_eight_devices_take_the_same_step_as_one_and_the_folded_model_lowers(name):
-  run = built(name, 8)
-  state, eight = stepped(run)
-  _, one = stepped(built(name, 1))
+  run = build_run(name, 8)
+  state, eight = take_step(run)
+  _, one = take_step(build_run(name, 1))
   scale = max(np.abs(value).max() for value in jax.tree.leaves(one[0]))
   for got, expected in zip(*map(jax.tree.leaves, (eight, one)), strict=True):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * scale)

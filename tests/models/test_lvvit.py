@@ -102,7 +102,7 @@ def test_compacting_with_all_heads_and_full_rank_is_the_dense_model():
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def mixed(model, variables, x, key):
+def forward_mixed(model, variables, x, key):
   return tiny.apply(model, variables, x, train=True, mutable=["batch_stats"],
                     rngs={"dropout": jax.random.key(key)})[0]
 
@@ -111,11 +111,11 @@ def test_patch_logits_return_to_their_images():
   # Without blocks, a patch's logits depend only on the patch and its position.
   model = small(depth=0)
   variables, x = tiny.init(model), tiny.images(model, batch=4)
-  plain = mixed(small(depth=0, mix_token=False), variables, x, 0)
+  plain = forward_mixed(small(depth=0, mix_token=False), variables, x, 0)
   assert plain.share == 1
   shares = []
   for key in range(4):
-    out = mixed(model, variables, x, key)
+    out = forward_mixed(model, variables, x, key)
     np.testing.assert_allclose(out.token_logits, plain.token_logits, atol=1e-5)
     shares.append(float(out.share))
   assert min(shares) < 1
@@ -125,8 +125,8 @@ def test_patch_logits_return_to_their_images():
 def test_blocks_see_the_mixed_patches():
   model = small(drop_path_rate=0.0)
   variables, x = tiny.init(model), tiny.images(model, batch=4)
-  plain = mixed(small(drop_path_rate=0.0, mix_token=False), variables, x, 0)
-  out = mixed(model, variables, x, 1)
+  plain = forward_mixed(small(drop_path_rate=0.0, mix_token=False), variables, x, 0)
+  out = forward_mixed(model, variables, x, 1)
   assert out.share < 1 and np.abs(out.logits - plain.logits).max() > 1e-3
 
 

@@ -43,13 +43,13 @@ def shapes_of(model):
   return jax.eval_shape(model.init, jax.random.key(0), tiny.images(model))
 
 
-def folded_form(model, variables):
+def fold_jitted(model, variables):
   # Under jit, so that tests compile once rather than once per operation.
   return model.clone(deploy=True), jax.jit(lambda tree: vc.fold(model, tree)[1])(variables)
 
 
 @functools.cache
-def drawn_for(model):
+def random_inputs(model):
   """Returns random variables, variances around one, and images; numpy, which compiles nothing."""
   rng = np.random.default_rng(0)
 
@@ -123,8 +123,8 @@ def test_authors_files_number_blocks_over_all_stages():
 ], ids=["compact", "grid-both"])
 def test_folding_keeps_the_function_and_leaves_no_norm(plan):
   model = small(plan)
-  variables, images = drawn_for(model)
-  deploy, folded = folded_form(model, variables)
+  variables, images = random_inputs(model)
+  deploy, folded = fold_jitted(model, variables)
   assert trees.differences(folded, shapes_of(deploy)) == []
   assert folded.keys() == {"params"} and norms_of(folded) == []
   proof = vc.verify(model, variables, deploy, folded, images, tolerance=3e-5)
@@ -135,8 +135,8 @@ def test_folding_keeps_the_function_and_leaves_no_norm(plan):
 
 def test_without_a_classifier_a_folded_model_keeps_the_norm_of_pooled_features():
   model = small(num_classes=0)
-  variables, images = drawn_for(model)
-  deploy, folded = folded_form(model, variables)
+  variables, images = random_inputs(model)
+  deploy, folded = fold_jitted(model, variables)
   assert trees.differences(folded, shapes_of(deploy)) == []
   assert {name.rsplit("/", 1)[0] for name in norms_of(folded)} == {"params/head/norm",
                                                                    "batch_stats/head/norm"}
@@ -147,7 +147,7 @@ def test_without_a_classifier_a_folded_model_keeps_the_norm_of_pooled_features()
 @pytest.mark.filterwarnings("ignore:.*saves nothing")
 def test_compacting_with_full_rank_and_all_heads_real_changes_nothing():
   dense = small(**HALF)
-  variables, images = drawn_for(dense)
+  variables, images = random_inputs(dense)
   # The rank of either FFN matrix is at most the block's width.
   plan = vc.Plan(heads=vc.HMHSA(real_heads=3), ffn=vc.CFFN(rank_ratio=1.0, factor="both"))
   full, full_variables = vc.compact(dense, variables, plan, images=images)
@@ -157,16 +157,16 @@ def test_compacting_with_full_rank_and_all_heads_real_changes_nothing():
 
 def test_compacting_cuts_queries_and_keeps_everything_the_plan_does_not_touch():
   dense = small(**HALF)
-  variables, _ = drawn_for(dense)
+  variables, _ = random_inputs(dense)
   compact, got = vc.compact(dense, variables, vc.Plan(heads=vc.HMHSA()))
   assert trees.differences(got, shapes_of(compact)) == []
-  kept, new = trees.named_leaves(variables), trees.named_leaves(got)
+  old, new = trees.named_leaves(variables), trees.named_leaves(got)
   cut = "params/blocks_1/attn/query/kernel"
-  np.testing.assert_array_equal(new[cut], kept[cut][:, :2])
-  alike = [name for name in new if name in kept and kept[name].shape == new[name].shape]
-  assert len(alike) == len(kept) - 4      # kernels and biases of queries and keys
-  for name in alike:
-    np.testing.assert_array_equal(new[name], kept[name], err_msg=name)
+  np.testing.assert_array_equal(new[cut], old[cut][:, :2])
+  same_shape = [name for name in new if name in old and old[name].shape == new[name].shape]
+  assert len(same_shape) == len(old) - 4      # kernels and biases of queries and keys
+  for name in same_shape:
+    np.testing.assert_array_equal(new[name], old[name], err_msg=name)
 
 
 def test_ffns_can_be_factorised_in_attention_blocks_only():
@@ -221,7 +221,7 @@ def gradients(model, variables, images):
 
 def test_training_updates_every_statistic_and_every_parameter():
   model = small(COMPACT, **HALF)
-  variables, images = drawn_for(model)
+  variables, images = random_inputs(model)
   grads, stats = gradients(model, variables, images)
   for name, leaf in trees.named_leaves(grads).items():
     assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, name
@@ -232,7 +232,7 @@ def test_training_updates_every_statistic_and_every_parameter():
 
 def test_remat_changes_memory_not_results():
   model = small(depths=(0, 1, 0, 0))
-  variables, images = drawn_for(model)
+  variables, images = random_inputs(model)
   remat = model.clone(remat=True)
   assert "remat" in str(jax.make_jaxpr(lambda v: gradients(remat, v, images))(variables))
   expected = jax.tree.leaves(gradients(model, variables, images))
@@ -246,7 +246,7 @@ def test_remat_changes_memory_not_results():
 
 def test_bfloat16_is_close_to_float32():
   model = small(COMPACT, **HALF)
-  variables, images = drawn_for(model)
+  variables, images = random_inputs(model)
   expected = tiny.apply(model, variables, images)
   got = jax.jit(model.clone(dtype="bfloat16").apply)(variables, images)
   assert got.dtype == jnp.float32

@@ -16,7 +16,7 @@ PLANS = {
 
 
 @pytest.fixture(autouse=True)
-def listed(monkeypatch):
+def list_own_model(monkeypatch):
   for name, variant in VARIANTS.items():
     monkeypatch.setitem(models.VARIANTS, name, variant)
 
@@ -41,8 +41,8 @@ def test_methods_of_every_axis_fold_on_it_to_the_same_function(plan):
   deploy, folded = vc.fold(model, variables)
   np.testing.assert_allclose(jax.jit(deploy.apply)(folded, x), jax.jit(model.apply)(variables, x),
                              rtol=1e-4, atol=1e-4)
-  asked = jax.eval_shape(deploy.init, jax.random.key(0), x)
-  assert trees.differences(folded, asked) == []
+  shapes = jax.eval_shape(deploy.init, jax.random.key(0), x)
+  assert trees.differences(folded, shapes) == []
 
 
 def test_moving_an_object_changes_the_logits():

@@ -171,12 +171,14 @@ def test_parameter_counts_match_the_pins(name):
     assert sum(sizes(name).values()) == PINS[name]
     return
   depths = (model.depth,) if isinstance(model, Isotropic) else model.depths
-  few = tuple(min(depth, 2) for depth in depths)
-  found = sizes(name, **({"depth": few[0]} if isinstance(model, Isotropic) else {"depths": few}))
-  blocks = [name for name in found if name.startswith("blocks_")]
-  each = len(blocks) // sum(few)   # DaViT's depths count pairs of blocks
-  total = sum(found.values())
+  short = tuple(min(depth, 2) for depth in depths)
+  fields = {"depth": short[0]} if isinstance(model, Isotropic) else {"depths": short}
+  counts = sizes(name, **fields)
+  blocks = [name for name in counts if name.startswith("blocks_")]
+  per_depth = len(blocks) // sum(short)   # DaViT's depths count pairs of blocks
+  total = sum(counts.values())
   for stage, depth in enumerate(depths):
-    end = each * sum(few[:stage + 1])
-    total += (depth - few[stage]) * sum(found[f"blocks_{i}"] for i in range(end - each, end))
+    end = per_depth * sum(short[:stage + 1])
+    last = range(end - per_depth, end)
+    total += (depth - short[stage]) * sum(counts[f"blocks_{i}"] for i in last)
   assert total == PINS[name]

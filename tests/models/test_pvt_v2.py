@@ -56,11 +56,11 @@ def test_weights_round_trip_through_pytorch_bit_for_bit(variant):
   back = vc.to_torch(run.model, variables)
   assert back.keys() == run.state.keys()
   assert all(np.array_equal(back[name], run.state[name]) for name in back)
-  theirs = vc.to_torch(run.model, variables, names="authors")
-  assert trees.digest(vc.from_torch(run.model, theirs)) == trees.digest(variables)
+  authors_state = vc.to_torch(run.model, variables, names="authors")
+  assert trees.digest(vc.from_torch(run.model, authors_state)) == trees.digest(variables)
   assert {"patch_embed1.proj.weight", "patch_embed4.norm.bias", "block3.1.attn.sr.weight",
-          "block1.0.mlp.dwconv.dwconv.weight", "norm2.weight", "head.bias"} <= theirs.keys()
-  assert len(theirs) == len(back)
+          "block1.0.mlp.dwconv.dwconv.weight", "norm2.weight", "head.bias"} <= authors_state.keys()
+  assert len(authors_state) == len(back)
 
 
 def test_images_of_any_valid_size_run_without_another_model():

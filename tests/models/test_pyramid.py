@@ -26,8 +26,8 @@ def test_fold_keeps_the_function_with_every_leaf_and_statistic_random(name, plan
   folded = jax.jit(lambda variables: vc.fold(model, variables)[1])(variables)
   proof = vc.verify(model, variables, deploy, folded, x)
   assert proof.max_rel <= 1e-5 and proof.first_difference is None
-  asked = jax.eval_shape(deploy.init, jax.random.key(0), x)
-  assert trees.differences(folded, asked) == []
+  shapes = jax.eval_shape(deploy.init, jax.random.key(0), x)
+  assert trees.differences(folded, shapes) == []
   again, twice = vc.fold(deploy, folded)
   assert again == deploy and trees.digest(twice) == trees.digest(folded)
 
@@ -38,8 +38,8 @@ def test_compacting_at_full_rank_is_the_dense_model():
   variables, x = tiny.init(model), tiny.images(model)
   plan = vc.Plan(ffn=vc.CFFN(rank_ratio=1))
   small, small_variables = vc.compact(model, variables, plan, images=x)
-  asked = jax.eval_shape(small.init, jax.random.key(0), x)
-  assert trees.differences(small_variables, asked) == []
+  shapes = jax.eval_shape(small.init, jax.random.key(0), x)
+  assert trees.differences(small_variables, shapes) == []
   proof = vc.verify(model, variables, small, small_variables, x, tolerance=1e-4)
   assert proof.ok and proof.first_difference is None
 

@@ -28,7 +28,7 @@ def shapes_of(model):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def folded(model, variables):
+def fold_jitted(model, variables):
   return vc.fold(model, variables)[1]
 
 
@@ -51,7 +51,7 @@ def test_parameter_counts_are_exact_and_macs_match_to_a_thousandth(name):
 def test_logits_match_timm_folded_and_unfolded(run):
   assert parity.difference(run) < 1e-5
   variables = vc.from_torch(run.model, run.state)
-  got = logits(run.model.clone(deploy=True), folded(run.model, variables), run.images)
+  got = logits(run.model.clone(deploy=True), fold_jitted(run.model, variables), run.images)
   assert np.abs(got - run.expected).max() < 1e-5
 
 
@@ -72,11 +72,11 @@ def test_weights_round_trip_through_pytorch_bit_for_bit(names, deploy):
   state = vc.to_torch(model, variables, names=names)
   assert trees.digest(vc.from_torch(model, state)) == trees.digest(variables)
   if not deploy:
-    theirs = {name: shape for name, shape in RUNS[0].state.items() if "num_batches" not in name}
+    stored = {name: shape for name, shape in RUNS[0].state.items() if "num_batches" not in name}
     if names == "authors":
-      theirs = {model.authors_name(name): value for name, value in theirs.items()}
+      stored = {model.authors_name(name): value for name, value in stored.items()}
     assert {name: value.shape for name, value in state.items()} == {
-        name: value.shape for name, value in theirs.items()}
+        name: value.shape for name, value in stored.items()}
 
 
 def test_authors_files_number_the_parts_of_a_downsampling_as_blocks():
@@ -108,7 +108,7 @@ def test_deployed_form_has_the_names_of_timms_fused_model():
 def test_folding_keeps_the_function_and_leaves_only_the_norm_of_attention(plan):
   model = tiny.shvit(plan)
   variables, images = tiny.init(model), tiny.images(model)
-  deploy, new = model.clone(deploy=True), folded(model, variables)
+  deploy, new = model.clone(deploy=True), fold_jitted(model, variables)
   assert trees.differences(new, shapes_of(deploy)) == []
   assert new.keys() == {"params"}
   assert {name.rsplit("/", 1)[0] for name in trees.named_leaves(new["params"])
@@ -129,7 +129,7 @@ def test_without_a_classifier_features_are_unnormalised_and_published_files_load
   maps = features(vc.from_torch(run.model, run.state), images).features["stage_3"]
   np.testing.assert_allclose(logits(model, variables, images), maps.mean((1, 2)), rtol=1e-4,
                              atol=1e-5)
-  deploy, new = model.clone(deploy=True), folded(model, variables)
+  deploy, new = model.clone(deploy=True), fold_jitted(model, variables)
   assert vc.verify(model, variables, deploy, new, images).ok
   reset = vc.from_torch(run.model.clone(num_classes=3), run.state, reset_head=True)["params"]
   np.testing.assert_array_equal(reset["head"]["norm"]["scale"], run.state["head.bn.weight"])
@@ -330,9 +330,9 @@ def test_every_leaf_has_one_rule_and_only_kernels_decay():
         assert rule.decay == name.endswith("/kernel"), name
         assert len(rule.axes) in (0, len(leaf.shape)), name
   dense = tiny.shvit()
-  own = {name: leaf for name, leaf in trees.named_leaves(shapes_of(dense)["params"]).items()
-         if name.endswith("kernel") and ("/fc" not in name or "head" in name)}
-  trees.first_match(dense.rules, own)   # each of its own rules matches something
+  own_leaves = {name: leaf for name, leaf in trees.named_leaves(shapes_of(dense)["params"]).items()
+                if name.endswith("kernel") and ("/fc" not in name or "head" in name)}
+  trees.first_match(dense.rules, own_leaves)   # each of its own rules matches something
 
 
 @pytest.fixture(scope="module")
@@ -354,11 +354,11 @@ def test_compacting_to_full_rank_absorbs_the_norms_and_changes_nothing(given, de
   assert "mlp" not in new["batch_stats"]["blocks_0"]
   assert new["batch_stats"]["blocks_1"]["mlp"].keys() == {
       "fc1", "fc2"} == new["params"]["blocks_1"]["mlp"].keys()
-  kept, got = trees.named_leaves(variables), trees.named_leaves(new)
-  for name in kept:
+  old, got = trees.named_leaves(variables), trees.named_leaves(new)
+  for name in old:
     if "/mlp/" not in name or "blocks_1/mlp/fc1" in name:
-      np.testing.assert_array_equal(got[name], kept[name], err_msg=name)
-  deploy, folds = small.clone(deploy=True), folded(small, new)
+      np.testing.assert_array_equal(got[name], old[name], err_msg=name)
+  deploy, folds = small.clone(deploy=True), fold_jitted(small, new)
   assert vc.verify(small, new, deploy, folds, images, tolerance=3e-5).ok
 
 
@@ -389,8 +389,8 @@ def test_report_proposes_only_ffns_and_estimates_the_output_of_normed_layers(den
   assert {option.axis for block in report.blocks for option in block["options"]} == {"ffn"}
   assert [set(block["tables"]) >= {"attention_mass", "token_similarity"}
           for block in report.blocks] == [True, True]
-  own = {kind: variables[kind]["blocks_0"] for kind in variables}
-  seen = calibration.observe_jitted(model.submodules()["blocks_0"], own,
+  block_variables = {kind: variables[kind]["blocks_0"] for kind in variables}
+  seen = calibration.observe_jitted(model.submodules()["blocks_0"], block_variables,
                              np.repeat(images[:2, :3, :3, :1], 12, axis=-1))
   assert seen.before_ffn.shape == seen.ffn.shape == seen.before_attention.shape == (2, 9, 12)
   np.testing.assert_allclose(seen.hidden, np.maximum(seen.fc1, 0), rtol=1e-4, atol=1e-6)

@@ -26,7 +26,7 @@ RUNS = parity.runs("transnext")
 
 
 @functools.cache
-def drawn_for(model):
+def random_inputs(model):
   return tiny.init(model), tiny.images(model)
 
 
@@ -264,7 +264,7 @@ def test_initialisation_matches_the_published_one():
 
 def test_images_of_any_valid_size_run_without_another_model():
   model = tiny.transnext()
-  variables, _ = drawn_for(model)
+  variables, _ = random_inputs(model)
   for size in ((24, 40), (64, 16), (8, 8)):
     images = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
     assert jax.eval_shape(model.apply, variables, images).shape == (2, 5)
@@ -280,12 +280,12 @@ PLANS = {"dense": vc.Plan(), "cffn": vc.Plan(ffn=vc.CFFN())}
 @pytest.mark.parametrize("plan", PLANS)
 def test_folding_keeps_the_function_and_removes_the_position_network(plan, tmp_path):
   model = tiny.transnext(PLANS[plan])
-  variables, x = drawn_for(model)
+  variables, x = random_inputs(model)
   deploy, folded = vc.fold(model, variables)
   proof = vc.verify(model, variables, deploy, folded, x)
   assert proof.ok and proof.first_difference is None, proof
-  asked = jax.eval_shape(deploy.init, jax.random.key(0), x)
-  assert trees.differences(folded, asked) == [] and "batch_stats" not in folded
+  shapes = jax.eval_shape(deploy.init, jax.random.key(0), x)
+  assert trees.differences(folded, shapes) == [] and "batch_stats" not in folded
   cosine = folded["params"]["blocks_0"]["cosine"]
   # 2 * 6 - 2 and 2 * 10 - 2 distances from a query to the mean of two cells.
   assert cosine["positions"].shape == (10, 18, 2) and "position_1" not in cosine
@@ -301,11 +301,11 @@ def test_folding_keeps_the_function_and_removes_the_position_network(plan, tmp_p
 
 def test_folding_removes_only_the_position_network():
   model = tiny.transnext()
-  whole, folded = vc.count(model), vc.count(model.clone(deploy=True))
+  unfolded, folded = vc.count(model), vc.count(model.clone(deploy=True))
   network = sum(rows * columns * 512 * (2 + heads)
                 for rows, columns, heads in ((10, 18, 2), (5, 9, 4)))
-  assert whole.macs - folded.macs == network
-  assert whole.ideal_macs == folded.ideal_macs == folded.macs
+  assert unfolded.macs - folded.macs == network
+  assert unfolded.ideal_macs == folded.ideal_macs == folded.macs
   # Scores, values, learned tokens: per query 9 + 15 pooled keys of 8 channels, and 15 of 16.
   assert folded.attention_macs == 60 * 8 * (2 * (9 + 15) + 9) + 15 * 16 * 2 * 15
 
@@ -313,11 +313,11 @@ def test_folding_removes_only_the_position_network():
 @pytest.mark.filterwarnings("ignore:blocks_:UserWarning")    # full rank saves nothing
 def test_compacting_at_full_rank_is_the_dense_model_and_changes_only_wo():
   model = tiny.transnext()
-  variables, x = drawn_for(model)
+  variables, x = random_inputs(model)
   plan = vc.Plan(ffn=vc.CFFN(rank_ratio=1))
   got, got_variables = vc.compact(model, variables, plan, images=jnp.concatenate([x, x, x]))
-  asked = jax.eval_shape(got.init, jax.random.key(0), x)
-  assert trees.differences(got_variables, asked) == []
+  shapes = jax.eval_shape(got.init, jax.random.key(0), x)
+  assert trees.differences(got_variables, shapes) == []
   assert vc.verify(model, variables, got, got_variables, x, tolerance=1e-4).ok
   old, new = (trees.named_leaves(tree["params"]) for tree in (variables, got_variables))
   assert {name for name in old if old[name] is not new.get(name)} == {
@@ -326,7 +326,7 @@ def test_compacting_at_full_rank_is_the_dense_model_and_changes_only_wo():
 
 def test_measure_proposes_only_factors_of_wo():
   model = tiny.transnext(depths=(1, 0))
-  variables, _ = drawn_for(model)
+  variables, _ = random_inputs(model)
   report = vc.measure(model, variables, tiny.images(model, 16), sensitivity="none")
   row, = report.blocks
   assert {(option.axis, option.method.factor) for option in row["options"]} == {("ffn", "output")}
@@ -335,7 +335,7 @@ def test_measure_proposes_only_factors_of_wo():
 
 def test_features_and_maps_on_request():
   model = tiny.transnext()
-  variables, x = drawn_for(model)
+  variables, x = random_inputs(model)
   out = jax.eval_shape(functools.partial(vc.features, model, maps=True), variables, x)
   assert {name: leaf.shape for name, leaf in out.features.items()} == {
       "stage_1": (3, 6, 10, 8), "stage_2": (3, 3, 5, 16)}
@@ -355,7 +355,7 @@ def gradient(model, variables, x):
 def test_every_leaf_has_a_gradient_and_remat_changes_memory_not_results():
   model = tiny.transnext(drop_path_rate=0.0)
   remat = model.clone(remat=True)
-  variables, x = drawn_for(model)
+  variables, x = random_inputs(model)
   grads, again = (trees.named_leaves(gradient(some, variables, x)) for some in (model, remat))
   for name, grad in grads.items():
     if name == "blocks_1/cosine/position_2/bias":   # adds the same to all keys of a softmax
@@ -374,7 +374,7 @@ def test_stochastic_depth_grows_linearly_over_all_stages():
 
 def test_bfloat16_is_close_to_float32_with_float32_outputs():
   model, low = tiny.transnext(), tiny.transnext(dtype="bfloat16")
-  variables, x = drawn_for(model)
+  variables, x = random_inputs(model)
   expected, got = (tiny.apply(some, variables, x) for some in (model, low))
   assert got.dtype == jnp.float32
   assert 0 < jnp.abs(got - expected).max() / jnp.abs(expected).max() < 0.05
@@ -449,7 +449,7 @@ def test_method_that_gates_heads_works_in_every_stage(monkeypatch):
   from tests.methods.own.gate_heads import Gate
   monkeypatch.setitem(vc.METHODS["heads"], "gate", Gate)
   dense = tiny.transnext()
-  variables, x = drawn_for(dense)
+  variables, x = random_inputs(dense)
   gated, got = vc.compact(dense, variables, vc.Plan(heads=Gate()))    # initially all gates are 1
   np.testing.assert_allclose(tiny.apply(gated, got, x), tiny.apply(dense, variables, x), atol=1e-5)
   assert macs_of(gated.apply, got, x).total > macs_of(dense.apply, variables, x).total

@@ -79,9 +79,9 @@ def test_angles_of_eva02_are_scaled_to_the_grid_of_its_pretraining():
 def test_partial_patches_at_the_image_edges_are_cropped():
   model = small("vit_so400m_patch14_siglip_384", image_size=37)
   variables, images = tiny.init(model), tiny.images(model)
-  whole = model.clone(image_size=32)
+  cropped = model.clone(image_size=32)
   np.testing.assert_array_equal(tiny.apply(model, variables, images),
-                                tiny.apply(whole, variables, images[:, :32, :32]))
+                                tiny.apply(cropped, variables, images[:, :32, :32]))
   with pytest.raises(ValueError, match="37 is not a multiple of patch_size=8"):
     small("vit_so400m_patch14_siglip_378", image_size=37)
 
@@ -195,13 +195,13 @@ def test_model_without_a_classifier_is_measured_by_its_features(monkeypatch):
   tiny.few_options(monkeypatch)
   model = small("vit_small_patch14_dinov2", patch_size=8, num_classes=0, depth=1)
   variables, images = tiny.init(model), np.asarray(tiny.images(model, batch=16))
-  asked = []
+  errors = []
   # Patched through the module, because vc.measure is the function.
   monkeypatch.setattr(sys.modules["vitcompact.measure"], "feature_error",
-                      lambda *features: asked.append(feature_error(*features)) or asked[-1])
+                      lambda *features: errors.append(feature_error(*features)) or errors[-1])
   report = vc.measure(model, variables, images)
   measured = [option.kl for row in report.blocks for option in row["options"] if option.measured]
-  assert measured and set(measured) <= set(asked)
+  assert measured and set(measured) <= set(errors)
   assert report.unit == "error" and "error" in str(report.explain(report.plan(macs=0.9)))
   assert "nats" not in page(report)
   expected = np.asarray([[1.0, 2.0], [3.0, 6.0]])   # variances 1 and 4

@@ -14,10 +14,10 @@ from vitcompact.train import build
 from vitcompact.train import config as configs
 
 
-def changed(key, value, plan=None):
+def changed_config(key, value, plan=None):
   """Returns the tiny config, with only its non-default values and one more value."""
-  given = {**configs.flat(tiny_config()), key: value}
-  return configs.nested(given if plan is None else {**given, "plan": plan})
+  values = {**configs.flat(tiny_config()), key: value}
+  return configs.nested(values if plan is None else {**values, "plan": plan})
 
 
 @pytest.mark.parametrize("key, close", [
@@ -25,7 +25,7 @@ def changed(key, value, plan=None):
     ("keep_warmup.stat", "keep_warmup.start"), ("data.mix_up", "data.mixup")])
 def test_unknown_keys_list_similar_names(key, close):
   with pytest.raises(ValueError, match=rf"unknown key config.{key}; did you mean .*{close}"):
-    configs.complete(changed(key, 1))
+    configs.complete(changed_config(key, 1))
 
 
 def test_missing_keys_get_defaults_and_a_complete_config_is_unchanged():
@@ -38,9 +38,9 @@ def test_missing_keys_get_defaults_and_a_complete_config_is_unchanged():
 
 @pytest.mark.parametrize("missing", ["model.name", "model.image_size"])
 def test_missing_keys_without_a_default_are_reported(missing):
-  given = {key: value for key, value in configs.flat(tiny_config()).items() if key != missing}
+  values = {key: value for key, value in configs.flat(tiny_config()).items() if key != missing}
   with pytest.raises(ValueError, match=f"missing config.{missing}"):
-    configs.complete(configs.nested(given))
+    configs.complete(configs.nested(values))
 
 
 @pytest.mark.parametrize("plan", [
@@ -97,15 +97,15 @@ CASES += [(key, value, plan) for key, (plan, values) in OF_METHODS.items() for v
 @pytest.mark.parametrize("key, value, plan", CASES)
 def test_value_out_of_range_is_rejected_with_the_range(key, value, plan):
   with pytest.raises(ValueError, match=rf"^config.{key}=.*: must be ") as error:
-    configs.complete(changed(key, value, plan))
+    configs.complete(changed_config(key, value, plan))
   assert "\n" not in str(error.value)
 
 
 def test_every_number_in_a_config_has_a_tested_range():
   numbers = {key for key, setting in {**configs.KEYS, **configs.all_settings()}.items()
              if isinstance(setting.default, (int, float)) and not isinstance(setting.default, bool)}
-  alike = {key for key in numbers if key.startswith("reconstruct.")}   # same ranges as in optim
-  assert numbers - alike <= OUT_OF_RANGE.keys() | OF_METHODS.keys()
+  as_optim = {key for key in numbers if key.startswith("reconstruct.")}   # same ranges as in optim
+  assert numbers - as_optim <= OUT_OF_RANGE.keys() | OF_METHODS.keys()
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -177,7 +177,7 @@ def test_settings_of_unused_methods_are_ignored_and_those_of_used_ones_compared(
   assert configs.differences(old, {**old, "log_every": 7, "checkpoint_every": 3}) == []
 
 
-def near(setting):
+def candidate_values(setting):
   """Values for a key: of its own type, inside and outside its range, and other JSON values."""
   kind = type(setting.default)
   ends = [end for end in (setting.low, setting.high, setting.above, setting.below)
@@ -195,7 +195,7 @@ PLANS = st.sampled_from([None, SPARSE, DYNAMICVIT, MCTF, EVIT])
 @st.composite
 def settings_of_a_run(draw):
   keys = draw(st.lists(st.sampled_from(sorted(ALL)), min_size=1, max_size=4, unique=True))
-  return {key: draw(near(ALL[key])) for key in keys}
+  return {key: draw(candidate_values(ALL[key])) for key in keys}
 
 
 @hypothesis.settings(deadline=None, derandomize=not LONG, max_examples=3000 if LONG else 60)
@@ -205,16 +205,16 @@ def settings_of_a_run(draw):
 def test_any_settings_are_used_unchanged_or_rejected_in_one_line(given, plan):
   base = configs.flat(tiny_config()) | ({} if plan is None else {"plan": plan})
   try:
-    whole = configs.flat(configs.complete(configs.nested({**base, **given})))
+    completed = configs.flat(configs.complete(configs.nested({**base, **given})))
   except ValueError as error:
     assert str(error) and "\n" not in str(error), error
     return
   for key, value in given.items():
-    if key not in whole:   # belongs to a method that is not in the plan, and has its default
+    if key not in completed:   # belongs to a method that is not in the plan, and has its default
       assert value == ALL[key].default
       continue
-    assert whole[key] == value
-    ALL[key].check(key, whole[key])
+    assert completed[key] == value
+    ALL[key].check(key, completed[key])
 
 
 @pytest.mark.parametrize("key", sorted(ALL))

@@ -41,10 +41,10 @@ def test_skipped_step_changes_only_the_step_number(bad):
 
 def test_guard_is_part_of_the_step_on_request(config):
   """Traced only: the guarded step has an additional metric, the plain one does not."""
-  for most in (0, 1):
-    config.optim.skip_nonfinite = most
+  for allowed in (0, 1):
+    config.optim.skip_nonfinite = allowed
     run = loop.build(loop.resolve(config))
     batch = {"image": jax.ShapeDtypeStruct((16, 8, 8, 3), np.uint8),
              "label": jax.ShapeDtypeStruct((16,), np.int32)}
     _, metrics = jax.eval_shape(run.step_at(0), run.shapes, batch)
-    assert ("skipped" in metrics) == bool(most)
+    assert ("skipped" in metrics) == bool(allowed)

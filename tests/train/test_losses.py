@@ -53,11 +53,11 @@ def test_kept_ratio_is_the_squared_error_of_each_stage_and_image():
 def test_token_losses_are_means_over_surviving_tokens_of_the_batch():
   student, teacher = np.random.default_rng(0).normal(size=(2, 2, 4, 3)).astype(np.float32)
   keep_mask = np.array([[1.0, 1, 1, 0], [0, 0, 1, 0]])
-  held = keep_mask > 0
+  kept = keep_mask > 0
   square = losses.token_square(jnp.array(student), jnp.array(teacher), jnp.array(keep_mask))
-  assert square.mean() == pytest.approx(((student - teacher)[held] ** 2).mean(), rel=1e-5)
+  assert square.mean() == pytest.approx(((student - teacher)[kept] ** 2).mean(), rel=1e-5)
   kl = losses.token_divergence(jnp.array(student), jnp.array(teacher), jnp.array(keep_mask))
-  expected = losses.divergence(jnp.array(student[held]), jnp.array(teacher[held])).mean()
+  expected = losses.divergence(jnp.array(student[kept]), jnp.array(teacher[kept])).mean()
   assert kl.mean() == pytest.approx(float(expected), rel=1e-5)
   assert not losses.token_square(jnp.array(student), jnp.array(teacher), jnp.zeros((2, 4))).any()
 

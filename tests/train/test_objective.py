@@ -47,11 +47,11 @@ def run(model, loss, teacher=None, second=None, student=None, labels=LABELS):
 
 def test_without_a_teacher_the_label_loss_averages_both_heads():
   metrics, logits = label_terms((STUDENT, TEACHER), TARGETS, weights(labels=1.0), distils=False)
-  each = [losses.cross_entropy(head, TARGETS).mean() for head in (STUDENT, TEACHER)]
-  assert metrics["labels"] == pytest.approx(float(sum(each)) / 2)
+  per_head = [losses.cross_entropy(head, TARGETS).mean() for head in (STUDENT, TEACHER)]
+  assert metrics["labels"] == pytest.approx(float(sum(per_head)) / 2)
   np.testing.assert_allclose(logits, (STUDENT + TEACHER) / 2)
   distilled, _ = label_terms((STUDENT, TEACHER), TARGETS, weights(labels=1.0), distils=True)
-  assert distilled["labels"] == pytest.approx(float(each[0]))
+  assert distilled["labels"] == pytest.approx(float(per_head[0]))
 
 
 def test_mixtoken_targets_mix_for_the_class_token_and_follow_images_for_patches():
@@ -60,18 +60,18 @@ def test_mixtoken_targets_mix_for_the_class_token_and_follow_images_for_patches(
   out = TokenLogits(STUDENT, tokens, jnp.float32(0.75), keep_mask)
   metrics, logits = label_terms(out, TARGETS, weights(patch_labels=0.5), distils=False)
   mixed = 0.75 * TARGETS + 0.25 * TARGETS[jnp.array([1, 0])]
-  each = np.stack([losses.cross_entropy(tokens[:, i], TARGETS) for i in range(3)], axis=1)
+  per_token = np.stack([losses.cross_entropy(tokens[:, i], TARGETS) for i in range(3)], axis=1)
   assert metrics["labels"] == pytest.approx(float(losses.cross_entropy(STUDENT, mixed).mean()))
-  assert metrics["patch_labels"] == pytest.approx(each[np.asarray(keep_mask) > 0].mean())
+  assert metrics["patch_labels"] == pytest.approx(per_token[np.asarray(keep_mask) > 0].mean())
   np.testing.assert_array_equal(logits, STUDENT)
 
 
 def test_label_maps_give_each_patch_its_own_target():
   tokens = jnp.stack([STUDENT, TEACHER], axis=1)
-  of_patches = jnp.stack([TARGETS, TARGETS[::-1]], axis=1)
+  patch_targets = jnp.stack([TARGETS, TARGETS[::-1]], axis=1)
   out = TokenLogits(STUDENT, tokens, jnp.float32(1), jnp.ones((2, 2)))
-  metrics, _ = label_terms(out, (TARGETS, of_patches), weights(patch_labels=1.0), distils=False)
-  expected = [losses.cross_entropy(tokens[:, i], of_patches[:, i]).mean() for i in (0, 1)]
+  metrics, _ = label_terms(out, (TARGETS, patch_targets), weights(patch_labels=1.0), distils=False)
+  expected = [losses.cross_entropy(tokens[:, i], patch_targets[:, i]).mean() for i in (0, 1)]
   assert metrics["labels"] == pytest.approx(float(losses.cross_entropy(STUDENT, TARGETS).mean()))
   assert metrics["patch_labels"] == pytest.approx(float(np.mean(expected)))
 
@@ -83,9 +83,9 @@ def test_distillation_trains_only_the_second_head():
       model, weights(labels=0.5, hard=0.5), teacher)
   images = tiny.images(model)
   heads = tiny.apply(model, student, images, train=True, rngs={"dropout": jax.random.key(3)})
-  said = tiny.apply(teacher, teacher_variables, images)
+  target = tiny.apply(teacher, teacher_variables, images)
   labels = losses.cross_entropy(heads[0], jax.nn.one_hot(LABELS, 5)).mean()
-  hard = losses.hard_distillation(heads[1], said).mean()
+  hard = losses.hard_distillation(heads[1], target).mean()
   assert value == pytest.approx(float(0.5 * labels + 0.5 * hard), rel=1e-5)
   assert set(metrics) == {"accuracy", "loss_labels", "loss_hard"}
   assert np.any(grads["head_dist"]["kernel"])
@@ -211,14 +211,14 @@ def test_second_pass_follows_the_first_with_its_own_random_numbers():
   second = model.clone(plan=vc.Plan(tokens=vc.MCTF(r=1, blocks=(0,)), ffn=vc.CFFN()))
   student, key, targets = tiny.init(model), jax.random.key(3), jax.nn.one_hot(LABELS, 5)
 
-  def passed(model, stats, key):
+  def run_pass(model, stats, key):
     logits, new = tiny.apply(model, variables(student["params"], stats), tiny.images(model),
                              train=True,
                               rngs={"dropout": key}, mutable=["batch_stats"])
     return losses.cross_entropy(logits, targets).mean(), new["batch_stats"]
 
-  first, stats = jax.jit(passed, static_argnums=0)(model, student["batch_stats"], key)
-  other, stats = jax.jit(passed, static_argnums=0)(second, stats, jax.random.fold_in(key, 1))
+  first, stats = jax.jit(run_pass, static_argnums=0)(model, student["batch_stats"], key)
+  other, stats = jax.jit(run_pass, static_argnums=0)(second, stats, jax.random.fold_in(key, 1))
   objective = make_objective(model, weights(labels=1.0), second=second)
   _, (got, metrics) = jax.jit(objective)(student["params"], student["batch_stats"], {},
                                          tiny.images(model), LABELS, targets, key)
@@ -234,8 +234,8 @@ def test_soft_distillation_uses_the_temperature_of_the_config():
       model, weights(soft=0.5, temperature=3.0), teacher)
   heads = tiny.apply(model, student, tiny.images(model), train=True,
                      rngs={"dropout": jax.random.key(3)})
-  said = tiny.apply(teacher, teacher_variables, tiny.images(model))
-  expected = float(losses.soft_distillation(heads[1], said, 3.0).mean())
+  target = tiny.apply(teacher, teacher_variables, tiny.images(model))
+  expected = float(losses.soft_distillation(heads[1], target, 3.0).mean())
   assert metrics["loss_soft"] == pytest.approx(expected, rel=1e-4)
   assert value == pytest.approx(0.5 * expected, rel=1e-4)
 
@@ -278,25 +278,25 @@ def test_replicas_have_separate_statistics_and_losses():
   images = tiny.images(model, batch=4)
   labels = jnp.array([0, 3, 1, 2])
 
-  def of(objective, part):
+  def evaluate(objective, part):
     return objective(student["params"], student["batch_stats"], {}, images[part], labels[part],
                      jax.nn.one_hot(labels[part], 5), jax.random.key(0))
 
-  whole, (stats, metrics) = of(by_replica(objective, 2), slice(0, 4))
-  halves = [of(objective, part) for part in (slice(0, 2), slice(2, 4))]
+  split, (stats, metrics) = evaluate(by_replica(objective, 2), slice(0, 4))
+  halves = [evaluate(objective, part) for part in (slice(0, 2), slice(2, 4))]
   mean = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
-  for got, expected in zip(*map(jax.tree.leaves, ((whole, (stats, metrics)), mean)), strict=True):
+  for got, expected in zip(*map(jax.tree.leaves, ((split, (stats, metrics)), mean)), strict=True):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
-  together, _ = of(objective, slice(0, 4))
-  assert abs(together - whole) > 1e-4
+  joint, _ = evaluate(objective, slice(0, 4))
+  assert abs(joint - split) > 1e-4
 
 
 def test_replicas_have_separate_random_numbers():
-  def drawn(params, batch_stats, teacher, images, labels, targets, key):
+  def random_objective(params, batch_stats, teacher, images, labels, targets, key):
     return jax.random.uniform(key), ({}, {})
 
   key, rows = jax.random.key(3), jnp.zeros((4, 1))
-  loss, _ = by_replica(drawn, 2)({}, {}, {}, rows, rows, rows, key)
+  loss, _ = by_replica(random_objective, 2)({}, {}, {}, rows, rows, rows, key)
   expected = np.mean([jax.random.uniform(one) for one in jax.random.split(key, 2)])
   np.testing.assert_allclose(loss, expected, rtol=1e-6)
   assert loss != jax.random.uniform(jax.random.split(key, 2)[0])

@@ -103,15 +103,15 @@ def test_adaptive_clipping_bounds_each_outputs_gradient_by_its_weights():
   clip = optim.adaptive_clip(0.02)
   got, _ = clip.update(gradients, clip.init(params), params)
   for name, gradient in gradients.items():
-    most = 0.02 * np.maximum(unit_norm(name, params[name]), 1e-3)
-    expected = gradient * np.minimum(1, most / unit_norm(name, gradient))
+    limit = 0.02 * np.maximum(unit_norm(name, params[name]), 1e-3)
+    expected = gradient * np.minimum(1, limit / unit_norm(name, gradient))
     np.testing.assert_allclose(got[name], expected, rtol=1e-5, err_msg=name)
     assert (name == "small/kernel") == np.array_equal(got[name], gradient)
   assert np.linalg.norm(got["norm/scale"]) == pytest.approx(2e-5)
-  theirs = optax.adaptive_grad_clip(0.02)
-  theirs, _ = theirs.update(gradients, theirs.init(params), params)
+  optax_clip = optax.adaptive_grad_clip(0.02)
+  optax_clip, _ = optax_clip.update(gradients, optax_clip.init(params), params)
   for name in ("conv/kernel", "fc/kernel", "norm/scale", "small/kernel"):
-    np.testing.assert_allclose(got[name], theirs[name], rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(got[name], optax_clip[name], rtol=1e-5, err_msg=name)
 
 
 def test_adaptive_clipping_happens_before_adam_and_is_off_by_default():
@@ -160,8 +160,8 @@ def test_schedule_has_the_given_rates_and_ends_with_its_cool_down(name, values):
   rate = optim.schedule(section, 110)
   for step, expected in values.items():
     assert rate(step) == pytest.approx(expected, rel=1e-3, abs=1e-6), step
-  late = 10 * (name == "late_epoch")
-  assert rate(99 + late) > 0 and rate(100 + late) == pytest.approx(0, abs=1e-6) == rate(109 + late)
+  lag = 10 * (name == "late_epoch")
+  assert rate(99 + lag) > 0 and rate(100 + lag) == pytest.approx(0, abs=1e-6) == rate(109 + lag)
 
 
 def test_sgd_has_nesterov_momentum_and_adds_the_decay_to_the_gradient():

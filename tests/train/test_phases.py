@@ -18,10 +18,10 @@ from vitcompact.train.phases import Phase, phase_at
 SPARSE = vc.Sparsifiner(granularity="block", keep=0.5, window=2, min_tokens=10)
 
 
-def of_plan(config, plan, changes):
+def with_plan(config, plan, changes):
   """Returns the complete config with another plan and further settings."""
-  given = {**configs.flat(config), "plan": plan.to_json(), **changes}
-  return configs.complete(configs.nested(given))
+  settings = {**configs.flat(config), "plan": plan.to_json(), **changes}
+  return configs.complete(configs.nested(settings))
 
 
 def phases_of(config, plan, steps):
@@ -32,7 +32,7 @@ def phases_of(config, plan, steps):
 
 def test_predictors_train_first_with_dense_attention_and_all_tokens(config):
   plan = vc.Plan(attention=SPARSE, tokens=vc.EViT(keep=0.25, blocks=(0,)))
-  config = of_plan(config, plan, {"reconstruct.steps": 5})
+  config = with_plan(config, plan, {"reconstruct.steps": 5})
   first, last = phases_of(config, plan, (4, 5))
   assert first.first is vc.Sparsifiner.first_phase
   assert not first.plan.attention.masked and first.plan.tokens is None
@@ -48,7 +48,7 @@ def test_predictors_train_first_with_dense_attention_and_all_tokens(config):
 
 def test_keep_rate_falls_in_at_most_eight_phases(config):
   plan = vc.Plan(tokens=vc.EViT(keep=0.5, blocks=(0,)))
-  config = of_plan(config, plan, {"keep_warmup.start": 4, "keep_warmup.steps": 20})
+  config = with_plan(config, plan, {"keep_warmup.start": 4, "keep_warmup.steps": 20})
   found = phases_of(config, plan, range(40))
   rates = [phase.plan.tokens.keep for phase in found]
   assert rates[:5] == [1.0] * 5 and rates[23:] == [0.5] * 17
@@ -57,7 +57,7 @@ def test_keep_rate_falls_in_at_most_eight_phases(config):
 
 def test_mctf_has_a_second_pass_that_merges_less_unchanged_by_a_restart(config):
   plan = vc.Plan(tokens=vc.MCTF(r=4))
-  config = of_plan(config, plan, {"loss.consistency": 3.0, "loss.companion_r": 3})
+  config = with_plan(config, plan, {"loss.consistency": 3.0, "loss.companion_r": 3})
   found = phases_of(config, plan, range(50))
   assert {phase.second.tokens.r for phase in found} == {0, 1, 2, 3}
   assert {phase.plan for phase in found} == {plan}
@@ -85,7 +85,7 @@ SMALL_BLOCKS = vc.Sparsifiner(granularity="block", min_tokens=100)
 ])
 def test_settings_for_training_absent_from_the_plan_are_rejected(config, changes, plan, words):
   with pytest.raises(ValueError, match=words):
-    phases.check(of_plan(config, plan, changes), tiny.deit(plan))
+    phases.check(with_plan(config, plan, changes), tiny.deit(plan))
 
 
 @pytest.mark.parametrize("loss, teacher, fields, words", [
@@ -105,7 +105,7 @@ PARAMS = {"cls_token": jnp.ones(2), "blocks_0": {
     "links": {"up": jnp.ones(2)}, "predict_tokens": {"out3": jnp.ones(2)}, "attn": jnp.ones(2)}}
 
 
-def moved(optimizer, params, state, grads):
+def update_once(optimizer, params, state, grads):
   updates, state = optimizer.update(grads, state, params)
   new = optax.apply_updates(params, updates)
   return {name: bool(np.any(leaf != trees.named_leaves(params)[name]))
@@ -114,19 +114,19 @@ def moved(optimizer, params, state, grads):
 
 def test_each_phase_trains_its_own_parameters_from_fresh_moments(config):
   config.optim.warmup_steps = 0
-  section = of_plan(config, vc.Plan(attention=SPARSE), {"reconstruct.steps": 10}).reconstruct
+  section = with_plan(config, vc.Plan(attention=SPARSE), {"reconstruct.steps": 10}).reconstruct
   first = optim.FirstGroup("links", r"(.*/)?links/.*", section)
   mask = jax.tree.map(lambda _: True, PARAMS)
   both = optim.make_optimizers(config.optim, 40, PARAMS, mask, first)
   grads = jax.tree.map(jnp.ones_like, PARAMS)
   state = both.main.init(PARAMS)
-  step, params, state = moved(both.first, PARAMS, state, grads)
+  step, params, state = update_once(both.first, PARAMS, state, grads)
   assert {name for name, did in step.items() if did} == {"blocks_0/links/up"}
   mu = optax.tree_utils.tree_get_all_with_path(state, "mu")
   fresh = [leaf for _, tree in mu for name, leaf in trees.named_leaves(tree).items()
            if "links" not in name and hasattr(leaf, "shape")]
   assert fresh and not any(np.any(leaf) for leaf in fresh)
-  step, _, _ = moved(both.main, params, state, grads)
+  step, _, _ = update_once(both.main, params, state, grads)
   assert {name for name, did in step.items() if not did} == {"blocks_0/links/up"}
 
 
@@ -138,8 +138,8 @@ def test_rates_follow_the_first_matching_pattern_and_are_zero_before_their_step(
   mask = jax.tree.map(lambda _: True, params)
   both = optim.make_optimizers(config.optim, 40, params, mask)
   state, grads = both.main.init(params), jax.tree.map(jnp.ones_like, params)
-  first, params, state = moved(both.main, params, state, grads)
-  second, newer, _ = moved(both.main, params, state, grads)
+  first, params, state = update_once(both.main, params, state, grads)
+  second, newer, _ = update_once(both.main, params, state, grads)
   assert {name for name, did in first.items() if did} == {"blocks_0/predict_tokens/out3"}
   assert {name for name, did in second.items() if did} == {"blocks_0/predict_tokens/out3",
                                                            "blocks_0/attn"}
@@ -152,7 +152,7 @@ def test_rates_follow_the_first_matching_pattern_and_are_zero_before_their_step(
 def test_each_phase_has_its_own_learning_rate(config):
   """10 steps of the first phase, 20 of the main phase, 4 of cool-down."""
   config.optim.update(learning_rate=4.0, final_learning_rate=0.0, warmup_steps=0, cooldown_steps=4)
-  section = of_plan(config, vc.Plan(attention=SPARSE), {
+  section = with_plan(config, vc.Plan(attention=SPARSE), {
       "reconstruct.steps": 10, "reconstruct.learning_rate": 2.0,
       "reconstruct.final_learning_rate": 1.0}).reconstruct
   rate = optim.make_optimizers(config.optim, 34, PARAMS, jax.tree.map(lambda _: True, PARAMS),
@@ -163,8 +163,8 @@ def test_each_phase_has_its_own_learning_rate(config):
 
 def test_after_a_first_phase_steps_are_counted_from_zero_again(config):
   plan = vc.Plan(attention=SPARSE, tokens=vc.EViT(keep=0.5, blocks=(0,)))
-  config = of_plan(config, plan, {"reconstruct.steps": 5, "keep_warmup.start": 4,
-                                  "keep_warmup.steps": 20})
+  config = with_plan(config, plan, {"reconstruct.steps": 5, "keep_warmup.start": 4,
+                                    "keep_warmup.steps": 20})
   found = phases_of(config, plan, (9, 28, 29))
   assert [phase.plan.tokens.keep for phase in found[::2]] == [1.0, 0.5]
 
@@ -185,7 +185,7 @@ def test_models_of_all_phases_have_the_same_weights(config):
   """A phase's plan changes what is computed, never what is stored."""
   plan = vc.Plan(heads=vc.HMHSA(), attention=vc.Sparsifiner(rank=4),
                  tokens=vc.MCTF(r=2, blocks=(1,)), blocks={1: {"attention": None}})
-  config = of_plan(config, plan, {"reconstruct.steps": 1, "loss.consistency": 1.0})
+  config = with_plan(config, plan, {"reconstruct.steps": 1, "loss.consistency": 1.0})
   first, main = phases_of(config, plan, (0, 1))
   model = tiny.deit(plan)
   shapes = [jax.eval_shape(m.init, jax.random.key(0), tiny.images(m))["params"]
@@ -209,7 +209,7 @@ def test_keeping_every_token_adds_no_predictor_to_a_block_without_one():
      vc.Plan(tokens=vc.EViT(blocks=(0,)), attention=SPARSE))])
 def test_warm_up_that_outlasts_the_run_is_rejected_at_the_start(config, changes, plan, tmp_path):
   """Otherwise the deployed plan would never have been trained."""
-  config, model = of_plan(config, plan, changes), tiny.deit(plan)
+  config, model = with_plan(config, plan, changes), tiny.deit(plan)
   phases.check(config, model)   # a run already begun this way may continue
   words = (r"^config.total_steps=40 ends while the plan's EViT\(blocks=\(0,\)\) still trains as "
            r"EViT\(keep=.*\(config.keep_warmup.start=3.*give the run more steps, or lower these$")
@@ -219,4 +219,4 @@ def test_warm_up_that_outlasts_the_run_is_rejected_at_the_start(config, changes,
     with pytest.raises(ValueError, match=words):
       loop.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-  phases.check_end(of_plan(config, plan, {key: 0 for key in changes}), model)
+  phases.check_end(with_plan(config, plan, {key: 0 for key in changes}), model)

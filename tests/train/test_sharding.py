@@ -93,14 +93,14 @@ def batch_of(count: int):
 
 
 @pytest.fixture(scope="module")
-def built_in_tensors():
+def tensor_parallel_run():
   """Builds the tiny run on 2 x 2 x 2 devices."""
   config = tiny_config()
   config.mesh.tensor = 2
   return loop.build(loop.resolve(config))
 
 
-@pytest.mark.parametrize("mesh", ["built", "built_in_tensors"])
+@pytest.mark.parametrize("mesh", ["built", "tensor_parallel_run"])
 def test_eight_devices_take_the_same_step_as_one(mesh, built_on_one, request):
   """Gradients (Adam's first moment is a tenth of them), batch statistics, loss agree within 1e-5,
   with mixing, erasing, stochastic depth and batch norm over the global batch."""
@@ -119,9 +119,9 @@ def test_eight_devices_take_the_same_step_as_one(mesh, built_on_one, request):
     np.testing.assert_allclose(eight, one, rtol=1e-5, atol=1e-5 * scale)
 
 
-def test_tensor_axis_splits_heads_and_hidden_channels(built_in_tensors):
+def test_tensor_axis_splits_heads_and_hidden_channels(tensor_parallel_run):
   """Devices that share a layer's heads see the same images."""
-  run = built_in_tensors
+  run = tensor_parallel_run
   assert dict(run.mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
   specs = {name: place.spec for name, place in trees.named_leaves(run.shardings.params).items()}
   assert specs["blocks_0/mlp/fc1/kernel"] == P("fsdp", "tensor")

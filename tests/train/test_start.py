@@ -74,8 +74,8 @@ def test_state_contains_no_buffer_twice(built, dense):
   state = jax.device_put(built.init(jax.random.key(0)), places)
   state = start.state_with_variables(state, variables, places)
   leaves = jax.tree.leaves(state.replace(key=jax.random.key_data(state.key)))
-  held = [leaf.unsafe_buffer_pointer() for leaf in leaves if leaf.size]
-  assert len(set(held)) == len(held)
+  pointers = [leaf.unsafe_buffer_pointer() for leaf in leaves if leaf.size]
+  assert len(set(pointers)) == len(pointers)
 
 
 def test_file_with_the_same_plan_is_used_unchanged(built, tmp_path):

@@ -96,8 +96,8 @@ def test_both_heads_of_a_distilled_model_learn_from_the_labels():
   new, metrics = step_of(model)(state, batch)
   logits, _ = model.apply({"params": state.params}, plain(None, batch)[0], train=True,
                           mutable=["batch_stats"])
-  each = [losses.cross_entropy(z, jax.nn.one_hot(batch["label"], 3)).mean() for z in logits]
-  assert metrics["loss"] == pytest.approx(np.mean(each), rel=1e-5)
+  head_losses = [losses.cross_entropy(z, jax.nn.one_hot(batch["label"], 3)).mean() for z in logits]
+  assert metrics["loss"] == pytest.approx(np.mean(head_losses), rel=1e-5)
   for head in ("head0", "head1"):
     assert np.any(new.params[head]["kernel"] != state.params[head]["kernel"])
 

@@ -113,8 +113,8 @@ def test_choice_of_regions_has_no_gradient():
     return [jax.grad(functools.partial(loss, restrict), (0, 1, 2))(*qkv) for restrict in (
         lambda q, k: module.apply({}, Core(), q, k), lambda q, k: chosen)]
 
-  routed, given = gradients(query, key, value)
-  jax.tree.map(np.testing.assert_array_equal, routed, given)
+  routed, fixed_choice = gradients(query, key, value)
+  jax.tree.map(np.testing.assert_array_equal, routed, fixed_choice)
   assert all(np.abs(leaf).max() > 0.01 for leaf in routed)
 
   def score(q):
@@ -128,15 +128,15 @@ def test_permuting_the_regions_permutes_their_outputs():
   query, key, value = (draw(BATCH, 36, HEADS, WIDTH, seed=seed) for seed in range(3))
   places = np.random.default_rng(0).permutation(9)
 
-  def moved(x):
+  def permute_regions(x):
     return windows.join(windows.cut(x)[:, :, places])
 
   def attend(*qkv):
     layout = BlockLayout(None, windows, windows)
     return Core(layout=routing.route(layout, *qkv[:2], 3))(*qkv)
 
-  np.testing.assert_allclose(attend(*map(moved, (query, key, value))),
-                             moved(attend(query, key, value)), atol=1e-6)
+  np.testing.assert_allclose(attend(*map(permute_regions, (query, key, value))),
+                             permute_regions(attend(query, key, value)), atol=1e-6)
 
 
 # Multiply-adds in 10^9 by top_k, without and with local enhancement, at 224 pixels, 7 x 7 regions.
@@ -166,7 +166,7 @@ def test_multiply_adds_and_parameters_match_the_paper(name, top_k):
 
 
 @functools.cache
-def enhanced():
+def enhanced_model():
   """Returns (model whose second block is dense, random variables, images)."""
   model = tiny.deit(vc.Plan(attention=ROUTED(top_k=2, lce=True), blocks={1: {"attention": None}}))
   return model, tiny.init(model), tiny.images(model)
@@ -174,7 +174,7 @@ def enhanced():
 
 def test_local_enhancement_convolves_the_values_and_skips_the_class_token():
   """In a single layer whose output projection is the identity."""
-  model, variables, _ = enhanced()
+  model, variables, _ = enhanced_model()
   site, params = model.sites()[0], variables["params"]["blocks_0"]
   attn = Attention(site).bind({"params": {**params["attn"], "out": {
       "kernel": jnp.eye(24).reshape(4, 6, 24), "bias": jnp.zeros(24)}}})
@@ -202,11 +202,12 @@ def test_compacting_a_dense_model_changes_only_the_routing():
                                      for plan, images in zip(plans, (None, x), strict=True))
   jax.tree.map(np.testing.assert_array_equal, same["params"], variables["params"])
   for i in range(2):
-    own = params["params"][f"blocks_{i}"].pop("bra")["lce"]
-    assert own["kernel"].shape == (5, 5, 1, 24) and not any(map(np.any, own.values()))
+    enhancement = params["params"][f"blocks_{i}"].pop("bra")["lce"]
+    assert enhancement["kernel"].shape == (5, 5, 1, 24)
+    assert not any(map(np.any, enhancement.values()))
     jax.tree.map(np.testing.assert_array_equal, params["params"][f"blocks_{i}"],
                  variables["params"][f"blocks_{i}"])
-    params["params"][f"blocks_{i}"]["bra"] = {"lce": own}
+    params["params"][f"blocks_{i}"]["bra"] = {"lce": enhancement}
   got = tiny.apply(model, params, x)
   np.testing.assert_array_equal(got, tiny.apply(routed, variables, x))
   assert np.abs(got - tiny.apply(dense, variables, x)).max() > 1e-3
@@ -216,7 +217,7 @@ def test_compacting_a_dense_model_changes_only_the_routing():
 
 
 def test_new_local_enhancement_is_initialised_has_gradients_and_has_rules():
-  model, variables, x = enhanced()
+  model, variables, x = enhanced_model()
   fresh = jax.jit(model.init)(jax.random.key(0), x)["params"]["blocks_0"]["bra"]["lce"]
   assert all(0.05 < np.abs(leaf).max() <= 0.2 for leaf in fresh.values())
   gradients = jax.jit(jax.grad(lambda params: jnp.sum(jnp.sin(model.apply(
@@ -229,7 +230,7 @@ def test_new_local_enhancement_is_initialised_has_gradients_and_has_rules():
 
 
 def test_files_and_folding_keep_the_function(tmp_path):
-  model, variables, x = enhanced()
+  model, variables, x = enhanced_model()
   expected = tiny.apply(model, variables, x)
   state = vc.to_torch(model, variables)
   assert state["blocks.0.attn.lepe.weight"].shape == (24, 1, 5, 5)

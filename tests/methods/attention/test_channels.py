@@ -11,12 +11,12 @@ from vitcompact.methods.attention.channels import Operator
 CHANNELS = vc.Plan(attention=vc.ChannelAttention())
 
 
-def drawn(*shape, seed=0):
+def draw(*shape, seed=0):
   return jnp.asarray(np.random.default_rng((seed, *shape)).standard_normal(shape), jnp.float32)
 
 
 def arrays(tokens=7):
-  return [drawn(2, tokens, 3, 4, seed=seed) for seed in range(3)]
+  return [draw(2, tokens, 3, 4, seed=seed) for seed in range(3)]
 
 
 @pytest.mark.parametrize("scale", ["width", "tokens"])

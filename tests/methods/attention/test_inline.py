@@ -14,12 +14,12 @@ INLINE = vc.Plan(attention=vc.InLine())
 LINEAR = vc.Plan(attention=vc.InLine(local=False))
 
 
-def drawn(*shape, seed=0):
+def draw(*shape, seed=0):
   return jnp.asarray(np.random.default_rng((seed, *shape)).standard_normal(shape), jnp.float32)
 
 
 def arrays(queries=6, keys=5):
-  return drawn(2, queries, 3, 4), drawn(2, keys, 3, 4, seed=1), drawn(2, keys, 3, 7, seed=2)
+  return draw(2, queries, 3, 4), draw(2, keys, 3, 4, seed=1), draw(2, keys, 3, 7, seed=2)
 
 
 def attend(*arrays, **fields):
@@ -68,7 +68,7 @@ def test_local_term_convolves_each_image_with_its_own_kernel(prefix):
   site = tiny.site(width=channels, heads=heads, prefix=prefix, tokens=tokens,
                    query_grid=(height, width), key_grid=(height, width))
   module = vc.InLine().make(site, parent=None)
-  value, x = drawn(2, tokens, heads, head_width), drawn(2, tokens, channels, seed=3)
+  value, x = draw(2, tokens, heads, head_width), draw(2, tokens, channels, seed=3)
   params = tiny.randomised(jax.eval_shape(
       lambda: module.init(jax.random.key(0), Core(), value, value)))
   got = module.apply(params, value, x, method="local_term")

@@ -17,16 +17,16 @@ from vitcompact.plan import BlockMethods
 HALF = vc.KeyMerging(keep=0.5, min_tokens=0)
 
 
-def drawn(seed, *shape):
+def draw(seed, *shape):
   return jax.random.normal(jax.random.key(seed), shape)
 
 
 def arrays(queries=11, keys=14, heads=2, width=4):
-  return (drawn(0, 2, queries, heads, width), drawn(1, 2, keys, heads, width),
-          drawn(2, 2, keys, heads, width + 1))
+  return (draw(0, 2, queries, heads, width), draw(1, 2, keys, heads, width),
+          draw(2, 2, keys, heads, width + 1))
 
 
-def merged(spec, core, query, key, prefix=0, fused=False):
+def merge(spec, core, query, key, prefix=0, fused=False):
   return MergeKeys(spec, prefix).apply({}, core, query, key, None, fused)
 
 
@@ -60,7 +60,7 @@ def by_loops(groups, size, query, key, value):
 def test_similar_keys_merge_into_one_weighted_by_its_size(keep, prefix, fused, sized):
   spec, (query, key, value) = vc.KeyMerging(keep=keep), arrays()
   size = 1 + jnp.arange(28.0).reshape(2, 14) % 3 if sized else None
-  core = merged(spec, Core(size=size), query, key, prefix, fused)
+  core = merge(spec, Core(size=size), query, key, prefix, fused)
   got = core(query, key, value)
   for image in range(2):
     groups = groups_of(spec, key[image], prefix, int(fused))
@@ -75,14 +75,14 @@ def test_similar_keys_merge_into_one_weighted_by_its_size(keep, prefix, fused, s
 def test_merging_duplicate_keys_and_values_does_not_change_the_output():
   query, key, value = arrays(keys=7)
   key, value = jnp.repeat(key, 2, axis=1), jnp.repeat(value, 2, axis=1)
-  core = merged(HALF, Core(), query, key)
+  core = merge(HALF, Core(), query, key)
   assert core.size.shape == (2, 7) and (core.size == 2).all()
   np.testing.assert_allclose(core(query, key, value), attention.DENSE(query, key, value), atol=1e-6)
 
 
 def test_maps_cover_all_keys_and_give_the_output():
   query, key, value = arrays()
-  core = merged(HALF, Core(), query, key, 1)
+  core = merge(HALF, Core(), query, key, 1)
   maps = core.maps(query, key)
   assert maps.shape == (2, 2, 11, 14)
   np.testing.assert_allclose(maps.sum(axis=-1), 1, atol=1e-6)
@@ -98,8 +98,8 @@ def test_maps_cover_all_keys_and_give_the_output():
 def test_hallucinated_maps_are_filtered_maps_over_all_keys(layout):
   """U A W written out for the real heads' maps, with W in the order of the keys before merging."""
   heads = Hallucinate(HMHSA(layout=layout, rank=2), (3, 3), (3, 4), 2)
-  query, key, value = drawn(0, 2, 11, 2, 4), drawn(1, 2, 14, 2, 4), drawn(2, 2, 14, 4, 5)
-  core = merged(HALF, Core(), query, key, 2)
+  query, key, value = draw(0, 2, 11, 2, 4), draw(1, 2, 14, 2, 4), draw(2, 2, 14, 4, 5)
+  core = merge(HALF, Core(), query, key, 2)
   variables = tiny.randomised(jax.eval_shape(lambda: heads.init(
       jax.random.key(0), query, key, value, core)))
   got, state = heads.apply({"params": variables["params"]}, query, key, value, core,
@@ -111,12 +111,12 @@ def test_hallucinated_maps_are_filtered_maps_over_all_keys(layout):
 
 def test_matching_has_no_gradient_but_the_means_do():
   query, key, value = arrays()
-  fixed = merged(HALF, Core(), query, key)
+  fixed = merge(HALF, Core(), query, key)
 
   def loss(core_of):
     return lambda key, value: jnp.sum(jnp.sin(core_of(key)(query, key, value)))
 
-  got = jax.grad(loss(lambda key: merged(HALF, Core(), query, key)), (0, 1))(key, value)
+  got = jax.grad(loss(lambda key: merge(HALF, Core(), query, key)), (0, 1))(key, value)
   expected = jax.grad(loss(lambda key: fixed), (0, 1))(key, value)
   for a, b in zip(got, expected, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6)
@@ -126,13 +126,13 @@ def test_matching_has_no_gradient_but_the_means_do():
 def test_no_keys_are_merged_while_tokens_are_hidden():
   query, key, _ = arrays()
   core = Core(keep_mask=jnp.ones((2, 14)))
-  assert merged(HALF, core, query, key) is core
+  assert merge(HALF, core, query, key) is core
 
 
 @pytest.mark.parametrize("form", [form for form in attention.FORMS if form not in vendor.FORMS])
 def test_every_attention_form_supports_merged_keys(form):
   query, key, value = arrays()
-  core = merged(HALF, Core(), query, key)
+  core = merge(HALF, Core(), query, key)
   expected = core(query, key, value)
   with attention.using(form):
     np.testing.assert_allclose(core(query, key, value), expected, atol=2e-6)

@@ -23,8 +23,8 @@ def test_resized_model_keeps_the_rank_of_its_predictors():
   model = tiny.deit(vc.Plan(attention=vc.Sparsifiner()), depth=1)
   large, variables = convert.resized(model, tiny.init(model), image_size=64)
   assert large.plan.attention == vc.Sparsifiner(rank=2)
-  asked = jax.eval_shape(large.init, jax.random.key(0), tiny.images(large))
-  assert trees.differences(variables, asked) == []
+  shapes = jax.eval_shape(large.init, jax.random.key(0), tiny.images(large))
+  assert trees.differences(variables, shapes) == []
 
 
 def test_resizing_preserves_predictors_that_are_linear_over_the_grid():
@@ -57,6 +57,6 @@ def test_resized_variables_have_the_tree_of_the_target_model(name, fields):
                           **{**fields, "image_size": 64})
   old = tiny.init(model)
   other, variables = convert.resized(model, old, image_size=(96, 160))
-  asked = jax.eval_shape(other.init, jax.random.key(0), tiny.images(other, 1))
-  assert trees.differences(old, asked)
-  assert trees.differences(variables, asked) == []
+  shapes = jax.eval_shape(other.init, jax.random.key(0), tiny.images(other, 1))
+  assert trees.differences(old, shapes)
+  assert trees.differences(variables, shapes) == []

@@ -25,7 +25,7 @@ def branches_by_definition(params, stats, x, n, rep, avg_skip):
   """u = sum_i BN_i(H A_i) + mean_groups(H) alpha, y = sum_j BN'_j(u B_j), in numpy float64."""
   params, stats = jax.tree.map(lambda a: np.asarray(a, np.float64), (params, stats))
 
-  def after(name, y):
+  def normalised(name, y):
     if rep == "scale":
       return y * params[f"{name}_scale"]
     if rep == "none":
@@ -34,11 +34,11 @@ def branches_by_definition(params, stats, x, n, rep, avg_skip):
     return (y - seen["mean"]) / np.sqrt(seen["var"] + 1e-5) * norm["scale"] + norm["bias"]
 
   x = np.asarray(x, np.float64)
-  u = sum(after(f"a{i}", x @ params[f"a{i}"]["kernel"]) for i in range(n))
+  u = sum(normalised(f"a{i}", x @ params[f"a{i}"]["kernel"]) for i in range(n))
   if avg_skip:
     groups = np.stack([x[..., g * M // RANK:(g + 1) * M // RANK].mean(-1) for g in range(RANK)], -1)
     u = u + groups * params["alpha"]
-  return sum(after(f"b{j}", u @ params[f"b{j}"]["kernel"]) for j in range(n)) + \
+  return sum(normalised(f"b{j}", u @ params[f"b{j}"]["kernel"]) for j in range(n)) + \
       params.get("bias", 0)
 
 
@@ -92,7 +92,7 @@ def test_full_rank_factors_from_a_dense_layer_are_that_layer(rep):
   assert jnp.abs(params["a0"]["kernel"] - params["a1"]["kernel"]).max() > 1e-3, "equal branches"
 
 
-def fitted(module, kernel, x):
+def fit_layer(module, kernel, x):
   """Returns (params, stats) of a layer fitted to a dense layer's outputs for x."""
   sums = jax.tree.map(np.float64, sums_of(x, x @ kernel))
   return module.from_dense({"kernel": kernel}, module.fit({"kernel": kernel}, (sums, sums)))
@@ -102,7 +102,7 @@ def test_calibrated_batch_norms_agree_in_training_and_inference():
   kernel = jax.random.normal(jax.random.key(0), (M, D))
   x = jax.random.normal(jax.random.key(2), (256, M)) * jnp.arange(1, M + 1)[None] + 0.5
   module = CompactDense(D, RANK)
-  params, stats = fitted(module, kernel, x)
+  params, stats = fit_layer(module, kernel, x)
   variables = {"params": params, "batch_stats": stats}
   seen, _ = module.apply(variables, x, True, mutable=["batch_stats"])
   np.testing.assert_allclose(seen, module.apply(variables, x), rtol=1e-3, atol=2e-3)
@@ -111,7 +111,7 @@ def test_calibrated_batch_norms_agree_in_training_and_inference():
 def test_fitted_factors_are_better_on_the_data_and_truncated_ones_in_the_weights():
   kernel = jax.random.normal(jax.random.key(0), (M, D))
   x = jax.random.normal(jax.random.key(2), (512, M)) * 2.0 ** -jnp.arange(M)[None]
-  new, _ = fitted(CompactDense(D, RANK, deploy=True), kernel, x)
+  new, _ = fit_layer(CompactDense(D, RANK, deploy=True), kernel, x)
   a, b = new["a"]["kernel"], new["b"]["kernel"]
   c, d = truncated_factors(kernel, RANK)
   assert jnp.linalg.norm(x @ (kernel - a @ b)) < 0.9 * jnp.linalg.norm(x @ (kernel - c @ d))
@@ -124,11 +124,11 @@ def test_fitted_factors_are_better_on_the_data_and_truncated_ones_in_the_weights
 def test_layers_of_equal_blocks_share_a_compiled_program(monkeypatch):
   traced, make = [], CompactDense._to_branches
   monkeypatch.setattr(CompactDense, "_to_branches",
-                      lambda self, *given: traced.append(self) or make(self, *given))
+                      lambda self, *args: traced.append(self) or make(self, *args))
   kernel = jax.random.normal(jax.random.key(0), (M, D))
   x = jax.random.normal(jax.random.key(2), (256, M))
   for seed in range(3):
-    fitted(CompactDense(D, RANK, input_rms=0.75), kernel + seed, x)
+    fit_layer(CompactDense(D, RANK, input_rms=0.75), kernel + seed, x)
   assert len(traced) == 1
 
 

@@ -89,9 +89,9 @@ def test_constant_gate_of_one_gives_a_linear_layer():
   kernel = params["fc1"]["kernel"].at[:, :64].set(0)
   bias = params["fc1"]["bias"].at[:64].set(1)
   got = module.apply({"params": {**params, "fc1": {"kernel": kernel, "bias": bias}}}, x)
-  whole = kernel[:, 64:] @ params["fc2"]["kernel"]
+  product = kernel[:, 64:] @ params["fc2"]["kernel"]
   shift = bias[64:] @ params["fc2"]["kernel"] + params["fc2"]["bias"]
-  np.testing.assert_allclose(got, x @ whole + shift[None, None], atol=1e-5)
+  np.testing.assert_allclose(got, x @ product + shift[None, None], atol=1e-5)
 
 
 def test_convglu_with_only_a_centre_tap_is_a_geglu():
@@ -197,8 +197,8 @@ def test_it_trains_folds_saves_and_converts_to_pytorch_in_every_family(name, tmp
   deploy, folded = vc.fold(model, variables)
   proof = vc.verify(model, variables, deploy, folded, x, tolerance=3e-5)
   assert proof.ok and proof.first_difference is None, proof
-  asked = jax.eval_shape(deploy.init, jax.random.key(0), x)
-  assert trees.differences(folded, asked) == []
+  shapes = jax.eval_shape(deploy.init, jax.random.key(0), x)
+  assert trees.differences(folded, shapes) == []
   for some, values in ((model, variables), (deploy, folded)):
     vc.save(tmp_path / f"{some.deploy}.safetensors", some, values)
     loaded, again = vc.load(tmp_path / f"{some.deploy}.safetensors")
@@ -283,10 +283,10 @@ def test_outer_method_forwards_questions_to_the_inner_one():
   assert protocol.removes(method, SITE) == ("token order",)
   assert protocol.mergeable(method, SITE) == ("fc2",)
   assert protocol.at_size(method, SITE).ffn == Sized(rank_ratio=0.25)
-  alone = vc.GLU()
-  assert [ask(alone, SITE) for ask in (protocol.needs, protocol.removes, protocol.mergeable)] == [
+  plain = vc.GLU()
+  assert [ask(plain, SITE) for ask in (protocol.needs, protocol.removes, protocol.mergeable)] == [
       {}, (), ()]
-  assert protocol.at_size(alone, SITE) is alone
+  assert protocol.at_size(plain, SITE) is plain
 
 
 def eva(plan):

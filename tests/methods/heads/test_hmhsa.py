@@ -43,12 +43,12 @@ def filter_matrix(taps, gain, grid, tokens):
   return matrix
 
 
-def maps_formed(params, q, k, v, key_grid=GRID):
+def filter_maps(params, q, k, v, key_grid=GRID):
   """The definition: A^_g = sum_r U_gr A_(g mod f) W_gr, forming every map, as an einsum."""
   params = jax.tree.map(np.asarray, params)
   real, hallucinated = q.shape[2], v.shape[2] - q.shape[2]
   maps = jax.nn.softmax(jnp.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5, axis=-1)
-  made = [maps[:, f] for f in range(real)]
+  maps_by_head = [maps[:, f] for f in range(real)]
   for g in range(hallucinated):
     total = 0
     for r in range(params["query_taps"].shape[1]):
@@ -58,8 +58,8 @@ def maps_formed(params, q, k, v, key_grid=GRID):
       # Correlation along the map's key axis: A^[i, j] = sum_t v[t] A[i, j + t], so W is transposed.
       w = filter_matrix(params["key_taps"][g, r], gains[1], key_grid, k.shape[1]).T
       total = total + jnp.einsum("in,bnm,mj->bij", u, maps[:, g % real], w)
-    made.append(total)
-  return jnp.einsum("bhnm,bmhe->bnhe", jnp.stack(made, axis=1), v)
+    maps_by_head.append(total)
+  return jnp.einsum("bhnm,bmhe->bnhe", jnp.stack(maps_by_head, axis=1), v)
 
 
 @pytest.mark.parametrize("layout", ["map", "grid"])
@@ -70,7 +70,7 @@ def test_folding_onto_values_equals_forming_the_maps(layout, rank, real, heads):
   module = hmhsa.Hallucinate(spec, GRID, GRID, PREFIX)
   q, k, v = qkv(real, heads)
   params = tiny.randomised(jax.eval_shape(module.init, jax.random.key(0), q, k, v))["params"]
-  expected = maps_formed(params, q, k, v)
+  expected = filter_maps(params, q, k, v)
   np.testing.assert_allclose(jax.jit(module.apply)({"params": params}, q, k, v), expected,
                              atol=1e-5)
 
@@ -84,7 +84,7 @@ def test_gradients_equal_those_with_maps_formed(layout, rank):
   def loss(fn):
     return jax.jit(jax.grad(lambda args: jnp.sum(jnp.sin(fn(params, *args)))))(args)
 
-  for got, expected in zip(loss(lambda p, *a: module.apply({"params": p}, *a)), loss(maps_formed),
+  for got, expected in zip(loss(lambda p, *a: module.apply({"params": p}, *a)), loss(filter_maps),
                            strict=True):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
@@ -110,7 +110,7 @@ def test_without_a_grid_taps_run_along_the_token_order():
   assert params["key_taps"].shape == (2, 1, 3) and params["query_taps"].shape == (2, 1, 3, 3)
   assert "key_gain" not in params
   np.testing.assert_allclose(jax.jit(module.apply)({"params": params}, q, k, v),
-                             maps_formed(params, q, k, v, key_grid=None), atol=1e-5)
+                             filter_maps(params, q, k, v, key_grid=None), atol=1e-5)
 
 
 def test_logits_site_filters_the_scores_before_the_softmax():

@@ -22,12 +22,12 @@ HEADS, SHARED, ACTIVE, WIDTH, TOKENS = 5, 2, 4, 12, 7
 weights_of = jax.jit(moh.weights, static_argnums=(2, 3))
 
 
-def drawn(*shape, seed=0):
+def draw(*shape, seed=0):
   return jnp.asarray(np.random.default_rng((seed, *shape)).standard_normal(shape), jnp.float32)
 
 
 def routers(heads=HEADS, shared=SHARED):
-  return {name: drawn(*shape) for name, shape in moh.router_shapes(WIDTH, heads, shared).items()}
+  return {name: draw(*shape) for name, shape in moh.router_shapes(WIDTH, heads, shared).items()}
 
 
 def reference(x_nw, routers, shared: int, active: int):
@@ -38,29 +38,29 @@ def reference(x_nw, routers, shared: int, active: int):
   rows = []
   for x in np.asarray(x_nw, np.float64):
     routed = softmax(x @ routers["routed_router"])
-    kept = np.zeros_like(routed)
+    best_scores = np.zeros_like(routed)
     best = np.argsort(-routed, kind="stable")[:active - shared]
-    kept[best] = routed[best]
+    best_scores[best] = routed[best]
     of_shared = (shared * softmax(x @ routers["shared_router"]) if shared > 1 else np.ones(1))
     first, second = 2 * softmax(x @ routers["between_router"])
     rows.append(np.concatenate([first * of_shared,
-                                second * (active - shared) * kept / kept.sum()]))
+                                second * (active - shared) * best_scores / best_scores.sum()]))
   return np.stack(rows)
 
 
 @pytest.mark.parametrize("shared", [1, 2])
 def test_weights_match_the_paper(shared):
-  x_bnw, own = drawn(2, TOKENS, WIDTH), routers(shared=shared)
-  got, _, chosen = weights_of(x_bnw, own, shared, ACTIVE)
+  x_bnw, params = draw(2, TOKENS, WIDTH), routers(shared=shared)
+  got, _, chosen = weights_of(x_bnw, params, shared, ACTIVE)
   for image, rows in zip(x_bnw, got, strict=True):
-    np.testing.assert_allclose(rows, reference(image, own, shared, ACTIVE), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(rows, reference(image, params, shared, ACTIVE), rtol=1e-5, atol=1e-6)
   used = np.asarray(got[..., shared:] != 0)
   assert (used.sum(axis=-1) == ACTIVE - shared).all()
   np.testing.assert_array_equal(used, chosen == 1)
 
 
 def test_weights_sum_to_the_active_heads_with_equally_many_shared_and_routed():
-  got, _, _ = weights_of(drawn(2, TOKENS, WIDTH), routers(), SHARED, 2 * SHARED)
+  got, _, _ = weights_of(draw(2, TOKENS, WIDTH), routers(), SHARED, 2 * SHARED)
   np.testing.assert_allclose(got.sum(axis=-1), 2 * SHARED, rtol=1e-5)
 
 
@@ -93,8 +93,8 @@ def test_model_loss_is_the_mean_over_blocks():
 
 def test_unused_heads_get_no_gradient_and_routers_do():
   module = vc.MoH().make(tiny.site(), parent=None)
-  query, key, value = (drawn(1, 17, 4, 6, seed=seed) for seed in range(3))
-  x = drawn(1, 17, 24)
+  query, key, value = (draw(1, 17, 4, 6, seed=seed) for seed in range(3))
+  x = draw(1, 17, 24)
   params = tiny.randomised(jax.eval_shape(
       lambda: module.init(jax.random.key(0), query, key, value, attention.DENSE, x)), spread=1.0)
 
@@ -150,8 +150,8 @@ def test_capacity_keeps_the_tokens_that_weigh_a_head_most(core, capacity):
   """Gathering rows, and computing all and dropping some where that is impossible, agree."""
   spec = vc.MoH(active=2, shared=1, capacity=capacity)
   site = tiny.site()
-  query, key, value = (drawn(1, 17, 4, 6, seed=seed) for seed in range(3))
-  x = drawn(1, 17, 24)
+  query, key, value = (draw(1, 17, 4, 6, seed=seed) for seed in range(3))
+  x = draw(1, 17, 24)
   module, free = (method.make(site, parent=None)
                   for method in (spec, dataclasses.replace(spec, capacity=None)))
   params = tiny.randomised(jax.eval_shape(
@@ -233,8 +233,8 @@ def test_weights_apply_after_hallucination():
   model = tiny.deit(vc.Plan(heads=vc.MoH(active=3, shared=1, heads=vc.HMHSA())), depth=1)
   variables = tiny.init(model)
   plain = model.clone(plan=vc.Plan(heads=vc.HMHSA()))
-  own = variables["params"]["blocks_0"]["attn"]["hallucinate"]
-  assert own.keys() == {"query_taps", "key_taps", "routed_router", "between_router"}
+  router_params = variables["params"]["blocks_0"]["attn"]["hallucinate"]
+  assert router_params.keys() == {"query_taps", "key_taps", "routed_router", "between_router"}
   heads = {}
 
   def watch(next_fun, args, kwargs, context):
@@ -245,14 +245,14 @@ def test_weights_apply_after_hallucination():
 
   with nn.intercept_methods(watch):
     model.apply(variables, tiny.images(model))
-    hallucinated = {**own}
+    hallucinated = {**router_params}
     for router in ("routed_router", "between_router"):
       hallucinated.pop(router)
     attn = {**variables["params"]["blocks_0"]["attn"], "hallucinate": hallucinated}
     params = {**variables["params"], "blocks_0": {**variables["params"]["blocks_0"], "attn": attn}}
     plain.apply({"params": params}, tiny.images(model))
   mixed, x = heads["Mixture"]
-  weights, _, _ = weights_of(x, own, 1, 3)
+  weights, _, _ = weights_of(x, router_params, 1, 3)
   np.testing.assert_allclose(mixed, heads["Hallucinate"][0] * weights[..., None], rtol=1e-5,
                              atol=1e-6)
 

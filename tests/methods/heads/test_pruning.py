@@ -31,7 +31,7 @@ def test_pruned_heads_are_the_cheapest_set():
     lost = root @ root.T
     order = importance.kept_first(lost, 4)
     assert sorted(order) == list(range(6))
-    costs = {gone: lost[np.ix_(gone, gone)].sum() for gone in itertools.combinations(range(6), 2)}
+    costs = {cut: lost[np.ix_(cut, cut)].sum() for cut in itertools.combinations(range(6), 2)}
     assert tuple(sorted(order[4:])) == min(costs, key=costs.get)
 
 
@@ -62,10 +62,10 @@ def test_without_images_heads_with_large_values_are_kept_unchanged():
 def test_pruning_heads_with_a_constant_output_is_exact(images):
   dense = tiny.deit()
   variables = tiny.init(dense)
-  for block, gone in (("blocks_0", [1, 2]), ("blocks_1", [0, 3])):
+  for block, cut in (("blocks_0", [1, 2]), ("blocks_1", [0, 3])):
     value = variables["params"][block]["attn"]["value"]
-    value["kernel"] = value["kernel"].at[:, jnp.array(gone)].set(0)
-    value["bias"] = value["bias"].at[jnp.array(gone)].set(1.0)
+    value["kernel"] = value["kernel"].at[:, jnp.array(cut)].set(0)
+    value["bias"] = value["bias"].at[jnp.array(cut)].set(1.0)
   data = None if images is None else np.asarray(tiny.images(dense, images))
   model, got = vc.compact(dense, variables, HALF, images=data)
   x = tiny.images(dense, seed=5)

@@ -38,7 +38,7 @@ RUNS = {"infer": ((1, 2, 3), (0.7, 0.7 - 0.2, 0.7 - 0.4)),
         "infer again": ((1, 2, 3), (0.55, 0.8, 0.3)), "train": ((2,), (0.5,))}
 
 
-def most_likely(logits, hard, dim):
+def choose_most_likely(logits, hard, dim):
   """Replaces the Gumbel softmax: deterministic, with some patches of each kind."""
   del hard, dim
   score = logits[..., :1] - logits[..., 1:]
@@ -49,7 +49,7 @@ def most_likely(logits, hard, dim):
 def main():
   side, dim = SIZES["side"], SIZES["dim"]
   x = np.random.default_rng(1).standard_normal((IMAGES, side * side, dim), np.float32)
-  dyswin.F.gumbel_softmax, out = most_likely, {"sizes": SIZES, "runs": []}
+  dyswin.F.gumbel_softmax, out = choose_most_likely, {"sizes": SIZES, "runs": []}
   for kind, (blocks, shares) in RUNS.items():
     stage = dyswin.BasicLayer(dim, (side, side), SIZES["depth"], SIZES["num_heads"], 7,
                               sparse_ratio=shares, pruning_loc=blocks)

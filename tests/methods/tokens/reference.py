@@ -33,17 +33,17 @@ def evit(tokens, query_nhd, key_nhd, prefix, keep, fuse):
   return kept
 
 
-def merged(tokens, groups, order, weight=None, pooling="mean"):
+def merge(tokens, groups, order, weight=None, pooling="mean"):
   """groups: {kept index: all indices merged into it}; order: kept indices."""
   out = []
   for i in order:
-    held = [tokens[j] for j in groups[i]]
-    size = np.array([t["size"] for t in held])
+    parts = [tokens[j] for j in groups[i]]
+    size = np.array([t["size"] for t in parts])
     w = size if weight is None else np.array([weight[j] for j in groups[i]])
-    x = np.stack([t["x"] for t in held])
+    x = np.stack([t["x"] for t in parts])
     x = x.max(axis=0) if pooling == "max" else (w[:, None] * x).sum(axis=0) / w.sum()
     out.append({"x": x, "size": size.sum(), "patch": True,
-                "of": sorted(i for t in held for i in t["of"])})
+                "of": sorted(i for t in parts for i in t["of"])})
   return out
 
 
@@ -51,10 +51,10 @@ def cosine(a, b):
   return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
 
 
-def code_order(kept, prefix, late=lambda i: i):
+def code_order(kept, prefix, sort_key=lambda i: i):
   """Returns prefix, then even positions, then odd positions sorted by `late`."""
   return ([i for i in kept if i < prefix] + [i for i in kept if i >= prefix and i % 2 == 0] +
-          sorted((i for i in kept if i >= prefix and i % 2), key=late))
+          sorted((i for i in kept if i >= prefix and i % 2), key=sort_key))
 
 
 def tome(tokens, key_nhd, prefix, r, order):
@@ -67,7 +67,7 @@ def tome(tokens, key_nhd, prefix, r, order):
   for i in chosen:
     groups[best[i]].append(i)
   kept = sorted(groups)
-  return merged(tokens, groups, kept if order == "position" else code_order(kept, prefix))
+  return merge(tokens, groups, kept if order == "position" else code_order(kept, prefix))
 
 
 def mctf(tokens, query_nhd, key_nhd, prefix, r, spec):
@@ -107,14 +107,14 @@ def mctf(tokens, query_nhd, key_nhd, prefix, r, spec):
   columns = np.stack([before[:, :, groups[i]].sum(axis=2) for i in kept], axis=2)
   rows = [columns[:, groups[i]] for i in kept]
   if spec.pooling == "max":
-    ahead = [held.max(axis=1) for held in rows]
+    ahead = [parts.max(axis=1) for parts in rows]
   else:
-    ahead = [np.average(held, axis=1, weights=by[groups[i]])
-             for i, held in zip(kept, rows, strict=True)]
-  return merged(tokens, groups, kept, by, spec.pooling), np.stack(ahead, axis=1)
+    ahead = [np.average(parts, axis=1, weights=by[groups[i]])
+             for i, parts in zip(kept, rows, strict=True)]
+  return merge(tokens, groups, kept, by, spec.pooling), np.stack(ahead, axis=1)
 
 
-def predicted(params, x_pw, keep_mask_p):
+def predict(params, x_pw, keep_mask_p):
   """DynamicViT: log pi (P, 2) of (keep, drop), float64, for one image's patches x (P, width)."""
   p = {name: {leaf: np.asarray(array, float) for leaf, array in layer.items()}
        for name, layer in params.items()}

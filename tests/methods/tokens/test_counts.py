@@ -14,23 +14,23 @@ FAST = {"r": 0.35, "blocks": (3, 6, 9)}
 STAGES = {3: 0, 6: 1, 9: 2}
 
 
-def staged(*counts):
+def tokens_by_stage(*counts):
   """Returns 197, then each of `counts` for three blocks."""
   return [197] * 3 + [n for n in counts for _ in range(3)]
 
 
 TOKENS = [
-    (vc.EViT(0.7), staged(140, 100, 72)),
-    (vc.EViT(0.7, fuse=False), staged(139, 98, 69)),
-    (vc.DynamicViT(0.7), staged(138, 97, 68)),
-    (vc.DynamicViT(0.5), staged(99, 50, 25)),
+    (vc.EViT(0.7), tokens_by_stage(140, 100, 72)),
+    (vc.EViT(0.7, fuse=False), tokens_by_stage(139, 98, 69)),
+    (vc.DynamicViT(0.7), tokens_by_stage(138, 97, 68)),
+    (vc.DynamicViT(0.5), tokens_by_stage(99, 50, 25)),
     (vc.ToMe(13), list(range(184, 40, -13))),
     (vc.ToMe(16), [181, 165, 149, 133, 117, 101, 85, 69, 53, 37, 21, 11]),
     (vc.ToMe(13, schedule="decreasing"), [171, 148, 127, 109, 93, 79, 68, 59, 52, 48, 46, 46]),
     (vc.MCTF(), [197, 181, 165, 149, 133, 117, 101, 85, 69, 53, 37, 21]),
     (vc.MCTF(r=20, one_step_ahead=2), [197, 177, 157, 137, 117, 97, 77, 57, 37, 19, 10, 10]),
     (vc.MCTF(r=12, one_step_ahead=0), list(range(197, 64, -12))),
-    (vc.MCTF(**FAST), staged(129, 85, 56)),
+    (vc.MCTF(**FAST), tokens_by_stage(129, 85, 56)),
 ]
 
 
@@ -82,5 +82,5 @@ def test_only_dynamicvit_adds_parameters():
   assert len(names) == 3 * 10 and {int(name.split("/")[0][7:]) for name in names} == STAGES.keys()
   for tokens in (vc.EViT(blocks=(1,)), vc.ToMe(), vc.MCTF()):
     model = vc.create_model(NAME, plan=vc.Plan(tokens=tokens), depth=2)
-    asked = jax.eval_shape(model.init, jax.random.key(0), shapes(NAME)[0])["params"]
-    assert trees.differences(asked["blocks_1"], shapes(NAME)[1]["params"]["blocks_1"]) == []
+    params = jax.eval_shape(model.init, jax.random.key(0), shapes(NAME)[0])["params"]
+    assert trees.differences(params["blocks_1"], shapes(NAME)[1]["params"]["blocks_1"]) == []

@@ -16,13 +16,13 @@ PREFIX, PATCHES, WIDTH = 2, 12, 8
 TOKENS = vc.DynamicViT(keep=0.7, blocks=(0, 1))
 
 
-def drawn(seed, *shape):
+def draw(seed, *shape):
   return jax.random.normal(jax.random.key(seed), shape)
 
 
 def predictor():
   module = dynamicvit.PredictTokens(stage=0, share=0.5)
-  tokens = Tokens(drawn(0, 3, PREFIX + PATCHES, WIDTH))
+  tokens = Tokens(draw(0, 3, PREFIX + PATCHES, WIDTH))
   shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), tokens, PREFIX))
   return module, tiny.randomised(shapes, spread=0.5), tokens
 
@@ -33,7 +33,7 @@ def test_inference_keeps_the_best_by_the_published_score_in_their_order():
   assert out.x.shape == (3, PREFIX + 6, WIDTH)
   for image in range(3):
     x = np.asarray(tokens.x[image], float)
-    score = reference.predicted(variables["params"], x[PREFIX:], np.ones(PATCHES))[:, 0]
+    score = reference.predict(variables["params"], x[PREFIX:], np.ones(PATCHES))[:, 0]
     kept = [0, 1, *sorted(PREFIX + np.argsort(-score)[:6])]
     np.testing.assert_array_equal(out.x[image], tokens.x[image, np.array(kept)])
     source = np.full(PREFIX + PATCHES, -1)
@@ -59,15 +59,15 @@ def test_training_samples_masks_among_kept_tokens_and_reports_them_to_the_loss()
   assert set(np.unique(keep_mask)) == {0, 1} and (keep_mask[:, :, :PREFIX] == 1).all()
   assert not keep_mask[:, :, -5:].any()
   for image in range(3):
-    log_pi = reference.predicted(variables["params"],
-                                 np.asarray(tokens.x[image, PREFIX:], float),
-                                 np.asarray(before[image, PREFIX:]))
+    log_pi = reference.predict(variables["params"],
+                               np.asarray(tokens.x[image, PREFIX:], float),
+                               np.asarray(before[image, PREFIX:]))
     np.testing.assert_allclose(keep_mask[:, image, PREFIX:-5].mean(axis=0), np.exp(log_pi[:-5, 0]),
                                atol=0.07)
 
 
 def test_global_half_is_the_mean_over_kept_tokens():
-  x, keep_mask = drawn(0, 2, 5, 6), jnp.array([[1.0, 0, 1, 1, 0], [0, 0, 0, 0, 0]])
+  x, keep_mask = draw(0, 2, 5, 6), jnp.array([[1.0, 0, 1, 1, 0], [0, 0, 0, 0, 0]])
   out = predictors.with_mean(x, keep_mask)
   np.testing.assert_array_equal(out[..., :3], x[..., :3])
   np.testing.assert_allclose(out[0, :, 3:], np.tile(x[0, np.array([0, 2, 3]), 3:].mean(0), (5, 1)),
@@ -76,7 +76,7 @@ def test_global_half_is_the_mean_over_kept_tokens():
 
 
 def test_mask_gradient_is_that_of_a_gumbel_softmax():
-  key, choice = jax.random.key(0), jax.nn.log_softmax(drawn(1, 2, 5, 2))
+  key, choice = jax.random.key(0), jax.nn.log_softmax(draw(1, 2, 5, 2))
 
   def soft(choice):
     return jnp.sum(jnp.sin(jnp.arange(5.0))[None] * jax.nn.softmax(
@@ -91,12 +91,12 @@ def test_mask_gradient_is_that_of_a_gumbel_softmax():
 
 def test_hidden_tokens_act_as_if_removed():
   """With the others hidden, rows of the kept tokens equal attention among only the kept ones."""
-  query, key, value = (drawn(i, 2, 9, 3, 4) for i in range(3))
-  living = np.array([0, 1, 4, 5, 8])
-  keep_mask = jnp.zeros((2, 9)).at[:, living].set(1)
+  query, key, value = (draw(i, 2, 9, 3, 4) for i in range(3))
+  survivors = np.array([0, 1, 4, 5, 8])
+  keep_mask = jnp.zeros((2, 9)).at[:, survivors].set(1)
   got = Core(keep_mask=keep_mask)(query, key, value)
-  expected = attention.DENSE(*(x[:, living] for x in (query, key, value)))
-  np.testing.assert_allclose(got[:, living], expected, atol=1e-4)
+  expected = attention.DENSE(*(x[:, survivors] for x in (query, key, value)))
+  np.testing.assert_allclose(got[:, survivors], expected, atol=1e-4)
   maps = Core(keep_mask=keep_mask).maps(query, key)
   np.testing.assert_allclose(maps.sum(axis=-1), 1, atol=1e-5)
   # A hidden token is seen only by itself, but sees the kept ones too.
@@ -105,7 +105,7 @@ def test_hidden_tokens_act_as_if_removed():
 
 
 def test_hidden_tokens_are_weighted_as_published():
-  query, key = drawn(0, 1, 4, 1, 3), drawn(1, 1, 4, 1, 3)
+  query, key = draw(0, 1, 4, 1, 3), draw(1, 1, 4, 1, 3)
   keep_mask = np.array([1.0, 0, 1, 0])
   exp = np.exp(np.asarray(attention.scores(query, key), float)[0, 0])
   exp = exp / exp.max(axis=-1, keepdims=True) * np.where(np.eye(4), 1, keep_mask)

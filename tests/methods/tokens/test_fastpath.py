@@ -43,11 +43,11 @@ def nextvit(**axes):
   return vc.create_model("nextvit_small", plan=vc.Plan(**{"tokens": HYBRID, **axes}), **NEXTVIT)
 
 
-def applied(model, variables, x, **fields):
+def apply(model, variables, x, **fields):
   return jax.jit(lambda v, x: model.apply(v, x, **fields))(variables, x)
 
 
-def most_likely(key, choice_bp2):
+def choose_most_likely(key, choice_bp2):
   """Replaces the straight-through Gumbel softmax: deterministic, with patches on both paths."""
   del key
   score = choice_bp2[..., 0] - choice_bp2[..., 1]
@@ -140,9 +140,9 @@ def test_kept_patches_take_the_ffn_and_the_others_the_fast_path(name):
   count = predictor.budget(module.methods.tokens.shares()[-1], site.queries - site.prefix)
   assert 1 < count < site.queries - site.prefix
   for image in range(2):
-    score = reference.predicted(variables["params"]["predict_tokens"],
-                                np.asarray(x.x[image, site.prefix:], float),
-                                np.ones(site.queries - site.prefix))[:, 0]
+    score = reference.predict(variables["params"]["predict_tokens"],
+                              np.asarray(x.x[image, site.prefix:], float),
+                              np.ones(site.queries - site.prefix))[:, 0]
     kept = [*range(site.prefix), *(site.prefix + np.argsort(-score)[:count]).tolist()]
     expected = stream[image] + by_loops(variables["params"], stream[image], set(kept),
                                         site.query_grid)
@@ -168,7 +168,7 @@ def test_probabilities_are_as_published_where_the_epsilon_of_the_norm_matters():
                            spread=0.5)["params"]
   got = Scores().apply({"params": params}, x, keep)
   for image in range(2):
-    expected = reference.predicted(params, np.asarray(x[image], float), np.asarray(keep[image]))
+    expected = reference.predict(params, np.asarray(x[image], float), np.asarray(keep[image]))
     np.testing.assert_allclose(got[image], expected, atol=1e-5)
 
 
@@ -213,11 +213,11 @@ def test_decision_lasts_until_the_next_one_or_the_end_of_the_stage(name):
   assert {i for i in range(6) if "fast_path" in params[f"blocks_{i}"]} == {2, 3, 4}
   assert {i for i in range(6) if "predict_tokens" in params[f"blocks_{i}"]} == {2, 3}
 
-  def watched(module, _):
+  def is_captured(module, _):
     return module.path in (("blocks_2",), ("blocks_3",), ("blocks_4",))
 
-  _, state = applied(model, variables, x, mutable=["tokens", "intermediates"],
-                     capture_intermediates=watched)
+  _, state = apply(model, variables, x, mutable=["tokens", "intermediates"],
+                   capture_intermediates=is_captured)
   out = {i: state["intermediates"][f"blocks_{i}"]["__call__"][0].paths for i in (2, 3, 4)}
   assert out[2].full.shape == (2, 8) and out[3].full.shape == out[4].full.shape == (2, 12)
   np.testing.assert_array_equal(out[3].full, out[4].full)
@@ -239,33 +239,33 @@ def test_training_with_the_inference_masks_gives_the_inference_output(name, monk
   monkeypatch.setattr(predictor, "straight_through", best_half)
   model = pvt(name, vc.Plan(tokens=vc.FastPath(keep=(0.5, 0.5), blocks=(2, 3))), **STAGES)
   variables, x = tiny.init(model), tiny.images(model)
-  trained = applied(model, variables, x, train=True, rngs={"dropout": jax.random.key(0)})
-  np.testing.assert_allclose(trained, applied(model, variables, x), atol=1e-5)
+  trained = apply(model, variables, x, train=True, rngs={"dropout": jax.random.key(0)})
+  np.testing.assert_allclose(trained, apply(model, variables, x), atol=1e-5)
 
 
 def test_prefix_tokens_always_take_the_ffn():
   model = tiny.deit(vc.Plan(tokens=vc.FastPath(keep=(1e-3,), blocks=(0,))), depth=1)
   variables, x = tiny.init(model), tiny.images(model)
-  _, state = applied(model, variables, x, mutable=["features"])
+  _, state = apply(model, variables, x, mutable=["features"])
   dense = model.clone(plan=vc.Plan())
-  _, whole = applied(dense, variables, x, mutable=["features"])
-  got, expected = (np.asarray(s["features"]["block_0"][0]) for s in (state, whole))
+  _, dense_state = apply(dense, variables, x, mutable=["features"])
+  got, expected = (np.asarray(s["features"]["block_0"][0]) for s in (state, dense_state))
   np.testing.assert_allclose(got[:, 0], expected[:, 0], atol=1e-5)
-  alike = np.isclose(got, expected, atol=1e-4).all(axis=-1)
-  assert alike.sum(axis=1).tolist() == [2, 2, 2]     # plus one patch
+  unchanged = np.isclose(got, expected, atol=1e-4).all(axis=-1)
+  assert unchanged.sum(axis=1).tolist() == [2, 2, 2]     # plus one patch
 
 
 def test_one_stage_matches_the_authors_dynamic_swin(monkeypatch):
   """Outputs computed by PyTorch, see make_references.py."""
-  monkeypatch.setattr(predictor, "straight_through", most_likely)
-  told = json.loads((pathlib.Path(__file__).parent / "references.json").read_text())
-  sizes, side = told["sizes"], told["sizes"]["side"]
+  monkeypatch.setattr(predictor, "straight_through", choose_most_likely)
+  stored = json.loads((pathlib.Path(__file__).parent / "references.json").read_text())
+  sizes, side = stored["sizes"], stored["sizes"]["side"]
   x = np.random.default_rng(1).standard_normal((3, side * side, sizes["dim"]), np.float32)
   site = Site(block=0, depth=sizes["depth"], width=sizes["dim"], ffn_width=sizes["dim"],
               hidden=4 * sizes["dim"], heads=sizes["num_heads"], tokens=side * side,
               query_grid=(side, side), key_grid=(side, side), provides=frozenset(CAPABILITIES))
   # Why 0.49: in the authors' arithmetic, 0.7 - 0.2 of 16 is 7.
-  for run, shares in zip(told["runs"], ((0.7, 0.49, 0.3), (0.55, 0.8, 0.3), (0.5,)), strict=True):
+  for run, shares in zip(stored["runs"], ((0.7, 0.49, 0.3), (0.55, 0.8, 0.3), (0.5,)), strict=True):
     weights = drawn.weights({name: tuple(shape) for name, shape in run["shapes"].items()})
     tokens, kept = vc.FastPath(keep=shares, blocks=tuple(run["blocks"])), []
     out = Tokens(jnp.asarray(x))
@@ -360,16 +360,16 @@ def test_config_weights_the_ratio_and_the_teachers_logits():
   variables, x = tiny.init(model), tiny.images(model, batch=2)
   teacher = model.clone(plan=vc.Plan())
   labels = jnp.array([0, 1])
-  total, (_, told) = jax.jit(make_objective(model, config.loss, teacher))(
+  total, (_, metrics) = jax.jit(make_objective(model, config.loss, teacher))(
       variables["params"], {}, variables, x, labels, jax.nn.one_hot(labels, 5), jax.random.key(0))
   logits, new = tiny.apply(model, variables, x, train=True, rngs={"dropout": jax.random.key(0)},
                            mutable=["tokens"])
   ratio = np.mean([(np.asarray(mask).mean(axis=1) - share) ** 2 for mask, share in zip(
       predictor.stage_masks(new["tokens"]), (0.5, 0.3), strict=True)])
-  np.testing.assert_allclose(told["loss_kept_ratio"], ratio, rtol=1e-4)
+  np.testing.assert_allclose(metrics["loss_kept_ratio"], ratio, rtol=1e-4)
   kl = losses.divergence(logits, tiny.apply(teacher, variables, x)).mean()
-  np.testing.assert_allclose(told["loss_logits"], kl, rtol=1e-3)
-  np.testing.assert_allclose(total, told["loss_labels"] + 10 * ratio + 0.5 * kl, rtol=1e-4)
+  np.testing.assert_allclose(metrics["loss_logits"], kl, rtol=1e-3)
+  np.testing.assert_allclose(total, metrics["loss_labels"] + 10 * ratio + 0.5 * kl, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["pvt_v2_b2", "nextvit_small"])
@@ -398,8 +398,8 @@ def test_nextvit_folds_to_the_same_function(axes):
   variables, x = tiny.init(model), tiny.images(model)
   assert variables["batch_stats"]["blocks_1"]["fast_path"]["norm"]["mean"].shape == (32,)
   deploy, folded = vc.fold(model, variables)
-  asked = jax.eval_shape(deploy.init, jax.random.key(0), x)
-  assert trees.differences(folded, asked) == [] and "batch_stats" not in folded
+  tree = jax.eval_shape(deploy.init, jax.random.key(0), x)
+  assert trees.differences(folded, tree) == [] and "batch_stats" not in folded
   proof = vc.verify(model, variables, deploy, folded, x)
   assert proof.max_rel <= 2e-5 and proof.first_difference is None
 
@@ -408,11 +408,11 @@ def test_nextvit_decides_before_attention_and_mixes_the_paths_over_all_channels(
   model = nextvit()
   variables, x = tiny.init(model), tiny.images(model)
 
-  def watched(module, name):
+  def is_captured(module, name):
     return name == "__call__" and module.path[-1:] in (("mlp",), ("fast_path",), ("norm2",))
 
-  _, state = applied(model, variables, x, mutable=["tokens", "intermediates"],
-                     capture_intermediates=watched)
+  _, state = apply(model, variables, x, mutable=["tokens", "intermediates"],
+                   capture_intermediates=is_captured)
   seen = state["intermediates"]["blocks_1"]
   assert seen["mlp"]["__call__"][0].shape == (3, 18, 32)
   got = np.asarray(seen["fast_path"]["__call__"][0])
@@ -467,12 +467,12 @@ def test_compact_initialises_the_fast_path_from_the_ffn(name):
     dense = nextvit(tokens=None)
     plan = vc.Plan(tokens=HYBRID)
   variables, x = tiny.init(dense, spread=0.2), tiny.images(dense, batch=16)
-  expected, lost, notes = applied(dense, variables, x), {}, {}
+  expected, lost, notes = apply(dense, variables, x), {}, {}
   for kind, images in (("fresh", None), ("fitted", x)):
     small, got = vc.compact(dense, variables, plan, images=images, progress=notes.__setitem__)
-    asked = jax.eval_shape(small.init, jax.random.key(0), x)
-    assert trees.differences(got, asked) == []
-    lost[kind] = float(np.square(applied(small, got, x) - expected).mean())
+    tree = jax.eval_shape(small.init, jax.random.key(0), x)
+    assert trees.differences(got, tree) == []
+    lost[kind] = float(np.square(apply(small, got, x) - expected).mean())
     old = trees.named_leaves(variables["params"])
     new = trees.named_leaves(got["params"])
     assert all(new[leaf] is old[leaf] for leaf in old)

@@ -37,8 +37,8 @@ def test_folding_with_every_leaf_random_keeps_the_function(plan):
   model = tiny.deit(plan)
   variables, x = tiny.init(model), tiny.images(model)
   deploy, folded = vc.fold(model, variables)
-  asked = jax.eval_shape(deploy.init, jax.random.key(0), x)
-  assert trees.differences(folded, asked) == []
+  shapes = jax.eval_shape(deploy.init, jax.random.key(0), x)
+  assert trees.differences(folded, shapes) == []
   proof = vc.verify(model, variables, deploy, folded, x)
   assert proof.max_rel <= 1e-5 and proof.first_difference is None
 
@@ -143,10 +143,10 @@ def test_lvvit_takes_the_maximum_over_surviving_patches():
   np.testing.assert_allclose(logits, expected + 0.5 * aux.max(axis=1), atol=1e-4)
 
 
-@pytest.mark.parametrize("tokens,living", [
+@pytest.mark.parametrize("tokens,surviving", [
     (vc.EViT(keep=0.5, blocks=(0,)), (8, 8)), (vc.ToMe(r=4), (16, 16)),
     (vc.DynamicViT(keep=0.5, blocks=(0,)), (1, 15))])
-def test_lvvit_token_logits_return_to_their_own_image_and_position(tokens, living, monkeypatch):
+def test_lvvit_token_logits_return_to_their_own_image_and_position(tokens, surviving, monkeypatch):
   """Inside the box, patches come from the reversed batch, and so do the survivors."""
   box = np.zeros((4, 4), bool)
   box[1:3, 1:4] = True
@@ -160,13 +160,13 @@ def test_lvvit_token_logits_return_to_their_own_image_and_position(tokens, livin
   mixed = aux_by_hand(variables["params"], sown["tokens"]["patches"][0])
   for image in range(4):
     for patch in range(16):
-      held = 3 - image if box.ravel()[patch] else image
-      assert out.keep_mask[image, patch] == mixed_mask[held, patch]
-      if mixed_mask[held, patch]:
-        np.testing.assert_allclose(out.token_logits[image, patch], mixed[held, patch], atol=1e-4)
+      origin = 3 - image if box.ravel()[patch] else image
+      assert out.keep_mask[image, patch] == mixed_mask[origin, patch]
+      if mixed_mask[origin, patch]:
+        np.testing.assert_allclose(out.token_logits[image, patch], mixed[origin, patch], atol=1e-4)
   assert out.share == 1 - 6 / 16
   counts = mixed_mask.sum(axis=1)
-  assert living[0] <= counts.min() and counts.max() <= living[1]
+  assert surviving[0] <= counts.min() and counts.max() <= surviving[1]
   assert out.token_logits.shape == (4, 16, 5)
 
 

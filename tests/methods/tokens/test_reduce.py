@@ -17,17 +17,17 @@ from vitcompact.token_state import Tokens
 BATCH, COUNT, WIDTH = 2, 20, 6
 
 
-def drawn(seed, *shape):
+def draw(seed, *shape):
   return jax.random.normal(jax.random.key(seed), shape)
 
 
 def heads(seed, count):
-  return drawn(seed, BATCH, count, 3, 4), drawn(seed + 100, BATCH, count, 3, 4)
+  return draw(seed, BATCH, count, 3, 4), draw(seed + 100, BATCH, count, 3, 4)
 
 
-def chained(step, steps=2):
+def run_chain(step, steps=2):
   """Returns tokens after each of several step(tokens, query, key), with the queries and keys."""
-  tokens, out = Tokens(drawn(0, BATCH, COUNT, WIDTH)), []
+  tokens, out = Tokens(draw(0, BATCH, COUNT, WIDTH)), []
   for i in range(steps):
     query, key = heads(i + 1, tokens.x.shape[1])
     tokens = jax.jit(step)(tokens, query, key)
@@ -52,7 +52,7 @@ def assert_same(tokens, image, expected):
 def assert_follows(chain, redo):
   """Checks a chain against redo(tokens of the reference, query, key) -> tokens."""
   for image in range(BATCH):
-    expected = reference.start(np.asarray(drawn(0, BATCH, COUNT, WIDTH)[image], float))
+    expected = reference.start(np.asarray(draw(0, BATCH, COUNT, WIDTH)[image], float))
     for tokens, query, key in chain:
       expected = redo(expected, query[image], key[image])
       assert_same(tokens, image, expected)
@@ -61,7 +61,7 @@ def assert_follows(chain, redo):
 @pytest.mark.parametrize("keep,fuse,prefix", [(0.7, True, 1), (0.7, False, 2), (0.9, True, 2)])
 def test_evit_keeps_what_the_class_token_attends_to(keep, fuse, prefix):
   spec = vc.EViT(keep=keep, fuse=fuse)
-  chain = chained(lambda t, q, k: spec.reduce(t, q, k, prefix), steps=3)
+  chain = run_chain(lambda t, q, k: spec.reduce(t, q, k, prefix), steps=3)
   assert_follows(chain, lambda t, q, k: reference.evit(t, q, k, prefix, keep, fuse))
   assert chain[-1][0].fused == fuse
 
@@ -73,7 +73,7 @@ def test_kept_remainder_still_does_not_count_as_a_patch():
 
   @jax.jit
   def run():
-    first = spec.reduce(Tokens(drawn(0, BATCH, COUNT, WIDTH)), *heads(1, COUNT), 1)
+    first = spec.reduce(Tokens(draw(0, BATCH, COUNT, WIDTH)), *heads(1, COUNT), 1)
     second = spec.reduce(first, query, key.at[:, -1].set(20 * query[:, 0]), 1)
     return second, token_state.by_patch(second.x[:, 1:], second, 1)
 
@@ -89,7 +89,7 @@ def test_kept_remainder_still_does_not_count_as_a_patch():
 @pytest.mark.parametrize("prefix", [1, 2])
 def test_tome_merges_the_most_similar_tokens(order, prefix):
   spec = vc.ToMe(r=4, order=order)
-  chain = chained(lambda t, q, k: spec.reduce(4, t, q, k, prefix))
+  chain = run_chain(lambda t, q, k: spec.reduce(4, t, q, k, prefix))
   assert_follows(chain, lambda t, q, k: reference.tome(t, k, prefix, 4, order))
 
 
@@ -100,7 +100,7 @@ def test_tome_merges_the_most_similar_tokens(order, prefix):
     (2, {"pooling": "mean", "tau_info": 2.0, "tau_sim": 0.5})])
 def test_mctf_fuses_by_its_three_criteria(prefix, fields):
   spec = vc.MCTF(r=5, **fields)
-  chain = chained(lambda t, q, k: spec.fuse(t, q, k, prefix)[0])
+  chain = run_chain(lambda t, q, k: spec.fuse(t, q, k, prefix)[0])
   assert [tokens.x.shape[1] for tokens, _, _ in chain] == [15, 10]
   assert_follows(chain, lambda t, q, k: reference.mctf(t, q, k, prefix, 5, spec)[0])
 
@@ -112,9 +112,9 @@ def test_mctf_attends_one_step_ahead_as_if_its_maps_were_merged(fields):
   """A'V' with A' formed and its rows pooled as the features are; rows pooled by means sum to 1."""
   spec, prefix = vc.MCTF(r=5, **fields), 1
   size = 1.0 + jax.random.randint(jax.random.key(9), (BATCH, 15), 0, 4)
-  first = Tokens(drawn(0, BATCH, 15, WIDTH), size=size, proportional=True)
+  first = Tokens(draw(0, BATCH, 15, WIDTH), size=size, proportional=True)
   query, key = heads(2, 15)
-  value = drawn(3, BATCH, 10, 3, 4)
+  value = draw(3, BATCH, 10, 3, 4)
 
   @jax.jit
   def run(first):
@@ -150,7 +150,7 @@ def test_received_attention_is_summed_in_tiles(monkeypatch):
 
 def pairs_of_twins():
   """The class token, an unpaired token, then nine pairs of equal neighbours."""
-  x = drawn(0, BATCH, COUNT // 2, WIDTH)
+  x = draw(0, BATCH, COUNT // 2, WIDTH)
   return Tokens(jnp.repeat(x, 2, axis=1).at[:, 0].set(3.0))
 
 
@@ -168,7 +168,7 @@ def test_merging_then_unmerging_identical_tokens_is_the_identity(spec):
 
 
 def test_attention_with_sizes_is_attention_over_repeated_tokens():
-  query, key, value = (drawn(i, BATCH, 7, 3, 4) for i in range(3))
+  query, key, value = (draw(i, BATCH, 7, 3, 4) for i in range(3))
   size = [1, 3, 2, 1, 1, 4, 2]
   got = Core(size=jnp.broadcast_to(jnp.array(size, float), (BATCH, 7)))(query, key, value)
   expected = attention.DENSE(query, *(jnp.repeat(x, np.array(size), axis=1) for x in (key, value)))
@@ -177,7 +177,7 @@ def test_attention_with_sizes_is_attention_over_repeated_tokens():
 
 def test_recomputed_attention_over_equal_tokens_equals_one_step_ahead():
   """If only equal tokens are fused, A' is the attention of the fused tokens."""
-  tokens, weight = pairs_of_twins(), drawn(5, WIDTH, 8)
+  tokens, weight = pairs_of_twins(), draw(5, WIDTH, 8)
   spec = vc.MCTF(r=9, tau_info=1e9)     # by similarity only
 
   def project(x):
@@ -198,17 +198,17 @@ def test_recomputed_attention_over_equal_tokens_equals_one_step_ahead():
 
 
 def test_no_gradient_flows_through_a_choice():
-  x, (query, key) = drawn(0, BATCH, COUNT, WIDTH), heads(1, COUNT)
+  x, (query, key) = draw(0, BATCH, COUNT, WIDTH), heads(1, COUNT)
 
-  def through(fewer):
-    return jax.jit(jax.grad(lambda q, k: jnp.sum(jnp.sin(fewer(Tokens(x), q, k))),
+  def gradients_of(reducer):
+    return jax.jit(jax.grad(lambda q, k: jnp.sum(jnp.sin(reducer(Tokens(x), q, k))),
                             argnums=(0, 1)))(query, key)
 
-  for fewer in (lambda t, q, k: vc.ToMe().reduce(4, t, q, k, 1).x,
-                lambda t, q, k: vc.MCTF(r=5, pooling="size_attention_mean").fuse(t, q, k, 1)[0].x,
-                lambda t, q, k: vc.EViT(fuse=False).reduce(t, q, k, 1).x):
-    assert not any(np.any(grad) for grad in through(fewer))
-  assert all(np.any(grad) for grad in through(lambda t, q, k: vc.EViT().reduce(t, q, k, 1).x))
+  for reducer in (lambda t, q, k: vc.ToMe().reduce(4, t, q, k, 1).x,
+                  lambda t, q, k: vc.MCTF(r=5, pooling="size_attention_mean").fuse(t, q, k, 1)[0].x,
+                  lambda t, q, k: vc.EViT(fuse=False).reduce(t, q, k, 1).x):
+    assert not any(np.any(grad) for grad in gradients_of(reducer))
+  assert all(np.any(grad) for grad in gradients_of(lambda t, q, k: vc.EViT().reduce(t, q, k, 1).x))
   fused = jax.jit(jax.grad(
       lambda x: jnp.sum(vc.MCTF(r=5).fuse(Tokens(x), query, key, 1)[0].x ** 2)))(x)
   assert np.isfinite(fused).all() and np.abs(fused).min() > 0
@@ -230,5 +230,5 @@ def test_merge_decisions_use_no_scatter():
   def merge(weight):
     return merging.merge_of(mctf.pairings(weight, 6, bidirectional=True)[0], rank)
 
-  traced = jax.make_jaxpr(merge)(drawn(1, BATCH, COUNT // 2, COUNT // 2))
+  traced = jax.make_jaxpr(merge)(draw(1, BATCH, COUNT // 2, COUNT // 2))
   assert " = scatter" not in str(traced)
