@@ -129,7 +129,7 @@ def test_without_metadata_classes_are_named_by_their_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(("image", "label"), [("img", "labels"), ("photo", "fine_label")])
-def test_columns_are_found_by_their_types(tmp_path, image, label):
+def test_image_and_label_columns_are_found_under_other_names(tmp_path, image, label):
   """CIFAR-100 names them img and fine_label, and also has a coarse label."""
   rows = table(6, image=image, label=label, columns=[("coarse_label", [0] * 6), ("id", [0] * 6)])
   features = {image: {"_type": "Image"}, "coarse_label": {"names": ["all"], "_type": "ClassLabel"},

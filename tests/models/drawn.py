@@ -7,7 +7,7 @@ SEED = 2306
 
 
 def weights(shapes: dict[str, tuple[int, ...]], probe: dict[str, float] | None = None):
-  """{name: float32 array} for a PyTorch state dict's names and shapes.
+  """Returns {name: float32 array} for a PyTorch state dict's names and shapes.
 
   All kinds of tensors are random, running statistics and norms included, so that an omission always
   shows. probe: {full-match pattern: factor} scales the matching tensors: with activations of

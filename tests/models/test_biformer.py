@@ -49,7 +49,7 @@ def test_logits_match_the_authors_code(run):
 
 @pytest.mark.parametrize("place", [(layers, "BATCH_EPSILON", 1e-6),
                                    (biformer_blocks, "EPSILON", 1e-5)])
-def test_probe_reference_detects_a_wrong_epsilon(place, monkeypatch):
+def test_probe_weights_reveal_a_wrong_epsilon(place, monkeypatch):
   module, name, value = place
   monkeypatch.setattr(module, name, value)
   if name == "BATCH_EPSILON":
@@ -163,7 +163,7 @@ def test_stochastic_depth_grows_linearly():
   assert [vc.create_model(name).drop_path_rate for name in ROWS] == [0.1, 0.15, 0.4, 0.1]
 
 
-def test_features_maps_and_image_sizes_that_divide_into_regions():
+def test_features_and_maps_of_a_rectangular_image():
   model = tiny.biformer(image_size=(32, 48), in_chans=1)
   out = jax.eval_shape(functools.partial(vc.features, model, maps=True), shapes_of(model),
                        tiny.images(model))

@@ -61,7 +61,7 @@ def test_logits_match_timm(run):
   assert parity.difference(run) < 1e-5 * np.abs(run.expected).max()
 
 
-def test_probe_reference_detects_a_wrong_epsilon(monkeypatch):
+def test_probe_weights_reveal_a_wrong_epsilon(monkeypatch):
   monkeypatch.setattr(davit, "EPSILON", 1e-6)
   probed = next(run for run in parity.runs("davit") if run.name.endswith("probed"))
   assert parity.difference(probed, retrace=True) > 1e-2

@@ -62,7 +62,7 @@ def test_logits_match_the_authors_code(index):
   assert parity.difference(runs()[index]) < 1e-4
 
 
-def test_probe_reference_detects_a_wrong_epsilon(monkeypatch):
+def test_probe_weights_reveal_a_wrong_epsilon(monkeypatch):
   probed = runs()[1]
   with monkeypatch.context() as patch:
     patch.setattr(lvvit, "EPSILON", 1e-6)

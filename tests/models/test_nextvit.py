@@ -88,7 +88,7 @@ def test_logits_match_timm(run):
   assert parity.difference(run) < 1e-4
 
 
-def test_probe_reference_detects_a_wrong_epsilon(monkeypatch):
+def test_probe_weights_reveal_a_wrong_epsilon(monkeypatch):
   wrong = functools.partial(layers.BatchNorm, epsilon=1e-6)
   monkeypatch.setattr(layers, "BatchNorm", wrong)
   monkeypatch.setattr(nextvit_blocks, "BatchNorm", wrong)

@@ -35,7 +35,7 @@ def test_logits_match_the_authors_code(run):
 
 
 @pytest.mark.parametrize("epsilon,wrong", [("EPSILON", 1e-5), ("CONV_EPSILON", 1e-6)])
-def test_probe_reference_detects_a_wrong_epsilon(monkeypatch, epsilon, wrong):
+def test_probe_weights_reveal_a_wrong_epsilon(monkeypatch, epsilon, wrong):
   monkeypatch.setattr(pyramid, epsilon, wrong)
   probed = next(run for run in RUNS if run.name.endswith("probed"))
   assert parity.difference(probed, retrace=True) > 0.1

@@ -58,7 +58,7 @@ def test_logits_match_timm_folded_and_unfolded(run):
 @pytest.mark.parametrize("module, name, wrong", [
     (layers, "BatchNorm", functools.partial(layers.BatchNorm, epsilon=1e-6)),
     (shvit_blocks, "GROUP_EPSILON", 1e-6)])
-def test_probe_reference_detects_a_wrong_epsilon(module, name, wrong, monkeypatch):
+def test_probe_weights_reveal_a_wrong_epsilon(module, name, wrong, monkeypatch):
   monkeypatch.setattr(module, name, wrong)
   probed = next(run for run in RUNS if run.name.endswith("probed"))
   assert parity.difference(probed, retrace=True) > 1e-3

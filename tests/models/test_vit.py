@@ -34,7 +34,7 @@ def test_logits_match_timm(index):
 
 @pytest.mark.parametrize("model", ["deit3_small_patch16_224", "vit_small_plus_patch16_dinov3",
                                    "vit_base_patch16_siglip_224", "eva02_base_patch14_448"])
-def test_probe_reference_detects_a_wrong_epsilon(model):
+def test_probe_weights_reveal_a_wrong_epsilon(model):
   run = next(run for run in runs() if run.name.startswith(model) and run.name.endswith("probed"))
   other = {1e-6: 1e-5, 1e-5: 1e-6}[run.model.epsilon]
   assert parity.difference(run._replace(model=run.model.clone(epsilon=other))) > 1e-3

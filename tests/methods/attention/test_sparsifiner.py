@@ -200,7 +200,7 @@ def test_reconstruction_can_train_the_values_that_choose_the_pairs():
 
 
 @pytest.mark.parametrize("site", ["probs", "logits"])
-def test_hallucinated_heads_copy_the_masked_maps_of_real_heads(site):
+def test_hallucinated_heads_use_the_masked_maps_of_real_heads(site):
   module = Hallucinate(vc.HMHSA(site=site))
   query, key = query_key()
   value = jax.random.normal(jax.random.key(5), (2, TOKENS, 3, WIDTH))
