@@ -1,4 +1,4 @@
-"""cFFN: branches fold into two matrices, and a new layer starts with a dense layer's statistics."""
+"""cFFN: branches fold into two matrices, and a new layer has a dense one's output spread."""
 import functools
 import itertools
 import warnings
