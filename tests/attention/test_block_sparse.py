@@ -1,4 +1,4 @@
-"""Block-sparse attention: every form is the reference with the layout's mask."""
+"""Block-sparse attention: every form equals the reference with the layout's mask."""
 import re
 
 import jax
@@ -22,8 +22,8 @@ def draw(*shape, seed=0):
   return jax.random.normal(jax.random.key(seed), shape)
 
 
-def choice(queries, keys, count, seed=1):
-  """`count` different blocks of keys for each block of queries, at random."""
+def random_choice(queries, keys, count, seed=1):
+  """Draws `count` different key blocks for each query block."""
   order = jnp.argsort(draw(BATCH, HEADS, queries.blocks, keys.blocks, seed=seed), axis=-1)
   return order[..., :count].astype(jnp.int32)
 
@@ -31,13 +31,13 @@ def choice(queries, keys, count, seed=1):
 @pytest.mark.parametrize("grid,sides", [
     ((14, 14), (7, 7)), ((24, 24), (8, 8)), ((32, 64), (8, 8)), ((12, 20), (6, 10)),
     ((9, 4), (9, 4)), ((13, 17), (7, 9)), ((23, 30), (8, 10))])
-def test_windows_divide_the_grid_or_pad_it_little(grid, sides):
+def test_windows_divide_the_grid_or_pad_it_slightly(grid, sides):
   windows = on_grid(grid, 8)
   assert windows.sides == sides
   assert windows.valid().sum() == grid[0] * grid[1]
 
 
-def test_a_block_is_a_square_of_the_image():
+def test_each_block_is_a_square_of_the_image():
   windows = Windows((3, 5), (2, 2))
   x = jnp.arange(15.0).reshape(1, 15, 1, 1)
   blocks = windows.cut(x)[0, 0, :, :, 0]
@@ -49,14 +49,14 @@ def test_a_block_is_a_square_of_the_image():
   np.testing.assert_array_equal(windows.slot_of()[[2, 3, 7, 8]], [4, 5, 6, 7])
 
 
-def test_means_are_those_of_the_tokens_of_a_block():
+def test_block_means_average_the_tokens_of_a_block():
   x, windows = draw(BATCH, 1 + 48 + 2, HEADS, WIDTH), Windows((6, 8), (3, 2))
-  wanted = windows.cut(x[:, 1:49]).mean(axis=3)
+  expected = windows.cut(x[:, 1:49]).mean(axis=3)
   for means in (windows.means(x[:, 1:49]), windows.means_by_rows(x, 1)):
-    np.testing.assert_allclose(means, wanted, atol=1e-6)
+    np.testing.assert_allclose(means, expected, atol=1e-6)
 
 
-def test_the_block_of_keys_nearest_is_its_own_on_one_grid_and_above_it_on_a_coarser():
+def test_nearest_key_block_is_itself_or_the_one_covering_it_on_a_coarser_grid():
   fine = Windows((8, 8), (2, 2))
   np.testing.assert_array_equal(nearest_blocks(fine, fine), np.arange(16))
   np.testing.assert_array_equal(nearest_blocks(fine, Windows((4, 4), (2, 2))),
@@ -74,9 +74,9 @@ CASES = {
 
 
 def case(name, dtype="float32"):
-  """(the layout with blocks chosen, query, key, value)."""
+  """Returns (the layout with blocks chosen, query, key, value)."""
   layout = CASES[name]
-  layout = layout._replace(chosen=choice(layout.queries, layout.keys, 2))
+  layout = layout._replace(chosen=random_choice(layout.queries, layout.keys, 2))
   around = layout.prefix + layout.fused
   queries, keys = (np.prod(windows.grid) + around for windows in (layout.queries, layout.keys))
   arrays = (draw(BATCH, queries, HEADS, WIDTH), draw(BATCH, keys, HEADS, WIDTH, seed=2),
@@ -85,7 +85,7 @@ def case(name, dtype="float32"):
 
 
 def run(attend, *arrays):
-  """(gradients, the output)."""
+  """Returns (gradients, output)."""
   def loss(*arrays):
     out = attend(*arrays)
     return jnp.sum(jnp.sin(out.astype(jnp.float32))), out
@@ -96,7 +96,7 @@ def run(attend, *arrays):
                                   "block_sparse_plain"])
 @pytest.mark.parametrize("name,sized", [("grid", False), ("padded", False), ("padded", True),
                                         ("coarser keys", True), ("survivors", True)])
-def test_every_form_is_the_reference_and_so_are_its_gradients(name, sized, form, monkeypatch):
+def test_every_form_and_its_gradients_match_the_reference(name, sized, form, monkeypatch):
   monkeypatch.setattr(kernels, "block_attention", lambda platform: cases.reference)
   layout, *arrays = case(name)
   size = jnp.exp(draw(BATCH, arrays[1].shape[1], seed=4)) if sized else None
@@ -104,28 +104,28 @@ def test_every_form_is_the_reference_and_so_are_its_gradients(name, sized, form,
   inner = mask[:, :, layout.prefix:, layout.prefix:]
   assert not inner.all(axis=-1).all() and mask.any(axis=-1).all()
   got = run(lambda *qkv: layout.attend(*qkv, Core(size).bias(), form), *arrays)
-  wanted = run(lambda *qkv: reference.attend(Core(size, mask=mask), *qkv), *arrays)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), got, wanted)
+  expected = run(lambda *qkv: reference.attend(Core(size, mask=mask), *qkv), *arrays)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), got, expected)
   dense = run(lambda *qkv: reference.attend(Core(size), *qkv), *arrays)
   assert np.abs(got[1] - dense[1]).max() > 0.1
 
 
 @pytest.mark.parametrize("entries", [1, 64])
-def test_blocks_of_queries_together_are_blocks_of_queries_apart(entries, monkeypatch):
+def test_processing_query_blocks_together_gives_the_same_output(entries, monkeypatch):
   layout, *arrays = case("grid")
-  apart = run(lambda *qkv: layout.attend(*qkv, form="block_sparse_cpu"), *arrays)
+  separate = run(lambda *qkv: layout.attend(*qkv, form="block_sparse_cpu"), *arrays)
   monkeypatch.setattr(tuning, "BLOCK_ENTRIES", entries)
-  together = run(lambda *qkv: layout.attend(*qkv, form="block_sparse_cpu"), *arrays)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), together, apart)
+  joint = run(lambda *qkv: layout.attend(*qkv, form="block_sparse_cpu"), *arrays)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), joint, separate)
 
 
 @pytest.mark.parametrize("name", ["padded", "survivors"])
-def test_images_on_several_devices_stay_where_they_are(name):
-  """Attention and gradients of eight images on eight devices: nothing is sent between these."""
+def test_batch_split_over_devices_needs_no_communication(name):
+  """Attention and gradients of eight images on eight devices: no collectives between them."""
   layout = CASES[name]
   tokens = np.prod(layout.keys.grid) + layout.prefix + layout.fused
   order = None if layout.order is None else jnp.tile(jnp.arange(11)[::-1], (8, 1))
-  chosen = jnp.tile(choice(layout.queries, layout.keys, 2)[:1], (8, 1, 1, 1))
+  chosen = jnp.tile(random_choice(layout.queries, layout.keys, 2)[:1], (8, 1, 1, 1))
   images = NamedSharding(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)), P("data"))
 
   def loss(qkv, chosen, order):
@@ -142,18 +142,18 @@ def test_images_on_several_devices_stay_where_they_are(name):
 
 
 @pytest.mark.parametrize("device", [Device("cpu"), Device("gpu")])
-def test_bfloat16_stays_bfloat16_and_near_the_reference(device):
+def test_bfloat16_output_stays_bfloat16_and_close_to_the_reference(device):
   layout, *arrays = case("survivors", "bfloat16")
   with attention.on(device):
     got = run(Core(layout=layout), *arrays)
   assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype(jnp.bfloat16)}
-  wanted = run(lambda *qkv: reference.attend(Core(layout=layout), *qkv),
-               *(x.astype(jnp.float32) for x in arrays))
+  expected = run(lambda *qkv: reference.attend(Core(layout=layout), *qkv),
+                 *(x.astype(jnp.float32) for x in arrays))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(
-      np.float32(a), b, atol=0.03 * max(1, np.abs(b).max())), got, wanted)
+      np.float32(a), b, atol=0.03 * max(1, np.abs(b).max())), got, expected)
 
 
-def test_the_form_of_a_layout_by_device_and_why_no_kernel_runs():
+def test_form_chosen_per_device_and_the_reason_for_using_no_kernel():
   windows = on_grid((32, 32), 8)
   layout = BlockLayout(jax.ShapeDtypeStruct((2, 6, 16, 4), jnp.int32), windows, windows, prefix=1)
   call, qkv = Core(layout=layout), [jax.ShapeDtypeStruct((2, 1025, 6, 64), jnp.bfloat16)] * 3
@@ -170,7 +170,7 @@ def test_the_form_of_a_layout_by_device_and_why_no_kernel_runs():
 
 @pytest.mark.parametrize("what,words", [("rescore", "a filter over scores needs all of them"),
                                         ("keep_mask", "a keep mask adds its epsilon")])
-def test_what_no_block_sparse_form_does_is_masked_dense_attention_and_says_so(what, words):
+def test_unsupported_calls_fall_back_to_masked_dense_attention_with_a_warning(what, words):
   layout, *arrays = case("grid")
   core, rescore = Core(layout=layout), None
   if what == "keep_mask":
@@ -181,5 +181,5 @@ def test_what_no_block_sparse_form_does_is_masked_dense_attention_and_says_so(wh
   assert choose(Device("cpu"), core, *arrays, rescore).form == "einsum"
   with pytest.warns(UserWarning, match=f"masked dense attention: {words}"):
     got = core(*arrays, rescore)
-  wanted = reference.attend(Core(keep_mask=core.keep_mask, mask=layout.mask()), *arrays, rescore)
-  np.testing.assert_allclose(got, wanted, atol=1e-6)
+  expected = reference.attend(Core(keep_mask=core.keep_mask, mask=layout.mask()), *arrays, rescore)
+  np.testing.assert_allclose(got, expected, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Every form of attention is the reference, gradients included; which form is chosen where."""
+"""Every form of attention matches the reference, gradients included; which form is chosen where."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +31,7 @@ SIZE = np.exp(draw(BATCH, KEYS, seed=3))
 KEEP = jnp.float32(draw(BATCH, KEYS, seed=7) > 0)
 MASK = (draw(BATCH, HEADS, QUERIES, KEYS, seed=4) > 0).at[..., 0].set(True)
 FILTER = ScoreFilter(draw(HEADS, 2, seed=5), draw(2, 3, 3, seed=6))
-# Ten tokens are the values of 19 keys; outputs of pairs of queries are averaged.
+# Values come from 10 tokens for 19 keys, and outputs are averaged over pairs of queries.
 MERGED = {"spread": lambda value: jnp.repeat(value, 2, axis=1)[:, :KEYS],
           "gather": lambda out: (out[:, :-1:2] + out[:, 1::2]) / 2}
 # name: (fields of the call, queries, heads of values, filter)
@@ -50,7 +50,7 @@ CASES = {
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-  """Tiles of a few queries, the last one not full."""
+  """Tiles of a few queries, the last one partly filled."""
   for name, value in {"STEP_QUERIES": 4, "STEP_KEYS": 5, "MIN_TILE_QUERIES": 4,
                       "TILE_ENTRIES": 4 * KEYS, "ROW_ENTRIES": 8 * KEYS * HEADS,
                       "MIN_ROW_QUERIES": 4}.items():
@@ -58,7 +58,7 @@ def small_tiles(monkeypatch):
 
 
 def run(name, attend, dtype="float32"):
-  """(gradients of everything that has one, the output) of a case, by `attend(core, ...)`."""
+  """Returns (gradients of all that has one, output) of a case, by `attend(core, ...)`."""
   fields, queries, heads, filtered = CASES[name]
   floats = {key: fields[key] for key in fields if key in ("size", "keep_mask")}
   rest = {key: fields[key] for key in fields if key not in floats}
@@ -76,18 +76,18 @@ def run(name, attend, dtype="float32"):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_form_is_the_reference_and_so_are_its_gradients(name, small_tiles):
-  wanted = run(name, reference.attend)
+def test_every_form_and_its_gradients_match_the_reference(name, small_tiles):
+  expected = run(name, reference.attend)
   for form, device in (("einsum", CPU), ("plain", CPU), ("images", CPU), ("tiled", CPU),
                        ("images", GPU), ("tiled", GPU)):
     with attention.using(form), attention.on(device):
       got = run(name, Core.__call__)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6), got, wanted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6), got, expected)
 
 
 @pytest.mark.parametrize("form", ["einsum", "plain", "images", "tiled"])
 @pytest.mark.parametrize("name", ["size", "keep mask", "masked filter"])
-def test_in_bfloat16_every_form_is_near_the_reference_in_float32(form, name, small_tiles):
+def test_every_form_in_bfloat16_is_close_to_the_float32_reference(form, name, small_tiles):
   with attention.using(form):
     got = run(name, Core.__call__, "bfloat16")
   assert got[1].dtype == jnp.bfloat16
@@ -96,14 +96,14 @@ def test_in_bfloat16_every_form_is_near_the_reference_in_float32(form, name, sma
 
 
 @pytest.mark.parametrize("name", ["size", "keep mask", "mask", "filter"])
-def test_the_reference_is_what_a_loop_over_queries_computes(name):
+def test_reference_matches_a_loop_over_queries(name):
   fields, queries, heads, filtered = CASES[name]
   query, key, value = (np.asarray(x, np.float64) for x in arrays(queries, heads=heads))
   scores = np.einsum("bnhd,bmhd->bhnm", query, key) / WIDTH ** 0.5
   if filtered:
     scores = np.asarray(FILTER(jnp.asarray(scores, jnp.float32)), np.float64)
-  wanted = np.zeros((BATCH, queries, heads, value.shape[-1]))
-  for b, i, h in np.ndindex(wanted.shape[:3]):
+  expected = np.zeros((BATCH, queries, heads, value.shape[-1]))
+  for b, i, h in np.ndindex(expected.shape[:3]):
     exps = np.exp(scores[b, h, i]) * np.asarray(fields.get("size", np.ones((BATCH, KEYS))))[b]
     if name == "mask":
       exps = exps * np.asarray(MASK)[b, h, i]
@@ -112,22 +112,22 @@ def test_the_reference_is_what_a_loop_over_queries_computes(name):
       top = (scores[b, h, i] + np.log(np.asarray(SIZE)[b])).max()
       seen = exps * np.exp(-top) * np.where(np.arange(KEYS) == i, 1, np.asarray(KEEP)[b])
       weights = (seen + 1e-6 / KEYS) / (seen.sum() + 1e-6)
-    wanted[b, i, h] = weights @ value[b, :, h]
+    expected[b, i, h] = weights @ value[b, :, h]
   rescore = FILTER if filtered else None
   got = reference.attend(Core(**fields), *arrays(queries, heads=heads), rescore)
-  np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_maps_of_some_queries_are_rows_of_all_maps_where_each_says_which_key_is_its_own():
+def test_maps_of_selected_queries_are_rows_of_the_full_maps_given_own_n():
   query, key, _ = arrays(KEYS)
   core, rows = Core(SIZE, keep_mask=KEEP), jnp.asarray([3, 0, 11])
   np.testing.assert_allclose(core.maps(query[:, rows], key, own_n=rows),
                              core.maps(query, key)[:, :, rows], rtol=1e-5)
 
 
-def test_keys_in_steps_give_each_its_share_though_none_of_a_step_has_size(small_tiles):
-  """Also where scores rise and fall by more than exponentials can hold."""
-  size = jnp.ones((BATCH, KEYS)).at[:, :9].set(0)     # the first step has 4 keys, each other 5
+def test_tiled_softmax_handles_a_tile_whose_keys_all_have_size_zero(small_tiles):
+  """Also when scores differ by more than the range of exp."""
+  size = jnp.ones((BATCH, KEYS)).at[:, :9].set(0)     # the first tile has 4 keys, the others 5
   query, key, value = arrays()
   for core in (Core(size=size), Core()):
     with attention.using("tiled"):
@@ -136,8 +136,8 @@ def test_keys_in_steps_give_each_its_share_though_none_of_a_step_has_size(small_
                                atol=1e-6)
 
 
-def test_a_cpu_loops_over_images_or_heads_but_over_none_where_a_batch_is_split():
-  """A loop cannot be split over devices, whichever form was asked for."""
+def test_cpu_loops_over_images_or_heads_unless_the_batch_is_split_over_devices():
+  """A loop cannot be split over devices, whichever form was requested."""
   def loops(form, devices):
     with attention.using(form), attention.split_over(devices):
       jaxpr = jax.make_jaxpr(lambda *args: Core(size=SIZE)(*args))(*arrays())
@@ -148,7 +148,7 @@ def test_a_cpu_loops_over_images_or_heads_but_over_none_where_a_batch_is_split()
   assert (loops("images", 8), loops("tiled", 8)) == ([], [])
 
 
-@pytest.mark.parametrize("device,dtype,queries,keys,wide,wanted", [
+@pytest.mark.parametrize("device,dtype,queries,keys,wide,expected", [
     (CPU, "float32", 50, 50, 64, "einsum"),
     (CPU, "float32", 197, 197, 64, "images"),
     (CPU, "float32", 257, 257, 64, "tiled"),
@@ -164,21 +164,21 @@ def test_a_cpu_loops_over_images_or_heads_but_over_none_where_a_batch_is_split()
     (TPU, "float32", 577, 577, 64, "splash"),
     (TPU._replace(count=8), "float32", 577, 577, 64, "einsum"),
     (TPU, "bfloat16", 197, 197, 64, "einsum")])
-def test_the_form_by_device_length_and_dtype(device, dtype, queries, keys, wide, wanted):
-  assert choose(device, Core(), *shapes(queries, keys, dtype, wide)).form == wanted
+def test_form_chosen_by_device_length_and_dtype(device, dtype, queries, keys, wide, expected):
+  assert choose(device, Core(), *shapes(queries, keys, dtype, wide)).form == expected
 
 
-@pytest.mark.parametrize("device,requested,tokens,wanted", [
+@pytest.mark.parametrize("device,requested,tokens,expected", [
     (CPU, None, 197, "images"), (GPU, None, 577, "einsum"), (GPU, None, 4097, "tiled"),
     (TPU, None, 4097, "tiled"), (GPU, "cudnn", 577, "tiled"), (TPU, "splash", 577, "tiled"),
     (GPU, "images", 577, "images")])
-def test_what_vendors_do_not_know_is_left_to_other_forms(device, requested, tokens, wanted):
+def test_calls_that_vendor_kernels_cannot_do_use_another_form(device, requested, tokens, expected):
   call, qkv = Core(keep_mask=jnp.ones((2, tokens))), shapes(tokens, tokens, "bfloat16")
-  assert choose(device, call, *qkv, requested=requested).form == wanted
-  assert choose(device, Core(), *qkv, rescore=FILTER, requested=requested).form == wanted
+  assert choose(device, call, *qkv, requested=requested).form == expected
+  assert choose(device, Core(), *qkv, rescore=FILTER, requested=requested).form == expected
 
 
-def test_who_asks_for_a_form_gets_it_in_a_function_already_compiled():
+def test_requesting_a_form_retraces_a_function_already_compiled():
   attend = jax.jit(lambda *qkv: Core()(*qkv))
   text = {}
   for name in ("einsum", "tiled", "einsum", None):
@@ -192,17 +192,17 @@ def test_who_asks_for_a_form_gets_it_in_a_function_already_compiled():
     Core()(*arrays())
 
 
-def test_a_function_traced_for_one_device_is_traced_again_for_another():
+def test_function_traced_for_one_device_is_retraced_for_another():
   attend = jax.jit(lambda *qkv: Core()(*qkv))
   x = jax.ShapeDtypeStruct((2, 197, 3, 8), jnp.float32)
   with attention.on(GPU):
     assert "custom_vjp" not in attend.trace(x, x, x).jaxpr.pretty_print()
-  assert "custom_vjp" in attend.trace(x, x, x).jaxpr.pretty_print()   # by images
+  assert "custom_vjp" in attend.trace(x, x, x).jaxpr.pretty_print()   # the "images" form
 
 
-@pytest.mark.parametrize("gradients,most", [(False, 3), (True, 6)])
-def test_memory_is_a_few_times_what_goes_in_and_out(gradients, most):
-  """Temporary memory of the compiled core at 4097 tokens, for which one head's map has 67 MB."""
+@pytest.mark.parametrize("gradients,multiple", [(False, 3), (True, 6)])
+def test_memory_is_a_small_multiple_of_inputs_and_outputs(gradients, multiple):
+  """Temporary memory of the compiled core at 4097 tokens, where one head's map takes 67 MB."""
   x = jax.ShapeDtypeStruct((1, 4097, 6, 64), jnp.float32)
 
   def run(*qkv):
@@ -210,21 +210,21 @@ def test_memory_is_a_few_times_what_goes_in_and_out(gradients, most):
 
   fn = run if not gradients else jax.grad(lambda *qkv: jnp.sum(run(*qkv) ** 2), (0, 1, 2))
   memory = jax.jit(fn).lower(x, x, x).compile().memory_analysis()
-  assert memory.temp_size_in_bytes <= most * (
+  assert memory.temp_size_in_bytes <= multiple * (
       memory.argument_size_in_bytes + memory.output_size_in_bytes)
 
 
-def test_a_bias_is_two_channels_of_the_keys_exact_in_float32_and_near_in_bfloat16():
+def test_bias_as_two_key_channels_is_exact_in_float32_and_close_in_bfloat16():
   query, key, _ = arrays()
   bias = jnp.log(SIZE)
-  wanted = attention.scores(query, key) + bias[:, None, None]
+  expected = attention.scores(query, key) + bias[:, None, None]
   scale = WIDTH ** -0.5
   for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 1e-4)):
     wide = vendor.with_bias_channels(query.astype(dtype), key.astype(dtype), bias)
     got = jnp.einsum("bnhd,bmhd->bhnm", *wide, preferred_element_type=jnp.float32) * scale
     plain = jnp.einsum("bnhd,bmhd->bhnm", query.astype(dtype), key.astype(dtype),
                        preferred_element_type=jnp.float32) * scale
-    np.testing.assert_allclose(got - plain, wanted - attention.scores(query, key), atol=tolerance)
+    np.testing.assert_allclose(got - plain, expected - attention.scores(query, key), atol=tolerance)
 
 
 @pytest.mark.parametrize("name,device,dtype,words", [
@@ -232,7 +232,7 @@ def test_a_bias_is_two_channels_of_the_keys_exact_in_float32_and_near_in_bfloat1
     ("cudnn", GPU, "float32", "'cudnn' takes 16 bits and up to 128 channels, not float32 and 8"),
     ("splash", CPU, "float32", "'splash' runs on TPUs, not on a cpu"),
     ("splash", GPU, "float32", "'splash' runs on TPUs, not on a gpu")])
-def test_a_form_that_cannot_run_here_is_refused_in_a_line(name, device, dtype, words):
+def test_form_that_cannot_run_here_raises_a_one_line_error(name, device, dtype, words):
   with attention.using(name), attention.on(device), pytest.raises(ValueError, match=words) as error:
     Core()(*(x.astype(dtype) for x in arrays()))
   assert "\n" not in str(error.value)
@@ -240,7 +240,7 @@ def test_a_form_that_cannot_run_here_is_refused_in_a_line(name, device, dtype, w
 
 @pytest.mark.parametrize("platform,device,name", [
     ("tpu", TPU, "splash"), ("cuda", GPU, "tiled"), ("tpu", TPU, "tiled")])
-def test_a_layer_and_its_gradients_are_lowered_for_an_absent_device(platform, device, name):
+def test_layer_and_its_gradients_lower_for_an_absent_device(platform, device, name):
   def loss(size, *qkv):
     return jnp.sum(Core(size)(*qkv).astype(jnp.float32))
 
@@ -252,7 +252,7 @@ def test_a_layer_and_its_gradients_are_lowered_for_an_absent_device(platform, de
   assert ("tpu_custom_call" in exported.mlir_module()) == (name == "splash")
 
 
-def test_splash_is_the_reference_where_it_is_interpreted():
+def test_interpreted_splash_kernel_matches_the_reference():
   query, key, value = arrays()
   got = vendor.splash(query, key, value, jnp.log(SIZE), interpret=True)
   np.testing.assert_allclose(got, reference.attend(Core(SIZE), query, key, value), rtol=1e-5,
@@ -260,13 +260,13 @@ def test_splash_is_the_reference_where_it_is_interpreted():
 
 
 @pytest.mark.parametrize("form", ["images", "tiled"])
-def test_no_map_is_kept_for_the_backward_pass(form):
+def test_no_attention_map_is_saved_for_the_backward_pass(form):
   x = jax.ShapeDtypeStruct((2, 197, 3, 8), jnp.float32)
 
-  def kept(*qkv):
+  def saved_residuals(*qkv):
     return jax.tree.leaves(jax.vjp(lambda *qkv: Core(size=jnp.ones((2, 197)))(*qkv), *qkv)[1])
 
   with attention.using(form):
-    assert max(array.size for array in jax.eval_shape(kept, x, x, x)) == x.size
+    assert max(array.size for array in jax.eval_shape(saved_residuals, x, x, x)) == x.size
   with attention.using("einsum"):
-    assert max(array.size for array in jax.eval_shape(kept, x, x, x)) == 2 * 3 * 197 ** 2
+    assert max(array.size for array in jax.eval_shape(saved_residuals, x, x, x)) == 2 * 3 * 197 ** 2

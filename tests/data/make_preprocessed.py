@@ -1,11 +1,11 @@
-"""Writes tests/data/references/preprocessed.npz: odd files, and what timm's evaluation makes of
-them.
+"""Writes tests/data/references/preprocessed.npz: unusual files, and what timm's evaluation
+transform makes of them.
 
   python tests/data/make_preprocessed.py     # with a Python that has torch, timm and torchvision
 
-"file/NAME" holds the bytes of a file, "NAME/MODE/CROP/INTERPOLATION/HEIGHTxWIDTH" the uint8 pixels
-that timm's transform gives for what timm's loader opens, before they are normalised. MEAN is also
-the colour of "border".
+"file/NAME" holds the bytes of a file; "NAME/MODE/CROP/INTERPOLATION/HEIGHTxWIDTH" holds the uint8
+pixels, before normalisation, that timm's transform gives for the image that timm's loader opens.
+MEAN is also the colour used by "border".
 """
 import io
 import itertools
@@ -31,8 +31,8 @@ EVERY = tuple(itertools.product(("center", "squash", "border"), (0.875, 0.9, 0.9
                                 ("bicubic", "bilinear"), ((16, 16), (12, 20))))
 
 
-def drawn(width, height, channels, seed) -> np.ndarray:
-  """uint8 (height, width, channels): waves, some noise, something at every edge."""
+def texture(width, height, channels, seed) -> np.ndarray:
+  """Returns uint8 (height, width, channels): waves, some noise, and something at every edge."""
   rng = np.random.default_rng(seed)
   y, x = np.mgrid[:height, :width]
   planes = []
@@ -49,27 +49,27 @@ def image(mode, width, height, seed) -> Image.Image:
   if mode == "P":
     return image("RGB", width, height, seed).quantize(64)
   if mode == "I;16":
-    return Image.fromarray(drawn(width, height, 1, seed)[..., 0].astype(np.uint16) * 256 + 77)
+    return Image.fromarray(texture(width, height, 1, seed)[..., 0].astype(np.uint16) * 256 + 77)
   channels = len(Image.new(mode, (1, 1)).getbands())
-  return Image.frombytes(mode, (width, height), drawn(width, height, channels, seed).tobytes())
+  return Image.frombytes(mode, (width, height), texture(width, height, channels, seed).tobytes())
 
 
-def turned(orientation) -> Image.Exif:
+def orientation_tag(orientation) -> Image.Exif:
   exif = Image.Exif()
   exif[0x0112] = orientation
   return exif
 
 
 def files():
-  """(name, image, options of save)."""
+  """Yields (name, image, save options)."""
   jpeg = {"quality": 90}
   for i in range(1, 9):
-    yield f"exif{i}.jpg", image("RGB", 31, 23, i), {"exif": turned(i), **jpeg}
+    yield f"exif{i}.jpg", image("RGB", 31, 23, i), {"exif": orientation_tag(i), **jpeg}
   for kind in ("png", "tif", "webp"):
-    yield f"exif6.{kind}", image("RGB", 31, 23, 9), {"exif": turned(6)}
+    yield f"exif6.{kind}", image("RGB", 31, 23, 9), {"exif": orientation_tag(6)}
   yield "progressive.jpg", image("RGB", 41, 30, 10), {"progressive": True, **jpeg}
   yield "grey.jpg", image("L", 41, 30, 11), jpeg
-  yield "cmyk.jpg", image("CMYK", 41, 30, 12), jpeg   # Pillow writes it as Adobe does, inverted
+  yield "cmyk.jpg", image("CMYK", 41, 30, 12), jpeg   # Pillow writes it inverted, as Adobe does
   yield "cmyk.tif", image("CMYK", 41, 30, 13), {}
   yield "grey16.png", image("I;16", 41, 30, 14), {}
   yield "palette.png", image("P", 41, 30, 15), {}

@@ -1,4 +1,4 @@
-"""Any file that a user may have: training and serving read the same, or both name it."""
+"""Any file a user may have: training and serving read it identically, or both name it."""
 import io
 import pathlib
 import tempfile
@@ -16,7 +16,7 @@ from tests import tiny
 from vitcompact.data import pipeline
 
 PRE = vc.preprocess(tiny.deit())
-# What the formats of a mode are, of those that Pillow writes.
+# The formats that each mode can be stored in, among those that Pillow writes.
 FORMATS = {"1": ("PNG", "TIFF", "BMP", "GIF", "PPM"), "L": ("PNG", "JPEG", "TIFF", "GIF", "WEBP"),
            "LA": ("PNG", "TIFF"), "P": ("PNG", "GIF", "TIFF", "BMP"),
            "RGB": ("PNG", "JPEG", "TIFF", "BMP", "PPM", "WEBP", "GIF", "TGA", "JPEG2000"),
@@ -27,8 +27,8 @@ REFUSED = {"I", "F"}
 SEVERAL = {"GIF", "TIFF", "PNG", "WEBP"}
 
 
-def drawn(mode, width, height, seed):
-  """Random pixels of a mode."""
+def random_image(mode, width, height, seed):
+  """Returns an image of a mode with random pixels."""
   rng = np.random.default_rng(seed)
   if mode.startswith("I;16"):
     pixels = rng.integers(0, 2**16, (height, width), np.uint16)
@@ -47,7 +47,7 @@ def drawn(mode, width, height, seed):
 
 @st.composite
 def encoded(draw):
-  """(bytes, the mode that was written, whether they are whole)."""
+  """Returns (bytes, the mode that was written, whether the file is complete)."""
   mode = draw(st.sampled_from(sorted(FORMATS)))
   kind = draw(st.sampled_from(FORMATS[mode]))
   side, other = draw(st.integers(1, 40)), draw(st.sampled_from((1, 2, 31, 32, 33, 700)))
@@ -64,9 +64,9 @@ def encoded(draw):
     options["exif"] = exif
   if kind in SEVERAL and mode in ("L", "RGB", "P", "RGBA") and draw(st.booleans()):
     options.pop("transparency", None)
-    options |= {"save_all": True, "append_images": [drawn(mode, width, height, seed + 1)]}
+    options |= {"save_all": True, "append_images": [random_image(mode, width, height, seed + 1)]}
   file = io.BytesIO()
-  drawn(mode, width, height, seed).save(file, kind, **options)
+  random_image(mode, width, height, seed).save(file, kind, **options)
   data = file.getvalue()
   damage = draw(st.sampled_from(("no", "no", "no", "cut", "flipped", "empty", "text")))
   event(f"{kind} {mode}")
@@ -87,7 +87,7 @@ def config(root, augment="none"):
 
 
 def outcome(function):
-  """What a function returns, or the text of its ValueError; anything else is a failure."""
+  """Returns a function's result, or the text of its ValueError; other exceptions are failures."""
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     try:
@@ -97,8 +97,8 @@ def outcome(function):
 
 
 @given(encoded(), st.sampled_from(("png", "JPG", "tif", "gif")))
-def test_training_and_serving_read_any_file_alike_or_name_it(file, suffix):
-  data, mode, whole = file
+def test_training_and_serving_read_any_file_identically_or_name_it(file, suffix):
+  data, mode, is_complete = file
   with tempfile.TemporaryDirectory() as root:
     for split in ("train", "val"):
       path = pathlib.Path(root) / split / "cat" / f"0.{suffix}"
@@ -107,7 +107,7 @@ def test_training_and_serving_read_any_file_alike_or_name_it(file, suffix):
     images = pipeline.source(f"folder:{root}", "val", image_size=32)
     seen, error = outcome(lambda: images[0]["image"])
     served, refused = outcome(lambda: PRE(path))
-    if whole:
+    if is_complete:
       assert (error is None) == (mode not in REFUSED), error
     if error:
       assert refused
@@ -116,9 +116,9 @@ def test_training_and_serving_read_any_file_alike_or_name_it(file, suffix):
         assert text.isprintable()
       return
     with Image.open(path) as image:
-      image.load()   # turns a TIFF by its orientation
+      image.load()   # applies the orientation of a TIFF
       assert seen.shape == (image.height, image.width, 3)
-      if whole and not image.mode.startswith("I"):
+      if is_complete and not image.mode.startswith("I"):
         np.testing.assert_array_equal(seen, image.convert("RGB"))
     batch = next(pipeline.eval_batches(config(root), "val", PRE, batch_size=1))
     np.testing.assert_array_equal(served, PRE.normalise(batch["image"][0]))
@@ -128,19 +128,19 @@ def test_training_and_serving_read_any_file_alike_or_name_it(file, suffix):
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B"])
-def test_16_bits_of_either_byte_order_keep_the_upper_eight(tmp_path, mode):
-  image = drawn(mode, 9, 5, 0)
+def test_16_bit_images_of_either_byte_order_keep_the_upper_8_bits(tmp_path, mode):
+  image = random_image(mode, 9, 5, 0)
   image.save(tmp_path / "x.tif")
-  wanted = np.frombuffer(image.tobytes(), ">u2" if mode == "I;16B" else "<u2").reshape(5, 9) >> 8
+  expected = np.frombuffer(image.tobytes(), ">u2" if mode == "I;16B" else "<u2").reshape(5, 9) >> 8
   for split in ("train", "val"):
     (tmp_path / split / "a").mkdir(parents=True)
     image.save(tmp_path / split / "a" / "x.tif")
   got = pipeline.source(f"folder:{tmp_path}", "val", image_size=8)[0]["image"]
-  np.testing.assert_array_equal(got, np.repeat(wanted[..., None], 3, -1))
+  np.testing.assert_array_equal(got, np.repeat(expected[..., None], 3, -1))
 
 
-def test_a_grey_map_of_16_bits_is_read_as_its_header_says(tmp_path):
-  """PGM says its largest value, and Pillow scales to 16 bits."""
+def test_16_bit_pgm_is_scaled_by_the_maximum_in_its_header(tmp_path):
+  """A PGM header states the maximum value, and Pillow scales to 16 bits."""
   path = tmp_path / "x.pgm"
   path.write_bytes(b"P5 2 1 4095\n" + np.array([0, 4095], ">u2").tobytes())
   pre = vc.preprocess(tiny.deit(image_size=(32, 64)))
@@ -148,7 +148,7 @@ def test_a_grey_map_of_16_bits_is_read_as_its_header_says(tmp_path):
   assert pixels.min() < 1 and pixels.max() > 254
 
 
-def test_transparency_is_dropped_and_the_stored_colour_stays(tmp_path):
+def test_transparency_is_dropped_and_the_stored_colour_is_kept(tmp_path):
   for mode, colour in (("RGBA", (200, 10, 20, 0)), ("LA", (200, 0))):
     Image.new(mode, (8, 8), colour).save(tmp_path / "x.png")
     pixels = (PRE(tmp_path / "x.png") * PRE.std + PRE.mean) * 255

@@ -1,4 +1,4 @@
-"""Any layout of folders: what is there is used or named, and nothing on the disk changes."""
+"""Any folder layout: each entry is used or named in a message, and nothing on disk changes."""
 import contextlib
 import io
 import logging
@@ -29,7 +29,7 @@ CLASS = st.dictionaries(FILES, st.sampled_from((GOOD,) * 9 + (b"", b"text", None
 
 @st.composite
 def layouts(draw):
-  """{split: ({class: {file: contents}}, files beside the classes)}; most of them can be read."""
+  """Draws {split: ({class: {file: contents}}, files next to the classes)}; most can be read."""
   names = draw(st.lists(NAMES, min_size=1, max_size=4, unique=True))
   layout = {}
   often = st.sampled_from((True,) * 9 + (False,))
@@ -54,7 +54,7 @@ def hidden(name):
 
 
 def write(root, layout):
-  """None stands for a folder where a file would be."""
+  """Writes a layout. None as contents makes a folder in place of a file."""
   for split, (classes, stray) in layout.items():
     for name, files in classes.items():
       (root / split / name).mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def contents(root):
 
 @contextlib.contextmanager
 def warnings_of():
-  """The texts of what is logged, which is not shown."""
+  """Collects the text of log messages instead of showing them."""
   texts, logger = [], logging.getLogger("absl")
   handler = logging.Handler()
   handler.emit = lambda record: texts.append(record.getMessage())
@@ -93,8 +93,8 @@ def check_text(text, root):
   text.encode("utf-8")
 
 
-def expected(root, split, classes):
-  """[(path, label)], how many entries are left out: by walking, without the library."""
+def list_by_walking(root, split, classes):
+  """Returns [(path, label)] and the number of skipped entries, by walking, without the library."""
   used, left = [], 0
   for entry in os.listdir(root / split):
     left += hidden(entry) or not (root / split / entry).is_dir()
@@ -111,7 +111,7 @@ def expected(root, split, classes):
 
 
 @given(layouts())
-def test_any_layout_is_read_as_it_lies_or_refused_in_one_line(layout):
+def test_any_layout_is_read_as_it_is_or_rejected_in_one_line(layout):
   with tempfile.TemporaryDirectory() as root, warnings_of() as texts:
     root = pathlib.Path(root).resolve()
     write(root, layout)
@@ -123,11 +123,11 @@ def test_any_layout_is_read_as_it_lies_or_refused_in_one_line(layout):
       assert pipeline.class_names(name) == tuple(map(printable, classes))
       for split in pipeline.SPLITS:
         images = pipeline.source(name, split, image_size=8)
-        used, left = expected(root, images.folder.name, classes)
+        used, left = list_by_walking(root, images.folder.name, classes)
         assert [(images.path(i), int(images.labels[i])) for i in range(len(images))] == used
-        said = [text for text in texts if text.startswith(f"{images.folder}: ")]
-        assert len(said) == (left > 0)
-        assert left == sum(int(count) for text in said
+        messages = [text for text in texts if text.startswith(f"{images.folder}: ")]
+        assert len(messages) == (left > 0)
+        assert left == sum(int(count) for text in messages
                            for count in re.findall(r"(?:left out:|\),) (\d+) ", text))
         read_all(images, used)
       for text in texts:
@@ -140,7 +140,7 @@ def test_any_layout_is_read_as_it_lies_or_refused_in_one_line(layout):
 
 
 def read_all(images, used):
-  """Each is an image with the label of its folder, or is named."""
+  """Checks that each file is an image with the label of its folder, or is named in an error."""
   for i, (path, label) in enumerate(used):
     try:
       example = images[i]
@@ -152,7 +152,7 @@ def read_all(images, used):
 
 
 @given(layouts())
-def test_any_layout_is_prepared_as_it_is_read_or_refused_in_one_line(layout):
+def test_any_layout_is_prepared_as_it_is_read_or_rejected_in_one_line(layout):
   with tempfile.TemporaryDirectory() as root, warnings_of():
     root = pathlib.Path(root).resolve()
     write(root / "in", layout)
@@ -164,9 +164,9 @@ def test_any_layout_is_prepared_as_it_is_read_or_refused_in_one_line(layout):
       event("refused")
     else:
       event("prepared")
-      folder, made = f"folder:{root}/in", f"arrayrecord:{root}/out"
-      assert pipeline.class_names(folder) == pipeline.class_names(made)
+      folder, records = f"folder:{root}/in", f"arrayrecord:{root}/out"
+      assert pipeline.class_names(folder) == pipeline.class_names(records)
       for split in pipeline.SPLITS:
-        a, b = (pipeline.source(n, split, image_size=8) for n in (folder, made))
+        a, b = (pipeline.source(n, split, image_size=8) for n in (folder, records))
         assert [int(label) for label in a.labels] == [b[i]["label"] for i in range(len(b))]
     assert contents(root / "in") == before

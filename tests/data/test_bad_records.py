@@ -1,4 +1,4 @@
-"""What bad input gets: it is named and stops the run, or is counted and passed over."""
+"""Bad input is named and stops the run, or is counted and skipped."""
 import io
 
 import ml_collections
@@ -33,7 +33,7 @@ JPEG = encoded(NOISE, "JPEG")
 
 @pytest.fixture
 def folder(tmp_path):
-  """Six good images of one class, four for training."""
+  """Six valid images of one class, four of them for training."""
   for split, count in (("train", 4), ("val", 2)):
     (tmp_path / split / "cat").mkdir(parents=True)
     for i in range(count):
@@ -44,7 +44,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("data", [JPEG[:len(JPEG) // 2], encoded(NOISE)[:2000], b"", b"no image",
                                   encoded(Image.new("I", (8, 8), 70_000), "TIFF")],
                          ids=["truncated", "truncated-png", "empty", "text", "unknown-range"])
-def test_a_bad_image_stops_the_run_and_is_named(folder, data):
+def test_bad_image_stops_the_run_and_is_named(folder, data):
   (folder / "train" / "cat" / "1.jpg").write_bytes(data)
   with pytest.raises(ValueError, match=r"cannot read image 1, .*/train/cat/1\.jpg: .*'skip'"):
     next(batches(config(folder), batch_size=4))
@@ -52,11 +52,11 @@ def test_a_bad_image_stops_the_run_and_is_named(folder, data):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"])
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Truncated File Read")
-def test_a_file_cut_anywhere_is_refused_unless_its_pixels_are_whole(kind):
-  """A PNG without its last check sum still has all of its pixels."""
+def test_truncated_file_is_rejected_unless_its_pixels_are_complete(kind):
+  """A PNG without its last checksum still has all of its pixels."""
   image = NOISE.crop((0, 0, 12, 12))
   data = encoded(image, kind)
-  whole = np.asarray(rgb(io.BytesIO(data), "it"))
+  full = np.asarray(rgb(io.BytesIO(data), "it"))
   accepted = 0
   for length in range(len(data)):
     try:
@@ -64,14 +64,14 @@ def test_a_file_cut_anywhere_is_refused_unless_its_pixels_are_whole(kind):
     except BadRecord as error:
       assert len(str(error).splitlines()) == 1
     else:
-      np.testing.assert_array_equal(got, whole)
+      np.testing.assert_array_equal(got, full)
       accepted += 1
   assert accepted <= 20
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_image_may_be_passed_over_and_is_counted(folder, workers):
-  """Each process counts the images, not how often they came; the batch stays whole."""
+def test_bad_images_can_be_skipped_and_are_counted(folder, workers):
+  """Each process counts a bad image once, however often it is drawn; batches stay full."""
   (folder / "train" / "cat" / "1.jpg").write_bytes(b"")
   data = batches(config(folder, on_bad="skip", max_bad=1, workers=workers))
   got = [next(data) for _ in range(4)]  # two epochs
@@ -92,7 +92,7 @@ def test_more_bad_images_than_allowed_stop_the_run(folder):
     next(batches(config(folder, on_bad="skip", max_bad=9), batch_size=4))
 
 
-def test_a_bad_image_in_evaluation_stops_or_is_masked_and_counted(folder):
+def test_bad_evaluation_image_stops_the_run_or_is_masked_and_counted(folder):
   (folder / "val" / "cat" / "0.jpg").write_bytes(b"")
   def evaluation(**changes):
     return pipeline.eval_batches(config(folder, **changes), "val", tiny.preprocess(16),
@@ -106,7 +106,7 @@ def test_a_bad_image_in_evaluation_stops_or_is_masked_and_counted(folder):
   assert len(shown) == 1
 
 
-def test_cmyk_and_palette_and_grey_images_become_rgb():
+def test_cmyk_palette_and_grey_images_become_rgb():
   colour = (250, 10, 20)
   red = Image.new("RGB", (8, 8), colour)
   for data in (encoded(red.convert("CMYK"), "JPEG", quality=95), encoded(red.quantize(4)),
@@ -114,18 +114,18 @@ def test_cmyk_and_palette_and_grey_images_become_rgb():
     image = rgb(io.BytesIO(data), "it")
     assert image.mode == "RGB"
     assert np.abs(np.subtract(image.getpixel((4, 4)), colour)).max() < 9
-  grey = Image.new("LA", (8, 8), (90, 5))  # what is nearly transparent counts as what it is
+  grey = Image.new("LA", (8, 8), (90, 5))  # alpha is ignored, even near transparency
   assert rgb(io.BytesIO(encoded(grey)), "it").getpixel((0, 0)) == (90, 90, 90)
 
 
 def test_16_bit_grey_keeps_its_brightness():
-  """Pillow's own conversion clips at 255, which makes nearly everything white."""
+  """Pillow's own conversion clips at 255, which turns nearly everything white."""
   pixels = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
   image = rgb(io.BytesIO(encoded(Image.fromarray(pixels))), "it")
   np.testing.assert_array_equal(np.asarray(image)[..., 1], pixels >> 8)
 
 
-def test_an_animation_is_its_first_frame():
+def test_animation_is_read_as_its_first_frame():
   frames = [Image.new("RGB", (8, 8), colour) for colour in ((200, 0, 0), (0, 200, 0))]
   for kind in ("GIF", "WEBP", "PNG"):
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
@@ -135,13 +135,13 @@ def test_an_animation_is_its_first_frame():
     assert red > 180 and green < 20
 
 
-def test_a_png_that_is_called_jpg_is_read_as_what_it_is(folder):
+def test_png_named_jpg_is_read_as_png(folder):
   (folder / "train" / "cat" / "0.jpg").write_bytes(encoded(NOISE))
   first = pipeline.source(f"folder:{folder}", "train", image_size=16)[0]
   np.testing.assert_array_equal(first["image"], np.asarray(NOISE))
 
 
-def test_damaged_metadata_does_not_matter():
+def test_damaged_metadata_is_ignored():
   exif = Image.Exif()
   exif[0x0112] = 6
   data = encoded(NOISE, "JPEG", exif=exif.tobytes()[:-4])
@@ -150,7 +150,7 @@ def test_damaged_metadata_does_not_matter():
 
 
 @pytest.mark.parametrize("label", [-1, 3, 2**40])
-def test_a_label_out_of_range_is_refused(label):
+def test_label_out_of_range_is_rejected(label):
   with pytest.raises(BadRecord, match=rf"cannot use image 7: its label {label} is not in 0\.\.2"):
     check_label(label, 3, "image 7")
   assert check_label(np.int64(2), 3, "image 7") == 2

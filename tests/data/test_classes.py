@@ -1,4 +1,4 @@
-"""Which output is which class: each data set says it, and a difference is named."""
+"""Which output means which class: every data set says so, and mismatches are named."""
 import json
 
 import ml_collections
@@ -17,22 +17,22 @@ def write_images(root, classes, splits=("train", "val")):
   return root
 
 
-def test_class_k_is_the_name_of_label_k_in_every_data_set(tmp_path):
+def test_output_k_has_the_name_of_label_k_in_every_data_set(tmp_path):
   months = [str(month) for month in range(1, 13)]
   write_images(tmp_path / "images", months)
   prepare.prepare_folder(tmp_path / "images", tmp_path / "records", say=lambda text: None)
-  wanted = ("1", "10", "11", "12", "2", "3", "4", "5", "6", "7", "8", "9")
+  expected = ("1", "10", "11", "12", "2", "3", "4", "5", "6", "7", "8", "9")
   for name in (f"folder:{tmp_path}/images", f"arrayrecord:{tmp_path}/records"):
-    assert pipeline.class_names(name) == wanted
+    assert pipeline.class_names(name) == expected
     for split in pipeline.SPLITS:
       source = pipeline.source(name, split, image_size=8)
-      assert [source.class_names[source[i]["label"]] for i in range(12)] == list(wanted)
+      assert [source.class_names[source[i]["label"]] for i in range(12)] == list(expected)
   assert pipeline.class_names("digits:3") == tuple("0123456789")
   assert pipeline.class_names("shapes:9")[:2] == ("right-different", "right-same")
   assert pipeline.class_names("directions") == ("right", "below", "left", "above")
 
 
-def test_numbers_that_are_sorted_as_text_are_pointed_out(tmp_path, caplog):
+def test_numeric_class_names_sorted_as_text_are_reported(tmp_path, caplog):
   name = f"folder:{write_images(tmp_path / 'a', ['8', '9', '10'])}"
   assert pipeline.class_names(name) == ("10", "8", "9")
   assert "are numbers, and are sorted as text: output 0 is the class '10'" in caplog.text
@@ -41,7 +41,7 @@ def test_numbers_that_are_sorted_as_text_are_pointed_out(tmp_path, caplog):
   assert not caplog.text
 
 
-@pytest.mark.parametrize(("wanted", "got", "message"), [
+@pytest.mark.parametrize(("expected", "got", "message"), [
     (("a", "b", "c"), ("a", "c", "b"),
      r"output 1 is 'b' there and 'c' in the data \(the same names in another order\)"),
     (("a", "b"), (".ipynb_checkpoints", "a", "b"),
@@ -50,35 +50,35 @@ def test_numbers_that_are_sorted_as_text_are_pointed_out(tmp_path, caplog):
     (("a", "b"), ("a",), r"output 1 is 'b' there and no class in the data \(2 classes there, 1 "
                          r"here; 1 not in the data, the first 'b'\)"),
     (("cat",), ("dog",), r"output 0 is 'cat' there and 'dog' in the data")])
-def test_the_first_difference_of_classes_is_named_with_a_way_out(wanted, got, message):
+def test_first_class_mismatch_is_named_with_a_way_out(expected, got, message):
   message = rf"^runs/a has other classes than the data: {message}.*\. Use the data that it was made"
   with pytest.raises(ValueError, match=message) as error:
-    check_classes("runs/a", wanted, got)
+    check_classes("runs/a", expected, got)
   assert "\n" not in str(error.value)
-  assert digest(wanted) != digest(got)
+  assert digest(expected) != digest(got)
 
 
-def test_equal_names_and_files_that_carry_none_pass():
+def test_equal_class_names_and_files_without_names_are_accepted():
   check_classes("runs/a", ["a", "b"], ("a", "b"))
   check_classes("runs/a", None, ("a",))
   check_classes("runs/a", ("a",), None)
 
 
-def test_imagenets_classes_have_names_of_their_own_in_the_order_of_its_synsets():
+def test_imagenet_class_names_follow_the_order_of_its_synsets():
   names = imagenet_1k()
   assert len(names) == len(set(names)) == 1000
   assert [names[i] for i in (0, 134, 207, 281, 517, 999)] == [
       "tench", "crane (bird)", "golden retriever", "tabby", "crane (machine)", "toilet tissue"]
 
 
-def test_many_classes_are_described_by_the_first_the_last_and_a_digest():
+def test_many_classes_are_summarised_by_first_last_and_digest():
   assert describe(("cat", "dog")) == "2 classes: 0 cat, 1 dog"
   names = [f"n{i:04d}" for i in range(1000)]
   assert describe(names).startswith("1000 classes: 0 n0000, 1 n0001, ")
   assert describe(names).endswith(f"..., 999 n0999; sha256 of the names {digest(names)[:12]}")
 
 
-def test_records_of_other_classes_are_not_gone_on_with(tmp_path):
+def test_preparing_does_not_resume_into_records_of_other_classes(tmp_path):
   images, out = tmp_path / "images", tmp_path / "out"
   write_images(images, ["a", "b"])
   prepare.prepare_folder(images, out, say=lambda text: None)
@@ -93,7 +93,7 @@ def test_records_of_other_classes_are_not_gone_on_with(tmp_path):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"class_names": None}, "does not name its classes"), ({"class_names": []}, "does not name"),
     ({"class_names": [1, 2]}, "does not name"), ({"format": "other"}, "is not of vitcompact")])
-def test_a_manifest_without_names_is_refused(tmp_path, changes, message):
+def test_manifest_without_class_names_is_rejected(tmp_path, changes, message):
   write_images(tmp_path / "images", ["a", "b"])
   prepare.prepare_folder(tmp_path / "images", tmp_path / "out", say=lambda text: None)
   path = tmp_path / "out" / "manifest.json"
@@ -113,8 +113,8 @@ def config(name):
       "on_bad": "stop", "max_bad": 0})
 
 
-def test_hidden_folders_are_no_classes(tmp_path, caplog):
-  """A notebook leaves .ipynb_checkpoints: class 0, and all others moved by one."""
+def test_hidden_folders_are_not_classes(tmp_path, caplog):
+  """A notebook's .ipynb_checkpoints would become class 0 and shift all the others by one."""
   write_images(tmp_path, ["cat", "dog"])
   for name in (".ipynb_checkpoints", ".git", "__MACOSX", "@eaDir", "__pycache__"):
     for split in ("train", "val"):

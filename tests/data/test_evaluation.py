@@ -1,6 +1,6 @@
-"""An image is prepared as by timm, and in one way wherever a model sees it.
+"""Images are preprocessed as in timm, and identically wherever a model sees them.
 
-make_preprocessed.py wrote the files and what timm makes of them.
+make_preprocessed.py wrote the files and timm's results for them.
 """
 import dataclasses
 import io
@@ -37,11 +37,11 @@ def evaluation(key) -> Preprocess:
                     crop_mode)
 
 
-def difference(got, wanted) -> int:
-  return np.abs(got.astype(int) - wanted).max()
+def difference(got, expected) -> int:
+  return np.abs(got.astype(int) - expected).max()
 
 
-def test_every_way_of_cutting_is_timms():
+def test_every_crop_mode_matches_timm():
   modes = {tuple(key.split("/")[1:]) for key in KEYS}
   assert len(modes) == 48 and len(KEYS) > 120
   for key in KEYS:
@@ -51,7 +51,7 @@ def test_every_way_of_cutting_is_timms():
         assert difference(evaluation(key).resize(image), STORED[key]) <= 1, key
 
 
-def test_it_is_normalised_by_mean_and_deviation():
+def test_images_are_normalised_by_mean_and_deviation():
   key = "61x47.png/squash/0.95/bilinear/12x20"
   with Image.open(file("61x47.png")) as image:
     got = evaluation(key)(image)
@@ -59,7 +59,7 @@ def test_it_is_normalised_by_mean_and_deviation():
   np.testing.assert_allclose(got, (STORED[key] / 255 - np.array(MEAN)) / np.array(STD), atol=1e-5)
 
 
-def test_where_timm_is_not_followed():
+def test_documented_differences_from_timm():
   """16-bit grey, which Pillow's conversion turns white, and small images of the model's size."""
   key, = (key for key in KEYS if key.startswith("grey16"))
   with Image.open(file("grey16.png")) as image:
@@ -74,20 +74,20 @@ def test_where_timm_is_not_followed():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_photograph_is_turned_if_that_is_asked_for(orientation, tmp_path):
+def test_photograph_is_rotated_by_its_orientation_tag_on_request(orientation, tmp_path):
   name = f"exif{orientation}.jpg"
   key, = (key for key in KEYS if key.startswith(name))
   (tmp_path / name).write_bytes(file(name).getvalue())
   turning = dataclasses.replace(evaluation(key), exif_transpose=True)
   with Image.open(tmp_path / name) as image:
-    wanted = evaluation(key).resize(np.asarray(ImageOps.exif_transpose(image)))
-    np.testing.assert_array_equal(turning.resize(image), wanted)
-  np.testing.assert_array_equal(turning.resize(tmp_path / name), wanted)
-  assert (difference(wanted, STORED[key]) > 1) == (orientation > 1)
+    expected = evaluation(key).resize(np.asarray(ImageOps.exif_transpose(image)))
+    np.testing.assert_array_equal(turning.resize(image), expected)
+  np.testing.assert_array_equal(turning.resize(tmp_path / name), expected)
+  assert (difference(expected, STORED[key]) > 1) == (orientation > 1)
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B"])
-def test_16_bits_are_turned_with_their_upper_eight(tmp_path, mode):
+def test_16_bit_images_are_rotated_and_keep_their_upper_8_bits(tmp_path, mode):
   pixels = np.arange(35, dtype=np.uint16).reshape(5, 7) * 1800
   exif = Image.Exif()
   exif[0x0112] = 3
@@ -99,23 +99,23 @@ def test_16_bits_are_turned_with_their_upper_eight(tmp_path, mode):
   np.testing.assert_array_equal(got[..., 0], turned >> 8)
 
 
-def test_an_unknown_mode_of_cutting_is_refused():
+def test_unknown_crop_mode_is_rejected():
   with pytest.raises(ValueError, match="crop_mode='pad' must be one of center, squash, border"):
     tiny.preprocess(16, crop_mode="pad")
 
 
 @pytest.mark.parametrize("size", [(1, 90), (90, 1), (6000, 3)])
-def test_what_timm_ends_at_is_shown_on_its_ground(size):
-  """A side that is rounded to nothing keeps a pixel."""
+def test_extremely_narrow_images_are_padded_where_timm_fails(size):
+  """A side that would round to zero keeps one pixel."""
   shown = tiny.preprocess(16, crop_mode="border").resize(Image.new("RGB", size, "white"))
   assert shown.shape == (16, 16, 3) and {*np.unique(shown)} == {128, 255}
 
 
-# The one way.
+# The same preprocessing everywhere.
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """A data set of the stored files."""
+  """A data set made of the stored files."""
   root = tmp_path_factory.mktemp("images")
   for split in ("train", "val"):
     for number, key in enumerate(key for key in STORED if key.startswith("file/")):
@@ -141,11 +141,11 @@ def test_evaluation_calibration_and_serving_see_the_same_arrays(folder, fields):
   calibration = start.calibration_images(config, preprocess, "val", len(paths))
   np.testing.assert_array_equal(calibration, served)   # bit for bit
   normalised = jax.jit(device_batch.normalise)(batch["image"], preprocess.mean, preprocess.std)
-  np.testing.assert_allclose(normalised, served, atol=1e-6)   # as the step of evaluation does
+  np.testing.assert_allclose(normalised, served, atol=1e-6)   # as the evaluation step does
 
 
-def test_a_digit_is_served_as_the_run_that_learnt_digits_evaluated_it(tmp_path):
-  """At any size: the crop of such a run is no crop, and its files say so."""
+def test_serving_prepares_digits_as_the_training_run_evaluated_them(tmp_path):
+  """At any size: such a run does not crop, and its saved file records that."""
   model = tiny.deit(num_classes=10, image_size=48)
   config = configs.complete(ml_collections.ConfigDict({
       "model": {"name": "deit_tiny_patch16_224", "image_size": 48},

@@ -1,4 +1,4 @@
-"""What lies in a folder is used or named: nothing is left out in silence."""
+"""Each entry of a folder is used or named: nothing is skipped silently."""
 import os
 import pathlib
 
@@ -19,7 +19,7 @@ def picture(path, colour=0):
 
 @pytest.fixture
 def folder(tmp_path):
-  """Two classes of one image, in train and val."""
+  """Two classes with one image each, in train and val."""
   for split in ("train", "val"):
     for name in ("cat", "dog"):
       picture(tmp_path / split / name / "0.png")
@@ -32,14 +32,14 @@ def count(folder, split="train"):
 
 @pytest.mark.parametrize("suffix", ["tif", "tiff", "jfif", "gif", "ppm", "TIFF", "PNG", "JPEG",
                                     "Jpg", "bmp", "webp", "pgm", "jp2", "tga", "avif"])
-def test_what_pillow_reads_is_read_whatever_the_case(folder, suffix):
+def test_files_that_pillow_reads_are_found_whatever_their_case(folder, suffix):
   Image.new("RGB", (8, 8), (200, 200, 200)).save(folder / "train" / "cat" / f"1.{suffix}")
   assert count(folder) == 3
   image = pipeline.source(f"folder:{folder}", "train", image_size=8)[1]["image"]
   assert image.shape == (8, 8, 3) and abs(int(image[4, 4, 0]) - 200) < 5
 
 
-def test_the_endings_are_those_of_pillow_without_programs_and_containers():
+def test_extensions_are_pillows_except_programs_and_containers():
   Image.init()
   known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
   left = {".bufr", ".emf", ".eps", ".fit", ".fits", ".grib", ".h5", ".hdf", ".iim", ".mpeg", ".mpg",
@@ -47,7 +47,7 @@ def test_the_endings_are_those_of_pillow_without_programs_and_containers():
   assert known - SUFFIXES == left and SUFFIXES - known == {".mpo"}
 
 
-def test_what_is_left_out_is_counted_and_named(folder, caplog):
+def test_skipped_files_are_counted_and_named(folder, caplog):
   cat = folder / "train" / "cat"
   for name in ("a.txt", "b.TXT", "Thumbs.db", "nothing", ".hidden.png", "._0.png"):
     (cat / name).write_bytes(b"")
@@ -63,21 +63,21 @@ def test_what_is_left_out_is_counted_and_named(folder, caplog):
   assert not caplog.text
 
 
-def test_a_class_without_images_says_what_is_there_instead(folder):
+def test_class_without_images_reports_what_is_there_instead(folder):
   picture(folder / "train" / "bird" / "robin" / "0.png")
   with pytest.raises(ValueError, match=r"bird holds no images .*, only 1 folder inside a class "
                                        r"\(bird/robin\): add some, or remove the folder"):
     count(folder)
 
 
-def test_a_class_without_images_to_evaluate_is_named(folder, caplog):
+def test_class_without_evaluation_images_is_named(folder, caplog):
   picture(folder / "train" / "bird" / "0.png")
   assert count(folder, "val") == 2
   assert "val has no images of 1 of the 3 classes: 'bird'" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["flat", "empty", "hidden"])
-def test_an_unlabelled_test_beside_a_good_val_is_passed_over_and_said(folder, tmp_path, caplog,
+def test_unlabelled_test_next_to_a_labelled_val_is_skipped_with_a_message(folder, tmp_path, caplog,
                                                                     kind):
   (folder / "test").mkdir()
   if kind == "flat":
@@ -90,14 +90,14 @@ def test_an_unlabelled_test_beside_a_good_val_is_passed_over_and_said(folder, tm
   assert set(manifest["splits"]) == {"train", "val"}
 
 
-def test_an_unlabelled_test_in_a_folder_of_its_own_has_a_way_out(folder):
+def test_unlabelled_test_in_a_subfolder_gets_an_error_with_a_way_out(folder):
   picture(folder / "test" / "unknown" / "0.png")
   with pytest.raises(ValueError, match=r"test/unknown is a class that .*/train does not have: .* "
                                        r"if the classes of its images are unknown, move .*/test"):
     count(folder, "test")
 
 
-def test_no_labelled_split_at_all_is_said_with_what_is_there(folder):
+def test_no_labelled_split_reports_what_is_there(folder):
   (folder / "val").rename(folder / "valid")
   picture(folder / "test" / "0.png")
   with pytest.raises(ValueError, match=r"no folder .*/val, nor .*/test, with classes \(valid is "
@@ -105,26 +105,26 @@ def test_no_labelled_split_at_all_is_said_with_what_is_there(folder):
     count(folder, "val")
 
 
-def test_a_split_by_another_name_is_pointed_out(folder, caplog):
+def test_misnamed_split_is_pointed_out(folder, caplog):
   (folder / "val").rename(folder / "valid")
   picture(folder / "test" / "cat" / "0.png")
   count(folder, "val")
   assert "no val (valid is not read: rename it to val): test serves as both" in caplog.text
 
 
-def test_a_train_by_another_name_is_pointed_out(folder):
+def test_misnamed_train_is_pointed_out(folder):
   (folder / "train").rename(folder / "Train")
   with pytest.raises(ValueError, match=r"no folder .*/train: .* \(PATH holds Train, val\)"):
     count(folder)
 
 
-def test_a_val_in_capitals_is_pointed_out(folder):
+def test_val_in_capitals_is_pointed_out(folder):
   (folder / "val").rename(folder / "Val")
   with pytest.raises(ValueError, match=r"with classes \(Val is not read: rename it to val\)"):
     count(folder, "val")
 
 
-def test_links_count_as_what_they_lead_to_and_links_to_nothing_stop(folder):
+def test_links_count_as_their_targets_and_broken_links_stop_the_run(folder):
   os.symlink(folder / "train" / "cat", folder / "train" / "also")
   os.symlink(folder / "train" / "cat" / "0.png", folder / "train" / "dog" / "1.png")
   assert pipeline.class_names(f"folder:{folder}") == ("also", "cat", "dog") and count(folder) == 4
@@ -135,18 +135,18 @@ def test_links_count_as_what_they_lead_to_and_links_to_nothing_stop(folder):
     pipeline.class_names(f"folder:{other}")
 
 
-def test_a_link_that_leads_to_itself_is_no_traceback(folder):
+def test_link_to_itself_gives_no_traceback(folder):
   os.symlink(folder / "train" / "loop", folder / "train" / "loop")
   with pytest.raises(ValueError, match="train/loop is a link to nothing"):
     count(folder)
 
 
-def test_a_loop_beside_the_splits_is_no_traceback(folder):
+def test_link_loop_next_to_the_splits_gives_no_traceback(folder):
   os.symlink(folder / "loop", folder / "loop")
   assert count(folder, "test") == 2
 
 
-def test_classes_that_differ_in_case_alone_are_pointed_out(folder, caplog):
+def test_classes_that_differ_only_in_case_are_pointed_out(folder, caplog):
   picture(folder / "train" / "Cat" / "0.png")
   assert pipeline.class_names(f"folder:{folder}") == ("Cat", "cat", "dog")
   assert "names differ only in case" in caplog.text and "'Cat', 'cat'" in caplog.text
@@ -155,8 +155,8 @@ def test_classes_that_differ_in_case_alone_are_pointed_out(folder, caplog):
     count(folder, "val")
 
 
-def test_names_of_any_bytes_are_read_prepared_and_shown(folder, tmp_path):
-  """Latin-1, from an old archive: neither in messages nor in records is it an error."""
+def test_names_of_arbitrary_bytes_are_read_prepared_and_shown(folder, tmp_path):
+  """Latin-1 names from an old archive cause no error, in messages or in records."""
   root = os.fsencode(folder)
   for split in (b"train", b"val"):
     os.mkdir(os.path.join(root, split, b"caf\xe9"))
@@ -179,7 +179,7 @@ def test_names_of_any_bytes_are_read_prepared_and_shown(folder, tmp_path):
   assert str(e.value).isprintable()
 
 
-def test_two_images_never_share_a_label_map(folder):
+def test_two_images_sharing_a_label_map_are_rejected(folder):
   maps = folder / "label_maps" / "train"
   for name in ("cat", "dog"):
     (maps / name).mkdir(parents=True)
@@ -193,8 +193,8 @@ def test_two_images_never_share_a_label_map(folder):
     pipeline.source(f"folder:{folder}", "train", image_size=8)
 
 
-def test_listing_keeps_the_order_it_had(folder):
-  """By class, then by name as text: the order that runs begun before resume with."""
+def test_listing_order_is_unchanged(folder):
+  """By class, then by name as text: the order that runs started earlier resume with."""
   for name in ("10.png", "9.png", "a.jpg", "B.png", "é.png"):
     picture(folder / "train" / "cat" / name)
   images = pipeline.source(f"folder:{folder}", "train", image_size=8)

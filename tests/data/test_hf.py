@@ -1,4 +1,4 @@
-"""Hugging Face's sets are read from parquet alone, of a folder or the hub; nothing else is run."""
+"""Hugging Face data sets are read from parquet files only, local or on the hub; no code is run."""
 import io
 import json
 import pickle
@@ -26,31 +26,31 @@ def png(red, green=0) -> bytes:
 
 def table(count, *, first=0, green=0, names=NAMES, image="image", label="label", labels=None,
           columns=()):
-  """Image i has the red `first` + i, and the label of that modulo 3."""
+  """Builds a table where image i has red value `first` + i, and label that value modulo 3."""
   reds = range(first, first + count)
   values = [red % 3 for red in reds] if labels is None else labels
-  made = pa.table({image: pa.array([{"bytes": png(red, green), "path": f"{red}.png"}
+  data = pa.table({image: pa.array([{"bytes": png(red, green), "path": f"{red}.png"}
                                     for red in reds]),
                    label: pa.array(values), **{name: pa.array(found) for name, found in columns}})
   if names is None:
-    return made
+    return data
   features = {image: {"_type": "Image"}, label: {"names": list(names), "_type": "ClassLabel"}}
-  return made.replace_schema_metadata({
+  return data.replace_schema_metadata({
       b"huggingface": json.dumps({"info": {"features": features}}).encode()})
 
 
-def content(made, rows=4) -> bytes:
-  """A parquet file, with few rows in a group."""
+def parquet_bytes(data, rows=4) -> bytes:
+  """Returns the bytes of a parquet file with few rows per row group."""
   file = io.BytesIO()
-  parquet.write_table(made, file, row_group_size=rows)
+  parquet.write_table(data, file, row_group_size=rows)
   return file.getvalue()
 
 
 def write(folder, files):
-  for name, made in files.items():
+  for name, data in files.items():
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(made if isinstance(made, bytes) else content(made))
+    path.write_bytes(data if isinstance(data, bytes) else parquet_bytes(data))
   return f"hf:{folder}"
 
 
@@ -70,7 +70,7 @@ def one_line(error) -> str:
 # Splits
 
 
-def test_splits_are_those_that_the_files_names_tell(tmp_path):
+def test_splits_are_inferred_from_file_names(tmp_path):
   name = write(tmp_path, {
       "data/train-00000-of-00002.parquet": table(9),
       "data/train-00001-of-00002-0b6b0d1e8e6a3f4c.parquet": table(6, first=9),
@@ -85,8 +85,8 @@ def test_splits_are_those_that_the_files_names_tell(tmp_path):
     pipeline.source(name, "extra", image_size=8)
 
 
-def test_a_folder_may_name_the_split(tmp_path):
-  """As the hub has what it converted: SUBSET/SPLIT/0000.parquet."""
+def test_folder_name_may_name_the_split(tmp_path):
+  """SUBSET/SPLIT/0000.parquet, as in the hub's own conversions."""
   name = write(tmp_path, {"plain/train/0000.parquet": table(4),
                           "plain/train/0001.parquet": table(4, first=4),
                           "plain/test/0000.parquet": table(3, first=90)})
@@ -103,7 +103,7 @@ def test_without_a_validation_split_a_tenth_of_train_is_held_out(tmp_path, caplo
   assert "test serves as both val and test" in caplog.text
 
 
-def test_a_test_split_whose_labels_are_hidden_is_replaced(tmp_path, caplog):
+def test_test_split_with_hidden_labels_is_replaced(tmp_path, caplog):
   name = write(tmp_path, {
       TRAIN: table(6), "data/validation-00000-of-00001.parquet": table(3, first=60),
       "data/test-00000-of-00001.parquet": table(3, first=90, labels=[-1] * 3)})
@@ -111,7 +111,7 @@ def test_a_test_split_whose_labels_are_hidden_is_replaced(tmp_path, caplog):
   assert "has no test: val serves as both val and test" in caplog.text
 
 
-def test_one_of_several_subsets_is_named(tmp_path):
+def test_one_of_several_subsets_must_be_named(tmp_path):
   name = write(tmp_path, {"a/train-00000-of-00001.parquet": table(4),
                           "b/train-00000-of-00001.parquet": table(4, first=30)})
   with pytest.raises(ValueError, match=rf"several subsets; name one, as in '{name}/a': a, b") as e:
@@ -123,43 +123,43 @@ def test_one_of_several_subsets_is_named(tmp_path):
 # Columns
 
 
-def test_without_metadata_classes_are_called_by_their_numbers(tmp_path):
+def test_without_metadata_classes_are_named_by_their_numbers(tmp_path):
   name = write(tmp_path, {"train.parquet": table(12, names=None)})
   assert pipeline.class_names(name) == ("0", "1", "2") and len(reds(name, "train")) == 11
 
 
 @pytest.mark.parametrize(("image", "label"), [("img", "labels"), ("photo", "fine_label")])
-def test_columns_are_found_by_what_they_are(tmp_path, image, label):
-  """CIFAR-100 calls them img and fine_label, and has a coarse label beside."""
-  made = table(6, image=image, label=label, columns=[("coarse_label", [0] * 6), ("id", [0] * 6)])
+def test_image_and_label_columns_are_found_under_other_names(tmp_path, image, label):
+  """CIFAR-100 names them img and fine_label, and also has a coarse label."""
+  rows = table(6, image=image, label=label, columns=[("coarse_label", [0] * 6), ("id", [0] * 6)])
   features = {image: {"_type": "Image"}, "coarse_label": {"names": ["all"], "_type": "ClassLabel"},
               label: {"names": list(NAMES), "_type": "ClassLabel"}}
-  made = made.replace_schema_metadata({
+  rows = rows.replace_schema_metadata({
       b"huggingface": json.dumps({"info": {"features": features}}).encode()})
-  name = write(tmp_path, {TRAIN: made})
+  name = write(tmp_path, {TRAIN: rows})
   assert hf.columns(str(tmp_path))[:2] == (image, label)
   assert reds(name, "train") == list(range(6))
 
 
-# Access
+# Reading
 
 
-def test_images_are_read_at_random_whatever_is_kept_in_memory(tmp_path, monkeypatch):
+def test_random_access_gives_the_same_images_however_little_is_cached(tmp_path, monkeypatch):
   name = write(tmp_path, {TRAIN: table(20), "data/test-00000-of-00001.parquet": table(3)})
   order = np.random.default_rng(0).permutation(18)
-  whole = pipeline.source(name, "train", image_size=8)
-  assert whole.rows.group.cache_info().maxsize is None
+  all_rows = pipeline.source(name, "train", image_size=8)
+  assert all_rows.rows.group.cache_info().maxsize is None
   monkeypatch.setattr(hf, "IN_MEMORY", 0)
   monkeypatch.setattr(hf, "ROW_GROUPS", 1)
-  little = pipeline.source(name, "train", image_size=8)
+  cached_rows = pipeline.source(name, "train", image_size=8)
   for i in order:
-    np.testing.assert_array_equal(whole[i]["image"], little[i]["image"])
-  assert little.rows.group.cache_info().currsize == 1   # of five
-  again = pickle.loads(pickle.dumps(little))    # in a worker process the files are opened again
-  np.testing.assert_array_equal(again[5]["image"], whole[5]["image"])
+    np.testing.assert_array_equal(all_rows[i]["image"], cached_rows[i]["image"])
+  assert cached_rows.rows.group.cache_info().currsize == 1   # of five row groups
+  again = pickle.loads(pickle.dumps(cached_rows))    # a worker process opens the files again
+  np.testing.assert_array_equal(again[5]["image"], all_rows[5]["image"])
 
 
-def test_batches_come_from_worker_processes_too(tmp_path):
+def test_batches_can_come_from_worker_processes(tmp_path):
   name = write(tmp_path, {TRAIN: table(20)})
 
   def first(workers):
@@ -173,15 +173,15 @@ def test_batches_come_from_worker_processes_too(tmp_path):
   np.testing.assert_array_equal(first(0)["image"], first(1)["image"])
 
 
-# What is refused
+# Errors
 
 
-def test_a_bad_image_is_named(tmp_path):
-  made = table(4).to_pydict()
-  made["image"][1] = {"bytes": None, "path": "/elsewhere/1.png"}
-  made["image"][2]["bytes"] = made["image"][2]["bytes"][:40]
-  made["label"][3] = 3
-  source = pipeline.source(write(tmp_path, {TRAIN: pa.table(made).replace_schema_metadata(
+def test_bad_image_is_named(tmp_path):
+  columns = table(4).to_pydict()
+  columns["image"][1] = {"bytes": None, "path": "/elsewhere/1.png"}
+  columns["image"][2]["bytes"] = columns["image"][2]["bytes"][:40]
+  columns["label"][3] = 3
+  source = pipeline.source(write(tmp_path, {TRAIN: pa.table(columns).replace_schema_metadata(
       table(1).schema.metadata)}), "train", image_size=8)
   for index, words in ((1, "only a path to it is stored"), (2, "image 2 of train in hf:"),
                        (3, r"its label 3 is not in 0\.\.2")):
@@ -210,7 +210,7 @@ def test_a_bad_image_is_named(tmp_path):
      r"test-00000-of-00001\.parquet has other classes than train's"),
     ({TRAIN: table(2), "data/test-00000-of-00001.parquet": table(2, label="y")},
      r"test-00000-of-00001\.parquet has no column 'label', unlike train's")])
-def test_what_cannot_be_read_is_told_in_one_line(tmp_path, files, message):
+def test_unreadable_data_raises_one_line_errors(tmp_path, files, message):
   with pytest.raises(ValueError, match=message) as error:
     pipeline.source(write(tmp_path, files), "train", image_size=8)
   assert str(tmp_path) in one_line(error)
@@ -221,13 +221,13 @@ def test_what_cannot_be_read_is_told_in_one_line(tmp_path, files, message):
     ("hf:/no/such/folder", r"'hf:/no/such/folder': no such folder$"),
     ("hf:mnist", r"'hf:mnist': no such folder, and not a hub name: org/name"),
     ("hf:a/b/c/d", r"not a hub name: org/name, or org/name/SUBSET")])
-def test_a_name_that_is_none_is_refused(name, message):
+def test_invalid_name_is_rejected(name, message):
   with pytest.raises(ValueError, match=message) as error:
     pipeline.source(name, "train", image_size=8)
   one_line(error)
 
 
-def test_all_of_a_set_that_is_train_alone_is_refused(tmp_path):
+def test_using_all_of_a_train_only_set_is_rejected(tmp_path):
   name = write(tmp_path, {TRAIN: table(20)})
   assert len(reds(name, "train")) == 18
   with pytest.raises(ValueError, match="without @all"):
@@ -235,7 +235,7 @@ def test_all_of_a_set_that_is_train_alone_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("module", ["pyarrow", "huggingface_hub"])
-def test_without_the_extra_the_error_says_what_to_install(tmp_path, monkeypatch, module):
+def test_missing_extra_raises_an_error_that_says_what_to_install(tmp_path, monkeypatch, module):
   name = write(tmp_path, {TRAIN: table(2)}) if module == "pyarrow" else "hf:org/extra"
   monkeypatch.setitem(sys.modules, module, None)
   with pytest.raises(ValueError, match=rf"needs {module}, .*pip install 'vitcompact\[hf\]'") as e:
@@ -248,50 +248,50 @@ def test_without_the_extra_the_error_says_what_to_install(tmp_path, monkeypatch,
 
 @pytest.fixture
 def repo(server):
-  forget()
-  server.add("datasets/org/name", **{TRAIN: content(table(20)), "README__md": b"# A set"})
+  clear_caches()
+  server.add("datasets/org/name", **{TRAIN: parquet_bytes(table(20)), "README__md": b"# A set"})
   return server
 
 
-def forget():
+def clear_caches():
   for cached in (hf.place, hf.columns, hf.labels, hf.choose):
     cached.cache_clear()
 
 
-def test_a_set_of_the_hub_is_downloaded_once(repo, monkeypatch):
+def test_hub_data_set_is_downloaded_once(repo, monkeypatch):
   from huggingface_hub import constants
 
   assert reds("hf:org/name", "val") == [9, 19]
   assert repo.gets("README") == 0 and repo.gets("/large/") == 1
-  forget()
+  clear_caches()
   assert len(reds("hf:org/name", "train")) == 18 and repo.gets("/large/") == 1
-  forget()
+  clear_caches()
   monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-  asked = len(repo.asked)
-  assert reds("hf:org/name", "val") == [9, 19] and len(repo.asked) == asked
+  requests = len(repo.asked)
+  assert reds("hf:org/name", "val") == [9, 19] and len(repo.asked) == requests
   with pytest.raises(FileNotFoundError, match=r"hf download org/other --repo-type dataset") as e:
     pipeline.num_examples("hf:org/other", "train")
   one_line(e)
 
 
-def test_without_an_answer_the_cache_is_taken(repo):
+def test_cache_is_used_when_the_hub_does_not_answer(repo):
   assert reds("hf:org/name", "val") == [9, 19]
-  forget()
+  clear_caches()
   repo.close()
   assert reds("hf:org/name", "val") == [9, 19]
 
 
-def test_a_revision_stays_what_it_was(repo):
+def test_revision_is_pinned(repo):
   first = repo.commit("datasets/org/name", 0)
-  repo.add("datasets/org/name", **{TRAIN: content(table(10, first=60))})
+  repo.add("datasets/org/name", **{TRAIN: parquet_bytes(table(10, first=60))})
   assert reds("hf:org/name", "val") == [69] and reds(f"hf:org/name@{first}", "val") == [9, 19]
   assert reds(f"hf:org/name@{first}", "test") == [9, 19]
   with pytest.raises(ValueError, match=r"the data set has no revision 'v9'; leave it out"):
     pipeline.num_examples("hf:org/name@v9", "train")
 
 
-def test_of_several_subsets_one_is_downloaded(repo):
-  repo.add("datasets/org/sets", **{f"{name}/train-00000-of-00001.parquet": content(
+def test_only_the_named_subset_is_downloaded(repo):
+  repo.add("datasets/org/sets", **{f"{name}/train-00000-of-00001.parquet": parquet_bytes(
       table(10, first=10 * i)) for i, name in enumerate("ab")})
   with pytest.raises(ValueError, match=r"name one, as in 'hf:org/sets/a': a, b"):
     pipeline.num_examples("hf:org/sets", "train")
@@ -301,9 +301,9 @@ def test_of_several_subsets_one_is_downloaded(repo):
     pipeline.num_examples("hf:org/sets/c", "train")
 
 
-def test_what_the_hub_does_not_have_is_told_apart(repo):
+def test_different_kinds_of_missing_hub_data_give_different_errors(repo):
   repo.add("datasets/org/script", **{"script.py": b"raise SystemExit", "README__md": b""})
-  repo.add("datasets/org/gated", **{TRAIN: content(table(2))})
+  repo.add("datasets/org/gated", **{TRAIN: parquet_bytes(table(2))})
   repo.gated.add("datasets/org/gated")
   for name, words in (("hf:org/script", r"a script, script\.py, which is not run"),
                       ("hf:org/gated", "requires accepting its licence"),

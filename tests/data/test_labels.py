@@ -1,4 +1,4 @@
-"""LV-ViT's label maps follow their image: flipped, moved and cut like it."""
+"""LV-ViT's label maps follow their image: flipped, shifted and cropped with it."""
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -13,14 +13,14 @@ WIDTH, HEIGHT = 180, 90
 
 
 def constant_map(logit, label=0):
-  """The same logit of the same class everywhere."""
+  """A map with the same logit of the same class everywhere."""
   out = np.zeros(labels.SHAPE, np.float16)
   out[0], out[1] = logit, label
   return out
 
 
 def map_of(colours):
-  """The map of an image: place (i, j) has the logit that the image's colour there is."""
+  """The label map of an image: cell (i, j) has the image's colour there as its logit."""
   out = np.zeros(labels.SHAPE, np.float16)
   out[0, 0] = np.asarray(colours.resize((18, 18), Image.Resampling.NEAREST))[..., 0]
   return out
@@ -28,7 +28,7 @@ def map_of(colours):
 
 @pytest.fixture
 def example():
-  """Smooth, different everywhere, and bright enough that nothing is as dark as the outside."""
+  """Smooth, different everywhere, and brighter than the padding everywhere."""
   x, y = np.meshgrid(np.linspace(0, 1, WIDTH), np.linspace(0, 1, HEIGHT))
   pixels = np.repeat((60 + 100 * x + 60 * y**2)[..., None], 3, -1).astype(np.uint8)
   image = Image.fromarray(pixels)
@@ -38,21 +38,21 @@ def example():
 @pytest.mark.parametrize(("name", "argument"), [
     ("rotate", 27), ("rotate", -30), ("shear_x", 0.27), ("shear_x", -0.3), ("shear_y", 0.27),
     ("translate_x", 0.405), ("translate_x", -0.405), ("translate_y", 0.45)])
-def test_a_map_moves_as_its_image_does(example, name, argument, monkeypatch):
+def test_label_map_moves_with_its_image(example, name, argument, monkeypatch):
   monkeypatch.setattr(randaugment, "FILL", (0, 0, 0))
   moved = randaugment.apply(name, argument, example.image, Image.Resampling.NEAREST)
   got = labels.move_map(example.label_map, randaugment.OPS[name].matrix(argument, WIDTH, HEIGHT),
                         WIDTH, HEIGHT)
   assert got.dtype == np.float16 and got.shape == labels.SHAPE
-  wanted = map_of(moved)
-  close = np.abs(got - wanted)[0, 0] < 14  # colours differ by up to 12 within a place
-  borders = (got[0, 0] == 0) != (wanted[0, 0] == 0)
+  expected = map_of(moved)
+  close = np.abs(got - expected)[0, 0] < 14  # colours within a cell differ by up to 12
+  borders = (got[0, 0] == 0) != (expected[0, 0] == 0)
   assert close[~borders].mean() > 0.99 and borders.mean() < 0.05
-  assert (np.abs(wanted - example.label_map)[0, 0] >= 14).mean() > 0.05  # there is a difference
+  assert (np.abs(expected - example.label_map)[0, 0] >= 14).mean() > 0.05  # the map really moved
 
 
-def test_flips_crops_and_boxes_belong_together(example):
-  """What the box says was cut out of the map shows the colours of the image that came out."""
+def test_label_box_matches_the_flips_and_crops_of_the_image(example):
+  """The part of the map inside the box shows the colours of the augmented image."""
   for seed in range(60):
     rng = np.random.default_rng(seed)
     with pytest.MonkeyPatch.context() as patch:
@@ -71,11 +71,11 @@ def test_images_keep_their_full_size_until_the_crop(example, monkeypatch):
   monkeypatch.setattr(randaugment, "draw", lambda _: [("shear_x", 9.0), ("invert", 9.0)])
   apply = randaugment.apply
 
-  def noted(name, argument, image, resample):
+  def apply_and_record(name, argument, image, resample):
     sizes.append((image.size, resample))
     return apply(name, argument, image, resample)
 
-  monkeypatch.setattr(randaugment, "apply", noted)
+  monkeypatch.setattr(randaugment, "apply", apply_and_record)
   for seed in range(20):
     fields = labels.augment_both(example, np.random.default_rng(seed), (16, 16))
   assert fields["image"].size == (16, 16)
@@ -86,7 +86,7 @@ def test_images_keep_their_full_size_until_the_crop(example, monkeypatch):
 # On the device.
 
 def reference_roi(cells_hw, window, bins):
-  """RoIAlign of one window by its definition (unaligned, adaptive number of points), in loops."""
+  """RoIAlign of one window from its definition (unaligned, adaptive number of points), by loops."""
   h, w = cells_hw.shape
   x1, y1, x2, y2 = window
   roi_h, roi_w = max(y2 - y1, 1), max(x2 - x1, 1)
@@ -112,7 +112,7 @@ def reference_roi(cells_hw, window, bins):
 
 
 @pytest.mark.parametrize("bins", [1, 14])
-def test_windows_are_pooled_as_roi_align_defines(bins):
+def test_window_pooling_matches_the_definition_of_roi_align(bins):
   rng = np.random.default_rng(0)
   cells = rng.normal(size=(18, 18))
   corner = rng.uniform(0, 0.6, (12, 2))
@@ -129,8 +129,8 @@ K = 12
 targets = jax.jit(lambda m, b: batch.label_targets(m, b, K, 0.1, (14, 14)))
 
 
-def test_a_crop_of_the_left_half_has_the_labels_of_the_left_half_alone():
-  """Left half class 3, right half class 7. A transposed window would see both."""
+def test_crop_of_the_left_half_has_only_the_labels_of_the_left_half():
+  """The left half is class 3, the right half class 7. A transposed window would contain both."""
   label_map = np.zeros((3, *labels.SHAPE), np.float16)
   label_map[:, 0, 0] = 20
   label_map[:, 1, 0, :, :9], label_map[:, 1, 0, :, 9:] = 3, 7
@@ -149,7 +149,7 @@ def test_a_crop_of_the_left_half_has_the_labels_of_the_left_half_alone():
   np.testing.assert_allclose(places.sum(-1), 1 + 0.1 / K, atol=1e-4)  # as published, not 1
 
 
-def test_logits_that_are_not_among_the_five_are_zero():
+def test_logits_outside_the_top_five_are_zero():
   label_map = np.zeros((1, *labels.SHAPE), np.float16)
   label_map[:, 0] = np.float16([3, 2, 1, -1, -2])[:, None, None]
   label_map[:, 1] = np.float16([4, 0, 9, 1, 2])[:, None, None]
@@ -160,9 +160,9 @@ def test_logits_that_are_not_among_the_five_are_zero():
   np.testing.assert_allclose(whole[0], t * (0.9 + 0.1 / K) + 0.1 / K, rtol=1e-5)
 
 
-# Stored beside the images.
+# Stored next to the images.
 
-def test_labels_of_a_folder_come_with_its_batches(tmp_path):
+def test_label_maps_of_a_folder_arrive_with_its_batches(tmp_path):
   rng = np.random.default_rng(0)
   for i in range(4):
     for path in (tmp_path / "train" / "a", tmp_path / "val" / "a",
@@ -191,11 +191,11 @@ def test_labels_of_a_folder_come_with_its_batches(tmp_path):
     first()
 
 
-@pytest.mark.parametrize(("label", "told"), [(500, "the class 500"), (2, "the class 2"),
-                                             (-1, "the class -1"), (0.5, r"the class 0\.5")])
+@pytest.mark.parametrize(("label", "text"), [(500, "the class 500"), (2, "the class 2"),
+                                            (-1, "the class -1"), (0.5, r"the class 0\.5")])
 @pytest.mark.parametrize("kind", ["folder", "arrayrecord"])
-def test_label_maps_of_other_classes_are_refused(tmp_path, kind, label, told):
-  """Their targets would be flat: no class of the data has a logit."""
+def test_label_maps_for_other_classes_are_rejected(tmp_path, kind, label, text):
+  """Their targets would be flat, because no class of the data has a logit."""
   for path in ("train/a", "train/b", "val/a", "label_maps/train/a", "label_maps/train/b"):
     (tmp_path / path).mkdir(parents=True)
   for name in ("train/a/0.png", "train/b/0.png", "val/a/0.png"):
@@ -210,22 +210,22 @@ def test_label_maps_of_other_classes_are_refused(tmp_path, kind, label, told):
       patch.setattr(labels, "checked", lambda label_map, *_: label_map)
       np.save(tmp_path / "label_maps" / "train" / "b" / "0.npy", constant_map(9, label))
       prepare.prepare_folder(tmp_path, tmp_path / "out", say=lambda text: None)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=text):
       prepare.verify(tmp_path / "out", say=lambda text: None)
   else:
     np.save(tmp_path / "label_maps" / "train" / "b" / "0.npy", constant_map(9, label))
   data = ml_collections.ConfigDict({
       "name": name, "augment": "token_labels", "workers": 0, "replicas": 1, "repeats": 1,
       "on_bad": "stop", "max_bad": 0})
-  with pytest.raises(ValueError, match=rf"{told}, and the data have 0\.\.1: it was made for other"):
+  with pytest.raises(ValueError, match=rf"{text}, and the data have 0\.\.1: it was made for other"):
     next(pipeline.train_batches(data, image_size=16, batch_size=2, seed=0))
-  data.augment = "flip_crop"   # nobody reads them then
+  data.augment = "flip_crop"   # label maps are not read then
   next(pipeline.train_batches(data, image_size=16, batch_size=2, seed=0))
 
 
 @pytest.mark.parametrize("moved", [0, 1])
-def test_label_maps_numbered_otherwise_are_pointed_out(tmp_path, caplog, moved):
-  """All classes exist, but those of the maps are not those of the images."""
+def test_label_maps_with_another_class_numbering_are_pointed_out(tmp_path, caplog, moved):
+  """All classes exist, but the maps' labels are not those of the images."""
   for label in range(4):
     for path in ("train", "val", "label_maps/train"):
       (tmp_path / path / str(label)).mkdir(parents=True)
@@ -237,8 +237,8 @@ def test_label_maps_numbered_otherwise_are_pointed_out(tmp_path, caplog, moved):
       "name": f"folder:{tmp_path}", "augment": "token_labels", "workers": 0, "replicas": 1,
       "repeats": 1, "on_bad": "stop", "max_bad": 0})
   pipeline.train_batches(data, image_size=16, batch_size=2, seed=0)
-  said = "contain the class of their image in only 0 of 4 images: were they made for classes"
-  assert (said in caplog.text) == bool(moved)
+  message = "contain the class of their image in only 0 of 4 images: were they made for classes"
+  assert (message in caplog.text) == bool(moved)
 
 
 @pytest.mark.parametrize("write", [
@@ -247,7 +247,7 @@ def test_label_maps_numbered_otherwise_are_pointed_out(tmp_path, caplog, moved):
     lambda path: np.savez(path.open("wb"), a=np.zeros(3)),
     lambda path: np.save(path, np.full(labels.SHAPE, np.nan, np.float16))],
     ids=["empty", "text", "missing", "objects", "archive", "nan"])
-def test_a_damaged_label_map_is_named_in_one_line(tmp_path, write):
+def test_damaged_label_map_is_named_in_one_line(tmp_path, write):
   for path in ("train/a", "val/a", "label_maps/train/a"):
     (tmp_path / path).mkdir(parents=True)
   for path in ("train/a", "val/a"):

@@ -1,4 +1,4 @@
-"""Batches are the same whenever asked again, and an epoch is every image once."""
+"""Batches are reproducible, and an epoch contains every image once."""
 import collections
 import json
 
@@ -29,7 +29,7 @@ def take(iterator, n):
 
 
 def contents(batches):
-  """Each image as (bytes, label), in order."""
+  """Returns each image as (bytes, label), in order."""
   return [(image.tobytes(), int(label)) for batch in batches
           for image, label in zip(batch["image"], batch["label"], strict=True)]
 
@@ -39,17 +39,17 @@ def of_split(split):
   return [(images[i]["image"].tobytes(), images[i]["label"]) for i in range(len(images))]
 
 
-def assert_same(got, wanted):
-  for a, b in zip(got, wanted, strict=True):
+def assert_same(got, expected):
+  for a, b in zip(got, expected, strict=True):
     np.testing.assert_array_equal(a["image"], b["image"])
     np.testing.assert_array_equal(a["label"], b["label"])
 
 
-def test_splits_are_disjoint_cover_the_data_and_have_equal_shares_of_each_class():
+def test_splits_are_disjoint_complete_and_stratified_by_class():
   sizes = {split: pipeline.num_examples("digits", split) for split in pipeline.SPLITS}
   assert sizes == {"train": 1257, "val": 180, "test": 360}
-  together = np.concatenate([split_indices(split) for split in pipeline.SPLITS])
-  assert sorted(together.tolist()) == list(range(1797))
+  joined = np.concatenate([split_indices(split) for split in pipeline.SPLITS])
+  assert sorted(joined.tolist()) == list(range(1797))
   total = np.bincount([label for split in pipeline.SPLITS for _, label in of_split(split)])
   for split in pipeline.SPLITS:
     counts = np.bincount([label for _, label in of_split(split)], minlength=10)
@@ -58,7 +58,7 @@ def test_splits_are_disjoint_cover_the_data_and_have_equal_shares_of_each_class(
   assert not train & set(of_split("val")) and not train & set(of_split("test"))
 
 
-def test_each_digit_is_in_the_test_of_one_fold():
+def test_each_digit_is_in_the_test_split_of_exactly_one_fold():
   tests = np.concatenate([split_indices("test", fold) for fold in range(5)])
   np.testing.assert_array_equal(np.sort(tests), np.arange(1797))
   for fold in range(5):
@@ -67,7 +67,7 @@ def test_each_digit_is_in_the_test_of_one_fold():
     assert pipeline.num_examples(f"digits:{fold}", "test") == len(parts[2])
 
 
-def test_each_epoch_sees_every_training_image_once_in_another_order():
+def test_each_epoch_has_every_training_image_once_in_a_new_order():
   stream = contents(take(batches(config()), 26))
   epochs = stream[:1257], stream[1257:2514]
   assert collections.Counter(epochs[0]) == collections.Counter(of_split("train"))
@@ -76,36 +76,36 @@ def test_each_epoch_sees_every_training_image_once_in_another_order():
   assert contents(take(batches(config(), seed=1), 1)) != stream[:100]
 
 
-def test_resuming_in_mid_epoch_equals_the_uninterrupted_run():
-  """Through JSON, as a checkpoint stores it; over the end of an epoch; with worker processes."""
+def test_resuming_mid_epoch_equals_the_uninterrupted_run():
+  """Through JSON, as a checkpoint stores it; across the end of an epoch; with worker processes."""
   data = config(augment="digits")
-  whole = take(batches(data), 16)
+  uninterrupted = take(batches(data), 16)
   interrupted = batches(data)
   take(interrupted, 9)
   state = json.dumps(interrupted.get_state())
   for workers in (0, 2):
     resumed = batches(config(augment="digits", workers=workers))
-    next(resumed)  # what was already under way is dropped
+    next(resumed)  # prefetched batches are dropped
     resumed.set_state(json.loads(state))
-    assert_same(take(resumed, 7), whole[9:])
+    assert_same(take(resumed, 7), uninterrupted[9:])
     resumed.close()
-  take(interrupted, 1)  # and leaving did not disturb the one that goes on
-  assert_same(take(interrupted, 6), whole[10:])
+  take(interrupted, 1)  # and closing it did not disturb the iterator that continues
+  assert_same(take(interrupted, 6), uninterrupted[10:])
 
 
 @pytest.mark.parametrize("changes", [{}, {"replicas": 4, "repeats": 3}])
-def test_processes_read_the_parts_of_one_global_batch_augmentation_included(changes):
+def test_processes_read_parts_of_one_global_batch_including_augmentation(changes):
   data = config(augment="digits", **changes)
   one = take(batches(data), 14)  # into the second epoch
   two = [take(batches(data, process_index=i, process_count=2), 14) for i in (0, 1)]
   assert two[0][0]["image"].shape == (50, 8, 8, 3)
-  together = [{name: np.concatenate([a[name], b[name]]) for name in a}
-              for a, b in zip(*two, strict=True)]
-  assert_same(together, one)
+  joined = [{name: np.concatenate([a[name], b[name]]) for name in a}
+            for a, b in zip(*two, strict=True)]
+  assert_same(joined, one)
 
 
-def test_a_run_that_goes_on_with_other_processes_sees_each_image_of_the_epoch_once():
-  """Six batches by two processes, the rest of the epoch by five."""
+def test_resuming_with_another_process_count_shows_each_image_of_the_epoch_once():
+  """Two processes read six batches, five read the rest of the epoch."""
   stream = []
   for count, start, stop in ((2, 0, 6), (5, 6, 13)):
     parts = [batches(config(), process_index=i, process_count=count) for i in range(count)]
@@ -116,7 +116,7 @@ def test_a_run_that_goes_on_with_other_processes_sees_each_image_of_the_epoch_on
   assert collections.Counter(stream[:1257]) == collections.Counter(of_split("train"))
 
 
-def test_repeated_showings_are_augmented_apart_and_lie_in_different_replicas():
+def test_repetitions_of_an_image_differ_and_go_to_different_replicas():
   data = config(augment="digits", replicas=4, repeats=3)
   batch = next(batches(data, batch_size=96))
   plain = next(batches(config(replicas=4, repeats=3), batch_size=96))
@@ -128,7 +128,7 @@ def test_repeated_showings_are_augmented_apart_and_lie_in_different_replicas():
   assert pipeline.steps_per_epoch(data, 96) == 1024 // 96
 
 
-def test_augmentation_differs_from_epoch_to_epoch():
+def test_augmentation_differs_between_epochs():
   plain, augmented = ([sorted(contents(take(batches(config(augment=a)), 26))[s])
                        for s in (slice(1257), slice(1257, 2514))] for a in ("none", "digits"))
   assert plain[0] == plain[1]
@@ -147,19 +147,19 @@ def test_evaluation_counts_each_image_once_and_masks_the_padding(process_count):
     assert batch["image"].shape == (b, 8, 8, 3) and batch["mask"].shape == (b,)
     assert (batch["image"].dtype, batch["label"].dtype, batch["mask"].dtype) == (
         np.uint8, np.int32, np.float32)
-    kept = batch["mask"] == 1
-    real += contents([{"image": batch["image"][kept], "label": batch["label"][kept]}])
-    assert not batch["image"][~kept].any() and not batch["mask"][~kept].any()
+    valid = batch["mask"] == 1
+    real += contents([{"image": batch["image"][valid], "label": batch["label"][valid]}])
+    assert not batch["image"][~valid].any() and not batch["mask"][~valid].any()
   assert collections.Counter(real) == collections.Counter(of_split("val"))
 
 
-def test_an_evaluation_that_is_over_stays_over_and_keeps_no_threads():
+def test_exhausted_evaluation_stays_exhausted_and_keeps_no_threads():
   batches = pipeline.eval_batches(config(), "val", tiny.preprocess(8), batch_size=100)
   assert len(list(batches)) == 2 and batches.ahead is None
   assert list(batches) == []
 
 
-def test_a_rectangle_is_height_by_width():
+def test_rectangular_size_is_height_by_width():
   batch = next(batches(config(), batch_size=2, image_size=(12, 20)))
   assert batch["image"].shape == (2, 12, 20, 3)
   assert pipeline.source("digits", "val", image_size=(12, 20))[0]["image"].shape == (12, 20, 3)
@@ -169,7 +169,7 @@ def test_a_rectangle_is_height_by_width():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Two classes told apart by colour; 3 and 2 training images, 1 and 1 val, of odd sizes."""
+  """Two classes distinguished by colour; 3 and 2 training images, 1 and 1 for val, of odd sizes."""
   root = tmp_path_factory.mktemp("images")
   rng = np.random.default_rng(0)
   for split, counts in (("train", {"cat": 3, "dog": 2}), ("val", {"cat": 1, "dog": 1})):
@@ -182,7 +182,7 @@ def folder(tmp_path_factory):
   return root
 
 
-def test_a_folder_is_read_with_its_labels(folder):
+def test_folder_is_read_with_its_labels(folder):
   name = f"folder:{folder}"
   assert pipeline.num_classes(name) == 2
   assert pipeline.num_examples(name, "train") == 5 and pipeline.num_examples(name, "val") == 2
@@ -200,27 +200,27 @@ def test_a_folder_is_read_with_its_labels(folder):
   assert batch["mask"].tolist() == [1, 1, 0, 0] and batch["label"].tolist() == [0, 1, 0, 0]
 
 
-def test_the_crop_of_evaluation_applies_to_folders_and_not_to_generated_images(folder):
+def test_evaluation_crop_applies_to_folders_but_not_to_generated_images(folder):
   def first(name, crop, size=16):
     return next(pipeline.eval_batches(config(name=name), "val", tiny.preprocess(size, crop),
                                       batch_size=1))["image"]
   assert not np.array_equal(first(f"folder:{folder}", 0.5), first(f"folder:{folder}", 1.0))
   for size in (16, 40):
-    whole = first("digits", 1.0, size)
+    uncropped = first("digits", 1.0, size)
     for crop in (0.5, None):
-      np.testing.assert_array_equal(first("digits", crop, size), whole)
+      np.testing.assert_array_equal(first("digits", crop, size), uncropped)
 
 
-def test_evaluation_may_warp_the_images_of_folders_instead(folder):
+def test_evaluation_can_warp_folder_images_instead(folder):
   batch = next(pipeline.eval_batches(config(name=f"folder:{folder}"), "val",
                                      tiny.preprocess((16, 24), None), batch_size=1))
   with Image.open(folder / "val" / "cat" / "0.png") as image:
     assert image.size == (40, 30)
-    wanted = image.convert("RGB").resize((24, 16), Image.Resampling.BICUBIC)
-  np.testing.assert_array_equal(batch["image"][0], wanted)
+    expected = image.convert("RGB").resize((24, 16), Image.Resampling.BICUBIC)
+  np.testing.assert_array_equal(batch["image"][0], expected)
 
 
-def test_the_only_other_split_serves_as_test_and_says_so(folder, caplog):
+def test_only_other_split_serves_as_test_with_a_message(folder, caplog):
   assert split_folder(str(folder), "test") == folder / "val"
   assert "serves as both val and test" in caplog.text
   assert pipeline.num_examples(f"folder:{folder}", "test") == 2
@@ -246,12 +246,12 @@ def test_the_only_other_split_serves_as_test_and_says_so(folder, caplog):
     ({"augment": "randaug"}, r"data\.augment='randaug' is not one of randaugment"),
     ({"augment": "flip_crop"}, r"'flip_crop' would change the meaning of digits; use one of none"),
 ])
-def test_a_mistake_in_the_config_is_named_with_the_way_out(changes, message):
+def test_mistake_in_the_config_is_named_with_a_way_out(changes, message):
   with pytest.raises(ValueError, match=message):
     batches(config(**changes))
 
 
-def test_sizes_that_cannot_be_are_refused():
+def test_impossible_sizes_are_rejected():
   with pytest.raises(ValueError, match="batch_size=2000 is more than the 1257 training images"):
     batches(config(), batch_size=2000)
   with pytest.raises(ValueError, match=r"1257 training images, of which data\.repeats=3 uses 1024"):
@@ -264,8 +264,8 @@ def test_sizes_that_cannot_be_are_refused():
     pipeline.source("digits", "valid", image_size=8)
 
 
-def test_small_images_of_the_models_size_are_evaluated_whole(tmp_path):
-  """As published for CIFAR at 32 pixels: no resize, no crop."""
+def test_images_already_of_the_models_small_size_are_not_cropped(tmp_path):
+  """As published for CIFAR at 32 pixels: no resize and no crop."""
   pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
   for split in ("train", "val"):
     (tmp_path / split / "a").mkdir(parents=True)
@@ -277,7 +277,7 @@ def test_small_images_of_the_models_size_are_evaluated_whole(tmp_path):
   assert shown(24).shape == (1, 24, 24, 3)
 
 
-def test_folders_without_what_they_need_are_named(tmp_path):
+def test_incomplete_folders_are_named(tmp_path):
   (tmp_path / "train").mkdir()
   name = f"folder:{tmp_path}"
   with pytest.raises(ValueError, match=r"train holds no class folders"):
@@ -293,8 +293,8 @@ def test_folders_without_what_they_need_are_named(tmp_path):
     pipeline.num_examples(name, "val")
 
 
-def test_a_sample_has_images_of_every_class_as_evaluation_shows_them():
-  """The first 100 training images of digits, which are in order by class, are all zeros."""
+def test_sample_has_images_of_every_class_preprocessed_as_in_evaluation():
+  """The training images of digits are ordered by class: the first 100 are all zeros."""
   def sample(split, count):
     return pipeline.sample(config(), split, count, tiny.preprocess(8, 0.9))
 

@@ -1,4 +1,4 @@
-"""Prepared images are the images: from tars and folders into ArrayRecord and back."""
+"""Prepared images equal their sources: tars and folders go to ArrayRecord and back."""
 import io
 import json
 import tarfile
@@ -11,14 +11,14 @@ from scipy.io import savemat
 
 from vitcompact.data import labels, pipeline, prepare, records
 
-TRUTH = (0, 1, 2, 2, 1, 0, 0)  # of the validation images
+TRUTH = (0, 1, 2, 2, 1, 0, 0)  # labels of the validation images
 CLASSES = ("n01440764", "n01443537", "n02088364")
 silent = {"say": lambda text: None}
 
 
 @pytest.fixture(autouse=True)
-def fresh():
-  """Manifests are read once in a process; here they change under its feet."""
+def clear_manifest_cache():
+  """Clears the cached manifests: they are read once per process, but change during these tests."""
   records.read_manifest.cache_clear()
   yield
   records.read_manifest.cache_clear()
@@ -46,13 +46,13 @@ def tar_of(files):
 
 
 def write_tars(path):
-  """Three classes of 4, 5 and 6 images, 7 validation images, numbered otherwise than sorted."""
+  """Three classes of 4, 5 and 6 images, 7 validation images; numbers do not follow sorted names."""
   inner = {f"{name}.tar": tar_of({f"{name}_{i}.JPEG": jpeg(label, i) for i in range(4 + label)})
            for label, name in reversed(list(enumerate(CLASSES)))}
   (path / prepare.TRAIN).write_bytes(tar_of(inner))
   (path / prepare.VAL).write_bytes(tar_of(
       {f"ILSVRC2012_val_{i + 1:08d}.JPEG": jpeg(9, i) for i in reversed(range(7))}))
-  numbers = {CLASSES[0]: 3, CLASSES[1]: 1, CLASSES[2]: 2}  # ILSVRC's own, from 1
+  numbers = {CLASSES[0]: 3, CLASSES[1]: 1, CLASSES[2]: 2}  # ILSVRC's own numbers, from 1
   synsets = np.array([(number, name) for name, number in numbers.items()],
                      dtype=[("ILSVRC2012_ID", object), ("WNID", object)])
   mat = io.BytesIO()
@@ -74,7 +74,7 @@ def tars(tmp_path):
 
 @pytest.fixture
 def small_files(monkeypatch):
-  """Two classes, or three images, in a file."""
+  """Two classes, or three images, per file."""
   monkeypatch.setattr(prepare, "CLASSES_PER_FILE", 2)
   monkeypatch.setattr(prepare, "IMAGES_PER_FILE", 3)
 
@@ -83,7 +83,7 @@ def imagenet(tars, out):
   return prepare.prepare_imagenet(tars, out, official=False, **silent)
 
 
-def test_imagenets_tars_become_records_with_the_right_labels(tars, tmp_path, small_files):
+def test_imagenet_tars_become_records_with_the_right_labels(tars, tmp_path, small_files):
   out = tmp_path / "out"
   manifest = imagenet(tars, out)
   assert [line["records"] for line in manifest["splits"]["train"]] == [9, 6]
@@ -102,13 +102,13 @@ def test_imagenets_tars_become_records_with_the_right_labels(tars, tmp_path, sma
   assert prepare.verify(out, whole_images=True, **silent) == 0
 
 
-def test_preparing_goes_on_where_it_was_stopped(tars, tmp_path, small_files, monkeypatch):
-  """Stopped in its third file; whole files are not written again; the result is the same."""
-  whole, out = tmp_path / "whole", tmp_path / "out"
-  imagenet(tars, whole)
+def test_interrupted_preparation_resumes(tars, tmp_path, small_files, monkeypatch):
+  """Stopped in its third file: complete files are not rewritten, and the result is the same."""
+  complete, out = tmp_path / "whole", tmp_path / "out"
+  imagenet(tars, complete)
   write_shard, written = records.write_shard, []
 
-  def stops(path, lines):
+  def stop_in_third_file(path, lines):
     written.append(path.name)
     if len(written) == 3:
       write_shard(path.with_name("torn"), lines)
@@ -116,7 +116,7 @@ def test_preparing_goes_on_where_it_was_stopped(tars, tmp_path, small_files, mon
       raise KeyboardInterrupt
     return write_shard(path, lines)
 
-  monkeypatch.setattr(records, "write_shard", stops)
+  monkeypatch.setattr(records, "write_shard", stop_in_third_file)
   with pytest.raises(KeyboardInterrupt):
     imagenet(tars, out)
   with pytest.raises(ValueError, match=r"is not complete: run the same .* again"):
@@ -125,13 +125,13 @@ def test_preparing_goes_on_where_it_was_stopped(tars, tmp_path, small_files, mon
   assert written == ["train-000.arrayrecord", "train-001.arrayrecord", "val-000.arrayrecord",
                      "val-000.arrayrecord", "val-001.arrayrecord", "val-002.arrayrecord"]
   assert json.loads((out / "manifest.json").read_text()) == json.loads(
-      (whole / "manifest.json").read_text())
+      (complete / "manifest.json").read_text())
   assert prepare.verify(out, **silent) == 0
   imagenet(tars, out)
   assert len(written) == 6  # nothing left to do
 
 
-def test_official_tars_are_known_by_their_sums(tars, tmp_path, monkeypatch):
+def test_official_tars_are_recognised_by_their_checksums(tars, tmp_path, monkeypatch):
   with pytest.raises(ValueError, match=r"img_train\.tar has the md5 sum .*--unofficial"):
     prepare.prepare_imagenet(tars, tmp_path / "out", **silent)
   import hashlib
@@ -147,18 +147,18 @@ def test_official_tars_are_known_by_their_sums(tars, tmp_path, monkeypatch):
     (prepare.TRAIN, 0.6, r"train\.tar.* is damaged|truncated"),
     (prepare.VAL, 0.3, r"has 4 files, and .* has labels for 7"),
     (prepare.DEVKIT, 0.6, r"devkit.* is damaged"), (prepare.VAL, None, r"no file .*val\.tar")])
-def test_tars_that_are_cut_off_or_missing_are_named(tars, tmp_path, name, keep, message):
-  whole = (tars / name).read_bytes()
+def test_truncated_or_missing_tars_are_named(tars, tmp_path, name, keep, message):
+  content = (tars / name).read_bytes()
   (tars / name).unlink()
   if keep:
-    (tars / name).write_bytes(whole[:int(keep * len(whole))])
+    (tars / name).write_bytes(content[:int(keep * len(content))])
   with pytest.raises(ValueError, match=message):
     imagenet(tars, tmp_path / "out")
 
 
 @pytest.fixture
 def folder(tmp_path):
-  """Two classes, 4 and 3 training images with label maps, one of which stands in both."""
+  """Two classes with label maps, 4 and 3 training images, one of which is in both classes."""
   root = tmp_path / "images"
   for split, counts in (("train", (4, 3)), ("test", (1, 1))):
     for label, count in enumerate(counts):
@@ -175,7 +175,7 @@ def folder(tmp_path):
   return root
 
 
-def test_a_folder_and_its_records_give_the_same_batches(folder, tmp_path, small_files, capsys):
+def test_folder_and_its_records_give_the_same_batches(folder, tmp_path, small_files, capsys):
   out = tmp_path / "out"
   prepare.prepare_folder(folder, out, **silent)
   assert prepare.verify(out) == 1
@@ -186,7 +186,7 @@ def test_a_folder_and_its_records_give_the_same_batches(folder, tmp_path, small_
     data = ml_collections.ConfigDict({
         "name": name, "augment": "token_labels", "workers": workers, "replicas": 1, "repeats": 1,
         "on_bad": "stop", "max_bad": 0})
-    assert pipeline.num_examples(name, "val") == 2  # test serves as both
+    assert pipeline.num_examples(name, "val") == 2  # test also serves as val
     stream = pipeline.train_batches(data, image_size=8, batch_size=3, seed=0)
     streams.append([next(stream) for _ in range(4)])
     stream.close()
@@ -196,7 +196,7 @@ def test_a_folder_and_its_records_give_the_same_batches(folder, tmp_path, small_
       assert all(np.array_equal(a[name], b[name]) for name in a)
 
 
-def test_what_is_prepared_is_not_mixed_with_other_data(folder, tmp_path):
+def test_prepared_records_are_not_mixed_with_other_data(folder, tmp_path):
   prepare.prepare_folder(folder, tmp_path / "out", **silent)
   (folder / "train" / "a" / "9.jpg").write_bytes(jpeg(5))
   np.save(folder / "label_maps" / "train" / "a" / "9.npy", np.zeros(labels.SHAPE, np.float16))
@@ -211,7 +211,7 @@ def test_what_is_prepared_is_not_mixed_with_other_data(folder, tmp_path):
     prepare.prepare_folder(folder, tmp_path / "new", **silent)
 
 
-def test_records_that_changed_on_the_disk_are_noticed(folder, tmp_path):
+def test_records_changed_on_disk_are_detected(folder, tmp_path):
   out = tmp_path / "out"
   prepare.prepare_folder(folder, out, **silent)
   path = out / "train-000.arrayrecord"
@@ -231,7 +231,7 @@ def test_records_that_changed_on_the_disk_are_noticed(folder, tmp_path):
     pipeline.source(f"arrayrecord:{out}", "train", image_size=8)
 
 
-def test_a_record_with_a_label_out_of_range_is_named(tmp_path):
+def test_record_with_a_label_out_of_range_is_named(tmp_path):
   shards = [prepare.Shard(split, f"{split}.arrayrecord", lambda: iter(
       [records.pack(jpeg(0), 0, "good"), records.pack(jpeg(1), 2, "wrong")]))
       for split in ("train", "val")]

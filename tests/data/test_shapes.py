@@ -9,7 +9,7 @@ from vitcompact.data import pipeline, shapes
 
 
 def label_of(things):
-  """The label, worked out again from where the drawn ring and cross are and from their colours."""
+  """Recomputes the label from the positions and colours of the drawn ring and cross."""
   ring, cross = ({t.kind: t for t in things}[kind] for kind in ("ring", "cross"))
   dx, dy = np.subtract(cross.centre, ring.centre)
   if abs(dx) > abs(dy):
@@ -30,23 +30,23 @@ def scenes(train):
   return [train.describe(i) for i in range(len(train))]
 
 
-def test_the_label_is_what_the_description_says(train, scenes):
+def test_label_follows_from_the_description(train, scenes):
   assert [label_of(things) for things in scenes] == [i % 8 for i in range(len(train))]
   assert [train[i]["label"] for i in range(20)] == [i % 8 for i in range(20)]
 
 
-def test_the_image_shows_the_description():
+def test_image_shows_the_description():
   train = pipeline.source("shapes", "train", image_size=192)
   for i in range(40):
     image = train[i]["image"].astype(int)
     for thing in train.describe(i):
       x, y = (round(48 * c) for c in thing.centre)
-      if thing.kind == "ring":  # hollow: look at its stroke
+      if thing.kind == "ring":  # hollow: check its stroke
         x -= round(48 * 0.77 * thing.radius)
       assert np.abs(image[y, x] - shapes.COLOURS[thing.colour]).max() < 40, (i, thing)
 
 
-def test_a_scene_has_five_objects_in_five_cells_and_exactly_one_pair_of_a_colour(scenes):
+def test_scene_has_five_objects_in_five_cells_with_one_pair_of_equal_colour(scenes):
   for things in scenes:
     assert {t.kind for t in things} == {"ring", "cross", "disc", "square", "triangle"}
     assert len({t.cell for t in things}) == 5
@@ -57,7 +57,7 @@ def test_a_scene_has_five_objects_in_five_cells_and_exactly_one_pair_of_a_colour
 
 
 def test_all_kinds_cover_the_same_area():
-  """Or the colour of a region would tell a ring from a cross."""
+  """Otherwise the average colour of a region would distinguish a ring from a cross."""
   rng, areas = np.random.default_rng(0), collections.defaultdict(list)
   for _ in range(100):
     for thing in shapes.scene(0, rng):
@@ -67,14 +67,14 @@ def test_all_kinds_cover_the_same_area():
   assert np.abs(mean / mean.mean() - 1).max() < 0.03, dict(zip(areas, mean, strict=True))
 
 
-def test_no_window_of_a_quarter_of_the_side_sees_ring_and_cross(scenes):
+def test_no_window_of_a_quarter_of_the_side_contains_ring_and_cross(scenes):
   for ring, cross, *_ in scenes:
     gap = np.abs(np.subtract(ring.centre, cross.centre)) - ring.radius - cross.radius
-    assert gap.max() > 1  # in cells, of which there are four in a row
+    assert gap.max() > 1  # in cells, four per side
 
 
-def test_one_object_alone_leaves_two_directions_and_says_nothing_of_colour(scenes):
-  """So that the best guess from the ring, or from the cross, is right in 1/4 of all scenes."""
+def test_single_object_leaves_two_directions_and_no_information_on_colour(scenes):
+  """So the best guess from only the ring, or only the cross, is right in 1/4 of all scenes."""
   for which in (0, 1):
     table = np.zeros((16, 4))
     colour = np.zeros((6, 2))
@@ -82,14 +82,14 @@ def test_one_object_alone_leaves_two_directions_and_says_nothing_of_colour(scene
       x, y = things[which].cell
       table[4 * y + x, label % 8 // 2] += 1
       colour[things[which].colour, label % 2] += 1
-    expected = len(scenes) / 32  # each cell in two of the four directions
+    expected = len(scenes) / 32  # each cell occurs with two of the four directions
     assert ((table > 0).sum(1) == 2).all()
     assert np.abs(table[table > 0] - expected).max() < 4.5 * np.sqrt(expected)
     assert np.abs(colour - len(scenes) / 12).max() < 4 * np.sqrt(len(scenes) / 12)
 
 
 def probe(features, labels):
-  """Test accuracy of least squares onto one-hot labels, fitted on the first 3/4."""
+  """Test accuracy of a least-squares fit to one-hot labels on the first 3/4."""
   features = np.concatenate([features, np.ones((len(features), 1))], 1)
   n = len(labels) * 3 // 4
   weights = np.linalg.lstsq(features[:n], np.eye(8)[labels[:n]], rcond=None)[0]
@@ -112,7 +112,7 @@ def test_linear_probes_on_colours_and_quadrants_are_at_chance(train):
     assert accuracy < limit, (name, accuracy)
 
 
-def test_scenes_are_the_same_at_any_size_and_differ_between_splits_and_seeds():
+def test_scenes_are_equal_at_any_size_and_differ_between_splits_and_seeds():
   def first(split="train", size=16, seed=0):
     return pipeline.source("shapes", split, image_size=size, seed=seed)
   assert first().describe(5) == first(size=(32, 48)).describe(5)
@@ -126,17 +126,17 @@ def test_scenes_are_the_same_at_any_size_and_differ_between_splits_and_seeds():
   assert len(set.union(*images.values())) == 900
 
 
-def test_shapes_come_in_batches():
+def test_shapes_arrive_in_batches():
   data = ml_collections.ConfigDict({
       "name": "shapes:64", "augment": "none", "workers": 0, "replicas": 1, "repeats": 1,
       "on_bad": "stop", "max_bad": 0})
   assert pipeline.num_classes("shapes:64") == 8
   assert [pipeline.num_examples("shapes:64", s) for s in pipeline.SPLITS] == [64, 1000, 2000]
   batch = next(pipeline.train_batches(data, image_size=16, batch_size=64, seed=0))
-  assert np.bincount(batch["label"]).tolist() == [8] * 8  # one epoch: every scene once
+  assert np.bincount(batch["label"]).tolist() == [8] * 8  # one epoch has every scene once
 
 
-def test_directions_are_the_same_scenes_but_for_colours_by_direction_alone():
+def test_directions_data_set_has_the_same_scenes_with_colours_set_by_direction():
   scenes, directions = (kind("train", (48, 48), 16, 3)
                         for kind in (shapes.Shapes, shapes.Directions))
   for i in range(16):

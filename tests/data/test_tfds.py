@@ -1,4 +1,4 @@
-"""Sets of TensorFlow Datasets are read without TensorFlow; what is held out is held out."""
+"""TensorFlow Datasets are read without TensorFlow, and held-out images stay held out."""
 import json
 import subprocess
 import sys
@@ -11,8 +11,8 @@ import tensorflow_datasets
 
 from vitcompact.data import pipeline, tfds
 
-# Writes sets as TFDS itself does: {name: {split: number of images}}. A label is i % 3, or hidden.
-# Each has another label too, as cifar100 has.
+# Writes data sets as TFDS does: {name: {split: number of images}}. Labels are i % 3, or hidden.
+# Each also has a second label, as cifar100 does.
 WRITE = '''
 import io, json, sys
 import tensorflow_datasets as tfds
@@ -57,14 +57,14 @@ def root(tmp_path_factory):
 
 
 def numbers(name, split):
-  """Which images a split has, read off their colours."""
+  """Returns which images a split has, identified by their colours."""
   source = pipeline.source(name, split, image_size=8)
   got = [source[i] for i in range(len(source))]
   assert all(e["label"] == e["image"][0, 0, 0] % 3 for e in got)
   return sorted(int(e["image"][0, 0, 0]) for e in got), {int(e["image"][0, 0, 1]) for e in got}
 
 
-def test_a_set_names_its_classes():
+def test_data_set_provides_its_class_names():
   for name in ("tfds:with_test", "tfds:with_test@all"):
     assert pipeline.class_names(name) == ("a", "b", "c")
     assert pipeline.source(name, "test", image_size=8).class_names == ("a", "b", "c")
@@ -78,27 +78,27 @@ def test_without_a_validation_split_a_tenth_of_train_is_held_out():
   assert [pipeline.num_examples("tfds:with_test", s) for s in pipeline.SPLITS] == [36, 4, 6]
 
 
-def test_with_all_nothing_is_held_out_and_a_line_says_so(caplog):
+def test_with_all_nothing_is_held_out_and_a_message_says_so(caplog):
   train, val, test = (numbers("tfds:with_test@all", split) for split in pipeline.SPLITS)
   assert len(train[0]) == 40 and val == test and test[1] == {5}
   assert "serves as both val and test" in caplog.text
 
 
-def test_a_test_split_whose_labels_are_hidden_is_replaced_by_validation():
+def test_test_split_with_hidden_labels_is_replaced_by_validation():
   """imagenet2012 is of this kind."""
   train, val, test = (numbers("tfds:hidden", split) for split in pipeline.SPLITS)
   assert len(train[0]) == 9 and len(val[0]) == 5 and val == test and val[1] == {5}
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "imagenet2012", "oxford_iiit_pet"])
-def test_a_set_with_several_labels_or_images_is_read_by_those_it_is_known_for(name, root):
-  """Some have coarse labels or masks beside. Their own builders say so, without their data."""
+def test_image_and_label_are_found_in_sets_that_have_several(name, root):
+  """Some also have coarse labels or masks. Checked with their own builders, without the data."""
   info = tensorflow_datasets.builder(name, data_dir=str(root)).info
   assert tfds.image_and_label(info) == ("image", "label")
   assert "tensorflow" not in sys.modules
 
 
-def test_what_is_not_image_classification_is_refused(root):
+def test_data_that_is_not_image_classification_is_rejected(root):
   info = tensorflow_datasets.builder("tiny_shakespeare", data_dir=str(root)).info
   with pytest.raises(ValueError, match=r"'tfds:tiny_shakespeare' is not image .* are text"):
     tfds.image_and_label(info)
@@ -108,7 +108,7 @@ def test_what_is_not_image_classification_is_refused(root):
     tfds.image_and_label(nested)
 
 
-def test_batches_come_from_worker_processes_too():
+def test_batches_can_come_from_worker_processes():
   def first(workers):
     data = ml_collections.ConfigDict({
         "name": "tfds:with_test", "augment": "flip_crop", "workers": workers, "replicas": 2,
@@ -125,7 +125,7 @@ def test_batches_come_from_worker_processes_too():
     ("tfds:no_such_set", r"data\.name='tfds:no_such_set'"),
     ("tfds:with_test@some", r"only '@all' may follow"),
     ("tfds:cifar10", r"'tfds:cifar10' is not in .*TFDS_DATA_DIR")])
-def test_a_set_that_cannot_be_read_is_named(name, message):
+def test_unreadable_data_set_is_named(name, message):
   with pytest.raises(ValueError, match=message) as error:
     pipeline.source(name, "train", image_size=8)
   assert len(str(error.value).splitlines()) == 1

@@ -1,4 +1,4 @@
-"""Small arrays in blocks, and the two sides of a comparison, for the kernels' tests."""
+"""Small blocked arrays, and the two sides of a comparison, for the kernels' tests."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +10,10 @@ def draw(*shape, seed=0, dtype=jnp.float32):
 
 def case(dtype, area: int, e: int, *, d: int = 64, biased: bool = True, batch: int = 2,
          heads: int = 1):
-  """Arguments of block attention, batch * heads = 2, and gradients of both its outputs.
+  """Arguments of block attention with batch * heads = 2, and gradients of both its outputs.
 
-  Two blocks of queries, for each of which two of three blocks of keys are chosen. Half of the first
-  block of keys is hidden; the last is chosen for none in the first image or head.
+  There are two query blocks, each with two of three key blocks chosen. Half of the first key block
+  is hidden; no query block chooses the last key block in the first image or head.
   """
   queries, keys = 2, 3
   query = draw(batch, heads, queries, area, d, dtype=dtype) * jnp.asarray(d ** -0.5, dtype)
@@ -27,7 +27,7 @@ def case(dtype, area: int, e: int, *, d: int = 64, biased: bool = True, batch: i
 
 
 def reference(query_bfqad, key_bfkcd, value_bfkce, bias, chosen_bfqs):
-  """What kernels compute, as masked dense attention."""
+  """What the kernels compute, as masked dense attention."""
   seen_bfqk = jax.nn.one_hot(chosen_bfqs, key_bfkcd.shape[2], dtype=bool).any(axis=-2)
   scores = jnp.einsum("bfqad,bfkcd->bfqakc", query_bfqad, key_bfkcd)
   scores = scores if bias is None else scores + bias[:, :, None, None]
@@ -38,7 +38,7 @@ def reference(query_bfqad, key_bfkcd, value_bfkce, bias, chosen_bfqs):
 
 
 def results(attend, arrays, fixed, gradients):
-  """((out, log_sum), gradients of query, key, value), as float32."""
+  """Returns ((out, log_sum), gradients of query, key, value), as float32."""
   def run(*arrays):
     out, pull = jax.vjp(lambda *arrays: attend(*arrays, *fixed), *arrays)
     return out, pull(gradients)
@@ -46,16 +46,16 @@ def results(attend, arrays, fixed, gradients):
 
 
 def assert_equals_the_reference(attend, arrays, fixed, gradients, tolerance: float):
-  """Largest difference, as a share of the largest entry. The reference computes in float32."""
+  """Checks the largest difference relative to the largest entry. The reference uses float32."""
   got = results(attend, arrays, fixed, gradients)
-  wanted = results(reference, [x.astype(jnp.float32) for x in arrays], fixed, gradients)
+  expected = results(reference, [x.astype(jnp.float32) for x in arrays], fixed, gradients)
   for name, a, b in zip(("out", "log_sum", "d_query", "d_key", "d_value"), jax.tree.leaves(got),
-                        jax.tree.leaves(wanted), strict=True):
+                        jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max(), err_msg=name)
 
 
 def export(attend, platform: str, arrays, fixed, gradients):
-  """Forward and backward lowered for a platform that is not here."""
+  """Lowers the forward and backward passes for an absent platform."""
   def run(arrays, fixed, gradients):
     out, pull = jax.vjp(lambda *arrays: attend(*arrays, *fixed), *arrays)
     return out, pull(gradients)

@@ -1,4 +1,4 @@
-"""The TPU kernel equals the reference, and lowers where there is no TPU."""
+"""The TPU kernel matches the reference, and lowers without a TPU."""
 import jax.numpy as jnp
 import pytest
 
@@ -13,7 +13,7 @@ def interpreted(*args):
 @pytest.mark.parametrize("dtype,tolerance,arguments", [
     (jnp.float32, 1e-6, {"batch": 2, "heads": 1}),
     (jnp.bfloat16, 0.01, {"batch": 1, "heads": 2, "biased": False})])
-def test_the_interpreted_kernel_and_its_gradients_equal_the_reference(dtype, tolerance, arguments):
+def test_interpreted_kernel_and_its_gradients_match_the_reference(dtype, tolerance, arguments):
   assert_equals_the_reference(interpreted, *case(dtype, 16, 24, d=16, **arguments),
                            tolerance=tolerance)
 

@@ -1,4 +1,4 @@
-"""Which kernel runs where, and what is said where none does."""
+"""Which kernel runs on which device, and the reason given when none does."""
 import re
 
 import jax
@@ -21,12 +21,12 @@ def arrays(dtype=jnp.bfloat16, area=64, d=64, e=64, blocks=16, count=4):
 
 @pytest.mark.parametrize("device,attend", [(HOPPER, block_sparse_gpu.attend),
                                            (TPU, block_sparse_tpu.attend)])
-def test_a_device_gets_its_kernel(device, attend):
+def test_each_device_gets_its_kernel(device, attend):
   assert kernels.refusal(device, *arrays(e=128)) == ""
   assert kernels.block_attention(device.platform) is attend
 
 
-@pytest.mark.parametrize("device,changes,said", [
+@pytest.mark.parametrize("device,changes,reason", [
     (CPU, {}, "for TPUs and for GPUs"),
     (BLACKWELL, {}, "compute capability 9.0"),
     (HOPPER, {"dtype": jnp.float32}, "not for .'float32'"),
@@ -36,10 +36,10 @@ def test_a_device_gets_its_kernel(device, attend):
     (TPU, {"dtype": jnp.float16}, "not for .'float16'"),
     (TPU, {"blocks": 193}, "12352 tokens of it need"),
     (TPU, {"blocks": 128, "count": 171}, "these have 525312")])
-def test_what_no_kernel_does_is_refused_with_the_reason(device, changes, said):
-  assert re.search(said, kernels.refusal(device, *arrays(**changes)))
+def test_unsupported_calls_are_rejected_with_the_reason(device, changes, reason):
+  assert re.search(reason, kernels.refusal(device, *arrays(**changes)))
 
 
-def test_a_tpu_kernel_is_not_split_over_devices_and_a_gpu_kernel_is():
+def test_gpu_kernel_is_split_over_devices_and_tpu_kernel_is_not():
   assert "over 4 devices" in kernels.refusal(TPU._replace(count=4), *arrays())
   assert kernels.refusal(HOPPER._replace(count=4), *arrays()) == ""

@@ -1,4 +1,4 @@
-"""Kernels on many devices: each computes its own images."""
+"""Kernels on several devices: each computes its own images."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +8,10 @@ from tests.kernels.cases import draw, reference
 from vitcompact.kernels.block_sparse import attention
 
 
-def test_every_device_gets_its_images_and_together_they_compute_what_one_does():
+def test_devices_compute_their_own_images_and_together_match_one_device():
   seen = []
 
-  # The reference in the place of the kernels, which do not run here.
+  # The reference stands in for the kernels, which do not run here.
   def forward(interpret, query, *rest):
     seen.append(query.shape[0])
     return reference(query, *rest)
@@ -34,7 +34,7 @@ def test_every_device_gets_its_images_and_together_they_compute_what_one_does():
     return jax.jit(run)
 
   spread = run(attend)(*jax.device_put(blocks, NamedSharding(mesh, PartitionSpec("data"))))
-  assert seen == [8, 8, 2, 2]  # as traced, then as compiled for each of four groups of devices
+  assert seen == [8, 8, 2, 2]  # once traced, then compiled for each of four groups of devices
   for leaf in jax.tree.leaves(spread):
     assert leaf.sharding.shard_shape(leaf.shape)[0] == 2
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), spread,

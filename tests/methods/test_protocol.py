@@ -1,6 +1,6 @@
-"""A method of a user's own, one file and one line of the list, is a method like any other.
+"""A user's own method, one file and one entry in the list, behaves like any other method.
 
-The files are in `own/`; they import public things only.
+The files are in `own/`; they import only public names.
 """
 import ast
 import dataclasses
@@ -27,7 +27,7 @@ OWN = {"heads": ("gate", Gate), "attention": ("window", Window),
        "tokens": ("largest", KeepLargest), "ffn": ("glu", GLU)}
 ONE_METHOD = {"heads": Gate(), "attention": Window(), "tokens": KeepLargest(0.5, blocks=(0,)),
          "ffn": GLU()}
-# Each with a method of every other axis; a window needs the grid, which ends at block 1.
+# Each is combined with a method of every other axis. A window needs the grid, lost at block 1.
 BLOCKS = vc.Sparsifiner(keep=0.5, granularity="block", window=2, min_tokens=0)
 TOGETHER = {
     "heads": {"heads": Gate(), "attention": BLOCKS, "tokens": vc.EViT(0.6, blocks=(0,)),
@@ -43,27 +43,27 @@ AXES = pytest.mark.parametrize("axis", OWN)
 
 
 @pytest.fixture(autouse=True)
-def listed(monkeypatch):
+def list_own_methods(monkeypatch):
   for axis, (name, kind) in OWN.items():
     monkeypatch.setitem(vc.METHODS[axis], name, kind)
 
 
 @functools.cache
 def with_one_method(axis):
-  """(model with one method of our own, random variables, images)."""
+  """Returns (model with one of our own methods, random variables, images)."""
   model = tiny.deit(vc.Plan(**{axis: ONE_METHOD[axis]}), drop_path_rate=0.0)
   return model, tiny.init(model), tiny.images(model)
 
 
 def own_leaves(axis) -> set[str]:
-  """Names of the parameters that the dense model does not have, or has in another shape."""
+  """Returns the names of parameters that the dense model lacks or has in another shape."""
   leaves, dense = (trees.named_leaves(variables["params"])
                    for variables in (with_one_method(axis)[1], tiny.init(tiny.deit())))
   return {name for name, leaf in leaves.items()
           if name not in dense or dense[name].shape != leaf.shape}
 
 
-def test_the_files_are_short_and_import_public_things_only():
+def test_files_are_short_and_import_only_public_names():
   for path in (pathlib.Path(__file__).parent / "own").glob("*.py"):
     text = path.read_text()
     assert len(text.splitlines()) <= 50, path
@@ -72,8 +72,8 @@ def test_the_files_are_short_and_import_public_things_only():
 
 
 @AXES
-def test_it_trains(axis):
-  """Every parameter of its own has a gradient, through the labels only."""
+def test_own_method_trains(axis):
+  """Every parameter of the method gets a gradient from the labels alone."""
   model, variables, x = with_one_method(axis)
 
   def loss(params):
@@ -101,15 +101,15 @@ def test_its_loss_is_added_with_its_weight():
   assert "loss_gate_balance" not in metrics and weighted["loss_gate_balance"] > 0
   np.testing.assert_allclose(total, without + 3 * weighted["loss_gate_balance"], rtol=1e-6)
   gates = [2 / (1 + np.exp(-gate_scores(variables, i))) for i in range(2)]
-  wanted = np.mean([np.var(gate.mean(axis=1), axis=-1).mean() for gate in gates])
-  np.testing.assert_allclose(weighted["loss_gate_balance"], wanted, rtol=1e-4)
+  expected = np.mean([np.var(gate.mean(axis=1), axis=-1).mean() for gate in gates])
+  np.testing.assert_allclose(weighted["loss_gate_balance"], expected, rtol=1e-4)
   assert complete(config).loss.gate_balance == 0.1
   with pytest.raises(ValueError, match=r"gate_balance.*is a setting of Gate, which the plan does"):
     complete({**config, "plan": "", "loss.gate_balance": 1.0})
 
 
 def gate_scores(variables, block: int):
-  """(B, N, heads) before the sigmoid, from the features that pass through the model."""
+  """Returns (B, N, heads) before the sigmoid, from the features passed through the model."""
   model, _, x = with_one_method("heads")
   captured = tiny.apply(model, variables, x, mutable=["intermediates"],
                         capture_intermediates=lambda m, _: m.name == "score")[1]
@@ -118,22 +118,22 @@ def gate_scores(variables, block: int):
 
 
 @AXES
-def test_it_folds_to_the_same_function_and_the_tree_that_is_asked_for(axis):
+def test_own_method_folds_to_the_same_function_and_the_expected_tree(axis):
   model, variables, x = with_one_method(axis)
   deploy, folded = vc.fold(model, variables)
   np.testing.assert_allclose(tiny.apply(deploy, folded, x), tiny.apply(model, variables, x),
                              atol=1e-5)
-  asked = jax.eval_shape(deploy.init, jax.random.key(0), x)
-  assert trees.differences(folded, asked) == []
+  shapes = jax.eval_shape(deploy.init, jax.random.key(0), x)
+  assert trees.differences(folded, shapes) == []
 
 
-def test_it_is_counted():
-  """Of a block of 17 tokens, 24 wide, with 4 heads of 6."""
+def test_own_method_is_counted():
+  """For a block of 17 tokens of width 24, with 4 heads of 6."""
   dense = vc.count(tiny.deit())
   gate, window, fewer, glu = (vc.count(with_one_method(axis)[0]) for axis in OWN)
   assert gate.params - dense.params == 2 * (24 * 4 + 4)
   assert gate.macs - dense.macs == 2 * 17 * 24 * 4
-  # 100 pairs of neighbours on a 4 x 4 grid, and 33 with the class token: what the mask leaves.
+  # The mask leaves 100 pairs of neighbours on a 4 x 4 grid, and 33 with the class token.
   pairs = 133
   assert window.attention_macs == dense.attention_macs and window.params == dense.params
   assert window.ideal_attention_macs == 2 * 2 * 4 * 6 * pairs
@@ -143,18 +143,18 @@ def test_it_is_counted():
 
 
 @AXES
-def test_every_leaf_has_a_rule(axis):
+def test_every_parameter_has_a_rule(axis):
   model, variables, _ = with_one_method(axis)
   rules = trees.first_match(model.parameter_rules(), variables["params"], may_be_idle=True)
   flat = {trees.name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(
       rules, is_leaf=lambda x: isinstance(x, trees.Leaf))}
   assert flat.keys() == trees.named_leaves(variables["params"]).keys()
-  if axis == "ffn":      # what is called as in other layers is to a trainer what these are
+  if axis == "ffn":      # its parameters have common names, and common rules apply to them
     assert flat["blocks_0/mlp/fc1/kernel"] == trees.Leaf(("embed", "mlp"), decay=True)
 
 
 @AXES
-def test_it_is_saved_and_loaded_and_goes_to_pytorch_and_back(axis, tmp_path):
+def test_own_method_is_saved_loaded_and_round_trips_through_pytorch(axis, tmp_path):
   model, variables, _ = with_one_method(axis)
   vc.save(tmp_path / "own.safetensors", model, variables)
   loaded, loaded_variables = vc.load(tmp_path / "own.safetensors")
@@ -166,7 +166,7 @@ def test_it_is_saved_and_loaded_and_goes_to_pytorch_and_back(axis, tmp_path):
 
 
 @AXES
-def test_a_dense_model_is_compacted_to_it(axis):
+def test_dense_model_is_compacted_to_it(axis):
   dense = tiny.deit(drop_path_rate=0.0)
   variables, x = tiny.init(dense), tiny.images(dense)
   small, got = vc.compact(dense, variables, vc.Plan(**{axis: ONE_METHOD[axis]}))
@@ -196,8 +196,8 @@ def test_it_composes_with_a_method_of_every_other_axis(axis):
 
 
 @pytest.mark.parametrize("name", ["pvt_v2_b2_li", "nextvit_small", "davit_tiny"])
-def test_it_fits_hierarchical_models_as_far_as_these_have_what_it_needs(name):
-  # Within DaViT's windows, who attends to whom is the model's.
+def test_it_applies_to_hierarchical_models_where_its_needs_are_met(name):
+  # Within DaViT's windows, the model determines who attends to whom.
   attention = None if name == "davit_tiny" else Window()
   plan = vc.Plan(heads=Gate(), attention=attention, ffn=GLU())
   model = vc.create_model(name, plan=plan, image_size=64)
@@ -224,27 +224,27 @@ def test_it_fits_hierarchical_models_as_far_as_these_have_what_it_needs(name):
     (lambda: vc.create_model("pvt_v2_b2", plan=vc.Plan(attention=Window(), blocks={
         0: {"attention": Gate()}})), "Gate() is not a method of this axis; use Sparsifiner, "),
 ])
-def test_it_is_refused_with_the_reason_where_its_needs_are_not_met(make, words):
+def test_it_is_rejected_with_the_reason_where_its_needs_are_not_met(make, words):
   with pytest.raises(ValueError) as error:
     make()
   assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def of_class(axis, frozen=True, **members):
+def a_class(axis, frozen=True, **members):
   kind = types.new_class("Mine", exec_body=lambda space: space.update(
       {"axis": axis, "__annotations__": {}, **members}))
   return dataclasses.dataclass(frozen=frozen)(kind)
 
 
 @pytest.mark.parametrize("axis,kind,words", [
-    ("heads", of_class("heads"), "must have a method make, see vitcompact/methods/protocol.py"),
-    ("ffn", of_class("ffn"), "must have a method make"),
-    ("tokens", of_class("tokens", make=lambda *args: None), "must have a method reduction"),
-    ("heads", of_class("ffn", make=lambda *args: None), "must have axis = 'heads'"),
-    ("heads", of_class("heads", frozen=False, make=lambda *args: None), "be a frozen dataclass"),
+    ("heads", a_class("heads"), "must have a method make, see vitcompact/methods/protocol.py"),
+    ("ffn", a_class("ffn"), "must have a method make"),
+    ("tokens", a_class("tokens", make=lambda *args: None), "must have a method reduction"),
+    ("heads", a_class("ffn", make=lambda *args: None), "must have axis = 'heads'"),
+    ("heads", a_class("heads", frozen=False, make=lambda *args: None), "be a frozen dataclass"),
     ("heads", type("Mine", (), {"axis": "heads", "make": None}), "must be a frozen dataclass"),
 ])
-def test_a_class_that_lacks_what_is_asked_of_it_is_refused_in_one_line(
+def test_class_with_a_missing_member_is_rejected_in_one_line(
     axis, kind, words, monkeypatch):
   monkeypatch.setitem(vc.METHODS[axis], "mine", kind)
   with pytest.raises(ValueError) as error:
@@ -253,7 +253,7 @@ def test_a_class_that_lacks_what_is_asked_of_it_is_refused_in_one_line(
   assert f"Mine, listed in METHODS[{axis!r}]" in str(error.value)
 
 
-def test_a_method_that_is_not_listed_is_refused_with_the_line_that_lists_it(monkeypatch):
+def test_unlisted_method_is_rejected_with_the_line_that_would_list_it(monkeypatch):
   monkeypatch.delitem(vc.METHODS["heads"], "gate")
   with pytest.raises(ValueError) as error:
     vc.Plan(heads=Gate())
@@ -263,8 +263,8 @@ def test_a_method_that_is_not_listed_is_refused_with_the_line_that_lists_it(monk
     vc.Plan.from_json('{"heads": {"method": "gate"}}')
 
 
-def test_a_listed_method_is_a_public_name():
-  """So a method in the package costs one file and one line."""
+def test_listed_methods_are_public_names():
+  """So a method inside the package takes one file and one line."""
   with pytest.raises(AttributeError, match="no attribute 'Listed'"):
     _ = vc.Listed
   listed = type("Listed", (Gate,), {})

@@ -1,4 +1,4 @@
-"""Weights and images that are drawn, not stored: equal wherever numpy is, with torch or without."""
+"""Weights and images, drawn instead of stored: equal wherever numpy is, with torch or without."""
 import re
 
 import numpy as np
@@ -7,11 +7,11 @@ SEED = 2306
 
 
 def weights(shapes: dict[str, tuple[int, ...]], probe: dict[str, float] | None = None):
-  """{name: float32 array} for a PyTorch state dict's names and shapes.
+  """Returns {name: float32 array} for a PyTorch state dict's names and shapes.
 
-  Every kind of tensor is random, running statistics and norms too, so that nothing can be forgotten
-  unseen. probe: {pattern of whole names: factor}, scales matching tensors: with activations of
-  about 1e-3 in front of the norms, a wrong epsilon shows in the logits.
+  All kinds of tensors are random, running statistics and norms included, so that an omission always
+  shows. probe: {full-match pattern: factor} scales the matching tensors: with activations of
+  about 1e-3 before the norms, a wrong epsilon shows in the logits.
   """
   rng = np.random.default_rng(SEED)
   out = {}
@@ -36,5 +36,5 @@ def _draw(rng, name, shape):
 
 
 def images(image_size: tuple[int, int], count: int = 2):
-  """(count, H, W, 3) float32, as if normalised."""
+  """Returns (count, H, W, 3) float32, as if normalised."""
   return np.random.default_rng(SEED + 1).standard_normal((count, *image_size, 3), np.float32)

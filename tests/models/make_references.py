@@ -1,12 +1,12 @@
 """Writes tests/models/references/FAMILY.json: logits of small models, computed by PyTorch.
 
-  python tests/models/make_references.py deit ...      # all families when none is named
+  python tests/models/make_references.py deit ...      # no name: all families
 
-Needs torch, timm and torchvision beside numpy; families that are not in timm also need the
-authors' file, see their function. Weights and images are drawn (drawn.py), not stored: a file holds
-names and shapes, and the logits for plain weights and for probed ones.
+Needs torch, timm and torchvision besides numpy; families that are not in timm also need the
+authors' file, see their function. Weights and images are drawn (drawn.py), not stored: a file has
+names and shapes, and the logits for plain weights and for probe weights.
 
-A new family: one function that yields Cases, one line in FAMILIES.
+A new family takes one function that yields Cases and one line in FAMILIES.
 """
 import functools
 import json
@@ -31,14 +31,14 @@ DEIT_PROBE = {r"(cls_token|dist_token|pos_embed|patch_embed\.proj\..*)": 3e-3,
 
 
 class Case(NamedTuple):
-  """A small model. Its weights are drawn for the names and shapes that it has at its native size.
+  """A small model. Weights are drawn for the names and shapes it has at its native size.
 
-  model, fields: what our side passes to `create_model`, image_size aside.
-  sizes: the native image size, then others at which the same weights run.
+  model, fields: arguments of our `create_model`, except image_size.
+  sizes: the native image size, then others to run the same weights at.
   build: image size -> torch module.
   adapt: (state dict of the native size, module of another size) -> its state dict.
   probe: {pattern of names: factor}, see `drawn.weights`.
-  plain: likewise for the plain run, where drawn weights make a deep network's activations grow.
+  plain: the same for the plain run, if drawn weights let a deep network's activations grow.
   """
   model: str
   fields: dict[str, Any]
@@ -52,13 +52,13 @@ class Case(NamedTuple):
 def resized_positions(prefix: int) -> Callable:
   """The authors' rule for `pos_embed`: prefix rows kept, the grid bicubic without antialiasing."""
   def adapt(state, module):
-    old, wanted = state["pos_embed"], module.pos_embed
+    old, expected = state["pos_embed"], module.pos_embed
     side = int((old.shape[1] - prefix) ** 0.5)
     grid = old[:, prefix:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
     grid = torch.nn.functional.interpolate(grid, size=module.patch_embed.grid_size, mode="bicubic",
                                            align_corners=False)
     new = torch.cat([old[:, :prefix], grid.flatten(2).transpose(1, 2)], dim=1)
-    assert new.shape == wanted.shape
+    assert new.shape == expected.shape
     return {**state, "pos_embed": new}
   return adapt
 
@@ -79,7 +79,7 @@ def deit():
 
 
 def vit():
-  """timm's other isotropic models: each part that DeiT lacks is in one of them."""
+  """timm's other isotropic models: together they have every part that DeiT lacks."""
   import timm
   from timm.models import eva, vision_transformer
 
@@ -109,7 +109,7 @@ def vit():
           ("vit_so400m_patch14_siglip_384", {})]
   for name, fields in rows:
     fields = {**small, **fields}
-    # Of one of them the sides are no multiple of the patch size.
+    # One of the sizes is not a multiple of the patch size.
     side = 4 * fields["patch_size"] + (5 if name.endswith("siglip_384") else 0)
 
     def build(image_size, name=name, fields=fields):
@@ -121,9 +121,9 @@ def vit():
 
 
 def nextvit():
-  """timm's Next-ViT, whose widths are fixed: narrow stages are made of its blocks.
+  """timm's Next-ViT. Its widths are fixed, so narrow stages are assembled from its blocks.
 
-  A transformer block takes 128 channels, the fewest that timm splits into 3/4 and 1/4.
+  A transformer block has 128 channels, the fewest that timm splits into 3/4 and 1/4.
   """
   from timm.models import nextvit as theirs
   conv, transformer = theirs.NextConvBlock, theirs.NextTransformerBlock
@@ -146,19 +146,19 @@ def nextvit():
   fields = {"stem_widths": [8, 4, 8, 8], "widths": [16, 96, 96, 96], "depths": [1, 2, 3, 1],
             "periods": [0, 2, 2, 1], "head_dim": 16}
   plain = {r".*\.(mhca\.projection|mlp\.fc2|e_mhsa\.proj)\.(weight|bias)": 0.3}
-  # Variances of 1e-5, as large as epsilon, everywhere; means and activations to match.
+  # All variances are 1e-5, as large as epsilon, with means and activations to match.
   probe = {r".*running_var": 1e-5, r".*running_mean": 3e-3,
            r"(stem\.\d|stages\.0\.blocks\.0\.patch_embed)\.conv\.weight": 3e-3,
            r".*\.(patch_embed|projection)\.norm\.(weight|bias)": 3e-3,
            r".*\.(mhca\.projection|mlp\.fc2|e_mhsa\.proj)\.(weight|bias)": 1e-3,
            r"stages\.[12]\.blocks\.\d\.norm1\.(weight|bias)": 3e-3}
-  # At 40 x 56 sides are odd and the pool of 16 tokens leaves a remainder.
+  # At 40 x 56 the sides are odd, and 16 tokens per pool leave a remainder.
   yield Case("nextvit_small", fields, ((64, 64), (40, 56)), build, probe, plain=plain)
 
 
 def shvit():
-  """timm's SHViT. Of the middle stage neither the width nor the part that attends is even, and the
-  squeezed widths of its two downsamplings are rounded up and down."""
+  """timm's SHViT. In the middle stage the width and the attending part are odd, and the squeezed
+  widths of its two downsamplings round up and down."""
   from timm.models import shvit as theirs
   fields = {"widths": [16, 28, 36], "depths": [1, 2, 1], "partial_widths": [9, 12], "qk_width": 8}
 
@@ -169,17 +169,17 @@ def shvit():
                         types=("i", "s", "s"))
 
   residual = r".*\.(pw2|proj\.1|conv3|[03]\.m|conv\.m)\.bn\.(weight|bias)"
-  # Variances of 1e-5, as large as epsilon, everywhere; means and activations to match.
+  # All variances are 1e-5, as large as epsilon, with means and activations to match.
   probe = {r".*running_var": 1e-5, r".*running_mean": 3e-3,
            r".*\.proj\.1\.bn\.(weight|bias)": 1e-5, residual: 3e-3,
            r"patch_embed\.\d\.bn\.(weight|bias)": 3e-3,
            r".*\.(pw1|qkv|conv[12])\.bn\.(weight|bias)": 3e-3}
-  # At 75 x 110 every side is odd somewhere.
+  # At 75 x 110 every side is odd in some layer.
   yield Case("shvit_s1", fields, ((96, 96), (75, 110)), build, probe, plain={residual: 0.5})
 
 
 def lvvit():
-  """The authors' LV-ViT: TOKEN_LABELING names a checkout of zihangJiang/TokenLabeling (GitHub)."""
+  """The authors' LV-ViT. Set TOKEN_LABELING to a checkout of zihangJiang/TokenLabeling (GitHub)."""
   sys.path.insert(0, os.environ["TOKEN_LABELING"])
   from tlt.models.lvvit import LV_ViT
 
@@ -210,20 +210,20 @@ PYRAMID_PROBE = {r".*\.(attn\.(proj|sr)|mlp\.fc2)\..*": 3e-3}
 
 
 def pvt():
-  """The authors' PVT v1, which resizes its positions; PVT names a checkout of whai362/PVT."""
+  """The authors' PVT v1, which resizes its positions. Set PVT to a checkout of whai362/PVT."""
   sys.path.insert(0, f"{os.environ['PVT']}/classification")
   import pvt as theirs
 
   def build(image_size):
     del image_size
-    norm = functools.partial(torch.nn.LayerNorm, eps=1e-6)   # as their named models have it
+    norm = functools.partial(torch.nn.LayerNorm, eps=1e-6)   # as in their named models
     return theirs.PyramidVisionTransformer(img_size=64, patch_size=4, qkv_bias=True,
                                            norm_layer=norm, sr_ratios=[8, 4, 2, 1],
                                            num_classes=CLASSES, **THEIRS)
 
   probe = {r"cls_token|pos_embed\d|patch_embed1\.proj\.weight": 3e-3,
            r"patch_embed\d\.(proj\.bias|norm\..*)": 3e-3, **PYRAMID_PROBE}
-  # 96 x 32 stretches positions one way and shrinks them the other.
+  # 96 x 32 stretches the positions one way and shrinks them the other.
   yield Case("pvt_small", PYRAMID, ((64, 64), (96, 32)), build, probe)
 
 
@@ -237,12 +237,12 @@ def pvt_v2():
       del image_size
       return timm.create_model(name, num_classes=CLASSES, **THEIRS)
 
-    # At 45 x 70 patches are begun and windows left over at the edges.
+    # At 45 x 70 there are partial patches and windows at the edges.
     yield Case(name, PYRAMID, ((native, native), (45, 70)), build, probe)
 
 
 def inline():
-  """The authors' InLine-DeiT and InLine-PVT: INLINE names a checkout of LeapLabTHU/InLine."""
+  """The authors' InLine-DeiT and InLine-PVT. Set INLINE to a checkout of LeapLabTHU/InLine."""
   sys.path.insert(0, f"{os.environ['INLINE']}/models")
   import inline_deit
   import inline_pvt
@@ -259,7 +259,7 @@ def inline():
         num_classes=CLASSES, **THEIRS)
 
   fields = {"patch_size": 8, "width": 24, "depth": 2, "heads": 3}
-  # Their attention takes square grids only.
+  # Their attention accepts only square grids.
   yield Case("inline_deit_tiny", fields, ((32, 32), (48, 48)), deit, DEIT_PROBE,
              resized_positions(1))
   probe = {r"pos_embed\d|patch_embed1\.proj\.weight": 3e-3,
@@ -268,7 +268,7 @@ def inline():
 
 
 def davit():
-  """timm's DaViT: windows that the map fills, windows with padding, maps of odd sides."""
+  """timm's DaViT: maps that windows fill exactly, maps that need padding, maps with odd sides."""
   import timm
   fields = {"widths": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "heads": [1, 2, 3, 4]}
   probe = {r"stem\..*|.*\.downsample\.conv\..*|.*\.cpe\d\.proj\.bias": 3e-3,
@@ -285,9 +285,9 @@ def davit():
 
 
 def biformer():
-  """The authors' BiFormer, and its Swin layout; BIFORMER names a checkout of rayleizhu/BiFormer,
-  which needs einops besides. What it imports of fairscale is used only when activations are not
-  kept."""
+  """The authors' BiFormer, and its Swin layout. Set BIFORMER to a checkout of rayleizhu/BiFormer,
+  which also needs einops. It imports fairscale, but uses it only to recompute activations.
+  """
   import types
   sys.modules["fairscale"] = sys.modules["fairscale.nn"] = types.ModuleType("fairscale.nn")
   sys.modules["fairscale.nn.checkpoint"] = types.SimpleNamespace(checkpoint_wrapper=None)
@@ -309,20 +309,20 @@ def biformer():
 
   fields = {"depths": [1, 1, 2, 1], "widths": [16, 32, 32, 16], "head_dim": 8, "regions": 2,
             "top_ks": [1, 2, 3]}
-  # Variances of 1e-5, as large as epsilon, everywhere; means and activations to match.
+  # All variances are 1e-5, as large as epsilon, with means and activations to match.
   probe = {r".*running_var": 1e-5, r".*running_mean": 3e-3,
            r"downsample_layers\.\d\.\d\..*": 3e-3,
            r"stages\..*\.(attn\.(wo|proj)|mlp\.[23]|pos_embed)\..*": 1e-3}
-  # At 64 x 96 regions are no squares.
+  # At 64 x 96 regions are not square.
   for name, build in (("biformer_tiny", tiny), ("biformer_stl", stl)):
     yield Case(name, fields, ((64, 64), (64, 96)), build, probe)
 
 
 def transnext():
-  """The authors' TransNeXt without its CUDA kernels; TRANSNEXT names a checkout of
+  """The authors' TransNeXt without its CUDA kernels. Set TRANSNEXT to a checkout of
   DaiShiResearch/TransNeXt."""
   import types
-  # Asked for by the file, to find out whether the kernels are installed: they are not.
+  # The file imports this to check whether the kernels are installed: they are not.
   absent = types.ModuleType("pkg_resources")
   absent.DistributionNotFound = LookupError
   absent.get_distribution = {}.__getitem__
@@ -331,7 +331,7 @@ def transnext():
   import transnext as theirs
 
   def build(image_size):
-    norm = functools.partial(torch.nn.LayerNorm, eps=1e-6)   # as their named models have it
+    norm = functools.partial(torch.nn.LayerNorm, eps=1e-6)   # as in their named models
     return theirs.TransNeXt(img_size=image_size[0], pretrain_size=64, patch_size=4, qkv_bias=True,
                             norm_layer=norm, sr_ratios=[8, 4, 2, 1], num_classes=CLASSES, **THEIRS)
 
@@ -381,7 +381,7 @@ def logits(case: Case, shapes, image_size, probe):
 
 
 def reference(case: Case):
-  """What a file keeps of one case."""
+  """Returns the part of a reference file for one case."""
   native = case.build(case.sizes[0]).state_dict()
   shapes = {name: list(tensor.shape) for name, tensor in native.items()}
   runs = [{"image_size": size, "logits": logits(case, shapes, size, case.plain),

@@ -1,4 +1,4 @@
-"""How far our logits are from PyTorch's, on the small models of references/."""
+"""Difference between our logits and PyTorch's, on the small models of references/."""
 import functools
 import json
 import pathlib
@@ -12,16 +12,16 @@ from tests.models import drawn
 
 
 class Run(NamedTuple):
-  """One image size of one small model: `wanted` logits by PyTorch, for drawn weights."""
+  """One image size of one small model, with PyTorch's logits `expected` for drawn weights."""
   name: str
   model: Any
   state: dict[str, np.ndarray]
   images: np.ndarray
-  wanted: np.ndarray
+  expected: np.ndarray
 
 
 def runs(family: str) -> list[Run]:
-  """Every case, image size, plain and probed."""
+  """Returns every case, image size, plain and probe."""
   out = []
   path = pathlib.Path(__file__).parent / "references" / f"{family}.json"
   for case in json.loads(path.read_text()):
@@ -45,9 +45,9 @@ def _logits(model, variables, images):
 def difference(run: Run, *, retrace: bool = False) -> float:
   """Largest absolute difference of logits.
 
-  retrace: for a test that has changed what the model computes, behind the back of jit's cache.
+  retrace: for tests that patch what the model computes, which jit's cache does not notice.
   """
   apply = jax.jit(lambda *args: run.model.apply(*args)) if retrace else functools.partial(
       _logits, run.model)
   got = apply(vc.from_torch(run.model, run.state), run.images)
-  return float(np.max(np.abs(np.asarray(got) - run.wanted)))
+  return float(np.max(np.abs(np.asarray(got) - run.expected)))

@@ -1,4 +1,4 @@
-"""BiFormer, the backbone: the published counts, the authors' logits, folding, what it refuses."""
+"""BiFormer, the backbone: the published counts, the authors' logits, folding, what it rejects."""
 import functools
 
 import flax.linen as nn
@@ -14,7 +14,7 @@ from vitcompact import layers, trees
 from vitcompact.models import biformer_blocks
 from vitcompact.models.nextvit import Head
 
-# (parameters, MACs / 1e9): specification.
+# (parameters, MACs / 1e9): from the specification.
 ROWS = {"biformer_tiny": (13_142_760, 2.2159), "biformer_small": (25_536_232, 4.4636),
         "biformer_base": (56_804_968, 9.7590), "biformer_stl": (28_372_552, 4.5739)}
 COMPACT = vc.Plan(heads=vc.HMHSA(layout="grid", rank=2), ffn=vc.CFFN(factor="both"))
@@ -25,7 +25,7 @@ def shapes_of(model):
 
 
 @functools.cache
-def drawn_for(model):
+def random_inputs(model):
   return tiny.init(model), tiny.images(model)
 
 
@@ -35,21 +35,21 @@ def logits(model, variables, images):
 
 
 @pytest.mark.parametrize("name", tiny.named(ROWS, "biformer_tiny", "biformer_stl"))
-def test_parameters_exactly_and_macs_to_a_thousandth(name):
+def test_parameter_counts_are_exact_and_macs_match_to_a_thousandth(name):
   params, gmacs = ROWS[name]
   count = vc.count(vc.create_model(name))
   assert count.params == params and abs(count.macs / 1e9 / gmacs - 1) < 1e-4
-  assert count.ideal_macs == count.macs     # padding, and dense scores behind a mask, would be more
+  assert count.ideal_macs == count.macs     # padding, or dense scores under a mask, would add MACs
 
 
 @pytest.mark.parametrize("run", parity.runs("biformer"), ids=lambda run: run.name)
-def test_logits_equal_those_of_the_authors(run):
-  assert parity.difference(run) < 1e-6 * max(1, 1.5 * np.abs(run.wanted).max())
+def test_logits_match_the_authors_code(run):
+  assert parity.difference(run) < 1e-6 * max(1, 1.5 * np.abs(run.expected).max())
 
 
 @pytest.mark.parametrize("place", [(layers, "BATCH_EPSILON", 1e-6),
                                    (biformer_blocks, "EPSILON", 1e-5)])
-def test_a_wrong_epsilon_shows_in_the_probed_reference(place, monkeypatch):
+def test_probe_weights_reveal_a_wrong_epsilon(place, monkeypatch):
   module, name, value = place
   monkeypatch.setattr(module, name, value)
   if name == "BATCH_EPSILON":
@@ -60,7 +60,7 @@ def test_a_wrong_epsilon_shows_in_the_probed_reference(place, monkeypatch):
   assert parity.difference(probed, retrace=True) > 1e-3
 
 
-def test_weights_travel_both_ways_bit_for_bit():
+def test_weights_round_trip_through_pytorch_bit_for_bit():
   for run in parity.runs("biformer")[::4]:
     variables = vc.from_torch(run.model, run.state)
     state = vc.to_torch(run.model, variables)
@@ -69,9 +69,9 @@ def test_weights_travel_both_ways_bit_for_bit():
       np.testing.assert_array_equal(array, run.state[name])
 
 
-def test_files_bring_a_compact_model_back(tmp_path):
+def test_compact_model_is_restored_from_its_file(tmp_path):
   model = tiny.biformer(COMPACT)
-  variables, _ = drawn_for(model)
+  variables, _ = random_inputs(model)
   vc.save(tmp_path / "a.safetensors", model, variables)
   loaded, restored = vc.load(tmp_path / "a.safetensors")
   assert loaded == model and trees.digest(restored) == trees.digest(variables)
@@ -80,7 +80,7 @@ def test_files_bring_a_compact_model_back(tmp_path):
 @pytest.mark.parametrize("name", ["biformer_tiny", "biformer_stl"])
 def test_folding_keeps_the_function_and_leaves_no_batch_norm(name):
   model = tiny.biformer(COMPACT, name)
-  variables, images = drawn_for(model)
+  variables, images = random_inputs(model)
   deploy, folded = model.clone(deploy=True), jax.jit(lambda v: vc.fold(model, v)[1])(variables)
   assert folded.keys() == {"params"} and trees.differences(folded, shapes_of(deploy)) == []
   left = {name.split("/")[-2] for name in trees.named_leaves(folded) if "norm" in name}
@@ -91,34 +91,34 @@ def test_folding_keeps_the_function_and_leaves_no_batch_norm(name):
   assert again == deploy and trees.digest(twice) == trees.digest(folded)
 
 
-def test_without_classes_the_norm_of_the_pooled_features_stays():
+def test_without_a_classifier_the_norm_of_the_pooled_features_remains():
   model = tiny.biformer(num_classes=0)
-  variables, images = drawn_for(model)
+  variables, images = random_inputs(model)
   deploy, folded = vc.fold(model, variables)
   np.testing.assert_allclose(logits(deploy, folded, images), logits(model, variables, images),
                              rtol=1e-4, atol=1e-4)
   assert set(folded["batch_stats"]) == {"head"} and isinstance(deploy.submodules()["head"], Head)
 
 
-def test_compacting_keeps_the_first_heads_in_their_places_and_all_that_no_plan_touches():
-  """Images or none: what is added channel by channel fixes the order of heads."""
+def test_compacting_keeps_the_head_order_and_everything_the_plan_does_not_touch():
+  """With or without images, because parts added channel by channel fix the order of heads."""
   dense = tiny.biformer()
-  variables, images = drawn_for(dense)
+  variables, images = random_inputs(dense)
   plan = vc.Plan(heads=vc.HMHSA(layout="grid"))
   (model, one), (_, other) = (vc.compact(dense, variables, plan, images=x) for x in (None, images))
   assert trees.digest(one) == trees.digest(other)
   assert trees.differences(one, shapes_of(model)) == []
-  kept, new = trees.named_leaves(variables), trees.named_leaves(one)
-  for name in kept:
-    wanted = kept[name]
+  old, new = trees.named_leaves(variables), trees.named_leaves(one)
+  for name in old:
+    expected = old[name]
     if "/query/" in name or "/key/" in name:
-      wanted = wanted[..., :2, :]
-    np.testing.assert_array_equal(new[name], wanted, err_msg=name)
+      expected = expected[..., :2, :]
+    np.testing.assert_array_equal(new[name], expected, err_msg=name)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def gradients(model, variables, images):
-  """Of a loss in training, and the statistics after it."""
+  """Returns gradients of a training loss, and the statistics after the step."""
   def loss(params):
     out, state = tiny.apply(model, {**variables, "params": params}, images, train=True,
                             rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
@@ -129,7 +129,7 @@ def gradients(model, variables, images):
 
 def test_remat_changes_memory_not_results():
   model = tiny.biformer(drop_path_rate=0.5)
-  variables, images = drawn_for(model)
+  variables, images = random_inputs(model)
   remat = model.clone(remat=True)
   assert "remat" in str(jax.make_jaxpr(lambda v: gradients(remat, v, images))(variables))
   for one, other in zip(*(jax.tree.leaves(gradients(m, variables, images)) for m in (model, remat)),
@@ -140,12 +140,12 @@ def test_remat_changes_memory_not_results():
                                           gradients(model, variables, images)[1])))
 
 
-def test_bfloat16_computes_near_float32():
+def test_bfloat16_is_close_to_float32():
   model = tiny.biformer()
   variables, images = tiny.init(model, spread=0.1), tiny.images(model)
-  wanted, got = (logits(m, variables, images) for m in (model, model.clone(dtype="bfloat16")))
+  expected, got = (logits(m, variables, images) for m in (model, model.clone(dtype="bfloat16")))
   assert got.dtype == jnp.float32
-  assert 0 < jnp.abs(got - wanted).max() / jnp.abs(wanted).max() < 0.05
+  assert 0 < jnp.abs(got - expected).max() / jnp.abs(expected).max() < 0.05
 
 
 def test_stochastic_depth_grows_linearly():
@@ -163,7 +163,7 @@ def test_stochastic_depth_grows_linearly():
   assert [vc.create_model(name).drop_path_rate for name in ROWS] == [0.1, 0.15, 0.4, 0.1]
 
 
-def test_features_maps_and_images_of_any_shape_that_regions_divide():
+def test_features_and_maps_of_a_rectangular_image():
   model = tiny.biformer(image_size=(32, 48), in_chans=1)
   out = jax.eval_shape(functools.partial(vc.features, model, maps=True), shapes_of(model),
                        tiny.images(model))
@@ -173,26 +173,26 @@ def test_features_maps_and_images_of_any_shape_that_regions_divide():
       "blocks_0": (3, 4, 96, 96), "blocks_1": (3, 4, 24, 24)}
 
 
-def test_options_for_heads_filter_over_the_grid():
+def test_proposed_head_methods_filter_over_the_grid():
   model = tiny.biformer()
-  report = vc.measure(model, *drawn_for(model), sensitivity="none")
+  report = vc.measure(model, *random_inputs(model), sensitivity="none")
   heads = [[option.method for option in row["options"] if option.axis == "heads"]
            for row in report.blocks]
-  assert [{method.layout for method in few} for few in heads] == [{"grid"}, {"map"}]
+  assert [{method.layout for method in options} for options in heads] == [{"grid"}, {"map"}]
   assert not [option for option in report.blocks[0]["options"] if option.axis == "attention"]
 
 
 def test_maps_show_which_regions_are_attended_to():
   model = tiny.biformer()
-  variables, images = drawn_for(model)
+  variables, images = random_inputs(model)
   maps = tiny.features(model, variables, images, True).maps
-  assert ((maps["blocks_0"] > 0).sum(axis=-1) == 32).all()     # 2 of 4 regions of 16
+  assert ((maps["blocks_0"] > 0).sum(axis=-1) == 32).all()     # 2 of 4 regions of 16 tokens
   assert (maps["blocks_1"] > 0).all()
   regions = (maps["blocks_0"] > 0).any(axis=1).reshape(3, 2, 4, 2, 4, 2, 4, 2, 4)
-  assert (regions.all(axis=(2, 4)) == regions.any(axis=(2, 4))).all()   # one choice of a region
+  assert (regions.all(axis=(2, 4)) == regions.any(axis=(2, 4))).all()   # one choice per region
 
 
-def test_initialisation_is_the_published_one():
+def test_initialisation_matches_the_published_one():
   model = tiny.biformer(widths=(32, 64), head_dim=8)
   params = jax.jit(model.init)(jax.random.key(0), tiny.images(model))["params"]
   for name, leaf in trees.named_leaves(params).items():
@@ -218,10 +218,10 @@ def test_every_leaf_has_one_rule_and_only_kernels_decay():
         assert len(rule.axes) in (0, len(leaf.shape)), leaf_name
 
 
-def test_the_dense_stage_takes_methods_of_the_attention_axis():
+def test_stage_with_dense_attention_accepts_methods_of_the_attention_axis():
   plan = vc.Plan(blocks={1: {"attention": vc.BiFormer(top_k=1, regions=2, lce=True, min_tokens=0)}})
   model = tiny.biformer(plan)
-  variables, images = drawn_for(model)
+  variables, images = random_inputs(model)
   assert variables["params"]["blocks_1"]["bra"]["lce"]["kernel"].shape == (5, 5, 1, 24)
   maps = tiny.features(model, variables, images, True).maps["blocks_1"]
   assert ((maps > 0).sum(axis=-1) == 4).all()
@@ -250,13 +250,13 @@ def test_the_dense_stage_takes_methods_of_the_attention_axis():
     (lambda: tiny.biformer(vc.Plan(tokens=vc.ToMe(r=3))), "needs tokens that may be dropped"),
     (lambda: tiny.biformer().init(jax.random.key(0), jnp.zeros((1, 48, 32, 3))), "(B, 32, 32, 3)"),
 ])
-def test_what_does_not_fit_is_refused_in_one_line(make, words):
+def test_incompatible_settings_raise_one_line_errors(make, words):
   with pytest.raises(ValueError) as error:
     make()
   assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_nearest_image_size_that_fits_is_named_and_works():
+def test_nearest_valid_image_size_is_named_and_works():
   with pytest.raises(ValueError, match="nearest size that fits: 224"):
     vc.create_model("biformer_stl", image_size=(224, 215))
   model = vc.create_model("biformer_tiny", image_size=112, depths=(1, 1, 1, 1))

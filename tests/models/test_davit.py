@@ -1,4 +1,4 @@
-"""DaViT: the published counts, timm's logits, plans within windows, what channel blocks refuse."""
+"""DaViT: the published counts, timm's logits, plans within windows, what channel blocks reject."""
 import dataclasses
 import functools
 
@@ -15,14 +15,14 @@ from tests.models import parity
 from vitcompact import calibration, layers, trees
 from vitcompact.models import davit
 
-# 20 x 30 pixels make 5 x 8 and 3 x 4 tokens: windows of 3 x 3 are filled up, and not.
+# 20 x 30 pixels make 5 x 8 and 3 x 4 tokens: 3 x 3 windows with and without padding.
 SIZES = {"image_size": (20, 30), "num_classes": 5, "widths": (8, 16), "depths": (1, 1),
          "heads": (2, 4), "window_size": 3}
-HALF = {"depths": (1, 0)}   # of the second stage, the map alone
+HALF = {"depths": (1, 0)}   # of the second stage, only the downsampling
 COMPACT = vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())
 FAR = vc.Plan(heads=vc.HMHSA(layout="grid", rank=2), ffn=vc.CFFN(factor="both", rep="scale"))
-# Parameters; MACs of products and convolutions; with five for each element of a norm, as the
-# authors count: their figures.
+# Parameters; MACs of products and convolutions; the authors' figures, which add five operations per
+# norm element.
 ROWS = {
     "davit_tiny": (28_360_168, 4_521_801_216, 4_540_244_736),
     "davit_small": (49_745_896, 8_773_012_992, 8_800_488_192),
@@ -40,7 +40,7 @@ def shapes_of(model):
 
 
 @pytest.mark.parametrize("name", tiny.named(ROWS, "davit_tiny"))
-def test_parameters_and_macs_to_the_last_digit(name):
+def test_parameters_and_macs_match_to_the_last_digit(name):
   fields = {"image_size": 384, "window_size": 12} if name == "davit_large" else {}
   model, normed = vc.create_model(name, **fields), []
 
@@ -57,18 +57,18 @@ def test_parameters_and_macs_to_the_last_digit(name):
 
 
 @pytest.mark.parametrize("run", parity.runs("davit"), ids=lambda run: run.name)
-def test_logits_equal_those_of_timm(run):
-  assert parity.difference(run) < 1e-5 * np.abs(run.wanted).max()
+def test_logits_match_timm(run):
+  assert parity.difference(run) < 1e-5 * np.abs(run.expected).max()
 
 
-def test_a_wrong_epsilon_shows_in_the_probed_reference(monkeypatch):
+def test_probe_weights_reveal_a_wrong_epsilon(monkeypatch):
   monkeypatch.setattr(davit, "EPSILON", 1e-6)
   probed = next(run for run in parity.runs("davit") if run.name.endswith("probed"))
   assert parity.difference(probed, retrace=True) > 1e-2
 
 
 @pytest.mark.parametrize("names", ["timm", "authors"])
-def test_weights_travel_both_ways_bit_for_bit(names):
+def test_weights_round_trip_through_pytorch_bit_for_bit(names):
   run = parity.runs("davit")[0]
   variables = vc.from_torch(run.model, run.state)
   state = vc.to_torch(run.model, variables, names=names)
@@ -81,7 +81,7 @@ def test_weights_travel_both_ways_bit_for_bit(names):
     np.testing.assert_array_equal(array, run.state[name])
 
 
-def test_the_authors_names():
+def test_weights_are_named_as_in_the_authors_files():
   model = vc.create_model("davit_small")
   renamed = {entry.torch: model.authors_name(entry.torch) for entry in model.torch_entries()}
   assert len(set(renamed.values())) == len(renamed) == 404
@@ -92,19 +92,19 @@ def test_the_authors_names():
   assert (renamed["head.norm.weight"], renamed["head.fc.bias"]) == ("norms.weight", "head.bias")
 
 
-def test_windows_hold_neighbours_row_by_row_and_are_filled_with_zeros():
+def test_windows_hold_neighbours_row_by_row_padded_with_zeros():
   map_bhwc = np.arange(2 * 5 * 7 * 2, dtype=np.float32).reshape(2, 5, 7, 2)
   windows = davit.to_windows(map_bhwc, 3)
   assert windows.shape == (2 * 2 * 3, 9, 2)
   np.testing.assert_array_equal(windows[6], map_bhwc[1, :3, :3].reshape(9, 2))
   np.testing.assert_array_equal(windows[10].reshape(3, 3, 2)[:2], map_bhwc[1, 3:, 3:6])
-  corner = windows[11].reshape(3, 3, 2)      # of the lowest tokens on the right
+  corner = windows[11].reshape(3, 3, 2)      # of the bottom right tokens
   np.testing.assert_array_equal(corner[:2, :1], map_bhwc[1, 3:, 6:])
   assert corner.sum() == map_bhwc[1, 3:, 6:].sum()
   np.testing.assert_array_equal(davit.from_windows(windows, 3, 5, 7), map_bhwc)
 
 
-def test_blocks_attend_within_windows_and_between_channels_in_turn():
+def test_blocks_alternate_window_attention_and_channel_attention():
   model = vc.create_model("davit_tiny", image_size=96)
   assert model.depth == 12 and model.grids == [(24, 24), (12, 12), (6, 6), (3, 3)]
   for i, site in enumerate(model.sites()):
@@ -116,7 +116,7 @@ def test_blocks_attend_within_windows_and_between_channels_in_turn():
 
 
 @pytest.mark.parametrize("spec", [COMPACT.heads, FAR.heads, vc.HMHSA(site="logits")])
-def test_outputs_of_hallucinated_heads_are_those_of_their_maps_within_each_window(spec):
+def test_hallucinated_heads_apply_their_maps_within_each_window(spec):
   model = small(vc.Plan(heads=spec))
   block, params = model.submodules()["blocks_2"], tiny.init(model)["params"]["blocks_2"]
   if spec.layout == "grid":
@@ -127,22 +127,22 @@ def test_outputs_of_hallucinated_heads_are_those_of_their_maps_within_each_windo
   value, out = (jax.tree.map(np.asarray, params["attn"][name]) for name in ("value", "out"))
   values = np.einsum("bmw,whd->bmhd", seen.keys, value["kernel"]) + value["bias"]
   heads = np.einsum("bhnm,bmhd->bnhd", seen.maps, values)
-  wanted = np.einsum("bnhd,hdw->bnw", heads, out["kernel"]) + out["bias"]
-  np.testing.assert_allclose(seen.attended, wanted, atol=1e-5)
+  expected = np.einsum("bnhd,hdw->bnw", heads, out["kernel"]) + out["bias"]
+  np.testing.assert_allclose(seen.attended, expected, atol=1e-5)
 
 
-def test_a_method_of_attention_is_refused_since_windows_say_who_attends(monkeypatch):
+def test_attention_methods_are_rejected_because_windows_fix_who_attends(monkeypatch):
   monkeypatch.setitem(vc.METHODS["attention"], "window", Window)
   with pytest.raises(ValueError, match="needs every token to attend to all, which davit_tiny does"):
     small(vc.Plan(attention=Window(radius=1)))
 
 
-def test_a_plans_default_acts_where_it_can():
+def test_plan_defaults_act_only_where_they_can():
   model = small(dataclasses.replace(COMPACT, blocks={2: {"heads": None}}))
   blocks = shapes_of(model)["params"]
   assert [i for i in range(4) if "hallucinate" in blocks[f"blocks_{i}"]["attn"]] == [0]
   assert all("a0" in blocks[f"blocks_{i}"]["mlp"]["fc2"] for i in range(4))
-  # Blocks of links are absent from windows, which are below their crossover.
+  # Windows are below the crossover of block sparsity, so they have no predictors.
   sparse = small(vc.Plan(attention=vc.Sparsifiner(granularity="block")))
   assert trees.differences(shapes_of(sparse), shapes_of(small())) == []
 
@@ -165,7 +165,7 @@ def test_a_plans_default_acts_where_it_can():
     (lambda: shapes_of(small().clone(in_chans=1)) and small().init(
         jax.random.key(0), jnp.zeros((1, 20, 30, 1))), "(B, height, width, 3)"),
 ])
-def test_what_does_not_fit_is_refused_in_one_line(make, words):
+def test_incompatible_settings_raise_one_line_errors(make, words):
   with pytest.raises(ValueError) as error:
     make()
   assert words in str(error.value) and "\n" not in str(error.value)
@@ -185,7 +185,7 @@ def test_folding_keeps_the_function_with_every_leaf_and_statistic_random(plan):
 
 
 @pytest.mark.filterwarnings("ignore:.*(saves nothing|too few to hold)")
-def test_compacting_to_full_rank_with_every_head_real_changes_nothing():
+def test_compacting_with_full_rank_and_all_heads_real_changes_nothing():
   dense = small(**HALF)
   variables, images = tiny.init(dense), tiny.images(dense)
   plan = vc.Plan(heads=vc.HMHSA(real_heads=2), ffn=vc.CFFN(rank_ratio=1.0, factor="both"))
@@ -195,16 +195,16 @@ def test_compacting_to_full_rank_with_every_head_real_changes_nothing():
 
 
 @pytest.mark.filterwarnings("ignore:compact without calibration images", "ignore:.*are few")
-def test_what_is_fitted_to_images_window_by_window_comes_closer_than_what_is_not():
+def test_fitting_to_images_window_by_window_reduces_the_error():
   dense = small(**HALF)
   variables, images = tiny.init(dense), tiny.images(dense, batch=32)
-  wanted = tiny.apply(dense, variables, images)
-  errors = [np.abs(tiny.apply(*vc.compact(dense, variables, COMPACT, images=given), images)
-                   - wanted).max() for given in (None, images)]
+  expected = tiny.apply(dense, variables, images)
+  errors = [np.abs(tiny.apply(*vc.compact(dense, variables, COMPACT, images=x), images)
+                   - expected).max() for x in (None, images)]
   assert errors[1] < 0.5 * errors[0]
 
 
-def test_a_report_of_padded_windows_is_finite_and_proposes_a_plan(monkeypatch):
+def test_report_on_padded_windows_is_finite_and_proposes_a_plan(monkeypatch):
   tiny.few_options(monkeypatch)
   model = small(**HALF)
   report = vc.measure(model, tiny.init(model), tiny.images(model, batch=12))
@@ -225,27 +225,27 @@ def test_features_of_every_stage_and_maps_of_every_window():
       "blocks_0": (3 * 2 * 3, 2, 9, 9), "blocks_2": (3 * 1 * 2, 4, 9, 9)}
 
 
-def test_images_of_every_size_are_taken_as_by_a_model_of_their_size():
+def test_images_of_another_size_give_what_a_model_of_that_size_gives():
   model, other = small(), small(image_size=(9, 33))
   variables, x = tiny.init(model), tiny.images(other)
   assert trees.differences(variables, shapes_of(other)) == []
-  got, wanted = (tiny.apply(m, variables, x) for m in (model, other))
-  np.testing.assert_array_equal(got, wanted)
+  got, expected = (tiny.apply(m, variables, x) for m in (model, other))
+  np.testing.assert_array_equal(got, expected)
   assert vc.count(model, (9, 33)).macs == vc.count(other).macs
 
 
-def test_without_classes_the_result_is_the_normed_mean():
+def test_without_a_classifier_the_output_is_the_normalised_mean():
   model = small(num_classes=0)
   variables, x = tiny.init(model), tiny.images(model)
   out = tiny.features(model, variables, x)
   norm = variables["params"]["norm"]
-  wanted = layers.layer_norm(out.features["stage_2"].mean(axis=(1, 2)), norm["scale"],
-                             norm["bias"], 1e-5)
+  expected = layers.layer_norm(out.features["stage_2"].mean(axis=(1, 2)), norm["scale"],
+                               norm["bias"], 1e-5)
   assert out.logits.shape == (3, 16)
-  np.testing.assert_allclose(out.logits, wanted, atol=1e-6)
+  np.testing.assert_allclose(out.logits, expected, atol=1e-6)
 
 
-def test_initialisation_is_the_published_one():
+def test_initialisation_matches_the_published_one():
   model = small(widths=(24, 32), heads=(2, 2))
   variables = jax.jit(model.init)(jax.random.key(0), tiny.images(model))
   for name, leaf in trees.named_leaves(variables).items():
@@ -259,7 +259,7 @@ def test_initialisation_is_the_published_one():
       assert 0.015 < leaf.std() < 0.025 and abs(leaf.mean()) < 0.008, name
 
 
-def test_stochastic_depth_grows_linearly_block_by_block_on_both_branches():
+def test_stochastic_depth_grows_linearly_on_both_branches_of_each_block():
   model, rates = vc.create_model("davit_tiny", image_size=32, drop_path_rate=0.2), {}
 
   def watch(next_fun, args, kwargs, context):
@@ -293,18 +293,18 @@ def test_training_gives_every_leaf_a_gradient_and_remat_changes_only_memory():
   assert all(jax.tree.leaves(moved))
   for (name, grad), other in zip(trees.named_leaves(grads).items(), jax.tree.leaves(again),
                                  strict=True):
-    # Adding the same to every score of a row, as a key's bias does, changes no map of tokens.
+    # A key's bias adds the same to every score of a row, which changes no attention map of tokens.
     flat = "attn/key/bias" in name and name.startswith("blocks_0")
     assert np.isfinite(grad).all() and (flat or np.any(grad != 0)), name
     np.testing.assert_allclose(other, grad, atol=1e-3 * np.abs(grad).max() + 1e-4, err_msg=name)
 
 
-def test_bfloat16_computes_near_float32_and_answers_in_float32():
+def test_bfloat16_is_close_to_float32_with_float32_outputs():
   model, low = (small(COMPACT, dtype=dtype) for dtype in ("float32", "bfloat16"))
   variables, x = tiny.init(model), tiny.images(model)
-  wanted, got = (tiny.apply(m, variables, x) for m in (model, low))
+  expected, got = (tiny.apply(m, variables, x) for m in (model, low))
   assert got.dtype == jnp.float32
-  assert 0 < jnp.abs(got - wanted).max() / jnp.abs(wanted).max() < 0.05
+  assert 0 < jnp.abs(got - expected).max() / jnp.abs(expected).max() < 0.05
   assert trees.differences(tiny.init(low), variables) == []
   seen = jax.eval_shape(functools.partial(vc.features, low), variables, x).features
   assert {leaf.dtype for leaf in seen.values()} == {jnp.dtype("bfloat16")}
@@ -322,7 +322,7 @@ def test_every_leaf_has_one_rule_and_only_kernels_decay():
         assert len(rule.axes) in (0, len(leaf.shape)), name
 
 
-def test_a_file_brings_back_a_compact_model(tmp_path):
+def test_compact_model_is_restored_from_its_file(tmp_path):
   model = small(FAR)
   variables = tiny.init(model)
   vc.save(tmp_path / "a.safetensors", model, variables)
@@ -330,20 +330,20 @@ def test_a_file_brings_back_a_compact_model(tmp_path):
   assert again == model and trees.digest(loaded) == trees.digest(variables)
 
 
-def wanted_streams(seen):
+def target_streams(seen):
   return (seen.before_attention + seen.target_attention, seen.before_ffn + seen.target_ffn)
 
 
-def test_the_teacher_of_windows_is_that_of_the_images():
-  """From another stream: what is wanted leads to the dense one, chunk by chunk of images."""
+def test_branch_targets_over_windows_lead_to_the_dense_stream():
+  """From another residual stream, in chunks of images."""
   block = small(**HALF).submodules()["blocks_0"]
   rng = np.random.default_rng(5)
   dense_x, x = rng.standard_normal((2, 4, 5, 8, block.site.width)).astype(np.float32)
   variables = tiny.randomised(jax.eval_shape(block.init, jax.random.key(0), x))
   _, teacher = calibration.run_teacher(block, variables, dense_x)
   data = calibration.Calibration(block, variables["params"], {}, x, teacher, 2, {})
-  after_attention, after_ffn = map(np.concatenate, zip(*data.sums(wanted_streams), strict=True))
+  after_attention, after_ffn = map(np.concatenate, zip(*data.sums(target_streams), strict=True))
   seen = calibration.observe_jitted(block, variables, dense_x)
-  assert len(seen.attended) > len(x)   # windows
+  assert len(seen.attended) > len(x)   # counts windows
   np.testing.assert_allclose(after_attention, seen.before_attention + seen.attended, atol=1e-4)
   np.testing.assert_allclose(after_ffn, seen.before_ffn + seen.ffn, atol=1e-4)

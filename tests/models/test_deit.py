@@ -1,4 +1,4 @@
-"""DeiT: the published counts, the architecture against an independent one, errors."""
+"""DeiT: the published counts, the architecture against an independent implementation, errors."""
 import functools
 
 import flax.linen as nn
@@ -12,7 +12,7 @@ from tests import tiny
 from vitcompact import trees
 
 HEADS, FFN = {"heads": vc.HMHSA()}, {"ffn": vc.CFFN()}
-# (parameters, MACs / 1e9) dense, heads, ffn, both: specification of the reconstruction.
+# (parameters, MACs / 1e9) dense, heads, ffn, both: from the reconstruction's specification.
 ROWS = {
     "deit_tiny_patch16_224": [(5_717_416, 1.2537), (5_421_040, 1.1667), (5_053_864, 1.1230),
                               (4_757_488, 1.0360)],
@@ -33,7 +33,7 @@ ROWS = {
 
 @pytest.mark.parametrize("name", tiny.named(
     ROWS, "deit_small_patch16_224", "deit_tiny_distilled_patch16_224"))
-def test_parameters_exactly_and_macs_to_a_thousandth(name):
+def test_parameter_counts_are_exact_and_macs_match_to_a_thousandth(name):
   for (params, gmacs), axes in zip(ROWS[name], ({}, HEADS, FFN, {**HEADS, **FFN}), strict=False):
     count = vc.count(vc.create_model(name, plan=vc.Plan(**axes), deploy=True))
     assert count.params == params
@@ -42,7 +42,7 @@ def test_parameters_exactly_and_macs_to_a_thousandth(name):
 
 
 def plain_vit(params, images, heads, patch, distilled):
-  """A ViT written down a second time, from the paper, on the same names."""
+  """A second implementation of a ViT, written from the paper, with the same parameter names."""
   def linear(p, x):
     return x @ p["kernel"] + p["bias"][None, None]
 
@@ -79,15 +79,15 @@ def plain_vit(params, images, heads, patch, distilled):
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
-def test_logits_equal_those_of_a_vit_written_down_a_second_time(name):
+def test_logits_match_an_independent_implementation(name):
   model = tiny.deit(name=name)
   variables, x = tiny.init(model), tiny.images(model)
-  wanted = jax.jit(plain_vit, static_argnums=(2, 3, 4))(variables["params"], x, 4, 8,
-                                                        "distilled" in name)
-  np.testing.assert_allclose(tiny.apply(model, variables, x), wanted, atol=1e-4)
+  expected = jax.jit(plain_vit, static_argnums=(2, 3, 4))(variables["params"], x, 4, 8,
+                                                          "distilled" in name)
+  np.testing.assert_allclose(tiny.apply(model, variables, x), expected, atol=1e-4)
 
 
-def test_an_empty_plan_is_the_dense_model_bit_for_bit():
+def test_empty_plan_is_the_dense_model_bit_for_bit():
   dense, planned = tiny.deit(), tiny.deit(vc.Plan(blocks={0: {"heads": None}, 1: {"ffn": None}}))
   variables, x = tiny.init(dense), tiny.images(dense)
   np.testing.assert_array_equal(tiny.apply(dense, variables, x),
@@ -97,7 +97,7 @@ def test_an_empty_plan_is_the_dense_model_bit_for_bit():
                                 tiny.apply(all_real, variables, x))
 
 
-def test_initialisation_is_the_published_one():
+def test_initialisation_matches_the_published_one():
   model = vc.create_model("deit_tiny_patch16_224", depth=1, distilled=True)
   params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
   for name, leaf in trees.named_leaves(params).items():
@@ -112,7 +112,7 @@ def test_initialisation_is_the_published_one():
       assert 0.017 < leaf.std() < 0.023, name
 
 
-def test_fresh_positions_have_the_deviation_asked_for():
+def test_initial_positions_have_the_requested_deviation():
   model = tiny.deit(position_std=0.5)
   fresh = jax.jit(model.init)(jax.random.key(0), tiny.images(model))["params"]
   dense = jax.jit(tiny.deit().init)(jax.random.key(0), tiny.images(model))["params"]
@@ -127,14 +127,14 @@ def test_stochastic_depth_grows_linearly_and_keeps_the_mean():
   apply = jax.jit(jax.vmap(lambda key: tiny.apply(model, variables, x, train=True,
                                                   rngs={"dropout": key})[0]))
   draws = apply(jax.random.split(jax.random.key(0), 64))
-  # Two branches of the last block drop independently, block 0 never: four different outputs.
+  # The last block's two branches drop independently and block 0 never drops: four distinct outputs.
   assert len(np.unique(np.round(draws[:, 0], 4))) == 4
   np.testing.assert_array_equal(
       jax.jit(functools.partial(model.apply, train=True))(
           variables, x, rngs={"dropout": jax.random.key(3)}).shape, (1, 5))
 
 
-def test_dropped_branches_are_scaled_so_that_the_mean_is_kept():
+def test_surviving_branches_are_scaled_to_keep_the_mean():
   from vitcompact.layers import DropPath
   x = jnp.ones((20_000, 1))
   y = DropPath(0.3).apply({}, x, train=True, rngs={"dropout": jax.random.key(0)})
@@ -155,14 +155,14 @@ def test_training_a_distilled_model_returns_both_heads():
     ({"num_classes": 0}, (3, 24)), ({"num_classes": 0, "global_pool": "avg"}, (3, 24)),
     ({"num_classes": 0, "global_pool": ""}, (3, 17, 24)), ({"global_pool": "avg"}, (3, 5)),
     ({"image_size": (16, 40), "in_chans": 1}, (3, 5)), ({"dtype": "bfloat16"}, (3, 5))])
-def test_options_of_the_output_and_the_input(fields, shape):
+def test_input_and_output_options(fields, shape):
   model = tiny.deit(**fields)
   out = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), tiny.images(model)))
   assert out[0].shape == shape and out[0].dtype == jnp.float32
   assert {leaf.dtype for leaf in jax.tree.leaves(out[1])} == {jnp.dtype("float32")}
 
 
-def test_average_pooling_leaves_the_class_token_out_and_normalises_after():
+def test_average_pooling_excludes_the_class_token_and_normalises_afterwards():
   model = tiny.deit(num_classes=0, global_pool="avg")
   tokens = tiny.deit(num_classes=0, global_pool="")
   variables, x = tiny.init(model), tiny.images(model)
@@ -189,21 +189,21 @@ def test_remat_changes_memory_not_results():
       return jnp.sum(out ** 2), stats
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
 
-  for got, wanted in zip(jax.tree.leaves(grad(remat)), jax.tree.leaves(grad(model)), strict=True):
-    np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-4)
+  for got, expected in zip(jax.tree.leaves(grad(remat)), jax.tree.leaves(grad(model)), strict=True):
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_bfloat16_computes_near_float32():
+def test_bfloat16_is_close_to_float32():
   plan = vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())
   model = tiny.deit(plan)
   variables, x = tiny.init(model), tiny.images(model)
-  wanted = tiny.apply(model, variables, x)
+  expected = tiny.apply(model, variables, x)
   got = jax.jit(tiny.deit(plan, dtype="bfloat16").apply)(variables, x)
-  assert 0 < jnp.abs(got - wanted).max() / jnp.abs(wanted).max() < 0.05
+  assert 0 < jnp.abs(got - expected).max() / jnp.abs(expected).max() < 0.05
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
-def test_every_leaf_has_one_rule_and_matrices_and_the_distillation_token_decay(name):
+def test_every_leaf_has_one_rule_and_matrices_and_distillation_token_decay(name):
   for plan in (vc.Plan(), vc.Plan(heads=vc.HMHSA(layout="grid"), ffn=vc.CFFN(factor="both")),
                vc.Plan(heads=vc.HMHSA(site="logits"), ffn=vc.CFFN(rep="scale"))):
     model = tiny.deit(plan, name=name)
@@ -212,8 +212,8 @@ def test_every_leaf_has_one_rule_and_matrices_and_the_distillation_token_decay(n
     decayed = [n for n, leaf in trees.named_leaves(jax.tree.map(
         lambda leaf: leaf.decay, leaves, is_leaf=lambda x: isinstance(x, trees.Leaf))).items()
         if leaf]
-    wanted = [n for n in trees.named_leaves(params) if n.endswith("/kernel") or n == "dist_token"]
-    assert decayed == wanted
+    expected = [n for n in trees.named_leaves(params) if n.endswith("/kernel") or n == "dist_token"]
+    assert decayed == expected
 
 
 @pytest.mark.parametrize("make,words", [
@@ -233,13 +233,13 @@ def test_every_leaf_has_one_rule_and_matrices_and_the_distillation_token_decay(n
     (lambda: vc.create_model("deit_tiny_patch16_224", global_pool="max"), "'avg', 'map', ''"),
     (lambda: tiny.deit().init(jax.random.key(0), jnp.zeros((1, 16, 32, 3))), "(B, 32, 32, 3)"),
 ])
-def test_what_does_not_fit_is_refused_in_one_line(make, words):
+def test_incompatible_settings_raise_one_line_errors(make, words):
   with pytest.raises(ValueError) as error:
     make()
   assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_names_are_listed_by_pattern():
+def test_names_can_be_listed_by_pattern():
   assert vc.list_models("deit_*_384") == ["deit_base_distilled_patch16_384",
                                           "deit_base_patch16_384"]
   assert "vit_large_patch16_224" in vc.list_models()

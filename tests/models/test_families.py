@@ -1,4 +1,4 @@
-"""Every family trains on several devices, and lowers for each platform."""
+"""Every family trains on several devices and lowers for each platform."""
 import functools
 
 import jax
@@ -13,7 +13,7 @@ from vitcompact import trees
 from vitcompact.run import loop
 from vitcompact.train import sharding
 
-FAMILIES = {   # the parameters that are its own, and how they are split over a mesh
+FAMILIES = {   # a parameter specific to the family, and how it is split over a mesh
     "deit3_small_patch16_224": ("blocks_0/ls1/gamma", P(None)),
     "vit_small_patch16_224": ("pos_embed", P(None, None, "fsdp")),              # AugReg, DINO
     "vit_base_patch16_224": ("fc_norm/scale", P(None)),                         # MAE
@@ -32,17 +32,17 @@ FAMILIES = {   # the parameters that are its own, and how they are split over a 
     "transnext_tiny": ("blocks_0/cosine/tokens", P("tensor", None, None))}
 
 
-# Without blocks that are as those of the stage before.
+# Without blocks that repeat those of the previous stage.
 SHORTER = {"davit_tiny": {"depths": (1, 0)}, "shvit_s1": {"depths": (1, 1, 0)}}
 
 
 @functools.cache
-def built(name: str, devices: int) -> loop.Run:
-  """A run of one block under a plan; on 8 devices 2 each for data, parameters and heads."""
+def build_run(name: str, devices: int) -> loop.Run:
+  """Builds a run of one block with a plan; 8 devices are 2 each for data, parameters and heads."""
   config = tiny_run.tiny_config()
   if name in tiny.NETWORKS:
     config.model = {"name": name, **tiny.NETWORKS[name], **SHORTER.get(name, {})}
-    if name.startswith("biformer"):   # regions are of the grid
+    if name.startswith("biformer"):   # regions depend on the grid
       config.plan = config.plan.replace('"hmhsa"', '"hmhsa", "layout": "grid"')
     if name.startswith("transnext"):   # its heads have parameters of their own
       config.plan = ""
@@ -56,13 +56,13 @@ def built(name: str, devices: int) -> loop.Run:
   if devices > 1:
     config.mesh.fsdp = config.mesh.tensor = 2
   with pytest.MonkeyPatch.context() as patch:
-    own = jax.devices()[:devices]
-    patch.setattr(jax, "devices", lambda: own)
+    visible = jax.devices()[:devices]
+    patch.setattr(jax, "devices", lambda: visible)
     return loop.build(loop.resolve(config))
 
 
-def stepped(run: loop.Run):
-  """(state, gradients, metrics) after a step from random variables, as NumPy arrays."""
+def take_step(run: loop.Run):
+  """Returns (state, gradients, metrics) after a step from random variables, as NumPy arrays."""
   state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype),
                        run.shapes.replace(key=np.zeros(())))
   variables = tiny.randomised({"params": run.shapes.params, "batch_stats": run.shapes.batch_stats})
@@ -77,22 +77,22 @@ def stepped(run: loop.Run):
   return state, jax.device_get((gradients, state.batch_stats, metrics))
 
 
-# Their steps are made of the same parts as those of others.
+# Their training step consists of parts that other families cover.
 ALIKE = ("vit_small_patch16_224", "vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2",
          "vit_base_patch16_siglip_gap_224", "biformer_stl")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_its_own_parameters_are_split_over_a_mesh(name):
-  run = built(name, 8)
-  leaf, wanted = FAMILIES[name]
+def test_family_specific_parameters_are_split_over_a_mesh(name):
+  run = build_run(name, 8)
+  leaf, expected = FAMILIES[name]
   assert dict(run.mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-  assert trees.named_leaves(run.shardings.params)[leaf].spec == wanted
+  assert trees.named_leaves(run.shardings.params)[leaf].spec == expected
 
 
-# Stepped by default: LayerScale, registers and SwiGLU (the giant), a pooling attention (SigLIP),
-# rotated positions and a norm within the FFN (EVA-02), a norm before the blocks (CLIP), and each
-# network of stages. What these have besides is a mean over the tokens or one of those again.
+# These run a step by default: LayerScale, registers and SwiGLU (the giant), attention pooling
+# (SigLIP), rotary positions and a norm inside the FFN (EVA-02), a norm before the blocks (CLIP),
+# and each hierarchical network. The others add only a mean over tokens, or one of these parts.
 LIKE_OTHERS = ("deit3_small_patch16_224", "vit_base_patch16_224", "vit_small_plus_patch16_dinov3")
 
 
@@ -100,9 +100,9 @@ LIKE_OTHERS = ("deit3_small_patch16_224", "vit_base_patch16_224", "vit_small_plu
     pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_OTHERS))
     for name in FAMILIES if name not in ALIKE])
 def test_eight_devices_take_the_same_step_as_one_and_the_folded_model_lowers(name):
-  run = built(name, 8)
-  state, eight = stepped(run)
-  _, one = stepped(built(name, 1))
+  run = build_run(name, 8)
+  state, eight = take_step(run)
+  _, one = take_step(build_run(name, 1))
   scale = max(np.abs(value).max() for value in jax.tree.leaves(one[0]))
   for got, expected in zip(*map(jax.tree.leaves, (eight, one)), strict=True):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * scale)

@@ -1,4 +1,4 @@
-"""Batches that are empty, or not of the size that a model takes."""
+"""Empty batches, and images whose size the model does not accept."""
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,7 +9,7 @@ import vitcompact as vc
 @pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "lvvit_t", "nextvit_small",
                                   "pvt_tiny", "pvt_v2_b0", "davit_tiny", "shvit_s1",
                                   "transnext_micro"])
-def test_an_empty_batch_has_no_logits_and_channels_are_checked(name):
+def test_empty_batch_gives_empty_logits_and_channels_are_checked(name):
   model = vc.create_model(name, num_classes=7)
 
   def logits(*shape):
@@ -23,7 +23,7 @@ def test_an_empty_batch_has_no_logits_and_channels_are_checked(name):
     logits(2, 224, 224, 4)
 
 
-def test_an_empty_batch_of_windows_that_are_filled_up_has_no_logits():
+def test_empty_batch_works_with_padded_windows():
   model = vc.create_model("davit_tiny", image_size=40, num_classes=7)
   shapes = [jax.ShapeDtypeStruct((batch, 40, 40, 3), jnp.float32) for batch in (1, 0)]
   variables = jax.eval_shape(model.init, jax.random.key(0), shapes[0])

@@ -1,4 +1,4 @@
-"""InLine's DeiT and PVT: the authors' logits, the specification's counts."""
+"""InLine's DeiT and PVT: the authors' logits, and the specification's counts."""
 import numpy as np
 import pytest
 
@@ -14,25 +14,25 @@ ROWS = {"inline_deit_tiny": (6_477_736, 1.1092), "inline_deit_small": (16_734_76
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
-def test_logits_equal_those_of_the_authors(run):
+def test_logits_match_the_authors_code(run):
   assert parity.difference(run) < 1e-5
 
 
 @pytest.mark.parametrize("name", tiny.named(ROWS, "inline_deit_tiny", "inline_pvt_tiny"))
-def test_parameters_exactly_and_macs_to_a_thousandth(name):
+def test_parameter_counts_are_exact_and_macs_match_to_a_thousandth(name):
   got = vc.count(vc.create_model(name))
   assert got.params == ROWS[name][0]
   assert got.macs / 1e9 == pytest.approx(ROWS[name][1], rel=1e-3)
 
 
 @pytest.mark.parametrize("run", [RUNS[0], RUNS[4]], ids=["deit", "pvt"])
-def test_weights_go_to_pytorch_and_back_bit_for_bit(run):
+def test_weights_round_trip_through_pytorch_bit_for_bit(run):
   back = vc.to_torch(run.model, vc.from_torch(run.model, run.state))
   assert back.keys() == run.state.keys()
   assert all(np.array_equal(back[name], run.state[name]) for name in back)
 
 
-def test_its_attention_is_part_of_the_name_and_goes_with_other_methods():
+def test_model_name_implies_inline_attention_which_combines_with_other_methods():
   sizes = {"depth": 1, "width": 12, "heads": 2, "image_size": 32}
   model = vc.create_model("inline_deit_tiny", **sizes)
   assert model.plan == vc.Plan(attention=vc.InLine())

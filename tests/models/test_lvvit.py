@@ -30,7 +30,7 @@ AT_384 = {"lvvit_s": (26_297_744, 21.896), "lvvit_m": (56_025_104, 41.638)}
 
 
 def small(plan=None, **fields):
-  """One block suffices: what depends on depth is checked against the authors' logits."""
+  """One block is enough: what depends on depth is tested against the authors' logits."""
   return tiny.deit(plan, name="lvvit_s", **{"heads": 3, "depth": 1, "stem_width": 8, **fields})
 
 
@@ -40,29 +40,29 @@ def runs():
 
 
 @pytest.mark.parametrize("name", tiny.named(ROWS, "lvvit_s"))
-def test_parameters_exactly_and_macs_to_a_thousandth(name):
+def test_parameter_counts_are_exact_and_macs_match_to_a_thousandth(name):
   params = []
-  for (wanted, gmacs), axes in zip(ROWS[name], ({}, HEADS, FFN, {**HEADS, **FFN}), strict=True):
+  for (expected, gmacs), axes in zip(ROWS[name], ({}, HEADS, FFN, {**HEADS, **FFN}), strict=True):
     count = vc.count(vc.create_model(name, plan=vc.Plan(**axes), deploy=True))
-    assert count.params == wanted - STEM_NORMS
+    assert count.params == expected - STEM_NORMS
     assert abs(count.macs / 1e9 / gmacs - 1) < 1e-3
     params.append(count.params)
   assert (params[0], params[-1]) == DEPLOYED[name]
 
 
 @pytest.mark.parametrize("name", AT_384)
-def test_counts_at_384(name):
+def test_counts_at_384_pixels_match(name):
   count = vc.count(vc.create_model(name, image_size=384, deploy=True))
   assert count.params == AT_384[name][0] - STEM_NORMS
   assert abs(count.macs / 1e9 / AT_384[name][1] - 1) < 1e-3
 
 
 @pytest.mark.parametrize("index", range(4))
-def test_logits_are_the_authors(index):
+def test_logits_match_the_authors_code(index):
   assert parity.difference(runs()[index]) < 1e-4
 
 
-def test_wrong_epsilons_would_show(monkeypatch):
+def test_probe_weights_reveal_a_wrong_epsilon(monkeypatch):
   probed = runs()[1]
   with monkeypatch.context() as patch:
     patch.setattr(lvvit, "EPSILON", 1e-6)
@@ -71,7 +71,7 @@ def test_wrong_epsilons_would_show(monkeypatch):
   assert parity.difference(probed, retrace=True) > 1e-2
 
 
-def test_weights_go_in_and_out_bit_for_bit():
+def test_weights_round_trip_through_pytorch_bit_for_bit():
   run = runs()[0]
   back = vc.to_torch(run.model, vc.from_torch(run.model, run.state))
   batches = {name for name in run.state if name.endswith("num_batches_tracked")}
@@ -80,7 +80,7 @@ def test_weights_go_in_and_out_bit_for_bit():
     np.testing.assert_array_equal(tensor, run.state[name])
 
 
-def test_folding_keeps_the_function_and_leaves_the_deployed_tree():
+def test_folding_keeps_the_function_and_gives_the_deployed_tree():
   model = small(BOTH)
   variables, x = tiny.init(model), tiny.images(model)
   deploy, folded = vc.fold(model, variables)
@@ -92,7 +92,7 @@ def test_folding_keeps_the_function_and_leaves_the_deployed_tree():
   assert again == deploy and trees.digest(twice) == trees.digest(folded)
 
 
-def test_compact_to_all_heads_and_full_rank_is_the_dense_model():
+def test_compacting_with_all_heads_and_full_rank_is_the_dense_model():
   model = small()
   variables, x = tiny.init(model), tiny.images(model)
   plan = vc.Plan(heads=vc.HMHSA(real_heads=3), ffn=vc.CFFN(rank_ratio=1.0))
@@ -102,20 +102,20 @@ def test_compact_to_all_heads_and_full_rank_is_the_dense_model():
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def mixed(model, variables, x, key):
+def forward_mixed(model, variables, x, key):
   return tiny.apply(model, variables, x, train=True, mutable=["batch_stats"],
                     rngs={"dropout": jax.random.key(key)})[0]
 
 
 def test_patch_logits_return_to_their_images():
-  # Without blocks a patch's logits depend only on itself and its position.
+  # Without blocks, a patch's logits depend only on the patch and its position.
   model = small(depth=0)
   variables, x = tiny.init(model), tiny.images(model, batch=4)
-  plain = mixed(small(depth=0, mix_token=False), variables, x, 0)
+  plain = forward_mixed(small(depth=0, mix_token=False), variables, x, 0)
   assert plain.share == 1
   shares = []
   for key in range(4):
-    out = mixed(model, variables, x, key)
+    out = forward_mixed(model, variables, x, key)
     np.testing.assert_allclose(out.token_logits, plain.token_logits, atol=1e-5)
     shares.append(float(out.share))
   assert min(shares) < 1
@@ -125,12 +125,12 @@ def test_patch_logits_return_to_their_images():
 def test_blocks_see_the_mixed_patches():
   model = small(drop_path_rate=0.0)
   variables, x = tiny.init(model), tiny.images(model, batch=4)
-  plain = mixed(small(drop_path_rate=0.0, mix_token=False), variables, x, 0)
-  out = mixed(model, variables, x, 1)
+  plain = forward_mixed(small(drop_path_rate=0.0, mix_token=False), variables, x, 0)
+  out = forward_mixed(model, variables, x, 1)
   assert out.share < 1 and np.abs(out.logits - plain.logits).max() > 1e-3
 
 
-def test_the_share_is_what_the_box_leaves():
+def test_mixing_share_is_the_area_outside_the_box():
   grid = (6, 9)
   boxes = jax.jit(jax.vmap(lambda key: lvvit.draw_box(key, grid)))(
       jax.random.split(jax.random.key(0), 500))
@@ -141,13 +141,13 @@ def test_the_share_is_what_the_box_leaves():
     np.testing.assert_array_equal(lvvit.swap(swapped, box), x)
     rows, columns = box.any(axis=1), box.any(axis=0)
     np.testing.assert_array_equal(box, rows[:, None] & columns[None])
-  # Reaches every cell and all sizes, and clips: more stays than the mean share of 1/2.
+  # Boxes reach every cell and all sizes, and are clipped: more than the mean share of 1/2 remains.
   area = np.asarray(boxes).mean(axis=(1, 2))
   assert np.asarray(boxes).any(axis=0).all() and area.min() == 0 and area.max() > 0.5
   assert 0.6 < 1 - area.mean() < 0.9
 
 
-def test_training_moves_statistics_and_gradients_are_finite():
+def test_training_updates_statistics_and_gradients_are_finite():
   model = small(BOTH)
   variables, x = tiny.init(model), tiny.images(model, batch=4)
 
@@ -167,7 +167,7 @@ def test_training_moves_statistics_and_gradients_are_finite():
   assert all(np.abs(leaf - old[name]).max() > 0 for name, leaf in trees.named_leaves(stats).items())
 
 
-def test_initialisation_is_the_authors():
+def test_initialisation_matches_the_authors():
   model = vc.create_model("lvvit_t", depth=1, image_size=32)
   variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
   assert variables.keys() == {"params", "batch_stats"}
@@ -188,7 +188,7 @@ def test_initialisation_is_the_authors():
 
 @pytest.mark.parametrize("name,rate,lam", [("lvvit_t", 0.1, 1), ("lvvit_s", 0.1, 2),
                                            ("lvvit_m", 0.2, 2)])
-def test_stochastic_depth_and_the_scale_of_residuals(name, rate, lam):
+def test_stochastic_depth_and_residual_scale_match_the_authors(name, rate, lam):
   model = vc.create_model(name)
   blocks = [block for key, block in model.submodules().items() if key.startswith("blocks_")]
   np.testing.assert_allclose([b.drop_path for b in blocks], np.linspace(0, rate, model.depth))
@@ -207,7 +207,7 @@ def test_every_leaf_has_one_rule_and_only_matrices_decay():
 @pytest.mark.parametrize("fields,shape", [
     ({"num_classes": 0}, (3, 24)), ({"image_size": (16, 40), "in_chans": 1}, (3, 5)),
     ({"dtype": "bfloat16", "remat": True}, (3, 5)), ({"patch_size": 16}, (3, 5))])
-def test_options_of_the_output_and_the_input(fields, shape):
+def test_input_and_output_options(fields, shape):
   model = small(**fields)
   out, variables = jax.eval_shape(
       lambda: model.init_with_output(jax.random.key(0), tiny.images(model)))
@@ -215,7 +215,7 @@ def test_options_of_the_output_and_the_input(fields, shape):
   assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
 
 
-def test_features_are_returned_when_asked_for():
+def test_features_are_returned_on_request():
   model = small(depth=2)
   variables, x = tiny.init(model), tiny.images(model)
   _, seen = jax.eval_shape(lambda: tiny.apply(model, variables, x, mutable=["features"]))
@@ -227,7 +227,7 @@ def test_features_are_returned_when_asked_for():
     ({"image_size": 36}, "36 is not a multiple of patch_size=8; the nearest multiple: 32"),
     ({"patch_size": 7}, "patch_size=7: must be even"),
     ({"heads": 5}, "does not divide width=24")])
-def test_what_does_not_fit_is_refused_in_one_line(fields, words):
+def test_incompatible_settings_raise_one_line_errors(fields, words):
   with pytest.raises(ValueError) as error:
     small(**fields)
   assert words in str(error.value) and "\n" not in str(error.value)

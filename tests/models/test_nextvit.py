@@ -1,4 +1,4 @@
-"""Next-ViT: the published counts, timm's logits, every batch norm folded away, errors."""
+"""Next-ViT: the published counts, timm's logits, folding of every batch norm, errors."""
 import functools
 
 import flax.linen as nn
@@ -14,8 +14,8 @@ from vitcompact import layers, trees
 from vitcompact.count import macs_of
 from vitcompact.models import nextvit_blocks
 
-# Every kind of block once: the patch embedding absent and present, keys pooled and not. 48 pixels
-# make 12, 6, 3 and 2 cells on a side; a pool of 16 leaves a remainder of 36 tokens.
+# Each kind of block once: with and without patch embedding, keys pooled and not. 48 pixels make
+# 12, 6, 3 and 2 cells per side; pooling by 16 leaves a remainder of the 36 tokens.
 SIZES = {"image_size": 48, "num_classes": 5, "stem_widths": (8, 4, 8, 8), "widths": (8, 24, 24, 24),
          "depths": (1, 1, 1, 1), "periods": (0, 1, 0, 1), "head_dim": 8}
 HALF = {"depths": (1, 1, 0, 0)}
@@ -43,14 +43,14 @@ def shapes_of(model):
   return jax.eval_shape(model.init, jax.random.key(0), tiny.images(model))
 
 
-def folded_form(model, variables):
-  # Under jit, because tests compile once then rather than for each operation.
+def fold_jitted(model, variables):
+  # Under jit, so that tests compile once rather than once per operation.
   return model.clone(deploy=True), jax.jit(lambda tree: vc.fold(model, tree)[1])(variables)
 
 
 @functools.cache
-def drawn_for(model):
-  """Random variables, variances around one, and images; by numpy, which compiles nothing."""
+def random_inputs(model):
+  """Returns random variables, variances around one, and images; numpy, which compiles nothing."""
   rng = np.random.default_rng(0)
 
   def draw(path, leaf):
@@ -65,11 +65,11 @@ def norms_of(tree):
 
 
 @pytest.mark.parametrize("name", tiny.named(ROWS, "nextvit_small"))
-def test_parameters_exactly_and_macs_to_a_thousandth(name):
+def test_parameter_counts_are_exact_and_macs_match_to_a_thousandth(name):
   dense = vc.create_model(name)
   shapes = shapes_of(dense)
   assert trees.size(shapes["params"]) == ROWS[name][0][0]
-  # What batch norms add is the same under every plan: FFNs and heads have none of their own here.
+  # Batch norms add the same under every plan: here, FFNs and heads contain none.
   norms = ROWS[name][0][0] - DEPLOYED[name][0]
   counts = [vc.count(vc.create_model(name, plan=vc.Plan(**axes), deploy=True))
             for axes in ({}, {"heads": vc.HMHSA()}, {"ffn": vc.CFFN()},
@@ -84,11 +84,11 @@ def test_parameters_exactly_and_macs_to_a_thousandth(name):
 
 
 @pytest.mark.parametrize("run", parity.runs("nextvit"), ids=lambda run: run.name)
-def test_logits_equal_those_of_timm(run):
+def test_logits_match_timm(run):
   assert parity.difference(run) < 1e-4
 
 
-def test_a_wrong_epsilon_shows_in_the_probed_reference(monkeypatch):
+def test_probe_weights_reveal_a_wrong_epsilon(monkeypatch):
   wrong = functools.partial(layers.BatchNorm, epsilon=1e-6)
   monkeypatch.setattr(layers, "BatchNorm", wrong)
   monkeypatch.setattr(nextvit_blocks, "BatchNorm", wrong)
@@ -97,7 +97,7 @@ def test_a_wrong_epsilon_shows_in_the_probed_reference(monkeypatch):
 
 
 @pytest.mark.parametrize("names", ["timm", "authors"])
-def test_weights_travel_both_ways_bit_for_bit(names):
+def test_weights_round_trip_through_pytorch_bit_for_bit(names):
   run = parity.runs("nextvit")[0]
   variables = vc.from_torch(run.model, run.state)
   state = vc.to_torch(run.model, variables, names=names)
@@ -108,7 +108,7 @@ def test_weights_travel_both_ways_bit_for_bit(names):
     np.testing.assert_array_equal(array, run.state[name])
 
 
-def test_the_authors_number_blocks_over_all_stages():
+def test_authors_files_number_blocks_over_all_stages():
   model = vc.create_model("nextvit_small")
   renamed = {entry.torch: model.authors_name(entry.torch) for entry in model.torch_entries()}
   assert len(set(renamed.values())) == len(renamed) == 411      # 472 without the 61 counters
@@ -123,8 +123,8 @@ def test_the_authors_number_blocks_over_all_stages():
 ], ids=["compact", "grid-both"])
 def test_folding_keeps_the_function_and_leaves_no_norm(plan):
   model = small(plan)
-  variables, images = drawn_for(model)
-  deploy, folded = folded_form(model, variables)
+  variables, images = random_inputs(model)
+  deploy, folded = fold_jitted(model, variables)
   assert trees.differences(folded, shapes_of(deploy)) == []
   assert folded.keys() == {"params"} and norms_of(folded) == []
   proof = vc.verify(model, variables, deploy, folded, images, tolerance=3e-5)
@@ -133,10 +133,10 @@ def test_folding_keeps_the_function_and_leaves_no_norm(plan):
   assert again == deploy and trees.digest(twice) == trees.digest(folded)
 
 
-def test_without_classes_a_dense_model_folds_to_pooled_features_whose_norm_stays():
+def test_without_a_classifier_a_folded_model_keeps_the_norm_of_pooled_features():
   model = small(num_classes=0)
-  variables, images = drawn_for(model)
-  deploy, folded = folded_form(model, variables)
+  variables, images = random_inputs(model)
+  deploy, folded = fold_jitted(model, variables)
   assert trees.differences(folded, shapes_of(deploy)) == []
   assert {name.rsplit("/", 1)[0] for name in norms_of(folded)} == {"params/head/norm",
                                                                    "batch_stats/head/norm"}
@@ -145,38 +145,38 @@ def test_without_classes_a_dense_model_folds_to_pooled_features_whose_norm_stays
 
 
 @pytest.mark.filterwarnings("ignore:.*saves nothing")
-def test_compacting_to_full_rank_with_every_head_real_changes_nothing():
+def test_compacting_with_full_rank_and_all_heads_real_changes_nothing():
   dense = small(**HALF)
-  variables, images = drawn_for(dense)
-  # Neither matrix of an FFN has a rank above the block's width.
+  variables, images = random_inputs(dense)
+  # The rank of either FFN matrix is at most the block's width.
   plan = vc.Plan(heads=vc.HMHSA(real_heads=3), ffn=vc.CFFN(rank_ratio=1.0, factor="both"))
   full, full_variables = vc.compact(dense, variables, plan, images=images)
   assert trees.differences(full_variables, shapes_of(full)) == []
   assert vc.verify(dense, variables, full, full_variables, images, tolerance=1e-3).ok
 
 
-def test_compacting_cuts_queries_and_keeps_what_no_plan_touches():
+def test_compacting_cuts_queries_and_keeps_everything_the_plan_does_not_touch():
   dense = small(**HALF)
-  variables, _ = drawn_for(dense)
+  variables, _ = random_inputs(dense)
   compact, got = vc.compact(dense, variables, vc.Plan(heads=vc.HMHSA()))
   assert trees.differences(got, shapes_of(compact)) == []
-  kept, new = trees.named_leaves(variables), trees.named_leaves(got)
+  old, new = trees.named_leaves(variables), trees.named_leaves(got)
   cut = "params/blocks_1/attn/query/kernel"
-  np.testing.assert_array_equal(new[cut], kept[cut][:, :2])
-  alike = [name for name in new if name in kept and kept[name].shape == new[name].shape]
-  assert len(alike) == len(kept) - 4      # kernels and biases of queries and keys
-  for name in alike:
-    np.testing.assert_array_equal(new[name], kept[name], err_msg=name)
+  np.testing.assert_array_equal(new[cut], old[cut][:, :2])
+  same_shape = [name for name in new if name in old and old[name].shape == new[name].shape]
+  assert len(same_shape) == len(old) - 4      # kernels and biases of queries and keys
+  for name in same_shape:
+    np.testing.assert_array_equal(new[name], old[name], err_msg=name)
 
 
-def test_ffns_of_attention_blocks_only():
+def test_ffns_can_be_factorised_in_attention_blocks_only():
   model = small(vc.Plan(ffn=vc.CFFN(apply_to="attention_blocks")))
   factorised = {name.split("/")[0] for name in trees.named_leaves(shapes_of(model)["params"])
                 if "fc2/a0" in name}
   assert factorised == {"blocks_1", "blocks_3"}
 
 
-def test_initialisation_is_the_published_one():
+def test_initialisation_matches_the_published_one():
   model = small(depths=(0, 1, 0, 0))
   variables = jax.jit(model.init)(jax.random.key(0), tiny.images(model))
   for name, leaf in trees.named_leaves(variables).items():
@@ -188,7 +188,7 @@ def test_initialisation_is_the_published_one():
       assert 0.012 < leaf.std() < 0.028 and abs(leaf.mean()) < 0.008, name
 
 
-def test_stochastic_depth_grows_linearly_and_is_split_as_the_channels_are():
+def test_stochastic_depth_grows_linearly_and_is_split_like_the_channels():
   model = vc.create_model("nextvit_base", image_size=32)
   rates = {}
 
@@ -210,7 +210,7 @@ def test_stochastic_depth_grows_linearly_and_is_split_as_the_channels_are():
 
 @functools.partial(jax.jit, static_argnums=0)
 def gradients(model, variables, images):
-  """Of a loss in training, and the statistics after it."""
+  """Returns gradients of a training loss, and the statistics after the step."""
   def loss(params):
     out, state = tiny.apply(model, {**variables, "params": params}, images, train=True,
                             rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
@@ -219,9 +219,9 @@ def gradients(model, variables, images):
   return jax.grad(loss, has_aux=True)(variables["params"])
 
 
-def test_training_moves_every_statistic_and_every_parameter():
+def test_training_updates_every_statistic_and_every_parameter():
   model = small(COMPACT, **HALF)
-  variables, images = drawn_for(model)
+  variables, images = random_inputs(model)
   grads, stats = gradients(model, variables, images)
   for name, leaf in trees.named_leaves(grads).items():
     assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, name
@@ -232,25 +232,25 @@ def test_training_moves_every_statistic_and_every_parameter():
 
 def test_remat_changes_memory_not_results():
   model = small(depths=(0, 1, 0, 0))
-  variables, images = drawn_for(model)
+  variables, images = random_inputs(model)
   remat = model.clone(remat=True)
   assert "remat" in str(jax.make_jaxpr(lambda v: gradients(remat, v, images))(variables))
-  wanted = jax.tree.leaves(gradients(model, variables, images))
+  expected = jax.tree.leaves(gradients(model, variables, images))
   got = jax.tree.leaves(gradients(remat, variables, images))
-  # A bias of keys changes no softmax: its gradient is rounding of the others'.
-  rounding = 3e-6 * max(np.abs(leaf).max() for leaf in wanted)
-  for one, other in zip(got, wanted, strict=True):
+  # A key bias does not change a softmax: its gradient is the others' rounding error.
+  rounding = 3e-6 * max(np.abs(leaf).max() for leaf in expected)
+  for one, other in zip(got, expected, strict=True):
     np.testing.assert_allclose(one, other, rtol=1e-3, atol=max(1e-3 * np.abs(other).max(),
                                                                rounding))
 
 
-def test_bfloat16_computes_near_float32():
+def test_bfloat16_is_close_to_float32():
   model = small(COMPACT, **HALF)
-  variables, images = drawn_for(model)
-  wanted = tiny.apply(model, variables, images)
+  variables, images = random_inputs(model)
+  expected = tiny.apply(model, variables, images)
   got = jax.jit(model.clone(dtype="bfloat16").apply)(variables, images)
   assert got.dtype == jnp.float32
-  assert 0 < jnp.abs(got - wanted).max() / jnp.abs(wanted).max() < 0.05
+  assert 0 < jnp.abs(got - expected).max() / jnp.abs(expected).max() < 0.05
 
 
 def test_features_of_every_stage_and_maps_over_pooled_keys_on_request():
@@ -291,12 +291,12 @@ def test_every_leaf_has_one_rule_and_only_kernels_decay():
     (lambda: vc.create_model("nextvit_smal"), "did you mean nextvit_small"),
     (lambda: small().init(jax.random.key(0), jnp.zeros((1, 48, 32, 3))), "(B, 48, 48, 3)"),
 ])
-def test_what_does_not_fit_is_refused_in_one_line(make, words):
+def test_incompatible_settings_raise_one_line_errors(make, words):
   with pytest.raises(ValueError) as error:
     make()
   assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_smallest_image_that_fits_works():
+def test_smallest_valid_image_works():
   model = vc.create_model("nextvit_small", image_size=25)
   assert jax.eval_shape(model.apply, shapes_of(model), tiny.images(model)).shape == (3, 1000)

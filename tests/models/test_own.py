@@ -1,4 +1,4 @@
-"""A backbone of one's own, one file, is a model like any other: the example of docs/adding.md."""
+"""A user's own backbone, one file, behaves like any other model: the example of docs/adding.md."""
 import jax
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ PLANS = {
 
 
 @pytest.fixture(autouse=True)
-def listed(monkeypatch):
+def list_own_model(monkeypatch):
   for name, variant in VARIANTS.items():
     monkeypatch.setitem(models.VARIANTS, name, variant)
 
@@ -41,20 +41,20 @@ def test_methods_of_every_axis_fold_on_it_to_the_same_function(plan):
   deploy, folded = vc.fold(model, variables)
   np.testing.assert_allclose(jax.jit(deploy.apply)(folded, x), jax.jit(model.apply)(variables, x),
                              rtol=1e-4, atol=1e-4)
-  asked = jax.eval_shape(deploy.init, jax.random.key(0), x)
-  assert trees.differences(folded, asked) == []
+  shapes = jax.eval_shape(deploy.init, jax.random.key(0), x)
+  assert trees.differences(folded, shapes) == []
 
 
-def test_a_moved_object_changes_the_logits():
-  """Patches without positions would be a set."""
+def test_moving_an_object_changes_the_logits():
+  """Patches without positions would be an unordered set."""
   model = small()
   variables, x = tiny.init(model), np.zeros((1, 32, 32, 3), np.float32)
-  x[:, 10:14, 10:14] = 1      # seen by as many patches, and in the same way, in both places
+  x[:, 10:14, 10:14] = 1      # covered by equally many patches, in the same way, at both positions
   there, moved = jax.jit(model.apply)(variables, np.concatenate([x, np.roll(x, 8, axis=(1, 2))]))
   assert np.abs(there - moved).max() > 1e-4
 
 
-def test_every_leaf_has_a_rule_and_goes_to_pytorch_and_back(tmp_path):
+def test_every_leaf_has_a_rule_and_weights_round_trip_through_pytorch(tmp_path):
   dense = small()
   variables = tiny.init(dense)
   assert trees.first_match(dense.parameter_rules(), variables["params"], may_be_idle=True)
@@ -69,6 +69,6 @@ def test_every_leaf_has_a_rule_and_goes_to_pytorch_and_back(tmp_path):
   assert loaded == model and trees.digest(loaded_variables) == trees.digest(variables)
 
 
-def test_what_it_lacks_is_refused_with_the_reason():
+def test_features_it_lacks_are_rejected_with_the_reason():
   with pytest.raises(ValueError, match=r"EViT.*needs a class token, which overlap_vit_tiny does"):
     small(vc.Plan(tokens=vc.EViT(0.5, blocks=(0,))))

@@ -1,4 +1,4 @@
-"""Every named model has its parameters counted: a model without a pin fails."""
+"""Every named model has a pinned parameter count: a model without a pin fails."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,7 +155,7 @@ def test_every_named_model_is_pinned():
 
 
 def sizes(name, **fields) -> dict[str, int]:
-  """Parameters of each module at the top, and of each array there."""
+  """Returns the size of each top-level module, and of each top-level array."""
   model = vc.create_model(name, **fields)
   size = np.broadcast_to(model.image_size, 2).tolist()
   variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *size, 3)))
@@ -164,19 +164,21 @@ def sizes(name, **fields) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", PINS)
-def test_parameters(name):
-  """The blocks of a stage are equal but for the first, in all but Next-ViT: two tell of all."""
+def test_parameter_counts_match_the_pins(name):
+  """Except in Next-ViT, the blocks of a stage after the first are equal, so two determine all."""
   model = vc.create_model(name)
   if isinstance(model, NextViT):
     assert sum(sizes(name).values()) == PINS[name]
     return
   depths = (model.depth,) if isinstance(model, Isotropic) else model.depths
-  few = tuple(min(depth, 2) for depth in depths)
-  found = sizes(name, **({"depth": few[0]} if isinstance(model, Isotropic) else {"depths": few}))
-  blocks = [name for name in found if name.startswith("blocks_")]
-  each = len(blocks) // sum(few)   # of DaViT there are pairs
-  total = sum(found.values())
+  short = tuple(min(depth, 2) for depth in depths)
+  fields = {"depth": short[0]} if isinstance(model, Isotropic) else {"depths": short}
+  counts = sizes(name, **fields)
+  blocks = [name for name in counts if name.startswith("blocks_")]
+  per_depth = len(blocks) // sum(short)   # DaViT's depths count pairs of blocks
+  total = sum(counts.values())
   for stage, depth in enumerate(depths):
-    end = each * sum(few[:stage + 1])
-    total += (depth - few[stage]) * sum(found[f"blocks_{i}"] for i in range(end - each, end))
+    end = per_depth * sum(short[:stage + 1])
+    last = range(end - per_depth, end)
+    total += (depth - short[stage]) * sum(counts[f"blocks_{i}"] for i in last)
   assert total == PINS[name]

@@ -10,7 +10,7 @@ from tests.models import parity, pyramids
 from vitcompact import trees
 from vitcompact.models import pyramid
 
-# (parameters, MACs / 1e9) dense, heads, ffn, both: specification of the reconstruction.
+# (parameters, MACs / 1e9) dense, heads, ffn, both: from the reconstruction's specification.
 ROWS = {
     "pvt_tiny": [(13_229_288, 1.9329), (12_506_684, 1.8650), (11_992_296, 1.6535),
                  (11_269_692, 1.5856)],
@@ -25,23 +25,23 @@ RUNS = parity.runs("pvt")
 
 
 @pytest.mark.parametrize("name", tiny.named(ROWS, "pvt_small"))
-def test_parameters_exactly_and_macs_to_a_thousandth(name):
+def test_parameter_counts_are_exact_and_macs_match_to_a_thousandth(name):
   pyramids.check_counts(name, ROWS[name])
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
-def test_logits_equal_those_of_the_authors(run):
+def test_logits_match_the_authors_code(run):
   assert parity.difference(run) < 1e-4
 
 
 @pytest.mark.parametrize("epsilon,wrong", [("EPSILON", 1e-5), ("CONV_EPSILON", 1e-6)])
-def test_a_wrong_epsilon_shows_in_the_probed_logits(monkeypatch, epsilon, wrong):
+def test_probe_weights_reveal_a_wrong_epsilon(monkeypatch, epsilon, wrong):
   monkeypatch.setattr(pyramid, epsilon, wrong)
   probed = next(run for run in RUNS if run.name.endswith("probed"))
   assert parity.difference(probed, retrace=True) > 0.1
 
 
-def test_weights_go_to_pytorch_and_back_bit_for_bit():
+def test_weights_round_trip_through_pytorch_bit_for_bit():
   run = RUNS[0]
   for names in ("timm", "authors"):
     back = vc.to_torch(run.model, vc.from_torch(run.model, run.state), names=names)
@@ -49,19 +49,19 @@ def test_weights_go_to_pytorch_and_back_bit_for_bit():
     assert all(np.array_equal(back[name], run.state[name]) for name in back)
 
 
-def test_positions_are_resized_while_running_as_they_are_when_loaded():
-  """A model of one size takes images of another, and gives what a model made for these gives."""
+def test_positions_are_resized_at_run_time_as_they_are_at_loading():
+  """A model given images of another size gives what a model made for that size gives."""
   native, other = RUNS[0], next(run for run in RUNS if run.images.shape[1] != 64)
   assert native.images.shape != other.images.shape
   variables = vc.from_torch(native.model, native.state)
   got = jax.jit(native.model.apply)(variables, other.images)
-  np.testing.assert_allclose(got, other.wanted, atol=1e-4)
-  # Twice the size: stage 2 then has as many patches as the stored positions of stage 1.
+  np.testing.assert_allclose(got, other.expected, atol=1e-4)
+  # At twice the size, stage 2 has as many patches as stage 1 has stored positions.
   images = jnp.tile(native.images, (1, 2, 2, 1))
   assert jax.eval_shape(native.model.apply, variables, images).shape == (2, 7)
 
 
-def test_initialisation_is_the_published_one():
+def test_initialisation_matches_the_published_one():
   model = pyramids.pvt(**{**pyramids.SHORT, "widths": (64, 80), "num_classes": 64})
   params = jax.jit(model.init)(jax.random.key(0, impl="rbg"), tiny.images(model))["params"]
   leaves = trees.named_leaves(params)
@@ -78,7 +78,7 @@ def test_initialisation_is_the_published_one():
       assert 0.85 * 0.02 < leaf.std() < 1.15 * 0.02, name
 
 
-def test_without_classes_the_class_token_is_returned_normed():
+def test_without_a_classifier_the_normalised_class_token_is_returned():
   model = pyramids.pvt(**{**pyramids.SHORT, "num_classes": 0})
   variables, x = tiny.init(model), tiny.images(model)
   assert "head" not in variables["params"]
@@ -89,7 +89,7 @@ def test_without_classes_the_class_token_is_returned_normed():
   np.testing.assert_allclose(token.std(-1), 1, atol=1e-3)
 
 
-def test_rates_of_stochastic_depth_are_the_authors():
+def test_stochastic_depth_rates_match_the_authors():
   assert {name: vc.create_model(name).drop_path_rate for name in ROWS} == {
       "pvt_tiny": 0.1, "pvt_small": 0.1, "pvt_medium": 0.3, "pvt_large": 0.3}
 
@@ -103,7 +103,7 @@ def test_rates_of_stochastic_depth_are_the_authors():
      "images of shape (1, 64, 60, 3): 60 is not a multiple of 32"),
     (lambda: pyramids.pvt().init(jax.random.key(0), jnp.zeros((1, 64, 64, 1))), "in_chans="),
 ])
-def test_what_does_not_fit_is_refused_in_one_line(make, words):
+def test_incompatible_settings_raise_one_line_errors(make, words):
   with pytest.raises(ValueError) as error:
     make()
   assert words in str(error.value) and "\n" not in str(error.value)

@@ -13,7 +13,7 @@ from vitcompact import trees
 from vitcompact.block import make_ffn
 from vitcompact.models import pyramid
 
-# (parameters, MACs / 1e9) dense, heads, ffn, both: specification of the reconstruction.
+# (parameters, MACs / 1e9) dense, heads, ffn, both: from the reconstruction's specification.
 ROWS = {
     "pvt_v2_b0": [(3_666_760, 0.5661), (3_485_724, 0.5472), (3_357_512, 0.4964),
                   (3_176_476, 0.4776)],
@@ -33,37 +33,37 @@ RUNS = parity.runs("pvt_v2")
 
 
 @pytest.mark.parametrize("name", tiny.named(ROWS, "pvt_v2_b2", "pvt_v2_b2_li"))
-def test_parameters_exactly_and_macs_to_a_thousandth(name):
+def test_parameter_counts_are_exact_and_macs_match_to_a_thousandth(name):
   pyramids.check_counts(name, ROWS[name])
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
-def test_logits_equal_those_of_timm(run):
+def test_logits_match_timm(run):
   assert parity.difference(run) < 1e-4
 
 
 @pytest.mark.parametrize("epsilon,wrong", [("EPSILON", 1e-5), ("CONV_EPSILON", 1e-6)])
-def test_a_wrong_epsilon_shows_in_the_probed_logits(monkeypatch, epsilon, wrong):
+def test_probe_weights_reveal_a_wrong_epsilon(monkeypatch, epsilon, wrong):
   monkeypatch.setattr(pyramid, epsilon, wrong)
   probed = next(run for run in RUNS if run.name.endswith("probed"))
   assert parity.difference(probed, retrace=True) > 0.1
 
 
 @pytest.mark.parametrize("variant", ["pvt_v2_b2", "pvt_v2_b2_li"])
-def test_weights_go_to_pytorch_and_back_bit_for_bit(variant):
+def test_weights_round_trip_through_pytorch_bit_for_bit(variant):
   run = next(run for run in RUNS if run.model.variant == variant)
   variables = vc.from_torch(run.model, run.state)
   back = vc.to_torch(run.model, variables)
   assert back.keys() == run.state.keys()
   assert all(np.array_equal(back[name], run.state[name]) for name in back)
-  theirs = vc.to_torch(run.model, variables, names="authors")
-  assert trees.digest(vc.from_torch(run.model, theirs)) == trees.digest(variables)
+  authors_state = vc.to_torch(run.model, variables, names="authors")
+  assert trees.digest(vc.from_torch(run.model, authors_state)) == trees.digest(variables)
   assert {"patch_embed1.proj.weight", "patch_embed4.norm.bias", "block3.1.attn.sr.weight",
-          "block1.0.mlp.dwconv.dwconv.weight", "norm2.weight", "head.bias"} <= theirs.keys()
-  assert len(theirs) == len(back)
+          "block1.0.mlp.dwconv.dwconv.weight", "norm2.weight", "head.bias"} <= authors_state.keys()
+  assert len(authors_state) == len(back)
 
 
-def test_images_of_any_size_that_fits_run_without_another_model():
+def test_images_of_any_valid_size_run_without_another_model():
   model = pyramids.pvt("pvt_v2_b2")
   variables = tiny.init(model)
   for size in ((64, 64), (29, 70), (130, 31)):
@@ -72,7 +72,7 @@ def test_images_of_any_size_that_fits_run_without_another_model():
     assert trees.differences(jax.eval_shape(model.init, jax.random.key(0), images), variables) == []
 
 
-def test_a_fresh_factorised_ffn_starts_with_the_spread_of_the_dense_one():
+def test_new_factorised_ffn_has_the_output_spread_of_the_dense_one():
   sizes = {"widths": (64, 64, 64, 64), "heads": (1, 1, 1, 1), "mlp_ratios": (4, 4, 4, 4)}
   tokens = jax.random.normal(jax.random.key(0), (2, 256, 64))
   for name in ("pvt_v2_b2", "pvt_v2_b2_li"):
@@ -80,13 +80,13 @@ def test_a_fresh_factorised_ffn_starts_with_the_spread_of_the_dense_one():
     for label, plan in (("dense", vc.Plan()), ("compact", vc.Plan(ffn=vc.CFFN()))):
       model = pyramids.pvt(name, plan, **sizes)
       mlp = make_ffn(model.sites()[0], plan.ffn)
-      # In training: in inference, wrong starting statistics and a wrong scale would cancel.
+      # In training mode: at inference, wrong initial statistics and a wrong scale would cancel.
       init = jax.jit(functools.partial(mlp.init_with_output, train=True))
       spread[label] = float(init(jax.random.key(1), tokens)[0].std())
     assert 0.8 < spread["compact"] / spread["dense"] < 1.25, (name, spread)
 
 
-def test_initialisation_is_the_published_one():
+def test_initialisation_matches_the_published_one():
   model = pyramids.pvt("pvt_v2_b2", **{**pyramids.SHORT, "widths": (64, 80), "num_classes": 64})
   params = jax.jit(model.init)(jax.random.key(0, impl="rbg"), tiny.images(model))["params"]
   for name, leaf in trees.named_leaves(params).items():
@@ -95,14 +95,14 @@ def test_initialisation_is_the_published_one():
     elif name.endswith("bias"):
       assert (leaf == 0).all(), name
     else:
-      # Convolutions: 2 / (kernel area * output channels of a group); the depthwise groups have one.
+      # Convolutions: 2 / (kernel area * output channels per group); depthwise groups have one.
       area = leaf.shape[0] * leaf.shape[1]
       conv = (2 / (area * (1 if "mixer" in name else leaf.shape[-1]))) ** 0.5
-      wanted = conv if leaf.ndim == 4 else 0.02
-      assert 0.85 * wanted < leaf.std() < 1.15 * wanted, name
+      expected = conv if leaf.ndim == 4 else 0.02
+      assert 0.85 * expected < leaf.std() < 1.15 * expected, name
 
 
-def test_rates_of_stochastic_depth_are_the_authors():
+def test_stochastic_depth_rates_match_the_authors():
   assert {name: vc.create_model(name).drop_path_rate for name in ROWS} == {
       "pvt_v2_b0": 0.1, "pvt_v2_b1": 0.1, "pvt_v2_b2": 0.1, "pvt_v2_b2_li": 0.1,
       "pvt_v2_b3": 0.3, "pvt_v2_b4": 0.3, "pvt_v2_b5": 0.3}
@@ -116,7 +116,7 @@ def test_rates_of_stochastic_depth_are_the_authors():
     (lambda: pyramids.pvt("pvt_v2_b2").init(jax.random.key(0), jnp.zeros((64, 64, 3))),
      "takes (B, height, width, 3)"),
 ])
-def test_what_does_not_fit_is_refused_in_one_line(make, words):
+def test_incompatible_settings_raise_one_line_errors(make, words):
   with pytest.raises(ValueError) as error:
     make()
   assert words in str(error.value) and "\n" not in str(error.value)

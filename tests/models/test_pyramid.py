@@ -1,6 +1,6 @@
-"""What PVT v1 and v2 both promise: plans over reduced keys, folding, features, training.
+"""What PVT v1 and v2 have in common: plans over reduced keys, folding, features, training.
 
-Where one compilation more would show nothing new, two of the three kinds stand for all.
+Two of the three kinds are tested where compiling the third would show nothing new.
 """
 import functools
 
@@ -26,27 +26,27 @@ def test_fold_keeps_the_function_with_every_leaf_and_statistic_random(name, plan
   folded = jax.jit(lambda variables: vc.fold(model, variables)[1])(variables)
   proof = vc.verify(model, variables, deploy, folded, x)
   assert proof.max_rel <= 1e-5 and proof.first_difference is None
-  asked = jax.eval_shape(deploy.init, jax.random.key(0), x)
-  assert trees.differences(folded, asked) == []
+  shapes = jax.eval_shape(deploy.init, jax.random.key(0), x)
+  assert trees.differences(folded, shapes) == []
   again, twice = vc.fold(deploy, folded)
   assert again == deploy and trees.digest(twice) == trees.digest(folded)
 
 
 @pytest.mark.filterwarnings("ignore:blocks_:UserWarning")    # full rank saves nothing
-def test_compact_at_full_rank_is_the_dense_model():
+def test_compacting_at_full_rank_is_the_dense_model():
   model = pvt("pvt_v2_b2", **SHORT)
   variables, x = tiny.init(model), tiny.images(model)
   plan = vc.Plan(ffn=vc.CFFN(rank_ratio=1))
   small, small_variables = vc.compact(model, variables, plan, images=x)
-  asked = jax.eval_shape(small.init, jax.random.key(0), x)
-  assert trees.differences(small_variables, asked) == []
+  shapes = jax.eval_shape(small.init, jax.random.key(0), x)
+  assert trees.differences(small_variables, shapes) == []
   proof = vc.verify(model, variables, small, small_variables, x, tolerance=1e-4)
   assert proof.ok and proof.first_difference is None
 
 
 @pytest.mark.parametrize("name,key_grid", [*[(name, (2, 2)) for name in NAMES[:2]],
                                            (NAMES[2], (7, 7))])
-def test_heads_are_hallucinated_over_the_reduced_keys_where_there_is_more_than_one(name, key_grid):
+def test_heads_are_hallucinated_over_reduced_keys_in_blocks_with_several_heads(name, key_grid):
   model = pvt(name, COMPACT)
   sites = model.sites()
   assert [COMPACT.heads.scored_heads(site) for site in sites] == [1, 1, 3, 3, 2]
@@ -59,7 +59,7 @@ def test_heads_are_hallucinated_over_the_reduced_keys_where_there_is_more_than_o
   assert all("a0" in params[f"blocks_{i}"]["mlp"]["fc2"] for i in range(5))
 
 
-def test_blocks_of_a_plan_are_numbered_over_all_stages():
+def test_plan_blocks_are_numbered_over_all_stages():
   model = pvt("pvt_v2_b2", vc.Plan(blocks={3: {"ffn": vc.CFFN()}}))
   params = tiny.init(model)["params"]
   assert [i for i in range(5) if "a0" in params[f"blocks_{i}"]["mlp"]["fc2"]] == [3]
@@ -69,7 +69,7 @@ def test_blocks_of_a_plan_are_numbered_over_all_stages():
 
 
 @pytest.mark.parametrize("name", NAMES[::2])
-def test_stage_maps_are_handed_out_when_asked_for_and_cost_nothing_otherwise(name):
+def test_stage_maps_are_returned_on_request_and_cost_nothing_otherwise(name):
   model = pvt(name, image_size=(64, 96))
   variables, x = tiny.init(model), tiny.images(model)
   assert "features" not in variables
@@ -100,7 +100,7 @@ def test_stage_maps_are_handed_out_when_asked_for_and_cost_nothing_otherwise(nam
 
 @functools.partial(jax.jit, static_argnums=0)
 def gradient(model, variables, x):
-  """Gradients of a loss in training, and the batch statistics that the step leaves."""
+  """Returns gradients of a training loss, and the batch statistics after the step."""
   def loss(params):
     logits, new = tiny.apply(model, {**variables, "params": params}, x, train=True,
                              rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
@@ -109,14 +109,14 @@ def gradient(model, variables, x):
 
 
 @pytest.mark.parametrize("name", NAMES[::2])
-def test_training_moves_every_statistic_and_gives_every_leaf_a_gradient(name):
+def test_training_updates_every_statistic_and_gives_every_leaf_a_gradient(name):
   model = pvt(name, COMPACT, **SHORT)
   variables, x = tiny.init(model), tiny.images(model)
   grads, stats = gradient(model, variables, x)
   moved = jax.tree.map(lambda new, old: (new != old).any(), stats, variables["batch_stats"])
   assert all(jax.tree.leaves(moved))
   for leaf, grad in trees.named_leaves(grads).items():
-    # Adding the same to every score of a row, as a key's bias does, changes no attention map.
+    # A key's bias adds the same to every score of a row, which changes no attention map.
     assert np.isfinite(grad).all() and (np.any(grad != 0) or "key/bias" in leaf), leaf
 
 
@@ -126,17 +126,17 @@ def test_remat_changes_memory_not_results():
   variables, x = tiny.init(model), tiny.images(model)
   assert trees.differences(tiny.init(remat), variables) == []
   grads, again = (gradient(m, variables, x)[0] for m in (model, remat))
-  for got, wanted in zip(jax.tree.leaves(again), jax.tree.leaves(grads), strict=True):
-    np.testing.assert_allclose(got, wanted, atol=1e-3 * np.abs(wanted).max() + 1e-4)
+  for got, expected in zip(jax.tree.leaves(again), jax.tree.leaves(grads), strict=True):
+    np.testing.assert_allclose(got, expected, atol=1e-3 * np.abs(expected).max() + 1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES[::2])
-def test_bfloat16_computes_near_float32_and_answers_in_float32(name):
+def test_bfloat16_is_close_to_float32_with_float32_outputs(name):
   model, low = (pvt(name, COMPACT, **SHORT, dtype=dtype) for dtype in ("float32", "bfloat16"))
   variables, x = tiny.init(model), tiny.images(model)
-  wanted, got = (tiny.apply(m, variables, x) for m in (model, low))
+  expected, got = (tiny.apply(m, variables, x) for m in (model, low))
   assert got.dtype == jnp.float32
-  assert 0 < jnp.abs(got - wanted).max() / jnp.abs(wanted).max() < 0.05
+  assert 0 < jnp.abs(got - expected).max() / jnp.abs(expected).max() < 0.05
   assert trees.differences(tiny.init(low), variables) == []
 
 
@@ -148,7 +148,7 @@ def test_every_leaf_has_one_rule_and_only_matrices_and_positions_decay(name):
     rules = trees.first_match(model.parameter_rules(), params, may_be_idle=True)
     decay = jax.tree.map(lambda rule: rule.decay, rules, is_leaf=lambda x: type(x) is trees.Leaf)
     decayed = {leaf for leaf, yes in trees.named_leaves(decay).items() if yes}
-    # Positions, unlike DeiT's, decay in the authors' training; the class token does not.
+    # Unlike DeiT's, positions decay in the authors' training; the class token does not.
     assert decayed == {leaf for leaf in trees.named_leaves(params)
                        if leaf.endswith("/kernel") or leaf.startswith("pos_embed_")}
 
@@ -163,7 +163,7 @@ def test_drop_path_grows_linearly_over_all_stages(name):
     ({"heads": (1, 3, 5, 4)}, "3 does not divide 16"),
     ({"depths": (1, 1, 1)}, "each needs one entry for each stage"),
 ])
-def test_fields_that_do_not_go_together_are_refused_in_one_line(fields, words):
+def test_incompatible_fields_raise_one_line_errors(fields, words):
   for name in NAMES[:2]:
     with pytest.raises(ValueError) as error:
       pvt(name, **fields)

@@ -1,4 +1,4 @@
-"""SHViT: the published counts, timm's logits, what folds and what does not, its FFNs factorised."""
+"""SHViT: the published counts, timm's logits, what folds and what does not, factorised FFNs."""
 import functools
 
 import flax.linen as nn
@@ -15,7 +15,7 @@ from vitcompact import calibration, layers, trees
 from vitcompact.models import shvit_blocks
 from vitcompact.plan import BlockMethods
 
-# Parameters in training and deployed, MACs / 1e6 of the deployed form: specification.
+# Parameters in training and deployed, MACs / 1e6 of the deployed form: from the specification.
 ROWS = {"shvit_s1": (6_330_808, 6_308_660, 241.3), "shvit_s2": (11_483_072, 11_453_508, 365.4),
         "shvit_s3": (14_245_273, 14_210_010, 600.6), "shvit_s4": (16_588_484, 16_546_248, 986.2)}
 FFN = vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())
@@ -28,7 +28,7 @@ def shapes_of(model):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def folded(model, variables):
+def fold_jitted(model, variables):
   return vc.fold(model, variables)[1]
 
 
@@ -38,7 +38,7 @@ def logits(model, variables, images):
 
 
 @pytest.mark.parametrize("name", tiny.named(ROWS, "shvit_s1", "shvit_s4"))
-def test_parameters_exactly_and_macs_to_a_thousandth(name):
+def test_parameter_counts_are_exact_and_macs_match_to_a_thousandth(name):
   train, deployed, mmacs = ROWS[name]
   model = vc.create_model(name)
   assert trees.size(shapes_of(model)["params"]) == train
@@ -48,17 +48,17 @@ def test_parameters_exactly_and_macs_to_a_thousandth(name):
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
-def test_logits_equal_those_of_timm_folded_and_not(run):
+def test_logits_match_timm_folded_and_unfolded(run):
   assert parity.difference(run) < 1e-5
   variables = vc.from_torch(run.model, run.state)
-  got = logits(run.model.clone(deploy=True), folded(run.model, variables), run.images)
-  assert np.abs(got - run.wanted).max() < 1e-5
+  got = logits(run.model.clone(deploy=True), fold_jitted(run.model, variables), run.images)
+  assert np.abs(got - run.expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("module, name, wrong", [
     (layers, "BatchNorm", functools.partial(layers.BatchNorm, epsilon=1e-6)),
     (shvit_blocks, "GROUP_EPSILON", 1e-6)])
-def test_a_wrong_epsilon_shows_in_the_probed_reference(module, name, wrong, monkeypatch):
+def test_probe_weights_reveal_a_wrong_epsilon(module, name, wrong, monkeypatch):
   monkeypatch.setattr(module, name, wrong)
   probed = next(run for run in RUNS if run.name.endswith("probed"))
   assert parity.difference(probed, retrace=True) > 1e-3
@@ -66,20 +66,20 @@ def test_a_wrong_epsilon_shows_in_the_probed_reference(module, name, wrong, monk
 
 @pytest.mark.parametrize("deploy", [False, True])
 @pytest.mark.parametrize("names", ["timm", "authors"])
-def test_weights_travel_both_ways_bit_for_bit(names, deploy):
+def test_weights_round_trip_through_pytorch_bit_for_bit(names, deploy):
   model = RUNS[0].model.clone(deploy=deploy)
   variables = jax.tree.map(np.asarray, tiny.init(model))
   state = vc.to_torch(model, variables, names=names)
   assert trees.digest(vc.from_torch(model, state)) == trees.digest(variables)
   if not deploy:
-    theirs = {name: shape for name, shape in RUNS[0].state.items() if "num_batches" not in name}
+    stored = {name: shape for name, shape in RUNS[0].state.items() if "num_batches" not in name}
     if names == "authors":
-      theirs = {model.authors_name(name): value for name, value in theirs.items()}
+      stored = {model.authors_name(name): value for name, value in stored.items()}
     assert {name: value.shape for name, value in state.items()} == {
-        name: value.shape for name, value in theirs.items()}
+        name: value.shape for name, value in stored.items()}
 
 
-def test_the_authors_count_the_parts_of_a_downsampling_as_blocks():
+def test_authors_files_number_the_parts_of_a_downsampling_as_blocks():
   model = vc.create_model("shvit_s1")
   renamed = {entry.torch: model.authors_name(entry.torch) for entry in model.torch_entries()}
   assert len(set(renamed.values())) == len(renamed) == 397
@@ -94,7 +94,7 @@ def test_the_authors_count_the_parts_of_a_downsampling_as_blocks():
     assert renamed[f"{timm}.weight"] == f"{authors}.weight"
 
 
-def test_the_deployed_form_has_the_names_of_timms_fused_model():
+def test_deployed_form_has_the_names_of_timms_fused_model():
   names = {entry.torch for entry in vc.create_model("shvit_s1", deploy=True).torch_entries()}
   assert len(names) == 174
   assert names >= {f"{name}.{leaf}" for leaf in ("weight", "bias") for name in (
@@ -105,10 +105,10 @@ def test_the_deployed_form_has_the_names_of_timms_fused_model():
 
 
 @pytest.mark.parametrize("plan", [vc.Plan(), FFN, BOTH], ids=["dense", "ffn", "both"])
-def test_folding_keeps_the_function_and_leaves_no_norm_but_that_of_attention(plan):
+def test_folding_keeps_the_function_and_leaves_only_the_norm_of_attention(plan):
   model = tiny.shvit(plan)
   variables, images = tiny.init(model), tiny.images(model)
-  deploy, new = model.clone(deploy=True), folded(model, variables)
+  deploy, new = model.clone(deploy=True), fold_jitted(model, variables)
   assert trees.differences(new, shapes_of(deploy)) == []
   assert new.keys() == {"params"}
   assert {name.rsplit("/", 1)[0] for name in trees.named_leaves(new["params"])
@@ -119,7 +119,7 @@ def test_folding_keeps_the_function_and_leaves_no_norm_but_that_of_attention(pla
   assert again == deploy and trees.digest(twice) == trees.digest(new)
 
 
-def test_without_classes_the_pooled_features_come_without_the_norm_and_published_files_load():
+def test_without_a_classifier_features_are_unnormalised_and_published_files_load():
   run = RUNS[0]
   model = run.model.clone(num_classes=0)
   variables = vc.from_torch(model, run.state)
@@ -129,14 +129,14 @@ def test_without_classes_the_pooled_features_come_without_the_norm_and_published
   maps = features(vc.from_torch(run.model, run.state), images).features["stage_3"]
   np.testing.assert_allclose(logits(model, variables, images), maps.mean((1, 2)), rtol=1e-4,
                              atol=1e-5)
-  deploy, new = model.clone(deploy=True), folded(model, variables)
+  deploy, new = model.clone(deploy=True), fold_jitted(model, variables)
   assert vc.verify(model, variables, deploy, new, images).ok
   reset = vc.from_torch(run.model.clone(num_classes=3), run.state, reset_head=True)["params"]
   np.testing.assert_array_equal(reset["head"]["norm"]["scale"], run.state["head.bn.weight"])
   assert reset["head"]["fc"]["kernel"].shape == (36, 3)
 
 
-def test_a_new_block_is_the_identity_and_initialisation_is_torchs():
+def test_new_block_is_the_identity_and_initialisation_matches_torch():
   model = tiny.shvit(widths=(16, 32, 64))
   variables = jax.jit(model.init)(jax.random.key(0), tiny.images(model))
   modules = model.submodules()
@@ -163,14 +163,14 @@ def test_a_new_block_is_the_identity_and_initialisation_is_torchs():
 
 
 def attention(side=3, part=5, width=12):
-  """(module, variables, input) of attention over 5 of 12 channels."""
+  """Returns (module, variables, input) of attention over 5 of 12 channels."""
   site = tiny.shvit().sites()[1]
   module = shvit_blocks.SingleHeadAttention(site, 4)
   x = jax.random.normal(jax.random.key(0), (2, side, side, width))
   return module, tiny.randomised(jax.eval_shape(module.init, jax.random.key(0), x)), x
 
 
-def test_attention_is_what_its_equations_say():
+def test_attention_matches_its_equations():
   module, variables, x = attention()
   params, stats = variables["params"], variables["batch_stats"]
   part = x[..., :5]
@@ -189,11 +189,11 @@ def test_attention_is_what_its_equations_say():
   scores = np.einsum("bnd,bmd->bnm", query, key) / 2
   attended = np.einsum("bnm,bme->bne", jax.nn.softmax(scores, -1), value)
   joined = np.concatenate([attended, x[..., 5:].reshape(2, 9, 7)], axis=-1)
-  wanted = batch_normed("proj", np.maximum(joined, 0).reshape(18, 12)).reshape(x.shape)
-  np.testing.assert_allclose(tiny.apply(module, variables, x), wanted, rtol=1e-4, atol=1e-5)
+  expected = batch_normed("proj", np.maximum(joined, 0).reshape(18, 12)).reshape(x.shape)
+  np.testing.assert_allclose(tiny.apply(module, variables, x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_channels_that_do_not_attend_reach_the_projection_untouched():
+def test_channels_without_attention_reach_the_projection_unchanged():
   module, variables, x = attention()
   seen = {}
 
@@ -206,7 +206,7 @@ def test_channels_that_do_not_attend_reach_the_projection_untouched():
     module.apply(variables, x)
   np.testing.assert_array_equal(seen["norm"], x[..., :5])
   np.testing.assert_array_equal(seen["proj"][..., 5:], np.maximum(x[..., 5:], 0))
-  far = x.at[:, 0, 0, 5:].add(1.0)     # they mix no places
+  far = x.at[:, 0, 0, 5:].add(1.0)     # they do not mix positions
   out = tiny.apply(module, variables, x)
   changed = np.any(tiny.apply(module, variables, far) != out, axis=(0, 3))
   assert changed.sum() == 1 and changed[0, 0]
@@ -214,14 +214,14 @@ def test_channels_that_do_not_attend_reach_the_projection_untouched():
   assert np.any(tiny.apply(module, variables, far) != out, axis=(0, 3)).all()
 
 
-def test_squeezed_widths_are_rounded_as_timms():
+def test_squeezed_widths_are_rounded_as_in_timm():
   assert [shvit_blocks.squeezed_width(4 * width) for width in (128, 224, 308, 352, 20, 2)] == [
       128, 224, 312, 352, 24, 8]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def gradients(model, variables, images):
-  """Of a loss in training, and the statistics after it."""
+  """Returns gradients of a training loss, and the statistics after the step."""
   def loss(params):
     out, state = tiny.apply(model, {**variables, "params": params}, images, train=True,
                             rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
@@ -230,7 +230,7 @@ def gradients(model, variables, images):
   return jax.grad(loss, has_aux=True)(variables["params"])
 
 
-def test_training_moves_every_statistic_and_every_parameter():
+def test_training_updates_every_statistic_and_every_parameter():
   model = tiny.shvit(FFN, drop_path_rate=0.0)
   variables = tiny.init(model)
   grads, stats = gradients(model, variables, tiny.images(model, batch=4))
@@ -246,13 +246,13 @@ def test_remat_changes_memory_not_results():
   variables, images = tiny.init(model), tiny.images(model)
   remat = model.clone(remat=True)
   assert "remat" in str(jax.make_jaxpr(lambda v: gradients(remat, v, images))(variables))
-  wanted = trees.named_leaves(gradients(model, variables, images))
-  rounding = 1e-5 * max(np.abs(leaf).max() for leaf in wanted.values())
+  expected = trees.named_leaves(gradients(model, variables, images))
+  rounding = 1e-5 * max(np.abs(leaf).max() for leaf in expected.values())
   for name, leaf in trees.named_leaves(gradients(remat, variables, images)).items():
-    np.testing.assert_allclose(leaf, wanted[name], rtol=1e-3, atol=rounding, err_msg=name)
+    np.testing.assert_allclose(leaf, expected[name], rtol=1e-3, atol=rounding, err_msg=name)
 
 
-def test_stochastic_depth_drops_each_branch_of_a_block_for_an_image_and_is_off_by_default():
+def test_stochastic_depth_drops_branches_per_image_and_is_off_by_default():
   model = tiny.shvit(vc.Plan(), depths=(1, 1, 1), drop_path_rate=0.5)
   rates = {}
 
@@ -274,16 +274,16 @@ def test_stochastic_depth_drops_each_branch_of_a_block_for_an_image_and_is_off_b
   np.testing.assert_array_equal(out, x)
 
 
-def test_bfloat16_computes_near_float32():
+def test_bfloat16_is_close_to_float32():
   model = tiny.shvit(FFN)
   variables, images = tiny.init(model, spread=0.1), tiny.images(model)
-  wanted = logits(model, variables, images)
+  expected = logits(model, variables, images)
   got = logits(model.clone(dtype="bfloat16"), variables, images)
   assert got.dtype == jnp.float32
-  assert 0 < jnp.abs(got - wanted).max() / jnp.abs(wanted).max() < 0.05
+  assert 0 < jnp.abs(got - expected).max() / jnp.abs(expected).max() < 0.05
 
 
-def test_images_of_every_size_make_features_of_each_stage_and_maps_where_there_is_attention():
+def test_any_image_size_gives_stage_features_and_maps_where_there_is_attention():
   def shapes(size):
     model = tiny.shvit(FFN, image_size=size, in_chans=1)
     out = jax.eval_shape(functools.partial(vc.features, model, maps=True), shapes_of(model),
@@ -298,7 +298,7 @@ def test_images_of_every_size_make_features_of_each_stage_and_maps_where_there_i
                        {"blocks_1": (3, 1, 1, 1), "blocks_2": (3, 1, 1, 1)})
 
 
-def test_the_form_of_attention_is_the_executions():
+def test_execution_sets_the_form_of_attention():
   seen = []
   model = tiny.shvit(execution=vc.Execution(attention={1: "tiled"}))
 
@@ -330,21 +330,21 @@ def test_every_leaf_has_one_rule_and_only_kernels_decay():
         assert rule.decay == name.endswith("/kernel"), name
         assert len(rule.axes) in (0, len(leaf.shape)), name
   dense = tiny.shvit()
-  own = {name: leaf for name, leaf in trees.named_leaves(shapes_of(dense)["params"]).items()
-         if name.endswith("kernel") and ("/fc" not in name or "head" in name)}
-  trees.first_match(dense.rules, own)   # no rule of its own is idle
+  own_leaves = {name: leaf for name, leaf in trees.named_leaves(shapes_of(dense)["params"]).items()
+                if name.endswith("kernel") and ("/fc" not in name or "head" in name)}
+  trees.first_match(dense.rules, own_leaves)   # each of its own rules matches something
 
 
 @pytest.fixture(scope="module")
 def dense():
-  """A model of two blocks, for what computes op by op."""
+  """A model of two blocks, for tests that run op by op."""
   model = tiny.shvit(depths=(0, 1, 1))
   return model, tiny.init(model), np.asarray(tiny.images(model, batch=16))
 
 
 @pytest.mark.filterwarnings("ignore:.*saves nothing", "ignore:.*calibration images")
 @pytest.mark.parametrize("given", [False, True], ids=["weights", "images"])
-def test_compacting_to_full_rank_takes_the_norms_in_and_changes_nothing(given, dense):
+def test_compacting_to_full_rank_absorbs_the_norms_and_changes_nothing(given, dense):
   model, variables, images = dense
   plan = vc.Plan(ffn=vc.CFFN(rank_ratio=1.0, factor="both", rep="scale"),
                  blocks={1: {"ffn": vc.CFFN(rank_ratio=1.0)}})
@@ -354,28 +354,28 @@ def test_compacting_to_full_rank_takes_the_norms_in_and_changes_nothing(given, d
   assert "mlp" not in new["batch_stats"]["blocks_0"]
   assert new["batch_stats"]["blocks_1"]["mlp"].keys() == {
       "fc1", "fc2"} == new["params"]["blocks_1"]["mlp"].keys()
-  kept, got = trees.named_leaves(variables), trees.named_leaves(new)
-  for name in kept:
+  old, got = trees.named_leaves(variables), trees.named_leaves(new)
+  for name in old:
     if "/mlp/" not in name or "blocks_1/mlp/fc1" in name:
-      np.testing.assert_array_equal(got[name], kept[name], err_msg=name)
-  deploy, folds = small.clone(deploy=True), folded(small, new)
+      np.testing.assert_array_equal(got[name], old[name], err_msg=name)
+  deploy, folds = small.clone(deploy=True), fold_jitted(small, new)
   assert vc.verify(small, new, deploy, folds, images, tolerance=3e-5).ok
 
 
-def test_factors_are_fitted_to_what_the_normed_layers_give():
-  """The error of the FFN's outputs is the one that the fit tells."""
+def test_factors_are_fitted_to_the_output_of_the_normed_layers():
+  """The error of the FFN's outputs equals the one that the fit reports."""
   block = tiny.shvit().submodules()["blocks_1"]
   x = np.random.default_rng(0).standard_normal((32, 3, 3, 12), np.float32)
   stats, params = tiny.randomised(jax.eval_shape(block.init, jax.random.key(0), x)).values()
   variables = {"params": params, "batch_stats": stats}
-  wanted = calibration.observe_jitted(block, variables, x)
+  expected = calibration.observe_jitted(block, variables, x)
   _, teacher = calibration.run_teacher(block, variables, x)
   data = calibration.Calibration(block, params, stats, x, teacher, 8, {})
   methods = BlockMethods(ffn=vc.CFFN(factor="both"))
   new, new_stats = blocks.from_dense(block.site, methods, params, stats, lambda *_: data)
   got = calibration.observe_jitted(block.clone(methods=methods),
                             {"params": new, "batch_stats": new_stats}, x)
-  for told, one, other in (("ffn fc1", got.fc1, wanted.fc1), ("ffn fc2", got.ffn, wanted.ffn)):
+  for told, one, other in (("ffn fc1", got.fc1, expected.fc1), ("ffn fc2", got.ffn, expected.ffn)):
     one, other = (np.asarray(y[:24]).reshape(-1, y.shape[-1]) for y in (one, other))
     error = np.sum((one - other) ** 2) / np.sum((other - other.mean(0)) ** 2)
     assert error == pytest.approx(data.notes[told]["fitted"], rel=0.02), told
@@ -383,14 +383,14 @@ def test_factors_are_fitted_to_what_the_normed_layers_give():
 
 
 @pytest.mark.filterwarnings("ignore:.*few classes", "ignore:.*calibration images")
-def test_a_report_proposes_ffns_alone_and_estimates_what_the_normed_layers_give(dense):
+def test_report_proposes_only_ffns_and_estimates_the_output_of_normed_layers(dense):
   model, variables, images = dense
   report = vc.measure(model, variables, images, sensitivity="none")
   assert {option.axis for block in report.blocks for option in block["options"]} == {"ffn"}
   assert [set(block["tables"]) >= {"attention_mass", "token_similarity"}
           for block in report.blocks] == [True, True]
-  own = {kind: variables[kind]["blocks_0"] for kind in variables}
-  seen = calibration.observe_jitted(model.submodules()["blocks_0"], own,
+  block_variables = {kind: variables[kind]["blocks_0"] for kind in variables}
+  seen = calibration.observe_jitted(model.submodules()["blocks_0"], block_variables,
                              np.repeat(images[:2, :3, :3, :1], 12, axis=-1))
   assert seen.before_ffn.shape == seen.ffn.shape == seen.before_attention.shape == (2, 9, 12)
   np.testing.assert_allclose(seen.hidden, np.maximum(seen.fc1, 0), rtol=1e-4, atol=1e-6)
@@ -398,7 +398,7 @@ def test_a_report_proposes_ffns_alone_and_estimates_what_the_normed_layers_give(
                              atol=1e-5)
 
 
-def test_files_keep_every_form(tmp_path):
+def test_every_form_is_restored_from_its_file(tmp_path):
   for model in (tiny.shvit(FFN), tiny.shvit(BOTH, deploy=True)):
     variables = tiny.init(model)
     path = tmp_path / f"{model.deploy}.safetensors"
@@ -429,13 +429,13 @@ HEADS = {"heads": vc.HMHSA()}
     (lambda: tiny.shvit(vc.Plan(blocks={3: {"ffn": None}})), "blocks 0 to 2"),
     (lambda: tiny.shvit().init(jax.random.key(0), jnp.zeros((1, 96, 64, 3))), "(B, 96, 96, 3)"),
 ])
-def test_what_does_not_fit_is_refused_in_one_line(make, words):
+def test_incompatible_settings_raise_one_line_errors(make, words):
   with pytest.raises(ValueError) as error:
     make()
   assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_hallucinated_heads_as_a_plans_default_are_absent():
+def test_default_plan_with_hallucinated_heads_has_none_in_a_single_head_model():
   model = tiny.shvit(vc.Plan(heads=vc.HMHSA(), blocks={1: {"heads": None}}))
   assert shapes_of(model)["params"].keys() == shapes_of(tiny.shvit())["params"].keys()
   assert trees.differences(shapes_of(model), shapes_of(tiny.shvit())) == []

@@ -1,4 +1,4 @@
-"""TransNeXt: the published counts, the authors' logits, aggregated attention in both its forms."""
+"""TransNeXt: the published counts, the authors' logits, both forms of aggregated attention."""
 import functools
 import math
 import re
@@ -18,7 +18,7 @@ from vitcompact.models import pyramid, transnext_attention, transnext_blocks
 from vitcompact.models.transnext_attention import Aggregation, Local
 from vitcompact.tune import calls_with_forms
 
-# (published GMACs, drop path): the authors' tables and configs.
+# (published GMACs, drop path): from the authors' tables and configs.
 ROWS = {"transnext_micro": (2.7, 0.15), "transnext_tiny": (5.7, 0.25),
         "transnext_small": (10.3, 0.45), "transnext_base": (18.4, 0.6)}
 GMACS_384 = {"transnext_small": 32.1, "transnext_base": 56.3}
@@ -26,12 +26,12 @@ RUNS = parity.runs("transnext")
 
 
 @functools.cache
-def drawn_for(model):
+def random_inputs(model):
   return tiny.init(model), tiny.images(model)
 
 
 def operations(module, x) -> tuple[int, int]:
-  """(multiply-adds, elements that layer norms see) of one image."""
+  """Returns (multiply-adds, elements that layer norms see) for one image."""
   normed = []
 
   def watch(next_fun, args, kwargs, context):
@@ -45,7 +45,7 @@ def operations(module, x) -> tuple[int, int]:
 
 
 def total_operations(name, image_size=224):
-  """Those of a named model, whose blocks of a stage are equal."""
+  """Returns those of a named model, whose blocks within a stage are equal."""
   depths = vc.create_model(name).depths
   short = vc.create_model(name, depths=(1, 1, 1, 1), image_size=image_size)
   total = np.array(operations(short, tiny.images(short, 1)))
@@ -57,9 +57,9 @@ def total_operations(name, image_size=224):
 
 
 @pytest.mark.parametrize("name", tiny.named(ROWS, "transnext_micro"))
-def test_macs_are_the_published_ones_and_rates_the_authors(name):
-  """Five operations for each element of a layer norm come on top, as common counters have it. The
-  figures have one decimal: of Micro's, that is 2 %."""
+def test_macs_match_the_published_ones_and_rates_the_authors(name):
+  """Adds five operations per layer norm element, as common counters do. The published figures have
+  one decimal, which for Micro is 2 %."""
   macs, normed = total_operations(name)
   published = ROWS[name][0]
   assert abs((macs + 5 * normed) / 1e9 / published - 1) < max(0.01, 0.05 / published)
@@ -75,19 +75,19 @@ def test_macs_of_equal_blocks_add_up():
 
 @pytest.mark.parametrize("form", [None, "einsum"])
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
-def test_logits_equal_those_of_the_authors(run, form):
+def test_logits_match_the_authors_code(run, form):
   with attention.using(form):
-    assert parity.difference(run) < 1e-5 * np.abs(run.wanted).max()
+    assert parity.difference(run) < 1e-5 * np.abs(run.expected).max()
 
 
 @pytest.mark.parametrize("epsilon,wrong", [("EPSILON", 1e-5), ("CONV_EPSILON", 1e-6)])
-def test_a_wrong_epsilon_shows_in_the_probed_logits(monkeypatch, epsilon, wrong):
+def test_probe_weights_reveal_a_wrong_epsilon(monkeypatch, epsilon, wrong):
   monkeypatch.setattr(pyramid, epsilon, wrong)
   probed = next(run for run in RUNS if run.name.endswith("probed"))
   assert parity.difference(probed, retrace=True) > 0.01
 
 
-def test_weights_travel_both_ways_bit_for_bit_under_the_authors_names():
+def test_weights_round_trip_through_pytorch_bit_for_bit_under_the_authors_names():
   run = RUNS[0]
   variables = vc.from_torch(run.model, run.state)
   back = vc.to_torch(run.model, variables)
@@ -96,7 +96,7 @@ def test_weights_travel_both_ways_bit_for_bit_under_the_authors_names():
   assert vc.to_torch(run.model, variables, names="authors").keys() == back.keys()
   assert {"block1.0.attn.kv.weight", "block1.0.attn.learnable_tokens", "block4.0.attn.qkv.bias",
           "block3.1.attn.cpb_fc2.weight", "block2.0.mlp.dwconv.dwconv.bias"} <= back.keys()
-  # No positions are stored: the weights are of every image size.
+  # No positions are stored: the same weights serve every image size.
   large = run.model.clone(image_size=128)
   assert trees.digest(vc.from_torch(large, run.state)) == trees.digest(variables)
 
@@ -108,7 +108,7 @@ COUNT, POOLED = math.prod(GRID), math.prod(KEYS)
 
 
 def call_of(local=True, grid=GRID, batch=2, seed=0, value_width=WIDTH):
-  """(Aggregation, query, key, value), random."""
+  """Returns a random (Aggregation, query, key, value)."""
   rng = np.random.default_rng(seed)
 
   def draw(*shape):
@@ -123,7 +123,7 @@ def call_of(local=True, grid=GRID, batch=2, seed=0, value_width=WIDTH):
 
 
 def by_definition(call, query, key, value):
-  """(outputs, maps): query by query in float64, over lists of the keys that it sees."""
+  """Returns (outputs, maps): query by query in float64, over lists of the keys that each sees."""
   query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
   count = math.prod(call.grid) if call.local is not None else 0
   out = np.zeros((*query.shape[:3], value.shape[-1]))
@@ -132,7 +132,7 @@ def by_definition(call, query, key, value):
   temperature = np.log1p(np.exp(np.asarray(call.temperature, np.float64)))[:, 0, 0]
   for b, i, h in np.ndindex(query.shape[:3]):
     row, column = divmod(i, call.grid[1])
-    seen = []      # (place in the map, key, bias)
+    seen = []      # (index in the map, key, bias)
     for j, (down, right) in enumerate((r, c) for r in (-1, 0, 1) for c in (-1, 0, 1)):
       y, x = row + down, column + right
       if count and 0 <= y < call.grid[0] and 0 <= x < call.grid[1]:
@@ -153,21 +153,21 @@ def by_definition(call, query, key, value):
 
 
 @pytest.mark.parametrize("local,value_width", [(True, WIDTH), (False, WIDTH), (True, 3)])
-def test_both_forms_are_the_definition(local, value_width):
+def test_both_forms_match_the_definition(local, value_width):
   call, *arrays = call_of(local, value_width=value_width)
-  wanted, maps = by_definition(call, *arrays)
+  expected, maps = by_definition(call, *arrays)
   for form in (transnext_attention.reference, transnext_attention.shifted):
-    np.testing.assert_allclose(jax.jit(functools.partial(form, call))(*arrays), wanted, atol=2e-5)
+    np.testing.assert_allclose(jax.jit(functools.partial(form, call))(*arrays), expected, atol=2e-5)
   np.testing.assert_allclose(call.maps(attention.DENSE, *arrays[:2]), maps, atol=1e-5)
   np.testing.assert_allclose(call.maps(attention.DENSE, *arrays[:2]).sum(-1), 1, atol=1e-6)
-  # As a core, image by image on a CPU, and as accelerators sum.
+  # As a core, image by image as on a CPU, and with sums as on accelerators.
   core = attention.DENSE._replace(operator=call)
   for device in ("cpu", "gpu"):
     with attention.on(attention.Device(device)):
-      np.testing.assert_allclose(core(*arrays), wanted, atol=2e-5)
+      np.testing.assert_allclose(core(*arrays), expected, atol=2e-5)
 
 
-def test_forms_have_the_same_gradients_and_scores_of_any_size_are_safe():
+def test_forms_have_equal_gradients_and_scores_of_any_size_do_not_overflow():
   call, *arrays = call_of()
   call = call._replace(temperature=call.temperature + 1)
   both = []
@@ -187,7 +187,7 @@ def test_forms_have_the_same_gradients_and_scores_of_any_size_are_safe():
   assert np.isfinite(transnext_attention.shifted(call, 0 * arrays[0], *arrays[1:])).all()
 
 
-def test_a_form_that_is_asked_for_is_traced():
+def test_requested_form_is_traced():
   call, *arrays = call_of()
   core = attention.DENSE._replace(operator=call)
 
@@ -201,7 +201,7 @@ def test_a_form_that_is_asked_for_is_traced():
   assert "scan" not in operations(None, "gpu")
 
 
-def test_distances_are_log_spaced_and_biases_lie_where_queries_and_keys_are():
+def test_distances_are_log_spaced_and_biases_match_query_and_key_positions():
   grid, keys, reference = (4, 6), (2, 3), (5, 9)
   places = transnext_attention.distances(grid, keys, reference)
   assert places.shape == (6, 10, 2) and places.dtype == np.float32
@@ -210,27 +210,27 @@ def test_distances_are_log_spaced_and_biases_lie_where_queries_and_keys_are():
   assert out.shape == (3, 24, 6) and (out[2] == 1).all()
   for i, p in np.ndindex(24, 6):
     for axis, (q, k) in enumerate(zip(divmod(i, 6), divmod(p, 3), strict=True)):
-      x = 8 * (q - (2 * k + 0.5)) / (reference[axis] - 1)      # keys average two cells
-      wanted = np.sign(x) * np.log2(abs(x) + 1) / 3
-      np.testing.assert_allclose(out[axis, i, p], wanted, atol=1e-6)
+      x = 8 * (q - (2 * k + 0.5)) / (reference[axis] - 1)      # a key averages two cells
+      expected = np.sign(x) * np.log2(abs(x) + 1) / 3
+      np.testing.assert_allclose(out[axis, i, p], expected, atol=1e-6)
 
 
-def test_pooled_keys_are_means_of_cells_before_the_norm():
+def test_pooled_keys_are_cell_means_taken_before_the_norm():
   module = transnext_blocks.Pool((4, 6), (2, 3))
   x = jax.random.normal(jax.random.key(0), (2, 24, 8))
   variables = tiny.randomised(jax.eval_shape(module.init, jax.random.key(0), x))
   proj = variables["params"]["proj"]
   hidden = layers.gelu(x @ proj["kernel"] + proj["bias"][None, None]).reshape(2, 2, 2, 3, 2, 8)
   norm = variables["params"]["norm"]
-  wanted = layers.layer_norm(hidden.mean(axis=(2, 4)).reshape(2, 6, 8), norm["scale"],
-                             norm["bias"], 1e-5)
-  np.testing.assert_allclose(module.apply(variables, x), wanted, atol=1e-5)
+  expected = layers.layer_norm(hidden.mean(axis=(2, 4)).reshape(2, 6, 8), norm["scale"],
+                               norm["bias"], 1e-5)
+  np.testing.assert_allclose(module.apply(variables, x), expected, atol=1e-5)
 
 
 # The model.
 
 
-def test_its_ffns_are_what_the_method_makes_of_plain_ones():
+def test_its_ffns_equal_a_plain_site_with_the_convglu_method():
   site = tiny.transnext(widths=(64, 64), mlp_ratios=(8, 4)).sites()[0]
   plain = tiny.site(width=64, ffn_width=64, hidden=512, query_grid=(6, 10), prefix=0)
   method = vc.ConvGLU().inside(plain)
@@ -239,7 +239,7 @@ def test_its_ffns_are_what_the_method_makes_of_plain_ones():
   assert site.mixer(parent=None) == method.mixer(parent=None)
 
 
-def test_initialisation_is_the_published_one():
+def test_initialisation_matches_the_published_one():
   model = tiny.transnext(widths=(64, 80), heads=(2, 4))
   params = jax.jit(model.init)(jax.random.key(0, impl="rbg"), tiny.images(model, 1))["params"]
   for name, leaf in trees.named_leaves(params).items():
@@ -251,20 +251,20 @@ def test_initialisation_is_the_published_one():
     elif name.endswith(("/bias", "token_bias")):
       assert (leaf == 0).all(), name
     else:
-      # Convolutions: 2 / (kernel area * output channels of a group).
-      wanted = 4e-4 if "local_bias" in name else 0.02
+      # Convolutions: 2 / (kernel area * output channels per group).
+      expected = 4e-4 if "local_bias" in name else 0.02
       if leaf.ndim == 4:
         area = leaf.shape[0] * leaf.shape[1]
-        wanted = (2 / (area * (1 if "mixer" in name else leaf.shape[-1]))) ** 0.5
+        expected = (2 / (area * (1 if "mixer" in name else leaf.shape[-1]))) ** 0.5
       elif name.endswith("pool/proj/kernel"):
-        wanted = (2 / 64) ** 0.5
+        expected = (2 / 64) ** 0.5
       slack = 0.15 if leaf.size > 300 else 0.6
-      assert 1 - slack < leaf.std() / wanted < 1 + slack, name
+      assert 1 - slack < leaf.std() / expected < 1 + slack, name
 
 
-def test_images_of_any_size_that_fits_run_without_another_model():
+def test_images_of_any_valid_size_run_without_another_model():
   model = tiny.transnext()
-  variables, _ = drawn_for(model)
+  variables, _ = random_inputs(model)
   for size in ((24, 40), (64, 16), (8, 8)):
     images = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
     assert jax.eval_shape(model.apply, variables, images).shape == (2, 5)
@@ -278,16 +278,16 @@ PLANS = {"dense": vc.Plan(), "cffn": vc.Plan(ffn=vc.CFFN())}
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_folding_keeps_the_function_and_leaves_no_network_of_positions(plan, tmp_path):
+def test_folding_keeps_the_function_and_removes_the_position_network(plan, tmp_path):
   model = tiny.transnext(PLANS[plan])
-  variables, x = drawn_for(model)
+  variables, x = random_inputs(model)
   deploy, folded = vc.fold(model, variables)
   proof = vc.verify(model, variables, deploy, folded, x)
   assert proof.ok and proof.first_difference is None, proof
-  asked = jax.eval_shape(deploy.init, jax.random.key(0), x)
-  assert trees.differences(folded, asked) == [] and "batch_stats" not in folded
+  shapes = jax.eval_shape(deploy.init, jax.random.key(0), x)
+  assert trees.differences(folded, shapes) == [] and "batch_stats" not in folded
   cosine = folded["params"]["blocks_0"]["cosine"]
-  # 2 * 6 - 2 and 2 * 10 - 2 distances of a query to the mean of two cells.
+  # 2 * 6 - 2 and 2 * 10 - 2 distances from a query to the mean of two cells.
   assert cosine["positions"].shape == (10, 18, 2) and "position_1" not in cosine
   again, twice = vc.fold(deploy, folded)
   assert again == deploy and trees.digest(twice) == trees.digest(folded)
@@ -299,34 +299,34 @@ def test_folding_keeps_the_function_and_leaves_no_network_of_positions(plan, tmp
     tiny.apply(deploy, folded, x[:, :, :24])
 
 
-def test_folding_saves_the_network_and_nothing_else():
+def test_folding_removes_only_the_position_network():
   model = tiny.transnext()
-  whole, folded = vc.count(model), vc.count(model.clone(deploy=True))
+  unfolded, folded = vc.count(model), vc.count(model.clone(deploy=True))
   network = sum(rows * columns * 512 * (2 + heads)
                 for rows, columns, heads in ((10, 18, 2), (5, 9, 4)))
-  assert whole.macs - folded.macs == network
-  assert whole.ideal_macs == folded.ideal_macs == folded.macs
+  assert unfolded.macs - folded.macs == network
+  assert unfolded.ideal_macs == folded.ideal_macs == folded.macs
   # Scores, values, learned tokens: per query 9 + 15 pooled keys of 8 channels, and 15 of 16.
   assert folded.attention_macs == 60 * 8 * (2 * (9 + 15) + 9) + 15 * 16 * 2 * 15
 
 
 @pytest.mark.filterwarnings("ignore:blocks_:UserWarning")    # full rank saves nothing
-def test_compact_at_full_rank_is_the_dense_model_and_wo_alone_is_touched():
+def test_compacting_at_full_rank_is_the_dense_model_and_changes_only_wo():
   model = tiny.transnext()
-  variables, x = drawn_for(model)
+  variables, x = random_inputs(model)
   plan = vc.Plan(ffn=vc.CFFN(rank_ratio=1))
   got, got_variables = vc.compact(model, variables, plan, images=jnp.concatenate([x, x, x]))
-  asked = jax.eval_shape(got.init, jax.random.key(0), x)
-  assert trees.differences(got_variables, asked) == []
+  shapes = jax.eval_shape(got.init, jax.random.key(0), x)
+  assert trees.differences(got_variables, shapes) == []
   assert vc.verify(model, variables, got, got_variables, x, tolerance=1e-4).ok
   old, new = (trees.named_leaves(tree["params"]) for tree in (variables, got_variables))
   assert {name for name in old if old[name] is not new.get(name)} == {
       f"blocks_{i}/mlp/fc2/{leaf}" for i in (0, 1) for leaf in ("kernel", "bias")}
 
 
-def test_measure_proposes_the_factors_of_wo_and_nothing_else():
+def test_measure_proposes_only_factors_of_wo():
   model = tiny.transnext(depths=(1, 0))
-  variables, _ = drawn_for(model)
+  variables, _ = random_inputs(model)
   report = vc.measure(model, variables, tiny.images(model, 16), sensitivity="none")
   row, = report.blocks
   assert {(option.axis, option.method.factor) for option in row["options"]} == {("ffn", "output")}
@@ -335,11 +335,11 @@ def test_measure_proposes_the_factors_of_wo_and_nothing_else():
 
 def test_features_and_maps_on_request():
   model = tiny.transnext()
-  variables, x = drawn_for(model)
+  variables, x = random_inputs(model)
   out = jax.eval_shape(functools.partial(vc.features, model, maps=True), variables, x)
   assert {name: leaf.shape for name, leaf in out.features.items()} == {
       "stage_1": (3, 6, 10, 8), "stage_2": (3, 3, 5, 16)}
-  # Neighbours first, then the pooled keys; in the last stage all tokens.
+  # First the neighbours, then the pooled keys; in the last stage all tokens.
   assert [leaf.shape for leaf in jax.tree.leaves(out.maps)] == [(3, 2, 60, 24), (3, 4, 15, 15)]
 
 
@@ -355,12 +355,12 @@ def gradient(model, variables, x):
 def test_every_leaf_has_a_gradient_and_remat_changes_memory_not_results():
   model = tiny.transnext(drop_path_rate=0.0)
   remat = model.clone(remat=True)
-  variables, x = drawn_for(model)
+  variables, x = random_inputs(model)
   grads, again = (trees.named_leaves(gradient(some, variables, x)) for some in (model, remat))
   for name, grad in grads.items():
-    if name == "blocks_1/cosine/position_2/bias":   # the same for all keys of a softmax
+    if name == "blocks_1/cosine/position_2/bias":   # adds the same to all keys of a softmax
       continue
-    # A bias of keys matters here: it turns them.
+    # Key biases matter here: they change the direction of the keys.
     assert np.isfinite(grad).all() and np.abs(grad).max() > 1e-6, name
     np.testing.assert_allclose(again[name], grad, rtol=1e-3, atol=1e-3 * np.abs(grad).max())
   assert "remat" in str(jax.make_jaxpr(lambda v: gradient(remat, v, x))(variables))
@@ -372,12 +372,12 @@ def test_stochastic_depth_grows_linearly_over_all_stages():
   np.testing.assert_allclose([block.drop_path for block in blocks], [0, 0.1, 0.2, 0.3, 0.4])
 
 
-def test_bfloat16_computes_near_float32_and_answers_in_float32():
+def test_bfloat16_is_close_to_float32_with_float32_outputs():
   model, low = tiny.transnext(), tiny.transnext(dtype="bfloat16")
-  variables, x = drawn_for(model)
-  wanted, got = (tiny.apply(some, variables, x) for some in (model, low))
+  variables, x = random_inputs(model)
+  expected, got = (tiny.apply(some, variables, x) for some in (model, low))
   assert got.dtype == jnp.float32
-  assert 0 < jnp.abs(got - wanted).max() / jnp.abs(wanted).max() < 0.05
+  assert 0 < jnp.abs(got - expected).max() / jnp.abs(expected).max() < 0.05
 
 
 def test_every_leaf_has_one_rule_and_decays_as_in_the_authors_code():
@@ -386,7 +386,7 @@ def test_every_leaf_has_one_rule_and_decays_as_in_the_authors_code():
     rules = trees.first_match(model.parameter_rules(), params, may_be_idle=True)
     decay = trees.named_leaves(jax.tree.map(lambda rule: rule.decay, rules,
                                             is_leaf=lambda rule: isinstance(rule, trees.Leaf)))
-    # All but vectors, biases, and what their list of words names.
+    # All except vectors, biases, and names containing one of the authors' listed words.
     words = r".*(query_embedding|local_bias|position_\d|positions|temperature).*"
     assert {name for name, yes in decay.items() if yes} == {
         name for name in decay
@@ -395,7 +395,7 @@ def test_every_leaf_has_one_rule_and_decays_as_in_the_authors_code():
 
 
 class Fewer(vc.HMHSA):
-  """A method that needs no maps, and leaves heads out."""
+  """A method that does not need maps and scores fewer heads."""
 
   def needs(self, site):
     return {}
@@ -422,20 +422,20 @@ class Fewer(vc.HMHSA):
     (lambda: tiny.transnext().init(jax.random.key(0), jnp.zeros((1, 24, 30, 3))),
      "30 is not a multiple"),
 ])
-def test_what_does_not_fit_is_refused_in_one_line(make, words):
+def test_incompatible_settings_raise_one_line_errors(make, words):
   with pytest.raises(ValueError) as error:
     make()
   assert words in str(error.value) and "\n" not in str(error.value)
 
 
 class Masks(vc.Sparsifiner):
-  """A method that asks for nothing, and masks pairs of tokens."""
+  """A method that states no needs but masks pairs of tokens."""
 
   def needs(self, site):
     return {}
 
 
-def test_methods_that_leave_out_heads_or_change_who_is_attended_to_are_refused(monkeypatch):
+def test_methods_that_drop_heads_or_change_who_attends_are_rejected(monkeypatch):
   monkeypatch.setitem(vc.METHODS["heads"], "fewer", Fewer)
   monkeypatch.setitem(vc.METHODS["attention"], "masks", Masks)
   with pytest.raises(ValueError, match="block 0 of transnext_tiny has its own parameters for each "
@@ -445,17 +445,17 @@ def test_methods_that_leave_out_heads_or_change_who_is_attended_to_are_refused(m
     tiny.transnext(vc.Plan(attention=Masks(min_tokens=0)))
 
 
-def test_a_method_that_gates_the_heads_of_every_stage_works(monkeypatch):
+def test_method_that_gates_heads_works_in_every_stage(monkeypatch):
   from tests.methods.own.gate_heads import Gate
   monkeypatch.setitem(vc.METHODS["heads"], "gate", Gate)
   dense = tiny.transnext()
-  variables, x = drawn_for(dense)
-  gated, got = vc.compact(dense, variables, vc.Plan(heads=Gate()))    # at first all gates are 1
+  variables, x = random_inputs(dense)
+  gated, got = vc.compact(dense, variables, vc.Plan(heads=Gate()))    # initially all gates are 1
   np.testing.assert_allclose(tiny.apply(gated, got, x), tiny.apply(dense, variables, x), atol=1e-5)
   assert macs_of(gated.apply, got, x).total > macs_of(dense.apply, variables, x).total
 
 
-def test_tune_finds_no_forms_of_an_attention_that_has_none():
+def test_tune_finds_no_forms_for_attention_that_has_none():
   model = tiny.transnext(PLANS["cffn"], deploy=True)
   found = calls_with_forms(model, tiny.init(model), tiny.images(model))
   assert set(found) == {("blocks_0", "mlp", "fc2"), ("blocks_1", "mlp", "fc2")}

@@ -1,4 +1,4 @@
-"""A config that cannot mean what it says is refused before anything is computed or written."""
+"""A contradictory config is rejected before anything is computed or written."""
 import json
 import os
 import re
@@ -14,21 +14,21 @@ from vitcompact.train import build
 from vitcompact.train import config as configs
 
 
-def changed(key, value, plan=None):
-  """The tiny config, of which only what is not a default is given, with one more value."""
-  given = {**configs.flat(tiny_config()), key: value}
-  return configs.nested(given if plan is None else {**given, "plan": plan})
+def changed_config(key, value, plan=None):
+  """Returns the tiny config, with only its non-default values and one more value."""
+  values = {**configs.flat(tiny_config()), key: value}
+  return configs.nested(values if plan is None else {**values, "plan": plan})
 
 
 @pytest.mark.parametrize("key, close", [
     ("optim.learning_rat", "optim.learning_rate"), ("totl_steps", "total_steps"),
     ("keep_warmup.stat", "keep_warmup.start"), ("data.mix_up", "data.mixup")])
-def test_unknown_keys_list_close_names(key, close):
+def test_unknown_keys_list_similar_names(key, close):
   with pytest.raises(ValueError, match=rf"unknown key config.{key}; did you mean .*{close}"):
-    configs.complete(changed(key, 1))
+    configs.complete(changed_config(key, 1))
 
 
-def test_absent_keys_have_their_defaults_and_a_complete_config_stays_as_it_is():
+def test_missing_keys_get_defaults_and_a_complete_config_is_unchanged():
   full = configs.complete(tiny_config())
   assert set(configs.KEYS) <= set(configs.flat(full))
   assert (full.optim.b2, full.data.workers, full.loss.labels) == (0.999, 0, 1.0)
@@ -37,16 +37,16 @@ def test_absent_keys_have_their_defaults_and_a_complete_config_stays_as_it_is():
 
 
 @pytest.mark.parametrize("missing", ["model.name", "model.image_size"])
-def test_what_has_no_default_is_asked_for(missing):
-  given = {key: value for key, value in configs.flat(tiny_config()).items() if key != missing}
+def test_missing_keys_without_a_default_are_reported(missing):
+  values = {key: value for key, value in configs.flat(tiny_config()).items() if key != missing}
   with pytest.raises(ValueError, match=f"missing config.{missing}"):
-    configs.complete(configs.nested(given))
+    configs.complete(configs.nested(values))
 
 
 @pytest.mark.parametrize("plan", [
     {"ffn": {"method": "cffn"}}, ConfigDict({"ffn": {"method": "cffn"}}),
     '{"ffn": {"method": "cffn"}}'])
-def test_a_plan_is_a_dict_or_its_json(plan):
+def test_plan_can_be_a_dict_or_json(plan):
   config = configs.complete({**configs.nested(configs.flat(tiny_config())), "plan": plan})
   assert vc.Plan.parse(config.plan) == vc.Plan(ffn=vc.CFFN())
 
@@ -95,17 +95,17 @@ CASES += [(key, value, plan) for key, (plan, values) in OF_METHODS.items() for v
 
 
 @pytest.mark.parametrize("key, value, plan", CASES)
-def test_a_value_out_of_its_range_is_refused_with_the_range(key, value, plan):
+def test_value_out_of_range_is_rejected_with_the_range(key, value, plan):
   with pytest.raises(ValueError, match=rf"^config.{key}=.*: must be ") as error:
-    configs.complete(changed(key, value, plan))
+    configs.complete(changed_config(key, value, plan))
   assert "\n" not in str(error.value)
 
 
-def test_every_number_of_a_config_has_a_range_that_is_tested():
+def test_every_number_in_a_config_has_a_tested_range():
   numbers = {key for key, setting in {**configs.KEYS, **configs.all_settings()}.items()
              if isinstance(setting.default, (int, float)) and not isinstance(setting.default, bool)}
-  alike = {key for key in numbers if key.startswith("reconstruct.")}   # as those of optim
-  assert numbers - alike <= OUT_OF_RANGE.keys() | OF_METHODS.keys()
+  as_optim = {key for key in numbers if key.startswith("reconstruct.")}   # same ranges as in optim
+  assert numbers - as_optim <= OUT_OF_RANGE.keys() | OF_METHODS.keys()
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -129,7 +129,7 @@ def test_every_number_of_a_config_has_a_range_that_is_tested():
     ({"plan": '{"tokens": {"method": "evit", "keep": [[0.5]]}}'}, "EViT.keep=.*: must be "),
     ({"plan": 3}, "plan=3: must be a dict"),
 ])
-def test_values_that_contradict_are_refused(changes, words):
+def test_contradictory_values_are_rejected(changes, words):
   with pytest.raises(ValueError, match=words):
     configs.complete(configs.nested({**configs.flat(tiny_config()), **changes}))
 
@@ -140,14 +140,14 @@ def test_values_that_contradict_are_refused(changes, words):
     ({"model.depth": 0}, "depth=0"), 
     ({"model.depth": -1}, "depth=-1"),
 ])
-def test_a_model_that_cannot_be_or_learn_is_refused(changes, words):
-  """patch_labels counts only where there are patch logits."""
+def test_model_that_is_impossible_or_cannot_learn_is_rejected(changes, words):
+  """patch_labels has an effect only with patch logits."""
   with pytest.raises(ValueError, match=words):
     build.build(build.resolve(configs.nested({**configs.flat(tiny_config()), **changes})))
 
 
 def old_config():
-  """What config.json of an older run holds: every key of every method, and a plan in old words."""
+  """The config.json of an older run: every key of every method, and a plan in old vocabulary."""
   full = configs.flat(configs.complete(tiny_config()))
   full |= {key: setting.default for key, setting in configs.all_settings().items()}
   full["plan"] = json.dumps({
@@ -157,7 +157,7 @@ def old_config():
   return json.loads(json.dumps(full))
 
 
-def test_an_older_runs_config_is_the_same_and_is_read_too():
+def test_config_of_an_older_run_is_readable_and_equivalent():
   old, new = old_config(), configs.flat(tiny_config())
   plan = vc.Plan.parse(old["plan"])
   new["plan"] = plan.to_json()
@@ -165,7 +165,7 @@ def test_an_older_runs_config_is_the_same_and_is_read_too():
   assert configs.differences(old, configs.flat(configs.complete(configs.nested(old)))) == []
 
 
-def test_of_a_method_that_neither_has_no_setting_counts_and_of_others_each():
+def test_settings_of_unused_methods_are_ignored_and_those_of_used_ones_compared():
   old = old_config() | {"reconstruct.learning_rate": 5.0, "optim.rates": [["a", 1.0, 0]]}
   new = {**old, "optim.rates": (("a", 1.0, 0),), "reconstruct.learning_rate": 6.0}
   assert configs.differences(old, new) == []
@@ -177,8 +177,8 @@ def test_of_a_method_that_neither_has_no_setting_counts_and_of_others_each():
   assert configs.differences(old, {**old, "log_every": 7, "checkpoint_every": 3}) == []
 
 
-def near(setting):
-  """Values of a key: its own kind, inside and outside of its range, and what JSON has besides."""
+def candidate_values(setting):
+  """Values for a key: of its own type, inside and outside its range, and other JSON values."""
   kind = type(setting.default)
   ends = [end for end in (setting.low, setting.high, setting.above, setting.below)
           if end is not None]
@@ -195,30 +195,30 @@ PLANS = st.sampled_from([None, SPARSE, DYNAMICVIT, MCTF, EVIT])
 @st.composite
 def settings_of_a_run(draw):
   keys = draw(st.lists(st.sampled_from(sorted(ALL)), min_size=1, max_size=4, unique=True))
-  return {key: draw(near(ALL[key])) for key in keys}
+  return {key: draw(candidate_values(ALL[key])) for key in keys}
 
 
 @hypothesis.settings(deadline=None, derandomize=not LONG, max_examples=3000 if LONG else 60)
 @hypothesis.given(settings_of_a_run(), PLANS)
-@hypothesis.example({"accumulate": {}}, None)   # it had its default, without a word
+@hypothesis.example({"accumulate": {}}, None)   # was once silently replaced by the default
 @hypothesis.example({"optim.b1": {}}, None)
-def test_whatever_the_settings_are_they_are_taken_as_they_are_or_refused_in_one_line(given, plan):
+def test_any_settings_are_used_unchanged_or_rejected_in_one_line(given, plan):
   base = configs.flat(tiny_config()) | ({} if plan is None else {"plan": plan})
   try:
-    whole = configs.flat(configs.complete(configs.nested({**base, **given})))
+    completed = configs.flat(configs.complete(configs.nested({**base, **given})))
   except ValueError as error:
     assert str(error) and "\n" not in str(error), error
     return
   for key, value in given.items():
-    if key not in whole:   # of a method that the plan does not have, at its default
+    if key not in completed:   # belongs to a method that is not in the plan, and has its default
       assert value == ALL[key].default
       continue
-    assert whole[key] == value
-    ALL[key].check(key, whole[key])
+    assert completed[key] == value
+    ALL[key].check(key, completed[key])
 
 
 @pytest.mark.parametrize("key", sorted(ALL))
-def test_each_keys_ends_are_in_its_range_and_what_lies_beyond_is_not(key):
+def test_range_of_each_key_includes_its_ends_and_nothing_beyond(key):
   setting = ALL[key]
   for end, inside in ((setting.low, True), (setting.high, True), (setting.above, False),
                       (setting.below, False)):

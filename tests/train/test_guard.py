@@ -1,4 +1,4 @@
-"""A step whose loss or gradient is not a number changes nothing."""
+"""A step with a non-finite loss or gradient changes nothing."""
 
 import flax.struct
 import jax
@@ -25,7 +25,7 @@ def toy_step(state, batch):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_skipped_step_changes_only_the_step_number(bad):
+def test_skipped_step_changes_only_the_step_number(bad):
   state = State(jnp.array(3), jnp.array([1.0, 2.0]), jax.random.key(0))
   step = jax.jit(guard.keep_finite(toy_step))
   new, metrics = step(state, jnp.array([bad, 1.0]))
@@ -39,12 +39,12 @@ def test_a_skipped_step_changes_only_the_step_number(bad):
   assert good.weight.tolist() == expected.weight.tolist() != [1.0, 2.0]
 
 
-def test_the_guard_is_part_of_the_step_when_asked_for(config):
-  """Traced only: the metrics of the guarded step have its mark, those of the plain one do not."""
-  for most in (0, 1):
-    config.optim.skip_nonfinite = most
+def test_guard_is_part_of_the_step_on_request(config):
+  """Traced only: the guarded step has an additional metric, the plain one does not."""
+  for allowed in (0, 1):
+    config.optim.skip_nonfinite = allowed
     run = loop.build(loop.resolve(config))
     batch = {"image": jax.ShapeDtypeStruct((16, 8, 8, 3), np.uint8),
              "label": jax.ShapeDtypeStruct((16,), np.int32)}
     _, metrics = jax.eval_shape(run.step_at(0), run.shapes, batch)
-    assert ("skipped" in metrics) == bool(most)
+    assert ("skipped" in metrics) == bool(allowed)

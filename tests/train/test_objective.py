@@ -1,4 +1,4 @@
-"""What a step minimises is what the papers write, and nothing else moves."""
+"""A step minimises the objectives of the papers, and changes nothing else."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +31,7 @@ def deit(plan=None, **fields):
 
 
 def run(model, loss, teacher=None, second=None, student=None, labels=LABELS):
-  """(loss and metrics, gradients, student's variables, teacher's), on three images."""
+  """Returns (loss and metrics, gradients, student's variables, teacher's), for three images."""
   student = student or tiny.init(model)
   teacher_variables = {} if teacher is None else tiny.init(teacher, seed=2)
   targets = jax.nn.one_hot(labels, 5)
@@ -45,54 +45,54 @@ def run(model, loss, teacher=None, second=None, student=None, labels=LABELS):
   return (value, metrics), grads, student, teacher_variables
 
 
-def test_two_heads_have_the_same_loss_without_a_teacher():
+def test_without_a_teacher_the_label_loss_averages_both_heads():
   metrics, logits = label_terms((STUDENT, TEACHER), TARGETS, weights(labels=1.0), distils=False)
-  each = [losses.cross_entropy(head, TARGETS).mean() for head in (STUDENT, TEACHER)]
-  assert metrics["labels"] == pytest.approx(float(sum(each)) / 2)
+  per_head = [losses.cross_entropy(head, TARGETS).mean() for head in (STUDENT, TEACHER)]
+  assert metrics["labels"] == pytest.approx(float(sum(per_head)) / 2)
   np.testing.assert_allclose(logits, (STUDENT + TEACHER) / 2)
   distilled, _ = label_terms((STUDENT, TEACHER), TARGETS, weights(labels=1.0), distils=True)
-  assert distilled["labels"] == pytest.approx(float(each[0]))
+  assert distilled["labels"] == pytest.approx(float(per_head[0]))
 
 
-def test_mixed_tokens_teach_the_class_token_the_mixture_and_each_patch_its_own_image():
+def test_mixtoken_targets_mix_for_the_class_token_and_follow_images_for_patches():
   tokens = jnp.stack([STUDENT, 2 * STUDENT, TEACHER], axis=1)
   keep_mask = jnp.array([[1.0, 1, 0], [1, 1, 1]])
   out = TokenLogits(STUDENT, tokens, jnp.float32(0.75), keep_mask)
   metrics, logits = label_terms(out, TARGETS, weights(patch_labels=0.5), distils=False)
   mixed = 0.75 * TARGETS + 0.25 * TARGETS[jnp.array([1, 0])]
-  each = np.stack([losses.cross_entropy(tokens[:, i], TARGETS) for i in range(3)], axis=1)
+  per_token = np.stack([losses.cross_entropy(tokens[:, i], TARGETS) for i in range(3)], axis=1)
   assert metrics["labels"] == pytest.approx(float(losses.cross_entropy(STUDENT, mixed).mean()))
-  assert metrics["patch_labels"] == pytest.approx(each[np.asarray(keep_mask) > 0].mean())
+  assert metrics["patch_labels"] == pytest.approx(per_token[np.asarray(keep_mask) > 0].mean())
   np.testing.assert_array_equal(logits, STUDENT)
 
 
-def test_patches_have_targets_of_their_own_where_there_are_labels_of_places():
+def test_label_maps_give_each_patch_its_own_target():
   tokens = jnp.stack([STUDENT, TEACHER], axis=1)
-  of_patches = jnp.stack([TARGETS, TARGETS[::-1]], axis=1)
+  patch_targets = jnp.stack([TARGETS, TARGETS[::-1]], axis=1)
   out = TokenLogits(STUDENT, tokens, jnp.float32(1), jnp.ones((2, 2)))
-  metrics, _ = label_terms(out, (TARGETS, of_patches), weights(patch_labels=1.0), distils=False)
-  wanted = [losses.cross_entropy(tokens[:, i], of_patches[:, i]).mean() for i in (0, 1)]
+  metrics, _ = label_terms(out, (TARGETS, patch_targets), weights(patch_labels=1.0), distils=False)
+  expected = [losses.cross_entropy(tokens[:, i], patch_targets[:, i]).mean() for i in (0, 1)]
   assert metrics["labels"] == pytest.approx(float(losses.cross_entropy(STUDENT, TARGETS).mean()))
-  assert metrics["patch_labels"] == pytest.approx(float(np.mean(wanted)))
+  assert metrics["patch_labels"] == pytest.approx(float(np.mean(expected)))
 
 
-def test_distillation_teaches_only_the_second_head():
+def test_distillation_trains_only_the_second_head():
   model = deit(name="deit_tiny_distilled_patch16_224")
   teacher = deit()
   (value, metrics), grads, student, teacher_variables = run(
       model, weights(labels=0.5, hard=0.5), teacher)
   images = tiny.images(model)
   heads = tiny.apply(model, student, images, train=True, rngs={"dropout": jax.random.key(3)})
-  said = tiny.apply(teacher, teacher_variables, images)
+  target = tiny.apply(teacher, teacher_variables, images)
   labels = losses.cross_entropy(heads[0], jax.nn.one_hot(LABELS, 5)).mean()
-  hard = losses.hard_distillation(heads[1], said).mean()
+  hard = losses.hard_distillation(heads[1], target).mean()
   assert value == pytest.approx(float(0.5 * labels + 0.5 * hard), rel=1e-5)
   assert set(metrics) == {"accuracy", "loss_labels", "loss_hard"}
   assert np.any(grads["head_dist"]["kernel"])
 
 
-def test_attention_maps_are_compared_as_means_over_heads_where_tokens_are_the_same():
-  """Two blocks: the second one's maps have fewer tokens in the student, and do not count."""
+def test_attention_maps_are_compared_as_head_means_in_blocks_with_equal_tokens():
+  """In the second of two blocks the student has fewer tokens, so its maps are not compared."""
   model = tiny.deit(vc.Plan(heads=vc.HMHSA(), tokens=vc.ToMe(r=4)), drop_path_rate=0.0)
   teacher = model.clone(plan=vc.Plan())
   (value, metrics), grads, student, teacher_variables = run(
@@ -100,14 +100,14 @@ def test_attention_maps_are_compared_as_means_over_heads_where_tokens_are_the_sa
   mine, theirs = (tiny.features(*pair, tiny.images(model), True).maps["blocks_0"].mean(axis=1)
                   for pair in ((model, student), (teacher, teacher_variables)))
   error = np.sum((mine - theirs) ** 2, axis=(1, 2)) / np.sum(theirs ** 2, axis=(1, 2))
-  wanted = float(np.mean(error))
-  assert wanted > 0.01
-  assert metrics["loss_attention"] == pytest.approx(wanted, rel=1e-4)
-  assert value == pytest.approx(float(metrics["loss_labels"]) + 0.5 * wanted, rel=1e-5)
+  expected = float(np.mean(error))
+  assert expected > 0.01
+  assert metrics["loss_attention"] == pytest.approx(expected, rel=1e-4)
+  assert value == pytest.approx(float(metrics["loss_labels"]) + 0.5 * expected, rel=1e-5)
   assert np.abs(grads["blocks_0"]["attn"]["query"]["kernel"]).max() > 0
 
 
-def test_attention_of_other_tokens_everywhere_is_refused():
+def test_attention_loss_without_any_block_of_equal_tokens_is_rejected():
   model = deit()
   with pytest.raises(ValueError, match=r"config.loss.attention=1.0: no block of the student has"):
     run(model, weights(attention=1.0), deit(patch_size=16))
@@ -115,7 +115,7 @@ def test_attention_of_other_tokens_everywhere_is_refused():
 
 @pytest.mark.parametrize("name, patch_error", [
     ("deit_tiny_patch16_224", "square"), ("lvvit_t", "square"), ("lvvit_t", "divergence")])
-def test_sparse_fine_tuning_is_labels_logits_and_patches_and_predictors_rest(name, patch_error):
+def test_sparse_fine_tuning_uses_labels_logits_and_patches_not_predictors(name, patch_error):
   plan = vc.Plan(attention=vc.Sparsifiner(keep=0.3, rank=4))
   fields = {"mix_token": False} if name == "lvvit_t" else {}
   model = deit(plan, name=name, **fields)
@@ -124,29 +124,29 @@ def test_sparse_fine_tuning_is_labels_logits_and_patches_and_predictors_rest(nam
       model, weights(labels=1.0, logits=0.5, patches=0.25, patch_error=patch_error), teacher)
   assert value == pytest.approx(float(metrics["loss_labels"] + 0.5 * metrics["loss_logits"] +
                                       0.25 * metrics["loss_patches"]), rel=1e-5)
-  # From the definitions: patch by patch, each with the teacher's at its own place.
+  # From the definitions: patch by patch, each against the teacher's at the same position.
   out, mine = tiny.apply(model, student, tiny.images(model), train=True,
                          rngs={"dropout": jax.random.key(3)}, mutable=["tokens", "batch_stats"])
   said, theirs = tiny.apply(teacher, teacher_variables, tiny.images(model), mutable=["tokens"])
   if name == "lvvit_t":
     guess, patches, theirs = out.logits, out.token_logits, theirs["tokens"]
-    said, wanted = theirs["logits"][0], theirs["token_logits"][0]
+    said, expected = theirs["logits"][0], theirs["token_logits"][0]
   else:
-    guess, patches, wanted = out, *(new["tokens"]["patches"][0] for new in (mine, theirs))
+    guess, patches, expected = out, *(new["tokens"]["patches"][0] for new in (mine, theirs))
   assert metrics["loss_logits"] == pytest.approx(float(losses.divergence(guess, said).mean()),
                                                  rel=1e-4)
-  error = ((patches - wanted) ** 2 if patch_error == "square" else
-           losses.divergence(patches, wanted))
+  error = ((patches - expected) ** 2 if patch_error == "square" else
+           losses.divergence(patches, expected))
   assert metrics["loss_patches"] == pytest.approx(float(error.mean()), rel=1e-4)
-  assert np.abs(patches - patches[:, ::-1]).max() > 0.01   # or the order would not show
+  assert np.abs(patches - patches[:, ::-1]).max() > 0.01   # otherwise the order would not show
   for leaf, grad in trees.named_leaves(grads).items():
     assert np.any(grad) != ("/links/" in leaf), leaf
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "lvvit_t"])
 @pytest.mark.parametrize("tokens", [None, vc.EViT(keep=0.5, blocks=(0,))])
-def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it(name, tokens):
-  """Nor where patches were dropped after the last attention: the others are as the teacher's."""
+def test_student_equal_to_its_teacher_has_no_distillation_loss(name, tokens):
+  """Nor if patches are dropped after the last attention, since the others equal the teacher's."""
   fields = {"mix_token": False} if name == "lvvit_t" else {}
   model = deit(vc.Plan(tokens=tokens), name=name, **fields)
   student = tiny.init(model)
@@ -157,7 +157,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it(name, token
   _, (_, metrics) = jax.jit(objective)(
       student["params"], stats, teacher_variables, tiny.images(model), LABELS,
       jax.nn.one_hot(LABELS, 5), jax.random.key(0))
-  if name == "lvvit_t":   # its batch norms see the batch in training
+  if name == "lvvit_t":   # in training, its batch norms use batch statistics
     assert np.isfinite(metrics["loss_patches"])
   else:
     assert abs(metrics["loss_logits"]) < 1e-6
@@ -171,14 +171,14 @@ def test_dynamicvit_learns_how_many_patches_to_keep():
                       rngs={"dropout": jax.random.key(3)},
                        mutable=["tokens"])
   kept = new["tokens"]["blocks_0"]["predict_tokens"]["keep_mask"][0].mean(axis=1)
-  wanted = float(np.mean((kept - 0.5) ** 2))
-  assert metrics["loss_kept_ratio"] == pytest.approx(wanted, rel=1e-5)
-  assert value == pytest.approx(2 * wanted, rel=1e-5)
+  expected = float(np.mean((kept - 0.5) ** 2))
+  assert metrics["loss_kept_ratio"] == pytest.approx(expected, rel=1e-5)
+  assert value == pytest.approx(2 * expected, rel=1e-5)
   assert np.any(grads["blocks_0"]["predict_tokens"]["out3"]["kernel"])
 
 
 @pytest.mark.parametrize("r", [3, 0])
-def test_mctf_is_consistent_with_itself_and_not_with_a_pass_that_merges_less(r):
+def test_mctf_is_consistent_with_itself_but_not_with_a_pass_that_merges_less(r):
   model = deit(vc.Plan(tokens=vc.MCTF(r=3, blocks=(0,))))
   second = model.clone(plan=vc.Plan(tokens=vc.MCTF(r=r, blocks=(0,))))
   student = tiny.init(model, 7)
@@ -193,65 +193,65 @@ def test_mctf_is_consistent_with_itself_and_not_with_a_pass_that_merges_less(r):
       2 * metrics["loss_labels"] + 2 * metrics["loss_labels_second"] +
       3 * metrics["loss_consistency"]), rel=1e-5)
   for name, (logits, _) in zip(("loss_labels", "loss_labels_second"), passes, strict=True):
-    wanted = losses.cross_entropy(logits, jax.nn.one_hot(labels, 5)).mean()
-    assert metrics[name] == pytest.approx(float(wanted), rel=1e-4)
-  # The first image, which it gets wrong, does not count; of the others the class tokens' distance.
+    expected = losses.cross_entropy(logits, jax.nn.one_hot(labels, 5)).mean()
+    assert metrics[name] == pytest.approx(float(expected), rel=1e-4)
+  # The first image is misclassified and excluded; the others count the class tokens' distance.
   sure = jax.nn.softmax(passes[0][0])[jnp.arange(3), labels] > 0.4
   assert not sure[0] and sure.any()
   mine, other = (new["tokens"]["prefix"][0][:, 0] for _, new in passes)
-  wanted = float(((mine - other) ** 2).mean(axis=-1)[sure].mean())
-  assert metrics["loss_consistency"] == pytest.approx(wanted, rel=1e-4)
-  assert (wanted > 1e-6) == (r != 3)
+  expected = float(((mine - other) ** 2).mean(axis=-1)[sure].mean())
+  assert metrics["loss_consistency"] == pytest.approx(expected, rel=1e-4)
+  assert (expected > 1e-6) == (r != 3)
 
 
-def test_the_second_pass_comes_after_the_first_with_its_own_random_numbers():
-  """It starts from the first one's batch statistics, and its own are kept."""
+def test_second_pass_follows_the_first_with_its_own_random_numbers():
+  """It starts from the first pass's batch statistics, and its own are kept."""
   plan = vc.Plan(tokens=vc.MCTF(r=3, blocks=(0,)), ffn=vc.CFFN())
   model = tiny.deit(plan, drop_path_rate=0.5)
   second = model.clone(plan=vc.Plan(tokens=vc.MCTF(r=1, blocks=(0,)), ffn=vc.CFFN()))
   student, key, targets = tiny.init(model), jax.random.key(3), jax.nn.one_hot(LABELS, 5)
 
-  def passed(model, stats, key):
+  def run_pass(model, stats, key):
     logits, new = tiny.apply(model, variables(student["params"], stats), tiny.images(model),
                              train=True,
                               rngs={"dropout": key}, mutable=["batch_stats"])
     return losses.cross_entropy(logits, targets).mean(), new["batch_stats"]
 
-  first, stats = jax.jit(passed, static_argnums=0)(model, student["batch_stats"], key)
-  other, stats = jax.jit(passed, static_argnums=0)(second, stats, jax.random.fold_in(key, 1))
+  first, stats = jax.jit(run_pass, static_argnums=0)(model, student["batch_stats"], key)
+  other, stats = jax.jit(run_pass, static_argnums=0)(second, stats, jax.random.fold_in(key, 1))
   objective = make_objective(model, weights(labels=1.0), second=second)
   _, (got, metrics) = jax.jit(objective)(student["params"], student["batch_stats"], {},
                                          tiny.images(model), LABELS, targets, key)
   assert metrics["loss_labels"] == pytest.approx(float(first), rel=1e-4)
   assert metrics["loss_labels_second"] == pytest.approx(float(other), rel=1e-4)
-  for mine, wanted in zip(*map(jax.tree.leaves, (got, stats)), strict=True):
-    np.testing.assert_allclose(mine, wanted, rtol=1e-4, atol=1e-5)
+  for mine, expected in zip(*map(jax.tree.leaves, (got, stats)), strict=True):
+    np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_soft_distillation_is_at_the_temperature_of_the_config():
+def test_soft_distillation_uses_the_temperature_of_the_config():
   model, teacher = deit(name="deit_tiny_distilled_patch16_224"), deit()
   (value, metrics), _, student, teacher_variables = run(
       model, weights(soft=0.5, temperature=3.0), teacher)
   heads = tiny.apply(model, student, tiny.images(model), train=True,
                      rngs={"dropout": jax.random.key(3)})
-  said = tiny.apply(teacher, teacher_variables, tiny.images(model))
-  wanted = float(losses.soft_distillation(heads[1], said, 3.0).mean())
-  assert metrics["loss_soft"] == pytest.approx(wanted, rel=1e-4)
-  assert value == pytest.approx(0.5 * wanted, rel=1e-4)
+  target = tiny.apply(teacher, teacher_variables, tiny.images(model))
+  expected = float(losses.soft_distillation(heads[1], target, 3.0).mean())
+  assert metrics["loss_soft"] == pytest.approx(expected, rel=1e-4)
+  assert value == pytest.approx(0.5 * expected, rel=1e-4)
 
 
-def test_couples_images_where_the_images_of_a_batch_meet():
+def test_couples_images_is_true_if_images_of_a_batch_interact():
   mctf = deit(vc.Plan(tokens=vc.MCTF(r=3, blocks=(0,))))
-  for model, stats, loss, wanted in [
+  for model, stats, loss, expected in [
       (deit(), {}, weights(labels=1.0, logits=1.0), False), (deit(), {"a": 1}, weights(), True),
       (deit(), {}, weights(patches=1.0), True), (mctf, {}, weights(labels=1.0), False),
       (mctf, {}, weights(consistency=1.0), True),
       (deit(name="lvvit_t"), {}, weights(labels=1.0), True)]:
-    assert couples_images(model, stats, loss) == wanted
+    assert couples_images(model, stats, loss) == expected
 
 
 @pytest.mark.parametrize("granularity", ["token", "block"])
-def test_reconstruction_moves_predictors_and_nothing_else(granularity):
+def test_reconstruction_trains_only_the_predictors(granularity):
   method = vc.Sparsifiner(granularity=granularity, min_tokens=0, rank=4, window=2, masked=False)
   model = deit(vc.Plan(attention=method, ffn=vc.CFFN()))
   student = tiny.init(model)
@@ -265,38 +265,38 @@ def test_reconstruction_moves_predictors_and_nothing_else(granularity):
   assert value > 0 and set(metrics) == {"accuracy"}
   _, sown = tiny.apply(model, student, tiny.images(model), mutable=["attention"])
   error = attention_reconstruction(sown["attention"]).mean()
-  np.testing.assert_allclose(value, 0.01 * 3 * error, rtol=1e-5)   # the sum over three images
+  np.testing.assert_allclose(value, 0.01 * 3 * error, rtol=1e-5)   # summed over three images
   for old, new in zip(*map(jax.tree.leaves, (student["batch_stats"], stats)), strict=True):
     np.testing.assert_array_equal(old, new)
   for leaf, grad in trees.named_leaves(grads).items():
     assert np.any(grad) == ("/links/" in leaf), leaf
 
 
-def test_replicas_have_statistics_and_losses_of_their_own():
+def test_replicas_have_separate_statistics_and_losses():
   model = deit(vc.Plan(ffn=vc.CFFN()))
   student, objective = tiny.init(model), make_objective(model, weights(labels=1.0))
   images = tiny.images(model, batch=4)
   labels = jnp.array([0, 3, 1, 2])
 
-  def of(objective, part):
+  def evaluate(objective, part):
     return objective(student["params"], student["batch_stats"], {}, images[part], labels[part],
                      jax.nn.one_hot(labels[part], 5), jax.random.key(0))
 
-  whole, (stats, metrics) = of(by_replica(objective, 2), slice(0, 4))
-  halves = [of(objective, part) for part in (slice(0, 2), slice(2, 4))]
+  split, (stats, metrics) = evaluate(by_replica(objective, 2), slice(0, 4))
+  halves = [evaluate(objective, part) for part in (slice(0, 2), slice(2, 4))]
   mean = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
-  for got, wanted in zip(*map(jax.tree.leaves, ((whole, (stats, metrics)), mean)), strict=True):
-    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
-  together, _ = of(objective, slice(0, 4))
-  assert abs(together - whole) > 1e-4
+  for got, expected in zip(*map(jax.tree.leaves, ((split, (stats, metrics)), mean)), strict=True):
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+  joint, _ = evaluate(objective, slice(0, 4))
+  assert abs(joint - split) > 1e-4
 
 
-def test_replicas_draw_each_their_own():
-  def drawn(params, batch_stats, teacher, images, labels, targets, key):
+def test_replicas_have_separate_random_numbers():
+  def random_objective(params, batch_stats, teacher, images, labels, targets, key):
     return jax.random.uniform(key), ({}, {})
 
   key, rows = jax.random.key(3), jnp.zeros((4, 1))
-  loss, _ = by_replica(drawn, 2)({}, {}, {}, rows, rows, rows, key)
-  wanted = np.mean([jax.random.uniform(one) for one in jax.random.split(key, 2)])
-  np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+  loss, _ = by_replica(random_objective, 2)({}, {}, {}, rows, rows, rows, key)
+  expected = np.mean([jax.random.uniform(one) for one in jax.random.split(key, 2)])
+  np.testing.assert_allclose(loss, expected, rtol=1e-6)
   assert loss != jax.random.uniform(jax.random.split(key, 2)[0])

@@ -1,4 +1,4 @@
-"""AdamW, its schedule and its decay mask are DeiT's; Muon and SGD."""
+"""AdamW with DeiT's schedule and decay mask; Muon and SGD."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +24,7 @@ def main_optimizer(section, params, mask):
 @pytest.mark.parametrize("epoch, rate", [
     (0, 1e-6), (1, 2.008e-4), (4, 8.002e-4), (5, 9.99322e-4), (100, 7.525e-4), (150, 5.05e-4),
     (299, 1.002714e-5), (300, 1e-5), (310, 1e-5)])
-def test_the_schedule_has_deits_values(epoch, rate):
+def test_schedule_has_deits_values(epoch, rate):
   got = optim.warmup_cosine(epoch, peak=1e-3, warmup_steps=5, total_steps=300, start=1e-6,
                             final=1e-5)
   assert got == pytest.approx(rate, rel=1e-4)
@@ -40,13 +40,13 @@ def two_updates(optimizer, params, gradients):
   return seen
 
 
-def test_adamw_has_decoupled_decay_and_no_bias_towards_zero():
+def test_adamw_has_decoupled_decay_and_bias_correction():
   optimizer = main_optimizer(SECTION, {"w": jnp.ones(())}, {"w": True})
   seen = two_updates(optimizer, {"w": jnp.ones(())}, [{"w": jnp.array(g)} for g in (0.5, -0.25)])
   assert [float(p["w"]) for p in seen] == pytest.approx([0.89500004, 0.86389136], rel=2e-6)
 
 
-def test_gradients_are_clipped_by_their_global_norm_before_adam_sees_them():
+def test_gradients_are_clipped_by_global_norm_before_adam():
   section = SECTION.copy_and_resolve_references()
   section.clip_norm = 1.0
   params = {"a": jnp.zeros(()), "b": jnp.zeros(())}
@@ -81,7 +81,7 @@ def test_exactly_the_kernels_and_the_distillation_token_decay():
 
 
 def unit_norm(name, x):
-  """Of PyTorch's layouts: rows of a weight, all of anything else."""
+  """In PyTorch's layout: the norm of each row of a weight, or of a whole other tensor."""
   if not name.endswith("kernel"):
     return np.linalg.norm(x)
   rows = x.reshape(len(x), -1) if "query" in name else x.reshape(-1, x.shape[-1])
@@ -103,18 +103,18 @@ def test_adaptive_clipping_bounds_each_outputs_gradient_by_its_weights():
   clip = optim.adaptive_clip(0.02)
   got, _ = clip.update(gradients, clip.init(params), params)
   for name, gradient in gradients.items():
-    most = 0.02 * np.maximum(unit_norm(name, params[name]), 1e-3)
-    wanted = gradient * np.minimum(1, most / unit_norm(name, gradient))
-    np.testing.assert_allclose(got[name], wanted, rtol=1e-5, err_msg=name)
+    limit = 0.02 * np.maximum(unit_norm(name, params[name]), 1e-3)
+    expected = gradient * np.minimum(1, limit / unit_norm(name, gradient))
+    np.testing.assert_allclose(got[name], expected, rtol=1e-5, err_msg=name)
     assert (name == "small/kernel") == np.array_equal(got[name], gradient)
   assert np.linalg.norm(got["norm/scale"]) == pytest.approx(2e-5)
-  theirs = optax.adaptive_grad_clip(0.02)
-  theirs, _ = theirs.update(gradients, theirs.init(params), params)
+  optax_clip = optax.adaptive_grad_clip(0.02)
+  optax_clip, _ = optax_clip.update(gradients, optax_clip.init(params), params)
   for name in ("conv/kernel", "fc/kernel", "norm/scale", "small/kernel"):
-    np.testing.assert_allclose(got[name], theirs[name], rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(got[name], optax_clip[name], rtol=1e-5, err_msg=name)
 
 
-def test_gradients_are_clipped_adaptively_before_adam_sees_them_and_by_default_not_at_all():
+def test_adaptive_clipping_happens_before_adam_and_is_off_by_default():
   params, states = {"fc/kernel": jnp.ones((4, 1))}, {}
   for factor in (0.0, 0.02):
     section = SECTION.copy_and_resolve_references()
@@ -125,11 +125,11 @@ def test_gradients_are_clipped_adaptively_before_adam_sees_them_and_by_default_n
   moment = {factor: optax.tree_utils.tree_get(state, "mu")["fc/kernel"][0, 0]
             for factor, state in states.items()}
   assert moment == {0.0: pytest.approx(0.1 * 3), 0.02: pytest.approx(0.1 * 0.02)}
-  # A run of before has a state without a place for clipping.
+  # A run begun before clipping existed has no place for it in its state.
   assert hasattr(states[0.0], "inner_states") and not hasattr(states[0.02], "inner_states")
 
 
-def test_weight_decay_does_not_reach_undecayed_leaves():
+def test_undecayed_leaves_get_no_weight_decay():
   params = {"kernel": jnp.full(3, 2.0), "taps": jnp.full(3, 2.0)}
   updated = {}
   for decay in (0.0, 0.5):
@@ -142,7 +142,7 @@ def test_weight_decay_does_not_reach_undecayed_leaves():
                              rtol=1e-5)
 
 
-def test_the_ema_decay_fits_the_run():
+def test_ema_decay_is_scaled_to_the_length_of_the_run():
   assert optim.ema_decay(0.0461729, 375_300) == pytest.approx(0.99996, abs=1e-8)
   assert optim.ema_decay(0.05, 400) ** 20 == pytest.approx(0.5)
 
@@ -152,19 +152,19 @@ def test_the_ema_decay_fits_the_run():
     ("epoch", {9: 0.0, 19: 0.5, 59: 0.5, 60: 0.3454915}),
     ("late_epoch", {15: 0.0, 25: 0.5, 69: 0.5, 70: 0.3454915}),
     ("after_warmup", {10: 10 / 19, 19: 1.0, 20: 1.0, 60: 0.5})])
-def test_a_schedule_has_its_rates_and_ends_with_its_cool_down(name, values):
-  """20 steps of warm-up, 100 until the cool-down of 10, epochs of 10 steps; from 0 to 1 to 0."""
+def test_schedule_has_the_given_rates_and_ends_with_its_cool_down(name, values):
+  """20 warm-up steps, 100 steps before a cool-down of 10, epochs of 10 steps; from 0 to 1 to 0."""
   section = SECTION.copy_and_resolve_references()
   section.update(schedule=name, learning_rate=1.0, warmup_learning_rate=0.0, epoch_steps=10,
                  final_learning_rate=0.0, warmup_steps=20, cooldown_steps=10)
   rate = optim.schedule(section, 110)
-  for step, wanted in values.items():
-    assert rate(step) == pytest.approx(wanted, rel=1e-3, abs=1e-6), step
-  late = 10 * (name == "late_epoch")
-  assert rate(99 + late) > 0 and rate(100 + late) == pytest.approx(0, abs=1e-6) == rate(109 + late)
+  for step, expected in values.items():
+    assert rate(step) == pytest.approx(expected, rel=1e-3, abs=1e-6), step
+  lag = 10 * (name == "late_epoch")
+  assert rate(99 + lag) > 0 and rate(100 + lag) == pytest.approx(0, abs=1e-6) == rate(109 + lag)
 
 
-def test_sgd_has_nesterovs_momentum_and_adds_the_decay_to_the_gradient():
+def test_sgd_has_nesterov_momentum_and_adds_the_decay_to_the_gradient():
   section = SECTION.copy_and_resolve_references()
   section.update(name="sgd", weight_decay=0.5)
   params = {"kernel": jnp.array(2.0), "taps": jnp.array(2.0)}
@@ -180,9 +180,9 @@ OTHERS = {"head/kernel": (6, 4), "aux_head/kernel": (6, 4), "blocks_0/attn/query
           "patch_embed/proj/kernel": (2, 2, 3, 6), "pos_embed": (1, 5, 6), "norm/scale": (6,)}
 
 
-def test_muon_makes_updates_of_matrices_orthogonal_and_leaves_all_others_to_adamw():
-  """Singular values of a matrix's update are alike, its root mean square that of AdamW's times
-  0.2; each by the shape (inputs, outputs)."""
+def test_muon_orthogonalises_matrix_updates_and_leaves_the_rest_to_adamw():
+  """A matrix update has nearly equal singular values, and a root mean square of 0.2 times AdamW's;
+  matrices are reshaped to (inputs, outputs)."""
   section = SECTION.copy_and_resolve_references()
   section.update(name="muon", weight_decay=0.0)
   rng = np.random.default_rng(0)
@@ -195,7 +195,7 @@ def test_muon_makes_updates_of_matrices_orthogonal_and_leaves_all_others_to_adam
   for name in HIDDEN:
     matrix = np.asarray(updates[name]).reshape((6, -1) if name.count("out") == 0 else (-1, 6))
     values = np.linalg.svd(matrix, compute_uv=False)
-    assert values.max() < 2 * values.min(), name    # the gradient's: 15 and more
+    assert values.max() < 2 * values.min(), name    # the gradient's ratio is 15 or more
     assert np.sqrt(np.mean(matrix ** 2)) == pytest.approx(0.1 * 0.2, rel=0.25), name
     assert np.sum(matrix * np.asarray(trees.named_leaves(gradients)[name]).reshape(
         matrix.shape)) < 0, name
@@ -203,7 +203,7 @@ def test_muon_makes_updates_of_matrices_orthogonal_and_leaves_all_others_to_adam
     np.testing.assert_allclose(np.abs(updates[name]), 0.1, rtol=1e-4, err_msg=name)
 
 
-def test_muon_decays_what_decays_and_nothing_else():
+def test_muon_applies_weight_decay_exactly_to_decayed_leaves():
   section = SECTION.copy_and_resolve_references()
   section.update(name="muon", weight_decay=0.5)
   params = trees.nested({name: jnp.full(shape, 2.0) for name, shape in (HIDDEN | OTHERS).items()})

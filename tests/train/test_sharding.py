@@ -1,4 +1,4 @@
-"""Parameters are split over fsdp, batches over all devices, and nothing large is left whole."""
+"""Parameters are split over fsdp and batches over all devices; nothing large is replicated."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +14,7 @@ from vitcompact.run import loop
 from vitcompact.train import sharding
 
 
-def test_a_mesh_takes_all_devices_and_keeps_axes_automatic():
+def test_mesh_takes_all_devices_and_keeps_axes_automatic():
   mesh = sharding.make_mesh({"data": -1, "fsdp": 4})
   assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
   assert mesh.axis_types == (AxisType.Auto,) * 3
@@ -27,7 +27,7 @@ def test_a_mesh_takes_all_devices_and_keeps_axes_automatic():
     ({"data": 0, "fsdp": 1}, "sizes must be positive"),
     ({"data": 8, "pipe": 1}, "unknown axes"),
 ])
-def test_a_mesh_that_cannot_be_is_refused(sizes, words):
+def test_impossible_mesh_is_rejected(sizes, words):
   with pytest.raises(ValueError, match=words):
     sharding.make_mesh(sizes)
 
@@ -36,24 +36,24 @@ def test_a_mesh_that_cannot_be_is_refused(sizes, words):
     ((96, 384), ("embed", "mlp"), P("fsdp", None)),
     ((384, 96), ("mlp", "embed"), P(None, "fsdp")),
     ((128, 48), ("mlp", "rank"), P("fsdp", None)),
-    ((90, 48), ("mlp", "rank"), P(None, "fsdp")),    # mlp does not divide by 4, rank does
+    ((90, 48), ("mlp", "rank"), P(None, "fsdp")),    # mlp is not divisible by 4, rank is
     ((2, 1, 3), (), P(None, None, None)),
     ((10,), ("classes",), P(None)),
-    ((90,), ("embed",), P(None)),                    # does not divide, and is small
+    ((90,), ("embed",), P(None)),                    # not divisible, but small
 ])
-def test_the_first_meaning_that_divides_is_split(shape, axes, expected):
+def test_first_divisible_axis_is_split(shape, axes, expected):
   mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
   assert sharding.partition("leaf", shape, trees.Leaf(axes), mesh) == expected
 
 
 @pytest.mark.parametrize("shape, axes", [((90, 1000), ("embed", "classes")), ((128, 128), ())])
-def test_a_large_leaf_that_would_be_replicated_is_refused(shape, axes):
+def test_large_leaf_that_would_be_replicated_is_rejected(shape, axes):
   mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
   with pytest.raises(ValueError, match=r"blocks_0/x \(\d+, \d+\).*choose an fsdp"):
     sharding.partition("blocks_0/x", shape, trees.Leaf(axes), mesh)
 
 
-def test_a_rule_of_another_rank_is_refused():
+def test_rule_of_another_rank_is_rejected():
   mesh = sharding.make_mesh({"data": -1})
   with pytest.raises(ValueError, match="2 dimensions"):
     sharding.partition("leaf", (3, 4), trees.Leaf(("embed",)), mesh)
@@ -73,7 +73,7 @@ def test_no_large_leaf_of_a_model_is_replicated(name, plan):
       assert np.prod(local) == leaf.size // 4, leaf_name
 
 
-def test_a_state_is_born_split_and_its_moments_and_averages_lie_alike(built):
+def test_state_is_created_sharded_with_moments_and_averages_split_alike(built):
   state = built.init(jax.random.key(0))
   local = {name: leaf.addressable_shards[0].data.shape
            for name, leaf in trees.named_leaves(state).items()}
@@ -93,16 +93,16 @@ def batch_of(count: int):
 
 
 @pytest.fixture(scope="module")
-def built_in_tensors():
-  """The tiny run on 2 x 2 x 2 devices."""
+def tensor_parallel_run():
+  """Builds the tiny run on 2 x 2 x 2 devices."""
   config = tiny_config()
   config.mesh.tensor = 2
   return loop.build(loop.resolve(config))
 
 
-@pytest.mark.parametrize("mesh", ["built", "built_in_tensors"])
+@pytest.mark.parametrize("mesh", ["built", "tensor_parallel_run"])
 def test_eight_devices_take_the_same_step_as_one(mesh, built_on_one, request):
-  """Gradients (Adam's first moment is a tenth of them), batch statistics, loss: all within 1e-5,
+  """Gradients (Adam's first moment is a tenth of them), batch statistics, loss agree within 1e-5,
   with mixing, erasing, stochastic depth and batch norm over the global batch."""
   built = request.getfixturevalue(mesh)
   start = built_on_one.init(jax.random.key(1))
@@ -119,9 +119,9 @@ def test_eight_devices_take_the_same_step_as_one(mesh, built_on_one, request):
     np.testing.assert_allclose(eight, one, rtol=1e-5, atol=1e-5 * scale)
 
 
-def test_a_tensor_axis_splits_heads_and_hidden_channels(built_in_tensors):
+def test_tensor_axis_splits_heads_and_hidden_channels(tensor_parallel_run):
   """Devices that share a layer's heads see the same images."""
-  run = built_in_tensors
+  run = tensor_parallel_run
   assert dict(run.mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
   specs = {name: place.spec for name, place in trees.named_leaves(run.shardings.params).items()}
   assert specs["blocks_0/mlp/fc1/kernel"] == P("fsdp", "tensor")
@@ -131,7 +131,7 @@ def test_a_tensor_axis_splits_heads_and_hidden_channels(built_in_tensors):
   assert {shard.data.shape for shard in images.addressable_shards} == {(4, 8, 8, 3)}
 
 
-def test_a_batch_is_split_over_every_device_and_must_divide():
+def test_batch_is_split_over_every_device_and_must_be_divisible():
   mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
   images = sharding.put_batch(batch_of(16), mesh)["image"]
   assert isinstance(images.sharding, NamedSharding)
@@ -140,6 +140,6 @@ def test_a_batch_is_split_over_every_device_and_must_divide():
     sharding.check_batch("batch_size", 12, mesh)
 
 
-def test_the_config_chooses_the_mesh(built):
+def test_config_chooses_the_mesh(built):
   assert dict(built.mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
   assert loop.process_ids() == {"process_index": 0, "process_count": 1}

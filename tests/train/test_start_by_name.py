@@ -1,4 +1,4 @@
-"""Runs start from weights by name, and learn from them, as from a file of ours."""
+"""Runs can start from weights by name, and use them as teacher, like our own files."""
 import dataclasses
 import json
 import types
@@ -22,7 +22,7 @@ DIGITS = list("0123456789")
 
 @pytest.fixture
 def dense(built, server):
-  """(model, variables) of the tiny run's dense model, which the server has as timm would."""
+  """Returns (model, variables) of the tiny run's dense model, served in timm's format."""
   model = built.model.clone(plan=vc.Plan(), drop_path_rate=0.0)
   variables = tiny.init(model)
   about = {"architecture": NAME, "num_classes": 10, "label_names": DIGITS, "model_args": ARGS,
@@ -33,24 +33,24 @@ def dense(built, server):
   return model, variables
 
 
-def test_a_run_starts_from_a_repository_and_learns_from_one(built, dense, server, config):
+def test_run_starts_from_a_repository_and_uses_one_as_teacher(built, dense, server, config):
   model, variables = dense
   config.init_from = REPO
   assert build.preprocess_of(config, built.model).mean == (0.5, 0.4, 0.3)
   assert start.is_dense(REPO)
   images = start.calibration_images(built.config, built.preprocess)
   got = start.load_variables(REPO, built.model, lambda: images, DIGITS)
-  _, wanted = vc.compact(model, variables, built.model.plan, images=images)
-  assert trees.digest(got) == trees.digest(wanted)
+  _, expected = vc.compact(model, variables, built.model.plan, images=images)
+  assert trees.digest(got) == trees.digest(expected)
   assert trees.digest(start.load_teacher(REPO, model, DIGITS)) == trees.digest(variables)
-  asked = len(server.asked)
+  requests = len(server.asked)
   server.add("me/digits", **{"model.safetensors": b"another"})
   start.load_teacher(REPO, model, DIGITS)
-  assert len(server.asked) == asked    # a run sees one commit
+  assert len(server.asked) == requests    # a run uses a single commit
 
 
 @pytest.mark.parametrize("tag", ["", ".fb_in1k"])
-def test_a_run_starts_from_a_models_name(built, dense, server, monkeypatch, tag):
+def test_run_starts_from_a_model_name(built, dense, server, monkeypatch, tag):
   model, variables = dense
   sizes = {"width": 16, "depth": 2, "heads": 2, "patch_size": 4, "image_size": 8}
   monkeypatch.setitem(models.VARIANTS, NAME, models.VARIANTS[NAME]._replace(sizes=sizes))
@@ -62,12 +62,12 @@ def test_a_run_starts_from_a_models_name(built, dense, server, monkeypatch, tag)
 
 
 @pytest.mark.parametrize("written_by", ["push", "others", "others without config.json"])
-def test_a_run_starts_from_a_folder(dense, tmp_path, config, written_by):
+def test_run_starts_from_a_folder(dense, tmp_path, config, written_by):
   model, variables = dense
-  told = dataclasses.replace(vc.preprocess(model), mean=(0.1, 0.2, 0.3))
+  own_preprocess = dataclasses.replace(vc.preprocess(model), mean=(0.1, 0.2, 0.3))
   folder = tmp_path / "folder"
   if written_by == "push":
-    vc.push(folder, model, variables, classes=DIGITS, preprocess=told)
+    vc.push(folder, model, variables, classes=DIGITS, preprocess=own_preprocess)
   else:
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(
@@ -75,16 +75,16 @@ def test_a_run_starts_from_a_folder(dense, tmp_path, config, written_by):
     if written_by == "others":
       (folder / "config.json").write_text(json.dumps({
           "architecture": NAME, "num_classes": 10, "model_args": ARGS,
-          "pretrained_cfg": {"mean": told.mean}}))
-    else:    # another program's: it tells nothing of a model
+          "pretrained_cfg": {"mean": own_preprocess.mean}}))
+    else:    # another program's, with no information on a model
       (folder / "config.json").write_text('{"learning_rate": 0.1}')
   assert trees.digest(start.load_teacher(str(folder), model)) == trees.digest(variables)
   config.init_from = str(folder)
   mean = build.preprocess_of(config, model).mean
-  assert mean == (vc.preprocess(model).mean if "without" in written_by else told.mean)
+  assert mean == (vc.preprocess(model).mean if "without" in written_by else own_preprocess.mean)
 
 
-def test_other_classes_and_unknown_names_are_refused_in_one_line(built, dense, server):
+def test_other_classes_and_unknown_names_raise_one_line_errors(built, dense, server):
   model, _ = dense
   with pytest.raises(ValueError, match=r"init_from='hf-hub:me/digits'.*output 0 is '0' there"):
     start.load_variables(REPO, model, None, DIGITS[::-1])
@@ -95,20 +95,20 @@ def test_other_classes_and_unknown_names_are_refused_in_one_line(built, dense, s
   assert "\n" not in str(error.value)
 
 
-def test_the_path_and_the_command_take_a_repository(dense, server, monkeypatch, tmp_path, config):
+def test_path_and_compact_command_accept_a_repository(dense, server, monkeypatch, tmp_path, config):
   """The dense model is the cached file, and nothing is converted a second time."""
-  asked = []
+  configs = []
   receipt = types.SimpleNamespace(ok=True, to_markdown=lambda: "# a receipt")
   with monkeypatch.context() as patch:
-    patch.setattr(path, "run", lambda config, out, say: asked.append(config) or receipt)
+    patch.setattr(path, "run", lambda config, out, say: configs.append(config) or receipt)
     command.succeeds("compact", REPO, "--data", "digits", "--macs", "0.7", "--out", tmp_path / "a")
-  assert trees.digest(vc.load(asked[0].init_from)[1]) == trees.digest(dense[1])
+  assert trees.digest(vc.load(configs[0].init_from)[1]) == trees.digest(dense[1])
   monkeypatch.setattr(path, "measure_plan_compact", lambda config, directory, *_: [
       (directory / name).write_text("{}") for name in ("plan.json", "plan.txt",
                                                        "compact.safetensors")])
   config.init_from, config.compact.macs = REPO, 0.7
   begun = path.prepare(config, tmp_path / "run", lambda line: None)
-  assert str(begun.dense) == begun.config.teacher.file == asked[0].init_from
+  assert str(begun.dense) == begun.config.teacher.file == configs[0].init_from
   assert begun.facts["source"] == f"{REPO}@{server.commit('me/digits', 0)}"
   assert np.array_equal(vc.load(begun.dense)[1]["params"]["cls_token"],
                         dense[1]["params"]["cls_token"])

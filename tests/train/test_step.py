@@ -17,7 +17,7 @@ LABELS = weights(labels=1.0)
 
 
 class Toy(nn.Module):
-  """A linear classifier, with batch norm or stochastic units where asked for."""
+  """A linear classifier, with batch norm or stochastic units on request."""
   plan: vc.Plan = vc.Plan()
   norm: bool = False
   dropout: float = 0.0
@@ -60,14 +60,14 @@ def close(a, b, rtol=1e-5):
     np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-6)
 
 
-def test_accumulating_is_one_big_batch():
+def test_accumulation_equals_one_large_batch():
   state, batch = state_of(Toy()), batch_of(24)
   (single, one), (split, four) = (step_of(Toy(), n)(state, batch) for n in (1, 4))
   close(single.params, split.params)
   close(one, four)
 
 
-def test_the_update_is_the_gradient_of_the_mean_loss():
+def test_update_is_the_gradient_of_the_mean_loss():
   state, batch = state_of(Toy()), batch_of(6)
 
   def loss(params):
@@ -83,7 +83,7 @@ def test_the_update_is_the_gradient_of_the_mean_loss():
   assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
 
 
-def test_a_step_counts_itself_and_logs_the_rate_that_it_had():
+def test_step_increments_its_counter_and_logs_the_rate_it_used():
   step = steps.make_train_step(make_objective(Toy(), LABELS), SGD, lambda step: 10.0 + step, plain,
                                accumulate=1, ema_decay=0.0)
   new, metrics = jax.jit(step)(state_of(Toy()).replace(step=jnp.array(3)), batch_of(6))
@@ -96,13 +96,13 @@ def test_both_heads_of_a_distilled_model_learn_from_the_labels():
   new, metrics = step_of(model)(state, batch)
   logits, _ = model.apply({"params": state.params}, plain(None, batch)[0], train=True,
                           mutable=["batch_stats"])
-  each = [losses.cross_entropy(z, jax.nn.one_hot(batch["label"], 3)).mean() for z in logits]
-  assert metrics["loss"] == pytest.approx(np.mean(each), rel=1e-5)
+  head_losses = [losses.cross_entropy(z, jax.nn.one_hot(batch["label"], 3)).mean() for z in logits]
+  assert metrics["loss"] == pytest.approx(np.mean(head_losses), rel=1e-5)
   for head in ("head0", "head1"):
     assert np.any(new.params[head]["kernel"] != state.params[head]["kernel"])
 
 
-def test_batch_statistics_see_the_microbatches_one_after_another():
+def test_batch_statistics_are_updated_by_one_microbatch_after_another():
   """Microbatch i of 2 has the images i, i + 2, i + 4, ... of the batch."""
   state, batch = state_of(Toy(norm=True)), batch_of(12)
   new, _ = step_of(Toy(norm=True), accumulate=2)(state, batch)
@@ -113,7 +113,7 @@ def test_batch_statistics_see_the_microbatches_one_after_another():
   np.testing.assert_allclose(new.batch_stats["norm"]["mean"], mean, rtol=1e-5)
 
 
-def test_the_average_moves_towards_the_new_parameters_and_statistics():
+def test_average_moves_towards_the_new_parameters_and_statistics():
   model, batch = Toy(norm=True), batch_of(12)
   state = state_of(model, ema=True)
   close(state.ema_params, state.params, rtol=0)
@@ -125,7 +125,7 @@ def test_the_average_moves_towards_the_new_parameters_and_statistics():
         jax.tree.leaves(average), jax.tree.leaves(fresh), strict=True))
 
 
-def test_randomness_follows_only_the_key_and_the_step():
+def test_randomness_depends_only_on_the_key_and_the_step():
   model, batch = Toy(dropout=0.5), batch_of(12)
   state, step = state_of(model), step_of(model)
   loss = lambda state: float(step(state, batch)[1]["loss"])  # noqa: E731
@@ -134,7 +134,7 @@ def test_randomness_follows_only_the_key_and_the_step():
   assert loss(state) != loss(state.replace(key=jax.random.key(9)))
 
 
-def test_every_microbatch_has_its_own_random_numbers():
+def test_each_microbatch_has_its_own_random_numbers():
   def objective(params, batch_stats, teacher, images, labels, targets, key):
     drawn = jax.random.uniform(key)
     return 0 * sum(map(jnp.sum, jax.tree.leaves(params))), (
@@ -145,7 +145,7 @@ def test_every_microbatch_has_its_own_random_numbers():
   assert metrics["square"] - metrics["mean"] ** 2 > 1e-3
 
 
-def test_accuracy_is_of_the_label_even_where_targets_are_mixed():
+def test_accuracy_uses_the_label_even_with_mixed_targets():
   def swapped(key, batch):
     images, _ = plain(key, batch)
     return images, jax.nn.one_hot((batch["label"] + 1) % 3, 3)
@@ -156,13 +156,13 @@ def test_accuracy_is_of_the_label_even_where_targets_are_mixed():
   assert metrics["accuracy"] == pytest.approx(np.mean(guess == batch["label"]))
 
 
-def test_evaluation_counts_exactly_what_the_mask_shows():
+def test_evaluation_counts_exactly_the_images_in_the_mask():
   model, batch = Toy(), batch_of(8)
   state, mesh = state_of(model), make_mesh({"data": -1})
   evaluate = steps.jit_eval_step(steps.make_eval_step(model, (0.0,) * 3, (1.0,) * 3), mesh)
   mask = np.array([1, 1, 1, 0, 1, 0, 1, 0], np.float32)
   logits = model.apply({"params": state.params}, batch["image"] / 255.0)
-  # Padding that would be right, were it counted.
+  # Padding with labels that would count as correct.
   batch["label"] = jnp.where(mask > 0, batch["label"], jnp.argmax(logits, axis=-1))
   sums = evaluate(steps.variables(state.params, {}), put_batch(batch | {"mask": mask}, mesh))
   hits = np.argmax(logits, -1) == np.asarray(batch["label"])
@@ -171,6 +171,6 @@ def test_evaluation_counts_exactly_what_the_mask_shows():
   assert sums["loss"] == pytest.approx((nll * mask).sum(), rel=1e-5)
 
 
-def test_finite_is_every_leaf():
+def test_is_finite_checks_every_leaf():
   assert steps.all_finite({"a": jnp.ones(3), "b": jnp.zeros((), jnp.int32)})
   assert not steps.all_finite({"a": jnp.ones(3), "b": jnp.array([0, np.inf])})

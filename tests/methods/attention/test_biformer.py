@@ -1,4 +1,4 @@
-"""BiFormer: which regions are chosen, the attention within them, local enhancement, what it costs.
+"""BiFormer: the choice of regions, attention within them, local enhancement, and its cost.
 """
 import functools
 import itertools
@@ -28,13 +28,13 @@ def draw(*shape, seed=0):
 
 
 def region_of(grid, side):
-  """(n,): the region of each token, row by row."""
+  """Returns (n,): the region of each token, row by row."""
   rows, columns = (np.arange(n) // -(-n // side) for n in grid)
   return (rows[:, None] * (columns[-1] + 1) + columns).reshape(-1)
 
 
-def expected(query, key, value, grids, side, prefix, top_k, scale):
-  """Bi-level routing attention as its equations say, one query after another."""
+def routing_by_definition(query, key, value, grids, side, prefix, top_k, scale):
+  """Bi-level routing attention from its equations, one query at a time."""
   query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
   regions = [region_of(grid, side) for grid in grids]
   out = np.zeros((*query.shape[:3], value.shape[3]))
@@ -56,10 +56,10 @@ def expected(query, key, value, grids, side, prefix, top_k, scale):
 @pytest.mark.parametrize("grids,side,prefix,top_k", [
     (((6, 6), (6, 6)), 3, 1, 2),         # 9 regions of 2 x 2
     (((6, 4), (6, 4)), 2, 0, 1),         # 4 regions of 3 x 2
-    (((5, 7), (5, 7)), 3, 2, 4),         # padded: 2 x 3, the last of fewer tokens
+    (((5, 7), (5, 7)), 3, 2, 4),         # padded: 2 x 3, the last regions have fewer tokens
     (((8, 8), (4, 4)), 4, 1, 5),         # keys on a coarser grid
-    (((3, 4), (3, 4)), 7, 0, 6)])        # fewer tokens than regions on a side
-def test_a_query_sees_the_prefix_and_the_regions_that_its_own_scores_best(grids, side, prefix,
+    (((3, 4), (3, 4)), 7, 0, 6)])        # fewer tokens than regions per side
+def test_query_sees_the_prefix_and_the_top_scoring_regions_of_its_own_region(grids, side, prefix,
                                                                           top_k):
   site = tiny.site(heads=HEADS, width=HEADS * WIDTH, prefix=prefix, query_grid=grids[0],
                    key_grid=grids[1])
@@ -71,7 +71,8 @@ def test_a_query_sees_the_prefix_and_the_regions_that_its_own_scores_best(grids,
   assert core.layout.chosen.shape[1:] == (HEADS, region_of(grids[0], side).max() + 1, top_k)
   np.testing.assert_allclose(
       core(query, key, value),
-      expected(query, key, value, grids, side, prefix, top_k, WIDTH ** -0.5), atol=2e-6)
+      routing_by_definition(query, key, value, grids, side, prefix, top_k, WIDTH ** -0.5),
+      atol=2e-6)
 
 
 def test_queries_see_64_patches_in_the_first_three_stages_of_the_paper():
@@ -83,13 +84,13 @@ def test_queries_see_64_patches_in_the_first_three_stages_of_the_paper():
     assert mask[0, 0, 0].all() and mask[0, 0, :, 0].all()
 
 
-def test_all_regions_are_dense_attention_to_the_bit_and_to_rounding_when_they_are_gathered():
+def test_routing_to_all_regions_is_dense_attention():
   dense, x = tiny.deit(), tiny.images(tiny.deit())
   variables = tiny.init(dense)
-  wanted = tiny.apply(dense, variables, x)
+  expected = tiny.apply(dense, variables, x)
   for method in (ROUTED(top_k=4), ROUTED(keep=1)):
     model = tiny.deit(vc.Plan(attention=method))
-    np.testing.assert_array_equal(tiny.apply(model, variables, x), wanted)
+    np.testing.assert_array_equal(tiny.apply(model, variables, x), expected)
   assert vc.count(model) == vc.count(dense)
   query, key, value = (draw(BATCH, 17, HEADS, WIDTH, seed=seed) for seed in range(3))
   windows = routing.regions((4, 4), 2)
@@ -98,8 +99,8 @@ def test_all_regions_are_dense_attention_to_the_bit_and_to_rounding_when_they_ar
                              atol=1e-6)
 
 
-def test_the_choice_has_no_gradient():
-  """The gradient is that of attention with the chosen regions given."""
+def test_choice_of_regions_has_no_gradient():
+  """The gradient is that of attention with the chosen regions fixed."""
   query, key, value = (draw(BATCH, 17, HEADS, WIDTH, seed=seed) for seed in range(3))
   module = ROUTED(top_k=2).make(tiny.site(heads=HEADS, width=HEADS * WIDTH))
   chosen = module.apply({}, Core(), query, key)
@@ -112,8 +113,8 @@ def test_the_choice_has_no_gradient():
     return [jax.grad(functools.partial(loss, restrict), (0, 1, 2))(*qkv) for restrict in (
         lambda q, k: module.apply({}, Core(), q, k), lambda q, k: chosen)]
 
-  routed, given = gradients(query, key, value)
-  jax.tree.map(np.testing.assert_array_equal, routed, given)
+  routed, fixed_choice = gradients(query, key, value)
+  jax.tree.map(np.testing.assert_array_equal, routed, fixed_choice)
   assert all(np.abs(leaf).max() > 0.01 for leaf in routed)
 
   def score(q):
@@ -122,23 +123,23 @@ def test_the_choice_has_no_gradient():
   assert not jax.grad(score)(query).any()
 
 
-def test_regions_that_change_places_take_their_outputs_along():
+def test_permuting_the_regions_permutes_their_outputs():
   windows = routing.regions((6, 6), 3)
   query, key, value = (draw(BATCH, 36, HEADS, WIDTH, seed=seed) for seed in range(3))
   places = np.random.default_rng(0).permutation(9)
 
-  def moved(x):
+  def permute_regions(x):
     return windows.join(windows.cut(x)[:, :, places])
 
   def attend(*qkv):
     layout = BlockLayout(None, windows, windows)
     return Core(layout=routing.route(layout, *qkv[:2], 3))(*qkv)
 
-  np.testing.assert_allclose(attend(*map(moved, (query, key, value))),
-                             moved(attend(query, key, value)), atol=1e-6)
+  np.testing.assert_allclose(attend(*map(permute_regions, (query, key, value))),
+                             permute_regions(attend(query, key, value)), atol=1e-6)
 
 
-# Multiply-adds in 10^9 by top_k, local enhancement off and on, at 224 pixels and 7 x 7 regions.
+# Multiply-adds in 10^9 by top_k, without and with local enhancement, at 224 pixels, 7 x 7 regions.
 ROWS = {("deit_small_patch16_224", 16): (4.3715, 4.3941),
         ("deit_small_patch16_224", 8): (4.3137, 4.3363),
         ("deit_small_patch16_224", 4): (4.2848, 4.3074),
@@ -149,13 +150,13 @@ ROWS = {("deit_small_patch16_224", 16): (4.3715, 4.3941),
 @pytest.mark.parametrize("name,top_k", [
     row if row == ("deit_small_patch16_224", 16) else pytest.param(*row, marks=pytest.mark.slow)
     for row in ROWS])
-def test_multiply_adds_and_parameters(name, top_k):
-  for lce, wanted in zip((False, True), ROWS[name, top_k], strict=True):
+def test_multiply_adds_and_parameters_match_the_paper(name, top_k):
+  for lce, expected in zip((False, True), ROWS[name, top_k], strict=True):
     method = vc.BiFormer(top_k=top_k, lce=lce, min_tokens=0)
     count = vc.count(vc.create_model(name, plan=vc.Plan(attention=method)))
     dense = vc.count(vc.create_model(name))
     width = vc.create_model(name).width
-    assert round(count.macs / 1e9, 4) == wanted and count.ideal_macs == count.macs
+    assert round(count.macs / 1e9, 4) == expected and count.ideal_macs == count.macs
     assert count.params - dense.params == lce * 12 * 26 * width
     pairs = 196 * (4 * top_k + 1) + 197
     assert count.attention_macs == 12 * (2 * pairs + 49 ** 2) * width
@@ -165,15 +166,15 @@ def test_multiply_adds_and_parameters(name, top_k):
 
 
 @functools.cache
-def enhanced():
-  """(model whose second block is dense, random variables, images)."""
+def enhanced_model():
+  """Returns (model whose second block is dense, random variables, images)."""
   model = tiny.deit(vc.Plan(attention=ROUTED(top_k=2, lce=True), blocks={1: {"attention": None}}))
   return model, tiny.init(model), tiny.images(model)
 
 
-def test_local_enhancement_is_a_convolution_of_the_values_and_leaves_the_class_token_alone():
-  """In one layer, whose output projection is the identity."""
-  model, variables, _ = enhanced()
+def test_local_enhancement_convolves_the_values_and_skips_the_class_token():
+  """In a single layer whose output projection is the identity."""
+  model, variables, _ = enhanced_model()
   site, params = model.sites()[0], variables["params"]["blocks_0"]
   attn = Attention(site).bind({"params": {**params["attn"], "out": {
       "kernel": jnp.eye(24).reshape(4, 6, 24), "bias": jnp.zeros(24)}}})
@@ -187,13 +188,13 @@ def test_local_enhancement_is_a_convolution_of_the_values_and_leaves_the_class_t
   kernel, bias = (np.asarray(params["bra"]["lce"][name]) for name in ("kernel", "bias"))
   padded = np.pad(np.asarray(value[:, 1:]).reshape(BATCH, 4, 4, 24),
                   [(0, 0), (2, 2), (2, 2), (0, 0)])
-  wanted = np.zeros((BATCH, 4, 4, 24)) + bias
+  expected = np.zeros((BATCH, 4, 4, 24)) + bias
   for i, j in itertools.product(range(5), repeat=2):
-    wanted += padded[:, i:i + 4, j:j + 4] * kernel[i, j, 0]
-  np.testing.assert_allclose((out - plain)[:, 1:].reshape(wanted.shape), wanted, atol=1e-5)
+    expected += padded[:, i:i + 4, j:j + 4] * kernel[i, j, 0]
+  np.testing.assert_allclose((out - plain)[:, 1:].reshape(expected.shape), expected, atol=1e-5)
 
 
-def test_from_dense_weights_all_but_the_routing_is_as_it_was():
+def test_compacting_a_dense_model_changes_only_the_routing():
   dense = tiny.deit()
   variables, x = tiny.init(dense), tiny.images(dense)
   plans = [vc.Plan(attention=ROUTED(top_k=2, lce=lce)) for lce in (False, True)]
@@ -201,11 +202,12 @@ def test_from_dense_weights_all_but_the_routing_is_as_it_was():
                                      for plan, images in zip(plans, (None, x), strict=True))
   jax.tree.map(np.testing.assert_array_equal, same["params"], variables["params"])
   for i in range(2):
-    own = params["params"][f"blocks_{i}"].pop("bra")["lce"]
-    assert own["kernel"].shape == (5, 5, 1, 24) and not any(map(np.any, own.values()))
+    enhancement = params["params"][f"blocks_{i}"].pop("bra")["lce"]
+    assert enhancement["kernel"].shape == (5, 5, 1, 24)
+    assert not any(map(np.any, enhancement.values()))
     jax.tree.map(np.testing.assert_array_equal, params["params"][f"blocks_{i}"],
                  variables["params"][f"blocks_{i}"])
-    params["params"][f"blocks_{i}"]["bra"] = {"lce": own}
+    params["params"][f"blocks_{i}"]["bra"] = {"lce": enhancement}
   got = tiny.apply(model, params, x)
   np.testing.assert_array_equal(got, tiny.apply(routed, variables, x))
   assert np.abs(got - tiny.apply(dense, variables, x)).max() > 1e-3
@@ -214,8 +216,8 @@ def test_from_dense_weights_all_but_the_routing_is_as_it_was():
                                 tiny.apply(dense, variables, x))
 
 
-def test_a_fresh_enhancement_is_drawn_and_every_leaf_has_a_gradient_and_a_rule():
-  model, variables, x = enhanced()
+def test_new_local_enhancement_is_initialised_has_gradients_and_has_rules():
+  model, variables, x = enhanced_model()
   fresh = jax.jit(model.init)(jax.random.key(0), x)["params"]["blocks_0"]["bra"]["lce"]
   assert all(0.05 < np.abs(leaf).max() <= 0.2 for leaf in fresh.values())
   gradients = jax.jit(jax.grad(lambda params: jnp.sum(jnp.sin(model.apply(
@@ -228,22 +230,22 @@ def test_a_fresh_enhancement_is_drawn_and_every_leaf_has_a_gradient_and_a_rule()
 
 
 def test_files_and_folding_keep_the_function(tmp_path):
-  model, variables, x = enhanced()
-  wanted = tiny.apply(model, variables, x)
+  model, variables, x = enhanced_model()
+  expected = tiny.apply(model, variables, x)
   state = vc.to_torch(model, variables)
   assert state["blocks.0.attn.lepe.weight"].shape == (24, 1, 5, 5)
   assert trees.differences(vc.from_torch(model, state), variables) == []
   jax.tree.map(np.testing.assert_array_equal, vc.from_torch(model, state), variables)
   deploy, folded = vc.fold(model, variables)
-  np.testing.assert_allclose(tiny.apply(deploy, folded, x), wanted, atol=1e-5)
+  np.testing.assert_allclose(tiny.apply(deploy, folded, x), expected, atol=1e-5)
   vc.save(tmp_path / "a.safetensors", model, variables)
   loaded, restored = vc.load(tmp_path / "a.safetensors")
   assert loaded == model
   jax.tree.map(np.testing.assert_array_equal, restored, variables)
 
 
-def test_hallucinated_heads_on_the_grid_have_the_filtered_map_of_the_routed_one():
-  """Routed with the real heads only; the filtered map holds entries outside the chosen regions."""
+def test_heads_hallucinated_on_the_grid_have_the_filtered_map_of_the_routed_head():
+  """Only the real heads route; the filtered map has entries outside the chosen regions."""
   plan = vc.Plan(attention=ROUTED(top_k=2), heads=vc.HMHSA(layout="grid", rank=2))
   model = tiny.deit(plan, depth=1)
   variables, x = tiny.init(model), tiny.images(model)
@@ -259,12 +261,12 @@ def test_hallucinated_heads_on_the_grid_have_the_filtered_map_of_the_routed_one(
   maps = np.asarray(bound.variables["maps"]["hallucinate"]["maps"][0])
   assert maps.shape[1] == 4 and ((maps[:, :2] == 0) & (maps[:, 2:] != 0)).any()
   heads = np.einsum("bhnm,bmhd->bnhd", maps, value)
-  wanted = np.einsum("bnhd,hdw->bnw", heads, params["attn"]["out"]["kernel"])
-  wanted = wanted + np.asarray(params["attn"]["out"]["bias"])
-  np.testing.assert_allclose(out, wanted, rtol=1e-4, atol=1e-5)
+  expected = np.einsum("bnhd,hdw->bnw", heads, params["attn"]["out"]["kernel"])
+  expected = expected + np.asarray(params["attn"]["out"]["bias"])
+  np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_blocks_below_the_crossover_stay_dense_and_the_planner_is_offered_none():
+def test_blocks_below_the_crossover_stay_dense_and_get_no_options():
   small, large = (vc.create_model("deit_small_patch16_224", image_size=size, depth=1,
                                   plan=vc.Plan(attention=vc.BiFormer())) for size in (224, 512))
   assert small.submodules()["blocks_0"].methods.attention is None
@@ -278,7 +280,7 @@ def test_blocks_below_the_crossover_stay_dense_and_the_planner_is_offered_none()
   assert vc.BiFormer.options(site._replace(key_grid=None)) == []
 
 
-def test_k_is_a_rounded_share_of_the_regions_or_a_number():
+def test_top_k_is_given_or_a_rounded_share_of_the_regions():
   windows = routing.regions((14, 14), 7)
   assert [vc.BiFormer(keep=keep).count(windows) for keep in (0.001, 0.25, 0.4, 1)] == [1, 12, 20,
                                                                                        49]
@@ -286,7 +288,7 @@ def test_k_is_a_rounded_share_of_the_regions_or_a_number():
   assert vc.BiFormer(top_k=16).at_keep(0.5) == vc.BiFormer(keep=0.5)
 
 
-def test_it_shares_a_plan_with_sparsifiner_block_by_block():
+def test_it_can_share_a_plan_with_sparsifiner_block_by_block():
   sparse = vc.Sparsifiner(keep=0.5, granularity="block", window=2, min_tokens=0)
   plan = vc.Plan(attention=ROUTED(top_k=1), blocks={1: {"attention": sparse}})
   model = tiny.deit(plan)
@@ -303,8 +305,8 @@ def test_it_shares_a_plan_with_sparsifiner_block_by_block():
     assert shares[1] == pytest.approx((1, 1), abs=1e-5)
 
 
-def test_keys_on_a_coarser_grid_have_as_many_regions():
-  """A pyramid whose keys are reduced: regions of both grids lie over each other."""
+def test_keys_on_a_coarser_grid_have_the_same_number_of_regions():
+  """A pyramid with reduced keys: the regions of both grids cover the same area."""
   model = vc.create_model("pvt_tiny", image_size=64, depths=(1, 1, 1, 1), widths=(8, 16, 20, 16),
                           heads=(1, 2, 5, 4), plan=vc.Plan(attention=ROUTED(top_k=1)))
   variables, x = tiny.init(model, spread=0.1), tiny.images(model, batch=1)
@@ -341,7 +343,7 @@ def pyramid(**fields):
      "needs keys in one sequence, which BiFormer(regions=2, min_tokens=0) takes away; use "
      "layout='grid' there"),
 ])
-def test_what_does_not_fit_is_refused_in_one_line(make, words):
+def test_incompatible_settings_raise_one_line_errors(make, words):
   with pytest.raises(ValueError) as error:
     make()
   assert words in str(error.value) and "\n" not in str(error.value)

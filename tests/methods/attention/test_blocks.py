@@ -1,4 +1,4 @@
-"""Sparsifiner at block granularity: which blocks are chosen, in a network, and what they cost."""
+"""Sparsifiner at block granularity: the choice of blocks, use in a network, and cost."""
 import itertools
 
 import jax
@@ -25,7 +25,7 @@ def draw(*shape, seed=0):
 
 
 @pytest.mark.parametrize("keep,count", [(0.01, 1), (0.4, 2), (0.6, 2), (1.0, 4)])
-def test_chosen_are_the_best_blocks_by_their_means_and_the_own(keep, count):
+def test_chosen_blocks_are_the_best_by_block_means_plus_the_query_block_itself(keep, count):
   spec = vc.Sparsifiner(keep=keep, granularity="block", window=2)
   module = BlockMaskPredictor(spec, 17, 1, (4, 4), (4, 4))
   query, key = draw(BATCH, 17, HEADS, WIDTH), draw(BATCH, 17, HEADS, WIDTH, seed=2)
@@ -53,7 +53,7 @@ def test_keeping_every_block_is_dense_attention():
                              tiny.apply(dense, {"params": params}, x), atol=1e-6)
 
 
-def test_phase_2_gives_predictors_no_gradient_and_phase_1_reconstructs_the_mass_of_blocks():
+def test_phase_2_has_no_predictor_gradient_and_phase_1_reconstructs_block_mass():
   sparse = tiny.deit(vc.Plan(attention=SPEC), depth=1)
   dense = sparse.clone(plan=sparse.plan.map(vc.Sparsifiner.first_phase.method))
   variables, x = tiny.init(sparse), tiny.images(sparse)
@@ -86,7 +86,7 @@ def test_phase_2_gives_predictors_no_gradient_and_phase_1_reconstructs_the_mass_
     vc.Plan(attention=SPEC, heads=vc.HMHSA(layout="grid", rank=2), ffn=vc.CFFN()),
     vc.Plan(attention=SPEC, heads=vc.HMHSA(real_heads=3), tokens=vc.EViT(keep=0.7, blocks=(0,))),
     vc.Plan(attention=SPEC, tokens=vc.ToMe(r=3))])
-def test_blocks_compose_and_equal_masked_dense_attention_in_a_model(plan, monkeypatch):
+def test_block_masks_compose_and_equal_masked_dense_attention_in_a_model(plan, monkeypatch):
   model = tiny.deit(plan, global_pool="avg")
   variables, x = tiny.init(model), tiny.images(model)
   deploy, folded = vc.fold(model, variables)
@@ -102,8 +102,8 @@ def test_blocks_compose_and_equal_masked_dense_attention_in_a_model(plan, monkey
                              atol=1e-5)
 
 
-def test_survivors_are_cut_into_blocks_in_the_order_of_the_first_windows():
-  """Class token, then sources 0 .. 15 of a 4 x 4 grid; sources 2 and 5 are gone, 10 joined 0."""
+def test_surviving_tokens_form_blocks_in_the_order_of_the_original_windows():
+  """Class token, then sources 0 .. 15 of a 4 x 4 grid; 2 and 5 were dropped, 10 merged into 0."""
   keep_mask = [i for i in range(16) if i not in (2, 5, 10)]
   source = np.full(17, -1)
   source[0] = 0
@@ -120,7 +120,7 @@ def test_survivors_are_cut_into_blocks_in_the_order_of_the_first_windows():
 
 
 def test_executed_products_are_those_of_the_chosen_blocks():
-  """16 patches in 4 blocks of 4 and a class token; 2 blocks a query block; 4 heads of 6."""
+  """16 patches in 4 blocks of 4 plus a class token; 2 key blocks per query block; 4 heads of 6."""
   plan = vc.Plan(attention=SPEC)
   count, dense = vc.count(tiny.deit(plan, depth=1)), vc.count(tiny.deit(depth=1))
   heads, dh, patches = 4, 6, 16
@@ -132,7 +132,7 @@ def test_executed_products_are_those_of_the_chosen_blocks():
 
 
 def test_memory_grows_linearly_with_tokens():
-  """Temporary memory of a compiled layer, with gradients, at 32 x 32 and 64 x 64 patches."""
+  """Temporary memory of a compiled layer with gradients, at 32 x 32 and 64 x 64 patches."""
   def temporary(side):
     tokens, grid = side * side + 1, (side, side)
     site = tiny.site(width=32, heads=2, tokens=tokens, query_grid=grid, key_grid=grid)
@@ -153,7 +153,7 @@ def test_memory_grows_linearly_with_tokens():
   assert temporary(64) / temporary(32) <= 4.6
 
 
-def test_short_sequences_stay_dense_and_a_filter_over_scores_is_refused():
+def test_short_sequences_stay_dense_and_filtering_scores_is_rejected():
   plan = vc.Plan(attention=vc.Sparsifiner(granularity="block"))
   absent = tiny.deit(plan).submodules().values()
   assert all(block.methods.attention is None for block in absent)

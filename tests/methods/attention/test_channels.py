@@ -11,16 +11,16 @@ from vitcompact.methods.attention.channels import Operator
 CHANNELS = vc.Plan(attention=vc.ChannelAttention())
 
 
-def drawn(*shape, seed=0):
+def draw(*shape, seed=0):
   return jnp.asarray(np.random.default_rng((seed, *shape)).standard_normal(shape), jnp.float32)
 
 
 def arrays(tokens=7):
-  return [drawn(2, tokens, 3, 4, seed=seed) for seed in range(3)]
+  return [draw(2, tokens, 3, 4, seed=seed) for seed in range(3)]
 
 
 @pytest.mark.parametrize("scale", ["width", "tokens"])
-def test_it_is_the_map_of_keys_and_values_written_out(scale):
+def test_output_matches_the_map_of_keys_and_values_written_out(scale):
   query, key, value = (np.asarray(x) for x in arrays())
   got = Core(operator=Operator(scale))(*arrays())
   factor = (4 if scale == "width" else 7) ** -0.5
@@ -37,7 +37,7 @@ def test_it_is_the_map_of_keys_and_values_written_out(scale):
     ("deit_small_patch16_224", 4.3574, 4.4781),
     pytest.param("deit_tiny_patch16_224", 1.1329, 1.1933, marks=pytest.mark.slow),
     pytest.param("deit_base_patch16_224", 17.0809, 17.3224, marks=pytest.mark.slow)])
-def test_counts_of_the_specification(name, every, half):
+def test_counts_match_the_specification(name, every, half):
   alternating = vc.Plan(attention=vc.ChannelAttention(),
                         blocks={block: {"attention": None} for block in range(0, 12, 2)})
   for plan, macs in ((CHANNELS, every), (alternating, half)):
@@ -46,7 +46,7 @@ def test_counts_of_the_specification(name, every, half):
     assert got.params == vc.count(vc.create_model(name)).params
 
 
-def test_twice_the_tokens_are_larger_scores_unless_these_are_scaled_by_tokens():
+def test_doubling_the_tokens_doubles_the_scores_unless_scaled_by_tokens():
   query, key, value = arrays()
   twice = [jnp.concatenate([x, x], axis=1) for x in (query, key, value)]
   for scale, factor in (("width", 2.0), ("tokens", 2.0 ** 0.5)):
@@ -56,7 +56,7 @@ def test_twice_the_tokens_are_larger_scores_unless_these_are_scaled_by_tokens():
                                atol=1e-5)
 
 
-def test_a_token_of_size_two_is_two_tokens_and_one_that_is_not_kept_is_none():
+def test_token_of_size_2_counts_twice_and_a_masked_token_not_at_all():
   query, key, value = arrays()
   size = jnp.ones((2, 7)).at[:, 2].set(2)
   core = Core(operator=Operator("width"))
@@ -69,7 +69,7 @@ def test_a_token_of_size_two_is_two_tokens_and_one_that_is_not_kept_is_none():
                              core(query, key[:, :3], value[:, :3]), rtol=1e-4, atol=1e-5)
 
 
-def test_it_goes_with_mixtures_of_heads_also_from_images():
+def test_it_composes_with_mixtures_of_heads_including_from_images():
   dense = tiny.deit()
   plan = vc.Plan(attention=vc.ChannelAttention(), heads=vc.MoH())
   model, variables = vc.compact(dense, tiny.init(dense), plan,
@@ -82,13 +82,13 @@ def test_it_goes_with_mixtures_of_heads_also_from_images():
     ({"heads": vc.HeadPruning()}, "needs attention maps over tokens, which ChannelAttention"),
     ({"tokens": vc.EViT(blocks=(0,))}, "use ToMe there"),
     ({"tokens": vc.MCTF(r=2)}, "use ToMe there")])
-def test_what_does_not_compose_is_refused(plan, message):
+def test_incompatible_methods_are_rejected(plan, message):
   with pytest.raises(ValueError, match=message):
     tiny.deit(vc.Plan(attention=vc.ChannelAttention(), **plan))
   with pytest.raises(ValueError, match="scale='rows'"):
     vc.ChannelAttention(scale="rows")
 
 
-def test_reduced_keys_are_refused():
+def test_reduced_keys_are_rejected():
   with pytest.raises(ValueError, match="3136 queries and 49 keys"):
     vc.create_model("pvt_tiny", plan=CHANNELS)

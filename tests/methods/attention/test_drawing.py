@@ -1,4 +1,4 @@
-"""What `draw attention` draws is what attends in the model."""
+"""`draw attention` draws the pairs that attend in the model."""
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,7 +12,7 @@ BLOCKS = vc.Sparsifiner(keep=0.5, granularity="block", window=2, min_tokens=0)
 PLAN = vc.Plan(attention=BLOCKS, blocks={0: {"attention": vc.Sparsifiner(keep=0.3)}})
 
 
-def test_attended_patches_keep_their_light_and_the_query_has_a_frame():
+def test_attended_patches_stay_bright_and_the_query_is_framed():
   image = np.random.default_rng(0).uniform(0.2, 0.8, (8, 12, 3))      # 2 x 3 patches of 4
   kept = np.array([[1, 0, 0], [0, 1, 0]], bool)
   picture = drawing.highlighted(image, kept, (1, 2))
@@ -23,7 +23,7 @@ def test_attended_patches_keep_their_light_and_the_query_has_a_frame():
   np.testing.assert_allclose(picture[5:7, 9:11], dark[5:7, 9:11])
 
 
-def test_small_patches_are_seen_inside_their_frame_and_black_ones_are_told_apart():
+def test_frames_do_not_cover_small_patches_and_black_patches_are_visible():
   image, kept = np.zeros((12, 12, 3)), np.eye(6, dtype=bool)
   picture = drawing.highlighted(drawing.enlarged(image, (6, 6)), kept, (0, 0))
   assert picture.shape == (96, 96, 3) and not picture[1:15, 1:15].any()
@@ -44,7 +44,7 @@ def test_pairs_and_mass_at_both_granularities(tmp_path):
 
 
 def test_files_are_drawn_and_not_overwritten(tmp_path):
-  model = tiny.deit(PLAN.map(vc.Sparsifiner.first_phase.method))     # as its phase leaves it
+  model = tiny.deit(PLAN.map(vc.Sparsifiner.first_phase.method))     # as the first phase leaves it
   convert.save(tmp_path / "sparse.safetensors", model, tiny.init(model))
   Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "image.png")
   args = tmp_path / "sparse.safetensors", tmp_path / "image.png", tmp_path / "out"
@@ -60,7 +60,7 @@ def test_files_are_drawn_and_not_overwritten(tmp_path):
     drawing.run(*args, queries=["1,2"])
 
 
-def test_a_model_without_sparse_attention_is_refused():
+def test_model_without_sparse_attention_is_rejected():
   with pytest.raises(ValueError, match="no block has sparse attention"):
     drawing.sparse_blocks(tiny.deit())
   pyramid = vc.create_model("pvt_tiny", plan=vc.Plan(attention=vc.Sparsifiner()), image_size=64)

@@ -1,4 +1,4 @@
-"""InLine: the weights written out, the local term by loops, what it composes with."""
+"""InLine: the weights written out, the local term by loops, and what it composes with."""
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,12 @@ INLINE = vc.Plan(attention=vc.InLine())
 LINEAR = vc.Plan(attention=vc.InLine(local=False))
 
 
-def drawn(*shape, seed=0):
+def draw(*shape, seed=0):
   return jnp.asarray(np.random.default_rng((seed, *shape)).standard_normal(shape), jnp.float32)
 
 
 def arrays(queries=6, keys=5):
-  return drawn(2, queries, 3, 4), drawn(2, keys, 3, 4, seed=1), drawn(2, keys, 3, 7, seed=2)
+  return draw(2, queries, 3, 4), draw(2, keys, 3, 4, seed=1), draw(2, keys, 3, 7, seed=2)
 
 
 def attend(*arrays, **fields):
@@ -28,7 +28,7 @@ def attend(*arrays, **fields):
 
 @pytest.mark.parametrize("fields", [{}, {"size": jnp.asarray([[1, 3, 1, 2, 1.0], [1, 1, 1, 1, 5]])},
                                     {"keep_mask": jnp.asarray([[1, 0, 1, 1, 1.0]] * 2)}])
-def test_the_weights_written_out_give_the_output_and_sum_to_one(fields):
+def test_explicit_weights_give_the_output_and_sum_to_one(fields):
   query, key, value = arrays()
   maps = Core(operator=Injective(), **fields).maps(query, key)
   np.testing.assert_allclose(maps.sum(axis=-1), 1, rtol=1e-5)
@@ -40,7 +40,7 @@ def test_the_weights_written_out_give_the_output_and_sum_to_one(fields):
                                atol=1e-5)
 
 
-def test_a_key_of_size_three_is_three_equal_keys():
+def test_key_of_size_three_equals_three_equal_keys():
   query, key, value = arrays()
   size = jnp.ones((2, 5)).at[:, 1].set(3)
   repeated = [jnp.concatenate([x, x[:, 1:2], x[:, 1:2]], axis=1) for x in (key, value)]
@@ -49,12 +49,12 @@ def test_a_key_of_size_three_is_three_equal_keys():
 
 
 def test_different_queries_have_different_outputs():
-  """Also those in one direction, which linear attention with a quotient cannot tell apart."""
+  """Even parallel ones, which normalised linear attention cannot distinguish."""
   query, key, value = arrays()
   assert float(jnp.abs(attend(query, key, value) - attend(2 * query, key, value)).max()) > 0.1
 
 
-def test_the_order_of_the_tokens_does_not_matter_without_the_local_term():
+def test_without_the_local_term_the_order_of_tokens_does_not_matter():
   query, key, value = arrays(5, 5)
   order = np.array([3, 1, 4, 0, 2])
   np.testing.assert_allclose(attend(*(x[:, order] for x in (query, key, value))),
@@ -62,18 +62,18 @@ def test_the_order_of_the_tokens_does_not_matter_without_the_local_term():
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2])
-def test_the_local_term_is_a_convolution_of_each_image_by_its_own_kernel(prefix):
+def test_local_term_convolves_each_image_with_its_own_kernel(prefix):
   height, width, heads, head_width = 2, 3, 2, 4
   channels, tokens = heads * head_width, prefix + height * width
   site = tiny.site(width=channels, heads=heads, prefix=prefix, tokens=tokens,
                    query_grid=(height, width), key_grid=(height, width))
   module = vc.InLine().make(site, parent=None)
-  value, x = drawn(2, tokens, heads, head_width), drawn(2, tokens, channels, seed=3)
+  value, x = draw(2, tokens, heads, head_width), draw(2, tokens, channels, seed=3)
   params = tiny.randomised(jax.eval_shape(
       lambda: module.init(jax.random.key(0), Core(), value, value)))
   got = module.apply(params, value, x, method="local_term")
   own = {name: np.asarray(leaf) for name, leaf in params["params"].items()}
-  wanted = np.zeros((2, tokens, channels))
+  expected = np.zeros((2, tokens, channels))
   for image in range(2):
     mean = np.asarray(x[image]).mean(axis=0)
     hidden, kernels = np.zeros(channels), np.zeros((channels, 3, 3))
@@ -88,13 +88,13 @@ def test_the_local_term_is_a_convolution_of_each_image_by_its_own_kernel(prefix)
     for row in range(height):
       for column in range(width):
         window = plane[row:row + 3, column:column + 3]
-        wanted[image, prefix + row * width + column] = np.einsum("stc,cst->c", window, kernels)
-  np.testing.assert_allclose(got.reshape(wanted.shape), wanted, rtol=1e-4, atol=1e-5)
+        expected[image, prefix + row * width + column] = np.einsum("stc,cst->c", window, kernels)
+  np.testing.assert_allclose(got.reshape(expected.shape), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("heads,image_size,width,params,macs", [
     (6, 224, 384, 25_045_864, 4.3694), (12, 224, 384, 23_571_304, 4.3098)])
-def test_counts_of_the_specification(heads, image_size, width, params, macs):
+def test_counts_match_the_specification(heads, image_size, width, params, macs):
   got = vc.count(vc.create_model("deit_small_patch16_224", heads=heads, width=width,
                                  image_size=image_size, plan=INLINE))
   assert got.params == params
@@ -102,7 +102,7 @@ def test_counts_of_the_specification(heads, image_size, width, params, macs):
 
 
 @pytest.mark.parametrize("plan", [INLINE, LINEAR], ids=["local", "linear"])
-def test_queries_keys_and_values_come_from_a_dense_model(plan):
+def test_queries_keys_and_values_are_taken_from_a_dense_model(plan):
   dense = tiny.deit()
   variables = tiny.init(dense)
   for images in (None, np.asarray(tiny.images(dense, 8))):
@@ -114,7 +114,7 @@ def test_queries_keys_and_values_come_from_a_dense_model(plan):
 
 
 def test_hallucinated_maps_are_filtered_weights():
-  """Values filtered and outputs filtered are what the filtered maps give, as with a softmax."""
+  """Filtering values and outputs gives what the filtered maps give, as with a softmax."""
   model = tiny.deit(vc.Plan(attention=vc.InLine(local=False), heads=vc.HMHSA()), depth=1)
   variables = tiny.init(model)
   seen = {}
@@ -139,7 +139,7 @@ def test_hallucinated_maps_are_filtered_weights():
     ({"tokens": vc.MCTF(r=2), "attention": vc.InLine(local=False)}, "use ToMe there"),
     ({"heads": vc.HeadPruning()}, "use local=False"),
     ({"heads": vc.HMHSA(site="logits")}, "use site='probs'")])
-def test_what_does_not_compose_is_refused(plan, message):
+def test_incompatible_methods_are_rejected(plan, message):
   with pytest.raises(ValueError, match=message):
     tiny.deit(vc.Plan(**{"attention": vc.InLine(), **plan}))
 
@@ -149,7 +149,7 @@ def test_merged_tokens_count_by_their_size():
   assert tiny.apply(model, tiny.init(model), tiny.images(model)).shape == (3, 5)
 
 
-def test_it_wants_as_many_keys_as_queries_for_its_local_term():
+def test_local_term_requires_as_many_keys_as_queries():
   with pytest.raises(ValueError, match=r"sr_ratios=\(1, 1, 1, 1\)"):
     vc.create_model("pvt_tiny", plan=INLINE)
   with pytest.raises(ValueError, match="local='yes'"):

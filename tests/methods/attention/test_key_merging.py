@@ -1,4 +1,4 @@
-"""KeyMerging: which keys become one, attention over them, and what it goes with."""
+"""KeyMerging: which keys merge, attention over them, and what it composes with."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,21 +17,21 @@ from vitcompact.plan import BlockMethods
 HALF = vc.KeyMerging(keep=0.5, min_tokens=0)
 
 
-def drawn(seed, *shape):
+def draw(seed, *shape):
   return jax.random.normal(jax.random.key(seed), shape)
 
 
 def arrays(queries=11, keys=14, heads=2, width=4):
-  return (drawn(0, 2, queries, heads, width), drawn(1, 2, keys, heads, width),
-          drawn(2, 2, keys, heads, width + 1))
+  return (draw(0, 2, queries, heads, width), draw(1, 2, keys, heads, width),
+          draw(2, 2, keys, heads, width + 1))
 
 
-def merged(spec, core, query, key, prefix=0, fused=False):
+def merge(spec, core, query, key, prefix=0, fused=False):
   return MergeKeys(spec, prefix).apply({}, core, query, key, None, fused)
 
 
 def groups_of(spec, key, prefix, fused=0):
-  """The definition for one image: lists of keys, each to become one."""
+  """The definition for one image: lists of keys, each of which merges into one."""
   metric = np.asarray(key, float).mean(axis=1)
   metric = metric / np.linalg.norm(metric, axis=1, keepdims=True)
   free = range(prefix, len(key) - fused)
@@ -45,7 +45,7 @@ def groups_of(spec, key, prefix, fused=0):
 
 
 def by_loops(groups, size, query, key, value):
-  """Attention of one image over means of keys, in float64."""
+  """Attention of one image over averaged keys and values, in float64."""
   query, key, value = (np.asarray(x, float) for x in (query, key, value))
   means = [[np.average(x[group], axis=0, weights=size[group]) for group in groups]
            for x in (key, value)]
@@ -57,32 +57,32 @@ def by_loops(groups, size, query, key, value):
 
 @pytest.mark.parametrize("keep,prefix,fused,sized", [
     (0.5, 0, False, False), (0.5, 1, False, True), (0.7, 2, True, True), (0.75, 0, True, False)])
-def test_alike_keys_become_one_that_counts_as_often(keep, prefix, fused, sized):
+def test_similar_keys_merge_into_one_weighted_by_its_size(keep, prefix, fused, sized):
   spec, (query, key, value) = vc.KeyMerging(keep=keep), arrays()
   size = 1 + jnp.arange(28.0).reshape(2, 14) % 3 if sized else None
-  core = merged(spec, Core(size=size), query, key, prefix, fused)
+  core = merge(spec, Core(size=size), query, key, prefix, fused)
   got = core(query, key, value)
   for image in range(2):
     groups = groups_of(spec, key[image], prefix, int(fused))
     assert len(groups) == core.size.shape[1] == 14 - spec.merged_count(14 - prefix - fused)
     assert all([i] in groups for i in [*range(prefix), *[13] * fused])
     weights = np.ones(14) if size is None else np.asarray(size[image])
-    wanted = by_loops(groups, weights, query[image], key[image], value[image])
-    np.testing.assert_allclose(got[image], wanted, atol=2e-6)
+    expected = by_loops(groups, weights, query[image], key[image], value[image])
+    np.testing.assert_allclose(got[image], expected, atol=2e-6)
     np.testing.assert_allclose(core.size[image].sum(), weights.sum())
 
 
-def test_keys_that_are_equal_with_their_values_merge_without_a_trace():
+def test_merging_duplicate_keys_and_values_does_not_change_the_output():
   query, key, value = arrays(keys=7)
   key, value = jnp.repeat(key, 2, axis=1), jnp.repeat(value, 2, axis=1)
-  core = merged(HALF, Core(), query, key)
+  core = merge(HALF, Core(), query, key)
   assert core.size.shape == (2, 7) and (core.size == 2).all()
   np.testing.assert_allclose(core(query, key, value), attention.DENSE(query, key, value), atol=1e-6)
 
 
-def test_maps_are_of_all_keys_and_give_the_output():
+def test_maps_cover_all_keys_and_give_the_output():
   query, key, value = arrays()
-  core = merged(HALF, Core(), query, key, 1)
+  core = merge(HALF, Core(), query, key, 1)
   maps = core.maps(query, key)
   assert maps.shape == (2, 2, 11, 14)
   np.testing.assert_allclose(maps.sum(axis=-1), 1, atol=1e-6)
@@ -96,10 +96,10 @@ def test_maps_are_of_all_keys_and_give_the_output():
 
 @pytest.mark.parametrize("layout", ["map", "grid"])
 def test_hallucinated_maps_are_filtered_maps_over_all_keys(layout):
-  """Explicitly: U A W of the maps of real heads, W in the order of the keys before they merged."""
+  """U A W written out for the real heads' maps, with W in the order of the keys before merging."""
   heads = Hallucinate(HMHSA(layout=layout, rank=2), (3, 3), (3, 4), 2)
-  query, key, value = drawn(0, 2, 11, 2, 4), drawn(1, 2, 14, 2, 4), drawn(2, 2, 14, 4, 5)
-  core = merged(HALF, Core(), query, key, 2)
+  query, key, value = draw(0, 2, 11, 2, 4), draw(1, 2, 14, 2, 4), draw(2, 2, 14, 4, 5)
+  core = merge(HALF, Core(), query, key, 2)
   variables = tiny.randomised(jax.eval_shape(lambda: heads.init(
       jax.random.key(0), query, key, value, core)))
   got, state = heads.apply({"params": variables["params"]}, query, key, value, core,
@@ -109,39 +109,39 @@ def test_hallucinated_maps_are_filtered_maps_over_all_keys(layout):
   np.testing.assert_allclose(got, jnp.einsum("bhnm,bmhe->bnhe", maps, value), atol=1e-5)
 
 
-def test_the_matching_has_no_gradient_and_the_means_have():
+def test_matching_has_no_gradient_but_the_means_do():
   query, key, value = arrays()
-  fixed = merged(HALF, Core(), query, key)
+  fixed = merge(HALF, Core(), query, key)
 
   def loss(core_of):
     return lambda key, value: jnp.sum(jnp.sin(core_of(key)(query, key, value)))
 
-  got = jax.grad(loss(lambda key: merged(HALF, Core(), query, key)), (0, 1))(key, value)
-  wanted = jax.grad(loss(lambda key: fixed), (0, 1))(key, value)
-  for a, b in zip(got, wanted, strict=True):
+  got = jax.grad(loss(lambda key: merge(HALF, Core(), query, key)), (0, 1))(key, value)
+  expected = jax.grad(loss(lambda key: fixed), (0, 1))(key, value)
+  for a, b in zip(got, expected, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6)
     assert (np.abs(a).max(axis=(2, 3)) > 0).all()
 
 
-def test_while_tokens_are_hidden_none_are_merged():
+def test_no_keys_are_merged_while_tokens_are_hidden():
   query, key, _ = arrays()
   core = Core(keep_mask=jnp.ones((2, 14)))
-  assert merged(HALF, core, query, key) is core
+  assert merge(HALF, core, query, key) is core
 
 
 @pytest.mark.parametrize("form", [form for form in attention.FORMS if form not in vendor.FORMS])
-def test_every_form_computes_it(form):
+def test_every_attention_form_supports_merged_keys(form):
   query, key, value = arrays()
-  core = merged(HALF, Core(), query, key)
-  wanted = core(query, key, value)
+  core = merge(HALF, Core(), query, key)
+  expected = core(query, key, value)
   with attention.using(form):
-    np.testing.assert_allclose(core(query, key, value), wanted, atol=2e-6)
+    np.testing.assert_allclose(core(query, key, value), expected, atol=2e-6)
 
 
 # In models.
 
 
-def test_keeping_all_or_having_few_keys_is_the_dense_program():
+def test_keeping_all_keys_or_having_few_is_the_dense_program():
   for plan in (vc.KeyMerging(keep=1, min_tokens=0), vc.KeyMerging(min_tokens=18), vc.KeyMerging()):
     model, dense = tiny.deit(vc.Plan(attention=plan)), tiny.deit()
     variables, x = tiny.init(dense), tiny.images(dense)
@@ -150,7 +150,7 @@ def test_keeping_all_or_having_few_keys_is_the_dense_program():
         jax.make_jaxpr(dense.apply)(variables, x))
 
 
-def test_it_acts_by_the_number_of_keys():
+def test_it_is_active_depending_on_the_number_of_keys():
   model = pvt("pvt_small", vc.Plan(attention=vc.KeyMerging(min_tokens=5)))
   assert [site.tokens for site in model.sites()] == [4, 4, 4, 4, 5]
   assert [model.plan.at(site).attention is not None for site in model.sites()] == [False] * 4 + [
@@ -161,10 +161,10 @@ def test_it_acts_by_the_number_of_keys():
       tiny.site(tokens=577, tokens_left=577))] == [0.5, 0.75]
 
 
-# The blocks of Next-ViT take their keys from a smaller grid as those of PVT do.
+# Next-ViT's blocks take their keys from a smaller grid, as PVT's do.
 @pytest.mark.parametrize("name", ["pvt_small",
                                   pytest.param("nextvit_small", marks=pytest.mark.slow)])
-def test_queries_stay_where_keys_are_others(name):
+def test_reduced_keys_are_merged_and_queries_stay(name):
   plan = vc.Plan(attention=HALF, heads=vc.HMHSA(), ffn=vc.CFFN())
   if name == "pvt_small":
     model = pvt(name, plan, **{**SHORT, "drop_path_rate": 0.0})
@@ -182,7 +182,7 @@ def test_queries_stay_where_keys_are_others(name):
   assert few.attention_macs < all_.attention_macs and few.params == all_.params
 
 
-def test_a_reducer_decides_by_all_keys_and_hands_on_its_sizes():
+def test_token_reducer_uses_all_keys_and_passes_its_sizes_on():
   tokens = vc.ToMe(r=3)
   model = tiny.deit(vc.Plan(attention=HALF, tokens=tokens), depth=1)
   plain = tiny.deit(vc.Plan(tokens=tokens), depth=1)
@@ -192,16 +192,16 @@ def test_a_reducer_decides_by_all_keys_and_hands_on_its_sizes():
   np.testing.assert_array_equal(*sources)
 
 
-def test_half_of_the_keys_is_half_of_the_products():
+def test_keeping_half_of_the_keys_halves_the_products():
   dense, model = tiny.deit(depth=1), tiny.deit(vc.Plan(attention=HALF), depth=1)
-  wanted, got = vc.count(dense), vc.count(model)
-  # 8 of 16 patches and the class token, for 17 queries; and cosines between 9 and 8 keys of 6.
-  assert wanted.attention_macs == 2 * 17 * 17 * 24 and got.attention_macs == 2 * 17 * 9 * 24
-  assert got.macs - wanted.macs == got.attention_macs - wanted.attention_macs + 9 * 8 * 6
+  expected, got = vc.count(dense), vc.count(model)
+  # 8 of 16 patches and the class token for 17 queries, plus cosines of 9 and 8 keys of width 6.
+  assert expected.attention_macs == 2 * 17 * 17 * 24 and got.attention_macs == 2 * 17 * 9 * 24
+  assert got.macs - expected.macs == got.attention_macs - expected.attention_macs + 9 * 8 * 6
   assert got.ideal_macs == got.macs
 
 
-def test_compact_adds_nothing_and_measure_can_propose_it():
+def test_compact_adds_no_parameters_and_measure_can_propose_it():
   dense = tiny.deit()
   variables = tiny.init(dense)
   _, got = vc.compact(dense, variables, vc.Plan(attention=HALF), images=tiny.images(dense, 8))
@@ -222,7 +222,7 @@ def test_compact_adds_nothing_and_measure_can_propose_it():
      "needs every token to attend to all, which KeyMerging(min_tokens=0) takes away"),
     (lambda: tiny.deit(vc.Plan(attention=HALF, heads=vc.HMHSA(site="logits"))),
      "needs the scores of all pairs of tokens, which KeyMerging(min_tokens=0) takes away")])
-def test_what_cannot_be_is_refused_in_one_line(make, words):
+def test_invalid_settings_raise_one_line_errors(make, words):
   with pytest.raises(ValueError) as error:
     make()
   assert words in str(error.value) and "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Sparsifiner at token granularity: masked dense attention, the reference of the method."""
+"""Sparsifiner at token granularity: masked dense attention, the reference for the method."""
 import itertools
 
 import jax
@@ -67,25 +67,25 @@ def masks_by_loops(spec, params, query, key):
     vc.Sparsifiner(keep=0.25, reduce_n=2, coefficients=0.15, basis="magnitude"),
     vc.Sparsifiner(keep=0.4, reduce_n=3, coefficients=2, basis_threshold=0.3, variant="code"),
     vc.Sparsifiner(keep=0.7, rank=5, variant="code", basis="signed")])
-def test_kept_pairs_are_those_of_the_definition_exactly_k_a_row(spec):
+def test_kept_pairs_match_the_definition_with_exactly_k_per_row(spec):
   module, variables = predictor(spec)
   query, key = query_key()
   core = module.apply(variables, Core(), query, key)
-  wanted = masks_by_loops(spec, variables["params"], query, key)
-  np.testing.assert_array_equal(core.mask, wanted)
+  expected = masks_by_loops(spec, variables["params"], query, key)
+  np.testing.assert_array_equal(core.mask, expected)
   finite = np.isfinite(reference.masked_scores(core, query, key)).sum(axis=-1)
   assert (finite[:, :, PREFIX:] == spec.budget(TOKENS)).all() and (finite[:, :, 0] == TOKENS).all()
-  assert float(core.scored) == pytest.approx(wanted.mean())
+  assert float(core.scored) == pytest.approx(expected.mean())
 
 
-def test_equal_scores_give_the_lowest_index_and_exactly_k():
+def test_ties_keep_the_lowest_index_and_exactly_k():
   x = jnp.array([[1., 3., 3., 3., 0.], [jnp.inf, 0., 0., jnp.inf, 0.]])
   np.testing.assert_array_equal(top_k_mask(x, 2), [[0, 1, 1, 0, 0], [1, 0, 0, 1, 0]])
   np.testing.assert_array_equal(top_k_mask(x, 3), [[0, 1, 1, 1, 0], [1, 1, 0, 1, 0]])
 
 
 @pytest.mark.parametrize("shape", [(7, 33), (2, 3, 5, 33)])
-def test_the_largest_are_those_that_a_stable_sort_puts_first(shape):
+def test_largest_entries_match_a_stable_sort(shape):
   x = np.random.default_rng(0).normal(size=shape).astype(np.float32).round(1)
   x[..., :4] = [np.inf, -np.inf, -0.0, 0.0]
   rank = np.argsort(np.argsort(-x, axis=-1, kind="stable"), axis=-1)
@@ -93,7 +93,7 @@ def test_the_largest_are_those_that_a_stable_sort_puts_first(shape):
     np.testing.assert_array_equal(jax.jit(top_k_mask, static_argnums=1)(x, k), rank < k)
 
 
-def test_a_budget_is_not_rounded_up_by_rounding_errors():
+def test_rounding_errors_do_not_increase_the_budget():
   assert vc.Sparsifiner(keep=0.55).budget(100) == 55 and vc.Sparsifiner(keep=0.25).budget(197) == 50
 
 
@@ -105,8 +105,8 @@ def test_permuting_a_batch_permutes_its_masks():
                                 mask_of(module, variables, query, key)[order])
 
 
-def test_predictions_follow_tokens_that_were_dropped_merged_and_fused():
-  """13 sources: 0 is the class token, 2 and 3 are one, 5 is gone, 9 to 12 are fused, last."""
+def test_predictions_follow_dropped_merged_and_fused_tokens():
+  """13 sources: 0 is the class token, 2 and 3 are merged, 5 is dropped, 9 to 12 are fused, last."""
   source = jnp.array([[0, 1, 2, 2, 3, -1, 4, 5, 6, 7, 7, 7, 7]])
   rows = np.asarray(jax.random.normal(jax.random.key(3), (TOKENS, 4)))
   sums, means = gather_rows(rows, source, 8)
@@ -122,8 +122,8 @@ def test_predictions_follow_tokens_that_were_dropped_merged_and_fused():
 
 
 @pytest.mark.parametrize("variant", ["paper", "code"])
-def test_tokens_that_only_count_as_dropped_are_masked_as_if_they_were_gone(variant):
-  """DynamicViT in training, against the same survivors gathered in inference."""
+def test_tokens_only_counted_as_dropped_are_masked_as_if_they_were_removed(variant):
+  """DynamicViT in training, compared with gathering the same survivors at inference."""
   module, variables = predictor(vc.Sparsifiner(keep=0.4, reduce_n=3, variant=variant))
   query, key = query_key(batch=1)
   kept = np.array([0, 1, 3, 4, 7, 8, 9, 12])
@@ -154,7 +154,7 @@ def without_predictors(variables):
   return {**variables, "params": params}
 
 
-def test_phase_2_gives_predictors_no_gradient_and_phase_1_nothing_else():
+def test_phase_2_trains_everything_but_predictors_and_phase_1_only_predictors():
   sparse = tiny.deit(vc.Plan(attention=vc.Sparsifiner(keep=0.3)))
   dense = sparse.clone(plan=sparse.plan.map(vc.Sparsifiner.first_phase.method))
   variables, x = tiny.init(sparse), tiny.images(sparse)
@@ -172,16 +172,16 @@ def test_phase_2_gives_predictors_no_gradient_and_phase_1_nothing_else():
     assert bool((leaf == 0).all()) == ("/links/" not in name), name
   logits, state = tiny.apply(dense, variables, x, mutable=["attention", "maps"])
   plain = tiny.deit()
-  wanted = tiny.apply(plain, without_predictors(variables), x)
-  np.testing.assert_allclose(logits, wanted, atol=1e-6)
+  expected = tiny.apply(plain, without_predictors(variables), x)
+  np.testing.assert_allclose(logits, expected, atol=1e-6)
   block = state["attention"]["blocks_1"]["links"]
   maps = state["maps"]["blocks_1"]["attn"]["maps"][0]
   np.testing.assert_allclose(block["target"][0], maps[:, :, 1:], atol=1e-6)
   assert block["score"][0].shape == (3, 4, 16, 17)
 
 
-def test_reconstruction_can_train_the_values_that_choose_pairs():
-  """fit="used": what is reconstructed is the sparse score, and its gradient reaches all of W_up."""
+def test_reconstruction_can_train_the_values_that_choose_the_pairs():
+  """With fit="used" the sparse score is reconstructed, and its gradient reaches all of W_up."""
   spec = vc.Sparsifiner(keep=0.3, reduce_n=3, coefficients=2, basis_threshold=0.4, fit="used")
   module, variables = predictor(spec)
   query, key = query_key()
@@ -200,7 +200,7 @@ def test_reconstruction_can_train_the_values_that_choose_pairs():
 
 
 @pytest.mark.parametrize("site", ["probs", "logits"])
-def test_the_masked_real_maps_are_hallucinated(site):
+def test_hallucinated_heads_use_the_masked_maps_of_real_heads(site):
   module = Hallucinate(vc.HMHSA(site=site))
   query, key = query_key()
   value = jax.random.normal(jax.random.key(5), (2, TOKENS, 3, WIDTH))
@@ -213,7 +213,7 @@ def test_the_masked_real_maps_are_hallucinated(site):
   assert np.isfinite(out).all()
   np.testing.assert_allclose(out, attention.weigh(maps, value), atol=1e-5)
   np.testing.assert_array_equal(maps[:, :2] > 0, mask)
-  if site == "logits":       # masked after the filter, with the mask of the source
+  if site == "logits":       # masked after the filter, with the mask of the source head
     np.testing.assert_array_equal(maps[:, 2] > 0, mask[:, 0])
 
 
@@ -223,9 +223,9 @@ def test_the_masked_real_maps_are_hallucinated(site):
             tokens=vc.EViT(keep=0.6, blocks=(0,))),
     vc.Plan(attention=vc.Sparsifiner(keep=0.4, coefficients=0.2), tokens=vc.ToMe(r=3),
             blocks={0: {"attention": None}})])
-def test_fold_keeps_the_function_and_stores_the_basis_as_used(plan):
+def test_fold_keeps_the_function_and_stores_the_thresholded_basis(plan):
   model = tiny.deit(plan)
-  # A spread at which the threshold cuts some of the basis off; tokens differ by their positions.
+  # With this spread the threshold removes part of the basis, and tokens differ by position.
   variables, x = tiny.init(model, spread=0.02), tiny.images(model)
   variables["params"]["pos_embed"] = tiny.init(model)["params"]["pos_embed"]
   deploy, folded = vc.fold(model, variables)
@@ -238,33 +238,33 @@ def test_fold_keeps_the_function_and_stores_the_basis_as_used(plan):
   assert ("links" in folded["params"]["blocks_0"]) == (0 not in plan.blocks)
 
 
-def test_fold_drops_a_predictor_that_the_plan_leaves_absent():
+def test_fold_drops_predictors_that_the_plan_makes_absent():
   variables = tiny.init(tiny.deit(vc.Plan(attention=vc.Sparsifiner())))
   absent = tiny.deit(vc.Plan(attention=vc.Sparsifiner(min_tokens=18)))
   assert absent.submodules()["blocks_0"].methods.attention is None
   assert "links" not in vc.fold(absent, variables)[1]["params"]["blocks_0"]
 
 
-def test_min_tokens_counts_what_a_block_begins_with():
+def test_min_tokens_counts_the_tokens_that_enter_a_block():
   plan = vc.Plan(attention=vc.Sparsifiner(min_tokens=12), tokens=vc.EViT(keep=0.6, blocks=(0, 1)))
   blocks = tiny.deit(plan, depth=3).submodules().values()     # 17, 1 + 10 + 1, 1 + 7 + 1 tokens
   assert [block.methods.attention is not None for block in blocks] == [True, True, False]
 
 
-def test_compact_makes_the_same_fresh_predictors_every_time():
+def test_compact_initialises_predictors_reproducibly():
   model = tiny.deit()
   variables = tiny.init(model)
   plan = vc.Plan(attention=vc.Sparsifiner(keep=0.5, variant="code"),
                  blocks={1: {"heads": vc.HMHSA()}})
   small, first = vc.compact(model, variables, plan)
   assert trees.digest(first) == trees.digest(vc.compact(model, variables, plan)[1])
-  wanted = jax.eval_shape(small.init, jax.random.key(0), tiny.images(small))
-  assert trees.differences(first, wanted) == []
+  expected = jax.eval_shape(small.init, jax.random.key(0), tiny.images(small))
+  assert trees.differences(first, expected) == []
   assert first["params"]["blocks_0"]["attn"] is variables["params"]["blocks_0"]["attn"]
   assert 0.01 < first["params"]["blocks_0"]["links"]["up"].std() < 0.03
 
 
-def test_reconstruction_is_the_sum_of_squares_over_the_number_of_blocks():
+def test_reconstruction_loss_is_the_sum_of_squares_over_the_number_of_blocks():
   ones = jnp.ones((2, 3, 4, 5))
   seen = {f"blocks_{i}": {"links": {"score": (ones * scale,), "target": (-ones,)}}
           for i, scale in enumerate((0.0, 1.0))}
@@ -273,7 +273,7 @@ def test_reconstruction_is_the_sum_of_squares_over_the_number_of_blocks():
     attention_reconstruction({})
 
 
-def test_predictors_travel_under_their_authors_names():
+def test_predictors_are_exported_under_their_authors_names():
   model = tiny.deit(vc.Plan(attention=vc.Sparsifiner(variant="code")), deploy=True)
   variables = tiny.init(model)
   state = vc.to_torch(model, variables)
@@ -287,7 +287,7 @@ def test_predictors_travel_under_their_authors_names():
 
 
 @pytest.mark.parametrize("name", ["lvvit_s", "pvt_tiny", "pvt_v2_b0", "nextvit_small"])
-def test_every_backbone_with_a_softmax_attention_takes_predictors(name):
+def test_every_backbone_with_softmax_attention_accepts_predictors(name):
   model = vc.create_model(name, plan=vc.Plan(attention=vc.Sparsifiner()), image_size=64)
   shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
   assert trees.first_match(model.parameter_rules(), shapes, may_be_idle=True)
@@ -304,7 +304,7 @@ def test_every_backbone_with_a_softmax_attention_takes_predictors(name):
     ({"basis_threshold": -0.1}, "at least 0"), ({"basis_threshold": float("nan")}, "at least 0"),
     ({"basis": "abs"}, "signed"),
     ({"granularity": "block", "variant": "code"}, "no blocks")])
-def test_a_wrong_option_is_refused_in_one_line(fields, words):
+def test_invalid_options_raise_one_line_errors(fields, words):
   with pytest.raises(ValueError, match="Sparsifiner") as error:
     vc.Sparsifiner(**fields)
   assert words in str(error.value) and "\n" not in str(error.value)

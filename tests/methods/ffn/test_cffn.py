@@ -1,4 +1,4 @@
-"""cFFN: branches fold into two matrices, and start where a dense layer starts."""
+"""cFFN: branches fold into two matrices, and a new layer has a dense one's output spread."""
 import functools
 import itertools
 import warnings
@@ -25,7 +25,7 @@ def branches_by_definition(params, stats, x, n, rep, avg_skip):
   """u = sum_i BN_i(H A_i) + mean_groups(H) alpha, y = sum_j BN'_j(u B_j), in numpy float64."""
   params, stats = jax.tree.map(lambda a: np.asarray(a, np.float64), (params, stats))
 
-  def after(name, y):
+  def normalised(name, y):
     if rep == "scale":
       return y * params[f"{name}_scale"]
     if rep == "none":
@@ -34,40 +34,40 @@ def branches_by_definition(params, stats, x, n, rep, avg_skip):
     return (y - seen["mean"]) / np.sqrt(seen["var"] + 1e-5) * norm["scale"] + norm["bias"]
 
   x = np.asarray(x, np.float64)
-  u = sum(after(f"a{i}", x @ params[f"a{i}"]["kernel"]) for i in range(n))
+  u = sum(normalised(f"a{i}", x @ params[f"a{i}"]["kernel"]) for i in range(n))
   if avg_skip:
     groups = np.stack([x[..., g * M // RANK:(g + 1) * M // RANK].mean(-1) for g in range(RANK)], -1)
     u = u + groups * params["alpha"]
-  return sum(after(f"b{j}", u @ params[f"b{j}"]["kernel"]) for j in range(n)) + \
+  return sum(normalised(f"b{j}", u @ params[f"b{j}"]["kernel"]) for j in range(n)) + \
       params.get("bias", 0)
 
 
 @pytest.mark.parametrize("rep,avg_skip,n",
                          [*itertools.product(["bn", "scale", "none"], [True, False], [1, 3])])
-def test_fold_keeps_the_function_and_names_the_right_tree(rep, avg_skip, n):
+def test_fold_keeps_the_function_and_gives_the_deployed_tree(rep, avg_skip, n):
   x = jax.random.normal(jax.random.key(0), (5, 3, M))
   module = CompactDense(D, RANK, branches=n, rep=rep, avg_skip=avg_skip)
   variables = tiny.randomised(jax.eval_shape(module.init, jax.random.key(0), x))
   params, stats = variables["params"], variables.get("batch_stats", {})
-  wanted = branches_by_definition(params, stats, x, n, rep, avg_skip)
-  np.testing.assert_allclose(jax.jit(module.apply)(variables, x), wanted, rtol=1e-4, atol=1e-5)
+  expected = branches_by_definition(params, stats, x, n, rep, avg_skip)
+  np.testing.assert_allclose(jax.jit(module.apply)(variables, x), expected, rtol=1e-4, atol=1e-5)
   deploy = module.clone(deploy=True)
   folded, left = module.fold(params, stats)
   assert left == {}
   assert trees.differences({"params": folded},
                            jax.eval_shape(deploy.init, jax.random.key(0), x)) == []
   out = tiny.apply(deploy, {"params": folded}, x)
-  np.testing.assert_allclose(out, wanted, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_skip_is_left_out_where_the_rank_does_not_divide():
+def test_skip_is_absent_if_the_rank_does_not_divide_the_width():
   shapes = jax.eval_shape(CompactDense(D, 5).init, jax.random.key(0), jnp.zeros((2, M)))
   assert "alpha" not in shapes["params"]
 
 
 @pytest.mark.parametrize("rep", ["bn", "scale", "none"])
 @pytest.mark.parametrize("n", [1, 2])
-def test_a_fresh_layer_has_the_spread_of_a_dense_one(rep, n):
+def test_new_layer_has_the_output_spread_of_a_dense_one(rep, n):
   width, hidden = 96, 384
   x = jax.random.normal(jax.random.key(0), (4000, width))
   h = gelu(x @ (0.02 * jax.random.normal(jax.random.key(1), (width, hidden))))
@@ -82,7 +82,7 @@ def test_a_fresh_layer_has_the_spread_of_a_dense_one(rep, n):
 
 
 @pytest.mark.parametrize("rep", ["bn", "scale", "none"])
-def test_from_dense_at_full_rank_is_the_dense_layer(rep):
+def test_full_rank_factors_from_a_dense_layer_are_that_layer(rep):
   kernel, bias = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(M, D), (D,)]))
   x = jax.random.normal(jax.random.key(2), (64, M)) + 0.5
   module = CompactDense(D, D, rep=rep)
@@ -92,26 +92,26 @@ def test_from_dense_at_full_rank_is_the_dense_layer(rep):
   assert jnp.abs(params["a0"]["kernel"] - params["a1"]["kernel"]).max() > 1e-3, "equal branches"
 
 
-def fitted(module, kernel, x):
-  """(params, stats) of a layer fitted to a dense one's outputs for x."""
+def fit_layer(module, kernel, x):
+  """Returns (params, stats) of a layer fitted to a dense layer's outputs for x."""
   sums = jax.tree.map(np.float64, sums_of(x, x @ kernel))
   return module.from_dense({"kernel": kernel}, module.fit({"kernel": kernel}, (sums, sums)))
 
 
-def test_calibrated_batch_norms_compute_the_same_in_training_and_in_inference():
+def test_calibrated_batch_norms_agree_in_training_and_inference():
   kernel = jax.random.normal(jax.random.key(0), (M, D))
   x = jax.random.normal(jax.random.key(2), (256, M)) * jnp.arange(1, M + 1)[None] + 0.5
   module = CompactDense(D, RANK)
-  params, stats = fitted(module, kernel, x)
+  params, stats = fit_layer(module, kernel, x)
   variables = {"params": params, "batch_stats": stats}
   seen, _ = module.apply(variables, x, True, mutable=["batch_stats"])
   np.testing.assert_allclose(seen, module.apply(variables, x), rtol=1e-3, atol=2e-3)
 
 
-def test_fitted_factors_lose_less_on_the_data_and_plain_ones_less_in_the_weights():
+def test_fitted_factors_are_better_on_the_data_and_truncated_ones_in_the_weights():
   kernel = jax.random.normal(jax.random.key(0), (M, D))
   x = jax.random.normal(jax.random.key(2), (512, M)) * 2.0 ** -jnp.arange(M)[None]
-  new, _ = fitted(CompactDense(D, RANK, deploy=True), kernel, x)
+  new, _ = fit_layer(CompactDense(D, RANK, deploy=True), kernel, x)
   a, b = new["a"]["kernel"], new["b"]["kernel"]
   c, d = truncated_factors(kernel, RANK)
   assert jnp.linalg.norm(x @ (kernel - a @ b)) < 0.9 * jnp.linalg.norm(x @ (kernel - c @ d))
@@ -121,30 +121,30 @@ def test_fitted_factors_lose_less_on_the_data_and_plain_ones_less_in_the_weights
   np.testing.assert_allclose(c @ d, best, atol=1e-5)
 
 
-def test_layers_of_equal_blocks_share_a_program(monkeypatch):
+def test_layers_of_equal_blocks_share_a_compiled_program(monkeypatch):
   traced, make = [], CompactDense._to_branches
   monkeypatch.setattr(CompactDense, "_to_branches",
-                      lambda self, *given: traced.append(self) or make(self, *given))
+                      lambda self, *args: traced.append(self) or make(self, *args))
   kernel = jax.random.normal(jax.random.key(0), (M, D))
   x = jax.random.normal(jax.random.key(2), (256, M))
   for seed in range(3):
-    fitted(CompactDense(D, RANK, input_rms=0.75), kernel + seed, x)
+    fit_layer(CompactDense(D, RANK, input_rms=0.75), kernel + seed, x)
   assert len(traced) == 1
 
 
 @pytest.mark.parametrize("factor", ["output", "both"])
-def test_a_model_at_full_rank_equals_the_dense_one(factor):
+def test_full_rank_model_equals_the_dense_one(factor):
   model = tiny.deit()
   variables, x = tiny.init(model), tiny.images(model)
   plan = vc.Plan(ffn=vc.CFFN(rank_ratio=1.0, factor=factor))
   with warnings.catch_warnings():
-    warnings.simplefilter("ignore")      # full rank saves nothing, and says so
+    warnings.simplefilter("ignore")      # full rank saves nothing, which gives a warning
     small, got = vc.compact(model, variables, plan)
   assert vc.verify(model, variables, small, got, x).max_rel <= 1e-5
   assert got["params"]["blocks_0"]["attn"] is variables["params"]["blocks_0"]["attn"]
 
 
-def test_a_rank_that_saves_nothing_is_named():
+def test_rank_that_saves_nothing_is_named():
   with pytest.warns(UserWarning, match=r"blocks_0/mlp/fc2: rank 22 .* break-even is rank 19"):
     tiny.deit(vc.Plan(ffn=vc.CFFN(rank_ratio=0.9)))
 
@@ -152,14 +152,14 @@ def test_a_rank_that_saves_nothing_is_named():
 @pytest.mark.parametrize("fields", [{"rank_ratio": 0}, {"rank_ratio": 1.5}, {"branches": 0},
                                     {"rank_ratio": "half"}, {"branches": True}, {"avg_skip": "no"},
                                     {"rep": "ln"}, {"factor": "input"}, {"apply_to": "some"}])
-def test_a_wrong_option_is_refused_with_its_value(fields):
+def test_invalid_option_is_rejected_with_its_value(fields):
   (name, value), = fields.items()
   with pytest.raises(ValueError, match=rf"CFFN\({name}={value!r}\): must be"):
     vc.CFFN(**fields)
 
 
-def test_branches_of_few_tokens_are_the_same_on_a_mesh_as_on_one_device():
-  """Kernels that are joined along a sharded axis were not, in jax 0.10."""
+def test_branches_with_few_tokens_agree_on_a_mesh_and_on_one_device():
+  """In jax 0.10, kernels concatenated along a sharded axis gave different results."""
   mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
   site = tiny.site(ffn_width=16, hidden=32, prefix=0, query_grid=(1, 1), tokens=1)
   module = vc.CFFN().make(site, parent=None)

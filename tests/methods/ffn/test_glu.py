@@ -1,4 +1,4 @@
-"""Gated FFNs: the equations, the published counts, cFFN inside, what is refused."""
+"""Gated FFNs: the equations, the published counts, cFFN inside, and what is rejected."""
 import functools
 
 import jax
@@ -19,7 +19,7 @@ from vitcompact.methods.ffn.cffn import hidden_rms
 ACTS = {"sigmoid": scipy.special.expit, "relu": lambda x: np.maximum(x, 0),
         "silu": lambda x: x * scipy.special.expit(x), "identity": lambda x: x,
         "gelu": lambda x: x * scipy.special.ndtr(x)}
-# (parameters, MACs / 1e9): specification.
+# (parameters, MACs / 1e9): from the specification.
 ROWS = {
     ("deit_tiny_patch16_224", vc.GLU()): (5_720_488, 1.2537),
     ("deit_tiny_patch16_224", vc.ConvGLU()): (5_781_928, 1.2645),
@@ -36,7 +36,7 @@ SITE = tiny.site()
 
 
 def by_definition(params, x, act, prefix=0, grid=None):
-  """(act(DW(x W_g + b_g)) * (x W_v + b_v)) W_o + b_o in float64, loops over places and taps."""
+  """(act(DW(x W_g + b_g)) * (x W_v + b_v)) W_o + b_o in float64, by loops over places and taps."""
   params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
   both = np.asarray(x, np.float64) @ params["fc1"]["kernel"] + params["fc1"]["bias"]
   m = both.shape[-1] // 2
@@ -57,14 +57,14 @@ def by_definition(params, x, act, prefix=0, grid=None):
 
 
 def ffn(method, site=SITE, seed=0):
-  """(module, random parameters, tokens) of a gated FFN alone."""
+  """Returns (module, random parameters, tokens) of one gated FFN."""
   module = make_ffn(site, method)
   x = jax.random.normal(jax.random.key(seed), (2, site.queries, site.ffn_width))
   return module, tiny.randomised(jax.eval_shape(module.init, jax.random.key(0), x)), x
 
 
 @pytest.mark.parametrize("act", ACTS)
-def test_a_glu_is_a_gate_times_a_value(act):
+def test_glu_output_is_the_gate_times_the_value(act):
   module, variables, x = ffn(vc.GLU(act))
   got = jax.jit(module.apply)(variables, x)
   np.testing.assert_allclose(got, by_definition(variables["params"], x, ACTS[act]), atol=1e-5)
@@ -72,29 +72,29 @@ def test_a_glu_is_a_gate_times_a_value(act):
 
 @pytest.mark.parametrize("act", ["gelu", "relu"])
 @pytest.mark.parametrize("prefix,grid", [(1, (4, 4)), (0, (2, 5)), (2, (3, 2))])
-def test_a_convglu_convolves_the_gate_over_the_grid_and_leaves_prefix_tokens(act, prefix, grid):
+def test_convglu_convolves_the_gate_over_the_grid_and_skips_prefix_tokens(act, prefix, grid):
   site = tiny.site(prefix=prefix, query_grid=grid, tokens=prefix + grid[0] * grid[1])
   module, variables, x = ffn(vc.ConvGLU(act), site)
-  wanted = by_definition(variables["params"], x, ACTS[act], prefix, grid)
-  np.testing.assert_allclose(jax.jit(module.apply)(variables, x), wanted, atol=1e-5)
-  if prefix == 0:      # hybrids hand over maps
+  expected = by_definition(variables["params"], x, ACTS[act], prefix, grid)
+  np.testing.assert_allclose(jax.jit(module.apply)(variables, x), expected, atol=1e-5)
+  if prefix == 0:      # hybrid models pass maps
     map_bhwc = x.reshape(2, *grid, -1)
     np.testing.assert_array_equal(module.apply(variables, map_bhwc).reshape(x.shape),
                                   module.apply(variables, x))
 
 
-def test_a_gate_of_one_leaves_a_linear_layer():
+def test_constant_gate_of_one_gives_a_linear_layer():
   module, variables, x = ffn(vc.GLU("identity"))
   params = variables["params"]
   kernel = params["fc1"]["kernel"].at[:, :64].set(0)
   bias = params["fc1"]["bias"].at[:64].set(1)
   got = module.apply({"params": {**params, "fc1": {"kernel": kernel, "bias": bias}}}, x)
-  whole = kernel[:, 64:] @ params["fc2"]["kernel"]
+  product = kernel[:, 64:] @ params["fc2"]["kernel"]
   shift = bias[64:] @ params["fc2"]["kernel"] + params["fc2"]["bias"]
-  np.testing.assert_allclose(got, x @ whole + shift[None, None], atol=1e-5)
+  np.testing.assert_allclose(got, x @ product + shift[None, None], atol=1e-5)
 
 
-def test_a_convolution_of_the_centre_alone_makes_a_convglu_a_geglu():
+def test_convglu_with_only_a_centre_tap_is_a_geglu():
   module, variables, x = ffn(vc.ConvGLU())
   params = variables["params"]
   centre = jnp.zeros((3, 3, 1, 64)).at[1, 1].set(1)
@@ -106,7 +106,7 @@ def test_a_convolution_of_the_centre_alone_makes_a_convglu_a_geglu():
 
 
 @pytest.mark.parametrize("name,method", ROWS)
-def test_parameters_exactly_and_macs_to_a_thousandth(name, method):
+def test_parameter_counts_are_exact_and_macs_match_to_a_thousandth(name, method):
   params, gmacs = ROWS[name, method]
   count = vc.count(vc.create_model(name, plan=vc.Plan(ffn=method), deploy=True))
   assert count.params == params and abs(count.macs / 1e9 / gmacs - 1) < 1e-3
@@ -114,14 +114,14 @@ def test_parameters_exactly_and_macs_to_a_thousandth(name, method):
 
 @pytest.mark.parametrize("multiple,widths", [(1, [341, 682, 853, 1365]),
                                              (8, [344, 680, 856, 1368])])
-def test_the_hidden_width_is_two_thirds_to_the_nearest_multiple(multiple, widths):
+def test_hidden_width_is_two_thirds_rounded_to_the_nearest_multiple(multiple, widths):
   method = vc.ConvGLU(multiple=multiple)
   model = vc.create_model("pvt_v2_b1", plan=vc.Plan(ffn=method))
   assert [method.hidden(site) for site in model.sites()][::2] == widths
   assert method.hidden(tiny.site(hidden=3)) == (2 if multiple == 1 else 8)
 
 
-def test_initialisation_is_the_published_one():
+def test_initialisation_matches_the_published_one():
   site = tiny.site(ffn_width=64, hidden=384)
   x = jnp.zeros((1, 17, 64))
   params = make_ffn(site, vc.ConvGLU()).init(jax.random.key(0), x)["params"]
@@ -129,31 +129,32 @@ def test_initialisation_is_the_published_one():
     if name.endswith("bias"):
       assert not leaf.any(), name
     else:
-      wanted = (2 / 9) ** 0.5 if "conv" in name else 0.02
-      assert 0.95 * wanted < leaf.std() < 1.05 * wanted and abs(leaf.mean()) < 0.1 * wanted, name
+      expected = (2 / 9) ** 0.5 if "conv" in name else 0.02
+      assert 0.95 * expected < leaf.std() < 1.05 * expected, name
+      assert abs(leaf.mean()) < 0.1 * expected, name
 
 
 @pytest.mark.parametrize("method", [vc.GLU("gelu"), vc.ConvGLU()])
-def test_a_fresh_factorised_fc2_starts_with_the_spread_of_the_dense_one(method):
+def test_new_factorised_fc2_has_the_output_spread_of_the_dense_one(method):
   site = tiny.site(ffn_width=64, hidden=384, query_grid=(16, 16), tokens=257)
   x = jax.random.normal(jax.random.key(0), (2, 257, 64))
   spread = []
   for inner in (None, vc.CFFN()):
     module = make_ffn(site, type(method)(act="gelu", ffn=inner))
-    # In training: in inference, wrong starting statistics and a wrong scale would cancel.
+    # In training mode: at inference, wrong initial statistics and a wrong scale would cancel.
     init = jax.jit(functools.partial(module.init_with_output, train=True))
     spread.append(float(init(jax.random.key(1), x)[0].std()))
   assert 0.8 < spread[1] / spread[0] < 1.25, spread
 
 
-def test_the_spread_of_a_gated_layer_counts_what_the_mixer_adds_to_the_gate():
+def test_spread_of_a_gated_layer_includes_the_gain_of_the_mixer():
   rng = np.random.default_rng(0)
   gate, value = 0.02 * 96 ** 0.5 * rng.standard_normal((2, 200_000))
-  wanted = np.sqrt(np.mean((ACTS["silu"](2 ** 0.5 * gate) * value) ** 2))
-  np.testing.assert_allclose(hidden_rms(layers.swiglu, 96, 2), wanted, rtol=0.02)
+  expected = np.sqrt(np.mean((ACTS["silu"](2 ** 0.5 * gate) * value) ** 2))
+  np.testing.assert_allclose(hidden_rms(layers.swiglu, 96, 2), expected, rtol=0.02)
 
 
-# Every kind of block that an FFN stands in: prefix tokens, another grid, maps between batch norms.
+# Every kind of block that contains an FFN: prefix tokens, another grid, maps between batch norms.
 MODELS = {
     "deit, glu": lambda **fields: tiny.deit(vc.Plan(ffn=vc.GLU(ffn=vc.CFFN())), **fields),
     "deit, both": lambda **fields: tiny.deit(
@@ -171,10 +172,10 @@ MODELS = {
 }
 
 
-# A class token beside a map is in "deit, convglu" as in PVT v1, another grid in PVT v2.
+# "deit, convglu" has a class token beside the grid, as PVT v1 does, and PVT v2 has another grid.
 @pytest.mark.parametrize("name", [
     pytest.param(name, marks=[pytest.mark.slow] * (name == "pvt")) for name in MODELS])
-def test_it_trains_folds_is_saved_and_goes_to_pytorch_in_every_family(name, tmp_path):
+def test_it_trains_folds_saves_and_converts_to_pytorch_in_every_family(name, tmp_path):
   model = MODELS[name](drop_path_rate=0.0)
   variables, x = tiny.init(model), tiny.images(model)
 
@@ -183,7 +184,7 @@ def test_it_trains_folds_is_saved_and_goes_to_pytorch_in_every_family(name, tmp_
                         mutable=["batch_stats"])
     return jnp.sum(jnp.sin(out))
 
-  # The class token is all that leaves the last block of PVT v1, and it skips the convolution.
+  # In PVT v1 only the class token leaves the last block, and it skips the convolution.
   dead = {"pvt": ["blocks_1/mlp/mixer"]}.get(name, []) + ["key/bias"]
   for leaf, grad in trees.named_leaves(jax.jit(jax.grad(loss))(variables["params"])).items():
     assert np.isfinite(grad).all(), leaf
@@ -196,19 +197,19 @@ def test_it_trains_folds_is_saved_and_goes_to_pytorch_in_every_family(name, tmp_
   deploy, folded = vc.fold(model, variables)
   proof = vc.verify(model, variables, deploy, folded, x, tolerance=3e-5)
   assert proof.ok and proof.first_difference is None, proof
-  asked = jax.eval_shape(deploy.init, jax.random.key(0), x)
-  assert trees.differences(folded, asked) == []
+  shapes = jax.eval_shape(deploy.init, jax.random.key(0), x)
+  assert trees.differences(folded, shapes) == []
   for some, values in ((model, variables), (deploy, folded)):
     vc.save(tmp_path / f"{some.deploy}.safetensors", some, values)
     loaded, again = vc.load(tmp_path / f"{some.deploy}.safetensors")
     assert loaded == some and trees.digest(again) == trees.digest(values)
-  # Branches of a cFFN have no PyTorch form, and neither has a Next-ViT without its norms.
+  # Neither a cFFN's branches nor a Next-ViT without its norms has a PyTorch form.
   some, values = (model, variables) if name == "nextvit" else (deploy, folded)
   state = vc.to_torch(some, values)
   assert trees.digest(vc.from_torch(some, state)) == trees.digest(values)
 
 
-def test_names_and_layouts_in_pytorch_files():
+def test_pytorch_files_have_the_expected_names_and_layouts():
   model = tiny.deit(vc.Plan(ffn=vc.ConvGLU(ffn=vc.CFFN())), deploy=True)
   variables = tiny.init(model)
   state, mlp = vc.to_torch(model, variables), variables["params"]["blocks_1"]["mlp"]
@@ -220,7 +221,7 @@ def test_names_and_layouts_in_pytorch_files():
                                 np.moveaxis(mlp["mixer"]["conv"]["kernel"][:, :, 0], -1, 0))
 
 
-def test_factors_may_be_deployed_as_one_matrix():
+def test_factors_can_be_deployed_as_one_matrix():
   model = tiny.deit(vc.Plan(ffn=vc.GLU(ffn=vc.CFFN())),
                     execution=Execution(merged=("blocks_1/mlp/fc2",)))
   variables, x = tiny.init(model), tiny.images(model)
@@ -231,20 +232,20 @@ def test_factors_may_be_deployed_as_one_matrix():
     tiny.deit(vc.Plan(ffn=vc.GLU(ffn=vc.CFFN())), execution=Execution(merged=("blocks_1/mlp/fc1",)))
 
 
-def test_bfloat16_computes_near_float32():
+def test_bfloat16_is_close_to_float32():
   model, low = (tiny.deit(vc.Plan(ffn=vc.ConvGLU()), dtype=dtype)
                 for dtype in ("float32", "bfloat16"))
   variables, x = tiny.init(model), tiny.images(model)
-  wanted, got = (tiny.apply(some, variables, x) for some in (model, low))
+  expected, got = (tiny.apply(some, variables, x) for some in (model, low))
   assert got.dtype == jnp.float32
-  assert 0 < jnp.abs(got - wanted).max() / jnp.abs(wanted).max() < 0.05
+  assert 0 < jnp.abs(got - expected).max() / jnp.abs(expected).max() < 0.05
   conv = jax.eval_shape(functools.partial(
       low.apply, mutable=["intermediates"],
       capture_intermediates=lambda module, _: module.name == "conv"), variables, x)[1]
   assert {str(leaf.dtype) for leaf in jax.tree.leaves(conv)} == {"bfloat16"}
 
 
-def test_a_plan_with_a_method_inside_goes_to_json_and_back():
+def test_plan_with_an_inner_method_round_trips_through_json():
   plan = vc.Plan(ffn=vc.ConvGLU(multiple=8, ffn=vc.CFFN(rank_ratio=0.25)),
                  blocks={1: {"ffn": vc.GLU("relu")}})
   assert vc.Plan.from_json(plan.to_json()) == plan
@@ -252,7 +253,7 @@ def test_a_plan_with_a_method_inside_goes_to_json_and_back():
   assert '"ffn": {"method": "cffn"' in plan.to_json()
 
 
-def test_a_method_inside_that_does_not_act_in_a_block_leaves_the_glu_there():
+def test_glu_remains_in_blocks_where_its_inner_method_does_not_act():
   plan = vc.Plan(ffn=vc.GLU(ffn=vc.CFFN(apply_to="attention_blocks")))
   model = vc.create_model("nextvit_small", plan=plan, image_size=64)
   shapes = jax.eval_shape(model.init, jax.random.key(0), tiny.images(model, 1))["params"]
@@ -264,7 +265,7 @@ def test_a_method_inside_that_does_not_act_in_a_block_leaves_the_glu_there():
 
 
 class Sized(vc.CFFN):
-  """An inner method that records what it is asked."""
+  """An inner method that records the sites it is asked about."""
 
   def needs(self, site):
     return {"class token": f"hidden is {site.hidden}"}
@@ -276,16 +277,16 @@ class Sized(vc.CFFN):
     return Sized(rank_ratio=site.hidden / 256)
 
 
-def test_the_outer_method_answers_for_the_inner_one():
+def test_outer_method_forwards_questions_to_the_inner_one():
   method = vc.ConvGLU(ffn=Sized())
   assert protocol.needs(method, SITE) == {"grid": "use GLU() there", "class token": "hidden is 64"}
   assert protocol.removes(method, SITE) == ("token order",)
   assert protocol.mergeable(method, SITE) == ("fc2",)
   assert protocol.at_size(method, SITE).ffn == Sized(rank_ratio=0.25)
-  alone = vc.GLU()
-  assert [ask(alone, SITE) for ask in (protocol.needs, protocol.removes, protocol.mergeable)] == [
+  plain = vc.GLU()
+  assert [ask(plain, SITE) for ask in (protocol.needs, protocol.removes, protocol.mergeable)] == [
       {}, (), ()]
-  assert protocol.at_size(alone, SITE) is alone
+  assert protocol.at_size(plain, SITE) is plain
 
 
 def eva(plan):
@@ -312,7 +313,7 @@ def eva(plan):
     (lambda: tiny.deit(vc.Plan(ffn=vc.ConvGLU(ffn=vc.CFFN(factor="both")))),
      "ConvGLU in block 0: only fc2 may be factorised, since gate and value would share the rank"),
 ])
-def test_what_does_not_fit_is_refused_in_one_line(make, words):
+def test_incompatible_settings_raise_one_line_errors(make, words):
   with pytest.raises(ValueError) as error:
     make()
   assert words in str(error.value) and "\n" not in str(error.value)
@@ -320,7 +321,7 @@ def test_what_does_not_fit_is_refused_in_one_line(make, words):
 
 @pytest.mark.parametrize("method", [vc.GLU(), vc.ConvGLU(ffn=vc.CFFN())])
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_a_dense_model_is_not_compacted_to_it_and_the_reason_is_told(method, calibrated):
+def test_compacting_a_dense_model_to_it_is_rejected_with_the_reason(method, calibrated):
   dense = tiny.deit()
   variables, images = tiny.init(dense), tiny.images(dense)
   plan = vc.Plan(blocks={0: {"ffn": method}})
@@ -331,12 +332,12 @@ def test_a_dense_model_is_not_compacted_to_it_and_the_reason_is_told(method, cal
       "product of two projections; train it from scratch: create_model(NAME, plan=plan)")
 
 
-def test_it_is_not_proposed():
+def test_it_is_never_proposed():
   assert protocol.options(vc.GLU, SITE) == protocol.options(vc.ConvGLU, SITE) == []
 
 
-def test_the_inner_matrix_alone_is_what_changes():
-  """The gate is what it is without: a GLU with a cFFN at full rank can be the GLU."""
+def test_inner_method_changes_only_its_own_matrix():
+  """The gate is unchanged, so a GLU with a full-rank cFFN can equal the plain GLU."""
   site = tiny.site(ffn_width=24)
   plain, variables, x = ffn(vc.GLU(), site)
   inner = vc.CFFN(rank_ratio=1.0, rep="none", branches=1, avg_skip=False)

@@ -1,4 +1,4 @@
-"""hMHSA: what is folded onto values and outputs equals filtering the maps."""
+"""hMHSA: folding onto values and outputs equals filtering the maps."""
 import itertools
 
 import jax
@@ -23,7 +23,7 @@ def qkv(real, heads, keys=TOKENS, dtype=jnp.float32):
 
 
 def filter_matrix(taps, gain, grid, tokens):
-  """(tokens, tokens) matrix F with F[i, i + offset] = tap, by plain loops: the definition."""
+  """The definition: the (tokens, tokens) matrix F with F[i, i + offset] = tap, by plain loops."""
   matrix = np.zeros((tokens, tokens))
   half = taps.shape[-1] // 2
   if taps.ndim == 1:
@@ -43,39 +43,40 @@ def filter_matrix(taps, gain, grid, tokens):
   return matrix
 
 
-def maps_formed(params, q, k, v, key_grid=GRID):
-  """The definition: A^_g = sum_r U_gr A_(g mod f) W_gr, every map formed, as an einsum."""
+def filter_maps(params, q, k, v, key_grid=GRID):
+  """The definition: A^_g = sum_r U_gr A_(g mod f) W_gr, forming every map, as an einsum."""
   params = jax.tree.map(np.asarray, params)
   real, hallucinated = q.shape[2], v.shape[2] - q.shape[2]
   maps = jax.nn.softmax(jnp.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5, axis=-1)
-  made = [maps[:, f] for f in range(real)]
+  maps_by_head = [maps[:, f] for f in range(real)]
   for g in range(hallucinated):
     total = 0
     for r in range(params["query_taps"].shape[1]):
       gains = [params[f"{side}_gain"][g, r] if f"{side}_gain" in params else None
                for side in ("query", "key")]
       u = filter_matrix(params["query_taps"][g, r], gains[0], GRID, q.shape[1])
-      # Correlating along the map's key axis: A^[i, j] = sum_t v[t] A[i, j + t], so W is transposed.
+      # Correlation along the map's key axis: A^[i, j] = sum_t v[t] A[i, j + t], so W is transposed.
       w = filter_matrix(params["key_taps"][g, r], gains[1], key_grid, k.shape[1]).T
       total = total + jnp.einsum("in,bnm,mj->bij", u, maps[:, g % real], w)
-    made.append(total)
-  return jnp.einsum("bhnm,bmhe->bnhe", jnp.stack(made, axis=1), v)
+    maps_by_head.append(total)
+  return jnp.einsum("bhnm,bmhe->bnhe", jnp.stack(maps_by_head, axis=1), v)
 
 
 @pytest.mark.parametrize("layout", ["map", "grid"])
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("real,heads", [(2, 4), (2, 3), (2, 7)])
-def test_folded_onto_values_equals_forming_the_maps(layout, rank, real, heads):
+def test_folding_onto_values_equals_forming_the_maps(layout, rank, real, heads):
   spec = vc.HMHSA(layout=layout, rank=rank, real_heads=real)
   module = hmhsa.Hallucinate(spec, GRID, GRID, PREFIX)
   q, k, v = qkv(real, heads)
   params = tiny.randomised(jax.eval_shape(module.init, jax.random.key(0), q, k, v))["params"]
-  wanted = maps_formed(params, q, k, v)
-  np.testing.assert_allclose(jax.jit(module.apply)({"params": params}, q, k, v), wanted, atol=1e-5)
+  expected = filter_maps(params, q, k, v)
+  np.testing.assert_allclose(jax.jit(module.apply)({"params": params}, q, k, v), expected,
+                             atol=1e-5)
 
 
 @pytest.mark.parametrize("layout,rank", [("map", 1), ("map", 2), ("grid", 1), ("grid", 3)])
-def test_gradients_equal_those_of_the_formed_maps(layout, rank):
+def test_gradients_equal_those_with_maps_formed(layout, rank):
   module = hmhsa.Hallucinate(vc.HMHSA(layout=layout, rank=rank), GRID, GRID, PREFIX)
   args = qkv(2, 4)
   params = tiny.randomised(jax.eval_shape(module.init, jax.random.key(0), *args))["params"]
@@ -83,13 +84,13 @@ def test_gradients_equal_those_of_the_formed_maps(layout, rank):
   def loss(fn):
     return jax.jit(jax.grad(lambda args: jnp.sum(jnp.sin(fn(params, *args)))))(args)
 
-  for got, wanted in zip(loss(lambda p, *a: module.apply({"params": p}, *a)), loss(maps_formed),
-                         strict=True):
-    np.testing.assert_allclose(got, wanted, atol=1e-5)
+  for got, expected in zip(loss(lambda p, *a: module.apply({"params": p}, *a)), loss(filter_maps),
+                           strict=True):
+    np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["map", "grid"])
-def test_gradients_of_the_taps_equal_finite_differences(layout):
+def test_gradients_of_the_taps_match_finite_differences(layout):
   module = hmhsa.Hallucinate(vc.HMHSA(layout=layout, rank=2), GRID, GRID, PREFIX)
   args = qkv(2, 4)
   params = tiny.randomised(jax.eval_shape(module.init, jax.random.key(0), *args))["params"]
@@ -102,14 +103,14 @@ def test_gradients_of_the_taps_equal_finite_differences(layout):
                                atol=2e-2)
 
 
-def test_a_side_without_a_grid_uses_taps_along_its_order():
+def test_without_a_grid_taps_run_along_the_token_order():
   module = hmhsa.Hallucinate(vc.HMHSA(layout="grid"), GRID, None, PREFIX)
   q, k, v = qkv(2, 4, keys=5)
   params = tiny.randomised(jax.eval_shape(module.init, jax.random.key(0), q, k, v))["params"]
   assert params["key_taps"].shape == (2, 1, 3) and params["query_taps"].shape == (2, 1, 3, 3)
   assert "key_gain" not in params
   np.testing.assert_allclose(jax.jit(module.apply)({"params": params}, q, k, v),
-                             maps_formed(params, q, k, v, key_grid=None), atol=1e-5)
+                             filter_maps(params, q, k, v, key_grid=None), atol=1e-5)
 
 
 def test_logits_site_filters_the_scores_before_the_softmax():
@@ -129,7 +130,7 @@ def test_logits_site_filters_the_scores_before_the_softmax():
 
 @pytest.mark.parametrize("spec", [vc.HMHSA(), vc.HMHSA(rank=3), vc.HMHSA(layout="grid", rank=2),
                                   vc.HMHSA(site="logits")])
-def test_fresh_hallucinated_heads_copy_the_maps_of_their_sources(spec):
+def test_new_hallucinated_heads_copy_the_maps_of_their_source_heads(spec):
   module = hmhsa.Hallucinate(spec, GRID, GRID, PREFIX)
   q, k, v = qkv(2, 4)
   out, _ = jax.jit(module.init_with_output)(jax.random.key(0), q, k, v)
@@ -137,7 +138,7 @@ def test_fresh_hallucinated_heads_copy_the_maps_of_their_sources(spec):
   np.testing.assert_allclose(out, copied, atol=1e-6)
 
 
-def test_further_terms_start_silent_but_able_to_move():
+def test_additional_filter_terms_start_at_zero_but_get_gradients():
   module = hmhsa.Hallucinate(vc.HMHSA(rank=2))
   args = qkv(2, 4)
   params = jax.jit(module.init)(jax.random.key(0), *args)["params"]
@@ -146,7 +147,7 @@ def test_further_terms_start_silent_but_able_to_move():
   assert jnp.abs(grads["query_taps"][:, 1]).min() > 0
 
 
-def test_all_heads_real_is_the_dense_attention_bit_for_bit():
+def test_all_heads_real_is_dense_attention_bit_for_bit():
   dense, same = tiny.deit(), tiny.deit(vc.Plan(heads=vc.HMHSA(real_heads=4)))
   variables, x = tiny.init(dense), tiny.images(dense)
   programs = [str(jax.make_jaxpr(model.apply)(variables, x)) for model in (dense, same)]
@@ -154,7 +155,7 @@ def test_all_heads_real_is_the_dense_attention_bit_for_bit():
 
 
 def test_no_map_is_formed_for_hallucinated_heads():
-  """Of the traced program's arrays, none has more than real-heads maps of N x N."""
+  """No array of the traced program holds more N x N maps than there are real heads."""
   tokens = 50
   module = Attention(tiny.site(), vc.HMHSA())
   x = jax.ShapeDtypeStruct((1, tokens, 24), jnp.float32)
@@ -181,7 +182,7 @@ def test_bfloat16_stays_bfloat16():
   assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
 
 
-def test_compacted_heads_are_the_first_ones_and_copies():
+def test_compacting_keeps_the_first_heads_and_copies_them():
   plan = vc.Plan(heads=vc.HMHSA())
   model = tiny.deit()
   variables = tiny.init(model)
@@ -191,7 +192,7 @@ def test_compacted_heads_are_the_first_ones_and_copies():
     np.testing.assert_array_equal(new["attn"][name]["kernel"], old["attn"][name]["kernel"][:, :2])
     np.testing.assert_array_equal(new["attn"][name]["bias"], old["attn"][name]["bias"][:2])
   assert new["attn"]["value"] is old["attn"]["value"] and new["mlp"] is old["mlp"]
-  # The dense model whose heads 2 and 3 look where heads 0 and 1 look computes the same.
+  # Equals the dense model in which heads 2 and 3 have the maps of heads 0 and 1.
   copied = jax.tree.map(lambda a: a, variables)
   for i in range(2):
     attn = copied["params"][f"blocks_{i}"]["attn"]
@@ -208,13 +209,13 @@ def test_compacted_heads_are_the_first_ones_and_copies():
     ({"site": "scores"}, "'probs' or 'logits'"), ({"rank": 4}, "1 to kernel=3"),
     ({"kernel": 2}, "odd"), ({"layout": "tree"}, "'map' or 'grid'"), ({"real_heads": 0}, "'half'"),
     ({"site": "logits", "rank": 2}, "rank=1"), ({"site": "logits", "layout": "grid"}, "layout=")])
-def test_a_wrong_option_is_refused_with_the_rule(fields, words):
+def test_invalid_option_is_rejected_with_the_rule(fields, words):
   with pytest.raises(ValueError, match="HMHSA") as error:
     vc.HMHSA(**fields)
   assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_one_head_stays_real():
+def test_at_least_one_head_stays_real():
   assert vc.HMHSA().count_real(1) == 1 and vc.HMHSA().count_real(5) == 3
   with pytest.raises(ValueError, match="has only 2 heads"):
     vc.HMHSA(real_heads=3).count_real(2)

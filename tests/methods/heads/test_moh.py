@@ -1,4 +1,4 @@
-"""MoH: the router's equations, exactness from dense weights, capacity, the way to fewer heads."""
+"""MoH: the router's equations, exactness from dense weights, capacity, reaching fewer heads."""
 import dataclasses
 
 import flax.linen as nn
@@ -18,59 +18,59 @@ from vitcompact.methods.protocol import Pass
 HEADS, SHARED, ACTIVE, WIDTH, TOKENS = 5, 2, 4, 12, 7
 
 
-# At once: each operation on its own is a program to compile.
+# Under one jit: otherwise each operation is compiled separately.
 weights_of = jax.jit(moh.weights, static_argnums=(2, 3))
 
 
-def drawn(*shape, seed=0):
+def draw(*shape, seed=0):
   return jnp.asarray(np.random.default_rng((seed, *shape)).standard_normal(shape), jnp.float32)
 
 
 def routers(heads=HEADS, shared=SHARED):
-  return {name: drawn(*shape) for name, shape in moh.router_shapes(WIDTH, heads, shared).items()}
+  return {name: draw(*shape) for name, shape in moh.router_shapes(WIDTH, heads, shared).items()}
 
 
 def reference(x_nw, routers, shared: int, active: int):
-  """(N, heads), token by token as the paper states it."""
+  """Returns (N, heads), computed token by token as in the paper."""
   def softmax(x):
     return np.exp(x - x.max()) / np.exp(x - x.max()).sum()
 
   rows = []
   for x in np.asarray(x_nw, np.float64):
     routed = softmax(x @ routers["routed_router"])
-    kept = np.zeros_like(routed)
+    best_scores = np.zeros_like(routed)
     best = np.argsort(-routed, kind="stable")[:active - shared]
-    kept[best] = routed[best]
+    best_scores[best] = routed[best]
     of_shared = (shared * softmax(x @ routers["shared_router"]) if shared > 1 else np.ones(1))
     first, second = 2 * softmax(x @ routers["between_router"])
     rows.append(np.concatenate([first * of_shared,
-                                second * (active - shared) * kept / kept.sum()]))
+                                second * (active - shared) * best_scores / best_scores.sum()]))
   return np.stack(rows)
 
 
 @pytest.mark.parametrize("shared", [1, 2])
-def test_weights_are_those_of_the_paper(shared):
-  x_bnw, own = drawn(2, TOKENS, WIDTH), routers(shared=shared)
-  got, _, chosen = weights_of(x_bnw, own, shared, ACTIVE)
+def test_weights_match_the_paper(shared):
+  x_bnw, params = draw(2, TOKENS, WIDTH), routers(shared=shared)
+  got, _, chosen = weights_of(x_bnw, params, shared, ACTIVE)
   for image, rows in zip(x_bnw, got, strict=True):
-    np.testing.assert_allclose(rows, reference(image, own, shared, ACTIVE), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(rows, reference(image, params, shared, ACTIVE), rtol=1e-5, atol=1e-6)
   used = np.asarray(got[..., shared:] != 0)
   assert (used.sum(axis=-1) == ACTIVE - shared).all()
   np.testing.assert_array_equal(used, chosen == 1)
 
 
-def test_weights_sum_to_the_active_heads_where_as_many_are_shared_as_routed():
-  got, _, _ = weights_of(drawn(2, TOKENS, WIDTH), routers(), SHARED, 2 * SHARED)
+def test_weights_sum_to_the_active_heads_with_equally_many_shared_and_routed():
+  got, _, _ = weights_of(draw(2, TOKENS, WIDTH), routers(), SHARED, 2 * SHARED)
   np.testing.assert_allclose(got.sum(axis=-1), 2 * SHARED, rtol=1e-5)
 
 
-def test_equal_scores_choose_the_first_heads():
+def test_ties_choose_the_first_heads():
   np.testing.assert_array_equal(moh.top_k_choice(jnp.array([[[1.0, 2.0, 2.0, 1.0, 2.0]]]), 2)[0, 0],
                                 [0, 1, 1, 0, 0])
 
 
-def test_the_balance_loss_is_the_number_of_routed_heads_at_its_least():
-  """All heads alike: k. All tokens on one head: more. A token's gradient comes by what it chose."""
+def test_minimum_of_the_balance_loss_is_the_number_of_routed_heads():
+  """All heads equal: k. All tokens on one head: more. Tokens get gradients through their choice."""
   even = jnp.full((2, 6, 3), 1 / 3)
   chosen = jnp.asarray(np.eye(3)[np.arange(12) % 3].reshape(2, 6, 3), jnp.float32)
   assert float(moh.balance(even, chosen)) == pytest.approx(1)
@@ -79,7 +79,7 @@ def test_the_balance_loss_is_the_number_of_routed_heads_at_its_least():
   assert float(moh.balance(one, one)) == pytest.approx(3)
 
 
-def test_the_loss_of_a_model_is_the_mean_over_blocks():
+def test_model_loss_is_the_mean_over_blocks():
   model = tiny.deit(vc.Plan(heads=vc.MoH(), blocks={0: {"heads": vc.MoH(active=3, shared=1)}}))
   variables = tiny.init(model)
   _, sown = tiny.apply(model, variables, tiny.images(model), mutable=["mixtures"])
@@ -93,8 +93,8 @@ def test_the_loss_of_a_model_is_the_mean_over_blocks():
 
 def test_unused_heads_get_no_gradient_and_routers_do():
   module = vc.MoH().make(tiny.site(), parent=None)
-  query, key, value = (drawn(1, 17, 4, 6, seed=seed) for seed in range(3))
-  x = drawn(1, 17, 24)
+  query, key, value = (draw(1, 17, 4, 6, seed=seed) for seed in range(3))
+  x = draw(1, 17, 24)
   params = tiny.randomised(jax.eval_shape(
       lambda: module.init(jax.random.key(0), query, key, value, attention.DENSE, x)), spread=1.0)
 
@@ -112,7 +112,7 @@ def test_unused_heads_get_no_gradient_and_routers_do():
 
 @pytest.mark.parametrize("images", [None, 8])
 @pytest.mark.parametrize("spec", [vc.MoH(active=4, shared=2), vc.MoH(active=1.0, capacity=1.0)])
-def test_with_all_heads_it_is_the_dense_model(spec, images):
+def test_all_heads_active_is_the_dense_model(spec, images):
   dense = tiny.deit()
   variables = tiny.init(dense)
   data = None if images is None else np.asarray(tiny.images(dense, images))
@@ -122,8 +122,8 @@ def test_with_all_heads_it_is_the_dense_model(spec, images):
                              atol=1e-5)
 
 
-def test_heads_that_have_their_places_keep_them():
-  """TransNeXt's have parameters of their own besides queries, keys and values."""
+def test_heads_with_parameters_of_their_own_keep_their_order():
+  """TransNeXt's heads have parameters besides queries, keys and values."""
   dense = tiny.transnext()
   variables, x = tiny.init(dense), tiny.images(dense)
   model, got = vc.compact(dense, variables, vc.Plan(heads=vc.MoH(active=1.0)))
@@ -131,7 +131,7 @@ def test_heads_that_have_their_places_keep_them():
                              atol=1e-4)
 
 
-def test_heads_that_matter_most_are_shared():
+def test_most_important_heads_become_shared():
   dense = tiny.deit()
   variables = tiny.init(dense)
   attn = variables["params"]["blocks_1"]["attn"]
@@ -146,32 +146,32 @@ def test_heads_that_matter_most_are_shared():
                                   Core(mask=jnp.asarray(np.random.default_rng(0).random(
                                       (1, 4, 17, 17)) < 0.7).at[..., 0].set(True))])
 @pytest.mark.parametrize("capacity", [0.5, 1.0, 4.0])
-def test_capacity_keeps_the_tokens_that_want_a_head_most(core, capacity):
-  """Rows gathered, or all rows and some dropped where a call cannot: one function."""
+def test_capacity_keeps_the_tokens_that_weigh_a_head_most(core, capacity):
+  """Gathering rows, and computing all and dropping some where that is impossible, agree."""
   spec = vc.MoH(active=2, shared=1, capacity=capacity)
   site = tiny.site()
-  query, key, value = (drawn(1, 17, 4, 6, seed=seed) for seed in range(3))
-  x = drawn(1, 17, 24)
+  query, key, value = (draw(1, 17, 4, 6, seed=seed) for seed in range(3))
+  x = draw(1, 17, 24)
   module, free = (method.make(site, parent=None)
                   for method in (spec, dataclasses.replace(spec, capacity=None)))
   params = tiny.randomised(jax.eval_shape(
       lambda: module.init(jax.random.key(0), query, key, value, attention.DENSE, x)), spread=1.0)
-  got, wanted = (jax.jit(lambda params, m=m: m.apply(params, query, key, value, core, x))(params)
-                 for m in (module, free))
+  got, expected = (jax.jit(lambda params, m=m: m.apply(params, query, key, value, core, x))(params)
+                   for m in (module, free))
   weights, _, _ = weights_of(x, params["params"], 1, 2)
-  wanted, rows = np.array(wanted), min(int(np.ceil(capacity * 17 / 3)), 17)
+  expected, rows = np.array(expected), min(int(np.ceil(capacity * 17 / 3)), 17)
   for head in range(1, 4):
     last = np.argsort(-np.asarray(weights[0, :, head]), kind="stable")[rows:]
-    wanted[0, last, head] = 0
-  np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+    expected[0, last, head] = 0
+  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
   served = (np.asarray(got[0, :, 1:]) != 0).any(axis=-1).sum(axis=0)
   assert (served <= rows).all()
   if capacity == 0.5:
     assert served.sum() < 17
 
 
-def test_counts_of_the_specification():
-  """K and V of all heads are needed, queries, scores and outputs of those that a token uses."""
+def test_counts_match_the_specification():
+  """K and V of all heads are needed; queries, scores and outputs only of the heads a token uses."""
   dense = vc.count(vc.create_model("deit_small_patch16_224"))
   spec = vc.MoH(active=4, shared=2)
   got = vc.count(vc.create_model("deit_small_patch16_224", plan=vc.Plan(heads=spec)))
@@ -189,22 +189,22 @@ def test_counts_of_the_specification():
   assert gathered.ideal_macs == pytest.approx(got.ideal_macs, rel=1e-3)
 
 
-@pytest.mark.parametrize("heads,depths,shared,routed,wanted", [
+@pytest.mark.parametrize("heads,depths,shared,routed,expected", [
     ((3, 6, 12, 24), (5, 5, 22, 5), (3, 6, 3, 8), (0, 0, 6, 12), 343 / 429),
     ((3, 6, 12, 24), (5, 5, 22, 5), (3, 6, 3, 4), (0, 0, 6, 12), 323 / 429),
     ((4, 8, 16, 32), (5, 5, 23, 5), (4, 8, 4, 5), (0, 0, 8, 16), 441 / 588),
     ((4, 8, 16, 32), (5, 5, 23, 5), (2, 2, 2, 4), (2, 4, 6, 8), 294 / 588)])
-def test_active_heads_of_the_published_models(heads, depths, shared, routed, wanted):
+def test_published_models_have_the_stated_active_heads(heads, depths, shared, routed, expected):
   active = total = 0
   for count, depth, s, k in zip(heads, depths, shared, routed, strict=True):
     spec = vc.MoH(active=s + k, shared=s)
     active += depth * spec.active_heads(tiny.site(heads=count, width=24 * count))
     total += depth * count
-  assert active / total == pytest.approx(wanted)
+  assert active / total == pytest.approx(expected)
 
 
 def constant_routers(variables, active):
-  """Every token chooses the same heads: a channel after norm1 is the same for all."""
+  """Makes every token choose the same heads: one channel after norm1 is constant."""
   for name in ("blocks_0", "blocks_1"):
     block = variables["params"][name]
     block["norm1"]["scale"] = block["norm1"]["scale"].at[0].set(0)
@@ -214,27 +214,27 @@ def constant_routers(variables, active):
   return variables
 
 
-def test_a_mixture_that_does_not_depend_on_the_token_becomes_dense_and_pruned_exactly():
+def test_constant_mixture_converts_exactly_to_dense_and_to_pruned_heads():
   model = tiny.deit(vc.Plan(heads=vc.MoH(active=3, shared=1)))
   variables = constant_routers(tiny.init(model), 3)
   images = np.asarray(tiny.images(model, 16))
-  wanted = tiny.apply(model, variables, images)
+  expected = tiny.apply(model, variables, images)
   dense, got = vc.compact(model, variables, vc.Plan(), images=images)
   assert dense.plan == vc.Plan()
-  np.testing.assert_allclose(tiny.apply(dense, got, images), wanted, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(tiny.apply(dense, got, images), expected, rtol=1e-4, atol=1e-5)
   pruned, got = vc.compact(model, variables, vc.Plan(heads=vc.HeadPruning(kept_heads=3)),
                            images=images)
-  np.testing.assert_allclose(tiny.apply(pruned, got, images), wanted, rtol=1e-3, atol=1e-4)
+  np.testing.assert_allclose(tiny.apply(pruned, got, images), expected, rtol=1e-3, atol=1e-4)
   assert vc.count(pruned).params < vc.count(dense).params
 
 
-def test_around_hallucinated_heads_its_weights_come_last():
-  """The weight of a head is per query, after the filter over queries."""
+def test_weights_apply_after_hallucination():
+  """A head's weight is per query, and applies after the filter over queries."""
   model = tiny.deit(vc.Plan(heads=vc.MoH(active=3, shared=1, heads=vc.HMHSA())), depth=1)
   variables = tiny.init(model)
   plain = model.clone(plan=vc.Plan(heads=vc.HMHSA()))
-  own = variables["params"]["blocks_0"]["attn"]["hallucinate"]
-  assert own.keys() == {"query_taps", "key_taps", "routed_router", "between_router"}
+  router_params = variables["params"]["blocks_0"]["attn"]["hallucinate"]
+  assert router_params.keys() == {"query_taps", "key_taps", "routed_router", "between_router"}
   heads = {}
 
   def watch(next_fun, args, kwargs, context):
@@ -245,19 +245,19 @@ def test_around_hallucinated_heads_its_weights_come_last():
 
   with nn.intercept_methods(watch):
     model.apply(variables, tiny.images(model))
-    hallucinated = {**own}
+    hallucinated = {**router_params}
     for router in ("routed_router", "between_router"):
       hallucinated.pop(router)
     attn = {**variables["params"]["blocks_0"]["attn"], "hallucinate": hallucinated}
     params = {**variables["params"], "blocks_0": {**variables["params"]["blocks_0"], "attn": attn}}
     plain.apply({"params": params}, tiny.images(model))
   mixed, x = heads["Mixture"]
-  weights, _, _ = weights_of(x, own, 1, 3)
+  weights, _, _ = weights_of(x, router_params, 1, 3)
   np.testing.assert_allclose(mixed, heads["Hallucinate"][0] * weights[..., None], rtol=1e-5,
                              atol=1e-6)
 
 
-def test_weights_go_to_pytorch_and_back_under_the_authors_names():
+def test_weights_round_trip_through_pytorch_under_the_authors_names():
   model = tiny.deit(vc.Plan(heads=vc.MoH(active=3, shared=2)))
   variables = tiny.init(model)
   state = vc.to_torch(model, variables)
@@ -271,7 +271,7 @@ def test_weights_go_to_pytorch_and_back_under_the_authors_names():
 @pytest.mark.parametrize("fields,message", [
     ({"active": 0}, "active=0"), ({"active": 1.5}, "active=1.5"), ({"shared": True}, "shared=True"),
     ({"capacity": 0}, "capacity=0"), ({"capacity": 1.0, "heads": vc.HMHSA()}, "use capacity=None")])
-def test_settings_that_cannot_be_are_refused(fields, message):
+def test_invalid_settings_are_rejected(fields, message):
   with pytest.raises(ValueError, match=message):
     vc.MoH(**fields)
 
@@ -280,12 +280,12 @@ def test_settings_that_cannot_be_are_refused(fields, message):
     (vc.MoH(active=5), "of the 4 heads of block 0, 5 would be active"),
     (vc.MoH(active=2, shared=3), "2 would be active and 3 shared"),
     (vc.MoH(heads=vc.HeadPruning(kept_heads=2)), "put the mixture inside the")])
-def test_plans_that_do_not_fit_a_block_are_refused(spec, message):
+def test_plans_that_do_not_fit_a_block_are_rejected(spec, message):
   with pytest.raises(ValueError, match=message):
     tiny.deit(vc.Plan(heads=spec))
 
 
-def test_no_dense_form_without_images_or_around_hallucinated_heads():
+def test_no_dense_conversion_without_images_or_with_hallucinated_heads():
   model = tiny.deit(vc.Plan(heads=vc.MoH()))
   with pytest.raises(ValueError, match="give images="):
     vc.compact(model, tiny.init(model), vc.Plan())

@@ -1,4 +1,4 @@
-"""Head pruning: counts, which heads go, what the others make up for."""
+"""Head pruning: counts, which heads are pruned, and how the others compensate."""
 import itertools
 
 import jax
@@ -16,7 +16,7 @@ HALF = vc.Plan(heads=vc.HeadPruning())
 @pytest.mark.parametrize("name,kept,params,macs", [
     ("small", 4, 19_686_760, 4.0149), ("small", 5, 20_868_712, 4.3069),
     ("base", 8, 77_121_256, 15.4663), ("base", 9, 79_482_856, 15.9907)])
-def test_counts_of_the_specification(name, kept, params, macs):
+def test_counts_match_the_specification(name, kept, params, macs):
   plan = vc.Plan(heads=vc.HeadPruning(kept_heads=kept))
   got = vc.count(vc.create_model(f"deit_{name}_patch16_224", plan=plan))
   assert got.params == params
@@ -24,25 +24,25 @@ def test_counts_of_the_specification(name, kept, params, macs):
   assert got.ideal_macs == got.macs
 
 
-def test_the_set_that_goes_is_the_cheapest():
+def test_pruned_heads_are_the_cheapest_set():
   rng = np.random.default_rng(0)
   for _ in range(5):
     root = rng.standard_normal((6, 6))
     lost = root @ root.T
     order = importance.kept_first(lost, 4)
     assert sorted(order) == list(range(6))
-    costs = {gone: lost[np.ix_(gone, gone)].sum() for gone in itertools.combinations(range(6), 2)}
+    costs = {cut: lost[np.ix_(cut, cut)].sum() for cut in itertools.combinations(range(6), 2)}
     assert tuple(sorted(order[4:])) == min(costs, key=costs.get)
 
 
-def test_too_many_sets_to_try_go_one_by_one(monkeypatch):
+def test_heads_are_pruned_one_by_one_if_there_are_too_many_sets_to_try(monkeypatch):
   lost = np.diag([3.0, 1.0, 4.0, 2.0, 5.0])
   exact = importance.kept_first(lost, 3)
   monkeypatch.setattr(importance.refit, "SETS", 1)
   assert importance.kept_first(lost, 3) == exact == (0, 2, 4, 1, 3)
 
 
-def test_without_images_heads_of_large_values_stay_as_they_are():
+def test_without_images_heads_with_large_values_are_kept_unchanged():
   dense = tiny.deit()
   variables = tiny.init(dense)
   attn = variables["params"]["blocks_0"]["attn"]
@@ -52,20 +52,20 @@ def test_without_images_heads_of_large_values_stay_as_they_are():
   for name in ("query", "key", "value"):
     np.testing.assert_array_equal(new[name]["kernel"], attn[name]["kernel"][:, 1:3])
   np.testing.assert_array_equal(new["out"]["kernel"], attn["out"]["kernel"][1:3])
-  # What a bias of values adds to every token stays.
+  # The constant that a pruned head's value bias adds to every token is kept.
   always = sum(attn["value"]["bias"][h] @ attn["out"]["kernel"][h] for h in (0, 3))
   np.testing.assert_allclose(new["out"]["bias"], attn["out"]["bias"] + always, rtol=1e-5, atol=1e-6)
   assert vc.count(model).params < vc.count(dense).params
 
 
 @pytest.mark.parametrize("images", [None, 16])
-def test_heads_that_add_a_constant_go_without_a_trace(images):
+def test_pruning_heads_with_a_constant_output_is_exact(images):
   dense = tiny.deit()
   variables = tiny.init(dense)
-  for block, gone in (("blocks_0", [1, 2]), ("blocks_1", [0, 3])):
+  for block, cut in (("blocks_0", [1, 2]), ("blocks_1", [0, 3])):
     value = variables["params"][block]["attn"]["value"]
-    value["kernel"] = value["kernel"].at[:, jnp.array(gone)].set(0)
-    value["bias"] = value["bias"].at[jnp.array(gone)].set(1.0)
+    value["kernel"] = value["kernel"].at[:, jnp.array(cut)].set(0)
+    value["bias"] = value["bias"].at[jnp.array(cut)].set(1.0)
   data = None if images is None else np.asarray(tiny.images(dense, images))
   model, got = vc.compact(dense, variables, HALF, images=data)
   x = tiny.images(dense, seed=5)
@@ -78,7 +78,7 @@ def error(model, variables, dense, dense_variables, x):
                                                                      x)) ** 2))
 
 
-def test_images_choose_and_refit_better_than_weights():
+def test_choosing_and_refitting_with_images_beats_weights_only():
   dense = tiny.deit(depth=1)
   variables = tiny.init(dense)
   x, fresh = (np.asarray(tiny.images(dense, 64, seed=seed)) for seed in (0, 7))
@@ -88,7 +88,7 @@ def test_images_choose_and_refit_better_than_weights():
                                                                   fresh)
 
 
-def test_half_of_the_heads_that_stay_may_be_hallucinated():
+def test_some_of_the_kept_heads_can_be_hallucinated():
   plan = vc.Plan(heads=vc.HeadPruning(kept_heads=3, heads=vc.HMHSA(real_heads=2)))
   dense = tiny.deit()
   variables = tiny.init(dense)
@@ -102,7 +102,7 @@ def test_half_of_the_heads_that_stay_may_be_hallucinated():
   assert vc.Plan.from_json(plan.to_json()) == plan
 
 
-def test_weights_go_to_pytorch_and_back():
+def test_weights_round_trip_through_pytorch():
   model = tiny.deit(vc.Plan(heads=vc.HeadPruning(kept_heads=3)))
   variables = tiny.init(model)
   state = vc.to_torch(model, variables)
@@ -112,7 +112,7 @@ def test_weights_go_to_pytorch_and_back():
   assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), variables, back))
 
 
-def test_bad_settings_are_refused():
+def test_invalid_settings_are_rejected():
   with pytest.raises(ValueError, match="kept_heads=0"):
     vc.HeadPruning(kept_heads=0)
   with pytest.raises(ValueError, match="block 0 has only 4 heads"):

@@ -1,10 +1,10 @@
-"""Writes references.json: a stage of the authors' DynamicSwin, small, as PyTorch computes it.
+"""Writes references.json: a small stage of the authors' DynamicSwin, as computed by PyTorch.
 
   AUTHORS=PATH python tests/methods/tokens/make_references.py
 
-Needs torch and timm beside numpy; PATH is a checkout of raoyongming/DynamicViT. Weights and tokens
-are drawn (tests/models/drawn.py), not stored. The stage's window is its whole grid, and biases of
-relative positions are 0: plain attention.
+Needs torch and timm besides numpy; PATH is a checkout of raoyongming/DynamicViT. Weights and tokens
+are drawn (tests/models/drawn.py), not stored. The stage's window covers its whole grid, and its
+relative position biases are 0, so it is plain attention.
 """
 import json
 import os
@@ -20,8 +20,8 @@ sys.path[:0] = [os.environ["AUTHORS"], str(HERE.parents[1] / "models")]
 import drawn  # noqa: E402
 import torch  # noqa: E402
 
-# What the authors' files import and a stage does not need: schemas that torchvision's compiled part
-# would declare, and modules of their day.
+# Imports of the authors' files that a stage does not need: schemas that torchvision's compiled part
+# would declare, and modules that have since been removed.
 _SCHEMAS = torch.library.Library("torchvision", "DEF")
 _SCHEMAS.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 _SCHEMAS.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -31,15 +31,15 @@ sys.modules |= {"torch._six": types.SimpleNamespace(inf=float("inf")),
 from models import dyswin  # noqa: E402
 
 SIZES = {"dim": 16, "depth": 5, "num_heads": 2, "side": 4}
-IMAGES = 3   # their code takes two for the two streams of training
-# {what runs: (blocks that decide, shares)}. In training a patch that changes paths between two of
-# their decisions goes on with the stream that it was not on: of that, one decision shows nothing.
+IMAGES = 3   # in training, their code takes two of them, one per stream
+# {what runs: (blocks that decide, shares)}. In their training, a patch that changes paths between
+# two decisions continues in the stream it was not on; a single decision does not show this.
 RUNS = {"infer": ((1, 2, 3), (0.7, 0.7 - 0.2, 0.7 - 0.4)),
         "infer again": ((1, 2, 3), (0.55, 0.8, 0.3)), "train": ((2,), (0.5,))}
 
 
-def most_likely(logits, hard, dim):
-  """In the place of a Gumbel softmax: nothing by chance, and some of each kind."""
+def choose_most_likely(logits, hard, dim):
+  """Replaces the Gumbel softmax: deterministic, with some patches of each kind."""
   del hard, dim
   score = logits[..., :1] - logits[..., 1:]
   keep = (score > score.mean(1, keepdim=True)).to(logits.dtype)
@@ -49,7 +49,7 @@ def most_likely(logits, hard, dim):
 def main():
   side, dim = SIZES["side"], SIZES["dim"]
   x = np.random.default_rng(1).standard_normal((IMAGES, side * side, dim), np.float32)
-  dyswin.F.gumbel_softmax, out = most_likely, {"sizes": SIZES, "runs": []}
+  dyswin.F.gumbel_softmax, out = choose_most_likely, {"sizes": SIZES, "runs": []}
   for kind, (blocks, shares) in RUNS.items():
     stage = dyswin.BasicLayer(dim, (side, side), SIZES["depth"], SIZES["num_heads"], 7,
                               sparse_ratio=shares, pruning_loc=blocks)

@@ -1,7 +1,7 @@
-"""What each reducer does to the tokens of one image, in plain loops over lists: the definitions.
+"""What each reducer does to the tokens of one image, from the definitions, by loops over lists.
 
-A token is {"x": features, "size": number, "of": source positions it holds, "patch": bool}, "patch"
-False for a fused remainder.
+A token is {"x": features, "size": number, "of": source positions it holds, "patch": bool}, where
+"patch" is False for a fused remainder.
 """
 import math
 
@@ -13,7 +13,7 @@ def start(x_nw):
 
 
 def maps(query_nhd, key_nhd, size_n=None):
-  """(h, N, M) attention, float64."""
+  """Returns (h, N, M) attention, float64."""
   scores = np.einsum("nhd,mhd->hnm", query_nhd, key_nhd) / query_nhd.shape[-1] ** 0.5
   weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
   weights = weights * (1 if size_n is None else np.asarray(size_n)[None, None])
@@ -33,17 +33,17 @@ def evit(tokens, query_nhd, key_nhd, prefix, keep, fuse):
   return kept
 
 
-def merged(tokens, groups, order, weight=None, pooling="mean"):
-  """groups: {kept index: all indices it holds}; order: kept indices."""
+def merge(tokens, groups, order, weight=None, pooling="mean"):
+  """groups: {kept index: all indices merged into it}; order: kept indices."""
   out = []
   for i in order:
-    held = [tokens[j] for j in groups[i]]
-    size = np.array([t["size"] for t in held])
+    parts = [tokens[j] for j in groups[i]]
+    size = np.array([t["size"] for t in parts])
     w = size if weight is None else np.array([weight[j] for j in groups[i]])
-    x = np.stack([t["x"] for t in held])
+    x = np.stack([t["x"] for t in parts])
     x = x.max(axis=0) if pooling == "max" else (w[:, None] * x).sum(axis=0) / w.sum()
     out.append({"x": x, "size": size.sum(), "patch": True,
-                "of": sorted(i for t in held for i in t["of"])})
+                "of": sorted(i for t in parts for i in t["of"])})
   return out
 
 
@@ -51,10 +51,10 @@ def cosine(a, b):
   return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
 
 
-def code_order(kept, prefix, late=lambda i: i):
-  """Prefix, even positions, odd positions by `late`."""
+def code_order(kept, prefix, sort_key=lambda i: i):
+  """Returns prefix, then even positions, then odd positions sorted by `late`."""
   return ([i for i in kept if i < prefix] + [i for i in kept if i >= prefix and i % 2 == 0] +
-          sorted((i for i in kept if i >= prefix and i % 2), key=late))
+          sorted((i for i in kept if i >= prefix and i % 2), key=sort_key))
 
 
 def tome(tokens, key_nhd, prefix, r, order):
@@ -67,14 +67,14 @@ def tome(tokens, key_nhd, prefix, r, order):
   for i in chosen:
     groups[best[i]].append(i)
   kept = sorted(groups)
-  return merged(tokens, groups, kept if order == "position" else code_order(kept, prefix))
+  return merge(tokens, groups, kept if order == "position" else code_order(kept, prefix))
 
 
 def mctf(tokens, query_nhd, key_nhd, prefix, r, spec):
-  """Returns (tokens, attention): the fusion of one image, and its maps (h, K, K) one step ahead.
+  """Returns (tokens, attention): one image's fused tokens and its maps (h, K, K) one step ahead.
 
-  Columns of the maps A of the tokens before are summed over each fused token; then rows are pooled
-  as the features are.
+  Columns of the maps A before fusion are summed over each fused token; then rows are pooled in the
+  same way as the features.
   """
   size = np.array([t["size"] for t in tokens])
   before = maps(query_nhd, key_nhd, size if spec.prop_attn else None)
@@ -107,15 +107,15 @@ def mctf(tokens, query_nhd, key_nhd, prefix, r, spec):
   columns = np.stack([before[:, :, groups[i]].sum(axis=2) for i in kept], axis=2)
   rows = [columns[:, groups[i]] for i in kept]
   if spec.pooling == "max":
-    ahead = [held.max(axis=1) for held in rows]
+    ahead = [parts.max(axis=1) for parts in rows]
   else:
-    ahead = [np.average(held, axis=1, weights=by[groups[i]])
-             for i, held in zip(kept, rows, strict=True)]
-  return merged(tokens, groups, kept, by, spec.pooling), np.stack(ahead, axis=1)
+    ahead = [np.average(parts, axis=1, weights=by[groups[i]])
+             for i, parts in zip(kept, rows, strict=True)]
+  return merge(tokens, groups, kept, by, spec.pooling), np.stack(ahead, axis=1)
 
 
-def predicted(params, x_pw, keep_mask_p):
-  """DynamicViT: log pi (P, 2) of (keep, drop), float64, by one image's patches x (P, width)."""
+def predict(params, x_pw, keep_mask_p):
+  """DynamicViT: log pi (P, 2) of (keep, drop), float64, for one image's patches x (P, width)."""
   p = {name: {leaf: np.asarray(array, float) for leaf, array in layer.items()}
        for name, layer in params.items()}
 

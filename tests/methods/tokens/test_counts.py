@@ -1,4 +1,4 @@
-"""Tokens after every block, parameters and multiply-accumulates are the published ones."""
+"""Tokens after every block, parameters and multiply-accumulates match the published ones."""
 import functools
 
 import jax
@@ -14,30 +14,30 @@ FAST = {"r": 0.35, "blocks": (3, 6, 9)}
 STAGES = {3: 0, 6: 1, 9: 2}
 
 
-def staged(*counts):
-  """197, then each of `counts` for three blocks."""
+def tokens_by_stage(*counts):
+  """Returns 197, then each of `counts` for three blocks."""
   return [197] * 3 + [n for n in counts for _ in range(3)]
 
 
 TOKENS = [
-    (vc.EViT(0.7), staged(140, 100, 72)),
-    (vc.EViT(0.7, fuse=False), staged(139, 98, 69)),
-    (vc.DynamicViT(0.7), staged(138, 97, 68)),
-    (vc.DynamicViT(0.5), staged(99, 50, 25)),
+    (vc.EViT(0.7), tokens_by_stage(140, 100, 72)),
+    (vc.EViT(0.7, fuse=False), tokens_by_stage(139, 98, 69)),
+    (vc.DynamicViT(0.7), tokens_by_stage(138, 97, 68)),
+    (vc.DynamicViT(0.5), tokens_by_stage(99, 50, 25)),
     (vc.ToMe(13), list(range(184, 40, -13))),
     (vc.ToMe(16), [181, 165, 149, 133, 117, 101, 85, 69, 53, 37, 21, 11]),
     (vc.ToMe(13, schedule="decreasing"), [171, 148, 127, 109, 93, 79, 68, 59, 52, 48, 46, 46]),
     (vc.MCTF(), [197, 181, 165, 149, 133, 117, 101, 85, 69, 53, 37, 21]),
     (vc.MCTF(r=20, one_step_ahead=2), [197, 177, 157, 137, 117, 97, 77, 57, 37, 19, 10, 10]),
     (vc.MCTF(r=12, one_step_ahead=0), list(range(197, 64, -12))),
-    (vc.MCTF(**FAST), staged(129, 85, 56)),
+    (vc.MCTF(**FAST), tokens_by_stage(129, 85, 56)),
 ]
 
 
-@pytest.mark.parametrize("tokens,wanted", TOKENS)
-def test_tokens_after_every_block(tokens, wanted):
+@pytest.mark.parametrize("tokens,expected", TOKENS)
+def test_tokens_after_every_block_match(tokens, expected):
   plan = vc.Plan(tokens=tokens)
-  assert [plan.tokens_left(block + 1, 12, 197, 1) for block in range(12)] == wanted
+  assert [plan.tokens_left(block + 1, 12, 197, 1) for block in range(12)] == expected
 
 
 @functools.cache
@@ -56,9 +56,9 @@ EXECUTED = [(vc.EViT(0.9), 4.022), (vc.EViT(0.8), 3.477), (vc.EViT(0.7), 3.029),
 
 
 @pytest.mark.parametrize("tokens,giga", EXECUTED)
-def test_macs_are_the_published_ones(tokens, giga):
+def test_macs_match_the_published_ones(tokens, giga):
   model = vc.create_model(NAME, plan=vc.Plan(tokens=tokens), deploy=True)
-  # Methods without parameters share the dense model's.
+  # Methods without parameters use the dense model's.
   images, variables = shapes(NAME, vc.DynamicViT() if isinstance(tokens, vc.DynamicViT) else None)
   assert macs_of(model.apply, variables, images).total / 1e9 == pytest.approx(giga, rel=0.005)
 
@@ -66,15 +66,15 @@ def test_macs_are_the_published_ones(tokens, giga):
 @pytest.mark.parametrize("name,tokens,giga", [
     ("deit_tiny_patch16_224", vc.MCTF(), 0.7054), (NAME, vc.MCTF(), 2.5941),
     ("deit_tiny_patch16_224", vc.MCTF(**FAST), 0.7449), (NAME, vc.MCTF(**FAST), 2.7501)])
-def test_mctf_needs_what_is_published_and_executes_little_more(name, tokens, giga):
+def test_mctf_ideal_macs_are_as_published_and_it_executes_slightly_more(name, tokens, giga):
   count = vc.count(vc.create_model(name, plan=vc.Plan(tokens=tokens), deploy=True))
   assert round(count.ideal_macs / 1e9, 4) == giga
-  # The scores of criteria are computed again, and values are weighed before rows are merged.
+  # Scores for the criteria are recomputed, and values are weighted before rows are merged.
   assert 1 < count.macs / count.ideal_macs < 1.07
   assert count.macs - count.attention_macs == count.ideal_macs - count.ideal_attention_macs
 
 
-def test_only_dynamicvit_has_parameters():
+def test_only_dynamicvit_adds_parameters():
   dense = trees.size(shapes(NAME)[1]["params"])
   assert trees.size(shapes(NAME, vc.DynamicViT())[1]["params"]) - dense == 723_750
   names = [name for name in trees.named_leaves(shapes(NAME, vc.DynamicViT())[1]["params"])
@@ -82,5 +82,5 @@ def test_only_dynamicvit_has_parameters():
   assert len(names) == 3 * 10 and {int(name.split("/")[0][7:]) for name in names} == STAGES.keys()
   for tokens in (vc.EViT(blocks=(1,)), vc.ToMe(), vc.MCTF()):
     model = vc.create_model(NAME, plan=vc.Plan(tokens=tokens), depth=2)
-    asked = jax.eval_shape(model.init, jax.random.key(0), shapes(NAME)[0])["params"]
-    assert trees.differences(asked["blocks_1"], shapes(NAME)[1]["params"]["blocks_1"]) == []
+    params = jax.eval_shape(model.init, jax.random.key(0), shapes(NAME)[0])["params"]
+    assert trees.differences(params["blocks_1"], shapes(NAME)[1]["params"]["blocks_1"]) == []

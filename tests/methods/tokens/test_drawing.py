@@ -1,4 +1,4 @@
-"""What `draw tokens` draws is what the model did."""
+"""`draw tokens` shows what the model did."""
 import jax
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from vitcompact import convert
 from vitcompact.draw import tokens as drawing
 
 
-def test_gone_patches_are_white_and_merged_ones_have_their_mean_and_a_line():
+def test_dropped_patches_are_white_and_merged_ones_are_averaged_and_outlined():
   image = np.random.default_rng(0).uniform(0.2, 0.8, (8, 12, 3))      # 2 x 3 patches of 4
   holder = np.array([[1, 2, 2], [drawing.DROPPED, 4, 5]])
   before = image.copy()
@@ -27,7 +27,7 @@ def test_gone_patches_are_white_and_merged_ones_have_their_mean_and_a_line():
   assert not (picture[4, :4] == drawing.OUTLINE).any()
 
 
-def test_stages_tell_the_token_of_each_patch():
+def test_stages_give_the_token_of_each_patch():
   model = tiny.deit(vc.Plan(tokens=vc.EViT(keep=0.5, blocks=(0, 1))))
   variables, image = tiny.init(model), tiny.images(model)[0]
   (first, before), (second, after) = drawing.stages(model, variables, image)
@@ -37,7 +37,7 @@ def test_stages_tell_the_token_of_each_patch():
   assert left in (4, 5) and (after >= 0).sum() == left and (after[before < 0] < 0).all()
 
 
-def test_a_file_is_drawn_from_a_checkpoint(tmp_path):
+def test_picture_is_drawn_from_a_checkpoint(tmp_path):
   model = tiny.deit()
   checkpoint, image, out = (tmp_path / name for name in ("a.safetensors", "a.png", "out.png"))
   convert.save(checkpoint, model, jax.tree.map(np.asarray, tiny.init(model)))

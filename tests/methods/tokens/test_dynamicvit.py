@@ -1,4 +1,4 @@
-"""DynamicViT: predictors, straight-through masks in training, gathers in inference."""
+"""DynamicViT: predictors, straight-through masks in training, gathers at inference."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,13 +16,13 @@ PREFIX, PATCHES, WIDTH = 2, 12, 8
 TOKENS = vc.DynamicViT(keep=0.7, blocks=(0, 1))
 
 
-def drawn(seed, *shape):
+def draw(seed, *shape):
   return jax.random.normal(jax.random.key(seed), shape)
 
 
 def predictor():
   module = dynamicvit.PredictTokens(stage=0, share=0.5)
-  tokens = Tokens(drawn(0, 3, PREFIX + PATCHES, WIDTH))
+  tokens = Tokens(draw(0, 3, PREFIX + PATCHES, WIDTH))
   shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), tokens, PREFIX))
   return module, tiny.randomised(shapes, spread=0.5), tokens
 
@@ -33,7 +33,7 @@ def test_inference_keeps_the_best_by_the_published_score_in_their_order():
   assert out.x.shape == (3, PREFIX + 6, WIDTH)
   for image in range(3):
     x = np.asarray(tokens.x[image], float)
-    score = reference.predicted(variables["params"], x[PREFIX:], np.ones(PATCHES))[:, 0]
+    score = reference.predict(variables["params"], x[PREFIX:], np.ones(PATCHES))[:, 0]
     kept = [0, 1, *sorted(PREFIX + np.argsort(-score)[:6])]
     np.testing.assert_array_equal(out.x[image], tokens.x[image, np.array(kept)])
     source = np.full(PREFIX + PATCHES, -1)
@@ -41,7 +41,7 @@ def test_inference_keeps_the_best_by_the_published_score_in_their_order():
     np.testing.assert_array_equal(out.source[image], source)
 
 
-def test_training_masks_by_chance_among_those_kept_and_tells_the_loss():
+def test_training_samples_masks_among_kept_tokens_and_reports_them_to_the_loss():
   module, variables, tokens = predictor()
   before = jnp.ones((3, PREFIX + PATCHES)).at[:, -5:].set(0)
   tokens = tokens.replace(keep_mask=before)
@@ -59,24 +59,24 @@ def test_training_masks_by_chance_among_those_kept_and_tells_the_loss():
   assert set(np.unique(keep_mask)) == {0, 1} and (keep_mask[:, :, :PREFIX] == 1).all()
   assert not keep_mask[:, :, -5:].any()
   for image in range(3):
-    log_pi = reference.predicted(variables["params"],
-                                 np.asarray(tokens.x[image, PREFIX:], float),
-                                 np.asarray(before[image, PREFIX:]))
+    log_pi = reference.predict(variables["params"],
+                               np.asarray(tokens.x[image, PREFIX:], float),
+                               np.asarray(before[image, PREFIX:]))
     np.testing.assert_allclose(keep_mask[:, image, PREFIX:-5].mean(axis=0), np.exp(log_pi[:-5, 0]),
                                atol=0.07)
 
 
-def test_the_global_half_is_the_mean_of_those_kept():
-  x, keep_mask = drawn(0, 2, 5, 6), jnp.array([[1.0, 0, 1, 1, 0], [0, 0, 0, 0, 0]])
+def test_global_half_is_the_mean_over_kept_tokens():
+  x, keep_mask = draw(0, 2, 5, 6), jnp.array([[1.0, 0, 1, 1, 0], [0, 0, 0, 0, 0]])
   out = predictors.with_mean(x, keep_mask)
   np.testing.assert_array_equal(out[..., :3], x[..., :3])
   np.testing.assert_allclose(out[0, :, 3:], np.tile(x[0, np.array([0, 2, 3]), 3:].mean(0), (5, 1)),
                              rtol=1e-5)
-  assert not out[1, :, 3:].any()      # no kept token is no reason for a NaN
+  assert not out[1, :, 3:].any()      # having no kept token gives no NaN
 
 
-def test_the_gradient_of_a_mask_is_that_of_a_gumbel_softmax():
-  key, choice = jax.random.key(0), jax.nn.log_softmax(drawn(1, 2, 5, 2))
+def test_mask_gradient_is_that_of_a_gumbel_softmax():
+  key, choice = jax.random.key(0), jax.nn.log_softmax(draw(1, 2, 5, 2))
 
   def soft(choice):
     return jnp.sum(jnp.sin(jnp.arange(5.0))[None] * jax.nn.softmax(
@@ -89,36 +89,36 @@ def test_the_gradient_of_a_mask_is_that_of_a_gumbel_softmax():
   np.testing.assert_allclose(jax.grad(hard)(choice), jax.grad(soft)(choice), atol=1e-6)
 
 
-def test_hidden_tokens_are_as_if_gone():
-  """Rows of the kept tokens, with the others hidden, are attention among the kept ones only."""
-  query, key, value = (drawn(i, 2, 9, 3, 4) for i in range(3))
-  living = np.array([0, 1, 4, 5, 8])
-  keep_mask = jnp.zeros((2, 9)).at[:, living].set(1)
+def test_hidden_tokens_act_as_if_removed():
+  """With the others hidden, rows of the kept tokens equal attention among only the kept ones."""
+  query, key, value = (draw(i, 2, 9, 3, 4) for i in range(3))
+  survivors = np.array([0, 1, 4, 5, 8])
+  keep_mask = jnp.zeros((2, 9)).at[:, survivors].set(1)
   got = Core(keep_mask=keep_mask)(query, key, value)
-  wanted = attention.DENSE(*(x[:, living] for x in (query, key, value)))
-  np.testing.assert_allclose(got[:, living], wanted, atol=1e-4)
+  expected = attention.DENSE(*(x[:, survivors] for x in (query, key, value)))
+  np.testing.assert_allclose(got[:, survivors], expected, atol=1e-4)
   maps = Core(keep_mask=keep_mask).maps(query, key)
   np.testing.assert_allclose(maps.sum(axis=-1), 1, atol=1e-5)
-  # A hidden token is seen by itself only, and also sees the kept ones.
+  # A hidden token is seen only by itself, but sees the kept ones too.
   assert float(maps[..., 2][..., np.arange(9) != 2].max()) < 1e-5
   assert float(maps[..., 2, 2].min()) > 1e-3
 
 
 def test_hidden_tokens_are_weighted_as_published():
-  query, key = drawn(0, 1, 4, 1, 3), drawn(1, 1, 4, 1, 3)
+  query, key = draw(0, 1, 4, 1, 3), draw(1, 1, 4, 1, 3)
   keep_mask = np.array([1.0, 0, 1, 0])
   exp = np.exp(np.asarray(attention.scores(query, key), float)[0, 0])
   exp = exp / exp.max(axis=-1, keepdims=True) * np.where(np.eye(4), 1, keep_mask)
-  wanted = (exp + 1e-6 / 4) / (exp.sum(axis=-1, keepdims=True) + 1e-6)
-  np.testing.assert_allclose(Core(keep_mask=jnp.array([keep_mask])).maps(query, key)[0, 0], wanted,
-                             rtol=1e-5)
+  expected = (exp + 1e-6 / 4) / (exp.sum(axis=-1, keepdims=True) + 1e-6)
+  np.testing.assert_allclose(Core(keep_mask=jnp.array([keep_mask])).maps(query, key)[0, 0],
+                             expected, rtol=1e-5)
 
 
 def model():
   return tiny.deit(vc.Plan(tokens=TOKENS), drop_path_rate=0.0)
 
 
-def test_training_reaches_every_predictor_through_the_ratio_and_the_logits():
+def test_every_predictor_gets_gradients_from_the_ratio_and_the_logits():
   net = model()
   variables, x = tiny.init(net), tiny.images(net)
 
@@ -141,7 +141,7 @@ def test_training_reaches_every_predictor_through_the_ratio_and_the_logits():
   assert jax.tree.all(jax.tree.map(jnp.array_equal, again, (masks, last)))
 
 
-def test_compact_adds_fresh_predictors_of_different_values():
+def test_compact_adds_new_predictors_with_distinct_values():
   dense = tiny.deit()
   variables = tiny.init(dense)
   small, got = vc.compact(dense, variables, vc.Plan(tokens=TOKENS))
@@ -155,7 +155,7 @@ def test_compact_adds_fresh_predictors_of_different_values():
   assert rules["blocks_1"]["predict_tokens"]["out3"]["kernel"].decay
 
 
-def test_predictors_travel_under_the_authors_names():
+def test_predictors_are_exported_under_the_authors_names():
   net = model()
   variables = jax.tree.map(np.asarray, tiny.init(net))
   state = vc.to_torch(net, variables)
@@ -164,14 +164,14 @@ def test_predictors_travel_under_the_authors_names():
   assert trees.digest(vc.from_torch(net, state)) == trees.digest(variables)
 
 
-def test_a_patch_is_left_whatever_the_share():
+def test_at_least_one_patch_is_kept_whatever_the_share():
   module = dynamicvit.PredictTokens(stage=0, share=1e-3)
   _, variables, tokens = predictor()
   out = jax.eval_shape(lambda v, t: module.apply(v, t, PREFIX), variables, tokens)
   assert out.x.shape[1] == PREFIX + 1
 
 
-def test_dropped_patches_do_not_enter_the_pooled_features():
+def test_dropped_patches_are_excluded_from_the_pooled_features():
   net = tiny.deit(vc.Plan(tokens=vc.DynamicViT(keep=0.5, blocks=(0,))), depth=1, num_classes=0,
                   drop_path_rate=0.0, global_pool="avg")
   x = tiny.images(net)
@@ -189,7 +189,7 @@ def test_dropped_patches_do_not_enter_the_pooled_features():
   mean = (patches * keep_mask[..., None]).sum(1) / keep_mask.sum(1)[:, None]
   source, norm = mean, params["fc_norm"]
   source = source - source.mean(-1, keepdims=True)
-  wanted = source / jnp.sqrt((source ** 2).mean(-1, keepdims=True) + 1e-6)
-  wanted = wanted * norm["scale"][None] + norm["bias"][None]
-  np.testing.assert_allclose(out, wanted, atol=1e-4)
+  expected = source / jnp.sqrt((source ** 2).mean(-1, keepdims=True) + 1e-6)
+  expected = expected * norm["scale"][None] + norm["bias"][None]
+  np.testing.assert_allclose(out, expected, atol=1e-4)
   assert 0 < keep_mask.sum() < keep_mask.size

@@ -1,4 +1,4 @@
-"""FastPath: which patches take the FFN, what the others get, in every kind of model."""
+"""FastPath: which patches take the FFN and what the others get, in every kind of model."""
 import json
 import math
 import pathlib
@@ -25,14 +25,14 @@ from vitcompact.train import losses
 from vitcompact.train.config import complete
 from vitcompact.train.objective import make_objective
 
-# Blocks 2, 3, 4 are the third stage, of 4 x 4 patches; block 5 is the last one, of 2 x 2.
+# Blocks 2, 3 and 4 are the third stage, with 4 x 4 patches; block 5 is the last, with 2 x 2.
 STAGES = {"depths": (1, 1, 3, 1), "drop_path_rate": 0.0}
 TOKENS = vc.FastPath(keep=(0.5, 0.75), blocks=(2, 3))
-# One stage of 8 x 8 patches: for what has to be compiled with its gradient.
+# One stage of 8 x 8 patches, for tests that compile gradients.
 SHORT = {"image_size": 32, "widths": (20,), "depths": (3,), "heads": (5,), "mlp_ratios": (2,),
          "sr_ratios": (1,), "drop_path_rate": 0.0}
 SHORT_TOKENS = vc.FastPath(keep=0.5, blocks=(0, 1))
-# Blocks 1 and 2 are transformer blocks of 6 x 6 and 3 x 3 patches.
+# Blocks 1 and 2 are transformer blocks with 6 x 6 and 3 x 3 patches.
 NEXTVIT = {"image_size": 48, "num_classes": 5, "stem_widths": (8, 4, 8, 8), "head_dim": 8,
            "widths": (8, 24, 24, 24), "depths": (1, 1, 1, 0), "periods": (0, 1, 1, 0),
            "drop_path_rate": 0.0}
@@ -43,12 +43,12 @@ def nextvit(**axes):
   return vc.create_model("nextvit_small", plan=vc.Plan(**{"tokens": HYBRID, **axes}), **NEXTVIT)
 
 
-def applied(model, variables, x, **fields):
+def apply(model, variables, x, **fields):
   return jax.jit(lambda v, x: model.apply(v, x, **fields))(variables, x)
 
 
-def most_likely(key, choice_bp2):
-  """In the place of a straight-through Gumbel softmax: nothing by chance, and one of each kind."""
+def choose_most_likely(key, choice_bp2):
+  """Replaces the straight-through Gumbel softmax: deterministic, with patches on both paths."""
   del key
   score = choice_bp2[..., 0] - choice_bp2[..., 1]
   return (score > score.mean(axis=1, keepdims=True)).astype(jnp.float32)
@@ -60,18 +60,18 @@ def most_likely(key, choice_bp2):
 @pytest.mark.parametrize("keep,patches", [
     (0.7, (137, 98, 58)), ((0.7, 0.497, 0.3), (137, 97, 58)), (0.9, (176, 137, 98)),
     ((0.1, 1, 0.001), (19, 196, 1))])
-def test_shares_are_of_all_patches_and_a_half_is_a_half(keep, patches):
+def test_shares_are_of_all_patches_and_budgets_ignore_rounding_errors(keep, patches):
   shares = vc.FastPath(keep=keep).shares()
   assert tuple(predictor.budget(share, 196) for share in shares) == patches
-  assert vc.FastPath(keep=0.7).shares() == (0.7, 0.5, 0.3)   # 0.7 - 0.2 is below a half,
-  assert predictor.budget(0.29, 100) == 29                   # and 0.29 * 100 below 29
+  assert vc.FastPath(keep=0.7).shares() == (0.7, 0.5, 0.3)   # in floats, 0.7 - 0.2 is below a half
+  assert predictor.budget(0.29, 100) == 29                   # and 0.29 * 100 is below 29
 
 
 @pytest.mark.parametrize("name,blocks,giga", [
     ("pvt_small", (8, 9, 10), 3.4064),
     pytest.param("pvt_medium", (9, 11, 13), 5.2471, marks=pytest.mark.slow),
     ("pvt_v2_b2", (8, 9, 10), 3.6174)])
-def test_macs_and_parameters_are_the_specified_ones(name, blocks, giga):
+def test_macs_and_parameters_match_the_specification(name, blocks, giga):
   """The specified MACs exclude the predictors, which are counted as well."""
   model = vc.create_model(name, plan=vc.Plan(tokens=vc.FastPath(blocks=blocks)), deploy=True)
   first, stage = blocks[0], model.sites()[blocks[0]].first
@@ -86,7 +86,7 @@ def test_macs_and_parameters_are_the_specified_ones(name, blocks, giga):
     assert round((vc.count(model).macs - 3 * scored) / 1e9, 4) == 3.4057
 
 
-# What is computed.
+# Values.
 
 
 def float64(tree):
@@ -140,20 +140,20 @@ def test_kept_patches_take_the_ffn_and_the_others_the_fast_path(name):
   count = predictor.budget(module.methods.tokens.shares()[-1], site.queries - site.prefix)
   assert 1 < count < site.queries - site.prefix
   for image in range(2):
-    score = reference.predicted(variables["params"]["predict_tokens"],
-                                np.asarray(x.x[image, site.prefix:], float),
-                                np.ones(site.queries - site.prefix))[:, 0]
+    score = reference.predict(variables["params"]["predict_tokens"],
+                              np.asarray(x.x[image, site.prefix:], float),
+                              np.ones(site.queries - site.prefix))[:, 0]
     kept = [*range(site.prefix), *(site.prefix + np.argsort(-score)[:count]).tolist()]
-    wanted = stream[image] + by_loops(variables["params"], stream[image], set(kept),
-                                      site.query_grid)
-    np.testing.assert_allclose(got.x[image], wanted, atol=3e-5)
+    expected = stream[image] + by_loops(variables["params"], stream[image], set(kept),
+                                        site.query_grid)
+    np.testing.assert_allclose(got.x[image], expected, atol=3e-5)
     assert sorted(np.asarray(got.paths.full[image])) == sorted(kept)
     both = np.concatenate([got.paths.full[image], got.paths.short[image]])
     np.testing.assert_array_equal(both[np.asarray(got.paths.place[image])], np.arange(site.queries))
 
 
 class Scores(nn.Module):
-  """The predictor's probabilities, of which inference shows no more than their order."""
+  """Captures the predictor's probabilities, of which inference uses only the order."""
   dtype: str = "float32"
 
   @nn.compact
@@ -161,20 +161,20 @@ class Scores(nn.Module):
     return predictor.log_choices(self, x_bpw, keep_bp)
 
 
-def test_probabilities_are_the_published_ones_where_the_norm_needs_its_epsilon():
+def test_probabilities_are_as_published_where_the_epsilon_of_the_norm_matters():
   x = 3e-3 * jax.random.normal(jax.random.key(0), (2, 6, 8))
   keep = jnp.array([[1.0, 0, 1, 1, 0, 1]] * 2)
   params = tiny.randomised(jax.eval_shape(lambda: Scores().init(jax.random.key(0), x, keep)),
                            spread=0.5)["params"]
   got = Scores().apply({"params": params}, x, keep)
   for image in range(2):
-    wanted = reference.predicted(params, np.asarray(x[image], float), np.asarray(keep[image]))
-    np.testing.assert_allclose(got[image], wanted, atol=1e-5)
+    expected = reference.predict(params, np.asarray(x[image], float), np.asarray(keep[image]))
+    np.testing.assert_allclose(got[image], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name,fields", [
     ("pvt_small", STAGES), ("pvt_v2_b2", STAGES), ("nextvit_small", NEXTVIT), ("deit", {})])
-def test_keeping_all_is_the_dense_program(name, fields):
+def test_keeping_all_patches_is_the_dense_program(name, fields):
   """Bit for bit, because it is the same program."""
   blocks = (1, 2) if name == "nextvit_small" else (0, 1)
   programs = []
@@ -189,22 +189,22 @@ def test_keeping_all_is_the_dense_program(name, fields):
   assert programs[0] == programs[1] == programs[2]
 
 
-def test_where_all_patches_are_kept_both_ways_to_compute_are_the_dense_block():
+def test_with_all_patches_kept_masking_and_gathering_equal_the_dense_block():
   model = pvt("pvt_v2_b2", vc.Plan(tokens=TOKENS), **STAGES)
-  module = model.submodules()["blocks_4"]     # decides nothing itself
+  module = model.submodules()["blocks_4"]     # makes no decision itself
   x = Tokens(jax.random.normal(jax.random.key(0), (2, 16, 20)))
   variables = tiny.randomised(jax.eval_shape(
       module.init, jax.random.key(0), x.replace(paths=Paths(mask=jnp.ones((2, 16))))))
-  wanted = module.clone(methods=BlockMethods()).apply(variables, x)
+  expected = module.clone(methods=BlockMethods()).apply(variables, x)
   order = jnp.stack([jax.random.permutation(jax.random.key(i), 16) for i in range(2)])
   for paths in (Paths(mask=jnp.ones((2, 16))),
                 Paths(order, order[:, :0], jnp.argsort(order, axis=1))):
     got = module.apply(variables, x.replace(paths=paths))
-    np.testing.assert_allclose(got.x, wanted.x, atol=2e-6)
+    np.testing.assert_allclose(got.x, expected.x, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", ["pvt_small", "pvt_v2_b2"])
-def test_a_decision_holds_to_the_end_of_its_stage_and_the_next_is_among_all_patches(name):
+def test_decision_lasts_until_the_next_one_or_the_end_of_the_stage(name):
   model = pvt(name, vc.Plan(tokens=TOKENS), **STAGES)
   assert [site.block for site in model.sites() if model.plan.at(site).tokens] == [2, 3, 4]
   assert TOKENS.reduction(1, 6) == NOTHING and TOKENS.reduction(4, 6).predict is None
@@ -213,24 +213,24 @@ def test_a_decision_holds_to_the_end_of_its_stage_and_the_next_is_among_all_patc
   assert {i for i in range(6) if "fast_path" in params[f"blocks_{i}"]} == {2, 3, 4}
   assert {i for i in range(6) if "predict_tokens" in params[f"blocks_{i}"]} == {2, 3}
 
-  def watched(module, _):
+  def is_captured(module, _):
     return module.path in (("blocks_2",), ("blocks_3",), ("blocks_4",))
 
-  _, state = applied(model, variables, x, mutable=["tokens", "intermediates"],
-                     capture_intermediates=watched)
+  _, state = apply(model, variables, x, mutable=["tokens", "intermediates"],
+                   capture_intermediates=is_captured)
   out = {i: state["intermediates"][f"blocks_{i}"]["__call__"][0].paths for i in (2, 3, 4)}
   assert out[2].full.shape == (2, 8) and out[3].full.shape == out[4].full.shape == (2, 12)
   np.testing.assert_array_equal(out[3].full, out[4].full)
   masks = [np.asarray(mask) for mask in predictor.stage_masks(state["tokens"])]
   assert [mask.sum(axis=1).tolist() for mask in masks] == [[8, 8], [12, 12]]
-  assert (masks[0] > masks[1]).any()     # not nested
+  assert (masks[0] > masks[1]).any()     # not nested: each decision is among all patches
   for mask, paths in zip(masks, (out[2], out[3]), strict=True):
     for image in range(2):
       assert np.flatnonzero(mask[image]).tolist() == sorted(paths.full[image].tolist())
 
 
 @pytest.mark.parametrize("name", ["pvt_small", "pvt_v2_b2"])
-def test_training_with_the_masks_of_inference_gives_what_inference_gives(name, monkeypatch):
+def test_training_with_the_inference_masks_gives_the_inference_output(name, monkeypatch):
   def best_half(key, choice_bp2):
     del key
     order = jnp.argsort(jnp.argsort(-choice_bp2[..., 0], axis=1, stable=True), axis=1)
@@ -239,33 +239,33 @@ def test_training_with_the_masks_of_inference_gives_what_inference_gives(name, m
   monkeypatch.setattr(predictor, "straight_through", best_half)
   model = pvt(name, vc.Plan(tokens=vc.FastPath(keep=(0.5, 0.5), blocks=(2, 3))), **STAGES)
   variables, x = tiny.init(model), tiny.images(model)
-  trained = applied(model, variables, x, train=True, rngs={"dropout": jax.random.key(0)})
-  np.testing.assert_allclose(trained, applied(model, variables, x), atol=1e-5)
+  trained = apply(model, variables, x, train=True, rngs={"dropout": jax.random.key(0)})
+  np.testing.assert_allclose(trained, apply(model, variables, x), atol=1e-5)
 
 
-def test_the_prefix_takes_the_ffn_whatever_is_chosen():
+def test_prefix_tokens_always_take_the_ffn():
   model = tiny.deit(vc.Plan(tokens=vc.FastPath(keep=(1e-3,), blocks=(0,))), depth=1)
   variables, x = tiny.init(model), tiny.images(model)
-  _, state = applied(model, variables, x, mutable=["features"])
+  _, state = apply(model, variables, x, mutable=["features"])
   dense = model.clone(plan=vc.Plan())
-  _, whole = applied(dense, variables, x, mutable=["features"])
-  got, wanted = (np.asarray(s["features"]["block_0"][0]) for s in (state, whole))
-  np.testing.assert_allclose(got[:, 0], wanted[:, 0], atol=1e-5)
-  alike = np.isclose(got, wanted, atol=1e-4).all(axis=-1)
-  assert alike.sum(axis=1).tolist() == [2, 2, 2]     # and one patch
+  _, dense_state = apply(dense, variables, x, mutable=["features"])
+  got, expected = (np.asarray(s["features"]["block_0"][0]) for s in (state, dense_state))
+  np.testing.assert_allclose(got[:, 0], expected[:, 0], atol=1e-5)
+  unchanged = np.isclose(got, expected, atol=1e-4).all(axis=-1)
+  assert unchanged.sum(axis=1).tolist() == [2, 2, 2]     # plus one patch
 
 
-def test_a_stage_of_the_authors_swin_with_the_same_weights(monkeypatch):
-  """Outputs of PyTorch, see make_references.py."""
-  monkeypatch.setattr(predictor, "straight_through", most_likely)
-  told = json.loads((pathlib.Path(__file__).parent / "references.json").read_text())
-  sizes, side = told["sizes"], told["sizes"]["side"]
+def test_one_stage_matches_the_authors_dynamic_swin(monkeypatch):
+  """Outputs computed by PyTorch, see make_references.py."""
+  monkeypatch.setattr(predictor, "straight_through", choose_most_likely)
+  stored = json.loads((pathlib.Path(__file__).parent / "references.json").read_text())
+  sizes, side = stored["sizes"], stored["sizes"]["side"]
   x = np.random.default_rng(1).standard_normal((3, side * side, sizes["dim"]), np.float32)
   site = Site(block=0, depth=sizes["depth"], width=sizes["dim"], ffn_width=sizes["dim"],
               hidden=4 * sizes["dim"], heads=sizes["num_heads"], tokens=side * side,
               query_grid=(side, side), key_grid=(side, side), provides=frozenset(CAPABILITIES))
-  # 0.49: in the authors' arithmetic 0.7 - 0.2 of 16 is 7.
-  for run, shares in zip(told["runs"], ((0.7, 0.49, 0.3), (0.55, 0.8, 0.3), (0.5,)), strict=True):
+  # Why 0.49: in the authors' arithmetic, 0.7 - 0.2 of 16 is 7.
+  for run, shares in zip(stored["runs"], ((0.7, 0.49, 0.3), (0.55, 0.8, 0.3), (0.5,)), strict=True):
     weights = drawn.weights({name: tuple(shape) for name, shape in run["shapes"].items()})
     tokens, kept = vc.FastPath(keep=shares, blocks=tuple(run["blocks"])), []
     out = Tokens(jnp.asarray(x))
@@ -290,12 +290,12 @@ def test_a_stage_of_the_authors_swin_with_the_same_weights(monkeypatch):
 # Training.
 
 
-# Rematerialisation wraps the blocks of both networks in the same place: it is on in one of them.
+# Remat wraps the blocks of both networks in the same place, so one of them tests it.
 @pytest.mark.parametrize("name,remat", [
     ("pvt_small", False), ("pvt_v2_b2", True),
     *(pytest.param(*case, marks=pytest.mark.slow)
       for case in (("pvt_small", True), ("pvt_v2_b2", False)))])
-def test_labels_and_the_ratio_teach_every_predictor_and_labels_both_paths(name, remat):
+def test_every_predictor_and_both_paths_get_gradients(name, remat):
   model = pvt(name, vc.Plan(tokens=SHORT_TOKENS, ffn=vc.CFFN()), **SHORT, remat=remat)
   variables, x = tiny.init(model), tiny.images(model)
 
@@ -312,7 +312,7 @@ def test_labels_and_the_ratio_teach_every_predictor_and_labels_both_paths(name, 
     assert np.isfinite(by_loss).all(), leaf
     if "predict_tokens" in leaf:
       assert by_loss.min() > 0, leaf
-    # PVT v1 reads the class token alone: what the last block does to patches is for nothing.
+    # PVT v1 reads only the class token, so the last block's patches have no effect.
     read = name == "pvt_v2_b2" or not leaf.startswith("blocks_2")
     if ("fast_path" in leaf and read) or "mlp" in leaf:
       assert by_loss[0] > 0, leaf
@@ -323,7 +323,7 @@ def vc_pass(new, logits):
   return Pass(new, logits, jnp.zeros(len(logits), int))
 
 
-def test_the_masks_gradient_is_that_of_the_choice_between_the_paths():
+def test_mask_gradient_is_that_of_choosing_between_the_paths():
   x = jax.random.normal(jax.random.key(0), (1, 6, 4))
   module = fastpath.TwoPaths(None)
   variables = tiny.randomised(jax.eval_shape(lambda: module.init(
@@ -341,7 +341,7 @@ def test_the_masks_gradient_is_that_of_the_choice_between_the_paths():
   np.testing.assert_allclose(got, (jnp.sin(x) - short).sum(axis=-1), atol=1e-5)
 
 
-def test_the_ratio_loss_is_of_the_decisions_that_there_are():
+def test_ratio_loss_covers_only_blocks_that_decide():
   tokens = vc.FastPath(keep=(1, 0.5, 0.25), blocks=(0, 1, 2))
   masks = jnp.array([[1.0, 1, 0, 1]]), jnp.array([[1.0, 0, 0, 0]])
   sown = {"tokens": {f"blocks_{i}": {"predict_tokens": {"keep_mask": (mask,)}}
@@ -350,7 +350,7 @@ def test_the_ratio_loss_is_of_the_decisions_that_there_are():
   np.testing.assert_allclose(got, [(0.25 ** 2 + 0) / 2])
 
 
-def test_a_config_weighs_the_ratio_and_the_teachers_logits():
+def test_config_weights_the_ratio_and_the_teachers_logits():
   model = pvt("pvt_small", vc.Plan(tokens=SHORT_TOKENS), **SHORT)
   config = complete({"model.name": "pvt_small", "model.image_size": 32, "batch_size": 2,
                      "plan": model.plan.to_json(), "loss.kept_ratio": 10.0, "loss.logits": 0.5})
@@ -360,20 +360,20 @@ def test_a_config_weighs_the_ratio_and_the_teachers_logits():
   variables, x = tiny.init(model), tiny.images(model, batch=2)
   teacher = model.clone(plan=vc.Plan())
   labels = jnp.array([0, 1])
-  total, (_, told) = jax.jit(make_objective(model, config.loss, teacher))(
+  total, (_, metrics) = jax.jit(make_objective(model, config.loss, teacher))(
       variables["params"], {}, variables, x, labels, jax.nn.one_hot(labels, 5), jax.random.key(0))
   logits, new = tiny.apply(model, variables, x, train=True, rngs={"dropout": jax.random.key(0)},
                            mutable=["tokens"])
   ratio = np.mean([(np.asarray(mask).mean(axis=1) - share) ** 2 for mask, share in zip(
       predictor.stage_masks(new["tokens"]), (0.5, 0.3), strict=True)])
-  np.testing.assert_allclose(told["loss_kept_ratio"], ratio, rtol=1e-4)
+  np.testing.assert_allclose(metrics["loss_kept_ratio"], ratio, rtol=1e-4)
   kl = losses.divergence(logits, tiny.apply(teacher, variables, x)).mean()
-  np.testing.assert_allclose(told["loss_logits"], kl, rtol=1e-3)
-  np.testing.assert_allclose(total, told["loss_labels"] + 10 * ratio + 0.5 * kl, rtol=1e-4)
+  np.testing.assert_allclose(metrics["loss_logits"], kl, rtol=1e-3)
+  np.testing.assert_allclose(total, metrics["loss_labels"] + 10 * ratio + 0.5 * kl, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["pvt_v2_b2", "nextvit_small"])
-def test_bfloat16_and_remat_keep_parameters_and_answers_in_float32(name):
+def test_bfloat16_and_remat_keep_parameters_and_outputs_in_float32(name):
   fields = {"dtype": "bfloat16", "remat": True}
   model = nextvit().clone(**fields) if name == "nextvit_small" else pvt(
       name, vc.Plan(tokens=TOKENS), **{**STAGES, **fields})
@@ -387,7 +387,7 @@ def test_bfloat16_and_remat_keep_parameters_and_answers_in_float32(name):
     assert out.dtype == jnp.float32
 
 
-# In Next-ViT, folded, converted, compacted.
+# In Next-ViT; folded, converted, compacted.
 
 
 @pytest.mark.parametrize("axes", [
@@ -398,21 +398,21 @@ def test_nextvit_folds_to_the_same_function(axes):
   variables, x = tiny.init(model), tiny.images(model)
   assert variables["batch_stats"]["blocks_1"]["fast_path"]["norm"]["mean"].shape == (32,)
   deploy, folded = vc.fold(model, variables)
-  asked = jax.eval_shape(deploy.init, jax.random.key(0), x)
-  assert trees.differences(folded, asked) == [] and "batch_stats" not in folded
+  tree = jax.eval_shape(deploy.init, jax.random.key(0), x)
+  assert trees.differences(folded, tree) == [] and "batch_stats" not in folded
   proof = vc.verify(model, variables, deploy, folded, x)
   assert proof.max_rel <= 2e-5 and proof.first_difference is None
 
 
-def test_nextvit_chooses_before_attention_and_mixes_both_paths_over_all_its_channels():
+def test_nextvit_decides_before_attention_and_mixes_the_paths_over_all_channels():
   model = nextvit()
   variables, x = tiny.init(model), tiny.images(model)
 
-  def watched(module, name):
+  def is_captured(module, name):
     return name == "__call__" and module.path[-1:] in (("mlp",), ("fast_path",), ("norm2",))
 
-  _, state = applied(model, variables, x, mutable=["tokens", "intermediates"],
-                     capture_intermediates=watched)
+  _, state = apply(model, variables, x, mutable=["tokens", "intermediates"],
+                   capture_intermediates=is_captured)
   seen = state["intermediates"]["blocks_1"]
   assert seen["mlp"]["__call__"][0].shape == (3, 18, 32)
   got = np.asarray(seen["fast_path"]["__call__"][0])
@@ -428,8 +428,8 @@ def test_nextvit_chooses_before_attention_and_mixes_both_paths_over_all_its_chan
       assert np.abs(kept[image] - row).max(axis=1).min() > 0
 
 
-# By default PVT v2, whose FFN has a convolution; the class token of v1 takes the FFN as that of a
-# DeiT does, in the test of what is computed.
+# PVT v2 by default, whose FFN has a convolution. In v1 the class token takes the FFN as in DeiT,
+# which is tested above.
 @pytest.mark.parametrize("name", [pytest.param("pvt_small", marks=pytest.mark.slow), "pvt_v2_b2"])
 def test_heads_attention_and_ffn_compose_and_fold(name):
   plan = vc.Plan(heads=vc.HMHSA(layout="grid"), attention=vc.Sparsifiner(keep=0.5, rank=2),
@@ -447,7 +447,7 @@ def test_heads_attention_and_ffn_compose_and_fold(name):
   assert rules["blocks_1"]["predict_tokens"]["out3"]["kernel"].decay
 
 
-def test_weights_travel_under_the_authors_names():
+def test_weights_are_exported_under_the_authors_names():
   for model in (pvt("pvt_small", vc.Plan(tokens=TOKENS), **STAGES), nextvit()):
     variables = jax.tree.map(np.asarray, tiny.init(model))
     state = vc.to_torch(model, variables)
@@ -458,8 +458,8 @@ def test_weights_travel_under_the_authors_names():
 
 
 @pytest.mark.parametrize("name", ["pvt_small", "nextvit_small"])
-def test_compact_starts_the_fast_path_from_the_ffn(name):
-  """With images it is the FFN's best linear approximation, which loses less than a fresh one."""
+def test_compact_initialises_the_fast_path_from_the_ffn(name):
+  """With images: the FFN's best linear approximation, with less error than one without images."""
   if name == "pvt_small":
     dense = pvt(name, **SHORT)
     plan = vc.Plan(tokens=vc.FastPath((0.5, 0.25), blocks=(0, 1)))
@@ -467,12 +467,12 @@ def test_compact_starts_the_fast_path_from_the_ffn(name):
     dense = nextvit(tokens=None)
     plan = vc.Plan(tokens=HYBRID)
   variables, x = tiny.init(dense, spread=0.2), tiny.images(dense, batch=16)
-  wanted, lost, notes = applied(dense, variables, x), {}, {}
+  expected, lost, notes = apply(dense, variables, x), {}, {}
   for kind, images in (("fresh", None), ("fitted", x)):
     small, got = vc.compact(dense, variables, plan, images=images, progress=notes.__setitem__)
-    asked = jax.eval_shape(small.init, jax.random.key(0), x)
-    assert trees.differences(got, asked) == []
-    lost[kind] = float(np.square(applied(small, got, x) - wanted).mean())
+    tree = jax.eval_shape(small.init, jax.random.key(0), x)
+    assert trees.differences(got, tree) == []
+    lost[kind] = float(np.square(apply(small, got, x) - expected).mean())
     old = trees.named_leaves(variables["params"])
     new = trees.named_leaves(got["params"])
     assert all(new[leaf] is old[leaf] for leaf in old)
@@ -487,7 +487,7 @@ def test_compact_starts_the_fast_path_from_the_ffn(name):
   assert first.shape != second.shape or np.abs(first - second).max() > 0
 
 
-def test_the_picture_tells_which_patches_take_the_ffn():
+def test_picture_shows_which_patches_take_the_ffn():
   model = pvt("pvt_small", vc.Plan(tokens=TOKENS), **STAGES)
   variables, image = tiny.init(model), tiny.images(model)[0]
   (first, before), (second, after) = drawing.stages(model, variables, image)
@@ -507,13 +507,13 @@ def test_the_picture_tells_which_patches_take_the_ffn():
      "block 8 needs an FFN that some tokens may bypass, which nextvit_small does not have"),
     (lambda: drawing.load("no file", '{"tokens": {"method": "fastpath"}}'), "no file"),
     (lambda: vc.Plan.from_json('{"tokens": {"method": "fastpaths"}}'), "did you mean 'fastpath'")])
-def test_what_cannot_be_is_refused_in_one_line(make, words):
+def test_invalid_settings_raise_one_line_errors(make, words):
   with pytest.raises((ValueError, OSError)) as error:
     make()
   assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_default_names_the_third_stage_of_six_blocks():
+def test_default_blocks_are_in_the_third_stage_of_six_block_stages():
   for name, blocks in (("pvt_small", (8, 9, 10)), ("pvt_v2_b2", (8, 9, 10)),
                        ("pvt_medium", (9, 11, 13)), ("pvt_v2_b3", (9, 11, 13)),
                        ("pvt_large", (14, 17, 20)), ("pvt_v2_b4", (14, 17, 20))):

@@ -25,26 +25,26 @@ def names(plans):
 
 
 @pytest.mark.parametrize("plan,left", list(zip(PLANS, LEFT, strict=True)), ids=names(PLANS))
-def test_a_plan_tells_how_many_tokens_are_left(plan, left):
+def test_plan_reports_how_many_tokens_are_left(plan, left):
   assert plan.tokens_left(2, 2, 17, 1) == left
 
 
-# The others fold beside heads and FFNs in tests/test_combinations.py too, with random leaves.
+# The others are also folded, with heads, FFNs and random leaves, in tests/test_combinations.py.
 @pytest.mark.parametrize("plan", [
     pytest.param(plan, marks=[pytest.mark.slow] * (plan.heads.site != "logits"))
     for plan in PLANS], ids=names(PLANS))
-def test_folded_with_every_leaf_random_it_is_the_same_function(plan):
+def test_folding_with_every_leaf_random_keeps_the_function(plan):
   model = tiny.deit(plan)
   variables, x = tiny.init(model), tiny.images(model)
   deploy, folded = vc.fold(model, variables)
-  asked = jax.eval_shape(deploy.init, jax.random.key(0), x)
-  assert trees.differences(folded, asked) == []
+  shapes = jax.eval_shape(deploy.init, jax.random.key(0), x)
+  assert trees.differences(folded, shapes) == []
   proof = vc.verify(model, variables, deploy, folded, x)
   assert proof.max_rel <= 1e-5 and proof.first_difference is None
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=names(PLANS))
-def test_gradients_are_finite_and_prefix_tokens_stay_themselves(plan):
+def test_gradients_are_finite_and_prefix_tokens_are_not_merged(plan):
   model = tiny.deit(plan, distilled=True, drop_path_rate=0.0)
   variables, x = tiny.init(model), tiny.images(model)
 
@@ -64,8 +64,8 @@ def test_gradients_are_finite_and_prefix_tokens_stay_themselves(plan):
     assert source.shape == (3, 18)
     np.testing.assert_array_equal(source[:, :2], [[0, 1]] * 3)
     for row in np.asarray(source):
-      assert set(row) - {-1} == set(range(count))       # every token holds something of the start
-      assert (row == 0).sum() == (row == 1).sum() == 1  # the prefix nothing but itself
+      assert set(row) - {-1} == set(range(count))       # each token holds original tokens
+      assert (row == 0).sum() == (row == 1).sum() == 1  # a prefix token holds only itself
   keep_mask = sown["tokens"]["keep_mask"][0]
   assert sown["tokens"]["prefix"][0].shape == (3, 2, 24)
   assert sown["tokens"]["patches"][0].shape == (3, 16, 24) and keep_mask.shape == (3, 16)
@@ -88,7 +88,7 @@ def test_bfloat16_and_remat_in_training_and_inference(plan):
   assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
 
 
-def test_bfloat16_runs_to_finite_logits():
+def test_bfloat16_gives_finite_logits():
   model = tiny.deit(vc.Plan(tokens=vc.MCTF(r=4, blocks=(0,))), dtype="bfloat16", depth=1)
   assert np.isfinite(tiny.apply(model, tiny.init(model), tiny.images(model))).all()
 
@@ -96,7 +96,7 @@ def test_bfloat16_runs_to_finite_logits():
 @pytest.mark.parametrize("tokens", [
     vc.EViT(keep=1.0, blocks=(0,)), vc.EViT(keep=1, blocks=(1,), fuse=False), vc.ToMe(r=0),
     vc.DynamicViT(keep=1.0, blocks=(0, 1)), vc.MCTF(r=0), vc.MCTF(r=0.0, one_step_ahead=0)])
-def test_nothing_to_reduce_is_the_dense_program(tokens):
+def test_reducing_nothing_is_the_dense_program(tokens):
   """Bit for bit, because it is the same program."""
   dense, model = tiny.deit(), tiny.deit(vc.Plan(tokens=tokens))
   variables, x = tiny.init(dense), tiny.images(dense)
@@ -104,14 +104,14 @@ def test_nothing_to_reduce_is_the_dense_program(tokens):
   assert programs[0] == programs[1]
 
 
-def test_a_block_that_cannot_lose_tokens_leaves_them_as_they_are():
+def test_block_too_small_to_reduce_leaves_its_tokens_unchanged():
   dense = tiny.deit(depth=1, image_size=24)      # 9 patches and the class token
   variables, x = tiny.init(dense), tiny.images(dense)
-  wanted = tiny.apply(dense, variables, x)
+  expected = tiny.apply(dense, variables, x)
   for tokens in (vc.MCTF(r=4, blocks=(0,)), vc.EViT(keep=0.9, blocks=(0,))):
     model = tiny.deit(vc.Plan(tokens=tokens), depth=1, image_size=24)
     assert model.plan.tokens_left(1, 1, 10, 1) == 10
-    np.testing.assert_array_equal(tiny.apply(model, variables, x), wanted)
+    np.testing.assert_array_equal(tiny.apply(model, variables, x), expected)
 
 
 def test_maps_are_those_of_the_merged_tokens():
@@ -139,15 +139,15 @@ def test_lvvit_takes_the_maximum_over_surviving_patches():
   aux = aux_by_hand(params, seen["patches"][0])
   aux = np.where(np.asarray(seen["keep_mask"][0])[..., None] > 0, aux, -np.inf)
   head = params["head"]
-  wanted = np.asarray(seen["prefix"][0])[:, 0] @ np.asarray(head["kernel"]) + head["bias"][None]
-  np.testing.assert_allclose(logits, wanted + 0.5 * aux.max(axis=1), atol=1e-4)
+  expected = np.asarray(seen["prefix"][0])[:, 0] @ np.asarray(head["kernel"]) + head["bias"][None]
+  np.testing.assert_allclose(logits, expected + 0.5 * aux.max(axis=1), atol=1e-4)
 
 
-@pytest.mark.parametrize("tokens,living", [
+@pytest.mark.parametrize("tokens,surviving", [
     (vc.EViT(keep=0.5, blocks=(0,)), (8, 8)), (vc.ToMe(r=4), (16, 16)),
     (vc.DynamicViT(keep=0.5, blocks=(0,)), (1, 15))])
-def test_lvvit_token_logits_return_to_their_own_image_and_place(tokens, living, monkeypatch):
-  """Patch p of image b went to the reversed batch where the box is: so did its survivor."""
+def test_lvvit_token_logits_return_to_their_own_image_and_position(tokens, surviving, monkeypatch):
+  """Inside the box, patches come from the reversed batch, and so do the survivors."""
   box = np.zeros((4, 4), bool)
   box[1:3, 1:4] = True
   monkeypatch.setattr(lvvit, "draw_box", lambda key, grid: jnp.asarray(box))
@@ -160,17 +160,17 @@ def test_lvvit_token_logits_return_to_their_own_image_and_place(tokens, living, 
   mixed = aux_by_hand(variables["params"], sown["tokens"]["patches"][0])
   for image in range(4):
     for patch in range(16):
-      held = 3 - image if box.ravel()[patch] else image
-      assert out.keep_mask[image, patch] == mixed_mask[held, patch]
-      if mixed_mask[held, patch]:
-        np.testing.assert_allclose(out.token_logits[image, patch], mixed[held, patch], atol=1e-4)
+      origin = 3 - image if box.ravel()[patch] else image
+      assert out.keep_mask[image, patch] == mixed_mask[origin, patch]
+      if mixed_mask[origin, patch]:
+        np.testing.assert_allclose(out.token_logits[image, patch], mixed[origin, patch], atol=1e-4)
   assert out.share == 1 - 6 / 16
   counts = mixed_mask.sum(axis=1)
-  assert living[0] <= counts.min() and counts.max() <= living[1]
+  assert surviving[0] <= counts.min() and counts.max() <= surviving[1]
   assert out.token_logits.shape == (4, 16, 5)
 
 
-def test_evit_warms_up_through_few_rates():
+def test_evit_warm_up_uses_few_distinct_rates():
   spec = vc.EViT(keep=0.5, blocks=(0,))
   epochs = np.linspace(0, 130, 1301)
   rates = np.array([spec.at_epoch(epoch).keep for epoch in epochs])
@@ -187,7 +187,7 @@ ALL = [vc.EViT(keep=0.5, blocks=(1, 4), fuse=False), vc.DynamicViT(keep=0.6), vc
 
 
 @pytest.mark.parametrize("tokens", ALL, ids=repr)
-def test_plans_with_reducers_go_to_json_and_back(tokens):
+def test_plans_with_reducers_round_trip_through_json(tokens):
   plan = vc.Plan(tokens=tokens)
   assert vc.Plan.from_json(plan.to_json()) == plan
   assert hash(vc.Plan.from_json(plan.to_json())) == hash(plan)
@@ -216,7 +216,7 @@ def test_plans_with_reducers_go_to_json_and_back(tokens):
     (lambda: vc.create_model("davit_tiny", plan=vc.Plan(tokens=vc.DynamicViT(blocks=(2,)))),
      "dropped or merged, which davit_tiny does not have; token reducers are for isotropic"),
     (lambda: vc.Plan.from_json('{"tokens": {"method": "mctff"}}'), "did you mean 'mctf'")])
-def test_wrong_reducers_are_refused_in_one_line(make, words):
+def test_invalid_reducers_raise_one_line_errors(make, words):
   with pytest.raises(ValueError) as error:
     make()
   assert words in str(error.value) and "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""What goes on to the next block is what the definitions say, over several reductions."""
+"""The tokens passed to the next block match the definitions, over several reductions."""
 import dataclasses
 
 import jax
@@ -17,17 +17,17 @@ from vitcompact.token_state import Tokens
 BATCH, COUNT, WIDTH = 2, 20, 6
 
 
-def drawn(seed, *shape):
+def draw(seed, *shape):
   return jax.random.normal(jax.random.key(seed), shape)
 
 
 def heads(seed, count):
-  return drawn(seed, BATCH, count, 3, 4), drawn(seed + 100, BATCH, count, 3, 4)
+  return draw(seed, BATCH, count, 3, 4), draw(seed + 100, BATCH, count, 3, 4)
 
 
-def chained(step, steps=2):
-  """Tokens after each of several reductions step(tokens, query, key), and these queries, keys."""
-  tokens, out = Tokens(drawn(0, BATCH, COUNT, WIDTH)), []
+def run_chain(step, steps=2):
+  """Returns tokens after each of several step(tokens, query, key), with the queries and keys."""
+  tokens, out = Tokens(draw(0, BATCH, COUNT, WIDTH)), []
   for i in range(steps):
     query, key = heads(i + 1, tokens.x.shape[1])
     tokens = jax.jit(step)(tokens, query, key)
@@ -35,45 +35,45 @@ def chained(step, steps=2):
   return out
 
 
-def assert_same(tokens, image, wanted):
-  np.testing.assert_allclose(tokens.x[image], [t["x"] for t in wanted], atol=2e-5)
+def assert_same(tokens, image, expected):
+  np.testing.assert_allclose(tokens.x[image], [t["x"] for t in expected], atol=2e-5)
   if tokens.size is not None:
-    np.testing.assert_allclose(tokens.size[image], [t["size"] for t in wanted])
+    np.testing.assert_allclose(tokens.size[image], [t["size"] for t in expected])
     assert float(tokens.size[image].sum()) == COUNT
   source = np.full(COUNT, -1)
-  for index, token in enumerate(wanted):
+  for index, token in enumerate(expected):
     source[token["of"]] = index
   np.testing.assert_array_equal(tokens.source[image], source)
-  patch = [t["patch"] for t in wanted]
-  remainder = np.zeros(len(wanted), bool) if tokens.remainder is None else tokens.remainder[image]
+  patch = [t["patch"] for t in expected]
+  remainder = np.zeros(len(expected), bool) if tokens.remainder is None else tokens.remainder[image]
   np.testing.assert_array_equal(remainder, np.logical_not(patch))
 
 
 def assert_follows(chain, redo):
-  """redo(tokens of the reference, query, key) -> tokens."""
+  """Checks a chain against redo(tokens of the reference, query, key) -> tokens."""
   for image in range(BATCH):
-    wanted = reference.start(np.asarray(drawn(0, BATCH, COUNT, WIDTH)[image], float))
+    expected = reference.start(np.asarray(draw(0, BATCH, COUNT, WIDTH)[image], float))
     for tokens, query, key in chain:
-      wanted = redo(wanted, query[image], key[image])
-      assert_same(tokens, image, wanted)
+      expected = redo(expected, query[image], key[image])
+      assert_same(tokens, image, expected)
 
 
 @pytest.mark.parametrize("keep,fuse,prefix", [(0.7, True, 1), (0.7, False, 2), (0.9, True, 2)])
 def test_evit_keeps_what_the_class_token_attends_to(keep, fuse, prefix):
   spec = vc.EViT(keep=keep, fuse=fuse)
-  chain = chained(lambda t, q, k: spec.reduce(t, q, k, prefix), steps=3)
+  chain = run_chain(lambda t, q, k: spec.reduce(t, q, k, prefix), steps=3)
   assert_follows(chain, lambda t, q, k: reference.evit(t, q, k, prefix, keep, fuse))
   assert chain[-1][0].fused == fuse
 
 
-def test_a_remainder_that_is_kept_stays_no_patch():
-  """The second reduction finds the remainder of the first to be what the class token wants."""
+def test_kept_remainder_still_does_not_count_as_a_patch():
+  """In the second reduction, the class token attends most to the remainder of the first."""
   spec = vc.EViT(keep=0.5)
   query, key = heads(2, 12)
 
   @jax.jit
   def run():
-    first = spec.reduce(Tokens(drawn(0, BATCH, COUNT, WIDTH)), *heads(1, COUNT), 1)
+    first = spec.reduce(Tokens(draw(0, BATCH, COUNT, WIDTH)), *heads(1, COUNT), 1)
     second = spec.reduce(first, query, key.at[:, -1].set(20 * query[:, 0]), 1)
     return second, token_state.by_patch(second.x[:, 1:], second, 1)
 
@@ -87,9 +87,9 @@ def test_a_remainder_that_is_kept_stays_no_patch():
 
 @pytest.mark.parametrize("order", ["position", "code"])
 @pytest.mark.parametrize("prefix", [1, 2])
-def test_tome_merges_the_most_similar(order, prefix):
+def test_tome_merges_the_most_similar_tokens(order, prefix):
   spec = vc.ToMe(r=4, order=order)
-  chain = chained(lambda t, q, k: spec.reduce(4, t, q, k, prefix))
+  chain = run_chain(lambda t, q, k: spec.reduce(4, t, q, k, prefix))
   assert_follows(chain, lambda t, q, k: reference.tome(t, k, prefix, 4, order))
 
 
@@ -100,7 +100,7 @@ def test_tome_merges_the_most_similar(order, prefix):
     (2, {"pooling": "mean", "tau_info": 2.0, "tau_sim": 0.5})])
 def test_mctf_fuses_by_its_three_criteria(prefix, fields):
   spec = vc.MCTF(r=5, **fields)
-  chain = chained(lambda t, q, k: spec.fuse(t, q, k, prefix)[0])
+  chain = run_chain(lambda t, q, k: spec.fuse(t, q, k, prefix)[0])
   assert [tokens.x.shape[1] for tokens, _, _ in chain] == [15, 10]
   assert_follows(chain, lambda t, q, k: reference.mctf(t, q, k, prefix, 5, spec)[0])
 
@@ -109,12 +109,12 @@ def test_mctf_fuses_by_its_three_criteria(prefix, fields):
                                     {"pooling": "max"}, {"pooling": "max", "order": "code"},
                                     {"pooling": "mean", "bidirectional": False}])
 def test_mctf_attends_one_step_ahead_as_if_its_maps_were_merged(fields):
-  """A'V', with A' formed, its rows pooled as the features are; those of means sum to 1."""
+  """A'V' with A' formed and its rows pooled as the features are; rows pooled by means sum to 1."""
   spec, prefix = vc.MCTF(r=5, **fields), 1
   size = 1.0 + jax.random.randint(jax.random.key(9), (BATCH, 15), 0, 4)
-  first = Tokens(drawn(0, BATCH, 15, WIDTH), size=size, proportional=True)
+  first = Tokens(draw(0, BATCH, 15, WIDTH), size=size, proportional=True)
   query, key = heads(2, 15)
-  value = drawn(3, BATCH, 10, 3, 4)
+  value = draw(3, BATCH, 10, 3, 4)
 
   @jax.jit
   def run(first):
@@ -137,20 +137,20 @@ def test_mctf_attends_one_step_ahead_as_if_its_maps_were_merged(fields):
                                atol=1e-5)
 
 
-def test_what_keys_receive_is_summed_in_tiles(monkeypatch):
-  monkeypatch.setattr(mctf, "TILE", 7)      # 20 queries are three tiles, the last one padded
+def test_received_attention_is_summed_in_tiles(monkeypatch):
+  monkeypatch.setattr(mctf, "TILE", 7)      # 20 queries make three tiles, the last one padded
   query, key = heads(1, COUNT)
   size = jnp.arange(1.0, COUNT + 1)[None].repeat(BATCH, 0)
-  wanted = Core(size=size).maps(query, key).mean(axis=(1, 2))
-  np.testing.assert_allclose(mctf.received_attention(query, key, size), wanted, atol=1e-6)
+  expected = Core(size=size).maps(query, key).mean(axis=(1, 2))
+  np.testing.assert_allclose(mctf.received_attention(query, key, size), expected, atol=1e-6)
   shapes = [v.aval.shape for eqn in jax.make_jaxpr(mctf.received_attention)(query, key).jaxpr.eqns
             for v in eqn.outvars]
   assert (BATCH, 3, COUNT, COUNT) not in shapes
 
 
 def pairs_of_twins():
-  """The class token, a single one, then nine pairs of equal neighbours."""
-  x = drawn(0, BATCH, COUNT // 2, WIDTH)
+  """The class token, an unpaired token, then nine pairs of equal neighbours."""
+  x = draw(0, BATCH, COUNT // 2, WIDTH)
   return Tokens(jnp.repeat(x, 2, axis=1).at[:, 0].set(3.0))
 
 
@@ -161,23 +161,23 @@ def test_merging_then_unmerging_identical_tokens_is_the_identity(spec):
     same = tokens.x[:, :, None]
     fewer = jax.jit(lambda t: spec.reduce(9, t, same, same, 1))(tokens)
   else:
-    flat = jnp.zeros((BATCH, COUNT, 1, 4))      # everybody receives the same attention
+    flat = jnp.zeros((BATCH, COUNT, 1, 4))      # all tokens receive the same attention
     fewer = jax.jit(lambda t: spec.fuse(t, flat, flat, 1)[0])(tokens)
   assert fewer.x.shape[1] == COUNT - 9 and set(np.unique(fewer.size)) == {1, 2}
   np.testing.assert_allclose(token_state.unmerge(fewer), tokens.x, atol=1e-6)
 
 
 def test_attention_with_sizes_is_attention_over_repeated_tokens():
-  query, key, value = (drawn(i, BATCH, 7, 3, 4) for i in range(3))
+  query, key, value = (draw(i, BATCH, 7, 3, 4) for i in range(3))
   size = [1, 3, 2, 1, 1, 4, 2]
   got = Core(size=jnp.broadcast_to(jnp.array(size, float), (BATCH, 7)))(query, key, value)
-  wanted = attention.DENSE(query, *(jnp.repeat(x, np.array(size), axis=1) for x in (key, value)))
-  np.testing.assert_allclose(got, wanted, atol=1e-5)
+  expected = attention.DENSE(query, *(jnp.repeat(x, np.array(size), axis=1) for x in (key, value)))
+  np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-def test_precise_attention_over_equal_tokens_is_one_step_ahead():
-  """Where only equal tokens are fused, A' is the attention of the fused tokens themselves."""
-  tokens, weight = pairs_of_twins(), drawn(5, WIDTH, 8)
+def test_recomputed_attention_over_equal_tokens_equals_one_step_ahead():
+  """If only equal tokens are fused, A' is the attention of the fused tokens."""
+  tokens, weight = pairs_of_twins(), draw(5, WIDTH, 8)
   spec = vc.MCTF(r=9, tau_info=1e9)     # by similarity only
 
   def project(x):
@@ -198,23 +198,23 @@ def test_precise_attention_over_equal_tokens_is_one_step_ahead():
 
 
 def test_no_gradient_flows_through_a_choice():
-  x, (query, key) = drawn(0, BATCH, COUNT, WIDTH), heads(1, COUNT)
+  x, (query, key) = draw(0, BATCH, COUNT, WIDTH), heads(1, COUNT)
 
-  def through(fewer):
-    return jax.jit(jax.grad(lambda q, k: jnp.sum(jnp.sin(fewer(Tokens(x), q, k))),
+  def gradients_of(reducer):
+    return jax.jit(jax.grad(lambda q, k: jnp.sum(jnp.sin(reducer(Tokens(x), q, k))),
                             argnums=(0, 1)))(query, key)
 
-  for fewer in (lambda t, q, k: vc.ToMe().reduce(4, t, q, k, 1).x,
-                lambda t, q, k: vc.MCTF(r=5, pooling="size_attention_mean").fuse(t, q, k, 1)[0].x,
-                lambda t, q, k: vc.EViT(fuse=False).reduce(t, q, k, 1).x):
-    assert not any(np.any(grad) for grad in through(fewer))
-  assert all(np.any(grad) for grad in through(lambda t, q, k: vc.EViT().reduce(t, q, k, 1).x))
+  for reducer in (lambda t, q, k: vc.ToMe().reduce(4, t, q, k, 1).x,
+                  lambda t, q, k: vc.MCTF(r=5, pooling="size_attention_mean").fuse(t, q, k, 1)[0].x,
+                  lambda t, q, k: vc.EViT(fuse=False).reduce(t, q, k, 1).x):
+    assert not any(np.any(grad) for grad in gradients_of(reducer))
+  assert all(np.any(grad) for grad in gradients_of(lambda t, q, k: vc.EViT().reduce(t, q, k, 1).x))
   fused = jax.jit(jax.grad(
       lambda x: jnp.sum(vc.MCTF(r=5).fuse(Tokens(x), query, key, 1)[0].x ** 2)))(x)
   assert np.isfinite(fused).all() and np.abs(fused).min() > 0
 
 
-def test_tokens_of_zeros_match_without_nan():
+def test_all_zero_tokens_match_without_nan():
   zero = Tokens(jnp.zeros((1, COUNT, WIDTH)))
   flat = jnp.zeros((1, COUNT, 1, 4))
   x, chosen = jax.jit(lambda: (vc.MCTF(r=5).fuse(zero, flat, flat, 1)[0].x,
@@ -222,13 +222,13 @@ def test_tokens_of_zeros_match_without_nan():
   assert np.isfinite(x).all() and len(set(np.asarray(chosen[0]).tolist())) == 9
 
 
-def test_what_is_merged_is_decided_without_a_scatter():
-  """XLA took 28 s to compile the 11 fusions of DeiT-S, a quarter of them for the scatters of
+def test_merge_decisions_use_no_scatter():
+  """XLA took 28 s to compile the 11 fusions of DeiT-S, a quarter of it for scatters of
   indices."""
   rank = jnp.broadcast_to(jnp.arange(COUNT), (BATCH, COUNT))
 
   def merge(weight):
     return merging.merge_of(mctf.pairings(weight, 6, bidirectional=True)[0], rank)
 
-  traced = jax.make_jaxpr(merge)(drawn(1, BATCH, COUNT // 2, COUNT // 2))
+  traced = jax.make_jaxpr(merge)(draw(1, BATCH, COUNT // 2, COUNT // 2))
   assert " = scatter" not in str(traced)
