@@ -3,7 +3,8 @@
 By the Fisher information of the logits, a small error e costs KL = E (g . e)^2 / 2, where g is the
 gradient, at the branch's output, of a random combination of the logits whose covariance is
 diag(p) - p p^T. One backward pass gives g at all branches at once. An error that is spread evenly
-over n tokens and channels then costs |g|^2 |e|^2 / (2 n).
+over n tokens and channels then costs |g|^2 |e|^2 / (2 n). Fisher information has long been used to
+choose what to prune (for example Theis et al., arXiv 1801.05787); this use of it is ours.
 """
 import functools
 
@@ -19,13 +20,13 @@ SHARE = 8   # of `VALUES`: a backward pass keeps what every block computes
 
 
 def kl_per_error(model: nn.Module, variables, images, size: int) -> dict[str, dict[str, float]]:
-  """Returns {block: {axis: KL in nats that an error of the size of the output's variance costs}}.
+  """Returns {block: {axis: KL in nats per unit of relative squared error of the branch's output}}.
 
-  Exact for small errors that are spread evenly, a scale by which blocks compare for others. Blocks
-  or axes without such a branch are absent. Of a model without a classifier it is the squared error
-  of its features, in units that are the same for all blocks.
+  The cost is exact for small errors that are spread evenly over tokens and channels; for others it
+  only compares blocks. Axes of which a block has no branch are absent. For a model without a
+  classifier it is the squared error of the features, in a unit that all blocks share.
 
-  images: (B, H, W, C); size: values of the residual stream of an image.
+  images: (B, H, W, C); size: number of values of an image's residual stream, for the chunk size.
   """
   model = model.clone(execution=Execution(), remat=False)
   names = [name for name, module in model.submodules().items() if hasattr(module, "methods")]
@@ -43,7 +44,7 @@ def kl_per_error(model: nn.Module, variables, images, size: int) -> dict[str, di
 
 
 def _gradients(model, paths, variables, images, key):
-  """{path of a branch: its KL per error, summed over a few images}."""
+  """Returns {path of a branch: its KL per error, summed over a chunk of images}."""
   offsets = jax.eval_shape(lambda: _outputs(model, paths, variables, images, {})[1])
   offsets = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), offsets)
 
@@ -64,7 +65,7 @@ def _gradients(model, paths, variables, images, key):
 
 
 def _outputs(model, paths, variables, images, offsets):
-  """(logits, {path: output of a branch}), to which its offset is added before it goes on."""
+  """Returns (logits, {path: output of a branch}) of the model with these offset."""
   outputs = {}
 
   def watch(next_fun, args, kwargs, context):
@@ -81,7 +82,7 @@ def _outputs(model, paths, variables, images, offsets):
 
 
 def _combination(logits, key, classifier: bool):
-  """sum_i c_i . logits_i; c_i drawn with covariance diag(p) - p p^T, or the identity (features)."""
+  """Returns sum_i c_i . logits_i, c_i of covariance diag(p) - p p^T (features: identity)."""
   draws = jax.random.normal(key, logits.shape, jnp.float32)
   if classifier:
     p = jax.lax.stop_gradient(jax.nn.softmax(logits.astype(jnp.float32)))
