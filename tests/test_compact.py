@@ -286,7 +286,7 @@ def test_regressions_of_wide_layers_skip_tokens_but_no_image(monkeypatch):
 
 
 def test_statistics_of_heads_and_channels_use_every_third_image(monkeypatch):
-  """So do sums over a smaller calibration, and those that share a pass with sums over all images."""
+  """So do sums over a smaller calibration, and those that share a pass with full sums."""
   block = tiny.deit(drop_path_rate=0.0, depth=1).submodules()["blocks_0"]
   x = Tokens(np.random.default_rng(5).standard_normal((60, 17, 24)).astype(np.float32))
   one = take_images(x, slice(1))

@@ -136,7 +136,7 @@ RUN = {
     "deploying": (exported_stablehlo, {"deit.onnx": "deit.stablehlo"}),
     "troubleshooting": (photograph_file, {}),
 }
-# Only compiled, with calls compared with signatures. weights: needs the hub; tests/test_hub.py tests
+# Only compiled, with calls compared with signatures. weights: needs the hub; tests/test_hub.py has
 # such calls. README: tests/test_readme.py runs it.
 READ = {"weights", "README"}
 

@@ -1,4 +1,4 @@
-"""Times of options on this device: what they add up to, and what is kept in a file."""
+"""Measured times of options on this device: how they add up, and how they are cached in a file."""
 import json
 import types
 
@@ -13,8 +13,8 @@ from vitcompact.planner import Costs
 
 @pytest.fixture
 def timed(monkeypatch, tmp_path):
-  """(report of two equal blocks, the plans that were timed): a model takes 1 ms, and a microsecond
-  for each thousand MACs."""
+  """(report on two equal blocks, the plans that were timed): a model takes 1 ms plus a microsecond
+  per thousand MACs."""
   asked = []
 
   def call(self, model):
@@ -41,7 +41,7 @@ def seconds(model):
   return 1e-3 + 1e-9 * vc.count(model).macs
 
 
-def test_what_an_option_saves_is_shared_by_the_equal_blocks_it_was_timed_in(timed):
+def test_the_time_saved_is_divided_among_the_equal_blocks_timed_together(timed):
   report, _ = timed
   times, model = report.times(1), report.costs.model
   method = vc.CFFN(rank_ratio=0.25)
@@ -50,7 +50,7 @@ def test_what_an_option_saves_is_shared_by_the_equal_blocks_it_was_timed_in(time
   assert times.saved("blocks_0", "ffn", method) == pytest.approx(both / 2)
 
 
-def test_a_plan_for_a_speed_has_that_speed(timed):
+def test_a_plan_for_a_speedup_reaches_it(timed):
   report, _ = timed
   for wanted in ({"speedup": 1.05}, {"latency_ms": 1e3 * report.times(1).dense / 1.05}):
     plan = report.plan(**wanted)
@@ -59,7 +59,7 @@ def test_a_plan_for_a_speed_has_that_speed(timed):
     assert report.milliseconds(plan) == pytest.approx(1e3 * seconds(deployed), rel=0.01)
 
 
-def test_what_was_timed_is_kept_and_a_spoilt_file_is_measured_again(timed, tmp_path):
+def test_times_are_cached_and_a_damaged_file_is_measured_again(timed, tmp_path):
   report, asked = timed
   report.plan(speedup=1.05)
   count = len(asked)
@@ -72,7 +72,7 @@ def test_what_was_timed_is_kept_and_a_spoilt_file_is_measured_again(timed, tmp_p
   assert len(asked) == count + 1
 
 
-def test_a_speed_out_of_reach_names_the_nearest(timed):
+def test_an_unreachable_speedup_names_the_nearest(timed):
   report, _ = timed
   with pytest.raises(ValueError, match=r"speedup=50.0: no plan of .* goes above speedup=1\.\d+"):
     report.plan(speedup=50.0)

@@ -1,4 +1,4 @@
-"""vitcompact measure, compact, verify."""
+"""vitcompact measure, compact and verify."""
 import dataclasses
 import types
 
@@ -45,14 +45,14 @@ def test_measure_writes_a_report(files, tmp_path):
 
 
 def said(*arguments):
-  """What a command that succeeds says beside its result."""
+  """Returns what a successful command writes to stderr."""
   result = CliRunner().invoke(cli.main, [str(argument) for argument in arguments],
                               catch_exceptions=False)
   assert result.exit_code == 0, result.output
   return result.stderr
 
 
-def test_other_classes_than_the_datas_or_the_other_files_are_told(files, tmp_path, monkeypatch):
+def test_class_names_that_differ_between_file_and_data_cause_a_warning(files, tmp_path, monkeypatch):
   monkeypatch.setattr(vc, "measure", lambda *_: types.SimpleNamespace(save=lambda out: out))
   dense, digits = files / "dense.safetensors", list("0123456789")
   named = {}
@@ -72,7 +72,7 @@ def test_other_classes_than_the_datas_or_the_other_files_are_told(files, tmp_pat
 
 @pytest.mark.parametrize(("crop", "wanted"), [(0.9, ("crop", None)), (0.8, ("crop", 0.8)),
                                               (None, ("warp", None))])
-def test_images_are_cut_as_the_file_says(files, tmp_path, crop, wanted):
+def test_images_are_cropped_as_the_file_says(files, tmp_path, crop, wanted):
   model, variables = vc.load(files / "dense.safetensors")
   pre = dataclasses.replace(vc.preprocess(model), crop=crop)
   vc.save(tmp_path / "a.safetensors", model, variables, preprocess=pre)
@@ -83,7 +83,7 @@ def test_images_are_cut_as_the_file_says(files, tmp_path, crop, wanted):
 
 @pytest.fixture
 def asked(monkeypatch):
-  """What `path.run` was asked for."""
+  """The arguments with which `path.run` was called."""
   found = []
   receipt = types.SimpleNamespace(ok=True, to_markdown=lambda: "# a receipt")
   monkeypatch.setattr(path, "run", lambda config, out, say: found.append((config, out)) or receipt)
@@ -109,7 +109,7 @@ def test_compact_distils_for_epochs_from_the_dense_model(files, asked):
   assert (config.loss.labels, config.loss.logits, config.loss.patches) == (0, 1, 1)
 
 
-def test_a_receipt_that_proves_nothing_is_exit_code_1(files, asked, monkeypatch):
+def test_a_receipt_with_a_failed_proof_gives_exit_code_1(files, asked, monkeypatch):
   broken = types.SimpleNamespace(ok=False, to_markdown=lambda: "# a receipt")
   monkeypatch.setattr(path, "run", lambda *_, **__: broken)
   result = CliRunner().invoke(cli.main, ["compact", str(files / "dense.safetensors"), "--data",
@@ -118,12 +118,12 @@ def test_a_receipt_that_proves_nothing_is_exit_code_1(files, asked, monkeypatch)
 
 
 @pytest.mark.parametrize("text", ["5 epochs", "-1", "0ep", "ep"])
-def test_what_is_no_length_of_distilling_is_refused(text):
+def test_an_invalid_length_of_distillation_is_refused(text):
   with pytest.raises(ValueError, match=r"--distil .*: must be epochs, such as 5ep"):
     compact.steps_of(text, "digits", 64)
 
 
-def test_steps_are_counted_from_epochs():
+def test_steps_are_computed_from_epochs():
   images = path.pipeline.num_examples("digits", "train")
   assert compact.steps_of("5ep", "digits", 64) == round(5 * images / 64)
   assert compact.steps_of("250", "digits", 64) == 250 and compact.steps_of(None, "digits", 64) == 0
