@@ -44,8 +44,8 @@ def test_the_readmes_example_of_an_own_method_is_a_tested_file():
 
 
 def first_files() -> list[pathlib.Path]:
-  """Returns the files to read first; a name without a folder is in the one named before it in its row,
-  or in vitcompact/ or vitcompact/methods/."""
+  """Returns the files to read first; a name without a folder is in the one named before it in its
+  row, or in vitcompact/ or vitcompact/methods/."""
   table = README.split("## Read these files in this order")[1]
   files = []
   for row in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE):

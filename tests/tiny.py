@@ -16,7 +16,7 @@ SIZES = {"width": 24, "depth": 2, "heads": 4, "image_size": 32, "patch_size": 8,
 
 
 def named(rows, *always):
-  """Returns test parameters for all sizes of a family; all but `always` run only in `make test-all`."""
+  """Returns test parameters for all sizes of a family; those not in `always` are marked slow."""
   return [name if name in always else pytest.param(name, marks=pytest.mark.slow) for name in rows]
 
 

@@ -52,7 +52,7 @@ def said(*arguments):
   return result.stderr
 
 
-def test_class_names_that_differ_between_file_and_data_cause_a_warning(files, tmp_path, monkeypatch):
+def test_differing_class_names_cause_a_warning(files, tmp_path, monkeypatch):
   monkeypatch.setattr(vc, "measure", lambda *_: types.SimpleNamespace(save=lambda out: out))
   dense, digits = files / "dense.safetensors", list("0123456789")
   named = {}

@@ -1,12 +1,12 @@
-"""Writes references.json: others' names and shapes of small models, and what these compute.
+"""Writes references.json: foreign names and shapes of small models, and what these compute.
 
   PYTHONPATH=. python tests/foreign/make_references.py
 
-Needs torch, torchvision, timm 1.0.31 and transformers 5.24 beside this package. Weights and images
-are drawn (cases.py), not stored. What a model of transformers or torchvision computes
-is its own output; files of Google, CLIP, DINOv2, DINOv3, DeiT III and MAE are read by timm's own
-converters, and the output is timm's. Each case is refused here where timm's model with the weights
-as we translate them computes anything else.
+Needs torch, torchvision, timm 1.0.31 and transformers 5.24 besides this package. Weights and images
+are drawn at random (cases.py), not stored. For models of transformers and torchvision, the
+reference is their own output; files of Google, CLIP, DINOv2, DINOv3, DeiT III and MAE are read
+by timm's converters, and the reference is timm's output. A case is refused here if timm's model,
+with the weights as we translate them, computes anything else.
 """
 import json
 import pathlib
@@ -48,22 +48,22 @@ OURS = {"width": WIDTH, "depth": DEPTH, "heads": HEADS, "patch_size": PATCH, "ml
 
 
 class Case(NamedTuple):
-  """name: of the source. model, fields: as our `create_model` takes them.
+  """name: the source. model, fields: as for our `create_model`.
   output: (timm's or their model, images) -> tensor.
   """
   name: str
   model: str
   fields: dict[str, Any]
-  theirs: dict[str, np.ndarray]         # the state dict as their file has it
+  theirs: dict[str, np.ndarray]         # the state dict in their file
   wanted: torch.Tensor
   timm: torch.nn.Module | None
   output: Callable
-  live: tuple[str, ...] = ()            # names in memory, where these are others
-  config: dict[str, Any] | None = None  # config.json beside the weights
+  live: tuple[str, ...] = ()            # names in memory, if different
+  config: dict[str, Any] | None = None  # the config.json of the weights
 
 
 def small(name, **fields):
-  """timm's model in our sizes."""
+  """Returns timm's model in our sizes."""
   sizes = {"img_size": SIZE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH,
            "num_heads": HEADS, "mlp_ratio": 2.0, "num_classes": CLASSES}
   return timm.create_model(name, **{**sizes, **fields}).eval()
@@ -75,7 +75,7 @@ def images(size=SIZE):
 
 def of_transformers(name, model, fields, kind, config, theirs_output, timm_model=None,
                     timm_output=None, size=SIZE):
-  """A model of transformers: its file's names, and its own output for drawn weights."""
+  """Returns the case of a transformers model: its file's names, its output with random weights."""
   with tempfile.TemporaryDirectory() as folder:
     made = kind(config)
     made.save_pretrained(folder)
@@ -109,7 +109,7 @@ def tokens(model, x):
 
 
 def transformers_cases():
-  vit = hf.ViTConfig(**SIZES, layer_norm_eps=1e-6)   # Google's; by default it has 1e-12
+  vit = hf.ViTConfig(**SIZES, layer_norm_eps=1e-6)   # Google's; the default is 1e-12
   yield of_transformers("transformers ViT", "vit_tiny_patch16_224",
                         {**OURS, "num_classes": CLASSES}, hf.ViTForImageClassification, vit, logits,
                         small("vit_tiny_patch16_224"), call)
@@ -125,7 +125,7 @@ def transformers_cases():
                         decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
                         decoder_intermediate_size=12)
 
-  def unmasked(model, x):   # shuffled all the same, by noise that is given: in order
+  def unmasked(model, x):   # it still shuffles, by the given noise: in order
     noise = torch.arange(16.0)[None].repeat(len(x), 1)
     return model.vit(pixel_values=x, noise=noise).last_hidden_state[:, 0]
   yield of_transformers("transformers MAE", "vit_base_patch16_224", {**OURS, "num_classes": 0},
@@ -205,7 +205,7 @@ def torchvision_case():
 
 
 def google_shapes(front, stacked, mha, mlp, norm, positions):
-  """Names and shapes of a .npz of vision_transformer or big_vision."""
+  """Returns names and shapes of a .npz of vision_transformer or big_vision."""
   d, h, w = WIDTH // HEADS, HEADS, WIDTH
   block = {"LayerNorm_0/scale": (w,), "LayerNorm_0/bias": (w,), f"LayerNorm_{norm}/scale": (w,),
            f"LayerNorm_{norm}/bias": (w,),
@@ -266,7 +266,7 @@ def google_cases():
 
 
 def by_timm(name, model, ours, shapes, output, convert, **changes):
-  """A file that timm's converter reads; its output is timm's."""
+  """Returns the case of a file that timm's converter reads, with timm's output."""
   state = drawn_state(shapes)
   reference = small(model, **changes)
   given = convert({key: torch.from_numpy(value.copy()) for key, value in state.items()}, reference)
@@ -279,7 +279,7 @@ def by_timm(name, model, ours, shapes, output, convert, **changes):
 
 
 def block_shapes(gated=(), layer_scale=None, chunk=False, depth=DEPTH):
-  """timm's blocks with what training code of others calls otherwise."""
+  """Returns names and shapes of timm's blocks, with names that differ in foreign training code."""
   w = WIDTH
   shapes = {}
   for i in range(depth):

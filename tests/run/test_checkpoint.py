@@ -76,7 +76,7 @@ def test_another_shape_dtype_or_leaf_is_refused_by_name(store, other, words):
 def test_a_flipped_bit_is_refused(store):
   state = {"noise": jax.random.bits(jax.random.key(0), (256,)), "zero": jnp.zeros(3)}
   save(store, 3, state)
-  needle = np.asarray(state["noise"][100]).tobytes()   # noise does not compress, so it is stored verbatim
+  needle = np.asarray(state["noise"][100]).tobytes()   # noise is stored uncompressed
   files = [path for path in (store.directory / "3" / "state").rglob("*") if path.is_file()]
   [file] = [path for path in files if needle in path.read_bytes()]
   raw = bytearray(file.read_bytes())
@@ -179,7 +179,7 @@ def test_a_killed_removal_leaves_no_partial_step(store, tmp_path, monkeypatch):
 
 
 def test_a_failed_save_names_the_last_intact_step(store, tmp_path, monkeypatch):
-  """On a full disk, the writer's own error (here from /dev/full) is shown in one line with a remedy."""
+  """On a full disk, the writer's own error, here from /dev/full, is one line with a remedy."""
   save(store, 1, state_of(), 0.1)
 
   def full(self, directory, *arguments, **keywords):

@@ -30,7 +30,7 @@ def test_setting_the_clock_back_does_not_change_the_rate(monkeypatch):
     (0.07, 0.03),    # from the end of the step
     (0.5, 0.0)])     # still computing when the batch arrives: no wait
 def test_waiting_for_data_counts_only_if_the_devices_wait(busy, waited, monkeypatch):
-  """The batch arrives 0.1 seconds after its request, by a fake clock that no other work disturbs."""
+  """The batch arrives 0.1 seconds after its request, by a fake clock."""
   now, over, noted = [0.0], threading.Event(), threading.Event()
   monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
   real = log.end_time

@@ -34,7 +34,7 @@ def test_forty_steps_equal_twenty_and_twenty_more_to_the_last_bit(config, uninte
   assert resumed.metrics["params_digest"] == uninterrupted[1].metrics["params_digest"]
 
 
-def test_so_it_is_on_one_device_which_agrees_with_eight_up_to_rounding(
+def test_one_device_resumes_to_the_same_bits_and_agrees_with_eight(
     config, built_on_one, uninterrupted, tmp_path, monkeypatch):
   monkeypatch.setattr(loop, "build", lambda config: built_on_one)
   config = built_on_one.config
@@ -115,7 +115,7 @@ def test_every_image_of_a_split_is_evaluated_once(built, uninterrupted):
 
 
 def poison(run, config, step, spoil):
-  """Returns the run with a step that makes its state NaN "before" or "after" the loss is computed."""
+  """Returns the run with a step that makes its state NaN "before" or "after" it takes the loss."""
   def ruined(state):
     return state.replace(params=jax.tree.map(lambda leaf: leaf * np.nan, state.params))
 

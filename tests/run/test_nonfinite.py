@@ -12,7 +12,7 @@ from vitcompact.run import loop, nonfinite
 
 
 def skipping(run, config, bad):
-  """Returns the run with non-finite steps at the numbers in `bad`, guarded as `build` guards steps."""
+  """Returns the run with non-finite steps at the numbers in `bad`, guarded as by `build`."""
   def step(state, batch):
     number = int(state.step) + 1
     if number in bad:
@@ -25,7 +25,7 @@ def skipping(run, config, bad):
 
 
 @pytest.mark.usefixtures("shared")
-def test_skipped_steps_are_counted_across_restarts_and_limited(config, built, tmp_path, monkeypatch):
+def test_skips_are_counted_across_restarts_and_limited(config, built, tmp_path, monkeypatch):
   config.optim.skip_nonfinite = 2
   monkeypatch.setattr(loop, "build", lambda config: skipping(built, config, {13, 14, 33}))
   monkeypatch.setattr(loop, "check_first_step", lambda run: None)   # these steps are not jitted
