@@ -92,11 +92,11 @@ def test_the_card_of_a_file_takes_the_accuracy_from_its_receipt(file, tmp_path):
   assert "5 classes: 0 a, 1 b" in text and f"vc.pretrained({str(file)!r})" in text
   try:
     beside.write_text(receipt_of(file))
-    wanted = ("Accuracy: 87.50% of 1,000 test images of digits (95 % interval 85.30 to 89.40), "
-              "from small.json.")
-    assert f"{wanted}\n" in command.succeeds("card", file)
+    expected = ("Accuracy: 87.50% of 1,000 test images of digits (95 % interval 85.30 to 89.40), "
+                "from small.json.")
+    assert f"{expected}\n" in command.succeeds("card", file)
     beside.write_text(receipt_of(file, params_digest="0" * 64))
-    assert f"{wanted} The parameters that it was measured with have another digest" in (
+    assert f"{expected} The parameters that it was measured with have another digest" in (
         command.succeeds("card", file))
     beside.write_text(receipt_of(file).replace('"params": ', '"params": 1'))   # of another model
     assert "not measured" in command.succeeds("card", file)
@@ -158,11 +158,11 @@ def test_every_model_and_method_names_its_paper():
 def test_the_docs_cite_the_same_paper_for_a_method(method):
   rows = [line for line in (ROOT / "docs/provenance.md").read_text().splitlines()
           if line.startswith("|") and f"`{method}`" in line.split("|")[1]]
-  told = set(re.findall(r"\d{4}\.\d{5}", "".join(rows)))
+  cited = set(re.findall(r"\d{4}\.\d{5}", "".join(rows)))
   if "(same abstract)" in "".join(rows):      # the row above: hMHSA's
-    told.add("2306.10875")
+    cited.add("2306.10875")
   paper, = re.findall(r"\d{4}\.\d{5}", card.METHODS[method][0])
-  assert paper in told
+  assert paper in cited
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_large_patch14_224"])
@@ -173,7 +173,7 @@ def test_the_known_weights_are_those_of_the_table_of_tags(name):
 
 
 def test_the_default_plan_is_the_one_that_count_uses(monkeypatch):
-  asked = []
-  monkeypatch.setattr(card, "of_model", lambda name, plan, **_: asked.append(plan))
+  plans = []
+  monkeypatch.setattr(card, "of_model", lambda name, plan, **_: plans.append(plan))
   cli_card.card_text("pvt_v2_b0", None, None)
-  assert asked == [vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())]
+  assert plans == [vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())]

@@ -69,9 +69,9 @@ ADDED = [plan for plan in map(plan_of, LEGAL_PAIRS)
 @pytest.mark.parametrize("plan", ADDED, ids=words)
 def test_the_savings_of_independent_axes_add_up(plan):
   dense, both = vc.count(tiny.deit(depth=1)), vc.count(tiny.deit(vc.Plan(**plan), depth=1))
-  each = [vc.count(tiny.deit(vc.Plan(**{axis: spec}), depth=1)) for axis, spec in plan.items()]
+  counts = [vc.count(tiny.deit(vc.Plan(**{axis: spec}), depth=1)) for axis, spec in plan.items()]
   for field in ("macs", "ideal_macs", "params"):
-    saved = sum(getattr(dense, field) - getattr(one, field) for one in each)
+    saved = sum(getattr(dense, field) - getattr(one, field) for one in counts)
     assert getattr(both, field) == getattr(dense, field) - saved
 
 

@@ -91,15 +91,15 @@ def test_costs_and_taps_match_replacing_maps_one_by_one():
   gram, cross = refit.tap_sums(seen, jnp.asarray(value, jnp.float32),
                                jnp.asarray(out[2:], jnp.float32), jnp.zeros(3))
   kernel = rng.standard_normal((3, 3))
-  made = np.zeros((2, tokens, tokens))     # the filtered map of head 0, used for head 2
+  filtered = np.zeros((2, tokens, tokens))     # the filtered map of head 0, used for head 2
   around = np.pad(maps[:, 0], ((0, 0), (1, 1), (1, 1)))
   for s, t in itertools.product(range(3), repeat=2):
-    made += kernel[s, t] * around[:, s:s + tokens, t:t + tokens]
-  behind = made @ (keys @ value[:, 2]) @ out[2]
-  wanted = maps[:, 2] @ (keys @ value[:, 2]) @ out[2]
+    filtered += kernel[s, t] * around[:, s:s + tokens, t:t + tokens]
+  behind = filtered @ (keys @ value[:, 2]) @ out[2]
+  expected = maps[:, 2] @ (keys @ value[:, 2]) @ out[2]
   k = kernel.reshape(-1)
   assert k @ np.asarray(gram[0]) @ k == pytest.approx(np.sum(behind ** 2), rel=1e-3)
-  assert k @ np.asarray(cross[0]) == pytest.approx(np.sum(behind * wanted), rel=1e-3)
+  assert k @ np.asarray(cross[0]) == pytest.approx(np.sum(behind * expected), rel=1e-3)
 
 
 def redundant(model, seed=0):
@@ -123,12 +123,12 @@ def fits():
   model = tiny.deit(drop_path_rate=0.0)
   variables, x = redundant(model), tiny.images(model, batch=96)
   new = tiny.images(model, batch=64, seed=9)
-  wanted = tiny.apply(model, variables, new)
+  expected = tiny.apply(model, variables, new)
   plan, out = vc.Plan(heads=vc.HMHSA()), {}
   for name, images in {"weights": None, "data": x}.items():
     notes = {}
     small, got = vc.compact(model, variables, plan, images=images, progress=notes.__setitem__)
-    error = jnp.linalg.norm(tiny.apply(small, got, new) - wanted) / jnp.linalg.norm(wanted)
+    error = jnp.linalg.norm(tiny.apply(small, got, new) - expected) / jnp.linalg.norm(expected)
     out[name] = float(error), notes, got
   return out
 
@@ -180,10 +180,10 @@ def test_features_after_a_filter_of_several_terms_include_all_terms():
   rng = np.random.default_rng(4)
   maps, keys = rng.dirichlet(np.ones(5), (2, 2, 5)), rng.standard_normal((2, 5, 3))
   query, key = rng.standard_normal((2, 1, 2, 3))
-  around, made = np.pad(maps[:, 0], ((0, 0), (1, 1), (1, 1))), 0
+  around, filtered = np.pad(maps[:, 0], ((0, 0), (1, 1), (1, 1))), 0
   for r, s, t in itertools.product(range(2), range(3), range(3)):
-    made = made + query[0, r, s] * key[0, r, t] * around[:, s:s + 5, t:t + 5]
-  features = np.concatenate([maps[:, 0] @ keys, made @ keys], axis=2).reshape(-1, 6)
+    filtered = filtered + query[0, r, s] * key[0, r, t] * around[:, s:s + 5, t:t + 5]
+  features = np.concatenate([maps[:, 0] @ keys, filtered @ keys], axis=2).reshape(-1, 6)
   seen = Seen(maps=jnp.asarray(maps, jnp.float32), keys=jnp.asarray(keys, jnp.float32),
               target_attention=jnp.zeros((2, 5, 3)))
   sums = refit.filtered_sums(seen, *(jnp.asarray(taps, jnp.float32) for taps in (query, key)))
@@ -215,11 +215,11 @@ def test_a_fit_to_too_few_images_does_no_harm_on_others(images):
   model = tiny.deit(drop_path_rate=0.0)
   variables, x = tiny.init(model, spread=0.5), tiny.images(model, batch=images)
   new = tiny.images(model, batch=64, seed=9)
-  wanted, plan = tiny.apply(model, variables, new), vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())
+  expected, plan = tiny.apply(model, variables, new), vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())
 
   def error(images):
     small, got = vc.compact(model, variables, plan, images=images)
-    return jnp.linalg.norm(tiny.apply(small, got, new) - wanted)
+    return jnp.linalg.norm(tiny.apply(small, got, new) - expected)
 
   with pytest.warns(UserWarning, match="too few to hold any out"):
     fitted = error(x)
@@ -295,11 +295,11 @@ def test_statistics_of_heads_and_channels_use_every_third_image(monkeypatch):
   function, arguments = vc.HMHSA.statistics(variables["params"])
   for step, tokens in ((1, 40 * 17), (3, 14 * 17)):
     monkeypatch.setattr(calibration, "TOKENS", 40 * 17 // step)
-    few = data.fewer()
-    np.testing.assert_array_equal(few.x.x, x.x[:40:step])
+    subset = data.fewer()
+    np.testing.assert_array_equal(subset.x.x, x.x[:40:step])
     costs, count = data.sums(function, *arguments)[0]
     assert count == tokens
-    np.testing.assert_allclose(costs, few.sums(function, *arguments)[0][0], rtol=1e-4)
+    np.testing.assert_allclose(costs, subset.sums(function, *arguments)[0][0], rtol=1e-4)
     assert data.sums(rows)[0].xx[0, 0] == 40 * 17
     assert importance_count(data, variables["params"]) == tokens
 

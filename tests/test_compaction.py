@@ -88,8 +88,8 @@ def test_kl_grows_with_removed_tokens_as_a_quick_report_assumes():
   for name, plan in one_shot.plans()["tokens"].items():
     found.setdefault(type(plan.tokens), []).append(
         (looking._removed_share(plan.tokens, site), rows[name]["kl"]))
-  powers = [math.log(more / kl) / math.log(most / gone) for few in found.values()
-            for (gone, kl), (most, more) in itertools.pairwise(few)]
+  powers = [math.log(more / kl) / math.log(most / gone) for points in found.values()
+            for (gone, kl), (most, more) in itertools.pairwise(points)]
   assert min(powers) < looking.GROWTH < max(powers)
   text = f"between {min(powers):.2f} and {max(powers):.2f}"
   assert text in (ROOT / "docs/compaction.md").read_text()
@@ -139,14 +139,14 @@ def test_the_table_of_settings_matches_its_results():
 def test_the_table_of_short_trainings_matches_its_results():
   found, page = fine_tuning.load(), (ROOT / "results/README.md").read_text()
   assert f"\n{fine_tuning.table(found)}\n" in page
-  settings = {name: setting for few in fine_tuning.settings().values()
-              for name, setting in few.items()}
-  plans = {name: plan for few in one_shot.plans().values() for name, plan in few.items()}
+  settings = {name: setting for group in fine_tuning.settings().values()
+              for name, setting in group.items()}
+  plans = {name: plan for group in one_shot.plans().values() for name, plan in group.items()}
   assert {"dense"} < found["rows"].keys() <= settings.keys()
   for name, row in found["rows"].items():
     setting = settings[name]
-    wanted = setting.plan or plans.get(setting.deployed, vc.Plan())
-    assert vc.Plan.from_json(json.dumps(row["plan"])) == wanted, name
+    expected = setting.plan or plans.get(setting.deployed, vc.Plan())
+    assert vc.Plan.from_json(json.dumps(row["plan"])) == expected, name
   for name, setting in settings.items():   # the timed form is the deployed form of the trained one
     if setting.plan:
       model = vc.load(one_shot.DATA[one_shot.NAME].file)[0]

@@ -173,9 +173,9 @@ def test_the_command_in_a_docstring_makes_the_initial_weights(name, tmp_path, mo
   convert.save(given, source, jax.tree.map(np.asarray, tiny.init(source)))
   command.succeeds("convert", given, *options)
   out = options[options.index("--out") + 1]
-  made, _ = convert.load(out)
-  assert made.image_size == config.model.image_size
-  assert made.num_classes == {"tfds:cifar10": 10}.get(config.data.name, 1000)
+  converted, _ = convert.load(out)
+  assert converted.image_size == config.model.image_size
+  assert converted.num_classes == {"tfds:cifar10": 10}.get(config.data.name, 1000)
   assert f"--config.init_from={out}" in words
 
 
@@ -390,8 +390,8 @@ RATES = {
 def test_a_config_has_the_published_learning_rates(name):
   config, steps = named(name)
   rate = optim.schedule(config.optim, config.total_steps - first_steps(config))
-  for epoch, wanted in RATES[name].items():
-    assert rate(round(epoch * steps)) == pytest.approx(wanted, rel=1e-4), epoch
+  for epoch, expected in RATES[name].items():
+    assert rate(round(epoch * steps)) == pytest.approx(expected, rel=1e-4), epoch
 
 
 @pytest.mark.parametrize("name", ["sparsifiner_deit_s", "sparsifiner_lvvit_s",
@@ -412,5 +412,5 @@ def test_sparsifiner_has_the_two_phases_of_its_recipe(name):
       config.optim, config.total_steps, params, jax.tree.map(lambda _: True, params),
       optim.FirstGroup("links", "(.*/)?links/.*", config.reconstruct)).rate
   rates = {0: 0, 3: 3e-4, 4: 2.5e-4, 4.999: 2e-4, 5: 0, 8: 8e-5, 49.999: 2e-6}
-  for at, wanted in rates.items():
-    assert rate(int(at * epoch)) == pytest.approx(wanted, rel=1e-3), at
+  for at, expected in rates.items():
+    assert rate(int(at * epoch)) == pytest.approx(expected, rel=1e-3), at

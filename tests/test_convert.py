@@ -84,10 +84,10 @@ def test_a_compacted_model_goes_to_pytorch_and_back():
 
 def test_containers_prefixes_and_half_precision_are_understood():
   run = plain()
-  wanted = trees.digest(vc.from_torch(run.model, run.state))
+  expected = trees.digest(vc.from_torch(run.model, run.state))
   wrapped = {f"module._orig_mod.{name}": array for name, array in run.state.items()}
   for checkpoint in (wrapped, {"model": wrapped, "epoch": 3}):
-    assert trees.digest(vc.from_torch(run.model, checkpoint)) == wanted
+    assert trees.digest(vc.from_torch(run.model, checkpoint)) == expected
   half = {name: array.astype(np.float16) for name, array in run.state.items()}
   got = vc.from_torch(run.model, half)
   assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {np.dtype("float32")}
@@ -157,9 +157,9 @@ def test_positions_of_oblong_images_are_resized_from_their_own_grid(tmp_path, si
   positions = variables["params"]["pos_embed"]
   grid = positions[0, 1:].reshape(*wide.grid, -1)
   rows, columns = (torch_names.resize_matrix(old, 4, "bicubic") for old in wide.grid)
-  wanted = np.einsum("hi,wj,ijd->hwd", rows, columns, grid).reshape(16, -1)
+  expected = np.einsum("hi,wj,ijd->hwd", rows, columns, grid).reshape(16, -1)
   got = convert.resized(wide, variables, image_size=32)[1]
-  np.testing.assert_allclose(got["params"]["pos_embed"][0, 1:], wanted, atol=1e-6)
+  np.testing.assert_allclose(got["params"]["pos_embed"][0, 1:], expected, atol=1e-6)
   np.testing.assert_array_equal(got["params"]["pos_embed"][:, 0], positions[:, 0])
   source, out = tmp_path / "source.safetensors", tmp_path / "out.safetensors"
   convert.save(source, wide, variables)
@@ -329,8 +329,8 @@ def test_the_command_converts_both_ways(tmp_path):
 def test_impossible_sizes_are_refused_in_one_line(tmp_path, option, value, words):
   model, path = tiny.deit(depth=1), tmp_path / "a.safetensors"
   convert.save(path, model, tiny.init(model))
-  said = command.fails("convert", path, option, value, "--out", tmp_path / "b.safetensors")
-  assert words in said
+  message = command.fails("convert", path, option, value, "--out", tmp_path / "b.safetensors")
+  assert words in message
 
 
 def test_a_model_without_the_option_says_so(tmp_path):
@@ -350,8 +350,8 @@ def test_mask_predictors_are_resized_or_refused_with_a_way_out(folded):
   for leaf, share in (("up", 1), ("down", 1 / 4)):   # W_down sums over four times the tokens
     rows = np.asarray(variables["params"]["blocks_0"]["links"][leaf])
     plane = jax.image.resize(rows[1:].reshape(4, 4, 2), (8, 8, 2), "linear", antialias=False)
-    wanted = share * np.concatenate([rows[:1], np.asarray(plane).reshape(64, 2)])
-    np.testing.assert_allclose(got["params"]["blocks_0"]["links"][leaf], wanted, rtol=1e-5,
+    expected = share * np.concatenate([rows[:1], np.asarray(plane).reshape(64, 2)])
+    np.testing.assert_allclose(got["params"]["blocks_0"]["links"][leaf], expected, rtol=1e-5,
                                atol=1e-6)
   with pytest.raises(ValueError, match=r"vitcompact\.convert\.resized makes them fit another"):
     vc.from_torch(large, vc.to_torch(model, variables))
@@ -445,8 +445,8 @@ def test_the_command_resizes_a_training_form(tmp_path, plan):
   printed = command.succeeds("convert", trained, "--image-size", 64, "--out", out)
   assert "resized: pos_embed" in printed
   large, got = convert.load(out)
-  wanted, resized = convert.resized(model, variables, image_size=64)
-  assert large == wanted and trees.digest(got) == trees.digest(resized)
+  expected, resized = convert.resized(model, variables, image_size=64)
+  assert large == expected and trees.digest(got) == trees.digest(resized)
   assert convert.classes_of(out) == list("abcde")
   printed = command.succeeds("convert", trained, "--in-chans", 1, "--num-classes", 3,
                              "--reset-head", "--out", out, "--force")
@@ -458,5 +458,5 @@ def test_the_command_resizes_a_training_form(tmp_path, plan):
                  if np.array_equal(leaf, trees.named_leaves(variables)[name])}
   assert trees.named_leaves(got).keys() - same_leaves == {
       "params/patch_embed/proj/kernel", "params/head/kernel", "params/head/bias"}
-  said = command.fails("convert", trained, "--global-pool", "avg", "--out", out, "--force")
-  assert "--global-pool token" in said
+  message = command.fails("convert", trained, "--global-pool", "avg", "--out", out, "--force")
+  assert "--global-pool token" in message

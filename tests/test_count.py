@@ -44,16 +44,16 @@ def test_a_loop_of_unknown_length_is_refused():
     (vc.HMHSA(layout="grid"), 9)])
 def test_hallucinated_heads_cost_their_values_and_taps(spec, filters):
   """Against arithmetic: one block, 16 patches + 1 token, 4 heads of 6, two of them real."""
-  n, dh, real, made = 17, 6, 2, 2
+  n, dh, real, hallucinated = 17, 6, 2, 2
   model = tiny.deit(vc.Plan(heads=spec), depth=1)
   dense = vc.count(tiny.deit(depth=1))
   count = vc.count(model)
   assert dense.attention_macs == 2 * 4 * n * n * dh
-  assert count.attention_macs == n * n * dh * (real + real + made * spec.rank)
-  taps = 2 * made * n * dh * filters
+  assert count.attention_macs == n * n * dh * (real + real + hallucinated * spec.rank)
+  taps = 2 * hallucinated * n * dh * filters
   if spec.layout == "grid":      # prefix tokens have a single gain instead
-    taps = 2 * made * dh * (16 * 9 + 1)
-  projections = 2 * n * 24 * made * dh
+    taps = 2 * hallucinated * dh * (16 * 9 + 1)
+  projections = 2 * n * 24 * hallucinated * dh
   assert dense.macs - count.macs == projections + dense.attention_macs - count.attention_macs - taps
 
 

@@ -57,8 +57,8 @@ def test_prefix_tokens_are_outside_the_grid_and_get_zeros():
   out = layer.apply(variables, tokens)
   assert not out[:, :2].any()
   kernel, bias = (variables["params"][name] for name in ("kernel", "bias"))
-  wanted = convolution(tokens[:, 2:].reshape(2, 4, 6, 3), kernel) + bias[None, None, None]
-  np.testing.assert_allclose(out[:, 2:].reshape(2, 4, 6, 3), wanted, atol=1e-6)
+  expected = convolution(tokens[:, 2:].reshape(2, 4, 6, 3), kernel) + bias[None, None, None]
+  np.testing.assert_allclose(out[:, 2:].reshape(2, 4, 6, 3), expected, atol=1e-6)
   half = layer.clone(dtype="bfloat16").apply(variables, tokens)
   assert half.dtype == jnp.bfloat16
   np.testing.assert_allclose(half.astype(jnp.float32), out, atol=0.05)
@@ -73,9 +73,9 @@ def test_missing_tokens_count_as_zeros():
   whole = np.zeros((2, 24, 3), np.float32)
   for image in range(2):
     whole[image, places[image]] = tokens[image]
-  wanted = apply(whole.reshape(2, 4, 6, 3)).reshape(2, 24, 3)
+  expected = apply(whole.reshape(2, 4, 6, 3)).reshape(2, 24, 3)
   for image in range(2):
-    np.testing.assert_allclose(got[image], wanted[image, places[image]], atol=1e-6)
+    np.testing.assert_allclose(got[image], expected[image, places[image]], atol=1e-6)
 
 
 def test_only_the_gate_of_patch_tokens_is_convolved():
@@ -86,8 +86,8 @@ def test_only_the_gate_of_patch_tokens_is_convolved():
   np.testing.assert_array_equal(out[..., 4:], x[..., 4:])
   np.testing.assert_array_equal(out[:, :1], x[:, :1])
   conv = variables["params"]["conv"]
-  wanted = convolution(x[:, 1:, :4].reshape(2, 2, 3, 4), conv["kernel"]).reshape(2, 6, 4)
-  np.testing.assert_allclose(out[:, 1:, :4], wanted + conv["bias"][None, None], atol=1e-5)
+  expected = convolution(x[:, 1:, :4].reshape(2, 2, 3, 4), conv["kernel"]).reshape(2, 6, 4)
+  np.testing.assert_allclose(out[:, 1:, :4], expected + conv["bias"][None, None], atol=1e-5)
   places = jnp.array([[0, 2, 5], [0, 1, 3]])
   kept = jnp.take_along_axis(x, places[..., None], axis=1)
   whole = jnp.zeros_like(x).at[jnp.arange(2)[:, None], places].set(kept)

@@ -373,7 +373,7 @@ def test_commands_name_verbs_options_configs_and_modules_that_exist(page, checko
       check(command, whole, checkout)
     except (Exception, SystemExit) as error:
       wrong[command] = f"{type(error).__name__}: {error}"
-  assert not wrong, "\n".join(f"{command}\n    {said}" for command, said in wrong.items())
+  assert not wrong, "\n".join(f"{command}\n    {message}" for command, message in wrong.items())
 
 
 def test_every_kind_of_command_is_found_and_checked(checkout):
@@ -470,8 +470,8 @@ def test_statements_about_speed_on_the_page_of_attention_hold():
 def test_statements_about_speed_on_the_page_of_tokens_hold():
   by_batch = {batch: rows for (batch,), rows in rows_of("model", "batch").items()}
   for name in ("EViT 0.7", "EViT 0.5", "ToMe 13", "DynamicViT 0.7", "MCTF 16"):
-    ratio, wanted = speed(by_batch[8], name, "dense")[0], results.macs_ratio(by_batch[8], name)
-    assert (ratio > wanted) == (name != "MCTF 16") and ratio > 0.9 * wanted
+    ratio, expected = speed(by_batch[8], name, "dense")[0], results.macs_ratio(by_batch[8], name)
+    assert (ratio > expected) == (name != "MCTF 16") and ratio > 0.9 * expected
     assert speed(by_batch[1], name, "dense")[0] < ratio
   for name in ("evit", "evit_half", "dynamicvit", "tome", "mctf"):
     row, = results.accuracies()[name]

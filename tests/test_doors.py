@@ -60,8 +60,8 @@ def test_a_name_instead_of_a_model_is_refused(door):
 def test_swapped_arguments_are_named(door):
   verb, model, variables, images = door
   assert "dict was given, expected a model" in refusal(verb, variables, model, images)
-  said = refusal(verb, model, images, variables)
-  assert "of shape (3, 32, 32, 3) was given, expected {'params': ...," in said
+  message = refusal(verb, model, images, variables)
+  assert "of shape (3, 32, 32, 3) was given, expected {'params': ...," in message
   assert "5 was given, expected {'params'" in refusal(verb, model, 5, images)
 
 
@@ -74,9 +74,9 @@ def test_bare_parameters_are_recognised_as_such(door):
 def test_variables_of_another_model_are_refused_with_the_differences(door):
   verb, model, variables, images = door
   wide = model.clone(width=48)
-  said = refusal(verb, model, tiny.init(wide), images)
-  assert "do not fit deit_tiny_patch16_224" in said and "not (" in said and " more" in said
-  assert len(said) < 600
+  message = refusal(verb, model, tiny.init(wide), images)
+  assert "do not fit deit_tiny_patch16_224" in message and "not (" in message and " more" in message
+  assert len(message) < 600
   assert ": no 'params'" in refusal(verb, model, {"params": {}}, images)
   broken = {**variables, "params": {**variables["params"], "cls_token": 1.0}}
   assert "cls_token is a float" in refusal(verb, model, broken, images)

@@ -97,10 +97,10 @@ def test_half_precision_halves_the_file_and_comes_back_as_float32(tmp_path, ours
   model, variables = vc.load(path)
   assert model == MODEL
   kind = files.DTYPES[dtype]
-  wanted = jax.tree.map(lambda leaf: leaf.astype(kind).astype(np.float32), VARIABLES)
-  assert trees.digest(variables) == trees.digest(wanted) != trees.digest(VARIABLES)
+  expected = jax.tree.map(lambda leaf: leaf.astype(kind).astype(np.float32), VARIABLES)
+  assert trees.digest(variables) == trees.digest(expected) != trees.digest(VARIABLES)
   vc.save(path, *vc.load(path), dtype=dtype, force=True)     # saving again changes nothing
-  assert trees.digest(vc.load(path)[1]) == trees.digest(wanted)
+  assert trees.digest(vc.load(path)[1]) == trees.digest(expected)
 
 
 def test_values_beyond_half_precision_are_refused(tmp_path):
@@ -130,8 +130,8 @@ def test_nan_is_neither_saved_nor_loaded_unless_requested(tmp_path):
   broken = jax.tree.map(np.copy, VARIABLES)
   broken["params"]["norm"]["bias"][:2] = np.nan
   path = tmp_path / "nan.safetensors"
-  said = refusal(vc.save, path, MODEL, broken)
-  assert said.startswith("variables: params/norm/bias has 2 values that are NaN or infinite; ")
+  message = refusal(vc.save, path, MODEL, broken)
+  assert message.startswith("variables: params/norm/bias has 2 values that are NaN or infinite; ")
   vc.save(path, MODEL, broken, allow_nonfinite=True)
   assert f"{path}: params/norm/bias has 2 values" in refusal(vc.load, path)
   assert f"{path}: params/norm/bias has 2 values" in refusal(start.load_variables, str(path), MODEL,
@@ -225,12 +225,12 @@ def test_the_command_can_do_what_python_can(tmp_path, ours):
   assert trees.digest(variables) == trees.digest(jax.tree.map(
       lambda leaf: leaf.astype(np.float16).astype(np.float32),
       convert.resized(MODEL, VARIABLES, image_size=(16, 32), in_chans=1)[1]))
-  said = command.fails("convert", ours, "--out", out, "--force", "--global-pool", "avg")
-  assert "create the model with global_pool='token' (--global-pool token)" in said
-  said = command.fails("convert", ours, "--out", out, "--force", "--weights", "model_ema")
-  assert said.startswith("error: weights='model_ema' is not in the checkpoint; it has weights ")
-  said = command.fails("convert", ours, "--out", out, "--force", "--image-size", 8, 8, 8)
-  assert said.startswith("error: --image-size 8,8,8: must be a side, or height and width")
+  message = command.fails("convert", ours, "--out", out, "--force", "--global-pool", "avg")
+  assert "create the model with global_pool='token' (--global-pool token)" in message
+  message = command.fails("convert", ours, "--out", out, "--force", "--weights", "model_ema")
+  assert message.startswith("error: weights='model_ema' is not in the checkpoint; it has weights ")
+  message = command.fails("convert", ours, "--out", out, "--force", "--image-size", 8, 8, 8)
+  assert message.startswith("error: --image-size 8,8,8: must be a side, or height and width")
 
 
 def test_the_command_says_which_weights_it_took(tmp_path):
@@ -283,8 +283,8 @@ def test_a_foreign_file_is_named_for_what_it_is(tmp_path, name, write, words):
   path = tmp_path / name
   write(path)
   for load in (vc.load, convert.classes_of, convert.read_metadata):
-    said = refusal(load, path)
-    assert str(path) in said and words in said
+    message = refusal(load, path)
+    assert str(path) in message and words in message
   # `convert` also reads foreign files; torch is not installed here.
   assert str(path) in refusal(start.load_variables, str(path), MODEL, None)
 
@@ -314,9 +314,9 @@ def test_arguments_that_are_not_paths_are_refused():
 
 def test_safetensors_with_pytorch_names_are_refused_with_a_command(tmp_path, theirs, ours):
   for load in (vc.load, convert.classes_of):
-    said = refusal(load, theirs)
-    assert f"{theirs} is not one of our files: its metadata has ['format']" in said
-    assert f"`vitcompact convert {theirs} --model NAME --out NEW.safetensors`" in said
+    message = refusal(load, theirs)
+    assert f"{theirs} is not one of our files: its metadata has ['format']" in message
+    assert f"`vitcompact convert {theirs} --model NAME --out NEW.safetensors`" in message
   home = tmp_path / "home.safetensors"
   program.to_torch(ours, home)
   assert "it has PyTorch names" in refusal(vc.load, home)
@@ -333,9 +333,9 @@ def test_the_command_reads_npz_and_names_other_formats(tmp_path, monkeypatch):
   assert "refused" in refusal(program.read_checkpoint, path)
   text = tmp_path / "weights.txt"
   text.write_text("hello")
-  said = refusal(program.read_checkpoint, text)
-  assert "is text; must be .safetensors, .npz or PyTorch's" in said
+  message = refusal(program.read_checkpoint, text)
+  assert "is text; must be .safetensors, .npz or PyTorch's" in message
   monkeypatch.setitem(sys.modules, "torch", None)
   zipped(tmp_path / "weights.ckpt")
-  said = refusal(program.read_checkpoint, pathlib.Path(tmp_path / "weights.ckpt"))
-  assert "is a PyTorch file: reading it needs torch" in said
+  message = refusal(program.read_checkpoint, pathlib.Path(tmp_path / "weights.ckpt"))
+  assert "is a PyTorch file: reading it needs torch" in message

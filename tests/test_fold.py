@@ -25,8 +25,8 @@ def test_fold_keeps_the_function_with_random_leaves_and_statistics(plan):
   proof = vc.verify(model, variables, deploy, folded, x)
   assert proof.max_rel <= 1e-5 and proof.ok and proof.first_difference is None
   assert proof.top1_agreement == 1 and proof.images == 3
-  asked = jax.eval_shape(deploy.init, jax.random.key(0), x)
-  assert trees.differences(folded, asked) == []
+  expected_shapes = jax.eval_shape(deploy.init, jax.random.key(0), x)
+  assert trees.differences(folded, expected_shapes) == []
   again, twice = vc.fold(deploy, folded)
   assert again == deploy and trees.digest(twice) == trees.digest(folded)
 
@@ -81,11 +81,11 @@ def test_calibration_images_reduce_the_error_of_compacting():
   model = tiny.deit()
   variables, x = tiny.init(model, spread=0.5), tiny.images(model, batch=16)
   plan = vc.Plan(ffn=vc.CFFN(rank_ratio=0.4))
-  wanted = tiny.apply(model, variables, x)
+  expected = tiny.apply(model, variables, x)
 
   def error(images):
     small, got = vc.compact(model, variables, plan, images=images)
-    return jnp.linalg.norm(tiny.apply(small, got, x) - wanted), small, got
+    return jnp.linalg.norm(tiny.apply(small, got, x) - expected), small, got
 
   with pytest.warns(UserWarning, match="without calibration images"):
     from_weights, _, _ = error(None)

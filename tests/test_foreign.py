@@ -62,9 +62,9 @@ def test_pytorch_half_precision_becomes_float32(dtype):
   kind = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16,
           "float8_e4m3fn": ml_dtypes.float8_e4m3fn}[dtype]
   arrays = {name: value.astype(kind) for name, value in STATE.items()}
-  wanted = digest({name: value.astype(np.float32) for name, value in arrays.items()})
-  assert digest({name: Tensor(value, dtype) for name, value in STATE.items()}) == wanted
-  assert digest(arrays) == wanted
+  expected = digest({name: value.astype(np.float32) for name, value in arrays.items()})
+  assert digest({name: Tensor(value, dtype) for name, value in STATE.items()}) == expected
+  assert digest(arrays) == expected
 
 
 @pytest.mark.parametrize("options, words", [
@@ -74,16 +74,16 @@ def test_pytorch_half_precision_becomes_float32(dtype):
     ({"device": "meta"}, "meta device, without values"),
     ({"dtype": "complex64"}, "torch.complex64, not an array of floating point numbers")])
 def test_tensors_without_plain_values_are_refused_with_a_way_out(options, words):
-  said = refusal(MODEL, {**STATE, "norm.bias": Tensor(STATE["norm.bias"], **options)})
-  assert re.match(f"norm.bias is .*{words}", said) and "\n" not in said
+  message = refusal(MODEL, {**STATE, "norm.bias": Tensor(STATE["norm.bias"], **options)})
+  assert re.match(f"norm.bias is .*{words}", message) and "\n" not in message
 
 
 def test_the_error_names_the_tensor_that_cannot_be_read_and_why():
   class Broken(Tensor):
     def detach(self):
       raise RuntimeError("storage was freed\nC++ frames")
-  said = refusal(MODEL, {**STATE, "norm.bias": Broken(np.ones(24))})
-  assert "norm.bias, a Broken of torch.float32" in said and said.endswith("storage was freed")
+  message = refusal(MODEL, {**STATE, "norm.bias": Broken(np.ones(24))})
+  assert "norm.bias, a Broken of torch.float32" in message and message.endswith("storage was freed")
 
 
 @pytest.mark.parametrize("records", [
@@ -124,19 +124,19 @@ def test_wrappers_of_compiled_and_sharded_layers_are_removed_from_names():
 
 
 def test_a_head_outside_the_backbone_prefix_belongs_to_the_model():
-  beside = {name if name.startswith("head.") else f"backbone.{name}": value
-            for name, value in STATE.items()}
-  assert digest(beside) == WANTED
-  loaded = convert.read_state_dict(MODEL, {**beside, "loss.centre": np.ones((1, 9))})
+  prefixed = {name if name.startswith("head.") else f"backbone.{name}": value
+              for name, value in STATE.items()}
+  assert digest(prefixed) == WANTED
+  loaded = convert.read_state_dict(MODEL, {**prefixed, "loss.centre": np.ones((1, 9))})
   assert loaded.outside == ["loss.centre"]
   assert "left out, not part of the model: loss.centre" in loaded.lines()
   with pytest.warns(UserWarning, match="1 tensors without the prefix 'backbone.' .*loss.centre"):
-    assert digest({**beside, "loss.centre": np.ones((1, 9))}) == WANTED
+    assert digest({**prefixed, "loss.centre": np.ones((1, 9))}) == WANTED
 
 
 def test_two_tensors_with_the_same_name_are_refused():
-  said = refusal(MODEL, {**STATE, "module.norm.bias": np.zeros(24)})
-  assert said.startswith("two tensors of one name, 'norm.bias' and 'module.norm.bias'")
+  message = refusal(MODEL, {**STATE, "module.norm.bias": np.zeros(24)})
+  assert message.startswith("two tensors of one name, 'norm.bias' and 'module.norm.bias'")
 
 
 def test_names_may_be_bytes():
@@ -191,9 +191,9 @@ def test_cyclic_records_and_a_setting_named_kernel_are_not_weights():
 def test_weights_must_be_chosen_only_if_several_sets_have_unknown_names():
   assert digest({"model": STATE, "epoch": 3}) == WANTED
   assert digest({"mine": STATE}) == WANTED and digest({"mine": STATE}, weights="mine") == WANTED
-  said = refusal(MODEL, {"first": STATE, "second": OTHER})
-  assert said == ("several sets of weights in the checkpoint, first, second; choose one, as in "
-                  "weights='first'")
+  message = refusal(MODEL, {"first": STATE, "second": OTHER})
+  assert message == ("several sets of weights in the checkpoint, first, second; choose one, as in "
+                     "weights='first'")
   assert digest({"first": OTHER, "second": STATE}, weights="second") == WANTED
 
 
@@ -203,8 +203,8 @@ def test_weights_must_be_chosen_only_if_several_sets_have_unknown_names():
      "Google's, of a hybrid of ResNet and ViT: no model here has its stem"),
     (["params/head/kernel", "params/head/bias"], "vitcompact's own")])
 def test_unsupported_naming_schemes_are_identified_in_one_line(names, words):
-  said = refusal(MODEL, {name: np.ones(3) for name in names})
-  assert re.search(f"the names are {words}", said) and "\n" not in said
+  message = refusal(MODEL, {name: np.ones(3) for name in names})
+  assert re.search(f"the names are {words}", message) and "\n" not in message
 
 
 def test_flax_variables_are_not_taken_for_a_state_dict():
@@ -220,8 +220,8 @@ def test_flax_variables_are_not_taken_for_a_state_dict():
     ({"epoch": 3, "model": None}, r"no tensors .*'epoch' \(a int\), 'model' \(a NoneType\)"),
     ({"model": {}}, "no tensors"), (tiny.deit(), "a VisionTransformer was given; expected")])
 def test_a_value_that_is_not_a_state_dict_is_refused_in_one_line(given, words):
-  said = refusal(MODEL, given)
-  assert re.search(words, said) and "\n" not in said
+  message = refusal(MODEL, given)
+  assert re.search(words, message) and "\n" not in message
 
 
 def test_a_value_that_is_not_a_model_is_refused_in_one_line():
@@ -249,8 +249,8 @@ def test_the_error_for_a_norm_after_pooling_names_the_option():
   assert "has norm instead of fc_norm: create the model with global_pool='token'" in refusal(
       model, STATE)
   assert "params" in vc.from_torch(model, pooled)
-  said = refusal(MODEL.clone(num_classes=3), pooled)
-  assert "global_pool='avg'" in said and "pass reset_head" in said
+  message = refusal(MODEL.clone(num_classes=3), pooled)
+  assert "global_pool='avg'" in message and "pass reset_head" in message
 
 
 def test_rgb_kernels_are_adapted_to_other_numbers_of_channels():
@@ -263,13 +263,13 @@ def test_rgb_kernels_are_adapted_to_other_numbers_of_channels():
       jax.jit(MODEL.clone(in_chans=1).apply)(loaded.variables, grey),
       jax.jit(MODEL.apply)(vc.from_torch(MODEL, STATE), grey.repeat(3, axis=-1)), atol=2e-5)
   # As in timm's adapt_input_conv: repeated, truncated, and scaled by 3 / 5.
-  wanted = np.tile(kernel, (1, 2, 1, 1))[:, :5] * np.float32(0.6)
-  np.testing.assert_array_equal(torch_names.adapt_channels(kernel, 5), wanted)
+  expected = np.tile(kernel, (1, 2, 1, 1))[:, :5] * np.float32(0.6)
+  np.testing.assert_array_equal(torch_names.adapt_channels(kernel, 5), expected)
   both = convert.read_state_dict(MODEL.clone(in_chans=1, image_size=16, patch_size=4), STATE)
   assert both.resized == ["patch_embed.proj.weight"] == both.adapted
   one = vc.to_torch(MODEL.clone(in_chans=1), loaded.variables)
-  said = refusal(MODEL, one)
-  assert "is for images of 1 channels: create the model with in_chans=1" in said
+  message = refusal(MODEL, one)
+  assert "is for images of 1 channels: create the model with in_chans=1" in message
 
 
 @pytest.mark.parametrize("value, kind", [(np.nan, np.float32), (np.inf, np.float16),
@@ -278,9 +278,9 @@ def test_nan_and_infinity_are_refused_with_the_first_and_the_count(value, kind):
   state = {name: array.astype(kind) for name, array in STATE.items()}
   state["blocks.0.norm1.bias"][:3] = value
   state["norm.bias"][:] = value
-  said = refusal(MODEL, state)
-  assert "blocks.0.norm1.bias has 3 values that are NaN or infinite, and 1 more" in said
-  assert "\n" not in said
+  message = refusal(MODEL, state)
+  assert "blocks.0.norm1.bias has 3 values that are NaN or infinite, and 1 more" in message
+  assert "\n" not in message
   got = vc.from_torch(MODEL, state, allow_nonfinite=True)
   assert not np.isfinite(got["params"]["norm"]["bias"]).any()
 

@@ -62,9 +62,9 @@ def drawn(shapes, dtype=jnp.float32):
 def test_values_and_gradients_match_the_plain_form(name):
   ours, plain, shapes = PAIRS[name]
   arrays = drawn(shapes)
-  for got, wanted in zip(value_and_gradients(ours, arrays), value_and_gradients(plain, arrays),
-                         strict=True):
-    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5 * float(jnp.abs(wanted).max()))
+  for got, expected in zip(value_and_gradients(ours, arrays), value_and_gradients(plain, arrays),
+                           strict=True):
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -72,10 +72,10 @@ def test_half_precision_keeps_its_dtype_and_stays_close(name):
   ours, plain, shapes = PAIRS[name]
   arrays = drawn(shapes, jnp.bfloat16)
   wide = value_and_gradients(plain, [array.astype(jnp.float32) for array in arrays])
-  for got, wanted in zip(value_and_gradients(ours, arrays), wide, strict=True):
+  for got, expected in zip(value_and_gradients(ours, arrays), wide, strict=True):
     assert got.dtype == jnp.bfloat16
-    np.testing.assert_allclose(got.astype(jnp.float32), wanted, rtol=0.03,
-                               atol=0.03 * float(jnp.abs(wanted).max()))
+    np.testing.assert_allclose(got.astype(jnp.float32), expected, rtol=0.03,
+                               atol=0.03 * float(jnp.abs(expected).max()))
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -87,16 +87,16 @@ def test_backward_passes_work_under_vmap_scan_and_remat(name):
   def gradient(x):
     return value_and_gradients(jax.checkpoint(ours), [x, *params])[1]
 
-  wanted = jnp.stack(one_by_one)
-  np.testing.assert_allclose(jax.vmap(gradient)(x), wanted, rtol=1e-5, atol=1e-5)
-  np.testing.assert_allclose(jax.lax.map(gradient, x), wanted, rtol=1e-5, atol=1e-5)
+  expected = jnp.stack(one_by_one)
+  np.testing.assert_allclose(jax.vmap(gradient)(x), expected, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(jax.lax.map(gradient, x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_linear_layer_needs_no_bias():
   x, kernel, bias = drawn([(2, 5, 4), (4, 6), (6,)])
   y, dx, dkernel = value_and_gradients(layers.linear, [x, kernel])
-  wanted, *grads = value_and_gradients(plain_linear, [x, kernel, jnp.zeros_like(bias)])
-  for got, want in zip((y, dx, dkernel), (wanted, *grads[:2]), strict=True):
+  expected, *grads = value_and_gradients(plain_linear, [x, kernel, jnp.zeros_like(bias)])
+  for got, want in zip((y, dx, dkernel), (expected, *grads[:2]), strict=True):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -127,13 +127,13 @@ def test_gradients_of_grouped_convolutions_are_right_on_several_devices(
 
     return jax.jit(jax.grad(total, argnums=(0, 1)))(kernel, placed(x))
 
-  wanted = gradients(None)
+  expected = gradients(None)
   if mesh is None:
     got = gradients(convolution.grouped_conv)
   else:
     mesh = sharding.make_mesh(mesh)
     got = gradients(convolution.grouped_conv, lambda x: jax.device_put(x, sharding.batches(mesh)))
-  for one, other in zip(got, wanted, strict=True):
+  for one, other in zip(got, expected, strict=True):
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
@@ -142,10 +142,10 @@ def test_a_dense_layer_and_its_norm_fold_into_one_layer_and_unfold():
   layer = layers.DenseNorm(5)
   stats, params = tiny.randomised(jax.eval_shape(layer.init, jax.random.key(0), x)).values()
   folded = layers.fold_dense_norm(params, stats)
-  wanted = layer.apply({"params": params, "batch_stats": stats}, x)
+  expected = layer.apply({"params": params, "batch_stats": stats}, x)
   got = layers.DenseNorm(5, deploy=True).apply({"params": folded}, x)
-  np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
   again = layers.unfold_dense_norm(params, stats, **folded)
   got = layer.apply({"params": again, "batch_stats": stats}, x)
-  np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
   assert layers.fold_dense_norm(folded, {}) is folded

@@ -49,9 +49,9 @@ def test_the_kl_of_an_option_is_that_of_a_model_with_only_that_option(measured):
   model, variables, x, report = measured
   option = next(option for option in report.blocks[1]["options"] if option.axis == "ffn")
   small, got = vc.compact(model, variables, vc.Plan(blocks={1: {"ffn": option.method}}), images=x)
-  held = x[3::4]
-  wanted = divergence(tiny.apply(model, variables, held), tiny.apply(small, got, held))
-  assert option.kl == pytest.approx(wanted, rel=1e-3)
+  held_out = x[3::4]
+  expected = divergence(tiny.apply(model, variables, held_out), tiny.apply(small, got, held_out))
+  assert option.kl == pytest.approx(expected, rel=1e-3)
 
 
 def test_more_heads_and_higher_ranks_have_lower_estimated_errors(measured):
@@ -117,8 +117,8 @@ def test_a_quick_report_infers_the_blocks_it_skipped(monkeypatch):
       **times, ("blocks_1", vc.HeadPruning): pruned}
   for row in report.blocks:
     for option in row["options"]:
-      wanted = units(option.method, option.error) * np.exp(depths[row["name"]])
-      assert option.kl == pytest.approx(wanted * scales[row["name"]][option.axis], rel=1e-4)
+      expected = units(option.method, option.error) * np.exp(depths[row["name"]])
+      assert option.kl == pytest.approx(expected * scales[row["name"]][option.axis], rel=1e-4)
 
 
 def test_a_quick_report_tries_one_reducer_of_each_class(measured, monkeypatch):
@@ -145,9 +145,9 @@ def test_images_are_split_among_devices_with_the_result_of_one_device(measured, 
   monkeypatch.setattr(cffn, "RATIOS", (0.25, 0.5))
   monkeypatch.setattr(jax, "local_device_count", lambda: 1)
   assert calibration.shard_images(x) is x
-  alone = vc.measure(model, variables, x, sensitivity="none")
-  for row, wanted in zip(alone.blocks, report.blocks, strict=True):
-    for option, other in zip(row["options"], wanted["options"], strict=True):
+  unmeasured = vc.measure(model, variables, x, sensitivity="none")
+  for row, expected in zip(unmeasured.blocks, report.blocks, strict=True):
+    for option, other in zip(row["options"], expected["options"], strict=True):
       assert option.error == pytest.approx(other.error, rel=1e-4), option
 
 
@@ -155,12 +155,12 @@ def test_images_are_split_among_devices_with_the_result_of_one_device(measured, 
 def test_the_counted_cost_of_a_plan_meets_its_budget(measured, share):
   model, _, _, report = measured
   plan = report.plan(macs=share)
-  told, dense = report.explain(plan), vc.count(model)
+  explained, dense = report.explain(plan), vc.count(model)
   small = vc.count(model.clone(plan=plan, deploy=True))
   assert small.macs <= share * dense.macs
-  assert told.macs == pytest.approx(small.macs / dense.macs, abs=2e-3)
-  assert told.params == pytest.approx(small.params / dense.params, abs=2e-3)
-  assert report.plan(macs=share) == plan and str(report.explain(plan)) == str(told)
+  assert explained.macs == pytest.approx(small.macs / dense.macs, abs=2e-3)
+  assert explained.params == pytest.approx(small.params / dense.params, abs=2e-3)
+  assert report.plan(macs=share) == plan and str(report.explain(plan)) == str(explained)
   assert vc.Plan.from_json(plan.to_json()) == plan
 
 
@@ -232,7 +232,7 @@ def options_of(model, kl=1e-3, reducers=(vc.ToMe,)):
 def test_skipped_reducers_could_not_have_won(monkeypatch):
   """The search skips reducers that alone lose as much as the best plan found so far."""
   monkeypatch.setattr(cffn, "RATIOS", (0.25, 0.5))
-  rng, searched, asked = np.random.default_rng(0), [], 0
+  rng, searched, searches = np.random.default_rng(0), [], 0
   bare = options_of(tiny.deit(), reducers=(vc.ToMe, vc.EViT, vc.MCTF))
 
   def drawn(options, scale):
@@ -251,9 +251,9 @@ def test_skipped_reducers_could_not_have_won(monkeypatch):
       best = min(best, np.inf if found is None else found[1] + kl)
     searched.clear()
     plan = report.plan(macs=share)
-    asked += len(searched)
+    searches += len(searched)
     assert report.explain(plan).kl == pytest.approx(best, rel=1e-6)
-  assert 3 <= asked < 3 * (1 + len(bare.tokens))
+  assert 3 <= searches < 3 * (1 + len(bare.tokens))
 
 
 @pytest.mark.parametrize("share", [0.8, 0.6])
@@ -276,9 +276,9 @@ def test_an_option_that_is_inactive_after_a_reducer_saves_nothing():
   model = vc.create_model("deit_tiny_patch16_224", depth=2, width=24, heads=4, num_classes=5)
   report = options_of(model)
   for reducer, first in ((None, True), (report.tokens[0].method, True)):
-    few = report._search("macs", reducer, ("attention",)).choices
-    assert (len(few["blocks_0"]) > 1) == first
-    assert (len(few["blocks_1"]) > 1) == (reducer is None)
+    choices = report._search("macs", reducer, ("attention",)).choices
+    assert (len(choices["blocks_0"]) > 1) == first
+    assert (len(choices["blocks_1"]) > 1) == (reducer is None)
   fewer = BlockMethods(attention=vc.Sparsifiner(granularity="block", min_tokens=0))
   at = report.costs.at
   assert 0 < at("blocks_0", fewer, tokens=100)[0] < at("blocks_0", fewer)[0]
@@ -289,10 +289,10 @@ def test_incompatible_options_are_not_offered_together():
   model = vc.create_model("deit_tiny_patch16_224", depth=1, width=24, heads=4, num_classes=5)
   report, pairs = options_of(model), {}
   for reducer in (None, report.tokens[0].method):
-    few = report._search("macs", reducer, ("heads", "attention")).choices["blocks_0"]
+    choices = report._search("macs", reducer, ("heads", "attention")).choices["blocks_0"]
     pairs[reducer is None] = {tuple(type(option.method) for option in choice.options.values())
-                              for choice in few}
-    for choice in few:
+                              for choice in choices}
+    for choice in choices:
       methods = {axis: option.method for axis, option in choice.options.items()}
       model.clone(plan=vc.Plan(tokens=reducer, blocks={0: methods})).check()
   pruned = (vc.HeadPruning,)

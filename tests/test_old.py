@@ -40,8 +40,8 @@ def test_an_old_model_file_computes_the_same_function(name):
   chosen = {"backends": vc.Execution({1: "tiled"}, chunk=2),
             "ffn_merged": vc.Execution(merged=("blocks_1/mlp/fc2",))}
   assert model.execution == chosen.get(name.removesuffix("_folded"), vc.Execution())
-  got, wanted = jax.jit(model.apply)(variables, common.images(model)), logits()[name]
-  np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+  got, expected = jax.jit(model.apply)(variables, common.images(model)), logits()[name]
+  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", read("plans.json"))
@@ -78,11 +78,11 @@ def test_an_old_run_resumes_to_the_same_result(name, tmp_path, monkeypatch):
   new = [json.loads(line) for line in log.read_text()[len(before):].splitlines()]
   stopped = json.loads(before.splitlines()[-1])["step"]
   assert stopped < new[0]["step"] <= new[-1]["step"] == config.total_steps   # it resumed
-  got, wanted = common.variables_of(end.state), dict(np.load(OLD / "ends" / f"{name}.npz"))
-  assert got.keys() == wanted.keys()
-  for leaf, array in wanted.items():
+  got, expected = common.variables_of(end.state), dict(np.load(OLD / "ends" / f"{name}.npz"))
+  assert got.keys() == expected.keys()
+  for leaf, array in expected.items():
     np.testing.assert_allclose(got[leaf], array, rtol=1e-4, atol=1e-4, err_msg=leaf)
-  made = read("made.json")
-  if common.machine() == made["machine"]:
-    assert not [leaf for leaf in wanted if got[leaf].tobytes() != wanted[leaf].tobytes()]
-    assert end.metrics["params_digest"] == made["params_digests"][name]
+  recorded = read("made.json")
+  if common.machine() == recorded["machine"]:
+    assert not [leaf for leaf in expected if got[leaf].tobytes() != expected[leaf].tobytes()]
+    assert end.metrics["params_digest"] == recorded["params_digests"][name]

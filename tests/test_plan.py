@@ -152,12 +152,12 @@ def test_older_plans_still_parse():
   old = {"links": {"method": "sparsifiner", "keep": 0.5}, "backends": {"1": "tiled"},
          "at_a_time": 4, "ffn": {"method": "cffn", "merged": []},
          "blocks": {"0": {"links": None}, "1": {"ffn": {"method": "cffn", "merged": ["fc2"]}}}}
-  wanted = vc.Plan(attention=vc.Sparsifiner(keep=0.5), ffn=vc.CFFN(),
-                   blocks={0: {"attention": None}, 1: {"ffn": vc.CFFN()}})
-  assert vc.Plan.from_json(json.dumps(old)) == wanted
+  expected = vc.Plan(attention=vc.Sparsifiner(keep=0.5), ffn=vc.CFFN(),
+                     blocks={0: {"attention": None}, 1: {"ffn": vc.CFFN()}})
+  assert vc.Plan.from_json(json.dumps(old)) == expected
   assert upgraded(old)[1] == {"attention": {"1": "tiled"}, "chunk": 4,
                             "merged": {None: [], "1": ["fc2"]}}
-  today = json.loads(wanted.to_json())
+  today = json.loads(expected.to_json())
   assert upgraded(today) == (today, {})
 
 

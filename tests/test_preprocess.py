@@ -83,11 +83,11 @@ def test_16_bit_grey_images_keep_their_brightness_as_in_training(tmp_path):
   pixels = np.full((40, 40), 100 * 256 + 7, np.uint16)
   Image.fromarray(pixels).save(tmp_path / "grey.png")
   pre = vc.preprocess(tiny.deit())
-  wanted = pre(np.full((40, 40, 3), 100, np.uint8))
+  expected = pre(np.full((40, 40, 3), 100, np.uint8))
   with Image.open(tmp_path / "grey.png") as image:
-    np.testing.assert_array_equal(pre(image), wanted)
-  np.testing.assert_array_equal(pre(tmp_path / "grey.png"), wanted)
-  np.testing.assert_array_equal(pre(str(tmp_path / "grey.png")), wanted)
+    np.testing.assert_array_equal(pre(image), expected)
+  np.testing.assert_array_equal(pre(tmp_path / "grey.png"), expected)
+  np.testing.assert_array_equal(pre(str(tmp_path / "grey.png")), expected)
 
 
 def test_an_orientation_in_the_exif_data_is_not_applied(tmp_path):

@@ -25,14 +25,14 @@ def folded():
 
 def choose(monkeypatch, choice):
   """Replaces measuring by `choice(call)`. Returns a list that collects the calls asked about."""
-  asked = []
+  calls = []
 
   def best_form(call, rounds):
-    asked.append(call)
+    calls.append(call)
     return choice(call)
 
   monkeypatch.setattr(tuning, "best_form", best_form)
-  return asked
+  return calls
 
 
 def test_a_tuned_model_keeps_its_function_when_saved_or_folded_again(
@@ -45,8 +45,8 @@ def test_a_tuned_model_keeps_its_function_when_saved_or_folded_again(
   assert tuned.plan == PLAN
   assert tuned.execution == vc.Execution({0: "tiled", 1: "tiled"}, merged=layers)
   assert vc.verify(model, variables, tuned, tuned_variables, x).max_rel <= 1e-5
-  asked = jax.eval_shape(tuned.init, jax.random.key(0), x)
-  assert trees.differences(tuned_variables, asked) == []
+  expected_shapes = jax.eval_shape(tuned.init, jax.random.key(0), x)
+  assert trees.differences(tuned_variables, expected_shapes) == []
   assert vc.count(tuned).params > vc.count(deploy).params     # rank 6 of 24: dense is larger
   # The choice is recorded: folding the training form with it gives the same form without timing.
   again, refolded = vc.fold(model.clone(execution=tuned.execution), variables)
@@ -66,7 +66,7 @@ def test_chunked_inference_keeps_the_function_and_records_the_chunk(monkeypatch)
   model = tiny.deit(PLAN)
   variables, x = tiny.init(model), tiny.images(model, batch=7)
   deploy, deployed = vc.fold(model, variables)
-  wanted = jax.jit(deploy.apply)(deployed, x)
+  expected = jax.jit(deploy.apply)(deployed, x)
   monkeypatch.setattr(tuning, "CHUNKS", {"cpu": (3, 7)})
   tried = []
   monkeypatch.setattr(tuning, "fastest_of", lambda calls, rounds: (
@@ -74,7 +74,7 @@ def test_chunked_inference_keeps_the_function_and_records_the_chunk(monkeypatch)
   tuned, tuned_variables = vc.tune(deploy, deployed, x)
   assert tried == [[3]] and tuned.execution.chunk == 3   # a chunk of seven is the whole batch
   got = jax.jit(tuned.apply)(tuned_variables, x)
-  np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
   found = jax.eval_shape(lambda: vc.features(tuned, tuned_variables, x))
   assert found.features["block_0"].shape[0] == 7
 
@@ -134,10 +134,10 @@ def test_equal_calls_are_measured_once_and_each_block_has_its_choice(
   dense, hmhsa = calls["blocks_0", "attn"], calls["blocks_1", "attn"]
   assert dense.shapes == ((3, 17, 4, 6),) * 3 and not dense.sized
   assert hmhsa.shapes == ((3, 13, 2, 6), (3, 13, 2, 6), (3, 13, 4, 6)) and hmhsa.sized
-  asked = choose(monkeypatch, lambda call: {
+  calls_asked = choose(monkeypatch, lambda call: {
       calls["blocks_1", "mlp", "fc2"]: tuning.MATRIX, dense: "images"}.get(call))
   tuned, variables = vc.tune(deploy, deployed, x)
-  assert sorted(map(repr, asked)) == sorted(map(repr, calls.values()))
+  assert sorted(map(repr, calls_asked)) == sorted(map(repr, calls.values()))
   assert tuned.execution == vc.Execution({0: "images"}, merged=("blocks_1/mlp/fc2",))
   assert vc.verify(deploy, deployed, tuned, variables, x).ok
   wide = tiny.deit(vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN()), deploy=True, depth=4)
@@ -214,6 +214,6 @@ def test_factors_are_timed_in_the_runtime_that_will_be_used(low, merged, monkeyp
   chosen, own = vc.tune(model, variables, images, runtime="ort")
   assert len(chosen.execution.merged) == merged and len(seen) == 2
   assert [len(forms) for forms in tried] == [0, 2, merged]   # unchanged, all merged, the choice
-  wanted = model.apply(variables, images)
+  expected = model.apply(variables, images)
   for logits in (*seen, chosen.apply(own, images)):
-    np.testing.assert_allclose(logits, wanted, atol=1e-5)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)

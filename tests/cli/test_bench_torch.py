@@ -111,9 +111,9 @@ def test_the_thread_count_is_set_only_while_xla_starts(monkeypatch):
   name = cli.bench.XLA_THREADS
   for before in (None, "7"):
     monkeypatch.delenv(name, raising=False) if before is None else monkeypatch.setenv(name, before)
-    for count, wanted in ((2, "2"), (None, before)):
+    for count, expected in ((2, "2"), (None, before)):
       with cli.bench.xla_threads(count):
-        assert os.environ.get(name) == wanted
+        assert os.environ.get(name) == expected
       assert os.environ.get(name) == before
 
 
@@ -177,5 +177,5 @@ def test_timms_network_computes_the_same_logits(name, fields):
   images = np.random.default_rng(0).normal(size=shape).astype(np.float32)
   with torch.inference_mode():
     got = timm_network.network(model, variables)(torch.from_numpy(images.transpose(0, 3, 1, 2)))
-  wanted = tiny.apply(model, variables, images)
-  np.testing.assert_allclose(got.numpy(), wanted, atol=1e-4 * np.abs(wanted).max())
+  expected = tiny.apply(model, variables, images)
+  np.testing.assert_allclose(got.numpy(), expected, atol=1e-4 * np.abs(expected).max())

@@ -89,10 +89,10 @@ def test_a_broken_image_is_named_and_the_others_are_still_predicted(folder, tmp_
   broken.write_bytes(a.read_bytes()[:900])
   whole = command.succeeds("predict", named, a, b)
   for batch in (1, 3):
-    printed, said = fails_partly("predict", named, a, broken, tmp_path / "no.png", b,
-                                 "--batch", batch)
+    printed, message = fails_partly("predict", named, a, broken, tmp_path / "no.png", b,
+                                    "--batch", batch)
     assert printed == whole
-    first, second = said.splitlines()
+    first, second = message.splitlines()
     assert first.startswith(f"error: cannot read {broken}: ")
     assert second == f"error: cannot read {tmp_path}/no.png: No such file or directory; " \
                      "check the file"
@@ -122,8 +122,8 @@ def test_labels_are_used_with_a_note_and_a_mere_reordering_is_refused(folder, tm
   assert not CliRunner().invoke(cli.main, ["predict", str(named), str(image), "--labels",
                                            str(labels)]).stderr
   labels.write_text("\n".join(reversed(NAMES)))
-  said = command.fails("predict", named, image, "--labels", labels)
-  assert "output 0 is 'ant' there and 'elk'" in said and "in another order" in said
+  message = command.fails("predict", named, image, "--labels", labels)
+  assert "output 0 is 'ant' there and 'elk'" in message and "in another order" in message
   labels.write_bytes(b"caf\xe9\n" * 5)
   assert "is not UTF-8 text" in command.fails("predict", named, image, "--labels", labels)
 

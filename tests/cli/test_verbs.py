@@ -90,8 +90,8 @@ def test_a_long_error_is_truncated(compact, tmp_path):
   """It would have a line for each missing parameter."""
   empty = tmp_path / "empty.safetensors"
   convert.write_safetensors(empty, {}, convert.read_safetensors(compact)[1])
-  said = command.fails("count", empty)
-  assert "does not fit" in said and re.search(r"and \d+ more: --verbose shows them$", said)
+  message = command.fails("count", empty)
+  assert "does not fit" in message and re.search(r"and \d+ more: --verbose shows them$", message)
 
 
 def test_models_are_listed():
@@ -110,9 +110,9 @@ def test_a_file_is_counted_with_its_own_plan(compact):
 
 def test_a_network_is_counted_with_the_axes_of_the_default_plan_it_takes():
   row = command.succeeds("count", "biformer_tiny").splitlines()[-1].split(" | ")
-  wanted = vc.count(vc.create_model("biformer_tiny", plan=vc.Plan(ffn=vc.CFFN()), deploy=True))
+  expected = vc.count(vc.create_model("biformer_tiny", plan=vc.Plan(ffn=vc.CFFN()), deploy=True))
   assert row[0] == "| biformer_tiny (cFFN alone)"
-  assert row[2] == f"{wanted.params / 1e6:.2f} M" and row[5] == f"{wanted.macs / 1e9:.2f} G"
+  assert row[2] == f"{expected.params / 1e6:.2f} M" and row[5] == f"{expected.macs / 1e9:.2f} G"
 
 
 def test_bench_times_models_alternately(compact):
@@ -180,16 +180,16 @@ def test_prepared_images_are_read_back(tmp_path):
 
 def test_draw_passes_on_its_options(monkeypatch):
   """The drawings themselves are tested with their methods."""
-  asked = {}
+  passed = {}
   for name in ("tokens", "attention"):
     module = importlib.import_module(f"vitcompact.draw.{name}")
-    monkeypatch.setattr(module, "run", lambda *paths, name=name, **options: asked.update(
+    monkeypatch.setattr(module, "run", lambda *paths, name=name, **options: passed.update(
         {name: (paths, options)}) or f"{name} drawn")
   assert command.succeeds("draw", "tokens", "a.pth", "b.png", "--out", "c.png", "--plan", "{}",
                           "--force") == "tokens drawn\n"
   assert command.succeeds("draw", "attention", "a.pth", "b.png", "--out", "c", "--query", "3,5",
                           "--query", "1,2", "--block", 0) == "attention drawn\n"
-  assert asked == {
+  assert passed == {
       "tokens": (("a.pth", "b.png", "c.png"), {"plan": "{}", "force": True}),
       "attention": (("a.pth", "b.png", "c"), {"queries": ("3,5", "1,2"), "blocks": (0,),
                                           "force": False})}

@@ -166,11 +166,11 @@ def test_the_page_contains_what_the_report_says(report, text):
 
 
 def test_the_page_shows_the_error_of_an_impossible_plan(report):
-  few = dataclasses.replace(report, tokens=(), blocks=tuple(
+  reduced = dataclasses.replace(report, tokens=(), blocks=tuple(
       {**row, "options": row["options"][:1], "tables": {}} for row in report.blocks))
   with pytest.raises(ValueError) as error:
-    few.plan(macs=0.5)
-  assert f"No plan: {error.value}" in Page(page(few)).text()
+    reduced.plan(macs=0.5)
+  assert f"No plan: {error.value}" in Page(page(reduced)).text()
 
 
 def test_a_report_without_sensitivities_tables_or_options_is_drawn(report):
@@ -229,9 +229,9 @@ def test_all_tables_from_measure_are_known():
 
 def test_half_is_the_option_closest_to_half_of_the_largest_saving(report):
   # Of 2,304 MACs per token, rank r of 24 leaves 120 r: these save 1,944, 1,224 and 504.
-  few = tuple(option("ffn", vc.CFFN(rank_ratio=ratio), kl)
-              for ratio, kl in ((0.125, 0.5), (0.375, 0.05), (0.625, 0.01)))
-  row = {"name": "blocks_0", "tokens": 17, "options": few, "tables": {}}
+  options = tuple(option("ffn", vc.CFFN(rank_ratio=ratio), kl)
+                  for ratio, kl in ((0.125, 0.5), (0.375, 0.05), (0.625, 0.01)))
+  row = {"name": "blocks_0", "tokens": 17, "options": options, "tables": {}}
   seen = Page(page(without_plans(report, blocks=(row,))))
   cells = [element[3] for element in seen.all("td") if "figure" in element[2]]
   assert cells == ["0.01, CFFN(rank_ratio=0.625)", "0.05, CFFN(rank_ratio=0.375)"]

@@ -127,8 +127,8 @@ def test_a_file_takes_pixels_and_records_classes_plan_and_preprocessing(suffix, 
   assert vc.Plan.from_json(run.about["plan"]) == model.plan
   assert run.preprocess == vc.preprocess(model)
   pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
-  wanted = tiny.apply(model, variables, vc.preprocess(model).normalise(pixels))
-  np.testing.assert_allclose(run(pixels), wanted, atol=2e-5 * np.abs(wanted).max())
+  expected = tiny.apply(model, variables, vc.preprocess(model).normalise(pixels))
+  np.testing.assert_allclose(run(pixels), expected, atol=2e-5 * np.abs(expected).max())
 
 
 def test_openvino_stores_matrices_in_half_precision(small, tmp_path):
@@ -174,8 +174,8 @@ def test_the_documented_loader_of_stablehlo_works(small, tmp_path, monkeypatch):
   images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
   names = {"images": images}
   exec("\n".join(lines), names)
-  wanted = tiny.apply(model, variables, images)
-  np.testing.assert_allclose(names["logits"], wanted, atol=1e-5 * np.abs(wanted).max())
+  expected = tiny.apply(model, variables, images)
+  np.testing.assert_allclose(names["logits"], expected, atol=1e-5 * np.abs(expected).max())
   assert not any("vitcompact" in line for line in lines)
 
 
@@ -346,9 +346,9 @@ def test_missing_flatbuffers_are_named_when_reading_and_writing(
   vc.export(*small, path)
   monkeypatch.setattr(jax.export, "deserialize", lacking)
   monkeypatch.setattr(jax.export.Exported, "serialize", lacking)
-  said = "StableHLO files need flatbuffers, which is not installed; pip install flatbuffers"
-  assert command.fails("bench", path) == f"error: {said}"
-  with pytest.raises(ValueError, match=said):
+  message = "StableHLO files need flatbuffers, which is not installed; pip install flatbuffers"
+  assert command.fails("bench", path) == f"error: {message}"
+  with pytest.raises(ValueError, match=message):
     vc.export(*small, tmp_path / "b.stablehlo")
   assert os.listdir(tmp_path) == ["a.stablehlo"]
 
@@ -476,8 +476,8 @@ def test_a_runtime_has_one_thread_per_core_of_the_process(small, tmp_path, monke
 def test_the_command_exports_and_refuses_in_one_line(small, tmp_path):
   source, out = tmp_path / "a.safetensors", tmp_path / "a.onnx"
   vc.save(source, *small, classes=[f"class {i}" for i in range(10)])
-  said = command.succeeds("export", source, out)
-  assert "differs by" in said and runtimes.opened(out).classes[9] == "class 9"
+  message = command.succeeds("export", source, out)
+  assert "differs by" in message and runtimes.opened(out).classes[9] == "class 9"
   assert "exists; give another name" in command.fails("export", source, out)
   command.succeeds("export", source, "--to", "stablehlo", "--out", tmp_path / "b.stablehlo")
   assert "same class on 100%" in command.succeeds("export", source, tmp_path / "c.onnx", "--tune")
@@ -508,6 +508,6 @@ def test_the_command_exports_and_refuses_in_one_line(small, tmp_path):
 def test_metadata_is_plain_json(small):
   model, variables = vc.fold(*small)
   about = Program(model, variables, vc.preprocess(model), classes=("a",) * 10).about()
-  told = json.loads(about["preprocess"])
-  assert told["image_size"] == [64, 64] and told["crop_mode"] == "center"
+  preprocess = json.loads(about["preprocess"])
+  assert preprocess["image_size"] == [64, 64] and preprocess["crop_mode"] == "center"
   assert all(isinstance(value, str) for value in about.values())

@@ -197,8 +197,8 @@ def test_images_can_be_dropped_on_the_page_and_the_keyboard_works(opened):
 def altered(file, folder, **metadata):
   """Returns a copy of an ONNX file with changed metadata; None removes an entry."""
   model = onnx.load(file)
-  told = {entry.key: entry.value for entry in model.metadata_props} | metadata
-  onnx.helper.set_model_props(model, {key: value for key, value in told.items()
+  values = {entry.key: entry.value for entry in model.metadata_props} | metadata
+  onnx.helper.set_model_props(model, {key: value for key, value in values.items()
                                       if value is not None})
   onnx.save(model, folder / "altered.onnx")
   return folder / "altered.onnx"
@@ -246,14 +246,14 @@ def test_other_mistakes_give_one_line_with_a_remedy(files, no_runtime, tmp_path_
   fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 8
   onnx.save(fixed, empty / "fixed.onnx")
   (empty / "text.onnx").write_text("text")
-  for given, said in (
+  for given, message in (
       ((path, files, empty), f"npm install onnxruntime-web@{page.VERSION}"),
       ((path.with_suffix(".txt"), files, no_runtime), "must end in .html"),
       ((path, {}, no_runtime), "must have at least one"),
       ((path, {"it": empty / "none.onnx"}, no_runtime), "none.onnx cannot be read: No such file"),
       ((path, {"it": empty / "text.onnx"}, no_runtime), "text.onnx is not an ONNX file; give one"),
       ((path, {"it": empty / "fixed.onnx"}, no_runtime), "has batch=8.*or batch=1")):
-    with pytest.raises(ValueError, match=said) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
       page.write(*given)
     assert "\n" not in str(caught.value) and not path.exists()
 

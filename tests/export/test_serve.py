@@ -64,15 +64,15 @@ def test_answers_on_photographs_are_those_of_the_library(served, program):
     photographs[name] = out.getvalue()
   images = np.stack([program.preprocess(Image.open(io.BytesIO(content)))
                      for content in photographs.values()])
-  wanted = np.asarray(jax.nn.softmax(program.logits(images)))
-  for content, chances in zip(photographs.values(), wanted, strict=True):
+  expected = np.asarray(jax.nn.softmax(program.logits(images)))
+  for content, chances in zip(photographs.values(), expected, strict=True):
     answer = post(served, content)
     order = (-chances).argsort()[:5]
     assert [row["index"] for row in answer] == order.tolist()
     assert [row["name"] for row in answer] == [CLASSES[k] for k in order]
     np.testing.assert_allclose([row["probability"] for row in answer], chances[order], rtol=0,
                                atol=1e-5)
-  assert np.abs(wanted[0] - wanted[1]).max() > 1e-3, "the model must tell the photographs apart"
+  assert np.abs(expected[0] - expected[1]).max() > 1e-3, "the model must tell the photographs apart"
 
 
 def test_a_request_without_an_image_is_refused_with_a_reason(served):

@@ -20,7 +20,7 @@ class Case(NamedTuple):
   fields: dict[str, Any]
   state: dict[str, np.ndarray]
   timm: dict[str, tuple[int, ...]] | None
-  wanted: np.ndarray
+  expected: np.ndarray
   live: list[str]
   config: dict[str, Any]
 

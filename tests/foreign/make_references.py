@@ -55,7 +55,7 @@ class Case(NamedTuple):
   model: str
   fields: dict[str, Any]
   theirs: dict[str, np.ndarray]         # the state dict in their file
-  wanted: torch.Tensor
+  expected: torch.Tensor
   timm: torch.nn.Module | None
   output: Callable
   live: tuple[str, ...] = ()            # names in memory, if different
@@ -77,8 +77,8 @@ def of_transformers(name, model, fields, kind, config, theirs_output, timm_model
                     timm_output=None, size=SIZE):
   """Returns the case of a transformers model: its file's names, its output with random weights."""
   with tempfile.TemporaryDirectory() as folder:
-    made = kind(config)
-    made.save_pretrained(folder)
+    network = kind(config)
+    network.save_pretrained(folder)
     path = pathlib.Path(folder) / "model.safetensors"
     shapes = {key: value.shape for key, value in safetensors.numpy.load_file(path).items()}
     state = drawn_state(shapes)
@@ -86,9 +86,9 @@ def of_transformers(name, model, fields, kind, config, theirs_output, timm_model
     safetensors.numpy.save_file(state, path, metadata={"format": "pt"})
     loaded = kind.from_pretrained(folder, attn_implementation="eager").eval()
   with torch.no_grad():
-    wanted = theirs_output(loaded, images(size))
-  live = tuple(made.state_dict())
-  return Case(name, model, fields, state, wanted, timm_model, timm_output,
+    expected = theirs_output(loaded, images(size))
+  live = tuple(network.state_dict())
+  return Case(name, model, fields, state, expected, timm_model, timm_output,
               live if set(live) != set(shapes) else (), about)
 
 
@@ -199,9 +199,9 @@ def torchvision_case():
   state = drawn_state({name: value.shape for name, value in model.state_dict().items()})
   model.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
   with torch.no_grad():
-    wanted = model(images())
+    expected = model(images())
   return Case("torchvision ViT", "deit_tiny_patch16_224", {**OURS, "num_classes": CLASSES}, state,
-              wanted, small("deit_tiny_patch16_224"), call)
+              expected, small("deit_tiny_patch16_224"), call)
 
 
 def google_shapes(front, stacked, mha, mlp, norm, positions):
@@ -273,8 +273,8 @@ def by_timm(name, model, ours, shapes, output, convert, **changes):
   reference.load_state_dict({key: value for key, value in given.items()
                              if not key.startswith("decoder")})
   with torch.no_grad():
-    wanted = output(reference, images())
-  return Case(name, model.removesuffix("_qkvb"), ours, state, wanted, small(model, **changes),
+    expected = output(reference, images())
+  return Case(name, model.removesuffix("_qkvb"), ours, state, expected, small(model, **changes),
               output)
 
 

@@ -67,9 +67,9 @@ def test_the_names_of_eva02s_authors_are_read(name, pretraining):
   assert set(state) - set(run.state) >= {"rope.freqs_cos", "blocks.0.mlp.w3.weight"}
   with warnings.catch_warnings(action="error"):
     got = vc.from_torch(model, state)
-  wanted = vc.from_torch(run.model, run.state)["params"]
-  wanted = {key: leaf for key, leaf in wanted.items() if key != "head" or not pretraining}
-  assert trees.digest(got["params"]) == trees.digest(wanted)
+  expected = vc.from_torch(run.model, run.state)["params"]
+  expected = {key: leaf for key, leaf in expected.items() if key != "head" or not pretraining}
+  assert trees.digest(got["params"]) == trees.digest(expected)
 
 
 @pytest.mark.parametrize("name", [name for name in OF_TIMM if CASES[name].live])

@@ -225,8 +225,8 @@ def main():
   plans = make_models() | PLANS | {f"run_{name}": plan for name, (_, plan, _) in RUNS.items()}
   texts = {name: plan.to_json() for name, plan in plans.items()}
   (HERE / "plans.json").write_text(json.dumps(texts, indent=1) + "\n")
-  made = {"machine": common.machine(), "params_digests": make_runs()}
-  (HERE / "made.json").write_text(json.dumps(made, indent=1) + "\n")
+  record = {"machine": common.machine(), "params_digests": make_runs()}
+  (HERE / "made.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

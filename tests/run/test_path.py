@@ -16,36 +16,36 @@ from vitcompact.train import config as configs
 @pytest.fixture(scope="module")
 def finished_path(tmp_path_factory):
   """(config, workdir, receipt, printed lines) of a path that takes seconds."""
-  workdir, said = tmp_path_factory.mktemp("path") / "run", []
+  workdir, printed = tmp_path_factory.mktemp("path") / "run", []
   config = compact_digits.get_config("runlocal")
   config.model.depth, config.compact.macs = 1, 0.8
   with pytest.MonkeyPatch.context() as patch:
     tiny.few_options(patch)
-    receipt = path.run(config, workdir, said.append)
-  return config, workdir, receipt, said
+    receipt = path.run(config, workdir, printed.append)
+  return config, workdir, receipt, printed
 
 
 def test_each_stage_writes_its_file(finished_path):
-  _, workdir, receipt, said = finished_path
+  _, workdir, receipt, printed = finished_path
   there = {file.name for file in workdir.iterdir()}
   assert {"dense", "report.json", "report.html", "plan.json", "plan.txt", "compact.safetensors",
           "distilled.safetensors", "deploy.safetensors", "receipt.json", "receipt.md",
           "receipt.html"} <= there
   assert [row.name for row in receipt.rows] == ["dense", "compacted", "distilled", "deployed"]
-  assert said[0].startswith("dense model: 20 steps") and said[-1].startswith("plan: MACs")
+  assert printed[0].startswith("dense model: 20 steps") and printed[-1].startswith("plan: MACs")
 
 
 def test_the_receipt_states_budget_reasons_proofs_and_intervals(finished_path):
   _, workdir, receipt, _ = finished_path
-  told = json.loads((workdir / "receipt.json").read_text())
-  dense, *_, deployed = told["models"]
-  assert deployed["macs"] <= 0.8 * dense["macs"] and told["budget"] == {"macs": 0.8}
-  assert told["plan_reasons"][0].startswith("MACs") and told["kept"] in ("start", "end")
-  assert told["fold"]["ok"] and told["fold"]["random images"]["ok"] and receipt.ok
-  for row in told["models"]:
+  written = json.loads((workdir / "receipt.json").read_text())
+  dense, *_, deployed = written["models"]
+  assert deployed["macs"] <= 0.8 * dense["macs"] and written["budget"] == {"macs": 0.8}
+  assert written["plan_reasons"][0].startswith("MACs") and written["kept"] in ("start", "end")
+  assert written["fold"]["ok"] and written["fold"]["random images"]["ok"] and receipt.ok
+  for row in written["models"]:
     low, high = row["accuracy_interval"]
     assert low < row["test_accuracy"] < high and row["test_images"] == 360
-  assert told["dense_sha256"] == path.sha256(told["compacted_from"])
+  assert written["dense_sha256"] == path.sha256(written["compacted_from"])
   page = (workdir / "receipt.html").read_text()
   assert "<table>" in page and "95 % intervals" in page
 
@@ -139,13 +139,13 @@ def test_the_path_starts_from_foreign_weights(finished_path, tmp_path):
   model, variables = vc.load(finished_path[1] / "dense" / "trained.safetensors")
   np.savez(tmp_path / "theirs.npz", **{f"module.{name}": value for name, value in
                                        vc.to_torch(model, variables).items()})
-  config, said = configs.complete(finished_path[0]), []
+  config, printed = configs.complete(finished_path[0]), []
   config.init_from = str(tmp_path / "theirs.npz")
-  begun = path.prepare(config, tmp_path, said.append)
+  begun = path.prepare(config, tmp_path, printed.append)
   assert begun.dense == tmp_path / "dense.safetensors" == path.pathlib.Path(
       begun.config.teacher.file)
   assert trees.digest(vc.load(begun.dense)[1]) == trees.digest(variables)
-  assert said[0] == f"dense model: {tmp_path / 'theirs.npz'} as dense.safetensors"
+  assert printed[0] == f"dense model: {tmp_path / 'theirs.npz'} as dense.safetensors"
   assert begun.facts["source"] == str(tmp_path / "theirs.npz")
   assert begun.facts["source_sha256"] == path.sha256(tmp_path / "theirs.npz")
 
@@ -187,6 +187,6 @@ def test_a_run_returns_the_better_of_its_initial_and_final_weights(monkeypatch, 
   monkeypatch.setattr(loop, "evaluate_split", lambda run, variables, split, stopping, teacher: dict(
       zip(("val_accuracy", "val_loss"), scores[variables], strict=True)))
   run = types.SimpleNamespace(config=types.SimpleNamespace(eval_params="raw"))
-  variables, told = loop.better_of_start_and_end(run, "end", None)
-  assert variables == told["kept"] == kept
-  assert told["start_val_accuracy"] == scores["start"][0]
+  variables, reported = loop.better_of_start_and_end(run, "end", None)
+  assert variables == reported["kept"] == kept
+  assert reported["start_val_accuracy"] == scores["start"][0]

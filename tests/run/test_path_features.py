@@ -55,9 +55,9 @@ def test_a_model_without_a_classifier_completes_the_whole_path(features, tmp_pat
   pre = build.preprocess_of(configs.complete(features), deploy)
   count = pipeline.num_examples("digits", "test")
   images = pre.normalise(pipeline.sample(features.data, "test", count, pre))
-  got, wanted = tiny.apply(deploy, variables, images), vc.load(features.init_from)[0].apply(
+  got, expected = tiny.apply(deploy, variables, images), vc.load(features.init_from)[0].apply(
       vc.load(features.init_from)[1], images)
-  share = np.mean(np.sum((got - wanted) ** 2, -1) / np.sum(wanted ** 2, -1))
+  share = np.mean(np.sum((got - expected) ** 2, -1) / np.sum(expected ** 2, -1))
   assert share == pytest.approx(errors["deployed"], rel=1e-3)
 
 

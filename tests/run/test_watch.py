@@ -19,15 +19,15 @@ def test_an_invalid_profile_setting_is_refused(text):
 
 
 def test_a_profile_traces_only_the_requested_steps(tmp_path, monkeypatch):
-  told = []
-  monkeypatch.setattr(jax.profiler, "start_trace", lambda path: told.append(("start", path)))
-  monkeypatch.setattr(jax.profiler, "stop_trace", lambda: told.append("stop"))
+  events = []
+  monkeypatch.setattr(jax.profiler, "start_trace", lambda path: events.append(("start", path)))
+  monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))
   profile = watch.Profile(watch.profiled_steps("3:2"), tmp_path)
   for step in range(1, 8):
     profile.before(step, np.zeros(1))
-    told.append(step)
+    events.append(step)
   profile.close()
-  assert told == [1, 2, ("start", str(tmp_path / "profile")), 3, 4, "stop", 5, 6, 7]
+  assert events == [1, 2, ("start", str(tmp_path / "profile")), 3, 4, "stop", 5, 6, 7]
 
 
 @pytest.mark.usefixtures("shared")
