@@ -95,11 +95,11 @@ def test_costs_and_taps_match_replacing_maps_one_by_one():
   around = np.pad(maps[:, 0], ((0, 0), (1, 1), (1, 1)))
   for s, t in itertools.product(range(3), repeat=2):
     filtered += kernel[s, t] * around[:, s:s + tokens, t:t + tokens]
-  behind = filtered @ (keys @ value[:, 2]) @ out[2]
+  attended = filtered @ (keys @ value[:, 2]) @ out[2]
   expected = maps[:, 2] @ (keys @ value[:, 2]) @ out[2]
   k = kernel.reshape(-1)
-  assert k @ np.asarray(gram[0]) @ k == pytest.approx(np.sum(behind ** 2), rel=1e-3)
-  assert k @ np.asarray(cross[0]) == pytest.approx(np.sum(behind * expected), rel=1e-3)
+  assert k @ np.asarray(gram[0]) @ k == pytest.approx(np.sum(attended ** 2), rel=1e-3)
+  assert k @ np.asarray(cross[0]) == pytest.approx(np.sum(attended * expected), rel=1e-3)
 
 
 def redundant(model, seed=0):

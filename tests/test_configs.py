@@ -96,7 +96,7 @@ def toy(name, argument=""):
 
 
 @functools.cache
-def stepped(config):
+def take_steps(config):
   """Takes a step with each program of a run.
 
   Returns ([metrics of each step], names of the parameters that moved, names of all parameters).
@@ -145,7 +145,7 @@ ALIKE = ("base", "biformer", "cifar10", "compact_deit_s", "compact_digits", "com
 def test_a_config_takes_a_step_of_each_phase_on_eight_devices(name, argument):
   """Configs that are equal at this size are compiled only once."""
   config = toy(name, argument)
-  metrics, moved, leaves = stepped(config)
+  metrics, moved, leaves = take_steps(config)
   for values in metrics:
     assert all(np.isfinite(value) for value in values.values())
   assert {leaf for leaf in leaves if leaf.endswith("mlp/fc1/kernel")} <= moved
@@ -262,7 +262,7 @@ def test_methods_published_at_384_pixels_say_how_they_were_evaluated():
     ("dynamicvit_deit_s:deit_base_patch16_224", 5, (3, 6, 9)),
     ("dynamicvit_lvvit_s", 2, (4, 8, 12)), ("dynamicvit_lvvit_s:lvvit_m", 2, (5, 10, 15))])
 def test_dynamicvit_has_the_ratio_weight_and_stages_of_its_recipe(name, weight, blocks):
-  config, _ = named(name)
+  config, _ = config_and_epoch_steps(name)
   tokens = plan_of(config).tokens
   assert (config.loss.kept_ratio, tokens.keep, tokens.blocks) == (weight, 0.7, blocks)
 
@@ -272,7 +272,7 @@ def test_dynamicvit_has_the_ratio_weight_and_stages_of_its_recipe(name, weight, 
     *((f"compact_deit_s:scratch,{name}", f"deit_s:{name}")
       for name in ("deit_tiny_patch16_224", "deit_base_patch16_224"))])
 def test_compact_and_dense_differ_only_in_the_plan(compact, dense):
-  (one, _), (other, _) = named(compact), named(dense)
+  (one, _), (other, _) = config_and_epoch_steps(compact), config_and_epoch_steps(dense)
   assert plan_of(one) == vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())
   assert plan_of(other) == vc.Plan()
   values = [{key: value for key, value in configs.flat(config).items() if key != "plan"}
@@ -341,7 +341,7 @@ RECIPES = {
 }
 
 
-def named(name):
+def config_and_epoch_steps(name):
   """Returns (the config of "name" or "name:argument", its steps per epoch)."""
   name, *argument = name.split(":")
   config = load(name).get_config(*argument)
@@ -351,7 +351,7 @@ def named(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_config_has_the_numbers_of_its_recipe(name):
-  config, steps = named(name)
+  config, steps = config_and_epoch_steps(name)
   ema = config.ema_half_life and optim.ema_decay(config.ema_half_life, config.total_steps)
   pre = vc.preprocess(vc.create_model(config.model.name, image_size=config.model.image_size))
   resized = int(config.model.image_size / (config.data.eval_crop or pre.crop))
@@ -388,7 +388,7 @@ RATES = {
 
 @pytest.mark.parametrize("name", RATES)
 def test_a_config_has_the_published_learning_rates(name):
-  config, steps = named(name)
+  config, steps = config_and_epoch_steps(name)
   rate = optim.schedule(config.optim, config.total_steps - first_steps(config))
   for epoch, expected in RATES[name].items():
     assert rate(round(epoch * steps)) == pytest.approx(expected, rel=1e-4), epoch
@@ -400,7 +400,7 @@ def test_sparsifiner_has_the_two_phases_of_its_recipe(name):
   """First only the predictors for 5 epochs, at their own learning rate; then all of the model with
   CE + 0.5 KL + 0.5 MSE of patches. The MSE is that of LV-ViT's patch logits, which have no labels.
   """
-  config, epoch = named(name)
+  config, epoch = config_and_epoch_steps(name)
   weights = {key: weight for key, weight in config.loss.items()
              if key in ("labels", "hard", "soft", "logits", "patches", "patch_labels") and weight}
   if name != "sparsifiner_lvvit_s":

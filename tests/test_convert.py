@@ -151,7 +151,7 @@ def test_our_models_are_resized_with_their_positions_and_patches(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(16, 48), (16, 64)])   # the second: as many as 32 x 32
-def test_positions_of_oblong_images_are_resized_from_their_own_grid(tmp_path, size):
+def test_positions_of_non_square_images_are_resized_from_their_grid(tmp_path, size):
   wide = tiny.deit(depth=1, image_size=size)
   variables = tiny.init(wide)
   positions = variables["params"]["pos_embed"]

@@ -8,7 +8,7 @@ from tests import tiny
 from vitcompact.curvature import kl_per_error
 from vitcompact.measure import divergence
 
-SPREAD = 0.02   # of the random errors, relative to the output's
+SPREAD = 0.02   # scale of the random errors, relative to the output
 DRAWS = 24
 BRANCHES = {("blocks_0", "heads"): ("blocks_0", "attn", "out"),
             ("blocks_0", "ffn"): ("blocks_0", "mlp"),

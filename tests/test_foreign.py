@@ -27,7 +27,7 @@ def digest(state, model=MODEL, **options):
 WANTED = digest(STATE)
 
 
-def under(prefix, state=STATE):
+def add_prefix(prefix, state=STATE):
   return {prefix + name: value for name, value in state.items()}
 
 
@@ -96,9 +96,9 @@ def test_records_and_counters_among_weights_are_dropped_and_reported(records):
     loaded = convert.read_state_dict(MODEL, checkpoint)
     assert trees.digest(loaded.variables) == WANTED
     assert loaded.dropped == [name for name in records if name != 7]
-  swa = {"n_averaged": np.array(5), **under("module.")}
+  swa = {"n_averaged": np.array(5), **add_prefix("module.")}
   assert convert.read_state_dict(MODEL, swa).lines() == ["dropped: n_averaged"]
-  deeper = {"n_averaged": np.array(5), "epoch": 3, **under("module.net.")}
+  deeper = {"n_averaged": np.array(5), "epoch": 3, **add_prefix("module.net.")}
   assert convert.read_state_dict(MODEL, deeper).dropped == ["n_averaged", "epoch"]
   assert digest(deeper) == WANTED   # no warning: these are not weights
 
@@ -106,7 +106,7 @@ def test_records_and_counters_among_weights_are_dropped_and_reported(records):
 @pytest.mark.parametrize("prefix", ["model.", "backbone.", "encoder.", "module.model.", "a.0.b.",
                                     "_orig_mod.model.module.", "module.module.", "teacher."])
 def test_a_common_prefix_is_removed_and_reported(prefix):
-  loaded = convert.read_state_dict(MODEL, {"state_dict": under(prefix), "optimizer_states": [
+  loaded = convert.read_state_dict(MODEL, {"state_dict": add_prefix(prefix), "optimizer_states": [
       {"state": {0: {"exp_avg": np.ones(3)}}}], "hyper_parameters": {"lr": 1e-3}})
   assert trees.digest(loaded.variables) == WANTED
   rest = prefix
@@ -119,7 +119,7 @@ def test_a_common_prefix_is_removed_and_reported(prefix):
 def test_wrappers_of_compiled_and_sharded_layers_are_removed_from_names():
   wrapped = {name.replace("blocks.0.", "blocks.0._orig_mod.")
              .replace("attn.", "attn._fsdp_wrapped_module."): value
-             for name, value in under("_orig_mod.").items()}
+             for name, value in add_prefix("_orig_mod.").items()}
   assert digest(wrapped) == WANTED
 
 
@@ -146,10 +146,10 @@ def test_names_may_be_bytes():
 @pytest.mark.parametrize("checkpoint, taken", [
     ({"model": OTHER, "model_ema": STATE}, "model_ema"),
     ({"state_dict": OTHER, "state_dict_ema": STATE, "model": OTHER}, "state_dict_ema"),
-    ({"student": under("module.backbone.", OTHER), "teacher": under("backbone."),
+    ({"student": add_prefix("module.backbone.", OTHER), "teacher": add_prefix("backbone."),
       "dino_loss": {"center": np.ones((1, 9))}}, "teacher"),
-    ({"ckpt": {"net": OTHER, "ema": under("module.")}}, "ckpt.ema"),
-    ({"state_dict": {**under("model.", OTHER), **under("ema_model.module.")}},
+    ({"ckpt": {"net": OTHER, "ema": add_prefix("module.")}}, "ckpt.ema"),
+    ({"state_dict": {**add_prefix("model.", OTHER), **add_prefix("ema_model.module.")}},
      "state_dict.ema_model")])
 def test_one_of_several_sets_of_weights_is_chosen_and_reported(checkpoint, taken):
   with pytest.warns(UserWarning, match=f"several sets of weights: took {taken!r}, not .*weights="):
@@ -168,7 +168,7 @@ def test_one_of_several_sets_of_weights_is_chosen_and_reported(checkpoint, taken
 
 
 def test_one_of_several_networks_is_chosen_by_part_of_its_prefix():
-  both = {**under("student.backbone.", OTHER), **under("teacher.backbone."),
+  both = {**add_prefix("student.backbone.", OTHER), **add_prefix("teacher.backbone."),
           "teacher.head.mlp.weight": np.ones((3, 3))}
   with pytest.warns(UserWarning) as caught:
     assert digest(both) == WANTED
@@ -232,7 +232,7 @@ def test_a_value_that_is_not_a_model_is_refused_in_one_line():
 
 
 def test_of_many_misfits_a_few_are_shown_and_the_rest_counted(no_search):
-  said = refusal(MODEL, under("x", STATE)).split("\n")
+  said = refusal(MODEL, add_prefix("x", STATE)).split("\n")
   count = len(STATE)
   assert said[0].endswith(f"{count} missing, {count} unexpected, 0 misshapen; none of its names is "
                           "the model's")
@@ -314,7 +314,7 @@ def checkpoints(draw):
       [np.ones(3, np.float32), np.float32(3), np.ones(3, np.int8), "text", None]), max_size=6))
   state |= extra
   prefix = "".join(f"{part}." for part in draw(st.lists(WORDS, max_size=3)))
-  checkpoint = under(prefix, state)
+  checkpoint = add_prefix(prefix, state)
   if draw(st.booleans()):
     checkpoint = {name.encode(): value for name, value in checkpoint.items()}
   for box in draw(st.lists(BOXES, max_size=3)):

@@ -1,4 +1,4 @@
-"""The gallery: the command wrote its page and pictures, and its captions state counted numbers."""
+"""The gallery: its command wrote the page and pictures, and the captions state measured numbers."""
 import json
 import re
 

@@ -261,7 +261,7 @@ def test_sharded_weights_are_fetched_and_verified_one_by_one(server):
     hub.find("hf-hub:org/bad", model=NAME)
 
 
-# --- addresses ---
+# --- URLs ---
 
 def test_a_url_is_downloaded_once_and_verified_by_its_name(server):
   _, variables, file = network()

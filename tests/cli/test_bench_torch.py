@@ -50,7 +50,7 @@ class Network:
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def requests(monkeypatch):
   """Requests made to stand-ins for PyTorch and for timm, which knows only DeiTs here."""
   seen = {"threads": [], "networks": [], "compiled": 0}
 
@@ -83,7 +83,7 @@ def rows_of(printed: str) -> list[list[str]]:
           for line in printed.splitlines()[2:] if line.startswith("|")]
 
 
-def test_dense_models_are_timed_and_plans_without_a_timm_network_named(asked):
+def test_dense_models_are_timed_and_plans_without_a_timm_network_named(requests):
   printed = command.succeeds(
       "bench", NAME, "--plan", EVIT, "--image-size", 32, "--batch", 1, "--rounds", 1, "--threads",
       1, "--runtime", "xla,torch,torch-bf16,torch-compile")
@@ -93,18 +93,18 @@ def test_dense_models_are_timed_and_plans_without_a_timm_network_named(asked):
   about, note = printed.splitlines()[-2:]
   assert "threads 1" in about
   assert note == f"PyTorch has no row for {EVIT}: timm has no network of its plan"
-  assert set(asked["threads"]) == {1} and asked["compiled"] == 1
-  assert asked["networks"] == 3 * [{"name": NAME, "img_size": 32}]
+  assert set(requests["threads"]) == {1} and requests["compiled"] == 1
+  assert requests["networks"] == 3 * [{"name": NAME, "img_size": 32}]
 
 
-def test_sizes_that_differ_from_the_named_model_reach_timm(asked, tmp_path):
+def test_sizes_that_differ_from_the_named_model_reach_timm(requests, tmp_path):
   model = tiny.deit()
   path = tmp_path / "dense.safetensors"
   vc.save(path, *vc.fold(model, tiny.init(model)))
   assert rows_of(command.succeeds("bench", path, "--batch", 1, "--rounds", 1, "--runtime", "torch")
                  ) == [["dense", "PyTorch"], [str(path), "PyTorch"]]
-  assert asked["networks"][-1] == {"name": NAME, "img_size": 32, "patch_size": 8, "embed_dim": 24,
-                                   "depth": 2, "num_heads": 4}
+  assert requests["networks"][-1] == {"name": NAME, "img_size": 32, "patch_size": 8,
+                                      "embed_dim": 24, "depth": 2, "num_heads": 4}
 
 
 def test_the_thread_count_is_set_only_while_xla_starts(monkeypatch):
@@ -117,7 +117,7 @@ def test_the_thread_count_is_set_only_while_xla_starts(monkeypatch):
       assert os.environ.get(name) == before
 
 
-def test_the_refusal_says_why_timm_has_no_network(asked):
+def test_the_refusal_says_why_timm_has_no_network(requests):
   """EViT has the dense model's weights, but computes something else."""
   refusal = timm_network.refusal
   assert refusal(tiny.deit(deploy=True)) is None
@@ -134,27 +134,27 @@ def test_the_refusal_says_why_timm_has_no_network(asked):
 
 
 @pytest.mark.parametrize("name", ["shvit_s1", "nextvit_small"])
-def test_models_whose_deployed_form_timm_lacks_are_named(name, asked, monkeypatch):
+def test_models_whose_deployed_form_timm_lacks_are_named(name, requests, monkeypatch):
   monkeypatch.setattr(sys.modules["timm"], "is_model", lambda _: True)
   assert timm_network.refusal(vc.create_model(name, deploy=True)) == (
       "timm has no network of its deployed form, whose norms are folded into other layers")
   assert timm_network.refusal(vc.create_model("pvt_v2_b0", deploy=True)) is None
 
 
-def test_nothing_left_to_time_is_an_error(asked):
+def test_nothing_left_to_time_is_an_error(requests):
   assert ("timm has no network named lvvit_s; give --runtime xla, ort "
           "or openvino") in command.fails("bench", "lvvit_s", "--runtime", "torch")
 
 
 @pytest.mark.parametrize("name", ["torch", "timm"])
-def test_missing_packages_are_named_before_anything_is_compiled(name, asked, monkeypatch):
+def test_missing_packages_are_named_before_anything_is_compiled(name, requests, monkeypatch):
   monkeypatch.setitem(sys.modules, name, None)
   monkeypatch.setattr(bench, "compiled", None)
   assert (f"needs {name}, which is not installed; pip install torch timm"
           ) in command.fails("bench", NAME, "--runtime", "xla,torch")
 
 
-def test_a_broken_pytorch_is_not_called_missing(asked, monkeypatch):
+def test_a_broken_pytorch_is_not_called_missing(requests, monkeypatch):
   def broken():
     raise ImportError("cannot import name 'Mlp' from 'timm.layers'", name="timm.layers")
 

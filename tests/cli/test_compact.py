@@ -44,7 +44,7 @@ def test_measure_writes_a_report(files, tmp_path):
   assert vc.Report.load(tmp_path / "r").images == 32
 
 
-def said(*arguments):
+def stderr_of(*arguments):
   """Returns what a successful command writes to stderr."""
   result = CliRunner().invoke(cli.main, [str(argument) for argument in arguments],
                               catch_exceptions=False)
@@ -62,12 +62,12 @@ def test_differing_class_names_cause_a_warning(files, tmp_path, monkeypatch):
   options = ("--data", "digits", "--images", 8, "--sensitivity", "none", "--out")
   difference = "has other classes than {}: output 0 is {} there and {} in {} (the same names in"
   assert f"{named['theirs']} {difference.format('the data', repr('9'), repr('0'), 'the data')}" in \
-      said("measure", named["theirs"], *options, tmp_path / "a")
-  assert not said("measure", named["ours"], *options, tmp_path / "b")
-  told = said("verify", named["ours"], named["theirs"], "--images", 2)
+      stderr_of("measure", named["theirs"], *options, tmp_path / "a")
+  assert not stderr_of("measure", named["ours"], *options, tmp_path / "b")
+  told = stderr_of("verify", named["ours"], named["theirs"], "--images", 2)
   assert f"{named['ours']} has other classes than {named['theirs']}: output 0 is '0' there" in told
-  assert not said("verify", dense, named["ours"], "--images", 2)
-  assert "in the data" in said("verify", named["theirs"], dense, "--data", "digits")
+  assert not stderr_of("verify", dense, named["ours"], "--images", 2)
+  assert "in the data" in stderr_of("verify", named["theirs"], dense, "--data", "digits")
 
 
 @pytest.mark.parametrize(("crop", "wanted"), [(0.9, ("crop", None)), (0.8, ("crop", 0.8)),
@@ -82,7 +82,7 @@ def test_images_are_cropped_as_the_file_says(files, tmp_path, crop, wanted):
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def path_arguments(monkeypatch):
   """The arguments with which `path.run` was called."""
   found = []
   receipt = types.SimpleNamespace(ok=True, to_markdown=lambda: "# a receipt")
@@ -90,26 +90,26 @@ def asked(monkeypatch):
   return found
 
 
-def test_compact_without_distilling_trains_nothing(files, asked):
+def test_compact_without_distilling_trains_nothing(files, path_arguments):
   out = command.succeeds("compact", str(files / "dense.safetensors"), "--data", "digits",
                          "--macs", "0.7", "--out", "small")
-  (config, where), = asked
+  (config, where), = path_arguments
   assert "# a receipt" in out and where == "small"
   assert config.compact.macs == 0.7 and not config.compact.distil
   assert config.model.width == 8 and config.data.augment == "none"
   assert set(config.get("loss", {})) == set()
 
 
-def test_compact_distils_for_epochs_from_the_dense_model(files, asked):
+def test_compact_distils_for_epochs_from_the_dense_model(files, path_arguments):
   command.succeeds("compact", str(files / "dense.safetensors"), "--data", "digits", "--params",
                    "0.5", "--out", "small", "--distil", "2ep", "--batch-size", "32")
-  (config, _), = asked
+  (config, _), = path_arguments
   assert config.compact.distil and config.compact.params == 0.5
   assert config.total_steps == compact.steps_of("2ep", "digits", 32) > 1
   assert (config.loss.labels, config.loss.logits, config.loss.patches) == (0, 1, 1)
 
 
-def test_a_receipt_with_a_failed_proof_gives_exit_code_1(files, asked, monkeypatch):
+def test_a_receipt_with_a_failed_proof_gives_exit_code_1(files, path_arguments, monkeypatch):
   broken = types.SimpleNamespace(ok=False, to_markdown=lambda: "# a receipt")
   monkeypatch.setattr(path, "run", lambda *_, **__: broken)
   result = CliRunner().invoke(cli.main, ["compact", str(files / "dense.safetensors"), "--data",

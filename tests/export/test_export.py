@@ -98,7 +98,7 @@ def test_onnx_files_compute_every_family(name, fields, tmp_path):
     assert vc.export(model, variables, tmp_path / "a.xml").max_rel < 5e-6
 
 
-def test_the_graph_of_a_dense_model_has_the_ops_of_runtimes_kernels():
+def test_dense_graphs_use_operations_with_fast_kernels():
   model, variables = model_of()
   model, variables = vc.fold(model, variables)
   graph = onnx_file.model_of(Program(model, variables, vc.preprocess(model))).graph
@@ -131,7 +131,7 @@ def test_a_file_takes_pixels_and_records_classes_plan_and_preprocessing(suffix, 
   np.testing.assert_allclose(run(pixels), expected, atol=2e-5 * np.abs(expected).max())
 
 
-def test_openvino_stores_matrices_in_half_precision(small, tmp_path):
+def test_openvino_stores_matrices_in_half_precision_on_request(small, tmp_path):
   pytest.importorskip("openvino")
   whole, half = (vc.export(*small, tmp_path / f"{half}.xml", half=half) for half in (False, True))
   assert half.size < 0.95 * whole.size and whole.max_rel < 1e-5 < half.max_rel < 2e-2

@@ -228,7 +228,7 @@ def google_shapes(front, stacked, mha, mlp, norm, positions):
 
 
 def map_head_shapes():
-  """Of SigLIP's image encoder in big_vision: no class token, a head that attends."""
+  """Returns names and shapes of big_vision's SigLIP encoder: attention pooling, no class token."""
   shapes = google_shapes("params/img/", True, 0, 0, 1, "pos_embedding")
   shapes = {name: shape for name, shape in shapes.items() if "/head/" not in name
             and not name.endswith("/cls")}

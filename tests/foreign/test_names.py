@@ -25,14 +25,14 @@ LEFT = {"transformers MAE": ["the decoder"],
                    "the periods of rotary positions, which follow from sizes"]}
 
 
-def found(case, state=None):
+def translated_case(case, state=None):
   return foreign.find(case.state if state is None else state, set(case.timm))[0]
 
 
 @pytest.mark.parametrize("name", OF_TIMM)
 def test_names_and_shapes_become_timms(name):
   case = CASES[name]
-  got = found(case)
+  got = translated_case(case)
   assert {name: value.shape for name, value in got.state.items()} == case.timm
   assert got.source.split("'")[0] in ("DeiT III", "", name.split()[0])
 
@@ -162,7 +162,7 @@ def test_with_registers_the_class_token_absorbs_its_position(name):
   case = CASES[name]
   cls, positions = (next(value for key, value in case.state.items() if key.endswith(ends))
                     for ends in ("cls_token", ("pos_embed", "position_embeddings")))
-  got = found(case).state
+  got = translated_case(case).state
   np.testing.assert_array_equal(got["cls_token"], cls + positions[:, :1])
   np.testing.assert_array_equal(got["pos_embed"], positions[:, 1:])
 
@@ -171,4 +171,4 @@ def test_two_tensors_for_the_same_part_are_refused():
   case = CASES["transformers ViT without classifier"]
   other = case.state["encoder.layer.0.attention.attention.query.weight"]
   with pytest.raises(ValueError, match=r"two tensors of one name, .*are both blocks.0.attn.qkv"):
-    found(case, {**case.state, "layers.0.attention.q_proj.weight": other})
+    translated_case(case, {**case.state, "layers.0.attention.q_proj.weight": other})

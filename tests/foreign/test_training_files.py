@@ -17,7 +17,7 @@ WANTED = trees.digest(vc.from_torch(MODEL, STATE))
 HEAD = {"mlp.0.weight": np.ones((9, 24), np.float32), "last_layer.weight_g": np.ones((9, 1))}
 
 
-def under(prefix, state=STATE):
+def add_prefix(prefix, state=STATE):
   return {prefix + name: value for name, value in state.items()}
 
 
@@ -32,9 +32,9 @@ def read(checkpoint, model=MODEL, **options):
 
 
 def test_of_a_dino_file_the_teacher_is_read_without_the_projection_head():
-  file = {"student": {**under("module.backbone.", OTHER), **under("module.head.", HEAD)},
-          "teacher": {**under("backbone."), **under("head.", HEAD)}, "optimizer": {"state": {}},
-          "epoch": 3, "args": argparse.Namespace(arch="vit_small"),
+  file = {"student": {**add_prefix("module.backbone.", OTHER), **add_prefix("module.head.", HEAD)},
+          "teacher": {**add_prefix("backbone."), **add_prefix("head.", HEAD)},
+          "optimizer": {"state": {}}, "epoch": 3, "args": argparse.Namespace(arch="vit_small"),
           "dino_loss": {"center": np.ones((1, 9))}}
   digest, lines = read(file)
   assert digest == WANTED
@@ -48,9 +48,9 @@ def test_of_a_dino_file_the_teacher_is_read_without_the_projection_head():
 def test_of_a_dinov2_file_the_teacher_is_read_from_chunks_of_blocks(numbers):
   chunk = {name.replace("blocks.0.", f"blocks.{numbers[0]}.0.")
            .replace("blocks.1.", f"blocks.{numbers[1]}.1."): value for name, value in STATE.items()}
-  teacher = {**under("backbone.", {**chunk, "mask_token": np.ones((1, 24), np.float32)}),
-             **under("dino_head.", HEAD), **under("ibot_head.", HEAD)}
-  for file in ({"teacher": teacher}, {"model": under("teacher.", teacher)}):
+  teacher = {**add_prefix("backbone.", {**chunk, "mask_token": np.ones((1, 24), np.float32)}),
+             **add_prefix("dino_head.", HEAD), **add_prefix("ibot_head.", HEAD)}
+  for file in ({"teacher": teacher}, {"model": add_prefix("teacher.", teacher)}):
     digest, lines = read(file)
     assert digest == WANTED
     assert "names: DINOv2's, read as timm's" in lines
@@ -65,10 +65,10 @@ def test_two_blocks_with_the_same_number_are_refused():
 
 
 def test_pytorch_averages_and_lightning_checkpoints_are_read():
-  average = {"n_averaged": np.array(5), **under("module.")}
+  average = {"n_averaged": np.array(5), **add_prefix("module.")}
   assert read(average) == (WANTED, ["dropped: n_averaged"])
   for prefix in ("model.", "net.", "backbone.", "model.backbone.", "model.module._orig_mod."):
-    file = {"state_dict": under(prefix), "epoch": 3, "global_step": 9, "callbacks": {},
+    file = {"state_dict": add_prefix(prefix), "epoch": 3, "global_step": 9, "callbacks": {},
             "pytorch-lightning_version": "2.6", "hyper_parameters": {"lr": 0.1}}
     digest, lines = read(file)
     assert digest == WANTED and lines[0] == "weights: state_dict"
@@ -77,7 +77,7 @@ def test_pytorch_averages_and_lightning_checkpoints_are_read():
 def test_a_transformers_model_inside_lightning_keeps_its_classifier():
   case = cases()["transformers ViT"]
   model = vc.create_model(case.model, **case.fields)
-  file = {"state_dict": under("model.", case.state), "loss.weight": np.ones(5)}
+  file = {"state_dict": add_prefix("model.", case.state), "loss.weight": np.ones(5)}
   digest, lines = read(file, model)
   assert digest == trees.digest(vc.from_torch(model, case.state))
   assert "prefix taken off the names: model.vit." in lines

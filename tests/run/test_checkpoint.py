@@ -24,7 +24,7 @@ def state_of(scale=1.0, width=8, dtype="float32"):
                      "b": jnp.ones(5, "bfloat16")}}
 
 
-def shapes_and_places(state):
+def shapes_and_shardings(state):
   mesh = sharding.make_mesh(MESH_SIZES)
   specs = {2: P(None, "fsdp")}
   places = jax.tree.map(lambda leaf: NamedSharding(mesh, specs.get(leaf.ndim, P())), state)
@@ -52,7 +52,7 @@ def save(store, step, state, accuracy=0.5, progress=None):
 def test_state_and_progress_are_restored_with_the_requested_shardings(store):
   state = state_of()
   save(store, 3, state, progress={"data": {"next_index": 3}})
-  shapes, places = shapes_and_places(state)
+  shapes, places = shapes_and_shardings(state)
   restored, progress = store.restore(3, shapes, places)
   assert bits(restored) == bits(state)
   assert restored["empty"] == {}
@@ -70,7 +70,7 @@ def test_another_shape_dtype_or_leaf_is_refused_by_name(store, other, words):
   """Orbax alone would silently cast a float32 checkpoint to bfloat16."""
   save(store, 3, state_of())
   with pytest.raises(ValueError, match=words):
-    store.restore(3, *shapes_and_places(other))
+    store.restore(3, *shapes_and_shardings(other))
 
 
 def test_a_flipped_bit_is_refused(store):
@@ -83,7 +83,7 @@ def test_a_flipped_bit_is_refused(store):
   raw[raw.find(needle)] ^= 1
   file.write_bytes(raw)
   with pytest.raises(checkpoint.Damaged, match=r"is damaged: noise changed since"):
-    store.restore(3, *shapes_and_places(state))
+    store.restore(3, *shapes_and_shardings(state))
 
 
 def test_a_truncated_file_is_refused(store):
@@ -94,7 +94,7 @@ def test_a_truncated_file_is_refused(store):
   for path in data:
     path.write_bytes(path.read_bytes()[:20])
   with pytest.raises(checkpoint.Damaged, match=r"checkpoints/3 cannot be read"):
-    store.restore(3, *shapes_and_places(state))
+    store.restore(3, *shapes_and_shardings(state))
 
 
 def test_a_checksum_depends_on_the_bits_and_not_on_the_sharding():
@@ -131,7 +131,7 @@ def test_json_with_a_changed_digit_is_refused(store, tmp_path, part):
   path.write_text(text.replace("37", "36") if "37" in text else text.replace("0.25", "0.35"))
   assert path.read_text() != text
   with pytest.raises(checkpoint.Damaged, match="is damaged: its sha256 does not match"):
-    Checkpoints(tmp_path, keep_last=2).restore(3, *shapes_and_places(state_of()))
+    Checkpoints(tmp_path, keep_last=2).restore(3, *shapes_and_shardings(state_of()))
 
 
 @pytest.mark.parametrize("text", [
@@ -140,7 +140,7 @@ def test_metadata_that_is_not_a_valid_description_counts_as_damaged(store, text)
   save(store, 3, state_of())
   (store.directory / "3" / "meta" / "metadata").write_text(text)
   with pytest.raises(checkpoint.Damaged, match="metadata is damaged"):
-    store.restore(3, *shapes_and_places(state_of()))
+    store.restore(3, *shapes_and_shardings(state_of()))
 
 
 def leave_rubbish(directory):
@@ -161,7 +161,7 @@ def test_leftovers_of_kills_are_skipped_and_cleaned_up(store, tmp_path):
   assert sorted(os.listdir(store.directory)) == before       # a reader removes nothing
   again = Checkpoints(tmp_path, keep_last=2, clean=True)
   assert sorted(os.listdir(store.directory)) == ["2", "damaged.5", "scores.json"]
-  assert bits(again.restore(2, *shapes_and_places(state_of()))[0]) == bits(state_of(2))
+  assert bits(again.restore(2, *shapes_and_shardings(state_of()))[0]) == bits(state_of(2))
   save(again, 5, state_of(3), 0.0)
   assert again.steps() == [2, 5]
   again.close()
@@ -193,7 +193,7 @@ def test_a_failed_save_names_the_last_intact_step(store, tmp_path, monkeypatch):
   store.close()   # its thread may still write into the directory removed next
   again = Checkpoints(tmp_path, keep_last=2, clean=True)
   assert again.steps() == [1]
-  assert bits(again.restore(1, *shapes_and_places(state_of()))[0]) == bits(state_of())
+  assert bits(again.restore(1, *shapes_and_shardings(state_of()))[0]) == bits(state_of())
   save(again, 2, state_of(), 0.2)
   assert again.steps() == [1, 2]
 
