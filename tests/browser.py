@@ -1,6 +1,6 @@
-"""A headless Chromium that tests can ask, through a pipe and with nothing but the standard library.
+"""A headless Chromium that tests control through a pipe, using only the standard library.
 
-Chromium's DevTools protocol: JSON messages, each ended by a zero byte, on its descriptors 3 and 4.
+It speaks the DevTools protocol: JSON messages, each ended by a zero byte, on descriptors 3 and 4.
 """
 import contextlib
 import json
@@ -22,8 +22,7 @@ AS_3_AND_4 = ("import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.arg
 
 
 class Browser:
-  """One page of it. errors: what was said on its console besides information, and what it was
-  refused."""
+  """One page. errors: console messages above the level of information, and requests that failed."""
 
   def __init__(self, write: int, read: int):
     self.write, self.read, self.buffer, self.count, self.errors = write, read, b"", 0, []
@@ -67,20 +66,20 @@ class Browser:
       self.errors.append(event["params"]["args"])
 
   def run(self, script: str):
-    """The value of an expression, awaited where it is a promise."""
+    """Returns the value of an expression, awaited if it is a promise."""
     answer = self.ask("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
     assert "exceptionDetails" not in answer, answer["exceptionDetails"]
     return answer["result"].get("value")
 
   def wait(self, script: str, seconds: float = 60):
-    """Until an expression is true."""
+    """Waits until an expression is true."""
     end = time.monotonic() + seconds
     while not self.run(script):
       assert time.monotonic() < end, (script, self.errors)
       time.sleep(0.05)
 
   def choose(self, selector: str, *paths):
-    """Files, in an <input type="file">."""
+    """Chooses files in an <input type="file">."""
     root = self.ask("DOM.getDocument")["root"]["nodeId"]
     node = self.ask("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
     self.ask("DOM.setFileInputFiles", nodeId=node, files=list(map(str, paths)))
@@ -88,7 +87,7 @@ class Browser:
 
 @contextlib.contextmanager
 def browser(folder):
-  """A Browser whose profile is in a folder, without network."""
+  """Yields a Browser without network, whose profile is in `folder`."""
   if CHROMIUM is None:
     pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
   (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
@@ -104,7 +103,7 @@ def browser(folder):
              uploadThroughput=-1)
     yield page
   finally:
-    os.close(ours_out)   # which ends it
+    os.close(ours_out)   # ends Chromium
     try:
       process.wait(20)
     except subprocess.TimeoutExpired:

@@ -1,11 +1,11 @@
-"""Methods of each axis for small models, which pairs are legal, and plans that hold them all."""
+"""Methods of each axis for small models, the legal pairs, and plans that cover all of them."""
 import itertools
 
 import vitcompact as vc
 from tests import tiny
 
 METHODS = {
-    # Regions are of the whole grid, and so are the filters of heads beside them.
+    # Regions need the whole grid, and so do the filters of the heads combined with them.
     "heads": [vc.HMHSA(), vc.HeadPruning(kept_heads=3, heads=vc.HMHSA(real_heads=2)),
               vc.MoH(active=3, shared=1, capacity=1.0), vc.HMHSA(layout="grid"),
               vc.MoH(active=3, shared=1, heads=vc.HMHSA())],
@@ -17,7 +17,7 @@ METHODS = {
                vc.ToMe(r=3), vc.MCTF(r=3, blocks=(0,)), vc.FastPath(keep=(0.6,), blocks=(0,))],
     "ffn": [vc.CFFN(), vc.GLU(ffn=vc.CFFN()), vc.ConvGLU()],
 }
-# A choice is {axis: its place in METHODS}.
+# A choice is {axis: index into METHODS[axis]}.
 PAIRS = [dict(zip(axes, places, strict=True)) for axes in itertools.combinations(METHODS, 2)
          for places in itertools.product(*(range(len(METHODS[axis])) for axis in axes))]
 
@@ -27,7 +27,7 @@ def plan_of(choice):
 
 
 def combined(plan):
-  """Two blocks, so that one comes after what a reducer leaves; one where tokens are all there."""
+  """Returns a model of two blocks, so that one follows the reducer; of one if all tokens stay."""
   reduced = not isinstance(plan.get("tokens"), vc.FastPath | None)
   return tiny.deit(vc.Plan(**plan), depth=1 + reduced)
 
@@ -45,7 +45,7 @@ def pairs_in(choice):
 
 
 def covering(legal):
-  """Choices of up to four axes in which all these pairs are: a third as many as there are pairs."""
+  """Returns choices of up to four axes that cover all these pairs, in a third as many models."""
   allowed, choices = set().union(*map(pairs_in, legal)), []
   left = set(allowed)
   while left:
@@ -61,7 +61,7 @@ def covering(legal):
   return choices
 
 
-# Which these are is in a table of docs/methods.md, with the reasons, which `test_bench` holds.
+# docs/methods.md lists the legal and illegal pairs in a table, with the reasons.
 LEGAL_PAIRS = list(filter(is_legal, PAIRS))
 ILLEGAL = [plan_of(pair) for pair in PAIRS if pair not in LEGAL_PAIRS]
 CHOICES = covering(LEGAL_PAIRS)

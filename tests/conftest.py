@@ -1,8 +1,8 @@
-"""Settings that every test shares: eight fake CPU devices, no silent rank promotion, few passes.
+"""Settings shared by all tests: eight fake CPU devices, no silent rank promotion, few XLA passes.
 
-XLA optimises little here: tests compile much and run short, and the claims they check hold at any
-level of optimisation. What one process compiled, the others of the same call of pytest read: its
-workers and what tests start.
+XLA optimises little here: tests compile a lot and run briefly, and their claims hold at any
+optimisation level. All processes of one pytest call (its workers, and programs that tests start)
+share a compilation cache.
 """
 import ctypes
 import gc
@@ -11,10 +11,10 @@ import pathlib
 import shutil
 import tempfile
 
-# Tracing makes millions of small objects that live: collecting at every 700 of them was a tenth.
+# Tracing makes millions of long-lived objects: collecting after every 700 took a tenth of the time.
 gc.set_threshold(200_000, 20, 50)
-# Read by XLA when the first device is asked for, so before any test imports the library. A worker
-# has those of the process that started it: each is there once (tests/old/common.py compares them).
+# XLA reads these when the first device is requested, so set them before any test imports the
+# library. A worker inherits them: add each only once (tests/old/common.py compares them).
 FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0",
          "--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
 GIVEN = os.environ.get("XLA_FLAGS", "").split()
@@ -36,25 +36,25 @@ from tests.tiny_run import built, built_on_one, config, shared, uninterrupted  #
 
 
 def pytest_unconfigure():
-  """Of the process that made the folder, after its workers have ended."""
-  gc.freeze()   # what is left ends with the process: pytest would look through gigabytes of it
+  """Removes the cache, in the process that made it, after its workers have ended."""
+  gc.freeze()   # the process ends now: spares pytest a collection over gigabytes
   if COMPILED:
     shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forgets(request):
-  """Above 6 GB, what a process compiled is dropped after a module. Not after those of whole runs: a
-  worker has died of a segmentation fault there, with threads of an ended run still about."""
+  """Drops a process's compiled programs after a module once it holds 6 GB. Not after tests of whole
+  runs: a worker has died of a segmentation fault there with threads of an ended run active."""
   yield
   if request.path.parent.name == "run":
     return
-  statm = pathlib.Path("/proc/self/statm")    # of Linux
+  statm = pathlib.Path("/proc/self/statm")    # Linux only
   if not statm.exists():
     return
   if int(statm.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") > 6e9:
     jax.clear_caches()
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)   # glibc keeps what was freed
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)   # glibc keeps freed memory
     if trim:
       trim(0)

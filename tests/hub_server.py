@@ -1,7 +1,7 @@
-"""A server on this machine with the part of the Hugging Face hub's interface its library uses.
+"""A local server with the part of the Hugging Face hub's interface that its client library uses.
 
-Files below /resolve/ as the hub answers for them: the commit, and for large ones a redirect to
-where they lie, with their sha256; the list of files of a data set; and what an upload asks for.
+It serves files below /resolve/ as the hub does (with the commit, and for large files a redirect
+with their sha256), the list of files of a data set, and the requests of an upload.
 Nothing leaves the machine.
 """
 import base64
@@ -18,7 +18,7 @@ LARGE = (".safetensors", ".bin", ".pth", ".parquet")
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-  """The hub, in the place of the real one, with caches that are empty."""
+  """Yields a Hub that replaces the real one, with empty caches."""
   from huggingface_hub import constants
 
   from vitcompact.hub import download
@@ -40,19 +40,19 @@ def server(monkeypatch, tmp_path):
 class Hub:
   """repos: {"org/name": [{file name: bytes}, ...]}, a dict for each commit, the newest last.
 
-  asked: (method, path) of every request. lies: {sha256: bytes}, served in the place of a file.
+  asked: (method, path) of every request. lies: {sha256: bytes}, served instead of that file.
   """
 
   def __init__(self):
     self.repos, self.asked, self.lies, self.gated, self.files = {}, [], {}, set(), {}
     self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
     port = self.server.server_address[1]
-    # Large files lie on another host, to which the library follows no redirect when it asks.
+    # Large files are on another host, to which the client follows no redirect in a HEAD request.
     self.address, self.other = f"http://127.0.0.1:{port}", f"http://localhost:{port}"
     threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
   def add(self, repo: str, **files) -> str:
-    """A commit with these files besides the ones before; its name."""
+    """Adds a commit with these files besides the earlier ones, and returns its name."""
     files = {name.replace("__", "."): value for name, value in files.items()}
     commits = self.repos.setdefault(repo, [])
     commits.append({**(commits[-1] if commits else {}), **files})
@@ -62,7 +62,7 @@ class Hub:
     return hashlib.sha1(f"{repo} {number}".encode()).hexdigest()
 
   def gets(self, words: str = "") -> int:
-    """How many files were sent whose path has these words."""
+    """Returns the number of files sent whose path contains `words`."""
     return sum(method == "GET" and words in path for method, path in self.asked)
 
   def close(self):
@@ -83,7 +83,7 @@ def _handler(hub: Hub):
         self.wfile.write(body)
 
     def send_file(self, body, **headers):
-      """All of it, or from the byte on that a download goes on at."""
+      """Sends the whole file, or the rest of it if a download resumes."""
       start = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0]
       body, code = body[int(start):], 206 if "Range" in self.headers else 200
       self.answer(code, body, **headers)
@@ -93,11 +93,11 @@ def _handler(hub: Hub):
       hub.asked.append((self.command, path))
       body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
       parts = path.strip("/").split("/")
-      if parts[0] == "large":     # where a redirect leads
+      if parts[0] == "large":     # the target of a redirect
         known = {_sha256(data): data for commits in hub.repos.values() for files in commits
                  for data in files.values()}
         return self.send_file(hub.lies.get(parts[1], known[parts[1]]), ETag=f'"{parts[1]}"')
-      if parts[0] == "files":     # an address that is not of the hub
+      if parts[0] == "files":     # an address outside the hub
         if parts[1] not in hub.files:
           return self.answer(404)
         return self.send_file(hub.files[parts[1]])
@@ -109,7 +109,7 @@ def _handler(hub: Hub):
       return self.upload(path, body)
 
     def found(self, repo, revision):
-      """(commit, its files), or None after the answer that there is none."""
+      """Returns (commit, its files), or answers that there is none and returns None."""
       commits = hub.repos.get(repo)
       if commits is None:
         return self.answer(404, X_Error_Code="RepoNotFound")
@@ -178,7 +178,7 @@ def _handler(hub: Hub):
 
 
 def _blob(data: bytes) -> str:
-  """git's name of a file."""
+  """Returns git's name for a file's content."""
   return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 

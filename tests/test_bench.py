@@ -1,4 +1,4 @@
-"""Benchmarks that cannot lie: turns are taken, ratios are of one round, tables are results."""
+"""Benchmarks are fair: candidates take turns, ratios stay within a round, tables match results."""
 import importlib
 import json
 import statistics
@@ -36,7 +36,7 @@ SMALL = {"width": 8, "heads": 2, "image_size": 64}
 
 
 class Remote:
-  """Takes the seconds that it is given, one after another, and writes down that it was asked."""
+  """Reports the given seconds one after another, and logs each request."""
 
   def __init__(self, name="", seconds=(1.0,), log=None):
     self.name, self.left, self.log = name, list(seconds), [] if log is None else log
@@ -46,27 +46,27 @@ class Remote:
     return self.left.pop(0) if len(self.left) > 1 else self.left[0]
 
 
-def test_candidates_take_turns_in_an_order_that_rotates():
+def test_candidates_take_turns_in_a_rotating_order():
   log = []
   taken = bench.rounds_of({name: Remote(name, log=log) for name in "abc"}, rounds=4,
                           min_seconds=3.0)
-  # A first call, one to see how long it takes, and then three calls a turn.
+  # A first call, one to see how long it takes, then three calls per turn.
   assert "".join(name for name, _ in log) == "abc" + "abc" + "abc" + "bca" + "cab" + "abc"
   assert {calls for _, calls in log[6:]} == {3}
   assert {name: len(seconds) for name, seconds in taken.items()} == {"a": 4, "b": 4, "c": 4}
-  # Where one call is enough for all, finding that out was the first round.
+  # If one call is enough for every candidate, the call that showed this was the first round.
   log.clear()
   taken = bench.rounds_of({name: Remote(name, [9, 1, 2, 3], log) for name in "ab"}, rounds=3,
                           min_seconds=1.0)
   assert "".join(name for name, _ in log) == "ab" + "ab" + "ba" + "ab" and taken["a"] == [1, 2, 3]
-  # Warm-up calls of a turn are not counted.
+  # The warm-up calls of a turn are not counted.
   log.clear()
   taken = bench.rounds_of({name: Remote(name, [9, 7, 1, 7, 2], log) for name in "ab"}, rounds=2,
                           min_seconds=0, warmup_calls=1)
   assert "".join(name for name, _ in log) == "ab" + "aabb" + "bbaa" and taken["b"] == [1, 2]
 
 
-def test_ratios_are_of_the_same_round_so_that_what_slows_a_round_cancels():
+def test_ratios_stay_within_a_round_so_that_slowdowns_cancel():
   noise = [1, 1, 1.5, 10, 0.2, 7]
   timing = bench.paired({"a": Remote(seconds=noise), "b": Remote(seconds=[s / 2 for s in noise])},
                         rounds=5, min_seconds=1e-3)
@@ -74,7 +74,7 @@ def test_ratios_are_of_the_same_round_so_that_what_slows_a_round_cancels():
   assert timing["a"].seconds == statistics.median(noise[1:])
 
 
-def test_compilation_is_measured_apart_and_a_function_is_waited_for():
+def test_compilation_is_timed_separately_and_results_are_awaited():
   import jax.numpy as jnp
   program = bench.compiled(lambda x: x @ x, jnp.ones((256, 256)))
   timing = bench.paired({"product": program.call}, rounds=2, min_seconds=0)
@@ -82,7 +82,7 @@ def test_compilation_is_measured_apart_and_a_function_is_waited_for():
   assert timing["product"].clock == "cpu"
 
 
-def test_a_layer_is_compiled_timed_and_its_memory_counted():
+def test_a_layer_is_compiled_and_timed_and_its_memory_is_counted():
   rows = list(layer.run(Setting("cpu", rounds=2), shapes=((4, 2),), width=8, heads=2))
   assert {row["pass"] for row in rows} == {"forward", "forward and backward"}
   assert all(len(row["rounds"]) == 2 and min(row["rounds"]) > 0 for row in rows)
@@ -94,7 +94,7 @@ def test_a_layer_is_compiled_timed_and_its_memory_counted():
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-  """A folder of results of every suite, small, in which nothing was compiled: all take a second."""
+  """A folder of small results of every suite; nothing was compiled, every row takes one second."""
   folder = tmp_path_factory.mktemp("results")
   one = Candidate(Remote(), {"temporary_bytes": 1, "compile_seconds": 1.0})
   with pytest.MonkeyPatch.context() as patch:
@@ -125,9 +125,9 @@ def measured(tmp_path_factory):
   return folder
 
 
-def test_every_goal_finds_its_measurement(measured):
+def test_every_goal_finds_its_measurement_in_the_results(measured):
   lines = goals.table(measured).splitlines()
-  # Without a Python that has torch its rows are there and say so; all others were measured.
+  # Without a Python that has torch, its rows exist and say so; all others were measured.
   assert all("torch" in line for line in lines if "cpu, " in line and "not measured" in line)
   assert "| cpu, dense over plain Linen, batch 8 | 1.00 | >= 1.05 | within 5% |" in lines
   assert "| cpu, heads, batch 8 | 1.00 | >= 1.1 | NO |" in lines
@@ -135,7 +135,7 @@ def test_every_goal_finds_its_measurement(measured):
 
 
 def timed(folder, suite, seconds):
-  """Results of a suite whose every measured row took what a function of the row says."""
+  """Returns a suite's results, in which a measured row took `seconds(row)`."""
   found = json.loads((folder / f"{suite}_cpu.json").read_text())
   for row in found["rows"]:
     if row["seconds"] is not None:
@@ -148,7 +148,7 @@ def reached(make, found):
   return {goal.what: goal.measured for goal in make(found)}
 
 
-def test_goals_of_layers_are_ratios_to_the_fastest_dense_one_of_their_case(measured):
+def test_goals_of_layers_are_ratios_to_the_fastest_dense_layer_of_their_case(measured):
   taken = {"forward": {"dense": 6, "dense, einsum": 5, "dense, tiled": 7, "hMHSA": 4,
                        "hMHSA, logits site": 8, "block-sparse 25%": 2},
            "forward and backward": {"dense": 60, "dense, einsum": 50, "dense, tiled": 30,
@@ -174,7 +174,7 @@ def test_goals_of_layers_are_ratios_to_the_fastest_dense_one_of_their_case(measu
   assert got["hMHSA: temporary memory over input and output, 4097 tokens, forward"] == 256 / size
 
 
-def test_goals_of_models_and_steps_are_ratios_of_the_rows_they_name(measured):
+def test_goals_of_models_and_steps_are_ratios_of_the_named_rows(measured):
   names = list(goals.MODEL_TARGETS)
   taken = {"plain Linen": 18, "dense": 12, **{name: 12 / (2 + i) for i, name in enumerate(names)}}
   found = timed(measured, "model", lambda row: taken.get(row["name"], 100))
@@ -188,7 +188,7 @@ def test_goals_of_models_and_steps_are_ratios_of_the_rows_they_name(measured):
   assert set(reached(goals.tokens_goals, found).values()) == {1.5}
 
 
-def test_goals_of_a_gpu_are_ratios_to_cudnn_and_to_compiled_torch(measured):
+def test_gpu_goals_are_ratios_to_cudnn_and_to_compiled_torch(measured):
   taken = {"dense": 5, "dense, einsum": 9, "hMHSA": 4, "block-sparse 25%": 2}
   found = timed(measured, "layer", lambda row: taken.get(row["name"], 6))
   for row in found["rows"]:
@@ -202,7 +202,7 @@ def test_goals_of_a_gpu_are_ratios_to_cudnn_and_to_compiled_torch(measured):
       f"{goals.ALL}, batch 8": 3}
 
 
-def test_tables_say_what_was_not_measured(measured):
+def test_tables_say_which_rows_were_not_measured(measured):
   text = tables.markdown(measured)
   assert text.endswith("On GPU and TPU: **not measured**.")
   torch = next(line for line in text.splitlines() if line.startswith("| torch f32 |"))
@@ -217,7 +217,7 @@ def test_tables_say_what_was_not_measured(measured):
   assert tables.markdown(measured / "nothing") == "On CPU and GPU and TPU: **not measured**."
 
 
-def test_another_processor_has_a_table_of_its_own(measured, tmp_path):
+def test_each_processor_has_its_own_table(measured, tmp_path):
   found = json.loads((measured / "gemm_cpu.json").read_text())
   for name, processor in (("gemm_cpu", "One"), ("gemm_cpu_other", "Another")):
     (tmp_path / f"{name}.json").write_text(json.dumps({**found, "processor": processor}))
@@ -227,8 +227,8 @@ def test_another_processor_has_a_table_of_its_own(measured, tmp_path):
 
 
 @pytest.mark.parametrize("suite", program.SUITES)
-def test_a_candidate_that_was_not_measured_leaves_the_others_their_rows(suite, measured, tmp_path):
-  """It did not compile there, or is newer than the file."""
+def test_an_unmeasured_candidate_leaves_the_other_rows_intact(suite, measured, tmp_path):
+  """It did not compile on that device, or is newer than the file."""
   path = tmp_path / f"{suite}_cpu.json"
   full = json.loads((measured / path.name).read_text())
   keys = ("model", "image_size", "tokens", "batch", "pass", "what", "name", "product")
@@ -244,7 +244,7 @@ def test_a_candidate_that_was_not_measured_leaves_the_others_their_rows(suite, m
     goals.table(tmp_path)
 
 
-def test_accuracy_is_in_the_row_of_speed_from_its_longest_measurement(measured):
+def test_a_speed_row_shows_the_accuracy_of_the_longest_training(measured):
   row = {"name": "heads", "data": "digits", "accuracy": 0.9861, "difference": -0.005,
          "interval": 0.0123, "steps": 900}
   for name, steps, accuracy in (("x", 900, 0.9861), ("y", None, 0.9), ("z", 30, 0.8)):
@@ -259,8 +259,8 @@ def test_accuracy_is_in_the_row_of_speed_from_its_longest_measurement(measured):
   assert f"Accuracies as above: heads {cell}; attention not measured; " in text
 
 
-def test_the_tables_are_what_the_results_say(tmp_path):
-  """Written again, they do not change."""
+def test_the_tables_match_the_results(tmp_path):
+  """Writing them again changes nothing."""
   for path, name, table in ((tables.ROOT / "README.md", "front", tables.front()),
                             (results.FOLDER / "README.md", "speed", tables.markdown()),
                             (tables.ROOT / "docs/methods.md", "legal", methods_tables.legal())):
@@ -270,7 +270,7 @@ def test_the_tables_are_what_the_results_say(tmp_path):
     assert copy.read_text() == path.read_text(), path
 
 
-def test_results_are_read_as_they_were_written(tmp_path):
+def test_results_are_read_back_as_written(tmp_path):
   written = {"suite": "x", "load": [1.0, 2.0], "rows": [{"name": "a", "seconds": 1.5},
                                                         {"name": "b", "seconds": None}]}
   program.write(tmp_path / "x_cpu.json", written)
@@ -295,7 +295,7 @@ for line in sys.stdin:
 """
 
 
-def test_a_peer_of_another_python_takes_turns_and_what_it_lacks_is_said(tmp_path, monkeypatch):
+def test_a_peer_in_another_python_takes_turns_and_says_what_it_lacks(tmp_path, monkeypatch):
   script = tmp_path / "fake.py"
   script.write_text(FAKE)
   monkeypatch.setattr(peer, "SCRIPT", script)
@@ -315,7 +315,7 @@ def _built(setting, name):
   return candidate
 
 
-def test_a_python_without_torch_is_refused_in_a_line(tmp_path, monkeypatch):
+def test_a_python_without_torch_is_refused_in_one_line(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match="No such file or directory; give a Python that has torch"):
     peer.TorchPeer(str(tmp_path / "python"))
   script = tmp_path / "ends.py"
@@ -325,7 +325,7 @@ def test_a_python_without_torch_is_refused_in_a_line(tmp_path, monkeypatch):
     peer.TorchPeer(sys.executable)
 
 
-def test_batches_of_the_pipeline_and_of_the_loop_are_timed(tmp_path, capsys):
+def test_batches_of_the_pipeline_and_the_loop_are_timed(tmp_path, capsys):
   data.write_jpegs(tmp_path / "train" / "one", 3)
   data.write_jpegs(tmp_path / "val" / "one", 1)
   loop = data.pil_loop(sorted(tmp_path.glob("train/*/*.jpg")), 4)
@@ -337,7 +337,7 @@ def test_batches_of_the_pipeline_and_of_the_loop_are_timed(tmp_path, capsys):
 @pytest.mark.parametrize("arguments,words", [
     (("all", "--out", "x.json"), "error: --out names one file"),
     (("gemm", "--out", "README.md/x.json"), "error: [Errno")])
-def test_the_command_refuses_in_a_line(arguments, words):
+def test_the_command_refuses_wrong_arguments_in_one_line(arguments, words):
   command = [sys.executable, "-m", "experiments.bench", *arguments]
   done = subprocess.run(command, cwd=tables.ROOT, capture_output=True, text=True)
   assert done.returncode == 1 and done.stderr.count("\n") == 1
@@ -345,12 +345,12 @@ def test_the_command_refuses_in_a_line(arguments, words):
 
 
 @pytest.mark.parametrize("name", program.SUITES)
-def test_every_suite_is_a_module_with_a_table_and_goals(name):
+def test_every_suite_has_a_module_a_table_and_goals(name):
   assert callable(importlib.import_module(f"experiments.benchmarks.{name}").run)
   assert name in tables.SUITES and name in goals.SUITES["cpu"]
 
 
-# What the table of methods calls exact.
+# Methods that the table of methods calls exact.
 EXACT = {"MoH": vc.MoH(active=1.0), "Sparsifiner": vc.Sparsifiner(keep=1.0),
          "BiFormer": vc.BiFormer(keep=1.0, regions=2, min_tokens=0),
          "KeyMerging": vc.KeyMerging(keep=1.0, min_tokens=0),
@@ -359,7 +359,7 @@ EXACT = {"MoH": vc.MoH(active=1.0), "Sparsifiner": vc.Sparsifiner(keep=1.0),
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_what_is_said_to_start_exactly_from_dense_weights_does(name):
+def test_methods_called_exact_start_from_dense_weights_exactly(name):
   dense = tiny.deit()
   variables, x = tiny.init(dense), tiny.images(dense)
   model, got = vc.compact(dense, variables, vc.Plan(**{EXACT[name].axis: EXACT[name]}))
@@ -367,6 +367,6 @@ def test_what_is_said_to_start_exactly_from_dense_weights_does(name):
                              atol=1e-5)
 
 
-def test_every_method_says_how_it_starts():
+def test_the_table_says_how_every_method_starts():
   assert {kind.__name__ for kind in methods.kinds()} == methods.STARTS.keys()
   assert {name for name, how in methods.STARTS.items() if how.startswith("exactly")} == EXACT.keys()

@@ -1,5 +1,5 @@
-"""Model cards: the counts are vc.count's, what is not known is not told, and `push` writes the
-same."""
+"""Model cards: counts are vc.count's, unknown facts are left out, and `push` writes the same card.
+"""
 import ast
 import json
 import pathlib
@@ -23,12 +23,12 @@ PLAN = vc.Plan(heads=vc.HMHSA(), attention=vc.Sparsifiner(keep=0.25), ffn=vc.CFF
 
 
 def row(text, what) -> list[int]:
-  """The counts of a card's table."""
+  """Returns the counts in a row of a card's table."""
   found, = re.findall(rf"^\| {what} \| (.*) \|$", text, re.MULTILINE)
   return [int(number.replace(",", "")) for number in found.split(" | ")]
 
 
-def test_the_card_of_a_name_has_what_count_says():
+def test_the_card_of_a_named_model_has_the_numbers_of_count():
   text = card.of_model("deit_small_patch16_224.fb_in1k", PLAN, **SMALL)
   model = vc.create_model("deit_small_patch16_224", plan=PLAN, deploy=True, **SMALL)
   found, dense = vc.count(model), vc.count(model.clone(plan=vc.Plan()))
@@ -51,7 +51,7 @@ def test_the_card_of_a_name_has_what_count_says():
   assert len(calls) == 3 and "vc.pretrained('deit_small_patch16_224.fb_in1k')" in text
 
 
-def test_a_network_with_a_method_in_its_name_is_published_with_it():
+def test_a_network_named_after_a_method_is_published_with_it():
   sizes = {"image_size": 32, "patch_size": 8, "width": 24, "depth": 1, "heads": 4}
   text = card.of_model("inline_deit_tiny", **sizes)
   assert "the deployed (folded) form, as published." in text and "without the plan" not in text
@@ -60,14 +60,14 @@ def test_a_network_with_a_method_in_its_name_is_published_with_it():
   assert row(smaller, "without the plan") == row(text, "this model") > row(smaller, "this model")
 
 
-def test_a_method_without_room_is_told():
+def test_a_method_that_fits_no_block_is_reported():
   text = card.of_model("shvit_s1", vc.Plan(heads=vc.HMHSA()), **tiny.NETWORKS["shvit_s1"])
   assert "heads: `HMHSA()`: no block of this model has room for it." in text
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-  """A folded compact model in a file, whose source is told."""
+  """A folded compact model in a file that records its source."""
   model = tiny.deit(vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN()), depth=1)
   path = tmp_path_factory.mktemp("card") / "small.safetensors"
   model, variables = vc.fold(model, tiny.init(model))
@@ -83,7 +83,7 @@ def receipt_of(path, **about) -> str:
        "accuracy_interval": [0.853, 0.894]}]})
 
 
-def test_the_card_of_a_file_takes_the_accuracy_from_what_lies_beside_it(file, tmp_path):
+def test_the_card_of_a_file_takes_the_accuracy_from_its_receipt(file, tmp_path):
   beside = file.with_suffix(".json")
   text = command.succeeds("card", file)
   assert "Accuracy: not measured; no receipt of this model was given." in text
@@ -92,11 +92,11 @@ def test_the_card_of_a_file_takes_the_accuracy_from_what_lies_beside_it(file, tm
   assert "5 classes: 0 a, 1 b" in text and f"vc.pretrained({str(file)!r})" in text
   try:
     beside.write_text(receipt_of(file))
-    wanted = ("Accuracy: 87.50% of 1,000 test images of digits (95 % interval 85.30 to 89.40), "
-              "from small.json.")
-    assert f"{wanted}\n" in command.succeeds("card", file)
+    expected = ("Accuracy: 87.50% of 1,000 test images of digits (95 % interval 85.30 to 89.40), "
+                "from small.json.")
+    assert f"{expected}\n" in command.succeeds("card", file)
     beside.write_text(receipt_of(file, params_digest="0" * 64))
-    assert f"{wanted} The parameters that it was measured with have another digest" in (
+    assert f"{expected} The parameters that it was measured with have another digest" in (
         command.succeeds("card", file))
     beside.write_text(receipt_of(file).replace('"params": ', '"params": 1'))   # of another model
     assert "not measured" in command.succeeds("card", file)
@@ -107,7 +107,7 @@ def test_the_card_of_a_file_takes_the_accuracy_from_what_lies_beside_it(file, tm
   assert "from receipt.json." in command.succeeds("card", file, "--receipt", tmp_path)
 
 
-def test_push_writes_the_same_card(file, tmp_path):
+def test_push_writes_the_same_card_as_the_command(file, tmp_path):
   folder = tmp_path / "small"
   command.succeeds("push", file, "--out", folder)
   pushed = (folder / "README.md").read_text().splitlines()
@@ -116,7 +116,7 @@ def test_push_writes_the_same_card(file, tmp_path):
   assert [line for line in pushed if not line.startswith("sha256 of the file")] == own
 
 
-def test_all_are_written_into_a_folder(tmp_path, monkeypatch):
+def test_all_cards_are_written_into_a_folder(tmp_path, monkeypatch):
   small = {"deit_tiny_patch16_224": SMALL, "biformer_tiny": tiny.NETWORKS["biformer_tiny"]}
   of_model = card.of_model
   monkeypatch.setattr(card, "of_model", lambda name, *rest, **more: of_model(
@@ -132,7 +132,7 @@ def test_all_are_written_into_a_folder(tmp_path, monkeypatch):
   assert "form, dense." in (tmp_path / "biformer_tiny.md").read_text()
 
 
-def test_mistakes_are_named(file, tmp_path):
+def test_a_users_mistakes_are_named(file, tmp_path):
   for arguments, words in (
       ((), "give one NAME or FILE, or --all"), (("resnet50",), "unknown model 'resnet50'"),
       (("deit_tiny_patch16_224", "--all"), "--all and no name"), (("--all",), "--out FOLDER"),
@@ -142,7 +142,7 @@ def test_mistakes_are_named(file, tmp_path):
     assert words in command.fails("card", *arguments)
 
 
-def test_every_model_and_method_has_an_author():
+def test_every_model_and_method_names_its_paper():
   used = {next(pattern for pattern in card.NETWORKS if re.fullmatch(
       pattern.replace("*", ".*"), name)) for name in VARIANTS}
   assert used == card.NETWORKS.keys()
@@ -155,25 +155,25 @@ def test_every_model_and_method_has_an_author():
 
 
 @pytest.mark.parametrize("method", card.METHODS)
-def test_whose_a_method_is_stands_in_the_docs_too(method):
+def test_the_docs_cite_the_same_paper_for_a_method(method):
   rows = [line for line in (ROOT / "docs/provenance.md").read_text().splitlines()
           if line.startswith("|") and f"`{method}`" in line.split("|")[1]]
-  told = set(re.findall(r"\d{4}\.\d{5}", "".join(rows)))
-  if "(same abstract)" in "".join(rows):      # as hMHSA, of the row above
-    told.add("2306.10875")
+  cited = set(re.findall(r"\d{4}\.\d{5}", "".join(rows)))
+  if "(same abstract)" in "".join(rows):      # the row above: hMHSA's
+    cited.add("2306.10875")
   paper, = re.findall(r"\d{4}\.\d{5}", card.METHODS[method][0])
-  assert paper in told
+  assert paper in cited
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_large_patch14_224"])
-def test_what_is_said_of_weights_is_what_the_table_has(name):
+def test_the_known_weights_are_those_of_the_table_of_tags(name):
   rows = tags.table().get(name, {})
   line, = card._provenance(vc.create_model(name), None)[1:]
   assert all(f"`{tag}` (" in line for tag in rows) and ("none is known" in line) == (not rows)
 
 
-def test_the_default_plan_is_that_of_count(monkeypatch):
-  asked = []
-  monkeypatch.setattr(card, "of_model", lambda name, plan, **_: asked.append(plan))
+def test_the_default_plan_is_the_one_that_count_uses(monkeypatch):
+  plans = []
+  monkeypatch.setattr(card, "of_model", lambda name, plan, **_: plans.append(plan))
   cli_card.card_text("pvt_v2_b0", None, None)
-  assert asked == [vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())]
+  assert plans == [vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())]

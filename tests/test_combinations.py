@@ -1,5 +1,5 @@
-"""Every pair of methods of two axes is counted, and trains and folds in a model with methods of the
-other axes, or is refused with a reason."""
+"""Every pair of methods of two axes trains, folds and is counted in a model with methods of
+the other axes, or is refused with a reason."""
 import numpy as np
 import pytest
 
@@ -21,13 +21,13 @@ from vitcompact.count import macs_of
 ON_GRID = {"heads": vc.HMHSA(layout="grid")}
 
 
-def test_every_legal_pair_is_in_a_plan_that_trains():
+def test_every_legal_pair_is_in_a_plan_that_is_trained():
   held = set().union(*map(pairs_in, CHOICES))
   assert held == set().union(*map(pairs_in, LEGAL_PAIRS)) and len(COVERING) < len(LEGAL_PAIRS) / 2
 
 
 @pytest.mark.parametrize("plan", COVERING, ids=words)
-def test_it_trains_and_folds_to_the_same_function(plan):
+def test_a_combination_trains_and_folds_to_the_same_function(plan):
   model = combined(plan)
   variables = tiny.init(model)
   grads = tiny.gradients(model, variables, tiny.images(model))
@@ -41,16 +41,16 @@ def test_it_trains_and_folds_to_the_same_function(plan):
   count = vc.count(model)
   assert 0 < count.ideal_macs <= count.macs
   assert 0 < count.ideal_attention_macs <= count.attention_macs <= count.macs
-  # `count` reads the program of `init`, which has to have the products of that of `apply`.
+  # `count` reads the program of `init`, which must have the same products as that of `apply`.
   assert macs_of(model.apply, variables, tiny.images(model, 1)).total == count.macs
 
 
-# Both axes at once by default, and each alone besides.
+# Both axes at once in the default run, and each alone as well in the full one.
 @pytest.mark.parametrize("plan", [
     {**ON_GRID, "ffn": vc.CFFN()},
     *(pytest.param(plan, marks=pytest.mark.slow) for plan in (ON_GRID, {"ffn": vc.CFFN()}))],
                          ids=words)
-def test_a_backbone_that_routes_trains_and_folds_under_the_other_axes(plan):
+def test_a_backbone_with_routing_trains_and_folds_under_the_other_axes(plan):
   model = tiny.biformer(vc.Plan(**plan))
   variables = tiny.init(model)
   grads = tiny.gradients(model, variables, tiny.images(model))
@@ -61,21 +61,21 @@ def test_a_backbone_that_routes_trains_and_folds_under_the_other_axes(plan):
                              tiny.apply(model, variables, tiny.images(model)), rtol=1e-4, atol=1e-4)
 
 
-# Of axes that do not change each other's work.
+# Axes that do not affect each other's cost.
 ADDED = [plan for plan in map(plan_of, LEGAL_PAIRS)
          if "ffn" in plan and plan.keys() & {"heads", "attention"}]
 
 
 @pytest.mark.parametrize("plan", ADDED, ids=words)
-def test_what_the_axes_save_adds_up(plan):
+def test_the_savings_of_independent_axes_add_up(plan):
   dense, both = vc.count(tiny.deit(depth=1)), vc.count(tiny.deit(vc.Plan(**plan), depth=1))
-  each = [vc.count(tiny.deit(vc.Plan(**{axis: spec}), depth=1)) for axis, spec in plan.items()]
+  counts = [vc.count(tiny.deit(vc.Plan(**{axis: spec}), depth=1)) for axis, spec in plan.items()]
   for field in ("macs", "ideal_macs", "params"):
-    saved = sum(getattr(dense, field) - getattr(one, field) for one in each)
+    saved = sum(getattr(dense, field) - getattr(one, field) for one in counts)
     assert getattr(both, field) == getattr(dense, field) - saved
 
 
-def test_shvit_takes_heads_as_absent_and_ffns():
+def test_shvit_accepts_ffn_methods_and_ignores_head_methods():
   model = tiny.shvit(vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN()))
   assert [model.plan.at(site).heads for site in model.sites()] == [None] * 3
   assert vc.count(model).params != vc.count(tiny.shvit()).params
@@ -83,7 +83,7 @@ def test_shvit_takes_heads_as_absent_and_ffns():
 
 @pytest.mark.parametrize("plan", [{axis: method} for axis in ("attention", "tokens")
                                   for method in METHODS[axis]], ids=words)
-def test_shvit_refuses_what_it_has_no_place_for(plan):
+def test_shvit_refuses_methods_that_it_has_no_place_for(plan):
   with pytest.raises(ValueError, match=r"a single head there|may be dropped or merged|may bypass"
                      ) as error:
     tiny.shvit(vc.Plan(**plan))
@@ -91,7 +91,7 @@ def test_shvit_refuses_what_it_has_no_place_for(plan):
 
 
 @pytest.mark.parametrize("plan", ILLEGAL, ids=words)
-def test_what_does_not_compose_is_refused_with_the_reason(plan):
+def test_methods_that_do_not_compose_are_refused_with_the_reason(plan):
   with pytest.raises(ValueError, match=r"needs .* which .* takes away; ") as error:
     combined(plan)
   assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""The experiment of compacting: intervals are paired, and its page shows what was measured."""
+"""The compaction experiment: intervals are paired, and its page shows what was measured."""
 import importlib
 import itertools
 import json
@@ -24,15 +24,15 @@ def folds_with(*pairs):
           for gained, lost in pairs]
 
 
-def test_an_interval_is_of_pairs_over_the_images_of_all_folds():
-  # 14 pairs of 200 differ, 6 more lost than gained; half a pair is added to each side.
+def test_intervals_are_paired_over_the_images_of_all_folds():
+  # 14 of 200 pairs differ, with 6 more lost than gained; half a pair is added to each side.
   margin = 196 * (15 - 6 ** 2 / 202) ** 0.5 / 202
   assert f"| -3.00 ± {margin:.2f} |" in compaction.table(folds_with((4, 5), (0, 5)))
-  assert "| +0.00 ± 1.92 |" in compaction.table(folds_with((0, 0)))   # none differs: not surely 0
+  assert "| +0.00 ± 1.92 |" in compaction.table(folds_with((0, 0)))   # not 0 even if none differs
 
 
-def test_a_judge_compares_image_by_image(monkeypatch):
-  """Two models of equal accuracy that err on other images."""
+def test_a_judge_compares_models_image_by_image(monkeypatch):
+  """Two models of equal accuracy err on different images."""
   judge = object.__new__(compaction.Judge)
   judge.labels, judge.macs = np.zeros(4, int), 2 * vc.count(tiny.deit()).macs
   judge.dense = np.eye(2)[[0, 0, 1, 1]]
@@ -63,7 +63,7 @@ def test_the_page_shows_what_was_measured(name):
 
 
 @pytest.mark.parametrize("name", list(compaction.DATA))
-def test_models_of_equal_cost_are_of_about_half_and_a_quarter_of_the_macs(name):
+def test_models_of_equal_cost_have_about_half_or_a_quarter_of_the_macs(name):
   data = compaction.DATA[name]
   sizes = {**data.dense().model.to_dict(), "num_classes": 10}
   variant = sizes.pop("name")
@@ -74,7 +74,7 @@ def test_models_of_equal_cost_are_of_about_half_and_a_quarter_of_the_macs(name):
     assert macs / dense == pytest.approx(share, abs=0.035)
 
 
-def test_the_committed_model_is_that_of_its_config():
+def test_the_committed_model_matches_its_config():
   file = compaction.DATA["fashion_mnist"].file
   assert file.stat().st_size < 3e6
   model, _ = vc.load(file)
@@ -83,9 +83,9 @@ def test_the_committed_model_is_that_of_its_config():
   assert vc.convert.classes_of(file)[9] == "Ankle boot"
 
 
-def test_kl_grows_with_the_tokens_that_go_as_a_quick_look_takes_it_to():
-  """Of each reducer, from one of its rates to the next; docs/compaction.md has the least and most.
-  """
+def test_kl_grows_with_removed_tokens_as_a_quick_report_assumes():
+  """For each reducer, from one rate to the next; docs/compaction.md states the smallest and largest
+  exponent."""
   looking = importlib.import_module("vitcompact.measure")
   rows = one_shot.load()["rows"]
   site = vc.load(one_shot.DATA[one_shot.NAME].file)[0].submodules()["blocks_0"].site
@@ -93,15 +93,15 @@ def test_kl_grows_with_the_tokens_that_go_as_a_quick_look_takes_it_to():
   for name, plan in one_shot.plans()["tokens"].items():
     found.setdefault(type(plan.tokens), []).append(
         (looking._removed_share(plan.tokens, site), rows[name]["kl"]))
-  powers = [math.log(more / kl) / math.log(most / gone) for few in found.values()
-            for (gone, kl), (most, more) in itertools.pairwise(few)]
+  powers = [math.log(more / kl) / math.log(most / gone) for points in found.values()
+            for (gone, kl), (most, more) in itertools.pairwise(points)]
   assert min(powers) < looking.GROWTH < max(powers)
   text = f"between {min(powers):.2f} and {max(powers):.2f}"
   assert text in (ROOT / "docs/compaction.md").read_text()
 
 
-def test_each_row_is_in_results_at_once(tmp_path, monkeypatch):
-  """A run takes an hour, and may be ended before its last row."""
+def test_each_row_is_saved_at_once(tmp_path, monkeypatch):
+  """A run takes an hour, and may be interrupted before its last row."""
   monkeypatch.setattr(compaction, "ROOT", tmp_path)
   (tmp_path / "results").mkdir()
   fold = object.__new__(compaction.Fold)
@@ -112,7 +112,7 @@ def test_each_row_is_in_results_at_once(tmp_path, monkeypatch):
   assert found["models"] == {"dense": {**ROW, "commit": found["commit"]}}
 
 
-def test_a_row_that_some_folds_lack_says_how_many_have_it():
+def test_a_row_missing_from_some_folds_says_how_many_have_it():
   whole, part = folds_with((0, 0), (0, 0))
   del part["models"]["measured, 50 %"]
   assert "| measured plan of 50 % (1 of 2 dense models) |" in compaction.table([whole, part])
@@ -126,13 +126,13 @@ def test_the_page_shows_what_measuring_and_compacting_cost():
       {**found, "steps": {"forward": found["steps"]["forward"]}})
 
 
-def test_what_was_not_run_is_said_to_be():
+def test_the_page_says_what_was_not_run():
   text = compaction.described([{"models": {"dense": {**ROW, "gained": 0, "lost": 0}}}])
   assert "12 random plans: not run." in text and "A plan for a speedup: not timed." in text
   assert "with about half of the MACs, trained as long |  | not run |  |  |" in text
 
 
-def test_the_table_of_settings_is_that_of_its_results():
+def test_the_table_of_settings_matches_its_results():
   found = one_shot.load()
   assert one_shot.table(found) in (ROOT / "results/README.md").read_text()
   assert set(found["rows"]) == {"dense"}.union(
@@ -142,18 +142,18 @@ def test_the_table_of_settings_is_that_of_its_results():
       assert vc.Plan.from_json(json.dumps(found["rows"][name]["plan"])) == plan, name
 
 
-def test_the_table_of_short_trainings_is_that_of_its_results():
+def test_the_table_of_short_trainings_matches_its_results():
   found, page = fine_tuning.load(), (ROOT / "results/README.md").read_text()
   assert f"\n{fine_tuning.table(found)}\n" in page
-  settings = {name: setting for few in fine_tuning.settings().values()
-              for name, setting in few.items()}
-  plans = {name: plan for few in one_shot.plans().values() for name, plan in few.items()}
+  settings = {name: setting for group in fine_tuning.settings().values()
+              for name, setting in group.items()}
+  plans = {name: plan for group in one_shot.plans().values() for name, plan in group.items()}
   assert {"dense"} < found["rows"].keys() <= settings.keys()
   for name, row in found["rows"].items():
     setting = settings[name]
-    wanted = setting.plan or plans.get(setting.deployed, vc.Plan())
-    assert vc.Plan.from_json(json.dumps(row["plan"])) == wanted, name
-  for name, setting in settings.items():   # what is trained is deployed in the form that was timed
+    expected = setting.plan or plans.get(setting.deployed, vc.Plan())
+    assert vc.Plan.from_json(json.dumps(row["plan"])) == expected, name
+  for name, setting in settings.items():   # the timed form is the deployed form of the trained one
     if setting.plan:
       model = vc.load(one_shot.DATA[one_shot.NAME].file)[0]
       macs = [vc.count(model.clone(plan=plan, deploy=True)).macs
@@ -161,8 +161,8 @@ def test_the_table_of_short_trainings_is_that_of_its_results():
       assert macs[0] == macs[1], name
 
 
-def test_a_short_training_is_compared_with_the_dense_model_of_its_seed():
-  """Differences of -1, -2 and -3 points: Student's t of two degrees of freedom, 4.303."""
+def test_a_short_training_is_compared_with_the_dense_model_of_that_seed():
+  """Differences of -1, -2 and -3 points, with Student's t for 2 degrees of freedom, 4.303."""
   def row(*accuracies):
     return {"before": 0.5, "seeds": {
         str(seed): {"accuracy": accuracy, "macs": 0.5, "images": 100}
@@ -176,8 +176,8 @@ def test_a_short_training_is_compared_with_the_dense_model_of_its_seed():
   assert "| hMHSA, 3 of 6 | | | | not run | | |" in text
 
 
-def test_what_lies_above_the_line_of_dense_models_is_said():
-  """Of dense models of times 1, 0.5 and 0.25, the middle one is the best."""
+def test_methods_above_the_dense_curve_are_reported():
+  """Of the dense models with times 1, 0.5 and 0.25, the middle one is the best."""
   def row(axis, time, accuracy):
     return {"axis": axis, "accuracy": accuracy, "rounds": {"dense": [1.0] * 3, "this": [time] * 3}}
 
@@ -190,7 +190,7 @@ def test_what_lies_above_the_line_of_dense_models_is_said():
   assert one_shot.above(found) == ["on the way", "slow and better"]
 
 
-def test_a_quick_report_is_compared_by_what_it_inferred():
+def test_a_quick_report_is_compared_by_its_inferred_options():
   def report(*options):
     return types.SimpleNamespace(blocks=[{"options": [Option("ffn", None, None, kl, tried)
                                                       for kl, tried in options]}])

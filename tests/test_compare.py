@@ -1,4 +1,4 @@
-"""compare reads what runs wrote, and says what is missing."""
+"""compare reads the logs of runs, and says what is missing."""
 import json
 
 import pytest
@@ -12,18 +12,18 @@ def runs(tmp_path):
   for name, factor in (("a", 1.0), ("b", 2.0)):
     (tmp_path / name).mkdir()
     lines = [{"step": step, "loss": factor / step, "mode": "train"} for step in (1, 2, 2, 3)]
-    lines[1]["loss"] = 9.0    # before a kill; step 2 was done again
+    lines[1]["loss"] = 9.0    # logged before a kill; step 2 was repeated
     lines.append({"step": 3, "test_accuracy": 0.5 * factor})
     (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n"
                                                            for line in lines))
   return [str(tmp_path / "a"), str(tmp_path / "b")]
 
 
-def test_a_step_that_was_done_again_counts_once(runs):
+def test_a_repeated_step_counts_once(runs):
   assert compare.read(runs[1])["loss"] == {1: 2.0, 2: 1.0, 3: 2 / 3}
 
 
-def test_runs_are_plotted_and_their_ends_told(runs, tmp_path):
+def test_runs_are_plotted_and_their_final_scores_printed(runs, tmp_path):
   out = tmp_path / "out.png"
   rows = [line.split() for line in command.succeeds("compare", *runs, "--out", out).splitlines()]
   assert out.read_bytes().startswith(b"\x89PNG")
@@ -34,5 +34,5 @@ def test_runs_are_plotted_and_their_ends_told(runs, tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     (["/nowhere"], "/nowhere/metrics.jsonl is not there"),
     (["--metric", "los"], "no run has los; there are loss, test_accuracy")])
-def test_a_mistake_gets_one_line(runs, arguments, words):
+def test_a_mistake_is_reported_in_one_line(runs, arguments, words):
   assert words in command.fails("compare", "--out", "x.png", *runs, *arguments)

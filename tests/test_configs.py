@@ -1,4 +1,4 @@
-"""Every config of configs/ is complete, and builds; the compact ones differ only in their plan."""
+"""Every config in configs/ is complete and builds; the compact ones differ only in their plan."""
 import functools
 import importlib
 import pathlib
@@ -29,18 +29,18 @@ def plan_of(config):
 
 
 def first_steps(config):
-  """Of a method's first phase."""
+  """Returns the number of steps of a method's first phase."""
   return config.get("reconstruct", {}).get("steps", 0)
 
 
-def test_the_base_has_every_key_that_is_no_methods_with_the_librarys_default():
+def test_the_base_has_all_keys_but_those_of_methods_at_their_defaults():
   values = configs.flat(load("base").get_config())
   assert values.pop("plan").to_dict() == {}
   assert {key: value for key, value in values.items() if not key.startswith("model.")} == {
       key: setting.default for key, setting in configs.KEYS.items()}
 
 
-def test_words_of_an_argument_are_switches_or_the_one_text_and_no_typo_passes():
+def test_argument_words_are_switches_or_the_one_text_and_typos_fail():
   parse = load("base").parse
   chosen = parse("b,large,runlocal", model="a", large=False, deep=False)
   assert chosen.to_dict() == {"model": "b", "large": True, "deep": False, "runlocal": True}
@@ -48,7 +48,7 @@ def test_words_of_an_argument_are_switches_or_the_one_text_and_no_typo_passes():
     parse("lrage", large=False)
 
 
-def teaches(config):
+def has_teacher_loss(config):
   return any(config.loss[key] for key in ("hard", "soft", "logits", "patches"))
 
 
@@ -62,12 +62,12 @@ def imagenet(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_config_builds_and_its_rules_cover_every_parameter(name, imagenet):
+def test_a_config_builds_and_its_rules_match_every_parameter(name, imagenet):
   """Shapes only: nothing is allocated or compiled."""
   config = load(name).get_config()
   if config.data.name.startswith(("folder:", "tfds:")):
     config.data.name = f"folder:{imagenet}"
-  if teaches(config):
+  if has_teacher_loss(config):
     config.teacher.file = "named on the command line.safetensors"
   run = loop.build(loop.resolve(config))
   params = trees.named_leaves(run.shapes.params)
@@ -77,14 +77,14 @@ def test_a_config_builds_and_its_rules_cover_every_parameter(name, imagenet):
 
 
 def toy(name, argument=""):
-  """A config with `runlocal`, with what that leaves out: a teacher, and token labels."""
+  """Returns a config with `runlocal` and what that leaves out: a teacher and token labels."""
   words = ",".join(filter(None, (argument, "runlocal")))
   config, shipped = load(name).get_config(words), load(name).get_config(argument)
   config.update(batch_size=16, ema_half_life=0.0, seed=0, eval_params="raw")
   config.model.drop_path_rate = 0.1
   if shipped.data.augment == "token_labels":
     config.data.augment = "token_labels"
-  if teaches(shipped):
+  if has_teacher_loss(shipped):
     config.loss.update({key: shipped.loss[key] for key in ("hard", "soft", "logits", "patches")})
     config.teacher.file = "named on the command line.safetensors"
   same = {"learning_rate": 1e-2, "final_learning_rate": 1e-2, "warmup_learning_rate": 1e-2}
@@ -96,8 +96,11 @@ def toy(name, argument=""):
 
 
 @functools.cache
-def stepped(config):
-  """What the programs of a run return: ([metrics of a step of each], parameters that moved)."""
+def take_steps(config):
+  """Takes a step with each program of a run.
+
+  Returns ([metrics of each step], names of the parameters that moved, names of all parameters).
+  """
   run, rng = loop.build(config), np.random.default_rng(0)
   state = jax.tree.map(
       lambda leaf, where: jax.device_put(_drawn(rng, leaf), where), run.shapes, run.shardings)
@@ -117,7 +120,7 @@ def stepped(config):
 
 
 def _drawn(rng, leaf):
-  """A leaf of a state: zeros where whole numbers are, else random, and positive."""
+  """Returns a leaf of a state: zeros for integers, else random and positive."""
   if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     return jax.random.key(0)
   if not np.issubdtype(leaf.dtype, np.floating):
@@ -126,7 +129,7 @@ def _drawn(rng, leaf):
 
 
 DISTILLED = "deit_tiny_distilled_patch16_224"
-# Their steps are of families that tests/models steps, or differ from others' in figures alone.
+# Their steps are covered by tests/models, or differ from those of others only in numbers.
 ALIKE = ("base", "biformer", "cifar10", "compact_deit_s", "compact_digits", "compact_fashion_mnist",
          "davit", "deit_b_384", "deit_s", "dynamicvit_deit_s", "evit_deit_s", "fashion_mnist",
          "inline", "lvvit_s_384", "nextvit_384", "shapes", "shvit", "sparse_digits",
@@ -136,13 +139,13 @@ ALIKE = ("base", "biformer", "cifar10", "compact_deit_s", "compact_digits", "com
 @pytest.mark.parametrize("name, argument", [
     *(pytest.param(name, "", marks=[pytest.mark.slow] * (name in ALIKE)) for name in NAMES),
     ("deit_s", DISTILLED), ("sparsifiner_deit_s", "evit"), ("digits", "dense"),
-    # EViT is in the step of sparsifiner_deit_s:evit, and AdamW in those of all others.
+    # The step of sparsifiner_deit_s:evit covers EViT, and those of all others cover AdamW.
     *(pytest.param(*case, marks=pytest.mark.slow)
       for case in (("evit_deit_s", "scratch"), ("cifar10", "adamw")))])
 def test_a_config_takes_a_step_of_each_phase_on_eight_devices(name, argument):
-  """Configs that are the same at this size are compiled once."""
+  """Configs that are equal at this size are compiled only once."""
   config = toy(name, argument)
-  metrics, moved, leaves = stepped(config)
+  metrics, moved, leaves = take_steps(config)
   for values in metrics:
     assert all(np.isfinite(value) for value in values.values())
   assert {leaf for leaf in leaves if leaf.endswith("mlp/fc1/kernel")} <= moved
@@ -150,7 +153,7 @@ def test_a_config_takes_a_step_of_each_phase_on_eight_devices(name, argument):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_docstring_names_the_command_that_runs_the_file(name):
+def test_a_docstring_names_the_command_that_runs_its_config(name):
   words = " ".join(load(name).__doc__.replace("\\", "").split())
   assert re.search(rf"python main.py --config=configs/{name}.py(:\w+)? --workdir=", words)
 
@@ -160,8 +163,8 @@ CONVERTED = [name for name in NAMES
 
 
 @pytest.mark.parametrize("name", CONVERTED)
-def test_a_docstring_makes_the_file_that_its_run_starts_from(name, tmp_path, monkeypatch):
-  """Of a narrow model of 224 pixels and ImageNet's classes."""
+def test_the_command_in_a_docstring_makes_the_initial_weights(name, tmp_path, monkeypatch):
+  """It converts a narrow model of 224 pixels and ImageNet's classes."""
   config, words = load(name).get_config(), load(name).__doc__.replace("\\\n", "").split()
   given, *options = words[words.index("vitcompact") + 2:words.index("main.py") - 1]
   source = vc.create_model(config.model.name, image_size=224, width=8, depth=1, heads=1)
@@ -170,9 +173,9 @@ def test_a_docstring_makes_the_file_that_its_run_starts_from(name, tmp_path, mon
   convert.save(given, source, jax.tree.map(np.asarray, tiny.init(source)))
   command.succeeds("convert", given, *options)
   out = options[options.index("--out") + 1]
-  made, _ = convert.load(out)
-  assert made.image_size == config.model.image_size
-  assert made.num_classes == {"tfds:cifar10": 10}.get(config.data.name, 1000)
+  converted, _ = convert.load(out)
+  assert converted.image_size == config.model.image_size
+  assert converted.num_classes == {"tfds:cifar10": 10}.get(config.data.name, 1000)
   assert f"--config.init_from={out}" in words
 
 
@@ -182,8 +185,8 @@ def dense_macs(name, sizes):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_docstring_tells_cost_and_result_and_a_cost_in_flop_is_counted(name):
-  """Six FLOP for a multiply-accumulate: forward, and twice as much backward."""
+def test_a_docstring_states_result_and_cost_and_its_flop_are_counted(name):
+  """Six FLOP per multiply-accumulate: two in the forward pass, four in the backward pass."""
   text, config = load(name).__doc__, load(name).get_config()
   assert all(word in text for word in ("\nCommand:  ", "\nCost:     ", "\nResult:   "))
   assert ("\nHardware: " in text) or name == "compact_digits" or name.startswith(
@@ -202,15 +205,15 @@ ARGUMENTS = sorted({(name, argument) for name in NAMES for argument in re.findal
     rf"(?:configs/{name}\.py| or|,) ?:([\w.@]+\w)", load(name).__doc__)})
 
 
-def test_a_config_with_an_argument_names_one():
-  """Else a variant that is not listed would go untested."""
+def test_every_config_with_an_argument_is_listed():
+  """Otherwise an unlisted variant would go untested."""
   takes = {name for name in NAMES
            if "base.parse(argument, " in (ROOT / "configs" / f"{name}.py").read_text()}
   assert takes == {name for name, _ in ARGUMENTS}
 
 
 @pytest.mark.parametrize("name, argument", ARGUMENTS)
-def test_what_a_docstring_offers_as_an_argument_is_another_config(name, argument):
+def test_each_argument_in_a_docstring_gives_a_different_config(name, argument):
   config = load(name).get_config(argument)
   full = configs.complete(config)
   vc.create_model(**{**full.model.to_dict(), "plan": vc.Plan.parse(full.plan)})
@@ -219,13 +222,13 @@ def test_what_a_docstring_offers_as_an_argument_is_another_config(name, argument
 
 
 @pytest.mark.parametrize("name, argument", [*((name, "") for name in NAMES), *ARGUMENTS])
-def test_runlocal_needs_no_file_and_little_of_anything(name, argument):
+def test_runlocal_needs_no_file_and_few_resources(name, argument):
   config = load(name).get_config(",".join(filter(None, (argument, "runlocal"))))
   full = configs.complete(config)
   assert full.total_steps == 20 and full.batch_size == 32 and full.data.workers == 0
   assert full.data.name in ("digits", "shapes", "directions")
-  # A path brings its teacher.
-  assert bool(path.budget_of(full)) == teaches(full) and not full.teacher.file
+  # A path provides its own teacher.
+  assert bool(path.budget_of(full)) == has_teacher_loss(full) and not full.teacher.file
   sizes = full.model.to_dict()
   model = vc.create_model(**{**sizes, "plan": vc.Plan.parse(full.plan), "num_classes": 10})
   assert vc.count(model.clone(plan=vc.Plan())).params < 200_000
@@ -239,18 +242,18 @@ WARPED = [name for name in NAMES if "eval_fit" in load(name).__doc__]
 
 
 @pytest.mark.parametrize("name", WARPED)
-def test_a_config_builds_at_the_size_at_which_its_docstring_warps(name, imagenet):
+def test_a_config_builds_at_the_warped_size_in_its_docstring(name, imagenet):
   config = load(name).get_config()
   for key, value in re.findall(r"--config\.(model\.image_size|data\.eval_fit)=(\w+)",
                                load(name).__doc__):
     config.update_from_flattened_dict({key: int(value) if value.isdigit() else value})
   config.data.name = f"folder:{imagenet}"
-  config.teacher.file = "named on the command line.safetensors" if teaches(config) else ""
+  config.teacher.file = "named on the command line.safetensors" if has_teacher_loss(config) else ""
   pre = loop.build(loop.resolve(config)).preprocess
   assert (pre.image_size, pre.crop) == ((384, 384), None)
 
 
-def test_the_methods_that_were_published_at_384_say_how_they_were_evaluated_there():
+def test_methods_published_at_384_pixels_say_how_they_were_evaluated():
   assert WARPED == ["dynamicvit_deit_s", "mctf_deit_s", "sparsifiner_deit_s"]
 
 
@@ -258,8 +261,8 @@ def test_the_methods_that_were_published_at_384_say_how_they_were_evaluated_ther
     ("dynamicvit_deit_s", 2, (3, 6, 9)),
     ("dynamicvit_deit_s:deit_base_patch16_224", 5, (3, 6, 9)),
     ("dynamicvit_lvvit_s", 2, (4, 8, 12)), ("dynamicvit_lvvit_s:lvvit_m", 2, (5, 10, 15))])
-def test_dynamicvit_has_the_ratio_weight_and_the_stages_of_its_recipe(name, weight, blocks):
-  config, _ = named(name)
+def test_dynamicvit_has_the_ratio_weight_and_stages_of_its_recipe(name, weight, blocks):
+  config, _ = config_and_epoch_steps(name)
   tokens = plan_of(config).tokens
   assert (config.loss.kept_ratio, tokens.keep, tokens.blocks) == (weight, 0.7, blocks)
 
@@ -269,7 +272,7 @@ def test_dynamicvit_has_the_ratio_weight_and_the_stages_of_its_recipe(name, weig
     *((f"compact_deit_s:scratch,{name}", f"deit_s:{name}")
       for name in ("deit_tiny_patch16_224", "deit_base_patch16_224"))])
 def test_compact_and_dense_differ_only_in_the_plan(compact, dense):
-  (one, _), (other, _) = named(compact), named(dense)
+  (one, _), (other, _) = config_and_epoch_steps(compact), config_and_epoch_steps(dense)
   assert plan_of(one) == vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())
   assert plan_of(other) == vc.Plan()
   values = [{key: value for key, value in configs.flat(config).items() if key != "plan"}
@@ -277,9 +280,9 @@ def test_compact_and_dense_differ_only_in_the_plan(compact, dense):
   assert values[0] == values[1]
 
 
-# The published recipes: images a step and of each replica, showings of an image, epochs; peak and
-# last learning rate, weight decay, clipping; drop path, the averages' decay a step; the sides to
-# which evaluation resizes and that it cuts.
+# The published recipes: images per step and per replica, repeats of an image, epochs; peak and
+# final learning rate, weight decay, clipping; drop path, EMA decay per step; the sizes to which
+# evaluation resizes and crops.
 DEIT = (1024, 256, 3, 300, 1e-3, 1e-5, 0.05, 0, 0.1, 0.99996, 256, 224)
 DEIT_B = (1024, 64, *DEIT[2:])
 PVT = (1024, 128, 3, 300, 1e-3, 1e-5, 0.05, 0, 0.1, 0, 256, 224)
@@ -338,8 +341,8 @@ RECIPES = {
 }
 
 
-def named(name):
-  """(config of "name" or "name:argument", steps of its epoch)."""
+def config_and_epoch_steps(name):
+  """Returns (the config of "name" or "name:argument", its steps per epoch)."""
   name, *argument = name.split(":")
   config = load(name).get_config(*argument)
   images = 49_920 if config.data.name == "tfds:cifar10@all" else 1_281_024
@@ -348,7 +351,7 @@ def named(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_config_has_the_numbers_of_its_recipe(name):
-  config, steps = named(name)
+  config, steps = config_and_epoch_steps(name)
   ema = config.ema_half_life and optim.ema_decay(config.ema_half_life, config.total_steps)
   pre = vc.preprocess(vc.create_model(config.model.name, image_size=config.model.image_size))
   resized = int(config.model.image_size / (config.data.eval_crop or pre.crop))
@@ -358,12 +361,12 @@ def test_a_config_has_the_numbers_of_its_recipe(name):
           pytest.approx(ema, abs=1e-7), resized, config.model.image_size) == RECIPES[name]
 
 
-def test_shvit_alone_clips_the_gradient_of_each_output_by_its_weights():
+def test_only_shvit_clips_gradients_adaptively():
   assert {name: clip for name in NAMES if (clip := load(name).get_config().optim.adaptive_clip)
           } == {"shvit": 0.02}
 
 
-# {epoch: learning rate of its first step}. DeiT, PVT, Next-ViT, SHViT, EViT and MCTF set it late.
+# {epoch: learning rate of its first step}. DeiT, PVT, Next-ViT, SHViT, EViT and MCTF delay it.
 RATES = {
     "deit_s": {0: 1e-6, 1: 1e-6, 2: 2.008e-4, 5: 8.002e-4, 6: 9.99322e-4, 151: 5.05e-4,
                299: 1.010854e-5},
@@ -385,24 +388,23 @@ RATES = {
 
 @pytest.mark.parametrize("name", RATES)
 def test_a_config_has_the_published_learning_rates(name):
-  config, steps = named(name)
+  config, steps = config_and_epoch_steps(name)
   rate = optim.schedule(config.optim, config.total_steps - first_steps(config))
-  for epoch, wanted in RATES[name].items():
-    assert rate(round(epoch * steps)) == pytest.approx(wanted, rel=1e-4), epoch
+  for epoch, expected in RATES[name].items():
+    assert rate(round(epoch * steps)) == pytest.approx(expected, rel=1e-4), epoch
 
 
 @pytest.mark.parametrize("name", ["sparsifiner_deit_s", "sparsifiner_lvvit_s",
                                   "sparsifiner_deit_s:evit"])
 def test_sparsifiner_has_the_two_phases_of_its_recipe(name):
-  """Only predictors for 5 epochs, at a rate of their own; then CE + 0.5 KL + 0.5 MSE of patches.
-
-  The MSE is of LV-ViT's patch logits, which learn from no label.
+  """First only the predictors for 5 epochs, at their own learning rate; then all of the model with
+  CE + 0.5 KL + 0.5 MSE of patches. The MSE is that of LV-ViT's patch logits, which have no labels.
   """
-  config, epoch = named(name)
+  config, epoch = config_and_epoch_steps(name)
   weights = {key: weight for key, weight in config.loss.items()
              if key in ("labels", "hard", "soft", "logits", "patches", "patch_labels") and weight}
   if name != "sparsifiner_lvvit_s":
-    del weights["patch_labels"]   # of LV-ViT only
+    del weights["patch_labels"]   # LV-ViT only
   assert weights == {"labels": 1, "logits": 0.5, "patches": 0.5}
   assert (config.reconstruct.weight, config.loss.patch_error) == (0.01, "square")
   params = {"blocks_0": {"links": {"up": np.ones(2)}, "attn": np.ones(2)}}
@@ -410,5 +412,5 @@ def test_sparsifiner_has_the_two_phases_of_its_recipe(name):
       config.optim, config.total_steps, params, jax.tree.map(lambda _: True, params),
       optim.FirstGroup("links", "(.*/)?links/.*", config.reconstruct)).rate
   rates = {0: 0, 3: 3e-4, 4: 2.5e-4, 4.999: 2e-4, 5: 0, 8: 8e-5, 49.999: 2e-6}
-  for at, wanted in rates.items():
-    assert rate(int(at * epoch)) == pytest.approx(wanted, rel=1e-3), at
+  for at, expected in rates.items():
+    assert rate(int(at * epoch)) == pytest.approx(expected, rel=1e-3), at

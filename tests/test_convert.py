@@ -1,4 +1,4 @@
-"""Weights travel: PyTorch's logits, there and back bit for bit, and every mistake named."""
+"""Conversion: PyTorch's logits, lossless round trips, and an error that names every mistake."""
 import argparse
 import contextlib
 import functools
@@ -21,7 +21,7 @@ from tests.cli import command
 from tests.models import parity
 from vitcompact import convert, fit, pytorch, torch_names, trees
 
-FAMILIES = ("deit", "compact_deit")   # the others are tested with their models
+FAMILIES = ("deit", "compact_deit")   # tests/models has those of the others
 
 
 @functools.cache
@@ -39,7 +39,7 @@ def same(got, wanted):
 
 
 def zeros(name):
-  """A state dict of a named model."""
+  """Returns a state dict of zeros for a named model."""
   model = vc.create_model(name)
   shapes = jax.eval_shape(model.init, jax.random.key(0), tiny.images(model, batch=1))
   return vc.to_torch(model, jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes))
@@ -51,22 +51,22 @@ def test_logits_are_those_of_pytorch(family, index):
   assert parity.difference(runs(family)[index]) < 1e-4
 
 
-def test_a_wrong_epsilon_would_show():
+def test_a_wrong_epsilon_would_be_noticed():
   plain, probed = (run._replace(model=run.model.clone(epsilon=1e-5)) for run in runs("deit")[:2])
-  assert parity.difference(plain) < 1e-4       # hidden in ordinary activations
+  assert parity.difference(plain) < 1e-4       # ordinary activations hide it
   assert parity.difference(probed) > 1e-2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_there_and_back_is_the_identity_bit_for_bit(family):
+def test_a_round_trip_is_the_identity_bit_for_bit(family):
   for run in runs(family):
-    if run.name.split("-")[1] != "48x32":   # where positions are resized
+    if run.name.split("-")[1] != "48x32":   # positions are resized for that one
       variables = vc.from_torch(run.model, run.state)
       assert same(vc.to_torch(run.model, variables), run.state)
       assert same(vc.to_torch(run.model, variables, names="authors"), run.state)
 
 
-def test_a_compacted_model_goes_home_and_returns():
+def test_a_compacted_model_goes_to_pytorch_and_back():
   model = tiny.deit()
   plan = vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN(), blocks={1: {"ffn": None}})
   with pytest.warns(UserWarning, match="without calibration images"):
@@ -84,17 +84,17 @@ def test_a_compacted_model_goes_home_and_returns():
 
 def test_containers_prefixes_and_half_precision_are_understood():
   run = plain()
-  wanted = trees.digest(vc.from_torch(run.model, run.state))
+  expected = trees.digest(vc.from_torch(run.model, run.state))
   wrapped = {f"module._orig_mod.{name}": array for name, array in run.state.items()}
   for checkpoint in (wrapped, {"model": wrapped, "epoch": 3}):
-    assert trees.digest(vc.from_torch(run.model, checkpoint)) == wanted
+    assert trees.digest(vc.from_torch(run.model, checkpoint)) == expected
   half = {name: array.astype(np.float16) for name, array in run.state.items()}
   got = vc.from_torch(run.model, half)
   assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {np.dtype("float32")}
   np.testing.assert_array_equal(got["params"]["norm"]["bias"], np.float32(half["norm.bias"]))
 
 
-def test_what_is_dropped_resized_and_initialised_anew_is_told():
+def test_dropped_resized_and_reinitialised_tensors_are_reported():
   run = plain()
   state = {**run.state, "bn.num_batches_tracked": np.array(7)}
   loaded = convert.read_state_dict(run.model, state)
@@ -110,7 +110,7 @@ def test_what_is_dropped_resized_and_initialised_anew_is_told():
 
 
 def test_positions_are_resized_as_pytorch_resizes_them():
-  # Squares of 0..8 on a 3x3 grid to 4x4: values of torch's interpolate, bicubic.
+  # The squares of 0..8 on a 3x3 grid, resized to 4x4 by torch's bicubic interpolate.
   tokens = np.concatenate([[[-5.0]], (np.arange(9.0)[:, None] ** 2)])[None]
   got = torch_names.resize_positions(tokens, (3, 3), torch_names.Positions((4, 4), 1))[0, :, 0]
   assert got[0] == -5
@@ -123,18 +123,18 @@ def test_positions_are_resized_as_pytorch_resizes_them():
     np.testing.assert_allclose(torch_names.resize_matrix(7, 4, method).sum(axis=1), 1)
 
 
-def test_larger_patches_get_the_response_that_the_patches_before_they_were_enlarged_had():
+def test_resized_kernels_respond_to_enlarged_patches_as_before():
   rng = np.random.default_rng(0)
   kernel, patches = rng.normal(size=(5, 3, 4, 4)), rng.normal(size=(7, 3, 4, 4))
   enlarged = jax.image.resize(patches, (7, 3, 6, 8), "cubic")
   response = np.einsum("nchw,ochw->no", enlarged, torch_names.resize_patches(kernel, (6, 8)))
   np.testing.assert_allclose(response, np.einsum("nchw,ochw->no", patches, kernel), atol=1e-4)
-  # Squares of 0..15 to 2 x 2: values of timm's resample_patch_embed.
+  # The squares of 0..15, resized to 2 x 2 by timm's resample_patch_embed.
   smaller = torch_names.resize_patches(np.arange(16.0).reshape(1, 1, 4, 4) ** 2, (2, 2))
   np.testing.assert_allclose(smaller[0, 0], [[-34.2625, 11.4296], [456.1894, 707.0040]], rtol=1e-4)
 
 
-def test_a_model_of_ours_is_resized_with_its_positions_and_patches(tmp_path):
+def test_our_models_are_resized_with_their_positions_and_patches(tmp_path):
   run = plain()
   start = vc.from_torch(run.model, run.state)
   model, variables = convert.resized(run.model, start, patch_size=run.model.patch_size // 2)
@@ -150,16 +150,16 @@ def test_a_model_of_ours_is_resized_with_its_positions_and_patches(tmp_path):
   assert trees.digest(convert.load(out)[1]) == trees.digest(variables)
 
 
-@pytest.mark.parametrize("size", [(16, 48), (16, 64)])   # the second has as many patches as 32 x 32
-def test_positions_of_images_that_are_no_squares_are_resized_from_their_own_grid(tmp_path, size):
+@pytest.mark.parametrize("size", [(16, 48), (16, 64)])   # the second: as many as 32 x 32
+def test_positions_of_non_square_images_are_resized_from_their_grid(tmp_path, size):
   wide = tiny.deit(depth=1, image_size=size)
   variables = tiny.init(wide)
   positions = variables["params"]["pos_embed"]
   grid = positions[0, 1:].reshape(*wide.grid, -1)
   rows, columns = (torch_names.resize_matrix(old, 4, "bicubic") for old in wide.grid)
-  wanted = np.einsum("hi,wj,ijd->hwd", rows, columns, grid).reshape(16, -1)
+  expected = np.einsum("hi,wj,ijd->hwd", rows, columns, grid).reshape(16, -1)
   got = convert.resized(wide, variables, image_size=32)[1]
-  np.testing.assert_allclose(got["params"]["pos_embed"][0, 1:], wanted, atol=1e-6)
+  np.testing.assert_allclose(got["params"]["pos_embed"][0, 1:], expected, atol=1e-6)
   np.testing.assert_array_equal(got["params"]["pos_embed"][:, 0], positions[:, 0])
   source, out = tmp_path / "source.safetensors", tmp_path / "out.safetensors"
   convert.save(source, wide, variables)
@@ -167,7 +167,7 @@ def test_positions_of_images_that_are_no_squares_are_resized_from_their_own_grid
   assert trees.digest(convert.load(out)[1]) == trees.digest(got)
 
 
-def test_all_that_does_not_fit_is_listed_at_once():
+def test_all_misfits_are_listed_at_once():
   run = plain()
   state = {**run.state, "extra.weight": np.zeros(3), "norm.weight": np.zeros(25)}
   del state["cls_token"], state["blocks.1.mlp.fc2.bias"]
@@ -179,7 +179,7 @@ def test_all_that_does_not_fit_is_listed_at_once():
                            "norm.weight is (25,), not (24,)", "unexpected extra.weight (3,)"]
 
 
-def test_another_classifier_is_refused_until_asked_for():
+def test_another_classifier_is_refused_unless_requested():
   run = plain()
   count = run.model.num_classes
   with pytest.raises(ValueError, match=rf"it has {count} classes, the model 3: create the model "
@@ -197,7 +197,7 @@ def test_a_model_without_classes_leaves_the_classifier_out():
   assert "head" not in loaded.variables["params"]
 
 
-def test_a_checkpoint_of_another_model_is_recognised():
+def test_a_checkpoint_of_another_model_is_identified():
   state = zeros("pvt_v2_b0")
   with pytest.raises(ValueError, match="the closest model is pvt_v2_b0\n"):
     vc.from_torch(vc.create_model("pvt_v2_b1"), state)
@@ -207,8 +207,8 @@ def test_a_checkpoint_of_another_model_is_recognised():
   assert convert.closest_model({"unheard.of": (3,)}) is None
 
 
-def test_the_closest_of_many_models_is_found_without_tracing_each_as_a_whole(monkeypatch):
-  """A dozen share the names of a DeiT: a first misfit took ten seconds."""
+def test_the_closest_model_is_found_without_tracing_every_model(monkeypatch):
+  """A dozen models share DeiT's names: the first misfit used to take ten seconds."""
   depths, trace = [], fit.variable_shapes
   monkeypatch.setattr(fit, "variable_shapes",
                       lambda model: depths.append(model.depth) or trace(model))
@@ -220,11 +220,11 @@ def test_the_closest_of_many_models_is_found_without_tracing_each_as_a_whole(mon
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "lvvit_t", "pvt_v2_b0"])
-def test_the_shapes_that_models_are_compared_by_are_those_of_their_tensors(name):
+def test_shapes_for_comparing_models_are_those_of_their_tensors(name):
   assert dict(fit._tensors(name)[0]) == {key: array.shape for key, array in zeros(name).items()}
 
 
-def test_values_that_are_no_weights_are_refused():
+def test_values_that_are_not_weights_are_refused():
   run = plain()
   for value in (np.zeros(24, np.int32), "text"):
     with pytest.raises(ValueError, match=r"norm\.bias is .*not an array of floating point"):
@@ -235,7 +235,7 @@ def test_values_that_are_no_weights_are_refused():
     vc.to_torch(run.model, {"params": {}})
 
 
-def test_our_file_brings_back_model_and_variables(tmp_path):
+def test_our_file_restores_model_and_variables(tmp_path):
   plan = vc.Plan(heads=vc.HMHSA(layout="grid"), ffn=vc.CFFN(), blocks={0: {"heads": None}})
   model = tiny.deit(plan, image_size=(32, 16))
   variables = tiny.init(model)
@@ -246,7 +246,7 @@ def test_our_file_brings_back_model_and_variables(tmp_path):
   assert trees.differences(loaded, variables) == []
 
 
-def test_nothing_is_overwritten_unless_asked_for(tmp_path):
+def test_nothing_is_overwritten_unless_requested(tmp_path):
   model = tiny.deit()
   path = tmp_path / "a.safetensors"
   path.write_text("precious")
@@ -286,13 +286,13 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     safetensors.numpy.save_file(arrays, path, metadata=metadata)
     with pytest.raises(ValueError, match=re.escape(words)):
       convert.load(path)
-  both = {**arrays, "params/head": np.zeros(3, np.float32)}   # a leaf, and the start of others
+  both = {**arrays, "params/head": np.zeros(3, np.float32)}   # also a prefix of others
   safetensors.numpy.save_file(both, path, metadata=about)
   with pytest.raises(ValueError, match=r"unexpected params/head \(3,\)"):
     convert.load(path)
 
 
-def test_names_of_classes_go_to_pytorch_files(tmp_path):
+def test_class_names_go_into_pytorch_files(tmp_path):
   model, names = tiny.deit(depth=1), ["a", "b", "c", "d", "e"]
   ours, home = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
   vc.save(ours, model, tiny.init(model), classes=names)
@@ -326,11 +326,11 @@ def test_the_command_converts_both_ways(tmp_path):
     ("--image-size", 0, "image_size=0: must be a whole number of at least 1"),
     ("--image-size", 36, "36 is not a multiple of patch_size=8; the nearest multiple: 32"),
     ("--num-classes", -1, "num_classes=-1: must be a whole number of at least 0")])
-def test_sizes_that_cannot_be_are_refused_in_a_line(tmp_path, option, value, words):
+def test_impossible_sizes_are_refused_in_one_line(tmp_path, option, value, words):
   model, path = tiny.deit(depth=1), tmp_path / "a.safetensors"
   convert.save(path, model, tiny.init(model))
-  said = command.fails("convert", path, option, value, "--out", tmp_path / "b.safetensors")
-  assert words in said
+  message = command.fails("convert", path, option, value, "--out", tmp_path / "b.safetensors")
+  assert words in message
 
 
 def test_a_model_without_the_option_says_so(tmp_path):
@@ -340,29 +340,29 @@ def test_a_model_without_the_option_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("folded", [False, True])
-def test_predictors_of_links_become_those_of_another_size_or_are_refused_with_the_way_out(folded):
+def test_mask_predictors_are_resized_or_refused_with_a_way_out(folded):
   model = tiny.deit(vc.Plan(attention=vc.Sparsifiner()), depth=1)
   variables = tiny.init(model)
   if folded:
     model, variables = vc.fold(model, variables)
   large, got = convert.resized(model, variables, image_size=64)
-  assert large.plan.attention.rank == 2      # at 65 tokens it would be 10
+  assert large.plan.attention.rank == 2      # the default at 65 tokens would be 10
   for leaf, share in (("up", 1), ("down", 1 / 4)):   # W_down sums over four times the tokens
     rows = np.asarray(variables["params"]["blocks_0"]["links"][leaf])
     plane = jax.image.resize(rows[1:].reshape(4, 4, 2), (8, 8, 2), "linear", antialias=False)
-    wanted = share * np.concatenate([rows[:1], np.asarray(plane).reshape(64, 2)])
-    np.testing.assert_allclose(got["params"]["blocks_0"]["links"][leaf], wanted, rtol=1e-5,
+    expected = share * np.concatenate([rows[:1], np.asarray(plane).reshape(64, 2)])
+    np.testing.assert_allclose(got["params"]["blocks_0"]["links"][leaf], expected, rtol=1e-5,
                                atol=1e-6)
   with pytest.raises(ValueError, match=r"vitcompact\.convert\.resized makes them fit another"):
     vc.from_torch(large, vc.to_torch(model, variables))
-  wider = model.clone(width=48)   # another model: no resizing helps
+  wider = model.clone(width=48)   # another model: resizing does not help
   with pytest.raises(ValueError) as error:
     vc.from_torch(wider, vc.to_torch(model, variables))
   assert "convert.resized" not in str(error.value)
 
 
 def fake_torch(load):
-  """A stand-in with what the program uses of torch."""
+  """Returns a stand-in with the part of torch that the program uses."""
   allowed = []
 
   @contextlib.contextmanager
@@ -399,8 +399,8 @@ def test_pickled_files_are_read_as_weights_only(tmp_path, monkeypatch):
     pytorch.read_checkpoint(path)
 
 
-def test_a_file_that_finds_no_room_is_named_and_the_old_one_stays(tmp_path):
-  """A real limit: safetensors raises an error of its own, which is no OSError."""
+def test_on_a_full_disk_the_file_is_named_and_the_old_one_stays(tmp_path):
+  """With a real limit: safetensors raises an error of its own, which is not an OSError."""
   path = tmp_path / "a.safetensors"
   convert.write_safetensors(path, {"a": np.ones(4)}, {})
   before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -413,14 +413,14 @@ def test_a_file_that_finds_no_room_is_named_and_the_old_one_stays(tmp_path):
   assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-def test_nothing_imports_pickle_and_torch_is_imported_late_to_read_its_files_and_to_time_it():
+def test_pickle_is_never_imported_and_torch_only_lazily():
   allowed = {"pytorch.py": [("    ", "torch")], "timm_network.py": [("  ", "torch")]}
   for path in pathlib.Path(convert.__file__).parent.rglob("*.py"):
     found = re.findall(r"^(\s*)(?:import|from) (torch|pickle)\b", path.read_text(), re.M)
     assert found == allowed.get(path.name, []), path
 
 
-def test_the_pytorch_form_loads_what_was_written(tmp_path):
+def test_the_pytorch_model_loads_the_exported_file(tmp_path):
   torch = pytest.importorskip("torch")
   from experiments import torch_deit
   run = runs("compact_deit")[0]
@@ -436,8 +436,8 @@ def test_the_pytorch_form_loads_what_was_written(tmp_path):
     vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN()), vc.Plan(tokens=vc.DynamicViT(blocks=(1,))),
     vc.Plan(attention=vc.Sparsifiner()),
     vc.Plan(attention=vc.Sparsifiner(granularity="block", window=2), ffn=vc.CFFN())])
-def test_the_command_resizes_what_training_wrote_in_its_training_form(tmp_path, plan):
-  """It was refused: "has no PyTorch form"."""
+def test_the_command_resizes_a_training_form(tmp_path, plan):
+  """It used to be refused: "has no PyTorch form"."""
   model = tiny.deit(plan)
   variables = jax.tree.map(np.asarray, tiny.init(model))
   trained, out = tmp_path / "trained.safetensors", tmp_path / "large.safetensors"
@@ -445,8 +445,8 @@ def test_the_command_resizes_what_training_wrote_in_its_training_form(tmp_path, 
   printed = command.succeeds("convert", trained, "--image-size", 64, "--out", out)
   assert "resized: pos_embed" in printed
   large, got = convert.load(out)
-  wanted, resized = convert.resized(model, variables, image_size=64)
-  assert large == wanted and trees.digest(got) == trees.digest(resized)
+  expected, resized = convert.resized(model, variables, image_size=64)
+  assert large == expected and trees.digest(got) == trees.digest(resized)
   assert convert.classes_of(out) == list("abcde")
   printed = command.succeeds("convert", trained, "--in-chans", 1, "--num-classes", 3,
                              "--reset-head", "--out", out, "--force")
@@ -458,5 +458,5 @@ def test_the_command_resizes_what_training_wrote_in_its_training_form(tmp_path, 
                  if np.array_equal(leaf, trees.named_leaves(variables)[name])}
   assert trees.named_leaves(got).keys() - same_leaves == {
       "params/patch_embed/proj/kernel", "params/head/kernel", "params/head/bias"}
-  said = command.fails("convert", trained, "--global-pool", "avg", "--out", out, "--force")
-  assert "--global-pool token" in said
+  message = command.fails("convert", trained, "--global-pool", "avg", "--out", out, "--force")
+  assert "--global-pool token" in message

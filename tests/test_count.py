@@ -1,4 +1,4 @@
-"""count reads the traced program: every construct that repeats or hides work is followed."""
+"""count reads the traced program and follows every construct that repeats or hides work."""
 import jax
 import jax.numpy as jnp
 import pytest
@@ -22,7 +22,7 @@ def test_products_inside_scan_jit_cond_and_remat_are_counted():
   assert macs_of(jax.vmap(lambda x: x @ W), X[None]).total == once
 
 
-def test_convolutions_count_their_groups():
+def test_groups_of_convolutions_are_counted():
   x = jnp.zeros((1, 6, 6, 8))
 
   def conv(groups):
@@ -42,30 +42,30 @@ def test_a_loop_of_unknown_length_is_refused():
 @pytest.mark.parametrize("spec,filters", [
     (vc.HMHSA(), 3), (vc.HMHSA(rank=2), 6), (vc.HMHSA(kernel=5), 5),
     (vc.HMHSA(layout="grid"), 9)])
-def test_hallucinated_heads_cost_their_values_and_their_taps(spec, filters):
-  """Against arithmetic: one block, 16 patches + 1, 4 heads of 6, two of them real."""
-  n, dh, real, made = 17, 6, 2, 2
+def test_hallucinated_heads_cost_their_values_and_taps(spec, filters):
+  """Against arithmetic: one block, 16 patches + 1 token, 4 heads of 6, two of them real."""
+  n, dh, real, hallucinated = 17, 6, 2, 2
   model = tiny.deit(vc.Plan(heads=spec), depth=1)
   dense = vc.count(tiny.deit(depth=1))
   count = vc.count(model)
   assert dense.attention_macs == 2 * 4 * n * n * dh
-  assert count.attention_macs == n * n * dh * (real + real + made * spec.rank)
-  taps = 2 * made * n * dh * filters
-  if spec.layout == "grid":      # prefix tokens have one gain instead
-    taps = 2 * made * dh * (16 * 9 + 1)
-  projections = 2 * n * 24 * made * dh
+  assert count.attention_macs == n * n * dh * (real + real + hallucinated * spec.rank)
+  taps = 2 * hallucinated * n * dh * filters
+  if spec.layout == "grid":      # prefix tokens have a single gain instead
+    taps = 2 * hallucinated * dh * (16 * 9 + 1)
+  projections = 2 * n * 24 * hallucinated * dh
   assert dense.macs - count.macs == projections + dense.attention_macs - count.attention_macs - taps
 
 
-def test_training_form_has_all_its_branches_and_its_inference_sums_them_first():
+def test_the_training_form_counts_all_branches_but_sums_them_first():
   plan = vc.Plan(ffn=vc.CFFN())
   trained, deployed = vc.count(tiny.deit(plan)), vc.count(tiny.deit(plan, deploy=True))
   branch = 96 * 12 + 12 * 24
-  assert trained.params - deployed.params > 2 * branch   # two blocks, one branch more, and norms
+  assert trained.params - deployed.params > 2 * branch   # two blocks, one more branch, and norms
   assert trained.macs == trained.ideal_macs == deployed.macs == deployed.ideal_macs
 
 
-def test_another_image_size_is_counted_as_such():
+def test_another_image_size_has_its_own_count():
   model = tiny.deit()
   assert vc.count(model, image_size=64).macs == vc.count(tiny.deit(image_size=64)).macs
   with pytest.raises(ValueError, match="not a multiple of patch_size=8"):

@@ -1,4 +1,4 @@
-"""What an error in a branch costs, against errors that are drawn and put there."""
+"""The expected cost of an error in a branch, against random errors that are added there."""
 import flax.linen as nn
 import jax
 import numpy as np
@@ -8,7 +8,7 @@ from tests import tiny
 from vitcompact.curvature import kl_per_error
 from vitcompact.measure import divergence
 
-SPREAD = 0.02   # of the drawn errors, as a share of the output's
+SPREAD = 0.02   # scale of the random errors, relative to the output
 DRAWS = 24
 BRANCHES = {("blocks_0", "heads"): ("blocks_0", "attn", "out"),
             ("blocks_0", "ffn"): ("blocks_0", "mlp"),
@@ -17,7 +17,7 @@ BRANCHES = {("blocks_0", "heads"): ("blocks_0", "attn", "out"),
 
 
 def with_errors(model, variables, x, path, seed):
-  """The output of a model in which errors are added to the output of the module at `path`, spread
+  """Returns a model's output with random errors added to the output of the module at `path`, spread
   evenly over tokens and channels."""
   def add(next_fun, args, kwargs, context):
     out = next_fun(*args, **kwargs)
@@ -31,10 +31,10 @@ def with_errors(model, variables, x, path, seed):
 
 
 @pytest.mark.parametrize("classes", [10, 0])
-def test_the_curvature_is_what_small_drawn_errors_cost(classes):
+def test_the_curvature_predicts_the_cost_of_small_random_errors(classes):
   model = tiny.deit(drop_path_rate=0.0, num_classes=classes)
   variables, x = tiny.init(model, spread=0.5), np.asarray(tiny.images(model, batch=16))
-  # Many draws of the combination of logits for each image, in one batch.
+  # Many random combinations of the logits of each image, in one batch.
   found = kl_per_error(model, variables, np.tile(x, (8, 1, 1, 1)), 17 * 16)
   dense = np.asarray(model.apply(variables, x))
   ratios = []
@@ -47,8 +47,8 @@ def test_the_curvature_is_what_small_drawn_errors_cost(classes):
   assert ratios == pytest.approx([1] * 4, rel=0.25)
 
 
-def test_the_images_at_a_time_do_not_change_the_expected_cost(monkeypatch):
-  """Chunks draw from keys of their own; with one combination an image the sums agree loosely."""
+def test_the_chunk_size_does_not_change_the_expected_cost(monkeypatch):
+  """Chunks have different random keys: with one combination per image, sums agree only roughly."""
   model = tiny.deit(drop_path_rate=0.0)
   variables, x = tiny.init(model, spread=0.5), np.asarray(tiny.images(model, batch=32))
   one = kl_per_error(model, variables, x, 1)

@@ -1,4 +1,4 @@
-"""The depthwise convolution of tokens is a convolution, and its gradients are those of one."""
+"""The depthwise convolution of tokens equals a convolution, and so do its gradients."""
 import functools
 
 import flax.linen as nn
@@ -27,7 +27,7 @@ def convolution(map_bhwc, kernel_kk1c):
 
 @pytest.mark.parametrize("device", [Device("cpu"), Device("gpu")])
 @pytest.mark.parametrize("size", [3, 5])
-def test_it_is_a_convolution_and_so_are_its_gradients(size, device):
+def test_outputs_and_gradients_are_those_of_a_convolution(size, device):
   arrays = draw(2, 4, 7, 3), draw(size, size, 1, 3, seed=1)
 
   def run(function):
@@ -41,7 +41,7 @@ def test_it_is_a_convolution_and_so_are_its_gradients(size, device):
                run(depthwise), run(convolution))
 
 
-def test_as_a_graph_for_others_it_is_one_convolution_and_costs_the_same():
+def test_in_exported_graphs_it_is_one_convolution_of_the_same_cost():
   arrays = draw(1, 4, 6, 3), draw(5, 5, 1, 3, seed=1)
   with attention.using("plain"):
     out, graph = depthwise(*arrays), str(jax.make_jaxpr(depthwise)(*arrays))
@@ -50,21 +50,21 @@ def test_as_a_graph_for_others_it_is_one_convolution_and_costs_the_same():
   assert macs_of(depthwise, *arrays).total == macs_of(convolution, *arrays).total == 25 * 72
 
 
-def test_prefix_tokens_get_zeros_and_lie_outside_the_grid():
+def test_prefix_tokens_are_outside_the_grid_and_get_zeros():
   layer = LocalConv((4, 6), 3, nn.initializers.normal(1.0), prefix=2)
   variables = layer.init(jax.random.key(0), draw(2, 26, 3))
   tokens = draw(2, 26, 3, seed=1)
   out = layer.apply(variables, tokens)
   assert not out[:, :2].any()
   kernel, bias = (variables["params"][name] for name in ("kernel", "bias"))
-  wanted = convolution(tokens[:, 2:].reshape(2, 4, 6, 3), kernel) + bias[None, None, None]
-  np.testing.assert_allclose(out[:, 2:].reshape(2, 4, 6, 3), wanted, atol=1e-6)
+  expected = convolution(tokens[:, 2:].reshape(2, 4, 6, 3), kernel) + bias[None, None, None]
+  np.testing.assert_allclose(out[:, 2:].reshape(2, 4, 6, 3), expected, atol=1e-6)
   half = layer.clone(dtype="bfloat16").apply(variables, tokens)
   assert half.dtype == jnp.bfloat16
   np.testing.assert_allclose(half.astype(jnp.float32), out, atol=0.05)
 
 
-def test_tokens_that_are_not_there_count_as_zeros():
+def test_missing_tokens_count_as_zeros():
   conv = Depthwise(3, nn.initializers.normal(1.0))
   tokens, places = draw(2, 5, 3), jnp.array([[0, 7, 23, 4, 5], [9, 1, 2, 3, 11]])
   variables = conv.init(jax.random.key(0), draw(2, 4, 6, 3))
@@ -73,12 +73,12 @@ def test_tokens_that_are_not_there_count_as_zeros():
   whole = np.zeros((2, 24, 3), np.float32)
   for image in range(2):
     whole[image, places[image]] = tokens[image]
-  wanted = apply(whole.reshape(2, 4, 6, 3)).reshape(2, 24, 3)
+  expected = apply(whole.reshape(2, 4, 6, 3)).reshape(2, 24, 3)
   for image in range(2):
-    np.testing.assert_allclose(got[image], wanted[image, places[image]], atol=1e-6)
+    np.testing.assert_allclose(got[image], expected[image, places[image]], atol=1e-6)
 
 
-def test_a_gate_takes_its_neighbours_in_and_the_value_and_the_prefix_stay():
+def test_only_the_gate_of_patch_tokens_is_convolved():
   layer = GateConv((2, 3), prefix=1)
   x = draw(2, 7, 8)
   variables = tiny.randomised(jax.eval_shape(layer.init, jax.random.key(0), x))
@@ -86,8 +86,8 @@ def test_a_gate_takes_its_neighbours_in_and_the_value_and_the_prefix_stay():
   np.testing.assert_array_equal(out[..., 4:], x[..., 4:])
   np.testing.assert_array_equal(out[:, :1], x[:, :1])
   conv = variables["params"]["conv"]
-  wanted = convolution(x[:, 1:, :4].reshape(2, 2, 3, 4), conv["kernel"]).reshape(2, 6, 4)
-  np.testing.assert_allclose(out[:, 1:, :4], wanted + conv["bias"][None, None], atol=1e-5)
+  expected = convolution(x[:, 1:, :4].reshape(2, 2, 3, 4), conv["kernel"]).reshape(2, 6, 4)
+  np.testing.assert_allclose(out[:, 1:, :4], expected + conv["bias"][None, None], atol=1e-5)
   places = jnp.array([[0, 2, 5], [0, 1, 3]])
   kept = jnp.take_along_axis(x, places[..., None], axis=1)
   whole = jnp.zeros_like(x).at[jnp.arange(2)[:, None], places].set(kept)

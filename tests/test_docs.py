@@ -1,4 +1,4 @@
-"""Pages say what is: links lead somewhere, examples run, commands and their options exist."""
+"""The docs are true: links lead somewhere, examples run, commands and their options exist."""
 import argparse
 import ast
 import functools
@@ -43,13 +43,13 @@ def text_of(page: pathlib.Path) -> str:
 
 
 def blocks(page: pathlib.Path, *kinds: str) -> list[str]:
-  """The contents of fenced blocks of these kinds, without their indentation."""
+  """Returns the contents of the fenced blocks of these kinds, dedented."""
   return [textwrap.dedent(body) for _, kind, body in FENCE.findall(text_of(page))
           if kind.strip() in kinds]
 
 
 def prose(page: pathlib.Path) -> str:
-  """A page without its blocks of code."""
+  """Returns a page without its code blocks."""
   return FENCE.sub("", text_of(page))
 
 
@@ -57,7 +57,7 @@ def prose(page: pathlib.Path) -> str:
 
 
 def anchors(page: pathlib.Path) -> set[str]:
-  """The anchors of a page's headings, as GitHub makes them."""
+  """Returns the anchors of a page's headings, as GitHub makes them."""
   found, out = {}, set()
   for heading in re.findall(r"^#{1,6} +(.*?) *$", prose(page), re.MULTILINE):
     words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").lower()
@@ -106,42 +106,43 @@ def test_the_strict_build_passes(tmp_path):
 
 
 def dense_model() -> dict:
-  """A small dense model with its variables and images, as the pages' examples have them."""
+  """Returns a small dense model, its variables and images, named as in the pages' examples."""
   model = tiny.deit(depth=1, heads=2)
   return {"jax": jax, "vc": vc, "model": model, "variables": tiny.init(model),
           "images": np.asarray(tiny.images(model, 16)), "names": list("abcde")}
 
 
-def on_the_path() -> dict:
+def dense_model_and_plan() -> dict:
   return dense_model() | {"plan": vc.Plan(ffn=vc.CFFN())}
 
 
-def exported() -> dict:
-  """What stands in the folder and in the scope when a page loads a file of StableHLO."""
+def exported_stablehlo() -> dict:
+  """Writes the StableHLO file that a page loads, and returns the page's scope."""
   scope = dense_model()
   vc.export(scope["model"], scope["variables"], "model.stablehlo")
   return scope
 
 
-def photographed() -> dict:
+def photograph_file() -> dict:
   Image.new("RGB", (8, 6)).save("in.jpg")
   return {}
 
 
-# {page: (what stands in its scope, what a test has in the place of its sizes)}
+# {page: (a function that returns its scope, {text: its smaller replacement in the test})}
 RUN = {
     "adding": (dict, {'"deit_small_patch16_224", plan': '"deit_tiny_patch16_224", plan'}),
     "attention": (dict, {}), "ffn": (dict, {}), "heads": (dict, {}), "tokens": (dict, {}),
-    "models": (dict, {}), "compaction": (on_the_path, {"macs=0.7": "macs=0.9"}),
-    "deploying": (exported, {"deit.onnx": "deit.stablehlo"}), "troubleshooting": (photographed, {}),
+    "models": (dict, {}), "compaction": (dense_model_and_plan, {"macs=0.7": "macs=0.9"}),
+    "deploying": (exported_stablehlo, {"deit.onnx": "deit.stablehlo"}),
+    "troubleshooting": (photograph_file, {}),
 }
-# Compiled, and their calls compared with signatures. weights: needs the hub; tests/test_hub.py
-# answers such calls. README: tests/test_readme.py runs it.
+# Only compiled, with calls compared with signatures. weights: needs the hub; tests/test_hub.py has
+# such calls. README: tests/test_readme.py runs it.
 READ = {"weights", "README"}
 
 
 @EACH_PAGE
-def test_python_compiles_and_calls_what_there_is(page):
+def test_python_compiles_and_calls_existing_functions(page):
   for body in blocks(page, "python"):
     tree = ast.parse(body)
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
@@ -150,7 +151,7 @@ def test_python_compiles_and_calls_what_there_is(page):
 
 
 def bind(call: ast.Call):
-  """Raises where vc.NAME does not exist or does not take these arguments."""
+  """Raises if vc.NAME does not exist or does not take these arguments."""
   signature = inspect.signature(getattr(vc, call.func.attr))
   signature.bind(*call.args, **{word.arg: word.value for word in call.keywords})
 
@@ -161,7 +162,7 @@ def test_every_page_with_python_is_run_or_read():
 
 
 @pytest.mark.parametrize("name", RUN)
-def test_python_runs(name, tmp_path, monkeypatch):
+def test_the_python_of_a_page_runs(name, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv("VITCOMPACT_CACHE", str(tmp_path / "cache"))
   for axis, methods in vc.METHODS.items():
@@ -170,10 +171,10 @@ def test_python_runs(name, tmp_path, monkeypatch):
   make, smaller = RUN[name]
   page = DOCS / f"{name}.md"
   whole = "".join(blocks(page, "python"))
-  assert all(old in whole for old in smaller), "a replacement that no longer fits"
+  assert all(old in whole for old in smaller), "the page no longer has a text to replace"
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")        # of few calibration images
-    # A class that is defined by a page asks for its module.
+    # A class defined on a page looks up its module.
     scope = {"__name__": "__main__", **make()}
     for number, body in enumerate(blocks(page, "python")):
       for old, new in smaller.items():
@@ -181,7 +182,7 @@ def test_python_runs(name, tmp_path, monkeypatch):
       exec(compile(body, f"{name}.md, block {number}", "exec"), scope)
 
 
-def test_files_that_a_page_shows_are_those_of_the_tests():
+def test_files_shown_on_a_page_are_those_of_the_tests():
   shown = re.findall(r"<!-- file: (\S+) -->\n```python\n(.*?)```", text_of(DOCS / "adding.md"),
                      re.DOTALL)
   assert len(shown) == 2
@@ -211,7 +212,7 @@ def load_conf():
   return module
 
 
-def test_docstrings_become_lists_prose_and_code():
+def test_docstrings_are_converted_to_lists_prose_and_code():
   told = load_conf().house_style(textwrap.dedent("""\
       Does `this
       thing`, x_bnw and all.
@@ -243,7 +244,7 @@ def test_docstrings_become_lists_prose_and_code():
 
 
 def commands(page: pathlib.Path) -> list[tuple[str, bool]]:
-  """(command, whether it is whole): lines of blocks without a language, and code in the text."""
+  """Returns (command, whether it is complete) for lines of plain blocks and for inline code."""
   whole = [line for body in blocks(page, "", "bash", "sh")
            for line in body.replace("\\\n", " ").splitlines()]
   inline = re.findall(r"`([^`]+)`", prose(page))
@@ -252,10 +253,10 @@ def commands(page: pathlib.Path) -> list[tuple[str, bool]]:
 
 
 def words_of(command: str) -> list[str]:
-  """Without variables of the environment and the pinning to a core."""
+  """Splits a command, without environment variables and without pinning to a core."""
   try:
     words = shlex.split(command)
-  except ValueError:      # an apostrophe in code that is no command
+  except ValueError:      # an apostrophe in code that is not a command
     return []
   while words and (re.fullmatch(r"[A-Z_]+=\S*", words[0]) or words[:1] == ["sbatch"] or
                    words[0].startswith(("--nodes", "--gpus"))):
@@ -303,7 +304,7 @@ def check_config(where: str, overrides):
 
 
 def check_experiment(words: list[str], whole: bool, monkeypatch):
-  """Its own parser takes these words; it does not go on to run."""
+  """Parses these words with the experiment's own parser, without running it."""
   name, *arguments = words
   module = importlib.import_module(f"experiments.{name}")
   parse = argparse.ArgumentParser.parse_args
@@ -314,7 +315,7 @@ def check_experiment(words: list[str], whole: bool, monkeypatch):
   def only_parse(parser, args=None, namespace=None):
     if whole:
       parse(parser, arguments)
-    else:         # in the text what is required may be left out
+    else:         # in the text, required arguments may be omitted
       options = parser.format_help()
       assert all(word in options for word in arguments if word.startswith("--")), arguments
     raise Parsed
@@ -327,7 +328,7 @@ def check_experiment(words: list[str], whole: bool, monkeypatch):
 
 
 def check(command: str, whole: bool, monkeypatch) -> bool:
-  """Raises where a command names what there is not; whether it was one of ours."""
+  """Raises if a command names what does not exist; returns whether the command is one of ours."""
   words = words_of(command)
   if words[:1] == ["vitcompact"]:
     check_vitcompact(words[1:], whole and "..." not in words)
@@ -357,7 +358,7 @@ def check(command: str, whole: bool, monkeypatch) -> bool:
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-  """A folder in which the files are that commands name."""
+  """A folder with the files that commands name."""
   (tmp_path / "configs").symlink_to(ROOT / "configs")
   (tmp_path / "plan.json").write_text(vc.Plan(heads=vc.HMHSA()).to_json())
   monkeypatch.chdir(tmp_path)
@@ -372,10 +373,10 @@ def test_commands_name_verbs_options_configs_and_modules_that_exist(page, checko
       check(command, whole, checkout)
     except (Exception, SystemExit) as error:
       wrong[command] = f"{type(error).__name__}: {error}"
-  assert not wrong, "\n".join(f"{command}\n    {said}" for command, said in wrong.items())
+  assert not wrong, "\n".join(f"{command}\n    {message}" for command, message in wrong.items())
 
 
-def test_all_kinds_of_commands_are_found_and_checked(checkout):
+def test_every_kind_of_command_is_found_and_checked(checkout):
   found = {command: whole for page in PAGES for command, whole in commands(page)
            if check(command, whole, checkout)}
   starts = [" ".join(command.split()[:2]) for command in found]
@@ -395,12 +396,12 @@ def test_all_kinds_of_commands_are_found_and_checked(checkout):
     "python main.py --config=configs/deit_s.py --workdir=a --config.accumulate=8",
     "python -m experiments.bench layers", "make site", "pip install 'vitcompact[all]'",
     "launch/pod.sh a b", "python examples/client.py"])
-def test_a_command_that_does_not_exist_is_found(command, checkout):
-  with pytest.raises((Exception, SystemExit)):      # of whichever parser
+def test_a_wrong_command_is_detected(command, checkout):
+  with pytest.raises((Exception, SystemExit)):      # depends on the parser
     check(command, True, checkout)
 
 
-def test_a_link_that_leads_nowhere_is_found(tmp_path):
+def test_a_broken_link_is_detected(tmp_path):
   page = tmp_path / "page.md"
   page.write_text("# A title: one\n[a](#a-title-one) [b](page.md#two) [c](gone.md) `[d](e)`\n")
   assert broken_links(page) == ["page.md#two", "gone.md"]
@@ -413,14 +414,14 @@ AXES = pytest.mark.parametrize("axis", vc.METHODS)
 
 
 @AXES
-def test_the_tables_of_an_axis_are_what_the_results_say(axis):
+def test_the_tables_of_an_axis_match_the_results(axis):
   table = axis_tables.axis(axis)
   assert table in text_of(DOCS / f"{axis}.md"), "run python -m experiments.bench tables"
 
 
 @pytest.mark.parametrize("name", [*vc.METHODS, "index", "provenance", "adding", "notebooks"])
-def test_no_figure_stands_outside_of_the_tables(name):
-  """What they say in words is tested below; what was measured is in tables of results/."""
+def test_no_measured_figure_stands_outside_the_tables(name):
+  """Statements in words are tested below; measured figures are in tables made from results/."""
   text = re.sub(r"<!-- (\w+): written by.*<!-- end of \1 -->", "", prose(DOCS / f"{name}.md"),
                 flags=re.DOTALL)
   assert re.findall(r"\d[\d.,]* ?(?:%|ms\b|points?\b|seconds?\b|GiB|MB|G\b|M\b)|\dx\b", text) == []
@@ -430,13 +431,13 @@ def rows_of(suite: str, *keys: str):
   return cases(results.load(suite, "cpu"), *keys)
 
 
-def of_deit():
-  """Every method at its default at 224 and 512 pixels."""
+def rows_of_deit():
+  """Returns the rows of every method at its defaults, at 224 and 512 pixels."""
   rows = rows_of("methods", "model", "image_size")
   return [rows["deit_small_patch16_224", pixels] for pixels in (224, 512)]
 
 
-def test_what_the_page_of_heads_says_of_speed():
+def test_statements_about_speed_on_the_page_of_heads_hold():
   for rows in rows_of("tokens", "tokens").values():
     assert speed(rows, "heads", "dense")[1] > 1
   for (tokens, _, which), rows in rows_of("layer", "tokens", "batch", "pass").items():
@@ -448,17 +449,17 @@ def test_what_the_page_of_heads_says_of_speed():
     logits = speed(rows, "hMHSA, logits site", results.best_dense(rows))
     if logits and (tokens >= 577 or which != "forward"):
       assert logits[0] < (1.1 if which == "forward" else 1)
-  for rows in of_deit():
+  for rows in rows_of_deit():
     assert 0.97 < speed(rows, "MoH", "dense")[0] < 1.03 < speed(rows, "HMHSA", "dense")[0]
     assert speed(rows, "HeadPruning", "dense")[0] > speed(rows, "HMHSA", "dense")[0]
   lost = next(row for row in results.accuracies()["heads"] if row["data"] == "digits")
   assert lost["difference"] + lost["interval"] < 0
 
 
-def test_what_the_page_of_attention_says_of_speed():
+def test_statements_about_speed_on_the_page_of_attention_hold():
   for (tokens,), rows in rows_of("tokens", "tokens").items():
     assert (speed(rows, "attention", "dense")[1] > 1) == (tokens >= 401)
-  small, large = of_deit()
+  small, large = rows_of_deit()
   assert all(speed(small, name, "dense")[0] < 1 for name in ("Sparsifiner", "BiFormer"))
   assert 1 <= speed(small, "InLine", "dense")[0] < 1.05
   assert speed(large, "Sparsifiner", "dense")[0] < speed(small, "Sparsifiner", "dense")[0]
@@ -466,18 +467,18 @@ def test_what_the_page_of_attention_says_of_speed():
       "BiFormer", "InLine", "ChannelAttention", "KeyMerging"))
 
 
-def test_what_the_page_of_tokens_says_of_speed():
+def test_statements_about_speed_on_the_page_of_tokens_hold():
   by_batch = {batch: rows for (batch,), rows in rows_of("model", "batch").items()}
   for name in ("EViT 0.7", "EViT 0.5", "ToMe 13", "DynamicViT 0.7", "MCTF 16"):
-    ratio, wanted = speed(by_batch[8], name, "dense")[0], results.macs_ratio(by_batch[8], name)
-    assert (ratio > wanted) == (name != "MCTF 16") and ratio > 0.9 * wanted
+    ratio, expected = speed(by_batch[8], name, "dense")[0], results.macs_ratio(by_batch[8], name)
+    assert (ratio > expected) == (name != "MCTF 16") and ratio > 0.9 * expected
     assert speed(by_batch[1], name, "dense")[0] < ratio
   for name in ("evit", "evit_half", "dynamicvit", "tome", "mctf"):
     row, = results.accuracies()[name]
     assert abs(row["difference"]) < row["interval"]
 
 
-def test_what_the_page_of_ffns_says_of_speed():
+def test_statements_about_speed_on_the_page_of_ffns_hold():
   ratios = [speed(rows, "ffn", "dense")[0] for rows in rows_of("tokens", "tokens").values()]
   assert ratios[0] == max(ratios) and ratios[-1] == min(ratios)
   training, = rows_of("train", "batch").values()
@@ -486,7 +487,7 @@ def test_what_the_page_of_ffns_says_of_speed():
     assert results.accuracies()[name][0]["difference"] >= 0
 
 
-def test_provenance_speaks_of_every_method():
+def test_the_page_of_provenance_covers_every_method():
   methods = {kind.__name__ for kinds in vc.METHODS.values() for kind in kinds.values()}
   assert methods == set(re.findall(r"`([A-Z]\w+)`", "".join(re.findall(
       r"^\| (`[A-Z].*?) \|", text_of(DOCS / "provenance.md"), re.MULTILINE))))

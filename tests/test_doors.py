@@ -1,4 +1,4 @@
-"""A verb that is given the wrong thing says so in one line, before it computes anything."""
+"""A verb given a wrong argument says so in one line, before it computes anything."""
 import functools
 
 import jax
@@ -13,7 +13,7 @@ PLAN = vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())
 
 @functools.cache
 def three_forms():
-  """(dense model, variables, trained form, variables, deployed form, variables, images)."""
+  """(dense model, variables, training form, variables, deployed form, variables, images)."""
   dense, small = tiny.deit(), tiny.deit(PLAN)
   variables = tiny.init(small)
   deploy, folded = vc.fold(small, variables)
@@ -21,7 +21,7 @@ def three_forms():
 
 
 def verbs():
-  """{"the form it wants: name": function(model, variables, images)}."""
+  """Returns {"the form it expects: name": function(model, variables, images)}."""
   return {
       "dense: compact": lambda m, v, x: vc.compact(m, v, PLAN, images=x),
       "trained: fold": lambda m, v, x: vc.fold(m, v),
@@ -44,14 +44,14 @@ def refusal(call, *args) -> str:
 
 @pytest.fixture(params=verbs())
 def door(request):
-  """(verb, model, variables, images) that go together."""
+  """(verb, model, variables, images) that fit each other."""
   dense, variables, small, trained, deploy, folded, images = three_forms()
   model, own = {"dense": (dense, variables), "trained": (small, trained),
                 "deployed": (deploy, folded)}[request.param.split(":")[0]]
   return verbs()[request.param], model, own, images
 
 
-def test_a_name_is_no_model(door):
+def test_a_name_instead_of_a_model_is_refused(door):
   verb, model, variables, images = door
   assert "'deit' was given, expected a model" in refusal(verb, "deit", variables, images)
   assert "expected a model" in refusal(verb, type(model), variables, images)
@@ -60,29 +60,29 @@ def test_a_name_is_no_model(door):
 def test_swapped_arguments_are_named(door):
   verb, model, variables, images = door
   assert "dict was given, expected a model" in refusal(verb, variables, model, images)
-  said = refusal(verb, model, images, variables)
-  assert "of shape (3, 32, 32, 3) was given, expected {'params': ...," in said
+  message = refusal(verb, model, images, variables)
+  assert "of shape (3, 32, 32, 3) was given, expected {'params': ...," in message
   assert "5 was given, expected {'params'" in refusal(verb, model, 5, images)
 
 
-def test_bare_parameters_are_recognised(door):
+def test_bare_parameters_are_recognised_as_such(door):
   verb, model, variables, images = door
   assert "give {'params': ...}" in refusal(verb, model, variables["params"], images)
   assert "a dict of 'weights' was given" in refusal(verb, model, {"weights": 1}, images)
 
 
-def test_variables_of_another_model_are_compared(door):
+def test_variables_of_another_model_are_refused_with_the_differences(door):
   verb, model, variables, images = door
   wide = model.clone(width=48)
-  said = refusal(verb, model, tiny.init(wide), images)
-  assert "do not fit deit_tiny_patch16_224" in said and "not (" in said and " more" in said
-  assert len(said) < 600
+  message = refusal(verb, model, tiny.init(wide), images)
+  assert "do not fit deit_tiny_patch16_224" in message and "not (" in message and " more" in message
+  assert len(message) < 600
   assert ": no 'params'" in refusal(verb, model, {"params": {}}, images)
   broken = {**variables, "params": {**variables["params"], "cls_token": 1.0}}
   assert "cls_token is a float" in refusal(verb, model, broken, images)
 
 
-def test_the_other_form_is_recognised():
+def test_variables_of_the_other_form_are_recognised():
   _, _, small, trained, deploy, folded, images = three_forms()
   for call in (lambda m, v: vc.fold(m, v), lambda m, v: vc.features(m, v, images),
                lambda m, v: vc.verify(small, trained, m, v, images)):
@@ -97,7 +97,7 @@ def test_the_other_form_is_recognised():
     (np.zeros((2, 32, 32, 1), np.float32), "images of shape (2, 32, 32, 1)"),
     (np.zeros((2, 16, 16, 3), np.float32), "images of shape (2, 16, 16, 3)"),
     ([[1.0]], "images: a list was given"), ("a.png", "images: 'a.png' was given")])
-def test_images_are_a_batch_of_normalised_floats(images, said):
+def test_images_must_be_a_batch_of_normalised_floats(images, said):
   dense, variables, _, _, deploy, folded, _ = three_forms()
   for call in (lambda x: vc.compact(dense, variables, PLAN, images=x),
                lambda x: vc.features(dense, variables, x), lambda x: vc.tune(deploy, folded, x),
@@ -106,12 +106,12 @@ def test_images_are_a_batch_of_normalised_floats(images, said):
 
 
 @pytest.mark.parametrize("plan", [PLAN.to_json(), {"ffn": {"method": "cffn"}}, None, vc.CFFN()])
-def test_compact_wants_a_plan(plan):
+def test_compact_requires_a_plan(plan):
   dense, variables, *_ = three_forms()
   assert "expected a Plan; Plan.parse reads" in refusal(vc.compact, dense, variables, plan)
 
 
-def test_what_is_left_of_the_verbs_arguments():
+def test_wrong_sizes_rounds_and_pairs_of_models_are_refused():
   dense, variables, _, _, deploy, folded, images = three_forms()
   for size in ("224", 0, (32,), 2.5):
     assert "image_size=" in refusal(vc.count, dense, size)
@@ -126,7 +126,7 @@ def test_what_is_left_of_the_verbs_arguments():
                                                   tolerance="x"))
 
 
-def test_fold_reads_only_shapes_and_accepts_other_collections():
+def test_fold_reads_only_shapes_and_accepts_extra_collections():
   _, _, small, trained, _, folded, _ = three_forms()
   got = jax.jit(lambda variables: vc.fold(small, variables)[1])({**trained, "maps": {}})
   assert jax.tree.structure(got) == jax.tree.structure(folded)

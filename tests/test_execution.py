@@ -1,4 +1,4 @@
-"""Execution: how a model is computed; it is checked and saved, and changes no function."""
+"""Execution records how a model is computed: it is checked and saved, and changes no function."""
 import dataclasses
 import json
 
@@ -14,7 +14,7 @@ RECORD = vc.Execution({1: "tiled", 0: "einsum"}, chunk=2,
                       merged=("blocks_1/mlp/fc2", "blocks_0/mlp/fc1"))
 
 
-def test_json_both_ways_and_the_readable_form():
+def test_a_record_survives_json_and_prints_readably():
   assert json.loads(RECORD.to_json()) == {
       "attention": {"0": "einsum", "1": "tiled"}, "chunk": 2,
       "merged": ["blocks_0/mlp/fc1", "blocks_1/mlp/fc2"]}
@@ -24,8 +24,8 @@ def test_json_both_ways_and_the_readable_form():
     assert again == record and hash(again) == hash(record)
 
 
-def test_equal_records_are_equal_whatever_their_order():
-  """Models with equal records share what was compiled."""
+def test_records_are_equal_in_any_order():
+  """Models with equal records share compiled programs."""
   other = vc.Execution({0: "einsum", 1: "tiled"}, chunk=2, merged=RECORD.merged[::-1])
   assert other == RECORD and hash(other) == hash(RECORD)
   assert RECORD.merged_in(1) == ("fc2",) and vc.Execution().merged_in(1) == ()
@@ -60,7 +60,7 @@ def test_a_wrong_record_is_refused_in_one_line(make, words):
   assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_dense_model_with_a_record_is_compacted_and_folds_as_it_says():
+def test_a_dense_model_with_a_record_is_compacted_and_folded_by_it():
   model = tiny.deit(execution=RECORD)
   variables, x = tiny.init(model), tiny.images(model)
   plan = vc.Plan(ffn=vc.CFFN(rank_ratio=0.25, factor="both"))
@@ -77,7 +77,7 @@ def test_a_dense_model_with_a_record_is_compacted_and_folds_as_it_says():
                              atol=1e-5)
 
 
-def test_a_record_goes_into_the_file_and_comes_back(tmp_path):
+def test_a_record_is_saved_and_loaded_with_the_model(tmp_path):
   model = tiny.deit(vc.Plan(ffn=vc.CFFN(factor="both")), execution=RECORD, deploy=True)
   variables = tiny.init(model)
   convert.save(tmp_path / "a.safetensors", model, variables)
@@ -86,7 +86,7 @@ def test_a_record_goes_into_the_file_and_comes_back(tmp_path):
   assert trees.digest(loaded_variables) == trees.digest(variables)
 
 
-def test_files_of_before_hold_it_in_their_plan(tmp_path):
+def test_the_record_of_older_files_is_read_from_their_plan(tmp_path):
   plan = vc.Plan(ffn=vc.CFFN(factor="both"), blocks={1: {"ffn": vc.CFFN()}})
   record = dataclasses.replace(RECORD, merged=("blocks_0/mlp/fc1", "blocks_1/mlp/fc2"))
   model = tiny.deit(plan, execution=record, deploy=True)

@@ -1,4 +1,4 @@
-"""features: what passes through a model, on request and at no cost otherwise."""
+"""features returns a model's activations on request, and costs nothing otherwise."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +11,14 @@ from vitcompact.count import macs_of
 
 @pytest.mark.parametrize("spec", [None, vc.HMHSA(), vc.HMHSA(layout="grid", rank=2),
                                   vc.HMHSA(site="logits")])
-def test_maps_times_values_are_what_the_model_computes(spec):
+def test_attention_maps_times_values_give_the_models_attention(spec):
   model = tiny.deit(vc.Plan(heads=spec))
   variables, x = tiny.init(model), tiny.images(model)
   seen = jax.jit(lambda v, x: vc.features(model, v, x, maps=True))(variables, x)
   assert list(seen.features) == ["block_0", "block_1"]
   assert list(seen.maps) == ["blocks_0", "blocks_1"] and seen.maps["blocks_0"].shape[1] == 4
   np.testing.assert_allclose(seen.logits, tiny.apply(model, variables, x), atol=1e-5)
-  # From the maps of block 1, the block's attention again, by hand.
+  # Recompute the attention of block 1 from its maps.
   p = variables["params"]["blocks_1"]
 
   def mean(a):
@@ -37,7 +37,7 @@ def test_maps_times_values_are_what_the_model_computes(spec):
                              atol=1e-4)
 
 
-def test_nothing_more_is_computed_when_nobody_asks():
+def test_nothing_extra_is_computed_without_a_request():
   model = tiny.deit(vc.Plan(heads=vc.HMHSA()))
   variables, x = tiny.init(model), tiny.images(model)
   plain = macs_of(model.apply, variables, x)

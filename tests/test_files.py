@@ -1,4 +1,4 @@
-"""Our files: checked when read, small when asked for, and every other file named for what it is."""
+"""Our files are verified when read and small on request; any other file is named for what it is."""
 import dataclasses
 import json
 import pathlib
@@ -36,7 +36,7 @@ def ours(tmp_path):
 
 @pytest.fixture
 def theirs(tmp_path):
-  """As timm writes it."""
+  """A file as timm writes it."""
   path = tmp_path / "timm.safetensors"
   state = vc.to_torch(MODEL, VARIABLES)
   safetensors.numpy.save_file(state, path, metadata={"format": "pt"})
@@ -50,7 +50,7 @@ def refusal(function, *arguments, **options):
   return str(error.value)
 
 
-def test_no_flipped_bit_of_a_file_is_loaded(ours):
+def test_a_file_with_a_flipped_bit_is_not_loaded(ours):
   data = ours.read_bytes()
   header = 8 + int.from_bytes(data[:8], "little")
   rng = np.random.default_rng(0)
@@ -62,12 +62,12 @@ def test_no_flipped_bit_of_a_file_is_loaded(ours):
       model, variables = vc.load(ours)
     except ValueError as error:
       assert str(ours) in str(error)
-    else:   # in the digest's own key: nothing else can have changed
+    else:   # the key of the digest itself; nothing else can have changed
       assert place < header and model == MODEL
       assert trees.digest(variables) == trees.digest(VARIABLES)
 
 
-def test_a_change_of_the_metadata_is_seen(ours):
+def test_a_change_of_the_metadata_is_detected(ours):
   arrays, about = convert.read_safetensors(ours)
   whole = safetensors.safe_open(ours, framework="numpy").metadata()
   assert whole.keys() - about.keys() == {"sha256"}
@@ -77,13 +77,13 @@ def test_a_change_of_the_metadata_is_seen(ours):
   assert "is damaged: its contents do not match the sha256" in refusal(vc.load, ours)
 
 
-def test_a_file_may_be_read_by_whom_other_files_may_be_read(ours):
+def test_a_file_has_the_usual_read_permissions(ours):
   other = ours.with_name("other")
   other.touch()
   assert ours.stat().st_mode == other.stat().st_mode
 
 
-def test_files_of_before_have_no_digest_and_load(ours):
+def test_older_files_without_a_digest_load(ours):
   arrays, about = convert.read_safetensors(ours)
   safetensors.numpy.save_file(arrays, ours, metadata=about)
   assert trees.digest(vc.load(ours)[1]) == trees.digest(VARIABLES)
@@ -97,13 +97,13 @@ def test_half_precision_halves_the_file_and_comes_back_as_float32(tmp_path, ours
   model, variables = vc.load(path)
   assert model == MODEL
   kind = files.DTYPES[dtype]
-  wanted = jax.tree.map(lambda leaf: leaf.astype(kind).astype(np.float32), VARIABLES)
-  assert trees.digest(variables) == trees.digest(wanted) != trees.digest(VARIABLES)
-  vc.save(path, *vc.load(path), dtype=dtype, force=True)     # again changes nothing
-  assert trees.digest(vc.load(path)[1]) == trees.digest(wanted)
+  expected = jax.tree.map(lambda leaf: leaf.astype(kind).astype(np.float32), VARIABLES)
+  assert trees.digest(variables) == trees.digest(expected) != trees.digest(VARIABLES)
+  vc.save(path, *vc.load(path), dtype=dtype, force=True)     # saving again changes nothing
+  assert trees.digest(vc.load(path)[1]) == trees.digest(expected)
 
 
-def test_what_half_precision_cannot_hold_is_refused(tmp_path):
+def test_values_beyond_half_precision_are_refused(tmp_path):
   large = jax.tree.map(np.copy, VARIABLES)
   large["params"]["norm"]["bias"][0] = 1e5
   path = tmp_path / "half.safetensors"
@@ -113,7 +113,7 @@ def test_what_half_precision_cannot_hold_is_refused(tmp_path):
   assert "must be one of float32, float16" in refusal(vc.save, path, MODEL, large, dtype="int8")
 
 
-def test_half_precision_of_pytorch_in_safetensors_is_read(tmp_path):
+def test_pytorch_half_precision_in_safetensors_is_read(tmp_path):
   state = vc.to_torch(MODEL, VARIABLES)
   path = tmp_path / "half.safetensors"
   half = {name: value.astype(ml_dtypes.bfloat16) for name, value in state.items()}
@@ -126,12 +126,12 @@ def test_half_precision_of_pytorch_in_safetensors_is_read(tmp_path):
   assert "head.bias is F8_E4M3, which cannot be read" in refusal(program.read_checkpoint, path)
 
 
-def test_nan_is_neither_saved_nor_loaded_unless_asked_for(tmp_path):
+def test_nan_is_neither_saved_nor_loaded_unless_requested(tmp_path):
   broken = jax.tree.map(np.copy, VARIABLES)
   broken["params"]["norm"]["bias"][:2] = np.nan
   path = tmp_path / "nan.safetensors"
-  said = refusal(vc.save, path, MODEL, broken)
-  assert said.startswith("variables: params/norm/bias has 2 values that are NaN or infinite; ")
+  message = refusal(vc.save, path, MODEL, broken)
+  assert message.startswith("variables: params/norm/bias has 2 values that are NaN or infinite; ")
   vc.save(path, MODEL, broken, allow_nonfinite=True)
   assert f"{path}: params/norm/bias has 2 values" in refusal(vc.load, path)
   assert f"{path}: params/norm/bias has 2 values" in refusal(start.load_variables, str(path), MODEL,
@@ -140,7 +140,7 @@ def test_nan_is_neither_saved_nor_loaded_unless_asked_for(tmp_path):
   assert trees.digest(variables) == trees.digest(broken)
 
 
-def test_names_of_classes_travel_with_the_file(tmp_path, ours):
+def test_class_names_are_kept_in_the_file(tmp_path, ours):
   path = tmp_path / "named.safetensors"
   names = ["cat", "Kätzchen", "crane", "crane", ""]
   vc.save(path, MODEL, VARIABLES, classes=names)
@@ -158,15 +158,15 @@ def test_names_of_classes_travel_with_the_file(tmp_path, ours):
 
 
 @pytest.mark.parametrize("crop", [0.5, 1, None])
-def test_the_crop_of_a_runs_evaluation_travels_with_the_file(tmp_path, ours, crop):
-  """The model's own is 0.9: what served the file cropped otherwise than what measured it."""
+def test_the_crop_of_a_runs_evaluation_is_kept_in_the_file(tmp_path, ours, crop):
+  """The model's own crop is 0.9: serving used to crop differently from the run that measured it."""
   pre = dataclasses.replace(vc.preprocess(MODEL), crop=crop)
   path, out = tmp_path / "run.safetensors", tmp_path / "out.safetensors"
   report.write(tmp_path, types.SimpleNamespace(classes=(), write=lambda _: None),
                {"run": (MODEL, VARIABLES)}, pre)
   assert vc.preprocess(path) == vc.preprocess(str(path)) == pre != vc.preprocess(MODEL)
   assert vc.load(path)[0] == MODEL
-  assert vc.preprocess(ours) == vc.preprocess(MODEL)      # a file that tells none
+  assert vc.preprocess(ours) == vc.preprocess(MODEL)      # a file without a crop
   image = tmp_path / "x.png"
   pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
   Image.fromarray(pixels).save(image)
@@ -176,19 +176,19 @@ def test_the_crop_of_a_runs_evaluation_travels_with_the_file(tmp_path, ours, cro
   command.succeeds("convert", path, "--dtype", "float16", "--out", out)
   assert vc.preprocess(out) == pre
   command.succeeds("convert", path, "--image-size", 16, "--out", out, "--force")
-  assert vc.preprocess(out).crop == 0.9                   # of another size
+  assert vc.preprocess(out).crop == 0.9                   # at another size
 
 
 @pytest.mark.parametrize("crop", ["2", "-1", "NaN", "true", '"half"', "{", "[" * 100_000])
-def test_a_crop_that_is_none_is_refused_in_a_line(ours, crop):
+def test_an_invalid_crop_is_refused_in_one_line(ours, crop):
   arrays, about = convert.read_safetensors(ours)
   safetensors.numpy.save_file(arrays, ours, metadata={**about, "crop": crop})
   for read in (vc.load, vc.preprocess):
     assert "its metadata has no valid crop" in refusal(read, ours)
 
 
-def test_names_of_classes_go_from_file_to_file_through_every_verb(tmp_path):
-  """Compact, fold and tune return models, and models have no names: the file has."""
+def test_class_names_pass_from_file_to_file_through_every_verb(tmp_path):
+  """compact, fold and tune return models, which have no class names: only files have."""
   names, (dense, small, deploy, larger) = list("vwxyz"), (
       tmp_path / f"{name}.safetensors" for name in ("dense", "small", "deploy", "larger"))
   vc.save(dense, MODEL, VARIABLES, classes=names)
@@ -201,7 +201,7 @@ def test_names_of_classes_go_from_file_to_file_through_every_verb(tmp_path):
   assert vc.classes_of(larger) == names
 
 
-def test_names_of_classes_stay_when_the_command_changes_another_size(tmp_path):
+def test_class_names_stay_when_convert_changes_the_image_size(tmp_path):
   path, out, text = (tmp_path / name for name in ("a.safetensors", "b.safetensors", "names.txt"))
   text.write_text("a\nb\nc\n")
   vc.save(path, MODEL, VARIABLES, classes=list("vwxyz"))
@@ -215,7 +215,7 @@ def test_names_of_classes_stay_when_the_command_changes_another_size(tmp_path):
   assert convert.classes_of(out) == ["a", "b", "c"]
 
 
-def test_the_command_can_what_python_can(tmp_path, ours):
+def test_the_command_can_do_what_python_can(tmp_path, ours):
   out = tmp_path / "out.safetensors"
   printed = command.succeeds("convert", ours, "--out", out, "--image-size", 16, 32,
                         "--in-chans", 1, "--dtype", "float16")
@@ -225,15 +225,15 @@ def test_the_command_can_what_python_can(tmp_path, ours):
   assert trees.digest(variables) == trees.digest(jax.tree.map(
       lambda leaf: leaf.astype(np.float16).astype(np.float32),
       convert.resized(MODEL, VARIABLES, image_size=(16, 32), in_chans=1)[1]))
-  said = command.fails("convert", ours, "--out", out, "--force", "--global-pool", "avg")
-  assert "create the model with global_pool='token' (--global-pool token)" in said
-  said = command.fails("convert", ours, "--out", out, "--force", "--weights", "model_ema")
-  assert said.startswith("error: weights='model_ema' is not in the checkpoint; it has weights ")
-  said = command.fails("convert", ours, "--out", out, "--force", "--image-size", 8, 8, 8)
-  assert said.startswith("error: --image-size 8,8,8: must be a side, or height and width")
+  message = command.fails("convert", ours, "--out", out, "--force", "--global-pool", "avg")
+  assert "create the model with global_pool='token' (--global-pool token)" in message
+  message = command.fails("convert", ours, "--out", out, "--force", "--weights", "model_ema")
+  assert message.startswith("error: weights='model_ema' is not in the checkpoint; it has weights ")
+  message = command.fails("convert", ours, "--out", out, "--force", "--image-size", 8, 8, 8)
+  assert message.startswith("error: --image-size 8,8,8: must be a side, or height and width")
 
 
-def test_the_command_tells_which_weights_it_took(tmp_path):
+def test_the_command_says_which_weights_it_took(tmp_path):
   npz, state = tmp_path / "a.npz", vc.to_torch(MODEL, VARIABLES)
   np.savez(npz, **{f"{name}.{key}": np.full_like(value, name == "ema")
                    for name in ("model", "ema") for key, value in state.items()})
@@ -279,13 +279,13 @@ def cut(path):
     ("dir", lambda path: (path.mkdir(), (path / "trained.safetensors").touch()),
      "is a directory, not a file of weights; in it: trained.safetensors"),
     ("dir.safetensors", lambda path: path.mkdir(), "no file of weights is in it")])
-def test_a_file_that_is_not_ours_is_named_for_what_it_is(tmp_path, name, write, words):
+def test_a_foreign_file_is_named_for_what_it_is(tmp_path, name, write, words):
   path = tmp_path / name
   write(path)
   for load in (vc.load, convert.classes_of, convert.read_metadata):
-    said = refusal(load, path)
-    assert str(path) in said and words in said
-  # Which takes others' files too; there is no torch here.
+    message = refusal(load, path)
+    assert str(path) in message and words in message
+  # `convert` also reads foreign files; torch is not installed here.
   assert str(path) in refusal(start.load_variables, str(path), MODEL, None)
 
 
@@ -294,16 +294,16 @@ STARTS = st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02", b"\x10\0\0\0\0\0\0\0{
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(STARTS, st.binary(max_size=40), st.sampled_from([".safetensors", ".pth", ".npz", ""]))
-def test_whatever_bytes_a_file_has_it_is_refused_in_a_line(tmp_path_factory, start, rest, suffix):
+def test_arbitrary_bytes_in_a_file_are_refused_in_one_line(tmp_path_factory, start, rest, suffix):
   path = tmp_path_factory.getbasetemp() / f"any{suffix}"
   path.write_bytes(start + rest)
   for load in (vc.load, convert.classes_of):
     assert str(path) in refusal(load, path)
-  if files.kind_of(path) != "pytorch":   # for which torch would be asked
+  if files.kind_of(path) != "pytorch":   # those would need torch
     assert str(path) in refusal(program.read_checkpoint, path)
 
 
-def test_what_is_no_path_is_refused():
+def test_arguments_that_are_not_paths_are_refused():
   for value in (None, 3, VARIABLES):
     assert "expected the path of a file" in refusal(vc.load, value)
   assert "a path that ends in .safetensors" in refusal(vc.save, None, MODEL, VARIABLES)
@@ -312,18 +312,18 @@ def test_what_is_no_path_is_refused():
     vc.save("a.safetensors", MODEL, VARIABLES["params"])
 
 
-def test_safetensors_with_pytorch_names_say_how_to_convert_them(tmp_path, theirs, ours):
+def test_safetensors_with_pytorch_names_are_refused_with_a_command(tmp_path, theirs, ours):
   for load in (vc.load, convert.classes_of):
-    said = refusal(load, theirs)
-    assert f"{theirs} is not one of our files: its metadata has ['format']" in said
-    assert f"`vitcompact convert {theirs} --model NAME --out NEW.safetensors`" in said
+    message = refusal(load, theirs)
+    assert f"{theirs} is not one of our files: its metadata has ['format']" in message
+    assert f"`vitcompact convert {theirs} --model NAME --out NEW.safetensors`" in message
   home = tmp_path / "home.safetensors"
   program.to_torch(ours, home)
   assert "it has PyTorch names" in refusal(vc.load, home)
   assert "--model deit_tiny_patch16_224" in refusal(vc.load, home)
 
 
-def test_the_command_reads_npz_and_says_what_others_are(tmp_path, monkeypatch):
+def test_the_command_reads_npz_and_names_other_formats(tmp_path, monkeypatch):
   state = vc.to_torch(MODEL, VARIABLES)
   path = tmp_path / "weights.npz"
   np.savez(path, **state)
@@ -333,9 +333,9 @@ def test_the_command_reads_npz_and_says_what_others_are(tmp_path, monkeypatch):
   assert "refused" in refusal(program.read_checkpoint, path)
   text = tmp_path / "weights.txt"
   text.write_text("hello")
-  said = refusal(program.read_checkpoint, text)
-  assert "is text; must be .safetensors, .npz or PyTorch's" in said
+  message = refusal(program.read_checkpoint, text)
+  assert "is text; must be .safetensors, .npz or PyTorch's" in message
   monkeypatch.setitem(sys.modules, "torch", None)
   zipped(tmp_path / "weights.ckpt")
-  said = refusal(program.read_checkpoint, pathlib.Path(tmp_path / "weights.ckpt"))
-  assert "is a PyTorch file: reading it needs torch" in said
+  message = refusal(program.read_checkpoint, pathlib.Path(tmp_path / "weights.ckpt"))
+  assert "is a PyTorch file: reading it needs torch" in message

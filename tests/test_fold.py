@@ -1,4 +1,4 @@
-"""Folding does not change the function; verify would notice if it did."""
+"""Folding does not change the function, and verify would notice if it did."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,15 +18,15 @@ PLANS = [
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_fold_keeps_the_function_with_every_leaf_and_statistic_random(plan):
+def test_fold_keeps_the_function_with_random_leaves_and_statistics(plan):
   model = tiny.deit(plan)
   variables, x = tiny.init(model), tiny.images(model)
   deploy, folded = vc.fold(model, variables)
   proof = vc.verify(model, variables, deploy, folded, x)
   assert proof.max_rel <= 1e-5 and proof.ok and proof.first_difference is None
   assert proof.top1_agreement == 1 and proof.images == 3
-  asked = jax.eval_shape(deploy.init, jax.random.key(0), x)
-  assert trees.differences(folded, asked) == []
+  expected_shapes = jax.eval_shape(deploy.init, jax.random.key(0), x)
+  assert trees.differences(folded, expected_shapes) == []
   again, twice = vc.fold(deploy, folded)
   assert again == deploy and trees.digest(twice) == trees.digest(folded)
 
@@ -42,7 +42,7 @@ def test_fold_is_pure_and_can_be_traced():
 
 
 @pytest.mark.parametrize("leaf", ["fc2/b/bias", "fc2/a/kernel", "fc2/b/kernel"])
-def test_verify_names_the_block_where_a_difference_first_arises(leaf):
+def test_verify_names_the_first_block_with_a_difference(leaf):
   model = tiny.deit(PLANS[0])
   variables, x = tiny.init(model), tiny.images(model)
   deploy, folded = vc.fold(model, variables)
@@ -55,7 +55,7 @@ def test_verify_names_the_block_where_a_difference_first_arises(leaf):
   assert proof.first_difference == "blocks_1" and not proof.ok
 
 
-def test_compact_starts_from_a_dense_model_only():
+def test_compact_accepts_only_a_dense_model():
   model = tiny.deit(PLANS[0])
   with pytest.raises(ValueError, match="starts from a dense, unfolded model"):
     vc.compact(model, tiny.init(model), vc.Plan())
@@ -66,8 +66,8 @@ def test_compact_starts_from_a_dense_model_only():
     {"attention": vc.Sparsifiner(keep=0.3)},
     {"heads": vc.HMHSA(), "attention": vc.Sparsifiner(keep=0.5), "ffn": vc.CFFN(factor="both"),
      "tokens": vc.EViT(keep=0.5, blocks=(1,))}], ids=lambda fields: "-".join(fields))
-def test_batch_norms_start_at_the_statistics_that_the_compact_model_has(fields):
-  """The first step of training computes what evaluation does, on the calibration images."""
+def test_batch_norms_start_at_the_statistics_of_the_compact_model(fields):
+  """On the calibration images, the first training step computes the same as evaluation."""
   model = tiny.deit(drop_path_rate=0.0, remat=len(fields) > 1)
   variables, x = tiny.init(model, spread=0.5), tiny.images(model, batch=16)
   small, got = vc.compact(model, variables, vc.Plan(**{"ffn": vc.CFFN(), **fields}), images=x)
@@ -77,15 +77,15 @@ def test_batch_norms_start_at_the_statistics_that_the_compact_model_has(fields):
   np.testing.assert_allclose(train, logits, atol=1e-4)
 
 
-def test_calibration_images_bring_the_compacted_model_nearer():
+def test_calibration_images_reduce_the_error_of_compacting():
   model = tiny.deit()
   variables, x = tiny.init(model, spread=0.5), tiny.images(model, batch=16)
   plan = vc.Plan(ffn=vc.CFFN(rank_ratio=0.4))
-  wanted = tiny.apply(model, variables, x)
+  expected = tiny.apply(model, variables, x)
 
   def error(images):
     small, got = vc.compact(model, variables, plan, images=images)
-    return jnp.linalg.norm(tiny.apply(small, got, x) - wanted), small, got
+    return jnp.linalg.norm(tiny.apply(small, got, x) - expected), small, got
 
   with pytest.warns(UserWarning, match="without calibration images"):
     from_weights, _, _ = error(None)

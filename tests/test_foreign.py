@@ -1,4 +1,4 @@
-"""Others' checkpoints: nothing is taken or left out in silence, no mistake ends in a traceback."""
+"""Foreign checkpoints: nothing is taken or left out silently, no mistake ends in a traceback."""
 import pathlib
 import re
 import warnings
@@ -27,7 +27,7 @@ def digest(state, model=MODEL, **options):
 WANTED = digest(STATE)
 
 
-def under(prefix, state=STATE):
+def add_prefix(prefix, state=STATE):
   return {prefix + name: value for name, value in state.items()}
 
 
@@ -40,7 +40,7 @@ def no_warning_unless_expected():
 
 @pytest.fixture
 def no_search(monkeypatch):
-  """The search for the closest model takes seconds, and has tests of its own."""
+  """Skips the search for the closest model, which takes seconds and has its own tests."""
   monkeypatch.setattr(fit, "closest_model", lambda *_, **__: None)
 
 
@@ -53,18 +53,18 @@ def refusal(*arguments, **options):
 @pytest.mark.parametrize("options", [
     {}, {"requires_grad": True}, {"device": "cuda:0"}, {"dtype": "float64"},
     {"requires_grad": True, "device": "mps"}])
-def test_tensors_of_pytorch_are_taken_as_they_are(options):
+def test_pytorch_tensors_are_accepted(options):
   assert digest({name: Tensor(value, **options) for name, value in STATE.items()}) == WANTED
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn"])
-def test_half_precision_of_pytorch_becomes_float32(dtype):
+def test_pytorch_half_precision_becomes_float32(dtype):
   kind = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16,
           "float8_e4m3fn": ml_dtypes.float8_e4m3fn}[dtype]
   arrays = {name: value.astype(kind) for name, value in STATE.items()}
-  wanted = digest({name: value.astype(np.float32) for name, value in arrays.items()})
-  assert digest({name: Tensor(value, dtype) for name, value in STATE.items()}) == wanted
-  assert digest(arrays) == wanted
+  expected = digest({name: value.astype(np.float32) for name, value in arrays.items()})
+  assert digest({name: Tensor(value, dtype) for name, value in STATE.items()}) == expected
+  assert digest(arrays) == expected
 
 
 @pytest.mark.parametrize("options, words", [
@@ -73,17 +73,17 @@ def test_half_precision_of_pytorch_becomes_float32(dtype):
     ({"layout": "torch.sparse_coo"}, "sparse; pass .*to_dense"),
     ({"device": "meta"}, "meta device, without values"),
     ({"dtype": "complex64"}, "torch.complex64, not an array of floating point numbers")])
-def test_tensors_without_plain_values_are_refused_in_a_line_with_the_way_out(options, words):
-  said = refusal(MODEL, {**STATE, "norm.bias": Tensor(STATE["norm.bias"], **options)})
-  assert re.match(f"norm.bias is .*{words}", said) and "\n" not in said
+def test_tensors_without_plain_values_are_refused_with_a_way_out(options, words):
+  message = refusal(MODEL, {**STATE, "norm.bias": Tensor(STATE["norm.bias"], **options)})
+  assert re.match(f"norm.bias is .*{words}", message) and "\n" not in message
 
 
-def test_a_tensor_that_fails_says_which_and_why():
+def test_the_error_names_the_tensor_that_cannot_be_read_and_why():
   class Broken(Tensor):
     def detach(self):
       raise RuntimeError("storage was freed\nC++ frames")
-  said = refusal(MODEL, {**STATE, "norm.bias": Broken(np.ones(24))})
-  assert "norm.bias, a Broken of torch.float32" in said and said.endswith("storage was freed")
+  message = refusal(MODEL, {**STATE, "norm.bias": Broken(np.ones(24))})
+  assert "norm.bias, a Broken of torch.float32" in message and message.endswith("storage was freed")
 
 
 @pytest.mark.parametrize("records", [
@@ -91,22 +91,22 @@ def test_a_tensor_that_fails_says_which_and_why():
     {"decay": np.array(0.999, np.float32)},
     {"names": ["a", "b"], "date": "today"}, {"bn.num_batches_tracked": Tensor(7, "int64")},
     {"blocks.0.attn.relative_position_index": np.zeros((3, 3), np.int64)}, {7: np.ones(3)}])
-def test_records_and_counters_beside_weights_are_dropped_and_told(records):
+def test_records_and_counters_among_weights_are_dropped_and_reported(records):
   for checkpoint in ({**STATE, **records}, {**records, "model": {**STATE, **records}}):
     loaded = convert.read_state_dict(MODEL, checkpoint)
     assert trees.digest(loaded.variables) == WANTED
     assert loaded.dropped == [name for name in records if name != 7]
-  swa = {"n_averaged": np.array(5), **under("module.")}
+  swa = {"n_averaged": np.array(5), **add_prefix("module.")}
   assert convert.read_state_dict(MODEL, swa).lines() == ["dropped: n_averaged"]
-  deeper = {"n_averaged": np.array(5), "epoch": 3, **under("module.net.")}
+  deeper = {"n_averaged": np.array(5), "epoch": 3, **add_prefix("module.net.")}
   assert convert.read_state_dict(MODEL, deeper).dropped == ["n_averaged", "epoch"]
-  assert digest(deeper) == WANTED   # without a warning: these are no weights
+  assert digest(deeper) == WANTED   # no warning: these are not weights
 
 
 @pytest.mark.parametrize("prefix", ["model.", "backbone.", "encoder.", "module.model.", "a.0.b.",
                                     "_orig_mod.model.module.", "module.module.", "teacher."])
-def test_a_prefix_of_all_names_comes_off_and_is_told(prefix):
-  loaded = convert.read_state_dict(MODEL, {"state_dict": under(prefix), "optimizer_states": [
+def test_a_common_prefix_is_removed_and_reported(prefix):
+  loaded = convert.read_state_dict(MODEL, {"state_dict": add_prefix(prefix), "optimizer_states": [
       {"state": {0: {"exp_avg": np.ones(3)}}}], "hyper_parameters": {"lr": 1e-3}})
   assert trees.digest(loaded.variables) == WANTED
   rest = prefix
@@ -116,27 +116,27 @@ def test_a_prefix_of_all_names_comes_off_and_is_told(prefix):
       [f"prefix taken off the names: {rest}"] if rest else [])
 
 
-def test_compiled_and_sharded_layers_inside_a_model_keep_their_names():
+def test_wrappers_of_compiled_and_sharded_layers_are_removed_from_names():
   wrapped = {name.replace("blocks.0.", "blocks.0._orig_mod.")
              .replace("attn.", "attn._fsdp_wrapped_module."): value
-             for name, value in under("_orig_mod.").items()}
+             for name, value in add_prefix("_orig_mod.").items()}
   assert digest(wrapped) == WANTED
 
 
-def test_a_classifier_beside_its_backbone_belongs_to_the_model_and_others_are_left_out():
-  beside = {name if name.startswith("head.") else f"backbone.{name}": value
-            for name, value in STATE.items()}
-  assert digest(beside) == WANTED
-  loaded = convert.read_state_dict(MODEL, {**beside, "loss.centre": np.ones((1, 9))})
+def test_a_head_outside_the_backbone_prefix_belongs_to_the_model():
+  prefixed = {name if name.startswith("head.") else f"backbone.{name}": value
+              for name, value in STATE.items()}
+  assert digest(prefixed) == WANTED
+  loaded = convert.read_state_dict(MODEL, {**prefixed, "loss.centre": np.ones((1, 9))})
   assert loaded.outside == ["loss.centre"]
   assert "left out, not part of the model: loss.centre" in loaded.lines()
   with pytest.warns(UserWarning, match="1 tensors without the prefix 'backbone.' .*loss.centre"):
-    assert digest({**beside, "loss.centre": np.ones((1, 9))}) == WANTED
+    assert digest({**prefixed, "loss.centre": np.ones((1, 9))}) == WANTED
 
 
-def test_two_tensors_of_one_name_are_refused():
-  said = refusal(MODEL, {**STATE, "module.norm.bias": np.zeros(24)})
-  assert said.startswith("two tensors of one name, 'norm.bias' and 'module.norm.bias'")
+def test_two_tensors_with_the_same_name_are_refused():
+  message = refusal(MODEL, {**STATE, "module.norm.bias": np.zeros(24)})
+  assert message.startswith("two tensors of one name, 'norm.bias' and 'module.norm.bias'")
 
 
 def test_names_may_be_bytes():
@@ -146,18 +146,18 @@ def test_names_may_be_bytes():
 @pytest.mark.parametrize("checkpoint, taken", [
     ({"model": OTHER, "model_ema": STATE}, "model_ema"),
     ({"state_dict": OTHER, "state_dict_ema": STATE, "model": OTHER}, "state_dict_ema"),
-    ({"student": under("module.backbone.", OTHER), "teacher": under("backbone."),
+    ({"student": add_prefix("module.backbone.", OTHER), "teacher": add_prefix("backbone."),
       "dino_loss": {"center": np.ones((1, 9))}}, "teacher"),
-    ({"ckpt": {"net": OTHER, "ema": under("module.")}}, "ckpt.ema"),
-    ({"state_dict": {**under("model.", OTHER), **under("ema_model.module.")}},
+    ({"ckpt": {"net": OTHER, "ema": add_prefix("module.")}}, "ckpt.ema"),
+    ({"state_dict": {**add_prefix("model.", OTHER), **add_prefix("ema_model.module.")}},
      "state_dict.ema_model")])
-def test_of_several_sets_of_weights_one_is_taken_aloud_and_may_be_chosen(checkpoint, taken):
+def test_one_of_several_sets_of_weights_is_chosen_and_reported(checkpoint, taken):
   with pytest.warns(UserWarning, match=f"several sets of weights: took {taken!r}, not .*weights="):
     assert digest(checkpoint) == WANTED
   loaded = convert.read_state_dict(MODEL, checkpoint)
   assert loaded.container == taken and taken in loaded.containers
   assert re.match(rf"weights: {taken}, not .*\(--weights chooses\)", loaded.lines()[0])
-  for name in loaded.containers:   # and no warning
+  for name in loaded.containers:   # choosing explicitly gives no warning
     for choice in (name, name.rsplit(".", 1)[-1]):
       assert (digest(checkpoint, weights=choice) == WANTED) == (name == taken)
     assert convert.read_state_dict(MODEL, checkpoint, weights=name).containers == loaded.containers
@@ -167,8 +167,8 @@ def test_of_several_sets_of_weights_one_is_taken_aloud_and_may_be_chosen(checkpo
   assert said.startswith("weights='average' is not in the checkpoint; it has ") and taken in said
 
 
-def test_networks_side_by_side_are_chosen_by_a_part_of_their_prefix():
-  both = {**under("student.backbone.", OTHER), **under("teacher.backbone."),
+def test_one_of_several_networks_is_chosen_by_part_of_its_prefix():
+  both = {**add_prefix("student.backbone.", OTHER), **add_prefix("teacher.backbone."),
           "teacher.head.mlp.weight": np.ones((3, 3))}
   with pytest.warns(UserWarning) as caught:
     assert digest(both) == WANTED
@@ -181,19 +181,19 @@ def test_networks_side_by_side_are_chosen_by_a_part_of_their_prefix():
   assert "stands for several" in refusal(MODEL, both, weights="backbone")
 
 
-def test_records_that_refer_to_themselves_or_name_a_kernel_are_records():
+def test_cyclic_records_and_a_setting_named_kernel_are_not_weights():
   checkpoint = {"model": STATE, "hyper_parameters": {"kernel": 3}}
   checkpoint["self"] = checkpoint
   with pytest.warns(UserWarning, match="took 'model', not 'self.model', 'self.self.model'"):
     assert digest(checkpoint) == WANTED
 
 
-def test_one_set_of_weights_is_no_choice_and_unknown_names_of_several_are_refused():
+def test_weights_must_be_chosen_only_if_several_sets_have_unknown_names():
   assert digest({"model": STATE, "epoch": 3}) == WANTED
   assert digest({"mine": STATE}) == WANTED and digest({"mine": STATE}, weights="mine") == WANTED
-  said = refusal(MODEL, {"first": STATE, "second": OTHER})
-  assert said == ("several sets of weights in the checkpoint, first, second; choose one, as in "
-                  "weights='first'")
+  message = refusal(MODEL, {"first": STATE, "second": OTHER})
+  assert message == ("several sets of weights in the checkpoint, first, second; choose one, as in "
+                     "weights='first'")
   assert digest({"first": OTHER, "second": STATE}, weights="second") == WANTED
 
 
@@ -202,12 +202,12 @@ def test_one_set_of_weights_is_no_choice_and_unknown_names_of_several_are_refuse
     (["conv_root/kernel", "Transformer/encoderblock_0/LayerNorm_0/scale"],
      "Google's, of a hybrid of ResNet and ViT: no model here has its stem"),
     (["params/head/kernel", "params/head/bias"], "vitcompact's own")])
-def test_names_that_are_not_read_are_recognised_in_one_line(names, words):
-  said = refusal(MODEL, {name: np.ones(3) for name in names})
-  assert re.search(f"the names are {words}", said) and "\n" not in said
+def test_unsupported_naming_schemes_are_identified_in_one_line(names, words):
+  message = refusal(MODEL, {name: np.ones(3) for name in names})
+  assert re.search(f"the names are {words}", message) and "\n" not in message
 
 
-def test_variables_of_flax_are_no_state_dict():
+def test_flax_variables_are_not_taken_for_a_state_dict():
   for variables in (tiny.init(MODEL), tiny.init(MODEL)["params"]):
     assert refusal(MODEL, variables).startswith("variables of Flax were given; expected a state")
 
@@ -219,20 +219,20 @@ def test_variables_of_flax_are_no_state_dict():
     ([("norm.bias", np.ones(3))], "a list was given; expected"), ({}, "the state dict is empty"),
     ({"epoch": 3, "model": None}, r"no tensors .*'epoch' \(a int\), 'model' \(a NoneType\)"),
     ({"model": {}}, "no tensors"), (tiny.deit(), "a VisionTransformer was given; expected")])
-def test_what_is_no_state_dict_is_refused_in_a_line(given, words):
-  said = refusal(MODEL, given)
-  assert re.search(words, said) and "\n" not in said
+def test_a_value_that_is_not_a_state_dict_is_refused_in_one_line(given, words):
+  message = refusal(MODEL, given)
+  assert re.search(words, message) and "\n" not in message
 
 
-def test_what_is_no_model_is_refused_in_a_line():
+def test_a_value_that_is_not_a_model_is_refused_in_one_line():
   assert refusal("deit_small", STATE).startswith("'deit_small' was given, expected a model")
   assert refusal(STATE, MODEL).startswith("a dict was given, expected a model")
   module = type("Module", (), {"state_dict": lambda self: STATE})()
   assert refusal(MODEL, module).endswith("pass its .state_dict()")
 
 
-def test_of_many_names_that_differ_a_few_are_shown_and_the_others_counted(no_search):
-  said = refusal(MODEL, under("x", STATE)).split("\n")
+def test_of_many_misfits_a_few_are_shown_and_the_rest_counted(no_search):
+  said = refusal(MODEL, add_prefix("x", STATE)).split("\n")
   count = len(STATE)
   assert said[0].endswith(f"{count} missing, {count} unexpected, 0 misshapen; none of its names is "
                           "the model's")
@@ -240,7 +240,7 @@ def test_of_many_names_that_differ_a_few_are_shown_and_the_others_counted(no_sea
   assert said[10] == f"and {count - 4} more unexpected"
 
 
-def test_a_norm_after_pooling_names_the_option():
+def test_the_error_for_a_norm_after_pooling_names_the_option():
   pooled = {name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: value
             for name, value in STATE.items()}
   model = MODEL.clone(global_pool="avg")
@@ -249,11 +249,11 @@ def test_a_norm_after_pooling_names_the_option():
   assert "has norm instead of fc_norm: create the model with global_pool='token'" in refusal(
       model, STATE)
   assert "params" in vc.from_torch(model, pooled)
-  said = refusal(MODEL.clone(num_classes=3), pooled)
-  assert "global_pool='avg'" in said and "pass reset_head" in said
+  message = refusal(MODEL.clone(num_classes=3), pooled)
+  assert "global_pool='avg'" in message and "pass reset_head" in message
 
 
-def test_kernels_of_rgb_become_those_of_other_channels():
+def test_rgb_kernels_are_adapted_to_other_numbers_of_channels():
   kernel = STATE["patch_embed.proj.weight"]
   grey = np.random.default_rng(0).normal(size=(2, 32, 32, 1)).astype(np.float32)
   loaded = convert.read_state_dict(MODEL.clone(in_chans=1), STATE)
@@ -262,25 +262,25 @@ def test_kernels_of_rgb_become_those_of_other_channels():
   np.testing.assert_allclose(
       jax.jit(MODEL.clone(in_chans=1).apply)(loaded.variables, grey),
       jax.jit(MODEL.apply)(vc.from_torch(MODEL, STATE), grey.repeat(3, axis=-1)), atol=2e-5)
-  # As timm's adapt_input_conv: repeated, cut, and scaled by 3 / 5.
-  wanted = np.tile(kernel, (1, 2, 1, 1))[:, :5] * np.float32(0.6)
-  np.testing.assert_array_equal(torch_names.adapt_channels(kernel, 5), wanted)
+  # As in timm's adapt_input_conv: repeated, truncated, and scaled by 3 / 5.
+  expected = np.tile(kernel, (1, 2, 1, 1))[:, :5] * np.float32(0.6)
+  np.testing.assert_array_equal(torch_names.adapt_channels(kernel, 5), expected)
   both = convert.read_state_dict(MODEL.clone(in_chans=1, image_size=16, patch_size=4), STATE)
   assert both.resized == ["patch_embed.proj.weight"] == both.adapted
   one = vc.to_torch(MODEL.clone(in_chans=1), loaded.variables)
-  said = refusal(MODEL, one)
-  assert "is for images of 1 channels: create the model with in_chans=1" in said
+  message = refusal(MODEL, one)
+  assert "is for images of 1 channels: create the model with in_chans=1" in message
 
 
 @pytest.mark.parametrize("value, kind", [(np.nan, np.float32), (np.inf, np.float16),
                                          (-np.inf, np.float32), (1e300, np.float64)])
-def test_nan_and_infinity_are_refused_with_the_first_and_how_many(value, kind):
+def test_nan_and_infinity_are_refused_with_the_first_and_the_count(value, kind):
   state = {name: array.astype(kind) for name, array in STATE.items()}
   state["blocks.0.norm1.bias"][:3] = value
   state["norm.bias"][:] = value
-  said = refusal(MODEL, state)
-  assert "blocks.0.norm1.bias has 3 values that are NaN or infinite, and 1 more" in said
-  assert "\n" not in said
+  message = refusal(MODEL, state)
+  assert "blocks.0.norm1.bias has 3 values that are NaN or infinite, and 1 more" in message
+  assert "\n" not in message
   got = vc.from_torch(MODEL, state, allow_nonfinite=True)
   assert not np.isfinite(got["params"]["norm"]["bias"]).any()
 
@@ -294,7 +294,7 @@ BESIDE = st.sampled_from([{}, {"epoch": 3, "args": None}, {"best": np.float64(1)
 
 @st.composite
 def checkpoints(draw):
-  """(checkpoint, expected state dict, number of entries that are missing, odd or misshapen)."""
+  """Draws (checkpoint, expected state dict, numbers of missing, odd and misshapen entries)."""
   kind = draw(st.sampled_from(["float16", "float32", "float64", "bfloat16"]))
   state = {name: Tensor(value, kind) if kind == "bfloat16" else value.astype(kind)
            for name, value in STATE.items()}
@@ -314,7 +314,7 @@ def checkpoints(draw):
       [np.ones(3, np.float32), np.float32(3), np.ones(3, np.int8), "text", None]), max_size=6))
   state |= extra
   prefix = "".join(f"{part}." for part in draw(st.lists(WORDS, max_size=3)))
-  checkpoint = under(prefix, state)
+  checkpoint = add_prefix(prefix, state)
   if draw(st.booleans()):
     checkpoint = {name.encode(): value for name, value in checkpoint.items()}
   for box in draw(st.lists(BOXES, max_size=3)):
@@ -326,7 +326,7 @@ def checkpoints(draw):
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(checkpoints())
-def test_whatever_a_checkpoint_looks_like_it_is_read_right_or_refused_in_a_few_lines(case):
+def test_any_checkpoint_is_read_correctly_or_refused_in_a_few_lines(case):
   checkpoint, expected, (missing, misshapen, odd) = case
   old, fit.closest_model = fit.closest_model, lambda *_, **__: None
   try:

@@ -1,4 +1,4 @@
-"""Weights by name: what is fetched, kept, checked and refused. A server on this machine answers."""
+"""Weights by name: what is fetched, cached, verified and refused; a local server is the hub."""
 import dataclasses
 import hashlib
 import json
@@ -32,7 +32,7 @@ ARGS = {"embed_dim": 24, "num_heads": 4, "img_size": 32, "patch_size": 8, "depth
 
 
 def network(seed=1, name=NAME, **fields):
-  """(model, variables, timm's file) of a small model of a thousand classes."""
+  """Returns (model, variables, timm's file) of a small model of a thousand classes."""
   model = vc.create_model(name, **{**SIZES, **fields})
   variables = tiny.init(model, seed)
   return model, variables, safetensors.numpy.save(vc.to_torch(model, variables))
@@ -44,7 +44,7 @@ def same(variables, others) -> bool:
 
 
 def timm_config(**about) -> bytes:
-  """config.json as timm writes it."""
+  """Returns a config.json as timm writes it."""
   return json.dumps({
       "architecture": NAME, "num_classes": 3, "num_features": 24, "global_pool": "token",
       "label_names": ["cat", "dog", "fish"], "model_args": ARGS,
@@ -60,14 +60,14 @@ WITH_WEIGHTS = [name for name in vc.list_models() if name in tags.table()]
 
 
 @pytest.mark.parametrize("name", WITH_WEIGHTS)
-def test_a_plain_name_prepares_images_as_its_default_weights_want_it(name):
+def test_a_plain_name_preprocesses_images_for_its_default_weights(name):
   tag, _ = tags.row_of(name)
   plain, tagged = vc.create_model(name), vc.create_model(f"{name}.{tag}")
   assert vc.preprocess(plain) == vc.preprocess(tagged)
   assert (plain.num_classes, plain.image_size) == (tagged.num_classes, tagged.image_size)
 
 
-def test_the_tag_decides_classes_size_and_preparation():
+def test_the_tag_decides_classes_size_and_preprocessing():
   model = vc.create_model("nextvit_small.bd_in1k_384")
   assert (model.image_size, vc.preprocess(model).crop, model.num_classes) == (384, 1.0, 1000)
   assert vc.create_model("vit_small_patch16_224.augreg_in21k").num_classes == 21843
@@ -77,14 +77,14 @@ def test_the_tag_decides_classes_size_and_preparation():
   assert vc.create_model("vit_small_patch16_224.dino", num_classes=7).num_classes == 7
 
 
-def test_the_tag_goes_with_the_model_into_its_file(tmp_path):
+def test_the_tag_is_saved_with_the_model(tmp_path):
   model = vc.create_model("vit_tiny_patch16_224.augreg_in21k", **SIZES, num_classes=3)
   vc.save(tmp_path / "a.safetensors", model, tiny.init(model))
   assert vc.load(tmp_path / "a.safetensors")[0] == model
   assert convert.altered(model, image_size=16).variant == model.variant
 
 
-def test_names_are_listed_with_their_tags_and_each_can_be_created():
+def test_every_listed_name_with_a_tag_can_be_created():
   assert vc.list_models("vit_small_patch16_224", pretrained=True) == [
       f"vit_small_patch16_224.{tag}"
       for tag in ("augreg_in21k_ft_in1k", "augreg_in1k", "augreg_in21k", "dino")]
@@ -93,7 +93,7 @@ def test_names_are_listed_with_their_tags_and_each_can_be_created():
     assert vc.create_model(name).variant == name
     row = tags.row_of(*name.split("."))[1]
     assert ("hub" in row) != ("url" in row)
-  # timm has the networks of these and no weights, or not the networks.
+  # timm has these networks without weights, or does not have them.
   assert {name for name in set(vc.list_models()) - set(WITH_WEIGHTS)
           if not name.startswith(("inline_", "biformer_", "transnext_"))} <= {
       "vit_large_patch14_224", "davit_large", "davit_huge", "davit_giant"}
@@ -104,7 +104,7 @@ def test_names_are_listed_with_their_tags_and_each_can_be_created():
     ("vit_small_patch16_224.augreg", "augreg_in21k_ft_in1k, augreg_in1k, augreg_in21k, dino"),
     ("deit_tini_patch16_224.fb_in1k", "did you mean deit_tiny_patch16_224"),
     ("deit", "unknown model"), ("", "not a name of weights"), (3, "not a name of weights")])
-def test_an_unknown_name_or_tag_is_refused_with_those_that_are(name, words):
+def test_an_unknown_name_or_tag_is_refused_with_the_known_ones(name, words):
   with pytest.raises(ValueError, match=re.escape(words)) as error:
     vc.pretrained(name)
   assert "\n" not in str(error.value)
@@ -127,7 +127,7 @@ def test_weights_by_name_are_fetched_once(server):
   assert found.digest == hashlib.sha256(file).hexdigest()
 
 
-def test_a_revision_stays_what_it_was(server):
+def test_a_revision_keeps_its_weights(server):
   _, old, file = network(1)
   commit = server.add(REPO, model__safetensors=file)
   vc.pretrained(NAME, **SIZES)
@@ -135,15 +135,15 @@ def test_a_revision_stays_what_it_was(server):
   server.add(REPO, model__safetensors=file)
   before = len(server.asked)
   assert same(vc.pretrained(NAME, revision=commit, **SIZES)[1], old)
-  assert len(server.asked) == before      # a commit never changes: nobody is asked
+  assert len(server.asked) == before      # a commit never changes: no request
   assert same(vc.pretrained(NAME, **SIZES)[1], new)
   with pytest.raises(ValueError, match="no revision 'v2'; leave it out"):
     vc.pretrained(NAME, revision="v2", **SIZES)
 
 
 @pytest.mark.parametrize("by_environment", [False, True])
-def test_offline_takes_what_is_there_and_says_how_to_fetch_the_rest(server, monkeypatch,
-                                                                    by_environment):
+def test_offline_the_cache_is_used_and_errors_say_how_to_fetch(server, monkeypatch,
+                                                               by_environment):
   _, variables, file = network()
   server.add(REPO, model__safetensors=file)
   options = {"offline": True, **SIZES}
@@ -161,26 +161,26 @@ def test_offline_takes_what_is_there_and_says_how_to_fetch_the_rest(server, monk
   assert len(server.asked) == before
 
 
-def test_without_an_answer_the_cache_is_taken(server, monkeypatch):
+def test_the_cache_is_used_if_the_hub_does_not_answer(server, monkeypatch):
   _, variables, file = network()
   server.add(REPO, model__safetensors=file)
   vc.pretrained(NAME, **SIZES)
-  monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")     # nobody listens there
+  monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")     # no server there
   waits = []
   monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
   assert same(vc.pretrained(NAME, **SIZES)[1], variables)
   with pytest.raises(FileNotFoundError, match="is not in the cache, and no answer from the hub"):
     vc.pretrained("deit_small_patch16_224")
-  # Of the first file alone, though any of four may be the one.
+  # Only for the first file, though any of four could hold the weights.
   assert 0 < len(waits) <= 5
 
 
-def test_another_cache_is_named_in_what_to_do(server, tmp_path):
+def test_the_suggested_command_names_the_users_cache(server, tmp_path):
   with pytest.raises(FileNotFoundError, match=f"--revision v1 --cache-dir {tmp_path}/mine"):
     vc.pretrained(NAME, offline=True, revision="v1", cache_dir=tmp_path / "mine")
 
 
-def test_damage_is_seen_on_the_way_and_in_the_cache(server):
+def test_damage_is_detected_in_transfer_and_in_the_cache(server):
   _, _, file = network()
   server.add(REPO, model__safetensors=file)
   bad = file[:-1] + bytes([file[-1] ^ 1])
@@ -190,7 +190,7 @@ def test_damage_is_seen_on_the_way_and_in_the_cache(server):
     vc.pretrained(NAME, **SIZES)
 
 
-def test_the_users_own_digest_is_checked(server):
+def test_a_digest_from_the_user_is_checked(server):
   _, variables, file = network()
   server.add(REPO, model__safetensors=file)
   digest = hashlib.sha256(file).hexdigest()
@@ -201,7 +201,7 @@ def test_the_users_own_digest_is_checked(server):
     vc.pretrained(NAME, sha256="abc", **SIZES)
 
 
-def test_what_is_not_there_is_told_apart(server):
+def test_missing_repositories_weights_and_configs_are_distinguished(server):
   with pytest.raises(ValueError, match="no such repository, or a private one"):
     vc.pretrained("hf-hub:org/nothing")
   server.add("org/name", **{"config.json": timm_config(), "README.md": b"# hi"})
@@ -219,13 +219,13 @@ def test_what_is_not_there_is_told_apart(server):
     vc.pretrained("hf-hub:org/name@a", revision="b")
 
 
-def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
+def test_the_error_for_a_missing_extra_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, "huggingface_hub", None)
   with pytest.raises(ValueError, match=re.escape("pip install 'vitcompact[hub]'")):
     vc.pretrained(NAME)
 
 
-def test_another_number_of_classes_keeps_the_backbone_and_says_so(server):
+def test_another_number_of_classes_keeps_the_backbone_and_warns(server):
   _, variables, file = network()
   server.add(REPO, model__safetensors=file)
   with pytest.warns(UserWarning, match="the one of 1000 classes was left out; a new one of 5 "):
@@ -236,19 +236,19 @@ def test_another_number_of_classes_keeps_the_backbone_and_says_so(server):
 
 
 @pytest.mark.filterwarnings("error")
-def test_no_classes_leave_the_classifier_out_in_silence(server):
+def test_zero_classes_drop_the_classifier_silently(server):
   server.add(REPO, model__safetensors=network()[2])
   model, weights = vc.pretrained(NAME, num_classes=0, **SIZES)
   assert model.num_classes == 0 and "head" not in weights["params"]
 
 
-def test_a_plan_is_not_for_weights(server):
+def test_a_plan_for_pretrained_weights_is_refused(server):
   server.add(REPO, model__safetensors=network()[2])
   with pytest.raises(ValueError, match=r"load them, then use vc\.compact"):
     vc.pretrained(NAME, plan=vc.Plan(heads=vc.HMHSA()), **SIZES)
 
 
-def test_weights_in_parts_are_fetched_and_checked_one_by_one(server):
+def test_sharded_weights_are_fetched_and_verified_one_by_one(server):
   index = json.dumps({"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}})
   server.add("org/large", **{"model.safetensors.index.json": index.encode(),
                              "part-1.safetensors": b"one", "part-2.safetensors": b"two"})
@@ -261,9 +261,9 @@ def test_weights_in_parts_are_fetched_and_checked_one_by_one(server):
     hub.find("hf-hub:org/bad", model=NAME)
 
 
-# --- addresses ---
+# --- URLs ---
 
-def test_an_address_is_downloaded_once_and_checked_by_its_name(server):
+def test_a_url_is_downloaded_once_and_verified_by_its_name(server):
   _, variables, file = network()
   name = f"deit_tiny-{hashlib.sha256(file).hexdigest()[:8]}.safetensors"
   server.files[name] = file
@@ -278,7 +278,7 @@ def test_an_address_is_downloaded_once_and_checked_by_its_name(server):
   other = f"{server.address}/files/{name}?again"
   with pytest.raises(ValueError, match="it was not kept; check the address"):
     vc.pretrained(other, **options)
-  with pytest.raises(ValueError, match="it was not kept"):     # it was not, indeed
+  with pytest.raises(ValueError, match="it was not kept"):     # and indeed it was not
     vc.pretrained(other, **options)
   with pytest.raises(ValueError, match="404"):
     vc.pretrained(f"{server.address}/files/nothing.pth", model=NAME)
@@ -286,7 +286,7 @@ def test_an_address_is_downloaded_once_and_checked_by_its_name(server):
     vc.pretrained(f"{server.address}/files/", model=NAME)
 
 
-def test_an_address_without_a_digest_is_checked_against_what_came(server, tmp_path):
+def test_a_url_without_a_digest_is_verified_against_the_first_download(server, tmp_path):
   server.files["weights.safetensors"] = network()[2]
   address = f"{server.address}/files/weights.safetensors"
   with pytest.raises(ValueError, match="name it with model=NAME"):
@@ -299,7 +299,7 @@ def test_an_address_without_a_digest_is_checked_against_what_came(server, tmp_pa
     hub.fetch(address, model=NAME, cache_dir=tmp_path / "mine", **SIZES)
 
 
-def test_authors_weights_come_from_their_address(server, monkeypatch):
+def test_the_authors_weights_come_from_their_url(server, monkeypatch):
   sizes = {"widths": (8, 16, 24, 32), "depths": (1, 1, 1, 1), "heads": (1, 1, 1, 1),
            "image_size": 64}
   model = vc.create_model("pvt_tiny", **sizes)
@@ -314,9 +314,9 @@ def test_authors_weights_come_from_their_address(server, monkeypatch):
     vc.pretrained("pvt_tiny", revision="main")
 
 
-# --- repositories and folders of others ---
+# --- foreign repositories and folders ---
 
-def test_a_repository_of_timm_says_what_its_model_and_images_are(server):
+def test_a_timm_repository_describes_its_model_and_images(server):
   model, variables, file = network(num_classes=3)
   server.add("me/pets", **{"config.json": timm_config(), "model.safetensors": file})
   found = hub.fetch("hf-hub:me/pets")
@@ -330,14 +330,14 @@ def test_a_repository_of_timm_says_what_its_model_and_images_are(server):
     vc.pretrained("hf-hub:me/pets", num_classes=2)
 
 
-def test_a_folder_is_read_as_a_repository(tmp_path):
+def test_a_local_folder_is_read_like_a_repository(tmp_path):
   model, variables, file = network(num_classes=3)
   (tmp_path / "config.json").write_bytes(timm_config())
   (tmp_path / "model.safetensors").write_bytes(file)
   for name in (tmp_path, f"local-dir:{tmp_path}"):
     got, weights = vc.pretrained(name)
     assert got == model.clone(variant=f"{NAME}.fb_in1k") and same(weights, variables)
-  with warnings.catch_warnings(action="error"):   # it has as many classes as are asked for
+  with warnings.catch_warnings(action="error"):   # the number of classes is as requested
     named, weights = vc.pretrained(tmp_path / "model.safetensors", model=NAME, num_classes=3,
                                    **SIZES)
   assert named == model and same(weights, variables)
@@ -353,7 +353,7 @@ def test_a_folder_is_read_as_a_repository(tmp_path):
     vc.pretrained(tmp_path / "empty")
 
 
-def test_squashed_images_and_channels_are_understood():
+def test_squashed_images_and_other_channels_are_read_from_a_config():
   about = json.loads(timm_config(model_args={**ARGS, "in_chans": 1}))
   about["pretrained_cfg"] |= {"crop_mode": "squash", "input_size": [1, 32, 32]}
   described = config.read("here", about)
@@ -369,7 +369,7 @@ def test_squashed_images_and_channels_are_understood():
     ({"model_args": {"qk_norm": True}}, "qk_norm=True"),
     ({"pretrained_cfg": {"mean": "white"}}, "has unknown settings for preparing images"),
     ({"pretrained_cfg": []}, "config.json")])
-def test_a_config_that_is_not_understood_is_refused_in_one_line(tmp_path, change, words):
+def test_an_unsupported_config_is_refused_in_one_line(tmp_path, change, words):
   (tmp_path / "config.json").write_bytes(timm_config(**change))
   (tmp_path / "model.safetensors").write_bytes(network(num_classes=3)[2])
   with pytest.raises(ValueError, match=re.escape(words)) as error:
@@ -395,24 +395,24 @@ def test_a_config_that_is_not_understood_is_refused_in_one_line(tmp_path, change
       "num_attention_heads": [1, 2, 5, 8], "image_size": {"height": 224, "width": 224},
       "architectures": ["PvtV2ForImageClassification"], "num_labels": 1000}, "pvt_v2_b0",
      {"num_classes": 1000})])
-def test_a_config_of_transformers_names_the_model_of_its_sizes(about, name, fields):
+def test_a_transformers_config_gives_the_model_of_its_sizes(about, name, fields):
   described = config.read("here", about)
   assert vc.create_model(described.name, **described.fields) == vc.create_model(name, **fields)
   if "id2label" in about:
     assert described.classes == (["cat", "dog"] if "dog" in str(about) else None)
 
 
-def test_names_of_classes_are_in_the_order_of_their_numbers():
-  names = {str(i): f"class {i}" for i in reversed(range(12))}     # as text, 10 is before 2
+def test_class_names_are_ordered_by_number():
+  names = {str(i): f"class {i}" for i in reversed(range(12))}     # as text, 10 comes before 2
   about = {"model_type": "vit", "architectures": ["ViTForImageClassification"], "id2label": names}
   assert config.read("here", about).classes == [f"class {i}" for i in range(12)]
   about = json.loads(timm_config(num_classes=12, label_names=names))
   assert config.read("here", about).classes == [f"class {i}" for i in range(12)]
-  about = json.loads(timm_config(label_names=["two", "names"]))    # of three classes
+  about = json.loads(timm_config(label_names=["two", "names"]))    # for three classes
   assert config.read("here", about).classes is None
 
 
-def test_transformers_preparation_is_read():
+def test_the_preprocessing_of_transformers_is_read():
   about = {"model_type": "vit", "hidden_size": 768}
   told = {"image_mean": [0.5] * 3, "image_std": [0.4] * 3, "resample": 2, "do_center_crop": True,
           "size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
@@ -426,7 +426,7 @@ def test_transformers_preparation_is_read():
     config.read("here", {})
 
 
-def test_means_of_others_weights_go_with_the_model_through_the_path(tmp_path):
+def test_the_preprocessing_of_foreign_weights_is_kept_along_the_path(tmp_path):
   model = tiny.deit()
   own = dataclasses.replace(vc.preprocess(model), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6),
                             interpolation="bilinear", crop=0.5)
@@ -491,7 +491,7 @@ def test_a_pushed_repository_is_read_back_bit_for_bit(small, server, tmp_path):
   assert other == model.clone(num_classes=0) and "head" not in weights["params"]
 
 
-def test_nothing_is_overwritten_or_left_in_halves(small, tmp_path, monkeypatch):
+def test_push_overwrites_nothing_and_leaves_no_partial_folder(small, tmp_path, monkeypatch):
   model, variables = small
   folder = vc.push(tmp_path / "out", model, variables, card=False)
   (folder / "notes.txt").write_text("mine")
@@ -512,7 +512,7 @@ def test_nothing_is_overwritten_or_left_in_halves(small, tmp_path, monkeypatch):
   assert not (tmp_path / "new").exists()
 
 
-def test_the_card_states_the_accuracy_of_this_models_receipt(small, tmp_path):
+def test_the_card_states_the_accuracy_in_the_models_receipt(small, tmp_path):
   model, variables = small
   row = {**vc.count(model)._asdict(), "name": "deployed", "test_accuracy": 0.875,
          "test_images": 1000, "accuracy_interval": [0.853, 0.894]}
@@ -531,7 +531,7 @@ def test_the_card_states_the_accuracy_of_this_models_receipt(small, tmp_path):
 
 # --- the command ---
 
-def test_every_verb_takes_weights_by_name(server, tmp_path):
+def test_every_verb_accepts_weights_by_name(server, tmp_path):
   _, variables, file = network(num_classes=3)
   commit = server.add("me/pets", **{"config.json": timm_config(), "model.safetensors": file})
   Image.fromarray(np.full((40, 40, 3), 99, np.uint8)).save(tmp_path / "a.png")

@@ -1,4 +1,4 @@
-"""Who may import whom: the order of the house, read off the imports themselves."""
+"""Which part of the library may import which, checked against the imports themselves."""
 import ast
 import pathlib
 import re
@@ -17,7 +17,7 @@ VERBS = {"calibration", "curvature", "compact", "fold", "verify", "count", "feat
          "receipt", "preprocess", "bench", "latency", "measure", "planner", "report", "doors",
          "export", "runtimes", "tune", "files", "fit", "foreign", "foreign_config", "foreign_names",
          "foreign_rules", "foreign_tensors", "compare", "draw", "pytorch", "timm_network", "hub"}
-# room -> the rooms it may import, besides itself. A room is a file or a folder of vitcompact/.
+# part -> the parts it may import, besides itself. A part is a file or a folder of vitcompact/.
 MAY = {
     "trees": set(), "settings": set(), "kernels": set(), "torch_names": set(),
     "regression": set(), "tracing": set(),
@@ -37,21 +37,21 @@ MAY = {
     "run": MODELS | VERBS | {"data", "vitcompact", "train"},
     "cli": MODELS | VERBS | {"data", "vitcompact", "_version", "train", "run"}, "__main__": {"cli"},
 }
-# What loops over methods, and knows none.
+# Code that loops over methods, and refers to none of them.
 CORE = ["plan.py", "block.py", "execution.py", "convert.py", "fit.py", "foreign.py", "files.py",
         "foreign_config.py", "foreign_names.py", "foreign_rules.py", "foreign_tensors.py",
         "count.py", "calibration.py", "curvature.py", "compact.py", "measure.py", "planner.py",
         "report.py", "fold.py",
         "methods/protocol.py", "methods/surgery.py",
         *(f"train/{name}.py" for name in ("optim", "objective", "phases", "config", "build")),
-        # Names of models that stand for a network with a method are a table beside the models.
+        # Model names that imply a method are in a table in models/.
         *(f"models/{path.name}" for path in sorted((ROOT / "vitcompact/models").glob("*.py"))
           if path.name != "inline_variants.py")]
 LISTED = [kind for kinds in METHODS.values() for kind in kinds.values()]
 
 
 def imports(path):
-  """Dotted names that a file imports, `from a import b` as both a and a.b."""
+  """Yields the dotted names that a file imports: `from a import b` as both a and a.b."""
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
       yield from (alias.name for alias in node.names)
@@ -60,8 +60,8 @@ def imports(path):
       yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def rooms(path):
-  """The rooms of vitcompact/ that a file imports."""
+def imported_parts(path):
+  """Yields the parts of vitcompact/ that a file imports."""
   known = {p.stem for p in (ROOT / "vitcompact").iterdir()}
   for name in imports(path):
     first, *rest = name.split(".")
@@ -69,42 +69,42 @@ def rooms(path):
       yield rest[0] if rest and rest[0] in known else "vitcompact"
 
 
-def test_every_room_imports_only_rooms_below_it():
+def test_every_part_imports_only_the_parts_it_may():
   wrong = []
   for path in sorted((ROOT / "vitcompact").rglob("*.py")):
-    room = path.relative_to(ROOT / "vitcompact").parts[0].removesuffix(".py")
-    if room == "__init__":
+    part = path.relative_to(ROOT / "vitcompact").parts[0].removesuffix(".py")
+    if part == "__init__":
       continue
-    assert room in MAY, f"{path}: a new room; say what it may import"
-    wrong += [f"{path.relative_to(ROOT)} imports {other}" for other in rooms(path)
-              if other != room and other not in MAY[room]]
+    assert part in MAY, f"{path}: a new part; say what it may import"
+    wrong += [f"{path.relative_to(ROOT)} imports {other}" for other in imported_parts(path)
+              if other != part and other not in MAY[part]]
   assert not wrong
 
 
-def test_a_method_imports_the_protocol_and_its_own_helpers_and_no_other_method():
+def test_a_method_imports_only_the_protocol_and_helpers_of_its_axis():
   homes = {kind.__module__ for kind in LISTED}
   wrong = []
   for path in sorted((ROOT / "vitcompact/methods").rglob("*.py")):
     home = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     if home == "vitcompact.methods.__init__":
       continue
-    axis = home.rsplit(".", 1)[0]     # helpers of an axis lie in its folder
+    axis = home.rsplit(".", 1)[0]     # helpers of an axis are in its folder
     for name in imports(path):
       allowed = re.match(r"vitcompact\.methods\.(protocol|surgery|merging)\b", name) or (
           name.startswith(f"{axis}.") and name.rsplit(".", 1)[0] not in homes)
       if name.startswith("vitcompact.methods") and not allowed:
         wrong.append(f"{home} imports {name}")
-  # `from vitcompact.methods import surgery` is the module's own name and nothing else.
+  # `from vitcompact.methods import surgery` gives only the module's own name.
   assert not wrong
 
 
 @pytest.mark.parametrize("name", CORE)
-def test_the_core_names_no_method(name):
-  """Neither a class, nor its name in files, nor where its parameters lie; docstrings may."""
+def test_the_core_refers_to_no_method(name):
+  """Not by its class, its name in files, or the path of its parameters; docstrings may."""
   path = ROOT / "vitcompact" / name
   words = {kind.__name__ for kind in LISTED} | {key for kinds in METHODS.values() for key in kinds}
   words |= {protocol.scope_of(kind) for kind in LISTED if kind.axis in ("heads", "attention")}
-  # A family of models may be called as a method is.
+  # A family of models may share its name with a method.
   modules = {p.stem for p in path.parent.glob("*.py")} if name == "models/__init__.py" else set()
   assert not set(identifiers(path)) & words - modules
   assert not [text for text in strings(path) if set(re.findall(r"\w+", text)) & words]
@@ -120,7 +120,7 @@ def identifiers(path):
 
 
 def strings(path):
-  """Texts of a file that are no docstrings; `plan.upgraded` is left out, which reads old files."""
+  """Yields a file's strings, except docstrings and `plan.upgraded`, which reads old files."""
   tree = ast.parse(path.read_text())
   tree.body = [node for node in tree.body if getattr(node, "name", None) != "upgraded"]
   docstrings = {node.body[0].value for node in ast.walk(tree)
@@ -130,7 +130,7 @@ def strings(path):
           and isinstance(node.value, str) and node not in docstrings]
 
 
-def test_nothing_imports_the_programs():
+def test_the_library_imports_no_programs():
   for path in (ROOT / "vitcompact").rglob("*.py"):
     tops = {name.split(".")[0] for name in imports(path)}
     assert not tops & {"experiments", "configs", "tests", "main"}, path
@@ -138,7 +138,7 @@ def test_nothing_imports_the_programs():
     assert {name.split(".")[0] for name in imports(path)} <= {"ml_collections", "configs"}, path
 
 
-def test_importing_the_package_starts_no_device_and_loads_nothing_heavy():
+def test_importing_the_package_starts_no_device_and_is_light():
   code = """
 import sys
 import vitcompact as vc
@@ -154,7 +154,7 @@ assert callable(vc.fold)
   subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_training_on_digits_loads_nothing_of_tensorflow_and_torch():
+def test_training_on_digits_loads_neither_tensorflow_nor_torch():
   code = """
 import sys
 import main

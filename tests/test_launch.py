@@ -1,4 +1,4 @@
-"""Launch scripts are whole, and the one that can run here starts again what was stopped."""
+"""Launch scripts are complete, and restart runs that were interrupted."""
 import os
 import pathlib
 import signal
@@ -12,7 +12,7 @@ SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 
 @pytest.fixture
 def node(tmp_path):
-  """A function that starts launch/node.sh around a stand-in for Python, of these exit codes."""
+  """A function that starts launch/node.sh with a stand-in for Python that has these exit codes."""
   log = tmp_path / "log"
 
   def start(*codes, work="true"):
@@ -31,7 +31,7 @@ exit "${{codes[$(wc -l < {log}) - 1]}}"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_a_script_parses_and_says_how_it_is_used(script):
+def test_a_script_parses_and_explains_its_usage(script):
   subprocess.run(["bash", "-n", script], check=True)
   shown = subprocess.run([script], capture_output=True, text=True, check=False, env={
       "PATH": os.environ["PATH"]})
@@ -40,7 +40,7 @@ def test_a_script_parses_and_says_how_it_is_used(script):
 
 
 @pytest.mark.parametrize("codes, ended", [((75, 76, 134, 0), 0), ((75, 2), 2), ((1,), 1)])
-def test_what_was_stopped_starts_again_and_a_mistake_does_not(node, codes, ended):
+def test_an_interrupted_run_is_restarted_and_a_mistake_is_not(node, codes, ended):
   start, log = node
   process = start(*codes)
   process.communicate(timeout=60)
@@ -49,7 +49,7 @@ def test_what_was_stopped_starts_again_and_a_mistake_does_not(node, codes, ended
                                           ] * len(codes)
 
 
-def test_sigterm_is_passed_on_and_ends_the_script(node):
+def test_sigterm_is_forwarded_and_ends_the_script(node):
   start, log = node
   process = start(0, work="""trap 'exit 75' TERM
 echo started
@@ -63,8 +63,8 @@ while true; do sleep 0.1; done""")
 
 @pytest.fixture
 def cluster(tmp_path):
-  """A function that runs a script with stand-ins for the commands of a cluster: what they were
-  called with, and the exit code. states: what gcloud describes, call by call; codes: of main.py."""
+  """A function that runs a script with stand-ins for a cluster's commands, and returns their calls
+  and the exit code. states: what gcloud describes, call by call; codes: exit codes of main.py."""
   log = tmp_path / "log"
   stand_in = f"""#!/bin/bash
 printf '%s ' "$(basename "$0")" "$@" | tr '\\n' ' ' >> {log}; echo >> {log}
@@ -96,7 +96,7 @@ def actions(lines):
   return [next(word for word in words if word in line) for line in lines]
 
 
-def test_a_slice_is_made_prepared_and_trained_on(cluster):
+def test_a_slice_is_created_prepared_and_trained_on(cluster):
   lines, code = cluster(*TPU, "--config.plan={\"a\": 1}", states="MISSING READY", SPOT="1")
   assert code == 0
   assert actions(lines) == ["describe", "create", "clone", "main.py"]
@@ -108,14 +108,14 @@ def test_a_slice_is_made_prepared_and_trained_on(cluster):
                              "--config.plan=\\{\\\"a\\\":\\", "1\\}"]
 
 
-def test_a_slice_that_was_taken_away_is_asked_for_again(cluster):
+def test_a_preempted_slice_is_requested_again(cluster):
   lines, code = cluster(*TPU, states="READY PREEMPTED MISSING", codes="255 0")
   assert code == 0
   assert actions(lines) == ["describe", "clone", "main.py", "describe", "delete", "describe",
                             "create", "clone", "main.py"]
 
 
-def test_three_failures_in_a_row_are_no_accident(cluster):
+def test_the_script_gives_up_after_three_failures_in_a_row(cluster):
   lines, code = cluster(*TPU, states="READY READY READY", codes="2 2 2")
   assert code == 2
   assert actions(lines) == ["describe", "clone", "main.py"] + 2 * ["describe", "main.py"]
@@ -123,7 +123,7 @@ def test_three_failures_in_a_row_are_no_accident(cluster):
 
 @pytest.mark.parametrize("nodes, code, ended, queued", [
     ("2", "75", 0, True), ("1", "76", 0, True), ("1", "2", 2, False), ("1", "0", 0, False)])
-def test_a_slurm_job_that_was_stopped_queues_itself_again(cluster, nodes, code, ended, queued):
+def test_an_interrupted_slurm_job_queues_itself_again(cluster, nodes, code, ended, queued):
   lines, left = cluster("slurm.sh", "c.py", "w", "--config.seed=1", codes=code, SLURM_NNODES=nodes,
                         SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="16")
   assert left == ended

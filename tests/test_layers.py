@@ -1,4 +1,4 @@
-"""Layers: what their written-out backward passes give is what autodiff gives for the plain form."""
+"""Layers: their handwritten backward passes equal autodiff of the plain form."""
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ PAIRS = {
 
 
 def value_and_gradients(function, arrays):
-  """The value, and the gradients of a sum that weighs every output differently."""
+  """Returns the value, and the gradients of a sum that weights every output differently."""
   def total(*arrays):
     y = function(*arrays)
     weights = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
@@ -59,27 +59,27 @@ def drawn(shapes, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_values_and_gradients_are_those_of_the_plain_form(name):
+def test_values_and_gradients_match_the_plain_form(name):
   ours, plain, shapes = PAIRS[name]
   arrays = drawn(shapes)
-  for got, wanted in zip(value_and_gradients(ours, arrays), value_and_gradients(plain, arrays),
-                         strict=True):
-    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5 * float(jnp.abs(wanted).max()))
+  for got, expected in zip(value_and_gradients(ours, arrays), value_and_gradients(plain, arrays),
+                           strict=True):
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_half_precision_stays_half_precision_and_close(name):
+def test_half_precision_keeps_its_dtype_and_stays_close(name):
   ours, plain, shapes = PAIRS[name]
   arrays = drawn(shapes, jnp.bfloat16)
   wide = value_and_gradients(plain, [array.astype(jnp.float32) for array in arrays])
-  for got, wanted in zip(value_and_gradients(ours, arrays), wide, strict=True):
+  for got, expected in zip(value_and_gradients(ours, arrays), wide, strict=True):
     assert got.dtype == jnp.bfloat16
-    np.testing.assert_allclose(got.astype(jnp.float32), wanted, rtol=0.03,
-                               atol=0.03 * float(jnp.abs(wanted).max()))
+    np.testing.assert_allclose(got.astype(jnp.float32), expected, rtol=0.03,
+                               atol=0.03 * float(jnp.abs(expected).max()))
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_backward_passes_go_through_vmap_scan_and_remat(name):
+def test_backward_passes_work_under_vmap_scan_and_remat(name):
   ours, _, (shape, *rest) = PAIRS[name]
   x, *params = drawn([(3, *shape), *rest])
   one_by_one = [value_and_gradients(ours, [part, *params])[1] for part in x]
@@ -87,20 +87,20 @@ def test_backward_passes_go_through_vmap_scan_and_remat(name):
   def gradient(x):
     return value_and_gradients(jax.checkpoint(ours), [x, *params])[1]
 
-  wanted = jnp.stack(one_by_one)
-  np.testing.assert_allclose(jax.vmap(gradient)(x), wanted, rtol=1e-5, atol=1e-5)
-  np.testing.assert_allclose(jax.lax.map(gradient, x), wanted, rtol=1e-5, atol=1e-5)
+  expected = jnp.stack(one_by_one)
+  np.testing.assert_allclose(jax.vmap(gradient)(x), expected, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(jax.lax.map(gradient, x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_linear_layer_needs_no_bias():
   x, kernel, bias = drawn([(2, 5, 4), (4, 6), (6,)])
   y, dx, dkernel = value_and_gradients(layers.linear, [x, kernel])
-  wanted, *grads = value_and_gradients(plain_linear, [x, kernel, jnp.zeros_like(bias)])
-  for got, want in zip((y, dx, dkernel), (wanted, *grads[:2]), strict=True):
+  expected, *grads = value_and_gradients(plain_linear, [x, kernel, jnp.zeros_like(bias)])
+  for got, want in zip((y, dx, dkernel), (expected, *grads[:2]), strict=True):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_an_ffn_step_has_three_products_for_each_forward_one():
+def test_an_ffn_step_has_three_products_per_forward_product():
   mlp = layers.Mlp(layers.dense(16, dtype="float32"), layers.dense(4, dtype="float32"))
   x = jnp.ones((2, 3, 4))
   params = mlp.init(jax.random.key(0), x)
@@ -114,7 +114,7 @@ def test_an_ffn_step_has_three_products_for_each_forward_one():
 
 @pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "tensor": 2}])
 @pytest.mark.parametrize("groups, features, stride", [(2, 6, 1), (8, 8, 2), (8, 16, 1)])
-def test_grouped_convolutions_have_their_gradients_also_where_devices_share_images(
+def test_gradients_of_grouped_convolutions_are_right_on_several_devices(
     mesh, groups, features, stride):
   x, kernel = drawn([(8, 5, 6, 8), (3, 3, 8 // groups, features)])
 
@@ -127,25 +127,25 @@ def test_grouped_convolutions_have_their_gradients_also_where_devices_share_imag
 
     return jax.jit(jax.grad(total, argnums=(0, 1)))(kernel, placed(x))
 
-  wanted = gradients(None)
+  expected = gradients(None)
   if mesh is None:
     got = gradients(convolution.grouped_conv)
   else:
     mesh = sharding.make_mesh(mesh)
     got = gradients(convolution.grouped_conv, lambda x: jax.device_put(x, sharding.batches(mesh)))
-  for one, other in zip(got, wanted, strict=True):
+  for one, other in zip(got, expected, strict=True):
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_a_dense_layer_and_its_norm_fold_into_one_and_unfold_again():
+def test_a_dense_layer_and_its_norm_fold_into_one_layer_and_unfold():
   x, = drawn([(4, 3, 6)])
   layer = layers.DenseNorm(5)
   stats, params = tiny.randomised(jax.eval_shape(layer.init, jax.random.key(0), x)).values()
   folded = layers.fold_dense_norm(params, stats)
-  wanted = layer.apply({"params": params, "batch_stats": stats}, x)
+  expected = layer.apply({"params": params, "batch_stats": stats}, x)
   got = layers.DenseNorm(5, deploy=True).apply({"params": folded}, x)
-  np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
   again = layers.unfold_dense_norm(params, stats, **folded)
   got = layer.apply({"params": again, "batch_stats": stats}, x)
-  np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
   assert layers.fold_dense_norm(folded, {}) is folded

@@ -1,4 +1,4 @@
-"""What a user types by mistake gets one line with the value and the way out, and exit code 2."""
+"""A user's mistake is reported in one line with the value and a remedy, and exit code 2."""
 import logging
 import pathlib
 import sys
@@ -16,7 +16,7 @@ ROOT = pathlib.Path(main.__file__).parent
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-  """A function that does what `python main.py ARGUMENTS` does, in this process."""
+  """A function that runs `python main.py ARGUMENTS` in this process."""
   monkeypatch.chdir(ROOT)
 
   def call(*arguments, workdir=tmp_path / "run"):
@@ -84,7 +84,7 @@ def run(monkeypatch, tmp_path):
     ([DIGITS, "--coordinator=h:1", "--process_id=2", "--num_processes=2"], "must be 0 to 1"),
     ([DIGITS, "--config.optim.skip_nonfinite=-1"], "skip_nonfinite=-1: must be a whole number of"),
 ])
-def test_a_mistake_gets_one_line_and_leaves_no_directory(run, capsys, tmp_path, arguments, words):
+def test_a_mistake_gives_one_line_and_leaves_no_directory(run, capsys, tmp_path, arguments, words):
   with pytest.raises(SystemExit) as stop:
     run(*arguments)
   assert stop.value.code == 2
@@ -95,8 +95,8 @@ def test_a_mistake_gets_one_line_and_leaves_no_directory(run, capsys, tmp_path, 
   assert not list(tmp_path.iterdir())
 
 
-def test_what_orbax_logs_before_it_raises_it_is_not_shown():
-  """Of a full disk, a hundred lines before our one; our own warnings are."""
+def test_orbaxs_log_of_an_error_that_it_raises_is_not_shown():
+  """For a full disk, that is a hundred lines before our one line; our own warnings are shown."""
   record = logging.LogRecord("absl", logging.ERROR, "site-packages/orbax/x.py", 1, "", (), None)
   assert not main.from_us(record)
   record.pathname = "vitcompact/data/pipeline.py"
@@ -113,7 +113,7 @@ def test_what_orbax_logs_before_it_raises_it_is_not_shown():
     ("def get_config():\n  return {'total_steps': 3}", "missing config.model.name"),
     ("\0", "not Python"),
 ])
-def test_a_file_that_is_no_config_is_named(run, capsys, tmp_path, text, words):
+def test_a_file_that_is_not_a_config_is_named(run, capsys, tmp_path, text, words):
   (tmp_path / "mine.py").write_text(text)
   with pytest.raises(SystemExit) as stop:
     run(f"--config={tmp_path / 'mine.py'}")
@@ -122,13 +122,13 @@ def test_a_file_that_is_no_config_is_named(run, capsys, tmp_path, text, words):
   assert line.startswith("error: ") and words in line
 
 
-def test_verbosity_shows_where_it_happened(run):
+def test_verbosity_shows_the_traceback(run):
   with pytest.raises(ValueError, match="must be a whole number of steps at least 1"):
     run(DIGITS, "--config.total_steps=0", "--verbosity=1")
 
 
-def test_the_mode_the_overrides_and_the_result_reach_the_library(run, monkeypatch, tmp_path):
-  """Training ends with a report of what it returned; evaluation does not."""
+def test_the_library_gets_the_mode_the_overrides_and_the_result(run, monkeypatch, tmp_path):
+  """Training ends with a report on its result; evaluation does not."""
   plan = tmp_path / "plan.json"
   plan.write_text('{"ffn": {"method": "cffn"}}')
   seen = []
@@ -157,7 +157,7 @@ def test_the_mode_the_overrides_and_the_result_reach_the_library(run, monkeypatc
     (preemption.Stopped(7), preemption.STOPPED, "stopped at step 7; saved. Run the same command"),
     (MemoryError("Unable to allocate 1 TiB"), 2, "error: Unable to allocate 1 TiB"),
     (FloatingPointError("loss is nan"), 2, "error: loss is nan")])
-def test_how_a_run_ended_is_in_the_exit_code(run, monkeypatch, capsys, error, code, words):
+def test_the_exit_code_says_how_a_run_ended(run, monkeypatch, capsys, error, code, words):
   def ended(*_, **__):
     raise error
 
@@ -168,7 +168,7 @@ def test_how_a_run_ended_is_in_the_exit_code(run, monkeypatch, capsys, error, co
   assert words in capsys.readouterr().err
 
 
-def test_a_config_may_follow_its_flag_as_a_word_of_its_own(run, capsys):
+def test_a_config_may_follow_its_flag_as_a_separate_word(run, capsys):
   with pytest.raises(SystemExit):
     run("--config", "configs/digits.py", "--config.total_steps=0")
   assert "config.total_steps=0: must be a whole number of steps" in capsys.readouterr().err

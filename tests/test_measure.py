@@ -1,4 +1,4 @@
-"""measure, reports and the plans that they propose."""
+"""measure, its reports, and the plans that they propose."""
 import collections
 import dataclasses
 import importlib
@@ -23,7 +23,7 @@ from vitcompact.report import Option
 
 @pytest.fixture(scope="module")
 def measured():
-  """(model, variables, images, a full report) of a tiny DeiT."""
+  """(model, variables, images, full report) of a tiny DeiT."""
   model = tiny.deit(drop_path_rate=0.0)
   variables, x = tiny.init(model, spread=0.5), np.asarray(tiny.images(model, batch=48))
   with pytest.MonkeyPatch.context() as patch:   # each rank is a program to compile
@@ -31,7 +31,7 @@ def measured():
     return model, variables, x, vc.measure(model, variables, x, sensitivity="full")
 
 
-def test_a_report_lists_options_of_every_axis_with_what_they_cost(measured):
+def test_a_report_lists_options_of_every_axis_with_their_costs(measured):
   report = measured[3]
   assert [row["name"] for row in report.blocks] == ["blocks_0", "blocks_1"]
   for row in report.blocks:
@@ -44,17 +44,17 @@ def test_a_report_lists_options_of_every_axis_with_what_they_cost(measured):
   assert {type(option.method).__name__ for option in report.tokens} == {"ToMe", "EViT", "MCTF"}
 
 
-def test_the_kl_of_an_option_is_that_of_the_model_with_it_alone(measured):
-  """Against compact itself: the change in one block, on the images held out."""
+def test_the_kl_of_an_option_is_that_of_a_model_with_only_that_option(measured):
+  """Against compact itself: one block is changed, and the held-out images are evaluated."""
   model, variables, x, report = measured
   option = next(option for option in report.blocks[1]["options"] if option.axis == "ffn")
   small, got = vc.compact(model, variables, vc.Plan(blocks={1: {"ffn": option.method}}), images=x)
-  held = x[3::4]
-  wanted = divergence(tiny.apply(model, variables, held), tiny.apply(small, got, held))
-  assert option.kl == pytest.approx(wanted, rel=1e-3)
+  held_out = x[3::4]
+  expected = divergence(tiny.apply(model, variables, held_out), tiny.apply(small, got, held_out))
+  assert option.kl == pytest.approx(expected, rel=1e-3)
 
 
-def test_more_heads_and_higher_ranks_are_estimated_to_lose_less(measured):
+def test_more_heads_and_higher_ranks_have_lower_estimated_errors(measured):
   for row in measured[3].blocks:
     for kind in (vc.HMHSA, vc.HeadPruning):
       errors = [option.error for option in row["options"] if isinstance(option.method, kind)]
@@ -65,7 +65,7 @@ def test_more_heads_and_higher_ranks_are_estimated_to_lose_less(measured):
       assert errors == sorted(errors, reverse=True)
 
 
-def test_a_quick_report_infers_what_it_did_not_try(measured, monkeypatch):
+def test_a_quick_report_infers_untried_options(measured, monkeypatch):
   model, variables, x, full = measured
   monkeypatch.setattr(cffn, "RATIOS", (0.25, 0.5))
   quick = vc.measure(model, variables, x, sensitivity="quick")
@@ -74,7 +74,7 @@ def test_a_quick_report_infers_what_it_did_not_try(measured, monkeypatch):
     options = {row["name"]: [option for option in row["options"] if isinstance(option.method, kind)]
                for row in quick.blocks}
     (tried,) = (option for few in options.values() for option in few if option.measured)
-    assert tried in options["blocks_1"]   # the middle one of two, rounded up
+    assert tried in options["blocks_1"]   # the middle one of two blocks, rounded up
     same = next(o for o in full.blocks[1]["options"] if o.method == tried.method)
     assert tried.kl == pytest.approx(same.kl, rel=1e-3)
     for name, few in options.items():
@@ -83,9 +83,9 @@ def test_a_quick_report_infers_what_it_did_not_try(measured, monkeypatch):
         assert option.kl == pytest.approx(tried.kl * option.error / tried.error * scale, rel=1e-4)
 
 
-def test_a_quick_report_infers_blocks_that_it_passed_over(monkeypatch):
-  """Beyond what the curvature of its block says, KL grows e-fold a block between the two that are
-  tried, and not outside; pruned heads are taken to have no estimate."""
+def test_a_quick_report_infers_the_blocks_it_skipped(monkeypatch):
+  """Besides the effect of a block's curvature, KL here grows e-fold per block between the two tried
+  blocks, and not outside them; pruned heads have no estimate."""
   looking = importlib.import_module("vitcompact.measure")
   model = tiny.deit(depth=6, drop_path_rate=0.0)
   depths = dict(zip((f"blocks_{i}" for i in range(6)), (1, 1, 2, 3, 4, 4), strict=True))
@@ -119,11 +119,11 @@ def test_a_quick_report_infers_blocks_that_it_passed_over(monkeypatch):
       **times, ("blocks_1", vc.HeadPruning): pruned}
   for row in report.blocks:
     for option in row["options"]:
-      wanted = units(option.method, option.error) * np.exp(depths[row["name"]])
-      assert option.kl == pytest.approx(wanted * scales[row["name"]][option.axis], rel=1e-4)
+      expected = units(option.method, option.error) * np.exp(depths[row["name"]])
+      assert option.kl == pytest.approx(expected * scales[row["name"]][option.axis], rel=1e-4)
 
 
-def test_a_quick_report_tries_one_reducer_of_a_class(measured, monkeypatch):
+def test_a_quick_report_tries_one_reducer_of_each_class(measured, monkeypatch):
   looking = importlib.import_module("vitcompact.measure")
   model, variables, x, _ = measured
   monkeypatch.setattr(looking._Measurement, "_kl_of_option", lambda *_: 1.0)
@@ -134,11 +134,11 @@ def test_a_quick_report_tries_one_reducer_of_a_class(measured, monkeypatch):
     assert [option.kl for option in options if option.measured] == [1.0]
     assert len({option.kl for option in options}) == len(options)
   evit = {option.method.keep: option.kl for option in found if isinstance(option.method, vc.EViT)}
-  # 16 patches, in both blocks: 13 and 11 are left of 0.7, 9 and 6 of 0.5, the fused one with them.
+  # Of 16 patches, 0.7 leaves 13 and then 11, and 0.5 leaves 9 and then 6, the fused one included.
   assert evit[0.5] / evit[0.7] == pytest.approx((17 / 8) ** looking.GROWTH)
 
 
-def test_images_are_split_among_the_devices_and_give_the_same_as_on_one(measured, monkeypatch):
+def test_images_are_split_among_devices_with_the_result_of_one_device(measured, monkeypatch):
   model, variables, x, report = measured
   assert len(calibration.shard_images(x[:16]).sharding.device_set) == 8 == jax.local_device_count()
   even, odd = (calibration.shard_images(x[:count]) for count in (16, 15))
@@ -147,37 +147,37 @@ def test_images_are_split_among_the_devices_and_give_the_same_as_on_one(measured
   monkeypatch.setattr(cffn, "RATIOS", (0.25, 0.5))
   monkeypatch.setattr(jax, "local_device_count", lambda: 1)
   assert calibration.shard_images(x) is x
-  alone = vc.measure(model, variables, x, sensitivity="none")
-  for row, wanted in zip(alone.blocks, report.blocks, strict=True):
-    for option, other in zip(row["options"], wanted["options"], strict=True):
+  unmeasured = vc.measure(model, variables, x, sensitivity="none")
+  for row, expected in zip(unmeasured.blocks, report.blocks, strict=True):
+    for option, other in zip(row["options"], expected["options"], strict=True):
       assert option.error == pytest.approx(other.error, rel=1e-4), option
 
 
 @pytest.mark.parametrize("share", [0.85, 0.7, 0.55])
-def test_a_plan_meets_its_budget_as_it_was_counted(measured, share):
+def test_the_counted_cost_of_a_plan_meets_its_budget(measured, share):
   model, _, _, report = measured
   plan = report.plan(macs=share)
-  told, dense = report.explain(plan), vc.count(model)
+  explained, dense = report.explain(plan), vc.count(model)
   small = vc.count(model.clone(plan=plan, deploy=True))
   assert small.macs <= share * dense.macs
-  assert told.macs == pytest.approx(small.macs / dense.macs, abs=2e-3)
-  assert told.params == pytest.approx(small.params / dense.params, abs=2e-3)
-  assert report.plan(macs=share) == plan and str(report.explain(plan)) == str(told)
+  assert explained.macs == pytest.approx(small.macs / dense.macs, abs=2e-3)
+  assert explained.params == pytest.approx(small.params / dense.params, abs=2e-3)
+  assert report.plan(macs=share) == plan and str(report.explain(plan)) == str(explained)
   assert vc.Plan.from_json(plan.to_json()) == plan
 
 
-def test_a_smaller_budget_is_predicted_to_lose_no_less(measured):
+def test_a_smaller_budget_has_no_smaller_predicted_loss(measured):
   report = measured[3]
   costs = [report.explain(report.plan(params=share)).kl for share in (0.95, 0.8, 0.7)]
   assert costs == sorted(costs)
 
 
-def test_axes_may_be_left_out(measured):
+def test_a_plan_can_be_limited_to_some_axes(measured):
   plan = measured[3].plan(macs=0.8, axes=("ffn",))
   assert {method.axis for method in plan.methods()} == {"ffn"}
 
 
-def test_a_budget_beyond_reach_names_the_nearest(measured):
+def test_an_unreachable_budget_names_the_nearest(measured):
   with pytest.raises(ValueError, match=r"macs=0\.01: no plan of ffn goes below macs=0\.\d+"):
     measured[3].plan(macs=0.01, axes=("ffn",))
   with pytest.raises(ValueError) as error:
@@ -203,7 +203,7 @@ def test_the_knapsack_finds_the_best_of_all_choices():
   assert forbidden[1] >= search.best(60.0)[1]
 
 
-def test_costs_of_blocks_add_up_to_the_models(measured):
+def test_the_costs_of_blocks_add_up_to_the_models_cost(measured):
   model, _, _, report = measured
   plan = vc.Plan(blocks={0: {"heads": vc.HMHSA(real_heads=2), "ffn": vc.CFFN(rank_ratio=0.25)}})
   saved = sum(report.costs.saved("blocks_0", {axis: method})[0]
@@ -215,7 +215,7 @@ def test_costs_of_blocks_add_up_to_the_models(measured):
 
 
 def options_of(model, kl=1e-3, reducers=(vc.ToMe,)):
-  """A report of a model with every option that it has, each of the same KL."""
+  """Returns a report on a model with every possible option, all with the same KL."""
   rows = []
   for name, module in model.submodules().items():
     options = [Option(axis, method, None, kl, True) for axis in ("heads", "attention", "ffn")
@@ -231,10 +231,10 @@ def options_of(model, kl=1e-3, reducers=(vc.ToMe,)):
                    count.params, count.macs, tuple(rows), reducers)
 
 
-def test_reducers_that_are_passed_over_could_not_have_won(monkeypatch):
-  """Those that lose as much by themselves as the best plan so far are not searched."""
+def test_skipped_reducers_could_not_have_won(monkeypatch):
+  """The search skips reducers that alone lose as much as the best plan found so far."""
   monkeypatch.setattr(cffn, "RATIOS", (0.25, 0.5))
-  rng, searched, asked = np.random.default_rng(0), [], 0
+  rng, searched, searches = np.random.default_rng(0), [], 0
   bare = options_of(tiny.deit(), reducers=(vc.ToMe, vc.EViT, vc.MCTF))
 
   def drawn(options, scale):
@@ -253,13 +253,13 @@ def test_reducers_that_are_passed_over_could_not_have_won(monkeypatch):
       best = min(best, np.inf if found is None else found[1] + kl)
     searched.clear()
     plan = report.plan(macs=share)
-    asked += len(searched)
+    searches += len(searched)
     assert report.explain(plan).kl == pytest.approx(best, rel=1e-6)
-  assert 3 <= asked < 3 * (1 + len(bare.tokens))
+  assert 3 <= searches < 3 * (1 + len(bare.tokens))
 
 
 @pytest.mark.parametrize("share", [0.8, 0.6])
-def test_at_197_tokens_blocks_of_attention_and_reducers_are_in_the_search(share, monkeypatch):
+def test_at_197_tokens_the_search_includes_block_attention_and_reducers(share, monkeypatch):
   monkeypatch.setattr(cffn, "RATIOS", (0.25, 0.5))
   model = vc.create_model("deit_tiny_patch16_224", depth=2, width=24, heads=4, num_classes=5)
   report = options_of(model)
@@ -274,27 +274,27 @@ def test_at_197_tokens_blocks_of_attention_and_reducers_are_in_the_search(share,
     assert report.explain(plan).macs == pytest.approx(small, abs=2e-3)
 
 
-def test_under_a_reducer_an_option_that_no_longer_acts_saves_nothing():
+def test_an_option_that_is_inactive_after_a_reducer_saves_nothing():
   model = vc.create_model("deit_tiny_patch16_224", depth=2, width=24, heads=4, num_classes=5)
   report = options_of(model)
   for reducer, first in ((None, True), (report.tokens[0].method, True)):
-    few = report._search("macs", reducer, ("attention",)).choices
-    assert (len(few["blocks_0"]) > 1) == first
-    assert (len(few["blocks_1"]) > 1) == (reducer is None)
+    choices = report._search("macs", reducer, ("attention",)).choices
+    assert (len(choices["blocks_0"]) > 1) == first
+    assert (len(choices["blocks_1"]) > 1) == (reducer is None)
   fewer = BlockMethods(attention=vc.Sparsifiner(granularity="block", min_tokens=0))
   at = report.costs.at
   assert 0 < at("blocks_0", fewer, tokens=100)[0] < at("blocks_0", fewer)[0]
 
 
-def test_what_does_not_go_together_is_no_choice():
-  """Regions need the whole grid, and take the line of tokens that filters of heads act along."""
+def test_incompatible_options_are_not_offered_together():
+  """Regions need the whole grid, and give up the token order that head filters act along."""
   model = vc.create_model("deit_tiny_patch16_224", depth=1, width=24, heads=4, num_classes=5)
   report, pairs = options_of(model), {}
   for reducer in (None, report.tokens[0].method):
-    few = report._search("macs", reducer, ("heads", "attention")).choices["blocks_0"]
+    choices = report._search("macs", reducer, ("heads", "attention")).choices["blocks_0"]
     pairs[reducer is None] = {tuple(type(option.method) for option in choice.options.values())
-                              for choice in few}
-    for choice in few:
+                              for choice in choices}
+    for choice in choices:
       methods = {axis: option.method for axis, option in choice.options.items()}
       model.clone(plan=vc.Plan(tokens=reducer, blocks={0: methods})).check()
   pruned = (vc.HeadPruning,)
@@ -312,7 +312,7 @@ def test_heads_and_attention_are_counted_together():
   assert vc.count(model).macs - vc.count(small).macs == saved
 
 
-def test_a_report_goes_to_json_and_back(measured):
+def test_a_report_survives_json(measured):
   report = measured[3]
   assert vc.Report.from_json(report.to_json()) == report
 
@@ -327,7 +327,7 @@ def test_a_report_goes_to_json_and_back(measured):
     lambda tree: tree["blocks"][0]["options"][0].update(kl=-5),
     lambda tree: tree["blocks"][0]["options"][0].update(kl=float("nan")),
     lambda tree: tree.update(sensitivity="banana")])
-def test_a_spoilt_report_is_one_clear_error(measured, spoil):
+def test_a_damaged_report_gives_one_clear_error(measured, spoil):
   tree = json.loads(measured[3].to_json())
   spoil(tree)
   with pytest.raises(ValueError, match="not a report of vitcompact") as error:
@@ -337,7 +337,7 @@ def test_a_spoilt_report_is_one_clear_error(measured, spoil):
     vc.Report.from_json("[" * 100_000)
 
 
-def test_what_a_report_does_not_know_is_named(measured):
+def test_requests_beyond_a_report_are_refused_by_name(measured):
   report = measured[3]
   with pytest.raises(ValueError, match="has not tried ToMe"):
     report.explain(vc.Plan(tokens=vc.ToMe(r=11)))
@@ -355,7 +355,7 @@ def test_what_a_report_does_not_know_is_named(measured):
     report.check_of(measured[0], "another")
 
 
-def test_images_of_one_class_are_noticed():
+def test_images_of_one_class_cause_a_warning():
   model = tiny.deit(drop_path_rate=0.0)
   variables = tiny.init(model, spread=0.5)
   one = np.repeat(np.asarray(tiny.images(model, batch=1)), 48, axis=0)
@@ -370,7 +370,7 @@ def test_images_of_one_class_are_noticed():
     (dict(images=np.full((8, 32, 32, 3), 255, np.float32)), "values of the images reach 255"),
     (dict(images=np.full((8, 32, 32, 3), np.nan, np.float32)), "8 of 8 images hold NaN"),
     (dict(variables={"params": {}}), "do not fit")])
-def test_what_cannot_be_measured_is_refused(measured, change, words):
+def test_impossible_measurements_are_refused(measured, change, words):
   model, variables, x, _ = measured
   with pytest.raises(ValueError, match=words):
     vc.measure(model, **{"variables": variables, "images": x, **change})

@@ -1,4 +1,4 @@
-"""The notebooks run, each at a size that a test can afford; no output of theirs is committed."""
+"""The notebooks run, each at a size that a test can afford, and are committed without outputs."""
 import importlib.util
 import json
 import pathlib
@@ -14,7 +14,7 @@ FOLDER = ROOT / "notebooks"
 NAMES = ("01_first_compact_vit", "02_your_own_checkpoint", "03_sparse_attention_seen",
          "04_train_on_tpu")
 SMALL = {"image_size": 32, "width": 24, "depth": 1, "heads": 2, "patch_size": 8, "num_classes": 5}
-# What the cell tagged "parameters" has in a test.
+# The values that a test puts in the cell tagged "parameters".
 TOY = {
     "01_first_compact_vit": {
         "IMAGE_SIZE": 8, "PATCH_SIZE": 4, "WIDTH": 16, "DEPTH": 1, "HEADS": 2, "STEPS": 4,
@@ -41,14 +41,14 @@ def code(name: str) -> list[dict]:
 
 
 def names_of(source: str) -> set[str]:
-  """Top-level names that a cell assigns."""
+  """Returns the top-level names that a cell assigns."""
   scope = {}
   exec(source, scope)
   return scope.keys() - {"__builtins__"}
 
 
 def run(name: str) -> dict:
-  """All code in one namespace, as a kernel has it; the sizes replaced. Returns the namespace."""
+  """Runs all code in one namespace, as a kernel does, at smaller sizes; returns the namespace."""
   scope = {"__name__": "__main__"}
   for number, cell in enumerate(code(name)):
     begin = time.process_time()
@@ -61,9 +61,9 @@ def run(name: str) -> dict:
 
 
 @pytest.fixture
-def alone(tmp_path, monkeypatch):
-  """An empty folder to run in, no hub, and no window to draw in."""
-  from huggingface_hub import constants  # which reads the environment once, for all later tests
+def isolated(tmp_path, monkeypatch):
+  """An empty folder to run in, without the hub and without a window to draw in."""
+  from huggingface_hub import constants  # reads the environment only once
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
   monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -71,16 +71,16 @@ def alone(tmp_path, monkeypatch):
   monkeypatch.setenv("VITCOMPACT_CACHE", str(tmp_path / "cache"))
   monkeypatch.setenv("MPLBACKEND", "Agg")
   with jax.numpy_rank_promotion("allow"), warnings.catch_warnings():
-    warnings.simplefilter("ignore")       # of few calibration images, and of a canvas not shown
+    warnings.simplefilter("ignore")       # few calibration images; a canvas not shown
     yield tmp_path
 
 
-def test_there_is_a_test_for_each():
+def test_every_notebook_has_a_test():
   assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == list(NAMES) == list(TOY)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_is_a_notebook_without_outputs(name):
+def test_a_notebook_has_no_outputs(name):
   book = json.loads((FOLDER / f"{name}.ipynb").read_text(encoding="utf-8"))
   assert book["nbformat"] == 4 and book["nbformat_minor"] >= 5
   assert book["metadata"]["kernelspec"]["name"] == "python3"
@@ -97,7 +97,7 @@ def test_it_is_a_notebook_without_outputs(name):
 
 
 def repository() -> str:
-  """The one place that says where the repository is: docs/conf.py."""
+  """Returns the repository's address from docs/conf.py, the one place that states it."""
   spec = importlib.util.spec_from_file_location("docs_conf", ROOT / "docs" / "conf.py")
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
@@ -105,7 +105,7 @@ def repository() -> str:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_starts_with_a_badge_and_an_install_from_git(name):
+def test_a_notebook_starts_with_a_badge_and_an_install_from_git(name):
   first, install, *_ = cells(name)
   where = f"https://colab.research.google.com/github/{repository()}/blob/main/notebooks/{name}.ipynb"
   assert f"]({where})" in "".join(first["source"])
@@ -115,7 +115,7 @@ def test_it_starts_with_a_badge_and_an_install_from_git(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_first_cell_installs_what_is_missing_and_only_then(name, monkeypatch):
+def test_the_first_cell_installs_only_what_is_missing(name, monkeypatch):
   text, called = "".join(code(name)[0]["source"]), []
   monkeypatch.setattr("subprocess.run", lambda command, **options: called.append(command))
   exec(text, {})
@@ -125,21 +125,21 @@ def test_its_first_cell_installs_what_is_missing_and_only_then(name, monkeypatch
   assert called[0][1:4] == ["-m", "pip", "install"] and "@ git+https://" in called[0][-1]
 
 
-def test_the_first_runs(alone):
+def test_the_first_notebook_runs(isolated):
   scope = run("01_first_compact_vit")
-  assert scope["proof"].ok and (alone / "first_compact_vit.safetensors").exists()
+  assert scope["proof"].ok and (isolated / "first_compact_vit.safetensors").exists()
   assert scope["deploy_count"].macs < scope["dense_count"].macs
 
 
-def test_a_checkpoint_of_ones_own_runs_and_says_that_weights_are_random(alone, capsys):
+def test_the_notebook_for_own_checkpoints_says_that_weights_are_random(isolated, capsys):
   scope = run("02_your_own_checkpoint")
   said = capsys.readouterr().out
   assert not scope["TRAINED"] and said.count("RANDOM") == 2
-  assert scope["proof"].ok and (alone / "compact.onnx").exists()
+  assert scope["proof"].ok and (isolated / "compact.onnx").exists()
   assert scope["done"].max_rel <= scope["done"].tolerance
 
 
-def test_sparse_attention_is_drawn(alone, capsys):
+def test_the_notebook_of_sparse_attention_draws_it(isolated, capsys):
   pytest.importorskip("matplotlib")
   scope = run("03_sparse_attention_seen")
   assert "RANDOM" in capsys.readouterr().out
@@ -147,8 +147,8 @@ def test_sparse_attention_is_drawn(alone, capsys):
     assert 0 < share_of_pairs <= 5 / 16 and 0 < share_of_attention <= 1
 
 
-def test_training_is_sharded_over_all_devices(alone):
+def test_the_notebook_of_training_shards_over_all_devices(isolated):
   scope = run("04_train_on_tpu")
   assert scope["mesh"].shape["fsdp"] == 2 and scope["proof"].ok
   assert 0.5 <= scope["held"] < 0.8
-  assert (alone / "run" / "checkpoints").is_dir()
+  assert (isolated / "run" / "checkpoints").is_dir()

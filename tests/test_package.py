@@ -1,4 +1,4 @@
-"""What is installed is whole, declares what it imports, and has its version from one place."""
+"""The package is complete, declares its dependencies, and has one source for its version."""
 import ast
 import pathlib
 import re
@@ -17,15 +17,15 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NEEDED = [Requirement(line) for line in PROJECT["dependencies"]]
 EXTRAS = [Requirement(line) for lines in PROJECT["optional-dependencies"].values()
           for line in lines]
-# Packages whose modules have another name.
+# Packages whose module has a different name.
 PACKAGES = {"PIL": "pillow", "google": "protobuf", "markdown_it": "markdown-it-py",
             "sklearn": "scikit-learn", "absl": "absl-py", "orbax": "orbax-checkpoint"}
-# Asked for by name, to whom it is of use: a vendor's kernels.
+# Installed by name by those who need them: a vendor's kernels.
 NOT_DECLARED = {"tokamax"}
 
 
 def modules(path):
-  """Top-level names that a file imports."""
+  """Yields the top-level names that a file imports."""
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
       yield from (alias.name.partition(".")[0] for alias in node.names)
@@ -33,14 +33,14 @@ def modules(path):
       yield node.module.partition(".")[0]
 
 
-def test_what_the_package_imports_is_declared():
+def test_everything_the_package_imports_is_declared():
   imported = {name for path in (ROOT / "vitcompact").rglob("*.py") for name in modules(path)}
   imported -= {"vitcompact", *sys.stdlib_module_names, *NOT_DECLARED}
   declared = {canonicalize_name(needed.name) for needed in (*NEEDED, *EXTRAS)}
   assert {canonicalize_name(PACKAGES.get(name, name)) for name in imported} <= declared
 
 
-def test_pins_lie_in_the_ranges():
+def test_pins_are_within_the_declared_ranges():
   text = "".join((ROOT / f"requirements{kind}.txt").read_text() for kind in ("", "-dev", "-docs"))
   pins = {canonicalize_name(name): version
           for name, version in re.findall(r"^([\w.-]+)==([\w.]+)", text, re.M)}
@@ -51,13 +51,13 @@ def test_pins_lie_in_the_ranges():
     assert pin is None or extra.specifier.contains(pin), extra
 
 
-def test_every_range_has_a_lower_end_that_can_be_tried():
-  """.ci/ranges makes a pin of each."""
+def test_every_range_has_a_lower_bound_that_can_be_pinned():
+  """.ci/ranges turns each into a pin."""
   for line in PROJECT["dependencies"]:
     assert re.fullmatch(r"[\w-]+>=[\d.]+(,<[\d.]+)?", line), line
 
 
-def test_the_version_is_that_of_the_citation_and_the_changelog():
+def test_the_version_matches_the_citation_and_the_changelog():
   cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.M)[1]
   assert vc.__version__ == cited
   assert re.search(rf"^## .*{re.escape(vc.__version__.partition('.dev')[0])}",

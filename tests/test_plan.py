@@ -1,4 +1,4 @@
-"""Plan: a value that is checked when made and goes to JSON and back."""
+"""Plan: a value that is checked when created and survives JSON."""
 import dataclasses
 import json
 import warnings
@@ -23,19 +23,19 @@ PLANS = [
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_json_both_ways(plan):
+def test_a_plan_survives_json(plan):
   assert vc.Plan.from_json(plan.to_json()) == plan
   assert hash(vc.Plan.from_json(plan.to_json())) == hash(plan)
 
 
-def test_overrides_replace_the_default_axis_by_axis():
+def test_block_overrides_replace_the_default_axis_by_axis():
   plan = PLANS[3]
   assert plan.planned(0) == (plan.heads, None, None, plan.ffn)
   assert plan.planned(11) == (None, None, None, plan.ffn)
   assert plan.planned(2) == (vc.HMHSA(), None, None, vc.CFFN(rep="scale"))
 
 
-def test_json_is_the_readable_form():
+def test_the_json_of_a_plan_is_readable():
   plan = vc.Plan(heads=vc.HMHSA(), blocks={7: {"heads": None}})
   assert json.loads(plan.to_json()) == {
       "heads": {"method": "hmhsa", "site": "probs", "rank": 1, "kernel": 3, "layout": "map",
@@ -44,7 +44,7 @@ def test_json_is_the_readable_form():
   assert vc.Plan().to_json() == "{}"
 
 
-def test_parse_takes_nothing_json_or_a_file(tmp_path):
+def test_parse_accepts_nothing_json_or_a_file(tmp_path):
   assert vc.Plan.parse("") == vc.Plan()
   assert vc.Plan.parse('{"heads": {"method": "hmhsa"}}') == vc.Plan(heads=vc.HMHSA())
   (tmp_path / "plan.json").write_text(PLANS[-1].to_json())
@@ -105,7 +105,7 @@ def test_a_wrong_plan_is_refused_in_one_line(make, words):
   assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_methods_that_exclude_each_other_share_a_plan_block_by_block():
+def test_incompatible_methods_may_share_a_plan_in_different_blocks():
   blocks = {block: {"attention": None} for block in range(3, 12)}
   plan = vc.Plan(attention=vc.Sparsifiner(), tokens=vc.MCTF(blocks=(3,)), blocks=blocks)
   model = vc.create_model("deit_tiny_patch16_224", plan=plan)
@@ -116,7 +116,7 @@ def test_methods_that_exclude_each_other_share_a_plan_block_by_block():
   vc.create_model("deit_tiny_patch16_224", plan=grid)
 
 
-def test_what_does_not_act_in_a_block_is_absent_there_and_can_be_written_out():
+def test_inactive_methods_are_absent_in_a_block_and_so_written_out():
   plan = vc.Plan(attention=vc.Sparsifiner(min_tokens=150), tokens=vc.EViT(keep=0.5, blocks=(4,)),
                  ffn=vc.CFFN(apply_to="attention_blocks"))
   sites = vc.create_model("deit_tiny_patch16_224", plan=plan).sites()
@@ -130,38 +130,38 @@ def test_what_does_not_act_in_a_block_is_absent_there_and_can_be_written_out():
   assert acting == [site.block for site in sites if "attention" in site.provides] != []
 
 
-def test_sizes_that_follow_the_image_can_be_written_out():
+def test_sizes_that_depend_on_the_image_can_be_written_out():
   plan = vc.Plan(attention=vc.Sparsifiner(reduce_n=6), blocks={2: {"attention": None}})
   sites = vc.create_model("deit_tiny_patch16_224", plan=plan).sites()
   assert plan.at_size(sites).at(sites[0]).attention.rank == 197 // 6
   assert plan.at_size(sites).at(sites[2]).attention is None
   plan = vc.Plan(attention=vc.Sparsifiner())
   assert plan.at_size(sites) == vc.Plan(attention=vc.Sparsifiner(rank=197 // 6))
-  stages = vc.create_model("pvt_tiny", plan=plan).sites()     # 49 keys, in the last one 50
+  stages = vc.create_model("pvt_tiny", plan=plan).sites()     # 49 keys, and 50 in the last stage
   assert plan.at_size(stages).at(stages[0]).attention.rank == 8
 
 
-def test_map_changes_every_method_and_keeps_none():
+def test_map_applies_to_every_method_and_leaves_none_alone():
   plan = PLANS[-1].map(vc.Sparsifiner.first_phase.method)
   assert plan.attention == vc.Sparsifiner(keep=0.5, coefficients=0.05, masked=False)
   assert plan.planned(0).attention == vc.Sparsifiner(granularity="block", masked=False)
   assert plan.planned(1).attention is None and vc.Plan().map(lambda method: 1 / 0) == vc.Plan()
 
 
-def test_plans_of_before_still_parse():
+def test_older_plans_still_parse():
   old = {"links": {"method": "sparsifiner", "keep": 0.5}, "backends": {"1": "tiled"},
          "at_a_time": 4, "ffn": {"method": "cffn", "merged": []},
          "blocks": {"0": {"links": None}, "1": {"ffn": {"method": "cffn", "merged": ["fc2"]}}}}
-  wanted = vc.Plan(attention=vc.Sparsifiner(keep=0.5), ffn=vc.CFFN(),
-                   blocks={0: {"attention": None}, 1: {"ffn": vc.CFFN()}})
-  assert vc.Plan.from_json(json.dumps(old)) == wanted
+  expected = vc.Plan(attention=vc.Sparsifiner(keep=0.5), ffn=vc.CFFN(),
+                     blocks={0: {"attention": None}, 1: {"ffn": vc.CFFN()}})
+  assert vc.Plan.from_json(json.dumps(old)) == expected
   assert upgraded(old)[1] == {"attention": {"1": "tiled"}, "chunk": 4,
                             "merged": {None: [], "1": ["fc2"]}}
-  today = json.loads(wanted.to_json())
+  today = json.loads(expected.to_json())
   assert upgraded(today) == (today, {})
 
 
-# What a plan's file may hold: names that exist and do not, values of every type.
+# What a plan's file may contain: existing and unknown names, values of every type.
 SCALARS = (st.none() | st.booleans() | st.integers(-2, 70) | st.floats() | st.text(max_size=3) |
            st.sampled_from(["grid", "map", "block", "code", "both", "mean", "bn", "none", "max"]))
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
@@ -170,10 +170,10 @@ VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.di
 
 @st.composite
 def specs(draw, axis, values=VALUES):
-  """A method of an axis as a plan's JSON has it, with a few of its fields, right ones or not."""
+  """Draws a method of an axis as in a plan's JSON, with a few fields, valid or not."""
   name, kind = draw(st.sampled_from(sorted(METHODS[axis].items(), key=lambda item: item[0])))
   fields = [field.name for field in dataclasses.fields(kind)]
-  # One of nine draws has something that is no method at all.
+  # One in nine draws is not a method at all.
   if draw(st.integers(0, 8)) == 8:
     return draw(VALUES)
   chosen = draw(st.dictionaries(st.sampled_from(fields), values, max_size=3)) if fields else {}
@@ -181,7 +181,7 @@ def specs(draw, axis, values=VALUES):
 
 
 def sensible(field):
-  """Values of a field's own kind, small enough to trace."""
+  """Draws values of a field's own type, small enough to trace."""
   default = field.default
   if isinstance(default, bool):
     return st.booleans()
@@ -203,7 +203,7 @@ def plausible(draw, axis):
 
 
 def trees_of(make):
-  """A plan's dict, of methods that `make(axis)` draws."""
+  """Draws a plan's dict with methods drawn by `make(axis)`."""
   axes = {axis: make(axis) for axis in METHODS}
   blocks = st.dictionaries(st.sampled_from(["0", "1"]), st.fixed_dictionaries(
       {}, optional={axis: st.none() | axes[axis] for axis in ("heads", "attention", "ffn")}),
@@ -212,7 +212,7 @@ def trees_of(make):
 
 
 def value_or_refusal(call):
-  """What a call gives, None where it refuses in one line; whatever else it raises escapes."""
+  """Returns a call's value, or None if it refuses in one line; other exceptions propagate."""
   try:
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")
@@ -224,7 +224,7 @@ def value_or_refusal(call):
 
 @hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 @hypothesis.given(trees_of(specs) | VALUES | st.dictionaries(st.text(max_size=5), VALUES))
-def test_whatever_a_file_holds_is_a_plan_or_refused_in_one_line(tree):
+def test_any_json_is_a_plan_or_is_refused_in_one_line(tree):
   text = json.dumps(tree)
   value_or_refusal(lambda: vc.Plan.from_dict(tree))
   value_or_refusal(lambda: vc.Plan.parse(tree))
@@ -236,7 +236,7 @@ def test_whatever_a_file_holds_is_a_plan_or_refused_in_one_line(tree):
 
 @hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 @hypothesis.given(trees_of(plausible), st.booleans())
-def test_a_plan_makes_a_model_or_is_refused_in_one_line(tree, deploy):
+def test_any_plan_gives_a_model_or_is_refused_in_one_line(tree, deploy):
   def make():
     return tiny.deit(vc.Plan.from_dict(tree), depth=3, deploy=deploy)
 

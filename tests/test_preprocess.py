@@ -1,4 +1,4 @@
-"""preprocess: the published evaluation of each model, as an array."""
+"""preprocess: each model's published preprocessing for evaluation."""
 import dataclasses
 
 import jax
@@ -17,7 +17,7 @@ from tests import tiny
     ("davit_base", 224, 0.95, 0.485), ("davit_tiny.msft_in1k", 224, 0.95, 0.485),
     ("pvt_v2_b2", 224, 0.9, 0.485), ("lvvit_s", 224, 0.9, 0.485), ("lvvit_m", 224, 1.0, 0.485),
     ("shvit_s1", 224, 0.875, 0.485), ("shvit_s4", 256, 0.875, 0.485)])
-def test_each_model_has_its_own_evaluation(name, size, crop, mean):
+def test_each_model_has_its_own_preprocessing(name, size, crop, mean):
   pre = vc.preprocess(vc.create_model(name, image_size=size))
   assert (pre.image_size, pre.crop, pre.mean[0]) == ((size, size), crop, mean)
   assert pre.interpolation == "bicubic"
@@ -34,13 +34,13 @@ def test_an_image_is_resized_cropped_and_normalised():
   np.testing.assert_array_equal(pre(Image.fromarray(pixels)), out)
 
 
-def test_the_centre_is_what_is_kept():
+def test_the_centre_is_kept():
   pre = vc.preprocess(tiny.deit())
   pixels = np.zeros((100, 100, 3), np.uint8)
   pixels[:3] = pixels[-3:] = pixels[:, :3] = pixels[:, -3:] = 255   # outside the crop of 90%
   inside = pre(pixels)[2:-2, 2:-2]                # away from where the filter reaches the border
   assert np.ptp(inside[..., 0]) == 0 and inside[0, 0, 0] < 0
-  assert np.ptp(pre(pixels[:, 20:])[..., 0]) > 1   # an image cut on one side has another centre
+  assert np.ptp(pre(pixels[:, 20:])[..., 0]) > 1   # cropped on one side: another centre
 
 
 def test_without_a_crop_the_full_image_is_warped():
@@ -50,13 +50,13 @@ def test_without_a_crop_the_full_image_is_warped():
   np.testing.assert_allclose(pixels, image.resize((32, 32), Image.Resampling.BICUBIC), atol=1e-3)
 
 
-def test_what_is_no_image_is_refused():
+def test_a_value_that_is_not_an_image_is_refused():
   pre = vc.preprocess(tiny.deit())
   with pytest.raises(ValueError, match=r"uint8 array \(H, W, 3\), got float32 \(8, 8, 3\)"):
     pre(np.zeros((8, 8, 3), np.float32))
 
 
-def test_a_model_of_one_channel_is_shown_grey_images_normalised_by_the_mean_of_the_means():
+def test_one_channel_models_get_grey_images_and_averaged_means():
   pre = vc.preprocess(tiny.deit(in_chans=1))
   assert pre.mean == pytest.approx((0.449,)) and pre.std == pytest.approx((0.226,))
   pixels = np.full((40, 40, 3), (10, 200, 90), np.uint8)
@@ -71,29 +71,29 @@ def test_a_model_of_one_channel_is_shown_grey_images_normalised_by_the_mean_of_t
   assert jax.eval_shape(model.apply, variables, out[None]).shape[0] == 1
 
 
-def test_other_numbers_of_channels_have_their_means_and_no_image_files():
+def test_other_numbers_of_channels_have_means_but_take_no_image_files():
   pre = vc.preprocess(tiny.deit(in_chans=5))
   assert len(pre.mean) == len(pre.std) == 5
   with pytest.raises(ValueError, match="a model with 5 channels cannot take image files"):
     pre(np.zeros((8, 8, 3), np.uint8))
 
 
-def test_16_bit_grey_keeps_its_brightness_as_in_training(tmp_path):
-  """It was white: Pillow's own conversion clips at 255."""
+def test_16_bit_grey_images_keep_their_brightness_as_in_training(tmp_path):
+  """They used to become white: Pillow's own conversion clips at 255."""
   pixels = np.full((40, 40), 100 * 256 + 7, np.uint16)
   Image.fromarray(pixels).save(tmp_path / "grey.png")
   pre = vc.preprocess(tiny.deit())
-  wanted = pre(np.full((40, 40, 3), 100, np.uint8))
+  expected = pre(np.full((40, 40, 3), 100, np.uint8))
   with Image.open(tmp_path / "grey.png") as image:
-    np.testing.assert_array_equal(pre(image), wanted)
-  np.testing.assert_array_equal(pre(tmp_path / "grey.png"), wanted)
-  np.testing.assert_array_equal(pre(str(tmp_path / "grey.png")), wanted)
+    np.testing.assert_array_equal(pre(image), expected)
+  np.testing.assert_array_equal(pre(tmp_path / "grey.png"), expected)
+  np.testing.assert_array_equal(pre(str(tmp_path / "grey.png")), expected)
 
 
 def test_an_orientation_in_the_exif_data_is_not_applied(tmp_path):
-  """As in training, and as by the loaders that published accuracies come from."""
+  """As in training, and in the loaders behind published accuracies."""
   exif = Image.Exif()
-  exif[0x0112] = 6  # turn by 90 degrees
+  exif[0x0112] = 6  # rotate by 90 degrees
   pixels = np.zeros((40, 40, 3), np.uint8)
   pixels[:20] = 255
   Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
@@ -101,14 +101,14 @@ def test_an_orientation_in_the_exif_data_is_not_applied(tmp_path):
   np.testing.assert_array_equal(pre(tmp_path / "x.png"), pre(pixels))
 
 
-def test_small_images_of_the_models_size_are_not_cropped_as_in_evaluation():
+def test_small_images_at_the_models_size_are_not_cropped_as_in_evaluation():
   pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
   pre = vc.preprocess(tiny.deit())
   assert pre.image_size == (32, 32) and pre.crop == 0.9
   np.testing.assert_allclose((pre(pixels) * pre.std + pre.mean) * 255, pixels, atol=1e-3)
 
 
-def test_a_crop_of_more_than_the_image_is_refused_at_once():
+def test_a_crop_larger_than_the_image_is_refused_at_once():
   with pytest.raises(ValueError, match=r"crop=1\.14 must be above 0 and at most 1"):
     dataclasses.replace(vc.preprocess(tiny.deit()), crop=1.14)
 
@@ -122,7 +122,7 @@ def test_a_crop_of_more_than_the_image_is_refused_at_once():
     (Image.new("I", (8, 8), 300), r"numbers of mode I, whose range is unknown: scale them"),
     ("nowhere.png", r"cannot read nowhere\.png: No such file or directory"),
     (None, r"must be a path, a PIL image")])
-def test_what_has_no_known_range_or_form_is_refused_in_one_line(image, message):
+def test_images_of_unknown_range_or_shape_are_refused_in_one_line(image, message):
   with pytest.raises(ValueError, match=message) as error:
     vc.preprocess(tiny.deit())(image)
   assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""The Python of the README runs, as it stands there, and what it tells to read is short."""
+"""The Python of the README runs as written, and the files it tells newcomers to read are short."""
 import pathlib
 import re
 import traceback
@@ -14,11 +14,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-# That four images are few is what a comment of its says too.
+# A comment in it also says that four images are few.
 @pytest.mark.filterwarnings("error", "ignore:4 calibration images are")
-def test_the_python_runs():
+def test_the_python_of_the_readme_runs():
   first, plans, *others = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-  # The same lines at a size that a test can afford.
+  # The same lines, at a size that a test can afford.
   tiny = first.replace('"deit_small_patch16_224"', '"deit_tiny_patch16_224", depth=1, width=48,'
                        ' image_size=32').replace("224, 224", "32, 32")
   assert tiny.count("32, 32") == 1
@@ -34,8 +34,8 @@ def test_the_python_runs():
     compile(text, "README.md", "exec")
 
 
-def test_a_method_of_ones_own_is_shown_as_it_is_tested():
-  """Where the README shows one, it is a file that tests/methods/test_protocol.py runs."""
+def test_the_readmes_example_of_an_own_method_is_a_tested_file():
+  """tests/methods/test_protocol.py runs that file."""
   own = pathlib.Path(__file__).parent / "methods" / "own"
   shown = [text for text in re.findall(r"```python\n(.*?)```", README, re.DOTALL)
            if "axis: ClassVar" in text]
@@ -44,8 +44,8 @@ def test_a_method_of_ones_own_is_shown_as_it_is_tested():
 
 
 def first_files() -> list[pathlib.Path]:
-  """The files to read first; a name without a folder is of the folder before it in its row, or of
-  vitcompact/ or vitcompact/methods/."""
+  """Returns the files to read first; a name without a folder is in the one named before it in its
+  row, or in vitcompact/ or vitcompact/methods/."""
   table = README.split("## Read these files in this order")[1]
   files = []
   for row in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE):
@@ -57,14 +57,14 @@ def first_files() -> list[pathlib.Path]:
   return files
 
 
-def test_what_a_newcomer_reads_first_is_at_most_2500_lines():
+def test_the_files_to_read_first_have_at_most_2500_lines():
   files = first_files()
   assert len(files) == len(set(files)) >= 10
   assert sum(len(path.read_text().splitlines()) for path in files) <= 2500
 
 
-def test_at_most_nine_calls_of_ours_lie_between_apply_and_the_first_scores(monkeypatch):
-  """In the reference form, whose first product of two activations is that of queries and keys."""
+def test_at_most_nine_of_our_calls_lead_from_apply_to_the_first_scores(monkeypatch):
+  """In the reference form, the first product of two activations is that of queries and keys."""
   model = tiny.deit()
   variables, einsum, calls = tiny.init(model), jnp.einsum, []
 

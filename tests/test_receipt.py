@@ -1,4 +1,4 @@
-"""receipt: what stands on its page."""
+"""receipt: the contents of its page."""
 import json
 
 from vitcompact.count import Count
@@ -12,13 +12,13 @@ def receipt(**changes):
   return Receipt("a run", (Row("dense", count, 0.5),), proof, {"data": "folder:x"}, **changes)
 
 
-def test_a_receipt_says_which_output_is_which_class():
+def test_a_receipt_maps_outputs_to_classes():
   page = receipt(classes=("1", "10", "2"))
   assert json.loads(page.to_json())["classes"] == ["1", "10", "2"]
   assert "| classes | 3 classes: 0 1, 1 10, 2 2 |" in page.to_markdown()
 
 
-def test_a_receipt_of_many_classes_stays_one_page_and_its_json_has_them_all():
+def test_a_receipt_of_many_classes_fits_a_page_and_its_json_has_all():
   names = tuple(f"n{i:04d}" for i in range(1000))
   page = receipt(classes=names)
   assert json.loads(page.to_json())["classes"] == list(names)
@@ -26,6 +26,6 @@ def test_a_receipt_of_many_classes_stays_one_page_and_its_json_has_them_all():
   assert len(page.to_markdown()) < 2000
 
 
-def test_a_receipt_without_names_says_none():
+def test_a_receipt_without_class_names_lists_none():
   assert "classes" not in json.loads(receipt().to_json())
   assert "| classes |" not in receipt().to_markdown()

@@ -1,4 +1,4 @@
-"""Sums over rows, and what is read off them, against the plain formulas."""
+"""Sums over rows, and the results derived from them, against the plain formulas."""
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,22 +7,22 @@ from vitcompact import regression
 
 
 @pytest.mark.parametrize("columns", [7, regression.WIDE + 3])
-def test_a_gram_matrix_in_parts_is_the_product(columns):
+def test_a_gram_matrix_in_parts_equals_the_product(columns):
   x = np.random.default_rng(0).standard_normal((5, columns)).astype(np.float32)
   np.testing.assert_allclose(regression.gram(jnp.asarray(x)), x.T @ x, atol=1e-5)
 
 
-def test_sums_of_a_layer_are_those_of_its_output():
+def test_sums_of_a_layer_match_those_of_its_output():
   rng = np.random.default_rng(0)
   x, kernel, bias = (jnp.asarray(rng.standard_normal(shape), jnp.float32)
                      for shape in ((2, 30, 6), (6, 4), (4,)))
   got = regression.sums_of_layer(x, kernel, bias)
-  for mine, wanted in zip(got, regression.sums_of(x, x @ kernel + bias[None, None]), strict=True):
-    np.testing.assert_allclose(mine, wanted, rtol=1e-4, atol=1e-4)
+  for mine, expected in zip(got, regression.sums_of(x, x @ kernel + bias[None, None]), strict=True):
+    np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_spectrum_is_what_the_best_factors_leave():
-  """Of every rank: the error of the fit in the metric of x, its largest directions kept."""
+def test_the_spectrum_gives_the_errors_of_the_best_factors():
+  """For every rank: the fit's error in the metric of x, with its largest directions kept."""
   rng = np.random.default_rng(0)
   x = rng.standard_normal((400, 8)) * np.geomspace(1, 0.1, 8)
   y = x @ rng.standard_normal((8, 5)) + 0.1 * rng.standard_normal((400, 5)) + 1
@@ -31,27 +31,27 @@ def test_the_spectrum_is_what_the_best_factors_leave():
   centred, target = x - x.mean(axis=0), y - y.mean(axis=0)
   fitted = centred @ np.linalg.lstsq(centred, target)[0]
   left, singular, right = np.linalg.svd(fitted, full_matrices=False)
-  wanted = [np.sum((target - left[:, :rank] * singular[:rank] @ right[:rank]) ** 2)
-            / np.sum(target ** 2) for rank in range(1, 6)]
+  expected = [np.sum((target - left[:, :rank] * singular[:rank] @ right[:rank]) ** 2)
+              / np.sum(target ** 2) for rank in range(1, 6)]
   curve = regression.spectrum(regression.Regression.from_sums(sums))
-  np.testing.assert_allclose(curve, wanted, atol=2e-4)   # a ridge of 1e-4 is in it
+  np.testing.assert_allclose(curve, expected, atol=2e-4)   # it includes a ridge of 1e-4
 
 
-def test_a_solution_stands_where_rounding_left_a_variance_below_zero():
-  """More so than the ridge makes good: that variance is taken as none."""
+def test_a_negative_variance_from_rounding_keeps_the_solution_stable():
+  """If it is too negative for the ridge to compensate, that variance is taken as zero."""
   turn = np.linalg.qr(np.random.default_rng(0).standard_normal((3, 3)))[0]
   cov, right = (turn * [2.0, 1.0, -0.5]) @ turn.T, np.arange(6.0).reshape(3, 2)
-  wanted = np.linalg.solve((turn * [2.1, 1.1, 0.1]) @ turn.T, right)
-  np.testing.assert_allclose(regression.solver(cov, 0.1)(right), wanted, rtol=1e-9)
+  expected = np.linalg.solve((turn * [2.1, 1.1, 0.1]) @ turn.T, right)
+  np.testing.assert_allclose(regression.solver(cov, 0.1)(right), expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("best", range(len(regression.RIDGES)))
-def test_the_ridge_is_the_best_on_rows_held_out_and_none_is_tried_beyond(best):
+def test_the_ridge_search_stops_at_the_best_one_on_held_out_rows(best):
   rng = np.random.default_rng(0)
   x, matrix = rng.standard_normal((60, 4)), rng.standard_normal((4, 2))
-  held = regression.Sums(*(np.asarray(part, np.float64) for part in regression.sums_of(
+  held_out = regression.Sums(*(np.asarray(part, np.float64) for part in regression.sums_of(
       jnp.asarray(x[40:]), jnp.asarray(x[40:] @ matrix))))
-  sums = regression.Sums(*(2 * part for part in held)), held
+  sums = regression.Sums(*(2 * part for part in held_out)), held_out
   tried = []
 
   def fit(ridge):

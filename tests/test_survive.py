@@ -1,10 +1,10 @@
-"""experiments.survive takes minutes; its functions are tested here."""
+"""experiments.survive takes minutes, so its functions are tested here."""
 from experiments import survive
 from vitcompact.data import pipeline
 
 
-def test_the_folder_that_runs_are_interrupted_on_is_one_that_they_accept(tmp_path):
-  """Its splits have every class: digits come in the order of classes."""
+def test_runs_accept_the_image_folder_that_survive_makes(tmp_path):
+  """Its splits contain every class, although digits come sorted by class."""
   name = f"folder:{survive.write_folder(tmp_path)}"
   assert [pipeline.num_examples(name, split) for split in pipeline.SPLITS] == [400, 100, 100]
   for split in pipeline.SPLITS:

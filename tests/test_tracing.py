@@ -1,4 +1,4 @@
-"""What is not traced again is checked all the same."""
+"""Cached traces do not skip any check."""
 import jax
 import jax.numpy as jnp
 import pytest
@@ -12,7 +12,7 @@ LEAF = "blocks_0/mlp/fc1/bias"
 
 
 def with_leaf(leaf):
-  """Shapes of the model's variables, one of them another, or without it."""
+  """Returns the shapes of the model's variables, with one changed or missing."""
   named = trees.named_leaves(doors.variable_shapes(MODEL)["params"])
   named[LEAF] = leaf
   return {"params": trees.nested({name: leaf for name, leaf in named.items() if leaf is not None})}
@@ -22,19 +22,19 @@ def with_leaf(leaf):
     (jax.ShapeDtypeStruct((95,), jnp.float32), ScopeParamShapeError),
     (jax.ShapeDtypeStruct((1, 96), jnp.float32), ScopeParamShapeError),
     (None, ScopeParamNotFoundError)])
-def test_a_leaf_of_another_shape_or_none_is_refused_as_linen_does(leaf, error):
+def test_a_missing_or_misshapen_leaf_is_refused_as_by_linen(leaf, error):
   with pytest.raises(error, match=r"bias.*/blocks_0/mlp/fc1"):
     jax.eval_shape(MODEL.apply, with_leaf(leaf), doors.image_shapes(MODEL))
 
 
-def test_shapes_that_are_kept_are_not_changed_by_who_got_them():
+def test_callers_cannot_change_the_cached_shapes():
   doors.variable_shapes(MODEL)["params"].pop("blocks_0")
   assert "blocks_0" in doors.variable_shapes(MODEL)["params"]
 
 
-def test_the_body_of_a_layer_is_traced_once_for_arrays_of_equal_shapes():
+def test_the_body_of_a_layer_is_traced_once_per_shape():
   calls = []
   body = layers.traced_once(lambda x: calls.append(x.shape) or 2 * x)
   program = jax.make_jaxpr(lambda x: body(body(x)) + body(x[:1]))(jnp.ones((2, 3)))
   assert calls == [(2, 3), (1, 3)]
-  assert [eqn.primitive.name for eqn in program.eqns].count("mul") == 3   # written out, not called
+  assert [eqn.primitive.name for eqn in program.eqns].count("mul") == 3   # inlined, not called

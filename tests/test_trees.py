@@ -1,4 +1,4 @@
-"""Names of leaves: a typo fails at the start, a difference is named, a digest sees every bit."""
+"""Names of leaves: a typo fails at the start, differences are named, a digest covers every bit."""
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ TREE = {"blocks_0": {"fc1": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}},
         "pos_embed": jnp.ones((1, 4, 2))}
 
 
-def test_first_rule_whose_pattern_matches_the_full_name_wins():
+def test_the_first_rule_that_matches_the_full_name_wins():
   rules = [(r".*/kernel", "k"), (r"blocks_\d+/.*", "b"), (r"pos_embed", "p")]
   assert trees.first_match(rules, TREE) == {
       "blocks_0": {"fc1": {"kernel": "k", "bias": "b"}}, "pos_embed": "p"}
@@ -24,7 +24,7 @@ def test_a_leaf_without_a_rule_and_a_rule_without_a_leaf_are_errors():
   assert trees.first_match(rules, TREE, may_be_idle=True)["pos_embed"] == 1
 
 
-def test_differences_name_every_leaf_that_is_not_as_wanted():
+def test_differences_name_every_leaf_that_is_not_as_expected():
   got = {"blocks_0": {"fc1": {"kernel": jnp.ones((3, 2)), "scale": jnp.ones(3)}},
          "pos_embed": jnp.ones((1, 4, 2), jnp.bfloat16)}
   assert trees.differences(got, TREE) == [
@@ -39,7 +39,7 @@ def test_nested_is_the_inverse_of_named_leaves():
   assert trees.differences(again, TREE) == [] and trees.digest(again) == trees.digest(TREE)
 
 
-def test_digest_sees_every_bit_name_and_shape_and_not_the_order():
+def test_a_digest_depends_on_bits_names_and_shapes_but_not_on_order():
   digest = trees.digest(TREE)
   assert digest == trees.digest(dict(reversed(TREE.items())))
   bits = np.ones((1, 4, 2), np.float32)

@@ -1,4 +1,4 @@
-"""Tuning changes the form, never the function; what it chose travels with the model."""
+"""Tuning changes the form, never the function, and its choices are saved with the model."""
 import importlib
 
 import jax
@@ -24,19 +24,18 @@ def folded():
 
 
 def choose(monkeypatch, choice):
-  """In place of measuring; choice: of the form of a call. Returns the calls that were asked about.
-  """
-  asked = []
+  """Replaces measuring by `choice(call)`. Returns a list that collects the calls asked about."""
+  calls = []
 
   def best_form(call, rounds):
-    asked.append(call)
+    calls.append(call)
     return choice(call)
 
   monkeypatch.setattr(tuning, "best_form", best_form)
-  return asked
+  return calls
 
 
-def test_a_tuned_model_is_the_same_function_in_a_file_and_when_folded_again(
+def test_a_tuned_model_keeps_its_function_when_saved_or_folded_again(
     folded, monkeypatch, tmp_path):
   model, variables, deploy, deployed, x = folded
   forms = {tuning.FactorisedCall: tuning.MATRIX, tuning.AttentionCall: "tiled"}
@@ -46,10 +45,10 @@ def test_a_tuned_model_is_the_same_function_in_a_file_and_when_folded_again(
   assert tuned.plan == PLAN
   assert tuned.execution == vc.Execution({0: "tiled", 1: "tiled"}, merged=layers)
   assert vc.verify(model, variables, tuned, tuned_variables, x).max_rel <= 1e-5
-  asked = jax.eval_shape(tuned.init, jax.random.key(0), x)
-  assert trees.differences(tuned_variables, asked) == []
+  expected_shapes = jax.eval_shape(tuned.init, jax.random.key(0), x)
+  assert trees.differences(tuned_variables, expected_shapes) == []
   assert vc.count(tuned).params > vc.count(deploy).params     # rank 6 of 24: dense is larger
-  # The choice is recorded: folding the training form under it gives the same form, untimed.
+  # The choice is recorded: folding the training form with it gives the same form without timing.
   again, refolded = vc.fold(model.clone(execution=tuned.execution), variables)
   assert again == tuned and trees.differences(refolded, tuned_variables) == []
   assert vc.verify(tuned, tuned_variables, again, refolded, x).ok
@@ -57,32 +56,32 @@ def test_a_tuned_model_is_the_same_function_in_a_file_and_when_folded_again(
   convert.save(tmp_path / "tuned.safetensors", tuned, tuned_variables)
   loaded, loaded_variables = convert.load(tmp_path / "tuned.safetensors")
   assert loaded == tuned and trees.digest(loaded_variables) == trees.digest(tuned_variables)
-  # Merged layers stay so, and go to PyTorch as dense ones; attention is chosen anew.
+  # Merged layers stay merged, and become dense ones in PyTorch; attention is chosen again.
   choose(monkeypatch, lambda call: None)
   anew, _ = vc.tune(tuned, tuned_variables, x)
   assert anew.plan == PLAN and anew.execution == vc.Execution(merged=layers)
 
 
-def test_inference_in_chunks_is_the_same_function_and_the_record_says_of_how_many(monkeypatch):
+def test_chunked_inference_keeps_the_function_and_records_the_chunk(monkeypatch):
   model = tiny.deit(PLAN)
   variables, x = tiny.init(model), tiny.images(model, batch=7)
   deploy, deployed = vc.fold(model, variables)
-  wanted = jax.jit(deploy.apply)(deployed, x)
+  expected = jax.jit(deploy.apply)(deployed, x)
   monkeypatch.setattr(tuning, "CHUNKS", {"cpu": (3, 7)})
   tried = []
   monkeypatch.setattr(tuning, "fastest_of", lambda calls, rounds: (
       tried.append([chunk for chunk in calls if type(chunk) is int]), 3)[1] if 3 in calls else None)
   tuned, tuned_variables = vc.tune(deploy, deployed, x)
-  assert tried == [[3]] and tuned.execution.chunk == 3   # a chunk of seven is all at once
+  assert tried == [[3]] and tuned.execution.chunk == 3   # a chunk of seven is the whole batch
   got = jax.jit(tuned.apply)(tuned_variables, x)
-  np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
   found = jax.eval_shape(lambda: vc.features(tuned, tuned_variables, x))
   assert found.features["block_0"].shape[0] == 7
 
 
 @pytest.mark.parametrize("name", ["lvvit_t", "pvt_tiny", "pvt_v2_b0", "nextvit_small",
                                   "davit_tiny", "shvit_s1"])
-def test_every_family_computes_in_chunks(name):
+def test_every_family_supports_chunked_inference(name):
   model = vc.create_model(name, num_classes=5, execution=vc.Execution(chunk=2))
   images = jax.ShapeDtypeStruct((5, *vc.preprocess(model).image_size, 3), "float32")
   variables = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -91,7 +90,7 @@ def test_every_family_computes_in_chunks(name):
   assert any(eqn.primitive.name == "scan" and eqn.params["length"] == 2 for eqn in jaxpr.eqns)
 
 
-def test_a_batch_on_several_devices_is_not_cut_in_chunks():
+def test_a_batch_on_several_devices_is_not_split_into_chunks():
   model = tiny.deit(execution=vc.Execution(chunk=2), depth=1)
   x = tiny.images(model, batch=4)
   variables = tiny.init(model)
@@ -109,7 +108,7 @@ SPARSE = vc.Plan(attention=vc.Sparsifiner(granularity="block", window=2, min_tok
 
 
 @pytest.mark.parametrize("fields", [{}, {"execution": vc.Execution(chunk=2)}, {"plan": SPARSE}])
-def test_a_model_is_exported_for_batches_of_any_size(fields):
+def test_a_chunked_model_is_exported_for_batches_of_any_size(fields):
   model = tiny.deit(**fields, depth=1)
   variables, x = tiny.init(model), tiny.images(model, batch=5)
   size, = export.symbolic_shape("b")
@@ -118,14 +117,14 @@ def test_a_model_is_exported_for_batches_of_any_size(fields):
   np.testing.assert_allclose(exported.call(variables, x), model.apply(variables, x), atol=1e-5)
 
 
-def test_forms_that_are_no_faster_stay_as_fold_gives_them(folded, monkeypatch):
+def test_forms_that_are_no_faster_leave_the_folded_model_unchanged(folded, monkeypatch):
   _, _, deploy, deployed, x = folded
   choose(monkeypatch, lambda call: None)
   tuned, variables = vc.tune(deploy, deployed, x)
   assert tuned == deploy and trees.digest(variables) == trees.digest(deployed)
 
 
-def test_equal_calls_are_measured_once_and_each_block_has_its_own_choice(
+def test_equal_calls_are_measured_once_and_each_block_has_its_choice(
     folded, monkeypatch):
   _, _, deploy, deployed, x = folded
   calls = tuning.calls_with_forms(deploy, deployed, x)
@@ -135,27 +134,27 @@ def test_equal_calls_are_measured_once_and_each_block_has_its_own_choice(
   dense, hmhsa = calls["blocks_0", "attn"], calls["blocks_1", "attn"]
   assert dense.shapes == ((3, 17, 4, 6),) * 3 and not dense.sized
   assert hmhsa.shapes == ((3, 13, 2, 6), (3, 13, 2, 6), (3, 13, 4, 6)) and hmhsa.sized
-  asked = choose(monkeypatch, lambda call: {
+  calls_asked = choose(monkeypatch, lambda call: {
       calls["blocks_1", "mlp", "fc2"]: tuning.MATRIX, dense: "images"}.get(call))
   tuned, variables = vc.tune(deploy, deployed, x)
-  assert sorted(map(repr, asked)) == sorted(map(repr, calls.values()))
+  assert sorted(map(repr, calls_asked)) == sorted(map(repr, calls.values()))
   assert tuned.execution == vc.Execution({0: "images"}, merged=("blocks_1/mlp/fc2",))
   assert vc.verify(deploy, deployed, tuned, variables, x).ok
   wide = tiny.deit(vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN()), deploy=True, depth=4)
   shapes = jax.eval_shape(wide.init, jax.random.key(0), x)
-  assert len(set(tuning.calls_with_forms(wide, shapes, x).values())) == 2      # of eight calls
+  assert len(set(tuning.calls_with_forms(wide, shapes, x).values())) == 2      # out of eight calls
 
 
-def test_calls_are_measured_on_as_many_images_as_a_chunk_has():
+def test_calls_are_measured_at_the_size_of_a_chunk():
   model = tiny.deit(PLAN, execution=vc.Execution(chunk=4), deploy=True)
-  x = tiny.images(model, batch=9)      # four, four and one
+  x = tiny.images(model, batch=9)      # chunks of four, four and one
   shapes = jax.eval_shape(model.init, jax.random.key(0), x)
   calls = tuning.calls_with_forms(model, shapes, x).values()
   assert {(call.shapes[0] if isinstance(call, tuning.AttentionCall) else call.shape)[0]
           for call in calls} == {4}
 
 
-def test_sparse_and_merged_attention_are_left_to_their_own_ways():
+def test_sparse_attention_and_token_merging_are_not_tuned():
   x = tiny.images(tiny.deit())
   for plan in (vc.Plan(attention=vc.Sparsifiner(keep=0.5, rank=2)),
                vc.Plan(tokens=vc.MCTF(r=2, blocks=(0, 1)))):
@@ -164,14 +163,14 @@ def test_sparse_and_merged_attention_are_left_to_their_own_ways():
     assert not tuning.calls_with_forms(model, shapes, x)
 
 
-def test_the_forms_are_really_run():
-  """Compiled and timed: at a rank far above break-even, two factors are many times the work."""
+def test_forms_are_really_compiled_and_timed():
+  """At a rank far above break-even, two factors are many times the work of one matrix."""
   layer = tuning.FactorisedCall(features=64, rank=512, shape=(512, 64), dtype="float32")
   assert tuning.best_form(layer, rounds=3) == tuning.MATRIX
   assert tuning.best_form(layer._replace(features=512, shape=(512, 512), rank=4), rounds=3) is None
 
 
-def test_a_form_that_this_device_does_not_have_is_no_candidate(monkeypatch):
+def test_a_form_that_the_device_lacks_is_not_a_candidate(monkeypatch):
   model = tiny.deit(deploy=True, depth=1)
   x = tiny.images(model)
   shapes = jax.eval_shape(model.init, jax.random.key(0), x)
@@ -180,7 +179,7 @@ def test_a_form_that_this_device_does_not_have_is_no_candidate(monkeypatch):
   assert tuning.best_form(call, rounds=1) is None
 
 
-def test_the_record_decides_how_a_block_attends(monkeypatch):
+def test_the_record_decides_the_attention_form_of_a_block(monkeypatch):
   seen = []
   monkeypatch.setattr(attention.Core, "__call__", lambda core, query, key, value, *rest: (
       seen.append(attention.requested_form()), value)[1])
@@ -189,7 +188,7 @@ def test_the_record_decides_how_a_block_attends(monkeypatch):
   assert seen == [None, "tiled"]
 
 
-def test_only_a_folded_model_is_tuned():
+def test_only_a_folded_model_can_be_tuned():
   model = tiny.deit(PLAN)
   with pytest.raises(ValueError, match="not folded; give it what"):
     vc.tune(model, {}, None)
@@ -198,8 +197,8 @@ def test_only_a_folded_model_is_tuned():
 
 
 @pytest.mark.parametrize("low, merged", [(1.01, 2), (0.99, 0)])
-def test_factors_are_chosen_in_the_runtime_that_will_be_used(low, merged, monkeypatch):
-  """Both layers of a size together, where every round says that one matrix is faster."""
+def test_factors_are_timed_in_the_runtime_that_will_be_used(low, merged, monkeypatch):
+  """Layers of equal size are merged together, if one matrix is faster in every round."""
   pytest.importorskip("jax2onnx")
   model = tiny.deit(vc.Plan(ffn=vc.CFFN(branches=2)))
   model, variables = vc.fold(model, tiny.init(model))
@@ -214,7 +213,7 @@ def test_factors_are_chosen_in_the_runtime_that_will_be_used(low, merged, monkey
   monkeypatch.setattr(bench, "paired", paired)
   chosen, own = vc.tune(model, variables, images, runtime="ort")
   assert len(chosen.execution.merged) == merged and len(seen) == 2
-  assert [len(forms) for forms in tried] == [0, 2, merged]   # as it is, as one matrix, the choice
-  wanted = model.apply(variables, images)
+  assert [len(forms) for forms in tried] == [0, 2, merged]   # unchanged, all merged, the choice
+  expected = model.apply(variables, images)
   for logits in (*seen, chosen.apply(own, images)):
-    np.testing.assert_allclose(logits, wanted, atol=1e-5)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)

@@ -16,27 +16,27 @@ SIZES = {"width": 24, "depth": 2, "heads": 4, "image_size": 32, "patch_size": 8,
 
 
 def named(rows, *always):
-  """Parameters of a test of every size of a family: but for `always`, of `make test-all` alone."""
+  """Returns test parameters for all sizes of a family; those not in `always` are marked slow."""
   return [name if name in always else pytest.param(name, marks=pytest.mark.slow) for name in rows]
 
 
 def deit(plan=None, name="deit_tiny_patch16_224", **fields):
-  """A DeiT of two narrow blocks: 16 patches, 4 heads of 6."""
+  """Returns a DeiT of two narrow blocks: 16 patches, 4 heads of 6."""
   return vc.create_model(name, plan=plan or vc.Plan(), **{**SIZES, **fields})
 
 
-# Hierarchical networks at their smallest, in which every kind of block is.
+# Hierarchical networks at their smallest, with every kind of block.
 NETWORKS = {
-    # Maps of 4 x 4 and 2 x 2, in windows that they do not fill.
+    # Maps of 4 x 4 and 2 x 2, smaller than the windows.
     "davit_tiny": {"image_size": 16, "widths": (8, 16), "depths": (1, 1), "heads": (2, 4),
                    "window_size": 3},
     "biformer_tiny": {"image_size": 32, "widths": (16, 24), "depths": (1, 1), "head_dim": 4,
                       "regions": 2, "top_ks": (2,), "dense_heads": 4},
-    # One block a stage. Of 96 pixels grids are 6, 3 and 2 on a side; the squeezed widths of the two
-    # downsamplings are rounded, and parts that attend are odd and even.
+    # One block per stage. At 96 pixels the grids are 6, 3 and 2 on a side; the squeezed widths of
+    # the two downsamplings are rounded, and the attending parts are odd and even.
     "shvit_s1": {"image_size": 64, "widths": (8, 12, 20), "depths": (1, 1, 1),
                  "partial_widths": (5, 8), "qk_width": 4},
-    # A stage of aggregated attention and one of attention over all.
+    # A stage of aggregated attention, and one of attention over all tokens.
     "transnext_tiny": {"image_size": 8, "widths": (8, 16), "depths": (1, 1), "heads": (2, 4),
                        "mlp_ratios": (3, 3), "sr_ratios": (2, 1), "pretrain_size": 32},
 }
@@ -44,39 +44,39 @@ NETWORKS["biformer_stl"] = NETWORKS["biformer_tiny"]
 
 
 def biformer(plan=None, name="biformer_tiny", **fields):
-  """A BiFormer of two blocks: 8 x 8 patches in 4 regions, of which 2 are seen, then 4 x 4, all."""
+  """Returns a BiFormer of two blocks: 8 x 8 patches attend to 2 of 4 regions, then 4 x 4 to all."""
   return vc.create_model(name, plan=plan or vc.Plan(),
                          **{**NETWORKS[name], "num_classes": 5, **fields})
 
 
 def shvit(plan=None, **fields):
-  """An SHViT of three narrow blocks, the last two of which attend."""
+  """Returns an SHViT of three narrow blocks; the last two have attention."""
   return vc.create_model("shvit_s1", plan=plan or vc.Plan(),
                          **{**NETWORKS["shvit_s1"], "image_size": 96, "num_classes": 5, **fields})
 
 
 def transnext(plan=None, **fields):
-  """A TransNeXt of two narrow blocks, on grids of 6 x 10 and 3 x 5."""
+  """Returns a TransNeXt of two narrow blocks, on grids of 6 x 10 and 3 x 5."""
   return vc.create_model("transnext_tiny", plan=plan or vc.Plan(), **{
       **NETWORKS["transnext_tiny"], "image_size": (24, 40), "num_classes": 5, **fields})
 
 
 def few_options(patch):
-  """Leaves little to `measure`: each option of a plan is a program to compile."""
+  """Leaves few options to `measure`, since each option is a program to compile."""
   patch.setattr(cffn, "RATIOS", (0.25,))
   for kind, options in ((vc.ToMe, []), (vc.MCTF, []), (vc.EViT, [vc.EViT(blocks=(0,))])):
     patch.setattr(kind, "options", classmethod(lambda _, site, options=options: options))
 
 
 def preprocess(image_size, crop=1.0, **fields):
-  """An evaluation at a size: int or (height, width)."""
+  """Returns the preprocessing for a size: int or (height, width)."""
   return Preprocess(**{"mean": (0.5,) * 3, "std": (0.25,) * 3, "crop": crop,
                        "interpolation": "bicubic",
                        "image_size": tuple(np.broadcast_to(image_size, 2).tolist()), **fields})
 
 
 def site(**fields):
-  """A block of such a DeiT, the class token counted."""
+  """Returns the site of a block of such a DeiT, class token included."""
   sizes = {"width": 24, "ffn_width": 24, "hidden": 96, "heads": 4}
   place = {"tokens": 17, "tokens_left": 17, "prefix": 1, "query_grid": (4, 4), "key_grid": (4, 4)}
   return Site(**{"block": 0, "depth": 2, **sizes, **place, "provides": frozenset(CAPABILITIES),
@@ -89,9 +89,9 @@ def images(model, batch=3, seed=0):
 
 
 def randomised(tree, seed=1, spread=0.3):
-  """Every leaf redrawn around zero (variances around one): hides no missing term behind a zero.
+  """Redraws every leaf around zero (variances around one), so that no zero hides a missing term.
 
-  Drawn by numpy: by JAX, each shape would be compiled.
+  Draws with NumPy: JAX would compile a program for each shape.
   """
   rng = np.random.default_rng(seed)
 
@@ -103,12 +103,12 @@ def randomised(tree, seed=1, spread=0.3):
 
 
 def init(model, seed=1, spread=0.3):
-  """Random variables for a model, without running it."""
+  """Returns random variables for a model, without running it."""
   return randomised(doors.variable_shapes(model), seed, spread)
 
 
 def apply(model, variables, *args, rngs=None, mutable=False, **options):
-  """`model.apply`, compiled as a whole: its operations one by one compile five times as long."""
+  """Calls `model.apply` compiled as a whole: op by op, compiling takes five times as long."""
   mutable = tuple(mutable) if isinstance(mutable, list) else mutable
   return _applied(model, mutable, tuple(sorted(options.items())), variables, args, rngs)
 
@@ -120,12 +120,12 @@ def _applied(model, mutable, options, variables, args, rngs):
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def features(model, variables, images, maps=False):
-  """`vc.features`, compiled as a whole."""
+  """Calls `vc.features`, compiled as a whole."""
   return vc.features(model, variables, images, maps=maps)
 
 
 def gradients(model, variables, images, key=0):
-  """Of the sum of squared logits in train mode, by name of parameter."""
+  """Returns the gradients of the sum of squared logits in train mode, by parameter name."""
   return trees.named_leaves(_gradients(model, variables, images, jax.random.key(key)))
 
 

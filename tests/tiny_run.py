@@ -1,4 +1,4 @@
-"""One tiny run, built (and so compiled) once for all tests, and what they read of runs."""
+"""One tiny run, built (and so compiled) once for all tests, and functions that read runs."""
 import dataclasses
 import functools
 import json
@@ -18,7 +18,7 @@ PLAN = '{"heads": {"method": "hmhsa"}, "ffn": {"method": "cffn"}}'
 
 
 def tiny_config() -> ConfigDict:
-  """Everything that a state can hold (averages, batch norm, taps), as small as it gets."""
+  """Returns a config with everything that a state can hold (averages, batch norm, taps), tiny."""
   return ConfigDict({
       "total_steps": 40, "batch_size": 16, "eval_batch_size": 184, "checkpoint_every": 20,
       "log_every": 10, "ema_half_life": 0.05, "plan": PLAN,
@@ -29,7 +29,7 @@ def tiny_config() -> ConfigDict:
 
 
 def weights(**given) -> ConfigDict:
-  """A config's `loss` in which every weight that is not given is 0."""
+  """Returns a config's `loss`, in which every weight that is not given is 0."""
   settings = {**configs.KEYS, **configs.all_settings()}
   return ConfigDict({key.removeprefix("loss."): 0.0 if setting.is_weight else setting.default
                      for key, setting in settings.items() if key.startswith("loss.")} | given)
@@ -37,13 +37,13 @@ def weights(**given) -> ConfigDict:
 
 @pytest.fixture
 def config() -> ConfigDict:
-  """Every key of it, unlocked: methods' settings may be added."""
+  """The tiny config with every key, unlocked so that settings of methods can be added."""
   return configs.complete(tiny_config())
 
 
 @functools.cache
 def build(config) -> loop.Run:
-  """loop.build, once for equal configs on equal devices: what it jits, compiles once."""
+  """Calls loop.build once for equal configs on equal devices, so each program compiles once."""
   return loop.build(config)
 
 
@@ -66,7 +66,7 @@ def built_on_one() -> loop.Run:
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory, built):
-  """40 steps without a stop: (workdir, result)."""
+  """40 uninterrupted steps: (workdir, result)."""
   directory = tmp_path_factory.mktemp("uninterrupted")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop, "build", lambda config: built)
@@ -75,7 +75,7 @@ def uninterrupted(tmp_path_factory, built):
 
 @pytest.fixture
 def shared(monkeypatch, built):
-  """Runs of the tiny config, and of others with the same step, use what `built` compiled."""
+  """Runs of the tiny config, and of others with the same step, reuse the programs of `built`."""
   same = ("total_steps", "optim", "ema_half_life")
 
   def reuse(config):

@@ -1,4 +1,4 @@
-"""Tensors that behave as PyTorch's where NumPy meets them; PyTorch itself is not installed."""
+"""Stand-ins for PyTorch tensors as NumPy sees them; PyTorch itself is not installed."""
 import ml_dtypes
 import numpy as np
 
@@ -6,7 +6,7 @@ DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": ml_dtypes.float8_e4m3
 
 
 class Tensor:
-  """dtype: PyTorch's name; the others as PyTorch's attributes of these names."""
+  """dtype: PyTorch's name; the other fields are as PyTorch's attributes of these names."""
 
   def __init__(self, array, dtype="float32", *, requires_grad=False, device="cpu",
                layout="torch.strided", is_quantized=False):

@@ -5,7 +5,7 @@ from vitcompact.cli import main
 
 
 def succeeds(*arguments) -> str:
-  """What it printed."""
+  """Runs a command that must succeed, and returns what it printed."""
   done = CliRunner().invoke(main, [str(argument) for argument in arguments],
                             catch_exceptions=False)
   assert done.exit_code == 0, done.output
@@ -13,7 +13,7 @@ def succeeds(*arguments) -> str:
 
 
 def fails(*arguments) -> str:
-  """The one line that said why it refused."""
+  """Runs a command that must fail, and returns its one line of error."""
   done = CliRunner().invoke(main, [str(argument) for argument in arguments],
                             catch_exceptions=False)
   assert done.exit_code == 2 and not done.stdout, done.output

@@ -1,6 +1,6 @@
-"""PyTorch in `vitcompact bench`: timm's own network where there is one, and words where not.
+"""PyTorch in `vitcompact bench`: timm's own network if there is one, otherwise a message.
 
-PyTorch is not installed where these tests run, so most of them see a double of it and of timm.
+PyTorch is not installed where these tests run, so most of them use stand-ins for it and for timm.
 """
 import contextlib
 import importlib.util
@@ -23,14 +23,14 @@ FACTORS = vc.Plan(ffn=vc.CFFN(factor="both"))
 
 
 class Tensor(np.ndarray):
-  """An array that can be asked for in another precision."""
+  """An array that can be converted to another precision."""
 
   def to(self, dtype):
     return self
 
 
 class Network:
-  """Takes the weights of a model whose names and shapes it knows."""
+  """Accepts weights with the expected names and shapes."""
 
   def __init__(self, wanted):
     self.wanted = wanted
@@ -50,8 +50,8 @@ class Network:
 
 
 @pytest.fixture
-def asked(monkeypatch):
-  """What doubles of PyTorch and timm, which knows DeiTs alone, were asked for."""
+def requests(monkeypatch):
+  """Requests made to stand-ins for PyTorch and for timm, which knows only DeiTs here."""
   seen = {"threads": [], "networks": [], "compiled": 0}
 
   def create_model(name, *, pretrained, num_classes, in_chans, img_size=224, **sizes):
@@ -78,12 +78,12 @@ def asked(monkeypatch):
 
 
 def rows_of(printed: str) -> list[list[str]]:
-  """The first two cells of each row of the table."""
+  """Returns the first two cells of each row of the table."""
   return [[cell.strip() for cell in line.strip("|").split("|")][:2]
           for line in printed.splitlines()[2:] if line.startswith("|")]
 
 
-def test_dense_models_are_timed_and_plans_without_a_network_are_named(asked):
+def test_dense_models_are_timed_and_plans_without_a_timm_network_named(requests):
   printed = command.succeeds(
       "bench", NAME, "--plan", EVIT, "--image-size", 32, "--batch", 1, "--rounds", 1, "--threads",
       1, "--runtime", "xla,torch,torch-bf16,torch-compile")
@@ -93,32 +93,32 @@ def test_dense_models_are_timed_and_plans_without_a_network_are_named(asked):
   about, note = printed.splitlines()[-2:]
   assert "threads 1" in about
   assert note == f"PyTorch has no row for {EVIT}: timm has no network of its plan"
-  assert set(asked["threads"]) == {1} and asked["compiled"] == 1
-  assert asked["networks"] == 3 * [{"name": NAME, "img_size": 32}]
+  assert set(requests["threads"]) == {1} and requests["compiled"] == 1
+  assert requests["networks"] == 3 * [{"name": NAME, "img_size": 32}]
 
 
-def test_sizes_in_which_a_file_differs_from_its_name_are_passed_on(asked, tmp_path):
+def test_sizes_that_differ_from_the_named_model_reach_timm(requests, tmp_path):
   model = tiny.deit()
   path = tmp_path / "dense.safetensors"
   vc.save(path, *vc.fold(model, tiny.init(model)))
   assert rows_of(command.succeeds("bench", path, "--batch", 1, "--rounds", 1, "--runtime", "torch")
                  ) == [["dense", "PyTorch"], [str(path), "PyTorch"]]
-  assert asked["networks"][-1] == {"name": NAME, "img_size": 32, "patch_size": 8, "embed_dim": 24,
-                                   "depth": 2, "num_heads": 4}
+  assert requests["networks"][-1] == {"name": NAME, "img_size": 32, "patch_size": 8,
+                                      "embed_dim": 24, "depth": 2, "num_heads": 4}
 
 
-def test_the_number_of_threads_is_told_to_xla_while_it_starts_only(monkeypatch):
+def test_the_thread_count_is_set_only_while_xla_starts(monkeypatch):
   name = cli.bench.XLA_THREADS
   for before in (None, "7"):
     monkeypatch.delenv(name, raising=False) if before is None else monkeypatch.setenv(name, before)
-    for count, wanted in ((2, "2"), (None, before)):
+    for count, expected in ((2, "2"), (None, before)):
       with cli.bench.xla_threads(count):
-        assert os.environ.get(name) == wanted
+        assert os.environ.get(name) == expected
       assert os.environ.get(name) == before
 
 
-def test_what_timm_has_a_network_of(asked):
-  """EViT has the dense model's weights, and computes something else."""
+def test_the_refusal_says_why_timm_has_no_network(requests):
+  """EViT has the dense model's weights, but computes something else."""
   refusal = timm_network.refusal
   assert refusal(tiny.deit(deploy=True)) is None
   for plan in (vc.Plan(tokens=vc.EViT(keep=0.5, blocks=(1,))), vc.Plan(heads=vc.HMHSA()), FACTORS):
@@ -134,27 +134,27 @@ def test_what_timm_has_a_network_of(asked):
 
 
 @pytest.mark.parametrize("name", ["shvit_s1", "nextvit_small"])
-def test_models_whose_deployed_form_timm_lacks_are_named(name, asked, monkeypatch):
+def test_models_whose_deployed_form_timm_lacks_are_named(name, requests, monkeypatch):
   monkeypatch.setattr(sys.modules["timm"], "is_model", lambda _: True)
   assert timm_network.refusal(vc.create_model(name, deploy=True)) == (
       "timm has no network of its deployed form, whose norms are folded into other layers")
   assert timm_network.refusal(vc.create_model("pvt_v2_b0", deploy=True)) is None
 
 
-def test_nothing_left_to_time_is_an_error(asked):
+def test_nothing_left_to_time_is_an_error(requests):
   assert ("timm has no network named lvvit_s; give --runtime xla, ort "
           "or openvino") in command.fails("bench", "lvvit_s", "--runtime", "torch")
 
 
 @pytest.mark.parametrize("name", ["torch", "timm"])
-def test_what_is_missing_is_named_before_anything_is_compiled(name, asked, monkeypatch):
+def test_missing_packages_are_named_before_anything_is_compiled(name, requests, monkeypatch):
   monkeypatch.setitem(sys.modules, name, None)
   monkeypatch.setattr(bench, "compiled", None)
   assert (f"needs {name}, which is not installed; pip install torch timm"
           ) in command.fails("bench", NAME, "--runtime", "xla,torch")
 
 
-def test_a_pytorch_that_does_not_import_is_not_called_missing(asked, monkeypatch):
+def test_a_broken_pytorch_is_not_called_missing(requests, monkeypatch):
   def broken():
     raise ImportError("cannot import name 'Mlp' from 'timm.layers'", name="timm.layers")
 
@@ -177,5 +177,5 @@ def test_timms_network_computes_the_same_logits(name, fields):
   images = np.random.default_rng(0).normal(size=shape).astype(np.float32)
   with torch.inference_mode():
     got = timm_network.network(model, variables)(torch.from_numpy(images.transpose(0, 3, 1, 2)))
-  wanted = tiny.apply(model, variables, images)
-  np.testing.assert_allclose(got.numpy(), wanted, atol=1e-4 * np.abs(wanted).max())
+  expected = tiny.apply(model, variables, images)
+  np.testing.assert_allclose(got.numpy(), expected, atol=1e-4 * np.abs(expected).max())

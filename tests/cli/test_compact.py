@@ -1,4 +1,4 @@
-"""vitcompact measure, compact, verify."""
+"""vitcompact measure, compact and verify."""
 import dataclasses
 import types
 
@@ -44,15 +44,15 @@ def test_measure_writes_a_report(files, tmp_path):
   assert vc.Report.load(tmp_path / "r").images == 32
 
 
-def said(*arguments):
-  """What a command that succeeds says beside its result."""
+def stderr_of(*arguments):
+  """Returns what a successful command writes to stderr."""
   result = CliRunner().invoke(cli.main, [str(argument) for argument in arguments],
                               catch_exceptions=False)
   assert result.exit_code == 0, result.output
   return result.stderr
 
 
-def test_other_classes_than_the_datas_or_the_other_files_are_told(files, tmp_path, monkeypatch):
+def test_differing_class_names_cause_a_warning(files, tmp_path, monkeypatch):
   monkeypatch.setattr(vc, "measure", lambda *_: types.SimpleNamespace(save=lambda out: out))
   dense, digits = files / "dense.safetensors", list("0123456789")
   named = {}
@@ -62,17 +62,17 @@ def test_other_classes_than_the_datas_or_the_other_files_are_told(files, tmp_pat
   options = ("--data", "digits", "--images", 8, "--sensitivity", "none", "--out")
   difference = "has other classes than {}: output 0 is {} there and {} in {} (the same names in"
   assert f"{named['theirs']} {difference.format('the data', repr('9'), repr('0'), 'the data')}" in \
-      said("measure", named["theirs"], *options, tmp_path / "a")
-  assert not said("measure", named["ours"], *options, tmp_path / "b")
-  told = said("verify", named["ours"], named["theirs"], "--images", 2)
+      stderr_of("measure", named["theirs"], *options, tmp_path / "a")
+  assert not stderr_of("measure", named["ours"], *options, tmp_path / "b")
+  told = stderr_of("verify", named["ours"], named["theirs"], "--images", 2)
   assert f"{named['ours']} has other classes than {named['theirs']}: output 0 is '0' there" in told
-  assert not said("verify", dense, named["ours"], "--images", 2)
-  assert "in the data" in said("verify", named["theirs"], dense, "--data", "digits")
+  assert not stderr_of("verify", dense, named["ours"], "--images", 2)
+  assert "in the data" in stderr_of("verify", named["theirs"], dense, "--data", "digits")
 
 
 @pytest.mark.parametrize(("crop", "wanted"), [(0.9, ("crop", None)), (0.8, ("crop", 0.8)),
                                               (None, ("warp", None))])
-def test_images_are_cut_as_the_file_says(files, tmp_path, crop, wanted):
+def test_images_are_cropped_as_the_file_says(files, tmp_path, crop, wanted):
   model, variables = vc.load(files / "dense.safetensors")
   pre = dataclasses.replace(vc.preprocess(model), crop=crop)
   vc.save(tmp_path / "a.safetensors", model, variables, preprocess=pre)
@@ -82,34 +82,34 @@ def test_images_are_cut_as_the_file_says(files, tmp_path, crop, wanted):
 
 
 @pytest.fixture
-def asked(monkeypatch):
-  """What `path.run` was asked for."""
+def path_arguments(monkeypatch):
+  """The arguments with which `path.run` was called."""
   found = []
   receipt = types.SimpleNamespace(ok=True, to_markdown=lambda: "# a receipt")
   monkeypatch.setattr(path, "run", lambda config, out, say: found.append((config, out)) or receipt)
   return found
 
 
-def test_compact_without_distilling_trains_nothing(files, asked):
+def test_compact_without_distilling_trains_nothing(files, path_arguments):
   out = command.succeeds("compact", str(files / "dense.safetensors"), "--data", "digits",
                          "--macs", "0.7", "--out", "small")
-  (config, where), = asked
+  (config, where), = path_arguments
   assert "# a receipt" in out and where == "small"
   assert config.compact.macs == 0.7 and not config.compact.distil
   assert config.model.width == 8 and config.data.augment == "none"
   assert set(config.get("loss", {})) == set()
 
 
-def test_compact_distils_for_epochs_from_the_dense_model(files, asked):
+def test_compact_distils_for_epochs_from_the_dense_model(files, path_arguments):
   command.succeeds("compact", str(files / "dense.safetensors"), "--data", "digits", "--params",
                    "0.5", "--out", "small", "--distil", "2ep", "--batch-size", "32")
-  (config, _), = asked
+  (config, _), = path_arguments
   assert config.compact.distil and config.compact.params == 0.5
   assert config.total_steps == compact.steps_of("2ep", "digits", 32) > 1
   assert (config.loss.labels, config.loss.logits, config.loss.patches) == (0, 1, 1)
 
 
-def test_a_receipt_that_proves_nothing_is_exit_code_1(files, asked, monkeypatch):
+def test_a_receipt_with_a_failed_proof_gives_exit_code_1(files, path_arguments, monkeypatch):
   broken = types.SimpleNamespace(ok=False, to_markdown=lambda: "# a receipt")
   monkeypatch.setattr(path, "run", lambda *_, **__: broken)
   result = CliRunner().invoke(cli.main, ["compact", str(files / "dense.safetensors"), "--data",
@@ -118,12 +118,12 @@ def test_a_receipt_that_proves_nothing_is_exit_code_1(files, asked, monkeypatch)
 
 
 @pytest.mark.parametrize("text", ["5 epochs", "-1", "0ep", "ep"])
-def test_what_is_no_length_of_distilling_is_refused(text):
+def test_an_invalid_length_of_distillation_is_refused(text):
   with pytest.raises(ValueError, match=r"--distil .*: must be epochs, such as 5ep"):
     compact.steps_of(text, "digits", 64)
 
 
-def test_steps_are_counted_from_epochs():
+def test_steps_are_computed_from_epochs():
   images = path.pipeline.num_examples("digits", "train")
   assert compact.steps_of("5ep", "digits", 64) == round(5 * images / 64)
   assert compact.steps_of("250", "digits", 64) == 250 and compact.steps_of(None, "digits", 64) == 0

@@ -1,4 +1,4 @@
-"""vitcompact predict: a picture's classes by their names."""
+"""vitcompact predict: the classes of an image, by name."""
 import json
 
 import numpy as np
@@ -18,7 +18,7 @@ NAMES = ["ant", "bee", "cat", "dog", "elk"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Models and images: photos/{a,b}.png, photos/more/c.jpg, and what is no image."""
+  """Models and images: photos/{a,b}.png, photos/more/c.jpg, and files that are not images."""
   root = tmp_path_factory.mktemp("serving")
   model = tiny.deit(depth=1)
   vc.save(root / "named.safetensors", model, tiny.init(model), classes=NAMES)
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 
 def fails_partly(*arguments):
-  """(what it printed, what it said on stderr) of a command whose exit code is 1."""
+  """Returns (stdout, stderr) of a command whose exit code must be 1."""
   done = CliRunner().invoke(cli.main, [str(argument) for argument in arguments],
                             catch_exceptions=False)
   assert done.exit_code == 1, done.output
@@ -44,7 +44,7 @@ def objects(text):
   return [json.loads(line) for line in text.splitlines()]
 
 
-def test_classes_have_the_names_that_the_file_tells(folder):
+def test_classes_have_the_names_in_the_file(folder):
   line = command.succeeds("predict", folder / "named.safetensors", folder / "photos" / "a.png")
   path, *best = line.rstrip("\n").split("\t")
   assert path == str(folder / "photos" / "a.png") and len(best) == 5
@@ -55,12 +55,12 @@ def test_classes_have_the_names_that_the_file_tells(folder):
   assert [NAMES[int(text.split()[0])] for text in unnamed] == [text.split()[0] for text in best]
 
 
-def test_a_line_stays_a_line():
+def test_control_characters_are_escaped_so_that_a_line_stays_one():
   line = predict.as_line("a\n.png", [(0, "two\twords", 0.5)])
   assert line == "a\\n.png\ttwo\\twords 50.00"
 
 
-def test_json_is_an_object_a_line(folder):
+def test_json_output_has_one_object_per_line(folder):
   shown = objects(command.succeeds("predict", folder / "named.safetensors", folder / "photos",
                                    "--json", "--top", 2))
   assert [row["image"] for row in shown] == [
@@ -70,12 +70,12 @@ def test_json_is_an_object_a_line(folder):
     assert NAMES[first["index"]] == first["name"] and first["probability"] > second["probability"]
 
 
-def test_folders_and_patterns_stand_for_the_images_in_them(folder):
+def test_folders_and_patterns_expand_to_their_images(folder):
   named, photos = folder / "named.safetensors", folder / "photos"
   def shown(*images):
     return [line.split("\t")[0].removeprefix(f"{photos}/")
             for line in command.succeeds("predict", named, *images).splitlines()]
-  assert shown(photos) == ["a.png", "b.png", "more/c.jpg"]    # hidden files are passed over
+  assert shown(photos) == ["a.png", "b.png", "more/c.jpg"]    # hidden files are skipped
   assert shown(photos / "*.png") == ["a.png", "b.png"]
   assert shown(photos / "**" / "*.jpg", photos / "a.png") == ["more/c.jpg", "a.png"]
   assert shown(photos / "**" / "?.png") == ["a.png", "b.png"]
@@ -83,16 +83,16 @@ def test_folders_and_patterns_stand_for_the_images_in_them(folder):
   assert f"no images in {folder}/empty" in command.fails("predict", named, photos, folder / "empty")
 
 
-def test_a_broken_image_among_many_is_named_and_the_others_go_on(folder, tmp_path):
+def test_a_broken_image_is_named_and_the_others_are_still_predicted(folder, tmp_path):
   named, (a, b) = folder / "named.safetensors", (folder / "photos" / f"{n}.png" for n in "ab")
   broken = tmp_path / "broken.png"
   broken.write_bytes(a.read_bytes()[:900])
   whole = command.succeeds("predict", named, a, b)
   for batch in (1, 3):
-    printed, said = fails_partly("predict", named, a, broken, tmp_path / "no.png", b,
-                                 "--batch", batch)
+    printed, message = fails_partly("predict", named, a, broken, tmp_path / "no.png", b,
+                                    "--batch", batch)
     assert printed == whole
-    first, second = said.splitlines()
+    first, second = message.splitlines()
     assert first.startswith(f"error: cannot read {broken}: ")
     assert second == f"error: cannot read {tmp_path}/no.png: No such file or directory; " \
                      "check the file"
@@ -102,7 +102,7 @@ def test_a_broken_image_among_many_is_named_and_the_others_go_on(folder, tmp_pat
   assert command.fails("predict", named, broken).startswith(f"error: cannot read {broken}")
 
 
-def test_on_a_terminal_it_is_an_aligned_table(folder, monkeypatch):
+def test_on_a_terminal_the_output_is_an_aligned_table(folder, monkeypatch):
   shown = predict.as_table("a.png", [(2, "cat", 0.9731), (0, "ant\x1b[2J", 0.02)])
   assert shown.endswith("\n  97.31%  cat\n   2.00%  ant\\x1b[2J") and "a.png" in shown
   monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda _: True)
@@ -112,7 +112,7 @@ def test_on_a_terminal_it_is_an_aligned_table(folder, monkeypatch):
   assert {line.index("%") for line in lines if "%" in line} == {7}
 
 
-def test_other_labels_are_used_and_told_but_not_the_same_in_another_order(folder, tmp_path):
+def test_labels_are_used_with_a_note_and_a_mere_reordering_is_refused(folder, tmp_path):
   named, image, labels = folder / "named.safetensors", folder / "photos/a.png", tmp_path / "l.txt"
   labels.write_text("Ameise\nBiene\nKatze\nHund\nElch\n\n", encoding="utf-8-sig")
   done = CliRunner().invoke(cli.main, ["predict", str(named), str(image), "--labels", str(labels)])
@@ -122,13 +122,13 @@ def test_other_labels_are_used_and_told_but_not_the_same_in_another_order(folder
   assert not CliRunner().invoke(cli.main, ["predict", str(named), str(image), "--labels",
                                            str(labels)]).stderr
   labels.write_text("\n".join(reversed(NAMES)))
-  said = command.fails("predict", named, image, "--labels", labels)
-  assert "output 0 is 'ant' there and 'elk'" in said and "in another order" in said
+  message = command.fails("predict", named, image, "--labels", labels)
+  assert "output 0 is 'ant' there and 'elk'" in message and "in another order" in message
   labels.write_bytes(b"caf\xe9\n" * 5)
   assert "is not UTF-8 text" in command.fails("predict", named, image, "--labels", labels)
 
 
-def test_a_model_of_imagenets_classes_without_names_has_imagenets(folder, tmp_path):
+def test_a_model_of_imagenets_classes_without_names_gets_imagenets(folder, tmp_path):
   model = tiny.deit(num_classes=1000, depth=1)
   variables, path = tiny.init(model), tmp_path / "imagenet.safetensors"
   vc.save(path, model, variables)
@@ -147,8 +147,8 @@ def test_a_model_of_imagenets_classes_without_names_has_imagenets(folder, tmp_pa
     ("deit_tiny_patch16_224", True), ("vit_base_patch16_clip_224", False),
     ("vit_base_patch16_clip_224.laion2b_ft_in1k", True),
     ("eva02_tiny_patch14_336.mim_in22k_ft_in1k", True)])
-def test_a_thousand_outputs_are_imagenets_where_weights_say_so(name, imagenets):
-  """CLIP's heads are projections, and those without a tag may be of anything."""
+def test_a_thousand_outputs_are_imagenets_only_if_the_weights_say_so(name, imagenets):
+  """CLIP's heads are projections, and heads without a tag may be of any classes."""
   model = vc.create_model(name)
   assert model.num_classes == 1000
   names, note = predict.class_names("a.safetensors", model, None, None)
@@ -157,7 +157,7 @@ def test_a_thousand_outputs_are_imagenets_where_weights_say_so(name, imagenets):
 
 
 @pytest.mark.parametrize("fields", [{"in_chans": 1}, {"image_size": (16, 48)}])
-def test_grey_and_rectangular_models_predict(folder, tmp_path, fields):
+def test_models_for_grey_or_rectangular_images_predict(folder, tmp_path, fields):
   model = tiny.deit(depth=1, **fields)
   variables = tiny.init(model)
   vc.save(tmp_path / "m.safetensors", model, variables)
@@ -167,7 +167,7 @@ def test_grey_and_rectangular_models_predict(folder, tmp_path, fields):
   assert [item["index"] for item in row["classes"]] == np.argsort(-logits).tolist()
 
 
-def test_a_photograph_is_turned_if_asked(folder, tmp_path):
+def test_a_photograph_is_rotated_by_its_exif_data_on_request(folder, tmp_path):
   exif = Image.Exif()
   exif[0x0112] = 6
   with Image.open(folder / "photos" / "a.png") as image:

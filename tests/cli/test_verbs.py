@@ -32,7 +32,7 @@ def compact(tmp_path_factory):
   return path
 
 
-def test_help_lists_all_verbs_at_once_and_loads_no_jax():
+def test_help_lists_all_verbs_quickly_without_loading_jax():
   code = ("import sys; sys.argv = ['vitcompact', '--help']\n"
           "from vitcompact.cli import main\n"
           "try: main()\n"
@@ -44,21 +44,21 @@ def test_help_lists_all_verbs_at_once_and_loads_no_jax():
   seconds = after.ru_utime + after.ru_stime - spent.ru_utime - spent.ru_stime
   listed = shown.partition("Commands:")[2]
   assert set(re.findall(r"^  (\w+)", listed, re.M)) == VERBS == set(cli.main.commands)
-  assert seconds < 1.0    # of a processor, which a busy machine does not change much; 0.1 is usual
+  assert seconds < 1.0    # CPU time, which load hardly changes; usually 0.1
 
 
-def test_without_arguments_it_is_help():
+def test_without_arguments_help_is_shown():
   assert CliRunner().invoke(cli.main, []).output == command.succeeds("--help")
 
 
-def test_every_verb_has_help_without_running():
+def test_every_verb_shows_help_without_running():
   for verb, known in cli.main.commands.items():
     assert known.help.splitlines()[0] in command.succeeds(verb, "--help")
     for below in getattr(known, "commands", ()):
       assert "--out" in command.succeeds(verb, below, "--help")
 
 
-def test_the_entry_point_is_declared_and_a_checkout_runs_without_it():
+def test_the_entry_point_is_declared_and_a_checkout_runs_uninstalled():
   declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
   assert declared == {"vitcompact": "vitcompact.cli:main"}
   shown = subprocess.run([sys.executable, "-m", "vitcompact", "--version"], check=True,
@@ -80,18 +80,18 @@ def test_a_mistake_is_reported_in_one_line(arguments, words):
 
 
 @pytest.mark.parametrize("place", [0, 2])
-def test_verbose_shows_where_an_error_came_from(place):
+def test_verbose_shows_the_traceback(place):
   arguments = ["models", "resnet*"]
   arguments.insert(place, "--verbose")
   assert isinstance(CliRunner().invoke(cli.main, arguments).exception, ValueError)
 
 
-def test_an_error_of_many_lines_is_cut(compact, tmp_path):
-  """A line for each parameter that is missing."""
+def test_a_long_error_is_truncated(compact, tmp_path):
+  """It would have a line for each missing parameter."""
   empty = tmp_path / "empty.safetensors"
   convert.write_safetensors(empty, {}, convert.read_safetensors(compact)[1])
-  said = command.fails("count", empty)
-  assert "does not fit" in said and re.search(r"and \d+ more: --verbose shows them$", said)
+  message = command.fails("count", empty)
+  assert "does not fit" in message and re.search(r"and \d+ more: --verbose shows them$", message)
 
 
 def test_models_are_listed():
@@ -108,11 +108,11 @@ def test_a_file_is_counted_with_its_own_plan(compact):
   assert "has its own plan" in command.fails("count", compact, "--plan", "")
 
 
-def test_a_network_that_refuses_the_default_plan_is_counted_with_what_it_takes():
+def test_a_network_is_counted_with_the_axes_of_the_default_plan_it_takes():
   row = command.succeeds("count", "biformer_tiny").splitlines()[-1].split(" | ")
-  wanted = vc.count(vc.create_model("biformer_tiny", plan=vc.Plan(ffn=vc.CFFN()), deploy=True))
+  expected = vc.count(vc.create_model("biformer_tiny", plan=vc.Plan(ffn=vc.CFFN()), deploy=True))
   assert row[0] == "| biformer_tiny (cFFN alone)"
-  assert row[2] == f"{wanted.params / 1e6:.2f} M" and row[5] == f"{wanted.macs / 1e9:.2f} G"
+  assert row[2] == f"{expected.params / 1e6:.2f} M" and row[5] == f"{expected.macs / 1e9:.2f} G"
 
 
 def test_bench_times_models_alternately(compact):
@@ -132,7 +132,7 @@ def test_bench_takes_a_named_model_under_several_plans():
       (vc.Plan(), True, 32), (vc.Plan.parse(plan), True, 32)]
 
 
-def test_predictions_are_those_of_the_model(compact, tmp_path):
+def test_predictions_match_the_model(compact, tmp_path):
   model, variables = vc.load(compact)
   rng = np.random.default_rng(0)
   paths = [tmp_path / f"{i}.png" for i in range(3)]
@@ -153,7 +153,7 @@ def test_predictions_are_those_of_the_model(compact, tmp_path):
     assert float(classes[0].split()[-1]) == pytest.approx(100 * share, abs=0.01)
 
 
-def test_predict_names_the_file_that_it_cannot_use(compact, tmp_path):
+def test_predict_names_an_unusable_file(compact, tmp_path):
   labels, broken = tmp_path / "labels.txt", tmp_path / "broken.png"
   labels.write_text("one\n")
   broken.write_text("no image")
@@ -165,7 +165,7 @@ def test_predict_names_the_file_that_it_cannot_use(compact, tmp_path):
   assert "no classifier" in command.fails("predict", tmp_path / "features.safetensors", broken)
 
 
-def test_images_are_prepared_and_read_back(tmp_path):
+def test_prepared_images_are_read_back(tmp_path):
   for split in ("train", "val"):
     for name in ("cat", "dog"):
       (tmp_path / split / name).mkdir(parents=True)
@@ -178,18 +178,18 @@ def test_images_are_prepared_and_read_back(tmp_path):
       "prepare", "verify", "--out", out, "--decode")
 
 
-def test_draw_passes_on_what_it_was_given(monkeypatch):
+def test_draw_passes_on_its_options(monkeypatch):
   """The drawings themselves are tested with their methods."""
-  asked = {}
+  passed = {}
   for name in ("tokens", "attention"):
     module = importlib.import_module(f"vitcompact.draw.{name}")
-    monkeypatch.setattr(module, "run", lambda *paths, name=name, **options: asked.update(
+    monkeypatch.setattr(module, "run", lambda *paths, name=name, **options: passed.update(
         {name: (paths, options)}) or f"{name} drawn")
   assert command.succeeds("draw", "tokens", "a.pth", "b.png", "--out", "c.png", "--plan", "{}",
                           "--force") == "tokens drawn\n"
   assert command.succeeds("draw", "attention", "a.pth", "b.png", "--out", "c", "--query", "3,5",
                           "--query", "1,2", "--block", 0) == "attention drawn\n"
-  assert asked == {
+  assert passed == {
       "tokens": (("a.pth", "b.png", "c.png"), {"plan": "{}", "force": True}),
       "attention": (("a.pth", "b.png", "c"), {"queries": ("3,5", "1,2"), "blocks": (0,),
                                           "force": False})}

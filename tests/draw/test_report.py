@@ -1,4 +1,4 @@
-"""report.html holds what the report says, alone, for readers who see it and readers who do not."""
+"""report.html shows what the report says, in one file, to sighted and blind readers."""
 import dataclasses
 import html
 import itertools
@@ -24,7 +24,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 class Page(HTMLParser):
-  """All elements: (tag, attributes, tags around it, its own text); complains of wrong nesting."""
+  """Collects all elements: (tag, attributes, enclosing tags, own text); fails on wrong nesting."""
 
   def __init__(self, text):
     super().__init__()
@@ -42,7 +42,7 @@ class Page(HTMLParser):
       self.open.append(element)
 
   def handle_startendtag(self, tag, attributes):
-    assert "svg" in [around[0] for around in self.open], f"<{tag}/> closes itself in SVG alone"
+    assert "svg" in [around[0] for around in self.open], f"<{tag}/> closes itself only in SVG"
     self.elements.append([tag, dict(attributes), [around[0] for around in self.open], ""])
 
   def handle_endtag(self, tag):
@@ -94,11 +94,11 @@ def text(report):
 
 
 def without_plans(report, **fields):
-  """A report that is quick to draw: no plan is searched."""
+  """Returns a report that is quick to draw, since no plan is searched."""
   return dataclasses.replace(report, sensitivity="none", tokens=(), **fields)
 
 
-def test_the_page_is_well_formed_and_its_references_lead_somewhere(text):
+def test_the_page_is_well_formed_and_its_references_resolve(text):
   seen = Page(text)
   ids = [attributes["id"] for _, attributes, *_ in seen.elements if "id" in attributes]
   assert len(ids) == len(set(ids))
@@ -109,11 +109,11 @@ def test_the_page_is_well_formed_and_its_references_lead_somewhere(text):
   assert links and all(link[0] == "#" and link[1:] in ids for link in links)
 
 
-def test_the_page_needs_nothing_but_itself(text):
+def test_the_page_needs_no_other_file(text):
   assert not re.search(r"https?:|//|<script|\bsrc=|url\(|@import|<link|\bon\w+=", text)
 
 
-def test_readers_who_do_not_see_find_their_way(text):
+def test_the_page_is_navigable_by_screen_readers(text):
   seen = Page(text)
   assert seen.all("html")[0][1]["lang"] == "en" and seen.all("title")[0][3]
   assert [len(seen.all(tag)) for tag in ("h1", "header", "nav", "main")] == [1, 1, 1, 1]
@@ -123,10 +123,10 @@ def test_readers_who_do_not_see_find_their_way(text):
   assert all(new <= old + 1 for old, new in itertools.pairwise(levels))
 
 
-def test_every_picture_is_titled_described_and_has_its_numbers_in_a_table(text):
+def test_every_picture_has_a_title_a_description_and_a_table(text):
   seen = Page(text)
   pictures = seen.all("svg")
-  assert len(pictures) == 3 + 2 * 4   # of all blocks, and of each
+  assert len(pictures) == 3 + 2 * 4   # for all blocks, and for each
   assert all(attributes["role"] == "img" for _, attributes, *_ in pictures)
   for tag in ("title", "desc"):
     inside = [element for element in seen.all(tag) if element[2][-1] == "svg"]
@@ -136,7 +136,7 @@ def test_every_picture_is_titled_described_and_has_its_numbers_in_a_table(text):
   assert sum("details" in around for _, _, around, _ in seen.all("table")) == len(pictures)
 
 
-def test_every_table_has_a_caption_and_heads_of_rows_and_columns(text):
+def test_every_table_has_a_caption_and_row_and_column_headers(text):
   seen = Page(text)
   captions = [element for element in seen.all("caption") if element[2][-1] == "table"]
   assert len(captions) == len(seen.all("table")) > 0 and all(element[3] for element in captions)
@@ -144,12 +144,12 @@ def test_every_table_has_a_caption_and_heads_of_rows_and_columns(text):
   rows = [element for element in seen.all("tr") if "tbody" in element[2]]
   heads = [element for element in seen.all("th") if element[1]["scope"] == "row"]
   assert len(rows) == len(heads)
-  # What scrolls, keyboards can scroll.
+  # Whatever scrolls can be scrolled by keyboard.
   assert all(attributes.get("tabindex") == "0" and attributes.get("aria-label")
              for _, attributes, *_ in seen.all("div") if attributes.get("class") == "wide")
 
 
-def test_the_page_says_what_the_report_holds(report, text):
+def test_the_page_contains_what_the_report_says(report, text):
   seen, plan = Page(text), report.plan(macs=0.8)
   main, head = seen.text(), seen.all("header")[0][3]
   for fact in ("deit_tiny_patch16_224", "0123456789ab", "1,024", "quick", "1.2.3"):
@@ -165,15 +165,15 @@ def test_the_page_says_what_the_report_holds(report, text):
   assert plan.to_json() in main and f"{report.explain(plan).macs:.1%} of the MACs" in main
 
 
-def test_a_plan_that_no_option_reaches_leaves_the_error(report):
-  few = dataclasses.replace(report, tokens=(), blocks=tuple(
+def test_the_page_shows_the_error_of_an_impossible_plan(report):
+  reduced = dataclasses.replace(report, tokens=(), blocks=tuple(
       {**row, "options": row["options"][:1], "tables": {}} for row in report.blocks))
   with pytest.raises(ValueError) as error:
-    few.plan(macs=0.5)
-  assert f"No plan: {error.value}" in Page(page(few)).text()
+    reduced.plan(macs=0.5)
+  assert f"No plan: {error.value}" in Page(page(reduced)).text()
 
 
-def test_a_report_without_sensitivities_tables_or_options_is_a_page(report):
+def test_a_report_without_sensitivities_tables_or_options_is_drawn(report):
   rows = [{**row, "options": tuple(option._replace(kl=None, measured=False)
                                    for option in row["options"])} for row in report.blocks]
   rows += [{"name": "conv", "tokens": 49, "options": (), "tables": {}}]
@@ -183,7 +183,7 @@ def test_a_report_without_sensitivities_tables_or_options_is_a_page(report):
   Page(page(without_plans(report, blocks=())))
 
 
-def test_tables_of_unknown_names_are_drawn_by_their_form(report):
+def test_tables_with_unknown_names_are_drawn_by_their_shape(report):
   tables = {"my_curve": [[0, 1], [1, 0.5], [2, 0.25]], "my_square": [[1, 2, 3]] * 3,
             "two_heads": [[0.0, 1.0], [1.0, 0.0]], "my_words": "of <b>no</b> form",
             "my_list": [1, 2, 3], "head_cost": [[0, None], [1, 0]], "fc1_error": []}
@@ -196,7 +196,7 @@ def test_tables_of_unknown_names_are_drawn_by_their_form(report):
   assert not seen.all("b")
 
 
-def test_a_head_that_adds_nothing_does_not_spoil_the_others(report):
+def test_a_head_without_effect_does_not_spoil_the_picture(report):
   costs = [[0, 0.5, float("inf")], [0.25, 0, float("inf")], [0.125, 1, 0]]
   row = {"name": "blocks_0", "tokens": 17, "options": (),
          "tables": {"head_cost": costs, "map_likeness": [[float("nan")] * 3] * 3}}
@@ -205,7 +205,7 @@ def test_a_head_that_adds_nothing_does_not_spoil_the_others(report):
   assert "No value is finite." in seen.text() and len(seen.all("rect")) == 18
 
 
-def test_text_of_a_report_is_text(report):
+def test_text_of_a_report_is_escaped(report):
   row = {**block(0), "name": HOSTILE}
   row["tables"][HOSTILE] = [[0, 1], [1, 2], [2, 3]]
   row["tables"][HOSTILE + "2"] = HOSTILE
@@ -218,7 +218,7 @@ def test_text_of_a_report_is_text(report):
   assert "No plan: unknown model" in seen.text()
 
 
-def test_tables_that_measure_makes_are_all_known():
+def test_all_tables_from_measure_are_known():
   model = tiny.deit()
   report = vc.measure(model, tiny.init(model), tiny.images(model, 16), sensitivity="none")
   report = dataclasses.replace(report, blocks=tuple({**row, "options": ()}
@@ -227,17 +227,17 @@ def test_tables_that_measure_makes_are_all_known():
   assert "More tables" not in seen.text() and len(seen.all("svg")) == 1 + 2 * 4
 
 
-def test_half_is_the_option_nearest_half_of_the_most_that_is_saved(report):
-  # Of 2,304 MACs a token, rank r of 24 leaves 120 r: these save 1,944, 1,224 and 504.
-  few = tuple(option("ffn", vc.CFFN(rank_ratio=ratio), kl)
-              for ratio, kl in ((0.125, 0.5), (0.375, 0.05), (0.625, 0.01)))
-  row = {"name": "blocks_0", "tokens": 17, "options": few, "tables": {}}
+def test_half_is_the_option_closest_to_half_of_the_largest_saving(report):
+  # Of 2,304 MACs per token, rank r of 24 leaves 120 r: these save 1,944, 1,224 and 504.
+  options = tuple(option("ffn", vc.CFFN(rank_ratio=ratio), kl)
+                  for ratio, kl in ((0.125, 0.5), (0.375, 0.05), (0.625, 0.01)))
+  row = {"name": "blocks_0", "tokens": 17, "options": options, "tables": {}}
   seen = Page(page(without_plans(report, blocks=(row,))))
   cells = [element[3] for element in seen.all("td") if "figure" in element[2]]
   assert cells == ["0.01, CFFN(rank_ratio=0.625)", "0.05, CFFN(rank_ratio=0.375)"]
 
 
-def test_a_heat_map_has_row_i_and_column_j_where_they_belong():
+def test_a_heat_map_has_its_rows_and_columns_in_place():
   picture = svg.heat_map([[1, 2], [3, 4]], "ab", "xy", id="it", title="a title", desc="more")
   seen = Page(picture)
   cells = [(float(at["x"]), float(at["y"]), at["fill"]) for _, at, *_ in seen.all("rect")]
@@ -255,7 +255,7 @@ def test_on_a_log_axis_a_tenth_is_one_step_down():
   assert np.ptp(np.diff(xs)) < 0.2 and np.ptp(np.diff(ys)) < 0.2 and ys[0] < ys[1]
 
 
-def test_numbers_can_be_read_on_every_colour_and_colours_told_apart_by_lightness():
+def test_numbers_are_legible_and_colours_differ_in_lightness():
   shares = np.linspace(0, 1, 201)
   light = [svg.luminance(svg.colour(share)) for share in shares]
   assert np.all(np.diff(light) > 0)
@@ -265,7 +265,7 @@ def test_numbers_can_be_read_on_every_colour_and_colours_told_apart_by_lightness
 
 
 def browse(tmp_path, text) -> str:
-  """The DOM that a browser makes of a page; nothing is on its console."""
+  """Returns the DOM that a browser makes of a page; its console must stay empty."""
   if CHROMIUM is None:
     pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
   path = tmp_path / "page.html"
@@ -286,7 +286,7 @@ def test_a_browser_shows_the_page(tmp_path, text):
 
 
 def test_the_page_fits_a_narrow_screen(tmp_path, text):
-  """What is wider than 320 pixels scrolls by itself, and the page does not."""
+  """Content wider than 320 pixels scrolls in its own box, and the page does not."""
   frame = (f'<iframe id="it" width="320" height="900" srcdoc="{html.escape(text)}"></iframe><p></p>'
            '<script>onload = () => document.querySelector("p").textContent = "width " +'
            'it.contentDocument.documentElement.scrollWidth</script>')

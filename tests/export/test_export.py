@@ -1,4 +1,4 @@
-"""Exported files: the same function in each runtime, graphs that these recognise, and refusals."""
+"""Exported files: the same function in each runtime, graphs with fast kernels, and refusals."""
 import collections
 import json
 import os
@@ -49,7 +49,7 @@ PLANS = {
 
 
 def model_of(plan=None, name=NAME, **fields):
-  """A small model in training form, with random leaves."""
+  """Returns a small model in training form, with random leaves."""
   model = vc.create_model(name, plan=plan or vc.Plan(), **{**SMALL, **fields})
   return model, tiny.init(model)
 
@@ -85,7 +85,7 @@ def test_onnx_files_compute_every_legal_pair_of_methods(plan, tmp_path):
     ("biformer_tiny", {"image_size": 32, "depths": (1, 1), "widths": (16, 32), "top_ks": (2,),
                        "head_dim": 8, "regions": 2}),
     ("transnext_micro", {"image_size": 64, "depths": (1, 0, 1, 1)}),
-    ("lvvit_s", {"image_size": 32, "depth": 1, "width": 24, "heads": 2}),   # branches are halved
+    ("lvvit_s", {"image_size": 32, "depth": 1, "width": 24, "heads": 2}),   # halves the branches
     ("eva02_tiny_patch14_224", {"image_size": 28, "depth": 1, "width": 24, "heads": 2}),
     ("vit_small_patch16_dinov3", {"image_size": 32, "depth": 1, "width": 24, "heads": 2}),
     ("vit_base_patch16_siglip_224", {"image_size": 32, "depth": 1, "width": 24, "heads": 2})])
@@ -93,12 +93,12 @@ def test_onnx_files_compute_every_family(name, fields, tmp_path):
   model = vc.create_model(name, num_classes=10, **fields)
   variables = tiny.init(model, spread=0.1)
   assert vc.export(model, variables, tmp_path / "a.onnx").max_rel < 5e-6
-  if name in ("nextvit_small", "shvit_s1"):   # OpenVINO takes pooling as pooling alone
+  if name in ("nextvit_small", "shvit_s1"):   # OpenVINO supports pooling only as pooling
     pytest.importorskip("openvino")
     assert vc.export(model, variables, tmp_path / "a.xml").max_rel < 5e-6
 
 
-def test_the_graph_of_a_dense_model_is_what_runtimes_have_kernels_for():
+def test_dense_graphs_use_operations_with_fast_kernels():
   model, variables = model_of()
   model, variables = vc.fold(model, variables)
   graph = onnx_file.model_of(Program(model, variables, vc.preprocess(model))).graph
@@ -107,7 +107,7 @@ def test_the_graph_of_a_dense_model_is_what_runtimes_have_kernels_for():
   assert not counts.keys() & {"Einsum", "Loop", "Scan", "If", "Exp", "Erf", "ReduceMean"}
   assert counts["LayerNormalization"] == 2 * depth + 1
   assert (counts["Softmax"], counts["Gelu"], counts["Conv"]) == (depth, depth, 1)
-  assert counts["MatMul"] == 8 * depth + 1   # q, k, v, scores, weighing, out, two of the FFN; head
+  assert counts["MatMul"] == 8 * depth + 1   # q, k, v, scores, values, out, two of the FFN; head
   weights = {tensor.name: tensor.dims for tensor in graph.initializer}
   products = [name for node in graph.node if node.op_type == "MatMul" for name in node.input
               if name in weights]
@@ -115,7 +115,7 @@ def test_the_graph_of_a_dense_model_is_what_runtimes_have_kernels_for():
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".xml", ".stablehlo"])
-def test_pixels_and_what_the_file_tells(suffix, small, tmp_path):
+def test_a_file_takes_pixels_and_records_classes_plan_and_preprocessing(suffix, small, tmp_path):
   if suffix == ".xml":
     pytest.importorskip("openvino")
   model, variables = small
@@ -127,18 +127,18 @@ def test_pixels_and_what_the_file_tells(suffix, small, tmp_path):
   assert vc.Plan.from_json(run.about["plan"]) == model.plan
   assert run.preprocess == vc.preprocess(model)
   pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
-  wanted = tiny.apply(model, variables, vc.preprocess(model).normalise(pixels))
-  np.testing.assert_allclose(run(pixels), wanted, atol=2e-5 * np.abs(wanted).max())
+  expected = tiny.apply(model, variables, vc.preprocess(model).normalise(pixels))
+  np.testing.assert_allclose(run(pixels), expected, atol=2e-5 * np.abs(expected).max())
 
 
-def test_openvino_stores_matrices_in_half_the_bytes(small, tmp_path):
+def test_openvino_stores_matrices_in_half_precision_on_request(small, tmp_path):
   pytest.importorskip("openvino")
   whole, half = (vc.export(*small, tmp_path / f"{half}.xml", half=half) for half in (False, True))
   assert half.size < 0.95 * whole.size and whole.max_rel < 1e-5 < half.max_rel < 2e-2
   assert sorted(os.listdir(tmp_path)) == ["False.bin", "False.xml", "True.bin", "True.xml"]
 
 
-def test_a_fixed_number_of_images(small, tmp_path):
+def test_a_file_may_take_a_fixed_number_of_images(small, tmp_path):
   vc.export(*small, tmp_path / "a.onnx", batch=2)
   graph = onnx.load(tmp_path / "a.onnx").graph
   shape = [size.dim_value for size in graph.input[0].type.tensor_type.shape.dim]
@@ -146,7 +146,7 @@ def test_a_fixed_number_of_images(small, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_weights_alone(suffix, small, tmp_path):
+def test_files_of_weights_keep_the_function_and_refuse_pixels(suffix, small, tmp_path):
   if suffix == ".pth":
     pytest.importorskip("torch")
   done = vc.export(*small, tmp_path / f"a{suffix}")
@@ -155,18 +155,18 @@ def test_weights_alone(suffix, small, tmp_path):
     vc.export(*small, tmp_path / f"b{suffix}", pixels=True)
 
 
-def test_stablehlo_has_a_cpus_loops_once_and_its_weights_once():
-  model, variables = vc.fold(*model_of(image_size=160))   # 101 tokens: a CPU goes image by image
+def test_stablehlo_has_loops_only_for_cpus_and_its_weights_once():
+  model, variables = vc.fold(*model_of(image_size=160))   # 101 tokens: CPUs go image by image
   program = stablehlo_file.exported(Program(model, variables, vc.preprocess(model)))
   assert set(program.platforms) == {"cpu", "cuda", "tpu"}
   text = program.mlir_module()
-  # One loop over images a block, all of them in the CPU's branch.
+  # One loop over images per block, all in the CPU's branch.
   assert len(re.findall(r"stablehlo\.while", text)) == model.depth
   weights = sum(leaf.size for leaf in jax.tree.leaves(variables))
-  assert len(program.serialize()) < 1.5 * 4 * weights   # weights are there once
+  assert len(program.serialize()) < 1.5 * 4 * weights   # weights are stored once
 
 
-def test_the_loader_of_stablehlo_is_the_one_that_is_written_down(small, tmp_path, monkeypatch):
+def test_the_documented_loader_of_stablehlo_works(small, tmp_path, monkeypatch):
   model, variables = small
   vc.export(model, variables, tmp_path / "model.stablehlo")
   monkeypatch.chdir(tmp_path)
@@ -174,12 +174,12 @@ def test_the_loader_of_stablehlo_is_the_one_that_is_written_down(small, tmp_path
   images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
   names = {"images": images}
   exec("\n".join(lines), names)
-  wanted = tiny.apply(model, variables, images)
-  np.testing.assert_allclose(names["logits"], wanted, atol=1e-5 * np.abs(wanted).max())
+  expected = tiny.apply(model, variables, images)
+  np.testing.assert_allclose(names["logits"], expected, atol=1e-5 * np.abs(expected).max())
   assert not any("vitcompact" in line for line in lines)
 
 
-def test_int8_is_calibrated_and_says_what_it_loses(small, tmp_path):
+def test_int8_is_calibrated_and_reports_its_error(small, tmp_path):
   model, variables = small
   images = vc.preprocess(model).normalise(
       np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), dtype=np.uint8))
@@ -187,10 +187,10 @@ def test_int8_is_calibrated_and_says_what_it_loses(small, tmp_path):
     warnings.simplefilter("ignore")
     done = vc.export(model, variables, tmp_path / "a.onnx", int8=images, images=images)
   assert 1e-5 < done.max_rel < 0.2
-  assert "differs by" in str(done) and "at most" not in str(done)   # nothing was refused
+  assert "differs by" in str(done) and "at most" not in str(done)   # no limit was applied
   graph = onnx.load(tmp_path / "a.onnx").graph
   counts = collections.Counter(node.op_type for node in graph.node)
-  # Weights and activations of each product with weights; none of attention's, none of softmax'.
+  # Weights and activations of each product with weights, but not in attention products or softmax.
   assert counts["QuantizeLinear"] > 0 and counts["Softmax"] == model.depth
   quantised = {out for node in graph.node if node.op_type == "DequantizeLinear"
                for out in node.output}
@@ -205,7 +205,7 @@ def test_int8_is_calibrated_and_says_what_it_loses(small, tmp_path):
   assert os.listdir(tmp_path) == ["a.onnx"]
 
 
-def test_int8_of_a_file_that_takes_pixels_is_that_of_one_that_takes_normalised_images(
+def test_int8_is_the_same_for_pixels_and_normalised_images(
     small, tmp_path):
   model, variables = small
   pixels = np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), dtype=np.uint8)
@@ -218,7 +218,7 @@ def test_int8_of_a_file_that_takes_pixels_is_that_of_one_that_takes_normalised_i
       done = vc.export(model, variables, path, int8=images, pixels=name == "pixels")
     assert 1e-5 < done.max_rel < 0.2
     logits[name] = runtimes.opened(path)(given)
-  # A value at the edge of a step may round to either side.
+  # A value between two steps may round either way.
   most = np.abs(logits["normalised"]).max()
   np.testing.assert_allclose(logits["pixels"], logits["normalised"], atol=0.02 * most)
 
@@ -226,14 +226,14 @@ def test_int8_of_a_file_that_takes_pixels_is_that_of_one_that_takes_normalised_i
 @pytest.mark.parametrize("count,batch,sizes", [
     (20, None, [8, 8, 8]), (3, None, [8]), (8, None, [8]), (3, 2, [2, 2]), (3, 4, [4])])
 def test_int8_is_calibrated_on_every_image(count, batch, sizes):
-  """Where the last batch is not full, its images come again: that changes no range."""
+  """Images of an incomplete last batch are repeated, which changes no range."""
   batches = list(iter(int8.Images(np.arange(float(count)).reshape(-1, 1, 1, 1), batch).get_next,
                       None))
   assert [len(batch["images"]) for batch in batches] == sizes
   assert {x for batch in batches for x in batch["images"].flat} == set(range(count))
 
 
-def test_the_page_shows_what_8_bits_were_measured_to_cost():
+def test_the_page_shows_the_measured_cost_of_8_bits():
   from experiments import int8 as experiment
 
   page = (experiment.ROOT / "docs/deploying.md").read_text()
@@ -259,7 +259,7 @@ def test_the_page_shows_what_8_bits_were_measured_to_cost():
       names)
 
 
-def test_a_file_that_computes_something_else_is_not_left(small, tmp_path, monkeypatch):
+def test_a_file_that_computes_something_else_is_removed(small, tmp_path, monkeypatch):
   real = runtimes.opened
 
   def off(path, **options):
@@ -291,7 +291,7 @@ def test_a_file_that_computes_something_else_is_not_left(small, tmp_path, monkey
     ({"path": "a.onnx", "tolerance": -1.0}, "tolerance=-1.0: must be 0 or more"),
     ({"path": "a.onnx", "tolerance": float("nan")}, "tolerance=nan: must be 0 or more"),
     ({"path": "a.onnx", "classes": ["one"]}, "1 names of classes for a model with num_classes=10")])
-def test_what_does_not_fit_is_refused_before_anything_is_made(options, said, small, tmp_path):
+def test_incompatible_options_are_refused_before_any_file_is_made(options, said, small, tmp_path):
   (tmp_path / "there.onnx").write_text("mine")
   options = {**options, "path": tmp_path / options["path"]}
   with pytest.MonkeyPatch.context() as patch:
@@ -302,27 +302,27 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(options, said, sma
   assert (tmp_path / "there.onnx").read_text() == "mine" and len(os.listdir(tmp_path)) == 1
 
 
-def test_what_onnx_lacks_is_told_with_the_block_that_needs_it(monkeypatch, tmp_path):
-  """As a method of somebody's own may."""
+def test_an_operation_missing_in_onnx_is_named_with_its_block(monkeypatch, tmp_path):
+  """A user's own method may need such an operation."""
   from jax2onnx.plugins import plugin_system
 
   from vitcompact.export import onnx_operators
 
   with onnx_operators.translations():
-    pass   # translations are listed when first asked for
+    pass   # the first call registers the translations
   monkeypatch.delitem(plugin_system.PLUGIN_REGISTRY, "top_k")
   with pytest.raises(ValueError, match=r"ONNX has no 'top_k', which blocks_0/links needs") as error:
     vc.export(*model_of(PLANS["grid, EViT, blocks"]), tmp_path / "a.onnx")
   assert "\n" not in str(error.value) and os.listdir(tmp_path) == []
 
 
-def test_weights_beyond_what_a_file_holds_are_refused(small, tmp_path, monkeypatch):
+def test_weights_larger_than_an_onnx_file_can_hold_are_refused(small, tmp_path, monkeypatch):
   monkeypatch.setattr(onnx_file, "MAX_BYTES", 1000)
   with pytest.raises(ValueError, match=r"weights, and an ONNX file holds at most 0\.0: export"):
     vc.export(*small, tmp_path / "a.onnx")
 
 
-def test_a_missing_extra_is_named(small, tmp_path, monkeypatch):
+def test_export_names_a_missing_extra(small, tmp_path, monkeypatch):
   monkeypatch.setitem(__import__("sys").modules, "jax2onnx", None)
   with pytest.raises(ValueError, match="need jax2onnx, which is not installed"):
     vc.export(*small, tmp_path / "a.onnx")
@@ -337,7 +337,7 @@ def test_int8_names_a_missing_extra(small, tmp_path, monkeypatch):
   assert os.listdir(tmp_path) == []
 
 
-def test_stablehlo_without_flatbuffers_is_said_of_files_read_and_written(
+def test_missing_flatbuffers_are_named_when_reading_and_writing(
     small, tmp_path, monkeypatch):
   def lacking(*_):
     raise ImportError("Please install 'flatbuffers' in order to use Exported serialization")
@@ -346,15 +346,15 @@ def test_stablehlo_without_flatbuffers_is_said_of_files_read_and_written(
   vc.export(*small, path)
   monkeypatch.setattr(jax.export, "deserialize", lacking)
   monkeypatch.setattr(jax.export.Exported, "serialize", lacking)
-  said = "StableHLO files need flatbuffers, which is not installed; pip install flatbuffers"
-  assert command.fails("bench", path) == f"error: {said}"
-  with pytest.raises(ValueError, match=said):
+  message = "StableHLO files need flatbuffers, which is not installed; pip install flatbuffers"
+  assert command.fails("bench", path) == f"error: {message}"
+  with pytest.raises(ValueError, match=message):
     vc.export(*small, tmp_path / "b.stablehlo")
   assert os.listdir(tmp_path) == ["a.stablehlo"]
 
 
 @pytest.mark.parametrize("share", [0, 0.5])
-def test_a_stablehlo_file_that_is_cut_is_refused_in_one_line(share, small, tmp_path):
+def test_a_truncated_stablehlo_file_is_refused_in_one_line(share, small, tmp_path):
   whole, cut = tmp_path / "a.stablehlo", tmp_path / "b.stablehlo"
   vc.export(*small, whole)
   with zipfile.ZipFile(whole) as archive, zipfile.ZipFile(cut, "w") as other:
@@ -370,15 +370,15 @@ def test_a_stablehlo_file_that_is_cut_is_refused_in_one_line(share, small, tmp_p
     ("a.onnx", "tvm", "runtime 'tvm': must be one of xla, ort, openvino"),
     ("a.onnx", None, "ONNX Runtime does not take"),
     ("a.stablehlo", None, "is not a StableHLO file of `vitcompact export`")])
-def test_files_that_no_runtime_takes(name, runtime, said, tmp_path):
+def test_files_that_no_runtime_reads_are_refused(name, runtime, said, tmp_path):
   (tmp_path / name).write_text("nothing")
   with pytest.raises(ValueError, match=re.escape(said)) as error:
     runtimes.opened(tmp_path / name, runtime)
   assert "\n" not in str(error.value)
 
 
-def test_what_was_tuned_for_one_device_is_not_in_a_file_for_others(tmp_path):
-  """Chunks and images one by one are loops, and a vendor's form is not everywhere."""
+def test_tuning_for_one_device_is_left_out_of_files_for_others(tmp_path):
+  """Chunks and image-by-image forms are loops, and a vendor's form is not available everywhere."""
   model, variables = vc.fold(*model_of())
   tuned = model.clone(execution=Execution(attention={0: "images", 1: "cudnn"}, chunk=2))
   assert vc.export(tuned, variables, tmp_path / "a.onnx", batch=5).max_rel < 3e-6
@@ -389,7 +389,7 @@ def test_what_was_tuned_for_one_device_is_not_in_a_file_for_others(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".xml"])
-def test_a_model_in_bfloat16_is_refused_where_runtimes_lack_it(suffix, tmp_path):
+def test_a_bfloat16_model_is_refused_for_runtimes_that_lack_it(suffix, tmp_path):
   model, variables = model_of(dtype="bfloat16")
   with pytest.raises(ValueError, match=r"computes in float32; give model\.clone\(dtype='float3"):
     vc.export(model, variables, tmp_path / f"a{suffix}")
@@ -397,7 +397,7 @@ def test_a_model_in_bfloat16_is_refused_where_runtimes_lack_it(suffix, tmp_path)
 
 
 @pytest.mark.parametrize("taken", ["a.xml", "a.bin"])
-def test_a_directory_in_the_place_of_a_file_is_refused_at_once(taken, small, tmp_path):
+def test_an_output_path_that_is_a_directory_is_refused_at_once(taken, small, tmp_path):
   (tmp_path / taken).mkdir()
   with pytest.raises(ValueError, match=f"{taken} is a directory"):
     vc.export(*small, tmp_path / "a.xml", force=True)
@@ -405,7 +405,7 @@ def test_a_directory_in_the_place_of_a_file_is_refused_at_once(taken, small, tmp
 
 
 def other_file(path, shape, element="FLOAT", inputs=1):
-  """An ONNX file made by somebody else."""
+  """Writes an ONNX file unlike ours."""
   element = getattr(onnx.TensorProto, element)
   values = [onnx.helper.make_tensor_value_info(name, element, shape) for name in "xyz"]
   graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["z"])], "graph",
@@ -420,17 +420,17 @@ def other_file(path, shape, element="FLOAT", inputs=1):
     (["n", "h", "w", 3], {}, "takes images of any size"),
     (["n", 8, 8, 3], {"inputs": 2}, "takes 2 inputs"),
     (["n", 8, 8, 3], {"element": "INT64"}, "takes a tensor(int64)")])
-def test_bench_refuses_files_of_others_in_one_line(shape, fields, said, runtime, tmp_path):
+def test_bench_refuses_foreign_files_in_one_line(shape, fields, said, runtime, tmp_path):
   if runtime == "openvino":
     pytest.importorskip("openvino")
   other_file(tmp_path / "a.onnx", shape, **fields)
-  if (runtime, fields) == ("openvino", {"element": "INT64"}):   # it converts
+  if (runtime, fields) == ("openvino", {"element": "INT64"}):   # it converts them
     command.succeeds("bench", tmp_path / "a.onnx", "--runtime", runtime, "--rounds", 1)
   else:
     assert said in command.fails("bench", tmp_path / "a.onnx", "--runtime", runtime, "--batch", 2)
 
 
-def test_a_fixed_number_of_images_is_told_where_others_are_given(small, tmp_path):
+def test_the_error_for_a_wrong_batch_names_the_fixed_number_of_images(small, tmp_path):
   vc.export(*small, tmp_path / "a.stablehlo", batch=2)
   run = runtimes.opened(tmp_path / "a.stablehlo")
   with pytest.raises(ValueError, match="takes 2 images at a time, but 3 were given"):
@@ -439,8 +439,8 @@ def test_a_fixed_number_of_images_is_told_where_others_are_given(small, tmp_path
 
 @pytest.mark.parametrize("pixels", [False, True])
 @pytest.mark.parametrize("suffix", [".onnx", ".xml", ".stablehlo"])
-def test_images_of_another_kind_are_refused(suffix, pixels, small, tmp_path):
-  """Normalised images cast to uint8, or pixels to float32, would give logits of nothing."""
+def test_images_of_the_wrong_dtype_or_size_are_refused(suffix, pixels, small, tmp_path):
+  """Normalised images cast to uint8, or pixels cast to float32, would give meaningless logits."""
   if suffix == ".xml":
     pytest.importorskip("openvino")
   vc.export(*small, tmp_path / f"a{suffix}", pixels=pixels)
@@ -453,14 +453,14 @@ def test_images_of_another_kind_are_refused(suffix, pixels, small, tmp_path):
 
 
 @pytest.mark.parametrize("threads", [0, -1, 10 ** 5])
-def test_a_number_of_threads_that_no_machine_has_is_refused(threads, tmp_path):
-  """ONNX Runtime takes 0 for all cores, and memory for each of 10 ** 5 threads."""
-  (tmp_path / "a.stablehlo").write_text("nothing")   # XLA would start none for it
+def test_an_impossible_number_of_threads_is_refused(threads, tmp_path):
+  """ONNX Runtime takes 0 to mean all cores, and allocates memory for each of 10 ** 5 threads."""
+  (tmp_path / "a.stablehlo").write_text("nothing")   # XLA starts no threads for it
   with pytest.raises(ValueError, match=rf"threads={threads}: must be from 1 to {os.cpu_count()}"):
     runtimes.opened(tmp_path / "a.stablehlo", threads=threads)
 
 
-def test_a_runtime_has_a_thread_for_each_core_of_the_process(small, tmp_path, monkeypatch):
+def test_a_runtime_has_one_thread_per_core_of_the_process(small, tmp_path, monkeypatch):
   import onnxruntime
 
   vc.export(*small, tmp_path / "a.onnx")
@@ -473,17 +473,17 @@ def test_a_runtime_has_a_thread_for_each_core_of_the_process(small, tmp_path, mo
   assert started == [3, 1]
 
 
-def test_the_command(small, tmp_path):
+def test_the_command_exports_and_refuses_in_one_line(small, tmp_path):
   source, out = tmp_path / "a.safetensors", tmp_path / "a.onnx"
   vc.save(source, *small, classes=[f"class {i}" for i in range(10)])
-  said = command.succeeds("export", source, out)
-  assert "differs by" in said and runtimes.opened(out).classes[9] == "class 9"
+  message = command.succeeds("export", source, out)
+  assert "differs by" in message and runtimes.opened(out).classes[9] == "class 9"
   assert "exists; give another name" in command.fails("export", source, out)
   command.succeeds("export", source, "--to", "stablehlo", "--out", tmp_path / "b.stablehlo")
   assert "same class on 100%" in command.succeeds("export", source, tmp_path / "c.onnx", "--tune")
   assert "--tune times ONNX Runtime and OpenVINO, which read .onnx, .xml" in command.fails(
       "export", source, tmp_path / "d.stablehlo", "--tune")
-  with pytest.MonkeyPatch.context() as patch:   # what a format lacks is said before it is tuned
+  with pytest.MonkeyPatch.context() as patch:   # refused before tuning
     patch.setattr(vc, "tune", None)
     assert "half=True is only for openvino" in command.fails(
         "export", source, tmp_path / "d.onnx", "--tune", "--half")
@@ -498,16 +498,16 @@ def test_the_command(small, tmp_path):
   for size in (0, 32):
     assert "leave --plan and --image-size out" in command.fails(
         "bench", out, "--image-size", size, "--runtime", "ort")
-  with pytest.MonkeyPatch.context() as patch:   # said before anything is compiled
+  with pytest.MonkeyPatch.context() as patch:   # refused before compiling
     patch.setattr(bench, "compiled", None)
     assert "threads=9999: must be from 1 to" in command.fails("bench", source, "--threads", 9999)
   rows = command.succeeds("bench", out, "--runtime", "ort,ort", "--batch", 1, "--rounds", 1)
   assert rows.count("ONNX Runtime") == 1
 
 
-def test_metadata_is_json_that_others_read(small):
+def test_metadata_is_plain_json(small):
   model, variables = vc.fold(*small)
   about = Program(model, variables, vc.preprocess(model), classes=("a",) * 10).about()
-  told = json.loads(about["preprocess"])
-  assert told["image_size"] == [64, 64] and told["crop_mode"] == "center"
+  preprocess = json.loads(about["preprocess"])
+  assert preprocess["image_size"] == [64, 64] and preprocess["crop_mode"] == "center"
   assert all(isinstance(value, str) for value in about.values())

@@ -1,4 +1,4 @@
-"""The page classifies images in a browser as ONNX Runtime does in Python, and times what it ran."""
+"""The page classifies images in a browser as ONNX Runtime does in Python, and times each model."""
 import base64
 import io
 import json
@@ -50,8 +50,8 @@ def files(programs, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def runtime(request, tmp_path_factory) -> pathlib.Path:
-  """The two files of onnxruntime-web that a page holds; fetched once, kept in pytest's cache."""
-  cache = getattr(request.config, "cache", None)   # it can be turned off
+  """The two files of onnxruntime-web in a page; fetched once and kept in pytest's cache."""
+  cache = getattr(request.config, "cache", None)   # the cache can be disabled
   place = cache.mkdir if cache else tmp_path_factory.mktemp
   folder = place("onnxruntime-web") / page.VERSION
   if not folder.exists():
@@ -68,7 +68,7 @@ def runtime(request, tmp_path_factory) -> pathlib.Path:
         for name in (page.SCRIPT, page.WEBASSEMBLY):
           (new / name).write_bytes(packed.extractfile(f"package/dist/{name}").read())
       next(new.glob("*.tgz")).unlink()
-      if not folder.exists():   # another process may have been first
+      if not folder.exists():   # another process may have been faster
         new.rename(folder)
     finally:
       shutil.rmtree(new, ignore_errors=True)
@@ -77,7 +77,7 @@ def runtime(request, tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def opened(files, runtime, tmp_path_factory):
-  """A browser with the page of both models, without network."""
+  """A browser without network, showing the page of both models."""
   folder = tmp_path_factory.mktemp("page")
   page.write(folder / "page.html", files, runtime)
   with browser(folder / "profile") as it:
@@ -98,12 +98,12 @@ def png(image) -> bytes:
 
 
 def as_file(content: bytes, name: str) -> str:
-  """A File, in JavaScript."""
+  """Returns a JavaScript expression for a File."""
   return (f"new File([Uint8Array.from(atob('{base64.b64encode(content).decode()}'), "
           f"c => c.charCodeAt(0))], {json.dumps(name)})")
 
 
-def test_an_image_is_classified_timed_and_its_survivors_drawn(opened, files, programs, tmp_path):
+def test_an_image_is_classified_and_timed_and_kept_patches_drawn(opened, files, programs, tmp_path):
   image = photograph(64, 64)
   (tmp_path / "china.png").write_bytes(png(image))
   opened.choose("#files", tmp_path / "china.png")
@@ -123,7 +123,7 @@ def test_an_image_is_classified_timed_and_its_survivors_drawn(opened, files, pro
                                                 for k in order]
     if kept:
       assert results[i]["kept"] == kept[0][0].tolist() and 0 < kept[0].sum() < 64
-      # White over a patch makes it lighter: by how much is seen against the other model's picture.
+      # Dropped patches are whitened: compare their brightness with the other model's picture.
       same, drawn = (np.array(opened.run(
           f"[...document.querySelectorAll('canvas')[{j}].getContext('2d')"
           ".getImageData(0, 0, 64, 64).data]")).reshape(64, 64, 4)[..., :3] for j in (0, 1))
@@ -150,7 +150,7 @@ def test_an_image_is_classified_timed_and_its_survivors_drawn(opened, files, pro
     ((300, 60), "RGB", {"crop": 1.0, "crop_mode": "border", "mean": [0.5, 0.4, 0.1]}),
     ((32, 32), "RGB", {"image_size": [32, 32], "crop": 0.875}),
 ])
-def test_images_are_prepared_to_the_grey_level(opened, size, mode, fields):
+def test_images_are_preprocessed_to_the_same_grey_levels(opened, size, mode, fields):
   fields = {"image_size": [64, 64], "crop": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3,
             "interpolation": "bicubic", "crop_mode": "center", **fields}
   content = png(photograph(*size, mode))
@@ -160,13 +160,13 @@ def test_images_are_prepared_to_the_grey_level(opened, size, mode, fields):
     const fields = {json.dumps(fields)};
     return [...prepared(fields.mean.length === 1 ? grey(image) : image, fields)];
   }})()""")
-  # Newer Pillows begin with the columns where they shrink by much more than the rows.
+  # Newer Pillows resize columns first if those shrink by much more than the rows.
   steps = 1 if size == (91, 120) else 0
   np.testing.assert_allclose(got, want.resize(Image.open(io.BytesIO(content))).reshape(-1), rtol=0,
                              atol=steps)
 
 
-def test_what_is_no_image_is_said(opened, tmp_path):
+def test_a_file_that_is_not_an_image_is_reported(opened, tmp_path):
   (tmp_path / "text.png").write_text("text")
   opened.choose("#files", tmp_path / "text.png")
   opened.wait("notice.className === 'error'")
@@ -174,7 +174,7 @@ def test_what_is_no_image_is_said(opened, tmp_path):
   assert opened.run("notice.getAttribute('role')") == "status"
 
 
-def test_dropped_images_are_taken_and_the_page_works_by_keyboard(opened):
+def test_images_can_be_dropped_on_the_page_and_the_keyboard_works(opened):
   before = opened.run("shown.length")
   opened.run(f"""{{
     const data = new DataTransfer();
@@ -195,10 +195,10 @@ def test_dropped_images_are_taken_and_the_page_works_by_keyboard(opened):
 
 
 def altered(file, folder, **metadata):
-  """A copy of an ONNX file that tells something else; None: it tells nothing of it."""
+  """Returns a copy of an ONNX file with changed metadata; None removes an entry."""
   model = onnx.load(file)
-  told = {entry.key: entry.value for entry in model.metadata_props} | metadata
-  onnx.helper.set_model_props(model, {key: value for key, value in told.items()
+  values = {entry.key: entry.value for entry in model.metadata_props} | metadata
+  onnx.helper.set_model_props(model, {key: value for key, value in values.items()
                                       if value is not None})
   onnx.save(model, folder / "altered.onnx")
   return folder / "altered.onnx"
@@ -206,13 +206,13 @@ def altered(file, folder, **metadata):
 
 @pytest.fixture
 def no_runtime(tmp_path):
-  """A folder that holds files of the right names."""
+  """A folder with stand-in files of the right names."""
   for name in (page.SCRIPT, page.WEBASSEMBLY):
     (tmp_path / name).write_bytes(b"something")
   return tmp_path
 
 
-def test_nothing_is_overwritten_without_force_and_nothing_half_written(files, no_runtime):
+def test_nothing_is_overwritten_without_force_or_partially_written(files, no_runtime):
   path = no_runtime / "page.html"
   path.write_text("mine")
   with pytest.raises(ValueError, match=r"page\.html exists; give another name.*force"):
@@ -220,7 +220,7 @@ def test_nothing_is_overwritten_without_force_and_nothing_half_written(files, no
   assert path.read_text() == "mine"
   page.write(path, files, no_runtime, force=True)
   assert "EViT &lt;0.6&gt;" in path.read_text()
-  # Browsers are slow over longer ones.
+  # Browsers are slow with longer scripts.
   assert max(map(len, path.read_text().split("<script"))) < 5e5
   path.unlink()
   path.mkdir()
@@ -240,20 +240,20 @@ def test_a_file_that_the_page_cannot_serve_is_refused(files, no_runtime, metadat
   assert not (no_runtime / "page.html").exists()
 
 
-def test_other_mistakes_are_one_line_with_a_way_out(files, no_runtime, tmp_path_factory):
+def test_other_mistakes_give_one_line_with_a_remedy(files, no_runtime, tmp_path_factory):
   path, empty = no_runtime / "page.html", tmp_path_factory.mktemp("empty")
   fixed = onnx.load(files["dense"])
   fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 8
   onnx.save(fixed, empty / "fixed.onnx")
   (empty / "text.onnx").write_text("text")
-  for given, said in (
+  for given, message in (
       ((path, files, empty), f"npm install onnxruntime-web@{page.VERSION}"),
       ((path.with_suffix(".txt"), files, no_runtime), "must end in .html"),
       ((path, {}, no_runtime), "must have at least one"),
       ((path, {"it": empty / "none.onnx"}, no_runtime), "none.onnx cannot be read: No such file"),
       ((path, {"it": empty / "text.onnx"}, no_runtime), "text.onnx is not an ONNX file; give one"),
       ((path, {"it": empty / "fixed.onnx"}, no_runtime), "has batch=8.*or batch=1")):
-    with pytest.raises(ValueError, match=said) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
       page.write(*given)
     assert "\n" not in str(caught.value) and not path.exists()
 
@@ -261,6 +261,6 @@ def test_other_mistakes_are_one_line_with_a_way_out(files, no_runtime, tmp_path_
 @pytest.mark.parametrize(("model", "said"), [
     (tiny.deit(), "reduces no tokens.*leave tokens out"),
     (vc.create_model("pvt_v2_b0"), "is hierarchical.*leave tokens out")])
-def test_survivors_are_told_of_models_that_have_some(model, said):
+def test_only_models_that_drop_tokens_can_return_the_kept_ones(model, said):
   with pytest.raises(ValueError, match=said):
     Program(model, {}, tiny.preprocess(32), tokens=True)

@@ -1,4 +1,4 @@
-"""The server of examples/ answers as the library does, without the library and without JAX."""
+"""The server in examples/ answers as the library does, without the library and without JAX."""
 import ast
 import io
 import json
@@ -42,7 +42,7 @@ def file(program, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(file):
-  """Its address."""
+  """The address of a running server."""
   process = subprocess.Popen([sys.executable, SCRIPT, file, "0"], stdout=subprocess.PIPE, text=True,
                              stderr=subprocess.DEVNULL)
   yield process.stdout.readline().strip()
@@ -56,7 +56,7 @@ def post(address, content: bytes):
     return json.load(answer)
 
 
-def test_it_answers_on_photographs_as_the_library_does(served, program):
+def test_answers_on_photographs_are_those_of_the_library(served, program):
   photographs = {}
   for name in ("china.jpg", "flower.jpg"):
     out = io.BytesIO()
@@ -64,18 +64,18 @@ def test_it_answers_on_photographs_as_the_library_does(served, program):
     photographs[name] = out.getvalue()
   images = np.stack([program.preprocess(Image.open(io.BytesIO(content)))
                      for content in photographs.values()])
-  wanted = np.asarray(jax.nn.softmax(program.logits(images)))
-  for content, chances in zip(photographs.values(), wanted, strict=True):
+  expected = np.asarray(jax.nn.softmax(program.logits(images)))
+  for content, chances in zip(photographs.values(), expected, strict=True):
     answer = post(served, content)
     order = (-chances).argsort()[:5]
     assert [row["index"] for row in answer] == order.tolist()
     assert [row["name"] for row in answer] == [CLASSES[k] for k in order]
     np.testing.assert_allclose([row["probability"] for row in answer], chances[order], rtol=0,
                                atol=1e-5)
-  assert np.abs(wanted[0] - wanted[1]).max() > 1e-3, "the photographs must differ to the model"
+  assert np.abs(expected[0] - expected[1]).max() > 1e-3, "the model must tell the photographs apart"
 
 
-def test_what_is_no_image_is_said(served):
+def test_a_request_without_an_image_is_refused_with_a_reason(served):
   with pytest.raises(urllib.error.HTTPError, match="400") as caught:
     post(served, b"text")
   assert "must be an image" in json.load(caught.value)["error"]
@@ -87,7 +87,7 @@ def test_what_is_no_image_is_said(served):
     ((640, 427), {"mean": (0.5,), "std": (0.25,)}),
 ])
 @pytest.mark.parametrize("pixels", [False, True])
-def test_it_prepares_images_to_the_last_bit(size, fields, pixels):
+def test_preprocessing_equals_the_librarys_to_the_last_bit(size, fields, pixels):
   preprocess = tiny.preprocess(**{"image_size": 64, "crop": 0.875, **fields})
   model = tiny.deit(image_size=preprocess.image_size, in_chans=len(preprocess.mean))
   program = Program(model, {}, preprocess, pixels=pixels)
@@ -98,7 +98,7 @@ def test_it_prepares_images_to_the_last_bit(size, fields, pixels):
                                 program.prepared(preprocess.resize(image)), strict=True)
 
 
-def test_what_it_does_not_know_ends_it_at_once_in_one_line(file, tmp_path):
+def test_unknown_preprocessing_ends_the_server_at_once_in_one_line(file, tmp_path):
   model = onnx.load(file)
   about = {entry.key: entry.value for entry in model.metadata_props}
   about["preprocess"] = json.dumps({**json.loads(about["preprocess"]), "crop_mode": "squash"})
@@ -110,7 +110,7 @@ def test_what_it_does_not_know_ends_it_at_once_in_one_line(file, tmp_path):
   assert done.stderr.count("\n") == 1 and "crop_mode='squash'" in done.stderr
 
 
-def test_it_imports_neither_jax_nor_the_library():
+def test_the_server_imports_neither_jax_nor_the_library():
   imported = {name.name for node in ast.walk(ast.parse(SCRIPT.read_text()))
               if isinstance(node, ast.Import) for name in node.names}
   imported |= {node.module for node in ast.walk(ast.parse(SCRIPT.read_text()))

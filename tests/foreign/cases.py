@@ -1,4 +1,4 @@
-"""The cases of references.json: others' state dicts, drawn, and what their models compute."""
+"""The cases of references.json: random foreign state dicts, and what their models compute."""
 import functools
 import json
 import pathlib
@@ -12,21 +12,22 @@ REFERENCES = pathlib.Path(__file__).parent / "references.json"
 
 
 class Case(NamedTuple):
-  """model, fields: as `create_model` takes them. state: under their names. timm: {name: shape} of
-  timm's model, None where it has none. wanted: logits, features or tokens of `one_image`.
-  live: names in memory, where these are others than in files. config: transformers' own."""
+  """model, fields: as for `create_model`. state: under the foreign names. timm: {name: shape} of
+  timm's model, or None if it has none. wanted: logits, features or tokens of `one_image`.
+  live: names in memory, if they differ from those in files. config: transformers' own."""
   name: str
   model: str
   fields: dict[str, Any]
   state: dict[str, np.ndarray]
   timm: dict[str, tuple[int, ...]] | None
-  wanted: np.ndarray
+  expected: np.ndarray
   live: list[str]
   config: dict[str, Any]
 
 
 def drawn_state(shapes) -> dict[str, np.ndarray]:
-  """Weights of these names and shapes. DINOv3's mask of biases is none: ones, for keys zeros."""
+  """Returns random weights of these names and shapes; DINOv3's bias masks are not random (ones, and
+  zeros for keys)."""
   state = drawn.weights({name: tuple(shape) for name, shape in shapes.items()})
   return state | {name: np.repeat(np.float32([1, 0, 1]), len(value) // 3)
                   for name, value in state.items() if name.endswith("bias_mask")}
@@ -39,7 +40,7 @@ def one_image(size: int) -> np.ndarray:
 
 @functools.cache
 def cases() -> dict[str, Case]:
-  """{name: Case}."""
+  """Returns {name: Case}."""
   out = {}
   for row in json.loads(REFERENCES.read_text()):
     fields = {key: tuple(value) if isinstance(value, list) else value

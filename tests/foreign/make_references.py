@@ -1,12 +1,12 @@
-"""Writes references.json: others' names and shapes of small models, and what these compute.
+"""Writes references.json: foreign names and shapes of small models, and what these compute.
 
   PYTHONPATH=. python tests/foreign/make_references.py
 
-Needs torch, torchvision, timm 1.0.31 and transformers 5.24 beside this package. Weights and images
-are drawn (cases.py), not stored. What a model of transformers or torchvision computes
-is its own output; files of Google, CLIP, DINOv2, DINOv3, DeiT III and MAE are read by timm's own
-converters, and the output is timm's. Each case is refused here where timm's model with the weights
-as we translate them computes anything else.
+Needs torch, torchvision, timm 1.0.31 and transformers 5.24 besides this package. Weights and images
+are drawn at random (cases.py), not stored. For models of transformers and torchvision, the
+reference is their own output; files of Google, CLIP, DINOv2, DINOv3, DeiT III and MAE are read
+by timm's converters, and the reference is timm's output. A case is refused here if timm's model,
+with the weights as we translate them, computes anything else.
 """
 import json
 import pathlib
@@ -48,22 +48,22 @@ OURS = {"width": WIDTH, "depth": DEPTH, "heads": HEADS, "patch_size": PATCH, "ml
 
 
 class Case(NamedTuple):
-  """name: of the source. model, fields: as our `create_model` takes them.
+  """name: the source. model, fields: as for our `create_model`.
   output: (timm's or their model, images) -> tensor.
   """
   name: str
   model: str
   fields: dict[str, Any]
-  theirs: dict[str, np.ndarray]         # the state dict as their file has it
-  wanted: torch.Tensor
+  theirs: dict[str, np.ndarray]         # the state dict in their file
+  expected: torch.Tensor
   timm: torch.nn.Module | None
   output: Callable
-  live: tuple[str, ...] = ()            # names in memory, where these are others
-  config: dict[str, Any] | None = None  # config.json beside the weights
+  live: tuple[str, ...] = ()            # names in memory, if different
+  config: dict[str, Any] | None = None  # the config.json of the weights
 
 
 def small(name, **fields):
-  """timm's model in our sizes."""
+  """Returns timm's model in our sizes."""
   sizes = {"img_size": SIZE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH,
            "num_heads": HEADS, "mlp_ratio": 2.0, "num_classes": CLASSES}
   return timm.create_model(name, **{**sizes, **fields}).eval()
@@ -75,10 +75,10 @@ def images(size=SIZE):
 
 def of_transformers(name, model, fields, kind, config, theirs_output, timm_model=None,
                     timm_output=None, size=SIZE):
-  """A model of transformers: its file's names, and its own output for drawn weights."""
+  """Returns the case of a transformers model: its file's names, its output with random weights."""
   with tempfile.TemporaryDirectory() as folder:
-    made = kind(config)
-    made.save_pretrained(folder)
+    network = kind(config)
+    network.save_pretrained(folder)
     path = pathlib.Path(folder) / "model.safetensors"
     shapes = {key: value.shape for key, value in safetensors.numpy.load_file(path).items()}
     state = drawn_state(shapes)
@@ -86,9 +86,9 @@ def of_transformers(name, model, fields, kind, config, theirs_output, timm_model
     safetensors.numpy.save_file(state, path, metadata={"format": "pt"})
     loaded = kind.from_pretrained(folder, attn_implementation="eager").eval()
   with torch.no_grad():
-    wanted = theirs_output(loaded, images(size))
-  live = tuple(made.state_dict())
-  return Case(name, model, fields, state, wanted, timm_model, timm_output,
+    expected = theirs_output(loaded, images(size))
+  live = tuple(network.state_dict())
+  return Case(name, model, fields, state, expected, timm_model, timm_output,
               live if set(live) != set(shapes) else (), about)
 
 
@@ -109,7 +109,7 @@ def tokens(model, x):
 
 
 def transformers_cases():
-  vit = hf.ViTConfig(**SIZES, layer_norm_eps=1e-6)   # Google's; by default it has 1e-12
+  vit = hf.ViTConfig(**SIZES, layer_norm_eps=1e-6)   # Google's; the default is 1e-12
   yield of_transformers("transformers ViT", "vit_tiny_patch16_224",
                         {**OURS, "num_classes": CLASSES}, hf.ViTForImageClassification, vit, logits,
                         small("vit_tiny_patch16_224"), call)
@@ -125,7 +125,7 @@ def transformers_cases():
                         decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
                         decoder_intermediate_size=12)
 
-  def unmasked(model, x):   # shuffled all the same, by noise that is given: in order
+  def unmasked(model, x):   # it still shuffles, by the given noise: in order
     noise = torch.arange(16.0)[None].repeat(len(x), 1)
     return model.vit(pixel_values=x, noise=noise).last_hidden_state[:, 0]
   yield of_transformers("transformers MAE", "vit_base_patch16_224", {**OURS, "num_classes": 0},
@@ -199,13 +199,13 @@ def torchvision_case():
   state = drawn_state({name: value.shape for name, value in model.state_dict().items()})
   model.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
   with torch.no_grad():
-    wanted = model(images())
+    expected = model(images())
   return Case("torchvision ViT", "deit_tiny_patch16_224", {**OURS, "num_classes": CLASSES}, state,
-              wanted, small("deit_tiny_patch16_224"), call)
+              expected, small("deit_tiny_patch16_224"), call)
 
 
 def google_shapes(front, stacked, mha, mlp, norm, positions):
-  """Names and shapes of a .npz of vision_transformer or big_vision."""
+  """Returns names and shapes of a .npz of vision_transformer or big_vision."""
   d, h, w = WIDTH // HEADS, HEADS, WIDTH
   block = {"LayerNorm_0/scale": (w,), "LayerNorm_0/bias": (w,), f"LayerNorm_{norm}/scale": (w,),
            f"LayerNorm_{norm}/bias": (w,),
@@ -228,7 +228,7 @@ def google_shapes(front, stacked, mha, mlp, norm, positions):
 
 
 def map_head_shapes():
-  """Of SigLIP's image encoder in big_vision: no class token, a head that attends."""
+  """Returns names and shapes of big_vision's SigLIP encoder: attention pooling, no class token."""
   shapes = google_shapes("params/img/", True, 0, 0, 1, "pos_embedding")
   shapes = {name: shape for name, shape in shapes.items() if "/head/" not in name
             and not name.endswith("/cls")}
@@ -266,20 +266,20 @@ def google_cases():
 
 
 def by_timm(name, model, ours, shapes, output, convert, **changes):
-  """A file that timm's converter reads; its output is timm's."""
+  """Returns the case of a file that timm's converter reads, with timm's output."""
   state = drawn_state(shapes)
   reference = small(model, **changes)
   given = convert({key: torch.from_numpy(value.copy()) for key, value in state.items()}, reference)
   reference.load_state_dict({key: value for key, value in given.items()
                              if not key.startswith("decoder")})
   with torch.no_grad():
-    wanted = output(reference, images())
-  return Case(name, model.removesuffix("_qkvb"), ours, state, wanted, small(model, **changes),
+    expected = output(reference, images())
+  return Case(name, model.removesuffix("_qkvb"), ours, state, expected, small(model, **changes),
               output)
 
 
 def block_shapes(gated=(), layer_scale=None, chunk=False, depth=DEPTH):
-  """timm's blocks with what training code of others calls otherwise."""
+  """Returns names and shapes of timm's blocks, with names that differ in foreign training code."""
   w = WIDTH
   shapes = {}
   for i in range(depth):

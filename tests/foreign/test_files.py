@@ -1,4 +1,4 @@
-"""Directories, indices and files of others: one call, or one line that says what is wrong."""
+"""Foreign directories, indices and files: one call reads them, or one line says what is wrong."""
 import contextlib
 import json
 import re
@@ -25,7 +25,7 @@ TOLD = [name for name, case in CASES.items() if case.config and case.model in vc
 
 @pytest.fixture
 def folder(tmp_path):
-  """A ViT of transformers in two shards of bfloat16, with its config."""
+  """A transformers ViT in two shards of bfloat16, with its config."""
   labels = {str(i): name for i, name in enumerate(NAMES)}
   (tmp_path / "config.json").write_text(json.dumps({**VIT.config, "id2label": labels}))
   names = sorted(VIT.state)
@@ -47,7 +47,7 @@ def refusal(call, *arguments, **options):
   return str(error.value)
 
 
-def test_a_directory_of_transformers_is_converted_without_naming_the_model(folder, tmp_path):
+def test_a_transformers_directory_is_converted_without_naming_the_model(folder, tmp_path):
   out = tmp_path / "out.safetensors"
   printed = command.succeeds("convert", folder, "--out", out).splitlines()
   assert printed[0].startswith(f"{out}: vit_tiny_patch16_224, ")
@@ -60,24 +60,24 @@ def test_a_directory_of_transformers_is_converted_without_naming_the_model(folde
   assert trees.digest(variables) == trees.digest(vc.from_torch(model, half))
   got = tiny.apply(model, variables, one_image(32))
   np.testing.assert_allclose(got, VIT.wanted, atol=0.05)
-  other = tmp_path / "other.safetensors"     # the index itself; other classes
+  other = tmp_path / "other.safetensors"     # from the index itself, with other classes
   printed = command.succeeds("convert", folder / "model.safetensors.index.json", "--num-classes", 3,
                              "--reset-head", "--out", other)
   assert "initialised anew: head.weight, head.bias" in printed
   assert convert.classes_of(other) is None and vc.load(other)[0].num_classes == 3
 
 
-def test_a_shard_alone_names_its_index_and_what_is_missing_is_named(folder):
+def test_errors_name_the_index_of_a_single_shard_and_missing_parts(folder):
   shard = folder / "model-00002-of-00002.safetensors"
-  said = refusal(pytorch.read_checkpoint, shard)
-  assert said == (f"{shard} is one of 2 files of one model; give "
-                  f"{folder}/model.safetensors.index.json")
+  message = refusal(pytorch.read_checkpoint, shard)
+  assert message == (f"{shard} is one of 2 files of one model; give "
+                     f"{folder}/model.safetensors.index.json")
   safetensors.numpy.save_file({"classifier.bias": np.zeros(5)}, shard)
-  said = refusal(pytorch.read_checkpoint, folder)
-  assert said.startswith(f"{shard} holds no vit.") and "fetch both again" in said
+  message = refusal(pytorch.read_checkpoint, folder)
+  assert message.startswith(f"{shard} holds no vit.") and "fetch both again" in message
   shard.unlink()
-  said = refusal(pytorch.read_checkpoint, folder)
-  assert said.startswith(f"{shard}: no such file, but model.safetensors.index.json lists")
+  message = refusal(pytorch.read_checkpoint, folder)
+  assert message.startswith(f"{shard}: no such file, but model.safetensors.index.json lists")
 
 
 @pytest.mark.parametrize("text, words", [
@@ -86,14 +86,14 @@ def test_a_shard_alone_names_its_index_and_what_is_missing_is_named(folder):
     ('{"weight_map": {"a": "../b.safetensors"}}', "'../b.safetensors', which is not the name of"),
     ('{"weight_map": {"a": "/etc/passwd"}}', "is not the name of a file in its directory"),
     ('{"weight_map": {"a": 3}}', "is not the name of a file in its directory")])
-def test_an_index_that_tells_nothing_or_leads_elsewhere_is_refused(folder, text, words):
+def test_an_empty_or_misdirected_index_is_refused(folder, text, words):
   path = folder / "model.safetensors.index.json"
   path.write_text(text)
-  said = refusal(pytorch.read_checkpoint, folder)
-  assert str(path) in said and words in said
+  message = refusal(pytorch.read_checkpoint, folder)
+  assert str(path) in message and words in message
 
 
-def test_the_usual_name_is_taken_in_a_directory_and_no_choice_is_made_otherwise(tmp_path):
+def test_only_a_usual_file_name_in_a_directory_is_chosen_automatically(tmp_path):
   assert "no file of weights is in it" in refusal(files.weights_in, tmp_path)
   for name in ("b.safetensors", "a.npz"):
     (tmp_path / name).write_bytes(b"x")
@@ -106,21 +106,21 @@ def test_the_usual_name_is_taken_in_a_directory_and_no_choice_is_made_otherwise(
 
 
 @pytest.mark.parametrize("name", TOLD)
-def test_a_config_of_transformers_tells_model_and_sizes(name):
+def test_a_transformers_config_determines_model_and_sizes(name):
   case = CASES[name]
-  told = foreign_config.model_spec(case.config)
-  got, wanted = (fields_of(vc.create_model(model, **fields)) for model, fields in (
-      (told.model, told.fields), (case.model, case.fields)))
-  assert {**got, "drop_path_rate": 0} == {**wanted, "drop_path_rate": 0}
-  assert told.classes is None   # LABEL_0, LABEL_1 name nothing
+  spec = foreign_config.model_spec(case.config)
+  got, expected = (fields_of(vc.create_model(model, **fields)) for model, fields in (
+      (spec.model, spec.fields), (case.model, case.fields)))
+  assert {**got, "drop_path_rate": 0} == {**expected, "drop_path_rate": 0}
+  assert spec.classes is None   # LABEL_0, LABEL_1 are not real names
 
 
-def test_published_configs_tell_published_models():
+def test_published_configs_give_the_published_models():
   base = {"model_type": "vit", "architectures": ["ViTForImageClassification"], "hidden_size": 768,
           "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
           "image_size": 320, "id2label": {"1": "b", "0": "a"}, "hidden_act": "gelu"}
-  told = foreign_config.model_spec(base)
-  assert told == ("vit_base_patch16_224", {"image_size": 320, "num_classes": 2}, ["a", "b"])
+  spec = foreign_config.model_spec(base)
+  assert spec == ("vit_base_patch16_224", {"image_size": 320, "num_classes": 2}, ["a", "b"])
   assert foreign_config.model_spec({"model_type": "vit", "architectures": ["ViTModel"]}) == (
       "vit_base_patch16_224", {"num_classes": 0}, None)
   timm = {"architecture": "deit_small_patch16_224", "num_classes": 3, "global_pool": "avg",
@@ -129,7 +129,7 @@ def test_published_configs_tell_published_models():
   assert foreign_config.model_spec(timm) == (
       "deit_small_patch16_224", {"image_size": 384, "num_classes": 3, "global_pool": "avg"},
       ["x", "y", "z"])
-  timm |= {"label_names": {"2": "z", "10": "w", "0": "x"}}   # by number, as numbers are ordered
+  timm |= {"label_names": {"2": "z", "10": "w", "0": "x"}}   # in numeric order
   assert foreign_config.model_spec(timm).classes == ["x", "z", "w"]
   pyramid = {"model_type": "pvt_v2", "image_size": {"height": 224, "width": 320},
              "hidden_act": "gelu", "mlp_ratios": [8, 8, 4, 4], "depths": [2, 2, 2, 2],
@@ -137,11 +137,11 @@ def test_published_configs_tell_published_models():
              "sr_ratios": [8, 4, 2, 1], "architectures": ["PvtV2Model"]}
   assert foreign_config.model_spec(pyramid) == (
       "pvt_v2_b0", {"image_size": (224, 320), "num_classes": 0}, None)
-  # Its classifier reads class token and mean together, which our model does not.
+  # Its classifier reads class token and mean together, unlike our model.
   dino = {"model_type": "dinov2", "architectures": ["Dinov2ForImageClassification"],
           "id2label": {"0": "a", "1": "b"}}
-  told = foreign_config.model_spec(dino)
-  assert told.classes is None and "num_classes" not in told.fields
+  spec = foreign_config.model_spec(dino)
+  assert spec.classes is None and "num_classes" not in spec.fields
   pvt = {"architecture": "pvt_v2_b0", "num_classes": 1000, "global_pool": "avg"}
   assert foreign_config.model_spec(pvt) == ("pvt_v2_b0", {}, None)
 
@@ -152,18 +152,18 @@ def test_published_configs_tell_published_models():
     ('{"model_type": "vit", "hidden_act": "relu"}', "its hidden_act is 'relu'"),
     ('{"architecture": "resnet50"}', "unknown model 'resnet50'"),
     ('{"architecture": "pvt_v2_b0", "model_args": {"linear": true}}', "is not an option of pvt")])
-def test_a_config_that_tells_no_model_is_refused_with_the_way_out(folder, config, words):
+def test_a_config_without_a_known_model_is_refused_with_a_remedy(folder, config, words):
   (folder / "config.json").write_text(config)
-  said = refusal(pytorch.from_checkpoint, folder, None, folder / "out.safetensors")
-  assert said.startswith(f"{folder / 'config.json'} does not describe a known model")
-  assert words in said
-  assert "as in --model deit_small_patch16_224" in said
+  message = refusal(pytorch.from_checkpoint, folder, None, folder / "out.safetensors")
+  assert message.startswith(f"{folder / 'config.json'} does not describe a known model")
+  assert words in message
+  assert "as in --model deit_small_patch16_224" in message
   (folder / "config.json").unlink()
-  said = refusal(pytorch.from_checkpoint, folder, None, folder / "out.safetensors")
-  assert said.startswith("--model is missing, and there is no config.json next to")
+  message = refusal(pytorch.from_checkpoint, folder, None, folder / "out.safetensors")
+  assert message.startswith("--model is missing, and there is no config.json next to")
 
 
-def test_an_npz_of_google_is_read_in_bfloat16_and_for_another_size(tmp_path):
+def test_googles_npz_is_read_in_bfloat16_and_for_another_size(tmp_path):
   path, out = tmp_path / "S_16.npz", tmp_path / "out.safetensors"
   half = {name: value.astype(ml_dtypes.bfloat16) for name, value in NPZ.state.items()}
   np.savez(path, **half)
@@ -175,13 +175,13 @@ def test_an_npz_of_google_is_read_in_bfloat16_and_for_another_size(tmp_path):
   assert large.lines() == ["names: Google's, read as timm's",
                            "left out, the layer before the classifier of pre-training: "
                            "pre_logits/bias, pre_logits/kernel", "resized: pos_embed"]
-  said = refusal(pytorch.from_checkpoint, path, None, out)
-  assert "--model is missing" in said and not out.exists()
+  message = refusal(pytorch.from_checkpoint, path, None, out)
+  assert "--model is missing" in message and not out.exists()
 
 
 @contextlib.contextmanager
 def loading(monkeypatch, load):
-  """torch.load(names that are allowed) in place of torch."""
+  """Replaces torch by a stand-in whose load is `load(allowed names)`."""
   allowed = {}
 
   @contextlib.contextmanager
@@ -198,7 +198,7 @@ def loading(monkeypatch, load):
   yield
 
 
-def test_classes_of_a_pickle_are_allowed_by_name_and_stand_for_nothing(tmp_path, monkeypatch):
+def test_classes_in_a_pickle_are_replaced_by_inert_ones_of_that_name(tmp_path, monkeypatch):
   path = tmp_path / "run.ckpt"
   path.write_bytes(b"x")
   state = vc.to_torch(tiny.deit(depth=1), tiny.init(tiny.deit(depth=1)))
@@ -214,30 +214,30 @@ def test_classes_of_a_pickle_are_allowed_by_name_and_stand_for_nothing(tmp_path,
     return {"model": box, "thing": allowed["a.Thing"](1, x=2)}
 
   with loading(monkeypatch, load):
-    said = refusal(pytorch.read_checkpoint, path)
-    assert "it holds more than weights, a.Box, a.Thing; " in said
-    assert "--allow a.Box --allow a.Thing reads it without objects of these classes" in said
-    said = refusal(pytorch.read_checkpoint, path, allow=["a.Box"])
-    assert "more than weights, a.Thing; " in said
+    message = refusal(pytorch.read_checkpoint, path)
+    assert "it holds more than weights, a.Box, a.Thing; " in message
+    assert "--allow a.Box --allow a.Thing reads it without objects of these classes" in message
+    message = refusal(pytorch.read_checkpoint, path, allow=["a.Box"])
+    assert "more than weights, a.Thing; " in message
     for options in ({"allow": ["a.Box", "a.Thing"]}, {"ignore_records": True}):
       got = pytorch.read_checkpoint(path, **options)
       assert isinstance(got["thing"], pytorch.Record)
       assert trees.digest(vc.from_torch(tiny.deit(depth=1), got)) == trees.digest(
           vc.from_torch(tiny.deit(depth=1), state))
     out = tmp_path / "out.safetensors"
-    said = command.fails("convert", path, "--model", "deit_tiny_patch16_224", "--out", out,
-                         "--allow", "a.Box", "--allow", "a.Thing")
-    assert "does not fit deit_tiny" in said and not out.exists()
+    message = command.fails("convert", path, "--model", "deit_tiny_patch16_224", "--out", out,
+                            "--allow", "a.Box", "--allow", "a.Thing")
+    assert "does not fit deit_tiny" in message and not out.exists()
 
   def refuse(_):
     raise RuntimeError("GLOBAL posix.system whose module posix is blocked")
   with loading(monkeypatch, refuse):
-    said = refusal(pytorch.read_checkpoint, path, allow=["posix.system"], ignore_records=True)
-    assert "more than weights, posix.system" in said and "--allow" not in said
+    message = refusal(pytorch.read_checkpoint, path, allow=["posix.system"], ignore_records=True)
+    assert "more than weights, posix.system" in message and "--allow" not in message
 
 
 class Box(dict):
-  """As Lightning's AttributeDict: a class of dicts."""
+  """Like Lightning's AttributeDict, a subclass of dict."""
 
 
 class Line(list):
@@ -248,7 +248,7 @@ def touch(path):
   open(path, "w").close()
 
 
-def test_torch_reads_what_is_allowed_and_runs_none_of_it(tmp_path):
+def test_torch_reads_allowed_classes_and_runs_none_of_their_code(tmp_path):
   torch = pytest.importorskip("torch")
   import collections
   state = {"a.weight": torch.ones(2, 2)}
@@ -256,8 +256,8 @@ def test_torch_reads_what_is_allowed_and_runs_none_of_it(tmp_path):
   box.extra = 3
   torch.save({"model": state, "box": box, "line": collections.deque([1, 2]),
               "counts": collections.defaultdict(list, {"a": [1]})}, tmp_path / "run.pth")
-  said = refusal(pytorch.read_checkpoint, tmp_path / "run.pth")
-  name = re.search(r"--allow (\S+Box)", said)[1]
+  message = refusal(pytorch.read_checkpoint, tmp_path / "run.pth")
+  name = re.search(r"--allow (\S+Box)", message)[1]
   got = pytorch.read_checkpoint(tmp_path / "run.pth", allow=[name])
   assert got["box"]["state"].keys() == state.keys() and not isinstance(got["box"], Box)
   assert got["line"] == [1, 2] and got["counts"] == {"a": [1]}
@@ -270,7 +270,7 @@ def test_torch_reads_what_is_allowed_and_runs_none_of_it(tmp_path):
     def __reduce__(self):
       return touch, (str(ran),)
   torch.save({"model": state, "evil": Evil()}, tmp_path / "evil.pth")
-  said = refusal(pytorch.read_checkpoint, tmp_path / "evil.pth")
-  assert "more than weights" in said
+  message = refusal(pytorch.read_checkpoint, tmp_path / "evil.pth")
+  assert "more than weights" in message
   pytorch.read_checkpoint(tmp_path / "evil.pth", ignore_records=True)
   assert not ran.exists()

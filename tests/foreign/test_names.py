@@ -1,4 +1,4 @@
-"""State dicts of others load in one call and compute what they computed where they come from."""
+"""Foreign state dicts load in one call and compute what they compute in their own library."""
 import re
 import warnings
 
@@ -25,20 +25,20 @@ LEFT = {"transformers MAE": ["the decoder"],
                    "the periods of rotary positions, which follow from sizes"]}
 
 
-def found(case, state=None):
+def translated_case(case, state=None):
   return foreign.find(case.state if state is None else state, set(case.timm))[0]
 
 
 @pytest.mark.parametrize("name", OF_TIMM)
 def test_names_and_shapes_become_timms(name):
   case = CASES[name]
-  got = found(case)
+  got = translated_case(case)
   assert {name: value.shape for name, value in got.state.items()} == case.timm
   assert got.source.split("'")[0] in ("DeiT III", "", name.split()[0])
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_what_their_model_computes_ours_computes(name):
+def test_our_model_computes_what_the_foreign_one_computes(name):
   case = CASES[name]
   pool = {"global_pool": ""} if case.wanted.ndim == 3 else {}
   model = vc.create_model(case.model, **case.fields, **pool)
@@ -49,8 +49,8 @@ def test_what_their_model_computes_ours_computes(name):
 
 @pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "eva02_base_patch14_448"])
 @pytest.mark.parametrize("pretraining", [False, True])
-def test_names_of_eva02s_authors_are_read(name, pretraining):
-  """Their names as timm's reader of their files lists them."""
+def test_the_names_of_eva02s_authors_are_read(name, pretraining):
+  """Their names are those that timm's reader of their files lists."""
   run = next(run for run in parity.runs("vit") if run.name.startswith(name))
   theirs, state = {"mlp.fc1_g": "mlp.w1", "mlp.fc1_x": "mlp.w2", "mlp.fc1": "mlp.w12",
                    "mlp.fc2": "mlp.w3", "mlp.norm": "mlp.ffn_ln", "q_proj.bias": "q_bias",
@@ -67,14 +67,14 @@ def test_names_of_eva02s_authors_are_read(name, pretraining):
   assert set(state) - set(run.state) >= {"rope.freqs_cos", "blocks.0.mlp.w3.weight"}
   with warnings.catch_warnings(action="error"):
     got = vc.from_torch(model, state)
-  wanted = vc.from_torch(run.model, run.state)["params"]
-  wanted = {key: leaf for key, leaf in wanted.items() if key != "head" or not pretraining}
-  assert trees.digest(got["params"]) == trees.digest(wanted)
+  expected = vc.from_torch(run.model, run.state)["params"]
+  expected = {key: leaf for key, leaf in expected.items() if key != "head" or not pretraining}
+  assert trees.digest(got["params"]) == trees.digest(expected)
 
 
 @pytest.mark.parametrize("name", [name for name in OF_TIMM if CASES[name].live])
-def test_names_in_memory_are_read_as_those_in_files(name):
-  """Version 5 of transformers writes other names than its modules have."""
+def test_names_in_memory_are_read_like_those_in_files(name):
+  """transformers 5 writes names to files that differ from those of its modules."""
   case = CASES[name]
   values = iter(range(10 ** 6))
   live = {key: np.full((6, 6), float(next(values))) for key in case.live}
@@ -88,7 +88,7 @@ def test_names_in_memory_are_read_as_those_in_files(name):
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_whose_names_and_what_was_left_out_is_told(name):
+def test_the_source_of_the_names_and_omitted_tensors_are_reported(name):
   case = CASES[name]
   got = foreign.find(case.state, set(case.timm or ()))[0]
   assert sorted(got.left_out) == sorted(LEFT[name])
@@ -103,7 +103,7 @@ def test_whose_names_and_what_was_left_out_is_told(name):
 
 
 @pytest.mark.parametrize("name", sorted(vc.list_models()))
-def test_no_name_of_a_model_of_ours_is_taken_for_anothers(name):
+def test_names_of_our_models_are_not_taken_for_foreign_ones(name):
   model = vc.create_model(name)
   timms = [entry.torch for entry in model.torch_entries()]
   for names in (timms, [model.authors_name(name) for name in timms]):
@@ -112,8 +112,8 @@ def test_no_name_of_a_model_of_ours_is_taken_for_anothers(name):
     assert got.state.keys() == state.keys() and not got.source and not got.left_out
 
 
-def test_layer_scale_and_biases_come_under_the_name_that_the_model_has():
-  """timm has two names for layer scale, and two forms of biases without one for keys."""
+def test_layer_scale_and_biases_get_the_names_that_the_model_uses():
+  """timm has two names for layer scale, and two forms of biases that have none for keys."""
   ones = np.ones(4, np.float32)
   bias = np.concatenate([ones, 0 * ones, 2 * ones])
   state = {"x.blocks.0.ls1.gamma": ones, "x.blocks.0.attn.qkv.bias": bias, "storage_tokens": ones}
@@ -129,7 +129,7 @@ def test_layer_scale_and_biases_come_under_the_name_that_the_model_has():
   np.testing.assert_array_equal(got["x.blocks.0.attn.v_bias"], 2 * ones)
   got, _ = names({"blocks.0.ls1.gamma", "blocks.0.attn.qkv.bias"})
   assert set(got) == {"x.blocks.0.ls1.gamma", "x.blocks.0.attn.qkv.bias", "reg_token"}
-  got, left = names(set(), 0 * bias)   # a model without: told if they are zero, else refused
+  got, left = names(set(), 0 * bias)   # no biases in the model: zeros are reported, others refused
   assert "x.blocks.0.attn.qkv.bias" not in got
   assert left == {"biases that are zero": ["x.blocks.0.attn.qkv.bias"]}
   for known in (set(), {"blocks.0.attn.q_bias"}):
@@ -137,8 +137,8 @@ def test_layer_scale_and_biases_come_under_the_name_that_the_model_has():
     assert "x.blocks.0.attn.qkv.bias" in got and not left
 
 
-def test_a_part_that_is_missing_leaves_names_as_they_are():
-  """So that the error tells what the file has."""
+def test_a_missing_part_of_a_tensor_leaves_the_names_unchanged():
+  """So the error shows the names in the file."""
   case = CASES["transformers ViT"]
   key = "vit.encoder.layer.1.attention.attention.key.weight"
   state = {name: value for name, value in case.state.items() if name != key}
@@ -148,7 +148,7 @@ def test_a_part_that_is_missing_leaves_names_as_they_are():
   assert "unexpected encoder.layer.1.attention.attention.query.weight" in str(error.value)
 
 
-def test_a_value_of_others_that_is_no_weight_is_named_as_they_name_it():
+def test_the_error_for_an_invalid_value_uses_the_foreign_name():
   case = CASES["transformers ViT"]
   name = "vit.encoder.layer.0.attention.attention.value.weight"
   with pytest.raises(ValueError, match=rf"^{name} is int8, not an array of floating point"):
@@ -158,17 +158,17 @@ def test_a_value_of_others_that_is_no_weight_is_named_as_they_name_it():
 
 @pytest.mark.parametrize("name", ["transformers DINOv2 with registers",
                                   "DINOv2 with SwiGLU and registers"])
-def test_with_registers_the_class_tokens_position_becomes_a_part_of_it(name):
+def test_with_registers_the_class_token_absorbs_its_position(name):
   case = CASES[name]
   cls, positions = (next(value for key, value in case.state.items() if key.endswith(ends))
                     for ends in ("cls_token", ("pos_embed", "position_embeddings")))
-  got = found(case).state
+  got = translated_case(case).state
   np.testing.assert_array_equal(got["cls_token"], cls + positions[:, :1])
   np.testing.assert_array_equal(got["pos_embed"], positions[:, 1:])
 
 
-def test_two_tensors_for_one_part_are_refused():
+def test_two_tensors_for_the_same_part_are_refused():
   case = CASES["transformers ViT without classifier"]
   other = case.state["encoder.layer.0.attention.attention.query.weight"]
   with pytest.raises(ValueError, match=r"two tensors of one name, .*are both blocks.0.attn.qkv"):
-    found(case, {**case.state, "layers.0.attention.q_proj.weight": other})
+    translated_case(case, {**case.state, "layers.0.attention.q_proj.weight": other})

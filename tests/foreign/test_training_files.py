@@ -1,4 +1,4 @@
-"""Files of training code: the network that was trained, and a line on what lay beside it."""
+"""Files of training code: the trained network is read, and a line lists the rest of the file."""
 import argparse
 import warnings
 
@@ -17,12 +17,12 @@ WANTED = trees.digest(vc.from_torch(MODEL, STATE))
 HEAD = {"mlp.0.weight": np.ones((9, 24), np.float32), "last_layer.weight_g": np.ones((9, 1))}
 
 
-def under(prefix, state=STATE):
+def add_prefix(prefix, state=STATE):
   return {prefix + name: value for name, value in state.items()}
 
 
 def chunked(state):
-  """As in DINOv2's files of FSDP: the block's own number comes second."""
+  """Returns names as in DINOv2's FSDP files, where a block's own number comes second."""
   return {name.replace("blocks.", "blocks.0."): value for name, value in state.items()}
 
 
@@ -31,10 +31,10 @@ def read(checkpoint, model=MODEL, **options):
   return trees.digest(loaded.variables), loaded.lines()
 
 
-def test_dino_gives_its_teacher_without_the_projection_head():
-  file = {"student": {**under("module.backbone.", OTHER), **under("module.head.", HEAD)},
-          "teacher": {**under("backbone."), **under("head.", HEAD)}, "optimizer": {"state": {}},
-          "epoch": 3, "args": argparse.Namespace(arch="vit_small"),
+def test_of_a_dino_file_the_teacher_is_read_without_the_projection_head():
+  file = {"student": {**add_prefix("module.backbone.", OTHER), **add_prefix("module.head.", HEAD)},
+          "teacher": {**add_prefix("backbone."), **add_prefix("head.", HEAD)},
+          "optimizer": {"state": {}}, "epoch": 3, "args": argparse.Namespace(arch="vit_small"),
           "dino_loss": {"center": np.ones((1, 9))}}
   digest, lines = read(file)
   assert digest == WANTED
@@ -45,12 +45,12 @@ def test_dino_gives_its_teacher_without_the_projection_head():
 
 
 @pytest.mark.parametrize("numbers", [("0", "0"), ("0", "1")])
-def test_dinov2_gives_its_teacher_from_blocks_in_chunks(numbers):
+def test_of_a_dinov2_file_the_teacher_is_read_from_chunks_of_blocks(numbers):
   chunk = {name.replace("blocks.0.", f"blocks.{numbers[0]}.0.")
            .replace("blocks.1.", f"blocks.{numbers[1]}.1."): value for name, value in STATE.items()}
-  teacher = {**under("backbone.", {**chunk, "mask_token": np.ones((1, 24), np.float32)}),
-             **under("dino_head.", HEAD), **under("ibot_head.", HEAD)}
-  for file in ({"teacher": teacher}, {"model": under("teacher.", teacher)}):
+  teacher = {**add_prefix("backbone.", {**chunk, "mask_token": np.ones((1, 24), np.float32)}),
+             **add_prefix("dino_head.", HEAD), **add_prefix("ibot_head.", HEAD)}
+  for file in ({"teacher": teacher}, {"model": add_prefix("teacher.", teacher)}):
     digest, lines = read(file)
     assert digest == WANTED
     assert "names: DINOv2's, read as timm's" in lines
@@ -58,32 +58,32 @@ def test_dinov2_gives_its_teacher_from_blocks_in_chunks(numbers):
     assert any(line.startswith("left out, not part of the model: ") for line in lines)
 
 
-def test_two_blocks_of_one_number_are_refused():
+def test_two_blocks_with_the_same_number_are_refused():
   state = {**STATE, "blocks.7.1.norm1.weight": np.ones(24, np.float32)}
   with pytest.raises(ValueError, match=r"two tensors of one name, .*are both blocks.1.norm1"):
     vc.from_torch(MODEL, state)
 
 
-def test_an_average_of_pytorch_and_a_checkpoint_of_lightning():
-  average = {"n_averaged": np.array(5), **under("module.")}
+def test_pytorch_averages_and_lightning_checkpoints_are_read():
+  average = {"n_averaged": np.array(5), **add_prefix("module.")}
   assert read(average) == (WANTED, ["dropped: n_averaged"])
   for prefix in ("model.", "net.", "backbone.", "model.backbone.", "model.module._orig_mod."):
-    file = {"state_dict": under(prefix), "epoch": 3, "global_step": 9, "callbacks": {},
+    file = {"state_dict": add_prefix(prefix), "epoch": 3, "global_step": 9, "callbacks": {},
             "pytorch-lightning_version": "2.6", "hyper_parameters": {"lr": 0.1}}
     digest, lines = read(file)
     assert digest == WANTED and lines[0] == "weights: state_dict"
 
 
-def test_transformers_inside_of_lightning_keeps_its_classifier():
+def test_a_transformers_model_inside_lightning_keeps_its_classifier():
   case = cases()["transformers ViT"]
   model = vc.create_model(case.model, **case.fields)
-  file = {"state_dict": under("model.", case.state), "loss.weight": np.ones(5)}
+  file = {"state_dict": add_prefix("model.", case.state), "loss.weight": np.ones(5)}
   digest, lines = read(file, model)
   assert digest == trees.digest(vc.from_torch(model, case.state))
   assert "prefix taken off the names: model.vit." in lines
 
 
-def test_known_parts_beside_a_network_do_not_warn_and_others_do():
+def test_known_extra_parts_cause_no_warning_and_unknown_ones_an_error():
   mae = {**STATE, "mask_token": np.ones((1, 1, 24)), "decoder_embed.weight": np.ones((8, 24)),
          "decoder_blocks.0.norm1.weight": np.ones(8), "decoder_pos_embed": np.ones((1, 17, 8))}
   with warnings.catch_warnings():
@@ -91,16 +91,16 @@ def test_known_parts_beside_a_network_do_not_warn_and_others_do():
     assert trees.digest(vc.from_torch(MODEL, {"model": mae})) == WANTED
   with pytest.raises(ValueError, match=r"unexpected neck.weight"):
     vc.from_torch(MODEL, {"model": {**mae, "neck.weight": np.ones(3)}})
-  # Found where the decoder is not MAE's, too: by its names alone nothing is left out.
+  # Without the rest of MAE's decoder it is an error: nothing is left out by its name alone.
   with pytest.raises(ValueError, match=r"unexpected mask_token|unexpected decoder_pos_embed"):
     vc.from_torch(MODEL, {**STATE, "decoder_pos_embed": np.ones((1, 17, 8))})
 
 
-def test_the_closest_model_of_weights_under_others_names_is_named():
+def test_the_closest_model_to_foreign_weights_is_named():
   case = cases()["transformers ViT"]
   with pytest.raises(ValueError, match=r"names transformers', read as timm's\) does not fit"):
     vc.from_torch(tiny.deit(depth=1), case.state)
-  # A whole DeiT-Ti, its blocks as in DINOv2's files.
+  # A full DeiT-Ti, with blocks named as in DINOv2's files.
   names = chunked({name: np.broadcast_to(np.float32(0), shape)
                    for name, shape in _shapes("deit_tiny_patch16_224").items()})
   with pytest.raises(ValueError, match=r"the closest model is (deit|vit)_tiny_patch16_224"):

@@ -1,4 +1,4 @@
-"""What make_old.py and test_old.py share."""
+"""Functions shared by make_old.py and test_old.py."""
 import os
 import pathlib
 import re
@@ -9,19 +9,19 @@ import numpy as np
 
 from vitcompact import trees
 
-# A flag of tests/conftest.py since then that changes the last bit.
+# A flag added to tests/conftest.py since then that changes the last bit.
 NEW_FLAG = "--xla_cpu_use_fusion_emitters=false"
 
 
 def images(model):
-  """Three images, drawn by the one generator whose numbers numpy never changes."""
+  """Returns three random images from the one generator whose numbers NumPy never changes."""
   height, width = np.broadcast_to(model.image_size, 2).tolist()
   draws = np.random.RandomState(0).standard_normal((3, height, width, model.in_chans))
   return jnp.asarray(draws, jnp.float32)
 
 
 def jit_without_the_new_flag(jit):
-  """jax.jit, of programs that are compiled with the flags of made.json."""
+  """Returns a jax.jit that compiles with the flags in made.json."""
   def same(*args, compiler_options=None, **kwargs):
     options = {**(compiler_options or {}), "xla_cpu_use_fusion_emitters": True}
     return jit(*args, compiler_options=options, **kwargs)
@@ -29,7 +29,7 @@ def jit_without_the_new_flag(jit):
 
 
 def machine():
-  """What the last bit of a training step depends on besides our code."""
+  """Returns what the last bit of a training step depends on besides our code."""
   path = pathlib.Path("/proc/cpuinfo")
   fields = dict(re.findall(r"^(.+?)\s*:[ \t]*(.*)$", path.read_text() if path.exists() else "",
                            re.MULTILINE))
@@ -40,7 +40,7 @@ def machine():
 
 
 def variables_of(state):
-  """{name: array} of everything in a state that a model is made of."""
+  """Returns {name: array} of everything in a state that belongs to the model."""
   fields = ("params", "batch_stats", "ema_params", "ema_batch_stats")
   return {name: np.asarray(leaf) for name, leaf in
           trees.named_leaves({field: getattr(state, field) for field in fields}).items()}

@@ -1,6 +1,6 @@
-"""Wrote what this folder holds: models, plans, workdirs of before the renaming, and their outputs.
+"""Wrote this folder's models, plans and workdirs from before the renaming, and their outputs.
 
-It ran with the code of commit 1927f33, and cannot run on later code, nor need it ever run again:
+It ran with the code of commit 1927f33. It cannot run with later code, and need not run again:
 
   git worktree add ../before 1927f33
   cp -r tests/old tests/test_old.py ../before/tests
@@ -8,13 +8,13 @@ It ran with the code of commit 1927f33, and cannot run on later code, nor need i
 
 on one of eight fake CPU devices, with FLAGS, which are those of tests/conftest.py.
 
-  models/NAME.safetensors   small models with drawn leaves, as `convert.save` wrote them
+  models/NAME.safetensors   small models with random leaves, as `convert.save` wrote them
   logits.npz                {NAME: logits in float32} of `common.images`
   plans.json                {NAME: text} of `Plan.to_json`
-  workdirs/NAME.tar.xz      a run that was stopped on its way
-  workdirs/dense.safetensors  what all of them began with, and what one of them learns from
-  ends/NAME.npz             the variables with which it ended after going on from there
-  made.json                 on what kind of machine, and digests of the parameters of these ends
+  workdirs/NAME.tar.xz      a run that was stopped midway
+  workdirs/dense.safetensors  the initial weights of all of them, and the teacher of one
+  ends/NAME.npz             the final variables after resuming from there
+  made.json                 the kind of machine, and digests of the final parameters
 """
 import json
 import os
@@ -49,7 +49,7 @@ NEXTVIT = {"image_size": 64, "num_classes": 5, "stem_widths": (8, 4, 8, 8),
 BOTH = {"heads": vc.HMHSA(), "ffn": vc.CFFN()}
 TOKEN_LINKS = vc.Sparsifiner(keep=0.5, rank=4, coefficients=2)
 BLOCK_LINKS = vc.Sparsifiner(keep=0.5, granularity="block", window=2, min_tokens=0)
-# name: (model, fields, plan); what folding changes is saved folded too.
+# name: (model, fields, plan); models that folding changes are saved folded as well.
 MODELS = {
     "dense": (DEIT, SMALL, vc.Plan()),
     "heads_probs": (DEIT, SMALL, vc.Plan(heads=vc.HMHSA(rank=2))),
@@ -79,7 +79,7 @@ MODELS = {
     "nextvit_links": ("nextvit_small", NEXTVIT, vc.Plan(
         **BOTH, blocks={1: {"links": vc.Sparsifiner(keep=0.5, rank=2)}})),
 }
-# Plans without a file: every method as it is by default, and every field as it is not.
+# Plans without a file: every method at its defaults, and every field at another value.
 PLANS = {
     **{f"default_{type(spec).__name__.lower()}": vc.Plan(**{axis: spec}) for axis, spec in (
         ("heads", vc.HMHSA()), ("links", vc.Sparsifiner()), ("tokens", vc.EViT()),
@@ -104,8 +104,8 @@ PLANS = {
 }
 
 TOTAL = 8
-PLAIN = {"data.mixup": 0.0, "data.cutmix": 0.0, "data.erase": 0.0}   # compiles in less time
-# name: (stops after this step, plan, other settings). 16 patches, so that there are some to lose.
+PLAIN = {"data.mixup": 0.0, "data.cutmix": 0.0, "data.erase": 0.0}   # compiles faster
+# name: (stops after this step, plan, other settings). 16 patches, so that some can be dropped.
 RUNS = {
     "heads_ffn": (4, vc.Plan(**BOTH), {"ema_half_life": 0.25}),
     "sparsifiner": (3, vc.Plan(links=TOKEN_LINKS), {
@@ -115,7 +115,7 @@ RUNS = {
     "dynamicvit": (4, vc.Plan(tokens=vc.DynamicViT(keep=0.6, blocks=(0, 1))), {
         **PLAIN, "loss.kept_ratio": 2.0,
         "optim.rates": ((r".*/predict_tokens/.*", 2.0, 0), (r".*", 1.0, 2))}),
-    # Its last two steps draw one companion, the same: one program to compile.
+    # Its last two steps draw the same companion, so only one program is compiled.
     "mctf": (3, vc.Plan(tokens=vc.MCTF(r=3)), {
         **PLAIN, "total_steps": 5, "loss.consistency": 3.0, "loss.companion_r": 2}),
     "evit": (6, vc.Plan(tokens=vc.EViT(keep=0.5, blocks=(0, 1))), {
@@ -124,7 +124,7 @@ RUNS = {
 
 
 def drawn(model):
-  """Variables as `tiny.init` draws them, but scales around one: what is seen reaches the logits."""
+  """Returns variables like `tiny.init`, but scales are around one: images affect the logits."""
   leaves = trees.named_leaves(tiny.init(model))
   return trees.nested({name: leaf + name.endswith("scale") for name, leaf in leaves.items()})
 
@@ -149,7 +149,7 @@ def make_models():
     deploy, folded = vc.fold(model, variables)
     if trees.digest(folded) != trees.digest(variables):
       write(f"{name}_folded", deploy, folded)
-    if name == "ffn_output":   # as `tune` does where one matrix is faster than two
+    if name == "ffn_output":   # as by `tune` if one matrix is faster than two
       layer = ("blocks_1", "mlp", "fc2")
       tuned, tuned_variables = with_forms(deploy, folded, {layer: MATRIX})
       assert tuned.plan.at(1).ffn.merged == ("fc2",)
@@ -165,14 +165,14 @@ def config_of(plan, changes):
   config.log_every, config.ema_half_life, config.mesh.fsdp = 2, 0.0, 1
   config.plan, config.init_from = plan.to_json(), "dense.safetensors"
   config.model.update(patch_size=2, mlp_ratio=2.0)
-  # Gradients that are nothing but rounding, such as those of keys' biases, shall not move much.
+  # Gradients that are only rounding errors, such as those of key biases, must not move much.
   config.optim.update(eps=1e-5, warmup_steps=2, learning_rate=2e-3)
   config.update_from_flattened_dict(changes)
   return config
 
 
 def make_dense():
-  """dense.safetensors, drawn and sure of itself: MCTF's loss is of images that are known well."""
+  """Writes dense.safetensors, random but confident: MCTF's loss needs confident predictions."""
   model = loop.build(loop.resolve(config_of(vc.Plan(), {}))).model
   variables = drawn(model)
   variables["params"]["head"]["kernel"] *= 4
@@ -180,7 +180,7 @@ def make_dense():
 
 
 def pack(path, name):
-  """A .tar.xz of a directory, with no trace of when and by whom it was written."""
+  """Writes a .tar.xz of a directory, without dates and owners."""
   def bare(info):
     info.mtime = info.uid = info.gid = 0
     info.uname = info.gname = ""
@@ -225,8 +225,8 @@ def main():
   plans = make_models() | PLANS | {f"run_{name}": plan for name, (_, plan, _) in RUNS.items()}
   texts = {name: plan.to_json() for name, plan in plans.items()}
   (HERE / "plans.json").write_text(json.dumps(texts, indent=1) + "\n")
-  made = {"machine": common.machine(), "params_digests": make_runs()}
-  (HERE / "made.json").write_text(json.dumps(made, indent=1) + "\n")
+  record = {"machine": common.machine(), "params_digests": make_runs()}
+  (HERE / "made.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

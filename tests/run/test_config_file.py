@@ -1,4 +1,4 @@
-"""A config is its file's, and what the command line changes of it."""
+"""A config is what its file says, with the changes of the command line."""
 import json
 
 import pytest
@@ -42,26 +42,26 @@ def load(tmp_path):
     ("--config.optim.rates=[['.*', 1.0, 0]]", "optim.rates", [[".*", 1.0, 0]]),
     ("--config.data.name=folder:/a=b", "data.name", "folder:/a=b"),
 ])
-def test_a_value_is_read_as_what_the_key_holds(load, argument, key, value):
+def test_a_value_is_parsed_by_the_type_of_its_key(load, argument, key, value):
   found = configs.flat(load(argument))[key]
   assert (list(found) if isinstance(found, tuple) else found) == (
       list(value) if isinstance(value, tuple) else value)
   assert type(found) is type(value) or isinstance(value, (list, tuple))
 
 
-def test_words_may_follow_their_flag_and_the_last_one_counts(load):
+def test_values_may_be_separate_words_and_the_last_one_counts(load):
   config = load("--config.seed", "3", "--config.seed", "4", "--config.model.remat", "--config.b",
                 "x")
   assert (config.seed, config.model.remat, config.b) == (4, True, "x")
 
 
-def test_what_follows_total_steps_does_so_until_it_is_given(load):
+def test_values_derived_from_total_steps_follow_it_unless_given(load):
   assert load().checkpoint_every == 25
   assert load("--config.total_steps=40").checkpoint_every == 10
   assert load("--config.total_steps=40", "--config.checkpoint_every=7").checkpoint_every == 7
 
 
-def test_the_argument_reaches_the_file(load):
+def test_the_argument_reaches_get_config(load):
   assert load().argument == "none"
   assert load(argument=":a:b,c").argument == "a:b,c"
 
@@ -94,12 +94,12 @@ def test_a_plan_is_changed_key_by_key_or_replaced(load, tmp_path):
     assert plan_of(load(*(f"--config.{override}" for override in overrides))) == plan, overrides
 
 
-def test_a_plan_file_that_is_missing_is_named(load):
+def test_a_missing_plan_file_is_named(load):
   with pytest.raises(ValueError, match=r"plan='nowhere.json' cannot be read"):
     load("--config.plan=nowhere.json", "--config.plan.tokens.r=2")
 
 
-def test_a_config_may_be_a_dict_and_is_not_locked(tmp_path):
+def test_a_config_may_be_a_dict_and_is_unlocked(tmp_path):
   (tmp_path / "file.py").write_text("def get_config():\n  return {'model': {'name': 'a'}}")
   config = config_file.load(str(tmp_path / "file.py"), [("plan.ffn.method", "cffn")])
   assert isinstance(config, ConfigDict) and plan_of(config) == vc.Plan(ffn=vc.CFFN())

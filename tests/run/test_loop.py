@@ -1,4 +1,4 @@
-"""A run goes on exactly where it stopped, keeps what was good, and says what happened."""
+"""A run resumes exactly where it stopped, keeps its good checkpoints, and reports what happened."""
 import dataclasses
 import json
 import pathlib
@@ -19,11 +19,11 @@ pytestmark = pytest.mark.usefixtures("shared")
 
 @pytest.fixture
 def copy(uninterrupted, tmp_path):
-  """A copy of the finished run, to be changed."""
+  """A copy of the finished run that a test may change."""
   return shutil.copytree(uninterrupted[0], tmp_path / "copy")
 
 
-def test_forty_steps_are_twenty_and_twenty_more_to_the_last_bit(config, uninterrupted, tmp_path):
+def test_forty_steps_equal_twenty_and_twenty_more_to_the_last_bit(config, uninterrupted, tmp_path):
   """Parameters, moments, averages, batch statistics, step and key, on 8 devices."""
   half = loop.train(config, tmp_path, until=20)
   assert int(half.state.step) == 20
@@ -34,7 +34,7 @@ def test_forty_steps_are_twenty_and_twenty_more_to_the_last_bit(config, uninterr
   assert resumed.metrics["params_digest"] == uninterrupted[1].metrics["params_digest"]
 
 
-def test_the_same_on_one_device_and_to_rounding_what_eight_give(
+def test_one_device_resumes_to_the_same_bits_and_agrees_with_eight(
     config, built_on_one, uninterrupted, tmp_path, monkeypatch):
   monkeypatch.setattr(loop, "build", lambda config: built_on_one)
   config = built_on_one.config
@@ -46,7 +46,7 @@ def test_the_same_on_one_device_and_to_rounding_what_eight_give(
   np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
-def test_a_new_process_of_main_goes_on_to_the_same_bits(config, uninterrupted, copy, tmp_path):
+def test_a_new_process_of_main_resumes_to_the_same_bits(config, uninterrupted, copy, tmp_path):
   shutil.rmtree(copy / "checkpoints" / "40")
   (tmp_path / "tiny.py").write_text(f"""
 from ml_collections import ConfigDict
@@ -76,7 +76,7 @@ def test_a_finished_run_takes_no_further_step(config, uninterrupted, copy):
   assert lines(copy)[-1] == lines(uninterrupted[0])[-1]
 
 
-def test_the_log_has_every_number_and_ends_with_the_digest(uninterrupted, built):
+def test_the_log_has_all_numbers_and_ends_with_the_digest(uninterrupted, built):
   directory, result = uninterrupted
   log = lines(directory)
   training = [line for line in log if "lr" in line]
@@ -98,7 +98,7 @@ def test_evaluation_reads_the_newest_checkpoint(config, uninterrupted, copy):
   assert last | {"mode": "train"} == trained
 
 
-def test_evaluation_of_the_averages_is_of_other_parameters(config, uninterrupted, copy):
+def test_eval_params_ema_evaluates_the_averaged_parameters(config, uninterrupted, copy):
   config.eval_params = "ema"
   result = loop.evaluate(config, copy)
   assert result.metrics["params_digest"] == trees.digest(result.state.ema_params)
@@ -106,8 +106,8 @@ def test_evaluation_of_the_averages_is_of_other_parameters(config, uninterrupted
   assert result.metrics["test_loss"] != lines(uninterrupted[0])[-1]["test_loss"]
 
 
-def test_every_image_of_a_split_counts_once(built, uninterrupted):
-  """The batch size of evaluation, and so its padding, changes nothing."""
+def test_every_image_of_a_split_is_evaluated_once(built, uninterrupted):
+  """The batch size of evaluation, and so its padding, does not affect the result."""
   variables = uninterrupted[1].variables
   sums = loop.evaluate_split(built, variables, "test")
   correct = sums["test_accuracy"] * 360
@@ -115,7 +115,7 @@ def test_every_image_of_a_split_counts_once(built, uninterrupted):
 
 
 def poison(run, config, step, spoil):
-  """The run with a step that spoils its state, before (True) or after the loss is computed."""
+  """Returns the run with a step that makes its state NaN "before" or "after" it takes the loss."""
   def ruined(state):
     return state.replace(params=jax.tree.map(lambda leaf: leaf * np.nan, state.params))
 
@@ -131,7 +131,7 @@ def poison(run, config, step, spoil):
     (27, "before", "loss is nan at step 27; stopped"),
     (40, "after", "the state after step 40 is not finite; it was not saved"),
 ])
-def test_a_nan_stops_the_run_at_its_step_and_leaves_the_last_good_checkpoint(
+def test_a_nan_stops_the_run_and_leaves_the_last_good_checkpoint(
     built, copy, monkeypatch, step, spoil, words):
   shutil.rmtree(copy / "checkpoints" / "40")
   before = contents(copy / "checkpoints")
@@ -142,8 +142,8 @@ def test_a_nan_stops_the_run_at_its_step_and_leaves_the_last_good_checkpoint(
   assert [path.name for path in copy.glob("nan_step_*")] == ["nan_step_27.npz"] * (step == 27)
 
 
-def test_a_damaged_checkpoint_is_passed_over_only_when_told_to(config, uninterrupted, copy, capsys):
-  """And what is trained again from the one before it has the same bits."""
+def test_a_damaged_checkpoint_is_skipped_only_on_request(config, uninterrupted, copy, capsys):
+  """Training again from the checkpoint before it gives the same bits."""
   data = [path for path in (copy / "checkpoints/40/state").rglob("d/*") if path.is_file()]
   for path in data:
     path.write_bytes(path.read_bytes()[:20])
@@ -151,7 +151,7 @@ def test_a_damaged_checkpoint_is_passed_over_only_when_told_to(config, uninterru
     loop.train(config, copy)
   evaluated = loop.evaluate(config, copy, restore_from="last_good")
   assert int(evaluated.state.step) == 20
-  assert (copy / "checkpoints" / "40").is_dir()      # who only evaluates moves nothing
+  assert (copy / "checkpoints" / "40").is_dir()      # evaluation moves nothing
   again = loop.train(config, copy, restore_from="last_good")
   assert "WARNING" in capsys.readouterr().err
   assert bits(again.state) == bits(uninterrupted[1].state)
@@ -159,14 +159,14 @@ def test_a_damaged_checkpoint_is_passed_over_only_when_told_to(config, uninterru
   assert any("falling back" in line.get("fallback", "") for line in lines(copy))
 
 
-def test_without_a_good_checkpoint_nothing_starts_over(config, copy):
+def test_without_an_intact_checkpoint_a_run_does_not_start_over(config, copy):
   for path in (copy / "checkpoints").glob("*/meta/metadata"):
     path.write_text("{}")
   with pytest.raises(ValueError, match=r"none of the checkpoints \[20, 40\] of .* is intact"):
     loop.train(config, copy, restore_from="last_good")
 
 
-def test_a_workdir_of_another_config_is_refused_and_not_touched(config, copy):
+def test_a_workdir_of_another_config_is_refused_and_left_alone(config, copy):
   before = contents(copy)
   config.optim.weight_decay, config.data.mixup = 0.1, 0.0
   with pytest.raises(ValueError, match=r"data.mixup was 0.8 and is now 0.0; "
@@ -175,7 +175,7 @@ def test_a_workdir_of_another_config_is_refused_and_not_touched(config, copy):
   assert contents(copy) == before
 
 
-def test_where_a_run_happens_may_change(config, copy):
+def test_settings_that_do_not_affect_the_result_may_change(config, copy):
   config.log_every, config.data.workers, config.keep_last = 5, 0, 3
   assert int(loop.train(config, copy).state.step) == 40
 
@@ -189,7 +189,7 @@ def test_a_checkpoint_of_another_model_is_refused(config, copy, monkeypatch):
   assert contents(copy / "checkpoints") == before
 
 
-def test_evaluating_nothing_is_refused_and_makes_nothing(config, tmp_path):
+def test_evaluating_an_empty_workdir_is_refused_and_creates_nothing(config, tmp_path):
   with pytest.raises(ValueError, match="holds no checkpoints; train first"):
     loop.evaluate(config, tmp_path / "none")
   assert not (tmp_path / "none").exists()

@@ -1,12 +1,12 @@
-"""--mode=memory tells what a device would hold, without allocating it."""
+"""--mode=memory says what a device would hold, without allocating it."""
 import jax
 
 from vitcompact.run import memory
 from vitcompact.train import build
 
 
-def test_what_a_device_holds_is_what_is_there_once_the_state_exists(config):
-  """Exact for the state: the bytes of the shards of device 0 of a state that really is there."""
+def test_the_predicted_state_of_a_device_matches_a_real_state(config):
+  """Exactly: it is the bytes of the shards on device 0 of a real state."""
   config.plan, config.model.depth = "", 1
   built = build.build(build.resolve(config))
   state = built.init(jax.random.key(0))
@@ -21,15 +21,15 @@ def test_what_a_device_holds_is_what_is_there_once_the_state_exists(config):
   assert sum(size for what, size in sizes.items() if what not in (
       "batch", "working memory", "total")) == on_first(state)
   assert sizes["batch"] == 16 // 8 * (8 * 8 * 3 + 4)
-  assert sizes["working memory"] > sizes["parameters"]    # gradients at the least
+  assert sizes["working memory"] > sizes["parameters"]    # gradients at least
   assert sizes["total"] == sum(sizes.values()) - sizes["total"]
 
 
-def test_eight_devices_compute_an_eighth_each(config, monkeypatch):
-  """Of attention too: where a CPU takes image after image, a loop over images that lie on eight
-  devices would be run whole by each of them, in eight times the memory."""
+def test_each_of_eight_devices_computes_an_eighth(config, monkeypatch):
+  """Of attention too: a CPU's loop over images that are spread over eight devices would run in full
+  on each of them, in eight times the memory."""
   config.plan, config.mesh.fsdp, config.ema_half_life = "", 1, 0.0
-  config.model.update(depth=1, image_size=48)    # 145 tokens: one device does take turns
+  config.model.update(depth=1, image_size=48)    # 145 tokens: one device goes image by image
   config.batch_size = 64
   eight = memory.measure(build.build(build.resolve(config)))
   config.batch_size = 8
@@ -40,7 +40,7 @@ def test_eight_devices_compute_an_eighth_each(config, monkeypatch):
   assert eight["working memory"] < 3 * one["working memory"]
 
 
-def test_activations_grow_with_a_devices_images_and_shrink_by_remat(config):
+def test_activations_grow_with_images_per_device_and_shrink_by_remat(config):
   def kept(**changes):
     copy = config.copy_and_resolve_references()
     copy.update(changes)
@@ -53,7 +53,7 @@ def test_activations_grow_with_a_devices_images_and_shrink_by_remat(config):
   assert kept(batch_size=32) < 0.5 * two
 
 
-def test_the_table_needs_no_data(config, monkeypatch):
+def test_the_memory_table_needs_no_data(config, monkeypatch):
   monkeypatch.setattr(memory, "measure", lambda run: {"parameters": 3 * 2**20})
   config.data.name, config.data.augment = "folder:/not/here", "randaugment"
   text = memory.table(config)

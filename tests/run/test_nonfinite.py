@@ -1,4 +1,4 @@
-"""A NaN changes nothing: the run stops and keeps the batch, or skips the step and counts it."""
+"""A NaN changes no state: the run stops and saves the batch, or skips the step and counts it."""
 import dataclasses
 import pathlib
 import types
@@ -12,7 +12,7 @@ from vitcompact.run import loop, nonfinite
 
 
 def skipping(run, config, bad):
-  """The run, whose steps of these numbers are not finite, guarded as `build` guards them."""
+  """Returns the run with non-finite steps at the numbers in `bad`, guarded as by `build`."""
   def step(state, batch):
     number = int(state.step) + 1
     if number in bad:
@@ -25,10 +25,10 @@ def skipping(run, config, bad):
 
 
 @pytest.mark.usefixtures("shared")
-def test_skips_are_counted_over_restarts_and_bounded(config, built, tmp_path, monkeypatch):
+def test_skips_are_counted_across_restarts_and_limited(config, built, tmp_path, monkeypatch):
   config.optim.skip_nonfinite = 2
   monkeypatch.setattr(loop, "build", lambda config: skipping(built, config, {13, 14, 33}))
-  monkeypatch.setattr(loop, "check_first_step", lambda run: None)   # these steps are no programs
+  monkeypatch.setattr(loop, "check_first_step", lambda run: None)   # these steps are not jitted
   loop.train(config, tmp_path, until=20)
   numbers = [line for line in lines(tmp_path) if "lr" in line]
   assert [line["skipped"] for line in numbers] == [0, 2]
@@ -36,12 +36,12 @@ def test_skips_are_counted_over_restarts_and_bounded(config, built, tmp_path, mo
   with pytest.raises(FloatingPointError, match="not finite at step 33, and 2 were skipped"):
     loop.train(config, tmp_path)
   assert (tmp_path / "nan_step_33.npz").is_file()
-  config.optim.skip_nonfinite = 3      # the way out that the user has
+  config.optim.skip_nonfinite = 3      # the user's remedy
   assert int(loop.train(config, tmp_path).state.step) == 40
   assert [line["skipped"] for line in lines(tmp_path) if "lr" in line][-1] == 3
 
 
-def test_a_nan_is_told_even_where_its_batch_cannot_be_written(built, config):
+def test_a_nan_is_reported_even_if_its_batch_cannot_be_saved(built, config):
   data = pipeline.train_batches(config.data, image_size=8, batch_size=16, seed=0)
   run_state = types.SimpleNamespace(run=built, skipped=0, data=data,
                                     directory=pathlib.Path("/dev/null"))
@@ -51,7 +51,7 @@ def test_a_nan_is_told_even_where_its_batch_cannot_be_written(built, config):
   data.close()
 
 
-def test_the_batch_that_is_kept_is_the_one_of_that_step(config, tmp_path):
+def test_the_saved_batch_is_that_of_the_step_with_the_nan(config, tmp_path):
   data = pipeline.train_batches(config.data, image_size=8, batch_size=16, seed=0)
   batches = [next(data) for _ in range(9)]
   with np.load(nonfinite.keep_batch(tmp_path, 4, data)) as kept:

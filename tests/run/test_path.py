@@ -1,4 +1,4 @@
-"""The path from a dense model to a smaller one: its stages, their files, and going on."""
+"""The path from a dense model to a smaller one: its stages, their files, and resuming."""
 import json
 import types
 
@@ -14,66 +14,66 @@ from vitcompact.train import config as configs
 
 
 @pytest.fixture(scope="module")
-def walked(tmp_path_factory):
-  """(config, workdir, receipt, what was said) of a path of seconds."""
-  workdir, said = tmp_path_factory.mktemp("path") / "run", []
+def finished_path(tmp_path_factory):
+  """(config, workdir, receipt, printed lines) of a path that takes seconds."""
+  workdir, printed = tmp_path_factory.mktemp("path") / "run", []
   config = compact_digits.get_config("runlocal")
   config.model.depth, config.compact.macs = 1, 0.8
   with pytest.MonkeyPatch.context() as patch:
     tiny.few_options(patch)
-    receipt = path.run(config, workdir, said.append)
-  return config, workdir, receipt, said
+    receipt = path.run(config, workdir, printed.append)
+  return config, workdir, receipt, printed
 
 
-def test_each_stage_leaves_its_file(walked):
-  _, workdir, receipt, said = walked
+def test_each_stage_writes_its_file(finished_path):
+  _, workdir, receipt, printed = finished_path
   there = {file.name for file in workdir.iterdir()}
   assert {"dense", "report.json", "report.html", "plan.json", "plan.txt", "compact.safetensors",
           "distilled.safetensors", "deploy.safetensors", "receipt.json", "receipt.md",
           "receipt.html"} <= there
   assert [row.name for row in receipt.rows] == ["dense", "compacted", "distilled", "deployed"]
-  assert said[0].startswith("dense model: 20 steps") and said[-1].startswith("plan: MACs")
+  assert printed[0].startswith("dense model: 20 steps") and printed[-1].startswith("plan: MACs")
 
 
-def test_the_receipt_tells_budget_reasons_proofs_and_intervals(walked):
-  _, workdir, receipt, _ = walked
-  told = json.loads((workdir / "receipt.json").read_text())
-  dense, *_, deployed = told["models"]
-  assert deployed["macs"] <= 0.8 * dense["macs"] and told["budget"] == {"macs": 0.8}
-  assert told["plan_reasons"][0].startswith("MACs") and told["kept"] in ("start", "end")
-  assert told["fold"]["ok"] and told["fold"]["random images"]["ok"] and receipt.ok
-  for row in told["models"]:
+def test_the_receipt_states_budget_reasons_proofs_and_intervals(finished_path):
+  _, workdir, receipt, _ = finished_path
+  written = json.loads((workdir / "receipt.json").read_text())
+  dense, *_, deployed = written["models"]
+  assert deployed["macs"] <= 0.8 * dense["macs"] and written["budget"] == {"macs": 0.8}
+  assert written["plan_reasons"][0].startswith("MACs") and written["kept"] in ("start", "end")
+  assert written["fold"]["ok"] and written["fold"]["random images"]["ok"] and receipt.ok
+  for row in written["models"]:
     low, high = row["accuracy_interval"]
     assert low < row["test_accuracy"] < high and row["test_images"] == 360
-  assert told["dense_sha256"] == path.sha256(told["compacted_from"])
+  assert written["dense_sha256"] == path.sha256(written["compacted_from"])
   page = (workdir / "receipt.html").read_text()
   assert "<table>" in page and "95 % intervals" in page
 
 
-def test_the_deployed_file_is_what_the_receipt_says(walked):
-  _, workdir, receipt, _ = walked
+def test_the_deployed_file_matches_the_receipt(finished_path):
+  _, workdir, receipt, _ = finished_path
   model, _ = vc.load(workdir / "deploy.safetensors")
   assert model.deploy and model.plan == vc.Plan.parse(str(workdir / "plan.json"))
   assert vc.count(model).macs == receipt.rows[-1].count.macs
 
 
-def test_every_file_on_the_way_names_its_classes(walked):
-  _, workdir, receipt, _ = walked
+def test_every_file_of_the_path_names_its_classes(finished_path):
+  _, workdir, receipt, _ = finished_path
   assert receipt.classes == tuple("0123456789")
   for name in ("dense/trained", "dense/deploy", "compact", "distilled", "deploy"):
     assert vc.classes_of(workdir / f"{name}.safetensors") == list(receipt.classes), name
 
 
-def test_the_same_command_goes_on_and_measures_nothing_again(walked, monkeypatch):
-  config, workdir, receipt, _ = walked
+def test_the_same_command_resumes_without_measuring_again(finished_path, monkeypatch):
+  config, workdir, receipt, _ = finished_path
   for verb in ("measure", "compact"):
     monkeypatch.setattr(vc, verb, lambda *_, **__: pytest.fail("done already"))
   again = path.run(config, workdir, lambda line: None)
   assert again.facts["deploy_digest"] == receipt.facts["deploy_digest"]
 
 
-def test_an_edited_plan_asks_for_the_old_model_to_go(walked, tmp_path):
-  config, workdir, _, _ = walked
+def test_an_edited_plan_requires_the_old_model_to_be_removed(finished_path, tmp_path):
+  config, workdir, _, _ = finished_path
   for name in ("report.json", "report.html", "compact.safetensors"):
     (tmp_path / name).write_bytes((workdir / name).read_bytes())
   (tmp_path / "plan.json").write_text(vc.Plan(ffn=vc.CFFN(rank_ratio=0.3)).to_json())
@@ -84,8 +84,8 @@ def test_an_edited_plan_asks_for_the_old_model_to_go(walked, tmp_path):
   assert "by hand" in (tmp_path / "plan.txt").read_text()
 
 
-def test_a_report_of_another_model_is_refused(walked, tmp_path):
-  config, workdir, _, _ = walked
+def test_a_report_of_another_model_is_refused(finished_path, tmp_path):
+  config, workdir, _, _ = finished_path
   tree = json.loads((workdir / "report.json").read_text())
   (tmp_path / "report.json").write_text(json.dumps({**tree, "digest": "0" * 64}))
   (tmp_path / "report.html").write_text("")
@@ -97,54 +97,55 @@ def test_a_report_of_another_model_is_refused(walked, tmp_path):
 
 @pytest.mark.parametrize("change", [{"compact.macs": 0.6}, {"compact.images": 128},
                                     {"plan": vc.Plan(ffn=vc.CFFN()).to_json()}])
-def test_another_request_in_the_same_workdir_is_refused(walked, change):
-  config = configs.complete(walked[0])
+def test_different_settings_in_the_same_workdir_are_refused(finished_path, change):
+  config = configs.complete(finished_path[0])
   config.update_from_flattened_dict(change)
   with pytest.raises(ValueError, match="began with other settings: "):
-    path.prepare(config, walked[1], lambda line: None)
+    path.prepare(config, finished_path[1], lambda line: None)
 
 
-def test_another_model_other_classes_and_an_illegal_plan_are_refused_before_anything(
-    walked, tmp_path):
-  dense = walked[1] / "dense" / "trained.safetensors"
+def test_wrong_models_classes_and_plans_are_refused_before_any_work(
+    finished_path, tmp_path):
+  dense = finished_path[1] / "dense" / "trained.safetensors"
   model, variables = vc.load(dense)
   vc.save(tmp_path / "renamed.safetensors", model, variables, classes=[f"c{i}" for i in range(10)])
   for change, words in (({"model.depth": 2}, "not what config.model and config.data ask for"),
                         ({"init_from": str(tmp_path / "renamed.safetensors")}, "classes"),
-                        ({"init_from": str(walked[1] / "deploy.safetensors")}, "dense, unfolded"),
+                        ({"init_from": str(finished_path[1] / "deploy.safetensors")},
+                         "dense, unfolded"),
                         ({"plan": vc.Plan(heads=vc.HMHSA(real_heads=9)).to_json()}, "has only")):
-    config = configs.complete(walked[0])
+    config = configs.complete(finished_path[0])
     config.update_from_flattened_dict({"init_from": str(dense), **change})
     with pytest.raises(ValueError, match=words):
       path.prepare(config, tmp_path / "run", lambda line: None)
     assert not list((tmp_path / "run").iterdir())
 
 
-def test_without_distilling_nothing_is_trained(walked, tmp_path, monkeypatch):
+def test_without_distillation_nothing_is_trained(finished_path, tmp_path, monkeypatch):
   for name in ("report.json", "report.html", "plan.json", "compact.safetensors"):
-    (tmp_path / name).write_bytes((walked[1] / name).read_bytes())
-  config = configs.complete(walked[0])
-  config.init_from = str(walked[1] / "dense" / "trained.safetensors")
+    (tmp_path / name).write_bytes((finished_path[1] / name).read_bytes())
+  config = configs.complete(finished_path[0])
+  config.init_from = str(finished_path[1] / "dense" / "trained.safetensors")
   config.compact.distil = False
   monkeypatch.setattr(path.loop, "train", lambda *_, **__: pytest.fail("trained"))
   receipt = path.run(config, tmp_path, lambda line: None)
   assert [row.name for row in receipt.rows] == ["dense", "compacted", "deployed"]
 
 
-def test_the_path_starts_from_weights_of_others(walked, tmp_path):
-  """As if they had been converted first: nothing is measured again."""
+def test_the_path_starts_from_foreign_weights(finished_path, tmp_path):
+  """It continues as if they had been converted first: nothing is measured again."""
   for name in ("report.json", "report.html", "plan.json", "compact.safetensors"):
-    (tmp_path / name).write_bytes((walked[1] / name).read_bytes())
-  model, variables = vc.load(walked[1] / "dense" / "trained.safetensors")
+    (tmp_path / name).write_bytes((finished_path[1] / name).read_bytes())
+  model, variables = vc.load(finished_path[1] / "dense" / "trained.safetensors")
   np.savez(tmp_path / "theirs.npz", **{f"module.{name}": value for name, value in
                                        vc.to_torch(model, variables).items()})
-  config, said = configs.complete(walked[0]), []
+  config, printed = configs.complete(finished_path[0]), []
   config.init_from = str(tmp_path / "theirs.npz")
-  begun = path.prepare(config, tmp_path, said.append)
+  begun = path.prepare(config, tmp_path, printed.append)
   assert begun.dense == tmp_path / "dense.safetensors" == path.pathlib.Path(
       begun.config.teacher.file)
   assert trees.digest(vc.load(begun.dense)[1]) == trees.digest(variables)
-  assert said[0] == f"dense model: {tmp_path / 'theirs.npz'} as dense.safetensors"
+  assert printed[0] == f"dense model: {tmp_path / 'theirs.npz'} as dense.safetensors"
   assert begun.facts["source"] == str(tmp_path / "theirs.npz")
   assert begun.facts["source_sha256"] == path.sha256(tmp_path / "theirs.npz")
 
@@ -153,7 +154,7 @@ def test_the_path_starts_from_weights_of_others(walked, tmp_path):
     ({"compact.params": 0.5}, "give one of macs, params"),
     ({"compact.dense_steps": 0}, "config.init_from is empty"),
     ({"compact.macs": 1.5}, "at most 1")])
-def test_what_is_no_path_is_refused(tmp_path, change, words):
+def test_an_invalid_path_is_refused(tmp_path, change, words):
   config = compact_digits.get_config("runlocal")
   for key, value in change.items():
     config.update_from_flattened_dict({key: value})
@@ -161,16 +162,16 @@ def test_what_is_no_path_is_refused(tmp_path, change, words):
     path.prepare(config, tmp_path / "run", lambda line: None)
 
 
-def test_a_config_without_a_budget_is_no_path():
+def test_a_config_without_a_budget_is_not_a_path():
   config = compact_digits.get_config()
   assert path.budget_of(config) == {"macs": 0.5}
   config.compact.macs = 0.0
   assert path.budget_of(config) == {} and path.budget_of(configs.ConfigDict()) == {}
 
 
-def test_calibration_images_are_spread_over_the_classes(walked):
-  config = configs.complete(walked[0])
-  model, _ = vc.load(walked[1] / "dense" / "trained.safetensors")
+def test_calibration_images_cover_all_classes(finished_path):
+  config = configs.complete(finished_path[0])
+  model, _ = vc.load(finished_path[1] / "dense" / "trained.safetensors")
   images = path.calibration_images(config, path.preprocess_of(config, model))
   assert images.shape == (64, 16, 16, 3) and images.dtype == np.float32
 
@@ -180,12 +181,12 @@ def test_calibration_images_are_spread_over_the_classes(walked):
     ({"start": (0.8, 0.1), "end": (0.9, 0.3)}, "end"),
     ({"start": (0.9, 0.2), "end": (0.9, 0.1)}, "end"),
     ({"start": (0.9, 0.1), "end": (0.9, 0.1)}, "start")])
-def test_a_run_ends_with_the_better_of_its_start_and_its_end(monkeypatch, scores, kept):
+def test_a_run_returns_the_better_of_its_initial_and_final_weights(monkeypatch, scores, kept):
   monkeypatch.setattr(loop, "fresh_state", lambda run: types.SimpleNamespace(teacher={}))
   monkeypatch.setattr(loop.steps, "eval_variables", lambda state, which: "start")
   monkeypatch.setattr(loop, "evaluate_split", lambda run, variables, split, stopping, teacher: dict(
       zip(("val_accuracy", "val_loss"), scores[variables], strict=True)))
   run = types.SimpleNamespace(config=types.SimpleNamespace(eval_params="raw"))
-  variables, told = loop.better_of_start_and_end(run, "end", None)
-  assert variables == told["kept"] == kept
-  assert told["start_val_accuracy"] == scores["start"][0]
+  variables, reported = loop.better_of_start_and_end(run, "end", None)
+  assert variables == reported["kept"] == kept
+  assert reported["start_val_accuracy"] == scores["start"][0]

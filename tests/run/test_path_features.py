@@ -21,7 +21,7 @@ SOURCE = {"source": f"hf-hub:timm/{NAME}.lvd142m@0123", "source_sha256": "4567"}
 
 @pytest.fixture
 def features(tmp_path):
-  """A config of two steps for the file of a DINOv2 of one block."""
+  """A config of two steps for a file with a DINOv2 of one block."""
   config = compact_digits.get_config("runlocal")
   config.model.update(name=NAME, **SIZES)
   config.compact.update(macs=0.8, sensitivity="quick", images=32)
@@ -34,7 +34,7 @@ def features(tmp_path):
   return config
 
 
-def test_a_model_without_a_classifier_goes_the_whole_path(features, tmp_path, monkeypatch):
+def test_a_model_without_a_classifier_completes_the_whole_path(features, tmp_path, monkeypatch):
   tiny.few_options(monkeypatch)
   receipt = path.run(features, tmp_path / "run", lambda line: None)
   told = json.loads((tmp_path / "run" / "receipt.json").read_text())
@@ -55,9 +55,9 @@ def test_a_model_without_a_classifier_goes_the_whole_path(features, tmp_path, mo
   pre = build.preprocess_of(configs.complete(features), deploy)
   count = pipeline.num_examples("digits", "test")
   images = pre.normalise(pipeline.sample(features.data, "test", count, pre))
-  got, wanted = tiny.apply(deploy, variables, images), vc.load(features.init_from)[0].apply(
+  got, expected = tiny.apply(deploy, variables, images), vc.load(features.init_from)[0].apply(
       vc.load(features.init_from)[1], images)
-  share = np.mean(np.sum((got - wanted) ** 2, -1) / np.sum(wanted ** 2, -1))
+  share = np.mean(np.sum((got - expected) ** 2, -1) / np.sum(expected ** 2, -1))
   assert share == pytest.approx(errors["deployed"], rel=1e-3)
 
 
@@ -65,7 +65,7 @@ def test_a_model_without_a_classifier_goes_the_whole_path(features, tmp_path, mo
     ({"loss.logits": 1.0}, r"config.loss.logits=1.0 needs a classifier.*config.loss.patches"),
     ({"model.num_classes": 7}, r"num_classes=7, and digits has 10 classes; leave it out"),
     ({"init_from": "", "compact.dense_steps": 2}, r"config.loss.labels=1.0 needs a classifier")])
-def test_what_needs_a_classifier_is_refused(features, tmp_path, change, message):
+def test_settings_that_need_a_classifier_are_refused(features, tmp_path, change, message):
   features.update_from_flattened_dict(change)
   with pytest.raises(ValueError, match=message):
     config = configs.complete(features)

@@ -1,4 +1,4 @@
-"""Two real processes on loopback are one run: the same numbers, and neither outlives the other."""
+"""Two real processes on loopback form one run: same numbers, and neither outlives the other."""
 import os
 import pathlib
 import signal
@@ -13,7 +13,7 @@ from tests.tiny_run import lines
 from vitcompact.run import loop, processes
 
 ROOT = pathlib.Path(loop.__file__).parents[2]
-# What main.py does, without the report at the end, which other tests hold.
+# Does what main.py does, without the final report, which other tests cover.
 PROGRAM = """
 import sys
 import main
@@ -32,7 +32,7 @@ SAYS = {processes.LOST: "error: process 0 of 2 cannot continue",
 
 
 def group(config_path, workdir, cache, *, count: int, extra=((), ())):
-  """main.py in `count` processes with 8 devices between them."""
+  """Starts main.py in `count` processes that share 8 devices."""
   with socket.socket() as server:
     server.bind(("localhost", 0))
     port = server.getsockname()[1]
@@ -63,7 +63,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def path(config, tmp_path):
-  """A file with the tiny config, which saves and logs often."""
+  """A file with a tiny config that saves and logs often."""
   config.log_every = config.checkpoint_every = 10
   path = tmp_path / "tiny.py"
   path.write_text(f"from ml_collections import ConfigDict\n"
@@ -71,17 +71,17 @@ def path(config, tmp_path):
   return path
 
 
-def test_two_processes_of_which_one_was_killed_end_with_the_numbers_of_one(
+def test_two_processes_end_with_the_numbers_of_one_despite_a_kill(
     path, tmp_path, cache, uninterrupted):
-  """One is killed, and the other ends soon, saying so; both start again, go on from what they had
-  saved, and end with the losses and scores of one process with as many devices."""
+  """One is killed, and the other soon ends with an error; both are restarted, resume from their
+  checkpoint, and end with the losses and scores of one process with as many devices."""
   workdir = tmp_path / "run"
   first, second = group(path, workdir, cache, count=2)
   wait_for(first, "step 10/40 val_accuracy")
   second.kill()
   second.communicate()
   _, error = first.communicate(timeout=120)
-  # In a collective it is told at once; elsewhere JAX ends it for want of a heartbeat.
+  # In a collective it notices at once; elsewhere JAX aborts it when heartbeats stop.
   assert (first.returncode, SAYS[first.returncode] in error) in (
       (processes.LOST, True), (-signal.SIGABRT, True)), error
   both = group(path, workdir, cache, count=2)
@@ -96,7 +96,7 @@ def test_two_processes_of_which_one_was_killed_end_with_the_numbers_of_one(
   np.testing.assert_allclose(losses[1][40], losses[0][40], rtol=1e-6)
 
 
-def test_processes_that_disagree_say_in_what_and_write_nothing(path, tmp_path, cache):
+def test_processes_that_disagree_name_the_difference_and_write_nothing(path, tmp_path, cache):
   both = group(path, tmp_path / "run", cache, count=2, extra=((), ("--config.optim.b1=0.8",)))
   for process in both:
     error = process.communicate(timeout=300)[1]
@@ -105,8 +105,8 @@ def test_processes_that_disagree_say_in_what_and_write_nothing(path, tmp_path, c
   assert not (tmp_path / "run").exists()
 
 
-def test_what_processes_gather_decides(monkeypatch):
-  """The comparison itself, without processes."""
+def test_differences_between_gathered_facts_are_named(monkeypatch):
+  """Tests the comparison itself, without processes."""
   processes.check_agreement({"a": 1})
   monkeypatch.setattr(processes, "gathered",
                       lambda facts: [facts, facts, {**facts, "a": 2, "b": 3}])

@@ -1,4 +1,4 @@
-"""A finished run's receipt says what its deployed file does."""
+"""A finished run's receipt describes its deployed file."""
 import errno
 import hashlib
 import json
@@ -14,8 +14,8 @@ from vitcompact.run import loop, report
 
 
 @pytest.mark.usefixtures("shared")
-def test_the_receipt_and_the_file_are_of_the_folded_model(built, tmp_path):
-  """In bfloat16, whose rounding is no difference of the two functions."""
+def test_the_receipt_and_the_file_describe_the_folded_model(built, tmp_path):
+  """In bfloat16, whose rounding must not count as a difference of the two functions."""
   model = built.model.clone(dtype="bfloat16")
   variables = tiny.init(model)
   metrics = {"test_accuracy": 0.5, "val_accuracy": 0.25,
@@ -31,7 +31,7 @@ def test_the_receipt_and_the_file_are_of_the_folded_model(built, tmp_path):
   assert receipt["classes"] == list("0123456789")
   assert trees.digest(loaded["params"]) == receipt["deploy_digest"] == trees.digest(
       folded["params"])
-  [program] = receipt["exports"]   # deploy.safetensors is there without being asked for
+  [program] = receipt["exports"]   # deploy.safetensors is always written
   assert program["sha256"] == hashlib.sha256(
       (tmp_path / "deploy.stablehlo").read_bytes()).hexdigest()
   assert program["largest_difference"] < 1e-5
@@ -47,7 +47,7 @@ def test_the_receipt_and_the_file_are_of_the_folded_model(built, tmp_path):
   assert f"| deploy.stablehlo | {program['runtime']} | " in text and "images | not run |" in text
 
 
-def test_exported_files_are_listed_with_digest_proof_and_time(tmp_path):
+def test_exported_files_are_listed_with_digest_proof_and_latency(tmp_path):
   pytest.importorskip("jax2onnx")
   model = tiny.deit()
   model, variables = vc.fold(model, tiny.init(model))
@@ -61,7 +61,7 @@ def test_exported_files_are_listed_with_digest_proof_and_time(tmp_path):
   assert 0 < low <= middle <= high and "speed_xla_is_1" not in weights
 
 
-def test_a_report_that_finds_no_room_says_that_the_run_is_done(tmp_path, monkeypatch):
+def test_the_error_for_a_full_disk_says_that_the_run_is_done(tmp_path, monkeypatch):
   def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -75,8 +75,7 @@ def test_a_report_that_finds_no_room_says_that_the_run_is_done(tmp_path, monkeyp
     (vc.Sparsifiner(keep=0.25, rank=4), 5 / 17),
     (vc.Sparsifiner(keep=0.5, granularity="block", window=2, min_tokens=0), 2 / 4),
     (vc.BiFormer(top_k=1, regions=2, min_tokens=0), 1 / 4)])
-def test_the_receipt_tells_what_methods_do(method, share):
-  """Of Sparsifiner and BiFormer the share of pairs that are scored."""
+def test_the_receipt_states_the_share_of_scored_pairs(method, share):
   model = tiny.deit(vc.Plan(attention=method))
   [found] = report.method_facts(model, tiny.init(model), tiny.images(model)).values()
   assert found == pytest.approx(share, abs=0.06)   # the class token's row is dense

@@ -1,4 +1,4 @@
-"""A run that is asked to leave saves, leaves with 75, and goes on as if it had never stopped."""
+"""A run that is asked to stop saves, exits with code 75, and resumes as if it had never stopped."""
 import dataclasses
 import json
 import signal
@@ -13,7 +13,7 @@ from vitcompact.run import loop, preemption
 
 
 class StopAt(preemption.Stop):
-  """Says yes at the `count`-th question: one before each step and each batch of evaluation."""
+  """Requests a stop at the `count`-th check: there is one before each step and evaluation batch."""
 
   def __init__(self, count: int):
     super().__init__()
@@ -25,11 +25,11 @@ class StopAt(preemption.Stop):
 
 
 @pytest.mark.parametrize("count, step, scored", [
-    (24, 22, ["20"]),    # 20 steps, a batch of evaluation, two more steps
-    (21, 20, []),        # in the evaluation of step 20
+    (24, 22, ["20"]),    # 20 steps, an evaluation batch, two more steps
+    (21, 20, []),        # during the evaluation at step 20
     (1, 0, []),          # before the first step
 ])
-def test_a_stopped_run_loses_no_step_and_goes_on_to_the_same_bits(
+def test_a_stopped_run_loses_no_step_and_resumes_to_the_same_bits(
     config, uninterrupted, tmp_path, shared, count, step, scored):
   with pytest.raises(preemption.Stopped, match=f"at step {step}; saved"):
     loop.train(config, tmp_path, stopping=StopAt(count))
@@ -40,15 +40,15 @@ def test_a_stopped_run_loses_no_step_and_goes_on_to_the_same_bits(
   resumed = loop.train(config, tmp_path)
   assert bits(resumed.state) == bits(uninterrupted[1].state)
   assert resumed.metrics == uninterrupted[1].metrics
-  # The evaluation that was broken off is made up for.
+  # The interrupted evaluation is repeated.
   scores = [json.loads((place / "checkpoints" / "scores.json").read_text())
             for place in (tmp_path, uninterrupted[0])]
   assert scores[0] == scores[1]
 
 
-def test_workers_that_the_signal_ended_first_do_not_lose_the_run(config, tmp_path, shared,
-                                                                 monkeypatch):
-  """SIGTERM to a whole process group ends the data's workers too."""
+def test_a_run_survives_workers_that_the_signal_ended_first(config, tmp_path, shared,
+                                                            monkeypatch):
+  """A SIGTERM to the whole process group ends the data workers too."""
   stopping = preemption.Stop()
   real = loop.pipeline.train_batches
 
@@ -72,7 +72,7 @@ def test_workers_that_the_signal_ended_first_do_not_lose_the_run(config, tmp_pat
   assert (tmp_path / "checkpoints" / "7").is_dir()
 
 
-LONG = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2_000_000_000)"   # C code that lets threads run
+LONG = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2_000_000_000)"   # C code that releases the GIL
 PROGRAM = """
 import hashlib, threading, time
 from vitcompact.run import preemption
@@ -87,8 +87,8 @@ with preemption.on_signal() as stopping:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("saved", [True, False])
-def test_a_signal_is_heard_while_the_main_thread_is_in_the_compiler(saved, number):
-  """It leaves at once where nothing would be lost, else as soon as the disk has everything."""
+def test_a_signal_is_handled_while_the_main_thread_compiles(saved, number):
+  """The process exits at once if nothing would be lost, else as soon as everything is saved."""
   process = subprocess.Popen([sys.executable, "-c", PROGRAM.format(saved=saved, work=LONG)],
                              cwd=loop.pathlib.Path(main.__file__).parent, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -100,7 +100,7 @@ def test_a_signal_is_heard_while_the_main_thread_is_in_the_compiler(saved, numbe
   assert error == first + "stopped; nothing is lost. Run the same command again to resume\n"
 
 
-def test_a_second_ctrl_c_leaves_at_once_what_is_not_saved():
+def test_a_second_ctrl_c_exits_at_once_without_saving():
   program = PROGRAM.format(saved=False, work=LONG).replace("Timer(0.5", "Timer(600")
   process = subprocess.Popen([sys.executable, "-c", program], text=True, stdout=subprocess.PIPE,
                              cwd=loop.pathlib.Path(main.__file__).parent, stderr=subprocess.PIPE)
@@ -113,8 +113,8 @@ def test_a_second_ctrl_c_leaves_at_once_what_is_not_saved():
   assert error.startswith("exited immediately; steps since the last checkpoint are lost")
 
 
-def test_what_workers_shared_is_removed_without_a_word():
-  """The tracker of shared memory warned of 50 semaphores after the line that nothing is lost."""
+def test_shared_resources_of_workers_are_removed_silently():
+  """The resource tracker used to warn of 50 semaphores after the line that nothing is lost."""
   program = PROGRAM.format(saved=True, work=LONG).replace("  begin =", """  import multiprocessing
   from multiprocessing.shared_memory import SharedMemory
   held = multiprocessing.get_context("spawn").Semaphore(), SharedMemory(create=True, size=8)
@@ -125,21 +125,21 @@ def test_what_workers_shared_is_removed_without_a_word():
   assert process.stdout.readline() == "ready\n"
   name = process.stdout.readline().strip()
   process.send_signal(signal.SIGTERM)
-  _, error = process.communicate(timeout=60)   # the tracker holds the pipe until it is done
+  _, error = process.communicate(timeout=60)   # the tracker keeps the pipe open until it ends
   assert error == "stopped; nothing is lost. Run the same command again to resume\n"
   assert not loop.pathlib.Path("/dev/shm", name).exists()
 
 
-def test_a_signal_in_the_first_steps_compiler_would_lose_nothing(
+def test_during_the_first_steps_compilation_nothing_counts_as_unsaved(
     config, built, tmp_path, monkeypatch):
-  """And says so: the process may be ended there, not minutes later."""
+  """So the process can be ended there, and not minutes later."""
   stopping, seen = preemption.Stop(), []
 
   def step(state, batch):
     seen.append(stopping.saved)
     return built.step_at(0)(state, batch)
 
-  monkeypatch.setattr(loop, "check_first_step", lambda run: None)   # this step is no program
+  monkeypatch.setattr(loop, "check_first_step", lambda run: None)   # this step is not jitted
   monkeypatch.setattr(loop, "build", lambda config: dataclasses.replace(
       built, config=loop.resolve(config), step_at=lambda _: step))
   for until in (3, 22):   # saved at 3, 20 and 22
@@ -148,13 +148,13 @@ def test_a_signal_in_the_first_steps_compiler_would_lose_nothing(
   assert len(seen) == 22
 
 
-def test_what_stopped_says_where():
+def test_the_message_of_stopped_says_where():
   assert "at step 7; saved" in str(preemption.Stopped(7))
   assert "in an evaluation; saved" in str(preemption.Stopped())
 
 
-def test_who_stops_by_himself_is_not_ended_by_the_watcher():
-  """In a process of its own, which has no other threads."""
+def test_the_watcher_does_not_end_a_process_that_stops_by_itself():
+  """In a separate process, which has no other threads."""
   program = """
 import signal
 from vitcompact.run import preemption

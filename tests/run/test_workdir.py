@@ -1,4 +1,4 @@
-"""A workdir belongs to one run at a time, of one config, and says at once if it cannot be used."""
+"""A workdir belongs to one run at a time, of one config; an unusable one is refused at once."""
 import json
 import shutil
 
@@ -14,7 +14,7 @@ from vitcompact.run import checkpoint, config_file, loop, workdir
 from vitcompact.train import config as configs
 
 
-def test_a_workdir_is_made_with_its_parents_and_claimed_once(config, tmp_path):
+def test_a_workdir_is_created_with_its_parents_and_claimed_once(config, tmp_path):
   directory = tmp_path / "runs" / "one"
   workdir.claim(directory, config)
   text = (directory / "config.json").read_text()
@@ -35,7 +35,7 @@ def test_a_workdir_that_is_a_file_is_refused(config, tmp_path):
 @pytest.mark.parametrize("text", [
     "{", "[]", "null", "3", "[" * 10_000 + "]" * 10_000, '{"plan": "[[1"}', '{"plan": 3}',
     '{"a": ' * 3000 + "1" + "}" * 3000])
-def test_a_config_json_that_is_none_is_refused_in_one_line(config, tmp_path, text):
+def test_an_invalid_config_json_is_refused_in_one_line(config, tmp_path, text):
   (tmp_path / "config.json").write_text(text)
   with pytest.raises(ValueError, match=r"config.json is not the config of a run \(") as error:
     workdir.claim(tmp_path, config)
@@ -46,7 +46,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
 
 
 @pytest.mark.parametrize("text", ["{", "3", "[1, 2]", '{"a": 1}', DEEP])
-def test_a_classes_json_that_is_none_is_refused_in_one_line(config, tmp_path, text):
+def test_an_invalid_classes_json_is_refused_in_one_line(config, tmp_path, text):
   workdir.claim(tmp_path, config)
   (tmp_path / "classes.json").write_text(text)
   with pytest.raises(ValueError, match=r"classes.json holds no names of classes \(") as error:
@@ -87,21 +87,21 @@ def override(path):
 @pytest.mark.parametrize("read", [
     manifest, prepared, log, sealed, plan, override, lambda path: vc.Plan.parse(DEEP),
     lambda path: vc.Execution.from_json(DEEP), lambda path: configs.from_text(DEEP)])
-def test_json_that_is_nested_deep_is_refused_in_one_line_wherever_it_is_read(tmp_path, read):
+def test_deeply_nested_json_is_refused_in_one_line_everywhere(tmp_path, read):
   with pytest.raises(ValueError) as error:
     read(tmp_path)
   assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize("text", ["3", "[]", '{"loss": 1}'])
-def test_a_log_of_something_else_is_refused_by_its_line(tmp_path, text):
+def test_the_error_for_a_foreign_log_names_the_line(tmp_path, text):
   (tmp_path / "metrics.jsonl").write_text(text)
   with pytest.raises(ValueError, match=r"metrics\.jsonl line 1 is no JSON object with a step"):
     compare.read(tmp_path)
 
 
 @pytest.mark.parametrize("start", [loop.train, loop.evaluate])
-def test_a_bucket_is_no_workdir_and_nothing_is_made_of_its_address(config, tmp_path, monkeypatch,
+def test_a_bucket_is_refused_as_workdir_and_no_folder_is_made(config, tmp_path, monkeypatch,
                                                                   start):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(ValueError, match="--workdir=gs://bucket/run: must be a path on a mounted"):
@@ -109,7 +109,7 @@ def test_a_bucket_is_no_workdir_and_nothing_is_made_of_its_address(config, tmp_p
   assert not list(tmp_path.iterdir())
 
 
-def test_what_changes_the_run_is_allowed_by_name_and_then_is_its_config(config, tmp_path):
+def test_changes_of_a_run_are_allowed_by_name_and_become_its_config(config, tmp_path):
   workdir.claim(tmp_path, config)
   config.total_steps, config.optim.b1 = 60, 0.8
   with pytest.raises(ValueError, match=r"optim.b1 was 0.9 and is now 0.8. Use .*; or, to "
@@ -123,7 +123,7 @@ def test_what_changes_the_run_is_allowed_by_name_and_then_is_its_config(config, 
 
 
 @pytest.mark.usefixtures("shared")
-def test_a_start_that_the_first_step_refuses_leaves_no_trace(config, tmp_path, monkeypatch):
+def test_a_run_whose_first_step_is_refused_leaves_no_trace(config, tmp_path, monkeypatch):
   def refuse(*_):
     raise ValueError("mixing needs an even number of images")
 
@@ -133,8 +133,8 @@ def test_a_start_that_the_first_step_refuses_leaves_no_trace(config, tmp_path, m
   assert not (tmp_path / "run").exists()
 
 
-def test_an_odd_batch_is_refused_before_the_workdir_is_claimed(config, tmp_path):
-  """By tracing the first step, not by running it."""
+def test_an_odd_batch_for_mixing_is_refused_before_claiming_the_workdir(config, tmp_path):
+  """Tracing the first step detects it, without running it."""
   config.update(batch_size=24, data={"replicas": 8})   # each replica has 3 images to mix
   with pytest.raises(ValueError, match=r"even|pairs|mix"):
     loop.train(config, tmp_path / "run")
@@ -151,7 +151,7 @@ def folder_of_images(path, seed=0):
         Image.fromarray(pixels).save(path / split / label / f"{i}.png")
 
 
-def test_the_same_images_may_lie_elsewhere_and_others_may_not(config, tmp_path):
+def test_the_same_images_may_move_but_not_be_replaced(config, tmp_path):
   folder_of_images(tmp_path / "a")
   shutil.copytree(tmp_path / "a", tmp_path / "b")
   folder_of_images(tmp_path / "c", seed=1)
@@ -165,7 +165,7 @@ def test_the_same_images_may_lie_elsewhere_and_others_may_not(config, tmp_path):
     workdir.check_claim(tmp_path / "run", config)
   assert contents(tmp_path / "run") == before
   assert len(workdir.check_claim(tmp_path / "run", config, allow=["data.name"])) == 1
-  (tmp_path / "run" / "data.json").unlink()      # of a run that older code began
+  (tmp_path / "run" / "data.json").unlink()      # a run that older code began
   config.data.name = f"folder:{tmp_path / 'b'}"
   with pytest.raises(ValueError, match=r"no data.json to say which .*--allow=data.name"):
     workdir.check_claim(tmp_path / "run", config)
@@ -174,9 +174,9 @@ def test_the_same_images_may_lie_elsewhere_and_others_may_not(config, tmp_path):
   assert contents(tmp_path / "run") == before
 
 
-def test_a_longer_run_goes_on_when_allowed_and_a_shorter_one_than_was_run_does_not(
+def test_a_run_may_be_lengthened_but_not_shortened_below_its_step(
     config, uninterrupted, tmp_path, monkeypatch):
-  """Without a step: the schedule of more steps is another program to compile."""
+  """No step is taken: a longer schedule would be another program to compile."""
   directory = shutil.copytree(uninterrupted[0], tmp_path / "copy")
   config.total_steps, seen = 60, []
   monkeypatch.setattr(loop, "fit", lambda run_state, state, stop: seen.append(
@@ -194,7 +194,7 @@ def test_a_longer_run_goes_on_when_allowed_and_a_shorter_one_than_was_run_does_n
     loop.train(config, directory, allow=["total_steps"])
 
 
-def test_checkpoints_without_a_config_are_refused_and_not_touched(config, tmp_path):
+def test_checkpoints_without_a_config_are_refused_and_left_alone(config, tmp_path):
   (tmp_path / "checkpoints" / "20").mkdir(parents=True)
   with pytest.raises(ValueError, match=r"holds checkpoints but no config.json, which says whose"):
     loop.train(config, tmp_path)
@@ -205,20 +205,20 @@ def test_a_second_run_in_the_same_workdir_is_refused(tmp_path):
   words = r"is being written by another run, process \d+ of"
   with workdir.locked(tmp_path), pytest.raises(ValueError, match=words), workdir.locked(tmp_path):
     pass
-  with workdir.locked(tmp_path):   # free again
+  with workdir.locked(tmp_path):   # released
     pass
 
 
 @pytest.mark.parametrize("path", ["/dev/null/run", "/proc/run"])
-def test_a_workdir_that_cannot_be_written_is_refused(config, path):
+def test_an_unwritable_workdir_is_refused(config, path):
   with pytest.raises(ValueError, match=f"--workdir={path} "):
     workdir.check_writable(workdir.pathlib.Path(path))
     workdir.claim(workdir.pathlib.Path(path), loop.resolve(config))
 
 
-def test_val_that_does_not_fit_train_is_found_before_anything_is_computed(
+def test_val_classes_missing_in_train_are_found_before_any_computation(
     config, tmp_path, monkeypatch):
-  """Not after the first steps, when the first evaluation reads it."""
+  """Not only after the first steps, when the first evaluation reads them."""
   for name in ("train/cat", "val/fish"):
     (tmp_path / "images" / name).mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "0.png")
@@ -229,16 +229,16 @@ def test_val_that_does_not_fit_train_is_found_before_anything_is_computed(
   assert not (tmp_path / "run").exists()
 
 
-def test_a_lack_of_permission_is_found_before_anything_is_computed(config, tmp_path, monkeypatch):
-  """The system is made to say no: who runs tests as root is permitted everything."""
+def test_missing_permissions_are_found_before_any_computation(config, tmp_path, monkeypatch):
+  """A mock refuses access, since root is permitted everything."""
   monkeypatch.setattr(workdir.os, "access", lambda path, mode: path != tmp_path)
   monkeypatch.setattr(loop, "build", lambda config: pytest.fail("built already"))
   with pytest.raises(ValueError, match=f"cannot be written: no write permission in {tmp_path}"):
     loop.train(config, tmp_path / "new" / "run")
 
 
-def test_a_workdir_knows_its_classes_and_refuses_data_of_others(tmp_path, config, monkeypatch):
-  """Names of the same number in another order would change what every output means."""
+def test_a_workdir_records_its_classes_and_refuses_other_ones(tmp_path, config, monkeypatch):
+  """The same number of names in another order would change the meaning of every output."""
   workdir.claim(tmp_path, config)
   names = json.loads((tmp_path / "classes.json").read_text())
   assert names == [str(digit) for digit in range(10)]
