@@ -10,9 +10,9 @@ import vitcompact as vc
 from tests import tiny
 from vitcompact import calibration, regression
 from vitcompact.calibration import (
-  ROWS,
+  ROWS_PER_CHANNEL,
+  Activations,
   Calibration,
-  Seen,
   observe_jitted,
   run,
   run_teacher,
@@ -80,7 +80,7 @@ def test_costs_and_taps_are_those_of_maps_replaced_one_by_one():
   bias = rng.standard_normal((heads, d))
   maps = rng.dirichlet(np.ones(tokens), (2, heads, tokens))
   keys = rng.standard_normal((2, tokens, width))
-  seen = Seen(maps=jnp.asarray(maps, jnp.float32), keys=jnp.asarray(keys, jnp.float32))
+  seen = Activations(maps=jnp.asarray(maps, jnp.float32), keys=jnp.asarray(keys, jnp.float32))
   costs, count = refit.head_costs(seen, *(jnp.asarray(a, jnp.float32) for a in (value, bias, out)))
   assert count == 2 * tokens
   for i, j in itertools.product(range(heads), repeat=2):
@@ -184,7 +184,7 @@ def test_features_behind_a_filter_of_more_terms_have_all_of_them():
   for r, s, t in itertools.product(range(2), range(3), range(3)):
     made = made + query[0, r, s] * key[0, r, t] * around[:, s:s + 5, t:t + 5]
   features = np.concatenate([maps[:, 0] @ keys, made @ keys], axis=2).reshape(-1, 6)
-  seen = Seen(maps=jnp.asarray(maps, jnp.float32), keys=jnp.asarray(keys, jnp.float32),
+  seen = Activations(maps=jnp.asarray(maps, jnp.float32), keys=jnp.asarray(keys, jnp.float32),
               target_attention=jnp.zeros((2, 5, 3)))
   sums = refit.filtered_sums(seen, *(jnp.asarray(taps, jnp.float32) for taps in (query, key)))
   np.testing.assert_allclose(sums.xx[1:, 1:], features.T @ features, rtol=1e-4, atol=1e-4)
@@ -277,11 +277,12 @@ def test_regressions_of_wide_layers_pass_over_tokens_of_every_image(monkeypatch)
   counted = [part.xx[0, 0] for part in data.sums(rows)]
   assert counted == [100 * 17, 50 * 17]
   monkeypatch.setattr(regression, "WIDE", block.site.hidden)
-  least = ROWS * block.site.hidden
+  least = ROWS_PER_CHANNEL * block.site.hidden
   assert 3 * least < 150 * 17 < 4 * least
   counted = [part.xx[0, 0] for part in data.sums(rows)]
   assert counted == [100 * 6, 50 * 6]   # tokens 0, 3, ..., 15
-  monkeypatch.setattr(calibration, "ROWS", ROWS // 2)   # every sixth: they share columns of 4 x 4
+  # Every sixth: they share columns of 4 x 4.
+  monkeypatch.setattr(calibration, "ROWS_PER_CHANNEL", ROWS_PER_CHANNEL // 2)
   assert data.sums(rows)[1].xx[0, 0] == 50 * 4
 
 
@@ -294,8 +295,8 @@ def test_sums_of_few_numbers_use_every_third_image(monkeypatch):
   data = Calibration(block, variables["params"], {}, x, None, 20, {})
   function, arguments = vc.HMHSA.statistics(variables["params"])
   for step, tokens in ((1, 40 * 17), (3, 14 * 17)):
-    monkeypatch.setattr(calibration, "TOKENS", 40 * 17 // step)
-    few = data.fewer()
+    monkeypatch.setattr(calibration, "SUM_TOKENS", 40 * 17 // step)
+    few = data.with_fewer_images()
     np.testing.assert_array_equal(few.x.x, x.x[:40:step])
     costs, count = data.sums(function, *arguments)[0]
     assert count == tokens

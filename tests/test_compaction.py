@@ -90,7 +90,7 @@ def test_kl_grows_with_the_tokens_that_go_as_a_quick_look_takes_it_to():
         (looking._removed_share(plan.tokens, site), rows[name]["kl"]))
   powers = [math.log(more / kl) / math.log(most / gone) for few in found.values()
             for (gone, kl), (most, more) in itertools.pairwise(few)]
-  assert min(powers) < looking.GROWTH < max(powers)
+  assert min(powers) < looking.KL_EXPONENT < max(powers)
   text = f"between {min(powers):.2f} and {max(powers):.2f}"
   assert text in (ROOT / "docs/compaction.md").read_text()
 

@@ -104,7 +104,7 @@ def test_a_quick_report_infers_blocks_that_it_passed_over(monkeypatch):
   def estimated(kind, *rest):
     return (None, {}) if kind is vc.HeadPruning else estimate(kind, *rest)
 
-  monkeypatch.setattr(looking, "EVERY", 3)
+  monkeypatch.setattr(looking, "BLOCKS_PER_TRIAL", 3)
   monkeypatch.setattr(looking, "kl_per_error", lambda *_: scales)
   monkeypatch.setattr(looking._Measurement, "_kl_of_option", known)
   monkeypatch.setattr(protocol, "estimate", estimated)
@@ -133,7 +133,7 @@ def test_a_quick_report_tries_one_reducer_of_a_class(measured, monkeypatch):
     assert len({option.kl for option in options}) == len(options)
   evit = {option.method.keep: option.kl for option in found if isinstance(option.method, vc.EViT)}
   # 16 patches, in both blocks: 13 and 11 are left of 0.7, 9 and 6 of 0.5, the fused one with them.
-  assert evit[0.5] / evit[0.7] == pytest.approx((17 / 8) ** looking.GROWTH)
+  assert evit[0.5] / evit[0.7] == pytest.approx((17 / 8) ** looking.KL_EXPONENT)
 
 
 def test_images_are_split_among_the_devices_and_give_the_same_as_on_one(measured, monkeypatch):
@@ -196,7 +196,7 @@ def test_the_knapsack_finds_the_best_of_all_choices():
             if sum(choices[n][i].saved for n, i in zip("abcd", way, strict=True)) >= need]
     assert kl == pytest.approx(min(ways)[0])
     assert sum(choices[n][i].saved for n, i in picks.items()) >= need
-  assert search.best(search.most() + 1) is None
+  assert search.best(search.most_saved() + 1) is None
   forbidden = search.best(60.0, forbidden=("a", search.best(60.0)[0]["a"]))
   assert forbidden[1] >= search.best(60.0)[1]
 

@@ -20,7 +20,7 @@ VARIABLES = "expected {'params': ..., 'batch_stats': ...} as model.init gives"
 IMAGES = "normalised float, as vc.preprocess(model) makes them"
 
 
-def given(value) -> str:
+def describe_value(value) -> str:
   """How an error names a value."""
   text = repr(value)
   if isinstance(value, (str, int, float, type(None))) and len(text) < 60:
@@ -33,7 +33,7 @@ def check_model(model, what: str = "model"):
   """Raises ValueError unless `model` is a model of ours."""
   if isinstance(model, type) or not all(hasattr(model, name) for name in ("submodules", "variant")):
     where = "" if what == "model" else f"{what}: "
-    raise ValueError(f"{where}{given(model)} was given, expected a model, such as "
+    raise ValueError(f"{where}{describe_value(model)} was given, expected a model, such as "
                      "create_model(NAME)")
 
 
@@ -65,13 +65,13 @@ def check_variables(model, variables, what: str = "variables", shapes=None):
   shapes: the model's `variable_shapes`, if already known.
   """
   if not isinstance(variables, Mapping):
-    raise ValueError(f"{what}: {given(variables)} was given, {VARIABLES}")
+    raise ValueError(f"{what}: {describe_value(variables)} was given, {VARIABLES}")
   expected = _shapes(variable_shapes(model) if shapes is None else shapes)
   if "params" not in variables:
     if {f"params/{name}" for name in _named(variables)} & expected.keys():
       raise ValueError(f"{what}: these are only the parameters: give {{'params': ...}}, with "
                        "'batch_stats' if the model has any")
-    raise ValueError(f"{what}: a dict of {trees.some(sorted(map(repr, variables)), MANY)} was "
+    raise ValueError(f"{what}: a dict of {trees.excerpt(sorted(map(repr, variables)), MANY)} was "
                      f"given, {VARIABLES}")
   got = _shapes({name: variables[name] for name in ("params", "batch_stats") if name in variables})
   # Predictors may belong to blocks that are dense at this image size; fold drops them.
@@ -100,7 +100,7 @@ def check_images(model, images, what: str = "images"):
   expected = f"expected (B, height, width, {model.in_chans}), {IMAGES}"
   shape, dtype = (getattr(images, name, None) for name in ("shape", "dtype"))
   if shape is None or dtype is None:
-    raise ValueError(f"{what}: {given(images)} was given, {expected}")
+    raise ValueError(f"{what}: {describe_value(images)} was given, {expected}")
   if len(shape) != 4 or shape[-1] != model.in_chans:
     raise ValueError(f"{what} of shape {tuple(shape)}, {expected}")
   if not jnp.issubdtype(dtype, jnp.floating):
@@ -122,8 +122,8 @@ def check_values(images):
 def check_plan(plan):
   """Raises ValueError unless `plan` is a Plan."""
   if not isinstance(plan, Plan):
-    raise ValueError(f"plan: {given(plan)} was given, expected a Plan; Plan.parse reads a dict, "
-                     "JSON or a path to it")
+    raise ValueError(f"plan: {describe_value(plan)} was given, expected a Plan; Plan.parse reads "
+                     "a dict, JSON or a path to it")
 
 
 def _named(tree):
@@ -149,4 +149,4 @@ def _mismatches(model, got, expected) -> str:
   lines += [f"unexpected {name} {got[name]}" for name in got if name not in expected]
   lines += [f"{name} is {got[name]}, not {expected[name]}" for name in expected
             if name in got and got[name] != expected[name]]
-  return trees.some(lines, MANY, joint="; ")
+  return trees.excerpt(lines, MANY, joint="; ")

@@ -34,13 +34,13 @@ def check_fit(what, model, shapes, wanted, heads, got):
     hints = ["none of its names is the model's"]
   raise ValueError("\n".join([
       "; ".join([first, *hints]),
-      *_shortened("missing", [f"missing {name} {wanted[name]}" for name in missing]),
-      *_shortened("unexpected", [f"unexpected {name} {shapes[name]}" for name in unexpected]),
-      *_shortened("misshapen", [f"{name} is {shapes[name]}, not {wanted[name]}"
+      *_first_lines("missing", [f"missing {name} {wanted[name]}" for name in missing]),
+      *_first_lines("unexpected", [f"unexpected {name} {shapes[name]}" for name in unexpected]),
+      *_first_lines("misshapen", [f"{name} is {shapes[name]}, not {wanted[name]}"
                                 for name in misshapen])]))
 
 
-def _shortened(what, lines):
+def _first_lines(what, lines):
   """The first lines, and how many more there are."""
   more = len(lines) - MANY
   return [*lines[:MANY], *([f"and {more} more {what}"] if more > 0 else [])]
@@ -57,7 +57,7 @@ def _hints(model, missing, unexpected, misshapen, shapes, wanted, heads) -> list
                  f"(--global-pool {pool})")
     wrong -= {f"{name}.{leaf}" for name in (own, other) for leaf in ("weight", "bias")}
   if wrong and wrong <= set(heads):
-    hints.append(_about_classes(misshapen, shapes, wanted))
+    hints.append(_classifier_hint(misshapen, shapes, wanted))
   tied = {entry.torch for entry in model.torch_entries()
           if entry.positions is not None and entry.positions.tied}
   if tied & set(misshapen):
@@ -71,7 +71,7 @@ def _hints(model, missing, unexpected, misshapen, shapes, wanted, heads) -> list
   return hints
 
 
-def _about_classes(misshapen, shapes, wanted):
+def _classifier_hint(misshapen, shapes, wanted):
   """Where all but a classifier fits: whether it is of other classes or none is there."""
   rest = "pass reset_head (--reset-head) to keep all but the classifier, which is initialised anew"
   for name in misshapen:

@@ -9,7 +9,7 @@ import numpy as np
 
 import vitcompact
 from vitcompact import bench
-from vitcompact.calibration import Function
+from vitcompact.calibration import BlockKey
 from vitcompact.doors import image_shapes, variable_shapes
 from vitcompact.plan import Plan
 from vitcompact.planner import Costs
@@ -39,7 +39,7 @@ class Times:
     self.dense = self._time_plan(Plan())[0]
     self.equal = {}
     for name, block in costs.blocks().items():
-      self.equal.setdefault(Function(block).text, []).append(name)
+      self.equal.setdefault(BlockKey(block).text, []).append(name)
 
   def total(self, reducer) -> float:
     """Seconds of the dense model under a reducer."""
@@ -48,7 +48,7 @@ class Times:
   def saved(self, name: str, axis: str, method, tokens: int | None = None, reducer=None) -> float:
     """Seconds that a block saves with one method, given `tokens` tokens."""
     blocks = self.costs.blocks()
-    group = self.equal[Function(blocks[name]).text]
+    group = self.equal[BlockKey(blocks[name]).text]
     plan = Plan(blocks={blocks[other].site.block: {axis: method} for other in group})
     seconds = self.dense * (1 - 1 / self._time_plan(plan)[1]) / len(group)
     if reducer is None:

@@ -144,7 +144,7 @@ class Plan:
   def written_out(self, sites: Sequence[Site]) -> "Plan":
     """The plan with an explicit None in each block where a method does not act.
 
-    The blocks then keep their methods when more tokens reach them.
+    These blocks then stay dense even if more tokens reach them.
     """
     blocks = {block: dict(axes) for block, axes in self.blocks.items()}
     for site in sites:
@@ -284,8 +284,8 @@ def _check_needs(method, site: Site, removed, model: str):
     if what not in site.provides:
       raise ValueError(f"{where} {model or 'this model'} does not have; {way_out}")
     if remover is not method:
-      since = f"from block {first} on " if remover.axis == "tokens" else ""
-      raise ValueError(f"{where} {since}{describe_method(remover)} takes away; {way_out}")
+      since = f" from block {first} onward" if remover.axis == "tokens" else ""
+      raise ValueError(f"{where} {describe_method(remover)} removes{since}; {way_out}")
 
 
 def _with_inner(method) -> list:

@@ -14,7 +14,7 @@ import numpy as np
 import scipy.linalg
 
 HIGH = jax.lax.Precision.HIGHEST
-WIDE = 1024     # from this many columns on, x^T x is computed in parts
+WIDE = 1024     # with at least this many columns, x^T x is computed in parts
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)   # candidates; held-out rows decide
 
 
@@ -65,7 +65,7 @@ def _moments(x):
 
 
 def gram(x):
-  """Returns x^T x of (rows, p); for many columns in 4 x 4 parts, of which 10 are computed."""
+  """Returns x^T x of (rows, p); if p is large, in 4 x 4 parts, 10 of which are computed."""
   if x.shape[1] < WIDE:
     return jnp.matmul(x.T, x, precision=HIGH)
   parts = jnp.array_split(x, 4, axis=1)
@@ -99,10 +99,10 @@ class Regression(NamedTuple):
 
   def error(self, matrix, bias=None) -> float:
     """Returns E |y - x M - b|^2 / E |y - mean|^2; bias=None: with the best b."""
-    miss = self.energy - 2 * np.sum(matrix * self.cross) + np.sum(matrix * (self.cov @ matrix))
+    error = self.energy - 2 * np.sum(matrix * self.cross) + np.sum(matrix * (self.cov @ matrix))
     if bias is not None:
-      miss += np.sum((self.bias(matrix) - bias) ** 2)
-    return max(float(miss), 0.0) / max(self.energy, np.finfo(np.float32).tiny)
+      error += np.sum((self.bias(matrix) - bias) ** 2)
+    return max(float(error), 0.0) / max(self.energy, np.finfo(np.float32).tiny)
 
   def strength(self, ridge: float) -> float:
     """Returns what a relative ridge adds to each variance of x."""
@@ -155,8 +155,8 @@ class Factors(NamedTuple):
 def fit_held_out_and_all(sums) -> tuple[Regression, Regression, Regression]:
   """Returns the `Regression` of the rows to fit, of those held out, and of both together. All three
   are the same if none are held out."""
-  fit, held = (Regression.from_sums(part) for part in sums)
-  return fit, held, fit if sums[0] is sums[1] else Regression.from_sums(sums[0] + sums[1])
+  fit, held_out = (Regression.from_sums(part) for part in sums)
+  return fit, held_out, fit if sums[0] is sums[1] else Regression.from_sums(sums[0] + sums[1])
 
 
 def spectrum(data: Regression) -> np.ndarray:
@@ -175,11 +175,11 @@ def choose_ridge(sums, fit):
   fit: a function ridge -> (factors, their product), fitted to the first of `sums`. The error falls
   with the ridge and then rises, so the search ends at the first ridge that does worse.
   """
-  first, held, _ = fit_held_out_and_all(sums)
+  first, held_out, _ = fit_held_out_and_all(sums)
   best = None
   for ridge in candidate_ridges(sums):
     factors, matrix = fit(ridge)
-    error = held.error(matrix, first.bias(matrix))
+    error = held_out.error(matrix, first.bias(matrix))
     if best is not None and error >= best[0]:
       break
     best = error, ridge, factors

@@ -116,7 +116,7 @@ class Report:
       if best is not None and kl >= best[0] - 1e-9:   # the reducer alone loses as much
         break
       search = self._search(goal if times is None else "seconds", reducer, axes, batch)
-      most = min(most, 1 - search.saved - search.knapsack.most() / search.total)
+      most = min(most, 1 - search.saved - search.knapsack.most_saved() / search.total)
       need = (1 - share - search.saved) * search.total
       found = search.knapsack.best(need)
       if found is not None and (best is None or found[1] + kl < best[0] - 1e-9):
@@ -151,7 +151,7 @@ class Report:
     steps = []
     if plan.tokens is not None:
       steps.append(Step("all", describe_method(plan.tokens), search.saved, kl, True,
-                        *self._without(plan.tokens, picks, search)))
+                        *self._best_other_reducer(plan.tokens, picks, search)))
     for name, i in picks.items():
       choice = search.choices[name][i]
       kl += choice.kl
@@ -210,7 +210,7 @@ class Report:
                        f"{', '.join(map(describe_method, known)) or 'no reducer'}")
     return known[reducer]
 
-  def _without(self, reducer, picks, search) -> tuple[str, float]:
+  def _best_other_reducer(self, reducer, picks, search) -> tuple[str, float]:
     """(the best other reducer, or none, how much the KL grows) for the same savings in MACs."""
     need = search.saved * search.total + search.knapsack.saved(picks)
     current, best = self._kl_of(reducer) + search.kl(picks), None

@@ -73,7 +73,7 @@ def check_agreement(facts: dict):
            for index, other in enumerate(others, 1) for key in sorted(first.keys() | other.keys())
            if other.get(key) != first.get(key)]
   if lines:
-    raise ValueError(f"the processes disagree: {trees.some(lines, 5, joint='; ')}. Start all of "
+    raise ValueError(f"the processes disagree: {trees.excerpt(lines, 5, joint='; ')}. Start all of "
                      "them with the same code, command and data")
 
 
@@ -83,7 +83,7 @@ def barrier(name: str):
     multihost_utils.sync_global_devices(name)
 
 
-def several() -> bool:
+def is_multiprocess() -> bool:
   return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
@@ -95,7 +95,7 @@ class PeerLost(RuntimeError):
 PEER_ERRORS = (jax.errors.JaxRuntimeError, PeerLost)
 
 
-def lost(error: Exception) -> RuntimeError:
+def collective_error(error: Exception) -> RuntimeError:
   """The error to raise when a collective has failed."""
   return RuntimeError(
       f"process {jax.process_index()} of {jax.process_count()} cannot continue: "

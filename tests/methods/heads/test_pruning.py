@@ -38,7 +38,7 @@ def test_the_set_that_goes_is_the_cheapest():
 def test_too_many_sets_to_try_go_one_by_one(monkeypatch):
   lost = np.diag([3.0, 1.0, 4.0, 2.0, 5.0])
   exact = importance.kept_first(lost, 3)
-  monkeypatch.setattr(importance.refit, "SETS", 1)
+  monkeypatch.setattr(importance.refit, "MAX_SETS", 1)
   assert importance.kept_first(lost, 3) == exact == (0, 2, 4, 1, 3)
 
 
