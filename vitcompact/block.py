@@ -28,10 +28,10 @@ from vitcompact.torch_names import Entry
 class Attention(nn.Module):
   """Multi-head attention of x over `keys` (default: x itself).
 
-  Leaves: query/key/value kernels (width, heads, head width), out kernel (heads, head width, width),
-  query_norm and key_norm over a head's width if the site has them, and under its scope those of
-  `method`, which computes the output of all heads. Queries and keys exist only for its
-  `scored_heads`.
+  Parameters: query/key/value kernels (width, heads, head width), out kernel (heads, head width,
+  width), query_norm and key_norm over a head's width if the site has them, and those of `method`
+  under its scope. `method` computes the outputs of all heads; only its `scored_heads` have queries
+  and keys.
   """
   site: Site
   method: object = None   # of the heads axis
@@ -59,7 +59,7 @@ class Attention(nn.Module):
 
   def queries_and_keys(self, x_bnw, keys_bmw, places=None):
     """Returns queries and keys (B, N, f, d) for the scores, normalised and rotated if the site says
-    so. places: where the tokens lie, see `rotary.places_of`; then keys must be x itself."""
+    so. places: positions of the tokens, see `rotary.places_of`; if given, keys must be x itself."""
     with self._active_share():
       query = self.query(x_bnw)
     key = self.key(keys_bmw)
@@ -153,7 +153,7 @@ class Block(nn.Module):
 
   @nn.nowrap
   def _places(self, tokens: Tokens):
-    """Returns where tokens lie in the image, for rotary positions; None if the site has none."""
+    """Returns positions of the tokens in the image, for rotary positions; None without these."""
     site = self.site
     if site.rotary is None:
       return None
@@ -161,8 +161,8 @@ class Block(nn.Module):
 
   @nn.nowrap
   def _core(self, tokens: Tokens, query, key) -> Core:
-    """Returns the attention over these tokens: their sizes, which are kept, which pairs are scored.
-    """
+    """Returns the attention over these tokens, given their sizes and keep mask, restricted by the
+    method of the attention axis."""
     return restrict(self.site, self.methods.attention, tokens.core(), query, key, tokens.source,
                     tokens.fused)
 
@@ -222,18 +222,18 @@ def ffn_branch(site: Site, methods: BlockMethods, norm, x, paths, train: bool):
 def from_dense(site: Site, methods: BlockMethods, params, stats, calibrate=None):
   """Converts (params, stats) of a dense block to a block with these methods, one after the other.
 
-  calibrate: None, or a function (methods in place, params, stats) -> `calibration.Calibration`. The
+  calibrate: None, or a function (methods applied so far, params, stats) -> `Calibration`. The
   attention axis comes first, then the heads; the input of the FFN depends on both.
   """
-  in_place = BlockMethods()
+  applied = BlockMethods()
   params = without_layer_scale(params, attention=methods.heads is not None,
                                ffn=methods.ffn is not None)
   for axis in ("attention", "heads", "tokens", "ffn"):
     method = getattr(methods, axis)
     if method is not None:
-      data = calibrate and calibrate(in_place, params, stats)
+      data = calibrate and calibrate(applied, params, stats)
       params, stats = surgery.from_dense(method, site, params, stats, data)
-      in_place = in_place._replace(**{axis: method})
+      applied = applied._replace(**{axis: method})
   return params, stats
 
 
@@ -254,8 +254,8 @@ def without_layer_scale(params, attention: bool = True, ffn: bool = True):
 def fold(site: Site, methods: BlockMethods, params, stats):
   """Returns (params, stats) of a deployed block, folded one method after the other.
 
-  Parameters of attention methods that do not act in this block are left out: they may come from a
-  plan under which one did.
+  Drops the parameters of attention methods that do not act in this block: they may come from a plan
+  in which one did.
   """
   for method in methods.present():
     params, stats = surgery.fold(method, site, params, stats)
@@ -267,7 +267,7 @@ def fold(site: Site, methods: BlockMethods, params, stats):
 def method_entries(site: Site, methods: BlockMethods, torch: str, ours: str, fc1=("fc1",)):
   """Returns entries of the tensors of a block's methods, and of fc1 and fc2.
 
-  fc1: the names of its layer; several names hold equal parts of its output.
+  fc1: the names of that layer in the file; several layers hold equal parts of its output.
   """
   inner = torch_names.norm(f"{torch}.mlp.norm", f"{ours}/mlp/norm") if site.ffn_norm else []
   entries = [entry for method in methods.present()

@@ -34,8 +34,8 @@ class Count(NamedTuple):
 
   Multiply-accumulates are counted for matrix products and convolutions, and one for each tap of a
   token filter. `macs` are those that the traced program executes; `ideal_macs` those that the
-  method needs: its folded form, only the pairs that are scored, only coefficients and basis entries
-  that are not 0 (see `attention.share` and `layers.nonzero`). The `attention_macs` are the score
+  method needs: its deployed form, only the pairs that are scored, only coefficients and basis
+  entries that are not 0 (see `attention.share` and `layers.nonzero`). The `attention_macs` are the score
   and value products among them, including those of mask predictors."""
   params: int
   macs: int

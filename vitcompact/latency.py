@@ -27,9 +27,9 @@ class Times:
   """Seconds per batch that options save in a model's blocks; the counterpart of `Costs` for MACs.
 
   Whole models are timed, alternating with the dense one: each reducer, and each option in all equal
-  blocks at once, which share the savings. Timing a single block would promise too much, as its
-  weights stay in the cache. Under a reducer, an option saves in proportion to its MACs. Times are
-  cached in `file` by device, versions, model and plan.
+  blocks at once, dividing the savings among them. Timing a single block would overestimate its
+  saving, because its weights stay in the cache. Under a reducer, an option saves in proportion to
+  its MACs. Times are cached in `file` by device, versions, model and plan.
   """
 
   def __init__(self, costs: Costs, batch: int = 1, file=None):

@@ -14,11 +14,11 @@ from vitcompact.token_state import Tokens
 
 BINS = 2000          # of the dense model's total: savings are rounded down to whole bins
 MIN_KL = 1e-6        # smaller KLs are rounding errors, and count as 0
-TIE_BREAKER = 1e-9   # KL per share of the parameters that could be saved
+TIE_BREAKER = 1e-9   # KL that saving all the parameters that could be saved is worth
 
 
 class Choice(NamedTuple):
-  """A combination of options for one block, {axis: Option}, the KL they cost and what they save."""
+  """Options for one block, {axis: Option}, with the KL that they cost and what they save."""
   options: dict
   kl: float
   saved: float
@@ -28,8 +28,8 @@ class Choice(NamedTuple):
 class Costs:
   """MACs and parameters of a model's blocks under options, in deployed form, for one image.
 
-  What an option saves is the difference to the dense block. Savings of the FFN and of attention
-  add up; methods of the heads and attention axes are counted together; the reducer always acts.
+  An option saves the difference from the dense block. Savings of the FFN and of attention add up;
+  methods of the heads and attention axes are counted together; the reducer always acts.
   """
 
   def __init__(self, model: nn.Module):

@@ -84,7 +84,7 @@ def steps_of(distil: str | None, data: str, batch_size: int) -> int:
 @click.option("--out", required=True, metavar="DIR", help="Folder for the files of all stages.")
 def compact(file, data, macs, params, plan, distil, images, sensitivity, augment, batch_size,
             learning_rate, formats, out):
-  """Make a dense model smaller, measured and proved.
+  """Make a dense model smaller, measured and verified.
 
   \b
   vitcompact compact deit.safetensors --data folder:imagenet --macs 0.7 --out small

@@ -38,8 +38,8 @@ class Result:
 class RunState:
   """The state of a run in progress, besides its TrainState.
 
-  per_image: device utilisation at one image a second; skipped: the number of steps without an
-  update since the run began.
+  per_image: utilisation of the devices at one image per second; skipped: the number of steps
+  without an update since the run began.
   """
   run: Run
   directory: pathlib.Path
@@ -195,7 +195,7 @@ def save_and_stop(run_state: RunState, step: int, state, pending: list, meter: M
 
 def finish(run: Run, state, checkpoints: Checkpoints, log: Log, mode: str,
            stopping: Stop | None = None) -> Result:
-  """Evaluates a finished state on val and on test, which chose nothing, and logs the last line."""
+  """Evaluates a finished state on val and on test (used for no choice), and logs the last line."""
   variables = steps.eval_variables(state, run.config.eval_params)
   metrics = {"mode": mode, "eval_params": run.config.eval_params}
   if run.config.keep_start and run.config.init_from and mode == "train":

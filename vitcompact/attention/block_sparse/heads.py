@@ -69,9 +69,9 @@ _attend.defvjp(_forward, _backward)
 
 
 def _map_heads(head, loops, tokens_bnfd, image_arrays_b, head_arrays_bf, like_bnfd):
-  """Applies `head` to every head: to its arrays (N, d), those of its image, and its own others. The
-  arrays (N, d) that it returns are stacked in the shapes of `like`. head_arrays: (B, f, ...), or
-  (B f, ...) if loops."""
+  """Applies `head` to the tokens (N, d) of each head, the arrays of its image, and its own arrays.
+  The arrays (N, d) that it returns are stacked in the shapes and dtypes of `like`. head_arrays:
+  (B, f, ...), or (B f, ...) if loops."""
   if not loops:
     map_image = jax.vmap(head, (1, None, 0), (1, 0))
     arrays, others = jax.vmap(map_image)(tokens_bnfd, image_arrays_b, head_arrays_bf)
@@ -93,8 +93,9 @@ def _map_heads(head, loops, tokens_bnfd, image_arrays_b, head_arrays_bf, like_bn
 
 
 def _cut(layout, tokens, image_arrays):
-  """Returns the layout of one image; all keys, values and biases of one head; then pairs of those
-  in blocks (k, c, ...) and outside (o, ...): scaled queries, keys, values, bias or (None, None)."""
+  """Returns the layout of one image; keys, values and bias of all tokens of one head; then, for
+  scaled queries, keys, values and bias, a pair of those in blocks (k, c, ...) and outside (o, ...),
+  which is (None, None) if there is no bias."""
   (query, key, value), (bias, order) = tokens, image_arrays
   if order is not None:
     layout = layout._replace(order=order[None])
