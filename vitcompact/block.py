@@ -57,17 +57,17 @@ class Attention(nn.Module):
     query, key = self.queries_and_keys(x_bnw, keys_bmw)
     return self.attend(query, key, self.value(keys_bmw), x_bnw=x_bnw)
 
-  def queries_and_keys(self, x_bnw, keys_bmw, places=None):
+  def queries_and_keys(self, x_bnw, keys_bmw, positions=None):
     """Returns queries and keys (B, N, f, d) for the scores, normalised and rotated if the site says
-    so. places: positions of the tokens, see `rotary.places_of`; if given, keys must be x itself."""
+    so. positions: see `rotary.token_positions`; if given, keys must be x itself."""
     with self._active_share():
       query = self.query(x_bnw)
     key = self.key(keys_bmw)
     if self.site.qk_norm is not None:
       query, key = self.query_norm(query), self.key_norm(key)
-    if places is not None:
+    if positions is not None:
       reference = self.site.rotary_grid
-      angles = rotary.angles(places, self.site.head_width, self.site.rotary, reference)
+      angles = rotary.angles(positions, self.site.head_width, self.site.rotary, reference)
       query, key = (rotary.rotate(x, angles, reference is not None) for x in (query, key))
     if self.site.query_scale != 1:
       query = query * self.site.query_scale
@@ -128,14 +128,14 @@ class Block(nn.Module):
       tokens = predict(tokens, site.prefix, train)
     x_bnw = norm1(tokens.x)
     keys_bmw = x_bnw if self.reduce is None else self.reduce(name="reduce")(x_bnw)
-    query, key = attn.queries_and_keys(x_bnw, keys_bmw, self._places(tokens))
+    query, key = attn.queries_and_keys(x_bnw, keys_bmw, self._positions(tokens))
     if step.fuse is None:
       core = self._core(tokens, query, key)
     else:
       fused, ahead = step.fuse(tokens, query, key, site.prefix)
       x_bnw = keys_bmw = norm1(fused.x)
       if ahead is None:
-        query, key = attn.queries_and_keys(x_bnw, keys_bmw, self._places(fused))
+        query, key = attn.queries_and_keys(x_bnw, keys_bmw, self._positions(fused))
         core = self._core(fused, query, key)
       else:
         core = ahead(self._core(tokens, query, key))
@@ -152,12 +152,13 @@ class Block(nn.Module):
     return tokens
 
   @nn.nowrap
-  def _places(self, tokens: Tokens):
+  def _positions(self, tokens: Tokens):
     """Returns positions of the tokens in the image, for rotary positions; None without these."""
     site = self.site
     if site.rotary is None:
       return None
-    return rotary.places_of(tokens, rotary.places(site.query_grid, site.prefix, site.rotary_grid))
+    return rotary.token_positions(
+        tokens, rotary.grid_positions(site.query_grid, site.prefix, site.rotary_grid))
 
   @nn.nowrap
   def _core(self, tokens: Tokens, query, key) -> Core:

@@ -18,7 +18,7 @@ from vitcompact.calibration import (
   run_teacher,
   take_images,
 )
-from vitcompact.doors import check_images, check_model, check_plan, check_values, check_variables
+from vitcompact.checks import check_images, check_model, check_plan, check_values, check_variables
 from vitcompact.methods import protocol
 from vitcompact.plan import Plan
 

@@ -9,7 +9,7 @@ import flax.linen as nn
 import numpy as np
 
 from vitcompact import foreign, trees
-from vitcompact.doors import check_variables, describe, variable_shapes
+from vitcompact.checks import check_variables, describe, variable_shapes
 from vitcompact.execution import Execution
 from vitcompact.files import (
     DTYPES,
@@ -361,7 +361,7 @@ def _tensors(entries, variables) -> dict[str, np.ndarray]:
 
 
 def _check_variables(model, variables, shapes):
-  """As `doors.check_variables`, but also refuses other collections and other dtypes."""
+  """As `checks.check_variables`, but also refuses other collections and other dtypes."""
   check_variables(model, variables, shapes=shapes)
   if lines := trees.differences(variables, shapes):
     raise ValueError(f"variables do not fit {describe(model)}: "

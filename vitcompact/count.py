@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitcompact import attention, trees
+from vitcompact.checks import check_model, image_shapes
 from vitcompact.depthwise import SHIFT_AND_ADD
-from vitcompact.doors import check_model, image_shapes
 from vitcompact.fold import fold
 from vitcompact.models import check_value
 
@@ -35,8 +35,8 @@ class Count(NamedTuple):
   Multiply-accumulates are counted for matrix products and convolutions, and one for each tap of a
   token filter. `macs` are those that the traced program executes; `ideal_macs` those that the
   method needs: its deployed form, only the pairs that are scored, only coefficients and basis
-  entries that are not 0 (see `attention.share` and `layers.nonzero`). The `attention_macs` are the score
-  and value products among them, including those of mask predictors."""
+  entries that are not 0 (see `attention.share` and `layers.nonzero`). `attention_macs` are the
+  score and value products among them, including those of mask predictors."""
   params: int
   macs: int
   ideal_macs: int

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Mapping
 
 from vitcompact import foreign, trees
-from vitcompact.doors import describe, variable_shapes
+from vitcompact.checks import describe, variable_shapes
 from vitcompact.models import VARIANTS, create_model
 
 MANY = 4   # of a kind of misfit are shown, the others counted

@@ -10,7 +10,7 @@ import numpy as np
 import vitcompact
 from vitcompact import bench
 from vitcompact.calibration import BlockKey
-from vitcompact.doors import image_shapes, variable_shapes
+from vitcompact.checks import image_shapes, variable_shapes
 from vitcompact.plan import Plan
 from vitcompact.planner import Costs
 from vitcompact.tune import random_arrays

@@ -25,8 +25,8 @@ from vitcompact.calibration import (
   run_teacher,
   take_images,
 )
+from vitcompact.checks import check_images, check_model, check_values, check_variables
 from vitcompact.curvature import kl_per_error
-from vitcompact.doors import check_images, check_model, check_values, check_variables
 from vitcompact.methods import METHODS, protocol
 from vitcompact.models import fields_of
 from vitcompact.plan import BY_BLOCK, BlockMethods, Plan

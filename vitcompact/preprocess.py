@@ -16,8 +16,8 @@ import flax.linen as nn
 import numpy as np
 
 from vitcompact import convert, files
+from vitcompact.checks import check_model
 from vitcompact.data.evaluation import Preprocess
-from vitcompact.doors import check_model
 from vitcompact.models import variant_of
 
 

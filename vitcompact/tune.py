@@ -15,7 +15,7 @@ import numpy as np
 from vitcompact import attention, bench
 from vitcompact.attention import Core
 from vitcompact.block import Attention
-from vitcompact.doors import check_fitting, check_model, describe_value
+from vitcompact.checks import check_fitting, check_model, describe_value
 from vitcompact.execution import Execution
 from vitcompact.layers import dense
 from vitcompact.methods.ffn.cffn import CompactDense, merge_factors

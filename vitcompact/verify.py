@@ -5,7 +5,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from vitcompact.doors import check_fitting, describe_value
+from vitcompact.checks import check_fitting, describe_value
 
 
 @dataclasses.dataclass(frozen=True)

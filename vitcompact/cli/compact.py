@@ -38,7 +38,7 @@ def settings(file: str, name: str, **sections):
 
 
 def note_classes(file: str, data: str):
-  """Prints a note if the model's classes differ from the data's, for verbs that use no labels."""
+  """Prints a note if the model's classes differ from the data's; for subcommands without labels."""
   from vitcompact import convert
   from vitcompact.data import classes, pipeline
 
@@ -171,9 +171,9 @@ def verify(first, second, images, data, dtype, tolerance):
 
   import vitcompact as vc
   from vitcompact import convert
+  from vitcompact.checks import image_shapes
   from vitcompact.cli import weights
   from vitcompact.data import classes
-  from vitcompact.doors import image_shapes
   from vitcompact.run import path
   from vitcompact.train import config as configs
 

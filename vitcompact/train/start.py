@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 import vitcompact as vc
 from vitcompact import convert, files, hub, pytorch, trees
+from vitcompact.checks import variable_shapes
 from vitcompact.data import pipeline
 from vitcompact.data.classes import check_classes
-from vitcompact.doors import variable_shapes
 from vitcompact.train.step import TrainState
 
 CALIBRATION_IMAGES = 128

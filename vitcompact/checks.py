@@ -1,7 +1,7 @@
-"""Checks of the arguments of every verb: that it was given a model, its variables, and images.
+"""Checks the arguments of the public functions: the model, its variables, images and plans.
 
 Each error is one line: what was given, what is expected, and what to do. Only shapes and dtypes are
-read, except in `check_values`, so that a verb can be traced.
+read, except in `check_values`, so that the functions can be traced.
 """
 import functools
 from collections.abc import Mapping
@@ -47,7 +47,7 @@ def variable_shapes(model):
   return jax.tree.map(lambda leaf: leaf, _traced_shapes(model, jax.config.jax_enable_x64))
 
 
-@functools.lru_cache(maxsize=64)   # every verb of the path asks for the same two or three models
+@functools.lru_cache(maxsize=64)   # all stages of the path ask for the same few models
 def _traced_shapes(model, x64: bool):
   return jax.eval_shape(model.init, jax.random.key(0), image_shapes(model))
 
