@@ -229,7 +229,7 @@ def test_images_too_few_for_a_fit_do_no_harm_on_others(images):
 def test_balanced_factors_are_the_same_product_of_smaller_entries():
   rng = np.random.default_rng(3)
   a, b = 1e3 * rng.standard_normal((8, 3)), 1e-3 * rng.standard_normal((3, 5))
-  c, d = regression.balanced(a, b)
+  c, d = regression.balance_factors(a, b)
   np.testing.assert_allclose(c @ d, a @ b, rtol=1e-9)
   assert np.linalg.norm(c) == pytest.approx(np.linalg.norm(d))
 

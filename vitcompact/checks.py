@@ -15,7 +15,7 @@ from vitcompact.methods import METHODS, protocol
 from vitcompact.plan import Plan
 
 LARGEST_VALUE = 50.0   # of normalised images; pixels in 0..255 exceed it
-MANY = 3   # mismatches are shown, the others counted
+MANY = 3   # mismatches that are shown; the others are counted
 VARIABLES = "expected {'params': ..., 'batch_stats': ...} as model.init gives"
 IMAGES = "normalised float, as vc.preprocess(model) makes them"
 
@@ -68,7 +68,7 @@ def check_variables(model, variables, what: str = "variables", shapes=None):
     raise ValueError(f"{what}: {describe_value(variables)} was given, {VARIABLES}")
   expected = _shapes(variable_shapes(model) if shapes is None else shapes)
   if "params" not in variables:
-    if {f"params/{name}" for name in _named(variables)} & expected.keys():
+    if {f"params/{name}" for name in _named_arrays(variables)} & expected.keys():
       raise ValueError(f"{what}: these are only the parameters: give {{'params': ...}}, with "
                        "'batch_stats' if the model has any")
     raise ValueError(f"{what}: a dict of {trees.excerpt(sorted(map(repr, variables)), MANY)} was "
@@ -126,13 +126,13 @@ def check_plan(plan):
                      "a dict, JSON or a path to it")
 
 
-def _named(tree):
+def _named_arrays(tree):
   return trees.named_leaves(dict(tree))
 
 
 def _shapes(tree) -> dict:
   return {name: tuple(leaf.shape) if hasattr(leaf, "dtype") else f"a {type(leaf).__name__}"
-          for name, leaf in _named(tree).items()}
+          for name, leaf in _named_arrays(tree).items()}
 
 
 def _mismatches(model, got, expected) -> str:

@@ -76,7 +76,7 @@ def compact(model: nn.Module, variables, plan: Plan, images=None,
         params[name], stats[name] = blocks.from_dense(module.site, module.methods, params[name],
                                                       stats.get(name, {}))
   else:
-    for name, new in _fitted(model, small, variables, images, progress).items():
+    for name, new in _fit_blocks(model, small, variables, images, progress).items():
       params[name], stats[name] = new
   stats = {name: leaf for name, leaf in stats.items() if leaf}
   if images is None and any(method.axis != "tokens" for method in plan.methods()):
@@ -110,7 +110,7 @@ def _dense_form(model: nn.Module, variables, images):
                                     **({"batch_stats": stats} if stats else {})}
 
 
-def _fitted(model: nn.Module, small: nn.Module, variables, images, progress):
+def _fit_blocks(model: nn.Module, small: nn.Module, variables, images, progress):
   """{name: (params, stats)} of the blocks under a plan, fitted one after another.
 
   Each image is in the batch twice: the first half carries the compact model's residual stream, the

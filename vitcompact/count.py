@@ -77,17 +77,17 @@ def _trace(model):
   Both come from one trace of `init`, which also computes the outputs: initialising parameters takes
   no products, and one trace takes half the time of two.
   """
-  return _traced(model, image_shapes(model))
+  return _trace_inference(model, image_shapes(model))
 
 
-def _traced(module: nn.Module, x):
+def _trace_inference(module: nn.Module, x):
   jaxpr, (_, variables) = _program(module.init_with_output, jax.random.key(0), x)
   return trees.size(variables["params"]), jaxpr
 
 
 def count_block(block: nn.Module, x) -> tuple[int, int]:
   """(multiply-accumulates, parameters) of an unbound block for an input x, a tree of shapes."""
-  params, jaxpr = _traced(block, x)
+  params, jaxpr = _trace_inference(block, x)
   return _walk(jaxpr).total, params
 
 
@@ -114,7 +114,8 @@ def _walk(jaxpr, scope: str = "", folded: Mapping | None = None) -> Macs:
   for eqn in jaxpr.eqns:
     # The name stack of an equation inside scan or jit is relative to that of its caller.
     path = f"{scope}/{eqn.source_info.name_stack}"
-    total += _products(eqn, path).times(_needed(path, folded)) + _inner_programs(eqn, path, folded)
+    total += (_products(eqn, path).times(_needed_share(path, folded)) +
+              _inner_programs(eqn, path, folded))
   return total
 
 
@@ -135,7 +136,7 @@ def _products(eqn, scope: str) -> Macs:
   return Macs(macs, macs if attention.SCOPE in scope else 0)
 
 
-def _needed(scope: str, folded: Mapping | None):
+def _needed_share(scope: str, folded: Mapping | None):
   """The share of a product that the method needs, according to its name scopes."""
   if folded is None:
     return 1

@@ -68,7 +68,7 @@ def find(checkpoint, known: set[str], choice: str | None = None, *,
     sets = [max(sets, key=lambda weights: len(weights.state))]
   names = [weights.name for weights in sets]
   if choice is not None:
-    return _chosen([weights for _, weights in groups], choice), names
+    return _choose([weights for _, weights in groups], choice), names
   first, *others = sorted(sets, key=_rank)
   if others and _rank(first) == _rank(others[0]):
     raise ValueError(f"several sets of weights in the checkpoint, {trees.excerpt(names)}; choose "
@@ -178,7 +178,7 @@ def _rank(weights):
   return min(order), sum(order)
 
 
-def _chosen(groups, choice):
+def _choose(groups, choice):
   def matches(weights):
     parts = ".".join([weights.name, weights.prefix])
     return f".{choice}." in f".{parts}."

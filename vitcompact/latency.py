@@ -67,7 +67,7 @@ class Times:
       timing = list(bench.paired(calls, rounds=ROUNDS).values())
       return [timing[0].seconds, timing[-1].speedup]
 
-    return tuple(self._cached(f"{model!r} under {plan.to_json()}", measure))
+    return tuple(self._measure_once(f"{model!r} under {plan.to_json()}", measure))
 
   def _call(self, model):
     variables = random_arrays(variable_shapes(model))
@@ -76,7 +76,7 @@ class Times:
     images = random_arrays(image_shapes(model, self.batch))
     return bench.compiled(model.apply, variables, images).call
 
-  def _cached(self, key: str, measure) -> list[float]:
+  def _measure_once(self, key: str, measure) -> list[float]:
     device = jax.devices()[0]
     # Removes the memory addresses that the repr of functions contains.
     key = re.sub(r" at 0x[0-9a-f]+", "", f"{device.device_kind} {os.cpu_count()} {jax.__version__} "

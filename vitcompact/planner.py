@@ -134,7 +134,7 @@ class Knapsack:
           continue
         step = self._bins(choice)
         kl = 0.0 if choice.kl < MIN_KL else choice.kl
-        before = _shifted(cost, step)
+        before = _shift_costs(cost, step)
         table[i] = before + kl - TIE_BREAKER * choice.params / most
       best = table.argmin(axis=0)
       best_choices.append((name, best))
@@ -149,7 +149,7 @@ class Knapsack:
     return picks, sum(self.choices[name][i].kl for name, i in picks.items())
 
 
-def _shifted(cost: np.ndarray, step: int) -> np.ndarray:
+def _shift_costs(cost: np.ndarray, step: int) -> np.ndarray:
   """The cost of saving at least j bins once a choice has saved `step` bins (or added, if negative).
   """
   if step >= 0:

@@ -132,10 +132,10 @@ def closest_factors(matrix, cov_matrix, rank: int) -> tuple[np.ndarray, np.ndarr
   """
   outputs = matrix.T @ cov_matrix
   leading = np.linalg.eigh((outputs + outputs.T) / 2)[1][:, -rank:]
-  return balanced(matrix @ leading, leading.T)
+  return balance_factors(matrix @ leading, leading.T)
 
 
-def balanced(a, b) -> tuple[np.ndarray, np.ndarray]:
+def balance_factors(a, b) -> tuple[np.ndarray, np.ndarray]:
   """Returns factors of A B with small entries: large ones that cancel lose digits in float32."""
   (left, r), (right, s) = np.linalg.qr(a), np.linalg.qr(b.T)
   u, singular, v = np.linalg.svd(r @ s.T)

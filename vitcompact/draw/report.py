@@ -54,9 +54,9 @@ def page(report: Report) -> str:
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>Where {name} has slack</title><style>{STYLE}</style></head>
+<title>Redundancy of {name}</title><style>{STYLE}</style></head>
 <body><a class="skip" href="#main">Skip to the report</a>
-<header><h1>Where {name} has slack</h1>{_head(report)}</header>
+<header><h1>Redundancy of {name}</h1>{_head(report)}</header>
 <nav aria-label="Sections"><ul>{links}</ul></nav>
 <main id="main" tabindex="-1">
 {body}</main></body></html>

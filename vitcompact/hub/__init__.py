@@ -122,7 +122,7 @@ def find(name, *, model: str | None = None, revision: str | None = None, cache_d
                           cache_dir=cache_dir, offline=offline)
   row = {}
   if is_model_name(text):
-    model, text, row = _tagged(text, model)
+    model, text, row = _resolve_tag(text, model)
   if "hub" in row:
     return _files_of_repository(row["hub"], model, sha256, revision=revision, cache_dir=cache_dir,
                           offline=offline)
@@ -136,7 +136,7 @@ def find(name, *, model: str | None = None, revision: str | None = None, cache_d
   return _files_of_path(pathlib.Path(text.removeprefix(FOLDER)).expanduser(), model, sha256)
 
 
-def _tagged(name: str, model: str | None) -> tuple[str, str, dict]:
+def _resolve_tag(name: str, model: str | None) -> tuple[str, str, dict]:
   """(name with its tag, the same, row) of a model in the table of weights."""
   if model is not None:
     raise ValueError(f"model={model!r}: {name!r} is a model already; leave one out")

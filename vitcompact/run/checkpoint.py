@@ -126,7 +126,7 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """The steps whose directories are complete."""
-    return sorted(int(path.name) for path in self._numbered() if is_complete(path))
+    return sorted(int(path.name) for path in self._step_folders() if is_complete(path))
 
   def best(self) -> tuple[int, float] | None:
     """(step, accuracy on val) of the best step that still exists."""
@@ -202,7 +202,7 @@ class Checkpoints:
     with contextlib.suppress(Exception):
       self.writer.close()
 
-  def _numbered(self):
+  def _step_folders(self):
     if not self.directory.is_dir():
       return []
     return [path for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir()]
@@ -235,7 +235,7 @@ class Checkpoints:
       if path.name.startswith(REMOVED) or TEMPORARY in path.name:
         shutil.rmtree(path)
     newest = max(self.steps(), default=-1)
-    for path in self._numbered():
+    for path in self._step_folders():
       if not is_complete(path) and int(path.name) < newest:
         logging.warning("%s was partly deleted; removed the rest", path)
         self._remove(int(path.name))

@@ -338,7 +338,7 @@ def train(config, directory, *, until: int | None = None, stopping: Stop | None 
 def check_shared(directory: pathlib.Path):
   """Raises ValueError unless all processes share the workdir: each would save only its own part."""
   processes.barrier("process 0 holds the lock")
-  holders = processes.gathered(workdir.holder(directory))
+  holders = processes.gather_values(workdir.holder(directory))
   if others := [index for index, holder in enumerate(holders) if holder != holders[0]]:
     raise ValueError(f"--workdir={directory} of process 0 is not the directory that processes "
                      f"{others} see; use a directory that all of them share")

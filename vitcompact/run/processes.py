@@ -54,7 +54,7 @@ def first_line(error: Exception) -> str:
   return next(iter(str(error).splitlines()), "")[:300]
 
 
-def gathered(value) -> list:
+def gather_values(value) -> list:
   """A list of the JSON values of all processes, by process number."""
   if jax.process_count() == 1:
     return [value]
@@ -68,7 +68,7 @@ def gathered(value) -> list:
 
 def check_agreement(facts: dict):
   """Raises ValueError in every process if their facts ({name: JSON value}) differ."""
-  first, *others = gathered({"jax": jax.__version__, **facts})
+  first, *others = gather_values({"jax": jax.__version__, **facts})
   lines = [f"{key} is {first.get(key)!r} in process 0 and {other.get(key)!r} in process {index}"
            for index, other in enumerate(others, 1) for key in sorted(first.keys() | other.keys())
            if other.get(key) != first.get(key)]

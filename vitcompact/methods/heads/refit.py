@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from vitcompact.regression import (
   Regression,
   Sums,
-  balanced,
+  balance_factors,
   choose_ridge,
   closest_factors,
   fit_held_out_and_all,
@@ -129,9 +129,9 @@ def tap_sums(seen, value, out, steps):
     gram_dd = jnp.matmul(out[g], out[g].T, precision=high)
     target_bnd = jnp.einsum("bnm,bmd->bnd", jnp.take(seen.maps, j, axis=1), values_bmd)
     # A key-side tap at offset t weighs entry m + t of a row: value m meets the map at m + t.
-    outputs = [jnp.einsum("bnm,bmd->bnd", source_bnm, shifted(values_bmd, -(t - taps // 2)))
+    outputs = [jnp.einsum("bnm,bmd->bnd", source_bnm, shift_tokens(values_bmd, -(t - taps // 2)))
             for t in range(taps)]
-    rows_kbnd = jnp.stack([shifted(x, s - taps // 2) for s in range(taps) for x in outputs])
+    rows_kbnd = jnp.stack([shift_tokens(x, s - taps // 2) for s in range(taps) for x in outputs])
     weighted_kbnd = jnp.einsum("kbnd,de->kbne", rows_kbnd, gram_dd)
     return (jnp.einsum("kbnd,lbnd->kl", weighted_kbnd, rows_kbnd, precision=high),
             jnp.einsum("kbnd,bnd->k", weighted_kbnd, target_bnd, precision=high))
@@ -139,7 +139,7 @@ def tap_sums(seen, value, out, steps):
   return jax.lax.map(sums_of_head, jnp.arange(heads - real))
 
 
-def shifted(x_bnd, step: int):
+def shift_tokens(x_bnd, step: int):
   """Returns x with row n replaced by row n + step, or by 0 if there is no such row."""
   if step == 0:
     return x_bnd
@@ -194,9 +194,9 @@ def filtered_sums(seen, query_taps, key_taps) -> Sums:
   for g in range(hallucinated):
     filtered = 0
     for r in range(rank):
-      keys = sum(shifted(seen.keys, -(t - taps // 2)) * key_taps[g, r, t] for t in range(taps))
+      keys = sum(shift_tokens(seen.keys, -(t - taps // 2)) * key_taps[g, r, t] for t in range(taps))
       rows = jnp.einsum("bnm,bmw->bnw", seen.maps[:, g % real], keys)
-      filtered += sum(shifted(rows, s - taps // 2) * query_taps[g, r, s] for s in range(taps))
+      filtered += sum(shift_tokens(rows, s - taps // 2) * query_taps[g, r, s] for s in range(taps))
     features.append(filtered[:, :, None])
   flat = jax.lax.collapse(jnp.concatenate(features, axis=2), 2)
   return sums_of(flat, seen.target_attention, seen.step)
@@ -248,7 +248,7 @@ def refit(sums, groups, values, outputs) -> Refit:
   width = values.shape[2]
   for group, left, right in zip(groups, *factors, strict=True):
     if factors is not old:
-      left, right = balanced(left, right)
+      left, right = balance_factors(left, right)
     for place, head in enumerate(group):
       new_values[head] = left[:, place * width:(place + 1) * width]
       new_outputs[head] = right[place * width:(place + 1) * width]
