@@ -30,8 +30,7 @@ class Attention(nn.Module):
 
   Parameters: query/key/value kernels (width, heads, head width), out kernel (heads, head width,
   width), query_norm and key_norm over a head's width if the site has them, and those of `method`
-  under its scope. `method` computes the outputs of all heads; only its `scored_heads` have queries
-  and keys.
+  under its scope. It computes the outputs of all heads; its `scored_heads` have queries and keys.
   """
   site: Site
   method: object = None   # of the heads axis
@@ -85,8 +84,7 @@ class Attention(nn.Module):
         return self.out(heads_bnhd)
 
   def _active_share(self):
-    """Returns a scope that tells `count` which share of the heads a token uses, see
-    `attention.share`."""
+    """Returns a scope that tells `count` the share of heads a token uses, see `attention.share`."""
     if self.method is None:
       return contextlib.nullcontext()
     active = protocol.active_heads(self.method, self.site)
@@ -106,8 +104,7 @@ class Block(nn.Module):
   """Pre-norm residual block: x + attn(norm1 x) / skip_lam, then x + mlp(norm2 x) / skip_lam. If the
   site has a LayerScale, ls1 and ls2 scale the outputs of the two branches.
 
-  reduce: makes the module that turns the normed tokens into fewer keys and values (hierarchical
-  models); None: attention over all tokens.
+  reduce: makes the module that turns normed tokens into fewer keys and values; None: all tokens.
   """
   site: Site
   methods: BlockMethods = BlockMethods()
@@ -162,8 +159,7 @@ class Block(nn.Module):
 
   @nn.nowrap
   def _core(self, tokens: Tokens, query, key) -> Core:
-    """Returns the attention over these tokens, given their sizes and keep mask, restricted by the
-    method of the attention axis."""
+    """Returns the attention over these tokens, restricted by the method of the attention axis."""
     return restrict(self.site, self.methods.attention, tokens.core(), query, key, tokens.source,
                     tokens.fused)
 
@@ -181,8 +177,7 @@ def reduction(site: Site, methods: BlockMethods) -> Reduction:
 
 
 def restrict(site: Site, method, core: Core, query, key, source=None, fused: bool = False) -> Core:
-  """Returns the attention as restricted by the method of the attention axis. Must be called from an
-  `nn.compact` method."""
+  """Returns the attention restricted by `method`. Must be called from an `nn.compact` method."""
   if method is None:
     return core
   return method.make(site, name=protocol.scope_of(method))(core, query, key, source, fused)
@@ -197,8 +192,7 @@ def make_ffn(site: Site, method, **kwargs) -> nn.Module:
 
 
 def ffn_branch(site: Site, methods: BlockMethods, norm, x, paths, train: bool):
-  """Returns what the FFN adds to its input x (B, ..., ffn_width). Must be called from an
-  `nn.compact` method.
+  """Returns what the FFN adds to x (B, ..., ffn_width). Call it from an `nn.compact` method.
 
   norm: makes the block's norms; None: they are folded into the layers after them. paths: which
   tokens take the FFN, see `token_state.Paths`.
@@ -255,8 +249,7 @@ def without_layer_scale(params, attention: bool = True, ffn: bool = True):
 def fold(site: Site, methods: BlockMethods, params, stats):
   """Returns (params, stats) of a deployed block, folded one method after the other.
 
-  Drops the parameters of attention methods that do not act in this block: they may come from a plan
-  in which one did.
+  Drops parameters of attention methods that do not act here: they may be left from another plan.
   """
   for method in methods.present():
     params, stats = surgery.fold(method, site, params, stats)

@@ -21,9 +21,8 @@ class Core(NamedTuple):
   """softmax(q k^T / sqrt(d)) v for each head, with options that depend on the tokens of a block.
 
   size: (B, M) or None: a key counts as `size` equal keys (log size is added to its scores).
-  merge: (B, M, ...) -> (B, K, ...), applied to keys and values before the scores; `size` then has
-    shape (B, K). Each of the K must be a weighted mean, with the same weights for keys and values.
-    None: no merging.
+  merge: (B, M, ...) -> (B, K, ...) or None: weighted means, with the same weights for keys and
+    values, taken before the scores; `size` then has shape (B, K).
   spread: applied to the values before attention, and gather to the outputs after it, if tokens are
     merged between scores and values; else the identity. average: whether `gather` returns means of
     rows; if not, the maps are formed, because its effect on them does not follow from the outputs.

@@ -26,9 +26,8 @@ What it computes
                                           block for attention (default: the method's name)
     heads, ffn                            a field named after the method's own axis holds another
                                           method of that axis that this one wraps (`inner`), or
-                                          None. From it, a method inherits those of check,
-                                          scored_heads, value_heads, needs, removes, mergeable and
-                                          fold that it does not define
+                                          None. Its check, scored_heads, value_heads, needs,
+                                          removes, mergeable and fold are inherited if not defined
     inside(site) -> Site                  the block as the inner method sees it (default: the same)
     acts(site) -> bool                    whether it does anything in this block (default: yes)
     check(site)                           raises ValueError or warns if it does not fit a block
@@ -42,8 +41,7 @@ Which plans are legal
 
 Its parameters
     rules                                 [(pattern, trees.Leaf)]: sharding and weight decay
-                                          (default: the rules that all models share; a parameter
-                                          that these do not match has neither)
+                                          (default: the rules that all models share, else neither)
     from_dense(site, params, stats, data) -> (params, stats)
                                           a block's trees from a dense block's (default: keep leaves
                                           of the same name and shape, draw the others at random);
@@ -80,8 +78,7 @@ How it trains; `settings` are config keys, each with a default
     losses_across                         names of the losses that mix the images of a batch
     collections                           Linen collections that its losses or facts read
     at_step(config, step) -> method       the method to train with at a step of the main phase
-    second_pass(config, step) -> method   the method of a second forward pass with the same weights,
-                                          or None
+    second_pass(config, step) -> method   method of a second pass with the same weights, or None
     first_phase                           a FirstPhase (default: None)
     check_training(config)                raises ValueError if settings contradict each other
     facts(collections) -> {name: number}  for the receipt, from one batch of inference
@@ -115,8 +112,7 @@ CAPABILITIES = {
 class Site(NamedTuple):
   """One block of one model, as a method sees it.
 
-  block: its number out of `depth`, counted over all stages. first: the first block of its stage,
-    whose tokens have the same grid and width.
+  block: its number out of `depth`, over all stages; first: that of the first block of its stage.
   tokens: number of keys before any token reduction, the first `prefix` of which are not patches;
     tokens_left: that number when the block begins, at the model's image size.
   query_grid, key_grid: (height, width) of the patches among queries and keys; None: no grid.
@@ -132,8 +128,7 @@ class Site(NamedTuple):
     ffn_norm: epsilon of the norm of the FFN's hidden layer. Each may be None: the block has none.
   ffn_batch_norm: whether fc1 and fc2 each end in a batch norm, which is folded into them.
   query_scale: a factor on queries, on top of the scores' 1 / sqrt(head_width). local: whether a
-    local term with the channels of the heads is added to their output, so that the heads cannot be
-    reordered.
+    local term is added to the outputs of the heads, channel by channel: they cannot be reordered.
   merged: layers of the FFN that are deployed as one matrix, see `execution.Execution`.
   batch_norm: whether its norms are batch norms, which folding removes.
   """
@@ -195,8 +190,7 @@ class Site(NamedTuple):
 class Pass(NamedTuple):
   """The arguments of a loss: one forward pass in training.
 
-  collections: what was sown; logits (B, K) of the classifier; labels (B,) int; second: the Pass of
-  the second forward pass, or None.
+  collections: what was sown; logits (B, K); labels (B,) int; second: of the second pass, or None.
   """
   collections: Mapping[str, Any]
   logits: jax.Array
