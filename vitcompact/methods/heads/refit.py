@@ -97,8 +97,8 @@ def _assign_copies(cost, kept: tuple[int, ...]) -> Arrangement:
     if row < len(others):
       copies[columns[place]].append(others[row])
   ordered = sorted(kept, key=lambda i: (-len(copies[i]), i))
-  hallucinated = [copies[i][round_] for round_ in range(share + bool(extra)) for i in ordered
-                  if round_ < len(copies[i])]
+  hallucinated = [copies[i][copy] for copy in range(share + bool(extra)) for i in ordered
+                  if copy < len(copies[i])]
   total = sum(cost[i, j] for i in kept for j in copies[i])
   return Arrangement((*ordered, *hallucinated), float(total))
 
@@ -226,8 +226,8 @@ def refit(sums, groups, values, outputs) -> Refit:
   fit, held_out_data, both = fit_held_out_and_all(sums)
   old = [np.concatenate([values[h] for h in group], axis=1) for group in groups], \
       [np.concatenate([outputs[h] for h in group], axis=0) for group in groups]
-  matrix = copied = _product(old)
-  copied_error = held_out_data.error(copied, fit.bias(copied))
+  matrix = dense_product = _product(old)
+  copied_error = held_out_data.error(dense_product, fit.bias(dense_product))
 
   def descend(ridge):
     factors = _descend(fit, old, old, ridge, sweeps=1)
@@ -239,7 +239,7 @@ def refit(sums, groups, values, outputs) -> Refit:
     matrix = _product(factors)
     held_out = held_out_data.error(matrix, fit.bias(matrix))
   if held_out >= copied_error:   # no fit is better than the dense values and outputs
-    factors, matrix, held_out = old, copied, copied_error
+    factors, matrix, held_out = old, dense_product, copied_error
   fitted = fit.error(matrix, fit.bias(matrix))
   if factors is not old and both is not fit:   # finally fit all images
     factors = _descend(both, old, factors, ridge, sweeps=1)
