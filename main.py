@@ -54,7 +54,7 @@ def leave(code: int):
   """Ends the process. One of several exits at once, because an orderly exit would wait for the
   others."""
   processes = sys.modules.get("vitcompact.run.processes")
-  if processes and processes.several():
+  if processes and processes.is_multiprocess():
     sys.stdout.flush()
     preemption.exit_now(code)
   sys.exit(code)
@@ -114,9 +114,9 @@ def run(config, stopping):
     else:
       train(config, stopping)
   except processes.PEER_ERRORS as error:
-    if not processes.several():
+    if not processes.is_multiprocess():
       raise
-    fail(processes.lost(error), processes.LOST)
+    fail(processes.collective_error(error), processes.LOST)
 
 
 def from_us(record) -> bool:

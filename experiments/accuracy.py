@@ -39,7 +39,7 @@ def variants_of(kind: str) -> list[str]:
   return [name for name in configs.PLANS if name not in stages]
 
 
-def trained(config, directory: pathlib.Path) -> tuple[pathlib.Path, dict]:
+def train_or_find(config, directory: pathlib.Path) -> tuple[pathlib.Path, dict]:
   """Returns (file of the trained model, {test accuracy, attention MACs...}) of a run, after
   training it if it is missing."""
   path, facts = directory / "trained.safetensors", directory / "facts.json"
@@ -92,7 +92,7 @@ def pair(kind: str, index: int, runs: pathlib.Path, variants, steps: int | None 
         config = sparse_digits.fine_tune(config, steps, config.optim.learning_rate)
     directory = runs / kind / ("shared" if shared else str(index)) / (
         f"{name}_{steps}" if steps and name in variants else name)
-    file, found[name] = trained(config, directory)
+    file, found[name] = train_or_find(config, directory)
     path = file if name in stages else path
     print(f"{kind} {index} {name}: {100 * found[name]['accuracy']:.2f} %", flush=True)
   return found

@@ -78,7 +78,7 @@ DATA = {
 }
 
 
-def trained(config, directory: pathlib.Path) -> pathlib.Path:
+def train_or_find(config, directory: pathlib.Path) -> pathlib.Path:
   """Returns the file of a run's model, after training it if the file is missing."""
   out = directory / "trained.safetensors"
   if not out.exists():
@@ -139,16 +139,16 @@ def random_plan(report, rng) -> vc.Plan:
   return vc.Plan(blocks=blocks)
 
 
-def distilled(config, start: pathlib.Path, dense: pathlib.Path, plan, directory):
+def distil(config, start: pathlib.Path, dense: pathlib.Path, plan, directory):
   """Returns the file of a compact model, distilled from the dense one with this config."""
   config = configs.complete(config)
   config.plan = plan.to_json()
   config.init_from, config.teacher.file, config.keep_start = str(start), str(dense), True
   config.compact.macs = 0.0
-  return trained(config, directory)
+  return train_or_find(config, directory)
 
 
-def timed(report, model, variables, images) -> dict[str, Any]:
+def time_speedup_plan(report, model, variables, images) -> dict[str, Any]:
   """Returns a plan for a speedup, with predicted times and times measured in turns with the dense
   model."""
   plan = report.plan(**TIMED)
@@ -184,7 +184,7 @@ class Fold:
     self.data, self.name, self.seed, self.runs = data, name, seed, runs
     runs.mkdir(parents=True, exist_ok=True)
     config = dense_config(data, name, seed)
-    self.dense = data.file or trained(config, runs / "dense")
+    self.dense = data.file or train_or_find(config, runs / "dense")
     self.model, self.variables = vc.load(self.dense)
     self.images = images_of(config, self.model, "train", IMAGES)
     self.judge = Judge(config, self.model, self.variables)
@@ -218,7 +218,7 @@ class Fold:
     """Adds the row of the same model after distillation."""
     config = self.data.compact()
     config.data.name, config.seed = self.name, self.seed
-    self.row(f"{name}, distilled", lambda: vc.load(distilled(
+    self.row(f"{name}, distilled", lambda: vc.load(distil(
         config, self.start(name), self.dense, plan, self.runs / f"distilled, {name}")))
 
   def start(self, name: str) -> pathlib.Path:
@@ -252,12 +252,12 @@ class Fold:
     self.save()
 
   def time(self):
-    self.found["timed"] = timed(self.report(), self.model, self.variables, self.images)
+    self.found["timed"] = time_speedup_plan(self.report(), self.model, self.variables, self.images)
     self.save()
 
   def narrow(self) -> dict[str, pathlib.Path]:
     """Returns the files of the narrower dense models, after training those that are missing."""
-    return {name: trained(dense_config(self.data, self.name, self.seed, width),
+    return {name: train_or_find(dense_config(self.data, self.name, self.seed, width),
                           self.runs / f"{width} wide")
             for name, width in zip(NARROWER, self.data.widths, strict=True)}
 

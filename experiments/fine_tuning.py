@@ -23,7 +23,7 @@ import jax
 import vitcompact as vc
 from experiments import one_shot
 from experiments.accuracy import interval
-from experiments.compaction import DATA, Judge, images_of, trained
+from experiments.compaction import DATA, Judge, images_of, train_or_find
 from vitcompact.receipt import environment
 from vitcompact.train import config as configs
 
@@ -125,7 +125,8 @@ def run(workdir: pathlib.Path, only=None, steps: int = STEPS, seeds: int = SEEDS
         if "before" not in row:
           row["before"] = start.judge(*vc.load(file))["accuracy"]
           row["plan"] = json.loads(vc.load(file)[0].plan.to_json())
-        done = trained(start.config(name, setting, seed, steps), workdir / f"{name}, seed {seed}")
+        done = train_or_find(start.config(name, setting, seed, steps),
+                             workdir / f"{name}, seed {seed}")
         row["seeds"][str(seed)] = start.judge(*vc.load(done))
         found |= {**environment(), "steps": steps, "calibration_images": one_shot.IMAGES}
         FILE.write_text(json.dumps(found, indent=1) + "\n")

@@ -55,7 +55,7 @@ class Scene(NamedTuple):
 
   def pixels(self, name: str) -> np.ndarray:
     """Returns the image for display, in [0, 1]."""
-    return attention.enlarged(self.prepare.pixels(self.images[name]), self.model.grid)
+    return attention.enlarge(self.prepare.pixels(self.images[name]), self.model.grid)
 
 
 class Picture(NamedTuple):
@@ -105,7 +105,7 @@ def enlarged_scene(weights=WEIGHTS, size=PHOTOGRAPHS, crops=CROPS) -> Scene:
                np.stack(calibration))
 
 
-def enlarged(scene: Scene) -> Scene:
+def enlarge(scene: Scene) -> Scene:
   """Returns the same for a network that was compacted on garments."""
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "small.safetensors"
@@ -210,7 +210,7 @@ def pairs(scene: Scene, names, blocks, keep: float = 0.25) -> Picture:
   for name in names:
     found = attention.pairs_of(small.model, small.variables, small.images[name])
     panels += [(name, scene.pixels(name))]
-    panels += [(f"block {block}, head 0", attention.highlighted(
+    panels += [(f"block {block}, head 0", attention.highlight(
         scene.pixels(name), found[block][0, prefix + row * scene.model.grid[1] + column,
                                          prefix:].reshape(scene.model.grid), (row, column)))
                for block in blocks]
@@ -234,7 +234,7 @@ def granularities(scene: Scene, name: str, blocks, keep: float = 0.25) -> Pictur
   for title, method in plans.items():
     small = compacted(scene, vc.Plan(attention=method))
     found = attention.pairs_of(small.model, small.variables, small.images[name])
-    rows += [[(f"{title}; block {block}", attention.highlighted(
+    rows += [[(f"{title}; block {block}", attention.highlight(
         scene.pixels(name), found[block][0, prefix + row * width + column, prefix:].reshape(
             height, width), (row, column))) for block in blocks]]
     kept = [found[block][:, prefix:, prefix:].mean() for block in found]
@@ -310,7 +310,7 @@ def drawings(steps: int):
           "DynamicViT": with_predictors(vc.DynamicViT(keep=0.7, blocks=STAGES), steps),
           "FastPath": with_predictors(vc.FastPath(keep=0.7, blocks=STAGES), steps)}),
       "photo_attention": lambda: class_token(photo_scene(), share=0.99),
-      "photo_hallucinated": lambda: hallucinated(enlarged(halved()), "flower", 0, (10, 10)),
+      "photo_hallucinated": lambda: hallucinated(enlarge(halved()), "flower", 0, (10, 10)),
       "granularities": lambda: granularities(photo_scene(), "flower", (0, 3)),
       "merging": lambda: merging({
           "ToMe": random_scene(0, plan=vc.Plan(tokens=vc.ToMe(r=13))),

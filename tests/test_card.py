@@ -29,7 +29,7 @@ def row(text, what) -> list[int]:
 
 
 def test_the_card_of_a_named_model_has_the_numbers_of_count():
-  text = card.of_model("deit_small_patch16_224.fb_in1k", PLAN, **SMALL)
+  text = card.model_card("deit_small_patch16_224.fb_in1k", PLAN, **SMALL)
   model = vc.create_model("deit_small_patch16_224", plan=PLAN, deploy=True, **SMALL)
   found, dense = vc.count(model), vc.count(model.clone(plan=vc.Plan()))
   assert row(text, "this model") == [found.params, found.macs, found.ideal_macs]
@@ -53,15 +53,15 @@ def test_the_card_of_a_named_model_has_the_numbers_of_count():
 
 def test_a_network_named_after_a_method_is_published_with_it():
   sizes = {"image_size": 32, "patch_size": 8, "width": 24, "depth": 1, "heads": 4}
-  text = card.of_model("inline_deit_tiny", **sizes)
+  text = card.model_card("inline_deit_tiny", **sizes)
   assert "the deployed (folded) form, as published." in text and "without the plan" not in text
   assert "Weights: none is known by name." in text and "vc.from_torch(model" in text
-  smaller = card.of_model("inline_deit_tiny", vc.Plan(ffn=vc.CFFN()), **sizes)
+  smaller = card.model_card("inline_deit_tiny", vc.Plan(ffn=vc.CFFN()), **sizes)
   assert row(smaller, "without the plan") == row(text, "this model") > row(smaller, "this model")
 
 
 def test_a_method_that_fits_no_block_is_reported():
-  text = card.of_model("shvit_s1", vc.Plan(heads=vc.HMHSA()), **tiny.NETWORKS["shvit_s1"])
+  text = card.model_card("shvit_s1", vc.Plan(heads=vc.HMHSA()), **tiny.NETWORKS["shvit_s1"])
   assert "heads: `HMHSA()`: no block of this model has room for it." in text
 
 
@@ -118,8 +118,8 @@ def test_push_writes_the_same_card_as_the_command(file, tmp_path):
 
 def test_all_cards_are_written_into_a_folder(tmp_path, monkeypatch):
   small = {"deit_tiny_patch16_224": SMALL, "biformer_tiny": tiny.NETWORKS["biformer_tiny"]}
-  of_model = card.of_model
-  monkeypatch.setattr(card, "of_model", lambda name, *rest, **more: of_model(
+  of_model = card.model_card
+  monkeypatch.setattr(card, "model_card", lambda name, *rest, **more: of_model(
       name, *rest, **more, **small[name]))
   monkeypatch.setattr(vc, "list_models", lambda: list(small))
   assert command.succeeds("card", "--all", "--out", tmp_path) == f"{tmp_path}: 2 cards\n"
@@ -174,6 +174,6 @@ def test_the_known_weights_are_those_of_the_table_of_tags(name):
 
 def test_the_default_plan_is_the_one_that_count_uses(monkeypatch):
   plans = []
-  monkeypatch.setattr(card, "of_model", lambda name, plan, **_: plans.append(plan))
+  monkeypatch.setattr(card, "model_card", lambda name, plan, **_: plans.append(plan))
   cli_card.card_text("pvt_v2_b0", None, None)
   assert plans == [vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())]

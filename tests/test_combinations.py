@@ -92,6 +92,6 @@ def test_shvit_refuses_methods_that_it_has_no_place_for(plan):
 
 @pytest.mark.parametrize("plan", ILLEGAL, ids=words)
 def test_methods_that_do_not_compose_are_refused_with_the_reason(plan):
-  with pytest.raises(ValueError, match=r"needs .* which .* takes away; ") as error:
+  with pytest.raises(ValueError, match=r"needs .* which .* removes.*; ") as error:
     combined(plan)
   assert "\n" not in str(error.value)

@@ -10,9 +10,9 @@ import vitcompact as vc
 from tests import tiny
 from vitcompact import calibration, regression
 from vitcompact.calibration import (
-  ROWS,
+  ROWS_PER_CHANNEL,
+  Activations,
   Calibration,
-  Seen,
   observe_jitted,
   run,
   run_teacher,
@@ -80,7 +80,7 @@ def test_costs_and_taps_match_replacing_maps_one_by_one():
   bias = rng.standard_normal((heads, d))
   maps = rng.dirichlet(np.ones(tokens), (2, heads, tokens))
   keys = rng.standard_normal((2, tokens, width))
-  seen = Seen(maps=jnp.asarray(maps, jnp.float32), keys=jnp.asarray(keys, jnp.float32))
+  seen = Activations(maps=jnp.asarray(maps, jnp.float32), keys=jnp.asarray(keys, jnp.float32))
   costs, count = refit.head_costs(seen, *(jnp.asarray(a, jnp.float32) for a in (value, bias, out)))
   assert count == 2 * tokens
   for i, j in itertools.product(range(heads), repeat=2):
@@ -184,7 +184,7 @@ def test_features_after_a_filter_of_several_terms_include_all_terms():
   for r, s, t in itertools.product(range(2), range(3), range(3)):
     filtered = filtered + query[0, r, s] * key[0, r, t] * around[:, s:s + 5, t:t + 5]
   features = np.concatenate([maps[:, 0] @ keys, filtered @ keys], axis=2).reshape(-1, 6)
-  seen = Seen(maps=jnp.asarray(maps, jnp.float32), keys=jnp.asarray(keys, jnp.float32),
+  seen = Activations(maps=jnp.asarray(maps, jnp.float32), keys=jnp.asarray(keys, jnp.float32),
               target_attention=jnp.zeros((2, 5, 3)))
   sums = refit.filtered_sums(seen, *(jnp.asarray(taps, jnp.float32) for taps in (query, key)))
   np.testing.assert_allclose(sums.xx[1:, 1:], features.T @ features, rtol=1e-4, atol=1e-4)
@@ -229,7 +229,7 @@ def test_a_fit_to_too_few_images_does_no_harm_on_others(images):
 def test_balanced_factors_have_the_same_product_and_smaller_entries():
   rng = np.random.default_rng(3)
   a, b = 1e3 * rng.standard_normal((8, 3)), 1e-3 * rng.standard_normal((3, 5))
-  c, d = regression.balanced(a, b)
+  c, d = regression.balance_factors(a, b)
   np.testing.assert_allclose(c @ d, a @ b, rtol=1e-9)
   assert np.linalg.norm(c) == pytest.approx(np.linalg.norm(d))
 
@@ -277,11 +277,12 @@ def test_regressions_of_wide_layers_skip_tokens_but_no_image(monkeypatch):
   counted = [part.xx[0, 0] for part in data.sums(rows)]
   assert counted == [100 * 17, 50 * 17]
   monkeypatch.setattr(regression, "WIDE", block.site.hidden)
-  least = ROWS * block.site.hidden
+  least = ROWS_PER_CHANNEL * block.site.hidden
   assert 3 * least < 150 * 17 < 4 * least
   counted = [part.xx[0, 0] for part in data.sums(rows)]
   assert counted == [100 * 6, 50 * 6]   # tokens 0, 3, ..., 15
-  monkeypatch.setattr(calibration, "ROWS", ROWS // 2)   # a step of 6 would miss columns
+  # A step of 6 would miss columns.
+  monkeypatch.setattr(calibration, "ROWS_PER_CHANNEL", ROWS_PER_CHANNEL // 2)
   assert data.sums(rows)[1].xx[0, 0] == 50 * 4
 
 
@@ -294,8 +295,8 @@ def test_statistics_of_heads_and_channels_use_every_third_image(monkeypatch):
   data = Calibration(block, variables["params"], {}, x, None, 20, {})
   function, arguments = vc.HMHSA.statistics(variables["params"])
   for step, tokens in ((1, 40 * 17), (3, 14 * 17)):
-    monkeypatch.setattr(calibration, "TOKENS", 40 * 17 // step)
-    subset = data.fewer()
+    monkeypatch.setattr(calibration, "SUM_TOKENS", 40 * 17 // step)
+    subset = data.with_fewer_images()
     np.testing.assert_array_equal(subset.x.x, x.x[:40:step])
     costs, count = data.sums(function, *arguments)[0]
     assert count == tokens

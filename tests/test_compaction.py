@@ -95,7 +95,7 @@ def test_kl_grows_with_removed_tokens_as_a_quick_report_assumes():
         (looking._removed_share(plan.tokens, site), rows[name]["kl"]))
   powers = [math.log(more / kl) / math.log(most / gone) for points in found.values()
             for (gone, kl), (most, more) in itertools.pairwise(points)]
-  assert min(powers) < looking.GROWTH < max(powers)
+  assert min(powers) < looking.KL_EXPONENT < max(powers)
   text = f"between {min(powers):.2f} and {max(powers):.2f}"
   assert text in (ROOT / "docs/compaction.md").read_text()
 

@@ -81,7 +81,7 @@ def test_the_tag_is_saved_with_the_model(tmp_path):
   model = vc.create_model("vit_tiny_patch16_224.augreg_in21k", **SIZES, num_classes=3)
   vc.save(tmp_path / "a.safetensors", model, tiny.init(model))
   assert vc.load(tmp_path / "a.safetensors")[0] == model
-  assert convert.altered(model, image_size=16).variant == model.variant
+  assert convert.with_fields(model, image_size=16).variant == model.variant
 
 
 def test_every_listed_name_with_a_tag_can_be_created():

@@ -14,7 +14,7 @@ BASE = {"trees", "settings", "kernels", "torch_names", "token_state", "attention
         "regression", "rotary", "convolution", "depthwise", "tracing"}
 MODELS = BASE | {"methods", "plan", "execution", "block", "models"}
 VERBS = {"calibration", "curvature", "compact", "fold", "verify", "count", "features", "convert",
-         "receipt", "preprocess", "bench", "latency", "measure", "planner", "report", "doors",
+         "receipt", "preprocess", "bench", "latency", "measure", "planner", "report", "checks",
          "export", "runtimes", "tune", "files", "fit", "foreign", "foreign_config", "foreign_names",
          "foreign_rules", "foreign_tensors", "compare", "draw", "pytorch", "timm_network", "hub"}
 # part -> the parts it may import, besides itself. A part is a file or a folder of vitcompact/.

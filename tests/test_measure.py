@@ -104,7 +104,7 @@ def test_a_quick_report_infers_the_blocks_it_skipped(monkeypatch):
   def estimated(kind, *rest):
     return (None, {}) if kind is vc.HeadPruning else estimate(kind, *rest)
 
-  monkeypatch.setattr(looking, "EVERY", 3)
+  monkeypatch.setattr(looking, "BLOCKS_PER_TRIAL", 3)
   # Only ratios count: the first gradients of a deep network may be tiny.
   monkeypatch.setattr(looking, "kl_per_error",
                       lambda *_: jax.tree.map(lambda scale: 1e-15 * scale, scales))
@@ -135,7 +135,7 @@ def test_a_quick_report_tries_one_reducer_of_each_class(measured, monkeypatch):
     assert len({option.kl for option in options}) == len(options)
   evit = {option.method.keep: option.kl for option in found if isinstance(option.method, vc.EViT)}
   # Of 16 patches, 0.7 leaves 13 and then 11, and 0.5 leaves 9 and then 6, the fused one included.
-  assert evit[0.5] / evit[0.7] == pytest.approx((17 / 8) ** looking.GROWTH)
+  assert evit[0.5] / evit[0.7] == pytest.approx((17 / 8) ** looking.KL_EXPONENT)
 
 
 def test_images_are_split_among_devices_with_the_result_of_one_device(measured, monkeypatch):
@@ -198,7 +198,7 @@ def test_the_knapsack_finds_the_best_of_all_choices():
             if sum(choices[n][i].saved for n, i in zip("abcd", way, strict=True)) >= need]
     assert kl == pytest.approx(min(ways)[0])
     assert sum(choices[n][i].saved for n, i in picks.items()) >= need
-  assert search.best(search.most() + 1) is None
+  assert search.best(search.most_saved() + 1) is None
   forbidden = search.best(60.0, forbidden=("a", search.best(60.0)[0]["a"]))
   assert forbidden[1] >= search.best(60.0)[1]
 

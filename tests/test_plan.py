@@ -91,11 +91,11 @@ def test_parse_accepts_nothing_json_or_a_file(tmp_path):
      "use blocks={3: {'attention': None}}"),
     (lambda: vc.create_model("deit_tiny_patch16_224", plan=vc.Plan(
         heads=vc.HMHSA(layout="grid"), tokens=vc.EViT(blocks=(2, 5)))),
-     "in block 2 needs the whole grid of tokens, which from block 2 on EViT("),
+     "in block 2 needs the whole grid of tokens, which EViT("),
     (lambda: vc.create_model("deit_tiny_patch16_224", plan=vc.Plan(
         heads=vc.HMHSA(site="logits"),
         attention=vc.Sparsifiner(granularity="block", min_tokens=0))),
-     "takes away; use site='probs', or granularity='token'"),
+     "removes; use site='probs', or granularity='token'"),
     (lambda: vc.create_model("pvt_tiny", plan=vc.Plan(tokens=vc.ToMe())),
      "needs tokens that may be dropped or merged, which pvt_tiny does not have"),
 ])

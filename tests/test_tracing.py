@@ -5,7 +5,7 @@ import pytest
 from flax.errors import ScopeParamNotFoundError, ScopeParamShapeError
 
 from tests import tiny
-from vitcompact import doors, layers, trees
+from vitcompact import checks, layers, trees
 
 MODEL = tiny.deit(depth=1)
 LEAF = "blocks_0/mlp/fc1/bias"
@@ -13,7 +13,7 @@ LEAF = "blocks_0/mlp/fc1/bias"
 
 def with_leaf(leaf):
   """Returns the shapes of the model's variables, with one changed or missing."""
-  named = trees.named_leaves(doors.variable_shapes(MODEL)["params"])
+  named = trees.named_leaves(checks.variable_shapes(MODEL)["params"])
   named[LEAF] = leaf
   return {"params": trees.nested({name: leaf for name, leaf in named.items() if leaf is not None})}
 
@@ -24,12 +24,12 @@ def with_leaf(leaf):
     (None, ScopeParamNotFoundError)])
 def test_a_missing_or_misshapen_leaf_is_refused_as_by_linen(leaf, error):
   with pytest.raises(error, match=r"bias.*/blocks_0/mlp/fc1"):
-    jax.eval_shape(MODEL.apply, with_leaf(leaf), doors.image_shapes(MODEL))
+    jax.eval_shape(MODEL.apply, with_leaf(leaf), checks.image_shapes(MODEL))
 
 
 def test_callers_cannot_change_the_cached_shapes():
-  doors.variable_shapes(MODEL)["params"].pop("blocks_0")
-  assert "blocks_0" in doors.variable_shapes(MODEL)["params"]
+  checks.variable_shapes(MODEL)["params"].pop("blocks_0")
+  assert "blocks_0" in checks.variable_shapes(MODEL)["params"]
 
 
 def test_the_body_of_a_layer_is_traced_once_per_shape():

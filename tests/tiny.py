@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import vitcompact as vc
-from vitcompact import doors, trees
+from vitcompact import checks, trees
 from vitcompact.data.evaluation import Preprocess
 from vitcompact.methods.ffn import cffn
 from vitcompact.methods.protocol import CAPABILITIES, Site
@@ -104,7 +104,7 @@ def randomised(tree, seed=1, spread=0.3):
 
 def init(model, seed=1, spread=0.3):
   """Returns random variables for a model, without running it."""
-  return randomised(doors.variable_shapes(model), seed, spread)
+  return randomised(checks.variable_shapes(model), seed, spread)
 
 
 def apply(model, variables, *args, rngs=None, mutable=False, **options):

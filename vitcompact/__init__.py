@@ -1,4 +1,4 @@
-"""vitcompact: vision transformers made smaller and faster, measured and proved at each step.
+"""vitcompact: vision transformers made smaller and faster, measured and verified at each step.
 
 The public names are imported when first used; importing the package starts no device.
 """
@@ -8,7 +8,7 @@ import types
 
 from vitcompact._version import __version__ as __version__
 
-_HOMES = {
+_MODULES = {
     "create_model": "models", "list_models": "models", "preprocess": "preprocess",
     "Plan": "plan", "METHODS": "methods", "HMHSA": "methods.heads.hmhsa",
     "Sparsifiner": "methods.attention.sparsifiner", "KeyMerging": "methods.attention.key_merging",
@@ -23,11 +23,11 @@ _HOMES = {
     "features": "features", "compact": "compact", "fold": "fold", "verify": "verify",
     "count": "count", "tune": "tune", "measure": "measure", "Report": "report", "export": "export",
 }
-__all__ = sorted(_HOMES)
+__all__ = sorted(_MODULES)
 
 
 def _listed_method(name: str) -> type:
-  """The class of this name in METHODS, so that listed methods need no entry in `_HOMES`."""
+  """The class of this name in METHODS, so that listed methods need no entry in `_MODULES`."""
   methods = importlib.import_module("vitcompact.methods").METHODS
   for kinds in methods.values():
     for kind in kinds.values():
@@ -41,8 +41,8 @@ class _Package(types.ModuleType):
   the function of the same name."""
 
   def __getattr__(self, name):
-    if name in _HOMES:
-      value = getattr(importlib.import_module(f"vitcompact.{_HOMES[name]}"), name)
+    if name in _MODULES:
+      value = getattr(importlib.import_module(f"vitcompact.{_MODULES[name]}"), name)
     elif name[:1].isupper():
       value = _listed_method(name)
     else:
@@ -51,7 +51,7 @@ class _Package(types.ModuleType):
     return value
 
   def __setattr__(self, name, value):
-    if name in _HOMES and isinstance(value, types.ModuleType):
+    if name in _MODULES and isinstance(value, types.ModuleType):
       value = getattr(value, name)
     super().__setattr__(name, value)
 

@@ -28,10 +28,9 @@ from vitcompact.torch_names import Entry
 class Attention(nn.Module):
   """Multi-head attention of x over `keys` (default: x itself).
 
-  Leaves: query/key/value kernels (width, heads, head width), out kernel (heads, head width, width),
-  query_norm and key_norm over a head's width if the site has them, and under its scope those of
-  `method`, which computes the output of all heads. Queries and keys exist only for its
-  `scored_heads`.
+  Parameters: query/key/value kernels (width, heads, head width), out kernel (heads, head width,
+  width), query_norm and key_norm over a head's width if the site has them, and those of `method`
+  under its scope. It computes the outputs of all heads; its `scored_heads` have queries and keys.
   """
   site: Site
   method: object = None   # of the heads axis
@@ -57,17 +56,17 @@ class Attention(nn.Module):
     query, key = self.queries_and_keys(x_bnw, keys_bmw)
     return self.attend(query, key, self.value(keys_bmw), x_bnw=x_bnw)
 
-  def queries_and_keys(self, x_bnw, keys_bmw, places=None):
+  def queries_and_keys(self, x_bnw, keys_bmw, positions=None):
     """Returns queries and keys (B, N, f, d) for the scores, normalised and rotated if the site says
-    so. places: where the tokens lie, see `rotary.places_of`; then keys must be x itself."""
+    so. positions: see `rotary.token_positions`; if given, keys must be x itself."""
     with self._active_share():
       query = self.query(x_bnw)
     key = self.key(keys_bmw)
     if self.site.qk_norm is not None:
       query, key = self.query_norm(query), self.key_norm(key)
-    if places is not None:
+    if positions is not None:
       reference = self.site.rotary_grid
-      angles = rotary.angles(places, self.site.head_width, self.site.rotary, reference)
+      angles = rotary.angles(positions, self.site.head_width, self.site.rotary, reference)
       query, key = (rotary.rotate(x, angles, reference is not None) for x in (query, key))
     if self.site.query_scale != 1:
       query = query * self.site.query_scale
@@ -85,8 +84,7 @@ class Attention(nn.Module):
         return self.out(heads_bnhd)
 
   def _active_share(self):
-    """Returns a scope that tells `count` which share of the heads a token uses, see
-    `attention.share`."""
+    """Returns a scope that tells `count` the share of heads a token uses, see `attention.share`."""
     if self.method is None:
       return contextlib.nullcontext()
     active = protocol.active_heads(self.method, self.site)
@@ -106,8 +104,7 @@ class Block(nn.Module):
   """Pre-norm residual block: x + attn(norm1 x) / skip_lam, then x + mlp(norm2 x) / skip_lam. If the
   site has a LayerScale, ls1 and ls2 scale the outputs of the two branches.
 
-  reduce: makes the module that turns the normed tokens into fewer keys and values (hierarchical
-  models); None: attention over all tokens.
+  reduce: makes the module that turns normed tokens into fewer keys and values; None: all tokens.
   """
   site: Site
   methods: BlockMethods = BlockMethods()
@@ -128,14 +125,14 @@ class Block(nn.Module):
       tokens = predict(tokens, site.prefix, train)
     x_bnw = norm1(tokens.x)
     keys_bmw = x_bnw if self.reduce is None else self.reduce(name="reduce")(x_bnw)
-    query, key = attn.queries_and_keys(x_bnw, keys_bmw, self._places(tokens))
+    query, key = attn.queries_and_keys(x_bnw, keys_bmw, self._positions(tokens))
     if step.fuse is None:
       core = self._core(tokens, query, key)
     else:
       fused, ahead = step.fuse(tokens, query, key, site.prefix)
       x_bnw = keys_bmw = norm1(fused.x)
       if ahead is None:
-        query, key = attn.queries_and_keys(x_bnw, keys_bmw, self._places(fused))
+        query, key = attn.queries_and_keys(x_bnw, keys_bmw, self._positions(fused))
         core = self._core(fused, query, key)
       else:
         core = ahead(self._core(tokens, query, key))
@@ -152,17 +149,17 @@ class Block(nn.Module):
     return tokens
 
   @nn.nowrap
-  def _places(self, tokens: Tokens):
-    """Returns where tokens lie in the image, for rotary positions; None if the site has none."""
+  def _positions(self, tokens: Tokens):
+    """Returns positions of the tokens in the image, for rotary positions; None without these."""
     site = self.site
     if site.rotary is None:
       return None
-    return rotary.places_of(tokens, rotary.places(site.query_grid, site.prefix, site.rotary_grid))
+    return rotary.token_positions(
+        tokens, rotary.grid_positions(site.query_grid, site.prefix, site.rotary_grid))
 
   @nn.nowrap
   def _core(self, tokens: Tokens, query, key) -> Core:
-    """Returns the attention over these tokens: their sizes, which are kept, which pairs are scored.
-    """
+    """Returns the attention over these tokens, restricted by the method of the attention axis."""
     return restrict(self.site, self.methods.attention, tokens.core(), query, key, tokens.source,
                     tokens.fused)
 
@@ -180,8 +177,7 @@ def reduction(site: Site, methods: BlockMethods) -> Reduction:
 
 
 def restrict(site: Site, method, core: Core, query, key, source=None, fused: bool = False) -> Core:
-  """Returns the attention as restricted by the method of the attention axis. Must be called from an
-  `nn.compact` method."""
+  """Returns the attention restricted by `method`. Must be called from an `nn.compact` method."""
   if method is None:
     return core
   return method.make(site, name=protocol.scope_of(method))(core, query, key, source, fused)
@@ -196,8 +192,7 @@ def make_ffn(site: Site, method, **kwargs) -> nn.Module:
 
 
 def ffn_branch(site: Site, methods: BlockMethods, norm, x, paths, train: bool):
-  """Returns what the FFN adds to its input x (B, ..., ffn_width). Must be called from an
-  `nn.compact` method.
+  """Returns what the FFN adds to x (B, ..., ffn_width). Call it from an `nn.compact` method.
 
   norm: makes the block's norms; None: they are folded into the layers after them. paths: which
   tokens take the FFN, see `token_state.Paths`.
@@ -222,18 +217,18 @@ def ffn_branch(site: Site, methods: BlockMethods, norm, x, paths, train: bool):
 def from_dense(site: Site, methods: BlockMethods, params, stats, calibrate=None):
   """Converts (params, stats) of a dense block to a block with these methods, one after the other.
 
-  calibrate: None, or a function (methods in place, params, stats) -> `calibration.Calibration`. The
+  calibrate: None, or a function (methods applied so far, params, stats) -> `Calibration`. The
   attention axis comes first, then the heads; the input of the FFN depends on both.
   """
-  in_place = BlockMethods()
+  applied = BlockMethods()
   params = without_layer_scale(params, attention=methods.heads is not None,
                                ffn=methods.ffn is not None)
   for axis in ("attention", "heads", "tokens", "ffn"):
     method = getattr(methods, axis)
     if method is not None:
-      data = calibrate and calibrate(in_place, params, stats)
+      data = calibrate and calibrate(applied, params, stats)
       params, stats = surgery.from_dense(method, site, params, stats, data)
-      in_place = in_place._replace(**{axis: method})
+      applied = applied._replace(**{axis: method})
   return params, stats
 
 
@@ -254,8 +249,7 @@ def without_layer_scale(params, attention: bool = True, ffn: bool = True):
 def fold(site: Site, methods: BlockMethods, params, stats):
   """Returns (params, stats) of a deployed block, folded one method after the other.
 
-  Parameters of attention methods that do not act in this block are left out: they may come from a
-  plan under which one did.
+  Drops parameters of attention methods that do not act here: they may be left from another plan.
   """
   for method in methods.present():
     params, stats = surgery.fold(method, site, params, stats)
@@ -267,7 +261,7 @@ def fold(site: Site, methods: BlockMethods, params, stats):
 def method_entries(site: Site, methods: BlockMethods, torch: str, ours: str, fc1=("fc1",)):
   """Returns entries of the tensors of a block's methods, and of fc1 and fc2.
 
-  fc1: the names of its layer; several names hold equal parts of its output.
+  fc1: the names of that layer in the file; several layers hold equal parts of its output.
   """
   inner = torch_names.norm(f"{torch}.mlp.norm", f"{ours}/mlp/norm") if site.ffn_norm else []
   entries = [entry for method in methods.present()

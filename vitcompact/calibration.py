@@ -20,13 +20,13 @@ from vitcompact.token_state import NOTHING
 NORMS = {"norm1": "before_attention", "norm2": "before_ffn", "norm": "before_ffn"}
 _innermost = contextvars.ContextVar("the innermost run_blocks", default=None)
 
-ROWS = 8           # of a regression, per hidden channel
-TOKENS = 8192      # for sums of few numbers, such as the costs of heads
-VALUES = 2 ** 22   # of the residual stream in one chunk of images: about 50 images of DeiT-S
+ROWS_PER_CHANNEL = 8     # rows of a regression for each hidden channel
+SUM_TOKENS = 8192        # tokens for small sums, such as the costs of heads
+CHUNK_VALUES = 2 ** 22   # residual stream values in a chunk of images: about 50 images of DeiT-S
 
 
-class Seen(NamedTuple):
-  """What a block computes for a few images; None for parts that it does not have.
+class Activations(NamedTuple):
+  """The activations of a block for a chunk of images; None for parts that it does not have.
 
   before_attention, before_ffn: the residual stream (B, N, width) that each branch is added to.
   queries, keys: (B, N, width), (B, M, width), the inputs of attention; query, key (B, N, h, d), the
@@ -36,7 +36,7 @@ class Seen(NamedTuple):
     what the FFN adds to the stream.
   target_attention, target_ffn: what the two branches should add, see `Teacher`.
   step: a regression uses every `step`-th token.
-  image_step: sums of few numbers use every `image_step`-th image, see `of_fewer_images`.
+  image_step: small sums use every `image_step`-th image, see `with_fewer_images`.
   """
   before_attention: Any = None
   before_ffn: Any = None
@@ -55,9 +55,9 @@ class Seen(NamedTuple):
   step: int = 1
   image_step: int = 1
 
-  def of_fewer_images(self) -> "Seen":
-    """Returns the values of every image_step-th image: enough for sums of few numbers."""
-    return Seen(*(leaf if isinstance(leaf, int) or leaf is None else leaf[::self.image_step]
+  def with_fewer_images(self) -> "Activations":
+    """Returns the activations of every image_step-th image: enough for small sums."""
+    return Activations(*(leaf if isinstance(leaf, int) or leaf is None else leaf[::self.image_step]
                   for leaf in self))
 
 
@@ -81,7 +81,7 @@ class Calibration:
   x: its input from the compact blocks before it, a tree of NumPy arrays (images, ...).
   teacher: the dense block on the dense model's own stream, or on x once the compact model has fewer
     tokens; None: the target is the block's own output.
-  held: how many images, the last ones, are held out to choose between fits.
+  held_out: how many images, the last ones, are held out to choose between fits.
   notes: the errors that fits report, {axis: {...}}.
   """
   module: nn.Module
@@ -89,7 +89,7 @@ class Calibration:
   stats: Any
   x: Any
   teacher: Teacher | None
-  held: int
+  held_out: int
   notes: dict
 
   def note(self, axis: str, **facts):
@@ -111,10 +111,10 @@ class Calibration:
     return self._pass(True, function, arguments)
 
   def _pass(self, outputs: bool, function, arguments):
-    run = _jitted_sums(Function(self.module), function, outputs, self._step(), self._image_step())
+    run = _jitted_sums(BlockKey(self.module), function, outputs, self._step(), self._image_step())
     variables = replicate({"params": self.params, "batch_stats": self.stats})
     images = len(jax.tree.leaves(self.x)[0])
-    fitted = images - self.held
+    fitted = images - self.held_out
     outs, parts = [], []
     for start, stop in ((0, fitted), (fitted, images)):
       total = None
@@ -125,8 +125,8 @@ class Calibration:
         sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)
         total = sums if total is None else jax.tree.map(np.add, total, sums)
       parts.append(total)
-    return (jax.tree.map(lambda *few: np.concatenate(few), *outs),
-            (parts[0], parts[1] if self.held else parts[0]))
+    return (jax.tree.map(lambda *leaves: np.concatenate(leaves), *outs),
+            (parts[0], parts[1] if self.held_out else parts[0]))
 
   def _size(self) -> tuple[int, int]:
     """Returns (number of images, tokens of an image)."""
@@ -134,27 +134,28 @@ class Calibration:
     return images, math.prod(grid)
 
   def _step(self) -> int:
-    """Returns a step above 1 for wide layers, whose sums are expensive, that leaves enough rows. It
-    shares no divisor with the number of tokens, so that all columns of the grid are used."""
+    """Returns the step between the tokens that a regression uses: above 1 for wide layers, whose
+    sums are expensive. It shares no divisor with the number of patches, so that all columns of the
+    grid are used."""
     site, (images, tokens) = self.module.site, self._size()
     if site.hidden < regression.WIDE:
       return 1
-    step = max(images * tokens // (ROWS * site.hidden), 1)
+    step = max(images * tokens // (ROWS_PER_CHANNEL * site.hidden), 1)
     while math.gcd(step, tokens - site.prefix) > 1:
       step -= 1
     return step
 
   def _image_step(self) -> int:
-    """Returns the step that leaves about `TOKENS` tokens of the images to fit."""
+    """Returns the step that leaves about `SUM_TOKENS` tokens of the images to fit."""
     images, tokens = self._size()
-    return max((images - self.held) * tokens // TOKENS, 1)
+    return max((images - self.held_out) * tokens // SUM_TOKENS, 1)
 
-  def fewer(self) -> "Calibration":
-    """Returns the calibration on evenly chosen images with about `TOKENS` tokens, none held out:
-    enough for sums of few numbers."""
-    at = slice(0, len(jax.tree.leaves(self.x)[0]) - self.held, self._image_step())
+  def with_fewer_images(self) -> "Calibration":
+    """Returns the calibration on evenly spaced images with about `SUM_TOKENS` tokens, enough for
+    small sums. None are held out."""
+    at = slice(0, len(jax.tree.leaves(self.x)[0]) - self.held_out, self._image_step())
     x, teacher = (take_images(tree, at) for tree in (self.x, self.teacher))
-    return dataclasses.replace(self, x=x, teacher=teacher, held=0)
+    return dataclasses.replace(self, x=x, teacher=teacher, held_out=0)
 
   def with_params(self, params) -> "Calibration":
     """Returns the calibration of the same block with other parameters."""
@@ -163,7 +164,7 @@ class Calibration:
 
 def hold_out_last(images) -> tuple[np.ndarray, int]:
   """Returns (images with every fourth one moved to the end, how many were moved): those are held
-  out. The last quarter would be of few classes if the images are ordered by class."""
+  out. If the images are ordered by class, the last quarter would contain only a few classes."""
   images = np.asarray(images, np.float32)
   if len(images) < 8:
     return images, 0
@@ -179,7 +180,7 @@ def chunks(x, start: int, stop: int):
   """Yields slices of images that fit in the memory of all devices. There are at most two lengths;
   the first is a multiple of the number of devices if there are enough images."""
   leaf, devices = max(jax.tree.leaves(x), key=np.size), jax.local_device_count()
-  most = devices * min(max(8, VALUES * len(leaf) // max(leaf.size, 1)), 256)
+  most = devices * min(max(8, CHUNK_VALUES * len(leaf) // max(leaf.size, 1)), 256)
   if stop > start:
     size = math.ceil((stop - start) / math.ceil((stop - start) / most))
     if size >= devices:
@@ -193,7 +194,7 @@ def _image_sharding(spec: PartitionSpec) -> NamedSharding:
 
 
 def shard_images(tree):
-  """Splits leaves (images, ...) among the devices of this process if their number divides."""
+  """Splits leaves (images, ...) among the devices of this process, or replicates uneven ones."""
   devices = jax.local_device_count()
   if devices == 1:
     return tree
@@ -216,9 +217,9 @@ def anonymous(block: nn.Module) -> nn.Module:
   return block.clone(site=site, methods=methods, drop_path=0.0, parent=None, name=None)
 
 
-class Function:
-  """A block as the key of its compiled program. Blocks are compared by their text, because their
-  own equality fails if their fields include functions that make modules, such as partials."""
+class BlockKey:
+  """Wraps a block so that its compiled program can be cached. Blocks are compared by their repr: ==
+  would fail for fields that are functions that make modules, such as partials."""
 
   def __init__(self, block: nn.Module):
     self.block = anonymous(block)
@@ -233,7 +234,7 @@ class Function:
 
 def run(block: nn.Module, variables, x):
   """Returns the output of an unbound block for a tree of NumPy arrays, computed in chunks."""
-  return _in_chunks(_jitted_forward(Function(block)), variables, x)
+  return _in_chunks(_jitted_forward(BlockKey(block)), variables, x)
 
 
 def _in_chunks(forward, variables, x):
@@ -244,17 +245,17 @@ def _in_chunks(forward, variables, x):
 
 
 @functools.lru_cache(maxsize=64)
-def _jitted_forward(block: Function):
+def _jitted_forward(block: BlockKey):
   return jax.jit(lambda variables, x: _observe(block.block, variables, x, maps=False)[0])
 
 
-def observe_jitted(block: nn.Module, variables, x) -> Seen:
-  """Returns what an unbound block computes for a few images, with maps; not in chunks."""
-  return _jitted_observe(Function(block))(variables, x)
+def observe_jitted(block: nn.Module, variables, x) -> Activations:
+  """Returns the activations of an unbound block, with maps, for images that fit in one chunk."""
+  return _jitted_observe(BlockKey(block))(variables, x)
 
 
 @functools.lru_cache(maxsize=64)
-def _jitted_observe(block: Function):
+def _jitted_observe(block: BlockKey):
   return jax.jit(lambda variables, x: observe(block.block, variables, x, maps=True)[1])
 
 
@@ -285,7 +286,7 @@ def run_blocks(model: nn.Module, variables, images, on_block: Callable[[str, nn.
 
 
 def observe(block: nn.Module, variables, x, maps: bool):
-  """Returns (output, Seen) of an unbound block; maps: whether to form attention maps."""
+  """Returns (output, Activations) of an unbound block; maps: whether to form attention maps."""
   found = {}
 
   def watch(next_fun, args, kwargs, context):
@@ -323,36 +324,36 @@ def observe(block: nn.Module, variables, x, maps: bool):
     found["maps"] = scope["maps"][0]
   tokens = {name: _tokens(value) for name, value in found.items()
             if name not in ("maps", "query", "key")}
-  return out, Seen(**{**found, **tokens})
+  return out, Activations(**{**found, **tokens})
 
 
 def _observe(block: nn.Module, variables, x, maps: bool):
-  """`observe` for images that are split among the devices of the process."""
+  """Calls `observe` for images that are split among the devices of the process."""
   with attention.split_over(jax.local_device_count()):
     return observe(block, variables, x, maps)
 
 
 def _tokens(x):
-  """(B, H, W, C) -> (B, H W, C)."""
+  """Flattens the grid: (B, H, W, C) -> (B, H W, C)."""
   return jax.lax.collapse(x, 1, x.ndim - 1) if x.ndim > 3 else x
 
 
 @functools.lru_cache(maxsize=64)
-def _jitted_sums(module: Function, function: Callable, outputs: bool, step: int, image_step: int):
-  """Returns the jitted function that computes (output or None, sums) of a chunk. XLA removes what
-  they do not need."""
+def _jitted_sums(module: BlockKey, function: Callable, outputs: bool, step: int, image_step: int):
+  """Returns the jitted function that computes (output or None, sums) of a chunk. XLA removes unused
+  computations."""
   module = module.block
   skip = getattr(module, "skip_lam", 1.0)
 
   def apply(seen, *arguments):
     if isinstance(function, tuple):
-      return tuple(one(seen, *few) for one, few in zip(function, arguments, strict=True))
+      return tuple(f(seen, *args) for f, args in zip(function, arguments, strict=True))
     return function(seen, *arguments)
 
-  def target(after, before, adds):
-    """The target of a branch: what it adds itself if tokens were removed or there is no teacher."""
+  def target(after, before, output):
+    """The target of a branch: its own output if tokens were removed or there is no teacher."""
     if after is None or module.methods.tokens is not None or after.size != before.size:
-      return adds
+      return output
     return after.reshape(before.shape) - skip * before
 
   def run(variables, x, teacher, *arguments):
@@ -369,19 +370,19 @@ def _jitted_sums(module: Function, function: Callable, outputs: bool, step: int,
 
 def run_teacher(block: nn.Module, variables, x) -> tuple[Any, Teacher]:
   """Returns (output, `Teacher`) of an unbound dense block for a tree of NumPy arrays."""
-  return _in_chunks(_jitted_teacher(Function(block)), variables, x)
+  return _in_chunks(_jitted_teacher(BlockKey(block)), variables, x)
 
 
 @functools.lru_cache(maxsize=64)
-def _jitted_teacher(block: Function):
+def _jitted_teacher(block: BlockKey):
   skip = getattr(block.block, "skip_lam", 1.0)
 
   def run(variables, x):
     out, seen = _observe(block.block, variables, x, maps=False)
     images = len(jax.tree.leaves(x)[0])
 
-    def after(before, adds):   # by image: the block may work on windows
-      return None if adds is None else (adds + skip * before).reshape(images, -1)
+    def after(before, output):   # by image: the block may work on windows
+      return None if output is None else (output + skip * before).reshape(images, -1)
 
     return out, Teacher(after(seen.before_attention, seen.attended),
                         after(seen.before_ffn, seen.ffn))

@@ -18,7 +18,7 @@ from vitcompact.calibration import (
   run_teacher,
   take_images,
 )
-from vitcompact.doors import check_images, check_model, check_plan, check_values, check_variables
+from vitcompact.checks import check_images, check_model, check_plan, check_values, check_variables
 from vitcompact.methods import protocol
 from vitcompact.plan import Plan
 
@@ -32,10 +32,10 @@ def compact(model: nn.Module, variables, plan: Plan, images=None,
 
   With calibration images, blocks are fitted one after another in closed form, without training (our
   own work, not the papers'). A block's input is the residual stream of the compact blocks before
-  it; its target is the dense model's stream. The fit chooses which heads stay and which of these
-  each hallucinated head copies, refits values and outputs, finds the factors with the least output
-  error and the mask predictors that restore the dense maps, and sets batch norm statistics. A
-  quarter of the images is held out to regularise the fits. Without images, hallucinated heads copy
+  it; its target is the dense model's stream. The fit chooses which heads stay and which of them
+  each hallucinated head copies, and refits values and outputs; finds the factors with the least
+  output error; fits mask predictors to the dense maps; and sets batch norm statistics. A quarter
+  of the images is held out to choose the ridge. Without images, hallucinated heads copy
   the real ones in order, factors are truncated singular value decompositions, and mask predictors
   are newly initialised.
 
@@ -76,7 +76,7 @@ def compact(model: nn.Module, variables, plan: Plan, images=None,
         params[name], stats[name] = blocks.from_dense(module.site, module.methods, params[name],
                                                       stats.get(name, {}))
   else:
-    for name, new in _fitted(model, small, variables, images, progress).items():
+    for name, new in _fit_blocks(model, small, variables, images, progress).items():
       params[name], stats[name] = new
   stats = {name: leaf for name, leaf in stats.items() if leaf}
   if images is None and any(method.axis != "tokens" for method in plan.methods()):
@@ -110,7 +110,7 @@ def _dense_form(model: nn.Module, variables, images):
                                     **({"batch_stats": stats} if stats else {})}
 
 
-def _fitted(model: nn.Module, small: nn.Module, variables, images, progress):
+def _fit_blocks(model: nn.Module, small: nn.Module, variables, images, progress):
   """{name: (params, stats)} of the blocks under a plan, fitted one after another.
 
   Each image is in the batch twice: the first half carries the compact model's residual stream, the
@@ -144,7 +144,8 @@ def _fitted(model: nn.Module, small: nn.Module, variables, images, progress):
 def _fit_block(block: nn.Module, data: Calibration):
   """((params, stats), output) of a block, fitted on calibration inputs.
 
-  block: under the plan, at the model's image size; data: of its dense form, at the inputs' size.
+  block: with the plan's methods, at the model's image size; data: the calibration of its dense
+    form, at the size of the inputs.
   """
   dense = data.module
 
@@ -158,7 +159,7 @@ def _fit_block(block: nn.Module, data: Calibration):
 
 
 def _warn_if_too_few(notes: dict[str, dict], images: int):
-  """Warns once, naming the fit that overfits most."""
+  """Warns once if there are too few images, naming the fit that overfits most."""
   if images < 8:
     warnings.warn(f"{images} calibration images are too few to hold any out: a fit may be worse "
                   "than none; give a few hundred", stacklevel=3)

@@ -9,7 +9,7 @@ import flax.linen as nn
 import numpy as np
 
 from vitcompact import foreign, trees
-from vitcompact.doors import check_variables, describe, variable_shapes
+from vitcompact.checks import check_variables, describe, variable_shapes
 from vitcompact.execution import Execution
 from vitcompact.files import (
     DTYPES,
@@ -35,9 +35,9 @@ from vitcompact.torch_names import (
     resize_positions,
 )
 
-__all__ = ["CONTAINERS", "Loaded", "altered", "classes_of", "closest_model", "from_torch", "load",
-           "metadata", "read_metadata", "read_model", "read_safetensors", "read_state_dict",
-           "resized", "save", "tensors_of", "to_torch", "unwrap", "write_safetensors"]
+__all__ = ["CONTAINERS", "Loaded", "classes_of", "closest_model", "from_torch", "load", "metadata",
+           "read_metadata", "read_model", "read_safetensors", "read_state_dict", "resized", "save",
+           "tensors_of", "to_torch", "unwrap", "with_fields", "write_safetensors"]
 
 
 class Loaded(NamedTuple):
@@ -67,17 +67,18 @@ class Loaded(NamedTuple):
     others = [name for name in self.containers if name != self.container]
     if self.container or others:
       lines.append(f"weights: {self.container or 'without a container'}" + (
-          f", not {trees.some(others)} (--weights chooses)" if others else ""))
+          f", not {trees.excerpt(others)} (--weights chooses)" if others else ""))
     if self.source:
       lines.append(f"names: {self.source}, read as timm's")
     if self.prefix:
       lines.append(f"prefix taken off the names: {self.prefix}")
-    lines += [f"left out, {what}: {trees.some(names, 2)}" for what, names in self.left_out.items()]
+    lines += [f"left out, {what}: {trees.excerpt(names, 2)}"
+              for what, names in self.left_out.items()]
     for what, names in (("dropped", self.dropped),
                         ("left out, not part of the model", self.outside),
                         ("resized", self.resized), ("made for other channels", self.adapted),
                         ("initialised anew", self.reset)):
-      lines += [f"{what}: {trees.some(names, 8)}"] if names else []
+      lines += [f"{what}: {trees.excerpt(names, 8)}"] if names else []
     return lines
 
 
@@ -108,11 +109,11 @@ def from_torch(model: nn.Module, state_dict: Mapping[str, Any], *, reset_head: b
   if weights is None and len(loaded.containers) > 1:
     others = [name for name in loaded.containers if name != loaded.container]
     warnings.warn(f"the checkpoint holds several sets of weights: took {loaded.container!r}, not "
-                  f"{trees.some([repr(name) for name in others])}; weights= chooses",
+                  f"{trees.excerpt([repr(name) for name in others])}; weights= chooses",
                   stacklevel=2)
   if loaded.outside:
     warnings.warn(f"{len(loaded.outside)} tensors without the prefix {loaded.prefix!r} are not "
-                  f"part of {model.variant} and were left out: {trees.some(loaded.outside)}",
+                  f"part of {model.variant} and were left out: {trees.excerpt(loaded.outside)}",
                   stacklevel=2)
   return loaded.variables
 
@@ -160,7 +161,7 @@ def read_state_dict(model: nn.Module, state_dict, *, reset_head: bool = False,
   dropped += [name for name in found.outside if name not in outside]
   what = "the state dict"
   if len(containers) > 1:
-    what = f"{found.name!r}, of the sets of weights {trees.some(containers)},"
+    what = f"{found.name!r}, of the sets of weights {trees.excerpt(containers)},"
   if found.source:
     what += f" (names {found.source}, read as timm's)"
   arrays = {name: to_float32(name, value) for name, value in state.items()
@@ -190,7 +191,7 @@ def resized(model: nn.Module, variables, **sizes) -> tuple[nn.Module, dict[str, 
   Position embeddings are interpolated, and so are mask predictors that are tied to them, which keep
   their rank; patch embedding kernels are resampled, or adapted to the number of channels.
   """
-  other = altered(model, **sizes)
+  other = with_fields(model, **sizes)
   return other, read_state_dict(other, tensors_of(model, variables), source=model,
                                 allow_nonfinite=True).variables
 
@@ -200,7 +201,7 @@ def tensors_of(model: nn.Module, variables) -> dict[str, np.ndarray]:
   return _tensors(_all_entries(model, variable_shapes(model)), variables)
 
 
-def altered(model: nn.Module, **fields) -> nn.Module:
+def with_fields(model: nn.Module, **fields) -> nn.Module:
   """The model with other fields; raises ValueError where `create_model` would."""
   if {"image_size", "patch_size"} & fields.keys():
     fields = {"plan": model.plan.at_size(model.sites()), **fields}
@@ -263,7 +264,7 @@ def load(path, *, allow_nonfinite: bool = False) -> tuple[nn.Module, dict[str, A
   """
   arrays, about = read_safetensors(path)
   check_ours(path, arrays, about)
-  model, shapes = _described(path, about)
+  model, shapes = _model_from_metadata(path, about)
   classes_in(path, about)
   if "crop" in about:
     crop_in(path, about)
@@ -272,7 +273,7 @@ def load(path, *, allow_nonfinite: bool = False) -> tuple[nn.Module, dict[str, A
   # Compared flat: `nested` cannot take a name that is both a leaf and the prefix of another.
   if lines := trees.differences(arrays, trees.named_leaves(shapes)):
     raise ValueError(f"{path} does not fit {describe(model)}:\n"
-                     + trees.some(lines, 3 * MANY, joint="\n"))
+                     + trees.excerpt(lines, 3 * MANY, joint="\n"))
   if not allow_nonfinite:
     trees.check_finite(str(path), arrays)
   variables = trees.nested(arrays)
@@ -283,10 +284,10 @@ def read_model(path) -> nn.Module:
   """The model of a file that `save` wrote; its variables are not read."""
   names, about = read_header(path)
   check_ours(path, names, about)
-  return _described(path, about)[0]
+  return _model_from_metadata(path, about)[0]
 
 
-def _described(path, about):
+def _model_from_metadata(path, about):
   """(the model that a file's metadata describe, the shapes of its variables)."""
   try:
     model = create_model(about["model"], **json.loads(about["fields"]),
@@ -360,11 +361,11 @@ def _tensors(entries, variables) -> dict[str, np.ndarray]:
 
 
 def _check_variables(model, variables, shapes):
-  """As `doors.check_variables`, but also refuses other collections and other dtypes."""
+  """As `checks.check_variables`, but also refuses other collections and other dtypes."""
   check_variables(model, variables, shapes=shapes)
   if lines := trees.differences(variables, shapes):
     raise ValueError(f"variables do not fit {describe(model)}: "
-                     + trees.some(lines, MANY, joint="; "))
+                     + trees.excerpt(lines, MANY, joint="; "))
 
 
 def _shapes_of(state):

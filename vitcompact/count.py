@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitcompact import attention, trees
+from vitcompact.checks import check_model, image_shapes
 from vitcompact.depthwise import SHIFT_AND_ADD
-from vitcompact.doors import check_model, image_shapes
 from vitcompact.fold import fold
 from vitcompact.models import check_value
 
@@ -34,9 +34,9 @@ class Count(NamedTuple):
 
   Multiply-accumulates are counted for matrix products and convolutions, and one for each tap of a
   token filter. `macs` are those that the traced program executes; `ideal_macs` those that the
-  method needs: its folded form, only the pairs that are scored, only coefficients and basis entries
-  that are not 0 (see `attention.share` and `layers.nonzero`). The `attention_macs` are the score
-  and value products among them, including those of mask predictors."""
+  method needs: its deployed form, only the pairs that are scored, only coefficients and basis
+  entries that are not 0 (see `attention.share` and `layers.nonzero`). `attention_macs` are the
+  score and value products among them, including those of mask predictors."""
   params: int
   macs: int
   ideal_macs: int
@@ -77,17 +77,17 @@ def _trace(model):
   Both come from one trace of `init`, which also computes the outputs: initialising parameters takes
   no products, and one trace takes half the time of two.
   """
-  return _traced(model, image_shapes(model))
+  return _trace_inference(model, image_shapes(model))
 
 
-def _traced(module: nn.Module, x):
+def _trace_inference(module: nn.Module, x):
   jaxpr, (_, variables) = _program(module.init_with_output, jax.random.key(0), x)
   return trees.size(variables["params"]), jaxpr
 
 
 def count_block(block: nn.Module, x) -> tuple[int, int]:
   """(multiply-accumulates, parameters) of an unbound block for an input x, a tree of shapes."""
-  params, jaxpr = _traced(block, x)
+  params, jaxpr = _trace_inference(block, x)
   return _walk(jaxpr).total, params
 
 
@@ -114,7 +114,8 @@ def _walk(jaxpr, scope: str = "", folded: Mapping | None = None) -> Macs:
   for eqn in jaxpr.eqns:
     # The name stack of an equation inside scan or jit is relative to that of its caller.
     path = f"{scope}/{eqn.source_info.name_stack}"
-    total += _products(eqn, path).times(_needed(path, folded)) + _inner_programs(eqn, path, folded)
+    total += (_products(eqn, path).times(_needed_share(path, folded)) +
+              _inner_programs(eqn, path, folded))
   return total
 
 
@@ -135,7 +136,7 @@ def _products(eqn, scope: str) -> Macs:
   return Macs(macs, macs if attention.SCOPE in scope else 0)
 
 
-def _needed(scope: str, folded: Mapping | None):
+def _needed_share(scope: str, folded: Mapping | None):
   """The share of a product that the method needs, according to its name scopes."""
   if folded is None:
     return 1

@@ -132,7 +132,7 @@ class LocalConv(nn.Module):
     out_bnc = over_grid(self.conv, tokens_bnc[:, self.prefix:], self.grid)
     return jnp.pad(out_bnc, ((0, 0), (self.prefix, 0), (0, 0)))
 
-  def of_heads(self, heads_bnhd, x_bnw=None):
+  def filter_heads(self, heads_bnhd, x_bnw=None):
     """Filters the channels of all heads, (B, N, h, d) -> (B, N, h, d); an `attention.Core.local`.
     """
     del x_bnw

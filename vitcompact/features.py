@@ -5,7 +5,7 @@ import flax.linen as nn
 import jax
 
 from vitcompact import trees
-from vitcompact.doors import check_fitting
+from vitcompact.checks import check_fitting
 
 
 class Features(NamedTuple):

@@ -134,7 +134,7 @@ def weights_in(path) -> pathlib.Path:
     inside = _weights_inside(path)
     if usual or len(inside) == 1:
       return usual[0] if usual else path / inside[0]
-    has = f"choose one: {trees.some(inside)}" if inside else "no file of weights is in it"
+    has = f"choose one: {trees.excerpt(inside)}" if inside else "no file of weights is in it"
     raise ValueError(f"{path} is a directory, not a file of weights; {has}")
   if (shard := re.fullmatch(r"(.+)-\d+-of-(\d+)(\.\w+)", path.name)) and int(shard[2]) > 1:
     index = path.with_name(f"{shard[1]}{shard[3]}{INDEX}")
@@ -177,7 +177,7 @@ def kind_of(path) -> str:
   path = _path(path, "the path of a file")
   if path.is_dir():
     inside = _weights_inside(path)
-    has = f"in it: {trees.some(inside)}" if inside else "no file of weights is in it"
+    has = f"in it: {trees.excerpt(inside)}" if inside else "no file of weights is in it"
     raise ValueError(f"{path} is a directory, not a file of weights; {has}")
   if not path.is_file():
     raise FileNotFoundError(f"{path}: no such file")

@@ -1,20 +1,20 @@
-"""Whether a PyTorch state dict fits a model; where not, what differs and what to do."""
+"""Checks whether a PyTorch state dict fits a model; if not, says what differs and what to do."""
 import dataclasses
 import functools
 from collections.abc import Mapping
 
 from vitcompact import foreign, trees
-from vitcompact.doors import describe, variable_shapes
+from vitcompact.checks import describe, variable_shapes
 from vitcompact.models import VARIANTS, create_model
 
-MANY = 4   # of a kind of misfit are shown, the others counted
+MANY = 4   # mismatches of each kind that are shown; the others are counted
 
 
 def check_fit(what, model, shapes, wanted, heads, got):
-  """Raises ValueError where `what` does not fit, with the first few misfits.
+  """Raises ValueError, with the first few mismatches, if `what` does not fit the model.
 
-  shapes: {name: shape} of all that has to fit, and `wanted` for what fits; heads: names of
-  classifiers; got: {name: shape} as the state dict has them.
+  shapes: {name: shape} of its tensors; wanted: of those of the model; heads: names of classifiers;
+  got: {name: shape} under the names of the state dict.
   """
   missing = [name for name in wanted if name not in shapes]
   unexpected = [name for name in shapes if name not in wanted]
@@ -34,20 +34,20 @@ def check_fit(what, model, shapes, wanted, heads, got):
     hints = ["none of its names is the model's"]
   raise ValueError("\n".join([
       "; ".join([first, *hints]),
-      *_shortened("missing", [f"missing {name} {wanted[name]}" for name in missing]),
-      *_shortened("unexpected", [f"unexpected {name} {shapes[name]}" for name in unexpected]),
-      *_shortened("misshapen", [f"{name} is {shapes[name]}, not {wanted[name]}"
+      *_first_lines("missing", [f"missing {name} {wanted[name]}" for name in missing]),
+      *_first_lines("unexpected", [f"unexpected {name} {shapes[name]}" for name in unexpected]),
+      *_first_lines("misshapen", [f"{name} is {shapes[name]}, not {wanted[name]}"
                                 for name in misshapen])]))
 
 
-def _shortened(what, lines):
+def _first_lines(what, lines):
   """The first lines, and how many more there are."""
   more = len(lines) - MANY
   return [*lines[:MANY], *([f"and {more} more {what}"] if more > 0 else [])]
 
 
 def _hints(model, missing, unexpected, misshapen, shapes, wanted, heads) -> list[str]:
-  """What to do about what does not fit, where that is known."""
+  """What to do about the mismatches, if it is known."""
   hints, wrong = [], {*missing, *unexpected, *misshapen}
   own, other, pool = "norm", "fc_norm", "avg"
   if getattr(model, "global_pool", None) == "avg":
@@ -57,7 +57,7 @@ def _hints(model, missing, unexpected, misshapen, shapes, wanted, heads) -> list
                  f"(--global-pool {pool})")
     wrong -= {f"{name}.{leaf}" for name in (own, other) for leaf in ("weight", "bias")}
   if wrong and wrong <= set(heads):
-    hints.append(_about_classes(misshapen, shapes, wanted))
+    hints.append(_classifier_hint(misshapen, shapes, wanted))
   tied = {entry.torch for entry in model.torch_entries()
           if entry.positions is not None and entry.positions.tied}
   if tied & set(misshapen):
@@ -71,8 +71,8 @@ def _hints(model, missing, unexpected, misshapen, shapes, wanted, heads) -> list
   return hints
 
 
-def _about_classes(misshapen, shapes, wanted):
-  """Where all but a classifier fits: whether it is of other classes or none is there."""
+def _classifier_hint(misshapen, shapes, wanted):
+  """What to do if only a classifier does not fit: it has other classes, or is missing."""
   rest = "pass reset_head (--reset-head) to keep all but the classifier, which is initialised anew"
   for name in misshapen:
     if shapes[name][1:] == wanted[name][1:] and shapes[name][:1] != wanted[name][:1]:
@@ -85,14 +85,14 @@ def _about_classes(misshapen, shapes, wanted):
 def closest_model(shapes: Mapping[str, tuple[int, ...]], better_than: float = 0.0) -> str | None:
   """The named model whose PyTorch tensors {name: shape} agree with the most of these.
 
-  None where no model shares more than `better_than` of all names and shapes.
+  None if no model shares more than `better_than` of all names and shapes.
   """
   by_name = {}
   for name in VARIANTS:
     model = create_model(name)
     timm = [entry.torch for entry in model.torch_entries()]
     by_name[name] = max(_overlap(shapes, timm), _overlap(shapes, map(model.authors_name, timm)))
-  # Sizes of one family share their names: only these are worth tracing.
+  # Models of one family share their names: only the best family is worth tracing.
   best = max(by_name.values())
   likely = [name for name, score in by_name.items() if 0 < 0.9 * best <= score]
   scores = {name: max(_overlap(shapes.items(), tensors) for tensors in _tensors(name))
@@ -116,8 +116,8 @@ def _tensors(variant: str):
 
 
 def _shapes(model) -> dict[str, tuple[int, ...]]:
-  """{name: shape} of a dense model's leaves. Blocks that are alike are traced once: a dozen models
-  share the names of a DeiT, and each takes a second as a whole."""
+  """{name: shape} of a dense model's leaves. Equal blocks are traced once: a dozen models share the
+  names of a DeiT, and tracing all blocks of one takes a second."""
   if "depth" not in {field.name for field in dataclasses.fields(model)}:
     return {name: leaf.shape for name, leaf in trees.named_leaves(variable_shapes(model)).items()}
   leaves = trees.named_leaves(variable_shapes(model.clone(depth=1)))

@@ -1,7 +1,7 @@
 """fold: the deployed form of a model, without anything that only training needs."""
 import flax.linen as nn
 
-from vitcompact.doors import check_model, check_variables
+from vitcompact.checks import check_model, check_variables
 
 
 def fold(model: nn.Module, variables):

@@ -68,11 +68,11 @@ def find(checkpoint, known: set[str], choice: str | None = None, *,
     sets = [max(sets, key=lambda weights: len(weights.state))]
   names = [weights.name for weights in sets]
   if choice is not None:
-    return _chosen([weights for _, weights in groups], choice), names
+    return _choose([weights for _, weights in groups], choice), names
   first, *others = sorted(sets, key=_rank)
   if others and _rank(first) == _rank(others[0]):
-    raise ValueError(f"several sets of weights in the checkpoint, {trees.some(names)}; choose one, "
-                     f"as in weights={first.name!r}")
+    raise ValueError(f"several sets of weights in the checkpoint, {trees.excerpt(names)}; choose "
+                     f"one, as in weights={first.name!r}")
   return first, names
 
 
@@ -107,7 +107,7 @@ def _has_kernel(mapping, depth=0):
 
 
 def _contents(checkpoint):
-  return trees.some([f"{key!r} (a {type(value).__name__})" for key, value in checkpoint.items()])
+  return trees.excerpt([f"{key!r} (a {type(value).__name__})" for key, value in checkpoint.items()])
 
 
 def _text(key):
@@ -178,7 +178,7 @@ def _rank(weights):
   return min(order), sum(order)
 
 
-def _chosen(groups, choice):
+def _choose(groups, choice):
   def matches(weights):
     parts = ".".join([weights.name, weights.prefix])
     return f".{choice}." in f".{parts}."
@@ -188,5 +188,5 @@ def _chosen(groups, choice):
   if len(exact or found) != 1:
     problem = "stands for several" if found else "is not in the checkpoint"
     names = [weights.name or "weights without a container" for weights in groups]
-    raise ValueError(f"weights={choice!r} {problem}; it has {trees.some(names, 8)}")
+    raise ValueError(f"weights={choice!r} {problem}; it has {trees.excerpt(names, 8)}")
   return (exact or found)[0]

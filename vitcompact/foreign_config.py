@@ -88,13 +88,13 @@ def spec_next_to(path) -> ModelSpec:
 def model_spec(config: Mapping[str, Any]) -> ModelSpec:
   """The model in a config.json of timm or transformers; ValueError if it does not name one."""
   if "architecture" in config:
-    return _of_timm(config)
+    return _describe_timm(config)
   if "model_type" in config:
-    return _of_transformers(config)
+    return _describe_transformers(config)
   raise ValueError("it has neither timm's architecture nor transformers' model_type")
 
 
-def _of_timm(config):
+def _describe_timm(config):
   name = config["architecture"]
   model = create_model(name)
   known, fields = fields_of(model), {}
@@ -113,7 +113,7 @@ def _of_timm(config):
   return ModelSpec(name, fields, _names(names))
 
 
-def _of_transformers(config):
+def _describe_transformers(config):
   kind, architectures = config["model_type"], config.get("architectures") or [""]
   projection = 0
   if "vision_config" in config:
@@ -159,7 +159,7 @@ def _nearest(family, sizes):
     if re.fullmatch(family.models, name):
       known = fields_of(create_model(name))
       found[name] = {key: value for key, value in sizes.items()
-                     if key in known and not _same(known[key], value)}
+                     if key in known and not _values_equal(known[key], value)}
   if not found:
     raise ValueError(f"no model here is called {family.models}")
   name = min(found, key=lambda name: len(found[name]))
@@ -167,7 +167,7 @@ def _nearest(family, sizes):
   return name, found[name]
 
 
-def _same(a, b) -> bool:
+def _values_equal(a, b) -> bool:
   """Whether two values are equal; floats to a tolerance, as configs round ratios to five digits."""
   numbers = isinstance(a, float) and isinstance(b, (int, float))
   return bool(np.isclose(a, b, rtol=1e-4, atol=0) if numbers else np.array_equal(a, b))

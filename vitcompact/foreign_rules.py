@@ -32,11 +32,11 @@ def translated(state: Mapping[str, Any], known: set[str]) -> Translated:
     raise ValueError(f"the names are {source.name}: {source.refusal}")
   left_out = {}
   for name in state:
-    if what := _left_out(source, name):
+    if what := _ignored_part(source, name):
       left_out.setdefault(what, []).append(name)
   dropped = {name for names in left_out.values() for name in names}
   rest = {name: value for name, value in state.items() if name not in dropped}
-  new = _by_rules(source, source.before(rest) if source.before else rest)
+  new = _apply_rules(source, source.before(rest) if source.before else rest)
   new = resolved(source.after(new) if source.after else new, known, left_out)
   return Translated(new, source.name if left_out or new.keys() != state.keys() else "", left_out)
 
@@ -86,12 +86,12 @@ def _synonym(name, known):
   return name
 
 
-def _left_out(source: Source, name: str) -> str | None:
+def _ignored_part(source: Source, name: str) -> str | None:
   return next((what for pattern, what in source.left_out.items()
                if re.fullmatch(pattern, name)), None)
 
 
-def _by_rules(source, state):
+def _apply_rules(source, state):
   """Applies a source's rules; names without a rule stay."""
   out, origin = {}, {}
   targets: dict[str, tuple[Rule, dict[int, str]]] = {}   # timm's name: the rule, {part: old name}

@@ -9,8 +9,8 @@ import numpy as np
 
 import vitcompact
 from vitcompact import bench
-from vitcompact.calibration import Function
-from vitcompact.doors import image_shapes, variable_shapes
+from vitcompact.calibration import BlockKey
+from vitcompact.checks import image_shapes, variable_shapes
 from vitcompact.plan import Plan
 from vitcompact.planner import Costs
 from vitcompact.tune import random_arrays
@@ -27,9 +27,9 @@ class Times:
   """Seconds per batch that options save in a model's blocks; the counterpart of `Costs` for MACs.
 
   Whole models are timed, alternating with the dense one: each reducer, and each option in all equal
-  blocks at once, which share the savings. Timing a single block would promise too much, as its
-  weights stay in the cache. Under a reducer, an option saves in proportion to its MACs. Times are
-  cached in `file` by device, versions, model and plan.
+  blocks at once, dividing the savings among them. Timing a single block would overestimate its
+  saving, because its weights stay in the cache. Under a reducer, an option saves in proportion to
+  its MACs. Times are cached in `file` by device, versions, model and plan.
   """
 
   def __init__(self, costs: Costs, batch: int = 1, file=None):
@@ -39,7 +39,7 @@ class Times:
     self.dense = self._time_plan(Plan())[0]
     self.equal = {}
     for name, block in costs.blocks().items():
-      self.equal.setdefault(Function(block).text, []).append(name)
+      self.equal.setdefault(BlockKey(block).text, []).append(name)
 
   def total(self, reducer) -> float:
     """Seconds of the dense model under a reducer."""
@@ -48,7 +48,7 @@ class Times:
   def saved(self, name: str, axis: str, method, tokens: int | None = None, reducer=None) -> float:
     """Seconds that a block saves with one method, given `tokens` tokens."""
     blocks = self.costs.blocks()
-    group = self.equal[Function(blocks[name]).text]
+    group = self.equal[BlockKey(blocks[name]).text]
     plan = Plan(blocks={blocks[other].site.block: {axis: method} for other in group})
     seconds = self.dense * (1 - 1 / self._time_plan(plan)[1]) / len(group)
     if reducer is None:
@@ -67,7 +67,7 @@ class Times:
       timing = list(bench.paired(calls, rounds=ROUNDS).values())
       return [timing[0].seconds, timing[-1].speedup]
 
-    return tuple(self._cached(f"{model!r} under {plan.to_json()}", measure))
+    return tuple(self._measure_once(f"{model!r} under {plan.to_json()}", measure))
 
   def _call(self, model):
     variables = random_arrays(variable_shapes(model))
@@ -76,7 +76,7 @@ class Times:
     images = random_arrays(image_shapes(model, self.batch))
     return bench.compiled(model.apply, variables, images).call
 
-  def _cached(self, key: str, measure) -> list[float]:
+  def _measure_once(self, key: str, measure) -> list[float]:
     device = jax.devices()[0]
     # Removes the memory addresses that the repr of functions contains.
     key = re.sub(r" at 0x[0-9a-f]+", "", f"{device.device_kind} {os.cpu_count()} {jax.__version__} "

@@ -1,4 +1,4 @@
-"""measure: what each block of a dense model could do without, on the user's images."""
+"""measure: which parts of each block a dense model could do without, on the user's images."""
 import hashlib
 import math
 import warnings
@@ -14,9 +14,9 @@ from vitcompact import block as blocks
 from vitcompact import trees
 from vitcompact._version import __version__
 from vitcompact.calibration import (
-  ROWS,
-  TOKENS,
-  VALUES,
+  CHUNK_VALUES,
+  ROWS_PER_CHANNEL,
+  SUM_TOKENS,
   Calibration,
   hold_out_last,
   observe_jitted,
@@ -25,8 +25,8 @@ from vitcompact.calibration import (
   run_teacher,
   take_images,
 )
+from vitcompact.checks import check_images, check_model, check_values, check_variables
 from vitcompact.curvature import kl_per_error
-from vitcompact.doors import check_images, check_model, check_values, check_variables
 from vitcompact.methods import METHODS, protocol
 from vitcompact.models import fields_of
 from vitcompact.plan import BY_BLOCK, BlockMethods, Plan
@@ -34,17 +34,17 @@ from vitcompact.planner import Costs
 from vitcompact.report import Option, Report
 
 SENSITIVITIES = ("none", "quick", "full")
-SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)   # of the keys, for attention mass
-TABLE_IMAGES = 32                            # for the tables of attention and tokens
-FEW_CLASSES = 0.5
+KEY_SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)   # shares of the keys, for attention mass
+TABLE_IMAGES = 32       # images for the tables of attention and tokens
+FEW_CLASSES = 0.5       # warn below this share of the expected number of classes
 TINY = 1e-12
-EVERY = 12                                   # a quick report tries one block of this many
-GROWTH = 1.5    # power of the removed tokens with which KL grows; 0.96 to 1.93 on Fashion-MNIST
+BLOCKS_PER_TRIAL = 12   # a quick report tries each method in one block out of this many
+KL_EXPONENT = 1.5       # KL ~ (removed tokens)^this; 0.96 to 1.93 on Fashion-MNIST
 
 
 def measure(model: nn.Module, variables, images, sensitivity: str = "quick",
             progress: Callable[[str, int, int], Any] | None = None) -> Report:
-  """Returns a Report of what each block of a dense model could do without, and what that costs.
+  """Returns a Report of which parts each block could do without, and what removing them costs.
 
   For every block and axis it contains the methods' own estimates, statistics of attention and
   tokens, and sensitivities: KL(model || model with this one change) of the logits, in nats per
@@ -56,9 +56,9 @@ def measure(model: nn.Module, variables, images, sensitivity: str = "quick",
     images: (B, H, W, C), normalised, of mixed classes, or an iterable of such batches; about 256
       large or 1,024 small images. A quarter is held out.
     sensitivity: "full" tries every option in every block. "quick" tries one option of each method
-      in one of twelve equal blocks and infers the others from the methods' estimates and from the
-      curvature of the KL in each block (`curvature.kl_per_error`). "none" tries nothing, so the
-      report cannot propose a plan.
+      in one out of twelve blocks of equal size. It infers the others from the methods' estimates
+      and the curvature of the KL in each block (`curvature.kl_per_error`). "none" tries nothing,
+      so the report cannot propose a plan.
     progress: called with a block's name, the number of blocks done, and the number of all blocks.
   """
   check_model(model)
@@ -85,18 +85,19 @@ class _Measurement:
   def __init__(self, model, variables, images, sensitivity, progress):
     self.model, self.variables, self.sensitivity = model, variables, sensitivity
     self.progress = progress or (lambda name, done, total: None)
-    self.images, held = hold_out_last(images)
-    self.held = held or len(self.images)
+    self.images, held_out = hold_out_last(images)
+    self.held_out = held_out or len(self.images)
     self.modules = {name: module for name, module in model.submodules().items()
                     if hasattr(module, "methods")}
-    self.done, self.outputs, self.known, self.fitting = [], {}, set(), (None, None)
+    self.done, self.outputs, self.fully_tried = [], {}, set()
+    self.latest_calibration = None, None   # (block, its Calibration)
     self.legal = {name: {kind: found for axis in BY_BLOCK for kind in METHODS[axis].values()
                          if (found := self._legal(kind, axis, site))}
                   for name, site in self._sites()}
     self.stages = self._stages()
     self.sampled = self._sampled_blocks()
-    values = VALUES // 2 if sensitivity == "quick" else VALUES
-    count = min(self.held, max(32, values // max(math.prod(self._largest_stream()), 1)))
+    values = CHUNK_VALUES // 2 if sensitivity == "quick" else CHUNK_VALUES
+    count = min(self.held_out, max(32, values // max(math.prod(self._largest_stream()), 1)))
     self.kl_images = slice(len(self.images) - count, None)
 
   def _largest_stream(self) -> tuple[int, int]:
@@ -106,24 +107,24 @@ class _Measurement:
 
   def _stages(self) -> dict[str, int]:
     """Returns {block: number of its stage}; the blocks of a stage have equal sizes."""
-    kinds = {name: (site.tokens, site.heads, site.ffn_width, "attention" in site.provides)
+    sizes = {name: (site.tokens, site.heads, site.ffn_width, "attention" in site.provides)
              for name, site in self._sites()}
-    order = list(dict.fromkeys(kinds.values()))
-    return {name: order.index(kind) for name, kind in kinds.items()}
+    order = list(dict.fromkeys(sizes.values()))
+    return {name: order.index(size) for name, size in sizes.items()}
 
   def _sites(self):
     return [(name, module.site) for name, module in self.modules.items()]
 
   def _sampled_blocks(self) -> set[tuple[str, type]]:
     """Returns the {(block, class of methods)} that a quick report tries: the middle one of every
-    `EVERY` blocks of a stage that can have the class."""
+    `BLOCKS_PER_TRIAL` blocks of a stage that can have the class."""
     blocks_of = {}
     for name, kinds in self.legal.items():
       for kind in kinds:
         blocks_of.setdefault((self.stages[name], kind), []).append(name)
     sampled = set()
     for (_, kind), names in blocks_of.items():
-      count = math.ceil(len(names) / EVERY)
+      count = math.ceil(len(names) / BLOCKS_PER_TRIAL)
       sampled |= {(names[int((i + 0.5) * len(names) / count)], kind) for i in range(count)}
     return sampled
 
@@ -199,7 +200,7 @@ class _Measurement:
     if not asked:
       return self._dense(name, block, x), {}
     data = Calibration(block, params, stats, x, None,
-                       self.held if self.held < len(self.images) else 0, {})
+                       self.held_out if self.held_out < len(self.images) else 0, {})
     functions, arguments = zip(*asked.values(), strict=True)
     out, (sums, _) = data.outputs_and_sums(functions, *arguments)
     return out, dict(zip(asked, sums, strict=True))
@@ -211,8 +212,9 @@ class _Measurement:
     if self.sensitivity == "quick" and (name, type(methods[0])) in self.sampled:
       order = range(len(methods)) if errors is None else np.argsort(errors, kind="stable")
       tried = [methods[int(order[len(methods) // 2])]]
-      if errors is None and (key := (self.stages[name], type(methods[0]))) not in self.known:
-        self.known.add(key)
+      key = self.stages[name], type(methods[0])
+      if errors is None and key not in self.fully_tried:
+        self.fully_tried.add(key)
         tried = methods   # nothing but their KLs tells them apart
     found = {method: self._kl_of_option(name, block, method, x) for method in tried}
     return [Option(method.axis, method, None if errors is None else float(errors[i]),
@@ -276,29 +278,30 @@ class _Measurement:
   def _calibration(self, name, block, x) -> Calibration:
     """Returns the calibration that all options of a block are fitted to; kept until the next block.
     """
-    if self.fitting[0] != name:
-      inputs, held = self._images_to_fit(x, self.modules[name].site)
+    if self.latest_calibration[0] != name:
+      inputs, held_out = self._images_to_fit(x, self.modules[name].site)
       variables = self._variables(name)
       _, teacher = run_teacher(block, variables, inputs)
-      self.fitting = name, Calibration(block, *variables.values(), inputs, teacher, held, {})
-    return self.fitting[1]
+      self.latest_calibration = name, Calibration(block, *variables.values(), inputs, teacher,
+                                                  held_out, {})
+    return self.latest_calibration[1]
 
   def _images_to_fit(self, x, site):
     """Returns (images to fit an option to, how many of them are held out). A quick report uses only
-    as many images, evenly chosen, as give enough tokens."""
-    fitted = len(self.images) - self.held
+    as many evenly spaced images as give enough tokens."""
+    fitted = len(self.images) - self.held_out
     if not fitted:
       return x, 0
     tokens = math.prod(max(jax.tree.leaves(x), key=np.size).shape[1:-1])
-    wanted = max(TABLE_IMAGES, math.ceil(max(ROWS * site.hidden, TOKENS) / tokens))
-    step = max(fitted // wanted, 1) if self.sensitivity == "quick" else 1
+    needed = max(TABLE_IMAGES, math.ceil(max(ROWS_PER_CHANNEL * site.hidden, SUM_TOKENS) / tokens))
+    step = max(fitted // needed, 1) if self.sensitivity == "quick" else 1
     at = np.concatenate([np.arange(0, fitted, step), np.arange(fitted, len(self.images), step)])
-    few = x if step == 1 else jax.tree.map(lambda leaf: leaf[at], x)
-    return few, len(np.arange(fitted, len(self.images), step))
+    chosen = x if step == 1 else jax.tree.map(lambda leaf: leaf[at], x)
+    return chosen, len(np.arange(fitted, len(self.images), step))
 
   def _kl(self, logits) -> float:
-    lost = divergence if self.model.num_classes else feature_error
-    return lost(self.logits, logits)
+    distance = divergence if self.model.num_classes else feature_error
+    return distance(self.logits, logits)
 
   def _reducers(self) -> list[Option]:
     """Returns the options of the tokens axis, each tried on the whole model. A quick report tries
@@ -320,14 +323,14 @@ class _Measurement:
       kl = {method: self._kl_of_reducer(legal[method]) for method in tried}
       for method in legal:
         if method not in kl:
-          kl[method] = kl[tried[0]] * (removed[method] / removed[tried[0]]) ** GROWTH
+          kl[method] = kl[tried[0]] * (removed[method] / removed[tried[0]]) ** KL_EXPONENT
         found.append(Option("tokens", method, None, kl[method], method in tried))
       self.progress(kind.__name__, len(self.done), len(self.modules))
     return found
 
   def _kl_of_reducer(self, reduced) -> float:
-    """Returns the KL of the logits with the reducers of these blocks, {name: module}. Reducers that
-    are offered have no parameters."""
+    """Returns the KL of the logits with the reducers of these blocks, {name: module}. The proposed
+    reducers have no parameters."""
     def on_block(name, block, x):
       return run(block.clone(methods=reduced[name].methods, site=block.site._replace(
           tokens_left=reduced[name].site.tokens_left)), self._variables(name), x)
@@ -336,8 +339,8 @@ class _Measurement:
 
   def _check_classes(self, logits):
     classes = len(np.unique(logits.argmax(-1)))
-    wanted = min(logits.shape[-1], len(logits) // 8)
-    if classes < FEW_CLASSES * wanted or (classes == 1 and len(logits) > 1):
+    expected = min(logits.shape[-1], len(logits) // 8)
+    if classes < FEW_CLASSES * expected or (classes == 1 and len(logits) > 1):
       warnings.warn(f"the {len(logits)} images are of few classes: the model sees {classes} of "
                     f"{logits.shape[-1]}; shuffle the data, or are the images not normalised as "
                     "vc.preprocess(model) does?", stacklevel=4)
@@ -350,17 +353,17 @@ def _removed_share(reducer, site) -> float:
   return max(1 - sum(left) / (site.depth * site.tokens), TINY)
 
 
-def divergence(wanted, got) -> float:
-  """Returns the mean KL(wanted || got) of logits (B, K), in float64."""
-  wanted, got = (log_softmax(np.asarray(x, np.float64), axis=-1) for x in (wanted, got))
-  return max(float(np.mean(np.sum(np.exp(wanted) * (wanted - got), axis=-1))), 0.0)
+def divergence(dense, changed) -> float:
+  """Returns the mean KL(dense || changed) of logits (B, K), in float64."""
+  dense, changed = (log_softmax(np.asarray(x, np.float64), axis=-1) for x in (dense, changed))
+  return max(float(np.mean(np.sum(np.exp(dense) * (dense - changed), axis=-1))), 0.0)
 
 
-def feature_error(wanted, got) -> float:
-  """Returns E|got - wanted|^2 / E|wanted - mean|^2 of features (B, ..., C), means over images."""
-  wanted, got = (np.asarray(x, np.float64) for x in (wanted, got))
-  variance = np.mean((wanted - wanted.mean(axis=0)) ** 2)
-  return float(np.mean((got - wanted) ** 2) / max(variance, np.finfo(np.float32).tiny))
+def feature_error(dense, changed) -> float:
+  """Returns E|changed - dense|^2 / E|dense - mean|^2 of features (B, ..., C), means over images."""
+  dense, changed = (np.asarray(x, np.float64) for x in (dense, changed))
+  variance = np.mean((dense - dense.mean(axis=0)) ** 2)
+  return float(np.mean((changed - dense) ** 2) / max(variance, np.finfo(np.float32).tiny))
 
 
 def attention_tables(seen, prefix: int) -> dict[str, list]:
@@ -379,10 +382,10 @@ def attention_tables(seen, prefix: int) -> dict[str, list]:
   # Padding of windows is zero and must not become NaN.
   patches = patches / np.maximum(np.linalg.norm(patches, axis=-1, keepdims=True), 1e-30)
   mean, count = patches.mean(axis=1), patches.shape[1]
-  alike = (count * np.sum(mean * mean, axis=-1) - 1) / max(count - 1, 1)
+  similarity = (count * np.sum(mean * mean, axis=-1) - 1) / max(count - 1, 1)
   out = {"attention_mass": mass[_last_keys(maps.shape[-1])].round(4).tolist(),
          "map_likeness": (flat @ flat.T).round(4).tolist(),
-         "token_similarity": round(float(alike.mean()), 4)}
+         "token_similarity": round(float(similarity.mean()), 4)}
   if prefix:
     by_class = -np.sort(-maps[:, :, 0, prefix:].mean(axis=1), axis=-1)
     by_class = np.cumsum((by_class / by_class.sum(axis=-1, keepdims=True)).mean(axis=0))
@@ -392,7 +395,7 @@ def attention_tables(seen, prefix: int) -> dict[str, list]:
 
 def _last_keys(keys: int) -> list[int]:
   """Returns the index of the last key of each share."""
-  return [max(1, math.ceil(share * keys - 1e-9)) - 1 for share in SHARES]
+  return [max(1, math.ceil(share * keys - 1e-9)) - 1 for share in KEY_SHARES]
 
 
 def described_fields(model) -> dict[str, Any]:

@@ -65,15 +65,13 @@ class Plan:
     object.__setattr__(self, "blocks", FrozenDict(sorted(blocks.items())))
 
   def methods(self) -> list:
-    """Every distinct method of the plan, in the order of the axes; a method that wraps another
-    comes before it."""
+    """The distinct methods of the plan, in the order of the axes; a wrapping method comes first."""
     methods = [getattr(self, axis) for axis in METHODS]
     methods += [method for axes in self.blocks.values() for method in axes.values()]
     return list(dict.fromkeys(nested for method in methods for nested in _with_inner(method)))
 
   def parameter_rules(self, shared: list[tuple[str, Leaf]]) -> list[tuple[str, Leaf]]:
-    """[(pattern, Leaf)]: the rules of its methods, then the shared ones, then a default rule for
-    each method that has none of its own."""
+    """[(pattern, Leaf)]: the methods' rules, `shared`, and a default for methods without rules."""
     methods = self.methods()
     return [*(rule for method in methods for rule in getattr(method, "rules", ())), *shared,
             *((rf"(.*/)?{protocol.scope_of(method)}/.*", Leaf()) for method in methods
@@ -122,10 +120,8 @@ class Plan:
             for method, site in zip(methods, sites, strict=True)]
 
   def _check_attends(self, site: Site, sites):
-    """Raises ValueError if `blocks` gives an attention method to a block without attention.
-
-    A default of the plan is simply not used there.
-    """
+    """Raises ValueError if `blocks` gives an attention method to a block without attention; a
+    default of the plan is simply not used there."""
     given = [axis for axis in ("heads", "attention")
              if self.blocks.get(site.block, {}).get(axis) is not None]
     if given and "attention" not in site.provides:
@@ -142,10 +138,8 @@ class Plan:
     return Plan(**{axis: changed(getattr(self, axis)) for axis in METHODS}, blocks=blocks)
 
   def written_out(self, sites: Sequence[Site]) -> "Plan":
-    """The plan with an explicit None in each block where a method does not act.
-
-    The blocks then keep their methods when more tokens reach them.
-    """
+    """The plan with an explicit None in each block where a method does not act: these blocks then
+    stay dense even if more tokens reach them."""
     blocks = {block: dict(axes) for block, axes in self.blocks.items()}
     for site in sites:
       planned, acting = self.planned(site.block), self.at(site)
@@ -235,10 +229,8 @@ class Plan:
 
 
 def upgraded(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-  """(a plan's dict in the current format, the execution settings that an old plan contained).
-
-  Older files call the attention axis "links" and keep execution settings in the plan.
-  """
+  """(a plan's dict in the current format, the execution settings that were in it). Older files
+  call the attention axis "links", and keep execution settings in the plan."""
   tree, execution = dict(tree), {}
   for old, new in (("backends", "attention"), ("at_a_time", "chunk")):
     if tree.get(old):
@@ -284,8 +276,8 @@ def _check_needs(method, site: Site, removed, model: str):
     if what not in site.provides:
       raise ValueError(f"{where} {model or 'this model'} does not have; {way_out}")
     if remover is not method:
-      since = f"from block {first} on " if remover.axis == "tokens" else ""
-      raise ValueError(f"{where} {since}{describe_method(remover)} takes away; {way_out}")
+      since = f" from block {first} onward" if remover.axis == "tokens" else ""
+      raise ValueError(f"{where} {describe_method(remover)} removes{since}; {way_out}")
 
 
 def _with_inner(method) -> list:

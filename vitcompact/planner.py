@@ -7,18 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitcompact.calibration import Function, run_blocks
+from vitcompact.calibration import BlockKey, run_blocks
 from vitcompact.count import count, count_block
 from vitcompact.plan import BlockMethods, Plan
 from vitcompact.token_state import Tokens
 
 BINS = 2000          # of the dense model's total: savings are rounded down to whole bins
-EQUAL = 1e-6         # smaller KLs are rounding errors, and count as 0
-SMALLER = 1e-9       # tie-breaker: KL per share of the parameters that could be saved
+MIN_KL = 1e-6        # smaller KLs are rounding errors, and count as 0
+TIE_BREAKER = 1e-9   # KL that saving all the parameters that could be saved is worth
 
 
 class Choice(NamedTuple):
-  """A combination of options for one block, {axis: Option}, the KL they cost and what they save."""
+  """Options for one block, {axis: Option}, with the KL that they cost and what they save."""
   options: dict
   kl: float
   saved: float
@@ -28,8 +28,8 @@ class Choice(NamedTuple):
 class Costs:
   """MACs and parameters of a model's blocks under options, in deployed form, for one image.
 
-  What an option saves is the difference to the dense block. Savings of the FFN and of attention
-  add up; methods of the heads and attention axes are counted together; the reducer always acts.
+  An option saves the difference from the dense block. Savings of the FFN and of attention add up;
+  methods of the heads and attention axes are counted together; the reducer always acts.
   """
 
   def __init__(self, model: nn.Module):
@@ -64,7 +64,7 @@ class Costs:
       native = x.x.shape[1]
       source = jax.ShapeDtypeStruct((1, native), jnp.int32) if tokens != native else None
       x = Tokens(jax.ShapeDtypeStruct((1, tokens, x.x.shape[2]), x.x.dtype), source=source)
-    return _cached_count(Function(block.clone(methods=methods)), jax.tree.structure(x),
+    return _cached_count(BlockKey(block.clone(methods=methods)), jax.tree.structure(x),
                     tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(x)))
 
   def saved(self, name: str, methods: dict, tokens: int | None = None,
@@ -83,9 +83,9 @@ def _zero_output(block: nn.Module, x):
 
 
 @functools.lru_cache(maxsize=4096)
-def _cached_count(function: Function, tree, leaves) -> tuple[int, int]:
+def _cached_count(key: BlockKey, tree, leaves) -> tuple[int, int]:
   x = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in leaves])
-  return count_block(function.block, x)
+  return count_block(key.block, x)
 
 
 def combinations(options: dict[str, list[Any]]) -> list[dict[str, Any]]:
@@ -107,7 +107,7 @@ class Knapsack:
   def __init__(self, choices: dict[str, list[Choice]], scale: float):
     self.choices, self.bin = choices, scale / BINS
 
-  def most(self) -> float:
+  def most_saved(self) -> float:
     """The most that can be saved, in whole bins."""
     return self.bin * sum(max(self._bins(choice) for choice in choices)
                           for choices in self.choices.values())
@@ -133,9 +133,9 @@ class Knapsack:
         if forbidden == (name, i):
           continue
         step = self._bins(choice)
-        kl = 0.0 if choice.kl < EQUAL else choice.kl
-        before = _shifted(cost, step)
-        table[i] = before + kl - SMALLER * choice.params / most
+        kl = 0.0 if choice.kl < MIN_KL else choice.kl
+        before = _shift_costs(cost, step)
+        table[i] = before + kl - TIE_BREAKER * choice.params / most
       best = table.argmin(axis=0)
       best_choices.append((name, best))
       cost = table[best, np.arange(bins + 1)]
@@ -149,7 +149,7 @@ class Knapsack:
     return picks, sum(self.choices[name][i].kl for name, i in picks.items())
 
 
-def _shifted(cost: np.ndarray, step: int) -> np.ndarray:
+def _shift_costs(cost: np.ndarray, step: int) -> np.ndarray:
   """The cost of saving at least j bins once a choice has saved `step` bins (or added, if negative).
   """
   if step >= 0:

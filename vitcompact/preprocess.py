@@ -16,8 +16,8 @@ import flax.linen as nn
 import numpy as np
 
 from vitcompact import convert, files
+from vitcompact.checks import check_model
 from vitcompact.data.evaluation import Preprocess
-from vitcompact.doors import check_model
 from vitcompact.models import variant_of
 
 
@@ -35,7 +35,7 @@ def preprocess(model: nn.Module | str | os.PathLike) -> Preprocess:
       from vitcompact.hub import as_file  # which imports this module
 
       model = as_file(model)
-    return _of_file(model)
+    return _preprocess_of_file(model)
   check_model(model)
   row = variant_of(model.variant)
   size = tuple(np.broadcast_to(model.image_size, 2).tolist())
@@ -46,7 +46,7 @@ def preprocess(model: nn.Module | str | os.PathLike) -> Preprocess:
   return Preprocess(mean, std, crop, row.interpolation, size, row.crop_mode)
 
 
-def _of_file(path) -> Preprocess:
+def _preprocess_of_file(path) -> Preprocess:
   """As `preprocess`, for a file; older files have no crop, and get their model's."""
   pre, about = preprocess(convert.read_model(path)), convert.read_metadata(path)
   if "pixels" in about:   # pretrained weights may use another mean and std than the model

@@ -117,7 +117,7 @@ def _read_shards(index: pathlib.Path, ignore_records, allow):
                               "tensors in it; fetch it into the same directory")
     found = _read_file(shard, ignore_records, allow)
     if missing := [tensor for tensor in listed if tensor not in found]:
-      raise ValueError(f"{shard} holds no {trees.some(missing)}, though {index.name} lists it; "
+      raise ValueError(f"{shard} holds no {trees.excerpt(missing)}, though {index.name} lists it; "
                        "fetch both again")
     state |= {tensor: found[tensor] for tensor in listed}
   return state
@@ -185,7 +185,7 @@ def _refusal(torch, path, error, allowed):
   except Exception:   # an old torch, or an old file
     names = [name[1]]
   options = " ".join(f"--allow {name}" for name in names[:3])
-  return ValueError(f"{path}: refused: it holds more than weights, {trees.some(names, 8)}; "
+  return ValueError(f"{path}: refused: it holds more than weights, {trees.excerpt(names, 8)}; "
                     f"{WAY_OUT}, or {options} reads it without objects of these classes, or "
                     "--ignore-records without any")
 
@@ -219,7 +219,7 @@ def from_checkpoint(checkpoint, name: str | None, out, *, reset_head: bool = Fal
   if ours:
     source, variables = convert.load(path, allow_nonfinite=allow_nonfinite)
     state, name = convert.tensors_of(source, variables), source.variant
-    model = convert.altered(source, **fields)
+    model = convert.with_fields(source, **fields)
     if classes is None and model.num_classes == source.num_classes and not reset_head:
       classes = convert.classes_of(path)
     if "crop" in convert.read_metadata(path):

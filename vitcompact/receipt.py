@@ -97,7 +97,7 @@ class Receipt:
     if self.classes:
       facts["classes"] = describe(self.classes)
     exports = _exports(facts.pop("exports", ()))
-    lines = [f"# {self.title}", "", *self._table(), "", *self._reading(), *exports, "",
+    lines = [f"# {self.title}", "", *self._table(), "", *self._verdict_lines(), *exports, "",
              "| fact | value |", "|---|---|",
              *(f"| {name} | {_cell(value)} |" for name, value in facts.items())]
     return "\n".join(lines) + "\n"
@@ -124,7 +124,7 @@ class Receipt:
       lines.append(f"| {' | '.join([row.name, *cells, accuracy, speed])} |")
     return lines
 
-  def _reading(self) -> list[str]:
+  def _verdict_lines(self) -> list[str]:
     proof, timing = self.proof, self.rows[-1].timing
     verdict = "same function" if proof.ok else "NOT the same function"
     lines = [f"Folding: {verdict}. On {proof.images} images the logits differ by at most "

@@ -14,7 +14,7 @@ import numpy as np
 import scipy.linalg
 
 HIGH = jax.lax.Precision.HIGHEST
-WIDE = 1024     # from this many columns on, x^T x is computed in parts
+WIDE = 1024     # with at least this many columns, x^T x is computed in parts
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)   # candidates; held-out rows decide
 
 
@@ -60,7 +60,7 @@ def _moments(x):
 
 
 def gram(x):
-  """Returns x^T x of (rows, p); for many columns in 4 x 4 parts, of which 10 are computed."""
+  """Returns x^T x of (rows, p); if p is large, in 4 x 4 parts, 10 of which are computed."""
   if x.shape[1] < WIDE:
     return jnp.matmul(x.T, x, precision=HIGH)
   parts = jnp.array_split(x, 4, axis=1)
@@ -94,10 +94,10 @@ class Regression(NamedTuple):
 
   def error(self, matrix, bias=None) -> float:
     """Returns E |y - x M - b|^2 / E |y - mean|^2; bias=None: with the best b."""
-    miss = self.energy - 2 * np.sum(matrix * self.cross) + np.sum(matrix * (self.cov @ matrix))
+    error = self.energy - 2 * np.sum(matrix * self.cross) + np.sum(matrix * (self.cov @ matrix))
     if bias is not None:
-      miss += np.sum((self.bias(matrix) - bias) ** 2)
-    return max(float(miss), 0.0) / max(self.energy, np.finfo(np.float32).tiny)
+      error += np.sum((self.bias(matrix) - bias) ** 2)
+    return max(float(error), 0.0) / max(self.energy, np.finfo(np.float32).tiny)
 
   def strength(self, ridge: float) -> float:
     """Returns what a relative ridge adds to each variance of x."""
@@ -127,10 +127,10 @@ def closest_factors(matrix, cov_matrix, rank: int) -> tuple[np.ndarray, np.ndarr
   """
   outputs = matrix.T @ cov_matrix
   leading = np.linalg.eigh((outputs + outputs.T) / 2)[1][:, -rank:]
-  return balanced(matrix @ leading, leading.T)
+  return balance_factors(matrix @ leading, leading.T)
 
 
-def balanced(a, b) -> tuple[np.ndarray, np.ndarray]:
+def balance_factors(a, b) -> tuple[np.ndarray, np.ndarray]:
   """Returns factors of A B with small entries: large ones that cancel lose digits in float32."""
   (left, r), (right, s) = np.linalg.qr(a), np.linalg.qr(b.T)
   u, singular, v = np.linalg.svd(r @ s.T)
@@ -166,17 +166,17 @@ def spectrum(data: Regression) -> np.ndarray:
   return np.maximum(data.energy - np.cumsum(variances), 0) / max(data.energy, 1e-30)
 
 
-def choose_ridge(data: Regression, held: Regression, fit):
+def choose_ridge(data: Regression, held_out: Regression, fit):
   """Returns (error, ridge, factors) of the ridge with the least error on the held-out rows; of the
-  strongest ridge if no rows are held out (`held` is `data`).
+  strongest ridge if no rows are held out (`held_out` is `data`).
 
   fit: a function ridge -> (factors, their product), fitted to `data`. The error falls with ridges
   and then rises, so the search ends at the first one that does worse.
   """
   best = None
-  for ridge in RIDGES if held is not data else RIDGES[-1:]:
+  for ridge in RIDGES if held_out is not data else RIDGES[-1:]:
     factors, matrix = fit(ridge)
-    error = held.error(matrix, data.bias(matrix))
+    error = held_out.error(matrix, data.bias(matrix))
     if best is not None and error >= best[0]:
       break
     best = error, ridge, factors
@@ -189,17 +189,17 @@ def low_rank(sums, old, rank: int) -> tuple[Factors, Regression]:
 
   sums: `Sums` (of the rows to fit, of those held out), as `Calibration.sums` returns them.
   """
-  fit, held, both = fit_held_out_and_all(sums)
+  fit, held_out, both = fit_held_out_and_all(sums)
 
   def fitted(ridge):
     a, b = _low_rank_factors(fit, old, rank, ridge)
     return (a, b), a @ b
 
-  held_out, ridge, (a, b) = choose_ridge(fit, held, fitted)
+  held_out_error, ridge, (a, b) = choose_ridge(fit, held_out, fitted)
   error = fit.error(a @ b)
   if both is not fit:   # finally fit all rows
     a, b = _low_rank_factors(both, old, rank, ridge)
-  return Factors(a, b, both.bias(a @ b), error, held_out), both
+  return Factors(a, b, both.bias(a @ b), error, held_out_error), both
 
 
 def _low_rank_factors(data: Regression, old, rank: int, ridge: float):

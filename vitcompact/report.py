@@ -35,8 +35,8 @@ class Option(NamedTuple):
 class Step:
   """Why a plan uses a method in a block: a row of `Report.explain`.
 
-  saves: share of the dense model's MACs; runner_up: what the best plan would use in this block
-  instead; more: how much the KL would grow then.
+  saves: share of the dense model's MACs; runner_up: what the best plan without this method would
+  use here; more: how much the KL would grow then.
   """
   block: str
   method: str
@@ -49,8 +49,8 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-  """What a plan is predicted to cost. macs, params: shares of the dense model's; kl: sum over its
-  options of their changes, each measured alone, in nats per image; unit: name of that measure."""
+  """What a plan is predicted to cost. macs, params: shares of the dense model's; kl: the sum of its
+  options' KLs, each for that option alone, in nats per image; unit: name of that measure."""
   plan: Plan
   macs: float
   params: float
@@ -116,7 +116,7 @@ class Report:
       if best is not None and kl >= best[0] - 1e-9:   # the reducer alone loses as much
         break
       search = self._search(goal if times is None else "seconds", reducer, axes, batch)
-      most = min(most, 1 - search.saved - search.knapsack.most() / search.total)
+      most = min(most, 1 - search.saved - search.knapsack.most_saved() / search.total)
       need = (1 - share - search.saved) * search.total
       found = search.knapsack.best(need)
       if found is not None and (best is None or found[1] + kl < best[0] - 1e-9):
@@ -151,7 +151,7 @@ class Report:
     steps = []
     if plan.tokens is not None:
       steps.append(Step("all", describe_method(plan.tokens), search.saved, kl, True,
-                        *self._without(plan.tokens, picks, search)))
+                        *self._best_other_reducer(plan.tokens, picks, search)))
     for name, i in picks.items():
       choice = search.choices[name][i]
       kl += choice.kl
@@ -210,8 +210,9 @@ class Report:
                        f"{', '.join(map(describe_method, known)) or 'no reducer'}")
     return known[reducer]
 
-  def _without(self, reducer, picks, search) -> tuple[str, float]:
-    """(the best other reducer, or none, how much the KL grows) for the same savings in MACs."""
+  def _best_other_reducer(self, reducer, picks, search) -> tuple[str, float]:
+    """(name of the best other reducer or "no reducer", how much the KL grows with it) for the same
+    savings in MACs."""
     need = search.saved * search.total + search.knapsack.saved(picks)
     current, best = self._kl_of(reducer) + search.kl(picks), None
     for other, kl in self._reducers(("tokens",)):
@@ -219,8 +220,8 @@ class Report:
         continue
       if best is not None and kl >= best[1]:
         break
-      again = self._search("macs", other, (*BY_BLOCK, "tokens"))
-      found = again.knapsack.best(need - again.saved * again.total)
+      other_search = self._search("macs", other, (*BY_BLOCK, "tokens"))
+      found = other_search.knapsack.best(need - other_search.saved * other_search.total)
       if found is not None and (best is None or found[1] + kl < best[1]):
         best = ("no reducer" if other is None else describe_method(other)), found[1] + kl
     if best is None:
@@ -240,7 +241,6 @@ class Report:
     if key not in self._searches:
       self._searches[key] = Search(self, *key)
     return self._searches[key]
-
 
   def to_json(self) -> str:
     out = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -267,7 +267,7 @@ class Report:
       raise ValueError(f"not a report of vitcompact.measure: {error}; measure again") from None
 
   def _check_contents(self):
-    """Raises ValueError if a report holds what cannot have been measured."""
+    """Raises ValueError if a report has contents that `measure` could not have written."""
     from vitcompact.measure import SENSITIVITIES
 
     model = create_model(self.model, **self.fields)
@@ -320,7 +320,7 @@ class Report:
 
 
 class Search:
-  """The knapsack of one report under one reducer."""
+  """The search for the best plan of one report with one reducer."""
 
   def __init__(self, report: Report, goal: str, reducer, axes, batch: int):
     costs, timed = report.costs, goal == "seconds"
@@ -406,8 +406,8 @@ class Search:
     return found
 
   def runner_up(self, picks: dict[str, int], name: str) -> tuple[str, float]:
-    """(what the best plan would use in a block if its choice were forbidden, how much the KL grows)
-    for the same total savings. The growth is negative if a plan by hand is not the best."""
+    """(what the best plan without this choice would use in a block, how much the KL grows) for the
+    same total savings. The growth is negative if a plan made by hand is not the best."""
     other = self.knapsack.best(self.knapsack.saved(picks), forbidden=(name, picks[name]))
     if other is None:
       return "nothing else reaches it", float("inf")

@@ -1,10 +1,10 @@
 """Rotary positions: queries and keys are rotated by angles that depend on where a patch lies.
 
 Su et al., arXiv 2104.09864, in two dimensions: as in DINOv3 (Simeoni et al., arXiv 2508.10104),
-where places range from -1 to 1 and the two halves of a head are rotated as pairs; or as in EVA-02
-(Fang et al., arXiv 2303.11331), where places are counted in patches of a grid of fixed size
-(`reference` patches on a side) and neighbouring channels are rotated as pairs. A patch keeps its
-angles when others are dropped or merged; a merged token has the angles of the mean place of its
+with positions from -1 to 1, and the two halves of a head rotated as pairs; or as in EVA-02
+(Fang et al., arXiv 2303.11331), with positions counted in patches of a grid of fixed size
+(`reference` patches on a side), and neighbouring channels rotated as pairs. A patch keeps its
+angles when others are dropped or merged; a merged token has the angles of the mean position of its
 patches. Prefix tokens are not rotated.
 """
 import math
@@ -15,7 +15,7 @@ import numpy as np
 from vitcompact.token_state import Tokens
 
 
-def places(grid: tuple[int, int], prefix: int, reference: int | None = None) -> np.ndarray:
+def grid_positions(grid: tuple[int, int], prefix: int, reference: int | None = None) -> np.ndarray:
   """Returns (prefix + h w, 2) float32: row and column of each token's centre, from -1 to 1 over the
   image; with a reference, of its top left corner, from 0 to `reference`. Prefix tokens are at 0,
   which means no rotation."""
@@ -27,26 +27,26 @@ def places(grid: tuple[int, int], prefix: int, reference: int | None = None) -> 
   return np.concatenate([np.zeros((prefix, 2)), patches]).astype(np.float32)
 
 
-def places_of(tokens: Tokens, places_s2: np.ndarray):
-  """Returns where each token lies: (N, 2), or (B, N, 2) after a token reduction."""
+def token_positions(tokens: Tokens, positions_s2: np.ndarray):
+  """Returns the position of each token: (N, 2), or (B, N, 2) after a token reduction."""
   if tokens.source is None:
-    return places_s2
+    return positions_s2
   batch, count = tokens.x.shape[:2]
   rows = jnp.arange(batch)[:, None]
   # Dropped patches go to an extra last row, which is cut off.
   source = jnp.where(tokens.source < 0, count, tokens.source)
-  marked = jnp.concatenate([places_s2, np.ones((len(places_s2), 1), np.float32)], axis=1)
+  marked = jnp.concatenate([positions_s2, np.ones((len(positions_s2), 1), np.float32)], axis=1)
   sums = jnp.zeros((batch, count + 1, 3)).at[rows, source].add(marked[None])[:, :count]
   return sums[..., :2] / jnp.maximum(sums[..., 2:], 1)
 
 
-def angles(places_n2, head_width: int, temperature: float, reference: int | None = None):
+def angles(positions_n2, head_width: int, temperature: float, reference: int | None = None):
   """Returns angles (..., N, head_width / 2), rows before columns: 2 pi x / period, with periods
   that grow from 1 towards `temperature`; with a reference, x / period."""
   share = np.arange(head_width // 4, dtype=np.float32) / (head_width // 4)
   turns = 2 * math.pi if reference is None else 1
   rates = (turns / np.float32(temperature) ** share).astype(np.float32)
-  angles_n2d = places_n2[..., None] * rates.reshape((1,) * places_n2.ndim + (-1,))
+  angles_n2d = positions_n2[..., None] * rates.reshape((1,) * positions_n2.ndim + (-1,))
   return angles_n2d.reshape(*angles_n2d.shape[:-2], -1)
 
 

@@ -145,7 +145,7 @@ def _options(model) -> dict:
 def _tensors(model) -> dict[str, tuple[int, ...]]:
   """{PyTorch's name: shape} of a model's weights."""
   from vitcompact import trees
-  from vitcompact.doors import variable_shapes
+  from vitcompact.checks import variable_shapes
 
   leaves = trees.named_leaves(variable_shapes(model))
   shapes = {name: leaf.shape for name, leaf in leaves.items()}

@@ -27,8 +27,7 @@ class Paths:
 
 @flax.struct.dataclass
 class Tokens:
-  """Tokens between two blocks: prefix tokens, then patches in ascending source order, then a fused
-  token if there is one.
+  """Tokens between two blocks: prefix, patches in ascending source order, perhaps a fused token.
 
   x: (B, N, width).
   size: (B, N) float32, how many source tokens each token holds; None: nothing was merged.
@@ -108,8 +107,7 @@ def check_keep(method: str, keep):
 
 
 def checked_blocks(method: str, blocks) -> tuple[int, ...]:
-  """Returns the blocks in ascending order; raises ValueError unless they are different block
-  numbers."""
+  """Returns the blocks in ascending order; ValueError unless they are different block numbers."""
   numbers = tuple(blocks) if isinstance(blocks, tuple | list) else None
   if (not numbers or
       not all(isinstance(b, int) and not isinstance(b, bool) and b >= 0 for b in numbers) or
@@ -151,8 +149,7 @@ def keep_best(tokens: Tokens, score_bp, count: int, prefix: int) -> Tokens:
 
 
 def unmerge(tokens: Tokens):
-  """Returns (B, S, width): for each source token, the features of the token that holds it, 0 if it
-  was dropped."""
+  """Returns (B, S, width): features of the token that holds each source token, 0 if dropped."""
   source = identity_source(tokens)
   features = take(tokens.x, jnp.maximum(source, 0))
   return jnp.where(source[..., None] < 0, 0, features)

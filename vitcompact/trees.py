@@ -67,7 +67,7 @@ def differences(got, expected) -> list[str]:
   return sorted(lines)
 
 
-def some(lines, most: int = 4, *, joint: str = ", ") -> str:
+def excerpt(lines, most: int = 4, *, joint: str = ", ") -> str:
   """The first `most` lines or names, and how many more there are."""
   more = [f"and {len(lines) - most} more"] if len(lines) > most else []
   return joint.join([*map(str, lines[:most]), *more])

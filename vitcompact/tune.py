@@ -15,7 +15,7 @@ import numpy as np
 from vitcompact import attention, bench
 from vitcompact.attention import Core
 from vitcompact.block import Attention
-from vitcompact.doors import check_fitting, check_model, given
+from vitcompact.checks import check_fitting, check_model, describe_value
 from vitcompact.execution import Execution
 from vitcompact.layers import dense
 from vitcompact.methods.ffn.cffn import CompactDense, merge_factors
@@ -65,7 +65,7 @@ def tune(deploy: nn.Module, variables, images, *, rounds: int = 5, runtime: str 
     raise ValueError("tune chooses between deployed forms, and this model is not folded; "
                      "give it what vc.fold returns")
   if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
-    raise ValueError(f"rounds={given(rounds)}: must be a whole number of at least 1; a "
+    raise ValueError(f"rounds={describe_value(rounds)}: must be a whole number of at least 1; a "
                      "median needs about 5")
   check_fitting(deploy, variables, images)
   # Ignores earlier choices, which may be for another device.

@@ -5,7 +5,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from vitcompact.doors import check_fitting, given
+from vitcompact.checks import check_fitting, describe_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,8 @@ def verify(model: nn.Module, variables, deploy: nn.Module, deploy_variables, ima
   check_fitting(model, variables, images)
   check_fitting(deploy, deploy_variables, images, "deploy ")
   if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or tolerance < 0:
-    raise ValueError(f"tolerance: {given(tolerance)} was given, expected a number of at least 0")
+    raise ValueError(f"tolerance: {describe_value(tolerance)} was given, expected a number of "
+                     "at least 0")
   reference, reference_blocks = _run(model, variables, images)
   logits, logits_blocks = _run(deploy, deploy_variables, images)
   if logits.shape != reference.shape:

@@ -214,7 +214,7 @@ def test_text_of_a_report_is_escaped(report):
   text = page(bad)
   seen = Page(text)
   assert "<script" not in text and not seen.all("script")
-  assert seen.all("h1")[0][3] == f"Where {HOSTILE} has slack"
+  assert seen.all("h1")[0][3] == f"Redundancy of {HOSTILE}"
   assert "No plan: unknown model" in seen.text()
 
 
@@ -280,7 +280,7 @@ def browse(tmp_path, text) -> str:
 
 def test_a_browser_shows_the_page(tmp_path, text):
   dom = browse(tmp_path, text)
-  assert "Where deit_tiny_patch16_224 has slack" in dom
+  assert "Redundancy of deit_tiny_patch16_224" in dom
   tags = [[element[0] for element in Page(page).elements] for page in (dom, text)]
   assert sorted(tags[0]) == sorted(tags[1])
 

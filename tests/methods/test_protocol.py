@@ -211,11 +211,11 @@ def test_it_applies_to_hierarchical_models_where_its_needs_are_met(name):
 
 @pytest.mark.parametrize("make,words", [
     (lambda: tiny.deit(vc.Plan(attention=Window(), tokens=vc.EViT(0.5, blocks=(0,)))),
-     "Window() in block 0 needs the whole grid of tokens, which from block 0 on EViT("),
+     "Window() in block 0 needs the whole grid of tokens, which EViT("),
     (lambda: tiny.deit(vc.Plan(attention=Window(), tokens=vc.MCTF(r=3, blocks=(1,)))),
      "use attention=None there"),
     (lambda: tiny.deit(vc.Plan(heads=vc.HMHSA(layout="grid"), tokens=KeepLargest(0.5, (0,)))),
-     "which from block 0 on KeepLargest(keep=0.5, blocks=(0,)) takes away; use layout='map' there"),
+     "which KeepLargest(keep=0.5, blocks=(0,)) removes from block 0 onward; use layout='map'"),
     (lambda: vc.create_model("pvt_tiny", plan=vc.Plan(tokens=KeepLargest(0.5, (1,)))),
      "needs tokens that may be dropped or merged, which pvt_tiny does not have; use tokens=None"),
     (lambda: tiny.deit(vc.Plan(tokens=KeepLargest())), "the plan names block 3, but the model has"),

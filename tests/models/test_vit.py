@@ -50,7 +50,7 @@ def test_weights_round_trip_through_pytorch_bit_for_bit():
 def test_angles_match_the_definition():
   """Patch by patch, from the formula: 2 pi x / period, with the centre's position x in -1 .. 1."""
   grid, width, temperature = (2, 3), 8, 100.0
-  places = rotary.places(grid, prefix=2)
+  places = rotary.grid_positions(grid, prefix=2)
   got = rotary.angles(places, width, temperature)
   assert not got[:2].any()
   for row in range(2):
@@ -64,7 +64,7 @@ def test_angles_match_the_definition():
 def test_angles_of_eva02_are_scaled_to_the_grid_of_its_pretraining():
   """Patch by patch: index / side * 16 over the period; neighbouring channels rotate as pairs."""
   grid, width, temperature = (2, 3), 8, 10000.0
-  got = rotary.angles(rotary.places(grid, 1, 16), width, temperature, 16)
+  got = rotary.angles(rotary.grid_positions(grid, 1, 16), width, temperature, 16)
   assert not got[0].any()
   for row in range(2):
     for column in range(3):
@@ -101,9 +101,9 @@ def test_scores_depend_on_the_distance_between_two_tokens():
 
 
 def test_tokens_keep_their_positions_and_merged_ones_get_the_mean():
-  places = rotary.places((2, 2), prefix=1)
+  places = rotary.grid_positions((2, 2), prefix=1)
   source = jnp.array([[0, 1, -1, 2, 2], [0, -1, 1, -1, 2]])   # dropped, kept, merged
-  got = rotary.places_of(Tokens(jnp.zeros((2, 3, 4)), source=source), places)
+  got = rotary.token_positions(Tokens(jnp.zeros((2, 3, 4)), source=source), places)
   expected = [[places[0], places[1], (places[3] + places[4]) / 2],
               [places[0], places[2], places[4]]]
   np.testing.assert_allclose(got, expected, atol=1e-6)
@@ -116,7 +116,7 @@ def test_with_all_patches_kept_rotary_positions_equal_the_dense_ones():
   tokens = Tokens(jnp.zeros((3, 21, 24)))
   kept = tokens.replace(source=jnp.broadcast_to(jnp.arange(21), (3, 21)))
   block = dense.submodules()["blocks_0"]
-  np.testing.assert_allclose(block._places(kept), np.tile(block._places(tokens), (3, 1, 1)),
+  np.testing.assert_allclose(block._positions(kept), np.tile(block._positions(tokens), (3, 1, 1)),
                              atol=1e-6)
   assert np.ptp(tiny.apply(dense, variables, images)) > 0.1
 

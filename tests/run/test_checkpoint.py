@@ -230,6 +230,6 @@ def test_a_save_that_waits_for_a_dead_process_says_so(store, monkeypatch, severa
   def save(*_, **__):
     raise TimeoutError("Timed out while waiting for async_commit_complete barrier.")
   monkeypatch.setattr(store.writer, "save", save)
-  monkeypatch.setattr(processes, "several", lambda: several)
+  monkeypatch.setattr(processes, "is_multiprocess", lambda: several)
   with pytest.raises(raised, match=r"step 7.*async_commit_complete barrier"):
     store.save(7, state_of(), {})

@@ -108,7 +108,7 @@ def test_processes_that_disagree_name_the_difference_and_write_nothing(path, tmp
 def test_differences_between_gathered_facts_are_named(monkeypatch):
   """Tests the comparison itself, without processes."""
   processes.check_agreement({"a": 1})
-  monkeypatch.setattr(processes, "gathered",
+  monkeypatch.setattr(processes, "gather_values",
                       lambda facts: [facts, facts, {**facts, "a": 2, "b": 3}])
   with pytest.raises(ValueError, match=r"disagree: a is 1 in process 0 and 2 in process 2; "
                                        r"b is None in process 0 and 3 in process 2\. Start"):

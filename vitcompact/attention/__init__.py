@@ -1,10 +1,10 @@
 """Attention: every module that attends calls a `Core`.
 
   reference.py       the definition           call.py     `Core`: a call and its options
-  choice.py          which form computes it   device.py   where it runs, which form was asked for
+  choice.py          which form computes it   device.py   where it runs, and the requested form
   forms.py           the forms by name        tuning.py   every tuned constant
   online_softmax.py  the softmax over tiles, for tiled.py (tiles of queries) and block_sparse/
-  vendor.py, cpu.py  fused kernels of others, and loops that pay off only on a CPU
+  vendor.py, cpu.py  other libraries' fused kernels, and loops that pay off only on a CPU
 """
 # ruff: noqa: F401
 import flax.linen as nn

@@ -21,8 +21,8 @@ class Core(NamedTuple):
   """softmax(q k^T / sqrt(d)) v for each head, with options that depend on the tokens of a block.
 
   size: (B, M) or None: a key counts as `size` equal keys (log size is added to its scores).
-  merge: (B, M, ...) -> (B, K, ...), applied to keys and values before the scores; `size` then has
-    shape (B, K). Each of the K must be a mean, the same one of keys and values. None: no merging.
+  merge: (B, M, ...) -> (B, K, ...) or None: weighted means, with the same weights for keys and
+    values, taken before the scores; `size` then has shape (B, K).
   spread: applied to the values before attention, and gather to the outputs after it, if tokens are
     merged between scores and values; else the identity. average: whether `gather` returns means of
     rows; if not, the maps are formed, because its effect on them does not follow from the outputs.
@@ -31,7 +31,7 @@ class Core(NamedTuple):
     more heads than that, head i has the mask of head i modulo h.
   scored: the share of the pairs of tokens that the mask keeps.
   layout: which blocks of tokens attend to which, or None.
-  weighed: the share of the scored pairs whose values differ; set by the call itself.
+  weighed: the share of the scored pairs whose values are distinct; set by the call itself.
   operator: replaces the softmax: (core, query, key, value) -> (B, N, h, e); its `maps` (core,
     query, key) returns maps if it has any. local: (value of all heads, x) -> (B, N, h, d), added to
     the heads' outputs; x (B, N, width) is the input of the attention.

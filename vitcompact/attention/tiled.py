@@ -104,8 +104,8 @@ def _join_tiles(x_tn, count: int):
   return x_tn.reshape(-1, *x_tn.shape[2:])[:count]
 
 
-def attend_any(of_tile: Callable, call, query_bnhd, key_bmhd, value_bmhe, rescore=None):
-  """Computes any `call.Core` in tiles, by autodiff of `of_tile`, which takes the arguments of
+def attend_any(attend_tile: Callable, call, query_bnhd, key_bmhd, value_bmhe, rescore=None):
+  """Computes any `call.Core` in tiles, by autodiff of `attend_tile`, which takes the arguments of
   `forms.einsum`.
 
   Each tile includes the halo of rows that `rescore` needs.
@@ -128,7 +128,7 @@ def attend_any(of_tile: Callable, call, query_bnhd, key_bmhd, value_bmhe, rescor
   @jax.checkpoint
   def tile(arrays):
     query_bnhd, own_n, mask = arrays
-    return of_tile(call._replace(mask=mask), query_bnhd, key_bhdm.transpose(0, 3, 1, 2),
+    return attend_tile(call._replace(mask=mask), query_bnhd, key_bhdm.transpose(0, 3, 1, 2),
                    value_bhme.swapaxes(1, 2), rescore, own_n=own_n, edges=False)
 
   out_tbnhe = jax.lax.map(tile, (jnp.moveaxis(padded[:, with_halo_tr], 1, 0),

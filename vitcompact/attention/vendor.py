@@ -1,4 +1,4 @@
-"""Fused attention of others: cuDNN, JAX's splash kernel for TPUs, the tokamax library.
+"""Fused attention from other libraries: cuDNN, JAX's splash kernel for TPUs, tokamax.
 
 Each takes queries (B, N, h, d), keys (B, M, h, d), values (B, M, h, e) and a bias (B, M) of the
 keys or None, and returns (B, N, h, e) in the values' dtype.

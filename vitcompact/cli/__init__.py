@@ -1,6 +1,6 @@
-"""The `vitcompact` command, with one file per verb.
+"""The `vitcompact` command, with one file per subcommand.
 
-A verb imports its dependencies, above all JAX, only when it runs, so that --help answers at once.
+A subcommand imports its dependencies, above all JAX, only when it runs: --help answers at once.
 User errors are reported in one line, with exit code 2; --verbose shows the whole traceback.
 """
 import sys
@@ -33,14 +33,14 @@ def _set_verbose(context: click.Context, _, value: bool):
 
 
 def verbose_option() -> click.Option:
-  """--verbose, for the command and for each verb, so that it works before or after the verb."""
+  """--verbose, for the command and for each subcommand, so that it works before or after it."""
   return click.Option(["--verbose", "--traceback"], is_flag=True, is_eager=True,
                       expose_value=False, callback=_set_verbose,
                       help="Show the full traceback of an error.")
 
 
 class Program(click.Group):
-  """A group of verbs that reports errors in one line."""
+  """A group of subcommands that reports errors in one line."""
 
   def main(self, args=None, prog_name=None, **_):
     args = list(sys.argv[1:] if args is None else args) or ["--help"]
@@ -83,5 +83,5 @@ for command in (models.models, count.count, convert.convert, predict.predict, be
                 draw.draw, prepare.prepare, compare.compare, compact.measure, compact.compact,
                 compact.verify, push.push, card.card, export.export, page.page):
   main.add_command(command)
-  for verb in (command, *getattr(command, "commands", {}).values()):
-    verb.params.append(verbose_option())
+  for subcommand in (command, *getattr(command, "commands", {}).values()):
+    subcommand.params.append(verbose_option())

@@ -47,7 +47,7 @@ def random_variables(model):
   import jax
   import jax.numpy as jnp
 
-  from vitcompact.doors import variable_shapes
+  from vitcompact.checks import variable_shapes
   from vitcompact.tune import random_arrays
 
   variables = random_arrays(variable_shapes(model))
@@ -63,7 +63,7 @@ def forward(model, batch: int, runtime: str = "xla", threads: int | None = None,
   """
   import vitcompact as vc
   from vitcompact import bench, runtimes, timm_network
-  from vitcompact.doors import image_shapes
+  from vitcompact.checks import image_shapes
   from vitcompact.export import onnx_file
   from vitcompact.export.program import Program
   from vitcompact.tune import random_arrays

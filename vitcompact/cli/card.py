@@ -16,13 +16,13 @@ def card_text(name: str, plan: str | None, receipt: str | None) -> str:
   if not hub.is_model_name(name):
     if plan is not None:
       raise ValueError(f"{name} has its own plan; leave --plan out")
-    return card.of_file(weights.file_of(name), name, receipt)
+    return card.file_card(weights.file_of(name), name, receipt)
   if plan is not None:
-    return card.of_model(name, vc.Plan.parse(plan), receipt=receipt)
+    return card.model_card(name, vc.Plan.parse(plan), receipt=receipt)
   plan, why = default_plan(name)
   note = why and (f"The default plan, hMHSA and cFFN, is refused for this network ({why}); this is "
                   "cFFN without hMHSA.")
-  return card.of_model(name, plan, receipt=receipt, note=note)
+  return card.model_card(name, plan, receipt=receipt, note=note)
 
 
 def write(path: pathlib.Path, text: str, force: bool):

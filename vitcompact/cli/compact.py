@@ -38,7 +38,7 @@ def settings(file: str, name: str, **sections):
 
 
 def note_classes(file: str, data: str):
-  """Prints a note if the model's classes differ from the data's, for verbs that use no labels."""
+  """Prints a note if the model's classes differ from the data's; for subcommands without labels."""
   from vitcompact import convert
   from vitcompact.data import classes, pipeline
 
@@ -84,7 +84,7 @@ def steps_of(distil: str | None, data: str, batch_size: int) -> int:
 @click.option("--out", required=True, metavar="DIR", help="Folder for the files of all stages.")
 def compact(file, data, macs, params, plan, distil, images, sensitivity, augment, batch_size,
             learning_rate, formats, out):
-  """Make a dense model smaller, measured and proved.
+  """Make a dense model smaller, measured and verified.
 
   \b
   vitcompact compact deit.safetensors --data folder:imagenet --macs 0.7 --out small
@@ -171,9 +171,9 @@ def verify(first, second, images, data, dtype, tolerance):
 
   import vitcompact as vc
   from vitcompact import convert
+  from vitcompact.checks import image_shapes
   from vitcompact.cli import weights
   from vitcompact.data import classes
-  from vitcompact.doors import image_shapes
   from vitcompact.run import path
   from vitcompact.train import config as configs
 

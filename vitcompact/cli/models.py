@@ -1,4 +1,4 @@
-"""vitcompact models: the names that the other verbs take."""
+"""vitcompact models: the names that the other subcommands take."""
 import click
 
 

@@ -70,12 +70,13 @@ def class_names(file: str, model, stored: list[str] | None, labels: str | None
   if stored:
     return stored, ""
   count = vc.create_model(model.variant).num_classes
-  if _of_imagenet(model.variant) and model.num_classes == count == len(classes.imagenet_1k()):
+  if (_has_imagenet_classes(model.variant) and
+      model.num_classes == count == len(classes.imagenet_1k())):
     return list(classes.imagenet_1k()), IMAGENET_NOTE.format(file=file)
   return [str(i) for i in range(model.num_classes)], ""
 
 
-def _of_imagenet(variant: str) -> bool:
+def _has_imagenet_classes(variant: str) -> bool:
   """Whether a model's classes are ImageNet's: its tag says so, or it has no tag and its family is
   published with these classes. The outputs of CLIP models are text embeddings instead."""
   name, _, tag = variant.partition(".")

@@ -18,8 +18,8 @@ def push(file, out, repo, private, receipt, force):
   vitcompact push small/deploy.safetensors --out release --receipt small
   vitcompact push small/deploy.safetensors --out release --repo org/name
 
-  To load it: vc.pretrained("hf-hub:org/name") or vc.pretrained("release"); every verb that takes a
-  file also takes these names. Uploading needs huggingface_hub and `hf auth login`.
+  To load it: vc.pretrained("hf-hub:org/name") or vc.pretrained("release"); every subcommand that
+  takes a file also takes these names. Uploading needs huggingface_hub and `hf auth login`.
   """
   import vitcompact as vc
   from vitcompact import convert

@@ -1,5 +1,4 @@
-"""Resolves what verbs accept as a file: a path, a folder, a model's name with tag, hf-hub:org/name.
-"""
+"""Resolves what subcommands accept as a file: a path, folder, name with tag, hf-hub:org/name."""
 import click
 
 

@@ -41,7 +41,7 @@ class Preprocess:
     if channels not in (1, 3):
       raise ValueError(f"a model with {channels} channels cannot take image files, which have 1 or "
                        "3: scale and normalise its arrays yourself")
-    image = _opened(image, self.exif_transpose)
+    image = _decode(image, self.exif_transpose)
     fill = tuple(round(255 * value) for value in self.mean)
     if channels == 1:
       image, fill = image.convert("L"), fill[0]
@@ -59,7 +59,7 @@ class Preprocess:
     return np.clip(normalised * np.asarray(self.std) + np.asarray(self.mean), 0, 1)
 
 
-def _opened(image, exif_transpose: bool) -> Image.Image:
+def _decode(image, exif_transpose: bool) -> Image.Image:
   """Decodes a path, a PIL image or an array to an RGB image."""
   name, way_out = "the image", "check the file"
   if isinstance(image, str | os.PathLike):

@@ -63,7 +63,7 @@ def _entries(folder: pathlib.Path) -> list[os.DirEntry]:
                      "from the data set") from error
 
 
-def _hidden(name: str) -> bool:
+def _is_hidden(name: str) -> bool:
   return name.startswith(".") or name in LEFT_BEHIND
 
 
@@ -71,7 +71,7 @@ def images_below(folder: str) -> list[str]:
   """Paths of the images in a folder and its subfolders, sorted by name, without hidden ones."""
   found = []
   for entry in _entries(pathlib.Path(folder)):
-    if _hidden(entry.name):
+    if _is_hidden(entry.name):
       continue
     if entry.is_dir():
       found += images_below(entry.path) if not entry.is_symlink() else []
@@ -84,7 +84,7 @@ def _class_folders(folder: pathlib.Path) -> tuple[str, ...]:
   """The sorted names of the class folders, as they are on disk."""
   names = []
   for entry in _entries(folder):
-    if _hidden(entry.name):
+    if _is_hidden(entry.name):
       continue
     if entry.is_symlink() and not os.path.exists(entry.path):
       raise ValueError(f"{_shown(entry.path)} is a link to nothing: repair or remove it (without "
@@ -141,14 +141,14 @@ def list_classes(root: str) -> tuple[str, ...]:
           f"class {names[at]!r}")
   alike = {}
   for name in names:
-    alike.setdefault(_folded(name), []).append(printable(name))
+    alike.setdefault(_fold_case(name), []).append(printable(name))
   for pair in (pair for pair in alike.values() if len(pair) > 1):
     _warn(f"{_shown(train)} has classes whose names differ only in case or in the encoding of "
           f"accents: {', '.join(map(repr, pair))}; if they are one class, merge them")
   return names
 
 
-def _folded(name: str) -> str:
+def _fold_case(name: str) -> str:
   return unicodedata.normalize("NFC", name).casefold()
 
 
@@ -177,7 +177,7 @@ def _images(folder: pathlib.Path, left_out: LeftOut) -> list[str]:
   names = []
   for entry in _entries(folder):
     name, suffix = entry.name, os.path.splitext(entry.name)[1].lower()
-    if _hidden(name):
+    if _is_hidden(name):
       left_out.add("hidden", f"{folder.name}/{name}")
     elif entry.is_dir(follow_symlinks=False):
       left_out.add("folder inside a class", f"{folder.name}/{name}")
@@ -198,7 +198,7 @@ def _check_known(folder: pathlib.Path, names, root: str, classes: tuple[str, ...
   """Raises ValueError for a split with classes that train does not have."""
   unknown = sorted(set(names) - set(classes))
   if unknown:
-    close = [name for name in classes if _folded(name) == _folded(unknown[0])]
+    close = [name for name in classes if _fold_case(name) == _fold_case(unknown[0])]
     way_out = (f"rename it to {printable(close[0])!r}, as in train" if close else
                "add its training images, or remove it; if the classes of its images are unknown, "
                f"move {_shown(folder)} elsewhere")
@@ -217,7 +217,7 @@ def list_files(root: str, split: str) -> tuple[pathlib.Path, np.ndarray, np.ndar
   _check_known(folder, class_folders, root, classes)
   left_out, files, numbers, empty = LeftOut(), [], [], []
   for entry in _entries(folder):
-    if _hidden(entry.name):
+    if _is_hidden(entry.name):
       left_out.add("hidden", entry.name)
     elif entry.name not in class_folders:
       left_out.add("outside the class folders", entry.name)

@@ -63,7 +63,7 @@ class Place(NamedTuple):
   others: tuple[str, ...]
 
 
-def _without_all(argument: str) -> tuple[str, bool]:
+def _split_all_suffix(argument: str) -> tuple[str, bool]:
   """(the argument without @all, whether it had @all)."""
   return argument.removesuffix("@all"), argument.endswith("@all")
 
@@ -240,7 +240,7 @@ def _short(kind) -> str:
 def columns(argument: str) -> Columns:
   """The columns, from the metadata of train's first file; reads no image."""
   import pyarrow.types as kinds
-  schema = _opened(argument, place(argument).files["train"][0]).schema_arrow
+  schema = _open_parquet(argument, place(argument).files["train"][0]).schema_arrow
   features = _features(schema)
   images = [field.name for field in schema if kinds.is_struct(field.type)
             and {inner.name for inner in field.type} >= {"bytes", "path"}
@@ -255,7 +255,7 @@ def columns(argument: str) -> Columns:
   return Columns(image, label, tuple(map(printable, names)) if names else None)
 
 
-def _opened(argument: str, path: pathlib.Path):
+def _open_parquet(argument: str, path: pathlib.Path):
   parquet = _library("pyarrow", argument)
   try:
     return parquet.ParquetFile(path, memory_map=True)
@@ -269,7 +269,7 @@ def labels(argument: str, split: str) -> np.ndarray:
   """All labels of one of the data set's own splits, int64."""
   column, parts = columns(argument).label, []
   for path in place(argument).files[split]:
-    file = _opened(argument, path)
+    file = _open_parquet(argument, path)
     if column not in file.schema_arrow.names:
       raise ValueError(f"{printable(str(path))} has no column {column!r}, unlike train's files: "
                        "they are of different data sets")
@@ -287,7 +287,7 @@ def labels(argument: str, split: str) -> np.ndarray:
 
 def class_names(argument: str) -> tuple[str, ...]:
   """The names of a data set's classes. argument: with or without @all."""
-  argument, _ = _without_all(argument)
+  argument, _ = _split_all_suffix(argument)
   _library("pyarrow", argument)
   names = columns(argument).names
   return names or tuple(map(str, range(int(labels(argument, "train").max()) + 1)))
@@ -296,7 +296,7 @@ def class_names(argument: str) -> tuple[str, ...]:
 @functools.cache
 def choose(argument: str, split: str) -> tuple[str, np.ndarray]:
   """(the data set's own split, indices of its images) for train, val or test."""
-  argument, use_all = _without_all(argument)
+  argument, use_all = _split_all_suffix(argument)
   _library("pyarrow", argument)
   files = place(argument).files
   has = {key: key in files and labels(argument, key).size > 0 for key in ("train", "val", "test")}
@@ -322,7 +322,7 @@ class Rows:
   """Random access to the encoded images of some parquet files."""
 
   def __init__(self, argument: str, files: Sequence[pathlib.Path], column: str):
-    self.column, self.files = column, [_opened(argument, path) for path in files]
+    self.column, self.files = column, [_open_parquet(argument, path) for path in files]
     groups = [(number, group, file.metadata.row_group(group).num_rows)
               for number, file in enumerate(self.files)
               for group in range(file.metadata.num_row_groups)]
@@ -349,7 +349,7 @@ class HfSource:
     self.split, self.index = choose(argument, split)
     self.class_names = class_names(argument)
     self.num_classes = len(self.class_names)
-    self.name, _ = _without_all(argument)
+    self.name, _ = _split_all_suffix(argument)
     self.labels = labels(self.name, self.split)
     self.rows = Rows(self.name, place(self.name).files[self.split], columns(self.name).image)
 

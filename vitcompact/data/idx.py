@@ -49,7 +49,7 @@ def fashion_mnist() -> str:
                    f"zalandoresearch/fashion-mnist into a folder and set {FASHION_VARIABLE} to it")
 
 
-def _place(path: str) -> tuple[pathlib.Path, str | None]:
+def _parse_path(path: str) -> tuple[pathlib.Path, str | None]:
   """(folder, name of a data set in it or None) of the path after `idx:`."""
   folder = pathlib.Path(path)
   if folder.is_dir():
@@ -64,7 +64,7 @@ def _place(path: str) -> tuple[pathlib.Path, str | None]:
 @functools.cache
 def files(path: str) -> dict[tuple[str, str], pathlib.Path]:
   """{(split, "images" | "labels"): file}; raises ValueError if a split has only one of both."""
-  folder, name = _place(path)
+  folder, name = _parse_path(path)
   found, sets = {}, set()
   for entry in sorted(os.listdir(folder)):   # x comes before x.gz, which has the same content
     match = FILE.fullmatch(entry)

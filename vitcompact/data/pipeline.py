@@ -123,9 +123,9 @@ class TrainBatch:
   def _example(self, place: Place, bad: list[int]) -> dict:
     example, skipped = read(self.images, place.index, self.on_bad)
     bad += skipped
-    return self._augmented(example, self.order.generator(place))
+    return self._augment(example, self.order.generator(place))
 
-  def _augmented(self, example: Example, rng: np.random.Generator) -> dict:
+  def _augment(self, example: Example, rng: np.random.Generator) -> dict:
     if self.augment == "token_labels":
       fields = labels.augment_both(example, rng, self.image_size)
     else:

@@ -125,9 +125,9 @@ class Shapes:
     rng = self._generator(index)
     label = int(index) % self.num_classes
     objects = scene(label, rng)
-    return Example(self._drawn(objects, rng), label)
+    return Example(self._draw(objects, rng), label)
 
-  def _drawn(self, objects: list[SceneObject], rng: np.random.Generator) -> Image.Image:
+  def _draw(self, objects: list[SceneObject], rng: np.random.Generator) -> Image.Image:
     background = tuple(int(v) for v in rng.integers(0, 50, size=3))
     return Image.fromarray(render(objects, background, self.image_size))
 
@@ -155,4 +155,4 @@ class Directions(Shapes):
 
   def open(self, index: int) -> Example:
     rng = self._generator(index)
-    return Example(self._drawn(self._scene(index, rng), rng), index % Shapes.num_classes // 2)
+    return Example(self._draw(self._scene(index, rng), rng), index % Shapes.num_classes // 2)

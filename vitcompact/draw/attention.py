@@ -84,13 +84,13 @@ def with_masking(method):
   return dataclasses.replace(method, masked=True) if hasattr(method, "masked") else method
 
 
-def enlarged(image, grid: tuple[int, int]):
+def enlarge(image, grid: tuple[int, int]):
   """The image, with pixels repeated if patches are so small that a frame would cover them."""
   times = max(1, -(-MIN_PATCH_SIDE * grid[0] // image.shape[0]))
   return image.repeat(times, axis=0).repeat(times, axis=1)
 
 
-def highlighted(image, kept, query: tuple[int, int]):
+def highlight(image, kept, query: tuple[int, int]):
   """The image with patches that are not kept in dark blue, and a red frame around the query's.
 
   image: (H, W, 3) in [0, 1]; kept: (h, w) bool.
@@ -170,14 +170,14 @@ def run(checkpoint, image, out, *, queries=(), blocks=(), force=False) -> str:
   out.mkdir(parents=True, exist_ok=True)
   preprocess = vc.preprocess(checkpoint)
   normalised = preprocess(image)
-  picture = enlarged(preprocess.pixels(normalised), model.grid)
+  picture = enlarge(preprocess.pixels(normalised), model.grid)
   pairs = pairs_of(model, variables, normalised)
   pairs = {block: pairs[block] for block in blocks or known}
   prefix = model.sites()[0].prefix
   for (row, column), name in zip(places, names, strict=False):
     at = prefix + row * model.grid[1] + column
     draw_rows({f"block {i}": [
-        highlighted(picture, kept[at, prefix:].reshape(model.grid), (row, column))
+        highlight(picture, kept[at, prefix:].reshape(model.grid), (row, column))
         for kept in heads] for i, heads in pairs.items()}, out / name)
   draw_rows({f"block {i}": list(heads) for i, heads in pairs.items()}, out / "matrices.png",
             cmap="gray")

@@ -41,7 +41,7 @@ def page(report: Report) -> str:
   It searches plans for each of BUDGETS, which takes as long as `report.plan` does.
   """
   name = safe(report.model or "this model")
-  saved = _saved(report)
+  saved = _saved_shares(report)
   sections = [("overview", "All blocks", _overview(report, saved)),
               ("plans", "Proposed plans", _plans(report)),
               ("reducers", "Token reducers", _reducers(report))]
@@ -54,16 +54,16 @@ def page(report: Report) -> str:
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>Where {name} has slack</title><style>{STYLE}</style></head>
+<title>Redundancy of {name}</title><style>{STYLE}</style></head>
 <body><a class="skip" href="#main">Skip to the report</a>
-<header><h1>Where {name} has slack</h1>{_head(report)}</header>
+<header><h1>Redundancy of {name}</h1>{_head(report)}</header>
 <nav aria-label="Sections"><ul>{links}</ul></nav>
 <main id="main" tabindex="-1">
 {body}</main></body></html>
 """
 
 
-def _saved(report: Report) -> dict[tuple, float]:
+def _saved_shares(report: Report) -> dict[tuple, float]:
   """{(block, axis, method): share of the dense model's MACs that it saves}; {} if the model cannot
   be built here."""
   try:
@@ -206,7 +206,7 @@ def _block(id: str, row: Mapping, saved, unit: str) -> str:
       f"The cheapest option is {safe(describe_method(best.method))}, with {unit} "
       f"{number(best.kl)}.") + "</p>"]
   out += [f'<h3>{heading}</h3><div class="figures">{"".join(figures)}</div>'
-          for heading, figures in tables.of_block(id, row["tables"])]
+          for heading, figures in tables.block_tables(id, row["tables"])]
   if row["options"]:
     rows = ((describe_method(option.method), option.axis,
              _percent(saved.get((row["name"], option.axis, option.method))), number(option.error),

@@ -7,7 +7,7 @@ from typing import Any
 
 from vitcompact.draw import svg
 from vitcompact.draw.svg import number
-from vitcompact.measure import SHARES
+from vitcompact.measure import KEY_SHARES
 
 SMALL = 0.01    # an error, or a KL in nats per image, below this is called small
 NARROW = 290    # pixels that fit a phone: wider heat maps scroll
@@ -73,7 +73,7 @@ def extremes(found: Iterable[tuple[float, str]]) -> str:
   return f"Lowest: {low[1]} ({number(low[0])}); highest: {high[1]} ({number(high[0])})."
 
 
-def of_block(id: str, tables: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+def block_tables(id: str, tables: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
   """[(heading, figures)] of one block's tables: those that `measure` and our methods make, then
   any others. A table of unexpected form is shown as text."""
   remaining = dict(tables)
@@ -102,10 +102,10 @@ def _attention(id: str, remaining: dict) -> list[str]:
       heads = [str(i) for i in range(len(values))]
       out.append(heat_map(f"{id}-{name}", title, values, [f"head {i}" for i in heads], heads,
                           finding, column_title=column_title))
-  series = {label: list(zip(SHARES, remaining.pop(name), strict=True))
+  series = {label: list(zip(KEY_SHARES, remaining.pop(name), strict=True))
             for name, label in (("attention_mass", "of all queries, on all keys"),
                                 ("class_attention_mass", "of the class token, on patches"))
-            if _numbers(remaining.get(name), len(SHARES))}
+            if _numbers(remaining.get(name), len(KEY_SHARES))}
   if series:
     finding = "; ".join(f"{label}: a quarter of the keys holds {dict(points)[0.25]:.0%}"
                         for label, points in series.items())

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from vitcompact import runtimes
-from vitcompact.doors import check_fitting, image_shapes
+from vitcompact.checks import check_fitting, image_shapes
 from vitcompact.export.program import Program
 from vitcompact.fold import fold
 from vitcompact.preprocess import preprocess as preprocess_of
@@ -30,9 +30,9 @@ BATCHES = (1, 3)        # batch sizes with which a file is compared
 
 
 class Format(NamedTuple):
-  """home: the module of the format; suffix: of its files; write: the name of the function that
+  """module: the module of the format; suffix: of its files; write: the name of the function that
   writes one; read: of the function that makes it a `Runner`, if no runtime opens the format."""
-  home: str
+  module: str
   suffix: str
   write: str = "write"
   read: str = ""
@@ -129,17 +129,17 @@ def _write_checked(program: Program, path: pathlib.Path, name: str, half: bool, 
                    tolerance: float, folded: bool) -> Exported:
   """Writes a file of the format `name`, and leaves it only if it agrees with the program."""
   format = FORMATS[name]
-  home = importlib.import_module(f"vitcompact.export.{format.home}")
+  module = importlib.import_module(f"vitcompact.export.{format.module}")
   try:
     # In the same directory, so that the finished file can be moved into place by a rename.
     with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
       partial = pathlib.Path(folder, path.stem + format.suffix)
-      getattr(home, format.write)(program, partial, **({"half": True} if half else {}))
+      getattr(module, format.write)(program, partial, **({"half": True} if half else {}))
       if int8 is not None:
         from vitcompact.export import int8 as quantised
 
         quantised.write(partial, program, int8)
-      run = getattr(home, format.read)(program, partial) if format.read else \
+      run = getattr(module, format.read)(program, partial) if format.read else \
           runtimes.opened(partial)
       max_rel, agreement, count = _compare(program, run, images)
       if not max_rel <= tolerance:   # also true for NaN

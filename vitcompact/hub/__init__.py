@@ -118,13 +118,13 @@ def find(name, *, model: str | None = None, revision: str | None = None, cache_d
     repo, _, commit = text.partition(":")[2].partition("@")
     if revision and commit:
       raise ValueError(f"{text}: two revisions, {commit!r} and {revision!r}; give one")
-    return _of_repository(repo, model, sha256, revision=revision or commit or None,
+    return _files_of_repository(repo, model, sha256, revision=revision or commit or None,
                           cache_dir=cache_dir, offline=offline)
   row = {}
   if is_model_name(text):
-    model, text, row = _tagged(text, model)
+    model, text, row = _resolve_tag(text, model)
   if "hub" in row:
-    return _of_repository(row["hub"], model, sha256, revision=revision, cache_dir=cache_dir,
+    return _files_of_repository(row["hub"], model, sha256, revision=revision, cache_dir=cache_dir,
                           offline=offline)
   if revision:
     raise ValueError(f"revision={revision!r}: {text} is not a repository, and has no revisions; "
@@ -133,10 +133,10 @@ def find(name, *, model: str | None = None, revision: str | None = None, cache_d
     file = download.from_address(row.get("url", text), cache_dir=cache_dir, offline=offline,
                                  sha256=sha256)
     return WeightFiles(file, (), model and Described(model, {}))
-  return _of_path(pathlib.Path(text.removeprefix(FOLDER)).expanduser(), model, sha256)
+  return _files_of_path(pathlib.Path(text.removeprefix(FOLDER)).expanduser(), model, sha256)
 
 
-def _tagged(name: str, model: str | None) -> tuple[str, str, dict]:
+def _resolve_tag(name: str, model: str | None) -> tuple[str, str, dict]:
   """(name with its tag, the same, row) of a model in the table of weights."""
   if model is not None:
     raise ValueError(f"model={model!r}: {name!r} is a model already; leave one out")
@@ -158,7 +158,7 @@ def is_model_name(text: str) -> bool:
               or is_file_name(text))
 
 
-def _of_repository(repo: str, model: str | None, sha256, **options) -> WeightFiles:
+def _files_of_repository(repo: str, model: str | None, sha256, **options) -> WeightFiles:
   described = model and Described(model, {})
   if described is None:
     described = _described_by_hub(repo, options)
@@ -180,7 +180,7 @@ def _described_by_hub(repo: str, options) -> Described:
   return config.read(where, about, processor)
 
 
-def _of_path(path: pathlib.Path, model: str | None, sha256) -> WeightFiles:
+def _files_of_path(path: pathlib.Path, model: str | None, sha256) -> WeightFiles:
   if not path.exists():
     raise FileNotFoundError(f"{path}: no such file or folder")
   described = model and Described(model, {})
@@ -234,7 +234,7 @@ def _read(found: WeightFiles, fields, weights, reset_head, allow_nonfinite) -> F
     loaded = read(other)
   settings = [f"{key}={value}" for key, value in config_fields.items()]
   lines = [*([f"{config.CONFIG}: {', '.join([name, *settings])}"] if config_fields else []),
-           *_about_head(stored, model, other), *loaded.lines()]
+           *_classifier_lines(stored, model, other), *loaded.lines()]
   return Fetched(model, loaded.variables, None if other else classes,
                  config.prepared(model, images), source, found.digest, lines)
 
@@ -244,17 +244,17 @@ def _read_ours(found: WeightFiles, fields, reset_head, allow_nonfinite) -> Fetch
   stored, variables = convert.load(path, allow_nonfinite=allow_nonfinite)
   classes, pre, lines, model = convert.classes_of(path), preprocess(path), [], stored
   if fields or reset_head:
-    model = convert.altered(stored, **fields)
+    model = convert.with_fields(stored, **fields)
     other = reset_head or model.num_classes != stored.num_classes
     loaded = convert.read_state_dict(model, convert.tensors_of(stored, variables), source=stored,
                                      reset_head=other, allow_nonfinite=allow_nonfinite)
     variables, classes = loaded.variables, None if other else classes
-    lines = [*_about_head(stored, model, other), *loaded.lines()]
+    lines = [*_classifier_lines(stored, model, other), *loaded.lines()]
     pre = config.prepared(model, config.settings(pre))
   return Fetched(model, variables, classes, pre, found.file.source, found.digest, lines)
 
 
-def _about_head(stored, model, other: bool) -> list[str]:
+def _classifier_lines(stored, model, other: bool) -> list[str]:
   if not other or not model.num_classes:
     return []
   old = (f"the one of {stored.num_classes} classes was left out" if stored.num_classes else

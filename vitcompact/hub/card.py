@@ -115,17 +115,17 @@ def page(title: str, model: nn.Module, prepare: Preprocess, *, weights: Weights 
             "## What it is", "", *_provenance(model, weights), "",
             "## Accuracy", "", _accuracy(accuracy), "",
             "## Images and classes", "", _images(prepare) + " " + _classes(model, classes), "",
-            "## Use", "", "```python", *_use(model, weights), "```", ""]
+            "## Use", "", "```python", *_usage_lines(model, weights), "```", ""]
   if weights:
     lines += [f"Or: `vitcompact predict {weights.place} photo.jpg`", ""]
-  lines += ["## Limits", "", *_limits(model, counts["this model"], changed, weights), ""]
+  lines += ["## Limits", "", *_limit_lines(model, counts["this model"], changed, weights), ""]
   if weights:
     lines += ([f"sha256 of the file: `{weights.file_digest}`  "] if weights.file_digest else [])
     lines += [f"sha256 of the parameters: `{trees.digest(weights.variables['params'])}`  "]
   return "\n".join([*lines, f"Written by vitcompact {__version__}.", ""])
 
 
-def of_model(name: str, plan: Plan | None = None, *, receipt=None, note: str = "",
+def model_card(name: str, plan: Plan | None = None, *, receipt=None, note: str = "",
              **fields) -> str:
   """The card of a named model under a plan, in deployed form. fields: as in `create_model`."""
   model = create_model(name, **({} if plan is None else {"plan": plan}), deploy=True, **fields)
@@ -133,7 +133,7 @@ def of_model(name: str, plan: Plan | None = None, *, receipt=None, note: str = "
               accuracy=None if receipt is None else accuracy_in(receipt, model))
 
 
-def of_file(path: str | os.PathLike, place: str = "", receipt=None) -> str:
+def file_card(path: str | os.PathLike, place: str = "", receipt=None) -> str:
   """The card of a file of ours. receipt: by default NAME.json or receipt.json in the same folder,
   if it is of this model."""
   path = pathlib.Path(path)
@@ -262,7 +262,7 @@ def _with_inner(method) -> list:
   return [] if method is None else [method, *_with_inner(protocol.inner(method))]
 
 
-def _use(model, weights: Weights | None) -> list[str]:
+def _usage_lines(model, weights: Weights | None) -> list[str]:
   lines = ["import vitcompact as vc", ""]
   if weights:
     return [*lines, f"model, variables = vc.pretrained({weights.place!r})",
@@ -283,7 +283,7 @@ def _use(model, weights: Weights | None) -> list[str]:
   return lines
 
 
-def _limits(model, found, changed: bool, weights: Weights | None) -> list[str]:
+def _limit_lines(model, found, changed: bool, weights: Weights | None) -> list[str]:
   lines = []
   if changed and not weights:
     lines += ["* What `vc.compact` fits is a starting point: a compact model has to be trained, "

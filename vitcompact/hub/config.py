@@ -35,14 +35,14 @@ def read(where: str, config: Mapping, processor: Mapping | None = None) -> Descr
     spec = foreign_config.model_spec(config)
     if "architecture" not in config:
       return Described(spec.model, spec.fields, spec.classes, _images(processor or {}))
-    return _of_timm(config, spec)
+    return _add_timm_settings(config, spec)
   except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError,
           RecursionError) as error:
     raise ValueError(f"{where}: its {CONFIG} does not describe a known model: "
                      f"{str(error)[:300]}; name it with model=NAME") from None
 
 
-def _of_timm(config: Mapping, spec) -> Described:
+def _add_timm_settings(config: Mapping, spec) -> Described:
   """Adds the tag and how images are prepared to what `foreign_config` reads."""
   about = config.get("pretrained_cfg", config)   # at the top level before timm 0.9
   name, tag = spec.model, about.get("tag")

@@ -20,7 +20,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from vitcompact.kernels.block_sparse import attention
 from vitcompact.kernels.pairs import pairs_by_key
 
-AREA = 64       # tokens in a tile: the rows of one matrix instruction of a warpgroup
 SLOTS = 2       # tiles in flight; with 2, at least four programs fit on one multiprocessor
 LOWEST = -1e30  # below every score, and finite: the difference of two infinities is NaN
 LOG2_E = math.log2(math.e)

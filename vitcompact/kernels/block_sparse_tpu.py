@@ -34,7 +34,7 @@ def forward(interpret, query, key, value, bias, chosen):
 
 
 def backward(interpret, query, key, value, bias, chosen, log_sum, shift, d_out):
-  def of_image(image):
+  def image_gradients(image):
     rows, columns, chosen, chosen_by_key, first = image
     return (_d_query(*rows, *columns, chosen, interpret),
             *_d_key_value(*rows, *columns, chosen_by_key, first, interpret))
@@ -42,7 +42,7 @@ def backward(interpret, query, key, value, bias, chosen, log_sum, shift, d_out):
   rows = (query, d_out.astype(value.dtype), log_sum[..., None, :], shift[..., None, :])
   columns = (key, value, bias.swapaxes(1, 2))
   lists = [_flatten_lists(x) for x in (chosen, *pairs_by_key(chosen, key.shape[2]))]
-  return lax.map(of_image, (rows, columns, *lists))
+  return lax.map(image_gradients, (rows, columns, *lists))
 
 
 attend = attention(forward, backward)

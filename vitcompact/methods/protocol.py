@@ -19,15 +19,15 @@ What it computes
                  some of the tokens, it also gets `mix`
     reduction(block, depth) -> Reduction  tokens: what happens in a block, see `token_state`
     scored_heads(site) -> int             heads: how many have queries and keys (default: all)
-    active_heads(site) -> int             heads: how many of those with values each token uses
+    active_heads(site) -> int             heads: how many of the heads with values a token uses
                                           (default: all); see `ideal_macs` of `count`
     value_heads(site) -> int              heads: how many have values and outputs (default: all)
     scope                                 name of its parameters: attn/SCOPE for heads, SCOPE in the
                                           block for attention (default: the method's name)
     heads, ffn                            a field named after the method's own axis holds another
                                           method of that axis that this one wraps (`inner`), or
-                                          None. Of check, the numbers of heads, needs, removes,
-                                          mergeable and fold, it inherits what it does not define
+                                          None. Its check, scored_heads, value_heads, needs,
+                                          removes, mergeable and fold are inherited if not defined
     inside(site) -> Site                  the block as the inner method sees it (default: the same)
     acts(site) -> bool                    whether it does anything in this block (default: yes)
     check(site)                           raises ValueError or warns if it does not fit a block
@@ -36,12 +36,12 @@ Which plans are legal
     needs(site) -> {capability: hint}     keys of CAPABILITIES that the block must have; the hint
                                           ends the error message. Every method of the attention axis
                                           also needs "full attention"
-    removes(site) -> (capability, ...)    what the other methods of this block no longer have; for
-                                          the tokens axis, also those of all later blocks
+    removes(site) -> (capability, ...)    what it takes from the other methods of this block; on the
+                                          tokens axis, also from those of all later blocks
 
 Its parameters
     rules                                 [(pattern, trees.Leaf)]: sharding and weight decay
-                                          (default: those that all models share, else neither)
+                                          (default: the rules that all models share, else neither)
     from_dense(site, params, stats, data) -> (params, stats)
                                           a block's trees from a dense block's (default: keep leaves
                                           of the same name and shape, draw the others at random);
@@ -71,15 +71,14 @@ Its parameters
     at_size(site) -> method               the same method, with sizes that would otherwise depend on
                                           the image size fixed at those of this site
 
-How it trains; `settings` are keys of a config, with defaults for absent ones
+How it trains; `settings` are config keys, each with a default
     settings                              {key: Setting}
     losses                                {name: function(Pass) -> () or (B,)}; the weight of a loss
                                           is the setting loss.NAME
     losses_across                         names of the losses that mix the images of a batch
     collections                           Linen collections that its losses or facts read
     at_step(config, step) -> method       the method to train with at a step of the main phase
-    second_pass(config, step) -> method   the method of a second forward pass with the same weights,
-                                          or None
+    second_pass(config, step) -> method   method of a second pass with the same weights, or None
     first_phase                           a FirstPhase (default: None)
     check_training(config)                raises ValueError if settings contradict each other
     facts(collections) -> {name: number}  for the receipt, from one batch of inference
@@ -113,8 +112,7 @@ CAPABILITIES = {
 class Site(NamedTuple):
   """One block of one model, as a method sees it.
 
-  block: its number out of `depth`, counted over all stages. first: the earliest block since which
-    tokens have had the same grid and width.
+  block: its number out of `depth`, over all stages; first: that of the first block of its stage.
   tokens: number of keys before any token reduction, the first `prefix` of which are not patches;
     tokens_left: that number when the block begins, at the model's image size.
   query_grid, key_grid: (height, width) of the patches among queries and keys; None: no grid.
@@ -130,8 +128,7 @@ class Site(NamedTuple):
     ffn_norm: epsilon of the norm of the FFN's hidden layer. Each may be None: the block has none.
   ffn_batch_norm: whether fc1 and fc2 each end in a batch norm, which is folded into them.
   query_scale: a factor on queries, on top of the scores' 1 / sqrt(head_width). local: whether a
-    local term with the channels of the heads is added to their output, so that the heads cannot be
-    reordered.
+    local term is added to the outputs of the heads, channel by channel: they cannot be reordered.
   merged: layers of the FFN that are deployed as one matrix, see `execution.Execution`.
   batch_norm: whether its norms are batch norms, which folding removes.
   """
@@ -193,8 +190,7 @@ class Site(NamedTuple):
 class Pass(NamedTuple):
   """The arguments of a loss: one forward pass in training.
 
-  collections: what was sown; logits (B, K) of the classifier; labels (B,) int; second: the Pass of
-  the second forward pass, or None.
+  collections: what was sown; logits (B, K); labels (B,) int; second: of the second pass, or None.
   """
   collections: Mapping[str, Any]
   logits: jax.Array
@@ -251,7 +247,7 @@ def inner_and_site(method, site: Site):
 
 
 def _call_member(member: str, default: Callable):
-  """Returns a function (method, ...) that calls this member, or the default if it is missing."""
+  """Returns a function (method, ...) that calls this member of the method, or else the default."""
   def call(method, *arguments):
     if hasattr(method, member):
       return getattr(method, member)(*arguments)
@@ -260,7 +256,7 @@ def _call_member(member: str, default: Callable):
 
 
 def _call_member_or_inner(member: str, default: Callable):
-  """Returns the same for members (site) that a method inherits from its inner method."""
+  """Returns the same for a member (site) that a method inherits from its inner method."""
   def call_inner(method, site):
     wrapped, inner_site = inner_and_site(method, site)
     return default(method, site) if wrapped is None else call(wrapped, inner_site)
@@ -269,7 +265,7 @@ def _call_member_or_inner(member: str, default: Callable):
 
 
 def _read_member(member: str, default):
-  """Returns a function that reads this member of a method or its class, or gives the default."""
+  """Returns a function that reads this member of a method or its class, or else the default."""
   return lambda method: getattr(method, member, default)
 
 

@@ -1,4 +1,4 @@
-"""How methods convert the parameters of a block, with defaults for those that do not say."""
+"""Converts a block's parameters by calling a method's members, or by default."""
 from typing import Any
 
 import jax

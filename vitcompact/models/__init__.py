@@ -114,7 +114,7 @@ def create_model(name: str, **fields) -> nn.Module:
       `list_models(pretrained=True)`, classes, image size and preprocessing are its weights'.
     fields: plan, execution, num_classes (0: features), image_size (int or pair), in_chans,
       global_pool, drop_path_rate, dtype ("float32", "bfloat16": of the computation; parameters are
-      float32), remat, deploy (the folded form), and sizes (width, depth, heads, mlp_ratio,
+      float32), remat, deploy (the deployed form), and sizes (width, depth, heads, mlp_ratio,
       patch_size, ...).
   """
   variant = variant_of(name)

@@ -29,7 +29,7 @@ class Backbone(nn.Module):
 
   variant: its name in the table of models. num_classes: 0 for features. dtype: of the computation.
   remat: whether the backward pass recomputes the activations of blocks. deploy: whether it is the
-  folded form.
+  deployed form.
   """
   variant: str = ""
   image_size: int | tuple[int, int] = 224

@@ -125,7 +125,7 @@ class RoutedBlock(nn.Module):
     enhance = LocalConv(self.site.query_grid, ENHANCEMENT_SIZE,
                         fan_in_uniform(ENHANCEMENT_SIZE ** 2), dtype=self.site.dtype, name="lce")
     if self.top_k:
-      return enhance.of_heads
+      return enhance.filter_heads
     return lambda value_bnhd, x_bnw: enhance(x_bnw).reshape(value_bnhd.shape)
 
   @nn.nowrap

@@ -126,7 +126,7 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """The steps whose directories are complete."""
-    return sorted(int(path.name) for path in self._numbered() if is_complete(path))
+    return sorted(int(path.name) for path in self._step_folders() if is_complete(path))
 
   def best(self) -> tuple[int, float] | None:
     """(step, accuracy on val) of the best step that still exists."""
@@ -164,8 +164,8 @@ class Checkpoints:
     path = self.directory / str(step)
     meta = read_with_digest(path / "meta" / "metadata")
     if lines := leaf_differences(meta["leaves"], shapes):
-      raise ValueError(f"{path} holds another state: {trees.some(lines, 3, joint='; ')}. Use the "
-                       "config that it was trained with, or another --workdir")
+      raise ValueError(f"{path} holds another state: {trees.excerpt(lines, 3, joint='; ')}. Use "
+                       "the config that it was trained with, or another --workdir")
     target = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)
     hook = sys.excepthook
@@ -180,7 +180,7 @@ class Checkpoints:
     sys.excepthook = hook
     read = describe(found.state)
     if damaged := [name for name in read if read[name] != meta["leaves"][name]]:
-      raise Damaged(f"{path} is damaged: {trees.some(damaged, 3, joint='; ')} changed since it "
+      raise Damaged(f"{path} is damaged: {trees.excerpt(damaged, 3, joint='; ')} changed since it "
                     "was written")
     return found.state, meta["progress"]
 
@@ -202,7 +202,7 @@ class Checkpoints:
     with contextlib.suppress(Exception):
       self.writer.close()
 
-  def _numbered(self):
+  def _step_folders(self):
     if not self.directory.is_dir():
       return []
     return [path for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir()]
@@ -235,7 +235,7 @@ class Checkpoints:
       if path.name.startswith(REMOVED) or TEMPORARY in path.name:
         shutil.rmtree(path)
     newest = max(self.steps(), default=-1)
-    for path in self._numbered():
+    for path in self._step_folders():
       if not is_complete(path) and int(path.name) < newest:
         logging.warning("%s was partly deleted; removed the rest", path)
         self._remove(int(path.name))
@@ -254,7 +254,7 @@ class Checkpoints:
       yield
     except Exception as error:  # Orbax and TensorStore raise many kinds, a plain Exception too
       # Orbax waits for all processes before a step counts as saved.
-      if processes.several() and isinstance(error, (TimeoutError, *processes.PEER_ERRORS)):
+      if processes.is_multiprocess() and isinstance(error, (TimeoutError, *processes.PEER_ERRORS)):
         raise processes.PeerLost(f"step {self.saving} was not saved: {error}") from error
       good = [step for step in self.steps() if step != self.saving]
       intact = f"step {good[-1]} is intact" if good else "there is no earlier step"

@@ -38,8 +38,8 @@ class Result:
 class RunState:
   """The state of a run in progress, besides its TrainState.
 
-  per_image: device utilisation at one image a second; skipped: the number of steps without an
-  update since the run began.
+  per_image: utilisation of the devices at one image per second; skipped: the number of steps
+  without an update since the run began.
   """
   run: Run
   directory: pathlib.Path
@@ -195,7 +195,7 @@ def save_and_stop(run_state: RunState, step: int, state, pending: list, meter: M
 
 def finish(run: Run, state, checkpoints: Checkpoints, log: Log, mode: str,
            stopping: Stop | None = None) -> Result:
-  """Evaluates a finished state on val and on test, which chose nothing, and logs the last line."""
+  """Evaluates a finished state on val and on test (used for no choice), and logs the last line."""
   variables = steps.eval_variables(state, run.config.eval_params)
   metrics = {"mode": mode, "eval_params": run.config.eval_params}
   if run.config.keep_start and run.config.init_from and mode == "train":
@@ -338,7 +338,7 @@ def train(config, directory, *, until: int | None = None, stopping: Stop | None 
 def check_shared(directory: pathlib.Path):
   """Raises ValueError unless all processes share the workdir: each would save only its own part."""
   processes.barrier("process 0 holds the lock")
-  holders = processes.gathered(workdir.holder(directory))
+  holders = processes.gather_values(workdir.holder(directory))
   if others := [index for index, holder in enumerate(holders) if holder != holders[0]]:
     raise ValueError(f"--workdir={directory} of process 0 is not the directory that processes "
                      f"{others} see; use a directory that all of them share")

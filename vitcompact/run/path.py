@@ -37,7 +37,7 @@ REQUEST = "request.json"   # the budget, plan, data and measurement that the sta
 
 
 class Start(NamedTuple):
-  """What the last stage starts from. config: of its run; dense: the file of the dense model; facts:
+  """What the last stage starts from. config: that of its run; dense: the dense model's file; facts:
   for the receipt."""
   config: ConfigDict
   dense: pathlib.Path
@@ -82,7 +82,7 @@ def evaluate_compacted(config, directory, dense) -> loop.Result:
 
 
 def prepare(config, directory: pathlib.Path, say=print, **options) -> Start:
-  """Runs every stage before the last one's training."""
+  """Runs all stages up to compact, and returns what the last one trains or evaluates."""
   config = configs.complete(config)
   budget = budget_of(config)
   if len(budget) != 1:
@@ -189,10 +189,10 @@ def measure_plan_compact(config, directory, dense: pathlib.Path, budget, say):
   say(f"plan: {reasons.splitlines()[0]}")
   compacted = directory / "compact.safetensors"
   if compacted.exists():
-    its_plan, about = vc.load(compacted)[0].plan, convert.read_metadata(compacted)
-    if its_plan != plan or about.get("dense") != digest:
-      raise ValueError(f"{compacted} is of another plan or another dense model; remove it to have "
-                       "it made again, or use another workdir")
+    old_plan, about = vc.load(compacted)[0].plan, convert.read_metadata(compacted)
+    if old_plan != plan or about.get("dense") != digest:
+      raise ValueError(f"{compacted} is of another plan or another dense model; remove it to "
+                       "compact again, or use another workdir")
     return
   with Bar("compact") as progress:
     blocks_done = []

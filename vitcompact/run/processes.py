@@ -54,7 +54,7 @@ def first_line(error: Exception) -> str:
   return next(iter(str(error).splitlines()), "")[:300]
 
 
-def gathered(value) -> list:
+def gather_values(value) -> list:
   """A list of the JSON values of all processes, by process number."""
   if jax.process_count() == 1:
     return [value]
@@ -68,12 +68,12 @@ def gathered(value) -> list:
 
 def check_agreement(facts: dict):
   """Raises ValueError in every process if their facts ({name: JSON value}) differ."""
-  first, *others = gathered({"jax": jax.__version__, **facts})
+  first, *others = gather_values({"jax": jax.__version__, **facts})
   lines = [f"{key} is {first.get(key)!r} in process 0 and {other.get(key)!r} in process {index}"
            for index, other in enumerate(others, 1) for key in sorted(first.keys() | other.keys())
            if other.get(key) != first.get(key)]
   if lines:
-    raise ValueError(f"the processes disagree: {trees.some(lines, 5, joint='; ')}. Start all of "
+    raise ValueError(f"the processes disagree: {trees.excerpt(lines, 5, joint='; ')}. Start all of "
                      "them with the same code, command and data")
 
 
@@ -83,7 +83,7 @@ def barrier(name: str):
     multihost_utils.sync_global_devices(name)
 
 
-def several() -> bool:
+def is_multiprocess() -> bool:
   return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
@@ -95,7 +95,7 @@ class PeerLost(RuntimeError):
 PEER_ERRORS = (jax.errors.JaxRuntimeError, PeerLost)
 
 
-def lost(error: Exception) -> RuntimeError:
+def collective_error(error: Exception) -> RuntimeError:
   """The error to raise when a collective has failed."""
   return RuntimeError(
       f"process {jax.process_index()} of {jax.process_count()} cannot continue: "

@@ -98,7 +98,7 @@ def couples_images(model, batch_stats, loss) -> bool:
 def make_first_phase(model, phase: FirstPhase, weight: float, images_summed: int):
   """The objective of a method's first phase: `weight` times the phase's loss, and no other term.
 
-  images_summed: the number of images over which the loss is summed, a replica's, as published
+  images_summed: the number of images in a replica, over which the loss is summed, as published
     (Sparsifiner).
 
   The network runs in inference mode, and its batch statistics do not change.

@@ -168,14 +168,14 @@ class Optimizers(NamedTuple):
   rate: optax.Schedule
 
 
-def frozen(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+def freeze(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
   """An optimiser with the same state that updates neither the state nor the parameters."""
   return optax.GradientTransformation(
       optimizer.init, lambda updates, state, params=None: (jax.tree.map(jnp.zeros_like, updates),
                                                            state))
 
 
-def scaled(rate, factor: float, first_step: int):
+def scale_rate(rate, factor: float, first_step: int):
   """The schedule `rate` times `factor`, and 0 before `first_step`."""
   return lambda step: jnp.where(step >= first_step, factor * rate(step), 0.0)
 
@@ -200,27 +200,27 @@ def make_optimizers(optim, total_steps: int, params, mask,
       raise ValueError(f"config.optim.rates: {pattern!r} matches no parameter, or only those that "
                        "an earlier pattern matches; a name looks like "
                        f"{next(iter(trees.named_leaves(params)))}")
-  groups = {str(i): one_optimizer(optim, scaled(main_rate, factor, first_step), mask)
+  groups = {str(i): one_optimizer(optim, scale_rate(main_rate, factor, first_step), mask)
             for i, (_, factor, first_step) in enumerate(rates) if str(i) in used}
 
-  def partitioned(groups):
+  def partition(groups):
     update = optax.partition(groups, labels)
     clips = [clip(limit) for clip, limit in ((optax.clip_by_global_norm, optim.clip_norm),
                                              (adaptive_clip, optim.adaptive_clip)) if limit]
     return optax.chain(*clips, update) if clips else update
 
   if first is None or first.label not in used:
-    return Optimizers(partitioned(groups), None, main_rate)
+    return Optimizers(partition(groups), None, main_rate)
   first_rate = schedule(_first_optim(optim, first.section), first_steps)
   first_group, frozen_groups = one_optimizer(optim, first_rate, mask), {
-      label: frozen(group) for label, group in groups.items()}
+      label: freeze(group) for label, group in groups.items()}
 
   def rate(step):
     return jnp.where(step < first_steps, first_rate(step),
                      main_rate(jnp.maximum(step - first_steps, 0)))
 
-  return Optimizers(partitioned({**groups, first.label: frozen(first_group)}),
-                    partitioned({**frozen_groups, first.label: first_group}), rate)
+  return Optimizers(partition({**groups, first.label: freeze(first_group)}),
+                    partition({**frozen_groups, first.label: first_group}), rate)
 
 
 def _first_optim(optim, section):

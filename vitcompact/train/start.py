@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 import vitcompact as vc
 from vitcompact import convert, files, hub, pytorch, trees
+from vitcompact.checks import variable_shapes
 from vitcompact.data import pipeline
 from vitcompact.data.classes import check_classes
-from vitcompact.doors import variable_shapes
 from vitcompact.train.step import TrainState
 
 CALIBRATION_IMAGES = 128
@@ -26,7 +26,7 @@ def file_of(key: str, name: str) -> pathlib.Path:
   Weights by name are looked up once in a process, so that a run uses one commit throughout.
   """
   try:
-    if hub.is_file_name(name) or (pathlib.Path(name).is_dir() and not _names_its_model(name)):
+    if hub.is_file_name(name) or (pathlib.Path(name).is_dir() and not _has_model_config(name)):
       return files.weights_in(name)
     return pathlib.Path(by_name(name))
   except (ValueError, OSError) as error:
@@ -37,7 +37,7 @@ def file_of(key: str, name: str) -> pathlib.Path:
 by_name = functools.lru_cache(lambda name: hub.as_file(name, print))
 
 
-def _names_its_model(folder: str) -> bool:
+def _has_model_config(folder: str) -> bool:
   try:
     config = json.loads((pathlib.Path(folder) / hub.config.CONFIG).read_text(encoding="utf-8"))
     return bool({"architecture", "model_type"} & config.keys())
@@ -105,7 +105,7 @@ def _fitting(key: str, name: str, model, classes):
 def _check_fits(what: str, found, variables, model):
   if lines := trees.differences(variables, variable_shapes(model)):
     raise ValueError(f"{what} is {found.variant} with plan={found.plan.to_json()}, "
-                     f"which does not fit {model.variant}: {trees.some(lines, 3, joint='; ')}. "
+                     f"which does not fit {model.variant}: {trees.excerpt(lines, 3, joint='; ')}. "
                      f"`{files.CONVERT}` resizes positions and replaces a classifier")
 
 

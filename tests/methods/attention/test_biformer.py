@@ -338,9 +338,9 @@ def pyramid(**fields):
                              plan=vc.Plan(attention=ROUTED())),
      "the keys of block 6 have no grid to cut into regions; use blocks="),
     (lambda: tiny.deit(vc.Plan(attention=ROUTED(), tokens=vc.ToMe(r=3))),
-     "needs the whole grid of tokens, which from block 0 on ToMe(r=3) takes away; its regions"),
+     "needs the whole grid of tokens, which ToMe(r=3) removes from block 0 onward; its regions"),
     (lambda: tiny.deit(vc.Plan(attention=ROUTED(), heads=vc.HMHSA())),
-     "needs keys in one sequence, which BiFormer(regions=2, min_tokens=0) takes away; use "
+     "needs keys in one sequence, which BiFormer(regions=2, min_tokens=0) removes; use "
      "layout='grid' there"),
 ])
 def test_incompatible_settings_raise_one_line_errors(make, words):

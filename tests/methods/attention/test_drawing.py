@@ -15,7 +15,7 @@ PLAN = vc.Plan(attention=BLOCKS, blocks={0: {"attention": vc.Sparsifiner(keep=0.
 def test_attended_patches_stay_bright_and_the_query_is_framed():
   image = np.random.default_rng(0).uniform(0.2, 0.8, (8, 12, 3))      # 2 x 3 patches of 4
   kept = np.array([[1, 0, 0], [0, 1, 0]], bool)
-  picture = drawing.highlighted(image, kept, (1, 2))
+  picture = drawing.highlight(image, kept, (1, 2))
   np.testing.assert_array_equal(picture[:4, :4], image[:4, :4])
   dark = drawing.DIMMED * image + drawing.BLUE
   np.testing.assert_allclose(picture[:4, 4:], dark[:4, 4:])
@@ -25,10 +25,10 @@ def test_attended_patches_stay_bright_and_the_query_is_framed():
 
 def test_frames_do_not_cover_small_patches_and_black_patches_are_visible():
   image, kept = np.zeros((12, 12, 3)), np.eye(6, dtype=bool)
-  picture = drawing.highlighted(drawing.enlarged(image, (6, 6)), kept, (0, 0))
+  picture = drawing.highlight(drawing.enlarge(image, (6, 6)), kept, (0, 0))
   assert picture.shape == (96, 96, 3) and not picture[1:15, 1:15].any()
   assert (picture[0, :16] == [1, 0, 0]).all() and picture[:16, 16:].any(axis=-1).all()
-  assert drawing.enlarged(np.zeros((224, 224, 3)), (14, 14)).shape == (224, 224, 3)
+  assert drawing.enlarge(np.zeros((224, 224, 3)), (14, 14)).shape == (224, 224, 3)
 
 
 def test_pairs_and_mass_at_both_granularities(tmp_path):

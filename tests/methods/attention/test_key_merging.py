@@ -219,9 +219,9 @@ def test_compact_adds_no_parameters_and_measure_can_propose_it():
     (lambda: vc.KeyMerging(keep=True), "[0.5, 1]"),
     (lambda: vc.KeyMerging(min_tokens=-1), "0 or more, or None"),
     (lambda: tiny.deit(vc.Plan(attention=HALF, tokens=vc.MCTF(r=3))),
-     "needs every token to attend to all, which KeyMerging(min_tokens=0) takes away"),
+     "needs every token to attend to all, which KeyMerging(min_tokens=0) removes"),
     (lambda: tiny.deit(vc.Plan(attention=HALF, heads=vc.HMHSA(site="logits"))),
-     "needs the scores of all pairs of tokens, which KeyMerging(min_tokens=0) takes away")])
+     "needs the scores of all pairs of tokens, which KeyMerging(min_tokens=0) removes")])
 def test_invalid_settings_raise_one_line_errors(make, words):
   with pytest.raises(ValueError) as error:
     make()

@@ -307,8 +307,8 @@ def eva(plan):
      "GLU in block 0: this FFN has a convolution, from which the model learns positions, and "
      "a GLU has none; use ConvGLU()"),
     (lambda: tiny.deit(vc.Plan(ffn=vc.ConvGLU(), tokens=vc.EViT(0.5, blocks=(0,)))),
-     "ConvGLU() in block 0 needs the whole grid of tokens, which from block 0 on "
-     "EViT(keep=0.5, blocks=(0,)) takes away; use GLU() there"),
+     "ConvGLU() in block 0 needs the whole grid of tokens, which "
+     "EViT(keep=0.5, blocks=(0,)) removes from block 0 onward; use GLU() there"),
     (lambda: tiny.deit(vc.Plan(ffn=vc.ConvGLU(), tokens=vc.ToMe(3))), "use GLU() there"),
     (lambda: tiny.deit(vc.Plan(ffn=vc.ConvGLU(ffn=vc.CFFN(factor="both")))),
      "ConvGLU in block 0: only fc2 may be factorised, since gate and value would share the rank"),

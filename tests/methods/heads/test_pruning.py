@@ -38,7 +38,7 @@ def test_pruned_heads_are_the_cheapest_set():
 def test_heads_are_pruned_one_by_one_if_there_are_too_many_sets_to_try(monkeypatch):
   lost = np.diag([3.0, 1.0, 4.0, 2.0, 5.0])
   exact = importance.kept_first(lost, 3)
-  monkeypatch.setattr(importance.refit, "SETS", 1)
+  monkeypatch.setattr(importance.refit, "MAX_SETS", 1)
   assert importance.kept_first(lost, 3) == exact == (0, 2, 4, 1, 3)
 
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from vitcompact.settings import weight
 
 
-def balance(seen) -> jax.Array:
+def balance(forward_pass) -> jax.Array:
   """Returns how unequally the heads of a block are used, averaged over blocks: (B,)."""
-  gates = jax.tree.leaves(seen.collections["gates"])   # (B, N, heads) of each block
+  gates = jax.tree.leaves(forward_pass.collections["gates"])   # (B, N, heads) of each block
   return sum(jnp.var(gate_bnh.mean(axis=1), axis=-1) for gate_bnh in gates) / len(gates)
 
 

@@ -23,13 +23,13 @@ def attend(layout, loops: bool, query_bnfd, key_bmfd, value_bmfe, bias_bm):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(layout, loops, tokens, of_image, chosen):
-  return _forward(layout, loops, tokens, of_image, chosen)[0]
+def _attend(layout, loops, tokens, image_arrays, chosen):
+  return _forward(layout, loops, tokens, image_arrays, chosen)[0]
 
 
-def _forward(layout, loops, tokens, of_image, chosen):
-  def head(tokens, of_image, chosen_qs):
-    image_layout, all_keys, queries, *keys = _cut(layout, tokens, of_image)
+def _forward(layout, loops, tokens, image_arrays, chosen):
+  def head(tokens, image_arrays, chosen_qs):
+    image_layout, all_keys, queries, *keys = _cut(layout, tokens, image_arrays)
     with jax.named_scope(SCOPE):
       outer = online_softmax.attend(queries[1], *all_keys)
     inner = _attend_blocks(loops, queries[0], keys, chosen_qs)
@@ -38,16 +38,16 @@ def _forward(layout, loops, tokens, of_image, chosen):
 
   query_bnfd, _, value_bmfe = tokens
   like = jax.ShapeDtypeStruct((*query_bnfd.shape[:3], value_bmfe.shape[3]), value_bmfe.dtype)
-  (out_bnfe,), log_sum = _each_head(head, loops, tokens, of_image, chosen, [like])
-  return out_bnfe, (tokens, of_image, chosen, out_bnfe, log_sum)
+  (out_bnfe,), log_sum = _map_heads(head, loops, tokens, image_arrays, chosen, [like])
+  return out_bnfe, (tokens, image_arrays, chosen, out_bnfe, log_sum)
 
 
 def _backward(layout, loops, residuals, d_out_bnfe):
-  tokens, of_image, chosen, out_bnfe, log_sum = residuals
+  tokens, image_arrays, chosen, out_bnfe, log_sum = residuals
 
-  def head(tokens, of_image, of_head):
-    (*tokens, out_n, d_out_n), (chosen_qs, log_sum) = tokens, of_head
-    image_layout, all_keys, queries, *keys = _cut(layout, tokens, of_image)
+  def head(tokens, image_arrays, head_arrays):
+    (*tokens, out_n, d_out_n), (chosen_qs, log_sum) = tokens, head_arrays
+    image_layout, all_keys, queries, *keys = _cut(layout, tokens, image_arrays)
     query_windows, key_windows = image_layout.queries, image_layout.keys
     out_n, d_out_n = out_n.astype(jnp.float32), d_out_n.astype(jnp.float32)
     shift_n1 = jnp.sum(out_n * d_out_n, axis=-1, keepdims=True)
@@ -60,7 +60,7 @@ def _backward(layout, loops, residuals, d_out_bnfe):
             *(_join(image_layout, key_windows, *x) + d
               for x, d in zip(d_keys, d_all_keys, strict=True))], None
 
-  gradients, _ = _each_head(head, loops, (*tokens, out_bnfe, d_out_bnfe), of_image,
+  gradients, _ = _map_heads(head, loops, (*tokens, out_bnfe, d_out_bnfe), image_arrays,
                             (chosen, log_sum), tokens)
   return tuple(gradients), None, None
 
@@ -68,13 +68,13 @@ def _backward(layout, loops, residuals, d_out_bnfe):
 _attend.defvjp(_forward, _backward)
 
 
-def _each_head(head, loops, tokens_bnfd, of_image_b, of_head_bf, like_bnfd):
-  """Applies `head` to every head: to its arrays (N, d), those of its image, and its own others. The
-  arrays (N, d) that it returns are stacked in the shapes of `like`. of_head: (B, f, ...), or
-  (B f, ...) if loops."""
+def _map_heads(head, loops, tokens_bnfd, image_arrays_b, head_arrays_bf, like_bnfd):
+  """Applies `head` to the tokens (N, d) of each head, the arrays of its image, and its own arrays.
+  The arrays (N, d) that it returns are stacked in the shapes and dtypes of `like`. head_arrays:
+  (B, f, ...), or (B f, ...) if loops."""
   if not loops:
-    of_heads = jax.vmap(head, (1, None, 0), (1, 0))
-    arrays, others = jax.vmap(of_heads)(tokens_bnfd, of_image_b, of_head_bf)
+    map_image = jax.vmap(head, (1, None, 0), (1, 0))
+    arrays, others = jax.vmap(map_image)(tokens_bnfd, image_arrays_b, head_arrays_bf)
     return [x.astype(like.dtype) for x, like in zip(arrays, like_bnfd, strict=True)], others
   batch, _, heads, _ = tokens_bnfd[0].shape
 
@@ -83,8 +83,8 @@ def _each_head(head, loops, tokens_bnfd, of_image_b, of_head_bf, like_bnfd):
     tokens = [jax.lax.dynamic_slice(x, start, (1, x.shape[1], 1, x.shape[3]))[0, :, 0]
               for x in tokens_bnfd]
     arrays_nd, others = head(
-        tokens, jax.tree.map(lambda x: x[index // heads], of_image_b),
-        jax.tree.map(lambda x: x[index], of_head_bf))
+        tokens, jax.tree.map(lambda x: x[index // heads], image_arrays_b),
+        jax.tree.map(lambda x: x[index], head_arrays_bf))
     return [jax.lax.dynamic_update_slice(x, new.astype(x.dtype)[None, :, None], start)
             for x, new in zip(results, arrays_nd, strict=True)], others
 
@@ -92,10 +92,11 @@ def _each_head(head, loops, tokens_bnfd, of_image_b, of_head_bf, like_bnfd):
   return jax.lax.scan(step, empty, jnp.arange(batch * heads))
 
 
-def _cut(layout, tokens, of_image):
-  """Returns the layout of one image; all keys, values and biases of one head; then pairs of those
-  in blocks (k, c, ...) and outside (o, ...): scaled queries, keys, values, bias or (None, None)."""
-  (query, key, value), (bias, order) = tokens, of_image
+def _cut(layout, tokens, image_arrays):
+  """Returns the layout of one image; keys, values and bias of all tokens of one head; then, for
+  scaled queries, keys, values and bias, a pair of those in blocks (k, c, ...) and outside (o, ...),
+  which is (None, None) if there is no bias."""
+  (query, key, value), (bias, order) = tokens, image_arrays
   if order is not None:
     layout = layout._replace(order=order[None])
   arrays = [_split(layout, windows, x) for windows, x in (

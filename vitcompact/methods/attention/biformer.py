@@ -185,7 +185,7 @@ class BiLevelRouting(nn.Module):
       raise ValueError(f"BiFormer(lce=True): block {self.site.block} has values of "
                        f"{value_bmhd.shape[2]} heads of {self.site.heads}; use lce=False there, or "
                        "a method of the heads axis that keeps all values")
-    return self.lce.of_heads(value_bmhd, x_bnw)
+    return self.lce.filter_heads(value_bmhd, x_bnw)
 
 
 def _sum_terms(first, second):

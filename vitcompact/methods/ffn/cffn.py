@@ -240,8 +240,8 @@ class CompactDense(nn.Module):
   Leaves: a0.. and b0.. kernels with a0_norm.. or a0_scale.. depending on `rep`, alpha, bias; when
   deployed: a/kernel, b/kernel, b/bias.
 
-  input_rms: the expected root mean square of the input, with which a fresh layer's output has the
-    same standard deviation as that of a dense layer with weights N(0, 0.02^2).
+  input_rms: the expected root mean square of the input. It scales the initial weights so that the
+    output has the standard deviation of a dense layer with weights N(0, 0.02^2).
   """
   features: int
   rank: int
@@ -257,7 +257,7 @@ class CompactDense(nn.Module):
     if self.deploy:
       return self._linear("b", self.features, use_bias=True)(self._linear("a", self.rank)(x))
     m, n = x.shape[-1], self.branches
-    spread = 0.02 * m ** 0.5 * self.input_rms      # std of a dense layer's output
+    out_std = 0.02 * m ** 0.5 * self.input_rms      # of a dense layer
     normed = self.rep == "bn"
     # The scale of the batch norm sets the std; with this a_std, its input has unit variance, as its
     # initial statistics say.
@@ -270,7 +270,7 @@ class CompactDense(nn.Module):
     bias = None
     if not normed:
       bias = param(self, "bias", nn.initializers.zeros, (self.features,))
-    return self._factor("b", u, self.features, b_std, spread / n ** 0.5, train, bias=bias)
+    return self._factor("b", u, self.features, b_std, out_std / n ** 0.5, train, bias=bias)
 
   def _linear(self, name, features, use_bias=False):
     return Dense(features, use_bias=use_bias, dtype=self.dtype, name=name,
@@ -381,7 +381,7 @@ class CompactDense(nn.Module):
 
   @nn.nowrap
   def _split(self, factor, kernel, mean, cov):
-    """Splits `kernel` into branches that sum to it, with noise, as equal ones would stay equal."""
+    """Splits `kernel` into branches that sum to it, with noise: equal ones would stay equal."""
     n, out, stats = self.branches, {}, {}
     noise = jax.random.normal(jax.random.key(0), (n, *kernel.shape), kernel.dtype)
     noise = (noise - noise.mean(axis=0, keepdims=True)) * kernel.std() if n > 1 else noise * 0

@@ -161,7 +161,7 @@ def filter_line(x_bnhrd, taps_hrk):
   """Correlates tokens with K taps along their order: y[n] = sum_t taps[t] x[n + t - K//2]."""
   half, tokens = taps_hrk.shape[-1] // 2, x_bnhrd.shape[1]
 
-  def ahead(step):
+  def shift_tokens(step):
     """Shifts tokens by `step`; concatenates, which XLA:CPU runs faster than padding."""
     if step == 0:
       return x_bnhrd
@@ -169,11 +169,11 @@ def filter_line(x_bnhrd, taps_hrk):
       return jax.lax.pad(x_bnhrd, jnp.zeros((), x_bnhrd.dtype),
                          [(-step, step, 0) if axis == 1 else (0, 0, 0) for axis in range(5)])
     kept = x_bnhrd[:, max(step, 0):max(tokens + min(step, 0), 0)]
-    none = jnp.zeros_like(x_bnhrd[:, :abs(step)])
-    return jnp.concatenate([kept, none] if step > 0 else [none, kept], axis=1)
+    zeros = jnp.zeros_like(x_bnhrd[:, :abs(step)])
+    return jnp.concatenate([kept, zeros] if step > 0 else [zeros, kept], axis=1)
 
   with jax.named_scope(SHIFT_AND_ADD):
-    return sum(ahead(t - half) * taps_hrk[None, None, :, :, t, None]
+    return sum(shift_tokens(t - half) * taps_hrk[None, None, :, :, t, None]
                for t in range(taps_hrk.shape[-1]))
 
 

@@ -53,7 +53,7 @@ def contributions(seen, value, bias, out):
 
   value (width, h, d), bias (h, d), out (h, d, width): of a block without methods of the heads axis.
   """
-  seen = seen.of_fewer_images()
+  seen = seen.with_fewer_images()
   values_bmhd = jnp.einsum("bmw,whd->bmhd", seen.keys, value) + bias[None, None]
   out_bnhd = jnp.einsum("bhnm,bmhd->bnhd", seen.maps, values_bmhd).astype(jnp.float32)
   heads, width = out_bnhd.shape[2:]
@@ -75,7 +75,7 @@ def kept_first(loss_hh: np.ndarray, kept: int) -> tuple[int, ...]:
   def cost(dropped):
     return loss_hh[np.ix_(dropped, dropped)].sum()
 
-  if math.comb(heads, kept) <= refit.SETS:
+  if math.comb(heads, kept) <= refit.MAX_SETS:
     dropped = min(itertools.combinations(range(heads), heads - kept), key=cost)
   else:
     dropped = ()

@@ -42,7 +42,7 @@ class MoH:
   """
   axis: ClassVar[str] = "heads"
   settings: ClassVar = {"loss.moh_balance": weight(0.01)}
-  losses: ClassVar = {"moh_balance": lambda seen: mean_balance(seen.collections)}
+  losses: ClassVar = {"moh_balance": lambda forward: mean_balance(forward.collections)}
   losses_across: ClassVar = ("moh_balance",)
   collections: ClassVar = ("mixtures",)
   rules: ClassVar = [(r".*/(routed|shared|between)_router", Leaf(("embed", None), decay=True))]

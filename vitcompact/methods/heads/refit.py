@@ -1,5 +1,5 @@
-"""Which heads stay real, which one each other head copies, and the values and outputs that then
-come closest to the dense attention: in closed form, from calibration images.
+"""Chooses which heads stay real and which one each other head copies, then refits values and
+outputs to the dense attention: in closed form, from calibration images.
 
 Our own work. Head i can stand in for head j if the error *after* the values and outputs of head j
 is small. On small trained models, choosing by the similarity of the maps themselves gave two to
@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from vitcompact.regression import (
   Regression,
   Sums,
-  balanced,
+  balance_factors,
   choose_ridge,
   closest_factors,
   fit_held_out_and_all,
@@ -25,9 +25,9 @@ from vitcompact.regression import (
   sums_of,
 )
 
-SETS = 20_000        # up to this many sets of real heads, all are tried; else heads go greedily
+MAX_SETS = 20_000     # with more sets of real heads than this, heads are removed greedily
 SWEEPS = 3
-FEATURES = 4608      # filters are fitted up to this heads x width: the sums are its square in size
+MAX_FEATURES = 4608   # largest heads x width for which filters are fitted; the sums are its square
 
 
 class Arrangement(NamedTuple):
@@ -38,22 +38,22 @@ class Arrangement(NamedTuple):
 
 
 def head_costs(seen, value, bias, out):
-  """(h, h) sums over tokens of |(A_i - A_j) V_j O_j|^2, [i, j] of head i in the place of j, with
-  the number of tokens; the diagonal holds |A_j V_j O_j|^2.
+  """Returns (costs (h, h), number of tokens), both summed over tokens. costs[i, j] is the error if
+  head j used the map of head i, |(A_i - A_j) V_j O_j|^2; the diagonal holds |A_j V_j O_j|^2.
 
   value (D, h, d), bias (h, d), out (h, d, D): of the dense block.
   """
   high = jax.lax.Precision.HIGHEST
-  seen, heads = seen.of_fewer_images(), value.shape[1]
+  seen, heads = seen.with_fewer_images(), value.shape[1]
 
   def costs_of_copies(j):
-    """(h,): the error of head j's output with each head's map in the place of its own."""
+    """Returns (h,), the error of head j's output with the map of each head instead of its own."""
     values_bmd = seen.keys @ value[:, j] + bias[j][None, None]
-    made_bhnd = jnp.einsum("bhnm,bmd->bhnd", seen.maps, values_bmd)
+    outputs_bhnd = jnp.einsum("bhnm,bmd->bhnd", seen.maps, values_bmd)
     gram_dd = jnp.matmul(out[j], out[j].T, precision=high)
-    own_bnd = made_bhnd[:, j]
+    own_bnd = outputs_bhnd[:, j]
     error_bhnd = jnp.where(jnp.arange(heads)[None, :, None, None] == j, own_bnd[:, None],
-                           made_bhnd - own_bnd[:, None])
+                           outputs_bhnd - own_bnd[:, None])
     return jnp.einsum("bhnd,de,bhne->h", error_bhnd, gram_dd, error_bhnd)
 
   costs_jh = jax.lax.map(costs_of_copies, jnp.arange(heads))
@@ -61,14 +61,14 @@ def head_costs(seen, value, bias, out):
 
 
 def arrange(cost: np.ndarray, real: int) -> Arrangement:
-  """The cheapest choice of `real` heads and of the heads that copy each.
+  """Returns the cheapest choice of `real` heads, and of the other heads that copy each of them.
 
-  cost: (h, h), [i, j] of head i in the place of j. The numbers of copies of real heads differ by
+  cost: (h, h), [i, j] if head j copies head i's map. The numbers of copies of real heads differ by
   at most one, as in the layout of `HMHSA`.
   """
   heads = len(cost)
-  if math.comb(heads, real) <= SETS:
-    return min((_partners(cost, kept) for kept in itertools.combinations(range(heads), real)),
+  if math.comb(heads, real) <= MAX_SETS:
+    return min((_assign_copies(cost, kept) for kept in itertools.combinations(range(heads), real)),
                key=lambda found: found.cost)
   kept = list(range(heads))
   while len(kept) > real:   # remove the head whose loss costs least
@@ -76,10 +76,10 @@ def arrange(cost: np.ndarray, real: int) -> Arrangement:
       rest = [other for other in kept if other != head]
       return sum(cost[rest, j].min() for j in range(heads) if j not in rest)
     kept.remove(min(kept, key=cost_without))
-  return _partners(cost, tuple(kept))
+  return _assign_copies(cost, tuple(kept))
 
 
-def _partners(cost, kept: tuple[int, ...]) -> Arrangement:
+def _assign_copies(cost, kept: tuple[int, ...]) -> Arrangement:
   """Returns the cheapest assignment of the other heads to the `kept` ones."""
   real, others = len(kept), [j for j in range(len(cost)) if j not in kept]
   share, extra = divmod(len(others), real)
@@ -97,8 +97,8 @@ def _partners(cost, kept: tuple[int, ...]) -> Arrangement:
     if row < len(others):
       copies[columns[place]].append(others[row])
   ordered = sorted(kept, key=lambda i: (-len(copies[i]), i))
-  hallucinated = [copies[i][turn] for turn in range(share + bool(extra)) for i in ordered
-                  if turn < len(copies[i])]
+  hallucinated = [copies[i][copy] for copy in range(share + bool(extra)) for i in ordered
+                  if copy < len(copies[i])]
   total = sum(cost[i, j] for i in kept for j in copies[i])
   return Arrangement((*ordered, *hallucinated), float(total))
 
@@ -127,28 +127,28 @@ def tap_sums(seen, value, out, steps):
     values_bmd = seen.keys @ value[:, j]
     source_bnm = jnp.take(seen.maps, g % real, axis=1)
     gram_dd = jnp.matmul(out[g], out[g].T, precision=high)
-    wanted_bnd = jnp.einsum("bnm,bmd->bnd", jnp.take(seen.maps, j, axis=1), values_bmd)
+    target_bnd = jnp.einsum("bnm,bmd->bnd", jnp.take(seen.maps, j, axis=1), values_bmd)
     # A key-side tap at offset t weighs entry m + t of a row: value m meets the map at m + t.
-    made = [jnp.einsum("bnm,bmd->bnd", source_bnm, shifted(values_bmd, -(t - taps // 2)))
+    outputs = [jnp.einsum("bnm,bmd->bnd", source_bnm, shift_tokens(values_bmd, -(t - taps // 2)))
             for t in range(taps)]
-    rows_kbnd = jnp.stack([shifted(x, s - taps // 2) for s in range(taps) for x in made])
+    rows_kbnd = jnp.stack([shift_tokens(x, s - taps // 2) for s in range(taps) for x in outputs])
     weighted_kbnd = jnp.einsum("kbnd,de->kbne", rows_kbnd, gram_dd)
     return (jnp.einsum("kbnd,lbnd->kl", weighted_kbnd, rows_kbnd, precision=high),
-            jnp.einsum("kbnd,bnd->k", weighted_kbnd, wanted_bnd, precision=high))
+            jnp.einsum("kbnd,bnd->k", weighted_kbnd, target_bnd, precision=high))
 
   return jax.lax.map(sums_of_head, jnp.arange(heads - real))
 
 
-def shifted(x_bnd, step: int):
-  """Row n of the result is row n + step of x, or 0 outside."""
+def shift_tokens(x_bnd, step: int):
+  """Returns x with row n replaced by row n + step, or by 0 if there is no such row."""
   if step == 0:
     return x_bnd
-  none = jnp.zeros_like(x_bnd[:, :abs(step)])
-  parts = [x_bnd[:, step:], none] if step > 0 else [none, x_bnd[:, :step]]
+  zeros = jnp.zeros_like(x_bnd[:, :abs(step)])
+  parts = [x_bnd[:, step:], zeros] if step > 0 else [zeros, x_bnd[:, :step]]
   return jnp.concatenate(parts, axis=1)[:, :x_bnd.shape[1]]
 
 
-def fitted_taps(gram: np.ndarray, cross: np.ndarray, taps: int, rank: int):
+def fit_taps(gram: np.ndarray, cross: np.ndarray, taps: int, rank: int):
   """Returns the best query_taps and key_taps (g, rank, K), from `tap_sums`.
 
   For rank 1 by alternating least squares; higher ranks are singular vectors of the unconstrained
@@ -160,14 +160,15 @@ def fitted_taps(gram: np.ndarray, cross: np.ndarray, taps: int, rank: int):
     left, singular, right = np.linalg.svd(np.linalg.solve(g, c).reshape(taps, taps))
     u, v = (side * np.sqrt(singular[:rank, None]) for side in (left.T[:rank], right[:rank]))
     if rank == 1:
-      u, v = _alternated(g.reshape(taps, taps, taps, taps), c.reshape(taps, taps), u[0], v[0])
+      u, v = _alternating_least_squares(g.reshape(taps, taps, taps, taps), c.reshape(taps, taps),
+                                        u[0], v[0])
     query.append(u)
     key.append(v)
   return np.stack(query), np.stack(key)
 
 
-def _alternated(g_stuv, c_st, u_s, v_t, turns: int = 30):
-  for _ in range(turns):
+def _alternating_least_squares(g_stuv, c_st, u_s, v_t, iterations: int = 30):
+  for _ in range(iterations):
     u_s = np.linalg.solve(np.einsum("stuv,t,v->su", g_stuv, v_t, v_t), c_st @ v_t)
     v_t = np.linalg.solve(np.einsum("stuv,s,u->tv", g_stuv, u_s, u_s), u_s @ c_st)
     scale = np.sqrt(np.linalg.norm(v_t) / np.linalg.norm(u_s))
@@ -178,10 +179,10 @@ def _alternated(g_stuv, c_st, u_s, v_t, turns: int = 30):
 def copied_sums(seen, places) -> Sums:
   """Returns `Sums` of the features A_i X of the real heads, which come first, and the target.
 
-  places: any array (f,) for f real heads.
+  places: any array whose length is the number f of real heads.
   """
-  made = jnp.einsum("bhnm,bmw->bnhw", seen.maps[:, :places.shape[0]], seen.keys)
-  return sums_of(jax.lax.collapse(made, 2), seen.target_attention, seen.step)
+  features = jnp.einsum("bhnm,bmw->bnhw", seen.maps[:, :places.shape[0]], seen.keys)
+  return sums_of(jax.lax.collapse(features, 2), seen.target_attention, seen.step)
 
 
 def filtered_sums(seen, query_taps, key_taps) -> Sums:
@@ -191,14 +192,14 @@ def filtered_sums(seen, query_taps, key_taps) -> Sums:
   real = seen.maps.shape[1] - hallucinated
   features = [jnp.einsum("bhnm,bmw->bnhw", seen.maps[:, :real], seen.keys)]
   for g in range(hallucinated):
-    made = 0
+    filtered = 0
     for r in range(rank):
-      keys = sum(shifted(seen.keys, -(t - taps // 2)) * key_taps[g, r, t] for t in range(taps))
+      keys = sum(shift_tokens(seen.keys, -(t - taps // 2)) * key_taps[g, r, t] for t in range(taps))
       rows = jnp.einsum("bnm,bmw->bnw", seen.maps[:, g % real], keys)
-      made += sum(shifted(rows, s - taps // 2) * query_taps[g, r, s] for s in range(taps))
-    features.append(made[:, :, None])
-  made = jax.lax.collapse(jnp.concatenate(features, axis=2), 2)
-  return sums_of(made, seen.target_attention, seen.step)
+      filtered += sum(shift_tokens(rows, s - taps // 2) * query_taps[g, r, s] for s in range(taps))
+    features.append(filtered[:, :, None])
+  flat = jax.lax.collapse(jnp.concatenate(features, axis=2), 2)
+  return sums_of(flat, seen.target_attention, seen.step)
 
 
 class Refit(NamedTuple):
@@ -222,23 +223,23 @@ def refit(sums, groups, values, outputs) -> Refit:
   the heads that share the same features; a group of g heads has rank g d. values (h, D, d), outputs
   (h, d, D): those of the dense block, real heads first.
   """
-  fit, held, both = fit_held_out_and_all(sums)
+  fit, held_out_data, both = fit_held_out_and_all(sums)
   old = [np.concatenate([values[h] for h in group], axis=1) for group in groups], \
       [np.concatenate([outputs[h] for h in group], axis=0) for group in groups]
-  matrix = copied = _product(old)
-  copied_error = held.error(copied, fit.bias(copied))
+  matrix = dense_product = _product(old)
+  copied_error = held_out_data.error(dense_product, fit.bias(dense_product))
 
-  def descended(ridge):
+  def descend(ridge):
     factors = _descend(fit, old, old, ridge, sweeps=1)
     return factors, _product(factors)
 
-  held_out, ridge, factors = choose_ridge(fit, held, descended)
+  held_out, ridge, factors = choose_ridge(fit, held_out_data, descend)
   if held_out < copied_error:
     factors = _descend(fit, old, factors, ridge, sweeps=SWEEPS - 1)
     matrix = _product(factors)
-    held_out = held.error(matrix, fit.bias(matrix))
+    held_out = held_out_data.error(matrix, fit.bias(matrix))
   if held_out >= copied_error:   # no fit is better than the dense values and outputs
-    factors, matrix, held_out = old, copied, copied_error
+    factors, matrix, held_out = old, dense_product, copied_error
   fitted = fit.error(matrix, fit.bias(matrix))
   if factors is not old and both is not fit:   # finally fit all images
     factors = _descend(both, old, factors, ridge, sweeps=1)
@@ -247,7 +248,7 @@ def refit(sums, groups, values, outputs) -> Refit:
   width = values.shape[2]
   for group, left, right in zip(groups, *factors, strict=True):
     if factors is not old:
-      left, right = balanced(left, right)
+      left, right = balance_factors(left, right)
     for place, head in enumerate(group):
       new_values[head] = left[:, place * width:(place + 1) * width]
       new_outputs[head] = right[place * width:(place + 1) * width]
@@ -268,30 +269,31 @@ def _descend(data: Regression, old, start, ridge: float, sweeps: int):
   solvers = [solver(data.cov[at, at], ridge) for at in slices]
   before = [ridge * (left @ right) for left, right in zip(*old, strict=True)]
   a, b = map(list, start)
-  seen = [data.cov[:, at] @ left for left, at in zip(a, slices, strict=True)]   # C A of each group
+  cov_a = [data.cov[:, at] @ left for left, at in zip(a, slices, strict=True)]   # C A of each group
   if start is old:
-    b = _outputs(data, a, seen, b, slices, ridge)
+    b = _solve_outputs(data, a, cov_a, b, slices, ridge)
   for _ in range(sweeps):
     for g, at in enumerate(slices):
-      # The target minus what the other groups give.
-      others = [seen[k][at] @ b[k] for k in range(len(a)) if k != g]
+      # The target minus the contributions of the other groups.
+      others = [cov_a[k][at] @ b[k] for k in range(len(a)) if k != g]
       right = data.cross[at] - sum(others) + before[g]
       a[g], b[g] = closest_factors(solvers[g](right), right, a[g].shape[1])
-      seen[g] = data.cov[:, at] @ a[g]
-    b = _outputs(data, a, seen, b, slices, ridge)
+      cov_a[g] = data.cov[:, at] @ a[g]
+    b = _solve_outputs(data, a, cov_a, b, slices, ridge)
   return a, b
 
 
-def _outputs(data: Regression, a, seen, old_b, slices, ridge: float):
+def _solve_outputs(data: Regression, a, cov_a, old_b, slices, ridge: float):
   """Solves for the outputs of all groups at once, with their values fixed."""
-  made_cross = np.concatenate([left.T @ data.cross[at] for left, at in
-                               zip(a, slices, strict=True)])
-  seen = np.concatenate(seen, axis=1)
-  made = np.concatenate([left.T @ seen[at] for left, at in zip(a, slices, strict=True)])
+  value_cross = np.concatenate([left.T @ data.cross[at] for left, at in
+                                zip(a, slices, strict=True)])
+  cov_a = np.concatenate(cov_a, axis=1)
+  value_cov = np.concatenate([left.T @ cov_a[at] for left, at in zip(a, slices, strict=True)])
   # The ridge is relative to the variance of the regressors, which are now the values.
   relative = ridge / max(np.trace(data.cov) / len(data.cov), 1e-30)
-  pull = relative * np.trace(made) / len(made)
-  new = np.linalg.solve(made + pull * np.eye(len(made)), made_cross + pull * np.concatenate(old_b))
+  pull = relative * np.trace(value_cov) / len(value_cov)
+  new = np.linalg.solve(value_cov + pull * np.eye(len(value_cov)),
+                        value_cross + pull * np.concatenate(old_b))
   ends = np.cumsum([left.shape[1] for left in a])[:-1]
   return np.split(new, ends)
 
@@ -311,17 +313,17 @@ def fit_hallucinated(spec, site, params, data):
   its taps, {} if they are not fitted) for an `HMHSA`. data: a `calibration.Calibration`."""
   real = spec.scored_heads(site)
   function, arguments = spec.statistics(params)
-  costs, tokens = data.fewer().sums(function, *arguments)[0]
+  costs, tokens = data.with_fewer_images().sums(function, *arguments)[0]
   chosen = arrange(costs / tokens, real)
   params = reorder_heads(params, chosen.order)
   data, attn = data.with_params(params), params["attn"]
   values, outputs = (np.asarray(attn[name]["kernel"], np.float64) for name in ("value", "out"))
   values = values.transpose(1, 0, 2)
   taps, groups = {}, [[h, *range(real + h, site.heads, real)] for h in range(real)]
-  if spec.site == "probs" and spec.layout == "map" and site.heads * site.width <= FEATURES:
-    sums = data.fewer().sums(tap_sums, attn["value"]["kernel"],
-                                   attn["out"]["kernel"][real:], jnp.zeros(spec.kernel))[0]
-    query, key = fitted_taps(*sums, spec.kernel, spec.rank)
+  if spec.site == "probs" and spec.layout == "map" and site.heads * site.width <= MAX_FEATURES:
+    sums = data.with_fewer_images().sums(tap_sums, attn["value"]["kernel"],
+                                         attn["out"]["kernel"][real:], jnp.zeros(spec.kernel))[0]
+    query, key = fit_taps(*sums, spec.kernel, spec.rank)
     taps = {"query_taps": jnp.asarray(query, jnp.float32),
             "key_taps": jnp.asarray(key, jnp.float32)}
     groups = [[h] for h in range(site.heads)]

@@ -45,8 +45,8 @@ class DynamicViT:
 
   @property
   def losses(self):
-    return {"kept_ratio": lambda seen: predictor.kept_ratio(
-        predictor.stage_masks(seen.collections["tokens"]), self.shares())}
+    return {"kept_ratio": lambda forward: predictor.kept_ratio(
+        predictor.stage_masks(forward.collections["tokens"]), self.shares())}
 
   def check_training(self, config):
     if config.loss.kept_ratio and self.keep == 1:

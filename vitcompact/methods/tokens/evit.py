@@ -102,7 +102,7 @@ class EViT:
     x = [tokens.x[:, :prefix], take(tokens.x, kept_bk + prefix)]
     remainder_bn = None
     if self.fuse:
-      # The remainder of an earlier block competes like a patch, and may be kept beside the new one.
+      # The remainder of an earlier block competes like a patch: a second remainder may be kept.
       old_bn = jnp.zeros(tokens.x.shape[:2], bool) if tokens.remainder is None else tokens.remainder
       remainder_bn = jnp.concatenate([old_bn[:, :prefix], take(old_bn, kept_bk + prefix),
                                       jnp.ones((batch, 1), bool)], axis=1)

@@ -88,8 +88,8 @@ class FastPath:
   @property
   def losses(self):
     shares = [share for share in self.shares() if share < 1]
-    return {"kept_ratio": lambda seen: predictor.kept_ratio(
-        predictor.stage_masks(seen.collections["tokens"]), shares)}
+    return {"kept_ratio": lambda forward: predictor.kept_ratio(
+        predictor.stage_masks(forward.collections["tokens"]), shares)}
 
   def check_training(self, config):
     if config.loss.kept_ratio and min(self.shares()) == 1:

@@ -65,8 +65,8 @@ class MCTF:
                         "loss.companion_r": Setting(7, low=0, unit="of tokens")}
   collections: ClassVar = ("tokens",)
   losses_across: ClassVar = ("consistency",)
-  losses: ClassVar = {"consistency": lambda seen: consistency(
-      _class_token(seen), _class_token(seen.second), seen.logits, seen.labels)}
+  losses: ClassVar = {"consistency": lambda forward: consistency(
+      _class_token(forward), _class_token(forward.second), forward.logits, forward.labels)}
 
   r: int | float = 16
   blocks: tuple[int, ...] | None = None
@@ -227,8 +227,8 @@ def consistency(student_bw: jax.Array, teacher_bw: jax.Array, student_bk: jax.Ar
   return jnp.where(passing_b, jnp.mean(error_bw ** 2, axis=-1), 0) / share
 
 
-def _class_token(seen: Pass):
-  return seen.collections["tokens"]["prefix"][0][:, 0]
+def _class_token(forward: Pass):
+  return forward.collections["tokens"]["prefix"][0][:, 0]
 
 
 def sizes(tokens: Tokens):

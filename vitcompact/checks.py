@@ -1,7 +1,7 @@
-"""Checks of the arguments of every verb: that it was given a model, its variables, and images.
+"""Checks the arguments of the public functions: the model, its variables, images and plans.
 
 Each error is one line: what was given, what is expected, and what to do. Only shapes and dtypes are
-read, except in `check_values`, so that a verb can be traced.
+read, except in `check_values`, so that the functions can be traced.
 """
 import functools
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ from vitcompact.methods import METHODS, protocol
 from vitcompact.plan import Plan
 
 LARGEST_VALUE = 50.0   # of normalised images; pixels in 0..255 exceed it
-MANY = 3   # mismatches are shown, the others counted
+MANY = 3   # mismatches that are shown; the others are counted
 VARIABLES = "expected {'params': ..., 'batch_stats': ...} as model.init gives"
 IMAGES = "normalised float, as vc.preprocess(model) makes them"
 
 
-def given(value) -> str:
+def describe_value(value) -> str:
   """How an error names a value."""
   text = repr(value)
   if isinstance(value, (str, int, float, type(None))) and len(text) < 60:
@@ -33,7 +33,7 @@ def check_model(model, what: str = "model"):
   """Raises ValueError unless `model` is a model of ours."""
   if isinstance(model, type) or not all(hasattr(model, name) for name in ("submodules", "variant")):
     where = "" if what == "model" else f"{what}: "
-    raise ValueError(f"{where}{given(model)} was given, expected a model, such as "
+    raise ValueError(f"{where}{describe_value(model)} was given, expected a model, such as "
                      "create_model(NAME)")
 
 
@@ -47,7 +47,7 @@ def variable_shapes(model):
   return jax.tree.map(lambda leaf: leaf, _traced_shapes(model, jax.config.jax_enable_x64))
 
 
-@functools.lru_cache(maxsize=64)   # every verb of the path asks for the same two or three models
+@functools.lru_cache(maxsize=64)   # all stages of the path ask for the same few models
 def _traced_shapes(model, x64: bool):
   return jax.eval_shape(model.init, jax.random.key(0), image_shapes(model))
 
@@ -65,13 +65,13 @@ def check_variables(model, variables, what: str = "variables", shapes=None):
   shapes: the model's `variable_shapes`, if already known.
   """
   if not isinstance(variables, Mapping):
-    raise ValueError(f"{what}: {given(variables)} was given, {VARIABLES}")
+    raise ValueError(f"{what}: {describe_value(variables)} was given, {VARIABLES}")
   expected = _shapes(variable_shapes(model) if shapes is None else shapes)
   if "params" not in variables:
-    if {f"params/{name}" for name in _named(variables)} & expected.keys():
+    if {f"params/{name}" for name in _named_arrays(variables)} & expected.keys():
       raise ValueError(f"{what}: these are only the parameters: give {{'params': ...}}, with "
                        "'batch_stats' if the model has any")
-    raise ValueError(f"{what}: a dict of {trees.some(sorted(map(repr, variables)), MANY)} was "
+    raise ValueError(f"{what}: a dict of {trees.excerpt(sorted(map(repr, variables)), MANY)} was "
                      f"given, {VARIABLES}")
   got = _shapes({name: variables[name] for name in ("params", "batch_stats") if name in variables})
   # Predictors may belong to blocks that are dense at this image size; fold drops them.
@@ -100,7 +100,7 @@ def check_images(model, images, what: str = "images"):
   expected = f"expected (B, height, width, {model.in_chans}), {IMAGES}"
   shape, dtype = (getattr(images, name, None) for name in ("shape", "dtype"))
   if shape is None or dtype is None:
-    raise ValueError(f"{what}: {given(images)} was given, {expected}")
+    raise ValueError(f"{what}: {describe_value(images)} was given, {expected}")
   if len(shape) != 4 or shape[-1] != model.in_chans:
     raise ValueError(f"{what} of shape {tuple(shape)}, {expected}")
   if not jnp.issubdtype(dtype, jnp.floating):
@@ -122,17 +122,17 @@ def check_values(images):
 def check_plan(plan):
   """Raises ValueError unless `plan` is a Plan."""
   if not isinstance(plan, Plan):
-    raise ValueError(f"plan: {given(plan)} was given, expected a Plan; Plan.parse reads a dict, "
-                     "JSON or a path to it")
+    raise ValueError(f"plan: {describe_value(plan)} was given, expected a Plan; Plan.parse reads "
+                     "a dict, JSON or a path to it")
 
 
-def _named(tree):
+def _named_arrays(tree):
   return trees.named_leaves(dict(tree))
 
 
 def _shapes(tree) -> dict:
   return {name: tuple(leaf.shape) if hasattr(leaf, "dtype") else f"a {type(leaf).__name__}"
-          for name, leaf in _named(tree).items()}
+          for name, leaf in _named_arrays(tree).items()}
 
 
 def _mismatches(model, got, expected) -> str:
@@ -149,4 +149,4 @@ def _mismatches(model, got, expected) -> str:
   lines += [f"unexpected {name} {got[name]}" for name in got if name not in expected]
   lines += [f"{name} is {got[name]}, not {expected[name]}" for name in expected
             if name in got and got[name] != expected[name]]
-  return trees.some(lines, MANY, joint="; ")
+  return trees.excerpt(lines, MANY, joint="; ")
