@@ -231,7 +231,6 @@ class _Measurement:
     costs = kl_per_error(self.model, self.variables, self.images[self.kl_images],
                          math.prod(self._largest_stream()))
     units, factors = {}, {}   # {(stage, option): unit}; {(stage, class): {place: log factor}}
-
     most = max((cost for row in costs.values() for cost in row.values()), default=0.0) or 1.0
 
     def scale(row, option):
