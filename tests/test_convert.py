@@ -429,7 +429,7 @@ def test_the_pytorch_model_loads_the_exported_file(tmp_path):
   pytorch.to_torch(ours, home)
   with torch.no_grad():
     got = torch_deit.load(home)(torch.from_numpy(run.images).permute(0, 3, 1, 2)).numpy()
-  np.testing.assert_allclose(got, run.wanted, atol=1e-5)
+  np.testing.assert_allclose(got, run.expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("plan", [

@@ -13,7 +13,7 @@ REFERENCES = pathlib.Path(__file__).parent / "references.json"
 
 class Case(NamedTuple):
   """model, fields: as for `create_model`. state: under the foreign names. timm: {name: shape} of
-  timm's model, or None if it has none. wanted: logits, features or tokens of `one_image`.
+  timm's model, or None if it has none. expected: logits, features or tokens of `one_image`.
   live: names in memory, if they differ from those in files. config: transformers' own."""
   name: str
   model: str

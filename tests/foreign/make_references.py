@@ -362,7 +362,7 @@ def main():
     state = dict(case.theirs)
     row = {"name": case.name, "model": case.model, "fields": case.fields,
            "shapes": {name: list(value.shape) for name, value in state.items()},
-           "wanted": np.round(case.wanted.numpy().astype(np.float64), 6).tolist()}
+           "wanted": np.round(case.expected.numpy().astype(np.float64), 6).tolist()}
     if case.config:
       row["config"] = case.config
     if case.live:
@@ -376,9 +376,9 @@ def main():
                                  for name, value in new.state.items()})
       with torch.no_grad():
         got = case.output(case.timm, images(case.fields["image_size"]))
-      difference = float((got - case.wanted).abs().max())
-      assert difference < 1e-5 * max(1, float(case.wanted.abs().max())), (case.name, difference)
-      print(f"{case.name}: {difference:.1e} of {float(case.wanted.abs().max()):.2f}")
+      difference = float((got - case.expected).abs().max())
+      assert difference < 1e-5 * max(1, float(case.expected.abs().max())), (case.name, difference)
+      print(f"{case.name}: {difference:.1e} of {float(case.expected.abs().max()):.2f}")
       row["timm"] = {name: list(shape) for name, shape in shapes.items()}
     rows.append(json.dumps(row))
   REFERENCES.write_text("[\n" + ",\n".join(rows) + "\n]\n")

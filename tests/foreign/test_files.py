@@ -59,7 +59,7 @@ def test_a_transformers_directory_is_converted_without_naming_the_model(folder, 
   half = {name: value.astype(ml_dtypes.bfloat16) for name, value in VIT.state.items()}
   assert trees.digest(variables) == trees.digest(vc.from_torch(model, half))
   got = tiny.apply(model, variables, one_image(32))
-  np.testing.assert_allclose(got, VIT.wanted, atol=0.05)
+  np.testing.assert_allclose(got, VIT.expected, atol=0.05)
   other = tmp_path / "other.safetensors"     # from the index itself, with other classes
   printed = command.succeeds("convert", folder / "model.safetensors.index.json", "--num-classes", 3,
                              "--reset-head", "--out", other)

@@ -40,11 +40,11 @@ def test_names_and_shapes_become_timms(name):
 @pytest.mark.parametrize("name", OURS)
 def test_our_model_computes_what_the_foreign_one_computes(name):
   case = CASES[name]
-  pool = {"global_pool": ""} if case.wanted.ndim == 3 else {}
+  pool = {"global_pool": ""} if case.expected.ndim == 3 else {}
   model = vc.create_model(case.model, **case.fields, **pool)
   variables = vc.from_torch(model, case.state)
   got = tiny.apply(model, variables, one_image(case.fields["image_size"]))
-  np.testing.assert_allclose(got, case.wanted, atol=2e-5 * np.abs(case.wanted).max())
+  np.testing.assert_allclose(got, case.expected, atol=2e-5 * np.abs(case.expected).max())
 
 
 @pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "eva02_base_patch14_448"])
