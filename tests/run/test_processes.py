@@ -77,7 +77,7 @@ def test_two_processes_end_with_the_numbers_of_one_despite_a_kill(
   checkpoint, and end with the losses and scores of one process with as many devices."""
   workdir = tmp_path / "run"
   first, second = group(path, workdir, cache, count=2)
-  wait_for(first, "step 10/40 val_accuracy")
+  wait_for(first, "step 20/40 val_accuracy")   # the save of step 10, in the background, is complete
   second.kill()
   second.communicate()
   _, error = first.communicate(timeout=120)
