@@ -267,13 +267,19 @@ def rows(seen):
   return regression.sums_of(seen.hidden, seen.target_ffn, seen.step)
 
 
-def test_regressions_of_wide_layers_skip_tokens_but_no_image(monkeypatch):
-  """At least eight rows per hidden channel remain, from all columns of the grid and every image."""
+def calibration_of_a_block(images, held_out):
+  """Returns random inputs of a dense block, as its calibration without a teacher."""
   block = tiny.deit(drop_path_rate=0.0, depth=1).submodules()["blocks_0"]
-  x = Tokens(np.random.default_rng(5).standard_normal((150, 17, 24)).astype(np.float32))
+  x = Tokens(np.random.default_rng(5).standard_normal((images, 17, 24)).astype(np.float32))
   one = take_images(x, slice(1))
   variables = tiny.randomised(jax.eval_shape(block.init, jax.random.key(0), one))
-  data = Calibration(block, variables["params"], {}, x, None, 50, {})
+  return Calibration(block, variables["params"], {}, x, None, held_out, {})
+
+
+def test_regressions_of_wide_layers_skip_tokens_but_no_image(monkeypatch):
+  """At least eight rows per hidden channel remain, from all columns of the grid and every image."""
+  data = calibration_of_a_block(150, 50)
+  block = data.module
   counted = [part.xx[0, 0] for part in data.sums(rows)]
   assert counted == [100 * 17, 50 * 17]
   monkeypatch.setattr(regression, "WIDE", block.site.hidden)
@@ -286,28 +292,19 @@ def test_regressions_of_wide_layers_skip_tokens_but_no_image(monkeypatch):
   assert data.sums(rows)[1].xx[0, 0] == 50 * 4
 
 
-def test_statistics_of_heads_and_channels_use_every_third_image(monkeypatch):
-  """So do sums over a smaller calibration, and those that share a pass with full sums."""
-  block = tiny.deit(drop_path_rate=0.0, depth=1).submodules()["blocks_0"]
-  x = Tokens(np.random.default_rng(5).standard_normal((60, 17, 24)).astype(np.float32))
-  one = take_images(x, slice(1))
-  variables = tiny.randomised(jax.eval_shape(block.init, jax.random.key(0), one))
-  data = Calibration(block, variables["params"], {}, x, None, 20, {})
-  function, arguments = vc.HMHSA.statistics(variables["params"])
+def test_small_sums_use_every_third_image_and_regressions_all(monkeypatch):
+  data = calibration_of_a_block(60, 20)
+  function, arguments = vc.HMHSA.statistics(data.params)
   for step, tokens in ((1, 40 * 17), (3, 14 * 17)):
     monkeypatch.setattr(calibration, "SUM_TOKENS", 40 * 17 // step)
     subset = data.with_fewer_images()
-    np.testing.assert_array_equal(subset.x.x, x.x[:40:step])
+    np.testing.assert_array_equal(subset.x.x, data.x.x[:40:step])
     costs, count = data.sums(function, *arguments)[0]
     assert count == tokens
     np.testing.assert_allclose(costs, subset.sums(function, *arguments)[0][0], rtol=1e-4)
     assert data.sums(rows)[0].xx[0, 0] == 40 * 17
-    assert importance_count(data, variables["params"]) == tokens
-
-
-def importance_count(data, params):
-  function, arguments = importance.statistics(params)
-  return data.sums(function, *arguments)[0][2]
+    contributions, its_arguments = importance.statistics(data.params)
+    assert data.sums(contributions, *its_arguments)[0][2] == tokens
 
 
 def test_branch_targets_lead_to_the_dense_stream():

@@ -37,6 +37,7 @@ class Activations(NamedTuple):
   target_attention, target_ffn: what the two branches should add, see `Teacher`.
   step: a regression uses every `step`-th token.
   image_step: small sums use every `image_step`-th image, see `with_fewer_images`.
+  images: how many images these are; B is larger where a block works on windows.
   """
   before_attention: Any = None
   before_ffn: Any = None
@@ -54,11 +55,20 @@ class Activations(NamedTuple):
   target_ffn: Any = None
   step: int = 1
   image_step: int = 1
+  images: int = 1
 
   def with_fewer_images(self) -> "Activations":
     """Returns the activations of every image_step-th image: enough for small sums."""
-    return Activations(*(leaf if isinstance(leaf, int) or leaf is None else leaf[::self.image_step]
-                  for leaf in self))
+    if self.image_step == 1:
+      return self
+
+    def choose(leaf):
+      if leaf is None or isinstance(leaf, int):
+        return leaf
+      by_image = leaf.reshape(self.images, -1, *leaf.shape[1:])   # all windows of an image
+      return by_image[::self.image_step].reshape(-1, *leaf.shape[1:])
+
+    return Activations(*map(choose, self))
 
 
 class Teacher(NamedTuple):
@@ -189,7 +199,7 @@ def chunks(x, start: int, stop: int):
       yield slice(first, min(first + size, stop))
 
 
-def _image_sharding(spec: PartitionSpec) -> NamedSharding:
+def _device_sharding(spec: PartitionSpec) -> NamedSharding:
   return NamedSharding(Mesh(np.asarray(jax.local_devices()), ("images",)), spec)
 
 
@@ -199,13 +209,13 @@ def shard_images(tree):
   if devices == 1:
     return tree
   even = all(len(leaf) % devices == 0 for leaf in jax.tree.leaves(tree))
-  return jax.device_put(tree, _image_sharding(PartitionSpec(*["images"] * even)))
+  return jax.device_put(tree, _device_sharding(PartitionSpec(*["images"] * even)))
 
 
 def replicate(tree):
   """Copies a tree to each device of this process."""
   return tree if jax.local_device_count() == 1 else jax.device_put(
-      tree, _image_sharding(PartitionSpec()))
+      tree, _device_sharding(PartitionSpec()))
 
 
 def anonymous(block: nn.Module) -> nn.Module:
@@ -362,7 +372,7 @@ def _jitted_sums(module: BlockKey, function: Callable, outputs: bool, step: int,
     seen = seen._replace(
         target_attention=target(teacher.after_attention, seen.before_attention, seen.attended),
         target_ffn=target(teacher.after_ffn, seen.before_ffn, seen.ffn), step=step,
-        image_step=image_step)
+        image_step=image_step, images=len(jax.tree.leaves(x)[0]))
     return out if outputs else None, apply(seen, *arguments)
 
   return jax.jit(run)

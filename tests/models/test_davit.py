@@ -330,6 +330,24 @@ def test_compact_model_is_restored_from_its_file(tmp_path):
   assert again == model and trees.digest(loaded) == trees.digest(variables)
 
 
+def test_sums_over_fewer_images_keep_all_windows_of_an_image(monkeypatch):
+  block = small(**HALF).submodules()["blocks_0"]
+  x = np.random.default_rng(5).standard_normal((24, 5, 8, block.site.width)).astype(np.float32)
+  variables = tiny.randomised(jax.eval_shape(block.init, jax.random.key(0), x[:1]))
+  windows = len(calibration.observe_jitted(block, variables, x[:1]).maps)
+  assert windows > 1
+  # A step over windows would take the same one of every image.
+  monkeypatch.setattr(calibration, "SUM_TOKENS", 24 * 5 * 8 // windows)
+  data = calibration.Calibration(block, variables["params"], {}, x, None, 0, {})
+  function, arguments = vc.HMHSA.statistics(variables["params"])
+  (costs, tokens), _ = data.sums(function, *arguments)
+  subset = data.with_fewer_images()
+  np.testing.assert_array_equal(subset.x, x[::windows])
+  (expected, count), _ = subset.sums(function, *arguments)
+  assert tokens == count
+  np.testing.assert_allclose(costs, expected, rtol=1e-4)
+
+
 def target_streams(seen):
   return (seen.before_attention + seen.target_attention, seen.before_ffn + seen.target_ffn)
 
