@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from scipy.special import log_softmax
+import scipy
 
 from vitcompact import block as blocks
 from vitcompact import trees
@@ -354,7 +354,8 @@ def _removed_share(reducer, site) -> float:
 
 def divergence(dense, changed) -> float:
   """Returns the mean KL(dense || changed) of logits (B, K), in float64."""
-  dense, changed = (log_softmax(np.asarray(x, np.float64), axis=-1) for x in (dense, changed))
+  dense, changed = (scipy.special.log_softmax(np.asarray(logits, np.float64), axis=-1)
+                    for logits in (dense, changed))
   return max(float(np.mean(np.sum(np.exp(dense) * (dense - changed), axis=-1))), 0.0)
 
 

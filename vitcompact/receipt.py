@@ -11,8 +11,8 @@ import sys
 from collections.abc import Mapping
 
 import jax
+import scipy
 from markdown_it import MarkdownIt
-from scipy.stats import binomtest
 
 from vitcompact._version import __version__
 from vitcompact.bench import Timing
@@ -46,7 +46,7 @@ class Row:
     if self.accuracy is None or not self.tested:
       return None
     correct = round(self.accuracy * self.tested)
-    interval = binomtest(correct, self.tested).proportion_ci(method="wilson")
+    interval = scipy.stats.binomtest(correct, self.tested).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
+import scipy
 
 HIGH = jax.lax.Precision.HIGHEST
 WIDE = 1024     # with at least this many columns, x^T x is computed in parts

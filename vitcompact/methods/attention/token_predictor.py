@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.cluster.vq import kmeans2
+import scipy
 
 from vitcompact import attention
 from vitcompact.attention import Core
@@ -237,7 +237,7 @@ def cluster_means(rows_mn: np.ndarray, rank: int) -> np.ndarray:
   """Clusters the rows by deterministic k-means; returns (M, rank), a column that averages each
   cluster."""
   jittered = rows_mn + 1e-9 * np.random.default_rng(0).standard_normal(rows_mn.shape)
-  labels = kmeans2(jittered, rank, minit="++", seed=0, missing="raise")[1]
+  labels = scipy.cluster.vq.kmeans2(jittered, rank, minit="++", seed=0, missing="raise")[1]
   members = np.eye(rank)[labels]
   return members / members.sum(axis=0)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import linear_sum_assignment
+import scipy
 
 from vitcompact.regression import (
   Regression,
@@ -91,7 +91,7 @@ def _assign_copies(cost, kept: tuple[int, ...]) -> Arrangement:
   for row, j in enumerate(others):
     table[row] = cost[columns[:table.shape[1]], j]
   table[len(others):, share * real:] = 0
-  rows, places = linear_sum_assignment(table)
+  rows, places = scipy.optimize.linear_sum_assignment(table)
   copies = {i: [] for i in kept}
   for row, place in zip(rows, places, strict=True):
     if row < len(others):
