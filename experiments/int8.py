@@ -96,7 +96,7 @@ def run(folder: pathlib.Path, count: int | None = None):
     shutil.copy(float32_path, path)
     if nodes:
       int8.write(path, program, calibration, nodes)
-    one = runtimes.opened(path, "ort", threads=1)
+    one = runtimes.load(path, "ort", threads=1)
     logits = logits_of(one, images)
     exact = logits if kind == "none" else exact
     rows[kind] = {"quantised": kind, "accuracy": float((logits.argmax(-1) == labels).mean()),
@@ -151,10 +151,10 @@ def quantised(program: Program, path: pathlib.Path, calibration) -> dict[str, pa
   return files
 
 
-def opened(files) -> dict[tuple[str, str], runtimes.Runner]:
+def load(files) -> dict[tuple[str, str], runtimes.Runner]:
   """Returns {(title, runtime): a function of images}, for each file in each runtime that reads it.
   """
-  return {(title, runtime): runtimes.opened(path, runtime, threads=1)
+  return {(title, runtime): runtimes.load(path, runtime, threads=1)
           for title, path in files.items() for runtime in ("ort", "openvino")
           if path.suffix in runtimes.RUNTIMES[runtime]}
 
@@ -174,9 +174,9 @@ def quantisers(folder: pathlib.Path, count: int | None = None):
   path = folder / "small/float32.onnx"
   onnx_file.write(program, path)
   photos = program.preprocess.normalise(photographs(program.preprocess, 8))
-  runners = opened(files)
+  runners = load(files)
   trained_speeds = speeds(runners, trained.images[:8])
-  small_speeds = speeds(opened(quantised(program, path, photos)), photos[:1])
+  small_speeds = speeds(load(quantised(program, path, photos)), photos[:1])
   exact, rows = logits_of(runners["none", "ort"], trained.images), []
   for (title, runtime), one in runners.items():
     logits, path = logits_of(one, trained.images), files[title]

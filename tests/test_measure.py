@@ -352,7 +352,7 @@ def test_requests_beyond_a_report_are_refused_by_name(measured):
   with pytest.raises(ValueError, match="sensitivity='none'"):
     dataclasses.replace(report, sensitivity="none").plan(macs=0.5)
   with pytest.raises(ValueError, match="measure again"):
-    report.check_of(measured[0], "another")
+    report.check_model(measured[0], "another")
 
 
 def test_images_of_one_class_cause_a_warning():

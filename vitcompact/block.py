@@ -129,13 +129,13 @@ class Block(nn.Module):
     if step.fuse is None:
       core = self._core(tokens, query, key)
     else:
-      fused, ahead = step.fuse(tokens, query, key, site.prefix)
+      fused, to_fused = step.fuse(tokens, query, key, site.prefix)
       x_bnw = keys_bmw = norm1(fused.x)
-      if ahead is None:
+      if to_fused is None:
         query, key = attn.queries_and_keys(x_bnw, keys_bmw, self._positions(fused))
         core = self._core(fused, query, key)
       else:
-        core = ahead(self._core(tokens, query, key))
+        core = to_fused(self._core(tokens, query, key))
       tokens = fused
     y_bnw = attn.attend(query, key, attn.value(keys_bmw), core, x_bnw)
     y_bnw = y_bnw if site.layer_scale is None else LayerScale(site.layer_scale, name="ls1")(y_bnw)
@@ -188,7 +188,7 @@ def make_ffn(site: Site, method, **kwargs) -> nn.Module:
   if method is not None:
     return method.make(site, **kwargs)
   layers = {name: ffn_layer(site, name) for name in ("fc1", "fc2")}
-  return Mlp(**layers, **site.between(), **kwargs)
+  return Mlp(**layers, **site.mlp_options(), **kwargs)
 
 
 def ffn_branch(site: Site, methods: BlockMethods, norm, x, paths, train: bool):

@@ -72,16 +72,16 @@ class ModelSpec(NamedTuple):
 
 def spec_next_to(path) -> ModelSpec:
   """The model in the config.json in a file's directory; ValueError if it does not name one."""
-  way_out = f"give the model, as in --model deit_small_patch16_224; known: {', '.join(VARIANTS)}"
+  hint = f"give the model, as in --model deit_small_patch16_224; known: {', '.join(VARIANTS)}"
   file = pathlib.Path(path).parent / "config.json"
   if not file.is_file():
-    raise ValueError(f"--model is missing, and there is no config.json next to {path}: {way_out}")
+    raise ValueError(f"--model is missing, and there is no config.json next to {path}: {hint}")
   try:
     config = json.loads(file.read_text(encoding="utf-8"))
     return model_spec(config)
   except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError,
           RecursionError) as error:
-    raise ValueError(f"{file} does not describe a known model: {str(error)[:300]}; {way_out}"
+    raise ValueError(f"{file} does not describe a known model: {str(error)[:300]}; {hint}"
                      ) from None
 
 

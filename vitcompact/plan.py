@@ -270,14 +270,14 @@ def _check_needs(method, site: Site, removed, model: str):
   needs = protocol.needs(method, site)
   if method.axis == "attention":   # selects among all pairs: two such methods cannot combine
     needs = {"full attention": "use attention=None there", **needs}
-  for what, way_out in needs.items():
+  for what, hint in needs.items():
     remover, first = removed.get(what, (method, 0))
     where = f"{describe_method(method)} in block {site.block} needs {CAPABILITIES[what]}, which"
     if what not in site.provides:
-      raise ValueError(f"{where} {model or 'this model'} does not have; {way_out}")
+      raise ValueError(f"{where} {model or 'this model'} does not have; {hint}")
     if remover is not method:
       since = f" from block {first} onward" if remover.axis == "tokens" else ""
-      raise ValueError(f"{where} {describe_method(remover)} removes{since}; {way_out}")
+      raise ValueError(f"{where} {describe_method(remover)} removes{since}; {hint}")
 
 
 def _with_inner(method) -> list:

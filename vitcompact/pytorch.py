@@ -19,7 +19,7 @@ import numpy as np
 import vitcompact as vc
 from vitcompact import convert, files, foreign_config, trees
 
-WAY_OUT = ("where it was made, torch.save({'model': model.state_dict()}, 'weights.pth') writes "
+HINT = ("where it was made, torch.save({'model': model.state_dict()}, 'weights.pth') writes "
            "weights only")
 
 
@@ -123,12 +123,12 @@ def _read_shards(index: pathlib.Path, ignore_records, allow):
   return state
 
 
-def _torch(way_out: str):
-  """The torch module, or ValueError(way_out)."""
+def _torch(hint: str):
+  """The torch module, or ValueError(hint)."""
   try:
     import torch
   except ImportError:
-    raise ValueError(way_out) from None
+    raise ValueError(hint) from None
   return torch
 
 
@@ -176,9 +176,9 @@ def _refusal(torch, path, error, allowed):
   name = re.search(r"(?:Unsupported global: )?GLOBAL ([\w.]+)", str(error))
   if not name:
     return ValueError(f"{path}: refused: damaged, or more than weights ({type(error).__name__}); "
-                      f"{WAY_OUT}")
+                      f"{HINT}")
   if "blocked" in str(error):   # modules that torch never allows, such as os
-    return ValueError(f"{path}: refused: it holds more than weights, {name[1]}; {WAY_OUT}")
+    return ValueError(f"{path}: refused: it holds more than weights, {name[1]}; {HINT}")
   try:
     with torch.serialization.safe_globals(allowed):
       names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)) or [name[1]]
@@ -186,7 +186,7 @@ def _refusal(torch, path, error, allowed):
     names = [name[1]]
   options = " ".join(f"--allow {name}" for name in names[:3])
   return ValueError(f"{path}: refused: it holds more than weights, {trees.excerpt(names, 8)}; "
-                    f"{WAY_OUT}, or {options} reads it without objects of these classes, or "
+                    f"{HINT}, or {options} reads it without objects of these classes, or "
                     "--ignore-records without any")
 
 

@@ -310,7 +310,7 @@ class Report:
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from None
 
-  def check_of(self, model, digest: str):
+  def check_model(self, model, digest: str):
     """Raises ValueError unless the report was made of this model and these weights."""
     reported = create_model(self.model, **self.fields)
     same = reported == model.clone(plan=Plan(), execution=Execution())

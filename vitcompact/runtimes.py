@@ -64,9 +64,9 @@ class Runner:
     return json.loads(self.about["classes"]) if "classes" in self.about else None
 
 
-def opened(path, runtime: str | None = None, *, threads: int | None = None,
+def load(path, runtime: str | None = None, *, threads: int | None = None,
            precision: str = "float32") -> Runner:
-  """A model file as a function.
+  """Returns a model file as a function.
 
   Args:
     runtime: "xla", "ort" or "openvino"; None: the first that reads files with this suffix.

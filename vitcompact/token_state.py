@@ -63,9 +63,9 @@ class Reduction(NamedTuple):
 
   predict: makes a module (tokens, prefix, train) -> tokens that runs before the block; its
     parameters are the block's `predict_tokens`.
-  fuse: (tokens, query, key, prefix) -> (tokens, ahead), runs before the values are computed. ahead:
-    Core -> Core, the attention with these queries and keys over the values of the new tokens; None:
-    queries and keys of the new tokens are computed.
+  fuse: (tokens, query, key, prefix) -> (tokens, to_fused), runs before the values are computed.
+    to_fused: Core -> Core, the attention with these queries and keys over the values of the new
+    tokens; None: queries and keys of the new tokens are computed.
   after_attention: (tokens, query, key, prefix) -> tokens, runs before the FFN; after_block: the
     same, runs after the FFN.
   ffn: makes a module (full, x, paths, train) -> y that replaces the FFN branch: x (B, N, width) is

@@ -102,7 +102,7 @@ def merged_in(runtime: str, deploy: nn.Module, variables, images, rounds: int):
       path = pathlib.Path(folder, f"{i}.onnx")
       model, own = with_forms(deploy, variables, chosen)
       onnx_file.write(Program(model, own, preprocess(model)), path)
-      calls[call] = functools.partial(runtimes.opened(path, runtime), inputs)
+      calls[call] = functools.partial(runtimes.load(path, runtime), inputs)
     timing = bench.paired(calls, rounds=rounds, min_seconds=0.05)
   # No MARGIN: in a whole model the gain of one kind of layer is small, so all rounds must agree.
   return {path: MATRIX for call, paths in paths_by_call.items() if timing[call].low > 1

@@ -71,7 +71,7 @@ def exits(model, batch: int, plan_name: str, folder: pathlib.Path) -> dict[str, 
   inputs, logits = np.asarray(images), np.asarray(out[f"XLA: {plan_name}"].call())
   for runtime, precision, name in map(runtimes.TIMED.get, EXITS):
     try:
-      one = runtimes.opened(path, runtime, threads=1, precision=precision)
+      one = runtimes.load(path, runtime, threads=1, precision=precision)
     except ValueError as error:   # a processor without bfloat16
       out[f"{name}: {plan_name}"] = Candidate(None, {**facts, "reason": str(error)})
       continue

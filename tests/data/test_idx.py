@@ -138,8 +138,8 @@ def test_missing_fashion_mnist_error_says_how_to_get_it(tmp_path, monkeypatch):
   monkeypatch.delenv(idx.FASHION_VARIABLE, raising=False)
   monkeypatch.setattr(idx, "FASHION_FOLDERS", (str(tmp_path / "no"),))
   assert len(pipeline.class_names("fashion_mnist")) == 10
-  way_out = r"`apt install dataset-fashion-mnist`, .* four files .* set FASHION_MNIST_DIR to it"
-  with pytest.raises(ValueError, match=way_out):
+  hint = r"`apt install dataset-fashion-mnist`, .* four files .* set FASHION_MNIST_DIR to it"
+  with pytest.raises(ValueError, match=hint):
     pipeline.num_examples("fashion_mnist", "train")
   monkeypatch.setenv(idx.FASHION_VARIABLE, str(tmp_path / "typo"))
   with pytest.raises(ValueError, match=r"no folder FASHION_MNIST_DIR=.*typo"):

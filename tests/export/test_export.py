@@ -121,7 +121,7 @@ def test_a_file_takes_pixels_and_records_classes_plan_and_preprocessing(suffix, 
   model, variables = small
   path, names = tmp_path / f"a{suffix}", [f"class {i}" for i in range(10)]
   done = vc.export(model, variables, path, pixels=True, classes=names)
-  run = runtimes.opened(path)
+  run = runtimes.load(path)
   assert done.max_rel < 2e-6 and run.dtype == np.uint8 and run.shape == (64, 64, 3)
   assert run.classes == names and run.about["model"] == NAME
   assert vc.Plan.from_json(run.about["plan"]) == model.plan
@@ -217,7 +217,7 @@ def test_int8_is_the_same_for_pixels_and_normalised_images(
       warnings.simplefilter("ignore")
       done = vc.export(model, variables, path, int8=images, pixels=name == "pixels")
     assert 1e-5 < done.max_rel < 0.2
-    logits[name] = runtimes.opened(path)(given)
+    logits[name] = runtimes.load(path)(given)
   # A value between two steps may round either way.
   most = np.abs(logits["normalised"]).max()
   np.testing.assert_allclose(logits["pixels"], logits["normalised"], atol=0.02 * most)
@@ -260,14 +260,14 @@ def test_the_page_shows_the_measured_cost_of_8_bits():
 
 
 def test_a_file_that_computes_something_else_is_removed(small, tmp_path, monkeypatch):
-  real = runtimes.opened
+  real = runtimes.load
 
   def off(path, **options):
     run = real(path, **options)
     return runtimes.Runner(run.runtime, lambda images: run.call(images) * 1.001, run.about,
                            run.shape, run.dtype)
 
-  monkeypatch.setattr(runtimes, "opened", off)
+  monkeypatch.setattr(runtimes, "load", off)
   with pytest.raises(ValueError, match=r"differs from the model by 0\.001 of its largest logit"):
     vc.export(*small, tmp_path / "a.onnx")
   assert os.listdir(tmp_path) == []
@@ -373,7 +373,7 @@ def test_a_truncated_stablehlo_file_is_refused_in_one_line(share, small, tmp_pat
 def test_files_that_no_runtime_reads_are_refused(name, runtime, said, tmp_path):
   (tmp_path / name).write_text("nothing")
   with pytest.raises(ValueError, match=re.escape(said)) as error:
-    runtimes.opened(tmp_path / name, runtime)
+    runtimes.load(tmp_path / name, runtime)
   assert "\n" not in str(error.value)
 
 
@@ -432,7 +432,7 @@ def test_bench_refuses_foreign_files_in_one_line(shape, fields, said, runtime, t
 
 def test_the_error_for_a_wrong_batch_names_the_fixed_number_of_images(small, tmp_path):
   vc.export(*small, tmp_path / "a.stablehlo", batch=2)
-  run = runtimes.opened(tmp_path / "a.stablehlo")
+  run = runtimes.load(tmp_path / "a.stablehlo")
   with pytest.raises(ValueError, match="takes 2 images at a time, but 3 were given"):
     run(np.zeros((3, *run.shape)))
 
@@ -444,7 +444,7 @@ def test_images_of_the_wrong_dtype_or_size_are_refused(suffix, pixels, small, tm
   if suffix == ".xml":
     pytest.importorskip("openvino")
   vc.export(*small, tmp_path / f"a{suffix}", pixels=pixels)
-  run = runtimes.opened(tmp_path / f"a{suffix}")
+  run = runtimes.load(tmp_path / f"a{suffix}")
   right, other = (np.uint8, np.float32) if pixels else (np.float64, np.uint8)
   for images in (np.zeros((1, 64, 64, 3), other), np.zeros((1, 8, 8, 3), right)):
     with pytest.raises(ValueError, match=r"the file takes \(n, 64, 64, 3\) of (uint8|float32)"):
@@ -457,7 +457,7 @@ def test_an_impossible_number_of_threads_is_refused(threads, tmp_path):
   """ONNX Runtime takes 0 to mean all cores, and allocates memory for each of 10 ** 5 threads."""
   (tmp_path / "a.stablehlo").write_text("nothing")   # XLA starts no threads for it
   with pytest.raises(ValueError, match=rf"threads={threads}: must be from 1 to {os.cpu_count()}"):
-    runtimes.opened(tmp_path / "a.stablehlo", threads=threads)
+    runtimes.load(tmp_path / "a.stablehlo", threads=threads)
 
 
 def test_a_runtime_has_one_thread_per_core_of_the_process(small, tmp_path, monkeypatch):
@@ -469,7 +469,7 @@ def test_a_runtime_has_one_thread_per_core_of_the_process(small, tmp_path, monke
       started.append(options.intra_op_num_threads), session(path, options, **others))[1])
   monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 5})
   for threads in (None, 1):
-    runtimes.opened(tmp_path / "a.onnx", threads=threads)
+    runtimes.load(tmp_path / "a.onnx", threads=threads)
   assert started == [3, 1]
 
 
@@ -477,7 +477,7 @@ def test_the_command_exports_and_refuses_in_one_line(small, tmp_path):
   source, out = tmp_path / "a.safetensors", tmp_path / "a.onnx"
   vc.save(source, *small, classes=[f"class {i}" for i in range(10)])
   message = command.succeeds("export", source, out)
-  assert "differs by" in message and runtimes.opened(out).classes[9] == "class 9"
+  assert "differs by" in message and runtimes.load(out).classes[9] == "class 9"
   assert "exists; give another name" in command.fails("export", source, out)
   command.succeeds("export", source, "--to", "stablehlo", "--out", tmp_path / "b.stablehlo")
   assert "same class on 100%" in command.succeeds("export", source, tmp_path / "c.onnx", "--tune")

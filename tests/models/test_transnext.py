@@ -233,7 +233,7 @@ def test_pooled_keys_are_cell_means_taken_before_the_norm():
 def test_its_ffns_equal_a_plain_site_with_the_convglu_method():
   site = tiny.transnext(widths=(64, 64), mlp_ratios=(8, 4)).sites()[0]
   plain = tiny.site(width=64, ffn_width=64, hidden=512, query_grid=(6, 10), prefix=0)
-  method = vc.ConvGLU().inside(plain)
+  method = vc.ConvGLU().inner_site(plain)
   fields = ("hidden", "act", "mixer_gain", "fc1_width")
   assert all(getattr(site, name) == getattr(method, name) for name in fields)
   assert site.mixer(parent=None) == method.mixer(parent=None)

@@ -23,15 +23,16 @@ class Core(NamedTuple):
   size: (B, M) or None: a key counts as `size` equal keys (log size is added to its scores).
   merge: (B, M, ...) -> (B, K, ...) or None: weighted means, with the same weights for keys and
     values, taken before the scores; `size` then has shape (B, K).
-  spread: applied to the values before attention, and gather to the outputs after it, if tokens are
-    merged between scores and values; else the identity. average: whether `gather` returns means of
-    rows; if not, the maps are formed, because its effect on them does not follow from the outputs.
+  spread, gather: functions of the values before attention and of the outputs after it, if tokens
+    are merged between scores and values; else the identity. average: whether `gather` returns means
+    of rows. If not, it cannot be applied to outputs, and the maps are formed.
   keep_mask: (B, M) or None: see `reference.softmax_kept`.
   mask: (B, h, N, M) or None: if false, the query does not attend to the key. If `rescore` returns
     more heads than that, head i has the mask of head i modulo h.
   scored: the share of the pairs of tokens that the mask keeps.
   layout: which blocks of tokens attend to which, or None.
-  weighed: the share of the scored pairs whose values are distinct; set by the call itself.
+  value_share: the share of the scored pairs that is needed for the values: tokens that are merged
+    after the scores count once; set by the call itself.
   operator: replaces the softmax: (core, query, key, value) -> (B, N, h, e); its `maps` (core,
     query, key) returns maps if it has any. local: (value of all heads, x) -> (B, N, h, d), added to
     the heads' outputs; x (B, N, width) is the input of the attention.
@@ -50,7 +51,7 @@ class Core(NamedTuple):
   mask: jax.Array | None = None
   scored: Fraction = Fraction(1)
   layout: BlockLayout | None = None
-  weighed: Fraction = Fraction(1)
+  value_share: Fraction = Fraction(1)
   operator: Callable | None = None
   local: Callable | None = None
 
@@ -73,7 +74,7 @@ class Core(NamedTuple):
       return self.gather(self.layout.attend(*arrays, self.bias(), choice.form))
     if self.layout is not None:
       warnings.warn(choice.note, stacklevel=2)
-    call = self.masked()._replace(weighed=Fraction(count, value_bmhe.shape[1]) ** 2)
+    call = self.masked()._replace(value_share=Fraction(count, value_bmhe.shape[1]) ** 2)
     return self.gather(forms.COMPUTE[choice.form](call, *arrays, rescore, device))
 
   def maps(self, query_bnhd, key_bmhd, rescore: Callable | None = None, own_n=None,

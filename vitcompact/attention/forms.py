@@ -14,7 +14,7 @@ from vitcompact.attention import cpu, online_softmax, reference, tiled, vendor
 def einsum(call, query_bnhd, key_bmhd, value_bmhe, rescore=None, device=None, own_n=None,
            edges: bool = True):
   """Forms all scores of these queries at once. own_n, edges: see `reference.maps`."""
-  needed = call.scored * call.weighed
+  needed = call.scored * call.value_share
   if call.keep_mask is not None:
     maps_bhnm = reference.maps(call, query_bnhd, key_bmhd, rescore, own_n, edges)
     with reference.share(needed):

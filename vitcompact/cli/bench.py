@@ -79,7 +79,7 @@ def forward(model, batch: int, runtime: str = "xla", threads: int | None = None,
                                 compiled=compiled)
   path = pathlib.Path(folder, f"{len(list(pathlib.Path(folder).iterdir()))}.onnx")
   onnx_file.write(Program(model, variables, vc.preprocess(model)), path)
-  run = runtimes.opened(path, runtime, threads=threads, precision=precision)
+  run = runtimes.load(path, runtime, threads=threads, precision=precision)
   return lambda: run(images)
 
 
@@ -90,7 +90,7 @@ def exported_row(path, batch: int, runtime: str, threads: int | None) -> Row:
   from vitcompact import runtimes
 
   runtime, precision, name = runtimes.TIMED[runtime]
-  run = runtimes.opened(path, runtime, threads=threads, precision=precision)
+  run = runtimes.load(path, runtime, threads=threads, precision=precision)
   if run.batch not in (None, batch):
     raise ValueError(f"{path} takes {run.batch} images at a time: give --batch {run.batch}")
   rng, shape = np.random.default_rng(0), (batch, *run.shape)

@@ -16,19 +16,19 @@ def digest(names: Sequence[str]) -> str:
   return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()
 
 
-WAY_OUT = ("Use the data that it was made with, rename the class folders to match its names, or "
+HINT = ("Use the data that it was made with, rename the class folders to match its names, or "
            "start without it")
 
 
 def check_classes(where: str, wanted: Sequence[str] | None, got: Sequence[str] | None,
-                  way_out: str = WAY_OUT, what: str = "the data") -> None:
+                  hint: str = HINT, what: str = "the data") -> None:
   """Raises ValueError if the classes of `what` are not those of `where`.
 
   where: names the model or run in the message, such as "runs/a" or "the teacher t.safetensors".
   wanted: its class names in order, got: those of `what`; None if unknown, as in older files.
   """
   if message := difference(where, wanted, got, what):
-    raise ValueError(f"{message}. {way_out}")
+    raise ValueError(f"{message}. {hint}")
 
 
 def difference(where: str, wanted: Sequence[str] | None, got: Sequence[str] | None,

@@ -47,7 +47,7 @@ def as_arrays(example: Example) -> dict:
   return {"image": np.asarray(example.image), "label": example.label}
 
 
-def rgb(file, name: str, way_out: str = SKIP, exif_transpose: bool = False) -> Image.Image:
+def rgb(file, name: str, hint: str = SKIP, exif_transpose: bool = False) -> Image.Image:
   """Decodes a path, a file object or an open image. Raises BadRecord (with `name`) on failure.
   exif_transpose: whether to rotate it according to its EXIF data."""
   try:
@@ -56,7 +56,7 @@ def rgb(file, name: str, way_out: str = SKIP, exif_transpose: bool = False) -> I
     with Image.open(file) as image:
       return _rgb(image, exif_transpose)
   except Exception as error:  # a damaged file can make Pillow raise almost anything
-    raise BadRecord(f"cannot read {name}: {reason(error)}; {way_out}") from error
+    raise BadRecord(f"cannot read {name}: {reason(error)}; {hint}") from error
 
 
 def _rgb(image: Image.Image, exif_transpose: bool) -> Image.Image:

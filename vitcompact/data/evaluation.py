@@ -61,12 +61,12 @@ class Preprocess:
 
 def _decode(image, exif_transpose: bool) -> Image.Image:
   """Decodes a path, a PIL image or an array to an RGB image."""
-  name, way_out = "the image", "check the file"
+  name, hint = "the image", "check the file"
   if isinstance(image, str | os.PathLike):
-    return decode.rgb(image, decode.printable(os.fspath(image)), way_out, exif_transpose)
+    return decode.rgb(image, decode.printable(os.fspath(image)), hint, exif_transpose)
   if isinstance(image, Image.Image):
     name = decode.printable(str(getattr(image, "filename", "")) or name)
-    return decode.rgb(image, name, way_out, exif_transpose)
+    return decode.rgb(image, name, hint, exif_transpose)
   image = np.asarray(image)
   if image.ndim == 3 and image.shape[-1] == 1:
     image = image[..., 0]
@@ -74,4 +74,4 @@ def _decode(image, exif_transpose: bool) -> Image.Image:
     raise ValueError(f"an image must be a path, a PIL image, or a uint8 array (H, W, 3), got "
                      f"{image.dtype} {image.shape}: scale its pixels to 0..255 (16 bits: // 256), "
                      "its channels to red, green and blue, and give one image at a time")
-  return decode.rgb(Image.fromarray(image), name, way_out)
+  return decode.rgb(Image.fromarray(image), name, hint)

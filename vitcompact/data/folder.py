@@ -199,11 +199,11 @@ def _check_known(folder: pathlib.Path, names, root: str, classes: tuple[str, ...
   unknown = sorted(set(names) - set(classes))
   if unknown:
     close = [name for name in classes if _fold_case(name) == _fold_case(unknown[0])]
-    way_out = (f"rename it to {printable(close[0])!r}, as in train" if close else
+    hint = (f"rename it to {printable(close[0])!r}, as in train" if close else
                "add its training images, or remove it; if the classes of its images are unknown, "
                f"move {_shown(folder)} elsewhere")
     raise ValueError(f"{_shown(folder / unknown[0])} is a class that {printable(root)}/train does "
-                     f"not have: {way_out}")
+                     f"not have: {hint}")
 
 
 @functools.cache

@@ -11,8 +11,8 @@ replicas; process i of P reads the i-th of P equal parts of each batch.
   each image is repeated `repeats` times in a row; replica r takes the positions r, r + replicas,
   ..., and an epoch ends after its last whole batch. With repeats, an epoch uses the first
   N // 256 * 256 entries of the repeated order, and so sees about N / repeats of the images. (The
-  published samplers pad the order to a multiple of the replicas with its own beginning. That gives
-  one more batch only if it lacks fewer than `replicas` images; here no image is used as padding.)
+  published samplers pad the order with its own beginning, to a multiple of the replicas. Here there
+  is no padding, so an epoch may have one batch less.)
 """
 import dataclasses
 import functools

@@ -92,19 +92,19 @@ def write_shard(path: pathlib.Path, records) -> dict:
 def read_manifest(root: str) -> dict:
   """The manifest of a directory, checked against the sizes of its files."""
   root = pathlib.Path(root)
-  way_out = "write it with `vitcompact prepare`"
+  hint = "write it with `vitcompact prepare`"
   try:
     manifest = json.loads((root / MANIFEST).read_text())
   except FileNotFoundError:
     raise ValueError(f"no {root / MANIFEST}: 'arrayrecord:PATH' needs prepared files in PATH; "
-                     f"{way_out}") from None
+                     f"{hint}") from None
   except (ValueError, OSError, RecursionError) as error:
-    raise ValueError(f"{root / MANIFEST} is damaged: {reason(error)}; {way_out}") from None
+    raise ValueError(f"{root / MANIFEST} is damaged: {reason(error)}; {hint}") from None
   if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-    raise ValueError(f"{root / MANIFEST} is not of {FORMAT}; {way_out}")
+    raise ValueError(f"{root / MANIFEST} is not of {FORMAT}; {hint}")
   names = manifest.get("class_names")
   if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
-    raise ValueError(f"{root / MANIFEST} does not name its classes in class_names; {way_out}")
+    raise ValueError(f"{root / MANIFEST} does not name its classes in class_names; {hint}")
   if not manifest["complete"]:
     raise ValueError(f"{root} is not complete: run the same `vitcompact prepare` again, "
                      "it continues where it stopped")

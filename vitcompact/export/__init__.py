@@ -140,7 +140,7 @@ def _write_checked(program: Program, path: pathlib.Path, name: str, half: bool, 
 
         quantised.write(partial, program, int8)
       run = getattr(module, format.read)(program, partial) if format.read else \
-          runtimes.opened(partial)
+          runtimes.load(partial)
       max_rel, agreement, count = _compare(program, run, images)
       if not max_rel <= tolerance:   # also true for NaN
         raise ValueError(f"{path.name} differs from the model by {max_rel:.2g} of its largest "

@@ -193,14 +193,14 @@ def _files_of_path(path: pathlib.Path, model: str | None, sha256) -> WeightFiles
       if not pytorch.is_ours(path / names[0]):
         described = config.read(str(path), about, config.load(other) if other.is_file() else None)
     path /= names[0]
-  way_out = "give the intended file"
-  file = download.checked(File(path, str(path)), [sha256] if sha256 else [], way_out)
+  hint = "give the intended file"
+  file = download.checked(File(path, str(path)), [sha256] if sha256 else [], hint)
   parts = []
   if path.name.endswith(".index.json"):
     for name in sorted(files.shards_of(path)):
       if not (path.parent / name).is_file():
         raise FileNotFoundError(f"{path.parent / name}: no such file, and {path.name} names it")
-      parts.append(download.checked(File(path.parent / name, str(path)), [], way_out))
+      parts.append(download.checked(File(path.parent / name, str(path)), [], hint))
   return WeightFiles(file, parts, described)
 
 

@@ -60,12 +60,12 @@ def sha256(path) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def checked(file: File, expected: Sequence[str], way_out: str) -> File:
+def checked(file: File, expected: Sequence[str], hint: str) -> File:
   """The file with its digest; ValueError unless that starts with each of `expected`."""
-  return file._replace(digest=_digest(file.path, expected, str(file.path), way_out))
+  return file._replace(digest=_digest(file.path, expected, str(file.path), hint))
 
 
-def _digest(path, expected: Sequence[str], what: str, way_out: str) -> str:
+def _digest(path, expected: Sequence[str], what: str, hint: str) -> str:
   for start in expected:
     if not re.fullmatch("[0-9a-f]{8,64}", start.lower()):
       raise ValueError(f"sha256={start!r}: must be 8 to 64 hexadecimal digits")
@@ -73,7 +73,7 @@ def _digest(path, expected: Sequence[str], what: str, way_out: str) -> str:
   for start in expected:
     if not digest.startswith(start.lower()):
       raise ValueError(f"{what} is damaged, or another file: its sha256 is {digest}, not {start}; "
-                       f"{way_out}")
+                       f"{hint}")
   return digest
 
 

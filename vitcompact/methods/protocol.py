@@ -28,7 +28,7 @@ What it computes
                                           method of that axis that this one wraps (`inner`), or
                                           None. Its check, scored_heads, value_heads, needs,
                                           removes, mergeable and fold are inherited if not defined
-    inside(site) -> Site                  the block as the inner method sees it (default: the same)
+    inner_site(site) -> Site              the block as the inner method sees it (default: the same)
     acts(site) -> bool                    whether it does anything in this block (default: yes)
     check(site)                           raises ValueError or warns if it does not fit a block
 
@@ -118,10 +118,10 @@ class Site(NamedTuple):
   query_grid, key_grid: (height, width) of the patches among queries and keys; None: no grid.
   ffn_width: channels of the FFN's input and output; hidden: of its hidden layer, the input of fc2.
   head_dim: channels of a head; None: width / heads.
-  mixer: makes the module between fc1 and its activation. It multiplies the variance (of the gate,
-    if the activation is gated) by mixer_gain. It is called with all tokens of the grid (B, N,
-    hidden), or with some of them (B, k, hidden) and their places (B, k): then it takes the others
-    as 0 and returns only these.
+  mixer: makes the module between fc1 and its activation, such as a depthwise convolution. It is
+    called with all tokens of the grid (B, N, hidden); or with some of them (B, k, hidden) and their
+    positions (B, k): then it takes the other tokens as 0, and returns only these. It multiplies the
+    variance (of the gate, if the activation is gated) by mixer_gain.
   key_bias: whether keys have a bias, if qkv_bias is set.
   qk_norm: epsilon of the norms of queries and keys; rotary: temperature of rotary positions,
     rotary_grid: their reference (see `rotary`); layer_scale: initial LayerScale of each branch;
@@ -174,7 +174,7 @@ class Site(NamedTuple):
     """Outputs of fc1: twice the hidden width if the activation is gated."""
     return self.hidden * (2 if self.act in GATED else 1)
 
-  def between(self) -> dict[str, Any]:
+  def mlp_options(self) -> dict[str, Any]:
     """Returns the activation, mixer and norm of an `Mlp`; modules are not bound to a parent."""
     norm = self.ffn_norm and LayerNorm(self.ffn_norm, self.dtype, parent=None)
     return {"act": self.act, "mixer": self.mixer and self.mixer(parent=None), "norm": norm}
@@ -240,9 +240,9 @@ def inner(method):
 def inner_and_site(method, site: Site):
   """Returns (the method that this one wraps, the block as the inner method sees it); (None, site)
   if there is no inner method or it does nothing in this block."""
-  wrapped, inner_site = inner(method), inside(method, site)
-  if wrapped is not None and acts(wrapped, inner_site):
-    return wrapped, inner_site
+  wrapped, site_inside = inner(method), inner_site(method, site)
+  if wrapped is not None and acts(wrapped, site_inside):
+    return wrapped, site_inside
   return None, site
 
 
@@ -258,8 +258,8 @@ def _call_member(member: str, default: Callable):
 def _call_member_or_inner(member: str, default: Callable):
   """Returns the same for a member (site) that a method inherits from its inner method."""
   def call_inner(method, site):
-    wrapped, inner_site = inner_and_site(method, site)
-    return default(method, site) if wrapped is None else call(wrapped, inner_site)
+    wrapped, site_inside = inner_and_site(method, site)
+    return default(method, site) if wrapped is None else call(wrapped, site_inside)
   call = _call_member(member, call_inner)
   return call
 
@@ -270,7 +270,7 @@ def _read_member(member: str, default):
 
 
 acts = _call_member("acts", lambda method, site: True)
-inside = _call_member("inside", lambda method, site: site)
+inner_site = _call_member("inner_site", lambda method, site: site)
 check = _call_member_or_inner("check", lambda method, site: None)
 scored_heads = _call_member_or_inner("scored_heads", lambda method, site: site.heads)
 value_heads = _call_member_or_inner("value_heads", lambda method, site: site.heads)

@@ -38,8 +38,8 @@ RULES = [
 ]
 
 
-class Place(NamedTuple):
-  """The place of a block: its stage, and its number in the stage."""
+class BlockSpec(NamedTuple):
+  """A block's stage, and its number in the stage."""
   stage: int
   number: int
 
@@ -179,9 +179,9 @@ class DaViT(Backbone):
             for stage in range(len(self.widths))]
 
   @nn.nowrap
-  def places(self) -> list[Place]:
-    """Returns the place of every block in order."""
-    return [Place(stage, number) for stage, pairs in enumerate(self.depths)
+  def block_specs(self) -> list[BlockSpec]:
+    """Returns the specs of all blocks in order."""
+    return [BlockSpec(stage, number) for stage, pairs in enumerate(self.depths)
             for number in range(2 * pairs)]
 
   @nn.nowrap
@@ -201,14 +201,14 @@ class DaViT(Backbone):
     """Returns its blocks, as methods see them; all have an FFN, every second one attention between
     tokens."""
     window, count, out = (self.window_size,) * 2, self.window_size ** 2, []
-    for i, place in enumerate(self.places()):
-      width = self.widths[place.stage]
+    for i, spec in enumerate(self.block_specs()):
+      width = self.widths[spec.stage]
       fields = {"tokens": count, "tokens_left": count, "query_grid": window, "key_grid": window,
                 "provides": WINDOWS}
-      if not place.windows:
-        fields = {"query_grid": self.grids[place.stage], "provides": WITHOUT_ATTENTION}
+      if not spec.windows:
+        fields = {"query_grid": self.grids[spec.stage], "provides": WITHOUT_ATTENTION}
       out.append(Site(width=width, ffn_width=width, hidden=int(width * self.mlp_ratio),
-                      heads=self.heads[place.stage], **fields, **self.site_fields(i)))
+                      heads=self.heads[spec.stage], **fields, **self.site_fields(i)))
     return out
 
   @nn.nowrap
@@ -243,8 +243,8 @@ class DaViT(Backbone):
       torch, ours = (f"stages.{s}.downsample", f"downsample_{s + 1}") if s else ("stem", "stem")
       out += torch_names.conv(f"{torch}.conv", f"{ours}/conv")
       out += torch_names.norm(f"{torch}.norm", f"{ours}/norm")
-    for place, (ours, module) in zip(self.places(), self.submodules().items(), strict=True):
-      torch = f"stages.{place.stage}.blocks.{place.number // 2}.{place.number % 2}"
+    for spec, (ours, module) in zip(self.block_specs(), self.submodules().items(), strict=True):
+      torch = f"stages.{spec.stage}.blocks.{spec.number // 2}.{spec.number % 2}"
       out += block.block_entries(module, torch, ours)
       for name in ("cpe1", "cpe2"):
         out += torch_names.conv(f"{torch}.{name}.proj", f"{ours}/{name}")

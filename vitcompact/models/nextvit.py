@@ -38,8 +38,8 @@ RULES = [
 ]
 
 
-class Place(NamedTuple):
-  """The place of a block: its stage, its number in the stage, its kind, input width and stride."""
+class BlockSpec(NamedTuple):
+  """A block's stage, number in the stage, kind, input width and stride."""
   stage: int
   number: int
   transformer: bool
@@ -122,13 +122,14 @@ class NextViT(Backbone):
     return [tuple((-(-sides // 2 ** (2 + stage))).tolist()) for stage in range(4)]
 
   @nn.nowrap
-  def places(self) -> list[Place]:
-    """Returns the place of every block in order."""
+  def block_specs(self) -> list[BlockSpec]:
+    """Returns the specs of all blocks in order."""
     out, in_width = [], self.stem_widths[-1]
     for stage, (depth, period) in enumerate(zip(self.depths, self.periods, strict=True)):
       for i in range(depth):
         transformer = period > 0 and (i + 1) % period == 0
-        out.append(Place(stage, i, transformer, in_width, STAGE_STRIDES[stage] if i == 0 else 1))
+        stride = STAGE_STRIDES[stage] if i == 0 else 1
+        out.append(BlockSpec(stage, i, transformer, in_width, stride))
         in_width = self.widths[stage] * 4 // 3 if transformer else self.widths[stage]
     return out
 
@@ -138,9 +139,9 @@ class NextViT(Backbone):
     for field in ("stem_widths", "widths", "depths", "periods"):
       if len(getattr(self, field)) != 4:
         raise ValueError(f"{field}={getattr(self, field)}: must have 4 entries")
-    places = self.places()
+    specs = self.block_specs()
     for stage in range(4):
-      hybrid = any(place.transformer for place in places if place.stage == stage)
+      hybrid = any(spec.transformer for spec in specs if spec.stage == stage)
       divisor = self.head_dim * (3 if hybrid else 1)
       if self.widths[stage] % divisor:
         raise ValueError(f"widths={self.widths}: {self.widths[stage]}, of stage {stage + 1}, must "
@@ -150,30 +151,30 @@ class NextViT(Backbone):
       if hybrid and (min(height, width) < 1 or height * width < POOLS[stage]):
         raise ValueError(f"image_size={self.image_size}: stage {stage + 1} has {height} x {width} "
                          f"tokens, and a key there averages {POOLS[stage]}; the smallest side of a "
-                         f"square image that fits is {self._smallest_side(places)}")
+                         f"square image that fits is {self._smallest_side(specs)}")
     super().check()
 
   @nn.nowrap
-  def _smallest_side(self, places) -> int:
+  def _smallest_side(self, specs) -> int:
     # The smallest image with w x w tokens in a stage has side (w - 1) * stride + 1: sizes round up.
-    return max((int(np.ceil(POOLS[place.stage] ** 0.5)) - 1) * 2 ** (2 + place.stage) + 1
-               for place in places if place.transformer)
+    return max((int(np.ceil(POOLS[spec.stage] ** 0.5)) - 1) * 2 ** (2 + spec.stage) + 1
+               for spec in specs if spec.transformer)
 
   @nn.nowrap
   def sites(self) -> list[Site]:
     """Returns its blocks, as methods see them; all have an FFN, transformer blocks attention."""
     out = []
-    for i, place in enumerate(self.places()):
-      width, grid = self.widths[place.stage], self.grids[place.stage]
+    for i, spec in enumerate(self.block_specs()):
+      width, grid = self.widths[spec.stage], self.grids[spec.stage]
       # "first" is the block itself, as consecutive blocks differ in width.
       fields = {"query_grid": grid, "act": nn.relu, "first": i, "batch_norm": True,
                 **self.site_fields(i)}
-      if not place.transformer:
+      if not spec.transformer:
         out.append(Site(width=width, ffn_width=width, hidden=width * CONV_MLP_RATIO,
                         provides=WITHOUT_ATTENTION, **fields))
         continue
       # Pooled keys average consecutive tokens, and so have no grid.
-      pool, ffn_width = POOLS[place.stage], width + width // 3
+      pool, ffn_width = POOLS[spec.stage], width + width // 3
       keys = max(1, grid[0] * grid[1] // pool)
       out.append(Site(width=width, ffn_width=ffn_width, hidden=ffn_width * TRANSFORMER_MLP_RATIO,
                       heads=width // self.head_dim, tokens=keys, tokens_left=keys,
@@ -184,10 +185,11 @@ class NextViT(Backbone):
   def submodules(self) -> dict[str, nn.Module]:
     """Returns {name: module}, all of which a plan or folding changes; not bound to a parent."""
     out = {"stem": Stem(self.stem_widths, self.deploy, self.dtype, parent=None)}
-    for site, place, rate in zip(self.sites(), self.places(), self.drop_path_rates(), strict=True):
-      kind = self.block_class(TransformerBlock if place.transformer else ConvBlock)
-      pool = {"pool": POOLS[place.stage]} if place.transformer else {}
-      out[f"blocks_{site.block}"] = kind(site, self.plan.at(site), place.stride, self.head_dim,
+    for site, spec, rate in zip(self.sites(), self.block_specs(), self.drop_path_rates(),
+                                strict=True):
+      kind = self.block_class(TransformerBlock if spec.transformer else ConvBlock)
+      pool = {"pool": POOLS[spec.stage]} if spec.transformer else {}
+      out[f"blocks_{site.block}"] = kind(site, self.plan.at(site), spec.stride, self.head_dim,
                                          drop_path=rate, parent=None, **pool)
     out["head"] = Head(self.num_classes, self.deploy, self.dtype, parent=None)
     return out
@@ -198,17 +200,17 @@ class NextViT(Backbone):
     out = []
     for i in range(4):
       out += torch_names.conv_norm(f"stem.{i}.conv", f"stem.{i}.norm", f"stem/conv{i}")
-    for site, place in zip(self.sites(), self.places(), strict=True):
-      out += self._block_entries(f"stages.{place.stage}.blocks.{place.number}",
-                                 f"blocks_{site.block}", place, site)
+    for site, spec in zip(self.sites(), self.block_specs(), strict=True):
+      out += self._block_entries(f"stages.{spec.stage}.blocks.{spec.number}",
+                                 f"blocks_{site.block}", spec, site)
     out += torch_names.norm("norm", "head/norm", running=True)
     return out + (torch_names.linear("head.fc", "head/fc") if self.num_classes else [])
 
-  def _block_entries(self, torch: str, ours: str, place: Place, site: Site) -> list[Entry]:
+  def _block_entries(self, torch: str, ours: str, spec: BlockSpec, site: Site) -> list[Entry]:
     out = torch_names.conv_norm(f"{torch}.mhca.group_conv3x3", f"{torch}.mhca.norm",
                                 f"{ours}/mhca/group_conv")
     out += torch_names.conv(f"{torch}.mhca.projection", f"{ours}/mhca/projection", use_bias=False)
-    if place.stride == 2 or place.in_width != self.widths[place.stage]:
+    if spec.stride == 2 or spec.in_width != self.widths[spec.stage]:
       out += torch_names.conv_norm(f"{torch}.patch_embed.conv", f"{torch}.patch_embed.norm",
                                    f"{ours}/patch_embed")
     methods = self.plan.at(site)
@@ -217,14 +219,14 @@ class NextViT(Backbone):
     for fc in ("fc1", "fc2") if methods.ffn is None else ():
       out += torch_names.conv(f"{torch}.mlp.{fc}", f"{ours}/mlp/{fc}")
     norms = {"norm": "norm"}
-    if place.transformer:
+    if spec.transformer:
       for theirs, name in (("q", "query"), ("k", "key"), ("v", "value")):
         out += torch_names.heads(f"{torch}.e_mhsa.{theirs}", f"{ours}/attn", (name,))
       out += torch_names.out(f"{torch}.e_mhsa.proj", f"{ours}/attn/out")
       out += torch_names.conv_norm(f"{torch}.projection.conv", f"{torch}.projection.norm",
                                    f"{ours}/projection")
       norms = {"norm1": "norm1", "norm2": "norm2"}
-      if POOLS[place.stage] > 1:
+      if POOLS[spec.stage] > 1:
         norms["e_mhsa.norm"] = "key_norm"
     for theirs, name in norms.items():
       out += torch_names.norm(f"{torch}.{theirs}", f"{ours}/{name}", running=True)

@@ -104,7 +104,7 @@ class SHViT(Backbone):
     return [tuple((-(-sides // 2 ** (PATCH_STRIDES + stage))).tolist()) for stage in range(3)]
 
   @nn.nowrap
-  def places(self) -> list[tuple[int, int]]:
+  def block_numbers(self) -> list[tuple[int, int]]:
     """Returns (stage, number in the stage) of every block in order."""
     return [(stage, i) for stage, depth in enumerate(self.depths) for i in range(depth)]
 
@@ -146,7 +146,7 @@ class SHViT(Backbone):
     """Returns its blocks, as methods see them; all have an FFN, those of stages 2 and 3 attention.
     """
     out = []
-    for i, (stage, _) in enumerate(self.places()):
+    for i, (stage, _) in enumerate(self.block_numbers()):
       width, grid = self.widths[stage], self.grids[stage]
       fields = {"ffn_width": width, "hidden": 2 * width, "query_grid": grid, "act": nn.relu,
                 "ffn_batch_norm": True, **self.site_fields(i)}
@@ -184,7 +184,7 @@ class SHViT(Backbone):
       out += self._conv(f"patch_embed.{2 * i}", f"stem/conv{i}", "conv/")
     for stage in (1, 2):
       out += self._downsample(f"stages.{stage}.downsample", f"downsample_{stage + 1}")
-    for site, (stage, number) in zip(self.sites(), self.places(), strict=True):
+    for site, (stage, number) in zip(self.sites(), self.block_numbers(), strict=True):
       out += self._block(f"stages.{stage}.blocks.{number}", f"blocks_{site.block}", site)
     if not self.num_classes:
       return out

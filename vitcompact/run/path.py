@@ -169,7 +169,7 @@ def measure_plan_compact(config, directory, dense: pathlib.Path, budget, say):
   digest = trees.digest(variables)
   if (directory / "report.json").exists() and (directory / "report.html").exists():
     found = Report.load(directory)
-    found.check_of(model, digest)
+    found.check_model(model, digest)
   else:
     with Bar("measure") as progress:
       found = vc.measure(model, variables, calibration(), config.compact.sensitivity, progress)
@@ -223,7 +223,7 @@ def check_dense(config, path: pathlib.Path, model):
              if value != fields_of(expected).get(key) and key not in (*free, "execution")}
     raise ValueError(f"{path} holds {model.variant}, not what config.model and config.data ask for"
                      f": (in the file, asked for) are {other or expected.variant}")
-  check_classes(str(path), convert.classes_of(path), names, start.WAY_OUT)
+  check_classes(str(path), convert.classes_of(path), names, start.HINT)
 
 
 def dense_model_of(config):

@@ -122,7 +122,7 @@ def exports(formats, directory: pathlib.Path, model, variables, **about) -> list
     facts = {"file": path.name, "runtime": done.runtime, "sha256": done.sha256,
              "largest_difference": done.max_rel, "compared_on": done.images}
     if name in ("onnx", "openvino"):   # the other formats run in XLA
-      run, batch = runtimes.opened(path), np.asarray(images)
+      run, batch = runtimes.load(path), np.asarray(images)
       xla = functools.partial(jax.jit(model.apply), jax.device_put(variables), images)
       timing = bench.paired({"XLA": xla, name: lambda run=run, batch=batch: run(batch)})[name]
       facts |= {"speed_xla_is_1": [timing.speedup, timing.low, timing.high], "clock": timing.clock}

@@ -14,7 +14,7 @@ from vitcompact.data.classes import check_classes
 from vitcompact.train.step import TrainState
 
 CALIBRATION_IMAGES = 128
-WAY_OUT = (f"Use data of the same classes in the same order, or give the file another classifier: "
+HINT = (f"Use data of the same classes in the same order, or give the file another classifier: "
            f"`{files.CONVERT} FILE --reset-head --out NEW.safetensors`")
 
 
@@ -98,7 +98,7 @@ def _fitting(key: str, name: str, model, classes):
   found, variables = convert.load(path)
   variables = jax.tree.map(jnp.asarray, variables)
   _check_fits(what, found, variables, model)
-  check_classes(what, convert.classes_of(path), classes, WAY_OUT)
+  check_classes(what, convert.classes_of(path), classes, HINT)
   return variables
 
 

@@ -271,8 +271,8 @@ def test_blocks_below_the_crossover_stay_dense_and_get_no_options():
                                   plan=vc.Plan(attention=vc.BiFormer())) for size in (224, 512))
   assert small.submodules()["blocks_0"].methods.attention is None
   assert large.submodules()["blocks_0"].methods.attention == vc.BiFormer()
-  assert vc.BiFormer().least_tokens == tuning.REGION_MIN_TOKENS == 442
-  assert vc.BiFormer(regions=None).least_tokens == tuning.BLOCK_MIN_TOKENS
+  assert vc.BiFormer().token_threshold == tuning.REGION_MIN_TOKENS == 442
+  assert vc.BiFormer(regions=None).token_threshold == tuning.BLOCK_MIN_TOKENS
   site, = large.sites()
   assert [method.keep for method in vc.BiFormer.options(site)] == [0.25, 0.5, 0.75]
   assert vc.BiFormer.options(site)[0].windows(site.key_grid) == Windows((32, 32), (8, 8))

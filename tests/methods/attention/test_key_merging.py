@@ -155,7 +155,7 @@ def test_it_is_active_depending_on_the_number_of_keys():
   assert [site.tokens for site in model.sites()] == [4, 4, 4, 4, 5]
   assert [model.plan.at(site).attention is not None for site in model.sites()] == [False] * 4 + [
       True]
-  assert vc.KeyMerging().least_tokens == attention.tuning.MERGE_MIN_TOKENS
+  assert vc.KeyMerging().token_threshold == attention.tuning.MERGE_MIN_TOKENS
   assert vc.KeyMerging.options(tiny.site()) == []
   assert [method.keep for method in vc.KeyMerging.options(
       tiny.site(tokens=577, tokens_left=577))] == [0.5, 0.75]

@@ -118,8 +118,8 @@ def test_mctf_attends_one_step_ahead_as_if_its_maps_were_merged(fields):
 
   @jax.jit
   def run(first):
-    fused, ahead = spec.fuse(first, query, key, prefix)
-    core = ahead(first.core())
+    fused, to_fused = spec.fuse(first, query, key, prefix)
+    core = to_fused(first.core())
     return fused, core(query, key, value), core.merged(core.maps(query, key))
 
   fused, got, got_maps = run(first)
@@ -186,15 +186,15 @@ def test_recomputed_attention_over_equal_tokens_equals_one_step_ahead():
   @jax.jit
   def run(tokens):
     old = project(tokens.x)
-    fused, ahead = spec.fuse(tokens, old, old, 1)
+    fused, to_fused = spec.fuse(tokens, old, old, 1)
     again, none = dataclasses.replace(spec, one_step_ahead=2).fuse(tokens, old, old, 1)
     assert none is None
     new = project(again.x)
-    return ahead(tokens.core())(old, old, project(fused.x)), again.core()(new, new, new)
+    return to_fused(tokens.core())(old, old, project(fused.x)), again.core()(new, new, new)
 
-  ahead, precise = run(tokens)
-  np.testing.assert_allclose(ahead, precise, atol=1e-5)
-  assert ahead.shape[1] == COUNT - 9
+  to_fused, precise = run(tokens)
+  np.testing.assert_allclose(to_fused, precise, atol=1e-5)
+  assert to_fused.shape[1] == COUNT - 9
 
 
 def test_no_gradient_flows_through_a_choice():

@@ -74,7 +74,7 @@ class BiFormer:
       refuse("min_tokens", "a whole number of tokens, 0 or more, or None")
 
   @property
-  def least_tokens(self) -> int:
+  def token_threshold(self) -> int:
     """`min_tokens`, with None replaced by its default."""
     if self.min_tokens is not None:
       return self.min_tokens
@@ -95,7 +95,7 @@ class BiFormer:
     return max(1, round((self.keep or KEEP) * keys.blocks))
 
   def acts(self, site: Site) -> bool:
-    return site.tokens_left >= self.least_tokens
+    return site.tokens_left >= self.token_threshold
 
   def check(self, site: Site):
     if site.key_grid is None:

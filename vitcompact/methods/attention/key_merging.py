@@ -48,7 +48,7 @@ class KeyMerging:
                        "tokens, 0 or more, or None")
 
   @property
-  def least_tokens(self) -> int:
+  def token_threshold(self) -> int:
     """`min_tokens`, with None replaced by its default."""
     return tuning.MERGE_MIN_TOKENS if self.min_tokens is None else self.min_tokens
 
@@ -57,7 +57,7 @@ class KeyMerging:
     return min(int((1 - self.keep) * keys + 1e-9), keys // 2)
 
   def acts(self, site: Site) -> bool:
-    return (site.tokens_left >= self.least_tokens and
+    return (site.tokens_left >= self.token_threshold and
             self.merged_count(site.tokens_left - site.prefix) > 0)
 
   def needs(self, site: Site) -> dict[str, str]:

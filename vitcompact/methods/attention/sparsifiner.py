@@ -54,8 +54,8 @@ class Sparsifiner:
   granularity: "token": chooses pairs of tokens by masking dense attention, a reference slower than
     dense. "block": chooses pairs of blocks of about `window` x `window` patches; a query block
     keeps max(1, round(keep * blocks)) of them, its own included, and the others are not computed.
-    DynamicViT only masks dropped tokens in training: training then uses blocks of the whole grid,
-    and inference uses blocks of the remaining tokens.
+    With DynamicViT, which in training masks the tokens that it drops, training uses blocks of the
+    whole grid, and inference uses blocks of the remaining tokens.
   masked: whether attention is restricted. False in the first phase of training: attention is dense
     while predictors learn. Whenever "attention" is a mutable collection, each predictor sows there
     its "score", the "target" to reconstruct and which pairs are "kept".
@@ -143,7 +143,7 @@ class Sparsifiner:
     return (self.basis or {"paper": "signed", "code": "magnitude"}[self.variant]) == "signed"
 
   @property
-  def least_tokens(self) -> int:
+  def token_threshold(self) -> int:
     """`min_tokens`, with None replaced by its default."""
     if self.min_tokens is not None:
       return self.min_tokens
@@ -162,7 +162,7 @@ class Sparsifiner:
     return self.rank or max(1, keys // self.reduce_n)
 
   def acts(self, site: Site) -> bool:
-    return site.tokens_left >= self.least_tokens
+    return site.tokens_left >= self.token_threshold
 
   def needs(self, site: Site) -> dict[str, str]:
     del site

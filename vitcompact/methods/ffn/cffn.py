@@ -128,7 +128,7 @@ class CFFN:
 
   def make(self, site: Site, **kwargs) -> nn.Module:
     layers = {name: ffn_layer(site, name) for name in ("fc1", "fc2")} | self.factorised(site)
-    return Mlp(**layers, **site.between(), **kwargs)
+    return Mlp(**layers, **site.mlp_options(), **kwargs)
 
   def from_dense(self, site: Site, params, stats, data):
     """Factorises fc1 before fc2, so that fc2 is fitted to the hidden layer that it will get. A

@@ -48,7 +48,7 @@ class GLU:
     width = int(2 * site.hidden / 3)
     return max(1, int(width / self.multiple + 0.5)) * self.multiple
 
-  def inside(self, site: Site) -> Site:
+  def inner_site(self, site: Site) -> Site:
     return site._replace(act=GATES[self.act], hidden=self.hidden(site))
 
   def check(self, site: Site):
@@ -81,9 +81,9 @@ class GLU:
     inner, gated = protocol.inner_and_site(self, site)
     if inner is not None:
       return inner.make(gated, **kwargs)
-    gated = self.inside(site)
+    gated = self.inner_site(site)
     return Mlp(fc1=dense(gated.fc1_width, dtype=site.dtype),
-               fc2=dense(gated.ffn_width, dtype=site.dtype), **gated.between(), **kwargs)
+               fc2=dense(gated.ffn_width, dtype=site.dtype), **gated.mlp_options(), **kwargs)
 
   def from_dense(self, site: Site, params, stats, data):
     del params, stats, data
@@ -108,10 +108,10 @@ class ConvGLU(GLU):
 
   act: str = "gelu"
 
-  def inside(self, site: Site) -> Site:
+  def inner_site(self, site: Site) -> Site:
     # The gain is 2: there are nine taps, whose initial weights have a variance of 2 / 9.
     mixer = functools.partial(GateConv, site.query_grid, site.prefix, dtype=site.dtype)
-    return super().inside(site)._replace(mixer=mixer, mixer_gain=2)
+    return super().inner_site(site)._replace(mixer=mixer, mixer_gain=2)
 
   def needs(self, site: Site) -> dict[str, str]:
     inner, inside = protocol.inner_and_site(self, site)

@@ -1,4 +1,4 @@
-"""How much the attention's output would lose without some of its heads. Ours."""
+"""How much the output of attention changes if some of its heads are removed. Our criterion."""
 import itertools
 import math
 
@@ -12,11 +12,12 @@ from vitcompact.regression import HIGH, gram
 
 
 def losses(params, data=None) -> np.ndarray:
-  """Returns (h, h): the sum over the rows and columns of a set of heads is the mean square that the
-  attention's output loses without the set.
+  """Returns a matrix L (h, h): removing a set S of heads changes the output of attention by the sum
+  of L[i, j] over i and j in S (a mean square over tokens).
 
-  With calibration images, it is the covariance of the heads' contributions, as a bias can replace
-  their constant part. Without them, it is |V_i O_i|^2, as if contributions were independent.
+  With calibration images, L is the covariance of the heads' contributions: their means do not
+  count, because a bias can replace them. Without images, L is diagonal, with |V_i O_i|^2, as if the
+  heads' contributions were independent.
   """
   value, out = params["attn"]["value"], params["attn"]["out"]["kernel"]
   if data is None:

@@ -32,12 +32,12 @@ from vitcompact.trees import Leaf
 class MoH:
   """Heads axis: each token uses `active` heads, `shared` of which are the same for all tokens.
 
-  active, shared: a number of heads, or a share of a block's heads in (0, 1], rounded. As shares,
-    they leave at least one shared and one routed head; active=1.0 uses all. If `shared` is the
-    number of all heads, none are routed, but their outputs are still weighted.
-  capacity: None computes every head for every token. A number: a routed head computes at most
-    ceil(capacity * tokens * its fair share) tokens, those with the largest weights, and outputs 0
-    for the others. Shapes are static, and the other rows of scores are never computed.
+  active, shared: a number of heads (int), or a share of a block's heads (float in (0, 1]), which is
+    rounded so that at least one head is shared and one is routed; active=1.0 uses all heads. If
+    `shared` is the number of all heads, none is routed, but their outputs are still weighted.
+  capacity: None computes every head for every token. With a number, a routed head computes only the
+    ceil(capacity * tokens * its fair share) tokens with the largest weights, and outputs 0 for the
+    others: shapes are static, and rows of scores that are not needed are not computed.
   heads: None, or the method of this axis that computes the heads' outputs, such as HMHSA().
   """
   axis: ClassVar[str] = "heads"

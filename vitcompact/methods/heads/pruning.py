@@ -40,7 +40,7 @@ class HeadPruning:
   def scope(self) -> str:
     return "pruned" if self.heads is None else protocol.scope_of(self.heads)
 
-  def inside(self, site: Site) -> Site:
+  def inner_site(self, site: Site) -> Site:
     return site._replace(heads=self.value_heads(site), head_dim=site.head_width)
 
   def value_heads(self, site: Site) -> int:

@@ -28,10 +28,10 @@ STEP = 0.2   # how much the share falls from one decision to the next
 class FastPath:
   """Tokens axis: x + FFN(norm x) for a share of the patches, x + linear(norm' x) for the others.
 
-  A predictor before the s-th of `blocks` decides which int(share_s * patches) patches take the FFN,
-  in this block and those after it, until the next decision or the last block with the same tokens
-  (the end of its stage). Each decision chooses among all patches. No token is lost, so it fits
-  models whose tokens must stay on their grid. Prefix tokens take the FFN.
+  A predictor before the s-th of `blocks` chooses int(share_s * patches) of all patches. These take
+  the FFN in this block and in the following ones, up to the next predictor or the end of the stage.
+  No token is dropped, so the method fits models whose tokens must stay on their grid. Prefix tokens
+  always take the FFN.
 
   keep: the share of the first decision, in (0, 1]; each further share is lower by 0.2. Or a tuple
     of shares, one for each of `blocks`. 1 changes nothing, and has no predictor.
