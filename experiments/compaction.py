@@ -265,7 +265,7 @@ class Fold:
 
   def scratch(self, name: str, plan: vc.Plan):
     """Adds the row of a plan that is trained from scratch, as the dense model was."""
-    config = dense_config(self.data, self.name, self.seed)
+    config = configs.complete(dense_config(self.data, self.name, self.seed))
     config.plan = plan.to_json()
     self.row(f"{name}, from scratch", lambda: vc.load(
         train_or_find(config, self.runs / f"from scratch, {name}")), plan)
