@@ -86,6 +86,9 @@ def get_config(argument=""):
   config.compact = ConfigDict()   # from a dense model to a smaller one: vitcompact/run/path.py
   config.compact.macs = 0.0       # target share of the dense model's MACs; 0: off
   config.compact.params = 0.0     # or target share of its parameters
+  config.compact.speedup = 0.0    # or how many times as fast as the dense model on this device
+  config.compact.latency_ms = 0.0 # or milliseconds for a batch of latency_batch images
+  config.compact.latency_batch = 1
   config.compact.images = 512     # calibration images, from the train split
   config.compact.sensitivity = "quick"      # or "full": try every option in every block
   config.compact.distil = True    # then distil from the dense model for total_steps
@@ -168,7 +171,8 @@ def local(config):
                       cooldown_steps=min(config.optim.cooldown_steps, 2))
   config.optim.rates = tuple((pattern, factor, min(first, 2))
                              for pattern, factor, first in config.optim.rates)
-  if config.compact.macs or config.compact.params:   # these provide a teacher
+  if any(config.compact[goal] for goal in ("macs", "params", "speedup", "latency_ms")):
+    # These provide a teacher.
     config.compact.update(images=64, sensitivity="quick", dense_steps=20)
   else:
     config.loss.update(hard=0.0, soft=0.0, logits=0.0, patches=0.0)

@@ -3,7 +3,6 @@ import dataclasses
 import json
 import pathlib
 import sys
-import types
 import zipfile
 
 import jax
@@ -162,8 +161,7 @@ def test_the_crop_of_a_runs_evaluation_is_kept_in_the_file(tmp_path, ours, crop)
   """The model's own crop is 0.9: serving used to crop differently from the run that measured it."""
   pre = dataclasses.replace(vc.preprocess(MODEL), crop=crop)
   path, out = tmp_path / "run.safetensors", tmp_path / "out.safetensors"
-  report.write(tmp_path, types.SimpleNamespace(classes=(), write=lambda _: None),
-               {"run": (MODEL, VARIABLES)}, pre)
+  report.write(tmp_path, tiny.receipt(), {"run": (MODEL, VARIABLES)}, pre)
   assert vc.preprocess(path) == vc.preprocess(str(path)) == pre != vc.preprocess(MODEL)
   assert vc.load(path)[0] == MODEL
   assert vc.preprocess(ours) == vc.preprocess(MODEL)      # a file without a crop

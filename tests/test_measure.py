@@ -172,6 +172,29 @@ def test_a_smaller_budget_has_no_smaller_predicted_loss(measured):
   assert costs == sorted(costs)
 
 
+@pytest.mark.parametrize("goal", [{"macs": 0.7}, {"params": 0.8}], ids=["macs", "params"])
+def test_runners_up_reach_the_same_goal_and_are_no_better(measured, goal):
+  report = measured[3]
+  found = report.explain(report.plan(**goal), **goal)
+  assert not found.missed and found.steps
+  assert all(step.more > -1e-6 for step in found.steps), found
+
+
+def test_a_plan_that_misses_a_goal_is_explained_as_such(measured):
+  report = measured[3]
+  found = report.explain(report.plan(macs=0.85), macs=0.55)
+  assert found.missed == "macs=0.55" and "does not reach macs=0.55" in str(found)
+  assert not report.explain(report.plan(macs=0.85), macs=0.85).missed
+
+
+def test_the_kl_of_a_reducer_is_called_inferred_if_it_was_not_measured(measured):
+  report, known = measured[3], measured[3].tokens[0]
+  for is_measured in (True, False):
+    other = dataclasses.replace(report, tokens=(known._replace(measured=is_measured),))
+    step = other.explain(vc.Plan(tokens=known.method)).steps[0]
+    assert step.block == "all" and step.measured == is_measured
+
+
 def test_a_plan_can_be_limited_to_some_axes(measured):
   plan = measured[3].plan(macs=0.8, axes=("ffn",))
   assert {method.axis for method in plan.methods()} == {"ffn"}
@@ -349,6 +372,9 @@ def test_requests_beyond_a_report_are_refused_by_name(measured):
     report.plan()
   with pytest.raises(ValueError, match="must be a share"):
     report.plan(macs=70)
+  for axes in ("heads", (), ("head",)):
+    with pytest.raises(ValueError, match="must be a tuple of one or more of heads"):
+      report.plan(macs=0.8, axes=axes)
   with pytest.raises(ValueError, match="sensitivity='none'"):
     dataclasses.replace(report, sensitivity="none").plan(macs=0.5)
   with pytest.raises(ValueError, match="measure again"):
@@ -359,8 +385,25 @@ def test_images_of_one_class_cause_a_warning():
   model = tiny.deit(drop_path_rate=0.0)
   variables = tiny.init(model, spread=0.5)
   one = np.repeat(np.asarray(tiny.images(model, batch=1)), 48, axis=0)
-  with pytest.warns(UserWarning, match="of few classes: the model sees 1 of 5"):
+  with pytest.warns(UserWarning, match="sees only 1 of its 5 classes in the 48"):
     vc.measure(model, variables, one, sensitivity="none")
+
+
+@pytest.mark.parametrize("verb", [
+    lambda *of: vc.measure(*of, sensitivity="none"),
+    lambda model, variables, images: vc.compact(model, variables, vc.Plan(ffn=vc.CFFN()), images)],
+    ids=["measure", "compact"])
+def test_unsuitable_images_and_weights_are_noticed(verb):
+  """Pixels in 0..1, one image many times, and weights that are NaN."""
+  model = tiny.deit(drop_path_rate=0.0, depth=1)
+  variables, images = tiny.init(model, spread=0.5), np.asarray(tiny.images(model, batch=16))
+  with pytest.warns(UserWarning, match="from 0 to 1, like pixels that were not normalised"):
+    verb(model, variables, (images - images.min()) / np.ptp(images))
+  with pytest.warns(UserWarning, match="the 16 images are all the same"):
+    verb(model, variables, np.repeat(images[:1], 16, axis=0))
+  broken = jax.tree.map(lambda leaf: leaf * np.nan, variables)
+  with pytest.raises(ValueError, match="holds NaN or infinity: nothing can be fitted"):
+    verb(model, broken, images)
 
 
 @pytest.mark.parametrize("change,words", [

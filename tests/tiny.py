@@ -8,9 +8,12 @@ import pytest
 
 import vitcompact as vc
 from vitcompact import checks, trees
+from vitcompact.count import Count
 from vitcompact.data.evaluation import Preprocess
 from vitcompact.methods.ffn import cffn
 from vitcompact.methods.protocol import CAPABILITIES, Site
+from vitcompact.receipt import Receipt, Row
+from vitcompact.verify import Proof
 
 SIZES = {"width": 24, "depth": 2, "heads": 4, "image_size": 32, "patch_size": 8, "num_classes": 5}
 
@@ -136,3 +139,10 @@ def _gradients(model, variables, images, key):
                          rngs={"dropout": key}, mutable=["batch_stats"])
     return jnp.sum(getattr(out, "logits", out) ** 2)
   return jax.grad(loss)(variables["params"])
+
+
+def receipt(**changes) -> Receipt:
+  """A receipt of one row, without a run."""
+  count = Count(**dict.fromkeys(Count._fields, 7))
+  proof = Proof(**{field: 0 for field in Proof.__dataclass_fields__})
+  return Receipt("a run", (Row("dense", count, 0.5),), proof, {"data": "folder:x"}, **changes)

@@ -4,6 +4,7 @@ Each error is one line: what was given, what is expected, and what to do. Only s
 read, except in `check_values`, so that the functions can be traced.
 """
 import functools
+import warnings
 from collections.abc import Mapping
 
 import jax
@@ -15,9 +16,10 @@ from vitcompact.methods import METHODS, protocol
 from vitcompact.plan import Plan
 
 LARGEST_VALUE = 50.0   # of normalised images; pixels in 0..255 exceed it
+FEW_CLASSES = 0.5      # warn below this share of the expected number of classes
 MANY = 3   # mismatches that are shown; the others are counted
 VARIABLES = "expected {'params': ..., 'batch_stats': ...} as model.init gives"
-IMAGES = "normalised float, as vc.preprocess(model) makes them"
+IMAGES = "as normalised floats, which vc.preprocess(model) makes"
 
 
 def describe_value(value) -> str:
@@ -109,14 +111,38 @@ def check_images(model, images, what: str = "images"):
     raise ValueError(f"no {what} were given: shape {tuple(shape)}, {expected}")
 
 
+def check_finite(variables):
+  """Raises ValueError if the variables hold NaN or infinity."""
+  if bad := trees.nonfinite(variables):
+    raise ValueError(f"variables: {min(bad)} holds NaN or infinity: nothing can be fitted to the "
+                     "outputs of such a model")
+
+
 def check_values(images):
-  """Raises ValueError if images hold NaN or infinity, or were not normalised."""
+  """Raises ValueError if images hold NaN or infinity, or pixels in 0..255. Warns if they are all
+  the same, or look like pixels in 0..1."""
   bad = int(jnp.sum(~jnp.isfinite(jnp.asarray(images)).all(axis=(1, 2, 3))))
   if bad:
     raise ValueError(f"{bad} of {len(images)} images hold NaN or infinity; leave them out")
-  largest = float(jnp.max(jnp.abs(jnp.asarray(images))))
-  if largest > LARGEST_VALUE:
+  least, most = float(jnp.min(jnp.asarray(images))), float(jnp.max(jnp.asarray(images)))
+  if (largest := max(-least, most)) > LARGEST_VALUE:
     raise ValueError(f"values of the images reach {largest:.3g}: give them {IMAGES}")
+  if len(images) > 1 and np.all(np.ptp(np.asarray(images), axis=0) == 0):
+    warnings.warn(f"the {len(images)} images are all the same; give different ones", stacklevel=3)
+  elif least >= 0 and most <= 1:
+    warnings.warn(f"values of the images are from {least:.3g} to {most:.3g}, like pixels that were "
+                  f"not normalised; give them {IMAGES}", stacklevel=3)
+
+
+def warn_if_few_classes(logits, stacklevel: int):
+  """Warns if a model sees fewer classes in calibration images than mixed ones would have."""
+  classes = len(np.unique(logits.argmax(-1)))
+  expected = min(logits.shape[-1], len(logits) // 8)
+  if classes < FEW_CLASSES * expected or (classes == 1 and len(logits) > 1):
+    warnings.warn(f"the model sees only {classes} of its {logits.shape[-1]} classes in the "
+                  f"{len(logits)} images. Are they of mixed classes, and normalised as "
+                  "vc.preprocess(model) does? Or is the model not trained?",
+                  stacklevel=stacklevel + 1)
 
 
 def check_plan(plan):

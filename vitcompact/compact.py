@@ -18,7 +18,15 @@ from vitcompact.calibration import (
   run_teacher,
   take_images,
 )
-from vitcompact.checks import check_images, check_model, check_plan, check_values, check_variables
+from vitcompact.checks import (
+  check_finite,
+  check_images,
+  check_model,
+  check_plan,
+  check_values,
+  check_variables,
+  warn_if_few_classes,
+)
 from vitcompact.methods import protocol
 from vitcompact.plan import Plan
 
@@ -63,6 +71,7 @@ def compact(model: nn.Module, variables, plan: Plan, images=None,
   if images is not None:
     check_images(model, images)
     check_values(images)
+    check_finite(variables)
     jax.eval_shape(model.apply, variables, images)   # the model itself checks their size
   if model.plan != Plan():
     model, variables = _dense_form(model, variables, images)
@@ -85,7 +94,9 @@ def compact(model: nn.Module, variables, plan: Plan, images=None,
                   f"{', and new batch norms start without statistics' if new_norms else ''}; "
                   "with images= it uses activations (docs/compaction.md)",
                   stacklevel=2)
-  return small, {"params": params, **({"batch_stats": stats} if stats else {})}
+  new = {"params": params, **({"batch_stats": stats} if stats else {})}
+  check_variables(small, new, "the compacted variables")   # a method may be the user's
+  return small, new
 
 
 def _dense_form(model: nn.Module, variables, images):
@@ -136,7 +147,9 @@ def _fit_blocks(model: nn.Module, small: nn.Module, variables, images, progress)
       out = jax.tree.map(lambda *halves: np.concatenate(halves), out, dense_out)
     return out
 
-  run_blocks(model, variables, np.concatenate([images, images]), on_block)
+  logits = run_blocks(model, variables, np.concatenate([images, images]), on_block)
+  if model.num_classes and not isinstance(logits, tuple):
+    warn_if_few_classes(np.asarray(logits)[-len(images):], stacklevel=3)
   _warn_if_too_few(notes, len(images))
   return fitted
 

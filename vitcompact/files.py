@@ -31,6 +31,12 @@ KINDS = {
 }
 
 
+def sha256(path) -> str:
+  """The SHA-256 of a file's bytes, in hexadecimal digits."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_safetensors(path, arrays: Mapping[str, Any], about: Mapping[str, str], *,
                       force: bool = False):
   """Writes {name: array} and string metadata atomically.

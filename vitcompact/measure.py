@@ -25,7 +25,14 @@ from vitcompact.calibration import (
   run_teacher,
   take_images,
 )
-from vitcompact.checks import check_images, check_model, check_values, check_variables
+from vitcompact.checks import (
+  check_finite,
+  check_images,
+  check_model,
+  check_values,
+  check_variables,
+  warn_if_few_classes,
+)
 from vitcompact.curvature import kl_per_error
 from vitcompact.methods import METHODS, protocol
 from vitcompact.models import fields_of
@@ -36,7 +43,7 @@ from vitcompact.report import Option, Report
 SENSITIVITIES = ("none", "quick", "full")
 KEY_SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)   # shares of the keys, for attention mass
 TABLE_IMAGES = 32       # images for the tables of attention and tokens
-FEW_CLASSES = 0.5       # warn below this share of the expected number of classes
+FEW_IMAGES = 64         # warn below this number
 TINY = 1e-12
 BLOCKS_PER_TRIAL = 12   # a quick report tries each method in one block out of this many
 KL_EXPONENT = 1.5       # KL ~ (removed tokens)^this; 0.96 to 1.93 on Fashion-MNIST
@@ -75,7 +82,11 @@ def measure(model: nn.Module, variables, images, sensitivity: str = "quick",
     images = np.concatenate(batches) if batches else None
   check_images(model, images)
   check_values(images)
+  check_finite(variables)
   jax.eval_shape(model.apply, variables, images)   # raises the model's own error about sizes
+  if len(images) < FEW_IMAGES:
+    warnings.warn(f"{len(images)} images are few: estimates and KLs depend on which they are; give "
+                  "at least 256", stacklevel=2)
   return _Measurement(model, variables, images, sensitivity, progress).report()
 
 
@@ -137,7 +148,7 @@ class _Measurement:
     logits = run_blocks(model, self.variables, self.images,
                      lambda name, block, x: self._block(rows, name, block, x))
     if model.num_classes and not isinstance(logits, tuple):
-      self._check_classes(np.asarray(logits))
+      warn_if_few_classes(np.asarray(logits), stacklevel=3)
     kept = [] if self.sensitivity == "none" else self._reducers()
     if self.sensitivity == "quick":
       self._infer(rows)
@@ -335,14 +346,6 @@ class _Measurement:
           tokens_left=reduced[name].site.tokens_left)), self._variables(name), x)
 
     return self._kl(self._run(on_block))
-
-  def _check_classes(self, logits):
-    classes = len(np.unique(logits.argmax(-1)))
-    expected = min(logits.shape[-1], len(logits) // 8)
-    if classes < FEW_CLASSES * expected or (classes == 1 and len(logits) > 1):
-      warnings.warn(f"the {len(logits)} images are of few classes: the model sees {classes} of "
-                    f"{logits.shape[-1]}; shuffle the data, or are the images not normalised as "
-                    "vc.preprocess(model) does?", stacklevel=4)
 
 
 def _removed_share(reducer, site) -> float:

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -133,12 +134,18 @@ class Receipt:
              "agree."]
     if proof.first_difference:
       lines.append(f"A difference first arises in {proof.first_difference}.")
+    if not self.ok and all(one.max_rel < 10 * one.tolerance and one.top1_agreement == 1
+                           for one in (proof, *self.further.values())):
+      lines.append("Differences this small may be rounding, if logits are small beside the terms "
+                   "that they sum up, as in a model that is hardly trained.")
     lines += [f"{name.capitalize()}: {'same function' if other.ok else 'NOT the same function'}, "
               f"{other.max_rel:.2g} of the largest logit at most, allowed {other.tolerance:.0e}."
               for name, other in self.further.items()]
     if tested := self.rows[-1].tested:
+      also = (", which are also those of val, on which checkpoints are chosen: the data has only "
+              "one of the two splits" if self.facts.get("val_is_test") else "")
       lines.append(f"Accuracies are of {tested:,} test images, with 95 % intervals (Wilson) in "
-                   "brackets.")
+                   f"brackets{also}.")
     if timing:
       verdict = ": slower than dense at this size" if timing.speedup < 1 else ""
       lines.append(f"Speed: the deployed model runs at {timing.speedup:.2f} times the dense one's "
@@ -152,7 +159,7 @@ class Receipt:
 def environment() -> dict[str, object]:
   """Where the numbers were measured: command, versions, device, commit."""
   device = jax.devices()[0]
-  return {"command": " ".join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
+  return {"command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
           "vitcompact": __version__, "commit": _commit(), "python": platform.python_version(),
           **{name: importlib.metadata.version(name) for name in PACKAGES},
           "device": f"{jax.device_count()} x {device.platform} ({device.device_kind}, "

@@ -16,6 +16,9 @@ from vitcompact.models import create_model
 from vitcompact.plan import BY_BLOCK, BlockMethods, Plan, describe_method
 from vitcompact.planner import Choice, Costs, Knapsack, combinations
 
+GOALS = ("macs", "params", "speedup", "latency_ms")
+NO_OTHER = "no other plan reaches the goal"
+
 
 class Option(NamedTuple):
   """A method that could be used in one block or, for the tokens axis, in the whole model.
@@ -36,7 +39,8 @@ class Step:
   """Why a plan uses a method in a block: a row of `Report.explain`.
 
   saves: share of the dense model's MACs; runner_up: what the best plan without this method would
-  use here; more: how much the KL would grow then.
+  use here and still reach the goal; more: how much the KL would grow then (infinity: no other plan
+  reaches it).
   """
   block: str
   method: str
@@ -50,22 +54,25 @@ class Step:
 @dataclasses.dataclass(frozen=True)
 class Explanation:
   """What a plan is predicted to cost. macs, params: shares of the dense model's; kl: the sum of its
-  options' KLs, each for that option alone, in nats per image; unit: name of that measure."""
+  options' KLs, each for that option alone, in nats per image; unit: name of that measure; missed:
+  the goal that the plan does not reach, such as "macs=0.7", or ""."""
   plan: Plan
   macs: float
   params: float
   kl: float
   steps: tuple[Step, ...]
   unit: str = "KL"
+  missed: str = ""
 
   def __str__(self) -> str:
+    missed = f"; this plan does not reach {self.missed}" if self.missed else ""
     lines = [f"MACs {self.macs:.1%}, parameters {self.params:.1%} of the dense model; predicted "
-             f"{self.unit} {self.kl:.2g}"]
+             f"{self.unit} {self.kl:.2g}{missed}"]
     for step in self.steps:
-      lines.append(f"{step.block}: {step.method}: saves {step.saves:.1%} for {self.unit} "
-                   f"{step.kl:.2g}"
-                   f"{'' if step.measured else ' (inferred)'}; instead {step.runner_up}"
-                   f" ({step.more:+.2g})")
+      instead = f"instead {step.runner_up} ({step.more:+.2g})"
+      lines.append(f"{step.block}: {step.method}: saves {step.saves:.1%} of the MACs for "
+                   f"{self.unit} {step.kl:.2g}{'' if step.measured else ' (inferred)'}; "
+                   f"{instead if math.isfinite(step.more) else step.runner_up}")
     return "\n".join(lines)
 
 
@@ -107,15 +114,12 @@ class Report:
     """
     goal, target = self._goal(macs=macs, params=params, speedup=speedup, latency_ms=latency_ms)
     self._check(axes)
-    times, share = None, target
-    if goal in ("speedup", "latency_ms"):
-      times = self.times(batch)
-      share = 1 / target if goal == "speedup" else target / (1e3 * times.dense)
+    what, share = self._quantity(goal, target, batch)
     best, most = None, 1.0
     for reducer, kl in self._reducers(axes):
       if best is not None and kl >= best[0] - 1e-9:   # the reducer alone loses as much
         break
-      search = self._search(goal if times is None else "seconds", reducer, axes, batch)
+      search = self._search(what, reducer, axes, batch)
       most = min(most, 1 - search.saved - search.knapsack.most_saved() / search.total)
       need = (1 - share - search.saved) * search.total
       found = search.knapsack.best(need)
@@ -140,28 +144,42 @@ class Report:
     saved = sum(search.choices[name][i].saved for name, i in picks.items())
     return 1e3 * (self.times(batch).total(plan.tokens) - saved)
 
-  def explain(self, plan: Plan) -> Explanation:
-    """What a plan is predicted to cost; the plan may be this report's or edited by hand."""
-    self._check(())
-    self.costs.model.clone(plan=plan, deploy=False).check()
+  def explain(self, plan: Plan, batch: int = 1, **goal: float) -> Explanation:
+    """What a plan is predicted to cost; the plan may be this report's or edited by hand.
+
+    goal, batch: as of `plan`; the runners-up reach this goal too (default: the plan's own MACs).
+    """
     axes = (*BY_BLOCK, "tokens")
-    search = self._search("macs", plan.tokens, axes)
-    picks, kl = search.picks(plan), self._kl_of(plan.tokens)
-    need = sum(search.choices[name][i].saved for name, i in picks.items())
-    steps = []
+    self._check(axes)
+    self.costs.model.clone(plan=plan, deploy=False).check()
+    by_macs = self._search("macs", plan.tokens, axes)
+    search, picks, missed = by_macs, by_macs.picks(plan), ""
+    need = search.knapsack.saved(picks)
+    if goal:
+      name, target = self._goal(**goal)
+      what, share = self._quantity(name, target, batch)
+      search = self._search(what, plan.tokens, axes, batch)
+      own, need = search.knapsack.saved(picks), (1 - share - search.saved) * search.total
+      if need > own + 1e-9 * search.total:
+        missed, need = f"{name}={target:g}", own
+    reducer_kl, inferred = self._kl_of(plan.tokens)
+    steps, kl = [], reducer_kl
     if plan.tokens is not None:
-      steps.append(Step("all", describe_method(plan.tokens), search.saved, kl, True,
-                        *self._best_other_reducer(plan.tokens, picks, search)))
+      steps.append(Step("all", describe_method(plan.tokens), by_macs.saved, kl, not inferred,
+                        *self._best_other_reducer(plan.tokens, picks, search, need)))
     for name, i in picks.items():
-      choice = search.choices[name][i]
+      choice = by_macs.choices[name][i]
       kl += choice.kl
       if choice.options:
-        steps.append(Step(name, _describe_choice(choice), choice.saved / search.total, choice.kl,
+        steps.append(Step(name, _describe_choice(choice), choice.saved / by_macs.total, choice.kl,
                           all(option.measured for option in choice.options.values()),
-                          *search.runner_up(picks, name)))
-    params = sum(search.choices[name][i].params for name, i in picks.items())
-    return Explanation(plan, 1 - search.saved - need / search.total, 1 - params / self.params, kl,
-                       tuple(steps), self.unit)
+                          *search.runner_up(picks, name, need)))
+    return Explanation(plan, *self.shares(plan), kl, tuple(steps), self.unit, missed)
+
+  def shares(self, plan: Plan) -> tuple[float, float]:
+    """(MACs, parameters) of a plan as shares of the dense model's, deployed, for any legal plan."""
+    small = count(self.costs.model.clone(plan=plan))
+    return small.macs / self.costs.dense.macs, small.params / self.costs.dense.params
 
   @property
   def unit(self) -> str:
@@ -172,11 +190,18 @@ class Report:
   def costs(self) -> Costs:
     return Costs(create_model(self.model, **self.fields))
 
+  def _quantity(self, goal: str, target: float, batch: int) -> tuple[str, float]:
+    """(what a goal limits: "macs", "params" or "seconds", to which share of the dense model's)."""
+    if goal in ("macs", "params"):
+      return goal, target
+    dense_ms = 1e3 * self.times(batch).dense
+    return "seconds", 1 / target if goal == "speedup" else target / dense_ms
+
   def _goal(self, **goals) -> tuple[str, float]:
     given = {name: value for name, value in goals.items() if value is not None}
-    if len(given) != 1:
+    if len(given) != 1 or not given.keys() <= set(GOALS):
       raise ValueError(f"plan({', '.join(f'{k}={v}' for k, v in given.items())}): give one of "
-                       f"{', '.join(goals)}")
+                       f"{', '.join(GOALS)}")
     name, value = next(iter(given.items()))
     least, most, rule = {"speedup": (1, math.inf, "a number of at least 1"),
                          "latency_ms": (0, math.inf, "a number of milliseconds above 0")}.get(
@@ -190,9 +215,9 @@ class Report:
     if self.sensitivity == "none":
       raise ValueError("this report was made with sensitivity='none', without the cost of any "
                        "option; measure again with sensitivity='quick'")
-    for axis in axes:
-      if axis not in (*BY_BLOCK, "tokens"):
-        raise ValueError(f"axes: unknown axis {axis!r}; use {', '.join((*BY_BLOCK, 'tokens'))}")
+    known = (*BY_BLOCK, "tokens")
+    if isinstance(axes, str) or not axes or not set(axes) <= set(known):
+      raise ValueError(f"axes={axes!r}: must be a tuple of one or more of {', '.join(known)}")
 
   def _reducers(self, axes):
     """Yields (reducer, its KL): no reducer first, then by increasing KL."""
@@ -201,31 +226,32 @@ class Report:
       for option in sorted(self.tokens, key=lambda option: option.kl):
         yield option.method, option.kl
 
-  def _kl_of(self, reducer) -> float:
+  def _kl_of(self, reducer) -> tuple[float, bool]:
+    """(KL, whether it was inferred) of a reducer; (0, False) for None."""
     if reducer is None:
-      return 0.0
-    known = {option.method: option.kl for option in self.tokens}
+      return 0.0, False
+    known = {option.method: (option.kl, not option.measured) for option in self.tokens}
     if reducer not in known:
       raise ValueError(f"this report has not tried {describe_method(reducer)}; it has tried "
                        f"{', '.join(map(describe_method, known)) or 'no reducer'}")
     return known[reducer]
 
-  def _best_other_reducer(self, reducer, picks, search) -> tuple[str, float]:
-    """(name of the best other reducer or "no reducer", how much the KL grows with it) for the same
-    savings in MACs."""
-    need = search.saved * search.total + search.knapsack.saved(picks)
-    current, best = self._kl_of(reducer) + search.kl(picks), None
+  def _best_other_reducer(self, reducer, picks, search, need) -> tuple[str, float]:
+    """(name of the best other reducer or "no reducer", how much the KL grows with it), if the other
+    blocks save `need` with this one."""
+    need += search.saved * search.total
+    current, best = self._kl_of(reducer)[0] + search.kl(picks), None
     for other, kl in self._reducers(("tokens",)):
       if other == reducer:
         continue
       if best is not None and kl >= best[1]:
         break
-      other_search = self._search("macs", other, (*BY_BLOCK, "tokens"))
+      other_search = self._search(search.what, other, (*BY_BLOCK, "tokens"), search.batch)
       found = other_search.knapsack.best(need - other_search.saved * other_search.total)
       if found is not None and (best is None or found[1] + kl < best[1]):
         best = ("no reducer" if other is None else describe_method(other)), found[1] + kl
     if best is None:
-      return "nothing else reaches it", float("inf")
+      return NO_OTHER, math.inf
     return best[0], best[1] - current
 
   @functools.cached_property
@@ -236,8 +262,8 @@ class Report:
   def _times(self) -> dict:
     return {}
 
-  def _search(self, goal: str, reducer, axes, batch: int = 1) -> "Search":
-    key = goal, reducer, tuple(axes), batch
+  def _search(self, what: str, reducer, axes, batch: int = 1) -> "Search":
+    key = what, reducer, tuple(axes), batch
     if key not in self._searches:
       self._searches[key] = Search(self, *key)
     return self._searches[key]
@@ -255,8 +281,11 @@ class Report:
     try:
       tree = json.loads(text)
       known = {field.name for field in dataclasses.fields(cls)}
-      if not isinstance(tree, dict) or set(tree) != known:
-        raise ValueError(f"it does not have the keys {', '.join(sorted(known))}")
+      if not isinstance(tree, dict):
+        raise ValueError("it is not a JSON object")
+      if changed := sorted(known ^ set(tree)):
+        raise ValueError(f"it {'lacks' if changed[0] in known else 'has an unknown'} key "
+                         f"{changed[0]!r}")
       tree["blocks"] = tuple({**row, "options": tuple(map(_option_from_dict, row["options"]))}
                              for row in tree["blocks"])
       tree["tokens"] = tuple(map(_option_from_dict, tree["tokens"]))
@@ -279,18 +308,28 @@ class Report:
     for row in self.blocks:
       dict(row["tables"]), int(row["tokens"])
     for option in (*self.tokens, *(option for row in self.blocks for option in row["options"])):
-      if option.kl is None and self.sensitivity == "none":
-        continue
-      if not isinstance(option.kl, int | float) or not 0 <= option.kl < math.inf:
-        raise ValueError(f"kl={option.kl!r} of {describe_method(option.method)}")
-    if not all(isinstance(x, int) and x > 0 for x in (self.params, self.macs)):
-      raise ValueError("params and macs must be whole numbers above 0")
+      unknown = option.kl is None and self.sensitivity == "none"
+      for name, fits in (("kl", unknown or _is_size(option.kl)),
+                         ("error", option.error is None or _is_size(option.error)),
+                         ("measured", isinstance(option.measured, bool))):
+        if not fits:
+          raise ValueError(f"{name}={getattr(option, name)!r} of {describe_method(option.method)}")
+    for name in ("params", "macs", "images"):
+      if not isinstance(value := getattr(self, name), int) or value is True or value <= 0:
+        raise ValueError(f"{name}={value!r}: must be a whole number above 0")
+    for name in ("digest", "images_digest", "vitcompact"):
+      if not isinstance(value := getattr(self, name), str):
+        raise ValueError(f"{name}={value!r}: must be text")
 
-  def save(self, path) -> pathlib.Path:
-    """Writes report.json and report.html into a folder, each atomically."""
+  def save(self, path, *, force: bool = False) -> pathlib.Path:
+    """Writes report.json and report.html into a folder, each atomically. ValueError if the folder
+    has a report, unless `force`."""
     from vitcompact.draw.report import page
 
     folder = pathlib.Path(path)
+    if (folder / "report.json").exists() and not force:
+      raise ValueError(f"{folder / 'report.json'} exists; give another folder, or ask to overwrite "
+                       "it with force")
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in (("report.json", self.to_json()), ("report.html", page(self))):
       partial = folder / f"{name}.partial"
@@ -317,21 +356,25 @@ class Report:
     if not same or self.digest != digest:
       raise ValueError(f"this report is of {self.model} with weights {self.digest[:12]}, not of "
                        f"{model.variant} with {digest[:12]}; measure again")
+    if (self.macs, self.params) != (self.costs.dense.macs, self.costs.dense.params):
+      raise ValueError(f"this report says that the dense model has {self.macs} MACs and "
+                       f"{self.params} parameters, but it has {self.costs.dense.macs} and "
+                       f"{self.costs.dense.params}; measure again")
 
 
 class Search:
   """The search for the best plan of one report with one reducer."""
 
-  def __init__(self, report: Report, goal: str, reducer, axes, batch: int):
-    costs, timed = report.costs, goal == "seconds"
-    self.goal, self.reducer, self.report = goal, reducer, report
+  def __init__(self, report: Report, what: str, reducer, axes, batch: int):
+    costs, timed = report.costs, what == "seconds"
+    self.what, self.reducer, self.report, self.batch = what, reducer, report, batch
     self.times = report.times(batch) if timed else None
-    self.total = self.times.dense if timed else getattr(costs.dense, goal)
+    self.total = self.times.dense if timed else getattr(costs.dense, what)
     self.saved, lengths = 0.0, {}
     model = costs.model
     if reducer is not None:
       small = model.clone(plan=Plan(tokens=reducer))
-      now = self.times.total(reducer) if timed else getattr(count(small), goal)
+      now = self.times.total(reducer) if timed else getattr(count(small), what)
       self.saved = 1 - now / self.total
       lengths = {name: module.site.tokens_left
                  for name, module in small.submodules().items() if hasattr(module, "methods")}
@@ -372,7 +415,7 @@ class Search:
       parts = [saved(*(option for option in options if option.axis != "ffn")),
                saved(*(option for option in options if option.axis == "ffn"))]
       macs, params = (sum(part) for part in zip(*parts, strict=True))
-      gain = {"macs": macs, "params": params}.get(self.goal)
+      gain = {"macs": macs, "params": params}.get(self.what)
       if gain is None:
         gain = sum(self.times.saved(row["name"], option.axis, option.method, tokens, self.reducer)
                    for option in options)
@@ -405,17 +448,23 @@ class Search:
                          "that it lists, or measure again")
     return found
 
-  def runner_up(self, picks: dict[str, int], name: str) -> tuple[str, float]:
-    """(what the best plan without this choice would use in a block, how much the KL grows) for the
-    same total savings. The growth is negative if a plan made by hand is not the best."""
-    other = self.knapsack.best(self.knapsack.saved(picks), forbidden=(name, picks[name]))
+  def runner_up(self, picks: dict[str, int], name: str, need: float) -> tuple[str, float]:
+    """(what the best plan without this choice would use in a block, how much the KL grows) if the
+    blocks save `need` together. The growth is negative if a plan made by hand is not the best."""
+    other = self.knapsack.best(need, forbidden=(name, picks[name]))
     if other is None:
-      return "nothing else reaches it", float("inf")
+      return NO_OTHER, math.inf
     choice = self.choices[name][other[0][name]]
     return _describe_choice(choice) or "dense", other[1] - self.kl(picks)
 
   def kl(self, picks: dict[str, int]) -> float:
     return sum(self.choices[name][i].kl for name, i in picks.items())
+
+
+def _is_size(value) -> bool:
+  """Whether a value from a file is a finite number of at least 0."""
+  number = isinstance(value, int | float) and not isinstance(value, bool)
+  return number and 0 <= value < math.inf
 
 
 def _describe_choice(choice: Choice) -> str:

@@ -94,9 +94,10 @@ def accuracy(name: str, folder) -> list[str]:
                    f"{row['macs']:.2f} |")
   others = [kind.__name__ for kind in vc.METHODS[name].values()
             if kind.__name__ not in (*methods_tables.ACCURACY, "Sparsifiner")]
-  return [*lines, "", f"Accuracy of {', '.join(others)}: not run. Differences are from "
-          "the dense model fine-tuned for as many steps, with 95% intervals; `python -m "
-          "experiments.accuracy`, see [results](../results/README.md#accuracy). None was measured "
+  return [*lines, "", f"Not run in this experiment: {', '.join(others)}. Differences are from the "
+          "dense model fine-tuned for as many steps, with 95% intervals; `python -m "
+          "experiments.accuracy`, see [results](../results/README.md#accuracy). Several methods "
+          "were also measured on [Fashion-MNIST](../results/README.md#accuracy-against-time), none "
           "on ImageNet."]
 
 

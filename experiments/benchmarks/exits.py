@@ -32,7 +32,7 @@ CASES = [
                     **{name: PLANS[name] for name in LARGE_BATCH_PLANS if name != "ffn both"}}),
     Case("deit3_small_patch16_224", 8, TWO_PLANS),
     Case("vit_small_patch14_dinov2", 1, TWO_PLANS),
-    Case(MODEL, 1, {"dense": PLANS["dense"], "block links 25%": BLOCKS}, {"image_size": 512}),
+    Case(MODEL, 1, {"dense": PLANS["dense"], "block-sparse 25%": BLOCKS}, {"image_size": 512}),
 ]
 EXITS = ("ort", "openvino", "openvino-bf16")
 RUNTIMES = {key: runtimes.TIMED[key][2] for key in ("xla", *EXITS)}

@@ -15,10 +15,6 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 # Part of the comment that marks the start of a generated section.
 WRITTEN = "written by `python -m experiments.bench tables` from results/"
 FRONT = ("dense", "heads", "ffn", "heads + ffn", "EViT 0.7", "heads + ffn both + EViT 0.7")
-# Other models in the README's table, and the plans that are shown for them.
-OTHERS = {"DeiT III-S at 224": "deit3_small_patch16_224",
-          "DINOv2-S at 518": "vit_small_patch14_dinov2"}
-COUNTED = ("dense", "heads + ffn")
 PLATFORMS = {"cpu": "CPU", "gpu": "GPU", "tpu": "TPU"}
 NO = "not measured"
 
@@ -69,29 +65,10 @@ def front(folder: pathlib.Path = results.FOLDER, batch: int = 8) -> str:
         f"{_rate(rows, name, batch)} | "
         f"{_fastest(by_model.get(MODEL), name)} | "
         f"{_accuracy(accuracy)} |")
-  for title, name in OTHERS.items():
-    counts = {plan: vc.count(vc.create_model(name, plan=PLANS[plan], deploy=True))
-              for plan in COUNTED}
-    rows = by_model.get(name)
-    lines += [f"| {title}, {plan} | {_saved(count.params, counts['dense'].params, 1e6, 'M')} | "
-              f"{_saved(count.macs, counts['dense'].macs, 1e9, 'G')} | "
-              f"{_in_xla(rows, plan)} | {_fastest(rows, plan)} | {NO} |"
-              for plan, count in counts.items()]
-  others = f" Other runtimes and models: {source(exits)}" if by_model else ""
+  others = f" Other runtimes: {source(exits)}" if by_model else ""
   return "\n".join([*lines, "", f"Batch {batch}. {source(found)}{others} Accuracies are those of "
                     "small networks on 1,797 digits, five folds (see results); none was measured "
                     "on ImageNet."])
-
-
-def _in_xla(rows, plan: str) -> str:
-  """A cell: images per second of the dense model, or the speedup of another plan."""
-  if not rows:
-    return NO
-  dense, name = "XLA: dense", f"XLA: {plan}"
-  if plan != "dense":
-    return _speed(rows, name, dense)
-  seconds = rows[dense]["seconds"]
-  return NO if seconds is None else f"{rows[dense]['batch'] / seconds:.1f} img/s"
 
 
 def _fastest(rows, plan: str) -> str:

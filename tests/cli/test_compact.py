@@ -117,7 +117,17 @@ def test_a_receipt_with_a_failed_proof_gives_exit_code_1(files, path_arguments, 
   assert result.exit_code == 1
 
 
-@pytest.mark.parametrize("text", ["5 epochs", "-1", "0ep", "ep"])
+def test_a_goal_can_be_a_time_and_there_is_exactly_one(files, path_arguments):
+  arguments = ["compact", str(files / "dense.safetensors"), "--data", "digits", "--out", "small"]
+  command.succeeds(*arguments, "--latency-ms", "2.5", "--latency-batch", "8")
+  (config, _), = path_arguments
+  assert path.budget_of(config) == {"latency_ms": 2.5} and config.compact.latency_batch == 8
+  for goals in ([], ["--macs", "0.5", "--speedup", "2"]):
+    message = command.fails(*arguments, *goals)
+    assert "give one of --macs, --params, --speedup, --latency-ms or --plan" in message
+
+
+@pytest.mark.parametrize("text", ["5 epochs", "-1", "0ep", "ep", "0.2", "0"])
 def test_an_invalid_length_of_distillation_is_refused(text):
   with pytest.raises(ValueError, match=r"--distil .*: must be epochs, such as 5ep"):
     compact.steps_of(text, "digits", 64)

@@ -382,7 +382,7 @@ def test_factors_are_fitted_to_the_output_of_the_normed_layers():
     assert 0.01 < error < 0.5
 
 
-@pytest.mark.filterwarnings("ignore:.*few classes", "ignore:.*calibration images")
+@pytest.mark.filterwarnings("ignore:.*of its .* classes", "ignore:.*calibration images")
 def test_report_proposes_only_ffns_and_estimates_the_output_of_normed_layers(dense):
   model, variables, images = dense
   report = vc.measure(model, variables, images, sensitivity="none")

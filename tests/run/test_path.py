@@ -72,16 +72,33 @@ def test_the_same_command_resumes_without_measuring_again(finished_path, monkeyp
   assert again.facts["deploy_digest"] == receipt.facts["deploy_digest"]
 
 
-def test_an_edited_plan_requires_the_old_model_to_be_removed(finished_path, tmp_path):
+def test_an_edited_plan_needs_a_new_directory(finished_path, tmp_path):
   config, workdir, _, _ = finished_path
   for name in ("report.json", "report.html", "compact.safetensors"):
     (tmp_path / name).write_bytes((workdir / name).read_bytes())
-  (tmp_path / "plan.json").write_text(vc.Plan(ffn=vc.CFFN(rank_ratio=0.3)).to_json())
+  (tmp_path / "plan.json").write_text(vc.Plan(ffn=vc.CFFN(rank_ratio=0.9)).to_json())
   config = config.copy_and_resolve_references()
   config.init_from = str(workdir / "dense" / "trained.safetensors")
-  with pytest.raises(ValueError, match="is of another plan or another dense model; remove it"):
+  with pytest.raises(ValueError, match="is of another plan or another dense model; for another"):
     path.prepare(config, tmp_path, lambda line: None)
-  assert "by hand" in (tmp_path / "plan.txt").read_text()
+  assert not (tmp_path / "plan.txt").exists()
+  (tmp_path / "compact.safetensors").write_bytes(b"")
+  with pytest.raises(ValueError, match=r"compact\.safetensors.*; remove it to compact again"):
+    path.prepare(config, tmp_path, lambda line: None)
+  (tmp_path / "compact.safetensors").unlink()
+  path.prepare(config, tmp_path, lambda line: None)
+  reasons = (tmp_path / "plan.txt").read_text()
+  assert "by hand: MACs" in reasons and "which does not reach macs=0.8; no predicted KL" in reasons
+
+
+@pytest.mark.parametrize("name", ["deploy.safetensors", "receipt.json"])
+def test_the_results_of_another_run_are_not_overwritten(finished_path, tmp_path, name):
+  config = finished_path[0].copy_and_resolve_references()
+  config.init_from = str(finished_path[1] / "dense" / "trained.safetensors")
+  (tmp_path / name).write_text("mine")
+  with pytest.raises(ValueError, match=f"{name} exists, and is not of a run like this"):
+    path.prepare(config, tmp_path, lambda line: None)
+  assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
 def test_a_report_of_another_model_is_refused(finished_path, tmp_path):

@@ -2,7 +2,6 @@
 import errno
 import hashlib
 import json
-import types
 
 import pytest
 from ml_collections import FrozenConfigDict
@@ -31,6 +30,10 @@ def test_the_receipt_and_the_file_describe_the_folded_model(built, tmp_path):
   assert receipt["classes"] == list("0123456789")
   assert trees.digest(loaded["params"]) == receipt["deploy_digest"] == trees.digest(
       folded["params"])
+  for name in ("trained", "deploy"):
+    file = (tmp_path / f"{name}.safetensors").read_bytes()
+    assert receipt[f"{name}_sha256"] == hashlib.sha256(file).hexdigest()
+  assert "val_is_test" not in receipt
   [program] = receipt["exports"]   # deploy.safetensors is always written
   assert program["sha256"] == hashlib.sha256(
       (tmp_path / "deploy.stablehlo").read_bytes()).hexdigest()
@@ -68,7 +71,7 @@ def test_the_error_for_a_full_disk_says_that_the_run_is_done(tmp_path, monkeypat
   model = tiny.deit()
   monkeypatch.setattr(files.os, "replace", full)
   with pytest.raises(OSError, match=r"the run is done, but .*deploy\.safetensors cannot be w"):
-    report.write(tmp_path, types.SimpleNamespace(classes=()), {"deploy": (model, tiny.init(model))})
+    report.write(tmp_path, tiny.receipt(), {"deploy": (model, tiny.init(model))})
 
 
 @pytest.mark.parametrize("method, share", [

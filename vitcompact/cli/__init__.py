@@ -3,7 +3,10 @@
 A subcommand imports its dependencies, above all JAX, only when it runs: --help answers at once.
 User errors are reported in one line, with exit code 2; --verbose shows the whole traceback.
 """
+import importlib
+import pathlib
 import sys
+import warnings
 
 import click
 
@@ -39,12 +42,34 @@ def verbose_option() -> click.Option:
                       help="Show the full traceback of an error.")
 
 
+def _import_methods(context: click.Context, _, files: tuple[str, ...]):
+  """Imports Python files, which add methods to `vc.METHODS`."""
+  for file in map(pathlib.Path, files):
+    if not file.is_file():
+      raise ValueError(f"--methods {file}: there is no such file")
+    sys.path.insert(0, str(file.resolve().parent))   # for what it imports, as for a script
+    try:
+      importlib.import_module(file.stem)
+    except Exception as error:
+      if context.obj["verbose"]:
+        raise
+      raise ValueError(f"--methods {file}: {type(error).__name__}: {error}") from error
+
+
+def methods_option() -> click.Option:
+  """--methods FILE, for the command and for each subcommand."""
+  return click.Option(["--methods"], multiple=True, metavar="FILE.py", expose_value=False,
+                      is_eager=True, callback=_import_methods,
+                      help="Import a Python file that adds methods to vc.METHODS. Repeatable.")
+
+
 class Program(click.Group):
   """A group of subcommands that reports errors in one line."""
 
   def main(self, args=None, prog_name=None, **_):
     args = list(sys.argv[1:] if args is None else args) or ["--help"]
     options = {"verbose": False}
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
       code = super().main(args, prog_name="vitcompact", standalone_mode=False, obj=options)
     except click.UsageError as error:
@@ -69,7 +94,8 @@ def _fail(text: str):
   sys.exit(2)
 
 
-@click.group(cls=Program, subcommand_metavar="VERB ...", params=[verbose_option()],
+@click.group(cls=Program, subcommand_metavar="VERB ...",
+             params=[verbose_option(), methods_option()],
              context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="vitcompact")
 def main():
@@ -84,4 +110,4 @@ for command in (models.models, count.count, convert.convert, predict.predict, be
                 compact.verify, push.push, card.card, export.export, page.page):
   main.add_command(command)
   for subcommand in (command, *getattr(command, "commands", {}).values()):
-    subcommand.params.append(verbose_option())
+    subcommand.params += [verbose_option(), methods_option()]

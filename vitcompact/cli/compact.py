@@ -52,10 +52,11 @@ def steps_of(distil: str | None, data: str, batch_size: int) -> int:
 
   if distil is None:
     return 0
-  if not (match := re.fullmatch(r"(\d+(?:\.\d+)?)(ep)?", distil)) or float(match[1]) <= 0:
-    raise ValueError(f"--distil {distil}: must be epochs, such as 5ep, or a number of steps")
-  if not match[2]:
-    return int(float(match[1]))
+  match = re.fullmatch(r"(\d+(?:\.\d+)?)ep|(\d+)", distil)
+  if not match or float(match[1] or match[2]) <= 0:
+    raise ValueError(f"--distil {distil}: must be epochs, such as 5ep, or a whole number of steps")
+  if match[2]:
+    return int(match[2])
   return max(1, round(float(match[1]) * pipeline.num_examples(data, "train") / batch_size))
 
 
@@ -66,6 +67,11 @@ def steps_of(distil: str | None, data: str, batch_size: int) -> int:
               "its train split.")
 @click.option("--macs", type=float, help="Target share of the dense model's MACs, such as 0.7.")
 @click.option("--params", type=float, help="Target share of the dense model's parameters.")
+@click.option("--speedup", type=float, help="Target speed on this device: 1.5 is one and a half "
+              "times the dense model's.")
+@click.option("--latency-ms", type=float, help="Target milliseconds for a batch on this device.")
+@click.option("--latency-batch", type=click.IntRange(1), default=1, show_default=True,
+              help="Images in the batch that is timed for these two.")
 @click.option("--plan", help="A JSON plan, or a path to one, instead of one chosen from data.")
 @click.option("--distil", metavar="5ep", help="Distil from the dense model: epochs (5ep) or steps "
               "(2000).")
@@ -82,8 +88,8 @@ def steps_of(distil: str | None, data: str, batch_size: int) -> int:
 @click.option("--export", "formats", multiple=True, metavar="FORMAT",
               help="Also export to onnx, openvino, stablehlo or torch. Repeatable.")
 @click.option("--out", required=True, metavar="DIR", help="Folder for the files of all stages.")
-def compact(file, data, macs, params, plan, distil, images, sensitivity, augment, batch_size,
-            learning_rate, formats, out):
+def compact(file, data, macs, params, speedup, latency_ms, latency_batch, plan, distil, images,
+            sensitivity, augment, batch_size, learning_rate, formats, out):
   """Make a dense model smaller, measured and verified.
 
   \b
@@ -93,21 +99,26 @@ def compact(file, data, macs, params, plan, distil, images, sensitivity, augment
   Measures what each block can do without (report.html), chooses a plan (plan.json, with reasons in
   plan.txt), fits the smaller model to the dense one without training, distils it if asked, folds,
   verifies and times it, and writes deploy.safetensors and a receipt. Run the same command again to
-  resume. To change the plan, edit plan.json and remove compact.safetensors. FILE may also be a name
-  of pretrained weights, such as deit_small_patch16_224.fb_in1k or hf-hub:org/name. The exit code is
-  1 if the deployed form does not compute the same function.
+  resume. For another plan, copy report.json, report.html and an edited plan.json to a new folder,
+  and give that as --out. FILE may also be a name of pretrained weights, such as
+  deit_small_patch16_224.fb_in1k or hf-hub:org/name. The exit code is 1 if the deployed form does
+  not compute the same function.
   """
   from vitcompact.cli import weights
   from vitcompact.run import path
 
   file = weights.file_of(file)
-  if plan is not None and macs is None and params is None:
-    macs = 1.0
+  goals = {"macs": macs, "params": params, "speedup": speedup, "latency_ms": latency_ms}
+  goals = {name: value for name, value in goals.items() if value is not None}
+  if plan is not None and not goals:
+    goals = {"macs": 1.0}
+  if len(goals) != 1:
+    raise ValueError("give one of --macs, --params, --speedup, --latency-ms or --plan")
   steps = steps_of(distil, data, batch_size)
   config = settings(
       file, data, eval_batch_size=64, batch_size=batch_size, total_steps=max(steps, 1),
       plan=plan or "", export=",".join(formats), data={"augment": augment if steps else "none"},
-      compact={"macs": macs or 0.0, "params": params or 0.0, "images": images,
+      compact={**goals, "latency_batch": latency_batch, "images": images,
                "sensitivity": sensitivity, "distil": bool(steps)},
       checkpoint_every=max(1, steps // 4) or 1,
       optim={"learning_rate": learning_rate, "warmup_steps": steps // 20, "clip_norm": 1.0,
@@ -127,13 +138,18 @@ def compact(file, data, macs, params, plan, distil, images, sensitivity, augment
 @click.option("--sensitivity", type=click.Choice(["none", "quick", "full"]), default="quick",
               show_default=True, help="How many options to try.")
 @click.option("--out", required=True, metavar="DIR", help="Folder for report.json and report.html.")
-def measure(file, data, images, sensitivity, out):
+@click.option("--force", is_flag=True, help="Overwrite a report.")
+def measure(file, data, images, sensitivity, out, force):
   """Measure what each block of a dense model can do without."""
+  import pathlib
+
   import vitcompact as vc
   from vitcompact.cli import weights
   from vitcompact.run import path
   from vitcompact.train import config as configs
 
+  if not force and (pathlib.Path(out) / "report.json").exists():
+    raise ValueError(f"{pathlib.Path(out) / 'report.json'} exists; give another folder or --force")
   file = weights.file_of(file)
   model, variables = vc.load(file)
   config = configs.complete(settings(file, data, compact={"images": images}))
@@ -141,11 +157,11 @@ def measure(file, data, images, sensitivity, out):
   with path.Bar("measure") as progress:
     report = vc.measure(model, variables, path.calibration_images(
         config, path.preprocess_of(config, model)), sensitivity, progress)
-  click.echo(f"wrote {report.save(out)} and report.html")
+  click.echo(f"wrote {report.save(out, force=force)} and report.html")
   if sensitivity != "none":
     for macs in (0.8, 0.65, 0.5):
       try:
-        click.echo(f"--macs {macs}: {report.explain(report.plan(macs=macs))}\n")
+        click.echo(f"--macs {macs}: {report.explain(report.plan(macs=macs), macs=macs)}\n")
       except ValueError as error:
         click.echo(f"--macs {macs}: {error}\n")
 

@@ -257,6 +257,9 @@ def sample(data, split: str, count: int, preprocess: Preprocess) -> np.ndarray:
   """
   make_batch = _eval_batch(data, split, preprocess, 1, range(1))
   total = len(make_batch.images)
+  if total < count and split == "train":
+    logging.warning("%s has only %d training images, fewer than %d: all are used", data.name, total,
+                    count)
   indices = np.linspace(0, total, min(count, total), endpoint=False).astype(int)
   batches = [make_batch(index) for index in indices]
   return np.concatenate([batch["image"] for batch in batches if batch["mask"][0]])

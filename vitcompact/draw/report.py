@@ -5,7 +5,6 @@ Every picture states its finding in words, and has its numbers in a table below 
 import math
 from collections.abc import Iterable, Mapping
 
-from vitcompact.count import count
 from vitcompact.draw import svg, tables
 from vitcompact.draw.svg import number
 from vitcompact.draw.tables import SMALL, safe, table
@@ -169,7 +168,7 @@ def _plans(report: Report) -> str:
 
 def _plan(report: Report, share: float) -> str:
   try:
-    found = report.explain(report.plan(macs=share))
+    found = report.explain(report.plan(macs=share), macs=share)
   except (ValueError, TypeError) as error:   # TypeError: fields that the model does not have
     return f"<p>No plan: {safe(error)}</p>"
   rows = ((step.block, step.method, _percent(step.saves), number(step.kl),
@@ -187,16 +186,21 @@ def _plan(report: Report, share: float) -> str:
 def _reducers(report: Report) -> str:
   def saves(method):
     try:
-      small = report.costs.model.clone(plan=Plan(tokens=method))
-      return 1 - count(small).macs / report.costs.dense.macs
+      return 1 - report.shares(Plan(tokens=method))[0]
     except (ValueError, TypeError):
       return None
 
   if not report.tokens:
     return "<p>No token reducer was tried.</p>"
-  return table("Token reducers, each in the whole model", ["method", "saves", report.unit],
-               ((describe_method(option.method), _percent(saves(option.method)), number(option.kl))
-                for option in report.tokens))
+  return table("Token reducers, each in the whole model",
+               ["method", "saves", report.unit, f"the {report.unit} is"],
+               ((describe_method(option.method), _percent(saves(option.method)), number(option.kl),
+                 _source(option)) for option in report.tokens))
+
+
+def _source(option) -> str:
+  """How the KL of an option was obtained."""
+  return "–" if option.kl is None else "measured" if option.measured else "inferred"
 
 
 def _block(id: str, row: Mapping, saved, unit: str) -> str:
@@ -210,8 +214,7 @@ def _block(id: str, row: Mapping, saved, unit: str) -> str:
   if row["options"]:
     rows = ((describe_method(option.method), option.axis,
              _percent(saved.get((row["name"], option.axis, option.method))), number(option.error),
-             number(option.kl), "–" if option.kl is None else
-             "measured" if option.measured else "inferred") for option in row["options"])
+             number(option.kl), _source(option)) for option in row["options"])
     out.append("<h3>Options</h3>" + table(
         f"Options in {row['name']}", ["method", "axis", "saves, of all MACs", "estimated error",
                                       unit, f"the {unit} is"], rows))

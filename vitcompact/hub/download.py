@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vitcompact.files import PICKLED, shards_of
+from vitcompact.files import PICKLED, sha256, shards_of
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
            "pytorch_model.bin.index.json")   # in a folder or a repository, preferred first
@@ -53,11 +53,6 @@ def cache_folder(cache_dir=None) -> pathlib.Path:
   if home is None:
     home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "vitcompact"
   return pathlib.Path(cache_dir or home).expanduser()
-
-
-def sha256(path) -> str:
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checked(file: File, expected: Sequence[str], hint: str) -> File:

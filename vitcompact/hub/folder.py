@@ -10,6 +10,7 @@ import flax.linen as nn
 
 from vitcompact import convert
 from vitcompact._version import __version__
+from vitcompact.files import sha256
 from vitcompact.hub import card as cards
 from vitcompact.hub import config, download
 from vitcompact.preprocess import Preprocess, preprocess
@@ -67,7 +68,7 @@ def push(folder: str | os.PathLike, model: nn.Module, variables: Mapping[str, An
     if facts:
       _write(partial / RECEIPT, json.dumps(facts, indent=1) + "\n")
     if card:
-      digest = download.sha256(partial / WEIGHTS)
+      digest = sha256(partial / WEIGHTS)
       place = str(folder) if repo is None else f"hf-hub:{repo}"
       _write(partial / CARD, cards.page(
           repo or folder.name, model, prepare, classes=classes, accuracy=accuracy,

@@ -14,7 +14,8 @@ What it computes
                  `scored_heads` heads, x (B, N, width) is the input of the attention; if
                  `attention.wants_maps`, the module sows its attention maps as "maps"
       attention  (core, query, key, source, fused) -> core: the same attention restricted to some
-                 pairs, or with another operator or a local term, see `attention.Core`
+                 pairs, or with another operator or a local term, see `attention.Core`; its
+                 parameters must not depend on the number of heads, which the heads axis changes
       ffn        (x, train) -> y; replaces the whole FFN. If it is a `layers.Mlp` and x holds only
                  some of the tokens, it also gets `mix`
     reduction(block, depth) -> Reduction  tokens: what happens in a block, see `token_state`
@@ -40,8 +41,10 @@ Which plans are legal
                                           tokens axis, also from those of all later blocks
 
 Its parameters
-    rules                                 [(pattern, trees.Leaf)]: sharding and weight decay
-                                          (default: the rules that all models share, else neither)
+    rules                                 [(pattern, trees.Leaf)]: sharding and weight decay of the
+                                          parameters whose whole name, such as
+                                          blocks_0/attn/SCOPE/kernel, matches the pattern (default:
+                                          the rules that all models share, else neither)
     from_dense(site, params, stats, data) -> (params, stats)
                                           a block's trees from a dense block's (default: keep leaves
                                           of the same name and shape, draw the others at random);
@@ -81,7 +84,7 @@ How it trains; `settings` are config keys, each with a default
     second_pass(config, step) -> method   method of a second pass with the same weights, or None
     first_phase                           a FirstPhase (default: None)
     check_training(config)                raises ValueError if settings contradict each other
-    facts(collections) -> {name: number}  for the receipt, from one batch of inference
+    facts(collections) -> {name: number}  for the receipt, from one batch through the deployed model
 """
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -201,8 +204,9 @@ class Pass(NamedTuple):
 class FirstPhase(NamedTuple):
   """A phase before the main one, in which only a method's own parameters are trained.
 
-  section: of the config; it holds `steps`, `weight` and the learning rates. parameters: a pattern;
-    the parameters that match it are trained in this phase and in no other.
+  section: of the config. `settings` must list its keys: SECTION.steps, .weight, .learning_rate,
+    .warmup_steps, .warmup_learning_rate and .final_learning_rate. parameters: a pattern; the
+    parameters whose whole name matches it are trained in this phase and in no other.
   method: maps the method to its form in this phase, in which every token is kept.
   loss: function(collections) -> (B,).
   """

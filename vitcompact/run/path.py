@@ -4,12 +4,12 @@ fold, verify, time. Each stage writes a file to the workdir, and is skipped if t
     dense/              the run that trains the dense model, if config.init_from is empty
     dense.safetensors   init_from converted to our format, if it is a file from another library
     report.json, .html  the report of `measure`
-    plan.json, plan.txt the plan and its reasons; edit plan.json to use another plan
+    plan.json, plan.txt the plan and its reasons; for another plan, copy the report and an edited
+                        plan.json to a new workdir
     compact.safetensors the compacted model, from which training starts
 """
 import copy
 import functools
-import hashlib
 import json
 import os
 import pathlib
@@ -24,16 +24,19 @@ import vitcompact as vc
 from vitcompact import convert, pytorch, trees
 from vitcompact.data import pipeline
 from vitcompact.data.classes import check_classes
+from vitcompact.files import sha256
 from vitcompact.models import fields_of
 from vitcompact.plan import Plan
-from vitcompact.report import Report
+from vitcompact.report import GOALS, Report
 from vitcompact.run import loop, processes, report, workdir
 from vitcompact.train import config as configs
 from vitcompact.train import start
 from vitcompact.train.build import model_of, preprocess_of
 
-GOALS = ("macs", "params")
 REQUEST = "request.json"   # the budget, plan, data and measurement that the stages began with
+# Files that the last stage writes: another run's are not overwritten.
+OUTPUTS = ("trained.safetensors", "compacted.safetensors", "distilled.safetensors",
+           "deploy.safetensors", "receipt.json")
 
 
 class Start(NamedTuple):
@@ -45,7 +48,7 @@ class Start(NamedTuple):
 
 
 def budget_of(config) -> dict[str, float]:
-  """{"macs": share} or {"params": share} of a config that compacts a dense model, else {}."""
+  """The goal, such as {"macs": share}, of a config that compacts a dense model, else {}."""
   section = config.get("compact", {})
   return {goal: section[goal] for goal in GOALS if section.get(goal)}
 
@@ -86,8 +89,7 @@ def prepare(config, directory: pathlib.Path, say=print, **options) -> Start:
   config = configs.complete(config)
   budget = budget_of(config)
   if len(budget) != 1:
-    raise ValueError(f"config.compact: give one of {', '.join(GOALS)}, as a share of the dense "
-                     f"model's; got {budget}")
+    raise ValueError(f"config.compact: give one of {', '.join(GOALS)}; got {budget or 'none'}")
   if directory.exists() and not directory.is_dir():
     raise ValueError(f"{directory} is a file; give a directory")
   directory.mkdir(parents=True, exist_ok=True)
@@ -159,7 +161,9 @@ def measure_plan_compact(config, directory, dense: pathlib.Path, budget, say):
   given_plan = Plan.parse(config.plan)
   if given_plan != Plan():
     model.clone(plan=given_plan).check()
-  check_request(directory, {**budget, "plan": config.plan, "data": config.data.name,
+  batch = config.compact.latency_batch
+  timed = {"latency_batch": batch} if budget.keys() & {"speedup", "latency_ms"} else {}
+  check_request(directory, {**budget, **timed, "plan": config.plan, "data": config.data.name,
                             **{key: config.compact[key] for key in ("images", "sensitivity")}})
 
   @functools.cache
@@ -168,15 +172,18 @@ def measure_plan_compact(config, directory, dense: pathlib.Path, budget, say):
 
   digest = trees.digest(variables)
   if (directory / "report.json").exists() and (directory / "report.html").exists():
-    found = Report.load(directory)
-    found.check_model(model, digest)
+    try:
+      found = Report.load(directory)
+      found.check_model(model, digest)
+    except ValueError as error:
+      raise ValueError(f"{error}, after removing {directory / 'report.json'}") from None
   else:
     with Bar("measure") as progress:
       found = vc.measure(model, variables, calibration(), config.compact.sensitivity, progress)
-    found.save(directory)
+    found.save(directory, force=True)
     say(f"measured on {found.images} images: {directory / 'report.html'}")
   if not (directory / "plan.json").exists():
-    plan = given_plan if given_plan != Plan() else found.plan(**budget)
+    plan = given_plan if given_plan != Plan() else found.plan(**budget, batch=batch)
     write(directory / "plan.json", json.dumps(json.loads(plan.to_json()), indent=1) + "\n")
   try:
     plan = Plan.parse(str(directory / "plan.json"))
@@ -184,15 +191,20 @@ def measure_plan_compact(config, directory, dense: pathlib.Path, budget, say):
   except ValueError as error:
     raise ValueError(f"{directory / 'plan.json'}: {error}; correct it, or remove it to get a new "
                      "one") from None
-  reasons = reasons_of(found, plan)
-  write(directory / "plan.txt", reasons + "\n")
-  say(f"plan: {reasons.splitlines()[0]}")
   compacted = directory / "compact.safetensors"
   if compacted.exists():
-    old_plan, about = vc.load(compacted)[0].plan, convert.read_metadata(compacted)
+    try:
+      old_plan, about = vc.load(compacted)[0].plan, convert.read_metadata(compacted)
+    except ValueError as error:
+      raise ValueError(f"{error}; remove it to compact again") from None
     if old_plan != plan or about.get("dense") != digest:
-      raise ValueError(f"{compacted} is of another plan or another dense model; remove it to "
-                       "compact again, or use another workdir")
+      raise ValueError(f"{compacted} is of another plan or another dense model; for another plan, "
+                       "copy report.json, report.html and plan.json to a new directory, and run "
+                       "the same command with that one")
+  reasons = reasons_of(found, plan, budget, batch)
+  write(directory / "plan.txt", reasons + "\n")
+  say(f"plan: {reasons.splitlines()[0]}")
+  if compacted.exists():
     return
   with Bar("compact") as progress:
     blocks_done = []
@@ -232,9 +244,13 @@ def dense_model_of(config):
 
 
 def check_request(directory: pathlib.Path, request: dict):
-  """Raises ValueError for a workdir that began with another budget, plan, data or measurement."""
+  """Raises ValueError for a workdir that began with another budget, plan, data or measurement, or
+  that has the results of another run."""
   path = directory / REQUEST
   if not path.exists():
+    if others := [name for name in OUTPUTS if (directory / name).exists()]:
+      raise ValueError(f"{directory / others[0]} exists, and is not of a run like this; give "
+                       "another directory")
     write(path, json.dumps(request, indent=1) + "\n")
     return
   try:
@@ -245,14 +261,19 @@ def check_request(directory: pathlib.Path, request: dict):
     raise ValueError(f"{path}: {error}; use another directory") from None
   if changes:
     raise ValueError(f"{directory} began with other settings: {'; '.join(changes)}. Use another "
-                     "directory, or edit its plan.json and remove compact.safetensors")
+                     "directory")
 
 
-def reasons_of(found: Report, plan: Plan) -> str:
+def reasons_of(found: Report, plan: Plan, budget: dict[str, float], batch: int) -> str:
   try:
-    return str(found.explain(plan))
-  except ValueError as error:
-    return f"by hand: {plan.to_json()} ({error})"
+    return str(found.explain(plan, batch, **budget))
+  except ValueError as error:   # a plan by hand, with methods that the report has not tried
+    shares = dict(zip(("macs", "params"), found.shares(plan), strict=True))
+    missed = [f"{name}={target:g}" for name, target in budget.items()
+              if shares.get(name, 0) > target]
+    return (f"by hand: MACs {shares['macs']:.1%}, parameters {shares['params']:.1%} of the dense "
+            f"model{f', which does not reach {missed[0]}' if missed else ''}; no predicted KL: "
+            f"{error}")
 
 
 def distillation(file) -> dict[str, float]:
@@ -266,11 +287,6 @@ def distillation(file) -> dict[str, float]:
 def calibration_images(config, preprocess, split: str = "train") -> np.ndarray:
   """`config.compact.images` calibration images, see `start.calibration_images`."""
   return start.calibration_images(config, preprocess, split, config.compact.images)
-
-
-def sha256(path) -> str:
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write(path: pathlib.Path, text: str):

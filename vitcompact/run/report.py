@@ -11,6 +11,7 @@ import vitcompact as vc
 from vitcompact import bench, convert, runtimes, trees
 from vitcompact.data import pipeline
 from vitcompact.export import FORMATS, export, photographs
+from vitcompact.files import sha256
 from vitcompact.methods import protocol
 from vitcompact.receipt import Receipt, Row, environment
 from vitcompact.run import loop
@@ -71,6 +72,7 @@ def report(result: loop.Result, workdir, *, before=None, facts=None,
       "eval_params": config.eval_params,
       **{key: result.metrics[key] for key in ("val_accuracy",) if key in result.metrics},
       **({"feature_error": errors} if errors else {}),
+      **({"val_is_test": True} if tested and _val_is_test(config, model) else {}),
       "timed_batch": len(images), "params_digest": result.metrics["params_digest"],
       "deploy_digest": trees.digest(folded["params"]),
       **{key: result.metrics[key] for key in ("kept",) if key in result.metrics},
@@ -82,8 +84,8 @@ def report(result: loop.Result, workdir, *, before=None, facts=None,
       vc.verify(*float32, images), facts, tuple(classes), further)
   if jax.process_index() == 0:
     directory = pathlib.Path(workdir)
-    write(directory, receipt, {name: (model, variables), "deploy": (deploy, folded)},
-          run.preprocess, source)
+    receipt = write(directory, receipt, {name: (model, variables), "deploy": (deploy, folded)},
+                    run.preprocess, source)
     # deploy.safetensors has been written already.
     if formats := [other for other in formats_of(config) if other != "safetensors"]:
       found = exports(formats, directory, deploy.clone(dtype="float32"), folded,
@@ -93,17 +95,32 @@ def report(result: loop.Result, workdir, *, before=None, facts=None,
   return receipt
 
 
-def write(directory: pathlib.Path, receipt: Receipt, files: dict, preprocess=None, source=None):
-  """Writes the receipt and the files {name: (model, variables)}, whose metadata get `preprocess`,
-  the run's evaluation, and `source`, that of its initial weights (see `start.source_of`)."""
+def _val_is_test(config, model) -> bool:
+  """Whether val and test are the same images, as one serves as both if the data lacks the other."""
+  val, test = (pipeline.source(config.data.name, split, image_size=model.image_size)
+               for split in ("val", "test"))
+  return len(val) == len(test) and all(np.array_equal(val[i]["image"], test[i]["image"])
+                                       for i in (0, len(val) - 1))
+
+
+def write(directory: pathlib.Path, receipt: Receipt, files: dict, preprocess=None,
+          source=None) -> Receipt:
+  """Writes the files {name: (model, variables)}, whose metadata get `preprocess`, the run's
+  evaluation, and `source`, that of its initial weights (see `start.source_of`); then the receipt,
+  which it returns, with the digests of the files."""
+  digests = {}
   try:
     for name, (model, variables) in files.items():
-      convert.save(directory / f"{name}.safetensors", model, variables, force=True,
-                   classes=receipt.classes or None, preprocess=preprocess, about=source)
+      path = directory / f"{name}.safetensors"
+      convert.save(path, model, variables, force=True, classes=receipt.classes or None,
+                   preprocess=preprocess, about=source)
+      digests[f"{name}_sha256"] = sha256(path)
+    receipt = dataclasses.replace(receipt, facts={**receipt.facts, **digests})
     receipt.write(directory)
   except OSError as error:
     raise OSError(f"the run is done, but its report was not written: {error}. Then run the "
                   "same command again") from error
+  return receipt
 
 
 def exports(formats, directory: pathlib.Path, model, variables, **about) -> list[dict]:

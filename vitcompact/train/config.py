@@ -76,7 +76,10 @@ KEYS = {
     "export": Setting(""),    # formats of `vc.export` to write at the end, separated by commas
     "keep_start": Setting(False),   # with init_from: keep the initial weights if they are better
     "compact.macs": Setting(0.0, low=0, high=1),      # share of the dense model's: a plan is chosen
-    "compact.params": Setting(0.0, low=0, high=1),    # from data; both 0: config.plan is used
+    "compact.params": Setting(0.0, low=0, high=1),    # from data; all 0: config.plan is used
+    "compact.speedup": Setting(0.0, low=0),           # over the dense model
+    "compact.latency_ms": Setting(0.0, low=0, unit="of milliseconds"),
+    "compact.latency_batch": Setting(1, low=1, unit="of images"),   # for these two
     "compact.images": Setting(512, low=8, unit="of images"),
     "compact.sensitivity": Setting("quick", choices=("quick", "full")),
     "compact.distil": Setting(True),        # train the compacted model for total_steps
