@@ -53,7 +53,7 @@ def stderr_of(*arguments):
 
 
 def test_differing_class_names_cause_a_warning(files, tmp_path, monkeypatch):
-  monkeypatch.setattr(vc, "measure", lambda *_: types.SimpleNamespace(save=lambda out: out))
+  monkeypatch.setattr(vc, "measure", lambda *_: types.SimpleNamespace(save=lambda out, force: out))
   dense, digits = files / "dense.safetensors", list("0123456789")
   named = {}
   for name, classes in (("ours", digits), ("theirs", digits[::-1])):
