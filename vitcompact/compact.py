@@ -9,24 +9,7 @@ import jax
 import numpy as np
 
 from vitcompact import block as blocks
-from vitcompact import trees
-from vitcompact.calibration import (
-  Calibration,
-  hold_out_last,
-  run,
-  run_blocks,
-  run_teacher,
-  take_images,
-)
-from vitcompact.checks import (
-  check_finite,
-  check_images,
-  check_model,
-  check_plan,
-  check_values,
-  check_variables,
-  warn_if_few_classes,
-)
+from vitcompact import calibration, checks, trees
 from vitcompact.methods import protocol
 from vitcompact.plan import Plan
 
@@ -61,17 +44,17 @@ def compact(model: nn.Module, variables, plan: Plan, images=None,
   Raises:
     ValueError: the model is not dense and has no dense form, or is already folded.
   """
-  check_model(model)
-  check_plan(plan)
+  checks.check_model(model)
+  checks.check_plan(plan)
   densified = all(hasattr(method, "to_dense") for method in model.plan.methods())
   if model.deploy or not densified:
     raise ValueError("compact starts from a dense, unfolded model; this one has "
                      f"plan={model.plan.to_json()}, deploy={model.deploy}")
-  check_variables(model, variables)
+  checks.check_variables(model, variables)
   if images is not None:
-    check_images(model, images)
-    check_values(images)
-    check_finite(variables)
+    checks.check_images(model, images)
+    checks.check_values(images)
+    checks.check_finite(variables)
     jax.eval_shape(model.apply, variables, images)   # the model itself checks their size
   if model.plan != Plan():
     model, variables = _dense_form(model, variables, images)
@@ -95,7 +78,7 @@ def compact(model: nn.Module, variables, plan: Plan, images=None,
                   "with images= it uses activations (docs/compaction.md)",
                   stacklevel=2)
   new = {"params": params, **({"batch_stats": stats} if stats else {})}
-  check_variables(small, new, "the compacted variables")   # a method may be the user's
+  checks.check_variables(small, new, "the compacted variables")   # a method may be the user's
   return small, new
 
 
@@ -108,14 +91,14 @@ def _dense_form(model: nn.Module, variables, images):
 
   def on_block(name, block, x):
     own = {"params": params[name], "batch_stats": stats.get(name, {})}
-    out = run(block, own, x)
+    out = calibration.run(block, own, x)
     for method in block.methods.present():
-      data = Calibration(block, own["params"], own["batch_stats"], x, None, 0, {})
+      data = calibration.Calibration(block, own["params"], own["batch_stats"], x, None, 0, {})
       params[name], stats[name] = protocol.to_dense(method, block.site, params[name],
                                                     stats.get(name, {}), data)
     return out
 
-  run_blocks(model, variables, np.asarray(images, np.float32), on_block)
+  calibration.run_blocks(model, variables, np.asarray(images, np.float32), on_block)
   stats = {name: leaf for name, leaf in stats.items() if leaf}
   return model.clone(plan=Plan()), {"params": params,
                                     **({"batch_stats": stats} if stats else {})}
@@ -128,17 +111,17 @@ def _fit_blocks(model: nn.Module, small: nn.Module, variables, images, progress)
   second the dense teacher's. Once a reducer acts, the two have different tokens: only the compact
   half continues, and a block's teacher is the dense block applied to that block's own input.
   """
-  images, held_out = hold_out_last(images)
+  images, held_out = calibration.hold_out_last(images)
   modules = small.clone(remat=False).submodules()
   params, stats, fitted, notes = variables["params"], variables.get("batch_stats", {}), {}, {}
 
   def on_block(name, dense, x):
     paired = len(jax.tree.leaves(x)[0]) == 2 * len(images)
     own = {"params": params[name], "batch_stats": stats.get(name, {})}
-    dense_x = take_images(x, slice(len(images), None)) if paired else x
-    dense_out, teacher = run_teacher(dense, own, dense_x)
-    own_x = take_images(x, slice(len(images)))
-    data = Calibration(dense, *own.values(), own_x, teacher, held_out, {})
+    dense_x = calibration.take_images(x, slice(len(images), None)) if paired else x
+    dense_out, teacher = calibration.run_teacher(dense, own, dense_x)
+    own_x = calibration.take_images(x, slice(len(images)))
+    data = calibration.Calibration(dense, *own.values(), own_x, teacher, held_out, {})
     fitted[name], out = _fit_block(modules[name], data)
     notes[name] = data.notes
     if progress is not None:
@@ -147,14 +130,14 @@ def _fit_blocks(model: nn.Module, small: nn.Module, variables, images, progress)
       out = jax.tree.map(lambda *halves: np.concatenate(halves), out, dense_out)
     return out
 
-  logits = run_blocks(model, variables, np.concatenate([images, images]), on_block)
+  logits = calibration.run_blocks(model, variables, np.concatenate([images, images]), on_block)
   if model.num_classes and not isinstance(logits, tuple):
-    warn_if_few_classes(np.asarray(logits)[-len(images):], stacklevel=3)
+    checks.warn_if_few_classes(np.asarray(logits)[-len(images):], stacklevel=3)
   _warn_if_too_few(notes, len(images))
   return fitted
 
 
-def _fit_block(block: nn.Module, data: Calibration):
+def _fit_block(block: nn.Module, data: calibration.Calibration):
   """((params, stats), output) of a block, fitted on calibration inputs.
 
   block: with the plan's methods, at the model's image size; data: the calibration of its dense
@@ -167,8 +150,8 @@ def _fit_block(block: nn.Module, data: Calibration):
                                stats=stats)
 
   new = blocks.from_dense(block.site, block.methods, data.params, data.stats, calibration_of)
-  return new, run(dense.clone(methods=block.methods), dict(zip(("params", "batch_stats"), new,
-                                                               strict=True)), data.x)
+  variables = dict(zip(("params", "batch_stats"), new, strict=True))
+  return new, calibration.run(dense.clone(methods=block.methods), variables, data.x)
 
 
 def _warn_if_too_few(notes: dict[str, dict], images: int):

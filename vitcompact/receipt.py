@@ -134,13 +134,13 @@ class Receipt:
              "agree."]
     if proof.first_difference:
       lines.append(f"A difference first arises in {proof.first_difference}.")
+    lines += [f"{name.capitalize()}: {'same function' if other.ok else 'NOT the same function'}, "
+              f"{other.max_rel:.2g} of the largest logit at most, allowed {other.tolerance:.0e}."
+              for name, other in self.further.items()]
     if not self.ok and all(one.max_rel < 10 * one.tolerance and one.top1_agreement == 1
                            for one in (proof, *self.further.values())):
       lines.append("Differences this small may be rounding, if logits are small beside the terms "
                    "that they sum up, as in a model that is hardly trained.")
-    lines += [f"{name.capitalize()}: {'same function' if other.ok else 'NOT the same function'}, "
-              f"{other.max_rel:.2g} of the largest logit at most, allowed {other.tolerance:.0e}."
-              for name, other in self.further.items()]
     if tested := self.rows[-1].tested:
       also = (", which are also those of val, on which checkpoints are chosen: the data has only "
               "one of the two splits" if self.facts.get("val_is_test") else "")

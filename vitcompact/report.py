@@ -14,7 +14,7 @@ from vitcompact.latency import Times
 from vitcompact.methods import protocol
 from vitcompact.models import create_model
 from vitcompact.plan import BY_BLOCK, BlockMethods, Plan, describe_method
-from vitcompact.planner import Choice, Costs, Knapsack, combinations
+from vitcompact.planner import MIN_KL, Choice, Costs, Knapsack, combinations
 
 GOALS = ("macs", "params", "speedup", "latency_ms")
 NO_OTHER = "no other plan reaches the goal"
@@ -454,8 +454,8 @@ class Search:
     other = self.knapsack.best(need, forbidden=(name, picks[name]))
     if other is None:
       return NO_OTHER, math.inf
-    choice = self.choices[name][other[0][name]]
-    return _describe_choice(choice) or "dense", other[1] - self.kl(picks)
+    choice, growth = self.choices[name][other[0][name]], other[1] - self.kl(picks)
+    return _describe_choice(choice) or "dense", 0.0 if abs(growth) < MIN_KL else growth
 
   def kl(self, picks: dict[str, int]) -> float:
     return sum(self.choices[name][i].kl for name, i in picks.items())

@@ -42,9 +42,8 @@ Which plans are legal
 
 Its parameters
     rules                                 [(pattern, trees.Leaf)]: sharding and weight decay of the
-                                          parameters whose whole name, such as
-                                          blocks_0/attn/SCOPE/kernel, matches the pattern (default:
-                                          the rules that all models share, else neither)
+                                          parameters whose whole name (blocks_0/attn/SCOPE/kernel)
+                                          matches (default: the rules that all models share)
     from_dense(site, params, stats, data) -> (params, stats)
                                           a block's trees from a dense block's (default: keep leaves
                                           of the same name and shape, draw the others at random);
