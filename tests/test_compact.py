@@ -1,6 +1,9 @@
 """compact with calibration images: its choices and closed forms against slow references."""
+import dataclasses
 import itertools
+from typing import ClassVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -319,3 +322,29 @@ def test_branch_targets_lead_to_the_dense_stream():
   seen = observe_jitted(block, variables, dense_x)
   np.testing.assert_allclose(after_attention, seen.before_ffn, atol=1e-4)
   np.testing.assert_allclose(after_ffn, run(block, variables, dense_x).x, atol=1e-4)
+
+
+class PerHead(nn.Module):
+  """An attention mask predictor with a parameter for each head, which the protocol forbids."""
+
+  @nn.compact
+  def __call__(self, core, query, key, source=None, fused=False):
+    self.param("scale", nn.initializers.ones, (query.shape[2],))
+    return core
+
+
+@dataclasses.dataclass(frozen=True)
+class PerHeadMethod:
+  axis: ClassVar = "attention"
+
+  def make(self, site, **kwargs):
+    return PerHead(**kwargs)
+
+
+def test_parameters_of_the_wrong_number_of_heads_are_refused(monkeypatch):
+  monkeypatch.setitem(vc.METHODS["attention"], "per_head", PerHeadMethod)
+  model = tiny.deit()
+  plan = vc.Plan(heads=vc.HMHSA(), attention=PerHeadMethod())
+  with pytest.raises(ValueError, match="the compacted variables do not fit") as error:
+    vc.compact(model, tiny.init(model), plan)
+  assert "\n" not in str(error.value)

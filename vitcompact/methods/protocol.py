@@ -13,8 +13,8 @@ What it computes
       heads      (query, key, value, core, x) -> (B, N, heads, e); queries and keys have
                  `scored_heads` heads, x (B, N, width) is the input of the attention; if
                  `attention.wants_maps`, the module sows its attention maps as "maps"
-      attention  (core, query, key, source, fused) -> core: the same attention restricted to some
-                 pairs, or with another operator or a local term, see `attention.Core`; its
+      attention  (core, query, key, source=None, fused=False) -> core: the same attention restricted
+                 to some pairs, or with another operator or a local term, see `attention.Core`; its
                  parameters must not depend on the number of heads, which the heads axis changes
       ffn        (x, train) -> y; replaces the whole FFN. If it is a `layers.Mlp` and x holds only
                  some of the tokens, it also gets `mix`
