@@ -68,6 +68,7 @@ def test_the_same_command_resumes_without_measuring_again(finished_path, monkeyp
   config, workdir, receipt, _ = finished_path
   for verb in ("measure", "compact"):
     monkeypatch.setattr(vc, verb, lambda *_, **__: pytest.fail("done already"))
+  monkeypatch.setattr(vc.Report, "explain", lambda *_, **__: pytest.fail("explained already"))
   again = path.run(config, workdir, lambda line: None)
   assert again.facts["deploy_digest"] == receipt.facts["deploy_digest"]
 

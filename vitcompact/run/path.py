@@ -201,9 +201,10 @@ def measure_plan_compact(config, directory, dense: pathlib.Path, budget, say):
       raise ValueError(f"{compacted} is of another plan or another dense model; for another plan, "
                        "copy report.json, report.html and plan.json to a new directory, and run "
                        "the same command with that one")
-  reasons = reasons_of(found, plan, budget, batch)
-  write(directory / "plan.txt", reasons + "\n")
-  say(f"plan: {reasons.splitlines()[0]}")
+  reasons = directory / "plan.txt"
+  if not (compacted.exists() and reasons.exists()):   # a time would be measured again
+    write(reasons, reasons_of(found, plan, budget, batch) + "\n")
+  say(f"plan: {reasons.read_text(encoding='utf-8').splitlines()[0]}")
   if compacted.exists():
     return
   with Bar("compact") as progress:
