@@ -26,6 +26,9 @@ def test_a_file_of_methods_that_fails_is_named(tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(tmp_path)
   assert "--methods missing.py: there is no such file" in command.fails(
       *COUNT, "--methods", "missing.py")
+  (tmp_path / "json.py").write_text("raise SystemExit")     # Python has a module of this name
+  assert "json.py: another module is called json; rename the file" in command.fails(
+      *COUNT, "--methods", tmp_path / "json.py")
   (tmp_path / "broken_methods.py").write_text("1 / 0")
   assert "broken_methods.py: ZeroDivisionError: division by zero" in command.fails(
       *COUNT, "--methods", tmp_path / "broken_methods.py")

@@ -49,11 +49,13 @@ def _import_methods(context: click.Context, _, files: tuple[str, ...]):
       raise ValueError(f"--methods {file}: there is no such file")
     sys.path.insert(0, str(file.resolve().parent))   # for what it imports, as for a script
     try:
-      importlib.import_module(file.stem)
+      module = importlib.import_module(file.stem)
     except Exception as error:
       if context.obj["verbose"]:
         raise
       raise ValueError(f"--methods {file}: {type(error).__name__}: {error}") from error
+    if pathlib.Path(getattr(module, "__file__", None) or "").resolve() != file.resolve():
+      raise ValueError(f"--methods {file}: another module is called {file.stem}; rename the file")
 
 
 def methods_option() -> click.Option:
