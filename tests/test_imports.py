@@ -41,7 +41,7 @@ MAY = {
 CORE = ["plan.py", "block.py", "execution.py", "convert.py", "fit.py", "foreign.py", "files.py",
         "foreign_config.py", "foreign_names.py", "foreign_rules.py", "foreign_tensors.py",
         "count.py", "calibration.py", "curvature.py", "compact.py", "measure.py", "planner.py",
-        "report.py", "fold.py",
+        "report.py", "fold.py", "tune.py",
         "methods/protocol.py", "methods/surgery.py",
         *(f"train/{name}.py" for name in ("optim", "objective", "phases", "config", "build")),
         # Model names that imply a method are in a table in models/.

@@ -9,6 +9,7 @@ from jax import export
 import vitcompact as vc
 from tests import tiny
 from vitcompact import attention, bench, convert, trees
+from vitcompact.methods.ffn.cffn import CompactDense
 
 tuning = importlib.import_module("vitcompact.tune")   # `vitcompact.tune` is the function
 PLAN = vc.Plan(heads=vc.HMHSA(), tokens=vc.ToMe(r=4),
@@ -57,9 +58,21 @@ def test_a_tuned_model_keeps_its_function_when_saved_or_folded_again(
   loaded, loaded_variables = convert.load(tmp_path / "tuned.safetensors")
   assert loaded == tuned and trees.digest(loaded_variables) == trees.digest(tuned_variables)
   # Merged layers stay merged, and become dense ones in PyTorch; attention is chosen again.
-  choose(monkeypatch, lambda call: None)
+  asked = choose(monkeypatch, lambda call: None)
   anew, _ = vc.tune(tuned, tuned_variables, x)
+  assert asked and not any(isinstance(call, tuning.FactorisedCall) for call in asked)
   assert anew.plan == PLAN and anew.execution == vc.Execution(merged=layers)
+
+
+def test_the_layers_of_a_wrapped_method_are_merged(monkeypatch):
+  model = tiny.deit(vc.Plan(ffn=vc.GLU(ffn=vc.CFFN())), depth=1)
+  x = tiny.images(model)
+  deploy, deployed = vc.fold(model, tiny.init(model))
+  choose(monkeypatch, lambda call: tuning.MATRIX if isinstance(call, tuning.FactorisedCall)
+         else None)
+  tuned, variables = vc.tune(deploy, deployed, x)
+  assert tuned.execution == vc.Execution(merged=("blocks_0/mlp/fc2",))
+  assert vc.verify(deploy, deployed, tuned, variables, x).ok
 
 
 def test_chunked_inference_keeps_the_function_and_records_the_chunk(monkeypatch):
@@ -165,9 +178,11 @@ def test_sparse_attention_and_token_merging_are_not_tuned():
 
 def test_forms_are_really_compiled_and_timed():
   """At a rank far above break-even, two factors are many times the work of one matrix."""
-  layer = tuning.FactorisedCall(features=64, rank=512, shape=(512, 64), dtype="float32")
-  assert tuning.best_form(layer, rounds=3) == tuning.MATRIX
-  assert tuning.best_form(layer._replace(features=512, shape=(512, 512), rank=4), rounds=3) is None
+  def best(rank, width):
+    layer = CompactDense(width, rank, deploy=True)
+    return tuning.best_form(tuning.FactorisedCall(layer, (512, width), width, "float32"), rounds=3)
+
+  assert best(rank=512, width=64) == tuning.MATRIX and best(rank=4, width=512) is None
 
 
 def test_a_form_that_the_device_lacks_is_not_a_candidate(monkeypatch):

@@ -18,7 +18,7 @@ from vitcompact.block import Attention
 from vitcompact.checks import check_fitting, check_model, describe_value
 from vitcompact.execution import Execution
 from vitcompact.layers import dense
-from vitcompact.methods.ffn.cffn import CompactDense, merge_factors
+from vitcompact.methods import protocol
 
 # A form is chosen only if it is at least this much faster than fold's: less is noise.
 MARGIN = 1.02
@@ -30,10 +30,11 @@ MATRIX = "one matrix"
 
 
 class FactorisedCall(NamedTuple):
-  """A factorised layer as a model calls it; equal calls take equally long."""
+  """A call of a factorised layer: the module without its position in the model, the shape of its
+  input, and the width and dtype of its output. Equal calls take equally long."""
+  module: nn.Module
+  shape: tuple[int, ...]
   features: int
-  rank: int
-  shape: tuple[int, ...]   # of its input
   dtype: str
 
 
@@ -136,14 +137,19 @@ def calls_with_forms(deploy: nn.Module, variables, images
 
   If a part is called several times, the first call counts: the last chunk may be smaller.
   """
-  found = {}
+  found, sites = {}, deploy.sites()
+  factorised = {(f"blocks_{site.block}", "mlp", layer)
+                for site, layers in zip(sites, deploy.plan.mergeable(sites), strict=True)
+                for layer in set(layers) - set(site.merged)}
 
   def watch(next_fun, args, kwargs, context):
     module, method = context.module, context.method_name
-    if isinstance(module, CompactDense) and method == "__call__":
-      found.setdefault(module.path, FactorisedCall(module.features, module.rank, args[0].shape,
-                                          module.dtype))
-    elif isinstance(module, Attention) and method == "attend":
+    if module.path in factorised and method == "__call__":
+      out = next_fun(*args, **kwargs)
+      found.setdefault(module.path, FactorisedCall(module.clone(parent=None, name=None),
+                                                   args[0].shape, out.shape[-1], str(out.dtype)))
+      return out
+    if isinstance(module, Attention) and method == "attend":
       core = args[3] if len(args) > 3 else kwargs.get("core", attention.DENSE)
       if core.is_plain() and core.spread is attention.DENSE.spread:
         found.setdefault(module.path, AttentionCall(
@@ -176,9 +182,8 @@ def best_form(call: FactorisedCall | AttentionCall, rounds: int) -> str | None:
 def forms(call: FactorisedCall | AttentionCall) -> Mapping[str | None, Callable[[], tuple]]:
   """{name: a function that returns (what to compile, *its arguments)}; the first is fold's form."""
   if isinstance(call, FactorisedCall):
-    factors = CompactDense(call.features, call.rank, deploy=True, dtype=call.dtype)
     x = random_arrays(jax.ShapeDtypeStruct(call.shape, call.dtype))
-    return {None: lambda: _call(factors, "__call__", x),
+    return {None: lambda: _call(call.module, "__call__", x),
             MATRIX: lambda: _call(dense(call.features, dtype=call.dtype), "__call__", x)}
   names = FORMS[jax.default_backend()]
   names += ("tokamax",) * (importlib.util.find_spec("tokamax") is not None)
@@ -216,12 +221,14 @@ def random_arrays(shapes):
 def with_forms(deploy: nn.Module, variables, chosen: Mapping[tuple[str, ...], str]):
   """(model, variables) with {path: form} applied, and recorded in the model's execution."""
   params, forms, merged = dict(variables["params"]), {}, set(deploy.execution.merged)
+  blocks = deploy.submodules()
   for (name, *path), form in chosen.items():
     if form != MATRIX:
       forms[int(name.removeprefix("blocks_"))] = form
       continue
-    layer, mlp = path[-1], params[name]["mlp"]
+    layer, mlp, block = path[-1], params[name]["mlp"], blocks[name]
     merged.add(f"{name}/mlp/{layer}")
-    params[name] = {**params[name], "mlp": {**mlp, layer: merge_factors(mlp[layer])}}
+    one = protocol.merge(block.methods.ffn, block.site, mlp[layer])
+    params[name] = {**params[name], "mlp": {**mlp, layer: one}}
   execution = dataclasses.replace(deploy.execution, attention=forms, merged=tuple(merged))
   return deploy.clone(execution=execution), {**variables, "params": params}

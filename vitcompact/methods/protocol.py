@@ -28,7 +28,8 @@ What it computes
     heads, ffn                            a field named after the method's own axis holds another
                                           method of that axis that this one wraps (`inner`), or
                                           None. Its check, scored_heads, value_heads, needs,
-                                          removes, mergeable and fold are inherited if not defined
+                                          removes, mergeable, merge and fold are inherited if not
+                                          defined
     inner_site(site) -> Site              the block as the inner method sees it (default: the same)
     acts(site) -> bool                    whether it does anything in this block (default: yes)
     check(site)                           raises ValueError or warns if it does not fit a block
@@ -70,6 +71,8 @@ Its parameters
                                           method of the ffn axis also lists fc1 and fc2
     mergeable(site) -> (layer, ...)       ffn: layers that may be deployed as one matrix, see
                                           `Site.merged`
+    merge(site, params) -> params         ffn: those of one dense layer, from the deployed ones of a
+                                          mergeable layer (required if any is mergeable)
     at_size(site) -> method               the same method, with sizes that would otherwise depend on
                                           the image size fixed at those of this site
 
@@ -259,10 +262,11 @@ def _call_member(member: str, default: Callable):
 
 
 def _call_member_or_inner(member: str, default: Callable):
-  """Returns the same for a member (site) that a method inherits from its inner method."""
-  def call_inner(method, site):
-    wrapped, site_inside = inner_and_site(method, site)
-    return default(method, site) if wrapped is None else call(wrapped, site_inside)
+  """Returns the same for a member (site, ...) that a method inherits from its inner method."""
+  def call_inner(method, site, *arguments):
+    wrapped, inside = inner_and_site(method, site)
+    return (default(method, site, *arguments) if wrapped is None else
+            call(wrapped, inside, *arguments))
   call = _call_member(member, call_inner)
   return call
 
@@ -285,6 +289,7 @@ statistics = _call_member("statistics", lambda kind, params: None)
 estimate = _call_member("estimate", lambda kind, options, site, sums: (None, {}))
 to_dense = _call_member("to_dense", lambda method, site, params, stats, data: (params, stats))
 mergeable = _call_member_or_inner("mergeable", lambda method, site: ())
+merge = _call_member_or_inner("merge", lambda method, site, params: params)
 at_size = _call_member("at_size", lambda method, site: method)
 at_step = _call_member("at_step", lambda method, config, step: method)
 second_pass = _call_member("second_pass", lambda method, config, step: None)

@@ -115,6 +115,12 @@ class CFFN:
     del site
     return ("fc1", "fc2") if self.factor == "both" else ("fc2",)
 
+  def merge(self, site: Site, params):
+    """Returns the parameters of one dense layer that computes what two deployed factors do."""
+    del site
+    kernel = _matmul(params["a"]["kernel"], params["b"]["kernel"])
+    return {"kernel": kernel, "bias": params["b"]["bias"]}
+
   def check(self, site: Site):
     """Warns if factors m x r and r x d are no smaller than m x d: r >= m d / (m + d)."""
     rank, m = self.rank(site.ffn_width), site.ffn_width
@@ -176,7 +182,7 @@ class CFFN:
     mlp, mlp_stats = params["mlp"], stats.get("mlp", {})
     for layer, module in self.factorised(site).items():
       folded, _ = module.fold(mlp[layer], mlp_stats.get(layer, {}))
-      mlp = {**mlp, layer: merge_factors(folded) if layer in site.merged else folded}
+      mlp = {**mlp, layer: self.merge(site, folded) if layer in site.merged else folded}
     return {**params, "mlp": mlp}, {name: leaf for name, leaf in stats.items() if name != "mlp"}
 
   def torch_entries(self, site: Site, torch: str, ours: str) -> list[Entry]:
@@ -453,12 +459,6 @@ def truncated_factors(kernel, rank: int):
   left, singular, right = jnp.linalg.svd(kernel, full_matrices=False)
   root = jnp.sqrt(singular[:rank])
   return left[:, :rank] * root[None], root[:, None] * right[:rank]
-
-
-def merge_factors(params):
-  """Returns the parameters of one dense layer that computes what two deployed factors do."""
-  kernel = _matmul(params["a"]["kernel"], params["b"]["kernel"])
-  return {"kernel": kernel, "bias": params["b"]["bias"]}
 
 
 def _product(x, kernel, bias, dtype):
