@@ -46,32 +46,6 @@ NETWORKS = {
     "transnext_*": "TransNeXt (Shi, arXiv 2311.17132)",
 }
 
-# {method: (its paper, what of it is ours)}; details in docs/provenance.md.
-METHODS = {
-    "HMHSA": ("arXiv 2306.10875, of which only the abstract is public", "our reconstruction: "
-              "everything except that half of the maps are hallucinated from the others"),
-    "HeadPruning": ("arXiv 1905.10650 and others", "the choice of heads and the refit are ours"),
-    "MoH": ("arXiv 2410.11842, as released", "`capacity` is ours"),
-    "Sparsifiner": ("arXiv 2303.13755", 'granularity="block" and fitting from images are ours'),
-    "BiFormer": ("arXiv 2303.08810", "`regions=None` and prefix tokens are ours"),
-    "KeyMerging": ("the matching of ToMe, arXiv 2210.09461", "merging keys and values but not "
-                   "queries is ours"),
-    "InLine": ("arXiv 2412.06590", "its use in other networks is ours"),
-    "ChannelAttention": ("arXiv 2204.03645", "its use in other networks is ours"),
-    "EViT": ("arXiv 2202.07800", "how the keep rate falls in training is ours"),
-    "DynamicViT": ("arXiv 2106.02034", "how it combines with other methods is ours"),
-    "ToMe": ("arXiv 2210.09461, written from the equations", "keeping tokens in the order of "
-             "their positions is ours"),
-    "MCTF": ("arXiv 2403.10030, written from the equations", "keeping tokens in the order of "
-             "their positions is ours"),
-    "FastPath": ("arXiv 2207.01580", "its use in PVT, PVT v2, Next-ViT and plain ViTs is ours"),
-    "CFFN": ("arXiv 2306.10875, of which only the abstract is public", "our reconstruction: "
-             "everything except that the output matrix is factorised and trained with "
-             "re-parameterisation"),
-    "GLU": ("arXiv 2002.05202", "its use in place of a dense FFN is ours"),
-    "ConvGLU": ("arXiv 2311.17132", "its use in place of a dense FFN is ours"),
-}
-
 
 class Accuracy(NamedTuple):
   """A receipt's row for a model, and the receipt's file name."""
@@ -250,8 +224,7 @@ def _method_lines(model) -> list[str]:
             for nested in _with_inner(method)}
   lines = []
   for method in model.plan.methods():
-    kind = type(method).__name__
-    paper, ours = METHODS.get(kind, ("none", "not of this library"))
+    paper, ours = protocol.provenance(method)
     text = f"* {method.axis}: `{describe_method(method)}`: "
     lines += [text + (f"{paper}; {ours}." if method in acting else
                       "no block of this model has room for it.")]

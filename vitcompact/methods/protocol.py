@@ -6,6 +6,8 @@ training use only the members below and know no method by name. Only `axis` and 
 on the tokens axis) are required.
 
     axis                                  "heads", "attention", "tokens" or "ffn"
+    provenance                            (its paper, what of it is ours), for model cards; not
+                                          inherited, see docs/provenance.md for the library's own
 
 What it computes
     make(site, **kwargs) -> nn.Module     the module of one block; kwargs are Linen's name and
@@ -228,6 +230,11 @@ def check_class(kind: type, axis: str):
       f"must have a method {maker}, see vitcompact/methods/protocol.py": not hasattr(kind, maker)}
   if failed := [fault for fault, fails in faults.items() if fails]:
     raise ValueError(f"{kind.__name__}, listed in METHODS[{axis!r}]: {failed[0]}")
+
+
+def provenance(method) -> tuple[str, str]:
+  """Returns a method's `provenance`; that of its base class would be a claim about other code."""
+  return vars(type(method)).get("provenance", ("none", "not of this library"))
 
 
 def scope_of(method) -> str:

@@ -45,6 +45,7 @@ class BiFormer:
   itself.
   """
   axis: ClassVar[str] = "attention"
+  provenance: ClassVar = ("arXiv 2303.08810", "`regions=None` and prefix tokens are ours")
   scope: ClassVar[str] = "bra"
   rules: ClassVar = [(r".*/bra/lce/kernel", Leaf((None, None, None, "embed"), decay=True))]
   collections: ClassVar = ("attention",)

@@ -24,6 +24,7 @@ class ChannelAttention:
   train it.
   """
   axis: ClassVar[str] = "attention"
+  provenance: ClassVar = ("arXiv 2204.03645", "its use in other networks is ours")
 
   scale: str = "width"
 

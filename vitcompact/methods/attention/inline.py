@@ -39,6 +39,7 @@ class InLine:
   number of queries, which is the same there.
   """
   axis: ClassVar[str] = "attention"
+  provenance: ClassVar = ("arXiv 2412.06590", "its use in other networks is ours")
   rules: ClassVar = [(r".*/inline/kernel\d", Leaf((None, None, None), decay=True)),
                      (r".*/inline/bias\d", Leaf())]
 

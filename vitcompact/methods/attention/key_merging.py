@@ -33,6 +33,8 @@ class KeyMerging:
   its attention. Nothing is merged while DynamicViT trains, which then only hides dropped tokens.
   """
   axis: ClassVar[str] = "attention"
+  provenance: ClassVar = ("the matching of ToMe, arXiv 2210.09461",
+                          "merging keys and values but not queries is ours")
 
   keep: float = 0.5
   min_tokens: int | None = None

@@ -81,6 +81,8 @@ class Sparsifiner:
   token (here they are removed), and ties are broken arbitrarily.
   """
   axis: ClassVar[str] = "attention"
+  provenance: ClassVar = ("arXiv 2303.13755",
+                          'granularity="block" and fitting from images are ours')
   scope: ClassVar[str] = "links"
   rules: ClassVar = [
       (r".*/links/(down|up)", Leaf((None, None), decay=True)),

@@ -60,6 +60,9 @@ class CFFN:
     rank).
   """
   axis: ClassVar[str] = "ffn"
+  provenance: ClassVar = ("arXiv 2306.10875, of which only the abstract is public",
+                          "our reconstruction: everything except that the output matrix is "
+                          "factorised and trained with re-parameterisation")
   rules: ClassVar = [
       (r".*/fc1/a\d?/kernel", Leaf(("embed", "rank"), decay=True)),
       (r".*/fc1/b\d?/kernel", Leaf(("rank", "mlp"), decay=True)),

@@ -29,6 +29,7 @@ class GLU:
   ffn: None, or the method that makes its layers, such as CFFN(), which factorises fc2.
   """
   axis: ClassVar[str] = "ffn"
+  provenance: ClassVar = ("arXiv 2002.05202", "its use in place of a dense FFN is ours")
   rules: ClassVar = []   # fc1 and fc2 have shared rules
 
   act: str = "silu"
@@ -104,6 +105,7 @@ class GLU:
 class ConvGLU(GLU):
   """FFN axis: a GLU with a 3 x 3 depthwise convolution before the activation of its gate. It can
   also replace an FFN with a convolution. Prefix tokens, which have no neighbours, skip it."""
+  provenance: ClassVar = ("arXiv 2311.17132", "its use in place of a dense FFN is ours")
   rules: ClassVar = [(r".*/mlp/mixer/conv/kernel", Leaf((None, None, None, "mlp"), decay=True))]
 
   act: str = "gelu"

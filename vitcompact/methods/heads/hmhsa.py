@@ -39,6 +39,9 @@ class HMHSA:
   real_heads: "half" (rounded up) or a number; the other heads are hallucinated.
   """
   axis: ClassVar[str] = "heads"
+  provenance: ClassVar = ("arXiv 2306.10875, of which only the abstract is public",
+                          "our reconstruction: everything except that half of the maps are "
+                          "hallucinated from the others")
   scope: ClassVar[str] = "hallucinate"
   # No weight decay: it would pull the taps, initially a delta, to zero.
   rules: ClassVar = [(r".*/hallucinate/(query_taps|key_taps|query_gain|key_gain|mix|taps)", Leaf())]

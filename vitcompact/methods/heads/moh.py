@@ -41,6 +41,7 @@ class MoH:
   heads: None, or the method of this axis that computes the heads' outputs, such as HMHSA().
   """
   axis: ClassVar[str] = "heads"
+  provenance: ClassVar = ("arXiv 2410.11842, as released", "`capacity` is ours")
   settings: ClassVar = {"loss.moh_balance": weight(0.01)}
   losses: ClassVar = {"moh_balance": lambda forward: mean_balance(forward.collections)}
   losses_across: ClassVar = ("moh_balance",)

@@ -26,6 +26,8 @@ class HeadPruning:
     hallucinates half of them.
   """
   axis: ClassVar[str] = "heads"
+  provenance: ClassVar = ("arXiv 1905.10650 and others",
+                          "the choice of heads and the refit are ours")
 
   kept_heads: str | int = "half"
   heads: Any = None

@@ -28,6 +28,7 @@ class DynamicViT:
   training, unlike in inference, the filters of hallucinated heads still see dropped neighbours.
   """
   axis: ClassVar[str] = "tokens"
+  provenance: ClassVar = ("arXiv 2106.02034", "how it combines with other methods is ours")
   rules: ClassVar = predictor.RULES
   settings: ClassVar = {"loss.kept_ratio": weight()}
   collections: ClassVar = ("tokens",)

@@ -24,6 +24,7 @@ class EViT:
   other patches weighted by the class token's attention.
   """
   axis: ClassVar[str] = "tokens"
+  provenance: ClassVar = ("arXiv 2202.07800", "how the keep rate falls in training is ours")
   # The keep rate is 1 for `start` steps of the main phase, then falls to `keep` over `steps` steps.
   settings: ClassVar = {"keep_warmup.start": Setting(0, low=0, unit="of steps"),
                         "keep_warmup.steps": Setting(0, low=0, unit="of steps")}

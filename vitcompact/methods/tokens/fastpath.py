@@ -47,6 +47,8 @@ class FastPath:
   PVT v2 has a convolution inside its FFN, for which patches on the fast path count as 0.
   """
   axis: ClassVar[str] = "tokens"
+  provenance: ClassVar = ("arXiv 2207.01580",
+                          "its use in PVT, PVT v2, Next-ViT and plain ViTs is ours")
   rules: ClassVar = [*predictor.RULES,
                      (r".*/fast_path/linear/kernel", Leaf(("embed", None), decay=True))]
   settings: ClassVar = {"loss.kept_ratio": weight()}

@@ -61,6 +61,8 @@ class MCTF:
   tokens per block and also learns from the labels; the loss `consistency` compares the two passes.
   """
   axis: ClassVar[str] = "tokens"
+  provenance: ClassVar = ("arXiv 2403.10030, written from the equations",
+                          "keeping tokens in the order of their positions is ours")
   settings: ClassVar = {"loss.consistency": weight(),
                         "loss.companion_r": Setting(7, low=0, unit="of tokens")}
   collections: ClassVar = ("tokens",)

@@ -24,6 +24,8 @@ class ToMe:
     authors' implementation.
   """
   axis: ClassVar[str] = "tokens"
+  provenance: ClassVar = ("arXiv 2210.09461, written from the equations",
+                          "keeping tokens in the order of their positions is ours")
 
   r: int = 13
   schedule: str = "constant"
