@@ -126,9 +126,15 @@ def parse(argument: str, **options):
   return ConfigDict(chosen)
 
 
-def finish(config, options):
-  """Returns the config, or with `runlocal` a small version of it that runs for seconds."""
-  return local(config) if options.runlocal else config
+def finish(config, options, small=()):
+  """Returns the config, or with `runlocal` a small version of it that runs for seconds.
+
+  small: {key: its value with `runlocal`}, for the settings of the config's methods.
+  """
+  if options.runlocal:
+    local(config)
+    config.update_from_flattened_dict(dict(small))
+  return config
 
 
 SMALL_ISOTROPIC = {"width": 16, "depth": 3, "heads": 2, "patch_size": 4, "image_size": 16}
@@ -177,15 +183,3 @@ def local(config):
   else:
     config.loss.update(hard=0.0, soft=0.0, logits=0.0, patches=0.0)
   config.teacher.update(file="", name="")
-  if "blocks" in config.plan.get("tokens", {}):
-    config.plan.tokens.blocks = tuple(range(1, 1 + min(len(config.plan.tokens.blocks), 2)))
-  if config.plan.get("attention", {}).get("granularity") == "block":
-    config.plan.attention.update(window=2, min_tokens=0)
-  # Settings of methods: phases of a few steps, few programs to compile.
-  if "reconstruct" in config:
-    config.reconstruct.update(steps=5, warmup_steps=2)
-  if "keep_warmup" in config:
-    config.keep_warmup.update(start=2, steps=1)
-  if "companion_r" in config.loss:
-    config.loss.companion_r = 1
-  return config

@@ -44,4 +44,4 @@ def get_config(argument=""):
   config.loss.kept_ratio = 5.0 if is_base else 2.0
   config.loss.logits = 0.5
   config.loss.patches = 0.5
-  return base.finish(config, options)
+  return base.finish(config, options, {"plan.tokens.blocks": (1, 2)})

@@ -22,4 +22,4 @@ def get_config(argument=""):
   config.model.mix_token = False  # mixup and cutmix instead: the teacher sees the mixed image
   config.loss.patch_labels = 0.0  # patches learn from the teacher only
   config.loss.patch_error = "divergence"
-  return base.finish(config, options)
+  return base.finish(config, options, {"plan.tokens.blocks": (1, 2)})

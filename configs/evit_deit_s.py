@@ -23,6 +23,7 @@ STEPS_PER_EPOCH = 625             # 1,281,167 images in batches of 2048
 
 def get_config(argument=""):
   options = base.parse(argument, scratch=False)
+  small = {"plan.tokens.blocks": (1, 2)}
   config = deit_s.get_config()
   config.batch_size = 2048
   config.total_steps = 30 * STEPS_PER_EPOCH
@@ -46,4 +47,5 @@ def get_config(argument=""):
     config.optim.weight_decay = 0.05
     # The keep rate is 1 for `start` steps, then falls over `steps`.
     config.keep_warmup = {"start": 10 * STEPS_PER_EPOCH, "steps": 100 * STEPS_PER_EPOCH}
-  return base.finish(config, options)
+    small |= {"keep_warmup.start": 2, "keep_warmup.steps": 1}
+  return base.finish(config, options, small)

@@ -37,4 +37,4 @@ def get_config(argument=""):
   config.optim.cooldown_steps = 10 * STEPS_PER_EPOCH
   config.loss.consistency = 3.0
   config.loss.companion_r = 7     # the second pass merges 0 to 7 tokens per block
-  return base.finish(config, options)
+  return base.finish(config, options, {"loss.companion_r": 1})

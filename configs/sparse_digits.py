@@ -49,7 +49,7 @@ def get_config(argument=""):
     config.optim.learning_rate = 2e-3
   else:
     config = fine_tune(config, steps=150, learning_rate=1e-3)
-  return base.finish(config, options)
+  return base.finish(config, options, small(config))
 
 
 def fine_tune(config, steps, learning_rate):
@@ -80,3 +80,16 @@ def fine_tune(config, steps, learning_rate):
     config.reconstruct.final_learning_rate = 3e-4
     config.total_steps += config.reconstruct.steps
   return config
+
+
+def small(config):
+  """Returns {key: value} for the methods' settings with `runlocal`: phases of a few steps, few
+  programs to compile."""
+  values = {}
+  if config.plan.get("attention", {}).get("granularity") == "block":
+    values |= {"plan.attention.window": 2, "plan.attention.min_tokens": 0}
+  if "reconstruct" in config:
+    values |= {"reconstruct.steps": 5, "reconstruct.warmup_steps": 2}
+  if "companion_r" in config.loss:
+    values["loss.companion_r"] = 1
+  return values

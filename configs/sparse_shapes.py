@@ -19,7 +19,7 @@ Result:   python -m experiments.accuracy shapes trains all of them with three se
           table.
 """
 from configs import base, shapes
-from configs.sparse_digits import SPARSE, TOKEN, fine_tune
+from configs.sparse_digits import SPARSE, TOKEN, fine_tune, small
 
 BLOCK = {"attention": {**SPARSE, "granularity": "block"}}
 EVIT = {"tokens": {"method": "evit", "keep": 0.7, "blocks": (1,)}}
@@ -48,7 +48,7 @@ def get_config(argument=""):
     if "reconstruct" in config:
       config.total_steps += 40 - config.reconstruct.steps
       config.reconstruct.steps = 40
-    return base.finish(config, options)
+    return base.finish(config, options, small(config))
   config.total_steps = 300
   if options.plan == "coarse":
     config.model.patch_size = 8   # pixels: 36 patches

@@ -22,10 +22,11 @@ Other:    blocks of tokens instead of pairs, for 384 pixels and more:
 from configs import base, deit_s
 
 STEPS_PER_EPOCH = 953             # 1,281,167 images in batches of 1344
+SMALL = {"reconstruct.steps": 5, "reconstruct.warmup_steps": 2}   # with `runlocal`
 
 
 def get_config(argument=""):
-  options = base.parse(argument, evit=False)
+  options, small = base.parse(argument, evit=False), SMALL
   config = deit_s.get_config()
   config.batch_size = 1344
   config.total_steps = 50 * STEPS_PER_EPOCH
@@ -34,6 +35,7 @@ def get_config(argument=""):
   config.plan = {"attention": {"method": "sparsifiner", "keep": 0.25}}
   if options.evit:
     config.plan.tokens = {"method": "evit", "keep": 0.7, "blocks": (3, 6, 9)}
+    small = {**SMALL, "plan.tokens.blocks": (1, 2)}
   config.model.drop_path_rate = 0.0
   config.model.dtype = "float32"
   config.data.replicas = 8        # of 168 images
@@ -55,4 +57,4 @@ def get_config(argument=""):
 
   config.loss.logits = 0.5
   config.loss.patches = 0.5
-  return base.finish(config, options)
+  return base.finish(config, options, small)

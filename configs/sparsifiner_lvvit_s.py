@@ -17,4 +17,4 @@ def get_config(argument=""):
   config.model.name = "lvvit_s"
   config.model.mix_token = False  # mixup and cutmix instead: the teacher sees the mixed image
   config.loss.patch_labels = 0.0  # patches learn from the teacher only
-  return base.finish(config, base.parse(argument))
+  return base.finish(config, base.parse(argument), sparsifiner_deit_s.SMALL)
