@@ -14,7 +14,6 @@ from tests.test_docs import bind
 from vitcompact import convert
 from vitcompact.cli import card as cli_card
 from vitcompact.hub import card
-from vitcompact.methods import protocol
 from vitcompact.models import VARIANTS, tags
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -160,15 +159,17 @@ def test_a_method_and_the_docs_cite_the_same_paper(kind):
   cited = set(re.findall(r"\d{4}\.\d{5}", "".join(rows)))
   if "(same abstract)" in "".join(rows):      # the row above: hMHSA's
     cited.add("2306.10875")
-  paper, = re.findall(r"\d{4}\.\d{5}", protocol.provenance(kind())[0])
+  paper, = re.findall(r"\d{4}\.\d{5}", vars(kind)["provenance"][0])
   assert paper in cited
 
 
-def test_a_users_method_is_not_ours_even_if_it_extends_one_of_ours():
+def test_a_users_method_is_not_ours_even_if_it_extends_one_of_ours(monkeypatch):
   class Own(vc.CFFN):
     pass
 
-  assert protocol.provenance(Own()) == ("none", "not of this library")
+  monkeypatch.setitem(vc.METHODS["ffn"], "own", Own)
+  text = card.model_card("deit_tiny_patch16_224", vc.Plan(ffn=Own()), **SMALL)
+  assert "ffn: `Own()`: none; not of this library." in text
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_large_patch14_224"])

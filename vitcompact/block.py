@@ -6,7 +6,7 @@ from fractions import Fraction
 import flax.linen as nn
 import jax.numpy as jnp
 
-from vitcompact import attention, rotary, token_state, torch_names
+from vitcompact import attention, rotary, torch_names
 from vitcompact.attention import Core
 from vitcompact.layers import (
   DropPath,
@@ -21,7 +21,7 @@ from vitcompact.layers import (
 from vitcompact.methods import METHODS, protocol, surgery
 from vitcompact.methods.protocol import Site
 from vitcompact.plan import BlockMethods
-from vitcompact.token_state import Reduction, Tokens
+from vitcompact.token_state import Tokens
 from vitcompact.torch_names import Entry
 
 
@@ -115,7 +115,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, tokens: Tokens, train: bool = False) -> Tokens:
-    site, step = self.site, reduction(self.site, self.methods)
+    site, step = self.site, self.methods.reduction(self.site)
     norm = functools.partial(LayerNorm, epsilon=self.epsilon, dtype=site.dtype)
     # Two modules, so that the two branches are dropped independently.
     drop = functools.partial(DropPath, self.drop_path)
@@ -169,13 +169,6 @@ class Block(nn.Module):
     return fold(self.site, self.methods, params, stats)
 
 
-def reduction(site: Site, methods: BlockMethods) -> Reduction:
-  """Returns what the method of the tokens axis does in a block."""
-  if methods.tokens is None:
-    return token_state.NOTHING
-  return methods.tokens.reduction(site.block, site.depth)
-
-
 def restrict(site: Site, method, core: Core, query, key, source=None, fused: bool = False) -> Core:
   """Returns the attention restricted by `method`. Must be called from an `nn.compact` method."""
   if method is None:
@@ -207,7 +200,7 @@ def ffn_branch(site: Site, methods: BlockMethods, norm, x, paths, train: bool):
     y = mlp(apply_norm(norm2, x, train), train, **mixes)
     return y if scale is None else scale(y)
 
-  step = reduction(site, methods)
+  step = methods.reduction(site)
   if step.ffn is None:
     return full(x, train)
   two_paths = step.ffn(norm and norm(parent=None), dtype=site.dtype, name="fast_path")

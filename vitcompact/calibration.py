@@ -13,7 +13,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vitcompact import attention, regression
-from vitcompact.block import reduction
 from vitcompact.execution import Execution
 from vitcompact.token_state import NOTHING
 
@@ -222,7 +221,7 @@ def anonymous(block: nn.Module) -> nn.Module:
   """Returns the block without its name, number and other fields that inference does not depend on,
   so that equal blocks share one compiled program."""
   site, methods = block.site._replace(form=None, merged=()), block.methods
-  if reduction(site, methods) == NOTHING:   # a reducer depends on the number of the block
+  if methods.reduction(site) == NOTHING:   # a reducer depends on the number of the block
     site, methods = site._replace(block=0, tokens_left=site.tokens), methods._replace(tokens=None)
   return block.clone(site=site, methods=methods, drop_path=0.0, parent=None, name=None)
 
@@ -277,7 +276,7 @@ def run_blocks(model: nn.Module, variables, images, on_block: Callable[[str, nn.
   """
   # on_block must be called once for each block, with all images.
   model = model.clone(execution=Execution(), remat=False)
-  names = {name for name, module in model.submodules().items() if hasattr(module, "methods")}
+  names = model.compactable_blocks().keys()
 
   def watch(next_fun, args, kwargs, context):
     name = "/".join(context.module.path) if context.method_name == "__call__" else ""

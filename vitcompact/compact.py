@@ -63,10 +63,9 @@ def compact(model: nn.Module, variables, plan: Plan, images=None,
   params, stats = dict(variables["params"]), dict(variables.get("batch_stats", {}))
   old_stats = trees.named_leaves(stats)
   if images is None:
-    for name, module in small.submodules().items():
-      if hasattr(module, "methods"):
-        params[name], stats[name] = blocks.from_dense(module.site, module.methods, params[name],
-                                                      stats.get(name, {}))
+    for name, module in small.compactable_blocks().items():
+      params[name], stats[name] = blocks.from_dense(module.site, module.methods, params[name],
+                                                    stats.get(name, {}))
   else:
     for name, new in _fit_blocks(model, small, variables, images, progress).items():
       params[name], stats[name] = new

@@ -31,7 +31,7 @@ def kl_per_error(model: nn.Module, variables, images, size: int) -> dict[str, di
   images: (B, H, W, C); size: number of values in the residual stream of one image.
   """
   model = model.clone(execution=Execution(), remat=False)
-  names = [name for name, module in model.submodules().items() if hasattr(module, "methods")]
+  names = list(model.compactable_blocks())
   paths = {(*name.split("/"), *branch) for name in names for branch in BRANCHES.values()}
   step = min(max(CHUNK_VALUES // (BACKWARD_DIVISOR * size), 1), len(images))
   images = images[:len(images) // step * step]   # chunks of equal size share one program

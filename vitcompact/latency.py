@@ -38,7 +38,7 @@ class Times:
     self.known = self._read()
     self.dense = self._time_plan(Plan())[0]
     self.equal = {}
-    for name, block in costs.blocks().items():
+    for name, block in costs.model.compactable_blocks().items():
       self.equal.setdefault(BlockKey(block).text, []).append(name)
 
   def total(self, reducer) -> float:
@@ -47,7 +47,7 @@ class Times:
 
   def saved(self, name: str, axis: str, method, tokens: int | None = None, reducer=None) -> float:
     """Seconds that a block saves with one method, given `tokens` tokens."""
-    blocks = self.costs.blocks()
+    blocks = self.costs.model.compactable_blocks()
     group = self.equal[BlockKey(blocks[name]).text]
     plan = Plan(blocks={blocks[other].site.block: {axis: method} for other in group})
     seconds = self.dense * (1 - 1 / self._time_plan(plan)[1]) / len(group)

@@ -98,8 +98,7 @@ class _Measurement:
     self.progress = progress or (lambda name, done, total: None)
     self.images, held_out = hold_out_last(images)
     self.held_out = held_out or len(self.images)
-    self.modules = {name: module for name, module in model.submodules().items()
-                    if hasattr(module, "methods")}
+    self.modules = model.compactable_blocks()
     self.done, self.outputs, self.fully_tried = [], {}, set()
     self.latest_calibration = None, None   # (block, its Calibration)
     self.legal = {name: {kind: found for axis in BY_BLOCK for kind in METHODS[axis].values()

@@ -11,7 +11,7 @@ import jax
 from flax.core import FrozenDict
 
 from vitcompact import token_state
-from vitcompact.methods import METHODS, protocol
+from vitcompact.methods import METHODS, check_class, protocol
 from vitcompact.methods.protocol import CAPABILITIES, Site
 from vitcompact.trees import Leaf
 
@@ -28,6 +28,11 @@ class BlockMethods(NamedTuple):
 
   def present(self) -> list:
     return [method for method in self if method is not None]
+
+  def reduction(self, site: Site) -> token_state.Reduction:
+    """What the tokens axis does in the block."""
+    return (token_state.NOTHING if self.tokens is None else
+            self.tokens.reduction(site.block, site.depth))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Plan:
     """The distinct methods of the plan, in the order of the axes; a wrapping method comes first."""
     methods = [getattr(self, axis) for axis in METHODS]
     methods += [method for axes in self.blocks.values() for method in axes.values()]
-    return list(dict.fromkeys(nested for method in methods for nested in _with_inner(method)))
+    return list(dict.fromkeys(nested for method in methods for nested in with_inner(method)))
 
   def parameter_rules(self, shared: list[tuple[str, Leaf]]) -> list[tuple[str, Leaf]]:
     """[(pattern, Leaf)]: the methods' rules, `shared`, and a default for methods without rules."""
@@ -101,7 +106,7 @@ class Plan:
     for site in sites:
       self._check_attends(site, sites)
       methods = self.at(site)
-      if self.reduction(site.block, depth) == token_state.NOTHING:
+      if methods.reduction(site) == token_state.NOTHING:
         methods = methods._replace(tokens=None)
       for method in methods.present():
         protocol.check(method, site)
@@ -280,9 +285,9 @@ def _check_needs(method, site: Site, removed, model: str):
       raise ValueError(f"{where} {describe_method(remover)} removes{since}; {hint}")
 
 
-def _with_inner(method) -> list:
+def with_inner(method) -> list:
   """[method, the method it wraps, ...]; [] for None."""
-  return [] if method is None else [method, *_with_inner(protocol.inner(method))]
+  return [] if method is None else [method, *with_inner(protocol.inner(method))]
 
 
 def describe_method(method) -> str:
@@ -301,7 +306,7 @@ def _check_axes(axes: Mapping, where: str):
                        "or None (to use your own method, list it first: "
                        f"vitcompact.METHODS[{axis!r}][NAME] = CLASS)")
     if spec is not None:
-      protocol.check_class(type(spec), axis)
+      check_class(type(spec), axis)
       _check_axes({axis: protocol.inner(spec)}, f"{where}, {type(spec).__name__}")
 
 

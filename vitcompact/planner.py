@@ -53,13 +53,9 @@ class Costs:
     return {name: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
             for name, x in shapes.items()}
 
-  def blocks(self) -> dict[str, nn.Module]:
-    return {name: module for name, module in self.model.submodules().items()
-            if hasattr(module, "methods")}
-
   def at(self, name: str, methods: BlockMethods, tokens: int | None = None) -> tuple[int, int]:
     """(MACs, parameters) of a block under methods, at `tokens` tokens (isotropic models)."""
-    block, x = self.blocks()[name], self._inputs[name]
+    block, x = self.model.compactable_blocks()[name], self._inputs[name]
     if tokens is not None:
       native = x.x.shape[1]
       source = jax.ShapeDtypeStruct((1, native), jnp.int32) if tokens != native else None

@@ -300,8 +300,7 @@ class Report:
     from vitcompact.measure import SENSITIVITIES
 
     model = create_model(self.model, **self.fields)
-    names = [name for name, module in model.submodules().items() if hasattr(module, "methods")]
-    if [row["name"] for row in self.blocks] != names:
+    if [row["name"] for row in self.blocks] != list(model.compactable_blocks()):
       raise ValueError(f"its blocks are not those of {self.model}")
     if self.sensitivity not in SENSITIVITIES:
       raise ValueError(f"sensitivity={self.sensitivity!r}")
@@ -377,14 +376,14 @@ class Search:
       now = self.times.total(reducer) if timed else getattr(count(small), what)
       self.saved = 1 - now / self.total
       lengths = {name: module.site.tokens_left
-                 for name, module in small.submodules().items() if hasattr(module, "methods")}
+                 for name, module in small.compactable_blocks().items()}
     self.choices = {row["name"]: self._choices(costs, row, axes, lengths.get(row["name"]))
                     for row in report.blocks}
-    self.numbers = {name: module.site.block for name, module in costs.blocks().items()}
+    self.numbers = {name: module.site.block for name, module in model.compactable_blocks().items()}
     self.knapsack = Knapsack(self.choices, self.total)
 
   def _choices(self, costs, row, axes, tokens) -> list[Choice]:
-    site = costs.blocks()[row["name"]].site
+    site = costs.model.compactable_blocks()[row["name"]].site
     if tokens is not None:
       site = site._replace(tokens_left=tokens)
     by_axis = {axis: [option for option in row["options"] if option.axis == axis
@@ -434,7 +433,7 @@ class Search:
     """
     found = {}
     for name, choices in self.choices.items():
-      site = self.report.costs.blocks()[name].site
+      site = self.report.costs.model.compactable_blocks()[name].site
       planned = plan.at(site)._asdict() | {"tokens": None}
       for i, choice in enumerate(choices):
         methods = {axis: option.method for axis, option in choice.options.items()}

@@ -139,6 +139,21 @@ def test_wrong_models_classes_and_plans_are_refused_before_any_work(
     assert not list((tmp_path / "run").iterdir())
 
 
+def test_a_file_may_differ_from_the_config_only_in_how_it_was_trained(finished_path):
+  dense, config = finished_path[1] / "dense" / "trained.safetensors", configs.complete(
+      finished_path[0])
+  config.model = {"name": "lvvit_t", "mix_token": False}
+  fields = {"num_classes": 10, "drop_path_rate": 0.3, "dtype": "bfloat16"}
+  path.check_dense(config, dense, vc.create_model("lvvit_t", **fields))
+  for name, sizes in (("lvvit_t", {"depth": 3}), ("pvt_tiny", {})):
+    model = vc.create_model(name, **sizes, **fields)
+    with pytest.raises(ValueError, match=f"holds {name}, not what config"):
+      path.check_dense(config, dense, model)
+  config.model = {"name": "pvt_tiny"}
+  with pytest.raises(ValueError, match="holds lvvit_t, not what config"):
+    path.check_dense(config, dense, vc.create_model("lvvit_t", **fields))
+
+
 def test_without_distillation_nothing_is_trained(finished_path, tmp_path, monkeypatch):
   for name in ("report.json", "report.html", "plan.json", "compact.safetensors"):
     (tmp_path / name).write_bytes((finished_path[1] / name).read_bytes())

@@ -9,7 +9,7 @@ from tests import tiny
 from tests.tiny_run import weights
 from vitcompact import trees
 from vitcompact.methods.attention.sparsifiner import attention_reconstruction
-from vitcompact.models.lvvit import TokenLogits
+from vitcompact.models.token_logits import TokenLogits
 from vitcompact.train import losses
 from vitcompact.train.objective import (
   by_replica,

@@ -7,7 +7,6 @@ the kept pairs hold, for each block, over the share of pairs kept at several kee
 blocks of tokens that share differs from the rate); and the same numbers in mass.csv. Only heads
 that are computed are drawn.
 """
-import dataclasses
 import functools
 import pathlib
 
@@ -18,6 +17,7 @@ import vitcompact as vc
 from vitcompact import convert
 from vitcompact.draw import pyplot
 from vitcompact.methods import protocol
+from vitcompact.models.backbone import Isotropic
 
 # A patch that is not attended to is darkened, and made bluish so that a black patch differs too.
 DIMMED = 0.25
@@ -28,7 +28,7 @@ KEEP_RATES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 def sparse_blocks(model) -> list[int]:
   """The blocks that have a mask predictor; raises ValueError if there are none to draw."""
-  if not hasattr(model, "grid"):
+  if not isinstance(model, Isotropic):
     raise ValueError(f"{model.variant or 'this model'} is hierarchical: its keys are not patches; "
                      "draw a DeiT or an LV-ViT")
   if model.plan.tokens is not None:
@@ -71,17 +71,12 @@ def mass_kept(model, variables, image, keeps=KEEP_RATES) -> dict[int, list[tuple
 
 
 def is_sparse(method) -> bool:
-  return method is not None and method.axis == "attention" and hasattr(method, "at_keep")
+  return method is not None and method.axis == "attention" and bool(protocol.at_keep(method))
 
 
-def at_keep(method, keep: float):
-  """A method of attention sparsity with another keep rate; other methods unchanged."""
-  return method.at_keep(keep) if is_sparse(method) else method
-
-
-def with_masking(method):
-  """A method that applies its predicted mask, see `Sparsifiner.masked`."""
-  return dataclasses.replace(method, masked=True) if hasattr(method, "masked") else method
+def at_keep(method, keep: float | None = None):
+  """A method of attention sparsity that masks, at a keep rate; other methods unchanged."""
+  return protocol.at_keep(method)(keep) if is_sparse(method) else method
 
 
 def enlarge(image, grid: tuple[int, int]):
@@ -155,7 +150,7 @@ def run(checkpoint, image, out, *, queries=(), blocks=(), force=False) -> str:
   """Writes the drawings into folder `out`, and returns a line that names them."""
   model, variables = convert.load(checkpoint)
   # After the first training phase masks are not applied yet: draws what they would keep.
-  model = model.clone(plan=model.plan.map(with_masking))
+  model = model.clone(plan=model.plan.map(at_keep))
   known = sparse_blocks(model)
   for block in blocks:
     if block not in known:

@@ -26,7 +26,7 @@ def stages(model, variables, image) -> list[tuple[str, np.ndarray]]:
   C), normalised.
   """
   sites = [site for site in model.sites() if model.plan.at(site).tokens is not None]
-  steps = {site.block: model.plan.reduction(site.block, model.depth) for site in sites}
+  steps = {site.block: model.plan.at(site).reduction(site) for site in sites}
   deciding = {site.block: site.query_grid for site in sites
               if steps[site.block].ffn and steps[site.block].predict}
   blocks = list(deciding) or [block for block, step in steps.items() if step != NOTHING]

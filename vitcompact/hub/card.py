@@ -14,14 +14,13 @@ from vitcompact.count import count
 from vitcompact.data.classes import describe
 from vitcompact.execution import Execution
 from vitcompact.hub import config
-from vitcompact.methods import protocol
 from vitcompact.models import create_model, fields_of, tags, variant_of
-from vitcompact.plan import Plan, describe_method
+from vitcompact.models.backbone import Backbone
+from vitcompact.plan import Plan, describe_method, with_inner
 from vitcompact.preprocess import Preprocess, preprocess
 from vitcompact.receipt import Receipt
 
 RECEIPT = "receipt.json"
-NOT_OF_THE_NETWORK = ("plan", "execution", "deploy", "dtype", "remat", "drop_path_rate")
 
 # {pattern of model names: the network and its paper}; the first match counts.
 NETWORKS = {
@@ -200,7 +199,7 @@ def _provenance(model, weights: Weights | None) -> list[str]:
   lines = [f"* Network: {network_of(name)}, computed by this library's own code."]
   named = fields_of(create_model(model.variant))
   if other := [f"{key}={value!r}" for key, value in fields_of(model).items()
-               if key not in NOT_OF_THE_NETWORK and value != named[key]]:
+               if key not in ("plan", "deploy", *Backbone.free_fields) and value != named[key]]:
     lines += [f"* It differs from the named model: {', '.join(other)}."]
   if weights:
     lines += [f"* Weights: from {weights.source}; their licence is that of their source."
@@ -221,18 +220,15 @@ def _provenance(model, weights: Weights | None) -> list[str]:
 def _method_lines(model) -> list[str]:
   """A line for each method of the plan; it says so if the method acts in no block."""
   acting = {nested for site in model.sites() for method in model.plan.at(site).present()
-            for nested in _with_inner(method)}
+            for nested in with_inner(method)}
   lines = []
   for method in model.plan.methods():
-    paper, ours = protocol.provenance(method)
+    # That of its base class would be a claim about other code.
+    paper, ours = vars(type(method)).get("provenance", ("none", "not of this library"))
     text = f"* {method.axis}: `{describe_method(method)}`: "
     lines += [text + (f"{paper}; {ours}." if method in acting else
                       "no block of this model has room for it.")]
   return lines
-
-
-def _with_inner(method) -> list:
-  return [] if method is None else [method, *_with_inner(protocol.inner(method))]
 
 
 def _usage_lines(model, weights: Weights | None) -> list[str]:

@@ -4,6 +4,8 @@
 
 `protocol.py` defines what a method is.
 """
+import dataclasses
+
 from vitcompact.methods.attention.biformer import BiFormer
 from vitcompact.methods.attention.channels import ChannelAttention
 from vitcompact.methods.attention.inline import InLine
@@ -28,3 +30,15 @@ METHODS = {
                "fastpath": FastPath},
     "ffn": {"cffn": CFFN, "glu": GLU, "convglu": ConvGLU},
 }
+
+
+def check_class(kind: type, axis: str):
+  """Raises a one-line ValueError if a listed class is not a method of this axis."""
+  maker = "reduction" if axis == "tokens" else "make"
+  faults = {
+      "must be a frozen dataclass: @dataclasses.dataclass(frozen=True)":
+          not dataclasses.is_dataclass(kind) or not kind.__dataclass_params__.frozen,
+      f"must have axis = {axis!r}": getattr(kind, "axis", None) != axis,
+      f"must have a method {maker}, see vitcompact/methods/protocol.py": not hasattr(kind, maker)}
+  if failed := [fault for fault, fails in faults.items() if fails]:
+    raise ValueError(f"{kind.__name__}, listed in METHODS[{axis!r}]: {failed[0]}")

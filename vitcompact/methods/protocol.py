@@ -29,9 +29,8 @@ What it computes
                                           block for attention (default: the method's name)
     heads, ffn                            a field named after the method's own axis holds another
                                           method of that axis that this one wraps (`inner`), or
-                                          None. Its check, scored_heads, value_heads, needs,
-                                          removes, mergeable, merge and fold are inherited if not
-                                          defined
+                                          None. By default check, scored_heads, value_heads, needs,
+                                          removes, mergeable, merge and fold are inherited from it
     inner_site(site) -> Site              the block as the inner method sees it (default: the same)
     acts(site) -> bool                    whether it does anything in this block (default: yes)
     check(site)                           raises ValueError or warns if it does not fit a block
@@ -75,6 +74,9 @@ Its parameters
                                           `Site.merged`
     merge(site, params) -> params         ffn: those of one dense layer, from the deployed ones of a
                                           mergeable layer (required if any is mergeable)
+    at_keep(keep) -> method               attention: the same method with this share of pairs kept
+                                          (None: its own), which sows "target" and "kept"
+                                          (B, heads, N, M) in "attention", for drawings
     at_size(site) -> method               the same method, with sizes that would otherwise depend on
                                           the image size fixed at those of this site
 
@@ -90,7 +92,6 @@ How it trains; `settings` are config keys, each with a default
     check_training(config)                raises ValueError if settings contradict each other
     facts(collections) -> {name: number}  for the receipt, from one batch through the deployed model
 """
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -220,23 +221,6 @@ class FirstPhase(NamedTuple):
   loss: Callable[[Mapping[str, Any]], jax.Array]
 
 
-def check_class(kind: type, axis: str):
-  """Raises a one-line ValueError if a listed class is not a method of this axis."""
-  maker = "reduction" if axis == "tokens" else "make"
-  faults = {
-      "must be a frozen dataclass: @dataclasses.dataclass(frozen=True)":
-          not dataclasses.is_dataclass(kind) or not kind.__dataclass_params__.frozen,
-      f"must have axis = {axis!r}": getattr(kind, "axis", None) != axis,
-      f"must have a method {maker}, see vitcompact/methods/protocol.py": not hasattr(kind, maker)}
-  if failed := [fault for fault, fails in faults.items() if fails]:
-    raise ValueError(f"{kind.__name__}, listed in METHODS[{axis!r}]: {failed[0]}")
-
-
-def provenance(method) -> tuple[str, str]:
-  """Returns a method's `provenance`; that of its base class would be a claim about other code."""
-  return vars(type(method)).get("provenance", ("none", "not of this library"))
-
-
 def scope_of(method) -> str:
   """Returns the name under which a method, or its class, has its parameters."""
   if method.axis in ("tokens", "ffn"):
@@ -270,10 +254,9 @@ def _call_member(member: str, default: Callable):
 
 def _call_member_or_inner(member: str, default: Callable):
   """Returns the same for a member (site, ...) that a method inherits from its inner method."""
-  def call_inner(method, site, *arguments):
+  def call_inner(method, site, *rest):
     wrapped, inside = inner_and_site(method, site)
-    return (default(method, site, *arguments) if wrapped is None else
-            call(wrapped, inside, *arguments))
+    return default(method, site, *rest) if wrapped is None else call(wrapped, inside, *rest)
   call = _call_member(member, call_inner)
   return call
 
@@ -302,6 +285,7 @@ at_step = _call_member("at_step", lambda method, config, step: method)
 second_pass = _call_member("second_pass", lambda method, config, step: None)
 check_training = _call_member("check_training", lambda method, config: None)
 facts = _call_member("facts", lambda method, collections: {})
+at_keep = _read_member("at_keep", None)
 settings = _read_member("settings", {})
 losses = _read_member("losses", {})
 losses_across = _read_member("losses_across", ())

@@ -25,7 +25,8 @@ class Backbone(nn.Module):
   """The fields and methods that the library requires of a model.
 
   Called with images (B, H, W, in_chans), normalised float, it returns logits (B, num_classes) in
-  float32. It sows "features", and whatever else its docstring mentions.
+  float32; in training possibly a tuple of them, the distillation token's last, or `TokenLogits`. It
+  sows "features", and whatever else its docstring mentions.
 
   variant: its name in the table of models. num_classes: 0 for features. dtype: of the computation.
   remat: whether the backward pass recomputes the activations of blocks. deploy: whether it is the
@@ -46,6 +47,8 @@ class Backbone(nn.Module):
   # What it offers as a teacher besides logits: "patch features", "patch logits".
   teaches: ClassVar[frozenset[str]] = frozenset()
   mixes_images: ClassVar[bool] = False              # whether training mixes images of a batch
+  # Fields that say how it is computed or trained, not which network it is.
+  free_fields: ClassVar[tuple[str, ...]] = ("drop_path_rate", "dtype", "remat", "execution")
 
   @nn.nowrap
   def check(self):
@@ -65,6 +68,12 @@ class Backbone(nn.Module):
     has `fold(params, stats)`, which returns (params, stats); those that a plan changes also have
     `site` and `methods`."""
     raise NotImplementedError
+
+  @nn.nowrap
+  def compactable_blocks(self) -> dict[str, nn.Module]:
+    """Returns those of its submodules that a plan changes."""
+    return {name: module for name, module in self.submodules().items()
+            if hasattr(module, "methods")}
 
   @nn.nowrap
   def torch_entries(self) -> list[Entry]:
@@ -153,13 +162,6 @@ def check_images(model, images_bhwc):
   if images_bhwc.shape[1:] != (height, width, channels):
     raise ValueError(f"images of shape {images_bhwc.shape}: this model takes (B, {height}, "
                      f"{width}, {channels}); create it with image_size= and in_chans=")
-
-
-def record_stage(model, stage: int, map_bhwc):
-  """Sows the output of a stage in "features"."""
-  # In init every collection is mutable, and features would end up among the variables.
-  if not model.is_initializing():
-    model.sow("features", f"stage_{stage}", map_bhwc)
 
 
 def chunked(call):

@@ -14,16 +14,10 @@ import numpy as np
 from vitcompact import torch_names
 from vitcompact.methods import surgery
 from vitcompact.methods.protocol import Site
-from vitcompact.models.backbone import (
-  HIERARCHICAL,
-  Backbone,
-  check_images,
-  chunked,
-  record_stage,
-)
+from vitcompact.models.backbone import HIERARCHICAL, Backbone, check_images, chunked
 from vitcompact.models.biformer_blocks import Embed, RoutedBlock, Stem
 from vitcompact.models.nextvit import Head
-from vitcompact.models.pyramid import to_map, to_tokens
+from vitcompact.models.pyramid import record_stage, to_map, to_tokens
 from vitcompact.models.variant import Variant
 from vitcompact.torch_names import Entry
 from vitcompact.trees import Leaf

@@ -14,13 +14,7 @@ from vitcompact.depthwise import Depthwise
 from vitcompact.layers import DropPath, LayerNorm
 from vitcompact.methods.protocol import Site
 from vitcompact.models import pyramid
-from vitcompact.models.backbone import (
-  HIERARCHICAL,
-  WITHOUT_ATTENTION,
-  Backbone,
-  chunked,
-  record_stage,
-)
+from vitcompact.models.backbone import HIERARCHICAL, WITHOUT_ATTENTION, Backbone, chunked
 from vitcompact.models.variant import Variant
 from vitcompact.plan import BlockMethods
 from vitcompact.torch_names import Entry
@@ -231,7 +225,7 @@ class DaViT(Backbone):
       for _ in range(2 * pairs):
         name, module = next(blocks)
         x = module.clone(parent=self, name=name)(x, train)
-      record_stage(self, s, x)
+      pyramid.record_stage(self, s, x)
     pooled = LayerNorm(EPSILON, self.dtype, name="norm")(x.mean(axis=(1, 2)))
     return pyramid.head(self, pooled)
 

@@ -3,7 +3,6 @@
 Jiang et al., arXiv 2104.10858 (token labelling, MixToken).
 """
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -11,6 +10,7 @@ from vitcompact import layers, token_state, torch_names
 from vitcompact.block import block_entries
 from vitcompact.methods.protocol import Site
 from vitcompact.models.backbone import Isotropic, check_images, chunked
+from vitcompact.models.token_logits import TokenLogits
 from vitcompact.models.variant import Variant
 from vitcompact.token_state import Tokens
 from vitcompact.torch_names import Entry, Positions
@@ -26,26 +26,6 @@ RULES = [
     (r"stem/proj/kernel", Leaf((None, None, None, "embed"), decay=True)),
     (r"(aux_)?head/kernel", Leaf(("embed", "classes"), decay=True)),
 ]
-
-
-@flax.struct.dataclass
-class TokenLogits:
-  """The output of LV-ViT in training.
-
-  logits: (B, K) of the class token, whose target is share * t + (1 - share) * t[::-1].
-  token_logits: (B, N, K), each at the place of its patch in its own image, so that the targets of
-    patches need no mixing.
-  share: (), the part of the grid that stayed with its own image.
-  keep_mask: (B, N), 0 for patches that a reducer dropped or fused, whose token_logits are
-    meaningless, else 1 (a merged patch has the logits of the token that holds it).
-
-  loss = soft cross entropy of logits + weight * mean over kept patches of the soft cross entropy of
-  token_logits (the authors' weight is 1).
-  """
-  logits: jax.Array
-  token_logits: jax.Array
-  share: jax.Array
-  keep_mask: jax.Array
 
 
 def draw_box(key, grid: tuple[int, int]):
@@ -116,6 +96,7 @@ class LVViT(Isotropic):
 
   rules = RULES
   teaches = frozenset({"patch logits"})
+  free_fields = (*Isotropic.free_fields, "mix_token")
 
   @property
   def mixes_images(self) -> bool:

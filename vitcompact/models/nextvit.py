@@ -17,9 +17,9 @@ from vitcompact.models.backbone import (
   Backbone,
   check_images,
   chunked,
-  record_stage,
 )
 from vitcompact.models.nextvit_blocks import ConvBlock, TransformerBlock
+from vitcompact.models.pyramid import record_stage
 from vitcompact.models.variant import Variant
 from vitcompact.torch_names import Entry
 from vitcompact.trees import Leaf

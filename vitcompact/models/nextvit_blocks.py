@@ -105,7 +105,7 @@ class TransformerBlock(nn.Module):
   def __call__(self, x_bhwc, train: bool = False):
     site = self.site
     x = patch_embed(self, x_bhwc, train)
-    paths, step = None, block.reduction(site, self.methods)
+    paths, step = None, self.methods.reduction(site)
     if step.predict is not None:
       predict = step.predict(dtype=site.dtype, name="predict_tokens")
       paths = predict(Tokens(jax.lax.collapse(x, 1, 3)), site.prefix, train).paths

@@ -10,7 +10,7 @@ import numpy as np
 
 from vitcompact import layers, torch_names
 from vitcompact.models import pyramid
-from vitcompact.models.backbone import chunked, record_stage
+from vitcompact.models.backbone import chunked
 from vitcompact.models.variant import Variant
 from vitcompact.token_state import Tokens
 from vitcompact.torch_names import Entry, Positions
@@ -94,7 +94,7 @@ class PyramidVisionTransformer(pyramid.Pyramid):
       for i in stage.blocks:
         tokens = blocks[f"blocks_{i}"].clone(parent=self, name=f"blocks_{i}")(tokens, train)
       token, x = tokens.x[:, :prefix], pyramid.to_map(tokens.x[:, prefix:], stage.grid)
-      record_stage(self, s + 1, x)
+      pyramid.record_stage(self, s + 1, x)
     if not self.class_token:
       return pyramid.head(self, x.mean(axis=(1, 2)))
     norm = layers.LayerNorm(epsilon=pyramid.EPSILON, dtype=self.dtype, name="norm")

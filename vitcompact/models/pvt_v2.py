@@ -11,7 +11,7 @@ import numpy as np
 from vitcompact import layers, torch_names
 from vitcompact.depthwise import Depthwise, over_grid
 from vitcompact.models import pyramid
-from vitcompact.models.backbone import chunked, record_stage
+from vitcompact.models.backbone import chunked
 from vitcompact.models.variant import Variant
 from vitcompact.token_state import Tokens
 from vitcompact.torch_names import Entry
@@ -86,7 +86,7 @@ class PyramidVisionTransformerV2(pyramid.Pyramid):
         tokens = blocks[f"blocks_{i}"].clone(parent=self, name=f"blocks_{i}")(tokens, train)
       x = layers.LayerNorm(epsilon=pyramid.EPSILON, dtype=self.dtype, name=f"norm_{s}")(tokens.x)
       x = pyramid.to_map(x, stage.grid)
-      record_stage(self, s, x)
+      pyramid.record_stage(self, s, x)
     return pyramid.head(self, x.mean(axis=(1, 2)))
 
   @nn.nowrap

@@ -146,6 +146,13 @@ class Pyramid(Backbone):
     return stage.grid if reduce is None else reduce(parent=None).key_grid
 
 
+def record_stage(model, stage: int, map_bhwc):
+  """Sows the output of a stage in "features"."""
+  # In init every collection is mutable, and features would end up among the variables.
+  if not model.is_initializing():
+    model.sow("features", f"stage_{stage}", map_bhwc)
+
+
 def to_map(tokens_bnc, grid: tuple[int, int]):
   return tokens_bnc.reshape(tokens_bnc.shape[0], *grid, tokens_bnc.shape[-1])
 

@@ -15,8 +15,8 @@ from vitcompact.models.backbone import (
   Backbone,
   check_images,
   chunked,
-  record_stage,
 )
+from vitcompact.models.pyramid import record_stage
 from vitcompact.models.shvit_blocks import Downsample, SHViTBlock, fold_layers
 from vitcompact.models.variant import Variant
 from vitcompact.plan import describe_method

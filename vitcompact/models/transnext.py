@@ -14,7 +14,7 @@ from vitcompact.depthwise import GateConv
 from vitcompact.methods import protocol
 from vitcompact.methods.protocol import Site
 from vitcompact.models import pyramid
-from vitcompact.models.backbone import WITHOUT_ATTENTION, chunked, record_stage
+from vitcompact.models.backbone import WITHOUT_ATTENTION, chunked
 from vitcompact.models.pvt_v2 import fan_out_init
 from vitcompact.models.transnext_blocks import TransNeXtBlock
 from vitcompact.models.variant import Variant
@@ -153,7 +153,7 @@ class TransNeXt(pyramid.Pyramid):
         x = blocks[f"blocks_{i}"].clone(parent=self, name=f"blocks_{i}")(x, train)
       x = layers.LayerNorm(epsilon=pyramid.EPSILON, dtype=self.dtype, name=f"norm_{s}")(x)
       x = pyramid.to_map(x, stage.grid)
-      record_stage(self, s, x)
+      pyramid.record_stage(self, s, x)
     return pyramid.head(self, x.mean(axis=(1, 2)))
 
   def _check_deployed(self, images_bhwc):

@@ -229,11 +229,10 @@ def check_dense(config, path: pathlib.Path, model):
   names, expected = pipeline.class_names(config.data.name), dense_model_of(config)
   if model.variant.partition(".")[0] == expected.variant:   # the config may leave the tag out
     expected = expected.clone(variant=model.variant)
-  free = {"drop_path_rate": 0.0, "dtype": "float32", "remat": False}
-  free |= {"mix_token": False} if hasattr(model, "mix_token") else {}
-  if expected.clone(**free) != model.clone(**free, execution=expected.execution):
-    other = {key: (value, fields_of(expected).get(key)) for key, value in fields_of(model).items()
-             if value != fields_of(expected).get(key) and key not in (*free, "execution")}
+  asked = fields_of(expected)
+  other = {key: (value, asked.get(key)) for key, value in fields_of(model).items()
+           if value != asked.get(key) and key not in model.free_fields}
+  if other or model.variant != expected.variant:
     raise ValueError(f"{path} holds {model.variant}, not what config.model and config.data ask for"
                      f": (in the file, asked for) are {other or expected.variant}")
   check_classes(str(path), convert.classes_of(path), names, start.HINT)

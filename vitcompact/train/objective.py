@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from vitcompact.features import maps_of
 from vitcompact.methods import protocol
 from vitcompact.methods.protocol import FirstPhase, Pass
-from vitcompact.models.lvvit import TokenLogits
+from vitcompact.models.token_logits import TokenLogits
 from vitcompact.train import losses
 
 PATCH_ERRORS = {"square": losses.token_square, "divergence": losses.token_divergence}

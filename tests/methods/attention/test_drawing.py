@@ -60,6 +60,13 @@ def test_files_are_drawn_and_not_overwritten(tmp_path):
     drawing.run(*args, queries=["1,2"])
 
 
+def test_masks_are_drawn_even_if_the_first_phase_left_them_out():
+  first = vc.Sparsifiner.first_phase.method(BLOCKS)
+  assert drawing.at_keep(first) == BLOCKS != first and drawing.at_keep(first, 0.2).masked
+  assert drawing.at_keep(vc.BiFormer(top_k=3)) == vc.BiFormer(top_k=3)
+  assert drawing.at_keep(vc.EViT(), 0.2) == vc.EViT()   # keeps tokens, not pairs
+
+
 def test_model_without_sparse_attention_is_rejected():
   with pytest.raises(ValueError, match="no block has sparse attention"):
     drawing.sparse_blocks(tiny.deit())

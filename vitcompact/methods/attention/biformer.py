@@ -81,9 +81,9 @@ class BiFormer:
       return self.min_tokens
     return tuning.BLOCK_MIN_TOKENS if self.regions is None else tuning.REGION_MIN_TOKENS
 
-  def at_keep(self, keep: float) -> "BiFormer":
+  def at_keep(self, keep: float | None = None) -> "BiFormer":
     """Returns the method with another share of the regions."""
-    return dataclasses.replace(self, keep=keep, top_k=None)
+    return self if keep is None else dataclasses.replace(self, keep=keep, top_k=None)
 
   def windows(self, grid: tuple[int, int]) -> Windows:
     """Returns the regions of a grid."""

@@ -151,9 +151,9 @@ class Sparsifiner:
       return self.min_tokens
     return tuning.BLOCK_MIN_TOKENS if self.granularity == "block" else 0
 
-  def at_keep(self, keep: float) -> "Sparsifiner":
-    """Returns the method with another keep rate; the same weights fit every keep rate."""
-    return dataclasses.replace(self, keep=keep)
+  def at_keep(self, keep: float | None = None) -> "Sparsifiner":
+    """Returns the method with masks at a keep rate; the same weights fit every keep rate."""
+    return dataclasses.replace(self, keep=keep or self.keep, masked=True)
 
   def budget(self, keys: int) -> int:
     """Returns how many of `keys` a query keeps; the rounding error of 0.55 * 100 adds no key."""
