@@ -31,7 +31,7 @@ def costs(found: dict, folder=results.FOLDER) -> str:
       settings = ", ".join(f"{key}={value!r}" for key, value in
                            methods.SETTINGS.get(name, {}).items())
       call = name if name == "dense" else f"`{name}({settings})`"
-      rest = " | " if name == "dense" else f"{methods.STARTS.get(name, '')} | {accuracy}"
+      rest = " | " if name == "dense" else f"{methods.STARTS.get(name, 'not stated')} | {accuracy}"
       lines.append(f"| {call} | {model} | {counted} | {' | '.join(cells)} | {rest} |")
   return "\n".join([*lines, "", "Speeds below 1 are slower than dense. Batches of "
                     f"{', '.join(str(batch) for _, batch in sizes)}; random weights."])

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 import vitcompact as vc
 from tests.tiny_run import tiny_config
+from vitcompact.methods import protocol
 from vitcompact.train import build
 from vitcompact.train import config as configs
 
@@ -56,7 +57,6 @@ LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 SPARSE = {"attention": {"method": "sparsifiner"}}
 DYNAMICVIT = {"tokens": {"method": "dynamicvit"}}
 MCTF = {"tokens": {"method": "mctf"}}
-MOH = {"heads": {"method": "moh"}}
 EVIT = {"tokens": {"method": "evit"}}
 OUT_OF_RANGE = {
     "seed": (-1, 2 ** 63, 0.5, True), "total_steps": (0, -3, 1.5, "many", 2 ** 31),
@@ -84,15 +84,22 @@ OUT_OF_RANGE = {
     "loss.temperature": (0, -1.0, NAN, INF), "loss.patch_error": ("cosine",),
     "mesh.data": (-2,), "mesh.fsdp": (-2,), "mesh.tensor": ("all",),
 }
-OF_METHODS = {
-    "loss.kept_ratio": (DYNAMICVIT, (-1.0, NAN)), "loss.consistency": (MCTF, (-1.0, INF)),
-    "loss.moh_balance": (MOH, (-1.0, NAN)),
-    "loss.companion_r": (MCTF, (-1, 0.5)), "keep_warmup.start": (EVIT, (-1,)),
-    "keep_warmup.steps": (EVIT, (-1, 0.5)), "reconstruct.steps": (SPARSE, (-1, NAN)),
-    "reconstruct.weight": (SPARSE, (-1.0, NAN)), "reconstruct.learning_rate": (SPARSE, (-1.0,)),
-}
+
+
+def of_methods():
+  """Yields (key, a value out of range, a plan with the method) for every number that is a setting
+  of a method."""
+  for axis, kinds in vc.METHODS.items():
+    for name, kind in kinds.items():
+      for key, setting in protocol.settings(kind).items():
+        if type(setting.default) in (int, float):
+          assert setting.low is not None, f"{kind.__name__}.settings, {key}: needs a lower bound"
+          for value in (setting.low - 1, 0.5 if type(setting.default) is int else NAN):
+            yield key, value, {axis: {"method": name}}
+
+
 CASES = [(key, value, None) for key, values in OUT_OF_RANGE.items() for value in values]
-CASES += [(key, value, plan) for key, (plan, values) in OF_METHODS.items() for value in values]
+CASES += of_methods()
 
 
 @pytest.mark.parametrize("key, value, plan", CASES)
@@ -105,8 +112,7 @@ def test_value_out_of_range_is_rejected_with_the_range(key, value, plan):
 def test_every_number_in_a_config_has_a_tested_range():
   numbers = {key for key, setting in {**configs.KEYS, **configs.all_settings()}.items()
              if isinstance(setting.default, (int, float)) and not isinstance(setting.default, bool)}
-  as_optim = {key for key in numbers if key.startswith("reconstruct.")}   # same ranges as in optim
-  assert numbers - as_optim <= OUT_OF_RANGE.keys() | OF_METHODS.keys()
+  assert numbers <= {key for key, *_ in CASES}
 
 
 @pytest.mark.parametrize("changes, words", [
