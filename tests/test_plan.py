@@ -198,7 +198,7 @@ def sensible(field):
 def plausible(draw, axis):
   name, kind = draw(st.sampled_from(sorted(METHODS[axis].items(), key=lambda item: item[0])))
   fields = draw(st.lists(st.sampled_from(dataclasses.fields(kind)), max_size=2,
-                         unique_by=lambda field: field.name))
+                         unique_by=lambda field: field.name)) if dataclasses.fields(kind) else []
   return {"method": name, **{field.name: draw(sensible(field)) for field in fields}}
 
 
