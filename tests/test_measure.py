@@ -13,9 +13,10 @@ import vitcompact as vc
 from tests import tiny
 from vitcompact import calibration
 from vitcompact.curvature import kl_per_error
-from vitcompact.measure import described_fields, divergence
+from vitcompact.measure import block_attention_table, described_fields, divergence
 from vitcompact.methods import protocol
 from vitcompact.methods.ffn import cffn
+from vitcompact.methods.protocol import Site
 from vitcompact.plan import BlockMethods
 from vitcompact.planner import Choice, Knapsack
 from vitcompact.report import Option
@@ -379,6 +380,25 @@ def test_requests_beyond_a_report_are_refused_by_name(measured):
     dataclasses.replace(report, sensitivity="none").plan(macs=0.5)
   with pytest.raises(ValueError, match="measure again"):
     report.check_model(measured[0], "another")
+
+
+def test_a_share_of_heads_is_explained_like_the_number(measured):
+  report = measured[3]
+  half, number = (vc.Plan(heads=vc.HMHSA(real_heads=real)) for real in ("half", 2))
+  assert report.explain(half).steps == report.explain(number).steps != ()
+
+
+def test_attention_to_blocks_of_tokens_is_the_sum_over_their_tokens():
+  """On a grid of 16 x 16 patches, which is four blocks, after a class token."""
+  site = Site(0, 1, 8, 8, 8, query_grid=(16, 16), key_grid=(16, 16), prefix=1, tokens=257)
+  maps = np.random.default_rng(0).dirichlet(np.full(257, 0.01), size=(1, 1, 257))
+  grid = maps[0, 0, 1:, 1:].reshape(2, 8, 2, 8, 2, 8, 2, 8)
+  mass = np.sort(grid.sum(axis=(1, 3, 5, 7)).reshape(4, 4), axis=1)[:, ::-1]
+  expected = np.cumsum((mass / mass.sum(axis=1, keepdims=True)).mean(axis=0))
+  (got,) = block_attention_table(maps, site).values()
+  assert np.allclose(got, expected[[0, 0, 0, 1, 2, 3]], atol=1e-4) and 1 / 4 < got[0] < 0.3
+  assert block_attention_table(maps[..., :50, :50], site._replace(
+      query_grid=(7, 7), key_grid=(7, 7))) == {}
 
 
 def test_images_of_one_class_cause_a_warning():

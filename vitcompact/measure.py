@@ -13,6 +13,7 @@ import scipy
 from vitcompact import block as blocks
 from vitcompact import trees
 from vitcompact._version import __version__
+from vitcompact.attention.block_sparse.windows import on_grid
 from vitcompact.calibration import (
   CHUNK_VALUES,
   ROWS_PER_CHANNEL,
@@ -176,7 +177,7 @@ class _Measurement:
     if "attention" in site.provides:
       prefix = site.prefix if "class token" in site.provides else 0
       seen = observe_jitted(block, self._variables(name), take_images(x, slice(TABLE_IMAGES)))
-      tables |= attention_tables(seen, prefix)
+      tables |= attention_tables(seen, prefix) | block_attention_table(seen.maps, site)
     kinds = self.legal[name]
     out, sums = self._sums(name, block, x, list(kinds))
     self.outputs[name] = take_images(out, self.kl_images)
@@ -393,6 +394,26 @@ def attention_tables(seen, prefix: int) -> dict[str, list]:
     by_class = np.cumsum((by_class / by_class.sum(axis=-1, keepdims=True)).mean(axis=0))
     out["class_attention_mass"] = by_class[_last_keys(count)].round(4).tolist()
   return out
+
+
+def block_attention_table(maps, site, window: int = 8) -> dict[str, list]:
+  """Returns {"block_attention_mass": ...}: of the attention of a block of window x window queries
+  to patches, the part that its strongest blocks of keys receive, by share of the blocks. {} without
+  a grid, or if the grid is a single block.
+
+  maps: (B, h, N, M), with the same prefix among queries and keys.
+  """
+  if site.query_grid is None or site.key_grid is None:
+    return {}
+  rows, columns = (np.eye(cut.blocks)[cut.block_of()]
+                   for cut in (on_grid(grid, window) for grid in (site.query_grid, site.key_grid)))
+  maps = np.asarray(maps)[:, :, -len(rows):, -len(columns):]
+  if columns.shape[1] == 1 or maps.shape[2:] != (len(rows), len(columns)):
+    return {}
+  mass = np.einsum("bhnm,nq,mk->bhqk", maps, rows, columns, optimize=True)
+  ordered = -np.sort(-mass / mass.sum(axis=-1, keepdims=True), axis=-1)
+  kept = np.cumsum(ordered.mean(axis=(0, 1, 2)))
+  return {"block_attention_mass": kept[_last_keys(len(kept))].round(4).tolist()}
 
 
 def _last_keys(keys: int) -> list[int]:

@@ -13,7 +13,7 @@ from vitcompact.execution import Execution
 from vitcompact.latency import Times
 from vitcompact.methods import protocol
 from vitcompact.models import create_model
-from vitcompact.plan import BY_BLOCK, BlockMethods, Plan, describe_method
+from vitcompact.plan import BY_BLOCK, Plan, describe_method
 from vitcompact.planner import MIN_KL, Choice, Costs, Knapsack, combinations
 
 GOALS = ("macs", "params", "speedup", "latency_ms")
@@ -431,13 +431,14 @@ class Search:
   def picks(self, plan: Plan) -> dict[str, int]:
     """{block: index of the choice that a plan makes}; ValueError if the report has no such choice.
     """
-    found = {}
+    found, blocks = {}, self.report.costs.model.compactable_blocks()
     for name, choices in self.choices.items():
-      site = self.report.costs.model.compactable_blocks()[name].site
-      planned = plan.at(site)._asdict() | {"tokens": None}
+      site = blocks[name].site
+      planned = {axis: method and protocol.explicit(method, site)
+                 for axis, method in plan.at(site)._asdict().items() if axis != "tokens"}
       for i, choice in enumerate(choices):
         methods = {axis: option.method for axis, option in choice.options.items()}
-        if BlockMethods(**methods)._asdict() == planned:
+        if planned == {axis: methods.get(axis) for axis in planned}:
           found[name] = i
           break
       else:

@@ -74,6 +74,7 @@ def block(i):
       "tables": {"head_cost": np.where(np.eye(4), 0, heads).round(4).tolist(),
                  "map_likeness": (0.9 * np.ones((4, 4)) + 0.1 * np.eye(4)).tolist(),
                  "attention_mass": keys, "class_attention_mass": keys[1:] + [1.0],
+                 "block_attention_mass": keys,
                  "token_similarity": 0.31 + i / 10,
                  "fc1_error": [[x, 1 - x] for x in ranks],
                  "fc2_error": [[x, (1 - x) ** 4] for x in ranks]}}

@@ -46,6 +46,9 @@ def test_the_receipt_states_budget_reasons_proofs_and_intervals(finished_path):
     low, high = row["accuracy_interval"]
     assert low < row["test_accuracy"] < high and row["test_images"] == 360
   assert written["dense_sha256"] == path.sha256(written["compacted_from"])
+  measured = json.loads((workdir / "report.json").read_text())
+  assert written["calibration_images"] == 64
+  assert written["calibration_images_sha256"] == measured["images_digest"]
   page = (workdir / "receipt.html").read_text()
   assert "<table>" in page and "95 % intervals" in page
 
@@ -136,7 +139,7 @@ def test_wrong_models_classes_and_plans_are_refused_before_any_work(
     config.update_from_flattened_dict({"init_from": str(dense), **change})
     with pytest.raises(ValueError, match=words):
       path.prepare(config, tmp_path / "run", lambda line: None)
-    assert not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_file_may_differ_from_the_config_only_in_how_it_was_trained(finished_path):
@@ -193,6 +196,20 @@ def test_an_invalid_path_is_refused(tmp_path, change, words):
     config.update_from_flattened_dict({key: value})
   with pytest.raises(ValueError, match=words):
     path.prepare(config, tmp_path / "run", lambda line: None)
+
+
+def test_a_refused_budget_may_be_corrected_in_the_same_workdir(finished_path, tmp_path):
+  config = configs.complete(finished_path[0])
+  config.init_from = str(finished_path[1] / "dense" / "trained.safetensors")
+  for name in ("report.json", "report.html"):
+    (tmp_path / name).write_bytes((finished_path[1] / name).read_bytes())
+  for macs in (0.01, 0.02):
+    config.compact.macs = macs
+    with pytest.raises(ValueError, match=f"macs={macs}: no plan"):
+      path.prepare(config, tmp_path, lambda line: None)
+  config.compact.images = 128   # the report is of 64
+  with pytest.raises(ValueError, match="began with other settings: images was 64 and is 128"):
+    path.prepare(config, tmp_path, lambda line: None)
 
 
 def test_a_config_without_a_budget_is_not_a_path():

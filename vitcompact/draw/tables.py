@@ -104,6 +104,7 @@ def _attention(id: str, remaining: dict) -> list[str]:
                           finding, column_title=column_title))
   series = {label: list(zip(KEY_SHARES, remaining.pop(name), strict=True))
             for name, label in (("attention_mass", "of all queries, on all keys"),
+                                ("block_attention_mass", "of blocks of 8 x 8 queries, on blocks"),
                                 ("class_attention_mass", "of the class token, on patches"))
             if _numbers(remaining.get(name), len(KEY_SHARES))}
   if series:

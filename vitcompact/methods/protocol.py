@@ -79,6 +79,9 @@ Its parameters
                                           (B, heads, N, M) in "attention", for drawings
     at_size(site) -> method               the same method, with sizes that would otherwise depend on
                                           the image size fixed at those of this site
+    explicit(site) -> method              the same method, with settings such as "half" written as
+                                          the numbers that they are at this site, so that it equals
+                                          one of `options` (default: unchanged)
 
 How it trains; `settings` are config keys, each with a default
     settings                              {key: Setting}
@@ -281,6 +284,7 @@ to_dense = _call_member("to_dense", lambda method, site, params, stats, data: (p
 mergeable = _call_member_or_inner("mergeable", lambda method, site: ())
 merge = _call_member_or_inner("merge", lambda method, site, params: params)
 at_size = _call_member("at_size", lambda method, site: method)
+explicit = _call_member("explicit", lambda method, site: method)
 at_step = _call_member("at_step", lambda method, config, step: method)
 second_pass = _call_member("second_pass", lambda method, config, step: None)
 check_training = _call_member("check_training", lambda method, config: None)

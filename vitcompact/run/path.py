@@ -34,6 +34,7 @@ from vitcompact.train import start
 from vitcompact.train.build import model_of, preprocess_of
 
 REQUEST = "request.json"   # the budget, plan, data and measurement that the stages began with
+OF_THE_REPORT = ("data", "images", "sensitivity")   # the others may change until there is a plan
 # Files that the last stage writes: another run's are not overwritten.
 OUTPUTS = ("trained.safetensors", "compacted.safetensors", "distilled.safetensors",
            "deploy.safetensors", "receipt.json")
@@ -92,7 +93,6 @@ def prepare(config, directory: pathlib.Path, say=print, **options) -> Start:
     raise ValueError(f"config.compact: give one of {', '.join(GOALS)}; got {budget or 'none'}")
   if directory.exists() and not directory.is_dir():
     raise ValueError(f"{directory} is a file; give a directory")
-  directory.mkdir(parents=True, exist_ok=True)
   if not config.init_from:
     dense = train_dense(config, directory / "dense", say, **options)
   elif pytorch.is_ours(dense := start.file_of("init_from", config.init_from)):
@@ -110,8 +110,11 @@ def prepare(config, directory: pathlib.Path, say=print, **options) -> Start:
   else:
     labels = float(dense_model_of(config).num_classes > 0)
     last.loss.update(labels=labels, logits=0.0, patches=0.0, hard=0.0, soft=0.0)
+  measured = json.loads((directory / "report.json").read_text(encoding="utf-8"))
   facts = {"compacted_from": str(dense), "dense_sha256": sha256(dense), **start.source_of(dense),
            "compact_sha256": sha256(directory / "compact.safetensors"), "budget": budget,
+           "calibration_images": measured["images"],
+           "calibration_images_sha256": measured["images_digest"],
            "plan_reasons": (directory / "plan.txt").read_text(encoding="utf-8").splitlines()}
   # The last stage is an ordinary run of this plan: it has no budget.
   for name in GOALS:
@@ -146,6 +149,7 @@ def convert_dense(config, path: pathlib.Path, out: pathlib.Path, say) -> pathlib
   if jax.process_index() == 0:
     model = dense_model_of(config)
     loaded = convert.read_state_dict(model, pytorch.read_checkpoint(path))
+    out.parent.mkdir(parents=True, exist_ok=True)
     convert.save(out, model, loaded.variables, force=True,
                  about={"source": str(path), "source_sha256": sha256(path)})
     for line in [f"dense model: {path} as {out.name}", *loaded.lines()]:
@@ -163,8 +167,9 @@ def measure_plan_compact(config, directory, dense: pathlib.Path, budget, say):
     model.clone(plan=given_plan).check()
   batch = config.compact.latency_batch
   timed = {"latency_batch": batch} if budget.keys() & {"speedup", "latency_ms"} else {}
-  check_request(directory, {**budget, **timed, "plan": config.plan, "data": config.data.name,
-                            **{key: config.compact[key] for key in ("images", "sensitivity")}})
+  request = {**budget, **timed, "plan": config.plan, "data": config.data.name,
+             **{key: config.compact[key] for key in ("images", "sensitivity")}}
+  check_request(directory, request)
 
   @functools.cache
   def calibration():
@@ -180,8 +185,11 @@ def measure_plan_compact(config, directory, dense: pathlib.Path, budget, say):
   else:
     with Bar("measure") as progress:
       found = vc.measure(model, variables, calibration(), config.compact.sensitivity, progress)
+    directory.mkdir(parents=True, exist_ok=True)
     found.save(directory, force=True)
     say(f"measured on {found.images} images: {directory / 'report.html'}")
+  # Not earlier: settings that are refused may be corrected in the same workdir.
+  write(directory / REQUEST, json.dumps(request, indent=1) + "\n")
   if not (directory / "plan.json").exists():
     plan = given_plan if given_plan != Plan() else found.plan(**budget, batch=batch)
     write(directory / "plan.json", json.dumps(json.loads(plan.to_json()), indent=1) + "\n")
@@ -251,12 +259,12 @@ def check_request(directory: pathlib.Path, request: dict):
     if others := [name for name in OUTPUTS if (directory / name).exists()]:
       raise ValueError(f"{directory / others[0]} exists, and is not of a run like this; give "
                        "another directory")
-    write(path, json.dumps(request, indent=1) + "\n")
     return
   try:
     old = json.loads(path.read_text(encoding="utf-8"))
+    keys = {*old, *request} if (directory / "plan.json").exists() else OF_THE_REPORT
     changes = [f"{key} was {old.get(key)!r} and is {request.get(key)!r}"
-               for key in sorted({*old, *request}) if old.get(key) != request.get(key)]
+               for key in sorted(keys) if old.get(key) != request.get(key)]
   except (ValueError, AttributeError, RecursionError) as error:
     raise ValueError(f"{path}: {error}; use another directory") from None
   if changes:

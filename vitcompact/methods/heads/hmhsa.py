@@ -79,6 +79,9 @@ class HMHSA:
       raise ValueError(f"HMHSA(real_heads={self.real_heads}): the block has only {heads} heads")
     return self.real_heads
 
+  def explicit(self, site: Site) -> "HMHSA":
+    return dataclasses.replace(self, real_heads=self.count_real(site.heads))
+
   def scored_heads(self, site: Site) -> int:
     return self.count_real(site.heads)
 
