@@ -313,15 +313,15 @@ def _kills(counts: dict) -> str:
 def _flips(counts: dict) -> str:
   refused, traceback, harmless = (counts.get(what, 0) for what in (
       "refused", "refused with a traceback", "harmless: restored what was saved"))
-  return (f"Of {counts['flips']} flipped bits, {refused} were refused by name and {traceback} with "
-          f"a traceback; with {harmless} the saved state was restored bit for bit, and with "
-          f"{counts['SILENT']} something else was restored.")
+  return (f"Of {counts['flips']} flipped bits, {refused} were refused; with {harmless} the saved "
+          f"state was restored bit for bit, with {counts['SILENT']} something else was restored, "
+          f"and with {traceback} restoring ended in a traceback.")
 
 
 def _resume(counts: dict) -> str:
   same = sum(result == "the same bits" for result in counts.values())
   return (f"{same} of {len(counts)} interrupted runs ended with the same bits as uninterrupted "
-          f"ones: {'; '.join(counts)}.")
+          f"ones (processes x devices): {'; '.join(counts)}.")
 
 
 def write_page():
