@@ -3,6 +3,9 @@
   python -m experiments.survive --kills 50
   python -m experiments.survive --flips 100
   python -m experiments.survive --resume       # 40 steps = 20, kill -9, and the rest, bit for bit
+  python -m experiments.survive tables         # into docs/survival.md, from results/
+
+Each test replaces its own part of results/survival_cpu.json and leaves the others.
 
 Kills: main.py trains a tiny model that saves, evaluates and cleans up after every second step, and
 is killed (-9) at a random moment. After that every visible checkpoint must restore completely,
@@ -19,6 +22,7 @@ import os
 import pathlib
 import random
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -27,6 +31,9 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).parents[1]
+RESULTS, PAGE = ROOT / "results/survival_cpu.json", ROOT / "docs/survival.md"
+BEGIN = "<!-- survived: written by `python -m experiments.survive tables` from results/ -->\n"
+END = "<!-- end of survived -->"
 TINY = ("--config=configs/digits.py", "--config.model.image_size=8", "--config.model.width=16",
         "--config.model.depth=2", "--config.model.heads=2", "--config.batch_size=16",
         "--config.eval_batch_size=184", "--config.optim.warmup_steps=5")
@@ -112,6 +119,7 @@ def try_kills(count: int, directory: pathlib.Path, rng: random.Random) -> dict:
     process = start(arguments, directory)
     if newest:
       line = read_until(process, ["resumed at step"])
+      counts["restarts"] += 1
       counts["restarts that resumed from the newest"] += f"resumed at step {newest} " in line
     read_until(process, ["val_accuracy"])
     time.sleep(rng.uniform(0, 1))
@@ -131,7 +139,8 @@ def try_kills(count: int, directory: pathlib.Path, rng: random.Random) -> dict:
         counts["corrupt"] += 1
     newest = max(reader.steps(), default=0)
     counts["lost"] += newest < max(visible, default=0)
-  return {"kills": 0, "corrupt": 0, "lost": 0, **counts,
+  return {"kills": 0, "corrupt": 0, "lost": 0, "restarts": 0,
+          "restarts that resumed from the newest": 0, **counts,
           **{f"kills that left {name}": times for name, times in leftovers.items()}}
 
 
@@ -266,26 +275,89 @@ def try_resume(directory: pathlib.Path) -> dict:
   return out
 
 
+def load() -> dict:
+  """Returns {test: its results}, of all tests that were run."""
+  return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def save(test: str, seed: int, counts: dict):
+  """Replaces the results of one test in the file."""
+  from vitcompact import bench, receipt
+
+  command = shlex.join(["python", "-m", "experiments.survive", *sys.argv[1:]])
+  found = {**receipt.environment(), "command": command, "processor": bench.processor(),
+           "seed": seed, "counts": counts}
+  RESULTS.write_text(json.dumps({**load(), test: found}, indent=1) + "\n")
+
+
+def described(found: dict) -> str:
+  """Returns the part of docs/survival.md with the results."""
+  sentences = {"kills": _kills, "flips": _flips, "resume": _resume}
+  lines = []
+  for test, sentence in sentences.items():
+    if test not in found:
+      lines.append(f"* `--{test}`: not run.")
+      continue
+    about = found[test]
+    lines.append(f"* {sentence(about['counts'])} (`{about['command']}`, seed {about['seed']}, "
+                 f"{about['processor']}, jax {about['jax']}, commit {about['commit']})")
+  return "\n".join(lines)
+
+
+def _kills(counts: dict) -> str:
+  return (f"After {counts['kills']} kills, {counts['lost']} checkpoints were lost and "
+          f"{counts['corrupt']} were damaged; {counts['restarts that resumed from the newest']} of "
+          f"{counts['restarts']} restarts resumed from the newest.")
+
+
+def _flips(counts: dict) -> str:
+  refused, traceback, harmless = (counts.get(what, 0) for what in (
+      "refused", "refused with a traceback", "harmless: restored what was saved"))
+  return (f"Of {counts['flips']} flipped bits, {refused} were refused; with {harmless} the saved "
+          f"state was restored bit for bit, with {counts['SILENT']} something else was restored, "
+          f"and with {traceback} restoring ended in a traceback.")
+
+
+def _resume(counts: dict) -> str:
+  same = sum(result == "the same bits" for result in counts.values())
+  return (f"{same} of {len(counts)} interrupted runs ended with the same bits as uninterrupted "
+          f"ones (processes x devices): {'; '.join(counts)}.")
+
+
+def write_page():
+  text = PAGE.read_text()
+  start, stop = text.index(BEGIN) + len(BEGIN), text.index(END)
+  PAGE.write_text(f"{text[:start]}{described(load())}\n{text[stop:]}")
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("what", nargs="?", choices=["run", "tables"], default="run")
   parser.add_argument("--kills", type=int, default=0)
   parser.add_argument("--flips", type=int, default=0)
   parser.add_argument("--resume", action="store_true")
   parser.add_argument("--seed", type=int, default=0, help="of the random moments and bits")
   arguments = parser.parse_args()
+  if arguments.what == "tables":
+    return write_page()
   if not (arguments.kills or arguments.flips or arguments.resume):
     parser.error("give --kills, --flips or --resume")
   os.environ.update(environment(pathlib.Path(tempfile.gettempdir()), 1))
   directory = pathlib.Path(tempfile.mkdtemp(prefix="survive"))
   rng, results = random.Random(arguments.seed), {}
+
+  def record(test, counts):
+    save(test, arguments.seed, counts)
+    results.update(counts)
+
   try:
     if arguments.kills:
-      results |= try_kills(arguments.kills, directory, rng)
+      record("kills", try_kills(arguments.kills, directory, rng))
     if arguments.flips:
-      results |= try_flips(arguments.flips, directory, rng)
+      record("flips", try_flips(arguments.flips, directory, rng))
     if arguments.resume:
-      results |= try_resume(directory)
+      record("resume", try_resume(directory))
   finally:
     shutil.rmtree(directory, ignore_errors=True)
   print("\n".join(f"{what}: {value}" for what, value in results.items()))

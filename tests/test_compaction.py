@@ -100,6 +100,15 @@ def test_kl_grows_with_removed_tokens_as_a_quick_report_assumes():
   assert text in (ROOT / "docs/compaction.md").read_text()
 
 
+def test_the_page_says_how_many_images_the_kl_uses():
+  looking = importlib.import_module("vitcompact.measure")
+  model, images = vc.create_model("deit_small_patch16_224"), np.broadcast_to(0, (256, 224, 224, 3))
+  full, quick = (len(images[looking._Measurement(model, None, images, how, None).kl_images])
+                 for how in ("full", "quick"))
+  page = " ".join((ROOT / "docs/compaction.md").read_text().split())
+  assert f"at once: {full} for DeiT-S, {quick} with `\"quick\"`.)" in page
+
+
 def test_each_row_is_saved_at_once(tmp_path, monkeypatch):
   """A run takes an hour, and may be interrupted before its last row."""
   monkeypatch.setattr(compaction, "ROOT", tmp_path)
@@ -159,6 +168,18 @@ def test_the_table_of_short_trainings_matches_its_results():
       macs = [vc.count(model.clone(plan=plan, deploy=True)).macs
               for plan in (setting.plan, plans[setting.deployed])]
       assert macs[0] == macs[1], name
+
+
+def test_hallucinating_half_of_the_heads_costs_as_much_as_the_page_of_heads_says():
+  trained, rows = fine_tuning.load(), one_shot.load()["rows"]
+  half, four, five = (
+      (100 * (rows["dense"]["accuracy"] - rows[name]["accuracy"]),
+       -np.mean(fine_tuning.differences(trained, name)))
+      for name in ("hMHSA, 3 of 6", "hMHSA, 4 of 6", "hMHSA, 5 of 6 heads computed"))
+  for when in range(2):
+    assert 1.8 < half[when] / four[when] < 2.2 and 3.9 < half[when] / five[when] < 5.1
+  assert "about twice as much accuracy as hallucinating two of six heads, and four to five" in (
+      " ".join((ROOT / "docs/heads.md").read_text().split()))
 
 
 def test_a_short_training_is_compared_with_the_dense_model_of_that_seed():

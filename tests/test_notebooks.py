@@ -1,4 +1,5 @@
 """The notebooks run, each at a size that a test can afford, and are committed without outputs."""
+import gzip
 import importlib.util
 import json
 import pathlib
@@ -7,7 +8,13 @@ import time
 import warnings
 
 import jax
+import numpy as np
 import pytest
+
+import vitcompact as vc
+from tests import tiny
+from tests.data.test_idx import idx_bytes
+from vitcompact.data import idx
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "notebooks"
@@ -17,8 +24,7 @@ SMALL = {"image_size": 32, "width": 24, "depth": 1, "heads": 2, "patch_size": 8,
 # The values that a test puts in the cell tagged "parameters".
 TOY = {
     "01_first_compact_vit": {
-        "IMAGE_SIZE": 8, "PATCH_SIZE": 4, "WIDTH": 16, "DEPTH": 1, "HEADS": 2, "STEPS": 4,
-        "DISTIL_STEPS": 4, "BATCH_SIZE": 16, "CALIBRATION_IMAGES": 512},
+        "MACS": 0.9, "CALIBRATION_IMAGES": 64, "WEIGHTS": "toy.safetensors", "IMAGES": ""},
     "02_your_own_checkpoint": {
         "NAME": "deit_tiny_patch16_224.fb_in1k", "SIZES": SMALL, "FOLDER": "",
         "CALIBRATION_IMAGES": 8, "OUT": "compact.onnx"},
@@ -47,7 +53,7 @@ def names_of(source: str) -> set[str]:
   return scope.keys() - {"__builtins__"}
 
 
-def run(name: str) -> dict:
+def run(name: str, **addresses) -> dict:
   """Runs all code in one namespace, as a kernel does, at smaller sizes; returns the namespace."""
   scope = {"__name__": "__main__"}
   for number, cell in enumerate(code(name)):
@@ -55,7 +61,7 @@ def run(name: str) -> dict:
     exec(compile("".join(cell["source"]), f"{name}, code cell {number}", "exec"), scope)
     if "parameters" in cell["metadata"].get("tags", []):
       assert TOY[name].keys() == names_of("".join(cell["source"]))
-      scope |= TOY[name]
+      scope |= TOY[name] | addresses
     print(f"cell {number}: {time.process_time() - begin:.1f} s")
   return scope
 
@@ -125,10 +131,35 @@ def test_the_first_cell_installs_only_what_is_missing(name, monkeypatch):
   assert called[0][1:4] == ["-m", "pip", "install"] and "@ git+https://" in called[0][-1]
 
 
-def test_the_first_notebook_runs(isolated):
-  scope = run("01_first_compact_vit")
-  assert scope["proof"].ok and (isolated / "first_compact_vit.safetensors").exists()
-  assert scope["deploy_count"].macs < scope["dense_count"].macs
+@pytest.fixture
+def published(isolated, monkeypatch):
+  """A folder with what the first notebook downloads, small: (its weights, its images)."""
+  folder, random = isolated / "published", np.random.default_rng(0)
+  model = tiny.deit(depth=1, heads=2, num_classes=10)
+  (folder / "raw/main").mkdir(parents=True)
+  vc.save(folder / "raw/main/toy.safetensors", model, tiny.init(model))
+  for split, count in (("train", 80), ("t10k", 20)):
+    for what, values in (("images-idx3", random.integers(0, 256, (count, 8, 8))),
+                         ("labels-idx1", np.arange(count) % 10)):
+      (folder / f"{split}-{what}-ubyte.gz").write_bytes(gzip.compress(idx_bytes(values)))
+  monkeypatch.setattr(idx, "FASHION_FOLDERS", (str(isolated / "not installed"),))
+  monkeypatch.setenv(idx.FASHION_VARIABLE, "")      # and restored, whatever a cell sets
+  return folder.as_uri()
+
+
+def test_the_first_notebook_runs(published, isolated):
+  scope = run("01_first_compact_vit", REPOSITORY=published, IMAGES=published)
+  assert scope["proof"].ok and scope["deploy_count"].macs < scope["dense_count"].macs
+  assert (len(scope["train_images"]), len(scope["test_images"])) == (64, 20)
+  assert vc.convert.classes_of(isolated / "first_compact_vit.safetensors")[9] == "Ankle boot"
+  assert len(list((isolated / "downloaded").iterdir())) == 5
+
+
+def test_the_first_notebook_starts_from_the_committed_weights():
+  """Which it finds in a checkout, and at the same place of the repository."""
+  scope = {}
+  exec("".join(code("01_first_compact_vit")[1]["source"]), scope)
+  assert (FOLDER.parent / scope["WEIGHTS"]).is_file()
 
 
 def test_the_notebook_for_own_checkpoints_says_that_weights_are_random(isolated, capsys):
