@@ -199,8 +199,9 @@ def table(found: dict) -> str:
 
 def equal_macs(found: dict) -> str:
   """Returns the table of the settings with about equal MACs, the most accurate ones first."""
-  timed, deployed = one_shot.load()["rows"], {
-      name: setting.deployed for by_name in settings().values() for name, setting in by_name.items()}
+  timed, deployed = one_shot.load()["rows"], {}
+  for by_name in settings().values():
+    deployed |= {name: setting.deployed for name, setting in by_name.items()}
   lines = ["| MACs, about | setting | MACs | speed, dense = 1 | difference from dense, points |",
            "|---|---|---:|---:|---:|"]
   for share, (least, most) in EQUAL_MACS.items():
