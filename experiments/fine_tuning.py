@@ -32,6 +32,13 @@ FILE = one_shot.ROOT / f"results/fine_tuning_{NAME}.json"
 WRITTEN = "written by `python -m experiments.fine_tuning tables` from results/"
 STEPS, SEEDS = 480, 3
 FROZEN_COPIES = {"optim.rates": ((r".*/hallucinate/.*", 0.0, 0),)}
+# A fifth more steps, the first of which train only the mask predictors.
+PREDICTORS_FIRST = {"total_steps": STEPS + STEPS // 5, "reconstruct.steps": STEPS // 5,
+                    "reconstruct.learning_rate": 3e-3, "reconstruct.warmup_steps": STEPS // 20,
+                    "reconstruct.final_learning_rate": 3e-4}
+KEPT_RATIO = {"loss.kept_ratio": 2.0}   # as in configs/dynamicvit_deit_s.py
+# Rows that are also compared at about equal MACs: {share of the dense model's: (least, most)}.
+EQUAL_MACS = {"80 %": (0.77, 0.83), "50 %": (0.48, 0.54)}
 COSTS = ("macs", "ideal_attention_macs")
 
 
@@ -48,7 +55,12 @@ def settings() -> dict[str, dict[str, Setting]]:
   def unchanged(*names):
     return {name: Setting(name) for name in names}
 
+  def measured(share):
+    name = f"measured plan of {share} %"
+    return {name: Setting(name, vc.Plan.from_dict(one_shot.load()["rows"][name]["plan"]))}
+
   half = "hMHSA, 3 of 6"
+  token, stronger = "Sparsifiner, by token, keep 0.25", "hMHSA + cFFN both, rank 0.25"
   plain = vc.CFFN(branches=1, rep="none", avg_skip=False)
   return {
       "": unchanged("dense"),
@@ -56,7 +68,7 @@ def settings() -> dict[str, dict[str, Setting]]:
           **unchanged(half, "cFFN, output, rank 0.5", "hMHSA + cFFN"),
           "hMHSA + cFFN, one branch without a norm": Setting(
               "hMHSA + cFFN", vc.Plan(heads=vc.HMHSA(), ffn=plain)),
-          **unchanged("Sparsifiner, by token, keep 0.25", "all four axes")},
+          **unchanged(token, "all four axes")},
       "hMHSA": {
           f"{half}, frozen copies": Setting(half, config=FROZEN_COPIES),
           **unchanged("hMHSA, 4 of 6", "hMHSA, 5 of 6 heads computed", f"{half}, rank 2",
@@ -68,10 +80,22 @@ def settings() -> dict[str, dict[str, Setting]]:
               "cFFN, output, rank 0.5", vc.Plan(ffn=plain)),
           **unchanged("cFFN, output, rank 0.25", "cFFN, both, rank 0.5",
                       "cFFN, both, rank 0.25")},
-      "attention sparsity": unchanged(
-          "Sparsifiner, by token, keep 0.1", "Sparsifiner, by block of 2 x 2, keep 0.25"),
-      "token reduction": unchanged("EViT, keep 0.7 twice", "EViT, keep 0.5 twice", "ToMe, r = 4",
-                                   "cFFN both + EViT 0.7"),
+      "attention sparsity": {
+          f"{token}, predictors first": Setting(token, config=PREDICTORS_FIRST),
+          **unchanged("Sparsifiner, by token, keep 0.5", "Sparsifiner, by token, keep 0.1",
+                      "Sparsifiner, by block of 2 x 2, keep 0.25",
+                      "BiFormer, 4 x 4 regions, keep 0.5", "KeyMerging, keep 0.75")},
+      "token reduction": {
+          **unchanged("EViT, keep 0.8 twice", "EViT, keep 0.7 twice", "EViT, keep 0.5 twice",
+                      "ToMe, r = 3", "ToMe, r = 4", "MCTF, r = 5"),
+          **{name: Setting(f"{name}, random predictors", config=KEPT_RATIO)
+             for name in ("DynamicViT, keep 0.7 twice", "FastPath, 0.7 and 0.5 of the patches")},
+          **unchanged("cFFN both + EViT 0.7")},
+      "equal MACs": {
+          **unchanged("3 of 6 heads stay"),
+          stronger: Setting(f"{stronger}, distilled", vc.Plan(
+              heads=vc.HMHSA(), ffn=vc.CFFN(factor="both", rank_ratio=0.25))),
+          **measured(80), **measured(50)},
   }
 
 
@@ -97,9 +121,9 @@ class Start:
     return out
 
   def config(self, name: str, setting: Setting, seed: int, steps: int):
-    config = configs.complete(self.data.compact())
-    start = self.file(name, setting)
+    config, start = configs.complete(self.data.compact()), self.file(name, setting)
     config.plan = vc.load(start)[0].plan.to_json()
+    config = configs.complete(config)   # with the keys of the plan's methods
     config.seed, config.total_steps, config.checkpoint_every = seed, steps, steps
     config.optim.warmup_steps = steps // 10
     config.compact.macs = 0.0
@@ -165,11 +189,31 @@ def table(found: dict) -> str:
                    f"{100 * row['before']:.2f} % | {100 * after:.2f} % | "
                    f"{' | '.join(gap_cells)} |")
   images = found["rows"]["dense"]["seeds"]["0"]["images"]
+  lines += ["", equal_macs(found)]
   return "\n".join([*lines, "", (
       f"{found['steps']} steps, {SEEDS} seeds of training from one dense model, "
       f"{found['calibration_images']:,} calibration images, {images:,} test images; intervals "
       "(Student's t) are over seeds. Speeds are those of the same deployed forms in the table "
       "above.")])
+
+
+def equal_macs(found: dict) -> str:
+  """Returns the table of the settings with about equal MACs, the most accurate ones first."""
+  timed, deployed = one_shot.load()["rows"], {}
+  for by_name in settings().values():
+    deployed |= {name: setting.deployed for name, setting in by_name.items()}
+  lines = ["| MACs, about | setting | MACs | speed, dense = 1 | difference from dense, points |",
+           "|---|---|---:|---:|---:|"]
+  for share, (least, most) in EQUAL_MACS.items():
+    rows = []
+    for name, row in found["rows"].items():
+      macs = statistics.mean(one["macs"] for one in row["seeds"].values())
+      if name in deployed and len(row["seeds"]) == SEEDS and least <= macs <= most:
+        rows.append((statistics.mean(differences(found, name)), name, macs))
+    lines += [f"| {share} | {name} | {100 * macs:.1f} % | "
+              f"{one_shot.speed(timed[deployed[name]])[0]:.2f}x | {gap:+.2f} |"
+              for gap, name, macs in sorted(rows, reverse=True)]
+  return "\n".join(lines)
 
 
 def tables():

@@ -156,7 +156,7 @@ def test_the_table_of_short_trainings_matches_its_results():
   assert f"\n{fine_tuning.table(found)}\n" in page
   settings = {name: setting for group in fine_tuning.settings().values()
               for name, setting in group.items()}
-  plans = {name: plan for group in one_shot.plans().values() for name, plan in group.items()}
+  plans = {name: vc.Plan.from_dict(row["plan"]) for name, row in one_shot.load()["rows"].items()}
   assert {"dense"} < found["rows"].keys() <= settings.keys()
   for name, row in found["rows"].items():
     setting = settings[name]
@@ -192,6 +192,8 @@ def test_a_short_training_is_compared_with_the_dense_model_of_that_seed():
   found = {"rows": {"dense": row(0.9, 0.8, 0.7), "ToMe, r = 4": row(0.89, 0.78, 0.67),
                     "hMHSA, 3 of 6": row(0.9)}, "steps": 9, "calibration_images": 8}
   text = fine_tuning.table(found)
+  assert "| 50 % | ToMe, r = 4 | 50.0 % |" in text.partition("\n\n")[2]
+  assert text.partition("\n\n")[2].index("ToMe") < text.partition("\n\n")[2].index("dense")
   margin = 4.3027 / 3 ** 0.5
   assert f"| 78.00 % | -2.00 | [{-2 - margin:+.2f}, {-2 + margin:+.2f}] |" in text
   assert "| hMHSA, 3 of 6 | | | | not run | | |" in text
