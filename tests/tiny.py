@@ -143,8 +143,12 @@ def features(model, variables, images, maps=False):
 
 
 def gradients(model, variables, images, key=0):
-  """Returns the gradients of the sum of squared logits in train mode, by parameter name."""
-  return trees.named_leaves(_gradients(model, variables, images, jax.random.key(key)))
+  """Returns the gradients of the sum of squared logits in train mode, by parameter name.
+
+  They are NumPy arrays: np.any of a JAX array compiles a program for each shape.
+  """
+  return trees.named_leaves(jax.device_get(
+      _gradients(model, variables, images, jax.random.key(key))))
 
 
 @functools.partial(jax.jit, static_argnums=0)
