@@ -35,7 +35,7 @@ def test_a_combination_trains_and_folds_to_the_same_function(plan):
     assert np.all(np.isfinite(grad)), name
   assert all(np.any(grad) for name, grad in grads.items()
              if name.endswith("attn/value/kernel"))
-  deploy, folded = vc.fold(model, variables)
+  deploy, folded = tiny.fold(model, variables)
   np.testing.assert_allclose(tiny.apply(deploy, folded, tiny.images(model)),
                              tiny.apply(model, variables, tiny.images(model)), rtol=1e-4, atol=1e-4)
   count = vc.count(model)
@@ -56,7 +56,7 @@ def test_a_backbone_with_routing_trains_and_folds_under_the_other_axes(plan):
   grads = tiny.gradients(model, variables, tiny.images(model))
   for name, grad in grads.items():
     assert np.all(np.isfinite(grad)) and np.any(grad), name
-  deploy, folded = vc.fold(model, variables)
+  deploy, folded = tiny.fold(model, variables)
   np.testing.assert_allclose(tiny.apply(deploy, folded, tiny.images(model)),
                              tiny.apply(model, variables, tiny.images(model)), rtol=1e-4, atol=1e-4)
 

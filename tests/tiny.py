@@ -94,15 +94,20 @@ def images(model, batch=3, seed=0):
 def randomised(tree, seed=1, spread=0.3):
   """Redraws every leaf around zero (variances around one), so that no zero hides a missing term.
 
-  Draws with NumPy: JAX would compile a program for each shape.
+  Draws with NumPy, and does not call jnp.asarray: JAX would compile a program for each shape.
   """
   rng = np.random.default_rng(seed)
 
   def draw(path, leaf):
     noise = spread * rng.standard_normal(leaf.shape)
-    return jnp.asarray(np.exp(noise) if "var" in str(path[-1]) else noise, jnp.float32)
+    return np.asarray(np.exp(noise) if "var" in str(path[-1]) else noise, np.float32)
 
-  return jax.tree_util.tree_map_with_path(draw, tree)
+  return jax.device_put(jax.tree_util.tree_map_with_path(draw, tree))
+
+
+def normal(*shape, seed=0):
+  """Returns a NumPy array of normal values, which can be indexed without compiling a program."""
+  return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def init(model, seed=1, spread=0.3):
@@ -121,6 +126,16 @@ def _applied(model, mutable, options, variables, args, rngs):
   return model.apply(variables, *args, rngs=rngs, mutable=mutable, **dict(options))
 
 
+def fold(model, variables):
+  """Calls `vc.fold`, compiled as a whole."""
+  return model.clone(deploy=True), _folded(model, variables)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _folded(model, variables):
+  return vc.fold(model, variables)[1]
+
+
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def features(model, variables, images, maps=False):
   """Calls `vc.features`, compiled as a whole."""
@@ -128,8 +143,12 @@ def features(model, variables, images, maps=False):
 
 
 def gradients(model, variables, images, key=0):
-  """Returns the gradients of the sum of squared logits in train mode, by parameter name."""
-  return trees.named_leaves(_gradients(model, variables, images, jax.random.key(key)))
+  """Returns the gradients of the sum of squared logits in train mode, by parameter name.
+
+  They are NumPy arrays: np.any of a JAX array compiles a program for each shape.
+  """
+  return trees.named_leaves(jax.device_get(
+      _gradients(model, variables, images, jax.random.key(key))))
 
 
 @functools.partial(jax.jit, static_argnums=0)

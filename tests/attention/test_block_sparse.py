@@ -1,4 +1,5 @@
 """Block-sparse attention: every form equals the reference with the layout's mask."""
+import functools
 import re
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tests import tiny
 from tests.kernels import cases
 from vitcompact import attention, kernels
 from vitcompact.attention import Core, Device, choose, reference, tuning
@@ -18,14 +20,13 @@ BATCH, HEADS, WIDTH = 2, 3, 4
 HOPPER = Device("gpu", capability="9.0")
 
 
-def draw(*shape, seed=0):
-  return jax.random.normal(jax.random.key(seed), shape)
+draw = tiny.normal
 
 
 def random_choice(queries, keys, count, seed=1):
   """Draws `count` different key blocks for each query block."""
-  order = jnp.argsort(draw(BATCH, HEADS, queries.blocks, keys.blocks, seed=seed), axis=-1)
-  return order[..., :count].astype(jnp.int32)
+  order = np.argsort(draw(BATCH, HEADS, queries.blocks, keys.blocks, seed=seed), axis=-1)
+  return jax.device_put(order[..., :count].astype(np.int32))
 
 
 @pytest.mark.parametrize("grid,sides", [
@@ -39,21 +40,24 @@ def test_windows_divide_the_grid_or_pad_it_slightly(grid, sides):
 
 def test_each_block_is_a_square_of_the_image():
   windows = Windows((3, 5), (2, 2))
-  x = jnp.arange(15.0).reshape(1, 15, 1, 1)
-  blocks = windows.cut(x)[0, 0, :, :, 0]
+  x = np.arange(15, dtype=np.float32).reshape(1, 15, 1, 1)
+  cut, joined = map(np.asarray, jax.jit(lambda x: (
+      windows.cut(x), windows.join(windows.cut(x))))(x))
+  blocks = cut[0, 0, :, :, 0]
   np.testing.assert_array_equal(blocks[1], [2, 3, 7, 8])
   np.testing.assert_array_equal(blocks[2], [4, 0, 9, 0])
   np.testing.assert_array_equal(windows.valid()[2], [1, 0, 1, 0])
-  np.testing.assert_array_equal(windows.join(windows.cut(x)), x)
+  np.testing.assert_array_equal(joined, x)
   np.testing.assert_array_equal(windows.block_of(), [0, 0, 1, 1, 2, 0, 0, 1, 1, 2, 3, 3, 4, 4, 5])
   np.testing.assert_array_equal(windows.slot_of()[[2, 3, 7, 8]], [4, 5, 6, 7])
 
 
 def test_block_means_average_the_tokens_of_a_block():
   x, windows = draw(BATCH, 1 + 48 + 2, HEADS, WIDTH), Windows((6, 8), (3, 2))
-  expected = windows.cut(x[:, 1:49]).mean(axis=3)
-  for means in (windows.means(x[:, 1:49]), windows.means_by_rows(x, 1)):
-    np.testing.assert_allclose(means, expected, atol=1e-6)
+  blocks, *both = jax.jit(lambda x: (
+      windows.cut(x[:, 1:49]), windows.means(x[:, 1:49]), windows.means_by_rows(x, 1)))(x)
+  for means in both:
+    np.testing.assert_allclose(means, np.mean(np.asarray(blocks), axis=3), atol=1e-6)
 
 
 def test_nearest_key_block_is_itself_or_the_one_covering_it_on_a_coarser_grid():
@@ -69,7 +73,7 @@ CASES = {
     "padded": BlockLayout(None, Windows((3, 5), (2, 2)), Windows((3, 5), (2, 2))),
     "coarser keys": BlockLayout(None, Windows((4, 4), (2, 2)), Windows((2, 3), (1, 2)), prefix=2),
     "survivors": BlockLayout(None, on_sequence(11, 4), on_sequence(11, 4), prefix=1, fused=1,
-                             order=jnp.argsort(draw(BATCH, 11, seed=5), axis=1)),
+                             order=jax.device_put(np.argsort(draw(BATCH, 11, seed=5), axis=1))),
 }
 
 
@@ -92,6 +96,17 @@ def run(attend, *arrays):
   return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*arrays)
 
 
+@functools.cache
+def expected_of(name, sized):
+  """Returns (size, mask, what the reference computes with the mask, and without)."""
+  layout, *arrays = case(name)
+  size = np.exp(draw(BATCH, arrays[1].shape[1], seed=4)) if sized else None
+  mask = np.asarray(jax.jit(lambda chosen: layout._replace(chosen=chosen).mask())(layout.chosen))
+  return size, mask, *jax.device_get([
+      run(lambda *qkv, core=core: reference.attend(core, *qkv), *arrays)
+      for core in (Core(size, mask=mask), Core(size))])
+
+
 @pytest.mark.parametrize("form", ["block_sparse_cpu", "block_sparse_gather", "block_sparse_kernel",
                                   "block_sparse_plain"])
 @pytest.mark.parametrize("name,sized", [("grid", False), ("padded", False), ("padded", True),
@@ -99,15 +114,12 @@ def run(attend, *arrays):
 def test_every_form_and_its_gradients_match_the_reference(name, sized, form, monkeypatch):
   monkeypatch.setattr(kernels, "block_attention", lambda platform: cases.reference)
   layout, *arrays = case(name)
-  size = jnp.exp(draw(BATCH, arrays[1].shape[1], seed=4)) if sized else None
-  mask = layout.mask()
+  size, mask, expected, dense = expected_of(name, sized)
   inner = mask[:, :, layout.prefix:, layout.prefix:]
   assert not inner.all(axis=-1).all() and mask.any(axis=-1).all()
   got = run(lambda *qkv: layout.attend(*qkv, Core(size).bias(), form), *arrays)
-  expected = run(lambda *qkv: reference.attend(Core(size, mask=mask), *qkv), *arrays)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), got, expected)
-  dense = run(lambda *qkv: reference.attend(Core(size), *qkv), *arrays)
-  assert np.abs(got[1] - dense[1]).max() > 0.1
+  assert np.abs(np.asarray(got[1]) - dense[1]).max() > 0.1
 
 
 @pytest.mark.parametrize("entries", [1, 64])
@@ -124,8 +136,8 @@ def test_batch_split_over_devices_needs_no_communication(name):
   """Attention and gradients of eight images on eight devices: no collectives between them."""
   layout = CASES[name]
   tokens = np.prod(layout.keys.grid) + layout.prefix + layout.fused
-  order = None if layout.order is None else jnp.tile(jnp.arange(11)[::-1], (8, 1))
-  chosen = jnp.tile(random_choice(layout.queries, layout.keys, 2)[:1], (8, 1, 1, 1))
+  order = None if layout.order is None else np.tile(np.arange(11)[::-1], (8, 1))
+  chosen = np.tile(random_choice(layout.queries, layout.keys, 2)[:1], (8, 1, 1, 1))
   images = NamedSharding(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)), P("data"))
 
   def loss(qkv, chosen, order):
@@ -148,7 +160,7 @@ def test_bfloat16_output_stays_bfloat16_and_close_to_the_reference(device):
     got = run(Core(layout=layout), *arrays)
   assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype(jnp.bfloat16)}
   expected = run(lambda *qkv: reference.attend(Core(layout=layout), *qkv),
-                 *(x.astype(jnp.float32) for x in arrays))
+                 *(x.astype(np.float32) for x in arrays))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(
       np.float32(a), b, atol=0.03 * max(1, np.abs(b).max())), got, expected)
 
@@ -174,12 +186,14 @@ def test_unsupported_calls_fall_back_to_masked_dense_attention_with_a_warning(wh
   layout, *arrays = case("grid")
   core, rescore = Core(layout=layout), None
   if what == "keep_mask":
-    core = core._replace(keep_mask=jnp.ones((BATCH, 17)).at[:, 3].set(0))
+    keep_mask = np.tile((np.arange(17) != 3).astype(np.float32), (BATCH, 1))
+    core = core._replace(keep_mask=keep_mask)
   else:
     def rescore(scores, edges):
       return 2 * scores
   assert choose(Device("cpu"), core, *arrays, rescore).form == "einsum"
   with pytest.warns(UserWarning, match=f"masked dense attention: {words}"):
-    got = core(*arrays, rescore)
-  expected = reference.attend(Core(keep_mask=core.keep_mask, mask=layout.mask()), *arrays, rescore)
+    got = jax.jit(lambda *qkv: core(*qkv, rescore))(*arrays)
+  expected = jax.jit(lambda *qkv: reference.attend(
+      Core(keep_mask=core.keep_mask, mask=layout.mask()), *qkv, rescore))(*arrays)
   np.testing.assert_allclose(got, expected, atol=1e-6)

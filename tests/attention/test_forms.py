@@ -1,9 +1,12 @@
 """Every form of attention matches the reference, gradients included; which form is chosen where."""
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import tiny
 from vitcompact import attention
 from vitcompact.attention import Core, Device, choose, reference, tuning, vendor
 from vitcompact.methods.heads.hmhsa import ScoreFilter
@@ -13,8 +16,7 @@ CPU, SPLIT, GPU = Device("cpu"), Device("cpu", count=8, split=True), Device("gpu
 HOPPER, TPU = Device("gpu", capability="9.0"), Device("tpu")
 
 
-def draw(*shape, seed=0):
-  return jax.random.normal(jax.random.key(seed), shape)
+draw = tiny.normal
 
 
 def arrays(queries=QUERIES, keys=KEYS, wide=7, heads=HEADS):
@@ -28,8 +30,8 @@ def shapes(queries, keys, dtype, wide=64):
 
 
 SIZE = np.exp(draw(BATCH, KEYS, seed=3))
-KEEP = jnp.float32(draw(BATCH, KEYS, seed=7) > 0)
-MASK = (draw(BATCH, HEADS, QUERIES, KEYS, seed=4) > 0).at[..., 0].set(True)
+KEEP = np.float32(draw(BATCH, KEYS, seed=7) > 0)
+MASK = jax.device_put((draw(BATCH, HEADS, QUERIES, KEYS, seed=4) > 0) | (np.arange(KEYS) == 0))
 FILTER = ScoreFilter(draw(HEADS, 2, seed=5), draw(2, 3, 3, seed=6))
 # Values come from 10 tokens for 19 keys, and outputs are averaged over pairs of queries.
 MERGED = {"spread": lambda value: jnp.repeat(value, 2, axis=1)[:, :KEYS],
@@ -75,9 +77,14 @@ def run(name, attend, dtype="float32"):
       floats, query, key, value, FILTER.taps)
 
 
+@functools.cache
+def expected_of(name):
+  return jax.device_get(run(name, reference.attend))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_form_and_its_gradients_match_the_reference(name, small_tiles):
-  expected = run(name, reference.attend)
+  expected = expected_of(name)
   for form, device in (("einsum", CPU), ("plain", CPU), ("images", CPU), ("tiled", CPU),
                        ("images", GPU), ("tiled", GPU)):
     with attention.using(form), attention.on(device):
@@ -91,7 +98,7 @@ def test_every_form_in_bfloat16_is_close_to_the_float32_reference(form, name, sm
   with attention.using(form):
     got = run(name, Core.__call__, "bfloat16")
   assert got[1].dtype == jnp.bfloat16
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(run(name, reference.attend)), strict=True):
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected_of(name)), strict=True):
     np.testing.assert_allclose(np.float32(a), b, atol=0.03 * max(1, np.abs(b).max()))
 
 
@@ -101,7 +108,7 @@ def test_reference_matches_a_loop_over_queries(name):
   query, key, value = (np.asarray(x, np.float64) for x in arrays(queries, heads=heads))
   scores = np.einsum("bnhd,bmhd->bhnm", query, key) / WIDTH ** 0.5
   if filtered:
-    scores = np.asarray(FILTER(jnp.asarray(scores, jnp.float32)), np.float64)
+    scores = np.asarray(jax.jit(FILTER.__call__)(scores.astype(np.float32)), np.float64)
   expected = np.zeros((BATCH, queries, heads, value.shape[-1]))
   for b, i, h in np.ndindex(expected.shape[:3]):
     exps = np.exp(scores[b, h, i]) * np.asarray(fields.get("size", np.ones((BATCH, KEYS))))[b]
@@ -114,26 +121,30 @@ def test_reference_matches_a_loop_over_queries(name):
       weights = (seen + 1e-6 / KEYS) / (seen.sum() + 1e-6)
     expected[b, i, h] = weights @ value[b, :, h]
   rescore = FILTER if filtered else None
-  got = reference.attend(Core(**fields), *arrays(queries, heads=heads), rescore)
+  got = jax.jit(lambda *qkv: reference.attend(Core(**fields), *qkv, rescore))(
+      *arrays(queries, heads=heads))
   np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_maps_of_selected_queries_are_rows_of_the_full_maps_given_own_n():
   query, key, _ = arrays(KEYS)
-  core, rows = Core(SIZE, keep_mask=KEEP), jnp.asarray([3, 0, 11])
-  np.testing.assert_allclose(core.maps(query[:, rows], key, own_n=rows),
-                             core.maps(query, key)[:, :, rows], rtol=1e-5)
+  core, rows = Core(SIZE, keep_mask=KEEP), np.asarray([3, 0, 11])
+  some, all_ = jax.jit(lambda query, key: (
+      core.maps(query[:, rows], key, own_n=rows), core.maps(query, key)))(query, key)
+  np.testing.assert_allclose(some, np.asarray(all_)[:, :, rows], rtol=1e-5)
 
 
 def test_tiled_softmax_handles_a_tile_whose_keys_all_have_size_zero(small_tiles):
   """Also when scores differ by more than the range of exp."""
-  size = jnp.ones((BATCH, KEYS)).at[:, :9].set(0)     # the first tile has 4 keys, the others 5
+  size = np.ones((BATCH, KEYS), np.float32)
+  size[:, :9] = 0     # the first tile has 4 keys, the others 5
   query, key, value = arrays()
   for core in (Core(size=size), Core()):
     with attention.using("tiled"):
       out = jax.jit(lambda *args, core=core: core(*args))(100 * query, key, value)
-    np.testing.assert_allclose(out, reference.attend(core, 100 * query, key, value), rtol=1e-5,
-                               atol=1e-6)
+    expected = jax.jit(lambda *args, core=core: reference.attend(core, *args))(
+        100 * query, key, value)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_cpu_loops_over_images_or_heads_unless_the_batch_is_split_over_devices():
@@ -173,7 +184,7 @@ def test_form_chosen_by_device_length_and_dtype(device, dtype, queries, keys, wi
     (TPU, None, 4097, "tiled"), (GPU, "cudnn", 577, "tiled"), (TPU, "splash", 577, "tiled"),
     (GPU, "images", 577, "images")])
 def test_calls_that_vendor_kernels_cannot_do_use_another_form(device, requested, tokens, expected):
-  call, qkv = Core(keep_mask=jnp.ones((2, tokens))), shapes(tokens, tokens, "bfloat16")
+  call, qkv = Core(keep_mask=np.ones((2, tokens), np.float32)), shapes(tokens, tokens, "bfloat16")
   assert choose(device, call, *qkv, requested=requested).form == expected
   assert choose(device, Core(), *qkv, rescore=FILTER, requested=requested).form == expected
 
@@ -216,15 +227,19 @@ def test_memory_is_a_small_multiple_of_inputs_and_outputs(gradients, multiple):
 
 def test_bias_as_two_key_channels_is_exact_in_float32_and_close_in_bfloat16():
   query, key, _ = arrays()
-  bias = jnp.log(SIZE)
-  expected = attention.scores(query, key) + bias[:, None, None]
-  scale = WIDTH ** -0.5
+  bias = np.log(SIZE)
+
+  @jax.jit
+  def run(query, key, wide_query, wide_key):
+    got, plain = (jnp.einsum("bnhd,bmhd->bhnm", *qk, preferred_element_type=jnp.float32)
+                  * WIDTH ** -0.5 for qk in ((wide_query, wide_key), (query, key)))
+    return got - plain
+
+  with_bias, scores = jax.jit(vendor.with_bias_channels), jax.jit(attention.scores)(query, key)
+  expected = np.asarray(scores) + bias[:, None, None]
   for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 1e-4)):
-    wide = vendor.with_bias_channels(query.astype(dtype), key.astype(dtype), bias)
-    got = jnp.einsum("bnhd,bmhd->bhnm", *wide, preferred_element_type=jnp.float32) * scale
-    plain = jnp.einsum("bnhd,bmhd->bhnm", query.astype(dtype), key.astype(dtype),
-                       preferred_element_type=jnp.float32) * scale
-    np.testing.assert_allclose(got - plain, expected - attention.scores(query, key), atol=tolerance)
+    low = query.astype(dtype), key.astype(dtype)
+    np.testing.assert_allclose(run(*low, *with_bias(*low, bias)), expected - scores, atol=tolerance)
 
 
 @pytest.mark.parametrize("name,device,dtype,words", [
@@ -254,9 +269,10 @@ def test_layer_and_its_gradients_lower_for_an_absent_device(platform, device, na
 
 def test_interpreted_splash_kernel_matches_the_reference():
   query, key, value = arrays()
-  got = vendor.splash(query, key, value, jnp.log(SIZE), interpret=True)
-  np.testing.assert_allclose(got, reference.attend(Core(SIZE), query, key, value), rtol=1e-5,
-                             atol=1e-5)
+  got, expected = jax.jit(lambda *qkv: (
+      vendor.splash(*qkv, np.log(SIZE), interpret=True), reference.attend(Core(SIZE), *qkv)))(
+          query, key, value)
+  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["images", "tiled"])

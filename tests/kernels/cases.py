@@ -3,9 +3,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests import tiny
+
 
 def draw(*shape, seed=0, dtype=jnp.float32):
-  return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+  return np.asarray(tiny.normal(*shape, seed=seed), dtype)
 
 
 def case(dtype, area: int, e: int, *, d: int = 64, biased: bool = True, batch: int = 2,
@@ -16,12 +18,13 @@ def case(dtype, area: int, e: int, *, d: int = 64, biased: bool = True, batch: i
   is hidden; no query block chooses the last key block in the first image or head.
   """
   queries, keys = 2, 3
-  query = draw(batch, heads, queries, area, d, dtype=dtype) * jnp.asarray(d ** -0.5, dtype)
+  query = draw(batch, heads, queries, area, d, dtype=dtype) * np.asarray(d ** -0.5, dtype)
   key = draw(batch, heads, keys, area, d, seed=1, dtype=dtype)
   value = draw(batch, heads, keys, area, e, seed=2, dtype=dtype)
-  bias = draw(batch, 1, keys, area, seed=3).at[:, :, 0, area // 2:].set(-jnp.inf)
-  chosen = jnp.asarray([[[0, 1], [1, 0]], [[1, 2], [2, 0]]], jnp.int32)
-  chosen = chosen.reshape(batch, heads, queries, 2)
+  bias = draw(batch, 1, keys, area, seed=3)
+  bias[:, :, 0, area // 2:] = -np.inf
+  chosen = np.int32([[[0, 1], [1, 0]], [[1, 2], [2, 0]]]).reshape(batch, heads, queries, 2)
+  bias, chosen = jax.device_put((bias, chosen))   # kernels index them
   gradients = tuple(draw(batch, heads, queries, area, *width, seed=4) for width in ((e,), ()))
   return (query, key, value), (bias if biased else None, chosen), gradients
 
@@ -48,7 +51,7 @@ def results(attend, arrays, fixed, gradients):
 def assert_equals_the_reference(attend, arrays, fixed, gradients, tolerance: float):
   """Checks the largest difference relative to the largest entry. The reference uses float32."""
   got = results(attend, arrays, fixed, gradients)
-  expected = results(reference, [x.astype(jnp.float32) for x in arrays], fixed, gradients)
+  expected = results(reference, [x.astype(np.float32) for x in arrays], fixed, gradients)
   for name, a, b in zip(("out", "log_sum", "d_query", "d_key", "d_value"), jax.tree.leaves(got),
                         jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max(), err_msg=name)

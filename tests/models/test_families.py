@@ -7,7 +7,6 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-import vitcompact as vc
 from tests import tiny, tiny_run
 from vitcompact import trees
 from vitcompact.run import loop
@@ -65,7 +64,8 @@ def take_step(run: loop.Run):
   """Returns (state, gradients, metrics) after a step from random variables, as NumPy arrays."""
   state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype),
                        run.shapes.replace(key=np.zeros(())))
-  variables = tiny.randomised({"params": run.shapes.params, "batch_stats": run.shapes.batch_stats})
+  variables = jax.device_get(tiny.randomised(   # placing a JAX array would compile a program
+      {"params": run.shapes.params, "batch_stats": run.shapes.batch_stats}))
   state = state.replace(**variables, key=jax.random.key(0))
   rng, size = np.random.default_rng(0), run.model.image_size
   batch = {"image": rng.integers(0, 256, (16, size, size, 3), np.uint8),
@@ -107,7 +107,7 @@ def test_eight_devices_take_the_same_step_as_one_and_the_folded_model_lowers(nam
   for got, expected in zip(*map(jax.tree.leaves, (eight, one)), strict=True):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * scale)
   assert np.any(trees.named_leaves(one[0])[FAMILIES[name][0]])
-  deploy, folded = vc.fold(run.model, jax.device_get(
+  deploy, folded = tiny.fold(run.model, jax.device_get(
       {"params": state.params, "batch_stats": state.batch_stats}))
   images = jax.ShapeDtypeStruct((2, *[run.model.image_size] * 2, 3), np.float32)
   lowered = jax.export.export(jax.jit(deploy.apply), platforms=["cpu", "cuda", "tpu"])(

@@ -89,7 +89,7 @@ def test_new_factorised_ffn_has_the_output_spread_of_the_dense_one():
 def test_initialisation_matches_the_published_one():
   model = pyramids.pvt("pvt_v2_b2", **{**pyramids.SHORT, "widths": (64, 80), "num_classes": 64})
   params = jax.jit(model.init)(jax.random.key(0, impl="rbg"), tiny.images(model))["params"]
-  for name, leaf in trees.named_leaves(params).items():
+  for name, leaf in trees.named_leaves(jax.device_get(params)).items():
     if name.endswith("scale"):
       assert (leaf == 1).all(), name
     elif name.endswith("bias"):

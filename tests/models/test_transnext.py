@@ -242,8 +242,7 @@ def test_its_ffns_equal_a_plain_site_with_the_convglu_method():
 def test_initialisation_matches_the_published_one():
   model = tiny.transnext(widths=(64, 80), heads=(2, 4))
   params = jax.jit(model.init)(jax.random.key(0, impl="rbg"), tiny.images(model, 1))["params"]
-  for name, leaf in trees.named_leaves(params).items():
-    leaf = np.asarray(leaf)
+  for name, leaf in trees.named_leaves(jax.device_get(params)).items():
     if name.endswith("scale"):
       assert (leaf == 1).all(), name
     elif name.endswith("temperature"):
@@ -281,7 +280,7 @@ PLANS = {"dense": vc.Plan(), "cffn": vc.Plan(ffn=vc.CFFN())}
 def test_folding_keeps_the_function_and_removes_the_position_network(plan, tmp_path):
   model = tiny.transnext(PLANS[plan])
   variables, x = random_inputs(model)
-  deploy, folded = vc.fold(model, variables)
+  deploy, folded = tiny.fold(model, variables)
   proof = vc.verify(model, variables, deploy, folded, x)
   assert proof.ok and proof.first_difference is None, proof
   shapes = jax.eval_shape(deploy.init, jax.random.key(0), x)
@@ -377,7 +376,8 @@ def test_bfloat16_is_close_to_float32_with_float32_outputs():
   variables, x = random_inputs(model)
   expected, got = (tiny.apply(some, variables, x) for some in (model, low))
   assert got.dtype == jnp.float32
-  assert 0 < jnp.abs(got - expected).max() / jnp.abs(expected).max() < 0.05
+  got, expected = np.asarray(got), np.asarray(expected)
+  assert 0 < np.abs(got - expected).max() / np.abs(expected).max() < 0.05
 
 
 def test_every_leaf_has_one_rule_and_decays_as_in_the_authors_code():

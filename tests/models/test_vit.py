@@ -146,7 +146,7 @@ def test_all_axes_compact_train_fold_and_are_counted(name, plan, tmp_path):
   for leaf in ("blocks_0/attn/value/kernel", "blocks_0/ls1/gamma", "reg_token", "norm_pre/scale",
                "attn_pool/latent"):
     assert leaf not in grads or np.any(grads[leaf]), leaf
-  deploy, folded = vc.fold(model, compacted)
+  deploy, folded = tiny.fold(model, compacted)
   proof = vc.verify(model, compacted, deploy, folded, images)
   assert proof.max_rel < 1e-4
   assert vc.count(deploy).macs < vc.count(dense).macs

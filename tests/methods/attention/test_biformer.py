@@ -23,10 +23,6 @@ BATCH, HEADS, WIDTH = 2, 3, 4
 ROUTED = functools.partial(vc.BiFormer, regions=2, min_tokens=0)
 
 
-def draw(*shape, seed=0):
-  return jax.random.normal(jax.random.key(seed), shape)
-
-
 def region_of(grid, side):
   """Returns (n,): the region of each token, row by row."""
   rows, columns = (np.arange(n) // -(-n // side) for n in grid)
@@ -63,14 +59,20 @@ def test_query_sees_the_prefix_and_the_top_scoring_regions_of_its_own_region(gri
                                                                           top_k):
   site = tiny.site(heads=HEADS, width=HEADS * WIDTH, prefix=prefix, query_grid=grids[0],
                    key_grid=grids[1])
-  query, key, value = (draw(BATCH, prefix + np.prod(grid), HEADS, width, seed=seed)
+  query, key, value = (tiny.normal(BATCH, prefix + np.prod(grid), HEADS, width, seed=seed)
                        for seed, (grid, width) in enumerate(zip((*grids, grids[1]), (4, 4, 5),
                                                                 strict=True)))
   module = vc.BiFormer(top_k=top_k, regions=side).make(site)
-  core = module.apply({}, Core(), query, key)
-  assert core.layout.chosen.shape[1:] == (HEADS, region_of(grids[0], side).max() + 1, top_k)
+
+  @jax.jit
+  def run(query, key, value):
+    core = module.apply({}, Core(), query, key)
+    return core(query, key, value), core.layout.chosen
+
+  out, chosen = run(query, key, value)
+  assert chosen.shape[1:] == (HEADS, region_of(grids[0], side).max() + 1, top_k)
   np.testing.assert_allclose(
-      core(query, key, value),
+      out,
       routing_by_definition(query, key, value, grids, side, prefix, top_k, WIDTH ** -0.5),
       atol=2e-6)
 
@@ -78,8 +80,9 @@ def test_query_sees_the_prefix_and_the_top_scoring_regions_of_its_own_region(gri
 def test_queries_see_64_patches_in_the_first_three_stages_of_the_paper():
   for side, top_k in ((56, 1), (28, 4), (14, 16)):
     windows = routing.regions((side, side), 7)
-    chosen = jnp.arange(top_k)[None, None, None] * jnp.ones((1, 1, 49, 1), jnp.int32)
-    mask = BlockLayout(chosen, windows, windows, prefix=1).mask()
+    chosen = np.broadcast_to(np.arange(top_k, dtype=np.int32), (1, 1, 49, top_k))
+    mask = np.asarray(jax.jit(lambda chosen, windows=windows: BlockLayout(
+        chosen, windows, windows, prefix=1).mask())(chosen))
     assert windows.blocks == 49 and (mask[0, 0, 1:].sum(axis=-1) == 65).all()
     assert mask[0, 0, 0].all() and mask[0, 0, :, 0].all()
 
@@ -92,24 +95,28 @@ def test_routing_to_all_regions_is_dense_attention():
     model = tiny.deit(vc.Plan(attention=method))
     np.testing.assert_array_equal(tiny.apply(model, variables, x), expected)
   assert vc.count(model) == vc.count(dense)
-  query, key, value = (draw(BATCH, 17, HEADS, WIDTH, seed=seed) for seed in range(3))
+  query, key, value = (tiny.normal(BATCH, 17, HEADS, WIDTH, seed=seed) for seed in range(3))
   windows = routing.regions((4, 4), 2)
-  layout = routing.route(BlockLayout(None, windows, windows, prefix=1), query, key, 4)
-  np.testing.assert_allclose(Core(layout=layout)(query, key, value), Core()(query, key, value),
-                             atol=1e-6)
+
+  @jax.jit
+  def both(query, key, value):
+    layout = routing.route(BlockLayout(None, windows, windows, prefix=1), query, key, 4)
+    return Core(layout=layout)(query, key, value), Core()(query, key, value)
+
+  np.testing.assert_allclose(*both(query, key, value), atol=1e-6)
 
 
 def test_choice_of_regions_has_no_gradient():
   """The gradient is that of attention with the chosen regions fixed."""
-  query, key, value = (draw(BATCH, 17, HEADS, WIDTH, seed=seed) for seed in range(3))
+  query, key, value = (tiny.normal(BATCH, 17, HEADS, WIDTH, seed=seed) for seed in range(3))
   module = ROUTED(top_k=2).make(tiny.site(heads=HEADS, width=HEADS * WIDTH))
-  chosen = module.apply({}, Core(), query, key)
 
   def loss(restrict, *qkv):
     return jnp.sum(jnp.sin(restrict(*qkv[:2])(*qkv)))
 
   @jax.jit
   def gradients(*qkv):
+    chosen = module.apply({}, Core(), *qkv[:2])
     return [jax.grad(functools.partial(loss, restrict), (0, 1, 2))(*qkv) for restrict in (
         lambda q, k: module.apply({}, Core(), q, k), lambda q, k: chosen)]
 
@@ -120,12 +127,12 @@ def test_choice_of_regions_has_no_gradient():
   def score(q):
     layout = BlockLayout(None, *[routing.regions((4, 4), 2)] * 2, prefix=1)
     return jnp.sum(routing.route(layout, q, key, 2).chosen.astype(jnp.float32))
-  assert not jax.grad(score)(query).any()
+  assert not np.any(jax.jit(jax.grad(score))(query))
 
 
 def test_permuting_the_regions_permutes_their_outputs():
   windows = routing.regions((6, 6), 3)
-  query, key, value = (draw(BATCH, 36, HEADS, WIDTH, seed=seed) for seed in range(3))
+  query, key, value = (tiny.normal(BATCH, 36, HEADS, WIDTH, seed=seed) for seed in range(3))
   places = np.random.default_rng(0).permutation(9)
 
   def permute_regions(x):
@@ -135,8 +142,11 @@ def test_permuting_the_regions_permutes_their_outputs():
     layout = BlockLayout(None, windows, windows)
     return Core(layout=routing.route(layout, *qkv[:2], 3))(*qkv)
 
-  np.testing.assert_allclose(attend(*map(permute_regions, (query, key, value))),
-                             permute_regions(attend(query, key, value)), atol=1e-6)
+  @jax.jit
+  def both(*qkv):
+    return attend(*map(permute_regions, qkv)), permute_regions(attend(*qkv))
+
+  np.testing.assert_allclose(*both(query, key, value), atol=1e-6)
 
 
 # Multiply-adds in 10^9 by top_k, without and with local enhancement, at 224 pixels, 7 x 7 regions.
@@ -176,17 +186,23 @@ def test_local_enhancement_convolves_the_values_and_skips_the_class_token():
   """In a single layer whose output projection is the identity."""
   model, variables, _ = enhanced_model()
   site, params = model.sites()[0], variables["params"]["blocks_0"]
-  attn = Attention(site).bind({"params": {**params["attn"], "out": {
-      "kernel": jnp.eye(24).reshape(4, 6, 24), "bias": jnp.zeros(24)}}})
-  x = draw(BATCH, 17, 24)
-  query, key, value = attn.query(x), attn.key(x), attn.value(x)
-  with_lce = ROUTED(top_k=2, lce=True).make(site).bind({"params": params["bra"]})
-  without = ROUTED(top_k=2).make(site).bind({})
-  out, plain = (attn.attend(query, key, value, module(Core(), query, key), x)
-                for module in (with_lce, without))
+  x = tiny.normal(BATCH, 17, 24)
+
+  @jax.jit
+  def run(params, x):
+    attn = Attention(site).bind({"params": {**params["attn"], "out": {
+        "kernel": np.eye(24, dtype=np.float32).reshape(4, 6, 24),
+        "bias": np.zeros(24, np.float32)}}})
+    query, key, value = attn.query(x), attn.key(x), attn.value(x)
+    with_lce = ROUTED(top_k=2, lce=True).make(site).bind({"params": params["bra"]})
+    without = ROUTED(top_k=2).make(site).bind({})
+    return value, *(attn.attend(query, key, value, module(Core(), query, key), x)
+                    for module in (with_lce, without))
+
+  value, out, plain = map(np.asarray, run(params, x))
   np.testing.assert_array_equal(out[:, 0], plain[:, 0])
   kernel, bias = (np.asarray(params["bra"]["lce"][name]) for name in ("kernel", "bias"))
-  padded = np.pad(np.asarray(value[:, 1:]).reshape(BATCH, 4, 4, 24),
+  padded = np.pad(value[:, 1:].reshape(BATCH, 4, 4, 24),
                   [(0, 0), (2, 2), (2, 2), (0, 0)])
   expected = np.zeros((BATCH, 4, 4, 24)) + bias
   for i, j in itertools.product(range(5), repeat=2):
@@ -208,7 +224,7 @@ def test_compacting_a_dense_model_changes_only_the_routing():
     jax.tree.map(np.testing.assert_array_equal, params["params"][f"blocks_{i}"],
                  variables["params"][f"blocks_{i}"])
     params["params"][f"blocks_{i}"]["bra"] = {"lce": enhancement}
-  got = tiny.apply(model, params, x)
+  got = np.asarray(tiny.apply(model, params, x))
   np.testing.assert_array_equal(got, tiny.apply(routed, variables, x))
   assert np.abs(got - tiny.apply(dense, variables, x)).max() > 1e-3
   everything = tiny.deit(vc.Plan(attention=ROUTED(keep=1, lce=True)))
@@ -236,7 +252,7 @@ def test_files_and_folding_keep_the_function(tmp_path):
   assert state["blocks.0.attn.lepe.weight"].shape == (24, 1, 5, 5)
   assert trees.differences(vc.from_torch(model, state), variables) == []
   jax.tree.map(np.testing.assert_array_equal, vc.from_torch(model, state), variables)
-  deploy, folded = vc.fold(model, variables)
+  deploy, folded = tiny.fold(model, variables)
   np.testing.assert_allclose(tiny.apply(deploy, folded, x), expected, atol=1e-5)
   vc.save(tmp_path / "a.safetensors", model, variables)
   loaded, restored = vc.load(tmp_path / "a.safetensors")
@@ -248,17 +264,21 @@ def test_heads_hallucinated_on_the_grid_have_the_filtered_map_of_the_routed_head
   """Only the real heads route; the filtered map has entries outside the chosen regions."""
   plan = vc.Plan(attention=ROUTED(top_k=2), heads=vc.HMHSA(layout="grid", rank=2))
   model = tiny.deit(plan, depth=1)
-  variables, x = tiny.init(model), tiny.images(model)
-  params = variables["params"]["blocks_0"]
+  params = tiny.init(model)["params"]["blocks_0"]
   site = model.sites()[0]
   attn = Attention(site, plan.heads)
-  x = draw(BATCH, 17, 24)
-  bound = attn.bind({"params": params["attn"]}, mutable=["maps"])
-  query, key, value = bound.query(x), bound.key(x), bound.value(x)
+  x = tiny.normal(BATCH, 17, 24)
+
+  @jax.jit
+  def run(params, x):
+    bound = attn.bind({"params": params}, mutable=["maps"])
+    query, key, value = bound.query(x), bound.key(x), bound.value(x)
+    core = ROUTED(top_k=2).make(site).apply({}, Core(), query, key)
+    out = bound.attend(query, key, value, core, x)
+    return query, value, out, bound.variables["maps"]["hallucinate"]["maps"][0]
+
+  query, value, out, maps = map(np.asarray, run(params["attn"], x))
   assert query.shape[2] == 2
-  core = ROUTED(top_k=2).make(site).apply({}, Core(), query, key)
-  out = bound.attend(query, key, value, core, x)
-  maps = np.asarray(bound.variables["maps"]["hallucinate"]["maps"][0])
   assert maps.shape[1] == 4 and ((maps[:, :2] == 0) & (maps[:, 2:] != 0)).any()
   heads = np.einsum("bhnm,bmhd->bnhd", maps, value)
   expected = np.einsum("bnhd,hdw->bnw", heads, params["attn"]["out"]["kernel"])
@@ -310,9 +330,12 @@ def test_keys_on_a_coarser_grid_have_the_same_number_of_regions():
   model = vc.create_model("pvt_tiny", image_size=64, depths=(1, 1, 1, 1), widths=(8, 16, 20, 16),
                           heads=(1, 2, 5, 4), plan=vc.Plan(attention=ROUTED(top_k=1)))
   variables, x = tiny.init(model, spread=0.1), tiny.images(model, batch=1)
-  layouts = [module.apply({}, Core(), *(draw(1, n, site.heads, 4) for n in (
-      site.queries, site.tokens))).layout for site in model.sites()
-      for module in [model.plan.attention.make(site)]]
+  layouts = []
+  for site in model.sites():
+    module = model.plan.attention.make(site)
+    jax.eval_shape(lambda *args, module=module: layouts.append(module.apply(
+        {}, Core(), *args).layout), *(tiny.normal(1, n, site.heads, 4) for n in (
+            site.queries, site.tokens)))
   assert [layout.keys.blocks for layout in layouts] == [4, 4, 4, 4]
   assert [layout.queries.area // layout.keys.area for layout in layouts] == [64, 16, 4, 1]
   assert np.isfinite(tiny.apply(model, variables, x)).all()

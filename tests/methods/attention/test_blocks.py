@@ -89,7 +89,7 @@ def test_phase_2_has_no_predictor_gradient_and_phase_1_reconstructs_block_mass()
 def test_block_masks_compose_and_equal_masked_dense_attention_in_a_model(plan, monkeypatch):
   model = tiny.deit(plan, global_pool="avg")
   variables, x = tiny.init(model), tiny.images(model)
-  deploy, folded = vc.fold(model, variables)
+  deploy, folded = tiny.fold(model, variables)
   assert trees.differences(folded, jax.eval_shape(deploy.init, jax.random.key(0), x)) == []
   got = tiny.apply(model, variables, x)
 

@@ -1,7 +1,6 @@
 """InLine: the weights written out, the local term by loops, and what it composes with."""
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,25 +14,32 @@ LINEAR = vc.Plan(attention=vc.InLine(local=False))
 
 
 def draw(*shape, seed=0):
-  return jnp.asarray(np.random.default_rng((seed, *shape)).standard_normal(shape), jnp.float32)
+  return tiny.normal(*shape, seed=(seed, *shape))
 
 
 def arrays(queries=6, keys=5):
   return draw(2, queries, 3, 4), draw(2, keys, 3, 4, seed=1), draw(2, keys, 3, 7, seed=2)
 
 
+@jax.jit
+def run(query, key, value, **fields):
+  """Returns the output and the maps."""
+  core = Core(operator=Injective(), **fields)
+  return core(query, key, value), core.maps(query, key)
+
+
 def attend(*arrays, **fields):
-  return Core(operator=Injective(), **fields)(*arrays)
+  return np.asarray(run(*arrays, **fields)[0])
 
 
-@pytest.mark.parametrize("fields", [{}, {"size": jnp.asarray([[1, 3, 1, 2, 1.0], [1, 1, 1, 1, 5]])},
-                                    {"keep_mask": jnp.asarray([[1, 0, 1, 1, 1.0]] * 2)}])
+@pytest.mark.parametrize("fields", [
+    {}, {"size": np.float32([[1, 3, 1, 2, 1], [1, 1, 1, 1, 5]])},
+    {"keep_mask": np.float32([[1, 0, 1, 1, 1]] * 2)}])
 def test_explicit_weights_give_the_output_and_sum_to_one(fields):
   query, key, value = arrays()
-  maps = Core(operator=Injective(), **fields).maps(query, key)
+  out, maps = map(np.asarray, run(query, key, value, **fields))
   np.testing.assert_allclose(maps.sum(axis=-1), 1, rtol=1e-5)
-  np.testing.assert_allclose(attend(query, key, value, **fields),
-                             jnp.einsum("bhnm,bmhe->bnhe", maps, value), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(out, np.einsum("bhnm,bmhe->bnhe", maps, value), rtol=1e-4, atol=1e-5)
   if not fields:
     scores = np.einsum("bnhd,bmhd->bhnm", query, key) * 4 ** -0.5 / 5
     np.testing.assert_allclose(maps, scores - scores.mean(-1, keepdims=True) + 1 / 5, rtol=1e-4,
@@ -42,8 +48,8 @@ def test_explicit_weights_give_the_output_and_sum_to_one(fields):
 
 def test_key_of_size_three_equals_three_equal_keys():
   query, key, value = arrays()
-  size = jnp.ones((2, 5)).at[:, 1].set(3)
-  repeated = [jnp.concatenate([x, x[:, 1:2], x[:, 1:2]], axis=1) for x in (key, value)]
+  size = np.float32([[1, 3, 1, 1, 1]] * 2)
+  repeated = [np.concatenate([x, x[:, 1:2], x[:, 1:2]], axis=1) for x in (key, value)]
   np.testing.assert_allclose(attend(query, key, value, size=size), attend(query, *repeated),
                              rtol=1e-4, atol=1e-5)
 
@@ -51,7 +57,7 @@ def test_key_of_size_three_equals_three_equal_keys():
 def test_different_queries_have_different_outputs():
   """Even parallel ones, which normalised linear attention cannot distinguish."""
   query, key, value = arrays()
-  assert float(jnp.abs(attend(query, key, value) - attend(2 * query, key, value)).max()) > 0.1
+  assert np.abs(attend(query, key, value) - attend(2 * query, key, value)).max() > 0.1
 
 
 def test_without_the_local_term_the_order_of_tokens_does_not_matter():
@@ -71,11 +77,11 @@ def test_local_term_convolves_each_image_with_its_own_kernel(prefix):
   value, x = draw(2, tokens, heads, head_width), draw(2, tokens, channels, seed=3)
   params = tiny.randomised(jax.eval_shape(
       lambda: module.init(jax.random.key(0), Core(), value, value)))
-  got = module.apply(params, value, x, method="local_term")
+  got = jax.jit(lambda *args: module.apply(*args, method="local_term"))(params, value, x)
   own = {name: np.asarray(leaf) for name, leaf in params["params"].items()}
   expected = np.zeros((2, tokens, channels))
   for image in range(2):
-    mean = np.asarray(x[image]).mean(axis=0)
+    mean = x[image].mean(axis=0)
     hidden, kernels = np.zeros(channels), np.zeros((channels, 3, 3))
     for g in range(heads):
       at = slice(g * head_width, (g + 1) * head_width)
@@ -83,13 +89,13 @@ def test_local_term_convolves_each_image_with_its_own_kernel(prefix):
       hidden[at] = np.asarray(jax.nn.gelu(hidden[at], approximate=False))
       taps = slice(g * head_width * 9, (g + 1) * head_width * 9)
       kernels[at] = (hidden[at] @ own["kernel2"][0][:, taps] + own["bias2"][taps]).reshape(-1, 3, 3)
-    plane = np.pad(np.asarray(value[image, prefix:]).reshape(height, width, channels),
+    plane = np.pad(value[image, prefix:].reshape(height, width, channels),
                    [(1, 1), (1, 1), (0, 0)])
     for row in range(height):
       for column in range(width):
         window = plane[row:row + 3, column:column + 3]
         expected[image, prefix + row * width + column] = np.einsum("stc,cst->c", window, kernels)
-  np.testing.assert_allclose(got.reshape(expected.shape), expected, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(np.reshape(got, expected.shape), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("heads,image_size,width,params,macs", [
@@ -117,19 +123,23 @@ def test_hallucinated_maps_are_filtered_weights():
   """Filtering values and outputs gives what the filtered maps give, as with a softmax."""
   model = tiny.deit(vc.Plan(attention=vc.InLine(local=False), heads=vc.HMHSA()), depth=1)
   variables = tiny.init(model)
-  seen = {}
 
-  def watch(next_fun, args, kwargs, context):
-    out = next_fun(*args, **kwargs)
-    if context.module.name == "hallucinate" and context.method_name == "__call__":
-      seen.update(value=args[2], out=out)
-    return out
+  @jax.jit
+  def run(variables, x):
+    seen = {}
 
+    def watch(next_fun, args, kwargs, context):
+      out = next_fun(*args, **kwargs)
+      if context.module.name == "hallucinate" and context.method_name == "__call__":
+        seen.update(value=args[2], out=out)
+      return out
 
-  with nn.intercept_methods(watch):
-    _, sown = model.apply(variables, tiny.images(model), mutable=["maps"])
-  maps = sown["maps"]["blocks_0"]["attn"]["hallucinate"]["maps"][0]
-  np.testing.assert_allclose(jnp.einsum("bhnm,bmhd->bnhd", maps, seen["value"]), seen["out"],
+    with nn.intercept_methods(watch):
+      _, sown = model.apply(variables, x, mutable=["maps"])
+    return sown["maps"]["blocks_0"]["attn"]["hallucinate"]["maps"][0], seen
+
+  maps, seen = run(variables, tiny.images(model))
+  np.testing.assert_allclose(np.einsum("bhnm,bmhd->bnhd", maps, seen["value"]), seen["out"],
                              rtol=1e-4, atol=1e-5)
 
 

@@ -1,4 +1,6 @@
 """KeyMerging: which keys merge, attention over them, and what it composes with."""
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,17 +19,21 @@ from vitcompact.plan import BlockMethods
 HALF = vc.KeyMerging(keep=0.5, min_tokens=0)
 
 
-def draw(seed, *shape):
-  return jax.random.normal(jax.random.key(seed), shape)
-
-
 def arrays(queries=11, keys=14, heads=2, width=4):
-  return (draw(0, 2, queries, heads, width), draw(1, 2, keys, heads, width),
-          draw(2, 2, keys, heads, width + 1))
+  return (tiny.normal(2, queries, heads, width), tiny.normal(2, keys, heads, width, seed=1),
+          tiny.normal(2, keys, heads, width + 1, seed=2))
 
 
 def merge(spec, core, query, key, prefix=0, fused=False):
   return MergeKeys(spec, prefix).apply({}, core, query, key, None, fused)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "prefix", "fused", "form"))
+def attend(query, key, value, spec=HALF, size=None, prefix=0, fused=False, form=None):
+  """Returns the output of attention over merged keys, its maps and the sizes of the keys."""
+  core = merge(spec, Core(size=size), query, key, prefix, fused)
+  with attention.using(form):
+    return core(query, key, value), core.maps(query, key), core.size
 
 
 def groups_of(spec, key, prefix, fused=0):
@@ -59,38 +65,36 @@ def by_loops(groups, size, query, key, value):
     (0.5, 0, False, False), (0.5, 1, False, True), (0.7, 2, True, True), (0.75, 0, True, False)])
 def test_similar_keys_merge_into_one_weighted_by_its_size(keep, prefix, fused, sized):
   spec, (query, key, value) = vc.KeyMerging(keep=keep), arrays()
-  size = 1 + jnp.arange(28.0).reshape(2, 14) % 3 if sized else None
-  core = merge(spec, Core(size=size), query, key, prefix, fused)
-  got = core(query, key, value)
+  size = 1 + np.arange(28, dtype=np.float32).reshape(2, 14) % 3 if sized else None
+  got, _, sizes = map(np.asarray, attend(query, key, value, spec, size, prefix, fused))
   for image in range(2):
     groups = groups_of(spec, key[image], prefix, int(fused))
-    assert len(groups) == core.size.shape[1] == 14 - spec.merged_count(14 - prefix - fused)
+    assert len(groups) == sizes.shape[1] == 14 - spec.merged_count(14 - prefix - fused)
     assert all([i] in groups for i in [*range(prefix), *[13] * fused])
-    weights = np.ones(14) if size is None else np.asarray(size[image])
+    weights = np.ones(14) if size is None else size[image]
     expected = by_loops(groups, weights, query[image], key[image], value[image])
     np.testing.assert_allclose(got[image], expected, atol=2e-6)
-    np.testing.assert_allclose(core.size[image].sum(), weights.sum())
+    np.testing.assert_allclose(sizes[image].sum(), weights.sum())
 
 
 def test_merging_duplicate_keys_and_values_does_not_change_the_output():
   query, key, value = arrays(keys=7)
-  key, value = jnp.repeat(key, 2, axis=1), jnp.repeat(value, 2, axis=1)
-  core = merge(HALF, Core(), query, key)
-  assert core.size.shape == (2, 7) and (core.size == 2).all()
-  np.testing.assert_allclose(core(query, key, value), attention.DENSE(query, key, value), atol=1e-6)
+  key, value = np.repeat(key, 2, axis=1), np.repeat(value, 2, axis=1)
+  got, _, sizes = attend(query, key, value)
+  expected = jax.jit(attention.DENSE.__call__)(query, key, value)
+  assert sizes.shape == (2, 7) and (np.asarray(sizes) == 2).all()
+  np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
 def test_maps_cover_all_keys_and_give_the_output():
   query, key, value = arrays()
-  core = merge(HALF, Core(), query, key, 1)
-  maps = core.maps(query, key)
+  out, maps, _ = map(np.asarray, attend(query, key, value, prefix=1))
   assert maps.shape == (2, 2, 11, 14)
   np.testing.assert_allclose(maps.sum(axis=-1), 1, atol=1e-6)
-  np.testing.assert_allclose(jnp.einsum("bhnm,bmhe->bnhe", maps, value), core(query, key, value),
-                             atol=2e-6)
+  np.testing.assert_allclose(np.einsum("bhnm,bmhe->bnhe", maps, value), out, atol=2e-6)
   for image in range(2):
     for group in groups_of(HALF, key[image], 1):
-      columns = np.asarray(maps[image][..., np.array(group)])
+      columns = maps[image][..., np.array(group)]
       np.testing.assert_allclose(columns, columns[..., :1].repeat(len(group), -1), atol=1e-7)
 
 
@@ -98,44 +102,49 @@ def test_maps_cover_all_keys_and_give_the_output():
 def test_hallucinated_maps_are_filtered_maps_over_all_keys(layout):
   """U A W written out for the real heads' maps, with W in the order of the keys before merging."""
   heads = Hallucinate(HMHSA(layout=layout, rank=2), (3, 3), (3, 4), 2)
-  query, key, value = draw(0, 2, 11, 2, 4), draw(1, 2, 14, 2, 4), draw(2, 2, 14, 4, 5)
-  core = merge(HALF, Core(), query, key, 2)
+  query, key, _ = arrays()
+  value = tiny.normal(2, 14, 4, 5, seed=2)
   variables = tiny.randomised(jax.eval_shape(lambda: heads.init(
-      jax.random.key(0), query, key, value, core)))
-  got, state = heads.apply({"params": variables["params"]}, query, key, value, core,
-                           mutable=["maps"])
+      jax.random.key(0), query, key, value, merge(HALF, Core(), query, key, 2))))
+
+  @jax.jit
+  def run(variables, query, key, value):
+    return heads.apply({"params": variables["params"]}, query, key, value,
+                       merge(HALF, Core(), query, key, 2), mutable=["maps"])
+
+  got, state = run(variables, query, key, value)
   maps, = state["maps"]["maps"]
   assert maps.shape == (2, 4, 11, 14)
-  np.testing.assert_allclose(got, jnp.einsum("bhnm,bmhe->bnhe", maps, value), atol=1e-5)
+  np.testing.assert_allclose(got, np.einsum("bhnm,bmhe->bnhe", maps, value), atol=1e-5)
 
 
 def test_matching_has_no_gradient_but_the_means_do():
-  query, key, value = arrays()
-  fixed = merge(HALF, Core(), query, key)
+  @jax.jit
+  def gradients(query, key, value):
+    fixed = merge(HALF, Core(), query, key)
 
-  def loss(core_of):
-    return lambda key, value: jnp.sum(jnp.sin(core_of(key)(query, key, value)))
+    def loss(core_of):
+      return lambda key, value: jnp.sum(jnp.sin(core_of(key)(query, key, value)))
 
-  got = jax.grad(loss(lambda key: merge(HALF, Core(), query, key)), (0, 1))(key, value)
-  expected = jax.grad(loss(lambda key: fixed), (0, 1))(key, value)
-  for a, b in zip(got, expected, strict=True):
+    return [jax.grad(loss(core_of), (0, 1))(key, value)
+            for core_of in (lambda key: merge(HALF, Core(), query, key), lambda key: fixed)]
+
+  for a, b in zip(*gradients(*arrays()), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6)
     assert (np.abs(a).max(axis=(2, 3)) > 0).all()
 
 
 def test_no_keys_are_merged_while_tokens_are_hidden():
   query, key, _ = arrays()
-  core = Core(keep_mask=jnp.ones((2, 14)))
+  core = Core(keep_mask=np.ones((2, 14), np.float32))
   assert merge(HALF, core, query, key) is core
 
 
 @pytest.mark.parametrize("form", [form for form in attention.FORMS if form not in vendor.FORMS])
 def test_every_attention_form_supports_merged_keys(form):
   query, key, value = arrays()
-  core = merge(HALF, Core(), query, key)
-  expected = core(query, key, value)
-  with attention.using(form):
-    np.testing.assert_allclose(core(query, key, value), expected, atol=2e-6)
+  expected, _, _ = attend(query, key, value)
+  np.testing.assert_allclose(attend(query, key, value, form=form)[0], expected, atol=2e-6)
 
 
 # In models.
@@ -173,7 +182,7 @@ def test_reduced_keys_are_merged_and_queries_stay(name):
                             stem_widths=(8, 4, 8, 8), widths=(8, 24, 24, 24), depths=(1, 1, 1, 0),
                             periods=(0, 1, 1, 0), drop_path_rate=0.0)
   variables, x = tiny.init(model), tiny.images(model)
-  deploy, folded = vc.fold(model, variables)
+  deploy, folded = tiny.fold(model, variables)
   proof = vc.verify(model, variables, deploy, folded, x)
   assert proof.max_rel <= 2e-5 and proof.first_difference is None
   dense = model.clone(plan=vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN()))

@@ -1,4 +1,5 @@
 """hMHSA: folding onto values and outputs equals filtering the maps."""
+import functools
 import itertools
 
 import jax
@@ -19,7 +20,12 @@ TOKENS = PREFIX + GRID[0] * GRID[1]
 
 def qkv(real, heads, keys=TOKENS, dtype=jnp.float32):
   shapes = [(2, TOKENS, real, 5), (2, keys, real, 5), (2, keys, heads, 5)]
-  return [jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate(shapes)]
+  return [tiny.normal(*shape, seed=i).astype(dtype) for i, shape in enumerate(shapes)]
+
+
+def softmax(x):
+  e = np.exp(x - x.max(axis=-1, keepdims=True))
+  return e / e.sum(axis=-1, keepdims=True)
 
 
 def filter_matrix(taps, gain, grid, tokens):
@@ -43,11 +49,14 @@ def filter_matrix(taps, gain, grid, tokens):
   return matrix
 
 
-def filter_maps(params, q, k, v, key_grid=GRID):
-  """The definition: A^_g = sum_r U_gr A_(g mod f) W_gr, forming every map, as an einsum."""
+def filter_maps(params, q, k, v, key_grid=GRID, np_=np, softmax=softmax):
+  """The definition: A^_g = sum_r U_gr A_(g mod f) W_gr, forming every map, as an einsum.
+
+  np_, softmax: of NumPy, or of JAX for gradients.
+  """
   params = jax.tree.map(np.asarray, params)
   real, hallucinated = q.shape[2], v.shape[2] - q.shape[2]
-  maps = jax.nn.softmax(jnp.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5, axis=-1)
+  maps = softmax(np_.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5)
   maps_by_head = [maps[:, f] for f in range(real)]
   for g in range(hallucinated):
     total = 0
@@ -57,9 +66,9 @@ def filter_maps(params, q, k, v, key_grid=GRID):
       u = filter_matrix(params["query_taps"][g, r], gains[0], GRID, q.shape[1])
       # Correlation along the map's key axis: A^[i, j] = sum_t v[t] A[i, j + t], so W is transposed.
       w = filter_matrix(params["key_taps"][g, r], gains[1], key_grid, k.shape[1]).T
-      total = total + jnp.einsum("in,bnm,mj->bij", u, maps[:, g % real], w)
+      total = total + np_.einsum("in,bnm,mj->bij", u, maps[:, g % real], w)
     maps_by_head.append(total)
-  return jnp.einsum("bhnm,bmhe->bnhe", jnp.stack(maps_by_head, axis=1), v)
+  return np_.einsum("bhnm,bmhe->bnhe", np_.stack(maps_by_head, axis=1), v)
 
 
 @pytest.mark.parametrize("layout", ["map", "grid"])
@@ -84,7 +93,8 @@ def test_gradients_equal_those_with_maps_formed(layout, rank):
   def loss(fn):
     return jax.jit(jax.grad(lambda args: jnp.sum(jnp.sin(fn(params, *args)))))(args)
 
-  for got, expected in zip(loss(lambda p, *a: module.apply({"params": p}, *a)), loss(filter_maps),
+  by_maps = functools.partial(filter_maps, np_=jnp, softmax=jax.nn.softmax)
+  for got, expected in zip(loss(lambda p, *a: module.apply({"params": p}, *a)), loss(by_maps),
                            strict=True):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
@@ -95,12 +105,13 @@ def test_gradients_of_the_taps_match_finite_differences(layout):
   args = qkv(2, 4)
   params = tiny.randomised(jax.eval_shape(module.init, jax.random.key(0), *args))["params"]
   loss = jax.jit(lambda p: jnp.sum(jnp.sin(module.apply({"params": p}, *args))))
-  grads, step = jax.grad(loss)(params), 1e-2
-  for name, leaf in params.items():
-    way = jax.random.normal(jax.random.key(7), leaf.shape)
-    up, down = (loss({**params, name: leaf + sign * step * way}) for sign in (1, -1))
-    np.testing.assert_allclose(jnp.sum(grads[name] * way), (up - down) / (2 * step), rtol=2e-2,
-                               atol=2e-2)
+  grads, step = jax.jit(jax.grad(loss))(params), 1e-2
+  for name, leaf in jax.device_get(params).items():
+    way = tiny.normal(*leaf.shape, seed=7)
+    up, down = (float(loss({**params, name: leaf + np.float32(sign * step) * way}))
+                for sign in (1, -1))
+    np.testing.assert_allclose(np.sum(np.asarray(grads[name]) * way), (up - down) / (2 * step),
+                               rtol=2e-2, atol=2e-2)
 
 
 def test_without_a_grid_taps_run_along_the_token_order():
@@ -123,7 +134,7 @@ def test_logits_site_filters_the_scores_before_the_softmax():
   for s, t in itertools.product(range(3), repeat=2):
     made += np.asarray(params["taps"])[None, :, s, t, None, None] * \
         mixed[:, :, s:s + TOKENS, t:t + TOKENS]
-  maps = jax.nn.softmax(np.concatenate([scores, made], axis=1), axis=-1)
+  maps = softmax(np.concatenate([scores, made], axis=1))
   np.testing.assert_allclose(jax.jit(module.apply)({"params": params}, q, k, v),
                              np.einsum("bhnm,bmhe->bnhe", maps, v), atol=1e-5)
 
@@ -134,17 +145,18 @@ def test_new_hallucinated_heads_copy_the_maps_of_their_source_heads(spec):
   module = hmhsa.Hallucinate(spec, GRID, GRID, PREFIX)
   q, k, v = qkv(2, 4)
   out, _ = jax.jit(module.init_with_output)(jax.random.key(0), q, k, v)
-  copied = attention.DENSE(jnp.tile(q, (1, 1, 2, 1)), jnp.tile(k, (1, 1, 2, 1)), v)
+  copied = jax.jit(attention.DENSE.__call__)(
+      np.tile(q, (1, 1, 2, 1)), np.tile(k, (1, 1, 2, 1)), v)
   np.testing.assert_allclose(out, copied, atol=1e-6)
 
 
 def test_additional_filter_terms_start_at_zero_but_get_gradients():
   module = hmhsa.Hallucinate(vc.HMHSA(rank=2))
   args = qkv(2, 4)
-  params = jax.jit(module.init)(jax.random.key(0), *args)["params"]
+  params = jax.device_get(jax.jit(module.init)(jax.random.key(0), *args)["params"])
   assert not params["query_taps"][:, 1].any() and params["key_taps"][:, 1].all()
-  grads = jax.grad(lambda p: jnp.sum(module.apply({"params": p}, *args) ** 2))(params)
-  assert jnp.abs(grads["query_taps"][:, 1]).min() > 0
+  grads = jax.jit(jax.grad(lambda p: jnp.sum(module.apply({"params": p}, *args) ** 2)))(params)
+  assert np.abs(grads["query_taps"])[:, 1].min() > 0
 
 
 def test_all_heads_real_is_dense_attention_bit_for_bit():
@@ -193,11 +205,11 @@ def test_compacting_keeps_the_first_heads_and_copies_them():
     np.testing.assert_array_equal(new["attn"][name]["bias"], old["attn"][name]["bias"][:2])
   assert new["attn"]["value"] is old["attn"]["value"] and new["mlp"] is old["mlp"]
   # Equals the dense model in which heads 2 and 3 have the maps of heads 0 and 1.
-  copied = jax.tree.map(lambda a: a, variables)
+  copied = jax.device_get(variables)
   for i in range(2):
     attn = copied["params"][f"blocks_{i}"]["attn"]
     for name in ("query", "key"):
-      attn[name] = {leaf: jnp.concatenate([a[..., :2, :]] * 2, axis=-2)
+      attn[name] = {leaf: np.concatenate([a[..., :2, :]] * 2, axis=-2)
                     for leaf, a in attn[name].items()}
   x = tiny.images(model)
   np.testing.assert_allclose(tiny.apply(small, got, x), tiny.apply(model, copied, x),

@@ -1,4 +1,5 @@
 """FastPath: which patches take the FFN and what the others get, in every kind of model."""
+import functools
 import json
 import math
 import pathlib
@@ -131,25 +132,25 @@ def test_kept_patches_take_the_ffn_and_the_others_the_fast_path(name):
     model, block = pvt(name, vc.Plan(tokens=TOKENS), **STAGES), "blocks_3"
   module = model.submodules()[block]
   site = module.site
-  x = Tokens(jax.random.normal(jax.random.key(0), (2, site.queries, site.width)))
+  x = Tokens(tiny.normal(2, site.queries, site.width))
   shapes = jax.eval_shape(module.init, jax.random.key(0), x)
   variables = tiny.randomised(shapes, spread=0.5)
-  got = jax.jit(module.apply)(variables, x)
+  got = jax.device_get(jax.jit(module.apply)(variables, x))
   dense = module.clone(methods=BlockMethods())
   stream = np.asarray(calibration.observe_jitted(dense, variables, x).before_ffn, float)
   count = predictor.budget(module.methods.tokens.shares()[-1], site.queries - site.prefix)
   assert 1 < count < site.queries - site.prefix
   for image in range(2):
     score = reference.predict(variables["params"]["predict_tokens"],
-                              np.asarray(x.x[image, site.prefix:], float),
+                              x.x[image, site.prefix:].astype(float),
                               np.ones(site.queries - site.prefix))[:, 0]
     kept = [*range(site.prefix), *(site.prefix + np.argsort(-score)[:count]).tolist()]
     expected = stream[image] + by_loops(variables["params"], stream[image], set(kept),
                                         site.query_grid)
     np.testing.assert_allclose(got.x[image], expected, atol=3e-5)
-    assert sorted(np.asarray(got.paths.full[image])) == sorted(kept)
+    assert sorted(got.paths.full[image]) == sorted(kept)
     both = np.concatenate([got.paths.full[image], got.paths.short[image]])
-    np.testing.assert_array_equal(both[np.asarray(got.paths.place[image])], np.arange(site.queries))
+    np.testing.assert_array_equal(both[got.paths.place[image]], np.arange(site.queries))
 
 
 class Scores(nn.Module):
@@ -162,14 +163,14 @@ class Scores(nn.Module):
 
 
 def test_probabilities_are_as_published_where_the_epsilon_of_the_norm_matters():
-  x = 3e-3 * jax.random.normal(jax.random.key(0), (2, 6, 8))
-  keep = jnp.array([[1.0, 0, 1, 1, 0, 1]] * 2)
+  x = np.float32(3e-3) * tiny.normal(2, 6, 8)
+  keep = np.float32([[1, 0, 1, 1, 0, 1]] * 2)
   params = tiny.randomised(jax.eval_shape(lambda: Scores().init(jax.random.key(0), x, keep)),
                            spread=0.5)["params"]
-  got = Scores().apply({"params": params}, x, keep)
-  for image in range(2):
-    expected = reference.predict(params, np.asarray(x[image], float), np.asarray(keep[image]))
-    np.testing.assert_allclose(got[image], expected, atol=1e-5)
+  got = jax.jit(Scores().apply)({"params": params}, x, keep)
+  expected = [reference.predict(params, image.astype(float), row)
+              for image, row in zip(x, keep, strict=True)]
+  np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name,fields", [
@@ -192,14 +193,14 @@ def test_keeping_all_patches_is_the_dense_program(name, fields):
 def test_with_all_patches_kept_masking_and_gathering_equal_the_dense_block():
   model = pvt("pvt_v2_b2", vc.Plan(tokens=TOKENS), **STAGES)
   module = model.submodules()["blocks_4"]     # makes no decision itself
-  x = Tokens(jax.random.normal(jax.random.key(0), (2, 16, 20)))
+  x, ones = Tokens(tiny.normal(2, 16, 20)), np.ones((2, 16), np.float32)
   variables = tiny.randomised(jax.eval_shape(
-      module.init, jax.random.key(0), x.replace(paths=Paths(mask=jnp.ones((2, 16))))))
-  expected = module.clone(methods=BlockMethods()).apply(variables, x)
-  order = jnp.stack([jax.random.permutation(jax.random.key(i), 16) for i in range(2)])
-  for paths in (Paths(mask=jnp.ones((2, 16))),
-                Paths(order, order[:, :0], jnp.argsort(order, axis=1))):
-    got = module.apply(variables, x.replace(paths=paths))
+      module.init, jax.random.key(0), x.replace(paths=Paths(mask=ones))))
+  expected = jax.jit(module.clone(methods=BlockMethods()).apply)(variables, x)
+  order = np.stack([np.random.default_rng(i).permutation(16) for i in range(2)]).astype(np.int32)
+  run = jax.jit(module.apply)
+  for paths in (Paths(mask=ones), Paths(order, order[:, :0], np.argsort(order, axis=1))):
+    got = run(variables, x.replace(paths=paths))
     np.testing.assert_allclose(got.x, expected.x, atol=2e-6)
 
 
@@ -320,33 +321,35 @@ def test_every_predictor_and_both_paths_get_gradients(name, remat):
 
 def vc_pass(new, logits):
   from vitcompact.methods.protocol import Pass
-  return Pass(new, logits, jnp.zeros(len(logits), int))
+  return Pass(new, logits, np.zeros(len(logits), np.int32))
 
 
 def test_mask_gradient_is_that_of_choosing_between_the_paths():
-  x = jax.random.normal(jax.random.key(0), (1, 6, 4))
+  x = tiny.normal(1, 6, 4)
   module = fastpath.TwoPaths(None)
   variables = tiny.randomised(jax.eval_shape(lambda: module.init(
-      jax.random.key(0), lambda x, *_: jnp.sin(x), x, Paths(mask=jnp.ones((1, 6))))))
-  mask = jnp.array([[1.0, 0, 1, 0, 0, 1]])
+      jax.random.key(0), lambda x, *_: jnp.sin(x), x, Paths(mask=np.ones((1, 6), np.float32)))))
+  mask = np.float32([[1, 0, 1, 0, 0, 1]])
 
+  @jax.jit
+  @functools.partial(jax.grad, has_aux=True)
   def run(mask):
-    return module.apply(variables, lambda x, *_: jnp.sin(x), x, Paths(mask=mask), True)
+    out = module.apply(variables, lambda x, *_: jnp.sin(x), x, Paths(mask=mask), True)
+    return out.sum(), out
 
-  linear = variables["params"]["linear"]
-  short = x @ linear["kernel"] + linear["bias"][None, None]
-  np.testing.assert_allclose(run(mask), jnp.where(mask[..., None] > 0, jnp.sin(x), short),
-                             atol=1e-6)
-  got = jax.grad(lambda mask: run(mask).sum())(mask)
-  np.testing.assert_allclose(got, (jnp.sin(x) - short).sum(axis=-1), atol=1e-5)
+  got, out = run(mask)
+  linear = jax.device_get(variables["params"]["linear"])
+  short = x @ linear["kernel"] + linear["bias"]
+  np.testing.assert_allclose(out, np.where(mask[..., None] > 0, np.sin(x), short), atol=1e-6)
+  np.testing.assert_allclose(got, (np.sin(x) - short).sum(axis=-1), atol=1e-5)
 
 
 def test_ratio_loss_covers_only_blocks_that_decide():
   tokens = vc.FastPath(keep=(1, 0.5, 0.25), blocks=(0, 1, 2))
-  masks = jnp.array([[1.0, 1, 0, 1]]), jnp.array([[1.0, 0, 0, 0]])
+  masks = np.float32([[1, 1, 0, 1]]), np.float32([[1, 0, 0, 0]])
   sown = {"tokens": {f"blocks_{i}": {"predict_tokens": {"keep_mask": (mask,)}}
                      for i, mask in zip((1, 2), masks, strict=True)}}
-  got = tokens.losses["kept_ratio"](vc_pass(sown, jnp.zeros((1, 2))))
+  got = jax.jit(lambda sown: tokens.losses["kept_ratio"](vc_pass(sown, np.zeros((1, 2)))))(sown)
   np.testing.assert_allclose(got, [(0.25 ** 2 + 0) / 2])
 
 
@@ -359,17 +362,19 @@ def test_config_weights_the_ratio_and_the_teachers_logits():
     vc.FastPath(keep=1).check_training(config)
   variables, x = tiny.init(model), tiny.images(model, batch=2)
   teacher = model.clone(plan=vc.Plan())
-  labels = jnp.array([0, 1])
+  labels = np.array([0, 1])
+  one_hot = np.eye(5, dtype=np.float32)[labels]
   total, (_, metrics) = jax.jit(make_objective(model, config.loss, teacher))(
-      variables["params"], {}, variables, x, labels, jax.nn.one_hot(labels, 5), jax.random.key(0))
+      variables["params"], {}, variables, x, labels, one_hot, jax.random.key(0))
   logits, new = tiny.apply(model, variables, x, train=True, rngs={"dropout": jax.random.key(0)},
                            mutable=["tokens"])
   ratio = np.mean([(np.asarray(mask).mean(axis=1) - share) ** 2 for mask, share in zip(
       predictor.stage_masks(new["tokens"]), (0.5, 0.3), strict=True)])
   np.testing.assert_allclose(metrics["loss_kept_ratio"], ratio, rtol=1e-4)
-  kl = losses.divergence(logits, tiny.apply(teacher, variables, x)).mean()
+  kl = np.mean(jax.jit(losses.divergence)(logits, tiny.apply(teacher, variables, x)))
   np.testing.assert_allclose(metrics["loss_logits"], kl, rtol=1e-3)
-  np.testing.assert_allclose(total, metrics["loss_labels"] + 10 * ratio + 0.5 * kl, rtol=1e-4)
+  np.testing.assert_allclose(total, float(metrics["loss_labels"]) + 10 * ratio + 0.5 * kl,
+                             rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["pvt_v2_b2", "nextvit_small"])
@@ -397,7 +402,7 @@ def test_nextvit_folds_to_the_same_function(axes):
   model = nextvit(**axes)
   variables, x = tiny.init(model), tiny.images(model)
   assert variables["batch_stats"]["blocks_1"]["fast_path"]["norm"]["mean"].shape == (32,)
-  deploy, folded = vc.fold(model, variables)
+  deploy, folded = tiny.fold(model, variables)
   tree = jax.eval_shape(deploy.init, jax.random.key(0), x)
   assert trees.differences(folded, tree) == [] and "batch_stats" not in folded
   proof = vc.verify(model, variables, deploy, folded, x)
@@ -436,7 +441,7 @@ def test_heads_attention_and_ffn_compose_and_fold(name):
                  tokens=SHORT_TOKENS, ffn=vc.CFFN())
   model = pvt(name, plan, **SHORT)
   variables, x = tiny.init(model), tiny.images(model)
-  deploy, folded = vc.fold(model, variables)
+  deploy, folded = tiny.fold(model, variables)
   assert trees.differences(folded, jax.eval_shape(deploy.init, jax.random.key(0), x)) == []
   proof = vc.verify(model, variables, deploy, folded, x)
   assert proof.max_rel <= 2e-5 and proof.first_difference is None
@@ -467,7 +472,7 @@ def test_compact_initialises_the_fast_path_from_the_ffn(name):
     dense = nextvit(tokens=None)
     plan = vc.Plan(tokens=HYBRID)
   variables, x = tiny.init(dense, spread=0.2), tiny.images(dense, batch=16)
-  expected, lost, notes = apply(dense, variables, x), {}, {}
+  expected, lost, notes = np.asarray(apply(dense, variables, x)), {}, {}
   for kind, images in (("fresh", None), ("fitted", x)):
     small, got = vc.compact(dense, variables, plan, images=images, progress=notes.__setitem__)
     tree = jax.eval_shape(small.init, jax.random.key(0), x)
@@ -482,7 +487,7 @@ def test_compact_initialises_the_fast_path_from_the_ffn(name):
   if name == "pvt_small":
     note = notes["blocks_2"]["tokens fast_path"]
     assert 0 < note["fitted"] < 1 and note["held_out"] > 0
-  first, second = (got["params"][f"blocks_{i}"]["predict_tokens"]["out1"]["kernel"]
+  first, second = (np.asarray(got["params"][f"blocks_{i}"]["predict_tokens"]["out1"]["kernel"])
                    for i in plan.tokens.blocks)
   assert first.shape != second.shape or np.abs(first - second).max() > 0
 

@@ -36,7 +36,7 @@ def test_plan_reports_how_many_tokens_are_left(plan, left):
 def test_folding_with_every_leaf_random_keeps_the_function(plan):
   model = tiny.deit(plan)
   variables, x = tiny.init(model), tiny.images(model)
-  deploy, folded = vc.fold(model, variables)
+  deploy, folded = tiny.fold(model, variables)
   shapes = jax.eval_shape(deploy.init, jax.random.key(0), x)
   assert trees.differences(folded, shapes) == []
   proof = vc.verify(model, variables, deploy, folded, x)
