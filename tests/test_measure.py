@@ -401,6 +401,21 @@ def test_attention_to_blocks_of_tokens_is_the_sum_over_their_tokens():
       query_grid=(7, 7), key_grid=(7, 7))) == {}
 
 
+def test_a_long_data_loader_is_read_until_memory_is_full(monkeypatch):
+  module = importlib.import_module("vitcompact.measure")
+  model, read = tiny.deit(), []
+  monkeypatch.setattr(module, "MOST_VALUES", 3 * 4 * 32 * 32 * 3 - 1)
+
+  def loader():
+    for _ in range(9):
+      read.append(np.random.default_rng(len(read)).standard_normal((4, 32, 32, 3)))
+      yield read[-1]
+
+  joined = module.join_batches(model, loader())
+  assert joined.dtype == np.float32 and len(read) == 3
+  np.testing.assert_array_equal(joined, np.float32(np.concatenate(read)))
+
+
 def test_images_of_one_class_cause_a_warning():
   model = tiny.deit(drop_path_rate=0.0)
   variables = tiny.init(model, spread=0.5)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -283,13 +282,14 @@ def run_blocks(model: nn.Module, variables, images, on_block: Callable[[str, nn.
     if name not in names or walk is not _innermost.get():   # on_block may call run_blocks itself
       return next_fun(*args, **kwargs)
     block = context.module.clone(parent=None, name=None)
-    return jax.tree.map(jnp.asarray, on_block(name, block, jax.tree.map(np.asarray, args[0])))
+    # jnp.asarray would compile a program for each shape.
+    return jax.device_put(on_block(name, block, jax.tree.map(np.asarray, args[0])))
 
   walk = object()
   outer = _innermost.set(walk)
   try:
     with nn.intercept_methods(watch):
-      return model.apply(variables, jnp.asarray(images))
+      return model.apply(variables, jax.device_put(images))
   finally:
     _innermost.reset(outer)
 

@@ -45,6 +45,7 @@ SENSITIVITIES = ("none", "quick", "full")
 KEY_SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)   # shares of the keys, for attention mass
 TABLE_IMAGES = 32       # images for the tables of attention and tokens
 FEW_IMAGES = 64         # warn below this number
+MOST_VALUES = 2 ** 28   # of images from an iterable, 1 GiB in float32: 1,784 images of 224 x 224
 TINY = 1e-12
 BLOCKS_PER_TRIAL = 12   # a quick report tries each method in one block out of this many
 KL_EXPONENT = 1.5       # KL ~ (removed tokens)^this; 0.93 to 1.99 on Fashion-MNIST
@@ -61,8 +62,9 @@ def measure(model: nn.Module, variables, images, sensitivity: str = "quick",
 
   Args:
     model: dense; variables: {"params", "batch_stats"?}.
-    images: (B, H, W, C), normalised, of mixed classes, or an iterable of such batches; about 256
-      large or 1,024 small images. A quarter is held out.
+    images: (B, H, W, C), normalised, of mixed classes; about 256 large or 1,024 small images. Or an
+      iterable of such batches, such as a data loader over a whole data set, which is read until
+      `MOST_VALUES` are in memory. A quarter is held out.
     sensitivity: "full" tries every option in every block. "quick" tries one option of each method
       in one out of twelve blocks of equal size. It infers the others from the methods' estimates
       and the curvature of the KL in each block (`curvature.kl_per_error`). "none" tries nothing,
@@ -77,10 +79,7 @@ def measure(model: nn.Module, variables, images, sensitivity: str = "quick",
                      f"plan={model.plan.to_json()}, deploy={model.deploy}")
   check_variables(model, variables)
   if isinstance(images, Iterable) and not hasattr(images, "shape") and not isinstance(images, str):
-    batches = list(images)
-    for batch in batches:
-      check_images(model, batch, "a batch of images")
-    images = np.concatenate(batches) if batches else None
+    images = join_batches(model, images)
   check_images(model, images)
   check_values(images)
   check_finite(variables)
@@ -89,6 +88,21 @@ def measure(model: nn.Module, variables, images, sensitivity: str = "quick",
     warnings.warn(f"{len(images)} images are few: estimates and KLs depend on which they are; give "
                   "at least 256", stacklevel=2)
   return _Measurement(model, variables, images, sensitivity, progress).report()
+
+
+def join_batches(model, batches) -> np.ndarray | None:
+  """Returns the images of an iterable of batches, (B, H, W, C) float32, or None if it is empty.
+
+  It is read until `MOST_VALUES` are in memory.
+  """
+  joined, values = [], 0
+  for batch in batches:
+    check_images(model, batch, "a batch of images")
+    joined.append(np.asarray(batch, np.float32))
+    values += joined[-1].size
+    if values >= MOST_VALUES:
+      break
+  return np.concatenate(joined) if joined else None
 
 
 class _Measurement:

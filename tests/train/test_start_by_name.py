@@ -103,6 +103,8 @@ def test_path_and_compact_command_accept_a_repository(dense, server, monkeypatch
     patch.setattr(path, "run", lambda config, out, say: configs.append(config) or receipt)
     command.succeeds("compact", REPO, "--data", "digits", "--macs", "0.7", "--out", tmp_path / "a")
   assert trees.digest(vc.load(configs[0].init_from)[1]) == trees.digest(dense[1])
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run/report.json").write_text('{"images": 8, "images_digest": "f00"}')
   monkeypatch.setattr(path, "measure_plan_compact", lambda config, directory, *_: [
       (directory / name).write_text("{}") for name in ("plan.json", "plan.txt",
                                                        "compact.safetensors")])
