@@ -206,7 +206,10 @@ def above(found: dict) -> list[str]:
 
 
 def picture(found: dict):
-  """Plots accuracy against time: a point above and to the left of another is better."""
+  """Plots accuracy against time: a point above and to the left of another is better.
+
+  Settings whose predictors are still random are only in the table.
+  """
   import matplotlib
   matplotlib.use("Agg")
   from matplotlib import pyplot
@@ -216,7 +219,8 @@ def picture(found: dict):
                    strict=True))
   for axis, look in looks.items():
     axes_of_line = {axis, ""} if axis == curve else {axis}
-    rows = [row for row in found["rows"].values() if row["axis"] in axes_of_line]
+    rows = [row for name, row in found["rows"].items()
+            if row["axis"] in axes_of_line and not name.endswith("random predictors")]
     axes.plot([1 / speed(row)[0] for row in rows], [100 * row["accuracy"] for row in rows], look,
               label=axis or "dense", markersize=12 if axis == "" else 6)
   axes.set_xscale("log")
