@@ -384,8 +384,10 @@ def test_requests_beyond_a_report_are_refused_by_name(measured):
 
 def test_a_share_of_heads_is_explained_like_the_number(measured):
   report = measured[3]
-  half, number = (vc.Plan(heads=vc.HMHSA(real_heads=real)) for real in ("half", 2))
-  assert report.explain(half).steps == report.explain(number).steps != ()
+  for half, number in ((vc.HMHSA(), vc.HMHSA(real_heads=2)),
+                       (vc.HeadPruning(), vc.HeadPruning(kept_heads=2))):
+    explained = [report.explain(vc.Plan(heads=method)).steps for method in (half, number)]
+    assert explained[0] == explained[1] != ()
 
 
 def test_attention_to_blocks_of_tokens_is_the_sum_over_their_tokens():
@@ -444,7 +446,9 @@ def test_unsuitable_images_and_weights_are_noticed(verb):
 @pytest.mark.parametrize("change,words", [
     (dict(sensitivity="most"), "must be one of none, quick, full"),
     (dict(images=np.zeros((2, 3))), "images of shape"), (dict(images=None), "None was given"),
-    (dict(images=[]), "None was given"), (dict(images=[[1.0]]), "a batch of images: a list"),
+    (dict(images=[]), "there are no batches"),
+    (dict(images=[np.zeros((2, 32, 32, 3)), np.zeros((1, 16, 16, 3))]), "give images of one size"),
+    (dict(images=[[1.0]]), "a batch of images: a list"),
     (dict(images=np.full((8, 32, 32, 3), 255, np.float32)), "values of the images reach 255"),
     (dict(images=np.full((8, 32, 32, 3), np.nan, np.float32)), "8 of 8 images hold NaN"),
     (dict(variables={"params": {}}), "do not fit")])

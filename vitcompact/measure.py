@@ -90,8 +90,8 @@ def measure(model: nn.Module, variables, images, sensitivity: str = "quick",
   return _Measurement(model, variables, images, sensitivity, progress).report()
 
 
-def join_batches(model, batches) -> np.ndarray | None:
-  """Returns the images of an iterable of batches, (B, H, W, C) float32, or None if it is empty.
+def join_batches(model, batches) -> np.ndarray:
+  """Returns the images of an iterable of batches, (B, H, W, C) float32.
 
   It is read until `MOST_VALUES` are in memory.
   """
@@ -99,10 +99,15 @@ def join_batches(model, batches) -> np.ndarray | None:
   for batch in batches:
     check_images(model, batch, "a batch of images")
     joined.append(np.asarray(batch, np.float32))
+    if joined[-1].shape[1:] != joined[0].shape[1:]:
+      raise ValueError(f"images: a batch of shape {batch.shape} follows one of {joined[0].shape}; "
+                       "give images of one size")
     values += joined[-1].size
     if values >= MOST_VALUES:
       break
-  return np.concatenate(joined) if joined else None
+  if not joined:
+    raise ValueError("images: there are no batches in what was given")
+  return np.concatenate(joined)
 
 
 class _Measurement:

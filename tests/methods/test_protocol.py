@@ -239,6 +239,8 @@ def a_class(axis, frozen=True, **members):
 @pytest.mark.parametrize("axis,kind,words", [
     ("heads", a_class("heads"), "must have a method make, see vitcompact/methods/protocol.py"),
     ("ffn", a_class("ffn"), "must have a method make"),
+    ("ffn", a_class("ffn", make=lambda *args: None, mergeable=lambda *args: ("fc2",)),
+     "has mergeable, so it must have a method merge"),
     ("tokens", a_class("tokens", make=lambda *args: None), "must have a method reduction"),
     ("heads", a_class("ffn", make=lambda *args: None), "must have axis = 'heads'"),
     ("heads", a_class("heads", frozen=False, make=lambda *args: None), "be a frozen dataclass"),

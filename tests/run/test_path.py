@@ -1,4 +1,5 @@
 """The path from a dense model to a smaller one: its stages, their files, and resuming."""
+import hashlib
 import json
 import types
 
@@ -46,9 +47,10 @@ def test_the_receipt_states_budget_reasons_proofs_and_intervals(finished_path):
     low, high = row["accuracy_interval"]
     assert low < row["test_accuracy"] < high and row["test_images"] == 360
   assert written["dense_sha256"] == path.sha256(written["compacted_from"])
-  measured = json.loads((workdir / "report.json").read_text())
-  assert written["calibration_images"] == 64
-  assert written["calibration_images_sha256"] == measured["images_digest"]
+  images = path.calibration_images(configs.complete(finished_path[0]), path.preprocess_of(
+      configs.complete(finished_path[0]), vc.load(workdir / "compact.safetensors")[0]))
+  assert written["calibration_images"] == "64"
+  assert written["calibration_images_sha256"] == hashlib.sha256(images.tobytes()).hexdigest()
   page = (workdir / "receipt.html").read_text()
   assert "<table>" in page and "95 % intervals" in page
 

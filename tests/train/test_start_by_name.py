@@ -104,10 +104,9 @@ def test_path_and_compact_command_accept_a_repository(dense, server, monkeypatch
     command.succeeds("compact", REPO, "--data", "digits", "--macs", "0.7", "--out", tmp_path / "a")
   assert trees.digest(vc.load(configs[0].init_from)[1]) == trees.digest(dense[1])
   (tmp_path / "run").mkdir()
-  (tmp_path / "run/report.json").write_text('{"images": 8, "images_digest": "f00"}')
+  vc.save(tmp_path / "run/compact.safetensors", *dense)
   monkeypatch.setattr(path, "measure_plan_compact", lambda config, directory, *_: [
-      (directory / name).write_text("{}") for name in ("plan.json", "plan.txt",
-                                                       "compact.safetensors")])
+      (directory / name).write_text("{}") for name in ("plan.json", "plan.txt")])
   config.init_from, config.compact.macs = REPO, 0.7
   begun = path.prepare(config, tmp_path / "run", lambda line: None)
   assert str(begun.dense) == begun.config.teacher.file == configs[0].init_from

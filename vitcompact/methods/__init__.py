@@ -39,6 +39,8 @@ def check_class(kind: type, axis: str):
       "must be a frozen dataclass: @dataclasses.dataclass(frozen=True)":
           not dataclasses.is_dataclass(kind) or not kind.__dataclass_params__.frozen,
       f"must have axis = {axis!r}": getattr(kind, "axis", None) != axis,
-      f"must have a method {maker}, see vitcompact/methods/protocol.py": not hasattr(kind, maker)}
+      f"must have a method {maker}, see vitcompact/methods/protocol.py": not hasattr(kind, maker),
+      "has mergeable, so it must have a method merge":
+          hasattr(kind, "mergeable") and not hasattr(kind, "merge")}
   if failed := [fault for fault, fails in faults.items() if fails]:
     raise ValueError(f"{kind.__name__}, listed in METHODS[{axis!r}]: {failed[0]}")

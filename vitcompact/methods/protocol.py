@@ -79,9 +79,7 @@ Its parameters
                                           (B, heads, N, M) in "attention", for drawings
     at_size(site) -> method               the same method, with sizes that would otherwise depend on
                                           the image size fixed at those of this site
-    explicit(site) -> method              the same method, with settings such as "half" written as
-                                          the numbers that they are at this site, so that it equals
-                                          one of `options` (default: unchanged)
+    explicit(site) -> method              the same, with "half" as a number (default: unchanged)
 
 How it trains; `settings` are config keys, each with a default
     settings                              {key: Setting}

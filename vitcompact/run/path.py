@@ -10,6 +10,7 @@ fold, verify, time. Each stage writes a file to the workdir, and is skipped if t
 """
 import copy
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -34,6 +35,7 @@ from vitcompact.train import start
 from vitcompact.train.build import model_of, preprocess_of
 
 REQUEST = "request.json"   # the budget, plan, data and measurement that the stages began with
+CALIBRATION = ("calibration_images", "calibration_images_sha256")   # metadata of the compact file
 OF_THE_REPORT = ("data", "images", "sensitivity")   # the others may change until there is a plan
 # Files that the last stage writes: another run's are not overwritten.
 OUTPUTS = ("trained.safetensors", "compacted.safetensors", "distilled.safetensors",
@@ -110,11 +112,10 @@ def prepare(config, directory: pathlib.Path, say=print, **options) -> Start:
   else:
     labels = float(dense_model_of(config).num_classes > 0)
     last.loss.update(labels=labels, logits=0.0, patches=0.0, hard=0.0, soft=0.0)
-  measured = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+  about = convert.read_metadata(directory / "compact.safetensors")
   facts = {"compacted_from": str(dense), "dense_sha256": sha256(dense), **start.source_of(dense),
            "compact_sha256": sha256(directory / "compact.safetensors"), "budget": budget,
-           "calibration_images": measured["images"],
-           "calibration_images_sha256": measured["images_digest"],
+           **{key: about[key] for key in CALIBRATION if key in about},
            "plan_reasons": (directory / "plan.txt").read_text(encoding="utf-8").splitlines()}
   # The last stage is an ordinary run of this plan: it has no budget.
   for name in GOALS:
@@ -226,7 +227,10 @@ def measure_plan_compact(config, directory, dense: pathlib.Path, budget, say):
   names = pipeline.class_names(config.data.name) if model.num_classes else ()
   convert.save(compacted, small, fitted, classes=names or None,
                preprocess=preprocess_of(config, model),
-               about={"dense": digest, **start.source_of(dense)})
+               about={"dense": digest, **start.source_of(dense), **dict(zip(CALIBRATION, (
+                   str(len(calibration())),
+                   hashlib.sha256(np.ascontiguousarray(calibration()).tobytes()).hexdigest()),
+                   strict=True))})
 
 
 def check_dense(config, path: pathlib.Path, model):

@@ -116,7 +116,7 @@ def test_weights_round_trip_through_pytorch():
 def test_invalid_settings_are_rejected():
   with pytest.raises(ValueError, match="kept_heads=0"):
     vc.HeadPruning(kept_heads=0)
-  with pytest.raises(ValueError, match="block 0 has only 4 heads"):
+  with pytest.raises(ValueError, match="block 0 has 4 heads"):
     tiny.deit(vc.Plan(heads=vc.HeadPruning(kept_heads=5)))
   with pytest.raises(ValueError, match="is not a method of this axis"):
     vc.Plan(heads=vc.HeadPruning(heads=vc.CFFN()))

@@ -45,11 +45,13 @@ class HeadPruning:
   def inner_site(self, site: Site) -> Site:
     return site._replace(heads=self.value_heads(site), head_dim=site.head_width)
 
+  def explicit(self, site: Site) -> "HeadPruning":
+    return dataclasses.replace(self, kept_heads=self.value_heads(site))
+
   def value_heads(self, site: Site) -> int:
     kept = (site.heads + 1) // 2 if self.kept_heads == "half" else self.kept_heads
     if kept > site.heads:
-      raise ValueError(f"HeadPruning(kept_heads={kept}): block {site.block} has only {site.heads} "
-                       "heads")
+      raise ValueError(f"HeadPruning(kept_heads={kept}): block {site.block} has {site.heads} heads")
     return kept
 
   def scored_heads(self, site: Site) -> int:
