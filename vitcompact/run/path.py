@@ -10,7 +10,6 @@ fold, verify, time. Each stage writes a file to the workdir, and is skipped if t
 """
 import copy
 import functools
-import hashlib
 import json
 import os
 import pathlib
@@ -35,7 +34,6 @@ from vitcompact.train import start
 from vitcompact.train.build import model_of, preprocess_of
 
 REQUEST = "request.json"   # the budget, plan, data and measurement that the stages began with
-CALIBRATION = ("calibration_images", "calibration_images_sha256")   # metadata of the compact file
 OF_THE_REPORT = ("data", "images", "sensitivity")   # the others may change until there is a plan
 # Files that the last stage writes: another run's are not overwritten.
 OUTPUTS = ("trained.safetensors", "compacted.safetensors", "distilled.safetensors",
@@ -115,7 +113,7 @@ def prepare(config, directory: pathlib.Path, say=print, **options) -> Start:
   about = convert.read_metadata(directory / "compact.safetensors")
   facts = {"compacted_from": str(dense), "dense_sha256": sha256(dense), **start.source_of(dense),
            "compact_sha256": sha256(directory / "compact.safetensors"), "budget": budget,
-           **{key: about[key] for key in CALIBRATION if key in about},
+           **{key: value for key, value in about.items() if key.startswith("calibration_images")},
            "plan_reasons": (directory / "plan.txt").read_text(encoding="utf-8").splitlines()}
   # The last stage is an ordinary run of this plan: it has no budget.
   for name in GOALS:
@@ -177,45 +175,20 @@ def measure_plan_compact(config, directory, dense: pathlib.Path, budget, say):
     return calibration_images(config, preprocess_of(config, model))
 
   digest = trees.digest(variables)
-  if (directory / "report.json").exists() and (directory / "report.html").exists():
-    try:
-      found = Report.load(directory)
-      found.check_model(model, digest)
-    except ValueError as error:
-      raise ValueError(f"{error}, after removing {directory / 'report.json'}") from None
-  else:
-    with Bar("measure") as progress:
-      found = vc.measure(model, variables, calibration(), config.compact.sensitivity, progress)
-    directory.mkdir(parents=True, exist_ok=True)
-    found.save(directory, force=True)
-    say(f"measured on {found.images} images: {directory / 'report.html'}")
+  found = measured(config, directory, model, variables, digest, calibration, say)
   # Not earlier: settings that are refused may be corrected in the same workdir.
   write(directory / REQUEST, json.dumps(request, indent=1) + "\n")
-  if not (directory / "plan.json").exists():
-    plan = given_plan if given_plan != Plan() else found.plan(**budget, batch=batch)
-    write(directory / "plan.json", json.dumps(json.loads(plan.to_json()), indent=1) + "\n")
-  try:
-    plan = Plan.parse(str(directory / "plan.json"))
-    model.clone(plan=plan).check()
-  except ValueError as error:
-    raise ValueError(f"{directory / 'plan.json'}: {error}; correct it, or remove it to get a new "
-                     "one") from None
-  compacted = directory / "compact.safetensors"
-  if compacted.exists():
-    try:
-      old_plan, about = vc.load(compacted)[0].plan, convert.read_metadata(compacted)
-    except ValueError as error:
-      raise ValueError(f"{error}; remove it to compact again") from None
-    if old_plan != plan or about.get("dense") != digest:
-      raise ValueError(f"{compacted} is of another plan or another dense model; for another plan, "
-                       "copy report.json, report.html and plan.json to a new directory, and run "
-                       "the same command with that one")
+  plan = planned(directory, model, given_plan, found, budget, batch)
+  out = directory / "compact.safetensors"
+  if out.exists():
+    check_compacted(out, plan, digest)
   reasons = directory / "plan.txt"
-  if not (compacted.exists() and reasons.exists()):   # a time would be measured again
+  if not (out.exists() and reasons.exists()):   # a time would be measured again
     write(reasons, reasons_of(found, plan, budget, batch) + "\n")
   say(f"plan: {reasons.read_text(encoding='utf-8').splitlines()[0]}")
-  if compacted.exists():
+  if out.exists():
     return
+  images = calibration()
   with Bar("compact") as progress:
     blocks_done = []
 
@@ -223,14 +196,55 @@ def measure_plan_compact(config, directory, dense: pathlib.Path, budget, say):
       blocks_done.append(name)
       progress(name, len(blocks_done), len(found.blocks))
 
-    small, fitted = vc.compact(model, variables, plan, calibration(), step)
+    small, fitted = vc.compact(model, variables, plan, images, step)
   names = pipeline.class_names(config.data.name) if model.num_classes else ()
-  convert.save(compacted, small, fitted, classes=names or None,
-               preprocess=preprocess_of(config, model),
-               about={"dense": digest, **start.source_of(dense), **dict(zip(CALIBRATION, (
-                   str(len(calibration())),
-                   hashlib.sha256(np.ascontiguousarray(calibration()).tobytes()).hexdigest()),
-                   strict=True))})
+  convert.save(out, small, fitted, classes=names or None, preprocess=preprocess_of(config, model),
+               about={"dense": digest, **start.source_of(dense),
+                      "calibration_images": str(len(images)),
+                      "calibration_images_digest": trees.digest({"images": images})})
+
+
+def measured(config, directory, model, variables, digest: str, calibration, say) -> Report:
+  """The report in the workdir, measured on the images of `calibration()` if there is none."""
+  if (directory / "report.json").exists() and (directory / "report.html").exists():
+    try:
+      found = Report.load(directory)
+      found.check_model(model, digest)
+    except ValueError as error:
+      raise ValueError(f"{error}, after removing {directory / 'report.json'}") from None
+    return found
+  with Bar("measure") as progress:
+    found = vc.measure(model, variables, calibration(), config.compact.sensitivity, progress)
+  directory.mkdir(parents=True, exist_ok=True)
+  found.save(directory, force=True)
+  say(f"measured on {found.images} images: {directory / 'report.html'}")
+  return found
+
+
+def planned(directory, model, given: Plan, found: Report, budget, batch: int) -> Plan:
+  """The plan in the workdir, written if there is none: the given one or the report's."""
+  if not (directory / "plan.json").exists():
+    plan = given if given != Plan() else found.plan(**budget, batch=batch)
+    write(directory / "plan.json", json.dumps(json.loads(plan.to_json()), indent=1) + "\n")
+  try:
+    plan = Plan.parse(str(directory / "plan.json"))
+    model.clone(plan=plan).check()
+  except ValueError as error:
+    raise ValueError(f"{directory / 'plan.json'}: {error}; correct it, or remove it to get a new "
+                     "one") from None
+  return plan
+
+
+def check_compacted(path: pathlib.Path, plan: Plan, digest: str):
+  """Raises ValueError unless a compacted file has this plan and this digest of the dense model."""
+  try:
+    old_plan, about = vc.load(path)[0].plan, convert.read_metadata(path)
+  except ValueError as error:
+    raise ValueError(f"{error}; remove it to compact again") from None
+  if old_plan != plan or about.get("dense") != digest:
+    raise ValueError(f"{path} is of another plan or another dense model; for another plan, copy "
+                     "report.json, report.html and plan.json to a new directory, and run the same "
+                     "command with that one")
 
 
 def check_dense(config, path: pathlib.Path, model):
