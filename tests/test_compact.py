@@ -324,6 +324,56 @@ def test_branch_targets_lead_to_the_dense_stream():
   np.testing.assert_allclose(after_ffn, run(block, variables, dense_x).x, atol=1e-4)
 
 
+PASSES = vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN(factor="both"))
+
+
+def test_layers_that_are_kept_are_not_computed_again_and_change_nothing(monkeypatch):
+  """After its fits, a block's output is computed from what the last pass kept of its layers."""
+  model = tiny.deit(drop_path_rate=0.0, depth=2)
+  variables, images = tiny.init(model), tiny.images(model, 48)
+  computed = []
+
+  def recorded(block, variables, x, maps, known=None, final=None):
+    computed.append((maps, tuple(sorted(known or ()))))
+    return observe(block, variables, x, maps, known, final)
+
+  observe = calibration.observe
+  monkeypatch.setattr(calibration, "observe", recorded)
+  found = {}
+  for most in (calibration.KEPT_VALUES, 0):
+    computed.clear()
+    for programs in (calibration._jitted_forward, calibration._jitted_sums):
+      programs.cache_clear()
+    monkeypatch.setattr(calibration, "KEPT_VALUES", most)
+    found[most] = tiny.apply(*vc.compact(model, variables, PASSES, images), images)
+    layers = ("attn/out", "mlp/fc1") if most else ()
+    assert {(True, layers[:1]), (False, layers)} <= set(computed)
+  np.testing.assert_allclose(*found.values(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_layer_that_is_called_twice_is_not_kept():
+  class Twice(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      layer = nn.Dense(3, name="twice")
+      return layer(layer(nn.Dense(3, name="once")(x)))
+
+  x, final = jnp.ones((2, 3)), dict.fromkeys(("once", "twice", "absent"))
+  calibration.observe(Twice(), Twice().init(jax.random.key(0), x), x, maps=False, final=final)
+  assert final["once"].shape == (2, 3) and final["twice"] is final["absent"] is None
+
+
+@pytest.mark.parametrize("images", [256, 1024])
+def test_the_chunks_of_all_passes_have_one_length(images):
+  """So that each program is compiled once. A quarter of the images is held out."""
+  values = jax.local_device_count() * calibration.CHUNK_VALUES // 50   # 50 images fit in memory
+  x, fitted = np.broadcast_to(np.float32(0), (images, values)), images - images // 4
+  slices = [*calibration.chunks(x, 0, fitted), *calibration.chunks(x, fitted, images)]
+  assert slices == list(calibration.all_chunks(x)) and slices[-1].stop == images
+  assert len({at.stop - at.start for at in slices}) == 1 and len(slices) >= images // 64
+  assert list(calibration.chunks(x, 0, 48)) == [slice(0, 48)]   # few images are not split
+
+
 class PerHead(nn.Module):
   """An attention mask predictor with a parameter for each head, which the protocol forbids."""
 

@@ -45,20 +45,43 @@ def test_a_negative_variance_from_rounding_keeps_the_solution_stable():
   np.testing.assert_allclose(regression.solver(cov, 0.1)(right), expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("best", range(len(regression.RIDGES)))
-def test_the_ridge_search_stops_at_the_best_one_on_held_out_rows(best):
+def regression_of(x, y):
+  sums = regression.sums_of(jnp.asarray(x), jnp.asarray(y))
+  return regression.Regression.from_sums(
+      regression.Sums(*(np.asarray(part, np.float64) for part in sums)))
+
+
+def test_the_error_of_factors_is_that_of_their_stacked_products():
   rng = np.random.default_rng(0)
-  x, matrix = rng.standard_normal((60, 4)), rng.standard_normal((4, 2))
-  held_out = regression.Sums(*(np.asarray(part, np.float64) for part in regression.sums_of(
-      jnp.asarray(x[40:]), jnp.asarray(x[40:] @ matrix))))
-  sums = regression.Sums(*(2 * part for part in held_out)), held_out
+  data = regression_of(rng.standard_normal((50, 6)) + 1, rng.standard_normal((50, 4)) - 2)
+  factors = [rng.standard_normal((3, 2)), rng.standard_normal((3, 1))], \
+      [rng.standard_normal((2, 4)), rng.standard_normal((1, 4))]
+  matrix, bias = regression.product(factors), rng.standard_normal(4)
+  assert matrix.shape == (6, 4)
+  for given in (None, bias):
+    assert data.error_of_factors(*factors, given) == pytest.approx(data.error(matrix, given))
+
+
+@pytest.mark.parametrize("best, tries", [(0, (2, 3, 1, 0)), (1, (2, 3, 1, 0)), (2, (2, 3, 1)),
+                                         (3, (2, 3, 4)), (4, (2, 3, 4))])
+def test_the_ridge_search_finds_the_best_one_on_held_out_rows(best, tries):
+  """It starts in the middle, and does not try weaker ridges once a stronger one did better."""
+  rng = np.random.default_rng(0)
+  x, matrix = rng.standard_normal((20, 4)), rng.standard_normal((4, 2))
+  held_out, data = (regression_of(x, x @ matrix) for _ in range(2))
   tried = []
 
   def fit(ridge):
-    tried.append(ridge)
-    return ridge, matrix * (1 + 0.1 * abs(regression.RIDGES.index(ridge) - best))
+    tried.append(regression.RIDGES.index(ridge))
+    return [matrix * (1 + 0.1 * abs(tried[-1] - best))], [np.eye(2)]
 
-  data = (regression.Regression.from_sums(part) for part in sums)
-  error, ridge, factors = regression.choose_ridge(*data, fit)
-  assert ridge == factors == regression.RIDGES[best] and error == pytest.approx(0, abs=1e-6)
-  assert tried == list(regression.RIDGES[:best + 2])
+  error, ridge, factors = regression.choose_ridge(data, held_out, fit)
+  assert ridge == regression.RIDGES[best] and error == pytest.approx(0, abs=1e-6)
+  np.testing.assert_array_equal(regression.product(factors), matrix)
+  assert tuple(tried) == tries
+
+
+def test_without_held_out_rows_the_strongest_ridge_is_used():
+  data = regression_of(np.eye(4), np.eye(4)[:, :2])
+  found = regression.choose_ridge(data, data, lambda ridge: ([np.eye(4)], [np.eye(4)[:, :2]]))
+  assert found[1] == regression.RIDGES[-1]

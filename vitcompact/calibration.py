@@ -2,6 +2,7 @@
 import contextvars
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ _innermost = contextvars.ContextVar("the innermost run_blocks", default=None)
 
 ROWS_PER_CHANNEL = 8     # rows of a regression for each hidden channel
 SUM_TOKENS = 8192        # tokens for small sums, such as the costs of heads
+KEPT_VALUES = 2 ** 27    # most values of a layer that are kept, see `Calibration.sums`: 512 MiB
 CHUNK_VALUES = 2 ** 22   # residual stream values in a chunk of images: about 50 images of DeiT-S
 
 
@@ -91,6 +93,7 @@ class Calibration:
     tokens; None: the target is the block's own output.
   held_out: how many images, the last ones, are held out to choose between fits.
   notes: the errors that fits report, {axis: {...}}.
+  kept: {layer: {first image of a chunk: its output}}, see `sums`.
   """
   module: nn.Module
   params: Any
@@ -99,42 +102,65 @@ class Calibration:
   teacher: Teacher | None
   held_out: int
   notes: dict
+  kept: dict = dataclasses.field(default_factory=dict)
 
   def note(self, axis: str, **facts):
     """Records facts about a fit: the relative errors "fitted" and "held_out" of the branch's
     output, and others."""
     self.notes[axis] = facts
 
-  def sums(self, function: Callable, *arguments):
+  def sums(self, function: Callable, *arguments, final: tuple[str, ...] = ()):
     """Returns sums over images of function(seen, *arguments), a tree of float64 NumPy arrays, as
     (those of the images to fit, those of the images held out).
 
     function: defined in a module, not a lambda, so that it is compiled once; or a tuple of
     functions, each with a tuple of arguments, for a single pass over the images.
+    final: layers such as "attn/out" whose outputs no later fit of this block changes. They are kept
+    in memory if they fit, and later passes over the block do not compute them again.
     """
-    return self._pass(False, function, arguments)[1]
+    return self._pass(False, function, arguments, final)[1]
 
   def outputs_and_sums(self, function: Callable, *arguments):
     """Returns (the block's output for all images, as `run` does; `sums` of the same pass)."""
-    return self._pass(True, function, arguments)
+    return self._pass(True, function, arguments, ())
 
-  def _pass(self, outputs: bool, function, arguments):
-    run = _jitted_sums(BlockKey(self.module), function, outputs, self._step(), self._image_step())
+  def run(self, block: nn.Module, variables):
+    """Returns the output of this block with other methods or variables."""
+    return _in_chunks(_jitted_forward(BlockKey(block)), variables, self.x,
+                      itertools.chain(*self._chunks()), self._known)
+
+  def _pass(self, outputs: bool, function, arguments, final):
+    final = tuple(name for name in final if name not in self.kept)
+    run = _jitted_sums(BlockKey(self.module), function, outputs, self._step(), self._image_step(),
+                       final, KEPT_VALUES // self._size()[0])
     variables = replicate({"params": self.params, "batch_stats": self.stats})
-    images = len(jax.tree.leaves(self.x)[0])
-    fitted = images - self.held_out
-    outs, parts = [], []
-    for start, stop in ((0, fitted), (fitted, images)):
+    outs, parts, kept = [], [], {}
+    for slices in self._chunks():
       total = None
-      for at in chunks(self.x, start, stop):
-        x, teacher = shard_images((take_images(self.x, at), take_images(self.teacher, at)))
-        out, sums = run(variables, x, teacher, *arguments)
+      for at in slices:
+        x, teacher, known = shard_images((*take_images((self.x, self.teacher), at),
+                                          self._known(at)))
+        out, layers, sums = run(variables, x, teacher, known, *arguments)
         outs.append(jax.tree.map(np.asarray, out))
-        sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)
-        total = sums if total is None else jax.tree.map(np.add, total, sums)
+        for name, leaf in layers.items():
+          kept.setdefault(name, {})[at.start] = leaf
+        if total is None:
+          total = jax.tree.map(lambda leaf: np.zeros(leaf.shape), sums)
+        total = jax.tree.map(np.add, total, sums, total)   # in place: large sums take time to copy
       parts.append(total)
+    self.kept.update(kept)
     return (jax.tree.map(lambda *leaves: np.concatenate(leaves), *outs),
             (parts[0], parts[1] if self.held_out else parts[0]))
+
+  def _chunks(self) -> tuple[list[slice], list[slice]]:
+    """Returns the chunks of the images to fit, and of those held out."""
+    images = self._size()[0]
+    fitted = images - self.held_out
+    return list(chunks(self.x, 0, fitted)), list(chunks(self.x, fitted, images))
+
+  def _known(self, at: slice) -> dict[str, Any]:
+    """Returns the outputs of layers that were kept for a chunk."""
+    return {name: chunks[at.start] for name, chunks in self.kept.items()}
 
   def _size(self) -> tuple[int, int]:
     """Returns (number of images, tokens of an image)."""
@@ -163,7 +189,7 @@ class Calibration:
     small sums. None are held out."""
     at = slice(0, len(jax.tree.leaves(self.x)[0]) - self.held_out, self._image_step())
     x, teacher = (take_images(tree, at) for tree in (self.x, self.teacher))
-    return dataclasses.replace(self, x=x, teacher=teacher, held_out=0)
+    return dataclasses.replace(self, x=x, teacher=teacher, held_out=0, kept={})
 
   def with_params(self, params) -> "Calibration":
     """Returns the calibration of the same block with other parameters."""
@@ -190,7 +216,11 @@ def chunks(x, start: int, stop: int):
   leaf, devices = max(jax.tree.leaves(x), key=np.size), jax.local_device_count()
   most = devices * min(max(8, CHUNK_VALUES * len(leaf) // max(leaf.size, 1)), 256)
   if stop > start:
-    size = math.ceil((stop - start) / math.ceil((stop - start) / most))
+    # If possible a divisor of the quarter that is held out: the chunks of all passes then have one
+    # length, for which programs are compiled.
+    share = stop - start if stop - start <= most else max(len(leaf) // 4, most)
+    size = next((size for size in range(most, most // 2, -1) if share % size == 0),
+                math.ceil(share / math.ceil(share / most)))
     if size >= devices:
       size = math.ceil(size / devices) * devices
     for first in range(start, stop, size):
@@ -242,19 +272,25 @@ class BlockKey:
 
 def run(block: nn.Module, variables, x):
   """Returns the output of an unbound block for a tree of NumPy arrays, computed in chunks."""
-  return _in_chunks(_jitted_forward(BlockKey(block)), variables, x)
+  return _in_chunks(_jitted_forward(BlockKey(block)), variables, x, all_chunks(x))
 
 
-def _in_chunks(forward, variables, x):
-  variables, images = replicate(variables), len(jax.tree.leaves(x)[0])
-  outs = [jax.tree.map(np.asarray, forward(variables, shard_images(take_images(x, at))))
-          for at in chunks(x, 0, images)]
+def all_chunks(x):
+  """Returns the chunks of all images."""
+  return chunks(x, 0, len(jax.tree.leaves(x)[0]))
+
+
+def _in_chunks(forward, variables, x, slices, known=lambda at: {}):
+  variables = replicate(variables)
+  inputs = (shard_images((take_images(x, at), known(at))) for at in slices)
+  outs = [jax.tree.map(np.asarray, forward(variables, *given)) for given in inputs]
   return jax.tree.map(lambda *parts: np.concatenate(parts), *outs)
 
 
 @functools.lru_cache(maxsize=64)
 def _jitted_forward(block: BlockKey):
-  return jax.jit(lambda variables, x: _observe(block.block, variables, x, maps=False)[0])
+  return jax.jit(
+      lambda variables, x, known: _observe(block.block, variables, x, maps=False, known=known)[0])
 
 
 def observe_jitted(block: nn.Module, variables, x) -> Activations:
@@ -294,13 +330,25 @@ def run_blocks(model: nn.Module, variables, images, on_block: Callable[[str, nn.
     _innermost.reset(outer)
 
 
-def observe(block: nn.Module, variables, x, maps: bool):
-  """Returns (output, Activations) of an unbound block; maps: whether to form attention maps."""
-  found = {}
+def observe(block: nn.Module, variables, x, maps: bool, known=None, final=None):
+  """Returns (output, Activations) of an unbound block.
+
+  maps: whether to form attention maps. known: outputs of layers by path, (images, values), that are
+  used instead of being computed. final: a dict whose keys are paths of layers; gets the outputs of
+  those that are called once.
+  """
+  found, called, known, final = {}, set(), known or {}, {} if final is None else final
+  images = len(jax.tree.leaves(x)[0])
 
   def watch(next_fun, args, kwargs, context):
     out = next_fun(*args, **kwargs)
     path = context.module.path
+    name = "/".join(path) if context.method_name == "__call__" else ""
+    if name in known:     # XLA removes the computations that only `out` depends on
+      out = known[name].reshape(out.shape)
+    elif name in final:
+      final[name] = None if name in called else out.reshape(images, -1)
+      called.add(name)
     if path == ("attn",) and context.method_name == "queries_and_keys":
       found["query"], found["key"] = out
     if context.method_name != "__call__":
@@ -336,10 +384,10 @@ def observe(block: nn.Module, variables, x, maps: bool):
   return out, Activations(**{**found, **tokens})
 
 
-def _observe(block: nn.Module, variables, x, maps: bool):
+def _observe(block: nn.Module, variables, x, maps: bool, **layers):
   """Calls `observe` for images that are split among the devices of the process."""
   with attention.split_over(jax.local_device_count()):
-    return observe(block, variables, x, maps)
+    return observe(block, variables, x, maps, **layers)
 
 
 def _tokens(x):
@@ -348,9 +396,10 @@ def _tokens(x):
 
 
 @functools.lru_cache(maxsize=64)
-def _jitted_sums(module: BlockKey, function: Callable, outputs: bool, step: int, image_step: int):
-  """Returns the jitted function that computes (output or None, sums) of a chunk. XLA removes unused
-  computations."""
+def _jitted_sums(module: BlockKey, function: Callable, outputs: bool, step: int, image_step: int,
+                 final: tuple[str, ...], most: int):
+  """Returns the jitted function that computes (output or None, outputs of the final layers with at
+  most `most` values per image, sums) of a chunk. XLA removes unused computations."""
   module = module.block
   skip = getattr(module, "skip_lam", 1.0)
 
@@ -365,29 +414,32 @@ def _jitted_sums(module: BlockKey, function: Callable, outputs: bool, step: int,
       return output
     return after.reshape(before.shape) - skip * before
 
-  def run(variables, x, teacher, *arguments):
-    out, seen = _observe(module, variables, x, maps=True)
+  def run(variables, x, teacher, known, *arguments):
+    layers = dict.fromkeys(final)
+    out, seen = _observe(module, variables, x, maps=True, known=known, final=layers)
     teacher = teacher or Teacher()
     seen = seen._replace(
         target_attention=target(teacher.after_attention, seen.before_attention, seen.attended),
         target_ffn=target(teacher.after_ffn, seen.before_ffn, seen.ffn), step=step,
         image_step=image_step, images=len(jax.tree.leaves(x)[0]))
-    return out if outputs else None, apply(seen, *arguments)
+    layers = {name: leaf for name, leaf in layers.items()
+              if leaf is not None and leaf.shape[1] <= most}
+    return out if outputs else None, layers, apply(seen, *arguments)
 
   return jax.jit(run)
 
 
 def run_teacher(block: nn.Module, variables, x) -> tuple[Any, Teacher]:
   """Returns (output, `Teacher`) of an unbound dense block for a tree of NumPy arrays."""
-  return _in_chunks(_jitted_teacher(BlockKey(block)), variables, x)
+  return _in_chunks(_jitted_teacher(BlockKey(block)), variables, x, all_chunks(x))
 
 
 @functools.lru_cache(maxsize=64)
 def _jitted_teacher(block: BlockKey):
   skip = getattr(block.block, "skip_lam", 1.0)
 
-  def run(variables, x):
-    out, seen = _observe(block.block, variables, x, maps=False)
+  def run(variables, x, known):
+    out, seen = _observe(block.block, variables, x, maps=False, known=known)
     images = len(jax.tree.leaves(x)[0])
 
     def after(before, output):   # by image: the block may work on windows

@@ -142,7 +142,7 @@ def _fit_block(block: nn.Module, data: calibration.Calibration):
   block: with the plan's methods, at the model's image size; data: the calibration of its dense
     form, at the size of the inputs.
   """
-  dense = data.module
+  dense, data = data.module, dataclasses.replace(data, kept={})
 
   def calibration_of(methods, params, stats):
     return dataclasses.replace(data, module=dense.clone(methods=methods), params=params,
@@ -150,7 +150,7 @@ def _fit_block(block: nn.Module, data: calibration.Calibration):
 
   new = blocks.from_dense(block.site, block.methods, data.params, data.stats, calibration_of)
   variables = dict(zip(("params", "batch_stats"), new, strict=True))
-  return new, calibration.run(dense.clone(methods=block.methods), variables, data.x)
+  return new, data.run(dense.clone(methods=block.methods), variables)
 
 
 def _warn_if_too_few(notes: dict[str, dict], images: int):

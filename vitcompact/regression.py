@@ -82,10 +82,11 @@ class Regression(NamedTuple):
   @classmethod
   def from_sums(cls, sums: Sums) -> "Regression":
     rows = float(sums.xx[0, 0])
-    second, cross = sums.xx / rows, sums.xy / rows
-    mean_x, mean_y = second[0, 1:], cross[0]
-    return cls(rows, mean_x, mean_y, second[1:, 1:] - np.outer(mean_x, mean_x),
-               cross[1:] - np.outer(mean_x, mean_y),
+    mean_x, mean_y = sums.xx[0, 1:] / rows, sums.xy[0] / rows
+    cov, cross = sums.xx[1:, 1:] / rows, sums.xy[1:] / rows
+    cov -= mean_x[:, None] * mean_x
+    cross -= mean_x[:, None] * mean_y
+    return cls(rows, mean_x, mean_y, cov, cross,
                max(float(sums.yy / rows - mean_y @ mean_y), 0.0))
 
   def bias(self, matrix) -> np.ndarray:
@@ -97,6 +98,28 @@ class Regression(NamedTuple):
     error = self.energy - 2 * np.sum(matrix * self.cross) + np.sum(matrix * (self.cov @ matrix))
     if bias is not None:
       error += np.sum((self.bias(matrix) - bias) ** 2)
+    return self._relative(error)
+
+  def error_of_factors(self, lefts, rights, bias=None) -> float:
+    """Returns `error` of the matrix in which the products lefts[k] @ rights[k] are stacked, without
+    computing with its p rows. lefts: (p / n, r) each, n of them; rights (r, q)."""
+    size = len(self.cov) // len(lefts)
+    slices = [slice(at, at + size) for at in range(0, len(self.cov), size)]
+    cov_left = np.concatenate([self.cov[:, at] @ left for left, at in
+                               zip(lefts, slices, strict=True)], axis=1)
+    # Moments of the values x A of all factors, and of these with y.
+    value_cov, value_cross = (np.concatenate([left.T @ moments[at] for left, at in
+                                              zip(lefts, slices, strict=True)])
+                              for moments in (cov_left, self.cross))
+    right = np.concatenate(rights)
+    error = self.energy - 2 * np.sum(right * value_cross) + np.sum(right * (value_cov @ right))
+    if bias is not None:
+      means = np.concatenate([self.mean_x[at] @ left for left, at in
+                              zip(lefts, slices, strict=True)])
+      error += np.sum((self.mean_y - means @ right - bias) ** 2)
+    return self._relative(error)
+
+  def _relative(self, error) -> float:
     return max(float(error), 0.0) / max(self.energy, np.finfo(np.float32).tiny)
 
   def strength(self, ridge: float) -> float:
@@ -170,17 +193,32 @@ def choose_ridge(data: Regression, held_out: Regression, fit):
   """Returns (error, ridge, factors) of the ridge with the least error on the held-out rows; of the
   strongest ridge if no rows are held out (`held_out` is `data`).
 
-  fit: a function ridge -> (factors, their product), fitted to `data`. The error falls with ridges
-  and then rises, so the search ends at the first one that does worse.
+  fit: a function ridge -> factors (see `error_of_factors`) fitted to `data`. The error falls with
+  ridges and then rises, so the search starts in the middle, and tries weaker ridges only if the
+  next stronger one does worse.
   """
-  best = None
-  for ridge in RIDGES if held_out is not data else RIDGES[-1:]:
-    factors, matrix = fit(ridge)
-    error = held_out.error(matrix, data.bias(matrix))
-    if best is not None and error >= best[0]:
+  def tried(ridge):
+    factors = fit(ridge)
+    return held_out.error_of_factors(*factors, data.bias(product(factors))), ridge, factors
+
+  if held_out is data:
+    return tried(RIDGES[-1])
+  middle = len(RIDGES) // 2
+  start = best = tried(RIDGES[middle])
+  for ridges in (RIDGES[middle + 1:], RIDGES[:middle][::-1]):
+    for ridge in ridges:
+      found = tried(ridge)
+      if found[0] >= best[0]:
+        break
+      best = found
+    if best is not start:
       break
-    best = error, ridge, factors
   return best
+
+
+def product(factors) -> np.ndarray:
+  """Returns the matrix in which the products of each pair of (lefts, rights) are stacked."""
+  return np.concatenate([left @ right for left, right in zip(*factors, strict=True)])
 
 
 def low_rank(sums, old, rank: int) -> tuple[Factors, Regression]:
@@ -193,10 +231,10 @@ def low_rank(sums, old, rank: int) -> tuple[Factors, Regression]:
 
   def fitted(ridge):
     a, b = _low_rank_factors(fit, old, rank, ridge)
-    return (a, b), a @ b
+    return [a], [b]
 
-  held_out_error, ridge, (a, b) = choose_ridge(fit, held_out, fitted)
-  error = fit.error(a @ b)
+  held_out_error, ridge, factors = choose_ridge(fit, held_out, fitted)
+  error, ((a,), (b,)) = fit.error_of_factors(*factors), factors
   if both is not fit:   # finally fit all rows
     a, b = _low_rank_factors(both, old, rank, ridge)
   return Factors(a, b, both.bias(a @ b), error, held_out_error), both

@@ -147,7 +147,9 @@ class CFFN:
     for layer, module in sorted(self.factorised(site).items()):
       old_stats = mlp_stats.pop(layer, {})
       old = fold_dense_norm(mlp[layer], old_stats)
-      fit = data and module.fit(old, data.sums(SUMS[layer], mlp[layer]))
+      # The FFN is fitted last: what comes before the layer does not change any more.
+      final = ("attn/out", "mlp/fc1") if layer == "fc2" else ("attn/out",)
+      fit = data and module.fit(old, data.sums(SUMS[layer], mlp[layer], final=final))
       new[layer], new_stats = module.from_dense(old, fit)
       mlp_stats |= {layer: new_stats} if new_stats else {}
       if fit is not None:

@@ -21,6 +21,7 @@ from vitcompact.regression import (
   choose_ridge,
   closest_factors,
   fit_held_out_and_all,
+  product,
   solver,
   sums_of,
 )
@@ -181,8 +182,9 @@ def copied_sums(seen, places) -> Sums:
 
   places: any array whose length is the number f of real heads.
   """
-  features = jnp.einsum("bhnm,bmw->bnhw", seen.maps[:, :places.shape[0]], seen.keys)
-  return sums_of(jax.lax.collapse(features, 2), seen.target_attention, seen.step)
+  maps = seen.maps[:, :places.shape[0], ::seen.step]   # XLA would compute the other rows as well
+  features = jnp.einsum("bhnm,bmw->bnhw", maps, seen.keys)
+  return sums_of(jax.lax.collapse(features, 2), seen.target_attention[:, ::seen.step])
 
 
 def filtered_sums(seen, query_taps, key_taps) -> Sums:
@@ -190,16 +192,18 @@ def filtered_sums(seen, query_taps, key_taps) -> Sums:
   taps (g, rank, K)."""
   hallucinated, rank, taps = query_taps.shape
   real = seen.maps.shape[1] - hallucinated
-  features = [jnp.einsum("bhnm,bmw->bnhw", seen.maps[:, :real], seen.keys)]
+  every = slice(None, None, seen.step)   # XLA would compute the other rows of features as well
+  features = [jnp.einsum("bhnm,bmw->bnhw", seen.maps[:, :real, every], seen.keys)]
   for g in range(hallucinated):
     filtered = 0
     for r in range(rank):
       keys = sum(shift_tokens(seen.keys, -(t - taps // 2)) * key_taps[g, r, t] for t in range(taps))
-      rows = jnp.einsum("bnm,bmw->bnw", seen.maps[:, g % real], keys)
-      filtered += sum(shift_tokens(rows, s - taps // 2) * query_taps[g, r, s] for s in range(taps))
+      rows = sum(shift_tokens(seen.maps[:, g % real], s - taps // 2)[:, every] * query_taps[g, r, s]
+                 for s in range(taps))
+      filtered += jnp.einsum("bnm,bmw->bnw", rows, keys)
     features.append(filtered[:, :, None])
   flat = jax.lax.collapse(jnp.concatenate(features, axis=2), 2)
-  return sums_of(flat, seen.target_attention, seen.step)
+  return sums_of(flat, seen.target_attention[:, every])
 
 
 class Refit(NamedTuple):
@@ -226,24 +230,21 @@ def refit(sums, groups, values, outputs) -> Refit:
   fit, held_out_data, both = fit_held_out_and_all(sums)
   old = [np.concatenate([values[h] for h in group], axis=1) for group in groups], \
       [np.concatenate([outputs[h] for h in group], axis=0) for group in groups]
-  matrix = dense_product = _product(old)
-  copied_error = held_out_data.error(dense_product, fit.bias(dense_product))
 
-  def descend(ridge):
-    factors = _descend(fit, old, old, ridge, sweeps=1)
-    return factors, _product(factors)
+  def error_of(factors):
+    return held_out_data.error_of_factors(*factors, fit.bias(product(factors)))
 
-  held_out, ridge, factors = choose_ridge(fit, held_out_data, descend)
+  copied_error = error_of(old)
+  held_out, ridge, factors = choose_ridge(
+      fit, held_out_data, lambda ridge: _descend(fit, old, old, ridge, sweeps=1))
   if held_out < copied_error:
     factors = _descend(fit, old, factors, ridge, sweeps=SWEEPS - 1)
-    matrix = _product(factors)
-    held_out = held_out_data.error(matrix, fit.bias(matrix))
+    held_out = error_of(factors)
   if held_out >= copied_error:   # no fit is better than the dense values and outputs
-    factors, matrix, held_out = old, dense_product, copied_error
-  fitted = fit.error(matrix, fit.bias(matrix))
+    factors, held_out = old, copied_error
+  fitted = fit.error_of_factors(*factors)
   if factors is not old and both is not fit:   # finally fit all images
     factors = _descend(both, old, factors, ridge, sweeps=1)
-    matrix = _product(factors)
   new_values, new_outputs = np.empty_like(values), np.empty_like(outputs)
   width = values.shape[2]
   for group, left, right in zip(groups, *factors, strict=True):
@@ -252,11 +253,7 @@ def refit(sums, groups, values, outputs) -> Refit:
     for place, head in enumerate(group):
       new_values[head] = left[:, place * width:(place + 1) * width]
       new_outputs[head] = right[place * width:(place + 1) * width]
-  return Refit(new_values, new_outputs, both.bias(matrix), fitted, held_out, copied_error)
-
-
-def _product(factors):
-  return np.concatenate([left @ right for left, right in zip(*factors, strict=True)])
+  return Refit(new_values, new_outputs, both.bias(product(factors)), fitted, held_out, copied_error)
 
 
 def _descend(data: Regression, old, start, ridge: float, sweeps: int):
