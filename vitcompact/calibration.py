@@ -211,14 +211,14 @@ def take_images(tree, at: slice):
 
 
 def chunks(x, start: int, stop: int):
-  """Yields slices of images that fit in the memory of all devices. There are at most two lengths;
-  the first is a multiple of the number of devices if there are enough images."""
+  """Yields slices of images that fit in the memory of all devices. All but the last have the same
+  length, a multiple of the number of devices if there are enough images."""
   leaf, devices = max(jax.tree.leaves(x), key=np.size), jax.local_device_count()
   most = devices * min(max(8, CHUNK_VALUES * len(leaf) // max(leaf.size, 1)), 256)
   if stop > start:
     # If possible a divisor of the quarter that is held out: the chunks of all passes then have one
     # length, for which programs are compiled.
-    share = stop - start if stop - start <= most else max(len(leaf) // 4, most)
+    share = stop - start if stop - start <= most else len(leaf) // 4
     size = next((size for size in range(most, most // 2, -1) if share % size == 0),
                 math.ceil(share / math.ceil(share / most)))
     if size >= devices:
