@@ -404,18 +404,35 @@ def test_attention_to_blocks_of_tokens_is_the_sum_over_their_tokens():
 
 
 def test_a_long_data_loader_is_read_until_memory_is_full(monkeypatch):
-  module = importlib.import_module("vitcompact.measure")
   model, read = tiny.deit(), []
-  monkeypatch.setattr(module, "MOST_VALUES", 3 * 4 * 32 * 32 * 3 - 1)
+  monkeypatch.setattr(calibration, "MOST_VALUES", 3 * 4 * 32 * 32 * 3 - 1)
 
   def loader():
     for _ in range(9):
       read.append(np.random.default_rng(len(read)).standard_normal((4, 32, 32, 3)))
       yield read[-1]
 
-  joined = module.join_batches(model, loader())
+  joined = calibration.join_batches(model, loader())
   assert joined.dtype == np.float32 and len(read) == 3
   np.testing.assert_array_equal(joined, np.float32(np.concatenate(read)))
+
+
+BATCH = np.zeros((2, 32, 32, 3), np.float32)
+
+
+@pytest.mark.parametrize("images, words", [
+    ([(BATCH, np.arange(2))], r"a batch is a tuple; .* images=\(batch\[0\] for batch in loader\)"),
+    ([{"image": BATCH}], r'a batch is a dict; .*\(batch\["image"\] for batch in loader\)'),
+    (list(BATCH), r"an item of shape \(32, 32, 3\) is a single image, .* np.stack\(images\)"),
+    ([], "there are no batches")])
+@pytest.mark.parametrize("verb", [
+    vc.measure, lambda *of: vc.compact(*of[:2], vc.Plan(ffn=vc.CFFN()), of[2])],
+    ids=["measure", "compact"])
+def test_iterables_of_other_things_than_batches_of_images_are_refused(verb, images, words):
+  model = tiny.deit()
+  with pytest.raises(ValueError, match=words) as error:
+    verb(model, tiny.init(model), iter(images))
+  assert "\n" not in str(error.value)
 
 
 def test_images_of_one_class_cause_a_warning():

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vitcompact import attention, regression
+from vitcompact import attention, checks, regression
 from vitcompact.execution import Execution
 from vitcompact.token_state import NOTHING
 
@@ -21,6 +21,7 @@ _innermost = contextvars.ContextVar("the innermost run_blocks", default=None)
 
 ROWS_PER_CHANNEL = 8     # rows of a regression for each hidden channel
 SUM_TOKENS = 8192        # tokens for small sums, such as the costs of heads
+MOST_VALUES = 2 ** 28   # of images from an iterable, 1 GiB in float32: 1,784 images of 224 x 224
 KEPT_VALUES = 2 ** 27    # most values of a layer that are kept, see `Calibration.sums`: 512 MiB
 CHUNK_VALUES = 2 ** 22   # residual stream values in a chunk of images: about 50 images of DeiT-S
 
@@ -194,6 +195,33 @@ class Calibration:
   def with_params(self, params) -> "Calibration":
     """Returns the calibration of the same block with other parameters."""
     return dataclasses.replace(self, params=params)
+
+
+def join_batches(model, images):
+  """Returns the images of an iterable of batches (B, H, W, C), such as a data loader, as a float32
+  array; anything else unchanged. The iterable is read until `MOST_VALUES` are in memory."""
+  if hasattr(images, "shape") or isinstance(images, str) or not isinstance(images, Iterable):
+    return images
+  joined, values = [], 0
+  for batch in images:
+    if isinstance(batch, (tuple, list, Mapping)):
+      image = '["image"]' if isinstance(batch, Mapping) else "[0]"
+      raise ValueError(f"images: a batch is a {type(batch).__name__}; give images alone, such as "
+                       f"images=(batch{image} for batch in loader)")
+    if len(getattr(batch, "shape", ())) == 3:
+      raise ValueError(f"images: an item of shape {tuple(batch.shape)} is a single image, not a "
+                       "batch; give np.stack(images)")
+    checks.check_images(model, batch, "a batch of images")
+    joined.append(np.asarray(batch, np.float32))
+    if joined[-1].shape[1:] != joined[0].shape[1:]:
+      raise ValueError(f"images: a batch of shape {batch.shape} follows one of {joined[0].shape}; "
+                       "give images of one size")
+    values += joined[-1].size
+    if values >= MOST_VALUES:
+      break
+  if not joined:
+    raise ValueError("images: there are no batches in what was given")
+  return np.concatenate(joined)
 
 
 def hold_out_last(images) -> tuple[np.ndarray, int]:

@@ -37,7 +37,7 @@ def compact(model: nn.Module, variables, plan: Plan, images=None,
       form, such as MoH; the fit then starts from that form.
     variables: {"params", "batch_stats"?}.
     images: (B, H, W, C), normalised training images of mixed classes: about 256 large or 1,024
-      small ones.
+      small ones; or an iterable of such batches.
     progress: called after each block with its name and the errors of its fits: {"heads": {"copied",
       "fitted", "held_out": relative squared errors of attention's output, "order"}, "ffn fc2":
       {"fitted", "held_out"}, ...}.
@@ -52,7 +52,7 @@ def compact(model: nn.Module, variables, plan: Plan, images=None,
                      f"plan={model.plan.to_json()}, deploy={model.deploy}")
   checks.check_variables(model, variables)
   if images is not None:
-    checks.check_images(model, images)
+    checks.check_images(model, images := calibration.join_batches(model, images))
     checks.check_values(images)
     checks.check_finite(variables)
     jax.eval_shape(model.apply, variables, images)   # the model itself checks their size

@@ -1,7 +1,7 @@
 """measure: which parts of each block a dense model could do without, on the user's images."""
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +19,7 @@ from vitcompact.calibration import (
   SUM_TOKENS,
   Calibration,
   hold_out_last,
+  join_batches,
   observe_jitted,
   run,
   run_blocks,
@@ -44,7 +45,6 @@ SENSITIVITIES = ("none", "quick", "full")
 KEY_SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)   # shares of the keys, for attention mass
 TABLE_IMAGES = 32       # images for the tables of attention and tokens
 FEW_IMAGES = 64         # warn below this number
-MOST_VALUES = 2 ** 28   # of images from an iterable, 1 GiB in float32: 1,784 images of 224 x 224
 TINY = 1e-12
 BLOCKS_PER_TRIAL = 12   # a quick report tries each method in one block out of this many
 KL_EXPONENT = 1.5       # KL ~ (removed tokens)^this; 0.93 to 1.99 on Fashion-MNIST
@@ -63,7 +63,7 @@ def measure(model: nn.Module, variables, images, sensitivity: str = "quick",
     model: dense; variables: {"params", "batch_stats"?}.
     images: (B, H, W, C), normalised, of mixed classes; about 256 large or 1,024 small images. Or an
       iterable of such batches, such as a data loader over a whole data set, which is read until
-      `MOST_VALUES` are in memory. A quarter is held out.
+      `calibration.MOST_VALUES` are in memory. A quarter is held out.
     sensitivity: "full" tries every option in every block. "quick" tries one option of each method
       in one out of twelve blocks of equal size. It infers the others from the methods' estimates
       and the curvature of the KL in each block (`curvature.kl_per_error`). "none" tries nothing,
@@ -77,8 +77,7 @@ def measure(model: nn.Module, variables, images, sensitivity: str = "quick",
     raise ValueError("measure starts from a dense, unfolded model; this one has "
                      f"plan={model.plan.to_json()}, deploy={model.deploy}")
   check_variables(model, variables)
-  if isinstance(images, Iterable) and not hasattr(images, "shape") and not isinstance(images, str):
-    images = join_batches(model, images)
+  images = join_batches(model, images)
   check_images(model, images)
   check_values(images)
   check_finite(variables)
@@ -87,26 +86,6 @@ def measure(model: nn.Module, variables, images, sensitivity: str = "quick",
     warnings.warn(f"{len(images)} images are few: estimates and KLs depend on which they are; give "
                   "at least 256", stacklevel=2)
   return _Measurement(model, variables, images, sensitivity, progress).report()
-
-
-def join_batches(model, batches) -> np.ndarray:
-  """Returns the images of an iterable of batches, (B, H, W, C) float32.
-
-  It is read until `MOST_VALUES` are in memory.
-  """
-  joined, values = [], 0
-  for batch in batches:
-    check_images(model, batch, "a batch of images")
-    joined.append(np.asarray(batch, np.float32))
-    if joined[-1].shape[1:] != joined[0].shape[1:]:
-      raise ValueError(f"images: a batch of shape {batch.shape} follows one of {joined[0].shape}; "
-                       "give images of one size")
-    values += joined[-1].size
-    if values >= MOST_VALUES:
-      break
-  if not joined:
-    raise ValueError("images: there are no batches in what was given")
-  return np.concatenate(joined)
 
 
 class _Measurement:
