@@ -188,9 +188,9 @@ def table(found: dict) -> str:
       f"Above the line of the dense models: {', '.join(better) if better else 'none'}."), "", (
       f"One dense model, {found['calibration_images']:,} training images, "
       f"{dense['images']:,} test images; 95 % intervals are over test images only, not over "
-      f"dense models. Time of {timed['batch']} images on one core of {timed['processor']}, "
-      f"{timed['clock']} seconds, {ROUNDS} paired rounds (range in brackets), load "
-      f"{min(loads):.1f} to {max(loads):.1f}, commit {' and '.join(commits)}.")])
+      f"dense models. Time of {timed['batch']} images, compiled by XLA, on one core of "
+      f"{timed['processor']}, {timed['clock']} seconds, {ROUNDS} paired rounds (range in "
+      f"brackets), load {min(loads):.1f} to {max(loads):.1f}, commit {' and '.join(commits)}.")])
 
 
 def above(found: dict) -> list[str]:
@@ -226,7 +226,7 @@ def picture(found: dict):
   axes.set_xscale("log")
   axes.set_xticks(ticks := [0.5, 0.7, 1, 1.5, 2, 3, 4], map(str, ticks), minor=False)
   axes.minorticks_off()
-  axes.set_xlabel("time, dense = 1")
+  axes.set_xlabel("time of the program that XLA compiles, dense = 1")
   axes.set_ylabel("test accuracy, %")
   axes.set_title("Fashion-MNIST: the line shows dense models of three widths", fontsize=10)
   axes.grid(alpha=0.3)

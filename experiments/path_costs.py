@@ -6,7 +6,8 @@ maps over the same images.
 
 With 256 random images of 224 pixels and random weights, only the cost is measured, not accuracy.
 Times are CPU seconds of one pinned core. They include each step's compilation, except for the
-forward pass, which is compiled beforehand.
+forward pass, which is compiled beforehand. It is timed before, between and after the other steps,
+and each of these is divided by the mean of the two next to it: other processes slow down all.
 """
 import argparse
 import json
@@ -28,7 +29,8 @@ SHOWN = {"forward": "forward pass with maps", "statistics": "`measure(sensitivit
 
 
 def measured() -> dict:
-  """Returns the results: for each step "seconds", and the process's "peak_gib" up to its end."""
+  """Returns the results: for each step "seconds", how many forward "passes" that is, and the
+  process's "peak_gib" up to its end."""
   import jax
   import numpy as np
 
@@ -41,13 +43,13 @@ def measured() -> dict:
   variables = measure.random_variables(model, images[:1])
   found = {}
 
-  def step(name, call):
+  def step(name, call) -> float:
     start = time.process_time()
-    result = call()
+    call()
     found[name] = {"seconds": time.process_time() - start,
                    "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20}
     print(name, found[name], flush=True)
-    return result
+    return found[name]["seconds"]
 
   apply = jax.jit(lambda variables, x: model.apply(variables, x, mutable=["maps"]))
 
@@ -56,11 +58,15 @@ def measured() -> dict:
       jax.block_until_ready(apply(variables, images[start:start + BATCH]))
 
   jax.block_until_ready(apply(variables, images[:BATCH]))
-  step("forward", forward)
-  step("statistics", lambda: vc.measure(model, variables, images, "none"))
-  step("quick", lambda: vc.measure(model, variables, images, "quick"))
-  plan = vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())
-  step("compact", lambda: vc.compact(model, variables, plan, images=images))
+  plan, before = vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN()), step("forward", forward)
+  for name, call in {
+      "statistics": lambda: vc.measure(model, variables, images, "none"),
+      "quick": lambda: vc.measure(model, variables, images, "quick"),
+      "compact": lambda: vc.compact(model, variables, plan, images=images)}.items():
+    step(name, call)
+    after = step(f"forward after {name}", forward)
+    found[name]["passes"] = 2 * found[name]["seconds"] / (before + after)
+    before = after
   from vitcompact import bench
   return {**environment(), "command": "python -m experiments.path_costs", "model": MODEL,
           "images": IMAGES, "processor": bench.processor(), "load": os.getloadavg()[0],
@@ -69,8 +75,7 @@ def measured() -> dict:
 
 def described(found: dict) -> str:
   """Returns the table of docs/compaction.md."""
-  base = found["steps"]["forward"]["seconds"]
-  rows = [f"| {shown} | {step['seconds']:.0f} s | {step['seconds'] / base:.1f} | "
+  rows = [f"| {shown} | {step['seconds']:.0f} s | {step.get('passes', 1):.1f} | "
           f"{step['peak_gib']:.1f} GiB |" if (step := found["steps"].get(name)) else
           f"| {shown} | not run | | |" for name, shown in SHOWN.items()]
   return "\n".join([

@@ -62,7 +62,7 @@ def test_a_network_named_after_a_method_is_published_with_it():
 
 def test_a_method_that_fits_no_block_is_reported():
   text = card.model_card("shvit_s1", vc.Plan(heads=vc.HMHSA()), **tiny.NETWORKS["shvit_s1"])
-  assert "heads: `HMHSA()`: no block of this model has room for it." in text
+  assert "heads: `HMHSA()`: it applies to no block of this model." in text
 
 
 @pytest.fixture(scope="module")

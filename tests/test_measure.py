@@ -412,7 +412,8 @@ def test_a_long_data_loader_is_read_until_memory_is_full(monkeypatch):
       read.append(np.random.default_rng(len(read)).standard_normal((4, 32, 32, 3)))
       yield read[-1]
 
-  joined = calibration.join_batches(model, loader())
+  with pytest.warns(UserWarning, match="only the first 12 images were read"):
+    joined = calibration.join_batches(model, loader())
   assert joined.dtype == np.float32 and len(read) == 3
   np.testing.assert_array_equal(joined, np.float32(np.concatenate(read)))
 
@@ -421,6 +422,7 @@ BATCH = np.zeros((2, 32, 32, 3), np.float32)
 
 
 @pytest.mark.parametrize("images, words", [
+    ((BATCH, np.arange(2)), r"a tuple was given; .* images=batch\[0\]"),
     ([(BATCH, np.arange(2))], r"a batch is a tuple; .* images=\(batch\[0\] for batch in loader\)"),
     ([{"image": BATCH}], r'a batch is a dict; .*\(batch\["image"\] for batch in loader\)'),
     (list(BATCH), r"an item of shape \(32, 32, 3\) is a single image, .* np.stack\(images\)"),
@@ -431,7 +433,7 @@ BATCH = np.zeros((2, 32, 32, 3), np.float32)
 def test_iterables_of_other_things_than_batches_of_images_are_refused(verb, images, words):
   model = tiny.deit()
   with pytest.raises(ValueError, match=words) as error:
-    verb(model, tiny.init(model), iter(images))
+    verb(model, tiny.init(model), images)
   assert "\n" not in str(error.value)
 
 
@@ -465,7 +467,7 @@ def test_unsuitable_images_and_weights_are_noticed(verb):
     (dict(images=np.zeros((2, 3))), "images of shape"), (dict(images=None), "None was given"),
     (dict(images=[]), "there are no batches"),
     (dict(images=[np.zeros((2, 32, 32, 3)), np.zeros((1, 16, 16, 3))]), "give images of one size"),
-    (dict(images=[[1.0]]), "a batch of images: a list"),
+    (dict(images=[[1.0]]), "a batch is a list"),
     (dict(images=np.full((8, 32, 32, 3), 255, np.float32)), "values of the images reach 255"),
     (dict(images=np.full((8, 32, 32, 3), np.nan, np.float32)), "8 of 8 images hold NaN"),
     (dict(variables={"params": {}}), "do not fit")])

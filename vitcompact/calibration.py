@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -202,6 +203,8 @@ def join_batches(model, images):
   array; anything else unchanged. The iterable is read until `MOST_VALUES` are in memory."""
   if hasattr(images, "shape") or isinstance(images, str) or not isinstance(images, Iterable):
     return images
+  if isinstance(images, tuple):
+    raise ValueError("images: a tuple was given; give the images alone, such as images=batch[0]")
   joined, values = [], 0
   for batch in images:
     if isinstance(batch, (tuple, list, Mapping)):
@@ -218,6 +221,8 @@ def join_batches(model, images):
                        "give images of one size")
     values += joined[-1].size
     if values >= MOST_VALUES:
+      read = sum(map(len, joined))
+      warnings.warn(f"only the first {read:,} images were read, which is enough", stacklevel=3)
       break
   if not joined:
     raise ValueError("images: there are no batches in what was given")

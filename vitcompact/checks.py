@@ -16,6 +16,7 @@ from vitcompact.methods import METHODS, protocol
 from vitcompact.plan import Plan
 
 LARGEST_VALUE = 50.0   # of normalised images; pixels in 0..255 exceed it
+FEW_IMAGES = 64        # warn below this number of calibration images
 FEW_CLASSES = 0.5      # warn below this share of the expected number of classes
 MANY = 3   # mismatches that are shown; the others are counted
 VARIABLES = "expected {'params': ..., 'batch_stats': ...} as model.init gives"

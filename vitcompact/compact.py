@@ -1,4 +1,4 @@
-"""compact: carries a trained dense model's weights over to a smaller plan."""
+"""compact: converts a trained dense model's weights to those of a smaller plan."""
 import dataclasses
 import warnings
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from vitcompact import calibration, checks, trees
 from vitcompact.methods import protocol
 from vitcompact.plan import Plan
 
-# Held-out error over fitted error: above this, warn that there are too few calibration images.
-OVERFIT_RATIO = 1.5
+OVERFIT_RATIO = 1.5   # held-out over fitted error: above this, warn of too few images
+ENOUGH = "give about 256 large or 1,024 small ones"
 
 
 def compact(model: nn.Module, variables, plan: Plan, images=None,
@@ -106,8 +106,8 @@ def _dense_form(model: nn.Module, variables, images):
 def _fit_blocks(model: nn.Module, small: nn.Module, variables, images, progress):
   """{name: (params, stats)} of the blocks under a plan, fitted one after another.
 
-  Each image is in the batch twice: the first half carries the compact model's residual stream, the
-  second the dense teacher's. Once a reducer acts, the two have different tokens: only the compact
+  Each image is in the batch twice: the first half is run through the compact model, the second
+  through the dense teacher. Once a reducer acts, the two have different tokens: only the compact
   half continues, and a block's teacher is the dense block applied to that block's own input.
   """
   images, held_out = calibration.hold_out_last(images)
@@ -155,9 +155,9 @@ def _fit_block(block: nn.Module, data: calibration.Calibration):
 
 def _warn_if_too_few(notes: dict[str, dict], images: int):
   """Warns once if there are too few images, naming the fit that overfits most."""
-  if images < 8:
-    warnings.warn(f"{images} calibration images are too few to hold any out: a fit may be worse "
-                  "than none; give a few hundred", stacklevel=3)
+  if images < checks.FEW_IMAGES:
+    none = ", too few to hold any out: a fit may be worse than none" * (images < 8)
+    warnings.warn(f"few calibration images: {images}{none}; {ENOUGH}", stacklevel=3)
   fits = [(fit["held_out"] / max(fit["fitted"], 1e-9), name, part, fit)
           for name, block in notes.items() for part, fit in block.items()
           if fit["held_out"] > 0.01]
@@ -165,4 +165,4 @@ def _warn_if_too_few(notes: dict[str, dict], images: int):
     _, name, part, fit = max(fits, key=lambda fit: fit[0])
     warnings.warn(f"{images} calibration images are few: in {name}, {part}, the relative error is "
                   f"{fit['held_out']:.2g} on held-out images, {fit['fitted']:.2g} on fitted ones; "
-                  "give more images", stacklevel=3)
+                  f"{ENOUGH}", stacklevel=3)

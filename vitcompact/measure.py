@@ -27,6 +27,7 @@ from vitcompact.calibration import (
   take_images,
 )
 from vitcompact.checks import (
+  FEW_IMAGES,
   check_finite,
   check_images,
   check_model,
@@ -44,7 +45,6 @@ from vitcompact.report import Option, Report
 SENSITIVITIES = ("none", "quick", "full")
 KEY_SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)   # shares of the keys, for attention mass
 TABLE_IMAGES = 32       # images for the tables of attention and tokens
-FEW_IMAGES = 64         # warn below this number
 TINY = 1e-12
 BLOCKS_PER_TRIAL = 12   # a quick report tries each method in one block out of this many
 KL_EXPONENT = 1.5       # KL ~ (removed tokens)^this; 0.93 to 1.99 on Fashion-MNIST
@@ -83,7 +83,7 @@ def measure(model: nn.Module, variables, images, sensitivity: str = "quick",
   check_finite(variables)
   jax.eval_shape(model.apply, variables, images)   # raises the model's own error about sizes
   if len(images) < FEW_IMAGES:
-    warnings.warn(f"{len(images)} images are few: estimates and KLs depend on which they are; give "
+    warnings.warn(f"few images ({len(images)}): estimates and KLs depend on which they are; give "
                   "at least 256", stacklevel=2)
   return _Measurement(model, variables, images, sensitivity, progress).report()
 

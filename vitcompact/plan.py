@@ -77,10 +77,10 @@ class Plan:
 
   def parameter_rules(self, shared: list[tuple[str, Leaf]]) -> list[tuple[str, Leaf]]:
     """[(pattern, Leaf)]: the methods' rules, `shared`, and a default for methods without rules."""
-    methods = self.methods()
+    methods, default = self.methods(), ((r"(.*/)?kernel", Leaf(decay=True)), (".*", Leaf()))
     return [*(rule for method in methods for rule in getattr(method, "rules", ())), *shared,
-            *((rf"(.*/)?{protocol.scope_of(method)}/.*", Leaf()) for method in methods
-              if not hasattr(method, "rules"))]
+            *((rf"(.*/)?{protocol.scope_of(method)}/{pattern}", leaf) for method in methods
+              for pattern, leaf in default if not hasattr(method, "rules"))]
 
   def planned(self, block: int) -> BlockMethods:
     """The methods that the plan names for a block, whether or not they act there."""
@@ -225,11 +225,11 @@ class Plan:
       return cls()
     if value.endswith(".json"):
       try:
-        value = pathlib.Path(value).read_text()
+        return cls.from_json(pathlib.Path(value).read_text())
       except (OSError, ValueError) as error:
         missing = isinstance(error, FileNotFoundError)
-        raise ValueError(f"plan={value!r}: {'no such file' if missing else error}; give a path to "
-                         "a JSON plan, or the JSON itself") from None
+        reason = "no such file; give a path to a JSON plan, or JSON" if missing else error
+        raise ValueError(f"plan={value!r}: {reason}") from None
     return cls.from_json(value)
 
 

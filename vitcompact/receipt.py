@@ -151,9 +151,14 @@ class Receipt:
       lines.append(f"Speed: the deployed model runs at {timing.speedup:.2f} times the dense one's "
                    f"{timing.clock} speed{verdict}; median of paired rounds, lowest and highest in "
                    f"brackets, load {timing.load:.1f} at the start.")
-    lines.append("MACs are multiply-accumulates for one image, counted in the traced program. "
-                 "hMHSA and cFFN are our reconstruction of arXiv 2306.10875.")
+    lines.append("MACs are multiply-accumulates for one image, counted in the traced program.")
     return lines
+
+
+def provenance(method) -> str:
+  """The source of a method, and what of it is ours: "arXiv 2412.06590; its use ... is ours"."""
+  # That of its base class would be a claim about other code.
+  return "; ".join(vars(type(method)).get("provenance", ("none", "not of this library")))
 
 
 def environment() -> dict[str, object]:

@@ -151,6 +151,9 @@ def test_every_parameter_has_a_rule(axis):
   assert flat.keys() == trees.named_leaves(variables["params"]).keys()
   if axis == "ffn":      # its parameters have common names, and common rules apply to them
     assert flat["blocks_0/mlp/fc1/kernel"] == trees.Leaf(("embed", "mlp"), decay=True)
+  if axis == "heads":    # it has no rules: only its kernels decay
+    assert flat["blocks_0/attn/gate/score/kernel"] == trees.Leaf(decay=True)
+    assert flat["blocks_0/attn/gate/score/bias"] == trees.Leaf()
 
 
 @AXES

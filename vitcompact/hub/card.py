@@ -18,7 +18,7 @@ from vitcompact.models import create_model, fields_of, tags, variant_of
 from vitcompact.models.backbone import Backbone
 from vitcompact.plan import Plan, describe_method, with_inner
 from vitcompact.preprocess import Preprocess, preprocess
-from vitcompact.receipt import Receipt
+from vitcompact.receipt import Receipt, provenance
 
 RECEIPT = "receipt.json"
 
@@ -223,11 +223,8 @@ def _method_lines(model) -> list[str]:
             for nested in with_inner(method)}
   lines = []
   for method in model.plan.methods():
-    # That of its base class would be a claim about other code.
-    paper, ours = vars(type(method)).get("provenance", ("none", "not of this library"))
-    text = f"* {method.axis}: `{describe_method(method)}`: "
-    lines += [text + (f"{paper}; {ours}." if method in acting else
-                      "no block of this model has room for it.")]
+    lines += [f"* {method.axis}: `{describe_method(method)}`: " + (
+        f"{provenance(method)}." if method in acting else "it applies to no block of this model.")]
   return lines
 
 

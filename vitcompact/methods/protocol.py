@@ -43,9 +43,9 @@ Which plans are legal
                                           tokens axis, also from those of all later blocks
 
 Its parameters
-    rules                                 [(pattern, trees.Leaf)]: sharding and weight decay of the
-                                          parameters whose whole name (blocks_0/attn/SCOPE/kernel)
-                                          matches (default: the rules that all models share)
+    rules                                 [(pattern, trees.Leaf)]: sharding and weight decay of
+                                          parameters by whole name (blocks_0/attn/SCOPE/kernel);
+                                          default: those of all models, then: kernels decay
     from_dense(site, params, stats, data) -> (params, stats)
                                           a block's trees from a dense block's (default: keep leaves
                                           of the same name and shape, draw the others at random);

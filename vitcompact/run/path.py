@@ -227,7 +227,7 @@ def planned(directory, model, given: Plan, found: Report, budget, batch: int) ->
     plan = given if given != Plan() else found.plan(**budget, batch=batch)
     write(directory / "plan.json", json.dumps(json.loads(plan.to_json()), indent=1) + "\n")
   try:
-    plan = Plan.parse(str(directory / "plan.json"))
+    plan = Plan.from_json((directory / "plan.json").read_text(encoding="utf-8"))
     model.clone(plan=plan).check()
   except ValueError as error:
     raise ValueError(f"{directory / 'plan.json'}: {error}; correct it, or remove it to get a new "

@@ -13,7 +13,7 @@ from vitcompact.data import pipeline
 from vitcompact.export import FORMATS, export, photographs
 from vitcompact.files import sha256
 from vitcompact.methods import protocol
-from vitcompact.receipt import Receipt, Row, environment
+from vitcompact.receipt import Receipt, Row, environment, provenance
 from vitcompact.run import loop
 from vitcompact.train import sharding, start
 from vitcompact.train import step as steps
@@ -66,7 +66,9 @@ def report(result: loop.Result, workdir, *, before=None, facts=None,
   # Read from a file only: weights by name may have a newer commit by now.
   source = start.source_of(config.init_from)
   facts = {
-      "model": config.model.name, "plan": config.plan, "data": config.data.name,
+      "model": config.model.name, "plan": config.plan,
+      **{f"source of {type(method).__name__}": provenance(method)
+         for method in model.plan.methods()}, "data": config.data.name,
       "steps": int(result.state.step) if result.state else 0,
       "batch_size": config.batch_size, "seed": config.seed,
       "eval_params": config.eval_params,
