@@ -227,9 +227,9 @@ class Plan:
       try:
         return cls.from_json(pathlib.Path(value).read_text())
       except (OSError, ValueError) as error:
-        missing = isinstance(error, FileNotFoundError)
-        reason = "no such file; give a path to a JSON plan, or JSON" if missing else error
-        raise ValueError(f"plan={value!r}: {reason}") from None
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error
+        advice = "; give a path to a JSON plan, or JSON" if isinstance(error, OSError) else ""
+        raise ValueError(f"plan={value!r}: {reason}{advice}") from None
     return cls.from_json(value)
 
 
