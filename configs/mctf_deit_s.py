@@ -36,5 +36,5 @@ def get_config(argument=""):
   config.optim.final_learning_rate = 1e-6
   config.optim.cooldown_steps = 10 * STEPS_PER_EPOCH
   config.loss.consistency = 3.0
-  config.loss.companion_r = 7     # the second pass merges 0 to 7 tokens per block
-  return base.finish(config, options, {"loss.companion_r": 1})
+  config.loss.second_pass_r = 7     # the second pass merges 0 to 7 tokens per block
+  return base.finish(config, options, {"loss.second_pass_r": 1})

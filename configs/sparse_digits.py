@@ -69,7 +69,7 @@ def fine_tune(config, steps, learning_rate):
     config.loss.kept_ratio = 2.0
   if tokens == "mctf":
     config.loss.consistency = 3.0
-    config.loss.companion_r = 3   # the second pass merges 0 to 3 tokens per block
+    config.loss.second_pass_r = 3   # the second pass merges 0 to 3 tokens per block
   if "attention" in config.plan:
     config.reconstruct = base.ConfigDict()
     config.reconstruct.steps = steps // 5
@@ -90,6 +90,6 @@ def small(config):
     values |= {"plan.attention.window": 2, "plan.attention.min_tokens": 0}
   if "reconstruct" in config:
     values |= {"reconstruct.steps": 5, "reconstruct.warmup_steps": 2}
-  if "companion_r" in config.loss:
-    values["loss.companion_r"] = 1
+  if "second_pass_r" in config.loss:
+    values["loss.second_pass_r"] = 1
   return values

@@ -8,6 +8,7 @@ class Setting(NamedTuple):
 
   low, high: inclusive bounds; above, below: exclusive bounds. choices: the allowed values, if they
   are listed. unit: in words, for errors. is_weight: whether it is the weight of a loss term.
+  formerly: the key's old name, which configs may still use.
   """
   default: Any
   low: float | None = None
@@ -17,6 +18,7 @@ class Setting(NamedTuple):
   choices: tuple = ()
   unit: str = ""
   is_weight: bool = False
+  formerly: str = ""
 
   def check(self, key: str, value):
     """Raises ValueError, one line, for a value that is not allowed."""

@@ -29,6 +29,14 @@ def test_unknown_keys_list_similar_names(key, close):
     configs.complete(changed_config(key, 1))
 
 
+def test_a_renamed_key_may_have_its_old_name():
+  """In a config, and in a workdir that was begun before."""
+  old = changed_config("loss.companion_r", 3, plan={"tokens": {"method": "mctf"}})
+  new = configs.complete(old)
+  assert new.loss.second_pass_r == 3 and "companion_r" not in new.loss
+  assert configs.from_text(json.dumps(old))["loss.second_pass_r"] == 3
+
+
 def test_missing_keys_get_defaults_and_a_complete_config_is_unchanged():
   full = configs.complete(tiny_config())
   assert set(configs.KEYS) <= set(configs.flat(full))

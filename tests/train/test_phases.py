@@ -57,7 +57,7 @@ def test_keep_rate_falls_in_at_most_eight_phases(config):
 
 def test_mctf_has_a_second_pass_that_merges_less_unchanged_by_a_restart(config):
   plan = vc.Plan(tokens=vc.MCTF(r=4))
-  config = with_plan(config, plan, {"loss.consistency": 3.0, "loss.companion_r": 3})
+  config = with_plan(config, plan, {"loss.consistency": 3.0, "loss.second_pass_r": 3})
   found = phases_of(config, plan, range(50))
   assert {phase.second.tokens.r for phase in found} == {0, 1, 2, 3}
   assert {phase.plan for phase in found} == {plan}

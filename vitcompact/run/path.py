@@ -34,7 +34,7 @@ from vitcompact.train import start
 from vitcompact.train.build import model_of, preprocess_of
 
 REQUEST = "request.json"   # the budget, plan, data and measurement that the stages began with
-OF_THE_REPORT = ("data", "images", "sensitivity")   # the others may change until there is a plan
+MEASUREMENT_KEYS = ("data", "images", "sensitivity")   # the others may change until there is a plan
 # Files that the last stage writes: another run's are not overwritten.
 OUTPUTS = ("trained.safetensors", "compacted.safetensors", "distilled.safetensors",
            "deploy.safetensors", "receipt.json")
@@ -280,7 +280,7 @@ def check_request(directory: pathlib.Path, request: dict):
     return
   try:
     old = json.loads(path.read_text(encoding="utf-8"))
-    keys = {*old, *request} if (directory / "plan.json").exists() else OF_THE_REPORT
+    keys = {*old, *request} if (directory / "plan.json").exists() else MEASUREMENT_KEYS
     changes = [f"{key} was {old.get(key)!r} and is {request.get(key)!r}"
                for key in sorted(keys) if old.get(key) != request.get(key)]
   except (ValueError, AttributeError, RecursionError) as error:

@@ -152,7 +152,7 @@ def complete(config: Mapping) -> ConfigDict:
   Raises ValueError for unknown keys, for non-default settings of methods that are not in the plan,
   and for values that a key cannot have.
   """
-  given, plan = flat(config), Plan.parse(plain(config.get("plan", "")))
+  given, plan = renamed(flat(config)), Plan.parse(plain(config.get("plan", "")))
   known, optional = {**KEYS, **method_settings(plan.methods())}, all_settings()
   out = {"plan": plan.to_json()}
   given |= {key: {} for key in empty(config) if key in known or key in optional}
@@ -276,4 +276,10 @@ def from_text(text: str) -> dict:
     raise ValueError(str(error)) from None
   if not isinstance(tree, dict):
     raise ValueError(f"it has a {type(tree).__name__}, not an object")
-  return flat(tree)
+  return renamed(flat(tree))
+
+
+def renamed(values: dict) -> dict:
+  """A flat config with the current names of its keys."""
+  names = {setting.formerly: key for key, setting in all_settings().items() if setting.formerly}
+  return {names.get(key, key): value for key, value in values.items()}

@@ -57,14 +57,15 @@ class MCTF:
     ones by criterion, as in the authors' implementation.
   prop_attn: attention counts a token `size` times.
 
-  Training adds a second pass with the same weights, which fuses between 0 and loss.companion_r
+  Training adds a second pass with the same weights, which fuses between 0 and loss.second_pass_r
   tokens per block and also learns from the labels; the loss `consistency` compares the two passes.
   """
   axis: ClassVar[str] = "tokens"
   provenance: ClassVar = ("arXiv 2403.10030, written from the equations",
                           "keeping tokens in the order of their positions is ours")
   settings: ClassVar = {"loss.consistency": weight(),
-                        "loss.companion_r": Setting(7, low=0, unit="of tokens")}
+                        "loss.second_pass_r": Setting(7, low=0, unit="of tokens",
+                                                      formerly="loss.companion_r")}
   collections: ClassVar = ("tokens",)
   losses_across: ClassVar = ("consistency",)
   losses: ClassVar = {"consistency": lambda forward: consistency(
@@ -107,7 +108,7 @@ class MCTF:
     """Draws r once for each step; the authors draw it separately on each device."""
     if not config.loss.consistency:
       return None
-    r = int(np.random.default_rng((config.seed, step)).integers(config.loss.companion_r + 1))
+    r = int(np.random.default_rng((config.seed, step)).integers(config.loss.second_pass_r + 1))
     return dataclasses.replace(self, r=min(r, self.r))
 
   def needs(self, site: Site) -> dict[str, str]:
