@@ -106,18 +106,18 @@ def _dense_form(model: nn.Module, variables, images):
 def _fit_blocks(model: nn.Module, small: nn.Module, variables, images, progress):
   """{name: (params, stats)} of the blocks under a plan, fitted one after another.
 
-  Each image is in the batch twice: the first half is run through the compact model, the second
-  through the dense teacher. Once a reducer acts, the two have different tokens: only the compact
-  half continues, and a block's teacher is the dense block applied to that block's own input.
+  After the first block, each image is in the batch twice: the first half is run through the compact
+  model, the second through the dense teacher. Once a reducer acts, the two have different tokens:
+  only the compact half continues, and a block's teacher is the dense block on that block's input.
   """
   images, held_out = calibration.hold_out_last(images)
   modules = small.clone(remat=False).submodules()
   params, stats, fitted, notes = variables["params"], variables.get("batch_stats", {}), {}, {}
 
   def on_block(name, dense, x):
-    paired = len(jax.tree.leaves(x)[0]) == 2 * len(images)
+    twice = len(jax.tree.leaves(x)[0]) == 2 * len(images)
     own = {"params": params[name], "batch_stats": stats.get(name, {})}
-    dense_x = calibration.take_images(x, slice(len(images), None)) if paired else x
+    dense_x = calibration.take_images(x, slice(len(images), None)) if twice else x
     dense_out, teacher = calibration.run_teacher(dense, own, dense_x)
     own_x = calibration.take_images(x, slice(len(images)))
     data = calibration.Calibration(dense, *own.values(), own_x, teacher, held_out, {})
@@ -125,11 +125,11 @@ def _fit_blocks(model: nn.Module, small: nn.Module, variables, images, progress)
     notes[name] = data.notes
     if progress is not None:
       progress(name, data.notes)
-    if paired and modules[name].methods.tokens is None:
+    if (twice or len(fitted) == 1) and modules[name].methods.tokens is None:
       out = jax.tree.map(lambda *halves: np.concatenate(halves), out, dense_out)
     return out
 
-  logits = calibration.run_blocks(model, variables, np.concatenate([images, images]), on_block)
+  logits = calibration.run_blocks(model, variables, images, on_block)
   if model.num_classes and not isinstance(logits, tuple):
     checks.warn_if_few_classes(np.asarray(logits)[-len(images):], stacklevel=3)
   _warn_if_too_few(notes, len(images))
