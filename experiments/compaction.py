@@ -4,10 +4,12 @@ test image once, and on the 10,000 test images of Fashion-MNIST.
   python -m experiments.compaction --data digits --workdir runs/compaction
   python -m experiments.compaction --data fashion_mnist --workdir runs/compaction
   python -m experiments.compaction narrow --data fashion_mnist --workdir runs/compaction
+  python -m experiments.compaction long --data fashion_mnist --workdir runs/compaction
   python -m experiments.compaction quick --data fashion_mnist --workdir runs/compaction
   python -m experiments.compaction tables         # into docs/compaction.md, from results/
 
 `narrow` only trains the narrower models; it can run before the main command or in parallel with it.
+`long` distils half of the heads and factors in every block for as long as dense models are trained.
 
 A dense model is measured on training images: one is trained for each seed, on digits for each of
 five folds; that of Fashion-MNIST's seed 0 is committed in results/. Then the following are
@@ -103,9 +105,10 @@ def images_of(config, model, split: str, count: int):
 
 
 class Judge:
-  """Computes a model's test accuracy, and its KL from the dense model on test images."""
+  """Computes a model's test accuracy, and its KL from the dense model, on test images."""
 
-  def __init__(self, config, model, variables):
+  def __init__(self, config, model, variables, batch: int = BATCH):
+    self.batch = batch
     self.images = images_of(config, model, "test", 10_000)
     source = path.pipeline.source(config.data.name, "test", image_size=model.image_size)
     self.labels = np.asarray([source[i]["label"] for i in range(len(source))])
@@ -114,8 +117,8 @@ class Judge:
 
   def _logits(self, model, variables):
     apply = jax.jit(model.apply)
-    return np.concatenate([apply(variables, self.images[start:start + BATCH])
-                           for start in range(0, len(self.images), BATCH)])
+    return np.concatenate([apply(variables, self.images[start:start + self.batch])
+                           for start in range(0, len(self.images), self.batch)])
 
   def __call__(self, model, variables) -> dict[str, Any]:
     """Returns accuracy, kl, macs, the number of test images, and how many of them only this model
@@ -211,20 +214,38 @@ class Fold:
 
   def plan(self, name: str, plan: vc.Plan, images=None):
     """Adds the row of a plan that is compacted without training."""
-    start = self.start(name)
-    if not start.exists():
-      vc.save(start, *vc.compact(self.model, self.variables, plan, images))
-    self.row(name, lambda: vc.load(start), plan)
+    self.row(name, lambda: vc.load(self.start(name, plan, images)), plan)
 
   def distil(self, name: str, plan: vc.Plan):
     """Adds the row of the same model after distillation."""
     config = self.data.compact()
     config.data.name, config.seed = self.name, self.seed
-    self.row(f"{name}, distilled", lambda: vc.load(distil(
-        config, self.start(name), self.dense, plan, self.runs / f"distilled, {name}")))
+    start = self.start(name, plan, self.images)
+    self.row(f"{name}, distilled", lambda: self._distilled(config, start, plan,
+                                                           f"distilled, {name}"))
 
-  def start(self, name: str) -> pathlib.Path:
-    return self.runs / f"{name}.safetensors"
+  def long(self):
+    """Adds rows of half of the heads and factors in every block, distilled for half as many steps
+    as the dense model was trained and for as many, at a quarter of its learning rate."""
+    name = "uniform, from images"
+    start = self.start(name, UNIFORM, self.images)
+    for share, words in ((2, "distilled half as long"), (1, "distilled as long")):
+      config, dense = self.data.compact(), self.data.dense()
+      config.data.name, config.seed = self.name, self.seed
+      config.total_steps = dense.total_steps // share
+      config.optim.learning_rate = dense.optim.learning_rate / 4
+      self.row(f"{name}, {words}", functools.partial(
+          self._distilled, config, start, UNIFORM, f"{words}, {name}"), UNIFORM)
+
+  def _distilled(self, config, start, plan, directory: str):
+    return vc.load(distil(config, start, self.dense, plan, self.runs / directory))
+
+  def start(self, name: str, plan: vc.Plan, images) -> pathlib.Path:
+    """Returns the file of a compacted model before training, after making it if it is missing."""
+    start = self.runs / f"{name}.safetensors"
+    if not start.exists():
+      vc.save(start, *vc.compact(self.model, self.variables, plan, images))
+    return start
 
   def report(self, sensitivity: str = "full"):
     directory = self.runs if sensitivity == "full" else self.runs / sensitivity
@@ -313,6 +334,9 @@ NAMES = {
     "uniform, by order": "half of the heads and factors in every block, without images",
     "uniform, from images": "the same, fitted to 1,024 images",
     "uniform, from images, distilled": "the same, distilled for a tenth of the steps",
+    "uniform, from images, distilled half as long":
+        "the same, for half as many steps as the dense model, at a higher rate",
+    "uniform, from images, distilled as long": "the same, for as many steps as the dense model",
     "uniform, from scratch": "the same, trained from scratch as long as the dense model",
     "uniform, 50 %": "half of the heads and stronger factors in every block, fitted to images",
     "uniform, 50 %, distilled": "the same, distilled",
@@ -395,7 +419,7 @@ def results_of(name: str) -> pathlib.Path:
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
   parser.add_argument("what", nargs="?", default="run",
-                      choices=["run", "narrow", "quick", "time", "tables"])
+                      choices=["run", "long", "narrow", "quick", "time", "tables"])
   parser.add_argument("--data", choices=list(DATA), default="digits")
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/compaction"))
   parser.add_argument("--folds", type=int, nargs="+", help="default: all")

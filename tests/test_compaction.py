@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import vitcompact as vc
-from experiments import compaction, fine_tuning, one_shot, path_costs
+from experiments import compaction, fine_tuning, one_shot, path_costs, resolution
 from tests import tiny
 from vitcompact.report import Option
 
@@ -149,6 +149,28 @@ def test_the_table_of_settings_matches_its_results():
   for settings in one_shot.plans().values():
     for name, plan in settings.items():
       assert vc.Plan.from_json(json.dumps(found["rows"][name]["plan"])) == plan, name
+
+
+def test_longer_distillation_gains_what_the_page_says():
+  fold = compaction.load(compaction.results_of("fashion_mnist"))[0]["models"]
+  lost = {name: row["lost"] - row["gained"] for name, row in fold.items()}
+  short, half, whole = (lost[f"uniform, from images, distilled{words}"]
+                        for words in ("", " half as long", " as long"))
+  assert whole < half < short and whole < short / 2
+  assert whole < lost["uniform, from scratch"]
+  assert all(fold["uniform, from images, distilled as long"]["accuracy"] < fold[name]["accuracy"]
+             for name in compaction.NARROWER)
+
+
+def test_the_table_of_resolutions_matches_its_results():
+  found = json.loads(resolution.FILE.read_text())
+  page = resolution.PAGE.read_text()
+  assert f"{resolution.BEGIN}{resolution.table(found)}\n{resolution.END}" in page
+  for size, rows in found["sizes"].items():
+    plans = resolution.plans(resolution.tokens_at(int(size)))
+    assert rows.keys() == {"dense", *plans}
+    for name, plan in plans.items():
+      assert vc.Plan.from_dict(rows[name]["plan"]) == plan, name
 
 
 def test_the_table_of_short_trainings_matches_its_results():
