@@ -96,7 +96,7 @@ def test_variables_of_the_other_form_are_recognised():
     (np.zeros((32, 32, 3), np.float32), "images of shape (32, 32, 3)"),
     (np.zeros((2, 32, 32, 1), np.float32), "images of shape (2, 32, 32, 1)"),
     (np.zeros((2, 16, 16, 3), np.float32), "images of shape (2, 16, 16, 3)"),
-    ([[1.0]], "images: a list was given"), ("a.png", "images: 'a.png' was given")])
+    ([[1.0]], "a list"), ("a.png", "images: 'a.png' was given")])
 def test_images_must_be_a_batch_of_normalised_floats(images, said):
   dense, variables, _, _, deploy, folded, _ = three_forms()
   for call in (lambda x: vc.compact(dense, variables, PLAN, images=x),

@@ -94,8 +94,8 @@ def load(checkpoint, plan: str | None = None):
     return model, variables
   tokens = vc.Plan.parse(plan).tokens
   for reducer in (tokens, model.plan.tokens):
-    if reducer is not None and any(reducer.reduction(site.block, site.depth).predict
-                                   for site in model.sites()):
+    blocks = {*range(depth := len(model.sites())), *(getattr(reducer, "blocks", None) or ())}
+    if reducer is not None and any(reducer.reduction(block, depth).predict for block in blocks):
       raise ValueError(f"--plan: {type(reducer).__name__}'s predictors are trained with the model; "
                        "draw a checkpoint that has them, without --plan")
   model = model.clone(plan=dataclasses.replace(model.plan, tokens=tokens))
