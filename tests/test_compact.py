@@ -1,5 +1,6 @@
 """compact with calibration images: its choices and closed forms against slow references."""
 import dataclasses
+import importlib
 import itertools
 from typing import ClassVar
 
@@ -349,6 +350,43 @@ def test_layers_that_are_kept_are_not_computed_again_and_change_nothing(monkeypa
     layers = ("attn/out", "mlp/fc1") if most else ()
     assert {(True, layers[:1]), (False, layers)} <= set(computed)
   np.testing.assert_allclose(*found.values(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_known_output_takes_the_place_of_its_layer():
+  data = calibration_of_a_block(4, 0)
+  variables = {"params": data.params, "batch_stats": {}}
+  zeros = {"attn/out": np.zeros((4, 17 * 24), np.float32)}
+  _, seen = calibration.observe(data.module, variables, data.x, maps=False, known=zeros)
+  np.testing.assert_array_equal(seen.attended, 0)
+  np.testing.assert_array_equal(seen.before_ffn, data.x.x)   # nothing was added to the stream
+
+
+def test_the_second_block_is_fitted_to_the_dense_stream_on_the_compact_one(monkeypatch):
+  """Its teacher runs on the output of the dense first block, and its own input is that of the
+  compact first block. Layers before the first block run once."""
+  model = tiny.deit(drop_path_rate=0.0, depth=2)
+  variables, images = tiny.init(model), np.asarray(tiny.images(model, 16))
+  taught, own = [], []
+
+  def teacher(block, its_variables, x):
+    taught.append((x.x, run_teacher(block, its_variables, x)[0].x))
+    return run_teacher(block, its_variables, x)
+
+  def fit(block, data):
+    new, out = fit_block(block, data)
+    own.append((data.x.x, out.x))
+    return new, out
+
+  module = importlib.import_module("vitcompact.compact")
+  fit_block = module._fit_block
+  monkeypatch.setattr(calibration, "run_teacher", teacher)
+  monkeypatch.setattr(module, "_fit_block", fit)
+  vc.compact(model, variables, vc.Plan(ffn=vc.CFFN(rank_ratio=0.1)), images)
+  np.testing.assert_array_equal(taught[0][0], own[0][0])     # the same tokens, each image once
+  assert len(own[0][0]) == 16
+  np.testing.assert_array_equal(taught[1][0], taught[0][1])
+  np.testing.assert_array_equal(own[1][0], own[0][1])
+  assert np.abs(own[1][0] - taught[1][0]).max() > 1e-2
 
 
 def test_a_layer_that_is_called_twice_is_not_kept():

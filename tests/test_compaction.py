@@ -162,6 +162,22 @@ def test_longer_distillation_gains_what_the_page_says():
              for name in compaction.NARROWER)
 
 
+def test_long_distillation_takes_half_of_the_steps_and_all_at_a_quarter_of_the_rate(monkeypatch):
+  fold, dense, found = object.__new__(compaction.Fold), compaction.fashion_mnist.get_config(), {}
+  fold.data, fold.name, fold.seed = compaction.DATA["fashion_mnist"], "fashion_mnist", 3
+  fold.images, fold.dense, fold.runs = None, "dense", pathlib.Path("runs")
+  monkeypatch.setattr(fold, "start", lambda name, plan, images: name)
+  monkeypatch.setattr(fold, "row", lambda name, make, plan: found.update({name: make}))
+  monkeypatch.setattr(compaction, "distil", lambda config, *_: config)
+  monkeypatch.setattr(vc, "load", lambda config: config)
+  fold.long()
+  for (name, make), share in zip(found.items(), (2, 1), strict=True):
+    config = make()
+    assert name in compaction.NAMES and config.seed == 3
+    assert config.total_steps == dense.total_steps // share
+    assert config.optim.learning_rate == pytest.approx(dense.optim.learning_rate / 4)
+
+
 def test_the_table_of_resolutions_matches_its_results():
   found = json.loads(resolution.FILE.read_text())
   page = resolution.PAGE.read_text()

@@ -22,7 +22,7 @@ _innermost = contextvars.ContextVar("the innermost run_blocks", default=None)
 
 ROWS_PER_CHANNEL = 8     # rows of a regression for each hidden channel
 SUM_TOKENS = 8192        # tokens for small sums, such as the costs of heads
-MOST_VALUES = 2 ** 28   # of images from an iterable, 1 GiB in float32: 1,784 images of 224 x 224
+MOST_VALUES = 2 ** 28    # of images from an iterable, 1 GiB in float32: 1,784 images of 224 x 224
 KEPT_VALUES = 2 ** 27    # most values of a layer that are kept, see `Calibration.sums`: 512 MiB
 CHUNK_VALUES = 2 ** 22   # residual stream values in a chunk of images: about 50 images of DeiT-S
 

@@ -34,6 +34,8 @@ def test_the_receipt_and_the_file_describe_the_folded_model(built, tmp_path):
     file = (tmp_path / f"{name}.safetensors").read_bytes()
     assert receipt[f"{name}_sha256"] == hashlib.sha256(file).hexdigest()
   assert "val_is_test" not in receipt
+  for name, kind in (("HMHSA", vc.HMHSA), ("CFFN", vc.CFFN)):
+    assert receipt[f"source of {name}"] == "; ".join(kind.provenance)
   [program] = receipt["exports"]   # deploy.safetensors is always written
   assert program["sha256"] == hashlib.sha256(
       (tmp_path / "deploy.stablehlo").read_bytes()).hexdigest()
