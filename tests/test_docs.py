@@ -22,8 +22,6 @@ from PIL import Image
 
 import main  # noqa: F401, defines the flags of main.py
 import vitcompact as vc
-from experiments.benchmarks import axis_tables, results
-from experiments.benchmarks.results import cases, speed
 from tests import tiny
 from vitcompact import cli, models
 from vitcompact.run import config_file
@@ -405,86 +403,6 @@ def test_a_broken_link_is_detected(tmp_path):
   page = tmp_path / "page.md"
   page.write_text("# A title: one\n[a](#a-title-one) [b](page.md#two) [c](gone.md) `[d](e)`\n")
   assert broken_links(page) == ["page.md#two", "gone.md"]
-
-
-# Figures
-
-
-AXES = pytest.mark.parametrize("axis", vc.METHODS)
-
-
-@AXES
-def test_the_tables_of_an_axis_match_the_results(axis):
-  table = axis_tables.axis(axis)
-  assert table in text_of(DOCS / f"{axis}.md"), "run python -m experiments.bench tables"
-
-
-@pytest.mark.parametrize("name", [*vc.METHODS, "index", "provenance", "adding", "notebooks"])
-def test_no_measured_figure_stands_outside_the_tables(name):
-  """Statements in words are tested below; measured figures are in tables made from results/."""
-  text = re.sub(r"<!-- (\w+): written by.*<!-- end of \1 -->", "", prose(DOCS / f"{name}.md"),
-                flags=re.DOTALL)
-  assert re.findall(r"\d[\d.,]* ?(?:%|ms\b|points?\b|seconds?\b|GiB|MB|G\b|M\b)|\dx\b", text) == []
-
-
-def rows_of(suite: str, *keys: str):
-  return cases(results.load(suite, "cpu"), *keys)
-
-
-def rows_of_deit():
-  """Returns the rows of every method at its defaults, at 224 and 512 pixels."""
-  rows = rows_of("methods", "model", "image_size")
-  return [rows["deit_small_patch16_224", pixels] for pixels in (224, 512)]
-
-
-def test_statements_about_speed_on_the_page_of_heads_hold():
-  for rows in rows_of("tokens", "tokens").values():
-    assert speed(rows, "heads", "dense")[1] > 1
-  for (tokens, _, which), rows in rows_of("layer", "tokens", "batch", "pass").items():
-    logits = speed(rows, "hMHSA, logits site", results.best_dense(rows))
-    if logits and (tokens >= 577 or which != "forward"):
-      assert logits[2] < 1
-  other = results.cases(results.read(results.FOLDER / "layer_cpu_amd.json"), "tokens", "pass")
-  for (tokens, which), rows in other.items():
-    logits = speed(rows, "hMHSA, logits site", results.best_dense(rows))
-    if logits and (tokens >= 577 or which != "forward"):
-      assert logits[0] < (1.1 if which == "forward" else 1)
-  for rows in rows_of_deit():
-    assert 0.97 < speed(rows, "MoH", "dense")[0] < 1.03 < speed(rows, "HMHSA", "dense")[0]
-    assert speed(rows, "HeadPruning", "dense")[0] > speed(rows, "HMHSA", "dense")[0]
-  lost = next(row for row in results.accuracies()["heads"] if row["data"] == "digits")
-  assert lost["difference"] + lost["interval"] < 0
-
-
-def test_statements_about_speed_on_the_page_of_attention_hold():
-  for (tokens,), rows in rows_of("tokens", "tokens").items():
-    assert (speed(rows, "attention", "dense")[1] > 1) == (tokens >= 401)
-  small, large = rows_of_deit()
-  assert all(speed(small, name, "dense")[0] < 1 for name in ("Sparsifiner", "BiFormer"))
-  assert 1 <= speed(small, "InLine", "dense")[0] < 1.05
-  assert speed(large, "Sparsifiner", "dense")[0] < speed(small, "Sparsifiner", "dense")[0]
-  assert all(speed(large, name, "dense")[1] > 1 for name in (
-      "BiFormer", "InLine", "ChannelAttention", "KeyMerging"))
-
-
-def test_statements_about_speed_on_the_page_of_tokens_hold():
-  by_batch = {batch: rows for (batch,), rows in rows_of("model", "batch").items()}
-  for name in ("EViT 0.7", "EViT 0.5", "ToMe 13", "DynamicViT 0.7", "MCTF 16"):
-    ratio, expected = speed(by_batch[8], name, "dense")[0], results.macs_ratio(by_batch[8], name)
-    assert (ratio > expected) == (name != "MCTF 16") and ratio > 0.9 * expected
-    assert speed(by_batch[1], name, "dense")[0] < ratio
-  for name in ("evit", "evit_half", "dynamicvit", "tome", "mctf"):
-    row, = results.accuracies()[name]
-    assert abs(row["difference"]) < row["interval"]
-
-
-def test_statements_about_speed_on_the_page_of_ffns_hold():
-  ratios = [speed(rows, "ffn", "dense")[0] for rows in rows_of("tokens", "tokens").values()]
-  assert ratios[0] == max(ratios) and ratios[-1] == min(ratios)
-  training, = rows_of("train", "batch").values()
-  assert speed(training, "heads + ffn", "dense")[0] < 1
-  for name in ("ffn", "ffn_both"):
-    assert results.accuracies()[name][0]["difference"] >= 0
 
 
 def test_the_page_of_provenance_covers_every_method():
