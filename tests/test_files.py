@@ -82,6 +82,18 @@ def test_a_file_has_the_usual_read_permissions(ours):
   assert ours.stat().st_mode == other.stat().st_mode
 
 
+def test_equal_contents_are_equal_bytes(tmp_path):
+  """The order of the metadata would otherwise be random, and so would a receipt's digests."""
+  about = {f"key {number}": "é\n\"" * number for number in range(12)}
+  arrays = {"a": np.arange(6.0).reshape(2, 3), "b": np.ones(3, np.float16)}
+  paths = [tmp_path / f"{number}.safetensors" for number in range(2)]
+  for path, order in zip(paths, (sorted, lambda items: sorted(items, reverse=True)), strict=True):
+    files.write_safetensors(path, arrays, dict(order(about.items())))
+  assert paths[0].read_bytes() == paths[1].read_bytes()
+  back, metadata = files.read_safetensors(paths[0])
+  assert metadata == about and all(np.array_equal(back[name], arrays[name]) for name in arrays)
+
+
 def test_older_files_without_a_digest_load(ours):
   arrays, about = convert.read_safetensors(ours)
   safetensors.numpy.save_file(arrays, ours, metadata=about)

@@ -361,6 +361,13 @@ def test_a_damaged_report_gives_one_clear_error(measured, spoil):
     vc.Report.from_json("[" * 100_000)
 
 
+def test_a_report_with_a_row_that_lacks_a_key_names_it(measured):
+  tree = json.loads(measured[3].to_json())
+  del tree["blocks"][0]["options"]
+  with pytest.raises(ValueError, match="a block or an option lacks key 'options'; measure again"):
+    vc.Report.from_json(json.dumps(tree))
+
+
 def test_requests_beyond_a_report_are_refused_by_name(measured):
   report = measured[3]
   with pytest.raises(ValueError, match="has not tried ToMe"):

@@ -8,7 +8,7 @@ from experiments import accuracy, compaction, fine_tuning, one_shot, resolution
 from experiments.benchmarks import results
 from experiments.benchmarks.results import cases, speed
 from tests.test_docs import ROOT
-from tests.test_figures import prose
+from tests.test_figures import constant, prose
 from vitcompact import bench
 
 
@@ -184,6 +184,8 @@ def test_statements_on_the_page_of_compaction_hold():
   # Also on the page of heads: several points without training, less than one from scratch.
   assert mean_loss(folds, "uniform, from scratch") < 1
   assert mean_loss(folds, "uniform, from images") > 2
+  fitted, by_order = (mean_loss(folds, f"uniform, {how}") for how in ("from images", "by order"))
+  assert constant("compact.GAIN").endswith(f"{fitted:.0f} points then, not {by_order:.0f}")
   distilled = mean_loss(folds, "measured, 50 %, distilled")
   assert 0.4 < distilled < 0.6 and distilled < mean_loss(folds, "uniform, 50 %, distilled")
   narrower = [fold["models"][compaction.NARROWER[0]] for fold in folds

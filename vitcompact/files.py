@@ -55,12 +55,26 @@ def write_safetensors(path, arrays: Mapping[str, Any], about: Mapping[str, str],
     mode = partial.stat().st_mode   # by umask: safetensors would let only the owner read
     safetensors.numpy.save_file(arrays, partial,
                                 metadata={**about, DIGEST: _digest(arrays, about)})
+    _sort_metadata(partial)
     partial.chmod(mode)
     os.replace(partial, path)
   except (OSError, safetensors.SafetensorError) as error:
     raise OSError(f"{path} cannot be written: {error}; make room, or name another place") from error
   finally:
     partial.unlink(missing_ok=True)
+
+
+def _sort_metadata(path: pathlib.Path):
+  """Sorts the metadata in a header: safetensors writes them in random order, so that files of equal
+  contents would have other digests."""
+  with open(path, "r+b") as file:
+    size = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(size))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(text) <= size:
+      file.seek(8)
+      file.write(text.ljust(size))
 
 
 def read_safetensors(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -234,13 +248,15 @@ def _open(path):
                      f"{path} --model NAME --out NEW.safetensors` makes it")
   if kind in ("text", "unknown", "empty"):
     reason = KINDS[kind] if kind != "unknown" else "its first bytes are not those of one"
-    raise ValueError(f"{path} is not a complete .safetensors file: {reason}")
+    raise ValueError(f"{path} is not a complete .safetensors file: {reason}; copy or download it "
+                     "again")
   if kind != "safetensors":
     raise ValueError(f"{path} is {KINDS[kind]}, expected a .safetensors file")
   try:
     return safetensors.safe_open(path, framework="numpy")
   except safetensors.SafetensorError as error:
-    raise ValueError(f"{path} is not a complete .safetensors file: {error}") from None
+    raise ValueError(f"{path} is not a complete .safetensors file: {error}; copy or download it "
+                     "again") from None
 
 
 def _tensor(path, file, name):

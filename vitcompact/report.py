@@ -292,7 +292,10 @@ class Report:
       report = cls(**tree)
       report._check_contents()
       return report
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except KeyError as error:
+      raise ValueError("not a report of vitcompact.measure: a block or an option lacks key "
+                       f"{error}; measure again") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
       raise ValueError(f"not a report of vitcompact.measure: {error}; measure again") from None
 
   def _check_contents(self):

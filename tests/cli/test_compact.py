@@ -127,6 +127,14 @@ def test_a_goal_can_be_a_time_and_there_is_exactly_one(files, path_arguments):
     assert "give one of --macs, --params, --speedup, --latency-ms or --plan" in message
 
 
+@pytest.mark.parametrize("option", ["--macs", "--params", "--speedup", "--latency-ms", "--images",
+                                    "--batch-size", "--learning-rate"])
+def test_an_option_out_of_its_range_is_named_as_it_was_typed(files, option):
+  message = command.fails("compact", str(files / "dense.safetensors"), "--data", "digits", "--out",
+                          "small", option, "0")
+  assert f"'{option}': 0" in message and "is not in the range" in message
+
+
 @pytest.mark.parametrize("text", ["5 epochs", "-1", "0ep", "ep", "0.2", "0"])
 def test_an_invalid_length_of_distillation_is_refused(text):
   with pytest.raises(ValueError, match=r"--distil .*: must be epochs, such as 5ep"):

@@ -4,6 +4,9 @@ import re
 import click
 
 LEARNING_RATE = 5e-5   # peak of distilling: a twentieth of what is usual for a dense model
+SHARE = click.FloatRange(0, 1, min_open=True)
+POSITIVE = click.FloatRange(0, min_open=True)
+FEWEST_IMAGES = click.IntRange(8)   # as for config.compact.images
 
 
 def settings(file: str, name: str, **sections):
@@ -65,25 +68,25 @@ def steps_of(distil: str | None, data: str, batch_size: int) -> int:
 @click.option("--data", required=True, metavar="NAME", help="folder:PATH, arrayrecord:PATH, "
               "tfds:NAME, idx:PATH, hf:NAME, fashion_mnist or digits. Calibration images come from "
               "its train split.")
-@click.option("--macs", type=float, help="Target share of the dense model's MACs, such as 0.7.")
-@click.option("--params", type=float, help="Target share of the dense model's parameters.")
-@click.option("--speedup", type=float, help="Target speed on this device: 1.5 is one and a half "
+@click.option("--macs", type=SHARE, help="Target share of the dense model's MACs, such as 0.7.")
+@click.option("--params", type=SHARE, help="Target share of the dense model's parameters.")
+@click.option("--speedup", type=POSITIVE, help="Target speed on this device: 1.5 is one and a half "
               "times the dense model's.")
-@click.option("--latency-ms", type=float, help="Target milliseconds for a batch on this device.")
+@click.option("--latency-ms", type=POSITIVE, help="Target milliseconds for a batch on this device.")
 @click.option("--latency-batch", type=click.IntRange(1), default=1, show_default=True,
               help="Images in the batch that is timed for these two.")
 @click.option("--plan", help="A JSON plan, or a path to one, instead of one chosen from data.")
 @click.option("--distil", metavar="5ep", help="Distil from the dense model: epochs (5ep) or steps "
               "(2000).")
-@click.option("--images", type=int, default=512, show_default=True,
+@click.option("--images", type=FEWEST_IMAGES, default=512, show_default=True,
               help="Number of calibration images.")
 @click.option("--sensitivity", type=click.Choice(["quick", "full"]), default="quick",
               show_default=True, help="How many options to try.")
 @click.option("--augment", default="flip_crop", show_default=True,
               help="Augmentation for distilling.")
-@click.option("--batch-size", type=int, default=64, show_default=True,
+@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True,
               help="Batch size for distilling.")
-@click.option("--learning-rate", type=float, default=LEARNING_RATE, show_default=True,
+@click.option("--learning-rate", type=POSITIVE, default=LEARNING_RATE, show_default=True,
               help="Peak learning rate for distilling.")
 @click.option("--export", "formats", multiple=True, metavar="FORMAT",
               help="Also export to onnx, openvino, stablehlo or torch. Repeatable.")
@@ -133,7 +136,7 @@ def compact(file, data, macs, params, speedup, latency_ms, latency_batch, plan, 
 @click.command()
 @click.argument("file")
 @click.option("--data", required=True, metavar="NAME", help="As for vitcompact compact.")
-@click.option("--images", type=int, default=512, show_default=True,
+@click.option("--images", type=FEWEST_IMAGES, default=512, show_default=True,
               help="Number of calibration images.")
 @click.option("--sensitivity", type=click.Choice(["none", "quick", "full"]), default="quick",
               show_default=True, help="How many options to try.")
