@@ -68,6 +68,22 @@ def test_onnx_files_compute_every_method(plan, tmp_path):
   assert bool(operators & {"Loop", "Scan", "If"}) == (plan == "MCTF")
 
 
+def test_the_graph_is_asked_for_values_as_jax2onnx_would_search_it(monkeypatch, tmp_path):
+  """`export.onnx_operators` replaces the search by a shortcut."""
+  from vitcompact.export import onnx_operators  # needs jax2onnx
+
+  answers, shortcut = [], onnx_operators.is_in_graph
+
+  def both(ctx, value):
+    answers.append((shortcut(ctx, value), onnx_operators.SEARCHED(ctx, value)))
+    return answers[-1][0]
+
+  monkeypatch.setattr(onnx_operators, "is_in_graph", both)
+  model = tiny.deit(depth=1, plan=vc.Plan(tokens=vc.ToMe(r=2)))
+  onnx_file.write(Program(model, tiny.init(model), vc.preprocess(model)), tmp_path / "a.onnx")
+  assert len(answers) > 100 and all(ours == theirs for ours, theirs in answers)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", COVERING, ids=words)
 def test_onnx_files_compute_every_legal_pair_of_methods(plan, tmp_path):

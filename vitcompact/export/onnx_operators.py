@@ -13,11 +13,13 @@ import pkgutil
 import jax
 import numpy as np
 from jax.extend.core import Literal
-from jax2onnx.converter import conversion_api
+from jax2onnx.converter import conversion_api, output_binding
 from jax2onnx.plugins import plugin_system
 from jax2onnx.plugins._ir_shapes import _stamp_type_and_shape
 
 from vitcompact import layers
+
+SEARCHED = output_binding._value_is_graph_connected
 
 
 class Graph:
@@ -214,6 +216,15 @@ class Translation(plugin_system.PrimitiveLeafPlugin):
       ctx.bind_value_for_var(eqn.outvars[0], out)
 
 
+def is_in_graph(ctx, value) -> bool:
+  """What jax2onnx's function says, without its search through all nodes: done for each operation,
+  it is most of the time that a large graph takes."""
+  node, graph = value.producer(), ctx.builder.graph
+  if (node is not None and node.graph is graph) or graph.initializers.get(value.name) is value:
+    return True
+  return SEARCHED(ctx, value)
+
+
 @contextlib.contextmanager
 def translations():
   """A context in which jax2onnx uses the translations above and traces JAX's own functions: its
@@ -228,10 +239,12 @@ def translations():
                    for name, plugin in theirs.items()
                    if isinstance(plugin, plugin_system.PrimitiveLeafPlugin)})
   conversion_api._activate_plugin_worlds = contextlib.nullcontext
+  output_binding._value_is_graph_connected = is_in_graph
   jax.config.update("jax_softmax_custom_jvp", True)
   try:
     yield
   finally:
     registry.update(theirs)
     conversion_api._activate_plugin_worlds = worlds
+    output_binding._value_is_graph_connected = SEARCHED
     jax.config.update("jax_softmax_custom_jvp", custom_jvp)
