@@ -12,7 +12,8 @@ import pytest
 
 import vitcompact as vc
 from tests import tiny
-from vitcompact import calibration, regression
+from vitcompact import batches, calibration, regression
+from vitcompact.batches import take_images
 from vitcompact.calibration import (
   ROWS_PER_CHANNEL,
   Activations,
@@ -20,7 +21,6 @@ from vitcompact.calibration import (
   observe_jitted,
   run,
   run_teacher,
-  take_images,
 )
 from vitcompact.methods.attention.token_predictor import cluster_means
 from vitcompact.methods.heads import importance, refit
@@ -404,12 +404,12 @@ def test_a_layer_that_is_called_twice_is_not_kept():
 @pytest.mark.parametrize("images", [256, 1024])
 def test_the_chunks_of_all_passes_have_one_length(images):
   """So that each program is compiled once. A quarter of the images is held out."""
-  values = jax.local_device_count() * calibration.CHUNK_VALUES // 50   # 50 images fit in memory
+  values = jax.local_device_count() * batches.CHUNK_VALUES // 50   # 50 images fit in memory
   x, fitted = np.broadcast_to(np.float32(0), (images, values)), images - images // 4
-  slices = [*calibration.chunks(x, 0, fitted), *calibration.chunks(x, fitted, images)]
-  assert slices == list(calibration.all_chunks(x)) and slices[-1].stop == images
+  slices = [*batches.chunks(x, 0, fitted), *batches.chunks(x, fitted, images)]
+  assert slices == list(batches.all_chunks(x)) and slices[-1].stop == images
   assert len({at.stop - at.start for at in slices}) == 1 and len(slices) >= images // 64
-  assert list(calibration.chunks(x, 0, 48)) == [slice(0, 48)]   # few images are not split
+  assert list(batches.chunks(x, 0, 48)) == [slice(0, 48)]   # few images are not split
 
 
 class PerHead(nn.Module):

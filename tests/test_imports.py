@@ -13,10 +13,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 BASE = {"trees", "settings", "kernels", "torch_names", "token_state", "attention", "layers",
         "regression", "rotary", "convolution", "depthwise", "tracing"}
 MODELS = BASE | {"methods", "plan", "execution", "block", "models"}
-VERBS = {"calibration", "curvature", "compact", "fold", "verify", "count", "features", "convert",
-         "receipt", "preprocess", "bench", "latency", "measure", "planner", "report", "checks",
-         "export", "runtimes", "tune", "files", "fit", "foreign", "foreign_config", "foreign_names",
-         "foreign_rules", "foreign_tensors", "compare", "draw", "pytorch", "timm_network", "hub"}
+VERBS = {"batches", "calibration", "curvature", "compact", "fold", "verify", "count", "features",
+         "convert", "receipt", "preprocess", "bench", "latency", "measure", "planner", "report",
+         "checks", "export", "runtimes", "tune", "files", "fit", "foreign", "foreign_config",
+         "foreign_names", "foreign_rules", "foreign_tensors", "compare", "draw", "pytorch",
+         "timm_network", "hub"}
 # part -> the parts it may import, besides itself. A part is a file or a folder of vitcompact/.
 MAY = {
     "trees": set(), "settings": set(), "kernels": set(), "torch_names": set(),
@@ -40,8 +41,8 @@ MAY = {
 # Code that loops over methods, and refers to none of them.
 CORE = ["plan.py", "block.py", "execution.py", "convert.py", "fit.py", "foreign.py", "files.py",
         "foreign_config.py", "foreign_names.py", "foreign_rules.py", "foreign_tensors.py",
-        "count.py", "calibration.py", "curvature.py", "compact.py", "measure.py", "planner.py",
-        "report.py", "fold.py", "tune.py", "settings.py", "receipt.py",
+        "count.py", "batches.py", "calibration.py", "curvature.py", "compact.py", "measure.py",
+        "planner.py", "report.py", "fold.py", "tune.py", "settings.py", "receipt.py",
         "methods/protocol.py", "methods/surgery.py",
         *(f"train/{name}.py"
           for name in ("optim", "objective", "phases", "config", "build", "step")),

@@ -11,7 +11,7 @@ import pytest
 
 import vitcompact as vc
 from tests import tiny
-from vitcompact import calibration
+from vitcompact import batches
 from vitcompact.curvature import kl_per_error
 from vitcompact.measure import block_attention_table, described_fields, divergence
 from vitcompact.methods import protocol
@@ -141,13 +141,13 @@ def test_a_quick_report_tries_one_reducer_of_each_class(measured, monkeypatch):
 
 def test_images_are_split_among_devices_with_the_result_of_one_device(measured, monkeypatch):
   model, variables, x, report = measured
-  assert len(calibration.shard_images(x[:16]).sharding.device_set) == 8 == jax.local_device_count()
-  even, odd = (calibration.shard_images(x[:count]) for count in (16, 15))
+  assert len(batches.shard_images(x[:16]).sharding.device_set) == 8 == jax.local_device_count()
+  even, odd = (batches.shard_images(x[:count]) for count in (16, 15))
   assert {shard.data.shape[0] for shard in even.addressable_shards} == {2}
   assert {shard.data.shape[0] for shard in odd.addressable_shards} == {15}
   monkeypatch.setattr(cffn, "RATIOS", (0.25, 0.5))
   monkeypatch.setattr(jax, "local_device_count", lambda: 1)
-  assert calibration.shard_images(x) is x
+  assert batches.shard_images(x) is x
   unmeasured = vc.measure(model, variables, x, sensitivity="none")
   for row, expected in zip(unmeasured.blocks, report.blocks, strict=True):
     for option, other in zip(row["options"], expected["options"], strict=True):
@@ -412,7 +412,7 @@ def test_attention_to_blocks_of_tokens_is_the_sum_over_their_tokens():
 
 def test_a_long_data_loader_is_read_until_memory_is_full(monkeypatch):
   model, read = tiny.deit(), []
-  monkeypatch.setattr(calibration, "MOST_VALUES", 3 * 4 * 32 * 32 * 3 - 1)
+  monkeypatch.setattr(batches, "MOST_VALUES", 3 * 4 * 32 * 32 * 3 - 1)
 
   def loader():
     for _ in range(9):
@@ -420,7 +420,7 @@ def test_a_long_data_loader_is_read_until_memory_is_full(monkeypatch):
       yield read[-1]
 
   with pytest.warns(UserWarning, match="only the first 12 images were read"):
-    joined = calibration.join_batches(model, loader())
+    joined = batches.join_batches(model, loader())
   assert joined.dtype == np.float32 and len(read) == 3
   np.testing.assert_array_equal(joined, np.float32(np.concatenate(read)))
 

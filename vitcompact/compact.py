@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from vitcompact import batches, calibration, checks, trees
 from vitcompact import block as blocks
-from vitcompact import calibration, checks, trees
 from vitcompact.methods import protocol
 from vitcompact.plan import Plan
 
@@ -54,7 +54,7 @@ def compact(model: nn.Module, variables, plan: Plan, images=None,
                      f"plan={model.plan.to_json()}, deploy={model.deploy}")
   checks.check_variables(model, variables)
   if images is not None:
-    checks.check_images(model, images := calibration.join_batches(model, images))
+    checks.check_images(model, images := batches.join_batches(model, images))
     checks.check_values(images)
     checks.check_finite(variables)
     jax.eval_shape(model.apply, variables, images)   # the model itself checks their size
@@ -112,16 +112,16 @@ def _fit_blocks(model: nn.Module, small: nn.Module, variables, images, progress)
   model, the second through the dense teacher. Once a reducer acts, the two have different tokens:
   only the compact half continues, and a block's teacher is the dense block on that block's input.
   """
-  images, held_out = calibration.hold_out_last(images)
+  images, held_out = batches.hold_out_last(images)
   modules = small.clone(remat=False).submodules()
   params, stats, fitted, notes = variables["params"], variables.get("batch_stats", {}), {}, {}
 
   def on_block(name, dense, x):
     twice = len(jax.tree.leaves(x)[0]) == 2 * len(images)
     own = {"params": params[name], "batch_stats": stats.get(name, {})}
-    dense_x = calibration.take_images(x, slice(len(images), None)) if twice else x
+    dense_x = batches.take_images(x, slice(len(images), None)) if twice else x
     dense_out, teacher = calibration.run_teacher(dense, own, dense_x)
-    own_x = calibration.take_images(x, slice(len(images)))
+    own_x = batches.take_images(x, slice(len(images)))
     data = calibration.Calibration(dense, *own.values(), own_x, teacher, held_out, {})
     fitted[name], out = _fit_block(modules[name], data)
     notes[name] = data.notes

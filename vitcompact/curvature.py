@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitcompact.calibration import CHUNK_VALUES
+from vitcompact.batches import CHUNK_VALUES
 from vitcompact.execution import Execution
 
 BRANCHES = {"heads": ("attn", "out"), "attention": ("attn", "out"), "ffn": ("mlp",)}

@@ -13,18 +13,15 @@ from vitcompact import block as blocks
 from vitcompact import trees
 from vitcompact._version import __version__
 from vitcompact.attention.block_sparse.windows import on_grid
+from vitcompact.batches import CHUNK_VALUES, hold_out_last, join_batches, take_images
 from vitcompact.calibration import (
-  CHUNK_VALUES,
   ROWS_PER_CHANNEL,
   SUM_TOKENS,
   Calibration,
-  hold_out_last,
-  join_batches,
   observe_jitted,
   run,
   run_blocks,
   run_teacher,
-  take_images,
 )
 from vitcompact.checks import (
   FEW_IMAGES,
@@ -63,7 +60,7 @@ def measure(model: nn.Module, variables, images, sensitivity: str = "quick",
     model: dense; variables: {"params", "batch_stats"?}.
     images: (B, H, W, C), normalised, of mixed classes; about 256 large or 1,024 small images. Or an
       iterable of such batches, such as a data loader over a whole data set, which is read until
-      `calibration.MOST_VALUES` are in memory. A quarter is held out.
+      `batches.MOST_VALUES` are in memory. A quarter is held out.
     sensitivity: "full" tries every option in every block. "quick" tries one option of each method
       in one out of twelve blocks of equal size. It infers the others from the methods' estimates
       and the curvature of the KL in each block (`curvature.kl_per_error`). "none" tries nothing,
