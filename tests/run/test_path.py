@@ -1,5 +1,6 @@
 """The path from a dense model to a smaller one: its stages, their files, and resuming."""
 import json
+import math
 import types
 
 import numpy as np
@@ -219,6 +220,16 @@ def test_a_config_without_a_budget_is_not_a_path():
   assert path.budget_of(config) == {"macs": 0.5}
   config.compact.macs = 0.0
   assert path.budget_of(config) == {} and path.budget_of(configs.ConfigDict()) == {}
+
+
+def test_calibration_images_that_memory_does_not_hold_are_left_out(finished_path, monkeypatch):
+  config = configs.complete(finished_path[0])
+  config.compact.images = 40
+  preprocess = path.preprocess_of(config, vc.load(finished_path[1] / "deploy.safetensors")[0])
+  values = math.prod(preprocess.image_size) * len(preprocess.mean)
+  monkeypatch.setattr(path.batches, "MOST_VALUES", 12 * values + 1)
+  with pytest.warns(UserWarning, match="config.compact.images=40: 12 are used"):
+    assert len(path.calibration_images(config, preprocess)) == 12
 
 
 def test_calibration_images_cover_all_classes(finished_path):

@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import pathlib
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import vitcompact as vc
-from vitcompact import convert, pytorch, trees
+from vitcompact import batches, convert, pytorch, trees
 from vitcompact.data import pipeline
 from vitcompact.data.classes import check_classes
 from vitcompact.files import sha256
@@ -311,8 +312,14 @@ def distillation(file) -> dict[str, float]:
 
 
 def calibration_images(config, preprocess, split: str = "train") -> np.ndarray:
-  """`config.compact.images` calibration images, see `start.calibration_images`."""
-  return start.calibration_images(config, preprocess, split, config.compact.images)
+  """`config.compact.images` calibration images, see `start.calibration_images`, or as many as the
+  memory for them holds."""
+  count, (height, width) = config.compact.images, preprocess.image_size
+  most = batches.MOST_VALUES // (height * width * len(preprocess.mean))
+  if count > most:
+    warnings.warn(f"config.compact.images={count:,}: {most:,} are used, which is enough; of "
+                  f"{height} x {width} pixels, they take 1 GiB of memory", stacklevel=2)
+  return start.calibration_images(config, preprocess, split, min(count, most))
 
 
 def write(path: pathlib.Path, text: str):
