@@ -5,6 +5,7 @@ with their sha256), the list of files of a data set, and the requests of an uplo
 Nothing leaves the machine.
 """
 import base64
+import contextlib
 import hashlib
 import http.server
 import json
@@ -16,25 +17,32 @@ import pytest
 LARGE = (".safetensors", ".bin", ".pth", ".parquet")
 
 
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-  """Yields a Hub that replaces the real one, with empty caches."""
+@contextlib.contextmanager
+def serving(patch, folder):
+  """Yields a Hub that replaces the real one, with empty caches in a folder."""
   from huggingface_hub import constants
 
   from vitcompact.hub import download
   from vitcompact.train import start
 
   server = Hub()
-  monkeypatch.setenv("HF_ENDPOINT", server.address)
-  monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
-  monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
-  monkeypatch.setenv("VITCOMPACT_CACHE", str(tmp_path / "cache"))
-  monkeypatch.setenv("HF_TOKEN", "hf_none")
-  monkeypatch.delenv(download.ASK_OFFLINE, raising=False)
+  patch.setenv("HF_ENDPOINT", server.address)
+  patch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub_cache"))
+  patch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no_token"))
+  patch.setenv("VITCOMPACT_CACHE", str(folder / "cache"))
+  patch.setenv("HF_TOKEN", "hf_none")
+  patch.delenv(download.ASK_OFFLINE, raising=False)
   start.by_name.cache_clear()
   yield server
   start.by_name.cache_clear()
   server.close()
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+  """Yields a Hub that replaces the real one, with empty caches."""
+  with serving(monkeypatch, tmp_path) as server:
+    yield server
 
 
 class Hub:

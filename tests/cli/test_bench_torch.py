@@ -51,15 +51,20 @@ class Network:
 
 @pytest.fixture
 def requests(monkeypatch):
-  """Requests made to stand-ins for PyTorch and for timm, which knows only DeiTs here."""
+  """Requests made to the stand-ins."""
+  return stand_ins(monkeypatch)
+
+
+def stand_ins(patch) -> dict:
+  """Replaces PyTorch and timm, which knows only DeiTs here; returns the requests made to them."""
   seen = {"threads": [], "networks": [], "compiled": 0}
 
-  def create_model(name, *, pretrained, num_classes, in_chans, img_size=224, **sizes):
+  def create_model(name, *, pretrained, num_classes, in_chans, **sizes):
     assert not pretrained
-    seen["networks"].append({"name": name, "img_size": img_size, **sizes})
-    names = {"embed_dim": "width", "num_heads": "heads"}
-    model = vc.create_model(name, num_classes=num_classes, in_chans=in_chans, image_size=img_size,
-                            deploy=True, **{names.get(key, key): n for key, n in sizes.items()})
+    seen["networks"].append({"name": name, **sizes})
+    names = {"img_size": "image_size", "embed_dim": "width", "num_heads": "heads"}
+    model = vc.create_model(name, num_classes=num_classes, in_chans=in_chans, deploy=True,
+                            **{names.get(key, key): n for key, n in sizes.items()})
     return Network(timm_network._tensors(model))
 
   def compile(network):
@@ -72,8 +77,8 @@ def requests(monkeypatch):
   torch.from_numpy = lambda array: array
   torch.randn = lambda *shape: np.zeros(shape, np.float32).view(Tensor)
   timm.is_model, timm.create_model = lambda name: name.startswith("deit_"), create_model
-  monkeypatch.setitem(sys.modules, "torch", torch)
-  monkeypatch.setitem(sys.modules, "timm", timm)
+  patch.setitem(sys.modules, "torch", torch)
+  patch.setitem(sys.modules, "timm", timm)
   return seen
 
 
