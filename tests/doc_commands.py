@@ -205,5 +205,5 @@ NOT_RUN = {
     "pip install 'vitcompact[export]'": "make installs these packages, at the pinned versions",
     "pip install torch timm": "large; stand-ins take their place here",
     "python -m experiments.survive --resume":
-        "two minutes; tests/run/test_processes.py and tests/run/test_stop.py do the same",
+        "minutes; test_loop.py, test_stop.py and test_processes.py in tests/run/ resume such runs",
 }
