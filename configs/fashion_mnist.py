@@ -5,7 +5,7 @@ Data:     Debian's package (apt install dataset-fashion-mnist), or its four file
           FASHION_MNIST_DIR names. val is every tenth training image, and was used to choose the
           recipe.
 Hardware: one CPU core.
-Cost:     68.9 TFLOP, 52 minutes on a loaded machine, almost none of it for loading data.
+Cost:     68.9 TFLOP, 46 to 52 minutes on a loaded machine, almost none of it for loading data.
 Result:   test accuracy 91.71 % [91.15, 92.23], val 92.45 % (results/fashion_mnist_dense.json, its
           receipt.json). AdamW with b1 = 0.9 instead of Muon gave 89.95 % and 90.72 %. The weights
           are results/fashion_mnist_dense.safetensors, in float16:
