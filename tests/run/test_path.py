@@ -189,6 +189,16 @@ def test_the_path_starts_from_foreign_weights(finished_path, tmp_path):
   assert begun.facts["source_sha256"] == path.sha256(tmp_path / "theirs.npz")
 
 
+def test_a_refused_plan_leaves_nothing_of_foreign_weights(finished_path, tmp_path):
+  config = configs.complete(finished_path[0])
+  (tmp_path / "theirs.npz").write_bytes(b"not read")
+  config.init_from = str(tmp_path / "theirs.npz")
+  config.plan = vc.Plan(heads=vc.HMHSA(real_heads=1000)).to_json()
+  with pytest.raises(ValueError, match="real_heads=1000"):
+    path.prepare(config, tmp_path / "run", lambda line: None)
+  assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("change,words", [
     ({"compact.params": 0.5}, "give one of macs, params"),
     ({"compact.dense_steps": 0}, "config.init_from is empty"),

@@ -99,6 +99,7 @@ def prepare(config, directory: pathlib.Path, say=print, **options) -> Start:
   elif pytorch.is_ours(dense := start.file_of("init_from", config.init_from)):
     pass
   else:
+    given_plan(config, dense_model_of(config))   # a run that is refused leaves no file
     dense = convert_dense(config, dense, directory / "dense.safetensors", say)
   if jax.process_index() == 0:
     measure_plan_compact(config, directory, dense, budget, say)
@@ -162,9 +163,7 @@ def measure_plan_compact(config, directory, dense: pathlib.Path, budget, say):
   """Measures, plans and compacts, skipping each stage whose file exists."""
   model, variables = vc.load(dense)
   check_dense(config, dense, model)
-  given_plan = Plan.parse(config.plan)
-  if given_plan != Plan():
-    model.clone(plan=given_plan).check()
+  given = given_plan(config, model)
   batch = config.compact.latency_batch
   timed = {"latency_batch": batch} if budget.keys() & {"speedup", "latency_ms"} else {}
   request = {**budget, **timed, "plan": config.plan, "data": config.data.name,
@@ -179,7 +178,7 @@ def measure_plan_compact(config, directory, dense: pathlib.Path, budget, say):
   found = measured(config, directory, model, variables, digest, calibration, say)
   # Not earlier: settings that are refused may be corrected in the same workdir.
   write(directory / REQUEST, json.dumps(request, indent=1) + "\n")
-  plan = planned(directory, model, given_plan, found, budget, batch)
+  plan = planned(directory, model, given, found, budget, batch)
   out = directory / "compact.safetensors"
   if out.exists():
     check_compacted(out, plan, digest)
@@ -203,6 +202,13 @@ def measure_plan_compact(config, directory, dense: pathlib.Path, budget, say):
                about={"dense": digest, **start.source_of(dense),
                       "calibration_images": str(len(images)),
                       "calibration_images_digest": trees.digest({"images": images})})
+
+
+def given_plan(config, model) -> Plan:
+  """The config's plan, checked: `Plan()` if it is to be chosen from data."""
+  plan = Plan.parse(config.plan)
+  model.clone(plan=plan).check()
+  return plan
 
 
 def measured(config, directory, model, variables, digest: str, calibration, say) -> Report:
