@@ -253,10 +253,12 @@ def pairings(weight_bmn, r: int, bidirectional: bool):
   the remaining even ones, by the same weights; if not bidirectional, all from even into odd ones.
   """
   first = r // 2 if bidirectional else r
-  row_br, column_br = best_rows(weight_bmn, first)
-  pairs = [(2 * row_br, 2 * column_br + 1)]
-  fused_bm = (jnp.arange(weight_bmn.shape[1])[None, :, None] == row_br[:, None, :]).any(axis=2)
-  remaining_bmn = jnp.where(fused_bm[:, :, None], -jnp.inf, weight_bmn)
+  pairs, remaining_bmn = [], weight_bmn
+  if first:   # arrays without elements would fail in ONNX Runtime
+    row_br, column_br = best_rows(weight_bmn, first)
+    pairs.append((2 * row_br, 2 * column_br + 1))
+    fused_bm = (jnp.arange(weight_bmn.shape[1])[None, :, None] == row_br[:, None, :]).any(axis=2)
+    remaining_bmn = jnp.where(fused_bm[:, :, None], -jnp.inf, weight_bmn)
   if bidirectional:
     column_br, row_br = best_rows(remaining_bmn.swapaxes(1, 2), r - first)
     pairs.append((2 * column_br + 1, 2 * row_br))
