@@ -226,14 +226,17 @@ class Fold:
 
   def long(self):
     """Adds rows of half of the heads and factors in every block, distilled for half as many steps
-    as the dense model was trained and for as many, at a quarter of its learning rate."""
+    as the dense model was trained and for as many, at a quarter of its learning rate; the former
+    also on mixed images (Mixup), of which the student sees no two alike."""
     name = "uniform, from images"
     start = self.start(name, UNIFORM, self.images)
-    for share, words in ((2, "distilled half as long"), (1, "distilled as long")):
+    for words, share, mixup in (("distilled half as long", 2, 0.0), ("distilled as long", 1, 0.0),
+                                ("distilled half as long, on mixed images", 2, 0.8)):
       config, dense = self.data.compact(), self.data.dense()
       config.data.name, config.seed = self.name, self.seed
       config.total_steps = dense.total_steps // share
       config.optim.learning_rate = dense.optim.learning_rate / 4
+      config.data.mixup = mixup
       self.row(f"{name}, {words}", functools.partial(
           self._distilled, config, start, UNIFORM, f"{words}, {name}"), UNIFORM)
 
@@ -336,7 +339,10 @@ NAMES = {
     "uniform, from images, distilled": "the same, distilled for a tenth of the steps",
     "uniform, from images, distilled half as long":
         "the same, for half as many steps as the dense model, at a higher rate",
-    "uniform, from images, distilled as long": "the same, for as many steps as the dense model",
+    "uniform, from images, distilled half as long, on mixed images":
+        "the same, on mixed images (Mixup)",
+    "uniform, from images, distilled as long":
+        "the same, for as many steps as the dense model, on images as they are",
     "uniform, from scratch": "the same, trained from scratch as long as the dense model",
     "uniform, 50 %": "half of the heads and stronger factors in every block, fitted to images",
     "uniform, 50 %, distilled": "the same, distilled",

@@ -5,28 +5,34 @@ training images. The models that experiments.compaction has trained, narrower de
 distilled ones, are shown for comparison.
 
   python -m experiments.compaction --data fashion_mnist --workdir runs/compaction
-  python -m experiments.one_shot judge --workdir runs/one_shot    # what results/ does not have yet
-  python -m experiments.one_shot time --workdir runs/one_shot     # on an otherwise idle machine
+  python -m experiments.one_shot judge            # what results/ does not have yet
+  python -m experiments.one_shot time             # on an otherwise idle machine, on one core
   python -m experiments.one_shot tables           # into results/README.md, and the picture
 
 Each row is one plan, the same in every block, fitted by vc.compact to 1,024 training images, folded
 and evaluated on the 10,000 test images, paired with the dense model image by image. Its time is
-that of 32 images on one core, in rounds in which it takes turns with the dense model. Methods that
-cannot start from dense weights are left out; the predictors of DynamicViT and FastPath are still
-random here (experiments.fine_tuning trains them). The test split chooses nothing: every setting
-that was run is shown.
+that of 32 images on one core in each runtime, in rounds in which it takes turns with the dense
+model. Methods that cannot start from dense weights are left out; the predictors of DynamicViT and
+FastPath are still random here (experiments.fine_tuning trains them). The test split chooses
+nothing: every setting that was run is shown.
 """
 import argparse
+import functools
 import json
 import os
 import pathlib
+import statistics
+import tempfile
 import warnings
 
+import jax
 import numpy as np
 
 import vitcompact as vc
 from experiments.compaction import DATA, Judge, difference, images_of
-from vitcompact import bench
+from vitcompact import bench, runtimes
+from vitcompact.export import onnx_file
+from vitcompact.export.program import Program
 from vitcompact.receipt import environment
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -34,6 +40,8 @@ NAME = "fashion_mnist"
 FILE, PICTURE = (ROOT / f"results/one_shot_{NAME}.{suffix}" for suffix in ("json", "png"))
 WRITTEN = "written by `python -m experiments.one_shot tables` from results/"
 IMAGES, BATCH, ROUNDS = 1024, 32, 5
+EXITS = ("xla", "ort", "openvino")   # all in float32
+ROUNDING = 1e-5   # most that a runtime's logits differ by, if it chooses the same tokens and pairs
 THIRDS = (1, 3)          # a reducer's blocks, of six
 # {axis: {name: file in the folder of experiments.compaction}}.
 TRAINED = {
@@ -103,8 +111,8 @@ def load() -> dict:
   return json.loads(FILE.read_text()) if FILE.exists() else {"rows": {}}
 
 
-def judge(workdir: pathlib.Path, trained: pathlib.Path):
-  """Computes accuracy and counts of each setting; keeps the folded models in the workdir.
+def judge(trained: pathlib.Path):
+  """Computes accuracy and counts of each setting that the results do not have yet.
 
   trained: the folder of the models that experiments.compaction has trained.
   """
@@ -112,7 +120,6 @@ def judge(workdir: pathlib.Path, trained: pathlib.Path):
   config, (model, variables) = data.dense(), vc.load(data.file)
   images = images_of(config, model, "train", IMAGES)
   judged = Judge(config, model, variables)
-  workdir.mkdir(parents=True, exist_ok=True)
   for axis, settings in {"": {"dense": None}, **plans(), **TRAINED}.items():
     for name, plan_or_file in settings.items():
       if name in found["rows"]:
@@ -122,18 +129,19 @@ def judge(workdir: pathlib.Path, trained: pathlib.Path):
         unfolded = vc.load(trained / plan_or_file) if axis in TRAINED else vc.compact(
             model, variables, plan_or_file, images)
         small, fitted = vc.fold(*unfolded)
-        vc.save(file_of(workdir, name), small, fitted, force=True)
       count = vc.count(small, variables=fitted)
       found["rows"][name] = {
-          "axis": axis, "plan": json.loads(small.plan.to_json()), **judged(small, fitted),
-          "params": count.params, "ideal_attention_macs": count.ideal_attention_macs}
+          "axis": axis, "plan": json.loads(small.plan.to_json()), "width": small.width,
+          **judged(small, fitted), "params": count.params,
+          "ideal_attention_macs": count.ideal_attention_macs}
       found |= {**environment(), "calibration_images": IMAGES}
       save(found)
       print(name, found["rows"][name]["accuracy"], found["rows"][name]["macs"], flush=True)
 
 
-def time(workdir: pathlib.Path):
-  """Times each setting whose folded model is in the workdir, in turns with the dense model."""
+def time():
+  """Times each setting that was not timed yet in every exit, in turns with the dense model in the
+  same exits."""
   data, found = DATA[NAME], load()
   if found.get("timed", {}).get("processor", bench.processor()) != bench.processor():
     raise SystemExit(f"other rows were timed on {found['timed']['processor']}, but this is "
@@ -141,68 +149,108 @@ def time(workdir: pathlib.Path):
                      "here")
   model, variables = vc.load(data.file)
   images = images_of(data.dense(), model, "train", BATCH)
-  dense = bench.compiled(model.apply, variables, images)
+  dense, _ = calls(model, variables, images)
   for name, row in found["rows"].items():
-    program = dense
-    if name != "dense" and not file_of(workdir, name).exists():
+    if "gap" in row:
       continue
-    if name != "dense":
-      small, fitted = vc.load(file_of(workdir, name))
-      program = bench.compiled(small.apply, fitted, images)
-    row["rounds"] = bench.rounds_of({"dense": dense.call, "this": program.call}, rounds=ROUNDS)
     row["load"], row["commit"] = os.getloadavg()[0], environment()["commit"]
-    print(name, f"{speed(row)[0]:.2f}x", flush=True)
-  found.setdefault("timed", {"processor": bench.processor(), "batch": BATCH,
-                             "clock": bench.clock_name()})
-  save(found)
+    this, row["gap"] = calls(*shaped_like(row, model, variables), images)
+    times = bench.rounds_of({(exit, which): one[exit] for exit in EXITS
+                             for which, one in (("dense", dense), ("this", this))}, rounds=ROUNDS)
+    row["rounds"] = {exit: {which: times[exit, which] for which in ("dense", "this")}
+                     for exit in EXITS}
+    found["timed"] = {"processor": bench.processor(), "batch": BATCH, "clock": bench.clock_name()}
+    save(found)
+    print(name, *(f"{exit} {speed(row, exit)[0]:.2f}x" for exit in EXITS), flush=True)
 
 
-def file_of(workdir: pathlib.Path, name: str) -> pathlib.Path:
-  return workdir / f"{name}.safetensors"
+def shaped_like(row: dict, model, variables):
+  """Returns a deployed model of this row's shape. Time depends on no weights, so these were fitted
+  to no images."""
+  if row["width"] != model.width:
+    model = model.clone(width=row["width"])
+    variables = jax.jit(model.init)(
+        jax.random.key(0), np.zeros((1, model.image_size, model.image_size, model.in_chans)))
+  plan = vc.Plan.from_dict(row["plan"])
+  return vc.fold(*vc.compact(model, variables, plan)) if plan != model.plan else (model, variables)
+
+
+def calls(model, variables, images) -> tuple[dict, float]:
+  """Returns {exit: function without arguments}, and how much an exported file's logits differ from
+  XLA's, relative to the largest."""
+  out = {"xla": bench.compiled(model.apply, variables, images).call}
+  images, logits = np.asarray(images), np.asarray(out["xla"]())
+  gap = 0.0
+  with tempfile.TemporaryDirectory() as folder:
+    file = pathlib.Path(folder) / "model.onnx"
+    onnx_file.write(Program(model, variables, vc.preprocess(model)), file)
+    for exit in EXITS[1:]:
+      one = runtimes.load(file, exit, threads=1)
+      out[exit] = functools.partial(one, images)
+      gap = max(gap, float(np.abs(one(images) - logits).max() / np.abs(logits).max()))
+  return out, gap
 
 
 def save(found: dict):
   FILE.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def speed(row: dict) -> tuple[float, float, float]:
-  return bench.ratio(row["rounds"]["dense"], row["rounds"]["this"])
+def speed(row: dict, exit: str = "xla") -> tuple[float, float, float]:
+  """Returns how much faster than the dense model a setting is: median, least and most."""
+  return bench.ratio(row["rounds"][exit]["dense"], row["rounds"][exit]["this"])
+
+
+def fastest(row: dict, which: str = "this") -> str:
+  return min(EXITS, key=lambda exit: statistics.median(row["rounds"][exit][which]))
+
+
+def best_speed(row: dict) -> tuple[float, float, float]:
+  """Returns what `speed` does for two programs, each in the exit where it is fastest."""
+  return bench.ratio(*(row["rounds"][fastest(row, which)][which] for which in ("dense", "this")))
 
 
 def table(found: dict) -> str:
   dense = found["rows"]["dense"]
-  lines = ["| axis | setting, in every block | MACs | attention MACs needed | speed, dense = 1 | "
-           "test accuracy | difference from dense, points |", "|---|---|---:|---:|---:|---:|---:|"]
+  lines = ["| axis | setting, in every block | MACs | attention MACs needed | speed in XLA, "
+           "dense = 1 | in the fastest exits | fastest exit | test accuracy | difference from "
+           "dense, points |", "|---|---|---:|---:|---:|---:|---|---:|---:|"]
   order = ["dense", *(name for group in (*plans().values(), *TRAINED.values()) for name in group)]
   for name, row in sorted(found["rows"].items(), key=lambda item: order.index(item[0])):
-    middle, low, high = speed(row)
+    speeds = (f"{middle:.2f}x [{low:.2f}, {high:.2f}]"
+              for middle, low, high in (speed(row), best_speed(row)))
     needed = row["ideal_attention_macs"] / dense["ideal_attention_macs"]
     lines.append(
         f"| {row['axis']} | {name} | {100 * row['macs']:.1f} % | {100 * needed:.1f} % | "
-        f"{middle:.2f}x [{low:.2f}, {high:.2f}] | {100 * row['accuracy']:.2f} % | "
+        f"{' | '.join(speeds)} | {runtimes.NAMES[fastest(row)]} | {100 * row['accuracy']:.2f} % | "
         f"{'' if name == 'dense' else difference([row])} |")
   loads, timed = [row["load"] for row in found["rows"].values()], found["timed"]
   commits = dict.fromkeys(row["commit"] for row in found["rows"].values())
-  better = above(found)
+  better, names = above(found), ", ".join(runtimes.NAMES[exit] for exit in EXITS)
+  others = [name for name, row in found["rows"].items() if row["gap"] > ROUNDING]
+  gap = max(row["gap"] for name, row in found["rows"].items() if name not in others)
   return "\n".join([*lines, "", (
       f"Above the line of the dense models: {', '.join(better) if better else 'none'}."), "", (
       f"One dense model, {found['calibration_images']:,} training images, "
       f"{dense['images']:,} test images; 95 % intervals are over test images only, not over "
-      f"dense models. Time of {timed['batch']} images, compiled by XLA, on one core of "
-      f"{timed['processor']}, {timed['clock']} seconds, {ROUNDS} paired rounds (range in "
-      f"brackets), load {min(loads):.1f} to {max(loads):.1f}, commit {' and '.join(commits)}.")])
+      f"dense models. Time of {timed['batch']} images in {names}, all in float32; in the fastest "
+      "exits, both the setting and the dense model run where they are fastest: the dense model in "
+      f"{runtimes.NAMES[fastest(dense)]}. One core of {timed['processor']}, {timed['clock']} "
+      f"seconds, {ROUNDS} paired rounds (range in brackets), load {min(loads):.1f} to "
+      f"{max(loads):.1f}, commit {' and '.join(commits)}. The logits of exported files differ from "
+      f"XLA's by at most {gap:.0e} of the largest; by more where nearly equal scores choose other "
+      f"tokens or pairs: {'; '.join(others) or 'nowhere'}.")])
 
 
 def above(found: dict) -> list[str]:
   """Returns the settings that are more accurate than a dense model with the same time would be,
   interpolated linearly between the measured widths and constant beyond them."""
   curve = next(iter(TRAINED))
-  dense = sorted((1 / speed(row)[0], row["accuracy"]) for row in found["rows"].values()
+  dense = sorted((1 / best_speed(row)[0], row["accuracy"]) for row in found["rows"].values()
                  if row["axis"] in ("", curve))
   times, accuracies = zip(*dense, strict=True)
   best = np.maximum.accumulate(accuracies)     # a wider model that is worse does not count
   return [name for name, row in found["rows"].items() if row["axis"] not in ("", curve)
-          and row["accuracy"] > np.interp(1 / speed(row)[0], times, best)]
+          and row["accuracy"] > np.interp(1 / best_speed(row)[0], times, best)]
 
 
 def picture(found: dict):
@@ -221,12 +269,13 @@ def picture(found: dict):
     axes_of_line = {axis, ""} if axis == curve else {axis}
     rows = [row for name, row in found["rows"].items()
             if row["axis"] in axes_of_line and not name.endswith("random predictors")]
-    axes.plot([1 / speed(row)[0] for row in rows], [100 * row["accuracy"] for row in rows], look,
-              label=axis or "dense", markersize=12 if axis == "" else 6)
+    times, accuracies = ([value(row) for row in rows] for value in (
+        lambda row: 1 / best_speed(row)[0], lambda row: 100 * row["accuracy"]))
+    axes.plot(times, accuracies, look, label=axis or "dense", markersize=12 if axis == "" else 6)
   axes.set_xscale("log")
   axes.set_xticks(ticks := [0.5, 0.7, 1, 1.5, 2, 3, 4], map(str, ticks), minor=False)
   axes.minorticks_off()
-  axes.set_xlabel("time of the program that XLA compiles, dense = 1")
+  axes.set_xlabel("time in the fastest of XLA, ONNX Runtime and OpenVINO, dense = 1")
   axes.set_ylabel("test accuracy, %")
   axes.set_title("Fashion-MNIST: the line shows dense models of three widths", fontsize=10)
   axes.grid(alpha=0.3)
@@ -247,7 +296,6 @@ def tables():
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
   parser.add_argument("what", choices=["judge", "time", "tables"])
-  parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/one_shot"))
   parser.add_argument("--trained", type=pathlib.Path, help="models of experiments.compaction",
                       default=pathlib.Path(f"runs/compaction/{NAME}_seed_0"))
   arguments = parser.parse_args()
@@ -255,8 +303,8 @@ def main():
   if arguments.what == "tables":
     return tables()
   if arguments.what == "time":
-    return time(arguments.workdir)
-  judge(arguments.workdir, arguments.trained)
+    return time()
+  judge(arguments.trained)
 
 
 if __name__ == "__main__":

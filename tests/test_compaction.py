@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -149,20 +150,35 @@ def test_the_table_of_settings_matches_its_results():
   for settings in one_shot.plans().values():
     for name, plan in settings.items():
       assert vc.Plan.from_json(json.dumps(found["rows"][name]["plan"])) == plan, name
+  for name, row in found["rows"].items():   # exported files compute the same
+    assert row["gap"] < one_shot.ROUNDING or row["axis"] in ("attention", "tokens"), name
+
+
+def test_models_that_are_timed_have_the_shape_of_their_row():
+  """Their weights are others, which times do not depend on."""
+  rows, (model, variables) = one_shot.load()["rows"], vc.load(one_shot.DATA[one_shot.NAME].file)
+  for name in ("dense", "30 wide", "hMHSA + cFFN", "measured plan of 50 %"):
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")     # compact without images
+      small, fitted = one_shot.shaped_like(rows[name], model, variables)
+    count = vc.count(small, variables=fitted)
+    assert count.params == rows[name]["params"], name
+    assert count.macs / vc.count(model).macs == pytest.approx(rows[name]["macs"]), name
 
 
 def test_longer_distillation_gains_what_the_page_says():
   fold = compaction.load(compaction.results_of("fashion_mnist"))[0]["models"]
   lost = {name: row["lost"] - row["gained"] for name, row in fold.items()}
-  short, half, whole = (lost[f"uniform, from images, distilled{words}"]
-                        for words in ("", " half as long", " as long"))
+  short, half, mixed, whole = (lost[f"uniform, from images, distilled{words}"] for words in (
+      "", " half as long", " half as long, on mixed images", " as long"))
   assert whole < half < short and whole < short / 2
+  assert mixed < half and abs(mixed - whole) < 10   # of 10,000 images
   assert whole < lost["uniform, from scratch"]
   assert all(fold["uniform, from images, distilled as long"]["accuracy"] < fold[name]["accuracy"]
              for name in compaction.NARROWER)
 
 
-def test_long_distillation_takes_half_of_the_steps_and_all_at_a_quarter_of_the_rate(monkeypatch):
+def test_long_distillation_takes_half_of_the_steps_or_all_at_a_quarter_of_the_rate(monkeypatch):
   fold, dense, found = object.__new__(compaction.Fold), compaction.fashion_mnist.get_config(), {}
   fold.data, fold.name, fold.seed = compaction.DATA["fashion_mnist"], "fashion_mnist", 3
   fold.images, fold.dense, fold.runs = None, "dense", pathlib.Path("runs")
@@ -171,8 +187,9 @@ def test_long_distillation_takes_half_of_the_steps_and_all_at_a_quarter_of_the_r
   monkeypatch.setattr(compaction, "distil", lambda config, *_: config)
   monkeypatch.setattr(vc, "load", lambda config: config)
   fold.long()
-  for (name, make), share in zip(found.items(), (2, 1), strict=True):
+  for (name, make), share, mixup in zip(found.items(), (2, 1, 2), (0, 0, 0.8), strict=True):
     config = make()
+    assert config.data.mixup == mixup and ("mixed" in name) == bool(mixup)
     assert name in compaction.NAMES and config.seed == 3
     assert config.total_steps == dense.total_steps // share
     assert config.optim.learning_rate == pytest.approx(dense.optim.learning_rate / 4)
@@ -240,7 +257,9 @@ def test_a_short_training_is_compared_with_the_dense_model_of_that_seed():
 def test_methods_above_the_dense_curve_are_reported():
   """Of the dense models with times 1, 0.5 and 0.25, the middle one is the best."""
   def row(axis, time, accuracy):
-    return {"axis": axis, "accuracy": accuracy, "rounds": {"dense": [1.0] * 3, "this": [time] * 3}}
+    slow = {"dense": [5.0] * 3, "this": [5.0] * 3}
+    return {"axis": axis, "accuracy": accuracy, "rounds": {
+        "xla": slow, "ort": {"dense": [1.0] * 3, "this": [time] * 3}, "openvino": slow}}
 
   curve = next(iter(one_shot.TRAINED))
   found = {"rows": {"dense": row("", 1.0, 0.90), "a": row(curve, 0.5, 0.91),
@@ -249,6 +268,15 @@ def test_methods_above_the_dense_curve_are_reported():
                     "slow and better": row("tokens", 2.0, 0.911),
                     "too fast": row("ffn", 0.1, 0.80)}}
   assert one_shot.above(found) == ["on the way", "slow and better"]
+
+
+def test_each_model_is_timed_where_it_is_fastest():
+  """In ONNX Runtime the dense model takes 2, in OpenVINO the other takes 1."""
+  row = {"rounds": {exit: {"dense": [dense] * 3, "this": [this] * 3} for exit, dense, this in (
+      ("xla", 4.0, 2.0), ("ort", 2.0, 3.0), ("openvino", 3.0, 1.0))}}
+  assert (one_shot.fastest(row, "dense"), one_shot.fastest(row)) == ("ort", "openvino")
+  assert one_shot.best_speed(row)[0] == 2.0 and one_shot.speed(row)[0] == 2.0
+  assert one_shot.speed(row, "ort")[0] == pytest.approx(2 / 3)
 
 
 def test_a_quick_report_is_compared_by_its_inferred_options():

@@ -187,7 +187,7 @@ def computed() -> dict[str, list[str]]:
           f"layers of {constant('regression.WIDE'):,} hidden channels or more",
           f"On digits ({sizes_of(small)}; {WORDS[seeds[0]]} folds of "
           f"{pipeline.num_examples('digits', 'test')} test images each; dense models from "
-          f"{WORDS[len(seeds)]} seeds, the third for {WORDS[seeds[2]]} of the folds",
+          f"{WORDS[len(seeds)]} seeds;",
           f"On Fashion-MNIST ({sizes_of(fashion)}; "
           f"{one_shot.load()['rows']['dense']['images']:,} test images;",
           f"takes {WORDS[tenth]} times as many steps as distilling",

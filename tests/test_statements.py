@@ -104,7 +104,11 @@ def test_statements_about_settings_before_training_hold():
   assert all(lost(rows[f"{mask}0.5"]) < 0.75 for mask in masks)
   half, removed = (lost(rows[name]) for name in ("hMHSA, 3 of 6", "3 of 6 heads stay"))
   assert removed > half > max(max(losses(start)) for start in factors)
-  assert all(one_shot.speed(row)[0] < 1 for row in rows.values() if row["axis"] == "attention")
+  assert all(one_shot.speed(row, exit)[0] < 1 for row in rows.values()
+             if row["axis"] == "attention" for exit in one_shot.EXITS)
+  hallucinated = rows["hMHSA, 3 of 6"]
+  assert [one_shot.speed(hallucinated, exit)[0] > 1 for exit in one_shot.EXITS] == [True] + [
+      False] * 2 and one_shot.EXITS[0] == "xla"
 
 
 def test_statements_about_a_short_training_hold():
@@ -137,7 +141,8 @@ def test_statements_about_a_short_training_hold():
   equal = [row.split(" | ")[:2] for row in fine_tuning.equal_macs(found).splitlines()[2:]]
   at_80, at_50 = ([name for share, name in equal if share == f"| {each}"]
                   for each in fine_tuning.EQUAL_MACS)
-  assert "measured" in at_80[0] and "ToMe" in at_80[1] and "measured" in at_50[0]
+  assert {name.split()[0] for name in at_80[:3]} == {"measured", "MCTF,", "ToMe,"}
+  assert "measured" in at_50[0]
   assert at_80[-1] in half and at_50[-1] == "EViT, keep 0.5 twice"
   speeds = [one_shot.speed(one_shot.load()["rows"][name])[0] for name in at_80
             if name in one_shot.load()["rows"]]
@@ -194,6 +199,19 @@ def test_statements_on_the_page_of_compaction_hold():
   assert abs(gap) < margin
   assert adamw[0]["models"]["dense"]["accuracy"] < min(
       fold["models"]["dense"]["accuracy"] for fold in folds)
+
+
+def test_statements_about_plans_in_other_runtimes_hold():
+  """On the page of deploying."""
+  rows, (xla, *others) = one_shot.load()["rows"], one_shot.EXITS
+  slower = [name for name, row in rows.items() if name.startswith((
+      "ToMe", "MCTF", "hMHSA, 3 of 6", "measured plan"))]
+  alike = [name for name in rows if name.startswith(("EViT", "cFFN, ")) or name.endswith("stay")]
+  for exit in others:
+    assert all(one_shot.speed(rows[name], exit)[0] < 1 for name in slower)
+    assert all(0.9 < one_shot.speed(rows[name], exit)[0] / one_shot.speed(rows[name], xla)[0] < 1.1
+               for name in alike)
+  assert all("tokens" in rows[name]["plan"] for name in slower if name.startswith("measured"))
 
 
 def test_statements_on_the_page_of_deploying_hold():
