@@ -70,19 +70,26 @@ def test_onnx_files_compute_every_method(plan, tmp_path):
 
 
 def test_the_graph_is_asked_for_values_as_jax2onnx_would_search_it(monkeypatch, tmp_path):
-  """`export.onnx_operators` replaces the search by a shortcut."""
+  """`export.onnx_operators` replaces the search by a shortcut, except for values that it lacks."""
+  import onnx_ir
+
   from vitcompact.export import onnx_operators  # needs jax2onnx
 
-  answers, shortcut = [], onnx_operators.is_in_graph
+  searched, answers, contexts = [], [], []
+  theirs, shortcut = onnx_operators.SEARCHED, onnx_operators.is_in_graph
 
   def both(ctx, value):
-    answers.append((shortcut(ctx, value), onnx_operators.SEARCHED(ctx, value)))
+    answers.append((shortcut(ctx, value), theirs(ctx, value)))
+    contexts.append(ctx)
     return answers[-1][0]
 
+  monkeypatch.setattr(onnx_operators, "SEARCHED", lambda *of: searched.append(of) or theirs(*of))
   monkeypatch.setattr(onnx_operators, "is_in_graph", both)
   model = tiny.deit(depth=1, plan=vc.Plan(tokens=vc.ToMe(r=2)))
   onnx_file.write(Program(model, tiny.init(model), vc.preprocess(model)), tmp_path / "a.onnx")
   assert len(answers) > 100 and all(ours == theirs for ours, theirs in answers)
+  assert len(searched) < len(answers) / 10
+  assert not shortcut(contexts[0], onnx_ir.Value(name="of another graph"))
 
 
 @pytest.mark.slow
