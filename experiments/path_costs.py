@@ -6,11 +6,13 @@ maps over the same images.
 
 With 256 random images of 224 pixels and random weights, only the cost is measured, not accuracy.
 Times are CPU seconds of one pinned core. They include each step's compilation, except for the
-forward pass, which is compiled beforehand. It is timed before, between and after the other steps,
-and each of these is divided by the mean of the two next to it: other processes slow down all.
+forward pass, which is compiled beforehand. Each step runs in a process of its own, as a user would
+run it, so that its peak of memory is its own; there it is divided by the mean of the forward passes
+before and after it, as other processes slow down all.
 """
 import argparse
 import json
+import multiprocessing
 import os
 import pathlib
 import resource
@@ -28,61 +30,65 @@ SHOWN = {"forward": "forward pass with maps", "statistics": "`measure(sensitivit
          "quick": "`measure(sensitivity=\"quick\")`", "compact": "`compact` from images"}
 
 
-def measured() -> dict:
-  """Returns the results: for each step "seconds", how many forward "passes" that is, and the
-  process's "peak_gib" up to its end."""
+def measured(name: str) -> dict:
+  """Returns one step's "seconds", how many forward "passes" that is, the process's "peak_gib", and
+  the seconds of each "forward" pass."""
   import jax
   import numpy as np
 
   import vitcompact as vc
   from experiments.benchmarks import measure
-  from vitcompact.receipt import environment
 
+  warnings.filterwarnings("ignore", category=UserWarning)
   model = vc.create_model(MODEL, num_classes=1000)
   images = np.asarray(measure.normal((IMAGES, 224, 224, 3)))
   variables = measure.random_variables(model, images[:1])
-  found = {}
-
-  def step(name, call) -> float:
-    start = time.process_time()
-    call()
-    found[name] = {"seconds": time.process_time() - start,
-                   "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20}
-    print(name, found[name], flush=True)
-    return found[name]["seconds"]
-
   apply = jax.jit(lambda variables, x: model.apply(variables, x, mutable=["maps"]))
 
   def forward():
     for start in range(0, IMAGES, BATCH):
       jax.block_until_ready(apply(variables, images[start:start + BATCH]))
 
+  def seconds(call) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+  plan = vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN())
+  call = {"forward": forward, "statistics": lambda: vc.measure(model, variables, images, "none"),
+          "quick": lambda: vc.measure(model, variables, images, "quick"),
+          "compact": lambda: vc.compact(model, variables, plan, images=images)}[name]
   jax.block_until_ready(apply(variables, images[:BATCH]))
-  plan, before = vc.Plan(heads=vc.HMHSA(), ffn=vc.CFFN()), step("forward", forward)
-  for name, call in {
-      "statistics": lambda: vc.measure(model, variables, images, "none"),
-      "quick": lambda: vc.measure(model, variables, images, "quick"),
-      "compact": lambda: vc.compact(model, variables, plan, images=images)}.items():
-    step(name, call)
-    after = step(f"forward after {name}", forward)
-    found[name]["passes"] = 2 * found[name]["seconds"] / (before + after)
-    before = after
+  before, spent, after = seconds(forward), seconds(call), seconds(forward)
+  return {"seconds": spent, "passes": 2 * spent / (before + after), "forward": [before, after],
+          "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20}
+
+
+def run():
+  """Measures each step in a process of its own and writes the results."""
   from vitcompact import bench
-  return {**environment(), "command": "python -m experiments.path_costs", "model": MODEL,
-          "images": IMAGES, "processor": bench.processor(), "load": os.getloadavg()[0],
-          "steps": found}
+  from vitcompact.receipt import environment
+
+  found = {**environment(), "command": "python -m experiments.path_costs", "model": MODEL,
+           "images": IMAGES, "processor": bench.processor(), "load": os.getloadavg()[0],
+           "steps": {}}
+  for name in SHOWN:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+      found["steps"][name] = pool.apply(measured, [name])
+    print(name, found["steps"][name], flush=True)
+  RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def described(found: dict) -> str:
   """Returns the table of docs/compaction.md."""
-  rows = [f"| {shown} | {step['seconds']:.0f} s | {step.get('passes', 1):.1f} | "
+  rows = [f"| {shown} | {step['seconds']:.0f} s | {step['passes']:.1f} | "
           f"{step['peak_gib']:.1f} GiB |" if (step := found["steps"].get(name)) else
           f"| {shown} | not run | | |" for name, shown in SHOWN.items()]
   return "\n".join([
       f"| {found['model']}, {found['images']} images | CPU time | forward passes | peak memory |",
       "|---|---:|---:|---:|", *rows, "",
-      f"One core of {found['processor']}, load {found['load']:.1f}; all rows but the first include "
-      "compilation."])
+      f"One core of {found['processor']}, load {found['load']:.1f}, each row in a process of its "
+      "own; all but the first include compilation."])
 
 
 def rewrite():
@@ -96,9 +102,8 @@ def main():
   parser.add_argument("what", nargs="?", choices=["run", "tables"], default="run")
   if parser.parse_args().what == "tables":
     return rewrite()
-  warnings.filterwarnings("ignore", category=UserWarning)
   suites.pin()
-  RESULTS.write_text(json.dumps(measured(), indent=1) + "\n")
+  run()
 
 
 if __name__ == "__main__":
