@@ -340,7 +340,7 @@ NAMES = {
     "uniform, from images, distilled half as long":
         "the same, for half as many steps as the dense model, at a higher rate",
     "uniform, from images, distilled half as long, on mixed images":
-        "the same, on mixed images (Mixup)",
+        "the same, for half as many steps, on mixed images (Mixup)",
     "uniform, from images, distilled as long":
         "the same, for as many steps as the dense model, on images as they are",
     "uniform, from scratch": "the same, trained from scratch as long as the dense model",

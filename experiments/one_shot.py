@@ -29,6 +29,7 @@ import jax
 import numpy as np
 
 import vitcompact as vc
+from experiments import bench as suites
 from experiments.compaction import DATA, Judge, difference, images_of
 from vitcompact import bench, runtimes
 from vitcompact.export import onnx_file
@@ -141,7 +142,8 @@ def judge(trained: pathlib.Path):
 
 def time():
   """Times each setting that was not timed yet in every exit, in turns with the dense model in the
-  same exits."""
+  same exits. Remove "rounds" of a row in the results to time it again."""
+  suites.pin()
   data, found = DATA[NAME], load()
   if found.get("timed", {}).get("processor", bench.processor()) != bench.processor():
     raise SystemExit(f"other rows were timed on {found['timed']['processor']}, but this is "
@@ -151,7 +153,7 @@ def time():
   images = images_of(data.dense(), model, "train", BATCH)
   dense, _ = calls(model, variables, images)
   for name, row in found["rows"].items():
-    if "gap" in row:
+    if "rounds" in row:
       continue
     row["load"], row["commit"] = os.getloadavg()[0], environment()["commit"]
     this, row["gap"] = calls(*shaped_like(row, model, variables), images)
@@ -200,13 +202,21 @@ def speed(row: dict, exit: str = "xla") -> tuple[float, float, float]:
   return bench.ratio(row["rounds"][exit]["dense"], row["rounds"][exit]["this"])
 
 
-def fastest(row: dict, which: str = "this") -> str:
-  return min(EXITS, key=lambda exit: statistics.median(row["rounds"][exit][which]))
+def fastest(row: dict) -> str:
+  """Returns the exit in which a setting is fastest."""
+  return min(EXITS, key=lambda exit: statistics.median(row["rounds"][exit]["this"]))
 
 
-def best_speed(row: dict) -> tuple[float, float, float]:
-  """Returns what `speed` does for two programs, each in the exit where it is fastest."""
-  return bench.ratio(*(row["rounds"][fastest(row, which)][which] for which in ("dense", "this")))
+def fastest_dense(found: dict) -> str:
+  """Returns the exit in which the dense model is fastest, over the rounds of all settings."""
+  return min(EXITS, key=lambda exit: statistics.median(
+      seconds for row in found["rows"].values() for seconds in row["rounds"][exit]["dense"]))
+
+
+def best_speed(found: dict, row: dict) -> tuple[float, float, float]:
+  """Returns what `speed` does for a setting and the dense model, each where it is fastest."""
+  return bench.ratio(row["rounds"][fastest_dense(found)]["dense"],
+                     row["rounds"][fastest(row)]["this"])
 
 
 def table(found: dict) -> str:
@@ -217,7 +227,7 @@ def table(found: dict) -> str:
   order = ["dense", *(name for group in (*plans().values(), *TRAINED.values()) for name in group)]
   for name, row in sorted(found["rows"].items(), key=lambda item: order.index(item[0])):
     speeds = (f"{middle:.2f}x [{low:.2f}, {high:.2f}]"
-              for middle, low, high in (speed(row), best_speed(row)))
+              for middle, low, high in (speed(row), best_speed(found, row)))
     needed = row["ideal_attention_macs"] / dense["ideal_attention_macs"]
     lines.append(
         f"| {row['axis']} | {name} | {100 * row['macs']:.1f} % | {100 * needed:.1f} % | "
@@ -234,23 +244,24 @@ def table(found: dict) -> str:
       f"{dense['images']:,} test images; 95 % intervals are over test images only, not over "
       f"dense models. Time of {timed['batch']} images in {names}, all in float32; in the fastest "
       "exits, both the setting and the dense model run where they are fastest: the dense model in "
-      f"{runtimes.NAMES[fastest(dense)]}. One core of {timed['processor']}, {timed['clock']} "
+      f"{runtimes.NAMES[fastest_dense(found)]}. One core of {timed['processor']}, {timed['clock']} "
       f"seconds, {ROUNDS} paired rounds (range in brackets), load {min(loads):.1f} to "
-      f"{max(loads):.1f}, commit {' and '.join(commits)}. The logits of exported files differ from "
-      f"XLA's by at most {gap:.0e} of the largest; by more where nearly equal scores choose other "
-      f"tokens or pairs: {'; '.join(others) or 'nowhere'}.")])
+      f"{max(loads):.1f}, commit {' and '.join(commits)}. The logits of the timed files, whose "
+      f"weights were fitted to no images, differ from XLA's by at most {gap:.0e} of the largest; "
+      "by more where nearly equal scores choose other tokens or pairs: "
+      f"{'; '.join(others) or 'nowhere'}.")])
 
 
 def above(found: dict) -> list[str]:
   """Returns the settings that are more accurate than a dense model with the same time would be,
   interpolated linearly between the measured widths and constant beyond them."""
   curve = next(iter(TRAINED))
-  dense = sorted((1 / best_speed(row)[0], row["accuracy"]) for row in found["rows"].values()
+  dense = sorted((1 / best_speed(found, row)[0], row["accuracy"]) for row in found["rows"].values()
                  if row["axis"] in ("", curve))
   times, accuracies = zip(*dense, strict=True)
   best = np.maximum.accumulate(accuracies)     # a wider model that is worse does not count
   return [name for name, row in found["rows"].items() if row["axis"] not in ("", curve)
-          and row["accuracy"] > np.interp(1 / best_speed(row)[0], times, best)]
+          and row["accuracy"] > np.interp(1 / best_speed(found, row)[0], times, best)]
 
 
 def picture(found: dict):
@@ -263,14 +274,14 @@ def picture(found: dict):
   from matplotlib import pyplot
   figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
   curve, *others = TRAINED
-  looks = dict(zip([curve, *plans(), *others, ""], ["k.-", *"osD^P", "gX", "rh", "k*"],
+  looks = dict(zip([curve, *plans(), *others, ""], ["k.-", *"osD^P", "cX", "mh", "k*"],
                    strict=True))
   for axis, look in looks.items():
     axes_of_line = {axis, ""} if axis == curve else {axis}
     rows = [row for name, row in found["rows"].items()
             if row["axis"] in axes_of_line and not name.endswith("random predictors")]
     times, accuracies = ([value(row) for row in rows] for value in (
-        lambda row: 1 / best_speed(row)[0], lambda row: 100 * row["accuracy"]))
+        lambda row: 1 / best_speed(found, row)[0], lambda row: 100 * row["accuracy"]))
     axes.plot(times, accuracies, look, label=axis or "dense", markersize=12 if axis == "" else 6)
   axes.set_xscale("log")
   axes.set_xticks(ticks := [0.5, 0.7, 1, 1.5, 2, 3, 4], map(str, ticks), minor=False)
@@ -299,7 +310,7 @@ def main():
   parser.add_argument("--trained", type=pathlib.Path, help="models of experiments.compaction",
                       default=pathlib.Path(f"runs/compaction/{NAME}_seed_0"))
   arguments = parser.parse_args()
-  warnings.filterwarnings("ignore", "blocks_|.*are few")
+  warnings.filterwarnings("ignore", "blocks_|.*are few|compact without")
   if arguments.what == "tables":
     return tables()
   if arguments.what == "time":

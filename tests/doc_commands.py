@@ -200,7 +200,7 @@ ELSEWHERE = {
 NOT_RUN = {
     "make lint": "CI runs it", "make test": "CI runs it",
     "make test-all": "it is these tests, with the slow ones",
-    ".ci/ranges": "installs two environments in ten minutes",
+    ".ci/ranges": "installs two environments",
     "pip install 'jax[cuda13]==0.10.2'": "for machines with a GPU",
     "pip install 'vitcompact[export]'": "make installs these packages, at the pinned versions",
     "pip install torch timm": "large; stand-ins take their place here",

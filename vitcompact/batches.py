@@ -37,7 +37,8 @@ def join_batches(model, images):
     values += joined[-1].size
     if values >= MOST_VALUES:
       read = sum(map(len, joined))
-      warnings.warn(f"only the first {read:,} images were read, which is enough", stacklevel=3)
+      warnings.warn(f"only the first {read:,} images were read: they take 1 GiB of memory",
+                    stacklevel=3)
       break
   if not joined:
     raise ValueError("images: there are no batches in what was given")

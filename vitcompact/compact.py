@@ -14,7 +14,7 @@ from vitcompact.methods import protocol
 from vitcompact.plan import Plan
 
 OVERFIT_RATIO = 1.5   # held-out over fitted error: above this, warn of too few images
-GAIN = ": half of the heads and factors cost Fashion-MNIST 3 points then, not 41"   # in results/
+GAIN = "on Fashion-MNIST, half of the heads and factors lost 2.5 points with images, 41.4 without"
 ENOUGH = "give about 256 large or 1,024 small ones"
 
 
@@ -75,7 +75,7 @@ def compact(model: nn.Module, variables, plan: Plan, images=None,
     new_norms = trees.named_leaves(stats).keys() - old_stats.keys()
     warnings.warn("compact without calibration images chooses and fits by the weights alone"
                   f"{', and new batch norms start without statistics' if new_norms else ''}; "
-                  f"with images= it uses activations{GAIN} (docs/compaction.md)", stacklevel=2)
+                  f"with images= it uses activations ({GAIN}; docs/compaction.md)", stacklevel=2)
   new = {"params": params, **({"batch_stats": stats} if stats else {})}
   checks.check_variables(small, new, "the compacted variables")   # a method may be the user's
   return small, new

@@ -72,9 +72,9 @@ def _sort_metadata(path: pathlib.Path):
     header = json.loads(file.read(size))
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    if len(text) <= size:
-      file.seek(8)
-      file.write(text.ljust(size))
+    assert len(text) <= size, "the same header, in another order"
+    file.seek(8)
+    file.write(text.ljust(size))
 
 
 def read_safetensors(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

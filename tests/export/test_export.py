@@ -76,14 +76,14 @@ def test_the_graph_is_asked_for_values_as_jax2onnx_would_search_it(monkeypatch, 
   from vitcompact.export import onnx_operators  # needs jax2onnx
 
   searched, answers, contexts = [], [], []
-  theirs, shortcut = onnx_operators.SEARCHED, onnx_operators.is_in_graph
+  theirs, shortcut = onnx_operators.SEARCH, onnx_operators.is_in_graph
 
   def both(ctx, value):
     answers.append((shortcut(ctx, value), theirs(ctx, value)))
     contexts.append(ctx)
     return answers[-1][0]
 
-  monkeypatch.setattr(onnx_operators, "SEARCHED", lambda *of: searched.append(of) or theirs(*of))
+  monkeypatch.setattr(onnx_operators, "SEARCH", lambda *of: searched.append(of) or theirs(*of))
   monkeypatch.setattr(onnx_operators, "is_in_graph", both)
   model = tiny.deit(depth=1, plan=vc.Plan(tokens=vc.ToMe(r=2)))
   onnx_file.write(Program(model, tiny.init(model), vc.preprocess(model)), tmp_path / "a.onnx")

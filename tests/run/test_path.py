@@ -196,6 +196,9 @@ def test_a_refused_plan_leaves_nothing_of_foreign_weights(finished_path, tmp_pat
   config.plan = vc.Plan(heads=vc.HMHSA(real_heads=1000)).to_json()
   with pytest.raises(ValueError, match="real_heads=1000"):
     path.prepare(config, tmp_path / "run", lambda line: None)
+  config.init_from = ""    # nor is the dense model trained first
+  with pytest.raises(ValueError, match="real_heads=1000"):
+    path.prepare(config, tmp_path / "run", lambda line: None)
   assert not (tmp_path / "run").exists()
 
 
@@ -238,7 +241,7 @@ def test_calibration_images_that_memory_does_not_hold_are_left_out(finished_path
   preprocess = path.preprocess_of(config, vc.load(finished_path[1] / "deploy.safetensors")[0])
   values = math.prod(preprocess.image_size) * len(preprocess.mean)
   monkeypatch.setattr(path.batches, "MOST_VALUES", 12 * values + 1)
-  with pytest.warns(UserWarning, match="config.compact.images=40: 12 are used"):
+  with pytest.warns(UserWarning, match="of 40 calibration images only 12 are used"):
     assert len(path.calibration_images(config, preprocess)) == 12
 
 

@@ -19,7 +19,7 @@ from jax2onnx.plugins._ir_shapes import _stamp_type_and_shape
 
 from vitcompact import layers
 
-SEARCHED = output_binding._value_is_graph_connected
+SEARCH = getattr(output_binding, "_value_is_graph_connected", None)   # private; of 0.17.1
 
 
 class Graph:
@@ -217,12 +217,12 @@ class Translation(plugin_system.PrimitiveLeafPlugin):
 
 
 def is_in_graph(ctx, value) -> bool:
-  """What jax2onnx's function says, without its search through all nodes: done for each operation,
-  it is most of the time that a large graph takes."""
+  """What jax2onnx's `SEARCH` says. For each operation it goes through all nodes of the graph, which
+  is most of the time that a large graph takes."""
   node, graph = value.producer(), ctx.builder.graph
   if (node is not None and node.graph is graph) or graph.initializers.get(value.name) is value:
     return True
-  return SEARCHED(ctx, value)
+  return SEARCH(ctx, value)
 
 
 @contextlib.contextmanager
@@ -239,12 +239,14 @@ def translations():
                    for name, plugin in theirs.items()
                    if isinstance(plugin, plugin_system.PrimitiveLeafPlugin)})
   conversion_api._activate_plugin_worlds = contextlib.nullcontext
-  output_binding._value_is_graph_connected = is_in_graph
+  if SEARCH:
+    output_binding._value_is_graph_connected = is_in_graph
   jax.config.update("jax_softmax_custom_jvp", True)
   try:
     yield
   finally:
     registry.update(theirs)
     conversion_api._activate_plugin_worlds = worlds
-    output_binding._value_is_graph_connected = SEARCHED
+    if SEARCH:
+      output_binding._value_is_graph_connected = SEARCH
     jax.config.update("jax_softmax_custom_jvp", custom_jvp)

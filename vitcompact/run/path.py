@@ -94,13 +94,11 @@ def prepare(config, directory: pathlib.Path, say=print, **options) -> Start:
     raise ValueError(f"config.compact: give one of {', '.join(GOALS)}; got {budget or 'none'}")
   if directory.exists() and not directory.is_dir():
     raise ValueError(f"{directory} is a file; give a directory")
-  if not config.init_from:
-    dense = train_dense(config, directory / "dense", say, **options)
-  elif pytorch.is_ours(dense := start.file_of("init_from", config.init_from)):
-    pass
-  else:
-    given_plan(config, dense_model_of(config))   # a run that is refused leaves no file
-    dense = convert_dense(config, dense, directory / "dense.safetensors", say)
+  dense = start.file_of("init_from", config.init_from) if config.init_from else None
+  if not dense or not pytorch.is_ours(dense):
+    given_plan(config, dense_model_of(config))   # a run that is refused trains and writes nothing
+    dense = convert_dense(config, dense, directory / "dense.safetensors", say) if dense else \
+        train_dense(config, directory / "dense", say, **options)
   if jax.process_index() == 0:
     measure_plan_compact(config, directory, dense, budget, say)
   processes.barrier("the model is compacted")
@@ -323,8 +321,8 @@ def calibration_images(config, preprocess, split: str = "train") -> np.ndarray:
   count, (height, width) = config.compact.images, preprocess.image_size
   most = batches.MOST_VALUES // (height * width * len(preprocess.mean))
   if count > most:
-    warnings.warn(f"config.compact.images={count:,}: {most:,} are used, which is enough; of "
-                  f"{height} x {width} pixels, they take 1 GiB of memory", stacklevel=2)
+    warnings.warn(f"of {count:,} calibration images only {most:,} are used: of {height} x {width} "
+                  "pixels, they take 1 GiB of memory", stacklevel=2)
   return start.calibration_images(config, preprocess, split, min(count, most))
 
 
