@@ -9,7 +9,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vitcompact import checks
 
-MOST_VALUES = 2 ** 28    # of images from an iterable, 1 GiB in float32: 1,784 images of 224 x 224
+# Most values of the images that an iterable or a command gives: 1 GiB in float32, 1,783 images of
+# 224 x 224.
+MOST_VALUES = 2 ** 28
 CHUNK_VALUES = 2 ** 22   # residual stream values in a chunk of images: about 50 images of DeiT-S
 
 

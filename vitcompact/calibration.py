@@ -136,8 +136,8 @@ class Calibration:
     for slices in self._chunks():
       total = None
       for at in slices:
-        x, teacher, known = batches.shard_images((*batches.take_images((self.x, self.teacher), at),
-                                          self._known(at)))
+        given = (*batches.take_images((self.x, self.teacher), at), self._known(at))
+        x, teacher, known = batches.shard_images(given)
         out, layers, sums = run(variables, x, teacher, known, *arguments)
         outs.append(jax.tree.map(np.asarray, out))
         for name, leaf in layers.items():
